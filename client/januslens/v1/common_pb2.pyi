@@ -26,31 +26,50 @@ class _DataType:
 class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DATA_TYPE_UNSPECIFIED: _DataType.ValueType  # 0
+    """Not set; a Tensor with elements always names its format."""
     DATA_TYPE_FLOAT32: _DataType.ValueType  # 1
+    """IEEE 754 binary32."""
     DATA_TYPE_FLOAT16: _DataType.ValueType  # 2
+    """IEEE 754 binary16."""
     DATA_TYPE_BFLOAT16: _DataType.ValueType  # 3
+    """The upper half of a binary32."""
     DATA_TYPE_INT64: _DataType.ValueType  # 4
+    """Two's complement, 64 bits."""
 
-class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper): ...
+class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
+    """The number format of a Tensor's elements."""
 
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
+"""Not set; a Tensor with elements always names its format."""
 DATA_TYPE_FLOAT32: DataType.ValueType  # 1
+"""IEEE 754 binary32."""
 DATA_TYPE_FLOAT16: DataType.ValueType  # 2
+"""IEEE 754 binary16."""
 DATA_TYPE_BFLOAT16: DataType.ValueType  # 3
+"""The upper half of a binary32."""
 DATA_TYPE_INT64: DataType.ValueType  # 4
+"""Two's complement, 64 bits."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
+    """A dense array."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_TYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     data_type: Global___DataType.ValueType
+    """Format of each element."""
     data: _builtins.bytes
+    """The elements, row-major and little-endian: product(shape) times the format's width in bytes.
+    Any other length is INVALID_ARGUMENT.
+    """
     @_builtins.property
-    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Sizes from the slowest to the fastest varying dimension; empty for a scalar."""
+
     def __init__(
         self,
         *,
@@ -68,11 +87,15 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class TokenIds(_message.Message):
+    """Token ids, in order."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids in the model's vocabulary; one at or above Model.vocab_size is INVALID_ARGUMENT."""
+
     def __init__(
         self,
         *,
@@ -88,13 +111,18 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Input(_message.Message):
+    """What the model reads. Empty, or longer than Model.max_positions, is INVALID_ARGUMENT."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
+    """Text, tokenized with the tokenizer's special tokens."""
     @_builtins.property
-    def token_ids(self) -> Global___TokenIds: ...
+    def token_ids(self) -> Global___TokenIds:
+        """Tokens, taken exactly as they are."""
+
     def __init__(
         self,
         *,
@@ -113,13 +141,18 @@ Global___Input: _TypeAlias = Input  # noqa: Y015
 
 @_typing.final
 class Target(_message.Message):
+    """The token or tokens a request asks about."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """Literal text, tokenized without special tokens: " Paris" and "Paris" are different targets."""
     @_builtins.property
-    def token_ids(self) -> Global___TokenIds: ...
+    def token_ids(self) -> Global___TokenIds:
+        """Tokens, taken exactly as they are."""
+
     def __init__(
         self,
         *,
@@ -138,6 +171,8 @@ Global___Target: _TypeAlias = Target  # noqa: Y015
 
 @_typing.final
 class Token(_message.Message):
+    """One entry of the vocabulary, or one position of a prompt."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -146,10 +181,15 @@ class Token(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     id: _builtins.int
+    """Id in the vocabulary."""
     text: _builtins.str
+    """The token as readable text; bytes that are no UTF-8 by themselves show as U+FFFD."""
     raw: _builtins.bytes
+    """The exact bytes the token stands for, which a piece of a character keeps where `text` cannot."""
     start: _builtins.int
+    """First character of the prompt that the token covers; set only for positions of a prompt text."""
     end: _builtins.int
+    """One past the last character covered; equal to `start` for special tokens."""
     def __init__(
         self,
         *,
@@ -176,6 +216,8 @@ Global___Token: _TypeAlias = Token  # noqa: Y015
 
 @_typing.final
 class Provenance(_message.Message):
+    """Which model, in which form, produced an answer: what a reader needs to reproduce it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -207,14 +249,23 @@ class Provenance(_message.Message):
     VERSIONS_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Name under which the server holds the model."""
     revision: _builtins.str
+    """Commit of a hub model; of a local folder, a hash of its weights."""
     architecture: _builtins.str
+    """Architecture, as the `model_type` of the model's configuration, for example `gpt2`."""
     data_type: _builtins.str
+    """Number format of the weights in memory, for example `float32`."""
     device: _builtins.str
+    """Where the model runs, for example `cpu` or `cuda:0`."""
     attention: _builtins.str
+    """Attention implementation in use, for example `sdpa`."""
     batch_size: _builtins.int
+    """How many requests shared the forward pass; 1 = this one alone."""
     @_builtins.property
-    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Versions of the libraries that shape the numbers, by name: torch, transformers, januslens."""
+
     def __init__(
         self,
         *,
@@ -237,12 +288,16 @@ Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
 
 @_typing.final
 class StageTime(_message.Message):
+    """Wall-clock time that one stage of a request took."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     STAGE_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
+    """Name of the stage, for example `forward` or `layers`."""
     seconds: _builtins.float
+    """Duration in seconds."""
     def __init__(
         self,
         *,
@@ -259,6 +314,8 @@ Global___StageTime: _TypeAlias = StageTime  # noqa: Y015
 
 @_typing.final
 class Guarantee(_message.Message):
+    """A property that was measured, and whether it held."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
@@ -266,9 +323,13 @@ class Guarantee(_message.Message):
     TOLERANCE_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Stable name, for example `lens_of_last_block_equals_logits`."""
     measured_error: _builtins.float
+    """Largest error found, in the unit that the guarantee's name implies (most are relative)."""
     tolerance: _builtins.float
+    """Largest error allowed, in the same unit."""
     held: _builtins.bool
+    """True if the measured error is within the tolerance."""
     def __init__(
         self,
         *,

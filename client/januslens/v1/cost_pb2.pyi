@@ -20,14 +20,20 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EstimateCostRequest(_message.Message):
+    """Asks what a request would cost, without running it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TRACE_FIELD_NUMBER: _builtins.int
     GRADIENT_LENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def trace(self) -> _trace_pb2.TraceRequest: ...
+    def trace(self) -> _trace_pb2.TraceRequest:
+        """A trace."""
+
     @_builtins.property
-    def gradient_lens(self) -> _gradient_lens_pb2.GradientLensRequest: ...
+    def gradient_lens(self) -> _gradient_lens_pb2.GradientLensRequest:
+        """A gradient lens."""
+
     def __init__(
         self,
         *,
@@ -46,6 +52,8 @@ Global___EstimateCostRequest: _TypeAlias = EstimateCostRequest  # noqa: Y015
 
 @_typing.final
 class EstimateCostResponse(_message.Message):
+    """The estimate: an upper bound, by which the server itself admits requests."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROJECTED_VECTORS_FIELD_NUMBER: _builtins.int
@@ -55,11 +63,17 @@ class EstimateCostResponse(_message.Message):
     ADMISSIBLE_FIELD_NUMBER: _builtins.int
     LIMIT_EXCEEDED_FIELD_NUMBER: _builtins.int
     projected_vectors: _builtins.int
+    """Vectors that would go through the lens."""
     flops: _builtins.float
+    """Floating-point operations, passes and projections together."""
     device_bytes: _builtins.int
+    """Bytes needed on the device beside the weights."""
     stream_bytes: _builtins.int
+    """Bytes of the whole response stream."""
     admissible: _builtins.bool
+    """True if this server would admit the request now, were it idle."""
     limit_exceeded: _builtins.str
+    """Name of the limit that the request exceeds; empty if admissible."""
     def __init__(
         self,
         *,

@@ -22,6 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class PreviewEditRequest(_message.Message):
+    """Asks what an edit would do. It overlays the weights for this request alone; nobody else sees it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -32,17 +34,29 @@ class PreviewEditRequest(_message.Message):
     SHIFT_FIELD_NUMBER: _builtins.int
     PROBES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Name of the model; empty = the only resident one."""
     revision: _builtins.str
+    """Revision that must be resident; empty = whichever is. Another one is NOT_FOUND."""
     @_builtins.property
-    def input(self) -> _common_pb2.Input: ...
+    def input(self) -> _common_pb2.Input:
+        """The prompt that the edit is made for; required."""
+
     @_builtins.property
-    def target(self) -> _common_pb2.Target: ...
+    def target(self) -> _common_pb2.Target:
+        """What the edited model should say; required. Of several tokens the first is reported."""
+
     @_builtins.property
-    def descent(self) -> Global___DescentStep: ...
+    def descent(self) -> Global___DescentStep:
+        """A step of gradient descent."""
+
     @_builtins.property
-    def shift(self) -> Global___ForwardShift: ...
+    def shift(self) -> Global___ForwardShift:
+        """An addition made from the forward pass alone."""
+
     @_builtins.property
-    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Probe]: ...
+    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Probe]:
+        """Other prompts to look at before and after: paraphrases, neighbours."""
+
     def __init__(
         self,
         *,
@@ -66,16 +80,23 @@ Global___PreviewEditRequest: _TypeAlias = PreviewEditRequest  # noqa: Y015
 
 @_typing.final
 class DescentStep(_message.Message):
+    """W -= learning_rate * dL/dW, L being the target's negative log likelihood."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MATRICES_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
+    """Length of the step; 0 is INVALID_ARGUMENT."""
     @_builtins.property
-    def matrices(self) -> _containers.RepeatedScalarFieldContainer[_gradient_lens_pb2.MatrixKind.ValueType]: ...
+    def matrices(self) -> _containers.RepeatedScalarFieldContainer[_gradient_lens_pb2.MatrixKind.ValueType]:
+        """Matrices to change; empty = FF1 and FF2."""
+
     @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers to change, from 0; empty = all."""
+
     def __init__(
         self,
         *,
@@ -93,12 +114,18 @@ Global___DescentStep: _TypeAlias = DescentStep  # noqa: Y015
 
 @_typing.final
 class ForwardShift(_message.Message):
+    """FF2 += eta x^T e: x FF2's input at the last position, e the input embedding of the target's first
+    token (Backward Lens, section 7).
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYER_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    """The layer to change, from 0."""
     eta: _builtins.float
+    """Strength; the paper uses 0.24 for layer 35 of GPT2-xl. 0 is INVALID_ARGUMENT."""
     def __init__(
         self,
         *,
@@ -115,16 +142,23 @@ Global___ForwardShift: _TypeAlias = ForwardShift  # noqa: Y015
 
 @_typing.final
 class Probe(_message.Message):
+    """A prompt to watch."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LABEL_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     label: _builtins.str
+    """Name that comes back with its effect."""
     @_builtins.property
-    def input(self) -> _common_pb2.Input: ...
+    def input(self) -> _common_pb2.Input:
+        """The prompt; required."""
+
     @_builtins.property
-    def target(self) -> _common_pb2.Target: ...
+    def target(self) -> _common_pb2.Target:
+        """Token to watch; unset = the edit's target. Of several tokens the first is reported."""
+
     def __init__(
         self,
         *,
@@ -142,6 +176,8 @@ Global___Probe: _TypeAlias = Probe  # noqa: Y015
 
 @_typing.final
 class PreviewEditResponse(_message.Message):
+    """What the edit did."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     EDITED_FIELD_NUMBER: _builtins.int
@@ -149,13 +185,21 @@ class PreviewEditResponse(_message.Message):
     PROVENANCE_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def edited(self) -> Global___Effect: ...
+    def edited(self) -> Global___Effect:
+        """On the prompt that it was made for."""
+
     @_builtins.property
-    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Effect]: ...
+    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Effect]:
+        """On the probes, in the request's order."""
+
     @_builtins.property
-    def provenance(self) -> _common_pb2.Provenance: ...
+    def provenance(self) -> _common_pb2.Provenance:
+        """The model that was edited for the moment."""
+
     @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Texts of every token that the effects name."""
+
     def __init__(
         self,
         *,
@@ -174,6 +218,8 @@ Global___PreviewEditResponse: _TypeAlias = PreviewEditResponse  # noqa: Y015
 
 @_typing.final
 class Effect(_message.Message):
+    """The next-token distribution of one prompt, before and after the edit."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LABEL_FIELD_NUMBER: _builtins.int
@@ -186,14 +232,23 @@ class Effect(_message.Message):
     PREDICTED_AFTER_FIELD_NUMBER: _builtins.int
     KL_BITS_FIELD_NUMBER: _builtins.int
     label: _builtins.str
+    """The probe's label; empty for the edited prompt."""
     target_token_id: _builtins.int
+    """The token watched."""
     probability_before: _builtins.float
+    """Its probability before."""
     probability_after: _builtins.float
+    """Its probability after."""
     rank_before: _builtins.int
+    """How many tokens were likelier before; 0 = it was the prediction."""
     rank_after: _builtins.int
+    """How many tokens are likelier after."""
     predicted_before: _builtins.int
+    """The model's prediction before."""
     predicted_after: _builtins.int
+    """The model's prediction after."""
     kl_bits: _builtins.float
+    """KL(before || after) of the whole distribution, in bits."""
     def __init__(
         self,
         *,

@@ -28,26 +28,45 @@ class _MatrixKind:
 class _MatrixKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MatrixKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MATRIX_KIND_UNSPECIFIED: _MatrixKind.ValueType  # 0
+    """Never sent; in a request INVALID_ARGUMENT."""
     MATRIX_KIND_Q: _MatrixKind.ValueType  # 1
+    """Queries, W_Q."""
     MATRIX_KIND_K: _MatrixKind.ValueType  # 2
+    """Keys, W_K."""
     MATRIX_KIND_V: _MatrixKind.ValueType  # 3
+    """Values, W_V."""
     MATRIX_KIND_O: _MatrixKind.ValueType  # 4
+    """Attention's output, W_O."""
     MATRIX_KIND_FF1: _MatrixKind.ValueType  # 5
+    """First matrix of an MLP that is not gated."""
     MATRIX_KIND_GATE: _MatrixKind.ValueType  # 6
+    """Gate of a gated MLP."""
     MATRIX_KIND_UP: _MatrixKind.ValueType  # 7
+    """Up map of a gated MLP."""
     MATRIX_KIND_FF2: _MatrixKind.ValueType  # 8
+    """Last matrix of the MLP (down map)."""
 
-class MatrixKind(_MatrixKind, metaclass=_MatrixKindEnumTypeWrapper): ...
+class MatrixKind(_MatrixKind, metaclass=_MatrixKindEnumTypeWrapper):
+    """A weight matrix of one block."""
 
 MATRIX_KIND_UNSPECIFIED: MatrixKind.ValueType  # 0
+"""Never sent; in a request INVALID_ARGUMENT."""
 MATRIX_KIND_Q: MatrixKind.ValueType  # 1
+"""Queries, W_Q."""
 MATRIX_KIND_K: MatrixKind.ValueType  # 2
+"""Keys, W_K."""
 MATRIX_KIND_V: MatrixKind.ValueType  # 3
+"""Values, W_V."""
 MATRIX_KIND_O: MatrixKind.ValueType  # 4
+"""Attention's output, W_O."""
 MATRIX_KIND_FF1: MatrixKind.ValueType  # 5
+"""First matrix of an MLP that is not gated."""
 MATRIX_KIND_GATE: MatrixKind.ValueType  # 6
+"""Gate of a gated MLP."""
 MATRIX_KIND_UP: MatrixKind.ValueType  # 7
+"""Up map of a gated MLP."""
 MATRIX_KIND_FF2: MatrixKind.ValueType  # 8
+"""Last matrix of the MLP (down map)."""
 Global___MatrixKind: _TypeAlias = MatrixKind  # noqa: Y015
 
 class _Side:
@@ -57,14 +76,21 @@ class _Side:
 class _SideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Side.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     SIDE_UNSPECIFIED: _Side.ValueType  # 0
+    """Never sent."""
     SIDE_INPUT: _Side.ValueType  # 1
+    """x, the matrix's input, which a step imprints: Q, K, V, FF1, GATE and UP."""
     SIDE_VJP: _Side.ValueType  # 2
+    """delta, the vector-Jacobian product at its output, by which a step shifts: O and FF2."""
 
-class Side(_Side, metaclass=_SideEnumTypeWrapper): ...
+class Side(_Side, metaclass=_SideEnumTypeWrapper):
+    """A factor of the gradient."""
 
 SIDE_UNSPECIFIED: Side.ValueType  # 0
+"""Never sent."""
 SIDE_INPUT: Side.ValueType  # 1
+"""x, the matrix's input, which a step imprints: Q, K, V, FF1, GATE and UP."""
 SIDE_VJP: Side.ValueType  # 2
+"""delta, the vector-Jacobian product at its output, by which a step shifts: O and FF2."""
 Global___Side: _TypeAlias = Side  # noqa: Y015
 
 class _End:
@@ -74,18 +100,29 @@ class _End:
 class _EndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_End.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     END_UNSPECIFIED: _End.ValueType  # 0
+    """Neither end: inputs are what the step imprints, they are not promoted."""
     END_TOP: _End.ValueType  # 1
+    """The largest logits."""
     END_BOTTOM: _End.ValueType  # 2
+    """The smallest logits: a descent step adds -lr x^T delta, which turns delta over."""
 
-class End(_End, metaclass=_EndEnumTypeWrapper): ...
+class End(_End, metaclass=_EndEnumTypeWrapper):
+    """An end of a ranking."""
 
 END_UNSPECIFIED: End.ValueType  # 0
+"""Neither end: inputs are what the step imprints, they are not promoted."""
 END_TOP: End.ValueType  # 1
+"""The largest logits."""
 END_BOTTOM: End.ValueType  # 2
+"""The smallest logits: a descent step adds -lr x^T delta, which turns delta over."""
 Global___End: _TypeAlias = End  # noqa: Y015
 
 @_typing.final
 class GradientLensRequest(_message.Message):
+    """Asks for the gradients of a loss as sums of outer products, read in the vocabulary (Backward
+    Lens, Katz, Belinkov, Geva & Wolf 2024).
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -108,31 +145,65 @@ class GradientLensRequest(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     ALLOW_BATCHING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Name of the model; empty = the only resident one, INVALID_ARGUMENT when there are several."""
     revision: _builtins.str
+    """Revision that must be resident; empty = whichever is. Another one is NOT_FOUND."""
     top_k: _builtins.int
+    """How many of the largest logits each projection lists; unset = 5, 0 = none."""
     bottom_k: _builtins.int
+    """How many of the smallest logits each projection lists; unset = 5, 0 = none."""
     lens: _lens_pb2.Lens.ValueType
+    """Lens of all projections; unspecified = LENS_FINAL_NORM. LENS_NORMALIZED suits VJPs near the
+    norm's epsilon.
+    """
     components: _builtins.int
+    """How many components of each matrix to send, largest first; unset = 16, 0 = all."""
     spectrum_rank: _builtins.int
+    """How many singular values of each gradient to send; 0 = none."""
     neurons: _builtins.int
+    """How many neurons of each FF matrix to send, those that change most; 0 = none."""
     learning_rate: _builtins.float
+    """Length of the descent step that NeuronChange shows; unset = only the change's direction."""
     include_factors: _builtins.bool
+    """True adds both vectors of each component."""
     verify: _builtins.bool
+    """True compares each sum of outer products with the gradient that autograd forms densely."""
     allow_batching: _builtins.bool
+    """True lets the server run the pass together with other requests; results then agree with
+    unbatched ones to 1e-5 instead of bit by bit.
+    """
     @_builtins.property
-    def input(self) -> _common_pb2.Input: ...
+    def input(self) -> _common_pb2.Input:
+        """The prompt; required."""
+
     @_builtins.property
-    def nll(self) -> Global___NegativeLogLikelihood: ...
+    def nll(self) -> Global___NegativeLogLikelihood:
+        """Negative log likelihood of a target, the paper's loss."""
+
     @_builtins.property
-    def logit_difference(self) -> Global___LogitDifference: ...
+    def logit_difference(self) -> Global___LogitDifference:
+        """Difference of two tokens' logits."""
+
     @_builtins.property
-    def kl(self) -> Global___KlDivergence: ...
+    def kl(self) -> Global___KlDivergence:
+        """Divergence from the model's own distribution without some tokens."""
+
     @_builtins.property
-    def matrices(self) -> _containers.RepeatedScalarFieldContainer[Global___MatrixKind.ValueType]: ...
+    def matrices(self) -> _containers.RepeatedScalarFieldContainer[Global___MatrixKind.ValueType]:
+        """Matrices to send; empty = FF1 and FF2. FF1 stands for GATE and UP where the MLP is gated. When
+        none of them exists in this architecture: INVALID_ARGUMENT.
+        """
+
     @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers to send, from 0; empty = all. They are sent from the last one down. One at or above
+        n_layers is INVALID_ARGUMENT.
+        """
+
     @_builtins.property
-    def subject(self) -> Global___Subject: ...
+    def subject(self) -> Global___Subject:
+        """The prompt's subject, which turns on the summary's table of segments; unset = no table."""
+
     def __init__(
         self,
         *,
@@ -185,11 +256,17 @@ Global___GradientLensRequest: _TypeAlias = GradientLensRequest  # noqa: Y015
 
 @_typing.final
 class NegativeLogLikelihood(_message.Message):
+    """loss = -log p(target | prompt), in nats."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TARGET_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def target(self) -> _common_pb2.Target: ...
+    def target(self) -> _common_pb2.Target:
+        """The target; required. Several tokens are summed, teacher-forced: the model reads the prompt and
+        all of them but the last.
+        """
+
     def __init__(
         self,
         *,
@@ -205,14 +282,20 @@ Global___NegativeLogLikelihood: _TypeAlias = NegativeLogLikelihood  # noqa: Y015
 
 @_typing.final
 class LogitDifference(_message.Message):
+    """loss = logit(other) - logit(preferred) at the last position: descent prefers the preferred."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PREFERRED_FIELD_NUMBER: _builtins.int
     OTHER_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def preferred(self) -> _common_pb2.Target: ...
+    def preferred(self) -> _common_pb2.Target:
+        """Token that a descent step raises; required, a single token."""
+
     @_builtins.property
-    def other(self) -> _common_pb2.Target: ...
+    def other(self) -> _common_pb2.Target:
+        """Token that a descent step lowers; required, a single token."""
+
     def __init__(
         self,
         *,
@@ -229,11 +312,17 @@ Global___LogitDifference: _TypeAlias = LogitDifference  # noqa: Y015
 
 @_typing.final
 class KlDivergence(_message.Message):
+    """loss = KL(q || p) in nats at the last position, q being p without the suppressed tokens,
+    renormalised and held fixed: descent forgets them and keeps the rest.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SUPPRESSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def suppressed(self) -> _common_pb2.TokenIds: ...
+    def suppressed(self) -> _common_pb2.TokenIds:
+        """Tokens to suppress; required, at least one."""
+
     def __init__(
         self,
         *,
@@ -249,13 +338,18 @@ Global___KlDivergence: _TypeAlias = KlDivergence  # noqa: Y015
 
 @_typing.final
 class Subject(_message.Message):
+    """The tokens of the prompt that name what it is about."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     SPAN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """Literal text, whose last occurrence in the prompt counts; absent is INVALID_ARGUMENT."""
     @_builtins.property
-    def span(self) -> Global___Span: ...
+    def span(self) -> Global___Span:
+        """Positions."""
+
     def __init__(
         self,
         *,
@@ -274,12 +368,16 @@ Global___Subject: _TypeAlias = Subject  # noqa: Y015
 
 @_typing.final
 class Span(_message.Message):
+    """A range of token positions. Empty or outside the prompt is INVALID_ARGUMENT."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     START_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     start: _builtins.int
+    """First position, from 0."""
     end: _builtins.int
+    """One past the last position."""
     def __init__(
         self,
         *,
@@ -296,6 +394,8 @@ Global___Span: _TypeAlias = Span  # noqa: Y015
 
 @_typing.final
 class GradientLensResponse(_message.Message):
+    """One message of the stream: the header, then matrices from the last layer down, then the summary."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
@@ -303,12 +403,19 @@ class GradientLensResponse(_message.Message):
     MATRIX_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
+    """Counts the messages of the stream: 0, 1, 2, ..."""
     @_builtins.property
-    def header(self) -> Global___GradientHeader: ...
+    def header(self) -> Global___GradientHeader:
+        """First message."""
+
     @_builtins.property
-    def matrix(self) -> Global___GradientMatrix: ...
+    def matrix(self) -> Global___GradientMatrix:
+        """A matrix, or a piece of one."""
+
     @_builtins.property
-    def summary(self) -> Global___GradientSummary: ...
+    def summary(self) -> Global___GradientSummary:
+        """Last message; a stream without it was cut short."""
+
     def __init__(
         self,
         *,
@@ -329,6 +436,8 @@ Global___GradientLensResponse: _TypeAlias = GradientLensResponse  # noqa: Y015
 
 @_typing.final
 class GradientHeader(_message.Message):
+    """What was differentiated, known once the forward pass is done."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -339,16 +448,29 @@ class GradientHeader(_message.Message):
     PREDICTED_TOKEN_ID_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    """The request's id, as in metadata, errors and the server's log."""
     loss: _builtins.float
+    """Value of the loss, in the loss's own unit."""
     predicted_token_id: _builtins.int
+    """What the model itself predicts after the prompt."""
     @_builtins.property
-    def provenance(self) -> _common_pb2.Provenance: ...
+    def provenance(self) -> _common_pb2.Provenance:
+        """The model that ran."""
+
     @_builtins.property
-    def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
+    def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Every token that the model read, one for each position: the prompt and, teacher-forced, all
+        target tokens but the last.
+        """
+
     @_builtins.property
-    def target_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def target_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Target tokens, in order; of a logit difference, the preferred one; empty for the divergence."""
+
     @_builtins.property
-    def skipped(self) -> _containers.RepeatedScalarFieldContainer[Global___MatrixKind.ValueType]: ...
+    def skipped(self) -> _containers.RepeatedScalarFieldContainer[Global___MatrixKind.ValueType]:
+        """Kinds that were asked for and do not exist in this architecture."""
+
     def __init__(
         self,
         *,
@@ -370,6 +492,10 @@ Global___GradientHeader: _TypeAlias = GradientHeader  # noqa: Y015
 
 @_typing.final
 class GradientMatrix(_message.Message):
+    """The gradient of one matrix W [d_in, d_out], y = x W: dL/dW = sum_i x_i^T delta_i over positions.
+    It may span several messages of at most 1 MiB; the fields but the lists repeat in each.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYER_FIELD_NUMBER: _builtins.int
@@ -387,24 +513,43 @@ class GradientMatrix(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    """Layer, from 0."""
     kind: Global___MatrixKind.ValueType
+    """Which matrix of the block."""
     expert: _builtins.int
+    """Expert that owns it, from 0; set for mixtures only."""
     d_in: _builtins.int
+    """Rows of W: width of x."""
     d_out: _builtins.int
+    """Columns of W: width of delta."""
     projected_side: Global___Side.ValueType
+    """Which factor lies in the residual basis and is projected."""
     promoted_end: Global___End.ValueType
+    """At which end of the projections the tokens stand that a descent step promotes."""
     frobenius_norm: _builtins.float
+    """Frobenius norm of the whole gradient, components that were not sent included."""
     last: _builtins.bool
+    """True in the matrix's last message."""
     @_builtins.property
-    def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___Component]: ...
+    def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___Component]:
+        """The outer products, largest first."""
+
     @_builtins.property
-    def spectrum(self) -> _containers.RepeatedCompositeFieldContainer[Global___Singular]: ...
+    def spectrum(self) -> _containers.RepeatedCompositeFieldContainer[Global___Singular]:
+        """Largest singular values of the whole gradient, largest first."""
+
     @_builtins.property
-    def neurons(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeuronChange]: ...
+    def neurons(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeuronChange]:
+        """Neurons that change most, largest change first; FF matrices only."""
+
     @_builtins.property
-    def verification(self) -> Global___Verification: ...
+    def verification(self) -> Global___Verification:
+        """Comparison with autograd; set in the last message if asked for."""
+
     @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Texts of the tokens that this message is the first to name."""
+
     def __init__(
         self,
         *,
@@ -440,6 +585,8 @@ Global___GradientMatrix: _TypeAlias = GradientMatrix  # noqa: Y015
 
 @_typing.final
 class Component(_message.Message):
+    """One position's outer product x^T delta."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: _builtins.int
@@ -453,20 +600,35 @@ class Component(_message.Message):
     VJP_FIELD_NUMBER: _builtins.int
     TARGET_RANKS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
+    """Position of the pair, from 0."""
     input_norm: _builtins.float
+    """||x||."""
     vjp_norm: _builtins.float
+    """||delta||."""
     size: _builtins.float
+    """||x|| ||delta||: the Frobenius norm of the product."""
     predicted_rank: _builtins.int
+    """Rank in this projection of the token that the model itself predicts at this position; 0 = top."""
     @_builtins.property
-    def projection(self) -> _lens_pb2.Projection: ...
+    def projection(self) -> _lens_pb2.Projection:
+        """The projected factor through the request's lens; unset for exact zeros."""
+
     @_builtins.property
-    def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]: ...
+    def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
+        """Largest entries by magnitude of the factor that is not projected, largest first."""
+
     @_builtins.property
-    def input(self) -> _common_pb2.Tensor: ...
+    def input(self) -> _common_pb2.Tensor:
+        """x, [d_in] in float32; set if the request includes factors."""
+
     @_builtins.property
-    def vjp(self) -> _common_pb2.Tensor: ...
+    def vjp(self) -> _common_pb2.Tensor:
+        """delta, [d_out] in float32; set if the request includes factors."""
+
     @_builtins.property
-    def target_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def target_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ranks in this projection of the target's tokens, one each, in order; 0 = top."""
+
     def __init__(
         self,
         *,
@@ -493,12 +655,16 @@ Global___Component: _TypeAlias = Component  # noqa: Y015
 
 @_typing.final
 class Entry(_message.Message):
+    """A coordinate and its value."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     INDEX_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
+    """Neuron; for attention's matrices head * d_head + dimension."""
     value: _builtins.float
+    """The value there, signed."""
     def __init__(
         self,
         *,
@@ -515,6 +681,8 @@ Global___Entry: _TypeAlias = Entry  # noqa: Y015
 
 @_typing.final
 class Singular(_message.Message):
+    """One singular value of the gradient with its vectors, exact from the factors."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VALUE_FIELD_NUMBER: _builtins.int
@@ -522,11 +690,17 @@ class Singular(_message.Message):
     PROJECTION_FIELD_NUMBER: _builtins.int
     OTHER_SIDE_FIELD_NUMBER: _builtins.int
     value: _builtins.float
+    """The singular value."""
     explained: _builtins.float
+    """Its square as a part of the gradient's squared Frobenius norm: 0 to 1."""
     @_builtins.property
-    def projection(self) -> _lens_pb2.Projection: ...
+    def projection(self) -> _lens_pb2.Projection:
+        """The singular vector of the projected side; its sign is arbitrary."""
+
     @_builtins.property
-    def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]: ...
+    def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
+        """Largest entries by magnitude of the other singular vector, whose sign belongs to the first."""
+
     def __init__(
         self,
         *,
@@ -545,6 +719,8 @@ Global___Singular: _TypeAlias = Singular  # noqa: Y015
 
 @_typing.final
 class NeuronChange(_message.Message):
+    """What a descent step does to one neuron: a column of FF1, GATE or UP, or a row of FF2."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NEURON_FIELD_NUMBER: _builtins.int
@@ -553,13 +729,21 @@ class NeuronChange(_message.Message):
     CHANGE_FIELD_NUMBER: _builtins.int
     AFTER_FIELD_NUMBER: _builtins.int
     neuron: _builtins.int
+    """The neuron, from 0."""
     change_norm: _builtins.float
+    """Norm of the change, for a learning rate of 1 where the request sets none."""
     @_builtins.property
-    def before(self) -> _lens_pb2.Projection: ...
+    def before(self) -> _lens_pb2.Projection:
+        """The neuron's vector as it is."""
+
     @_builtins.property
-    def change(self) -> _lens_pb2.Projection: ...
+    def change(self) -> _lens_pb2.Projection:
+        """The change by itself."""
+
     @_builtins.property
-    def after(self) -> _lens_pb2.Projection: ...
+    def after(self) -> _lens_pb2.Projection:
+        """The vector after the step; unset without a learning rate."""
+
     def __init__(
         self,
         *,
@@ -579,12 +763,16 @@ Global___NeuronChange: _TypeAlias = NeuronChange  # noqa: Y015
 
 @_typing.final
 class Verification(_message.Message):
+    """How far the sum of outer products lies from autograd's dense gradient."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     TOLERANCE_FIELD_NUMBER: _builtins.int
     relative_error: _builtins.float
+    """||sum - autograd|| / ||autograd||, Frobenius."""
     tolerance: _builtins.float
+    """Largest error allowed for the model's number format: 1e-5 for float32, 5e-3 for bfloat16."""
     def __init__(
         self,
         *,
@@ -601,16 +789,23 @@ Global___Verification: _TypeAlias = Verification  # noqa: Y015
 
 @_typing.final
 class GradientSummary(_message.Message):
+    """Closes a complete gradient lens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MATRICES_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
     SEGMENTS_FIELD_NUMBER: _builtins.int
     matrices: _builtins.int
+    """Matrices sent."""
     @_builtins.property
-    def times(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTime]: ...
+    def times(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTime]:
+        """Where the time went."""
+
     @_builtins.property
-    def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentRow]: ...
+    def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentRow]:
+        """The table over the prompt's segments; set if the request names a subject."""
+
     def __init__(
         self,
         *,
@@ -628,6 +823,8 @@ Global___GradientSummary: _TypeAlias = GradientSummary  # noqa: Y015
 
 @_typing.final
 class SegmentRow(_message.Message):
+    """One cell row of the paper's comparison of a prompt's segments."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SEGMENT_FIELD_NUMBER: _builtins.int
@@ -637,11 +834,17 @@ class SegmentRow(_message.Message):
     MEAN_TARGET_RANK_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
     segment: _builtins.str
+    """`first_token`, `subject`, `last_subject_token`, `rest` or `last_token`."""
     layer: _builtins.int
+    """Layer, from 0."""
     kind: Global___MatrixKind.ValueType
+    """Which matrix of the block."""
     mean_vjp_norm: _builtins.float
+    """Mean of ||delta|| over the segment's positions."""
     mean_target_rank: _builtins.float
+    """Mean rank of the target in the projected factor; 0 = top."""
     positions: _builtins.int
+    """How many positions the segment has."""
     def __init__(
         self,
         *,

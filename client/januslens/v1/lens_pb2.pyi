@@ -27,20 +27,35 @@ class _Lens:
 class _LensEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Lens.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     LENS_UNSPECIFIED: _Lens.ValueType  # 0
+    """Means LENS_FINAL_NORM."""
     LENS_FINAL_NORM: _Lens.ValueType  # 1
+    """unembed(final_norm(v)): of the last block's output, exactly the model's logits."""
     LENS_NORMALIZED: _Lens.ValueType  # 2
+    """The same of v / max(||v||, 1e-12): for vectors so short that the norm's epsilon would show,
+    such as VJPs (Backward Lens, Katz et al. 2024).
+    """
     LENS_RAW: _Lens.ValueType  # 3
+    """unembed(v), without the final norm."""
 
-class Lens(_Lens, metaclass=_LensEnumTypeWrapper): ...
+class Lens(_Lens, metaclass=_LensEnumTypeWrapper):
+    """How a vector of the residual basis is read in the vocabulary. All arithmetic is float32."""
 
 LENS_UNSPECIFIED: Lens.ValueType  # 0
+"""Means LENS_FINAL_NORM."""
 LENS_FINAL_NORM: Lens.ValueType  # 1
+"""unembed(final_norm(v)): of the last block's output, exactly the model's logits."""
 LENS_NORMALIZED: Lens.ValueType  # 2
+"""The same of v / max(||v||, 1e-12): for vectors so short that the norm's epsilon would show,
+such as VJPs (Backward Lens, Katz et al. 2024).
+"""
 LENS_RAW: Lens.ValueType  # 3
+"""unembed(v), without the final norm."""
 Global___Lens: _TypeAlias = Lens  # noqa: Y015
 
 @_typing.final
 class Projection(_message.Message):
+    """A vector read in the vocabulary. Lists are ordered by value, equal values by lower token id."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
@@ -54,21 +69,39 @@ class Projection(_message.Message):
     TARGET_PROBABILITY_FIELD_NUMBER: _builtins.int
     TARGET_LOGIT_FIELD_NUMBER: _builtins.int
     entropy_bits: _builtins.float
+    """Entropy of the softmax distribution in bits: 0 for certainty, log2(vocab_size) for uniform."""
     target_rank: _builtins.int
+    """How many tokens have a strictly larger logit than the target (before any soft-cap); 0 = first.
+    This and the two fields below are set wherever the request has a target.
+    """
     target_probability: _builtins.float
+    """The target's softmax probability."""
     target_logit: _builtins.float
+    """The target's logit."""
     @_builtins.property
-    def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens with the largest logits, largest first; as many as the request's `top_k`."""
+
     @_builtins.property
-    def top_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def top_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their softmax probabilities over the whole vocabulary, in the same order."""
+
     @_builtins.property
-    def top_logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def top_logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their logits, in the same order; after the soft-cap where the model has one."""
+
     @_builtins.property
-    def bottom_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def bottom_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens with the smallest logits, smallest first; as many as the request's `bottom_k`."""
+
     @_builtins.property
-    def bottom_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def bottom_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their softmax probabilities, in the same order."""
+
     @_builtins.property
-    def bottom_logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
+    def bottom_logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their logits, in the same order."""
+
     def __init__(
         self,
         *,
@@ -104,6 +137,8 @@ Global___Projection: _TypeAlias = Projection  # noqa: Y015
 
 @_typing.final
 class ProjectRequest(_message.Message):
+    """Vectors of the caller's own to read through a model's lens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -113,13 +148,25 @@ class ProjectRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     BOTTOM_K_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Name of the model; empty = the only resident one."""
     lens: Global___Lens.ValueType
+    """Which lens; unspecified = LENS_FINAL_NORM."""
     top_k: _builtins.int
+    """How many of the largest logits to list; unset = 5, 0 = none."""
     bottom_k: _builtins.int
+    """How many of the smallest logits to list; unset = 5, 0 = none."""
     @_builtins.property
-    def vectors(self) -> _common_pb2.Tensor: ...
+    def vectors(self) -> _common_pb2.Tensor:
+        """Vectors of the residual basis, [d_model] or [vectors, d_model], in any floating format; another
+        last dimension is INVALID_ARGUMENT.
+        """
+
     @_builtins.property
-    def target(self) -> _common_pb2.Target: ...
+    def target(self) -> _common_pb2.Target:
+        """Token whose rank, probability and logit each projection reports; unset = none. Several tokens
+        are INVALID_ARGUMENT.
+        """
+
     def __init__(
         self,
         *,
@@ -147,17 +194,27 @@ Global___ProjectRequest: _TypeAlias = ProjectRequest  # noqa: Y015
 
 @_typing.final
 class ProjectResponse(_message.Message):
+    """The vectors as the lens reads them."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROJECTIONS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def projections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Projection]: ...
+    def projections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Projection]:
+        """One for each vector, in order. A vector of exact zeros has an empty one: its lens would show
+        nothing but the model's biases.
+        """
+
     @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Texts of every token the projections name."""
+
     @_builtins.property
-    def provenance(self) -> _common_pb2.Provenance: ...
+    def provenance(self) -> _common_pb2.Provenance:
+        """The model that read them."""
+
     def __init__(
         self,
         *,

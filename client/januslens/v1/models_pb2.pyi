@@ -22,12 +22,18 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ListModelsRequest(_message.Message):
+    """Asks for the models of this server."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
+    """How many models to return at most; 0 = the server's default, which is also its maximum."""
     page_token: _builtins.str
+    """`next_page_token` of the page before; empty = the first page. One that this server did not
+    issue is INVALID_ARGUMENT.
+    """
     def __init__(
         self,
         *,
@@ -44,13 +50,18 @@ Global___ListModelsRequest: _TypeAlias = ListModelsRequest  # noqa: Y015
 
 @_typing.final
 class ListModelsResponse(_message.Message):
+    """One page of the server's models."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODELS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """Token for the next page; empty = this is the last one."""
     @_builtins.property
-    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]: ...
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
+        """Models in order of their names."""
+
     def __init__(
         self,
         *,
@@ -67,6 +78,8 @@ Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
+    """A model that the server was configured to hold."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     class _State:
@@ -76,15 +89,25 @@ class Model(_message.Message):
     class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Model._State.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: Model._State.ValueType  # 0
+        """Never sent."""
         STATE_LOADING: Model._State.ValueType  # 1
+        """Weights are being read or the self-check is running; requests get UNAVAILABLE."""
         STATE_READY: Model._State.ValueType  # 2
+        """Loaded and checked."""
         STATE_FAILED: Model._State.ValueType  # 3
+        """Could not be loaded or did not pass its self-check; requests get FAILED_PRECONDITION."""
 
-    class State(_State, metaclass=_StateEnumTypeWrapper): ...
+    class State(_State, metaclass=_StateEnumTypeWrapper):
+        """Whether the model can be asked."""
+
     STATE_UNSPECIFIED: Model.State.ValueType  # 0
+    """Never sent."""
     STATE_LOADING: Model.State.ValueType  # 1
+    """Weights are being read or the self-check is running; requests get UNAVAILABLE."""
     STATE_READY: Model.State.ValueType  # 2
+    """Loaded and checked."""
     STATE_FAILED: Model.State.ValueType  # 3
+    """Could not be loaded or did not pass its self-check; requests get FAILED_PRECONDITION."""
 
     NAME_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
@@ -101,21 +124,37 @@ class Model(_message.Message):
     MAX_POSITIONS_FIELD_NUMBER: _builtins.int
     GUARANTEES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Name by which requests address it."""
     state: Global___Model.State.ValueType
+    """Whether it can be asked now."""
     state_reason: _builtins.str
+    """Why it FAILED, for a person to read; empty otherwise."""
     n_layers: _builtins.int
+    """Number of transformer blocks."""
     n_heads: _builtins.int
+    """Query heads of each attention."""
     n_kv_heads: _builtins.int
+    """Key and value heads of each attention, as really used: fewer than `n_heads` when grouped."""
     d_model: _builtins.int
+    """Width of the residual basis."""
     d_head: _builtins.int
+    """Width of one head."""
     d_mlp: _builtins.int
+    """Neurons of one MLP, or of one expert."""
     n_experts: _builtins.int
+    """Experts of a mixture; 0 = the MLPs are dense."""
     vocab_size: _builtins.int
+    """Tokens that the unembedding knows; valid ids lie below it."""
     max_positions: _builtins.int
+    """Longest input in tokens."""
     @_builtins.property
-    def provenance(self) -> _common_pb2.Provenance: ...
+    def provenance(self) -> _common_pb2.Provenance:
+        """Revision, architecture and numeric form; known once the model is READY."""
+
     @_builtins.property
-    def guarantees(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Guarantee]: ...
+    def guarantees(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Guarantee]:
+        """What the self-check at load measured."""
+
     def __init__(
         self,
         *,
@@ -144,14 +183,19 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
+    """A text to read as a model reads it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     WITH_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Name of the model; empty = the only resident one."""
     text: _builtins.str
+    """The text; empty is INVALID_ARGUMENT."""
     with_special_tokens: _builtins.bool
+    """True adds the tokenizer's special tokens, as prompts get them; false reads it like a target."""
     def __init__(
         self,
         *,
@@ -169,11 +213,15 @@ Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
 
 @_typing.final
 class TokenizeResponse(_message.Message):
+    """The text's tokens."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """One for each position, in order, with character spans."""
+
     def __init__(
         self,
         *,

@@ -22,6 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class FindNeuronsRequest(_message.Message):
+    """Asks for the neurons whose value, their row of FF2, promotes a token. No forward pass is run."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -31,13 +33,23 @@ class FindNeuronsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Name of the model; empty = the only resident one."""
     suppressed: _builtins.bool
+    """True asks for those that push the token to the bottom instead."""
     page_size: _builtins.int
+    """How many neurons to return at most; 0 = the server's default. Above its maximum, the maximum."""
     page_token: _builtins.str
+    """`next_page_token` of the page before; empty = the first page. One that belongs to another
+    request is INVALID_ARGUMENT.
+    """
     @_builtins.property
-    def token(self) -> _common_pb2.Target: ...
+    def token(self) -> _common_pb2.Target:
+        """The token; required, a single token."""
+
     @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers to search, from 0; empty = all."""
+
     def __init__(
         self,
         *,
@@ -58,16 +70,23 @@ Global___FindNeuronsRequest: _TypeAlias = FindNeuronsRequest  # noqa: Y015
 
 @_typing.final
 class FindNeuronsResponse(_message.Message):
+    """One page of neurons."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NEURONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
+    """Token for the next page; empty = this is the last one."""
     @_builtins.property
-    def neurons(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeuronHit]: ...
+    def neurons(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeuronHit]:
+        """By rank of the token, then by logit; equal ones by layer, expert and neuron."""
+
     @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Texts of every token that the projections name."""
+
     def __init__(
         self,
         *,
@@ -85,6 +104,8 @@ Global___FindNeuronsResponse: _TypeAlias = FindNeuronsResponse  # noqa: Y015
 
 @_typing.final
 class NeuronHit(_message.Message):
+    """A neuron and how its value reads."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYER_FIELD_NUMBER: _builtins.int
@@ -94,12 +115,19 @@ class NeuronHit(_message.Message):
     LOGIT_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    """Layer, from 0."""
     neuron: _builtins.int
+    """Neuron, from 0."""
     expert: _builtins.int
+    """Expert that owns the neuron, from 0; set for mixtures only."""
     rank: _builtins.int
+    """The token's rank in the value's projection, counted from the end asked for; 0 = first."""
     logit: _builtins.float
+    """The token's logit in the value's projection."""
     @_builtins.property
-    def value(self) -> _lens_pb2.Projection: ...
+    def value(self) -> _lens_pb2.Projection:
+        """The value, a row of FF2, through LENS_FINAL_NORM."""
+
     def __init__(
         self,
         *,

@@ -32,7 +32,18 @@ if _version_not_supported:
 
 
 class IntrospectionServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Shows how a language model's forward and backward passes read in its vocabulary.
+
+    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
+    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
+    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
+    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
+    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+
+    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
+    no raised limits. The same request on the same revision gives the same bytes but for times and
+    ids.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -83,52 +94,83 @@ class IntrospectionServiceStub(object):
 
 
 class IntrospectionServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Shows how a language model's forward and backward passes read in its vocabulary.
+
+    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
+    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
+    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
+    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
+    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+
+    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
+    no raised limits. The same request on the same revision gives the same bytes but for times and
+    ids.
+    """
 
     def ListModels(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Lists the server's models with their sizes, states and self-checks. Reads only; never waits for
+        a device. INVALID_ARGUMENT for an unknown page token.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Token ids, texts and character spans of a text as this model reads it. Reads only; never waits
+        for a device. INVALID_ARGUMENT for an empty text.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Project(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Reads the caller's own vectors through the model's lens. INVALID_ARGUMENT for vectors that are
+        not of the residual basis; UNIMPLEMENTED on a server that does not offer it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Trace(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Runs the prompt once and streams its flow graph, layer by layer: which vectors made the
+        prediction, what each says in the vocabulary, and what became of it (VISIT). Changes nothing.
+        INVALID_ARGUMENT for unknown or out-of-range fields, RESOURCE_EXHAUSTED when the cost exceeds
+        the server's limit or its queue is full, DEADLINE_EXCEEDED and CANCELLED within one layer,
+        ABORTED when the reader stalls.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GradientLens(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Runs the prompt forward and backward and streams each matrix's gradient as a sum of outer
+        products, from the last layer down: what a descent step would imprint and where it would shift
+        (Backward Lens). Changes nothing; errors as for Trace.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PreviewEdit(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Reports what an edit would do to a prompt and to others, as an overlay for this request alone.
+        Errors as for Trace; UNIMPLEMENTED on a server that does not offer it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FindNeurons(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Finds the neurons whose value row promotes, or suppresses, a token. INVALID_ARGUMENT for a
+        target of several tokens; UNIMPLEMENTED on a server that does not offer it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EstimateCost(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Estimates a request's cost and compares it with the limits, without running it. Errors as the
+        request itself would get; UNIMPLEMENTED on a server that does not offer it.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -185,7 +227,18 @@ def add_IntrospectionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IntrospectionService(object):
-    """Missing associated documentation comment in .proto file."""
+    """Shows how a language model's forward and backward passes read in its vocabulary.
+
+    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
+    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
+    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
+    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
+    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+
+    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
+    no raised limits. The same request on the same revision gives the same bytes but for times and
+    ids.
+    """
 
     @staticmethod
     def ListModels(request,

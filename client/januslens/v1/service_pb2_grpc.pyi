@@ -33,86 +33,209 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class IntrospectionServiceStub:
+    """Shows how a language model's forward and backward passes read in its vocabulary.
+
+    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
+    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
+    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
+    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
+    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+
+    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
+    no raised limits. The same request on the same revision gives the same bytes but for times and
+    ids.
+    """
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> IntrospectionServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]
+    """Lists the server's models with their sizes, states and self-checks. Reads only; never waits for
+    a device. INVALID_ARGUMENT for an unknown page token.
+    """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_models_pb2.TokenizeRequest, _models_pb2.TokenizeResponse]
+    """Token ids, texts and character spans of a text as this model reads it. Reads only; never waits
+    for a device. INVALID_ARGUMENT for an empty text.
+    """
     Project: _grpc.UnaryUnaryMultiCallable[_lens_pb2.ProjectRequest, _lens_pb2.ProjectResponse]
+    """Reads the caller's own vectors through the model's lens. INVALID_ARGUMENT for vectors that are
+    not of the residual basis; UNIMPLEMENTED on a server that does not offer it.
+    """
     Trace: _grpc.UnaryStreamMultiCallable[_trace_pb2.TraceRequest, _trace_pb2.TraceResponse]
+    """Runs the prompt once and streams its flow graph, layer by layer: which vectors made the
+    prediction, what each says in the vocabulary, and what became of it (VISIT). Changes nothing.
+    INVALID_ARGUMENT for unknown or out-of-range fields, RESOURCE_EXHAUSTED when the cost exceeds
+    the server's limit or its queue is full, DEADLINE_EXCEEDED and CANCELLED within one layer,
+    ABORTED when the reader stalls.
+    """
     GradientLens: _grpc.UnaryStreamMultiCallable[_gradient_lens_pb2.GradientLensRequest, _gradient_lens_pb2.GradientLensResponse]
+    """Runs the prompt forward and backward and streams each matrix's gradient as a sum of outer
+    products, from the last layer down: what a descent step would imprint and where it would shift
+    (Backward Lens). Changes nothing; errors as for Trace.
+    """
     PreviewEdit: _grpc.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]
+    """Reports what an edit would do to a prompt and to others, as an overlay for this request alone.
+    Errors as for Trace; UNIMPLEMENTED on a server that does not offer it.
+    """
     FindNeurons: _grpc.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]
+    """Finds the neurons whose value row promotes, or suppresses, a token. INVALID_ARGUMENT for a
+    target of several tokens; UNIMPLEMENTED on a server that does not offer it.
+    """
     EstimateCost: _grpc.UnaryUnaryMultiCallable[_cost_pb2.EstimateCostRequest, _cost_pb2.EstimateCostResponse]
+    """Estimates a request's cost and compares it with the limits, without running it. Errors as the
+    request itself would get; UNIMPLEMENTED on a server that does not offer it.
+    """
 
 @_typing.type_check_only
 class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
+    """Shows how a language model's forward and backward passes read in its vocabulary.
+
+    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
+    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
+    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
+    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
+    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+
+    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
+    no raised limits. The same request on the same revision gives the same bytes but for times and
+    ids.
+    """
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]  # type: ignore[assignment]
+    """Lists the server's models with their sizes, states and self-checks. Reads only; never waits for
+    a device. INVALID_ARGUMENT for an unknown page token.
+    """
     Tokenize: _aio.UnaryUnaryMultiCallable[_models_pb2.TokenizeRequest, _models_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Token ids, texts and character spans of a text as this model reads it. Reads only; never waits
+    for a device. INVALID_ARGUMENT for an empty text.
+    """
     Project: _aio.UnaryUnaryMultiCallable[_lens_pb2.ProjectRequest, _lens_pb2.ProjectResponse]  # type: ignore[assignment]
+    """Reads the caller's own vectors through the model's lens. INVALID_ARGUMENT for vectors that are
+    not of the residual basis; UNIMPLEMENTED on a server that does not offer it.
+    """
     Trace: _aio.UnaryStreamMultiCallable[_trace_pb2.TraceRequest, _trace_pb2.TraceResponse]  # type: ignore[assignment]
+    """Runs the prompt once and streams its flow graph, layer by layer: which vectors made the
+    prediction, what each says in the vocabulary, and what became of it (VISIT). Changes nothing.
+    INVALID_ARGUMENT for unknown or out-of-range fields, RESOURCE_EXHAUSTED when the cost exceeds
+    the server's limit or its queue is full, DEADLINE_EXCEEDED and CANCELLED within one layer,
+    ABORTED when the reader stalls.
+    """
     GradientLens: _aio.UnaryStreamMultiCallable[_gradient_lens_pb2.GradientLensRequest, _gradient_lens_pb2.GradientLensResponse]  # type: ignore[assignment]
+    """Runs the prompt forward and backward and streams each matrix's gradient as a sum of outer
+    products, from the last layer down: what a descent step would imprint and where it would shift
+    (Backward Lens). Changes nothing; errors as for Trace.
+    """
     PreviewEdit: _aio.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]  # type: ignore[assignment]
+    """Reports what an edit would do to a prompt and to others, as an overlay for this request alone.
+    Errors as for Trace; UNIMPLEMENTED on a server that does not offer it.
+    """
     FindNeurons: _aio.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]  # type: ignore[assignment]
+    """Finds the neurons whose value row promotes, or suppresses, a token. INVALID_ARGUMENT for a
+    target of several tokens; UNIMPLEMENTED on a server that does not offer it.
+    """
     EstimateCost: _aio.UnaryUnaryMultiCallable[_cost_pb2.EstimateCostRequest, _cost_pb2.EstimateCostResponse]  # type: ignore[assignment]
+    """Estimates a request's cost and compares it with the limits, without running it. Errors as the
+    request itself would get; UNIMPLEMENTED on a server that does not offer it.
+    """
 
 class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Shows how a language model's forward and backward passes read in its vocabulary.
+
+    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
+    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
+    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
+    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
+    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+
+    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
+    no raised limits. The same request on the same revision gives the same bytes but for times and
+    ids.
+    """
+
     @_abc_1.abstractmethod
     def ListModels(
         self,
         request: _models_pb2.ListModelsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_models_pb2.ListModelsResponse, _abc.Awaitable[_models_pb2.ListModelsResponse]]: ...
+    ) -> _typing.Union[_models_pb2.ListModelsResponse, _abc.Awaitable[_models_pb2.ListModelsResponse]]:
+        """Lists the server's models with their sizes, states and self-checks. Reads only; never waits for
+        a device. INVALID_ARGUMENT for an unknown page token.
+        """
 
     @_abc_1.abstractmethod
     def Tokenize(
         self,
         request: _models_pb2.TokenizeRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_models_pb2.TokenizeResponse, _abc.Awaitable[_models_pb2.TokenizeResponse]]: ...
+    ) -> _typing.Union[_models_pb2.TokenizeResponse, _abc.Awaitable[_models_pb2.TokenizeResponse]]:
+        """Token ids, texts and character spans of a text as this model reads it. Reads only; never waits
+        for a device. INVALID_ARGUMENT for an empty text.
+        """
 
     @_abc_1.abstractmethod
     def Project(
         self,
         request: _lens_pb2.ProjectRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_lens_pb2.ProjectResponse, _abc.Awaitable[_lens_pb2.ProjectResponse]]: ...
+    ) -> _typing.Union[_lens_pb2.ProjectResponse, _abc.Awaitable[_lens_pb2.ProjectResponse]]:
+        """Reads the caller's own vectors through the model's lens. INVALID_ARGUMENT for vectors that are
+        not of the residual basis; UNIMPLEMENTED on a server that does not offer it.
+        """
 
     @_abc_1.abstractmethod
     def Trace(
         self,
         request: _trace_pb2.TraceRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_trace_pb2.TraceResponse], _abc.AsyncIterator[_trace_pb2.TraceResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_trace_pb2.TraceResponse], _abc.AsyncIterator[_trace_pb2.TraceResponse]]:
+        """Runs the prompt once and streams its flow graph, layer by layer: which vectors made the
+        prediction, what each says in the vocabulary, and what became of it (VISIT). Changes nothing.
+        INVALID_ARGUMENT for unknown or out-of-range fields, RESOURCE_EXHAUSTED when the cost exceeds
+        the server's limit or its queue is full, DEADLINE_EXCEEDED and CANCELLED within one layer,
+        ABORTED when the reader stalls.
+        """
 
     @_abc_1.abstractmethod
     def GradientLens(
         self,
         request: _gradient_lens_pb2.GradientLensRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_gradient_lens_pb2.GradientLensResponse], _abc.AsyncIterator[_gradient_lens_pb2.GradientLensResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_gradient_lens_pb2.GradientLensResponse], _abc.AsyncIterator[_gradient_lens_pb2.GradientLensResponse]]:
+        """Runs the prompt forward and backward and streams each matrix's gradient as a sum of outer
+        products, from the last layer down: what a descent step would imprint and where it would shift
+        (Backward Lens). Changes nothing; errors as for Trace.
+        """
 
     @_abc_1.abstractmethod
     def PreviewEdit(
         self,
         request: _edits_pb2.PreviewEditRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_edits_pb2.PreviewEditResponse, _abc.Awaitable[_edits_pb2.PreviewEditResponse]]: ...
+    ) -> _typing.Union[_edits_pb2.PreviewEditResponse, _abc.Awaitable[_edits_pb2.PreviewEditResponse]]:
+        """Reports what an edit would do to a prompt and to others, as an overlay for this request alone.
+        Errors as for Trace; UNIMPLEMENTED on a server that does not offer it.
+        """
 
     @_abc_1.abstractmethod
     def FindNeurons(
         self,
         request: _neurons_pb2.FindNeuronsRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_neurons_pb2.FindNeuronsResponse, _abc.Awaitable[_neurons_pb2.FindNeuronsResponse]]: ...
+    ) -> _typing.Union[_neurons_pb2.FindNeuronsResponse, _abc.Awaitable[_neurons_pb2.FindNeuronsResponse]]:
+        """Finds the neurons whose value row promotes, or suppresses, a token. INVALID_ARGUMENT for a
+        target of several tokens; UNIMPLEMENTED on a server that does not offer it.
+        """
 
     @_abc_1.abstractmethod
     def EstimateCost(
         self,
         request: _cost_pb2.EstimateCostRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_cost_pb2.EstimateCostResponse, _abc.Awaitable[_cost_pb2.EstimateCostResponse]]: ...
+    ) -> _typing.Union[_cost_pb2.EstimateCostResponse, _abc.Awaitable[_cost_pb2.EstimateCostResponse]]:
+        """Estimates a request's cost and compares it with the limits, without running it. Errors as the
+        request itself would get; UNIMPLEMENTED on a server that does not offer it.
+        """
 
 def add_IntrospectionServiceServicer_to_server(servicer: IntrospectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

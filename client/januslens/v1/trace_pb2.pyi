@@ -28,66 +28,127 @@ class _NodeKind:
 class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     NODE_KIND_UNSPECIFIED: _NodeKind.ValueType  # 0
+    """Never sent; in a request INVALID_ARGUMENT."""
     NODE_KIND_BLOCK_INPUT: _NodeKind.ValueType  # 1
+    """The residual before layer 0. The input of a later block is the BLOCK_OUTPUT of the one before."""
     NODE_KIND_ATTENTION_INPUT: _NodeKind.ValueType  # 2
+    """What enters the attention's linear maps; no node of its own without a norm before them."""
     NODE_KIND_QUERY: _NodeKind.ValueType  # 3
+    """Sum of HEAD_QUERY over all heads."""
     NODE_KIND_KEY: _NodeKind.ValueType  # 4
+    """Sum of HEAD_KEY over all heads."""
     NODE_KIND_VALUE: _NodeKind.ValueType  # 5
+    """Sum of HEAD_VALUE over all heads."""
     NODE_KIND_HEAD_QUERY: _NodeKind.ValueType  # 6
+    """One head's query at p, pulled back to the attention input: what a key at p would have to hold."""
     NODE_KIND_HEAD_KEY: _NodeKind.ValueType  # 7
+    """One head's key at p, pulled back to the attention input: MEMORY_KEY of s = p."""
     NODE_KIND_HEAD_VALUE: _NodeKind.ValueType  # 8
+    """One head's value at p through its rows of W_O: MEMORY_VALUE of s = p."""
     NODE_KIND_MEMORY_KEY: _NodeKind.ValueType  # 9
+    """One head's key of source s, pulled back to the query's position."""
     NODE_KIND_MEMORY_VALUE: _NodeKind.ValueType  # 10
+    """One head's value of source s through its rows of W_O, before the attention probability."""
     NODE_KIND_HEAD_OUTPUT: _NodeKind.ValueType  # 11
+    """One head's result: its values weighted by attention, through its rows of W_O."""
     NODE_KIND_ATTENTION_CONCAT: _NodeKind.ValueType  # 12
+    """All heads together, through W_O without its bias; a junction, without projection."""
     NODE_KIND_ATTENTION_NEURON: _NodeKind.ValueType  # 13
+    """Row i of W_O; the activation is coordinate i of the concatenation."""
     NODE_KIND_ATTENTION_BIAS: _NodeKind.ValueType  # 14
+    """Bias of W_O."""
     NODE_KIND_ATTENTION_SUM: _NodeKind.ValueType  # 15
+    """Attention's raw result, where it is not yet what the residual receives."""
     NODE_KIND_ATTENTION_OUTPUT: _NodeKind.ValueType  # 16
+    """What attention adds to the residual, after any post-norm and multiplier."""
     NODE_KIND_RESIDUAL_MID: _NodeKind.ValueType  # 17
+    """The residual between attention and MLP; none in parallel blocks."""
     NODE_KIND_MLP_INPUT: _NodeKind.ValueType  # 18
+    """What enters the MLP's linear maps."""
     NODE_KIND_MLP_KEY: _NodeKind.ValueType  # 19
+    """Column of FF1, or of the gate where the MLP is gated: what the neuron responds to."""
     NODE_KIND_MLP_UP: _NodeKind.ValueType  # 20
+    """Column of the up map; gated MLPs only."""
     NODE_KIND_MLP_VALUE: _NodeKind.ValueType  # 21
+    """Row of FF2: what the neuron writes. A negative activation is read through its lowest tokens."""
     NODE_KIND_MLP_BIAS: _NodeKind.ValueType  # 22
+    """Bias of FF2; for experts, weighted by the router."""
     NODE_KIND_MLP_SUM: _NodeKind.ValueType  # 23
+    """The MLP's raw result, where it is not yet what the residual receives."""
     NODE_KIND_MLP_OUTPUT: _NodeKind.ValueType  # 24
+    """What the MLP adds to the residual, after any post-norm and multiplier."""
     NODE_KIND_BLOCK_OUTPUT: _NodeKind.ValueType  # 25
+    """The residual after the block."""
     NODE_KIND_FINAL_NORM: _NodeKind.ValueType  # 26
+    """The last block's output after the final norm."""
     NODE_KIND_PREDICTION: _NodeKind.ValueType  # 27
+    """The model's prediction; its projection is the model's own logits."""
     NODE_KIND_OTHER: _NodeKind.ValueType  # 28
+    """Sum of the parts that the selection left out, one for each sum, computed from those parts."""
 
-class NodeKind(_NodeKind, metaclass=_NodeKindEnumTypeWrapper): ...
+class NodeKind(_NodeKind, metaclass=_NodeKindEnumTypeWrapper):
+    """What a node's vector is. Unless said, it lies in the residual basis, [d_model]; h is a head, s a
+    source position, p the node's own position, `W` maps row vectors: y = x W + b.
+    """
 
 NODE_KIND_UNSPECIFIED: NodeKind.ValueType  # 0
+"""Never sent; in a request INVALID_ARGUMENT."""
 NODE_KIND_BLOCK_INPUT: NodeKind.ValueType  # 1
+"""The residual before layer 0. The input of a later block is the BLOCK_OUTPUT of the one before."""
 NODE_KIND_ATTENTION_INPUT: NodeKind.ValueType  # 2
+"""What enters the attention's linear maps; no node of its own without a norm before them."""
 NODE_KIND_QUERY: NodeKind.ValueType  # 3
+"""Sum of HEAD_QUERY over all heads."""
 NODE_KIND_KEY: NodeKind.ValueType  # 4
+"""Sum of HEAD_KEY over all heads."""
 NODE_KIND_VALUE: NodeKind.ValueType  # 5
+"""Sum of HEAD_VALUE over all heads."""
 NODE_KIND_HEAD_QUERY: NodeKind.ValueType  # 6
+"""One head's query at p, pulled back to the attention input: what a key at p would have to hold."""
 NODE_KIND_HEAD_KEY: NodeKind.ValueType  # 7
+"""One head's key at p, pulled back to the attention input: MEMORY_KEY of s = p."""
 NODE_KIND_HEAD_VALUE: NodeKind.ValueType  # 8
+"""One head's value at p through its rows of W_O: MEMORY_VALUE of s = p."""
 NODE_KIND_MEMORY_KEY: NodeKind.ValueType  # 9
+"""One head's key of source s, pulled back to the query's position."""
 NODE_KIND_MEMORY_VALUE: NodeKind.ValueType  # 10
+"""One head's value of source s through its rows of W_O, before the attention probability."""
 NODE_KIND_HEAD_OUTPUT: NodeKind.ValueType  # 11
+"""One head's result: its values weighted by attention, through its rows of W_O."""
 NODE_KIND_ATTENTION_CONCAT: NodeKind.ValueType  # 12
+"""All heads together, through W_O without its bias; a junction, without projection."""
 NODE_KIND_ATTENTION_NEURON: NodeKind.ValueType  # 13
+"""Row i of W_O; the activation is coordinate i of the concatenation."""
 NODE_KIND_ATTENTION_BIAS: NodeKind.ValueType  # 14
+"""Bias of W_O."""
 NODE_KIND_ATTENTION_SUM: NodeKind.ValueType  # 15
+"""Attention's raw result, where it is not yet what the residual receives."""
 NODE_KIND_ATTENTION_OUTPUT: NodeKind.ValueType  # 16
+"""What attention adds to the residual, after any post-norm and multiplier."""
 NODE_KIND_RESIDUAL_MID: NodeKind.ValueType  # 17
+"""The residual between attention and MLP; none in parallel blocks."""
 NODE_KIND_MLP_INPUT: NodeKind.ValueType  # 18
+"""What enters the MLP's linear maps."""
 NODE_KIND_MLP_KEY: NodeKind.ValueType  # 19
+"""Column of FF1, or of the gate where the MLP is gated: what the neuron responds to."""
 NODE_KIND_MLP_UP: NodeKind.ValueType  # 20
+"""Column of the up map; gated MLPs only."""
 NODE_KIND_MLP_VALUE: NodeKind.ValueType  # 21
+"""Row of FF2: what the neuron writes. A negative activation is read through its lowest tokens."""
 NODE_KIND_MLP_BIAS: NodeKind.ValueType  # 22
+"""Bias of FF2; for experts, weighted by the router."""
 NODE_KIND_MLP_SUM: NodeKind.ValueType  # 23
+"""The MLP's raw result, where it is not yet what the residual receives."""
 NODE_KIND_MLP_OUTPUT: NodeKind.ValueType  # 24
+"""What the MLP adds to the residual, after any post-norm and multiplier."""
 NODE_KIND_BLOCK_OUTPUT: NodeKind.ValueType  # 25
+"""The residual after the block."""
 NODE_KIND_FINAL_NORM: NodeKind.ValueType  # 26
+"""The last block's output after the final norm."""
 NODE_KIND_PREDICTION: NodeKind.ValueType  # 27
+"""The model's prediction; its projection is the model's own logits."""
 NODE_KIND_OTHER: NodeKind.ValueType  # 28
+"""Sum of the parts that the selection left out, one for each sum, computed from those parts."""
 Global___NodeKind: _TypeAlias = NodeKind  # noqa: Y015
 
 class _EdgeKind:
@@ -97,32 +158,55 @@ class _EdgeKind:
 class _EdgeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EdgeKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     EDGE_KIND_UNSPECIFIED: _EdgeKind.ValueType  # 0
+    """Never sent."""
     EDGE_KIND_PART: _EdgeKind.ValueType  # 1
+    """The source is a part of the sum that the target is; the only kind with a `share`."""
     EDGE_KIND_NORM: _EdgeKind.ValueType  # 2
+    """The target is the source after a norm."""
     EDGE_KIND_PROJECT: _EdgeKind.ValueType  # 3
+    """The target is the source through a linear map."""
     EDGE_KIND_SPLIT: _EdgeKind.ValueType  # 4
+    """The target is one head of the source."""
     EDGE_KIND_ATTEND: _EdgeKind.ValueType  # 5
+    """A query attends to a memory key."""
     EDGE_KIND_RECALL: _EdgeKind.ValueType  # 6
+    """A memory key recalls its memory value."""
     EDGE_KIND_ACTIVATE: _EdgeKind.ValueType  # 7
+    """An input activates a neuron's key, or the key its value."""
     EDGE_KIND_SCALE: _EdgeKind.ValueType  # 8
+    """The target is the source times a constant."""
     EDGE_KIND_GAP: _EdgeKind.ValueType  # 9
+    """Layers between the two ends were not asked for."""
 
-class EdgeKind(_EdgeKind, metaclass=_EdgeKindEnumTypeWrapper): ...
+class EdgeKind(_EdgeKind, metaclass=_EdgeKindEnumTypeWrapper):
+    """How the source of an edge becomes, or is part of, its target."""
 
 EDGE_KIND_UNSPECIFIED: EdgeKind.ValueType  # 0
+"""Never sent."""
 EDGE_KIND_PART: EdgeKind.ValueType  # 1
+"""The source is a part of the sum that the target is; the only kind with a `share`."""
 EDGE_KIND_NORM: EdgeKind.ValueType  # 2
+"""The target is the source after a norm."""
 EDGE_KIND_PROJECT: EdgeKind.ValueType  # 3
+"""The target is the source through a linear map."""
 EDGE_KIND_SPLIT: EdgeKind.ValueType  # 4
+"""The target is one head of the source."""
 EDGE_KIND_ATTEND: EdgeKind.ValueType  # 5
+"""A query attends to a memory key."""
 EDGE_KIND_RECALL: EdgeKind.ValueType  # 6
+"""A memory key recalls its memory value."""
 EDGE_KIND_ACTIVATE: EdgeKind.ValueType  # 7
+"""An input activates a neuron's key, or the key its value."""
 EDGE_KIND_SCALE: EdgeKind.ValueType  # 8
+"""The target is the source times a constant."""
 EDGE_KIND_GAP: EdgeKind.ValueType  # 9
+"""Layers between the two ends were not asked for."""
 Global___EdgeKind: _TypeAlias = EdgeKind  # noqa: Y015
 
 @_typing.final
 class TraceRequest(_message.Message):
+    """Asks for the flow graph of one forward pass (VISIT, Katz & Belinkov 2023)."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MODEL_FIELD_NUMBER: _builtins.int
@@ -142,27 +226,59 @@ class TraceRequest(_message.Message):
     OVERLAP_K_FIELD_NUMBER: _builtins.int
     ALLOW_BATCHING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Name of the model; empty = the only resident one, INVALID_ARGUMENT when there are several."""
     revision: _builtins.str
+    """Revision that must be resident; empty = whichever is. Another one is NOT_FOUND."""
     all_positions: _builtins.bool
+    """True sends every position; `positions` must then be empty."""
     top_k: _builtins.int
+    """How many of the largest logits each projection lists; unset = 5, 0 = none."""
     bottom_k: _builtins.int
+    """How many of the smallest logits each projection lists; unset = 5, 0 = none."""
     lens: _lens_pb2.Lens.ValueType
+    """Lens of all projections; unspecified = LENS_FINAL_NORM."""
     include_vectors: _builtins.bool
+    """True adds each node's vector."""
     include_logit_contribution: _builtins.bool
+    """True adds each part's direct contribution to the target's logit."""
     overlap_k: _builtins.int
+    """Compares this many top tokens at both ends of every edge (VISIT's intersection score); unset =
+    no `overlap`. 0 is INVALID_ARGUMENT.
+    """
     allow_batching: _builtins.bool
+    """True lets the server run the forward pass together with other requests; results then agree with
+    unbatched ones to 1e-5 instead of bit by bit.
+    """
     @_builtins.property
-    def input(self) -> _common_pb2.Input: ...
+    def input(self) -> _common_pb2.Input:
+        """The prompt; required."""
+
     @_builtins.property
-    def target(self) -> _common_pb2.Target: ...
+    def target(self) -> _common_pb2.Target:
+        """Token whose rank, probability and logit every projection reports; unset = the model's own next
+        token at each position. Several tokens are INVALID_ARGUMENT.
+        """
+
     @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers to send, from 0; empty = all. They are sent in ascending order, once each, and GAP edges
+        join those that are not neighbours. One at or above n_layers is INVALID_ARGUMENT.
+        """
+
     @_builtins.property
-    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Query positions to send, from 0, or from the end when negative; empty = the last. Outside the
+        prompt is INVALID_ARGUMENT.
+        """
+
     @_builtins.property
-    def selection(self) -> Global___Selection: ...
+    def selection(self) -> Global___Selection:
+        """How many parts of each sum get a node of their own; the rest is summed up in OTHER."""
+
     @_builtins.property
-    def node_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___NodeKind.ValueType]: ...
+    def node_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___NodeKind.ValueType]:
+        """Kinds to send; empty = all. Hides nodes and their edges, and never changes a sum."""
+
     def __init__(
         self,
         *,
@@ -204,6 +320,8 @@ Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
 
 @_typing.final
 class Selection(_message.Message):
+    """VISIT's selection: how many parts of each sum become nodes. 0 = all of them, except where said."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     HEADS_FIELD_NUMBER: _builtins.int
@@ -211,9 +329,13 @@ class Selection(_message.Message):
     TOP_NEURONS_FIELD_NUMBER: _builtins.int
     BOTTOM_NEURONS_FIELD_NUMBER: _builtins.int
     heads: _builtins.int
+    """Heads of each layer and position, by the norm of their slice of the concatenation; unset = 10."""
     memory_values_per_head: _builtins.int
+    """Source positions of each selected head, by attention probability; unset = 2."""
     top_neurons: _builtins.int
+    """Neurons with the largest activation times row norm; unset = 18."""
     bottom_neurons: _builtins.int
+    """Neurons with the smallest activation times row norm; unset = 7, 0 = none."""
     def __init__(
         self,
         *,
@@ -247,6 +369,8 @@ Global___Selection: _TypeAlias = Selection  # noqa: Y015
 
 @_typing.final
 class TraceResponse(_message.Message):
+    """One message of a trace: the header, then layers in ascending order, then the summary."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_FIELD_NUMBER: _builtins.int
@@ -254,12 +378,19 @@ class TraceResponse(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
+    """Counts the messages of the stream: 0, 1, 2, ..."""
     @_builtins.property
-    def header(self) -> Global___TraceHeader: ...
+    def header(self) -> Global___TraceHeader:
+        """First message."""
+
     @_builtins.property
-    def layer(self) -> Global___LayerGraph: ...
+    def layer(self) -> Global___LayerGraph:
+        """A layer, or a piece of one."""
+
     @_builtins.property
-    def summary(self) -> Global___TraceSummary: ...
+    def summary(self) -> Global___TraceSummary:
+        """Last message; a stream without it was cut short."""
+
     def __init__(
         self,
         *,
@@ -280,6 +411,8 @@ Global___TraceResponse: _TypeAlias = TraceResponse  # noqa: Y015
 
 @_typing.final
 class TraceHeader(_message.Message):
+    """What the trace is about, known once the forward pass is done."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -288,14 +421,23 @@ class TraceHeader(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    """The request's id, as in metadata, errors and the server's log."""
     @_builtins.property
-    def provenance(self) -> _common_pb2.Provenance: ...
+    def provenance(self) -> _common_pb2.Provenance:
+        """The model that ran."""
+
     @_builtins.property
-    def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
+    def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """The prompt's tokens, one for each position."""
+
     @_builtins.property
-    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers that will be sent, ascending."""
+
     @_builtins.property
-    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionTarget]: ...
+    def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionTarget]:
+        """One for each traced position, ascending."""
+
     def __init__(
         self,
         *,
@@ -315,6 +457,8 @@ Global___TraceHeader: _TypeAlias = TraceHeader  # noqa: Y015
 
 @_typing.final
 class PositionTarget(_message.Message):
+    """The target at one position and how the model itself rates it there."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: _builtins.int
@@ -324,11 +468,17 @@ class PositionTarget(_message.Message):
     TARGET_RANK_FIELD_NUMBER: _builtins.int
     TARGET_LOGIT_FIELD_NUMBER: _builtins.int
     position: _builtins.int
+    """Position in the prompt."""
     target_token_id: _builtins.int
+    """The request's target, or the model's own next token."""
     predicted_token_id: _builtins.int
+    """The model's own next token."""
     target_probability: _builtins.float
+    """Probability that the model gives the target."""
     target_rank: _builtins.int
+    """How many tokens the model finds likelier; 0 = the target is the prediction."""
     target_logit: _builtins.float
+    """The target's logit; after the soft-cap where the model has one."""
     def __init__(
         self,
         *,
@@ -349,6 +499,8 @@ Global___PositionTarget: _TypeAlias = PositionTarget  # noqa: Y015
 
 @_typing.final
 class LayerGraph(_message.Message):
+    """Nodes and edges of one layer. A layer may span several messages of at most 1 MiB each."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LAYER_FIELD_NUMBER: _builtins.int
@@ -357,13 +509,21 @@ class LayerGraph(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    """The layer, from 0. FINAL_NORM and PREDICTION come with the model's last layer."""
     last: _builtins.bool
+    """True in the layer's last message."""
     @_builtins.property
-    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]: ...
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]:
+        """Nodes not sent before in this stream."""
+
     @_builtins.property
-    def edges(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edge]: ...
+    def edges(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edge]:
+        """Edges whose both ends were sent before or are in this message."""
+
     @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]: ...
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Texts of the tokens that this message is the first to name."""
+
     def __init__(
         self,
         *,
@@ -383,6 +543,8 @@ Global___LayerGraph: _TypeAlias = LayerGraph  # noqa: Y015
 
 @_typing.final
 class Node(_message.Message):
+    """One vector of the forward pass, read in the vocabulary."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ID_FIELD_NUMBER: _builtins.int
@@ -398,19 +560,35 @@ class Node(_message.Message):
     PROJECTION_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    """Made of the coordinates, for example `L3/p7/HEAD_OUTPUT/h2`, `L3/p7/MEMORY_VALUE/h2/s4` or
+    `L3/p7/MLP_VALUE/n911`: the same in every request, replica and RPC.
+    """
     kind: Global___NodeKind.ValueType
+    """What the vector is."""
     layer: _builtins.int
+    """Layer, from 0; unset for the block input, the final norm and the prediction."""
     position: _builtins.int
+    """Position in the prompt, from 0."""
     head: _builtins.int
+    """Query head, from 0; set for kinds of a single head."""
     source_position: _builtins.int
+    """Source position that the head attends to; set for memory keys and values."""
     neuron: _builtins.int
+    """Neuron, from 0: of an MLP, or a coordinate of the concatenation (head * d_head + dimension)."""
     expert: _builtins.int
+    """Expert that owns the neuron, from 0; set for mixtures only."""
     norm: _builtins.float
+    """Euclidean norm of the vector."""
     activation: _builtins.float
+    """Factor by which the vector enters its sum; set for neurons."""
     @_builtins.property
-    def projection(self) -> _lens_pb2.Projection: ...
+    def projection(self) -> _lens_pb2.Projection:
+        """The vector through the request's lens; unset for junctions and exact zeros."""
+
     @_builtins.property
-    def vector(self) -> _common_pb2.Tensor: ...
+    def vector(self) -> _common_pb2.Tensor:
+        """The vector itself, [d_model] in float32; set if the request includes vectors."""
+
     def __init__(
         self,
         *,
@@ -464,6 +642,8 @@ Global___Node: _TypeAlias = Node  # noqa: Y015
 
 @_typing.final
 class Edge(_message.Message):
+    """A directed edge between two nodes of the stream."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SOURCE_FIELD_NUMBER: _builtins.int
@@ -475,13 +655,30 @@ class Edge(_message.Message):
     LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     OVERLAP_FIELD_NUMBER: _builtins.int
     source: _builtins.str
+    """Id of the node it starts from."""
     target: _builtins.str
+    """Id of the node it leads to."""
     kind: Global___EdgeKind.ValueType
+    """How the one becomes the other."""
     weight: _builtins.float
+    """Strength in the model's own units, never a drawing width. PART: norm of the part, coefficient
+    included. ATTEND and RECALL: attention probability. ACTIVATE: activation. NORM: norm of the
+    source.
+    """
     share: _builtins.float
+    """Signed part of the sum: <part, sum> / ||sum||^2. The shares into one node add to 1; a sum of
+    exactly zero has none.
+    """
     attention: _builtins.float
+    """Attention probability, 0 to 1; set for ATTEND, RECALL and the parts of a HEAD_OUTPUT."""
     logit_contribution: _builtins.float
+    """Direct effect of the part on the target's logit, with the final norm's scale fixed (direct
+    logit attribution); set if asked for.
+    """
     overlap: _builtins.float
+    """Common tokens among both ends' top `overlap_k`, divided by `overlap_k`: 0 to 1; set if asked
+    for.
+    """
     def __init__(
         self,
         *,
@@ -519,6 +716,8 @@ Global___Edge: _TypeAlias = Edge  # noqa: Y015
 
 @_typing.final
 class TraceSummary(_message.Message):
+    """Closes a complete trace."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODES_FIELD_NUMBER: _builtins.int
@@ -527,12 +726,21 @@ class TraceSummary(_message.Message):
     CHECKS_FIELD_NUMBER: _builtins.int
     CONSTANT_LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     nodes: _builtins.int
+    """Nodes sent."""
     edges: _builtins.int
+    """Edges sent."""
     constant_logit_contribution: _builtins.float
+    """The part of the target's logit that belongs to no node: final norm's and head's biases. Set if
+    logit contributions were asked for.
+    """
     @_builtins.property
-    def times(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTime]: ...
+    def times(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTime]:
+        """Where the time went."""
+
     @_builtins.property
-    def checks(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Guarantee]: ...
+    def checks(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Guarantee]:
+        """What was checked while this very request ran."""
+
     def __init__(
         self,
         *,
