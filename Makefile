@@ -1,0 +1,76 @@
+# Januslens. `make` or `make help` lists what there is.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+SETUP  := $(VENV)/.setup-done
+
+# Stubs are generated in an environment of their own; protos/requirements.txt says why.
+STUBS_VENV  := .cache/stubs-venv
+STUBS_BIN   := $(STUBS_VENV)/bin
+STUBS_SETUP := $(STUBS_VENV)/.setup-done
+STUBS       := client/januslens/v1
+FRESH_STUBS := build/stubs
+PROTOS      := $(wildcard protos/januslens/v1/*.proto)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test check check-stubs stubs rebuild-demo clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
+		| awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+
+setup: $(SETUP) ## Make .venv with everything the project needs (PYTHON=... chooses the interpreter)
+
+demo: $(SETUP) ## Start the server, trace and gradient-lens the running example, stop the server
+	@$(BIN)/python -m januslens_server.quickstart
+
+test: $(SETUP) ## Run the tests
+	$(BIN)/pytest
+
+check: $(SETUP) check-stubs ## Lint, check formatting, types, imports, the contract and its stubs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+
+stubs: $(STUBS_SETUP) ## Generate the Python stubs from protos/ anew
+	@rm -f $(STUBS)/*_pb2*.py $(STUBS)/*_pb2*.pyi
+	$(call generate,client)
+
+check-stubs: $(STUBS_SETUP)
+	@rm -rf $(FRESH_STUBS) && mkdir -p $(FRESH_STUBS)
+	@$(call generate,$(FRESH_STUBS))
+	@diff -r -x __init__.py -x __pycache__ $(FRESH_STUBS)/januslens/v1 $(STUBS) \
+		|| { echo "The stubs differ from protos/: run 'make stubs' and commit the result." >&2; exit 1; }
+
+rebuild-demo: $(SETUP) ## Train the embedded model anew and check that it behaves the same
+	$(BIN)/python -m januslens_server.demo.train
+	$(BIN)/python -m januslens_server.demo.evaluate
+
+clean: ## Remove the environments, caches and build products
+	rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find client server tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Messages for every file; the service's stub for the one file that has a service.
+define generate
+$(STUBS_BIN)/python -m grpc_tools.protoc --proto_path=protos \
+	--plugin=protoc-gen-mypy=$(STUBS_BIN)/protoc-gen-mypy \
+	--python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
+$(STUBS_BIN)/python -m grpc_tools.protoc --proto_path=protos \
+	--plugin=protoc-gen-mypy_grpc=$(STUBS_BIN)/protoc-gen-mypy_grpc \
+	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/januslens/v1/service.proto
+endef
+
+$(SETUP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[server,cli,analysis,dev]'
+	@touch $@
+
+$(STUBS_SETUP): protos/requirements.txt
+	$(PYTHON) -m venv $(STUBS_VENV)
+	$(STUBS_BIN)/python -m pip install --quiet --requirement $<
+	@touch $@
