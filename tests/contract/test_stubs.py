@@ -19,6 +19,13 @@ from januslens.v1 import gradient_lens_pb2, service_pb2, trace_pb2
 ROOT = Path(__file__).parents[2]
 BUF = Path(sys.executable).with_name("buf")
 
+NODE_KINDS = """
+    BLOCK_INPUT ATTENTION_INPUT QUERY KEY VALUE HEAD_QUERY HEAD_KEY HEAD_VALUE MEMORY_KEY MEMORY_VALUE
+    HEAD_OUTPUT ATTENTION_CONCAT ATTENTION_NEURON ATTENTION_BIAS ATTENTION_SUM ATTENTION_OUTPUT
+    RESIDUAL_MID MLP_INPUT MLP_KEY MLP_UP MLP_VALUE MLP_BIAS MLP_SUM MLP_OUTPUT BLOCK_OUTPUT
+    FINAL_NORM PREDICTION OTHER
+"""
+
 Files = dict[str, descriptor_pb2.FileDescriptorProto]
 
 
@@ -125,15 +132,7 @@ def test_service_offers_exactly_the_published_methods() -> None:
 @pytest.mark.parametrize(
     ("kinds", "published"),
     [
-        (
-            trace_pb2.NodeKind.DESCRIPTOR,
-            (
-                "BLOCK_INPUT ATTENTION_INPUT QUERY KEY VALUE HEAD_QUERY HEAD_KEY HEAD_VALUE "
-                "MEMORY_KEY MEMORY_VALUE HEAD_OUTPUT ATTENTION_CONCAT ATTENTION_NEURON "
-                "ATTENTION_BIAS ATTENTION_SUM ATTENTION_OUTPUT RESIDUAL_MID MLP_INPUT MLP_KEY "
-                "MLP_UP MLP_VALUE MLP_BIAS MLP_SUM MLP_OUTPUT BLOCK_OUTPUT FINAL_NORM PREDICTION OTHER"
-            ),
-        ),
+        (trace_pb2.NodeKind.DESCRIPTOR, NODE_KINDS),
         (trace_pb2.EdgeKind.DESCRIPTOR, "PART NORM PROJECT SPLIT ATTEND RECALL ACTIVATE SCALE GAP"),
         (gradient_lens_pb2.MatrixKind.DESCRIPTOR, "Q K V O FF1 GATE UP FF2"),
     ],
