@@ -47,9 +47,9 @@ check-stubs: $(STUBS_SETUP)
 	@diff -r -x __init__.py -x __pycache__ $(FRESH_STUBS)/januslens/v1 $(STUBS) \
 		|| { echo "The stubs differ from protos/: run 'make stubs' and commit the result." >&2; exit 1; }
 
-rebuild-demo: $(SETUP) ## Train the embedded model anew and check that it behaves the same
-	$(BIN)/python -m januslens_server.demo.train
-	$(BIN)/python -m januslens_server.demo.evaluate
+rebuild-demo: $(SETUP) ## Train the embedded model anew in build/demo and check that it behaves the same
+	$(BIN)/python -m januslens_server.demo.train --out build/demo
+	$(BIN)/python -m januslens_server.demo.evaluate build/demo
 
 clean: ## Remove the environments, caches and build products
 	rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
