@@ -1,0 +1,129 @@
+"""Prompts, targets and coordinates, in the forms that Python users have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from januslens.v1 import common_pb2
+
+Prompt = str | Sequence[int]
+TargetLike = str | int | Sequence[int]
+Layers = int | slice | Iterable[int]
+Positions = int | Iterable[int] | Literal["all"]
+
+_UINT32 = 2**32
+_INT32 = 2**31
+
+
+def input_message(prompt: Prompt) -> common_pb2.Input:
+    """A prompt: text gets the tokenizer's special tokens, ids are taken as they are.
+
+    Raises:
+        TypeError: It is neither text nor ids.
+        ValueError: There are no ids, or one is negative.
+    """
+    if isinstance(prompt, str):  # an empty one may still get a special token from the tokenizer
+        return common_pb2.Input(prompt=prompt)
+    return common_pb2.Input(token_ids=token_ids(prompt, "the prompt"))
+
+
+def target_message(target: TargetLike, name: str = "the target") -> common_pb2.Target:
+    """A target: text is literal, a leading space counts; an int is one token id.
+
+    Raises:
+        TypeError: It is neither text nor ids.
+        ValueError: It is empty, or an id is negative.
+    """
+    if isinstance(target, str):
+        _require_some(target, name)
+        return common_pb2.Target(text=target)
+    return common_pb2.Target(token_ids=token_ids(_several(target, name), name))
+
+
+def token_ids(ids: Iterable[int], name: str) -> common_pb2.TokenIds:
+    """Token ids, at least one.
+
+    Raises:
+        TypeError: One is no integer.
+        ValueError: There are none, or one is negative.
+    """
+    listed = [_count(token_id, f"{name}'s token ids") for token_id in _several(ids, name)]
+    _require_some(listed, name)
+    return common_pb2.TokenIds(ids=listed)
+
+
+def layer_numbers(layers: Layers | None) -> list[int]:
+    """Layers from 0; None = all. A slice needs an end: only the server knows how many there are.
+
+    Raises:
+        TypeError: One is no integer.
+        ValueError: There are none, one is negative, or a slice has no end.
+    """
+    if layers is None:
+        return []
+    if isinstance(layers, slice):
+        if layers.stop is None or min(layers.start or 0, layers.stop, layers.step or 1) < 0:
+            raise ValueError(f"expected a slice of layers like slice(0, 4); got {layers}")
+        layers = range(layers.start or 0, layers.stop, layers.step or 1)
+    numbers = [_count(layer, "layers") for layer in _several(layers, "layers")]
+    _require_some(numbers, "layers")
+    return sorted(set(numbers))
+
+
+def position_numbers(positions: Positions | None) -> tuple[list[int], bool]:
+    """Query positions (negative from the end) and whether all are meant; None = the last one.
+
+    Raises:
+        TypeError: One is no integer.
+        ValueError: There are none, one is beyond 32 bits, or a text is not "all".
+    """
+    if positions is None:
+        return [], False
+    if isinstance(positions, str):
+        if positions != "all":
+            raise ValueError(f'expected positions as integers or "all"; got {positions!r}')
+        return [], True
+    listed = _several(positions, "positions")
+    numbers = [_bounded(position, "positions", -_INT32, _INT32) for position in listed]
+    _require_some(numbers, "positions")
+    return list(dict.fromkeys(numbers)), False
+
+
+def count(value: int | None, name: str) -> int | None:
+    """How many of something, or None to leave it to the server.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is negative.
+    """
+    return None if value is None else _count(value, name)
+
+
+def _count(value: Any, name: str) -> int:
+    return _bounded(value, name, 0, _UINT32)
+
+
+def _bounded(value: Any, name: str, low: int, high: int) -> int:
+    """`value` as an int; numpy's integers are welcome, True and 1.0 are not."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"expected integers for {name}; got {value!r}")
+    if not low <= value < high:
+        raise ValueError(f"expected {name} from {low} to {high - 1}; got {value}")
+    return int(value)
+
+
+def _several(values: Any, name: str) -> Iterable[Any]:
+    """One value as several, several as they are."""
+    if isinstance(values, (int, np.integer)):
+        return [values]
+    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
+        raise TypeError(f"expected integers for {name}; got {values!r}")
+    return values
+
+
+def _require_some(values: Sequence[object], name: str) -> None:
+    if not values:
+        raise ValueError(f"expected something for {name}; got nothing")

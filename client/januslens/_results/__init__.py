@@ -1,0 +1,1 @@
+"""What calls return: frozen records with the questions that one asks them."""

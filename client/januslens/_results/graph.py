@@ -1,0 +1,126 @@
+"""Reading a set of nodes and edges: what a layer and a whole trace have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from januslens._results import frames
+from januslens._results.kinds import EdgeKind, NodeKind
+from januslens._results.nodes import Edge, Node
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A node and the edge by which it enters another; no edge where nothing was entered."""
+
+    node: Node
+    edge: Edge | None
+
+    @property
+    def share(self) -> float | None:
+        """`<part, sum> / ||sum||^2`, signed."""
+        return self.edge.share if self.edge else None
+
+    @property
+    def logit_contribution(self) -> float | None:
+        """What the part adds to the target's logit, where it was asked for."""
+        return self.edge.logit_contribution if self.edge else None
+
+    @property
+    def weight(self) -> float | None:
+        """The part's norm, coefficient included."""
+        return self.edge.weight if self.edge else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphView:
+    """Nodes and edges with the questions that one asks them.
+
+    `nodes` and `edges` hold the same as `node_list` and `edge_list`, as pandas frames.
+
+    Attributes:
+        node_list: Every node here, in the order it was sent.
+        edge_list: Every edge here, in the order it was sent.
+        known_nodes: By id, the nodes that the edges refer to, those of earlier layers included.
+    """
+
+    node_list: tuple[Node, ...] = field(repr=False)
+    edge_list: tuple[Edge, ...] = field(repr=False)
+    known_nodes: Mapping[str, Node] = field(repr=False, compare=False)
+
+    @cached_property
+    def _incoming(self) -> dict[str, list[Edge]]:
+        incoming: dict[str, list[Edge]] = {}
+        for edge in self.edge_list:
+            incoming.setdefault(edge.target, []).append(edge)
+        return incoming
+
+    def node(self, node_id: str) -> Node:
+        """The node of this id.
+
+        Raises:
+            KeyError: There is none here: its layer or position was not traced, or it is hidden.
+        """
+        return self.known_nodes[node_id]
+
+    def nodes_of(self, kind: NodeKind | str, position: int | None = None) -> list[Node]:
+        """The nodes of one kind, at one position or at all.
+
+        Raises:
+            ValueError: There is no such kind.
+        """
+        wanted = NodeKind.of(kind)
+        return [
+            node
+            for node in self.node_list
+            if node.kind is wanted and position in (None, node.position)
+        ]
+
+    def edges_into(self, node: Node | str) -> list[Edge]:
+        """Every edge into a node (or the node of an id), in the order they were sent."""
+        return list(self._incoming.get(node if isinstance(node, str) else node.id, ()))
+
+    def parts_of(self, node: Node | str) -> list[Part]:
+        """The parts that add up to a node (or the node of an id), largest |share| first.
+
+        Their shares add to 1. Empty for a node that is no sum.
+        """
+        edges = (edge for edge in self.edges_into(node) if edge.kind is EdgeKind.PART)
+        return _by_share(Part(self.known_nodes[edge.source], edge) for edge in edges)
+
+    def heads(self, position: int | None = None) -> list[Part]:
+        """The attention heads' outputs with their share of the heads together, largest first."""
+        return self._parts_of_kind(NodeKind.HEAD_OUTPUT, position)
+
+    def neurons(self, position: int | None = None) -> list[Part]:
+        """The MLP's value rows with their share of the MLP's result, largest first."""
+        return self._parts_of_kind(NodeKind.MLP_VALUE, position)
+
+    def _parts_of_kind(self, kind: NodeKind, position: int | None) -> list[Part]:
+        leaving = {edge.source: edge for edge in self.edge_list if edge.kind is EdgeKind.PART}
+        return _by_share(Part(node, leaving.get(node.id)) for node in self.nodes_of(kind, position))
+
+    @cached_property
+    def nodes(self) -> pd.DataFrame:
+        """The nodes as a frame, one row a node, by id. Needs pandas."""
+        return frames.node_frame(self.node_list)
+
+    @cached_property
+    def edges(self) -> pd.DataFrame:
+        """The edges as a frame, one row an edge. Needs pandas."""
+        return frames.edge_frame(self.edge_list)
+
+    def to_networkx(self) -> nx.MultiDiGraph[str]:
+        """A directed graph of node ids; attributes are the records' fields. Needs networkx."""
+        return frames.directed_graph(self.known_nodes, self.node_list, self.edge_list)
+
+
+def _by_share(parts: Iterable[Part]) -> list[Part]:
+    return sorted(parts, key=lambda part: -abs(part.share or 0.0))

@@ -1,0 +1,201 @@
+"""The gradient of one weight matrix, factorised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from januslens._results import gradient_files, gradient_frames
+from januslens._results.components import Component, Entry
+from januslens._results.kinds import ENDS, MATRIX_KINDS, SIDES, End, MatrixKind, Side
+from januslens._results.projection import Projection
+from januslens._results.tensors import Floats
+from januslens._results.tokens import TokenTable
+from januslens.v1 import gradient_lens_pb2, lens_pb2
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# The norm of float32 sums is exact to some 1e-6; a component that is missing shows above this.
+_COMPLETE = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Singular:
+    """One singular direction of a gradient; its sign is arbitrary, so both ends count.
+
+    Attributes:
+        value: The singular value.
+        explained: Share of the squared Frobenius norm that this and the larger ones hold.
+        projection: The vector on the residual side, in the vocabulary.
+        other_side: The largest entries of the vector on the other side.
+    """
+
+    value: float
+    explained: float
+    projection: Projection | None
+    other_side: tuple[Entry, ...]
+
+    @classmethod
+    def from_message(cls, message: gradient_lens_pb2.Singular, tokens: TokenTable) -> Singular:
+        """Read one singular direction."""
+        return cls(
+            value=message.value,
+            explained=message.explained,
+            projection=_read(message.HasField("projection"), message.projection, tokens),
+            other_side=Entry.from_messages(message.other_side),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronChange:
+    """A neuron's key or value before a step, the step's change, and after.
+
+    Attributes:
+        neuron: Its index.
+        change_norm: Length of the change, learning rate included where one was given.
+        before: The row or column as it is.
+        change: What the step adds.
+        after: Their sum; None without a learning rate.
+    """
+
+    neuron: int
+    change_norm: float
+    before: Projection | None
+    change: Projection | None
+    after: Projection | None
+
+    @classmethod
+    def from_message(
+        cls, message: gradient_lens_pb2.NeuronChange, tokens: TokenTable
+    ) -> NeuronChange:
+        """Read one neuron's change."""
+        has = message.HasField
+        return cls(
+            neuron=message.neuron,
+            change_norm=message.change_norm,
+            before=_read(has("before"), message.before, tokens),
+            change=_read(has("change"), message.change, tokens),
+            after=_read(has("after"), message.after, tokens),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How far the sum of the outer products is from autograd's gradient."""
+
+    relative_error: float
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """`dL/dW = sum_i x_i^T delta_i` of one weight `W: [d_in, d_out]`.
+
+    Attributes:
+        layer: Its block.
+        kind: Which matrix.
+        expert: Which expert's.
+        d_in: Rows.
+        d_out: Columns.
+        projected_side: The factor that is read in the vocabulary.
+        promoted_end: Where the tokens stand there that a descent step promotes.
+        components: The factor pairs, largest first, as many as were asked for.
+        frobenius_norm: Norm of the whole gradient, left-out components included.
+        spectrum: The largest singular values and their directions, where asked for.
+        neurons: The neurons that a step moves most, where asked for.
+        verification: The comparison with autograd, where asked for.
+    """
+
+    layer: int
+    kind: MatrixKind
+    expert: int | None
+    d_in: int
+    d_out: int
+    projected_side: Side
+    promoted_end: End
+    components: tuple[Component, ...]
+    frobenius_norm: float
+    spectrum: tuple[Singular, ...]
+    neurons: tuple[NeuronChange, ...]
+    verification: Verification | None
+
+    @classmethod
+    def from_message(cls, message: gradient_lens_pb2.GradientMatrix, tokens: TokenTable) -> Matrix:
+        """Read one whole matrix, the texts of its projections from `tokens`."""
+        end = ENDS.member(message.promoted_end)
+        return cls(
+            layer=message.layer,
+            kind=MATRIX_KINDS.member(message.kind),
+            expert=message.expert if message.HasField("expert") else None,
+            d_in=message.d_in,
+            d_out=message.d_out,
+            projected_side=SIDES.member(message.projected_side),
+            promoted_end=end,
+            components=tuple(Component.from_message(c, end, tokens) for c in message.components),
+            frobenius_norm=message.frobenius_norm,
+            spectrum=tuple(Singular.from_message(s, tokens) for s in message.spectrum),
+            neurons=tuple(NeuronChange.from_message(n, tokens) for n in message.neurons),
+            verification=_verification(message),
+        )
+
+    @property
+    def name(self) -> str:
+        """`L3.FF2`, or `L3.e1.FF2` for an expert's."""
+        expert = "" if self.expert is None else f"e{self.expert}."
+        return f"L{self.layer}.{expert}{self.kind}"
+
+    def factors(self) -> tuple[Floats, Floats]:
+        """The inputs `[components, d_in]` and the VJPs `[components, d_out]` in float32.
+
+        Raises:
+            ValueError: The gradient was made without factors.
+        """
+        if not self.components:  # the gradient is zero
+            return np.zeros((0, self.d_in), np.float32), np.zeros((0, self.d_out), np.float32)
+        inputs, vjps = zip(*(component.factors() for component in self.components), strict=True)
+        return np.stack(inputs), np.stack(vjps)
+
+    def gradient(self) -> Floats:
+        """The dense gradient `[d_in, d_out]`.
+
+        Raises:
+            ValueError: The gradient was made without factors, or without all components.
+        """
+        inputs, vjps = self.factors()
+        dense: Floats = inputs.T @ vjps
+        if not np.isclose(np.linalg.norm(dense), self.frobenius_norm, rtol=_COMPLETE, atol=0):
+            raise ValueError(
+                f"{self.name} has only its {len(self.components)} largest components here, and "
+                "the dense gradient is the sum of all: ask for them with components=0"
+            )
+        return dense
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a component. Needs pandas."""
+        return gradient_frames.component_frame([self], ())
+
+    def save(self, path: str | Path) -> None:
+        """Write the factors to a safetensors file. Needs safetensors.
+
+        It holds `L3.FF2.input` `[components, d_in]`, `L3.FF2.vjp` `[components, d_out]` and
+        `L3.FF2.position` `[components]`.
+
+        Raises:
+            ValueError: The gradient was made without factors.
+        """
+        gradient_files.save([self], path, {})
+
+
+def _read(present: bool, message: lens_pb2.Projection, tokens: TokenTable) -> Projection | None:
+    return Projection.from_message(message, tokens) if present else None
+
+
+def _verification(message: gradient_lens_pb2.GradientMatrix) -> Verification | None:
+    if not message.HasField("verification"):
+        return None
+    found = message.verification
+    return Verification(found.relative_error, found.tolerance)

@@ -1,0 +1,75 @@
+"""Where a result comes from, how long it took and how far it can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from januslens.v1 import common_pb2
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which weights computed a result, where and with what.
+
+    Attributes:
+        model: Its name at this server.
+        revision: The hub's commit, or a hash of a local folder's weights.
+        architecture: The model class, e.g. `GPT2LMHeadModel`.
+        data_type: What the weights are held in.
+        device: Where they are.
+        attention: The attention implementation.
+        versions: Library name to version.
+        batch_size: How many requests were computed together.
+    """
+
+    model: str
+    revision: str
+    architecture: str
+    data_type: str
+    device: str
+    attention: str
+    versions: Mapping[str, str]
+    batch_size: int
+
+    @classmethod
+    def from_message(cls, message: common_pb2.Provenance) -> Provenance:
+        """Read one provenance."""
+        return cls(
+            model=message.model,
+            revision=message.revision,
+            architecture=message.architecture,
+            data_type=message.data_type,
+            device=message.device,
+            attention=message.attention,
+            versions=dict(message.versions),
+            batch_size=message.batch_size,
+        )
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds that one stage of a request took on the server."""
+
+    stage: str
+    seconds: float
+
+    @classmethod
+    def from_message(cls, message: common_pb2.StageTime) -> StageTime:
+        """Read one time."""
+        return cls(message.stage, message.seconds)
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """One property of a model, as measured (docs/guarantees.md says how)."""
+
+    name: str
+    measured_error: float
+    tolerance: float
+    held: bool
+
+    @classmethod
+    def from_message(cls, message: common_pb2.Guarantee) -> Guarantee:
+        """Read one guarantee."""
+        return cls(message.name, message.measured_error, message.tolerance, message.held)

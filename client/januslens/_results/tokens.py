@@ -1,0 +1,60 @@
+"""Tokens, and the table that a stream fills with their texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from januslens._results.token_text import visible
+from januslens.v1 import common_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One entry of the vocabulary, or one token of a text.
+
+    Attributes:
+        id: The vocabulary id.
+        text: What it decodes to by itself; lossy where its bytes are only part of a character.
+        raw: Its bytes.
+        start: First character in the text it was read from; None outside a text.
+        end: One past its last character there.
+    """
+
+    id: int
+    text: str
+    raw: bytes = b""
+    start: int | None = None
+    end: int | None = None
+
+    @classmethod
+    def from_message(cls, message: common_pb2.Token) -> Token:
+        """Read one token."""
+        return cls(
+            message.id,
+            message.text,
+            message.raw,
+            message.start if message.HasField("start") else None,
+            message.end if message.HasField("end") else None,
+        )
+
+    def __str__(self) -> str:
+        """The text with spaces and controls made visible; `#id` where there is no text."""
+        return visible(self.text, self.raw) or f"#{self.id}"
+
+
+class TokenTable:
+    """Texts by token id, as a stream has sent them so far: each text comes only once."""
+
+    def __init__(self, tokens: Iterable[common_pb2.Token] = ()) -> None:
+        self._tokens: dict[int, Token] = {}
+        self.add(tokens)
+
+    def add(self, tokens: Iterable[common_pb2.Token]) -> None:
+        """Learn the texts that came with a message."""
+        for token in tokens:
+            self._tokens[token.id] = Token(token.id, token.text, token.raw)
+
+    def __getitem__(self, token_id: int) -> Token:
+        """The token; one without text if none has been sent for it."""
+        return self._tokens.get(token_id) or Token(token_id, "")

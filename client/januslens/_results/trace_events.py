@@ -1,0 +1,125 @@
+"""What a Trace sends: its header, one graph a layer, its summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from januslens._results.graph import GraphView
+from januslens._results.nodes import Edge, Node
+from januslens._results.provenance import Guarantee, Provenance, StageTime
+from januslens._results.tokens import Token, TokenTable
+from januslens.v1 import trace_pb2
+
+
+@dataclass(frozen=True)
+class PositionTarget:
+    """The token whose rank every projection at a position reports, and the model's own choice.
+
+    Attributes:
+        position: The query position.
+        target: The token asked for, or the model's own next token.
+        predicted: The model's own next token.
+        target_probability: What the model's output gives the target.
+        target_rank: 0 = it is the model's own choice.
+        target_logit: Its logit, before a soft cap.
+    """
+
+    position: int
+    target: Token
+    predicted: Token
+    target_probability: float
+    target_rank: int
+    target_logit: float
+
+    @classmethod
+    def from_message(cls, message: trace_pb2.PositionTarget, tokens: TokenTable) -> PositionTarget:
+        """Read one target, its texts from `tokens`."""
+        return cls(
+            position=message.position,
+            target=tokens[message.target_token_id],
+            predicted=tokens[message.predicted_token_id],
+            target_probability=message.target_probability,
+            target_rank=message.target_rank,
+            target_logit=message.target_logit,
+        )
+
+
+@dataclass(frozen=True)
+class TraceHeader:
+    """What is known once the forward pass has run; a Trace's first event.
+
+    Attributes:
+        request_id: What to quote when asking about this call.
+        provenance: Which weights computed it, where and with what.
+        prompt_tokens: The tokens as the model read them.
+        layers: The layers that will come.
+        targets: One for every position asked for.
+    """
+
+    request_id: str
+    provenance: Provenance
+    prompt_tokens: tuple[Token, ...]
+    layers: tuple[int, ...]
+    targets: tuple[PositionTarget, ...]
+
+    @classmethod
+    def from_message(cls, message: trace_pb2.TraceHeader, tokens: TokenTable) -> TraceHeader:
+        """Read the header."""
+        return cls(
+            request_id=message.request_id,
+            provenance=Provenance.from_message(message.provenance),
+            prompt_tokens=tuple(Token.from_message(t) for t in message.prompt_tokens),
+            layers=tuple(message.layers),
+            targets=tuple(PositionTarget.from_message(t, tokens) for t in message.targets),
+        )
+
+
+@dataclass(frozen=True)
+class TraceSummary:
+    """A Trace's last event: without it the stream was cut.
+
+    Attributes:
+        nodes: How many nodes were sent.
+        edges: How many edges were sent.
+        times: Seconds by stage on the server.
+        checks: What was verified on this very trace.
+        constant_logit_contribution: What norm and head bias add to the target's logit; the parts
+            of all layers and this add up to it.
+    """
+
+    nodes: int
+    edges: int
+    times: tuple[StageTime, ...]
+    checks: tuple[Guarantee, ...]
+    constant_logit_contribution: float | None
+
+    @classmethod
+    def from_message(cls, message: trace_pb2.TraceSummary) -> TraceSummary:
+        """Read the summary."""
+        has_constant = message.HasField("constant_logit_contribution")
+        return cls(
+            nodes=message.nodes,
+            edges=message.edges,
+            times=tuple(StageTime.from_message(t) for t in message.times),
+            checks=tuple(Guarantee.from_message(g) for g in message.checks),
+            constant_logit_contribution=message.constant_logit_contribution
+            if has_constant
+            else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGraph(GraphView):
+    """The nodes and edges of one block."""
+
+    layer: int
+
+    @classmethod
+    def from_message(
+        cls, message: trace_pb2.LayerGraph, tokens: TokenTable, known: dict[str, Node]
+    ) -> LayerGraph:
+        """Read one whole layer; its nodes join those `known` from earlier layers."""
+        nodes = tuple(Node.from_message(node, tokens) for node in message.nodes)
+        known.update((node.id, node) for node in nodes)
+        edges = tuple(Edge.from_message(edge) for edge in message.edges)
+        return cls(layer=message.layer, node_list=nodes, edge_list=edges, known_nodes=known)
