@@ -1,0 +1,1 @@
+"""Januslens server: looks forward and backward through causal language models."""

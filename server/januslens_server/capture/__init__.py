@@ -1,0 +1,7 @@
+"""Reading a model's activations while it runs: where (taps), how (hooks), what (activations)."""
+
+from januslens_server.capture.activations import LayerActivations
+from januslens_server.capture.hooks import capturing
+from januslens_server.capture.taps import End, Tap
+
+__all__ = ["End", "LayerActivations", "Tap", "capturing"]

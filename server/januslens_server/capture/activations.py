@@ -1,0 +1,31 @@
+"""What is captured of one block in one forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerActivations:
+    """The tensors of one block, as the model computed them, without the batch dimension.
+
+    `query` is `[n_heads, pos, d_head]`; `key` and `value` are `[n_kv_heads, pos, d_head]`; all
+    three with bias and before any rotation. `attention_concat` is `[pos, n_heads * d_head]`,
+    `neurons` `[pos, d_mlp]` (what multiplies FF2's rows), all others `[pos, d_model]`.
+    `attention_output` and `mlp_output` are what is added to the residual.
+    """
+
+    block_input: torch.Tensor
+    attention_input: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    attention_concat: torch.Tensor
+    attention_output: torch.Tensor
+    residual_mid: torch.Tensor
+    mlp_input: torch.Tensor
+    neurons: torch.Tensor
+    mlp_output: torch.Tensor
+    block_output: torch.Tensor

@@ -1,0 +1,67 @@
+"""Context-managed hooks: on while one forward pass runs, gone after it, whatever happens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from januslens_server.capture.taps import End, Tap, first_tensor
+
+Key = TypeVar("Key", bound=Hashable)
+Checkpoint = Callable[[], None]
+
+
+@contextmanager
+def capturing(
+    taps: Mapping[Key, Tap],
+    checkpoint: Checkpoint | None = None,
+    checkpoint_at: Iterable[nn.Module] = (),
+) -> Iterator[dict[Key, torch.Tensor]]:
+    """Fill the yielded dictionary while the model runs.
+
+    Each tensor is what the module passed, `[batch, pos, features]`, not a copy: nothing of the
+    model may write to it in place. Before every module in `checkpoint_at`, `checkpoint` is
+    called; what it raises ends the forward pass.
+    """
+    captured: dict[Key, torch.Tensor] = {}
+    with ExitStack() as hooks:
+        if checkpoint is not None:
+            for module in checkpoint_at:
+                hooks.enter_context(_calling(checkpoint, module))
+        for key, tap in taps.items():
+            hooks.enter_context(_recording(key, tap, captured))
+        yield captured
+
+
+@contextmanager
+def _calling(checkpoint: Checkpoint, module: nn.Module) -> Iterator[None]:
+    def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
+        checkpoint()
+
+    handle = module.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _recording(key: Key, tap: Tap, captured: dict[Key, torch.Tensor]) -> Iterator[None]:
+    def before(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        captured[key] = tap.read(first_tensor(args, named))
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        captured[key] = tap.read(first_tensor(output))
+
+    if tap.end is End.INPUT:
+        handle = tap.module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = tap.module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()

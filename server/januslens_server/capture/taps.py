@@ -1,0 +1,58 @@
+"""Where a tensor can be read: one end of one module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class End(Enum):
+    """Which end of a module is read."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One end of a module, and which of its features.
+
+    `columns` selects features of the last dimension (None: all): fused projections hold
+    several maps.
+    """
+
+    module: nn.Module
+    end: End
+    columns: range | None = None
+
+    def read(self, value: torch.Tensor) -> torch.Tensor:
+        """The tapped features `[batch, pos, features]` of the module's whole tensor."""
+        return select(value, self.columns)
+
+
+def select(whole: torch.Tensor, columns: range | None) -> torch.Tensor:
+    """The `columns` of a tensor `[..., features]`.
+
+    None gives the very same tensor, not a view of it: autograd knows only that one.
+    """
+    if columns is None:
+        return whole
+    return whole[..., columns.start : columns.stop : columns.step]
+
+
+def first_tensor(values: Any, named: Mapping[str, Any] | None = None) -> torch.Tensor:
+    """The tensor a module takes or gives, among the ways Hugging Face modules pass it.
+
+    Blocks return a tensor or a tuple by version; some take `hidden_states` by keyword.
+    """
+    if isinstance(values, torch.Tensor):
+        return values
+    for value in (*values, *(named or {}).values()):
+        if isinstance(value, torch.Tensor):
+            return value
+    raise TypeError(f"expected a module that passes a tensor, got {type(values).__name__}")

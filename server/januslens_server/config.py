@@ -1,0 +1,183 @@
+"""The only reader of flags, environment and configuration files.
+
+A setting comes from its flag, else from `JANUSLENS_<NAME>`, else from the YAML file named by
+`--config`, else from its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+ENVIRONMENT_PREFIX = "JANUSLENS"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+DATA_TYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSetting:
+    """One `NAME=PATH_OR_HUB_ID[@REVISION]`."""
+
+    name: str
+    location: str
+    revision: str | None
+
+    def __str__(self) -> str:
+        suffix = f"@{self.revision}" if self.revision else ""
+        return f"{self.name}={self.location}{suffix}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that can be configured; empty `models` serve the embedded `demo`."""
+
+    host: str
+    port: int
+    metrics_host: str
+    metrics_port: int
+    models: tuple[ModelSetting, ...]
+    device: str
+    data_type: str
+    max_waiting: int
+    stall_seconds: float
+    grace_seconds: float
+    log_level: str
+
+
+class _ModelType(click.ParamType):
+    name = "NAME=PATH_OR_HUB_ID[@REVISION]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> ModelSetting:
+        """Split the text; a location that is spelled as a path must exist."""
+        if isinstance(value, ModelSetting):
+            return value
+        name, separator, rest = str(value).partition("=")
+        location, _, revision = rest.partition("@")
+        if not (name and separator and location):
+            self.fail(f"expected {self.name}, got {value!r}", param, ctx)
+        spelled_as_path = location.startswith((".", "/", "~"))
+        if spelled_as_path and not (Path(location).expanduser() / "config.json").is_file():
+            self.fail(f"expected a model folder with config.json, got {location!r}", param, ctx)
+        return ModelSetting(name, location, revision or None)
+
+
+def _read_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
+    """Make the file's values the defaults of all other options."""
+    if path is None:
+        return
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise click.BadParameter(f"{path}: {error}") from error
+    known = {field.name for field in fields(Settings)}
+    if not isinstance(values, dict) or not values.keys() <= known:
+        unknown = sorted(set(values) - known) if isinstance(values, dict) else values
+        raise click.BadParameter(f"{path}: expected some of {sorted(known)}, got {unknown}")
+    ctx.default_map = values
+
+
+def _settings_command() -> click.Command:
+    port = click.IntRange(0, 65535)
+    options: list[click.Parameter] = [
+        _option("--host", default="127.0.0.1", help="Address to serve on."),
+        _option("--port", type=port, default=50051, help="gRPC port; 0 picks a free one."),
+        _option("--metrics-host", default="127.0.0.1", help="Address of the metrics page."),
+        _option("--metrics-port", type=port, default=9464, help="Prometheus port; 0: free one."),
+        _option(
+            "--model",
+            "models",
+            type=_ModelType(),
+            multiple=True,
+            help="A model to serve; repeat for several. Replaces the embedded demo.",
+        ),
+        _option("--device", default="cpu", help="Where models live, as torch names it."),
+        _option(
+            "--data-type",
+            type=click.Choice(DATA_TYPES),
+            default="auto",
+            help="auto: the checkpoint's own type, float32 on a CPU.",
+        ),
+        _option(
+            "--max-waiting",
+            type=click.IntRange(min=1),
+            default=64,
+            help="Requests that may wait for the device before further ones are refused.",
+        ),
+        _option(
+            "--stall-seconds",
+            type=click.FloatRange(min=0.1),
+            default=60.0,
+            help="A stream whose reader takes nothing for this long is aborted.",
+        ),
+        _option(
+            "--grace-seconds",
+            type=click.FloatRange(min=0),
+            default=30.0,
+            help="On SIGTERM, how long running requests may take to finish.",
+        ),
+        _option("--log-level", type=click.Choice(LOG_LEVELS), default="info"),
+        click.Option(["--print-config"], is_flag=True, help="Print the settings and exit."),
+        click.Option(
+            ["--config"],
+            type=click.Path(path_type=Path),
+            is_eager=True,
+            expose_value=False,
+            callback=_read_file,
+            help="YAML file with any of these settings, by name with underscores.",
+        ),
+    ]
+    return click.Command(
+        "januslens-server",
+        params=options,
+        callback=_from_options,
+        help="Serve causal language models for introspection over gRPC.",
+        context_settings={
+            "auto_envvar_prefix": ENVIRONMENT_PREFIX,
+            "show_default": True,
+            "max_content_width": 100,
+        },
+    )
+
+
+def _option(*names: str, **attributes: Any) -> click.Option:
+    return click.Option(names, **attributes)
+
+
+def _from_options(print_config: bool, **values: Any) -> Settings:
+    settings = Settings(**values)
+    if print_config:
+        click.echo(as_yaml(settings), nl=False)
+        raise SystemExit(0)
+    return settings
+
+
+def as_yaml(settings: Settings) -> str:
+    """The settings as `--config` reads them."""
+    shown = asdict(settings) | {"models": [str(model) for model in settings.models]}
+    return yaml.safe_dump(shown, sort_keys=False)
+
+
+def read_settings(arguments: Sequence[str] | None = None) -> Settings:
+    """Settings from `arguments` (default: the command line), environment and file.
+
+    Ends the process: after `--help` or `--print-config` with 0; with 2 and one readable line on
+    standard error for a setting that cannot be used.
+    """
+    command = _settings_command()
+    try:
+        settings = command.main(
+            args=None if arguments is None else list(arguments), standalone_mode=False
+        )
+    except click.ClickException as error:
+        click.echo(f"januslens-server: {error.format_message()}", err=True)
+        raise SystemExit(error.exit_code) from error
+    if not isinstance(settings, Settings):  # --help was asked for
+        raise SystemExit(0)
+    return settings

@@ -1,0 +1,107 @@
+"""What can go wrong with a request, in the service's own terms.
+
+The tree (the `rpc` package alone knows which gRPC status each becomes)::
+
+    IntrospectionError
+    |-- InvalidRequest          the caller must change the request
+    |-- ModelNotFound           no such model, or another revision than asked for
+    |-- ModelFailed             the model did not load or did not pass its self-check
+    |-- TryLater                nothing is wrong with the request
+    |   |-- ModelLoading
+    |   |-- ServerDraining
+    |   |-- QueueFull
+    |   `-- OutOfMemory
+    |-- DeadlinePassed
+    |-- RequestCancelled
+    `-- ReaderStalled
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class IntrospectionError(Exception):
+    """An error whose text is meant for the caller. `reason` is stable across releases."""
+
+    reason = "INTROSPECTION_ERROR"
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """One request field that cannot be served as it came."""
+
+    field: str
+    description: str
+
+
+class InvalidRequest(IntrospectionError):
+    """The request cannot be served by this model, whatever the server's state."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, field: str, description: str) -> None:
+        """`field` is the path of the request field, `description` what to send instead."""
+        super().__init__(f"{field}: {description}")
+        self.violations = (FieldViolation(field, description),)
+
+
+class ModelNotFound(IntrospectionError):
+    """No resident model has this name or this revision."""
+
+    reason = "MODEL_NOT_FOUND"
+
+
+class ModelFailed(IntrospectionError):
+    """The model is configured but cannot be served."""
+
+    reason = "MODEL_FAILED"
+
+
+class TryLater(IntrospectionError):
+    """The request may be repeated unchanged after `retry_after` seconds."""
+
+    reason = "TRY_LATER"
+    retry_after = 1.0
+
+
+class ModelLoading(TryLater):
+    """The model's weights are still being read or checked."""
+
+    reason = "MODEL_LOADING"
+
+
+class ServerDraining(TryLater):
+    """The server finishes what runs and takes nothing new."""
+
+    reason = "SERVER_DRAINING"
+
+
+class QueueFull(TryLater):
+    """As many requests wait for the device as the server allows."""
+
+    reason = "QUEUE_FULL"
+
+
+class OutOfMemory(TryLater):
+    """The device had no memory left for this request."""
+
+    reason = "OUT_OF_MEMORY"
+
+
+class DeadlinePassed(IntrospectionError):
+    """The caller's deadline passed while the request waited or ran."""
+
+    reason = "DEADLINE_PASSED"
+
+
+class RequestCancelled(IntrospectionError):
+    """The caller went away."""
+
+    reason = "REQUEST_CANCELLED"
+
+
+class ReaderStalled(IntrospectionError):
+    """The caller did not read its stream for longer than the server waits."""
+
+    reason = "READER_STALLED"

@@ -1,0 +1,72 @@
+"""One block at one position: the residual stream, with attention and MLP hung into it."""
+
+from __future__ import annotations
+
+import torch
+
+from januslens_server.capture import LayerActivations
+from januslens_server.graph.attention_flow import add_attention
+from januslens_server.graph.flow import Flow, FlowBuilder
+from januslens_server.graph.mlp_flow import add_mlp
+from januslens_server.graph.weights import BlockWeights
+from januslens_server.results import EdgeKind, Node, NodeKind
+from januslens_server.specs import Selection
+
+
+def input_node(layer: int, position: int) -> Node:
+    """The input of block `layer`: the output of the block below, one node with one id."""
+    if layer == 0:
+        return Node(NodeKind.BLOCK_INPUT, position)
+    return Node(NodeKind.BLOCK_OUTPUT, position, layer - 1)
+
+
+def block_flow(
+    layer: int,
+    position: int,
+    acts: LayerActivations,
+    weights: BlockWeights,
+    selection: Selection,
+    direction: torch.Tensor | None,
+    below: int | None,
+) -> Flow:
+    """Everything between the block's input and output at one position.
+
+    `below` is the layer sent before this one: the input node is added unless it is the one
+    right below, and joined by a GAP edge if layers between were not asked for.
+    """
+    flow = FlowBuilder(layer, position, direction)
+    residual = acts.block_input[position].float()
+    source = _add_input(flow, residual, below)
+    attention_input = _add_normed(
+        flow, NodeKind.ATTENTION_INPUT, source, residual, acts.attention_input
+    )
+    attention = add_attention(flow, attention_input, acts, weights.attention, selection)
+    middle = acts.residual_mid[position].float()
+    mid = flow.node(NodeKind.RESIDUAL_MID, middle)
+    added = acts.attention_output[position].float()
+    flow.parts([source, attention], mid, torch.stack([residual, added]), middle)
+    mlp_input = _add_normed(flow, NodeKind.MLP_INPUT, mid, middle, acts.mlp_input)
+    mlp = add_mlp(flow, mlp_input, acts, weights.mlp, selection)
+    final = acts.block_output[position].float()
+    output = flow.node(NodeKind.BLOCK_OUTPUT, final)
+    flow.parts([mid, mlp], output, torch.stack([middle, acts.mlp_output[position].float()]), final)
+    return flow.build()
+
+
+def _add_input(flow: FlowBuilder, residual: torch.Tensor, below: int | None) -> str:
+    node = input_node(flow.layer, flow.position)
+    if below is not None and below == flow.layer - 1:
+        return node.id
+    flow.nodes([node], residual[None])
+    if below is not None:
+        before = Node(NodeKind.BLOCK_OUTPUT, flow.position, below)
+        flow.edges(EdgeKind.GAP, [before.id], [node.id], residual.norm()[None])
+    return node.id
+
+
+def _add_normed(
+    flow: FlowBuilder, kind: NodeKind, source: str, before: torch.Tensor, after: torch.Tensor
+) -> str:
+    node = flow.node(kind, after[flow.position].float())
+    flow.edges(EdgeKind.NORM, [source], [node], before.norm()[None])
+    return node

@@ -1,0 +1,1 @@
+"""Reading vectors in the vocabulary and gradients as factors: pure functions over tensors."""

@@ -1,0 +1,70 @@
+"""The logit lens: the model's own final norm and unembedding, applied to any vector."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from januslens_server.lens.norm import Norm
+from januslens_server.specs import LensKind
+
+# The Backward Lens authors' guard against dividing by a zero norm (section 4).
+SMALLEST_NORM = 1e-12
+
+
+@dataclass(frozen=True)
+class LensHead:
+    """`lens(v) = unembed(final_norm(v))`, everything in float32.
+
+    `unembedding` is `[vocab, d_model]`, `bias` `[vocab]` or None; `logit_scale` multiplies the
+    logits, then `soft_cap` bounds them: `cap * tanh(logits / cap)`.
+    """
+
+    final_norm: Norm
+    unembedding: torch.Tensor
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    soft_cap: float | None = None
+
+    def prepare(self, vectors: torch.Tensor, kind: LensKind) -> torch.Tensor:
+        """Vectors `[n, d_model]` of the residual basis as the unembedding takes them."""
+        vectors = vectors.float()
+        if kind is LensKind.RAW:
+            return vectors
+        if kind is LensKind.NORMALIZED:
+            vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
+        return self.final_norm(vectors)
+
+    def logits(self, prepared: torch.Tensor) -> torch.Tensor:
+        """Logits `[n, vocab]` of prepared vectors, before the soft-cap."""
+        logits = prepared @ self.unembedding.T
+        if self.bias is not None:
+            logits += self.bias
+        if self.logit_scale != 1.0:
+            logits *= self.logit_scale
+        return logits
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as the model reports them; its cap saturates, so ranks are taken before."""
+        if self.soft_cap is None:
+            return logits
+        return self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def attribution(self, residual: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Directions `[n, d_model]` whose dot product with a part is its logit contribution.
+
+        `residual` `[n, d_model]` is the last block's output, `targets` `[n]` the tokens:
+        `logit_scale * <N(part), U_t>`, N the final norm with its scale fixed at `residual`.
+        """
+        rows = self.unembedding[targets] * self.logit_scale
+        return self.final_norm.pull_back(rows, at=residual)
+
+    def attribution_constant(self, targets: torch.Tensor) -> torch.Tensor:
+        """The part `[n]` of the targets' logits that norm bias and head bias give."""
+        constant = torch.zeros(targets.shape, device=self.unembedding.device)
+        if self.final_norm.bias is not None:
+            constant = constant + self.unembedding[targets] @ self.final_norm.bias
+        if self.bias is not None:
+            constant = constant + self.bias[targets]
+        return constant * self.logit_scale

@@ -1,0 +1,55 @@
+"""Losses that a gradient can be asked for: each a function of the logits `[pos, vocab]`, in nats.
+
+The default of the contract is the Backward Lens paper's (section 3): the negative
+log-likelihood of a target after the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+
+
+def negative_log_likelihood(targets: Sequence[int]) -> Loss:
+    """`-sum_i log p(target_i | prompt, target_0 .. target_(i-1))`, nats.
+
+    The logits' last `len(targets)` positions predict the targets: the input is the prompt and
+    all targets but the last (teacher forcing).
+    """
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        predicting = logits[-len(targets) :].log_softmax(dim=-1)
+        chosen = torch.tensor(targets, device=logits.device)
+        return -predicting.gather(1, chosen[:, None]).sum()
+
+    return loss
+
+
+def logit_difference(preferred: int, other: int) -> Loss:
+    """`logit(other) - logit(preferred)` at the last position, in logits."""
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return logits[-1, other] - logits[-1, preferred]
+
+    return loss
+
+
+def suppression_divergence(suppressed: Sequence[int]) -> Loss:
+    """`KL(q || p)` at the last position, nats.
+
+    q is p without the suppressed tokens, renormalised and held fixed: the nearest distribution
+    that never says them.
+    """
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        log_p = logits[-1].log_softmax(dim=-1)
+        kept = torch.ones_like(log_p, dtype=torch.bool)
+        kept[list(suppressed)] = False
+        log_q = log_p.detach()[kept]
+        log_q = log_q - log_q.logsumexp(dim=0)
+        return (log_q.exp() * (log_q - log_p[kept])).sum()
+
+    return loss

@@ -1,0 +1,81 @@
+"""GPT-2: learned positions, pre-LayerNorm, one fused Q|K|V projection, tied head.
+
+Distinct points:
+- linear maps are transformers' `Conv1D`, which stores `[d_in, d_out]`;
+- `c_attn` holds query, key and value as three column blocks;
+- the attention scale may be off (`scale_attn_weights`) or divided by the layer's number
+  (`scale_attn_by_inverse_layer_idx`): the module's own `scaling` has both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from januslens_server.capture import End, Tap
+from januslens_server.errors import ModelFailed
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
+from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
+from januslens_server.results import ModelFacts
+
+
+def view(model: PreTrainedModel) -> ModelView:
+    """Map a `GPT2LMHeadModel`. Raises `ModelFailed` for variants with cross-attention."""
+    config: Any = model.config
+    if config.add_cross_attention:
+        raise ModelFailed("expected a decoder-only GPT-2, got one with cross-attention")
+    transformer: Any = model.transformer
+    blocks = tuple(_block(module, config) for module in transformer.h)
+    norm: nn.LayerNorm = transformer.ln_f
+    unembedding: nn.Linear = model.lm_head
+    lens = LensHead(
+        final_norm=Norm(
+            weight=norm.weight.detach().float(),
+            bias=norm.bias.detach().float(),
+            eps=norm.eps,
+            centred=True,
+        ),
+        unembedding=unembedding.weight.detach().float(),
+    )
+    facts = ModelFacts(
+        n_layers=config.n_layer,
+        n_heads=config.n_head,
+        n_kv_heads=config.n_head,
+        d_model=config.n_embd,
+        d_head=config.n_embd // config.n_head,
+        d_mlp=config.n_inner or 4 * config.n_embd,
+        n_experts=0,
+        vocab_size=unembedding.weight.shape[0],
+        max_positions=config.n_positions,
+    )
+    return ModelView(embedding=transformer.wte, blocks=blocks, lens=lens, facts=facts)
+
+
+def _block(module: Any, config: Any) -> Block:
+    def fused(part: int) -> Linear:
+        d_model = config.n_embd
+        columns = range(part * d_model, (part + 1) * d_model)
+        return Linear(module.attn.c_attn, stored_as_rows=True, columns=columns)
+
+    attention = Attention(
+        query=fused(0),
+        key=fused(1),
+        value=fused(2),
+        output=Linear(module.attn.c_proj, stored_as_rows=True),
+        n_heads=config.n_head,
+        n_kv_heads=config.n_head,
+        scale=module.attn.scaling,
+    )
+    mlp = Mlp(
+        ff1=Linear(module.mlp.c_fc, stored_as_rows=True),
+        ff2=Linear(module.mlp.c_proj, stored_as_rows=True),
+    )
+    return Block(
+        module=module,
+        attention=attention,
+        mlp=mlp,
+        residual_mid=Tap(module.ln_2, End.INPUT),
+    )

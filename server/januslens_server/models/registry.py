@@ -1,0 +1,101 @@
+"""The configured models and the state of each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from januslens_server.demo import model_path
+from januslens_server.errors import InvalidRequest, ModelFailed, ModelLoading, ModelNotFound
+from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.resident import ResidentModel
+from januslens_server.results import Guarantee, ModelState, ModelStatus
+
+SelfCheck = Callable[[ResidentModel], Sequence[Guarantee]]
+Observer = Callable[[ModelStatus], None]
+
+
+def embedded_source(device: str) -> ModelSource:
+    """The model `demo` that is shipped inside the package."""
+    return ModelSource("demo", str(model_path()), device=device)
+
+
+class Registry:
+    """Loads models one after the other and hands out those that passed their self-check.
+
+    Safe to read from any thread while `load_all` runs in one of its own.
+    """
+
+    def __init__(self, sources: Sequence[ModelSource], check: SelfCheck, observe: Observer) -> None:
+        """`check` measures a loaded model; `observe` is told of every change of state."""
+        self._sources = list(sources)
+        self._check = check
+        self._observe = observe
+        self._lock = threading.Lock()
+        self._statuses = {s.name: ModelStatus(s.name, ModelState.LOADING) for s in sources}
+        self._resident: dict[str, ResidentModel] = {}
+
+    def load_all(self) -> None:
+        """Load and check every model; one that fails does not keep the others from serving."""
+        for source in self._sources:
+            try:
+                model = load(source)
+                guarantees = self._check(model)
+            except ModelFailed as error:
+                self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
+                continue
+            self._admit(model, guarantees)
+
+    def _admit(self, model: ResidentModel, guarantees: Sequence[Guarantee]) -> None:
+        broken = [g for g in guarantees if not g.held]
+        reason = "; ".join(
+            f"self-check {g.name}: expected an error of at most {g.tolerance:g}, "
+            f"measured {g.measured_error:.3g}"
+            for g in broken
+        )
+        if not broken:
+            with self._lock:
+                self._resident[model.name] = model
+        state = ModelState.FAILED if broken else ModelState.READY
+        facts, provenance = model.view.facts, model.provenance
+        self._set(ModelStatus(model.name, state, reason, provenance, facts, guarantees))
+
+    def _set(self, status: ModelStatus) -> None:
+        with self._lock:
+            self._statuses[status.name] = status
+        self._observe(status)
+
+    def statuses(self) -> list[ModelStatus]:
+        """Every configured model, in the order of configuration."""
+        with self._lock:
+            return list(self._statuses.values())
+
+    def get(self, name: str, revision: str = "") -> ResidentModel:
+        """The model to serve; an empty name means the only configured one.
+
+        Raises `InvalidRequest` for an empty name among several, `ModelNotFound` for an unknown
+        name or another revision, `ModelLoading` and `ModelFailed` by the model's state.
+        """
+        with self._lock:
+            statuses, resident = dict(self._statuses), dict(self._resident)
+        if not name:
+            name = _only(list(statuses))
+        if name not in statuses:
+            raise ModelNotFound(f"expected one of {', '.join(statuses)}, got {name!r}")
+        status = statuses[name]
+        if status.state is ModelState.LOADING:
+            raise ModelLoading(f"{name} is still loading")
+        if status.state is ModelState.FAILED:
+            raise ModelFailed(f"{name} cannot be served: {status.reason}")
+        model = resident[name]
+        if revision and revision != model.provenance.revision:
+            raise ModelNotFound(
+                f"expected revision {model.provenance.revision} of {name}, got {revision!r}"
+            )
+        return model
+
+
+def _only(names: list[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    raise InvalidRequest("model", f"expected one of {', '.join(names)}, got none")

@@ -1,0 +1,161 @@
+"""Running a resident model once, forward or forward and backward, with capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from januslens_server.capture import End, LayerActivations, Tap, capturing
+from januslens_server.capture.hooks import Checkpoint
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.views import Block
+from januslens_server.results import MatrixKind
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+MatrixKey = tuple[int, MatrixKind]
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """Activations of the asked-for layers and the last block's output `[pos, d_model]`."""
+
+    layers: dict[int, LayerActivations]
+    residual: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Inputs `[pos, d_in]` and VJPs `[pos, d_out]`: dL/dW = inputs^T vjps."""
+
+    inputs: torch.Tensor
+    vjps: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """The loss, its factors by layer and matrix, and the last block's output `[pos, d_model]`."""
+
+    loss: float
+    factors: dict[MatrixKey, Factors]
+    residual: torch.Tensor
+
+
+@torch.inference_mode()
+def forward(
+    model: ResidentModel, ids: Sequence[int], layers: Iterable[int], checkpoint: Checkpoint
+) -> ForwardPass:
+    """Run the prompt once. `checkpoint` is called before every block and may raise to stop."""
+    blocks = model.view.blocks
+    taps = {(i, name): tap for i in layers for name, tap in _taps(blocks[i]).items()}
+    taps[-1, "residual"] = Tap(blocks[-1].module, End.OUTPUT)
+    with capturing(taps, checkpoint, [block.module for block in blocks]) as captured:
+        _run(model, ids)
+    tensors = {key: value[0] for key, value in captured.items()}
+    return ForwardPass(
+        layers={i: _activations(blocks[i], tensors, i) for i in layers},
+        residual=tensors[-1, "residual"],
+    )
+
+
+def backward(
+    model: ResidentModel,
+    ids: Sequence[int],
+    loss: Loss,
+    matrices: Iterable[MatrixKey],
+    checkpoint: Checkpoint,
+) -> BackwardPass:
+    """Run the prompt forward and one backward pass that touches activations only.
+
+    Parameters stay frozen: the embedding's output is the one leaf that asks for a gradient, and
+    the VJPs are the gradients of the linear maps' outputs. `loss` takes logits
+    `[pos, vocab]` in float32 and gives a scalar.
+    """
+    blocks = model.view.blocks
+    linears = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
+    taps = {tap: tap for linear in linears.values() for tap in (linear.input, linear.whole)}
+    last = Tap(blocks[-1].module, End.OUTPUT)
+    modules = [block.module for block in blocks]
+    with torch.enable_grad(), capturing(taps | {last: last}, checkpoint, modules) as captured:
+        with _leaf_at(model.view.embedding):
+            logits = _run(model, ids)[0].float()
+        value = loss(logits)
+        vjps = _vjps(value, {linear.whole for linear in linears.values()}, captured, checkpoint)
+    factors = {
+        key: Factors(
+            inputs=captured[linear.input][0].detach(),
+            vjps=linear.select(vjps[linear.whole][0]),
+        )
+        for key, linear in linears.items()
+    }
+    return BackwardPass(value.item(), factors, captured[last][0].detach())
+
+
+def _vjps(
+    value: torch.Tensor,
+    taps: set[Tap],
+    captured: Mapping[Tap, torch.Tensor],
+    checkpoint: Checkpoint,
+) -> dict[Tap, torch.Tensor]:
+    """dL/dy `[batch, pos, d_out]` of every tapped output; `checkpoint` is called on the way."""
+    ordered = list(taps)
+    outputs = [captured[tap] for tap in ordered]
+    for output in outputs:
+        output.register_hook(lambda _gradient: checkpoint())
+    return dict(zip(ordered, torch.autograd.grad(value, outputs), strict=True))
+
+
+@contextmanager
+def _leaf_at(embedding: nn.Module) -> Iterator[None]:
+    """Make the embedding's output ask for a gradient: with frozen parameters nothing else does."""
+
+    def ask(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output.detach().requires_grad_()
+
+    handle = embedding.register_forward_hook(ask)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _run(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
+    tokens = torch.tensor([ids], device=model.device)
+    logits: torch.Tensor = model.network(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def _taps(block: Block) -> dict[str, Tap]:
+    attention, mlp = block.attention, block.mlp
+    return {
+        "block_input": Tap(block.module, End.INPUT),
+        "attention_input": attention.query.input,
+        "query": attention.query.output,
+        "key": attention.key.output,
+        "value": attention.value.output,
+        "attention_concat": attention.output.input,
+        "attention_output": attention.output.output,
+        "residual_mid": block.residual_mid,
+        "mlp_input": mlp.ff1.input,
+        "neurons": mlp.ff2.input,
+        "mlp_output": mlp.ff2.output,
+        "block_output": Tap(block.module, End.OUTPUT),
+    }
+
+
+def _activations(
+    block: Block, tensors: Mapping[tuple[int, str], torch.Tensor], layer: int
+) -> LayerActivations:
+    attention = block.attention
+    named = {name: tensor for (owner, name), tensor in tensors.items() if owner == layer}
+    for name, heads in (
+        ("query", attention.n_heads),
+        ("key", attention.n_kv_heads),
+        ("value", attention.n_kv_heads),
+    ):
+        named[name] = named[name].unflatten(-1, (heads, -1)).transpose(0, 1)
+    return LayerActivations(**named)

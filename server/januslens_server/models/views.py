@@ -1,0 +1,127 @@
+"""The parts of a causal LM under the field's names, whatever its modules are called.
+
+An adapter (one per architecture family) builds a `ModelView`; nothing else knows module names.
+Row convention everywhere: a linear map is `y = x W + b` with `W: [d_in, d_out]`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from januslens_server.capture.taps import End, Tap, select
+from januslens_server.lens.head import LensHead
+from januslens_server.results import MatrixKind, ModelFacts
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One linear map of the model, possibly some `columns` of a fused module.
+
+    `stored_as_rows` is True where the module keeps `[d_in, d_out]` (transformers' Conv1D) and
+    False where it keeps the transpose (`nn.Linear`).
+    """
+
+    module: nn.Module
+    stored_as_rows: bool
+    columns: range | None = None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """`W: [d_in, d_out]`, a view of the resident parameter."""
+        stored = self.module.get_parameter("weight")
+        rows = stored if self.stored_as_rows else stored.T
+        return self.select(rows)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """`b: [d_out]`, or None."""
+        bias: torch.Tensor | None = getattr(self.module, "bias", None)
+        return None if bias is None else self.select(bias)
+
+    def select(self, whole: torch.Tensor) -> torch.Tensor:
+        """This map's columns of a tensor `[..., features]` of the whole module."""
+        return select(whole, self.columns)
+
+    @property
+    def input(self) -> Tap:
+        """Where `x: [batch, pos, d_in]` is read."""
+        return Tap(self.module, End.INPUT)
+
+    @property
+    def output(self) -> Tap:
+        """Where `y: [batch, pos, d_out]` is read."""
+        return Tap(self.module, End.OUTPUT, self.columns)
+
+    @property
+    def whole(self) -> Tap:
+        """The module's whole output, of which `output` is some columns: what VJPs arrive at."""
+        return Tap(self.module, End.OUTPUT)
+
+    @cached_property
+    def row_norms(self) -> torch.Tensor:
+        """Euclidean norm `[d_in]` of each row of W, float32, computed once per model."""
+        norms: torch.Tensor = self.weight.detach().float().norm(dim=1)
+        return norms
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one block. `scale` multiplies q k^T before the softmax."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    n_heads: int
+    n_kv_heads: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """The MLP of one block: `ff1` is the gate where it is gated, then `up` is set."""
+
+    ff1: Linear
+    ff2: Linear
+    up: Linear | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block with sequential attention and MLP.
+
+    `residual_mid` reads the residual after attention.
+    """
+
+    module: nn.Module
+    attention: Attention
+    mlp: Mlp
+    residual_mid: Tap
+
+    @cached_property
+    def matrices(self) -> dict[MatrixKind, Linear]:
+        """The block's weight matrices by kind."""
+        present = {
+            MatrixKind.Q: self.attention.query,
+            MatrixKind.K: self.attention.key,
+            MatrixKind.V: self.attention.value,
+            MatrixKind.O: self.attention.output,
+            MatrixKind.FF2: self.mlp.ff2,
+        }
+        if self.mlp.up is None:
+            return present | {MatrixKind.FF1: self.mlp.ff1}
+        return present | {MatrixKind.GATE: self.mlp.ff1, MatrixKind.UP: self.mlp.up}
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A whole model: its input embedding, blocks, lens and sizes."""
+
+    embedding: nn.Module
+    blocks: tuple[Block, ...]
+    lens: LensHead
+    facts: ModelFacts

@@ -1,0 +1,30 @@
+"""Seconds by stage of a request."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from januslens_server.results import StageTime
+
+
+class StageClock:
+    """Adds up wall-clock seconds under each stage's name, in order of first use."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what runs inside under `name`."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self._seconds[name] = self._seconds.get(name, 0.0) + spent
+
+    def times(self) -> tuple[StageTime, ...]:
+        """The stages so far."""
+        return tuple(StageTime(name, seconds) for name, seconds in self._seconds.items())

@@ -1,0 +1,100 @@
+"""Turning what a request names (texts, ids, layers, positions) into this model's own numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from januslens_server.errors import InvalidRequest
+from januslens_server.models.resident import ResidentModel
+from januslens_server.results import Token
+from januslens_server.specs import TextOrIds
+
+
+def read_prompt(model: ResidentModel, prompt: TextOrIds, room: int = 0) -> list[Token]:
+    """The prompt's tokens: a text gets the tokenizer's special tokens, ids are taken as they are.
+
+    Raises `InvalidRequest` if it is empty, names ids outside the vocabulary, or does not leave
+    `room` positions of the model's context free.
+    """
+    if isinstance(prompt, str):
+        field = "input.prompt"
+        tokens = model.vocabulary.encode(prompt, with_special_tokens=True) if prompt else []
+    else:
+        field = "input.token_ids.ids"
+        check_ids(model, prompt, field)
+        tokens = [model.vocabulary.token(token_id) for token_id in prompt]
+    if not tokens:
+        raise InvalidRequest(field, "expected at least one token, got none")
+    limit = model.view.facts.max_positions - room
+    if len(tokens) > limit:
+        raise InvalidRequest(
+            field,
+            f"expected at most {limit} tokens, got {len(tokens)}; shorten the prompt",
+        )
+    return tokens
+
+
+def read_target(model: ResidentModel, target: TextOrIds, field: str) -> tuple[int, ...]:
+    """The target's token ids: a text is literal and gets no special tokens.
+
+    Raises `InvalidRequest` if it is empty or names ids outside the vocabulary.
+    """
+    if isinstance(target, str):
+        tokens = model.vocabulary.encode(target, with_special_tokens=False)
+        ids = tuple(token.id for token in tokens)
+    else:
+        check_ids(model, target, field)
+        ids = target
+    if not ids:
+        raise InvalidRequest(field, "expected at least one token, got none")
+    return ids
+
+
+def read_single_target(model: ResidentModel, target: TextOrIds, field: str) -> int:
+    """The one token of a target; raises `InvalidRequest` listing them if there are several."""
+    ids = read_target(model, target, field)
+    if len(ids) > 1:
+        listed = ", ".join(f"{i} {model.vocabulary.token(i).text!r}" for i in ids)
+        raise InvalidRequest(field, f"expected one token, got {len(ids)}: {listed}")
+    return ids[0]
+
+
+def read_layers(model: ResidentModel, layers: Sequence[int]) -> tuple[int, ...]:
+    """Layers in ascending order, each once; empty means all."""
+    n_layers = model.view.facts.n_layers
+    return _within(layers, n_layers, "layers", model.name) or tuple(range(n_layers))
+
+
+def read_positions(positions: Sequence[int], every: bool, length: int) -> tuple[int, ...]:
+    """Query positions in ascending order, each once; negative ones count from the end."""
+    if every and positions:
+        raise InvalidRequest(
+            "all_positions", "expected either positions or all_positions, got both"
+        )
+    if every:
+        return tuple(range(length))
+    for position in positions:
+        if not -length <= position < length:
+            raise InvalidRequest(
+                "positions", f"expected {-length} to {length - 1} for this prompt, got {position}"
+            )
+    return tuple(sorted({position % length for position in positions})) or (length - 1,)
+
+
+def _within(values: Iterable[int], size: int, field: str, name: str) -> tuple[int, ...]:
+    chosen = sorted(set(values))
+    for value in chosen:
+        if not 0 <= value < size:
+            raise InvalidRequest(field, f"expected 0 to {size - 1} for {name}, got {value}")
+    return tuple(chosen)
+
+
+def check_ids(model: ResidentModel, ids: Sequence[int], field: str) -> None:
+    """Raise `InvalidRequest` naming the first id outside the vocabulary."""
+    size = model.view.facts.vocab_size
+    for i, token_id in enumerate(ids):
+        if not 0 <= token_id < size:
+            raise InvalidRequest(
+                f"{field}[{i}]",
+                f"expected a token id below {size} for {model.name}, got {token_id}",
+            )

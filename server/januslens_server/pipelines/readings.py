@@ -1,0 +1,96 @@
+"""From a flow's vectors to the layer's result record: norms, projections, edge values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from januslens_server.graph.flow import Flow
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.projection import project
+from januslens_server.results import Edge, LayerGraph, Node, NodeKind, ProjectionTable
+from januslens_server.specs import LensKind, LensSpec, TraceSpec
+
+# What the next layer's edges may refer to.
+_RESIDUAL = frozenset({NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT})
+
+
+class FlowReader:
+    """Reads the flows of one trace, layer by layer upwards.
+
+    `targets` maps each position to the token whose rank and probability it reports.
+    """
+
+    def __init__(self, head: LensHead, spec: TraceSpec, targets: Mapping[int, int]) -> None:
+        self._head = head
+        self._spec = spec
+        self._targets = targets
+        self._below: dict[str, frozenset[int]] = {}
+
+    def read(self, layer: int, flows: Sequence[Flow], *, kind: LensKind, last: bool) -> LayerGraph:
+        """One message's worth of a layer: every vector to be read, in one matrix product."""
+        nodes = [node for flow in flows for node in flow.nodes]
+        projected = [flag for flow in flows for flag in flow.projected]
+        vectors = torch.cat([flow.vectors for flow in flows])
+        shown = [i for i, node in enumerate(nodes) if self._shows(node.kind)]
+        read = [i for i in shown if projected[i]]
+        table = self._project(vectors[read], [nodes[i] for i in read], kind)
+        row_of = {i: row for row, i in enumerate(read) if table.projected[row]}
+        tops = {nodes[i].id: self._top(table, row_of.get(i)) for i in shown}
+        edges = self._edges((edge for flow in flows for edge in flow.edges), self._below | tops)
+        self._below |= {nodes[i].id: tops[nodes[i].id] for i in shown if nodes[i].kind in _RESIDUAL}
+        activations = torch.cat([flow.activations for flow in flows])
+        return LayerGraph(
+            layer=layer,
+            nodes=[nodes[i] for i in shown],
+            norms=vectors.norm(dim=-1)[shown].cpu().numpy(),
+            activations=activations[shown].cpu().numpy(),
+            rows=np.array([row_of.get(i, -1) for i in shown], dtype=np.int64),
+            projections=_trimmed(table, self._spec.lens.top_k),
+            edges=edges,
+            last=last,
+            vectors=vectors[shown].cpu().numpy() if self._spec.include_vectors else None,
+        )
+
+    def _shows(self, kind: NodeKind) -> bool:
+        return not self._spec.node_kinds or kind in self._spec.node_kinds
+
+    def _project(
+        self, vectors: torch.Tensor, nodes: Sequence[Node], kind: LensKind
+    ) -> ProjectionTable:
+        lens = self._spec.lens
+        widest = LensSpec(max(lens.top_k, self._spec.overlap_k), lens.bottom_k, kind)
+        targets = [[self._targets[node.position]] for node in nodes]
+        ids = torch.tensor(targets, dtype=torch.long, device=vectors.device).reshape(-1, 1)
+        return project(self._head, vectors, widest, ids)
+
+    def _top(self, table: ProjectionTable, row: int | None) -> frozenset[int]:
+        """The tokens that `overlap` compares; none for a node that is not read."""
+        if row is None or not self._spec.overlap_k:
+            return frozenset()
+        return frozenset(table.top_ids[row, : self._spec.overlap_k].tolist())
+
+    def _edges(self, edges: Iterable[Edge], tops: Mapping[str, frozenset[int]]) -> list[Edge]:
+        """Edges whose ends are both shown, with VISIT's intersection score where it is asked."""
+        visible = [edge for edge in edges if edge.source in tops and edge.target in tops]
+        if not self._spec.overlap_k:
+            return visible
+        return [_overlapping(edge, tops[edge.source], tops[edge.target]) for edge in visible]
+
+
+def _overlapping(edge: Edge, source: frozenset[int], target: frozenset[int]) -> Edge:
+    if not source or not target:
+        return edge
+    return replace(edge, overlap=len(source & target) / len(source))
+
+
+def _trimmed(table: ProjectionTable, top_k: int) -> ProjectionTable:
+    return replace(
+        table,
+        top_ids=table.top_ids[:, :top_k],
+        top_logits=table.top_logits[:, :top_k],
+        top_probabilities=table.top_probabilities[:, :top_k],
+    )

@@ -1,0 +1,109 @@
+"""Validated requests, in the model's own terms: what `rpc.decode` makes and `pipelines` run.
+
+Defaults are VISIT's (Katz & Belinkov, 2023) for selection and the contract's for the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from januslens_server.results import MatrixKind, NodeKind
+
+
+class LensKind(IntEnum):
+    """How a vector is brought into the vocabulary; numbers as in `lens.proto`."""
+
+    FINAL_NORM = 1
+    NORMALIZED = 2
+    RAW = 3
+
+
+@dataclass(frozen=True)
+class LensSpec:
+    """What of each projection is reported."""
+
+    top_k: int = 5
+    bottom_k: int = 5
+    kind: LensKind = LensKind.FINAL_NORM
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How many parts of each sum become nodes; 0 means all, for `bottom_neurons` none."""
+
+    heads: int = 10
+    memory_values_per_head: int = 2
+    top_neurons: int = 18
+    bottom_neurons: int = 7
+
+
+TextOrIds = str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TraceSpec:
+    """One Trace request. Empty `layers` are all; empty `positions` are the last one."""
+
+    prompt: TextOrIds
+    target: TextOrIds | None = None
+    layers: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    all_positions: bool = False
+    selection: Selection = Selection()
+    lens: LensSpec = LensSpec()
+    node_kinds: frozenset[NodeKind] = frozenset()
+    include_vectors: bool = False
+    include_logit_contribution: bool = False
+    overlap_k: int = 0
+
+
+@dataclass(frozen=True)
+class NegativeLogLikelihood:
+    """-log p(target | prompt), several target tokens summed and teacher-forced."""
+
+    target: TextOrIds
+
+
+@dataclass(frozen=True)
+class LogitDifference:
+    """logit(other) - logit(preferred) at the last position."""
+
+    preferred: TextOrIds
+    other: TextOrIds
+
+
+@dataclass(frozen=True)
+class KlDivergence:
+    """KL(p without the suppressed tokens, renormalised || p), the first argument held fixed."""
+
+    suppressed: tuple[int, ...]
+
+
+LossSpec = NegativeLogLikelihood | LogitDifference | KlDivergence
+
+
+@dataclass(frozen=True)
+class Span:
+    """Token positions `start` to `end`, `end` excluded."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class GradientLensSpec:
+    """One GradientLens request. Empty `layers` are all; empty `matrices` are FF1 and FF2."""
+
+    prompt: TextOrIds
+    loss: LossSpec
+    matrices: tuple[MatrixKind, ...] = ()
+    layers: tuple[int, ...] = ()
+    lens: LensSpec = field(default_factory=LensSpec)
+    components: int = 16
+    spectrum_rank: int = 0
+    neurons: int = 0
+    learning_rate: float | None = None
+    subject: str | Span | None = None
+    include_factors: bool = False
+    verify: bool = False
