@@ -40,8 +40,8 @@ class FailedCall(Protocol):
     def details(self) -> str | None:
         """Its message."""
 
-    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None:
-        """What the server sent last."""
+    def trailing_metadata(self) -> Iterable[Any] | None:
+        """What the server sent last, as pairs."""
 
 
 def exception_from(

@@ -50,7 +50,7 @@ def token_ids(ids: Iterable[int], name: str) -> common_pb2.TokenIds:
         TypeError: One is no integer.
         ValueError: There are none, or one is negative.
     """
-    listed = [_count(token_id, f"{name}'s token ids") for token_id in _several(ids, name)]
+    listed = [count(token_id, f"{name}'s token ids") for token_id in _several(ids, name)]
     _require_some(listed, name)
     return common_pb2.TokenIds(ids=listed)
 
@@ -68,7 +68,7 @@ def layer_numbers(layers: Layers | None) -> list[int]:
         if layers.stop is None or min(layers.start or 0, layers.stop, layers.step or 1) < 0:
             raise ValueError(f"expected a slice of layers like slice(0, 4); got {layers}")
         layers = range(layers.start or 0, layers.stop, layers.step or 1)
-    numbers = [_count(layer, "layers") for layer in _several(layers, "layers")]
+    numbers = [count(layer, "layers") for layer in _several(layers, "layers")]
     _require_some(numbers, "layers")
     return sorted(set(numbers))
 
@@ -92,17 +92,23 @@ def position_numbers(positions: Positions | None) -> tuple[list[int], bool]:
     return list(dict.fromkeys(numbers)), False
 
 
-def count(value: int | None, name: str) -> int | None:
+def optional_count(value: int | None, name: str) -> int | None:
     """How many of something, or None to leave it to the server.
 
     Raises:
         TypeError: It is no integer.
         ValueError: It is negative.
     """
-    return None if value is None else _count(value, name)
+    return None if value is None else count(value, name)
 
 
-def _count(value: Any, name: str) -> int:
+def count(value: int, name: str) -> int:
+    """How many of something, or which one.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is negative.
+    """
     return _bounded(value, name, 0, _UINT32)
 
 

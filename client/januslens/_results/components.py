@@ -32,13 +32,13 @@ class Component:
     """`x_i^T delta_i`: what one position adds to a gradient (Backward Lens, section 4).
 
     Attributes:
-        position: The position i, in the prompt followed by all target tokens but the last.
+        position: The position i, an index into the gradient's `prompt_tokens`.
         input_norm: Length of x_i, what the matrix read there.
         vjp_norm: Length of delta_i, the gradient of the loss with respect to what it wrote.
         size: Their product: the norm of this component.
         promoted_end: Where in `projection` the tokens stand that a descent step promotes.
         projection: The factor that lives in the residual basis, in the vocabulary.
-        predicted_rank: Rank in it of the model's own next token.
+        predicted_rank: Rank in it of the model's own next token at this position.
         target_ranks: Rank in it of every target token, 0 = the very top.
         other_side: The largest entries of the other factor.
         input: x_i `[d_in]`, where factors were asked for.

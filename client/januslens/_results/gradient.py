@@ -43,7 +43,7 @@ class Gradient:
 
     @property
     def prompt_tokens(self) -> tuple[Token, ...]:
-        """The prompt as the model read it."""
+        """Every token that the model read, teacher-forced target tokens included."""
         return self.header.prompt_tokens
 
     @property
@@ -81,7 +81,7 @@ class Gradient:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a component of every matrix. Needs pandas."""
-        return gradient_frames.component_frame(self.matrices, self.header.input_tokens)
+        return gradient_frames.component_frame(self.matrices, self.prompt_tokens)
 
     def save(self, path: str | Path) -> None:
         """Write all factors to a safetensors file, as `Matrix.save` does. Needs safetensors.
@@ -98,7 +98,7 @@ class Gradient:
             "model": self.provenance.model,
             "revision": self.provenance.revision,
             "loss": repr(self.loss),
-            "token_ids": " ".join(str(token.id) for token in self.header.input_tokens),
+            "token_ids": " ".join(str(token.id) for token in self.prompt_tokens),
             "target_token_ids": " ".join(str(token.id) for token in self.header.targets),
         }
 

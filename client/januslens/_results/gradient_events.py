@@ -17,9 +17,10 @@ class GradientHeader:
     Attributes:
         request_id: What to quote when asking about this call.
         provenance: Which weights computed it, where and with what.
-        prompt_tokens: The prompt as the model read it.
+        prompt_tokens: Every token that the model read: the prompt and, teacher-forced, all target
+            tokens but the last.
         loss: In nats; a logit difference in logits.
-        targets: The target's tokens.
+        targets: The target's tokens; of a logit difference the preferred one's.
         predicted: The model's own next token after the prompt.
         skipped: Kinds asked for that this architecture has not.
     """
@@ -47,18 +48,13 @@ class GradientHeader:
             skipped=tuple(MATRIX_KINDS.member(kind) for kind in message.skipped),
         )
 
-    @property
-    def input_tokens(self) -> tuple[Token, ...]:
-        """What the model read: the prompt, then all target tokens but the last."""
-        return self.prompt_tokens + self.targets[:-1]
-
 
 @dataclass(frozen=True)
 class SegmentRow:
     """One segment of the prompt in one matrix (Backward Lens's figures of norms and ranks).
 
     Attributes:
-        segment: `first`, `subject`, `last subject token`, `rest`, `last`, as the server names it.
+        segment: `first_token`, `subject`, `last_subject_token`, `rest` or `last_token`.
         layer: The block.
         kind: The matrix.
         mean_vjp_norm: Mean length of the VJPs at the segment's positions.

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from januslens._results.matrices import Matrix
 
 
-def component_frame(matrices: Iterable[Matrix], input_tokens: Sequence[Token]) -> pd.DataFrame:
+def component_frame(matrices: Iterable[Matrix], prompt_tokens: Sequence[Token]) -> pd.DataFrame:
     """One row a component; `token` is missing where the prompt's tokens are not known."""
     pandas = require("pandas", "analysis", "a frame of components")
     rows = [
-        _row(matrix, component, input_tokens)
+        _row(matrix, component, prompt_tokens)
         for matrix in matrices
         for component in matrix.components
     ]
@@ -46,15 +46,15 @@ _COLUMNS = [
 ]
 
 
-def _row(matrix: Matrix, component: Component, input_tokens: Sequence[Token]) -> list[Any]:
+def _row(matrix: Matrix, component: Component, prompt_tokens: Sequence[Token]) -> list[Any]:
     read = component.projection
-    known = component.position < len(input_tokens)
+    known = component.position < len(prompt_tokens)
     return [
         matrix.layer,
         str(matrix.kind),
         matrix.expert,
         component.position,
-        input_tokens[component.position].text if known else None,
+        prompt_tokens[component.position].text if known else None,
         component.input_norm,
         component.vjp_norm,
         component.size,

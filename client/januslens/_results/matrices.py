@@ -29,7 +29,7 @@ class Singular:
 
     Attributes:
         value: The singular value.
-        explained: Share of the squared Frobenius norm that this and the larger ones hold.
+        explained: Share of the squared Frobenius norm that it holds.
         projection: The vector on the residual side, in the vocabulary.
         other_side: The largest entries of the vector on the other side.
     """

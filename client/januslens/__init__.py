@@ -1,0 +1,123 @@
+"""See a language model's forward and backward passes in its vocabulary.
+
+The client of the Januslens server; it needs no torch::
+
+    import januslens
+
+    with januslens.Client("127.0.0.1:50051") as client:
+        trace = client.trace("The capital of Japan is the city of")
+        for part in trace.contributions()[:5]:
+            print(f"{part.logit_contribution:+.2f}", part.node)
+"""
+
+from januslens._aio import AsyncClient
+from januslens._aio_event_stream import AsyncEventStream
+from januslens._client import Client
+from januslens._errors import (
+    Aborted,
+    Cancelled,
+    DeadlineExceeded,
+    ErrorDetails,
+    FieldViolation,
+    InternalError,
+    InvalidRequest,
+    JanuslensError,
+    ModelFailed,
+    ModelNotFound,
+    NotFound,
+    PermissionDenied,
+    ProtocolViolation,
+    QuotaViolation,
+    ResourceExhausted,
+    StreamInterrupted,
+    Unauthenticated,
+    Unavailable,
+    Unimplemented,
+)
+from januslens._event_stream import EventStream
+from januslens._recorded import read_gradient, read_trace
+from januslens._requests.losses import KlDivergence, LogitDifference, NegativeLogLikelihood
+from januslens._results.components import Component, Entry
+from januslens._results.gradient import Gradient
+from januslens._results.gradient_events import GradientHeader, GradientSummary, SegmentRow
+from januslens._results.graph import Part
+from januslens._results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side
+from januslens._results.matrices import Matrix, NeuronChange, Singular, Verification
+from januslens._results.models import Model
+from januslens._results.nodes import Edge, Node
+from januslens._results.norms import NormEffect
+from januslens._results.projection import Projection, TokenScore
+from januslens._results.provenance import Guarantee, Provenance, StageTime
+from januslens._results.tensors import Tensor
+from januslens._results.tokens import Token
+from januslens._results.trace import Trace
+from januslens._results.trace_events import (
+    LayerGraph,
+    PositionTarget,
+    TraceHeader,
+    TraceSummary,
+)
+
+__all__ = [
+    "Aborted",
+    "AsyncClient",
+    "AsyncEventStream",
+    "Cancelled",
+    "Client",
+    "Component",
+    "DeadlineExceeded",
+    "Edge",
+    "EdgeKind",
+    "End",
+    "Entry",
+    "ErrorDetails",
+    "EventStream",
+    "FieldViolation",
+    "Gradient",
+    "GradientHeader",
+    "GradientSummary",
+    "Guarantee",
+    "InternalError",
+    "InvalidRequest",
+    "JanuslensError",
+    "KlDivergence",
+    "LayerGraph",
+    "Lens",
+    "LogitDifference",
+    "Matrix",
+    "MatrixKind",
+    "Model",
+    "ModelFailed",
+    "ModelNotFound",
+    "NegativeLogLikelihood",
+    "NeuronChange",
+    "Node",
+    "NodeKind",
+    "NormEffect",
+    "NotFound",
+    "Part",
+    "PermissionDenied",
+    "PositionTarget",
+    "Projection",
+    "ProtocolViolation",
+    "Provenance",
+    "QuotaViolation",
+    "ResourceExhausted",
+    "SegmentRow",
+    "Side",
+    "Singular",
+    "StageTime",
+    "StreamInterrupted",
+    "Tensor",
+    "Token",
+    "TokenScore",
+    "Trace",
+    "TraceHeader",
+    "TraceSummary",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "Verification",
+    "read_gradient",
+    "read_trace",
+]

@@ -1,0 +1,152 @@
+"""The asynchronous client: the same verbs, awaited."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from functools import cached_property
+from types import GenericAlias, TracebackType
+from typing import Any, Concatenate, ParamSpec, Self
+
+import grpc
+
+from januslens import _verbs as verbs
+from januslens._aio_event_stream import AsyncEventStream
+from januslens._connection import (
+    CHANNEL_OPTIONS,
+    DEFAULT_ADDRESS,
+    Attempt,
+    ResponseHook,
+    connection,
+)
+from januslens._described import described, verb_types
+from januslens._stream.assembler import EventT, ResponseT, ResultT
+from januslens._verbs.calls import Exchange, ReturnT, StreamCall, UnaryCall
+from januslens.v1.service_pb2_grpc import IntrospectionServiceStub
+
+P = ParamSpec("P")
+Awaited = Coroutine[Any, Any, ReturnT]
+
+
+def _unary(
+    verb: Callable[P, Exchange[ReturnT]],
+) -> Callable[Concatenate[AsyncClient, P], Awaited[ReturnT]]:
+    async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> ReturnT:
+        exchange = verb(*args, **kwargs)
+        try:
+            call = next(exchange)
+            while True:
+                call = exchange.send(await self._send(call))
+        except StopIteration as finished:
+            result: ReturnT = finished.value
+            return result
+
+    return described(method, verb, verb_types(verb)[-1])
+
+
+def _streamed(
+    verb: Callable[P, StreamCall[ResponseT, EventT, ResultT]],
+) -> Callable[Concatenate[AsyncClient, P], AsyncEventStream[EventT, ResultT]]:
+    def method(
+        self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs
+    ) -> AsyncEventStream[EventT, ResultT]:
+        return self._open(verb(*args, **kwargs))
+
+    returns = GenericAlias(AsyncEventStream, verb_types(verb)[1:])
+    return described(method, verb, returns, prefix="stream_")
+
+
+def _whole(
+    verb: Callable[P, StreamCall[ResponseT, EventT, ResultT]],
+) -> Callable[Concatenate[AsyncClient, P], Awaited[ResultT]]:
+    async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> ResultT:
+        async with self._open(verb(*args, **kwargs)) as stream:
+            return await stream.result()
+
+    return described(method, verb, verb_types(verb)[-1])
+
+
+class AsyncClient:
+    """Talks to a Januslens server from one event loop. Close it, or use `async with`.
+
+    The arguments are those of `Client`; so are the methods, to be awaited, but for the two that
+    return a stream to iterate with `async for`.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        token: str | None = None,
+        timeout: float | None = None,
+        secure: bool = False,
+        credentials: grpc.ChannelCredentials | None = None,
+        on_response: ResponseHook | None = None,
+    ) -> None:
+        self._connection = connection(
+            address,
+            token=token,
+            timeout=timeout,
+            secure=secure,
+            credentials=credentials,
+            on_response=on_response,
+        )
+
+    list_models = _unary(verbs.list_models)
+    tokenize = _unary(verbs.tokenize)
+    project = _unary(verbs.project)
+    trace = _whole(verbs.trace)
+    stream_trace = _streamed(verbs.trace)
+    gradient_lens = _whole(verbs.gradient_lens)
+    stream_gradient_lens = _streamed(verbs.gradient_lens)
+
+    @cached_property
+    def _channel(self) -> grpc.aio.Channel:
+        """Made by the first call: it belongs to the event loop that is running then."""
+        secured = self._connection.credentials
+        if secured is None:
+            return grpc.aio.insecure_channel(self._connection.address, CHANNEL_OPTIONS)
+        return grpc.aio.secure_channel(self._connection.address, secured, CHANNEL_OPTIONS)
+
+    @cached_property
+    def _stub(self) -> IntrospectionServiceStub:
+        return IntrospectionServiceStub(self._channel)
+
+    async def _send(self, call: UnaryCall) -> object:
+        attempt = Attempt(self._connection)
+        try:
+            response = await getattr(self._stub, call.method)(
+                call.request,
+                timeout=self._connection.deadline(call.timeout),
+                metadata=attempt.metadata,
+            )
+        except grpc.RpcError as error:
+            raise attempt.failure(error) from error
+        self._connection.seen(response)
+        return response
+
+    def _open(
+        self, call: StreamCall[ResponseT, EventT, ResultT]
+    ) -> AsyncEventStream[EventT, ResultT]:
+        attempt = Attempt(self._connection)
+        responses = getattr(self._stub, call.method)(
+            call.request,
+            timeout=self._connection.deadline(call.timeout),
+            metadata=attempt.metadata,
+        )
+        return AsyncEventStream(responses, call.assembler, attempt)
+
+    async def close(self) -> None:
+        """Close the connection; calls that still run are cancelled."""
+        if "_channel" in self.__dict__:  # else no call was made
+            await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()

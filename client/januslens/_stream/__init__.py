@@ -1,0 +1,1 @@
+"""Putting streams together, without any input or output of their own."""

@@ -1,0 +1,47 @@
+"""What is served, and how a model reads a text."""
+
+from __future__ import annotations
+
+from januslens._results.models import Model
+from januslens._results.tokens import Token
+from januslens._verbs.calls import Exchange, UnaryCall
+from januslens.v1 import models_pb2
+
+
+def list_models(*, timeout: float | None = None) -> Exchange[list[Model]]:
+    """The configured models with their state, sizes and what their self-checks measured.
+
+    Args:
+        timeout: Seconds to wait.
+
+    Raises:
+        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+    """
+    models: list[Model] = []
+    page_token = ""
+    while True:
+        request = models_pb2.ListModelsRequest(page_token=page_token)
+        page: models_pb2.ListModelsResponse = yield UnaryCall("ListModels", request, timeout)
+        models += [Model.from_message(model) for model in page.models]
+        page_token = page.next_page_token
+        if not page_token:
+            return models
+
+
+def tokenize(
+    text: str, *, special_tokens: bool = False, model: str = "", timeout: float | None = None
+) -> Exchange[list[Token]]:
+    """The tokens of a text as a model reads it, with the characters that each one covers.
+
+    Args:
+        text: What to tokenize.
+        special_tokens: Add those that the tokenizer adds to a prompt.
+        model: Its name; empty = the only one resident.
+        timeout: Seconds to wait.
+
+    Raises:
+        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+    """
+    request = models_pb2.TokenizeRequest(model=model, text=text, with_special_tokens=special_tokens)
+    response: models_pb2.TokenizeResponse = yield UnaryCall("Tokenize", request, timeout)
+    return [Token.from_message(token) for token in response.tokens]
