@@ -49,7 +49,7 @@ class Settings:
     log_level: str
 
 
-class _ModelType(click.ParamType):
+class _ModelType(click.ParamType[ModelSetting]):
     name = "NAME=PATH_OR_HUB_ID[@REVISION]"
 
     def convert(

@@ -11,6 +11,7 @@ The tree (the `rpc` package alone knows which gRPC status each becomes)::
     |   |-- ServerDraining
     |   |-- QueueFull
     |   `-- OutOfMemory
+    |-- Unimplemented
     |-- DeadlinePassed
     |-- RequestCancelled
     `-- ReaderStalled
@@ -87,6 +88,12 @@ class OutOfMemory(TryLater):
     """The device had no memory left for this request."""
 
     reason = "OUT_OF_MEMORY"
+
+
+class Unimplemented(IntrospectionError):
+    """The contract has this RPC, this version of the server does not."""
+
+    reason = "UNIMPLEMENTED"
 
 
 class DeadlinePassed(IntrospectionError):

@@ -307,6 +307,7 @@ class TraceSummary:
     edges: int
     times: Sequence[StageTime]
     checks: Sequence[Guarantee] = ()
+    constant_logit_contribution: float | None = None
 
 
 TraceEvent = TraceHeader | LayerGraph | TraceSummary

@@ -8,7 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import IntEnum
 
+import numpy as np
+from numpy.typing import NDArray
+
 from januslens_server.results import MatrixKind, NodeKind
+
+Vectors = NDArray[np.float32]
 
 
 class LensKind(IntEnum):
@@ -56,6 +61,15 @@ class TraceSpec:
     include_vectors: bool = False
     include_logit_contribution: bool = False
     overlap_k: int = 0
+
+
+@dataclass(frozen=True)
+class ProjectSpec:
+    """One Project request: `vectors` `[n, d_model]` of the residual basis."""
+
+    vectors: Vectors
+    lens: LensSpec = LensSpec()
+    target: TextOrIds | None = None
 
 
 @dataclass(frozen=True)

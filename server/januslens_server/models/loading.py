@@ -17,12 +17,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers import logging as transformers_logging
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models.adapters import view_of
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokens import Vocabulary
 from januslens_server.results import Provenance
+
+# A server's log is no terminal.
+transformers_logging.disable_progress_bar()
 
 DATA_TYPES = {
     "float32": torch.float32,

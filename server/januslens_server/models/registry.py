@@ -15,9 +15,9 @@ SelfCheck = Callable[[ResidentModel], Sequence[Guarantee]]
 Observer = Callable[[ModelStatus], None]
 
 
-def embedded_source(device: str) -> ModelSource:
+def embedded_source(device: str, data_type: str) -> ModelSource:
     """The model `demo` that is shipped inside the package."""
-    return ModelSource("demo", str(model_path()), device=device)
+    return ModelSource("demo", str(model_path()), device=device, data_type=data_type)
 
 
 class Registry:

@@ -58,7 +58,12 @@ def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iter
     for graph in _layers(model, spec, passed, layers, targets, checkpoint, clock):
         nodes, edges = nodes + len(graph.nodes), edges + len(graph.edges)
         yield graph
-    yield TraceSummary(nodes, edges, clock.times())
+    # The contract's summary has one constant: it belongs to the position if there is only one.
+    constant = targets[0].constant_logit_contribution
+    single = len(targets) == 1 and spec.include_logit_contribution
+    yield TraceSummary(
+        nodes, edges, clock.times(), constant_logit_contribution=constant if single else None
+    )
 
 
 def _layers(

@@ -17,6 +17,7 @@ from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 
 T = TypeVar("T")
+Checkpoint = Callable[[], None]
 
 
 @dataclass(eq=False)
@@ -44,8 +45,12 @@ class DeviceWorker:
         """Requests admitted and not yet ended: waiting, running, or set aside."""
         return self._unfinished
 
-    def submit(self, steps: Callable[[], Iterator[T]], outlet: Outlet[T], ticket: Ticket) -> None:
+    def submit(
+        self, run: Callable[[Checkpoint], Iterator[T]], outlet: Outlet[T], ticket: Ticket
+    ) -> None:
         """Admit a request; its results and its error go to `outlet`.
+
+        `run` is handed the ticket's check, to call wherever it can stop early.
 
         Raises `QueueFull` at once if too many wait, `ServerDraining` if nothing new is taken.
         """
@@ -55,7 +60,7 @@ class DeviceWorker:
             if self._unfinished > self._max_waiting:
                 raise QueueFull(f"{self._max_waiting} requests wait already; try again")
             self._unfinished += 1
-            self._jobs.append(_Job(steps(), outlet, ticket))
+            self._jobs.append(_Job(run(ticket.check), outlet, ticket))
             self._changed.notify_all()
 
     def refuse_new(self) -> None:

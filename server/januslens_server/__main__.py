@@ -1,0 +1,135 @@
+"""Composition root: settings to a running server, and signals to a drained one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+
+import grpc
+from prometheus_client import start_http_server
+
+from januslens_server import telemetry
+from januslens_server.config import Settings, read_settings
+from januslens_server.models.loading import ModelSource
+from januslens_server.models.registry import Registry, embedded_source
+from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.results import ModelState, ModelStatus
+from januslens_server.rpc.health import Health, is_ready
+from januslens_server.rpc.server import build_server
+from januslens_server.rpc.service import IntrospectionService
+from januslens_server.rpc.streaming import DeviceStreams
+from januslens_server.scheduling.worker import DeviceWorker
+
+logger = logging.getLogger("januslens_server")
+
+
+def main() -> None:
+    """The command `januslens-server`."""
+    settings = read_settings()
+    telemetry.configure_logging(settings.log_level)
+    try:
+        asyncio.run(serve(settings))
+    except OSError as error:
+        sys.stderr.write(f"januslens-server: {error}\n")
+        raise SystemExit(1) from error
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then let what runs finish within the grace.
+
+    Raises `OSError` where a port cannot be had.
+    """
+    loop = asyncio.get_running_loop()
+    health = Health()
+    worker = DeviceWorker(settings.max_waiting)
+    telemetry.UNFINISHED.set_function(lambda: worker.unfinished)
+
+    def observe(status: ModelStatus) -> None:
+        _log_state(status)
+        telemetry.MODEL_READY.labels(status.name).set(status.state is ModelState.READY)
+        asyncio.run_coroutine_threadsafe(_update(health, registry), loop)
+
+    registry = Registry(_sources(settings), self_check, observe)
+    service = IntrospectionService(registry, DeviceStreams(worker, settings.stall_seconds))
+    server = build_server(service, health)
+    await health.update(registry.statuses())
+    await _listen(server, settings)
+    loading = threading.Thread(target=registry.load_all, name="model-loader", daemon=True)
+    loading.start()
+    await _signalled(loop)
+    await _drain(server, health, worker, settings.grace_seconds)
+
+
+def _sources(settings: Settings) -> list[ModelSource]:
+    if not settings.models:
+        return [embedded_source(settings.device, settings.data_type)]
+    return [
+        ModelSource(m.name, m.location, m.revision, settings.device, settings.data_type)
+        for m in settings.models
+    ]
+
+
+async def _listen(server: grpc.aio.Server, settings: Settings) -> None:
+    address = f"{settings.host}:{settings.port}"
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot serve on {address}: is another server running there?") from error
+    await server.start()
+    metrics, _ = start_http_server(settings.metrics_port, settings.metrics_host)
+    logger.info("serving on %s:%d", settings.host, port)
+    logger.info("metrics on http://%s:%d/metrics", settings.metrics_host, metrics.server_port)
+
+
+def _log_state(status: ModelStatus) -> None:
+    if status.state is ModelState.FAILED:
+        logger.error("model %s FAILED: %s", status.name, status.reason)
+    elif status.provenance is not None and status.facts is not None:
+        where, facts = status.provenance, status.facts
+        logger.info(
+            "model %s READY: %s, %d layers of %d, %s on %s",
+            status.name,
+            where.architecture,
+            facts.n_layers,
+            facts.d_model,
+            where.data_type,
+            where.device,
+        )
+
+
+async def _update(health: Health, registry: Registry) -> None:
+    statuses: Sequence[ModelStatus] = registry.statuses()
+    await health.update(statuses)
+    if is_ready(statuses):
+        logger.info("ready")
+
+
+async def _signalled(loop: asyncio.AbstractEventLoop) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+async def _drain(
+    server: grpc.aio.Server, health: Health, worker: DeviceWorker, grace: float
+) -> None:
+    """Refuse what is new, finish what runs, then stop.
+
+    We count our own requests: `stop(grace)` would wait for every open health watch.
+    """
+    logger.info("draining %d requests, for at most %g s", worker.unfinished, grace)
+    await health.drain()
+    worker.refuse_new()
+    finished = await asyncio.to_thread(worker.wait_idle, grace)
+    logger.info("drained" if finished else "grace expired, cutting what still runs")
+    # The last messages are on their way to their readers.
+    await server.stop(1.0 if finished else 0.0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The gRPC surface: decode a message, run a pipeline, encode its records, map its errors."""

@@ -1,0 +1,79 @@
+"""What every RPC shares: its id, its metrics, and its errors as statuses."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from types import TracebackType
+from typing import Any, NoReturn
+
+import grpc
+
+from januslens_server import telemetry
+from januslens_server.errors import IntrospectionError
+from januslens_server.rpc.status import DETAILS_KEY, code_of, status_of
+
+logger = logging.getLogger(__name__)
+
+REQUEST_ID_KEY = "x-request-id"
+_SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Call:
+    """One RPC from its first byte to its status: an async context manager around its handler.
+
+    Entering gives the request's id. Leaving counts, times and logs the call, and turns an error
+    into the status of `rpc.status`; nothing is swallowed, an error always ends the call.
+    """
+
+    def __init__(self, method: str, context: Context) -> None:
+        """`method` is the RPC's name, for metrics and logs."""
+        self._method = method
+        self._context = context
+        self._request_id = _request_id(context)
+        self._started = time.perf_counter()
+
+    async def __aenter__(self) -> str:
+        telemetry.STARTED.labels(self._method).inc()
+        await self._context.send_initial_metadata(((REQUEST_ID_KEY, self._request_id),))
+        return self._request_id
+
+    async def __aexit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self._end(grpc.StatusCode.OK)
+        elif isinstance(error, Exception):
+            await self._abort(error)
+        else:  # asyncio's cancellation: the caller is gone, there is no one to answer
+            self._end(grpc.StatusCode.CANCELLED)
+
+    async def _abort(self, error: Exception) -> NoReturn:
+        if not isinstance(error, IntrospectionError):
+            logger.error("request %s met a bug", self._request_id, exc_info=error)
+        status = status_of(error, self._request_id)
+        code = code_of(status)
+        self._end(code)
+        details = ((DETAILS_KEY, status.SerializeToString()),)
+        await self._context.abort(code, status.message, trailing_metadata=details)
+
+    def _end(self, code: grpc.StatusCode) -> None:
+        seconds = time.perf_counter() - self._started
+        telemetry.HANDLED.labels(self._method, code.name).inc()
+        telemetry.HANDLING_SECONDS.labels(self._method).observe(seconds)
+        logger.info("%s %s %s %.3f s", self._request_id, self._method, code.name, seconds)
+
+
+def _request_id(context: Context) -> str:
+    """The caller's id if it is safe to echo and log, else a fresh one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _SAFE_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex

@@ -1,0 +1,155 @@
+"""Request messages to specs: defaults filled in, impossible values refused by field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from enum import IntEnum
+from typing import TypeVar
+
+import numpy as np
+
+from januslens.v1 import common_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
+from januslens_server.errors import InvalidRequest
+from januslens_server.results import MatrixKind, NodeKind
+from januslens_server.specs import (
+    GradientLensSpec,
+    KlDivergence,
+    LensKind,
+    LensSpec,
+    LogitDifference,
+    LossSpec,
+    NegativeLogLikelihood,
+    ProjectSpec,
+    Selection,
+    TextOrIds,
+    TraceSpec,
+    Vectors,
+)
+
+_TENSOR_TYPES: dict[int, str] = {
+    common_pb2.DATA_TYPE_FLOAT32: "<f4",
+    common_pb2.DATA_TYPE_FLOAT16: "<f2",
+    common_pb2.DATA_TYPE_BFLOAT16: "<u2",
+}
+
+Kind = TypeVar("Kind", bound=IntEnum)
+Lensed = trace_pb2.TraceRequest | gradient_lens_pb2.GradientLensRequest | lens_pb2.ProjectRequest
+
+# Vectors of one Project request: their readings must fit into one answer.
+MAX_VECTORS = 4096
+
+
+def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
+    """Raises `InvalidRequest` naming the field that cannot be served."""
+    if request.allow_batching:
+        raise InvalidRequest("allow_batching", "expected false: this server does not batch")
+    return TraceSpec(
+        prompt=_input(request.input),
+        target=_target(request.target, "target") if request.HasField("target") else None,
+        layers=tuple(request.layers),
+        positions=tuple(request.positions),
+        all_positions=request.all_positions,
+        selection=_selection(request.selection),
+        lens=_lens(request),
+        node_kinds=frozenset(_enums(NodeKind, request.node_kinds, "node_kinds")),
+        include_vectors=request.include_vectors,
+        include_logit_contribution=request.include_logit_contribution,
+        overlap_k=request.overlap_k,
+    )
+
+
+def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> GradientLensSpec:
+    """Raises `InvalidRequest` naming the field that cannot be served."""
+    defaults = GradientLensSpec("", NegativeLogLikelihood(""))
+    components = request.components if request.HasField("components") else defaults.components
+    return GradientLensSpec(
+        prompt=_input(request.input),
+        loss=_loss(request),
+        matrices=tuple(_enums(MatrixKind, request.matrices, "matrices")),
+        layers=tuple(request.layers),
+        lens=_lens(request),
+        components=components,
+        include_factors=request.include_factors,
+        verify=request.verify,
+    )
+
+
+def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
+    """Raises `InvalidRequest` naming the field that cannot be served."""
+    return ProjectSpec(
+        vectors=_matrix(request.vectors),
+        lens=_lens(request),
+        target=_target(request.target, "target") if request.HasField("target") else None,
+    )
+
+
+def _matrix(tensor: common_pb2.Tensor) -> Vectors:
+    """A tensor `[n, d_model]`, or `[d_model]` for a single vector, as float32."""
+    kind = _TENSOR_TYPES.get(tensor.data_type)
+    if kind is None:
+        raise InvalidRequest("vectors.data_type", "expected FLOAT32, FLOAT16 or BFLOAT16")
+    shape = tuple(tensor.shape)
+    if len(shape) not in {1, 2} or min(shape) < 1:
+        raise InvalidRequest("vectors.shape", f"expected [n, d_model], got {list(shape)}")
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    if len(tensor.data) != size:
+        raise InvalidRequest("vectors.data", f"expected {size} bytes, got {len(tensor.data)}")
+    values = np.frombuffer(tensor.data, dtype=kind).reshape(-1, shape[-1])
+    if len(values) > MAX_VECTORS:
+        raise InvalidRequest("vectors", f"expected at most {MAX_VECTORS}, got {len(values)}")
+    if tensor.data_type == common_pb2.DATA_TYPE_BFLOAT16:
+        values = (values.astype("<u4") << 16).view("<f4")  # bfloat16 is the upper half of float32
+    return values.astype(np.float32)
+
+
+def _input(message: common_pb2.Input) -> TextOrIds:
+    if message.WhichOneof("input") == "token_ids":
+        return tuple(message.token_ids.ids)
+    return message.prompt
+
+
+def _target(message: common_pb2.Target, field: str) -> TextOrIds:
+    which = message.WhichOneof("target")
+    if which is None:
+        raise InvalidRequest(field, "expected text or token_ids, got neither")
+    return message.text if which == "text" else tuple(message.token_ids.ids)
+
+
+def _lens(request: Lensed) -> LensSpec:
+    defaults = LensSpec()
+    return LensSpec(
+        top_k=request.top_k if request.HasField("top_k") else defaults.top_k,
+        bottom_k=request.bottom_k if request.HasField("bottom_k") else defaults.bottom_k,
+        kind=_enum(LensKind, request.lens, "lens") if request.lens else defaults.kind,
+    )
+
+
+def _selection(message: trace_pb2.Selection) -> Selection:
+    return Selection(**{descriptor.name: value for descriptor, value in message.ListFields()})
+
+
+def _loss(request: gradient_lens_pb2.GradientLensRequest) -> LossSpec:
+    which = request.WhichOneof("loss")
+    if which == "nll":
+        return NegativeLogLikelihood(_target(request.nll.target, "nll.target"))
+    if which == "logit_difference":
+        return LogitDifference(
+            preferred=_target(request.logit_difference.preferred, "logit_difference.preferred"),
+            other=_target(request.logit_difference.other, "logit_difference.other"),
+        )
+    if which == "kl":
+        return KlDivergence(tuple(request.kl.suppressed.ids))
+    raise InvalidRequest("loss", "expected nll, logit_difference or kl, got none")
+
+
+def _enums(kind: type[Kind], values: Iterable[int], field: str) -> list[Kind]:
+    return [_enum(kind, value, f"{field}[{i}]") for i, value in enumerate(values)]
+
+
+def _enum(kind: type[Kind], value: int, field: str) -> Kind:
+    try:
+        return kind(value)
+    except ValueError as error:
+        names = ", ".join(kind.__members__)
+        raise InvalidRequest(field, f"expected one of {names}, got number {value}") from error

@@ -1,0 +1,15 @@
+"""Result records to messages of at most 1 MiB, so that no client limit needs raising."""
+
+from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
+from januslens_server.rpc.encode.models import model_message
+from januslens_server.rpc.encode.project import project_response
+from januslens_server.rpc.encode.shared import token_message
+from januslens_server.rpc.encode.trace import TraceEncoder
+
+__all__ = [
+    "GradientLensEncoder",
+    "TraceEncoder",
+    "model_message",
+    "project_response",
+    "token_message",
+]

@@ -1,0 +1,143 @@
+"""The events of a GradientLens as messages."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from januslens.v1 import gradient_lens_pb2
+from januslens_server.results import (
+    Components,
+    Entries,
+    GradientEvent,
+    GradientHeader,
+    GradientMatrix,
+    GradientSummary,
+    MatrixKind,
+)
+from januslens_server.rpc.encode.shared import (
+    ReadToken,
+    TokenTexts,
+    in_pieces,
+    projection_messages,
+    provenance_message,
+    tensor_message,
+    time_messages,
+    token_message,
+)
+
+Response = gradient_lens_pb2.GradientLensResponse
+
+
+class GradientLensEncoder:
+    """Encodes one stream: numbers its messages and sends every token's text once."""
+
+    def __init__(self, request_id: str, read_token: ReadToken) -> None:
+        """`read_token` looks a vocabulary id up."""
+        self._request_id = request_id
+        self._texts = TokenTexts(read_token)
+        self._sequence = itertools.count()
+
+    def encode(self, event: GradientEvent) -> Iterator[Response]:
+        """The messages of one event, in the order in which they must be sent."""
+        if isinstance(event, GradientHeader):
+            yield Response(sequence=next(self._sequence), header=self._header(event))
+        elif isinstance(event, GradientSummary):
+            yield Response(sequence=next(self._sequence), summary=_summary(event))
+        else:
+            for piece in self._pieces(event):
+                yield Response(sequence=next(self._sequence), matrix=piece)
+
+    def _header(self, header: GradientHeader) -> gradient_lens_pb2.GradientHeader:
+        return gradient_lens_pb2.GradientHeader(
+            request_id=self._request_id,
+            provenance=provenance_message(header.provenance),
+            prompt_tokens=[token_message(token) for token in header.prompt_tokens],
+            loss=header.loss,
+            target_token_ids=header.target_token_ids,
+            predicted_token_id=header.predicted_token_id,
+            skipped=[_kind(kind) for kind in header.skipped],
+        )
+
+    def _pieces(self, matrix: GradientMatrix) -> Iterator[gradient_lens_pb2.GradientMatrix]:
+        """What says which matrix it is stands in every piece, its totals in the last one."""
+        pieces = [
+            gradient_lens_pb2.GradientMatrix(
+                layer=matrix.layer,
+                kind=_kind(matrix.kind),
+                expert=matrix.expert,
+                d_in=matrix.d_in,
+                d_out=matrix.d_out,
+                projected_side=gradient_lens_pb2.Side.ValueType(matrix.projected_side),
+                promoted_end=gradient_lens_pb2.End.ValueType(matrix.promoted_end),
+                components=components,
+                frobenius_norm=matrix.frobenius_norm,
+                tokens=self._texts.unsent(component.projection for component in components),
+            )
+            for components in in_pieces(_components(matrix.components))
+        ]
+        pieces[-1].last = True
+        if matrix.verification is not None:
+            pieces[-1].verification.relative_error = matrix.verification.measured_error
+            pieces[-1].verification.tolerance = matrix.verification.tolerance
+        yield from pieces
+
+
+def _kind(kind: MatrixKind) -> gradient_lens_pb2.MatrixKind.ValueType:
+    return gradient_lens_pb2.MatrixKind.ValueType(kind)
+
+
+def _components(components: Components) -> Iterator[gradient_lens_pb2.Component]:
+    projections = projection_messages(components.projections)
+    columns = zip(
+        components.positions.tolist(),
+        components.input_norms.tolist(),
+        components.vjp_norms.tolist(),
+        components.predicted_ranks.tolist(),
+        components.target_ranks.tolist(),
+        _entries(components.other_side),
+        strict=True,
+    )
+    inputs, vjps = components.inputs, components.vjps
+    for i, (position, input_norm, vjp_norm, predicted, targets, entries) in enumerate(columns):
+        projected = projections[i] is not None
+        yield gradient_lens_pb2.Component(
+            position=position,
+            input_norm=input_norm,
+            vjp_norm=vjp_norm,
+            size=input_norm * vjp_norm,
+            projection=projections[i],
+            predicted_rank=predicted if projected else None,
+            target_ranks=targets if projected else (),
+            other_side=entries,
+            input=None if inputs is None else tensor_message(inputs[i]),
+            vjp=None if vjps is None else tensor_message(vjps[i]),
+        )
+
+
+def _entries(entries: Entries) -> list[list[gradient_lens_pb2.Entry]]:
+    return [
+        [
+            gradient_lens_pb2.Entry(index=index, value=value)
+            for index, value in zip(indices, values, strict=True)
+        ]
+        for indices, values in zip(entries.indices.tolist(), entries.values.tolist(), strict=True)
+    ]
+
+
+def _summary(summary: GradientSummary) -> gradient_lens_pb2.GradientSummary:
+    return gradient_lens_pb2.GradientSummary(
+        matrices=summary.matrices,
+        times=time_messages(summary.times),
+        segments=[
+            gradient_lens_pb2.SegmentRow(
+                segment=row.segment,
+                layer=row.layer,
+                kind=_kind(row.kind),
+                mean_vjp_norm=row.mean_vjp_norm,
+                mean_target_rank=row.mean_target_rank,
+                positions=row.positions,
+            )
+            for row in summary.segments
+        ],
+    )

@@ -1,0 +1,24 @@
+"""The answer to Project as a message."""
+
+from __future__ import annotations
+
+from januslens.v1 import lens_pb2
+from januslens_server.results import ProjectionTable, Provenance
+from januslens_server.rpc.encode.shared import (
+    ReadToken,
+    TokenTexts,
+    projection_messages,
+    provenance_message,
+)
+
+
+def project_response(
+    table: ProjectionTable, provenance: Provenance, read_token: ReadToken
+) -> lens_pb2.ProjectResponse:
+    """One projection a vector, empty for a zero vector, and the texts of all tokens named."""
+    projections = [projection or lens_pb2.Projection() for projection in projection_messages(table)]
+    return lens_pb2.ProjectResponse(
+        projections=projections,
+        tokens=TokenTexts(read_token).unsent(projections),
+        provenance=provenance_message(provenance),
+    )

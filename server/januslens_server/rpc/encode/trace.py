@@ -1,0 +1,134 @@
+"""The events of a Trace as messages."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+from januslens.v1 import trace_pb2
+from januslens_server.results import (
+    Edge,
+    LayerGraph,
+    PositionTarget,
+    TraceEvent,
+    TraceHeader,
+    TraceSummary,
+)
+from januslens_server.rpc.encode.shared import (
+    ReadToken,
+    TokenTexts,
+    guarantee_messages,
+    in_pieces,
+    projection_messages,
+    provenance_message,
+    tensor_message,
+    time_messages,
+    token_message,
+)
+
+
+class TraceEncoder:
+    """Encodes one stream: numbers its messages and sends every token's text once."""
+
+    def __init__(self, request_id: str, read_token: ReadToken) -> None:
+        """`read_token` looks a vocabulary id up."""
+        self._request_id = request_id
+        self._texts = TokenTexts(read_token)
+        self._sequence = itertools.count()
+
+    def encode(self, event: TraceEvent) -> Iterator[trace_pb2.TraceResponse]:
+        """The messages of one event, in the order in which they must be sent."""
+        if isinstance(event, TraceHeader):
+            yield trace_pb2.TraceResponse(sequence=next(self._sequence), header=self._header(event))
+        elif isinstance(event, TraceSummary):
+            yield trace_pb2.TraceResponse(sequence=next(self._sequence), summary=_summary(event))
+        else:
+            for piece in self._pieces(event):
+                yield trace_pb2.TraceResponse(sequence=next(self._sequence), layer=piece)
+
+    def _header(self, header: TraceHeader) -> trace_pb2.TraceHeader:
+        return trace_pb2.TraceHeader(
+            request_id=self._request_id,
+            provenance=provenance_message(header.provenance),
+            prompt_tokens=[token_message(token) for token in header.prompt_tokens],
+            layers=header.layers,
+            targets=[_target(target) for target in header.targets],
+        )
+
+    def _pieces(self, graph: LayerGraph) -> Iterator[trace_pb2.LayerGraph]:
+        """Nodes, then edges: an edge never comes before its ends."""
+        pieces = [
+            trace_pb2.LayerGraph(
+                layer=graph.layer,
+                nodes=nodes,
+                tokens=self._texts.unsent(node.projection for node in nodes),
+            )
+            for nodes in in_pieces(_nodes(graph))
+        ]
+        pieces += [
+            trace_pb2.LayerGraph(layer=graph.layer, edges=edges)
+            for edges in in_pieces(_edge(edge) for edge in graph.edges)
+        ]
+        pieces[-1].last = graph.last
+        yield from pieces
+
+
+def _nodes(graph: LayerGraph) -> Iterator[trace_pb2.Node]:
+    projections = projection_messages(graph.projections)
+    columns = zip(
+        graph.nodes,
+        graph.norms.tolist(),
+        graph.activations.tolist(),
+        graph.rows.tolist(),
+        strict=True,
+    )
+    for i, (node, norm, activation, row) in enumerate(columns):
+        yield trace_pb2.Node(
+            id=node.id,
+            kind=trace_pb2.NodeKind.ValueType(node.kind),
+            layer=node.layer,
+            position=node.position,
+            head=node.head,
+            source_position=node.source_position,
+            neuron=node.neuron,
+            expert=node.expert,
+            norm=norm,
+            activation=None if math.isnan(activation) else activation,
+            projection=None if row < 0 else projections[row],
+            vector=None if graph.vectors is None else tensor_message(graph.vectors[i]),
+        )
+
+
+def _edge(edge: Edge) -> trace_pb2.Edge:
+    return trace_pb2.Edge(
+        source=edge.source,
+        target=edge.target,
+        kind=trace_pb2.EdgeKind.ValueType(edge.kind),
+        weight=edge.weight,
+        share=edge.share,
+        attention=edge.attention,
+        logit_contribution=edge.logit_contribution,
+        overlap=edge.overlap,
+    )
+
+
+def _target(target: PositionTarget) -> trace_pb2.PositionTarget:
+    return trace_pb2.PositionTarget(
+        position=target.position,
+        target_token_id=target.target_token_id,
+        predicted_token_id=target.predicted_token_id,
+        target_probability=target.target_probability,
+        target_rank=target.target_rank,
+        target_logit=target.target_logit,
+    )
+
+
+def _summary(summary: TraceSummary) -> trace_pb2.TraceSummary:
+    return trace_pb2.TraceSummary(
+        nodes=summary.nodes,
+        edges=summary.edges,
+        times=time_messages(summary.times),
+        checks=guarantee_messages(summary.checks),
+        constant_logit_contribution=summary.constant_logit_contribution,
+    )

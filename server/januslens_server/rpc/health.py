@@ -1,0 +1,41 @@
+"""grpc.health.v1: alive, ready, and one service name per model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health import aio as health_aio
+
+from januslens_server.results import ModelState, ModelStatus
+
+ALIVE = ""
+READY = "januslens.ready"
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+class Health:
+    """Keeps the health service in step with the models' states."""
+
+    def __init__(self) -> None:
+        self.servicer = health_aio.HealthServicer()
+
+    async def update(self, statuses: Sequence[ModelStatus]) -> None:
+        """Ready: every configured model is READY or FAILED, and at least one is READY."""
+        await self.servicer.set(ALIVE, SERVING)
+        for status in statuses:
+            serving = status.state is ModelState.READY
+            await self.servicer.set(status.name, SERVING if serving else NOT_SERVING)
+        await self.servicer.set(READY, SERVING if is_ready(statuses) else NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Say NOT_SERVING from now on, whatever the models' states become."""
+        await self.servicer.enter_graceful_shutdown()
+
+
+def is_ready(statuses: Sequence[ModelStatus]) -> bool:
+    """Whether nothing loads any more and something can be served."""
+    states = {status.state for status in statuses}
+    return ModelState.READY in states and ModelState.LOADING not in states

@@ -1,0 +1,31 @@
+"""The gRPC server with all its services on one port."""
+
+from __future__ import annotations
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from januslens.v1 import service_pb2, service_pb2_grpc
+from januslens_server.rpc.health import Health
+from januslens_server.rpc.service import IntrospectionService
+
+SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"].full_name
+
+OPTIONS = (
+    # Without this a second server on the same port would silently share its calls.
+    ("grpc.so_reuseport", 0),
+    # Idle connections survive clients' pings every 10 s.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+def build_server(service: IntrospectionService, health_service: Health) -> grpc.aio.Server:
+    """Introspection, health and reflection, not yet listening."""
+    server = grpc.aio.server(options=OPTIONS)
+    service_pb2_grpc.add_IntrospectionServiceServicer_to_server(service, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+    return server

@@ -1,0 +1,124 @@
+"""IntrospectionService: decode, run on the device's thread, encode, stream."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+from januslens.v1 import (
+    cost_pb2,
+    edits_pb2,
+    gradient_lens_pb2,
+    lens_pb2,
+    models_pb2,
+    neurons_pb2,
+    service_pb2_grpc,
+    trace_pb2,
+)
+from januslens_server.errors import InvalidRequest, Unimplemented
+from januslens_server.models.registry import Registry
+from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.project import project_vectors
+from januslens_server.pipelines.trace import trace
+from januslens_server.rpc import decode
+from januslens_server.rpc.calls import Call, Context
+from januslens_server.rpc.encode import (
+    GradientLensEncoder,
+    TraceEncoder,
+    model_message,
+    project_response,
+    token_message,
+)
+from januslens_server.rpc.streaming import DeviceStreams
+
+
+class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
+    """The RPCs of `service.proto`, where their effects and errors are documented."""
+
+    def __init__(self, registry: Registry, device: DeviceStreams) -> None:
+        """Serve `registry`'s models on `device`."""
+        self._registry = registry
+        self._device = device
+
+    async def ListModels(
+        self, request: models_pb2.ListModelsRequest, context: Context
+    ) -> models_pb2.ListModelsResponse:
+        """Every configured model with its state, in the order of configuration."""
+        async with Call("ListModels", context):
+            statuses = self._registry.statuses()
+            start = _page_start(request.page_token)
+            end = start + (request.page_size or len(statuses))
+            return models_pb2.ListModelsResponse(
+                models=[model_message(status) for status in statuses[start:end]],
+                next_page_token=str(end) if end < len(statuses) else "",
+            )
+
+    async def Tokenize(
+        self, request: models_pb2.TokenizeRequest, context: Context
+    ) -> models_pb2.TokenizeResponse:
+        """A text as the model reads it; runs beside the device's thread."""
+        async with Call("Tokenize", context):
+            model = self._registry.get(request.model)
+            tokens = await asyncio.to_thread(
+                model.vocabulary.encode, request.text, request.with_special_tokens
+            )
+            return models_pb2.TokenizeResponse(tokens=[token_message(t) for t in tokens])
+
+    async def Project(
+        self, request: lens_pb2.ProjectRequest, context: Context
+    ) -> lens_pb2.ProjectResponse:
+        """The caller's own vectors through the model's lens."""
+        async with Call("Project", context):
+            model = self._registry.get(request.model)
+            run = partial(project_vectors, model, decode.project_spec(request))
+            tables = [table async for table in self._device.results(run, context)]
+            return project_response(tables[0], model.provenance, model.vocabulary.token)
+
+    async def Trace(  # type: ignore[override]  # the stubs know generators only, grpc also writers
+        self, request: trace_pb2.TraceRequest, context: Context
+    ) -> None:
+        """The flow graph of one forward pass, layer by layer."""
+        async with Call("Trace", context) as request_id:
+            model = self._registry.get(request.model, request.revision)
+            run = partial(trace, model, decode.trace_spec(request))
+            encoder = TraceEncoder(request_id, model.vocabulary.token)
+            await self._device.stream(run, encoder.encode, context)
+
+    async def GradientLens(  # type: ignore[override]  # as above
+        self, request: gradient_lens_pb2.GradientLensRequest, context: Context
+    ) -> None:
+        """The factorised gradients of a loss, from the last layer down."""
+        async with Call("GradientLens", context) as request_id:
+            model = self._registry.get(request.model, request.revision)
+            run = partial(gradient_lens, model, decode.gradient_lens_spec(request))
+            encoder = GradientLensEncoder(request_id, model.vocabulary.token)
+            await self._device.stream(run, encoder.encode, context)
+
+    async def PreviewEdit(
+        self, _request: edits_pb2.PreviewEditRequest, context: Context
+    ) -> edits_pb2.PreviewEditResponse:
+        """Not served yet."""
+        async with Call("PreviewEdit", context):
+            raise Unimplemented("PreviewEdit is not served by this version")
+
+    async def FindNeurons(
+        self, _request: neurons_pb2.FindNeuronsRequest, context: Context
+    ) -> neurons_pb2.FindNeuronsResponse:
+        """Not served yet."""
+        async with Call("FindNeurons", context):
+            raise Unimplemented("FindNeurons is not served by this version")
+
+    async def EstimateCost(
+        self, _request: cost_pb2.EstimateCostRequest, context: Context
+    ) -> cost_pb2.EstimateCostResponse:
+        """Not served yet."""
+        async with Call("EstimateCost", context):
+            raise Unimplemented("EstimateCost is not served by this version")
+
+
+def _page_start(page_token: str) -> int:
+    if not page_token:
+        return 0
+    if not page_token.isdecimal():
+        raise InvalidRequest("page_token", "expected the token of an earlier answer")
+    return int(page_token)

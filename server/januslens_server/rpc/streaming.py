@@ -1,0 +1,76 @@
+"""Running a pipeline on the device's thread for one caller."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import aclosing
+from typing import TypeVar
+
+from google.protobuf.message import Message
+
+from januslens_server.errors import ReaderStalled
+from januslens_server.rpc.calls import Context
+from januslens_server.scheduling.outlet import Outlet
+from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
+
+# Results of one stream that may wait for its reader before the device turns to others.
+OUTLET_BYTES = 4 * 2**20
+
+Result = TypeVar("Result")
+Run = Callable[[Checkpoint], Iterator[Result]]
+
+
+class DeviceStreams:
+    """Submits pipelines to the device's worker and brings their results to callers."""
+
+    def __init__(self, worker: DeviceWorker, stall_seconds: float) -> None:
+        """A reader that takes nothing for `stall_seconds` loses its stream."""
+        self._worker = worker
+        self._stall_seconds = stall_seconds
+
+    async def results(self, run: Run[Result], context: Context) -> AsyncGenerator[Result]:
+        """The pipeline's results; it is cancelled when this iterator is closed early."""
+        ticket = Ticket(context.time_remaining())
+        outlet: Outlet[Result] = Outlet(OUTLET_BYTES, _bytes)
+        self._worker.submit(run, outlet, ticket)
+        try:
+            async for result in outlet.items():
+                yield result
+        finally:
+            ticket.cancel()
+            outlet.abandon()
+
+    async def stream(
+        self,
+        run: Run[Result],
+        encode: Callable[[Result], Iterable[Message]],
+        context: Context,
+    ) -> None:
+        """Encode results beside the device's thread and the event loop, and write them.
+
+        Raises `ReaderStalled` if the caller does not read.
+        """
+        async with aclosing(self.results(run, context)) as results:
+            async for result in results:
+                for message in await asyncio.to_thread(_encoded, encode, result):
+                    await self._write(message, context)
+
+    async def _write(self, message: Message, context: Context) -> None:
+        try:
+            await asyncio.wait_for(context.write(message), self._stall_seconds)
+        except TimeoutError as error:
+            raise ReaderStalled(
+                f"expected the stream to be read within {self._stall_seconds:g} s; read faster "
+                "or ask for fewer layers, positions or vectors"
+            ) from error
+
+
+def _encoded(encode: Callable[[Result], Iterable[Message]], result: Result) -> list[Message]:
+    return list(encode(result))
+
+
+def _bytes(result: object) -> int:
+    """What a result counts in its outlet; headers and summaries are small."""
+    return int(getattr(result, "nbytes", 0))

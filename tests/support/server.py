@@ -1,0 +1,92 @@
+"""The real server as a process of its own, as an operator starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+SERVING = re.compile(r"serving on (\S+:\d+)")
+METRICS = re.compile(r"metrics on (\S+)")
+START_SECONDS = 60
+
+
+@dataclass
+class ServerProcess:
+    """A running server: where it serves and what it has logged so far."""
+
+    process: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def log(self) -> str:
+        return "\n".join(self.lines)
+
+    @property
+    def address(self) -> str:
+        return self._found(SERVING)
+
+    @property
+    def metrics_url(self) -> str:
+        return self._found(METRICS)
+
+    def _found(self, pattern: re.Pattern[str]) -> str:
+        match = pattern.search(self.log)
+        if match is None:
+            raise LookupError(f"expected a line matching {pattern.pattern!r} in:\n{self.log}")
+        return match.group(1)
+
+    def wait_for(self, text: str) -> None:
+        """Until a log line has `text`; fails with the log if the server ends or is too slow."""
+        deadline = time.monotonic() + START_SECONDS
+        while text not in self.log:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise TimeoutError(f"expected {text!r} within {START_SECONDS} s in:\n{self.log}")
+            time.sleep(0.02)
+
+
+@contextmanager
+def running_server(*flags: str, until: str = "ready") -> Iterator[ServerProcess]:
+    """Start the server on free ports, wait until it has logged `until`, end it at the end."""
+    arguments = ["--port", "0", "--metrics-port", "0", *flags]
+    server = start_server(arguments)
+    try:
+        server.wait_for(until)
+        yield server
+    finally:
+        if server.process.poll() is None:
+            server.process.terminate()
+        try:
+            server.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            server.process.kill()
+            server.process.wait()
+
+
+def start_server(arguments: Sequence[str]) -> ServerProcess:
+    """Start the server; its log is read by a thread as long as it runs."""
+    # One thread: the same sums in the same order in every run, beside a busy test process.
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "januslens_server", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    server = ServerProcess(process)
+    threading.Thread(target=_read, args=(server,), daemon=True).start()
+    return server
+
+
+def _read(server: ServerProcess) -> None:
+    if server.process.stdout is not None:
+        for line in server.process.stdout:
+            server.lines.append(line.rstrip("\n"))
