@@ -6,15 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
+from januslens_server.capture.rotation import Rotation
+
 
 @dataclass(frozen=True)
 class LayerActivations:
     """The tensors of one block, as the model computed them, without the batch dimension.
 
     `query` is `[n_heads, pos, d_head]`; `key` and `value` are `[n_kv_heads, pos, d_head]`; all
-    three with bias and before any rotation. `attention_concat` is `[pos, n_heads * d_head]`,
-    `neurons` `[pos, d_mlp]` (what multiplies FF2's rows), all others `[pos, d_model]`.
-    `attention_output` and `mlp_output` are what is added to the residual.
+    three with bias and before `rotation`, if there is one. `attention_concat` is
+    `[pos, n_heads * d_head]`, `neurons` `[pos, d_mlp]` (what multiplies FF2's rows), all others `[pos, d_model]`.
+    `attention_output` and `mlp_output` are what is added to the residual; a parallel block has
+    no `residual_mid`.
     """
 
     block_input: torch.Tensor
@@ -24,8 +27,9 @@ class LayerActivations:
     value: torch.Tensor
     attention_concat: torch.Tensor
     attention_output: torch.Tensor
-    residual_mid: torch.Tensor
+    residual_mid: torch.Tensor | None
     mlp_input: torch.Tensor
     neurons: torch.Tensor
     mlp_output: torch.Tensor
     block_output: torch.Tensor
+    rotation: Rotation | None

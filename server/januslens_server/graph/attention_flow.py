@@ -22,13 +22,15 @@ from januslens_server.specs import Selection
 
 @dataclass(frozen=True)
 class HeadRow:
-    """All heads at one position, in float32.
+    """All heads at one position p, in float32.
 
-    `query` `[n_heads, d_head]`, `keys` and `values` `[n_heads, sources, d_head]` with the
-    position itself as the last source, `pattern` `[n_heads, sources]`, `concat`
-    `[n_heads, d_head]`.
+    `query` `[n_heads, d_head]` is `q_p M_p M_p^T` and `keys` `[n_heads, sources, d_head]` are
+    `k_s M_s M_p^T`, M the rotary matrices: what the other side is multiplied with, seen from p
+    before rotation. `values` `[n_heads, sources, d_head]`, `pattern` `[n_heads, sources]`,
+    `concat` `[n_heads, d_head]`. The sources are positions `first` to p.
     """
 
+    first: int
     query: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
@@ -36,14 +38,24 @@ class HeadRow:
     concat: torch.Tensor
 
     @classmethod
-    def at(cls, position: int, acts: LayerActivations, scale: float) -> HeadRow:
+    def at(cls, position: int, acts: LayerActivations, weights: AttentionWeights) -> HeadRow:
         """Grouped heads share their keys and values: they are repeated here, not in the model."""
-        query = acts.query[:, position].float()
+        first = 0 if weights.window is None else max(0, position + 1 - weights.window)
+        sources = slice(first, position + 1)
         group = acts.query.shape[0] // acts.key.shape[0]
-        keys = acts.key[:, : position + 1].float().repeat_interleave(group, dim=0)
-        values = acts.value[:, : position + 1].float().repeat_interleave(group, dim=0)
+        query = acts.query[:, position].float()
+        keys = acts.key[:, sources].float()
+        asked = query
+        if acts.rotation is not None:
+            here = slice(position, position + 1)
+            keys = acts.rotation.turn_back(acts.rotation.turn(keys, sources), position)
+            turned = acts.rotation.turn(query[:, None], here)[:, 0]
+            asked = acts.rotation.turn_back(turned, position)
+        keys = keys.repeat_interleave(group, dim=0)
+        values = acts.value[:, sources].float().repeat_interleave(group, dim=0)
         concat = acts.attention_concat[position].float().unflatten(0, (query.shape[0], -1))
-        return cls(query, keys, values, attention_row(query, keys, scale), concat)
+        pattern = attention_row(query, keys, weights.scale)
+        return cls(first, asked, keys, values, pattern, concat)
 
 
 def add_attention(
@@ -54,7 +66,7 @@ def add_attention(
     selection: Selection,
 ) -> str:
     """Add everything between ATTENTION_INPUT and ATTENTION_OUTPUT; gives the latter's id."""
-    row = HeadRow.at(flow.position, acts, weights.scale)
+    row = HeadRow.at(flow.position, acts, weights)
     heads = largest(row.concat.norm(dim=-1), selection.heads)
     heads = heads.sort().values
     queries = _add_projections(flow, attention_input, acts, row, weights, heads)
@@ -121,8 +133,9 @@ def _add_memories(
     other = torch.einsum("ks,kse,ked->kd", rest, row.values[heads], weights.output[heads])
     for i, head in enumerate(heads.tolist()):
         total = Node(NodeKind.HEAD_OUTPUT, flow.position, flow.layer, head=head)
-        key_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_KEY, head, sources[i]), keys[i])
-        value_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_VALUE, head, sources[i]), values[i])
+        places = (row.first + sources[i]).tolist()
+        key_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_KEY, head, places), keys[i])
+        value_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_VALUE, head, places), values[i])
         attended = probability[i]
         asked = [head_queries[i]] * len(key_ids)
         flow.edges(EdgeKind.ATTEND, asked, key_ids, attended, attended)
@@ -134,10 +147,10 @@ def _add_memories(
             flow.parts([left], head_outputs[i], other[i][None], outputs[head], rest[i].sum()[None])
 
 
-def _memories(flow: FlowBuilder, kind: NodeKind, head: int, sources: torch.Tensor) -> list[Node]:
+def _memories(flow: FlowBuilder, kind: NodeKind, head: int, sources: list[int]) -> list[Node]:
     return [
         Node(kind, flow.position, flow.layer, head=head, source_position=source)
-        for source in sources.tolist()
+        for source in sources
     ]
 
 

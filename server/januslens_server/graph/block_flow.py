@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from januslens_server.capture import LayerActivations
@@ -41,16 +43,25 @@ def block_flow(
         flow, NodeKind.ATTENTION_INPUT, source, residual, acts.attention_input
     )
     attention = add_attention(flow, attention_input, acts, weights.attention, selection)
-    middle = acts.residual_mid[position].float()
-    mid = flow.node(NodeKind.RESIDUAL_MID, middle)
-    added = acts.attention_output[position].float()
-    flow.parts([source, attention], mid, torch.stack([residual, added]), middle)
-    mlp_input = _add_normed(flow, NodeKind.MLP_INPUT, mid, middle, acts.mlp_input)
+    terms = {source: residual, attention: acts.attention_output[position].float()}
+    if acts.residual_mid is not None:
+        middle = acts.residual_mid[position].float()
+        source, residual = _add_sum(flow, NodeKind.RESIDUAL_MID, middle, terms), middle
+        terms = {source: middle}
+    mlp_input = _add_normed(flow, NodeKind.MLP_INPUT, source, residual, acts.mlp_input)
     mlp = add_mlp(flow, mlp_input, acts, weights.mlp, selection)
-    final = acts.block_output[position].float()
-    output = flow.node(NodeKind.BLOCK_OUTPUT, final)
-    flow.parts([mid, mlp], output, torch.stack([middle, acts.mlp_output[position].float()]), final)
+    terms[mlp] = acts.mlp_output[position].float()
+    _add_sum(flow, NodeKind.BLOCK_OUTPUT, acts.block_output[position].float(), terms)
     return flow.build()
+
+
+def _add_sum(
+    flow: FlowBuilder, kind: NodeKind, total: torch.Tensor, terms: Mapping[str, torch.Tensor]
+) -> str:
+    """A state of the residual stream `[d_model]` and the terms it is the sum of, by their ids."""
+    node = flow.node(kind, total)
+    flow.parts(list(terms), node, torch.stack(list(terms.values())), total)
+    return node
 
 
 def _add_input(flow: FlowBuilder, residual: torch.Tensor, below: int | None) -> str:

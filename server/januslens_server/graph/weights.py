@@ -13,7 +13,8 @@ class AttentionWeights:
 
     `query` `[n_heads, d_model, d_head]`, `key` `[n_kv_heads, d_model, d_head]`, `output`
     `[n_heads, d_head, d_model]`, `bias` `[d_model]` or None, `row_norms` `[n_heads * d_head]`
-    of the rows of W_O. `scale` multiplies q k^T.
+    of the rows of W_O. `scale` multiplies q k^T; `window` is how many positions
+    are attended to, None: all.
     """
 
     query: torch.Tensor
@@ -22,6 +23,7 @@ class AttentionWeights:
     bias: torch.Tensor | None
     row_norms: torch.Tensor
     scale: float
+    window: int | None
 
 
 @dataclass(frozen=True)

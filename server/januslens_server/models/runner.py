@@ -57,7 +57,7 @@ def forward(
         _run(model, ids)
     tensors = {key: value[0] for key, value in captured.items()}
     return ForwardPass(
-        layers={i: _activations(blocks[i], tensors, i) for i in layers},
+        layers={i: _activations(blocks[i], tensors, i, len(ids)) for i in layers},
         residual=tensors[-1, "residual"],
     )
 
@@ -131,7 +131,7 @@ def _run(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
 
 def _taps(block: Block) -> dict[str, Tap]:
     attention, mlp = block.attention, block.mlp
-    return {
+    taps = {
         "block_input": Tap(block.module, End.INPUT),
         "attention_input": attention.query.input,
         "query": attention.query.output,
@@ -139,16 +139,16 @@ def _taps(block: Block) -> dict[str, Tap]:
         "value": attention.value.output,
         "attention_concat": attention.output.input,
         "attention_output": attention.output.output,
-        "residual_mid": block.residual_mid,
         "mlp_input": mlp.ff1.input,
         "neurons": mlp.ff2.input,
         "mlp_output": mlp.ff2.output,
         "block_output": Tap(block.module, End.OUTPUT),
     }
+    return taps if block.residual_mid is None else taps | {"residual_mid": block.residual_mid}
 
 
 def _activations(
-    block: Block, tensors: Mapping[tuple[int, str], torch.Tensor], layer: int
+    block: Block, tensors: Mapping[tuple[int, str], torch.Tensor], layer: int, length: int
 ) -> LayerActivations:
     attention = block.attention
     named = {name: tensor for (owner, name), tensor in tensors.items() if owner == layer}
@@ -158,4 +158,8 @@ def _activations(
         ("value", attention.n_kv_heads),
     ):
         named[name] = named[name].unflatten(-1, (heads, -1)).transpose(0, 1)
-    return LayerActivations(**named)
+    return LayerActivations(
+        residual_mid=named.pop("residual_mid", None),
+        rotation=None if attention.rotation is None else attention.rotation(length),
+        **named,
+    )

@@ -6,13 +6,15 @@ Row convention everywhere: a linear map is `y = x W + b` with `W: [d_in, d_out]`
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from januslens_server.capture.taps import End, Tap, select
+from januslens_server.capture import End, Rotation, Tap
+from januslens_server.capture.taps import select
 from januslens_server.lens.head import LensHead
 from januslens_server.results import MatrixKind, ModelFacts
 
@@ -70,7 +72,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Attention:
-    """The attention of one block. `scale` multiplies q k^T before the softmax."""
+    """The attention of one block.
+
+    `scale` multiplies q k^T before the softmax; a layer with a `window` attends to that many
+    positions, its own included; `rotation` gives the rotary matrices of a prompt by its length.
+    """
 
     query: Linear
     key: Linear
@@ -79,6 +85,8 @@ class Attention:
     n_heads: int
     n_kv_heads: int
     scale: float
+    window: int | None = None
+    rotation: Callable[[int], Rotation] | None = None
 
 
 @dataclass(frozen=True)
@@ -92,15 +100,15 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block with sequential attention and MLP.
+    """One transformer block.
 
-    `residual_mid` reads the residual after attention.
+    `residual_mid` reads the residual after attention; None: attention and MLP are parallel.
     """
 
     module: nn.Module
     attention: Attention
     mlp: Mlp
-    residual_mid: Tap
+    residual_mid: Tap | None
 
     @cached_property
     def matrices(self) -> dict[MatrixKind, Linear]:

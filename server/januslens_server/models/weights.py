@@ -20,6 +20,7 @@ def block_weights(block: Block) -> BlockWeights:
             bias=None if attention.output.bias is None else attention.output.bias.float(),
             row_norms=attention.output.row_norms,
             scale=attention.scale,
+            window=attention.window,
         ),
         mlp=MlpWeights(
             ff1=mlp.ff1.weight.float(),

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from januslens_server.errors import ModelFailed
-from januslens_server.models.adapters import gpt2
+from januslens_server.models.adapters import gpt2, gpt_neo, gptj, llama
 from januslens_server.models.views import ModelView
 
 ADAPTERS: dict[str, Callable[[PreTrainedModel], ModelView]] = {
     "gpt2": gpt2.view,
+    "gpt_neo": gpt_neo.view,
+    "gptj": gptj.view,
+    "llama": llama.view,
 }
 
 

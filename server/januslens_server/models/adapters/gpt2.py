@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Tap
 from januslens_server.errors import ModelFailed
 from januslens_server.lens.head import LensHead
-from januslens_server.lens.norm import Norm
+from januslens_server.models.adapters.parts import layer_norm
 from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
 from januslens_server.results import ModelFacts
 
@@ -29,17 +28,8 @@ def view(model: PreTrainedModel) -> ModelView:
         raise ModelFailed("expected a decoder-only GPT-2, got one with cross-attention")
     transformer: Any = model.transformer
     blocks = tuple(_block(module, config) for module in transformer.h)
-    norm: nn.LayerNorm = transformer.ln_f
-    unembedding: nn.Linear = model.lm_head
-    lens = LensHead(
-        final_norm=Norm(
-            weight=norm.weight.detach().float(),
-            bias=norm.bias.detach().float(),
-            eps=norm.eps,
-            centred=True,
-        ),
-        unembedding=unembedding.weight.detach().float(),
-    )
+    head: Any = model.lm_head
+    lens = LensHead(layer_norm(transformer.ln_f), head.weight.detach().float())
     facts = ModelFacts(
         n_layers=config.n_layer,
         n_heads=config.n_head,
@@ -48,7 +38,7 @@ def view(model: PreTrainedModel) -> ModelView:
         d_head=config.n_embd // config.n_head,
         d_mlp=config.n_inner or 4 * config.n_embd,
         n_experts=0,
-        vocab_size=unembedding.weight.shape[0],
+        vocab_size=head.weight.shape[0],
         max_positions=config.n_positions,
     )
     return ModelView(embedding=transformer.wte, blocks=blocks, lens=lens, facts=facts)

@@ -1,0 +1,79 @@
+"""GPT-J: attention and MLP in parallel on one LayerNorm, partial rotary positions.
+
+Distinct points:
+- no residual between attention and MLP: the block adds both at once;
+- the first `rotary_dim` dimensions of a head turn, in neighbouring pairs;
+- the head has a bias; projections of attention have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from januslens_server.capture import Rotation
+from januslens_server.lens.head import LensHead
+from januslens_server.models.adapters.parts import layer_norm, linear
+from januslens_server.models.views import Attention, Block, Mlp, ModelView
+from januslens_server.results import ModelFacts
+
+
+def view(model: PreTrainedModel) -> ModelView:
+    """Map a `GPTJForCausalLM`."""
+    config: Any = model.config
+    transformer: Any = model.transformer
+    head: Any = model.lm_head
+    lens = LensHead(
+        layer_norm(transformer.ln_f), head.weight.detach().float(), head.bias.detach().float()
+    )
+    facts = ModelFacts(
+        n_layers=config.n_layer,
+        n_heads=config.n_head,
+        n_kv_heads=config.n_head,
+        d_model=config.n_embd,
+        d_head=config.n_embd // config.n_head,
+        d_mlp=config.n_inner or 4 * config.n_embd,
+        n_experts=0,
+        vocab_size=head.weight.shape[0],
+        max_positions=config.n_positions,
+    )
+    return ModelView(
+        embedding=transformer.wte,
+        blocks=tuple(_block(module, config) for module in transformer.h),
+        lens=lens,
+        facts=facts,
+    )
+
+
+def _block(module: Any, config: Any) -> Block:
+    attention = Attention(
+        query=linear(module.attn.q_proj),
+        key=linear(module.attn.k_proj),
+        value=linear(module.attn.v_proj),
+        output=linear(module.attn.out_proj),
+        n_heads=config.n_head,
+        n_kv_heads=config.n_head,
+        scale=1 / module.attn.scale_attn,
+        rotation=_rotation(module.attn),
+    )
+    return Block(
+        module=module,
+        attention=attention,
+        mlp=Mlp(ff1=linear(module.mlp.fc_in), ff2=linear(module.mlp.fc_out)),
+        residual_mid=None,
+    )
+
+
+def _rotation(attn: Any) -> Callable[[int], Rotation]:
+    def rotation(length: int) -> Rotation:
+        sin, cos = attn.embed_positions[:length].chunk(2, dim=-1)
+        return Rotation(
+            torch.repeat_interleave(cos, 2, dim=-1),
+            torch.repeat_interleave(sin, 2, dim=-1),
+            interleaved=True,
+        )
+
+    return rotation
