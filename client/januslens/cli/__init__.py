@@ -1,0 +1,19 @@
+"""The `januslens` command."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command; a client installed without its tables says how to get them."""
+    try:
+        program = importlib.import_module("januslens.cli.program")
+    except ModuleNotFoundError as error:
+        if error.name not in ("click", "rich"):
+            raise
+        sys.exit(f"the command needs {error.name}: pip install 'januslens[cli]'")
+    program.januslens()

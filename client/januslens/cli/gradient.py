@@ -1,0 +1,57 @@
+"""`januslens gradient`: what a step of learning would change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from januslens._client import Client
+from januslens._event_stream import EventStream
+from januslens._results.gradient import Gradient
+from januslens._results.matrices import Matrix
+from januslens._stream.gradient import GradientEvent
+from januslens.cli.parameters import COUNT, LENS, layer_list, matrix_list
+from januslens.cli.session import model_option, usage_errors, with_client
+from januslens.cli.show.console import Steps, console, steps
+from januslens.cli.show.gradient import show_gradient
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--target", required=True, help="What to learn; a leading space counts.")
+@click.option("--layers", callback=layer_list, help="E.g. 0-3,7; default: all.")
+@click.option("--matrices", callback=matrix_list, help="E.g. q,k,v,o; default: ff1,ff2.")
+@model_option
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Of a table at most."
+)
+@click.option("--subject", metavar="TEXT", help="The prompt's subject: adds a table by segment.")
+@click.option("--neurons", type=COUNT, default=0, help="How many of the neurons moved most.")
+@click.option("--lr", "learning_rate", type=float, help="The step's learning rate, for --neurons.")
+@click.option("--spectrum", type=COUNT, default=0, metavar="N", help="How many singular values.")
+@click.option("--components", type=COUNT, help="Components a matrix, 0 = all.")
+@click.option("--top-k", type=COUNT, help="Most likely tokens of a vector.")
+@click.option("--bottom-k", type=COUNT, help="Least likely tokens of a vector.")
+@click.option("--lens", type=LENS, default="final_norm", show_default=True)
+@click.option("--verify", is_flag=True, help="Compare with autograd's dense gradient.")
+@with_client
+def gradient(client: Client, as_json: bool, /, *, prompt: str, rows: int, **asked: Any) -> None:
+    """Show what a step of learning --target after PROMPT would change.
+
+    What it would imprint on the matrices' inputs, and which way it would shift what they write:
+    the Backward Lens's two pictures.
+    """
+    with usage_errors():  # the other options are named as the verb's arguments
+        stream = client.stream_gradient_lens(prompt, **asked)
+    with stream, steps("gradients") as progress:
+        result = _followed(stream, progress)
+    if not as_json:
+        show_gradient(result, console(), rows)
+
+
+def _followed(stream: EventStream[GradientEvent, Gradient], progress: Steps) -> Gradient:
+    for event in stream:
+        if isinstance(event, Matrix):
+            progress.done(event.name)
+    return stream.result()

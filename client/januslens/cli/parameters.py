@@ -1,0 +1,53 @@
+"""Options of several commands, and lists as they are typed: `0-3,7`, `-1,3` or `all`, `ff1,ff2`."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import click
+
+from januslens._results.kinds import Lens, MatrixKind
+
+COUNT = click.IntRange(min=0)
+LENS = click.Choice([lens.lower() for lens in Lens if lens is not Lens.UNSPECIFIED])
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def layer_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
+    """`0-3,7` as [0, 1, 2, 3, 7]: numbers and ranges, both ends included."""
+    if value is None:
+        return None
+    layers: list[int] = []
+    for piece in value.split(","):
+        match = _RANGE.fullmatch(piece.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise click.BadParameter(f"expected layers like 0-3,7; got {value!r}")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return layers
+
+
+def position_list(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> list[int] | Literal["all"] | None:
+    """`-1,3` as [-1, 3], or `all`."""
+    if value is None or value == "all":
+        return value  # type: ignore[return-value]  # mypy does not narrow by equality
+    try:
+        return [int(piece) for piece in value.split(",")]
+    except ValueError:
+        message = f"expected positions like -1,3 or all; got {value!r}"
+        raise click.BadParameter(message) from None
+
+
+def matrix_list(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> list[MatrixKind] | None:
+    """`ff1,ff2` as the two kinds."""
+    if value is None:
+        return None
+    try:
+        return [MatrixKind.of(piece.strip()) for piece in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None

@@ -1,0 +1,72 @@
+"""The command's root: its subcommands, and how it ends."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from januslens._errors import JanuslensError, Unavailable
+from januslens.cli.gradient import gradient
+from januslens.cli.models import models
+from januslens.cli.project import project
+from januslens.cli.tokenize import tokenize
+from januslens.cli.trace import trace
+
+FAILED = 1
+WRONG_USAGE = 2
+INTERRUPTED = 130
+
+_UNREACHED = "is januslens-server running there? Name it with --server or JANUSLENS_SERVER"
+
+
+class Program(click.Group):
+    """Ends with 0, or says in one line why not: 1 failed, 2 wrong usage, 130 interrupted."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run, and turn every expected exception into an exit status."""
+        _accept_any_token()
+        extra["standalone_mode"] = False
+        try:
+            status = super().main(*args, **extra)
+        except click.exceptions.Abort:
+            sys.exit(INTERRUPTED)
+        except click.UsageError as error:
+            _fail(error.format_message(), _hint(error), WRONG_USAGE)
+        except click.ClickException as error:
+            _fail(error.format_message(), "", error.exit_code)
+        except Unavailable as error:
+            _fail(error.message, "" if error.reason else _UNREACHED, FAILED)
+        except JanuslensError as error:
+            _fail(error.message, "", FAILED)
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+def _accept_any_token() -> None:
+    """A terminal without Unicode shows escapes in place of the characters it cannot show."""
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
+
+
+def _hint(error: click.UsageError) -> str:
+    return f"try '{error.ctx.command_path} --help'" if error.ctx else ""
+
+
+def _fail(message: str, hint: str, status: int) -> NoReturn:
+    one_line = " ".join(message.split())
+    click.echo(f"januslens: {one_line}", err=True)
+    if hint:
+        click.echo(hint, err=True)
+    sys.exit(status)
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="januslens", message="%(package)s %(version)s")
+def januslens() -> None:
+    """See a language model's forward and backward passes in its vocabulary."""
+
+
+for command in (trace, gradient, project, tokenize, models):
+    januslens.add_command(command)

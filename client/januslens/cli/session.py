@@ -1,0 +1,85 @@
+"""What every subcommand shares: how it reaches the server, and how it refuses arguments."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Concatenate, ParamSpec
+
+import click
+from google.protobuf.message import Message
+
+from januslens._client import Client
+from januslens._connection import DEFAULT_ADDRESS
+from januslens._results.json_lines import json_line
+
+P = ParamSpec("P")
+
+_OPTIONS = (
+    click.option(
+        "--server",
+        metavar="ADDR",
+        default=DEFAULT_ADDRESS,
+        envvar="JANUSLENS_SERVER",
+        show_default=True,
+        show_envvar=True,
+        help="Where the server listens.",
+    ),
+    click.option(
+        "--token",
+        envvar="JANUSLENS_TOKEN",
+        show_envvar=True,
+        help="Bearer token, where the server wants one.",
+    ),
+    click.option("--secure", is_flag=True, help="Encrypt, trusting the system's certificates."),
+    click.option("--timeout", type=click.FloatRange(min=0.001), help="Seconds to wait at most."),
+    click.option(
+        "--json", "as_json", is_flag=True, help="Print the responses: protobuf JSON, one a line."
+    ),
+)
+
+model_option = click.option(
+    "--model", default="", metavar="NAME", help="Which model; default: the only one resident."
+)
+
+
+def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callable[..., None]:
+    """Give a command the options by which it reaches its server, and a client made of them.
+
+    The command also learns whether it is to print JSON; the client then does so by itself.
+    """
+
+    @functools.wraps(command)
+    def run(
+        server: str,
+        token: str | None,
+        secure: bool,
+        timeout: float | None,
+        as_json: bool,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> None:
+        hook = _print_json if as_json else None
+        with Client(
+            server, token=token, secure=secure, timeout=timeout, on_response=hook
+        ) as client:
+            command(client, as_json, *args, **kwargs)
+
+    decorated: Callable[..., None] = run
+    for option in reversed(_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def _print_json(message: Message) -> None:
+    click.echo(json_line(message))
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Arguments that the client refuses before it sends anything are wrong usage."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error), click.get_current_context()) from error

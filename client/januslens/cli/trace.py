@@ -1,0 +1,60 @@
+"""`januslens trace`: where an answer comes from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from januslens._client import Client
+from januslens._event_stream import EventStream
+from januslens._results.trace import Trace
+from januslens._results.trace_events import LayerGraph, TraceHeader
+from januslens._stream.trace import TraceEvent
+from januslens.cli.parameters import COUNT, LENS, layer_list, position_list
+from januslens.cli.session import model_option, usage_errors, with_client
+from januslens.cli.show.console import Steps, console, steps
+from januslens.cli.show.trace import show_trace
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--target", help="Token to look for, a leading space counts; default: the model's.")
+@click.option("--layers", callback=layer_list, help="E.g. 0-3,7; default: all.")
+@click.option("--positions", callback=position_list, help="E.g. -1,3 or all; default: the last.")
+@model_option
+@click.option(
+    "--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Of a table at most."
+)
+@click.option("--details", is_flag=True, help="Heads and neurons layer by layer.")
+@click.option("--heads", type=COUNT, help="Heads a layer, 0 = all.")
+@click.option("--memory-values", type=COUNT, help="Sources a head, 0 = all.")
+@click.option("--top-neurons", type=COUNT, help="Most positive neurons a layer, 0 = all.")
+@click.option("--bottom-neurons", type=COUNT, help="Most negative neurons a layer.")
+@click.option("--top-k", type=COUNT, help="Most likely tokens of a vector.")
+@click.option("--bottom-k", type=COUNT, help="Least likely tokens of a vector.")
+@click.option("--lens", type=LENS, default="final_norm", show_default=True)
+@with_client
+def trace(
+    client: Client, as_json: bool, /, *, prompt: str, rows: int, details: bool, **asked: Any
+) -> None:
+    """Show how the model comes to its answer after PROMPT.
+
+    How the target emerges in the residual stream, which heads and neurons brought it, and by which
+    way: the VISIT graph in words.
+    """
+    with usage_errors():  # the other options are named as the verb's arguments
+        stream = client.stream_trace(prompt, **asked)
+    with stream, steps("tracing") as progress:
+        result = _followed(stream, progress)
+    if not as_json:
+        show_trace(result, console(), rows, details)
+
+
+def _followed(stream: EventStream[TraceEvent, Trace], progress: Steps) -> Trace:
+    for event in stream:
+        if isinstance(event, TraceHeader):
+            progress.of(len(event.layers))
+        elif isinstance(event, LayerGraph):
+            progress.done(f"layer {event.layer}")
+    return stream.result()
