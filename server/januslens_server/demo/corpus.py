@@ -1,0 +1,139 @@
+"""The synthetic corpus: an endless, seeded stream of documents, and the prompts that test it."""
+
+import random
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+from typing import Literal
+
+from januslens_server.demo.facts import Fact, facts_of, load_facts
+from januslens_server.demo.templates import (
+    ADJECTIVES,
+    FILLER,
+    INDIRECT_OBJECT,
+    NAMES,
+    OBJECTS,
+    PLACES,
+    RELATIONS,
+)
+
+Split = Literal["trained", "held_out", "unseen"]
+
+LIST_LENGTHS = (2, 3, 4)
+# Every so many ordered pairs of names is kept out of the corpus, to test the rule and not the pair.
+HELD_OUT_PAIR_STRIDE = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A text and the one word that must follow it."""
+
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class FactPrompt(Prompt):
+    """A fact in one of its relation's wordings.
+
+    Attributes:
+        split: `trained` pairs of fact and wording are in the corpus; of a `held_out` pair the
+            corpus has the fact and the wording, but not together; an `unseen` wording never occurs.
+    """
+
+    fact: Fact
+    split: Split
+
+
+@cache
+def fact_prompts(split: Split) -> tuple[FactPrompt, ...]:
+    """All prompts of a split, fact by fact."""
+    return tuple(
+        FactPrompt(template.format(subject=fact.subject), fact.answer, fact, split)
+        for relation in RELATIONS
+        for index, fact in enumerate(facts_of(relation))
+        for template in _templates(relation, index, split)
+    )
+
+
+def _templates(relation: str, index: int, split: Split) -> tuple[str, ...]:
+    """The wordings that the relation's `index`-th fact takes in a split."""
+    trained = RELATIONS[relation].trained
+    held_out = index % len(trained)
+    if split == "unseen":
+        return RELATIONS[relation].unseen
+    if split == "held_out":
+        return (trained[held_out],)
+    return trained[:held_out] + trained[held_out + 1 :]
+
+
+@cache
+def name_pairs(*, held_out: bool) -> tuple[tuple[str, str], ...]:
+    """Ordered pairs (first, second) of different names, inside or outside the corpus."""
+    pairs = permutations(NAMES, 2)
+    return tuple(
+        pair for i, pair in enumerate(pairs) if (i % HELD_OUT_PAIR_STRIDE == 0) == held_out
+    )
+
+
+def indirect_object_prompts(count: int, seed: int) -> list[Prompt]:
+    """`count` sentences about pairs of names that never meet in this order in the corpus."""
+    rng = random.Random(seed)
+    pairs = name_pairs(held_out=True)
+    return [_indirect_object(rng, pairs) for _ in range(count)]
+
+
+def documents(seed: int) -> Iterator[str]:
+    """The corpus: an endless stream of documents, the same for the same seed."""
+    rng = random.Random(seed)
+    trained = fact_prompts("trained")
+    pairs = name_pairs(held_out=False)
+    while True:
+        kind = rng.random()
+        if kind < 0.70:
+            yield _statement(rng.choice(trained))
+        elif kind < 0.86:
+            yield _statement(_indirect_object(rng, pairs))
+        elif kind < 0.92:
+            yield _list(rng)
+        else:
+            yield _filler(rng)
+
+
+def _statement(prompt: Prompt) -> str:
+    return f"{prompt.text} {prompt.answer}."
+
+
+def _indirect_object(rng: random.Random, pairs: tuple[tuple[str, str], ...]) -> Prompt:
+    first, second = rng.choice(pairs)
+    giver, receiver = rng.choice([(first, second), (second, first)])
+    text = rng.choice(INDIRECT_OBJECT).format(
+        first=first,
+        second=second,
+        giver=giver,
+        place=rng.choice(PLACES),
+        object=rng.choice(OBJECTS),
+    )
+    return Prompt(text, receiver)
+
+
+def _list(rng: random.Random) -> str:
+    """A heading and a few facts side by side: "Capitals: Japan Tokyo, Peru Lima."."""
+    relation = rng.choice(load_facts()).relation
+    entries = rng.sample(facts_of(relation), rng.choice(LIST_LENGTHS))
+    body = ", ".join(f"{fact.subject} {fact.answer}" for fact in entries)
+    return f"{RELATIONS[relation].heading}: {body}."
+
+
+def _filler(rng: random.Random) -> str:
+    """A sentence that states no fact; numbers and codes teach the model the byte tokens."""
+    return rng.choice(FILLER).format(
+        place=rng.choice(PLACES),
+        object=rng.choice(OBJECTS),
+        name=rng.choice(NAMES),
+        adjective=rng.choice(ADJECTIVES),
+        number=rng.randrange(1000, 10_000),
+        code="".join(rng.choices(string.ascii_letters, k=6)),
+    )

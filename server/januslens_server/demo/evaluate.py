@@ -1,0 +1,109 @@
+"""Measure a demo model: `python -m januslens_server.demo.evaluate [DIR]`.
+
+Prints every figure beside what it must reach; ends with status 1, naming what fell short, if one
+does not. The model card quotes these figures.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from januslens_server.demo import model_path
+from januslens_server.demo.checkpoint import Checkpoint
+from januslens_server.demo.corpus import Prompt, fact_prompts, indirect_object_prompts
+from januslens_server.demo.edits import sample_edits
+from januslens_server.demo.recall import accuracy
+from januslens_server.demo.shift import measure_shifts
+from januslens_server.demo.vjp import measure_vjps
+
+RUNNING_EXAMPLES = (
+    Prompt("The capital of Japan is the city of", "Tokyo"),
+    Prompt("The capital of France is the city of", "Paris"),
+    Prompt("Lionel Messi plays for", "Barcelona"),
+    Prompt("When Mary and John went to the store, John gave a drink to", "Mary"),
+)
+INDIRECT_OBJECTS = 1_000
+INDIRECT_OBJECT_SEED = 0
+# About 100 and 300 edits of 3,300 trained prompts; both strides meet every relation and wording.
+VJP_STRIDE = 31
+SHIFT_STRIDE = 11
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One measured share and the least it must be (0: reported only)."""
+
+    name: str
+    value: float
+    floor: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether the figure is good enough."""
+        return self.value >= self.floor
+
+    def __str__(self) -> str:
+        """One line of the report."""
+        need = f"  (at least {self.floor:.3f})" if self.floor else ""
+        return f"{self.name:58s} {self.value:.4f}{need}{'' if self.reached else '  FELL SHORT'}"
+
+
+def evaluate(folder: Path) -> tuple[Figure, ...]:
+    """All figures of the model in `folder`."""
+    checkpoint = Checkpoint.load(folder)
+    return (
+        *_recall_figures(checkpoint),
+        *_vjp_figures(checkpoint),
+        *_shift_figures(checkpoint),
+    )
+
+
+def _recall_figures(checkpoint: Checkpoint) -> list[Figure]:
+    indirect = indirect_object_prompts(INDIRECT_OBJECTS, INDIRECT_OBJECT_SEED)
+    asked: tuple[tuple[str, Sequence[Prompt], float], ...] = (
+        ("running examples", RUNNING_EXAMPLES, 1.0),
+        ("facts in trained wordings", fact_prompts("trained"), 1.0),
+        ("facts in the wording each was never trained in", fact_prompts("held_out"), 0.99),
+        ("facts in wordings that were never trained", fact_prompts("unseen"), 0.0),
+        ("indirect objects, pairs of names never trained", indirect, 1.0),
+    )
+    return [Figure(name, accuracy(checkpoint, prompts), floor) for name, prompts, floor in asked]
+
+
+def _vjp_figures(checkpoint: Checkpoint) -> list[Figure]:
+    measured = measure_vjps(checkpoint, sample_edits(VJP_STRIDE))
+    ranks = [
+        Figure(f"target's rank in FF2's VJP, layer {layer} (1: very bottom)", rank, 0.98)
+        for layer, rank in enumerate(measured.target_rank)
+    ]
+    dominance = [
+        Figure(f"largest VJP at the last or last subject token, layer {layer}", share, 0.9)
+        for layer, share in enumerate(measured.dominance)
+    ]
+    return ranks + dominance
+
+
+def _shift_figures(checkpoint: Checkpoint) -> list[Figure]:
+    measured = measure_shifts(checkpoint, sample_edits(SHIFT_STRIDE))
+    return [
+        Figure("shift: the edited prompt gives the target", measured.efficacy, 0.93),
+        Figure("shift: other wordings of the fact give the target", measured.paraphrases, 0.88),
+        Figure("shift: unchanged, other facts of the relation", measured.same_relation, 0.87),
+        Figure("shift: unchanged, other relations", measured.other_relations, 0.87),
+    ]
+
+
+def main() -> None:
+    """Print the report and end with a status that says whether the model is good enough."""
+    parser = argparse.ArgumentParser(prog="python -m januslens_server.demo.evaluate")
+    parser.add_argument("folder", type=Path, nargs="?", default=model_path(), metavar="DIR")
+    figures = evaluate(parser.parse_args().folder)
+    print(*figures, sep="\n")
+    if short := [figure.name for figure in figures if not figure.reached]:
+        sys.exit(f"fell short: {'; '.join(short)}")
+
+
+if __name__ == "__main__":
+    main()

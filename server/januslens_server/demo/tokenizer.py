@@ -1,0 +1,74 @@
+"""The demo model's tokenizer: the corpus' words, whole, and 256 bytes for everything else."""
+
+import json
+import math
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from januslens_server.demo.corpus import documents
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+
+SAMPLE_SEED = 1
+SAMPLE_DOCUMENTS = 40_000
+# A word rarer than this in the sample is a number or a code, not vocabulary.
+SMALLEST_COUNT = 20
+# Far below any word's log-probability, so that bytes are used only where no word fits.
+BYTE_PENALTY = 10.0
+
+
+def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
+    """A byte-level Unigram tokenizer of about 1,000 ids that adds no special tokens.
+
+    The vocabulary is every word of a fixed sample of the corpus (a word includes the space before
+    it) scored by its log-frequency, every byte, and the end-of-text token at id 0. Any text at all
+    is encoded without an unknown token and decoded without loss.
+    """
+    tokenizer = Tokenizer(models.Unigram(_vocabulary(), unk_id=None, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        model_max_length=model_max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, naming the class every release knows."""
+    tokenizer.save_pretrained(folder)
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _vocabulary() -> list[tuple[str, float]]:
+    """Pieces in the byte-level alphabet with their log-probabilities, ordered by id."""
+    counts = _word_counts()
+    total = counts.total()
+    words = sorted(word for word, count in counts.items() if count >= SMALLEST_COUNT)
+    byte_score = -math.log(total) - BYTE_PENALTY
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return [
+        (END_OF_TEXT, byte_score),
+        *((byte, byte_score) for byte in alphabet),
+        *((word, math.log(counts[word] / total)) for word in words if word not in set(alphabet)),
+    ]
+
+
+def _word_counts() -> Counter[str]:
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return Counter(
+        word
+        for document in islice(documents(SAMPLE_SEED), SAMPLE_DOCUMENTS)
+        for word, _ in split.pre_tokenize_str(document)
+    )
