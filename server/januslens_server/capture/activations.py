@@ -15,9 +15,9 @@ class LayerActivations:
 
     `query` is `[n_heads, pos, d_head]`; `key` and `value` are `[n_kv_heads, pos, d_head]`; all
     three with bias and before `rotation`, if there is one. `attention_concat` is
-    `[pos, n_heads * d_head]`, `neurons` `[pos, d_mlp]` (what multiplies FF2's rows), all others `[pos, d_model]`.
-    `attention_output` and `mlp_output` are what is added to the residual; a parallel block has
-    no `residual_mid`.
+    `[pos, n_heads * d_head]`, `neurons` (what multiplies FF2's rows) `[pos, d_mlp]`, all others
+    `[pos, d_model]`. `attention_output` and `mlp_output` are what is added to the residual; a
+    parallel block has no `residual_mid`.
     """
 
     block_input: torch.Tensor

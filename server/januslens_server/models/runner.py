@@ -95,6 +95,29 @@ def backward(
     return BackwardPass(value.item(), factors, captured[last][0].detach())
 
 
+def dense_gradient(
+    model: ResidentModel, ids: Sequence[int], loss: Loss, key: MatrixKey
+) -> torch.Tensor:
+    """dL/dW `[d_in, d_out]` of one matrix by autograd on the weight itself.
+
+    The weight is replaced for this one pass by an alias that asks for a gradient: the resident
+    parameter stays frozen.
+    """
+    layer, kind = key
+    linear = model.view.blocks[layer].matrices[kind]
+    weight = linear.module.get_parameter("weight")
+    name = next(name for name, p in model.network.named_parameters() if p is weight)
+    alias = weight.detach().requires_grad_()
+    with torch.enable_grad():
+        output = torch.func.functional_call(
+            model.network,
+            {name: alias},
+            kwargs={"input_ids": _batch(model, ids), "use_cache": False},
+        )
+        (gradient,) = torch.autograd.grad(loss(output.logits[0].float()), [alias])
+    return linear.in_rows(gradient)
+
+
 def _vjps(
     value: torch.Tensor,
     taps: set[Tap],
@@ -124,9 +147,12 @@ def _leaf_at(embedding: nn.Module) -> Iterator[None]:
 
 
 def _run(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
-    tokens = torch.tensor([ids], device=model.device)
-    logits: torch.Tensor = model.network(input_ids=tokens, use_cache=False).logits
+    logits: torch.Tensor = model.network(input_ids=_batch(model, ids), use_cache=False).logits
     return logits
+
+
+def _batch(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
+    return torch.tensor([ids], device=model.device)
 
 
 def _taps(block: Block) -> dict[str, Tap]:

@@ -34,9 +34,11 @@ class Linear:
     @property
     def weight(self) -> torch.Tensor:
         """`W: [d_in, d_out]`, a view of the resident parameter."""
-        stored = self.module.get_parameter("weight")
-        rows = stored if self.stored_as_rows else stored.T
-        return self.select(rows)
+        return self.in_rows(self.module.get_parameter("weight"))
+
+    def in_rows(self, stored: torch.Tensor) -> torch.Tensor:
+        """This map's `[d_in, d_out]` of a tensor stored as the module stores its weight."""
+        return self.select(stored if self.stored_as_rows else stored.T)
 
     @property
     def bias(self) -> torch.Tensor | None:

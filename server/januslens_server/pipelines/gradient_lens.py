@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.errors import InvalidRequest
-from januslens_server.lens import factors as factorised
+from januslens_server.lens.factors import reconstruction_error
 from januslens_server.lens.projection import project
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.runner import BackwardPass, Factors, MatrixKey, backward
+from januslens_server.models.runner import BackwardPass, MatrixKey, backward, dense_gradient
 from januslens_server.pipelines.clock import StageClock
+from januslens_server.pipelines.factor_readings import FactorReader
 from januslens_server.pipelines.inputs import read_layers
 from januslens_server.pipelines.losses import Objective, read_objective
 from januslens_server.results import (
-    Components,
-    End,
-    Entries,
     GradientEvent,
     GradientHeader,
-    GradientMatrix,
     GradientSummary,
+    Guarantee,
     MatrixKind,
-    Side,
 )
 from januslens_server.specs import GradientLensSpec, LensSpec
 
-# How many entries of a factor outside the residual basis are reported.
-ENTRIES = 10
-
-# Factors that live in the residual basis: what these maps write; of all others, what they read.
-WRITES_RESIDUAL = frozenset({MatrixKind.O, MatrixKind.FF2})
+# Relative error that `verify` accepts (docs/semantics.md).
+TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -71,12 +65,16 @@ def gradient_lens(
         predicted_token_id=predicted,
         skipped=choice.skipped,
     )
+    reader = FactorReader(model, spec, objective, predicted)
     for key in keys:
         checkpoint()
         with clock.stage("project"):
-            matrix = _matrix(model, spec, key, passed.factors[key], objective.targets, predicted)
+            matrix = reader.matrix(key, passed.factors[key])
+        if spec.verify:
+            with clock.stage("verify"):
+                matrix = replace(matrix, verification=_verified(model, objective, key, passed))
         yield matrix
-    yield GradientSummary(matrices=len(keys), times=clock.times())
+    yield GradientSummary(len(keys), clock.times(), reader.segment_rows)
 
 
 def choose_matrices(model: ResidentModel, asked: Sequence[MatrixKind]) -> MatrixChoice:
@@ -104,53 +102,12 @@ def _predicted(model: ResidentModel, passed: BackwardPass, objective: Objective)
     return int(project(model.view.lens, last, LensSpec(top_k=1, bottom_k=0)).top_ids[0, 0])
 
 
-@torch.inference_mode()
-def _matrix(
-    model: ResidentModel,
-    spec: GradientLensSpec,
-    key: MatrixKey,
-    factors: Factors,
-    targets: Sequence[int],
-    predicted: int,
-) -> GradientMatrix:
-    layer, kind = key
-    side = Side.VJP if kind in WRITES_RESIDUAL else Side.INPUT
-    inputs, vjps = factors.inputs.float(), factors.vjps.float()
-    return GradientMatrix(
-        layer=layer,
-        kind=kind,
-        d_in=inputs.shape[1],
-        d_out=vjps.shape[1],
-        projected_side=side,
-        promoted_end=End.BOTTOM if side is Side.VJP else End.UNSPECIFIED,
-        components=_components(model, spec, inputs, vjps, side, [*targets, predicted]),
-        frobenius_norm=factorised.frobenius_norm(inputs, vjps),
-    )
-
-
-def _components(
-    model: ResidentModel,
-    spec: GradientLensSpec,
-    inputs: torch.Tensor,
-    vjps: torch.Tensor,
-    side: Side,
-    ranked: Sequence[int],
-) -> Components:
-    """The largest components; `ranked` are the targets and, last, the model's own answer."""
-    positions = factorised.largest_first(inputs, vjps, spec.components)
-    x, delta = inputs[positions], vjps[positions]
-    residual, other = (x, delta) if side is Side.INPUT else (delta, x)
-    tokens = torch.tensor(ranked, device=x.device).expand(len(positions), -1)
-    table = project(model.view.lens, residual, spec.lens, tokens)
-    indices, values = factorised.largest_entries(other, ENTRIES)
-    return Components(
-        positions=positions.cpu().numpy(),
-        input_norms=x.norm(dim=-1).cpu().numpy(),
-        vjp_norms=delta.norm(dim=-1).cpu().numpy(),
-        projections=table,
-        predicted_ranks=table.target_ranks[:, -1],
-        target_ranks=table.target_ranks[:, :-1],
-        other_side=Entries(indices.cpu().numpy(), values.cpu().numpy()),
-        inputs=x.cpu().numpy() if spec.include_factors else None,
-        vjps=delta.cpu().numpy() if spec.include_factors else None,
-    )
+def _verified(
+    model: ResidentModel, objective: Objective, key: MatrixKey, passed: BackwardPass
+) -> Guarantee:
+    """How far the factors' sum is from the dense gradient, which is formed for this alone."""
+    ids = [token.id for token in objective.tokens]
+    dense = dense_gradient(model, ids, objective.loss, key)
+    factors = passed.factors[key]
+    error = reconstruction_error(factors.inputs, factors.vjps, dense)
+    return Guarantee("factors = dense gradient", error, TOLERANCES[model.provenance.data_type])

@@ -22,6 +22,7 @@ from januslens_server.specs import (
     NegativeLogLikelihood,
     ProjectSpec,
     Selection,
+    Span,
     TextOrIds,
     TraceSpec,
     Vectors,
@@ -70,6 +71,10 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
         layers=tuple(request.layers),
         lens=_lens(request),
         components=components,
+        spectrum_rank=request.spectrum_rank,
+        neurons=request.neurons,
+        learning_rate=request.learning_rate if request.HasField("learning_rate") else None,
+        subject=_subject(request.subject) if request.HasField("subject") else None,
         include_factors=request.include_factors,
         verify=request.verify,
     )
@@ -141,6 +146,13 @@ def _loss(request: gradient_lens_pb2.GradientLensRequest) -> LossSpec:
     if which == "kl":
         return KlDivergence(tuple(request.kl.suppressed.ids))
     raise InvalidRequest("loss", "expected nll, logit_difference or kl, got none")
+
+
+def _subject(message: gradient_lens_pb2.Subject) -> str | Span:
+    which = message.WhichOneof("subject")
+    if which is None:
+        raise InvalidRequest("subject", "expected text or span, got neither")
+    return message.text if which == "text" else Span(message.span.start, message.span.end)
 
 
 def _enums(kind: type[Kind], values: Iterable[int], field: str) -> list[Kind]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from januslens.v1 import gradient_lens_pb2
+from januslens.v1 import gradient_lens_pb2, lens_pb2
 from januslens_server.results import (
     Components,
     Entries,
@@ -14,6 +14,8 @@ from januslens_server.results import (
     GradientMatrix,
     GradientSummary,
     MatrixKind,
+    NeuronChanges,
+    Spectrum,
 )
 from januslens_server.rpc.encode.shared import (
     ReadToken,
@@ -76,10 +78,16 @@ class GradientLensEncoder:
             )
             for components in in_pieces(_components(matrix.components))
         ]
-        pieces[-1].last = True
+        last = pieces[-1]
+        last.last = True
+        if matrix.spectrum is not None:
+            last.spectrum.extend(_singulars(matrix.spectrum))
+        if matrix.neurons is not None:
+            last.neurons.extend(_neuron_changes(matrix.neurons))
+        last.tokens.extend(self._texts.unsent(_late_projections(last)))
         if matrix.verification is not None:
-            pieces[-1].verification.relative_error = matrix.verification.measured_error
-            pieces[-1].verification.tolerance = matrix.verification.tolerance
+            last.verification.relative_error = matrix.verification.measured_error
+            last.verification.tolerance = matrix.verification.tolerance
         yield from pieces
 
 
@@ -113,6 +121,46 @@ def _components(components: Components) -> Iterator[gradient_lens_pb2.Component]
             input=None if inputs is None else tensor_message(inputs[i]),
             vjp=None if vjps is None else tensor_message(vjps[i]),
         )
+
+
+def _singulars(spectrum: Spectrum) -> Iterator[gradient_lens_pb2.Singular]:
+    columns = zip(
+        spectrum.values.tolist(),
+        spectrum.explained.tolist(),
+        projection_messages(spectrum.projections),
+        _entries(spectrum.other_side),
+        strict=True,
+    )
+    for value, explained, projection, entries in columns:
+        yield gradient_lens_pb2.Singular(
+            value=value, explained=explained, projection=projection, other_side=entries
+        )
+
+
+def _neuron_changes(changes: NeuronChanges) -> Iterator[gradient_lens_pb2.NeuronChange]:
+    neurons = changes.neurons.tolist()
+    after = [None] * len(neurons) if changes.after is None else projection_messages(changes.after)
+    columns = zip(
+        neurons,
+        changes.change_norms.tolist(),
+        projection_messages(changes.before),
+        projection_messages(changes.change),
+        after,
+        strict=True,
+    )
+    for neuron, norm, before, change, then in columns:
+        yield gradient_lens_pb2.NeuronChange(
+            neuron=neuron, change_norm=norm, before=before, change=change, after=then
+        )
+
+
+def _late_projections(
+    matrix: gradient_lens_pb2.GradientMatrix,
+) -> Iterator[lens_pb2.Projection]:
+    """What a matrix's last piece shows beside its components."""
+    yield from (singular.projection for singular in matrix.spectrum)
+    for change in matrix.neurons:
+        yield from (change.before, change.change, change.after)
 
 
 def _entries(entries: Entries) -> list[list[gradient_lens_pb2.Entry]]:

@@ -1,0 +1,162 @@
+"""From a matrix's factors to its result record: sizes, projections, spectrum, neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from januslens_server.lens.factors import frobenius_norm, largest_entries, largest_first
+from januslens_server.lens.neurons import change_norms, descent_changes
+from januslens_server.lens.projection import project
+from januslens_server.lens.spectrum import spectrum
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.runner import Factors, MatrixKey
+from januslens_server.pipelines.losses import Objective
+from januslens_server.pipelines.subject import read_segments
+from januslens_server.results import (
+    Components,
+    End,
+    Entries,
+    GradientMatrix,
+    MatrixKind,
+    NeuronChanges,
+    ProjectionTable,
+    SegmentRow,
+    Side,
+    Spectrum,
+)
+from januslens_server.specs import GradientLensSpec, LensSpec
+
+# How many entries of a factor outside the residual basis are reported.
+ENTRIES = 10
+
+# These write into the residual stream, so their VJPs live in its basis; all others read from it.
+WRITES_RESIDUAL = frozenset({MatrixKind.O, MatrixKind.FF2})
+OVER_NEURONS = frozenset({MatrixKind.FF1, MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2})
+
+
+class FactorReader:
+    """Reads the matrices of one request; collects the rows of the segment table on the way."""
+
+    def __init__(
+        self, model: ResidentModel, spec: GradientLensSpec, objective: Objective, predicted: int
+    ) -> None:
+        """Raises `InvalidRequest` if the spec's subject is not in the prompt."""
+        self._model = model
+        self._spec = spec
+        self._ranked = [*objective.targets, predicted]
+        self._segments = read_segments(spec.subject, objective)
+        self.segment_rows: list[SegmentRow] = []
+
+    @torch.inference_mode()
+    def matrix(self, key: MatrixKey, factors: Factors) -> GradientMatrix:
+        """The record of one matrix from its inputs `[n, d_in]` and VJPs `[n, d_out]`."""
+        layer, kind = key
+        inputs, vjps = factors.inputs.float(), factors.vjps.float()
+        side = Side.VJP if kind in WRITES_RESIDUAL else Side.INPUT
+        residual, outside = (vjps, inputs) if side is Side.VJP else (inputs, vjps)
+        self._add_segment_rows(key, residual, vjps)
+        return GradientMatrix(
+            layer=layer,
+            kind=kind,
+            d_in=inputs.shape[1],
+            d_out=vjps.shape[1],
+            projected_side=side,
+            promoted_end=End.BOTTOM if side is Side.VJP else End.UNSPECIFIED,
+            components=self._components(inputs, vjps, residual, outside),
+            frobenius_norm=frobenius_norm(inputs, vjps),
+            spectrum=self._spectrum(inputs, vjps, side),
+            neurons=self._neurons(key, residual, outside) if kind in OVER_NEURONS else None,
+        )
+
+    def _components(
+        self,
+        inputs: torch.Tensor,
+        vjps: torch.Tensor,
+        residual: torch.Tensor,
+        outside: torch.Tensor,
+    ) -> Components:
+        positions = largest_first(inputs, vjps, self._spec.components)
+        table = self._project(residual[positions], self._ranked)
+        factors = self._spec.include_factors
+        return Components(
+            positions=positions.cpu().numpy(),
+            input_norms=inputs[positions].norm(dim=-1).cpu().numpy(),
+            vjp_norms=vjps[positions].norm(dim=-1).cpu().numpy(),
+            projections=table,
+            predicted_ranks=table.target_ranks[:, -1],
+            target_ranks=table.target_ranks[:, :-1],
+            other_side=_entries(outside[positions]),
+            inputs=inputs[positions].cpu().numpy() if factors else None,
+            vjps=vjps[positions].cpu().numpy() if factors else None,
+        )
+
+    def _spectrum(self, inputs: torch.Tensor, vjps: torch.Tensor, side: Side) -> Spectrum | None:
+        if not self._spec.spectrum_rank:
+            return None
+        found = spectrum(inputs, vjps, self._spec.spectrum_rank)
+        both = found.vjps.float(), found.inputs.float()
+        residual, outside = both if side is Side.VJP else both[::-1]
+        return Spectrum(
+            values=found.values.float().cpu().numpy(),
+            explained=found.explained.float().cpu().numpy(),
+            projections=self._project(residual, self._ranked),
+            other_side=_entries(outside),
+        )
+
+    def _neurons(
+        self, key: MatrixKey, residual: torch.Tensor, outside: torch.Tensor
+    ) -> NeuronChanges | None:
+        """The neurons that a descent step moves most; of length 1 if no rate is given."""
+        if not self._spec.neurons:
+            return None
+        rate = self._spec.learning_rate
+        norms = change_norms(outside, residual)
+        order = norms.sort(descending=True, stable=True).indices[: self._spec.neurons]
+        changes = descent_changes(outside, residual, order, 1.0 if rate is None else rate)
+        before = self._neuron_rows(key, order)
+        return NeuronChanges(
+            neurons=order.cpu().numpy(),
+            change_norms=changes.norm(dim=-1).cpu().numpy(),
+            before=self._project(before, self._ranked),
+            change=self._project(changes, self._ranked),
+            after=None if rate is None else self._project(before + changes, self._ranked),
+        )
+
+    def _neuron_rows(self, key: MatrixKey, neurons: torch.Tensor) -> torch.Tensor:
+        """Columns of FF1 or rows of FF2 `[k, d_model]`, as they are in the model."""
+        layer, kind = key
+        weight = self._model.view.blocks[layer].matrices[kind].weight
+        rows = weight[neurons] if kind in WRITES_RESIDUAL else weight[:, neurons].T
+        return rows.float()
+
+    def _add_segment_rows(self, key: MatrixKey, residual: torch.Tensor, vjps: torch.Tensor) -> None:
+        if not self._segments:
+            return
+        lens = LensSpec(top_k=0, bottom_k=0, kind=self._spec.lens.kind)
+        table = self._project(residual, self._ranked, lens)
+        norms = vjps.norm(dim=-1).cpu().numpy()
+        for segment, positions in self._segments.items():
+            ranks = table.target_ranks[positions, 0][table.projected[positions]]
+            self.segment_rows.append(
+                SegmentRow(
+                    segment=segment.value,
+                    layer=key[0],
+                    kind=key[1],
+                    mean_vjp_norm=float(norms[positions].mean()),
+                    mean_target_rank=float(ranks.mean()) if len(ranks) else float("nan"),
+                    positions=len(positions),
+                )
+            )
+
+    def _project(
+        self, vectors: torch.Tensor, ranked: Sequence[int], lens: LensSpec | None = None
+    ) -> ProjectionTable:
+        targets = torch.tensor(ranked, device=vectors.device).expand(len(vectors), -1)
+        return project(self._model.view.lens, vectors, lens or self._spec.lens, targets)
+
+
+def _entries(vectors: torch.Tensor) -> Entries:
+    indices, values = largest_entries(vectors, ENTRIES)
+    return Entries(indices.cpu().numpy(), values.cpu().numpy())
