@@ -253,7 +253,7 @@ class Provenance(_message.Message):
     revision: _builtins.str
     """Commit of a hub model; of a local folder, a hash of its weights."""
     architecture: _builtins.str
-    """Architecture, as the `model_type` of the model's configuration, for example `gpt2`."""
+    """Architecture, as the class that runs it, for example `GPT2LMHeadModel`."""
     data_type: _builtins.str
     """Number format of the weights in memory, for example `float32`."""
     device: _builtins.str
@@ -295,7 +295,7 @@ class StageTime(_message.Message):
     STAGE_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """Name of the stage, for example `forward` or `layers`."""
+    """Name of the stage, for example `tokenize`, `forward` or `project`."""
     seconds: _builtins.float
     """Duration in seconds."""
     def __init__(
@@ -323,11 +323,11 @@ class Guarantee(_message.Message):
     TOLERANCE_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Stable name, for example `lens_of_last_block_equals_logits`."""
+    """Stable name, for example `last lens = logits`."""
     measured_error: _builtins.float
-    """Largest error found, in the unit that the guarantee's name implies (most are relative)."""
+    """Largest error found, relative to the size of what was compared."""
     tolerance: _builtins.float
-    """Largest error allowed, in the same unit."""
+    """Largest error allowed, likewise relative."""
     held: _builtins.bool
     """True if the measured error is within the tolerance."""
     def __init__(

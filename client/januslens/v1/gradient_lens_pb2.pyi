@@ -465,7 +465,9 @@ class GradientHeader(_message.Message):
 
     @_builtins.property
     def target_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Target tokens, in order; of a logit difference, the preferred one; empty for the divergence."""
+        """The loss's tokens, whose ranks the components report: the target's in order; the preferred and
+        the other; or the suppressed ones, each once.
+        """
 
     @_builtins.property
     def skipped(self) -> _containers.RepeatedScalarFieldContainer[Global___MatrixKind.ValueType]:
@@ -544,7 +546,9 @@ class GradientMatrix(_message.Message):
 
     @_builtins.property
     def verification(self) -> Global___Verification:
-        """Comparison with autograd; set in the last message if asked for."""
+        """Comparison with autograd; set if asked for. This and the two lists above come with the matrix's
+        last message.
+        """
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
@@ -608,14 +612,14 @@ class Component(_message.Message):
     size: _builtins.float
     """||x|| ||delta||: the Frobenius norm of the product."""
     predicted_rank: _builtins.int
-    """Rank in this projection of the token that the model itself predicts at this position; 0 = top."""
+    """Rank in this projection of the header's `predicted_token_id`; 0 = top."""
     @_builtins.property
     def projection(self) -> _lens_pb2.Projection:
         """The projected factor through the request's lens; unset for exact zeros."""
 
     @_builtins.property
     def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
-        """Largest entries by magnitude of the factor that is not projected, largest first."""
+        """Largest entries by magnitude of the factor that is not projected, largest first; at most 10."""
 
     @_builtins.property
     def input(self) -> _common_pb2.Tensor:
@@ -627,7 +631,7 @@ class Component(_message.Message):
 
     @_builtins.property
     def target_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ranks in this projection of the target's tokens, one each, in order; 0 = top."""
+        """Ranks in this projection of the header's target tokens, one each, in order; 0 = top."""
 
     def __init__(
         self,
@@ -731,7 +735,7 @@ class NeuronChange(_message.Message):
     neuron: _builtins.int
     """The neuron, from 0."""
     change_norm: _builtins.float
-    """Norm of the change, for a learning rate of 1 where the request sets none."""
+    """Norm of the change, of a step of length 1 where the request sets no learning rate."""
     @_builtins.property
     def before(self) -> _lens_pb2.Projection:
         """The neuron's vector as it is."""
@@ -842,7 +846,7 @@ class SegmentRow(_message.Message):
     mean_vjp_norm: _builtins.float
     """Mean of ||delta|| over the segment's positions."""
     mean_target_rank: _builtins.float
-    """Mean rank of the target in the projected factor; 0 = top."""
+    """Mean rank of the first target token in the projected factor; 0 = top."""
     positions: _builtins.int
     """How many positions the segment has."""
     def __init__(

@@ -29,7 +29,7 @@ class ListModelsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """How many models to return at most; 0 = the server's default, which is also its maximum."""
+    """How many models to return at most; 0 = all."""
     page_token: _builtins.str
     """`next_page_token` of the page before; empty = the first page. One that this server did not
     issue is INVALID_ARGUMENT.
@@ -60,7 +60,7 @@ class ListModelsResponse(_message.Message):
     """Token for the next page; empty = this is the last one."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """Models in order of their names."""
+        """Models in the order of the server's configuration."""
 
     def __init__(
         self,

@@ -80,7 +80,7 @@ class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.Val
     NODE_KIND_BLOCK_OUTPUT: _NodeKind.ValueType  # 25
     """The residual after the block."""
     NODE_KIND_FINAL_NORM: _NodeKind.ValueType  # 26
-    """The last block's output after the final norm."""
+    """The last block's output after the final norm; read by the unembedding alone, as is the next."""
     NODE_KIND_PREDICTION: _NodeKind.ValueType  # 27
     """The model's prediction; its projection is the model's own logits."""
     NODE_KIND_OTHER: _NodeKind.ValueType  # 28
@@ -144,7 +144,7 @@ NODE_KIND_MLP_OUTPUT: NodeKind.ValueType  # 24
 NODE_KIND_BLOCK_OUTPUT: NodeKind.ValueType  # 25
 """The residual after the block."""
 NODE_KIND_FINAL_NORM: NodeKind.ValueType  # 26
-"""The last block's output after the final norm."""
+"""The last block's output after the final norm; read by the unembedding alone, as is the next."""
 NODE_KIND_PREDICTION: NodeKind.ValueType  # 27
 """The model's prediction; its projection is the model's own logits."""
 NODE_KIND_OTHER: NodeKind.ValueType  # 28
@@ -242,8 +242,8 @@ class TraceRequest(_message.Message):
     include_logit_contribution: _builtins.bool
     """True adds each part's direct contribution to the target's logit."""
     overlap_k: _builtins.int
-    """Compares this many top tokens at both ends of every edge (VISIT's intersection score); unset =
-    no `overlap`. 0 is INVALID_ARGUMENT.
+    """Compares this many top tokens at both ends of every edge (VISIT's intersection score); unset or
+    0 = no `overlap`.
     """
     allow_batching: _builtins.bool
     """True lets the server run the forward pass together with other requests; results then agree with
@@ -731,7 +731,7 @@ class TraceSummary(_message.Message):
     """Edges sent."""
     constant_logit_contribution: _builtins.float
     """The part of the target's logit that belongs to no node: final norm's and head's biases. Set if
-    logit contributions were asked for.
+    logit contributions were asked for at a single position.
     """
     @_builtins.property
     def times(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTime]:
