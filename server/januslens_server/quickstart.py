@@ -43,7 +43,7 @@ def _show(address: str) -> int:
     for question, arguments in (
         ("Where does the answer come from?", ["trace", PROMPT]),
         (
-            f"What would a step of learning{COUNTERFACTUAL} instead change?",
+            f'What would a step of gradient descent towards "{COUNTERFACTUAL}" change?',
             ["gradient", PROMPT, "--target", COUNTERFACTUAL],
         ),
     ):
