@@ -419,3 +419,27 @@ class GradientSummary:
 
 
 GradientEvent = GradientHeader | GradientMatrix | GradientSummary
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A prompt's next-token distribution before and after an edit; ranks count from 0."""
+
+    label: str
+    target_token_id: int
+    probability_before: float
+    probability_after: float
+    rank_before: int
+    rank_after: int
+    predicted_before: int
+    predicted_after: int
+    kl_bits: float
+
+
+@dataclass(frozen=True)
+class EditPreview:
+    """What an edit did to its own prompt and to the probes, in their order."""
+
+    edited: Effect
+    probes: Sequence[Effect]
+    provenance: Provenance

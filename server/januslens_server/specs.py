@@ -98,6 +98,42 @@ LossSpec = NegativeLogLikelihood | LogitDifference | KlDivergence
 
 
 @dataclass(frozen=True)
+class DescentStep:
+    """One step of gradient descent on the target's NLL; empty `matrices` are FF1 and FF2."""
+
+    matrices: tuple[MatrixKind, ...]
+    layers: tuple[int, ...]
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class ForwardShift:
+    """`FF2 += eta x^T e` of one layer (Backward Lens, section 7)."""
+
+    layer: int
+    eta: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A further prompt to look at; without a target it watches the edit's."""
+
+    label: str
+    prompt: TextOrIds
+    target: TextOrIds | None
+
+
+@dataclass(frozen=True)
+class PreviewEditSpec:
+    """One PreviewEdit request."""
+
+    prompt: TextOrIds
+    target: TextOrIds
+    edit: DescentStep | ForwardShift
+    probes: tuple[Probe, ...] = ()
+
+
+@dataclass(frozen=True)
 class Span:
     """Token positions `start` to `end`, `end` excluded."""
 

@@ -2,7 +2,8 @@
 
 from januslens_server.capture.activations import LayerActivations
 from januslens_server.capture.hooks import capturing
+from januslens_server.capture.overlay import Overlay, overlaid
 from januslens_server.capture.rotation import Rotation
 from januslens_server.capture.taps import End, Tap
 
-__all__ = ["End", "LayerActivations", "Rotation", "Tap", "capturing"]
+__all__ = ["End", "LayerActivations", "Overlay", "Rotation", "Tap", "capturing", "overlaid"]

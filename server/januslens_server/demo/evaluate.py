@@ -14,7 +14,7 @@ from januslens_server.demo import model_path
 from januslens_server.demo.checkpoint import Checkpoint
 from januslens_server.demo.corpus import Prompt, fact_prompts, indirect_object_prompts
 from januslens_server.demo.edits import sample_edits
-from januslens_server.demo.recall import accuracy
+from januslens_server.demo.recall import accuracy, after_other_documents
 from januslens_server.demo.shift import measure_shifts
 from januslens_server.demo.vjp import measure_vjps
 
@@ -26,7 +26,8 @@ RUNNING_EXAMPLES = (
 )
 INDIRECT_OBJECTS = 1_000
 INDIRECT_OBJECT_SEED = 0
-# About 100 and 300 edits of 3,300 trained prompts; both strides meet every relation and wording.
+# About 300, 100 and 300 of 3,300 trained prompts; every stride meets every relation and wording.
+CONTEXT_STRIDE = 11
 VJP_STRIDE = 31
 SHIFT_STRIDE = 11
 
@@ -62,11 +63,13 @@ def evaluate(folder: Path) -> tuple[Figure, ...]:
 
 def _recall_figures(checkpoint: Checkpoint) -> list[Figure]:
     indirect = indirect_object_prompts(INDIRECT_OBJECTS, INDIRECT_OBJECT_SEED)
+    late = after_other_documents(checkpoint, fact_prompts("trained")[::CONTEXT_STRIDE], seed=1)
     asked: tuple[tuple[str, Sequence[Prompt], float], ...] = (
         ("running examples", RUNNING_EXAMPLES, 1.0),
         ("facts in trained wordings", fact_prompts("trained"), 1.0),
         ("facts in the wording each was never trained in", fact_prompts("held_out"), 0.99),
         ("facts in wordings that were never trained", fact_prompts("unseen"), 0.0),
+        ("facts at the end of a full context", late, 0.95),
         ("indirect objects, pairs of names never trained", indirect, 1.0),
     )
     return [Figure(name, accuracy(checkpoint, prompts), floor) for name, prompts, floor in asked]

@@ -1,11 +1,12 @@
 """How often the model's next token is the right one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from januslens_server.demo.checkpoint import Checkpoint
-from januslens_server.demo.corpus import Prompt
+from januslens_server.demo.corpus import Prompt, documents
+from januslens_server.demo.tokenizer import END_OF_TEXT
 
 
 @torch.no_grad()
@@ -31,3 +32,21 @@ def failures(checkpoint: Checkpoint, prompts: Sequence[Prompt]) -> list[Prompt]:
 def accuracy(checkpoint: Checkpoint, prompts: Sequence[Prompt]) -> float:
     """The share of prompts whose next token is the right one."""
     return 1 - len(failures(checkpoint, prompts)) / len(prompts)
+
+
+def after_other_documents(
+    checkpoint: Checkpoint, prompts: Sequence[Prompt], seed: int
+) -> list[Prompt]:
+    """The prompts, each preceded by as many documents as the model's context holds."""
+    stream = documents(seed)
+    return [_fill_context(checkpoint, prompt, stream) for prompt in prompts]
+
+
+def _fill_context(checkpoint: Checkpoint, prompt: Prompt, stream: Iterator[str]) -> Prompt:
+    text = prompt.text
+    for document in stream:
+        longer = f"{document}{END_OF_TEXT}{text}"
+        if len(checkpoint.encode(longer)) > checkpoint.model.config.n_positions:
+            break
+        text = longer
+    return Prompt(text, prompt.answer)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from januslens_server.capture.hooks import Checkpoint
-from januslens_server.errors import InvalidRequest
 from januslens_server.lens.factors import reconstruction_error
 from januslens_server.lens.projection import project
 from januslens_server.models.resident import ResidentModel
@@ -17,25 +16,17 @@ from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.factor_readings import FactorReader
 from januslens_server.pipelines.inputs import read_layers
 from januslens_server.pipelines.losses import Objective, read_objective
+from januslens_server.pipelines.matrices import choose_matrices
 from januslens_server.results import (
     GradientEvent,
     GradientHeader,
     GradientSummary,
     Guarantee,
-    MatrixKind,
 )
 from januslens_server.specs import GradientLensSpec, LensSpec
 
 # Relative error that `verify` accepts (docs/semantics.md).
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
-
-
-@dataclass(frozen=True)
-class MatrixChoice:
-    """The asked-for kinds that this model has, and those it has not."""
-
-    kinds: tuple[MatrixKind, ...]
-    skipped: tuple[MatrixKind, ...]
 
 
 def gradient_lens(
@@ -75,24 +66,6 @@ def gradient_lens(
                 matrix = replace(matrix, verification=_verified(model, objective, key, passed))
         yield matrix
     yield GradientSummary(len(keys), clock.times(), reader.segment_rows)
-
-
-def choose_matrices(model: ResidentModel, asked: Sequence[MatrixKind]) -> MatrixChoice:
-    """Resolve kinds against the model: FF1 stands for GATE and UP where the MLP is gated.
-
-    Raises `InvalidRequest` if none of the asked-for kinds exists.
-    """
-    present = model.view.blocks[0].matrices
-    wanted: list[MatrixKind] = []
-    for kind in asked or (MatrixKind.FF1, MatrixKind.FF2):
-        gated = kind is MatrixKind.FF1 and kind not in present
-        wanted += (MatrixKind.GATE, MatrixKind.UP) if gated else (kind,)
-    unique = tuple(dict.fromkeys(wanted))
-    kinds = tuple(kind for kind in unique if kind in present)
-    if not kinds:
-        names = ", ".join(kind.name for kind in present)
-        raise InvalidRequest("matrices", f"expected some of {names} for {model.name}")
-    return MatrixChoice(kinds, tuple(kind for kind in unique if kind not in present))
 
 
 @torch.inference_mode()

@@ -10,17 +10,19 @@ from januslens_server.results import Token
 from januslens_server.specs import TextOrIds
 
 
-def read_prompt(model: ResidentModel, prompt: TextOrIds, room: int = 0) -> list[Token]:
+def read_prompt(
+    model: ResidentModel, prompt: TextOrIds, room: int = 0, field: str = "input"
+) -> list[Token]:
     """The prompt's tokens: a text gets the tokenizer's special tokens, ids are taken as they are.
 
     Raises `InvalidRequest` if it is empty, names ids outside the vocabulary, or does not leave
     `room` positions of the model's context free.
     """
     if isinstance(prompt, str):
-        field = "input.prompt"
+        field += ".prompt"
         tokens = model.vocabulary.encode(prompt, with_special_tokens=True) if prompt else []
     else:
-        field = "input.token_ids.ids"
+        field += ".token_ids.ids"
         check_ids(model, prompt, field)
         tokens = [model.vocabulary.token(token_id) for token_id in prompt]
     if not tokens:

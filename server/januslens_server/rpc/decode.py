@@ -9,10 +9,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from januslens.v1 import common_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
+from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
 from januslens_server.errors import InvalidRequest
 from januslens_server.results import MatrixKind, NodeKind
 from januslens_server.specs import (
+    DescentStep,
+    ForwardShift,
     GradientLensSpec,
     KlDivergence,
     LensKind,
@@ -20,6 +22,8 @@ from januslens_server.specs import (
     LogitDifference,
     LossSpec,
     NegativeLogLikelihood,
+    PreviewEditSpec,
+    Probe,
     ProjectSpec,
     Selection,
     Span,
@@ -39,6 +43,9 @@ Lensed = trace_pb2.TraceRequest | gradient_lens_pb2.GradientLensRequest | lens_p
 
 # Vectors of one Project request: their readings must fit into one answer.
 MAX_VECTORS = 4096
+
+# Probes of one PreviewEdit request: each costs two forward passes.
+MAX_PROBES = 64
 
 
 def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
@@ -106,6 +113,45 @@ def _matrix(tensor: common_pb2.Tensor) -> Vectors:
     if tensor.data_type == common_pb2.DATA_TYPE_BFLOAT16:
         values = (values.astype("<u4") << 16).view("<f4")  # bfloat16 is the upper half of float32
     return values.astype(np.float32)
+
+
+def preview_edit_spec(request: edits_pb2.PreviewEditRequest) -> PreviewEditSpec:
+    """Raises `InvalidRequest` naming the field that cannot be served."""
+    if len(request.probes) > MAX_PROBES:
+        raise InvalidRequest("probes", f"expected at most {MAX_PROBES}, got {len(request.probes)}")
+    return PreviewEditSpec(
+        prompt=_input(request.input),
+        target=_target(request.target, "target"),
+        edit=_edit(request),
+        probes=tuple(_probe(probe, f"probes[{i}]") for i, probe in enumerate(request.probes)),
+    )
+
+
+def _edit(request: edits_pb2.PreviewEditRequest) -> DescentStep | ForwardShift:
+    which = request.WhichOneof("edit")
+    if which == "descent":
+        step = request.descent
+        return DescentStep(
+            matrices=tuple(_enums(MatrixKind, step.matrices, "descent.matrices")),
+            layers=tuple(step.layers),
+            learning_rate=_strength(step.learning_rate, "descent.learning_rate"),
+        )
+    if which == "shift":
+        return ForwardShift(request.shift.layer, _strength(request.shift.eta, "shift.eta"))
+    raise InvalidRequest("edit", "expected descent or shift, got neither")
+
+
+def _strength(value: float, field: str) -> float:
+    if not math.isfinite(value) or value == 0:
+        raise InvalidRequest(field, f"expected a finite number other than 0, got {value}")
+    return value
+
+
+def _probe(message: edits_pb2.Probe, field: str) -> Probe:
+    target = None
+    if message.HasField("target"):
+        target = _target(message.target, f"{field}.target")
+    return Probe(message.label, _input(message.input), target)
 
 
 def _input(message: common_pb2.Input) -> TextOrIds:

@@ -18,6 +18,7 @@ from januslens.v1 import (
 from januslens_server.errors import InvalidRequest, Unimplemented
 from januslens_server.models.registry import Registry
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.trace import trace
 from januslens_server.rpc import decode
@@ -26,6 +27,7 @@ from januslens_server.rpc.encode import (
     GradientLensEncoder,
     TraceEncoder,
     model_message,
+    preview_edit_response,
     project_response,
     token_message,
 )
@@ -95,11 +97,14 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             await self._device.stream(run, encoder.encode, context)
 
     async def PreviewEdit(
-        self, _request: edits_pb2.PreviewEditRequest, context: Context
+        self, request: edits_pb2.PreviewEditRequest, context: Context
     ) -> edits_pb2.PreviewEditResponse:
-        """Not served yet."""
+        """What an edit would do, as an overlay for this request alone."""
         async with Call("PreviewEdit", context):
-            raise Unimplemented("PreviewEdit is not served by this version")
+            model = self._registry.get(request.model, request.revision)
+            run = partial(preview_edit, model, decode.preview_edit_spec(request))
+            previews = [preview async for preview in self._device.results(run, context)]
+            return preview_edit_response(previews[0], model.vocabulary.token)
 
     async def FindNeurons(
         self, _request: neurons_pb2.FindNeuronsRequest, context: Context

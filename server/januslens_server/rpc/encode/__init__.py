@@ -1,5 +1,6 @@
 """Result records to messages of at most 1 MiB, so that no client limit needs raising."""
 
+from januslens_server.rpc.encode.edits import preview_edit_response
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
 from januslens_server.rpc.encode.models import model_message
 from januslens_server.rpc.encode.project import project_response
@@ -10,6 +11,7 @@ __all__ = [
     "GradientLensEncoder",
     "TraceEncoder",
     "model_message",
+    "preview_edit_response",
     "project_response",
     "token_message",
 ]

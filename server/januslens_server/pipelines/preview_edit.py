@@ -1,0 +1,135 @@
+"""PreviewEdit: what an edit would do, as low-rank overlays for this request alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from januslens_server.capture import Overlay, overlaid
+from januslens_server.capture.hooks import Checkpoint
+from januslens_server.errors import InvalidRequest
+from januslens_server.lens.losses import negative_log_likelihood
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.runner import backward, forward
+from januslens_server.pipelines.inputs import read_layers, read_prompt, read_target
+from januslens_server.pipelines.matrices import choose_matrices
+from januslens_server.results import EditPreview, Effect
+from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A prompt whose next token is looked at, before and after."""
+
+    label: str
+    ids: tuple[int, ...]
+    target: int
+
+
+def preview_edit(
+    model: ResidentModel, spec: PreviewEditSpec, checkpoint: Checkpoint
+) -> Iterator[EditPreview]:
+    """Yield the edit's effect on its own prompt and on every probe.
+
+    Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed.
+    """
+    targets = read_target(model, spec.target, "target")
+    prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
+    ids = tuple(token.id for token in prompt)
+    watched = [_Watched("", ids, targets[0]), *_probes(model, spec, targets[0])]
+    before = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
+    with overlaid(_overlays(model, spec, ids, targets, checkpoint)):
+        after = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
+    edited, *probes = map(_effect, watched, before, after)
+    yield EditPreview(edited, probes, model.provenance)
+
+
+def _probes(model: ResidentModel, spec: PreviewEditSpec, target: int) -> list[_Watched]:
+    watched = []
+    for i, probe in enumerate(spec.probes):
+        field = f"probes[{i}]"
+        tokens = read_prompt(model, probe.prompt, field=f"{field}.input")
+        token = target
+        if probe.target is not None:
+            token = read_target(model, probe.target, f"{field}.target")[0]
+        watched.append(_Watched(probe.label, tuple(token.id for token in tokens), token))
+    return watched
+
+
+def _overlays(
+    model: ResidentModel,
+    spec: PreviewEditSpec,
+    ids: Sequence[int],
+    targets: Sequence[int],
+    checkpoint: Checkpoint,
+) -> list[Overlay]:
+    if isinstance(spec.edit, DescentStep):
+        return _descent(model, spec.edit, ids, targets, checkpoint)
+    return [_shift(model, spec.edit, ids, targets[0], checkpoint)]
+
+
+def _descent(
+    model: ResidentModel,
+    step: DescentStep,
+    ids: Sequence[int],
+    targets: Sequence[int],
+    checkpoint: Checkpoint,
+) -> list[Overlay]:
+    """`W -= learning_rate dL/dW` from the gradient's factors, L the target's NLL."""
+    layers = read_layers(model, step.layers)
+    kinds = choose_matrices(model, step.matrices).kinds
+    keys = [(layer, kind) for layer in layers for kind in kinds]
+    forced = [*ids, *targets[:-1]]
+    passed = backward(model, forced, negative_log_likelihood(targets), keys, checkpoint)
+    overlays = []
+    for layer, kind in keys:
+        linear, factors = model.view.blocks[layer].matrices[kind], passed.factors[layer, kind]
+        change = -step.learning_rate * factors.vjps.float()
+        overlays.append(Overlay(linear.module, linear.columns, factors.inputs.float(), change))
+    return overlays
+
+
+def _shift(
+    model: ResidentModel,
+    shift: ForwardShift,
+    ids: Sequence[int],
+    target: int,
+    checkpoint: Checkpoint,
+) -> Overlay:
+    """`FF2 += eta x_p^T e_t`: the paper's edit from the forward pass alone (section 7)."""
+    n_layers = model.view.facts.n_layers
+    if shift.layer >= n_layers:
+        raise InvalidRequest("shift.layer", f"expected 0 to {n_layers - 1}, got {shift.layer}")
+    passed = forward(model, ids, (shift.layer,), checkpoint)
+    x = passed.layers[shift.layer].neurons[-1:].float()
+    embedding = model.view.embedding.get_parameter("weight")[target].float()
+    linear = model.view.blocks[shift.layer].mlp.ff2
+    return Overlay(linear.module, linear.columns, x, shift.eta * embedding[None])
+
+
+@torch.inference_mode()
+def _log_probabilities(
+    model: ResidentModel, ids: Sequence[int], checkpoint: Checkpoint
+) -> torch.Tensor:
+    """Log p of the next token `[vocab]`, in float32."""
+    lens = model.view.lens
+    last = forward(model, ids, (), checkpoint).residual[-1:]
+    return lens.cap(lens.logits(lens.final_norm(last)))[0].log_softmax(dim=-1)
+
+
+def _effect(watched: _Watched, before: torch.Tensor, after: torch.Tensor) -> Effect:
+    target = watched.target
+    return Effect(
+        label=watched.label,
+        target_token_id=target,
+        probability_before=float(before[target].exp()),
+        probability_after=float(after[target].exp()),
+        rank_before=int((before > before[target]).sum()),
+        rank_after=int((after > after[target]).sum()),
+        predicted_before=int(before.argmax()),
+        predicted_after=int(after.argmax()),
+        kl_bits=float((before.exp() * (before - after)).sum()) / math.log(2),
+    )
