@@ -1,0 +1,141 @@
+"""From a failed call to the exception that describes it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+import pytest
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+import januslens
+from januslens._status import exception_from
+
+DETAILS = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed call as gRPC presents it."""
+
+    status: grpc.StatusCode
+    message: str | None = "something happened"
+    trailing: Sequence[tuple[str, str | bytes]] | None = ()
+
+    def code(self) -> grpc.StatusCode:
+        return self.status
+
+    def details(self) -> str | None:
+        return self.message
+
+    def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
+        return self.trailing
+
+
+def with_details(code: grpc.StatusCode, *details: Message) -> Failure:
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    status = status_pb2.Status(code=code.value[0], message="m", details=packed)
+    return Failure(code, "m", [("x-other", "y"), (DETAILS, status.SerializeToString())])
+
+
+def raised(failure: Failure) -> januslens.JanuslensError:
+    return exception_from(failure, "r1", "host:1")
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("INVALID_ARGUMENT", januslens.InvalidRequest),
+        ("OUT_OF_RANGE", januslens.InvalidRequest),
+        ("NOT_FOUND", januslens.NotFound),
+        ("FAILED_PRECONDITION", januslens.ModelFailed),
+        ("UNAVAILABLE", januslens.Unavailable),
+        ("RESOURCE_EXHAUSTED", januslens.ResourceExhausted),
+        ("DEADLINE_EXCEEDED", januslens.DeadlineExceeded),
+        ("CANCELLED", januslens.Cancelled),
+        ("ABORTED", januslens.Aborted),
+        ("UNAUTHENTICATED", januslens.Unauthenticated),
+        ("PERMISSION_DENIED", januslens.PermissionDenied),
+        ("UNIMPLEMENTED", januslens.Unimplemented),
+        ("INTERNAL", januslens.InternalError),
+        ("UNKNOWN", januslens.InternalError),
+        ("DATA_LOSS", januslens.InternalError),
+    ],
+)
+def test_every_status_has_its_exception(code: str, kind: type[januslens.JanuslensError]) -> None:
+    error = raised(Failure(grpc.StatusCode[code]))
+    assert type(error) is kind
+    assert error.code == code
+    assert error.request_id == "r1"
+    assert "something happened" in str(error)
+
+
+def test_the_details_are_read() -> None:
+    info = error_details_pb2.ErrorInfo(
+        reason="PROMPT_TOO_LONG", domain="januslens", metadata={"limit": "64"}
+    )
+    bad_request = error_details_pb2.BadRequest()
+    bad_request.field_violations.add(field="input.prompt", description="70 tokens")
+    quota = error_details_pb2.QuotaFailure()
+    quota.violations.add(subject="cost", description="9 > 8")
+    retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=500_000_000))
+    error = raised(with_details(grpc.StatusCode.INVALID_ARGUMENT, info, bad_request, quota, retry))
+    assert error.reason == "PROMPT_TOO_LONG"
+    assert error.metadata == {"limit": "64"}
+    assert error.field_violations == (januslens.FieldViolation("input.prompt", "70 tokens"),)
+    assert error.quota_violations == (januslens.QuotaViolation("cost", "9 > 8"),)
+    assert error.retry_after == 0.5
+
+
+def test_to_retry_at_once_is_not_never_to_retry() -> None:
+    at_once = with_details(grpc.StatusCode.UNAVAILABLE, error_details_pb2.RetryInfo())
+    assert raised(at_once).retry_after == 0.0
+    assert raised(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED)).retry_after is None
+
+
+def test_an_unknown_model_is_more_than_not_found() -> None:
+    info = error_details_pb2.ErrorInfo(reason="MODEL_NOT_FOUND")
+    assert type(raised(with_details(grpc.StatusCode.NOT_FOUND, info))) is januslens.ModelNotFound
+
+
+def test_a_server_that_is_not_there_is_named() -> None:
+    error = raised(Failure(grpc.StatusCode.UNAVAILABLE, "connection refused"))
+    assert str(error) == "no answer from host:1: connection refused"
+    told = with_details(
+        grpc.StatusCode.UNAVAILABLE, error_details_pb2.ErrorInfo(reason="SERVER_DRAINING")
+    )
+    assert str(raised(told)) == "m"
+
+
+@pytest.mark.parametrize("trailing", [None, (), [(DETAILS, b"\xff\xff")], [(DETAILS, "text")]])
+def test_details_that_cannot_be_read_hide_nothing(
+    trailing: Sequence[tuple[str, str | bytes]] | None,
+) -> None:
+    error = raised(Failure(grpc.StatusCode.INVALID_ARGUMENT, "m", trailing))
+    assert (error.message, error.reason, error.field_violations) == ("m", "", ())
+
+
+def test_a_status_without_message_is_named_by_its_code() -> None:
+    assert str(raised(Failure(grpc.StatusCode.ABORTED, None))) == "ABORTED"
+
+
+def test_exceptions_cross_process_boundaries() -> None:
+    error = raised(with_details(grpc.StatusCode.UNAVAILABLE, error_details_pb2.RetryInfo()))
+    back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    assert type(back) is januslens.Unavailable
+    assert (str(back), back.details) == (str(error), error.details)
+
+
+def test_the_tree_in_the_docstring_is_the_tree() -> None:
+    drawn = januslens._errors.__doc__ or ""
+    for name in januslens.__all__:
+        kind = getattr(januslens, name)
+        if isinstance(kind, type) and issubclass(kind, januslens.JanuslensError):
+            assert kind.__name__ in drawn

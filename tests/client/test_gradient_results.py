@@ -1,0 +1,148 @@
+"""Questions to a gradient whose answers were computed by hand (see messages.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from januslens import End, Gradient, Matrix, MatrixKind, Side, read_gradient
+from januslens._stream.gradient import GradientAssembler
+from januslens.v1 import gradient_lens_pb2
+from tests.client import messages
+from tests.client.messages import gradient_stream
+
+
+def assembled(responses: list[gradient_lens_pb2.GradientLensResponse]) -> Gradient:
+    assembler = GradientAssembler()
+    for response in responses:
+        assembler.feed(response)
+    return assembler.result()
+
+
+def with_matrix(message: gradient_lens_pb2.GradientMatrix) -> Matrix:
+    stream = gradient_stream(messages.gradient_header(), message, messages.gradient_summary())
+    return assembled(stream).matrices[0]
+
+
+@pytest.fixture
+def gradient() -> Gradient:
+    return assembled(gradient_stream())
+
+
+def test_the_promoted_end_is_named_on_the_matrix_and_used_by_its_components(
+    gradient: Gradient,
+) -> None:
+    matrix = gradient.matrix(1, "ff2")
+    assert matrix.promoted_end is End.BOTTOM
+    assert matrix.projected_side is Side.VJP
+    component = matrix.components[0]
+    assert [token.text for token in component.promoted] == [" c", "a"]
+    assert [token.text for token in component.suppressed] == [" d", "\n"]
+
+
+def test_an_input_is_imprinted_not_promoted(gradient: Gradient) -> None:
+    component = gradient.matrix(1, MatrixKind.FF1).components[0]
+    assert (component.promoted, component.suppressed) == ((), ())
+    assert component.projection is not None
+    assert component.projection.top_tokens[0].text == " d"
+
+
+def test_a_component_that_is_promoted_at_the_top() -> None:
+    message = messages.matrix()
+    message.promoted_end = gradient_lens_pb2.END_TOP
+    component = with_matrix(message).components[0]
+    assert [token.text for token in component.promoted] == [" d", "\n"]
+
+
+def test_the_dense_gradient_is_the_sum_of_the_outer_products(gradient: Gradient) -> None:
+    matrix = gradient.matrix(1, "FF2")
+    expected = np.array([[0.0, 6.0, 0.0], [2.0, 8.0, 0.0]])
+    np.testing.assert_array_equal(matrix.gradient(), expected)
+    np.testing.assert_array_equal(matrix.components[0].outer(), [[0, 6, 0], [0, 8, 0]])
+    assert matrix.gradient().dtype == np.float32
+
+
+def test_a_dense_gradient_from_some_components_is_refused() -> None:
+    with pytest.raises(ValueError, match="components=0"):
+        with_matrix(messages.matrix([1])).gradient()
+
+
+def test_factors_that_were_not_asked_for_are_missed_clearly() -> None:
+    matrix = with_matrix(messages.matrix(factors=False))
+    with pytest.raises(ValueError, match="factors=True"):
+        matrix.gradient()
+    with pytest.raises(ValueError, match="factors=True"):
+        matrix.components[0].outer()
+
+
+def test_a_gradient_of_zero_is_a_matrix_of_zeros() -> None:
+    message = messages.matrix([])
+    message.frobenius_norm = 0.0
+    np.testing.assert_array_equal(with_matrix(message).gradient(), np.zeros((2, 3)))
+
+
+def test_what_was_asked_for_beside_the_components(gradient: Gradient) -> None:
+    matrix = gradient.matrix(1, "FF1")
+    assert matrix.verification is not None
+    assert matrix.verification.relative_error == pytest.approx(2e-7)
+    assert matrix.spectrum[0].explained == pytest.approx(0.96)
+    assert matrix.neurons[0].after is not None
+    assert str(matrix.neurons[0].after) == "␣d"
+    assert gradient.segments[0].segment == "last_token"
+    assert gradient.segments[0].kind is MatrixKind.FF2
+    assert gradient.header.skipped == (MatrixKind.GATE,)
+    assert gradient.matrix(1, "FF2").verification is None
+
+
+def test_matrices_by_kind_and_by_name(gradient: Gradient) -> None:
+    assert [matrix.name for matrix in gradient.of_kind("FF2")] == ["L1.FF2"]
+    assert with_matrix(_of_expert(3)).name == "L1.e3.FF2"
+    with pytest.raises(KeyError, match=r"one of L1\.FF2, L1\.FF1; got layer 0, Q"):
+        gradient.matrix(0, "Q")
+
+
+def _of_expert(expert: int) -> gradient_lens_pb2.GradientMatrix:
+    message = messages.matrix()
+    message.expert = expert
+    return message
+
+
+def test_the_frame(gradient: Gradient) -> None:
+    frame = gradient.to_pandas()
+    assert len(frame) == 4
+    row = frame.iloc[0]
+    assert (row["layer"], row["kind"], row["position"], row["token"]) == (1, "FF2", 1, " b")
+    assert row["size"] == 10.0
+    assert (row["input_norm"], row["vjp_norm"]) == (5.0, 2.0)
+    assert row["promoted"] == [" c", "a"]
+    assert row["target_rank"] == 4
+    assert frame["expert"].isna().all()
+    assert gradient.matrices[0].to_pandas()["token"].isna().all()
+
+
+def test_factors_are_saved_with_what_they_belong_to(gradient: Gradient, tmp_path: Path) -> None:
+    file = tmp_path / "factors.safetensors"
+    gradient.save(file)
+    arrays = load_file(file)
+    assert set(arrays) == {
+        f"L1.{kind}.{part}" for kind in ("FF1", "FF2") for part in ("input", "vjp", "position")
+    }
+    dense = arrays["L1.FF2.input"].T @ arrays["L1.FF2.vjp"]
+    np.testing.assert_array_equal(dense, gradient.matrix(1, "FF2").gradient())
+    assert arrays["L1.FF2.position"].tolist() == [1, 0]
+    with safe_open(file, "numpy") as opened:
+        metadata = opened.metadata()
+    assert metadata.items() >= {"model": "tiny", "token_ids": "0 1", "loss": "1.25"}.items()
+
+
+def test_one_matrix_is_saved(gradient: Gradient, tmp_path: Path) -> None:
+    gradient.matrices[0].save(tmp_path / "one.safetensors")
+    assert len(load_file(tmp_path / "one.safetensors")) == 3
+
+
+def test_the_stream_is_kept_as_json_and_read_back(gradient: Gradient) -> None:
+    assert read_gradient(gradient.to_json_lines()) == gradient

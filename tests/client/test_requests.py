@@ -1,0 +1,173 @@
+"""From Python arguments to request messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from januslens import KlDivergence, Lens, LogitDifference, MatrixKind, NodeKind, _verbs
+from januslens._verbs.calls import UnaryCall
+from januslens.v1 import gradient_lens_pb2, lens_pb2, trace_pb2
+
+
+def trace(*args: Any, **kwargs: Any) -> trace_pb2.TraceRequest:
+    request = _verbs.trace(*args, **kwargs).request
+    assert isinstance(request, trace_pb2.TraceRequest)
+    return request
+
+
+def gradient(*args: Any, **kwargs: Any) -> gradient_lens_pb2.GradientLensRequest:
+    request = _verbs.gradient_lens(*args, **kwargs).request
+    assert isinstance(request, gradient_lens_pb2.GradientLensRequest)
+    return request
+
+
+def project(*args: Any, **kwargs: Any) -> lens_pb2.ProjectRequest:
+    call = next(_verbs.project(*args, **kwargs))
+    assert isinstance(call, UnaryCall)
+    assert isinstance(call.request, lens_pb2.ProjectRequest)
+    return call.request
+
+
+def test_a_plain_trace_leaves_everything_to_the_server_but_logit_contributions() -> None:
+    expected = trace_pb2.TraceRequest(
+        lens=lens_pb2.LENS_FINAL_NORM, include_logit_contribution=True
+    )
+    expected.input.prompt = "x"
+    expected.selection.SetInParent()
+    assert trace("x") == expected
+
+
+def test_text_and_ids_are_told_apart() -> None:
+    request = trace([5, 6], " c")
+    assert list(request.input.token_ids.ids) == [5, 6]
+    assert request.target.text == " c"
+    assert list(trace("x", 7).target.token_ids.ids) == [7]
+    assert list(trace("x", np.int64(7)).target.token_ids.ids) == [7]
+    assert list(trace(np.array([1, 2]), [7]).input.token_ids.ids) == [1, 2]
+
+
+def test_an_empty_prompt_is_for_the_tokenizer_to_judge() -> None:
+    assert trace("").input.WhichOneof("input") == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("layers", "sent"),
+    [
+        (None, []),
+        (2, [2]),
+        ([3, 1, 3], [1, 3]),
+        (range(2, 4), [2, 3]),
+        (slice(2), [0, 1]),
+        (slice(0, 6, 2), [0, 2, 4]),
+        (np.arange(2), [0, 1]),
+        ((n for n in (1, 0)), [0, 1]),
+    ],
+)
+def test_layers_in_every_form(layers: Any, sent: list[int]) -> None:
+    assert list(trace("x", layers=layers).layers) == sent
+    assert len(trace("x", layers=2).layers) == 1
+
+
+@pytest.mark.parametrize(
+    ("positions", "sent", "every"),
+    [(None, [], False), (-1, [-1], False), ([0, -2, 0], [0, -2], False), ("all", [], True)],
+)
+def test_positions_in_every_form(positions: Any, sent: list[int], every: bool) -> None:
+    request = trace("x", positions=positions)
+    assert list(request.positions) == sent
+    assert request.all_positions is every
+
+
+def test_zero_is_sent_and_absence_is_not() -> None:
+    request = trace("x", heads=0, top_k=0)
+    assert request.selection.HasField("heads")
+    assert request.HasField("top_k")
+    assert not request.selection.HasField("top_neurons")
+    assert not request.HasField("bottom_k")
+
+
+def test_names_become_numbers() -> None:
+    request = trace("x", lens="raw", node_kinds=["head_output", NodeKind.OTHER])
+    assert request.lens == lens_pb2.LENS_RAW
+    assert list(request.node_kinds) == [
+        trace_pb2.NODE_KIND_HEAD_OUTPUT,
+        trace_pb2.NODE_KIND_OTHER,
+    ]
+
+
+def test_a_target_means_its_negative_log_likelihood() -> None:
+    request = gradient("x", " c", matrices=["ff1", MatrixKind.Q], lens=Lens.NORMALIZED)
+    assert request.nll.target.text == " c"
+    assert list(request.matrices) == [
+        gradient_lens_pb2.MATRIX_KIND_FF1,
+        gradient_lens_pb2.MATRIX_KIND_Q,
+    ]
+    assert request.lens == lens_pb2.LENS_NORMALIZED
+
+
+def test_the_other_losses() -> None:
+    difference = gradient("x", loss=LogitDifference(" c", 4)).logit_difference
+    assert difference.preferred.text == " c"
+    assert list(difference.other.token_ids.ids) == [4]
+    assert list(gradient("x", loss=KlDivergence([3, 4])).kl.suppressed.ids) == [3, 4]
+
+
+@pytest.mark.parametrize("subject", [(1, 3), range(1, 3)])
+def test_a_subject_as_positions(subject: Any) -> None:
+    span = gradient("x", " c", subject=subject).subject.span
+    assert (span.start, span.end) == (1, 3)
+    assert gradient("x", " c", subject="Japan").subject.text == "Japan"
+
+
+def test_a_learning_rate_of_zero_is_sent() -> None:
+    assert gradient("x", " c", learning_rate=0.0).HasField("learning_rate")
+    assert not gradient("x", " c").HasField("learning_rate")
+
+
+def test_vectors_travel_as_rows() -> None:
+    assert list(project([1.0, 2.0]).vectors.shape) == [1, 2]
+    assert list(project(np.zeros((3, 4))).vectors.shape) == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "message"),
+    [
+        (lambda: trace([]), ValueError, "something for the prompt"),
+        (lambda: trace([-1]), ValueError, "from 0"),
+        (lambda: trace([1.0]), TypeError, "integers for the prompt"),
+        (lambda: trace(b"x"), TypeError, "integers for the prompt"),
+        (lambda: trace("x", ""), ValueError, "something for the target"),
+        (lambda: trace("x", True), TypeError, "integers for the target"),
+        (lambda: trace("x", layers=[]), ValueError, "something for layers"),
+        (lambda: trace("x", layers=-1), ValueError, "layers from 0"),
+        (lambda: trace("x", layers="0"), TypeError, "integers for layers"),
+        (lambda: trace("x", layers=slice(1, None)), ValueError, "a slice of layers"),
+        (lambda: trace("x", layers=slice(-2, 4)), ValueError, "a slice of layers"),
+        (lambda: trace("x", positions="last"), ValueError, 'or "all"'),
+        (lambda: trace("x", positions=[2**31]), ValueError, "positions from"),
+        (lambda: trace("x", heads=-1), ValueError, "heads from 0"),
+        (lambda: trace("x", top_k=2.5), TypeError, "integers for top_k"),
+        (lambda: trace("x", lens="sharp"), ValueError, "FINAL_NORM"),
+        (lambda: trace("x", node_kinds=[]), ValueError, "at least one kind"),
+        (lambda: gradient("x"), ValueError, "either a target or a loss; got neither"),
+        (lambda: gradient("x", " c", loss=KlDivergence([1])), ValueError, "got both"),
+        (lambda: gradient("x", loss="nll"), TypeError, "LogitDifference"),
+        (lambda: gradient("x", loss=KlDivergence([])), ValueError, "suppressed"),
+        (lambda: gradient("x", " c", matrices=[]), ValueError, "at least one kind"),
+        (lambda: gradient("x", " c", subject=""), ValueError, "text for the subject"),
+        (lambda: gradient("x", " c", subject=(2, 2)), ValueError, "start < end"),
+        (lambda: gradient("x", " c", neurons=-1), ValueError, "neurons from 0"),
+        (lambda: project(np.zeros((1, 1, 1))), ValueError, r"\[n, d_model\]"),
+        (lambda: project([]), ValueError, r"\[n, d_model\]"),
+        (lambda: project(["x"]), TypeError, "real numbers"),
+    ],
+)
+def test_what_no_server_could_accept_is_refused_here(
+    ask: Callable[[], object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ask()

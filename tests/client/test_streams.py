@@ -1,0 +1,161 @@
+"""Putting streams together, message by message."""
+
+from __future__ import annotations
+
+import pytest
+
+from januslens import Gradient, LayerGraph, Matrix, ProtocolViolation, StreamInterrupted, Trace
+from januslens._stream.gradient import GradientAssembler
+from januslens._stream.trace import TraceAssembler
+from januslens.v1 import trace_pb2
+from tests.client import messages
+from tests.client.messages import gradient_stream, trace_stream
+
+
+def assembled_trace(responses: list[trace_pb2.TraceResponse]) -> Trace:
+    assembler = TraceAssembler()
+    for response in responses:
+        assembler.feed(response)
+    return assembler.result()
+
+
+def test_every_event_comes_when_it_is_complete() -> None:
+    assembler = TraceAssembler()
+    events = [assembler.feed(response) for response in trace_stream()]
+    assert [type(event).__name__ for event in events] == [
+        "TraceHeader",
+        "LayerGraph",
+        "TraceSummary",
+    ]
+    assert assembler.result().header.request_id == "r1"
+    assert assembler.result().layers == (events[1],)
+    assert assembler.result().summary == events[2]
+
+
+def test_a_layer_in_pieces_is_the_layer_whole() -> None:
+    first = trace_pb2.LayerGraph(layer=0, nodes=messages.NODES[:4], tokens=messages.tokens(2, 3))
+    second = trace_pb2.LayerGraph(
+        layer=0,
+        nodes=messages.NODES[4:],
+        edges=messages.EDGES,
+        tokens=messages.tokens(4),
+        last=True,
+    )
+    pieces = trace_stream(messages.trace_header(), first, second, messages.trace_summary())
+    assembler = TraceAssembler()
+    events = [assembler.feed(response) for response in pieces]
+    assert events[1] is None
+    assert isinstance(events[2], LayerGraph)
+    assert assembler.result() == assembled_trace(trace_stream())
+
+
+def test_a_matrix_in_pieces_is_the_matrix_whole() -> None:
+    pieces = gradient_stream(
+        messages.gradient_header(),
+        messages.matrix([1], last=False),
+        messages.matrix([0]),
+        messages.gradient_summary(),
+    )
+    assembler = GradientAssembler()
+    events = [assembler.feed(response) for response in pieces]
+    assert events[1] is None
+    assert isinstance(events[2], Matrix)
+    assert [component.position for component in events[2].components] == [1, 0]
+    assert events[2].frobenius_norm == pytest.approx(104**0.5)
+
+
+def test_texts_come_once_and_are_kept() -> None:
+    trace = assembled_trace(trace_stream())
+    prediction = trace.node("p1/PREDICTION").projection
+    assert prediction is not None
+    assert [score.token.text for score in prediction.top] == [" c", " d"]
+    assert prediction.top[0].token.raw == b" c"
+
+
+def test_a_target_is_named_though_its_text_came_after_the_header() -> None:
+    assembler = TraceAssembler()
+    header = assembler.feed(trace_stream()[0])
+    assert str(header.targets[0].target) == "#2"  # type: ignore[union-attr]  # it is a header
+    for response in trace_stream()[1:]:
+        assembler.feed(response)
+    assert assembler.result().targets[0].target.text == " c"
+
+
+def test_a_stream_without_summary_is_interrupted_and_keeps_what_came() -> None:
+    with pytest.raises(StreamInterrupted, match="after 2 messages") as caught:
+        assembled_trace(trace_stream()[:2])
+    partial = caught.value.partial
+    assert isinstance(partial, Trace)
+    assert len(partial.layers) == 1
+    assert partial.summary is None
+    assert caught.value.request_id == "r1"
+    assert caught.value.reason == "STREAM_INTERRUPTED"
+
+
+def test_half_a_layer_is_not_in_the_partial_result() -> None:
+    assembler = TraceAssembler()
+    for response in trace_stream(messages.trace_header(), messages.layer(last=False)):
+        assembler.feed(response)
+    partial = assembler.partial()
+    assert partial is not None
+    assert partial.layers == ()
+
+
+def test_an_empty_stream_is_interrupted_without_partial() -> None:
+    with pytest.raises(StreamInterrupted) as caught:
+        assembled_trace([])
+    assert caught.value.partial is None
+
+
+def test_a_missing_message_is_a_violation() -> None:
+    header, _, summary = trace_stream()
+    with pytest.raises(ProtocolViolation, match="expected message 1 of the stream; got 2"):
+        assembled_trace([header, summary])
+
+
+def test_a_repeated_message_is_a_violation() -> None:
+    header = trace_stream()[0]
+    with pytest.raises(ProtocolViolation, match="expected message 1 of the stream; got 0"):
+        assembled_trace([header, header])
+
+
+def test_a_layer_that_breaks_into_another_is_a_violation() -> None:
+    other = trace_pb2.LayerGraph(layer=1, last=True)
+    stream = trace_stream(messages.trace_header(), messages.layer(last=False), other)
+    with pytest.raises(ProtocolViolation, match="the rest of layer 0; got layer 1"):
+        assembled_trace(stream)
+
+
+def test_a_summary_in_the_middle_of_a_matrix_is_a_violation() -> None:
+    assembler = GradientAssembler()
+    stream = gradient_stream(
+        messages.gradient_header(), messages.matrix(last=False), messages.gradient_summary()
+    )
+    assembler.feed(stream[0])
+    assembler.feed(stream[1])
+    with pytest.raises(ProtocolViolation, match=r"the rest of L1\.FF2; got the end"):
+        assembler.feed(stream[2])
+
+
+def test_a_summary_without_a_header_is_a_violation() -> None:
+    with pytest.raises(ProtocolViolation, match="a header before the summary"):
+        assembled_trace(trace_stream(messages.trace_summary()))
+
+
+def test_an_event_of_a_newer_server_is_passed_over() -> None:
+    header, layer, summary = messages.trace_header(), messages.layer(), messages.trace_summary()
+    stream = trace_stream(header, layer, layer, summary)
+    stream[2].ClearField("layer")
+    assert len(assembled_trace(stream).layers) == 1
+
+
+def test_a_gradient_is_put_together() -> None:
+    assembler = GradientAssembler()
+    for response in gradient_stream():
+        assembler.feed(response)
+    gradient = assembler.result()
+    assert isinstance(gradient, Gradient)
+    assert [matrix.name for matrix in gradient.matrices] == ["L1.FF2", "L1.FF1"]
+    assert gradient.loss == 1.25
+    assert [token.text for token in gradient.header.targets] == [" c"]
+    assert gradient.header.predicted.text == " d"

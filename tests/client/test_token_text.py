@@ -1,0 +1,51 @@
+"""What a token looks like where a person reads it."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from januslens import Token
+from januslens._results.token_text import visible
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" Tokyo", "␣Tokyo"),
+        ("  ", "␣␣"),
+        ("a\n\tb\r", "a⏎⇥b␍"),
+        ("\x1b[31m", "<U+001B>[31m"),
+        ("\u202eevil", "<U+202E>evil"),  # right-to-left override
+        ("zero\u200bwidth", "zero<U+200B>width"),
+        ("\u00a0", "<U+00A0>"),  # a space that looks like one and is none
+        ("\u0301", "◌\u0301"),  # an accent that would land on what stands before it
+        ("日本", "日本"),
+        ("[bold]", "[bold]"),
+    ],
+)
+def test_what_a_terminal_would_hide_or_obey_is_visible(text: str, shown: str) -> None:
+    assert visible(text, text.encode()) == shown
+
+
+def test_bytes_that_are_no_text_by_themselves_are_hexadecimal() -> None:
+    assert visible("\ufffd", b"\xe6") == "<0xE6>"
+    assert visible("\ufffd\ufffd", b"\xe6\x97") == "<0xE6><0x97>"
+
+
+def test_a_replacement_character_that_really_is_the_text_stays() -> None:
+    assert visible("\ufffd", "\ufffd".encode()) == "\ufffd"
+
+
+def test_a_token_without_text_shows_its_id() -> None:
+    assert str(Token(17, "")) == "#17"
+
+
+@given(st.text())
+def test_nothing_shown_controls_a_terminal(text: str) -> None:
+    shown = visible(text)
+    assert shown or not text
+    assert not any(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Zs") for c in shown)

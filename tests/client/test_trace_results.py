@@ -1,0 +1,243 @@
+"""Questions to a trace whose answers were computed by hand (see messages.py)."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+
+import pytest
+
+from januslens import LayerGraph, NodeKind, Trace, read_trace
+from januslens._stream.trace import TraceAssembler
+from tests.client import messages
+from tests.client.messages import trace_stream
+
+
+@pytest.fixture
+def trace() -> Trace:
+    assembler = TraceAssembler()
+    for response in trace_stream():
+        assembler.feed(response)
+    return assembler.result()
+
+
+@pytest.fixture
+def layer(trace: Trace) -> LayerGraph:
+    return trace.layer(0)
+
+
+def test_a_node_has_its_coordinates_and_its_reading(trace: Trace) -> None:
+    node = trace.node("L0/p1/MEMORY_VALUE/h0/s0")
+    assert node.kind is NodeKind.MEMORY_VALUE
+    assert (node.layer, node.position, node.head, node.source_position) == (0, 1, 0, 0)
+    assert node.neuron is None
+    assert node.activation is None
+    assert node.projection is not None
+    assert node.projection.top[0].token.text == " c"
+    assert node.projection.top[0].probability == 0.5
+    assert node.projection.top[0].logit == 4.0
+    assert node.projection.target_rank == 0
+
+
+def test_a_zero_that_was_sent_is_not_an_absent_value(trace: Trace) -> None:
+    assert trace.node("L0/p1/HEAD_OUTPUT/h0").head == 0
+    assert trace.node("L0/p1/MLP_OUTPUT").head is None
+    assert trace.node("p1/BLOCK_INPUT").layer is None
+
+
+def test_a_junction_has_no_projection(trace: Trace) -> None:
+    assert trace.node("L0/p1/ATTENTION_CONCAT").projection is None
+
+
+def test_nodes_of_a_kind_at_a_position(trace: Trace) -> None:
+    assert [node.head for node in trace.nodes_of("head_output")] == [0, 1]
+    assert trace.nodes_of(NodeKind.HEAD_OUTPUT, position=0) == []
+    with pytest.raises(ValueError, match="expected one of"):
+        trace.nodes_of("heads")
+
+
+def test_parts_come_by_size_whatever_their_sign(trace: Trace) -> None:
+    parts = trace.parts_of("L0/p1/MLP_OUTPUT")
+    assert [part.node.id.rpartition("/")[2] for part in parts] == ["n7", "MLP_OUTPUT", "n8"]
+    assert [part.share for part in parts] == [1.125, -0.25, 0.125]
+    assert sum(part.share or 0 for part in parts) == 1.0
+    assert trace.parts_of(trace.node("p1/PREDICTION")) == []  # no sum
+
+
+def test_a_layers_sum_reaches_back_to_its_input(layer: LayerGraph) -> None:
+    ids = [part.node.id for part in layer.parts_of("L0/p1/RESIDUAL_MID")]
+    assert ids == ["L0/p1/ATTENTION_OUTPUT", "p1/BLOCK_INPUT"]
+
+
+def test_heads_and_neurons_of_a_layer(layer: LayerGraph) -> None:
+    assert [(part.node.head, part.share) for part in layer.heads()] == [(0, 0.75), (1, 0.25)]
+    assert [(part.node.neuron, part.weight) for part in layer.neurons(1)] == [(7, 3.0), (8, 1.0)]
+    assert layer.neurons(position=0) == []
+
+
+def test_a_head_whose_sum_is_hidden_has_no_share() -> None:
+    hidden = messages.layer()
+    del hidden.edges[:]
+    assembler = TraceAssembler()
+    for response in trace_stream(messages.trace_header(), hidden, messages.trace_summary()):
+        assembler.feed(response)
+    heads = assembler.result().heads()
+    assert [(part.node.head, part.edge, part.share) for part in heads] == [
+        (0, None, None),
+        (1, None, None),
+    ]
+
+
+def test_contributions_are_every_summand_once_and_add_up_to_the_logit(trace: Trace) -> None:
+    parts = trace.contributions()
+    assert [(part.node.id.split("/", 1)[1], part.logit_contribution) for part in parts] == [
+        ("p1/MLP_VALUE/n7", 2.0),
+        ("p1/HEAD_OUTPUT/h0", 1.5),
+        ("BLOCK_INPUT", 0.5),
+        ("p1/MLP_VALUE/n8", 0.25),
+        ("p1/HEAD_OUTPUT/h1", -0.25),
+        ("p1/OTHER/MLP_OUTPUT", -0.5),
+    ]
+    assert trace.summary is not None
+    constant = trace.summary.constant_logit_contribution
+    assert constant == 0.5
+    total = sum(part.logit_contribution or 0 for part in parts) + constant
+    assert total == trace.target().target_logit == 4.0
+
+
+def test_contributions_that_were_not_asked_for_are_missed_clearly() -> None:
+    bare = messages.layer()
+    for edge in bare.edges:
+        edge.ClearField("logit_contribution")
+    assembler = TraceAssembler()
+    for response in trace_stream(messages.trace_header(), bare, messages.trace_summary()):
+        assembler.feed(response)
+    with pytest.raises(ValueError, match="logit_contribution=True"):
+        assembler.result().contributions()
+
+
+def test_the_path_follows_what_brought_the_target(trace: Trace) -> None:
+    # BLOCK_OUTPUT's two parts add 1.75 each: the first one sent wins, the residual.
+    assert [part.node.id for part in trace.path_to_target()] == [
+        "p1/PREDICTION",
+        "p1/FINAL_NORM",
+        "L0/p1/BLOCK_OUTPUT",
+        "L0/p1/RESIDUAL_MID",
+        "L0/p1/ATTENTION_OUTPUT",
+        "L0/p1/ATTENTION_CONCAT",
+        "L0/p1/HEAD_OUTPUT/h0",
+        "L0/p1/MEMORY_VALUE/h0/s0",
+    ]
+
+
+def test_without_logit_contributions_the_path_follows_shares() -> None:
+    bare = messages.layer()
+    for edge in bare.edges:
+        edge.ClearField("logit_contribution")
+        if edge.target == "L0/p1/BLOCK_OUTPUT":
+            edge.share = 0.75 if edge.source == "L0/p1/MLP_OUTPUT" else 0.25
+    assembler = TraceAssembler()
+    for response in trace_stream(messages.trace_header(), bare, messages.trace_summary()):
+        assembler.feed(response)
+    path = [part.node.id for part in assembler.result().path_to_target(1)]
+    assert path[3:8] == [
+        "L0/p1/MLP_OUTPUT",
+        "L0/p1/MLP_VALUE/n7",
+        "L0/p1/MLP_KEY/n7",
+        "L0/p1/MLP_INPUT",
+        "L0/p1/RESIDUAL_MID",
+    ]
+
+
+def test_every_step_of_the_path_but_the_first_enters_the_one_before(trace: Trace) -> None:
+    path = trace.path_to_target()
+    assert path[0].edge is None
+    for before, step in pairwise(path):
+        if step.edge is not None:
+            assert (step.edge.source, step.edge.target) == (step.node.id, before.node.id)
+
+
+def test_norms_remove_and_add(trace: Trace) -> None:
+    first, second, final = trace.norm_effects()
+    assert (first.before.id, first.after.id) == ("p1/BLOCK_INPUT", "L0/p1/ATTENTION_INPUT")
+    assert [token.text for token in first.removed] == ["a"]
+    assert [token.text for token in first.kept] == [" b"]
+    assert [token.text for token in first.added] == [" d"]
+    assert first.overlap == 0.5
+    assert [token.text for token in second.added] == ["\n"]
+    assert (final.removed, final.added, final.overlap) == ((), (), 1.0)
+
+
+def test_what_was_not_traced_is_a_key_error_that_says_what_was(trace: Trace) -> None:
+    with pytest.raises(KeyError, match="one of the traced layers 0; got 3"):
+        trace.layer(3)
+    with pytest.raises(KeyError, match=r"one of the positions \[1\]; got 0"):
+        trace.target(0)
+    with pytest.raises(KeyError):
+        trace.node("L9/p1/BLOCK_OUTPUT")
+
+
+def test_the_frame_of_nodes(trace: Trace) -> None:
+    frame = trace.nodes
+    assert list(frame.index) == [node.id for node in messages.NODES]
+    row = frame.loc["L0/p1/MLP_VALUE/n8"]
+    assert (row["kind"], row["neuron"], row["activation"]) == ("MLP_VALUE", 8, -1.0)
+    assert (row["top_token"], row["target_rank"]) == (" d", 2)
+    assert frame["head"].isna().sum() == len(messages.NODES) - 3
+    brought = frame[(frame["kind"] == "HEAD_OUTPUT") & (frame["target_rank"] == 0)]
+    assert list(brought["head"]) == [0]
+
+
+def test_the_frame_of_edges(trace: Trace) -> None:
+    frame = trace.edges
+    assert len(frame) == len(messages.EDGES)
+    shares = frame[frame["kind"] == "PART"].groupby("target")["share"].sum()
+    assert shares["L0/p1/BLOCK_OUTPUT"] == 1.0
+    assert shares["L0/p1/MLP_OUTPUT"] == 1.0
+    assert frame["attention"].count() == 1
+
+
+def test_an_empty_layer_has_empty_frames() -> None:
+    layer = LayerGraph(layer=0, node_list=(), edge_list=(), known_nodes={})
+    assert layer.nodes.empty
+    assert layer.edges.empty
+    assert "target_rank" in layer.nodes.columns
+
+
+def test_the_graph(trace: Trace) -> None:
+    graph = trace.to_networkx()
+    assert graph.number_of_nodes() == len(messages.NODES)
+    assert graph.number_of_edges() == len(messages.EDGES)
+    assert graph.nodes["L0/p1/HEAD_OUTPUT/h0"]["top_tokens"] == [" c", " d"]
+    assert "head" not in graph.nodes["L0/p1/MLP_OUTPUT"]
+    edge = graph.edges["L0/p1/MLP_OUTPUT", "L0/p1/BLOCK_OUTPUT", "PART"]
+    assert edge["share"] == 0.5
+
+
+def test_one_layers_graph_names_the_input_that_came_with_another() -> None:
+    assembler = TraceAssembler()
+    second = messages.layer()
+    second.layer = 1
+    del second.nodes[:]
+    del second.edges[:]
+    second.nodes.add(id="L1/p1/RESIDUAL_MID", position=1, layer=1)
+    second.edges.append(messages.edge("L0/p1/BLOCK_OUTPUT", "L1/p1/RESIDUAL_MID", "PART", 1.0))
+    stream = trace_stream(
+        messages.trace_header(), messages.layer(), second, messages.trace_summary()
+    )
+    for response in stream:
+        assembler.feed(response)
+    graph = assembler.result().layer(1).to_networkx()
+    assert graph.nodes["L0/p1/BLOCK_OUTPUT"]["kind"] == "BLOCK_OUTPUT"
+
+
+def test_the_stream_is_kept_as_json_and_read_back(trace: Trace) -> None:
+    lines = list(trace.to_json_lines())
+    assert len(lines) == 3
+    assert [next(iter(set(json.loads(line)) - {"sequence"})) for line in lines] == [
+        "header",
+        "layer",
+        "summary",
+    ]
+    assert all("\n" not in line for line in lines)
+    assert read_trace(lines) == trace
