@@ -12,6 +12,10 @@ from januslens_server import errors
 DOMAIN = "januslens"
 DETAILS_KEY = "grpc-status-details-bin"
 
+# Clients refuse more than 8 KiB of metadata, and a text is in it three times, one of them
+# percent-encoded: a longer one, quoting the caller's own words, would lose the whole status.
+TEXT_BYTES = 1000
+
 # Nearest class first: an error is looked up along its class's bases.
 STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -32,7 +36,8 @@ def status_of(error: Exception, request_id: str) -> status_pb2.Status:
     """The error as google.rpc.Status; a bug of ours shows the request id and nothing else."""
     for base in type(error).__mro__:
         if base in STATUS and isinstance(error, errors.IntrospectionError):
-            return _status(STATUS[base], str(error), error.reason, request_id, _details(error))
+            text, details = shortened(str(error)), _details(error)
+            return _status(STATUS[base], text, error.reason, request_id, details)
     message = f"internal error; give the operator this request id: {request_id}"
     return _status(grpc.StatusCode.INTERNAL, message, "INTERNAL", request_id, [])
 
@@ -53,7 +58,9 @@ def _status(
 def _details(error: errors.IntrospectionError) -> list[Message]:
     if isinstance(error, errors.InvalidRequest):
         violations = [
-            error_details_pb2.BadRequest.FieldViolation(field=v.field, description=v.description)
+            error_details_pb2.BadRequest.FieldViolation(
+                field=v.field, description=shortened(v.description)
+            )
             for v in error.violations
         ]
         return [error_details_pb2.BadRequest(field_violations=violations)]
@@ -62,6 +69,14 @@ def _details(error: errors.IntrospectionError) -> list[Message]:
         delay.FromMilliseconds(round(1000 * error.retry_after))
         return [error_details_pb2.RetryInfo(retry_delay=delay)]
     return []
+
+
+def shortened(text: str, limit: int = TEXT_BYTES) -> str:
+    """The text itself, or its first `limit` bytes of UTF-8 and an ellipsis."""
+    encoded = text.encode()
+    if len(encoded) <= limit:
+        return text
+    return encoded[:limit].decode(errors="ignore") + " ..."
 
 
 def code_of(status: status_pb2.Status) -> grpc.StatusCode:
