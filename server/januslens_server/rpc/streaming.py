@@ -7,9 +7,10 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from typing import TypeVar
 
+import grpc
 from google.protobuf.message import Message
 
-from januslens_server.errors import ReaderStalled
+from januslens_server.errors import ReaderStalled, RequestCancelled
 from januslens_server.rpc.calls import Context
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
@@ -58,13 +59,29 @@ class DeviceStreams:
                     await self._write(message, context)
 
     async def _write(self, message: Message, context: Context) -> None:
+        # Not `wait_for`: cancelled, a blocked write fails with an error of its own, which would
+        # take the place of our cancellation.
+        write = asyncio.ensure_future(context.write(message))
         try:
-            await asyncio.wait_for(context.write(message), self._stall_seconds)
-        except TimeoutError as error:
+            finished, _ = await asyncio.wait({write}, timeout=self._stall_seconds)
+        finally:
+            write.cancel()  # without effect on one that is finished
+            write.add_done_callback(_forget)
+        if not finished:
             raise ReaderStalled(
                 f"expected the stream to be read within {self._stall_seconds:g} s; read faster "
                 "or ask for fewer layers, positions or vectors"
-            ) from error
+            )
+        try:
+            write.result()
+        except grpc.aio.InternalError as error:
+            raise RequestCancelled("the connection to the caller broke") from error
+
+
+def _forget(write: asyncio.Future[None]) -> None:
+    """What a write that nobody waits for any more came to."""
+    if not write.cancelled():
+        write.exception()
 
 
 def _encoded(encode: Callable[[Result], Iterable[Message]], result: Result) -> list[Message]:
