@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -23,11 +24,14 @@ class Outlet(Generic[T]):
         self._lock = threading.Lock()
         self._error: Exception | None = None
         self._drained: Callable[[], None] | None = None
+        self._abandoned = False
 
     def put(self, item: T) -> None:
-        """Producer: hand over an item; never blocks."""
+        """Producer: hand over an item; never blocks. Without a reader it is dropped."""
         size = self._size(item)
         with self._lock:
+            if self._abandoned:
+                return
             self._held += size
         self._send((item, size))
 
@@ -37,8 +41,8 @@ class Outlet(Generic[T]):
         self._send(None)
 
     def _send(self, entry: tuple[T, int] | None) -> None:
-        # A loop that is closed has no reader left: the server is gone.
-        if not self._loop.is_closed():
+        # A loop that is closed raises, and has no reader left: the server is gone.
+        with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._items.put_nowait, entry)
 
     def when_drained(self, resume: Callable[[], None]) -> bool:
@@ -59,11 +63,11 @@ class Outlet(Generic[T]):
             raise self._error
 
     def abandon(self) -> None:
-        """Reader: gone; let a producer that waits for room find out."""
+        """Reader: gone; let a producer that waits for room find out, and none wait again."""
         with self._lock:
-            held, self._held = self._held, 0
-        if held:
-            self._resume()
+            self._abandoned = True
+            self._held = 0
+        self._resume()
 
     def _release(self, size: int) -> None:
         with self._lock:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -76,10 +76,13 @@ class DeviceWorker:
 
     def _run(self) -> None:
         while True:
-            with self._changed:
-                self._changed.wait_for(lambda: bool(self._jobs))
-                job = self._jobs.popleft()
-            self._advance(job)
+            # No name keeps a job here: what an ended one had captured is freed at once.
+            self._advance(self._next())
+
+    def _next(self) -> _Job:
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._jobs))
+            return self._jobs.popleft()
 
     def _advance(self, job: _Job) -> None:
         """Run one request until it ends or must let its reader catch up."""
@@ -100,6 +103,8 @@ class DeviceWorker:
             self._changed.notify_all()
 
     def _end(self, job: _Job, error: Exception | None) -> None:
+        if isinstance(job.steps, Generator):  # one that was stopped between two steps
+            job.steps.close()
         with self._changed:
             self._unfinished -= 1
             self._changed.notify_all()
