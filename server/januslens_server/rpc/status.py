@@ -73,10 +73,9 @@ def _details(error: errors.IntrospectionError) -> list[Message]:
 
 def shortened(text: str, limit: int = TEXT_BYTES) -> str:
     """The text itself, or its first `limit` bytes of UTF-8 and an ellipsis."""
-    encoded = text.encode()
-    if len(encoded) <= limit:
-        return text
-    return encoded[:limit].decode(errors="ignore") + " ..."
+    encoded = text.encode(errors="replace")  # a path's stray bytes cannot travel
+    whole = len(encoded) <= limit
+    return encoded[:limit].decode(errors="ignore") + ("" if whole else " ...")
 
 
 def code_of(status: status_pb2.Status) -> grpc.StatusCode:
