@@ -40,14 +40,14 @@ def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int
 def _note(matrix: Matrix) -> str:
     if matrix.projected_side is Side.INPUT:
         return "size = |x||δ|, the component's Frobenius norm; rank in x, 0 being the top"
+    end = matrix.promoted_end.lower()
     return (
-        f"size = |x||δ|; rank in δ, 0 being the top: a descent step subtracts δ, so what it "
-        f"promotes stands at the {matrix.promoted_end.lower()}"
+        f"size = |x||δ|; rank in δ, 0 being the top: descent subtracts δ, so it promotes the {end}"
     )
 
 
 def _largest(matrices: Sequence[Matrix], rows: int) -> list[tuple[Matrix, Component]]:
-    pairs = [(matrix, component) for matrix in matrices for component in matrix.components]
+    pairs = [(matrix, part) for matrix in matrices for part in matrix.components if part.size > 0]
     return sorted(pairs, key=lambda pair: -pair[1].size)[:rows]
 
 

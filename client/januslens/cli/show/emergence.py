@@ -24,7 +24,7 @@ _SHOWN = 3
 def emergence(trace: Trace, position: int) -> Group:
     """One row a residual: its top tokens, the target's rank and probability, what was added."""
     target = trace.target(position).target
-    grid = table("layer", "residual", "top tokens", ">rank", "probability", ">logit")
+    grid = table(">layer", "residual", "top tokens", ">rank", "probability", ">logit")
     for layer in trace.layers:
         for i, (name, node, added) in enumerate(_residuals(trace, layer, position)):
             label = f"{layer.layer}" if i == 0 else ""

@@ -19,14 +19,20 @@ from januslens.cli.show.gradient_extras import (
     spectrum_section,
     verification_line,
 )
-from januslens.cli.show.prompt import model_line, prompt_line
+from januslens.cli.show.heading import heading
+
+_STEP = (
+    "of gradient descent: each matrix W, y = x W, changes by -lr Σ xᵀδ over the positions; it "
+    "imprints the inputs x and shifts the outputs against their VJPs δ"
+)
 
 
 def show_gradient(gradient: Gradient, console: Console, rows: int) -> None:
     """Print a gradient: the paper's pictures of both sides, then the tables asked for."""
-    console.print(prompt_line(gradient.prompt_tokens))
-    console.print(model_line(gradient.provenance))
-    console.print(_loss_line(gradient))
+    lines = heading(gradient.prompt_tokens, gradient.provenance)
+    lines.add_row("loss", _loss(gradient))
+    lines.add_row("step", Text(_STEP, "dim"))
+    console.print(lines)
     for kind in _kinds(gradient):
         matrices = gradient.of_kind(kind)
         console.print(factor_picture(gradient, matrices, console.width))
@@ -53,8 +59,8 @@ def _show_extras(matrices: Sequence[Matrix], console: Console, gradient: Gradien
         console.print(verification_line(matrices))
 
 
-def _loss_line(gradient: Gradient) -> Text:
-    line = Text("loss    ")
+def _loss(gradient: Gradient) -> Text:
+    line = Text()
     line.append(f"{gradient.loss:.4g} nats", "bold")
     targets = gradient.header.targets
     if targets:

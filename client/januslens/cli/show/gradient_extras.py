@@ -50,18 +50,20 @@ def spectrum_section(matrices: Sequence[Matrix], sought: Sequence[Token]) -> Gro
 
 
 def segments_section(gradient: Gradient) -> Group:
-    """The paper's figures as a table: norm and rank by segment of the prompt."""
-    grid = table("matrix", ">layer", "segment", ">positions", ">|δ|", ">target's rank")
+    """The paper's figures as a table: norm and rank by segment of the prompt and by layer."""
+    rows: dict[tuple[str, int], dict[str, Text]] = {}
     for row in gradient.segments:
-        grid.add_row(
-            str(row.kind),
-            str(row.layer),
-            row.segment.replace("_", " "),
-            str(row.positions),
-            size_cell(row.mean_vjp_norm),
-            f"{row.mean_target_rank:.0f}",
+        cell = Text.assemble(size_cell(row.mean_vjp_norm), (f"  {row.mean_target_rank:.0f}", "dim"))
+        unread = row.mean_vjp_norm == 0
+        rows.setdefault((str(row.kind), row.layer), {})[row.segment] = (
+            Text("·", "dim") if unread else cell
         )
-    return section("By segment of the prompt", grid, "means over the segment's positions")
+    segments = list(dict.fromkeys(row.segment for row in gradient.segments))
+    grid = table("matrix", ">layer", *(f">{segment.replace('_', ' ')}" for segment in segments))
+    for (kind, layer), cells in sorted(rows.items(), key=lambda item: (item[0][0], -item[0][1])):
+        grid.add_row(kind, str(layer), *(cells.get(segment, Text("")) for segment in segments))
+    note = "each cell: |δ| and the target's rank in the projected factor, means over the segment"
+    return section("By segment of the prompt", grid, note)
 
 
 def verification_line(matrices: Sequence[Matrix]) -> Text:

@@ -45,7 +45,10 @@ def _shown(parts: list[Part], in_stream: bool) -> list[Step]:
     if not in_stream or len(parts) == 1:
         return [(None, part) for part in parts]
     last, first = parts[0].node.layer, parts[-1].node.layer
-    return [(f"residual stream, L{last} back to L{first}", parts[-1])]
+    name = (
+        f"L{last}'s residual stream" if last == first else f"residual stream, L{last} to L{first}"
+    )
+    return [(name, parts[-1])]
 
 
 def _row(trace: Trace, name: str | None, part: Part, sought: Sequence[Token]) -> list[Text]:

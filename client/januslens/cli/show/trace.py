@@ -15,18 +15,18 @@ from januslens._results.trace_events import PositionTarget
 from januslens.cli.show.cells import token_cell
 from januslens.cli.show.emergence import emergence
 from januslens.cli.show.grid import position_grids
+from januslens.cli.show.heading import heading
 from januslens.cli.show.heads import heads_section
 from januslens.cli.show.neurons import neurons_section
 from januslens.cli.show.path import path_section
-from januslens.cli.show.prompt import model_line, prompt_line, target_line
+from januslens.cli.show.story import story
 
 _IN_FULL = 3
 
 
 def show_trace(trace: Trace, console: Console, rows: int, details: bool) -> None:
     """Print a trace; of many positions a picture first, then the last ones in full."""
-    console.print(prompt_line(trace.prompt_tokens))
-    console.print(model_line(trace.provenance))
+    console.print(heading(trace.prompt_tokens, trace.provenance))
     if len(trace.targets) > 1:
         _show_picture(trace, console)
     for target in trace.targets[-_IN_FULL:]:
@@ -54,7 +54,7 @@ def _top_tokens(trace: Trace) -> dict[tuple[int, int], Text]:
 def _show_position(
     trace: Trace, target: PositionTarget, console: Console, rows: int, details: bool
 ) -> None:
-    console.print(Text(""), target_line(target, trace.prompt_tokens), sep="\n")
+    console.print("", story(trace, target), sep="\n")
     console.print(emergence(trace, target.position))
     sought = [target.target]
     if details:
@@ -65,7 +65,8 @@ def _show_position(
         console.print(heads_section(trace, heads, f"The heads {brought}", sought))
         neurons = _strongest(trace.neurons(target.position))[:rows]
         console.print(neurons_section(neurons, f"The neurons {brought}", sought))
-    console.print(path_section(trace, trace.path_to_target(target.position), sought))
+    path = trace.path_to_target(target.position)
+    console.print(path_section(trace, path if details else _to_first_source(path), sought))
 
 
 def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: int) -> None:
@@ -77,6 +78,14 @@ def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: i
         console.print(heads_section(trace, heads[:rows], title, sought))
         title = f"Layer {layer.layer}: what the MLP recalls"
         console.print(neurons_section(neurons[:rows], title, sought))
+
+
+def _to_first_source(path: Sequence[Part]) -> Sequence[Part]:
+    """The path as far as the first token that a head took something from."""
+    for i, part in enumerate(path):
+        if part.node.kind is NodeKind.MEMORY_VALUE:
+            return path[: i + 1]
+    return path
 
 
 def _strongest(parts: Sequence[Part]) -> list[Part]:
