@@ -405,7 +405,7 @@ class SegmentRow:
     layer: int
     kind: MatrixKind
     mean_vjp_norm: float
-    mean_target_rank: float
+    mean_target_rank: float | None
     positions: int
 
 

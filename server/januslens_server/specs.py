@@ -61,6 +61,7 @@ class TraceSpec:
     include_vectors: bool = False
     include_logit_contribution: bool = False
     overlap_k: int = 0
+    include_checks: bool = False
 
 
 @dataclass(frozen=True)

@@ -440,6 +440,26 @@ class GradientHeader(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class StageDataTypesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
@@ -447,6 +467,7 @@ class GradientHeader(_message.Message):
     TARGET_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     PREDICTED_TOKEN_ID_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
+    STAGE_DATA_TYPES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, as in metadata, errors and the server's log."""
     loss: _builtins.float
@@ -473,6 +494,12 @@ class GradientHeader(_message.Message):
     def skipped(self) -> _containers.RepeatedScalarFieldContainer[Global___MatrixKind.ValueType]:
         """Kinds that were asked for and do not exist in this architecture."""
 
+    @_builtins.property
+    def stage_data_types(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The data type that computed each stage: `forward`, `backward`, `factors` (norms, spectrum,
+        changes) and `projection`, as in {"backward": "bfloat16", "projection": "float32"}.
+        """
+
     def __init__(
         self,
         *,
@@ -483,10 +510,11 @@ class GradientHeader(_message.Message):
         target_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         predicted_token_id: _builtins.int = ...,
         skipped: _abc.Iterable[Global___MatrixKind.ValueType] | None = ...,
+        stage_data_types: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "skipped", b"skipped", "target_token_ids", b"target_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "skipped", b"skipped", "stage_data_types", b"stage_data_types", "target_token_ids", b"target_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -846,7 +874,9 @@ class SegmentRow(_message.Message):
     mean_vjp_norm: _builtins.float
     """Mean of ||delta|| over the segment's positions."""
     mean_target_rank: _builtins.float
-    """Mean rank of the first target token in the projected factor; 0 = top."""
+    """Mean rank of the first target token in the projected factor, over the positions where that is
+    not exactly zero; 0 = top. Unset if it is zero at all of them.
+    """
     positions: _builtins.int
     """How many positions the segment has."""
     def __init__(
@@ -856,13 +886,15 @@ class SegmentRow(_message.Message):
         layer: _builtins.int = ...,
         kind: Global___MatrixKind.ValueType = ...,
         mean_vjp_norm: _builtins.float = ...,
-        mean_target_rank: _builtins.float = ...,
+        mean_target_rank: _builtins.float | None = ...,
         positions: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_target_rank", b"_mean_target_rank", "mean_target_rank", b"mean_target_rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "layer", b"layer", "mean_target_rank", b"mean_target_rank", "mean_vjp_norm", b"mean_vjp_norm", "positions", b"positions", "segment", b"segment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_target_rank", b"_mean_target_rank", "kind", b"kind", "layer", b"layer", "mean_target_rank", b"mean_target_rank", "mean_vjp_norm", b"mean_vjp_norm", "positions", b"positions", "segment", b"segment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__mean_target_rank: _TypeAlias = _typing.Literal["mean_target_rank"]  # noqa: Y015
+    _WhichOneofArgType__mean_target_rank: _TypeAlias = _typing.Literal["_mean_target_rank", b"_mean_target_rank"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mean_target_rank) -> _WhichOneofReturnType__mean_target_rank | None: ...
 
 Global___SegmentRow: _TypeAlias = SegmentRow  # noqa: Y015

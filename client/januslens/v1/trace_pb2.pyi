@@ -225,6 +225,7 @@ class TraceRequest(_message.Message):
     INCLUDE_LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     OVERLAP_K_FIELD_NUMBER: _builtins.int
     ALLOW_BATCHING_FIELD_NUMBER: _builtins.int
+    INCLUDE_CHECKS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only resident one, INVALID_ARGUMENT when there are several."""
     revision: _builtins.str
@@ -248,6 +249,10 @@ class TraceRequest(_message.Message):
     allow_batching: _builtins.bool
     """True lets the server run the forward pass together with other requests; results then agree with
     unbatched ones to 1e-5 instead of bit by bit.
+    """
+    include_checks: _builtins.bool
+    """True measures on this very request what the load-time self-check measured on another prompt; the
+    figures come in the summary.
     """
     @_builtins.property
     def input(self) -> _common_pb2.Input:
@@ -298,10 +303,11 @@ class TraceRequest(_message.Message):
         include_logit_contribution: _builtins.bool = ...,
         overlap_k: _builtins.int | None = ...,
         allow_batching: _builtins.bool = ...,
+        include_checks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "input", b"input", "overlap_k", b"overlap_k", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "allow_batching", b"allow_batching", "bottom_k", b"bottom_k", "include_logit_contribution", b"include_logit_contribution", "include_vectors", b"include_vectors", "input", b"input", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "allow_batching", b"allow_batching", "bottom_k", b"bottom_k", "include_checks", b"include_checks", "include_logit_contribution", b"include_logit_contribution", "include_vectors", b"include_vectors", "input", b"input", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015
@@ -467,6 +473,7 @@ class PositionTarget(_message.Message):
     TARGET_PROBABILITY_FIELD_NUMBER: _builtins.int
     TARGET_RANK_FIELD_NUMBER: _builtins.int
     TARGET_LOGIT_FIELD_NUMBER: _builtins.int
+    CONSTANT_LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Position in the prompt."""
     target_token_id: _builtins.int
@@ -479,6 +486,10 @@ class PositionTarget(_message.Message):
     """How many tokens the model finds likelier; 0 = the target is the prediction."""
     target_logit: _builtins.float
     """The target's logit; after the soft-cap where the model has one."""
+    constant_logit_contribution: _builtins.float
+    """What the final norm's bias and the head's bias add to the target's logit, in logits before the
+    soft-cap: the rest of the sum of all logit contributions at this position.
+    """
     def __init__(
         self,
         *,
@@ -488,10 +499,11 @@ class PositionTarget(_message.Message):
         target_probability: _builtins.float = ...,
         target_rank: _builtins.int = ...,
         target_logit: _builtins.float = ...,
+        constant_logit_contribution: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "predicted_token_id", b"predicted_token_id", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "target_token_id", b"target_token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["constant_logit_contribution", b"constant_logit_contribution", "position", b"position", "predicted_token_id", b"predicted_token_id", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "target_token_id", b"target_token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -739,7 +751,7 @@ class TraceSummary(_message.Message):
 
     @_builtins.property
     def checks(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Guarantee]:
-        """What was checked while this very request ran."""
+        """What was checked while this very request ran; set if asked for."""
 
     def __init__(
         self,

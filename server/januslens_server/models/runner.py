@@ -22,10 +22,14 @@ MatrixKey = tuple[int, MatrixKind]
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Activations of the asked-for layers and the last block's output `[pos, d_model]`."""
+    """Activations of the asked-for layers, the last block's output and the model's own logits.
+
+    `residual` is `[pos, d_model]`, `logits` `[pos, vocab]`.
+    """
 
     layers: dict[int, LayerActivations]
     residual: torch.Tensor
+    logits: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,12 @@ def forward(
     taps = {(i, name): tap for i in layers for name, tap in _taps(blocks[i]).items()}
     taps[-1, "residual"] = Tap(blocks[-1].module, End.OUTPUT)
     with capturing(taps, checkpoint, [block.module for block in blocks]) as captured:
-        _run(model, ids)
+        logits = _run(model, ids)[0]
     tensors = {key: value[0] for key, value in captured.items()}
     return ForwardPass(
         layers={i: _activations(blocks[i], tensors, i, len(ids)) for i in layers},
         residual=tensors[-1, "residual"],
+        logits=logits,
     )
 
 

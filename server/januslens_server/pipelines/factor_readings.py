@@ -145,7 +145,7 @@ class FactorReader:
                     layer=key[0],
                     kind=key[1],
                     mean_vjp_norm=float(norms[positions].mean()),
-                    mean_target_rank=float(ranks.mean()) if len(ranks) else float("nan"),
+                    mean_target_rank=float(ranks.mean()) if len(ranks) else None,
                     positions=len(positions),
                 )
             )

@@ -8,10 +8,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from januslens_server.graph.flow import Flow
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.projection import project
-from januslens_server.results import Edge, LayerGraph, Node, NodeKind, ProjectionTable
+from januslens_server.pipelines.flows import Piece
+from januslens_server.results import (
+    Edge,
+    LayerGraph,
+    Node,
+    NodeKind,
+    PositionTarget,
+    ProjectionTable,
+)
 from januslens_server.specs import LensKind, LensSpec, TraceSpec
 
 # What the next layer's edges may refer to.
@@ -19,39 +26,38 @@ _RESIDUAL = frozenset({NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT})
 
 
 class FlowReader:
-    """Reads the flows of one trace, layer by layer upwards.
+    """Reads the flows of one trace, layer by layer upwards."""
 
-    `targets` maps each position to the token whose rank and probability it reports.
-    """
-
-    def __init__(self, head: LensHead, spec: TraceSpec, targets: Mapping[int, int]) -> None:
+    def __init__(self, head: LensHead, spec: TraceSpec, targets: Sequence[PositionTarget]) -> None:
+        """Report at each position the rank and probability of its target."""
         self._head = head
         self._spec = spec
-        self._targets = targets
+        self._targets = {target.position: target.target_token_id for target in targets}
         self._below: dict[str, frozenset[int]] = {}
 
-    def read(self, layer: int, flows: Sequence[Flow], *, kind: LensKind, last: bool) -> LayerGraph:
-        """One message's worth of a layer: every vector to be read, in one matrix product."""
+    def read(self, piece: Piece) -> LayerGraph:
+        """The record of a piece: every vector that is to be read, in one matrix product."""
+        flows = piece.flows
         nodes = [node for flow in flows for node in flow.nodes]
         projected = [flag for flow in flows for flag in flow.projected]
         vectors = torch.cat([flow.vectors for flow in flows])
         shown = [i for i, node in enumerate(nodes) if self._shows(node.kind)]
         read = [i for i in shown if projected[i]]
-        table = self._project(vectors[read], [nodes[i] for i in read], kind)
+        table = self._project(vectors[read], [nodes[i] for i in read], piece.lens)
         row_of = {i: row for row, i in enumerate(read) if table.projected[row]}
         tops = {nodes[i].id: self._top(table, row_of.get(i)) for i in shown}
         edges = self._edges((edge for flow in flows for edge in flow.edges), self._below | tops)
         self._below |= {nodes[i].id: tops[nodes[i].id] for i in shown if nodes[i].kind in _RESIDUAL}
         activations = torch.cat([flow.activations for flow in flows])
         return LayerGraph(
-            layer=layer,
+            layer=piece.layer,
             nodes=[nodes[i] for i in shown],
             norms=vectors.norm(dim=-1)[shown].cpu().numpy(),
             activations=activations[shown].cpu().numpy(),
             rows=np.array([row_of.get(i, -1) for i in shown], dtype=np.int64),
             projections=_trimmed(table, self._spec.lens.top_k),
             edges=edges,
-            last=last,
+            last=piece.last,
             vectors=vectors[shown].cpu().numpy() if self._spec.include_vectors else None,
         )
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
-import torch
+from collections.abc import Iterator
 
 from januslens_server.capture.hooks import Checkpoint
-from januslens_server.graph.block_flow import block_flow
-from januslens_server.graph.final_flow import final_flow
-from januslens_server.graph.flow import Flow
-from januslens_server.lens.projection import project
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.runner import ForwardPass, forward
-from januslens_server.models.weights import block_weights
+from januslens_server.models.runner import forward
+from januslens_server.pipelines.checks import TraceChecks
 from januslens_server.pipelines.clock import StageClock
+from januslens_server.pipelines.flows import LayerFlows
 from januslens_server.pipelines.inputs import (
     read_layers,
     read_positions,
@@ -22,17 +17,9 @@ from januslens_server.pipelines.inputs import (
     read_single_target,
 )
 from januslens_server.pipelines.readings import FlowReader
-from januslens_server.results import (
-    LayerGraph,
-    PositionTarget,
-    TraceEvent,
-    TraceHeader,
-    TraceSummary,
-)
-from januslens_server.specs import LensKind, LensSpec, TraceSpec
-
-# Positions whose vectors are held and projected at once; more of them follow in further messages.
-POSITIONS_AT_ONCE = 8
+from januslens_server.pipelines.targets import position_targets
+from januslens_server.results import TraceEvent, TraceHeader, TraceSummary
+from januslens_server.specs import TraceSpec
 
 
 def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iterator[TraceEvent]:
@@ -51,121 +38,29 @@ def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iter
             target = read_single_target(model, spec.target, "target")
     with clock.stage("forward"):
         passed = forward(model, [token.id for token in tokens], layers, checkpoint)
-        targets = _targets(model, passed.residual, positions, target)
+        targets = position_targets(model, passed.residual, positions, target)
     yield TraceHeader(model.provenance, tokens, layers, targets)
 
+    flows = LayerFlows(model, spec, passed)
+    reader = FlowReader(model.view.lens, spec, targets)
+    checks = TraceChecks(model, passed, targets)
     nodes = edges = 0
-    for graph in _layers(model, spec, passed, layers, targets, checkpoint, clock):
+    for piece in flows.pieces(layers, targets, clock):
+        checkpoint()
+        with clock.stage("project"):
+            graph = reader.read(piece)
+        if spec.include_checks:
+            with clock.stage("check"):
+                checks.see(piece.flows)
         nodes, edges = nodes + len(graph.nodes), edges + len(graph.edges)
         yield graph
+    whole = spec.include_logit_contribution and len(layers) == model.view.facts.n_layers
     # The contract's summary has one constant: it belongs to the position if there is only one.
-    constant = targets[0].constant_logit_contribution
-    single = len(targets) == 1 and spec.include_logit_contribution
+    single = spec.include_logit_contribution and len(targets) == 1
     yield TraceSummary(
-        nodes, edges, clock.times(), constant_logit_contribution=constant if single else None
+        nodes=nodes,
+        edges=edges,
+        times=clock.times(),
+        checks=checks.guarantees(whole) if spec.include_checks else (),
+        constant_logit_contribution=targets[0].constant_logit_contribution if single else None,
     )
-
-
-def _layers(
-    model: ResidentModel,
-    spec: TraceSpec,
-    passed: ForwardPass,
-    layers: Sequence[int],
-    targets: Sequence[PositionTarget],
-    checkpoint: Checkpoint,
-    clock: StageClock,
-) -> Iterator[LayerGraph]:
-    """The asked-for layers upwards, the final norm and prediction after the model's last."""
-    reader = FlowReader(
-        model.view.lens, spec, {target.position: target.target_token_id for target in targets}
-    )
-    top = model.view.facts.n_layers - 1
-    below: int | None = None
-    for layer in layers:
-        for chunk in _chunks(targets):
-            checkpoint()
-            with clock.stage("graph"):
-                flows = _block_flows(model, spec, passed, layer, chunk, below)
-            with clock.stage("project"):
-                last = layer != top and chunk[-1] is targets[-1]
-                graph = reader.read(layer, flows, kind=spec.lens.kind, last=last)
-            yield graph
-        below = layer
-    if below == top:
-        with clock.stage("project"):
-            flows = _final_flows(model, passed.residual, targets)
-            graph = reader.read(top, flows, kind=LensKind.RAW, last=True)
-        yield graph
-
-
-def _chunks(targets: Sequence[PositionTarget]) -> Iterator[Sequence[PositionTarget]]:
-    for start in range(0, len(targets), POSITIONS_AT_ONCE):
-        yield targets[start : start + POSITIONS_AT_ONCE]
-
-
-@torch.inference_mode()
-def _block_flows(
-    model: ResidentModel,
-    spec: TraceSpec,
-    passed: ForwardPass,
-    layer: int,
-    targets: Sequence[PositionTarget],
-    below: int | None,
-) -> list[Flow]:
-    weights = block_weights(model.view.blocks[layer])
-    directions: Sequence[torch.Tensor | None] = [None] * len(targets)
-    if spec.include_logit_contribution:
-        at = [target.position for target in targets]
-        tokens = torch.tensor([target.target_token_id for target in targets], device=model.device)
-        directions = model.view.lens.attribution(passed.residual[at], tokens).unbind()
-    return [
-        block_flow(
-            layer,
-            target.position,
-            passed.layers[layer],
-            weights,
-            spec.selection,
-            direction,
-            below,
-        )
-        for target, direction in zip(targets, directions, strict=True)
-    ]
-
-
-@torch.inference_mode()
-def _final_flows(
-    model: ResidentModel, residual: torch.Tensor, targets: Sequence[PositionTarget]
-) -> list[Flow]:
-    last_layer = model.view.facts.n_layers - 1
-    before = residual[[target.position for target in targets]].float()
-    after = model.view.lens.final_norm(before)
-    return [
-        final_flow(last_layer, target.position, before[i], after[i])
-        for i, target in enumerate(targets)
-    ]
-
-
-@torch.inference_mode()
-def _targets(
-    model: ResidentModel, residual: torch.Tensor, positions: Sequence[int], target: int | None
-) -> list[PositionTarget]:
-    """The model's prediction at each position and the token to report; default the prediction."""
-    lens, rows = model.view.lens, residual[list(positions)]
-    best = LensSpec(top_k=1, bottom_k=0)
-    predicted = project(lens, rows, best).top_ids[:, 0]
-    ids = [p if target is None else target for p in predicted.tolist()]
-    chosen = torch.tensor(ids, device=rows.device)
-    table = project(lens, rows, best, chosen[:, None])
-    constants = lens.attribution_constant(chosen).tolist()
-    return [
-        PositionTarget(
-            position=position,
-            target_token_id=ids[i],
-            predicted_token_id=int(predicted[i]),
-            target_probability=float(table.target_probabilities[i, 0]),
-            target_rank=int(table.target_ranks[i, 0]),
-            target_logit=float(table.target_logits[i, 0]),
-            constant_logit_contribution=constants[i],
-        )
-        for i, position in enumerate(positions)
-    ]

@@ -64,6 +64,7 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         include_vectors=request.include_vectors,
         include_logit_contribution=request.include_logit_contribution,
         overlap_k=request.overlap_k,
+        include_checks=request.include_checks,
     )
 
 

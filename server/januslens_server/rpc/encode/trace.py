@@ -121,6 +121,7 @@ def _target(target: PositionTarget) -> trace_pb2.PositionTarget:
         target_probability=target.target_probability,
         target_rank=target.target_rank,
         target_logit=target.target_logit,
+        constant_logit_contribution=target.constant_logit_contribution,
     )
 
 

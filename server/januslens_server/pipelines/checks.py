@@ -1,0 +1,88 @@
+"""What must hold for a trace to be trusted, measured on that very trace."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from januslens_server.graph.flow import Flow
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.runner import ForwardPass
+from januslens_server.results import Guarantee, NodeKind, PositionTarget
+
+LENS = "last lens = logits"
+SHARES = "parts sum to wholes"
+CONTRIBUTIONS = "contributions sum to logit"
+
+# Relative errors; half types round every activation that the model passes on.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
+
+
+class TraceChecks:
+    """Watches the flows of one trace, before anything of them is hidden."""
+
+    def __init__(
+        self, model: ResidentModel, passed: ForwardPass, targets: Sequence[PositionTarget]
+    ) -> None:
+        """Check against the model's own logits, within the tolerance of its data type."""
+        self._lens = model.view.lens
+        self._passed = passed
+        self._targets = targets
+        self._tolerance = TOLERANCES[model.provenance.data_type]
+        self._shares: defaultdict[str, float] = defaultdict(float)
+        self._contributions: defaultdict[int, float] = defaultdict(float)
+
+    def see(self, flows: Iterable[Flow]) -> None:
+        """Add up what the flows' sums are said to be made of."""
+        for flow in flows:
+            position = flow.nodes[0].position
+            for edge in flow.edges:
+                if edge.share is not None:
+                    self._shares[edge.target] += edge.share
+                if edge.logit_contribution is not None and _adds_to_residual(edge.source):
+                    self._contributions[position] += edge.logit_contribution
+
+    def guarantees(self, whole: bool) -> list[Guarantee]:
+        """The measured errors.
+
+        `whole`: contributions were computed for every layer, so they must add up to the logit.
+        """
+        measured = [(LENS, self._lens_error()), (SHARES, self._shares_error())]
+        if whole:
+            measured.append((CONTRIBUTIONS, self._contribution_error()))
+        return [Guarantee(name, error, self._tolerance) for name, error in measured]
+
+    @torch.inference_mode()
+    def _lens_error(self) -> float:
+        """Largest difference of the last block's lens and the logits, relative to these."""
+        at = [target.position for target in self._targets]
+        lens, logits = self._lens, self._passed.logits[at].float()
+        read = lens.cap(lens.logits(lens.final_norm(self._passed.residual[at])))
+        return float((read - logits).abs().max() / logits.abs().max())
+
+    def _shares_error(self) -> float:
+        """Largest distance from 1 of the shares into a sum."""
+        # Without any share (weights that are no numbers give none) nothing is shown to hold.
+        return max((abs(total - 1) for total in self._shares.values()), default=math.nan)
+
+    def _contribution_error(self) -> float:
+        """Largest distance of all contributions' sum from the target's logit, relative to it."""
+        return max(
+            abs(
+                self._contributions[target.position]
+                + target.constant_logit_contribution
+                - target.target_logit
+            )
+            / max(abs(target.target_logit), 1.0)
+            for target in self._targets
+        )
+
+
+def _adds_to_residual(node_id: str) -> bool:
+    """Whether it is a term of the last residual: no OTHER of such a term's own sum."""
+    *place, kind = node_id.split("/")
+    adds = kind in {"BLOCK_INPUT", "ATTENTION_OUTPUT", "MLP_OUTPUT"}
+    return adds and NodeKind.OTHER.name not in place

@@ -1,0 +1,100 @@
+"""The flow graphs of one forward pass, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from januslens_server.graph.block_flow import block_flow
+from januslens_server.graph.final_flow import final_flow
+from januslens_server.graph.flow import Flow
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.runner import ForwardPass
+from januslens_server.models.weights import block_weights
+from januslens_server.pipelines.clock import StageClock
+from januslens_server.results import PositionTarget
+from januslens_server.specs import LensKind, TraceSpec
+
+# Positions whose vectors are held and projected at once; more of them follow in further pieces.
+POSITIONS_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some positions of one layer, and the lens that reads them; `last` of its layer."""
+
+    layer: int
+    flows: list[Flow]
+    lens: LensKind
+    last: bool
+
+
+class LayerFlows:
+    """Builds the flows of the positions that are asked for."""
+
+    def __init__(self, model: ResidentModel, spec: TraceSpec, passed: ForwardPass) -> None:
+        """From what `passed` captured of the model's layers."""
+        self._model = model
+        self._spec = spec
+        self._passed = passed
+
+    def pieces(
+        self, layers: Sequence[int], targets: Sequence[PositionTarget], clock: StageClock
+    ) -> Iterator[Piece]:
+        """The layers upwards; above the model's last the final norm and the prediction.
+
+        These two have passed the final norm already, so only the unembedding reads them.
+        """
+        top = self._model.view.facts.n_layers - 1
+        below: int | None = None
+        for layer in layers:
+            for start in range(0, len(targets), POSITIONS_AT_ONCE):
+                chunk = targets[start : start + POSITIONS_AT_ONCE]
+                with clock.stage("graph"):
+                    flows = self._block(layer, chunk, below)
+                last = layer != top and chunk[-1] is targets[-1]
+                yield Piece(layer, flows, self._spec.lens.kind, last)
+            below = layer
+        if below == top:
+            yield Piece(top, self._final(targets), LensKind.RAW, last=True)
+
+    @torch.inference_mode()
+    def _block(
+        self, layer: int, targets: Sequence[PositionTarget], below: int | None
+    ) -> list[Flow]:
+        """One block at each target's position; `below` is the layer sent before it."""
+        weights = block_weights(self._model.view.blocks[layer])
+        return [
+            block_flow(
+                layer,
+                target.position,
+                self._passed.layers[layer],
+                weights,
+                self._spec.selection,
+                direction,
+                below,
+            )
+            for target, direction in zip(targets, self._directions(targets), strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _final(self, targets: Sequence[PositionTarget]) -> list[Flow]:
+        """The final norm and the prediction at each target's position."""
+        before = self._passed.residual[[target.position for target in targets]].float()
+        after = self._model.view.lens.final_norm(before)
+        last_layer = self._model.view.facts.n_layers - 1
+        return [
+            final_flow(last_layer, target.position, before[i], after[i])
+            for i, target in enumerate(targets)
+        ]
+
+    def _directions(self, targets: Sequence[PositionTarget]) -> Sequence[torch.Tensor | None]:
+        """What gives each position's parts their logit contribution `[d_model]`; None: unasked."""
+        if not self._spec.include_logit_contribution:
+            return [None] * len(targets)
+        residual = self._passed.residual[[target.position for target in targets]]
+        ids = [target.target_token_id for target in targets]
+        tokens = torch.tensor(ids, device=residual.device)
+        return self._model.view.lens.attribution(residual, tokens).unbind()
