@@ -322,6 +322,7 @@ class GradientHeader:
     loss: float
     target_token_ids: Sequence[int]
     predicted_token_id: int
+    stage_data_types: Mapping[str, str]
     skipped: Sequence[MatrixKind] = ()
 
 

@@ -16,6 +16,10 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.views import Block
 from januslens_server.results import MatrixKind
 
+# float16 gradients below 6e-8 vanish. Scaled by a power of two, which divides out exactly, small
+# VJPs keep their bits: the largest seen leave a factor of 60 to float16's end (docs/semantics.md).
+LOSS_SCALE = {torch.float16: 1024.0}
+
 Loss = Callable[[torch.Tensor], torch.Tensor]
 MatrixKey = tuple[int, MatrixKind]
 
@@ -34,7 +38,10 @@ class ForwardPass:
 
 @dataclass(frozen=True)
 class Factors:
-    """Inputs `[pos, d_in]` and VJPs `[pos, d_out]`: dL/dW = inputs^T vjps."""
+    """Inputs `[pos, d_in]` and VJPs `[pos, d_out]`: dL/dW = inputs^T vjps.
+
+    Inputs come in the model's data type, VJPs in float32, converted from the model's.
+    """
 
     inputs: torch.Tensor
     vjps: torch.Tensor
@@ -89,11 +96,13 @@ def backward(
         with _leaf_at(model.view.embedding):
             logits = _run(model, ids)[0].float()
         value = loss(logits)
-        vjps = _vjps(value, {linear.whole for linear in linears.values()}, captured, checkpoint)
+        scale = LOSS_SCALE.get(model.network.dtype, 1.0)
+        wanted = {linear.whole for linear in linears.values()}
+        vjps = _vjps(value * scale, wanted, captured, checkpoint)
     factors = {
         key: Factors(
             inputs=captured[linear.input][0].detach(),
-            vjps=linear.select(vjps[linear.whole][0]),
+            vjps=linear.select(vjps[linear.whole][0]).float() / scale,
         )
         for key, linear in linears.items()
     }

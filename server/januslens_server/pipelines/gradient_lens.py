@@ -54,6 +54,7 @@ def gradient_lens(
         loss=passed.loss,
         target_token_ids=objective.targets,
         predicted_token_id=predicted,
+        stage_data_types=_stage_data_types(model),
         skipped=choice.skipped,
     )
     reader = FactorReader(model, spec, objective, predicted)
@@ -73,6 +74,12 @@ def _predicted(model: ResidentModel, passed: BackwardPass, objective: Objective)
     """The model's own answer to the prompt."""
     last = passed.residual[objective.prompt_length - 1][None]
     return int(project(model.view.lens, last, LensSpec(top_k=1, bottom_k=0)).top_ids[0, 0])
+
+
+def _stage_data_types(model: ResidentModel) -> dict[str, str]:
+    """Passes run in the model's own type; what is made of their vectors is float32."""
+    own = model.provenance.data_type
+    return {"forward": own, "backward": own, "factors": "float32", "projection": "float32"}
 
 
 def _verified(

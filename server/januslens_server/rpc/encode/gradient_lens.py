@@ -59,6 +59,7 @@ class GradientLensEncoder:
             target_token_ids=header.target_token_ids,
             predicted_token_id=header.predicted_token_id,
             skipped=[_kind(kind) for kind in header.skipped],
+            stage_data_types=header.stage_data_types,
         )
 
     def _pieces(self, matrix: GradientMatrix) -> Iterator[gradient_lens_pb2.GradientMatrix]:
