@@ -82,14 +82,21 @@ def _network(source: ModelSource) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(
         source.location, revision=source.revision, trust_remote_code=False
     )
-    network: Any = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         source.location,
         config=config,
         revision=source.revision,
         dtype=_data_type(source),
         use_safetensors=True,
         trust_remote_code=False,
+        output_loading_info=True,
     )
+    network, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers has drawn them at random
+        raise ModelFailed(
+            f"{source.location}: expected every weight, got none for {len(missing)} parameters: "
+            + ", ".join(missing[:3])
+        )
     network.requires_grad_(requires_grad=False)
     frozen: PreTrainedModel = network.eval().to(source.device)
     return frozen
