@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,8 @@ from januslens_server.errors import InvalidRequest, ModelFailed, ModelLoading, M
 from januslens_server.models.loading import ModelSource, load
 from januslens_server.models.resident import ResidentModel
 from januslens_server.results import Guarantee, ModelState, ModelStatus
+
+logger = logging.getLogger(__name__)
 
 SelfCheck = Callable[[ResidentModel], Sequence[Guarantee]]
 Observer = Callable[[ModelStatus], None]
@@ -43,6 +46,11 @@ class Registry:
                 guarantees = self._check(model)
             except ModelFailed as error:
                 self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
+                continue
+            except Exception as error:  # a broken folder can break transformers anywhere
+                logger.exception("model %s broke while it was loaded", source.name)
+                reason = f"{source.location}: {type(error).__name__}: {error}"
+                self._set(ModelStatus(source.name, ModelState.FAILED, reason))
                 continue
             self._admit(model, guarantees)
 
