@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
-from januslens.v1 import gradient_lens_pb2, lens_pb2
+from januslens.v1 import gradient_lens_pb2
 from januslens_server.results import (
     Components,
     Entries,
@@ -13,19 +14,19 @@ from januslens_server.results import (
     GradientHeader,
     GradientMatrix,
     GradientSummary,
+    Guarantee,
     MatrixKind,
     NeuronChanges,
     Spectrum,
 )
 from januslens_server.rpc.encode.shared import (
+    Part,
     ReadToken,
     TokenTexts,
-    in_pieces,
     projection_messages,
     provenance_message,
     tensor_message,
     time_messages,
-    token_message,
 )
 
 Response = gradient_lens_pb2.GradientLensResponse
@@ -54,7 +55,7 @@ class GradientLensEncoder:
         return gradient_lens_pb2.GradientHeader(
             request_id=self._request_id,
             provenance=provenance_message(header.provenance),
-            prompt_tokens=[token_message(token) for token in header.prompt_tokens],
+            prompt_tokens=self._texts.of_prompt(header.prompt_tokens),
             loss=header.loss,
             target_token_ids=header.target_token_ids,
             predicted_token_id=header.predicted_token_id,
@@ -63,9 +64,11 @@ class GradientLensEncoder:
         )
 
     def _pieces(self, matrix: GradientMatrix) -> Iterator[gradient_lens_pb2.GradientMatrix]:
-        """What says which matrix it is stands in every piece, its totals in the last one."""
-        pieces = [
-            gradient_lens_pb2.GradientMatrix(
+        """What says which matrix it is stands in every piece, the verification in the last one."""
+        pieces: list[Any] = list(self._texts.pieces(_parts(matrix)))
+        for i, piece in enumerate(pieces, start=1):
+            last = i == len(pieces)
+            yield gradient_lens_pb2.GradientMatrix(
                 layer=matrix.layer,
                 kind=_kind(matrix.kind),
                 expert=matrix.expert,
@@ -73,23 +76,30 @@ class GradientLensEncoder:
                 d_out=matrix.d_out,
                 projected_side=gradient_lens_pb2.Side.ValueType(matrix.projected_side),
                 promoted_end=gradient_lens_pb2.End.ValueType(matrix.promoted_end),
-                components=components,
                 frobenius_norm=matrix.frobenius_norm,
-                tokens=self._texts.unsent(component.projection for component in components),
+                verification=_verification(matrix.verification) if last else None,
+                last=last,
+                **piece,
             )
-            for components in in_pieces(_components(matrix.components))
-        ]
-        last = pieces[-1]
-        last.last = True
-        if matrix.spectrum is not None:
-            last.spectrum.extend(_singulars(matrix.spectrum))
-        if matrix.neurons is not None:
-            last.neurons.extend(_neuron_changes(matrix.neurons))
-        last.tokens.extend(self._texts.unsent(_late_projections(last)))
-        if matrix.verification is not None:
-            last.verification.relative_error = matrix.verification.measured_error
-            last.verification.tolerance = matrix.verification.tolerance
-        yield from pieces
+
+
+def _parts(matrix: GradientMatrix) -> Iterator[Part]:
+    for component in _components(matrix.components):
+        yield Part("components", component, [component.projection])
+    if matrix.spectrum is not None:
+        for singular in _singulars(matrix.spectrum):
+            yield Part("spectrum", singular, [singular.projection])
+    if matrix.neurons is not None:
+        for change in _neuron_changes(matrix.neurons):
+            yield Part("neurons", change, [change.before, change.change, change.after])
+
+
+def _verification(measured: Guarantee | None) -> gradient_lens_pb2.Verification | None:
+    if measured is None:
+        return None
+    return gradient_lens_pb2.Verification(
+        relative_error=measured.measured_error, tolerance=measured.tolerance
+    )
 
 
 def _kind(kind: MatrixKind) -> gradient_lens_pb2.MatrixKind.ValueType:
@@ -153,15 +163,6 @@ def _neuron_changes(changes: NeuronChanges) -> Iterator[gradient_lens_pb2.Neuron
         yield gradient_lens_pb2.NeuronChange(
             neuron=neuron, change_norm=norm, before=before, change=change, after=then
         )
-
-
-def _late_projections(
-    matrix: gradient_lens_pb2.GradientMatrix,
-) -> Iterator[lens_pb2.Projection]:
-    """What a matrix's last piece shows beside its components."""
-    yield from (singular.projection for singular in matrix.spectrum)
-    for change in matrix.neurons:
-        yield from (change.before, change.change, change.after)
 
 
 def _entries(entries: Entries) -> list[list[gradient_lens_pb2.Entry]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from google.protobuf.message import Message
@@ -18,11 +19,21 @@ from januslens_server.results import (
     Token,
 )
 
-# Half of the contract's 1 MiB: token texts and the envelope come on top of the parts.
-PART_BYTES = 512 * 1024
+# Half of the contract's 1 MiB: the largest part, its token texts and the envelope come on top.
+PIECE_BYTES = 512 * 1024
+# A part's tag and length beside its own bytes.
+FRAME_BYTES = 8
 
 ReadToken = Callable[[int], Token]
-M = TypeVar("M", bound=Message)
+Piece = dict[str, list[Message]]
+
+
+class Part(NamedTuple):
+    """An element of the repeated `field` of a message, and the readings that it shows."""
+
+    field: str
+    message: Message
+    projections: Iterable[lens_pb2.Projection] = ()
 
 
 class TokenTexts:
@@ -32,6 +43,31 @@ class TokenTexts:
         """`read_token` looks a vocabulary id up."""
         self._read_token = read_token
         self._sent: set[int] = set()
+
+    def of_prompt(self, tokens: Iterable[Token]) -> list[common_pb2.Token]:
+        """A prompt's tokens, which bring their texts as they come."""
+        messages = [token_message(token) for token in tokens]
+        self._sent.update(message.id for message in messages)
+        return messages
+
+    def pieces(self, parts: Iterable[Part], limit: int = PIECE_BYTES) -> Iterator[Piece]:
+        """The parts in messages' worth, at least one, by field and with their `tokens`.
+
+        A piece stays within `limit` bytes, or is a single part that exceeds them by itself.
+        """
+        piece: Piece = defaultdict(list)
+        size = 0
+        for part in parts:
+            tokens = self.unsent(part.projections)
+            added = sum(message.ByteSize() + FRAME_BYTES for message in (part.message, *tokens))
+            if piece and size + added > limit:
+                yield piece
+                piece, size = defaultdict(list), 0
+            piece[part.field].append(part.message)
+            if tokens:
+                piece["tokens"] += tokens
+            size += added
+        yield piece
 
     def unsent(self, projections: Iterable[lens_pb2.Projection]) -> list[common_pb2.Token]:
         """Tokens that the projections name and no earlier message brought."""
@@ -55,21 +91,6 @@ def token_message(token: Token) -> common_pb2.Token:
     return common_pb2.Token(
         id=token.id, text=token.text, raw=token.raw, start=token.start, end=token.end
     )
-
-
-def in_pieces(messages: Iterable[M], limit: int = PART_BYTES) -> Iterator[list[M]]:
-    """Lists of messages whose bytes stay within `limit`, or of one that exceeds it alone."""
-    piece: list[M] = []
-    size = 0
-    for message in messages:
-        added = message.ByteSize()
-        if piece and size + added > limit:
-            yield piece
-            piece, size = [], 0
-        piece.append(message)
-        size += added
-    if piece:
-        yield piece
 
 
 def projection_messages(table: ProjectionTable) -> list[lens_pb2.Projection | None]:

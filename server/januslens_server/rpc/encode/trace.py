@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from januslens.v1 import trace_pb2
 from januslens_server.results import (
@@ -16,15 +17,14 @@ from januslens_server.results import (
     TraceSummary,
 )
 from januslens_server.rpc.encode.shared import (
+    Part,
     ReadToken,
     TokenTexts,
     guarantee_messages,
-    in_pieces,
     projection_messages,
     provenance_message,
     tensor_message,
     time_messages,
-    token_message,
 )
 
 
@@ -51,27 +51,19 @@ class TraceEncoder:
         return trace_pb2.TraceHeader(
             request_id=self._request_id,
             provenance=provenance_message(header.provenance),
-            prompt_tokens=[token_message(token) for token in header.prompt_tokens],
+            prompt_tokens=self._texts.of_prompt(header.prompt_tokens),
             layers=header.layers,
             targets=[_target(target) for target in header.targets],
         )
 
     def _pieces(self, graph: LayerGraph) -> Iterator[trace_pb2.LayerGraph]:
         """Nodes, then edges: an edge never comes before its ends."""
-        pieces = [
-            trace_pb2.LayerGraph(
-                layer=graph.layer,
-                nodes=nodes,
-                tokens=self._texts.unsent(node.projection for node in nodes),
-            )
-            for nodes in in_pieces(_nodes(graph))
-        ]
-        pieces += [
-            trace_pb2.LayerGraph(layer=graph.layer, edges=edges)
-            for edges in in_pieces(_edge(edge) for edge in graph.edges)
-        ]
-        pieces[-1].last = graph.last
-        yield from pieces
+        nodes = (Part("nodes", node, [node.projection]) for node in _nodes(graph))
+        edges = (Part("edges", _edge(edge)) for edge in graph.edges)
+        pieces: list[Any] = list(self._texts.pieces(itertools.chain(nodes, edges)))
+        for i, piece in enumerate(pieces, start=1):
+            last = graph.last and i == len(pieces)
+            yield trace_pb2.LayerGraph(layer=graph.layer, last=last, **piece)
 
 
 def _nodes(graph: LayerGraph) -> Iterator[trace_pb2.Node]:
