@@ -4,6 +4,7 @@ The tree (the `rpc` package alone knows which gRPC status each becomes)::
 
     IntrospectionError
     |-- InvalidRequest          the caller must change the request
+    |-- LimitExceeded           it asks for more than the server gives to one request
     |-- ModelNotFound           no such model, or another revision than asked for
     |-- ModelFailed             the model did not load or did not pass its self-check
     |-- TryLater                nothing is wrong with the request
@@ -45,6 +46,12 @@ class InvalidRequest(IntrospectionError):
         """`field` is the path of the request field, `description` what to send instead."""
         super().__init__(f"{field}: {description}")
         self.violations = (FieldViolation(field, description),)
+
+
+class LimitExceeded(IntrospectionError):
+    """The request would cost more than the server gives to one; the text has both figures."""
+
+    reason = "LIMIT_EXCEEDED"
 
 
 class ModelNotFound(IntrospectionError):

@@ -36,6 +36,7 @@ def largest_entries(vectors: torch.Tensor, count: int) -> tuple[torch.Tensor, to
 
 def reconstruction_error(inputs: torch.Tensor, vjps: torch.Tensor, dense: torch.Tensor) -> float:
     """`||sum_i x_i^T delta_i - dense||_F / ||dense||_F`; 0 where both are zero."""
-    difference = (inputs.T.to(dense.dtype) @ vjps.to(dense.dtype) - dense).float().norm()
-    size = dense.float().norm()
+    dense = dense.float()
+    difference = (inputs.float().T @ vjps.float() - dense).norm()
+    size = dense.norm()
     return float(difference / size) if size > 0 else float(difference)

@@ -112,7 +112,7 @@ def backward(
 def dense_gradient(
     model: ResidentModel, ids: Sequence[int], loss: Loss, key: MatrixKey
 ) -> torch.Tensor:
-    """dL/dW `[d_in, d_out]` of one matrix by autograd on the weight itself.
+    """dL/dW `[d_in, d_out]` of one matrix by autograd on the weight itself, as float32.
 
     The weight is replaced for this one pass by an alias that asks for a gradient: the resident
     parameter stays frozen.
@@ -128,8 +128,9 @@ def dense_gradient(
             {name: alias},
             kwargs={"input_ids": _batch(model, ids), "use_cache": False},
         )
-        (gradient,) = torch.autograd.grad(loss(output.logits[0].float()), [alias])
-    return linear.in_rows(gradient)
+        scale = LOSS_SCALE.get(model.network.dtype, 1.0)
+        (gradient,) = torch.autograd.grad(loss(output.logits[0].float()) * scale, [alias])
+    return linear.in_rows(gradient).float() / scale
 
 
 def _vjps(

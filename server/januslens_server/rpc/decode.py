@@ -41,6 +41,9 @@ _TENSOR_TYPES: dict[int, str] = {
 Kind = TypeVar("Kind", bound=IntEnum)
 Lensed = trace_pb2.TraceRequest | gradient_lens_pb2.GradientLensRequest | lens_pb2.ProjectRequest
 
+# Tokens at either end of a projection: one node must fit into a message.
+MAX_TOKENS = 1000
+
 # Vectors of one Project request: their readings must fit into one answer.
 MAX_VECTORS = 4096
 
@@ -63,7 +66,7 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         node_kinds=frozenset(_enums(NodeKind, request.node_kinds, "node_kinds")),
         include_vectors=request.include_vectors,
         include_logit_contribution=request.include_logit_contribution,
-        overlap_k=request.overlap_k,
+        overlap_k=_tokens(request.overlap_k, "overlap_k"),
         include_checks=request.include_checks,
     )
 
@@ -170,11 +173,19 @@ def _target(message: common_pb2.Target, field: str) -> TextOrIds:
 
 def _lens(request: Lensed) -> LensSpec:
     defaults = LensSpec()
+    top_k = request.top_k if request.HasField("top_k") else defaults.top_k
+    bottom_k = request.bottom_k if request.HasField("bottom_k") else defaults.bottom_k
     return LensSpec(
-        top_k=request.top_k if request.HasField("top_k") else defaults.top_k,
-        bottom_k=request.bottom_k if request.HasField("bottom_k") else defaults.bottom_k,
+        top_k=_tokens(top_k, "top_k"),
+        bottom_k=_tokens(bottom_k, "bottom_k"),
         kind=_enum(LensKind, request.lens, "lens") if request.lens else defaults.kind,
     )
+
+
+def _tokens(count: int, field: str) -> int:
+    if count > MAX_TOKENS:
+        raise InvalidRequest(field, f"expected at most {MAX_TOKENS}, got {count}")
+    return count
 
 
 def _selection(message: trace_pb2.Selection) -> Selection:

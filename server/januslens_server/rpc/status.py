@@ -19,6 +19,7 @@ TEXT_BYTES = 1000
 # Nearest class first: an error is looked up along its class's bases.
 STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.LimitExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelLoading: grpc.StatusCode.UNAVAILABLE,
