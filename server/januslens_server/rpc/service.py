@@ -45,10 +45,10 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def ListModels(
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
-        """Every configured model with its state, in the order of configuration."""
+        """Every configured model with its state, by name."""
         async with Call("ListModels", context):
-            statuses = self._registry.statuses()
-            start = _page_start(request.page_token)
+            statuses = sorted(self._registry.statuses(), key=lambda status: status.name)
+            start = _page_start(request.page_token, len(statuses))
             end = start + (request.page_size or len(statuses))
             return models_pb2.ListModelsResponse(
                 models=[model_message(status) for status in statuses[start:end]],
@@ -61,6 +61,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         """A text as the model reads it; runs beside the device's thread."""
         async with Call("Tokenize", context):
             model = self._registry.get(request.model)
+            if not request.text:
+                raise InvalidRequest("text", "expected at least one character, got none")
             tokens = await asyncio.to_thread(
                 model.vocabulary.encode, request.text, request.with_special_tokens
             )
@@ -121,9 +123,11 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             raise Unimplemented("EstimateCost is not served by this version")
 
 
-def _page_start(page_token: str) -> int:
+def _page_start(page_token: str, count: int) -> int:
+    """A page's token is the number of models before it."""
     if not page_token:
         return 0
-    if not page_token.isdecimal():
+    issued = {str(start): start for start in range(1, count)}
+    if page_token not in issued:
         raise InvalidRequest("page_token", "expected the token of an earlier answer")
-    return int(page_token)
+    return issued[page_token]
