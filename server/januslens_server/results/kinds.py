@@ -1,0 +1,80 @@
+"""The names that nodes, edges, matrices and factors go by, numbered as in the contract."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class NodeKind(IntEnum):
+    """Kinds of flow-graph nodes; numbers as in `trace.proto`, meanings in docs/semantics.md."""
+
+    BLOCK_INPUT = 1
+    ATTENTION_INPUT = 2
+    QUERY = 3
+    KEY = 4
+    VALUE = 5
+    HEAD_QUERY = 6
+    HEAD_KEY = 7
+    HEAD_VALUE = 8
+    MEMORY_KEY = 9
+    MEMORY_VALUE = 10
+    HEAD_OUTPUT = 11
+    ATTENTION_CONCAT = 12
+    ATTENTION_NEURON = 13
+    ATTENTION_BIAS = 14
+    ATTENTION_SUM = 15
+    ATTENTION_OUTPUT = 16
+    RESIDUAL_MID = 17
+    MLP_INPUT = 18
+    MLP_KEY = 19
+    MLP_UP = 20
+    MLP_VALUE = 21
+    MLP_BIAS = 22
+    MLP_SUM = 23
+    MLP_OUTPUT = 24
+    BLOCK_OUTPUT = 25
+    FINAL_NORM = 26
+    PREDICTION = 27
+    OTHER = 28
+
+
+class EdgeKind(IntEnum):
+    """Kinds of flow-graph edges; numbers as in `trace.proto`."""
+
+    PART = 1
+    NORM = 2
+    PROJECT = 3
+    SPLIT = 4
+    ATTEND = 5
+    RECALL = 6
+    ACTIVATE = 7
+    SCALE = 8
+    GAP = 9
+
+
+class MatrixKind(IntEnum):
+    """Weight matrices of a block; numbers as in `gradient_lens.proto`."""
+
+    Q = 1
+    K = 2
+    V = 3
+    O = 4  # noqa: E741 - the field's name for the output projection
+    FF1 = 5
+    GATE = 6
+    UP = 7
+    FF2 = 8
+
+
+class Side(IntEnum):
+    """Which factor of a gradient lives in the residual basis and is projected."""
+
+    INPUT = 1
+    VJP = 2
+
+
+class End(IntEnum):
+    """Where in a projection the tokens stand that a descent step promotes."""
+
+    UNSPECIFIED = 0
+    TOP = 1
+    BOTTOM = 2

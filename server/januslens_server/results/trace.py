@@ -1,0 +1,122 @@
+"""The events of a Trace."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from januslens_server.results.arrays import Floats, Ints
+from januslens_server.results.kinds import EdgeKind, NodeKind
+from januslens_server.results.models import Guarantee, Provenance
+from januslens_server.results.readings import ProjectionTable, StageTime, Token
+
+
+@dataclass(frozen=True)
+class Node:
+    """A flow-graph node: its coordinates, its size and its row among the projections.
+
+    For OTHER, `sum_kind` says which sum's left-out parts it holds.
+    """
+
+    kind: NodeKind
+    position: int
+    layer: int | None = None
+    head: int | None = None
+    source_position: int | None = None
+    neuron: int | None = None
+    expert: int | None = None
+    sum_kind: NodeKind | None = None
+
+    @property
+    def id(self) -> str:
+        """The coordinates as text, equal in every request: `L3/p7/MEMORY_VALUE/h2/s4`."""
+        parts = [] if self.layer is None else [f"L{self.layer}"]
+        parts += [f"p{self.position}", self.kind.name]
+        if self.sum_kind is not None:
+            parts.append(self.sum_kind.name)
+        for letter, value in (
+            ("h", self.head),
+            ("s", self.source_position),
+            ("e", self.expert),
+            ("n", self.neuron),
+        ):
+            if value is not None:
+                parts.append(f"{letter}{value}")
+        return "/".join(parts)
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A flow-graph edge between two node ids; absent values are None."""
+
+    source: str
+    target: str
+    kind: EdgeKind
+    weight: float
+    share: float | None = None
+    attention: float | None = None
+    logit_contribution: float | None = None
+    overlap: float | None = None
+
+
+@dataclass(frozen=True)
+class PositionTarget:
+    """The model's prediction at a position and the token whose rank everything there reports."""
+
+    position: int
+    target_token_id: int
+    predicted_token_id: int
+    target_probability: float
+    target_rank: int
+    target_logit: float
+    constant_logit_contribution: float
+
+
+@dataclass(frozen=True)
+class TraceHeader:
+    """First event of a Trace."""
+
+    provenance: Provenance
+    prompt_tokens: Sequence[Token]
+    layers: Sequence[int]
+    targets: Sequence[PositionTarget]
+
+
+@dataclass(frozen=True)
+class LayerGraph:
+    """The nodes and edges of one layer at some positions.
+
+    `norms` and `activations` are `[n]` (NaN = the node has no activation), `rows` maps a node to
+    its row of `projections` (-1 = not projected), `vectors` is `[n, d_model]` on request.
+    """
+
+    layer: int
+    nodes: Sequence[Node]
+    norms: Floats
+    activations: Floats
+    rows: Ints
+    projections: ProjectionTable
+    edges: Sequence[Edge]
+    last: bool
+    vectors: Floats | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """About the size of its messages."""
+        vectors = 0 if self.vectors is None else self.vectors.nbytes
+        shown = self.projections.top_ids.size + self.projections.bottom_ids.size
+        return 96 * len(self.nodes) + 96 * len(self.edges) + 12 * shown + vectors
+
+
+@dataclass(frozen=True)
+class TraceSummary:
+    """Last event of a Trace; a stream without one was cut."""
+
+    nodes: int
+    edges: int
+    times: Sequence[StageTime]
+    checks: Sequence[Guarantee] = ()
+    constant_logit_contribution: float | None = None
+
+
+TraceEvent = TraceHeader | LayerGraph | TraceSummary
