@@ -1,0 +1,60 @@
+"""Bytes that are no message, refused like any other request."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from januslens_server.errors import InvalidRequest
+from januslens_server.rpc.calls import Call, Context
+
+Deserializer = Callable[[bytes], Any]
+Behaviour = Callable[[Any, Context], Awaitable[Any]]
+
+_MALFORMED = object()
+
+
+class MalformedRequests(grpc.aio.ServerInterceptor):
+    """Answers INVALID_ARGUMENT, where gRPC itself would show the caller the parser's error."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The method's handler with a parser that does not raise."""
+        handler = await continuation(details)
+        if handler is None or handler.request_streaming:
+            return handler
+        name = details.method.rpartition("/")[2]
+        parse = _tolerant(handler.request_deserializer)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                _refusing(name, handler.unary_stream), parse, handler.response_serializer
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            _refusing(name, handler.unary_unary), parse, handler.response_serializer
+        )
+
+
+def _tolerant(parse: Deserializer) -> Deserializer:
+    def tolerant(received: bytes) -> Any:
+        try:
+            return parse(received)
+        except DecodeError:
+            return _MALFORMED
+
+    return tolerant
+
+
+def _refusing(name: str, answer: Behaviour) -> Any:
+    async def refusing(request: Any, context: Context) -> Any:
+        if request is _MALFORMED:
+            async with Call(name, context):
+                raise InvalidRequest("request", f"expected a message of {name}, got other bytes")
+        return await answer(request, context)
+
+    return refusing
