@@ -185,6 +185,7 @@ def trace_header() -> trace_pb2.TraceHeader:
                 target_probability=0.5,
                 target_rank=0,
                 target_logit=4.0,
+                constant_logit_contribution=0.5,
             )
         ],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from januslens._results.kinds import MATRIX_KINDS, MatrixKind
@@ -23,6 +24,7 @@ class GradientHeader:
         targets: The target's tokens; of a logit difference the preferred one's.
         predicted: The model's own next token after the prompt.
         skipped: Kinds asked for that this architecture has not.
+        stage_data_types: What each stage was computed in, e.g. `{"backward": "bfloat16"}`.
     """
 
     request_id: str
@@ -32,6 +34,7 @@ class GradientHeader:
     targets: tuple[Token, ...]
     predicted: Token
     skipped: tuple[MatrixKind, ...]
+    stage_data_types: Mapping[str, str]
 
     @classmethod
     def from_message(
@@ -46,6 +49,7 @@ class GradientHeader:
             targets=tuple(tokens[token_id] for token_id in message.target_token_ids),
             predicted=tokens[message.predicted_token_id],
             skipped=tuple(MATRIX_KINDS.member(kind) for kind in message.skipped),
+            stage_data_types=dict(message.stage_data_types),
         )
 
 

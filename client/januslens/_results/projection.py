@@ -74,7 +74,5 @@ class Projection:
 def _scores(
     ids: Iterable[int], probabilities: Iterable[float], logits: Iterable[float], tokens: TokenTable
 ) -> tuple[TokenScore, ...]:
-    return tuple(
-        TokenScore(tokens[token_id], probability, logit)
-        for token_id, probability, logit in zip(ids, probabilities, logits, strict=True)
-    )
+    named = map(tokens.__getitem__, ids)
+    return tuple(map(TokenScore._make, zip(named, probabilities, logits, strict=True)))

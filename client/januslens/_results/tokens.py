@@ -57,4 +57,5 @@ class TokenTable:
 
     def __getitem__(self, token_id: int) -> Token:
         """The token; one without text if none has been sent for it."""
-        return self._tokens.get(token_id) or Token(token_id, "")
+        found = self._tokens.get(token_id)
+        return Token(token_id, "") if found is None else found

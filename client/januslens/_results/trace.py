@@ -121,8 +121,8 @@ class Trace(GraphView):
         """The components by what each adds to the target's logit, largest first.
 
         Components are the embedding, heads, neurons, biases and the rest of each sum: every
-        summand of the residual stream once. Over all layers they and
-        `summary.constant_logit_contribution` add up to the target's logit.
+        summand of the residual stream once. Over all layers they and the target's
+        `constant_logit_contribution` add up to its logit.
 
         Raises:
             ValueError: The trace was made without logit contributions.

@@ -21,7 +21,9 @@ class PositionTarget:
         predicted: The model's own next token.
         target_probability: What the model's output gives the target.
         target_rank: 0 = it is the model's own choice.
-        target_logit: Its logit, before a soft cap.
+        target_logit: Its logit.
+        constant_logit_contribution: What norm and head bias add to it, in logits; with every
+            component's contribution it adds up to the target's logit before a soft cap.
     """
 
     position: int
@@ -30,6 +32,7 @@ class PositionTarget:
     target_probability: float
     target_rank: int
     target_logit: float
+    constant_logit_contribution: float
 
     @classmethod
     def from_message(cls, message: trace_pb2.PositionTarget, tokens: TokenTable) -> PositionTarget:
@@ -41,6 +44,7 @@ class PositionTarget:
             target_probability=message.target_probability,
             target_rank=message.target_rank,
             target_logit=message.target_logit,
+            constant_logit_contribution=message.constant_logit_contribution,
         )
 
 
@@ -82,9 +86,8 @@ class TraceSummary:
         nodes: How many nodes were sent.
         edges: How many edges were sent.
         times: Seconds by stage on the server.
-        checks: What was verified on this very trace.
-        constant_logit_contribution: What norm and head bias add to the target's logit; the parts
-            of all layers and this add up to it.
+        checks: What the model's self-check measured, where asked for.
+        constant_logit_contribution: That of the last position's target.
     """
 
     nodes: int

@@ -1,0 +1,76 @@
+"""A gRPC server that says what a test tells it to, for what the real one never does."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+
+from januslens.v1 import models_pb2, trace_pb2
+
+SERVICE = "januslens.v1.IntrospectionService"
+
+
+@dataclass
+class Script:
+    """Sends `responses`; then ends, or with `hangs` waits until the caller leaves.
+
+    Knows ListModels and Trace only; `called` and `left` say when a caller came and went.
+    """
+
+    responses: Sequence[trace_pb2.TraceResponse] = ()
+    hangs: bool = False
+    pages: Sequence[models_pb2.ListModelsResponse] = ()
+    metadata: list[dict[str, str | bytes]] = field(default_factory=list)
+    called: threading.Event = field(default_factory=threading.Event)
+    left: threading.Event = field(default_factory=threading.Event)
+
+    def trace(
+        self, _request: trace_pb2.TraceRequest, context: grpc.ServicerContext
+    ) -> Iterator[trace_pb2.TraceResponse]:
+        context.add_callback(self.left.set)
+        self._come(context)
+        yield from self.responses
+        if self.hangs:
+            self.left.wait(30)
+
+    def list_models(
+        self, request: models_pb2.ListModelsRequest, context: grpc.ServicerContext
+    ) -> models_pb2.ListModelsResponse:
+        self._come(context)
+        return self.pages[int(request.page_token or 0)]
+
+    def _come(self, context: grpc.ServicerContext) -> None:
+        self.metadata.append(dict(context.invocation_metadata()))
+        self.called.set()
+
+
+@contextmanager
+def serving(script: Script) -> Iterator[str]:
+    """Serve a script on a free port; gives the address."""
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "Trace": grpc.unary_stream_rpc_method_handler(
+            script.trace,
+            trace_pb2.TraceRequest.FromString,
+            trace_pb2.TraceResponse.SerializeToString,
+        ),
+        "ListModels": grpc.unary_unary_rpc_method_handler(
+            script.list_models,
+            models_pb2.ListModelsRequest.FromString,
+            models_pb2.ListModelsResponse.SerializeToString,
+        ),
+    }
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        script.left.set()
+        server.stop(None).wait()

@@ -1,0 +1,275 @@
+"""The command as its user meets it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from safetensors.numpy import save_file
+
+from januslens import read_gradient, read_trace
+from januslens._verbs import gradient_lens as gradient_verb
+from januslens._verbs import project as project_verb
+from januslens._verbs import trace as trace_verb
+from januslens.cli.gradient import gradient as gradient_command
+from januslens.cli.parameters import layer_list, matrix_list, position_list
+from januslens.cli.program import januslens
+from januslens.cli.project import project as project_command
+from januslens.cli.trace import trace as trace_command
+from tests.client.messages import trace_stream
+from tests.client.scripted import Script, serving
+
+PROMPT = "The capital of Japan is the city of"
+CONTEXT = click.Context(januslens)
+OPTION = click.Option(["--x"])
+
+
+def run(*arguments: str, **environment: str) -> Result:
+    return CliRunner().invoke(januslens, arguments, env=environment, catch_exceptions=False)
+
+
+@pytest.fixture
+def demo(server_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real server, where the command looks for one."""
+    monkeypatch.setenv("JANUSLENS_SERVER", server_address)
+
+
+def test_lists_as_they_are_typed() -> None:
+    assert layer_list(CONTEXT, OPTION, "0-2,7") == [0, 1, 2, 7]
+    assert layer_list(CONTEXT, OPTION, "3") == [3]
+    assert position_list(CONTEXT, OPTION, "-1,3") == [-1, 3]
+    assert position_list(CONTEXT, OPTION, "all") == "all"
+    assert matrix_list(CONTEXT, OPTION, "ff1, Q") == ["FF1", "Q"]
+    assert layer_list(CONTEXT, OPTION, None) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trace"], "Missing argument 'PROMPT'"),
+        (["gradient", "x"], "Missing option '--target'"),
+        (["trace", "x", "--layers", "3-1"], "layers like 0-3,7"),
+        (["trace", "x", "--layers", "-1"], "layers like 0-3,7"),
+        (["trace", "x", "--positions", "last"], "positions like -1,3 or all"),
+        (["trace", "x", "--lens", "sharp"], "'sharp' is not one of"),
+        (["trace", "x", "--heads", "-1"], "not in the range"),
+        (["trace", "x", "--target", ""], "something for the target"),
+        (["gradient", "x", "--target", "y", "--matrices", "ff3"], "FF1"),
+        (["trace", "x", "--colour", "red"], "No such option"),
+        (["introspect"], "No such command"),
+        (["project", "absent.npy"], "does not exist"),
+    ],
+)
+def test_wrong_usage_ends_with_2_one_line_and_a_hint(arguments: list[str], words: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    line, hint = result.stderr.splitlines()
+    assert line.startswith("januslens: ")
+    assert words in line
+    assert hint.startswith("try 'januslens")
+
+
+def test_a_server_that_is_not_there_ends_with_1() -> None:
+    result = run("models", "--server", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "no answer from 127.0.0.1:1" in result.stderr
+    assert "--server" in result.stderr
+
+
+def test_help_and_version_end_with_0() -> None:
+    assert run("--help").exit_code == 0
+    assert run("trace", "--help").exit_code == 0
+    assert run("--version").output.startswith("januslens ")
+
+
+@pytest.mark.parametrize(
+    ("command", "verb", "own"),
+    [
+        (trace_command, trace_verb, {"rows", "details"}),
+        (gradient_command, gradient_verb, {"rows"}),
+        (project_command, project_verb, {"file", "name"}),
+    ],
+)
+def test_every_option_is_an_argument_of_the_verb(
+    command: click.Command, verb: object, own: set[str]
+) -> None:
+    import inspect
+
+    connection = {"server", "token", "secure", "timeout", "as_json"}
+    options = {parameter.name for parameter in command.params} - own - connection
+    assert options <= set(inspect.signature(verb).parameters)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("demo")
+def test_the_trace_shows_where_tokyo_comes_from() -> None:
+    result = run("trace", PROMPT)
+    assert result.exit_code == 0
+    text = result.stdout
+    assert re.search(r"target +␣Tokyo after ␣of \(7\): the model's own prediction", text)
+    assert re.search(r"on top for good after layer \d's (attention|MLP)", text)
+    assert re.search(r"L\d head \d adds most: \+[\d.]+ to its logit, reading ␣Japan \(3\)", text)
+    emergence = text[text.index("How ␣Tokyo emerges") : text.index("The heads that")]
+    ranks = [int(rank) for rank in re.findall(r"  (\d+)  (?:0\.\d{3}|\de-\d\d)", emergence)]
+    assert len(ranks) == 9
+    assert ranks[0] > 100
+    assert ranks[-1] == 0
+    assert re.search(r"\+[\d.]+ +\d+ % +L\d head \d +␣Japan \(3\) 0\.\d\d", text)
+    assert re.search(r"\+[\d.]+ +\d+ % +L\d neuron \d+ +\+[\d.]+ +\S", text)
+    assert "The strongest way back" in text
+    assert max(len(line) for line in text.splitlines()) <= 110
+
+
+@pytest.mark.usefixtures("demo")
+def test_the_trace_in_detail_shows_every_layer() -> None:
+    result = run("trace", PROMPT, "--details", "--rows", "2", "--layers", "2-3")
+    assert result.exit_code == 0
+    for title in ("Layer 2: what attention brings", "Layer 3: what the MLP recalls"):
+        assert title in result.stdout
+    assert "Layer 1:" not in result.stdout
+
+
+@pytest.mark.usefixtures("demo")
+def test_many_positions_are_a_picture_first() -> None:
+    result = run("trace", PROMPT, "--positions", "all", "--rows", "1")
+    assert result.exit_code == 0
+    assert "The residual stream after each layer" in result.stdout
+    assert result.stdout.count("How ") == 3
+
+
+@pytest.mark.usefixtures("demo")
+def test_another_target_and_another_prompt() -> None:
+    result = run("trace", PROMPT, "--target", " Paris")
+    assert re.search(r"␣Paris after ␣of \(7\): rank \d+; the model predicts ␣Tokyo", result.stdout)
+    assert "at best, and to" in result.stdout
+
+
+@pytest.mark.usefixtures("demo")
+def test_the_gradient_says_which_end_is_promoted() -> None:
+    result = run("gradient", PROMPT, "--target", " Paris", "--verify", "--subject", " Japan")
+    assert result.exit_code == 0
+    text = result.stdout
+    assert "the model predicts ␣Tokyo" in text
+    imprint, shift = text.index("Imprint: what a step writes"), text.index("Shift: which way")
+    assert imprint < shift
+    assert "↑ promoted by a descent step, the bottom of δ's ranking" in text
+    assert "so it promotes the bottom" in text
+    assert re.search(r"↑␣Paris", text[shift:])
+    assert re.search(r"↓␣Tokyo", text[shift:])
+    assert re.search(r"FF2 against autograd: relative error at most .* held\)", text)
+    assert "By segment of the prompt" in text
+    assert "last subject token" in text
+    assert max(len(line) for line in text.splitlines()) <= 110
+
+
+@pytest.mark.usefixtures("demo")
+def test_the_gradient_shows_neurons_and_spectrum() -> None:
+    result = run(
+        "gradient", PROMPT, "--target", " Paris", "--neurons", "2", "--lr", "0.01",
+        "--spectrum", "1", "--matrices", "ff2", "--layers", "3", "--rows", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0
+    assert "The neurons of FF2 that a step moves most" in result.stdout
+    assert "Spectrum of FF2's gradient" in result.stdout
+    assert "Imprint" not in result.stdout
+
+
+@pytest.mark.usefixtures("demo")
+def test_models_and_tokens() -> None:
+    result = run("models")
+    assert re.search(r"demo +READY", result.stdout)
+    result = run("tokenize", " Tokyo\n")
+    assert "␣Tokyo" in result.stdout
+    assert "⏎" in result.stdout
+    assert "20 54 6f 6b 79 6f" in result.stdout
+
+
+@pytest.mark.usefixtures("demo")
+def test_vectors_from_files(tmp_path: Path) -> None:
+    vectors = np.eye(2, 128, dtype=np.float32)
+    np.save(tmp_path / "v.npy", vectors)
+    save_file({"probe": vectors, "other": vectors[:1]}, tmp_path / "v.safetensors")
+    from_npy = run("project", str(tmp_path / "v.npy"), "--lens", "raw")
+    named = run("project", str(tmp_path / "v.safetensors"), "--name", "probe", "--lens", "raw")
+    assert from_npy.exit_code == 0
+    assert from_npy.stdout == named.stdout
+    unnamed = run("project", str(tmp_path / "v.safetensors"))
+    assert unnamed.exit_code == 2
+    assert "--name to be one of other, probe" in unnamed.stderr
+    (tmp_path / "v.txt").write_text("1 2")
+    assert run("project", str(tmp_path / "v.txt")).exit_code == 2
+
+
+@pytest.mark.usefixtures("demo")
+def test_json_is_the_stream() -> None:
+    result = run("trace", PROMPT, "--json", "--top-k", "2")
+    trace = read_trace(result.stdout.splitlines())
+    assert list(trace.to_json_lines()) == result.stdout.splitlines()
+    assert trace.target().target.text == " Tokyo"
+    result = run("gradient", PROMPT, "--target", " Paris", "--layers", "3", "--json")
+    assert read_gradient(result.stdout.splitlines()).header.targets[0].text == " Paris"
+    assert run("models", "--json").stdout.startswith('{"models": [{"name": "demo"')
+    assert run("tokenize", "a", "--json").stdout.startswith('{"tokens"')
+
+
+@pytest.mark.usefixtures("demo")
+def test_what_the_server_refuses_ends_with_1() -> None:
+    result = run("trace", PROMPT, "--model", "absent")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "absent" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_ends_with_130_and_cancels_the_call() -> None:
+    script = Script(responses=trace_stream()[:2], hangs=True)
+    with serving(script) as address:
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from januslens.cli import main; main()",
+             "trace", "x", "--server", address],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert script.called.wait(30)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert script.left.wait(10)
+    assert stdout == ""
+    assert "Traceback" not in stderr
+
+
+def test_a_cut_stream_ends_with_1() -> None:
+    with serving(Script(responses=trace_stream()[:2])) as address:
+        result = run("trace", "x", "--server", address)
+    assert result.exit_code == 1
+    assert "without its summary" in result.stderr
+
+
+def test_a_token_that_commands_a_terminal_is_shown_harmless() -> None:
+    responses = trace_stream()
+    for token in responses[1].layer.tokens:
+        token.text = "\x1b[31m\u202e"
+    with serving(Script(responses=responses)) as address:
+        result = run("trace", "x", "--server", address)
+    assert result.exit_code == 0
+    assert "\x1b" not in result.stdout
+    assert "\u202e" not in result.stdout
+    assert "<U+001B>[31m<U+202E>" in result.stdout
+
+
+def test_a_terminal_without_unicode_gets_escapes() -> None:
+    with serving(Script(responses=trace_stream())) as address:
+        done = subprocess.run(
+            [sys.executable, "-c", "from januslens.cli import main; main()",
+             "trace", "x", "--server", address],
+            check=False, capture_output=True, env={"PYTHONIOENCODING": "ascii"},
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"\\u2423" in done.stdout

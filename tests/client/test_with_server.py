@@ -1,0 +1,245 @@
+"""Both clients against the real server with the embedded demo."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import januslens
+from januslens import AsyncClient, Client, LayerGraph, Matrix, Trace
+from tests.support.server import ServerProcess
+
+PROMPT = "The capital of Japan is the city of"
+LAYERS = 4
+HEADS = 4
+
+
+@pytest.fixture(scope="module")
+def client(server_address: str) -> Iterator[Client]:
+    with Client(server_address, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def trace(client: Client) -> Trace:
+    return client.trace(PROMPT)
+
+
+def test_the_demo_is_ready_and_keeps_its_guarantees(client: Client) -> None:
+    (model,) = client.list_models()
+    assert (model.name, model.n_layers, model.ready) == ("demo", LAYERS, True)
+    assert model.guarantees
+    assert all(guarantee.held for guarantee in model.guarantees)
+
+
+def test_tokens_cover_the_text(client: Client) -> None:
+    tokens = client.tokenize(PROMPT)
+    assert [token.text for token in tokens][-2:] == [" city", " of"]
+    assert b"".join(token.raw for token in tokens).decode() == PROMPT
+    assert [PROMPT[token.start : token.end] for token in tokens] == [t.text for t in tokens]
+
+
+def test_tokyo_emerges(trace: Trace) -> None:
+    assert trace.target().target.text == " Tokyo"
+    outputs = [layer.nodes_of("BLOCK_OUTPUT")[-1].projection for layer in trace.layers]
+    probabilities = [read.target_probability or 0.0 for read in outputs if read]
+    assert probabilities[0] < 0.01
+    assert probabilities[-1] > 0.5
+    assert probabilities[-1] == pytest.approx(trace.target().target_probability, abs=1e-5)
+    prediction = trace.nodes_of("PREDICTION")[0].projection
+    assert prediction is not None
+    assert prediction.top_tokens[0].text == " Tokyo"
+
+
+def test_every_sum_is_the_sum_of_its_parts(trace: Trace) -> None:
+    parts = trace.edges[trace.edges["share"].notna()]
+    totals = parts.groupby("target")["share"].sum()
+    assert len(totals) == LAYERS * (HEADS + 5)  # heads, together, W_O, mid, MLP, block
+    np.testing.assert_allclose(totals, 1.0, atol=1e-4)
+
+
+def test_the_contributions_and_the_constant_are_the_logit(trace: Trace) -> None:
+    target = trace.target()
+    total = sum(part.logit_contribution or 0.0 for part in trace.contributions())
+    expected = pytest.approx(target.target_logit, rel=1e-4)
+    assert total + target.constant_logit_contribution == expected
+
+
+def test_the_strongest_head_reads_the_country(trace: Trace) -> None:
+    head = max(trace.heads(), key=lambda part: part.logit_contribution or 0.0)
+    source = max(trace.parts_of(head.node), key=lambda p: (p.edge and p.edge.attention) or 0.0)
+    position = source.node.source_position
+    assert position is not None
+    assert trace.prompt_tokens[position].text == " Japan"
+
+
+def test_the_path_leads_from_the_prediction_to_the_embedding(trace: Trace) -> None:
+    path = trace.path_to_target()
+    assert path[0].node.kind is januslens.NodeKind.PREDICTION
+    assert path[-1].node.kind is januslens.NodeKind.BLOCK_INPUT
+
+
+def test_every_norm_has_an_effect(trace: Trace) -> None:
+    effects = trace.norm_effects()
+    assert len(effects) == 2 * LAYERS + 1
+    assert all(len(effect.removed) == len(effect.added) for effect in effects)
+
+
+def test_streamed_is_computed_at_once(client: Client, trace: Trace) -> None:
+    with client.stream_trace(PROMPT) as stream:
+        events = list(stream)
+        result = stream.result()
+    layers = [event for event in events if isinstance(event, LayerGraph)]
+    assert tuple(layers) == result.layers == trace.layers
+    assert [layer.layer for layer in layers] == list(range(LAYERS))
+    assert result.prompt_tokens == trace.prompt_tokens
+    assert result.targets == trace.targets
+
+
+def test_some_layers_at_some_positions(client: Client) -> None:
+    trace = client.trace(PROMPT, layers=[1, 3], positions=[3, -1])
+    assert [layer.layer for layer in trace.layers] == [1, 3]
+    assert [target.position for target in trace.targets] == [3, 7]
+    assert trace.edges["kind"].eq("GAP").sum() == 2
+    assert trace.path_to_target(3)[0].node.position == 3
+
+
+def test_a_nodes_vector_read_by_project_is_what_the_trace_says(client: Client) -> None:
+    traced = client.trace(PROMPT, vectors=True, layers=LAYERS - 1)
+    node = traced.nodes_of("BLOCK_OUTPUT")[-1]
+    assert node.vector is not None
+    assert node.projection is not None
+    (read,) = client.project(node.vector.float32(), target=" Tokyo")
+    assert read.top_tokens == node.projection.top_tokens
+    assert read.target_rank == node.projection.target_rank == 0
+    assert read.entropy_bits == pytest.approx(node.projection.entropy_bits, abs=1e-4)
+    assert np.linalg.norm(node.vector.float32()) == pytest.approx(node.norm, rel=1e-5)
+
+
+def test_token_ids_are_as_good_as_text(client: Client, trace: Trace) -> None:
+    ids = [token.id for token in trace.prompt_tokens]
+    again = client.trace(ids, trace.target().target.id)
+    assert again.layers == trace.layers
+
+
+def test_a_recorded_trace_is_the_trace(trace: Trace) -> None:
+    assert januslens.read_trace(trace.to_json_lines()) == trace
+
+
+def test_a_step_promotes_the_target_at_the_named_end(client: Client) -> None:
+    gradient = client.gradient_lens(PROMPT, " Paris", matrices=["FF2"])
+    assert gradient.header.predicted.text == " Tokyo"
+    component = gradient.matrix(LAYERS - 1, "FF2").components[0]
+    assert component.position == 7
+    assert component.promoted[0].text == " Paris"
+    assert component.suppressed[0].text == " Tokyo"
+
+
+def test_matrices_come_from_the_last_layer_down(client: Client) -> None:
+    with client.stream_gradient_lens(PROMPT, " Paris", matrices=["FF1"]) as stream:
+        layers = [event.layer for event in stream if isinstance(event, Matrix)]
+    assert layers == sorted(layers, reverse=True)
+
+
+def test_factors_make_the_gradient_that_the_server_measured(client: Client) -> None:
+    gradient = client.gradient_lens(
+        PROMPT, " Paris", layers=[1], factors=True, components=0, spectrum=2, verify=True
+    )
+    for matrix in gradient.matrices:
+        dense = matrix.gradient()
+        assert dense.shape == (matrix.d_in, matrix.d_out)
+        assert np.linalg.norm(dense) == pytest.approx(matrix.frobenius_norm, rel=1e-5)
+        singular = np.linalg.svd(dense, compute_uv=False)
+        found = [direction.value for direction in matrix.spectrum]
+        np.testing.assert_allclose(found, singular[:2], rtol=1e-4)
+        assert matrix.verification is not None
+        assert matrix.verification.relative_error <= matrix.verification.tolerance
+
+
+def test_some_components_are_not_the_gradient(client: Client) -> None:
+    gradient = client.gradient_lens(PROMPT, " Paris", layers=[1], factors=True, components=1)
+    with pytest.raises(ValueError, match="components=0"):
+        gradient.matrices[0].gradient()
+
+
+def test_other_losses(client: Client, trace: Trace) -> None:
+    tokyo = trace.target().target.id
+    difference = client.gradient_lens(
+        PROMPT, loss=januslens.LogitDifference(" Paris", tokyo), layers=[3]
+    )
+    assert difference.matrix(3, "FF2").components[0].promoted[0].text == " Paris"
+    forgotten = client.gradient_lens(PROMPT, loss=januslens.KlDivergence([tokyo]), layers=[3])
+    assert forgotten.matrix(3, "FF2").components[0].suppressed[0].text == " Tokyo"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "error", "field"),
+    [
+        (PROMPT, {"model": "absent"}, januslens.ModelNotFound, None),
+        (PROMPT, {"revision": "absent"}, januslens.ModelNotFound, None),
+        ("", {}, januslens.InvalidRequest, "input"),
+        ([2**31], {}, januslens.InvalidRequest, "input"),
+        (PROMPT, {"layers": [LAYERS]}, januslens.InvalidRequest, "layers"),
+        (PROMPT, {"positions": [99]}, januslens.InvalidRequest, "positions"),
+        (PROMPT, {"target": " Tokyo Paris"}, januslens.InvalidRequest, "target"),
+        ([1] * 1000, {}, januslens.InvalidRequest, "input"),
+    ],
+)
+def test_what_the_server_refuses_is_typed_and_names_the_field(
+    client: Client,
+    prompt: str | list[int],
+    options: dict[str, str | list[int]],
+    error: type[januslens.JanuslensError],
+    field: str | None,
+) -> None:
+    with pytest.raises(error) as caught:
+        client.trace(prompt, **options)  # type: ignore[arg-type]  # of several types
+    assert caught.value.reason
+    assert caught.value.message
+    if field is not None:
+        assert caught.value.field_violations[0].field.startswith(field)
+
+
+def test_an_errors_request_id_is_in_the_servers_log(client: Client, server: ServerProcess) -> None:
+    with pytest.raises(januslens.ModelNotFound) as caught:
+        client.trace(PROMPT, model="absent")
+    server.wait_for(caught.value.request_id)
+
+
+def test_a_cancelled_stream_leaves_the_server_serving(client: Client, trace: Trace) -> None:
+    for _ in range(3):
+        with client.stream_trace(PROMPT, positions="all", heads=0, top_neurons=0) as stream:
+            next(stream)
+    assert client.trace(PROMPT).layers == trace.layers
+
+
+def test_a_deadline_ends_the_call(client: Client) -> None:
+    with pytest.raises(januslens.DeadlineExceeded):
+        client.trace(PROMPT, positions="all", heads=0, top_neurons=0, timeout=0.01)
+
+
+async def test_the_async_client_finds_the_same(server_address: str, trace: Trace) -> None:
+    async with AsyncClient(server_address, timeout=120) as client:
+        traced, gradient, models, tokens = await asyncio.gather(
+            client.trace(PROMPT),
+            client.gradient_lens(PROMPT, " Paris", layers=[3]),
+            client.list_models(),
+            client.tokenize(PROMPT),
+        )
+        (read,) = await client.project(np.ones(models[0].d_model), top_k=1)
+    assert traced.layers == trace.layers
+    assert gradient.matrix(3, "FF2").components[0].promoted[0].text == " Paris"
+    assert len(tokens) == 8
+    assert len(read.top) == 1
+
+
+async def test_the_async_client_streams(server_address: str, trace: Trace) -> None:
+    async with AsyncClient(server_address, timeout=120) as client:
+        async with client.stream_trace(PROMPT) as stream:
+            layers = [event async for event in stream if isinstance(event, LayerGraph)]
+        with pytest.raises(januslens.ModelNotFound):
+            await client.trace(PROMPT, model="absent")
+    assert tuple(layers) == trace.layers
