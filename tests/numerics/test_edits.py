@@ -1,0 +1,137 @@
+"""PreviewEdit against really editing a copy of the model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.results import EditPreview, Effect, MatrixKind
+from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec, Probe
+from tests.support.reference_examples import EXAMPLES, prompt
+from tests.support.reference_loaded import LoadExample
+
+ATTENTION = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)
+
+
+def preview(resident: ResidentModel, spec: PreviewEditSpec) -> EditPreview:
+    (result,) = preview_edit(resident, spec, lambda: None)
+    return result
+
+
+def next_token(network: Any, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        log_p: Tensor = network(torch.tensor([ids])).logits[0, -1].double().log_softmax(0)
+    return log_p
+
+
+def assert_effect(effect: Effect, before: Tensor, after: Tensor, target: int) -> None:
+    assert effect.target_token_id == target
+    assert effect.probability_before == pytest.approx(before[target].exp().item(), rel=1e-4)
+    assert effect.probability_after == pytest.approx(after[target].exp().item(), rel=1e-4)
+    assert effect.rank_before == int((before > before[target]).sum())
+    assert effect.rank_after == int((after > after[target]).sum())
+    assert effect.predicted_before == int(before.argmax())
+    assert effect.predicted_after == int(after.argmax())
+    bits = (before.exp() * (before - after)).sum().item() / torch.log(torch.tensor(2.0)).item()
+    assert effect.kl_bits == pytest.approx(bits, rel=1e-3, abs=1e-6)
+
+
+def is_weight_of(name: str, pieces: tuple[str, ...]) -> bool:
+    return name.endswith(".weight") and any(piece in name for piece in pieces)
+
+
+MLP_NAMES = ("mlp.",)
+ATTENTION_NAMES = ("attn.", "attention.")
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+@pytest.mark.parametrize(
+    ("kinds", "pieces"),
+    [((), MLP_NAMES), ((*ATTENTION, MatrixKind.FF1, MatrixKind.FF2), MLP_NAMES + ATTENTION_NAMES)],
+    ids=["mlp", "all"],
+)
+def test_a_descent_step_is_what_sgd_on_a_copy_does(
+    name: str, kinds: tuple[MatrixKind, ...], pieces: tuple[str, ...], load_example: LoadExample
+) -> None:
+    loaded = load_example(name)
+    ids, probe, targets, rate = prompt(name, 7), prompt(name, 9)[3:], (17, 5), 0.02
+    edited = copy.deepcopy(loaded.network)
+    log_p = edited(torch.tensor([[*ids, targets[0]]])).logits[0].log_softmax(-1)
+    (-log_p[-2, targets[0]] - log_p[-1, targets[1]]).backward()
+    with torch.no_grad():
+        for parameter_name, parameter in edited.named_parameters():
+            if is_weight_of(parameter_name, pieces):
+                parameter.sub_(rate * parameter.grad)
+
+    spec = PreviewEditSpec(
+        prompt=tuple(ids),
+        target=targets,
+        edit=DescentStep(kinds, (), rate),
+        probes=(Probe("same target", tuple(probe), None), Probe("other", tuple(probe), (3,))),
+    )
+    result = preview(loaded.resident, spec)
+
+    for effect, tokens, target in [
+        (result.edited, ids, targets[0]),
+        (result.probes[0], probe, targets[0]),
+        (result.probes[1], probe, 3),
+    ]:
+        before, after = next_token(loaded.network, tokens), next_token(edited, tokens)
+        assert_effect(effect, before, after, target)
+    assert [probe.label for probe in result.probes] == ["same target", "other"]
+    assert result.edited.probability_after > result.edited.probability_before
+
+
+@pytest.mark.parametrize("name", sorted(EXAMPLES))
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_forward_shift_is_the_papers_update_of_one_matrix(
+    name: str, layer: int, load_example: LoadExample
+) -> None:
+    loaded = load_example(name)
+    ids, target, eta = prompt(name, 6), 321, 0.3
+    edited = copy.deepcopy(loaded.network)
+    ff2 = second_matrix(edited, layer)
+    inputs: list[Tensor] = []
+    handle = ff2.register_forward_hook(lambda _m, args, _o: inputs.append(args[0][0, -1]))
+    next_token(edited, ids)
+    handle.remove()
+    update = eta * torch.outer(inputs[0], edited.get_input_embeddings().weight[target])
+    with torch.no_grad():
+        stored = update.T if isinstance(ff2, nn.Linear) else update
+        ff2.get_parameter("weight").add_(stored)
+
+    spec = PreviewEditSpec(tuple(ids), (target, 1), ForwardShift(layer, eta))
+    result = preview(loaded.resident, spec)
+
+    before, after = next_token(loaded.network, ids), next_token(edited, ids)
+    assert_effect(result.edited, before, after, target)
+
+
+def second_matrix(network: Any, layer: int) -> nn.Module:
+    """FF2 by the name that each family gives it."""
+    body = getattr(network, "transformer", None)
+    block = network.model.layers[layer] if body is None else body.h[layer]
+    for name in ("c_proj", "down_proj", "fc_out"):
+        if hasattr(block.mlp, name):
+            module: nn.Module = getattr(block.mlp, name)
+            return module
+    raise LookupError(f"expected an MLP with a second matrix, got {block.mlp}")
+
+
+def test_previews_leave_the_resident_weights_and_modules_alone(load_example: LoadExample) -> None:
+    resident = load_example("gpt2").resident
+    weights = {name: p.clone() for name, p in resident.network.named_parameters()}
+    spec = PreviewEditSpec((1, 2, 3), (4,), DescentStep((), (), 0.5))
+    first = preview(resident, spec)
+    assert preview(resident, spec) == first
+    for name, parameter in resident.network.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+        assert not parameter.requires_grad, name
+        assert parameter.grad is None, name
+    assert not any(module._forward_hooks for module in resident.network.modules())
