@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Sequence
@@ -36,6 +38,10 @@ def main() -> None:
     except OSError as error:
         sys.stderr.write(f"januslens-server: {error}\n")
         raise SystemExit(1) from error
+    # A thread that loads or computes cannot be stopped inside native code, and would turn an
+    # orderly exit into an abort.
+    logging.shutdown()
+    os._exit(0)
 
 
 async def serve(settings: Settings) -> None:
@@ -54,14 +60,17 @@ async def serve(settings: Settings) -> None:
         asyncio.run_coroutine_threadsafe(_update(health, registry), loop)
 
     registry = Registry(_sources(settings), self_check, observe)
-    service = IntrospectionService(registry, DeviceStreams(worker, settings.stall_seconds))
-    server = build_server(service, health)
+    streams = DeviceStreams(worker, settings.stall_seconds)
+    server = build_server(IntrospectionService(registry, streams), health)
     await health.update(registry.statuses())
     await _listen(server, settings)
     loading = threading.Thread(target=registry.load_all, name="model-loader", daemon=True)
     loading.start()
     await _signalled(loop)
-    await _drain(server, health, worker, settings.grace_seconds)
+    await health.drain()
+    registry.close()
+    worker.refuse_new()
+    await _finish(server, streams, settings.grace_seconds)
 
 
 def _sources(settings: Settings) -> list[ModelSource]:
@@ -74,15 +83,21 @@ def _sources(settings: Settings) -> list[ModelSource]:
 
 
 async def _listen(server: grpc.aio.Server, settings: Settings) -> None:
-    address = f"{settings.host}:{settings.port}"
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise OSError(f"cannot serve on {address}: is another server running there?") from error
-    await server.start()
+    _check_free(settings.host, settings.port)
+    _check_free(settings.metrics_host, settings.metrics_port)
+    port = server.add_insecure_port(f"{settings.host}:{settings.port}")
     metrics, _ = start_http_server(settings.metrics_port, settings.metrics_host)
+    await server.start()
     logger.info("serving on %s:%d", settings.host, port)
     logger.info("metrics on http://%s:%d/metrics", settings.metrics_host, metrics.server_port)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Say in one line what keeps a port from being had; gRPC's core logs lines of its own."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise OSError(f"cannot serve: {error.strerror}") from error
 
 
 def _log_state(status: ModelStatus) -> None:
@@ -115,19 +130,15 @@ async def _signalled(loop: asyncio.AbstractEventLoop) -> None:
     await stop.wait()
 
 
-async def _drain(
-    server: grpc.aio.Server, health: Health, worker: DeviceWorker, grace: float
-) -> None:
-    """Refuse what is new, finish what runs, then stop.
+async def _finish(server: grpc.aio.Server, streams: DeviceStreams, grace: float) -> None:
+    """Let what runs be computed and read, then stop.
 
     We count our own requests: `stop(grace)` would wait for every open health watch.
     """
-    logger.info("draining %d requests, for at most %g s", worker.unfinished, grace)
-    await health.drain()
-    worker.refuse_new()
-    finished = await asyncio.to_thread(worker.wait_idle, grace)
+    logger.info("draining %d requests, for at most %g s", streams.unfinished, grace)
+    finished = await streams.wait_finished(grace)
     logger.info("drained" if finished else "grace expired, cutting what still runs")
-    # The last messages are on their way to their readers.
+    # The last statuses are on their way to their readers.
     await server.stop(1.0 if finished else 0.0)
 
 

@@ -7,7 +7,13 @@ import threading
 from collections.abc import Callable, Sequence
 
 from januslens_server.demo import model_path
-from januslens_server.errors import InvalidRequest, ModelFailed, ModelLoading, ModelNotFound
+from januslens_server.errors import (
+    InvalidRequest,
+    ModelFailed,
+    ModelLoading,
+    ModelNotFound,
+    ServerDraining,
+)
 from januslens_server.models.loading import ModelSource, load
 from januslens_server.models.resident import ResidentModel
 from januslens_server.results import Guarantee, ModelState, ModelStatus
@@ -37,6 +43,11 @@ class Registry:
         self._lock = threading.Lock()
         self._statuses = {s.name: ModelStatus(s.name, ModelState.LOADING) for s in sources}
         self._resident: dict[str, ResidentModel] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """From now on hand out no model: the server is shutting down."""
+        self._closed = True
 
     def load_all(self) -> None:
         """Load and check every model; one that fails does not keep the others from serving."""
@@ -82,8 +93,11 @@ class Registry:
         """The model to serve; an empty name means the only configured one.
 
         Raises `InvalidRequest` for an empty name among several, `ModelNotFound` for an unknown
-        name or another revision, `ModelLoading` and `ModelFailed` by the model's state.
+        name or another revision, `ModelLoading` and `ModelFailed` by the model's state,
+        `ServerDraining` once closed.
         """
+        if self._closed:
+            raise ServerDraining("the server is shutting down; ask another replica")
         with self._lock:
             statuses, resident = dict(self._statuses), dict(self._resident)
         if not name:

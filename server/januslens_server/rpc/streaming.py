@@ -30,18 +30,44 @@ class DeviceStreams:
         """A reader that takes nothing for `stall_seconds` loses its stream."""
         self._worker = worker
         self._stall_seconds = stall_seconds
+        self._unfinished = 0
+        self._none_left = asyncio.Event()
+        self._none_left.set()
+
+    @property
+    def unfinished(self) -> int:
+        """Requests whose callers still wait for results."""
+        return self._unfinished
+
+    async def wait_finished(self, seconds: float) -> bool:
+        """Wait until every caller has read its last result; gives whether that came in time."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._none_left.wait()
+        except TimeoutError:
+            return False
+        return True
 
     async def results(self, run: Run[Result], context: Context) -> AsyncGenerator[Result]:
         """The pipeline's results; it is cancelled when this iterator is closed early."""
         ticket = Ticket(context.time_remaining())
         outlet: Outlet[Result] = Outlet(OUTLET_BYTES, _bytes)
         self._worker.submit(run, outlet, ticket)
+        self._count(1)
         try:
             async for result in outlet.items():
                 yield result
         finally:
+            self._count(-1)
             ticket.cancel()
             outlet.abandon()
+
+    def _count(self, change: int) -> None:
+        self._unfinished += change
+        if self._unfinished:
+            self._none_left.clear()
+        else:
+            self._none_left.set()
 
     async def stream(
         self,
