@@ -1,5 +1,6 @@
 """The pieces of the demo model's training script."""
 
+from functools import cache
 from itertools import islice
 
 import pytest
@@ -16,6 +17,7 @@ from januslens_server.demo.train import Recipe, fit, new_model
 TINY = Recipe(n_layers=2, d_model=16, n_heads=2, n_positions=24, row_length=16, batch=4, steps=6)
 
 
+@cache
 def tiny_batches() -> list[Tensor]:
     tokenizer = build_tokenizer(TINY.n_positions)
     rows = packed_rows(documents(seed=2), tokenizer, TINY.row_length)

@@ -69,7 +69,7 @@ def _recall_figures(checkpoint: Checkpoint) -> list[Figure]:
         ("facts in trained wordings", fact_prompts("trained"), 1.0),
         ("facts in the wording each was never trained in", fact_prompts("held_out"), 0.99),
         ("facts in wordings that were never trained", fact_prompts("unseen"), 0.0),
-        ("facts at the end of a full context", late, 0.95),
+        ("facts at the end of a full context", late, 0.9),
         ("indirect objects, pairs of names never trained", indirect, 1.0),
     )
     return [Figure(name, accuracy(checkpoint, prompts), floor) for name, prompts, floor in asked]
