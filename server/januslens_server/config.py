@@ -62,9 +62,11 @@ class _ModelType(click.ParamType[ModelSetting]):
         location, _, revision = rest.partition("@")
         if not (name and separator and location):
             self.fail(f"expected {self.name}, got {value!r}", param, ctx)
-        spelled_as_path = location.startswith((".", "/", "~"))
-        if spelled_as_path and not (Path(location).expanduser() / "config.json").is_file():
-            self.fail(f"expected a model folder with config.json, got {location!r}", param, ctx)
+        if location.startswith((".", "/", "~")):  # spelled as a path, not as a hub id
+            folder = Path(location).expanduser()
+            if not (folder / "config.json").is_file():
+                self.fail(f"expected a model folder with config.json, got {location!r}", param, ctx)
+            location = str(folder)
         return ModelSetting(name, location, revision or None)
 
 
@@ -74,13 +76,16 @@ def _read_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -
         return
     try:
         values = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise click.BadParameter(f"{path}: {error}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        one_line = " ".join(str(error).split())
+        raise click.BadParameter(f"{path}: {one_line}") from error
     known = {field.name for field in fields(Settings)}
-    if not isinstance(values, dict) or not values.keys() <= known:
-        unknown = sorted(set(values) - known) if isinstance(values, dict) else values
+    if not isinstance(values, dict):
+        raise click.BadParameter(f"{path}: expected settings by name, got {values!r}")
+    if unknown := [key for key in values if key not in known]:
         raise click.BadParameter(f"{path}: expected some of {sorted(known)}, got {unknown}")
-    ctx.default_map = values
+    # A setting without a value keeps its default.
+    ctx.default_map = {name: value for name, value in values.items() if value is not None}
 
 
 def _settings_command() -> click.Command:
@@ -152,6 +157,9 @@ def _option(*names: str, **attributes: Any) -> click.Option:
 
 def _from_options(print_config: bool, **values: Any) -> Settings:
     settings = Settings(**values)
+    names = [model.name for model in settings.models]
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise click.BadParameter(f"expected a name of its own for each model, got {twice[0]} twice")
     if print_config:
         click.echo(as_yaml(settings), nl=False)
         raise SystemExit(0)
