@@ -53,7 +53,8 @@ class Call:
         elif isinstance(error, Exception):
             await self._abort(error)
         else:  # asyncio's cancellation: the caller is gone, there is no one to answer
-            self._end(grpc.StatusCode.CANCELLED)
+            late = self._context.time_remaining() == 0
+            self._end(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
 
     async def _abort(self, error: Exception) -> NoReturn:
         if not isinstance(error, IntrospectionError):
