@@ -36,8 +36,10 @@ from januslens._errors import (
 )
 from januslens._event_stream import EventStream
 from januslens._recorded import read_gradient, read_trace
+from januslens._requests.edits import DescentStep, ForwardShift, Probe
 from januslens._requests.losses import KlDivergence, LogitDifference, NegativeLogLikelihood
 from januslens._results.components import Component, Entry
+from januslens._results.edits import EditPreview, Effect
 from januslens._results.gradient import Gradient
 from januslens._results.gradient_events import GradientHeader, GradientSummary, SegmentRow
 from januslens._results.graph import Part
@@ -66,13 +68,17 @@ __all__ = [
     "Client",
     "Component",
     "DeadlineExceeded",
+    "DescentStep",
     "Edge",
     "EdgeKind",
+    "EditPreview",
+    "Effect",
     "End",
     "Entry",
     "ErrorDetails",
     "EventStream",
     "FieldViolation",
+    "ForwardShift",
     "Gradient",
     "GradientHeader",
     "GradientSummary",
@@ -98,6 +104,7 @@ __all__ = [
     "Part",
     "PermissionDenied",
     "PositionTarget",
+    "Probe",
     "Projection",
     "ProtocolViolation",
     "Provenance",

@@ -94,6 +94,7 @@ class AsyncClient:
     list_models = _unary(verbs.list_models)
     tokenize = _unary(verbs.tokenize)
     project = _unary(verbs.project)
+    preview_edit = _unary(verbs.preview_edit)
     trace = _whole(verbs.trace)
     stream_trace = _streamed(verbs.trace)
     gradient_lens = _whole(verbs.gradient_lens)

@@ -15,6 +15,7 @@ VERBS = [
     "list_models",
     "tokenize",
     "project",
+    "preview_edit",
     "trace",
     "stream_trace",
     "gradient_lens",

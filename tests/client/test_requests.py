@@ -8,9 +8,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from januslens import KlDivergence, Lens, LogitDifference, MatrixKind, NodeKind, _verbs
+from januslens import (
+    DescentStep,
+    ForwardShift,
+    KlDivergence,
+    Lens,
+    LogitDifference,
+    MatrixKind,
+    NodeKind,
+    Probe,
+    _verbs,
+)
 from januslens._verbs.calls import UnaryCall
-from januslens.v1 import gradient_lens_pb2, lens_pb2, trace_pb2
+from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
 
 
 def trace(*args: Any, **kwargs: Any) -> trace_pb2.TraceRequest:
@@ -29,6 +39,12 @@ def project(*args: Any, **kwargs: Any) -> lens_pb2.ProjectRequest:
     call = next(_verbs.project(*args, **kwargs))
     assert isinstance(call, UnaryCall)
     assert isinstance(call.request, lens_pb2.ProjectRequest)
+    return call.request
+
+
+def preview(*args: Any, **kwargs: Any) -> edits_pb2.PreviewEditRequest:
+    call = next(_verbs.preview_edit(*args, **kwargs))
+    assert isinstance(call.request, edits_pb2.PreviewEditRequest)
     return call.request
 
 
@@ -128,6 +144,20 @@ def test_a_learning_rate_of_zero_is_sent() -> None:
     assert not gradient("x", " c").HasField("learning_rate")
 
 
+def test_edits() -> None:
+    step = preview("x", " c", DescentStep(0.5, ["ff2"], range(2))).descent
+    assert (step.learning_rate, list(step.layers)) == (0.5, [0, 1])
+    assert list(step.matrices) == [gradient_lens_pb2.MATRIX_KIND_FF2]
+    shift = preview("x", " c", ForwardShift(3, eta=0.25)).shift
+    assert (shift.layer, shift.eta) == (3, 0.25)
+
+
+def test_a_probe_that_is_a_prompt_is_its_own_label() -> None:
+    first, second = preview("x", " c", ForwardShift(0, 1), probes=["y", Probe([4], 5)]).probes
+    assert (first.label, first.input.prompt, first.HasField("target")) == ("y", "y", False)
+    assert (second.label, list(second.target.token_ids.ids)) == ("", [5])
+
+
 def test_vectors_travel_as_rows() -> None:
     assert list(project([1.0, 2.0]).vectors.shape) == [1, 2]
     assert list(project(np.zeros((3, 4))).vectors.shape) == [3, 4]
@@ -161,6 +191,10 @@ def test_vectors_travel_as_rows() -> None:
         (lambda: gradient("x", " c", subject=""), ValueError, "text for the subject"),
         (lambda: gradient("x", " c", subject=(2, 2)), ValueError, "start < end"),
         (lambda: gradient("x", " c", neurons=-1), ValueError, "neurons from 0"),
+        (lambda: preview("x", "", ForwardShift(0, 1)), ValueError, "something for the target"),
+        (lambda: preview("x", " c", 0.1), TypeError, "a DescentStep or a ForwardShift"),
+        (lambda: preview("x", " c", ForwardShift(-1, 1)), ValueError, "layer from 0"),
+        (lambda: preview("x", " c", DescentStep(1, [])), ValueError, "at least one kind"),
         (lambda: project(np.zeros((1, 1, 1))), ValueError, r"\[n, d_model\]"),
         (lambda: project([]), ValueError, r"\[n, d_model\]"),
         (lambda: project(["x"]), TypeError, "real numbers"),

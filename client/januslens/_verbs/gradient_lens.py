@@ -14,8 +14,9 @@ from januslens._requests.inputs import (
     optional_count,
 )
 from januslens._requests.losses import Loss, NegativeLogLikelihood, set_loss
+from januslens._requests.matrices import matrix_numbers
 from januslens._results.gradient import Gradient
-from januslens._results.kinds import LENSES, MATRIX_KINDS, Lens, MatrixKind
+from januslens._results.kinds import LENSES, Lens, MatrixKind
 from januslens._stream.gradient import GradientAssembler, GradientEvent
 from januslens._verbs.calls import StreamCall
 from januslens.v1 import gradient_lens_pb2
@@ -82,7 +83,7 @@ def gradient_lens(  # noqa: PLR0913 - by keyword
         model=model,
         revision=revision,
         input=input_message(prompt),
-        matrices=[MATRIX_KINDS.number(kind) for kind in _kinds(matrices)],
+        matrices=matrix_numbers(matrices),
         layers=layer_numbers(layers),
         top_k=optional_count(top_k, "top_k"),
         bottom_k=optional_count(bottom_k, "bottom_k"),
@@ -107,16 +108,6 @@ def _one_loss(target: TargetLike | None, loss: Loss | None) -> Loss:
         return loss
     given = "neither" if loss is None else "both"
     raise ValueError(f"expected either a target or a loss; got {given}")
-
-
-def _kinds(kinds: Iterable[MatrixKind | str] | None) -> list[MatrixKind]:
-    """None = FF1 and FF2; an empty list would mean that too, and surely was not meant."""
-    if kinds is None:
-        return []
-    named = [MatrixKind.of(kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)]
-    if not named:
-        raise ValueError("expected at least one kind for matrices; got none")
-    return named
 
 
 def _subject(subject: SubjectLike) -> gradient_lens_pb2.Subject:

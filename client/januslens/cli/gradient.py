@@ -8,6 +8,7 @@ import click
 
 from januslens._client import Client
 from januslens._event_stream import EventStream
+from januslens._requests.edits import DescentStep, Edit, ForwardShift
 from januslens._results.gradient import Gradient
 from januslens._results.matrices import Matrix
 from januslens._stream.gradient import GradientEvent
@@ -15,6 +16,7 @@ from januslens.cli.parameters import COUNT, LENS, layer_list, matrix_list
 from januslens.cli.session import model_option, usage_errors, with_client
 from januslens.cli.show.console import Steps, console, steps
 from januslens.cli.show.gradient import show_gradient
+from januslens.cli.show.preview import preview_section
 
 
 @click.command()
@@ -28,26 +30,71 @@ from januslens.cli.show.gradient import show_gradient
 )
 @click.option("--subject", metavar="TEXT", help="The prompt's subject: adds a table by segment.")
 @click.option("--neurons", type=COUNT, default=0, help="How many of the neurons moved most.")
-@click.option("--lr", "learning_rate", type=float, help="The step's learning rate, for --neurons.")
+@click.option(
+    "--lr",
+    "learning_rate",
+    type=float,
+    help="The step's learning rate, for --neurons and --preview.",
+)
 @click.option("--spectrum", type=COUNT, default=0, metavar="N", help="How many singular values.")
 @click.option("--components", type=COUNT, help="Components a matrix, 0 = all.")
 @click.option("--top-k", type=COUNT, help="Most likely tokens of a vector.")
 @click.option("--bottom-k", type=COUNT, help="Least likely tokens of a vector.")
 @click.option("--lens", type=LENS, default="final_norm", show_default=True)
+@click.option("--preview", is_flag=True, help="What a step of --lr on these matrices would do.")
+@click.option("--shift", type=COUNT, metavar="LAYER", help="What the forward-pass shift would do.")
+@click.option("--eta", type=float, default=0.24, show_default=True, help="Strength of --shift.")
+@click.option("--probe", "probes", multiple=True, metavar="PROMPT", help="Watch it as well.")
 @click.option("--verify", is_flag=True, help="Compare with autograd's dense gradient.")
 @with_client
-def gradient(client: Client, as_json: bool, /, *, prompt: str, rows: int, **asked: Any) -> None:
+def gradient(
+    client: Client,
+    as_json: bool,
+    /,
+    *,
+    prompt: str,
+    rows: int,
+    preview: bool,
+    shift: int | None,
+    eta: float,
+    probes: tuple[str, ...],
+    **asked: Any,
+) -> None:
     """Show what a step of learning --target after PROMPT would change.
 
     What it would imprint on the matrices' inputs, and which way it would shift what they write:
-    the Backward Lens's two pictures.
+    the Backward Lens's two pictures. With --preview or --shift also what that would do to the
+    answer, here and for every --probe; the model stays as it is.
     """
+    edits = _edits(preview, shift, eta, asked)
     with usage_errors():  # the other options are named as the verb's arguments
         stream = client.stream_gradient_lens(prompt, **asked)
     with stream, steps("gradients") as progress:
         result = _followed(stream, progress)
     if not as_json:
         show_gradient(result, console(), rows)
+    for title, edit in edits.items():
+        found = client.preview_edit(
+            prompt, asked["target"], edit, probes=probes, model=asked["model"]
+        )
+        if not as_json:
+            console().print(preview_section(found, title))
+
+
+def _edits(preview: bool, shift: int | None, eta: float, asked: dict[str, Any]) -> dict[str, Edit]:
+    """What is to be previewed, each under its title."""
+    edits: dict[str, Edit] = {}
+    if preview:
+        rate = asked["learning_rate"]
+        if not rate:
+            context = click.get_current_context()
+            raise click.UsageError("--preview needs --lr, the step's learning rate", context)
+        title = f"What a step of learning rate {rate:g} would do"
+        edits[title] = DescentStep(rate, asked["matrices"], asked["layers"])
+    if shift is not None:
+        title = f"What a forward-pass shift of layer {shift} by {eta:g} would do"
+        edits[title] = ForwardShift(shift, eta)
+    return edits
 
 
 def _followed(stream: EventStream[GradientEvent, Gradient], progress: Steps) -> Gradient:
