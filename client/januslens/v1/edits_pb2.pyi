@@ -55,7 +55,7 @@ class PreviewEditRequest(_message.Message):
 
     @_builtins.property
     def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Probe]:
-        """Other prompts to look at before and after: paraphrases, neighbours."""
+        """Other prompts to look at before and after: paraphrases, neighbours. At most 64."""
 
     def __init__(
         self,

@@ -149,9 +149,9 @@ class GradientLensRequest(_message.Message):
     revision: _builtins.str
     """Revision that must be resident; empty = whichever is. Another one is NOT_FOUND."""
     top_k: _builtins.int
-    """How many of the largest logits each projection lists; unset = 5, 0 = none."""
+    """How many of the largest logits each projection lists; unset = 5, 0 = none, at most 1000."""
     bottom_k: _builtins.int
-    """How many of the smallest logits each projection lists; unset = 5, 0 = none."""
+    """How many of the smallest logits each projection lists; unset = 5, 0 = none, at most 1000."""
     lens: _lens_pb2.Lens.ValueType
     """Lens of all projections; unspecified = LENS_FINAL_NORM. LENS_NORMALIZED suits VJPs near the
     norm's epsilon.

@@ -152,13 +152,13 @@ class ProjectRequest(_message.Message):
     lens: Global___Lens.ValueType
     """Which lens; unspecified = LENS_FINAL_NORM."""
     top_k: _builtins.int
-    """How many of the largest logits to list; unset = 5, 0 = none."""
+    """How many of the largest logits to list; unset = 5, 0 = none, at most 1000."""
     bottom_k: _builtins.int
-    """How many of the smallest logits to list; unset = 5, 0 = none."""
+    """How many of the smallest logits to list; unset = 5, 0 = none, at most 1000."""
     @_builtins.property
     def vectors(self) -> _common_pb2.Tensor:
-        """Vectors of the residual basis, [d_model] or [vectors, d_model], in any floating format; another
-        last dimension is INVALID_ARGUMENT.
+        """Vectors of the residual basis, [d_model] or [vectors, d_model], in any floating format and at
+        most 4096; another last dimension is INVALID_ARGUMENT.
         """
 
     @_builtins.property

@@ -60,7 +60,7 @@ class ListModelsResponse(_message.Message):
     """Token for the next page; empty = this is the last one."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """Models in the order of the server's configuration."""
+        """Models in order of their names."""
 
     def __init__(
         self,

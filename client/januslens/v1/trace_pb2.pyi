@@ -233,18 +233,18 @@ class TraceRequest(_message.Message):
     all_positions: _builtins.bool
     """True sends every position; `positions` must then be empty."""
     top_k: _builtins.int
-    """How many of the largest logits each projection lists; unset = 5, 0 = none."""
+    """How many of the largest logits each projection lists; unset = 5, 0 = none, at most 1000."""
     bottom_k: _builtins.int
-    """How many of the smallest logits each projection lists; unset = 5, 0 = none."""
+    """How many of the smallest logits each projection lists; unset = 5, 0 = none, at most 1000."""
     lens: _lens_pb2.Lens.ValueType
     """Lens of all projections; unspecified = LENS_FINAL_NORM."""
     include_vectors: _builtins.bool
-    """True adds each node's vector."""
+    """True adds each node's vector; RESOURCE_EXHAUSTED when they could exceed the server's limit."""
     include_logit_contribution: _builtins.bool
     """True adds each part's direct contribution to the target's logit."""
     overlap_k: _builtins.int
     """Compares this many top tokens at both ends of every edge (VISIT's intersection score); unset or
-    0 = no `overlap`.
+    0 = no `overlap`, at most 1000.
     """
     allow_batching: _builtins.bool
     """True lets the server run the forward pass together with other requests; results then agree with
