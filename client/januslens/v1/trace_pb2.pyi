@@ -251,7 +251,7 @@ class TraceRequest(_message.Message):
     unbatched ones to 1e-5 instead of bit by bit.
     """
     include_checks: _builtins.bool
-    """True measures on this very request what the load-time self-check measured on another prompt; the
+    """True measures on this very request what the self-check at load measured on another prompt; the
     figures come in the summary.
     """
     @_builtins.property
