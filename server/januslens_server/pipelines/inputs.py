@@ -45,7 +45,7 @@ def read_target(model: ResidentModel, target: TextOrIds, field: str) -> tuple[in
         tokens = model.vocabulary.encode(target, with_special_tokens=False)
         ids = tuple(token.id for token in tokens)
     else:
-        check_ids(model, target, field)
+        check_ids(model, target, f"{field}.token_ids.ids")
         ids = target
     if not ids:
         raise InvalidRequest(field, "expected at least one token, got none")
