@@ -1,0 +1,20 @@
+"""The examples, each built and loaded once in a session."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from tests.support.reference_loaded import Loaded, LoadExample, load_example_in
+
+
+@pytest.fixture(scope="session")
+def load_example(tmp_path_factory: pytest.TempPathFactory) -> LoadExample:
+    folder = tmp_path_factory.mktemp("examples")
+
+    @cache
+    def loaded(name: str) -> Loaded:
+        return load_example_in(folder, name)
+
+    return loaded

@@ -1,0 +1,46 @@
+"""The reference itself: its float64 forward pass is what plain Hugging Face computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from januslens_server.models.adapters import ADAPTERS
+from tests.support.reference_examples import EXAMPLES, prompt
+from tests.support.reference_families import FAMILIES
+from tests.support.reference_loaded import LoadExample
+
+
+def test_every_adapter_has_a_reference_and_an_example() -> None:
+    examined = {example.config().model_type for example in EXAMPLES.values()}
+    assert set(ADAPTERS) == set(FAMILIES) == examined
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_reference_is_the_model(name: str, load_example: LoadExample) -> None:
+    loaded, ids = load_example(name), prompt(name, 13)
+    with torch.no_grad():
+        out = loaded.network(
+            input_ids=torch.tensor([ids]),
+            output_attentions=True,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+    model, passes = loaded.reference, loaded.reference.run(ids)
+    logits = model.unembed(model.final_norm(passes[-1].block_output))
+    torch.testing.assert_close(out.logits[0].double(), logits, rtol=0, atol=3e-5)
+    for layer, passed in enumerate(passes):
+        torch.testing.assert_close(
+            out.attentions[layer][0].double(), passed.pattern, rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(
+            out.hidden_states[layer][0].double(), passed.block_input, rtol=1e-5, atol=5e-5
+        )
+
+
+def test_yarn_example_rotates_and_stretches(load_example: LoadExample) -> None:
+    """M M^T is not the identity there: the transpose is not the inverse."""
+    block = load_example("llama_yarn").reference.blocks[0]
+    matrix = block.rotation(5, 8)
+    product = matrix @ matrix.T
+    assert not torch.allclose(product, torch.eye(len(product)).double(), atol=0.1)
