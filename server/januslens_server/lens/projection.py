@@ -110,9 +110,13 @@ def _ranks(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
 
 
 def _entropy_bits(logits: torch.Tensor, log_normalizer: torch.Tensor) -> torch.Tensor:
-    """-sum p log2 p `[n]`; p = 0 contributes 0 because its finite log is multiplied by it."""
+    """-sum p log2 p `[n]`; p = 0 contributes 0 because its finite log is multiplied by it.
+
+    A sum, which adds in pairs, and no dot product, which adds in sequence: of 50,000 float32
+    terms that loses 0.005 bit.
+    """
     log_p = logits - log_normalizer[:, None]
-    return -torch.einsum("nv,nv->n", log_p.exp(), log_p) / math.log(2)
+    return -log_p.exp().mul_(log_p).sum(1) / math.log(2)
 
 
 def _table(
