@@ -2,15 +2,164 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
 from januslens_server.lens.projection import project
-from januslens_server.specs import LensKind, LensSpec
-from tests.support.reference_lens import softmax
+from januslens_server.results import NodeKind
+from januslens_server.specs import LensKind, LensSpec, ProjectSpec, Selection, TraceSpec
+from tests.support.reference_collect import Traced, run_project, run_trace
+from tests.support.reference_examples import EXAMPLES, VOCABULARY, prompt
+from tests.support.reference_graph import PromptOracle
+from tests.support.reference_lens import ReadingErrors, Readings, read, rows_of, softmax
+from tests.support.reference_loaded import Loaded, LoadExample
+from tests.support.reference_trace import expected_graph
+
+LENGTH = 8
+POSITIONS = (0, 3, LENGTH - 1)
+SMALL = Selection(heads=2, memory_values_per_head=2, top_neurons=3, bottom_neurons=2)
+# What the final norm has passed already is read by the unembedding alone.
+TOP = frozenset({NodeKind.FINAL_NORM, NodeKind.PREDICTION})
+
+
+def traced(loaded: Loaded, ids: Sequence[int], kind: LensKind, target: int | None = None) -> Traced:
+    spec = TraceSpec(
+        tuple(ids),
+        target=None if target is None else (target,),
+        positions=POSITIONS,
+        selection=SMALL,
+        lens=LensSpec(top_k=6, bottom_k=4, kind=kind),
+    )
+    return run_trace(loaded.resident, spec)
+
+
+def projected(found: Traced, top: bool) -> dict[str, int]:
+    """Rows by id of the nodes above the final norm (`top`) or below it."""
+    return {
+        node_id: node.row
+        for node_id, node in found.nodes.items()
+        if node.row is not None and (node.node.kind in TOP) is top
+    }
+
+
+def model_logits(loaded: Loaded, ids: Sequence[int]) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = loaded.network(input_ids=torch.tensor([list(ids)])).logits[0]
+    return logits.double()
+
+
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [(LensKind.FINAL_NORM, None), (LensKind.NORMALIZED, 7), (LensKind.RAW, 7)],
+)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_readings_are_the_reference(
+    name: str, kind: LensKind, target: int | None, load_example: LoadExample
+) -> None:
+    """Readings of the reference's own vectors: capture and lens are checked at once."""
+    loaded, ids = load_example(name), prompt(name, LENGTH)
+    found = traced(loaded, ids, kind, target)
+    oracle = PromptOracle(loaded.reference, ids)
+    expected = expected_graph(oracle, found.header.layers, POSITIONS, SMALL)
+    errors = ReadingErrors()
+    for top in (False, True):
+        rows = projected(found, top)
+        vectors = torch.stack([expected.nodes[node_id].vector for node_id in rows])
+        readings = read(loaded.reference, vectors, LensKind.RAW if top else kind)
+        errors.add(readings, rows_of(found.table, np.array(list(rows.values()))))
+    assert errors.rows > 100 * len(found.header.layers)
+    # As exact as the vectors (test_flow_graph); the lens alone is held closer below.
+    assert errors.logit <= 3e-5
+    assert errors.probability <= 2e-6
+    assert errors.entropy_bits <= 5e-5
+    # Ids and ranks in another order than float64's, all of them within float32's resolution.
+    assert errors.swaps <= errors.rows // 200
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_targets_are_reported_throughout(name: str, load_example: LoadExample) -> None:
+    """The asked-for token, by default the model's own next token at each position."""
+    loaded, ids = load_example(name), prompt(name, LENGTH)
+    own = model_logits(loaded, ids).argmax(-1).tolist()
+    for target, wanted in ((None, own), (7, [7] * LENGTH)):
+        found = traced(loaded, ids, LensKind.FINAL_NORM, target)
+        shown = found.header.targets
+        assert [t.predicted_token_id for t in shown] == [own[p] for p in POSITIONS]
+        assert [t.target_token_id for t in shown] == [wanted[p] for p in POSITIONS]
+        for node in found.nodes.values():
+            if node.row is not None:
+                reported = found.table.target_ids[node.row].tolist()
+                assert reported == [wanted[node.node.position]]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_lens_of_the_last_block_is_the_model(name: str, load_example: LoadExample) -> None:
+    loaded, ids = load_example(name), prompt(name, LENGTH)
+    found = traced(loaded, ids, LensKind.FINAL_NORM, target=7)
+    logits = model_logits(loaded, ids)
+    readings = softmax(logits[list(POSITIONS)])
+    last = found.header.layers[-1]
+    for ending in (f"L{last}/p%d/BLOCK_OUTPUT", "p%d/FINAL_NORM", "p%d/PREDICTION"):
+        rows = [found.nodes[ending % position].row for position in POSITIONS]
+        errors = ReadingErrors()
+        errors.add(readings, rows_of(found.table, np.array(rows)))
+        assert (errors.rows, errors.swaps) == (len(POSITIONS), 0)
+        assert errors.logit <= 1e-5
+        assert errors.probability <= 2e-6
+    for target in found.header.targets:
+        at = logits[target.position]
+        assert target.target_rank == int((at > at[7]).sum())
+        assert target.target_probability == pytest.approx(float(at.softmax(0)[7]), abs=2e-6)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_whole_vocabulary_of_the_last_block_is_the_model(
+    name: str, load_example: LoadExample
+) -> None:
+    """Every logit, not only the listed ones."""
+    loaded, ids = load_example(name), prompt(name, LENGTH)
+    lens = LensSpec(top_k=VOCABULARY, bottom_k=0)
+    spec = TraceSpec(tuple(ids), lens=lens, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT}))
+    found = run_trace(loaded.resident, spec)
+    row = found.nodes[f"L{found.header.layers[-1]}/p{LENGTH - 1}/BLOCK_OUTPUT"].row
+    assert row is not None
+    logits = torch.empty(VOCABULARY)
+    logits[torch.from_numpy(found.table.top_ids[row])] = torch.from_numpy(
+        found.table.top_logits[row]
+    )
+    wanted = model_logits(loaded, ids)[-1]
+    torch.testing.assert_close(
+        logits.double(), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max())
+    )
+
+
+@pytest.mark.parametrize("kind", LensKind)
+@pytest.mark.parametrize("name", ["gpt2", "gptj", "llama"])
+def test_own_vectors_from_tiny_to_large(
+    name: str, kind: LensKind, load_example: LoadExample
+) -> None:
+    """Scaled from VJPs near the norm's epsilon up to late residuals; zeros have no reading."""
+    loaded = load_example(name)
+    width = loaded.reference.unembedding.shape[1]
+    random = torch.Generator().manual_seed(0)
+    scales = torch.tensor([1e-8, 1e-5, 1e-3, 0.03, 1.0, 30.0, 1e3])
+    vectors = torch.randn(len(scales), width, generator=random) * scales[:, None]
+    vectors = torch.cat([vectors, torch.zeros(1, width)])
+    spec = ProjectSpec(vectors.numpy(), LensSpec(top_k=6, bottom_k=4, kind=kind), target=(7,))
+    table = run_project(loaded.resident, spec)
+    assert table.projected.tolist() == [True] * len(scales) + [False]
+    errors = ReadingErrors()
+    rows = np.arange(len(scales))
+    errors.add(read(loaded.reference, vectors[:-1].double(), kind), rows_of(table, rows))
+    assert errors.logit <= 2e-6
+    assert errors.probability <= 1e-6
+    assert errors.entropy_bits <= 2e-5
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 5.0])
@@ -23,3 +172,17 @@ def test_entropy_over_a_wide_vocabulary(spread: float) -> None:
     table = project(LensHead(norm, unembedding), vectors, LensSpec(kind=LensKind.RAW))
     wanted = softmax(vectors.double() @ unembedding.double().T).entropy_bits
     assert np.abs(table.entropy_bits - wanted.numpy()).max() <= 5e-5
+
+
+def test_a_peaked_reading_has_no_entropy_and_no_nan(load_example: LoadExample) -> None:
+    """Probabilities that underflow to 0 contribute 0 log 0 = 0."""
+    loaded = load_example("gpt2")
+    direction = loaded.reference.unembedding[[7]].float() * 1e4
+    spec = ProjectSpec(direction.numpy(), LensSpec(kind=LensKind.RAW), target=(8,))
+    table = run_project(loaded.resident, spec)
+    assert table.top_ids[0, 0] == 7
+    assert table.entropy_bits[0] == pytest.approx(0.0, abs=1e-6)
+    assert table.bottom_probabilities[0].tolist() == [0.0] * 5
+    readings: Readings = read(loaded.reference, direction.double(), LensKind.RAW)
+    # From logits: among underflowed probabilities all ranks would be the same.
+    assert table.target_ranks[0, 0] == int((readings.logits[0] > readings.logits[0, 8]).sum())
