@@ -44,8 +44,10 @@ Lensed = trace_pb2.TraceRequest | gradient_lens_pb2.GradientLensRequest | lens_p
 # Tokens at either end of a projection: one node must fit into a message.
 MAX_TOKENS = 1000
 
-# Vectors of one Project request: their readings must fit into one answer.
+# Vectors of one Project request, and tokens that they list together: all readings and the tokens'
+# texts must fit into one answer.
 MAX_VECTORS = 4096
+MAX_LISTED = 65_536
 
 # Probes of one PreviewEdit request: each costs two forward passes.
 MAX_PROBES = 64
@@ -53,8 +55,6 @@ MAX_PROBES = 64
 
 def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
     """Raises `InvalidRequest` naming the field that cannot be served."""
-    if request.allow_batching:
-        raise InvalidRequest("allow_batching", "expected false: this server does not batch")
     return TraceSpec(
         prompt=_input(request.input),
         target=_target(request.target, "target") if request.HasField("target") else None,
@@ -66,7 +66,7 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         node_kinds=frozenset(_enums(NodeKind, request.node_kinds, "node_kinds")),
         include_vectors=request.include_vectors,
         include_logit_contribution=request.include_logit_contribution,
-        overlap_k=_tokens(request.overlap_k, "overlap_k"),
+        overlap_k=_overlap(request),
         include_checks=request.include_checks,
     )
 
@@ -84,7 +84,7 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
         components=components,
         spectrum_rank=request.spectrum_rank,
         neurons=request.neurons,
-        learning_rate=request.learning_rate if request.HasField("learning_rate") else None,
+        learning_rate=_learning_rate(request),
         subject=_subject(request.subject) if request.HasField("subject") else None,
         include_factors=request.include_factors,
         verify=request.verify,
@@ -93,9 +93,15 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
 
 def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
     """Raises `InvalidRequest` naming the field that cannot be served."""
+    vectors, lens = _matrix(request.vectors), _lens(request)
+    listed = len(vectors) * (lens.top_k + lens.bottom_k)
+    if listed > MAX_LISTED:
+        raise InvalidRequest(
+            "vectors", f"expected at most {MAX_LISTED} listed tokens in all, got {listed}"
+        )
     return ProjectSpec(
-        vectors=_matrix(request.vectors),
-        lens=_lens(request),
+        vectors=vectors,
+        lens=lens,
         target=_target(request.target, "target") if request.HasField("target") else None,
     )
 
@@ -180,6 +186,21 @@ def _lens(request: Lensed) -> LensSpec:
         bottom_k=_tokens(bottom_k, "bottom_k"),
         kind=_enum(LensKind, request.lens, "lens") if request.lens else defaults.kind,
     )
+
+
+def _learning_rate(request: gradient_lens_pb2.GradientLensRequest) -> float | None:
+    if not request.HasField("learning_rate"):
+        return None
+    if not math.isfinite(request.learning_rate):
+        expected = f"expected a finite number, got {request.learning_rate}"
+        raise InvalidRequest("learning_rate", expected)
+    return request.learning_rate
+
+
+def _overlap(request: trace_pb2.TraceRequest) -> int:
+    if request.HasField("overlap_k") and request.overlap_k == 0:
+        raise InvalidRequest("overlap_k", "expected at least 1 token, got 0")
+    return _tokens(request.overlap_k, "overlap_k")
 
 
 def _tokens(count: int, field: str) -> int:
