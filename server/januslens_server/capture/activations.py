@@ -13,11 +13,12 @@ from januslens_server.capture.rotation import Rotation
 class LayerActivations:
     """The tensors of one block, as the model computed them, without the batch dimension.
 
-    `query` is `[n_heads, pos, d_head]`; `key` and `value` are `[n_kv_heads, pos, d_head]`; all
-    three with bias and before `rotation`, if there is one. `attention_concat` is
+    `query` is `[pos, n_heads, d_head]`, `key` and `value` `[pos, n_kv_heads, d_head]`: what the
+    linear maps give, before norms, clipping and `rotation`. `attention_concat` is
     `[pos, n_heads * d_head]`, `neurons` (what multiplies FF2's rows) `[pos, d_mlp]`, all others
-    `[pos, d_model]`. `attention_output` and `mlp_output` are what is added to the residual; a
-    parallel block has no `residual_mid`.
+    `[pos, d_model]`. `attention_output` and `mlp_output` are what is added to the residual, the
+    sums what they are made of where a post-norm or multiplier stands between. A parallel block
+    has no `residual_mid`.
     """
 
     block_input: torch.Tensor
@@ -33,3 +34,5 @@ class LayerActivations:
     mlp_output: torch.Tensor
     block_output: torch.Tensor
     rotation: Rotation | None
+    attention_sum: torch.Tensor | None
+    mlp_sum: torch.Tensor | None

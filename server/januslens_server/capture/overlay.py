@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from januslens_server.capture.taps import first_tensor, select
+from januslens_server.capture.taps import Columns, add_to_columns, first_tensor
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Overlay:
     """
 
     module: nn.Module
-    columns: range | None
+    columns: Columns | None
     inputs: torch.Tensor
     outputs: torch.Tensor
 
@@ -42,9 +42,7 @@ def _adding(
 ) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
     def add(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         x = first_tensor(args).float()
-        changed = output.clone()
         added = (x @ overlay.inputs.T) @ overlay.outputs
-        select(changed, overlay.columns).add_(added.to(output.dtype))
-        return changed
+        return add_to_columns(output, overlay.columns, added.to(output.dtype))
 
     return add

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+# Features of a fused module's output: one run of them, or scattered ones (interleaved heads).
+Columns = range | tuple[int, ...]
+
 
 class End(Enum):
     """Which end of a module is read."""
@@ -28,21 +31,34 @@ class Tap:
 
     module: nn.Module
     end: End
-    columns: range | None = None
+    columns: Columns | None = None
 
     def read(self, value: torch.Tensor) -> torch.Tensor:
         """The tapped features `[batch, pos, features]` of the module's whole tensor."""
         return select(value, self.columns)
 
 
-def select(whole: torch.Tensor, columns: range | None) -> torch.Tensor:
+def select(whole: torch.Tensor, columns: Columns | None) -> torch.Tensor:
     """The `columns` of a tensor `[..., features]`.
 
     None gives the very same tensor, not a view of it: autograd knows only that one.
     """
-    if columns is None:
-        return whole
-    return whole[..., columns.start : columns.stop : columns.step]
+    return whole if columns is None else whole[..., _index(columns)]
+
+
+def add_to_columns(
+    whole: torch.Tensor, columns: Columns | None, added: torch.Tensor
+) -> torch.Tensor:
+    """A copy of `[..., features]` with `added` on its `columns`."""
+    changed = whole.clone()
+    changed[..., slice(None) if columns is None else _index(columns)] += added
+    return changed
+
+
+def _index(columns: Columns) -> slice | list[int]:
+    if isinstance(columns, range):
+        return slice(columns.start, columns.stop, columns.step)
+    return list(columns)
 
 
 def first_tensor(values: Any, named: Mapping[str, Any] | None = None) -> torch.Tensor:

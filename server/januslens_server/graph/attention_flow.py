@@ -6,56 +6,23 @@ q k with respect to the attention input, the other side held fixed: a vector of 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from januslens_server.capture import LayerActivations
-from januslens_server.graph.attention_pattern import attention_row
 from januslens_server.graph.flow import FlowBuilder
+from januslens_server.graph.heads import HeadRow, head_row
 from januslens_server.graph.selection import largest, left_out
-from januslens_server.graph.weighted_rows import WeightedRows, add_weighted_rows
+from januslens_server.graph.weighted_rows import (
+    Result,
+    RowKinds,
+    WeightedRows,
+    add_weighted_rows,
+)
 from januslens_server.graph.weights import AttentionWeights
 from januslens_server.results import EdgeKind, Node, NodeKind
 from januslens_server.specs import Selection
 
-
-@dataclass(frozen=True)
-class HeadRow:
-    """All heads at one position p, in float32.
-
-    `query` `[n_heads, d_head]` is `q_p M_p M_p^T` and `keys` `[n_heads, sources, d_head]` are
-    `k_s M_s M_p^T`, M the rotary matrices: what the other side is multiplied with, seen from p
-    before rotation. `values` `[n_heads, sources, d_head]`, `pattern` `[n_heads, sources]`,
-    `concat` `[n_heads, d_head]`. The sources are positions `first` to p.
-    """
-
-    first: int
-    query: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
-    pattern: torch.Tensor
-    concat: torch.Tensor
-
-    @classmethod
-    def at(cls, position: int, acts: LayerActivations, weights: AttentionWeights) -> HeadRow:
-        """Grouped heads share their keys and values: they are repeated here, not in the model."""
-        first = 0 if weights.window is None else max(0, position + 1 - weights.window)
-        sources = slice(first, position + 1)
-        group = acts.query.shape[0] // acts.key.shape[0]
-        query = acts.query[:, position].float()
-        keys = acts.key[:, sources].float()
-        asked = query
-        if acts.rotation is not None:
-            here = slice(position, position + 1)
-            keys = acts.rotation.turn_back(acts.rotation.turn(keys, sources), position)
-            turned = acts.rotation.turn(query[:, None], here)[:, 0]
-            asked = acts.rotation.turn_back(turned, position)
-        keys = keys.repeat_interleave(group, dim=0)
-        values = acts.value[:, sources].float().repeat_interleave(group, dim=0)
-        concat = acts.attention_concat[position].float().unflatten(0, (query.shape[0], -1))
-        pattern = attention_row(query, keys, weights.scale)
-        return cls(first, asked, keys, values, pattern, concat)
+ATTENTION_KINDS = RowKinds(NodeKind.ATTENTION_NEURON, NodeKind.ATTENTION_BIAS)
 
 
 def add_attention(
@@ -64,9 +31,10 @@ def add_attention(
     acts: LayerActivations,
     weights: AttentionWeights,
     selection: Selection,
+    result: Result,
 ) -> str:
-    """Add everything between ATTENTION_INPUT and ATTENTION_OUTPUT; gives the latter's id."""
-    row = HeadRow.at(flow.position, acts, weights)
+    """Add everything between the attention's input and its raw result; gives the latter's id."""
+    row = head_row(flow.position, acts, weights)
     heads = largest(row.concat.norm(dim=-1), selection.heads)
     heads = heads.sort().values
     queries = _add_projections(flow, attention_input, acts, row, weights, heads)
@@ -74,7 +42,7 @@ def add_attention(
     head_outputs = flow.nodes(_heads(flow, NodeKind.HEAD_OUTPUT, heads), outputs[heads])
     _add_memories(flow, queries, head_outputs, outputs, row, weights, heads, selection)
     concat = _add_concat(flow, head_outputs, outputs, heads)
-    return _add_result(flow, concat, acts, row, weights, selection)
+    return _add_result(flow, concat, row, weights, selection, result)
 
 
 def _heads(flow: FlowBuilder, kind: NodeKind, heads: torch.Tensor) -> list[Node]:
@@ -93,9 +61,9 @@ def _add_projections(
     group = weights.query.shape[0] // weights.key.shape[0]
     key_weights = weights.key.repeat_interleave(group, dim=0)
     pulled = {
-        (NodeKind.QUERY, NodeKind.HEAD_QUERY): torch.einsum("he,hde->hd", row.query, key_weights),
+        (NodeKind.QUERY, NodeKind.HEAD_QUERY): torch.einsum("he,hde->hd", row.asking, key_weights),
         (NodeKind.KEY, NodeKind.HEAD_KEY): torch.einsum(
-            "he,hde->hd", row.keys[:, -1], weights.query
+            "he,hde->hd", row.matching[:, -1], weights.query
         ),
         (NodeKind.VALUE, NodeKind.HEAD_VALUE): torch.einsum(
             "he,hed->hd", row.values[:, -1], weights.output
@@ -127,7 +95,7 @@ def _add_memories(
     sources = largest(pattern, selection.memory_values_per_head)
     probability = pattern.gather(1, sources)
     picked = heads[:, None], sources
-    keys = torch.einsum("kse,kde->ksd", row.keys[picked], weights.query[heads])
+    keys = torch.einsum("kse,kde->ksd", row.matching[picked], weights.query[heads])
     values = torch.einsum("kse,ked->ksd", row.values[picked], weights.output[heads])
     rest = torch.where(left_out(pattern.shape[1], sources), pattern, 0.0)
     other = torch.einsum("ks,kse,ked->kd", rest, row.values[heads], weights.output[heads])
@@ -171,23 +139,16 @@ def _add_concat(
 def _add_result(
     flow: FlowBuilder,
     concat: str,
-    acts: LayerActivations,
     row: HeadRow,
     weights: AttentionWeights,
     selection: Selection,
+    result: Result,
 ) -> str:
     """Rows of W_O with their activations, the bias, and what they add up to."""
     activations = row.concat.flatten()
-    rows = WeightedRows(
-        NodeKind.ATTENTION_NEURON,
-        NodeKind.ATTENTION_BIAS,
-        weights.output.flatten(0, 1),
-        weights.row_norms,
-        weights.bias,
+    terms = WeightedRows(activations, weights.output.flatten(0, 1), weights.row_norms, weights.bias)
+    added = add_weighted_rows(flow, terms, ATTENTION_KINDS, selection, result)
+    flow.edges(
+        EdgeKind.ACTIVATE, [concat] * len(added.neurons), added.neurons, activations[added.picked]
     )
-    total = acts.attention_output[flow.position].float()
-    output, neurons, picked = add_weighted_rows(
-        flow, NodeKind.ATTENTION_OUTPUT, total, rows, activations, selection
-    )
-    flow.edges(EdgeKind.ACTIVATE, [concat] * len(neurons), neurons, activations[picked])
-    return output
+    return added.total

@@ -6,14 +6,45 @@ kernel; that these rows equal eager attention's is tested.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 
-def attention_row(query: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
+@dataclass(frozen=True)
+class Scoring:
+    """How a layer makes probabilities of dot products.
+
+    `scale` multiplies q k^T, then `soft_cap` bounds it: `cap * tanh(score / cap)`. `slopes`
+    `[n_heads]` add ALiBi's `slope * (source - query)`; `sinks` `[n_heads]` are scores that take
+    probability without giving a value. A layer with a `window` sees that many positions, its own
+    included.
+    """
+
+    scale: float
+    soft_cap: float | None = None
+    slopes: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
+    window: int | None = None
+
+    def first_source(self, position: int) -> int:
+        """The first position that `position` attends to."""
+        return 0 if self.window is None else max(0, position + 1 - self.window)
+
+
+def attention_row(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) -> torch.Tensor:
     """Probabilities `[n_heads, sources]` with which one position attends to its sources.
 
     `query` `[n_heads, d_head]`; `keys` `[n_heads, sources, d_head]`, the sources up to and
     including the position itself, so that no mask is needed.
     """
-    scores = torch.einsum("he,hse->hs", query, keys) * scale
-    return scores.softmax(dim=-1)
+    scores = torch.einsum("he,hse->hs", query, keys) * scoring.scale
+    if scoring.soft_cap is not None:
+        scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
+    if scoring.slopes is not None:
+        distances = torch.arange(1 - keys.shape[1], 1, device=scores.device)
+        scores = scores + scoring.slopes[:, None] * distances
+    if scoring.sinks is None:
+        return scores.softmax(dim=-1)
+    with_sinks = torch.cat([scores, scoring.sinks[:, None].float()], dim=-1)
+    return with_sinks.softmax(dim=-1)[:, :-1]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
+from januslens_server.graph.weights import Finish
 from januslens_server.results import Edge, EdgeKind, Node, NodeKind
 
 
@@ -34,13 +36,23 @@ class FlowBuilder:
     def __init__(self, layer: int, position: int, direction: torch.Tensor | None) -> None:
         self.layer = layer
         self.position = position
-        self._direction = direction
+        self.direction = direction
         self._nodes: list[Node] = []
         self._vectors: list[torch.Tensor] = []
         self._activations: list[torch.Tensor] = []
         self._projected: list[bool] = []
         self._ends: list[tuple[str, str, EdgeKind]] = []
         self._values: list[torch.Tensor] = []
+
+    def before(self, finish: Finish, raw: torch.Tensor) -> FlowBuilder:
+        """This same flow for the parts of `raw` `[d_model]`, which reach the residual by `finish`.
+
+        What is added here is added there; only logit contributions take the longer way.
+        """
+        inside = copy.copy(self)
+        if self.direction is not None:
+            inside.direction = finish.pull_back(self.direction, raw)
+        return inside
 
     def node(self, kind: NodeKind, vector: torch.Tensor, *, projected: bool = True) -> str:
         """Add the layer's one node of this kind at this position; gives its id."""
@@ -92,7 +104,7 @@ class FlowBuilder:
         total = total.expand_as(parts)
         size = total.square().sum(-1)
         shares = torch.where(size > 0, (parts * total).sum(-1) / size, torch.nan)
-        direction = self._direction
+        direction = self.direction
         contributions = _none(len(sources), parts) if direction is None else parts @ direction
         targets = [target] * len(sources) if isinstance(target, str) else target
         self._add(

@@ -6,10 +6,18 @@ import torch
 
 from januslens_server.capture import LayerActivations
 from januslens_server.graph.flow import FlowBuilder
-from januslens_server.graph.weighted_rows import WeightedRows, add_weighted_rows
+from januslens_server.graph.weighted_rows import (
+    Added,
+    Result,
+    RowKinds,
+    WeightedRows,
+    add_weighted_rows,
+)
 from januslens_server.graph.weights import MlpWeights
-from januslens_server.results import EdgeKind, Node, NodeKind
+from januslens_server.results import EdgeKind, NodeKind
 from januslens_server.specs import Selection
+
+MLP_KINDS = RowKinds(NodeKind.MLP_VALUE, NodeKind.MLP_BIAS)
 
 
 def add_mlp(
@@ -18,34 +26,29 @@ def add_mlp(
     acts: LayerActivations,
     weights: MlpWeights,
     selection: Selection,
+    result: Result,
 ) -> str:
-    """Add everything between MLP_INPUT and MLP_OUTPUT; gives the latter's id."""
+    """Add everything between the MLP's input and its raw result; gives the latter's id."""
     activations = acts.neurons[flow.position].float()
-    rows = WeightedRows(
-        NodeKind.MLP_VALUE, NodeKind.MLP_BIAS, weights.ff2, weights.row_norms, weights.bias
-    )
-    total = acts.mlp_output[flow.position].float()
-    output, values, picked = add_weighted_rows(
-        flow, NodeKind.MLP_OUTPUT, total, rows, activations, selection
-    )
-    _add_keys(flow, NodeKind.MLP_KEY, mlp_input, values, weights.ff1, activations, picked)
+    terms = WeightedRows(activations, weights.ff2, weights.row_norms, weights.bias)
+    added = add_weighted_rows(flow, terms, MLP_KINDS, selection, result)
+    _add_keys(flow, NodeKind.MLP_KEY, mlp_input, terms, weights.ff1, added)
     if weights.up is not None:
-        _add_keys(flow, NodeKind.MLP_UP, mlp_input, values, weights.up, activations, picked)
-    return output
+        _add_keys(flow, NodeKind.MLP_UP, mlp_input, terms, weights.up, added)
+    return added.total
 
 
 def _add_keys(
     flow: FlowBuilder,
     kind: NodeKind,
     mlp_input: str,
-    values: list[str],
+    terms: WeightedRows,
     columns: torch.Tensor,
-    activations: torch.Tensor,
-    picked: torch.Tensor,
+    added: Added,
 ) -> None:
-    """The columns `[d_model, d_mlp]` that the input is matched with, each before its value."""
-    nodes = [Node(kind, flow.position, flow.layer, neuron=neuron) for neuron in picked.tolist()]
-    fired = activations[picked]
-    keys = flow.nodes(nodes, columns[:, picked].T.float(), activations=fired)
+    """The columns `[d_model, n]` that the input is matched with, each before its value."""
+    fired = terms.activations[added.picked]
+    nodes = terms.nodes(kind, flow, added.picked)
+    keys = flow.nodes(nodes, columns[:, added.picked].T, activations=fired)
     flow.edges(EdgeKind.ACTIVATE, [mlp_input] * len(keys), keys, fired)
-    flow.edges(EdgeKind.ACTIVATE, keys, values, fired)
+    flow.edges(EdgeKind.ACTIVATE, keys, added.neurons, fired)

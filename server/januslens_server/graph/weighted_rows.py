@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,44 +13,77 @@ from januslens_server.results import Node, NodeKind
 from januslens_server.specs import Selection
 
 
+class Result(NamedTuple):
+    """A sublayer's raw result: the kind of its node and the vector `[d_model]`."""
+
+    kind: NodeKind
+    vector: torch.Tensor
+
+
+class RowKinds(NamedTuple):
+    """The kinds of a sum's weight rows and bias."""
+
+    neuron: NodeKind
+    bias: NodeKind
+
+
 @dataclass(frozen=True)
 class WeightedRows:
-    """Rows `[n, d_model]` with their norms `[n]`, a bias `[d_model]`, and their nodes' kinds."""
+    """`activations` `[n]`, the `rows` `[n, d_model]` they multiply with their norms `[n]`, a bias.
 
-    neuron_kind: NodeKind
-    bias_kind: NodeKind
+    `experts` `[n]` and `neurons` `[n]` say which expert's which neuron a row is; None: the rows
+    are those of the layer's one matrix.
+    """
+
+    activations: torch.Tensor
     rows: torch.Tensor
     norms: torch.Tensor
     bias: torch.Tensor | None
+    experts: torch.Tensor | None = None
+    neurons: torch.Tensor | None = None
+
+    def nodes(self, kind: NodeKind, flow: FlowBuilder, picked: torch.Tensor) -> list[Node]:
+        """The nodes of the `picked` `[k]` rows."""
+        where = picked if self.neurons is None else self.neurons[picked]
+        experts = [None] * len(picked) if self.experts is None else self.experts[picked].tolist()
+        return [
+            Node(kind, flow.position, flow.layer, neuron=neuron, expert=expert)
+            for neuron, expert in zip(where.tolist(), experts, strict=True)
+        ]
+
+
+class Added(NamedTuple):
+    """Ids of the sum and of its neurons, and the neurons' indices `[k]` among the rows."""
+
+    total: str
+    neurons: list[str]
+    picked: torch.Tensor
 
 
 def add_weighted_rows(
     flow: FlowBuilder,
-    total_kind: NodeKind,
-    total: torch.Tensor,
-    weighted: WeightedRows,
-    activations: torch.Tensor,
+    terms: WeightedRows,
+    kinds: RowKinds,
     selection: Selection,
-) -> tuple[str, list[str], torch.Tensor]:
-    """Add `total = activations @ rows + bias` `[d_model]` and its terms.
+    result: Result,
+) -> Added:
+    """Add `result = activations @ rows + bias` and its terms.
 
-    Neurons are picked by `activation * norm(row)` (VISIT, section 3.2). Gives the sum's id, the
-    neurons' ids and their indices `[k]`.
+    Neurons are picked by `activation * norm(row)` (VISIT, section 3.2).
     """
-    picked = extremes(activations * weighted.norms, selection.top_neurons, selection.bottom_neurons)
-    rows, weights = weighted.rows[picked].float(), activations[picked]
-    nodes = [
-        Node(weighted.neuron_kind, flow.position, flow.layer, neuron=neuron)
-        for neuron in picked.tolist()
-    ]
-    neurons = flow.nodes(nodes, rows, activations=weights)
-    total_id = flow.node(total_kind, total)
-    flow.parts(neurons, total_id, weights[:, None] * rows, total)
-    if len(picked) < len(activations):
-        rest = torch.where(left_out(len(activations), picked), activations, 0.0) @ weighted.rows
-        other = flow.other(Node(total_kind, flow.position, flow.layer), rest)
-        flow.parts([other], total_id, rest[None], total)
-    if weighted.bias is not None:
-        bias = flow.node(weighted.bias_kind, weighted.bias)
-        flow.parts([bias], total_id, weighted.bias[None], total)
-    return total_id, neurons, picked
+    picked = extremes(
+        terms.activations * terms.norms, selection.top_neurons, selection.bottom_neurons
+    )
+    rows, weights = terms.rows[picked], terms.activations[picked]
+    neurons = flow.nodes(terms.nodes(kinds.neuron, flow, picked), rows, activations=weights)
+    total = flow.node(result.kind, result.vector)
+    flow.parts(neurons, total, weights[:, None] * rows, result.vector)
+    if len(picked) < len(terms.activations):
+        kept = left_out(len(terms.activations), picked)
+        rest = torch.where(kept, terms.activations, 0.0) @ terms.rows
+        other = flow.other(Node(result.kind, flow.position, flow.layer), rest)
+        flow.parts([other], total, rest[None], result.vector)
+    if terms.bias is not None:
+        bias = flow.node(kinds.bias, terms.bias)
+        flow.parts([bias], total, terms.bias[None], result.vector)
+    return Added(total, neurons, picked)

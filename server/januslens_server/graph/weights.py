@@ -6,6 +6,23 @@ from dataclasses import dataclass
 
 import torch
 
+from januslens_server.graph.attention_pattern import Scoring
+from januslens_server.graph.head_map import HeadMap
+from januslens_server.lens.norm import Norm
+
+
+@dataclass(frozen=True)
+class Finish:
+    """What stands between a sublayer's raw result and the residual: a post-norm, a multiplier."""
+
+    norm: Norm | None = None
+    multiplier: float = 1.0
+
+    def pull_back(self, direction: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """`[d_model]`: a direction after it, as one before it, the norm's scale fixed at `at`."""
+        direction = direction * self.multiplier
+        return direction if self.norm is None else self.norm.pull_back(direction, at)
+
 
 @dataclass(frozen=True)
 class AttentionWeights:
@@ -13,8 +30,7 @@ class AttentionWeights:
 
     `query` `[n_heads, d_model, d_head]`, `key` `[n_kv_heads, d_model, d_head]`, `output`
     `[n_heads, d_head, d_model]`, `bias` `[d_model]` or None, `row_norms` `[n_heads * d_head]`
-    of the rows of W_O. `scale` multiplies q k^T; `window` is how many positions
-    are attended to, None: all.
+    of the rows of W_O. `finish` None: the raw result is what is added to the residual.
     """
 
     query: torch.Tensor
@@ -22,8 +38,11 @@ class AttentionWeights:
     output: torch.Tensor
     bias: torch.Tensor | None
     row_norms: torch.Tensor
-    scale: float
-    window: int | None
+    scoring: Scoring
+    query_map: HeadMap
+    key_map: HeadMap
+    value_clip: float | None
+    finish: Finish | None
 
 
 @dataclass(frozen=True)
@@ -35,11 +54,14 @@ class MlpWeights:
     ff2: torch.Tensor
     bias: torch.Tensor | None
     row_norms: torch.Tensor
+    finish: Finish | None
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Attention and MLP of one block."""
+    """Attention and MLP of one block, and whether a norm stands before each."""
 
     attention: AttentionWeights
     mlp: MlpWeights
+    attention_prenorm: bool
+    mlp_prenorm: bool

@@ -179,28 +179,37 @@ def _taps(block: Block) -> dict[str, Tap]:
         "key": attention.key.output,
         "value": attention.value.output,
         "attention_concat": attention.output.input,
-        "attention_output": attention.output.output,
+        "attention_sum": attention.output.output,
         "mlp_input": mlp.ff1.input,
         "neurons": mlp.ff2.input,
-        "mlp_output": mlp.ff2.output,
+        "mlp_sum": mlp.ff2.output,
         "block_output": Tap(block.module, End.OUTPUT),
     }
-    return taps if block.residual_mid is None else taps | {"residual_mid": block.residual_mid}
+    optional = {
+        "residual_mid": block.residual_mid,
+        "attention_output": attention.added,
+        "mlp_output": mlp.added,
+    }
+    return taps | {name: tap for name, tap in optional.items() if tap is not None}
 
 
 def _activations(
     block: Block, tensors: Mapping[tuple[int, str], torch.Tensor], layer: int, length: int
 ) -> LayerActivations:
-    attention = block.attention
+    attention, mlp = block.attention, block.mlp
     named = {name: tensor for (owner, name), tensor in tensors.items() if owner == layer}
-    for name, heads in (
-        ("query", attention.n_heads),
-        ("key", attention.n_kv_heads),
-        ("value", attention.n_kv_heads),
-    ):
-        named[name] = named[name].unflatten(-1, (heads, -1)).transpose(0, 1)
+    for name in ("query", "key", "value"):
+        heads = attention.n_heads if name == "query" else attention.n_kv_heads
+        named[name] = named[name].unflatten(-1, (heads, -1))
+    for name, finish in (("attention", attention.finish), ("mlp", mlp.finish)):
+        if finish is None:
+            named[f"{name}_output"] = named.pop(f"{name}_sum")
+        elif finish.norm is None:
+            named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
     return LayerActivations(
         residual_mid=named.pop("residual_mid", None),
+        attention_sum=named.pop("attention_sum", None),
+        mlp_sum=named.pop("mlp_sum", None),
         rotation=None if attention.rotation is None else attention.rotation(length),
         **named,
     )

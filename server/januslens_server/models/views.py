@@ -7,14 +7,17 @@ Row convention everywhere: a linear map is `y = x W + b` with `W: [d_in, d_out]`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import nn
 
 from januslens_server.capture import End, Rotation, Tap
-from januslens_server.capture.taps import select
+from januslens_server.capture.taps import Columns, select
+from januslens_server.graph.attention_pattern import Scoring
+from januslens_server.graph.head_map import HeadMap
+from januslens_server.graph.weights import Finish
 from januslens_server.lens.head import LensHead
 from januslens_server.results import MatrixKind, ModelFacts
 
@@ -29,7 +32,7 @@ class Linear:
 
     module: nn.Module
     stored_as_rows: bool
-    columns: range | None = None
+    columns: Columns | None = None
 
     @property
     def weight(self) -> torch.Tensor:
@@ -76,8 +79,10 @@ class Linear:
 class Attention:
     """The attention of one block.
 
-    `scale` multiplies q k^T before the softmax; a layer with a `window` attends to that many
-    positions, its own included; `rotation` gives the rotary matrices of a prompt by its length.
+    `rotation` gives the rotary matrices of a prompt by its length. `query_map` and `key_map` are
+    what stands between the linear maps and the rotation; values are clipped to `value_clip`.
+    `finish` is what stands between the raw result and the residual; `added` reads what a
+    post-norm gives there.
     """
 
     query: Linear
@@ -86,18 +91,27 @@ class Attention:
     output: Linear
     n_heads: int
     n_kv_heads: int
-    scale: float
-    window: int | None = None
+    scoring: Scoring
     rotation: Callable[[int], Rotation] | None = None
+    query_map: HeadMap = field(default_factory=HeadMap)
+    key_map: HeadMap = field(default_factory=HeadMap)
+    value_clip: float | None = None
+    finish: Finish | None = None
+    added: Tap | None = None
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """The MLP of one block: `ff1` is the gate where it is gated, then `up` is set."""
+    """The MLP of one block: `ff1` is the gate where it is gated, then `up` is set.
+
+    `finish` and `added` as for attention.
+    """
 
     ff1: Linear
     ff2: Linear
     up: Linear | None = None
+    finish: Finish | None = None
+    added: Tap | None = None
 
 
 @dataclass(frozen=True)
@@ -105,12 +119,15 @@ class Block:
     """One transformer block.
 
     `residual_mid` reads the residual after attention; None: attention and MLP are parallel.
+    Without a pre-norm a sublayer reads the residual itself.
     """
 
     module: nn.Module
     attention: Attention
     mlp: Mlp
     residual_mid: Tap | None
+    attention_prenorm: bool = True
+    mlp_prenorm: bool = True
 
     @cached_property
     def matrices(self) -> dict[MatrixKind, Linear]:

@@ -19,8 +19,11 @@ def block_weights(block: Block) -> BlockWeights:
             output=output,
             bias=None if attention.output.bias is None else attention.output.bias.float(),
             row_norms=attention.output.row_norms,
-            scale=attention.scale,
-            window=attention.window,
+            scoring=attention.scoring,
+            query_map=attention.query_map,
+            key_map=attention.key_map,
+            value_clip=attention.value_clip,
+            finish=attention.finish,
         ),
         mlp=MlpWeights(
             ff1=mlp.ff1.weight.float(),
@@ -28,5 +31,8 @@ def block_weights(block: Block) -> BlockWeights:
             ff2=mlp.ff2.weight.float(),
             bias=None if mlp.ff2.bias is None else mlp.ff2.bias.float(),
             row_norms=mlp.ff2.row_norms,
+            finish=mlp.finish,
         ),
+        attention_prenorm=block.attention_prenorm,
+        mlp_prenorm=block.mlp_prenorm,
     )

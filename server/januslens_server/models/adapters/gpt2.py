@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Tap
 from januslens_server.errors import ModelFailed
+from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.adapters.parts import layer_norm
 from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
@@ -57,7 +58,7 @@ def _block(module: Any, config: Any) -> Block:
         output=Linear(module.attn.c_proj, stored_as_rows=True),
         n_heads=config.n_head,
         n_kv_heads=config.n_head,
-        scale=module.attn.scaling,
+        scoring=Scoring(scale=module.attn.scaling),
     )
     mlp = Mlp(
         ff1=Linear(module.mlp.c_fc, stored_as_rows=True),

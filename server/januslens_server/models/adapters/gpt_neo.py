@@ -13,6 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Tap
+from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.adapters.parts import layer_norm, linear
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
@@ -52,8 +53,9 @@ def _block(module: Any, config: Any) -> Block:
         output=linear(attn.out_proj),
         n_heads=config.num_heads,
         n_kv_heads=config.num_heads,
-        scale=1.0,
-        window=config.window_size if attn.attention_type == "local" else None,
+        scoring=Scoring(
+            scale=1.0, window=config.window_size if attn.attention_type == "local" else None
+        ),
     )
     return Block(
         module=module,

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from januslens_server.capture import Rotation
+from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.adapters.parts import layer_norm, linear
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
@@ -56,7 +57,7 @@ def _block(module: Any, config: Any) -> Block:
         output=linear(module.attn.out_proj),
         n_heads=config.n_head,
         n_kv_heads=config.n_head,
-        scale=1 / module.attn.scale_attn,
+        scoring=Scoring(scale=1 / module.attn.scale_attn),
         rotation=_rotation(module.attn),
     )
     return Block(

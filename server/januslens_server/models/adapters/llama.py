@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Rotation, Tap
+from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.adapters.parts import linear, rms_norm
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
@@ -63,7 +64,7 @@ def _block(module: Any, config: Any, rotation: Callable[[int], Rotation]) -> Blo
         output=linear(module.self_attn.o_proj),
         n_heads=config.num_attention_heads,
         n_kv_heads=config.num_key_value_heads,
-        scale=module.self_attn.scaling,
+        scoring=Scoring(scale=module.self_attn.scaling),
         rotation=rotation,
     )
     mlp = Mlp(

@@ -15,6 +15,14 @@ def linear(module: nn.Module) -> Linear:
     return Linear(module, stored_as_rows=False)
 
 
+def interleaved(module: nn.Module, part: int, n_heads: int, d_head: int) -> Linear:
+    """Query (0), key (1) or value (2) of a fused `nn.Linear` that holds them head by head."""
+    columns = tuple(
+        (3 * head + part) * d_head + i for head in range(n_heads) for i in range(d_head)
+    )
+    return Linear(module, stored_as_rows=False, columns=columns)
+
+
 def layer_norm(module: Any) -> Norm:
     """An `nn.LayerNorm`."""
     bias = None if module.bias is None else module.bias.detach().float()

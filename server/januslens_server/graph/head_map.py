@@ -1,0 +1,64 @@
+"""What some families do to queries and keys between their linear maps and the rotation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """A norm of queries or keys.
+
+    `weight` is `[d_head]` (the same for every head) or `[heads, d_head]`. The denominator is each
+    head's own, or one for all heads together (`spans_heads`, OLMo 2).
+    """
+
+    weight: torch.Tensor
+    eps: float
+    centred: bool = False
+    spans_heads: bool = False
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Normalised `[pos, heads, d_head]`."""
+        return self._centre(vectors) * self.inverse_scale(vectors) * self.weight
+
+    def inverse_scale(self, at: torch.Tensor) -> torch.Tensor:
+        """1 / the denominator, `[..., heads or 1, 1]`, of `at` `[..., heads, d_head]`."""
+        dims = (-2, -1) if self.spans_heads else (-1,)
+        variance = self._centre(at).square().mean(dims, keepdim=True)
+        return torch.rsqrt(variance + self.eps)
+
+    def pull_back(self, directions: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """J^T direction with the scale fixed; both `[..., heads, d_head]`, one direction a head."""
+        return self._centre(directions * self.weight * self.inverse_scale(at))
+
+    def _centre(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors - vectors.mean(-1, keepdim=True) if self.centred else vectors
+
+
+@dataclass(frozen=True)
+class HeadMap:
+    """Clipping to `[-clip, clip]`, then a norm; None: not there."""
+
+    clip: float | None = None
+    norm: HeadNorm | None = None
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Queries or keys `[pos, heads, d_head]` as they are rotated."""
+        if self.clip is not None:
+            vectors = vectors.clamp(-self.clip, self.clip)
+        return vectors if self.norm is None else self.norm(vectors)
+
+    def pull_back(self, directions: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        """J^T direction, J the map's linear part at `at`; both `[..., heads, d_head]`.
+
+        The norm's scale is fixed; coordinates that were clipped no longer depend on the input.
+        """
+        if self.norm is not None:
+            inside = at if self.clip is None else at.clamp(-self.clip, self.clip)
+            directions = self.norm.pull_back(directions, inside)
+        if self.clip is not None:
+            directions = torch.where(at.abs() < self.clip, directions, 0.0)
+        return directions
