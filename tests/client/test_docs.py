@@ -1,0 +1,33 @@
+"""The guide's examples run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+GUIDE = Path(__file__).parents[2] / "docs" / "client.md"
+EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+DEFAULT = "127.0.0.1:50051"
+
+
+def test_every_example_of_the_guide_runs(
+    server_address: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("probe.npy", np.eye(2, 128, dtype=np.float32))
+    examples = EXAMPLE.findall(GUIDE.read_text())
+    assert len(examples) == 10
+    names: dict[str, object] = {"__name__": "guide"}
+    for example in examples:
+        code = compile(example.replace(DEFAULT, server_address), GUIDE.name, "exec")
+        exec(code, names)  # noqa: S102 - our own documentation
+    printed = capsys.readouterr().out
+    assert "␣Tokyo" in printed
+    assert "BOTTOM" in printed
+    assert "layers" in printed  # the field that the last example gets wrong
