@@ -1,0 +1,58 @@
+"""The image's definition, read as far as the tests need it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+DOCKERFILE = Path(__file__).parents[2] / "deploy" / "Dockerfile"
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction on one line: `COPY`, `client client`."""
+
+    keyword: str
+    rest: str
+
+
+def instructions() -> list[Instruction]:
+    """The Dockerfile's instructions, continued lines joined and comments left out."""
+    lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")]
+    joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
+    words = (line.split(maxsplit=1) for line in joined.splitlines() if line)
+    return [Instruction(keyword, rest) for keyword, rest in words]
+
+
+def end_image() -> list[Instruction]:
+    """The last stage: what is in the image that runs."""
+    found = instructions()
+    start = max(i for i, instruction in enumerate(found) if instruction.keyword == "FROM")
+    return found[start:]
+
+
+def values(keyword: str) -> list[str]:
+    """What stands behind each `keyword` of the last stage."""
+    return [item.rest for item in end_image() if item.keyword == keyword]
+
+
+def value(keyword: str) -> str:
+    """What stands behind the only `keyword` of the last stage."""
+    (found,) = values(keyword)
+    return found
+
+
+def environment() -> dict[str, str]:
+    """The variables that the image sets."""
+    return dict(pair.split("=", 1) for line in values("ENV") for pair in line.split())
+
+
+def copied() -> list[tuple[str, str]]:
+    """(source, destination) of everything copied from the repository, in any stage."""
+    pairs = []
+    for instruction in instructions():
+        if instruction.keyword == "COPY" and not instruction.rest.startswith("--from"):
+            *sources, destination = instruction.rest.split()
+            pairs += [(source, destination) for source in sources]
+    return pairs

