@@ -88,5 +88,6 @@ def start_server(arguments: Sequence[str]) -> ServerProcess:
 
 def _read(server: ServerProcess) -> None:
     if server.process.stdout is not None:
-        for line in server.process.stdout:
-            server.lines.append(line.rstrip("\n"))
+        with server.process.stdout as log:
+            for line in log:
+                server.lines.append(line.rstrip("\n"))
