@@ -9,6 +9,9 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.results import Token
 from januslens_server.specs import TextOrIds
 
+# Tokens that an error lists; more would not fit into a status.
+LISTED = 20
+
 
 def read_prompt(
     model: ResidentModel, prompt: TextOrIds, room: int = 0, field: str = "input"
@@ -56,7 +59,9 @@ def read_single_target(model: ResidentModel, target: TextOrIds, field: str) -> i
     """The one token of a target; raises `InvalidRequest` listing them if there are several."""
     ids = read_target(model, target, field)
     if len(ids) > 1:
-        listed = ", ".join(f"{i} {model.vocabulary.token(i).text!r}" for i in ids)
+        shown = ids[:LISTED]
+        listed = ", ".join(f"{i} {model.vocabulary.token(i).text!r}" for i in shown)
+        listed += ", ..." if len(shown) < len(ids) else ""
         raise InvalidRequest(field, f"expected one token, got {len(ids)}: {listed}")
     return ids[0]
 
