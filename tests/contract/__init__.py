@@ -1,0 +1,1 @@
+"""What clients in any language rely on, checked through raw stubs."""
