@@ -44,7 +44,8 @@ from januslens._results.gradient import Gradient
 from januslens._results.gradient_events import GradientHeader, GradientSummary, SegmentRow
 from januslens._results.graph import Part
 from januslens._results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side
-from januslens._results.matrices import Matrix, NeuronChange, Singular, Verification
+from januslens._results.matrices import Matrix
+from januslens._results.matrix_readings import NeuronChange, Singular, Verification
 from januslens._results.models import Model
 from januslens._results.nodes import Edge, Node
 from januslens._results.norms import NormEffect

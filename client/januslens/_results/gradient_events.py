@@ -21,7 +21,8 @@ class GradientHeader:
         prompt_tokens: Every token that the model read: the prompt and, teacher-forced, all target
             tokens but the last.
         loss: In nats; a logit difference in logits.
-        targets: The target's tokens; of a logit difference the preferred one's.
+        targets: The loss's tokens, whose ranks the components report: the target's in order, or
+            the preferred and the other one, or the suppressed ones.
         predicted: The model's own next token after the prompt.
         skipped: Kinds asked for that this architecture has not.
         stage_data_types: What each stage was computed in, e.g. `{"backward": "bfloat16"}`.

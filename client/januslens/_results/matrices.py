@@ -9,86 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from januslens._results import gradient_files, gradient_frames
-from januslens._results.components import Component, Entry
+from januslens._results.components import Component
 from januslens._results.kinds import ENDS, MATRIX_KINDS, SIDES, End, MatrixKind, Side
-from januslens._results.projection import Projection
+from januslens._results.matrix_readings import NeuronChange, Singular, Verification
 from januslens._results.tensors import Floats
 from januslens._results.tokens import TokenTable
-from januslens.v1 import gradient_lens_pb2, lens_pb2
+from januslens.v1 import gradient_lens_pb2
 
 if TYPE_CHECKING:
     import pandas as pd
 
 # The norm of float32 sums is exact to some 1e-6; a component that is missing shows above this.
 _COMPLETE = 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class Singular:
-    """One singular direction of a gradient; its sign is arbitrary, so both ends count.
-
-    Attributes:
-        value: The singular value.
-        explained: Share of the squared Frobenius norm that it holds.
-        projection: The vector on the residual side, in the vocabulary.
-        other_side: The largest entries of the vector on the other side.
-    """
-
-    value: float
-    explained: float
-    projection: Projection | None
-    other_side: tuple[Entry, ...]
-
-    @classmethod
-    def from_message(cls, message: gradient_lens_pb2.Singular, tokens: TokenTable) -> Singular:
-        """Read one singular direction."""
-        return cls(
-            value=message.value,
-            explained=message.explained,
-            projection=_read(message.HasField("projection"), message.projection, tokens),
-            other_side=Entry.from_messages(message.other_side),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class NeuronChange:
-    """A neuron's key or value before a step, the step's change, and after.
-
-    Attributes:
-        neuron: Its index.
-        change_norm: Length of the change, learning rate included where one was given.
-        before: The row or column as it is.
-        change: What the step adds.
-        after: Their sum; None without a learning rate.
-    """
-
-    neuron: int
-    change_norm: float
-    before: Projection | None
-    change: Projection | None
-    after: Projection | None
-
-    @classmethod
-    def from_message(
-        cls, message: gradient_lens_pb2.NeuronChange, tokens: TokenTable
-    ) -> NeuronChange:
-        """Read one neuron's change."""
-        has = message.HasField
-        return cls(
-            neuron=message.neuron,
-            change_norm=message.change_norm,
-            before=_read(has("before"), message.before, tokens),
-            change=_read(has("change"), message.change, tokens),
-            after=_read(has("after"), message.after, tokens),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """How far the sum of the outer products is from autograd's gradient."""
-
-    relative_error: float
-    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +71,9 @@ class Matrix:
             frobenius_norm=message.frobenius_norm,
             spectrum=tuple(Singular.from_message(s, tokens) for s in message.spectrum),
             neurons=tuple(NeuronChange.from_message(n, tokens) for n in message.neurons),
-            verification=_verification(message),
+            verification=Verification.from_message(message.verification)
+            if message.HasField("verification")
+            else None,
         )
 
     @property
@@ -188,14 +122,3 @@ class Matrix:
             ValueError: The gradient was made without factors.
         """
         gradient_files.save([self], path, {})
-
-
-def _read(present: bool, message: lens_pb2.Projection, tokens: TokenTable) -> Projection | None:
-    return Projection.from_message(message, tokens) if present else None
-
-
-def _verification(message: gradient_lens_pb2.GradientMatrix) -> Verification | None:
-    if not message.HasField("verification"):
-        return None
-    found = message.verification
-    return Verification(found.relative_error, found.tolerance)

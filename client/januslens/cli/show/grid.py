@@ -11,7 +11,7 @@ from rich.text import Text
 from januslens._results.tokens import Token
 from januslens.cli.show.console import table
 
-_WIDEST = 12
+_WIDTHS = (12, 11, 10, 9, 8)
 _MARGIN = 8
 _BETWEEN = 2
 
@@ -21,31 +21,46 @@ Cells = Mapping[tuple[int, int], Text]
 def position_grids(prompt: Sequence[Token], cells: Cells, width: int) -> Iterator[Table]:
     """Tables of the `cells` by (layer, position), each with as many positions as fit."""
     layers = sorted({layer for layer, _ in cells}, reverse=True)
-    for positions in _fitting(prompt, cells, width):
+    runs, widest = _fitting(_column_widths(prompt, cells), width)
+    for positions in runs:
         grid = table(">layer")
         for position in positions:
-            grid.add_column(_heading(position, prompt), max_width=_WIDEST, overflow="ellipsis")
+            grid.add_column(_heading(position, prompt), max_width=widest, overflow="ellipsis")
         for layer in layers:
             row = (cells.get((layer, position), Text("")) for position in positions)
             grid.add_row(str(layer), *row)
         yield grid
 
 
-def _fitting(prompt: Sequence[Token], cells: Cells, width: int) -> Iterator[list[int]]:
-    """The positions in runs that are at most as wide as they may be."""
-    run: list[int] = []
+def _column_widths(prompt: Sequence[Token], cells: Cells) -> dict[int, int]:
+    """What each position's column would need."""
+    widths: dict[int, int] = {}
+    for (_, position), cell in sorted(cells.items(), key=lambda item: item[0][1]):
+        known = widths.get(position, cell_len(_heading(position, prompt).plain))
+        widths[position] = max(known, measured(cell))
+    return widths
+
+
+def _fitting(needed: Mapping[int, int], width: int) -> tuple[list[list[int]], int]:
+    """Runs of positions no wider than `width`, and how wide a column may be: one run if it can."""
+    for widest in _WIDTHS:
+        runs = _runs(needed, width, widest)
+        if len(runs) == 1:
+            return runs, widest
+    return _runs(needed, width, _WIDTHS[0]), _WIDTHS[0]
+
+
+def _runs(needed: Mapping[int, int], width: int, widest: int) -> list[list[int]]:
+    runs: list[list[int]] = [[]]
     used = _MARGIN
-    for position in sorted({position for _, position in cells}):
-        column = [_heading(position, prompt)]
-        column += [cell for (_, where), cell in cells.items() if where == position]
-        needed = min(_WIDEST, max(measured(cell) for cell in column)) + _BETWEEN
-        if run and used + needed > width:
-            yield run
-            run, used = [], _MARGIN
-        run.append(position)
-        used += needed
-    if run:
-        yield run
+    for position, natural in needed.items():
+        column = min(natural, widest) + _BETWEEN
+        if runs[-1] and used + column > width:
+            runs.append([])
+            used = _MARGIN
+        runs[-1].append(position)
+        used += column
+    return runs
 
 
 def measured(cell: Text) -> int:
