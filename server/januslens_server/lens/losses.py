@@ -41,15 +41,15 @@ def suppression_divergence(suppressed: Sequence[int]) -> Loss:
     """`KL(q || p)` at the last position, nats.
 
     q is p without the suppressed tokens, renormalised and held fixed: the nearest distribution
-    that never says them.
+    that never says them. The divergence is -log(1 - s), s the suppressed tokens' probability, and
+    its gradient p - q. Neither difference survives float32 where s is near 0 or 1, so it is
+    computed from the log-odds of s.
     """
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        log_p = logits[-1].log_softmax(dim=-1)
-        kept = torch.ones_like(log_p, dtype=torch.bool)
+        kept = torch.ones_like(logits[-1], dtype=torch.bool)
         kept[list(suppressed)] = False
-        log_q = log_p.detach()[kept]
-        log_q = log_q - log_q.logsumexp(dim=0)
-        return (log_q.exp() * (log_q - log_p[kept])).sum()
+        odds = logits[-1][~kept].logsumexp(dim=0) - logits[-1][kept].logsumexp(dim=0)
+        return torch.nn.functional.softplus(odds)
 
     return loss
