@@ -1,9 +1,18 @@
 """Reading a model's activations while it runs: where (taps), how (hooks), what (activations)."""
 
-from januslens_server.capture.activations import LayerActivations
+from januslens_server.capture.activations import LayerActivations, Routing
 from januslens_server.capture.hooks import capturing
 from januslens_server.capture.overlay import Overlay, overlaid
 from januslens_server.capture.rotation import Rotation
 from januslens_server.capture.taps import End, Tap
 
-__all__ = ["End", "LayerActivations", "Overlay", "Rotation", "Tap", "capturing", "overlaid"]
+__all__ = [
+    "End",
+    "LayerActivations",
+    "Overlay",
+    "Rotation",
+    "Routing",
+    "Tap",
+    "capturing",
+    "overlaid",
+]

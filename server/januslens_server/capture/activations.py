@@ -10,6 +10,14 @@ from januslens_server.capture.rotation import Rotation
 
 
 @dataclass(frozen=True)
+class Routing:
+    """The `experts` `[pos, k]` each position was sent to, and the `weights` of their results."""
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True)
 class LayerActivations:
     """The tensors of one block, as the model computed them, without the batch dimension.
 
@@ -18,7 +26,7 @@ class LayerActivations:
     `[pos, n_heads * d_head]`, `neurons` (what multiplies FF2's rows) `[pos, d_mlp]`, all others
     `[pos, d_model]`. `attention_output` and `mlp_output` are what is added to the residual, the
     sums what they are made of where a post-norm or multiplier stands between. A parallel block
-    has no `residual_mid`.
+    has no `residual_mid`, a mixture of experts `routing` instead of `neurons`.
     """
 
     block_input: torch.Tensor
@@ -28,11 +36,12 @@ class LayerActivations:
     value: torch.Tensor
     attention_concat: torch.Tensor
     attention_output: torch.Tensor
-    residual_mid: torch.Tensor | None
     mlp_input: torch.Tensor
-    neurons: torch.Tensor
     mlp_output: torch.Tensor
     block_output: torch.Tensor
     rotation: Rotation | None
-    attention_sum: torch.Tensor | None
-    mlp_sum: torch.Tensor | None
+    routing: Routing | None
+    neurons: torch.Tensor | None = None
+    residual_mid: torch.Tensor | None = None
+    attention_sum: torch.Tensor | None = None
+    mlp_sum: torch.Tensor | None = None

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from januslens_server.capture.taps import End, Tap, first_tensor
+from januslens_server.capture.taps import End, Tap, nth_tensor
 
 Key = TypeVar("Key", bound=Hashable)
 Checkpoint = Callable[[], None]
@@ -52,10 +52,10 @@ def _calling(checkpoint: Checkpoint, module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _recording(key: Key, tap: Tap, captured: dict[Key, torch.Tensor]) -> Iterator[None]:
     def before(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        captured[key] = tap.read(first_tensor(args, named))
+        captured[key] = tap.read(nth_tensor(args, named, tap.argument))
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        captured[key] = tap.read(first_tensor(output))
+        captured[key] = tap.read(nth_tensor(output, n=tap.argument))
 
     if tap.end is End.INPUT:
         handle = tap.module.register_forward_pre_hook(before, with_kwargs=True)

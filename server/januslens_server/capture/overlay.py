@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from januslens_server.capture.taps import Columns, add_to_columns, first_tensor
+from januslens_server.capture.taps import Columns, add_to_columns, nth_tensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _adding(
     overlay: Overlay,
 ) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
     def add(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        x = first_tensor(args).float()
+        x = nth_tensor(args).float()
         added = (x @ overlay.inputs.T) @ overlay.outputs
         return add_to_columns(output, overlay.columns, added.to(output.dtype))
 

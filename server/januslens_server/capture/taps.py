@@ -26,12 +26,13 @@ class Tap:
     """One end of a module, and which of its features.
 
     `columns` selects features of the last dimension (None: all): fused projections hold
-    several maps.
+    several maps. `argument` counts the tensors that go in or come out.
     """
 
     module: nn.Module
     end: End
     columns: Columns | None = None
+    argument: int = 0
 
     def read(self, value: torch.Tensor) -> torch.Tensor:
         """The tapped features `[batch, pos, features]` of the module's whole tensor."""
@@ -61,14 +62,13 @@ def _index(columns: Columns) -> slice | list[int]:
     return list(columns)
 
 
-def first_tensor(values: Any, named: Mapping[str, Any] | None = None) -> torch.Tensor:
-    """The tensor a module takes or gives, among the ways Hugging Face modules pass it.
+def nth_tensor(values: Any, named: Mapping[str, Any] | None = None, n: int = 0) -> torch.Tensor:
+    """The nth tensor a module takes or gives, among the ways Hugging Face modules pass them.
 
     Blocks return a tensor or a tuple by version; some take `hidden_states` by keyword.
     """
-    if isinstance(values, torch.Tensor):
-        return values
-    for value in (*values, *(named or {}).values()):
-        if isinstance(value, torch.Tensor):
-            return value
-    raise TypeError(f"expected a module that passes a tensor, got {type(values).__name__}")
+    passed = (values,) if isinstance(values, torch.Tensor) else (*values, *(named or {}).values())
+    tensors = [value for value in passed if isinstance(value, torch.Tensor)]
+    if n >= len(tensors):
+        raise TypeError(f"expected a module that passes {n + 1} tensors, got {len(tensors)}")
+    return tensors[n]

@@ -12,10 +12,10 @@ from januslens_server.capture import LayerActivations
 from januslens_server.graph.flow import FlowBuilder
 from januslens_server.graph.heads import HeadRow, head_row
 from januslens_server.graph.selection import largest, left_out
+from januslens_server.graph.terms import WeightedRows
 from januslens_server.graph.weighted_rows import (
     Result,
     RowKinds,
-    WeightedRows,
     add_weighted_rows,
 )
 from januslens_server.graph.weights import AttentionWeights

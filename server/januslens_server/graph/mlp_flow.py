@@ -6,12 +6,13 @@ import torch
 
 from januslens_server.capture import LayerActivations
 from januslens_server.graph.flow import FlowBuilder
+from januslens_server.graph.terms import WeightedRows
 from januslens_server.graph.weighted_rows import (
     Added,
     Result,
     RowKinds,
-    WeightedRows,
     add_weighted_rows,
+    neuron_nodes,
 )
 from januslens_server.graph.weights import MlpWeights
 from januslens_server.results import EdgeKind, NodeKind
@@ -29,12 +30,11 @@ def add_mlp(
     result: Result,
 ) -> str:
     """Add everything between the MLP's input and its raw result; gives the latter's id."""
-    activations = acts.neurons[flow.position].float()
-    terms = WeightedRows(activations, weights.ff2, weights.row_norms, weights.bias)
-    added = add_weighted_rows(flow, terms, MLP_KINDS, selection, result)
-    _add_keys(flow, NodeKind.MLP_KEY, mlp_input, terms, weights.ff1, added)
-    if weights.up is not None:
-        _add_keys(flow, NodeKind.MLP_UP, mlp_input, terms, weights.up, added)
+    row = weights.row(acts, flow.position)
+    added = add_weighted_rows(flow, row.terms, MLP_KINDS, selection, result)
+    _add_keys(flow, NodeKind.MLP_KEY, mlp_input, row.terms, row.ff1, added)
+    if row.up is not None:
+        _add_keys(flow, NodeKind.MLP_UP, mlp_input, row.terms, row.up, added)
     return added.total
 
 
@@ -48,7 +48,7 @@ def _add_keys(
 ) -> None:
     """The columns `[d_model, n]` that the input is matched with, each before its value."""
     fired = terms.activations[added.picked]
-    nodes = terms.nodes(kind, flow, added.picked)
+    nodes = neuron_nodes(flow, kind, terms, added.picked)
     keys = flow.nodes(nodes, columns[:, added.picked].T, activations=fired)
     flow.edges(EdgeKind.ACTIVATE, [mlp_input] * len(keys), keys, fired)
     flow.edges(EdgeKind.ACTIVATE, keys, added.neurons, fired)

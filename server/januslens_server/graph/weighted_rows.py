@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
 from januslens_server.graph.flow import FlowBuilder
 from januslens_server.graph.selection import extremes, left_out
+from januslens_server.graph.terms import WeightedRows
 from januslens_server.results import Node, NodeKind
 from januslens_server.specs import Selection
 
@@ -25,31 +25,6 @@ class RowKinds(NamedTuple):
 
     neuron: NodeKind
     bias: NodeKind
-
-
-@dataclass(frozen=True)
-class WeightedRows:
-    """`activations` `[n]`, the `rows` `[n, d_model]` they multiply with their norms `[n]`, a bias.
-
-    `experts` `[n]` and `neurons` `[n]` say which expert's which neuron a row is; None: the rows
-    are those of the layer's one matrix.
-    """
-
-    activations: torch.Tensor
-    rows: torch.Tensor
-    norms: torch.Tensor
-    bias: torch.Tensor | None
-    experts: torch.Tensor | None = None
-    neurons: torch.Tensor | None = None
-
-    def nodes(self, kind: NodeKind, flow: FlowBuilder, picked: torch.Tensor) -> list[Node]:
-        """The nodes of the `picked` `[k]` rows."""
-        where = picked if self.neurons is None else self.neurons[picked]
-        experts = [None] * len(picked) if self.experts is None else self.experts[picked].tolist()
-        return [
-            Node(kind, flow.position, flow.layer, neuron=neuron, expert=expert)
-            for neuron, expert in zip(where.tolist(), experts, strict=True)
-        ]
 
 
 class Added(NamedTuple):
@@ -75,7 +50,7 @@ def add_weighted_rows(
         terms.activations * terms.norms, selection.top_neurons, selection.bottom_neurons
     )
     rows, weights = terms.rows[picked], terms.activations[picked]
-    neurons = flow.nodes(terms.nodes(kinds.neuron, flow, picked), rows, activations=weights)
+    neurons = flow.nodes(neuron_nodes(flow, kinds.neuron, terms, picked), rows, activations=weights)
     total = flow.node(result.kind, result.vector)
     flow.parts(neurons, total, weights[:, None] * rows, result.vector)
     if len(picked) < len(terms.activations):
@@ -87,3 +62,15 @@ def add_weighted_rows(
         bias = flow.node(kinds.bias, terms.bias)
         flow.parts([bias], total, terms.bias[None], result.vector)
     return Added(total, neurons, picked)
+
+
+def neuron_nodes(
+    flow: FlowBuilder, kind: NodeKind, terms: WeightedRows, picked: torch.Tensor
+) -> list[Node]:
+    """The nodes of the `picked` `[k]` rows."""
+    where = picked if terms.neurons is None else terms.neurons[picked]
+    experts = [None] * len(picked) if terms.experts is None else terms.experts[picked].tolist()
+    return [
+        Node(kind, flow.position, flow.layer, neuron=neuron, expert=expert)
+        for neuron, expert in zip(where.tolist(), experts, strict=True)
+    ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
+from januslens_server.capture import LayerActivations
 from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.graph.head_map import HeadMap
+from januslens_server.graph.terms import WeightedRows
 from januslens_server.lens.norm import Norm
 
 
@@ -46,15 +49,26 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
-class MlpWeights:
-    """`ff1` (gated: the gate) and `up` `[d_model, d_mlp]`, `ff2` `[d_mlp, d_model]`, its norms."""
+class MlpRow:
+    """The MLP at one position: `terms` of its raw result, and the columns before each of them.
 
+    `ff1` (gated: the gate) and `up` are `[d_model, n]` for the n rows of `terms`.
+    """
+
+    terms: WeightedRows
     ff1: torch.Tensor
     up: torch.Tensor | None
-    ff2: torch.Tensor
-    bias: torch.Tensor | None
-    row_norms: torch.Tensor
-    finish: Finish | None
+
+
+class MlpWeights(Protocol):
+    """An MLP's weights, dense or of experts."""
+
+    @property
+    def finish(self) -> Finish | None:
+        """None: the raw result is what is added to the residual."""
+
+    def row(self, acts: LayerActivations, position: int) -> MlpRow:
+        """The MLP at one position of a prompt."""
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from januslens_server.capture import End, LayerActivations, Tap, capturing
+from januslens_server.capture import End, LayerActivations, Routing, Tap, capturing
 from januslens_server.capture.hooks import Checkpoint
+from januslens_server.models.experts import Experts
+from januslens_server.models.factors import Factors, MatrixKey
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.views import Block
 from januslens_server.results import MatrixKind
@@ -21,7 +23,6 @@ from januslens_server.results import MatrixKind
 LOSS_SCALE = {torch.float16: 1024.0}
 
 Loss = Callable[[torch.Tensor], torch.Tensor]
-MatrixKey = tuple[int, MatrixKind]
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,11 @@ class ForwardPass:
 
 
 @dataclass(frozen=True)
-class Factors:
-    """Inputs `[pos, d_in]` and VJPs `[pos, d_out]`: dL/dW = inputs^T vjps.
-
-    Inputs come in the model's data type, VJPs in float32, converted from the model's.
-    """
-
-    inputs: torch.Tensor
-    vjps: torch.Tensor
-
-
-@dataclass(frozen=True)
 class BackwardPass:
-    """The loss, its factors by layer and matrix, and the last block's output `[pos, d_model]`."""
+    """The loss, its factors by matrix, and the last block's output `[pos, d_model]`.
+
+    The factors come in the order of the matrices that were asked for, experts by number.
+    """
 
     loss: float
     factors: dict[MatrixKey, Factors]
@@ -66,10 +59,9 @@ def forward(
     taps[-1, "residual"] = Tap(blocks[-1].module, End.OUTPUT)
     with capturing(taps, checkpoint, [block.module for block in blocks]) as captured:
         logits = _run(model, ids)[0]
-    tensors = {key: value[0] for key, value in captured.items()}
     return ForwardPass(
-        layers={i: _activations(blocks[i], tensors, i, len(ids)) for i in layers},
-        residual=tensors[-1, "residual"],
+        layers={i: _activations(blocks[i], captured, i, len(ids)) for i in layers},
+        residual=captured[-1, "residual"][0],
         logits=logits,
     )
 
@@ -78,18 +70,18 @@ def backward(
     model: ResidentModel,
     ids: Sequence[int],
     loss: Loss,
-    matrices: Iterable[MatrixKey],
+    matrices: Iterable[tuple[int, MatrixKind]],
     checkpoint: Checkpoint,
 ) -> BackwardPass:
     """Run the prompt forward and one backward pass that touches activations only.
 
     Parameters stay frozen: the embedding's output is the one leaf that asks for a gradient, and
-    the VJPs are the gradients of the linear maps' outputs. `loss` takes logits
-    `[pos, vocab]` in float32 and gives a scalar.
+    the VJPs are the gradients of modules' outputs. `matrices` are layers and kinds; `loss` takes
+    logits `[pos, vocab]` in float32 and gives a scalar.
     """
     blocks = model.view.blocks
-    linears = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
-    taps = {tap: tap for linear in linears.values() for tap in (linear.input, linear.whole)}
+    sources = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
+    taps = {tap: tap for source in sources.values() for tap in source.taps}
     last = Tap(blocks[-1].module, End.OUTPUT)
     modules = [block.module for block in blocks]
     with torch.enable_grad(), capturing(taps | {last: last}, checkpoint, modules) as captured:
@@ -97,14 +89,12 @@ def backward(
             logits = _run(model, ids)[0].float()
         value = loss(logits)
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
-        wanted = {linear.whole for linear in linears.values()}
+        wanted = {source.whole for source in sources.values()}
         vjps = _vjps(value * scale, wanted, captured, checkpoint)
     factors = {
-        key: Factors(
-            inputs=captured[linear.input][0].detach(),
-            vjps=linear.select(vjps[linear.whole][0]).float() / scale,
-        )
-        for key, linear in linears.items()
+        (layer, kind, expert): found
+        for (layer, kind), source in sources.items()
+        for expert, found in source.factors(captured, vjps[source.whole][0].float() / scale).items()
     }
     return BackwardPass(value.item(), factors, captured[last][0].detach())
 
@@ -117,9 +107,9 @@ def dense_gradient(
     The weight is replaced for this one pass by an alias that asks for a gradient: the resident
     parameter stays frozen.
     """
-    layer, kind = key
-    linear = model.view.blocks[layer].matrices[kind]
-    weight = linear.module.get_parameter("weight")
+    layer, kind, expert = key
+    matrix = model.view.blocks[layer].matrices[kind]
+    weight = matrix.parameter()
     name = next(name for name, p in model.network.named_parameters() if p is weight)
     alias = weight.detach().requires_grad_()
     with torch.enable_grad():
@@ -130,7 +120,7 @@ def dense_gradient(
         )
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
         (gradient,) = torch.autograd.grad(loss(output.logits[0].float()) * scale, [alias])
-    return linear.in_rows(gradient).float() / scale
+    return matrix.rows_of(gradient, expert).float() / scale
 
 
 def _vjps(
@@ -171,7 +161,7 @@ def _batch(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
 
 
 def _taps(block: Block) -> dict[str, Tap]:
-    attention, mlp = block.attention, block.mlp
+    attention = block.attention
     taps = {
         "block_input": Tap(block.module, End.INPUT),
         "attention_input": attention.query.input,
@@ -180,36 +170,33 @@ def _taps(block: Block) -> dict[str, Tap]:
         "value": attention.value.output,
         "attention_concat": attention.output.input,
         "attention_sum": attention.output.output,
-        "mlp_input": mlp.ff1.input,
-        "neurons": mlp.ff2.input,
-        "mlp_sum": mlp.ff2.output,
         "block_output": Tap(block.module, End.OUTPUT),
     }
     optional = {
         "residual_mid": block.residual_mid,
         "attention_output": attention.added,
-        "mlp_output": mlp.added,
+        "mlp_output": block.mlp.added,
     }
-    return taps | {name: tap for name, tap in optional.items() if tap is not None}
+    present = {name: tap for name, tap in optional.items() if tap is not None}
+    return taps | block.mlp.taps | present
 
 
 def _activations(
-    block: Block, tensors: Mapping[tuple[int, str], torch.Tensor], layer: int, length: int
+    block: Block, captured: Mapping[tuple[int, str], torch.Tensor], layer: int, length: int
 ) -> LayerActivations:
-    attention, mlp = block.attention, block.mlp
-    named = {name: tensor for (owner, name), tensor in tensors.items() if owner == layer}
+    attention = block.attention
+    named = {name: tensor for (owner, name), tensor in captured.items() if owner == layer}
+    routing = None
+    if isinstance(block.mlp, Experts):  # which has no batch dimension
+        routing = Routing(named.pop("expert_ids"), named.pop("expert_weights"))
+    named = {name: tensor[0] for name, tensor in named.items()}
     for name in ("query", "key", "value"):
         heads = attention.n_heads if name == "query" else attention.n_kv_heads
         named[name] = named[name].unflatten(-1, (heads, -1))
-    for name, finish in (("attention", attention.finish), ("mlp", mlp.finish)):
+    for name, finish in (("attention", attention.finish), ("mlp", block.mlp.finish)):
         if finish is None:
             named[f"{name}_output"] = named.pop(f"{name}_sum")
         elif finish.norm is None:
             named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
-    return LayerActivations(
-        residual_mid=named.pop("residual_mid", None),
-        attention_sum=named.pop("attention_sum", None),
-        mlp_sum=named.pop("mlp_sum", None),
-        rotation=None if attention.rotation is None else attention.rotation(length),
-        **named,
-    )
+    rotation = None if attention.rotation is None else attention.rotation(length)
+    return LayerActivations(routing=routing, rotation=rotation, **named)

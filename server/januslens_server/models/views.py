@@ -6,7 +6,7 @@ Row convention everywhere: a linear map is `y = x W + b` with `W: [d_in, d_out]`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -19,6 +19,8 @@ from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.graph.head_map import HeadMap
 from januslens_server.graph.weights import Finish
 from januslens_server.lens.head import LensHead
+from januslens_server.models.experts import ExpertMatrices, Experts
+from januslens_server.models.factors import Factors
 from januslens_server.results import MatrixKind, ModelFacts
 
 
@@ -37,11 +39,7 @@ class Linear:
     @property
     def weight(self) -> torch.Tensor:
         """`W: [d_in, d_out]`, a view of the resident parameter."""
-        return self.in_rows(self.module.get_parameter("weight"))
-
-    def in_rows(self, stored: torch.Tensor) -> torch.Tensor:
-        """This map's `[d_in, d_out]` of a tensor stored as the module stores its weight."""
-        return self.select(stored if self.stored_as_rows else stored.T)
+        return self.rows_of(self.parameter())
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -67,6 +65,27 @@ class Linear:
     def whole(self) -> Tap:
         """The module's whole output, of which `output` is some columns: what VJPs arrive at."""
         return Tap(self.module, End.OUTPUT)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What must be captured for `factors`."""
+        return (self.input, self.whole)
+
+    def factors(
+        self, captured: Mapping[Tap, torch.Tensor], vjps: torch.Tensor
+    ) -> dict[int | None, Factors]:
+        """The gradient's factors from dL/d(whole) `[pos, features]`; of no expert."""
+        inputs = captured[self.input][0].detach()
+        positions = torch.arange(len(inputs), device=inputs.device)
+        return {None: Factors(inputs, self.select(vjps), positions)}
+
+    def parameter(self) -> torch.Tensor:
+        """The resident parameter that holds the map."""
+        return self.module.get_parameter("weight")
+
+    def rows_of(self, stored: torch.Tensor, _expert: int | None = None) -> torch.Tensor:
+        """This map's `[d_in, d_out]` of a tensor stored as the parameter is."""
+        return self.select(stored if self.stored_as_rows else stored.T)
 
     @cached_property
     def row_norms(self) -> torch.Tensor:
@@ -113,6 +132,22 @@ class Mlp:
     finish: Finish | None = None
     added: Tap | None = None
 
+    @property
+    def taps(self) -> dict[str, Tap]:
+        """What a forward pass captures, by its name in `LayerActivations`."""
+        return {
+            "mlp_input": self.ff1.input,
+            "neurons": self.ff2.input,
+            "mlp_sum": self.ff2.output,
+        }
+
+    @property
+    def matrices(self) -> dict[MatrixKind, Linear]:
+        """The weight matrices by kind."""
+        if self.up is None:
+            return {MatrixKind.FF1: self.ff1, MatrixKind.FF2: self.ff2}
+        return {MatrixKind.GATE: self.ff1, MatrixKind.UP: self.up, MatrixKind.FF2: self.ff2}
+
 
 @dataclass(frozen=True)
 class Block:
@@ -124,24 +159,21 @@ class Block:
 
     module: nn.Module
     attention: Attention
-    mlp: Mlp
+    mlp: Mlp | Experts
     residual_mid: Tap | None
     attention_prenorm: bool = True
     mlp_prenorm: bool = True
 
     @cached_property
-    def matrices(self) -> dict[MatrixKind, Linear]:
+    def matrices(self) -> dict[MatrixKind, Linear | ExpertMatrices]:
         """The block's weight matrices by kind."""
-        present = {
+        present: dict[MatrixKind, Linear | ExpertMatrices] = {
             MatrixKind.Q: self.attention.query,
             MatrixKind.K: self.attention.key,
             MatrixKind.V: self.attention.value,
             MatrixKind.O: self.attention.output,
-            MatrixKind.FF2: self.mlp.ff2,
         }
-        if self.mlp.up is None:
-            return present | {MatrixKind.FF1: self.mlp.ff1}
-        return present | {MatrixKind.GATE: self.mlp.ff1, MatrixKind.UP: self.mlp.up}
+        return present | self.mlp.matrices
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from januslens_server.graph.weights import AttentionWeights, BlockWeights, MlpWeights
-from januslens_server.models.views import Block
+from januslens_server.graph.dense_mlp import DenseMlp
+from januslens_server.graph.weights import AttentionWeights, BlockWeights
+from januslens_server.models.views import Block, Mlp
 
 
 def block_weights(block: Block) -> BlockWeights:
@@ -25,14 +26,18 @@ def block_weights(block: Block) -> BlockWeights:
             value_clip=attention.value_clip,
             finish=attention.finish,
         ),
-        mlp=MlpWeights(
-            ff1=mlp.ff1.weight.float(),
-            up=None if mlp.up is None else mlp.up.weight.float(),
-            ff2=mlp.ff2.weight.float(),
-            bias=None if mlp.ff2.bias is None else mlp.ff2.bias.float(),
-            row_norms=mlp.ff2.row_norms,
-            finish=mlp.finish,
-        ),
+        mlp=_dense(mlp) if isinstance(mlp, Mlp) else mlp.mlp(),
         attention_prenorm=block.attention_prenorm,
         mlp_prenorm=block.mlp_prenorm,
+    )
+
+
+def _dense(mlp: Mlp) -> DenseMlp:
+    return DenseMlp(
+        ff1=mlp.ff1.weight.float(),
+        up=None if mlp.up is None else mlp.up.weight.float(),
+        ff2=mlp.ff2.weight.float(),
+        bias=None if mlp.ff2.bias is None else mlp.ff2.bias.float(),
+        row_norms=mlp.ff2.row_norms,
+        finish=mlp.finish,
     )

@@ -10,8 +10,8 @@ from januslens_server.lens.factors import frobenius_norm, largest_entries, large
 from januslens_server.lens.neurons import change_norms, descent_changes
 from januslens_server.lens.projection import project
 from januslens_server.lens.spectrum import spectrum
+from januslens_server.models.factors import Factors, MatrixKey
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.runner import Factors, MatrixKey
 from januslens_server.pipelines.losses import Objective
 from januslens_server.pipelines.subject import read_segments
 from januslens_server.results import (
@@ -52,19 +52,21 @@ class FactorReader:
     @torch.inference_mode()
     def matrix(self, key: MatrixKey, factors: Factors) -> GradientMatrix:
         """The record of one matrix from its inputs `[n, d_in]` and VJPs `[n, d_out]`."""
-        layer, kind = key
+        layer, kind, expert = key
         inputs, vjps = factors.inputs.float(), factors.vjps.float()
         side = Side.VJP if kind in WRITES_RESIDUAL else Side.INPUT
         residual, outside = (vjps, inputs) if side is Side.VJP else (inputs, vjps)
-        self._add_segment_rows(key, residual, vjps)
+        if expert is None:  # the table has a row for each position, an expert only for some
+            self._add_segment_rows(key, residual, vjps)
         return GradientMatrix(
             layer=layer,
             kind=kind,
+            expert=expert,
             d_in=inputs.shape[1],
             d_out=vjps.shape[1],
             projected_side=side,
             promoted_end=End.BOTTOM if side is Side.VJP else End.UNSPECIFIED,
-            components=self._components(inputs, vjps, residual, outside),
+            components=self._components(inputs, vjps, residual, outside, factors.positions),
             frobenius_norm=frobenius_norm(inputs, vjps),
             spectrum=self._spectrum(inputs, vjps, side),
             neurons=self._neurons(key, residual, outside) if kind in OVER_NEURONS else None,
@@ -76,20 +78,21 @@ class FactorReader:
         vjps: torch.Tensor,
         residual: torch.Tensor,
         outside: torch.Tensor,
+        positions: torch.Tensor,
     ) -> Components:
-        positions = largest_first(inputs, vjps, self._spec.components)
-        table = self._project(residual[positions], self._ranked)
+        order = largest_first(inputs, vjps, self._spec.components)
+        table = self._project(residual[order], self._ranked)
         factors = self._spec.include_factors
         return Components(
-            positions=positions.cpu().numpy(),
-            input_norms=inputs[positions].norm(dim=-1).cpu().numpy(),
-            vjp_norms=vjps[positions].norm(dim=-1).cpu().numpy(),
+            positions=positions[order].cpu().numpy(),
+            input_norms=inputs[order].norm(dim=-1).cpu().numpy(),
+            vjp_norms=vjps[order].norm(dim=-1).cpu().numpy(),
             projections=table,
             predicted_ranks=table.target_ranks[:, -1],
             target_ranks=table.target_ranks[:, :-1],
-            other_side=_entries(outside[positions]),
-            inputs=inputs[positions].cpu().numpy() if factors else None,
-            vjps=vjps[positions].cpu().numpy() if factors else None,
+            other_side=_entries(outside[order]),
+            inputs=inputs[order].cpu().numpy() if factors else None,
+            vjps=vjps[order].cpu().numpy() if factors else None,
         )
 
     def _spectrum(self, inputs: torch.Tensor, vjps: torch.Tensor, side: Side) -> Spectrum | None:
@@ -126,8 +129,9 @@ class FactorReader:
 
     def _neuron_rows(self, key: MatrixKey, neurons: torch.Tensor) -> torch.Tensor:
         """Columns of FF1 or rows of FF2 `[k, d_model]`, as they are in the model."""
-        layer, kind = key
-        weight = self._model.view.blocks[layer].matrices[kind].weight
+        layer, kind, expert = key
+        matrix = self._model.view.blocks[layer].matrices[kind]
+        weight = matrix.rows_of(matrix.parameter(), expert)
         rows = weight[neurons] if kind in WRITES_RESIDUAL else weight[:, neurons].T
         return rows.float()
 

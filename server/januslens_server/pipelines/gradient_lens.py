@@ -10,13 +10,14 @@ import torch
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.lens.factors import reconstruction_error
 from januslens_server.lens.projection import project
+from januslens_server.models.factors import MatrixKey
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.runner import BackwardPass, MatrixKey, backward, dense_gradient
+from januslens_server.models.runner import BackwardPass, backward, dense_gradient
 from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.factor_readings import FactorReader
 from januslens_server.pipelines.inputs import read_layers
 from januslens_server.pipelines.losses import Objective, read_objective
-from januslens_server.pipelines.matrices import choose_matrices
+from januslens_server.pipelines.matrices import choose_matrices, layer_matrices
 from januslens_server.results import (
     GradientEvent,
     GradientHeader,
@@ -43,10 +44,10 @@ def gradient_lens(
         objective = read_objective(model, spec)
         layers = read_layers(model, spec.layers)
         choice = choose_matrices(model, spec.matrices)
-    keys = [(layer, kind) for layer in reversed(layers) for kind in choice.kinds]
+    matrices = layer_matrices(model, layers[::-1], choice.kinds)
     with clock.stage("backward"):
         ids = [token.id for token in objective.tokens]
-        passed = backward(model, ids, objective.loss, keys, checkpoint)
+        passed = backward(model, ids, objective.loss, matrices, checkpoint)
         predicted = _predicted(model, passed, objective)
     yield GradientHeader(
         provenance=model.provenance,
@@ -58,15 +59,15 @@ def gradient_lens(
         skipped=choice.skipped,
     )
     reader = FactorReader(model, spec, objective, predicted)
-    for key in keys:
+    for key, factors in passed.factors.items():
         checkpoint()
         with clock.stage("project"):
-            matrix = reader.matrix(key, passed.factors[key])
+            matrix = reader.matrix(key, factors)
         if spec.verify:
             with clock.stage("verify"):
                 matrix = replace(matrix, verification=_verified(model, objective, key, passed))
         yield matrix
-    yield GradientSummary(len(keys), clock.times(), reader.segment_rows)
+    yield GradientSummary(len(passed.factors), clock.times(), reader.segment_rows)
 
 
 @torch.inference_mode()

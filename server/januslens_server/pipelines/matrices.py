@@ -23,7 +23,7 @@ def choose_matrices(model: ResidentModel, asked: Sequence[MatrixKind]) -> Matrix
 
     Raises `InvalidRequest` if none of the asked-for kinds exists.
     """
-    present = model.view.blocks[0].matrices
+    present = {kind for block in model.view.blocks for kind in block.matrices}
     wanted: list[MatrixKind] = []
     for kind in asked or (MatrixKind.FF1, MatrixKind.FF2):
         gated = kind is MatrixKind.FF1 and kind not in present
@@ -31,6 +31,14 @@ def choose_matrices(model: ResidentModel, asked: Sequence[MatrixKind]) -> Matrix
     unique = tuple(dict.fromkeys(wanted))
     kinds = tuple(kind for kind in unique if kind in present)
     if not kinds:
-        names = ", ".join(kind.name for kind in present)
+        names = ", ".join(kind.name for kind in sorted(present))
         raise InvalidRequest("matrices", f"expected some of {names} for {model.name}")
     return MatrixChoice(kinds, tuple(kind for kind in unique if kind not in present))
+
+
+def layer_matrices(
+    model: ResidentModel, layers: Sequence[int], kinds: Sequence[MatrixKind]
+) -> list[tuple[int, MatrixKind]]:
+    """The matrices of `kinds` that each of `layers` has: some models mix kinds of layers."""
+    blocks = model.view.blocks
+    return [(layer, kind) for layer in layers for kind in kinds if kind in blocks[layer].matrices]

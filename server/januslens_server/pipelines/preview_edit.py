@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
-from januslens_server.capture import Overlay, overlaid
+from januslens_server.capture import Overlay, capturing, overlaid
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.errors import InvalidRequest
 from januslens_server.lens.losses import negative_log_likelihood
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward, forward
+from januslens_server.models.views import Linear
 from januslens_server.pipelines.inputs import read_layers, read_prompt, read_target
-from januslens_server.pipelines.matrices import choose_matrices
-from januslens_server.results import EditPreview, Effect
+from januslens_server.pipelines.matrices import choose_matrices, layer_matrices
+from januslens_server.results import EditPreview, Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec
 
 
@@ -81,13 +82,16 @@ def _descent(
     """`W -= learning_rate dL/dW` from the gradient's factors, L the target's NLL."""
     layers = read_layers(model, step.layers)
     kinds = choose_matrices(model, step.matrices).kinds
-    keys = [(layer, kind) for layer in layers for kind in kinds]
     forced = [*ids, *targets[:-1]]
-    passed = backward(model, forced, negative_log_likelihood(targets), keys, checkpoint)
+    linears = {
+        (layer, kind): _linear(model, layer, kind, "descent.matrices")
+        for layer, kind in layer_matrices(model, layers, kinds)
+    }
+    passed = backward(model, forced, negative_log_likelihood(targets), linears, checkpoint)
     overlays = []
-    for layer, kind in keys:
-        linear, factors = model.view.blocks[layer].matrices[kind], passed.factors[layer, kind]
-        change = -step.learning_rate * factors.vjps.float()
+    for (layer, kind), linear in linears.items():
+        factors = passed.factors[layer, kind, None]
+        change = -step.learning_rate * factors.vjps
         overlays.append(Overlay(linear.module, linear.columns, factors.inputs.float(), change))
     return overlays
 
@@ -103,11 +107,22 @@ def _shift(
     n_layers = model.view.facts.n_layers
     if shift.layer >= n_layers:
         raise InvalidRequest("shift.layer", f"expected 0 to {n_layers - 1}, got {shift.layer}")
-    passed = forward(model, ids, (shift.layer,), checkpoint)
-    x = passed.layers[shift.layer].neurons[-1:].float()
+    linear = _linear(model, shift.layer, MatrixKind.FF2, "shift.layer")
+    with torch.inference_mode(), capturing({"x": linear.input}) as captured:
+        forward(model, ids, (), checkpoint)
+    x = captured["x"][0, -1:].float()
     embedding = model.view.embedding.get_parameter("weight")[target].float()
-    linear = model.view.blocks[shift.layer].mlp.ff2
     return Overlay(linear.module, linear.columns, x, shift.eta * embedding[None])
+
+
+def _linear(model: ResidentModel, layer: int, kind: MatrixKind, field: str) -> Linear:
+    """The map to lay an edit over; experts have none of their own to lay it over."""
+    matrix = model.view.blocks[layer].matrices[kind]
+    if isinstance(matrix, Linear):
+        return matrix
+    raise InvalidRequest(
+        field, f"expected matrices of dense layers, got {kind.name} of layer {layer}'s experts"
+    )
 
 
 @torch.inference_mode()

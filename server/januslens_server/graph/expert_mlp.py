@@ -1,0 +1,76 @@
+"""A mixture of experts: at each position the neurons of the experts that it was sent to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from januslens_server.capture import LayerActivations
+from januslens_server.graph.terms import WeightedRows
+from januslens_server.graph.weights import Finish, MlpRow
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert in float32: `gate` and `up` `[d_model, d_mlp]`, `down` `[d_mlp, d_model]`."""
+
+    gate: torch.Tensor
+    gate_bias: torch.Tensor | None
+    up: torch.Tensor
+    up_bias: torch.Tensor | None
+    down: torch.Tensor
+    down_bias: torch.Tensor | None
+
+    def gate_and_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the activation makes neurons of, `[..., d_mlp]` each, from `x` `[..., d_model]`."""
+        gate, up = x @ self.gate, x @ self.up
+        return (
+            gate if self.gate_bias is None else gate + self.gate_bias,
+            up if self.up_bias is None else up + self.up_bias,
+        )
+
+
+@dataclass(frozen=True)
+class ExpertMlp:
+    """`expert` reads one expert's weights; `activation` makes neurons of gate and up values."""
+
+    expert: Callable[[int], Expert]
+    activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    finish: Finish | None
+
+    def row(self, acts: LayerActivations, position: int) -> MlpRow:
+        """The routed experts' neurons side by side, each times its expert's router weight.
+
+        Recomputed from the MLP's input: the model's own kernels keep no neurons to capture.
+        """
+        if acts.routing is None:
+            raise ValueError("expected a captured routing of a mixture of experts, got none")
+        x = acts.mlp_input[position].float()
+        ids = acts.routing.experts[position].tolist()
+        weights = acts.routing.weights[position].float()
+        experts = [self.expert(i) for i in ids]
+        activations = [
+            weight * self.activation(*expert.gate_and_up(x))
+            for expert, weight in zip(experts, weights, strict=True)
+        ]
+        down = torch.cat([expert.down for expert in experts])
+        width = experts[0].down.shape[0]
+        device = down.device
+        terms = WeightedRows(
+            activations=torch.cat(activations),
+            rows=down,
+            norms=down.norm(dim=1),
+            bias=_weighted_bias(experts, weights),
+            experts=torch.tensor(ids, device=device).repeat_interleave(width),
+            neurons=torch.arange(width, device=device).repeat(len(ids)),
+        )
+        gate = torch.cat([expert.gate for expert in experts], dim=1)
+        up = torch.cat([expert.up for expert in experts], dim=1)
+        return MlpRow(terms, gate, up)
+
+
+def _weighted_bias(experts: list[Expert], weights: torch.Tensor) -> torch.Tensor | None:
+    biases = [expert.down_bias for expert in experts if expert.down_bias is not None]
+    return weights @ torch.stack(biases) if biases else None

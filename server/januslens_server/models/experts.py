@@ -1,0 +1,173 @@
+"""The experts of one MLP, whose matrices stand in 3-D parameters instead of linear modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from januslens_server.capture import End, Tap
+from januslens_server.capture.taps import Columns, select
+from januslens_server.graph.expert_mlp import Expert, ExpertMlp
+from januslens_server.graph.weights import Finish
+from januslens_server.models.factors import Factors
+from januslens_server.results import MatrixKind
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts as transformers lays it out.
+
+    `block` is the whole MLP. `module` holds `gate_up_proj` and `down_proj` `[n_experts, ...]` and
+    is called with the positions' states, the experts `[pos, k]` and the weights `[pos, k]`.
+    `gate` and `up` are the columns of the fused projection; `stored_as_rows` as for `Linear`.
+    """
+
+    block: nn.Module
+    module: nn.Module
+    stored_as_rows: bool
+    gate: Columns
+    up: Columns
+    activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    finish: Finish | None = None
+    added: Tap | None = None
+
+    @property
+    def input(self) -> Tap:
+        """Where the MLP's input `[batch, pos, d_model]` is read."""
+        return Tap(self.block, End.INPUT)
+
+    @property
+    def output(self) -> Tap:
+        """Where the weighted sum of the experts' results `[batch, pos, d_model]` is read."""
+        return Tap(self.block, End.OUTPUT)
+
+    @property
+    def expert_ids(self) -> Tap:
+        """Where the experts `[pos, k]` of each position are read."""
+        return Tap(self.module, End.INPUT, argument=1)
+
+    @property
+    def expert_weights(self) -> Tap:
+        """Where the weights `[pos, k]` of their results are read."""
+        return Tap(self.module, End.INPUT, argument=2)
+
+    @property
+    def taps(self) -> dict[str, Tap]:
+        """What a forward pass captures, by its name in `LayerActivations`."""
+        return {
+            "mlp_input": self.input,
+            "mlp_sum": self.output,
+            "expert_ids": self.expert_ids,
+            "expert_weights": self.expert_weights,
+        }
+
+    @property
+    def matrices(self) -> dict[MatrixKind, ExpertMatrices]:
+        """The weight matrices by kind, each of all experts."""
+        kinds = (MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2)
+        return {kind: ExpertMatrices(self, kind) for kind in kinds}
+
+    def mlp(self) -> ExpertMlp:
+        """The experts as the flow graph reads them."""
+        return ExpertMlp(self.expert, self.activation, self.finish)
+
+    def expert(self, index: int) -> Expert:
+        """One expert's weights in float32."""
+        matrices = self.matrices
+        gate, up, down = (matrices[kind] for kind in matrices)
+        return Expert(
+            gate=gate.weight_of(index).float(),
+            gate_bias=gate.bias_of(index),
+            up=up.weight_of(index).float(),
+            up_bias=up.bias_of(index),
+            down=down.weight_of(index).float(),
+            down_bias=down.bias_of(index),
+        )
+
+
+@dataclass(frozen=True)
+class ExpertMatrices:
+    """One kind of matrix of all experts."""
+
+    experts: Experts
+    kind: MatrixKind
+
+    @property
+    def whole(self) -> Tap:
+        """Where the VJPs that the factors are made of arrive."""
+        return self.experts.output
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """What must be captured for `factors`."""
+        experts = self.experts
+        return (experts.input, experts.output, experts.expert_ids, experts.expert_weights)
+
+    def parameter(self) -> torch.Tensor:
+        """The resident parameter `[n_experts, ...]` that holds the matrices."""
+        return self.experts.module.get_parameter(self._name)
+
+    def rows_of(self, stored: torch.Tensor, expert: int | None = None) -> torch.Tensor:
+        """One expert's `[d_in, d_out]` of a tensor stored as the parameter is."""
+        if expert is None:
+            raise ValueError("expected the number of an expert, got none")
+        own = stored[expert]
+        return select(own if self.experts.stored_as_rows else own.T, self._columns)
+
+    def weight_of(self, expert: int) -> torch.Tensor:
+        """`W: [d_in, d_out]` of one expert, a view of the resident parameter."""
+        return self.rows_of(self.parameter(), expert)
+
+    def bias_of(self, expert: int) -> torch.Tensor | None:
+        """`b: [d_out]` of one expert in float32, or None."""
+        bias: torch.Tensor | None = getattr(self.experts.module, f"{self._name}_bias", None)
+        return None if bias is None else select(bias[expert], self._columns).float()
+
+    def factors(
+        self, captured: Mapping[Tap, torch.Tensor], vjps: torch.Tensor
+    ) -> dict[int | None, Factors]:
+        """Each routed expert's factors from dL/d(MLP output) `[pos, d_model]`.
+
+        Inputs are without the router's weight, VJPs contain it (docs/semantics.md).
+        """
+        x = captured[self.experts.input][0].detach()
+        ids = captured[self.experts.expert_ids].detach()
+        weights = captured[self.experts.expert_weights].detach().float()
+        return {
+            expert: self._factors(expert, x, vjps, ids == expert, weights)
+            for expert in sorted(set(ids.flatten().tolist()))
+        }
+
+    def _factors(
+        self,
+        index: int,
+        x: torch.Tensor,
+        vjps: torch.Tensor,
+        routed: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> Factors:
+        """One expert run again where it was `routed` `[pos, k]`, forward and back."""
+        positions, slots = torch.where(routed)
+        expert = self.experts.expert(index)
+        own, delta = x[positions], vjps[positions] * weights[positions, slots, None]
+        with torch.enable_grad():
+            gate, up = (v.detach().requires_grad_() for v in expert.gate_and_up(own.float()))
+            neurons = self.experts.activation(gate, up)
+            through_down = delta @ expert.down.T
+            gate_vjps, up_vjps = torch.autograd.grad(neurons, (gate, up), through_down)
+        if self.kind is MatrixKind.FF2:
+            return Factors(neurons.detach(), delta, positions)
+        return Factors(own, gate_vjps if self.kind is MatrixKind.GATE else up_vjps, positions)
+
+    @property
+    def _name(self) -> str:
+        return "down_proj" if self.kind is MatrixKind.FF2 else "gate_up_proj"
+
+    @property
+    def _columns(self) -> Columns | None:
+        if self.kind is MatrixKind.FF2:
+            return None
+        return self.experts.gate if self.kind is MatrixKind.GATE else self.experts.up
