@@ -1,0 +1,70 @@
+"""Tokenize: what each token is, and where in the text it stands."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from januslens.v1 import common_pb2, models_pb2, service_pb2_grpc, trace_pb2
+
+Stub = service_pb2_grpc.IntrospectionServiceStub
+
+TEXTS = [
+    "The capital of Japan is the city of",
+    "  two  spaces\tand\na line",
+    "naïve café, Zürich",
+    "東京 is Tokyo",
+    "\u2581 and Ġ are no spaces",
+    "👩‍👩‍👧 e\u0301 \u202e",
+    "\x00\x7f",
+]
+
+
+def tokens_of(stub: Stub, text: str) -> list[common_pb2.Token]:
+    return list(stub.Tokenize(models_pb2.TokenizeRequest(text=text)).tokens)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_bytes_join_to_the_text_and_spans_cover_it(stub: Stub, text: str) -> None:
+    tokens = tokens_of(stub, text)
+    assert b"".join(token.raw for token in tokens).decode() == text
+    assert tokens[0].start == 0
+    assert tokens[-1].end == len(text)
+    for token, following in itertools.pairwise(tokens):
+        # Pieces of one character all cover that character.
+        assert token.start <= following.start <= token.end <= following.end
+        assert following.start in {token.start, token.end}
+
+
+def test_the_text_of_a_whole_token_is_its_span(stub: Stub) -> None:
+    text = TEXTS[0]
+    tokens = tokens_of(stub, text)
+    assert [text[token.start : token.end] for token in tokens] == [token.text for token in tokens]
+    assert tokens[3].text == " Japan"
+
+
+def test_a_piece_of_a_character_shows_as_a_replacement_and_keeps_its_byte(stub: Stub) -> None:
+    tokens = tokens_of(stub, "東")
+    assert len(tokens) == 3
+    assert {token.text for token in tokens} == {"\ufffd"}
+    assert b"".join(token.raw for token in tokens) == "東".encode()
+    assert {(token.start, token.end) for token in tokens} == {(0, 1)}
+
+
+def test_the_name_of_a_special_token_is_literal_text_to_a_target_and_a_prompt(stub: Stub) -> None:
+    """What a trace runs is what Tokenize said: both read special names alike."""
+    text = "<|endoftext|> Japan"
+    header = next(
+        iter(stub.Trace(trace_pb2.TraceRequest(input=common_pb2.Input(prompt=text), layers=[0])))
+    ).header
+    said = stub.Tokenize(models_pb2.TokenizeRequest(text=text, with_special_tokens=True)).tokens
+    assert list(header.prompt_tokens) == list(said)
+
+
+def test_the_same_text_gives_the_same_tokens_whoever_else_asks(stub: Stub) -> None:
+    requests = [models_pb2.TokenizeRequest(text=text) for text in TEXTS] * 20
+    alone = {text: tokens_of(stub, text) for text in TEXTS}
+    calls = [stub.Tokenize.future(request) for request in requests]
+    for request, call in zip(requests, calls, strict=True):
+        assert list(call.result().tokens) == alone[request.text]
