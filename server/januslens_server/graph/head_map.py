@@ -11,18 +11,20 @@ import torch
 class HeadNorm:
     """A norm of queries or keys.
 
-    `weight` is `[d_head]` (the same for every head) or `[heads, d_head]`. The denominator is each
-    head's own, or one for all heads together (`spans_heads`, OLMo 2).
+    `weight` and `bias` are `[d_head]` (the same for every head) or `[heads, d_head]`. The
+    denominator is each head's own, or one for all heads together (`spans_heads`, OLMo 2).
     """
 
     weight: torch.Tensor
     eps: float
     centred: bool = False
     spans_heads: bool = False
+    bias: torch.Tensor | None = None
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         """Normalised `[pos, heads, d_head]`."""
-        return self._centre(vectors) * self.inverse_scale(vectors) * self.weight
+        scaled = self._centre(vectors) * self.inverse_scale(vectors) * self.weight
+        return scaled if self.bias is None else scaled + self.bias
 
     def inverse_scale(self, at: torch.Tensor) -> torch.Tensor:
         """1 / the denominator, `[..., heads or 1, 1]`, of `at` `[..., heads, d_head]`."""
