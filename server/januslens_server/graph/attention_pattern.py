@@ -6,6 +6,7 @@ kernel; that these rows equal eager attention's is tested.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,15 +16,16 @@ import torch
 class Scoring:
     """How a layer makes probabilities of dot products.
 
-    `scale` multiplies q k^T, then `soft_cap` bounds it: `cap * tanh(score / cap)`. `slopes`
-    `[n_heads]` add ALiBi's `slope * (source - query)`; `sinks` `[n_heads]` are scores that take
-    probability without giving a value. A layer with a `window` sees that many positions, its own
-    included.
+    `scale` multiplies q k^T, then `soft_cap` bounds it: `cap * tanh(score / cap)`. `alibi` gives
+    what is added for a number of sources, `[n_heads, sources]`, as the model itself computes it:
+    some round it to half precision, by more than a position. `sinks` `[n_heads]` are scores that
+    take probability without giving a value. A layer with a `window` sees that many positions, its
+    own included.
     """
 
     scale: float
     soft_cap: float | None = None
-    slopes: torch.Tensor | None = None
+    alibi: Callable[[int], torch.Tensor] | None = None
     sinks: torch.Tensor | None = None
     window: int | None = None
 
@@ -41,9 +43,8 @@ def attention_row(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) -> 
     scores = torch.einsum("he,hse->hs", query, keys) * scoring.scale
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
-    if scoring.slopes is not None:
-        distances = torch.arange(1 - keys.shape[1], 1, device=scores.device)
-        scores = scores + scoring.slopes[:, None] * distances
+    if scoring.alibi is not None:
+        scores = scores + scoring.alibi(keys.shape[1]).float()
     if scoring.sinks is None:
         return scores.softmax(dim=-1)
     with_sinks = torch.cat([scores, scoring.sinks[:, None].float()], dim=-1)
