@@ -265,6 +265,7 @@ def matrix(
         projected_side=gradient_lens_pb2.SIDE_VJP,
         promoted_end=gradient_lens_pb2.END_BOTTOM,
         components=[component(position, factors=factors) for position in positions],
+        component_count=2,
         frobenius_norm=float(np.linalg.norm(INPUTS.T @ VJPS)),
         tokens=tokens(2, 3, 4),
         last=last,

@@ -81,7 +81,7 @@ def test_factors_that_were_not_asked_for_are_missed_clearly() -> None:
 
 def test_a_gradient_of_zero_is_a_matrix_of_zeros() -> None:
     message = messages.matrix([])
-    message.frobenius_norm = 0.0
+    message.component_count = 0
     np.testing.assert_array_equal(with_matrix(message).gradient(), np.zeros((2, 3)))
 
 

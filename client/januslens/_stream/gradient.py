@@ -48,6 +48,7 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
         self._header = message
         self.request_id = message.request_id
         self.tokens.add(message.prompt_tokens)
+        self.tokens.add(message.tokens)
         return GradientHeader.from_message(message, self.tokens)
 
     def _read_matrix(self, message: gradient_lens_pb2.GradientMatrix) -> Matrix | None:

@@ -48,6 +48,7 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
         self._header = message
         self.request_id = message.request_id
         self.tokens.add(message.prompt_tokens)
+        self.tokens.add(message.tokens)
         return TraceHeader.from_message(message, self.tokens)
 
     def _read_layer(self, message: trace_pb2.LayerGraph) -> LayerGraph | None:

@@ -468,6 +468,7 @@ class GradientHeader(_message.Message):
     PREDICTED_TOKEN_ID_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
     STAGE_DATA_TYPES_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, as in metadata, errors and the server's log."""
     loss: _builtins.float
@@ -500,6 +501,10 @@ class GradientHeader(_message.Message):
         changes) and `projection`, as in {"backward": "bfloat16", "projection": "float32"}.
         """
 
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
+        """Texts of the loss's tokens and the prediction."""
+
     def __init__(
         self,
         *,
@@ -511,10 +516,11 @@ class GradientHeader(_message.Message):
         predicted_token_id: _builtins.int = ...,
         skipped: _abc.Iterable[Global___MatrixKind.ValueType] | None = ...,
         stage_data_types: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "skipped", b"skipped", "stage_data_types", b"stage_data_types", "target_token_ids", b"target_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "skipped", b"skipped", "stage_data_types", b"stage_data_types", "target_token_ids", b"target_token_ids", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -542,6 +548,7 @@ class GradientMatrix(_message.Message):
     VERIFICATION_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
+    COMPONENT_COUNT_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """Layer, from 0."""
     kind: Global___MatrixKind.ValueType
@@ -560,6 +567,8 @@ class GradientMatrix(_message.Message):
     """Frobenius norm of the whole gradient, components that were not sent included."""
     last: _builtins.bool
     """True in the matrix's last message."""
+    component_count: _builtins.int
+    """How many components the whole gradient has, those that were not sent included."""
     @_builtins.property
     def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___Component]:
         """The outer products, largest first."""
@@ -599,10 +608,11 @@ class GradientMatrix(_message.Message):
         verification: Global___Verification | None = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
         last: _builtins.bool = ...,
+        component_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "expert", b"expert", "verification", b"verification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "components", b"components", "d_in", b"d_in", "d_out", b"d_out", "expert", b"expert", "frobenius_norm", b"frobenius_norm", "kind", b"kind", "last", b"last", "layer", b"layer", "neurons", b"neurons", "projected_side", b"projected_side", "promoted_end", b"promoted_end", "spectrum", b"spectrum", "tokens", b"tokens", "verification", b"verification"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "component_count", b"component_count", "components", b"components", "d_in", b"d_in", "d_out", b"d_out", "expert", b"expert", "frobenius_norm", b"frobenius_norm", "kind", b"kind", "last", b"last", "layer", b"layer", "neurons", b"neurons", "projected_side", b"projected_side", "promoted_end", b"promoted_end", "spectrum", b"spectrum", "tokens", b"tokens", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expert: _TypeAlias = _typing.Literal["expert"]  # noqa: Y015
     _WhichOneofArgType__expert: _TypeAlias = _typing.Literal["_expert", b"_expert"]  # noqa: Y015

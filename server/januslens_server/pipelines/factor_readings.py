@@ -67,6 +67,7 @@ class FactorReader:
             projected_side=side,
             promoted_end=End.BOTTOM if side is Side.VJP else End.UNSPECIFIED,
             components=self._components(inputs, vjps, residual, outside, factors.positions),
+            component_count=len(inputs),
             frobenius_norm=frobenius_norm(inputs, vjps),
             spectrum=self._spectrum(inputs, vjps, side),
             neurons=self._neurons(key, residual, outside) if kind in OVER_NEURONS else None,

@@ -82,6 +82,7 @@ class GradientMatrix:
     projected_side: Side
     promoted_end: End
     components: Components
+    component_count: int
     frobenius_norm: float
     spectrum: Spectrum | None = None
     neurons: NeuronChanges | None = None

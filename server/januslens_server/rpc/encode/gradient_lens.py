@@ -61,6 +61,7 @@ class GradientLensEncoder:
             predicted_token_id=header.predicted_token_id,
             skipped=[_kind(kind) for kind in header.skipped],
             stage_data_types=header.stage_data_types,
+            tokens=self._texts.texts([*header.target_token_ids, header.predicted_token_id]),
         )
 
     def _pieces(self, matrix: GradientMatrix) -> Iterator[gradient_lens_pb2.GradientMatrix]:
@@ -76,6 +77,7 @@ class GradientLensEncoder:
                 d_out=matrix.d_out,
                 projected_side=gradient_lens_pb2.Side.ValueType(matrix.projected_side),
                 promoted_end=gradient_lens_pb2.End.ValueType(matrix.promoted_end),
+                component_count=matrix.component_count,
                 frobenius_norm=matrix.frobenius_norm,
                 verification=_verification(matrix.verification) if last else None,
                 last=last,

@@ -54,6 +54,11 @@ class TraceEncoder:
             prompt_tokens=self._texts.of_prompt(header.prompt_tokens),
             layers=header.layers,
             targets=[_target(target) for target in header.targets],
+            tokens=self._texts.texts(
+                token_id
+                for target in header.targets
+                for token_id in (target.target_token_id, target.predicted_token_id)
+            ),
         )
 
     def _pieces(self, graph: LayerGraph) -> Iterator[trace_pb2.LayerGraph]:
