@@ -47,6 +47,11 @@ def select(whole: torch.Tensor, columns: Columns | None) -> torch.Tensor:
     return whole if columns is None else whole[..., _index(columns)]
 
 
+def rows(captured: torch.Tensor) -> torch.Tensor:
+    """One prompt's `[pos, features]`, also where a module gets them without a batch axis (OPT)."""
+    return captured.flatten(0, -2)
+
+
 def add_to_columns(
     whole: torch.Tensor, columns: Columns | None, added: torch.Tensor
 ) -> torch.Tensor:

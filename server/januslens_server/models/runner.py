@@ -12,6 +12,7 @@ from torch import nn
 
 from januslens_server.capture import End, LayerActivations, Routing, Tap, capturing
 from januslens_server.capture.hooks import Checkpoint
+from januslens_server.capture.taps import rows
 from januslens_server.models.experts import Experts
 from januslens_server.models.factors import Factors, MatrixKey
 from januslens_server.models.resident import ResidentModel
@@ -61,7 +62,7 @@ def forward(
         logits = _run(model, ids)[0]
     return ForwardPass(
         layers={i: _activations(blocks[i], captured, i, len(ids)) for i in layers},
-        residual=captured[-1, "residual"][0],
+        residual=rows(captured[-1, "residual"]),
         logits=logits,
     )
 
@@ -94,9 +95,9 @@ def backward(
     factors = {
         (layer, kind, expert): found
         for (layer, kind), source in sources.items()
-        for expert, found in source.factors(captured, vjps[source.whole][0].float() / scale).items()
+        for expert, found in source.factors(captured, rows(vjps[source.whole]).float() / scale).items()
     }
-    return BackwardPass(value.item(), factors, captured[last][0].detach())
+    return BackwardPass(value.item(), factors, rows(captured[last]).detach())
 
 
 def dense_gradient(
@@ -189,7 +190,7 @@ def _activations(
     routing = None
     if isinstance(block.mlp, Experts):  # which has no batch dimension
         routing = Routing(named.pop("expert_ids"), named.pop("expert_weights"))
-    named = {name: tensor[0] for name, tensor in named.items()}
+    named = {name: rows(tensor) for name, tensor in named.items()}
     for name in ("query", "key", "value"):
         heads = attention.n_heads if name == "query" else attention.n_kv_heads
         named[name] = named[name].unflatten(-1, (heads, -1))

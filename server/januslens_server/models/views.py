@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from januslens_server.capture import End, Rotation, Tap
-from januslens_server.capture.taps import Columns, select
+from januslens_server.capture.taps import Columns, rows, select
 from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.graph.head_map import HeadMap
 from januslens_server.graph.weights import Finish
@@ -75,7 +75,7 @@ class Linear:
         self, captured: Mapping[Tap, torch.Tensor], vjps: torch.Tensor
     ) -> dict[int | None, Factors]:
         """The gradient's factors from dL/d(whole) `[pos, features]`; of no expert."""
-        inputs = captured[self.input][0].detach()
+        inputs = rows(captured[self.input]).detach()
         positions = torch.arange(len(inputs), device=inputs.device)
         return {None: Factors(inputs, self.select(vjps), positions)}
 
