@@ -26,17 +26,20 @@ class Tap:
     """One end of a module, and which of its features.
 
     `columns` selects features of the last dimension (None: all): fused projections hold
-    several maps. `argument` counts the tensors that go in or come out.
+    several maps. `argument` counts the tensors that go in or come out. `copied` where the model
+    writes to the tensor afterwards.
     """
 
     module: nn.Module
     end: End
     columns: Columns | None = None
     argument: int = 0
+    copied: bool = False
 
     def read(self, value: torch.Tensor) -> torch.Tensor:
         """The tapped features `[batch, pos, features]` of the module's whole tensor."""
-        return select(value, self.columns)
+        features = select(value, self.columns)
+        return features.clone() if self.copied else features
 
 
 def select(whole: torch.Tensor, columns: Columns | None) -> torch.Tensor:

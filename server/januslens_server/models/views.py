@@ -29,12 +29,14 @@ class Linear:
     """One linear map of the model, possibly some `columns` of a fused module.
 
     `stored_as_rows` is True where the module keeps `[d_in, d_out]` (transformers' Conv1D) and
-    False where it keeps the transpose (`nn.Linear`).
+    False where it keeps the transpose (`nn.Linear`). `overwritten` where the model adds to the
+    module's output in place: it is then copied when read.
     """
 
     module: nn.Module
     stored_as_rows: bool
     columns: Columns | None = None
+    overwritten: bool = False
 
     @property
     def weight(self) -> torch.Tensor:
@@ -59,11 +61,14 @@ class Linear:
     @property
     def output(self) -> Tap:
         """Where `y: [batch, pos, d_out]` is read."""
-        return Tap(self.module, End.OUTPUT, self.columns)
+        return Tap(self.module, End.OUTPUT, self.columns, copied=self.overwritten)
 
     @property
     def whole(self) -> Tap:
-        """The module's whole output, of which `output` is some columns: what VJPs arrive at."""
+        """The module's whole output, of which `output` is some columns: what VJPs arrive at.
+
+        Never a copy, which autograd would not know; what is added in place leaves VJPs alone.
+        """
         return Tap(self.module, End.OUTPUT)
 
     @property
