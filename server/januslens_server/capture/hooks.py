@@ -24,8 +24,8 @@ def capturing(
     """Fill the yielded dictionary while the model runs.
 
     Each tensor is what the module passed, `[batch, pos, features]`, no copy unless the tap asks
-    for one: nothing of the model may write to it in place. Before every module in `checkpoint_at`, `checkpoint` is
-    called; what it raises ends the forward pass.
+    for one: nothing of the model may write to it in place. Before every module in
+    `checkpoint_at`, `checkpoint` is called; what it raises ends the forward pass.
     """
     captured: dict[Key, torch.Tensor] = {}
     with ExitStack() as hooks:

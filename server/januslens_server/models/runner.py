@@ -95,7 +95,7 @@ def backward(
     factors = {
         (layer, kind, expert): found
         for (layer, kind), source in sources.items()
-        for expert, found in source.factors(captured, rows(vjps[source.whole]).float() / scale).items()
+        for expert, found in source.factors(captured, vjps[source.whole].float() / scale).items()
     }
     return BackwardPass(value.item(), factors, rows(captured[last]).detach())
 
@@ -130,12 +130,13 @@ def _vjps(
     captured: Mapping[Tap, torch.Tensor],
     checkpoint: Checkpoint,
 ) -> dict[Tap, torch.Tensor]:
-    """dL/dy `[batch, pos, d_out]` of every tapped output; `checkpoint` is called on the way."""
+    """dL/dy `[pos, d_out]` of every tapped output; `checkpoint` is called on the way."""
     ordered = list(taps)
     outputs = [captured[tap] for tap in ordered]
     for output in outputs:
         output.register_hook(lambda _gradient: checkpoint())
-    return dict(zip(ordered, torch.autograd.grad(value, outputs), strict=True))
+    gradients = torch.autograd.grad(value, outputs)
+    return {tap: rows(gradient) for tap, gradient in zip(ordered, gradients, strict=True)}
 
 
 @contextmanager
