@@ -35,7 +35,8 @@ def preview_edit(
 ) -> Iterator[EditPreview]:
     """Yield the edit's effect on its own prompt and on every probe.
 
-    Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed.
+    Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed,
+    and for an edit so large that the model's logits are no numbers any more.
     """
     targets = read_target(model, spec.target, "target")
     prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
@@ -44,6 +45,9 @@ def preview_edit(
     before = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
     with overlaid(_overlays(model, spec, ids, targets, checkpoint)):
         after = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
+    if not all(bool(row.isfinite().all()) for row in after):
+        field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
+        raise InvalidRequest(field, "expected an edit that leaves finite logits, got a larger one")
     edited, *probes = map(_effect, watched, before, after)
     yield EditPreview(edited, probes, model.provenance)
 

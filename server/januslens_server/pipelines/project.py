@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from januslens_server.capture.hooks import Checkpoint
@@ -20,8 +21,8 @@ def project_vectors(
 ) -> Iterator[ProjectionTable]:
     """Yield one table for all vectors.
 
-    Raises `InvalidRequest` if they are not `[n, d_model]` or not finite, or the target is not
-    one token.
+    Raises `InvalidRequest` if they are not `[n, d_model]`, not finite or so large that their
+    readings are not, or the target is not one token.
     """
     d_model = model.view.facts.d_model
     if spec.vectors.shape[1] != d_model:
@@ -35,4 +36,9 @@ def project_vectors(
     if spec.target is not None:
         target = read_single_target(model, spec.target, "target")
         targets = torch.full((len(vectors), 1), target, device=model.device)
-    yield project(model.view.lens, vectors, spec.lens, targets)
+    table = project(model.view.lens, vectors, spec.lens, targets)
+    if not np.isfinite(table.entropy_bits).all():
+        raise InvalidRequest(
+            "vectors.data", "expected vectors that float32 can square, got larger ones"
+        )
+    yield table
