@@ -1,0 +1,153 @@
+"""Several models on one server: one serves whatever became of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from hashlib import sha256
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from januslens.v1 import gradient_lens_pb2, lens_pb2, models_pb2, service_pb2_grpc, trace_pb2
+from januslens_server.demo import model_path
+from tests.support import model_folders
+from tests.support.calls import prompt, refused
+from tests.support.server import ServerProcess, running_server
+
+BROKEN = {
+    "absent": (model_folders.without_weights, "no file named model.safetensors"),
+    "truncated": (model_folders.truncated, "incomplete metadata"),
+    "lacking": (model_folders.lacking_one_weight, "h.2.mlp.c_fc.weight"),
+    "nan": (model_folders.with_nan, "self-check"),
+    "pickled": (model_folders.pickled, "no file named model.safetensors"),
+}
+
+Model = models_pb2.Model
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("models")
+    models = {name: make(folder / name) for name, (make, _) in BROKEN.items()}
+    models["well"] = model_folders.healthy(folder / "well")
+    models["odd"] = model_folders.with_configuration(folder / "odd", activation_function="none")
+    flags = [flag for name, path in models.items() for flag in ("--model", f"{name}={path}")]
+    with running_server(*flags) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(server.address) as channel:
+        yield channel
+
+
+@pytest.fixture(scope="module")
+def stub(channel: grpc.Channel) -> service_pb2_grpc.IntrospectionServiceStub:
+    return service_pb2_grpc.IntrospectionServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def models(stub: service_pb2_grpc.IntrospectionServiceStub) -> dict[str, Model]:
+    return {m.name: m for m in stub.ListModels(models_pb2.ListModelsRequest()).models}
+
+
+def requests_for(model: str) -> list[tuple[str, Message]]:
+    return [
+        ("Tokenize", models_pb2.TokenizeRequest(model=model, text="x")),
+        ("Project", lens_pb2.ProjectRequest(model=model)),
+        ("Trace", trace_pb2.TraceRequest(model=model, input=prompt("Japan"))),
+        ("GradientLens", gradient_lens_pb2.GradientLensRequest(model=model)),
+    ]
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_model_is_refused_with_its_reason(
+    channel: grpc.Channel, models: dict[str, Model], name: str
+) -> None:
+    reason = models[name].state_reason
+    assert models[name].state == Model.STATE_FAILED
+    assert BROKEN[name][1] in reason
+    for method, request in requests_for(name):
+        answer = refused(channel, method, request)
+        assert answer.code is grpc.StatusCode.FAILED_PRECONDITION
+        assert (answer.reason, answer.info.domain) == ("MODEL_FAILED", "januslens")
+        assert answer.text == f"{name} cannot be served: {reason}"
+        assert answer.retry_after is None
+
+
+def test_what_transformers_trips_over_fails_the_model_alone(models: dict[str, Model]) -> None:
+    assert models["odd"].state == Model.STATE_FAILED
+    assert "KeyError" in models["odd"].state_reason
+
+
+def test_the_healthy_one_serves(
+    stub: service_pb2_grpc.IntrospectionServiceStub, models: dict[str, Model]
+) -> None:
+    well = models["well"]
+    assert (well.state, well.state_reason) == (Model.STATE_READY, "")
+    assert all(guarantee.held for guarantee in well.guarantees)
+    request = trace_pb2.TraceRequest(model="well", input=prompt("Japan"), layers=[0])
+    assert list(stub.Trace(request))[-1].HasField("summary")
+
+
+def test_health_tells_them_apart(channel: grpc.Channel, models: dict[str, Model]) -> None:
+    health: Any = health_pb2_grpc.HealthStub(channel)
+
+    def serving(service: str) -> bool:
+        answer = health.Check(health_pb2.HealthCheckRequest(service=service))
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    assert {name for name in models if serving(name)} == {"well"}
+    assert serving("januslens.ready")
+    assert serving("")
+
+
+def test_a_request_must_name_one_of_several(
+    channel: grpc.Channel, models: dict[str, Model]
+) -> None:
+    for method, request in requests_for(""):
+        answer = refused(channel, method, request)
+        assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert answer.fields == ["model"]
+        assert all(name in answer.text for name in models)
+
+
+def test_pages_list_every_model_once_by_name(
+    stub: service_pb2_grpc.IntrospectionServiceStub, models: dict[str, Model]
+) -> None:
+    assert list(models) == sorted([*BROKEN, "well", "odd"])
+    for size in range(1, len(models) + 2):
+        pages = list(pages_of(stub, size))
+        assert [model for page in pages for model in page] == list(models.values())
+        assert all(len(page) == size for page in pages[:-1])
+        assert pages[-1]
+
+
+def pages_of(
+    stub: service_pb2_grpc.IntrospectionServiceStub, size: int
+) -> Iterator[list[models_pb2.Model]]:
+    token = ""
+    while True:
+        page = stub.ListModels(models_pb2.ListModelsRequest(page_size=size, page_token=token))
+        yield list(page.models)
+        token = page.next_page_token
+        if not token:
+            return
+
+
+@pytest.mark.parametrize("token", ["7", "0", "-1", "1 ", "x", "\uff11"])
+def test_a_page_token_that_was_not_issued_is_refused(channel: grpc.Channel, token: str) -> None:
+    answer = refused(channel, "ListModels", models_pb2.ListModelsRequest(page_token=token))
+    assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert answer.fields == ["page_token"]
+
+
+def test_the_revision_is_a_hash_of_the_weights(models: dict[str, Model]) -> None:
+    """Equal weights are the same revision, wherever they lie and whatever they are called."""
+    weights = (model_path() / model_folders.WEIGHTS).read_bytes()
+    expected = sha256(sha256(weights).digest()).hexdigest()
+    assert models["well"].provenance.revision == expected

@@ -1,0 +1,72 @@
+"""Model folders in every state, made of the embedded demo."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from januslens_server.demo import model_path
+
+WEIGHTS = "model.safetensors"
+
+
+def healthy(folder: Path) -> Path:
+    """A copy of the demo."""
+    shutil.copytree(model_path(), folder)
+    return folder
+
+
+def without_weights(folder: Path) -> Path:
+    """The demo without its weights file."""
+    (healthy(folder) / WEIGHTS).unlink()
+    return folder
+
+
+def truncated(folder: Path) -> Path:
+    """The demo with half of its weights file."""
+    weights = healthy(folder) / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    return folder
+
+
+def lacking_one_weight(folder: Path) -> Path:
+    """The demo without one matrix: transformers alone would draw it at random."""
+    weights = healthy(folder) / WEIGHTS
+    tensors = load_file(weights)
+    del tensors["transformer.h.2.mlp.c_fc.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder
+
+
+def with_nan(folder: Path) -> Path:
+    """The demo with one weight that is no number."""
+    weights = healthy(folder) / WEIGHTS
+    tensors = load_file(weights)
+    tensors["transformer.h.2.mlp.c_fc.weight"][0, 0] = torch.nan
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder
+
+
+def pickled(folder: Path) -> Path:
+    """The demo with its weights as a pickle, which is never read."""
+    weights = healthy(folder) / WEIGHTS
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    weights.unlink()
+    return folder
+
+
+def with_configuration(folder: Path, **changes: Any) -> Path:
+    """The demo with some configuration that its weights don't fit."""
+    path = healthy(folder) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def slow_to_load(folder: Path) -> Path:
+    """A folder whose thousands of layers take many seconds before they turn out to be missing."""
+    return with_configuration(folder, n_layer=20_000, n_embd=8, n_head=1)
