@@ -11,9 +11,10 @@ from tests.support.reference_families import FAMILIES
 from tests.support.reference_loaded import LoadExample
 
 
-def test_every_adapter_has_a_reference_and_an_example() -> None:
+def test_every_reference_has_an_adapter_and_an_example() -> None:
     examined = {example.config().model_type for example in EXAMPLES.values()}
-    assert set(ADAPTERS) == set(FAMILIES) == examined
+    assert set(FAMILIES) == examined
+    assert examined <= set(ADAPTERS)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
