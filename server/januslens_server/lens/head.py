@@ -51,6 +51,14 @@ class LensHead:
             return logits
         return self.soft_cap * torch.tanh(logits / self.soft_cap)
 
+    def target_logits(self, residual: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Logits `[n]` of `targets` `[n]` before the soft-cap, from the last block's output."""
+        rows = self.unembedding[targets]
+        logits = (self.final_norm(residual) * rows).sum(-1)
+        if self.bias is not None:
+            logits = logits + self.bias[targets]
+        return logits * self.logit_scale
+
     def attribution(self, residual: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Directions `[n, d_model]` whose dot product with a part is its logit contribution.
 

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from januslens_server.capture import End, LayerActivations, Routing, Tap, capturing
+from januslens_server.capture import End, LayerActivations, Tap, capturing
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.capture.taps import rows
-from januslens_server.models.experts import Experts
 from januslens_server.models.factors import Factors, MatrixKey
+from januslens_server.models.layer_capture import layer_activations, layer_taps
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.views import Block
 from januslens_server.results import MatrixKind
 
 # float16 gradients below 6e-8 vanish. Scaled by a power of two, which divides out exactly, small
@@ -56,12 +55,20 @@ def forward(
 ) -> ForwardPass:
     """Run the prompt once. `checkpoint` is called before every block and may raise to stop."""
     blocks = model.view.blocks
-    taps = {(i, name): tap for i in layers for name, tap in _taps(blocks[i]).items()}
+    layers = tuple(layers)
+    taps = {(i, name): tap for i in layers for name, tap in layer_taps(blocks[i]).items()}
     taps[-1, "residual"] = Tap(blocks[-1].module, End.OUTPUT)
     with capturing(taps, checkpoint, [block.module for block in blocks]) as captured:
         logits = _run(model, ids)[0]
     return ForwardPass(
-        layers={i: _activations(blocks[i], captured, i, len(ids)) for i in layers},
+        layers={
+            i: layer_activations(
+                blocks[i],
+                {name: tensor for (layer, name), tensor in captured.items() if layer == i},
+                len(ids),
+            )
+            for i in layers
+        },
         residual=rows(captured[-1, "residual"]),
         logits=logits,
     )
@@ -160,45 +167,3 @@ def _run(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
 
 def _batch(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
     return torch.tensor([ids], device=model.device)
-
-
-def _taps(block: Block) -> dict[str, Tap]:
-    attention = block.attention
-    taps = {
-        "block_input": Tap(block.module, End.INPUT),
-        "attention_input": attention.query.input,
-        "query": attention.query.output,
-        "key": attention.key.output,
-        "value": attention.value.output,
-        "attention_concat": attention.output.input,
-        "attention_sum": attention.output.output,
-        "block_output": Tap(block.module, End.OUTPUT),
-    }
-    optional = {
-        "residual_mid": block.residual_mid,
-        "attention_output": attention.added,
-        "mlp_output": block.mlp.added,
-    }
-    present = {name: tap for name, tap in optional.items() if tap is not None}
-    return taps | block.mlp.taps | present
-
-
-def _activations(
-    block: Block, captured: Mapping[tuple[int, str], torch.Tensor], layer: int, length: int
-) -> LayerActivations:
-    attention = block.attention
-    named = {name: tensor for (owner, name), tensor in captured.items() if owner == layer}
-    routing = None
-    if isinstance(block.mlp, Experts):  # which has no batch dimension
-        routing = Routing(named.pop("expert_ids"), named.pop("expert_weights"))
-    named = {name: rows(tensor) for name, tensor in named.items()}
-    for name in ("query", "key", "value"):
-        heads = attention.n_heads if name == "query" else attention.n_kv_heads
-        named[name] = named[name].unflatten(-1, (heads, -1))
-    for name, finish in (("attention", attention.finish), ("mlp", block.mlp.finish)):
-        if finish is None:
-            named[f"{name}_output"] = named.pop(f"{name}_sum")
-        elif finish.norm is None:
-            named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
-    rotation = None if attention.rotation is None else attention.rotation(length)
-    return LayerActivations(routing=routing, rotation=rotation, **named)

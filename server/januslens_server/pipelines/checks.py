@@ -68,17 +68,18 @@ class TraceChecks:
         # Without any share (weights that are no numbers give none) nothing is shown to hold.
         return max((abs(total - 1) for total in self._shares.values()), default=math.nan)
 
+    @torch.inference_mode()
     def _contribution_error(self) -> float:
         """Largest distance of all contributions' sum from the target's logit, relative to it."""
-        return max(
-            abs(
-                self._contributions[target.position]
-                + target.constant_logit_contribution
-                - target.target_logit
-            )
-            / max(abs(target.target_logit), 1.0)
-            for target in self._targets
-        )
+        residual = self._passed.residual[[target.position for target in self._targets]]
+        ids = [target.target_token_id for target in self._targets]
+        logits = self._lens.target_logits(residual, torch.tensor(ids, device=residual.device))
+        errors = [
+            abs(self._contributions[target.position] + target.constant_logit_contribution - logit)
+            / max(abs(logit), 1.0)
+            for target, logit in zip(self._targets, logits.tolist(), strict=True)
+        ]
+        return float(max(errors))
 
 
 def _adds_to_residual(node_id: str) -> bool:

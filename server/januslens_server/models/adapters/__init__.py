@@ -6,26 +6,65 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from januslens_server.errors import ModelFailed
-from januslens_server.models.adapters import gpt2, gpt_neo, gptj, llama
+from januslens_server.models import automatic
+from januslens_server.models.adapters import (
+    bloom,
+    cohere,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3_text,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    granite,
+    llama,
+    mistral,
+    mpt,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from januslens_server.models.views import ModelView
 
 ADAPTERS: dict[str, Callable[[PreTrainedModel], ModelView]] = {
+    "bloom": bloom.view,
+    "cohere": cohere.view,
+    "falcon": falcon.view,
+    "gemma": gemma.view,
+    "gemma2": gemma2.view,
+    "gemma3_text": gemma3_text.view,
     "gpt2": gpt2.view,
     "gpt_neo": gpt_neo.view,
+    "gpt_neox": gpt_neox.view,
     "gptj": gptj.view,
+    "granite": granite.view,
     "llama": llama.view,
+    "mistral": mistral.view,
+    "mpt": mpt.view,
+    "olmo2": olmo2.view,
+    "opt": opt.view,
+    "phi": phi.view,
+    "phi3": phi3.view,
+    "qwen2": qwen2.view,
+    "qwen3": qwen3.view,
+    "smollm3": smollm3.view,
+    "stablelm": stablelm.view,
+    "starcoder2": starcoder2.view,
 }
 
 
 def view_of(model: PreTrainedModel) -> ModelView:
     """The model's parts under the field's names.
 
-    Raises `ModelFailed` for a family without an adapter.
+    A family without an adapter is read by its structure. Raises `ModelFailed` naming what was not
+    found.
     """
-    family = model.config.model_type
-    adapter = ADAPTERS.get(family)
-    if adapter is None:
-        known = ", ".join(sorted(ADAPTERS))
-        raise ModelFailed(f"expected an architecture among {known}, got {family!r}")
-    return adapter(model)
+    return ADAPTERS.get(model.config.model_type, automatic.view)(model)

@@ -1,0 +1,56 @@
+"""What is captured of a block in a forward pass, and how it is named and shaped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from januslens_server.capture import End, LayerActivations, Routing, Tap
+from januslens_server.capture.taps import rows
+from januslens_server.models.experts import Experts
+from januslens_server.models.views import Block
+
+
+def layer_taps(block: Block) -> dict[str, Tap]:
+    """What a forward pass captures of a block, by its name in `LayerActivations`."""
+    attention = block.attention
+    taps = {
+        "block_input": Tap(block.module, End.INPUT),
+        "attention_input": attention.query.input,
+        "query": attention.query.output,
+        "key": attention.key.output,
+        "value": attention.value.output,
+        "attention_concat": attention.output.input,
+        "attention_sum": attention.output.output,
+        "block_output": Tap(block.module, End.OUTPUT),
+    }
+    optional = {
+        "residual_mid": block.residual_mid,
+        "attention_output": attention.added,
+        "mlp_output": block.mlp.added,
+    }
+    present = {name: tap for name, tap in optional.items() if tap is not None}
+    return taps | block.mlp.taps | present
+
+
+def layer_activations(
+    block: Block, captured: Mapping[str, torch.Tensor], length: int
+) -> LayerActivations:
+    """A block's activations from what its taps captured of a prompt of `length` tokens."""
+    attention = block.attention
+    named = dict(captured)
+    routing = None
+    if isinstance(block.mlp, Experts):  # which has no batch dimension
+        routing = Routing(named.pop("expert_ids"), named.pop("expert_weights"))
+    named = {name: rows(tensor) for name, tensor in named.items()}
+    for name in ("query", "key", "value"):
+        heads = attention.n_heads if name == "query" else attention.n_kv_heads
+        named[name] = named[name].unflatten(-1, (heads, -1))
+    for name, finish in (("attention", attention.finish), ("mlp", block.mlp.finish)):
+        if finish is None:
+            named[f"{name}_output"] = named.pop(f"{name}_sum")
+        elif finish.norm is None:
+            named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
+    rotation = None if attention.rotation is None else attention.rotation(length)
+    return LayerActivations(routing=routing, rotation=rotation, **named)
