@@ -1,0 +1,31 @@
+"""Qwen2 and Qwen2.5: Llama's block with biased queries, keys and values.
+
+Distinct points:
+- query, key and value have biases, the output projection has none;
+- `layer_types` says which layers attend through the sliding window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from januslens_server.models.adapters.llama_like import (
+    Layer,
+    attention,
+    llama_like,
+    pre_norm_block,
+)
+from januslens_server.models.adapters.parts import lens, rms_norm
+from januslens_server.models.views import Block, ModelView
+
+
+def view(model: PreTrainedModel) -> ModelView:
+    """Map a `Qwen2ForCausalLM`."""
+    decoder: Any = model.model
+    return llama_like(model, _block, lens(model, rms_norm(decoder.norm)))
+
+
+def _block(layer: Layer) -> Block:
+    return pre_norm_block(layer, attention(layer, window=layer.window))
