@@ -54,8 +54,10 @@ def _recording(key: Key, tap: Tap, captured: dict[Key, torch.Tensor]) -> Iterato
     def before(_module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         captured[key] = tap.read(nth_tensor(args, named, tap.argument))
 
-    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        captured[key] = tap.read(nth_tensor(output, n=tap.argument))
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> torch.Tensor | None:
+        whole = nth_tensor(output, n=tap.argument)
+        captured[key] = tap.read(whole)
+        return whole.clone() if tap.overwritten else None
 
     if tap.end is End.INPUT:
         handle = tap.module.register_forward_pre_hook(before, with_kwargs=True)

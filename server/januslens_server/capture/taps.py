@@ -34,6 +34,7 @@ class Tap:
     end: End
     columns: Columns | None = None
     argument: int = 0
+    overwritten: bool = False
     copied: bool = False
 
     def read(self, value: torch.Tensor) -> torch.Tensor:

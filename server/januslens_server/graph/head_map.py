@@ -42,25 +42,36 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Clipping to `[-clip, clip]`, then a norm; None: not there."""
+    """Clipping to `[-clip, clip]`, a norm, clipping to `clip_after`; None: not there."""
 
     clip: float | None = None
     norm: HeadNorm | None = None
+    clip_after: float | None = None
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         """Queries or keys `[pos, heads, d_head]` as they are rotated."""
-        if self.clip is not None:
-            vectors = vectors.clamp(-self.clip, self.clip)
-        return vectors if self.norm is None else self.norm(vectors)
+        return _clipped(self._normed(_clipped(vectors, self.clip)), self.clip_after)
 
     def pull_back(self, directions: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
         """J^T direction, J the map's linear part at `at`; both `[..., heads, d_head]`.
 
         The norm's scale is fixed; coordinates that were clipped no longer depend on the input.
         """
+        inside = _clipped(at, self.clip)
+        directions = _without_clipped(directions, self._normed(inside), self.clip_after)
         if self.norm is not None:
-            inside = at if self.clip is None else at.clamp(-self.clip, self.clip)
             directions = self.norm.pull_back(directions, inside)
-        if self.clip is not None:
-            directions = torch.where(at.abs() < self.clip, directions, 0.0)
-        return directions
+        return _without_clipped(directions, at, self.clip)
+
+    def _normed(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors if self.norm is None else self.norm(vectors)
+
+
+def _clipped(vectors: torch.Tensor, clip: float | None) -> torch.Tensor:
+    return vectors if clip is None else vectors.clamp(-clip, clip)
+
+
+def _without_clipped(
+    directions: torch.Tensor, at: torch.Tensor, clip: float | None
+) -> torch.Tensor:
+    return directions if clip is None else torch.where(at.abs() < clip, directions, 0.0)

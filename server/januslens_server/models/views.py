@@ -69,7 +69,7 @@ class Linear:
 
         Never a copy, which autograd would not know; what is added in place leaves VJPs alone.
         """
-        return Tap(self.module, End.OUTPUT)
+        return Tap(self.module, End.OUTPUT, overwritten=self.overwritten)
 
     @property
     def taps(self) -> tuple[Tap, ...]:
