@@ -23,9 +23,9 @@ def capturing(
 ) -> Iterator[dict[Key, torch.Tensor]]:
     """Fill the yielded dictionary while the model runs.
 
-    Each tensor is what the module passed, `[batch, pos, features]`, no copy unless the tap asks
-    for one: nothing of the model may write to it in place. Before every module in
-    `checkpoint_at`, `checkpoint` is called; what it raises ends the forward pass.
+    Each tensor is what the module passed, `[batch, pos, features]`, not a copy: autograd knows
+    only that one. Before every module in `checkpoint_at`, `checkpoint` is called; what it raises
+    ends the forward pass.
     """
     captured: dict[Key, torch.Tensor] = {}
     with ExitStack() as hooks:

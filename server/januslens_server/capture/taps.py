@@ -26,8 +26,8 @@ class Tap:
     """One end of a module, and which of its features.
 
     `columns` selects features of the last dimension (None: all): fused projections hold
-    several maps. `argument` counts the tensors that go in or come out. `copied` where the model
-    writes to the tensor afterwards.
+    several maps. `argument` counts the tensors that go in or come out. `overwritten`: the model
+    writes to the module's output in place, and is handed a copy of it instead.
     """
 
     module: nn.Module
@@ -35,12 +35,10 @@ class Tap:
     columns: Columns | None = None
     argument: int = 0
     overwritten: bool = False
-    copied: bool = False
 
     def read(self, value: torch.Tensor) -> torch.Tensor:
         """The tapped features `[batch, pos, features]` of the module's whole tensor."""
-        features = select(value, self.columns)
-        return features.clone() if self.copied else features
+        return select(value, self.columns)
 
 
 def select(whole: torch.Tensor, columns: Columns | None) -> torch.Tensor:

@@ -29,8 +29,8 @@ class Linear:
     """One linear map of the model, possibly some `columns` of a fused module.
 
     `stored_as_rows` is True where the module keeps `[d_in, d_out]` (transformers' Conv1D) and
-    False where it keeps the transpose (`nn.Linear`). `overwritten` where the model adds to the
-    module's output in place: it is then copied when read.
+    False where it keeps the transpose (`nn.Linear`). `overwritten` where the model writes to the
+    module's output in place: it is then handed a copy.
     """
 
     module: nn.Module
@@ -61,14 +61,11 @@ class Linear:
     @property
     def output(self) -> Tap:
         """Where `y: [batch, pos, d_out]` is read."""
-        return Tap(self.module, End.OUTPUT, self.columns, copied=self.overwritten)
+        return Tap(self.module, End.OUTPUT, self.columns, overwritten=self.overwritten)
 
     @property
     def whole(self) -> Tap:
-        """The module's whole output, of which `output` is some columns: what VJPs arrive at.
-
-        Never a copy, which autograd would not know; what is added in place leaves VJPs alone.
-        """
+        """The module's whole output, of which `output` is some columns: what VJPs arrive at."""
         return Tap(self.module, End.OUTPUT, overwritten=self.overwritten)
 
     @property
