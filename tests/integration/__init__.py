@@ -1,0 +1,1 @@
+"""The server as an operator sees it: started, watched, loaded, cut off and stopped."""

@@ -1,0 +1,127 @@
+"""Clients that cancel or die in the middle of a stream leave nothing behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from januslens.v1 import service_pb2_grpc, trace_pb2
+from tests.support.calls import long_trace, prompt, started
+from tests.support.metrics import sample, wait_until_idle
+from tests.support.server import ServerProcess
+
+Stub = service_pb2_grpc.IntrospectionServiceStub
+
+ROOT = Path(__file__).parents[2]
+SHORT = trace_pb2.TraceRequest(input=prompt("The capital of Japan is the city of"))
+
+READER = """
+import sys, time
+import grpc
+from januslens.v1 import service_pb2_grpc
+from tests.support.calls import long_trace
+
+channel = grpc.insecure_channel(sys.argv[1])
+stream = service_pb2_grpc.IntrospectionServiceStub(channel).Trace(long_trace(40))
+for _ in range(int(sys.argv[2])):
+    next(stream)
+print("reading", flush=True)
+if sys.argv[3] == "stops":
+    time.sleep(600)
+for _ in stream:
+    pass
+"""
+
+
+@contextmanager
+def reader(address: str, messages: int, then: str) -> Iterator[None]:
+    """A client in a process of its own that has read some messages, and dies at the end."""
+    client = subprocess.Popen(
+        [sys.executable, "-c", READER, address, str(messages), then],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with client:
+        try:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "reading\n"
+            yield
+        finally:
+            client.kill()
+
+
+@pytest.mark.parametrize(
+    ("messages", "then", "seconds"),
+    [(0, "goes on", 0.0), (1, "goes on", 0.2), (6, "goes on", 0.0), (2, "stops", 2.5)],
+    ids=["at once", "computing", "mid-stream", "while its stream is set aside"],
+)
+def test_a_killed_client_leaves_a_healthy_idle_server(
+    server: ServerProcess, stub: Stub, messages: int, then: str, seconds: float
+) -> None:
+    before = list(stub.Trace(SHORT))
+    with reader(server.address, messages, then):
+        time.sleep(seconds)
+    wait_until_idle(server)
+    after = list(stub.Trace(SHORT))
+    assert [m.layer for m in after] == [m.layer for m in before]
+    assert "met a bug" not in server.log
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.5])
+def test_a_cancelled_stream_is_let_go_of(
+    server: ServerProcess, channel: grpc.Channel, seconds: float
+) -> None:
+    call = started(channel, "Trace", long_trace(40))
+    time.sleep(seconds)
+    call.cancel()
+    assert call.code() is grpc.StatusCode.CANCELLED
+    wait_until_idle(server)
+    assert is_serving(channel)
+
+
+def test_a_stream_cancelled_while_another_runs_never_computes(
+    server: ServerProcess, channel: grpc.Channel
+) -> None:
+    first = started(channel, "Trace", long_trace(2))
+    next(first)
+    waiting = [started(channel, "Trace", long_trace(40)) for _ in range(5)]
+    time.sleep(0.2)
+    for call in waiting:
+        call.cancel()
+    assert [m.WhichOneof("event") for m in first][-1] == "summary"
+    wait_until_idle(server, seconds=2)
+
+
+def test_every_call_is_counted_when_it_ends(
+    server: ServerProcess, channel: grpc.Channel, stub: Stub
+) -> None:
+    def count(code: str) -> float:
+        labels = {"grpc_method": "Trace", "grpc_code": code}
+        return sample(server, "grpc_server_handled_total", **labels)
+
+    before = {code: count(code) for code in ("OK", "CANCELLED", "DEADLINE_EXCEEDED")}
+    list(stub.Trace(SHORT))
+    call = started(channel, "Trace", long_trace(40))
+    next(call)
+    call.cancel()
+    with pytest.raises(grpc.RpcError):
+        list(stub.Trace(long_trace(40), timeout=0.3))
+    wait_until_idle(server)
+    assert {code: count(code) - before[code] for code in before} == dict.fromkeys(before, 1.0)
+    assert "met a bug" not in server.log
+
+
+def is_serving(channel: grpc.Channel) -> bool:
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    answer = health.Check(health_pb2.HealthCheckRequest(service="januslens.ready"), timeout=5)
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)

@@ -1,0 +1,35 @@
+"""The server's metrics page, read as Prometheus does."""
+
+from __future__ import annotations
+
+import time
+from urllib.request import urlopen
+
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.support.server import ServerProcess
+
+
+def page(server: ServerProcess) -> list[Metric]:
+    """Every family of samples."""
+    with urlopen(server.metrics_url, timeout=10) as answer:  # noqa: S310 - the server's own, http
+        return list(text_string_to_metric_families(answer.read().decode()))
+
+
+def sample(server: ServerProcess, name: str, **labels: str) -> float:
+    """One sample; 0 where nothing has been counted under these labels yet."""
+    for family in page(server):
+        for found in family.samples:
+            if found.name == name and found.labels == labels:
+                return float(found.value)
+    return 0.0
+
+
+def wait_until_idle(server: ServerProcess, seconds: float = 10) -> None:
+    """Until nothing is left of any request; fails if something is after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while count := sample(server, "januslens_requests_unfinished"):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{count:g} requests are unfinished after {seconds:g} s")
+        time.sleep(0.02)
