@@ -45,8 +45,13 @@ class BlockFinder:
         linears = [e for e in self._events if isinstance(e.module, nn.Linear | Conv1D)]
         self._attention, self._mlp = self._split(linears)
 
-    def block(self, settings: Settings, rotation: Callable[[int], Rotation] | None) -> Block:
-        """The block under the field's names."""
+    def block(
+        self,
+        settings: Settings,
+        rotation: Callable[[int], Rotation] | None,
+        window: int | None,
+    ) -> Block:
+        """The block under the field's names, with one reading of what its tensors don't show."""
         query, *_, output = self._attention
         first, second = self._mlp[0], self._mlp[-1]
         attention_norm = self._norm_giving(query.input)
@@ -57,7 +62,7 @@ class BlockFinder:
         middle = None if parallel else self._middle(mlp_norm, first)
         return Block(
             module=self._module,
-            attention=self._read_attention(settings, rotation, output),
+            attention=self._read_attention(settings, rotation, window, output),
             mlp=self._read_mlp(settings, second),
             residual_mid=middle,
             attention_prenorm=attention_norm is not None,
@@ -80,6 +85,7 @@ class BlockFinder:
         self,
         settings: Settings,
         rotation: Callable[[int], Rotation] | None,
+        window: int | None,
         output: Event,
     ) -> Attention:
         query, key, value, _ = (_linear(event.module) for event in self._attention)
@@ -97,7 +103,7 @@ class BlockFinder:
                 scale=getattr(owner, "scaling", None) or d_head**-0.5,
                 soft_cap=settings.soft_cap,
                 sinks=getattr(owner, "sinks", None),
-                window=getattr(owner, "sliding_window", None),
+                window=window,
             ),
             rotation=rotation,
             query_map=self._head_map(self._attention[0], d_head),

@@ -39,7 +39,11 @@ def view(model: PreTrainedModel) -> ModelView:
     blocks = []
     for i, module in enumerate(modules):
         finder = BlockFinder(f"{name}.{i}", module, probe)
-        readings = [finder.block(settings, rotation) for rotation in rotations]
+        readings = [
+            finder.block(settings, rotation, window)
+            for window in _windows(config, module, i)
+            for rotation in rotations
+        ]
         blocks.append(best_reading(model, i, readings))
     return ModelView(
         embedding=embedding,
@@ -93,6 +97,18 @@ def _blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, list[nn.Module]
     if len(lists) != 1:
         raise ModelFailed(f"expected one list of {n_layers} equal blocks, found {len(lists)}")
     return lists[0]
+
+
+def _windows(config: Any, block: nn.Module, layer: int) -> list[int | None]:
+    """How far the layer may attend, the likeliest first: a probe shorter than it cannot tell."""
+    size = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    own = [getattr(module, "sliding_window", None) for module in block.modules()]
+    if kinds is not None:
+        likely = size if kinds[layer] == "sliding_attention" else None
+    else:
+        likely = next((window for window in own if window is not None), size)
+    return [likely, *({size, None} - {likely})]
 
 
 def _rotations(model: PreTrainedModel) -> list[Callable[[int], Rotation] | None]:

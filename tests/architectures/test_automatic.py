@@ -1,0 +1,129 @@
+"""The automatic adapter: against the written ones, on families without any, and its refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from januslens_server.errors import ModelFailed
+from januslens_server.models import automatic
+from januslens_server.models.adapters import ADAPTERS, view_of
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.trace import trace
+from januslens_server.results import GradientMatrix, LayerGraph, MatrixKind
+from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, TraceSpec
+from tests.architectures.cases import CASES, Case, plain, resident
+
+# What the automatic adapter says it needs: separate maps, one rotation, norms with weights.
+READABLE = {
+    "cohere",
+    "gemma",
+    "gemma2",
+    "granite",
+    "llama",
+    "mistral",
+    "olmo2",
+    "phi",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "starcoder2",
+}
+WITHOUT_ADAPTER = tuple(
+    Case(family, "automatic", {"num_key_value_heads": 2, "head_dim": 8} | settings)
+    for family, settings in (
+        ("arcee", {}),
+        ("ernie4_5", {"use_bias": True}),
+        ("exaone4", {}),
+        ("glm", {"attention_bias": True}),
+        ("glm4", {}),
+        ("helium", {}),
+        ("nemotron", {}),
+        ("seed_oss", {}),
+        ("vaultgemma", {"query_pre_attn_scalar": 20}),
+    )
+)
+readable = [case for case in CASES if case.family in READABLE and case.name != "grouped, norms"]
+
+
+def read_automatically(case: Case) -> ResidentModel:
+    model = resident(case)
+    return replace(model, view=automatic.view(model.network))
+
+
+def graphs(model: ResidentModel, case: Case) -> Iterator[LayerGraph]:
+    spec = TraceSpec(tuple(case.prompt), include_vectors=True, include_logit_contribution=True)
+    for event in trace(model, spec, lambda: None):
+        if isinstance(event, LayerGraph):
+            yield event
+
+
+@pytest.mark.parametrize("case", readable, ids=lambda case: case.id)
+def test_it_reads_what_the_written_adapter_says(case: Case) -> None:
+    written, found = graphs(resident(case), case), graphs(read_automatically(case), case)
+    for one, other in zip(written, found, strict=True):
+        assert one.nodes == other.nodes
+        assert one.vectors is not None
+        assert other.vectors is not None
+        np.testing.assert_allclose(one.vectors, other.vectors, rtol=1e-5, atol=1e-5)
+        for edge, twin in zip(one.edges, other.edges, strict=True):
+            assert (edge.source, edge.target, edge.kind) == (twin.source, twin.target, twin.kind)
+            assert edge.attention == pytest.approx(twin.attention, abs=1e-6)
+            assert edge.logit_contribution == pytest.approx(twin.logit_contribution, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", WITHOUT_ADAPTER, ids=lambda case: case.id)
+def test_a_family_without_an_adapter_is_served(case: Case) -> None:
+    assert case.family not in ADAPTERS
+    model = resident(case)
+    guarantees = self_check(model)
+    assert all(guarantee.measured_error < 1e-5 for guarantee in guarantees), guarantees
+    network = plain(case)
+    network.zero_grad()
+    (-network(torch.tensor([case.prompt])).logits[0, -1].log_softmax(-1)[7]).backward()
+    dense = {name: p.grad for name, p in network.named_parameters()}
+    names = {id(p): name for name, p in model.network.named_parameters()}
+    spec = GradientLensSpec(
+        tuple(case.prompt),
+        NegativeLogLikelihood((7,)),
+        matrices=tuple(MatrixKind),
+        components=0,
+        include_factors=True,
+    )
+    compared = 0
+    for event in gradient_lens(model, spec, lambda: None):
+        if isinstance(event, GradientMatrix):
+            matrix = model.view.blocks[event.layer].matrices[event.kind]
+            gradient = matrix.rows_of(dense[names[id(matrix.parameter())]])
+            parts = event.components
+            assert parts.inputs is not None
+            assert parts.vjps is not None
+            difference = np.linalg.norm(parts.inputs.T @ parts.vjps - gradient.numpy())
+            assert difference <= 1e-5 * np.linalg.norm(gradient), (event.layer, event.kind)
+            compared += 1
+    assert compared >= 12
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "missing"),
+    [
+        ("hunyuan_v1_dense", {"head_dim": 8}, "expected to reproduce the attention of layer 0"),
+        ("persimmon", {}, "expected model.layers.0 to have 6 or 7 linear maps"),
+        ("olmo", {}, "expected one norm after the last block, found 0"),
+        ("mamba", {}, "num_attention_heads|expected"),
+    ],
+)
+def test_what_is_not_found_is_said(family: str, settings: dict[str, Any], missing: str) -> None:
+    case = Case(family, "refused", settings)
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(case.config()).eval()
+    with pytest.raises(ModelFailed, match=missing):
+        view_of(network)

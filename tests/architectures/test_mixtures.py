@@ -1,0 +1,236 @@
+"""Mixtures of experts against plain Hugging Face models: routing, neurons, factors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from januslens_server.errors import InvalidRequest
+from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.trace import trace
+from januslens_server.results import (
+    EdgeKind,
+    GradientMatrix,
+    LayerGraph,
+    MatrixKind,
+    NodeKind,
+    TraceSummary,
+)
+from januslens_server.specs import (
+    DescentStep,
+    ForwardShift,
+    GradientLensSpec,
+    LensSpec,
+    NegativeLogLikelihood,
+    PreviewEditSpec,
+    Selection,
+    TraceSpec,
+)
+from tests.architectures.cases import ALTERNATING, WINDOW, Case, plain, resident
+
+EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 2}
+CASES = (
+    Case("mixtral", "window", EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW}),
+    Case(
+        "qwen3_moe",
+        "mixed with dense",
+        EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "mlp_only_layers": [1],
+            "head_dim": 12,
+            "norm_topk_prob": True,
+        },
+    ),
+    Case("qwen3_moe", "weights as they are", EXPERTS | {"num_experts": 5, "head_dim": 8}),
+    Case("olmoe", "clipped", EXPERTS | {"num_experts": 4, "clip_qkv": 0.5}),
+    Case(
+        "gpt_oss",
+        "sinks, window",
+        EXPERTS
+        | {
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "layer_types": ALTERNATING,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+)
+TARGET = 7
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+@every_case
+def test_every_guarantee_holds(case: Case) -> None:
+    guarantees = self_check(resident(case))
+    assert len(guarantees) == 3
+    for guarantee in guarantees:
+        assert guarantee.measured_error < 1e-5, guarantee
+
+
+@every_case
+def test_sums_hold_at_every_position_of_a_prompt_longer_than_the_window(case: Case) -> None:
+    spec = TraceSpec(
+        tuple(case.prompt),
+        all_positions=True,
+        selection=Selection(0, 0, 0, 0),
+        lens=LensSpec(0, 0),
+        include_logit_contribution=True,
+        include_checks=True,
+    )
+    *_, summary = trace(resident(case), spec, lambda: None)
+    assert isinstance(summary, TraceSummary)
+    assert all(check.measured_error < 1e-5 for check in summary.checks), summary.checks
+
+
+@every_case
+def test_attention_equals_the_eager_models(case: Case) -> None:
+    output = plain(case)(torch.tensor([case.prompt]), output_attentions=True)
+    spec = TraceSpec(tuple(case.prompt), all_positions=True, selection=Selection(0, 0, 1, 0))
+    compared = 0
+    for event in trace(resident(case), spec, lambda: None):
+        if not isinstance(event, LayerGraph):
+            continue
+        nodes = {node.id: node for node in event.nodes}
+        for edge in event.edges:
+            if edge.kind is EdgeKind.ATTEND:
+                key = nodes[edge.target]
+                expected = output.attentions[event.layer][0, key.head, key.position]
+                assert edge.attention == pytest.approx(
+                    expected[key.source_position].item(), abs=1e-6
+                )
+                compared += 1
+    assert compared > 100
+
+
+@every_case
+def test_neurons_are_those_of_the_routed_experts(case: Case) -> None:
+    """Activations from the plain model's own router and expert weights, one expert at a time."""
+    network = plain(case)
+    inputs: dict[int, Tensor] = {}
+    for i, layer in enumerate(network.model.layers):
+        layer.mlp.register_forward_pre_hook(
+            lambda _m, args, i=i: inputs.update({i: args[0][0, -1]})
+        )
+    with torch.no_grad():
+        network(torch.tensor([case.prompt]))
+    for layer in network.model.layers:
+        layer.mlp._forward_pre_hooks.clear()
+
+    spec = TraceSpec(tuple(case.prompt), selection=Selection(1, 1, 0, 0), lens=LensSpec(0, 0))
+    for event in trace(resident(case), spec, lambda: None):
+        if not isinstance(event, LayerGraph):
+            continue
+        mlp = network.model.layers[event.layer].mlp
+        if not hasattr(mlp, "experts"):
+            continue
+        found = {
+            (node.expert, node.neuron): activation
+            for node, activation in zip(event.nodes, event.activations.tolist(), strict=True)
+            if node.kind is NodeKind.MLP_VALUE
+        }
+        if found:  # the final norm and the prediction come in a piece of their own
+            expected = routed_neurons(mlp, inputs[event.layer])
+            assert found.keys() == expected.keys()
+            for place, value in expected.items():
+                assert found[place] == pytest.approx(value, rel=1e-4, abs=1e-6)
+
+
+@torch.no_grad()
+def routed_neurons(mlp: Any, x: Tensor) -> dict[tuple[int, int], float]:
+    router = mlp.router if hasattr(mlp, "router") else mlp.gate
+    _, weights, chosen = router(x[None])
+    found = {}
+    for weight, expert in zip(weights[0], chosen[0].tolist(), strict=True):
+        for neuron, value in enumerate((weight * neurons(mlp.experts, expert, x)).tolist()):
+            found[expert, neuron] = value
+    return found
+
+
+def neurons(experts: Any, expert: int, x: Tensor) -> Tensor:
+    if hasattr(experts, "gate_up_proj_bias"):
+        both = x @ experts.gate_up_proj[expert] + experts.gate_up_proj_bias[expert]
+        activated: Tensor = experts._apply_gate(both)
+    else:
+        gate, up = (experts.gate_up_proj[expert] @ x).chunk(2)
+        activated = experts.act_fn(gate) * up
+    return activated
+
+
+@every_case
+def test_factors_are_the_dense_gradients_of_every_expert(case: Case) -> None:
+    network = plain(case)
+    network.zero_grad()
+    (-network(torch.tensor([case.prompt])).logits[0, -1].log_softmax(-1)[TARGET]).backward()
+    spec = GradientLensSpec(
+        tuple(case.prompt),
+        NegativeLogLikelihood((TARGET,)),
+        matrices=tuple(MatrixKind),
+        components=0,
+        include_factors=True,
+    )
+    seen: set[tuple[int, MatrixKind, int | None]] = set()
+    for event in gradient_lens(resident(case), spec, lambda: None):
+        if isinstance(event, GradientMatrix) and event.expert is not None:
+            dense = expert_gradient(network.model.layers[event.layer].mlp.experts, event)
+            parts = event.components
+            assert parts.inputs is not None
+            assert parts.vjps is not None
+            difference = np.linalg.norm(parts.inputs.T @ parts.vjps - dense.numpy())
+            assert difference <= 1e-5 * np.linalg.norm(dense), (event.kind, event.expert)
+            seen.add((event.layer, event.kind, event.expert))
+    kinds = {kind for _, kind, _ in seen}
+    assert kinds == {MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2}
+    assert_nothing_is_missing(network, seen)
+
+
+def expert_gradient(experts: Any, matrix: GradientMatrix) -> Tensor:
+    """dL/dW `[d_in, d_out]` out of the 3-D parameter's gradient."""
+    rows_first = hasattr(experts, "gate_up_proj_bias")
+    name = "down_proj" if matrix.kind is MatrixKind.FF2 else "gate_up_proj"
+    own: Tensor = getattr(experts, name).grad[matrix.expert]
+    own = own if rows_first else own.T
+    if matrix.kind is MatrixKind.FF2:
+        return own
+    first = matrix.kind is MatrixKind.GATE
+    if rows_first:  # gate and up alternate
+        return own[:, 0 if first else 1 :: 2]
+    return own.chunk(2, dim=1)[0 if first else 1]
+
+
+def assert_nothing_is_missing(network: Any, seen: set[tuple[int, MatrixKind, int | None]]) -> None:
+    """An expert that no position was sent to has a gradient of zero, every other one a matrix."""
+    for number, layer in enumerate(network.model.layers):
+        if hasattr(layer.mlp, "experts"):
+            gradient = layer.mlp.experts.down_proj.grad
+            moved = gradient.flatten(1).abs().sum(1).nonzero().flatten().tolist()
+            routed = {e for at, kind, e in seen if at == number and kind is MatrixKind.FF2}
+            assert set(moved) <= routed
+
+
+def test_sizes_name_the_experts() -> None:
+    facts = resident(CASES[1]).view.facts
+    assert (facts.n_experts, facts.d_mlp, facts.n_kv_heads) == (4, 16, 2)
+
+
+@pytest.mark.parametrize("edit", [DescentStep((), (), 0.1), ForwardShift(0, 0.2)])
+def test_edits_of_experts_are_refused(edit: DescentStep | ForwardShift) -> None:
+    spec = PreviewEditSpec((1, 2, 3), (TARGET,), edit)
+    with pytest.raises(InvalidRequest, match="experts"):
+        list(preview_edit(resident(CASES[0]), spec, lambda: None))
+
+
+def test_edits_of_a_mixtures_attention_are_served() -> None:
+    attention = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)
+    spec = PreviewEditSpec((1, 2, 3), (TARGET,), DescentStep(attention, (), 0.05))
+    (result,) = preview_edit(resident(CASES[0]), spec, lambda: None)
+    assert result.edited.probability_after > result.edited.probability_before
