@@ -1,0 +1,281 @@
+"""Tiny random models of every dense family, with everything on that a default switches off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from januslens_server.models.adapters import view_of
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.tokens import Vocabulary
+from januslens_server.results import Provenance
+
+VOCABULARY = 120
+CONTEXT = 32
+PROMPT_LENGTH = 9
+TOKENIZER = Path(__file__).parents[1] / "numerics" / "goldens" / "tokenizer"
+
+# The window is shorter than the prompt, the soft-caps are below the scores and logits.
+WINDOW = 4
+SOFT_CAP = 2.0
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [1.0, 3.0, 5.0, 7.0],
+    "original_max_position_embeddings": 8,
+}
+LOCAL_AND_GLOBAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+}
+ALTERNATING = ["sliding_attention", "full_attention"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of a family: `settings` on top of the sizes that all have.
+
+    `attention` is the implementation of the plain model.
+    """
+
+    family: str
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+    attention: str = "eager"
+
+    @property
+    def id(self) -> str:
+        return f"{self.family}-{self.name}"
+
+    @property
+    def prompt(self) -> list[int]:
+        random = torch.Generator().manual_seed(len(self.id))
+        return torch.randint(1, VOCABULARY, (PROMPT_LENGTH,), generator=random).tolist()
+
+    def config(self) -> PreTrainedConfig:
+        config: PreTrainedConfig = AutoConfig.for_model(
+            self.family, **SIZES | OWN_NAMES.get(self.family, {}) | self.settings
+        )
+        return config
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
+OWN_NAMES: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 2, "n_head": 4, "seq_length": CONTEXT},
+    "gemma": {"head_dim": 12},
+    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "layer_types": ALTERNATING},
+    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "layer_types": ALTERNATING},
+    "gpt2": {"n_inner": 40},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["local", "global"], 1]]},
+    "gptj": {"n_inner": 40},
+    "mpt": {"max_seq_len": CONTEXT},
+    "opt": {"ffn_dim": 40, "dropout": 0.0},
+    "qwen3": {"head_dim": 12},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
+GRANITE_MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.6,
+    "logits_scaling": 1.7,
+}
+FALCON_GROUPS = {"new_decoder_architecture": True, "num_kv_heads": 2}
+
+CASES = (
+    Case("bloom", "power of two"),
+    Case("bloom", "six heads", {"n_head": 6, "hidden_size": 36}),
+    Case("cohere", "grouped, norms", {"num_key_value_heads": 2, "use_qk_norm": True}),
+    Case("cohere", "biased", {"attention_bias": True, "logit_scale": 0.7}),
+    Case("falcon", "multi-query"),
+    Case("falcon", "groups, two norms", FALCON_GROUPS | {"bias": True}),
+    Case("falcon", "groups, one norm", FALCON_GROUPS | {"num_ln_in_parallel_attn": 1}),
+    Case(
+        "falcon",
+        "alibi, sequential",
+        {
+            "alibi": True,
+            "num_attention_heads": 6,
+            "hidden_size": 36,
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+        },
+        attention="sdpa",  # eager adds ALiBi twice
+    ),
+    Case("gemma", "multi-query", {"num_key_value_heads": 1}),
+    Case("gemma", "grouped, biased", {"num_key_value_heads": 2, "attention_bias": True}),
+    Case(
+        "gemma2",
+        "grouped, capped, window",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": SOFT_CAP,
+            "final_logit_softcapping": SOFT_CAP,
+        },
+    ),
+    Case("gemma2", "multi-head, biased", {"num_key_value_heads": 4, "attention_bias": True}),
+    Case(
+        "gemma3_text",
+        "grouped, two rotations, window",
+        {
+            "num_key_value_heads": 2,
+            "sliding_window": WINDOW,
+            "rope_parameters": LOCAL_AND_GLOBAL,
+            "final_logit_softcapping": SOFT_CAP,
+        },
+    ),
+    Case("gemma3_text", "multi-query, biased", {"num_key_value_heads": 1, "attention_bias": True}),
+    Case("gpt2", "plain"),
+    Case("gpt2", "inverse layer", {"scale_attn_by_inverse_layer_idx": True}),
+    Case("gpt_neo", "window", {"window_size": WINDOW}),
+    Case("gpt_neox", "parallel", {"rotary_pct": 0.5}),
+    Case("gpt_neox", "sequential", {"rotary_pct": 1.0, "use_parallel_residual": False}),
+    Case("gptj", "partial rotary", {"rotary_dim": 4}),
+    Case("granite", "grouped", {"num_key_value_heads": 2} | GRANITE_MULTIPLIERS),
+    Case("granite", "biased", {"attention_bias": True, "mlp_bias": True} | GRANITE_MULTIPLIERS),
+    Case("llama", "grouped", {"num_key_value_heads": 2}),
+    Case("llama", "multi-query, biased", {"num_key_value_heads": 1, "attention_bias": True}),
+    Case("mistral", "grouped, window", {"num_key_value_heads": 2, "sliding_window": WINDOW}),
+    Case("mistral", "multi-query", {"num_key_value_heads": 1, "sliding_window": None}),
+    Case("mpt", "clipped", {"attn_config": {"clip_qkv": 1.0}}),
+    Case("mpt", "six heads", {"n_heads": 6, "d_model": 36, "attn_config": {"softmax_scale": 0.3}}),
+    Case("olmo", "grouped, clipped", {"num_key_value_heads": 2, "clip_qkv": 0.6}),
+    Case("olmo", "multi-head", {"num_key_value_heads": 4}),
+    Case("olmo2", "grouped, biased", {"num_key_value_heads": 2, "attention_bias": True}),
+    Case("olmo2", "multi-query", {"num_key_value_heads": 1}),
+    Case("opt", "plain"),
+    Case("opt", "projected", {"word_embed_proj_dim": 16}),
+    Case("opt", "bare", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+    Case("phi", "grouped, norms", {"num_key_value_heads": 2, "qk_layernorm": True}),
+    Case("phi", "multi-head"),
+    Case("phi3", "grouped, window", {"num_key_value_heads": 2, "sliding_window": WINDOW}),
+    Case("phi3", "long rotation", {"num_key_value_heads": 1, "rope_parameters": LONG_ROPE}),
+    Case(
+        "qwen2",
+        "grouped, window",
+        {
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        },
+    ),
+    Case("qwen2", "multi-head, YaRN", {"num_key_value_heads": 4, "rope_parameters": YARN}),
+    Case(
+        "qwen3",
+        "grouped, window",
+        {
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        },
+    ),
+    Case(
+        "qwen3",
+        "multi-query, biased, YaRN",
+        {"num_key_value_heads": 1, "attention_bias": True, "rope_parameters": YARN},
+    ),
+    Case(
+        "smollm3",
+        "grouped, window",
+        {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": WINDOW},
+    ),
+    Case(
+        "smollm3",
+        "multi-head, biased",
+        {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+    ),
+    Case("stablelm", "grouped, norms", {"num_key_value_heads": 2, "qk_layernorm": True}),
+    Case(
+        "stablelm",
+        "parallel, biased",
+        {"num_key_value_heads": 4, "use_qkv_bias": True, "use_parallel_residual": True},
+    ),
+    Case("starcoder2", "grouped, window", {"num_key_value_heads": 2, "sliding_window": WINDOW}),
+    Case("starcoder2", "multi-head, bare", {"num_key_value_heads": 4, "use_bias": False}),
+)
+FAMILIES = tuple(dict.fromkeys(case.family for case in CASES))
+
+
+@cache
+def plain(case: Case) -> Any:
+    """The Hugging Face model alone, in float32."""
+    torch.manual_seed(len(case.id))
+    network: Any = AutoModelForCausalLM.from_config(
+        case.config(), attn_implementation=case.attention
+    )
+    with torch.no_grad():
+        for module, name, parameter in _parameters(network):
+            parameter.copy_(_drawn(module, name, parameter.shape))
+    return network.eval()
+
+
+@cache
+def resident(case: Case, data_type: torch.dtype = torch.float32) -> ResidentModel:
+    """The same weights as the server holds them, with the family's usual attention."""
+    network = AutoModelForCausalLM.from_config(case.config(), dtype=data_type)
+    network.load_state_dict(plain(case).state_dict())
+    network.eval().requires_grad_(requires_grad=False)
+    provenance = Provenance(
+        model=case.id,
+        revision="",
+        architecture=type(network).__name__,
+        data_type=str(data_type).removeprefix("torch."),
+        device="cpu",
+        attention=network.config._attn_implementation,
+        versions={},
+    )
+    return ResidentModel(case.id, network, view_of(network), _vocabulary(), provenance)
+
+
+@cache
+def _vocabulary() -> Vocabulary:
+    return Vocabulary(PreTrainedTokenizerFast.from_pretrained(TOKENIZER))
+
+
+def _parameters(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            yield module, name, parameter
+
+
+def _drawn(module: nn.Module, name: str, shape: torch.Size) -> torch.Tensor:
+    """No bias is zero, no norm is one, and scores and logits are a few units wide."""
+    noise = torch.randn(shape)
+    if isinstance(module, nn.Embedding):
+        return noise
+    if "Norm" not in type(module).__name__ or name == "bias":
+        return 0.2 * noise
+    return 0.3 * noise if type(module).__name__.startswith("Gemma") else 1 + 0.3 * noise

@@ -1,0 +1,254 @@
+"""What plain Hugging Face models say of themselves, by forward passes and autograd alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.falcon import modeling_falcon
+
+from tests.architectures.cases import Case, plain
+
+
+@torch.no_grad()
+def logits(case: Case, *, capped: bool = True) -> Tensor:
+    """`[pos, vocab]`; those before the soft-cap if not `capped`."""
+    network = plain(case)
+    cap = getattr(network.config, "final_logit_softcapping", None)
+    if not capped and cap is not None:
+        network.config.final_logit_softcapping = None
+    try:
+        found: Tensor = network(torch.tensor([case.prompt]), use_cache=False).logits[0]
+    finally:
+        if cap is not None:
+            network.config.final_logit_softcapping = cap
+    return found
+
+
+@torch.no_grad()
+def attentions(case: Case) -> list[Tensor]:
+    """Each layer's probabilities `[head, query, source]`."""
+    if case.attention != "eager":
+        return [_alibi_attention(states) for states in queries_and_keys(case)]
+    found = plain(case)(torch.tensor([case.prompt]), use_cache=False, output_attentions=True)
+    return [layer[0] for layer in found.attentions]
+
+
+def gradients(case: Case, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """dL/dparameter for every parameter, by its name."""
+    network = plain(case)
+    parameters = dict(network.named_parameters())
+    value = loss(network(torch.tensor([case.prompt]), use_cache=False).logits[0])
+    found = torch.autograd.grad(value, list(parameters.values()))
+    return dict(zip(parameters, found, strict=True))
+
+
+@dataclass
+class QueriesAndKeys:
+    """One layer's queries and keys `[heads, pos, d_head]` as their dot product is taken.
+
+    They hang on the attention input as two leaves `[1, pos, d_model]`; the norms' scales are fixed.
+    """
+
+    query_input: Tensor
+    key_input: Tensor
+    query: Tensor | None = None
+    key: Tensor | None = None
+
+    def dot(self, head: int, position: int, source: int) -> tuple[Tensor, Tensor]:
+        """q k^T of one pair; the key is that of the head's group."""
+        if self.query is None or self.key is None:
+            raise ValueError("expected an attention that was seen, got none")
+        group = self.query.shape[0] // self.key.shape[0]
+        return self.query[head, position], self.key[head // group, source]
+
+    def memory_key(self, head: int, position: int, source: int) -> Tensor:
+        """The gradient of q k^T with respect to the attention input at the query's position."""
+        query, key = self.dot(head, position, source)
+        (found,) = torch.autograd.grad(query @ key.detach(), self.query_input, retain_graph=True)
+        return found[0, position]
+
+    def head_query(self, head: int, position: int) -> Tensor:
+        """The same of the key's side, both at one position."""
+        query, key = self.dot(head, position, position)
+        (found,) = torch.autograd.grad(query.detach() @ key, self.key_input, retain_graph=True)
+        return found[0, position]
+
+
+def queries_and_keys(case: Case) -> list[QueriesAndKeys]:
+    """What every layer's attention takes the dot products of, from the model's own forward pass."""
+    network = plain(case)
+    seen = _Seen()
+    attentions = _attentions(case, network)
+    with torch.enable_grad(), _scales_fixed(), ExitStack() as patches:
+        for attention in attentions:
+            patches.enter_context(seen.leaves(attention))
+        patches.enter_context(seen.watching(case, network, attentions))
+        network(torch.tensor([case.prompt]), use_cache=False)
+    return [seen.layers[id(attention)] for attention in attentions]
+
+
+# Where the attention of a block stands, and which linear maps take its input.
+_ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
+_FUSED = ("query_key_value", "qkv_proj", "Wqkv", "c_attn")
+
+
+def _attentions(case: Case, network: Any) -> list[Any]:
+    blocks = next(module for module in network.modules() if isinstance(module, nn.ModuleList))
+    found = [
+        next(getattr(block, name) for name in _ATTENTION_NAMES if hasattr(block, name))
+        for block in blocks
+    ]
+    return [attention.attention if case.family == "gpt_neo" else attention for attention in found]
+
+
+class _Seen:
+    """Watches attention modules by their identity."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, QueriesAndKeys] = {}
+
+    @contextmanager
+    def leaves(self, attention: Any) -> Iterator[None]:
+        """Put leaves at the inputs of the query's and the key's linear map."""
+        fused = next(
+            (getattr(attention, name) for name in _FUSED if hasattr(attention, name)), None
+        )
+        maps = [fused] if fused is not None else [attention.q_proj, attention.k_proj]
+        leaves: list[Tensor] = []
+
+        def before(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            leaves.append(args[0].detach().requires_grad_())
+            if len(leaves) == len(maps):
+                self.layers[id(attention)] = QueriesAndKeys(leaves[0], leaves[-1])
+            return (leaves[-1],)
+
+        with ExitStack() as hooks:
+            for module in maps:
+                hooks.callback(module.register_forward_pre_hook(before).remove)
+            yield
+
+    def saw(self, attention: Any, query: Tensor, key: Tensor) -> None:
+        layer = self.layers[id(attention)]
+        layer.query, layer.key = query[0], key[0]
+
+    @contextmanager
+    def watching(self, case: Case, network: Any, attentions: Sequence[Any]) -> Iterator[None]:
+        """See queries and keys where the family hands them to its attention."""
+        modeling = sys.modules[type(network).__module__]
+        with ExitStack() as patches:
+            if case.family in _FROM_FUSED:
+                split = _FROM_FUSED[case.family]
+                for attention in attentions:
+                    name = next(name for name in _FUSED if hasattr(attention, name))
+                    hook = self._splitting(attention, split, network)
+                    patches.callback(getattr(attention, name).register_forward_hook(hook).remove)
+            elif hasattr(modeling, "eager_attention_forward"):
+                watched = self._interface(modeling.eager_attention_forward)
+                patches.enter_context(_replaced(modeling, "eager_attention_forward", watched))
+            else:  # GPT-J and GPT-Neo have a method instead
+                for attention in attentions:
+                    watched = self._method(attention)
+                    patches.enter_context(_replaced(attention, "_attn", watched))
+            yield
+
+    def _splitting(self, attention: Any, split: Any, network: Any) -> Any:
+        def after(_module: nn.Module, _args: Any, fused: Tensor) -> None:
+            self.saw(attention, *split(attention, fused, network))
+
+        return after
+
+    def _interface(self, forward: Any) -> Any:
+        def watched(module: Any, query: Tensor, key: Tensor, *args: Any, **named: Any) -> Any:
+            prescaled = named.get("scaling") == 1.0 and type(module).__name__ == "OPTAttention"
+            self.saw(module, query / module.scaling if prescaled else query, key)
+            return forward(module, query, key, *args, **named)
+
+        return watched
+
+    def _method(self, attention: Any) -> Any:
+        forward = attention._attn
+
+        def watched(query: Tensor, key: Tensor, *args: Any, **named: Any) -> Any:
+            self.saw(attention, query, key)
+            return forward(query, key, *args, **named)
+
+        return watched
+
+
+def _bloom(attention: Any, fused: Tensor, _network: Any) -> tuple[Tensor, Tensor]:
+    query, key, _value = attention._reshape(fused)
+    return query, key
+
+
+def _falcon(attention: Any, fused: Tensor, network: Any) -> tuple[Tensor, Tensor]:
+    query, key, _value = (part.transpose(1, 2) for part in attention._split_heads(fused))
+    if network.config.alibi:
+        return query, key
+    positions = torch.arange(fused.shape[1])[None]
+    cos, sin = network.transformer.rotary_emb(fused, positions)
+    turned: tuple[Tensor, Tensor] = modeling_falcon.apply_rotary_pos_emb(query, key, cos, sin)
+    return turned
+
+
+def _mpt(attention: Any, fused: Tensor, _network: Any) -> tuple[Tensor, Tensor]:
+    if attention.clip_qkv:
+        fused = fused.clamp(-attention.clip_qkv, attention.clip_qkv)
+    query, key, _value = fused.chunk(3, dim=-1)
+    heads = (attention.n_heads, attention.head_dim)
+    return query.unflatten(-1, heads).transpose(1, 2), key.unflatten(-1, heads).transpose(1, 2)
+
+
+_FROM_FUSED = {"bloom": _bloom, "falcon": _falcon, "mpt": _mpt}
+
+
+@contextmanager
+def _scales_fixed() -> Iterator[None]:
+    """Norms whose denominators no gradient flows through."""
+    rsqrt = torch.rsqrt
+
+    def fixed_rsqrt(x: Tensor) -> Tensor:
+        return rsqrt(x).detach()
+
+    def fixed_layer_norm(
+        x: Tensor, _shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred * fixed_rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+        scaled = normed if weight is None else normed * weight
+        return scaled if bias is None else scaled + bias
+
+    with (
+        _replaced(torch, "rsqrt", fixed_rsqrt),
+        _replaced(nn.functional, "layer_norm", fixed_layer_norm),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    original = getattr(owner, name)
+    setattr(owner, name, function)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def _alibi_attention(states: QueriesAndKeys) -> Tensor:
+    """Falcon's attention by hand: ALiBi is added once, then everything is scaled."""
+    if states.query is None or states.key is None:
+        raise ValueError("expected an attention that was seen, got none")
+    heads, length, d_head = states.query.shape
+    scores = states.query @ states.key.transpose(-1, -2)
+    alibi = modeling_falcon.build_alibi_tensor(
+        torch.ones(1, length, dtype=torch.long), heads, torch.float32
+    )
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+    scaled: Tensor = (scores + alibi) * d_head**-0.5
+    return scaled.masked_fill(later, -torch.inf).softmax(-1).detach()

@@ -1,0 +1,50 @@
+"""Every dense family, in every variant of it, against plain Hugging Face models."""
+
+from __future__ import annotations
+
+import pytest
+
+from januslens_server.models.adapters import ADAPTERS
+from januslens_server.models.views import Mlp
+from tests.architectures.cases import CASES, CONTEXT, FAMILIES, Case, resident
+from tests.architectures.measures import MEASURES, Measure
+
+
+@pytest.mark.parametrize(
+    ("case", "measure"),
+    [
+        pytest.param(case, measure, id=f"{case.id}-{measure.name}")
+        for case in CASES
+        for measure in MEASURES
+    ],
+)
+def test_guarantee_holds(case: Case, measure: Measure) -> None:
+    assert measure.error(case) <= measure.tolerance
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_family_has_an_adapter_of_its_own(family: str) -> None:
+    assert family in ADAPTERS
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_sizes_are_those_of_the_weights(case: Case) -> None:
+    model = resident(case)
+    facts, block = model.view.facts, model.view.blocks[0]
+    assert len(model.view.blocks) == facts.n_layers
+    assert block.attention.query.weight.shape == (facts.d_model, facts.n_heads * facts.d_head)
+    for linear in (block.attention.key, block.attention.value):
+        assert linear.weight.shape == (facts.d_model, facts.n_kv_heads * facts.d_head)
+    assert block.attention.n_kv_heads == facts.n_kv_heads
+    assert block.attention.output.weight.shape == (facts.n_heads * facts.d_head, facts.d_model)
+    assert isinstance(block.mlp, Mlp)
+    assert block.mlp.ff2.weight.shape == (facts.d_mlp, facts.d_model)
+    assert model.view.lens.unembedding.shape == (facts.vocab_size, facts.d_model)
+    assert facts.max_positions == CONTEXT
+
+
+def test_falcon_with_one_key_head_says_so_whatever_its_configuration_says() -> None:
+    (case,) = (case for case in CASES if case.id == "falcon-multi-query")
+    model = resident(case)
+    assert model.network.config.num_kv_heads == 4
+    assert model.view.facts.n_kv_heads == 1
