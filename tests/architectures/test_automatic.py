@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models import automatic
-from januslens_server.models.adapters import ADAPTERS, view_of
+from januslens_server.models.adapters import ADAPTERS
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.selfcheck import self_check
@@ -126,4 +126,4 @@ def test_what_is_not_found_is_said(family: str, settings: dict[str, Any], missin
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(case.config()).eval()
     with pytest.raises(ModelFailed, match=missing):
-        view_of(network)
+        automatic.view(network)
