@@ -1,0 +1,215 @@
+"""The pages say what is there: kinds, RPCs, fields, limits, flags, targets, links; examples run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from januslens.cli.program import januslens
+from januslens.v1 import gradient_lens_pb2, lens_pb2, service_pb2, trace_pb2
+from januslens_server.config import read_settings
+from januslens_server.models.adapters import ADAPTERS
+from januslens_server.pipelines import checks, gradient_lens
+from januslens_server.pipelines.limits import MAX_VECTOR_BYTES
+from januslens_server.rpc import decode
+
+ROOT = Path(__file__).parents[2]
+README, SEMANTICS, API = ROOT / "README.md", ROOT / "docs/semantics.md", ROOT / "docs/api.md"
+UNWRITTEN = {ROOT / "docs/errors.md"}  # named by other pages before it is there
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SERVING = "Serve a model of your own"
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+
+SERVICE = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"]
+# Lines of a command's output that depend on weights and machine, or were shortened.
+FIGURES = re.compile(r"\d\.\d|\d\d|\.\.\.|─")
+COMMON_FIELDS = {"model", "revision", "input"}  # explained once for all RPCs
+
+
+def section(page: Path, title: str) -> str:
+    """The text below a heading, up to the next one of its level or above."""
+    match = re.search(
+        rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |^#{{1,2}} |\Z)",
+        page.read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert match, f"expected a section {title!r} in {page.name}"
+    return match[2]
+
+
+def first_cells(text: str) -> set[str]:
+    """The words in the first column of the tables in `text`."""
+    return {
+        word
+        for cell in re.findall(r"^\| ([^|]+)\|", text, re.MULTILINE)
+        for word in re.findall(r"\w+", cell)
+    }
+
+
+def kinds(enum: Any) -> list[str]:
+    prefix = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enum.DESCRIPTOR.name).upper() + "_"
+    names = [name.removeprefix(prefix) for name in enum.DESCRIPTOR.values_by_name]
+    return [name for name in names if name != "UNSPECIFIED"]
+
+
+@pytest.mark.parametrize(
+    ("title", "enum"),
+    [
+        ("Nodes", trace_pb2.NodeKind),
+        ("Edges", trace_pb2.EdgeKind),
+        ("Matrices", gradient_lens_pb2.MatrixKind),
+        ("Logit lens", lens_pb2.Lens),
+    ],
+)
+def test_every_kind_has_its_row(title: str, enum: Any) -> None:
+    assert set(kinds(enum)) <= first_cells(section(SEMANTICS, title))
+
+
+def test_every_loss_has_its_row() -> None:
+    losses = gradient_lens_pb2.GradientLensRequest.DESCRIPTOR.oneofs_by_name["loss"].fields
+    rows = first_cells(section(SEMANTICS, "Losses"))
+    assert len(losses) == 3
+    assert {field.message_type.name for field in losses if field.message_type} <= rows
+
+
+@pytest.mark.parametrize("rpc", [method.name for method in SERVICE.methods])
+def test_every_rpc_has_its_section(rpc: str) -> None:
+    headings = re.findall(r"^## (.+)$", API.read_text(), re.MULTILINE)
+    assert [heading for heading in headings if rpc in heading.split(", ")]
+
+
+@pytest.mark.parametrize(
+    ("rpc", "request_type"),
+    [("Trace", trace_pb2.TraceRequest), ("GradientLens", gradient_lens_pb2.GradientLensRequest)],
+)
+def test_every_field_of_the_large_requests_is_explained(rpc: str, request_type: Any) -> None:
+    fields = {field.name for field in request_type.DESCRIPTOR.fields} - COMMON_FIELDS
+    explained = first_cells(section(API, rpc)) | set(re.findall(r"`(\w+)`", section(API, "Trace")))
+    assert fields <= explained
+
+
+def test_limits_are_the_servers() -> None:
+    rows = section(API, "Limits")
+    for limit in (decode.MAX_TOKENS, decode.MAX_VECTORS, decode.MAX_LISTED, decode.MAX_PROBES):
+        assert f"| {limit:,}" in rows
+    assert f"| {MAX_VECTOR_BYTES // 2**20} MiB |" in rows
+
+
+def test_checks_and_tolerances_are_the_servers() -> None:
+    text = section(SEMANTICS, "Checks")
+    full, half = checks.TOLERANCES["float32"], checks.TOLERANCES["bfloat16"]
+    for name in (checks.LENS, checks.SHARES, checks.CONTRIBUTIONS):
+        assert re.search(rf"\| `{name}` \|.*\| {full:.0e} / {half:.0e} \|", exponents(text))
+    verified = exponents(section(SEMANTICS, "Verify"))
+    assert {f"{value:.0e}" for value in gradient_lens.TOLERANCES.values()} <= set(
+        re.findall(r"\de-\d\d", verified)
+    )
+
+
+def exponents(text: str) -> str:
+    """Numbers like 1e-4 as Python prints them."""
+    return re.sub(r"(\de-)(\d)\b", r"\g<1>0\2", text)
+
+
+def test_every_architecture_that_is_named_has_its_adapter() -> None:
+    named = re.search(r"\*\*Architectures\*\*.*?: (.+?)\.\s", section(README, SERVING), re.DOTALL)
+    assert named
+    assert {"gpt2", "llama"} <= set(re.findall(r"`(\w+)`", named[1])) <= set(ADAPTERS)
+
+
+@pytest.fixture
+def helps(capsys: pytest.CaptureFixture[str]) -> dict[str, set[str]]:
+    """The flags that each command's `--help` lists."""
+    shown = {
+        f"januslens {name}": CliRunner().invoke(januslens, [name, "--help"]).output
+        for name in januslens.list_commands(click.Context(januslens))
+    }
+    with pytest.raises(SystemExit):
+        read_settings(["--help"])
+    shown["januslens-server"] = capsys.readouterr().out
+    return {command: flags(text) for command, text in shown.items()}
+
+
+def flags(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
+
+
+@pytest.mark.parametrize("page", [README, SEMANTICS, API], ids=lambda page: page.name)
+def test_every_flag_exists(page: Path, helps: dict[str, set[str]]) -> None:
+    assert flags(page.read_text()) <= set().union(*helps.values())
+
+
+def test_every_command_takes_the_flags_it_is_shown_with(helps: dict[str, set[str]]) -> None:
+    shown = re.findall(
+        r"^(?:\$|   ) ((januslens-server|januslens \w+) .*)$", README.read_text(), re.MULTILINE
+    )
+    assert {command for _, command in shown} >= {"januslens trace", "januslens-server"}
+    for line, command in shown:
+        assert flags(line) <= helps[command], line
+
+
+def test_every_make_target_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"^    make ([a-z-]+)$", README.read_text(), re.MULTILINE)
+    assert {"demo", "test"} <= set(named) <= targets
+
+
+def anchors(page: Path) -> Iterable[str]:
+    """The names that GitHub gives to a page's headings."""
+    outside = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for heading in re.findall(r"^#+ (.+)$", outside, re.MULTILINE):
+        yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if target in UNWRITTEN and not target.exists():
+            continue
+        assert target.exists(), f"{page.name} links to {link}, which is not there"
+        assert not anchor or anchor in anchors(target), f"{page.name}: no heading for {link}"
+
+
+def test_the_readmes_python_runs(server_address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    printed = []
+    for example in examples:
+        code = compile(example.replace(DEFAULT_ADDRESS, server_address), README.name, "exec")
+        exec(code, {"__name__": "readme"})  # noqa: S102 - our own documentation
+        printed.append(capsys.readouterr().out)
+    synchronous, asynchronous = printed
+    assert "Tokyo" in synchronous
+    assert "␣Paris" in synchronous.splitlines()[-1]
+    assert [line.split()[0] for line in asynchronous.splitlines()] == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("command", ["trace", "gradient"])
+def test_the_readmes_output_is_that_of_the_command(command: str, server_address: str) -> None:
+    """Titles, columns and notes; figures and tokens may differ in the last digit."""
+    block = re.search(
+        rf'^```\n\$ januslens ({command} "(.+?)".*?)\n(.*?)^```',
+        README.read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    assert block
+    arguments = [command, block[2], "--server", server_address]
+    arguments += ["--target", " Paris"] if "--target" in block[1] else []
+    output = words(CliRunner().invoke(januslens, arguments, catch_exceptions=False).output)
+    fixed = [line for line in words(block[3]) if not FIGURES.search(line)]
+    assert len(fixed) >= 2
+    assert set(fixed) <= set(output)
+
+
+def words(text: str) -> list[str]:
+    """Lines with single spaces: columns are as wide as what they hold."""
+    return [" ".join(line.split()) for line in text.splitlines()]
