@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import redirect_stderr
 
 import grpc
 from prometheus_client import start_http_server
@@ -140,11 +139,12 @@ async def _finish(server: grpc.aio.Server, streams: DeviceStreams, grace: float)
     logger.info("draining %d requests, for at most %g s", streams.unfinished, grace)
     finished = await streams.wait_finished(grace)
     logger.info("drained" if finished else "grace expired, cutting what still runs")
-    # gRPC logs and prints a traceback for every call that it cuts, an open health watch too.
+    # gRPC logs and prints a traceback for every call that it cuts, an open health watch too; the
+    # log keeps the stream that it has.
     logging.getLogger("grpc").setLevel(logging.CRITICAL)
-    with redirect_stderr(io.StringIO()):
-        # The last statuses are on their way to their readers.
-        await server.stop(1.0 if finished else 0.0)
+    sys.stderr = io.StringIO()
+    # The last statuses are on their way to their readers.
+    await server.stop(1.0 if finished else 0.0)
 
 
 if __name__ == "__main__":
