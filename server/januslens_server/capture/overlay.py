@@ -42,7 +42,7 @@ def _adding(
 ) -> Callable[[nn.Module, tuple[Any, ...], torch.Tensor], torch.Tensor]:
     def add(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         x = nth_tensor(args).float()
-        added = (x @ overlay.inputs.T) @ overlay.outputs
+        added = (x @ overlay.inputs.to(x.device).T) @ overlay.outputs.to(x.device)
         return add_to_columns(output, overlay.columns, added.to(output.dtype))
 
     return add

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,10 @@ class Rotation:
     cos: torch.Tensor
     sin: torch.Tensor
     interleaved: bool
+
+    def to(self, device: torch.device) -> Rotation:
+        """The same rotation where a block computes."""
+        return replace(self, cos=self.cos.to(device), sin=self.sin.to(device))
 
     def turn(self, vectors: torch.Tensor, positions: slice) -> torch.Tensor:
         """`v M_p` for `[..., len(positions), d_head]`, each at its own position."""

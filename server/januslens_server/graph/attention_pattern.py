@@ -44,7 +44,7 @@ def attention_row(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) -> 
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
     if scoring.alibi is not None:
-        scores = scores + scoring.alibi(keys.shape[1]).float()
+        scores = scores + scoring.alibi(keys.shape[1]).to(scores)
     if scoring.sinks is None:
         return scores.softmax(dim=-1)
     with_sinks = torch.cat([scores, scoring.sinks[:, None].float()], dim=-1)

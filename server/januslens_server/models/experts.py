@@ -13,6 +13,7 @@ from januslens_server.capture.taps import Columns, select
 from januslens_server.graph.expert_mlp import Expert, ExpertMlp
 from januslens_server.graph.weights import Finish
 from januslens_server.models.factors import Factors
+from januslens_server.models.offload import read_parameter, read_tensor
 from januslens_server.results import MatrixKind
 
 
@@ -106,9 +107,14 @@ class ExpertMatrices:
         experts = self.experts
         return (experts.input, experts.output, experts.expert_ids, experts.expert_weights)
 
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds the matrices."""
+        return self.experts.module
+
     def parameter(self) -> torch.Tensor:
         """The resident parameter `[n_experts, ...]` that holds the matrices."""
-        return self.experts.module.get_parameter(self._name)
+        return read_parameter(self.module, self._name)
 
     def rows_of(self, stored: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """One expert's `[d_in, d_out]` of a tensor stored as the parameter is."""
@@ -123,7 +129,7 @@ class ExpertMatrices:
 
     def bias_of(self, expert: int) -> torch.Tensor | None:
         """`b: [d_out]` of one expert in float32, or None."""
-        bias: torch.Tensor | None = getattr(self.experts.module, f"{self._name}_bias", None)
+        bias = read_tensor(self.module, f"{self._name}_bias")
         return None if bias is None else select(bias[expert], self._columns).float()
 
     def factors(

@@ -23,3 +23,7 @@ class Factors:
     inputs: torch.Tensor
     vjps: torch.Tensor
     positions: torch.Tensor
+
+    def to(self, device: torch.device) -> Factors:
+        """The same factors where the lens reads them."""
+        return Factors(self.inputs.to(device), self.vjps.to(device), self.positions.to(device))

@@ -37,9 +37,13 @@ def layer_taps(block: Block) -> dict[str, Tap]:
 def layer_activations(
     block: Block, captured: Mapping[str, torch.Tensor], length: int
 ) -> LayerActivations:
-    """A block's activations from what its taps captured of a prompt of `length` tokens."""
+    """A block's activations from what its taps captured of a prompt of `length` tokens.
+
+    All on the device where the block computes: its input may come from another one.
+    """
     attention = block.attention
-    named = dict(captured)
+    device = captured["block_output"].device
+    named = {name: tensor.to(device) for name, tensor in captured.items()}
     routing = None
     if isinstance(block.mlp, Experts):  # which has no batch dimension
         routing = Routing(named.pop("expert_ids"), named.pop("expert_weights"))
@@ -52,5 +56,5 @@ def layer_activations(
             named[f"{name}_output"] = named.pop(f"{name}_sum")
         elif finish.norm is None:
             named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
-    rotation = None if attention.rotation is None else attention.rotation(length)
+    rotation = None if attention.rotation is None else attention.rotation(length).to(device)
     return LayerActivations(routing=routing, rotation=rotation, **named)

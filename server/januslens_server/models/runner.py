@@ -15,6 +15,7 @@ from januslens_server.capture.hooks import Checkpoint
 from januslens_server.capture.taps import rows
 from januslens_server.models.factors import Factors, MatrixKey
 from januslens_server.models.layer_capture import layer_activations, layer_taps
+from januslens_server.models.offload import held
 from januslens_server.models.resident import ResidentModel
 from januslens_server.results import MatrixKind
 
@@ -69,7 +70,7 @@ def forward(
             )
             for i in layers
         },
-        residual=rows(captured[-1, "residual"]),
+        residual=rows(captured[-1, "residual"]).to(model.device),
         logits=logits,
     )
 
@@ -100,11 +101,12 @@ def backward(
         wanted = {source.whole for source in sources.values()}
         vjps = _vjps(value * scale, wanted, captured, checkpoint)
     factors = {
-        (layer, kind, expert): found
+        (layer, kind, expert): found.to(model.device)
         for (layer, kind), source in sources.items()
         for expert, found in source.factors(captured, vjps[source.whole].float() / scale).items()
     }
-    return BackwardPass(value.item(), factors, rows(captured[last]).detach())
+    residual = rows(captured[last]).detach().to(model.device)
+    return BackwardPass(value.item(), factors, residual)
 
 
 def dense_gradient(
@@ -117,10 +119,10 @@ def dense_gradient(
     """
     layer, kind, expert = key
     matrix = model.view.blocks[layer].matrices[kind]
-    weight = matrix.parameter()
-    name = next(name for name, p in model.network.named_parameters() if p is weight)
-    alias = weight.detach().requires_grad_()
-    with torch.enable_grad():
+    with held(matrix.module), torch.enable_grad():
+        weight = matrix.parameter()
+        name = next(name for name, p in model.network.named_parameters() if p is weight)
+        alias = weight.detach().requires_grad_()
         output = torch.func.functional_call(
             model.network,
             {name: alias},
@@ -128,7 +130,7 @@ def dense_gradient(
         )
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
         (gradient,) = torch.autograd.grad(loss(output.logits[0].float()) * scale, [alias])
-    return matrix.rows_of(gradient, expert).float() / scale
+    return matrix.rows_of(gradient, expert).to(model.device).float() / scale
 
 
 def _vjps(

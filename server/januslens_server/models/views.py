@@ -21,6 +21,7 @@ from januslens_server.graph.weights import Finish
 from januslens_server.lens.head import LensHead
 from januslens_server.models.experts import ExpertMatrices, Experts
 from januslens_server.models.factors import Factors
+from januslens_server.models.offload import read_parameter, read_tensor
 from januslens_server.results import MatrixKind, ModelFacts
 
 
@@ -46,7 +47,7 @@ class Linear:
     @property
     def bias(self) -> torch.Tensor | None:
         """`b: [d_out]`, or None."""
-        bias: torch.Tensor | None = getattr(self.module, "bias", None)
+        bias = read_tensor(self.module, "bias")
         return None if bias is None else self.select(bias)
 
     def select(self, whole: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,7 @@ class Linear:
 
     def parameter(self) -> torch.Tensor:
         """The resident parameter that holds the map."""
-        return self.module.get_parameter("weight")
+        return read_parameter(self.module, "weight")
 
     def rows_of(self, stored: torch.Tensor, _expert: int | None = None) -> torch.Tensor:
         """This map's `[d_in, d_out]` of a tensor stored as the parameter is."""

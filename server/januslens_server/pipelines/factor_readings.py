@@ -133,8 +133,9 @@ class FactorReader:
         layer, kind, expert = key
         matrix = self._model.view.blocks[layer].matrices[kind]
         weight = matrix.rows_of(matrix.parameter(), expert)
-        rows = weight[neurons] if kind in WRITES_RESIDUAL else weight[:, neurons].T
-        return rows.float()
+        own = neurons.to(weight.device)
+        rows = weight[own] if kind in WRITES_RESIDUAL else weight[:, own].T
+        return rows.to(neurons.device).float()
 
     def _add_segment_rows(self, key: MatrixKey, residual: torch.Tensor, vjps: torch.Tensor) -> None:
         if not self._segments:

@@ -66,14 +66,15 @@ class LayerFlows:
     ) -> list[Flow]:
         """One block at each target's position; `below` is the layer sent before it."""
         weights = block_weights(self._model.view.blocks[layer])
+        acts = self._passed.layers[layer]
         return [
             block_flow(
                 layer,
                 target.position,
-                self._passed.layers[layer],
+                acts,
                 weights,
                 self._spec.selection,
-                direction,
+                None if direction is None else direction.to(acts.block_output.device),
                 below,
             )
             for target, direction in zip(targets, self._directions(targets), strict=True)

@@ -12,6 +12,7 @@ from januslens_server.capture import Overlay, capturing, overlaid
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.errors import InvalidRequest
 from januslens_server.lens.losses import negative_log_likelihood
+from januslens_server.models.offload import read_parameter
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward, forward
 from januslens_server.models.views import Linear
@@ -114,8 +115,8 @@ def _shift(
     linear = _linear(model, shift.layer, MatrixKind.FF2, "shift.layer")
     with torch.inference_mode(), capturing({"x": linear.input}) as captured:
         forward(model, ids, (), checkpoint)
-    x = captured["x"][0, -1:].float()
-    embedding = model.view.embedding.get_parameter("weight")[target].float()
+    x = captured["x"][0, -1:].to(model.device).float()
+    embedding = read_parameter(model.view.embedding, "weight")[target].to(model.device).float()
     return Overlay(linear.module, linear.columns, x, shift.eta * embedding[None])
 
 

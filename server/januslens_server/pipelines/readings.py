@@ -40,7 +40,7 @@ class FlowReader:
         flows = piece.flows
         nodes = [node for flow in flows for node in flow.nodes]
         projected = [flag for flow in flows for flag in flow.projected]
-        vectors = torch.cat([flow.vectors for flow in flows])
+        vectors = torch.cat([flow.vectors for flow in flows]).to(self._head.unembedding.device)
         shown = [i for i, node in enumerate(nodes) if self._shows(node.kind)]
         read = [i for i in shown if projected[i]]
         table = self._project(vectors[read], [nodes[i] for i in read], piece.lens)
