@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import safetensors
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -21,9 +22,15 @@ from transformers import logging as transformers_logging
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models.adapters import view_of
+from januslens_server.models.checkpoint import Checkpoint, first_line, open_checkpoint
+from januslens_server.models.memory import needed
+from januslens_server.models.offload import brought
+from januslens_server.models.placement import AUTO, DeviceMap, devices_of, place
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokens import Vocabulary
 from januslens_server.results import Provenance
+
+logger = logging.getLogger(__name__)
 
 # A server's log is no terminal.
 transformers_logging.disable_progress_bar()
@@ -37,87 +44,106 @@ DATA_TYPES = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What to load: a local folder or hub id, its `revision` on the hub, and how."""
+    """What to load: a local folder or hub id, its `revision` on the hub, and how.
+
+    `device` `auto` splits a model over the machine's devices and, for what fits nowhere, the
+    `offload_dir`. `limits` are bytes that the model may take by device, else what is free.
+    """
 
     name: str
     location: str
     revision: str | None = None
     device: str = "cpu"
     data_type: str = "auto"
-
-    @property
-    def folder(self) -> Path | None:
-        """The local folder, if `location` is one."""
-        path = Path(self.location).expanduser()
-        return path if path.is_dir() else None
+    limits: Mapping[str, int] = field(default_factory=dict)
+    offload_dir: Path | None = None
 
 
 def load(source: ModelSource) -> ResidentModel:
     """Load weights, tokenizer and adapter.
 
-    Raises `ModelFailed` with what was found where the model is missing, broken, not in
-    safetensors, or of an architecture without an adapter.
+    Raises `ModelFailed` with what was found where the model is missing, broken, quantised, not in
+    safetensors, no causal language model, too large, or of an architecture without an adapter.
     """
     try:
-        network = _network(source)
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.location, revision=source.revision, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ModelFailed(f"{source.location}: {_first_line(error)}") from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelFailed(
-            f"{source.location}: expected a fast tokenizer (tokenizer.json), got none"
-        )
+        checkpoint = open_checkpoint(source.location, source.revision)
+        network = _network(source, checkpoint)
+        vocabulary = _vocabulary(checkpoint.folder)
+        with brought(network):
+            view = view_of(network)
+    except (ModelFailed, OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise ModelFailed(f"{source.location}: {first_line(error)}") from error
     return ResidentModel(
         name=source.name,
         network=network,
-        view=view_of(network),
-        vocabulary=Vocabulary(tokenizer),
-        provenance=_provenance(source, network),
+        view=view,
+        vocabulary=vocabulary,
+        provenance=_provenance(source, checkpoint, network),
     )
 
 
-def _network(source: ModelSource) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(
-        source.location, revision=source.revision, trust_remote_code=False
-    )
+def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
+    """The frozen model, in evaluation mode."""
+    data_type = _data_type(source, checkpoint)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        source.location,
-        config=config,
-        revision=source.revision,
-        dtype=_data_type(source),
+        checkpoint.folder,
+        config=checkpoint.config,
+        dtype=data_type,
+        device_map=_device_map(source, checkpoint, data_type),
+        offload_folder=None if source.offload_dir is None else source.offload_dir / source.name,
         use_safetensors=True,
-        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # refused below, in one line
         output_loading_info=True,
     )
     network, found = loaded
+    for key, stored, expected in sorted(found["mismatched_keys"]):
+        raise ModelFailed(f"expected {key} of shape {list(expected)}, got {list(stored)}")
     if missing := sorted(found["missing_keys"]):  # transformers has drawn them at random
         raise ModelFailed(
-            f"{source.location}: expected every weight, got none for {len(missing)} parameters: "
+            f"expected every weight, got none for {len(missing)} parameters: "
             + ", ".join(missing[:3])
         )
     network.requires_grad_(requires_grad=False)
-    frozen: PreTrainedModel = network.eval().to(source.device)
+    frozen: PreTrainedModel = network.eval()
     return frozen
 
 
-def _data_type(source: ModelSource) -> torch.dtype | str:
+def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dtype) -> DeviceMap:
+    """Where the weights will stand; raises `ModelFailed` before they are read if nowhere."""
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=data_type)
+    need = needed(skeleton)
+    device_map = place(skeleton, need, source.device, source.limits, source.offload_dir)
+    devices = ", ".join(dict.fromkeys(str(device) for device in device_map.values()))
+    logger.info("model %s takes about %s on %s", source.name, need, devices)
+    return device_map
+
+
+def _vocabulary(folder: Path) -> Vocabulary:
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ModelFailed("expected a fast tokenizer (tokenizer.json), got none")
+    return Vocabulary(tokenizer)
+
+
+def _data_type(source: ModelSource, checkpoint: Checkpoint) -> torch.dtype:
     """`auto` is the checkpoint's own type, but float32 on a CPU, where half is slow and coarse."""
-    if source.data_type == "auto":
-        return torch.float32 if source.device == "cpu" else "auto"
-    return DATA_TYPES[source.data_type]
+    if source.data_type != "auto":
+        return DATA_TYPES[source.data_type]
+    on_cpu = source.device == "cpu" or (source.device == AUTO and not torch.cuda.is_available())
+    own = str(checkpoint.config.dtype).removeprefix("torch.")
+    return torch.float32 if on_cpu else DATA_TYPES.get(own, torch.float32)
 
 
-def _provenance(source: ModelSource, network: PreTrainedModel) -> Provenance:
-    folder = source.folder
-    revision = getattr(network.config, "_commit_hash", None) or source.revision or ""
+def _provenance(
+    source: ModelSource, checkpoint: Checkpoint, network: PreTrainedModel
+) -> Provenance:
     return Provenance(
         model=source.name,
-        revision=revision if folder is None else weights_hash(folder),
+        revision=checkpoint.commit or weights_hash(checkpoint.folder),
         architecture=type(network).__name__,
         data_type=str(network.dtype).removeprefix("torch."),
-        device=str(network.device),
+        device=devices_of(network),
         attention=str(network.config._attn_implementation),  # noqa: SLF001 - no public reader
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
@@ -130,7 +156,3 @@ def weights_hash(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
