@@ -1,4 +1,4 @@
-"""Tiny random models of every dense family, with everything on that a default switches off."""
+"""Tiny random models of every family, with everything on that a default switches off."""
 
 from __future__ import annotations
 
@@ -90,11 +90,23 @@ SIZES: dict[str, Any] = {
     "pad_token_id": None,
     "tie_word_embeddings": False,
 }
+SANDWICH = {"head_dim": 12, "query_pre_attn_scalar": 20, "layer_types": ALTERNATING}
 OWN_NAMES: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4, "seq_length": CONTEXT},
     "gemma": {"head_dim": 12},
-    "gemma2": {"head_dim": 12, "query_pre_attn_scalar": 20, "layer_types": ALTERNATING},
-    "gemma3_text": {"head_dim": 12, "query_pre_attn_scalar": 20, "layer_types": ALTERNATING},
+    "gemma2": SANDWICH,
+    "gemma3": {
+        "text_config": SIZES | SANDWICH | {"sliding_window": WINDOW, "num_key_value_heads": 2},
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+    },
+    "gemma3_text": SANDWICH,
     "gpt2": {"n_inner": 40},
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["local", "global"], 1]]},
     "gptj": {"n_inner": 40},
@@ -145,6 +157,7 @@ CASES = (
         },
     ),
     Case("gemma2", "multi-head, biased", {"num_key_value_heads": 4, "attention_bias": True}),
+    Case("gemma3", "grouped, window"),
     Case(
         "gemma3_text",
         "grouped, two rotations, window",
@@ -226,7 +239,38 @@ CASES = (
     Case("starcoder2", "grouped, window", {"num_key_value_heads": 2, "sliding_window": WINDOW}),
     Case("starcoder2", "multi-head, bare", {"num_key_value_heads": 4, "use_bias": False}),
 )
-FAMILIES = tuple(dict.fromkeys(case.family for case in CASES))
+EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 2}
+MIXTURES = (
+    Case("mixtral", "window", EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW}),
+    Case(
+        "qwen3_moe",
+        "mixed with dense",
+        EXPERTS
+        | {
+            "num_hidden_layers": 3,
+            "num_experts": 4,
+            "moe_intermediate_size": 16,
+            "mlp_only_layers": [1],
+            "head_dim": 12,
+            "norm_topk_prob": True,
+        },
+    ),
+    Case("qwen3_moe", "weights as they are", EXPERTS | {"num_experts": 5, "head_dim": 8}),
+    Case("olmoe", "clipped", EXPERTS | {"num_experts": 4, "clip_qkv": 0.5}),
+    Case(
+        "gpt_oss",
+        "sinks, window",
+        EXPERTS
+        | {
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "layer_types": ALTERNATING,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+)
+FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
 
 
 @cache

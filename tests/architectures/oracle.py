@@ -40,12 +40,14 @@ def attentions(case: Case) -> list[Tensor]:
 
 
 def gradients(case: Case, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """dL/dparameter for every parameter, by its name."""
+    """dL/dparameter for every parameter that the loss depends on, by its name."""
     network = plain(case)
     parameters = dict(network.named_parameters())
     value = loss(network(torch.tensor([case.prompt]), use_cache=False).logits[0])
-    found = torch.autograd.grad(value, list(parameters.values()))
-    return dict(zip(parameters, found, strict=True))
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        value, list(parameters.values()), allow_unused=True
+    )
+    return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
 
 
 @dataclass
@@ -99,7 +101,8 @@ _FUSED = ("query_key_value", "qkv_proj", "Wqkv", "c_attn")
 
 
 def _attentions(case: Case, network: Any) -> list[Any]:
-    blocks = next(module for module in network.modules() if isinstance(module, nn.ModuleList))
+    text = getattr(network.base_model, "language_model", network)
+    blocks = next(module for module in text.modules() if isinstance(module, nn.ModuleList))
     found = [
         next(getattr(block, name) for name in _ATTENTION_NAMES if hasattr(block, name))
         for block in blocks

@@ -32,41 +32,10 @@ from januslens_server.specs import (
     Selection,
     TraceSpec,
 )
-from tests.architectures.cases import ALTERNATING, WINDOW, Case, plain, resident
+from tests.architectures.cases import MIXTURES, Case, plain, resident
 
-EXPERTS = {"num_experts_per_tok": 2, "num_key_value_heads": 2}
-CASES = (
-    Case("mixtral", "window", EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW}),
-    Case(
-        "qwen3_moe",
-        "mixed with dense",
-        EXPERTS
-        | {
-            "num_hidden_layers": 3,
-            "num_experts": 4,
-            "moe_intermediate_size": 16,
-            "mlp_only_layers": [1],
-            "head_dim": 12,
-            "norm_topk_prob": True,
-        },
-    ),
-    Case("qwen3_moe", "weights as they are", EXPERTS | {"num_experts": 5, "head_dim": 8}),
-    Case("olmoe", "clipped", EXPERTS | {"num_experts": 4, "clip_qkv": 0.5}),
-    Case(
-        "gpt_oss",
-        "sinks, window",
-        EXPERTS
-        | {
-            "num_local_experts": 4,
-            "head_dim": 8,
-            "sliding_window": WINDOW,
-            "layer_types": ALTERNATING,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-        },
-    ),
-)
 TARGET = 7
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_case = pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.id)
 
 
 @every_case
@@ -218,7 +187,7 @@ def assert_nothing_is_missing(network: Any, seen: set[tuple[int, MatrixKind, int
 
 
 def test_sizes_name_the_experts() -> None:
-    facts = resident(CASES[1]).view.facts
+    facts = resident(MIXTURES[1]).view.facts
     assert (facts.n_experts, facts.d_mlp, facts.n_kv_heads) == (4, 16, 2)
 
 
@@ -226,11 +195,11 @@ def test_sizes_name_the_experts() -> None:
 def test_edits_of_experts_are_refused(edit: DescentStep | ForwardShift) -> None:
     spec = PreviewEditSpec((1, 2, 3), (TARGET,), edit)
     with pytest.raises(InvalidRequest, match="experts"):
-        list(preview_edit(resident(CASES[0]), spec, lambda: None))
+        list(preview_edit(resident(MIXTURES[0]), spec, lambda: None))
 
 
 def test_edits_of_a_mixtures_attention_are_served() -> None:
     attention = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)
     spec = PreviewEditSpec((1, 2, 3), (TARGET,), DescentStep(attention, (), 0.05))
-    (result,) = preview_edit(resident(CASES[0]), spec, lambda: None)
+    (result,) = preview_edit(resident(MIXTURES[0]), spec, lambda: None)
     assert result.edited.probability_after > result.edited.probability_before

@@ -45,6 +45,7 @@ ADAPTERS: dict[str, Callable[[PreTrainedModel], ModelView]] = {
     "falcon": falcon.view,
     "gemma": gemma.view,
     "gemma2": gemma2.view,
+    "gemma3": gemma3_text.view_with_vision,
     "gemma3_text": gemma3_text.view,
     "gpt2": gpt2.view,
     "gpt_neo": gpt_neo.view,

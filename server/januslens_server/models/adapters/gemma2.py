@@ -13,16 +13,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from januslens_server.capture import End, Tap
 from januslens_server.models.adapters.gemma import gemma_norm, refuse_bidirectional
 from januslens_server.models.adapters.llama_like import (
     Layer,
     attention,
-    gated_mlp,
     llama_like,
+    post_norm_block,
 )
-from januslens_server.models.adapters.parts import finished, lens
-from januslens_server.models.views import Attention, Block, ModelView
+from januslens_server.models.adapters.parts import lens
+from januslens_server.models.views import Block, ModelView
 
 
 def view(model: PreTrainedModel) -> ModelView:
@@ -34,21 +33,7 @@ def view(model: PreTrainedModel) -> ModelView:
     return llama_like(model, _block, head)
 
 
-def sandwich_block(layer: Layer, attention: Attention) -> Block:
-    """A norm before and a norm after each sublayer."""
-    module = layer.module
-    after_attention, after_mlp = (
-        module.post_attention_layernorm,
-        module.post_feedforward_layernorm,
-    )
-    return Block(
-        module=module,
-        attention=finished(attention, after_attention, gemma_norm(after_attention)),
-        mlp=finished(gated_mlp(module.mlp), after_mlp, gemma_norm(after_mlp)),
-        residual_mid=Tap(module.pre_feedforward_layernorm, End.INPUT),
-    )
-
-
 def _block(layer: Layer) -> Block:
     soft_cap = layer.config.attn_logit_softcapping
-    return sandwich_block(layer, attention(layer, window=layer.window, soft_cap=soft_cap))
+    attending = attention(layer, window=layer.window, soft_cap=soft_cap)
+    return post_norm_block(layer, attending, gemma_norm, pre_norms=True)

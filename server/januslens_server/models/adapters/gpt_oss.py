@@ -19,14 +19,8 @@ import torch
 from transformers import PreTrainedModel
 
 from januslens_server.capture import Rotation
-from januslens_server.models.adapters.llama_like import (
-    Layer,
-    attention,
-    llama_like,
-    pre_norm_block,
-)
+from januslens_server.models.adapters.llama_like import Layer, attention, llama_like, pre_norm_block
 from januslens_server.models.adapters.mixture import Activation, with_experts
-from januslens_server.models.adapters.parts import lens, rms_norm
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Block, ModelView
 
@@ -34,8 +28,7 @@ from januslens_server.models.views import Block, ModelView
 def view(model: PreTrainedModel) -> ModelView:
     """Map a `GptOssForCausalLM`."""
     config: Any = model.config
-    decoder: Any = model.model
-    whole = llama_like(model, _block, lens(model, rms_norm(decoder.norm)))
+    whole = llama_like(model, _block)
     return with_experts(whole, config.num_local_experts, config.intermediate_size)
 
 

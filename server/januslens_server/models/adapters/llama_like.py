@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from januslens_server.capture import End, Rotation, Tap
 from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.lens.head import LensHead
-from januslens_server.models.adapters.parts import facts, linear, rotation
+from januslens_server.lens.norm import Norm
+from januslens_server.models.adapters.parts import facts, finished, lens, linear, rms_norm, rotation
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
 
@@ -48,12 +49,15 @@ class Projections(NamedTuple):
 def llama_like(
     model: PreTrainedModel,
     block: Callable[[Layer], Block],
-    head: LensHead,
+    head: LensHead | None = None,
     *,
     decoder: Any = None,
     interleaved: bool = False,
 ) -> ModelView:
-    """Map a model whose layers `block` maps; `decoder` is `model.model` unless given."""
+    """Map a model whose layers `block` maps.
+
+    The lens is Llama's RMSNorm and the model's head, `decoder` is `model.model`, unless given.
+    """
     config: Any = model.config.get_text_config()
     decoder = model.model if decoder is None else decoder
     turning = rotation(decoder, interleaved)
@@ -61,7 +65,7 @@ def llama_like(
     return ModelView(
         embedding=decoder.embed_tokens,
         blocks=tuple(block(layer) for layer in layers),
-        lens=head,
+        lens=lens(model, rms_norm(decoder.norm)) if head is None else head,
         facts=facts(
             model,
             n_kv_heads=config.num_key_value_heads,
@@ -113,6 +117,24 @@ def pre_norm_block(layer: Layer, attention: Attention, mlp: Mlp | Experts | None
         attention=attention,
         mlp=gated_mlp(layer.module.mlp) if mlp is None else mlp,
         residual_mid=Tap(layer.module.post_attention_layernorm, End.INPUT),
+    )
+
+
+def post_norm_block(
+    layer: Layer, attention: Attention, norm: Callable[[Any], Norm], *, pre_norms: bool
+) -> Block:
+    """Attention, then the MLP, a norm behind each; with `pre_norms` one before each as well."""
+    module = layer.module
+    after_attention = module.post_attention_layernorm
+    after_mlp = module.post_feedforward_layernorm
+    middle = module.pre_feedforward_layernorm if pre_norms else module.mlp
+    return Block(
+        module=module,
+        attention=finished(attention, after_attention, norm(after_attention)),
+        mlp=finished(gated_mlp(module.mlp), after_mlp, norm(after_mlp)),
+        residual_mid=Tap(middle, End.INPUT),
+        attention_prenorm=pre_norms,
+        mlp_prenorm=pre_norms,
     )
 
 

@@ -10,22 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from januslens_server.models.adapters.llama_like import (
-    Layer,
-    attention,
-    llama_like,
-    pre_norm_block,
-)
+from januslens_server.models.adapters.llama_like import Layer, attention, llama_like, pre_norm_block
 from januslens_server.models.adapters.mixture import gated_experts, with_experts
-from januslens_server.models.adapters.parts import lens, rms_norm
 from januslens_server.models.views import Block, ModelView
 
 
 def view(model: PreTrainedModel) -> ModelView:
     """Map a `MixtralForCausalLM`."""
     config: Any = model.config
-    decoder: Any = model.model
-    whole = llama_like(model, _block, lens(model, rms_norm(decoder.norm)))
+    whole = llama_like(model, _block)
     return with_experts(whole, config.num_local_experts, config.intermediate_size)
 
 

@@ -15,12 +15,7 @@ from transformers import PreTrainedModel
 
 from januslens_server.graph.head_map import HeadMap
 from januslens_server.lens.norm import Norm
-from januslens_server.models.adapters.llama_like import (
-    Layer,
-    attention,
-    llama_like,
-    pre_norm_block,
-)
+from januslens_server.models.adapters.llama_like import Layer, attention, llama_like, pre_norm_block
 from januslens_server.models.adapters.parts import lens
 from januslens_server.models.views import Block, ModelView
 

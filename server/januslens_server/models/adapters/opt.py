@@ -46,7 +46,7 @@ def _lens(model: PreTrainedModel, decoder: Any) -> LensHead:
     unembedding = head.weight.detach().float()
     if decoder.project_out is not None:
         unembedding = unembedding @ decoder.project_out.weight.detach().float()
-    return LensHead(layer_norm(decoder.final_layer_norm), unembedding)
+    return LensHead(layer_norm(decoder.final_layer_norm, unembedding.device), unembedding)
 
 
 def _block(module: Any, config: Any) -> Block:

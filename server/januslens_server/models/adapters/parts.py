@@ -48,11 +48,13 @@ def by_head(module: nn.Module, n_heads: int, d_head: int, group: int = 1) -> tup
     return tuple(linear(module, tuple(columns)) for columns in places)
 
 
-def layer_norm(module: Any) -> Norm:
-    """An `nn.LayerNorm`, with or without learned numbers."""
-    like = torch.ones(module.normalized_shape) if module.weight is None else module.weight
+def layer_norm(module: Any, device: torch.device | None = None) -> Norm:
+    """An `nn.LayerNorm`; one without learned numbers works on the `device`."""
+    weight = module.weight
+    if weight is None:
+        weight = torch.ones(module.normalized_shape, device=device)
     bias = None if module.bias is None else module.bias.detach().float()
-    return Norm(like.detach().float(), bias, module.eps, centred=True)
+    return Norm(weight.detach().float(), bias, module.eps, centred=True)
 
 
 def rms_norm(module: Any) -> Norm:
@@ -77,9 +79,10 @@ def rotation(decoder: Any, interleaved: bool = False, **which: Any) -> Callable[
     """
 
     def of_length(length: int) -> Rotation:
-        like = decoder.get_input_embeddings().weight
-        positions = torch.arange(length, device=like.device)[None]
-        cos, sin = decoder.rotary_emb(like.new_empty(0), positions, **which)
+        device = next(decoder.rotary_emb.buffers()).device  # weights may be offloaded
+        positions = torch.arange(length, device=device)[None]
+        like = torch.empty(0, dtype=decoder.dtype, device=device)
+        cos, sin = decoder.rotary_emb(like, positions, **which)
         return Rotation(cos[0], sin[0], interleaved)
 
     return of_length

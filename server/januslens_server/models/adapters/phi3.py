@@ -8,8 +8,6 @@ Distinct points:
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from januslens_server.models.adapters.llama_like import (
@@ -19,14 +17,13 @@ from januslens_server.models.adapters.llama_like import (
     llama_like,
     pre_norm_block,
 )
-from januslens_server.models.adapters.parts import consecutive, lens, linear, rms_norm
+from januslens_server.models.adapters.parts import consecutive, linear
 from januslens_server.models.views import Block, Mlp, ModelView
 
 
 def view(model: PreTrainedModel) -> ModelView:
     """Map a `Phi3ForCausalLM`."""
-    decoder: Any = model.model
-    return llama_like(model, _block, lens(model, rms_norm(decoder.norm)))
+    return llama_like(model, _block)
 
 
 def _block(layer: Layer) -> Block:

@@ -9,24 +9,17 @@ Distinct points:
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from transformers import PreTrainedModel
 
-from januslens_server.models.adapters.llama_like import (
-    Layer,
-    attention,
-    llama_like,
-    pre_norm_block,
-)
-from januslens_server.models.adapters.parts import lens, rms_head_map, rms_norm
+from januslens_server.models.adapters.llama_like import Layer, attention, llama_like, pre_norm_block
+from januslens_server.models.adapters.parts import rms_head_map
 from januslens_server.models.views import Block, ModelView
 
 
 def view(model: PreTrainedModel) -> ModelView:
     """Map a `Qwen3ForCausalLM`."""
-    decoder: Any = model.model
-    return llama_like(model, _block, lens(model, rms_norm(decoder.norm)))
+    return llama_like(model, _block)
 
 
 def _block(layer: Layer) -> Block:

@@ -21,15 +21,14 @@ from januslens_server.models.adapters.llama_like import (
     pre_norm_block,
 )
 from januslens_server.models.adapters.mixture import gated_experts, with_experts
-from januslens_server.models.adapters.parts import lens, rms_head_map, rms_norm
+from januslens_server.models.adapters.parts import rms_head_map
 from januslens_server.models.views import Block, ModelView
 
 
 def view(model: PreTrainedModel) -> ModelView:
     """Map a `Qwen3MoeForCausalLM`."""
     config: Any = model.config
-    decoder: Any = model.model
-    whole = llama_like(model, _block, lens(model, rms_norm(decoder.norm)))
+    whole = llama_like(model, _block)
     return with_experts(whole, config.num_experts, config.moe_intermediate_size)
 
 

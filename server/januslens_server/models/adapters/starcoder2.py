@@ -12,12 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from januslens_server.models.adapters.llama_like import (
-    Layer,
-    attention,
-    llama_like,
-    pre_norm_block,
-)
+from januslens_server.models.adapters.llama_like import Layer, attention, llama_like, pre_norm_block
 from januslens_server.models.adapters.parts import layer_norm, lens, linear
 from januslens_server.models.views import Block, Mlp, ModelView
 
