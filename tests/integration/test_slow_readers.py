@@ -1,0 +1,124 @@
+"""Readers that stall cost bounded memory, never the device, and are cut after a while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from januslens.v1 import models_pb2, service_pb2_grpc, trace_pb2
+from tests.support.calls import long_trace, prompt, refusal, refused, started
+from tests.support.metrics import sample, wait_until_idle
+from tests.support.server import ServerProcess, running_server
+
+Stub = service_pb2_grpc.IntrospectionServiceStub
+
+SHORT = trace_pb2.TraceRequest(input=prompt("Japan"), layers=[0])
+# What a stalled stream may hold: the outlet, what gRPC buffers, and the trace's own activations.
+MEMORY_OF_A_STALLED_STREAM = 100 * 2**20
+
+
+@pytest.fixture
+def stalled(channel: grpc.Channel, server: ServerProcess) -> Iterator[Any]:
+    """A long stream that is read no further."""
+    wait_until_idle(server)
+    call = started(channel, "Trace", long_trace(40))
+    next(call)
+    yield call
+    call.cancel()
+    wait_until_idle(server)
+
+
+def test_others_are_served_while_a_reader_stalls(
+    server: ServerProcess, stub: Stub, stalled: Any
+) -> None:
+    """The device turns to others only once the stalled stream is set aside."""
+    for _ in range(3):
+        assert list(stub.Trace(SHORT))[-1].HasField("summary")
+    assert sample(server, "januslens_requests_unfinished") == 1
+    assert stalled.is_active()
+
+
+def test_a_stalled_stream_costs_bounded_memory(
+    server: ServerProcess, channel: grpc.Channel, stub: Stub
+) -> None:
+    list(stub.Trace(SHORT))
+    before = resident_bytes(server)
+    call = started(channel, "Trace", long_trace(40))
+    next(call)
+    list(stub.Trace(SHORT))  # the long one is set aside now
+    assert resident_bytes(server) - before < MEMORY_OF_A_STALLED_STREAM
+    call.cancel()
+    wait_until_idle(server)
+
+
+def resident_bytes(server: ServerProcess) -> int:
+    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    return int(pages) * 4096
+
+
+def test_a_reader_that_catches_up_gets_the_whole_stream(
+    server: ServerProcess, channel: grpc.Channel, stub: Stub
+) -> None:
+    call = started(channel, "Trace", long_trace(5))
+    first = next(call)
+    list(stub.Trace(SHORT))  # it is set aside now, or finished but for its reader
+    sequences = [message.sequence for message in call]
+    assert [first.sequence, *sequences] == list(range(len(sequences) + 1))
+    assert call.code() is grpc.StatusCode.OK
+    wait_until_idle(server)
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[ServerProcess]:
+    """A server with room for two requests, and little patience."""
+    with running_server("--max-waiting", "1", "--stall-seconds", "2") as process:
+        yield process
+
+
+def test_a_stalled_reader_is_aborted_and_told_why(impatient: ServerProcess) -> None:
+    with grpc.insecure_channel(impatient.address) as channel:
+        call = started(channel, "Trace", long_trace(40))
+        next(call)
+        impatient.wait_for("Trace ABORTED")
+        wait_until_idle(impatient)
+        with pytest.raises(grpc.RpcError):
+            list(call)
+    answer = refusal(call)
+    assert answer.code is grpc.StatusCode.ABORTED
+    assert (answer.reason, answer.info.domain) == ("READER_STALLED", "januslens")
+    assert answer.retry_after is None
+    assert "within 2 s" in answer.text
+
+
+def test_a_full_queue_refuses_at_once_and_keeps_health(impatient: ServerProcess) -> None:
+    wait_until_idle(impatient)
+    with grpc.insecure_channel(impatient.address) as channel:
+        calls = [started(channel, "Trace", long_trace(40)) for _ in range(2)]
+        while sample(impatient, "januslens_requests_unfinished") < 2:
+            time.sleep(0.01)
+        began = time.monotonic()
+        answer = refused(channel, "Trace", SHORT)
+        assert time.monotonic() - began < 1
+        assert_alive(channel)
+        for call in calls:
+            call.cancel()
+        wait_until_idle(impatient)
+        assert list(started(channel, "Trace", SHORT))[-1].HasField("summary")
+    assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (answer.reason, answer.info.domain) == ("QUEUE_FULL", "januslens")
+    assert answer.retry_after is not None
+    assert answer.retry_after > 0
+
+
+def assert_alive(channel: grpc.Channel) -> None:
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    ready = health.Check(health_pb2.HealthCheckRequest(service="januslens.ready"), timeout=1)
+    assert ready.status == health_pb2.HealthCheckResponse.SERVING
+    stub = service_pb2_grpc.IntrospectionServiceStub(channel)
+    assert stub.ListModels(models_pb2.ListModelsRequest(), timeout=1).models
