@@ -21,7 +21,8 @@ from januslens_server.rpc import decode
 
 ROOT = Path(__file__).parents[2]
 README, SEMANTICS, API = ROOT / "README.md", ROOT / "docs/semantics.md", ROOT / "docs/api.md"
-UNWRITTEN = {ROOT / "docs/errors.md"}  # named by other pages before it is there
+# Named by other pages before they are there.
+UNWRITTEN = {ROOT / "docs/errors.md", ROOT / "docs/guarantees.md"}
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SERVING = "Serve a model of your own"
 DEFAULT_ADDRESS = "127.0.0.1:50051"
