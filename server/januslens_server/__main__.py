@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import grpc
 from prometheus_client import start_http_server
@@ -75,11 +77,17 @@ async def serve(settings: Settings) -> None:
 
 
 def _sources(settings: Settings) -> list[ModelSource]:
-    if not settings.models:
-        return [embedded_source(settings.device, settings.data_type)]
+    offload_dir = settings.offload_dir
+    named = [ModelSource(m.name, m.location, m.revision) for m in settings.models]
     return [
-        ModelSource(m.name, m.location, m.revision, settings.device, settings.data_type)
-        for m in settings.models
+        replace(
+            source,
+            device=settings.device,
+            data_type=settings.data_type,
+            limits={memory.device: memory.size for memory in settings.max_memory},
+            offload_dir=None if offload_dir is None else Path(offload_dir).expanduser(),
+        )
+        for source in named or [embedded_source()]
     ]
 
 

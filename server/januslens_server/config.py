@@ -6,6 +6,7 @@ A setting comes from its flag, else from `JANUSLENS_<NAME>`, else from the YAML 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import yaml
 ENVIRONMENT_PREFIX = "JANUSLENS"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DATA_TYPES = ("auto", "float32", "bfloat16", "float16")
+SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]i?)?B?")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,17 @@ class ModelSetting:
 
 
 @dataclass(frozen=True)
+class MemorySetting:
+    """One `DEVICE=SIZE`, the size in bytes."""
+
+    device: str
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.device}={self.size}"
+
+
+@dataclass(frozen=True)
 class Settings:
     """Everything that can be configured; empty `models` serve the embedded `demo`."""
 
@@ -43,6 +56,8 @@ class Settings:
     models: tuple[ModelSetting, ...]
     device: str
     data_type: str
+    max_memory: tuple[MemorySetting, ...]
+    offload_dir: str | None
     max_waiting: int
     stall_seconds: float
     grace_seconds: float
@@ -68,6 +83,24 @@ class _ModelType(click.ParamType[ModelSetting]):
                 self.fail(f"expected a model folder with config.json, got {location!r}", param, ctx)
             location = str(folder)
         return ModelSetting(name, location, revision or None)
+
+
+class _MemoryType(click.ParamType[MemorySetting]):
+    name = "DEVICE=SIZE"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> MemorySetting:
+        """Split the text; 1 GiB is 2**30 bytes, 1 GB is 10**9."""
+        if isinstance(value, MemorySetting):
+            return value
+        device, _, text = str(value).partition("=")
+        found = SIZE.fullmatch(text)
+        if not device or found is None:
+            self.fail(f"expected {self.name} such as cuda:0=60GiB, got {value!r}", param, ctx)
+        number, unit = found.group(1), found.group(2) or ""
+        step = 1024 if unit.endswith("i") else 1000
+        return MemorySetting(device, int(float(number) * step ** " KMGT".find(unit[:1] or " ")))
 
 
 def _read_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
@@ -102,12 +135,28 @@ def _settings_command() -> click.Command:
             multiple=True,
             help="A model to serve; repeat for several. Replaces the embedded demo.",
         ),
-        _option("--device", default="cpu", help="Where models live, as torch names it."),
+        _option(
+            "--device",
+            default="cpu",
+            help="Where models live, as torch names it; auto: split over GPUs, CPU and disk.",
+        ),
         _option(
             "--data-type",
             type=click.Choice(DATA_TYPES),
             default="auto",
             help="auto: the checkpoint's own type, float32 on a CPU.",
+        ),
+        _option(
+            "--max-memory",
+            type=_MemoryType(),
+            multiple=True,
+            help="What a model may take of a device, instead of what is free; repeat for several.",
+        ),
+        _option(
+            "--offload-dir",
+            type=click.Path(file_okay=False),
+            default=None,
+            help="With --device auto: where weights stay that fit into no memory.",
         ),
         _option(
             "--max-waiting",
@@ -168,7 +217,10 @@ def _from_options(print_config: bool, **values: Any) -> Settings:
 
 def as_yaml(settings: Settings) -> str:
     """The settings as `--config` reads them."""
-    shown = asdict(settings) | {"models": [str(model) for model in settings.models]}
+    shown = asdict(settings) | {
+        "models": [str(model) for model in settings.models],
+        "max_memory": [str(memory) for memory in settings.max_memory],
+    }
     return yaml.safe_dump(shown, sort_keys=False)
 
 

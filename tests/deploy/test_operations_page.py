@@ -30,7 +30,7 @@ def rows(first_heading: str) -> list[list[str]]:
 
 def described(option: click.Parameter) -> list[str]:
     name = str(option.name)
-    default: Any = "none" if option.multiple else option.default
+    default: Any = "none" if option.multiple or option.default is None else option.default
     return [option.opts[0], f"{ENVIRONMENT_PREFIX}_{name.upper()}", name, str(default)]
 
 

@@ -24,7 +24,7 @@ SelfCheck = Callable[[ResidentModel], Sequence[Guarantee]]
 Observer = Callable[[ModelStatus], None]
 
 
-def embedded_source(device: str, data_type: str) -> ModelSource:
+def embedded_source(device: str = "cpu", data_type: str = "auto") -> ModelSource:
     """The model `demo` that is shipped inside the package."""
     return ModelSource("demo", str(model_path()), device=device, data_type=data_type)
 
@@ -52,18 +52,22 @@ class Registry:
     def load_all(self) -> None:
         """Load and check every model; one that fails does not keep the others from serving."""
         for source in self._sources:
-            try:
-                model = load(source)
-                guarantees = self._check(model)
-            except ModelFailed as error:
-                self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
-                continue
-            except Exception as error:  # a broken folder can break transformers anywhere
-                logger.exception("model %s broke while it was loaded", source.name)
-                reason = f"{source.location}: {type(error).__name__}: {error}"
-                self._set(ModelStatus(source.name, ModelState.FAILED, reason))
-                continue
-            self._admit(model, guarantees)
+            self._load(source)
+
+    def _load(self, source: ModelSource) -> None:
+        """One model, of which nothing stays in memory if it fails."""
+        try:
+            model = load(source)
+            guarantees = self._check(model)
+        except ModelFailed as error:
+            self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
+            return
+        except Exception as error:  # a broken folder can break transformers anywhere
+            logger.exception("model %s broke while it was loaded", source.name)
+            reason = f"{source.location}: {type(error).__name__}: {error}"
+            self._set(ModelStatus(source.name, ModelState.FAILED, reason))
+            return
+        self._admit(model, guarantees)
 
     def _admit(self, model: ResidentModel, guarantees: Sequence[Guarantee]) -> None:
         broken = [g for g in guarantees if not g.held]
