@@ -10,7 +10,7 @@ import pytest
 
 from januslens.v1 import gradient_lens_pb2, lens_pb2, models_pb2, service_pb2_grpc, trace_pb2
 from januslens.v1.common_pb2 import Target, TokenIds
-from tests.support.calls import prompt, token_ids
+from tests.support.calls import prompt, timeless, token_ids
 
 Stub = service_pb2_grpc.IntrospectionServiceStub
 
@@ -203,18 +203,6 @@ def test_the_same_request_gives_the_same_bytes(
     assert [timeless(message) for message in again] == [
         timeless(message) for message in streamed(method, name)
     ]
-
-
-def timeless(message: Any) -> bytes:
-    """The message's bytes without what differs by design: times and ids."""
-    copy = type(message)()
-    copy.CopyFrom(message)
-    if copy.HasField("header"):
-        copy.header.ClearField("request_id")
-    if copy.HasField("summary"):
-        copy.summary.ClearField("times")
-    bytes_: bytes = copy.SerializeToString(deterministic=True)
-    return bytes_
 
 
 def test_defaults_are_the_contracts(streamed: Streamed, demo: models_pb2.Model) -> None:
