@@ -20,6 +20,10 @@ T = TypeVar("T")
 Checkpoint = Callable[[], None]
 
 
+def _unchanged(error: Exception) -> Exception:
+    return error
+
+
 @dataclass(eq=False)
 class _Job:
     steps: Iterator[Any]
@@ -30,9 +34,15 @@ class _Job:
 class DeviceWorker:
     """Runs admitted requests one step at a time, in order of arrival."""
 
-    def __init__(self, max_waiting: int) -> None:
-        """Admit up to `max_waiting` requests beyond the one that runs."""
+    def __init__(
+        self, max_waiting: int, translate: Callable[[Exception], Exception] = _unchanged
+    ) -> None:
+        """Admit up to `max_waiting` requests beyond the one that runs.
+
+        `translate` says in the service's terms what a request failed of.
+        """
         self._max_waiting = max_waiting
+        self._translate = translate
         self._jobs: deque[_Job] = deque()
         self._unfinished = 0
         self._changed = threading.Condition()
@@ -95,7 +105,7 @@ class DeviceWorker:
         except StopIteration:
             self._end(job, None)
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to this request alone
-            self._end(job, error)
+            self._end(job, self._translate(error))
 
     def _resume(self, job: _Job) -> None:
         with self._changed:

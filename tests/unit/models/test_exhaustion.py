@@ -1,0 +1,45 @@
+"""Running out of memory is told apart from bugs, and the next request works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from januslens_server.errors import OutOfMemory
+from januslens_server.models.exhaustion import in_service_terms
+from januslens_server.scheduling.outlet import Outlet
+from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.worker import DeviceWorker
+
+
+def allocating(size: int) -> Callable[[Callable[[], None]], Iterator[int]]:
+    def run(_checkpoint: Callable[[], None]) -> Iterator[int]:
+        yield torch.empty(size, dtype=torch.uint8).numel()
+
+    return run
+
+
+async def outcome(worker: DeviceWorker, size: int) -> list[int]:
+    outlet: Outlet[int] = Outlet(100, lambda _size: 1)
+    worker.submit(allocating(size), outlet, Ticket(None))
+    return [item async for item in outlet.items()]
+
+
+async def test_a_request_that_needs_too_much_fails_alone() -> None:
+    worker = DeviceWorker(4, in_service_terms)
+    with pytest.raises(OutOfMemory, match="no memory left"):
+        await outcome(worker, 1 << 60)
+    assert await outcome(worker, 8) == [8]
+    assert worker.unfinished == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_what_python_and_devices_raise_is_recognised(error: Exception) -> None:
+    assert isinstance(in_service_terms(error), OutOfMemory)
+
+
+def test_a_bug_stays_a_bug() -> None:
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert in_service_terms(error) is error
