@@ -19,6 +19,7 @@ from prometheus_client import start_http_server
 
 from januslens_server import telemetry
 from januslens_server.config import Settings, read_settings
+from januslens_server.models.exhaustion import in_service_terms
 from januslens_server.models.loading import ModelSource
 from januslens_server.models.registry import Registry, embedded_source
 from januslens_server.pipelines.selfcheck import self_check
@@ -54,7 +55,7 @@ async def serve(settings: Settings) -> None:
     """
     loop = asyncio.get_running_loop()
     health = Health()
-    worker = DeviceWorker(settings.max_waiting)
+    worker = DeviceWorker(settings.max_waiting, in_service_terms)
     telemetry.UNFINISHED.set_function(lambda: worker.unfinished)
 
     def observe(status: ModelStatus) -> None:
