@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -14,6 +17,40 @@ from januslens_server.graph.weighted_rows import Result
 from januslens_server.graph.weights import BlockWeights, Finish
 from januslens_server.results import EdgeKind, Node, NodeKind
 from januslens_server.specs import Selection
+
+
+class _Kinds(NamedTuple):
+    """The nodes at a sublayer's ends; `sum` only where something stands before `output`."""
+
+    input: NodeKind
+    sum: NodeKind
+    output: NodeKind
+
+
+ATTENTION = _Kinds(NodeKind.ATTENTION_INPUT, NodeKind.ATTENTION_SUM, NodeKind.ATTENTION_OUTPUT)
+MLP = _Kinds(NodeKind.MLP_INPUT, NodeKind.MLP_SUM, NodeKind.MLP_OUTPUT)
+
+
+class _Add(Protocol):
+    """Adds what is inside a sublayer, from its input's id to its raw result, whose id it gives."""
+
+    def __call__(self, flow: FlowBuilder, source: str, /, *, result: Result) -> str: ...
+
+
+@dataclass(frozen=True)
+class _Sublayer:
+    """Attention or MLP; `normed`, `raw` and `added` are `[pos, d_model]`.
+
+    Without a `normed` input it reads the residual itself; without a `finish` its raw result is
+    what is added.
+    """
+
+    kinds: _Kinds
+    normed: torch.Tensor | None
+    raw: torch.Tensor | None
+    added: torch.Tensor
+    finish: Finish | None
+    add: _Add
 
 
 def input_node(layer: int, position: int) -> Node:
@@ -40,14 +77,29 @@ def block_flow(
     flow = FlowBuilder(layer, position, direction)
     residual = acts.block_input[position].float()
     source = _add_input(flow, residual, below)
-    attention = _add_attention_sublayer(flow, source, residual, acts, weights, selection)
-    terms = {source: residual, attention: acts.attention_output[position].float()}
+    attention = _Sublayer(
+        kinds=ATTENTION,
+        normed=acts.attention_input if weights.attention_prenorm else None,
+        raw=acts.attention_sum,
+        added=acts.attention_output,
+        finish=weights.attention.finish,
+        add=partial(add_attention, acts=acts, weights=weights.attention, selection=selection),
+    )
+    attended = _add_sublayer(flow, source, residual, attention)
+    terms = {source: residual, attended: attention.added[position].float()}
     if acts.residual_mid is not None:
         middle = acts.residual_mid[position].float()
         source, residual = _add_sum(flow, NodeKind.RESIDUAL_MID, middle, terms), middle
         terms = {source: middle}
-    mlp = _add_mlp_sublayer(flow, source, residual, acts, weights, selection)
-    terms[mlp] = acts.mlp_output[position].float()
+    mlp = _Sublayer(
+        kinds=MLP,
+        normed=acts.mlp_input if weights.mlp_prenorm else None,
+        raw=acts.mlp_sum,
+        added=acts.mlp_output,
+        finish=weights.mlp.finish,
+        add=partial(add_mlp, acts=acts, weights=weights.mlp, selection=selection),
+    )
+    terms[_add_sublayer(flow, source, residual, mlp)] = mlp.added[position].float()
     _add_sum(flow, NodeKind.BLOCK_OUTPUT, acts.block_output[position].float(), terms)
     return flow.build()
 
@@ -63,54 +115,23 @@ def _add_input(flow: FlowBuilder, residual: torch.Tensor, below: int | None) -> 
     return node.id
 
 
-def _add_attention_sublayer(
-    flow: FlowBuilder,
-    source: str,
-    residual: torch.Tensor,
-    acts: LayerActivations,
-    weights: BlockWeights,
-    selection: Selection,
+def _add_sublayer(
+    flow: FlowBuilder, source: str, residual: torch.Tensor, sublayer: _Sublayer
 ) -> str:
-    """Norm, attention, and what it adds to the residual; gives the latter's id."""
-    if weights.attention_prenorm:
-        normed = acts.attention_input[flow.position]
-        source = _add_normed(flow, NodeKind.ATTENTION_INPUT, source, residual, normed)
-    added = Result(NodeKind.ATTENTION_OUTPUT, acts.attention_output[flow.position].float())
-    if weights.attention.finish is None or acts.attention_sum is None:
-        return add_attention(flow, source, acts, weights.attention, selection, added)
-    raw = Result(NodeKind.ATTENTION_SUM, acts.attention_sum[flow.position].float())
-    inside = flow.before(weights.attention.finish, raw.vector)
-    total = add_attention(inside, source, acts, weights.attention, selection, raw)
-    return _add_finished(flow, weights.attention.finish, total, raw, added)
-
-
-def _add_mlp_sublayer(
-    flow: FlowBuilder,
-    source: str,
-    residual: torch.Tensor,
-    acts: LayerActivations,
-    weights: BlockWeights,
-    selection: Selection,
-) -> str:
-    """Norm, MLP, and what it adds to the residual; gives the latter's id."""
-    if weights.mlp_prenorm:
-        normed = acts.mlp_input[flow.position]
-        source = _add_normed(flow, NodeKind.MLP_INPUT, source, residual, normed)
-    added = Result(NodeKind.MLP_OUTPUT, acts.mlp_output[flow.position].float())
-    if weights.mlp.finish is None or acts.mlp_sum is None:
-        return add_mlp(flow, source, acts, weights.mlp, selection, added)
-    raw = Result(NodeKind.MLP_SUM, acts.mlp_sum[flow.position].float())
-    inside = flow.before(weights.mlp.finish, raw.vector)
-    total = add_mlp(inside, source, acts, weights.mlp, selection, raw)
-    return _add_finished(flow, weights.mlp.finish, total, raw, added)
-
-
-def _add_finished(flow: FlowBuilder, finish: Finish, total: str, raw: Result, added: Result) -> str:
-    """What a post-norm or multiplier makes of a sublayer's raw result."""
-    node = flow.node(added.kind, added.vector)
-    kind = EdgeKind.SCALE if finish.norm is None else EdgeKind.NORM
-    flow.edges(kind, [total], [node], raw.vector.norm()[None])
-    return node
+    """Norm, sublayer, and what it adds to the residual; gives the latter's id."""
+    at, kinds = flow.position, sublayer.kinds
+    if sublayer.normed is not None:
+        source = _add_normed(flow, kinds.input, source, residual, sublayer.normed[at])
+    added = Result(kinds.output, sublayer.added[at].float())
+    if sublayer.finish is None or sublayer.raw is None:
+        return sublayer.add(flow, source, result=added)
+    raw = Result(kinds.sum, sublayer.raw[at].float())
+    inside = flow.before(sublayer.finish, raw.vector)
+    total = sublayer.add(inside, source, result=raw)
+    output = flow.node(added.kind, added.vector)
+    kind = EdgeKind.SCALE if sublayer.finish.norm is None else EdgeKind.NORM
+    flow.edges(kind, [total], [output], raw.vector.norm()[None])
+    return output
 
 
 def _add_normed(
