@@ -1,0 +1,25 @@
+"""Whether a request should go on."""
+
+import pytest
+
+from januslens_server.errors import DeadlinePassed, RequestCancelled
+from januslens_server.scheduling.ticket import Ticket
+
+
+@pytest.mark.parametrize("seconds", [None, 60.0])
+def test_a_request_with_time_left_goes_on(seconds: float | None) -> None:
+    Ticket(seconds).check()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_a_passed_deadline_ends_it(seconds: float) -> None:
+    with pytest.raises(DeadlinePassed):
+        Ticket(seconds).check()
+
+
+def test_a_cancelled_request_ends_whatever_its_deadline() -> None:
+    for seconds in (None, 60.0, 0.0):
+        ticket = Ticket(seconds)
+        ticket.cancel()
+        with pytest.raises(RequestCancelled):
+            ticket.check()
