@@ -270,7 +270,26 @@ MIXTURES = (
         },
     ),
 )
+# Families without an adapter, which are read by their structure.
+WITHOUT_ADAPTER = tuple(
+    Case(family, "automatic", {"num_key_value_heads": 2, "head_dim": 8} | settings)
+    for family, settings in (
+        ("arcee", {}),
+        ("ernie4_5", {"use_bias": True}),
+        ("exaone4", {}),
+        ("glm", {"attention_bias": True}),
+        ("glm4", {}),
+        ("helium", {}),
+        ("nemotron", {}),
+        ("seed_oss", {}),
+        ("vaultgemma", {"query_pre_attn_scalar": 20}),
+    )
+)
+MEASURED = CASES + MIXTURES + WITHOUT_ADAPTER
 FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
+
+# Their norms multiply by 1 + weight.
+LESS_ONE = ("Gemma", "Nemotron", "VaultGemma")
 
 
 @cache
@@ -322,4 +341,4 @@ def _drawn(module: nn.Module, name: str, shape: torch.Size) -> torch.Tensor:
         return noise
     if "Norm" not in type(module).__name__ or name == "bias":
         return 0.2 * noise
-    return 0.3 * noise if type(module).__name__.startswith("Gemma") else 1 + 0.3 * noise
+    return 0.3 * noise if type(module).__name__.startswith(LESS_ONE) else 1 + 0.3 * noise

@@ -193,14 +193,14 @@ MEASURES = (
         "the shares into every sum against 1, at every layer and position, and the checks that the "
         "trace itself reports",
         shares,
-        1e-4,
+        1e-5,
     ),
     Measure(
         "sums",
         "the vectors of every sum's parts, times their coefficients, against the vector of the "
         "whole; largest difference relative to the whole's largest entry",
         sums,
-        1e-4,
+        1e-5,
     ),
     Measure(
         "attention",

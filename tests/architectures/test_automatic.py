@@ -20,7 +20,7 @@ from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientMatrix, LayerGraph, MatrixKind
 from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, TraceSpec
-from tests.architectures.cases import CASES, Case, plain, resident
+from tests.architectures.cases import CASES, WITHOUT_ADAPTER, Case, plain, resident
 
 # What the automatic adapter says it needs: separate maps, one rotation, norms with weights.
 READABLE = {
@@ -37,20 +37,6 @@ READABLE = {
     "smollm3",
     "starcoder2",
 }
-WITHOUT_ADAPTER = tuple(
-    Case(family, "automatic", {"num_key_value_heads": 2, "head_dim": 8} | settings)
-    for family, settings in (
-        ("arcee", {}),
-        ("ernie4_5", {"use_bias": True}),
-        ("exaone4", {}),
-        ("glm", {"attention_bias": True}),
-        ("glm4", {}),
-        ("helium", {}),
-        ("nemotron", {}),
-        ("seed_oss", {}),
-        ("vaultgemma", {"query_pre_attn_scalar": 20}),
-    )
-)
 readable = [case for case in CASES if case.family in READABLE and case.name != "grouped, norms"]
 
 

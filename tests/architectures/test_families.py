@@ -6,7 +6,7 @@ import pytest
 
 from januslens_server.models.adapters import ADAPTERS
 from januslens_server.models.views import Mlp
-from tests.architectures.cases import CASES, CONTEXT, FAMILIES, MIXTURES, Case, resident
+from tests.architectures.cases import CASES, CONTEXT, FAMILIES, MEASURED, Case, resident
 from tests.architectures.measures import MEASURES, Measure
 
 
@@ -14,7 +14,7 @@ from tests.architectures.measures import MEASURES, Measure
     ("case", "measure"),
     [
         pytest.param(case, measure, id=f"{case.id}-{measure.name}")
-        for case in CASES + MIXTURES
+        for case in MEASURED
         for measure in MEASURES
     ],
 )

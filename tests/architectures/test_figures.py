@@ -1,0 +1,39 @@
+"""The committed page is the one that the tests make, figures aside, and these are in bounds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.architectures.cases import MEASURED, Case
+from tests.architectures.figures import Figure, figures, page
+from tests.architectures.measures import MEASURES
+
+COMMITTED = (Path(__file__).parents[2] / "docs" / "guarantees.md").read_text()
+ROW = re.compile(r"^\| ([a-z0-9_]+) \| ((?:0|\de-\d\d)(?: \| (?:0|\de-\d\d))+) \|$", re.MULTILINE)
+
+
+def without_figures(text: str) -> str:
+    return ROW.sub(lambda row: row[1], text)
+
+
+def test_page_is_what_the_tests_make() -> None:
+    nothing = [Figure(c.family, c.name, m.name, 0.0) for c in MEASURED for m in MEASURES]
+    assert without_figures(COMMITTED) == without_figures(page(nothing))
+
+
+def test_every_committed_figure_is_within_its_tolerance() -> None:
+    rows = ROW.findall(COMMITTED)
+    assert len(rows) == len({case.family for case in MEASURED})
+    for family, cells in rows:
+        for measure, cell in zip(MEASURES, cells.split(" | "), strict=True):
+            assert float(cell) <= measure.tolerance, (family, measure.name)
+
+
+@pytest.mark.parametrize("case", MEASURED[:2], ids=lambda case: case.id)
+def test_figures_are_of_every_guarantee(case: Case) -> None:
+    measured = figures([case])
+    assert [figure.guarantee for figure in measured] == [measure.name for measure in MEASURES]
+    assert {(figure.family, figure.config) for figure in measured} == {(case.family, case.name)}
