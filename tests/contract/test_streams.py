@@ -114,7 +114,12 @@ def test_header_comes_first_and_summary_last_and_once(stream: list[Any]) -> None
 
 
 def test_a_text_comes_once_and_not_after_its_first_use(stream: list[Any]) -> None:
-    known: set[int] = {token.id for token in stream[0].header.prompt_tokens}
+    header = stream[0].header
+    known: set[int] = {token.id for token in header.prompt_tokens}
+    brought = [token.id for token in header.tokens]
+    assert known.isdisjoint(brought)
+    known.update(brought)
+    assert known >= set(answers_of(header))
     for message in stream[1:-1]:
         piece = getattr(message, message.WhichOneof("event"))
         brought = [token.id for token in piece.tokens]
@@ -122,6 +127,15 @@ def test_a_text_comes_once_and_not_after_its_first_use(stream: list[Any]) -> Non
         assert known.isdisjoint(brought)
         known.update(brought)
         assert known >= set(named_by(piece))
+
+
+def answers_of(header: Any) -> Iterator[int]:
+    """Targets and predictions."""
+    if isinstance(header, trace_pb2.TraceHeader):
+        for target in header.targets:
+            yield from (target.target_token_id, target.predicted_token_id)
+    else:
+        yield from (*header.target_token_ids, header.predicted_token_id)
 
 
 def named_by(piece: Any) -> Iterator[int]:

@@ -321,7 +321,7 @@ class KlDivergence(_message.Message):
     SUPPRESSED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def suppressed(self) -> _common_pb2.TokenIds:
-        """Tokens to suppress; required, at least one."""
+        """Tokens to suppress; required, 1 to 256."""
 
     def __init__(
         self,

@@ -66,10 +66,12 @@ def read_single_target(model: ResidentModel, target: TextOrIds, field: str) -> i
     return ids[0]
 
 
-def read_layers(model: ResidentModel, layers: Sequence[int]) -> tuple[int, ...]:
+def read_layers(
+    model: ResidentModel, layers: Sequence[int], field: str = "layers"
+) -> tuple[int, ...]:
     """Layers in ascending order, each once; empty means all."""
     n_layers = model.view.facts.n_layers
-    return _within(layers, n_layers, "layers", model.name) or tuple(range(n_layers))
+    return _within(layers, n_layers, field, model.name) or tuple(range(n_layers))
 
 
 def read_positions(positions: Sequence[int], every: bool, length: int) -> tuple[int, ...]:

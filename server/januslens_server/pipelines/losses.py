@@ -21,6 +21,9 @@ from januslens_server.pipelines.inputs import (
 from januslens_server.results import Token
 from januslens_server.specs import GradientLensSpec, KlDivergence, LogitDifference
 
+# Every component reports the rank of every suppressed token.
+MAX_SUPPRESSED = 256
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -56,6 +59,10 @@ def read_objective(model: ResidentModel, spec: GradientLensSpec) -> Objective:
 def _read_suppressed(model: ResidentModel, loss: KlDivergence) -> tuple[int, ...]:
     field = "kl.suppressed.ids"
     check_ids(model, loss.suppressed, field)
+    if len(loss.suppressed) > MAX_SUPPRESSED:
+        raise InvalidRequest(
+            field, f"expected at most {MAX_SUPPRESSED} token ids, got {len(loss.suppressed)}"
+        )
     if not loss.suppressed:
         raise InvalidRequest(field, "expected at least one token id, got none")
     if len(set(loss.suppressed)) >= model.view.facts.vocab_size:

@@ -18,7 +18,9 @@ class MatrixChoice:
     skipped: tuple[MatrixKind, ...]
 
 
-def choose_matrices(model: ResidentModel, asked: Sequence[MatrixKind]) -> MatrixChoice:
+def choose_matrices(
+    model: ResidentModel, asked: Sequence[MatrixKind], field: str = "matrices"
+) -> MatrixChoice:
     """Resolve kinds against the model: FF1 stands for GATE and UP where the MLP is gated.
 
     Raises `InvalidRequest` if none of the asked-for kinds exists.
@@ -32,7 +34,7 @@ def choose_matrices(model: ResidentModel, asked: Sequence[MatrixKind]) -> Matrix
     kinds = tuple(kind for kind in unique if kind in present)
     if not kinds:
         names = ", ".join(kind.name for kind in sorted(present))
-        raise InvalidRequest("matrices", f"expected some of {names} for {model.name}")
+        raise InvalidRequest(field, f"expected some of {names} for {model.name}")
     return MatrixChoice(kinds, tuple(kind for kind in unique if kind not in present))
 
 

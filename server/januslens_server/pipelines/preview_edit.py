@@ -85,8 +85,8 @@ def _descent(
     checkpoint: Checkpoint,
 ) -> list[Overlay]:
     """`W -= learning_rate dL/dW` from the gradient's factors, L the target's NLL."""
-    layers = read_layers(model, step.layers)
-    kinds = choose_matrices(model, step.matrices).kinds
+    layers = read_layers(model, step.layers, "descent.layers")
+    kinds = choose_matrices(model, step.matrices, "descent.matrices").kinds
     forced = [*ids, *targets[:-1]]
     linears = {
         (layer, kind): _linear(model, layer, kind, "descent.matrices")
