@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from januslens_server.__main__ import serve
 from januslens_server.config import read_settings
+from januslens_server.serving import serve
 from tests.support.server import ServerProcess
 
 

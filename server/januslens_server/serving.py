@@ -1,0 +1,140 @@
+"""Composition root: settings to a running server, and signals to a drained one."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+from prometheus_client import start_http_server
+
+from januslens_server import telemetry
+from januslens_server.config import Settings
+from januslens_server.models.exhaustion import in_service_terms
+from januslens_server.models.loading import ModelSource
+from januslens_server.models.registry import Registry, embedded_source
+from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.results import ModelState, ModelStatus
+from januslens_server.rpc.health import Health, is_ready
+from januslens_server.rpc.server import build_server
+from januslens_server.rpc.service import IntrospectionService
+from januslens_server.rpc.streaming import DeviceStreams
+from januslens_server.scheduling.worker import DeviceWorker
+
+logger = logging.getLogger("januslens_server")
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, then let what runs finish within the grace.
+
+    Raises `OSError` where a port cannot be had.
+    """
+    loop = asyncio.get_running_loop()
+    health = Health()
+    worker = DeviceWorker(settings.max_waiting, in_service_terms)
+    telemetry.UNFINISHED.set_function(lambda: worker.unfinished)
+
+    def observe(status: ModelStatus) -> None:
+        _log_state(status)
+        telemetry.MODEL_READY.labels(status.name).set(status.state is ModelState.READY)
+        asyncio.run_coroutine_threadsafe(_update(health, registry), loop)
+
+    registry = Registry(_sources(settings), self_check, observe)
+    streams = DeviceStreams(worker, settings.stall_seconds)
+    server = build_server(IntrospectionService(registry, streams), health)
+    await health.update(registry.statuses())
+    await _listen(server, settings)
+    loading = threading.Thread(target=registry.load_all, name="model-loader", daemon=True)
+    loading.start()
+    await _signalled(loop)
+    await health.drain()
+    registry.close()
+    worker.refuse_new()
+    await _finish(server, streams, settings.grace_seconds)
+
+
+def _sources(settings: Settings) -> list[ModelSource]:
+    offload_dir = settings.offload_dir
+    named = [ModelSource(m.name, m.location, m.revision) for m in settings.models]
+    return [
+        replace(
+            source,
+            device=settings.device,
+            data_type=settings.data_type,
+            limits={memory.device: memory.size for memory in settings.max_memory},
+            offload_dir=None if offload_dir is None else Path(offload_dir).expanduser(),
+        )
+        for source in named or [embedded_source()]
+    ]
+
+
+async def _listen(server: grpc.aio.Server, settings: Settings) -> None:
+    _check_free(settings.host, settings.port)
+    _check_free(settings.metrics_host, settings.metrics_port)
+    port = server.add_insecure_port(f"{settings.host}:{settings.port}")
+    metrics, _ = start_http_server(settings.metrics_port, settings.metrics_host)
+    await server.start()
+    logger.info("serving on %s:%d", settings.host, port)
+    logger.info("metrics on http://%s:%d/metrics", settings.metrics_host, metrics.server_port)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Say in one line what keeps a port from being had; gRPC's core logs lines of its own."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise OSError(f"cannot serve: {error.strerror}") from error
+
+
+def _log_state(status: ModelStatus) -> None:
+    if status.state is ModelState.FAILED:
+        logger.error("model %s FAILED: %s", status.name, status.reason)
+    elif status.provenance is not None and status.facts is not None:
+        where, facts = status.provenance, status.facts
+        logger.info(
+            "model %s READY: %s, %d layers of %d, %s on %s",
+            status.name,
+            where.architecture,
+            facts.n_layers,
+            facts.d_model,
+            where.data_type,
+            where.device,
+        )
+
+
+async def _update(health: Health, registry: Registry) -> None:
+    statuses: Sequence[ModelStatus] = registry.statuses()
+    await health.update(statuses)
+    if is_ready(statuses):
+        logger.info("ready")
+
+
+async def _signalled(loop: asyncio.AbstractEventLoop) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+
+
+async def _finish(server: grpc.aio.Server, streams: DeviceStreams, grace: float) -> None:
+    """Let what runs be computed and read, then stop.
+
+    We count our own requests: `stop(grace)` would wait for every open health watch.
+    """
+    logger.info("draining %d requests, for at most %g s", streams.unfinished, grace)
+    finished = await streams.wait_finished(grace)
+    logger.info("drained" if finished else "grace expired, cutting what still runs")
+    # gRPC logs and prints a traceback for every call that it cuts, an open health watch too; the
+    # log keeps the stream that it has.
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+    sys.stderr = io.StringIO()
+    # The last statuses are on their way to their readers.
+    await server.stop(1.0 if finished else 0.0)
