@@ -17,12 +17,12 @@ from januslens_server.config import read_settings
 from januslens_server.models.adapters import ADAPTERS
 from januslens_server.pipelines import checks, gradient_lens
 from januslens_server.pipelines.limits import MAX_VECTOR_BYTES
+from januslens_server.pipelines.losses import MAX_SUPPRESSED
 from januslens_server.rpc import decode
 
 ROOT = Path(__file__).parents[2]
 README, SEMANTICS, API = ROOT / "README.md", ROOT / "docs/semantics.md", ROOT / "docs/api.md"
-# Named by other pages before they are there.
-UNWRITTEN = {ROOT / "docs/errors.md", ROOT / "docs/guarantees.md"}
+UNWRITTEN = {ROOT / "docs/errors.md"}  # named by other pages before it is there
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SERVING = "Serve a model of your own"
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -97,7 +97,8 @@ def test_every_field_of_the_large_requests_is_explained(rpc: str, request_type: 
 
 def test_limits_are_the_servers() -> None:
     rows = section(API, "Limits")
-    for limit in (decode.MAX_TOKENS, decode.MAX_VECTORS, decode.MAX_LISTED, decode.MAX_PROBES):
+    counts = (decode.MAX_TOKENS, decode.MAX_VECTORS, decode.MAX_LISTED, decode.MAX_PROBES)
+    for limit in (*counts, MAX_SUPPRESSED):
         assert f"| {limit:,}" in rows
     assert f"| {MAX_VECTOR_BYTES // 2**20} MiB |" in rows
 
