@@ -37,7 +37,10 @@ class Outlet(Generic[T]):
 
     def close(self, error: Exception | None = None) -> None:
         """Producer: nothing more comes; the reader sees `error` after what was put."""
-        self._error = error
+        with self._lock:
+            if self._abandoned:
+                return
+            self._error = error
         self._send(None)
 
     def _send(self, entry: tuple[T, int] | None) -> None:
@@ -59,14 +62,21 @@ class Outlet(Generic[T]):
             item, size = entry
             yield item
             self._release(size)
-        if self._error is not None:
-            raise self._error
+        # An error keeps alive what it passed through, tensors too: here nothing may keep it.
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
 
     def abandon(self) -> None:
         """Reader: gone; let a producer that waits for room find out, and none wait again."""
         with self._lock:
             self._abandoned = True
             self._held = 0
+            self._error = None
+        self._items = asyncio.Queue()  # what nobody reads is not kept either
         self._resume()
 
     def _release(self, size: int) -> None:

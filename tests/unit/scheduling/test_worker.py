@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,6 +20,10 @@ from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
 
 LIMIT = 10
 Run = Callable[[Checkpoint], Iterator[int]]
+
+
+class Tensor:
+    """Something that would fill the device's memory."""
 
 
 def job(*items: int) -> Run:
@@ -92,6 +99,34 @@ async def test_an_unread_request_is_set_aside_for_others(worker: DeviceWorker) -
     assert not worker.wait_idle(0)
     assert await all_of(long) == [6] * 10
     assert await idle(worker)
+
+
+async def test_a_request_that_resumes_goes_first(worker: DeviceWorker) -> None:
+    """It was here earlier, and holds the memory."""
+    gate, began, ran = threading.Event(), threading.Event(), list[str]()
+
+    def noting(name: str) -> Run:
+        def run(_checkpoint: Checkpoint) -> Iterator[int]:
+            ran.append(name)
+            began.set()
+            yield 3 * LIMIT
+            ran.append(name)
+
+        return run
+
+    unread = submitted(worker, noting("early"))
+    running = submitted(worker, gated(gate, 0))
+    waiting = submitted(worker, noting("late"))
+    assert await asyncio.to_thread(began.wait, 5)
+    items = unread.items()
+    assert await anext(items) == 3 * LIMIT
+    resumed = asyncio.create_task(anext(items, None))
+    await asyncio.sleep(0.01)
+    gate.set()
+    await all_of(running)
+    assert await resumed is None
+    await all_of(waiting)
+    assert ran == ["early", "early", "late", "late"]
 
 
 async def test_many_slow_readers_all_get_everything(worker: DeviceWorker) -> None:
@@ -192,25 +227,58 @@ async def test_a_reader_that_leaves_during_a_step_strands_nothing(worker: Device
 
 
 async def test_nothing_of_an_ended_request_stays(worker: DeviceWorker) -> None:
-    class Activations:
-        pass
+    """Neither what it computed with nor what nobody read, though no other request follows."""
+    held: list[weakref.ref[Tensor]] = []
 
-    held: list[weakref.ref[Activations]] = []
+    def run(_checkpoint: Checkpoint) -> Iterator[Tensor]:
+        activations = Tensor()
+        while True:
+            result = Tensor()
+            held.extend(map(weakref.ref, (activations, result)))
+            yield result
+
+    def left_unread() -> None:
+        ticket = Ticket(None)
+        outlet: Outlet[Tensor] = Outlet(LIMIT, lambda _: LIMIT)
+        worker.submit(run, outlet, ticket)
+        while not held:
+            time.sleep(0.001)
+        ticket.cancel()
+        outlet.abandon()
+
+    gc.disable()
+    try:
+        left_unread()
+        assert await idle(worker)
+        await asyncio.sleep(0.05)  # until its last callbacks on this loop have run
+        assert [reference() for reference in held] == [None] * len(held)
+    finally:
+        gc.enable()
+
+
+async def test_nothing_of_a_failed_request_stays(worker: DeviceWorker) -> None:
+    """An error's traceback holds every frame it passed through, and their tensors."""
+    held: list[weakref.ref[Tensor]] = []
 
     def run(_checkpoint: Checkpoint) -> Iterator[int]:
-        activations = Activations()
+        activations = Tensor()
         held.append(weakref.ref(activations))
         yield 1
-        yield 2
+        raise ValueError("mine")
 
-    ticket = Ticket(None)
-    outlet = submitted(worker, run, ticket)
-    assert await all_of(outlet) == [1, 2]
-    cancelled = submitted(worker, run, ticket)
-    ticket.cancel()
-    cancelled.abandon()
-    assert await idle(worker)
-    assert [reference() for reference in held] == [None] * len(held)
+    async def fail() -> None:
+        outlet = submitted(worker, run)
+        with suppress(ValueError):
+            await all_of(outlet)
+
+    gc.disable()
+    try:
+        await fail()
+        assert await idle(worker)
+        await asyncio.sleep(0.05)
+        assert [reference() for reference in held] == [None]
+    finally:
+        gc.enable()
 
 
 async def test_a_full_queue_refuses_at_once() -> None:
