@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from januslens_server.models.adapters import ADAPTERS
+from januslens_server.models.adapters.parts import run_eagerly
 from januslens_server.models.views import Mlp
-from tests.architectures.cases import CASES, CONTEXT, FAMILIES, MEASURED, Case, resident
+from tests.architectures.cases import CASES, CONTEXT, FAMILIES, MEASURED, Case, plain, resident
 from tests.architectures.measures import MEASURES, Measure
 
 
@@ -47,3 +52,14 @@ def test_falcon_with_one_key_head_says_so_whatever_its_configuration_says() -> N
     model = resident(case)
     assert model.network.config.num_kv_heads == 4
     assert model.view.facts.n_kv_heads == 1
+
+
+def test_sdpa_is_turned_off_where_it_passes_over_something() -> None:
+    case = next(case for case in CASES if case.family == "mistral")
+    network: Any = AutoModelForCausalLM.from_config(case.config(), attn_implementation="sdpa")
+    network.load_state_dict(plain(case).state_dict())
+    ids = torch.tensor([case.prompt])
+    run_eagerly(network)
+    assert network.config._attn_implementation == "eager"
+    with torch.no_grad():
+        assert torch.equal(network.eval()(ids).logits, plain(case)(ids).logits)

@@ -3,6 +3,7 @@
 Distinct points:
 - post-norms stand between each sublayer and the residual;
 - attention scores and logits are soft-capped;
+- SDPA knows no soft-cap of scores, so it is turned off where transformers lets it run;
 - scores are scaled by `query_pre_attn_scalar`, not by d_head;
 - sliding and full layers alternate, as `layer_types` says.
 """
@@ -20,7 +21,7 @@ from januslens_server.models.adapters.llama_like import (
     llama_like,
     post_norm_block,
 )
-from januslens_server.models.adapters.parts import lens
+from januslens_server.models.adapters.parts import lens, run_eagerly
 from januslens_server.models.views import Block, ModelView
 
 
@@ -28,6 +29,8 @@ def view(model: PreTrainedModel) -> ModelView:
     """Map a `Gemma2ForCausalLM`. Raises `ModelFailed` for bidirectional attention."""
     config: Any = model.config
     refuse_bidirectional(config)
+    if config.attn_logit_softcapping is not None:
+        run_eagerly(model)
     decoder: Any = model.model
     head = lens(model, gemma_norm(decoder.norm), soft_cap=config.final_logit_softcapping)
     return llama_like(model, _block, head)

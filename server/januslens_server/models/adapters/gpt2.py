@@ -4,7 +4,7 @@ Distinct points:
 - linear maps are transformers' `Conv1D`, which stores `[d_in, d_out]`;
 - `c_attn` holds query, key and value as three column blocks;
 - the attention scale may be off (`scale_attn_weights`) or divided by the layer's number
-  (`scale_attn_by_inverse_layer_idx`): the module's own `scaling` has both.
+  (`scale_attn_by_inverse_layer_idx`), which SDPA knows only where the module has a `scaling`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from januslens_server.capture import End, Tap
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.lens.head import LensHead
-from januslens_server.models.adapters.parts import layer_norm
+from januslens_server.models.adapters.parts import layer_norm, run_eagerly
 from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
 from januslens_server.results import ModelFacts
 
@@ -28,7 +28,10 @@ def view(model: PreTrainedModel) -> ModelView:
     if config.add_cross_attention:
         raise ModelFailed("expected a decoder-only GPT-2, got one with cross-attention")
     transformer: Any = model.transformer
-    blocks = tuple(_block(module, config) for module in transformer.h)
+    scaled_as_usual = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
+    if not scaled_as_usual and not hasattr(transformer.h[0].attn, "scaling"):
+        run_eagerly(model)
+    blocks = tuple(_block(i, module, config) for i, module in enumerate(transformer.h))
     head: Any = model.lm_head
     lens = LensHead(layer_norm(transformer.ln_f), head.weight.detach().float())
     facts = ModelFacts(
@@ -45,7 +48,12 @@ def view(model: PreTrainedModel) -> ModelView:
     return ModelView(embedding=transformer.wte, blocks=blocks, lens=lens, facts=facts)
 
 
-def _block(module: Any, config: Any) -> Block:
+def _scale(layer: int, config: Any) -> float:
+    scale: float = (config.n_embd / config.n_head) ** -0.5 if config.scale_attn_weights else 1.0
+    return scale / (layer + 1) if config.scale_attn_by_inverse_layer_idx else scale
+
+
+def _block(layer: int, module: Any, config: Any) -> Block:
     def fused(part: int) -> Linear:
         d_model = config.n_embd
         columns = range(part * d_model, (part + 1) * d_model)
@@ -58,7 +66,7 @@ def _block(module: Any, config: Any) -> Block:
         output=Linear(module.attn.c_proj, stored_as_rows=True),
         n_heads=config.n_head,
         n_kv_heads=config.n_head,
-        scoring=Scoring(scale=module.attn.scaling),
+        scoring=Scoring(scale=_scale(layer, config)),
     )
     mlp = Mlp(
         ff1=Linear(module.mlp.c_fc, stored_as_rows=True),

@@ -88,6 +88,12 @@ def rotation(decoder: Any, interleaved: bool = False, **which: Any) -> Callable[
     return of_length
 
 
+def run_eagerly(model: PreTrainedModel) -> None:
+    """Turn SDPA off: in some releases of transformers it passes over part of a family's scoring."""
+    if model.config._attn_implementation == "sdpa":  # noqa: SLF001 - no public reader
+        model.set_attn_implementation("eager")
+
+
 def lens(
     model: PreTrainedModel,
     final_norm: Norm,
