@@ -76,7 +76,6 @@ class Outlet(Generic[T]):
             self._abandoned = True
             self._held = 0
             self._error = None
-        self._items = asyncio.Queue()  # what nobody reads is not kept either
         self._resume()
 
     def _release(self, size: int) -> None:
