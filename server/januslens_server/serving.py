@@ -88,8 +88,9 @@ async def _listen(server: grpc.aio.Server, settings: Settings) -> None:
 
 def _check_free(host: str, port: int) -> None:
     """Say in one line what keeps a port from being had; gRPC's core logs lines of its own."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port)).close()
+        socket.create_server((host.strip("[]"), port), family=family).close()
     except OSError as error:
         raise OSError(f"cannot serve: {error.strerror}") from error
 
