@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
 )
-
-from januslens_server.models.adapters import view_of
-from januslens_server.models.resident import ResidentModel
-from januslens_server.models.tokens import Vocabulary
-from januslens_server.results import Provenance
 
 VOCABULARY = 120
 CONTEXT = 32
 PROMPT_LENGTH = 9
-TOKENIZER = Path(__file__).parents[1] / "numerics" / "goldens" / "tokenizer"
 
 # The window is shorter than the prompt, the soft-caps are below the scores and logits.
 WINDOW = 4
@@ -287,58 +275,3 @@ WITHOUT_ADAPTER = tuple(
 )
 MEASURED = CASES + MIXTURES + WITHOUT_ADAPTER
 FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
-
-# Their norms multiply by 1 + weight.
-LESS_ONE = ("Gemma", "Nemotron", "VaultGemma")
-
-
-@cache
-def plain(case: Case) -> Any:
-    """The Hugging Face model alone, in float32."""
-    torch.manual_seed(len(case.id))
-    network: Any = AutoModelForCausalLM.from_config(
-        case.config(), attn_implementation=case.attention
-    )
-    with torch.no_grad():
-        for module, name, parameter in _parameters(network):
-            parameter.copy_(_drawn(module, name, parameter.shape))
-    return network.eval()
-
-
-@cache
-def resident(case: Case, data_type: torch.dtype = torch.float32) -> ResidentModel:
-    """The same weights as the server holds them, with the family's usual attention."""
-    network = AutoModelForCausalLM.from_config(case.config(), dtype=data_type)
-    network.load_state_dict(plain(case).state_dict())
-    network.eval().requires_grad_(requires_grad=False)
-    provenance = Provenance(
-        model=case.id,
-        revision="",
-        architecture=type(network).__name__,
-        data_type=str(data_type).removeprefix("torch."),
-        device="cpu",
-        attention=network.config._attn_implementation,
-        versions={},
-    )
-    return ResidentModel(case.id, network, view_of(network), _vocabulary(), provenance)
-
-
-@cache
-def _vocabulary() -> Vocabulary:
-    return Vocabulary(PreTrainedTokenizerFast.from_pretrained(TOKENIZER))
-
-
-def _parameters(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    for module in network.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            yield module, name, parameter
-
-
-def _drawn(module: nn.Module, name: str, shape: torch.Size) -> torch.Tensor:
-    """No bias is zero, no norm is one, and scores and logits are a few units wide."""
-    noise = torch.randn(shape)
-    if isinstance(module, nn.Embedding):
-        return noise
-    if "Norm" not in type(module).__name__ or name == "bias":
-        return 0.2 * noise
-    return 0.3 * noise if type(module).__name__.startswith(LESS_ONE) else 1 + 0.3 * noise

@@ -27,7 +27,8 @@ from januslens_server.results import (
 )
 from januslens_server.specs import LensSpec, Selection, TraceSpec
 from tests.architectures import oracle
-from tests.architectures.cases import Case, resident
+from tests.architectures.cases import Case
+from tests.architectures.tiny_models import resident
 
 EVERYTHING = Selection(heads=0, memory_values_per_head=0, top_neurons=0, bottom_neurons=0)
 ADDED_TO_RESIDUAL = (NodeKind.BLOCK_INPUT, NodeKind.ATTENTION_OUTPUT, NodeKind.MLP_OUTPUT)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.falcon import modeling_falcon
 
-from tests.architectures.cases import Case, plain
+from tests.architectures.cases import Case
+from tests.architectures.tiny_models import plain
 
 
 @torch.no_grad()

@@ -20,7 +20,8 @@ from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientMatrix, LayerGraph, MatrixKind
 from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, TraceSpec
-from tests.architectures.cases import CASES, WITHOUT_ADAPTER, Case, plain, resident
+from tests.architectures.cases import CASES, WITHOUT_ADAPTER, Case
+from tests.architectures.tiny_models import plain, resident
 
 # What the automatic adapter says it needs: separate maps, one rotation, norms with weights.
 READABLE = {

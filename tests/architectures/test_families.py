@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from januslens_server.models.adapters import ADAPTERS
 from januslens_server.models.adapters.parts import run_eagerly
 from januslens_server.models.views import Mlp
-from tests.architectures.cases import CASES, CONTEXT, FAMILIES, MEASURED, Case, plain, resident
+from tests.architectures.cases import CASES, CONTEXT, FAMILIES, MEASURED, Case
 from tests.architectures.measures import MEASURES, Measure
+from tests.architectures.tiny_models import plain, resident
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import pytest
 from januslens_server.graph.head_map import HeadMap
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
 from tests.architectures import measures
-from tests.architectures.cases import CASES, resident
+from tests.architectures.cases import CASES
 from tests.architectures.measures import MEASURES
+from tests.architectures.tiny_models import resident
 
 Change = Callable[[ModelView], ModelView]
 

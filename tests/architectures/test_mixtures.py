@@ -32,7 +32,8 @@ from januslens_server.specs import (
     Selection,
     TraceSpec,
 )
-from tests.architectures.cases import MIXTURES, Case, plain, resident
+from tests.architectures.cases import MIXTURES, Case
+from tests.architectures.tiny_models import plain, resident
 
 TARGET = 7
 every_case = pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.id)
