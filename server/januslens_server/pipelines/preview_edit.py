@@ -10,6 +10,7 @@ import torch
 
 from januslens_server.capture import Overlay, capturing, overlaid
 from januslens_server.capture.hooks import Checkpoint
+from januslens_server.capture.taps import rows
 from januslens_server.errors import InvalidRequest
 from januslens_server.lens.losses import negative_log_likelihood
 from januslens_server.models.offload import read_parameter
@@ -113,10 +114,16 @@ def _shift(
     if shift.layer >= n_layers:
         raise InvalidRequest("shift.layer", f"expected 0 to {n_layers - 1}, got {shift.layer}")
     linear = _linear(model, shift.layer, MatrixKind.FF2, "shift.layer")
+    embeddings = read_parameter(model.view.embedding, "weight")
+    width = model.view.facts.d_model
+    if embeddings.shape[1] != width:  # OPT may project them
+        raise InvalidRequest(
+            "shift", f"expected embeddings of width {width} to shift by, got {embeddings.shape[1]}"
+        )
     with torch.inference_mode(), capturing({"x": linear.input}) as captured:
         forward(model, ids, (), checkpoint)
-    x = captured["x"][0, -1:].to(model.device).float()
-    embedding = read_parameter(model.view.embedding, "weight")[target].to(model.device).float()
+    x = rows(captured["x"])[-1:].to(model.device).float()
+    embedding = embeddings[target].to(model.device).float()
     return Overlay(linear.module, linear.columns, x, shift.eta * embedding[None])
 
 
