@@ -30,17 +30,26 @@ def read_parameter(module: nn.Module, name: str) -> torch.Tensor:
 
 @contextmanager
 def brought(network: PreTrainedModel) -> Iterator[None]:
-    """Inside, the head and all parameters that are no matrices have their numbers.
+    """Inside, all parameters that views are made of have their numbers.
 
-    That is what views are made of; matrices are read one by one when they are needed.
+    These are the head and what stands around it, and the blocks' norms and other vectors. The
+    blocks' matrices are read one by one when they are needed, the embedding not at all.
     """
-    head = network.get_output_embeddings()
+    lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
+    in_blocks = {module for blocks in lists for module in blocks.modules()}
+    embedding = network.get_input_embeddings()
     with ExitStack() as stack:
         for module in network.modules():
-            is_small = all(p.dim() < 2 for p in module.parameters(recurse=False))
-            if module is head or is_small:
+            wanted = _holds_vectors(module) if module in in_blocks else module is not embedding
+            if wanted:
                 stack.enter_context(align_module_device(module))
         yield
+
+
+def _holds_vectors(module: nn.Module) -> bool:
+    """Whether it has no matrix; norms of queries and keys may have a row for each head."""
+    is_norm = "norm" in type(module).__name__.lower()
+    return is_norm or all(p.dim() < 2 for p in module.parameters(recurse=False))
 
 
 @contextmanager

@@ -1,0 +1,29 @@
+"""Ordinary model folders, made of tiny random models."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from januslens_server.models.loading import ModelSource
+from januslens_server.models.memory import WORKING_BYTES
+from tests.architectures.cases import Case
+from tests.architectures.tiny_models import plain
+from tests.support.reference_examples import TOKENIZER
+
+
+def saved(case: Case, folder: Path) -> ModelSource:
+    """The case's model with a tokenizer, as transformers writes them, on the CPU."""
+    plain(case).save_pretrained(folder)
+    for file in TOKENIZER.iterdir():
+        shutil.copy(file, folder)
+    return ModelSource(case.family, str(folder))
+
+
+def weight_bytes(case: Case) -> int:
+    return sum(p.numel() * p.element_size() for p in plain(case).parameters())
+
+
+def room_for(case: Case, part: float) -> dict[str, int]:
+    """Limits under which the CPU takes about a `part` of the model's weights."""
+    return {"cpu": WORKING_BYTES + int(part * weight_bytes(case))}
