@@ -95,7 +95,6 @@ TRACE: list[Case] = [
         lambda m: trace(target=Target(token_ids=TokenIds(ids=[m.vocab_size]))),
         "target.token_ids.ids[0]",
     ),
-    ("Trace", "overlap of none", lambda _: trace(overlap_k=0), "overlap_k"),
     ("Trace", "overlap", lambda _: trace(overlap_k=2**31), "overlap_k"),
 ]
 

@@ -38,7 +38,7 @@ class Component:
         size: Their product: the norm of this component.
         promoted_end: Where in `projection` the tokens stand that a descent step promotes.
         projection: The factor that lives in the residual basis, in the vocabulary.
-        predicted_rank: Rank in it of the model's own next token at this position.
+        predicted_rank: Rank in it of the model's own answer to the prompt.
         target_ranks: Rank in it of every target token, 0 = the very top.
         other_side: The largest entries of the other factor.
         input: x_i `[d_in]`, where factors were asked for.

@@ -1,4 +1,4 @@
-"""Which parts of a sum become nodes (VISIT, section 3.2); everything else goes into OTHER.
+"""Which parts of a sum become nodes (VISIT, section 3, appendix A.5); the rest goes into OTHER.
 
 Stable sorts, so that among equal scores the lower index wins.
 """

@@ -44,7 +44,7 @@ def add_weighted_rows(
 ) -> Added:
     """Add `result = activations @ rows + bias` and its terms.
 
-    Neurons are picked by `activation * norm(row)` (VISIT, section 3.2).
+    Neurons are picked by `activation * norm(row)` (VISIT, appendix A.5).
     """
     picked = extremes(
         terms.activations * terms.norms, selection.top_neurons, selection.bottom_neurons

@@ -1,4 +1,4 @@
-"""A weight gradient as a sum of outer products (Backward Lens, section 3, eq. 3-5).
+"""A weight gradient as a sum of outer products (Backward Lens, section 4.1, eq. 8).
 
 `dL/dW = sum_i x_i^T delta_i` over positions i: x_i what the map took, delta_i the VJP at what it
 gave. Nothing here forms the `[d_in, d_out]` matrix.

@@ -9,7 +9,7 @@ import torch
 from januslens_server.lens.norm import Norm
 from januslens_server.specs import LensKind
 
-# The Backward Lens authors' guard against dividing by a zero norm (section 4).
+# The Backward Lens authors' guard against dividing by a zero norm (appendix H).
 SMALLEST_NORM = 1e-12
 
 

@@ -1,4 +1,4 @@
-"""The parts of a prompt that the Backward Lens paper compares (section 4, figures 3 and 4)."""
+"""The parts of a prompt that the Backward Lens paper compares (section 6, figures 5 and 6)."""
 
 from __future__ import annotations
 

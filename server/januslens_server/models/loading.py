@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,19 @@ def _provenance(
         data_type=str(network.dtype).removeprefix("torch."),
         device=devices_of(network),
         attention=str(network.config._attn_implementation),  # noqa: SLF001 - no public reader
-        versions={"torch": torch.__version__, "transformers": transformers.__version__},
+        versions={
+            "januslens": _own_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     )
+
+
+def _own_version() -> str:
+    try:
+        return version("januslens")
+    except PackageNotFoundError:  # run from a folder that was not installed
+        return "unknown"
 
 
 def weights_hash(folder: Path) -> str:

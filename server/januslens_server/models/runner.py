@@ -20,7 +20,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.results import MatrixKind
 
 # float16 gradients below 6e-8 vanish. Scaled by a power of two, which divides out exactly, small
-# VJPs keep their bits: the largest seen leave a factor of 60 to float16's end (docs/semantics.md).
+# VJPs keep their bits: the largest seen leave a factor of 18 to float16's end (docs/semantics.md).
 LOSS_SCALE = {torch.float16: 1024.0}
 
 Loss = Callable[[torch.Tensor], torch.Tensor]

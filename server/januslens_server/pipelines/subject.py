@@ -29,10 +29,10 @@ def read_segments(subject: str | Span | None, objective: Objective) -> dict[Segm
 
 
 def _find(text: str, prompt: Sequence[Token]) -> Span:
-    """The tokens that the first occurrence of `text` touches."""
+    """The tokens that the last occurrence of `text` touches."""
     whole = b"".join(token.raw for token in prompt)
     wanted = text.strip().encode()
-    start = whole.find(wanted)
+    start = whole.rfind(wanted)
     if not wanted or start < 0:
         raise InvalidRequest("subject.text", f"expected a part of the prompt, got {text!r}")
     touched = []

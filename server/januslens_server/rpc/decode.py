@@ -66,7 +66,7 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         node_kinds=frozenset(_enums(NodeKind, request.node_kinds, "node_kinds")),
         include_vectors=request.include_vectors,
         include_logit_contribution=request.include_logit_contribution,
-        overlap_k=_overlap(request),
+        overlap_k=_tokens(request.overlap_k, "overlap_k"),
         include_checks=request.include_checks,
     )
 
@@ -195,12 +195,6 @@ def _learning_rate(request: gradient_lens_pb2.GradientLensRequest) -> float | No
         expected = f"expected a finite number, got {request.learning_rate}"
         raise InvalidRequest("learning_rate", expected)
     return request.learning_rate
-
-
-def _overlap(request: trace_pb2.TraceRequest) -> int:
-    if request.HasField("overlap_k") and request.overlap_k == 0:
-        raise InvalidRequest("overlap_k", "expected at least 1 token, got 0")
-    return _tokens(request.overlap_k, "overlap_k")
 
 
 def _tokens(count: int, field: str) -> int:

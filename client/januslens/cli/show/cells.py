@@ -47,7 +47,8 @@ def probability_cell(probability: float | None) -> Text:
 
 def percent_cell(share: float | None) -> Text:
     """A signed share of a sum in percent."""
-    return Text("" if share is None else f"{100 * share:.0f} %")
+    # Adding zero turns a rounded -0 into 0.
+    return Text("" if share is None else f"{round(100 * share) + 0} %")
 
 
 def signed_cell(value: float | None) -> Text:
