@@ -43,9 +43,7 @@ def detail(status: status_pb2.Status, kind: type[Any]) -> Any:
 
 def documented() -> dict[str, tuple[str, str]]:
     """Status and details by reason, as the page has them."""
-    rows = re.findall(
-        r"^\| `(\w+)` \| `(\w+)` \|[^|]*\|([^|]*)\|", PAGE.read_text(), re.MULTILINE
-    )
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|[^|]*\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
     return {reason: (status, details.strip("` ")) for reason, status, details in rows}
 
 

@@ -1,0 +1,184 @@
+"""Requests to specs: the contract's defaults, and every field where it belongs.
+
+What is refused, and by which field, is tested through the wire in tests/contract.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
+from januslens.v1.common_pb2 import Input, Target, TokenIds
+from januslens_server import specs
+from januslens_server.results import MatrixKind, NodeKind
+from januslens_server.rpc.decode import (
+    gradient_lens_spec,
+    preview_edit_spec,
+    project_spec,
+    trace_spec,
+)
+
+PROMPT = Input(prompt="Japan")
+PARIS = Target(text=" Paris")
+IDS = Target(token_ids=TokenIds(ids=[5]))
+NLL = gradient_lens_pb2.NegativeLogLikelihood(target=PARIS)
+ONES = np.ones(4, "<f4")
+
+
+def gradient(**fields: Any) -> specs.GradientLensSpec:
+    return gradient_lens_spec(
+        gradient_lens_pb2.GradientLensRequest(**{"input": PROMPT, "nll": NLL, **fields})
+    )
+
+
+def test_an_unset_trace_has_the_contracts_defaults() -> None:
+    spec = trace_spec(trace_pb2.TraceRequest(input=PROMPT))
+    assert spec == specs.TraceSpec("Japan")
+    assert spec.selection == specs.Selection(
+        heads=10, memory_values_per_head=2, top_neurons=18, bottom_neurons=7
+    )
+    assert spec.lens == specs.LensSpec(top_k=5, bottom_k=5, kind=specs.LensKind.FINAL_NORM)
+    assert (spec.target, spec.layers, spec.positions) == (None, (), ())
+    assert spec.node_kinds == frozenset()
+
+
+def test_an_unset_gradient_has_the_contracts_defaults() -> None:
+    spec = gradient()
+    assert spec == specs.GradientLensSpec("Japan", specs.NegativeLogLikelihood(" Paris"))
+    assert (spec.components, spec.spectrum_rank, spec.neurons) == (16, 0, 0)
+    assert (spec.learning_rate, spec.subject, spec.verify) == (None, None, False)
+
+
+def test_zero_is_not_unset() -> None:
+    """0 lists no tokens, takes all parts, sends all components."""
+    selection = trace_pb2.Selection(heads=0, bottom_neurons=0)
+    spec = trace_spec(
+        trace_pb2.TraceRequest(input=PROMPT, top_k=0, bottom_k=0, selection=selection)
+    )
+    assert (spec.lens.top_k, spec.lens.bottom_k) == (0, 0)
+    assert spec.selection == specs.Selection(heads=0, bottom_neurons=0)
+    assert gradient(components=0).components == 0
+    assert gradient(learning_rate=0.0).learning_rate == 0.0
+
+
+def test_every_field_of_a_trace_arrives() -> None:
+    spec = trace_spec(
+        trace_pb2.TraceRequest(
+            input=Input(token_ids=TokenIds(ids=[7, 8])),
+            target=IDS,
+            layers=[3, 1],
+            positions=[-1, 0],
+            all_positions=True,
+            selection=trace_pb2.Selection(
+                heads=1, memory_values_per_head=2, top_neurons=3, bottom_neurons=4
+            ),
+            top_k=6,
+            bottom_k=7,
+            lens=lens_pb2.LENS_RAW,
+            node_kinds=[trace_pb2.NODE_KIND_OTHER],
+            include_vectors=True,
+            include_logit_contribution=True,
+            overlap_k=8,
+            allow_batching=True,
+        )
+    )
+    assert spec == specs.TraceSpec(
+        prompt=(7, 8),
+        target=(5,),
+        layers=(3, 1),
+        positions=(-1, 0),
+        all_positions=True,
+        selection=specs.Selection(1, 2, 3, 4),
+        lens=specs.LensSpec(6, 7, specs.LensKind.RAW),
+        node_kinds=frozenset({NodeKind.OTHER}),
+        include_vectors=True,
+        include_logit_contribution=True,
+        overlap_k=8,
+    )
+
+
+def test_every_field_of_a_gradient_arrives() -> None:
+    spec = gradient(
+        matrices=[gradient_lens_pb2.MATRIX_KIND_O],
+        layers=[2],
+        top_k=1,
+        bottom_k=2,
+        lens=lens_pb2.LENS_NORMALIZED,
+        components=3,
+        spectrum_rank=4,
+        neurons=5,
+        learning_rate=0.5,
+        subject=gradient_lens_pb2.Subject(span=gradient_lens_pb2.Span(start=1, end=2)),
+        include_factors=True,
+        verify=True,
+    )
+    assert spec == specs.GradientLensSpec(
+        prompt="Japan",
+        loss=specs.NegativeLogLikelihood(" Paris"),
+        matrices=(MatrixKind.O,),
+        layers=(2,),
+        lens=specs.LensSpec(1, 2, specs.LensKind.NORMALIZED),
+        components=3,
+        spectrum_rank=4,
+        neurons=5,
+        learning_rate=0.5,
+        subject=specs.Span(1, 2),
+        include_factors=True,
+        verify=True,
+    )
+
+
+def test_losses_and_subjects_by_their_kind() -> None:
+    difference = gradient_lens_pb2.LogitDifference(preferred=PARIS, other=IDS)
+    assert gradient(logit_difference=difference).loss == specs.LogitDifference(" Paris", (5,))
+    divergence = gradient_lens_pb2.KlDivergence(suppressed=TokenIds(ids=[1, 2]))
+    assert gradient(kl=divergence).loss == specs.KlDivergence((1, 2))
+    assert gradient(subject=gradient_lens_pb2.Subject(text="Japan")).subject == "Japan"
+
+
+def test_edits_by_their_kind() -> None:
+    descent = edits_pb2.DescentStep(
+        matrices=[gradient_lens_pb2.MATRIX_KIND_FF2], layers=[1], learning_rate=0.5
+    )
+    request = edits_pb2.PreviewEditRequest(input=PROMPT, target=PARIS, descent=descent)
+    request.probes.add(label="near", input=Input(prompt="Peru"), target=IDS)
+    request.probes.add(input=Input(prompt="Chile"))
+    spec = preview_edit_spec(request)
+    assert spec.edit == specs.DescentStep((MatrixKind.FF2,), (1,), 0.5)
+    assert spec.probes == (specs.Probe("near", "Peru", (5,)), specs.Probe("", "Chile", None))
+    shift = edits_pb2.ForwardShift(layer=3, eta=-0.25)
+    spec = preview_edit_spec(edits_pb2.PreviewEditRequest(input=PROMPT, target=PARIS, shift=shift))
+    assert spec.edit == specs.ForwardShift(3, -0.25)
+
+
+@pytest.mark.parametrize(
+    ("data_type", "data"),
+    [
+        (common_pb2.DATA_TYPE_FLOAT32, ONES.tobytes()),
+        (common_pb2.DATA_TYPE_FLOAT16, ONES.astype("<f2").tobytes()),
+        (common_pb2.DATA_TYPE_BFLOAT16, (ONES.view("<u4") >> 16).astype("<u2").tobytes()),
+    ],
+    ids=["float32", "float16", "bfloat16"],
+)
+@pytest.mark.parametrize("shape", [[4], [1, 4], [2, 2]])
+def test_a_tensor_becomes_float32_rows(
+    data_type: common_pb2.DataType.ValueType, data: bytes, shape: list[int]
+) -> None:
+    tensor = common_pb2.Tensor(data_type=data_type, shape=shape, data=data)
+    vectors = project_spec(lens_pb2.ProjectRequest(vectors=tensor)).vectors
+    assert vectors.dtype == np.float32
+    assert vectors.shape == (4 // shape[-1], shape[-1])
+    assert (vectors == 1).all()
+
+
+def test_the_callers_bytes_are_copied() -> None:
+    """What runs later must not depend on a message that may be gone."""
+    tensor = common_pb2.Tensor(
+        data_type=common_pb2.DATA_TYPE_FLOAT32, shape=[4], data=ONES.tobytes()
+    )
+    vectors = project_spec(lens_pb2.ProjectRequest(vectors=tensor)).vectors
+    assert vectors.flags.owndata
+    assert vectors.flags.writeable

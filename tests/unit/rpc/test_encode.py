@@ -1,0 +1,182 @@
+"""Records to messages: cut by size with the texts that each piece needs, ends before edges."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from januslens.v1 import lens_pb2, trace_pb2
+from januslens_server.results import (
+    Edge,
+    EdgeKind,
+    LayerGraph,
+    Node,
+    NodeKind,
+    ProjectionTable,
+    Token,
+)
+from januslens_server.rpc.encode import TraceEncoder
+from januslens_server.rpc.encode.shared import PIECE_BYTES, Part, TokenTexts
+
+D_MODEL = 64
+
+
+def token(token_id: int) -> Token:
+    return Token(token_id, f"<{token_id}>", f"<{token_id}>".encode())
+
+
+def node_part(name: str, *ids: int) -> Part:
+    projection = lens_pb2.Projection(top_token_ids=ids)
+    return Part("nodes", trace_pb2.Node(id=name, projection=projection), [projection])
+
+
+def pieces(parts: list[Part], limit: int) -> list[dict[str, Any]]:
+    return [dict(piece) for piece in TokenTexts(token).pieces(iter(parts), limit)]
+
+
+def present(message: Any) -> set[str]:
+    """The fields that are set."""
+    return {field.name for field, _ in message.ListFields()}
+
+
+def test_nothing_is_one_empty_piece() -> None:
+    """A layer of which nothing is shown still ends with a message."""
+    assert pieces([], 100) == [{}]
+
+
+@pytest.mark.parametrize("limit", [1, 30, 100, 1000, 10**6])
+def test_pieces_keep_the_order_and_the_limit(limit: int) -> None:
+    parts = [node_part("n" * (i % 17), i, i + 1, i // 2) for i in range(100)]
+    cut = pieces(parts, limit)
+    assert [node for piece in cut for node in piece["nodes"]] == [part.message for part in parts]
+    for piece in cut:
+        size = trace_pb2.LayerGraph(**piece).ByteSize()
+        assert size <= limit or len(piece["nodes"]) == 1
+    assert limit < 10**6 or len(cut) == 1
+
+
+def test_a_text_comes_in_the_piece_that_first_needs_it() -> None:
+    parts = [node_part("n", i, i + 1) for i in range(50)]
+    known: set[int] = set()
+    for piece in pieces(parts, 60):
+        brought = [message.id for message in piece.get("tokens", [])]
+        assert known.isdisjoint(brought)
+        known.update(brought)
+        assert known >= {i for node in piece["nodes"] for i in node.projection.top_token_ids}
+    assert known == set(range(51))
+
+
+def test_texts_count_towards_the_limit() -> None:
+    """Short nodes may name long tokens."""
+
+    def long_token(token_id: int) -> Token:
+        return Token(token_id, "x" * 1000, b"x" * 1000)
+
+    parts = [node_part("", i) for i in range(20)]
+    for piece in TokenTexts(long_token).pieces(parts, 5000):
+        fields: Any = piece
+        assert trace_pb2.LayerGraph(**fields).ByteSize() <= 5000
+
+
+def test_what_a_prompt_brought_is_not_brought_again() -> None:
+    texts = TokenTexts(token)
+    assert [message.id for message in texts.of_prompt([token(3), token(3)])] == [3, 3]
+    assert [message.id for message in texts.texts([5, 3, 4])] == [4, 5]
+    assert texts.texts([3, 4, 5]) == []
+
+
+def table(n: int, projected: bool = True) -> ProjectionTable:
+    ids = np.arange(2 * n).reshape(n, 2)
+    values = np.linspace(0, 1, 2 * n, dtype=np.float32).reshape(n, 2)
+    one = np.ones((n, 1), dtype=np.float32)
+    return ProjectionTable(
+        projected=np.full(n, projected),
+        top_ids=ids,
+        top_logits=values,
+        top_probabilities=values,
+        bottom_ids=ids[:, :1],
+        bottom_logits=one,
+        bottom_probabilities=one,
+        entropy_bits=one[:, 0],
+        target_ids=ids[:, :1],
+        target_ranks=ids[:, :1],
+        target_logits=one,
+        target_probabilities=one,
+    )
+
+
+def layer(n: int, *, last: bool = True) -> LayerGraph:
+    """n MLP neurons in a row, each joined to the one before."""
+    nodes = [Node(NodeKind.MLP_VALUE, 7, 3, neuron=i) for i in range(n)]
+    return LayerGraph(
+        layer=3,
+        nodes=nodes,
+        norms=np.arange(n, dtype=np.float32),
+        activations=np.where(np.arange(n) % 2, np.nan, 1.5).astype(np.float32),
+        rows=np.arange(n) - 1,
+        projections=table(n - 1),
+        edges=[
+            Edge(a.id, b.id, EdgeKind.PART, weight=2.0, share=None if i else 0.5)
+            for i, (a, b) in enumerate(zip(nodes[1:], nodes, strict=False))
+        ],
+        last=last,
+        vectors=np.ones((n, D_MODEL), dtype=np.float32),
+    )
+
+
+def encoded(graph: LayerGraph) -> Iterator[trace_pb2.TraceResponse]:
+    return TraceEncoder("id-1", token).encode(graph)
+
+
+def test_a_large_layer_is_cut_with_its_end_in_the_last_message() -> None:
+    graph = layer(6000)
+    messages = list(encoded(graph))
+    assert len(messages) > 3
+    assert max(message.ByteSize() for message in messages) < PIECE_BYTES + 1024
+    assert [message.sequence for message in messages] == list(range(len(messages)))
+    assert [message.layer.last for message in messages] == [False] * (len(messages) - 1) + [True]
+    assert sum(len(message.layer.nodes) for message in messages) == 6000
+    assert sum(len(message.layer.edges) for message in messages) == 5999
+    sent: set[str] = set()
+    for message in messages:
+        sent.update(node.id for node in message.layer.nodes)
+        assert all({edge.source, edge.target} <= sent for edge in message.layer.edges)
+
+
+def test_a_layer_that_goes_on_has_no_last_message() -> None:
+    assert not any(message.layer.last for message in encoded(layer(3, last=False)))
+
+
+def test_a_node_has_what_applies_and_nothing_else() -> None:
+    (message,) = encoded(layer(3))
+    first, second, third = message.layer.nodes
+    assert first.id == "L3/p7/MLP_VALUE/n0"
+    assert (first.layer, first.position, first.neuron) == (3, 7, 0)
+    coordinates = {"id", "kind", "layer", "position", "neuron"}
+    assert present(first) == coordinates | {"activation", "vector"}  # norm 0, no row of the table
+    assert present(second) == coordinates | {"norm", "projection", "vector"}
+    assert list(second.projection.top_token_ids) == [0, 1]
+    assert list(third.projection.bottom_token_ids) == [2]
+    assert list(first.vector.shape) == [D_MODEL]
+    assert len(first.vector.data) == 4 * D_MODEL
+    weighted, other = message.layer.edges
+    assert (weighted.share, weighted.weight) == (0.5, 2.0)
+    assert present(weighted) == {"source", "target", "kind", "weight", "share"}
+    assert present(other) == {"source", "target", "kind", "weight"}
+
+
+def test_a_node_id_is_its_coordinates() -> None:
+    ids = {
+        Node(NodeKind.BLOCK_INPUT, 7).id: "p7/BLOCK_INPUT",
+        Node(NodeKind.BLOCK_OUTPUT, 7, 3).id: "L3/p7/BLOCK_OUTPUT",
+        Node(NodeKind.HEAD_OUTPUT, 7, 3, head=2).id: "L3/p7/HEAD_OUTPUT/h2",
+        Node(NodeKind.MEMORY_VALUE, 7, 3, head=2, source_position=4).id: (
+            "L3/p7/MEMORY_VALUE/h2/s4"
+        ),
+        Node(NodeKind.MLP_VALUE, 7, 3, neuron=911).id: "L3/p7/MLP_VALUE/n911",
+        Node(NodeKind.MLP_VALUE, 7, 3, neuron=911, expert=2).id: "L3/p7/MLP_VALUE/e2/n911",
+    }
+    assert all(made == expected for made, expected in ids.items())
