@@ -1,0 +1,104 @@
+"""The configured models: their states, and which is handed out; folders are tests of loading."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from januslens_server.demo import model_path
+from januslens_server.errors import (
+    InvalidRequest,
+    ModelFailed,
+    ModelLoading,
+    ModelNotFound,
+    ServerDraining,
+)
+from januslens_server.models.loading import ModelSource
+from januslens_server.models.registry import Registry
+from januslens_server.models.resident import ResidentModel
+from januslens_server.results import Guarantee, ModelState, ModelStatus
+
+DEMO = ModelSource("demo", str(model_path()))
+ABSENT = ModelSource("absent", "/nowhere/at/all")
+HELD, BROKEN = Guarantee("held", 0.0, 1.0), Guarantee("broken", 2.0, 1.0)
+
+
+def registry(
+    *sources: ModelSource,
+    guarantees: Sequence[Guarantee] = (HELD,),
+    observe: Callable[[ModelStatus], None] = lambda _: None,
+) -> Registry:
+    return Registry(sources, lambda _: guarantees, observe)
+
+
+def states(registry: Registry) -> dict[str, ModelState]:
+    return {status.name: status.state for status in registry.statuses()}
+
+
+def test_everything_is_loading_before_it_is_loaded() -> None:
+    waiting = registry(DEMO, ABSENT)
+    assert set(states(waiting).values()) == {ModelState.LOADING}
+    with pytest.raises(ModelLoading, match="demo is still loading"):
+        waiting.get("demo")
+
+
+def test_one_that_fails_does_not_keep_the_others_from_serving() -> None:
+    seen: list[tuple[str, ModelState]] = []
+    loaded = registry(ABSENT, DEMO, observe=lambda s: seen.append((s.name, s.state)))
+    loaded.load_all()
+    assert seen == [("absent", ModelState.FAILED), ("demo", ModelState.READY)]
+    assert states(loaded) == dict(seen)
+    assert loaded.get("demo").name == "demo"
+    with pytest.raises(ModelFailed, match="absent cannot be served: /nowhere"):
+        loaded.get("absent")
+
+
+def test_what_breaks_the_check_fails_the_model_alone() -> None:
+    def check(model: ResidentModel) -> list[Guarantee]:
+        if model.name == "demo":
+            raise ZeroDivisionError("in the check")
+        return [HELD]
+
+    loaded = Registry([DEMO, ModelSource("other", str(model_path()))], check, lambda _: None)
+    loaded.load_all()
+    assert states(loaded) == {"demo": ModelState.FAILED, "other": ModelState.READY}
+    with pytest.raises(ModelFailed, match="ZeroDivisionError: in the check"):
+        loaded.get("demo")
+
+
+@pytest.mark.parametrize("error", [2.0, float("nan"), float("inf")])
+def test_a_guarantee_that_does_not_hold_fails_the_model(error: float) -> None:
+    loaded = registry(DEMO, guarantees=[HELD, Guarantee("broken", error, 1.0)])
+    loaded.load_all()
+    with pytest.raises(ModelFailed, match=r"self-check broken: .* at most 1, measured"):
+        loaded.get("demo")
+    (status,) = loaded.statuses()
+    assert [guarantee.held for guarantee in status.guarantees] == [True, False]
+
+
+def test_names_and_revisions() -> None:
+    loaded = registry(DEMO)
+    loaded.load_all()
+    model = loaded.get("demo")
+    assert loaded.get("") is model
+    assert loaded.get("demo", model.provenance.revision) is model
+    with pytest.raises(ModelNotFound, match="expected one of demo, got 'Demo'"):
+        loaded.get("Demo")
+    with pytest.raises(ModelNotFound, match=r"expected revision .* of demo, got 'main'"):
+        loaded.get("demo", "main")
+
+
+def test_no_name_is_enough_for_one_model_only() -> None:
+    with pytest.raises(InvalidRequest, match="expected one of demo, absent, got none"):
+        registry(DEMO, ABSENT).get("")
+
+
+def test_a_closed_registry_hands_out_nothing() -> None:
+    loaded = registry(DEMO)
+    loaded.load_all()
+    loaded.close()
+    for name in ("demo", "", "nobody"):
+        with pytest.raises(ServerDraining):
+            loaded.get(name)
+    assert states(loaded) == {"demo": ModelState.READY}
