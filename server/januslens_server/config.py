@@ -121,75 +121,82 @@ def _read_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -
     ctx.default_map = {name: value for name, value in values.items() if value is not None}
 
 
+def _option(*names: str, **attributes: Any) -> click.Option:
+    return click.Option(names, **attributes)
+
+
+PORT = click.IntRange(0, 65535)
+
+OPTIONS: tuple[click.Parameter, ...] = (
+    _option("--host", default="127.0.0.1", help="Address to serve on."),
+    _option("--port", type=PORT, default=50051, help="gRPC port; 0 picks a free one."),
+    _option("--metrics-host", default="127.0.0.1", help="Address of the metrics page."),
+    _option("--metrics-port", type=PORT, default=9464, help="Prometheus port; 0: free one."),
+    _option(
+        "--model",
+        "models",
+        type=_ModelType(),
+        multiple=True,
+        help="A model to serve; repeat for several. Replaces the embedded demo.",
+    ),
+    _option(
+        "--device",
+        default="cpu",
+        help="Where models live, as torch names it; auto: split over GPUs, CPU and disk.",
+    ),
+    _option(
+        "--data-type",
+        type=click.Choice(DATA_TYPES),
+        default="auto",
+        help="auto: the checkpoint's own type, float32 on a CPU.",
+    ),
+    _option(
+        "--max-memory",
+        type=_MemoryType(),
+        multiple=True,
+        help="What a model may take of a device, instead of what is free; repeat for several.",
+    ),
+    _option(
+        "--offload-dir",
+        type=click.Path(file_okay=False),
+        default=None,
+        help="With --device auto: where weights stay that fit into no memory.",
+    ),
+    _option(
+        "--max-waiting",
+        type=click.IntRange(min=1),
+        default=64,
+        help="Requests that may wait for the device before further ones are refused.",
+    ),
+    _option(
+        "--stall-seconds",
+        type=click.FloatRange(min=0.1),
+        default=60.0,
+        help="A stream whose reader takes nothing for this long is aborted.",
+    ),
+    _option(
+        "--grace-seconds",
+        type=click.FloatRange(min=0),
+        default=30.0,
+        help="On SIGTERM, how long running requests may take to finish.",
+    ),
+    _option("--log-level", type=click.Choice(LOG_LEVELS), default="info"),
+    click.Option(["--print-config"], is_flag=True, help="Print the settings and exit."),
+    click.Option(
+        ["--config"],
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=_read_file,
+        help="YAML file with any of these settings, by name with underscores.",
+    ),
+)
+
+
 def _settings_command() -> click.Command:
-    port = click.IntRange(0, 65535)
-    options: list[click.Parameter] = [
-        _option("--host", default="127.0.0.1", help="Address to serve on."),
-        _option("--port", type=port, default=50051, help="gRPC port; 0 picks a free one."),
-        _option("--metrics-host", default="127.0.0.1", help="Address of the metrics page."),
-        _option("--metrics-port", type=port, default=9464, help="Prometheus port; 0: free one."),
-        _option(
-            "--model",
-            "models",
-            type=_ModelType(),
-            multiple=True,
-            help="A model to serve; repeat for several. Replaces the embedded demo.",
-        ),
-        _option(
-            "--device",
-            default="cpu",
-            help="Where models live, as torch names it; auto: split over GPUs, CPU and disk.",
-        ),
-        _option(
-            "--data-type",
-            type=click.Choice(DATA_TYPES),
-            default="auto",
-            help="auto: the checkpoint's own type, float32 on a CPU.",
-        ),
-        _option(
-            "--max-memory",
-            type=_MemoryType(),
-            multiple=True,
-            help="What a model may take of a device, instead of what is free; repeat for several.",
-        ),
-        _option(
-            "--offload-dir",
-            type=click.Path(file_okay=False),
-            default=None,
-            help="With --device auto: where weights stay that fit into no memory.",
-        ),
-        _option(
-            "--max-waiting",
-            type=click.IntRange(min=1),
-            default=64,
-            help="Requests that may wait for the device before further ones are refused.",
-        ),
-        _option(
-            "--stall-seconds",
-            type=click.FloatRange(min=0.1),
-            default=60.0,
-            help="A stream whose reader takes nothing for this long is aborted.",
-        ),
-        _option(
-            "--grace-seconds",
-            type=click.FloatRange(min=0),
-            default=30.0,
-            help="On SIGTERM, how long running requests may take to finish.",
-        ),
-        _option("--log-level", type=click.Choice(LOG_LEVELS), default="info"),
-        click.Option(["--print-config"], is_flag=True, help="Print the settings and exit."),
-        click.Option(
-            ["--config"],
-            type=click.Path(path_type=Path),
-            is_eager=True,
-            expose_value=False,
-            callback=_read_file,
-            help="YAML file with any of these settings, by name with underscores.",
-        ),
-    ]
     return click.Command(
         "januslens-server",
-        params=options,
+        params=list(OPTIONS),
         callback=_from_options,
         help="Serve causal language models for introspection over gRPC.",
         context_settings={
@@ -198,10 +205,6 @@ def _settings_command() -> click.Command:
             "max_content_width": 100,
         },
     )
-
-
-def _option(*names: str, **attributes: Any) -> click.Option:
-    return click.Option(names, **attributes)
 
 
 def _from_options(print_config: bool, **values: Any) -> Settings:
