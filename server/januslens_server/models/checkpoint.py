@@ -17,8 +17,10 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from januslens_server.errors import ModelFailed
 
+# Any of these holds a tokenizer's entries. Without them transformers makes up an empty one.
+TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 # Everything of a hub repository but its weights.
-DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.jinja"]
+DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
@@ -46,6 +48,8 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     _refuse_quantised(described)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     _refuse_other_tasks(config)
+    if not any(any(folder.glob(name)) for name in TOKENIZERS):
+        raise ModelFailed("expected a tokenizer (tokenizer.json), found none")
     names = _weight_files(folder)
     if not is_local:
         _fetched(location, revision, names)

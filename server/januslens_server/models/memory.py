@@ -78,8 +78,8 @@ def _free(device: torch.device) -> int | None:
 
 def free_memory(memory_info: Path, cgroup: Path) -> int | None:
     """What Linux has for new allocations, or the container's limit leaves if that is less."""
-    found = [memory for memory in (_of_machine(memory_info), _of_container(cgroup)) if memory]
-    return min(found, default=None)
+    found = (_of_machine(memory_info), _of_container(cgroup))
+    return min((memory for memory in found if memory is not None), default=None)
 
 
 def _of_machine(memory_info: Path) -> int | None:

@@ -1,0 +1,49 @@
+"""Models of the hub: from its cache, at the commit that a revision names."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from januslens_server.errors import ModelFailed
+from januslens_server.models.loading import ModelSource, load
+from tests.architectures.cases import CASES
+from tests.loading.folders import saved
+
+GPT2 = next(case for case in CASES if case.id == "gpt2-plain")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The snapshot of `someone/tiny`, branch `main`, in a cache of its own."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--tiny"
+    snapshot = repository / "snapshots" / COMMIT
+    source = saved(GPT2, tmp_path / "model")
+    shutil.copytree(source.location, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return snapshot
+
+
+@pytest.mark.parametrize("revision", [None, "main", COMMIT])
+def test_a_cached_model_is_served_at_its_commit(cached: Path, revision: str | None) -> None:
+    assert cached.is_dir()
+    model = load(ModelSource("tiny", "someone/tiny", revision))
+    assert model.provenance.revision == COMMIT
+
+
+def test_another_revision_is_refused(cached: Path) -> None:
+    assert cached.is_dir()
+    with pytest.raises(ModelFailed, match="found neither"):
+        load(ModelSource("tiny", "someone/tiny", "other"))
+
+
+def test_weights_that_were_never_fetched_are_missed(cached: Path) -> None:
+    (cached / "model.safetensors").unlink()
+    with pytest.raises(ModelFailed, match=r"no file named model\.safetensors"):
+        load(ModelSource("tiny", "someone/tiny"))

@@ -1,0 +1,99 @@
+"""What a model takes, what a device has, and the refusal where that is less."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from januslens_server.errors import ModelFailed
+from januslens_server.models.loading import load
+from januslens_server.models.memory import WORKING_BYTES, available, free_memory, needed
+from tests.architectures.cases import CASES, Case
+from tests.loading.folders import room_for, saved, weight_bytes
+
+TIED = Case("gpt2", "tied", {"tie_word_embeddings": True})
+UNTIED = next(case for case in CASES if case.id == "llama-grouped")
+
+
+def skeleton(case: Case, data_type: torch.dtype) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(case.config(), dtype=data_type)
+
+
+@pytest.mark.parametrize("case", [TIED, UNTIED], ids=["tied", "untied"])
+def test_float32_needs_its_weights_and_no_copies(case: Case) -> None:
+    need = needed(skeleton(case, torch.float32))
+    buffers = sum(b.numel() * 4 for b in skeleton(case, torch.float32).buffers())
+    assert need.weights == weight_bytes(case) + buffers
+    assert (need.lens, need.work) == (0, WORKING_BYTES)
+
+
+def test_half_types_need_float32_copies_of_the_head_and_of_a_block() -> None:
+    need = needed(skeleton(UNTIED, torch.bfloat16))
+    config = UNTIED.config()
+    assert need.lens == 4 * config.vocab_size * config.hidden_size
+    assert need.work == WORKING_BYTES + weight_bytes(UNTIED) // config.num_hidden_layers
+
+
+@pytest.mark.parametrize("case", [TIED, UNTIED], ids=["tied", "untied"])
+def test_the_lens_reads_a_float32_head_where_it_is(case: Case, tmp_path: Path) -> None:
+    model = load(saved(case, tmp_path / "model"))
+    head = model.network.get_output_embeddings().get_parameter("weight")
+    embedding = model.network.get_input_embeddings().get_parameter("weight")
+    assert model.view.lens.unembedding.data_ptr() == head.data_ptr()
+    assert (embedding.data_ptr() == head.data_ptr()) == (case is TIED)
+
+
+def test_a_model_that_does_not_fit_is_refused_with_both_figures(tmp_path: Path) -> None:
+    source = saved(TIED, tmp_path / "model")
+    with pytest.raises(ModelFailed) as refused:
+        load(replace(source, limits={"cpu": 200 * 2**20}))
+    reason = str(refused.value)
+    assert "expected 256.1 MiB (weights 0.1 MiB, lens 0.0 MiB, work 256.0 MiB)" in reason
+    assert "found 200.0 MiB on cpu" in reason
+
+
+def test_what_is_free_is_the_limit_without_a_setting(tmp_path: Path) -> None:
+    free = available("cpu", {})
+    assert free is not None
+    assert WORKING_BYTES < free < 2**50
+    assert load(saved(TIED, tmp_path / "model")).provenance.device == "cpu"
+
+
+def test_a_split_that_needs_the_disk_needs_a_folder(tmp_path: Path) -> None:
+    source = replace(saved(TIED, tmp_path / "model"), device="auto", limits=room_for(TIED, 0.5))
+    with pytest.raises(ModelFailed, match=r"found 256\.0 MiB on cpu; .* offload to a folder"):
+        load(source)
+    assert "disk" in load(replace(source, offload_dir=tmp_path)).provenance.device
+
+
+def test_auto_keeps_whole_what_fits(tmp_path: Path) -> None:
+    source = replace(saved(TIED, tmp_path / "model"), device="auto", offload_dir=tmp_path)
+    if not torch.cuda.is_available():
+        assert load(source).provenance.device == "cpu"
+
+
+def test_a_container_bounds_what_the_machine_has(tmp_path: Path) -> None:
+    machine = tmp_path / "meminfo"
+    machine.write_text("MemTotal:  4000 kB\nMemAvailable:  3000 kB\n")
+    group = tmp_path / "group"
+    assert free_memory(machine, group) == 3000 * 1024
+    group.mkdir()
+    (group / "memory.max").write_text("max\n")
+    assert free_memory(machine, group) == 3000 * 1024
+    (group / "memory.max").write_text("2000000\n")
+    (group / "memory.current").write_text("900000\n")
+    (group / "memory.stat").write_text("anon 500000\ninactive_file 300000\nactive_file 0\n")
+    assert free_memory(machine, group) == 2_000_000 - 900_000 + 300_000
+    assert free_memory(tmp_path / "absent", tmp_path / "absent") is None
+
+
+def test_a_full_container_has_nothing_left(tmp_path: Path) -> None:
+    for name, text in {"max": "10", "current": "20", "stat": "inactive_file 0"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert free_memory(tmp_path / "absent", tmp_path) == 0

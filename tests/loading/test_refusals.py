@@ -1,0 +1,201 @@
+"""What cannot be served exactly is refused before its weights are read, in one readable line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+from januslens_server.errors import ModelFailed
+from januslens_server.models.loading import ModelSource, load
+from tests.architectures.cases import CASES
+from tests.loading.folders import saved
+
+GPT2 = next(case for case in CASES if case.id == "gpt2-plain")
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ModelSource:
+    return saved(GPT2, tmp_path / "model")
+
+
+def refusal(source: ModelSource) -> str:
+    with pytest.raises(ModelFailed) as refused:
+        load(source)
+    reason = str(refused.value)
+    assert "\n" not in reason
+    return reason
+
+
+def describe(source: ModelSource, **changes: Any) -> None:
+    path = Path(source.location) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def break_weights(source: ModelSource) -> None:
+    """So that whoever reads them fails otherwise than expected."""
+    (Path(source.location) / WEIGHTS).write_bytes(b"no weights")
+
+
+@pytest.mark.parametrize(
+    "method", ["bitsandbytes", "gptq", "awq", "fp8", "mxfp4", "compressed-tensors"]
+)
+def test_quantised_checkpoints(source: ModelSource, method: str) -> None:
+    describe(source, quantization_config={"quant_method": method, "bits": 4})
+    break_weights(source)
+    assert f"quantised by {method}" in refusal(source)
+
+
+def test_quantised_weights_that_nothing_describes(source: ModelSource) -> None:
+    path = Path(source.location) / WEIGHTS
+    tensors = load_file(path)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path, {"format": "pt"})
+    assert f"got {name} in F8_E4M3" in refusal(source)
+
+
+def test_encoder_decoders(tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "t5", d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20
+    )
+    AutoModelForSeq2SeqLM.from_config(config).save_pretrained(tmp_path)
+    assert "got an encoder-decoder: t5" in refusal(ModelSource("t5", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("described", "found"),
+    [
+        ({"model_type": "vit", "architectures": None}, "got vit, which has none"),
+        ({"architectures": ["GPT2ForSequenceClassification"]}, "got GPT2ForSequenceClass"),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "got BertForMaskedLM"),
+    ],
+)
+def test_models_of_other_tasks(source: ModelSource, described: dict[str, Any], found: str) -> None:
+    describe(source, **described)
+    break_weights(source)
+    assert f"expected a causal language model, {found}" in refusal(source)
+
+
+def test_code_of_its_own_is_never_run(source: ModelSource) -> None:
+    describe(source, model_type="novel", auto_map={"AutoConfig": "code.NovelConfig"})
+    ran = Path(source.location) / "ran"
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"
+    (Path(source.location) / "code.py").write_text(code)
+    assert "'novel', which brings code of its own" in refusal(source)
+    assert not ran.exists()
+
+
+def test_known_families_that_also_bring_code_are_served_without_it(source: ModelSource) -> None:
+    describe(source, auto_map={"AutoModelForCausalLM": "code.Novel"})
+    assert load(source).provenance.architecture == "GPT2LMHeadModel"
+
+
+def test_an_unknown_family(source: ModelSource) -> None:
+    describe(source, model_type="novel")
+    assert "novel" in refusal(source)
+
+
+def test_no_description(source: ModelSource) -> None:
+    (Path(source.location) / "config.json").unlink()
+    assert "expected a model with a config.json" in refusal(source)
+
+
+def test_a_description_that_is_no_json(source: ModelSource) -> None:
+    (Path(source.location) / "config.json").write_text("{")
+    assert "not a valid JSON file" in refusal(source)
+
+
+def without_file(folder: Path) -> str:
+    (folder / WEIGHTS).unlink()
+    return f"expected weights in safetensors, found no file named {WEIGHTS}"
+
+
+def pickled(folder: Path) -> str:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    return "(pytorch_model.bin is a pickle, which is never read)"
+
+
+def pointer(folder: Path) -> str:
+    (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    return f"expected {WEIGHTS} in safetensors, got 56 bytes that are not"
+
+
+def cut(folder: Path) -> str:
+    whole = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(whole[:-8])
+    return f"got {len(whole) - 8} bytes that are not"
+
+
+def without_shard(folder: Path) -> str:
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    (folder / WEIGHTS).rename(folder / shards[0])
+    weight_map = {"a.weight": shards[0], "b.weight": shards[1]}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return f"found no file named {shards[1]}"
+
+
+def without_weight_map(folder: Path) -> str:
+    (folder / INDEX).write_text("{}")
+    return f"expected a weight_map in {INDEX}"
+
+
+def of_other_shape(folder: Path) -> str:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["transformer.ln_f.weight"] = torch.ones(3)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return "expected transformer.ln_f.weight of shape [32], got [3]"
+
+
+def lacking_one(folder: Path) -> str:
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["transformer.ln_f.weight"]
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return "got none for 1 parameters: transformer.ln_f.weight"
+
+
+def without_tokenizer(folder: Path) -> str:
+    (folder / "tokenizer.json").unlink()
+    return "expected a tokenizer (tokenizer.json), found none"
+
+
+BREAKAGES = (
+    without_file,
+    pickled,
+    pointer,
+    cut,
+    without_shard,
+    without_weight_map,
+    of_other_shape,
+    lacking_one,
+    without_tokenizer,
+)
+
+
+@pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda b: b.__name__)
+def test_broken_folders(source: ModelSource, breakage: Callable[[Path], str]) -> None:
+    expected = breakage(Path(source.location))
+    reason = refusal(source)
+    assert reason.startswith(source.location)
+    assert expected in reason
+
+
+@pytest.mark.parametrize("location", ["nobody/nothing", "no/such/folder", "~/nowhere"])
+def test_neither_a_folder_nor_a_model_of_the_hub(location: str) -> None:
+    reason = refusal(ModelSource("absent", location))
+    assert f"{location}: expected a local folder or a model of the hub, found neither" in reason
+
+
+def test_a_device_that_is_not_there(source: ModelSource) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert "expected a CUDA device, found none" in refusal(replace(source, device="cuda"))

@@ -1,0 +1,191 @@
+"""Targets, spans and texts under every kind of tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from januslens_server.errors import InvalidRequest
+from januslens_server.models.loading import load
+from januslens_server.models.tokens import Vocabulary
+from januslens_server.pipelines.inputs import read_prompt, read_single_target
+from januslens_server.pipelines.trace import trace
+from januslens_server.results import TraceSummary
+from januslens_server.specs import TraceSpec
+from tests.architectures.cases import CASES
+from tests.architectures.tiny_models import resident
+from tests.loading.folders import saved
+from tests.loading.tokenizers_of import (
+    SPACE,
+    bare,
+    byte_level,
+    sentencepiece,
+    vocabulary,
+    word_piece,
+)
+
+WORDS = ["Tokyo", "Japan", "is"]
+MARKED = [*WORDS, *(SPACE + word for word in WORDS)]
+SPACED = [*(" " + word for word in WORDS), *WORDS]
+GPT2 = next(case for case in CASES if case.id == "gpt2-plain")
+
+
+def spacing_kinds() -> dict[str, Vocabulary]:
+    """Tokenizers that tell a word with a space from one without."""
+    stripping = sentencepiece("always", MARKED)
+    stripping.normalizer = normalizers.Strip()
+    splitting = sentencepiece("always", MARKED)
+    splitting.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(SPACE, "always")]
+    )
+    kinds = {
+        "byte-level": byte_level(False, SPACED),
+        "byte-level, prefixed": byte_level(True, SPACED),
+        "stripping": stripping,
+        "splitting": splitting,
+    }
+    kinds |= {scheme: sentencepiece(scheme, MARKED) for scheme in ("first", "always", "legacy")}
+    return {name: vocabulary(tokenizer) for name, tokenizer in kinds.items()}
+
+
+KINDS = spacing_kinds()
+
+
+def texts(vocabulary: Vocabulary, text: str, as_prompt: bool) -> list[str]:
+    return [token.text for token in vocabulary.encode(text, with_special_tokens=as_prompt)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("target", ["Tokyo", " Tokyo"])
+def test_a_target_is_one_token_with_its_own_space(kind: str, target: str) -> None:
+    assert texts(KINDS[kind], target, as_prompt=False) == [target]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_targets_spaces_are_neither_more_nor_fewer(kind: str) -> None:
+    for target in ("  Tokyo", " Tokyo is", "Tokyo Japan"):
+        if kind == "splitting" and "  " in target:
+            continue  # Metaspace's own split has no piece for two
+        assert "".join(texts(KINDS[kind], target, as_prompt=False)) == target
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_starts_with_what_the_tokenizer_puts_there_and_ends_with_its_text(
+    kind: str,
+) -> None:
+    prompt = texts(KINDS[kind], "Japan is", as_prompt=True)
+    assert prompt[0] == "<s>"
+    assert "".join(prompt[1:]).strip() == "Japan is"
+
+
+def test_a_prompt_is_tokenized_as_its_model_was_trained() -> None:
+    assert texts(KINDS["legacy"], "Japan is", as_prompt=True) == ["<s>", " Japan", " is"]
+    assert texts(KINDS["byte-level, prefixed"], "Japan", as_prompt=True) == ["<s>", " Japan"]
+    assert texts(KINDS["byte-level"], "Japan", as_prompt=True) == ["<s>", "Japan"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_that_a_text_spells_out_stay(kind: str) -> None:
+    prompt = KINDS[kind].encode("Japan</s>", with_special_tokens=True)
+    assert (prompt[-1].text, prompt[-1].start, prompt[-1].end) == ("</s>", 5, 9)
+    assert texts(KINDS[kind], "</s>", as_prompt=False) == ["</s>"]
+
+
+def test_a_byte_that_is_no_text_keeps_its_byte() -> None:
+    for kind in ("first", "byte-level"):
+        *_, first, second, third = KINDS[kind].encode(" \u20ac", with_special_tokens=False)
+        assert [t.raw for t in (first, second, third)] == [b"\xe2", b"\x82", b"\xac"]
+        assert [t.text for t in (first, second, third)] == ["\ufffd"] * 3
+        assert {(t.start, t.end) for t in (first, second, third)} == {(1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "spans"),
+    [
+        ("\ufb01 Tokyo", [(0, 1), (0, 1), (1, 7)]),  # a ligature becomes two letters
+        ("\U0001f5fc Tokyo", [(0, 1)] * 4 + [(1, 7)]),  # one character of four bytes
+    ],
+)
+def test_spans_are_characters_of_the_prompt_as_it_came(
+    prompt: str, spans: list[tuple[int, int]]
+) -> None:
+    tokenizer = byte_level(False, SPACED)
+    tokenizer.normalizer = normalizers.NFKC()
+    tokens = vocabulary(tokenizer).encode(prompt, with_special_tokens=True)[1:]
+    assert [(token.start, token.end) for token in tokens] == spans
+
+
+def test_word_pieces_read_as_running_text() -> None:
+    own = vocabulary(word_piece(["tokyo", "##ite", ","]))
+    assert texts(own, " Tokyoite,", as_prompt=False) == [" tokyo", "ite", " ,"]
+    assert texts(own, "Tokyo", as_prompt=True) == ["<s>", " tokyo"]
+
+
+def test_a_words_end_reads_as_its_space() -> None:
+    tokenizer = Tokenizer(models.BPE({"to": 0, "kyo</w>": 1}, []))
+    tokenizer.decoder = decoders.BPEDecoder("</w>")
+    own = vocabulary(tokenizer)
+    assert [own.token(i).text for i in (0, 1)] == ["to", "kyo "]
+
+
+def test_without_a_decoder_pieces_stand_for_themselves() -> None:
+    assert texts(vocabulary(bare(WORDS)), "Tokyo is", as_prompt=True) == ["<s>", "Tokyo", "is"]
+
+
+def test_added_tokens_are_what_they_spell() -> None:
+    for kind in (byte_level(False, SPACED), sentencepiece("first", MARKED)):
+        kind.add_tokens([AddedToken("<think>", normalized=False)])
+        kind.add_special_tokens(["<|caf\u00e9|>"])
+        own = vocabulary(kind)
+        shown = texts(own, "Tokyo<think><|caf\u00e9|>", as_prompt=False)
+        assert shown == ["Tokyo", "<think>", "<|caf\u00e9|>"]
+
+
+def test_ids_beyond_the_tokenizers_own_are_empty() -> None:
+    token = KINDS["first"].token(10**6)
+    assert (token.raw, token.text) == (b"", "")
+
+
+def test_lengths_of_training_neither_cut_nor_fill() -> None:
+    tokenizer = bare(WORDS)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    own = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    for as_prompt in (True, False):
+        assert texts(own, "Tokyo is Japan", as_prompt) == ["Tokyo", "is", "Japan"]
+
+
+def test_a_prompt_of_no_tokens_is_refused() -> None:
+    tokenizer = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=bare(WORDS)))
+    model = replace(resident(GPT2), vocabulary=tokenizer)
+    for text in ("", "  "):
+        with pytest.raises(InvalidRequest, match="at least one token"):
+            read_prompt(model, text)
+
+
+def test_a_target_of_several_tokens_is_refused_by_their_texts() -> None:
+    model = replace(resident(GPT2), vocabulary=KINDS["first"])
+    assert model.vocabulary.token(read_single_target(model, " Tokyo", "target")).text == " Tokyo"
+    with pytest.raises(InvalidRequest, match=r"' Tokyo', .* ' is'"):
+        read_single_target(model, " Tokyo is", "target")
+
+
+def test_models_are_never_passed_segments(tmp_path: Path) -> None:
+    source = saved(GPT2, tmp_path / "model")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare(WORDS),
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
+    tokenizer.save_pretrained(source.location)
+    model = load(source)
+    *_, summary = trace(model, TraceSpec("Tokyo is", include_checks=True), lambda: None)
+    assert isinstance(summary, TraceSummary)
+    assert all(check.held for check in summary.checks)
+    ids = [t.id for t in model.vocabulary.encode("Tokyo is", with_special_tokens=True)]
+    *_, same = trace(model, TraceSpec(tuple(ids), include_checks=True), lambda: None)
+    assert isinstance(same, TraceSummary)
+    assert same.checks == summary.checks

@@ -1,0 +1,73 @@
+"""Small tokenizers of every kind that causal models come with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from januslens_server.models.tokens import Vocabulary
+
+SPACE = "\u2581"
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+UNKNOWN = "<unk>"
+SPECIAL = ["<s>", "</s>", UNKNOWN]
+
+
+def vocabulary(tokenizer: Tokenizer, **settings: Any) -> Vocabulary:
+    """As a model's own, with `<s>` before and `</s>` behind a text."""
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")],
+    )
+    return Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings))
+
+
+def sentencepiece(scheme: str, words: Sequence[str]) -> Tokenizer:
+    """Unigram over whole words, as SentencePiece trains it, spaces as marks, bytes for the rest."""
+    pieces = [*SPECIAL, *BYTES, SPACE, 2 * SPACE, *words, *sorted(set("".join(words)))]
+    scores = [(piece, -float(len(piece) == 1)) for piece in dict.fromkeys(pieces)]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=2, byte_fallback=True))
+    if scheme == "legacy":
+        steps = [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
+        tokenizer.normalizer = normalizers.Sequence(steps)
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=True)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    return tokenizer
+
+
+def byte_level(add_prefix_space: bool, words: Sequence[str]) -> Tokenizer:
+    """Byte-level BPE that knows all bytes and, by merges from the left, some words."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    written = [split.pre_tokenize_str(word)[0][0] for word in words]
+    merges = [(word[:end], word[end]) for word in written for end in range(1, len(word))]
+    entries = [*alphabet, *dict.fromkeys(a + b for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE({entry: i for i, entry in enumerate(entries)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def word_piece(words: Sequence[str]) -> Tokenizer:
+    """BERT's: lower case, no spaces, `##` before what continues a word."""
+    entries = {entry: i for i, entry in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordPiece(entries, unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    return tokenizer
+
+
+def bare(words: Sequence[str]) -> Tokenizer:
+    """Words between spaces, without any decoder."""
+    entries = {entry: i for i, entry in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(entries, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
