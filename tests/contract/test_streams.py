@@ -21,7 +21,7 @@ TRACES: dict[str, trace_pb2.TraceRequest] = {
     "default": trace_pb2.TraceRequest(input=prompt(PROMPT)),
     "some layers": trace_pb2.TraceRequest(input=prompt(PROMPT), layers=[3, 0, 0]),
     "everything": trace_pb2.TraceRequest(
-        input=token_ids(300, 301, 302),
+        input=token_ids(300, 301),
         all_positions=True,
         include_vectors=True,
         include_logit_contribution=True,

@@ -118,7 +118,7 @@ def test_a_full_queue_refuses_at_once_and_keeps_health(impatient: ServerProcess)
 
 def assert_alive(channel: grpc.Channel) -> None:
     health: Any = health_pb2_grpc.HealthStub(channel)
-    ready = health.Check(health_pb2.HealthCheckRequest(service="januslens.ready"), timeout=1)
+    ready = health.Check(health_pb2.HealthCheckRequest(service="januslens.ready"), timeout=5)
     assert ready.status == health_pb2.HealthCheckResponse.SERVING
     stub = service_pb2_grpc.IntrospectionServiceStub(channel)
-    assert stub.ListModels(models_pb2.ListModelsRequest(), timeout=1).models
+    assert stub.ListModels(models_pb2.ListModelsRequest(), timeout=5).models

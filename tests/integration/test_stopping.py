@@ -29,13 +29,13 @@ def test_a_stream_in_flight_is_finished_while_new_calls_are_refused() -> None:
     with running_server() as server, grpc.insecure_channel(server.address) as channel:
         states = watch(channel, "januslens.ready")
         assert next(states) == SERVING
-        stream = started(channel, "Trace", long_trace(3))
+        stream = started(channel, "Trace", long_trace(2))
         messages = [next(stream)]
         server.process.terminate()
         assert next(states) == NOT_SERVING
         assert_refuses_new(channel)
         # Its results wait for a reader who is slow, not stalled.
-        time.sleep(2.5)
+        time.sleep(1.5)
         messages += stream
         assert messages[-1].HasField("summary")
         assert stream.code() is grpc.StatusCode.OK
