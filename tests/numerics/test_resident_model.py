@@ -11,13 +11,18 @@ import torch
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import MatrixKind
 from januslens_server.specs import (
+    DescentStep,
+    ForwardShift,
     GradientLensSpec,
     KlDivergence,
+    LensSpec,
     LogitDifference,
     NegativeLogLikelihood,
+    PreviewEditSpec,
     TraceSpec,
 )
 from tests.support.reference_examples import EXAMPLES, prompt
@@ -70,6 +75,32 @@ def test_mixed_requests_change_nothing(name: str, load_example: LoadExample) -> 
         for request in requests(resident, tuple(prompt(name, length)), lambda: None):
             assert len(list(request)) >= 3
             assert_untouched(resident, before)
+
+
+def test_a_thousand_mixed_requests_change_nothing(load_example: LoadExample) -> None:
+    """Traces, gradients of every loss and previews of edits, in turn, on one resident model."""
+    resident = load_example("llama_grouped").resident
+    before = bits(resident)
+    edits = (DescentStep((), (), 0.1), ForwardShift(1, 0.3))
+    for i in range(1000):
+        ids = (1 + i % 900, 5)
+        kind = i % 4
+        if kind == 0:
+            spec = TraceSpec(ids, layers=(i % 3,), lens=LensSpec(0, 0))
+            answer: Iterator[object] = trace(resident, spec, lambda: None)
+        elif kind == 1:
+            losses = (
+                NegativeLogLikelihood((7, 8)),
+                LogitDifference((7,), (8,)),
+                KlDivergence((7,)),
+            )
+            gradient = GradientLensSpec(ids, losses[i % 3], lens=LensSpec(0, 0), verify=i % 40 == 1)
+            answer = gradient_lens(resident, gradient, lambda: None)
+        else:
+            preview = PreviewEditSpec(ids, (9,), edits[kind - 2])
+            answer = preview_edit(resident, preview, lambda: None)
+        assert len(list(answer)) >= 1
+    assert_untouched(resident, before)
 
 
 class StopError(Exception):
