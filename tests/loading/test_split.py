@@ -28,7 +28,7 @@ from januslens_server.specs import (
     ProjectSpec,
     TraceSpec,
 )
-from tests.architectures.cases import CASES, MIXTURES, Case
+from tests.architectures.cases import MEASURED, Case
 from tests.loading.folders import room_for, saved
 
 DIFFERS = {"provenance", "times", "checks", "verification"}
@@ -71,7 +71,7 @@ def assert_same_figures(one: Any, other: Any) -> None:
 
 
 # The ways to store and read weights: Conv1D, fused and separate maps, ALiBi, rotations, post-norms
-# with caps, norms with a row for each head, experts; a tied head with the embedding, or one alone.
+# with caps, norms with a row for each head, experts, narrow embeddings, a family without adapter.
 CHOSEN = {
     "gpt2-plain": 0.5,
     "bloom-power of two": 0.5,
@@ -79,8 +79,9 @@ CHOSEN = {
     "cohere-grouped, norms": 0.0,
     "opt-projected": 0.5,
     "mixtral-window": 0.5,
+    "glm4-automatic": 0.5,
 }
-BY_ID = {case.id: case for case in (*CASES, *MIXTURES)}
+BY_ID = {case.id: case for case in MEASURED}
 
 
 @pytest.fixture(scope="module", params=CHOSEN)

@@ -33,7 +33,8 @@ def brought(network: PreTrainedModel) -> Iterator[None]:
     """Inside, all parameters that views are made of have their numbers.
 
     These are the head and what stands around it, and the blocks' norms and other vectors. The
-    blocks' matrices are read one by one when they are needed, the embedding not at all.
+    blocks' matrices are read one by one when they are needed, the embedding not at all. The model
+    may run.
     """
     lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
     in_blocks = {module for blocks in lists for module in blocks.modules()}
@@ -42,7 +43,7 @@ def brought(network: PreTrainedModel) -> Iterator[None]:
         for module in network.modules():
             wanted = _holds_vectors(module) if module in in_blocks else module is not embedding
             if wanted:
-                stack.enter_context(align_module_device(module))
+                stack.enter_context(held(module))
         yield
 
 

@@ -42,7 +42,8 @@ class Probe:
 def probe_ids(network: PreTrainedModel) -> torch.Tensor:
     """Tokens `[1, pos]` spread over the vocabulary."""
     vocab_size = network.get_input_embeddings().get_parameter("weight").shape[0]
-    steps = torch.arange(PROBE_LENGTH, device=network.device)
+    device = network.device if network.device.type != "meta" else None  # offloaded: it is moved
+    steps = torch.arange(PROBE_LENGTH, device=device)
     return (steps * max(1, vocab_size // PROBE_LENGTH) % vocab_size)[None]
 
 
