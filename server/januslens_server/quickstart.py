@@ -65,11 +65,13 @@ def _as_typed(arguments: list[str]) -> str:
 def _running_server() -> Iterator[str]:
     """A server of our own, ready to be asked; gives its address and stops it at the end."""
     port, metrics_port = _free_ports(2)
-    flags = ["--port", str(port), "--metrics-port", str(metrics_port)]
+    # Its log lines would fall between the answers; what goes wrong is still said.
+    flags = ["--port", str(port), "--metrics-port", str(metrics_port), "--log-level", "warning"]
     server = subprocess.Popen([SCRIPTS / "januslens-server", *flags])
     try:
         address = f"127.0.0.1:{port}"
         _wait_until_ready(server, address)
+        print(f"The server is ready on {address}, with the embedded model demo.", flush=True)
         yield address
     finally:
         _stop(server)
