@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from januslens.v1 import models_pb2, service_pb2_grpc, trace_pb2
 from tests.support.calls import long_trace, prompt, refused, started
+from tests.support.metrics import wait_until_idle
 from tests.support.model_folders import slow_to_load
 from tests.support.server import ServerProcess, running_server
 
@@ -34,7 +35,8 @@ def test_a_stream_in_flight_is_finished_while_new_calls_are_refused() -> None:
         server.process.terminate()
         assert next(states) == NOT_SERVING
         assert_refuses_new(channel)
-        # Its results wait for a reader who is slow, not stalled.
+        # Everything is computed; its results wait for a reader who is slow, not stalled.
+        wait_until_idle(server)
         time.sleep(1.5)
         messages += stream
         assert messages[-1].HasField("summary")
