@@ -118,7 +118,9 @@ class Input(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """Text, tokenized with the tokenizer's special tokens."""
+    """Text, tokenized with the special tokens that the tokenizer puts before a text; one behind it,
+    an end of text, is left out, for the prompt goes on.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Tokens, taken exactly as they are."""
