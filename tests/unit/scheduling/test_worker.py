@@ -1,66 +1,17 @@
-"""The one thread that computes: order, taking turns, isolation, limits and what is left over."""
+"""The one thread that computes: order, taking turns, isolation and limits."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
-import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
+from tests.unit.scheduling.jobs import LIMIT, Run, all_of, gated, idle, job, submitted
 
 from januslens_server.errors import DeadlinePassed, QueueFull, RequestCancelled, ServerDraining
-from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
-
-LIMIT = 10
-Run = Callable[[Checkpoint], Iterator[int]]
-
-
-class Tensor:
-    """Something that would fill the device's memory."""
-
-
-def job(*items: int) -> Run:
-    """A request that yields `items`, each as many bytes as it says."""
-
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
-        yield from items
-
-    return run
-
-
-def gated(gate: threading.Event, *items: int) -> Run:
-    """A request that waits for a gate before each of its items."""
-
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
-        for item in items:
-            assert gate.wait(5)
-            yield item
-
-    return run
-
-
-def submitted(
-    worker: DeviceWorker, run: Callable[[Checkpoint], Iterator[Any]], ticket: Ticket | None = None
-) -> Outlet[Any]:
-    outlet: Outlet[Any] = Outlet(LIMIT, lambda item: item)
-    worker.submit(run, outlet, ticket or Ticket(None))
-    return outlet
-
-
-async def all_of(outlet: Outlet[Any]) -> list[Any]:
-    async with asyncio.timeout(5):
-        return [item async for item in outlet.items()]
-
-
-async def idle(worker: DeviceWorker) -> bool:
-    return await asyncio.to_thread(worker.wait_idle, 5)
 
 
 @pytest.fixture
@@ -189,96 +140,6 @@ async def test_a_request_that_ended_in_the_queue_never_computes(
     with pytest.raises(error):
         await all_of(waiting)
     assert ran == []
-
-
-async def test_a_cancelled_request_is_closed_on_the_devices_thread(worker: DeviceWorker) -> None:
-    ticket, closed_by = Ticket(None), list[str]()
-
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
-        try:
-            while True:
-                yield 3
-        finally:
-            closed_by.append(threading.current_thread().name)
-
-    outlet = submitted(worker, run, ticket)
-    await all_of(submitted(worker, job(1)))  # the endless one is set aside
-    ticket.cancel()
-    outlet.abandon()
-    assert await idle(worker)
-    assert closed_by == ["device-worker"]
-
-
-async def test_a_reader_that_leaves_during_a_step_strands_nothing(worker: DeviceWorker) -> None:
-    """The step fills the outlet after its reader has gone: nobody would ever resume it."""
-    stepping, left, ticket = threading.Event(), threading.Event(), Ticket(None)
-
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
-        stepping.set()
-        assert left.wait(5)
-        yield 10 * LIMIT
-
-    outlet = submitted(worker, run, ticket)
-    assert await asyncio.to_thread(stepping.wait, 5)
-    ticket.cancel()
-    outlet.abandon()
-    left.set()
-    assert await idle(worker)
-
-
-async def test_nothing_of_an_ended_request_stays(worker: DeviceWorker) -> None:
-    """Neither what it computed with nor what nobody read, though no other request follows."""
-    held: list[weakref.ref[Tensor]] = []
-
-    def run(_checkpoint: Checkpoint) -> Iterator[Tensor]:
-        activations = Tensor()
-        while True:
-            result = Tensor()
-            held.extend(map(weakref.ref, (activations, result)))
-            yield result
-
-    def left_unread() -> None:
-        ticket = Ticket(None)
-        outlet: Outlet[Tensor] = Outlet(LIMIT, lambda _: LIMIT)
-        worker.submit(run, outlet, ticket)
-        while not held:
-            time.sleep(0.001)
-        ticket.cancel()
-        outlet.abandon()
-
-    gc.disable()
-    try:
-        left_unread()
-        assert await idle(worker)
-        await asyncio.sleep(0.05)  # until its last callbacks on this loop have run
-        assert [reference() for reference in held] == [None] * len(held)
-    finally:
-        gc.enable()
-
-
-async def test_nothing_of_a_failed_request_stays(worker: DeviceWorker) -> None:
-    """An error's traceback holds every frame it passed through, and their tensors."""
-    held: list[weakref.ref[Tensor]] = []
-
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
-        activations = Tensor()
-        held.append(weakref.ref(activations))
-        yield 1
-        raise ValueError("mine")
-
-    async def fail() -> None:
-        outlet = submitted(worker, run)
-        with suppress(ValueError):
-            await all_of(outlet)
-
-    gc.disable()
-    try:
-        await fail()
-        assert await idle(worker)
-        await asyncio.sleep(0.05)
-        assert [reference() for reference in held] == [None]
-    finally:
-        gc.enable()
 
 
 async def test_a_full_queue_refuses_at_once() -> None:
