@@ -31,7 +31,9 @@ TRACES: dict[str, trace_pb2.TraceRequest] = {
     "long lists": trace_pb2.TraceRequest(
         input=prompt(PROMPT), top_k=900, bottom_k=900, all_positions=True, layers=[0]
     ),
-    "no lists": trace_pb2.TraceRequest(input=prompt(PROMPT), top_k=0, bottom_k=0),
+    "no lists": trace_pb2.TraceRequest(
+        input=prompt(PROMPT), top_k=0, bottom_k=0, target=Target(text=" Paris")
+    ),
     "residual only": trace_pb2.TraceRequest(
         input=prompt(PROMPT), node_kinds=[trace_pb2.NODE_KIND_BLOCK_OUTPUT]
     ),
@@ -114,34 +116,26 @@ def test_header_comes_first_and_summary_last_and_once(stream: list[Any]) -> None
 
 
 def test_a_text_comes_once_and_not_after_its_first_use(stream: list[Any]) -> None:
-    header = stream[0].header
-    known: set[int] = {token.id for token in header.prompt_tokens}
-    brought = [token.id for token in header.tokens]
-    assert known.isdisjoint(brought)
-    known.update(brought)
-    assert known >= set(answers_of(header))
-    for message in stream[1:-1]:
-        piece = getattr(message, message.WhichOneof("event"))
-        brought = [token.id for token in piece.tokens]
+    """In a header, the prompt's own tokens bring theirs."""
+    known: set[int] = {token.id for token in stream[0].header.prompt_tokens}
+    for message in stream[:-1]:
+        event = getattr(message, message.WhichOneof("event"))
+        brought = [token.id for token in event.tokens]
         assert len(set(brought)) == len(brought)
         assert known.isdisjoint(brought)
         known.update(brought)
-        assert known >= set(named_by(piece))
+        assert known >= set(named_by(event))
 
 
-def answers_of(header: Any) -> Iterator[int]:
-    """Targets and predictions."""
-    if isinstance(header, trace_pb2.TraceHeader):
-        for target in header.targets:
+def named_by(event: Any) -> Iterator[int]:
+    if isinstance(event, trace_pb2.TraceHeader):
+        for target in event.targets:
             yield from (target.target_token_id, target.predicted_token_id)
+    elif isinstance(event, gradient_lens_pb2.GradientHeader):
+        yield from (*event.target_token_ids, event.predicted_token_id)
     else:
-        yield from (*header.target_token_ids, header.predicted_token_id)
-
-
-def named_by(piece: Any) -> Iterator[int]:
-    for projection in projections_of(piece):
-        yield from projection.top_token_ids
-        yield from projection.bottom_token_ids
+        for projection in projections_of(event):
+            yield from (*projection.top_token_ids, *projection.bottom_token_ids)
 
 
 def projections_of(piece: Any) -> Iterator[lens_pb2.Projection]:
