@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from januslens_server.results.arrays import Flags, Floats, Ints
 
 
@@ -41,11 +39,6 @@ class ProjectionTable:
     target_ranks: Ints
     target_logits: Floats
     target_probabilities: Floats
-
-    def token_ids(self) -> set[int]:
-        """Every vocabulary id that the table names."""
-        shown = np.concatenate([self.top_ids.ravel(), self.bottom_ids.ravel()])
-        return set(shown.tolist())
 
 
 @dataclass(frozen=True)
