@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import grpc
 import pytest
 
 from januslens.v1 import gradient_lens_pb2, lens_pb2, models_pb2, service_pb2_grpc, trace_pb2
@@ -261,3 +262,16 @@ def test_a_node_has_the_same_id_and_reading_in_any_request(stub: Stub, streamed:
     among = residuals(streamed("Trace", "default"))
     assert alone.keys() <= among.keys()
     assert all(alone[node] == among[node] for node in alone)
+
+
+def test_equal_messages_are_equal_bytes(channel: grpc.Channel, streamed: Streamed) -> None:
+    """Maps too, whose entries protobuf sends in an order of the process's own."""
+    call: Any = channel.unary_stream(
+        "/januslens.v1.IntrospectionService/Trace",
+        request_serializer=trace_pb2.TraceRequest.SerializeToString,
+    )
+    received: list[bytes] = list(call(TRACES["some layers"]))
+    assert len(received) == len(streamed("Trace", "some layers"))
+    for sent in received:
+        message = trace_pb2.TraceResponse.FromString(sent)
+        assert message.SerializeToString(deterministic=True) == sent

@@ -8,8 +8,8 @@ from grpc_reflection.v1alpha import reflection
 
 from januslens.v1 import service_pb2, service_pb2_grpc
 from januslens_server.rpc.health import Health
-from januslens_server.rpc.malformed import MalformedRequests
 from januslens_server.rpc.service import IntrospectionService
+from januslens_server.rpc.wire import WireFormat
 
 SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"].full_name
 
@@ -24,7 +24,7 @@ OPTIONS = (
 
 def build_server(service: IntrospectionService, health_service: Health) -> grpc.aio.Server:
     """Introspection, health and reflection, not yet listening."""
-    server = grpc.aio.server(interceptors=[MalformedRequests()], options=OPTIONS)
+    server = grpc.aio.server(interceptors=[WireFormat()], options=OPTIONS)
     service_pb2_grpc.add_IntrospectionServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

@@ -1,8 +1,9 @@
-"""Bytes that are no message, refused like any other request."""
+"""Bytes in and out: what is no message is refused, and equal answers are equal bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc
@@ -17,26 +18,32 @@ Behaviour = Callable[[Any, Context], Awaitable[Any]]
 _MALFORMED = object()
 
 
-class MalformedRequests(grpc.aio.ServerInterceptor):
-    """Answers INVALID_ARGUMENT, where gRPC itself would show the caller the parser's error."""
+class WireFormat(grpc.aio.ServerInterceptor):
+    """Parses and serializes in place of gRPC.
+
+    Bytes that are no message are answered with INVALID_ARGUMENT, where gRPC itself would show the
+    caller the parser's error. Answers are serialized deterministically: protobuf leaves the order
+    of a map's entries open, and it differs from one process to the next.
+    """
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The method's handler with a parser that does not raise."""
+        """The method's handler with a parser that does not raise and a deterministic serializer."""
         handler = await continuation(details)
         if handler is None or handler.request_streaming:
             return handler
         name = details.method.rpartition("/")[2]
         parse = _tolerant(handler.request_deserializer)
+        serialize = partial(handler.response_serializer, deterministic=True)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _refusing(name, handler.unary_stream), parse, handler.response_serializer
+                _refusing(name, handler.unary_stream), parse, serialize
             )
         return grpc.unary_unary_rpc_method_handler(
-            _refusing(name, handler.unary_unary), parse, handler.response_serializer
+            _refusing(name, handler.unary_unary), parse, serialize
         )
 
 
