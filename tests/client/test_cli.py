@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import click
@@ -15,11 +16,12 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
-from januslens import read_gradient, read_trace
+from januslens import Cancelled, ErrorDetails, read_gradient, read_trace
 from januslens._verbs import gradient_lens as gradient_verb
 from januslens._verbs import project as project_verb
 from januslens._verbs import trace as trace_verb
 from januslens.cli.gradient import gradient as gradient_command
+from januslens.cli.interrupt import interruptible
 from januslens.cli.parameters import layer_list, matrix_list, position_list
 from januslens.cli.program import januslens
 from januslens.cli.project import project as project_command
@@ -259,6 +261,23 @@ def test_ctrl_c_ends_with_130_and_cancels_the_call() -> None:
         assert script.left.wait(10)
     assert stdout == ""
     assert "Traceback" not in stderr
+
+
+def test_ctrl_c_ends_a_call_even_if_its_exception_is_lost() -> None:
+    cancelled = threading.Event()
+
+    def call() -> None:
+        with interruptible(cancelled.set):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                assert cancelled.wait(10)  # as compiled code at times does
+            raise Cancelled("the call was cancelled", ErrorDetails("CANCELLED"))
+
+    with pytest.raises(KeyboardInterrupt) as ended:
+        call()
+    assert isinstance(ended.value.__cause__, Cancelled)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_cut_stream_ends_with_1() -> None:

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from januslens._client import Client
 from januslens._connection import DEFAULT_ADDRESS
 from januslens._results.json_lines import json_line
+from januslens.cli.interrupt import interruptible
 
 P = ParamSpec("P")
 
@@ -61,9 +62,10 @@ def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callab
         **kwargs: P.kwargs,
     ) -> None:
         hook = _print_json if as_json else None
-        with Client(
-            server, token=token, secure=secure, timeout=timeout, on_response=hook
-        ) as client:
+        with (
+            Client(server, token=token, secure=secure, timeout=timeout, on_response=hook) as client,
+            interruptible(client.close),
+        ):
             command(client, as_json, *args, **kwargs)
 
     decorated: Callable[..., None] = run
