@@ -21,8 +21,12 @@ CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class _Readings:
-    """The figures of one chunk; shapes as in `ProjectionTable`."""
+class Readings:
+    """The figures of n rows of logits; shapes as in `ProjectionTable`.
+
+    Logits are those before the soft-cap, by which everything is ordered; `log_normalizer` `[n]`
+    and `entropy_bits` `[n]` are those of the capped ones.
+    """
 
     top_ids: torch.Tensor
     top_logits: torch.Tensor
@@ -51,27 +55,25 @@ def project(
         targets = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
     projected = (vectors != 0).any(-1)
     chunks = [
-        _read(head, rows, spec, targets[where])
+        read_logits(head, head.logits(rows), spec, targets[where])
         for where, rows in _prepared_chunks(head, vectors, spec.kind, chunk_bytes)
     ]
-    if not chunks:
-        chunks = [_read(head, head.prepare(vectors, spec.kind), spec, targets)]
-    return _table(projected, chunks, targets)
+    return projection_table(head, projected, chunks, targets)
 
 
 def _prepared_chunks(
     head: LensHead, vectors: torch.Tensor, kind: LensKind, chunk_bytes: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     rows = max(1, chunk_bytes // (4 * head.unembedding.shape[0]))
-    for start in range(0, vectors.shape[0], rows):
+    for start in range(0, vectors.shape[0] or 1, rows):  # of no vectors one chunk of none
         where = slice(start, start + rows)
         yield where, head.prepare(vectors[where], kind)
 
 
-def _read(
-    head: LensHead, prepared: torch.Tensor, spec: LensSpec, targets: torch.Tensor
-) -> _Readings:
-    logits = head.logits(prepared)
+def read_logits(
+    head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor
+) -> Readings:
+    """Read rows of logits `[n, vocab]`, as `head` gives them, for `targets` `[n, m]`."""
     vocab = logits.shape[1]
     top_logits, top_ids = _ordered(*logits.topk(min(spec.top_k, vocab)), sign=-1)
     bottom_logits, bottom_ids = _ordered(
@@ -80,14 +82,14 @@ def _read(
     target_logits = logits.gather(1, targets)
     capped = head.cap(logits)
     log_normalizer = capped.logsumexp(1)
-    return _Readings(
+    return Readings(
         top_ids=top_ids,
-        top_logits=head.cap(top_logits),
+        top_logits=top_logits,
         bottom_ids=bottom_ids,
-        bottom_logits=head.cap(bottom_logits),
+        bottom_logits=bottom_logits,
         log_normalizer=log_normalizer,
         entropy_bits=_entropy_bits(capped, log_normalizer),
-        target_logits=head.cap(target_logits),
+        target_logits=target_logits,
         target_ranks=_ranks(logits, target_logits),
     )
 
@@ -119,9 +121,11 @@ def _entropy_bits(logits: torch.Tensor, log_normalizer: torch.Tensor) -> torch.T
     return -log_p.exp().mul_(log_p).sum(1) / math.log(2)
 
 
-def _table(
-    projected: torch.Tensor, chunks: list[_Readings], targets: torch.Tensor
+def projection_table(
+    head: LensHead, projected: torch.Tensor, chunks: list[Readings], targets: torch.Tensor
 ) -> ProjectionTable:
+    """The chunks in one table; `projected` `[n]` and `targets` `[n, m]` are those of all rows."""
+
     def joined(name: str) -> torch.Tensor:
         return torch.cat([getattr(chunk, name) for chunk in chunks])
 
@@ -129,7 +133,7 @@ def _table(
         return (logits - log_z).exp().cpu().numpy()
 
     log_z = joined("log_normalizer")[:, None]
-    top, bottom, target = (joined(f"{end}_logits") for end in ("top", "bottom", "target"))
+    top, bottom, target = (head.cap(joined(f"{end}_logits")) for end in ("top", "bottom", "target"))
     return ProjectionTable(
         projected=projected.cpu().numpy(),
         top_ids=joined("top_ids").cpu().numpy(),
