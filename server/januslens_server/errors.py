@@ -70,7 +70,10 @@ class TryLater(IntrospectionError):
     """The request may be repeated unchanged after `retry_after` seconds."""
 
     reason = "TRY_LATER"
-    retry_after = 1.0
+
+    def __init__(self, text: str, retry_after: float = 1.0) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
 
 
 class ModelLoading(TryLater):

@@ -4,6 +4,7 @@ They hold plain Python values and numpy arrays, so that no later stage touches t
 """
 
 from januslens_server.results.arrays import Flags, Floats, Ints
+from januslens_server.results.cost import Cost
 from januslens_server.results.edits import EditPreview, Effect
 from januslens_server.results.gradients import (
     Components,
@@ -37,6 +38,7 @@ from januslens_server.results.trace import (
 
 __all__ = [
     "Components",
+    "Cost",
     "Edge",
     "EdgeKind",
     "EditPreview",

@@ -7,12 +7,13 @@ import re
 import time
 import uuid
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import NoReturn, Self
 
 import grpc
 
 from januslens_server import telemetry
 from januslens_server.errors import IntrospectionError
+from januslens_server.rpc.callers import Context, caller_of
 from januslens_server.rpc.status import DETAILS_KEY, code_of, status_of
 
 logger = logging.getLogger(__name__)
@@ -20,27 +21,27 @@ logger = logging.getLogger(__name__)
 REQUEST_ID_KEY = "x-request-id"
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
 
 class Call:
     """One RPC from its first byte to its status: an async context manager around its handler.
 
-    Entering gives the request's id. Leaving counts, times and logs the call, and turns an error
-    into the status of `rpc.status`; nothing is swallowed, an error always ends the call.
+    Entering gives the call itself, with its `request_id`, its `caller` and gRPC's `context`.
+    Leaving counts, times and logs it, and turns an error into the status of `rpc.status`; nothing
+    is swallowed, an error always ends the call.
     """
 
     def __init__(self, method: str, context: Context) -> None:
         """`method` is the RPC's name, for metrics and logs."""
         self._method = method
-        self._context = context
-        self._request_id = _request_id(context)
+        self.context = context
+        self.request_id = _request_id(context)
+        self.caller = caller_of(context)
         self._started = time.perf_counter()
 
-    async def __aenter__(self) -> str:
+    async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(self._method).inc()
-        await self._context.send_initial_metadata(((REQUEST_ID_KEY, self._request_id),))
-        return self._request_id
+        await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
+        return self
 
     async def __aexit__(
         self,
@@ -53,23 +54,23 @@ class Call:
         elif isinstance(error, Exception):
             await self._abort(error)
         else:  # asyncio's cancellation: the caller is gone, there is no one to answer
-            late = self._context.time_remaining() == 0
+            late = self.context.time_remaining() == 0
             self._end(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
 
     async def _abort(self, error: Exception) -> NoReturn:
         if not isinstance(error, IntrospectionError):
-            logger.error("request %s met a bug", self._request_id, exc_info=error)
-        status = status_of(error, self._request_id)
+            logger.error("request %s met a bug", self.request_id, exc_info=error)
+        status = status_of(error, self.request_id)
         code = code_of(status)
         self._end(code)
         details = ((DETAILS_KEY, status.SerializeToString()),)
-        await self._context.abort(code, status.message, trailing_metadata=details)
+        await self.context.abort(code, status.message, trailing_metadata=details)
 
     def _end(self, code: grpc.StatusCode) -> None:
         seconds = time.perf_counter() - self._started
         telemetry.HANDLED.labels(self._method, code.name).inc()
         telemetry.HANDLING_SECONDS.labels(self._method).observe(seconds)
-        logger.info("%s %s %s %.3f s", self._request_id, self._method, code.name, seconds)
+        logger.info("%s %s %s %.3f s", self.request_id, self._method, code.name, seconds)
 
 
 def _request_id(context: Context) -> str:

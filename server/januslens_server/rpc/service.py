@@ -22,7 +22,8 @@ from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.trace import trace
 from januslens_server.rpc import decode
-from januslens_server.rpc.calls import Call, Context
+from januslens_server.rpc.callers import Context
+from januslens_server.rpc.calls import Call
 from januslens_server.rpc.encode import (
     GradientLensEncoder,
     TraceEncoder,
@@ -72,40 +73,40 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         self, request: lens_pb2.ProjectRequest, context: Context
     ) -> lens_pb2.ProjectResponse:
         """The caller's own vectors through the model's lens."""
-        async with Call("Project", context):
+        async with Call("Project", context) as call:
             model = self._registry.get(request.model)
             run = partial(project_vectors, model, decode.project_spec(request))
-            tables = [table async for table in self._device.results(run, context)]
+            tables = [table async for table in self._device.results(run, call)]
             return project_response(tables[0], model.provenance, model.vocabulary.token)
 
     async def Trace(  # type: ignore[override]  # the stubs know generators only, grpc also writers
         self, request: trace_pb2.TraceRequest, context: Context
     ) -> None:
         """The flow graph of one forward pass, layer by layer."""
-        async with Call("Trace", context) as request_id:
+        async with Call("Trace", context) as call:
             model = self._registry.get(request.model, request.revision)
             run = partial(trace, model, decode.trace_spec(request))
-            encoder = TraceEncoder(request_id, model.vocabulary.token)
-            await self._device.stream(run, encoder.encode, context)
+            encoder = TraceEncoder(call.request_id, model.vocabulary.token)
+            await self._device.stream(run, encoder.encode, call)
 
     async def GradientLens(  # type: ignore[override]  # as above
         self, request: gradient_lens_pb2.GradientLensRequest, context: Context
     ) -> None:
         """The factorised gradients of a loss, from the last layer down."""
-        async with Call("GradientLens", context) as request_id:
+        async with Call("GradientLens", context) as call:
             model = self._registry.get(request.model, request.revision)
             run = partial(gradient_lens, model, decode.gradient_lens_spec(request))
-            encoder = GradientLensEncoder(request_id, model.vocabulary.token)
-            await self._device.stream(run, encoder.encode, context)
+            encoder = GradientLensEncoder(call.request_id, model.vocabulary.token)
+            await self._device.stream(run, encoder.encode, call)
 
     async def PreviewEdit(
         self, request: edits_pb2.PreviewEditRequest, context: Context
     ) -> edits_pb2.PreviewEditResponse:
         """What an edit would do, as an overlay for this request alone."""
-        async with Call("PreviewEdit", context):
+        async with Call("PreviewEdit", context) as call:
             model = self._registry.get(request.model, request.revision)
             run = partial(preview_edit, model, decode.preview_edit_spec(request))
-            previews = [preview async for preview in self._device.results(run, context)]
+            previews = [preview async for preview in self._device.results(run, call)]
             return preview_edit_response(previews[0], model.vocabulary.token)
 
     async def FindNeurons(

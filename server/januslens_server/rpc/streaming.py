@@ -11,7 +11,8 @@ import grpc
 from google.protobuf.message import Message
 
 from januslens_server.errors import ReaderStalled, RequestCancelled
-from januslens_server.rpc.calls import Context
+from januslens_server.rpc.callers import Context
+from januslens_server.rpc.calls import Call
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
@@ -48,9 +49,9 @@ class DeviceStreams:
             return False
         return True
 
-    async def results(self, run: Run[Result], context: Context) -> AsyncGenerator[Result]:
+    async def results(self, run: Run[Result], call: Call) -> AsyncGenerator[Result]:
         """The pipeline's results; it is cancelled when this iterator is closed early."""
-        ticket = Ticket(context.time_remaining())
+        ticket = Ticket(call.context.time_remaining(), call.caller)
         outlet: Outlet[Result] = Outlet(OUTLET_BYTES, _bytes)
         self._worker.submit(run, outlet, ticket)
         self._count(1)
@@ -59,7 +60,7 @@ class DeviceStreams:
                 yield result
         finally:
             self._count(-1)
-            ticket.cancel()
+            self._worker.withdraw(ticket)
             outlet.abandon()
 
     def _count(self, change: int) -> None:
@@ -73,16 +74,16 @@ class DeviceStreams:
         self,
         run: Run[Result],
         encode: Callable[[Result], Iterable[Message]],
-        context: Context,
+        call: Call,
     ) -> None:
         """Encode results beside the device's thread and the event loop, and write them.
 
         Raises `ReaderStalled` if the caller does not read.
         """
-        async with aclosing(self.results(run, context)) as results:
+        async with aclosing(self.results(run, call)) as results:
             async for result in results:
                 for message in await asyncio.to_thread(_encoded, encode, result):
-                    await self._write(message, context)
+                    await self._write(message, call.context)
 
     async def _write(self, message: Message, context: Context) -> None:
         # Not `wait_for`: cancelled, a blocked write fails with an error of its own, which would

@@ -10,7 +10,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from januslens_server.errors import InvalidRequest
-from januslens_server.rpc.calls import Call, Context
+from januslens_server.rpc.callers import Context
+from januslens_server.rpc.calls import Call
 
 Deserializer = Callable[[bytes], Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]

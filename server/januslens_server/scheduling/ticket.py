@@ -1,4 +1,4 @@
-"""Whether a request should go on."""
+"""Who asks, what it is expected to cost, and whether it should go on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import threading
 import time
 
 from januslens_server.errors import DeadlinePassed, RequestCancelled
+from januslens_server.results import Cost
+
+ANONYMOUS = "anonymous"
+FREE = Cost()
 
 
 class Ticket:
@@ -14,8 +18,10 @@ class Ticket:
     gRPC's own cancellation flags cannot be polled from another thread, hence an event of ours.
     """
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, caller: str = ANONYMOUS, cost: Cost = FREE) -> None:
         """`seconds` until the caller's deadline; None: it set none."""
+        self.caller = caller
+        self.cost = cost
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._cancelled = threading.Event()
 
@@ -23,11 +29,22 @@ class Ticket:
         """The caller went away."""
         self._cancelled.set()
 
-    def check(self) -> None:
-        """Raise `RequestCancelled` or `DeadlinePassed` if the request should stop."""
+    @property
+    def failure(self) -> RequestCancelled | DeadlinePassed | None:
+        """Why the request should stop; None while it may go on."""
         if self._cancelled.is_set():
-            raise RequestCancelled("the caller cancelled the request")
+            return RequestCancelled("the caller cancelled the request")
         if self._deadline is not None and time.monotonic() > self._deadline:
-            raise DeadlinePassed(
+            return DeadlinePassed(
                 "the request's deadline passed; ask for fewer layers or wait longer"
             )
+        return None
+
+    def check(self) -> None:
+        """Raise `RequestCancelled` or `DeadlinePassed` if the request should stop."""
+        failure = self.failure
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # a traceback's frame that names its error keeps both alive

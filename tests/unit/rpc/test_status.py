@@ -78,10 +78,7 @@ def test_a_field_comes_with_its_path() -> None:
 
 
 def test_what_may_be_repeated_says_when() -> None:
-    class Soon(errors.QueueFull):
-        retry_after = 0.25
-
-    status = status_of(Soon("full"), "id-1")
+    status = status_of(errors.QueueFull("full", retry_after=0.25), "id-1")
     retry = detail(status, error_details_pb2.RetryInfo)
     assert retry.retry_delay.ToTimedelta().total_seconds() == 0.25
     assert code_of(status) is grpc.StatusCode.RESOURCE_EXHAUSTED

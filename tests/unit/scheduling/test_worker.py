@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from tests.unit.scheduling.jobs import LIMIT, Run, all_of, gated, idle, job, submitted
 
 from januslens_server.errors import DeadlinePassed, QueueFull, RequestCancelled, ServerDraining
+from januslens_server.results import Cost
 from januslens_server.scheduling.ticket import Ticket
-from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
+from januslens_server.scheduling.worker import SOONEST_RETRY, Checkpoint, DeviceWorker
 
 
 @pytest.fixture
@@ -142,16 +144,117 @@ async def test_a_request_that_ended_in_the_queue_never_computes(
     assert ran == []
 
 
+@pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "deadline"])
+async def test_a_waiting_request_that_is_withdrawn_leaves_at_once(
+    worker: DeviceWorker, cancelled: bool
+) -> None:
+    """While the device still computes for another."""
+    gate, ticket = threading.Event(), Ticket(None if cancelled else 0.0)
+    running = submitted(worker, gated(gate, 1))
+    waiting = submitted(worker, job(2), ticket)
+    worker.withdraw(ticket)
+    assert worker.unfinished == 1
+    with pytest.raises(RequestCancelled):
+        await all_of(waiting)
+    gate.set()
+    assert await all_of(running) == [1]
+
+
+async def test_a_request_set_aside_that_is_withdrawn_leaves_between_two_steps(
+    worker: DeviceWorker,
+) -> None:
+    """It holds memory: it does not wait until whatever runs has ended."""
+    ticket, stepping, gate = Ticket(None), threading.Event(), threading.Event()
+
+    def long(_checkpoint: Checkpoint) -> Iterator[int]:
+        stepping.set()
+        assert gate.wait(5)
+        yield 1
+        while worker.unfinished > 1:
+            yield 0
+
+    aside = submitted(worker, job(*[6] * 10), ticket)
+    await all_of(submitted(worker, job(1)))
+    running = submitted(worker, long)
+    assert await asyncio.to_thread(stepping.wait, 5)
+    worker.withdraw(ticket)
+    aside.abandon()
+    assert worker.unfinished == 2
+    gate.set()
+    assert (await all_of(running))[0] == 1
+    assert await idle(worker)
+
+
+async def test_callers_take_turns(worker: DeviceWorker) -> None:
+    """One with many requests does not hold up one with few."""
+    gate, ran = threading.Event(), list[str]()
+
+    def noting(name: str) -> Run:
+        def run(_checkpoint: Checkpoint) -> Iterator[int]:
+            ran.append(name)
+            time.sleep(0.002)
+            yield 0
+
+        return run
+
+    outlets = [submitted(worker, gated(gate, 0))]
+    outlets += [submitted(worker, noting(f"a{i}"), Ticket(None, "a")) for i in range(5)]
+    outlets += [submitted(worker, noting(f"b{i}"), Ticket(None, "b")) for i in range(2)]
+    gate.set()
+    for outlet in outlets:
+        await all_of(outlet)
+    assert [name for name in ran if name[0] == "a"] == ["a0", "a1", "a2", "a3", "a4"]
+    assert max(ran.index("b0"), ran.index("b1")) <= 4
+
+
 async def test_a_full_queue_refuses_at_once() -> None:
     worker, gate = DeviceWorker(max_waiting=2), threading.Event()
     outlets = [submitted(worker, gated(gate, 1)) for _ in range(3)]
-    with pytest.raises(QueueFull, match="2 requests wait already"):
+    with pytest.raises(QueueFull, match="2 requests wait already") as refused:
         submitted(worker, job(1))
+    assert refused.value.retry_after == SOONEST_RETRY
     assert worker.unfinished == 3
     gate.set()
     for outlet in outlets:
         assert await all_of(outlet) == [1]
     assert await all_of(submitted(worker, job(1))) == [1]
+
+
+async def test_a_full_queue_says_when_it_should_be_empty() -> None:
+    worker, gate = DeviceWorker(max_waiting=2), threading.Event()
+    for seconds in (2.0, 3.0, 4.5):
+        submitted(worker, gated(gate, 1), Ticket(None, cost=Cost(seconds)))
+    with pytest.raises(QueueFull) as refused:
+        submitted(worker, job(1))
+    assert refused.value.retry_after == pytest.approx(9.5)
+    gate.set()
+    assert await idle(worker)
+
+
+async def test_a_full_queue_makes_room_for_who_waits_with_less() -> None:
+    worker, gate = DeviceWorker(max_waiting=3), threading.Event()
+    first = submitted(worker, gated(gate, 1), Ticket(None, "many"))
+    many = [submitted(worker, job(2), Ticket(None, "many")) for _ in range(3)]
+    few = [submitted(worker, job(3), Ticket(None, "few")) for _ in range(2)]
+    for given_up in many[1:]:
+        with pytest.raises(QueueFull):
+            await all_of(given_up)
+    for caller in ("few", "many"):
+        with pytest.raises(QueueFull):
+            submitted(worker, job(4), Ticket(None, caller))
+    gate.set()
+    assert [await all_of(outlet) for outlet in (first, many[0], *few)] == [[1], [2], [3], [3]]
+
+
+async def test_what_is_over_takes_no_place_in_a_full_queue() -> None:
+    worker, gate = DeviceWorker(max_waiting=1), threading.Event()
+    submitted(worker, gated(gate, 1))
+    late = submitted(worker, job(2), Ticket(0.0))
+    timely = submitted(worker, job(3))
+    with pytest.raises(DeadlinePassed):
+        await all_of(late)
+    gate.set()
+    assert await all_of(timely) == [3]
 
 
 async def test_a_draining_worker_finishes_and_takes_nothing_new(worker: DeviceWorker) -> None:
