@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -192,10 +194,38 @@ def test_sizes_name_the_experts() -> None:
     assert (facts.n_experts, facts.d_mlp, facts.n_kv_heads) == (4, 16, 2)
 
 
-@pytest.mark.parametrize("edit", [DescentStep((), (), 0.1), ForwardShift(0, 0.2)])
-def test_edits_of_experts_are_refused(edit: DescentStep | ForwardShift) -> None:
-    spec = PreviewEditSpec((1, 2, 3), (TARGET,), edit)
-    with pytest.raises(InvalidRequest, match="experts"):
+@every_case
+def test_a_descent_step_on_experts_is_what_sgd_on_a_copy_does(case: Case) -> None:
+    edited, rate = copy.deepcopy(plain(case)), 0.1
+    edited.zero_grad()
+    (-next_token(edited, case)[TARGET]).backward()
+    with torch.no_grad():
+        for name, parameter in edited.named_parameters():
+            if ".mlp." in name and name.removesuffix(".weight").endswith(MLP_MATRICES):
+                parameter.sub_(rate * parameter.grad)
+        before, after = next_token(plain(case), case), next_token(edited, case)
+    spec = PreviewEditSpec(tuple(case.prompt), (TARGET,), DescentStep((), (), rate))
+    (preview,) = preview_edit(resident(case), spec, lambda: None)
+    effect = preview.edited
+    assert effect.probability_before == pytest.approx(before[TARGET].exp().item(), rel=1e-5)
+    assert effect.probability_after == pytest.approx(after[TARGET].exp().item(), rel=1e-5)
+    assert effect.probability_after > effect.probability_before
+    assert effect.predicted_after == int(after.argmax())
+    bits = (before.exp() * (before - after)).sum().item() / math.log(2)
+    assert effect.kl_bits == pytest.approx(bits, rel=1e-3, abs=1e-6)
+
+
+MLP_MATRICES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def next_token(network: Any, case: Case) -> Tensor:
+    log_p: Tensor = network(torch.tensor([case.prompt])).logits[0, -1].log_softmax(-1)
+    return log_p
+
+
+def test_a_forward_shift_needs_the_one_ff2_of_a_layer() -> None:
+    spec = PreviewEditSpec((1, 2, 3), (TARGET,), ForwardShift(0, 0.2))
+    with pytest.raises(InvalidRequest, match="the experts of layer 0"):
         list(preview_edit(resident(MIXTURES[0]), spec, lambda: None))
 
 

@@ -2,13 +2,15 @@
 
 from januslens_server.capture.activations import LayerActivations, Routing
 from januslens_server.capture.hooks import capturing
-from januslens_server.capture.overlay import Overlay, overlaid
+from januslens_server.capture.overlay import LinearOverlay, LowRank, Overlay, overlaid
 from januslens_server.capture.rotation import Rotation
 from januslens_server.capture.taps import End, Tap
 
 __all__ = [
     "End",
     "LayerActivations",
+    "LinearOverlay",
+    "LowRank",
     "Overlay",
     "Rotation",
     "Routing",

@@ -112,15 +112,19 @@ class ExpertMatrices:
         """The module that holds the matrices."""
         return self.experts.module
 
+    def number(self, expert: int | None) -> int:
+        """The expert of a `MatrixKey` of this kind, which must name one."""
+        if expert is None:
+            raise ValueError("expected the number of an expert, got none")
+        return expert
+
     def parameter(self) -> torch.Tensor:
         """The resident parameter `[n_experts, ...]` that holds the matrices."""
         return read_parameter(self.module, self._name)
 
     def rows_of(self, stored: torch.Tensor, expert: int | None = None) -> torch.Tensor:
         """One expert's `[d_in, d_out]` of a tensor stored as the parameter is."""
-        if expert is None:
-            raise ValueError("expected the number of an expert, got none")
-        own = stored[expert]
+        own = stored[self.number(expert)]
         return select(own if self.experts.stored_as_rows else own.T, self._columns)
 
     def weight_of(self, expert: int) -> torch.Tensor:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from januslens_server.capture import Overlay, capturing, overlaid
+from januslens_server.capture import LowRank, capturing, overlaid
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.capture.taps import rows
 from januslens_server.errors import InvalidRequest
 from januslens_server.lens.losses import negative_log_likelihood
+from januslens_server.models.factors import MatrixKey
 from januslens_server.models.offload import read_parameter
+from januslens_server.models.overlays import overlays_of
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward, forward
 from januslens_server.models.views import Linear
@@ -45,7 +47,8 @@ def preview_edit(
     ids = tuple(token.id for token in prompt)
     watched = [_Watched("", ids, targets[0]), *_probes(model, spec, targets[0])]
     before = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
-    with overlaid(_overlays(model, spec, ids, targets, checkpoint)):
+    changes = _changes(model, spec, ids, targets, checkpoint)
+    with overlaid(overlays_of(model.view, changes)):
         after = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
     if not all(bool(row.isfinite().all()) for row in after):
         field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
@@ -66,16 +69,16 @@ def _probes(model: ResidentModel, spec: PreviewEditSpec, target: int) -> list[_W
     return watched
 
 
-def _overlays(
+def _changes(
     model: ResidentModel,
     spec: PreviewEditSpec,
     ids: Sequence[int],
     targets: Sequence[int],
     checkpoint: Checkpoint,
-) -> list[Overlay]:
+) -> dict[MatrixKey, LowRank]:
     if isinstance(spec.edit, DescentStep):
         return _descent(model, spec.edit, ids, targets, checkpoint)
-    return [_shift(model, spec.edit, ids, targets[0], checkpoint)]
+    return _shift(model, spec.edit, ids, targets[0], checkpoint)
 
 
 def _descent(
@@ -84,22 +87,18 @@ def _descent(
     ids: Sequence[int],
     targets: Sequence[int],
     checkpoint: Checkpoint,
-) -> list[Overlay]:
+) -> dict[MatrixKey, LowRank]:
     """`W -= learning_rate dL/dW` from the gradient's factors, L the target's NLL."""
     layers = read_layers(model, step.layers, "descent.layers")
     kinds = choose_matrices(model, step.matrices, "descent.matrices").kinds
     forced = [*ids, *targets[:-1]]
-    linears = {
-        (layer, kind): _linear(model, layer, kind, "descent.matrices")
-        for layer, kind in layer_matrices(model, layers, kinds)
+    matrices = layer_matrices(model, layers, kinds)
+    loss = negative_log_likelihood(targets)
+    factors = backward(model, forced, loss, matrices, checkpoint).factors
+    return {
+        key: LowRank(found.inputs, -step.learning_rate * found.vjps)
+        for key, found in factors.items()
     }
-    passed = backward(model, forced, negative_log_likelihood(targets), linears, checkpoint)
-    overlays = []
-    for (layer, kind), linear in linears.items():
-        factors = passed.factors[layer, kind, None]
-        change = -step.learning_rate * factors.vjps
-        overlays.append(Overlay(linear.module, linear.columns, factors.inputs.float(), change))
-    return overlays
 
 
 def _shift(
@@ -108,12 +107,16 @@ def _shift(
     ids: Sequence[int],
     target: int,
     checkpoint: Checkpoint,
-) -> Overlay:
+) -> dict[MatrixKey, LowRank]:
     """`FF2 += eta x_p^T e_t`: the paper's edit from the forward pass alone (section 7)."""
     n_layers = model.view.facts.n_layers
     if shift.layer >= n_layers:
         raise InvalidRequest("shift.layer", f"expected 0 to {n_layers - 1}, got {shift.layer}")
-    linear = _linear(model, shift.layer, MatrixKind.FF2, "shift.layer")
+    linear = model.view.blocks[shift.layer].matrices[MatrixKind.FF2]
+    if not isinstance(linear, Linear):
+        raise InvalidRequest(
+            "shift.layer", f"expected a layer with one FF2, got the experts of layer {shift.layer}"
+        )
     embeddings = read_parameter(model.view.embedding, "weight")
     width = model.view.facts.d_model
     if embeddings.shape[1] != width:  # OPT may project them
@@ -124,17 +127,8 @@ def _shift(
         forward(model, ids, (), checkpoint)
     x = rows(captured["x"])[-1:].to(model.device).float()
     embedding = embeddings[target].to(model.device).float()
-    return Overlay(linear.module, linear.columns, x, shift.eta * embedding[None])
-
-
-def _linear(model: ResidentModel, layer: int, kind: MatrixKind, field: str) -> Linear:
-    """The map to lay an edit over; experts have none of their own to lay it over."""
-    matrix = model.view.blocks[layer].matrices[kind]
-    if isinstance(matrix, Linear):
-        return matrix
-    raise InvalidRequest(
-        field, f"expected matrices of dense layers, got {kind.name} of layer {layer}'s experts"
-    )
+    change = LowRank(x, shift.eta * embedding[None])
+    return {(shift.layer, MatrixKind.FF2, None): change}
 
 
 @torch.inference_mode()
