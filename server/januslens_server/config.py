@@ -61,6 +61,7 @@ class Settings:
     max_waiting: int
     stall_seconds: float
     grace_seconds: float
+    max_connection_age_seconds: float | None
     log_level: str
 
 
@@ -179,6 +180,13 @@ OPTIONS: tuple[click.Parameter, ...] = (
         type=click.FloatRange(min=0),
         default=30.0,
         help="On SIGTERM, how long running requests may take to finish.",
+    ),
+    _option(
+        "--max-connection-age-seconds",
+        type=click.FloatRange(min=1),
+        default=None,
+        help="After which a connection takes no further calls, so that its client looks again "
+        "for servers; streams on it come to their end.",
     ),
     _option("--log-level", type=click.Choice(LOG_LEVELS), default="info"),
     click.Option(["--print-config"], is_flag=True, help="Print the settings and exit."),

@@ -16,7 +16,7 @@ from pathlib import Path
 import grpc
 from prometheus_client import start_http_server
 
-from januslens_server import telemetry
+from januslens_server import gauges, telemetry
 from januslens_server.config import Settings
 from januslens_server.models.exhaustion import in_service_terms
 from januslens_server.models.loading import ModelSource
@@ -40,21 +40,27 @@ async def serve(settings: Settings) -> None:
     loop = asyncio.get_running_loop()
     health = Health()
     worker = DeviceWorker(settings.max_waiting, in_service_terms)
-    telemetry.UNFINISHED.set_function(lambda: worker.unfinished)
+    gauges.show_requests(lambda: worker.waiting, lambda: worker.in_flight)
+    gauges.show_memory(settings.device)
 
     def observe(status: ModelStatus) -> None:
         _log_state(status)
-        telemetry.MODEL_READY.labels(status.name).set(status.state is ModelState.READY)
+        gauges.show_model(status)
         asyncio.run_coroutine_threadsafe(_update(health, registry), loop)
 
     registry = Registry(_sources(settings), self_check, observe)
     streams = DeviceStreams(worker, settings.stall_seconds)
-    server = build_server(IntrospectionService(registry, streams), health)
+    service = IntrospectionService(registry, streams)
+    server = build_server(service, health, settings.max_connection_age_seconds)
     await health.update(registry.statuses())
+    for status in registry.statuses():
+        gauges.show_model(status)
+    lag = loop.create_task(telemetry.watch_event_loop())
     await _listen(server, settings)
     loading = threading.Thread(target=registry.load_all, name="model-loader", daemon=True)
     loading.start()
     await _signalled(loop)
+    lag.cancel()
     await health.drain()
     registry.close()
     worker.refuse_new()

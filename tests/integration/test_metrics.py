@@ -1,47 +1,151 @@
-"""The metrics page: the documented names, counted by method and status alone."""
+"""The metrics page: the documented names, and numbers that follow from what was asked."""
 
 from __future__ import annotations
 
-import grpc
+import re
+from pathlib import Path
+from typing import Any
 
-from januslens.v1 import models_pb2, trace_pb2
+import grpc
+import pytest
+from prometheus_client import Metric
+
+from januslens.v1 import gradient_lens_pb2, models_pb2, trace_pb2
 from tests.support.calls import methods, prompt, refused, started
-from tests.support.metrics import page, sample
+from tests.support.metrics import page, sample, wait_until_idle
 from tests.support.server import ServerProcess
 
-DOCUMENTED = {
-    "grpc_server_started": "counter",
-    "grpc_server_handled": "counter",
-    "grpc_server_handling_seconds": "histogram",
-    "januslens_requests_unfinished": "gauge",
-    "januslens_model_ready": "gauge",
-    "process_resident_memory_bytes": "gauge",
-}
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+SERVICE = "januslens.v1.IntrospectionService"
+TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"), layers=[0, 1])
 
 
-def test_the_documented_names_are_there(server: ServerProcess) -> None:
-    types = {family.name: family.type for family in page(server)}
-    assert types.items() >= DOCUMENTED.items()
+def documented() -> set[str]:
+    """The names of docs/operations.md's table of metrics, without the ending of counters."""
+    names = re.findall(
+        r"^\| `((?:grpc_server|januslens)_\w+)`", OPERATIONS.read_text(), re.MULTILINE
+    )
+    return {name.removesuffix("_total") for name in names}
 
 
-def test_a_ready_model_is_1(server: ServerProcess) -> None:
-    assert sample(server, "januslens_model_ready", model="demo") == 1.0
+def rpc(method: str) -> dict[str, str]:
+    kind = "server_stream" if methods()[method].server_streaming else "unary"
+    return {"grpc_type": kind, "grpc_service": SERVICE, "grpc_method": method}
 
 
-def test_calls_are_counted_by_method_and_status(
-    server: ServerProcess, channel: grpc.Channel
+def trace(channel: grpc.Channel) -> list[trace_pb2.TraceResponse]:
+    return list(started(channel, "Trace", TRACE))
+
+
+class Growth:
+    """How much each sample has grown since the start."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self._server = server
+        self._before = _samples(page(server))
+
+    def of(self, name: str, **labels: str) -> float:
+        key = name, frozenset(labels.items())
+        return _samples(page(self._server)).get(key, 0.0) - self._before.get(key, 0.0)
+
+
+def _samples(families: list[Metric]) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    return {
+        (found.name, frozenset(found.labels.items())): float(found.value)
+        for family in families
+        for found in family.samples
+    }
+
+
+@pytest.fixture
+def growth(server: ServerProcess) -> Growth:
+    wait_until_idle(server)
+    return Growth(server)
+
+
+def test_the_page_has_what_is_documented_and_nothing_else(server: ServerProcess) -> None:
+    ours = {f.name for f in page(server) if f.name.startswith(("grpc_server_", "januslens_"))}
+    assert ours == documented()
+
+
+def test_series_start_at_0_for_every_method_and_code(server: ServerProcess) -> None:
+    """A rate cannot see the step from no series to the first failure."""
+    (handled,) = (f for f in page(server) if f.name == "grpc_server_handled")
+    seen = {(s.labels["grpc_method"], s.labels["grpc_code"]) for s in handled.samples}
+    assert seen >= {(method, code.name) for method in methods() for code in grpc.StatusCode}
+
+
+def test_a_ready_model_is_ready_and_nothing_else(server: ServerProcess) -> None:
+    states = {
+        state: sample(server, "januslens_model_state", model="demo", state=state)
+        for state in ("LOADING", "READY", "FAILED")
+    }
+    assert states == {"LOADING": 0.0, "READY": 1.0, "FAILED": 0.0}
+
+
+def test_refusals_are_counted_by_method_status_and_reason(
+    growth: Growth, channel: grpc.Channel
 ) -> None:
-    def counts() -> tuple[float, float, float]:
-        labels = {"grpc_method": "Tokenize", "grpc_code": "NOT_FOUND"}
-        return (
-            sample(server, "grpc_server_started_total", grpc_method="Tokenize"),
-            sample(server, "grpc_server_handled_total", **labels),
-            sample(server, "grpc_server_handling_seconds_count", grpc_method="Tokenize"),
-        )
-
-    before = counts()
     refused(channel, "Tokenize", models_pb2.TokenizeRequest(model="nobody", text="x"))
-    assert counts() == tuple(count + 1 for count in before)
+    labels = rpc("Tokenize")
+    assert growth.of("grpc_server_started_total", **labels) == 1
+    assert growth.of("grpc_server_handled_total", **labels, grpc_code="NOT_FOUND") == 1
+    assert growth.of("grpc_server_handling_seconds_count", **labels) == 1
+    assert growth.of("januslens_rejected_total", reason="MODEL_NOT_FOUND") == 1
+    assert growth.of("grpc_server_msg_sent_total", **labels) == 0
+
+
+def test_a_stream_counts_its_messages_and_bytes(growth: Growth, channel: grpc.Channel) -> None:
+    received = trace(channel)
+    assert growth.of("grpc_server_msg_sent_total", **rpc("Trace")) == len(received)
+    sizes = sum(message.ByteSize() for message in received)
+    assert growth.of("januslens_stream_bytes_total", grpc_method="Trace") == sizes
+    assert growth.of("januslens_write_stall_seconds_count") == len(received)
+    assert growth.of("januslens_first_message_seconds_count", grpc_method="Trace") == 1
+    first = growth.of("januslens_first_message_seconds_sum", grpc_method="Trace")
+    assert 0 < first <= growth.of("grpc_server_handling_seconds_sum", **rpc("Trace"))
+
+
+def test_one_answer_is_one_message(growth: Growth, channel: grpc.Channel) -> None:
+    answer = started(channel, "ListModels", models_pb2.ListModelsRequest()).result()
+    assert growth.of("grpc_server_msg_sent_total", **rpc("ListModels")) == 1
+    sent = growth.of("januslens_stream_bytes_total", grpc_method="ListModels")
+    assert sent == answer.ByteSize()
+
+
+def test_a_trace_counts_its_tokens_and_vectors(growth: Growth, channel: grpc.Channel) -> None:
+    header, *layers, _ = trace(channel)
+    tokens = len(header.header.prompt_tokens)
+    assert growth.of("januslens_tokens_total", model="demo") == tokens
+    shown = sum(node.HasField("projection") for m in layers for node in m.layer.nodes)
+    # The model's own prediction, and that of the target, are read beside the nodes.
+    assert growth.of("januslens_vectors_projected_total") >= shown + 2 > 10
+
+
+def test_stages_are_those_of_the_answer(growth: Growth, channel: grpc.Channel) -> None:
+    *_, summary = trace(channel)
+    for stage in summary.summary.times:
+        spent = growth.of("januslens_stage_seconds_sum", rpc="Trace", stage=stage.stage)
+        assert spent == pytest.approx(stage.seconds, rel=1e-6)
+    stages = sum(stage.seconds for stage in summary.summary.times)
+    assert growth.of("januslens_busy_seconds_total") >= stages > 0
+    assert growth.of("januslens_queue_seconds_count") == 1
+
+
+def test_the_loop_s_lag_is_measured_all_the_time(server: ServerProcess) -> None:
+    samples = sample(server, "januslens_event_loop_lag_seconds_count")
+    assert samples > 0
+
+
+def test_the_cpu_s_memory_is_known_by_kind(server: ServerProcess) -> None:
+    kinds = ("allocated", "available", "total")
+    allocated, available, total = (
+        sample(server, "januslens_device_memory_bytes", device="cpu", kind=kind) for kind in kinds
+    )
+    resident = sample(server, "process_resident_memory_bytes")
+    assert allocated == pytest.approx(resident, rel=0.05)
+    assert 0 < available < total
+    assert allocated < total
 
 
 def test_no_text_of_a_caller_becomes_a_label(server: ServerProcess, channel: grpc.Channel) -> None:
@@ -49,7 +153,15 @@ def test_no_text_of_a_caller_becomes_a_label(server: ServerProcess, channel: grp
     refused(channel, "Tokenize", models_pb2.TokenizeRequest(model="mallory-1", text="mallory-2"))
     request = trace_pb2.TraceRequest(input=prompt("Japan"), layers=[0])
     list(started(channel, "Trace", request, metadata=(("x-request-id", "mallory-3"),)))
-    samples = [found for family in page(server) for found in family.samples]
-    assert not any("mallory" in str(found) for found in samples)
-    named = {found.labels["grpc_method"] for found in samples if "grpc_method" in found.labels}
-    assert named <= set(methods()) | {"Check", "Watch"}
+    before = _series(server)
+    unknown: Any = channel.unary_unary(f"/{SERVICE}/Mallory4")
+    with pytest.raises(grpc.RpcError):
+        unknown(b"", timeout=10)
+    gradient = gradient_lens_pb2.GradientLensRequest(model="mallory-5")
+    refused(channel, "GradientLens", gradient)
+    assert _series(server) == before
+    assert not any("mallory" in str(series).lower() for series in before)
+
+
+def _series(server: ServerProcess) -> set[tuple[str, frozenset[tuple[str, str]]]]:
+    return set(_samples(page(server)))

@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from januslens.v1 import models_pb2, service_pb2_grpc, trace_pb2
 from tests.support.calls import long_trace, prompt, refusal, refused, started
-from tests.support.metrics import sample, wait_until_idle
+from tests.support.metrics import unfinished, wait_until_idle
 from tests.support.server import ServerProcess, running_server
 
 Stub = service_pb2_grpc.IntrospectionServiceStub
@@ -40,7 +40,7 @@ def test_others_are_served_while_a_reader_stalls(
     """The device turns to others only once the stalled stream is set aside."""
     for _ in range(3):
         assert list(stub.Trace(SHORT))[-1].HasField("summary")
-    assert sample(server, "januslens_requests_unfinished") == 1
+    assert unfinished(server) == 1
     assert stalled.is_active()
 
 
@@ -100,7 +100,7 @@ def test_a_full_queue_refuses_at_once_and_keeps_health(impatient: ServerProcess)
     wait_until_idle(impatient)
     with grpc.insecure_channel(impatient.address) as channel:
         calls = [started(channel, "Trace", long_trace(40)) for _ in range(2)]
-        while sample(impatient, "januslens_requests_unfinished") < 2:
+        while unfinished(impatient) < 2:
             time.sleep(0.01)
         began = time.monotonic()
         answer = refused(channel, "Trace", SHORT)

@@ -11,8 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from januslens_server.errors import ModelFailed
+from januslens_server.models.device_memory import used_bytes, watched_devices
 from januslens_server.models.loading import load
-from januslens_server.models.memory import WORKING_BYTES, available, free_memory, needed
+from januslens_server.models.memory import (
+    WORKING_BYTES,
+    available,
+    free_memory,
+    needed,
+    total_memory,
+)
 from tests.architectures.cases import CASES, Case
 from tests.loading.folders import room_for, saved, weight_bytes
 
@@ -90,6 +97,7 @@ def test_a_container_bounds_what_the_machine_has(tmp_path: Path) -> None:
     (group / "memory.current").write_text("900000\n")
     (group / "memory.stat").write_text("anon 500000\ninactive_file 300000\nactive_file 0\n")
     assert free_memory(machine, group) == 2_000_000 - 900_000 + 300_000
+    assert total_memory(machine, group) == 2_000_000
     assert free_memory(tmp_path / "absent", tmp_path / "absent") is None
 
 
@@ -97,3 +105,25 @@ def test_a_full_container_has_nothing_left(tmp_path: Path) -> None:
     for name, text in {"max": "10", "current": "20", "stat": "inactive_file 0"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
     assert free_memory(tmp_path / "absent", tmp_path) == 0
+
+
+def test_a_machine_without_containers_has_its_own_total(tmp_path: Path) -> None:
+    machine = tmp_path / "meminfo"
+    machine.write_text("MemTotal: 4000 kB\nMemAvailable: 3000 kB\n")
+    assert total_memory(machine, tmp_path / "absent") == 4000 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_s_memory_is_known_by_kind() -> None:
+    assert watched_devices("auto")[:2] == ["cpu", "cuda:0"]
+    before = used_bytes("cuda:0", "allocated")
+    kept = torch.zeros(2**20, device="cuda:0")
+    assert used_bytes("cuda:0", "allocated") - before == kept.numel() * 4
+    assert used_bytes("cuda:0", "reserved") >= used_bytes("cuda:0", "allocated")
+    assert 0 < used_bytes("cuda:0", "available") < used_bytes("cuda:0", "total")
+
+
+def test_a_cpu_server_leaves_gpus_alone() -> None:
+    """Asking a GPU for its memory takes some of it."""
+    assert watched_devices("cpu") == ["cpu"]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from januslens_server import telemetry
 from januslens_server.lens.head import LensHead
 from januslens_server.results import Floats, ProjectionTable
 from januslens_server.specs import LensKind, LensSpec
@@ -53,6 +54,7 @@ def project(
     """
     if targets is None:
         targets = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
+    telemetry.VECTORS_PROJECTED.inc(len(vectors))
     projected = (vectors != 0).any(-1)
     chunks = [
         read_logits(head, head.logits(rows), spec, targets[where])

@@ -78,23 +78,37 @@ def _free(device: torch.device) -> int | None:
 
 def free_memory(memory_info: Path, cgroup: Path) -> int | None:
     """What Linux has for new allocations, or the container's limit leaves if that is less."""
-    found = (_of_machine(memory_info), _of_container(cgroup))
+    found = (_of_machine(memory_info, "MemAvailable"), _of_container(cgroup))
     return min((memory for memory in found if memory is not None), default=None)
 
 
-def _of_machine(memory_info: Path) -> int | None:
+def total_memory(memory_info: Path, cgroup: Path) -> int | None:
+    """What the machine has, or the container's limit if that is less."""
+    found = (_of_machine(memory_info, "MemTotal"), _limit_of_container(cgroup))
+    return min((memory for memory in found if memory is not None), default=None)
+
+
+def _of_machine(memory_info: Path, entry: str) -> int | None:
     if not memory_info.is_file():  # no Linux
         return None
     values = dict(line.split(":", 1) for line in memory_info.read_text().splitlines())
-    return int(values["MemAvailable"].split()[0]) * 1024
+    return int(values[entry].split()[0]) * 1024
+
+
+def _limit_of_container(cgroup: Path) -> int | None:
+    """The limit of a version 2 cgroup."""
+    limit = cgroup / "memory.max"
+    if not limit.is_file() or limit.read_text().strip() == "max":
+        return None
+    return int(limit.read_text())
 
 
 def _of_container(cgroup: Path) -> int | None:
-    """What a version 2 cgroup leaves; pages of files that nobody uses are given back at need."""
-    limit = cgroup / "memory.max"
-    if not limit.is_file() or limit.read_text().strip() == "max":
+    """What the limit leaves; pages of files that nobody uses are given back at need."""
+    limit = _limit_of_container(cgroup)
+    if limit is None:
         return None
     statistics = (cgroup / "memory.stat").read_text().split()
     reclaimable = int(statistics[statistics.index("inactive_file") + 1])
     used = int((cgroup / "memory.current").read_text()) - reclaimable
-    return max(0, int(limit.read_text()) - used)
+    return max(0, limit - used)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from januslens_server import telemetry
 from januslens_server.capture import End, LayerActivations, Tap, capturing
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.capture.taps import rows
@@ -163,6 +164,7 @@ def _leaf_at(embedding: nn.Module) -> Iterator[None]:
 
 
 def _run(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
+    telemetry.TOKENS.labels(model.name).inc(len(ids))
     logits: torch.Tensor = model.network(input_ids=_batch(model, ids), use_cache=False).logits
     return logits
 

@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from januslens_server import telemetry
 from januslens_server.results import StageTime
 
 
 class StageClock:
     """Adds up wall-clock seconds under each stage's name, in order of first use."""
 
-    def __init__(self) -> None:
+    def __init__(self, rpc: str) -> None:
+        """`rpc` is whose stages these are, for metrics."""
+        self._rpc = rpc
         self._seconds: dict[str, float] = {}
 
     @contextmanager
@@ -24,6 +27,7 @@ class StageClock:
         finally:
             spent = time.perf_counter() - started
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
+            telemetry.STAGE_SECONDS.labels(self._rpc, name).observe(spent)
 
     def times(self) -> tuple[StageTime, ...]:
         """The stages so far."""

@@ -39,7 +39,7 @@ def gradient_lens(
     and whatever `checkpoint` raises: before every block forward, at every matrix backward, and
     before every matrix's projection.
     """
-    clock = StageClock()
+    clock = StageClock("GradientLens")
     with clock.stage("tokenize"):
         objective = read_objective(model, spec)
         layers = read_layers(model, spec.layers)

@@ -30,7 +30,7 @@ def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iter
     raw vectors, before anything is computed, and whatever `checkpoint` raises, before every block
     of the forward pass and every layer.
     """
-    clock = StageClock()
+    clock = StageClock("Trace")
     with clock.stage("tokenize"):
         tokens = read_prompt(model, spec.prompt)
         layers = read_layers(model, spec.layers)

@@ -14,6 +14,7 @@ import grpc
 from januslens_server import telemetry
 from januslens_server.errors import IntrospectionError
 from januslens_server.rpc.callers import Context, caller_of
+from januslens_server.rpc.measures import SERVICE_NAME, rpc_labels
 from januslens_server.rpc.status import DETAILS_KEY, code_of, status_of
 
 logger = logging.getLogger(__name__)
@@ -30,16 +31,17 @@ class Call:
     is swallowed, an error always ends the call.
     """
 
-    def __init__(self, method: str, context: Context) -> None:
-        """`method` is the RPC's name, for metrics and logs."""
-        self._method = method
+    def __init__(self, method: str, context: Context, service: str = SERVICE_NAME) -> None:
+        """`method` is the RPC's name and `service` whose it is, for metrics and logs."""
+        self.method = method
+        self._labels = rpc_labels(service, method)
         self.context = context
         self.request_id = _request_id(context)
         self.caller = caller_of(context)
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
 
     async def __aenter__(self) -> Self:
-        telemetry.STARTED.labels(self._method).inc()
+        telemetry.STARTED.labels(*self._labels).inc()
         await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
         return self
 
@@ -58,7 +60,9 @@ class Call:
             self._end(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
 
     async def _abort(self, error: Exception) -> NoReturn:
-        if not isinstance(error, IntrospectionError):
+        if isinstance(error, IntrospectionError):
+            telemetry.REJECTED.labels(error.reason).inc()
+        else:
             logger.error("request %s met a bug", self.request_id, exc_info=error)
         status = status_of(error, self.request_id)
         code = code_of(status)
@@ -67,10 +71,10 @@ class Call:
         await self.context.abort(code, status.message, trailing_metadata=details)
 
     def _end(self, code: grpc.StatusCode) -> None:
-        seconds = time.perf_counter() - self._started
-        telemetry.HANDLED.labels(self._method, code.name).inc()
-        telemetry.HANDLING_SECONDS.labels(self._method).observe(seconds)
-        logger.info("%s %s %s %.3f s", self.request_id, self._method, code.name, seconds)
+        seconds = time.perf_counter() - self.started
+        telemetry.HANDLED.labels(*self._labels, code.name).inc()
+        telemetry.HANDLING_SECONDS.labels(*self._labels).observe(seconds)
+        logger.info("%s %s %s %.3f s", self.request_id, self.method, code.name, seconds)
 
 
 def _request_id(context: Context) -> str:

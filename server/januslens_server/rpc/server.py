@@ -6,12 +6,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from januslens.v1 import service_pb2, service_pb2_grpc
+from januslens.v1 import service_pb2_grpc
+from januslens_server.rpc import measures
 from januslens_server.rpc.health import Health
+from januslens_server.rpc.measures import SERVICE_NAME
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.wire import WireFormat
-
-SERVICE_NAME = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"].full_name
 
 OPTIONS = (
     # Without this a second server on the same port would silently share its calls.
@@ -22,9 +22,19 @@ OPTIONS = (
 )
 
 
-def build_server(service: IntrospectionService, health_service: Health) -> grpc.aio.Server:
-    """Introspection, health and reflection, not yet listening."""
-    server = grpc.aio.server(interceptors=[WireFormat()], options=OPTIONS)
+def build_server(
+    service: IntrospectionService, health_service: Health, max_connection_age: float | None = None
+) -> grpc.aio.Server:
+    """Introspection, health and reflection, not yet listening.
+
+    A connection older than `max_connection_age` seconds takes no further calls; those that run on
+    it come to their end.
+    """
+    measures.declare()
+    options = [*OPTIONS]
+    if max_connection_age is not None:
+        options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))
+    server = grpc.aio.server(interceptors=[WireFormat()], options=options)
     service_pb2_grpc.add_IntrospectionServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

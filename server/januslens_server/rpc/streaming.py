@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from januslens_server.errors import ReaderStalled, RequestCancelled
 from januslens_server.rpc.callers import Context
 from januslens_server.rpc.calls import Call
+from januslens_server.rpc.measures import StreamMeter
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
@@ -80,10 +81,12 @@ class DeviceStreams:
 
         Raises `ReaderStalled` if the caller does not read.
         """
+        meter = StreamMeter(call.method, call.started)
         async with aclosing(self.results(run, call)) as results:
             async for result in results:
                 for message in await asyncio.to_thread(_encoded, encode, result):
-                    await self._write(message, call.context)
+                    with meter.message():
+                        await self._write(message, call.context)
 
     async def _write(self, message: Message, context: Context) -> None:
         # Not `wait_for`: cancelled, a blocked write fails with an error of its own, which would

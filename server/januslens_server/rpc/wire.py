@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from januslens_server.errors import InvalidRequest
 from januslens_server.rpc.callers import Context
 from januslens_server.rpc.calls import Call
+from januslens_server.rpc.measures import SERVICE_NAME, Serializer, measured
 
 Deserializer = Callable[[bytes], Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -36,15 +37,17 @@ class WireFormat(grpc.aio.ServerInterceptor):
         handler = await continuation(details)
         if handler is None or handler.request_streaming:
             return handler
-        name = details.method.rpartition("/")[2]
+        service, _, name = details.method[1:].partition("/")
         parse = _tolerant(handler.request_deserializer)
-        serialize = partial(handler.response_serializer, deterministic=True)
+        serialize: Serializer = partial(handler.response_serializer, deterministic=True)
+        if service == SERVICE_NAME:
+            serialize = measured(serialize, name)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
-                _refusing(name, handler.unary_stream), parse, serialize
+                _refusing(service, name, handler.unary_stream), parse, serialize
             )
         return grpc.unary_unary_rpc_method_handler(
-            _refusing(name, handler.unary_unary), parse, serialize
+            _refusing(service, name, handler.unary_unary), parse, serialize
         )
 
 
@@ -58,10 +61,10 @@ def _tolerant(parse: Deserializer) -> Deserializer:
     return tolerant
 
 
-def _refusing(name: str, answer: Behaviour) -> Any:
+def _refusing(service: str, name: str, answer: Behaviour) -> Any:
     async def refusing(request: Any, context: Context) -> Any:
         if request is _MALFORMED:
-            async with Call(name, context):
+            async with Call(name, context, service):
                 raise InvalidRequest("request", f"expected a message of {name}, got other bytes")
         return await answer(request, context)
 

@@ -10,9 +10,10 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from januslens_server import telemetry
 from januslens_server.errors import QueueFull, ServerDraining
 from januslens_server.scheduling.fair_queue import FairQueue
 from januslens_server.scheduling.outlet import Outlet
@@ -34,6 +35,7 @@ class _Job:
     steps: Iterator[Any]
     outlet: Outlet[Any]
     ticket: Ticket
+    admitted: float = field(default_factory=time.monotonic)
     started: bool = False
     spent: float = 0.0
 
@@ -70,6 +72,18 @@ class DeviceWorker:
     def unfinished(self) -> int:
         """Requests admitted and not yet ended: waiting, running, or set aside."""
         return len(self._unfinished)
+
+    @property
+    def waiting(self) -> int:
+        """Requests admitted that have not had a turn yet."""
+        with self._changed:
+            return sum(not job.started for job in self._unfinished)
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that run or are set aside."""
+        with self._changed:
+            return sum(job.started for job in self._unfinished)
 
     def submit(
         self, run: Callable[[Checkpoint], Iterator[T]], outlet: Outlet[T], ticket: Ticket
@@ -162,13 +176,16 @@ class DeviceWorker:
 
     def _step(self, job: _Job) -> Any:
         """The job's next result, charged to its caller."""
-        job.started = True
         began = time.monotonic()
+        if not job.started:
+            job.started = True
+            telemetry.QUEUE_SECONDS.observe(began - job.admitted)
         try:
             return next(job.steps)
         finally:
             seconds = time.monotonic() - began
             job.spent += seconds
+            telemetry.BUSY_SECONDS.inc(seconds)
             with self._changed:
                 self._ready.charge(job.ticket.caller, seconds)
 
