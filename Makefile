@@ -27,7 +27,7 @@ demo: $(SETUP) ## Start the server, trace and gradient-lens the running example,
 	@$(BIN)/python -m januslens_server.quickstart
 
 test: $(SETUP) ## Run the tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: $(SETUP) check-stubs ## Lint, check formatting, types, imports, the contract and its stubs
 	$(BIN)/ruff check

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 # Before torch is imported anywhere: deterministic sums, and no spinning beside the server's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Output as wide as into a file, whatever terminal the tests were started from.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 
