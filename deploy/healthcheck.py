@@ -1,7 +1,7 @@
 """The image's health check: ends with 0 if the server of this container is ready, else with 1.
 
 It finds the server as the server itself does, from environment and configuration file; flags
-given to the server are out of its sight.
+given to the server are out of its sight. Where the server speaks TLS it asks the health port.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ TIMEOUT_SECONDS = 5
 def main() -> None:
     """Ask for `januslens.ready`; an answer other than SERVING is printed."""
     settings = read_settings([])
-    address = f"{settings.host}:{settings.port}"
+    encrypted = settings.tls_certificate is not None
+    if encrypted and settings.health_port is None:
+        raise SystemExit("expected a health_port beside TLS; without one nobody can check")
+    port = settings.port if settings.health_port is None else settings.health_port
+    address = f"{settings.host}:{port}"
     request = health_pb2.HealthCheckRequest(service=READY)
     # A proxy from the environment is for model downloads, not for our own port.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:

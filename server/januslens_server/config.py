@@ -6,6 +6,7 @@ A setting comes from its flag, else from `JANUSLENS_<NAME>`, else from the YAML 
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -14,6 +15,9 @@ from typing import Any
 
 import click
 import yaml
+
+from januslens_server.access.callers import NAME
+from januslens_server.access.tokens import digest, new_token
 
 ENVIRONMENT_PREFIX = "JANUSLENS"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -51,6 +55,12 @@ class Settings:
 
     host: str
     port: int
+    tls_certificate: str | None
+    tls_key: str | None
+    tls_client_ca: str | None
+    health_port: int | None
+    callers: str | None
+    insecure: bool
     metrics_host: str
     metrics_port: int
     models: tuple[ModelSetting, ...]
@@ -122,15 +132,60 @@ def _read_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -
     ctx.default_map = {name: value for name, value in values.items() if value is not None}
 
 
+def _make_token(_ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
+    """Print a token once, and what the file of callers keeps of it; then end."""
+    if name is None:
+        return
+    if not NAME.fullmatch(name):
+        raise click.BadParameter(f"expected 1 to 64 letters, digits, _ . : -, got {name!r}")
+    token = new_token()
+    entry = {"callers": [{"name": name, "tokens": [{"sha256": digest(token).hex()}]}]}
+    click.echo(token)
+    click.echo(yaml.safe_dump(entry, sort_keys=False), err=True, nl=False)
+    raise SystemExit(0)
+
+
 def _option(*names: str, **attributes: Any) -> click.Option:
     return click.Option(names, **attributes)
 
 
 PORT = click.IntRange(0, 65535)
+FILE = click.Path(exists=True, dir_okay=False)
 
 OPTIONS: tuple[click.Parameter, ...] = (
     _option("--host", default="127.0.0.1", help="Address to serve on."),
     _option("--port", type=PORT, default=50051, help="gRPC port; 0 picks a free one."),
+    _option(
+        "--tls-certificate",
+        type=FILE,
+        default=None,
+        help="PEM file: the server's certificate and its chain. Read again on change.",
+    ),
+    _option("--tls-key", type=FILE, default=None, help="PEM file: the certificate's private key."),
+    _option(
+        "--tls-client-ca",
+        type=FILE,
+        default=None,
+        help="PEM file: callers must show a certificate that one of these has signed.",
+    ),
+    _option(
+        "--health-port",
+        type=PORT,
+        default=None,
+        help="Answer health alone, in plaintext, on this port too; 0 picks a free one.",
+    ),
+    _option(
+        "--callers",
+        type=FILE,
+        default=None,
+        help="YAML file of callers, their tokens' hashes, scopes and quotas. Read again on change.",
+    ),
+    _option(
+        "--insecure",
+        is_flag=True,
+        default=False,
+        help="Serve beyond loopback without TLS or without authentication.",
+    ),
     _option("--metrics-host", default="127.0.0.1", help="Address of the metrics page."),
     _option("--metrics-port", type=PORT, default=9464, help="Prometheus port; 0: free one."),
     _option(
@@ -189,6 +244,14 @@ OPTIONS: tuple[click.Parameter, ...] = (
         "for servers; streams on it come to their end.",
     ),
     _option("--log-level", type=click.Choice(LOG_LEVELS), default="info"),
+    click.Option(
+        ["--make-token"],
+        metavar="NAME",
+        expose_value=False,
+        is_eager=True,
+        callback=_make_token,
+        help="Print a new token for this caller, and on standard error its entry in --callers.",
+    ),
     click.Option(["--print-config"], is_flag=True, help="Print the settings and exit."),
     click.Option(
         ["--config"],
@@ -220,10 +283,44 @@ def _from_options(print_config: bool, **values: Any) -> Settings:
     names = [model.name for model in settings.models]
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
         raise click.BadParameter(f"expected a name of its own for each model, got {twice[0]} twice")
+    _check_exposure(settings)
     if print_config:
         click.echo(as_yaml(settings), nl=False)
         raise SystemExit(0)
     return settings
+
+
+def _check_exposure(settings: Settings) -> None:
+    """Refuse half a TLS configuration, and to be open to the network by accident."""
+    if (settings.tls_certificate is None) != (settings.tls_key is None):
+        raise click.UsageError("expected --tls-certificate and --tls-key together, got one of them")
+    encrypted = settings.tls_certificate is not None
+    if settings.tls_client_ca is not None and not encrypted:
+        raise click.UsageError("expected --tls-certificate with --tls-client-ca, got none")
+    known = settings.callers is not None or settings.tls_client_ca is not None
+    if settings.insecure or (encrypted and known) or _is_loopback(settings.host):
+        return
+    missing = " and ".join(
+        what
+        for what, given in (
+            ("--tls-certificate", encrypted),
+            ("--callers or --tls-client-ca", known),
+        )
+        if not given
+    )
+    raise click.UsageError(
+        f"expected {missing} to serve beyond loopback on {settings.host}; "
+        "--insecure serves whoever reaches the port"
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name, which may stand for any address
+        return False
 
 
 def as_yaml(settings: Settings) -> str:

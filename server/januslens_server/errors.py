@@ -6,6 +6,8 @@ The tree (the `rpc` package alone knows which gRPC status each becomes)::
     |-- InvalidRequest          the caller must change the request
     |-- LimitExceeded           it asks for more than the server gives to one request
     |-- ModelNotFound           no such model, or another revision than asked for
+    |-- Unauthenticated         nobody that this server knows asks
+    |-- PermissionDenied        the caller may not ask this
     |-- ModelFailed             the model did not load or did not pass its self-check
     |-- TryLater                nothing is wrong with the request
     |   |-- ModelLoading
@@ -58,6 +60,18 @@ class ModelNotFound(IntrospectionError):
     """No resident model has this name or this revision."""
 
     reason = "MODEL_NOT_FOUND"
+
+
+class Unauthenticated(IntrospectionError):
+    """The request shows no token, or none of a caller of this server."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDenied(IntrospectionError):
+    """The caller is known, and this RPC or this model is not in its scope."""
+
+    reason = "PERMISSION_DENIED"
 
 
 class ModelFailed(IntrospectionError):

@@ -17,6 +17,7 @@ import grpc
 from prometheus_client import start_http_server
 
 from januslens_server import gauges, telemetry
+from januslens_server.access.directory import CallersFile
 from januslens_server.config import Settings
 from januslens_server.models.exhaustion import in_service_terms
 from januslens_server.models.loading import ModelSource
@@ -24,9 +25,11 @@ from januslens_server.models.registry import Registry, embedded_source
 from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.results import ModelState, ModelStatus
 from januslens_server.rpc.health import Health, is_ready
-from januslens_server.rpc.server import build_server
+from januslens_server.rpc.methods import RPCS
+from januslens_server.rpc.server import build_health_server, build_server
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.streaming import DeviceStreams
+from januslens_server.rpc.tls import CertificateFiles
 from januslens_server.scheduling.worker import DeviceWorker
 
 logger = logging.getLogger("januslens_server")
@@ -50,21 +53,23 @@ async def serve(settings: Settings) -> None:
 
     registry = Registry(_sources(settings), self_check, observe)
     streams = DeviceStreams(worker, settings.stall_seconds)
-    service = IntrospectionService(registry, streams)
-    server = build_server(service, health, settings.max_connection_age_seconds)
+    service, callers = IntrospectionService(registry, streams), _callers(settings)
+    server = build_server(service, health, settings.max_connection_age_seconds, callers)
     await health.update(registry.statuses())
     for status in registry.statuses():
         gauges.show_model(status)
     lag = loop.create_task(telemetry.watch_event_loop())
-    await _listen(server, settings)
+    health_server = await _listen(server, health, settings)
     loading = threading.Thread(target=registry.load_all, name="model-loader", daemon=True)
     loading.start()
-    await _signalled(loop)
+    await _signalled(loop, callers)
     lag.cancel()
     await health.drain()
     registry.close()
     worker.refuse_new()
     await _finish(server, streams, settings.grace_seconds)
+    if health_server is not None:
+        await health_server.stop(0)
 
 
 def _sources(settings: Settings) -> list[ModelSource]:
@@ -82,14 +87,51 @@ def _sources(settings: Settings) -> list[ModelSource]:
     ]
 
 
-async def _listen(server: grpc.aio.Server, settings: Settings) -> None:
+def _callers(settings: Settings) -> CallersFile | None:
+    if settings.callers is None:
+        return None
+    try:
+        return CallersFile(settings.callers, RPCS)
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot serve: {error}") from error
+
+
+async def _listen(
+    server: grpc.aio.Server, health: Health, settings: Settings
+) -> grpc.aio.Server | None:
+    """Open all ports; gives the server of the health port, if there is to be one."""
     _check_free(settings.host, settings.port)
     _check_free(settings.metrics_host, settings.metrics_port)
-    port = server.add_insecure_port(f"{settings.host}:{settings.port}")
+    port = _add_port(server, settings)
     metrics, _ = start_http_server(settings.metrics_port, settings.metrics_host)
+    health_server = await _listen_for_health(health, settings)
     await server.start()
     logger.info("serving on %s:%d", settings.host, port)
     logger.info("metrics on http://%s:%d/metrics", settings.metrics_host, metrics.server_port)
+    return health_server
+
+
+def _add_port(server: grpc.aio.Server, settings: Settings) -> int:
+    address = f"{settings.host}:{settings.port}"
+    certificate, key = settings.tls_certificate, settings.tls_key
+    if certificate is None or key is None:
+        return server.add_insecure_port(address)
+    files = CertificateFiles(certificate, key, settings.tls_client_ca)
+    try:
+        return server.add_secure_port(address, files.credentials())
+    except OSError as error:
+        raise OSError(f"cannot serve: {error}") from error
+
+
+async def _listen_for_health(health: Health, settings: Settings) -> grpc.aio.Server | None:
+    if settings.health_port is None:
+        return None
+    _check_free(settings.host, settings.health_port)
+    server = build_health_server(health)
+    port = server.add_insecure_port(f"{settings.host}:{settings.health_port}")
+    await server.start()
+    logger.info("health on %s:%d", settings.host, port)
+    return server
 
 
 def _check_free(host: str, port: int) -> None:
@@ -124,8 +166,10 @@ async def _update(health: Health, registry: Registry) -> None:
         logger.info("ready")
 
 
-async def _signalled(loop: asyncio.AbstractEventLoop) -> None:
+async def _signalled(loop: asyncio.AbstractEventLoop, callers: CallersFile | None) -> None:
+    """Until the process is to end; SIGHUP reads the callers anew."""
     stop = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, (lambda: None) if callers is None else callers.reload)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     await stop.wait()

@@ -13,7 +13,7 @@ from januslens_server import telemetry
 from januslens_server.config import ENVIRONMENT_PREFIX, _settings_command
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
-ABOUT_SETTINGS = {"config", "print_config"}
+ABOUT_SETTINGS = {"config", "make_token", "print_config"}
 
 
 def rows(first_heading: str) -> list[list[str]]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 SERVING = re.compile(r"serving on (\S+:\d+)")
+HEALTH = re.compile(r"health on (\S+:\d+)")
 METRICS = re.compile(r"metrics on (\S+)")
 START_SECONDS = 60
 
@@ -31,6 +32,10 @@ class ServerProcess:
     @property
     def address(self) -> str:
         return self._found(SERVING)
+
+    @property
+    def health_address(self) -> str:
+        return self._found(HEALTH)
 
     @property
     def metrics_url(self) -> str:

@@ -35,10 +35,10 @@ def test_flag_before_environment_before_file_before_default(
 ) -> None:
     file.write_text("port: 1\nhost: file\nmetrics_host: file\n")
     monkeypatch.setenv("JANUSLENS_PORT", "2")
-    monkeypatch.setenv("JANUSLENS_HOST", "environment")
+    monkeypatch.setenv("JANUSLENS_HOST", "127.0.0.2")
     settings = read_settings(["--config", str(file), "--port", "3"])
     assert settings.port == 3
-    assert settings.host == "environment"
+    assert settings.host == "127.0.0.2"
     assert settings.metrics_host == "file"
     assert settings.metrics_port == 9464
 
@@ -74,6 +74,8 @@ def test_a_local_folder_is_read_as_a_shell_reads_it(
 
 ODD = [
     "--host=0.0.0.0",
+    "--insecure",
+    "--health-port=8081",
     "--port=0",
     f"--model=a={model_path()}",
     "--model=b=org/b@v1.0",
@@ -130,6 +132,11 @@ WRONG_FLAGS = {
     "no home": (["--model", "a=~/absent"], "got '~/absent'"),
     "no size": (["--max-memory", "cpu=lots"], "expected DEVICE=SIZE"),
     "name twice": (["--model", "a=x/y", "--model", "a=x/z"], "got a twice"),
+    "no certificate": (["--tls-certificate", "absent.pem"], "'absent.pem' does not exist"),
+    "no callers": (["--callers", "absent.yaml"], "'absent.yaml' does not exist"),
+    "open": (["--host", "0.0.0.0"], "--tls-certificate and --callers or --tls-client-ca to serve"),  # noqa: S104 - refused
+    "open, IPv6": (["--host", "[::]"], "to serve beyond loopback on [::]; --insecure serves"),
+    "open by name": (["--host", "example.org"], "to serve beyond loopback on example.org"),
     "no file": (["--config", "absent.yaml"], "No such file or directory"),
 }
 
@@ -138,6 +145,36 @@ WRONG_FLAGS = {
 def test_a_wrong_flag_ends_with_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     flags, said = WRONG_FLAGS[name]
     assert said in complaint(flags, capsys)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "[::1]", "::1", "localhost"])
+def test_loopback_needs_neither_tls_nor_callers(host: str) -> None:
+    assert read_settings(["--host", host]).host == host
+
+
+@pytest.fixture
+def pem(tmp_path: Path) -> str:
+    path = tmp_path / "some.pem"
+    path.touch()
+    return str(path)
+
+
+def test_beyond_loopback_it_needs_both(pem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    tls = ["--tls-certificate", pem, "--tls-key", pem]
+    public = ["--host", "0.0.0.0"]  # noqa: S104 - which is what this is about
+    said = "expected --callers or --tls-client-ca to serve beyond"
+    assert said in complaint([*public, *tls], capsys)
+    said = "expected --tls-certificate to serve beyond"
+    assert said in complaint([*public, "--callers", pem], capsys)
+    for known in (["--callers", pem], ["--tls-client-ca", pem]):
+        assert not read_settings([*public, *tls, *known]).insecure
+    assert read_settings([*public, "--insecure"]).insecure
+
+
+def test_half_a_tls_configuration_is_refused(pem: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for half in (["--tls-certificate", pem], ["--tls-key", pem]):
+        assert "--tls-key together, got one of them" in complaint(half, capsys)
+    assert "with --tls-client-ca, got none" in complaint(["--tls-client-ca", pem], capsys)
 
 
 WRONG_FILES = {
@@ -184,9 +221,9 @@ def complaint(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_a_setting_without_a_value_keeps_its_default(file: Path) -> None:
-    file.write_text("port:\nhost: h\n")
+    file.write_text("port:\nhost: localhost\n")
     settings = read_settings(["--config", str(file)])
-    assert (settings.host, settings.port) == ("h", 50051)
+    assert (settings.host, settings.port) == ("localhost", 50051)
 
 
 def test_an_empty_file_changes_nothing(file: Path) -> None:

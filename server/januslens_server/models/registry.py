@@ -12,6 +12,7 @@ from januslens_server.errors import (
     ModelFailed,
     ModelLoading,
     ModelNotFound,
+    PermissionDenied,
     ServerDraining,
 )
 from januslens_server.models.loading import ModelSource, load
@@ -22,11 +23,16 @@ logger = logging.getLogger(__name__)
 
 SelfCheck = Callable[[ResidentModel], Sequence[Guarantee]]
 Observer = Callable[[ModelStatus], None]
+Scope = Callable[[str], bool]
 
 
 def embedded_source(device: str = "cpu", data_type: str = "auto") -> ModelSource:
     """The model `demo` that is shipped inside the package."""
     return ModelSource("demo", str(model_path()), device=device, data_type=data_type)
+
+
+def _everything(_name: str) -> bool:
+    return True
 
 
 class Registry:
@@ -93,21 +99,26 @@ class Registry:
         with self._lock:
             return list(self._statuses.values())
 
-    def get(self, name: str, revision: str = "") -> ResidentModel:
+    def get(self, name: str, revision: str = "", scope: Scope = _everything) -> ResidentModel:
         """The model to serve; an empty name means the only configured one.
 
-        Raises `InvalidRequest` for an empty name among several, `ModelNotFound` for an unknown
-        name or another revision, `ModelLoading` and `ModelFailed` by the model's state,
-        `ServerDraining` once closed.
+        `scope` says of a name whether the caller may use it: the others do not exist for it.
+
+        Raises `InvalidRequest` for an empty name among several, `PermissionDenied` for a name
+        beyond the scope, whether or not it exists, `ModelNotFound` for an unknown name or another
+        revision, `ModelLoading` and `ModelFailed` by the model's state, `ServerDraining` once
+        closed.
         """
         if self._closed:
             raise ServerDraining("the server is shutting down; ask another replica")
         with self._lock:
             statuses, resident = dict(self._statuses), dict(self._resident)
-        if not name:
-            name = _only(list(statuses))
+        offered = [known for known in statuses if scope(known)]
+        name = name or _only(offered)
+        if not scope(name):
+            raise PermissionDenied(f"expected one of {_listed(offered)} for you, got {name!r}")
         if name not in statuses:
-            raise ModelNotFound(f"expected one of {', '.join(statuses)}, got {name!r}")
+            raise ModelNotFound(f"expected one of {_listed(offered)}, got {name!r}")
         status = statuses[name]
         if status.state is ModelState.LOADING:
             raise ModelLoading(f"{name} is still loading")
@@ -124,4 +135,10 @@ class Registry:
 def _only(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
-    raise InvalidRequest("model", f"expected one of {', '.join(names)}, got none")
+    if not names:
+        raise PermissionDenied("expected a model that you may use, and none of them is")
+    raise InvalidRequest("model", f"expected one of {_listed(names)}, got none")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "no model"

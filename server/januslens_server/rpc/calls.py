@@ -14,7 +14,8 @@ import grpc
 from januslens_server import telemetry
 from januslens_server.errors import IntrospectionError
 from januslens_server.rpc.callers import Context, caller_of
-from januslens_server.rpc.measures import SERVICE_NAME, rpc_labels
+from januslens_server.rpc.measures import rpc_labels
+from januslens_server.rpc.methods import SERVICE_NAME
 from januslens_server.rpc.status import DETAILS_KEY, code_of, status_of
 
 logger = logging.getLogger(__name__)

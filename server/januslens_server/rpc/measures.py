@@ -9,18 +9,15 @@ from typing import Any
 
 import grpc
 
-from januslens.v1 import service_pb2
 from januslens_server import telemetry
 from januslens_server.errors import IntrospectionError
+from januslens_server.rpc.methods import SERVICE, SERVICE_NAME
 from januslens_server.rpc.status import STATUS
-
-_SERVICE = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"]
-SERVICE_NAME = _SERVICE.full_name
 
 Serializer = Callable[[Any], bytes]
 
 
-_STREAMS = {method.name for method in _SERVICE.methods if method.server_streaming}
+_STREAMS = {method.name for method in SERVICE.methods if method.server_streaming}
 
 
 def rpc_labels(service: str, method: str) -> tuple[str, str, str]:
@@ -31,7 +28,7 @@ def rpc_labels(service: str, method: str) -> tuple[str, str, str]:
 
 def declare() -> None:
     """Start every series at 0: a rate cannot see the step from no series to 1."""
-    for method in _SERVICE.methods_by_name:
+    for method in SERVICE.methods_by_name:
         labels = rpc_labels(SERVICE_NAME, method)
         telemetry.STARTED.labels(*labels)
         telemetry.MESSAGES_SENT.labels(*labels)

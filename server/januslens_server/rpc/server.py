@@ -7,9 +7,11 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from januslens.v1 import service_pb2_grpc
+from januslens_server.access.directory import Directory, Open
 from januslens_server.rpc import measures
+from januslens_server.rpc.authentication import Authentication
 from januslens_server.rpc.health import Health
-from januslens_server.rpc.measures import SERVICE_NAME
+from januslens_server.rpc.methods import SERVICE_NAME
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.wire import WireFormat
 
@@ -23,20 +25,32 @@ OPTIONS = (
 
 
 def build_server(
-    service: IntrospectionService, health_service: Health, max_connection_age: float | None = None
+    service: IntrospectionService,
+    health_service: Health,
+    max_connection_age: float | None = None,
+    directory: Directory | None = None,
 ) -> grpc.aio.Server:
     """Introspection, health and reflection, not yet listening.
 
     A connection older than `max_connection_age` seconds takes no further calls; those that run on
-    it come to their end.
+    it come to their end. `directory` knows who may ask for what; without one anyone may ask for
+    anything.
     """
     measures.declare()
     options = [*OPTIONS]
     if max_connection_age is not None:
         options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))
-    server = grpc.aio.server(interceptors=[WireFormat()], options=options)
+    interceptors = [Authentication(directory or Open()), WireFormat()]
+    server = grpc.aio.server(interceptors=interceptors, options=options)
     service_pb2_grpc.add_IntrospectionServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
+    return server
+
+
+def build_health_server(health_service: Health) -> grpc.aio.Server:
+    """Health alone, for who asks in plaintext; not yet listening."""
+    server = grpc.aio.server(options=OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
     return server

@@ -17,12 +17,13 @@ from januslens.v1 import (
 )
 from januslens_server.errors import InvalidRequest, Unimplemented
 from januslens_server.models.registry import Registry
+from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.trace import trace
 from januslens_server.rpc import decode
-from januslens_server.rpc.callers import Context
+from januslens_server.rpc.callers import Context, asking
 from januslens_server.rpc.calls import Call
 from januslens_server.rpc.encode import (
     GradientLensEncoder,
@@ -43,12 +44,16 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         self._registry = registry
         self._device = device
 
+    def _model(self, name: str, revision: str = "") -> ResidentModel:
+        return self._registry.get(name, revision, asking().may_use)
+
     async def ListModels(
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
-        """Every configured model with its state, by name."""
+        """Every model that the caller may use, with its state, by name."""
         async with Call("ListModels", context):
-            statuses = sorted(self._registry.statuses(), key=lambda status: status.name)
+            usable = filter(lambda s: asking().may_use(s.name), self._registry.statuses())
+            statuses = sorted(usable, key=lambda status: status.name)
             start = _page_start(request.page_token, len(statuses))
             end = start + (request.page_size or len(statuses))
             return models_pb2.ListModelsResponse(
@@ -61,7 +66,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> models_pb2.TokenizeResponse:
         """A text as the model reads it; runs beside the device's thread."""
         async with Call("Tokenize", context):
-            model = self._registry.get(request.model)
+            model = self._model(request.model)
             if not request.text:
                 raise InvalidRequest("text", "expected at least one character, got none")
             tokens = await asyncio.to_thread(
@@ -74,7 +79,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> lens_pb2.ProjectResponse:
         """The caller's own vectors through the model's lens."""
         async with Call("Project", context) as call:
-            model = self._registry.get(request.model)
+            model = self._model(request.model)
             run = partial(project_vectors, model, decode.project_spec(request))
             tables = [table async for table in self._device.results(run, call)]
             return project_response(tables[0], model.provenance, model.vocabulary.token)
@@ -84,7 +89,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> None:
         """The flow graph of one forward pass, layer by layer."""
         async with Call("Trace", context) as call:
-            model = self._registry.get(request.model, request.revision)
+            model = self._model(request.model, request.revision)
             run = partial(trace, model, decode.trace_spec(request))
             encoder = TraceEncoder(call.request_id, model.vocabulary.token)
             await self._device.stream(run, encoder.encode, call)
@@ -94,7 +99,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> None:
         """The factorised gradients of a loss, from the last layer down."""
         async with Call("GradientLens", context) as call:
-            model = self._registry.get(request.model, request.revision)
+            model = self._model(request.model, request.revision)
             run = partial(gradient_lens, model, decode.gradient_lens_spec(request))
             encoder = GradientLensEncoder(call.request_id, model.vocabulary.token)
             await self._device.stream(run, encoder.encode, call)
@@ -104,7 +109,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> edits_pb2.PreviewEditResponse:
         """What an edit would do, as an overlay for this request alone."""
         async with Call("PreviewEdit", context) as call:
-            model = self._registry.get(request.model, request.revision)
+            model = self._model(request.model, request.revision)
             run = partial(preview_edit, model, decode.preview_edit_spec(request))
             previews = [preview async for preview in self._device.results(run, call)]
             return preview_edit_response(previews[0], model.vocabulary.token)

@@ -12,7 +12,8 @@ from google.protobuf.message import DecodeError
 from januslens_server.errors import InvalidRequest
 from januslens_server.rpc.callers import Context
 from januslens_server.rpc.calls import Call
-from januslens_server.rpc.measures import SERVICE_NAME, Serializer, measured
+from januslens_server.rpc.measures import Serializer, measured
+from januslens_server.rpc.methods import SERVICE_NAME
 
 Deserializer = Callable[[bytes], Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]

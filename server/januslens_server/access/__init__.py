@@ -1,0 +1,1 @@
+"""Who may ask for what: callers, their tokens, scopes and quotas."""

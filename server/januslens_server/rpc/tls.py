@@ -1,0 +1,91 @@
+"""TLS from files that may change while the server runs."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+
+logger = logging.getLogger(__name__)
+
+Stamp = Sequence[tuple[int, int, int]]
+
+
+class CertificateFiles:
+    """The server's certificate, its key and, for mutual TLS, the authorities of its callers.
+
+    Every new connection uses the files as they are by then; those that are open go on with what
+    they began with. While the files do not fit together, as between the writing of one and of the
+    other, the last ones that did stay in use.
+    """
+
+    def __init__(self, certificate: str, key: str, client_ca: str | None) -> None:
+        """Paths of PEM files; without `client_ca` callers need no certificate."""
+        self._certificate = Path(certificate)
+        self._key = Path(key)
+        self._client_ca = None if client_ca is None else Path(client_ca)
+        self._lock = threading.Lock()
+        self._seen: Stamp = ()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """Credentials that follow the files. Raises `OSError` where these cannot be used."""
+        self._seen = self._stamp()
+        return grpc.dynamic_ssl_server_credentials(
+            self._read(),
+            self._changed,  # type: ignore[arg-type]  # the stubs know no None for "the same"
+            require_client_authentication=self._client_ca is not None,
+        )
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """What a new connection should use in place of what is in use; None: the same."""
+        with self._lock:
+            try:
+                stamp = self._stamp()
+                if stamp == self._seen:
+                    return None
+                self._seen = stamp
+                fresh = self._read()
+            except OSError as error:
+                logger.warning("certificate not replaced: %s", error)
+                return None
+        logger.info("certificate replaced from %s", self._certificate)
+        return fresh
+
+    def _stamp(self) -> Stamp:
+        """When and which: a path may be a link that was moved to another file."""
+        found = [path.stat() for path in self._paths]
+        return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in found]
+
+    @property
+    def _paths(self) -> list[Path]:
+        return [p for p in (self._certificate, self._key, self._client_ca) if p is not None]
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        """The files' content. Raises `OSError` where it is none that TLS can use."""
+        self._check()
+        roots = None if self._client_ca is None else self._client_ca.read_bytes()
+        pair = (self._key.read_bytes(), self._certificate.read_bytes())
+        return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
+
+    def _check(self) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        try:
+            # An empty password: one that is asked for on a terminal would hold the server up.
+            context.load_cert_chain(self._certificate, self._key, password="")
+        except ssl.SSLError as error:
+            raise OSError(f"{self._certificate} and {self._key}: {_reason(error)}") from error
+        if self._client_ca is None:
+            return
+        try:
+            context.load_verify_locations(self._client_ca)
+        except ssl.SSLError as error:
+            raise OSError(f"{self._client_ca}: {_reason(error)}") from error
+
+
+def _reason(error: ssl.SSLError) -> str:
+    words = error.reason or str(error)
+    return words.replace("_", " ").lower()

@@ -1,0 +1,241 @@
+"""Tokens, scopes and the file that grants them, on a server of their own."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from januslens.v1 import models_pb2, trace_pb2
+from januslens_server.access.tokens import digest, new_token
+from januslens_server.demo import model_path
+from tests.support.calls import SERVICE, Refusal, methods, prompt, refusal, started
+from tests.support.certificates import replace
+from tests.support.server import ServerProcess, running_server
+
+TEXT = models_pb2.TokenizeRequest(model="one", text="Japan")
+TRACE = trace_pb2.TraceRequest(model="one", input=prompt("Japan"), layers=[0])
+LIST = models_pb2.ListModelsRequest()
+
+
+@dataclass
+class Access:
+    """A server with two models, `one` and `two`, its file of callers and their tokens."""
+
+    server: ServerProcess
+    channel: grpc.Channel
+    path: Path
+    tokens: dict[str, str]
+
+    def write(self, **callers: dict[str, Any]) -> None:
+        """Grant what is given, by caller."""
+        replace(self.path, granted(self.tokens, callers).encode())
+
+    def refused(self, method: str, request: Message, token: str | None) -> Refusal:
+        call = self.started(method, request, token)
+        with pytest.raises(grpc.RpcError):
+            list(call) if methods()[method].server_streaming else call.result()
+        return refusal(call)
+
+    def started(self, method: str, request: Message, token: str | None) -> Any:
+        return started(self.channel, method, request, metadata=bearer(token), timeout=30)
+
+    def models(self, caller: str) -> list[str]:
+        """What ListModels shows."""
+        answer = self.started("ListModels", LIST, self.tokens[caller]).result()
+        return [model.name for model in answer.models]
+
+
+def bearer(token: str | None) -> tuple[tuple[str, str], ...]:
+    return () if token is None else (("authorization", f"Bearer {token}"),)
+
+
+def granted(tokens: dict[str, str], callers: dict[str, dict[str, Any]]) -> str:
+    entries = []
+    for name, fields in callers.items():
+        expires = fields.pop("expires", None)
+        token = {"sha256": digest(tokens[name]).hex()} | ({"expires": expires} if expires else {})
+        entries.append({"name": name, "tokens": [token], **fields})
+    return yaml.safe_dump({"callers": entries})
+
+
+USUAL: dict[str, dict[str, Any]] = {
+    "root": {},
+    "ada": {"models": ["one"], "rpcs": ["Tokenize", "ListModels"]},
+    "late": {"expires": date(2020, 1, 1)},
+    "none": {"models": []},
+}
+
+
+@pytest.fixture(scope="module")
+def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
+    path = tmp_path_factory.mktemp("access") / "callers.yaml"
+    tokens = {name: new_token() for name in [*USUAL, "new"]}
+    path.write_text(granted(tokens, {name: dict(fields) for name, fields in USUAL.items()}))
+    models = [f"--model={name}={model_path()}" for name in ("one", "two")]
+    with (
+        running_server("--callers", str(path), *models) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        yield Access(server, channel, path, tokens)
+
+
+@pytest.mark.parametrize("method", methods())
+@pytest.mark.parametrize("shown", [None, "", "wrong", "late"])
+def test_no_token_and_a_wrong_one_are_unauthenticated(
+    access: Access, method: str, shown: str | None
+) -> None:
+    token = access.tokens.get(shown, shown) if shown else shown
+    empty = methods()[method].input_type._concrete_class()
+    answer = access.refused(method, empty, token)
+    assert answer.code is grpc.StatusCode.UNAUTHENTICATED
+    assert (answer.reason, answer.info.domain) == ("UNAUTHENTICATED", "januslens")
+    assert answer.retry_after is None
+    assert ("expired on 2020-01-01" in answer.text) == (shown == "late")
+
+
+@pytest.mark.parametrize("header", ["Basic YTpi", "Bearer", "token", "Bearer " + "x" * 4000])
+def test_what_is_no_bearer_token_is_unauthenticated(access: Access, header: str) -> None:
+    call = started(access.channel, "Tokenize", TEXT, metadata=(("authorization", header),))
+    assert call.exception() is not None
+    assert refusal(call).code is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_the_scheme_is_read_in_any_case(access: Access) -> None:
+    for scheme in ("Bearer", "bearer", "BEARER"):
+        metadata = (("authorization", f"{scheme} {access.tokens['ada']}"),)
+        assert started(access.channel, "Tokenize", TEXT, metadata=metadata).result().tokens
+
+
+def test_a_request_without_a_token_is_not_parsed(access: Access) -> None:
+    raw: Any = access.channel.unary_unary(SERVICE + "Tokenize")
+    call = raw.future(b"\xff\xff\xff", timeout=30)
+    assert call.exception() is not None
+    assert refusal(call).code is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_a_scope_holds_by_rpc(access: Access) -> None:
+    ada = access.tokens["ada"]
+    assert access.started("Tokenize", TEXT, ada).result().tokens
+    answer = access.refused("Trace", TRACE, ada)
+    assert answer.code is grpc.StatusCode.PERMISSION_DENIED
+    assert (answer.reason, answer.text) == ("PERMISSION_DENIED", "ada may not call Trace")
+    assert list(access.started("Trace", TRACE, access.tokens["root"]))
+
+
+def test_a_scope_holds_by_model_and_hides_the_others(access: Access) -> None:
+    """Whether another model exists is not to be told."""
+    for name in ("two", "three"):
+        request = models_pb2.TokenizeRequest(model=name, text="Japan")
+        answer = access.refused("Tokenize", request, access.tokens["ada"])
+        assert answer.code is grpc.StatusCode.PERMISSION_DENIED
+        assert answer.text == f"expected one of one for you, got {name!r}"
+    nothing = access.refused("Tokenize", TEXT, access.tokens["none"])
+    assert nothing.code is grpc.StatusCode.PERMISSION_DENIED
+    assert "two" not in nothing.text
+
+
+def test_an_empty_name_is_the_only_model_in_scope(access: Access) -> None:
+    request = models_pb2.TokenizeRequest(text="Japan")
+    assert access.started("Tokenize", request, access.tokens["ada"]).result().tokens
+    assert access.refused("Tokenize", request, access.tokens["root"]).fields == ["model"]
+    answer = access.refused("Tokenize", request, access.tokens["none"])
+    assert answer.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+def test_list_models_shows_what_the_caller_may_use(access: Access) -> None:
+    assert access.models("root") == ["one", "two"]
+    assert access.models("ada") == ["one"]
+    assert access.models("none") == []
+
+
+def test_health_is_open_and_reflection_is_not(access: Access) -> None:
+    health: Any = health_pb2_grpc.HealthStub(access.channel)
+    request = health_pb2.HealthCheckRequest(service="januslens.ready")
+    assert health.Check(request, timeout=30).status == health_pb2.HealthCheckResponse.SERVING
+    reflection: Any = reflection_pb2_grpc.ServerReflectionStub(access.channel)
+    question = reflection_pb2.ServerReflectionRequest(list_services="")
+
+    def ask(token: str | None) -> Any:
+        return reflection.ServerReflectionInfo(iter([question]), metadata=bearer(token), timeout=30)
+
+    (answer,) = ask(access.tokens["ada"])
+    assert answer.list_services_response.service
+    with pytest.raises(grpc.RpcError) as refused:
+        list(ask(None))
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def test_an_unknown_method_stays_unknown(access: Access) -> None:
+    call: Any = access.channel.unary_unary(SERVICE + "Nope")
+    with pytest.raises(grpc.RpcError) as refused:
+        call(b"", timeout=30)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_the_file_is_read_again_when_it_changes_and_on_sighup(access: Access) -> None:
+    def outcome(caller: str) -> Any:
+        call = access.started("Tokenize", TEXT, access.tokens[caller])
+        return grpc.StatusCode.OK if call.exception() is None else call.code()
+
+    assert outcome("new") is grpc.StatusCode.UNAUTHENTICATED
+    access.write(new={}, root={})
+    access.server.process.send_signal(signal.SIGHUP)
+    access.server.wait_for("callers replaced: 2 of")
+    assert outcome("new") is grpc.StatusCode.OK
+    assert outcome("ada") is grpc.StatusCode.UNAUTHENTICATED
+    replace(access.path, b"callers: [{name: ada, tokns: []}]")
+    access.server.process.send_signal(signal.SIGHUP)
+    access.server.wait_for("callers not replaced: ")
+    assert outcome("new") is grpc.StatusCode.OK
+    access.write(**{name: dict(fields) for name, fields in USUAL.items()})
+    while outcome("new") is grpc.StatusCode.OK:  # within a second, and before the test's timeout
+        pass
+    assert outcome("ada") is grpc.StatusCode.OK
+
+
+def test_the_log_has_no_token(access: Access) -> None:
+    access.refused("Tokenize", TEXT, "a-wrong-secret")
+    access.server.wait_for("Tokenize UNAUTHENTICATED")
+    for secret in ("a-wrong-secret", *access.tokens.values()):
+        assert secret not in access.server.log
+
+
+def test_make_token_makes_what_the_file_takes() -> None:
+    made = subprocess.run(
+        [sys.executable, "-m", "januslens_server", "--make-token", "eve"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    token, entry = made.stdout.strip(), yaml.safe_load(made.stderr)
+    assert entry == {"callers": [{"name": "eve", "tokens": [{"sha256": digest(token).hex()}]}]}
+    assert token not in made.stderr
+
+
+def test_a_wrong_file_ends_the_server_with_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "callers.yaml"
+    path.write_text("callers: 3")
+    ended = subprocess.run(
+        [sys.executable, "-m", "januslens_server", "--port=0", f"--callers={path}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert line == f"januslens-server: cannot serve: {path}: callers: expected a list"

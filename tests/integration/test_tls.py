@@ -1,0 +1,169 @@
+"""TLS, callers' certificates, and certificates that change while the server serves."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from januslens.v1 import models_pb2, service_pb2_grpc
+from januslens_server.config import read_settings
+from januslens_server.serving import serve
+from tests.support.calls import SERVICE
+from tests.support.certificates import (
+    ServerFiles,
+    replace,
+    replace_certificate,
+    server_files,
+    showing,
+    trusting,
+)
+from tests.support.server import ServerProcess, running_server
+
+TOKENIZE = models_pb2.TokenizeRequest(text="The capital of Japan")
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def files(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> ServerFiles:
+    return server_files(authority, tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def mutual(files: ServerFiles) -> Iterator[ServerProcess]:
+    """A server that asks callers for certificates, with health in plaintext beside it."""
+    with running_server(*files.mutual_flags, "--health-port", "0") as server:
+        yield server
+
+
+def tokenize(address: str, credentials: grpc.ChannelCredentials | None) -> int:
+    """How many tokens there are, over a connection of its own."""
+    options = [("grpc.use_local_subchannel_pool", 1)]
+    channel = (
+        grpc.insecure_channel(address, options)
+        if credentials is None
+        else grpc.secure_channel(address, credentials, options)
+    )
+    with channel:
+        stub = service_pb2_grpc.IntrospectionServiceStub(channel)
+        return len(stub.Tokenize(TOKENIZE, timeout=20).tokens)
+
+
+def test_a_caller_with_a_certificate_is_served(
+    mutual: ServerProcess, authority: trustme.CA
+) -> None:
+    assert tokenize(mutual.address, showing(authority, "ada", authority)) > 0
+
+
+@pytest.mark.parametrize("who", ["nobody", "a stranger", "plaintext"])
+def test_others_reach_nothing(mutual: ServerProcess, authority: trustme.CA, who: str) -> None:
+    credentials = {
+        "nobody": trusting(authority),
+        "a stranger": showing(authority, "eve", trustme.CA()),
+        "plaintext": None,
+    }[who]
+    with pytest.raises(grpc.RpcError) as refused:
+        tokenize(mutual.address, credentials)
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_the_health_port_answers_health_and_nothing_else(mutual: ServerProcess) -> None:
+    with grpc.insecure_channel(mutual.health_address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="januslens.ready")
+        assert stub.Check(request, timeout=20).status == SERVING
+        for method in (SERVICE + "Tokenize", "/grpc.reflection.v1alpha.ServerReflection/Nope"):
+            call: Any = channel.unary_unary(method)
+            with pytest.raises(grpc.RpcError) as refused:
+                call(TOKENIZE.SerializeToString(), timeout=20)
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def shown_serial(address: str) -> int:
+    """Which certificate the server shows to a new connection."""
+    host, _, port = address.rpartition(":")
+    pem = ssl.get_server_certificate((host, int(port)), timeout=20)
+    return x509.load_pem_x509_certificate(pem.encode()).serial_number
+
+
+def serial_in(path: Path) -> int:
+    return x509.load_pem_x509_certificate(path.read_bytes()).serial_number
+
+
+def test_certificates_rotate_under_load_without_a_failure(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    """Also the authority is replaced: clients trust both while it is."""
+    files, successor = server_files(authority, tmp_path), trustme.CA()
+    credentials = trusting(authority, successor)
+    with running_server(*files.flags) as server:
+        stop, failures, served = threading.Event(), [], []
+
+        def ask() -> None:
+            while not stop.is_set():
+                try:
+                    served.append(tokenize(server.address, credentials))
+                except grpc.RpcError as error:
+                    failures.append(error)
+
+        callers = [threading.Thread(target=ask) for _ in range(4)]
+        for caller in callers:
+            caller.start()
+        try:
+            shown = {shown_serial(server.address)}
+            for issuer in [authority, successor] * 4:
+                replace_certificate(files, issuer)
+                shown.add(shown_serial(server.address))
+                assert serial_in(files.certificate) in shown
+                time.sleep(0.2)
+        finally:
+            stop.set()
+            for caller in callers:
+                caller.join()
+    assert failures == []
+    assert len(shown) == 9
+    assert len(served) > 50
+
+
+def test_a_certificate_without_its_key_leaves_the_last_pair_in_use(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
+    files = server_files(authority, tmp_path)
+    before, key = serial_in(files.certificate), files.key.read_bytes()
+    with running_server(*files.flags) as server:
+        replace(files.key, trustme.CA().issue_cert("127.0.0.1").private_key_pem.bytes())
+        assert shown_serial(server.address) == before
+        files.key.unlink()
+        assert shown_serial(server.address) == before
+        assert tokenize(server.address, trusting(authority)) > 0
+        replace(files.key, key)
+        replace_certificate(files, authority)
+        assert shown_serial(server.address) == serial_in(files.certificate) != before
+        server.wait_for("certificate not replaced: ")
+        server.wait_for("certificate replaced")
+
+
+@pytest.mark.parametrize("broken", ["certificate", "key", "client_ca"])
+def test_files_that_are_no_certificates_end_it_with_one_line(
+    authority: trustme.CA, tmp_path: Path, broken: str
+) -> None:
+    files = server_files(authority, tmp_path)
+    replace(getattr(files, broken), b"no certificate\n")
+    settings = read_settings(["--port", "0", "--metrics-port", "0", *files.mutual_flags])
+    with pytest.raises(OSError, match=f"cannot serve: .*{getattr(files, broken).name}"):
+        asyncio.run(serve(settings))
