@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from januslens.v1 import service_pb2_grpc, trace_pb2
 from tests.support.calls import long_trace, prompt, started
-from tests.support.metrics import sample, wait_until_idle
+from tests.support.metrics import rpc_labels, sample, wait_until_idle
 from tests.support.server import ServerProcess
 
 Stub = service_pb2_grpc.IntrospectionServiceStub
@@ -106,8 +106,7 @@ def test_every_call_is_counted_when_it_ends(
     server: ServerProcess, channel: grpc.Channel, stub: Stub
 ) -> None:
     def count(code: str) -> float:
-        labels = {"grpc_method": "Trace", "grpc_code": code}
-        return sample(server, "grpc_server_handled_total", **labels)
+        return sample(server, "grpc_server_handled_total", **rpc_labels("Trace"), grpc_code=code)
 
     before = {code: count(code) for code in ("OK", "CANCELLED", "DEADLINE_EXCEEDED")}
     list(stub.Trace(SHORT))

@@ -12,11 +12,10 @@ from prometheus_client import Metric
 
 from januslens.v1 import gradient_lens_pb2, models_pb2, trace_pb2
 from tests.support.calls import methods, prompt, refused, started
-from tests.support.metrics import page, sample, wait_until_idle
+from tests.support.metrics import SERVICE, page, rpc_labels, sample, wait_until_idle
 from tests.support.server import ServerProcess
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
-SERVICE = "januslens.v1.IntrospectionService"
 TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"), layers=[0, 1])
 
 
@@ -26,11 +25,6 @@ def documented() -> set[str]:
         r"^\| `((?:grpc_server|januslens)_\w+)`", OPERATIONS.read_text(), re.MULTILINE
     )
     return {name.removesuffix("_total") for name in names}
-
-
-def rpc(method: str) -> dict[str, str]:
-    kind = "server_stream" if methods()[method].server_streaming else "unary"
-    return {"grpc_type": kind, "grpc_service": SERVICE, "grpc_method": method}
 
 
 def trace(channel: grpc.Channel) -> list[trace_pb2.TraceResponse]:
@@ -87,7 +81,7 @@ def test_refusals_are_counted_by_method_status_and_reason(
     growth: Growth, channel: grpc.Channel
 ) -> None:
     refused(channel, "Tokenize", models_pb2.TokenizeRequest(model="nobody", text="x"))
-    labels = rpc("Tokenize")
+    labels = rpc_labels("Tokenize")
     assert growth.of("grpc_server_started_total", **labels) == 1
     assert growth.of("grpc_server_handled_total", **labels, grpc_code="NOT_FOUND") == 1
     assert growth.of("grpc_server_handling_seconds_count", **labels) == 1
@@ -97,18 +91,18 @@ def test_refusals_are_counted_by_method_status_and_reason(
 
 def test_a_stream_counts_its_messages_and_bytes(growth: Growth, channel: grpc.Channel) -> None:
     received = trace(channel)
-    assert growth.of("grpc_server_msg_sent_total", **rpc("Trace")) == len(received)
+    assert growth.of("grpc_server_msg_sent_total", **rpc_labels("Trace")) == len(received)
     sizes = sum(message.ByteSize() for message in received)
     assert growth.of("januslens_stream_bytes_total", grpc_method="Trace") == sizes
     assert growth.of("januslens_write_stall_seconds_count") == len(received)
     assert growth.of("januslens_first_message_seconds_count", grpc_method="Trace") == 1
     first = growth.of("januslens_first_message_seconds_sum", grpc_method="Trace")
-    assert 0 < first <= growth.of("grpc_server_handling_seconds_sum", **rpc("Trace"))
+    assert 0 < first <= growth.of("grpc_server_handling_seconds_sum", **rpc_labels("Trace"))
 
 
 def test_one_answer_is_one_message(growth: Growth, channel: grpc.Channel) -> None:
     answer = started(channel, "ListModels", models_pb2.ListModelsRequest()).result()
-    assert growth.of("grpc_server_msg_sent_total", **rpc("ListModels")) == 1
+    assert growth.of("grpc_server_msg_sent_total", **rpc_labels("ListModels")) == 1
     sent = growth.of("januslens_stream_bytes_total", grpc_method="ListModels")
     assert sent == answer.ByteSize()
 

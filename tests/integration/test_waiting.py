@@ -12,7 +12,7 @@ import pytest
 
 from januslens.v1 import trace_pb2
 from tests.support.calls import long_trace, prompt, started
-from tests.support.metrics import sample, wait_until_idle
+from tests.support.metrics import unfinished, wait_until_idle
 from tests.support.server import ServerProcess
 
 SHORT = trace_pb2.TraceRequest(input=prompt("Japan"), layers=[0])
@@ -42,7 +42,7 @@ def _read(call: Any) -> None:
 
 def wait_for_unfinished(server: ServerProcess, count: int) -> None:
     deadline = time.monotonic() + 2
-    while (found := sample(server, "januslens_requests_unfinished")) != count:
+    while (found := unfinished(server)) != count:
         assert time.monotonic() < deadline, f"expected {count} unfinished, got {found:g}"
         time.sleep(0.01)
 

@@ -8,8 +8,10 @@ from urllib.request import urlopen
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.calls import methods
 from tests.support.server import ServerProcess
 
+SERVICE = "januslens.v1.IntrospectionService"
 UNFINISHED = ("januslens_queue_depth", "januslens_in_flight")
 
 
@@ -26,6 +28,12 @@ def sample(server: ServerProcess, name: str, **labels: str) -> float:
             if found.name == name and found.labels == labels:
                 return float(found.value)
     return 0.0
+
+
+def rpc_labels(method: str) -> dict[str, str]:
+    """What tells a method's samples from those of others."""
+    kind = "server_stream" if methods()[method].server_streaming else "unary"
+    return {"grpc_type": kind, "grpc_service": SERVICE, "grpc_method": method}
 
 
 def unfinished(server: ServerProcess) -> float:
