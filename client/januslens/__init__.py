@@ -47,6 +47,7 @@ from januslens._results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, 
 from januslens._results.matrices import Matrix
 from januslens._results.matrix_readings import NeuronChange, Singular, Verification
 from januslens._results.models import Model
+from januslens._results.neurons import FoundNeurons, NeuronHit
 from januslens._results.nodes import Edge, Node
 from januslens._results.norms import NormEffect
 from januslens._results.projection import Projection, TokenScore
@@ -80,6 +81,7 @@ __all__ = [
     "EventStream",
     "FieldViolation",
     "ForwardShift",
+    "FoundNeurons",
     "Gradient",
     "GradientHeader",
     "GradientSummary",
@@ -98,6 +100,7 @@ __all__ = [
     "ModelNotFound",
     "NegativeLogLikelihood",
     "NeuronChange",
+    "NeuronHit",
     "Node",
     "NodeKind",
     "NormEffect",

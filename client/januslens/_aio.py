@@ -95,6 +95,7 @@ class AsyncClient:
     tokenize = _unary(verbs.tokenize)
     project = _unary(verbs.project)
     preview_edit = _unary(verbs.preview_edit)
+    find_neurons = _unary(verbs.find_neurons)
     trace = _whole(verbs.trace)
     stream_trace = _streamed(verbs.trace)
     gradient_lens = _whole(verbs.gradient_lens)

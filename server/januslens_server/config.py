@@ -68,6 +68,9 @@ class Settings:
     data_type: str
     max_memory: tuple[MemorySetting, ...]
     offload_dir: str | None
+    cache_dir: str | None
+    cache_size: int
+    index_neurons: bool
     max_waiting: int
     stall_seconds: float
     grace_seconds: float
@@ -96,22 +99,32 @@ class _ModelType(click.ParamType[ModelSetting]):
         return ModelSetting(name, location, revision or None)
 
 
+class _SizeType(click.ParamType[int]):
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """In bytes; 1 GiB is 2**30 bytes, 1 GB is 10**9."""
+        found = SIZE.fullmatch(str(value))
+        if found is None:
+            self.fail(f"expected {self.name} such as 10GiB, got {value!r}", param, ctx)
+        number, unit = found.group(1), found.group(2) or ""
+        step = 1024 if unit.endswith("i") else 1000
+        return int(float(number) * step ** " KMGT".find(unit[:1] or " "))
+
+
 class _MemoryType(click.ParamType[MemorySetting]):
     name = "DEVICE=SIZE"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> MemorySetting:
-        """Split the text; 1 GiB is 2**30 bytes, 1 GB is 10**9."""
+        """Split the text."""
         if isinstance(value, MemorySetting):
             return value
         device, _, text = str(value).partition("=")
-        found = SIZE.fullmatch(text)
-        if not device or found is None:
+        if not device or SIZE.fullmatch(text) is None:
             self.fail(f"expected {self.name} such as cuda:0=60GiB, got {value!r}", param, ctx)
-        number, unit = found.group(1), found.group(2) or ""
-        step = 1024 if unit.endswith("i") else 1000
-        return MemorySetting(device, int(float(number) * step ** " KMGT".find(unit[:1] or " ")))
+        return MemorySetting(device, _SizeType().convert(text, param, ctx))
 
 
 def _read_file(ctx: click.Context, _param: click.Parameter, path: Path | None) -> None:
@@ -217,6 +230,23 @@ OPTIONS: tuple[click.Parameter, ...] = (
         type=click.Path(file_okay=False),
         default=None,
         help="With --device auto: where weights stay that fit into no memory.",
+    ),
+    _option(
+        "--cache-dir",
+        type=click.Path(file_okay=False),
+        default=None,
+        help="Where the next server finds what is computed once per model.",
+    ),
+    _option(
+        "--cache-size",
+        type=_SizeType(),
+        default="10GiB",
+        help="What may lie there; what was used longest ago is removed.",
+    ),
+    _option(
+        "--index-neurons",
+        is_flag=True,
+        help="Read what all neurons write when a model is loaded, not when it is first asked for.",
     ),
     _option(
         "--max-waiting",

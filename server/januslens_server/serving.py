@@ -21,9 +21,12 @@ from januslens_server.access.directory import CallersFile
 from januslens_server.config import Settings
 from januslens_server.models.exhaustion import in_service_terms
 from januslens_server.models.loading import ModelSource
-from januslens_server.models.registry import Registry, embedded_source
+from januslens_server.models.registry import Registry, SelfCheck, embedded_source
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.tensor_cache import TensorCache
+from januslens_server.pipelines.find_neurons import read_all_neurons
 from januslens_server.pipelines.selfcheck import self_check
-from januslens_server.results import ModelState, ModelStatus
+from januslens_server.results import Guarantee, ModelState, ModelStatus
 from januslens_server.rpc.health import Health, is_ready
 from januslens_server.rpc.methods import RPCS
 from januslens_server.rpc.server import build_health_server, build_server
@@ -51,7 +54,7 @@ async def serve(settings: Settings) -> None:
         gauges.show_model(status)
         asyncio.run_coroutine_threadsafe(_update(health, registry), loop)
 
-    registry = Registry(_sources(settings), self_check, observe)
+    registry = Registry(_sources(settings), _check(settings), observe)
     streams = DeviceStreams(worker, settings.stall_seconds)
     service, callers = IntrospectionService(registry, streams), _callers(settings)
     server = build_server(service, health, settings.max_connection_age_seconds, callers)
@@ -72,8 +75,23 @@ async def serve(settings: Settings) -> None:
         await health_server.stop(0)
 
 
+def _check(settings: Settings) -> SelfCheck:
+    """What a model goes through before it is served."""
+
+    def check(model: ResidentModel) -> Sequence[Guarantee]:
+        guarantees = self_check(model)
+        if settings.index_neurons and all(guarantee.held for guarantee in guarantees):
+            read_all_neurons(model)
+        return guarantees
+
+    return check
+
+
 def _sources(settings: Settings) -> list[ModelSource]:
     offload_dir = settings.offload_dir
+    cache = None
+    if settings.cache_dir is not None:
+        cache = TensorCache(Path(settings.cache_dir).expanduser(), settings.cache_size)
     named = [ModelSource(m.name, m.location, m.revision) for m in settings.models]
     return [
         replace(
@@ -82,6 +100,7 @@ def _sources(settings: Settings) -> list[ModelSource]:
             data_type=settings.data_type,
             limits={memory.device: memory.size for memory in settings.max_memory},
             offload_dir=None if offload_dir is None else Path(offload_dir).expanduser(),
+            cache=cache,
         )
         for source in named or [embedded_source()]
     ]

@@ -74,6 +74,20 @@ class ProjectSpec:
 
 
 @dataclass(frozen=True)
+class FindNeuronsSpec:
+    """One page of a FindNeurons request: up to `count` neurons from number `start` on.
+
+    Empty `layers` are all.
+    """
+
+    token: TextOrIds
+    suppressed: bool
+    layers: tuple[int, ...]
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
 class NegativeLogLikelihood:
     """-log p(target | prompt), several target tokens summed and teacher-forced."""
 

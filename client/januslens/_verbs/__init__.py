@@ -3,7 +3,16 @@
 from januslens._verbs.edits import preview_edit
 from januslens._verbs.gradient_lens import gradient_lens
 from januslens._verbs.models import list_models, tokenize
+from januslens._verbs.neurons import find_neurons
 from januslens._verbs.projection import project
 from januslens._verbs.trace import trace
 
-__all__ = ["gradient_lens", "list_models", "preview_edit", "project", "tokenize", "trace"]
+__all__ = [
+    "find_neurons",
+    "gradient_lens",
+    "list_models",
+    "preview_edit",
+    "project",
+    "tokenize",
+    "trace",
+]

@@ -10,6 +10,7 @@ import click
 from januslens._errors import JanuslensError, Unavailable
 from januslens.cli.gradient import gradient
 from januslens.cli.models import models
+from januslens.cli.neurons import neurons
 from januslens.cli.project import project
 from januslens.cli.tokenize import tokenize
 from januslens.cli.trace import trace
@@ -68,5 +69,5 @@ def januslens() -> None:
     """See a language model's forward and backward passes in its vocabulary."""
 
 
-for command in (trace, gradient, project, tokenize, models):
+for command in (trace, gradient, neurons, project, tokenize, models):
     januslens.add_command(command)

@@ -22,7 +22,10 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class FindNeuronsRequest(_message.Message):
-    """Asks for the neurons whose value, their row of FF2, promotes a token. No forward pass is run."""
+    """Asks for the neurons whose value, their row of FF2, promotes a token. No forward pass is run: the
+    answer is a property of the weights. The server reads each layer's values once and remembers the
+    tokens at either end of each; the first request for a layer waits for that.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -32,19 +35,22 @@ class FindNeuronsRequest(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only resident one."""
     suppressed: _builtins.bool
     """True asks for those that push the token to the bottom instead."""
     page_size: _builtins.int
-    """How many neurons to return at most; 0 = the server's default. Above its maximum, the maximum."""
+    """How many neurons to return at most; 0 = 20. Above 1000, 1000."""
     page_token: _builtins.str
     """`next_page_token` of the page before; empty = the first page. One that belongs to another
-    request is INVALID_ARGUMENT.
+    request, its `page_size` aside, or to another revision of the model is INVALID_ARGUMENT.
     """
+    revision: _builtins.str
+    """Revision that must be resident; empty = whichever is."""
     @_builtins.property
     def token(self) -> _common_pb2.Target:
-        """The token; required, a single token."""
+        """The token; required. Several tokens are INVALID_ARGUMENT, listing them."""
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -59,10 +65,11 @@ class FindNeuronsRequest(_message.Message):
         layers: _abc.Iterable[_builtins.int] | None = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
+        revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["token", b"token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "suppressed", b"suppressed", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "model", b"model", "page_size", b"page_size", "page_token", b"page_token", "revision", b"revision", "suppressed", b"suppressed", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -77,15 +84,34 @@ class FindNeuronsResponse(_message.Message):
     NEURONS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    TOTAL_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Token for the next page; empty = this is the last one."""
+    token_id: _builtins.int
+    """Id of the token that was asked for."""
+    depth: _builtins.int
+    """How many places of each value were searched, from the end asked for: the pages together list
+    every neuron whose `rank` is below it. Only where several tokens tie for the last place is it
+    unspecified which of them is among those searched.
+    """
+    total: _builtins.int
+    """How many neurons all pages together list."""
     @_builtins.property
     def neurons(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeuronHit]:
-        """By rank of the token, then by logit; equal ones by layer, expert and neuron."""
+        """By rank of the token, then by logit (largest first; smallest first where `suppressed`); equal
+        ones by layer, expert and neuron.
+        """
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Texts of every token that the projections name."""
+        """Texts of the token that was asked for and of every token that the projections name."""
+
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance:
+        """The model whose neurons they are."""
 
     def __init__(
         self,
@@ -93,10 +119,14 @@ class FindNeuronsResponse(_message.Message):
         neurons: _abc.Iterable[Global___NeuronHit] | None = ...,
         next_page_token: _builtins.str = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
+        token_id: _builtins.int = ...,
+        depth: _builtins.int = ...,
+        total: _builtins.int = ...,
+        provenance: _common_pb2.Provenance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["neurons", b"neurons", "next_page_token", b"next_page_token", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "neurons", b"neurons", "next_page_token", b"next_page_token", "provenance", b"provenance", "token_id", b"token_id", "tokens", b"tokens", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -117,16 +147,20 @@ class NeuronHit(_message.Message):
     layer: _builtins.int
     """Layer, from 0."""
     neuron: _builtins.int
-    """Neuron, from 0."""
+    """Neuron, from 0; of a mixture, within its expert."""
     expert: _builtins.int
     """Expert that owns the neuron, from 0; set for mixtures only."""
     rank: _builtins.int
-    """The token's rank in the value's projection, counted from the end asked for; 0 = first."""
+    """The token's rank in the value's projection, counted from the end asked for: how many tokens
+    have a strictly larger logit, or where `suppressed` a strictly smaller one; 0 = first.
+    """
     logit: _builtins.float
-    """The token's logit in the value's projection."""
+    """The token's logit in the value's projection; after the soft-cap where the model has one."""
     @_builtins.property
     def value(self) -> _lens_pb2.Projection:
-        """The value, a row of FF2, through LENS_FINAL_NORM."""
+        """The value, a row of FF2, through LENS_FINAL_NORM: five tokens of either end, and the token
+        asked for as the target.
+        """
 
     def __init__(
         self,

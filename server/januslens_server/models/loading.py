@@ -28,6 +28,7 @@ from januslens_server.models.memory import needed
 from januslens_server.models.offload import brought
 from januslens_server.models.placement import AUTO, DeviceMap, devices_of, place
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokens import Vocabulary
 from januslens_server.results import Provenance
 
@@ -48,7 +49,8 @@ class ModelSource:
     """What to load: a local folder or hub id, its `revision` on the hub, and how.
 
     `device` `auto` splits a model over the machine's devices and, for what fits nowhere, the
-    `offload_dir`. `limits` are bytes that the model may take by device, else what is free.
+    `offload_dir`. `limits` are bytes that the model may take by device, else what is free. `cache`
+    keeps what is computed once per model.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ModelSource:
     data_type: str = "auto"
     limits: Mapping[str, int] = field(default_factory=dict)
     offload_dir: Path | None = None
+    cache: TensorCache | None = None
 
 
 def load(source: ModelSource) -> ResidentModel:
@@ -80,6 +83,7 @@ def load(source: ModelSource) -> ResidentModel:
         view=view,
         vocabulary=vocabulary,
         provenance=_provenance(source, checkpoint, network),
+        cache=source.cache,
     )
 
 

@@ -25,6 +25,7 @@ from januslens_server.results.models import (
     ModelStatus,
     Provenance,
 )
+from januslens_server.results.neurons import FoundNeurons
 from januslens_server.results.readings import ProjectionTable, StageTime, Token
 from januslens_server.results.trace import (
     Edge,
@@ -47,6 +48,7 @@ __all__ = [
     "Entries",
     "Flags",
     "Floats",
+    "FoundNeurons",
     "GradientEvent",
     "GradientHeader",
     "GradientMatrix",

@@ -9,11 +9,19 @@ from typing import TypeVar
 
 import numpy as np
 
-from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
+from januslens.v1 import (
+    common_pb2,
+    edits_pb2,
+    gradient_lens_pb2,
+    lens_pb2,
+    neurons_pb2,
+    trace_pb2,
+)
 from januslens_server.errors import InvalidRequest
 from januslens_server.results import MatrixKind, NodeKind
 from januslens_server.specs import (
     DescentStep,
+    FindNeuronsSpec,
     ForwardShift,
     GradientLensSpec,
     KlDivergence,
@@ -51,6 +59,10 @@ MAX_LISTED = 65_536
 
 # Probes of one PreviewEdit request: each costs two forward passes.
 MAX_PROBES = 64
+
+# Neurons of one FindNeurons page: the ten thousand tokens that a thousand name fit into a message.
+NEURONS = 20
+MAX_NEURONS = 1000
 
 
 def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
@@ -134,6 +146,20 @@ def preview_edit_spec(request: edits_pb2.PreviewEditRequest) -> PreviewEditSpec:
         target=_target(request.target, "target"),
         edit=_edit(request),
         probes=tuple(_probe(probe, f"probes[{i}]") for i, probe in enumerate(request.probes)),
+    )
+
+
+def find_neurons_spec(request: neurons_pb2.FindNeuronsRequest, start: int) -> FindNeuronsSpec:
+    """`start` is the neuron that the page begins with.
+
+    Raises `InvalidRequest` naming the field that cannot be served.
+    """
+    return FindNeuronsSpec(
+        token=_target(request.token, "token"),
+        suppressed=request.suppressed,
+        layers=tuple(request.layers),
+        start=start,
+        count=min(request.page_size or NEURONS, MAX_NEURONS),
     )
 
 

@@ -18,6 +18,7 @@ from januslens.v1 import (
 from januslens_server.errors import InvalidRequest, Unimplemented
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
@@ -28,11 +29,13 @@ from januslens_server.rpc.calls import Call
 from januslens_server.rpc.encode import (
     GradientLensEncoder,
     TraceEncoder,
+    find_neurons_response,
     model_message,
     preview_edit_response,
     project_response,
     token_message,
 )
+from januslens_server.rpc.pages import MODELS, neurons_list, page_start, page_token
 from januslens_server.rpc.streaming import DeviceStreams
 
 
@@ -54,11 +57,11 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("ListModels", context):
             usable = filter(lambda s: asking().may_use(s.name), self._registry.statuses())
             statuses = sorted(usable, key=lambda status: status.name)
-            start = _page_start(request.page_token, len(statuses))
+            start = page_start(request.page_token, MODELS, len(statuses))
             end = start + (request.page_size or len(statuses))
             return models_pb2.ListModelsResponse(
                 models=[model_message(status) for status in statuses[start:end]],
-                next_page_token=str(end) if end < len(statuses) else "",
+                next_page_token=page_token(end, MODELS, len(statuses)),
             )
 
     async def Tokenize(
@@ -115,11 +118,17 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             return preview_edit_response(previews[0], model.vocabulary.token)
 
     async def FindNeurons(
-        self, _request: neurons_pb2.FindNeuronsRequest, context: Context
+        self, request: neurons_pb2.FindNeuronsRequest, context: Context
     ) -> neurons_pb2.FindNeuronsResponse:
-        """Not served yet."""
-        async with Call("FindNeurons", context):
-            raise Unimplemented("FindNeurons is not served by this version")
+        """The neurons that write a token, one page of them."""
+        async with Call("FindNeurons", context) as call:
+            model = self._model(request.model, request.revision)
+            listed = neurons_list(request, model.provenance.revision)
+            spec = decode.find_neurons_spec(request, page_start(request.page_token, listed))
+            run = partial(find_neurons, model, spec)
+            (found,) = [page async for page in self._device.results(run, call)]
+            next_page = page_token(spec.start + spec.count, listed, found.total)
+            return find_neurons_response(found, next_page, model.vocabulary.token)
 
     async def EstimateCost(
         self, _request: cost_pb2.EstimateCostRequest, context: Context
@@ -127,13 +136,3 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         """Not served yet."""
         async with Call("EstimateCost", context):
             raise Unimplemented("EstimateCost is not served by this version")
-
-
-def _page_start(page_token: str, count: int) -> int:
-    """A page's token is the number of models before it."""
-    if not page_token:
-        return 0
-    issued = {str(start): start for start in range(1, count)}
-    if page_token not in issued:
-        raise InvalidRequest("page_token", "expected the token of an earlier answer")
-    return issued[page_token]

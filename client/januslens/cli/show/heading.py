@@ -15,7 +15,7 @@ def heading(prompt: Sequence[Token], provenance: Provenance) -> Table:
     """The prompt's tokens, numbered by position, and which weights read them."""
     lines = labelled()
     lines.add_row("prompt", _numbered(prompt))
-    lines.add_row("model", Text(_model(provenance), "dim"))
+    lines.add_row("model", Text(model_in_words(provenance), "dim"))
     return lines
 
 
@@ -32,7 +32,8 @@ def _numbered(prompt: Sequence[Token]) -> Text:
     return Text("  ").join(pieces)
 
 
-def _model(provenance: Provenance) -> str:
+def model_in_words(provenance: Provenance) -> str:
+    """Name, architecture, data type, device and revision."""
     return (
         f"{provenance.model} ({provenance.architecture}, {provenance.data_type} on "
         f"{provenance.device}), revision {provenance.revision[:12]}"

@@ -3,6 +3,7 @@
 from januslens_server.rpc.encode.edits import preview_edit_response
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
 from januslens_server.rpc.encode.models import model_message
+from januslens_server.rpc.encode.neurons import find_neurons_response
 from januslens_server.rpc.encode.project import project_response
 from januslens_server.rpc.encode.shared import token_message
 from januslens_server.rpc.encode.trace import TraceEncoder
@@ -10,6 +11,7 @@ from januslens_server.rpc.encode.trace import TraceEncoder
 __all__ = [
     "GradientLensEncoder",
     "TraceEncoder",
+    "find_neurons_response",
     "model_message",
     "preview_edit_response",
     "project_response",

@@ -1,0 +1,126 @@
+"""Weight rows by the tokens at both ends of their projections.
+
+Rows of the weights depend on no input, so what they promote and suppress is read once and kept:
+the answer to "which neurons write this token" is then a search among small integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.projection import CHUNK_BYTES, Readings, read_logits
+from januslens_server.specs import LensKind, LensSpec
+
+
+class Listed(NamedTuple):
+    """The m rows that list a token: their numbers, its rank and its logit in each, `[m]`.
+
+    Ranks count the tokens with a strictly larger logit, from the other end strictly smaller.
+    """
+
+    rows: torch.Tensor
+    ranks: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """Both ends of n rows' projections, on the CPU.
+
+    Ids `[n, depth]` int32 and logits `[n, depth]` float32 before the soft-cap, each end from its
+    outermost token inwards; `log_normalizer` and `entropy_bits` `[n]`; `projected` `[n]` is False
+    for rows of zeros, which have no reading.
+    """
+
+    projected: torch.Tensor
+    top_ids: torch.Tensor
+    top_logits: torch.Tensor
+    bottom_ids: torch.Tensor
+    bottom_logits: torch.Tensor
+    log_normalizer: torch.Tensor
+    entropy_bits: torch.Tensor
+
+    @property
+    def depth(self) -> int:
+        """How many tokens each end lists."""
+        return self.top_ids.shape[1]
+
+    def listing(self, token: int, *, suppressed: bool) -> Listed:
+        """The rows that have `token` among their last tokens, or else among their first."""
+        ids = self.bottom_ids if suppressed else self.top_ids
+        values = self.bottom_logits if suppressed else self.top_logits
+        rows, places = torch.where((ids == token) & self.projected[:, None])
+        logits = values[rows, places]
+        further_out = (
+            values[rows] < logits[:, None] if suppressed else values[rows] > logits[:, None]
+        )
+        return Listed(rows, further_out.sum(1), logits)
+
+    def readings(self, listed: Listed, vocab: int, count: int, *, suppressed: bool) -> Readings:
+        """What a projection with `count` tokens of each end says of the rows and the token."""
+        rows, ranks, logits = listed
+        if suppressed:  # from the bottom: the rest, less those of its own logit
+            level = (self.bottom_logits[rows] == logits[:, None]).sum(1)
+            ranks = vocab - ranks - level
+        return Readings(
+            top_ids=self.top_ids[rows, :count].long(),
+            top_logits=self.top_logits[rows, :count],
+            bottom_ids=self.bottom_ids[rows, :count].long(),
+            bottom_logits=self.bottom_logits[rows, :count],
+            log_normalizer=self.log_normalizer[rows],
+            entropy_bits=self.entropy_bits[rows],
+            target_logits=logits[:, None],
+            target_ranks=ranks[:, None],
+        )
+
+
+@torch.inference_mode()
+def index_rows(
+    head: LensHead,
+    matrices: Iterable[torch.Tensor],
+    depth: int,
+    checkpoint: Callable[[], None],
+    chunk_bytes: int = CHUNK_BYTES,
+) -> RowIndex:
+    """Read the rows of `matrices` `[rows, d_model]`, one after the other, `depth` tokens deep.
+
+    `checkpoint` is called before every chunk and may raise to stop.
+    """
+    spec = LensSpec(top_k=depth, bottom_k=depth)
+    at_once = max(1, chunk_bytes // (4 * head.unembedding.shape[0]))
+    chunks = []
+    for vectors in _chunks(matrices, at_once):
+        checkpoint()
+        here = vectors.to(head.unembedding.device)
+        targets = torch.empty(len(here), 0, dtype=torch.long, device=here.device)
+        logits = head.logits(head.prepare(here, LensKind.FINAL_NORM))
+        readings = read_logits(head, logits, spec, targets)
+        chunks.append(_kept((here != 0).any(-1), readings))
+    return _joined(chunks)
+
+
+def _chunks(matrices: Iterable[torch.Tensor], rows: int) -> Iterator[torch.Tensor]:
+    for matrix in matrices:
+        yield from matrix.split(rows)
+
+
+def _kept(projected: torch.Tensor, readings: Readings) -> RowIndex:
+    return RowIndex(
+        projected=projected.cpu(),
+        top_ids=readings.top_ids.int().cpu(),
+        top_logits=readings.top_logits.cpu(),
+        bottom_ids=readings.bottom_ids.int().cpu(),
+        bottom_logits=readings.bottom_logits.cpu(),
+        log_normalizer=readings.log_normalizer.cpu(),
+        entropy_bits=readings.entropy_bits.cpu(),
+    )
+
+
+def _joined(chunks: list[RowIndex]) -> RowIndex:
+    columns = {name: [vars(chunk)[name] for chunk in chunks] for name in vars(chunks[0])}
+    return RowIndex(**{name: torch.cat(parts) for name, parts in columns.items()})

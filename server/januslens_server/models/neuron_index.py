@@ -1,0 +1,95 @@
+"""What a model's MLP neurons write, read once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from januslens_server.lens.row_index import RowIndex, index_rows
+from januslens_server.models.tensor_cache import TensorCache
+from januslens_server.models.views import Block, ModelView
+from januslens_server.results import MatrixKind, ModelFacts, Provenance
+
+# Tokens kept of each end of a neuron, and how many bytes all of a model's may take at most.
+DEPTH = 64
+INDEX_BYTES = 512 * 2**20
+# An id and a logit at either end.
+ENTRY_BYTES = 16
+
+# To be changed whenever the numbers in an index would come out differently.
+VERSION = "1"
+
+
+class NeuronIndex:
+    """The value rows of every layer (FF2's, of experts too), each layer read when it is needed.
+
+    Not for two threads at a time.
+    """
+
+    def __init__(
+        self, view: ModelView, provenance: Provenance, cache: TensorCache | None = None
+    ) -> None:
+        """Layers that `cache` holds of these very weights are not read again."""
+        self._view = view
+        self._about = _description(view, provenance)
+        self._cache = cache
+        self._layers: dict[int, RowIndex] = {}
+
+    @property
+    def depth(self) -> int:
+        """How many tokens are kept of each end."""
+        return _depth(self._view.facts)
+
+    def layer(self, layer: int, checkpoint: Callable[[], None]) -> RowIndex:
+        """The rows of one layer in order, of a mixture expert by expert.
+
+        `checkpoint` is called while they are read, and may raise to stop.
+        """
+        if layer not in self._layers:
+            self._layers[layer] = self._kept(layer) or self._read(layer, checkpoint)
+        return self._layers[layer]
+
+    def _kept(self, layer: int) -> RowIndex | None:
+        tensors = None if self._cache is None else self._cache.read(self._named(layer))
+        return None if tensors is None else RowIndex(**tensors)
+
+    def _read(self, layer: int, checkpoint: Callable[[], None]) -> RowIndex:
+        matrices = _value_rows(self._view.blocks[layer])
+        index = index_rows(self._view.lens, matrices, self.depth, checkpoint)
+        if self._cache is not None:
+            self._cache.write(self._named(layer), dict(vars(index)))
+        return index
+
+    def _named(self, layer: int) -> Mapping[str, str]:
+        return self._about | {"layer": str(layer), "depth": str(self.depth)}
+
+
+def _depth(facts: ModelFacts) -> int:
+    """Fewer tokens where a model has so many neurons that they would take too many bytes."""
+    neurons = facts.n_layers * facts.d_mlp * max(1, facts.n_experts)
+    fitting = INDEX_BYTES // (ENTRY_BYTES * neurons)
+    return min(DEPTH, facts.vocab_size, max(1, fitting))
+
+
+def _value_rows(block: Block) -> Iterator[torch.Tensor]:
+    """FF2 `[d_mlp, d_model]` in float32, of a mixture every expert's."""
+    matrix = block.matrices[MatrixKind.FF2]
+    stored = matrix.parameter()
+    experts = range(stored.shape[0]) if stored.dim() == 3 else [None]
+    for expert in experts:
+        yield matrix.rows_of(stored, expert).float()
+
+
+def _description(view: ModelView, provenance: Provenance) -> dict[str, str]:
+    """What the numbers depend on: the weights, and what a configuration adds to them."""
+    lens = view.lens
+    norm = f"centred={lens.final_norm.centred} eps={lens.final_norm.eps}"
+    return {
+        "holds": "neuron index",
+        "version": VERSION,
+        "revision": provenance.revision,
+        "architecture": provenance.architecture,
+        "data_type": provenance.data_type,
+        "lens": f"{norm} scale={lens.logit_scale} cap={lens.soft_cap}",
+    }

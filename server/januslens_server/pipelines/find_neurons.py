@@ -1,0 +1,106 @@
+"""FindNeurons: the MLP neurons whose value row promotes, or suppresses, a token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from januslens_server.capture.hooks import Checkpoint
+from januslens_server.errors import InvalidRequest
+from januslens_server.lens.projection import Readings, projection_table
+from januslens_server.models.experts import Experts
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.inputs import read_layers, read_single_target
+from januslens_server.results import FoundNeurons, Ints
+from januslens_server.specs import FindNeuronsSpec, LensSpec
+
+
+class _Hits(NamedTuple):
+    """Neurons that list the token, and how their values read.
+
+    `places` `[n, 3]` are layer, expert (-1: none) and number, `ranks` `[n]` those of the token,
+    counted from the end that was searched.
+    """
+
+    places: Ints
+    ranks: Ints
+    readings: Readings
+
+
+def find_neurons(
+    model: ResidentModel, spec: FindNeuronsSpec, checkpoint: Checkpoint
+) -> Iterator[FoundNeurons]:
+    """Yield one page.
+
+    Raises `InvalidRequest` for a token or layers that this model has not, or a page that is not
+    there, and whatever `checkpoint` raises while layers are read for the first time.
+    """
+    token = read_single_target(model, spec.token, "token")
+    layers = read_layers(model, spec.layers)
+    hits = _joined([_of_layer(model, n, token, spec.suppressed, checkpoint) for n in layers])
+    if spec.start and spec.start >= len(hits.ranks):
+        raise InvalidRequest("page_token", "expected the token of an earlier answer")
+    page = torch.from_numpy(_order(hits, spec.suppressed)[spec.start : spec.start + spec.count])
+    shown = Readings(**{name: column[page] for name, column in vars(hits.readings).items()})
+    yield FoundNeurons(
+        token=model.vocabulary.token(token),
+        layers=hits.places[page, 0],
+        experts=hits.places[page, 1],
+        neurons=hits.places[page, 2],
+        ranks=hits.ranks[page],
+        projections=projection_table(
+            model.view.lens,
+            torch.ones(len(page), dtype=torch.bool),
+            [shown],
+            torch.full((len(page), 1), token),
+        ),
+        depth=model.neurons.depth,
+        total=len(hits.ranks),
+        provenance=model.provenance,
+    )
+
+
+def read_all_neurons(model: ResidentModel) -> None:
+    """Read what is otherwise read by the first request that asks for it."""
+    for layer in range(model.view.facts.n_layers):
+        model.neurons.layer(layer, lambda: None)
+
+
+def _of_layer(
+    model: ResidentModel, layer: int, token: int, suppressed: bool, checkpoint: Checkpoint
+) -> _Hits:
+    facts = model.view.facts
+    index = model.neurons.layer(layer, checkpoint)
+    listed = index.listing(token, suppressed=suppressed)
+    rows = listed.rows.numpy()
+    layers, none = np.full_like(rows, layer), np.full_like(rows, -1)
+    of_experts = isinstance(model.view.blocks[layer].mlp, Experts)
+    expert, neuron = np.divmod(rows, facts.d_mlp) if of_experts else (none, rows)
+    count = LensSpec().top_k
+    return _Hits(
+        places=np.stack([layers, expert, neuron], axis=1),
+        ranks=listed.ranks.numpy(),
+        readings=index.readings(listed, facts.vocab_size, count, suppressed=suppressed),
+    )
+
+
+def _joined(hits: list[_Hits]) -> _Hits:
+    columns = {
+        name: torch.cat([vars(part.readings)[name] for part in hits])
+        for name in vars(hits[0].readings)
+    }
+    return _Hits(
+        places=np.concatenate([part.places for part in hits]),
+        ranks=np.concatenate([part.ranks for part in hits]),
+        readings=Readings(**columns),
+    )
+
+
+def _order(hits: _Hits, suppressed: bool) -> Ints:
+    """By rank, then by logit; a stable sort, so that equal ones stay by layer, expert, neuron."""
+    logits = hits.readings.target_logits[:, 0].numpy()
+    order: Ints = np.lexsort((logits if suppressed else -logits, hits.ranks))
+    return order
