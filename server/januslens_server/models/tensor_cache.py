@@ -62,8 +62,8 @@ class TensorCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._make_room(size)
             _write(path, tensors, dict(about) | {DIGEST: _digest(tensors)})
+            self._remove_old(path)
         except (OSError, SafetensorError) as error:
             logger.warning("cache file %s is not written: %s", path, error)
 
@@ -71,8 +71,8 @@ class TensorCache:
         described = "\n".join(f"{key}={value}" for key, value in sorted(about.items()))
         return self.folder / f"{PREFIX}{hashlib.sha256(described.encode()).hexdigest()}{SUFFIX}"
 
-    def _make_room(self, size: int) -> None:
-        """Remove our own files, those used longest ago first, until `size` bytes fit."""
+    def _remove_old(self, newest: Path) -> None:
+        """Keep within the limit: remove our own files, those used longest ago first."""
         own = [
             (path, path.stat())
             for ending in (SUFFIX, UNFINISHED)
@@ -80,10 +80,9 @@ class TensorCache:
         ]
         held = sum(status.st_size for _, status in own)
         for path, status in sorted(own, key=lambda entry: entry[1].st_mtime):
-            if held + size <= self.limit:
-                return
-            path.unlink(missing_ok=True)
-            held -= status.st_size
+            if held > self.limit and path != newest:
+                path.unlink(missing_ok=True)
+                held -= status.st_size
 
 
 def _read(path: Path, about: Mapping[str, str]) -> Tensors:

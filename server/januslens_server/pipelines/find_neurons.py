@@ -43,8 +43,9 @@ def find_neurons(
     hits = _joined([_of_layer(model, n, token, spec.suppressed, checkpoint) for n in layers])
     if spec.start and spec.start >= len(hits.ranks):
         raise InvalidRequest("page_token", "expected the token of an earlier answer")
-    page = torch.from_numpy(_order(hits, spec.suppressed)[spec.start : spec.start + spec.count])
-    shown = Readings(**{name: column[page] for name, column in vars(hits.readings).items()})
+    page = _order(hits, spec.suppressed)[spec.start : spec.start + spec.count]
+    rows = torch.from_numpy(page)
+    shown = Readings(**{name: column[rows] for name, column in vars(hits.readings).items()})
     yield FoundNeurons(
         token=model.vocabulary.token(token),
         layers=hits.places[page, 0],

@@ -22,8 +22,9 @@ def show_found_neurons(found: FoundNeurons, out: Console) -> None:
     lines.add_row("found", Text(_found(found)))
     out.print(lines)
     if found.neurons:
-        note = "rank: from the bottom, 0 being the last" if found.suppressed else "rank: 0 = first"
-        out.print(section(_title(found), _table(found), f"{note}; of the value, a row of FF2"))
+        end = "from the bottom" if found.suppressed else "from the top"
+        note = f"rank ({end}) and logit in the neuron's value, its row of FF2"
+        out.print(section(_title(found), _table(found), note))
 
 
 def _found(found: FoundNeurons) -> str:

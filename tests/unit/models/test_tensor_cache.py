@@ -1,0 +1,152 @@
+"""The cache's files: found again, never trusted, never too many."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from januslens_server.models.tensor_cache import TensorCache, Tensors
+
+ABOUT = {"holds": "numbers", "revision": "abc"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> TensorCache:
+    return TensorCache(tmp_path / "cache", limit=10**6)
+
+
+def tensors(seed: int = 0) -> Tensors:
+    random = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 100, (7, 3), dtype=torch.int32, generator=random)
+    return {"ids": ids, "values": torch.randn(7, 3, generator=random)}
+
+
+def the_file(cache: TensorCache) -> Path:
+    (path,) = cache.folder.iterdir()
+    return path
+
+
+def test_what_was_written_is_read_bit_for_bit(cache: TensorCache) -> None:
+    cache.write(ABOUT, tensors())
+    found = TensorCache(cache.folder, cache.limit).read(ABOUT)
+    assert found is not None
+    assert found.keys() == tensors().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors().items())
+    assert found["ids"].dtype is torch.int32
+
+
+@pytest.mark.parametrize("change", [{"revision": "abd"}, {"more": ""}])
+def test_nothing_is_found_under_another_description(
+    cache: TensorCache, change: dict[str, str]
+) -> None:
+    cache.write(ABOUT, tensors())
+    assert cache.read(ABOUT | change) is None
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps(tensors()))
+
+
+def someone_elses(path: Path) -> None:
+    save_file(tensors(), path, {"holds": "something else"})
+
+
+def without_description(path: Path) -> None:
+    save_file(tensors(), path)
+
+
+BREAKAGES = [cut, flip_a_bit, empty, pickled, someone_elses, without_description]
+
+
+@pytest.mark.parametrize("damage", BREAKAGES, ids=lambda damage: damage.__name__)
+def test_a_file_that_is_not_what_it_should_be_is_passed_over_and_replaced(
+    cache: TensorCache, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.write(ABOUT, tensors())
+    damage(the_file(cache))
+    assert cache.read(ABOUT) is None
+    assert str(the_file(cache)) in caplog.text
+    cache.write(ABOUT, tensors(1))
+    found = cache.read(ABOUT)
+    assert found is not None
+    assert torch.equal(found["values"], tensors(1)["values"])
+
+
+def test_a_file_of_another_name_is_not_taken_for_it(cache: TensorCache) -> None:
+    """Renaming a file does not make it say something else."""
+    cache.write(ABOUT, tensors())
+    first = the_file(cache)
+    other = ABOUT | {"revision": "other"}
+    cache.write(other, tensors(1))
+    (second,) = set(cache.folder.iterdir()) - {first}
+    first.replace(second)
+    assert cache.read(other) is None
+
+
+def test_what_was_used_longest_ago_gives_way(tmp_path: Path) -> None:
+    TensorCache(tmp_path, limit=10**6).write({"number": "0"}, tensors(0))
+    cache = TensorCache(tmp_path, limit=3 * next(tmp_path.iterdir()).stat().st_size)
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("mine")
+    for i in range(3):
+        cache.write({"number": str(i)}, tensors(i))
+        for path in tmp_path.glob("*.safetensors"):
+            status = path.stat()
+            os.utime(path, (status.st_atime - 100, status.st_mtime - 100))
+    assert cache.read({"number": "0"}) is not None  # used now
+    cache.write({"number": "3"}, tensors(3))
+    held = [i for i in range(4) if cache.read({"number": str(i)}) is not None]
+    assert held == [0, 2, 3]
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) <= cache.limit
+    assert foreign.read_text() == "mine"
+
+
+def test_what_is_larger_than_the_limit_is_not_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = TensorCache(tmp_path, limit=10)
+    cache.write(ABOUT, tensors())
+    assert list(tmp_path.iterdir()) == []
+    assert "too many" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_a_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    cache = TensorCache(tmp_path / "file", limit=10**6)
+    cache.write(ABOUT, tensors())
+    assert cache.read(ABOUT) is None
+    assert "is not written" in caplog.text
+
+
+def test_nothing_unfinished_is_left(
+    cache: TensorCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("januslens_server.models.tensor_cache.save_file", full)
+    cache.write(ABOUT, tensors())
+    assert list(cache.folder.iterdir()) == []
+    assert "no space left" in caplog.text
