@@ -17,11 +17,13 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
 from januslens import Cancelled, ErrorDetails, read_gradient, read_trace
+from januslens._verbs import find_neurons as neurons_verb
 from januslens._verbs import gradient_lens as gradient_verb
 from januslens._verbs import project as project_verb
 from januslens._verbs import trace as trace_verb
 from januslens.cli.gradient import gradient as gradient_command
 from januslens.cli.interrupt import interruptible
+from januslens.cli.neurons import neurons as neurons_command
 from januslens.cli.parameters import layer_list, matrix_list, position_list
 from januslens.cli.program import januslens
 from januslens.cli.project import project as project_command
@@ -70,6 +72,8 @@ def test_lists_as_they_are_typed() -> None:
         (["trace", "x", "--colour", "red"], "No such option"),
         (["introspect"], "No such command"),
         (["project", "absent.npy"], "does not exist"),
+        (["neurons", "x", "--limit", "0"], "not in the range"),
+        (["neurons", ""], "something for the token"),
     ],
 )
 def test_wrong_usage_ends_with_2_one_line_and_a_hint(arguments: list[str], words: str) -> None:
@@ -101,6 +105,7 @@ def test_help_and_version_end_with_0() -> None:
         (trace_command, trace_verb, {"rows", "details"}),
         (gradient_command, gradient_verb, {"rows", *PREVIEWED}),
         (project_command, project_verb, {"file", "name"}),
+        (neurons_command, neurons_verb, {"written"}),
     ],
 )
 def test_every_option_is_an_argument_of_the_verb(
@@ -207,6 +212,28 @@ def test_models_and_tokens() -> None:
     assert "␣Tokyo" in result.stdout
     assert "⏎" in result.stdout
     assert "20 54 6f 6b 79 6f" in result.stdout
+
+
+@pytest.mark.usefixtures("demo")
+def test_the_neurons_that_write_a_token() -> None:
+    result = run("neurons", " Tokyo", "--limit", "3", "--layers", "2-3")
+    assert result.exit_code == 0
+    assert re.search(
+        r"found +\d+ neurons have it among the top 64 tokens of their value, 3 shown", result.stdout
+    )
+    assert "The neurons that promote ␣Tokyo" in result.stdout
+    rows = re.findall(r"^ *(\d+)  \+\d\.\d\d  L[23] neuron \d+ ", result.stdout, re.MULTILINE)
+    assert len(rows) == 3
+    assert [int(rank) for rank in rows] == sorted(int(rank) for rank in rows)
+    assert max(len(line) for line in result.stdout.splitlines()) <= 110
+    suppressed = run("neurons", " Tokyo", "--suppressed", "--limit", "1").stdout
+    assert re.search(r"^ +0  -\d\.\d\d  L\d neuron \d+ .* ␣Tokyo  ", suppressed, re.MULTILINE)
+    assert "rank (from the bottom)" in suppressed
+    answer = json.loads(run("neurons", " Tokyo", "--limit", "1", "--json").stdout)
+    assert len(answer["neurons"]) == 1
+    several = run("neurons", "Tokyo Paris")
+    assert several.exit_code == 1
+    assert "expected one token, got" in several.stderr
 
 
 @pytest.mark.usefixtures("demo")

@@ -16,6 +16,7 @@ VERBS = [
     "tokenize",
     "project",
     "preview_edit",
+    "find_neurons",
     "trace",
     "stream_trace",
     "gradient_lens",

@@ -119,6 +119,31 @@ def test_a_nodes_vector_read_by_project_is_what_the_trace_says(client: Client) -
     assert np.linalg.norm(node.vector.float32()) == pytest.approx(node.norm, rel=1e-5)
 
 
+def test_neurons_that_write_a_token(client: Client) -> None:
+    found = client.find_neurons(" Tokyo", limit=None)
+    assert found.token.text == " Tokyo"
+    assert len(found.neurons) == found.total > 50
+    assert [hit.rank for hit in found.neurons] == sorted(hit.rank for hit in found.neurons)
+    first = found.neurons[0]
+    assert first.value.top_tokens[first.rank] == found.token
+    assert str(first) == f"L{first.layer} neuron {first.neuron}"
+    assert (first.value.target_rank, first.value.target_logit) == (first.rank, first.logit)
+    some = client.find_neurons(found.token.id, limit=30)
+    assert some.neurons == found.neurons[:30]
+    assert (some.total, some.depth) == (found.total, found.depth)
+    frame = some.to_pandas()
+    assert frame["neuron"].tolist() == [hit.neuron for hit in some.neurons]
+    assert frame["expert"].isna().all()
+    assert frame["top_tokens"][0][first.rank] == " Tokyo"
+    low = client.find_neurons(" Tokyo", suppressed=True, layers=[3], limit=5)
+    assert {hit.layer for hit in low.neurons} == {3}
+    assert low.neurons[0].value.bottom_tokens[0].text == " Tokyo"
+    with pytest.raises(ValueError, match="limit"):
+        client.find_neurons(" Tokyo", limit=0)
+    with pytest.raises(januslens.InvalidRequest):
+        client.find_neurons(" Tokyo Paris")
+
+
 def test_token_ids_are_as_good_as_text(client: Client, trace: Trace) -> None:
     ids = [token.id for token in trace.prompt_tokens]
     again = client.trace(ids, trace.target().target.id)
@@ -248,10 +273,12 @@ async def test_the_async_client_finds_the_same(server_address: str, trace: Trace
             client.list_models(),
             client.tokenize(PROMPT),
         )
+        found = await client.find_neurons(" Tokyo", limit=1)
         (read,) = await client.project(np.ones(models[0].d_model), top_k=1)
     assert traced.layers == trace.layers
     assert gradient.matrix(3, "FF2").components[0].promoted[0].text == " Paris"
     assert len(tokens) == 8
+    assert len(found.neurons) == 1
     assert len(read.top) == 1
 
 

@@ -40,16 +40,17 @@ NAMING_A_MODEL: list[tuple[str, Message]] = [
     ("Trace", trace_pb2.TraceRequest(model="nobody")),
     ("GradientLens", gradient_lens_pb2.GradientLensRequest(model="nobody")),
     ("PreviewEdit", edits_pb2.PreviewEditRequest(model="nobody")),
+    ("FindNeurons", neurons_pb2.FindNeuronsRequest(model="nobody")),
 ]
 
 ASKING_FOR_A_REVISION: list[tuple[str, Message]] = [
     ("Trace", trace_pb2.TraceRequest(revision="main")),
     ("GradientLens", gradient_lens_pb2.GradientLensRequest(revision="main")),
     ("PreviewEdit", edits_pb2.PreviewEditRequest(revision="main")),
+    ("FindNeurons", neurons_pb2.FindNeuronsRequest(revision="main")),
 ]
 
 NOT_SERVED: list[tuple[str, Message]] = [
-    ("FindNeurons", neurons_pb2.FindNeuronsRequest()),
     ("EstimateCost", cost_pb2.EstimateCostRequest()),
 ]
 

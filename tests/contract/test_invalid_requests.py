@@ -10,7 +10,15 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, models_pb2, trace_pb2
+from januslens.v1 import (
+    common_pb2,
+    edits_pb2,
+    gradient_lens_pb2,
+    lens_pb2,
+    models_pb2,
+    neurons_pb2,
+    trace_pb2,
+)
 from januslens.v1.common_pb2 import Input, Target, TokenIds
 from tests.support.calls import prompt, refused, token_ids
 
@@ -41,6 +49,10 @@ def vectors(*shape: int, value: float = 1.0, **fields: Any) -> common_pb2.Tensor
 
 def project(tensor: common_pb2.Tensor, **fields: Any) -> lens_pb2.ProjectRequest:
     return lens_pb2.ProjectRequest(vectors=tensor, **fields)
+
+
+def neurons(**fields: Any) -> neurons_pb2.FindNeuronsRequest:
+    return neurons_pb2.FindNeuronsRequest(**fields)
 
 
 def inputs(method: str, request: Callable[..., Message]) -> list[Case]:
@@ -188,6 +200,16 @@ OTHER: list[Case] = [
         lambda m: project(vectors(500, m.d_model), top_k=1000),
         "vectors",
     ),
+    ("FindNeurons", "no token", lambda _: neurons(), "token"),
+    ("FindNeurons", "token unset", lambda _: neurons(token=Target()), "token"),
+    ("FindNeurons", "token empty", lambda _: neurons(token=Target(text="")), "token"),
+    (
+        "FindNeurons",
+        "token id",
+        lambda m: neurons(token=Target(token_ids=TokenIds(ids=[m.vocab_size]))),
+        "token.token_ids.ids[0]",
+    ),
+    ("FindNeurons", "layer", lambda m: neurons(token=PARIS, layers=[m.n_layers]), "layers"),
     (
         "PreviewEdit",
         "no edit",

@@ -98,7 +98,7 @@ def test_every_field_of_the_large_requests_is_explained(rpc: str, request_type: 
 def test_limits_are_the_servers() -> None:
     rows = section(API, "Limits")
     counts = (decode.MAX_TOKENS, decode.MAX_VECTORS, decode.MAX_LISTED, decode.MAX_PROBES)
-    for limit in (*counts, MAX_SUPPRESSED):
+    for limit in (*counts, MAX_SUPPRESSED, decode.MAX_NEURONS):
         assert f"| {limit:,}" in rows
     assert f"| {MAX_VECTOR_BYTES // 2**20} MiB |" in rows
 
