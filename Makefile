@@ -13,9 +13,16 @@ STUBS       := client/januslens/v1
 FRESH_STUBS := build/stubs
 PROTOS      := $(wildcard protos/januslens/v1/*.proto)
 
+# The pages' program is built by Node, and committed: only who changes it needs Node and npm.
+VIEWER       := client/viewer
+VIEWER_SETUP := $(VIEWER)/node_modules/.package-lock.json
+ASSETS       := client/januslens/viewer/assets
+FRESH_ASSETS := build/viewer
+NPM          := $(shell command -v npm)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check check-stubs stubs rebuild-demo clean
+.PHONY: help setup demo test check check-stubs stubs viewer check-viewer rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -29,7 +36,7 @@ demo: $(SETUP) ## Start the server, trace and gradient-lens the running example,
 test: $(SETUP) ## Run the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-check: $(SETUP) check-stubs ## Lint, check formatting, types, imports, the contract and its stubs
+check: $(SETUP) check-stubs check-viewer ## Lint, check formatting, types, imports, the contract and its stubs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -47,12 +54,28 @@ check-stubs: $(STUBS_SETUP)
 	@diff -r -x __init__.py -x __pycache__ $(FRESH_STUBS)/januslens/v1 $(STUBS) \
 		|| { echo "The stubs differ from protos/: run 'make stubs' and commit the result." >&2; exit 1; }
 
+viewer: $(VIEWER_SETUP) ## Build the pages' program anew from client/viewer/
+	npm --prefix $(VIEWER) run --silent format
+	npm --prefix $(VIEWER) run --silent build
+
+ifdef NPM
+check-viewer: $(VIEWER_SETUP)
+	npm --prefix $(VIEWER) run --silent check
+	@rm -rf $(FRESH_ASSETS)
+	@npm --prefix $(VIEWER) run --silent build -- $(abspath $(FRESH_ASSETS))
+	@diff -rq $(FRESH_ASSETS) $(ASSETS) \
+		|| { echo "The pages' program differs from client/viewer/: run 'make viewer' and commit." >&2; exit 1; }
+else
+check-viewer:
+	@echo "no npm: the pages' program is taken as it is, unchecked" >&2
+endif
+
 rebuild-demo: $(SETUP) ## Train the embedded model anew in build/demo and check that it behaves the same
 	$(BIN)/python -m januslens_server.demo.train --out build/demo
 	$(BIN)/python -m januslens_server.demo.evaluate build/demo
 
 clean: ## Remove the environments, caches and build products
-	rm -rf $(VENV) .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VIEWER)/node_modules .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find client server tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Messages for every file; the service's stub for the one file that has a service.
@@ -68,6 +91,10 @@ endef
 $(SETUP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[server,cli,analysis,dev]'
+	@touch $@
+
+$(VIEWER_SETUP): $(VIEWER)/package-lock.json
+	npm --prefix $(VIEWER) ci --silent
 	@touch $@
 
 $(STUBS_SETUP): protos/requirements.txt

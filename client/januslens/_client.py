@@ -105,6 +105,7 @@ class Client:
     find_neurons = _unary(verbs.find_neurons)
     trace = _whole(verbs.trace)
     stream_trace = _streamed(verbs.trace)
+    trace_overview = _whole(verbs.trace_overview)
     gradient_lens = _whole(verbs.gradient_lens)
     stream_gradient_lens = _streamed(verbs.gradient_lens)
 

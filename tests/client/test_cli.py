@@ -102,7 +102,7 @@ def test_help_and_version_end_with_0() -> None:
 @pytest.mark.parametrize(
     ("command", "verb", "own"),
     [
-        (trace_command, trace_verb, {"rows", "details"}),
+        (trace_command, trace_verb, {"rows", "details", "html"}),
         (gradient_command, gradient_verb, {"rows", *PREVIEWED}),
         (project_command, project_verb, {"file", "name"}),
         (neurons_command, neurons_verb, {"written"}),

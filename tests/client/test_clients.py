@@ -19,6 +19,7 @@ VERBS = [
     "find_neurons",
     "trace",
     "stream_trace",
+    "trace_overview",
     "gradient_lens",
     "stream_gradient_lens",
 ]

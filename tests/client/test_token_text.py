@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import unicodedata
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -42,6 +45,14 @@ def test_a_replacement_character_that_really_is_the_text_stays() -> None:
 
 def test_a_token_without_text_shows_its_id() -> None:
     assert str(Token(17, "")) == "#17"
+
+
+SHARED = Path(__file__).parents[2] / "client/viewer/test/labels.json"
+
+
+@pytest.mark.parametrize("case", json.loads(SHARED.read_text()))
+def test_a_terminal_shows_what_a_page_shows(case: dict[str, str]) -> None:
+    assert visible(case["text"], base64.b64decode(case.get("raw", ""))) == case["shown"]
 
 
 @given(st.text())

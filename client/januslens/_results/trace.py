@@ -15,6 +15,7 @@ from januslens._results.provenance import Provenance
 from januslens._results.tokens import Token
 from januslens._results.trace_events import LayerGraph, PositionTarget, TraceHeader, TraceSummary
 from januslens.v1 import trace_pb2
+from januslens.viewer.trace_page import trace_page
 
 # The finest parts that still partition the residual stream, each once.
 _COMPONENTS = {
@@ -150,3 +151,14 @@ class Trace(GraphView):
     def to_json_lines(self) -> Iterable[str]:
         """The stream as canonical protobuf JSON, one message a line: what `--json` prints."""
         return json_lines(self.responses)
+
+    def to_html(self, overview: Trace | None = None) -> str:
+        """This trace as a page: one HTML file that needs no network.
+
+        Args:
+            overview: What `client.trace_overview(trace)` gave: the residual stream at the other
+                positions too. Without it the page shows the positions of this trace.
+        """
+        return trace_page(
+            self.responses, overview.responses if overview else (), self.prompt_tokens
+        )

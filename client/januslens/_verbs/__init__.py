@@ -4,6 +4,7 @@ from januslens._verbs.edits import preview_edit
 from januslens._verbs.gradient_lens import gradient_lens
 from januslens._verbs.models import list_models, tokenize
 from januslens._verbs.neurons import find_neurons
+from januslens._verbs.overview import trace_overview
 from januslens._verbs.projection import project
 from januslens._verbs.trace import trace
 
@@ -15,4 +16,5 @@ __all__ = [
     "project",
     "tokenize",
     "trace",
+    "trace_overview",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +12,7 @@ from januslens._event_stream import EventStream
 from januslens._results.trace import Trace
 from januslens._results.trace_events import LayerGraph, TraceHeader
 from januslens._stream.trace import TraceEvent
+from januslens.cli.pages import not_both, page_option, write_page
 from januslens.cli.parameters import COUNT, LENS, layer_list, position_list
 from januslens.cli.session import model_option, usage_errors, with_client
 from januslens.cli.show.console import Steps, console, steps
@@ -34,21 +36,34 @@ from januslens.cli.show.trace import show_trace
 @click.option("--top-k", type=COUNT, help="Most likely tokens of a vector.")
 @click.option("--bottom-k", type=COUNT, help="Least likely tokens of a vector.")
 @click.option("--lens", type=LENS, default="final_norm", show_default=True)
+@page_option
 @with_client
 def trace(
-    client: Client, as_json: bool, /, *, prompt: str, rows: int, details: bool, **asked: Any
+    client: Client,
+    as_json: bool,
+    /,
+    *,
+    prompt: str,
+    rows: int,
+    details: bool,
+    html: Path | None,
+    **asked: Any,
 ) -> None:
     """Show how the model comes to its answer after PROMPT.
 
     How the target emerges in the residual stream, which heads and neurons brought it, and by which
     way: the VISIT graph in words.
     """
+    not_both(as_json, html)
     with usage_errors():  # the other options are named as the verb's arguments
         stream = client.stream_trace(prompt, **asked)
     with stream, steps("tracing") as progress:
         result = _followed(stream, progress)
     if not as_json:
         show_trace(result, console(), rows, details)
+    if html:
+        overview = client.trace_overview(result, lens=asked["lens"], top_k=asked["top_k"] or 3)
+        write_page(html, result.to_html(overview))
 
 
 def _followed(stream: EventStream[TraceEvent, Trace], progress: Steps) -> Trace:

@@ -1,0 +1,117 @@
+// The contract's messages as canonical protobuf JSON: what a stream's lines hold. An absent scalar
+// without presence is its zero; `protos/januslens/v1/` says what each field means.
+
+export interface TokenMessage {
+  id?: number
+  text?: string
+  raw?: string
+  start?: number
+  end?: number
+}
+
+export interface ProjectionMessage {
+  topTokenIds?: number[]
+  topProbabilities?: Float[]
+  topLogits?: Float[]
+  bottomTokenIds?: number[]
+  bottomProbabilities?: Float[]
+  bottomLogits?: Float[]
+  entropyBits?: Float
+  targetRank?: number
+  targetProbability?: Float
+  targetLogit?: Float
+}
+
+/** A float; what JSON has no number for comes as a word. */
+export type Float = number | 'NaN' | 'Infinity' | '-Infinity'
+
+export interface ProvenanceMessage {
+  model?: string
+  revision?: string
+  architecture?: string
+  dataType?: string
+  device?: string
+  attention?: string
+  versions?: Record<string, string>
+  batchSize?: number
+  vocabSize?: number
+}
+
+export interface StageTimeMessage {
+  stage?: string
+  seconds?: Float
+}
+
+export interface GuaranteeMessage {
+  name?: string
+  measuredError?: Float
+  tolerance?: Float
+  held?: boolean
+}
+
+export interface NodeMessage {
+  id: string
+  kind: string
+  layer?: number
+  position?: number
+  head?: number
+  sourcePosition?: number
+  neuron?: number
+  expert?: number
+  norm?: Float
+  activation?: Float
+  projection?: ProjectionMessage
+}
+
+export interface EdgeMessage {
+  source: string
+  target: string
+  kind: string
+  weight?: Float
+  share?: Float
+  attention?: Float
+  logitContribution?: Float
+  overlap?: Float
+}
+
+export interface PositionTargetMessage {
+  position?: number
+  targetTokenId?: number
+  predictedTokenId?: number
+  targetProbability?: Float
+  targetRank?: number
+  targetLogit?: Float
+  constantLogitContribution?: Float
+}
+
+export interface TraceHeaderMessage {
+  requestId?: string
+  provenance?: ProvenanceMessage
+  promptTokens?: TokenMessage[]
+  layers?: number[]
+  targets?: PositionTargetMessage[]
+  tokens?: TokenMessage[]
+}
+
+export interface LayerGraphMessage {
+  layer?: number
+  nodes?: NodeMessage[]
+  edges?: EdgeMessage[]
+  tokens?: TokenMessage[]
+  last?: boolean
+}
+
+export interface TraceSummaryMessage {
+  nodes?: number
+  edges?: number
+  times?: StageTimeMessage[]
+  checks?: GuaranteeMessage[]
+  constantLogitContribution?: Float
+}
+
+export interface TraceResponse {
+  sequence?: string
+  header?: TraceHeaderMessage
+  layer?: LayerGraphMessage
+  summary?: TraceSummaryMessage
+}

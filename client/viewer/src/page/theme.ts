@@ -1,0 +1,21 @@
+export type Theme = '' | 'light' | 'dark'
+
+/** Light, dark, or ('') as the system has it; the colours themselves are in styles/theme.css. */
+export function setTheme(theme: Theme): void {
+  document.documentElement.dataset.theme = theme
+}
+
+export function isDark(): boolean {
+  const chosen = document.documentElement.dataset.theme
+  return chosen ? chosen === 'dark' : window.matchMedia('(prefers-color-scheme: dark)').matches
+}
+
+/** A colour of the theme as the browser resolves it, for canvas and exported pictures. */
+export function resolvedColour(variable: string): string {
+  const probe = document.createElement('span')
+  probe.style.color = `var(${variable})`
+  document.body.append(probe)
+  const colour = getComputedStyle(probe).color
+  probe.remove()
+  return colour
+}

@@ -1,0 +1,17 @@
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { fromBase64 } from '../src/label/tokens'
+import { cut, visible } from '../src/label/visible'
+import cases from './labels.json'
+
+for (const { text, raw, shown } of cases as { text: string; raw?: string; shown: string }[]) {
+  test(`${JSON.stringify(text)} is shown as ${JSON.stringify(shown)}`, () => {
+    assert.equal(visible(text, fromBase64(raw ?? '')), shown)
+  })
+}
+
+test('a label is cut between graphemes, never inside one', () => {
+  assert.equal(cut('abcdef', 4), 'abc…')
+  assert.equal(cut('abcd', 4), 'abcd')
+  assert.equal(cut('e\u0301e\u0301e\u0301', 2), 'e\u0301…')
+})
