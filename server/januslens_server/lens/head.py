@@ -9,6 +9,11 @@ import torch
 from januslens_server.lens.norm import Norm
 from januslens_server.specs import LensKind
 
+# Logits of one chunk of rows take at most this many bytes, unless the operator says otherwise.
+CHUNK_BYTES = 64 * 2**20
+# Tokens whose rows of the unembedding one core multiplies at once: their packed copies stay in its
+# cache, which one product over the whole vocabulary loses. A GPU takes the whole vocabulary.
+TOKENS_AT_ONCE = 512
 # The Backward Lens authors' guard against dividing by a zero norm (appendix H).
 SMALLEST_NORM = 1e-12
 
@@ -18,7 +23,8 @@ class LensHead:
     """`lens(v) = unembed(final_norm(v))`, everything in float32.
 
     `unembedding` is `[vocab, d_model]`, `bias` `[vocab]` or None; `logit_scale` multiplies the
-    logits, then `soft_cap` bounds them: `cap * tanh(logits / cap)`.
+    logits, then `soft_cap` bounds them: `cap * tanh(logits / cap)`. `chunk_bytes` of logits are
+    held at once.
     """
 
     final_norm: Norm
@@ -26,6 +32,7 @@ class LensHead:
     bias: torch.Tensor | None = None
     logit_scale: float = 1.0
     soft_cap: float | None = None
+    chunk_bytes: int = CHUNK_BYTES
 
     def prepare(self, vectors: torch.Tensor, kind: LensKind) -> torch.Tensor:
         """Vectors `[n, d_model]` of the residual basis as the unembedding takes them."""
@@ -36,13 +43,20 @@ class LensHead:
             vectors = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(SMALLEST_NORM)
         return self.final_norm(vectors)
 
-    def logits(self, prepared: torch.Tensor) -> torch.Tensor:
-        """Logits `[n, vocab]` of prepared vectors, before the soft-cap."""
-        logits = prepared @ self.unembedding.T
-        if self.bias is not None:
-            logits += self.bias
-        if self.logit_scale != 1.0:
-            logits *= self.logit_scale
+    def logits(self, prepared: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits `[n, vocab]` of prepared vectors, before the soft-cap; in `out` if it is given."""
+        vocab = self.unembedding.shape[0]
+        logits = prepared.new_empty(len(prepared), vocab) if out is None else out
+        on_cpu = prepared.device.type == "cpu"
+        tokens = TOKENS_AT_ONCE * torch.get_num_threads() if on_cpu else vocab
+        for start in range(0, vocab, tokens):
+            part = slice(start, start + tokens)
+            columns = logits[:, part]
+            torch.mm(prepared, self.unembedding[part].T, out=columns)
+            if self.bias is not None:
+                columns += self.bias[part]
+            if self.logit_scale != 1.0:
+                columns *= self.logit_scale
         return logits
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from januslens_server.lens.head import LensHead
-from januslens_server.lens.projection import CHUNK_BYTES, Readings, read_logits
-from januslens_server.specs import LensKind, LensSpec
+from januslens_server.lens.projection import Readings, read_vectors, rows_at_once
+from januslens_server.specs import LensSpec
 
 
 class Listed(NamedTuple):
@@ -85,21 +85,18 @@ def index_rows(
     matrices: Iterable[torch.Tensor],
     depth: int,
     checkpoint: Callable[[], None],
-    chunk_bytes: int = CHUNK_BYTES,
 ) -> RowIndex:
     """Read the rows of `matrices` `[rows, d_model]`, one after the other, `depth` tokens deep.
 
     `checkpoint` is called before every chunk and may raise to stop.
     """
     spec = LensSpec(top_k=depth, bottom_k=depth)
-    at_once = max(1, chunk_bytes // (4 * head.unembedding.shape[0]))
     chunks = []
-    for vectors in _chunks(matrices, at_once):
+    for vectors in _chunks(matrices, rows_at_once(head)):
         checkpoint()
         here = vectors.to(head.unembedding.device)
         targets = torch.empty(len(here), 0, dtype=torch.long, device=here.device)
-        logits = head.logits(head.prepare(here, LensKind.FINAL_NORM))
-        readings = read_logits(head, logits, spec, targets)
+        readings = list(read_vectors(head, here, spec, targets))
         chunks.append(_kept((here != 0).any(-1), readings))
     return _joined(chunks)
 
@@ -109,15 +106,18 @@ def _chunks(matrices: Iterable[torch.Tensor], rows: int) -> Iterator[torch.Tenso
         yield from matrix.split(rows)
 
 
-def _kept(projected: torch.Tensor, readings: Readings) -> RowIndex:
+def _kept(projected: torch.Tensor, parts: list[Readings]) -> RowIndex:
+    def joined(name: str) -> torch.Tensor:
+        return torch.cat([getattr(part, name) for part in parts]).cpu()
+
     return RowIndex(
         projected=projected.cpu(),
-        top_ids=readings.top_ids.int().cpu(),
-        top_logits=readings.top_logits.cpu(),
-        bottom_ids=readings.bottom_ids.int().cpu(),
-        bottom_logits=readings.bottom_logits.cpu(),
-        log_normalizer=readings.log_normalizer.cpu(),
-        entropy_bits=readings.entropy_bits.cpu(),
+        top_ids=joined("top_ids").int(),
+        top_logits=joined("top_logits"),
+        bottom_ids=joined("bottom_ids").int(),
+        bottom_logits=joined("bottom_logits"),
+        log_normalizer=joined("log_normalizer"),
+        entropy_bits=joined("entropy_bits"),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from januslens_server.errors import ModelFailed
-from januslens_server.lens.projection import CHUNK_BYTES
+from januslens_server.lens.head import CHUNK_BYTES
 
 # A chunk's logits, what the soft-cap, the probabilities and the sort make of them.
 WORKING_BYTES = 4 * CHUNK_BYTES

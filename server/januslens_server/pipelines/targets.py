@@ -21,21 +21,24 @@ def position_targets(
     `target` None means the model's own next token at each position.
     """
     lens, rows = model.view.lens, residual[list(positions)]
-    best = LensSpec(top_k=1, bottom_k=0)
-    predicted = project(lens, rows, best).top_ids[:, 0]
-    ids = [p if target is None else target for p in predicted.tolist()]
-    chosen = torch.tensor(ids, device=rows.device)
-    table = project(lens, rows, best, chosen[:, None])
-    constants = lens.attribution_constant(chosen).tolist()
+    asked = None if target is None else rows.new_full((len(rows), 1), target, dtype=torch.long)
+    table = project(lens, rows, LensSpec(top_k=1, bottom_k=0), asked)
+    predicted = table.top_ids[:, 0].tolist()
+    own = asked is None
+    ids = predicted if own else table.target_ids[:, 0].tolist()
+    ranks = [0] * len(rows) if own else table.target_ranks[:, 0].tolist()
+    logits = table.top_logits if own else table.target_logits
+    probabilities = table.top_probabilities if own else table.target_probabilities
+    constants = lens.attribution_constant(torch.tensor(ids, device=rows.device))
     return [
         PositionTarget(
             position=position,
             target_token_id=ids[i],
-            predicted_token_id=int(predicted[i]),
-            target_probability=float(table.target_probabilities[i, 0]),
-            target_rank=int(table.target_ranks[i, 0]),
-            target_logit=float(table.target_logits[i, 0]),
-            constant_logit_contribution=constants[i],
+            predicted_token_id=predicted[i],
+            target_probability=float(probabilities[i, 0]),
+            target_rank=ranks[i],
+            target_logit=float(logits[i, 0]),
+            constant_logit_contribution=float(constants[i]),
         )
         for i, position in enumerate(positions)
     ]
