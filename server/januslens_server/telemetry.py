@@ -66,6 +66,7 @@ WRITE_STALL_SECONDS = Histogram(
     buckets=PART_BUCKETS,
 )
 
+READY = Gauge("januslens_ready", "1 while the health service calls the server ready.")
 MODEL_STATE = Gauge("januslens_model_state", "1 for a model's present state.", ["model", "state"])
 DEVICE_MEMORY = Gauge("januslens_device_memory_bytes", "Memory by kind.", ["device", "kind"])
 LOOP_LAG_SECONDS = Histogram(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -57,10 +57,18 @@ class ServerProcess:
 
 
 @contextmanager
-def running_server(*flags: str, until: str = "ready") -> Iterator[ServerProcess]:
-    """Start the server on free ports, wait until it has logged `until`, end it at the end."""
+def running_server(
+    *flags: str,
+    until: str = "ready",
+    environment: Mapping[str, str] | None = None,
+    within: Sequence[str] = (),
+) -> Iterator[ServerProcess]:
+    """Start the server on free ports, wait until it has logged `until`, end it at the end.
+
+    `environment` adds to this process's; `within` is a command that runs the server's.
+    """
     arguments = ["--port", "0", "--metrics-port", "0", *flags]
-    server = start_server(arguments)
+    server = start_server(arguments, environment or {}, within)
     try:
         server.wait_for(until)
         yield server
@@ -74,17 +82,21 @@ def running_server(*flags: str, until: str = "ready") -> Iterator[ServerProcess]
             server.process.wait()
 
 
-def start_server(arguments: Sequence[str]) -> ServerProcess:
+def start_server(
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    within: Sequence[str] = (),
+) -> ServerProcess:
     """Start the server; its log is read by a thread as long as it runs."""
     # One thread: the same sums in the same order in every run, beside a busy test process.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "januslens_server", *arguments],
+        [*within, sys.executable, "-m", "januslens_server", *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env=os.environ | fixed | dict(environment or {}),
     )
     server = ServerProcess(process)
     threading.Thread(target=_read, args=(server,), daemon=True).start()

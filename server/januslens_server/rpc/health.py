@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import aio as health_aio
 
+from januslens_server import telemetry
 from januslens_server.results import ModelState, ModelStatus
 
 ALIVE = ""
@@ -21,6 +22,7 @@ class Health:
 
     def __init__(self) -> None:
         self.servicer = health_aio.HealthServicer()
+        self._draining = False
 
     async def update(self, statuses: Sequence[ModelStatus]) -> None:
         """Ready: every configured model is READY or FAILED, and at least one is READY."""
@@ -28,10 +30,14 @@ class Health:
         for status in statuses:
             serving = status.state is ModelState.READY
             await self.servicer.set(status.name, SERVING if serving else NOT_SERVING)
-        await self.servicer.set(READY, SERVING if is_ready(statuses) else NOT_SERVING)
+        ready = is_ready(statuses)
+        await self.servicer.set(READY, SERVING if ready else NOT_SERVING)
+        telemetry.READY.set(ready and not self._draining)
 
     async def drain(self) -> None:
         """Say NOT_SERVING from now on, whatever the models' states become."""
+        self._draining = True
+        telemetry.READY.set(0)
         await self.servicer.enter_graceful_shutdown()
 
 
