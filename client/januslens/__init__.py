@@ -51,7 +51,7 @@ from januslens._results.neurons import FoundNeurons, NeuronHit
 from januslens._results.nodes import Edge, Node
 from januslens._results.norms import NormEffect
 from januslens._results.projection import Projection, TokenScore
-from januslens._results.provenance import Guarantee, Provenance, StageTime
+from januslens._results.provenance import Guarantee, ModelSizes, Provenance, StageTime
 from januslens._results.tensors import Tensor
 from januslens._results.tokens import Token
 from januslens._results.trace import Trace
@@ -98,6 +98,7 @@ __all__ = [
     "Model",
     "ModelFailed",
     "ModelNotFound",
+    "ModelSizes",
     "NegativeLogLikelihood",
     "NeuronChange",
     "NeuronHit",

@@ -116,6 +116,13 @@ def test_header_comes_first_and_summary_last_and_once(stream: list[Any]) -> None
     assert set(middle) <= {"layer", "matrix"}
 
 
+def test_the_header_tells_the_sizes_that_the_list_of_models_does(
+    stream: list[Any], demo: models_pb2.Model
+) -> None:
+    for size in stream[0].header.sizes.DESCRIPTOR.fields:
+        assert getattr(stream[0].header.sizes, size.name) == getattr(demo, size.name) > 0
+
+
 def test_a_text_comes_once_and_not_after_its_first_use(stream: list[Any]) -> None:
     """In a header, the prompt's own tokens bring theirs."""
     known: set[int] = {token.id for token in stream[0].header.prompt_tokens}

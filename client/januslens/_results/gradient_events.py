@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from januslens._results.kinds import MATRIX_KINDS, MatrixKind
-from januslens._results.provenance import Provenance, StageTime
+from januslens._results.provenance import ModelSizes, Provenance, StageTime
 from januslens._results.tokens import Token, TokenTable
 from januslens.v1 import gradient_lens_pb2
 
@@ -18,6 +18,7 @@ class GradientHeader:
     Attributes:
         request_id: What to quote when asking about this call.
         provenance: Which weights computed it, where and with what.
+        sizes: The model's layers, heads, neurons and tokens.
         prompt_tokens: Every token that the model read: the prompt and, teacher-forced, all target
             tokens but the last.
         loss: In nats; a logit difference in logits.
@@ -30,6 +31,7 @@ class GradientHeader:
 
     request_id: str
     provenance: Provenance
+    sizes: ModelSizes
     prompt_tokens: tuple[Token, ...]
     loss: float
     targets: tuple[Token, ...]
@@ -45,6 +47,7 @@ class GradientHeader:
         return cls(
             request_id=message.request_id,
             provenance=Provenance.from_message(message.provenance),
+            sizes=ModelSizes.from_message(message.sizes),
             prompt_tokens=tuple(Token.from_message(t) for t in message.prompt_tokens),
             loss=message.loss,
             targets=tuple(tokens[token_id] for token_id in message.target_token_ids),

@@ -48,6 +48,28 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of the model, against which ranks and layers are read.
+
+    Attributes:
+        n_layers: Transformer blocks.
+        n_heads: Query heads of each attention.
+        d_mlp: Neurons of one MLP, or of one expert.
+        vocab_size: Tokens that the unembedding knows: ranks lie below it.
+    """
+
+    n_layers: int
+    n_heads: int
+    d_mlp: int
+    vocab_size: int
+
+    @classmethod
+    def from_message(cls, message: common_pb2.ModelSizes) -> ModelSizes:
+        """Read the sizes."""
+        return cls(message.n_layers, message.n_heads, message.d_mlp, message.vocab_size)
+
+
+@dataclass(frozen=True)
 class StageTime:
     """Seconds that one stage of a request took on the server."""
 

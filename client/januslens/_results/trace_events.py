@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from januslens._results.graph import GraphView
 from januslens._results.nodes import Edge, Node
-from januslens._results.provenance import Guarantee, Provenance, StageTime
+from januslens._results.provenance import Guarantee, ModelSizes, Provenance, StageTime
 from januslens._results.tokens import Token, TokenTable
 from januslens.v1 import trace_pb2
 
@@ -55,6 +55,7 @@ class TraceHeader:
     Attributes:
         request_id: What to quote when asking about this call.
         provenance: Which weights computed it, where and with what.
+        sizes: The model's layers, heads, neurons and tokens.
         prompt_tokens: The tokens as the model read them.
         layers: The layers that will come.
         targets: One for every position asked for.
@@ -62,6 +63,7 @@ class TraceHeader:
 
     request_id: str
     provenance: Provenance
+    sizes: ModelSizes
     prompt_tokens: tuple[Token, ...]
     layers: tuple[int, ...]
     targets: tuple[PositionTarget, ...]
@@ -72,6 +74,7 @@ class TraceHeader:
         return cls(
             request_id=message.request_id,
             provenance=Provenance.from_message(message.provenance),
+            sizes=ModelSizes.from_message(message.sizes),
             prompt_tokens=tuple(Token.from_message(t) for t in message.prompt_tokens),
             layers=tuple(message.layers),
             targets=tuple(PositionTarget.from_message(t, tokens) for t in message.targets),

@@ -289,6 +289,40 @@ class Provenance(_message.Message):
 Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
 
 @_typing.final
+class ModelSizes(_message.Message):
+    """Sizes of the model, against which ranks, layers and what a selection left out are read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    N_LAYERS_FIELD_NUMBER: _builtins.int
+    N_HEADS_FIELD_NUMBER: _builtins.int
+    D_MLP_FIELD_NUMBER: _builtins.int
+    VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    n_layers: _builtins.int
+    """Number of transformer blocks."""
+    n_heads: _builtins.int
+    """Query heads of each attention."""
+    d_mlp: _builtins.int
+    """Neurons of one MLP, or of one expert."""
+    vocab_size: _builtins.int
+    """Tokens that the unembedding knows: ranks lie below it."""
+    def __init__(
+        self,
+        *,
+        n_layers: _builtins.int = ...,
+        n_heads: _builtins.int = ...,
+        d_mlp: _builtins.int = ...,
+        vocab_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_mlp", b"d_mlp", "n_heads", b"n_heads", "n_layers", b"n_layers", "vocab_size", b"vocab_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelSizes: _TypeAlias = ModelSizes  # noqa: Y015
+
+@_typing.final
 class StageTime(_message.Message):
     """Wall-clock time that one stage of a request took."""
 

@@ -469,6 +469,7 @@ class GradientHeader(_message.Message):
     SKIPPED_FIELD_NUMBER: _builtins.int
     STAGE_DATA_TYPES_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, as in metadata, errors and the server's log."""
     loss: _builtins.float
@@ -505,6 +506,10 @@ class GradientHeader(_message.Message):
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
         """Texts of the loss's tokens and the prediction."""
 
+    @_builtins.property
+    def sizes(self) -> _common_pb2.ModelSizes:
+        """The model's sizes."""
+
     def __init__(
         self,
         *,
@@ -517,10 +522,11 @@ class GradientHeader(_message.Message):
         skipped: _abc.Iterable[Global___MatrixKind.ValueType] | None = ...,
         stage_data_types: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
+        sizes: _common_pb2.ModelSizes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "sizes", b"sizes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "skipped", b"skipped", "stage_data_types", b"stage_data_types", "target_token_ids", b"target_token_ids", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "sizes", b"sizes", "skipped", b"skipped", "stage_data_types", b"stage_data_types", "target_token_ids", b"target_token_ids", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -427,6 +427,7 @@ class TraceHeader(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     TARGETS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    SIZES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request's id, as in metadata, errors and the server's log."""
     @_builtins.property
@@ -449,6 +450,10 @@ class TraceHeader(_message.Message):
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
         """Texts of the targets and predictions."""
 
+    @_builtins.property
+    def sizes(self) -> _common_pb2.ModelSizes:
+        """The model's sizes."""
+
     def __init__(
         self,
         *,
@@ -458,10 +463,11 @@ class TraceHeader(_message.Message):
         layers: _abc.Iterable[_builtins.int] | None = ...,
         targets: _abc.Iterable[Global___PositionTarget] | None = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
+        sizes: _common_pb2.ModelSizes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "sizes", b"sizes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "targets", b"targets", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "sizes", b"sizes", "targets", b"targets", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -51,6 +51,7 @@ def gradient_lens(
         predicted = _predicted(model, passed, objective)
     yield GradientHeader(
         provenance=model.provenance,
+        facts=model.view.facts,
         prompt_tokens=objective.tokens,
         loss=passed.loss,
         target_token_ids=objective.targets,

@@ -42,7 +42,7 @@ def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iter
     with clock.stage("forward"):
         passed = forward(model, [token.id for token in tokens], layers, checkpoint)
         targets = position_targets(model, passed.residual, positions, target)
-    yield TraceHeader(model.provenance, tokens, layers, targets)
+    yield TraceHeader(model.provenance, model.view.facts, tokens, layers, targets)
 
     flows = LayerFlows(model, spec, passed)
     reader = FlowReader(model.view.lens, spec, targets)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from januslens_server.results.arrays import Floats, Ints
 from januslens_server.results.kinds import End, MatrixKind, Side
-from januslens_server.results.models import Guarantee, Provenance
+from januslens_server.results.models import Guarantee, ModelFacts, Provenance
 from januslens_server.results.readings import ProjectionTable, StageTime, Token
 
 
@@ -16,6 +16,7 @@ class GradientHeader:
     """First event of a GradientLens."""
 
     provenance: Provenance
+    facts: ModelFacts
     prompt_tokens: Sequence[Token]
     loss: float
     target_token_ids: Sequence[int]

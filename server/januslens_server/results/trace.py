@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from januslens_server.results.arrays import Floats, Ints
 from januslens_server.results.kinds import EdgeKind, NodeKind
-from januslens_server.results.models import Guarantee, Provenance
+from januslens_server.results.models import Guarantee, ModelFacts, Provenance
 from januslens_server.results.readings import ProjectionTable, StageTime, Token
 
 
@@ -77,6 +77,7 @@ class TraceHeader:
     """First event of a Trace."""
 
     provenance: Provenance
+    facts: ModelFacts
     prompt_tokens: Sequence[Token]
     layers: Sequence[int]
     targets: Sequence[PositionTarget]

@@ -34,6 +34,12 @@ export interface ProvenanceMessage {
   attention?: string
   versions?: Record<string, string>
   batchSize?: number
+}
+
+export interface ModelSizesMessage {
+  nLayers?: number
+  nHeads?: number
+  dMlp?: number
   vocabSize?: number
 }
 
@@ -91,6 +97,7 @@ export interface TraceHeaderMessage {
   layers?: number[]
   targets?: PositionTargetMessage[]
   tokens?: TokenMessage[]
+  sizes?: ModelSizesMessage
 }
 
 export interface LayerGraphMessage {

@@ -1,4 +1,9 @@
-import type { ProvenanceMessage, StageTimeMessage, TraceResponse } from '../contract/messages'
+import type {
+  ModelSizesMessage,
+  ProvenanceMessage,
+  StageTimeMessage,
+  TraceResponse,
+} from '../contract/messages'
 import { type Token, TokenTable, tokenOf } from '../label/tokens'
 import {
   edgeOf,
@@ -30,11 +35,12 @@ export class FlowGraph {
   /** Positions of the first header: those traced in full. */
   traced: number[] = []
   provenance: ProvenanceMessage = {}
+  sizes: ModelSizesMessage = {}
   times: StageTimeMessage[] = []
   complete = false
   /** Size of the vocabulary, where the stream says it. */
   get vocabulary(): number | undefined {
-    return this.provenance.vocabSize
+    return this.sizes.vocabSize
   }
 
   private readonly into = new Map<string, GraphEdge[]>()
@@ -56,6 +62,7 @@ export class FlowGraph {
     if (this.prompt.length === 0) {
       this.prompt = (header.promptTokens ?? []).map(tokenOf)
       this.provenance = header.provenance ?? {}
+      this.sizes = header.sizes ?? {}
       this.traced = targets.map((target) => target.position)
     }
     for (const target of targets) {

@@ -25,6 +25,7 @@ from januslens_server.rpc.encode.shared import (
     TokenTexts,
     projection_messages,
     provenance_message,
+    sizes_message,
     tensor_message,
     time_messages,
 )
@@ -55,6 +56,7 @@ class GradientLensEncoder:
         return gradient_lens_pb2.GradientHeader(
             request_id=self._request_id,
             provenance=provenance_message(header.provenance),
+            sizes=sizes_message(header.facts),
             prompt_tokens=self._texts.of_prompt(header.prompt_tokens),
             loss=header.loss,
             target_token_ids=header.target_token_ids,

@@ -13,6 +13,7 @@ from januslens.v1 import common_pb2, lens_pb2
 from januslens_server.results import (
     Floats,
     Guarantee,
+    ModelFacts,
     ProjectionTable,
     Provenance,
     StageTime,
@@ -160,6 +161,16 @@ def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
         attention=provenance.attention,
         versions=provenance.versions,
         batch_size=provenance.batch_size,
+    )
+
+
+def sizes_message(facts: ModelFacts) -> common_pb2.ModelSizes:
+    """What ranks and layers are read against."""
+    return common_pb2.ModelSizes(
+        n_layers=facts.n_layers,
+        n_heads=facts.n_heads,
+        d_mlp=facts.d_mlp,
+        vocab_size=facts.vocab_size,
     )
 
 

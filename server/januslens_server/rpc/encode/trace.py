@@ -23,6 +23,7 @@ from januslens_server.rpc.encode.shared import (
     guarantee_messages,
     projection_messages,
     provenance_message,
+    sizes_message,
     tensor_message,
     time_messages,
 )
@@ -51,6 +52,7 @@ class TraceEncoder:
         return trace_pb2.TraceHeader(
             request_id=self._request_id,
             provenance=provenance_message(header.provenance),
+            sizes=sizes_message(header.facts),
             prompt_tokens=self._texts.of_prompt(header.prompt_tokens),
             layers=header.layers,
             targets=[_target(target) for target in header.targets],
