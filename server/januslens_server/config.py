@@ -246,6 +246,7 @@ OPTIONS: tuple[click.Parameter, ...] = (
     _option(
         "--index-neurons",
         is_flag=True,
+        default=False,
         help="Read what all neurons write when a model is loaded, not when it is first asked for.",
     ),
     _option(
