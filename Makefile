@@ -22,7 +22,7 @@ NPM          := $(shell command -v npm)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check check-stubs stubs viewer check-viewer rebuild-demo clean
+.PHONY: help setup demo test check check-stubs stubs viewer check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -69,6 +69,9 @@ else
 check-viewer:
 	@echo "no npm: the pages' program is taken as it is, unchecked" >&2
 endif
+
+notebook: $(SETUP) ## Execute docs/notebooks/ anew and save what it shows
+	$(BIN)/python -m tests.notebooks.execution
 
 rebuild-demo: $(SETUP) ## Train the embedded model anew in build/demo and check that it behaves the same
 	$(BIN)/python -m januslens_server.demo.train --out build/demo

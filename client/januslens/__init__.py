@@ -35,6 +35,7 @@ from januslens._errors import (
     Unimplemented,
 )
 from januslens._event_stream import EventStream
+from januslens._notebook.frame import PageFrame
 from januslens._recorded import read_gradient, read_trace
 from januslens._requests.edits import DescentStep, ForwardShift, Probe
 from januslens._requests.losses import KlDivergence, LogitDifference, NegativeLogLikelihood
@@ -46,14 +47,14 @@ from januslens._results.graph import Part
 from januslens._results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side
 from januslens._results.matrices import Matrix
 from januslens._results.matrix_readings import NeuronChange, Singular, Verification
-from januslens._results.models import Model
+from januslens._results.models import Model, Models
 from januslens._results.neurons import FoundNeurons, NeuronHit
 from januslens._results.nodes import Edge, Node
 from januslens._results.norms import NormEffect
-from januslens._results.projection import Projection, TokenScore
+from januslens._results.projection import Projection, Projections, TokenScore
 from januslens._results.provenance import Guarantee, ModelSizes, Provenance, StageTime
 from januslens._results.tensors import Tensor
-from januslens._results.tokens import Token
+from januslens._results.tokens import Token, Tokens
 from januslens._results.trace import Trace
 from januslens._results.trace_events import (
     LayerGraph,
@@ -99,6 +100,7 @@ __all__ = [
     "ModelFailed",
     "ModelNotFound",
     "ModelSizes",
+    "Models",
     "NegativeLogLikelihood",
     "NeuronChange",
     "NeuronHit",
@@ -106,11 +108,13 @@ __all__ = [
     "NodeKind",
     "NormEffect",
     "NotFound",
+    "PageFrame",
     "Part",
     "PermissionDenied",
     "PositionTarget",
     "Probe",
     "Projection",
+    "Projections",
     "ProtocolViolation",
     "Provenance",
     "QuotaViolation",
@@ -123,6 +127,7 @@ __all__ = [
     "Tensor",
     "Token",
     "TokenScore",
+    "Tokens",
     "Trace",
     "TraceHeader",
     "TraceSummary",

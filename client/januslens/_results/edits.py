@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from januslens._notebook.others import preview_html
 from januslens._results.provenance import Provenance
 from januslens._results.tokens import Token, TokenTable
 from januslens.v1 import edits_pb2
@@ -64,6 +65,10 @@ class EditPreview:
     edited: Effect
     probes: tuple[Effect, ...]
     provenance: Provenance
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return preview_html(self)
 
     @classmethod
     def from_message(cls, message: edits_pb2.PreviewEditResponse) -> EditPreview:

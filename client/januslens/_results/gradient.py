@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from januslens._notebook.gradients import gradient_html
 from januslens._results import gradient_files, gradient_frames
 from januslens._results.gradient_events import GradientHeader, GradientSummary, SegmentRow
 from januslens._results.json_lines import json_lines
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Gradient:
     """What a GradientLens found (Backward Lens; Katz, Belinkov, Geva & Wolf, 2024).
 
@@ -101,6 +102,15 @@ class Gradient:
             "token_ids": " ".join(str(token.id) for token in self.prompt_tokens),
             "target_token_ids": " ".join(str(token.id) for token in self.header.targets),
         }
+
+    def __repr__(self) -> str:
+        """One line: it may hold thousands of projections."""
+        prompt = "".join(token.text for token in self.prompt_tokens)
+        return f"<Gradient on {prompt!r}: loss {self.loss:.4g}, {len(self.matrices)} matrices>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return gradient_html(self)
 
     def to_json_lines(self) -> Iterable[str]:
         """The stream as canonical protobuf JSON, one message a line: what `--json` prints."""

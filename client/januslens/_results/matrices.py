@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from januslens._notebook.gradients import matrix_html
 from januslens._results import gradient_files, gradient_frames
 from januslens._results.components import Component
 from januslens._results.kinds import ENDS, MATRIX_KINDS, SIDES, End, MatrixKind, Side
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Matrix:
     """`dL/dW = sum_i x_i^T delta_i` of one weight `W: [d_in, d_out]`.
 
@@ -108,6 +109,15 @@ class Matrix:
             )
         dense: Floats = inputs.T @ vjps
         return dense
+
+    def __repr__(self) -> str:
+        """One line: it may hold thousands of projections."""
+        parts = f"{len(self.components)} of {self.component_count} components"
+        return f"<Matrix {self.name} [{self.d_in}, {self.d_out}]: {parts}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return matrix_html(self)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a component. Needs pandas."""

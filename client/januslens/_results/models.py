@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from januslens._notebook.others import models_html
 from januslens._results.provenance import Guarantee, Provenance
 from januslens.v1 import models_pb2
 
@@ -68,3 +69,15 @@ class Model:
     def ready(self) -> bool:
         """Whether requests for it are answered."""
         return self.state == "READY"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return models_html([self])
+
+
+class Models(list[Model]):
+    """The models of a server, in order of their names."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return models_html(self)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from januslens._notebook.others import neurons_html
 from januslens._results.neuron_frames import neuron_frame
 from januslens._results.projection import Projection
 from januslens._results.provenance import Provenance
@@ -73,6 +74,10 @@ class FoundNeurons:
     total: int
     depth: int
     provenance: Provenance
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return neurons_html(self)
 
     @classmethod
     def from_messages(

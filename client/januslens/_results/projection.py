@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from januslens._notebook.others import projections_html
 from januslens._results.tokens import Token, TokenTable
 from januslens.v1 import lens_pb2
 
@@ -69,6 +70,18 @@ class Projection:
     def __str__(self) -> str:
         """The top tokens, best first."""
         return " ".join(str(token) for token in self.top_tokens)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return projections_html([self])
+
+
+class Projections(list[Projection]):
+    """One projection a vector, in the order of the vectors."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return projections_html(self)
 
 
 def _scores(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from januslens._notebook.others import tokens_html
 from januslens._results.token_text import visible
 from januslens.v1 import common_pb2
 
@@ -41,6 +42,14 @@ class Token:
     def __str__(self) -> str:
         """The text with spaces and controls made visible; `#id` where there is no text."""
         return visible(self.text, self.raw) or f"#{self.id}"
+
+
+class Tokens(list[Token]):
+    """The tokens of a text, by position."""
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return tokens_html(self)
 
 
 class TokenTable:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+from januslens._notebook.frame import PageFrame
+from januslens._notebook.traces import trace_html
 from januslens._results.graph import GraphView, Part
 from januslens._results.json_lines import json_lines
 from januslens._results.kinds import NodeKind
@@ -28,7 +30,7 @@ _COMPONENTS = {
 _SUMS_OF_COMPONENTS = {NodeKind.ATTENTION_CONCAT, NodeKind.MLP_SUM, NodeKind.MLP_OUTPUT}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Trace(GraphView):
     """The flow graph of one forward pass (VISIT; Katz & Belinkov, 2023).
 
@@ -147,6 +149,23 @@ class Trace(GraphView):
     def norm_effects(self) -> list[NormEffect]:
         """What every norm removed and added among the top tokens."""
         return norm_effects(self)
+
+    def __repr__(self) -> str:
+        """One line: it may hold thousands of nodes."""
+        prompt = "".join(token.text for token in self.prompt_tokens)
+        positions = ", ".join(str(target.position) for target in self.targets)
+        return (
+            f"<Trace of {prompt!r} at {positions}: {len(self.layers)} layers, "
+            f"{len(self.node_list)} nodes, {len(self.edge_list)} edges>"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return trace_html(self)
+
+    def show(self, overview: Trace | None = None, *, height: int = 800) -> PageFrame:
+        """The page of `to_html`, as the result of a notebook's cell; `height` in pixels."""
+        return PageFrame(self.to_html(overview), height)
 
     def to_json_lines(self) -> Iterable[str]:
         """The stream as canonical protobuf JSON, one message a line: what `--json` prints."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from januslens._notebook.traces import layer_html
 from januslens._results.graph import GraphView
 from januslens._results.nodes import Edge, Node
 from januslens._results.provenance import Guarantee, ModelSizes, Provenance, StageTime
@@ -114,11 +115,20 @@ class TraceSummary:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LayerGraph(GraphView):
     """The nodes and edges of one block."""
 
     layer: int
+
+    def __repr__(self) -> str:
+        """One line: it may hold thousands of nodes."""
+        counts = f"{len(self.node_list)} nodes, {len(self.edge_list)} edges"
+        return f"<LayerGraph of layer {self.layer}: {counts}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return layer_html(self)
 
     @classmethod
     def from_message(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from januslens._results.models import Model
-from januslens._results.tokens import Token
+from januslens._results.models import Model, Models
+from januslens._results.tokens import Token, Tokens
 from januslens._verbs.calls import Exchange, UnaryCall
 from januslens.v1 import models_pb2
 
 
-def list_models(*, timeout: float | None = None) -> Exchange[list[Model]]:
+def list_models(*, timeout: float | None = None) -> Exchange[Models]:
     """The configured models with their state, sizes and what their self-checks measured.
 
     Args:
@@ -17,7 +17,7 @@ def list_models(*, timeout: float | None = None) -> Exchange[list[Model]]:
     Raises:
         JanuslensError: The call failed; see `januslens._errors` for the kinds.
     """
-    models: list[Model] = []
+    models = Models()
     page_token = ""
     while True:
         request = models_pb2.ListModelsRequest(page_token=page_token)
@@ -30,7 +30,7 @@ def list_models(*, timeout: float | None = None) -> Exchange[list[Model]]:
 
 def tokenize(
     text: str, *, special_tokens: bool = False, model: str = "", timeout: float | None = None
-) -> Exchange[list[Token]]:
+) -> Exchange[Tokens]:
     """The tokens of a text as a model reads it, with the characters that each one covers.
 
     Args:
@@ -44,4 +44,4 @@ def tokenize(
     """
     request = models_pb2.TokenizeRequest(model=model, text=text, with_special_tokens=special_tokens)
     response: models_pb2.TokenizeResponse = yield UnaryCall("Tokenize", request, timeout)
-    return [Token.from_message(token) for token in response.tokens]
+    return Tokens(Token.from_message(token) for token in response.tokens)

@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from januslens._requests.inputs import TargetLike, optional_count, target_message
 from januslens._results.kinds import LENSES, Lens
-from januslens._results.projection import Projection
+from januslens._results.projection import Projection, Projections
 from januslens._results.tensors import tensor_message
 from januslens._results.tokens import TokenTable
 from januslens._verbs.calls import Exchange, UnaryCall
@@ -23,7 +23,7 @@ def project(
     bottom_k: int | None = None,
     model: str = "",
     timeout: float | None = None,
-) -> Exchange[list[Projection]]:
+) -> Exchange[Projections]:
     """Vectors of your own, e.g. probes or dictionary features, through a model's lens.
 
     Args:
@@ -56,4 +56,4 @@ def project(
     )
     response: lens_pb2.ProjectResponse = yield UnaryCall("Project", request, timeout)
     tokens = TokenTable(response.tokens)
-    return [Projection.from_message(found, tokens) for found in response.projections]
+    return Projections(Projection.from_message(found, tokens) for found in response.projections)

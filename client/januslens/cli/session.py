@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 import click
 from google.protobuf.message import Message
@@ -17,7 +17,10 @@ from januslens.cli.interrupt import interruptible
 
 P = ParamSpec("P")
 
-_OPTIONS = (
+# A client's arguments, by name.
+Connection = dict[str, Any]
+
+_CONNECTION_OPTIONS = (
     click.option(
         "--server",
         metavar="ADDR",
@@ -35,9 +38,10 @@ _OPTIONS = (
     ),
     click.option("--secure", is_flag=True, help="Encrypt, trusting the system's certificates."),
     click.option("--timeout", type=click.FloatRange(min=0.001), help="Seconds to wait at most."),
-    click.option(
-        "--json", "as_json", is_flag=True, help="Print the responses: protobuf JSON, one a line."
-    ),
+)
+
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the responses: protobuf JSON, one a line."
 )
 
 model_option = click.option(
@@ -45,11 +49,8 @@ model_option = click.option(
 )
 
 
-def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callable[..., None]:
-    """Give a command the options by which it reaches its server, and a client made of them.
-
-    The command also learns whether it is to print JSON; the client then does so by itself.
-    """
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options by which it reaches its server, as a client's arguments."""
 
     @functools.wraps(command)
     def run(
@@ -57,21 +58,33 @@ def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callab
         token: str | None,
         secure: bool,
         timeout: float | None,
-        as_json: bool,
-        *args: P.args,
-        **kwargs: P.kwargs,
+        **others: Any,
     ) -> None:
+        connection = {"address": server, "token": token, "secure": secure, "timeout": timeout}
+        command(connection, **others)
+
+    decorated: Callable[..., None] = run
+    for option in reversed(_CONNECTION_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callable[..., None]:
+    """Give a command a client of the server that its options name.
+
+    The command also learns whether it is to print JSON; the client then does so by itself.
+    """
+
+    @functools.wraps(command)
+    def run(connection: Connection, as_json: bool, *args: P.args, **kwargs: P.kwargs) -> None:
         hook = _print_json if as_json else None
         with (
-            Client(server, token=token, secure=secure, timeout=timeout, on_response=hook) as client,
+            Client(**connection, on_response=hook) as client,
             interruptible(client.close),
         ):
             command(client, as_json, *args, **kwargs)
 
-    decorated: Callable[..., None] = run
-    for option in reversed(_OPTIONS):
-        decorated = option(decorated)
-    return decorated
+    return with_connection(_json_option(run))
 
 
 def _print_json(message: Message) -> None:

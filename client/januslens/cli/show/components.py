@@ -12,9 +12,9 @@ from januslens._results.gradient import Gradient
 from januslens._results.kinds import Side
 from januslens._results.matrices import Matrix
 from januslens._results.tokens import Token
+from januslens._results.words import at
 from januslens.cli.show.cells import size_cell, tokens_cell
 from januslens.cli.show.console import section, table
-from januslens.cli.show.words import at
 
 _SHOWN = 4
 

@@ -11,9 +11,9 @@ from januslens._results.graph import Part
 from januslens._results.kinds import NodeKind
 from januslens._results.tokens import Token
 from januslens._results.trace import Trace
+from januslens._results.words import at
 from januslens.cli.show.cells import percent_cell, signed_cell, tokens_cell
 from januslens.cli.show.console import section, table
-from januslens.cli.show.words import at
 
 _SOURCES = 2
 _SHOWN = 4

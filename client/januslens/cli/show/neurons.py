@@ -10,6 +10,7 @@ from rich.text import Text
 from januslens._results.graph import Part
 from januslens._results.nodes import Node
 from januslens._results.tokens import Token
+from januslens._results.words import written
 from januslens.cli.show.cells import percent_cell, signed_cell, tokens_cell
 from januslens.cli.show.console import section, table
 
@@ -25,7 +26,7 @@ def neurons_section(neurons: Sequence[Part], title: str, sought: Sequence[Token]
             percent_cell(part.share),
             Text(_name(part.node)),
             signed_cell(part.node.activation),
-            tokens_cell(_written(part.node), sought),
+            tokens_cell(written(part.node)[:_SHOWN], sought),
         )
     note = "share: of its MLP's result; where the activation is negative, the row's bottom tokens"
     return section(title, grid, note)
@@ -34,12 +35,3 @@ def neurons_section(neurons: Sequence[Part], title: str, sought: Sequence[Token]
 def _name(node: Node) -> str:
     expert = "" if node.expert is None else f" expert {node.expert}"
     return f"L{node.layer}{expert} neuron {node.neuron}"
-
-
-def _written(node: Node) -> tuple[Token, ...]:
-    """What the neuron adds: the row's top tokens, or with a negative activation its bottom."""
-    if node.projection is None:
-        return ()
-    negative = (node.activation or 0.0) < 0
-    tokens = node.projection.bottom_tokens if negative else node.projection.top_tokens
-    return tokens[:_SHOWN]

@@ -12,9 +12,9 @@ from januslens._results.graph import Part
 from januslens._results.kinds import NodeKind
 from januslens._results.tokens import Token
 from januslens._results.trace import Trace
+from januslens._results.words import in_words
 from januslens.cli.show.cells import percent_cell, signed_cell, tokens_cell
 from januslens.cli.show.console import section, table
-from januslens.cli.show.words import in_words
 
 _SHOWN = 3
 _RESIDUALS = {NodeKind.RESIDUAL_MID, NodeKind.BLOCK_OUTPUT}

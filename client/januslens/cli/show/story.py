@@ -10,9 +10,9 @@ from januslens._results.kinds import NodeKind
 from januslens._results.nodes import Node
 from januslens._results.trace import Trace
 from januslens._results.trace_events import PositionTarget
+from januslens._results.words import at
 from januslens.cli.show.cells import probability_cell
 from januslens.cli.show.heading import labelled
-from januslens.cli.show.words import at
 
 _UNRANKED = 2**32
 _STEPS = {

@@ -1,0 +1,73 @@
+"""Executing the example notebook against a server; `make notebook` writes what it shows.
+
+As a program: `python -m tests.notebooks.execution` starts the server with the embedded model,
+executes the notebook and saves it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+import nbformat
+from nbclient import NotebookClient
+from nbformat import NotebookNode
+
+from tests.support.server import running_server
+
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "tour.ipynb"
+SECONDS = 120
+# Cells with this tag show what would swell a file: their outputs are not saved.
+UNSAVED = "unsaved"
+
+
+def saved() -> NotebookNode:
+    """The notebook as it is in the repository."""
+    notebook: NotebookNode = nbformat.read(NOTEBOOK, as_version=4)
+    return notebook
+
+
+def executed(address: str) -> NotebookNode:
+    """The notebook after every cell has run against a server.
+
+    Raises:
+        CellExecutionError: A cell failed.
+    """
+    notebook = saved()
+    # A folder of its own: for the sockets, and as IPython's, so that no one's start-up files run.
+    with (
+        TemporaryDirectory() as folder,
+        patch.dict(os.environ, {"JANUSLENS_SERVER": address, "IPYTHONDIR": folder}),
+    ):
+        client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3")
+        kernel = client.create_kernel_manager()
+        kernel.transport, kernel.ip = "ipc", str(Path(folder) / "kernel")
+        return client.execute(cwd=folder)
+
+
+def tidied(notebook: NotebookNode) -> NotebookNode:
+    """Without what differs from run to run, or would swell the file."""
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            cell.outputs = [] if UNSAVED in cell.metadata.get("tags", ()) else cell.outputs
+            for output in cell.outputs:
+                if "text/html" in output.get("data", {}):
+                    output.data.pop("text/plain", None)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return notebook
+
+
+def main() -> None:
+    """Execute and save."""
+    with running_server() as server:
+        nbformat.write(tidied(executed(server.address)), NOTEBOOK)
+
+
+if __name__ == "__main__":
+    main()

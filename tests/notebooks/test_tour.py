@@ -1,0 +1,56 @@
+"""The example notebook runs, and shows what its saved outputs say."""
+
+from __future__ import annotations
+
+import re
+from itertools import zip_longest
+from typing import Any
+
+import pytest
+from nbformat import NotebookNode
+
+from tests.notebooks.execution import UNSAVED, executed, saved, tidied
+
+# Colours are made of figures, whose last digits differ between machines.
+STYLE = re.compile(r' style="[^"]*"')
+NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e-?\d+)?")
+
+
+@pytest.fixture(scope="module")
+def fresh(server_address: str) -> NotebookNode:
+    return executed(server_address)
+
+
+def shown(cell: NotebookNode) -> str:
+    """A cell's outputs as text: HTML of ours, printed lines."""
+    texts = []
+    for output in cell.get("outputs", ()):
+        data: Any = output.get("data", {})
+        html = data.get("text/html", "")
+        ours = html if 'class="januslens"' in html else ""  # frames look as pandas decides
+        texts.append(STYLE.sub("", ours) or output.get("text", ""))
+    return "".join(texts)
+
+
+def test_its_saved_outputs_are_what_it_shows(fresh: NotebookNode) -> None:
+    for before, now in zip_longest(saved().cells, tidied(fresh).cells):
+        assert before.source == now.source
+        expected, found = shown(before), shown(now)
+        assert NUMBER.sub("#", found) == NUMBER.sub("#", expected)
+        figures = [float(number) for number in NUMBER.findall(expected)]
+        assert [float(n) for n in NUMBER.findall(found)] == pytest.approx(
+            figures, rel=0.05, abs=0.011
+        )
+
+
+def test_every_cell_was_saved_with_what_it_shows() -> None:
+    silent = ("client.close()", "import os")
+    for cell in saved().cells:
+        if cell.cell_type == "code" and not cell.source.startswith(silent):
+            assert bool(cell.outputs) != (UNSAVED in cell.metadata.get("tags", ())), cell.source
+
+
+def test_it_shows_tables_without_any_script() -> None:
+    tables = [shown(cell) for cell in saved().cells if 'class="januslens"' in shown(cell)]
+    assert len(tables) >= 9
+    assert not any("<script" in table for table in tables)
