@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from playwright.sync_api import Page, expect
@@ -17,6 +18,7 @@ def test_the_overview_shows_what_each_residual_says(
     outputs = overview.nodes_of("BLOCK_OUTPUT")
     assert len(outputs) == 32
     for node in outputs:
-        cell = tab.locator(f'.overview [data-id="{node.id}"]')
+        cell = tab.locator(f'.overview .cell[data-id="{node.id}"]')
         assert node.projection
-        expect(cell).to_contain_text(str(node.projection.top[0].token))
+        top = re.escape(str(node.projection.top[0].token))
+        expect(cell).to_have_attribute("aria-label", re.compile(rf", top {top}, rank"))

@@ -1,64 +1,97 @@
-import { rankBin } from '../colour/bins'
+// What is known of a node, in full: the right-hand side of a page.
 import type { FlowGraph } from '../graph/graph'
-import type { GraphNode, Reading, Scored } from '../graph/nodes'
+import type { GraphEdge, GraphNode, Reading, Scored } from '../graph/nodes'
 import { element, tokenText } from './dom'
-import { measure, percent, probability, signed } from './numbers'
-import { inWords } from './words'
+import { binOf, face, isFlipped } from './look'
+import { count, measure, percent, probability, signed } from './numbers'
+import { at, inWords } from './words'
 
-/** Everything that is known of a node: what the inspector shows, and half of a comparison. */
+const SHOWN_PARTS = 8
+
+/** Everything that is known of a node. */
 export function nodeFacts(node: GraphNode, graph: FlowGraph): HTMLElement {
-  const facts = element('section', { class: 'facts' })
-  const top = node.reading?.top[0]
-  const bin = rankBin(node.reading?.targetRank, graph.vocabulary)
-  facts.append(
-    element(
-      'h2',
-      {},
-      tokenText(top?.token.label ?? '—'),
-      element('i', { class: `dot bin-${bin}` }),
-    ),
-    element('p', { class: 'where' }, inWords(node, graph.prompt)),
-    measures(node, graph),
-  )
-  if (node.reading) facts.append(...readingLists(node.reading))
-  facts.append(edgesOf(node, graph))
+  const facts = element('section', { class: 'facts', 'data-node': node.id })
+  facts.append(...nodeHeading(node, graph), measures(node, graph))
+  const { reading } = node
+  if (reading) {
+    facts.append(scoredList('Top tokens', reading.top, targetId(node, graph)))
+    facts.append(scoredList('Bottom tokens', reading.bottom, targetId(node, graph)))
+  } else {
+    facts.append(element('p', { class: 'quiet' }, 'A junction or a zero: it has no reading.'))
+  }
+  facts.append(normEffect(node, graph), waysOf(node, graph))
   return facts
 }
 
-function measures(node: GraphNode, graph: FlowGraph): HTMLElement {
-  const list = element('dl', { class: 'measures' })
-  const add = (name: string, value: string) =>
-    list.append(element('div', {}, element('dt', {}, name), element('dd', {}, value)))
+/** The token that a node is shown as, and what the node is. */
+export function nodeHeading(node: GraphNode, graph: FlowGraph): HTMLElement[] {
+  const flipped = isFlipped(node)
+  const shown = face(node, flipped)
+  const dot = element('i', { class: `dot bin-${binOf(node, graph, flipped)}` })
+  const words = flipped ? '▾ written negatively, so read from its bottom' : ''
+  const heading = element('h2', {}, dot, tokenText(shown?.token.label ?? '—'))
+  const where = element('p', { class: 'where' }, inWords(node, graph.prompt))
+  if (node.kind !== 'BLOCK_INPUT') where.append(`, at ${at(node.position, graph.prompt)}`)
+  return words ? [heading, where, element('p', { class: 'quiet' }, words)] : [heading, where]
+}
+
+function targetId(node: GraphNode, graph: FlowGraph): number | undefined {
+  return graph.targets.get(node.position)?.target.id
+}
+
+/** The numbers of a node by name, in the order in which they are shown. */
+export function numbersOf(node: GraphNode, graph: FlowGraph): [string, string][] {
   const target = graph.targets.get(node.position)?.target.label ?? 'target'
-  const reading = node.reading
-  if (reading?.targetRank !== undefined) add(`rank of ${target}`, String(reading.targetRank))
-  if (reading?.targetProbability !== undefined)
-    add('its probability', probability(reading.targetProbability))
-  if (reading?.targetLogit !== undefined) add('its logit', signed(reading.targetLogit))
-  add('norm', measure(node.norm))
-  if (node.activation !== undefined) add('activation', measure(node.activation))
-  if (reading) add('entropy', `${measure(reading.entropyBits)} bits`)
-  return list
+  const { reading } = node
+  const numbers: [string, string][] = []
+  if (reading?.targetRank !== undefined) {
+    const of = graph.vocabulary ? ` of ${count(graph.vocabulary)}` : ''
+    numbers.push([`rank of ${target}`, `${count(reading.targetRank)}${of}`])
+  }
+  if (reading?.targetProbability !== undefined) {
+    numbers.push(['its probability', probability(reading.targetProbability)])
+  }
+  if (reading?.targetLogit !== undefined) numbers.push(['its logit', signed(reading.targetLogit)])
+  const part = partOf(node, graph)
+  if (part?.share !== undefined) numbers.push(['share of its sum', percent(part.share)])
+  if (part?.logitContribution !== undefined) {
+    numbers.push(['adds to the logit', signed(part.logitContribution)])
+  }
+  if (part?.attention !== undefined) numbers.push(['attention', part.attention.toFixed(3)])
+  if (node.activation !== undefined) numbers.push(['activation', measure(node.activation)])
+  numbers.push(['norm', measure(node.norm)])
+  if (reading) numbers.push(['entropy', `${measure(reading.entropyBits)} bits`])
+  return numbers
 }
 
-function readingLists(reading: Reading): HTMLElement[] {
-  const lists: HTMLElement[] = []
-  if (reading.top.length > 0) lists.push(scoredList('Top tokens', reading.top))
-  if (reading.bottom.length > 0) lists.push(scoredList('Bottom tokens', reading.bottom))
-  return lists
+/** The edge by which a node enters the sum that it is a part of. */
+export function partOf(node: GraphNode, graph: FlowGraph): GraphEdge | undefined {
+  return graph.edgesFrom(node.id).find((edge) => edge.kind === 'PART')
 }
 
-function scoredList(title: string, scored: readonly Scored[]): HTMLElement {
+function measures(node: GraphNode, graph: FlowGraph): HTMLElement {
+  const rows = numbersOf(node, graph).map(([name, value]) =>
+    element('div', {}, element('dt', {}, name), element('dd', {}, value)),
+  )
+  return element('dl', { class: 'measures' }, ...rows)
+}
+
+function scoredList(
+  title: string,
+  scored: readonly Scored[],
+  target: number | undefined,
+): HTMLElement {
+  if (scored.length === 0) return element('span')
   const rows = scored.map(({ token, probability: p, logit }) => {
     const bar = element('span', { class: 'bar' })
     bar.style.setProperty('--share', String(p))
     return element(
       'tr',
-      {},
-      element('td', {}, tokenText(token.label)),
-      element('td', {}, bar),
+      token.id === target ? { class: 'target' } : {},
+      element('th', { scope: 'row', title: `token ${token.id}` }, tokenText(token.label)),
+      element('td', { class: 'bar-cell' }, bar),
       element('td', {}, probability(p)),
-      element('td', { title: 'logit' }, signed(logit, 1)),
+      element('td', { title: 'logit', class: 'quiet' }, signed(logit, 1)),
     )
   })
   return element(
@@ -69,26 +102,126 @@ function scoredList(title: string, scored: readonly Scored[]): HTMLElement {
   )
 }
 
-function edgesOf(node: GraphNode, graph: FlowGraph): HTMLElement {
+/** What a norm took from and added to the top tokens, where the node is made by one. */
+function normEffect(node: GraphNode, graph: FlowGraph): HTMLElement {
+  const before = graph.sourceBy(node.id, 'NORM')
+  const [was, is] = [before?.reading, node.reading]
+  if (!before || !was || !is) return element('span')
+  const box = element('div', { class: 'norm-effect' }, element('h3', {}, 'What the norm changed'))
+  box.append(
+    line('norm', `${measure(before.norm)} → ${measure(node.norm)}`),
+    line('removed', ...without(was, is).map(tokenText)),
+    line('added', ...without(is, was).map(tokenText)),
+  )
+  return box
+}
+
+function line(name: string, ...what: (Node | string)[]): HTMLElement {
+  const words = what.length > 0 ? what.flatMap((one) => [one, ' ']) : ['nothing']
+  return element('p', {}, element('span', { class: 'quiet' }, `${name} `), ...words)
+}
+
+function without(some: Reading, others: Reading): string[] {
+  const ids = new Set(others.top.map(({ token }) => token.id))
+  return some.top.filter(({ token }) => !ids.has(token.id)).map(({ token }) => token.label)
+}
+
+function waysOf(node: GraphNode, graph: FlowGraph): HTMLElement {
   const list = element('div', { class: 'ways' })
-  const into = graph.partsOf(node.id).slice(0, 6)
-  if (into.length > 0) list.append(element('h3', {}, 'Made of'))
-  for (const { node: part, edge } of into) list.append(way(part, edge.share, graph))
-  const from = graph.edgesFrom(node.id).filter((edge) => edge.kind === 'PART')
-  if (from.length > 0) list.append(element('h3', {}, 'Part of'))
-  for (const edge of from) {
+  const parts = graph.partsOf(node.id)
+  if (parts.length > 0) list.append(element('h3', {}, 'Made of'))
+  for (const { node: part, edge } of parts.slice(0, SHOWN_PARTS)) {
+    list.append(way(part, edge.share === undefined ? '' : percent(edge.share), graph))
+  }
+  if (parts.length > SHOWN_PARTS) {
+    list.append(element('p', { class: 'quiet' }, `and ${parts.length - SHOWN_PARTS} smaller`))
+  }
+  const onward = graph.edgesFrom(node.id).filter((edge) => graph.node(edge.target))
+  if (onward.length > 0) list.append(element('h3', {}, 'Goes into'))
+  for (const edge of onward.slice(0, SHOWN_PARTS)) {
     const sum = graph.node(edge.target)
-    if (sum) list.append(way(sum, edge.share, graph))
+    if (sum) list.append(way(sum, edge.share === undefined ? '' : percent(edge.share), graph))
   }
   return list
 }
 
-function way(node: GraphNode, share: number | undefined, graph: FlowGraph): HTMLElement {
+/** A node as a line that leads to it. */
+export function way(node: GraphNode, number: string, graph: FlowGraph): HTMLElement {
   return element(
     'button',
     { type: 'button', class: 'way', 'data-id': node.id },
-    element('span', {}, inWords(node, graph.prompt)),
-    tokenText(node.reading?.top[0]?.token.label ?? ''),
-    element('span', { class: 'number' }, share === undefined ? '' : percent(share)),
+    element('i', { class: `dot bin-${binOf(node, graph, isFlipped(node))}` }),
+    tokenText(face(node, isFlipped(node))?.token.label ?? '—'),
+    element('span', { class: 'what' }, inWords(node, graph.prompt)),
+    element('span', { class: 'number' }, number),
   )
+}
+
+/** Two or more nodes side by side: their numbers, and the tokens that they share. */
+export function comparison(nodes: readonly GraphNode[], graph: FlowGraph): HTMLElement {
+  const names = new Map<string, Map<string, string>>()
+  for (const node of nodes) {
+    for (const [name, value] of numbersOf(node, graph)) {
+      const row = names.get(name) ?? new Map<string, string>()
+      names.set(name, row.set(node.id, value))
+    }
+  }
+  const common = commonTokens(nodes)
+  const head = element('tr', {}, element('td'), ...nodes.map((node) => pinHead(node, graph)))
+  const rows = Array.from(names, ([name, values]) =>
+    element(
+      'tr',
+      {},
+      element('th', { scope: 'row' }, name),
+      ...nodes.map((node) => element('td', {}, values.get(node.id) ?? '')),
+    ),
+  )
+  const tokens = element(
+    'tr',
+    { class: 'tops' },
+    element('th', { scope: 'row' }, 'top tokens'),
+    ...nodes.map((node) => topCell(node, common)),
+  )
+  const table = element(
+    'table',
+    {},
+    element('thead', {}, head),
+    element('tbody', {}, ...rows, tokens),
+  )
+  return element('section', { class: 'comparison' }, element('h2', {}, 'Pinned'), table)
+}
+
+function pinHead(node: GraphNode, graph: FlowGraph): HTMLElement {
+  return element(
+    'th',
+    { scope: 'col' },
+    element(
+      'button',
+      { type: 'button', class: 'way', 'data-id': node.id },
+      element('i', { class: `dot bin-${binOf(node, graph, isFlipped(node))}` }),
+      element('span', { class: 'what' }, inWords(node, graph.prompt)),
+    ),
+    element(
+      'button',
+      { type: 'button', class: 'unpin', 'data-unpin': node.id, 'aria-label': 'unpin' },
+      '×',
+    ),
+  )
+}
+
+function topCell(node: GraphNode, common: ReadonlySet<number>): HTMLElement {
+  const tokens = (node.reading?.top ?? []).map(({ token }) =>
+    element('div', { class: common.has(token.id) ? 'common' : '' }, tokenText(token.label)),
+  )
+  return element('td', {}, ...tokens)
+}
+
+function commonTokens(nodes: readonly GraphNode[]): Set<number> {
+  const seen = new Map<number, number>()
+  for (const node of nodes) {
+    for (const { token } of node.reading?.top ?? []) {
+      seen.set(token.id, (seen.get(token.id) ?? 0) + 1)
+    }
+  }
+  return new Set([...seen].filter(([, times]) => times > 1).map(([id]) => id))
 }

@@ -1,15 +1,13 @@
-import { type Selection, select } from 'd3-selection'
+import { select } from 'd3-selection'
 import { linkVertical } from 'd3-shape'
-import { rankBin } from '../../colour/bins'
 import type { FlowGraph } from '../../graph/graph'
 import type { GraphNode } from '../../graph/nodes'
 import { cut } from '../../label/visible'
+import { chipClass, type Marks } from '../../parts/look'
+import { defineHatches, fitting, type Group, type Svg, stratum } from '../../parts/svg'
 import { nodeSentence } from '../../parts/words'
 import { type Arc, arcsInto } from './arcs'
 import { type Column, EMBEDDING, type Layout, type Row } from './layout'
-
-type Svg = Selection<SVGSVGElement, unknown, null, undefined>
-type Group = Selection<SVGGElement, unknown, null, undefined>
 
 /** One residual of the grid. */
 export interface Cell {
@@ -18,46 +16,44 @@ export interface Cell {
   node: GraphNode | undefined
 }
 
-const CHARACTER = 7.0 // width of one in the label's type size
-
-export function cells(graph: FlowGraph, at: Layout): Cell[] {
-  return at.rows.flatMap((row) =>
-    at.columns.map((column) => ({ column, row, node: residualAt(graph, row, column) })),
-  )
+export interface Grid {
+  graph: FlowGraph
+  at: Layout
+  /** The position whose story is told. */
+  position: number
+  marks: Marks
 }
 
-function residualAt(graph: FlowGraph, row: Row, column: Column): GraphNode | undefined {
-  return row.layer === EMBEDDING
-    ? graph.node(`p${column.position}/BLOCK_INPUT`)
-    : graph.at(row.layer, column.position, 'BLOCK_OUTPUT')
+export function residualAt(graph: FlowGraph, layer: number, position: number) {
+  return layer === EMBEDDING
+    ? graph.node(`p${position}/BLOCK_INPUT`)
+    : graph.at(layer, position, 'BLOCK_OUTPUT')
 }
 
-export function drawGrid(svg: Svg, graph: FlowGraph, at: Layout, selected: number): void {
-  drawBand(layer(svg, 'band'), at, selected)
-  drawSpine(layer(svg, 'spine'), graph, at, selected)
-  drawArcs(layer(svg, 'arcs'), graph, at, selected)
-  drawCells(layer(svg, 'cells'), graph, at, selected)
-  drawRowLabels(layer(svg, 'rows'), at)
-  drawAxis(layer(svg, 'axis'), graph, at, selected)
+export function drawGrid(svg: Svg, grid: Grid): void {
+  const { at } = grid
+  defineHatches(svg)
+  svg.attr('width', at.width).attr('height', at.height)
+  svg.attr('viewBox', `0 0 ${at.width} ${at.height}`)
+  drawBand(stratum(svg, 'band'), grid)
+  stratum(svg, 'answer') // its place is below the cells
+  drawSpine(stratum(svg, 'spine'), grid)
+  drawArcs(stratum(svg, 'arcs'), grid)
+  drawCells(stratum(svg, 'cells'), grid)
+  drawSteps(stratum(svg, 'steps'), grid)
+  drawRowLabels(stratum(svg, 'rows'), at)
+  drawAxis(stratum(svg, 'axis'), grid)
 }
 
-/** The group of one name, made at its place the first time: later groups lie above earlier ones. */
-function layer(svg: Svg, name: string): Group {
-  const found = svg.select<SVGGElement>(`g.${name}`)
-  return found.empty() ? svg.append('g').attr('class', name) : found
-}
-
-function drawBand(group: Group, at: Layout, selected: number): void {
-  const column = at.columns.filter((c) => c.position === selected)
+function drawBand(group: Group, { at, position }: Grid): void {
   group
     .selectAll('rect')
-    .data(column)
+    .data(at.columns.filter((c) => c.position === position))
     .join('rect')
-    .attr('class', 'band-of-selected')
-    .attr('x', (c) => c.x - 5)
-    .attr('width', (c) => c.width + 10)
-    .attr('y', 6)
-    .attr('height', at.height - 12)
+    .attr('x', (c) => c.x - 6)
+    .attr('width', (c) => c.width + 12)
+    .attr('y', 22)
+    .attr('height', at.height - 24)
     .attr('rx', 10)
 }
 
@@ -68,14 +64,14 @@ interface Rung {
   width: number
 }
 
-/** The residual stream between neighbouring cells, as wide as its norm. */
-function drawSpine(group: Group, graph: FlowGraph, at: Layout, selected: number): void {
-  const rungs = rungsOf(graph, at)
+/** The residual stream between neighbouring cells, as wide as its norm among the others. */
+function drawSpine(group: Group, grid: Grid): void {
+  const { at, position } = grid
   group
     .selectAll('line')
-    .data(rungs)
+    .data(rungsOf(grid))
     .join('line')
-    .attr('class', (r) => (r.column.position === selected ? 'spine selected' : 'spine'))
+    .attr('class', (r) => (r.column.position === position ? 'rung selected' : 'rung'))
     .attr('x1', (r) => middle(r.column))
     .attr('x2', (r) => middle(r.column))
     .attr('y1', (r) => r.below.y)
@@ -83,38 +79,52 @@ function drawSpine(group: Group, graph: FlowGraph, at: Layout, selected: number)
     .attr('stroke-width', (r) => r.width)
 }
 
-function rungsOf(graph: FlowGraph, at: Layout): Rung[] {
+const WIDEST_RUNG = 12
+
+function rungsOf({ graph, at }: Grid): Rung[] {
   const rungs: Rung[] = []
+  let largest = 1e-9
   for (const column of at.columns) {
     for (let i = 1; i < at.rows.length; i++) {
       const [below, above] = [at.rows[i - 1], at.rows[i]]
-      const node = below && residualAt(graph, below, column)
+      const node = below && residualAt(graph, below.layer, column.position)
       if (!below || !above || !node) continue
-      const width = Math.min(column.width * 0.5, 1.5 + Math.sqrt(node.norm) * 0.9)
-      rungs.push({ column, below, above, width })
+      largest = Math.max(largest, node.norm)
+      rungs.push({ column, below, above, width: node.norm })
     }
+  }
+  for (const rung of rungs) {
+    const room = Math.min(WIDEST_RUNG, rung.column.width * 0.6)
+    rung.width = Math.max(1, room * Math.sqrt(rung.width / largest))
   }
   return rungs
 }
 
-function drawArcs(group: Group, graph: FlowGraph, at: Layout, selected: number): void {
-  const others = at.columns.filter((c) => c.labelled && c.position !== selected)
+function drawArcs(group: Group, { graph, at, position, marks }: Grid): void {
+  const others = at.columns.filter((c) => c.labelled && c.position !== position)
   const arcs = [
-    ...others.flatMap((column) => arcsInto(graph, column.position, 0.15)),
-    ...arcsInto(graph, selected),
+    ...others.flatMap((column) => arcsInto(graph, column.position, 0.2)),
+    ...arcsInto(graph, position),
   ].filter((arc) => arc.source !== arc.position)
   group
     .selectAll<SVGPathElement, Arc>('path')
     .data(arcs, (arc) => arc.value)
     .join('path')
     .order()
-    .attr('class', (arc) => (arc.position === selected ? 'arc into-selected' : 'arc'))
+    .attr('class', (arc) => arcClass(arc, position, marks))
     .attr('data-id', (arc) => arc.value)
     .attr('d', (arc) => arcPath(arc, at))
-    .attr('stroke-width', (arc) => 1 + 9 * Math.min(1, Math.abs(arc.share)))
+    .attr('stroke-width', (arc) => 1 + 8 * Math.min(1, Math.abs(arc.share)))
     .attr('opacity', (arc) =>
-      arc.position === selected ? 0.3 + 0.7 * Math.min(1, Math.abs(arc.share) * 2) : 0.1,
+      arc.position === position ? 0.35 + 0.65 * Math.min(1, Math.abs(arc.share) * 2.5) : null,
     )
+}
+
+function arcClass(arc: Arc, position: number, marks: Marks): string {
+  const classes = ['arc', arc.share < 0 ? 'subtracts' : 'adds']
+  if (arc.position === position) classes.push('into-selected')
+  const chosen = arc.value === marks.selected || marks.path?.has(arc.value)
+  return [...classes, chosen ? 'chosen' : ''].join(' ')
 }
 
 const link = linkVertical<unknown, [number, number]>()
@@ -126,55 +136,124 @@ function arcPath(arc: Arc, at: Layout): string | null {
   const index = at.rows.findIndex((row) => row.layer === arc.layer)
   const [below, above] = [at.rows[index - 1], at.rows[index]]
   if (!from || !to || !below || !above) return null
-  const start: [number, number] = [middle(from) + Math.min(12, from.width / 4), below.y]
-  const end: [number, number] = [middle(to) - Math.min(14, to.width / 4), above.y + at.cellHeight]
+  const start: [number, number] = [middle(from) + Math.min(10, from.width / 4), below.y + 2]
+  const end: [number, number] = [
+    middle(to) - Math.min(14, to.width / 4),
+    above.y + at.cellHeight - 1,
+  ]
   return link({ source: start, target: end })
 }
 
-function drawCells(group: Group, graph: FlowGraph, at: Layout, selected: number): void {
-  const vocabulary = graph.vocabulary
-  group
+/** Rows of cells, since that is what a grid is to a screen reader. */
+function drawCells(group: Group, grid: Grid): void {
+  const { graph, at, marks, position } = grid
+  const columns = at.columns.filter((column) => column.labelled)
+  const rows = group
+    .selectAll<SVGGElement, Row>('g.row')
+    .data(at.rows, (row) => row.layer)
+    .join('g')
+    .attr('class', 'row')
+    .attr('role', 'row')
+  rows
     .selectAll<SVGGElement, Cell>('g.cell')
-    .data(cells(graph, at), (cell) => `${cell.row.layer}/${cell.column.position}`)
+    .data(
+      (row) =>
+        columns.map((column) => ({
+          column,
+          row,
+          node: residualAt(graph, row.layer, column.position),
+        })),
+      (cell) => cell.column.position,
+    )
     .join((enter) => {
       const cell = enter.append('g')
       cell.append('rect')
       cell.append('text').attr('dominant-baseline', 'central')
       return cell
     })
-    .attr('class', (cell) => `cell bin-${rankBin(cell.node?.reading?.targetRank, vocabulary)}`)
-    .classed('empty', (cell) => cell.node === undefined)
-    .classed('of-selected', (cell) => cell.column.position === selected)
+    .attr('class', (cell) => `cell ${chipClass(cell.node, graph, marks)}`)
+    .classed('of-selected', (cell) => cell.column.position === position)
     .attr('data-id', (cell) => cell.node?.id ?? null)
     .attr('role', 'gridcell')
+    .attr('tabindex', -1)
     .attr('aria-label', (cell) => (cell.node ? nodeSentence(cell.node, graph) : 'not traced'))
     .attr('transform', (cell) => `translate(${cell.column.x},${cell.row.y})`)
     .each(function (cell) {
       const own = select(this)
       own
         .select('rect')
-        .attr('width', Math.max(1, cell.column.width))
+        .attr('width', cell.column.width)
         .attr('height', at.cellHeight)
-        .attr('rx', Math.min(6, cell.column.width / 4))
+        .attr('rx', Math.min(6, at.cellHeight / 4))
       own
         .select('text')
         .attr('x', 8)
         .attr('y', at.cellHeight / 2 + 0.5)
-        .text(cell.column.labelled ? cellLabel(cell) : '')
+        .text(at.cellHeight < 11 ? '' : cellLabel(cell))
     })
 }
 
 function cellLabel(cell: Cell): string {
   const label = cell.node?.reading?.top[0]?.token.label ?? ''
-  return cut(label, Math.floor((cell.column.width - 12) / CHARACTER))
+  return cut(label, fitting(cell.column.width - 13))
+}
+
+interface Underline {
+  x: number
+  y: number
+  width: number
+  kind: string
+}
+
+/** Below each cell, how much of it attention and the MLP brought. */
+function drawSteps(group: Group, { graph, at }: Grid): void {
+  const lines: Underline[] = []
+  if (at.cellHeight >= 14) {
+    for (const row of at.rows) {
+      for (const column of at.columns) {
+        if (column.labelled && row.layer !== EMBEDDING) underline(lines, graph, at, row, column)
+      }
+    }
+  }
+  group
+    .selectAll('rect')
+    .data(lines)
+    .join('rect')
+    .attr('class', (line) => line.kind)
+    .attr('x', (line) => line.x)
+    .attr('y', (line) => line.y)
+    .attr('width', (line) => line.width)
+    .attr('height', 2.5)
+}
+
+function underline(
+  lines: Underline[],
+  graph: FlowGraph,
+  at: Layout,
+  row: Row,
+  column: Column,
+): void {
+  const y = row.y + at.cellHeight + 1.5
+  const room = column.width - 12
+  let x = column.x + 6
+  for (const [kind, name] of [
+    ['ATTENTION_OUTPUT', 'attention'],
+    ['MLP_OUTPUT', 'mlp'],
+  ] as const) {
+    const output = graph.at(row.layer, column.position, kind)
+    const share = output && graph.edgesFrom(output.id).find((e) => e.kind === 'PART')?.share
+    const width = Math.min(1, Math.abs(share ?? 0)) * room * 0.5
+    if (width > 0.5) lines.push({ x, y, width, kind: name })
+    x += width
+  }
 }
 
 function drawRowLabels(group: Group, at: Layout): void {
+  const every = Math.ceil(13 / (at.rows.length > 1 ? Math.abs(pitch(at)) : 13))
   group
     .selectAll('text')
-    .data(at.rows)
+    .data(at.rows.filter((row) => row.layer === EMBEDDING || row.layer % every === 0))
     .join('text')
-    .attr('class', 'row-label')
     .attr('x', 36)
     .attr('y', (row) => row.y + at.cellHeight / 2)
     .attr('text-anchor', 'end')
@@ -182,18 +261,22 @@ function drawRowLabels(group: Group, at: Layout): void {
     .text((row) => (row.layer === EMBEDDING ? 'emb' : `L${row.layer}`))
 }
 
-function drawAxis(group: Group, graph: FlowGraph, at: Layout, selected: number): void {
-  const y = at.height - 26
+function pitch(at: Layout): number {
+  return (at.rows[0]?.y ?? 0) - (at.rows[1]?.y ?? 0)
+}
+
+function drawAxis(group: Group, { graph, at, position }: Grid): void {
+  const y = at.height - 14
   group
     .selectAll('text')
     .data(at.columns.filter((column) => column.labelled))
     .join('text')
-    .attr('class', (column) => (column.position === selected ? 'axis selected' : 'axis'))
+    .attr('class', (column) => (column.position === position ? 'selected' : ''))
     .attr('x', (column) => column.x + 8)
     .attr('y', y)
     .text((column) => {
       const label = graph.prompt[column.position]?.label ?? ''
-      return cut(label, Math.floor((column.width - 6) / CHARACTER))
+      return cut(label, fitting(column.width - 6))
     })
 }
 

@@ -27,7 +27,7 @@ export interface Layout {
 export const EMBEDDING = -1
 const GUTTER = 46
 const TOP = 30
-const AXIS = 44
+const AXIS = 38
 const GAP = 10
 const NARROWEST_LABEL = 58
 const WIDEST = 116
@@ -42,6 +42,7 @@ export function layout(
   panelWidth: number,
 ): Layout {
   const pitch = rowPitch(layers.length)
+  const cellHeight = Math.min(26, Math.round(pitch * 0.58))
   const panelX = width - panelWidth
   const columns = columnsIn(positions, selected, GUTTER, panelX - GUTTER - 18)
   const rows = [EMBEDDING, ...layers].map((layer, i) => ({
@@ -51,9 +52,9 @@ export function layout(
   return {
     columns,
     rows,
-    cellHeight: Math.min(26, Math.round(pitch * 0.58)),
+    cellHeight,
     width,
-    height: TOP + (layers.length + 1) * pitch + AXIS,
+    height: TOP + layers.length * pitch + cellHeight + AXIS,
     panelX: Math.min(panelX, lastEdge(columns) + 26),
   }
 }

@@ -1,0 +1,62 @@
+// What leaves the page: the recording itself, and the pictures with their style.
+import pictureStyle from '../../styles/picture.css'
+import { resolvedColour } from './theme'
+
+export function save(name: string, type: string, content: BlobPart): void {
+  const url = URL.createObjectURL(new Blob([content], { type }))
+  const link = document.createElement('a')
+  link.href = url
+  link.download = name
+  link.click()
+  setTimeout(() => URL.revokeObjectURL(url), 10_000)
+}
+
+/** Pictures one below the other as one SVG that needs no page: colours and type are written in. */
+export function standaloneSvg(pictures: readonly SVGSVGElement[], title: string): string {
+  const gap = 24
+  const margin = 20
+  const width = Math.max(...pictures.map((p) => p.width.baseVal.value)) + 2 * margin
+  let y = margin + 30
+  const parts = pictures.map((picture) => {
+    const copy = picture.cloneNode(true) as SVGSVGElement
+    copy.setAttribute('x', String(margin))
+    copy.setAttribute('y', String(y))
+    y += picture.height.baseVal.value + gap
+    return new XMLSerializer().serializeToString(copy)
+  })
+  const heading = document.createElementNS('http://www.w3.org/2000/svg', 'text')
+  heading.setAttribute('x', String(margin))
+  heading.setAttribute('y', String(margin + 12))
+  heading.setAttribute('class', 'title')
+  heading.textContent = title
+  return (
+    `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${y}">` +
+    `<style>${resolvedStyle()}</style><rect width="100%" height="100%" fill="${resolvedColour('--paper')}"/>` +
+    `${new XMLSerializer().serializeToString(heading)}${parts.join('')}</svg>`
+  )
+}
+
+/** The pictures' style with every variable replaced by what it is now. */
+function resolvedStyle(): string {
+  return pictureStyle.replace(/var\((--[\w-]+)\)/g, (_, name: string) =>
+    name === '--mono' || name === '--sans'
+      ? getComputedStyle(document.documentElement).getPropertyValue(name)
+      : resolvedColour(name),
+  )
+}
+
+/** The same at twice the size, for slides. */
+export async function png(svg: string): Promise<Blob> {
+  const image = new Image()
+  const url = URL.createObjectURL(new Blob([svg], { type: 'image/svg+xml' }))
+  image.src = url
+  await image.decode()
+  const canvas = document.createElement('canvas')
+  canvas.width = image.naturalWidth * 2
+  canvas.height = image.naturalHeight * 2
+  canvas.getContext('2d')?.drawImage(image, 0, 0, canvas.width, canvas.height)
+  URL.revokeObjectURL(url)
+  return new Promise((resolve, reject) =>
+    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error('no picture'))), 'image/png'),
+  )
+}

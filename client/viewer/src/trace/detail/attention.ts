@@ -1,0 +1,178 @@
+// Attention's block: for each head its query, the sources that it reads with their keys and values,
+// and what it writes.
+import type { FlowGraph } from '../../graph/graph'
+import { type Filter, passing } from '../filter'
+import type { Block, HeadRow, LayerModel } from './model'
+import { CHIP, type Detail, HEAD, PAD, type Place, type Placed, ROW } from './placing'
+import {
+  finish,
+  heading,
+  hiddenRows,
+  remainder,
+  restWords,
+  type Stacked,
+  shownShare,
+  summary,
+} from './sums'
+
+interface Columns {
+  chip: number
+  query: number
+  source: number
+  key: number
+  weight: number
+  value: number
+  output: number
+  share: number
+}
+
+const SOURCE = 78
+const WEIGHT = 50
+const SHARE = 46
+const RIBBONS = 74
+const GAP = 8 // between heads
+const FRAME = 8 // above and below a head's lines
+
+export function placeAttention(
+  detail: Detail,
+  model: LayerModel,
+  graph: FlowGraph,
+  filter: Filter,
+  at: Place,
+): Placed {
+  const block = model.attention
+  const columns = columnsIn(at)
+  const { shown, hidden, kept } = passing(block.rows, filter)
+  const words = summary(block, block.rows.length, graph.sizes.nHeads, 'heads')
+  heading(detail, at, 'Attention', [...words, ...shownShare(kept)].join(' · '), [
+    [columns.query, 'query'],
+    [columns.source, 'reads'],
+    [columns.key, 'its key'],
+    [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
+    [columns.value, 'its value'],
+    [columns.output, 'the head writes'],
+  ])
+  const extra = spare(block, shown, filter, at.bar)
+  const rows: Stacked[] = []
+  let y = at.y + HEAD
+  for (const row of shown) {
+    const height = linesOf(row, filter) * ROW + FRAME + extra
+    placeHead(detail, row, graph, filter, columns, y, height)
+    rows.push({ row, y: y + (height - ROW) / 2 })
+    y += height + GAP
+  }
+  const ends = { x: columns.output, width: columns.chip, share: columns.share }
+  const rest = restWords(graph.sizes.nHeads, block.rows.length)
+  y = remainder(detail, rows, block, filter, ends, y, rest)
+  return finish(detail, at, block, rows, ends, hiddenRows(detail, hidden, 'heads', ends, y) - GAP)
+}
+
+function columnsIn(at: Place): Columns {
+  const chip = (at.width - 2 * PAD - SOURCE - WEIGHT - SHARE - RIBBONS - 34) / 4
+  const query = at.x + PAD
+  const source = query + chip + 12
+  const key = source + SOURCE
+  const weight = key + chip + 6
+  const value = weight + WEIGHT
+  const output = value + chip + 16
+  return { chip, query, source, key, weight, value, output, share: output + chip + SHARE }
+}
+
+function linesOf(row: HeadRow, filter: Filter): number {
+  return Math.max(2, row.sources.length + (hasRest(row, filter) ? 1 : 0))
+}
+
+function hasRest(row: HeadRow, filter: Filter): boolean {
+  return row.rest !== undefined && !filter.hidden.has('rest')
+}
+
+/** How much higher each head can be so that the block is as high as its neighbour. */
+function spare(
+  block: Block<HeadRow>,
+  shown: readonly HeadRow[],
+  filter: Filter,
+  wanted: number,
+): number {
+  const lines = shown.reduce((sum, row) => sum + linesOf(row, filter) * ROW + FRAME + GAP, 0)
+  const needed = lines + (block.rest ? ROW : 0) - GAP
+  return shown.length > 0 ? Math.max(0, Math.min(90, (wanted - needed) / shown.length)) : 0
+}
+
+function placeHead(
+  detail: Detail,
+  row: HeadRow,
+  graph: FlowGraph,
+  filter: Filter,
+  columns: Columns,
+  y: number,
+  height: number,
+): void {
+  const lines = linesOf(row, filter)
+  const middle = y + height / 2
+  const top = middle - (lines * ROW) / 2
+  const left = columns.query - 8
+  detail.groups.push({ x: left, y, width: columns.value + columns.chip + 8 - left, height })
+  placeQuery(detail, row, columns, y, height)
+  row.sources.forEach((source, i) => {
+    const line = top + i * ROW
+    const label = `${source.position} ${graph.prompt[source.position]?.label ?? ''}`
+    detail.text(columns.source, line + ROW / 2, label, 'source', 'start', SOURCE - 4)
+    if (source.key) detail.chip(source.key, columns.key, line, columns.chip)
+    placeWeight(detail, source.attention, columns.weight, line)
+    detail.chip(source.value, columns.value, line, columns.chip)
+    into(detail, source.value, source.share ?? 0, columns, line, middle)
+  })
+  if (row.rest && hasRest(row, filter)) {
+    const line = top + row.sources.length * ROW
+    detail.rest(row.rest.node, 'others', columns.value, line, columns.chip)
+    into(detail, row.rest.node, row.rest.edge.share ?? 0, columns, line, middle)
+  }
+  detail.chip(row.node, columns.output, middle - ROW / 2, columns.chip)
+}
+
+/** Name, query and, where there is room, attention over the prompt as far as it was asked for. */
+function placeQuery(detail: Detail, row: HeadRow, columns: Columns, y: number, height: number) {
+  const room = height - 2 * ROW - FRAME
+  const top = y + FRAME / 2
+  detail.text(columns.query, top + ROW / 2, `head ${row.head}`, 'strong')
+  if (row.query) detail.chip(row.query, columns.query, top + ROW, columns.chip)
+  if (room < 12) return
+  const base = top + 2 * ROW + Math.min(room, 44) - 2
+  const step = columns.chip / (row.node.position + 1)
+  detail.bar('track', columns.query, base, columns.chip, 1)
+  for (const source of row.sources) {
+    const tall = Math.max(1, source.attention * (Math.min(room, 44) - 6))
+    const x = columns.query + source.position * step
+    detail.bar('strip', x, base - tall, Math.max(1.5, step - 1), tall)
+  }
+}
+
+/** An attention probability as a number over its bar. */
+function placeWeight(detail: Detail, attention: number, x: number, y: number): void {
+  const width = WEIGHT - 6
+  detail.bar('track', x, y + ROW - 6, width, 3)
+  detail.bar('attention', x, y + ROW - 6, width * Math.min(1, attention), 3)
+  detail.text(x + width / 2, y + 9, attention.toFixed(2), 'number', 'middle')
+}
+
+/** From a value to its head's output, as thick as its share of it. */
+function into(
+  detail: Detail,
+  node: HeadRow['node'],
+  share: number,
+  columns: Columns,
+  line: number,
+  middle: number,
+): void {
+  const thickness = Math.max(1, Math.min(1, Math.abs(share)) * (CHIP - 5))
+  detail.ribbons.push({
+    node,
+    share,
+    x0: columns.value + columns.chip,
+    y0: line + (ROW - thickness) / 2,
+    h0: thickness,
+    x1: columns.output,
+    y1: middle - thickness / 2,
+    h1: thickness,
+  })
+}

@@ -1,0 +1,193 @@
+import { select } from 'd3-selection'
+import type { FlowGraph } from '../../graph/graph'
+import { cut } from '../../label/visible'
+import { chipClass, face, type Marks } from '../../parts/look'
+import { defineHatches, fitting, type Svg, stratum } from '../../parts/svg'
+import { nodeSentence } from '../../parts/words'
+import type { Bar, Box, Chip, Detail, Rail, Ribbon, Text } from './placing'
+import { band } from './ribbons'
+
+export interface Drawing {
+  detail: Detail
+  graph: FlowGraph
+  marks: Marks
+  /** How much of a part's ribbon the selection makes up, 0 to 1. */
+  fraction: (nodeId: string) => number
+}
+
+export function drawDetail(svg: Svg, drawing: Drawing): void {
+  const { detail } = drawing
+  defineHatches(svg)
+  svg.attr('width', detail.width).attr('height', detail.height)
+  svg.attr('viewBox', `0 0 ${detail.width} ${detail.height}`)
+  boxes(svg, 'panels', detail.panels, 12)
+  boxes(svg, 'groups', detail.groups, 8)
+  drawRail(svg, detail.rail)
+  drawRibbons(svg, drawing)
+  boxes(svg, 'sums', detail.sums, 3)
+  drawBars(svg, detail.bars)
+  drawTexts(svg, detail.texts)
+  drawChips(svg, drawing)
+}
+
+function boxes(svg: Svg, name: string, data: readonly Box[], radius: number): void {
+  stratum(svg, name)
+    .selectAll('rect')
+    .data(data)
+    .join('rect')
+    .attr('x', (b) => b.x)
+    .attr('y', (b) => b.y)
+    .attr('width', (b) => b.width)
+    .attr('height', (b) => b.height)
+    .attr('rx', radius)
+}
+
+function drawRail(svg: Svg, rail: Rail): void {
+  const group = stratum(svg, 'rail')
+  const middle = rail.y + 11.5
+  group
+    .selectAll('rect')
+    .data(rail.segments)
+    .join('rect')
+    .attr('x', (s) => s.x0)
+    .attr('width', (s) => Math.max(0, s.x1 - s.x0))
+    .attr('y', (s) => middle - thickness(s.share) / 2)
+    .attr('height', (s) => thickness(s.share))
+  group
+    .selectAll('path')
+    .data(rail.joints)
+    .join('path')
+    .attr('d', (j) => `M${j.x},${j.y0}V${j.y1}`)
+    .attr('class', (j) => ((j.share ?? 0) < 0 ? 'joint subtracts' : 'joint'))
+    .attr('stroke-width', (j) => thickness(j.share))
+  group
+    .selectAll('text')
+    .data([
+      ...rail.segments.map((s) => ({
+        x: (s.x0 + s.x1) / 2,
+        y: middle,
+        label: s.x1 - s.x0 > 150 ? s.label : '',
+        anchor: 'middle',
+      })),
+      ...rail.joints.map((j) => ({ x: j.x - 12, y: j.y1 + 14, label: j.label, anchor: 'end' })),
+    ])
+    .join('text')
+    .attr('x', (t) => t.x)
+    .attr('y', (t) => t.y)
+    .attr('dominant-baseline', 'central')
+    .attr('text-anchor', (t) => t.anchor)
+    .text((t) => t.label)
+}
+
+function thickness(share: number | undefined): number {
+  return 2 + 16 * Math.min(1, Math.abs(share ?? 0))
+}
+
+function drawRibbons(svg: Svg, { detail, fraction, marks }: Drawing): void {
+  const group = stratum(svg, 'ribbons')
+  group
+    .selectAll<SVGPathElement, Ribbon>('path.ribbon')
+    .data(detail.ribbons)
+    .join('path')
+    .attr('class', (r) => ribbonClass(r, marks))
+    .attr('data-id', (r) => r.node.id)
+    .attr('d', (r) => band(r))
+  const followed = detail.ribbons
+    .map((ribbon) => ({ ribbon, part: fraction(ribbon.node.id) }))
+    .filter(({ part }) => part > 0)
+  group
+    .selectAll<SVGPathElement, unknown>('path.followed')
+    .data(followed)
+    .join('path')
+    .attr('class', 'followed')
+    .attr('d', ({ ribbon, part }) => band(ribbon, 0, Math.min(1, part)))
+  stratum(svg, 'ends')
+    .selectAll('rect')
+    .data(detail.ribbons.filter((r) => r.h1 > 0 && isIntoSum(r, detail)))
+    .join('rect')
+    .attr('class', (r) => `end ${kindOf(r)}`)
+    .attr('x', (r) => r.x1)
+    .attr('y', (r) => r.y1)
+    .attr('width', 12)
+    .attr('height', (r) => Math.max(0.3, r.h1 - (r.h1 > 2 ? 0.6 : 0)))
+}
+
+function kindOf(ribbon: Ribbon): string {
+  if (ribbon.node.kind === 'OTHER') return 'rest'
+  return ribbon.share < 0 ? 'subtracts' : 'adds'
+}
+
+function isIntoSum(ribbon: Ribbon, detail: Detail): boolean {
+  return detail.sums.some((sum) => sum.x === ribbon.x1)
+}
+
+function ribbonClass(ribbon: Ribbon, marks: Marks): string {
+  const classes = ['ribbon', kindOf(ribbon)]
+  if (marks.path && !marks.path.has(ribbon.node.id)) classes.push('dim')
+  if (marks.found && !marks.found.has(ribbon.node.id)) classes.push('dim')
+  return classes.join(' ')
+}
+
+function drawBars(svg: Svg, bars: readonly Bar[]): void {
+  stratum(svg, 'bars')
+    .selectAll('rect')
+    .data(bars)
+    .join('rect')
+    .attr('class', (b) => `bar ${b.kind}`)
+    .attr('x', (b) => b.x)
+    .attr('y', (b) => b.y)
+    .attr('width', (b) => b.width)
+    .attr('height', (b) => b.height)
+}
+
+function drawTexts(svg: Svg, texts: readonly Text[]): void {
+  stratum(svg, 'texts')
+    .selectAll('text')
+    .data(texts)
+    .join('text')
+    .attr('class', (t) => t.style)
+    .attr('x', (t) => t.x)
+    .attr('y', (t) => t.y)
+    .attr('text-anchor', (t) => t.anchor)
+    .attr('dominant-baseline', 'central')
+    .text((t) => (t.width === undefined ? t.text : cut(t.text, roomFor(t))))
+}
+
+/** Characters that fit; sentences are set in a narrower type than tokens. */
+function roomFor(text: Text): number {
+  const width = text.width ?? 0
+  return text.style === 'quiet' ? Math.floor(width / 6.1) : fitting(width * 1.08)
+}
+
+function drawChips(svg: Svg, { detail, graph, marks }: Drawing): void {
+  stratum(svg, 'chips')
+    .attr('role', 'list')
+    .selectAll<SVGGElement, Chip>('g')
+    .data(detail.chips, (c) => c.node.id)
+    .join((enter) => {
+      const group = enter.append('g')
+      group.append('rect')
+      group.append('text').attr('dominant-baseline', 'central')
+      return group
+    })
+    .attr('class', (c) => `${chipClass(c.node, graph, marks, c.flipped)}${c.words ? ' rest' : ''}`)
+    .attr('data-id', (c) => c.node.id)
+    .attr('role', 'listitem')
+    .attr('tabindex', -1)
+    .attr('aria-label', (c) => nodeSentence(c.node, graph))
+    .attr('transform', (c) => `translate(${c.x},${c.y})`)
+    .each(function (c) {
+      const own = select(this)
+      own.select('rect').attr('width', c.width).attr('height', c.height).attr('rx', 5)
+      own
+        .select('text')
+        .attr('x', 7)
+        .attr('y', c.height / 2 + 0.5)
+        .text(chipText(c))
+    })
+}
+
+function chipText(chip: Chip): string {
+  const label = chip.words ?? face(chip.node, chip.flipped)?.token.label ?? '—'
+  return cut(chip.flipped ? `▾${label}` : label, fitting(chip.width - 11))
+}

@@ -1,0 +1,106 @@
+import { button, choice, press, toggle } from '../parts/controls'
+import { element } from '../parts/dom'
+import type { TraceKey, TraceState } from './state'
+
+/** What the toolbar can ask of the page beside changing its state. */
+export interface Commands {
+  exportAs: (format: string) => void
+  help: () => void
+}
+
+const KINDS = [
+  ['attention', 'attention'],
+  ['mlp', 'MLP'],
+  ['rest', 'rest'],
+  ['bias', 'bias'],
+] as const
+
+/** Fills the toolbar; gives back what brings its controls in line with the state. */
+export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands): () => void {
+  const search = searchBox(state)
+  const path = toggle('Follow the path', 'The strongest way back from the target', () =>
+    flip(state, 'path'),
+  )
+  const kinds = KINDS.map(([kind, words]) => ({
+    kind,
+    control: toggle(words, `Show or hide: ${words}`, () => hide(state, kind)),
+  }))
+  const selects = [
+    select(state, 'min', 'Smallest share', [
+      ['', 'any share'],
+      ['1', '≥ 1 %'],
+      ['2', '≥ 2 %'],
+      ['5', '≥ 5 %'],
+      ['10', '≥ 10 %'],
+    ]),
+    select(state, 'sign', 'Sign', [
+      ['', '+ and −'],
+      ['+', '+ only'],
+      ['-', '− only'],
+    ]),
+    select(state, 'view', 'View', [
+      ['', 'picture'],
+      ['table', 'table'],
+    ]),
+    select(state, 'theme', 'Theme', [
+      ['', 'system'],
+      ['light', 'light'],
+      ['dark', 'dark'],
+    ]),
+  ]
+  const exporter = choice('Export', EXPORTS, (format) => {
+    commands.exportAs(format)
+    exporter.value = ''
+  })
+  bar.append(
+    search,
+    path,
+    element('span', { class: 'group' }, ...kinds.map(({ control }) => control)),
+    ...selects.map(({ control }) => control),
+    exporter,
+    button('?', 'Keys', commands.help),
+  )
+  return () => {
+    if (document.activeElement !== search) search.value = state.get('q')
+    press(path, state.get('path') !== '')
+    for (const { kind, control } of kinds) press(control, !state.list('hide').includes(kind))
+    for (const { key, control } of selects) control.value = state.get(key)
+  }
+}
+
+const EXPORTS = [
+  ['', 'export'],
+  ['json', 'JSON lines'],
+  ['svg', 'SVG'],
+  ['png', 'PNG'],
+] as const
+
+function searchBox(state: TraceState): HTMLInputElement {
+  const search = element('input', {
+    type: 'search',
+    class: 'search',
+    placeholder: 'Where is … ?',
+    'aria-label': 'Search a token, or an id as #17',
+  })
+  search.addEventListener('input', () => state.set({ q: search.value }))
+  return search
+}
+
+function select(
+  state: TraceState,
+  key: TraceKey,
+  name: string,
+  options: readonly (readonly [string, string])[],
+) {
+  return { key, control: choice(name, options, (value) => state.set({ [key]: value })) }
+}
+
+export function flip(state: TraceState, key: TraceKey): void {
+  state.set({ [key]: state.get(key) === '' ? '1' : '' })
+}
+
+function hide(state: TraceState, kind: string): void {
+  const hidden = state.list('hide')
+  const next = hidden.includes(kind) ? hidden.filter((k) => k !== kind) : [...hidden, kind]
+  state.set({ hide: next.join(',') })
+}

@@ -1,0 +1,162 @@
+import type { TraceResponse } from '../contract/messages'
+import { FlowGraph } from '../graph/graph'
+import { lines } from '../page/blocks'
+import { png, save, standaloneSvg } from '../page/export'
+import type { Shell } from '../page/shell'
+import { setTheme, type Theme } from '../page/theme'
+import { element } from '../parts/dom'
+import { rove } from '../parts/focus'
+import { helpDialog } from '../parts/help'
+import type { Marks } from '../parts/look'
+import { Tooltip } from '../parts/tooltip'
+import { answerAppears } from './answer'
+import { Details } from './detail/details'
+import { fillHeader } from './header'
+import { fillInspector } from './inspect'
+import { KEYS, listenToKeys } from './keys'
+import { Overview } from './overview/overview'
+import { type Found, search } from './search'
+import { traceState } from './state'
+import { toolbar } from './toolbar'
+import { pathToTarget } from './ways'
+
+/** A trace on the screen; fed by a recorded stream or by a live one. */
+export class TraceView {
+  readonly graph = new FlowGraph()
+  readonly state = traceState()
+  private readonly tooltip = new Tooltip()
+  private readonly overview: Overview
+  private readonly details: Details
+  private readonly updateToolbar: () => void
+  private readonly heading = element('div', { class: 'heading' })
+
+  constructor(
+    private readonly parts: Shell,
+    private readonly title: string,
+  ) {
+    const help = helpDialog(KEYS)
+    const commands = {
+      select: (id: string) => this.select(id),
+      pin: (id: string) => this.pin(id),
+      help: () => help.showModal(),
+      search: () => parts.toolbar.querySelector<HTMLInputElement>('.search')?.focus(),
+      exportAs: (format: string) => void this.exportAs(format),
+    }
+    parts.header.prepend(this.heading)
+    this.updateToolbar = toolbar(parts.toolbar, this.state, commands)
+    this.overview = new Overview(this.graph, this.tooltip, {
+      select: (id) => this.select(id),
+      pin: (id) => this.pin(id),
+      toggleLayer: (layer) => this.toggleLayer(layer),
+    })
+    this.details = new Details(this.graph, this.state, this.tooltip, commands)
+    parts.main.append(this.overview.element, this.details.element)
+    listenToKeys(this.graph, this.state, commands)
+    parts.aside.addEventListener('click', (event) => this.follow(event))
+    this.heading.addEventListener('click', (event) => this.follow(event))
+    this.state.subscribe(() => this.draw())
+    new ResizeObserver(() => this.draw()).observe(parts.main)
+  }
+
+  /** Takes one more message of the stream; call `draw` when it is to be seen. */
+  feed(message: TraceResponse): void {
+    this.graph.feed(message)
+  }
+
+  draw(): void {
+    const { graph, state } = this
+    setTheme(state.get('theme') as Theme)
+    this.updateToolbar()
+    const width = this.parts.main.clientWidth
+    if (graph.prompt.length === 0 || width === 0) return
+    const position = this.position()
+    const found = search(graph, state.get('q'))
+    const marks = this.marks(found)
+    fillHeader(this.heading, graph, position)
+    this.overview.draw(width, position, marks, this.layers())
+    this.details.draw(width, position, marks, this.layers())
+    fillInspector(this.parts.aside, graph, state, { position, found, path: this.path() })
+    this.keepFocus()
+  }
+
+  /** The position whose story is told: the chosen one, else the last that was traced in full. */
+  position(): number {
+    const chosen = Number(this.state.get('pos') || Number.NaN)
+    return this.graph.prompt[chosen] ? chosen : Math.max(...this.graph.traced)
+  }
+
+  /** The layers shown in detail: those chosen, else the one where the answer appears. */
+  layers(): number[] {
+    const chosen = this.state.list('layers').map(Number)
+    const known = chosen.filter((layer) => this.graph.layers.has(layer))
+    if (known.length > 0) return known.sort((a, b) => b - a)
+    const answer = answerAppears(this.graph, this.position())?.layer
+    return [answer ?? Math.max(...this.graph.layers, 0)]
+  }
+
+  select(id: string): void {
+    const node = this.graph.node(id)
+    if (!node) return
+    const layer = node.layer ?? (node.kind === 'BLOCK_INPUT' ? 0 : Math.max(...this.graph.layers))
+    const layers = this.layers().includes(layer) ? {} : { layers: String(layer) }
+    this.state.set({ sel: id, pos: String(node.position), ...layers })
+    this.parts.live.textContent = this.parts.aside.querySelector('h2')?.textContent ?? ''
+  }
+
+  pin(id: string): void {
+    const pinned = this.state.list('pin')
+    const next = pinned.includes(id) ? pinned.filter((other) => other !== id) : [...pinned, id]
+    this.state.set({ pin: next.join(',') })
+  }
+
+  toggleLayer(layer: number): void {
+    const shown = this.layers()
+    const next = shown.includes(layer) ? shown.filter((l) => l !== layer) : [...shown, layer]
+    this.state.set({ layers: next.join(',') })
+  }
+
+  private marks(found: readonly Found[]): Marks {
+    const searching = this.state.get('q').trim() !== ''
+    const path = this.path()
+    return {
+      selected: this.state.get('sel'),
+      pinned: new Set(this.state.list('pin')),
+      found: searching ? new Set(found.map(({ node }) => node.id)) : undefined,
+      path: path && new Set(path.map(({ node }) => node.id)),
+    }
+  }
+
+  private path() {
+    return this.state.get('path') === '' ? undefined : pathToTarget(this.graph, this.position())
+  }
+
+  private follow(event: Event): void {
+    const target = event.target as Element
+    const unpin = target.closest<HTMLElement>('[data-unpin]')?.dataset.unpin
+    const id = target.closest<HTMLElement>('[data-id]')?.dataset.id
+    if (unpin) this.pin(unpin)
+    else if (id) this.select(id)
+  }
+
+  private keepFocus(): void {
+    const selected = this.state.get('sel')
+    for (const picture of document.querySelectorAll('svg.picture')) {
+      const current = selected
+        ? (picture.querySelector(`[tabindex][data-id="${CSS.escape(selected)}"]`) ?? undefined)
+        : undefined
+      rove(picture, current)
+    }
+  }
+
+  private async exportAs(format: string): Promise<void> {
+    const name = this.title.replace(/ · Januslens$/, '').replace(/[^\p{L}\p{N}]+/gu, '-')
+    if (format === 'json') {
+      save(`${name}.jsonl`, 'application/jsonl', `${(await lines('trace')).join('\n')}\n`)
+      return
+    }
+    const pictures = [...document.querySelectorAll<SVGSVGElement>('svg.picture')]
+    const svg = standaloneSvg(pictures, this.title)
+    if (format === 'svg') save(`${name}.svg`, 'image/svg+xml', svg)
+    if (format === 'png') save(`${name}.png`, 'image/png', await png(svg))
+  }
+}
