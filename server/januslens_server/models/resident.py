@@ -8,18 +8,23 @@ from functools import cached_property
 import torch
 from transformers import PreTrainedModel
 
+from januslens_server.lens.row_cache import RowCache
 from januslens_server.models.neuron_index import NeuronIndex
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokens import Vocabulary
 from januslens_server.models.views import ModelView
-from januslens_server.results import Provenance
+from januslens_server.results import ModelFacts, Provenance
+
+# Logits of weight rows that are kept for later traces, in bytes of the CPU's memory.
+ROW_CACHE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class ResidentModel:
     """The weights (frozen, in evaluation mode), their parts, tokenizer and provenance.
 
-    `cache` is where the next server finds what is computed once per model.
+    `cache` is where the next server finds what is computed once per model. `row_cache_bytes` of
+    logits are kept for traces that meet the same rows of the weights again.
     """
 
     name: str
@@ -28,13 +33,25 @@ class ResidentModel:
     vocabulary: Vocabulary
     provenance: Provenance
     cache: TensorCache | None = None
+    row_cache_bytes: int = ROW_CACHE_BYTES
 
     @cached_property
     def neurons(self) -> NeuronIndex:
         """What the neurons write, read layer by layer when it is asked for."""
         return NeuronIndex(self.view, self.provenance, self.cache)
 
+    @cached_property
+    def rows(self) -> RowCache:
+        """Rows of the weights as the lens reads them, those met last."""
+        return RowCache(self.view.lens, self.row_cache_bytes, _weight_rows(self.view.facts))
+
     @property
     def device(self) -> torch.device:
         """Where prompts go and the lens computes."""
         return self.view.lens.unembedding.device
+
+
+def _weight_rows(facts: ModelFacts) -> int:
+    """Rows that depend on no input: keys, up columns and values of neurons, rows of W_O, biases."""
+    neurons = 3 * facts.d_mlp * max(1, facts.n_experts)
+    return facts.n_layers * (neurons + facts.n_heads * facts.d_head + 2)

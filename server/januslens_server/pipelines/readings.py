@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from januslens_server.lens.head import LensHead
-from januslens_server.lens.projection import project
+from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.flows import Piece
 from januslens_server.results import (
     Edge,
@@ -24,23 +23,39 @@ from januslens_server.specs import LensKind, LensSpec, TraceSpec
 # What the next layer's edges may refer to.
 _RESIDUAL = frozenset({NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT})
 
+_WEIGHT_ROWS = frozenset(
+    {
+        NodeKind.ATTENTION_NEURON,
+        NodeKind.ATTENTION_BIAS,
+        NodeKind.MLP_KEY,
+        NodeKind.MLP_UP,
+        NodeKind.MLP_VALUE,
+        NodeKind.MLP_BIAS,
+    }
+)
+
 
 class FlowReader:
     """Reads the flows of one trace, layer by layer upwards."""
 
-    def __init__(self, head: LensHead, spec: TraceSpec, targets: Sequence[PositionTarget]) -> None:
+    def __init__(
+        self, model: ResidentModel, spec: TraceSpec, targets: Sequence[PositionTarget]
+    ) -> None:
         """Report at each position the rank and probability of its target."""
-        self._head = head
+        self._model = model
         self._spec = spec
         self._targets = {target.position: target.target_token_id for target in targets}
         self._below: dict[str, frozenset[int]] = {}
 
     def read(self, piece: Piece) -> LayerGraph:
-        """The record of a piece: every vector that is to be read, in one matrix product."""
+        """The record of a piece: every vector that is to be read, in one matrix product.
+
+        Rows of the weights that were met before are not computed again.
+        """
         flows = piece.flows
         nodes = [node for flow in flows for node in flow.nodes]
         projected = [flag for flow in flows for flag in flow.projected]
-        vectors = torch.cat([flow.vectors for flow in flows]).to(self._head.unembedding.device)
+        vectors = torch.cat([flow.vectors for flow in flows]).to(self._model.device)
         shown = [i for i, node in enumerate(nodes) if self._shows(node.kind)]
         read = [i for i in shown if projected[i]]
         table = self._project(vectors[read], [nodes[i] for i in read], piece.lens)
@@ -71,7 +86,17 @@ class FlowReader:
         widest = LensSpec(max(lens.top_k, self._spec.overlap_k), lens.bottom_k, kind)
         targets = [[self._targets[node.position]] for node in nodes]
         ids = torch.tensor(targets, dtype=torch.long, device=vectors.device).reshape(-1, 1)
-        return project(self._head, vectors, widest, ids)
+        keys = [self._weight_row(node) for node in nodes]
+        return self._model.rows.project(vectors, keys, widest, ids)
+
+    def _weight_row(self, node: Node) -> tuple[int | None, ...] | None:
+        """What names a vector that depends on no input, the same in every request; else None."""
+        if node.kind not in _WEIGHT_ROWS:
+            return None
+        # A mixture weights its experts' biases by the router.
+        if node.kind is NodeKind.MLP_BIAS and self._model.view.facts.n_experts:
+            return None
+        return (node.kind, node.layer, node.expert, node.neuron)
 
     def _top(self, table: ProjectionTable, row: int | None) -> frozenset[int]:
         """The tokens that `overlap` compares; none for a node that is not read."""

@@ -45,7 +45,7 @@ def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iter
     yield TraceHeader(model.provenance, model.view.facts, tokens, layers, targets)
 
     flows = LayerFlows(model, spec, passed)
-    reader = FlowReader(model.view.lens, spec, targets)
+    reader = FlowReader(model, spec, targets)
     checks = TraceChecks(model, passed, targets)
     nodes = edges = 0
     for piece in flows.pieces(layers, targets, clock):

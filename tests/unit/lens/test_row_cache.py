@@ -1,0 +1,150 @@
+"""The rows that are kept: the same numbers as without them, the same bits whatever came before."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
+from januslens_server.lens.projection import project
+from januslens_server.lens.row_cache import ROWS, RowCache
+from januslens_server.results import ProjectionTable
+from januslens_server.specs import LensKind, LensSpec
+
+VOCAB, WIDTH, COUNT = 300, 24, 200
+KEYS: list[Hashable] = [f"row {i}" for i in range(COUNT)]
+SPEC = LensSpec(top_k=5, bottom_k=3)
+
+
+@pytest.fixture(scope="module")
+def vectors() -> torch.Tensor:
+    return torch.randn(COUNT, WIDTH, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def head() -> LensHead:
+    random = torch.Generator().manual_seed(2)
+    norm = Norm(torch.randn(WIDTH, generator=random), torch.randn(WIDTH), 1e-5, centred=True)
+    unembedding = torch.randn(VOCAB, WIDTH, generator=random)
+    return LensHead(norm, unembedding, torch.randn(VOCAB), 1.3, chunk_bytes=4 * VOCAB * 3 * ROWS)
+
+
+def cache_of(head: LensHead, rows: int = 2 * COUNT) -> RowCache:
+    cache = RowCache(head, limit=4 * VOCAB * rows, rows=10**6)
+    assert cache.usable
+    return cache
+
+
+def targets(count: int, seed: int = 0, each: int = 2) -> torch.Tensor:
+    return torch.randint(VOCAB, (count, each), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_same(ours: ProjectionTable, theirs: ProjectionTable, *, bits: bool) -> None:
+    for name, column in vars(theirs).items():
+        mine = getattr(ours, name)
+        assert mine.dtype == column.dtype, name
+        if bits or column.dtype.kind != "f":
+            np.testing.assert_array_equal(mine, column, err_msg=name)
+        else:
+            np.testing.assert_allclose(mine, column, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def some(picked: Sequence[int], named: float) -> list[Hashable]:
+    """Keys of the picked rows; the others are no weight rows."""
+    random = np.random.default_rng(len(picked))
+    return [KEYS[i] if random.random() < named else None for i in picked]
+
+
+@pytest.mark.parametrize("named", [0.0, 0.5, 1.0])
+def test_the_numbers_are_those_of_the_rows_without_a_cache(
+    head: LensHead, vectors: torch.Tensor, named: float
+) -> None:
+    cache = cache_of(head, rows=4 * ROWS)
+    random = np.random.default_rng(3)
+    for turn in range(8):  # rows come again, go, and stand several times in one request
+        picked = random.integers(0, COUNT, 1 + turn * 20).tolist()
+        wanted = targets(len(picked), turn)
+        ours = cache.project(vectors[picked], some(picked, named), SPEC, wanted)
+        assert_same(ours, project(head, vectors[picked], SPEC, wanted), bits=False)
+
+
+def test_the_bits_do_not_depend_on_what_was_asked_before(
+    head: LensHead, vectors: torch.Tensor
+) -> None:
+    picked, wanted = list(range(0, 150, 3)), targets(50)
+    fresh = cache_of(head).project(vectors[picked], some(picked, 1.0), SPEC, wanted)
+    for before in ([1], list(range(7, 60)), list(range(149, 20, -1)), picked):
+        cache = cache_of(head)
+        cache.project(vectors[before], some(before, 1.0), SPEC, targets(len(before)))
+        again = cache.project(vectors[picked], some(picked, 1.0), SPEC, wanted)
+        assert_same(again, fresh, bits=True)
+
+
+def test_a_row_that_is_kept_is_not_computed_again(head: LensHead, vectors: torch.Tensor) -> None:
+    cache = cache_of(head)
+    first = cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    elsewhere = torch.zeros_like(vectors) + 1
+    again = cache.project(elsewhere, KEYS, SPEC, targets(COUNT))
+    assert_same(again, first, bits=True)
+
+
+def test_another_target_of_a_kept_row_is_exact(head: LensHead, vectors: torch.Tensor) -> None:
+    cache = cache_of(head)
+    cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    every = torch.arange(VOCAB).expand(COUNT, -1)
+    table = cache.project(vectors, KEYS, SPEC, every)
+    logits = head.logits(head.prepare(vectors, SPEC.kind))
+    expected = (logits[:, None, :] > logits[:, :, None]).sum(2)
+    np.testing.assert_array_equal(table.target_ranks, expected.numpy())
+
+
+def test_zeros_have_no_reading(head: LensHead) -> None:
+    table = cache_of(head).project(torch.zeros(2, WIDTH), ["zero", None], SPEC, targets(2))
+    assert table.projected.tolist() == [False, False]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [LensSpec(17, 3), LensSpec(3, 17), LensSpec(5, 5, LensKind.NORMALIZED)],
+    ids=str,
+)
+def test_what_is_not_kept_is_computed(
+    head: LensHead, vectors: torch.Tensor, spec: LensSpec
+) -> None:
+    cache = cache_of(head)
+    cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    ours = cache.project(vectors, KEYS, spec, targets(COUNT))
+    assert_same(ours, project(head, vectors, spec, targets(COUNT)), bits=True)
+
+
+def test_no_more_is_kept_than_may_be(head: LensHead, vectors: torch.Tensor) -> None:
+    cache = cache_of(head, rows=3 * ROWS)
+    for start in range(0, COUNT, 30):
+        part = slice(start, start + 30)
+        cache.project(vectors[part], KEYS[part], SPEC, targets(len(KEYS[part])))
+    assert cache._logits.nbytes == 4 * VOCAB * 3 * ROWS
+    assert len(cache._slots) <= 3 * ROWS
+    assert {cache._keys[slot] for slot in cache._slots.values()} == set(cache._slots)
+
+
+def test_nothing_is_kept_where_a_chunk_does_not_fit(head: LensHead, vectors: torch.Tensor) -> None:
+    cache = RowCache(head, limit=4 * VOCAB * (3 * ROWS - 1), rows=10**6)
+    assert not cache.usable
+    ours = cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    assert_same(ours, project(head, vectors, SPEC, targets(COUNT)), bits=True)
+
+
+def test_nothing_is_kept_where_rows_depend_on_those_beside_them(head: LensHead) -> None:
+    class Unsteady(LensHead):
+        def logits(self, prepared: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+            logits = super().logits(prepared, out)
+            logits *= 1 + 1e-7 * len(prepared)
+            return logits
+
+    assert not RowCache(Unsteady(**vars(head)), limit=10**8, rows=100).usable
+    assert RowCache(replace(head), limit=10**8, rows=100).usable
