@@ -71,6 +71,7 @@ class Settings:
     cache_dir: str | None
     cache_size: int
     index_neurons: bool
+    row_cache: int
     max_waiting: int
     stall_seconds: float
     grace_seconds: float
@@ -248,6 +249,12 @@ OPTIONS: tuple[click.Parameter, ...] = (
         is_flag=True,
         default=False,
         help="Read what all neurons write when a model is loaded, not when it is first asked for.",
+    ),
+    _option(
+        "--row-cache",
+        type=_SizeType(),
+        default="512MiB",
+        help="Logits of weight rows kept for later traces, of each model on a CPU; 0: none.",
     ),
     _option(
         "--max-waiting",

@@ -101,6 +101,7 @@ def _sources(settings: Settings) -> list[ModelSource]:
             limits={memory.device: memory.size for memory in settings.max_memory},
             offload_dir=None if offload_dir is None else Path(offload_dir).expanduser(),
             cache=cache,
+            row_cache_bytes=settings.row_cache,
         )
         for source in named or [embedded_source()]
     ]

@@ -84,6 +84,7 @@ ODD = [
     "--cache-dir=/var/cache/januslens",
     "--cache-size=2GiB",
     "--index-neurons",
+    "--row-cache=1.5GiB",
     "--max-waiting=3",
     "--stall-seconds=0.5",
     "--grace-seconds=0",

@@ -54,15 +54,16 @@ class RowCache:
     def __init__(self, head: LensHead, limit: int, rows: int) -> None:
         """Keep at most `limit` bytes of the logits of `rows` rows through the lens `head`.
 
-        Nothing is kept where not even a chunk would fit, where the lens is not on a CPU, or where
-        rows do depend on those beside them.
+        Nothing is kept where the lens is not on a CPU, or where rows do depend on those beside
+        them.
         """
         vocab = head.unembedding.shape[0]
         self._head = head
-        self._at_once = max(ROWS, rows_at_once(head) // ROWS * ROWS)
+        chunk = max(ROWS, rows_at_once(head) // ROWS * ROWS)
         # Every row once, and what the last chunk is padded with.
-        self._capacity = min(limit // (4 * vocab), rows + self._at_once)
-        usable = self._capacity >= self._at_once and head.unembedding.device.type == "cpu"
+        self._capacity = min(limit // (4 * vocab), rows + chunk) // ROWS * ROWS
+        self._at_once = min(chunk, self._capacity)
+        usable = self._capacity > 0 and head.unembedding.device.type == "cpu"
         self.usable = usable and _alike(head)
         # Pages that nobody has written to take no memory.
         self._logits = torch.empty(self._capacity if self.usable else 0, vocab)

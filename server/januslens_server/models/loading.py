@@ -27,7 +27,7 @@ from januslens_server.models.checkpoint import Checkpoint, first_line, open_chec
 from januslens_server.models.memory import needed
 from januslens_server.models.offload import brought
 from januslens_server.models.placement import AUTO, DeviceMap, devices_of, place
-from januslens_server.models.resident import ResidentModel
+from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokens import Vocabulary
 from januslens_server.results import Provenance
@@ -50,7 +50,7 @@ class ModelSource:
 
     `device` `auto` splits a model over the machine's devices and, for what fits nowhere, the
     `offload_dir`. `limits` are bytes that the model may take by device, else what is free. `cache`
-    keeps what is computed once per model.
+    keeps what is computed once per model, `row_cache_bytes` of logits what traces may meet again.
     """
 
     name: str
@@ -61,6 +61,7 @@ class ModelSource:
     limits: Mapping[str, int] = field(default_factory=dict)
     offload_dir: Path | None = None
     cache: TensorCache | None = None
+    row_cache_bytes: int = ROW_CACHE_BYTES
 
 
 def load(source: ModelSource) -> ResidentModel:
@@ -84,6 +85,7 @@ def load(source: ModelSource) -> ResidentModel:
         vocabulary=vocabulary,
         provenance=_provenance(source, checkpoint, network),
         cache=source.cache,
+        row_cache_bytes=source.row_cache_bytes,
     )
 
 

@@ -60,11 +60,12 @@ def some(picked: Sequence[int], named: float) -> list[Hashable]:
     return [KEYS[i] if random.random() < named else None for i in picked]
 
 
+@pytest.mark.parametrize("held", [ROWS, 4 * ROWS + 5, 2 * COUNT])
 @pytest.mark.parametrize("named", [0.0, 0.5, 1.0])
 def test_the_numbers_are_those_of_the_rows_without_a_cache(
-    head: LensHead, vectors: torch.Tensor, named: float
+    head: LensHead, vectors: torch.Tensor, named: float, held: int
 ) -> None:
-    cache = cache_of(head, rows=4 * ROWS)
+    cache = cache_of(head, rows=held)
     random = np.random.default_rng(3)
     for turn in range(8):  # rows come again, go, and stand several times in one request
         picked = random.integers(0, COUNT, 1 + turn * 20).tolist()
@@ -132,8 +133,8 @@ def test_no_more_is_kept_than_may_be(head: LensHead, vectors: torch.Tensor) -> N
     assert {cache._keys[slot] for slot in cache._slots.values()} == set(cache._slots)
 
 
-def test_nothing_is_kept_where_a_chunk_does_not_fit(head: LensHead, vectors: torch.Tensor) -> None:
-    cache = RowCache(head, limit=4 * VOCAB * (3 * ROWS - 1), rows=10**6)
+def test_nothing_is_kept_where_nothing_may_be(head: LensHead, vectors: torch.Tensor) -> None:
+    cache = RowCache(head, limit=4 * VOCAB * (ROWS - 1), rows=10**6)
     assert not cache.usable
     ours = cache.project(vectors, KEYS, SPEC, targets(COUNT))
     assert_same(ours, project(head, vectors, SPEC, targets(COUNT)), bits=True)
