@@ -40,6 +40,7 @@ from januslens._recorded import read_gradient, read_trace
 from januslens._requests.edits import DescentStep, ForwardShift, Probe
 from januslens._requests.losses import KlDivergence, LogitDifference, NegativeLogLikelihood
 from januslens._results.components import Component, Entry
+from januslens._results.cost import CostEstimate
 from januslens._results.edits import EditPreview, Effect
 from januslens._results.gradient import Gradient
 from januslens._results.gradient_events import GradientHeader, GradientSummary, SegmentRow
@@ -70,6 +71,7 @@ __all__ = [
     "Cancelled",
     "Client",
     "Component",
+    "CostEstimate",
     "DeadlineExceeded",
     "DescentStep",
     "Edge",

@@ -19,6 +19,7 @@ from januslens._connection import (
     connection,
 )
 from januslens._described import described, verb_types
+from januslens._results.cost import CostEstimate
 from januslens._stream.assembler import EventT, ResponseT, ResultT
 from januslens._verbs.calls import Exchange, ReturnT, StreamCall, UnaryCall
 from januslens.v1.service_pb2_grpc import IntrospectionServiceStub
@@ -31,16 +32,18 @@ def _unary(
     verb: Callable[P, Exchange[ReturnT]],
 ) -> Callable[Concatenate[AsyncClient, P], Awaited[ReturnT]]:
     async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> ReturnT:
-        exchange = verb(*args, **kwargs)
-        try:
-            call = next(exchange)
-            while True:
-                call = exchange.send(await self._send(call))
-        except StopIteration as finished:
-            result: ReturnT = finished.value
-            return result
+        return await self._exchange(verb(*args, **kwargs))
 
     return described(method, verb, verb_types(verb)[-1])
+
+
+def _estimated(
+    verb: Callable[P, StreamCall[ResponseT, EventT, ResultT]],
+) -> Callable[Concatenate[AsyncClient, P], Awaited[CostEstimate]]:
+    async def method(self: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> CostEstimate:
+        return await self._exchange(verbs.estimate(verb(*args, **kwargs)))
+
+    return described(method, verb, CostEstimate, "estimate_", verbs.ESTIMATE_SUMMARY)
 
 
 def _streamed(
@@ -101,6 +104,8 @@ class AsyncClient:
     trace_overview = _whole(verbs.trace_overview)
     gradient_lens = _whole(verbs.gradient_lens)
     stream_gradient_lens = _streamed(verbs.gradient_lens)
+    estimate_trace = _estimated(verbs.trace)
+    estimate_gradient_lens = _estimated(verbs.gradient_lens)
 
     @cached_property
     def _channel(self) -> grpc.aio.Channel:
@@ -113,6 +118,15 @@ class AsyncClient:
     @cached_property
     def _stub(self) -> IntrospectionServiceStub:
         return IntrospectionServiceStub(self._channel)
+
+    async def _exchange(self, exchange: Exchange[ReturnT]) -> ReturnT:
+        try:
+            call = next(exchange)
+            while True:
+                call = exchange.send(await self._send(call))
+        except StopIteration as finished:
+            result: ReturnT = finished.value
+            return result
 
     async def _send(self, call: UnaryCall) -> object:
         attempt = Attempt(self._connection)

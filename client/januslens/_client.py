@@ -18,6 +18,7 @@ from januslens._connection import (
 )
 from januslens._described import described, verb_types
 from januslens._event_stream import EventStream
+from januslens._results.cost import CostEstimate
 from januslens._stream.assembler import EventT, ResponseT, ResultT
 from januslens._verbs.calls import Exchange, ReturnT, StreamCall, UnaryCall
 from januslens.v1.service_pb2_grpc import IntrospectionServiceStub
@@ -29,16 +30,18 @@ def _unary(
     verb: Callable[P, Exchange[ReturnT]],
 ) -> Callable[Concatenate[Client, P], ReturnT]:
     def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> ReturnT:
-        exchange = verb(*args, **kwargs)
-        try:
-            call = next(exchange)
-            while True:
-                call = exchange.send(self._send(call))
-        except StopIteration as finished:
-            result: ReturnT = finished.value
-            return result
+        return self._exchange(verb(*args, **kwargs))
 
     return described(method, verb, verb_types(verb)[-1])
+
+
+def _estimated(
+    verb: Callable[P, StreamCall[ResponseT, EventT, ResultT]],
+) -> Callable[Concatenate[Client, P], CostEstimate]:
+    def method(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> CostEstimate:
+        return self._exchange(verbs.estimate(verb(*args, **kwargs)))
+
+    return described(method, verb, CostEstimate, "estimate_", verbs.ESTIMATE_SUMMARY)
 
 
 def _streamed(
@@ -108,6 +111,17 @@ class Client:
     trace_overview = _whole(verbs.trace_overview)
     gradient_lens = _whole(verbs.gradient_lens)
     stream_gradient_lens = _streamed(verbs.gradient_lens)
+    estimate_trace = _estimated(verbs.trace)
+    estimate_gradient_lens = _estimated(verbs.gradient_lens)
+
+    def _exchange(self, exchange: Exchange[ReturnT]) -> ReturnT:
+        try:
+            call = next(exchange)
+            while True:
+                call = exchange.send(self._send(call))
+        except StopIteration as finished:
+            result: ReturnT = finished.value
+            return result
 
     def _send(self, call: UnaryCall) -> object:
         attempt = Attempt(self._connection)

@@ -15,12 +15,20 @@ def verb_types(verb: Callable[..., Any]) -> tuple[Any, ...]:
 
 
 def described(
-    method: FunctionT, verb: Callable[..., Any], returns: object, prefix: str = ""
+    method: FunctionT,
+    verb: Callable[..., Any],
+    returns: object,
+    prefix: str = "",
+    summary: str = "",
 ) -> FunctionT:
-    """`method`, documented like `verb`, taking its arguments and returning `returns`."""
+    """`method`, documented like `verb`, taking its arguments and returning `returns`.
+
+    A `summary` takes the place of the verb's own.
+    """
     method.__name__ = prefix + verb.__name__
     method.__qualname__ = method.__name__
-    method.__doc__ = verb.__doc__
+    own, _, rest = (verb.__doc__ or "").partition("\n")
+    method.__doc__ = f"{summary or own}\n{rest}"
     signature = inspect.signature(verb)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     method.__signature__ = signature.replace(  # type: ignore[attr-defined]  # inspect reads it

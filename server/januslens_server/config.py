@@ -73,6 +73,9 @@ class Settings:
     index_neurons: bool
     row_cache: int
     max_waiting: int
+    max_request_seconds: float
+    max_request_memory: int
+    max_request_stream: int
     stall_seconds: float
     grace_seconds: float
     max_connection_age_seconds: float | None
@@ -261,6 +264,24 @@ OPTIONS: tuple[click.Parameter, ...] = (
         type=click.IntRange(min=1),
         default=64,
         help="Requests that may wait for the device before further ones are refused.",
+    ),
+    _option(
+        "--max-request-seconds",
+        type=click.FloatRange(min=0, min_open=True),
+        default=600.0,
+        help="Seconds of the device that one request may be estimated at.",
+    ),
+    _option(
+        "--max-request-memory",
+        type=_SizeType(),
+        default="16GiB",
+        help="Bytes on the device, beside the weights, that one request may be estimated at.",
+    ),
+    _option(
+        "--max-request-stream",
+        type=_SizeType(),
+        default="2GiB",
+        help="Bytes of answer that one request may be estimated at.",
     ),
     _option(
         "--stall-seconds",

@@ -14,7 +14,6 @@ The tree (the `rpc` package alone knows which gRPC status each becomes)::
     |   |-- ServerDraining
     |   |-- QueueFull
     |   `-- OutOfMemory
-    |-- Unimplemented
     |-- DeadlinePassed
     |-- RequestCancelled
     `-- ReaderStalled
@@ -54,6 +53,14 @@ class LimitExceeded(IntrospectionError):
     """The request would cost more than the server gives to one; the text has both figures."""
 
     reason = "LIMIT_EXCEEDED"
+
+    def __init__(self, limit: str, allowed: str, estimated: str) -> None:
+        """`limit` is the setting's name."""
+        super().__init__(
+            f"expected at most {allowed} ({limit}), this request is estimated at {estimated}; "
+            "ask for fewer layers, positions, parts or components"
+        )
+        self.limit = limit
 
 
 class ModelNotFound(IntrospectionError):
@@ -112,12 +119,6 @@ class OutOfMemory(TryLater):
     """The device had no memory left for this request."""
 
     reason = "OUT_OF_MEMORY"
-
-
-class Unimplemented(IntrospectionError):
-    """The contract has this RPC, this version of the server does not."""
-
-    reason = "UNIMPLEMENTED"
 
 
 class DeadlinePassed(IntrospectionError):

@@ -24,9 +24,11 @@ from januslens_server.models.loading import ModelSource
 from januslens_server.models.registry import Registry, SelfCheck, embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
+from januslens_server.pipelines.cost import Pace, measured_pace
 from januslens_server.pipelines.find_neurons import read_all_neurons
 from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.results import Guarantee, ModelState, ModelStatus
+from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.health import Health, is_ready
 from januslens_server.rpc.methods import RPCS
 from januslens_server.rpc.server import build_health_server, build_server
@@ -54,9 +56,11 @@ async def serve(settings: Settings) -> None:
         gauges.show_model(status)
         asyncio.run_coroutine_threadsafe(_update(health, registry), loop)
 
-    registry = Registry(_sources(settings), _check(settings), observe)
+    paces: dict[str, Pace] = {}
+    registry = Registry(_sources(settings), _check(settings, paces), observe)
+    admission = Admission(_limits(settings), paces)
     streams = DeviceStreams(worker, settings.stall_seconds)
-    service, callers = IntrospectionService(registry, streams), _callers(settings)
+    service, callers = IntrospectionService(registry, admission, streams), _callers(settings)
     server = build_server(service, health, settings.max_connection_age_seconds, callers)
     await health.update(registry.statuses())
     for status in registry.statuses():
@@ -75,16 +79,26 @@ async def serve(settings: Settings) -> None:
         await health_server.stop(0)
 
 
-def _check(settings: Settings) -> SelfCheck:
-    """What a model goes through before it is served."""
+def _check(settings: Settings, paces: dict[str, Pace]) -> SelfCheck:
+    """What a model goes through before it is served; its pace goes to `paces`."""
 
     def check(model: ResidentModel) -> Sequence[Guarantee]:
         guarantees = self_check(model)
-        if settings.index_neurons and all(guarantee.held for guarantee in guarantees):
-            read_all_neurons(model)
+        if all(guarantee.held for guarantee in guarantees):
+            paces[model.name] = measured_pace(model)
+            if settings.index_neurons:
+                read_all_neurons(model)
         return guarantees
 
     return check
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        seconds=settings.max_request_seconds,
+        memory=settings.max_request_memory,
+        stream=settings.max_request_stream,
+    )
 
 
 def _sources(settings: Settings) -> list[ModelSource]:

@@ -102,8 +102,8 @@ def test_help_and_version_end_with_0() -> None:
 @pytest.mark.parametrize(
     ("command", "verb", "own"),
     [
-        (trace_command, trace_verb, {"rows", "details", "html"}),
-        (gradient_command, gradient_verb, {"rows", *PREVIEWED}),
+        (trace_command, trace_verb, {"rows", "details", "html", "estimate"}),
+        (gradient_command, gradient_verb, {"rows", "estimate", *PREVIEWED}),
         (project_command, project_verb, {"file", "name"}),
         (neurons_command, neurons_verb, {"written"}),
     ],
@@ -262,6 +262,19 @@ def test_json_is_the_stream() -> None:
     assert read_gradient(result.stdout.splitlines()).header.targets[0].text == " Paris"
     assert json.loads(run("models", "--json").stdout)["models"][0]["name"] == "demo"
     assert list(json.loads(run("tokenize", "a", "--json").stdout)) == ["tokens"]
+
+
+@pytest.mark.usefixtures("demo")
+@pytest.mark.parametrize("command", ["trace", "gradient"])
+def test_an_estimate_says_what_it_would_take(command: str) -> None:
+    asked = (command, PROMPT, "--target", " Paris", "--layers", "0,1", "--estimate")
+    shown = run(*asked).stdout
+    for row in (r"device +\d.* s$", r"memory +up to .* beside the weights$", "would be admitted$"):
+        assert re.search(row, shown, re.MULTILINE)
+    assert "Tokyo" not in shown
+    answer = json.loads(run(*asked, "--json").stdout)
+    assert answer["admissible"] is True
+    assert answer["seconds"] > 0
 
 
 @pytest.mark.usefixtures("demo")

@@ -22,6 +22,8 @@ VERBS = [
     "trace_overview",
     "gradient_lens",
     "stream_gradient_lens",
+    "estimate_trace",
+    "estimate_gradient_lens",
 ]
 
 

@@ -253,6 +253,21 @@ def test_an_errors_request_id_is_in_the_servers_log(client: Client, server: Serv
     server.wait_for(caught.value.request_id)
 
 
+def test_an_estimate_bounds_what_a_trace_takes(client: Client, trace: Trace) -> None:
+    cost = client.estimate_trace(PROMPT)
+    read = int(trace.nodes["entropy_bits"].notna().sum())
+    assert read <= cost.projected_vectors <= 2 * read
+    assert (cost.admissible, cost.limit_exceeded) == (True, "")
+    gradient = client.estimate_gradient_lens(PROMPT, " Paris", verify=True)
+    assert gradient.flops > 10 * client.estimate_gradient_lens(PROMPT, " Paris").flops
+
+
+async def test_the_async_client_estimates_the_same(server_address: str, client: Client) -> None:
+    async with AsyncClient(server_address) as other:
+        found = await other.estimate_trace(PROMPT, layers=[1])
+    assert found.stream_bytes == client.estimate_trace(PROMPT, layers=[1]).stream_bytes
+
+
 def test_a_cancelled_stream_leaves_the_server_serving(client: Client, trace: Trace) -> None:
     for _ in range(3):
         with client.stream_trace(PROMPT, positions="all", heads=0, top_neurons=0) as stream:

@@ -41,6 +41,10 @@ NAMING_A_MODEL: list[tuple[str, Message]] = [
     ("GradientLens", gradient_lens_pb2.GradientLensRequest(model="nobody")),
     ("PreviewEdit", edits_pb2.PreviewEditRequest(model="nobody")),
     ("FindNeurons", neurons_pb2.FindNeuronsRequest(model="nobody")),
+    (
+        "EstimateCost",
+        cost_pb2.EstimateCostRequest(trace=trace_pb2.TraceRequest(model="nobody")),
+    ),
 ]
 
 ASKING_FOR_A_REVISION: list[tuple[str, Message]] = [
@@ -48,10 +52,6 @@ ASKING_FOR_A_REVISION: list[tuple[str, Message]] = [
     ("GradientLens", gradient_lens_pb2.GradientLensRequest(revision="main")),
     ("PreviewEdit", edits_pb2.PreviewEditRequest(revision="main")),
     ("FindNeurons", neurons_pb2.FindNeuronsRequest(revision="main")),
-]
-
-NOT_SERVED: list[tuple[str, Message]] = [
-    ("EstimateCost", cost_pb2.EstimateCostRequest()),
 ]
 
 EMPTY_TEXT = models_pb2.TokenizeRequest()
@@ -86,29 +86,6 @@ def test_the_resident_revision_is_served(stub: Stub, demo: models_pb2.Model) -> 
     )
     header = next(iter(stub.Trace(request))).header
     assert header.provenance.revision == demo.provenance.revision
-
-
-@pytest.mark.parametrize(("method", "request_"), NOT_SERVED, ids=lambda value: str(value)[:12])
-def test_what_is_not_served_yet_says_so(
-    channel: grpc.Channel, method: str, request_: Message
-) -> None:
-    answer = refused(channel, method, request_)
-    assert answer.code is grpc.StatusCode.UNIMPLEMENTED
-    assert answer.reason == "UNIMPLEMENTED"
-    assert answer.retry_after is None
-
-
-def test_a_request_over_the_limit_is_told_both_figures(
-    channel: grpc.Channel, demo: models_pb2.Model
-) -> None:
-    answer = refused(channel, "Trace", long_trace(demo.max_positions))
-    assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert (answer.reason, answer.info.domain) == ("LIMIT_EXCEEDED", "januslens")
-    assert answer.retry_after is None
-    limit, actual = map(
-        int, re.findall(r"(\d+) bytes of raw vectors, got up to (\d+)", answer.text)[0]
-    )
-    assert actual > limit == 256 * 2**20
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.5])

@@ -16,7 +16,6 @@ from januslens.v1 import gradient_lens_pb2, lens_pb2, service_pb2, trace_pb2
 from januslens_server.config import read_settings
 from januslens_server.models.adapters import ADAPTERS
 from januslens_server.pipelines import checks, gradient_lens
-from januslens_server.pipelines.limits import MAX_VECTOR_BYTES
 from januslens_server.pipelines.losses import MAX_SUPPRESSED
 from januslens_server.rpc import decode
 
@@ -100,7 +99,6 @@ def test_limits_are_the_servers() -> None:
     counts = (decode.MAX_TOKENS, decode.MAX_VECTORS, decode.MAX_LISTED, decode.MAX_PROBES)
     for limit in (*counts, MAX_SUPPRESSED, decode.MAX_NEURONS):
         assert f"| {limit:,}" in rows
-    assert f"| {MAX_VECTOR_BYTES // 2**20} MiB |" in rows
 
 
 def test_checks_and_tolerances_are_the_servers() -> None:

@@ -12,6 +12,7 @@ from januslens._requests.edits import DescentStep, Edit, ForwardShift
 from januslens._results.gradient import Gradient
 from januslens._results.matrices import Matrix
 from januslens._stream.gradient import GradientEvent
+from januslens.cli.estimate import estimate_option, show_estimate
 from januslens.cli.parameters import COUNT, LENS, layer_list, matrix_list
 from januslens.cli.session import model_option, usage_errors, with_client
 from januslens.cli.show.console import Steps, console, steps
@@ -46,8 +47,9 @@ from januslens.cli.show.preview import preview_section
 @click.option("--eta", type=float, default=0.24, show_default=True, help="Strength of --shift.")
 @click.option("--probe", "probes", multiple=True, metavar="PROMPT", help="Watch it as well.")
 @click.option("--verify", is_flag=True, help="Compare with autograd's dense gradient.")
+@estimate_option
 @with_client
-def gradient(
+def gradient(  # noqa: PLR0913 - an option each
     client: Client,
     as_json: bool,
     /,
@@ -58,6 +60,7 @@ def gradient(
     shift: int | None,
     eta: float,
     probes: tuple[str, ...],
+    estimate: bool,
     **asked: Any,
 ) -> None:
     """Show what a step of learning --target after PROMPT would change.
@@ -66,6 +69,9 @@ def gradient(
     the Backward Lens's two pictures. With --preview or --shift also what that would do to the
     answer, here and for every --probe; the model stays as it is.
     """
+    if estimate:
+        show_estimate(client.estimate_gradient_lens, as_json, prompt, asked)
+        return
     edits = _edits(preview, shift, eta, asked)
     with usage_errors():  # the other options are named as the verb's arguments
         stream = client.stream_gradient_lens(prompt, **asked)

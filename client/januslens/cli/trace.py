@@ -12,6 +12,7 @@ from januslens._event_stream import EventStream
 from januslens._results.trace import Trace
 from januslens._results.trace_events import LayerGraph, TraceHeader
 from januslens._stream.trace import TraceEvent
+from januslens.cli.estimate import estimate_option, show_estimate
 from januslens.cli.pages import not_both, page_option, write_page
 from januslens.cli.parameters import COUNT, LENS, layer_list, position_list
 from januslens.cli.session import model_option, usage_errors, with_client
@@ -37,6 +38,7 @@ from januslens.cli.show.trace import show_trace
 @click.option("--bottom-k", type=COUNT, help="Least likely tokens of a vector.")
 @click.option("--lens", type=LENS, default="final_norm", show_default=True)
 @page_option
+@estimate_option
 @with_client
 def trace(
     client: Client,
@@ -47,6 +49,7 @@ def trace(
     rows: int,
     details: bool,
     html: Path | None,
+    estimate: bool,
     **asked: Any,
 ) -> None:
     """Show how the model comes to its answer after PROMPT.
@@ -55,6 +58,9 @@ def trace(
     way: the VISIT graph in words.
     """
     not_both(as_json, html)
+    if estimate:
+        show_estimate(client.estimate_trace, as_json, prompt, asked)
+        return
     with usage_errors():  # the other options are named as the verb's arguments
         stream = client.stream_trace(prompt, **asked)
     with stream, steps("tracing") as progress:

@@ -52,7 +52,10 @@ Global___EstimateCostRequest: _TypeAlias = EstimateCostRequest  # noqa: Y015
 
 @_typing.final
 class EstimateCostResponse(_message.Message):
-    """The estimate: an upper bound, by which the server itself admits requests."""
+    """The estimate by which the server itself admits requests. Counts and bytes are upper bounds,
+    usually within a factor of four (device bytes: of eight). Seconds are an expectation, usually within a factor of two of
+    what the request takes on an idle server, and adapt to what earlier requests took.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -62,6 +65,7 @@ class EstimateCostResponse(_message.Message):
     STREAM_BYTES_FIELD_NUMBER: _builtins.int
     ADMISSIBLE_FIELD_NUMBER: _builtins.int
     LIMIT_EXCEEDED_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
     projected_vectors: _builtins.int
     """Vectors that would go through the lens."""
     flops: _builtins.float
@@ -73,7 +77,11 @@ class EstimateCostResponse(_message.Message):
     admissible: _builtins.bool
     """True if this server would admit the request now, were it idle."""
     limit_exceeded: _builtins.str
-    """Name of the limit that the request exceeds; empty if admissible."""
+    """Name of the limit that the request exceeds, a setting of the server such as
+    `max_request_seconds`; empty if admissible.
+    """
+    seconds: _builtins.float
+    """Seconds that the device would work on it, without what it would wait for others."""
     def __init__(
         self,
         *,
@@ -83,10 +91,11 @@ class EstimateCostResponse(_message.Message):
         stream_bytes: _builtins.int = ...,
         admissible: _builtins.bool = ...,
         limit_exceeded: _builtins.str = ...,
+        seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissible", b"admissible", "device_bytes", b"device_bytes", "flops", b"flops", "limit_exceeded", b"limit_exceeded", "projected_vectors", b"projected_vectors", "stream_bytes", b"stream_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissible", b"admissible", "device_bytes", b"device_bytes", "flops", b"flops", "limit_exceeded", b"limit_exceeded", "projected_vectors", b"projected_vectors", "seconds", b"seconds", "stream_bytes", b"stream_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

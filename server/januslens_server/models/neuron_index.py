@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
@@ -40,6 +40,10 @@ class NeuronIndex:
     def depth(self) -> int:
         """How many tokens are kept of each end."""
         return _depth(self._view.facts)
+
+    def unread(self, layers: Iterable[int]) -> int:
+        """How many of the layers have not been read yet."""
+        return sum(layer not in self._layers for layer in layers)
 
     def layer(self, layer: int, checkpoint: Callable[[], None]) -> RowIndex:
         """The rows of one layer in order, of a mixture expert by expert.

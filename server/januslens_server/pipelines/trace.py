@@ -16,7 +16,6 @@ from januslens_server.pipelines.inputs import (
     read_prompt,
     read_single_target,
 )
-from januslens_server.pipelines.limits import check_vectors
 from januslens_server.pipelines.readings import FlowReader
 from januslens_server.pipelines.targets import position_targets
 from januslens_server.results import TraceEvent, TraceHeader, TraceSummary
@@ -26,16 +25,14 @@ from januslens_server.specs import TraceSpec
 def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iterator[TraceEvent]:
     """Yield the header, then each layer's graph as soon as it is projected, then the summary.
 
-    Raises `InvalidRequest` for inputs that this model cannot take and `LimitExceeded` for too many
-    raw vectors, before anything is computed, and whatever `checkpoint` raises, before every block
-    of the forward pass and every layer.
+    Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed, and
+    whatever `checkpoint` raises, before every block of the forward pass and every layer.
     """
     clock = StageClock("Trace")
     with clock.stage("tokenize"):
         tokens = read_prompt(model, spec.prompt)
         layers = read_layers(model, spec.layers)
         positions = read_positions(spec.positions, spec.all_positions, len(tokens))
-        check_vectors(model.view.facts, spec, layers, positions)
         target = None
         if spec.target is not None:
             target = read_single_target(model, spec.target, "target")

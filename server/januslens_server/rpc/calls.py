@@ -13,10 +13,12 @@ import grpc
 
 from januslens_server import telemetry
 from januslens_server.errors import IntrospectionError
+from januslens_server.results import Cost
 from januslens_server.rpc.callers import Context, caller_of
 from januslens_server.rpc.measures import rpc_labels
 from januslens_server.rpc.methods import SERVICE_NAME
 from januslens_server.rpc.status import DETAILS_KEY, code_of, status_of
+from januslens_server.scheduling.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,10 @@ class Call:
         self.request_id = _request_id(context)
         self.caller = caller_of(context)
         self.started = time.perf_counter()
+
+    def ticket(self, cost: Cost) -> Ticket:
+        """What the call's request carries through the device's queue."""
+        return Ticket(self.context.time_remaining(), self.caller, cost)
 
     async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(*self._labels).inc()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing
 from functools import partial
+from typing import TypeVar
 
 from januslens.v1 import (
     cost_pb2,
@@ -15,20 +18,23 @@ from januslens.v1 import (
     service_pb2_grpc,
     trace_pb2,
 )
-from januslens_server.errors import InvalidRequest, Unimplemented
+from januslens_server.errors import InvalidRequest
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.cost import Spec
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.trace import trace
 from januslens_server.rpc import decode
+from januslens_server.rpc.admission import Admission
 from januslens_server.rpc.callers import Context, asking
 from januslens_server.rpc.calls import Call
 from januslens_server.rpc.encode import (
     GradientLensEncoder,
     TraceEncoder,
+    estimate_message,
     find_neurons_response,
     model_message,
     preview_edit_response,
@@ -37,14 +43,21 @@ from januslens_server.rpc.encode import (
 )
 from januslens_server.rpc.pages import MODELS, neurons_list, page_start, page_token
 from januslens_server.rpc.streaming import DeviceStreams
+from januslens_server.scheduling.worker import Checkpoint
+from januslens_server.specs import GradientLensSpec, TraceSpec
+
+Result = TypeVar("Result")
+SpecT = TypeVar("SpecT", bound=Spec)
+Pipeline = Callable[[ResidentModel, SpecT, Checkpoint], Iterator[Result]]
 
 
 class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     """The RPCs of `service.proto`, where their effects and errors are documented."""
 
-    def __init__(self, registry: Registry, device: DeviceStreams) -> None:
-        """Serve `registry`'s models on `device`."""
+    def __init__(self, registry: Registry, admission: Admission, device: DeviceStreams) -> None:
+        """Serve `registry`'s models on `device`, what `admission` lets through."""
         self._registry = registry
+        self._admission = admission
         self._device = device
 
     def _model(self, name: str, revision: str = "") -> ResidentModel:
@@ -83,29 +96,28 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         """The caller's own vectors through the model's lens."""
         async with Call("Project", context) as call:
             model = self._model(request.model)
-            run = partial(project_vectors, model, decode.project_spec(request))
-            tables = [table async for table in self._device.results(run, call)]
-            return project_response(tables[0], model.provenance, model.vocabulary.token)
+            spec = decode.project_spec(request)
+            (table,) = [t async for t in self._run(call, model, spec, project_vectors)]
+            return project_response(table, model.provenance, model.vocabulary.token)
 
     async def Trace(  # type: ignore[override]  # the stubs know generators only, grpc also writers
         self, request: trace_pb2.TraceRequest, context: Context
     ) -> None:
         """The flow graph of one forward pass, layer by layer."""
         async with Call("Trace", context) as call:
-            model = self._model(request.model, request.revision)
-            run = partial(trace, model, decode.trace_spec(request))
+            model, spec = self._traced(request)
             encoder = TraceEncoder(call.request_id, model.vocabulary.token)
-            await self._device.stream(run, encoder.encode, call)
+            await self._device.write(self._run(call, model, spec, trace), encoder.encode, call)
 
     async def GradientLens(  # type: ignore[override]  # as above
         self, request: gradient_lens_pb2.GradientLensRequest, context: Context
     ) -> None:
         """The factorised gradients of a loss, from the last layer down."""
         async with Call("GradientLens", context) as call:
-            model = self._model(request.model, request.revision)
-            run = partial(gradient_lens, model, decode.gradient_lens_spec(request))
+            model, spec = self._differentiated(request)
             encoder = GradientLensEncoder(call.request_id, model.vocabulary.token)
-            await self._device.stream(run, encoder.encode, call)
+            results = self._run(call, model, spec, gradient_lens)
+            await self._device.write(results, encoder.encode, call)
 
     async def PreviewEdit(
         self, request: edits_pb2.PreviewEditRequest, context: Context
@@ -113,9 +125,9 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         """What an edit would do, as an overlay for this request alone."""
         async with Call("PreviewEdit", context) as call:
             model = self._model(request.model, request.revision)
-            run = partial(preview_edit, model, decode.preview_edit_spec(request))
-            previews = [preview async for preview in self._device.results(run, call)]
-            return preview_edit_response(previews[0], model.vocabulary.token)
+            spec = decode.preview_edit_spec(request)
+            (preview,) = [p async for p in self._run(call, model, spec, preview_edit)]
+            return preview_edit_response(preview, model.vocabulary.token)
 
     async def FindNeurons(
         self, request: neurons_pb2.FindNeuronsRequest, context: Context
@@ -125,14 +137,45 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             model = self._model(request.model, request.revision)
             listed = neurons_list(request, model.provenance.revision)
             spec = decode.find_neurons_spec(request, page_start(request.page_token, listed))
-            run = partial(find_neurons, model, spec)
-            (found,) = [page async for page in self._device.results(run, call)]
+            (found,) = [page async for page in self._run(call, model, spec, find_neurons)]
             next_page = page_token(spec.start + spec.count, listed, found.total)
             return find_neurons_response(found, next_page, model.vocabulary.token)
 
     async def EstimateCost(
-        self, _request: cost_pb2.EstimateCostRequest, context: Context
+        self, request: cost_pb2.EstimateCostRequest, context: Context
     ) -> cost_pb2.EstimateCostResponse:
-        """Not served yet."""
+        """What a request would take; runs beside the device's thread."""
         async with Call("EstimateCost", context):
-            raise Unimplemented("EstimateCost is not served by this version")
+            model, spec = self._estimated(request)
+            estimate = await self._admission.estimate(model, spec)
+            return estimate_message(estimate, self._admission.exceeded(estimate.cost))
+
+    def _estimated(
+        self, request: cost_pb2.EstimateCostRequest
+    ) -> tuple[ResidentModel, TraceSpec | GradientLensSpec]:
+        which = request.WhichOneof("request")
+        if which == "trace":
+            return self._traced(request.trace)
+        if which == "gradient_lens":
+            return self._differentiated(request.gradient_lens)
+        raise InvalidRequest("request", "expected trace or gradient_lens, got neither")
+
+    def _traced(self, request: trace_pb2.TraceRequest) -> tuple[ResidentModel, TraceSpec]:
+        return self._model(request.model, request.revision), decode.trace_spec(request)
+
+    def _differentiated(
+        self, request: gradient_lens_pb2.GradientLensRequest
+    ) -> tuple[ResidentModel, GradientLensSpec]:
+        return self._model(request.model, request.revision), decode.gradient_lens_spec(request)
+
+    async def _run(
+        self, call: Call, model: ResidentModel, spec: SpecT, pipeline: Pipeline[SpecT, Result]
+    ) -> AsyncGenerator[Result]:
+        """A pipeline's results, once it is admitted and has its turn."""
+        cost = (await self._admission.admit(model, spec)).cost
+        ticket = call.ticket(cost)
+        run = partial(pipeline, model, spec)
+        async with aclosing(self._device.results(run, ticket)) as results:
+            async for result in results:
+                yield result
+        self._admission.learn(model, spec, cost, ticket.spent)

@@ -50,9 +50,8 @@ class DeviceStreams:
             return False
         return True
 
-    async def results(self, run: Run[Result], call: Call) -> AsyncGenerator[Result]:
+    async def results(self, run: Run[Result], ticket: Ticket) -> AsyncGenerator[Result]:
         """The pipeline's results; it is cancelled when this iterator is closed early."""
-        ticket = Ticket(call.context.time_remaining(), call.caller)
         outlet: Outlet[Result] = Outlet(OUTLET_BYTES, _bytes)
         self._worker.submit(run, outlet, ticket)
         self._count(1)
@@ -71,9 +70,9 @@ class DeviceStreams:
         else:
             self._none_left.set()
 
-    async def stream(
+    async def write(
         self,
-        run: Run[Result],
+        results: AsyncGenerator[Result],
         encode: Callable[[Result], Iterable[Message]],
         call: Call,
     ) -> None:
@@ -82,7 +81,7 @@ class DeviceStreams:
         Raises `ReaderStalled` if the caller does not read.
         """
         meter = StreamMeter(call.method, call.started)
-        async with aclosing(self.results(run, call)) as results:
+        async with aclosing(results):
             async for result in results:
                 for message in await asyncio.to_thread(_encoded, encode, result):
                     with meter.message():

@@ -37,12 +37,11 @@ class _Job:
     ticket: Ticket
     admitted: float = field(default_factory=time.monotonic)
     started: bool = False
-    spent: float = 0.0
 
     @property
     def remaining(self) -> float:
         """Seconds of the device that are still expected."""
-        return max(0.0, self.ticket.cost.seconds - self.spent)
+        return max(0.0, self.ticket.cost.seconds - self.ticket.spent)
 
 
 class DeviceWorker:
@@ -184,7 +183,7 @@ class DeviceWorker:
             return next(job.steps)
         finally:
             seconds = time.monotonic() - began
-            job.spent += seconds
+            job.ticket.spent += seconds
             telemetry.BUSY_SECONDS.inc(seconds)
             with self._changed:
                 self._ready.charge(job.ticket.caller, seconds)

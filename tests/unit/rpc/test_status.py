@@ -30,6 +30,8 @@ SENT = [kind for kind in tree(errors.IntrospectionError) if kind not in GROUPS]
 def raised(kind: type[errors.IntrospectionError]) -> errors.IntrospectionError:
     if issubclass(kind, errors.InvalidRequest):
         return kind("a.b[3]", "expected x, got y")
+    if issubclass(kind, errors.LimitExceeded):
+        return kind("max_request_seconds", "5 s", "7 s")
     return kind("the text")
 
 

@@ -1,5 +1,6 @@
 """Result records to messages of at most 1 MiB, so that no client limit needs raising."""
 
+from januslens_server.rpc.encode.cost import estimate_message
 from januslens_server.rpc.encode.edits import preview_edit_response
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
 from januslens_server.rpc.encode.models import model_message
@@ -11,6 +12,7 @@ from januslens_server.rpc.encode.trace import TraceEncoder
 __all__ = [
     "GradientLensEncoder",
     "TraceEncoder",
+    "estimate_message",
     "find_neurons_response",
     "model_message",
     "preview_edit_response",

@@ -1,0 +1,41 @@
+"""What a request asks of the device, counted from sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from januslens_server.models.sizes import ModelSizes
+
+# A backward pass through activations alone: about what the forward takes, and the loss's logits.
+FORWARD, BACKWARD = 1, 2
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Upper bounds of the work: counts, and bytes of `memory` on the device and of the `stream`.
+
+    `passes` are walks through the blocks, `flops` their floating-point operations and those of
+    other large products; `nodes` are built for the flow graph, `vectors` read through the lens in
+    `readings` calls of it.
+    """
+
+    passes: int = 0
+    flops: float = 0.0
+    nodes: int = 0
+    vectors: int = 0
+    readings: int = 0
+    memory: int = 0
+    stream: int = 0
+
+
+def pass_flops(sizes: ModelSizes, tokens: int) -> float:
+    """One forward pass: two operations a weight and token, attention over all pairs, the head."""
+    facts = sizes.facts
+    attention = 4.0 * facts.n_layers * tokens * tokens * facts.n_heads * facts.d_head
+    head = 2.0 * facts.d_model * facts.vocab_size * tokens
+    return 2.0 * sizes.passed * tokens + attention + head
+
+
+def lens_flops(sizes: ModelSizes, vectors: int) -> float:
+    """The unembedding of so many vectors."""
+    return 2.0 * sizes.facts.d_model * sizes.facts.vocab_size * vectors

@@ -1,0 +1,138 @@
+"""The demand of a GradientLens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from januslens_server.models.experts import ExpertMatrices
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.sizes import ModelSizes, model_sizes
+from januslens_server.pipelines.cost import memory
+from januslens_server.pipelines.cost.demand import (
+    BACKWARD,
+    FORWARD,
+    Demand,
+    lens_flops,
+    pass_flops,
+)
+from januslens_server.pipelines.cost.stream import TOKEN_BYTES, reading_bytes, texts_bytes
+from januslens_server.pipelines.factor_readings import ENTRIES
+from januslens_server.pipelines.inputs import read_layers
+from januslens_server.pipelines.losses import read_objective
+from januslens_server.pipelines.matrices import choose_matrices, layer_matrices
+from januslens_server.pipelines.subject import read_segments
+from januslens_server.results import MatrixKind
+from januslens_server.specs import GradientLensSpec
+
+# Of a component without its reading: norms, ranks, the other side's largest entries.
+COMPONENT_BYTES = 48 + 8 * ENTRIES
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """How many gradients there are, and the sum of their widths `d_in + d_out` and products."""
+
+    count: int
+    widths: int
+    weights: int
+
+
+def gradient_lens_demand(model: ResidentModel, spec: GradientLensSpec) -> Demand:
+    """Raises `InvalidRequest` as the GradientLens itself would."""
+    objective = read_objective(model, spec)
+    layers = read_layers(model, spec.layers)
+    kinds = choose_matrices(model, spec.matrices).kinds
+    read_segments(spec.subject, objective)
+    sizes, tokens = model_sizes(model), len(objective.tokens)
+    matrices = _matrices(model, layer_matrices(model, layers, kinds), sizes, tokens)
+    components = min(spec.components or tokens, tokens)
+    singular = min(spec.spectrum_rank, tokens)
+    neurons = 3 * min(spec.neurons, sizes.facts.d_mlp)
+    segments = 0 if spec.subject is None else tokens
+    vectors = 1 + matrices.count * (components + singular + neurons + segments)
+    calls = 1 + bool(singular) + 3 * bool(neurons) + bool(segments)
+    passes = (FORWARD + BACKWARD) * (1 + (matrices.count if spec.verify else 0))
+    return Demand(
+        passes=passes,
+        flops=passes * pass_flops(sizes, tokens)
+        + lens_flops(sizes, vectors)
+        + _factor_flops(spec, matrices, tokens),
+        vectors=vectors,
+        readings=1 + matrices.count * calls,
+        memory=_memory(sizes, spec, matrices, tokens, vectors // max(1, matrices.count)),
+        stream=_stream(sizes, spec, matrices, tokens, components, singular + neurons),
+    )
+
+
+def _matrices(
+    model: ResidentModel, chosen: list[tuple[int, MatrixKind]], sizes: ModelSizes, tokens: int
+) -> _Matrices:
+    """Each expert that a token is routed to has a gradient of its own."""
+    experts = min(model.view.facts.n_experts, tokens * sizes.facts.n_experts)
+    count = widths = weights = 0
+    for layer, kind in chosen:
+        matrix = model.view.blocks[layer].matrices[kind]
+        copies = experts if isinstance(matrix, ExpertMatrices) else 1
+        d_in, d_out = _shape(sizes, kind)
+        count += copies
+        widths += copies * (d_in + d_out)
+        weights += copies * d_in * d_out
+    return _Matrices(count, widths, weights)
+
+
+def _shape(sizes: ModelSizes, kind: MatrixKind) -> tuple[int, int]:
+    facts = sizes.facts
+    if kind is MatrixKind.Q:
+        return facts.d_model, facts.n_heads * facts.d_head
+    if kind is MatrixKind.O:
+        return facts.n_heads * facts.d_head, facts.d_model
+    if kind in {MatrixKind.K, MatrixKind.V}:
+        return facts.d_model, facts.n_kv_heads * facts.d_head
+    widths = facts.d_model, facts.d_mlp
+    return widths[::-1] if kind is MatrixKind.FF2 else widths
+
+
+def _factor_flops(spec: GradientLensSpec, matrices: _Matrices, tokens: int) -> float:
+    """Norms from Gram matrices; on request singular values, neurons' norms, the dense gradient."""
+    flops = 2.0 * tokens * tokens * matrices.widths
+    if spec.spectrum_rank:
+        flops += 8.0 * tokens * tokens * matrices.widths + 60.0 * tokens**3 * matrices.count
+    if spec.neurons:
+        flops += 4.0 * tokens * tokens * matrices.widths
+    if spec.verify:
+        flops += 4.0 * tokens * matrices.weights
+    return flops
+
+
+def _memory(
+    sizes: ModelSizes, spec: GradientLensSpec, matrices: _Matrices, tokens: int, vectors: int
+) -> int:
+    """Autograd's graph of the whole pass and all factors, then one matrix at a time."""
+    facts = sizes.facts
+    listed = spec.lens.top_k + spec.lens.bottom_k
+    factors = tokens * matrices.widths * (sizes.item + memory.FLOAT32)
+    graph = facts.n_layers * (
+        memory.captured(sizes, tokens) + memory.kept_for_backward(sizes, tokens)
+    )
+    logits = 6 * memory.FLOAT32 * tokens * facts.vocab_size
+    largest = matrices.weights // max(1, matrices.count)
+    dense = 4 * memory.FLOAT32 * largest + graph + logits if spec.verify else 0
+    double = 8 * 6 * tokens * matrices.widths // max(1, matrices.count)
+    after = memory.read(sizes, vectors, listed) + double + dense
+    return factors + max(graph + logits + memory.passing(sizes, tokens), graph + after)
+
+
+def _stream(
+    sizes: ModelSizes,
+    spec: GradientLensSpec,
+    matrices: _Matrices,
+    tokens: int,
+    components: int,
+    others: int,
+) -> int:
+    listed = spec.lens.top_k + spec.lens.bottom_k
+    rows = matrices.count * (components + others)
+    head = tokens * TOKEN_BYTES + matrices.count * 640
+    factors = memory.FLOAT32 * components * matrices.widths if spec.include_factors else 0
+    each = COMPONENT_BYTES + reading_bytes(listed)
+    return head + rows * each + factors + texts_bytes(sizes, rows * listed)

@@ -1,0 +1,52 @@
+"""Bytes that a request needs on the device beside the weights: upper bounds.
+
+What is counted: what a pass captures or keeps for its backward, its logits, the largest temporary,
+and the lens' chunk. The factors are what one block of a GPT-2, Llama or mixture was seen to hold at
+once, rounded up (tests/numerics/test_cost.py measures them).
+"""
+
+from __future__ import annotations
+
+from januslens_server.lens.head import CHUNK_BYTES
+from januslens_server.models.sizes import ModelSizes
+
+FLOAT32 = 4
+
+
+def captured(sizes: ModelSizes, tokens: int) -> int:
+    """Of one block, by a pass that a Trace or GradientLens looks into."""
+    facts = sizes.facts
+    heads = (2 * facts.n_heads + 2 * facts.n_kv_heads) * facts.d_head
+    return sizes.item * tokens * (10 * facts.d_model + heads + _neurons(sizes))
+
+
+def kept_for_backward(sizes: ModelSizes, tokens: int) -> int:
+    """Of one block, by autograd, beside what is captured."""
+    facts = sizes.facts
+    heads = (6 * facts.n_heads + 4 * facts.n_kv_heads) * facts.d_head
+    scores = 4 * facts.n_heads * tokens if sizes.eager else 0
+    return sizes.item * tokens * (10 * facts.d_model + heads + 5 * _neurons(sizes) + scores)
+
+
+def passing(sizes: ModelSizes, tokens: int) -> int:
+    """The largest temporary of a forward pass, and its logits."""
+    facts = sizes.facts
+    scores = 3 * facts.n_heads * tokens if sizes.eager else 0
+    width = 4 * facts.d_model + 4 * facts.n_heads * facts.d_head + 4 * _neurons(sizes) + scores
+    return sizes.item * tokens * (width + facts.vocab_size)
+
+
+def read(sizes: ModelSizes, vectors: int, listed: int) -> int:
+    """The lens over so many vectors: a chunk's logits several times over, and what is reported."""
+    facts = sizes.facts
+    chunk = min(max(CHUNK_BYTES, FLOAT32 * facts.vocab_size), FLOAT32 * facts.vocab_size * vectors)
+    return 5 * chunk + vectors * (4 * FLOAT32 * facts.d_model + 40 * (listed + 4))
+
+
+def float_copies(sizes: ModelSizes) -> int:
+    """One block's weights in float32, where they are not."""
+    return 0 if sizes.item == FLOAT32 else FLOAT32 * sizes.block
+
+
+def _neurons(sizes: ModelSizes) -> int:
+    return sizes.facts.d_mlp * max(1, sizes.facts.n_experts)

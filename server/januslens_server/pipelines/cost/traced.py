@@ -1,0 +1,103 @@
+"""The demand of a Trace."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from januslens_server.graph.size import block_nodes
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.sizes import ModelSizes, model_sizes
+from januslens_server.pipelines.cost import memory
+from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
+from januslens_server.pipelines.cost.stream import (
+    EDGE_BYTES,
+    NODE_BYTES,
+    TOKEN_BYTES,
+    reading_bytes,
+    texts_bytes,
+)
+from januslens_server.pipelines.flows import POSITIONS_AT_ONCE
+from januslens_server.pipelines.inputs import (
+    read_layers,
+    read_positions,
+    read_prompt,
+    read_single_target,
+)
+from januslens_server.results import NodeKind
+from januslens_server.specs import TraceSpec
+
+# Edges to a node of the default graph are 1.4; hidden kinds take theirs with them.
+EDGES_PER_NODE = 2
+
+
+def trace_demand(model: ResidentModel, spec: TraceSpec) -> Demand:
+    """Raises `InvalidRequest` as the trace itself would."""
+    tokens = len(read_prompt(model, spec.prompt))
+    layers = read_layers(model, spec.layers)
+    positions = read_positions(spec.positions, spec.all_positions, tokens)
+    if spec.target is not None:
+        read_single_target(model, spec.target, "target")
+    sizes = model_sizes(model)
+    built, shown, junctions = _nodes(sizes, spec, layers, positions)
+    blocks = len(layers) * len(positions)
+    pieces = math.ceil(len(positions) / POSITIONS_AT_ONCE) * len(layers) + 1
+    vectors = shown - junctions + 3 * len(positions)
+    at_once = [min(POSITIONS_AT_ONCE, len(positions)) * n // blocks + 1 for n in (built, shown)]
+    return Demand(
+        passes=1,
+        flops=pass_flops(sizes, tokens)
+        + lens_flops(sizes, vectors)
+        + _graph_flops(sizes, built, blocks, tokens),
+        nodes=built,
+        vectors=vectors,
+        readings=pieces + 2,
+        memory=_memory(sizes, spec, tokens, len(layers), *at_once),
+        stream=_stream(sizes, spec, tokens, shown, len(positions)),
+    )
+
+
+def _nodes(
+    sizes: ModelSizes, spec: TraceSpec, layers: Sequence[int], positions: Sequence[int]
+) -> tuple[int, int, int]:
+    """How many are built, how many of them are sent, and how many of these are not read."""
+    kinds: Counter[NodeKind] = Counter()
+    for position in positions:
+        kinds.update(block_nodes(sizes.facts, spec.selection, position + 1))
+    counts = {kind: count * len(layers) for kind, count in kinds.items()}
+    counts[NodeKind.FINAL_NORM] = counts[NodeKind.PREDICTION] = len(positions)
+    shown = {k: count for k, count in counts.items() if not spec.node_kinds or k in spec.node_kinds}
+    return sum(counts.values()), sum(shown.values()), shown.get(NodeKind.ATTENTION_CONCAT, 0)
+
+
+def _graph_flops(sizes: ModelSizes, nodes: int, blocks: int, tokens: int) -> float:
+    """Every head pulled back and written out, all rows of both sums, and each node's own vector."""
+    facts = sizes.facts
+    heads, neurons = facts.n_heads * facts.d_head, facts.d_mlp * max(1, facts.n_experts)
+    each = 2.0 * facts.d_model * (8 * heads + 2 * neurons) + 4.0 * heads * tokens
+    return blocks * each + 2.0 * nodes * facts.d_model * facts.d_head
+
+
+def _memory(
+    sizes: ModelSizes, spec: TraceSpec, tokens: int, layers: int, built: int, shown: int
+) -> int:
+    """The pass with what it captures of every layer, then one piece of the graph at a time."""
+    facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
+    heads = facts.n_heads * facts.d_head
+    graph = memory.FLOAT32 * (
+        (6 * facts.d_model + 4 * tokens) * heads  # one position's heads and their sources
+        + 6 * built * facts.d_model
+    )
+    after = graph + memory.read(sizes, shown, listed) + memory.float_copies(sizes)
+    return layers * memory.captured(sizes, tokens) + max(
+        memory.passing(sizes, tokens), sizes.item * tokens * facts.vocab_size + after
+    )
+
+
+def _stream(sizes: ModelSizes, spec: TraceSpec, tokens: int, nodes: int, positions: int) -> int:
+    listed = spec.lens.top_k + spec.lens.bottom_k
+    vector = memory.FLOAT32 * sizes.facts.d_model + 16 if spec.include_vectors else 0
+    each = NODE_BYTES + reading_bytes(listed) + vector + EDGES_PER_NODE * EDGE_BYTES
+    head = tokens * TOKEN_BYTES + positions * 3 * TOKEN_BYTES
+    return head + nodes * each + texts_bytes(sizes, nodes * listed)

@@ -1,0 +1,94 @@
+"""What a request is expected to cost, and whether that is more than one may ask for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from januslens_server.errors import LimitExceeded
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.cost import Demand, Pace, Spec, demand_of
+from januslens_server.results import Cost
+
+# How much one finished request moves the running average of measured to expected seconds.
+LEARNING_RATE = 0.1
+
+# Shorter ones say more of the machine's other work than of the model's pace.
+SHORTEST_LESSON = 0.001
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may cost: seconds of the device, bytes on it, bytes of the stream."""
+
+    seconds: float
+    memory: int
+    stream: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A request's demand, and what it should cost on the device that it will run on."""
+
+    demand: Demand
+    cost: Cost
+
+
+class Admission:
+    """Estimates requests before they queue, and learns from those that ran.
+
+    Seconds are the demand at the model's pace, times a running average of how far earlier estimates
+    of the same model and RPC were off. Before anything was learned they are within a factor of
+    three of what an idle machine takes (tests/numerics/test_cost.py), usually of two.
+    """
+
+    def __init__(self, limits: Limits, paces: Mapping[str, Pace]) -> None:
+        """`paces` by model's name; models join it when they are loaded."""
+        self._limits = limits
+        self._paces = paces
+        self._corrections: dict[tuple[str, type[Spec]], float] = defaultdict(lambda: 1.0)
+
+    async def admit(self, model: ResidentModel, spec: Spec) -> Estimate:
+        """The estimate, made beside the event loop: prompts are tokenized for it.
+
+        Raises `InvalidRequest` as the request itself would, `LimitExceeded` above a limit.
+        """
+        estimate = await self.estimate(model, spec)
+        for error in self.exceeded(estimate.cost):
+            raise error
+        return estimate
+
+    async def estimate(self, model: ResidentModel, spec: Spec) -> Estimate:
+        """As `admit`, whatever the limits."""
+        demand = await asyncio.to_thread(demand_of, model, spec)
+        seconds = self._paces[model.name].seconds(demand) * self._corrections[_key(model, spec)]
+        return Estimate(demand, Cost(seconds, demand.memory, demand.stream))
+
+    def exceeded(self, cost: Cost) -> Iterator[LimitExceeded]:
+        """The limits that it is above."""
+        limits = self._limits
+        if cost.seconds > limits.seconds:
+            yield LimitExceeded(
+                "max_request_seconds",
+                f"{limits.seconds:g} s of the device",
+                f"{cost.seconds:.3g} s",
+            )
+        if cost.memory > limits.memory:
+            yield LimitExceeded(
+                "max_request_memory", f"{limits.memory} bytes on the device", f"up to {cost.memory}"
+            )
+        if cost.stream > limits.stream:
+            yield LimitExceeded(
+                "max_request_stream", f"{limits.stream} bytes of answer", f"up to {cost.stream}"
+            )
+
+    def learn(self, model: ResidentModel, spec: Spec, cost: Cost, seconds: float) -> None:
+        """A request of this `cost` has taken so many seconds of the device."""
+        if min(cost.seconds, seconds) > SHORTEST_LESSON:
+            self._corrections[_key(model, spec)] *= (seconds / cost.seconds) ** LEARNING_RATE
+
+
+def _key(model: ResidentModel, spec: Spec) -> tuple[str, type[Spec]]:
+    return model.name, type(spec)

@@ -1,0 +1,145 @@
+"""Estimates against what requests really took: operations, memory, bytes, processor time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from januslens_server.models.loading import load
+from januslens_server.models.registry import embedded_source
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.cost import Pace, Spec, demand_of, measured_pace
+from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.pipelines.project import project_vectors
+from januslens_server.pipelines.trace import trace
+from januslens_server.results import LayerGraph, MatrixKind, NodeKind
+from januslens_server.rpc.encode import GradientLensEncoder, TraceEncoder
+from januslens_server.specs import (
+    DescentStep,
+    GradientLensSpec,
+    LensSpec,
+    NegativeLogLikelihood,
+    PreviewEditSpec,
+    Probe,
+    ProjectSpec,
+    Selection,
+    TraceSpec,
+)
+from tests.architectures.cases import MEASURED, Case
+from tests.architectures.tiny_models import resident
+from tests.support.measured_work import operations, peak_memory, processor_seconds
+
+# How far above the truth an upper bound may be, and how far off the seconds.
+LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 4.5}
+SECONDS = 3.0
+
+
+def ids(length: int) -> tuple[int, ...]:
+    return tuple(range(7, 7 + length))
+
+
+NLL = NegativeLogLikelihood((5,))
+SPECS: dict[str, TraceSpec | GradientLensSpec] = {
+    "trace": TraceSpec(ids(8)),
+    "one layer": TraceSpec(ids(8), layers=(0,)),
+    "a longer prompt": TraceSpec(ids(30)),
+    "all positions": TraceSpec(ids(4), all_positions=True, include_logit_contribution=True),
+    "every part with its vector": TraceSpec(
+        ids(2), all_positions=True, include_vectors=True, selection=Selection(0, 0, 0, 0)
+    ),
+    "one kind": TraceSpec(
+        ids(4), all_positions=True, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT})
+    ),
+    "long lists": TraceSpec(ids(8), lens=LensSpec(100, 100)),
+    "gradient": GradientLensSpec(ids(8), NLL),
+    "every factor": GradientLensSpec(
+        ids(25), NLL, matrices=tuple(MatrixKind), components=0, include_factors=True
+    ),
+    "spectrum and neurons": GradientLensSpec(ids(25), NLL, spectrum_rank=5, neurons=10),
+    "verified": GradientLensSpec(ids(8), NLL, verify=True),
+}
+PIPELINES: dict[type, Callable[..., Iterator[Any]]] = {
+    TraceSpec: trace,
+    GradientLensSpec: gradient_lens,
+    PreviewEditSpec: preview_edit,
+    ProjectSpec: project_vectors,
+}
+
+
+def case(name: str) -> Case:
+    return next(case for case in MEASURED if case.id == name)
+
+
+@pytest.fixture(scope="module", params=["demo", "llama-grouped", "mixtral-window"])
+def model(request: pytest.FixtureRequest) -> ResidentModel:
+    name = request.param
+    return load(embedded_source()) if name == "demo" else resident(case(name))
+
+
+@pytest.fixture(scope="module")
+def pace(model: ResidentModel) -> Pace:
+    return measured_pace(model, time.thread_time)
+
+
+def run(model: ResidentModel, spec: Spec) -> list[Any]:
+    return list(PIPELINES[type(spec)](model, spec, lambda: None))
+
+
+def streamed(model: ResidentModel, spec: Spec) -> int:
+    """Bytes of the messages."""
+    make = TraceEncoder if isinstance(spec, TraceSpec) else GradientLensEncoder
+    encoder: Any = make("x" * 32, model.vocabulary.token)
+    return sum(m.ByteSize() for event in run(model, spec) for m in encoder.encode(event))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
+    model: ResidentModel, name: str
+) -> None:
+    spec = SPECS[name]
+    demand = demand_of(model, spec)
+    found = {
+        "memory": demand.memory / peak_memory(lambda: run(model, spec)),
+        "stream": demand.stream / streamed(model, spec),
+    }
+    # torch's counter cannot follow a backward pass through experts.
+    if isinstance(spec, TraceSpec) or not model.view.facts.n_experts:
+        found["flops"] = demand.flops / operations(lambda: run(model, spec))
+    assert all(1 <= ratio <= LOOSEST[figure] for figure, ratio in found.items()), found
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if isinstance(SPECS[name], TraceSpec)])
+def test_a_traces_vectors_and_nodes_are_bounded(model: ResidentModel, name: str) -> None:
+    demand, events = demand_of(model, SPECS[name]), run(model, SPECS[name])
+    graphs = [event for event in events if isinstance(event, LayerGraph)]
+    read = sum(int(graph.projections.projected.sum()) for graph in graphs)
+    assert read <= demand.vectors
+    assert sum(len(graph.nodes) for graph in graphs) <= demand.nodes
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_seconds_are_near_the_processors_own(model: ResidentModel, pace: Pace, name: str) -> None:
+    """This thread's own time: what else the machine does is no part of it."""
+    spec = SPECS[name]
+    run(model, spec)
+    taken = processor_seconds(lambda: run(model, spec))
+    assert 1 / SECONDS <= pace.seconds(demand_of(model, spec)) / taken <= SECONDS
+
+
+def test_answers_of_one_message_are_estimated_too() -> None:
+    model = load(embedded_source())
+    pace = measured_pace(model, time.thread_time)
+    vectors = np.ones((200, model.view.facts.d_model), np.float32)
+    step = DescentStep((), (), 0.1)
+    probes = tuple(Probe("", ids(9), None) for _ in range(5))
+    for spec in (ProjectSpec(vectors), PreviewEditSpec(ids(8), (5,), step, probes)):
+        demand = demand_of(model, spec)
+        memory = peak_memory(lambda spec=spec: run(model, spec))  # type: ignore[misc]  # bound now
+        assert 1 <= demand.memory / memory <= LOOSEST["memory"]
+        taken = processor_seconds(lambda spec=spec: run(model, spec))  # type: ignore[misc]
+        assert 1 / SECONDS <= pace.seconds(demand) / taken <= SECONDS

@@ -1,0 +1,99 @@
+"""A server within the test's own process, so that its model and its device can be broken."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import status_pb2
+from torch import nn
+
+from januslens.v1 import service_pb2_grpc
+from januslens_server.models.exhaustion import in_service_terms
+from januslens_server.models.registry import Registry, embedded_source
+from januslens_server.pipelines.cost import Pace, measured_pace
+from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.rpc.admission import Admission, Limits
+from januslens_server.rpc.health import Health
+from januslens_server.rpc.server import build_server
+from januslens_server.rpc.service import IntrospectionService
+from januslens_server.rpc.streaming import DeviceStreams
+from januslens_server.scheduling.worker import DeviceWorker
+from tests.support.calls import Refusal
+
+GENEROUS = Limits(seconds=600.0, memory=2**40, stream=2**40)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The embedded model, resident, and what is known of its pace."""
+
+    registry: Registry
+    paces: dict[str, Pace]
+
+    @property
+    def network(self) -> nn.Module:
+        return self.registry.get("demo").network
+
+
+def loaded() -> Loaded:
+    registry = Registry([embedded_source()], self_check, lambda _: None)
+    registry.load_all()
+    return Loaded(registry, {"demo": measured_pace(registry.get("demo"))})
+
+
+@asynccontextmanager
+async def served(
+    demo: Loaded,
+    limits: Limits = GENEROUS,
+    max_waiting: int = 64,
+    translate: Callable[[Exception], Exception] = in_service_terms,
+) -> AsyncIterator[Any]:
+    """A stub of a server on loopback; at the end nothing may be left of any request."""
+    worker = DeviceWorker(max_waiting, translate)
+    streams = DeviceStreams(worker, stall_seconds=60)
+    admission = Admission(limits, demo.paces)
+    server = build_server(IntrospectionService(demo.registry, admission, streams), Health())
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield service_pb2_grpc.IntrospectionServiceStub(channel)
+    await server.stop(0)
+    assert worker.wait_idle(5)
+    assert hooks_of(demo.network) == 0
+
+
+@contextmanager
+def broken(module: nn.Module, fail: Callable[..., Any]) -> Iterator[None]:
+    """A module after which `fail` is called whenever it runs; its result replaces the module's."""
+    handle = module.register_forward_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+async def refused(call: Any) -> Refusal:
+    """How a call, of one answer or a stream, was refused."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await (_all_of(call) if hasattr(call, "__aiter__") else call)
+    error = caught.value
+    trailers = dict(error.trailing_metadata())
+    status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
+    headers = dict(await call.initial_metadata())
+    return Refusal(error.code(), error.details() or "", status, headers["x-request-id"])
+
+
+async def _all_of(stream: Any) -> list[Any]:
+    return [message async for message in stream]
+
+
+def hooks_of(network: nn.Module) -> int:
+    """Hooks that are on at this moment."""
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.modules()
+    )

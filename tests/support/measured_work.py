@@ -1,0 +1,68 @@
+"""What a computation really took: operations, the largest memory, processor time."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that come to be inside, at their highest."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.peak = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self,
+        function: Any,
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        known = self._storages((args, kwargs or {}))
+        output = function(*args, **(kwargs or {}))
+        for key, storage in self._storages(output).items():
+            if key not in known and key not in self._alive:
+                self._alive[key] = storage.nbytes()
+                weakref.finalize(storage, self._alive.pop, key, None)
+        self.peak = max(self.peak, sum(self._alive.values()))
+        return output
+
+    @staticmethod
+    def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+        tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+        return {s._cdata: s for s in (tensor.untyped_storage() for tensor in tensors)}
+
+
+def peak_memory(run: Callable[[], object]) -> int:
+    """Bytes that were alive at once, beside what was there before."""
+    with PeakMemory() as memory:
+        run()
+    peak: int = memory.peak
+    return peak
+
+
+def operations(run: Callable[[], object]) -> float:
+    """Floating-point operations of its matrix products and attention."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def processor_seconds(run: Callable[[], object], repeats: int = 2) -> float:
+    """This thread's own time at its best, whatever else the machine does."""
+    times = []
+    for _ in range(repeats):
+        began = time.thread_time()
+        run()
+        times.append(time.thread_time() - began)
+    return min(times)
