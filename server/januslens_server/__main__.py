@@ -7,8 +7,8 @@ import logging
 import os
 import sys
 
-from januslens_server import telemetry
 from januslens_server.config import read_settings
+from januslens_server.logs import configure_logging
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     # After the settings: torch takes seconds to import, which no one with a typo should wait.
     from januslens_server.serving import serve  # noqa: PLC0415
 
-    telemetry.configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     try:
         asyncio.run(serve(settings))
     except OSError as error:

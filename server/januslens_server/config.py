@@ -18,6 +18,7 @@ import yaml
 
 from januslens_server.access.callers import NAME
 from januslens_server.access.tokens import digest, new_token
+from januslens_server.logs import FORMATS
 
 ENVIRONMENT_PREFIX = "JANUSLENS"
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -80,6 +81,8 @@ class Settings:
     grace_seconds: float
     max_connection_age_seconds: float | None
     log_level: str
+    log_format: str
+    log_prompts: bool
 
 
 class _ModelType(click.ParamType[ModelSetting]):
@@ -303,6 +306,18 @@ OPTIONS: tuple[click.Parameter, ...] = (
         "for servers; streams on it come to their end.",
     ),
     _option("--log-level", type=click.Choice(LOG_LEVELS), default="info"),
+    _option(
+        "--log-format",
+        type=click.Choice(FORMATS),
+        default="text",
+        help="Lines for people, or one JSON object a line.",
+    ),
+    _option(
+        "--log-prompts",
+        is_flag=True,
+        default=False,
+        help="Put every request's prompt into the log.",
+    ),
     click.Option(
         ["--make-token"],
         metavar="NAME",

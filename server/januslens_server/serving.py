@@ -60,7 +60,8 @@ async def serve(settings: Settings) -> None:
     registry = Registry(_sources(settings), _check(settings, paces), observe)
     admission = Admission(_limits(settings), paces)
     streams = DeviceStreams(worker, settings.stall_seconds)
-    service, callers = IntrospectionService(registry, admission, streams), _callers(settings)
+    service = IntrospectionService(registry, admission, streams, log_prompts=settings.log_prompts)
+    callers = _callers(settings)
     server = build_server(service, health, settings.max_connection_age_seconds, callers)
     await health.update(registry.statuses())
     for status in registry.statuses():

@@ -1,4 +1,4 @@
-"""Metric names and log set-up.
+"""Metric names.
 
 Labels take their values from configuration (models, devices) or from fixed sets (methods, codes,
 reasons, stages), never from callers: each new value is a series for good.
@@ -7,8 +7,6 @@ reasons, stages), never from callers: each new value is a series for good.
 from __future__ import annotations
 
 import asyncio
-import logging
-import sys
 
 import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
@@ -85,12 +83,3 @@ async def watch_event_loop() -> None:
         due = loop.time() + LOOP_LAG_INTERVAL
         await asyncio.sleep(LOOP_LAG_INTERVAL)
         LOOP_LAG_SECONDS.observe(max(0.0, loop.time() - due))
-
-
-def configure_logging(level: str) -> None:
-    """Log lines to standard error: time, level, logger, message."""
-    logging.basicConfig(
-        level=level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )

@@ -269,7 +269,11 @@ def test_json_is_the_stream() -> None:
 def test_an_estimate_says_what_it_would_take(command: str) -> None:
     asked = (command, PROMPT, "--target", " Paris", "--layers", "0,1", "--estimate")
     shown = run(*asked).stdout
-    for row in (r"device +\d.* s$", r"memory +up to .* beside the weights$", "would be admitted$"):
+    for row in (
+        r"^device +\d.* s *$",
+        r"^memory +up to \d.* beside the weights *$",
+        "would be admitted",
+    ):
         assert re.search(row, shown, re.MULTILINE)
     assert "Tokyo" not in shown
     answer = json.loads(run(*asked, "--json").stdout)

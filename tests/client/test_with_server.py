@@ -259,7 +259,7 @@ def test_an_estimate_bounds_what_a_trace_takes(client: Client, trace: Trace) -> 
     assert read <= cost.projected_vectors <= 2 * read
     assert (cost.admissible, cost.limit_exceeded) == (True, "")
     gradient = client.estimate_gradient_lens(PROMPT, " Paris", verify=True)
-    assert gradient.flops > 10 * client.estimate_gradient_lens(PROMPT, " Paris").flops
+    assert gradient.flops > 5 * client.estimate_gradient_lens(PROMPT, " Paris").flops
 
 
 async def test_the_async_client_estimates_the_same(server_address: str, client: Client) -> None:

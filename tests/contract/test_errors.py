@@ -167,7 +167,7 @@ def test_a_success_carries_the_id_too(channel: grpc.Channel) -> None:
 def test_the_log_names_the_call_and_no_prompt(channel: grpc.Channel, server: ServerProcess) -> None:
     request = trace_pb2.TraceRequest(input=prompt("Japan secretly"), positions=[99])
     refused(channel, "Trace", request, request_id="logged-1")
-    server.wait_for("logged-1 Trace INVALID_ARGUMENT")
+    server.wait_for("Trace INVALID_ARGUMENT id=logged-1 caller=127.0.0.1 ")
     assert "secretly" not in server.log
 
 

@@ -35,7 +35,7 @@ from tests.architectures.tiny_models import resident
 from tests.support.measured_work import operations, peak_memory, processor_seconds
 
 # How far above the truth an upper bound may be, and how far off the seconds.
-LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 4.5}
+LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 6.0}
 SECONDS = 3.0
 
 

@@ -53,8 +53,9 @@ Global___EstimateCostRequest: _TypeAlias = EstimateCostRequest  # noqa: Y015
 @_typing.final
 class EstimateCostResponse(_message.Message):
     """The estimate by which the server itself admits requests. Counts and bytes are upper bounds,
-    usually within a factor of four (device bytes: of eight). Seconds are an expectation, usually within a factor of two of
-    what the request takes on an idle server, and adapt to what earlier requests took.
+    usually within a factor of four (device bytes: of eight). Seconds are an expectation, usually
+    within a factor of two of what the request takes on an idle server, and adapt to what earlier
+    requests took.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -7,9 +7,10 @@ import re
 import time
 import uuid
 from types import TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from januslens_server import telemetry
 from januslens_server.errors import IntrospectionError
@@ -21,6 +22,8 @@ from januslens_server.rpc.status import DETAILS_KEY, code_of, status_of
 from januslens_server.scheduling.ticket import Ticket
 
 logger = logging.getLogger(__name__)
+
+MessageT = TypeVar("MessageT", bound=Message)
 
 REQUEST_ID_KEY = "x-request-id"
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -42,10 +45,27 @@ class Call:
         self.request_id = _request_id(context)
         self.caller = caller_of(context)
         self.started = time.perf_counter()
+        self._notes: dict[str, Any] = {}
+        self._ticket: Ticket | None = None
 
     def ticket(self, cost: Cost) -> Ticket:
         """What the call's request carries through the device's queue."""
-        return Ticket(self.context.time_remaining(), self.caller, cost)
+        self._ticket = Ticket(self.context.time_remaining(), self.caller, cost)
+        return self._ticket
+
+    def note(self, **facts: Any) -> None:
+        """What the call's line in the log is to say beside id, caller, status and times."""
+        self._notes.update(facts)
+
+    def sent(self, size: int) -> None:
+        """A message of so many bytes went out."""
+        self._notes["messages"] = self._notes.get("messages", 0) + 1
+        self._notes["bytes"] = self._notes.get("bytes", 0) + size
+
+    def answered(self, message: MessageT) -> MessageT:
+        """The call's only message, on its way out."""
+        self.sent(message.ByteSize())
+        return message
 
     async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(*self._labels).inc()
@@ -69,6 +89,7 @@ class Call:
     async def _abort(self, error: Exception) -> NoReturn:
         if isinstance(error, IntrospectionError):
             telemetry.REJECTED.labels(error.reason).inc()
+            self.note(reason=error.reason)
         else:
             logger.error("request %s met a bug", self.request_id, exc_info=error)
         status = status_of(error, self.request_id)
@@ -81,7 +102,19 @@ class Call:
         seconds = time.perf_counter() - self.started
         telemetry.HANDLED.labels(*self._labels, code.name).inc()
         telemetry.HANDLING_SECONDS.labels(*self._labels).observe(seconds)
-        logger.info("%s %s %s %.3f s", self.request_id, self.method, code.name, seconds)
+        logger.info("%s %s", self.method, code.name, extra=self._line(code, seconds))
+
+    def _line(self, code: grpc.StatusCode, seconds: float) -> dict[str, Any]:
+        line = {
+            "id": self.request_id,
+            "caller": self.caller,
+            "method": self.method,
+            "status": code.name,
+            "seconds": seconds,
+        }
+        if self._ticket is not None:
+            line |= {"queue_seconds": self._ticket.waited, "device_seconds": self._ticket.spent}
+        return line | self._notes
 
 
 def _request_id(context: Context) -> str:

@@ -42,6 +42,7 @@ from januslens_server.rpc.encode import (
     token_message,
 )
 from januslens_server.rpc.pages import MODELS, neurons_list, page_start, page_token
+from januslens_server.rpc.sizes import sizes_of
 from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.scheduling.worker import Checkpoint
 from januslens_server.specs import GradientLensSpec, TraceSpec
@@ -54,8 +55,16 @@ Pipeline = Callable[[ResidentModel, SpecT, Checkpoint], Iterator[Result]]
 class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     """The RPCs of `service.proto`, where their effects and errors are documented."""
 
-    def __init__(self, registry: Registry, admission: Admission, device: DeviceStreams) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        admission: Admission,
+        device: DeviceStreams,
+        *,
+        log_prompts: bool = False,
+    ) -> None:
         """Serve `registry`'s models on `device`, what `admission` lets through."""
+        self._log_prompts = log_prompts
         self._registry = registry
         self._admission = admission
         self._device = device
@@ -67,28 +76,32 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
         """Every model that the caller may use, with its state, by name."""
-        async with Call("ListModels", context):
+        async with Call("ListModels", context) as call:
             usable = filter(lambda s: asking().may_use(s.name), self._registry.statuses())
             statuses = sorted(usable, key=lambda status: status.name)
             start = page_start(request.page_token, MODELS, len(statuses))
             end = start + (request.page_size or len(statuses))
-            return models_pb2.ListModelsResponse(
+            answer = models_pb2.ListModelsResponse(
                 models=[model_message(status) for status in statuses[start:end]],
                 next_page_token=page_token(end, MODELS, len(statuses)),
             )
+            return call.answered(answer)
 
     async def Tokenize(
         self, request: models_pb2.TokenizeRequest, context: Context
     ) -> models_pb2.TokenizeResponse:
         """A text as the model reads it; runs beside the device's thread."""
-        async with Call("Tokenize", context):
+        async with Call("Tokenize", context) as call:
             model = self._model(request.model)
             if not request.text:
                 raise InvalidRequest("text", "expected at least one character, got none")
             tokens = await asyncio.to_thread(
                 model.vocabulary.encode, request.text, request.with_special_tokens
             )
-            return models_pb2.TokenizeResponse(tokens=[token_message(t) for t in tokens])
+            call.note(model=model.name, tokens=len(tokens))
+            return call.answered(
+                models_pb2.TokenizeResponse(tokens=[token_message(t) for t in tokens])
+            )
 
     async def Project(
         self, request: lens_pb2.ProjectRequest, context: Context
@@ -98,7 +111,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             model = self._model(request.model)
             spec = decode.project_spec(request)
             (table,) = [t async for t in self._run(call, model, spec, project_vectors)]
-            return project_response(table, model.provenance, model.vocabulary.token)
+            return call.answered(project_response(table, model.provenance, model.vocabulary.token))
 
     async def Trace(  # type: ignore[override]  # the stubs know generators only, grpc also writers
         self, request: trace_pb2.TraceRequest, context: Context
@@ -127,7 +140,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             model = self._model(request.model, request.revision)
             spec = decode.preview_edit_spec(request)
             (preview,) = [p async for p in self._run(call, model, spec, preview_edit)]
-            return preview_edit_response(preview, model.vocabulary.token)
+            return call.answered(preview_edit_response(preview, model.vocabulary.token))
 
     async def FindNeurons(
         self, request: neurons_pb2.FindNeuronsRequest, context: Context
@@ -139,16 +152,18 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             spec = decode.find_neurons_spec(request, page_start(request.page_token, listed))
             (found,) = [page async for page in self._run(call, model, spec, find_neurons)]
             next_page = page_token(spec.start + spec.count, listed, found.total)
-            return find_neurons_response(found, next_page, model.vocabulary.token)
+            return call.answered(find_neurons_response(found, next_page, model.vocabulary.token))
 
     async def EstimateCost(
         self, request: cost_pb2.EstimateCostRequest, context: Context
     ) -> cost_pb2.EstimateCostResponse:
         """What a request would take; runs beside the device's thread."""
-        async with Call("EstimateCost", context):
+        async with Call("EstimateCost", context) as call:
             model, spec = self._estimated(request)
+            call.note(model=model.name)
             estimate = await self._admission.estimate(model, spec)
-            return estimate_message(estimate, self._admission.exceeded(estimate.cost))
+            exceeded = self._admission.exceeded(estimate.cost)
+            return call.answered(estimate_message(estimate, exceeded))
 
     def _estimated(
         self, request: cost_pb2.EstimateCostRequest
@@ -172,10 +187,14 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         self, call: Call, model: ResidentModel, spec: SpecT, pipeline: Pipeline[SpecT, Result]
     ) -> AsyncGenerator[Result]:
         """A pipeline's results, once it is admitted and has its turn."""
+        call.note(model=model.name)
+        if self._log_prompts and hasattr(spec, "prompt"):
+            call.note(prompt=spec.prompt)
         cost = (await self._admission.admit(model, spec)).cost
         ticket = call.ticket(cost)
         run = partial(pipeline, model, spec)
         async with aclosing(self._device.results(run, ticket)) as results:
             async for result in results:
+                call.note(**sizes_of(result))
                 yield result
         self._admission.learn(model, spec, cost, ticket.spent)

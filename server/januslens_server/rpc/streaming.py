@@ -14,6 +14,7 @@ from januslens_server.errors import ReaderStalled, RequestCancelled
 from januslens_server.rpc.callers import Context
 from januslens_server.rpc.calls import Call
 from januslens_server.rpc.measures import StreamMeter
+from januslens_server.rpc.messages import serialized
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
@@ -83,11 +84,12 @@ class DeviceStreams:
         meter = StreamMeter(call.method, call.started)
         async with aclosing(results):
             async for result in results:
-                for message in await asyncio.to_thread(_encoded, encode, result):
+                for message in await asyncio.to_thread(_serialized, encode, result):
                     with meter.message():
                         await self._write(message, call.context)
+                    call.sent(len(message))
 
-    async def _write(self, message: Message, context: Context) -> None:
+    async def _write(self, message: bytes, context: Context) -> None:
         # Not `wait_for`: cancelled, a blocked write fails with an error of its own, which would
         # take the place of our cancellation.
         write = asyncio.ensure_future(context.write(message))
@@ -113,8 +115,9 @@ def _forget(write: asyncio.Future[None]) -> None:
         write.exception()
 
 
-def _encoded(encode: Callable[[Result], Iterable[Message]], result: Result) -> list[Message]:
-    return list(encode(result))
+def _serialized(encode: Callable[[Result], Iterable[Message]], result: Result) -> list[bytes]:
+    """Beside the loop, which would otherwise serialize while health checks wait."""
+    return [serialized(message) for message in encode(result)]
 
 
 def _bytes(result: object) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from functools import partial
 from typing import Any
 
 import grpc
@@ -13,6 +12,7 @@ from januslens_server.errors import InvalidRequest
 from januslens_server.rpc.callers import Context
 from januslens_server.rpc.calls import Call
 from januslens_server.rpc.measures import Serializer, measured
+from januslens_server.rpc.messages import serialized
 from januslens_server.rpc.methods import SERVICE_NAME
 
 Deserializer = Callable[[bytes], Any]
@@ -40,9 +40,9 @@ class WireFormat(grpc.aio.ServerInterceptor):
             return handler
         service, _, name = details.method[1:].partition("/")
         parse = _tolerant(handler.request_deserializer)
-        serialize: Serializer = partial(handler.response_serializer, deterministic=True)
+        serialize: Serializer = serialized
         if service == SERVICE_NAME:
-            serialize = measured(serialize, name)
+            serialize = measured(serialized, name)
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(
                 _refusing(service, name, handler.unary_stream), parse, serialize

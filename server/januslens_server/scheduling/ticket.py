@@ -22,6 +22,7 @@ class Ticket:
         """`seconds` until the caller's deadline; None: it set none."""
         self.caller = caller
         self.cost = cost
+        self.waited: float | None = None  # seconds until its first turn
         self.spent = 0.0  # seconds of the device so far
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._cancelled = threading.Event()

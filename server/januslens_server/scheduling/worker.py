@@ -178,7 +178,8 @@ class DeviceWorker:
         began = time.monotonic()
         if not job.started:
             job.started = True
-            telemetry.QUEUE_SECONDS.observe(began - job.admitted)
+            job.ticket.waited = began - job.admitted
+            telemetry.QUEUE_SECONDS.observe(job.ticket.waited)
         try:
             return next(job.steps)
         finally:

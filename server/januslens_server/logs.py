@@ -1,0 +1,98 @@
+"""What the log's lines look like: for people, or one JSON object a line.
+
+Code logs as usual, with `logging`; fields go into `extra`. structlog gives lines their form. What a
+caller wrote can neither end a line nor command a terminal: control characters are escaped.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+from structlog.dev import Column, ConsoleRenderer, KeyValueColumnFormatter, plain_traceback
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+FORMATS = ("text", "json")
+
+# Fields that the message of a line for people has in it already.
+_SAID = ("method", "status")
+
+
+def configure_logging(level: str, form: str) -> None:
+    """Log to standard error, from `level` on, as `form` says."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=_FIELDS,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                *(_JSON if form == "json" else _text()),
+            ],
+        )
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+
+
+_FIELDS: list[Processor] = [
+    structlog.stdlib.add_log_level,
+    structlog.stdlib.add_logger_name,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.stdlib.ExtraAdder(),
+]
+
+_JSON: list[Processor] = [
+    structlog.processors.format_exc_info,
+    structlog.processors.EventRenamer("message"),
+    structlog.processors.JSONRenderer(),
+]
+
+
+def _text() -> list[Processor]:
+    """`2026-01-31T12:00:00Z INFO januslens_server: message field=value`."""
+    bare = [
+        Column(name, KeyValueColumnFormatter(None, "", "", str, postfix=postfix))
+        for name, postfix in (("timestamp", ""), ("level", ""), ("logger", ":"), ("event", ""))
+    ]
+    fields = Column("", KeyValueColumnFormatter("", "", "", _shown))
+    renderer = ConsoleRenderer(
+        columns=[*bare, fields], sort_keys=False, exception_formatter=plain_traceback
+    )
+    return [_for_people, structlog.processors.format_exc_info, _escaped, renderer]
+
+
+def _for_people(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Nothing said twice, durations to a tenth of a millisecond."""
+    event["level"] = event["level"].upper()
+    return {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in event.items()
+        if name not in _SAID
+    }
+
+
+def _escaped(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """A traceback keeps its lines, indented: no line of it can pass for one of ours."""
+    escaped = {
+        name: escape(value) if isinstance(value, str) else value for name, value in event.items()
+    }
+    if isinstance(exception := event.get("exception"), str):
+        escaped["exception"] = "\n".join(f"  {escape(line)}" for line in exception.split("\n"))
+    return escaped
+
+
+def escape(text: str) -> str:
+    """Control characters, line ends and the like as Python writes them in a literal."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _shown(value: object) -> str:
+    """A field's value; one with spaces in quotes, a mapping as its parts."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}:{_shown(part)}" for name, part in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = str(value)
+    return f'"{text.replace(chr(34), chr(39))}"' if " " in text or not text else text
