@@ -11,6 +11,10 @@ STUBS_BIN   := $(STUBS_VENV)/bin
 STUBS_SETUP := $(STUBS_VENV)/.setup-done
 STUBS       := client/januslens/v1
 FRESH_STUBS := build/stubs
+CHECKOV_VENV  := .cache/checkov-venv
+CHECKOV_SETUP := $(CHECKOV_VENV)/.setup-done
+CHECKOV       := $(CHECKOV_VENV)/bin/checkov --quiet --compact --skip-download \
+	--config-file deploy/checkov.yaml
 PROTOS      := $(wildcard protos/januslens/v1/*.proto)
 
 # The pages' program is built by Node, and committed: only who changes it needs Node and npm.
@@ -22,7 +26,7 @@ NPM          := $(shell command -v npm)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check check-stubs stubs viewer check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test check check-deploy check-image check-stubs stubs viewer check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -43,6 +47,15 @@ check: $(SETUP) check-stubs check-viewer ## Lint, check formatting, types, impor
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
+
+check-deploy: $(SETUP) $(CHECKOV_SETUP) ## Scan the rendered manifests and the Dockerfile
+	@rm -rf build/manifests
+	$(BIN)/python -m tests.deploy.render build/manifests
+	$(CHECKOV) --framework kubernetes --directory build/manifests
+	$(CHECKOV) --framework dockerfile --file deploy/Dockerfile
+
+check-image: $(SETUP) ## Run the image's build steps in a fresh environment and start what they install
+	$(BIN)/python -m tests.deploy.build_steps
 
 stubs: $(STUBS_SETUP) ## Generate the Python stubs from protos/ anew
 	@rm -f $(STUBS)/*_pb2*.py $(STUBS)/*_pb2*.pyi
@@ -98,6 +111,11 @@ $(SETUP): pyproject.toml
 
 $(VIEWER_SETUP): $(VIEWER)/package-lock.json
 	npm --prefix $(VIEWER) ci --silent
+	@touch $@
+
+$(CHECKOV_SETUP): deploy/requirements.txt
+	$(PYTHON) -m venv $(CHECKOV_VENV)
+	$(CHECKOV_VENV)/bin/python -m pip install --quiet --requirement $<
 	@touch $@
 
 $(STUBS_SETUP): protos/requirements.txt

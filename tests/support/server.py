@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 
 SERVING = re.compile(r"serving on (\S+:\d+)")
 HEALTH = re.compile(r"health on (\S+:\d+)")
-METRICS = re.compile(r"metrics on (\S+)")
+METRICS = re.compile(r"metrics on (http://\S+/metrics)")
 START_SECONDS = 60
+PROGRAM = (sys.executable, "-m", "januslens_server")
 
 
 @dataclass
@@ -62,13 +63,14 @@ def running_server(
     until: str = "ready",
     environment: Mapping[str, str] | None = None,
     within: Sequence[str] = (),
+    program: Sequence[str] = PROGRAM,
 ) -> Iterator[ServerProcess]:
     """Start the server on free ports, wait until it has logged `until`, end it at the end.
 
-    `environment` adds to this process's; `within` is a command that runs the server's.
+    `environment` adds to this process's; `within` is a command that runs the server's `program`.
     """
     arguments = ["--port", "0", "--metrics-port", "0", *flags]
-    server = start_server(arguments, environment or {}, within)
+    server = start_server(arguments, environment, [*within, *program])
     try:
         server.wait_for(until)
         yield server
@@ -85,13 +87,13 @@ def running_server(
 def start_server(
     arguments: Sequence[str],
     environment: Mapping[str, str] | None = None,
-    within: Sequence[str] = (),
+    program: Sequence[str] = PROGRAM,
 ) -> ServerProcess:
     """Start the server; its log is read by a thread as long as it runs."""
     # One thread: the same sums in the same order in every run, beside a busy test process.
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [*within, sys.executable, "-m", "januslens_server", *arguments],
+        [*program, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
