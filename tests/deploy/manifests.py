@@ -99,7 +99,12 @@ def kubectl() -> str:
 
 def rendered(folder: Path) -> Manifests:
     """What a folder with a kustomization stands for."""
-    return Manifests(list(yaml.load_all(_kustomized(folder), yaml.CSafeLoader)))
+    return _parsed(_kustomized(folder))
+
+
+def _parsed(text: str) -> Manifests:
+    """A fresh reading each time: tests may change what they are given."""
+    return Manifests(list(yaml.load_all(text, yaml.CSafeLoader)))
 
 
 @cache
@@ -113,6 +118,11 @@ def _kustomized(folder: Path) -> str:
 
 def with_components(*names: str) -> Manifests:
     """The base with some of the components."""
+    return _parsed(_kustomized_with(names))
+
+
+@cache
+def _kustomized_with(names: tuple[str, ...]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         kustomization = {
             "namespace": "januslens",
@@ -120,7 +130,7 @@ def with_components(*names: str) -> Manifests:
             "components": [_path_from(folder, COMPONENTS / name) for name in names],
         }
         (Path(folder) / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        return rendered(Path(folder))
+        return _kustomized(Path(folder))
 
 
 def _path_from(folder: str, target: Path) -> str:
