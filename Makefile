@@ -26,7 +26,7 @@ NPM          := $(shell command -v npm)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test check check-deploy check-image check-stubs stubs viewer check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test soak check check-deploy check-image check-stubs stubs viewer check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -39,6 +39,9 @@ demo: $(SETUP) ## Start the server, trace and gradient-lens the running example,
 
 test: $(SETUP) ## Run the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+soak: $(SETUP) ## Run the tests that kill servers under load; minutes, one after the other
+	$(BIN)/pytest -m soak
 
 check: $(SETUP) check-stubs check-viewer ## Lint, check formatting, types, imports, the contract and its stubs
 	$(BIN)/ruff check

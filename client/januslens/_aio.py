@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from functools import cached_property
+from pathlib import Path
 from types import GenericAlias, TracebackType
 from typing import Any, Concatenate, ParamSpec, Self
 
 import grpc
+from google.protobuf.message import Message
 
 from januslens import _verbs as verbs
 from januslens._aio_event_stream import AsyncEventStream
 from januslens._connection import (
     CHANNEL_OPTIONS,
     DEFAULT_ADDRESS,
-    Attempt,
+    Connection,
     ResponseHook,
-    connection,
+    channel_credentials,
 )
+from januslens._course import Course, StreamCourse
 from januslens._described import described, verb_types
 from januslens._results.cost import CostEstimate
 from januslens._stream.assembler import EventT, ResponseT, ResultT
@@ -75,24 +79,26 @@ class AsyncClient:
     return a stream to iterate with `async for`.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword
         self,
         address: str = DEFAULT_ADDRESS,
         *,
         token: str | None = None,
         timeout: float | None = None,
         secure: bool = False,
+        root_certificates: str | Path | None = None,
+        client_certificate: tuple[str | Path, str | Path] | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        resume: bool = False,
         on_response: ResponseHook | None = None,
     ) -> None:
-        self._connection = connection(
-            address,
-            token=token,
-            timeout=timeout,
+        encryption = channel_credentials(
             secure=secure,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
             credentials=credentials,
-            on_response=on_response,
         )
+        self._connection = Connection(address, token, timeout, encryption, resume, on_response)
 
     list_models = _unary(verbs.list_models)
     tokenize = _unary(verbs.tokenize)
@@ -129,28 +135,27 @@ class AsyncClient:
             return result
 
     async def _send(self, call: UnaryCall) -> object:
-        attempt = Attempt(self._connection)
-        try:
-            response = await getattr(self._stub, call.method)(
-                call.request,
-                timeout=self._connection.deadline(call.timeout),
-                metadata=attempt.metadata,
-            )
-        except grpc.RpcError as error:
-            raise attempt.failure(error) from error
-        self._connection.seen(response)
-        return response
+        course = Course(self._connection, call)
+        while True:
+            try:
+                response: Message = await self._start(course)
+            except grpc.RpcError as error:
+                course.cut(error)
+                await asyncio.sleep(course.pause)
+            else:
+                self._connection.seen(response)
+                return response
 
     def _open(
         self, call: StreamCall[ResponseT, EventT, ResultT]
     ) -> AsyncEventStream[EventT, ResultT]:
-        attempt = Attempt(self._connection)
-        responses = getattr(self._stub, call.method)(
-            call.request,
-            timeout=self._connection.deadline(call.timeout),
-            metadata=attempt.metadata,
+        return AsyncEventStream(self._start, StreamCourse(self._connection, call))
+
+    def _start(self, course: Course) -> Any:
+        """Make the course's next call."""
+        return getattr(self._stub, course.method)(
+            course.request, timeout=course.timeout, metadata=course.attempt.metadata
         )
-        return AsyncEventStream(responses, call.assembler, attempt)
 
     async def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self
 
 import grpc
-from google.protobuf.message import Message
 
-from januslens._connection import Attempt
-from januslens._stream.assembler import Assembler, EventT, ResultT
+from januslens._course import StreamCourse
+from januslens._errors import StreamInterrupted
+from januslens._stream.assembler import EventT, ResultT
 
 
 class AsyncResponses(Protocol):
@@ -30,15 +31,23 @@ class AsyncEventStream(Generic[EventT, ResultT]):
 
     def __init__(
         self,
-        responses: AsyncResponses,
-        assembler: Assembler[Any, EventT, ResultT],
-        attempt: Attempt,
+        start: Callable[[StreamCourse[EventT, ResultT]], AsyncResponses],
+        course: StreamCourse[EventT, ResultT],
     ) -> None:
-        self._call = responses
-        self._responses = aiter(responses)
-        self._assembler = assembler
-        self._attempt = attempt
+        self._start = start
+        self._course = course
+        self._ready: deque[EventT] = deque()
         self._closed = False
+        self._open()
+
+    def _open(self) -> None:
+        self._call = self._start(self._course)
+        self._responses = aiter(self._call)
+
+    @property
+    def interruptions(self) -> tuple[StreamInterrupted, ...]:
+        """Where the stream was cut and went on at another replica, with `resume=True`."""
+        return tuple(self._course.interruptions)
 
     def __aiter__(self) -> Self:
         return self
@@ -47,29 +56,34 @@ class AsyncEventStream(Generic[EventT, ResultT]):
         """The next event.
 
         Raises:
-            StreamInterrupted: The stream ended without its summary.
-            JanuslensError: The call failed; `partial` holds what had come.
+            StreamInterrupted: The stream was cut; `partial` holds what had come.
+            JanuslensError: The call failed, likewise.
         """
         while not self._closed:
-            event = self._assembler.feed(await self._next_response())
-            if event is not None:
-                return event
+            if self._ready:
+                return self._ready.popleft()
+            await self._advance()
         raise StopAsyncIteration
 
-    async def _next_response(self) -> Message:
+    async def _advance(self) -> None:
+        """Take the next message, or open the next call where this one was cut."""
         try:
-            response: Message = await anext(self._responses)
+            response = await anext(self._responses)
         except StopAsyncIteration:
-            self._assembler.result()  # raises if the summary is missing
-            raise
+            if self._course.complete:
+                raise
+            self._course.cut(None)
         except grpc.RpcError as error:
-            raise self._attempt.failure(error, self._assembler.partial()) from error
+            self._course.cut(error)
         except asyncio.CancelledError:
             if self._closed:  # the call was cancelled by close(), not the task by its owner
                 raise StopAsyncIteration from None
             raise
-        self._attempt.connection.seen(response)
-        return response
+        else:
+            self._ready.extend(self._course.take(response))
+            return
+        await asyncio.sleep(self._course.pause)
+        self._open()
 
     async def result(self) -> ResultT:
         """The whole, once everything has arrived; waits for what has not.
@@ -80,7 +94,7 @@ class AsyncEventStream(Generic[EventT, ResultT]):
         """
         async for _ in self:
             pass
-        return self._assembler.result()
+        return self._course.result()
 
     async def close(self) -> None:
         """Cancel the call if it still runs; the server stops computing."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
 from types import GenericAlias, TracebackType
-from typing import Concatenate, ParamSpec, Self
+from typing import Any, Concatenate, ParamSpec, Self
 
 import grpc
+from google.protobuf.message import Message
 
 from januslens import _verbs as verbs
 from januslens._connection import (
     CHANNEL_OPTIONS,
     DEFAULT_ADDRESS,
-    Attempt,
+    Connection,
     ResponseHook,
-    connection,
+    channel_credentials,
 )
+from januslens._course import Course, StreamCourse
 from januslens._described import described, verb_types
 from januslens._event_stream import EventStream
 from januslens._results.cost import CostEstimate
@@ -68,32 +72,38 @@ class Client:
     """Talks to a Januslens server; thread-safe. Close it, or use it as a context manager.
 
     Args:
-        address: `host:port` of the server.
-        token: Sent as `authorization: Bearer ...`, readable on the way unless `secure`.
+        address: `host:port` of the server, or any name that gRPC resolves, such as
+            `dns:///januslens-headless:50051`: calls go round the addresses it stands for.
+        token: Sent as `authorization: Bearer ...`, readable on the way without encryption.
         timeout: Seconds for calls that don't give their own; None = no limit.
         secure: Encrypt, trusting the system's certificates.
+        root_certificates: Encrypt, trusting the authorities in this PEM file instead.
+        client_certificate: Encrypt, showing who asks: PEM files of a certificate and its key.
         credentials: Encrypt with these instead (`grpc.ssl_channel_credentials(...)`).
+        resume: Ask another replica for the rest of what was cut, instead of raising.
         on_response: Called with every response message as it arrives, e.g. to record them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - by keyword
         self,
         address: str = DEFAULT_ADDRESS,
         *,
         token: str | None = None,
         timeout: float | None = None,
         secure: bool = False,
+        root_certificates: str | Path | None = None,
+        client_certificate: tuple[str | Path, str | Path] | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        resume: bool = False,
         on_response: ResponseHook | None = None,
     ) -> None:
-        self._connection = connection(
-            address,
-            token=token,
-            timeout=timeout,
+        encryption = channel_credentials(
             secure=secure,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
             credentials=credentials,
-            on_response=on_response,
         )
+        self._connection = Connection(address, token, timeout, encryption, resume, on_response)
         secured = self._connection.credentials
         if secured is None:
             self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
@@ -124,26 +134,25 @@ class Client:
             return result
 
     def _send(self, call: UnaryCall) -> object:
-        attempt = Attempt(self._connection)
-        try:
-            response = getattr(self._stub, call.method)(
-                call.request,
-                timeout=self._connection.deadline(call.timeout),
-                metadata=attempt.metadata,
-            )
-        except grpc.RpcError as error:
-            raise attempt.failure(error) from error
-        self._connection.seen(response)
-        return response
+        course = Course(self._connection, call)
+        while True:
+            try:
+                response: Message = self._start(course)
+            except grpc.RpcError as error:
+                course.cut(error)
+                time.sleep(course.pause)
+            else:
+                self._connection.seen(response)
+                return response
 
     def _open(self, call: StreamCall[ResponseT, EventT, ResultT]) -> EventStream[EventT, ResultT]:
-        attempt = Attempt(self._connection)
-        responses = getattr(self._stub, call.method)(
-            call.request,
-            timeout=self._connection.deadline(call.timeout),
-            metadata=attempt.metadata,
+        return EventStream(self._start, StreamCourse(self._connection, call))
+
+    def _start(self, course: Course) -> Any:
+        """Make the course's next call."""
+        return getattr(self._stub, course.method)(
+            course.request, timeout=course.timeout, metadata=course.attempt.metadata
         )
-        return EventStream(responses, call.assembler, attempt)
 
     def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""

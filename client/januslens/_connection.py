@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 from google.protobuf.message import Message
 
-from januslens._errors import JanuslensError
+from januslens._errors import JanuslensError, StreamInterrupted
 from januslens._status import FailedCall, exception_from
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 # gRPC's servers end connections that ping more often than every five minutes without sending.
 _KEEPALIVE_MS = 360_000
+
+# Calls go round the addresses that a name stands for. One that no server has begun to serve is
+# repeated, after the pause that the server asked for or else a growing one; with a server's first
+# headers gRPC takes it for begun and repeats it no more.
+SERVICE_CONFIG = {
+    "loadBalancingConfig": [{"round_robin": {}}],
+    "methodConfig": [
+        {
+            "name": [{"service": "januslens.v1.IntrospectionService"}],
+            "retryPolicy": {
+                "maxAttempts": 5,
+                "initialBackoff": "0.1s",
+                "maxBackoff": "2s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+}
+
 CHANNEL_OPTIONS = (
+    # gRPC would look for a lost server less and less often, after a while every two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
     ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
@@ -33,6 +59,7 @@ class Connection:
         token: Sent as `authorization: Bearer ...`; None = none.
         timeout: Seconds for calls that don't say; None = no limit.
         credentials: Of an encrypted channel; None = plain text.
+        resume: Ask another replica for what a lost one had begun and not finished.
         on_response: Sees every response message before it is read.
     """
 
@@ -40,6 +67,7 @@ class Connection:
     token: str | None = field(repr=False)
     timeout: float | None
     credentials: grpc.ChannelCredentials | None
+    resume: bool
     on_response: ResponseHook | None
 
     def deadline(self, timeout: float | None) -> float | None:
@@ -67,21 +95,41 @@ class Attempt:
             return entries
         return (*entries, ("authorization", f"Bearer {self.connection.token}"))
 
-    def failure(self, call: FailedCall, partial: object = None) -> JanuslensError:
+    def failure(
+        self,
+        call: FailedCall,
+        partial: object = None,
+        interrupted: type[StreamInterrupted] | None = None,
+    ) -> JanuslensError:
         """The exception for this call's failure; `partial` is what a stream had brought."""
-        return exception_from(call, self.request_id, self.connection.address, partial)
+        address = self.connection.address
+        return exception_from(call, self.request_id, address, partial, interrupted)
 
 
-def connection(
-    address: str,
+def channel_credentials(
     *,
-    token: str | None,
-    timeout: float | None,
     secure: bool,
+    root_certificates: str | Path | None,
+    client_certificate: tuple[str | Path, str | Path] | None,
     credentials: grpc.ChannelCredentials | None,
-    on_response: ResponseHook | None,
-) -> Connection:
-    """A client's arguments; `secure` without `credentials` means the system's certificates."""
-    if secure and credentials is None:
-        credentials = grpc.ssl_channel_credentials()
-    return Connection(address, token, timeout, credentials, on_response)
+) -> grpc.ChannelCredentials | None:
+    """How to encrypt; None = not at all.
+
+    Raises:
+        ValueError: Both credentials and files to make them of.
+        OSError: A file cannot be read.
+    """
+    files = root_certificates is not None or client_certificate is not None
+    if credentials is not None:
+        if files:
+            raise ValueError("expected credentials or certificate files; got both")
+        return credentials
+    if not (secure or files):
+        return None
+    roots = None if root_certificates is None else Path(root_certificates).read_bytes()
+    chain, key = client_certificate or (None, None)
+    return grpc.ssl_channel_credentials(
+        roots,
+        None if key is None else Path(key).read_bytes(),
+        None if chain is None else Path(chain).read_bytes(),
+    )

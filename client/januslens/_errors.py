@@ -16,7 +16,9 @@ The tree::
     |-- PermissionDenied        PERMISSION_DENIED: a valid token without the scope
     |-- Unimplemented           UNIMPLEMENTED: this server does not offer the call
     |-- InternalError           INTERNAL, UNKNOWN, DATA_LOSS: a bug; report the request id
-    |-- StreamInterrupted       the stream ended without its summary
+    |-- StreamInterrupted       the stream ended without its summary: `partial` is what came
+    |   |-- TraceInterrupted
+    |   `-- GradientInterrupted
     `-- ProtocolViolation       the stream broke the contract; report the request id
 
 Arguments that no server could accept raise ValueError or TypeError before anything is sent.
@@ -170,7 +172,19 @@ class InternalError(JanuslensError):
 
 
 class StreamInterrupted(JanuslensError):
-    """The stream ended without its summary; `partial` is incomplete."""
+    """The stream ended without its summary; `partial` is incomplete, or None before the header.
+
+    The server or the way to it was lost. Nothing is wrong with the request: a client with
+    `resume=True` asks another replica for the rest.
+    """
+
+
+class TraceInterrupted(StreamInterrupted):
+    """A trace was cut; `partial` is the `Trace` of the layers that came."""
+
+
+class GradientInterrupted(StreamInterrupted):
+    """A gradient lens was cut; `partial` is the `Gradient` of the matrices that came."""
 
 
 class ProtocolViolation(JanuslensError):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self
 
 import grpc
-from google.protobuf.message import Message
 
-from januslens._connection import Attempt
-from januslens._stream.assembler import Assembler, EventT, ResultT
+from januslens._course import StreamCourse
+from januslens._errors import StreamInterrupted
+from januslens._stream.assembler import EventT, ResultT
 
 
 class Responses(Protocol):
@@ -29,12 +31,23 @@ class EventStream(Generic[EventT, ResultT]):
     """
 
     def __init__(
-        self, responses: Responses, assembler: Assembler[Any, EventT, ResultT], attempt: Attempt
+        self,
+        start: Callable[[StreamCourse[EventT, ResultT]], Responses],
+        course: StreamCourse[EventT, ResultT],
     ) -> None:
-        self._responses = responses
-        self._assembler = assembler
-        self._attempt = attempt
+        self._start = start
+        self._course = course
+        self._ready: deque[EventT] = deque()
         self._closed = False
+        self._open()
+
+    def _open(self) -> None:
+        self._call = self._start(self._course)
+
+    @property
+    def interruptions(self) -> tuple[StreamInterrupted, ...]:
+        """Where the stream was cut and went on at another replica, with `resume=True`."""
+        return tuple(self._course.interruptions)
 
     def __iter__(self) -> Self:
         return self
@@ -43,25 +56,30 @@ class EventStream(Generic[EventT, ResultT]):
         """The next event.
 
         Raises:
-            StreamInterrupted: The stream ended without its summary.
-            JanuslensError: The call failed; `partial` holds what had come.
+            StreamInterrupted: The stream was cut; `partial` holds what had come.
+            JanuslensError: The call failed, likewise.
         """
         while not self._closed:
-            event = self._assembler.feed(self._next_response())
-            if event is not None:
-                return event
+            if self._ready:
+                return self._ready.popleft()
+            self._advance()
         raise StopIteration
 
-    def _next_response(self) -> Message:
+    def _advance(self) -> None:
+        """Take the next message, or open the next call where this one was cut."""
         try:
-            response: Message = next(self._responses)
+            response = next(self._call)
         except StopIteration:
-            self._assembler.result()  # raises if the summary is missing
-            raise
+            if self._course.complete:
+                raise
+            self._course.cut(None)
         except grpc.RpcError as error:
-            raise self._attempt.failure(error, self._assembler.partial()) from error
-        self._attempt.connection.seen(response)
-        return response
+            self._course.cut(error)
+        else:
+            self._ready.extend(self._course.take(response))
+            return
+        time.sleep(self._course.pause)
+        self._open()
 
     def result(self) -> ResultT:
         """The whole, once everything has arrived; waits for what has not.
@@ -72,12 +90,12 @@ class EventStream(Generic[EventT, ResultT]):
         """
         for _ in self:
             pass
-        return self._assembler.result()
+        return self._course.result()
 
     def close(self) -> None:
         """Cancel the call if it still runs; the server stops computing."""
         self._closed = True
-        self._responses.cancel()
+        self._call.cancel()
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -14,6 +15,13 @@ from januslens import _errors as errors
 MessageT = TypeVar("MessageT", bound=Message)
 
 _DETAILS_KEY = "grpc-status-details-bin"
+_REQUEST_ID = "x-request-id"
+
+_LOST = {
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+}
 
 _EXCEPTIONS: dict[grpc.StatusCode, type[errors.JanuslensError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
@@ -40,16 +48,51 @@ class FailedCall(Protocol):
     def details(self) -> str | None:
         """Its message."""
 
+    def initial_metadata(self) -> Iterable[Any] | None:
+        """What the server sent first, as pairs."""
+
     def trailing_metadata(self) -> Iterable[Any] | None:
         """What the server sent last, as pairs."""
 
 
+def was_cut(call: FailedCall) -> bool:
+    """Whether the server or the way to it was lost after the server had begun to answer.
+
+    What the server itself says carries details; what proxies and gRPC say of a broken connection
+    does not. A server's first headers say that it has begun: before them gRPC repeats the call.
+    """
+    return _broken(call) and any(key == _REQUEST_ID for key, _ in call.initial_metadata() or ())
+
+
+def _broken(call: FailedCall) -> bool:
+    if _status(call).details:
+        return False
+    # Cancelled by a proxy, not by us.
+    reset = call.code() is grpc.StatusCode.CANCELLED and "RST_STREAM" in (call.details() or "")
+    return reset or call.code() in _LOST
+
+
 def exception_from(
-    call: FailedCall, request_id: str, address: str, partial: object = None
+    call: FailedCall,
+    request_id: str,
+    address: str,
+    partial: object = None,
+    interrupted: type[errors.StreamInterrupted] | None = None,
 ) -> errors.JanuslensError:
-    """The typed exception for a failed call, with every detail that the server gave."""
+    """The typed exception for a failed call, with every detail that the server gave.
+
+    A stream of which something has come, or that the server had begun, is `interrupted` where the
+    connection broke.
+    """
     details = _error_details(call, request_id)
     kind = _EXCEPTIONS.get(call.code(), errors.InternalError)
+    begun = was_cut(call)
+    if begun or (partial is not None and _broken(call)):
+        details = replace(details, retry_after=0.0)
+        if interrupted is not None:
+            details = replace(details, reason="STREAM_INTERRUPTED")
+            text = f"the stream was cut: {call.details() or call.code().name}"
+            return interrupted(text, details, partial)
     if kind is errors.NotFound and details.reason.startswith("MODEL"):
         kind = errors.ModelNotFound
     return kind(_message(call, details, address), details, partial)

@@ -108,6 +108,9 @@ class ServerDraining(TryLater):
 
     reason = "SERVER_DRAINING"
 
+    def __init__(self, text: str, retry_after: float = 0.1) -> None:
+        super().__init__(text, retry_after)  # soon: another replica may be free now
+
 
 class QueueFull(TryLater):
     """As many requests wait for the device as the server allows."""

@@ -113,7 +113,8 @@ def test_every_option_is_an_argument_of_the_verb(
 ) -> None:
     import inspect
 
-    connection = {"server", "token", "secure", "timeout", "as_json"}
+    connection = {"server", "token", "secure", "timeout", "as_json", "resume"}
+    connection |= {"root_certificates", "client_certificate", "client_key"}
     options = {parameter.name for parameter in command.params} - own - connection
     assert options <= set(inspect.signature(verb).parameters)  # type: ignore[arg-type]
 

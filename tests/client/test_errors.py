@@ -25,12 +25,16 @@ class Failure:
     status: grpc.StatusCode
     message: str | None = "something happened"
     trailing: Sequence[tuple[str, str | bytes]] | None = ()
+    initial: Sequence[tuple[str, str | bytes]] | None = ()
 
     def code(self) -> grpc.StatusCode:
         return self.status
 
     def details(self) -> str | None:
         return self.message
+
+    def initial_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
+        return self.initial
 
     def trailing_metadata(self) -> Sequence[tuple[str, str | bytes]] | None:
         return self.trailing

@@ -8,7 +8,7 @@ first needs it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from januslens._errors import ErrorDetails, ProtocolViolation, StreamInterrupted
 from januslens._results.tokens import TokenTable
@@ -29,6 +29,8 @@ ResultT = TypeVar("ResultT")
 
 class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
     """Takes a stream's messages one by one and gives back what they complete."""
+
+    interrupted: ClassVar[type[StreamInterrupted]]
 
     def __init__(self) -> None:
         self.responses: list[ResponseT] = []
@@ -54,16 +56,18 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
             StreamInterrupted: The summary has not come; `partial` holds what has.
             ProtocolViolation: The summary came, but no header.
         """
-        if not self._summed_up():
-            raise StreamInterrupted(
-                f"the stream ended after {len(self.responses)} messages, without its summary",
-                ErrorDetails("DATA_LOSS", "STREAM_INTERRUPTED", self.request_id),
-                self.partial(),
-            )
+        if not self.complete:
+            raise self.interruption()
         whole = self.partial()
         if whole is None:
             raise self.violation("expected a header before the summary; got none")
         return whole
+
+    def interruption(self, text: str | None = None) -> StreamInterrupted:
+        """The error to raise where the stream ends before its summary."""
+        details = ErrorDetails("DATA_LOSS", "STREAM_INTERRUPTED", self.request_id, retry_after=0.0)
+        came = f"the stream ended after {len(self.responses)} messages, without its summary"
+        return self.interrupted(text or came, details, self.partial())
 
     def violation(self, text: str) -> ProtocolViolation:
         """The error to raise where the stream is not what the contract allows."""
@@ -74,8 +78,9 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
     def partial(self) -> ResultT | None:
         """What has come so far; None before the header."""
 
+    @property
     @abstractmethod
-    def _summed_up(self) -> bool:
+    def complete(self) -> bool:
         """Whether the summary has come."""
 
     @abstractmethod

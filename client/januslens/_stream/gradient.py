@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from januslens._errors import GradientInterrupted
 from januslens._results.gradient import Gradient
 from januslens._results.gradient_events import GradientHeader, GradientSummary
 from januslens._results.kinds import MATRIX_KINDS
@@ -14,6 +15,8 @@ GradientEvent = GradientHeader | Matrix | GradientSummary
 
 class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, GradientEvent, Gradient]):
     """Joins the messages of a GradientLens into its header, matrices and summary."""
+
+    interrupted = GradientInterrupted
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +33,9 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
         header = GradientHeader.from_message(self._header, self.tokens)
         return Gradient.from_parts(header, self._matrices, self._summary, self.responses)
 
-    def _summed_up(self) -> bool:
+    @property
+    def complete(self) -> bool:
+        """Whether the summary has come."""
         return self._summary is not None
 
     def _read(self, response: gradient_lens_pb2.GradientLensResponse) -> GradientEvent | None:

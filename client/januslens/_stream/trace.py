@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from januslens._errors import TraceInterrupted
 from januslens._results.nodes import Node
 from januslens._results.trace import Trace
 from januslens._results.trace_events import LayerGraph, TraceHeader, TraceSummary
@@ -13,6 +14,8 @@ TraceEvent = TraceHeader | LayerGraph | TraceSummary
 
 class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
     """Joins the messages of a Trace into its header, layers and summary."""
+
+    interrupted = TraceInterrupted
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +33,9 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
         header = TraceHeader.from_message(self._header, self.tokens)
         return Trace.from_parts(header, self._layers, self._summary, self.responses)
 
-    def _summed_up(self) -> bool:
+    @property
+    def complete(self) -> bool:
+        """Whether the summary has come."""
         return self._summary is not None
 
     def _read(self, response: trace_pb2.TraceResponse) -> TraceEvent | None:

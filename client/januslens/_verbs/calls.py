@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from google.protobuf.message import Message
 
 from januslens._stream.assembler import Assembler, EventT, ResponseT, ResultT
+from januslens._stream.splice import Splice
 
 ReturnT = TypeVar("ReturnT")
 
@@ -28,12 +29,16 @@ class UnaryCall:
 
 @dataclass(frozen=True)
 class StreamCall(Generic[ResponseT, EventT, ResultT]):
-    """One message out, a stream back. `timeout` in seconds, None = the client's."""
+    """One message out, a stream back. `timeout` in seconds, None = the client's.
+
+    `splice` joins the answers of several calls, where the client resumes what was cut.
+    """
 
     method: str
     request: Message
     timeout: float | None
     assembler: Assembler[ResponseT, EventT, ResultT]
+    splice: Splice[Any, ResponseT]
 
 
 # The responses sent into it are of the type that belongs to the method just yielded.

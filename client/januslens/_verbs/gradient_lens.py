@@ -18,6 +18,7 @@ from januslens._requests.matrices import matrix_numbers
 from januslens._results.gradient import Gradient
 from januslens._results.kinds import LENSES, Lens, MatrixKind
 from januslens._stream.gradient import GradientAssembler, GradientEvent
+from januslens._stream.gradient_splice import GradientSplice
 from januslens._verbs.calls import StreamCall
 from januslens.v1 import gradient_lens_pb2
 
@@ -76,7 +77,7 @@ def gradient_lens(  # noqa: PLR0913 - by keyword
     Raises:
         TypeError: An argument has a type that no request can hold.
         ValueError: An argument has a value that no server could accept.
-        StreamInterrupted: The stream ended early; its `partial` is the gradient so far.
+        GradientInterrupted: The stream was cut; its `partial` is the gradient so far.
         JanuslensError: The call failed; see `januslens._errors` for the kinds.
     """
     request = gradient_lens_pb2.GradientLensRequest(
@@ -98,7 +99,9 @@ def gradient_lens(  # noqa: PLR0913 - by keyword
         allow_batching=allow_batching,
     )
     set_loss(request, _one_loss(target, loss))
-    return StreamCall("GradientLens", request, timeout, GradientAssembler())
+    return StreamCall(
+        "GradientLens", request, timeout, GradientAssembler(), GradientSplice(request)
+    )
 
 
 def _one_loss(target: TargetLike | None, loss: Loss | None) -> Loss:

@@ -18,6 +18,7 @@ from januslens._requests.inputs import (
 from januslens._results.kinds import LENSES, NODE_KINDS, Lens, NodeKind
 from januslens._results.trace import Trace
 from januslens._stream.trace import TraceAssembler, TraceEvent
+from januslens._stream.trace_splice import TraceSplice
 from januslens._verbs.calls import StreamCall
 from januslens.v1 import trace_pb2
 
@@ -73,7 +74,7 @@ def trace(  # noqa: PLR0913 - by keyword
     Raises:
         TypeError: An argument has a type that no request can hold.
         ValueError: An argument has a value that no server could accept.
-        StreamInterrupted: The stream ended early; its `partial` is the trace so far.
+        TraceInterrupted: The stream was cut; its `partial` is the trace so far.
         JanuslensError: The call failed; see `januslens._errors` for the kinds.
     """
     numbers, all_positions = position_numbers(positions)
@@ -96,7 +97,7 @@ def trace(  # noqa: PLR0913 - by keyword
         allow_batching=allow_batching,
         include_checks=checks,
     )
-    return StreamCall("Trace", request, timeout, TraceAssembler())
+    return StreamCall("Trace", request, timeout, TraceAssembler(), TraceSplice(request))
 
 
 def _selection(

@@ -17,6 +17,10 @@ from januslens.cli.interrupt import interruptible
 
 P = ParamSpec("P")
 
+_FILE = click.Path(exists=True, dir_okay=False)
+
+# The options that are a client's arguments as they are.
+_CONNECTION = ("token", "secure", "root_certificates", "resume", "timeout")
 # A client's arguments, by name.
 Connection = dict[str, Any]
 
@@ -37,6 +41,16 @@ _CONNECTION_OPTIONS = (
         help="Bearer token, where the server wants one.",
     ),
     click.option("--secure", is_flag=True, help="Encrypt, trusting the system's certificates."),
+    click.option(
+        "--root-certificates",
+        type=_FILE,
+        envvar="JANUSLENS_ROOT_CERTIFICATES",
+        show_envvar=True,
+        help="Encrypt, trusting the authorities in this PEM file.",
+    ),
+    click.option("--client-certificate", type=_FILE, help="PEM file that shows who asks."),
+    click.option("--client-key", type=_FILE, help="PEM file with the certificate's private key."),
+    click.option("--resume", is_flag=True, help="Ask another replica for the rest of a cut call."),
     click.option("--timeout", type=click.FloatRange(min=0.001), help="Seconds to wait at most."),
 )
 
@@ -55,12 +69,13 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(
         server: str,
-        token: str | None,
-        secure: bool,
-        timeout: float | None,
+        client_certificate: str | None,
+        client_key: str | None,
         **others: Any,
     ) -> None:
-        connection = {"address": server, "token": token, "secure": secure, "timeout": timeout}
+        connection = {name: others.pop(name) for name in _CONNECTION}
+        connection["address"] = server
+        connection["client_certificate"] = _pair(client_certificate, client_key)
         command(connection, **others)
 
     decorated: Callable[..., None] = run
@@ -85,6 +100,15 @@ def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callab
             command(client, as_json, *args, **kwargs)
 
     return with_connection(_json_option(run))
+
+
+def _pair(certificate: str | None, key: str | None) -> tuple[str, str] | None:
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        message = "expected --client-certificate and --client-key together; got one of them"
+        raise click.UsageError(message, click.get_current_context())
+    return certificate, key
 
 
 def _print_json(message: Message) -> None:

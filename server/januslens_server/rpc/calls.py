@@ -13,12 +13,12 @@ import grpc
 from google.protobuf.message import Message
 
 from januslens_server import telemetry
-from januslens_server.errors import IntrospectionError
+from januslens_server.errors import IntrospectionError, TryLater
 from januslens_server.results import Cost
 from januslens_server.rpc.callers import Context, caller_of
 from januslens_server.rpc.measures import rpc_labels
 from januslens_server.rpc.methods import SERVICE_NAME
-from januslens_server.rpc.status import DETAILS_KEY, code_of, status_of
+from januslens_server.rpc.status import DETAILS_KEY, code_of, milliseconds, status_of
 from januslens_server.scheduling.ticket import Ticket
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 MessageT = TypeVar("MessageT", bound=Message)
 
 REQUEST_ID_KEY = "x-request-id"
+# After which pause gRPC is to repeat the call.
+PUSHBACK_KEY = "grpc-retry-pushback-ms"
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -35,6 +37,9 @@ class Call:
     Entering gives the call itself, with its `request_id`, its `caller` and gRPC's `context`.
     Leaving counts, times and logs it, and turns an error into the status of `rpc.status`; nothing
     is swallowed, an error always ends the call.
+
+    A client's gRPC repeats a call that ends UNAVAILABLE, but only until it has headers. So these
+    are sent once the request is admitted, `begin`, and not at all where it may be sent elsewhere.
     """
 
     def __init__(self, method: str, context: Context, service: str = SERVICE_NAME) -> None:
@@ -45,6 +50,7 @@ class Call:
         self.request_id = _request_id(context)
         self.caller = caller_of(context)
         self.started = time.perf_counter()
+        self._begun = False
         self._notes: dict[str, Any] = {}
         self._ticket: Ticket | None = None
 
@@ -69,8 +75,13 @@ class Call:
 
     async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(*self._labels).inc()
-        await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
         return self
+
+    async def begin(self) -> None:
+        """Send the headers: from now on nobody repeats the call by itself."""
+        if not self._begun:
+            self._begun = True
+            await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
 
     async def __aexit__(
         self,
@@ -79,6 +90,7 @@ class Call:
         _traceback: TracebackType | None,
     ) -> None:
         if error is None:
+            await self.begin()
             self._end(grpc.StatusCode.OK)
         elif isinstance(error, Exception):
             await self._abort(error)
@@ -95,8 +107,14 @@ class Call:
         status = status_of(error, self.request_id)
         code = code_of(status)
         self._end(code)
-        details = ((DETAILS_KEY, status.SerializeToString()),)
-        await self.context.abort(code, status.message, trailing_metadata=details)
+        trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
+        if code is not grpc.StatusCode.UNAVAILABLE:
+            await self.begin()
+        else:
+            trailers.append((REQUEST_ID_KEY, self.request_id))
+            if isinstance(error, TryLater):
+                trailers.append((PUSHBACK_KEY, str(milliseconds(error.retry_after))))
+        await self.context.abort(code, status.message, trailing_metadata=tuple(trailers))
 
     def _end(self, code: grpc.StatusCode) -> None:
         seconds = time.perf_counter() - self.started

@@ -68,9 +68,14 @@ def _details(error: errors.IntrospectionError) -> list[Message]:
         return [error_details_pb2.BadRequest(field_violations=violations)]
     if isinstance(error, errors.TryLater):
         delay = duration_pb2.Duration(nanos=0)
-        delay.FromMilliseconds(round(1000 * error.retry_after))
+        delay.FromMilliseconds(milliseconds(error.retry_after))
         return [error_details_pb2.RetryInfo(retry_delay=delay)]
     return []
+
+
+def milliseconds(seconds: float) -> int:
+    """As retry pauses are sent."""
+    return round(1000 * seconds)
 
 
 def shortened(text: str, limit: int = TEXT_BYTES) -> str:

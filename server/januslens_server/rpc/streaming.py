@@ -57,6 +57,7 @@ class DeviceStreams:
         self._worker.submit(run, outlet, ticket)
         self._count(1)
         try:
+            await call.begin()
             async for result in outlet.items():
                 yield result
         finally:

@@ -1,0 +1,169 @@
+"""Two servers behind one name, one of which is killed in the middle of what it does."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from januslens import (
+    AsyncClient,
+    Client,
+    GradientInterrupted,
+    LayerGraph,
+    Matrix,
+    StreamInterrupted,
+    Trace,
+    TraceInterrupted,
+)
+from tests.support.calls import timeless
+from tests.support.metrics import sample
+from tests.support.replicas import Replicas, running_replicas
+
+IDS = list(range(300, 312))
+# Seconds of work for the demo, so that there is time to kill the server in.
+MUCH: dict[str, Any] = {"positions": "all", "overlap_k": 500, "top_k": 2, "bottom_k": 0}
+# More than the buffers on the way hold: the server cannot have ended when the first part is read.
+LEARN: dict[str, Any] = {
+    "matrices": ["q", "k", "v", "o", "ff1", "ff2"],
+    "components": 0,
+    "factors": True,
+    "top_k": 900,
+    "bottom_k": 0,
+}
+MANY_IDS = list(range(300, 336))
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Replicas]:
+    with running_replicas(2) as replicas:
+        yield replicas
+
+
+@pytest.fixture
+def replicas(pair: Replicas) -> Replicas:
+    """Both alive and ready, whatever the test before did."""
+    for number, server in enumerate(pair.servers):
+        if server.process.poll() is not None:
+            pair.start(number)
+    for server in pair.servers:
+        server.wait_for("ready")
+    return pair
+
+
+def same(found: Trace) -> Trace:
+    """A result without what differs by design: the call's id and its times."""
+    assert found.summary is not None
+    header = replace(found.header, request_id="")
+    return replace(found, header=header, summary=replace(found.summary, times=()))
+
+
+def test_a_trace_goes_on_at_the_other_server(
+    replicas: Replicas, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Client(replicas.address, resume=True, timeout=120) as client:
+        with caplog.at_level(logging.WARNING), client.stream_trace(IDS, **MUCH) as stream:
+            for event in stream:
+                if isinstance(event, LayerGraph) and not stream.interruptions:
+                    replicas.kill(replicas.serving("Trace"))
+            found = stream.result()
+        (cut,) = stream.interruptions
+        assert isinstance(cut, TraceInterrupted)
+        assert f"Trace {cut.request_id} was cut" in caplog.text
+        assert isinstance(cut.partial, Trace)
+        assert 1 <= len(cut.partial.layers) < 4
+        whole = client.trace(IDS, **MUCH)
+    assert same(found) == same(whole)
+
+
+def test_without_resume_the_cut_raises_with_what_came(replicas: Replicas) -> None:
+    with Client(replicas.address, timeout=120) as client:
+        stream = client.stream_trace(IDS, **MUCH)
+        while not isinstance(next(stream), LayerGraph):
+            pass
+        replicas.kill(replicas.serving("Trace"))
+        with pytest.raises(TraceInterrupted) as caught:
+            stream.result()
+    assert isinstance(caught.value.partial, Trace)
+    assert caught.value.partial.layers
+    assert (caught.value.reason, caught.value.retry_after) == ("STREAM_INTERRUPTED", 0.0)
+
+
+async def test_a_gradient_goes_on_at_the_other_server(replicas: Replicas) -> None:
+    async with AsyncClient(replicas.address, resume=True, timeout=120) as client:
+        async with client.stream_gradient_lens(MANY_IDS, [5], **LEARN) as stream:
+            async for event in stream:
+                if isinstance(event, Matrix) and not stream.interruptions:
+                    replicas.kill(replicas.serving("GradientLens"))
+            found = await stream.result()
+        (cut,) = stream.interruptions
+        assert isinstance(cut, GradientInterrupted)
+        whole = await client.gradient_lens(MANY_IDS, [5], **LEARN)
+    assert found.summary is not None
+    assert found.summary.matrices == len(whole.matrices) == 24
+    assert [timeless(m) for m in found.responses] == [timeless(m) for m in whole.responses]
+
+
+@pytest.mark.soak
+def test_what_waits_for_the_device_of_a_lost_server_is_asked_for_again(replicas: Replicas) -> None:
+    """It had been admitted: without `resume` nobody repeats it, and there is nothing partial."""
+    with Client(replicas.address, timeout=120) as client:
+        outcomes: list[Trace | StreamInterrupted] = []
+
+        def ask(resume: bool) -> None:
+            with Client(f"127.0.0.1:{replicas.ports[0]}", resume=resume) as own:
+                try:
+                    outcomes.append(own.trace(IDS, timeout=30))
+                except StreamInterrupted as cut:
+                    outcomes.append(cut)
+
+        with Client(f"127.0.0.1:{replicas.ports[0]}") as busy:
+            stream = busy.stream_trace(IDS, **MUCH)
+            next(stream)
+            callers = [threading.Thread(target=ask, args=(resume,)) for resume in (False, True)]
+            for caller in callers:
+                caller.start()
+            deadline = time.monotonic() + 20
+            while waiting(replicas) < 2 and time.monotonic() < deadline:
+                time.sleep(0.02)
+            replicas.kill(0)
+            replicas.start(0)
+            for caller in callers:
+                caller.join()
+        assert client.tokenize("Japan")
+    assert {type(outcome) for outcome in outcomes} == {Trace, TraceInterrupted}
+    cut = next(outcome for outcome in outcomes if isinstance(outcome, TraceInterrupted))
+    assert cut.partial is None
+
+
+def waiting(replicas: Replicas) -> float:
+    return sample(replicas.servers[0], "januslens_queue_depth")
+
+
+@pytest.mark.soak
+def test_calls_that_no_server_has_begun_are_repeated_in_silence(replicas: Replicas) -> None:
+    with Client(replicas.address, timeout=60) as client:
+        for number in (0, 1):
+            assert client.tokenize("Japan")
+            replicas.kill(number)
+            assert all(client.tokenize("Japan") for _ in range(20))
+            replicas.start(number)
+            replicas.servers[number].wait_for("ready")
+
+
+def test_a_server_that_drains_sends_calls_to_the_other(replicas: Replicas) -> None:
+    with Client(replicas.address, timeout=60) as client:
+        stream = client.stream_trace(IDS, **MUCH)
+        next(stream)
+        draining = replicas.servers[replicas.serving("Trace")]
+        draining.process.terminate()
+        draining.wait_for("draining")
+        for _ in range(10):
+            assert len(client.trace(IDS, layers=[0]).layers) == 1
+        assert stream.result().summary
+    assert draining.process.wait(timeout=30) == 0
