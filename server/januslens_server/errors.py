@@ -13,6 +13,7 @@ The tree (the `rpc` package alone knows which gRPC status each becomes)::
     |   |-- ModelLoading
     |   |-- ServerDraining
     |   |-- QueueFull
+    |   |-- QuotaSpent
     |   `-- OutOfMemory
     |-- DeadlinePassed
     |-- RequestCancelled
@@ -116,6 +117,19 @@ class QueueFull(TryLater):
     """As many requests wait for the device as the server allows."""
 
     reason = "QUEUE_FULL"
+
+
+class QuotaSpent(TryLater):
+    """The caller has taken what the operator grants to it."""
+
+    reason = "QUOTA_SPENT"
+
+    def __init__(self, caller: str, quota: str, retry_after: float) -> None:
+        """`quota` says what of, and how much."""
+        text = f"expected at most {quota} of {caller}; try again in {retry_after:.3g} s"
+        super().__init__(text, retry_after)
+        self.caller = caller
+        self.quota = quota
 
 
 class OutOfMemory(TryLater):

@@ -18,6 +18,7 @@ from prometheus_client import start_http_server
 
 from januslens_server import gauges, telemetry
 from januslens_server.access.directory import CallersFile
+from januslens_server.access.quotas import QuotaBook
 from januslens_server.config import Settings
 from januslens_server.models.exhaustion import in_service_terms
 from januslens_server.models.loading import ModelSource
@@ -60,9 +61,12 @@ async def serve(settings: Settings) -> None:
     registry = Registry(_sources(settings), _check(settings, paces), observe)
     admission = Admission(_limits(settings), paces)
     streams = DeviceStreams(worker, settings.stall_seconds)
-    service = IntrospectionService(registry, admission, streams, log_prompts=settings.log_prompts)
+    quotas = QuotaBook()
+    service = IntrospectionService(
+        registry, admission, streams, quotas=quotas, log_prompts=settings.log_prompts
+    )
     callers = _callers(settings)
-    server = build_server(service, health, settings.max_connection_age_seconds, callers)
+    server = build_server(service, health, settings.max_connection_age_seconds, callers, quotas)
     await health.update(registry.statuses())
     for status in registry.statuses():
         gauges.show_model(status)

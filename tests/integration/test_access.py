@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
@@ -15,13 +16,14 @@ import grpc
 import pytest
 import yaml
 from google.protobuf.message import Message
+from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from januslens.v1 import models_pb2, trace_pb2
 from januslens_server.access.tokens import digest, new_token
 from januslens_server.demo import model_path
-from tests.support.calls import SERVICE, Refusal, methods, prompt, refusal, started
+from tests.support.calls import SERVICE, Refusal, long_trace, methods, prompt, refusal, started
 from tests.support.certificates import replace
 from tests.support.server import ServerProcess, running_server
 
@@ -76,6 +78,9 @@ USUAL: dict[str, dict[str, Any]] = {
     "ada": {"models": ["one"], "rpcs": ["Tokenize", "ListModels"]},
     "late": {"expires": date(2020, 1, 1)},
     "none": {"models": []},
+    "few": {"quotas": {"requests_per_minute": 3}},
+    "one": {"quotas": {"concurrent": 1}},
+    "little": {"quotas": {"device_seconds_per_minute": 0.001}},
 }
 
 
@@ -176,6 +181,47 @@ def test_health_is_open_and_reflection_is_not(access: Access) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         list(ask(None))
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+def assert_spent(answer: Refusal, caller: str, quota: str) -> None:
+    assert answer.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert (answer.reason, answer.info.domain) == ("QUOTA_SPENT", "januslens")
+    assert answer.retry_after is not None
+    assert answer.retry_after > 0
+    failure = answer.detail(error_details_pb2.QuotaFailure)
+    assert failure is not None
+    (violation,) = failure.violations
+    assert (violation.subject, violation.description) == (f"caller:{caller}", f"at most {quota}")
+
+
+def test_a_rate_is_spent_by_any_call(access: Access) -> None:
+    few = access.tokens["few"]
+    for request in (TEXT, LIST, TEXT):
+        method = "ListModels" if request is LIST else "Tokenize"
+        assert access.started(method, request, few).result()
+    assert_spent(access.refused("Trace", TRACE, few), "few", "3 requests a minute")
+
+
+def test_requests_at_once_are_counted_until_they_end(access: Access) -> None:
+    one = access.tokens["one"]
+    long = long_trace(20)
+    long.model = "one"
+    running = access.started("Trace", long, one)
+    next(running)
+    assert_spent(access.refused("Tokenize", TEXT, one), "one", "1 requests at once")
+    running.cancel()
+    deadline = time.monotonic() + 20
+    while access.started("Tokenize", TEXT, one).exception() is not None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_seconds_of_the_device_are_spent(access: Access) -> None:
+    little = access.tokens["little"]
+    assert list(access.started("Trace", TRACE, little))
+    answer = access.refused("Trace", TRACE, little)
+    assert_spent(answer, "little", "0.001 s of the device a minute")
+    assert access.started("Tokenize", TEXT, little).result().tokens  # takes none of them
 
 
 def test_an_unknown_method_stays_unknown(access: Access) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health
 
+from januslens_server.access.callers import Caller, Quotas
 from januslens_server.access.directory import Directory
-from januslens_server.errors import IntrospectionError, PermissionDenied
+from januslens_server.access.quotas import QuotaBook
+from januslens_server.errors import IntrospectionError, PermissionDenied, QuotaSpent
 from januslens_server.rpc.callers import Context, asked_by
 from januslens_server.rpc.calls import Call
 from januslens_server.rpc.methods import SERVICE_NAME
@@ -21,12 +24,13 @@ SCHEME = "bearer "
 class Authentication(grpc.aio.ServerInterceptor):
     """Finds the caller of every RPC but those of health, and refuses who may not call it.
 
-    A refused request is not parsed.
+    A refused request is not parsed. One that is let through counts against the caller's quotas.
     """
 
-    def __init__(self, directory: Directory) -> None:
-        """`directory` knows the callers."""
+    def __init__(self, directory: Directory, quotas: QuotaBook) -> None:
+        """`directory` knows the callers, `quotas` what each has taken."""
         self._directory = directory
+        self._quotas = quotas
 
     async def intercept_service(
         self,
@@ -45,7 +49,23 @@ class Authentication(grpc.aio.ServerInterceptor):
         except IntrospectionError as error:
             return _refusing(service, name, error, handler)
         asked_by(caller)  # gRPC runs the handler in the task that runs this
-        return handler
+        if service != SERVICE_NAME or caller.quotas == Quotas():
+            return handler
+        return _like(handler, self._counted(service, name, caller, handler))
+
+    def _counted(self, service: str, name: str, caller: Caller, handler: Any) -> Any:
+        answer = handler.unary_stream or handler.unary_unary
+
+        async def counted(request: Any, context: Context) -> Any:
+            with ExitStack() as open_request:
+                try:
+                    open_request.enter_context(self._quotas.request(caller))
+                except QuotaSpent as spent:
+                    async with Call(name, context, service):
+                        raise spent from None
+                return await answer(request, context)
+
+        return counted
 
 
 def _token(details: grpc.HandlerCallDetails) -> str | None:
@@ -62,8 +82,14 @@ def _refusing(service: str, name: str, error: IntrospectionError, handler: Any) 
         async with Call(name, context, service):
             raise error
 
+    return _like(handler, refuse, parsed=False)
+
+
+def _like(handler: Any, answer: Any, *, parsed: bool = True) -> Any:
+    """A handler of the same kind that answers so; `parsed` hands it messages instead of bytes."""
+    parse = handler.request_deserializer if parsed else None
     if handler.request_streaming:
-        return grpc.stream_stream_rpc_method_handler(refuse)
+        return grpc.stream_stream_rpc_method_handler(answer, parse)
     if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(refuse)
-    return grpc.unary_unary_rpc_method_handler(refuse)
+        return grpc.unary_stream_rpc_method_handler(answer, parse, handler.response_serializer)
+    return grpc.unary_unary_rpc_method_handler(answer, parse, handler.response_serializer)

@@ -8,6 +8,7 @@ from grpc_reflection.v1alpha import reflection
 
 from januslens.v1 import service_pb2_grpc
 from januslens_server.access.directory import Directory, Open
+from januslens_server.access.quotas import QuotaBook
 from januslens_server.rpc import measures
 from januslens_server.rpc.authentication import Authentication
 from januslens_server.rpc.health import Health
@@ -29,18 +30,19 @@ def build_server(
     health_service: Health,
     max_connection_age: float | None = None,
     directory: Directory | None = None,
+    quotas: QuotaBook | None = None,
 ) -> grpc.aio.Server:
     """Introspection, health and reflection, not yet listening.
 
     A connection older than `max_connection_age` seconds takes no further calls; those that run on
-    it come to their end. `directory` knows who may ask for what; without one anyone may ask for
-    anything.
+    it come to their end. `directory` knows who may ask for what, and `quotas` how much of it has
+    been taken; without them anyone may ask for anything.
     """
     measures.declare()
     options = [*OPTIONS]
     if max_connection_age is not None:
         options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))
-    interceptors = [Authentication(directory or Open()), WireFormat()]
+    interceptors = [Authentication(directory or Open(), quotas or QuotaBook()), WireFormat()]
     server = grpc.aio.server(interceptors=interceptors, options=options)
     service_pb2_grpc.add_IntrospectionServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)

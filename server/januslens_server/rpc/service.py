@@ -18,6 +18,7 @@ from januslens.v1 import (
     service_pb2_grpc,
     trace_pb2,
 )
+from januslens_server.access.quotas import QuotaBook
 from januslens_server.errors import InvalidRequest
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
@@ -61,9 +62,11 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         admission: Admission,
         device: DeviceStreams,
         *,
+        quotas: QuotaBook | None = None,
         log_prompts: bool = False,
     ) -> None:
-        """Serve `registry`'s models on `device`, what `admission` lets through."""
+        """Serve `registry`'s models on `device`, what `admission` and `quotas` let through."""
+        self._quotas = quotas or QuotaBook()
         self._log_prompts = log_prompts
         self._registry = registry
         self._admission = admission
@@ -191,10 +194,14 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         if self._log_prompts and hasattr(spec, "prompt"):
             call.note(prompt=spec.prompt)
         cost = (await self._admission.admit(model, spec)).cost
+        self._quotas.charge(asking(), cost.seconds)
         ticket = call.ticket(cost)
         run = partial(pipeline, model, spec)
-        async with aclosing(self._device.results(run, ticket)) as results:
-            async for result in results:
-                call.note(**sizes_of(result))
-                yield result
+        try:
+            async with aclosing(self._device.results(run, ticket, call.begin)) as results:
+                async for result in results:
+                    call.note(**sizes_of(result))
+                    yield result
+        finally:
+            self._quotas.settle(asking(), cost.seconds, ticket.spent)
         self._admission.learn(model, spec, cost, ticket.spent)

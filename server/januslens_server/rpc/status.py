@@ -27,6 +27,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.ModelLoading: grpc.StatusCode.UNAVAILABLE,
     errors.ServerDraining: grpc.StatusCode.UNAVAILABLE,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.QuotaSpent: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.RequestCancelled: grpc.StatusCode.CANCELLED,
@@ -69,8 +70,17 @@ def _details(error: errors.IntrospectionError) -> list[Message]:
     if isinstance(error, errors.TryLater):
         delay = duration_pb2.Duration(nanos=0)
         delay.FromMilliseconds(milliseconds(error.retry_after))
-        return [error_details_pb2.RetryInfo(retry_delay=delay)]
+        return [error_details_pb2.RetryInfo(retry_delay=delay), *_quota_details(error)]
     return []
+
+
+def _quota_details(error: errors.TryLater) -> list[Message]:
+    if not isinstance(error, errors.QuotaSpent):
+        return []
+    violation = error_details_pb2.QuotaFailure.Violation(
+        subject=f"caller:{error.caller}", description=f"at most {error.quota}"
+    )
+    return [error_details_pb2.QuotaFailure(violations=[violation])]
 
 
 def milliseconds(seconds: float) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -51,13 +51,18 @@ class DeviceStreams:
             return False
         return True
 
-    async def results(self, run: Run[Result], ticket: Ticket) -> AsyncGenerator[Result]:
-        """The pipeline's results; it is cancelled when this iterator is closed early."""
+    async def results(
+        self, run: Run[Result], ticket: Ticket, admitted: Callable[[], Awaitable[None]]
+    ) -> AsyncGenerator[Result]:
+        """The pipeline's results; it is cancelled when this iterator is closed early.
+
+        `admitted` is awaited once the request has its place in the queue.
+        """
         outlet: Outlet[Result] = Outlet(OUTLET_BYTES, _bytes)
         self._worker.submit(run, outlet, ticket)
         self._count(1)
         try:
-            await call.begin()
+            await admitted()
             async for result in outlet.items():
                 yield result
         finally:

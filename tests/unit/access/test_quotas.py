@@ -1,0 +1,117 @@
+"""What is left of a quota, on a clock that stands still until it is told."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from januslens_server.access.callers import Caller, Quotas
+from januslens_server.access.quotas import QuotaBook
+from januslens_server.errors import QuotaSpent
+
+
+class Clock:
+    seconds = 0.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def book(clock: Clock) -> QuotaBook:
+    return QuotaBook(clock)
+
+
+def ada(**quotas: float) -> Caller:
+    return Caller("ada", quotas=Quotas(**quotas))  # type: ignore[arg-type]  # by name
+
+
+def test_without_quotas_there_is_no_end(book: QuotaBook) -> None:
+    with ExitStack() as requests:
+        for _ in range(1000):
+            requests.enter_context(book.request(ada()))
+            book.charge(ada(), 1e9)
+
+
+def test_requests_at_once(book: QuotaBook) -> None:
+    two = ada(concurrent=2)
+    with book.request(two), book.request(two):
+        with pytest.raises(QuotaSpent, match="2 requests at once of ada"), book.request(two):
+            pass
+        with book.request(Caller("bob", quotas=Quotas(concurrent=2))):
+            pass
+    with book.request(ada(concurrent=2)):
+        pass
+
+
+def test_a_request_that_fails_is_over(book: QuotaBook) -> None:
+    for _ in range(3):
+        with pytest.raises(KeyError), book.request(ada(concurrent=1)):
+            raise KeyError
+
+
+def test_a_minutes_worth_of_requests_then_evenly(book: QuotaBook, clock: Clock) -> None:
+    caller = ada(requests_per_minute=6)
+
+    def ask() -> None:
+        with book.request(caller):
+            pass
+
+    for _ in range(6):
+        ask()
+    with pytest.raises(QuotaSpent) as spent:
+        ask()
+    assert spent.value.retry_after == pytest.approx(10)
+    clock.seconds += 9.9
+    with pytest.raises(QuotaSpent):
+        ask()
+    clock.seconds += 0.2
+    ask()
+    with pytest.raises(QuotaSpent):
+        ask()
+    clock.seconds += 3600
+    for _ in range(6):
+        ask()
+    with pytest.raises(QuotaSpent):
+        ask()
+
+
+def test_less_than_a_request_a_minute(book: QuotaBook, clock: Clock) -> None:
+    caller = ada(requests_per_minute=0.5)
+    with book.request(caller):
+        pass
+    clock.seconds += 119
+    with pytest.raises(QuotaSpent) as spent, book.request(caller):
+        pass
+    assert spent.value.retry_after == pytest.approx(1)
+    clock.seconds += 1.001
+    with book.request(caller):
+        pass
+
+
+def test_seconds_of_the_device_are_lent_and_settled(book: QuotaBook, clock: Clock) -> None:
+    caller = ada(device_seconds_per_minute=30)
+    book.charge(caller, 50)  # more than a minute brings
+    with pytest.raises(QuotaSpent) as spent:
+        book.charge(caller, 1)
+    assert spent.value.retry_after == pytest.approx(40)  # 20 s of debt at half a second a second
+    book.settle(caller, expected=50, used=10)
+    book.charge(caller, 19)
+    book.charge(caller, 2)
+    clock.seconds += 1
+    with pytest.raises(QuotaSpent):
+        book.charge(caller, 1)
+    clock.seconds += 2
+    book.charge(caller, 1)
+
+
+def test_a_quota_that_changes_keeps_what_was_taken(book: QuotaBook) -> None:
+    book.charge(ada(device_seconds_per_minute=30), 30.5)
+    with pytest.raises(QuotaSpent, match="60 s of the device a minute"):
+        book.charge(ada(device_seconds_per_minute=60), 1)
