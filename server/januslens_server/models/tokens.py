@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -9,9 +11,12 @@ from januslens_server.models.literal import literal_tokenizer
 from januslens_server.models.pieces import Pieces
 from januslens_server.results import Token
 
+# Entries that are kept: 64 k of some 200 bytes.
+ENTRIES = 2**16
+
 
 class Vocabulary:
-    """Reads and writes one model's tokens. Holds no state between calls."""
+    """Reads and writes one model's tokens. From call to call it keeps entries that it has read."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Wrap a fast tokenizer; slow ones cannot give character spans."""
@@ -20,6 +25,8 @@ class Vocabulary:
         self._prompts.no_padding()
         self._literal = literal_tokenizer(self._prompts)
         self._pieces = Pieces(self._prompts)
+        # Every stream names hundreds of them, most of them again and again.
+        self.token = lru_cache(ENTRIES)(self._entry)
 
     def encode(self, text: str, with_special_tokens: bool) -> list[Token]:
         """The tokens of `text` with the characters each came from.
@@ -34,7 +41,7 @@ class Vocabulary:
         tokens = self._tokens(encoded)
         return tokens[: len(tokens) - _added_behind(encoded)]
 
-    def token(self, token_id: int) -> Token:
+    def _entry(self, token_id: int) -> Token:
         """One vocabulary entry, without a place in a text."""
         return self._token(token_id, None, None)
 

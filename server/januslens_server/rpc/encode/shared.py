@@ -60,7 +60,9 @@ class TokenTexts:
         size = 0
         for part in parts:
             tokens = self.unsent(part.projections)
-            added = sum(message.ByteSize() + FRAME_BYTES for message in (part.message, *tokens))
+            added = part.message.ByteSize() + FRAME_BYTES
+            for token in tokens:
+                added += token.ByteSize() + FRAME_BYTES
             if piece and size + added > limit:
                 yield piece
                 piece, size = defaultdict(list), 0
@@ -72,19 +74,19 @@ class TokenTexts:
 
     def unsent(self, projections: Iterable[lens_pb2.Projection]) -> list[common_pb2.Token]:
         """Tokens that the projections name and no earlier message brought."""
-        named = {
-            token_id
-            for projection in projections
-            for ids in (projection.top_token_ids, projection.bottom_token_ids)
-            for token_id in ids
-        }
+        named: set[int] = set()
+        for projection in projections:
+            named.update(projection.top_token_ids)
+            named.update(projection.bottom_token_ids)
         return self.texts(named)
 
     def texts(self, ids: Iterable[int]) -> list[common_pb2.Token]:
         """Those of `ids` that no earlier message brought, by id."""
-        fresh = sorted(set(ids) - self._sent)
-        self._sent.update(fresh)
-        return [token_message(self._read_token(token_id)) for token_id in fresh]
+        fresh = set(ids) - self._sent
+        if not fresh:
+            return []
+        self._sent |= fresh
+        return [token_message(self._read_token(token_id)) for token_id in sorted(fresh)]
 
 
 def token_message(token: Token) -> common_pb2.Token:
