@@ -14,7 +14,9 @@ The tree (the `rpc` package alone knows which gRPC status each becomes)::
     |   |-- ServerDraining
     |   |-- QueueFull
     |   |-- QuotaSpent
-    |   `-- OutOfMemory
+    |   |-- OutOfMemory
+    |   `-- DeviceLost          until the process is started anew
+    |-- NotFinite               the model overflows on this prompt
     |-- DeadlinePassed
     |-- RequestCancelled
     `-- ReaderStalled
@@ -136,6 +138,23 @@ class OutOfMemory(TryLater):
     """The device had no memory left for this request."""
 
     reason = "OUT_OF_MEMORY"
+
+
+class DeviceLost(TryLater):
+    """The device computes no more: what another replica may still do."""
+
+    reason = "DEVICE_LOST"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the server's device does not compute any more; ask another replica", retry_after=10.0
+        )
+
+
+class NotFinite(IntrospectionError):
+    """The model's own numbers for this prompt are infinite or none."""
+
+    reason = "NOT_FINITE"
 
 
 class DeadlinePassed(IntrospectionError):

@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from januslens_server import gauges, telemetry
 from januslens_server.access.directory import CallersFile
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.config import Settings
-from januslens_server.models.exhaustion import in_service_terms
+from januslens_server.models.failures import in_service_terms
 from januslens_server.models.loading import ModelSource
 from januslens_server.models.registry import Registry, SelfCheck, embedded_source
 from januslens_server.models.resident import ResidentModel
@@ -48,7 +48,7 @@ async def serve(settings: Settings) -> None:
     """
     loop = asyncio.get_running_loop()
     health = Health()
-    worker = DeviceWorker(settings.max_waiting, in_service_terms)
+    worker = DeviceWorker(settings.max_waiting, in_service_terms, on_device_lost(health, loop))
     gauges.show_requests(lambda: worker.waiting, lambda: worker.in_flight)
     gauges.show_memory(settings.device)
 
@@ -82,6 +82,16 @@ async def serve(settings: Settings) -> None:
     await _finish(server, streams, settings.grace_seconds)
     if health_server is not None:
         await health_server.stop(0)
+
+
+def on_device_lost(health: Health, loop: asyncio.AbstractEventLoop) -> Callable[[], None]:
+    """What the device's thread calls: orchestrators then replace the process."""
+
+    def lost() -> None:
+        logger.critical("the device computes no more: nothing is served until a new start")
+        asyncio.run_coroutine_threadsafe(health.drain(), loop)
+
+    return lost
 
 
 def _check(settings: Settings, paces: dict[str, Pace]) -> SelfCheck:

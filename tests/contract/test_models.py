@@ -21,7 +21,7 @@ BROKEN = {
     "absent": (model_folders.without_weights, "no file named model.safetensors"),
     "truncated": (model_folders.truncated, "incomplete metadata"),
     "lacking": (model_folders.lacking_one_weight, "h.2.mlp.c_fc.weight"),
-    "nan": (model_folders.with_nan, "self-check"),
+    "nan": (model_folders.with_nan, "transformer.h.2.mlp.c_fc.weight"),
     "pickled": (model_folders.pickled, "no file named model.safetensors"),
 }
 

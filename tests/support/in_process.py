@@ -13,7 +13,7 @@ from google.rpc import status_pb2
 from torch import nn
 
 from januslens.v1 import service_pb2_grpc
-from januslens_server.models.exhaustion import in_service_terms
+from januslens_server.models.failures import in_service_terms
 from januslens_server.models.registry import Registry, embedded_source
 from januslens_server.pipelines.cost import Pace, measured_pace
 from januslens_server.pipelines.selfcheck import self_check
@@ -52,9 +52,10 @@ async def served(
     limits: Limits = GENEROUS,
     max_waiting: int = 64,
     translate: Callable[[Exception], Exception] = in_service_terms,
+    on_loss: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Any]:
     """A stub of a server on loopback; at the end nothing may be left of any request."""
-    worker = DeviceWorker(max_waiting, translate)
+    worker = DeviceWorker(max_waiting, translate, on_loss)
     streams = DeviceStreams(worker, stall_seconds=60)
     admission = Admission(limits, demo.paces)
     server = build_server(IntrospectionService(demo.registry, admission, streams), Health())

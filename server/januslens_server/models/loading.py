@@ -24,6 +24,7 @@ from transformers import logging as transformers_logging
 from januslens_server.errors import ModelFailed
 from januslens_server.models.adapters import view_of
 from januslens_server.models.checkpoint import Checkpoint, first_line, open_checkpoint
+from januslens_server.models.finite import check_weights
 from januslens_server.models.memory import needed
 from januslens_server.models.offload import brought
 from januslens_server.models.placement import AUTO, DeviceMap, devices_of, place
@@ -76,6 +77,7 @@ def load(source: ModelSource) -> ResidentModel:
         vocabulary = _vocabulary(checkpoint.folder)
         with brought(network):
             view = view_of(network)
+        check_weights(network)
     except (ModelFailed, OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelFailed(f"{source.location}: {first_line(error)}") from error
     return ResidentModel(

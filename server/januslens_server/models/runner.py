@@ -15,6 +15,7 @@ from januslens_server.capture import End, LayerActivations, Tap, capturing
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.capture.taps import rows
 from januslens_server.models.factors import Factors, MatrixKey
+from januslens_server.models.finite import check_gradients, check_pass
 from januslens_server.models.layer_capture import layer_activations, layer_taps
 from januslens_server.models.offload import held
 from januslens_server.models.resident import ResidentModel
@@ -55,13 +56,18 @@ class BackwardPass:
 def forward(
     model: ResidentModel, ids: Sequence[int], layers: Iterable[int], checkpoint: Checkpoint
 ) -> ForwardPass:
-    """Run the prompt once. `checkpoint` is called before every block and may raise to stop."""
+    """Run the prompt once. `checkpoint` is called before every block and may raise to stop.
+
+    Raises `NotFinite` if the pass ends in no numbers.
+    """
     blocks = model.view.blocks
     layers = tuple(layers)
     taps = {(i, name): tap for i in layers for name, tap in layer_taps(blocks[i]).items()}
     taps[-1, "residual"] = Tap(blocks[-1].module, End.OUTPUT)
     with capturing(taps, checkpoint, [block.module for block in blocks]) as captured:
         logits = _run(model, ids)[0]
+    residual = rows(captured[-1, "residual"]).to(model.device)
+    check_pass(residual, logits)
     return ForwardPass(
         layers={
             i: layer_activations(
@@ -71,7 +77,7 @@ def forward(
             )
             for i in layers
         },
-        residual=rows(captured[-1, "residual"]).to(model.device),
+        residual=residual,
         logits=logits,
     )
 
@@ -88,6 +94,8 @@ def backward(
     Parameters stay frozen: the embedding's output is the one leaf that asks for a gradient, and
     the VJPs are the gradients of modules' outputs. `matrices` are layers and kinds; `loss` takes
     logits `[pos, vocab]` in float32 and gives a scalar.
+
+    Raises `NotFinite` if the forward pass ends in no numbers, or a gradient does.
     """
     blocks = model.view.blocks
     sources = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
@@ -97,16 +105,18 @@ def backward(
     with torch.enable_grad(), capturing(taps | {last: last}, checkpoint, modules) as captured:
         with _leaf_at(model.view.embedding):
             logits = _run(model, ids)[0].float()
+        residual = rows(captured[last]).detach().to(model.device)
+        check_pass(residual, logits.detach())
         value = loss(logits)
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
         wanted = {source.whole for source in sources.values()}
         vjps = _vjps(value * scale, wanted, captured, checkpoint)
+    check_gradients(vjps.values())
     factors = {
         (layer, kind, expert): found.to(model.device)
         for (layer, kind), source in sources.items()
         for expert, found in source.factors(captured, vjps[source.whole].float() / scale).items()
     }
-    residual = rows(captured[last]).detach().to(model.device)
     return BackwardPass(value.item(), factors, residual)
 
 

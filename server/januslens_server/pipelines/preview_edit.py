@@ -11,7 +11,7 @@ import torch
 from januslens_server.capture import LowRank, capturing, overlaid
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.capture.taps import rows
-from januslens_server.errors import InvalidRequest
+from januslens_server.errors import InvalidRequest, NotFinite
 from januslens_server.lens.losses import negative_log_likelihood
 from januslens_server.models.factors import MatrixKey
 from januslens_server.models.offload import read_parameter
@@ -49,12 +49,24 @@ def preview_edit(
     before = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
     changes = _changes(model, spec, ids, targets, checkpoint)
     with overlaid(overlays_of(model.view, changes)):
-        after = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
-    if not all(bool(row.isfinite().all()) for row in after):
-        field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
-        raise InvalidRequest(field, "expected an edit that leaves finite logits, got a larger one")
+        after = _edited(model, spec, watched, checkpoint)
     edited, *probes = map(_effect, watched, before, after)
     yield EditPreview(edited, probes, model.provenance)
+
+
+def _edited(
+    model: ResidentModel, spec: PreviewEditSpec, watched: Sequence[_Watched], checkpoint: Checkpoint
+) -> list[torch.Tensor]:
+    """Every prompt's log-probabilities under the edit; it is the edit's fault if one has none."""
+    field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
+    larger = InvalidRequest(field, "expected an edit that leaves finite logits, got a larger one")
+    try:
+        rows = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
+    except NotFinite as error:
+        raise larger from error
+    if not all(bool(row.isfinite().all()) for row in rows):
+        raise larger
+    return rows
 
 
 def _probes(model: ResidentModel, spec: PreviewEditSpec, target: int) -> list[_Watched]:

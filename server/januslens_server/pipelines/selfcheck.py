@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from januslens_server.errors import ModelFailed, NotFinite
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import Guarantee, ModelFacts, TraceSummary
@@ -13,7 +14,10 @@ PROMPT_LENGTH = 8
 
 
 def self_check(model: ResidentModel) -> Sequence[Guarantee]:
-    """Trace a short prompt at every position with all checks; all must hold to be served."""
+    """Trace a short prompt at every position with all checks; all must hold to be served.
+
+    Raises `ModelFailed` if the model overflows on it.
+    """
     spec = TraceSpec(
         prompt=_prompt(model.view.facts),
         all_positions=True,
@@ -21,7 +25,10 @@ def self_check(model: ResidentModel) -> Sequence[Guarantee]:
         include_logit_contribution=True,
         include_checks=True,
     )
-    *_, summary = trace(model, spec, _go_on)
+    try:
+        *_, summary = trace(model, spec, _go_on)
+    except NotFinite as error:
+        raise ModelFailed(f"self-check: {error}") from error
     return summary.checks if isinstance(summary, TraceSummary) else ()
 
 

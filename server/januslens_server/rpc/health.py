@@ -35,7 +35,10 @@ class Health:
         telemetry.READY.set(ready and not self._draining)
 
     async def drain(self) -> None:
-        """Say NOT_SERVING from now on, whatever the models' states become."""
+        """Say NOT_SERVING from now on, whatever the models' states become.
+
+        Also of a server whose device is lost: only a new process can serve again.
+        """
         self._draining = True
         telemetry.READY.set(0)
         await self.servicer.enter_graceful_shutdown()

@@ -29,6 +29,8 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.QuotaSpent: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.OutOfMemory: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeviceLost: grpc.StatusCode.UNAVAILABLE,
+    errors.NotFinite: grpc.StatusCode.FAILED_PRECONDITION,
     errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.RequestCancelled: grpc.StatusCode.CANCELLED,
     errors.ReaderStalled: grpc.StatusCode.ABORTED,

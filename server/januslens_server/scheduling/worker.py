@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from januslens_server import telemetry
-from januslens_server.errors import QueueFull, ServerDraining
+from januslens_server.errors import DeviceLost, QueueFull, ServerDraining
 from januslens_server.scheduling.fair_queue import FairQueue
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
@@ -28,6 +28,10 @@ SOONEST_RETRY, LATEST_RETRY = 0.1, 60.0
 
 def _unchanged(error: Exception) -> Exception:
     return error
+
+
+def _nothing() -> None:
+    pass
 
 
 @dataclass(eq=False)
@@ -51,14 +55,20 @@ class DeviceWorker:
     """
 
     def __init__(
-        self, max_waiting: int, translate: Callable[[Exception], Exception] = _unchanged
+        self,
+        max_waiting: int,
+        translate: Callable[[Exception], Exception] = _unchanged,
+        on_loss: Callable[[], None] = _nothing,
     ) -> None:
         """Admit up to `max_waiting` requests beyond the one that runs.
 
-        `translate` says in the service's terms what a request failed of.
+        `translate` says in the service's terms what a request failed of; `on_loss` is called by the
+        thread, once, if that was the end of the device.
         """
         self._max_waiting = max_waiting
         self._translate = translate
+        self._on_loss = on_loss
+        self._lost = False
         self._ready: FairQueue[_Job] = FairQueue()
         self._unfinished: set[_Job] = set()
         self._left: deque[_Job] = deque()  # started, and to be closed by the thread
@@ -91,9 +101,12 @@ class DeviceWorker:
 
         `run` is handed the ticket's check, to call wherever it can stop early.
 
-        Raises `QueueFull` at once if too many wait, `ServerDraining` if nothing new is taken.
+        Raises `QueueFull` at once if too many wait, `ServerDraining` if nothing new is taken,
+        `DeviceLost` once that happened.
         """
         with self._changed:
+            if self._lost:
+                raise DeviceLost
             if self._stopping:
                 raise ServerDraining("the server is shutting down; ask another replica")
             if len(self._unfinished) > self._max_waiting:
@@ -164,14 +177,28 @@ class DeviceWorker:
         try:
             while True:
                 self._close_those_who_left()
-                job.ticket.check()
+                self._check(job)
                 job.outlet.put(self._step(job))
                 if job.outlet.when_drained(lambda: self._resume(job)):
                     return
         except StopIteration:
             self._end(job, None)
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to this request alone
-            self._end(job, self._translate(error))
+            self._fail(job, self._translate(error))
+
+    def _check(self, job: _Job) -> None:
+        if self._lost:
+            raise DeviceLost
+        job.ticket.check()
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        lost_now = isinstance(error, DeviceLost) and not self._lost
+        if lost_now:
+            with self._changed:
+                self._lost = True
+        self._end(job, error)
+        if lost_now:  # what waits is told so by `_check`, each in its turn
+            self._on_loss()
 
     def _step(self, job: _Job) -> Any:
         """The job's next result, charged to its caller."""

@@ -34,6 +34,8 @@ def raised(kind: type[errors.IntrospectionError]) -> errors.IntrospectionError:
         return kind("max_request_seconds", "5 s", "7 s")
     if issubclass(kind, errors.QuotaSpent):
         return kind("ada", "3 requests a minute", 20.0)
+    if kind is errors.DeviceLost:
+        return errors.DeviceLost()
     return kind("the text")
 
 

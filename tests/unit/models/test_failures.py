@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from januslens_server.errors import OutOfMemory
-from januslens_server.models.exhaustion import in_service_terms
+from januslens_server.models.failures import in_service_terms
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import DeviceWorker

@@ -1,0 +1,59 @@
+"""Numbers that are none: in weights they fail the model, in a pass the request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from januslens_server.errors import ModelFailed, NotFinite
+from januslens_server.models.offload import read_parameter
+
+# Parameters that an error names.
+LISTED = 3
+
+
+def check_weights(network: nn.Module) -> None:
+    """Raise `ModelFailed` if a weight is infinite or NaN, even one that few prompts would meet."""
+    broken = [
+        f"{path}.{name}"
+        for path, module in network.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+        if not _finite(read_parameter(module, name))
+    ]
+    if broken:
+        more = ", ..." if len(broken) > LISTED else ""
+        raise ModelFailed(
+            f"expected finite weights, got infinity or NaN in {', '.join(broken[:LISTED])}{more}"
+        )
+
+
+def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raise `NotFinite` if a pass ended in no numbers `[pos, d_model]` or logits `[pos, vocab]`.
+
+    What overflows in an earlier layer stays in the residual stream, so its end shows it. Logits
+    may be minus infinity where a model rules tokens out.
+    """
+    if not _finite(residual) or bool(logits.isnan().any()):
+        raise NotFinite(
+            f"the model's activations overflow {str(logits.dtype).removeprefix('torch.')} on this "
+            "prompt; ask for another prompt, or have the model served with --data-type float32"
+        )
+
+
+def check_gradients(vjps: Iterable[torch.Tensor]) -> None:
+    """Raise `NotFinite` if one of the gradients dL/dy `[pos, d_out]` is infinite or NaN."""
+    for vjp in vjps:
+        if not _finite(vjp):
+            raise NotFinite(
+                f"the gradients of this loss overflow {str(vjp.dtype).removeprefix('torch.')}; "
+                "ask for another loss, or have the model served with --data-type float32"
+            )
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Without a tensor of the same size: the extremes carry infinities and NaN."""
+    if not tensor.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
