@@ -40,8 +40,8 @@ demo: $(SETUP) ## Start the server, trace and gradient-lens the running example,
 test: $(SETUP) ## Run the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-soak: $(SETUP) ## Run the tests that kill servers under load; minutes, one after the other
-	$(BIN)/pytest -m soak
+soak: $(SETUP) ## Run what takes minutes, one after the other: killed servers and clients, load
+	$(BIN)/pytest -m soak -s
 
 check: $(SETUP) check-stubs check-viewer ## Lint, check formatting, types, imports, the contract and its stubs
 	$(BIN)/ruff check

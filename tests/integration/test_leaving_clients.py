@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,47 +12,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from januslens.v1 import service_pb2_grpc, trace_pb2
 from tests.support.calls import long_trace, prompt, started
 from tests.support.metrics import rpc_labels, sample, wait_until_idle
+from tests.support.readers import reader
 from tests.support.server import ServerProcess
 
 Stub = service_pb2_grpc.IntrospectionServiceStub
 
-ROOT = Path(__file__).parents[2]
 SHORT = trace_pb2.TraceRequest(input=prompt("The capital of Japan is the city of"))
-
-READER = """
-import sys, time
-import grpc
-from januslens.v1 import service_pb2_grpc
-from tests.support.calls import long_trace
-
-channel = grpc.insecure_channel(sys.argv[1])
-stream = service_pb2_grpc.IntrospectionServiceStub(channel).Trace(long_trace(40))
-for _ in range(int(sys.argv[2])):
-    next(stream)
-print("reading", flush=True)
-if sys.argv[3] == "stops":
-    time.sleep(600)
-for _ in stream:
-    pass
-"""
-
-
-@contextmanager
-def reader(address: str, messages: int, then: str) -> Iterator[None]:
-    """A client in a process of its own that has read some messages, and dies at the end."""
-    client = subprocess.Popen(
-        [sys.executable, "-c", READER, address, str(messages), then],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with client:
-        try:
-            assert client.stdout is not None
-            assert client.stdout.readline() == "reading\n"
-            yield
-        finally:
-            client.kill()
 
 
 @pytest.mark.parametrize(

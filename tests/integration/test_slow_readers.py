@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from januslens.v1 import models_pb2, service_pb2_grpc, trace_pb2
 from tests.support.calls import long_trace, prompt, refusal, refused, started
+from tests.support.memory import resident_bytes
 from tests.support.metrics import unfinished, wait_until_idle
 from tests.support.server import ServerProcess, running_server
 
@@ -57,11 +57,6 @@ def test_a_stalled_stream_costs_bounded_memory(
     wait_until_idle(server)
 
 
-def resident_bytes(server: ServerProcess) -> int:
-    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
-    return int(pages) * 4096
-
-
 def test_a_reader_that_catches_up_gets_the_whole_stream(
     server: ServerProcess, channel: grpc.Channel, stub: Stub
 ) -> None:
@@ -102,10 +97,13 @@ def test_a_full_queue_refuses_at_once_and_keeps_health(impatient: ServerProcess)
         calls = [started(channel, "Trace", long_trace(40)) for _ in range(2)]
         while unfinished(impatient) < 2:
             time.sleep(0.01)
-        began = time.monotonic()
-        answer = refused(channel, "Trace", SHORT)
-        assert time.monotonic() - began < 1
-        assert_alive(channel)
+        seconds = []
+        for _ in range(10):
+            began = time.monotonic()
+            answer = refused(channel, "Trace", SHORT)
+            seconds.append(time.monotonic() - began)
+            assert_alive(channel)
+        assert min(seconds) < 0.05  # the machine's other work may delay some
         for call in calls:
             call.cancel()
         wait_until_idle(impatient)

@@ -1,0 +1,26 @@
+"""A server for each file, so that what one does to its memory says nothing of the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.server import ServerProcess, running_server
+
+FOLDER = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here is `soak`: deselected unless it is asked for (pyproject.toml)."""
+    for item in items:
+        if FOLDER in item.path.parents:
+            item.add_marker(pytest.mark.soak)
+
+
+@pytest.fixture(scope="module")
+def soaked() -> Iterator[ServerProcess]:
+    """The real server with the embedded demo, READY."""
+    with running_server() as process:
+        yield process

@@ -1,0 +1,20 @@
+"""What a server's process holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.support.server import ServerProcess
+
+PAGE = 4096
+
+
+def resident_bytes(server: ServerProcess) -> int:
+    """Of its process, shared libraries included."""
+    pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
+    return int(pages) * PAGE
+
+
+def open_files(server: ServerProcess) -> int:
+    """Descriptors: sockets, files, pipes."""
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))

@@ -1,0 +1,45 @@
+"""Every promise of docs/promises.md names tests that are there, and no soak test is left out."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "promises.md"
+ROWS = re.findall(r"^\| (?!promise )([^|-][^|]*) \| ([^|]+) \|$", PAGE.read_text(), re.MULTILINE)
+NAMED = {name for _, tests in ROWS for name in re.findall(r"`([^`]+)`", tests)}
+
+
+def functions(path: Path) -> set[str]:
+    """The names of a module's tests."""
+    body = ast.parse(path.read_text()).body
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    return {node.name for node in body if isinstance(node, kinds)}
+
+
+def test_every_row_is_read() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")]
+    assert len(ROWS) == len([row for row in rows if not row.startswith("| promise |")])
+    assert all(re.fullmatch(r"(`[^`]+` ?)+", tests) for _, tests in ROWS)
+
+
+@pytest.mark.parametrize("name", sorted(NAMED))
+def test_every_test_is_there(name: str) -> None:
+    path, _, test = name.partition("::")
+    assert test.startswith("test_")
+    assert test in functions(ROOT / path)
+
+
+def test_every_soak_test_holds_a_promise() -> None:
+    soaked = {
+        f"{path.relative_to(ROOT)}::{test}"
+        for path in (ROOT / "tests" / "soak").glob("test_*.py")
+        for test in functions(path)
+        if test.startswith("test_")
+    }
+    assert soaked
+    assert soaked <= NAMED
