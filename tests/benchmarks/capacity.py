@@ -119,8 +119,8 @@ def repeat(channel: grpc.Channel, method: str, request: Message, times: int) -> 
 
 async def poisson(
     address: str, request: trace_pb2.TraceRequest, rate: float, seconds: float
-) -> list[float]:
-    """Traces that come by chance, `rate` a second on average; gives each one's own seconds."""
+) -> list[Served]:
+    """Traces that come by chance, `rate` a second on average; gives them in their order."""
     chance = random.Random(SEED)
     async with grpc.aio.insecure_channel(address) as channel:
         stub = service_pb2_grpc.IntrospectionServiceStub(channel)
@@ -132,21 +132,41 @@ async def poisson(
         return await asyncio.gather(*running)
 
 
+@dataclass(frozen=True)
+class Served:
+    """When a request was sent, and the seconds of the device that its summary gives."""
+
+    sent: float
+    seconds: float
+
+
 async def _served(
     stub: service_pb2_grpc.IntrospectionServiceAsyncStub, request: trace_pb2.TraceRequest
-) -> float:
-    """Seconds of the device that one Trace took, from its own summary."""
-    seconds = 0.0
+) -> Served:
+    sent, seconds = time.monotonic(), 0.0
     async for message in stub.Trace(request):
         seconds = sum(stage.seconds for stage in message.summary.times)
-    return seconds
+    return Served(sent, seconds)
 
 
-def predicted_wait(served: Sequence[float], seconds: float) -> tuple[float, float]:
+def predicted_wait(served: Sequence[Served], seconds: float) -> tuple[float, float]:
     """Utilisation and mean wait by Pollaczek and Khinchine, from the requests' own times."""
     rate = len(served) / seconds
-    busy = sum(served) / seconds
-    return busy, rate * fmean(s * s for s in served) / (2 * (1 - busy)) if busy < 1 else math.inf
+    busy = sum(one.seconds for one in served) / seconds
+    squares = fmean(one.seconds**2 for one in served)
+    return busy, rate * squares / (2 * (1 - busy)) if busy < 1 else math.inf
+
+
+def replayed_wait(served: Sequence[Served]) -> float:
+    """The mean wait if one after the other is served as they came (Lindley's recursion).
+
+    Unlike the formula's it holds for these very arrivals, however far they are from chance.
+    """
+    free, waits = 0.0, []
+    for one in served:
+        waits.append(max(0.0, free - one.sent))
+        free = max(free, one.sent) + one.seconds
+    return fmean(waits)
 
 
 def costs(server: ServerProcess, model: str, console: Console) -> None:
@@ -174,7 +194,9 @@ def waits(server: ServerProcess, console: Console) -> None:
     with grpc.insecure_channel(server.address) as channel:
         alone = grown(server, 30, partial(repeat, channel, "Trace", request, 30))
     service = alone.each("januslens_busy_seconds_total")
-    table = Table("asked for", "device busy", "requests/s", "mean wait, ms", "predicted, ms")
+    table = Table(
+        "asked for", "device busy", "requests/s", "mean wait, ms", "replayed, ms", "formula, ms"
+    )
     for asked in UTILISATIONS:
         wait_until_idle(server)
         before, began = samples(server), time.monotonic()
@@ -187,6 +209,7 @@ def waits(server: ServerProcess, console: Console) -> None:
             f"{busy:.0%}",
             f"{len(served) / seconds:.1f}",
             f"{1e3 * growth.each('januslens_queue_seconds_sum'):.1f}",
+            f"{1e3 * replayed_wait(served):.1f}",
             f"{1e3 * predicted:.1f}",
         )
     console.print(table)

