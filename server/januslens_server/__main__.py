@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 
+from januslens_server import tracing
 from januslens_server.config import read_settings
 from januslens_server.logs import configure_logging
 
@@ -18,6 +19,7 @@ def main() -> None:
     from januslens_server.serving import serve  # noqa: PLC0415
 
     configure_logging(settings.log_level, settings.log_format)
+    tracing.configure()
     try:
         asyncio.run(serve(settings))
     except OSError as error:
@@ -25,6 +27,7 @@ def main() -> None:
         raise SystemExit(1) from error
     # A thread that loads or computes cannot be stopped inside native code, and would turn an
     # orderly exit into an abort.
+    tracing.shutdown()
     logging.shutdown()
     os._exit(0)
 

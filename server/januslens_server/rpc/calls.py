@@ -12,7 +12,7 @@ from typing import Any, NoReturn, Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from januslens_server import telemetry
+from januslens_server import telemetry, tracing
 from januslens_server.errors import IntrospectionError, TryLater
 from januslens_server.results import Cost
 from januslens_server.rpc.callers import Context, caller_of
@@ -45,6 +45,7 @@ class Call:
     def __init__(self, method: str, context: Context, service: str = SERVICE_NAME) -> None:
         """`method` is the RPC's name and `service` whose it is, for metrics and logs."""
         self.method = method
+        self._service = service
         self._labels = rpc_labels(service, method)
         self.context = context
         self.request_id = _request_id(context)
@@ -75,6 +76,8 @@ class Call:
 
     async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(*self._labels).inc()
+        metadata = self.context.invocation_metadata() or ()
+        self._span = tracing.start_span(self._service, self.method, metadata)
         return self
 
     async def begin(self) -> None:
@@ -120,7 +123,9 @@ class Call:
         seconds = time.perf_counter() - self.started
         telemetry.HANDLED.labels(*self._labels, code.name).inc()
         telemetry.HANDLING_SECONDS.labels(*self._labels).observe(seconds)
-        logger.info("%s %s", self.method, code.name, extra=self._line(code, seconds))
+        line = self._line(code, seconds)
+        tracing.end_span(self._span, code.name, code.value[0], line)
+        logger.info("%s %s", self.method, code.name, extra=line)
 
     def _line(self, code: grpc.StatusCode, seconds: float) -> dict[str, Any]:
         line = {

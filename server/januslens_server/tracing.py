@@ -1,0 +1,82 @@
+"""OpenTelemetry spans of calls, if the environment names a collector and `[otel]` is installed.
+
+The SDK reads its own standard variables (`OTEL_*`). The span is ours: the instrumentation that is
+to be had expects streams to be generators, and these write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+# Of a server's span these are errors; the others are answers to what a caller did
+# (OpenTelemetry's semantic conventions for gRPC).
+ERRORS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
+
+_provider: TracerProvider | None = None
+
+
+def configure() -> None:
+    """Export spans from now on, if an endpoint is set; ends the process if the extra is missing."""
+    global _provider  # noqa: PLW0603 - as the SDK keeps its own
+    if not any(os.environ.get(name) for name in ENDPOINTS):
+        return
+    try:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (  # noqa: PLC0415 - optional
+            OTLPSpanExporter,
+        )
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415 - optional
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415 - optional
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise SystemExit(
+            f"januslens-server: expected the extra [otel], since {ENDPOINTS[0]} is set, found none "
+            "of it: pip install 'januslens[otel]'"
+        ) from error
+    named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "januslens"}
+    _provider = TracerProvider(resource=Resource.create(named))
+    _provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+
+
+def shutdown() -> None:
+    """Send what is left, for as long as the exporter's own timeout."""
+    if _provider is not None:
+        _provider.shutdown()
+
+
+def start_span(service: str, method: str, metadata: Iterable[tuple[str, Any]]) -> Span | None:
+    """A call's span, child of its caller's if that sent one; None where nothing is exported."""
+    if _provider is None:
+        return None
+    from opentelemetry.propagate import extract  # noqa: PLC0415 - optional
+    from opentelemetry.trace import SpanKind  # noqa: PLC0415 - optional
+
+    return _provider.get_tracer("januslens").start_span(
+        f"{service}/{method}",
+        context=extract({key: value for key, value in metadata if isinstance(value, str)}),
+        kind=SpanKind.SERVER,
+        attributes={"rpc.system": "grpc", "rpc.service": service, "rpc.method": method},
+    )
+
+
+def end_span(span: Span | None, code: str, number: int, facts: Mapping[str, Any]) -> None:
+    """End a call's span with its status and what its line in the log says."""
+    if span is None:
+        return
+    from opentelemetry.trace import StatusCode  # noqa: PLC0415 - optional
+
+    span.set_attribute("rpc.grpc.status_code", number)
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            span.set_attributes({f"januslens.{name}.{part}": v for part, v in value.items()})
+        elif isinstance(value, bool | int | float | str):
+            span.set_attribute(f"januslens.{name}", value)
+    if code in ERRORS:
+        span.set_status(StatusCode.ERROR)
+    span.end()

@@ -1,0 +1,116 @@
+"""Spans of calls reach a collector that the environment names; without one nothing is loaded."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
+from januslens.v1 import models_pb2, trace_pb2
+from tests.support.calls import prompt, refused, started
+from tests.support.server import running_server
+
+TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+
+class Collector(trace_service_pb2_grpc.TraceServiceServicer):
+    """Takes spans as OpenTelemetry's collector does."""
+
+    def __init__(self) -> None:
+        self.spans: queue.SimpleQueue[tuple[str, Span]] = queue.SimpleQueue()
+
+    def Export(self, request: Any, context: Any) -> Any:  # noqa: ARG002, N802 - gRPC's
+        for resource in request.resource_spans:
+            named = {a.key: a.value.string_value for a in resource.resource.attributes}
+            for scope in resource.scope_spans:
+                for span in scope.spans:
+                    self.spans.put((named["service.name"], span))
+        return trace_service_pb2.ExportTraceServiceResponse()
+
+
+@contextmanager
+def collecting() -> Iterator[tuple[Collector, dict[str, str]]]:
+    """A collector on loopback, and the environment that names it."""
+    collector = Collector()
+    server = grpc.server(ThreadPoolExecutor(1))
+    add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server  # untyped
+    add(collector, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    endpoint = f"http://127.0.0.1:{port}"
+    yield collector, {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+    server.stop(0).wait()
+
+
+def attributes(span: Span) -> dict[str, Any]:
+    return {a.key: getattr(a.value, str(a.value.WhichOneof("value"))) for a in span.attributes}
+
+
+def test_calls_are_spans_of_their_callers_traces() -> None:
+    with (
+        collecting() as (collector, environment),
+        running_server(environment=environment) as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        request = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"), layers=[0])
+        parent = ("traceparent", f"00-{TRACE_ID}-{PARENT_ID}-01")
+        list(started(channel, "Trace", request, metadata=(parent,), timeout=60))
+        service, span = collector.spans.get(timeout=30)
+        assert service == "januslens"
+        assert span.name == "januslens.v1.IntrospectionService/Trace"
+        assert (span.trace_id.hex(), span.parent_span_id.hex()) == (TRACE_ID, PARENT_ID)
+        assert span.kind == Span.SPAN_KIND_SERVER
+        facts = attributes(span)
+        assert facts["rpc.grpc.status_code"] == 0
+        assert facts["januslens.model"] == "demo"
+        seconds = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
+        assert 0 < facts["januslens.stages.forward"] < facts["januslens.device_seconds"] < seconds
+        assert not any("Japan" in str(value) for value in facts.values())
+
+        refused(channel, "Tokenize", models_pb2.TokenizeRequest(model="nobody", text="x"))
+        _, span = collector.spans.get(timeout=30)
+        assert attributes(span)["januslens.reason"] == "MODEL_NOT_FOUND"
+        assert span.status.code == Status.STATUS_CODE_UNSET  # the caller's error, not ours
+
+        started(channel, "ListModels", models_pb2.ListModelsRequest()).result()
+        server.process.terminate()
+        assert server.process.wait(timeout=30) == 0
+        _, span = collector.spans.get(timeout=1)  # sent before the process ended
+        assert span.name.endswith("/ListModels")
+
+
+def test_without_a_collector_nothing_of_it_is_imported() -> None:
+    code = (
+        "import sys, januslens_server.__main__, januslens_server.serving\n"
+        "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=without_endpoints())
+
+
+def test_a_collector_without_the_extra_ends_the_server_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "opentelemetry.py").write_text("raise ImportError('not installed')\n")
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "januslens_server", "--port", "0", "--metrics-port", "0"],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("pip install 'januslens[otel]'")
+
+
+def without_endpoints() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
