@@ -37,7 +37,7 @@ setup: $(SETUP) ## Make .venv with everything the project needs (PYTHON=... choo
 demo: $(SETUP) ## Start the server, trace and gradient-lens the running example, stop the server
 	@$(BIN)/python -m januslens_server.quickstart
 
-test: $(SETUP) ## Run the tests
+test: $(SETUP) $(if $(NPM),$(VIEWER_SETUP)) ## Run the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 soak: $(SETUP) ## Run what takes minutes, one after the other: killed servers and clients, load

@@ -1,4 +1,4 @@
-"""The quick start: one server, the running example through both commands, goodbye.
+"""The quick start: one server, the running example through both commands, its page, goodbye.
 
 `make demo` runs this as `python -m januslens_server.quickstart`. It starts the real
 `januslens-server` on free loopback ports, waits until its models can be asked, runs the real
@@ -26,6 +26,8 @@ COUNTERFACTUAL = " Paris"
 READY_WITHIN_SECONDS = 60.0
 STOPPED_WITHIN_SECONDS = 10.0
 
+PAGES = Path("build")
+
 SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
@@ -40,8 +42,12 @@ def main() -> int:
 
 
 def _show(address: str) -> int:
+    PAGES.mkdir(exist_ok=True)
     for question, arguments in (
-        ("Where does the answer come from?", ["trace", PROMPT]),
+        (
+            "Where does the answer come from?",
+            ["trace", PROMPT, "--html", str(PAGES / "trace.html")],
+        ),
         (
             f'What would a step of gradient descent towards "{COUNTERFACTUAL}" change?',
             ["gradient", PROMPT, "--target", COUNTERFACTUAL],

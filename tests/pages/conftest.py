@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
 import januslens
+from tests.pages.models import HOSTILE, random_gpt2
+from tests.support.server import running_server
 
 PROMPT = "The capital of Japan is the city of"
 _FLAGS = [
@@ -59,20 +63,52 @@ def tab(browser: Browser) -> Iterator[Page]:
     assert complaints == []
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A trace with its surroundings, and the file of its page."""
+
+    trace: januslens.Trace
+    overview: januslens.Trace
+    path: Path
+
+    @property
+    def url(self) -> str:
+        return self.path.as_uri()
+
+    def node(self, node_id: str) -> januslens.Node:
+        """Of the trace, or of what surrounds it."""
+        return {**self.overview.known_nodes, **self.trace.known_nodes}[node_id]
+
+
+def traced(client: januslens.Client, path: Path, prompt: str | list[int], **asked: Any) -> Traced:
+    trace = client.trace(prompt, **asked)
+    overview = client.trace_overview(trace)
+    path.write_text(trace.to_html(overview), encoding="utf-8")
+    return Traced(trace, overview, path)
+
+
 @pytest.fixture(scope="session")
-def demo_trace(server_address: str) -> tuple[januslens.Trace, januslens.Trace]:
-    """The running example on the embedded model, and what surrounds it."""
+def demo(server_address: str, tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """The running example on the embedded model."""
     with januslens.Client(server_address) as client:
-        trace = client.trace(PROMPT)
-        return trace, client.trace_overview(trace)
+        return traced(client, tmp_path_factory.mktemp("pages") / "demo.html", PROMPT)
 
 
 @pytest.fixture(scope="session")
-def demo_page(
-    demo_trace: tuple[januslens.Trace, januslens.Trace], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """Its page."""
-    trace, overview = demo_trace
-    path = tmp_path_factory.mktemp("pages") / "demo.html"
-    path.write_text(trace.to_html(overview))
-    return path
+def wide(server_address: str, tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """Four layers at twenty positions, all of them in full."""
+    with januslens.Client(server_address) as client:
+        path = tmp_path_factory.mktemp("pages") / "wide.html"
+        return traced(client, path, list(range(300, 320)), positions="all")
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+    """Twelve layers, 50,257 tokens, and a prompt of what could break a page."""
+    folder = random_gpt2(tmp_path_factory.mktemp("random") / "model")
+    with (
+        running_server("--model", f"random={folder}") as server,
+        januslens.Client(server.address) as client,
+    ):
+        prompt = [token.id for text in HOSTILE for token in client.tokenize(text)[:2]]
+        return traced(client, folder.parent / "large.html", prompt)

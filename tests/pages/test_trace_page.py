@@ -1,24 +1,342 @@
-"""The page of a trace, in a real browser."""
+"""The page of a trace, in a real browser: what it shows is what the trace says."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
-from playwright.sync_api import Page, expect
+import pytest
+from playwright.sync_api import Locator, Page, expect
 
 import januslens
+from tests.pages.conftest import Traced
+from tests.pages.models import HOSTILE
+
+STRONGEST = "L3/p7/HEAD_OUTPUT/h2"
+VALUE = "L3/p7/MEMORY_VALUE/h2/s3"
 
 
+def numbers(node: januslens.Node) -> dict[str, str]:
+    """A node's numbers as a page shows them."""
+    assert node.projection
+    return {
+        "its probability": _probability(node.projection.target_probability or 0),
+        "its logit": _signed(node.projection.target_logit or 0),
+        "norm": f"{node.norm:.3g}",
+        "entropy": f"{node.projection.entropy_bits:.3g} bits",
+    }
+
+
+def _probability(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 else f"{value:.0e}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")  # noqa: RUF001 - a real minus sign
+
+
+def opened(tab: Page, page: Traced, state: str = "") -> Page:
+    """Load a page in a state, whole."""
+    tab.goto(f"{page.url}#{state}")
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
+    return tab
+
+
+def changed(tab: Page, state: str) -> None:
+    """Put another state into the address, as a link to it would."""
+    tab.evaluate("state => { location.hash = state }", state)
+
+
+def chip(tab: Page, node_id: str) -> Locator:
+    return tab.locator(f'svg.detail .chip[data-id="{node_id}"]')
+
+
+def facts(tab: Page) -> dict[str, str]:
+    """The numbers in the inspector, by name."""
+    rows = tab.locator(".facts .measures div").all()
+    return {r.locator("dt").inner_text(): r.locator("dd").inner_text() for r in rows}
+
+
+@pytest.mark.parametrize("name", ["demo", "wide", "large"])
 def test_the_overview_shows_what_each_residual_says(
-    tab: Page, demo_page: Path, demo_trace: tuple[januslens.Trace, januslens.Trace]
+    tab: Page, name: str, request: pytest.FixtureRequest
 ) -> None:
-    _, overview = demo_trace
-    tab.goto(demo_page.as_uri())
-    outputs = overview.nodes_of("BLOCK_OUTPUT")
-    assert len(outputs) == 32
-    for node in outputs:
-        cell = tab.locator(f'.overview .cell[data-id="{node.id}"]')
+    page: Traced = request.getfixturevalue(name)
+    opened(tab, page)
+    cells = tab.locator("svg.overview .cell[data-id]").evaluate_all(
+        "cells => cells.map(cell => [cell.dataset.id, cell.getAttribute('aria-label')])"
+    )
+    assert len(cells) >= (len(page.trace.layers) + 1) * min(8, len(page.trace.prompt_tokens))
+    for node_id, label in cells:
+        node = page.node(node_id)
         assert node.projection
-        top = re.escape(str(node.projection.top[0].token))
-        expect(cell).to_have_attribute("aria-label", re.compile(rf", top {top}, rank"))
+        assert f", top {node.projection.top[0].token}, rank {node.projection.target_rank} " in label
+
+
+@pytest.mark.parametrize("name", ["demo", "large"])
+def test_the_inspector_shows_the_traces_numbers(
+    tab: Page, name: str, request: pytest.FixtureRequest
+) -> None:
+    page: Traced = request.getfixturevalue(name)
+    opened(tab, page)
+    kinds = ("HEAD_OUTPUT", "MEMORY_VALUE", "MLP_VALUE", "RESIDUAL_MID", "BLOCK_OUTPUT", "OTHER")
+    for node in [page.trace.nodes_of(kind)[-1] for kind in kinds]:
+        changed(tab, f"sel={node.id}")
+        section = tab.locator(f'.facts[data-node="{node.id}"]')
+        expect(section).to_be_visible()
+        shown = facts(tab)
+        assert node.projection
+        assert numbers(node).items() <= shown.items()
+        rank = shown[f"rank of {page.trace.target().target}"].replace("\u2009", "")
+        assert rank == f"{node.projection.target_rank} of {page.trace.header.sizes.vocab_size}"
+        tops = [entry.token for entry in node.projection.top]
+        bottoms = [entry.token for entry in node.projection.bottom]
+        rows = section.locator(".scored th").all_inner_texts()
+        assert rows == [str(token) for token in (*tops, *bottoms)]
+        probabilities = section.locator(".scored tr td:nth-child(3)").all_inner_texts()
+        entries = (*node.projection.top, *node.projection.bottom)
+        assert probabilities == [_probability(entry.probability) for entry in entries]
+
+
+def test_shares_and_attention_are_the_edges(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, f"sel={VALUE}")
+    edge = next(part.edge for part in demo.trace.parts_of(STRONGEST) if part.node.id == VALUE)
+    assert edge
+    assert facts(tab)["attention"] == f"{edge.attention:.3f}"
+    assert facts(tab)["adds to the logit"] == _signed(edge.logit_contribution or 0)
+    assert facts(tab)["share of its sum"] == f"{100 * (edge.share or 0):.0f} %"
+
+
+def test_the_answer_is_seen_to_appear(tab: Page, demo: Traced) -> None:
+    opened(tab, demo)
+    steps = [
+        node
+        for node in demo.trace.node_list
+        if node.kind in ("BLOCK_INPUT", "RESIDUAL_MID", "BLOCK_OUTPUT") and node.projection
+    ]
+    first = max(i for i, node in enumerate(steps) if node.projection.target_rank != 0) + 1  # type: ignore[union-attr]  # all have one
+    step = "attention" if steps[first].kind == "RESIDUAL_MID" else "MLP"
+    story = tab.locator(".story")
+    expect(story).to_contain_text(f"On top for good after layer {steps[first].layer}\u2019s {step}")
+    expect(tab.locator(".flag-text")).to_contain_text(
+        f"on top, after {'the ' * (step == 'MLP')}{step}"
+    )
+    best = max(demo.trace.heads(), key=lambda part: part.logit_contribution or 0)
+    expect(story).to_contain_text(f"adds {_signed(best.logit_contribution or 0)}")
+
+
+def test_hovering_previews_and_clicking_selects(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, "layers=3")
+    chip(tab, STRONGEST).hover()
+    tooltip = tab.locator(".tooltip")
+    expect(tooltip).to_contain_text("L3 head 2 output")
+    chip(tab, STRONGEST).click()
+    expect(tab.locator(".facts .where")).to_contain_text("L3 head 2 output")
+    assert f"sel={STRONGEST.replace('/', '%2F')}" in tab.url
+    expect(chip(tab, STRONGEST)).to_have_class(re.compile("selected"))
+    assert tab.locator("svg.detail path.followed").count() >= 2  # itself, and what it is made of
+    tab.mouse.move(5, 5)
+    expect(tooltip).to_be_hidden()
+
+
+def test_a_cell_opens_its_layer(tab: Page, demo: Traced) -> None:
+    opened(tab, demo)
+    tab.locator('svg.overview .cell[data-id="L1/p7/BLOCK_OUTPUT"]').click()
+    expect(tab.locator(".layer h2")).to_have_text("Layer 1 at ␣of (7)")
+    tab.locator('svg.overview .cell[data-id="L2/p3/BLOCK_OUTPUT"]').click()
+    expect(tab.locator(".layer p.quiet")).to_contain_text("--positions 3")
+
+
+def test_a_layers_picture_has_all_its_parts(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, "layers=2,3")
+    for layer in (2, 3):
+        graph = demo.trace.layer(layer)
+        for kind in (
+            "HEAD_OUTPUT",
+            "HEAD_QUERY",
+            "MEMORY_KEY",
+            "MEMORY_VALUE",
+            "MLP_KEY",
+            "MLP_VALUE",
+            "MLP_BIAS",
+            "RESIDUAL_MID",
+            "BLOCK_OUTPUT",
+        ):
+            for node in graph.nodes_of(kind):
+                assert chip(tab, node.id).count() >= 1, node.id
+        negative = [n for n in graph.nodes_of("MLP_VALUE") if (n.activation or 0) < 0]
+        assert negative
+        for node in negative:  # read through what they suppress
+            assert node.projection
+            expect(chip(tab, node.id)).to_contain_text(
+                f"▾{str(node.projection.bottom[0].token)[:4]}"
+            )
+
+
+def test_searching_finds_every_node_that_says_it(tab: Page, demo: Traced) -> None:
+    opened(tab, demo)
+    tab.keyboard.press("/")
+    tab.keyboard.type("Tokyo")
+    saying = {
+        node.id
+        for node in (*demo.trace.node_list, *demo.overview.node_list)
+        if node.projection
+        and any(
+            "Tokyo" in str(entry.token) for entry in (*node.projection.top, *node.projection.bottom)
+        )
+    }
+    expect(tab.locator(".found h2")).to_have_text(f"“Tokyo” is read in {len(saying)} nodes")
+    tab.keyboard.press("Tab")
+    first = tab.locator(".found .way").first
+    found = first.get_attribute("data-id")
+    assert found in saying
+    first.click()
+    expect(tab.locator(f'.facts[data-node="{found}"]')).to_be_visible()
+
+
+def test_filters_hide_parts_and_say_so(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, "layers=3")
+    neurons = demo.trace.layer(3).neurons()
+    values = tab.locator('svg.detail .chip[data-id*="/MLP_VALUE/"]')
+    expect(values).to_have_count(len(neurons))
+    tab.get_by_label("Smallest share").select_option("2")
+    expect(values).to_have_count(sum(abs(part.share or 0) >= 0.02 for part in neurons))
+    tab.get_by_label("Smallest share").select_option("")
+    tab.get_by_label("Sign").select_option("-")
+    expect(values).to_have_count(sum((part.share or 0) < 0 for part in neurons))
+    tab.get_by_role("button", name="MLP", exact=True).click()
+    expect(values).to_have_count(0)
+    assert "hide=mlp" in tab.url
+
+
+def test_pinned_nodes_are_compared(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, "layers=3")
+    chip(tab, STRONGEST).click()
+    tab.keyboard.press("p")
+    chip(tab, VALUE).click(modifiers=["Control"])
+    table = tab.locator(".comparison")
+    expect(table.locator("thead th")).to_have_count(2)
+    norms = table.locator("tr", has=tab.get_by_role("rowheader", name="norm", exact=True))
+    shown = [f"{demo.node(node_id).norm:.3g}" for node_id in (STRONGEST, VALUE)]
+    assert norms.locator("td").all_inner_texts() == shown
+    table.get_by_label("unpin").first.click()
+    expect(table.locator("thead th")).to_have_count(2)  # the selected one beside the other
+
+
+@pytest.mark.parametrize("name", ["demo", "large"])
+def test_the_path_is_the_traces(tab: Page, name: str, request: pytest.FixtureRequest) -> None:
+    page: Traced = request.getfixturevalue(name)
+    opened(tab, page)
+    tab.keyboard.press("f")
+    steps = tab.locator(".path .way").all()
+    ids = [step.get_attribute("data-id") for step in steps]
+    assert ids == [part.node.id for part in page.trace.path_to_target()]
+
+
+def test_the_keyboard_reaches_everything(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, "sel=L2/p7/BLOCK_OUTPUT")
+    tab.locator('svg.overview .cell[data-id="L2/p7/BLOCK_OUTPUT"]').focus()
+    tab.keyboard.press("ArrowUp")
+    tab.keyboard.press("Enter")
+    expect(tab.locator('.facts[data-node="L3/p7/BLOCK_OUTPUT"]')).to_be_visible()
+    tab.keyboard.press("[")  # its strongest source
+    expect(tab.locator(".facts .where")).to_contain_text("residual after attention")
+    tab.keyboard.press("]")
+    expect(tab.locator(".facts .where")).to_contain_text("residual after the block")
+    tab.keyboard.press("?")
+    expect(tab.get_by_role("dialog")).to_be_visible()
+    tab.keyboard.press("Escape")
+    expect(tab.get_by_role("dialog")).to_be_hidden()
+    tab.keyboard.press("Escape")
+    assert "sel=" not in tab.url
+
+
+def test_the_table_says_the_same_and_sorts(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, "layers=3&view=table")
+    rows = tab.locator("table.nodes tbody tr")
+    graph = demo.trace.layer(3)
+    assert rows.count() == sum(node.position == 7 for node in graph.node_list) + 1  # the embedding
+    tab.get_by_role("button", name="logit", exact=True).click()
+    logits = [e.logit_contribution for e in graph.edge_list if e.logit_contribution is not None]
+    expect(rows.first.locator("td").nth(2)).to_have_text(_signed(max(logits)))
+
+
+def test_a_link_brings_the_view_back(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, f"sel={VALUE}&layers=2,3&min=5&theme=dark&path=1")
+    assert tab.locator(".layer").count() == 2
+    expect(tab.locator(f'.facts[data-node="{VALUE}"]')).to_be_visible()
+    assert tab.evaluate("document.documentElement.dataset.theme") == "dark"
+    expect(tab.get_by_label("Smallest share")).to_have_value("5")
+
+
+def test_dark_and_light_differ_and_printing_is_light(tab: Page, demo: Traced) -> None:
+    opened(tab, demo)
+    colour = "getComputedStyle(document.body).backgroundColor"
+    light = tab.evaluate(colour)
+    tab.emulate_media(color_scheme="dark")
+    dark = tab.evaluate(colour)
+    assert dark != light
+    tab.emulate_media(color_scheme="dark", media="print")
+    assert tab.evaluate(colour) == light
+
+
+@pytest.mark.parametrize("width", [380, 800, 1100, 1900])
+def test_nothing_runs_out_of_the_window(tab: Page, large: Traced, width: int) -> None:
+    opened(tab, large)
+    tab.set_viewport_size({"width": width, "height": 900})
+    expect(tab.locator("svg.overview")).to_be_visible()
+    tab.wait_for_timeout(150)  # it is drawn anew when its size is seen to have changed
+    overflow = "document.documentElement.scrollWidth - window.innerWidth"
+    assert tab.evaluate(overflow) <= 0
+
+
+def test_hostile_tokens_are_text(tab: Page, large: Traced) -> None:
+    opened(tab, large, "layers=0,5,11")
+    assert tab.locator("main b, main script, h1 b, aside b").count() == 0
+    prompt = tab.locator("h1").inner_text()
+    assert "<script>alert(1)</script>" in prompt
+    assert "<b>bold</b>" in prompt
+    shown = [str(token) for token in large.trace.prompt_tokens]
+    assert any("<U+" in label for label in shown)
+    assert any("<0x" in label for label in shown)
+    changed(tab, "pos=1")
+    for hidden in "\u202e\u200b\u200d\n\t":
+        assert hidden in "".join(HOSTILE)
+        labels = tab.locator("svg text, bdi").all_text_contents()
+        assert not any(hidden in label for label in labels)
+
+
+def test_what_is_exported_is_the_recording(tab: Page, demo: Traced, tmp_path: Path) -> None:
+    opened(tab, demo)
+    saved = {}
+    for name in ("json", "svg", "png"):
+        with tab.expect_download() as download:
+            tab.get_by_label("Export").select_option(name)
+        saved[name] = tmp_path / name
+        download.value.save_as(saved[name])
+    with saved["json"].open(encoding="utf-8") as lines:
+        assert januslens.read_trace(lines) == demo.trace
+    svg = saved["svg"].read_text(encoding="utf-8")
+    assert svg.startswith("<svg")
+    assert "var(--" not in svg
+    assert saved["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_page_without_its_surroundings_shows_the_traced_positions(
+    tab: Page, demo: Traced, tmp_path: Path
+) -> None:
+    path = tmp_path / "alone.html"
+    path.write_text(demo.trace.to_html(), encoding="utf-8")
+    opened(tab, Traced(demo.trace, demo.trace, path))
+    assert tab.locator("svg.overview .cell[data-id]").count() == 5
+    assert tab.locator("svg.overview .cell.empty").count() == 35
+
+
+def test_a_page_is_small_and_shows_itself_quickly(tab: Page, large: Traced, wide: Traced) -> None:
+    assert large.path.stat().st_size < 1.5e6
+    for page in (large, wide):
+        opened(tab, page)
+        marks = json.loads(tab.evaluate("JSON.stringify(performance.getEntriesByType('mark'))"))
+        drawn = next(mark["startTime"] for mark in marks if mark["name"] == "januslens-drawn")
+        assert drawn < 5_000  # 1 s on an idle machine: benchmarks measure, this notices the worst

@@ -9,8 +9,8 @@ from januslens._verbs.calls import StreamCall
 from januslens._verbs.trace import trace as trace_call
 from januslens.v1 import trace_pb2
 
-_RESIDUALS = (NodeKind.BLOCK_INPUT, NodeKind.RESIDUAL_MID, NodeKind.BLOCK_OUTPUT)
-_STEPS = (NodeKind.ATTENTION_OUTPUT, NodeKind.MLP_OUTPUT)
+_RESIDUALS = (NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT)
+_STEPS = (NodeKind.RESIDUAL_MID, NodeKind.ATTENTION_OUTPUT, NodeKind.MLP_OUTPUT)
 _ATTENTION = (
     NodeKind.ATTENTION_CONCAT,
     NodeKind.ATTENTION_SUM,
@@ -21,9 +21,9 @@ _HEADS = 3  # of each cell, with the one source that each attends to most
 
 # A cell is one layer at one position. Up to so many, a cell also brings its strongest heads; up to
 # so many, the steps between residuals; above, the earliest positions are left out.
-_CELLS_WITH_HEADS = 400
-_CELLS_WITH_STEPS = 2_000
-_CELLS = 10_000
+_CELLS_WITH_HEADS = 300
+_CELLS_WITH_STEPS = 1_000
+_CELLS = 5_000
 
 
 def trace_overview(

@@ -68,8 +68,14 @@ def trace(
     if not as_json:
         show_trace(result, console(), rows, details)
     if html:
-        overview = client.trace_overview(result, lens=asked["lens"], top_k=asked["top_k"] or 3)
-        write_page(html, result.to_html(overview))
+        write_page(html, result.to_html(_overview(client, result, asked)))
+
+
+def _overview(client: Client, result: Trace, asked: dict[str, Any]) -> Trace | None:
+    """What surrounds the trace; nothing does where every position was traced in full."""
+    if len(result.targets) == len(result.prompt_tokens):
+        return None
+    return client.trace_overview(result, lens=asked["lens"], top_k=asked["top_k"] or 3)
 
 
 def _followed(stream: EventStream[TraceEvent, Trace], progress: Steps) -> Trace:

@@ -38,6 +38,8 @@ export class FlowGraph {
   sizes: ModelSizesMessage = {}
   times: StageTimeMessage[] = []
   complete = false
+  /** Grows with every message: what was drawn from an older version is out of date. */
+  version = 0
   /** Size of the vocabulary, where the stream says it. */
   get vocabulary(): number | undefined {
     return this.sizes.vocabSize
@@ -47,6 +49,7 @@ export class FlowGraph {
   private readonly from = new Map<string, GraphEdge[]>()
 
   feed(message: TraceResponse): void {
+    this.version++
     if (message.header) this.begin(message.header)
     if (message.layer) this.extend(message.layer)
     if (message.summary) {

@@ -36,7 +36,7 @@ export interface GraphNode {
   expert: number | undefined
   norm: number
   activation: number | undefined
-  reading: Reading | undefined
+  readonly reading: Reading | undefined
 }
 
 export interface GraphEdge {
@@ -61,6 +61,8 @@ export interface PositionTarget {
 }
 
 export function nodeOf(message: NodeMessage, tokens: TokenTable): GraphNode {
+  const { projection } = message
+  let reading: Reading | undefined // made when first asked for: most nodes are never looked at
   return {
     id: message.id,
     kind: message.kind.replace('NODE_KIND_', ''),
@@ -72,7 +74,10 @@ export function nodeOf(message: NodeMessage, tokens: TokenTable): GraphNode {
     expert: message.expert,
     norm: number(message.norm),
     activation: optional(message.activation),
-    reading: message.projection && readingOf(message.projection, tokens),
+    get reading() {
+      if (projection && !reading) reading = readingOf(projection, tokens)
+      return reading
+    },
   }
 }
 

@@ -10,12 +10,18 @@ export function isDark(): boolean {
   return chosen ? chosen === 'dark' : window.matchMedia('(prefers-color-scheme: dark)').matches
 }
 
+const resolved = new Map<string, string>()
+
 /** A colour of the theme as the browser resolves it, for canvas and exported pictures. */
 export function resolvedColour(variable: string): string {
+  const key = `${variable} ${isDark() ? 'dark' : 'light'}`
+  const known = resolved.get(key)
+  if (known) return known
   const probe = document.createElement('span')
   probe.style.color = `var(${variable})`
   document.body.append(probe)
-  const colour = getComputedStyle(probe).color
+  const { color } = getComputedStyle(probe)
   probe.remove()
-  return colour
+  resolved.set(key, color)
+  return color
 }

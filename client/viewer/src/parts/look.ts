@@ -5,6 +5,8 @@ import type { GraphNode, Scored } from '../graph/nodes'
 
 /** What marks nodes: the selection, pins, a search, a followed path. */
 export interface Marks {
+  /** Equal for equal marks. */
+  key: string
   selected: string
   pinned: ReadonlySet<string>
   /** Ids that a search found; undefined without a search. */

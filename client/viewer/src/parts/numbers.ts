@@ -19,7 +19,7 @@ export function percent(share: number): string {
 
 /** A count with thin spaces between thousands. */
 export function count(value: number): string {
-  return String(value).replace(/\B(?=(\d{3})+$)/g, ' ')
+  return String(value).replace(/\B(?=(\d{3})+$)/g, '\u2009')
 }
 
 /** A norm: three digits, whatever its magnitude. */

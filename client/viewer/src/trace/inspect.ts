@@ -46,17 +46,15 @@ function defaultNode(graph: FlowGraph, position: number) {
 
 function foundList(found: readonly Found[], query: string, graph: FlowGraph): HTMLElement {
   const sorted = [...found].sort((a, b) => a.place - b.place)
-  const lines = sorted
+  const lines: HTMLElement[] = sorted
     .slice(0, SHOWN)
-    .map(({ node, end, place }) =>
-      way(node, end === 'top' ? `${place + 1}.` : `${place + 1}. from the bottom`, graph),
-    )
+    .map(({ node, end, place }) => way(node, `${end === 'top' ? '▴' : '▾'} ${place}`, graph))
   const title = `“${query}” is read in ${count(found.length)} nodes`
-  const section = element('section', { class: 'found' }, element('h2', {}, title), ...lines)
   if (found.length > SHOWN) {
-    section.append(element('p', { class: 'quiet' }, `and ${found.length - SHOWN} more`))
+    lines.push(element('p', { class: 'quiet' }, `and ${found.length - SHOWN} more`))
   }
-  return section
+  const note = 'place among the top (▴) or bottom (▾) tokens'
+  return section('found', title, note, lines)
 }
 
 function pathList(path: readonly Step[], graph: FlowGraph): HTMLElement {
@@ -66,11 +64,21 @@ function pathList(path: readonly Step[], graph: FlowGraph): HTMLElement {
     const number = logit !== undefined ? signed(logit) : share !== undefined ? percent(share) : ''
     return way(node, number, graph)
   })
-  const title = element('h2', {}, 'The strongest path')
-  const note = element(
-    'p',
-    { class: 'quiet' },
-    'from the prediction back; what each step adds to the logit',
+  const note = 'from the prediction back; what each step adds to the logit'
+  return section('path', 'The strongest path', note, lines)
+}
+
+function section(
+  name: string,
+  title: string,
+  note: string,
+  lines: readonly HTMLElement[],
+): HTMLElement {
+  return element(
+    'section',
+    { class: name },
+    element('h2', {}, title),
+    element('p', { class: 'quiet' }, note),
+    element('div', { class: 'lines' }, ...lines),
   )
-  return element('section', { class: 'path' }, title, note, ...lines)
 }

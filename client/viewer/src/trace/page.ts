@@ -7,8 +7,15 @@ import { TraceView } from './view'
 export async function tracePage(): Promise<void> {
   const { title } = pageDescription()
   const view = new TraceView(shell(), title)
-  for (const stream of ['trace', 'overview']) {
-    for await (const message of messages<TraceResponse>(stream)) view.feed(message)
+  const detail = messages<TraceResponse>('trace')
+  const header = await detail.next() // first, since it says which positions were traced in full
+  if (!header.done) view.feed(header.value)
+  for (const stream of [messages<TraceResponse>('overview'), detail]) {
+    for await (const message of stream) {
+      view.feed(message)
+      view.drawSoon()
+    }
   }
   view.draw()
+  document.documentElement.dataset.ready = 'complete'
 }

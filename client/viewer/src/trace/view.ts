@@ -2,6 +2,7 @@ import type { TraceResponse } from '../contract/messages'
 import { FlowGraph } from '../graph/graph'
 import { lines } from '../page/blocks'
 import { png, save, standaloneSvg } from '../page/export'
+import { Once } from '../page/once'
 import type { Shell } from '../page/shell'
 import { setTheme, type Theme } from '../page/theme'
 import { element } from '../parts/dom'
@@ -20,6 +21,10 @@ import { traceState } from './state'
 import { toolbar } from './toolbar'
 import { pathToTarget } from './ways'
 
+const KEYS_OF_MARKS = ['sel', 'pin', 'q', 'path', 'theme'] as const
+const NARROWEST = 640 // px; what is narrower scrolls
+const PATIENCE = 120 // ms between drawings while messages arrive
+
 /** A trace on the screen; fed by a recorded stream or by a live one. */
 export class TraceView {
   readonly graph = new FlowGraph()
@@ -29,6 +34,8 @@ export class TraceView {
   private readonly details: Details
   private readonly updateToolbar: () => void
   private readonly heading = element('div', { class: 'heading' })
+  private readonly told = new Once()
+  private drawn = 0
 
   constructor(
     private readonly parts: Shell,
@@ -63,20 +70,27 @@ export class TraceView {
     this.graph.feed(message)
   }
 
+  /** Draws, unless it was drawn a moment ago: what still comes is not waited for. */
+  drawSoon(): void {
+    if (performance.now() - this.drawn > PATIENCE) this.draw()
+  }
+
   draw(): void {
     const { graph, state } = this
     setTheme(state.get('theme') as Theme)
     this.updateToolbar()
-    const width = this.parts.main.clientWidth
-    if (graph.prompt.length === 0 || width === 0) return
+    const width = Math.max(NARROWEST, this.parts.main.clientWidth)
+    if (graph.layers.size === 0) return
     const position = this.position()
     const found = search(graph, state.get('q'))
     const marks = this.marks(found)
-    fillHeader(this.heading, graph, position)
-    this.overview.draw(width, position, marks, this.layers())
+    if (this.told.differs(position, graph.version)) fillHeader(this.heading, graph, position)
+    this.overview.draw(width, position, marks)
     this.details.draw(width, position, marks, this.layers())
     fillInspector(this.parts.aside, graph, state, { position, found, path: this.path() })
     this.keepFocus()
+    this.drawn = performance.now()
+    if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
   }
 
   /** The position whose story is told: the chosen one, else the last that was traced in full. */
@@ -119,6 +133,7 @@ export class TraceView {
     const searching = this.state.get('q').trim() !== ''
     const path = this.path()
     return {
+      key: KEYS_OF_MARKS.map((key) => this.state.get(key)).join(' '),
       selected: this.state.get('sel'),
       pinned: new Set(this.state.list('pin')),
       found: searching ? new Set(found.map(({ node }) => node.id)) : undefined,

@@ -115,8 +115,9 @@ function placeHead(
   placeQuery(detail, row, columns, y, height)
   row.sources.forEach((source, i) => {
     const line = top + i * ROW
-    const label = `${source.position} ${graph.prompt[source.position]?.label ?? ''}`
-    detail.text(columns.source, line + ROW / 2, label, 'source', 'start', SOURCE - 4)
+    const label = graph.prompt[source.position]?.label ?? ''
+    detail.text(columns.source + 14, line + ROW / 2, `${source.position}`, 'number', 'end')
+    detail.text(columns.source + 19, line + ROW / 2, label, 'source', 'start', SOURCE - 22)
     if (source.key) detail.chip(source.key, columns.key, line, columns.chip)
     placeWeight(detail, source.attention, columns.weight, line)
     detail.chip(source.value, columns.value, line, columns.chip)

@@ -1,6 +1,7 @@
 import { create } from 'd3-selection'
 import type { FlowGraph } from '../../graph/graph'
 import type { GraphNode } from '../../graph/nodes'
+import { Once } from '../../page/once'
 import { element } from '../../parts/dom'
 import type { Marks } from '../../parts/look'
 import type { Svg } from '../../parts/svg'
@@ -69,11 +70,14 @@ export class Details {
       picture = new Picture(this.graph, this.tooltip, this.actions)
       this.pictures.set(layer, picture)
     }
+    const filters = ['hide', 'min', 'sign'].map((key) => this.state.get(key as 'hide')).join(' ')
+    const { version } = this.graph
+    if (!picture.drawn.differs(position, width, version, marks.key, filters)) return picture.element
     const model = layerModel(this.graph, layer, position)
     const where = `Layer ${layer} at ${atPosition(position, this.graph.prompt)}`
     picture.title.textContent = where
     picture.svg.attr('aria-label', where)
-    const traced = model.attention.rows.length + model.mlp.rows.length > 0
+    const traced = this.graph.traced.includes(position)
     if (traced) {
       const detail = detailLayout(model, this.graph, filterOf(this.state), width)
       picture.chips = detail.chips
@@ -93,6 +97,7 @@ function notTraced(position: number): string {
 
 /** One layer's picture. */
 class Picture {
+  readonly drawn = new Once()
   readonly title = element('h2')
   readonly note = element('p', { class: 'quiet' })
   readonly svg = create('svg')

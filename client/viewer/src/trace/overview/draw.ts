@@ -176,7 +176,7 @@ function drawCells(group: Group, grid: Grid): void {
     .attr('data-id', (cell) => cell.node?.id ?? null)
     .attr('role', 'gridcell')
     .attr('tabindex', -1)
-    .attr('aria-label', (cell) => (cell.node ? nodeSentence(cell.node, graph) : 'not traced'))
+    .attr('aria-label', (cell) => spoken(cell, graph))
     .attr('transform', (cell) => `translate(${cell.column.x},${cell.row.y})`)
     .each(function (cell) {
       const own = select(this)
@@ -191,6 +191,14 @@ function drawCells(group: Group, grid: Grid): void {
         .attr('y', at.cellHeight / 2 + 0.5)
         .text(at.cellHeight < 11 ? '' : cellLabel(cell))
     })
+}
+
+/** The whole token, and what is seen of it where it is cut. */
+function spoken(cell: Cell, graph: FlowGraph): string {
+  if (!cell.node) return 'not traced'
+  const seen = cellLabel(cell)
+  const sentence = nodeSentence(cell.node, graph)
+  return sentence.includes(seen) ? sentence : `${sentence}, shown as ${seen}`
 }
 
 function cellLabel(cell: Cell): string {

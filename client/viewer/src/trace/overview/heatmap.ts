@@ -29,13 +29,15 @@ export function heatCells({ graph, at }: Grid): HeatCell[] {
 export function paintHeatmap(canvas: HTMLCanvasElement, grid: Grid): void {
   const scale = window.devicePixelRatio
   const { width, height } = grid.at
+  const cells = heatCells(grid)
+  canvas.hidden = cells.length === 0
+  if (canvas.hidden) return
   canvas.width = Math.round(width * scale)
   canvas.height = Math.round(height * scale)
   canvas.style.width = `${width}px`
   canvas.style.height = `${height}px`
-  const cells = heatCells(grid)
   const context = canvas.getContext('2d')
-  if (!context || cells.length === 0) return
+  if (!context) return
   context.scale(scale, scale)
   const colours = Array.from({ length: 7 }, (_, bin) => resolvedColour(`--bin-${bin}`))
   for (const cell of cells) {

@@ -70,12 +70,12 @@ function lastEdge(columns: readonly Column[]): number {
 
 function columnsIn(positions: number, selected: number, left: number, room: number): Column[] {
   const even = Math.min(WIDEST, room / positions)
-  if (even - GAP >= NARROWEST_LABEL - GAP || positions <= LENS) {
+  if (even >= NARROWEST_LABEL || positions <= LENS) {
     return Array.from({ length: positions }, (_, position) => ({
       position,
       x: left + position * even,
       width: even - GAP,
-      labelled: even >= NARROWEST_LABEL,
+      labelled: true,
     }))
   }
   return lens(positions, selected, left, room)
@@ -83,7 +83,8 @@ function columnsIn(positions: number, selected: number, left: number, room: numb
 
 /** Ten readable columns around the selected one; the others share what is left as a heat map. */
 function lens(positions: number, selected: number, left: number, room: number): Column[] {
-  const wide = Math.min(72, (room * 0.72) / LENS)
+  const others = Math.min(room * 0.3, (positions - LENS) * 16)
+  const wide = Math.min(84, (room - others) / LENS)
   const narrow = (room - wide * LENS) / (positions - LENS)
   const first = Math.max(0, Math.min(positions - LENS, selected - LENS + 3))
   const columns: Column[] = []

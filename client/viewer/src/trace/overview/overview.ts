@@ -1,5 +1,7 @@
 import { create } from 'd3-selection'
 import type { FlowGraph } from '../../graph/graph'
+import { Once } from '../../page/once'
+import { isDark } from '../../page/theme'
 import { element } from '../../parts/dom'
 import type { Marks } from '../../parts/look'
 import type { Svg } from '../../parts/svg'
@@ -25,6 +27,7 @@ export class Overview {
   readonly element: HTMLElement
   private readonly canvas = element('canvas', { 'aria-hidden': 'true' })
   private readonly svg = create('svg').attr('class', 'picture overview') as unknown as Svg
+  private readonly drawn = new Once()
   private at: Layout | undefined
 
   constructor(
@@ -40,12 +43,13 @@ export class Overview {
     picture.addEventListener('pointerleave', () => this.tooltip.hide())
   }
 
-  draw(width: number, position: number, marks: Marks, shown: readonly number[]): void {
+  draw(width: number, position: number, marks: Marks): void {
     const { graph, svg } = this
+    if (!this.drawn.differs(width, position, graph.version, marks.key, isDark())) return
     const layers = [...graph.layers].sort((a, b) => a - b)
     const at = layout(graph.prompt.length, layers, position, width, PANEL)
     this.at = { ...at, height: at.height + LEGEND_HEIGHT }
-    const grid = { graph, at, position, marks, shown }
+    const grid = { graph, at, position, marks }
     drawGrid(svg, grid)
     drawPanel(svg, graph, at, position)
     drawAnswer(svg, graph, at, position)

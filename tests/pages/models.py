@@ -1,0 +1,64 @@
+"""A model as deep and with as many tokens as GPT-2, but narrow: quick to run, as much to show."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+LAYERS, VOCABULARY = 12, 50_257
+# What a page could be broken with: markup, right-to-left, zero-width, joined emoji, controls.
+HOSTILE = [
+    "<b>bold</b>",
+    "<script>alert(1)</script>",
+    "&amp;&lt;",
+    '"onload="x',
+    "مرحبا",
+    "\u202eover",
+    "zero\u200bwidth",
+    "👩🏽‍🚀",
+    "\n\t",
+    "日本",
+    "\u0301",
+    "</script>",
+]
+
+
+def random_gpt2(folder: Path) -> Path:
+    """Save it with a tokenizer of made-up words, the hostile ones among them."""
+    tokenizer = _tokenizer()
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_layer=LAYERS, n_embd=48, n_head=12, n_positions=128
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and name.startswith("transformer.h"):
+                parameter.mul_(8)  # else every block does next to nothing
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
+
+
+def _tokenizer() -> Tokenizer:
+    """Byte-level BPE: all bytes, and the words by merges from the left."""
+    drawn = random.Random(0)
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    entries = {entry: i for i, entry in enumerate(sorted(split.alphabet()))}
+    merges: list[tuple[str, str]] = []
+    words = iter(HOSTILE)
+    while len(entries) < VOCABULARY:
+        word = next(words, None) or " " + "".join(drawn.choices("aeioulnrst", k=7))
+        written = split.pre_tokenize_str(word)[0][0]
+        for end in range(1, len(written)):
+            if written[: end + 1] not in entries and len(entries) < VOCABULARY:
+                entries[written[: end + 1]] = len(entries)
+                merges.append((written[:end], written[end]))
+    tokenizer = Tokenizer(models.BPE(entries, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
