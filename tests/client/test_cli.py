@@ -120,6 +120,38 @@ def test_every_option_is_an_argument_of_the_verb(
 
 
 @pytest.mark.usefixtures("demo")
+def test_a_trace_is_written_as_a_page_too(tmp_path: Path) -> None:
+    page = tmp_path / "trace.html"
+    result = run("trace", PROMPT, "--html", str(page), "--rows", "1")
+    assert result.exit_code == 0
+    assert f"wrote {page}" in result.stderr
+    text = page.read_text(encoding="utf-8")
+    assert "<title>The capital of Japan is the city of · Januslens</title>" in text
+    assert text.count('data-stream="trace"') >= 6  # header, four layers, summary
+    assert text.count('data-stream="overview"') >= 6
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_page_of_every_position_needs_no_surroundings(tmp_path: Path) -> None:
+    page = tmp_path / "trace.html"
+    run("trace", "The capital of", "--positions", "all", "--html", str(page))
+    assert 'data-stream="overview"' not in page.read_text(encoding="utf-8")
+
+
+def test_a_page_and_json_exclude_each_other(tmp_path: Path) -> None:
+    result = run("trace", PROMPT, "--json", "--html", str(tmp_path / "trace.html"))
+    assert result.exit_code == 2
+    assert "expected --json or --html; got both" in result.stderr
+
+
+@pytest.mark.usefixtures("demo")
+def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    result = run("trace", PROMPT, "--html", str(tmp_path / "nowhere" / "trace.html"))
+    assert result.exit_code == 1
+    assert "nowhere" in result.stderr
+
+
+@pytest.mark.usefixtures("demo")
 def test_the_trace_shows_where_tokyo_comes_from() -> None:
     result = run("trace", PROMPT)
     assert result.exit_code == 0

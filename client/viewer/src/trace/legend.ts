@@ -49,14 +49,14 @@ function keysFor(target: string, width: number): Key[] {
   })
   x += 18
   const lines: [string, string][] = [
-    ['attention', 'attention brings'],
-    ['mlp', 'MLP adds'],
-    ['residual', 'residual stream'],
+    ['attention', 'attention (width: share)'],
+    ['mlp', 'MLP'],
+    ['residual', 'residual (width: norm)'],
   ]
   for (const [kind, words] of lines) {
     if (x + 30 + words.length * 6.6 > width) break
     keys.push({ x, width: 16, kind, words, inside: false })
-    x += 22 + words.length * 6.2 + 16
+    x += 22 + words.length * 5.9 + 14
   }
   return keys
 }

@@ -85,7 +85,7 @@ export class TraceView {
     const found = search(graph, state.get('q'))
     const marks = this.marks(found)
     if (this.told.differs(position, graph.version)) fillHeader(this.heading, graph, position)
-    this.overview.draw(width, position, marks)
+    this.overview.draw(width, position, marks, this.layers())
     this.details.draw(width, position, marks, this.layers())
     fillInspector(this.parts.aside, graph, state, { position, found, path: this.path() })
     this.keepFocus()

@@ -28,7 +28,7 @@ interface Columns {
 
 const SOURCE = 78
 const WEIGHT = 50
-const SHARE = 46
+const SHARE = 50
 const RIBBONS = 74
 const GAP = 8 // between heads
 const FRAME = 8 // above and below a head's lines

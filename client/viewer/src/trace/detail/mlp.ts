@@ -28,7 +28,7 @@ interface Columns {
 
 const NAME = 44
 const ACTIVATION = 60
-const SHARE = 46
+const SHARE = 50
 const RIBBONS = 74
 
 export function placeMlp(

@@ -22,6 +22,8 @@ export interface Grid {
   /** The position whose story is told. */
   position: number
   marks: Marks
+  /** Layers that are shown in detail. */
+  shown: readonly number[]
 }
 
 export function residualAt(graph: FlowGraph, layer: number, position: number) {
@@ -41,7 +43,7 @@ export function drawGrid(svg: Svg, grid: Grid): void {
   drawArcs(stratum(svg, 'arcs'), grid)
   drawCells(stratum(svg, 'cells'), grid)
   drawSteps(stratum(svg, 'steps'), grid)
-  drawRowLabels(stratum(svg, 'rows'), at)
+  drawRowLabels(stratum(svg, 'rows'), grid)
   drawAxis(stratum(svg, 'axis'), grid)
 }
 
@@ -256,12 +258,13 @@ function underline(
   }
 }
 
-function drawRowLabels(group: Group, at: Layout): void {
+function drawRowLabels(group: Group, { at, shown }: Grid): void {
   const every = Math.ceil(13 / (at.rows.length > 1 ? Math.abs(pitch(at)) : 13))
   group
     .selectAll('text')
     .data(at.rows.filter((row) => row.layer === EMBEDDING || row.layer % every === 0))
     .join('text')
+    .attr('class', (row) => (shown.includes(row.layer) ? 'shown' : ''))
     .attr('x', 36)
     .attr('y', (row) => row.y + at.cellHeight / 2)
     .attr('text-anchor', 'end')

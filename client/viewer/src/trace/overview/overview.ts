@@ -43,13 +43,14 @@ export class Overview {
     picture.addEventListener('pointerleave', () => this.tooltip.hide())
   }
 
-  draw(width: number, position: number, marks: Marks): void {
+  draw(width: number, position: number, marks: Marks, shown: readonly number[]): void {
     const { graph, svg } = this
-    if (!this.drawn.differs(width, position, graph.version, marks.key, isDark())) return
+    if (!this.drawn.differs(width, position, graph.version, marks.key, isDark(), String(shown)))
+      return
     const layers = [...graph.layers].sort((a, b) => a - b)
     const at = layout(graph.prompt.length, layers, position, width, PANEL)
     this.at = { ...at, height: at.height + LEGEND_HEIGHT }
-    const grid = { graph, at, position, marks }
+    const grid = { graph, at, position, marks, shown }
     drawGrid(svg, grid)
     drawPanel(svg, graph, at, position)
     drawAnswer(svg, graph, at, position)

@@ -1,0 +1,50 @@
+import assert from 'node:assert/strict'
+import { test } from 'node:test'
+import { EMBEDDING, layout, nearest } from '../src/trace/overview/layout'
+
+const layers = [0, 1, 2, 3]
+
+test('few positions are all labelled, side by side', () => {
+  const at = layout(8, layers, 7, 1100, 214)
+  assert.ok(at.columns.every((column) => column.labelled))
+  for (let i = 1; i < at.columns.length; i++) {
+    const [left, right] = [at.columns[i - 1], at.columns[i]]
+    assert.ok(left && right && left.x + left.width < right.x)
+  }
+})
+
+for (const [positions, selected] of [
+  [15, 14],
+  [100, 0],
+  [100, 50],
+  [1000, 999],
+] as const) {
+  test(`of ${positions} positions ten are labelled, ${selected} among them, and all fit`, () => {
+    const at = layout(positions, layers, selected, 1100, 214)
+    const labelled = at.columns.filter((column) => column.labelled).map((c) => c.position)
+    assert.equal(labelled.length, 10)
+    assert.ok(labelled.includes(selected))
+    assert.ok(
+      at.columns.every((column) => column.width > 0 && column.x + column.width < 1100 - 214),
+    )
+  })
+}
+
+test('layers go upward from the embedding', () => {
+  const { rows } = layout(8, layers, 7, 1100, 214)
+  assert.deepEqual(
+    rows.map((row) => row.layer),
+    [EMBEDDING, ...layers],
+  )
+  assert.ok(rows.every((row, i) => i === 0 || row.y < (rows[i - 1]?.y ?? 0)))
+})
+
+test('the nearest cell is found from anywhere', () => {
+  const at = layout(8, layers, 7, 1100, 214)
+  const [column, row] = [at.columns[3], at.rows[2]]
+  assert.ok(column && row)
+  const found = nearest(at, column.x + 5, row.y + 5)
+  assert.equal(found?.column.position, 3)
+  assert.equal(found?.row.layer, 1)
+  assert.equal(nearest(at, 0, 0)?.column.position, 0)
+})
