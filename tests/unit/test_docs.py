@@ -18,6 +18,7 @@ from januslens_server.models.adapters import ADAPTERS
 from januslens_server.pipelines import checks, gradient_lens
 from januslens_server.pipelines.losses import MAX_SUPPRESSED
 from januslens_server.rpc import decode
+from januslens_server.rpc.bounds import BOUNDS
 
 ROOT = Path(__file__).parents[2]
 README, SEMANTICS, API = ROOT / "README.md", ROOT / "docs/semantics.md", ROOT / "docs/api.md"
@@ -96,7 +97,12 @@ def test_every_field_of_the_large_requests_is_explained(rpc: str, request_type: 
 
 def test_limits_are_the_servers() -> None:
     rows = section(API, "Limits")
-    counts = (decode.MAX_TOKENS, decode.MAX_VECTORS, decode.MAX_LISTED, decode.MAX_PROBES)
+    counts = (
+        decode.MAX_TOKENS,
+        decode.MAX_VECTORS,
+        decode.MAX_LISTED,
+        BOUNDS["PreviewEditRequest.probes"],
+    )
     for limit in (*counts, MAX_SUPPRESSED, decode.MAX_NEURONS):
         assert f"| {limit:,}" in rows
 

@@ -18,6 +18,9 @@ from januslens._requests.matrices import matrix_numbers
 from januslens._results.kinds import MatrixKind
 from januslens.v1 import edits_pb2
 
+# Characters that fit into a label, however many bytes they take.
+LABEL = 1024
+
 
 @dataclass(frozen=True)
 class DescentStep:
@@ -87,9 +90,9 @@ def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:
 
 
 def probe_message(probe: Probe | str) -> edits_pb2.Probe:
-    """A probe; a prompt alone is its own label."""
+    """A probe; a prompt alone is its own label, as far as labels go."""
     if isinstance(probe, str):
-        probe = Probe(probe, label=probe)
+        probe = Probe(probe, label=probe[:LABEL])
     return edits_pb2.Probe(
         label=probe.label,
         input=input_message(probe.prompt),

@@ -57,9 +57,6 @@ MAX_TOKENS = 1000
 MAX_VECTORS = 4096
 MAX_LISTED = 65_536
 
-# Probes of one PreviewEdit request: each costs two forward passes.
-MAX_PROBES = 64
-
 # Neurons of one FindNeurons page: the ten thousand tokens that a thousand name fit into a message.
 NEURONS = 20
 MAX_NEURONS = 1000
@@ -139,8 +136,6 @@ def _matrix(tensor: common_pb2.Tensor) -> Vectors:
 
 def preview_edit_spec(request: edits_pb2.PreviewEditRequest) -> PreviewEditSpec:
     """Raises `InvalidRequest` naming the field that cannot be served."""
-    if len(request.probes) > MAX_PROBES:
-        raise InvalidRequest("probes", f"expected at most {MAX_PROBES}, got {len(request.probes)}")
     return PreviewEditSpec(
         prompt=_input(request.input),
         target=_target(request.target, "target"),

@@ -1,4 +1,4 @@
-"""Bytes in and out: what is no message is refused, and equal answers are equal bytes."""
+"""Bytes in and out: no message, or one too long, is refused; equal answers are equal bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from januslens_server.errors import InvalidRequest
+from januslens_server.rpc.bounds import check_bounds
 from januslens_server.rpc.callers import Context
 from januslens_server.rpc.calls import Call
 from januslens_server.rpc.measures import Serializer, measured
@@ -62,11 +63,19 @@ def _tolerant(parse: Deserializer) -> Deserializer:
     return tolerant
 
 
+def _check(name: str, request: Any) -> None:
+    if request is _MALFORMED:
+        raise InvalidRequest("request", f"expected a message of {name}, got other bytes")
+    check_bounds(request)
+
+
 def _refusing(service: str, name: str, answer: Behaviour) -> Any:
     async def refusing(request: Any, context: Context) -> Any:
-        if request is _MALFORMED:
+        try:
+            _check(name, request)
+        except InvalidRequest as error:
             async with Call(name, context, service):
-                raise InvalidRequest("request", f"expected a message of {name}, got other bytes")
+                raise error from None
         return await answer(request, context)
 
     return refusing

@@ -1,0 +1,126 @@
+"""Requests made from the contract's own description, with no idea of what makes sense.
+
+`test_fuzz` sends what is mostly served; this sends whatever can be written, to every RPC there is,
+and bytes that may be no message at all.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.calls import SERVICE, methods, refusal, started
+
+# What a healthy server may say of a request, whatever it holds.
+ANSWERS = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.UNIMPLEMENTED,
+}
+
+FUZZ = settings(
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+TEXTS = st.sampled_from(
+    ["", "demo", "Japan", " Paris", "../../etc/passwd", "a\r\nb", "%s{}", "\0"]
+) | st.text(st.characters(codec="utf-8"), max_size=20)
+SCALARS: dict[str, st.SearchStrategy[Any]] = {
+    "string": TEXTS,
+    "bytes": st.binary(max_size=64),
+    "bool": st.booleans(),
+    "float": st.floats(width=32),
+    "double": st.floats(),
+    "uint32": st.integers(0, 4) | st.integers(0, 2**32 - 1),
+    "uint64": st.integers(0, 2**64 - 1),
+    "int32": st.integers(-4, 4) | st.integers(-(2**31), 2**31 - 1),
+    "int64": st.integers(-(2**63), 2**63 - 1) | st.integers(0, 4),
+    # Numbers that the enum does not have are kept by proto3 and reach the server.
+    "enum": st.integers(-1, 30) | st.integers(-(2**31), 2**31 - 1),
+}
+
+
+@cache
+def messages(descriptor: Any) -> st.SearchStrategy[Message]:
+    """Any message of a kind: each field set or not, at most one of each oneof."""
+    fields = {field.name: values(field) for field in descriptor.fields}
+    kind = descriptor._concrete_class
+    return st.fixed_dictionaries({}, optional=fields).map(lambda chosen: kind(**chosen))
+
+
+def values(field: Any) -> st.SearchStrategy[Any]:
+    types = {number: name.removeprefix("TYPE_").lower() for name, number in TYPES.items()}
+    if field.message_type is not None:
+        one: st.SearchStrategy[Any] = messages(field.message_type)
+    else:
+        one = SCALARS[types[field.type]]
+    return st.lists(one, max_size=4) if field.is_repeated else one
+
+
+def types_of(descriptor: Any) -> dict[str, int]:
+    return {name: getattr(descriptor, name) for name in dir(descriptor) if name.startswith("TYPE_")}
+
+
+TYPES = types_of(next(iter(methods().values())).input_type.fields[0])
+
+
+@pytest.mark.parametrize("method", methods())
+def test_whatever_can_be_written_is_answered(channel: grpc.Channel, method: str) -> None:
+    @FUZZ
+    @given(messages(methods()[method].input_type))
+    def check(request: Message) -> None:
+        call = started(channel, method, request, timeout=60)
+        outcome(call, method)
+        assert call.code() in ANSWERS, call.details()
+        if call.code() is not grpc.StatusCode.OK:
+            assert refusal(call).info.domain == "januslens"
+
+    check()
+    assert_ready(channel)
+
+
+@pytest.mark.parametrize("method", methods())
+def test_bytes_are_a_message_or_refused(channel: grpc.Channel, method: str) -> None:
+    descriptor = methods()[method]
+    kind = channel.unary_stream if descriptor.server_streaming else channel.unary_unary
+    raw: Any = kind(SERVICE + method)
+
+    @FUZZ
+    @given(st.binary(max_size=200))
+    def check(sent: bytes) -> None:
+        call = (
+            raw(sent, timeout=60) if descriptor.server_streaming else raw.future(sent, timeout=60)
+        )
+        outcome(call, method)
+        assert call.code() in ANSWERS, call.details()
+        # No parser's words: what is not understood is not quoted.
+        assert "Error parsing" not in (call.details() or "")
+
+    check()
+    assert_ready(channel)
+
+
+def outcome(call: Any, method: str) -> None:
+    """Wait until it has ended."""
+    try:
+        list(call) if methods()[method].server_streaming else call.result()
+    except grpc.RpcError:
+        return
+
+
+def assert_ready(channel: grpc.Channel) -> None:
+    health: Any = health_pb2_grpc.HealthStub(channel)
+    ready = health.Check(health_pb2.HealthCheckRequest(service="januslens.ready"), timeout=30)
+    assert ready.status == health_pb2.HealthCheckResponse.SERVING
