@@ -25,6 +25,8 @@ pytestmark = pytest.mark.soak
 
 SECONDS = 60.0
 BETWEEN_KILLS = 4.0
+# On a slow machine servers take long to come back, and fewer can be killed in a minute.
+KILLS, AT_MOST = 8, 180.0
 CALLERS = 3
 
 PROMPT = "The capital of Japan is the city of"
@@ -106,7 +108,7 @@ def test_no_request_is_lost_and_every_cut_is_named(
     figures = f"{sum(served.values())} answers {dict(served)}, {kills} kills, {len(CUTS.ids)} cuts"
     print(f"\n{way}: {figures}")
     assert lost == []
-    assert kills >= 5
+    assert kills >= KILLS
     assert len(CUTS.ids) > 0, "no stream was cut: this run says little"
     named = [record.getMessage() for record in caplog.records]
     assert all(any(cut in line for line in named) for cut in CUTS.ids)
@@ -141,8 +143,8 @@ def loaded(
         caller.start()
     kills = 0
     try:
-        ends = time.monotonic() + SECONDS
-        while time.monotonic() < ends:
+        began = time.monotonic()
+        while time.monotonic() < began + (SECONDS if kills >= KILLS else AT_MOST):
             time.sleep(BETWEEN_KILLS)
             ready = [i for i, server in enumerate(replicas.servers) if " ready" in server.log]
             if (
