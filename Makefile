@@ -26,7 +26,7 @@ NPM          := $(shell command -v npm)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test soak check check-deploy check-image check-stubs stubs viewer check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test soak bench check check-deploy check-image check-stubs stubs viewer check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -39,6 +39,9 @@ demo: $(SETUP) ## Start the server, trace and gradient-lens the running example,
 
 test: $(SETUP) $(if $(NPM),$(VIEWER_SETUP)) ## Run the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+bench: $(SETUP) ## Measure the goals of docs/performance.md: some minutes, on an idle machine
+	$(BIN)/python -m tests.benchmarks
 
 soak: $(SETUP) ## Run what takes minutes, one after the other: killed servers and clients, load
 	$(BIN)/pytest -m soak -s

@@ -73,6 +73,8 @@ class Settings:
     cache_size: int
     index_neurons: bool
     row_cache: int
+    threads: int | None
+    chunk_bytes: int
     max_waiting: int
     max_request_seconds: float
     max_request_memory: int
@@ -261,6 +263,18 @@ OPTIONS: tuple[click.Parameter, ...] = (
         type=_SizeType(),
         default="512MiB",
         help="Logits of weight rows kept for later traces, of each model on a CPU; 0: none.",
+    ),
+    _option(
+        "--threads",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Cores that compute one request; torch's own choice is all of them.",
+    ),
+    _option(
+        "--chunk-bytes",
+        type=_SizeType(),
+        default="64MiB",
+        help="Logits that are held at once, whatever a request asks for.",
     ),
     _option(
         "--max-waiting",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import logging
 import signal
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import torch
 from prometheus_client import start_http_server
 
 from januslens_server import gauges, telemetry
@@ -46,6 +48,8 @@ async def serve(settings: Settings) -> None:
 
     Raises `OSError` where a port cannot be had.
     """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
     loop = asyncio.get_running_loop()
     health = Health()
     worker = DeviceWorker(settings.max_waiting, in_service_terms, on_device_lost(health, loop))
@@ -72,7 +76,7 @@ async def serve(settings: Settings) -> None:
         gauges.show_model(status)
     lag = loop.create_task(telemetry.watch_event_loop())
     health_server = await _listen(server, health, settings)
-    loading = threading.Thread(target=registry.load_all, name="model-loader", daemon=True)
+    loading = threading.Thread(target=_load, args=(registry,), name="model-loader", daemon=True)
     loading.start()
     await _signalled(loop, callers)
     lag.cancel()
@@ -92,6 +96,17 @@ def on_device_lost(health: Health, loop: asyncio.AbstractEventLoop) -> Callable[
         asyncio.run_coroutine_threadsafe(health.drain(), loop)
 
     return lost
+
+
+def _load(registry: Registry) -> None:
+    """Load every model; from then on the garbage collector passes by what is there for good.
+
+    Modules, vocabularies and torch's own objects are hundreds of thousands: to look through all
+    of them takes a fifth of a second, which some request would wait.
+    """
+    registry.load_all()
+    gc.collect()
+    gc.freeze()
 
 
 def _check(settings: Settings, paces: dict[str, Pace]) -> SelfCheck:
@@ -131,6 +146,7 @@ def _sources(settings: Settings) -> list[ModelSource]:
             offload_dir=None if offload_dir is None else Path(offload_dir).expanduser(),
             cache=cache,
             row_cache_bytes=settings.row_cache,
+            chunk_bytes=settings.chunk_bytes,
         )
         for source in named or [embedded_source()]
     ]

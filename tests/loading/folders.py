@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from januslens_server.lens.head import CHUNK_BYTES
 from januslens_server.models.loading import ModelSource
-from januslens_server.models.memory import WORKING_BYTES
+from januslens_server.models.memory import CHUNKS_AT_WORK
 from tests.architectures.cases import Case
 from tests.architectures.tiny_models import plain
 from tests.support.reference_examples import TOKENIZER
@@ -26,4 +27,4 @@ def weight_bytes(case: Case) -> int:
 
 def room_for(case: Case, part: float) -> dict[str, int]:
     """Limits under which the CPU takes about a `part` of the model's weights."""
-    return {"cpu": WORKING_BYTES + int(part * weight_bytes(case))}
+    return {"cpu": CHUNKS_AT_WORK * CHUNK_BYTES + int(part * weight_bytes(case))}

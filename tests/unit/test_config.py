@@ -85,6 +85,8 @@ ODD = [
     "--cache-size=2GiB",
     "--index-neurons",
     "--row-cache=1.5GiB",
+    "--threads=2",
+    "--chunk-bytes=1MiB",
     "--max-waiting=3",
     "--stall-seconds=0.5",
     "--grace-seconds=0",

@@ -13,7 +13,7 @@ from januslens_server.specs import LensKind
 CHUNK_BYTES = 64 * 2**20
 # Tokens whose rows of the unembedding one core multiplies at once: their packed copies stay in its
 # cache, which one product over the whole vocabulary loses. A GPU takes the whole vocabulary.
-TOKENS_AT_ONCE = 512
+TOKENS_AT_ONCE = 1024
 # The Backward Lens authors' guard against dividing by a zero norm (appendix H).
 SMALLEST_NORM = 1e-12
 

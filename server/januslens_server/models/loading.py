@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import (
 from transformers import logging as transformers_logging
 
 from januslens_server.errors import ModelFailed
+from januslens_server.lens.head import CHUNK_BYTES
 from januslens_server.models.adapters import view_of
 from januslens_server.models.checkpoint import Checkpoint, first_line, open_checkpoint
 from januslens_server.models.finite import check_weights
@@ -52,6 +53,7 @@ class ModelSource:
     `device` `auto` splits a model over the machine's devices and, for what fits nowhere, the
     `offload_dir`. `limits` are bytes that the model may take by device, else what is free. `cache`
     keeps what is computed once per model, `row_cache_bytes` of logits what traces may meet again.
+    `chunk_bytes` of logits are held at once.
     """
 
     name: str
@@ -63,6 +65,7 @@ class ModelSource:
     offload_dir: Path | None = None
     cache: TensorCache | None = None
     row_cache_bytes: int = ROW_CACHE_BYTES
+    chunk_bytes: int = CHUNK_BYTES
 
 
 def load(source: ModelSource) -> ResidentModel:
@@ -78,6 +81,7 @@ def load(source: ModelSource) -> ResidentModel:
         with brought(network):
             view = view_of(network)
         check_weights(network)
+        view = replace(view, lens=replace(view.lens, chunk_bytes=source.chunk_bytes))
     except (ModelFailed, OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelFailed(f"{source.location}: {first_line(error)}") from error
     return ResidentModel(
@@ -121,7 +125,7 @@ def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dt
     """Where the weights will stand; raises `ModelFailed` before they are read if nowhere."""
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=data_type)
-    need = needed(skeleton)
+    need = needed(skeleton, source.chunk_bytes)
     device_map = place(skeleton, need, source.device, source.limits, source.offload_dir)
     devices = ", ".join(dict.fromkeys(str(device) for device in device_map.values()))
     logger.info("model %s takes about %s on %s", source.name, need, devices)

@@ -10,10 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from januslens_server.errors import ModelFailed
-from januslens_server.lens.head import CHUNK_BYTES
 
-# A chunk's logits, what the soft-cap, the probabilities and the sort make of them.
-WORKING_BYTES = 4 * CHUNK_BYTES
+# Chunks that a request may need at once: its logits, what is made of them, and its vectors.
+CHUNKS_AT_WORK = 4
 
 CGROUP = Path("/sys/fs/cgroup")
 MEMORY_INFO = Path("/proc/meminfo")
@@ -39,7 +38,7 @@ class Need:
         )
 
 
-def needed(skeleton: PreTrainedModel) -> Need:
+def needed(skeleton: PreTrainedModel, chunk_bytes: int) -> Need:
     """From a model without weights (on the meta device), in the data type that it will have.
 
     The lens and the flow graph compute in float32: of half types they copy the head for good, and
@@ -47,13 +46,14 @@ def needed(skeleton: PreTrainedModel) -> Need:
     """
     tensors = [*skeleton.parameters(), *skeleton.buffers()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    work = CHUNKS_AT_WORK * chunk_bytes
     if skeleton.dtype is torch.float32:
-        return Need(weights, lens=0, work=WORKING_BYTES)
+        return Need(weights, lens=0, work=work)
     head = skeleton.get_output_embeddings().get_parameter("weight").numel()
     layers: int = skeleton.config.get_text_config().num_hidden_layers
     block = sum(p.numel() for p in skeleton.parameters()) // layers
     copied = torch.float32.itemsize
-    return Need(weights, lens=head * copied, work=WORKING_BYTES + block * copied)
+    return Need(weights, lens=head * copied, work=work + block * copied)
 
 
 def available(device: str, limits: Mapping[str, int]) -> int | None:

@@ -17,7 +17,8 @@ class ModelSizes:
     """`facts` with experts as one token meets them, weights of all blocks that it passes, bytes.
 
     `facts.n_experts` is how many experts a token is routed to; 0 for dense models. `item` is the
-    size of an activation's element, `block` the largest block's number of weights.
+    size of an activation's element, `block` the largest block's number of weights,
+    `chunk_bytes` what is held of logits at once.
     """
 
     facts: ModelFacts
@@ -25,6 +26,7 @@ class ModelSizes:
     block: int
     item: int
     eager: bool
+    chunk_bytes: int
 
 
 def model_sizes(model: ResidentModel) -> ModelSizes:
@@ -46,4 +48,5 @@ def model_sizes(model: ResidentModel) -> ModelSizes:
         block=largest,
         item=torch.empty(0, dtype=network.dtype).element_size(),
         eager=model.provenance.attention == "eager",
+        chunk_bytes=model.view.lens.chunk_bytes,
     )

@@ -7,7 +7,6 @@ once, rounded up (tests/numerics/test_cost.py measures them).
 
 from __future__ import annotations
 
-from januslens_server.lens.head import CHUNK_BYTES
 from januslens_server.models.sizes import ModelSizes
 
 FLOAT32 = 4
@@ -39,7 +38,8 @@ def passing(sizes: ModelSizes, tokens: int) -> int:
 def read(sizes: ModelSizes, vectors: int, listed: int) -> int:
     """The lens over so many vectors: a chunk's logits several times over, and what is reported."""
     facts = sizes.facts
-    chunk = min(max(CHUNK_BYTES, FLOAT32 * facts.vocab_size), FLOAT32 * facts.vocab_size * vectors)
+    row = FLOAT32 * facts.vocab_size
+    chunk = min(max(sizes.chunk_bytes, row), row * vectors)
     return 5 * chunk + vectors * (4 * FLOAT32 * facts.d_model + 40 * (listed + 4))
 
 

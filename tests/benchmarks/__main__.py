@@ -1,0 +1,55 @@
+"""`python -m tests.benchmarks`: every goal of the table on this machine's CPU, in one run.
+
+A random model of GPT-2 small's shape is made, loaded here and served over loopback by a process of
+its own. Floors and ours take turns; the figures are medians. A row's module has a function
+`measure` that takes a `Bench`; `ROWS` lists them in the order in which they run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from tests.benchmarks.bench import bench, machine
+from tests.benchmarks.report import Row, show, write
+from tests.benchmarks.rows import gradient_lens, positions, trace, warm, workspace
+from tests.benchmarks.shapes import GPT2_SMALL, TINY
+
+# The first one measures memory that later ones leave taken.
+ROWS = {
+    "workspace": workspace.measure,
+    "trace": trace.measure,
+    "warm": warm.measure,
+    "gradient": gradient_lens.measure,
+    "positions": positions.measure,
+}
+
+
+@click.command(help="Measure the goals of docs/performance.md on this machine's CPU.")
+@click.option("--rows", "names", type=click.Choice(list(ROWS)), multiple=True, help="Only these.")
+@click.option("--rounds", default=5, show_default=True, help="Turns that each thing takes.")
+@click.option("--threads", default=os.cpu_count() or 1, show_default=True, help="Cores to use.")
+@click.option("--tiny", is_flag=True, help="A model of two small layers: to see that it runs.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("build/bench"),
+    show_default=True,
+    help="Folder of the model and the JSON.",
+)
+def main(names: Sequence[str], rounds: int, threads: int, tiny: bool, out: Path) -> None:
+    """Measure, print, write."""
+    rows: list[Row] = []
+    with bench(TINY if tiny else GPT2_SMALL, out / "models", rounds, threads) as measured:
+        for name in names or ROWS:
+            click.echo(f"measuring {name} ...", err=True)
+            rows += ROWS[name](measured)
+    show(rows, machine(threads))
+    write(rows, machine(threads), out / "bench.json")
+
+
+if __name__ == "__main__":
+    main()

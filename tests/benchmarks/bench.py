@@ -1,0 +1,81 @@
+"""What every row of the table is measured with: a server, a client, and the same model at hand."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import januslens
+from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.resident import ResidentModel
+from tests.benchmarks.floors import Floors
+from tests.benchmarks.memory import Memory
+from tests.benchmarks.shapes import Shape, build
+from tests.support.server import running_server
+
+COLD = ("--row-cache", "0")
+DATA_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model, served over loopback by a process of its own and loaded here for its floors.
+
+    Both keep nothing from one request to the next: a repeated trace is as cold as the first.
+    `flags` start another such server, without `COLD`.
+
+    `server` reads the other process's memory; `rounds` is how often things take turns.
+    """
+
+    shape: Shape
+    model: ResidentModel
+    floors: Floors
+    client: januslens.Client
+    server: Memory
+    rounds: int
+    flags: tuple[str, ...]
+
+
+@contextmanager
+def bench(
+    shape: Shape,
+    folder: Path,
+    rounds: int,
+    threads: int,
+    device: str = "cpu",
+    data_type: str = "float32",
+) -> Iterator[Bench]:
+    """Build and load the model here, and serve it with as many `threads` as run here."""
+    torch.set_num_threads(threads)
+    path = build(shape, folder, DATA_TYPES[data_type])
+    where = ("--device", device, "--data-type", data_type)
+    flags = ("--model", f"bench={path}", "--threads", str(threads), *where)
+    source = ModelSource("bench", str(path), device=device, data_type=data_type, row_cache_bytes=0)
+    model = load(source)
+    with (
+        running_server(*flags, *COLD) as server,
+        januslens.Client(server.address) as client,
+    ):
+        memory = Memory(server.process.pid)
+        yield Bench(shape, model, Floors(model), client, memory, rounds, flags)
+
+
+def machine(threads: int) -> str:
+    """What the figures were measured on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"{_processor()}, {threads} threads, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,0 +1,32 @@
+"""The recipes run in this process, without a server: what the engine alone takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.trace import trace
+from januslens_server.results import GradientMatrix, LayerGraph
+from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, TraceSpec
+
+
+def run_trace(model: ResidentModel, spec: TraceSpec) -> list[LayerGraph]:
+    """The layers of one Trace."""
+    return [event for event in trace(model, spec, _go_on) if isinstance(event, LayerGraph)]
+
+
+def run_gradient(model: ResidentModel, ids: Sequence[int], target: int) -> list[GradientMatrix]:
+    """FF1 (gated: GATE and UP) and FF2 of all layers."""
+    spec = GradientLensSpec(tuple(ids), NegativeLogLikelihood((target,)), components=0)
+    events = gradient_lens(model, spec, _go_on)
+    return [event for event in events if isinstance(event, GradientMatrix)]
+
+
+def projected_rows(layers: Sequence[LayerGraph]) -> int:
+    """How many vectors a trace took to the vocabulary."""
+    return sum(len(layer.projections.projected) for layer in layers)
+
+
+def _go_on() -> None:
+    """Nobody cancels a benchmark."""

@@ -1,0 +1,50 @@
+"""What the arithmetic takes: plain Hugging Face passes and one plain product of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from januslens_server.models.resident import ResidentModel
+
+
+class Floors:
+    """Runs the floors of one model; each is what a reader would write, without hooks."""
+
+    def __init__(self, model: ResidentModel) -> None:
+        self._model = model
+        self._unembedding = model.view.lens.unembedding
+
+    @torch.inference_mode()
+    def forward(self, ids: Sequence[int]) -> torch.Tensor:
+        """The logits `[pos, vocab]` of one prompt."""
+        logits: torch.Tensor = self._model.network(
+            input_ids=self._batch(ids), use_cache=False
+        ).logits[0]
+        return logits
+
+    def backward(self, ids: Sequence[int], target: int) -> torch.Tensor:
+        """Forward, and a backward pass that reaches the embedding's output and no weight."""
+        network = self._model.network
+        with torch.no_grad():
+            embedded = network.get_input_embeddings()(self._batch(ids))
+        embedded.requires_grad_()
+        logits = network(inputs_embeds=embedded, use_cache=False).logits[0, -1].float()
+        loss = -logits.log_softmax(-1)[target]
+        (gradient,) = torch.autograd.grad(loss, [embedded])
+        return gradient
+
+    @torch.inference_mode()
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """The logits of `rows` `[n, d_model]` in one product."""
+        return rows @ self._unembedding.T
+
+    def rows(self, count: int) -> torch.Tensor:
+        """Vectors to project, `[count, d_model]`."""
+        head = self._unembedding
+        random = torch.Generator(head.device).manual_seed(0)
+        return torch.randn(count, head.shape[1], generator=random, device=head.device)
+
+    def _batch(self, ids: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([list(ids)], device=self._model.device)

@@ -1,0 +1,34 @@
+"""Trace where the logits of weight rows are at hand from the same request before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import januslens
+from januslens_server.specs import TraceSpec
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.engine import projected_rows, run_trace
+from tests.benchmarks.report import Row
+from tests.benchmarks.timing import interleaved
+from tests.support.server import running_server
+
+
+def measure(bench: Bench) -> Iterator[Row]:
+    """Against the floor of a cold trace: forward and one product of all its rows."""
+    ids, floors = bench.shape.tokens(bench.shape.prompt), bench.floors
+    rows = floors.rows(projected_rows(run_trace(bench.model, TraceSpec(ids))))
+    with (
+        running_server(*bench.flags) as server,
+        januslens.Client(server.address) as client,
+    ):
+        taken = interleaved(
+            {
+                "forward": lambda: floors.forward(ids),
+                "product": lambda: floors.product(rows),
+                "warm": lambda: client.trace(ids),
+            },
+            bench.rounds,
+        )
+    floor = taken["forward"] + taken["product"]
+    beside = f"the cold floor, {floor:.3f} s"
+    yield Row("The same trace again, warm", taken["warm"] / floor, "x", 0.7, beside, taken)

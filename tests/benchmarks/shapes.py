@@ -1,0 +1,89 @@
+"""Models of the benchmarks: real architectures of real sizes with random weights, made here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, and the prompts that it is measured with: their lengths in tokens."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    vocab: int
+    prompt: int
+    long_prompt: int
+    gated_width: int | None = None
+
+    def tokens(self, length: int) -> tuple[int, ...]:
+        """A prompt of ids spread over the vocabulary."""
+        return tuple(self.vocab * (2 * i + 1) // (2 * length) for i in range(length))
+
+
+GPT2_SMALL = Shape("GPT-2 small", 12, 768, 12, 50_257, prompt=16, long_prompt=128)
+LLAMA_2_7B = Shape("Llama-2-7B", 32, 4096, 32, 32_000, 32, 128, gated_width=11_008)
+TINY = Shape("tiny GPT-2", 2, 32, 4, 2_000, prompt=6, long_prompt=10)
+
+
+def build(shape: Shape, folder: Path, data_type: torch.dtype = torch.float32) -> Path:
+    """The model's folder under `folder`, as `--model` takes it; made unless it is there."""
+    name = f"{shape.name} {data_type}".lower().replace(" ", "-")
+    path = folder / name
+    if not (path / "tokenizer.json").is_file():
+        torch.manual_seed(0)
+        _network(shape, data_type).save_pretrained(path)
+        _tokenizer(shape.vocab).save_pretrained(path)
+    return path
+
+
+def _network(shape: Shape, data_type: torch.dtype) -> PreTrainedModel:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        network: Any = AutoModelForCausalLM.from_config(_config(shape), dtype=data_type)
+    made: PreTrainedModel = network
+    return made
+
+
+def _config(shape: Shape) -> PreTrainedConfig:
+    if shape.gated_width is None:
+        return GPT2Config(
+            vocab_size=shape.vocab,
+            n_layer=shape.layers,
+            n_embd=shape.width,
+            n_head=shape.heads,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    return LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.gated_width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def _tokenizer(vocab: int) -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))  # noqa: S106
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words)

@@ -1,0 +1,36 @@
+"""Times of several things side by side: in turns, so that whatever else happens meets them all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Seconds = dict[str, float]
+
+
+def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int) -> Seconds:
+    """The median seconds of each action over `rounds` turns, after one that does not count."""
+    for action in actions.values():
+        action()
+    taken: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(rounds):
+        for name, action in actions.items():
+            taken[name].append(seconds(action))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """What one run takes, with all that it has left to a GPU."""
+    _finish_on_device()
+    started = time.perf_counter()
+    action()
+    _finish_on_device()
+    return time.perf_counter() - started
+
+
+def _finish_on_device() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
