@@ -16,7 +16,15 @@ from tests.pages.models import HOSTILE, random_gpt2
 from tests.support.server import running_server
 
 PROMPT = "The capital of Japan is the city of"
-_FLAGS = [
+# Milliseconds from a change of the page's state to the next frame.
+ELAPSED = """async (state) => {
+  const start = performance.now()
+  location.hash = state
+  await new Promise((done) => addEventListener('hashchange', () =>
+    requestAnimationFrame(() => setTimeout(done, 0)), { once: true }))
+  return performance.now() - start
+}"""
+FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
     "--disable-quic",
@@ -27,15 +35,20 @@ _FLAGS = [
 ]
 
 
-# Not for the whole session: as long as it lives no asynchronous test can run in this thread.
-@pytest.fixture(scope="package")
-def browser() -> Iterator[Browser]:
-    """Chromium without a window; the pages are shown in nothing less."""
+def chromium() -> str:
+    """The system's browser; without one the tests fail, for pages are shown in nothing less."""
     executable = shutil.which("chromium") or shutil.which("google-chrome")
     if executable is None:
         pytest.fail("expected chromium to look at the pages with; install it (apt-get, brew, ...)")
+    return executable
+
+
+# Not for the whole session: as long as it lives no asynchronous test can run in this thread.
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window."""
     with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=executable, args=_FLAGS)
+        yield playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
 
 
 @pytest.fixture

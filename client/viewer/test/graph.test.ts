@@ -22,6 +22,17 @@ test('a stream that is fed twice is the same graph', () => {
   assert.ok(once.complete)
 })
 
+test('a graph is complete once all its streams are', () => {
+  const [header, layer, summary] = stream()
+  const made = new FlowGraph()
+  assert.ok(header && layer && summary)
+  made.feed(header)
+  for (const message of stream()) made.feed(message)
+  assert.ok(!made.complete)
+  made.feed(summary)
+  assert.ok(made.complete)
+})
+
 test('parts come largest share first', () => {
   const parts = graph().partsOf('L0/p1/ATTENTION_CONCAT')
   assert.deepEqual(

@@ -37,23 +37,30 @@ export class FlowGraph {
   provenance: ProvenanceMessage = {}
   sizes: ModelSizesMessage = {}
   times: StageTimeMessage[] = []
-  complete = false
   /** Grows with every message: what was drawn from an older version is out of date. */
   version = 0
+  /** Whether every stream that began has come to its summary; one without was cut. */
+  get complete(): boolean {
+    return this.headers > 0 && this.headers === this.summaries
+  }
+
   /** Size of the vocabulary, where the stream says it. */
   get vocabulary(): number | undefined {
     return this.sizes.vocabSize
   }
 
+  private headers = 0
+  private summaries = 0
   private readonly into = new Map<string, GraphEdge[]>()
   private readonly from = new Map<string, GraphEdge[]>()
 
   feed(message: TraceResponse): void {
     this.version++
     if (message.header) this.begin(message.header)
+    if (message.header) this.headers++
     if (message.layer) this.extend(message.layer)
     if (message.summary) {
-      this.complete = true
+      this.summaries++
       this.times = message.summary.times ?? []
     }
   }

@@ -32,6 +32,6 @@ function provenance(graph: FlowGraph): HTMLElement {
     `januslens ${versions?.januslens ?? ''}`,
   ]
   const line = element('p', { class: 'provenance' }, words.filter(Boolean).join(' · '))
-  if (!graph.complete) line.append(element('strong', {}, ' · cut short'))
+  if (!graph.complete) line.append(element('strong', {}, ' · not complete'))
   return line
 }

@@ -53,8 +53,7 @@ function numeric(
 /** A sortable table of nodes; a click on a row selects it, on a heading sorts by it. */
 export function nodeTable(nodes: readonly GraphNode[], graph: FlowGraph): HTMLElement {
   const body = element('tbody')
-  const fill = (sorted: readonly GraphNode[]) =>
-    body.replaceChildren(...sorted.map((node) => tableRow(node, graph)))
+  const fill = (sorted: readonly GraphNode[]) => fillRows(body, sorted, graph)
   let by: Column | undefined
   let down = true
   const headings = COLUMNS.map((column) => {
@@ -72,6 +71,17 @@ export function nodeTable(nodes: readonly GraphNode[], graph: FlowGraph): HTMLEl
   fill(nodes)
   const head = element('thead', {}, element('tr', {}, ...headings))
   return element('table', { class: 'nodes' }, head, body)
+}
+
+const AT_ONCE = 40 // rows; the others come a moment later, below what is seen
+
+function fillRows(body: HTMLElement, nodes: readonly GraphNode[], graph: FlowGraph): void {
+  const rows = nodes.slice(0, AT_ONCE).map((node) => tableRow(node, graph))
+  body.replaceChildren(...rows)
+  setTimeout(() => {
+    if (rows[0]?.parentNode !== body) return // sorted anew meanwhile
+    body.append(...nodes.slice(AT_ONCE).map((node) => tableRow(node, graph)))
+  }, 30)
 }
 
 function compared(
