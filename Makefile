@@ -24,9 +24,14 @@ ASSETS       := client/januslens/viewer/assets
 FRESH_ASSETS := build/viewer
 NPM          := $(shell command -v npm)
 
+# The audit's own dependencies are none of the project's.
+AUDIT_VENV  := .cache/audit-venv
+AUDIT_BIN   := $(AUDIT_VENV)/bin
+AUDIT_SETUP := $(AUDIT_VENV)/.setup-done
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test soak bench check check-deploy check-image check-stubs stubs viewer check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test soak audit bench check check-deploy check-image check-stubs stubs viewer check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -45,6 +50,14 @@ bench: $(SETUP) ## Measure the goals of docs/performance.md: some minutes, on an
 
 soak: $(SETUP) ## Run what takes minutes, one after the other: killed servers and clients, load
 	$(BIN)/pytest -m soak -s
+
+audit: $(SETUP) $(AUDIT_SETUP) ## Look for known vulnerabilities in what is installed; needs the network
+	$(BIN)/python -m pip install --quiet --dry-run --only-binary :all: \
+		$$($(BIN)/python -m tests.support.dependencies)
+	@mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable > build/installed.txt
+	$(AUDIT_BIN)/pip-audit --strict --vulnerability-service osv --no-deps --disable-pip \
+		--requirement build/installed.txt
 
 check: $(SETUP) check-stubs check-viewer ## Lint, check formatting, types, imports, the contract and its stubs
 	$(BIN)/ruff check
@@ -127,4 +140,9 @@ $(CHECKOV_SETUP): deploy/requirements.txt
 $(STUBS_SETUP): protos/requirements.txt
 	$(PYTHON) -m venv $(STUBS_VENV)
 	$(STUBS_BIN)/python -m pip install --quiet --requirement $<
+	@touch $@
+
+$(AUDIT_SETUP):
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	$(AUDIT_BIN)/python -m pip install --quiet 'pip-audit>=2.9,<3'
 	@touch $@

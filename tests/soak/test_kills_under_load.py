@@ -147,9 +147,7 @@ def loaded(
         while time.monotonic() < began + (SECONDS if kills >= KILLS else AT_MOST):
             time.sleep(BETWEEN_KILLS)
             ready = [i for i, server in enumerate(replicas.servers) if " ready" in server.log]
-            if (
-                len(ready) > 1
-            ):  # on a slow machine a server is not back yet when the next one is due
+            if len(ready) > 1:  # else those that were killed are not back yet
                 replicas.kill(ready[kills % len(ready)])
                 replicas.start(ready[kills % len(ready)])
                 kills += 1
