@@ -15,7 +15,7 @@ import click
 
 from tests.benchmarks.bench import bench, machine
 from tests.benchmarks.report import Row, show, write
-from tests.benchmarks.rows import gradient_lens, positions, trace, warm, workspace
+from tests.benchmarks.rows import callers, gradient_lens, positions, trace, warm, workspace
 from tests.benchmarks.shapes import GPT2_SMALL, TINY
 
 # The first one measures memory that later ones leave taken.
@@ -25,6 +25,7 @@ ROWS = {
     "warm": warm.measure,
     "gradient": gradient_lens.measure,
     "positions": positions.measure,
+    "callers": callers.measure,
 }
 
 

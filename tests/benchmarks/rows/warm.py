@@ -12,6 +12,8 @@ from tests.benchmarks.report import Row
 from tests.benchmarks.timing import interleaved
 from tests.support.server import running_server
 
+OTHER_TARGET = 7
+
 
 def measure(bench: Bench) -> Iterator[Row]:
     """Against the floor of a cold trace: forward and one product of all its rows."""
@@ -26,9 +28,12 @@ def measure(bench: Bench) -> Iterator[Row]:
                 "forward": lambda: floors.forward(ids),
                 "product": lambda: floors.product(rows),
                 "warm": lambda: client.trace(ids),
+                "warm, another target": lambda: client.trace(ids, OTHER_TARGET),
             },
             bench.rounds,
         )
     floor = taken["forward"] + taken["product"]
     beside = f"the cold floor, {floor:.3f} s"
     yield Row("The same trace again, warm", taken["warm"] / floor, "x", 0.7, beside, taken)
+    another = taken["warm, another target"] / floor
+    yield Row("The same, warm, with another target", another, "x", 0.7, beside, taken)

@@ -1,4 +1,4 @@
-"""Many callers against one at a time, on the demo: `python -m tests.benchmarks.clients [SECONDS]`.
+"""Many callers against one at a time, on the demo.
 
 Both take turns against one server. A caller sends its next trace when the last one has ended, so
 that with many of them the queue is never empty; meanwhile health is asked twenty times a second.
@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.console import Console
-from rich.table import Table
 
 from januslens.v1 import service_pb2_grpc, trace_pb2
+from tests.benchmarks.bench import Bench
+from tests.benchmarks.report import Row
 from tests.support.calls import prompt
 from tests.support.server import running_server
 
 CALLERS = (1, 32)
-ROUNDS = 3
-SECONDS = 6.0
+SECONDS = 4.0
 SETTLING = 2.0
 PROMPTS = (
     "The capital of Japan is the city of",
@@ -38,7 +37,7 @@ OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 
 @dataclass
-class Round:
+class Load:
     """What one number of callers met in `seconds`: latencies and health's, in seconds."""
 
     seconds: float
@@ -51,9 +50,9 @@ class Round:
         return len(self.traces) / self.seconds
 
 
-async def measure(address: str, callers: int, seconds: float) -> Round:
+async def loaded(address: str, callers: int, seconds: float) -> Load:
     """Let so many callers ask for a while; what they get while they begin does not count."""
-    found = Round(seconds)
+    found = Load(seconds)
     began = time.perf_counter() + SETTLING
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_health(address, found, began))
@@ -62,7 +61,7 @@ async def measure(address: str, callers: int, seconds: float) -> Round:
     return found
 
 
-async def _caller(address: str, number: int, found: Round, began: float) -> None:
+async def _caller(address: str, number: int, found: Load, began: float) -> None:
     async with grpc.aio.insecure_channel(address, OWN_CONNECTION) as channel:
         stub = service_pb2_grpc.IntrospectionServiceStub(channel)
         while (started := time.perf_counter()) < began + found.seconds:
@@ -75,7 +74,7 @@ async def _caller(address: str, number: int, found: Round, began: float) -> None
             number += len(CALLERS)
 
 
-async def _health(address: str, found: Round, began: float) -> None:
+async def _health(address: str, found: Load, began: float) -> None:
     async with grpc.aio.insecure_channel(address, OWN_CONNECTION) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)  # typed for synchronous channels only
         while (started := time.perf_counter()) < began + found.seconds:
@@ -84,33 +83,25 @@ async def _health(address: str, found: Round, began: float) -> None:
             await asyncio.sleep(0.05)
 
 
-def row(callers: int, rounds: list[Round]) -> list[str]:
-    """Medians over the rounds; percentiles over all of their requests."""
-    traces = sorted(latency for found in rounds for latency in found.traces)
-    health = sorted(latency for found in rounds for latency in found.health)
-    return [
-        str(callers),
-        f"{statistics.median(found.throughput for found in rounds):.1f}",
-        *(f"{1000 * traces[int(share * (len(traces) - 1))]:.0f}" for share in (0.5, 0.99)),
-        *(f"{1000 * health[int(share * (len(health) - 1))]:.1f}" for share in (0.5, 0.99)),
-    ]
-
-
-def main() -> None:
-    """Print the table and the ratio."""
-    seconds = float(sys.argv[1]) if len(sys.argv) > 1 else SECONDS
-    rounds: dict[int, list[Round]] = {callers: [] for callers in CALLERS}
+def measure(bench: Bench) -> Iterator[Row]:
+    """Throughput as a ratio of one caller's; the rest is reported beside it."""
+    rounds: dict[int, list[Load]] = {callers: [] for callers in CALLERS}
     with running_server() as server:
-        for _ in range(ROUNDS):
+        for _ in range(bench.rounds):
             for callers in CALLERS:
-                rounds[callers].append(asyncio.run(measure(server.address, callers, seconds)))
-    table = Table("callers", "traces/s", "p50, ms", "p99, ms", "health p50, ms", "health p99, ms")
-    for callers in CALLERS:
-        table.add_row(*row(callers, rounds[callers]))
-    one, many = (statistics.median(r.throughput for r in rounds[callers]) for callers in CALLERS)
-    Console().print(table)
-    Console().print(f"{CALLERS[1]} callers get {many / one:.2f} x the traces of one; goal 1.5 x")
+                rounds[callers].append(asyncio.run(loaded(server.address, callers, SECONDS)))
+    one, many = (
+        statistics.median(load.throughput for load in rounds[callers]) for callers in CALLERS
+    )
+    name, beside = f"demo, {CALLERS[1]} callers", f"one caller's {one:.1f} traces/s"
+    yield Row(f"{name}: traces a second", many / one, "x", 1.5, beside, at_least=True)
+    latency = percentile(0.99, (seconds for load in rounds[CALLERS[1]] for seconds in load.traces))
+    yield Row(f"{name}: p99 of a trace", latency, "s", None, f"{many:.1f} traces/s")
+    health = percentile(0.99, (seconds for load in rounds[CALLERS[1]] for seconds in load.health))
+    yield Row(f"{name}: p99 of a health answer", 1000 * health, "ms", 50, "meanwhile")
 
 
-if __name__ == "__main__":
-    main()
+def percentile(share: float, values: Iterable[float]) -> float:
+    """The value that this share of all do not exceed."""
+    ordered = sorted(values)
+    return ordered[int(share * (len(ordered) - 1))]
