@@ -1,8 +1,9 @@
 """What requests cost and how long they wait: `python -m tests.benchmarks.capacity [demo] [gpt2]`.
 
-First each kind of request alone: seconds of the device by stage, messages and bytes, from the
-server's own metrics. Then a Poisson load at several utilisations, and beside the measured mean wait
-what the queue of docs/scaling.md predicts for it.
+For each model every kind of request alone: seconds of the device by stage, messages and bytes, from
+the server's own metrics. Then the scheduler under loads that come by chance: its mean wait, and
+beside it what the queue of docs/scaling.md predicts. There the requests sleep, which takes no core
+from whoever makes them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from januslens.v1 import common_pb2, gradient_lens_pb2, service_pb2_grpc, trace_pb2
+from januslens.v1 import common_pb2, gradient_lens_pb2, trace_pb2
 from januslens_server.demo import model_path
+from januslens_server.scheduling.outlet import Outlet
+from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
 from tests.support.calls import methods, prompt, started
 from tests.support.metrics import page, wait_until_idle
 from tests.support.server import ServerProcess, running_server
@@ -36,9 +40,11 @@ Samples = Mapping[str, float]
 
 SENTENCE = "The capital of Japan is the city of Tokyo and"
 REPEATS = {"demo": 10, "gpt2": 1}
-# Not above: the client computes on the same cores.
-UTILISATIONS = (0.2, 0.4, 0.6)
-LOAD_SECONDS = 12.0
+SLOW = {("gpt2", "Trace, all positions")}  # minutes on a CPU
+# Of requests that sleep: how many, how long, and how much of the device they ask for.
+REQUESTS = 1500
+EQUAL, SHORT, LONG = 0.008, 0.005, 0.25
+UTILISATIONS = (0.5, 0.7, 0.9)
 LOADING_SECONDS = 180.0
 SEED = 1
 
@@ -117,55 +123,57 @@ def repeat(channel: grpc.Channel, method: str, request: Message, times: int) -> 
         list(call) if methods()[method].server_streaming else call.result()
 
 
-async def poisson(
-    address: str, request: trace_pb2.TraceRequest, rate: float, seconds: float
-) -> list[Served]:
-    """Traces that come by chance, `rate` a second on average; gives them in their order."""
-    chance = random.Random(SEED)
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = service_pb2_grpc.IntrospectionServiceStub(channel)
-        running = []
-        due, end = time.monotonic(), time.monotonic() + seconds
-        while (due := due + chance.expovariate(rate)) < end:
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            running.append(asyncio.ensure_future(_served(stub, request)))
-        return await asyncio.gather(*running)
-
-
 @dataclass(frozen=True)
 class Served:
-    """When a request was sent, and the seconds of the device that its summary gives."""
+    """When a request came, how long it waited and how long it had the device."""
 
-    sent: float
+    came: float
+    waited: float
     seconds: float
 
 
-async def _served(
-    stub: service_pb2_grpc.IntrospectionServiceAsyncStub, request: trace_pb2.TraceRequest
-) -> Served:
-    sent, seconds = time.monotonic(), 0.0
-    async for message in stub.Trace(request):
-        seconds = sum(stage.seconds for stage in message.summary.times)
-    return Served(sent, seconds)
+async def served(seconds: Sequence[float], rate: float) -> list[Served]:
+    """Requests of these lengths, by chance `rate` a second, through the real scheduler."""
+    chance = random.Random(SEED)
+    worker = DeviceWorker(max_waiting=len(seconds))
+    running, due = [], time.monotonic()
+    for length in seconds:
+        due += chance.expovariate(rate)
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        running.append(asyncio.ensure_future(_through(worker, length)))
+    return await asyncio.gather(*running)
 
 
-def predicted_wait(served: Sequence[Served], seconds: float) -> tuple[float, float]:
+async def _through(worker: DeviceWorker, seconds: float) -> Served:
+    def sleeping(_checkpoint: Checkpoint) -> Iterator[None]:
+        time.sleep(seconds)
+        yield
+
+    came, ticket = time.monotonic(), Ticket(None)
+    outlet: Outlet[None] = Outlet(1, lambda _: 0)
+    worker.submit(sleeping, outlet, ticket)
+    async for _ in outlet.items():
+        pass
+    return Served(came, ticket.waited or 0.0, ticket.spent)
+
+
+def predicted_wait(found: Sequence[Served]) -> tuple[float, float]:
     """Utilisation and mean wait by Pollaczek and Khinchine, from the requests' own times."""
-    rate = len(served) / seconds
-    busy = sum(one.seconds for one in served) / seconds
-    squares = fmean(one.seconds**2 for one in served)
+    rate = len(found) / (found[-1].came - found[0].came)
+    busy = rate * fmean(one.seconds for one in found)
+    squares = fmean(one.seconds**2 for one in found)
     return busy, rate * squares / (2 * (1 - busy)) if busy < 1 else math.inf
 
 
-def replayed_wait(served: Sequence[Served]) -> float:
+def replayed_wait(found: Sequence[Served]) -> float:
     """The mean wait if one after the other is served as they came (Lindley's recursion).
 
-    Unlike the formula's it holds for these very arrivals, however far they are from chance.
+    Unlike the formula's it holds for these very arrivals, however few they are.
     """
     free, waits = 0.0, []
-    for one in served:
-        waits.append(max(0.0, free - one.sent))
-        free = max(free, one.sent) + one.seconds
+    for one in found:
+        waits.append(max(0.0, free - one.came))
+        free = max(free, one.came) + one.seconds
     return fmean(waits)
 
 
@@ -174,6 +182,8 @@ def costs(server: ServerProcess, model: str, console: Console) -> None:
     table = Table("request", "device ms", "by stage, ms", "messages", "KiB", "tokens", title=model)
     with grpc.insecure_channel(server.address) as channel:
         for name, (method, request) in requests(model).items():
+            if (model, name) in SLOW:
+                continue
             growth = grown(
                 server, REPEATS[model], partial(repeat, channel, method, request, REPEATS[model])
             )
@@ -188,30 +198,18 @@ def costs(server: ServerProcess, model: str, console: Console) -> None:
     console.print(table)
 
 
-def waits(server: ServerProcess, console: Console) -> None:
-    """The mean wait of equal requests under load, and the formula's."""
-    request = trace_pb2.TraceRequest(input=prompt(SENTENCE))
-    with grpc.insecure_channel(server.address) as channel:
-        alone = grown(server, 30, partial(repeat, channel, "Trace", request, 30))
-    service = alone.each("januslens_busy_seconds_total")
-    table = Table(
-        "asked for", "device busy", "requests/s", "mean wait, ms", "replayed, ms", "formula, ms"
-    )
-    for asked in UTILISATIONS:
-        wait_until_idle(server)
-        before, began = samples(server), time.monotonic()
-        served = asyncio.run(poisson(server.address, request, asked / service, LOAD_SECONDS))
-        seconds = time.monotonic() - began
-        growth = Growth(before, samples(server), len(served))
-        busy, predicted = predicted_wait(served, seconds)
-        table.add_row(
-            f"{asked:.0%}",
-            f"{busy:.0%}",
-            f"{len(served) / seconds:.1f}",
-            f"{1e3 * growth.each('januslens_queue_seconds_sum'):.1f}",
-            f"{1e3 * replayed_wait(served):.1f}",
-            f"{1e3 * predicted:.1f}",
-        )
+def waits(console: Console) -> None:
+    """Mean waits of equal requests, and of a mixture with a long one in a hundred."""
+    columns = ("requests", "device busy", "mean wait, ms", "replayed, ms", "formula, ms")
+    table = Table(*columns)
+    chance = random.Random(SEED)
+    mixed = [LONG if chance.random() < 0.01 else SHORT for _ in range(REQUESTS)]
+    for name, lengths in {"equal": [EQUAL] * REQUESTS, "mixed": mixed}.items():
+        for utilisation in UTILISATIONS:
+            found = asyncio.run(served(lengths, utilisation / fmean(lengths)))
+            busy, predicted = predicted_wait(found)
+            figures = (fmean(one.waited for one in found), replayed_wait(found), predicted)
+            table.add_row(name, f"{busy:.0%}", *(f"{1e3 * figure:.1f}" for figure in figures))
     console.print(table)
 
 
@@ -225,7 +223,7 @@ def wait_until_loaded(server: ServerProcess) -> None:
 
 
 def main() -> None:
-    """Both tables for every model that was named."""
+    """What every model that was named costs, and the scheduler's waits."""
     console = Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
         for model in sys.argv[1:] or REPEATS:
@@ -235,8 +233,7 @@ def main() -> None:
                 resident = samples(server)["process_resident_memory_bytes"]
                 console.print(f"{model}: resident {resident / 2**30:.2f} GiB")
                 costs(server, model, console)
-                if model == "demo":
-                    waits(server, console)
+    waits(console)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import threading
@@ -15,6 +14,7 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
+from tests.deploy.dashboard import asked, panels
 from tests.deploy.manifests import INSTALLATIONS
 from tests.deploy.test_rules import spec
 from tests.support.calls import methods, prompt, started
@@ -94,28 +94,6 @@ def _call_until(over: threading.Event, address: str) -> None:
                     assert call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def dashboard() -> dict[str, Any]:
-    config = INSTALLATIONS["production"]().named("ConfigMap", "januslens-dashboard")
-    found: dict[str, Any] = json.loads(config["data"]["januslens.json"])
-    return found
-
-
-def panels() -> list[dict[str, Any]]:
-    return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
-
-
-def asked(expression: str) -> str:
-    """An expression of the dashboard as Grafana sends it."""
-    for variable, value in {
-        "$namespace": "januslens",
-        "$pod": ".*",
-        "$__rate_interval": "10s",
-    }.items():
-        expression = expression.replace(variable, value)
-    assert "$" not in expression
-    return expression
-
-
 def names(expression: str) -> set[str]:
     """The metrics that an expression asks for; recorded ones have colons."""
     return set(OURS.findall(re.sub(r"\w+:[\w:]+", "", expression)))
@@ -181,24 +159,3 @@ def test_promtool_finds_nothing_to_improve_in_the_names(observed: Observed) -> N
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert checked.stdout + checked.stderr == ""
-
-
-def test_dashboard_panels_have_units_and_explanations() -> None:
-    for panel in panels():
-        assert panel["description"].endswith(".")
-        assert panel["fieldConfig"]["defaults"]["unit"] not in {"", "short"}
-        assert all(target["legendFormat"] for target in panel["targets"])
-
-
-def test_dashboard_panels_do_not_overlap() -> None:
-    taken: set[tuple[int, int]] = set()
-    for panel in dashboard()["panels"]:
-        place = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not cells & taken
-        assert place["x"] + place["w"] <= 24
-        taken |= cells
