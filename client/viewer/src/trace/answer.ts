@@ -1,12 +1,15 @@
 import type { FlowGraph } from '../graph/graph'
 import type { GraphNode } from '../graph/nodes'
 
+/** A block without a residual between its halves, a parallel one, is one step. */
+export type AnswerStep = 'embedding' | 'attention' | 'MLP' | 'block'
+
 /** Where the target is on top of the residual stream for good. */
 export interface Answer {
   node: GraphNode
   layer: number | undefined
   /** Which step brought it there. */
-  step: 'embedding' | 'attention' | 'MLP'
+  step: AnswerStep
 }
 
 /** The residuals of a position from the embedding upwards, those that have a reading. */
@@ -25,7 +28,11 @@ export function answerAppears(graph: FlowGraph, position: number): Answer | unde
   const lastBelow = steps.findLastIndex((node) => node.reading?.targetRank !== 0)
   const node = steps[lastBelow + 1]
   if (!node) return undefined
-  const step =
-    node.kind === 'BLOCK_INPUT' ? 'embedding' : node.kind === 'RESIDUAL_MID' ? 'attention' : 'MLP'
-  return { node, layer: node.layer, step }
+  return { node, layer: node.layer, step: stepTo(graph, node) }
+}
+
+function stepTo(graph: FlowGraph, node: GraphNode): AnswerStep {
+  if (node.kind === 'BLOCK_INPUT') return 'embedding'
+  if (node.kind === 'RESIDUAL_MID') return 'attention'
+  return graph.at(node.layer ?? 0, node.position, 'RESIDUAL_MID') ? 'MLP' : 'block'
 }

@@ -29,11 +29,11 @@ export function story(graph: FlowGraph, position: number): HTMLElement {
 }
 
 function emergence(answer: Answer | undefined, steps: readonly GraphNode[]): string {
-  if (answer) {
-    const where =
-      answer.layer === undefined ? 'the embedding' : `layer ${answer.layer}’s ${answer.step}`
-    return `On top for good after ${where}.`
+  if (answer?.layer !== undefined) {
+    const step = answer.step === 'block' ? '' : `’s ${answer.step}`
+    return `On top for good after layer ${answer.layer}${step}.`
   }
+  if (answer) return 'On top for good after the embedding.'
   const ranks = steps.map((node) => node.reading?.targetRank ?? Number.POSITIVE_INFINITY)
   return ranks.length > 0 ? `Best rank on the way: ${Math.min(...ranks)}.` : ''
 }

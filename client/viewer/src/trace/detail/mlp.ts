@@ -42,7 +42,9 @@ export function placeMlp(
   const gated = block.rows.some((row) => row.up)
   const columns = columnsIn(at, block.rows, gated)
   const { shown, hidden, kept } = passing(block.rows, filter)
-  const words = summary(block, block.rows.length, graph.sizes.dMlp, 'neurons')
+  // Of a mixture the sizes tell one expert's neurons, not those of all that were asked.
+  const all = block.rows.some((row) => row.node.expert !== undefined) ? undefined : graph.sizes.dMlp
+  const words = summary(block, block.rows.length, all, 'neurons')
   heading(detail, at, 'MLP', [...words, ...shownShare(kept)].join(' · '), [
     [columns.name, 'neuron'],
     [columns.key, gated ? 'its gate' : 'its key'],
@@ -58,7 +60,7 @@ export function placeMlp(
     y += ROW
   }
   const ends = { x: columns.value, width: columns.chip, share: columns.share }
-  const rest = restWords(graph.sizes.dMlp, block.rows.length)
+  const rest = restWords(all, block.rows.length)
   y = remainder(detail, rows, block, filter, ends, y, rest)
   return finish(detail, at, block, rows, ends, hiddenRows(detail, hidden, 'neurons', ends, y))
 }

@@ -5,7 +5,7 @@ import type { GraphNode } from '../../graph/nodes'
 import { cut } from '../../label/visible'
 import { probability } from '../../parts/numbers'
 import { type Svg, stratum } from '../../parts/svg'
-import { answerAppears } from '../answer'
+import { type AnswerStep, answerAppears } from '../answer'
 import { type Column, EMBEDDING, type Layout, type Row } from './layout'
 
 interface Line {
@@ -135,7 +135,13 @@ interface Mark {
   words: string
 }
 
-function flagWords(step: 'embedding' | 'attention' | 'MLP'): string {
-  const after = { embedding: 'from the start', attention: 'after attention', MLP: 'after the MLP' }
-  return `▲ on top, ${after[step]}`
+const AFTER: Record<AnswerStep, string> = {
+  embedding: 'from the start',
+  attention: 'after attention',
+  MLP: 'after the MLP',
+  block: 'after the block',
+}
+
+function flagWords(step: AnswerStep): string {
+  return `▲ on top, ${AFTER[step]}`
 }
