@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -33,6 +33,8 @@ ENTRIES = 10
 
 # These write into the residual stream, so their VJPs live in its basis; all others read from it.
 WRITES_RESIDUAL = frozenset({MatrixKind.O, MatrixKind.FF2})
+# Components that are projected together: a product of few rows takes as long as reading the head.
+ROWS_AT_ONCE = 128
 OVER_NEURONS = frozenset({MatrixKind.FF1, MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2})
 
 
@@ -49,8 +51,47 @@ class FactorReader:
         self._segments = read_segments(spec.subject, objective)
         self.segment_rows: list[SegmentRow] = []
 
+    def batches(self, factors: Mapping[MatrixKey, Factors]) -> Iterator[list[MatrixKey]]:
+        """The matrices in their order, as many at a time as are projected together."""
+        batch: list[MatrixKey] = []
+        rows = 0
+        for key, found in factors.items():
+            added = len(self._chosen(found))
+            if batch and rows + added > ROWS_AT_ONCE:
+                yield batch
+                batch, rows = [], 0
+            batch.append(key)
+            rows += added
+        if batch:
+            yield batch
+
     @torch.inference_mode()
-    def matrix(self, key: MatrixKey, factors: Factors) -> GradientMatrix:
+    def matrices(self, batch: Mapping[MatrixKey, Factors]) -> list[GradientMatrix]:
+        """The records of a batch, whose components are projected in one product."""
+        orders = [self._chosen(factors) for factors in batch.values()]
+        table = self._project(
+            torch.cat(
+                [
+                    _residual_side(key, factors)[order]
+                    for (key, factors), order in zip(batch.items(), orders, strict=True)
+                ]
+            ),
+            self._ranked,
+        )
+        records, start = [], 0
+        for (key, factors), order in zip(batch.items(), orders, strict=True):
+            rows = table.rows(slice(start, start + len(order)))
+            records.append(self._matrix(key, factors, order, rows))
+            start += len(order)
+        return records
+
+    def _chosen(self, factors: Factors) -> torch.Tensor:
+        """The components to show `[k]`, largest first."""
+        return largest_first(factors.inputs.float(), factors.vjps.float(), self._spec.components)
+
+    def _matrix(
+        self, key: MatrixKey, factors: Factors, order: torch.Tensor, table: ProjectionTable
+    ) -> GradientMatrix:
         """The record of one matrix from its inputs `[n, d_in]` and VJPs `[n, d_out]`."""
         layer, kind, expert = key
         inputs, vjps = factors.inputs.float(), factors.vjps.float()
@@ -66,7 +107,7 @@ class FactorReader:
             d_out=vjps.shape[1],
             projected_side=side,
             promoted_end=End.BOTTOM if side is Side.VJP else End.UNSPECIFIED,
-            components=self._components(inputs, vjps, residual, outside, factors.positions),
+            components=self._components(inputs, vjps, outside, factors.positions, order, table),
             component_count=len(inputs),
             frobenius_norm=frobenius_norm(inputs, vjps),
             spectrum=self._spectrum(inputs, vjps, side),
@@ -77,12 +118,11 @@ class FactorReader:
         self,
         inputs: torch.Tensor,
         vjps: torch.Tensor,
-        residual: torch.Tensor,
         outside: torch.Tensor,
         positions: torch.Tensor,
+        order: torch.Tensor,
+        table: ProjectionTable,
     ) -> Components:
-        order = largest_first(inputs, vjps, self._spec.components)
-        table = self._project(residual[order], self._ranked)
         factors = self._spec.include_factors
         return Components(
             positions=positions[order].cpu().numpy(),
@@ -161,6 +201,12 @@ class FactorReader:
     ) -> ProjectionTable:
         targets = torch.tensor(ranked, device=vectors.device).expand(len(vectors), -1)
         return project(self._model.view.lens, vectors, lens or self._spec.lens, targets)
+
+
+def _residual_side(key: MatrixKey, factors: Factors) -> torch.Tensor:
+    """The factors in the residual basis, `[n, d_model]` in float32."""
+    vectors = factors.vjps if key[1] in WRITES_RESIDUAL else factors.inputs
+    return vectors.float()
 
 
 def _entries(vectors: torch.Tensor) -> Entries:

@@ -37,7 +37,7 @@ def gradient_lens(
 
     Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed,
     and whatever `checkpoint` raises: before every block forward, at every matrix backward, and
-    before every matrix's projection.
+    before every projection, which takes a few matrices at once.
     """
     clock = StageClock("GradientLens")
     with clock.stage("tokenize"):
@@ -60,14 +60,18 @@ def gradient_lens(
         skipped=choice.skipped,
     )
     reader = FactorReader(model, spec, objective, predicted)
-    for key, factors in passed.factors.items():
+    for keys in reader.batches(passed.factors):
         checkpoint()
         with clock.stage("project"):
-            matrix = reader.matrix(key, factors)
-        if spec.verify:
+            matrices_read = reader.matrices({key: passed.factors[key] for key in keys})
+        for key, matrix in zip(keys, matrices_read, strict=True):
+            if not spec.verify:
+                yield matrix
+                continue
+            checkpoint()
             with clock.stage("verify"):
-                matrix = replace(matrix, verification=_verified(model, objective, key, passed))
-        yield matrix
+                verified = _verified(model, objective, key, passed)
+            yield replace(matrix, verification=verified)
     yield GradientSummary(len(passed.factors), clock.times(), reader.segment_rows)
 
 

@@ -40,6 +40,10 @@ class ProjectionTable:
     target_logits: Floats
     target_probabilities: Floats
 
+    def rows(self, where: slice) -> ProjectionTable:
+        """Some of the rows."""
+        return ProjectionTable(**{name: column[where] for name, column in vars(self).items()})
+
 
 @dataclass(frozen=True)
 class StageTime:
