@@ -174,6 +174,19 @@ def test_a_target_of_several_tokens_is_refused_by_their_texts() -> None:
         read_single_target(model, " Tokyo is", "target")
 
 
+def test_a_token_that_only_the_tokenizer_has_is_refused() -> None:
+    size = resident(GPT2).view.facts.vocab_size
+    tokenizer = bare([*WORDS, *(f"w{i}" for i in range(size))])
+    own = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    model = replace(resident(GPT2), vocabulary=own)
+    beyond = f"w{size - 1}"
+    with pytest.raises(InvalidRequest, match=f"of the {size} tokens .* got '{beyond}'"):
+        read_prompt(model, f"Tokyo is {beyond}")
+    with pytest.raises(InvalidRequest, match=beyond):
+        read_single_target(model, beyond, "target")
+    assert read_prompt(model, "Tokyo is")
+
+
 def test_models_are_never_passed_segments(tmp_path: Path) -> None:
     source = saved(GPT2, tmp_path / "model")
     tokenizer = PreTrainedTokenizerFast(

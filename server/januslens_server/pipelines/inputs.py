@@ -23,7 +23,7 @@ def read_prompt(
     """
     if isinstance(prompt, str):
         field += ".prompt"
-        tokens = model.vocabulary.encode(prompt, with_special_tokens=True) if prompt else []
+        tokens = _encoded(model, prompt, field, with_special_tokens=True) if prompt else []
     else:
         field += ".token_ids.ids"
         check_ids(model, prompt, field)
@@ -45,7 +45,7 @@ def read_target(model: ResidentModel, target: TextOrIds, field: str) -> tuple[in
     Raises `InvalidRequest` if it is empty or names ids outside the vocabulary.
     """
     if isinstance(target, str):
-        tokens = model.vocabulary.encode(target, with_special_tokens=False)
+        tokens = _encoded(model, target, field, with_special_tokens=False)
         ids = tuple(token.id for token in tokens)
     else:
         check_ids(model, target, f"{field}.token_ids.ids")
@@ -96,6 +96,20 @@ def _within(values: Iterable[int], size: int, field: str, name: str) -> tuple[in
         if not 0 <= value < size:
             raise InvalidRequest(field, f"expected 0 to {size - 1} for {name}, got {value}")
     return tuple(chosen)
+
+
+def _encoded(model: ResidentModel, text: str, field: str, with_special_tokens: bool) -> list[Token]:
+    """The text's tokens; some tokenizers have entries for which their model has no embedding."""
+    tokens = model.vocabulary.encode(text, with_special_tokens)
+    size = model.view.facts.vocab_size
+    for token in tokens:
+        if token.id >= size:
+            raise InvalidRequest(
+                field,
+                f"expected a text of the {size} tokens of {model.name}, got {token.text!r}, which "
+                f"only its tokenizer has ({token.id}); leave it out",
+            )
+    return tokens
 
 
 def check_ids(model: ResidentModel, ids: Sequence[int], field: str) -> None:
