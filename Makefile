@@ -125,7 +125,7 @@ endef
 
 $(SETUP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[server,cli,analysis,otel,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[server,cli,ui,analysis,otel,dev]'
 	@touch $@
 
 $(VIEWER_SETUP): $(VIEWER)/package-lock.json

@@ -14,6 +14,7 @@ from januslens.cli.neurons import neurons
 from januslens.cli.project import project
 from januslens.cli.tokenize import tokenize
 from januslens.cli.trace import trace
+from januslens.cli.ui import ui
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -69,5 +70,5 @@ def januslens() -> None:
     """See a language model's forward and backward passes in its vocabulary."""
 
 
-for command in (trace, gradient, neurons, project, tokenize, models):
+for command in (trace, gradient, neurons, project, tokenize, models, ui):
     januslens.add_command(command)
