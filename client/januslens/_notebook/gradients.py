@@ -40,7 +40,7 @@ def gradient_html(gradient: Gradient) -> str:
         ),
         *pictures,
         *cut(gradient.summary is not None),
-        note("to_pandas() is a frame of the components"),
+        note("show() opens the interactive page; to_pandas() is a frame of the components"),
     )
 
 

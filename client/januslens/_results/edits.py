@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from januslens._notebook.others import preview_html
 from januslens._results.provenance import Provenance
@@ -60,11 +60,13 @@ class EditPreview:
         edited: On the prompt that the edit is made for.
         probes: On the probes, in the order they were given.
         provenance: Which weights computed it, where and with what.
+        response: The message that it was read from.
     """
 
     edited: Effect
     probes: tuple[Effect, ...]
     provenance: Provenance
+    response: edits_pb2.PreviewEditResponse = field(repr=False, compare=False)
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""
@@ -78,4 +80,5 @@ class EditPreview:
             edited=Effect.from_message(message.edited, tokens),
             probes=tuple(Effect.from_message(probe, tokens) for probe in message.probes),
             provenance=Provenance.from_message(message.provenance),
+            response=message,
         )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from januslens._notebook.frame import PageFrame
 from januslens._notebook.gradients import gradient_html
 from januslens._results import gradient_files, gradient_frames
+from januslens._results.edits import EditPreview
 from januslens._results.gradient_events import GradientHeader, GradientSummary, SegmentRow
 from januslens._results.json_lines import json_lines
 from januslens._results.kinds import MatrixKind
@@ -16,6 +18,7 @@ from januslens._results.matrices import Matrix
 from januslens._results.provenance import Provenance
 from januslens._results.tokens import Token
 from januslens.v1 import gradient_lens_pb2
+from januslens.viewer.gradient_page import gradient_page
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -115,6 +118,21 @@ class Gradient:
     def to_json_lines(self) -> Iterable[str]:
         """The stream as canonical protobuf JSON, one message a line: what `--json` prints."""
         return json_lines(self.responses)
+
+    def to_html(self, previews: Mapping[str, EditPreview] | None = None) -> str:
+        """This gradient as a page: one HTML file that needs no network.
+
+        Args:
+            previews: What edits would do, from `client.preview_edit`, each under its title.
+        """
+        effects = {title: preview.response for title, preview in (previews or {}).items()}
+        return gradient_page(self.responses, effects, self.prompt_tokens)
+
+    def show(
+        self, previews: Mapping[str, EditPreview] | None = None, *, height: int = 800
+    ) -> PageFrame:
+        """The page of `to_html`, as the result of a notebook's cell; `height` in pixels."""
+        return PageFrame(self.to_html(previews), height)
 
     @classmethod
     def from_parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -9,10 +10,12 @@ import click
 from januslens._client import Client
 from januslens._event_stream import EventStream
 from januslens._requests.edits import DescentStep, Edit, ForwardShift
+from januslens._results.edits import EditPreview
 from januslens._results.gradient import Gradient
 from januslens._results.matrices import Matrix
 from januslens._stream.gradient import GradientEvent
 from januslens.cli.estimate import estimate_option, show_estimate
+from januslens.cli.pages import not_both, page_option, write_page
 from januslens.cli.parameters import COUNT, LENS, layer_list, matrix_list
 from januslens.cli.session import model_option, usage_errors, with_client
 from januslens.cli.show.console import Steps, console, steps
@@ -47,6 +50,7 @@ from januslens.cli.show.preview import preview_section
 @click.option("--eta", type=float, default=0.24, show_default=True, help="Strength of --shift.")
 @click.option("--probe", "probes", multiple=True, metavar="PROMPT", help="Watch it as well.")
 @click.option("--verify", is_flag=True, help="Compare with autograd's dense gradient.")
+@page_option
 @estimate_option
 @with_client
 def gradient(  # noqa: PLR0913 - an option each
@@ -60,6 +64,7 @@ def gradient(  # noqa: PLR0913 - an option each
     shift: int | None,
     eta: float,
     probes: tuple[str, ...],
+    html: Path | None,
     estimate: bool,
     **asked: Any,
 ) -> None:
@@ -69,6 +74,7 @@ def gradient(  # noqa: PLR0913 - an option each
     the Backward Lens's two pictures. With --preview or --shift also what that would do to the
     answer, here and for every --probe; the model stays as it is.
     """
+    not_both(as_json, html)
     if estimate:
         show_estimate(client.estimate_gradient_lens, as_json, prompt, asked)
         return
@@ -79,12 +85,15 @@ def gradient(  # noqa: PLR0913 - an option each
         result = _followed(stream, progress)
     if not as_json:
         show_gradient(result, console(), rows)
+    previews: dict[str, EditPreview] = {}
     for title, edit in edits.items():
-        found = client.preview_edit(
+        previews[title] = client.preview_edit(
             prompt, asked["target"], edit, probes=probes, model=asked["model"]
         )
         if not as_json:
-            console().print(preview_section(found, title))
+            console().print(preview_section(previews[title], title))
+    if html:
+        write_page(html, result.to_html(previews))
 
 
 def _edits(preview: bool, shift: int | None, eta: float, asked: dict[str, Any]) -> dict[str, Edit]:

@@ -1,7 +1,8 @@
+import { gradientPage } from './gradient/page'
 import { pageDescription } from './page/blocks'
 import { tracePage } from './trace/page'
 
-const VIEWS: Record<string, () => Promise<void>> = { trace: tracePage }
+const VIEWS: Record<string, () => Promise<void>> = { trace: tracePage, gradient: gradientPage }
 
 const { view } = pageDescription()
 const show = VIEWS[view]

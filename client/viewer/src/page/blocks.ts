@@ -24,6 +24,12 @@ export function has(stream: string): boolean {
   return document.querySelector(selector(stream)) !== null
 }
 
+/** The names of the streams that the page holds, each once. */
+export function streamNames(): string[] {
+  const blocks = document.querySelectorAll<HTMLElement>('script[data-stream]')
+  return [...new Set(Array.from(blocks, (block) => block.dataset.stream ?? ''))]
+}
+
 function* blocks(stream: string): Generator<string> {
   for (const element of document.querySelectorAll(selector(stream))) {
     yield element.textContent ?? ''
@@ -36,7 +42,7 @@ export async function lines(stream: string): Promise<string[]> {
 }
 
 function selector(stream: string): string {
-  return `script[data-stream="${stream}"]`
+  return `script[data-stream="${CSS.escape(stream)}"]`
 }
 
 async function inflate(block: string): Promise<string> {

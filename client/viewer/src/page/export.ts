@@ -1,6 +1,23 @@
 // What leaves the page: the recording itself, and the pictures with their style.
 import pictureStyle from '../../styles/picture.css'
+import { lines } from './blocks'
 import { resolvedColour } from './theme'
+
+/** Saves what the page shows, in one of the formats; `stream` is what JSON lines are of. */
+export async function exportPage(format: string, title: string, stream: string): Promise<void> {
+  const name = title.replace(/ · Januslens$/, '').replace(/[^\p{L}\p{N}]+/gu, '-')
+  if (format === 'json') {
+    save(`${name}.jsonl`, 'application/jsonl', `${(await lines(stream)).join('\n')}\n`)
+    return
+  }
+  const pictures = [...document.querySelectorAll<SVGSVGElement>('svg.picture')]
+  const svg = standaloneSvg(
+    pictures.filter((picture) => picture.clientWidth > 0),
+    title,
+  )
+  if (format === 'svg') save(`${name}.svg`, 'image/svg+xml', svg)
+  if (format === 'png') save(`${name}.png`, 'image/png', await png(svg))
+}
 
 export function save(name: string, type: string, content: BlobPart): void {
   const url = URL.createObjectURL(new Blob([content], { type }))

@@ -76,7 +76,8 @@ function measures(node: GraphNode, graph: FlowGraph): HTMLElement {
   return element('dl', { class: 'measures' }, ...rows)
 }
 
-function scoredList(
+/** Tokens with their probabilities and logits; the target is emphasised. */
+export function scoredList(
   title: string,
   scored: readonly Scored[],
   target: number | undefined,

@@ -1,5 +1,6 @@
 import type { FlowGraph } from '../graph/graph'
 import { element, tokenText } from '../parts/dom'
+import { provenanceLine } from '../parts/provenance'
 import { story } from './story'
 
 const SHOWN = 40 // tokens of a long prompt, around the position
@@ -18,20 +19,9 @@ export function fillHeader(heading: HTMLElement, graph: FlowGraph, position: num
   const title = element('h1', {}, ...tokens)
   if (target) title.append(element('span', { class: 'arrow' }, ' → '), tokenText(target.label))
   title.lastElementChild?.classList.add('answer')
-  heading.replaceChildren(title, story(graph, position), provenance(graph))
-}
-
-function provenance(graph: FlowGraph): HTMLElement {
-  const { model, architecture, dataType, device, revision, versions } = graph.provenance
-  const words = [
-    `model ${model ?? ''}`,
-    architecture,
-    dataType,
-    device,
-    `revision ${(revision ?? '').slice(0, 12)}`,
-    `januslens ${versions?.januslens ?? ''}`,
-  ]
-  const line = element('p', { class: 'provenance' }, words.filter(Boolean).join(' · '))
-  if (!graph.complete) line.append(element('strong', {}, ' · not complete'))
-  return line
+  heading.replaceChildren(
+    title,
+    story(graph, position),
+    provenanceLine(graph.provenance, graph.complete),
+  )
 }

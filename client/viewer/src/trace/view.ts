@@ -1,7 +1,6 @@
 import type { TraceResponse } from '../contract/messages'
 import { FlowGraph } from '../graph/graph'
-import { lines } from '../page/blocks'
-import { png, save, standaloneSvg } from '../page/export'
+import { exportPage } from '../page/export'
 import { Once } from '../page/once'
 import type { Shell } from '../page/shell'
 import { setTheme, type Theme } from '../page/theme'
@@ -47,7 +46,7 @@ export class TraceView {
       pin: (id: string) => this.pin(id),
       help: () => help.showModal(),
       search: () => parts.toolbar.querySelector<HTMLInputElement>('.search')?.focus(),
-      exportAs: (format: string) => void this.exportAs(format),
+      exportAs: (format: string) => void exportPage(format, this.title, 'trace'),
     }
     parts.header.prepend(this.heading)
     this.updateToolbar = toolbar(parts.toolbar, this.state, commands)
@@ -161,17 +160,5 @@ export class TraceView {
         : undefined
       rove(picture, current)
     }
-  }
-
-  private async exportAs(format: string): Promise<void> {
-    const name = this.title.replace(/ · Januslens$/, '').replace(/[^\p{L}\p{N}]+/gu, '-')
-    if (format === 'json') {
-      save(`${name}.jsonl`, 'application/jsonl', `${(await lines('trace')).join('\n')}\n`)
-      return
-    }
-    const pictures = [...document.querySelectorAll<SVGSVGElement>('svg.picture')]
-    const svg = standaloneSvg(pictures, this.title)
-    if (format === 'svg') save(`${name}.svg`, 'image/svg+xml', svg)
-    if (format === 'png') save(`${name}.png`, 'image/png', await png(svg))
   }
 }

@@ -25,7 +25,7 @@ export interface Layout {
 }
 
 export const EMBEDDING = -1
-const GUTTER = 46
+export const GUTTER = 46
 const TOP = 30
 const AXIS = 38
 const GAP = 10
@@ -68,7 +68,12 @@ function lastEdge(columns: readonly Column[]): number {
   return last ? last.x + last.width : GUTTER
 }
 
-function columnsIn(positions: number, selected: number, left: number, room: number): Column[] {
+export function columnsIn(
+  positions: number,
+  selected: number,
+  left: number,
+  room: number,
+): Column[] {
   const even = Math.min(WIDEST, room / positions)
   if (even >= NARROWEST_LABEL || positions <= LENS) {
     return Array.from({ length: positions }, (_, position) => ({

@@ -1,0 +1,34 @@
+import { element, tokenText } from '../parts/dom'
+import { probability } from '../parts/numbers'
+import { provenanceLine } from '../parts/provenance'
+import type { GradientModel } from './model'
+
+/** The prompt, what is to be learnt, and which weights would learn it. */
+export function fillHeader(heading: HTMLElement, model: GradientModel): void {
+  const title = element(
+    'h1',
+    {},
+    ...model.prompt.map((token) => tokenText(token.label.replace(/^␣/, ' '))),
+    element('span', { class: 'arrow' }, ' ⇐ '),
+    ...model.targets.map((token) => tokenText(token.label)),
+  )
+  title.lastElementChild?.classList.add('answer')
+  heading.replaceChildren(title, story(model), provenanceLine(model.provenance, model.complete))
+}
+
+function story(model: GradientModel): HTMLElement {
+  const story = element('p', { class: 'story' })
+  story.append(
+    `Loss ${model.loss.toPrecision(4)}`,
+    model.targets.length === 1 ? `, so probability ${probability(Math.exp(-model.loss))}` : '',
+    '; the model predicts ',
+    tokenText(model.predicted?.label ?? ''),
+    '. A descent step adds −learning rate · xᵀδ: it imprints x on what reads, and shifts what is ',
+    'written towards the other end of δ’s ranking. ▲ top and ▼ bottom tokens; what a step ',
+    'promotes is bold.',
+  )
+  if (model.skipped.length > 0) {
+    story.append(` Not in this architecture: ${model.skipped.join(', ')}.`)
+  }
+  return story
+}

@@ -1,0 +1,145 @@
+// The pictures of a gradient's page, one below the other, each with a choice of its matrix.
+import { choice } from '../parts/controls'
+import { element, tokenText } from '../parts/dom'
+import type { Svg } from '../parts/svg'
+import { drawHeatMap, heatPicture } from './heatmap'
+import { drawNormLegend } from './legend'
+import type { GradientModel } from './model'
+import { factorMap, largestNorm, rankMap, segmentMap } from './pictures'
+import type { GradientKey, GradientState } from './state'
+
+interface Panel {
+  box: HTMLElement
+  title: HTMLElement
+  kinds: HTMLSelectElement
+  picture: Svg
+}
+
+export class Pictures {
+  readonly element = element('div', { class: 'details' })
+  private readonly imprint: Panel
+  private readonly shift: Panel
+  private readonly rank: Panel
+  private readonly segments: Panel
+  private readonly targets: HTMLSelectElement
+
+  constructor(
+    private readonly model: GradientModel,
+    private readonly state: GradientState,
+  ) {
+    this.shift = this.panel('shift', 'Shift: which way a step moves what is written')
+    this.imprint = this.panel('imprint', 'Imprint: what a step writes into what reads')
+    this.rank = this.panel('rank', 'The target’s rank')
+    this.segments = this.panel('rank', 'By segment of the prompt')
+    this.targets = choice('Target', [], (value) => state.set({ target: value }))
+    this.rank.kinds.after(this.targets)
+  }
+
+  /** The matrices that are shown. */
+  kinds(): string[] {
+    return [this.kind('imprint'), this.kind('shift')].filter((kind) => kind !== '')
+  }
+
+  draw(width: number, selected: string): void {
+    const target = Number(this.state.get('target') || 0)
+    const shown = { width, selected, ends: this.state.get('ends'), target }
+    this.drawFactors(this.shift, 'shift', 'shifts what it writes, δ', shown)
+    this.drawFactors(this.imprint, 'imprint', 'is imprinted with what it reads, x', shown)
+    this.drawRanks(shown)
+    this.drawSegments(width)
+  }
+
+  private drawFactors(
+    panel: Panel,
+    key: 'imprint' | 'shift',
+    words: string,
+    shown: Parameters<typeof factorMap>[2],
+  ): void {
+    const kind = this.kind(key)
+    panel.box.hidden = kind === ''
+    if (kind === '') return
+    offer(panel.kinds, this.model.kinds(key === 'shift' ? 'VJP' : 'INPUT'), kind)
+    panel.title.replaceChildren(`${kind} ${words}`)
+    drawHeatMap(panel.picture, factorMap(this.model, kind, shown))
+    drawNormLegend(panel.picture, largestNorm(this.model, kind))
+  }
+
+  private drawRanks(shown: Parameters<typeof rankMap>[2]): void {
+    const kind = this.rankKind()
+    this.rank.box.hidden = kind === '' || this.model.targets.length === 0
+    offer(this.rank.kinds, this.allKinds(), kind)
+    const side = this.model.of(kind)[0]?.side === 'VJP' ? 'δ' : 'x'
+    const end = this.model.of(kind)[0]?.promoted
+    const token = this.model.targets[shown.target] ?? this.model.targets[0]
+    this.rank.title.replaceChildren(
+      'Rank of ',
+      tokenText(token?.label ?? ''),
+      ` in ${kind}’s ${side}`,
+      end === 'BOTTOM' ? ': a descent step promotes the bottom, the last ranks' : '',
+    )
+    this.targets.hidden = this.model.targets.length < 2
+    const words = this.model.targets.map((t, i) => [String(i), t.label] as const)
+    offer(
+      this.targets,
+      words.map(([i]) => i),
+      String(shown.target),
+      words.map(([, t]) => t),
+    )
+    drawHeatMap(this.rank.picture, rankMap(this.model, kind, shown))
+  }
+
+  private drawSegments(width: number): void {
+    const kind = this.rankKind()
+    const known = this.model.segments.some((segment) => segment.kind === kind)
+    this.segments.box.hidden = !known
+    if (!known) return
+    offer(this.segments.kinds, this.allKinds(), kind)
+    this.segments.title.replaceChildren(
+      `${kind} by segment of the prompt: means of |δ| and of the target’s rank`,
+    )
+    drawHeatMap(this.segments.picture, segmentMap(this.model, kind, width))
+  }
+
+  private allKinds(): string[] {
+    return [...this.model.kinds('VJP'), ...this.model.kinds('INPUT')]
+  }
+
+  private kind(key: 'imprint' | 'shift'): string {
+    const kinds = this.model.kinds(key === 'shift' ? 'VJP' : 'INPUT')
+    const chosen = this.state.get(key)
+    return kinds.includes(chosen) ? chosen : (kinds[0] ?? '')
+  }
+
+  private rankKind(): string {
+    const chosen = this.state.get('rank')
+    const kinds = this.allKinds()
+    return kinds.includes(chosen) ? chosen : this.kind('shift') || this.kind('imprint')
+  }
+
+  private panel(key: GradientKey, name: string): Panel {
+    const title = element('h2', {}, name)
+    const kinds = choice(`Matrix: ${name}`, [], (value) => this.state.set({ [key]: value }))
+    const picture = heatPicture(name)
+    const bar = element('div', { class: 'panel-bar' }, title, kinds)
+    const box = element('section', { class: 'panel' }, bar, picture.node() as Node)
+    this.element.append(box)
+    return { box, title, kinds, picture }
+  }
+}
+
+/** Fills a choice with what there is; hidden where there is nothing to choose. */
+function offer(
+  select: HTMLSelectElement,
+  values: readonly string[],
+  chosen: string,
+  words: readonly string[] = values,
+): void {
+  const known = Array.from(select.options, (option) => option.value).join()
+  if (known !== values.join()) {
+    select.replaceChildren(
+      ...values.map((value, i) => element('option', { value }, words[i] ?? value)),
+    )
+  }
+  select.value = chosen
+  select.hidden = values.length < 2
+}

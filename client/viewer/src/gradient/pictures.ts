@@ -1,0 +1,160 @@
+// The paper's pictures as heat maps: what a step imprints, which way it shifts, where the target is.
+import { rankBin } from '../colour/bins'
+import { normPaint } from '../colour/norms'
+import { isDark } from '../page/theme'
+import { count, measure } from '../parts/numbers'
+import { at } from '../parts/words'
+import { columnsIn, GUTTER } from '../trace/overview/layout'
+import type { HeatCell, HeatColumn, HeatMap, Line } from './heatmap'
+import type { GradientModel, Segment } from './model'
+import type { Component } from './records'
+import { placeId } from './state'
+
+const SEGMENT = 144 // wide enough for the longest name
+
+export interface Shown {
+  width: number
+  selected: string
+  /** '', 'top' or 'bottom'. */
+  ends: string
+  /** Place of the target among the loss's. */
+  target: number
+}
+
+/** Layers upward, positions along: both ends of each component's ranking, coloured by ||delta||. */
+export function factorMap(model: GradientModel, kind: string, shown: Shown): HeatMap {
+  const largest = largestNorm(model, kind)
+  return map(model, shown, shown.ends === '' ? 42 : 26, (layer, position) => {
+    const found = model.at(kind, layer, position)
+    if (!found || found.size === 0) return undefined
+    return {
+      id: placeId({ layer, position, kind }),
+      lines: linesOf(found, shown.ends),
+      paint: normPaint(found.vjpNorm, largest, isDark()),
+      sentence: sentence(found, model),
+      selected: shown.selected === placeId({ layer, position, kind }),
+    }
+  })
+}
+
+/** The same places, each with the rank of the target in the component's reading. */
+export function rankMap(model: GradientModel, kind: string, shown: Shown): HeatMap {
+  return map(model, shown, 24, (layer, position) => {
+    const found = model.at(kind, layer, position)
+    const rank = found?.targetRanks[shown.target]
+    if (!found || found.size === 0 || rank === undefined) return undefined
+    const token = model.targets[shown.target]?.label ?? 'the target'
+    return {
+      id: placeId({ layer, position, kind }),
+      lines: [{ text: count(rank), strong: rank === 0 }],
+      paint: `bin-${rankBin(rank, model.vocabulary)}`,
+      sentence: `${where(found, model)}: ${token} has rank ${rank}`,
+      selected: shown.selected === placeId({ layer, position, kind }),
+    }
+  })
+}
+
+/** The paper's figures by segment: the mean norm, and below it the target's mean rank. */
+export function segmentMap(model: GradientModel, kind: string, width: number): HeatMap {
+  const rows = model.segments.filter((segment) => segment.kind === kind)
+  const names = [...new Set(rows.map((row) => row.segment))]
+  const largest = Math.max(...rows.map((row) => row.norm), 0)
+  const columns = names.map((name, i) => ({
+    key: name,
+    label: name.replaceAll('_', ' '),
+    x: GUTTER + i * SEGMENT,
+    width: SEGMENT - 4,
+    labelled: true,
+  }))
+  const layers = [...new Set(rows.map((row) => row.layer))].sort((a, b) => b - a)
+  return {
+    columns,
+    rows: layers.map((layer) => ({ key: String(layer), label: `L${layer}` })),
+    cellHeight: 40,
+    width: Math.min(width, GUTTER + names.length * SEGMENT),
+    cell: (layer, name) => {
+      const row = rows.find((r) => r.segment === name && r.layer === Number(layer))
+      return row && segmentCell(row, largest)
+    },
+  }
+}
+
+function segmentCell(row: Segment, largest: number): HeatCell {
+  const rank = row.rank === undefined ? '' : `rank ${Math.round(row.rank)}`
+  const words = row.segment.replaceAll('_', ' ')
+  return {
+    id: '',
+    lines: [
+      { text: `|δ| ${measure(row.norm)}`, strong: true },
+      { text: rank, strong: false },
+    ],
+    paint: normPaint(row.norm, largest, isDark()),
+    sentence: `layer ${row.layer}, ${words}: mean norm ${measure(row.norm)}, mean ${rank}`,
+    selected: false,
+  }
+}
+
+export function largestNorm(model: GradientModel, kind: string): number {
+  const norms = model.of(kind).flatMap((matrix) => matrix.components.map((c) => c.vjpNorm))
+  return norms.reduce((most, norm) => Math.max(most, norm), 0)
+}
+
+function map(
+  model: GradientModel,
+  shown: Shown,
+  cellHeight: number,
+  cell: (layer: number, position: number) => HeatCell | undefined,
+): HeatMap {
+  return {
+    columns: columnsOf(model, shown),
+    rows: model
+      .layers()
+      .reverse()
+      .map((layer) => ({ key: String(layer), label: `L${layer}` })),
+    cellHeight,
+    width: shown.width,
+    cell: (row, column) => cell(Number(row), Number(column)),
+  }
+}
+
+/** As the trace's overview places them, so that both pages show a token at the same place. */
+function columnsOf(model: GradientModel, shown: Shown): HeatColumn[] {
+  const chosen = shown.selected.match(/\/p(\d+)/)?.[1]
+  const position = chosen === undefined ? model.prompt.length - 1 : Number(chosen)
+  const columns = columnsIn(model.prompt.length, position, GUTTER, shown.width - GUTTER)
+  return columns.map(({ position: at, x, width, labelled }) => ({
+    key: String(at),
+    label: model.prompt[at]?.label ?? '',
+    x,
+    width: labelled ? width + 6 : width,
+    labelled,
+  }))
+}
+
+/** The top and the bottom token; the end that a descent step promotes is set in bold. */
+function linesOf(component: Component, ends: string): Line[] {
+  const { promoted } = component.matrix
+  const line = (mark: string, end: 'TOP' | 'BOTTOM', text: string | undefined) => ({
+    text: `${mark} ${text ?? '—'}`,
+    strong: promoted === end || (promoted === '' && end === 'TOP'),
+  })
+  const top = line('▲', 'TOP', component.reading?.top[0]?.token.label)
+  const bottom = line('▼', 'BOTTOM', component.reading?.bottom[0]?.token.label)
+  return ends === 'top' ? [top] : ends === 'bottom' ? [bottom] : [top, bottom]
+}
+
+/** `L3 FF2, at ␣of (7)`. */
+export function where(component: Component, model: GradientModel): string {
+  const { layer, kind, expert } = component.matrix
+  const owner = expert === undefined ? '' : ` expert ${expert}`
+  return `L${layer}${owner} ${kind}, at ${at(component.position, model.prompt)}`
+}
+
+function sentence(component: Component, model: GradientModel): string {
+  const { reading } = component
+  const ends = [
+    `top ${reading?.top[0]?.token.label ?? 'none'}`,
+    `bottom ${reading?.bottom[0]?.token.label ?? 'none'}`,
+  ]
+  return `${where(component, model)}: ${ends.join(', ')}, norm ${measure(component.vjpNorm)}`
+}
