@@ -95,6 +95,30 @@ function otherSide(component: Component): HTMLElement {
   )
 }
 
+/** What the tooltip says of a component. */
+export function glance(component: Component, model: GradientModel): Node[] {
+  const line = (mark: string, list: readonly Scored[]) =>
+    element(
+      'p',
+      { class: 'tops' },
+      mark,
+      ...list.slice(0, 4).map(({ token }) => tokenText(token.label)),
+    )
+  const { reading } = component
+  return [
+    element('p', { class: 'where' }, where(component, model)),
+    line('▲', reading?.top ?? []),
+    line('▼', reading?.bottom ?? []),
+    element(
+      'p',
+      { class: 'numbers' },
+      `|δ| ${measure(component.vjpNorm)}`,
+      ` · |x| ${measure(component.inputNorm)}`,
+      ` · rank ${component.targetRanks.map(count).join(', ')}`,
+    ),
+  ]
+}
+
 /** The other matrices at the same layer and position. */
 function besides(model: GradientModel, place: Place): HTMLElement {
   const kinds = [...model.kinds('INPUT'), ...model.kinds('VJP')].filter((k) => k !== place.kind)

@@ -18,6 +18,7 @@ export interface Line {
 }
 
 export interface HeatCell {
+  /** What a click selects; '' for a cell that is only looked at. */
   id: string
   lines: Line[]
   /** A class that colours it, or a colour and the ink on it. */
@@ -74,11 +75,10 @@ function drawCells(group: Group, map: HeatMap): void {
     })
     .attr('class', (p) => chipClass(p.cell))
     .attr('transform', (p) => `translate(${p.x},${p.y})`)
-    .attr('data-id', (p) => p.cell?.id ?? null)
-    .attr('tabindex', (p) => (p.cell ? '-1' : null))
-    .attr('role', (p) => (p.cell ? 'button' : null))
-    .attr('aria-label', (p) => p.cell?.sentence ?? null)
-    .attr('aria-pressed', (p) => (p.cell ? String(p.cell.selected) : null))
+    .attr('data-id', (p) => p.cell?.id || null)
+    .attr('tabindex', (p) => (p.cell?.id ? '-1' : null))
+    .attr('role', (p) => (p.cell ? (p.cell.id ? 'button' : 'img') : null))
+    .attr('aria-pressed', (p) => (p.cell?.id ? String(p.cell.selected) : null))
     .each(function (p) {
       drawCell(select(this), p, map.cellHeight)
     })
@@ -108,7 +108,13 @@ function drawCell(
   height: number,
 ): void {
   const paint = p.cell && typeof p.cell.paint !== 'string' ? p.cell.paint : undefined
-  const lines = p.labelled ? (p.cell?.lines ?? []) : []
+  const lines = (p.labelled ? (p.cell?.lines ?? []) : []).map(({ text, strong }) => ({
+    text: cut(text, fitting(p.width - 2 * PAD)),
+    strong,
+  }))
+  // What is seen comes first: that is what a person says who speaks to the page.
+  const spoken = [...lines.map(({ text }) => text), p.cell?.sentence ?? '']
+  chip.attr('aria-label', p.cell ? spoken.join(' ').trim() : null)
   chip
     .select('rect')
     .attr('width', Math.max(1, p.width))
@@ -124,7 +130,7 @@ function drawCell(
       .attr('dominant-baseline', 'central')
       .style('fill', paint?.ink ?? '')
       .style('font-weight', line?.strong ? '700' : '')
-      .text(line ? cut(line.text, fitting(p.width - 2 * PAD)) : '')
+      .text(line?.text ?? '')
   }
 }
 

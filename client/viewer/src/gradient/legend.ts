@@ -27,7 +27,7 @@ export function drawNormLegend(svg: Svg, largest: number): void {
     .selectAll('text')
     .data([
       { x: 0, words: '0' },
-      { x: end, words: `${measure(largest)}  |δ| on a square-root scale` },
+      { x: end, words: `${measure(largest)} · |δ|, square-root scale` },
     ])
     .join('text')
     .attr('class', 'column')

@@ -48,7 +48,7 @@ export function rankMap(model: GradientModel, kind: string, shown: Shown): HeatM
       id: placeId({ layer, position, kind }),
       lines: [{ text: count(rank), strong: rank === 0 }],
       paint: `bin-${rankBin(rank, model.vocabulary)}`,
-      sentence: `${where(found, model)}: ${token} has rank ${rank}`,
+      sentence: `is the rank of ${token} in ${where(found, model)}`,
       selected: shown.selected === placeId({ layer, position, kind }),
     }
   })
@@ -89,7 +89,7 @@ function segmentCell(row: Segment, largest: number): HeatCell {
       { text: rank, strong: false },
     ],
     paint: normPaint(row.norm, largest, isDark()),
-    sentence: `layer ${row.layer}, ${words}: mean norm ${measure(row.norm)}, mean ${rank}`,
+    sentence: `means over layer ${row.layer}, ${words}`,
     selected: false,
   }
 }
@@ -150,11 +150,7 @@ export function where(component: Component, model: GradientModel): string {
   return `L${layer}${owner} ${kind}, at ${at(component.position, model.prompt)}`
 }
 
+/** What a cell's own words leave open: where it is and how much. */
 function sentence(component: Component, model: GradientModel): string {
-  const { reading } = component
-  const ends = [
-    `top ${reading?.top[0]?.token.label ?? 'none'}`,
-    `bottom ${reading?.bottom[0]?.token.label ?? 'none'}`,
-  ]
-  return `${where(component, model)}: ${ends.join(', ')}, norm ${measure(component.vjpNorm)}`
+  return `${where(component, model)}, norm ${measure(component.vjpNorm)}`
 }

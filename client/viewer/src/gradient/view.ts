@@ -6,7 +6,8 @@ import { button, choice } from '../parts/controls'
 import { element } from '../parts/dom'
 import { rove } from '../parts/focus'
 import { helpDialog } from '../parts/help'
-import { fillFacts } from './facts'
+import { Tooltip } from '../parts/tooltip'
+import { fillFacts, glance } from './facts'
 import { fillHeader } from './header'
 import { KEYS, listenToKeys } from './keys'
 import { GradientModel } from './model'
@@ -73,6 +74,17 @@ export class GradientView {
     return largest ? placeId({ layer: largest.matrix.layer, position: largest.position, kind }) : ''
   }
 
+  private hoverWith(tooltip: Tooltip): void {
+    this.pictures.element.addEventListener('pointermove', (event) => {
+      const id = (event.target as Element).closest<SVGElement>('[data-id]')?.dataset.id
+      const place = placeOf(id ?? '')
+      const found = place && this.model.at(place.kind, place.layer, place.position)
+      if (found) tooltip.show(glance(found, this.model), event.clientX, event.clientY)
+      else tooltip.hide()
+    })
+    this.pictures.element.addEventListener('pointerleave', () => tooltip.hide())
+  }
+
   private drawTables(): void {
     const kinds = this.model.complete ? this.pictures.kinds() : []
     this.tables.replaceChildren(
@@ -98,6 +110,7 @@ export class GradientView {
 
   private fillToolbar(): void {
     const help = helpDialog(KEYS)
+    this.hoverWith(new Tooltip())
     listenToKeys(this.state, () => help.showModal())
     const ends = choice('Ends', ENDS, (value) => this.state.set({ ends: value }))
     const theme = choice('Theme', THEMES, (value) => this.state.set({ theme: value }))

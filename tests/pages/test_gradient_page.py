@@ -1,0 +1,234 @@
+"""The page of a gradient, in a real browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from click.testing import CliRunner
+from playwright.sync_api import Page, expect
+
+import januslens
+from januslens.cli.program import januslens as command
+from tests.pages.conftest import PROMPT
+from tests.support.axe import serious_findings
+
+KINDS = ["FF1", "FF2", "Q", "K", "V", "O"]
+SHIFT = "What a forward-pass shift would do"
+
+
+@pytest.fixture(scope="module")
+def gradient(server_address: str) -> januslens.Gradient:
+    with januslens.Client(server_address) as client:
+        return client.gradient_lens(
+            PROMPT,
+            " Paris",
+            matrices=KINDS,
+            components=0,
+            neurons=2,
+            learning_rate=1e-3,
+            spectrum=2,
+            subject="Japan",
+            verify=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def preview(server_address: str) -> januslens.EditPreview:
+    with januslens.Client(server_address) as client:
+        edit = januslens.ForwardShift(3, eta=0.15)
+        return client.preview_edit(PROMPT, " Paris", edit, probes=["The capital of Peru is"])
+
+
+@pytest.fixture(scope="module")
+def page(
+    gradient: januslens.Gradient,
+    preview: januslens.EditPreview,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    path = tmp_path_factory.mktemp("gradient") / "gradient.html"
+    path.write_text(gradient.to_html({SHIFT: preview}), encoding="utf-8")
+    return path.as_uri()
+
+
+def cells(tab: Page, kind: str) -> dict[str, str]:
+    """The texts of a heat map's cells by the ids of their components."""
+    found: dict[str, str] = tab.evaluate(
+        """kind => Object.fromEntries(Array.from(
+            document.querySelectorAll(`.chip.painted[data-id$="/${kind}"]`),
+            cell => [cell.dataset.id, cell.textContent]))""",
+        kind,
+    )
+    return found
+
+
+def expected(gradient: januslens.Gradient, kind: str) -> dict[str, str]:
+    texts = {}
+    for matrix in gradient.of_kind(kind):
+        for part in matrix.components:
+            if part.size and part.projection:
+                top, bottom = part.projection.top_tokens[0], part.projection.bottom_tokens[0]
+                texts[f"L{matrix.layer}/p{part.position}/{kind}"] = f"▲ {top}▼ {bottom}"
+    return texts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_component_stands_at_its_place(
+    tab: Page, page: str, gradient: januslens.Gradient, kind: str
+) -> None:
+    side = "shift" if kind in ("FF2", "O") else "imprint"
+    tab.goto(f"{page}#{side}={kind}")
+    expect(tab.locator(f'[data-id$="/{kind}"]').first).to_be_visible()
+    assert cells(tab, kind) == expected(gradient, kind)
+
+
+def test_the_promoted_end_is_bold_and_the_ends_can_be_switched(tab: Page, page: str) -> None:
+    tab.goto(page)
+    cell = tab.locator('.chip.painted[data-id="L3/p7/FF2"]')
+    expect(cell).to_be_visible()
+    weights = cell.locator("text").evaluate_all("ts => ts.map(t => getComputedStyle(t).fontWeight)")
+    assert weights == ["400", "700"]  # a descent step promotes the bottom of the VJP's ranking
+    tab.get_by_label("Ends").select_option("bottom")
+    expect(cell).to_have_text("▼ ␣Paris")
+    tab.keyboard.press("e")
+    expect(cell).to_have_text("▲ ␣Azerbaijani▼ ␣Paris")
+
+
+def test_colour_is_the_norm_on_the_printed_scale(
+    tab: Page, page: str, gradient: januslens.Gradient
+) -> None:
+    tab.goto(page)
+    parts = {(m.layer, c.position): c for m in gradient.of_kind("FF2") for c in m.components}
+    fills = {
+        place: tab.locator(f'.chip.painted[data-id="L{place[0]}/p{place[1]}/FF2"] rect').evaluate(
+            "r => getComputedStyle(r).fill"
+        )
+        for place, part in parts.items()
+        if part.size
+    }
+
+    def light(fill: str) -> int:
+        return sum(int(channel) for channel in fill[4:-1].split(","))
+
+    by_norm = sorted(fills, key=lambda place: parts[place].vjp_norm)
+    shades = [light(fills[place]) for place in by_norm]
+    assert shades == sorted(shades, reverse=True)
+    assert fills[by_norm[-1]] == "rgb(94, 42, 104)"
+    largest = f"{max(part.vjp_norm for part in parts.values()):.3g}"
+    expect(tab.locator(".legend").first).to_contain_text(f"{largest} · |δ|, square-root scale")
+
+
+def test_ranks_are_the_components(tab: Page, page: str, gradient: januslens.Gradient) -> None:
+    tab.goto(page)
+    for matrix in gradient.of_kind("FF2"):
+        for part in matrix.components:
+            if part.size:
+                place = f"L{matrix.layer}/p{part.position}/FF2"
+                cell = tab.locator(f'.chip:not(.painted)[data-id="{place}"]')
+                expect(cell).to_have_text(str(part.target_ranks[0]))
+
+
+def test_a_click_selects_and_the_inspector_says_all(
+    tab: Page, page: str, gradient: januslens.Gradient
+) -> None:
+    tab.goto(page)
+    tab.locator('.chip.painted[data-id="L1/p3/FF1"]').click()
+    part = next(c for c in gradient.matrix(1, "FF1").components if c.position == 3)
+    inspector = tab.locator(".inspector")
+    assert part.projection
+    expect(inspector.locator("h2")).to_have_text(str(part.projection.top_tokens[0]))
+    expect(inspector).to_contain_text(f"size |x||δ|{float(f'{part.size:.3g}'):g}")
+    expect(inspector).to_contain_text(f"rank of ␣Paris{part.target_ranks[0]} of 982")
+    for token in (*part.projection.top_tokens, *part.projection.bottom_tokens):
+        expect(inspector.get_by_text(str(token), exact=True).first).to_be_visible()
+    assert "sel=L1%2Fp3%2FFF1" in tab.url
+    inspector.get_by_role("button", name="FF2").click()
+    expect(inspector.locator(".where")).to_have_text("L1 FF2, at ␣Japan (3)")
+
+
+def test_hovering_shows_a_component(tab: Page, page: str) -> None:
+    tab.goto(page)
+    tab.locator('.chip.painted[data-id="L3/p7/FF2"]').hover()
+    expect(tab.locator(".tooltip")).to_contain_text("L3 FF2, at ␣of (7)")
+
+
+def test_the_keyboard_is_enough(tab: Page, page: str) -> None:
+    tab.goto(page)
+    tab.locator('.chip.painted[data-id="L3/p7/FF2"]').focus()
+    tab.keyboard.press("ArrowDown")
+    tab.keyboard.press("ArrowLeft")
+    tab.keyboard.press("Enter")
+    expect(tab.locator(".inspector .where")).to_have_text("L2 FF2, at ␣city (6)")
+    tab.keyboard.press("?")
+    expect(tab.get_by_role("dialog")).to_be_visible()
+
+
+def test_what_was_asked_for_stands_below(
+    tab: Page, page: str, gradient: januslens.Gradient, preview: januslens.EditPreview
+) -> None:
+    tab.goto(page)
+    neuron = gradient.matrix(3, "FF2").neurons[0]
+    row = tab.get_by_role("row").filter(has_text=f"L3{neuron.neuron}")
+    assert neuron.change
+    expect(row.first).to_contain_text("".join(map(str, neuron.change.top_tokens[:3])))
+    singular = gradient.matrix(3, "FF2").spectrum[0]
+    expect(tab.get_by_role("cell", name=f"{singular.value:.3g}", exact=True).first).to_be_visible()
+    edited = preview.edited
+    shift = tab.locator("section", has=tab.get_by_role("heading", name=SHIFT))
+    expect(shift.get_by_role("row").nth(1)).to_contain_text(
+        f"{edited.probability_after:.3f}{edited.rank_before} → {edited.rank_after}"
+    )
+    expect(tab.locator(".verification")).to_contain_text("24 matrices compared with autograd")
+    last = [r for r in gradient.segments if (r.layer, str(r.kind)) == (3, "FF2")][-1]
+    assert last.segment == "last_token"
+    segment = tab.get_by_label("means over layer 3, last token")
+    expect(segment).to_have_text(f"|δ| {last.mean_vjp_norm:.3g}rank {last.mean_target_rank:.0f}")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_keeps_nobody_out(tab: Page, page: str, scheme: str) -> None:
+    tab.goto(f"{page}#theme={scheme}")
+    tab.wait_for_selector(".chip.painted")
+    assert serious_findings(tab) == []
+
+
+def test_narrow_windows_have_no_horizontal_scrolling(tab: Page, page: str) -> None:
+    tab.goto(page)
+    tab.set_viewport_size({"width": 700, "height": 900})
+    tab.wait_for_timeout(100)
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_hostile_tokens_are_text(tab: Page, gradient: januslens.Gradient, tmp_path: Path) -> None:
+    hostile = ["<img src=x onerror=alert(1)>", "\u202eevil", "a\u200bb", "👩‍👩‍👧", "</script>"]
+    lines = [json.loads(line) for line in gradient.to_json_lines()]
+    for i, token in enumerate(lines[0]["header"]["promptTokens"]):
+        token["text"] = hostile[i % len(hostile)]
+    recorded = januslens.read_gradient(map(json.dumps, lines))
+    path = tmp_path / "hostile.html"
+    path.write_text(recorded.to_html(), encoding="utf-8")
+    tab.goto(path.as_uri())
+    expect(tab.locator("h1")).to_contain_text("<U+202E>evil")
+    expect(tab.locator("h1")).to_contain_text("<img␣src=x␣onerror=alert(1)>")
+    expect(tab.locator("h1")).to_contain_text("</script>")
+    assert tab.locator("img").count() == 0
+
+
+def test_the_command_writes_the_page(server_address: str, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    arguments = ["gradient", PROMPT, "--target", " Paris", "--shift", "3", "--html", str(path)]
+    result = CliRunner().invoke(
+        command, [*arguments, "--server", server_address], catch_exceptions=False
+    )
+    assert result.exit_code == 0
+    html = path.read_text(encoding="utf-8")
+    assert len(html.encode()) < 1_500_000
+    assert 'data-stream="preview:What a forward-pass shift of layer 3 by 0.24 would do"' in html
+    blocks = [part.split("<")[0] for part in html.split('data-stream="gradient">')[1:]]
+    first = json.loads(zlib.decompress(base64.b64decode(blocks[0])))
+    assert first["header"]["promptTokens"][3]["text"] == " Japan"
+    assert quote(" Paris") not in html

@@ -1,0 +1,25 @@
+"""axe-core on a page: what would keep someone from using it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page
+
+AXE = Path(__file__).parents[2] / "client/viewer/node_modules/axe-core/axe.min.js"
+
+
+def serious_findings(page: Page) -> list[str]:
+    """The rules of serious or critical impact that the page breaks, and where."""
+    if not AXE.exists():
+        pytest.skip("axe-core comes with the viewer's npm packages: make check-viewer")
+    # Past the policy of the page, as the tools of a person in front of it are.
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    found: dict[str, Any] = page.evaluate("() => axe.run()")
+    return [
+        f"{violation['id']}: {[node['target'] for node in violation['nodes'][:3]]}"
+        for violation in found["violations"]
+        if violation["impact"] in ("serious", "critical")
+    ]
