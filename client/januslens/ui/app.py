@@ -11,10 +11,10 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Route
 
-from januslens.ui.calls import call
+from januslens.ui.calls import call, overview
 from januslens.ui.gateway import Gateway
 from januslens.ui.guard import Guard
-from januslens.ui.page import page
+from januslens.ui.page import VIEWS, asking, frame, saved_gradient, saved_trace
 
 
 class State(TypedDict):
@@ -38,7 +38,14 @@ def application(connect: Callable[[], Gateway], hosts: Iterable[str], token: str
             yield {"gateway": gateway}
 
     return Starlette(
-        routes=[Route("/", page), Route("/api/{method}", call, methods=["POST"])],
+        routes=[
+            Route("/", asking),
+            *(Route(f"/frame/{view}", frame(view)) for view in VIEWS),
+            Route("/page/trace", saved_trace, methods=["POST"]),
+            Route("/page/gradient", saved_gradient, methods=["POST"]),
+            Route("/api/overview", overview, methods=["POST"]),
+            Route("/api/{method}", call, methods=["POST"]),
+        ],
         middleware=[
             Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
             Middleware(Guard, token=token),

@@ -20,7 +20,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from januslens._errors import JanuslensError
 from januslens._results.json_lines import json_line
+from januslens._verbs import trace_overview
 from januslens.ui.gateway import Gateway
+from januslens.ui.recorded import trace_so_far
 from januslens.v1 import service_pb2
 
 _METHODS: dict[str, MethodDescriptor] = dict(
@@ -37,27 +39,39 @@ async def call(request: Request) -> Response:
         message = Parse(await request.body(), GetMessageClass(method.input_type)())
     except (UnicodeDecodeError, ParseError) as error:
         return _refused(400, f"expected a {method.input_type.name} as JSON: {error}")
-    lines = _lines(request.state.gateway, method, message)
-    return StreamingResponse(lines, media_type="application/x-ndjson")
+    answered = _streamed if method.server_streaming else _single
+    return _answer(answered(request.state.gateway, method.name, message))
 
 
-async def _lines(
-    gateway: Gateway, method: MethodDescriptor, message: Message
-) -> AsyncIterator[str]:
+async def overview(request: Request) -> Response:
+    """What surrounds a trace: takes its header line and lens, answers a Trace's responses."""
     try:
-        async for response in _responses(gateway, method, message):
-            yield f"{json_line(response)}\n"
+        asked = json.loads(await request.body())
+        surroundings = trace_overview(trace_so_far([asked["header"]]), lens=asked["lens"])
+    except (ValueError, TypeError, KeyError, ParseError, JanuslensError) as error:
+        return _refused(400, f"expected a trace's header and lens: {error}")
+    messages = _streamed(request.state.gateway, "Trace", surroundings.request)
+    return _answer(messages)
+
+
+def _answer(messages: AsyncIterator[Message]) -> StreamingResponse:
+    return StreamingResponse(_lines(messages), media_type="application/x-ndjson")
+
+
+async def _lines(messages: AsyncIterator[Message]) -> AsyncIterator[str]:
+    try:
+        async for message in messages:
+            yield f"{json_line(message)}\n"
     except JanuslensError as error:
         yield f"{json.dumps({'error': described(error)})}\n"
 
 
-async def _responses(
-    gateway: Gateway, method: MethodDescriptor, message: Message
-) -> AsyncIterator[Message]:
-    if not method.server_streaming:
-        yield await gateway.ask(method.name, message)
-        return
-    async with gateway.stream(method.name, message) as stream:
+async def _single(gateway: Gateway, method: str, message: Message) -> AsyncIterator[Message]:
+    yield await gateway.ask(method, message)
+
+
+async def _streamed(gateway: Gateway, method: str, message: Message) -> AsyncIterator[Message]:
+    async with gateway.stream(method, message) as stream:
         async for response in stream:
             yield response
 

@@ -14,10 +14,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 TOKEN_HEADER = "x-januslens-token"  # noqa: S105 - its name, not its value
-PROTECTED = "/api/"
-
+_OPEN = ("GET", "HEAD")  # the empty pages hold nothing of anybody's
 _HEADERS = {
     "cache-control": "no-store",
+    "content-security-policy": "frame-ancestors 'self'",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "referrer-policy": "no-referrer",
@@ -26,7 +26,7 @@ _HEADERS = {
 
 
 class Guard:
-    """Refuses other sites' requests and, below `/api/`, those without the run's token."""
+    """Refuses other sites' requests, and what asks for more than a page without the run's token."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
@@ -37,7 +37,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._refusal(scope["path"], Headers(scope=scope))
+        refusal = self._refusal(scope["method"], Headers(scope=scope))
         if refusal:
             answer = JSONResponse({"error": {"code": "PERMISSION_DENIED", "message": refusal}}, 403)
             await answer(scope, receive, send)
@@ -50,12 +50,12 @@ class Guard:
 
         await self._app(scope, receive, sent)
 
-    def _refusal(self, path: str, headers: Headers) -> str:
+    def _refusal(self, method: str, headers: Headers) -> str:
         """Why the request is refused; empty if it is not."""
         own = f"http://{headers.get('host')}"
         if headers.get("origin", own) != own:
             return f"expected a request from {own}; got one from {headers['origin']}"
         given = headers.get(TOKEN_HEADER, "").encode()
-        if path.startswith(PROTECTED) and not secrets.compare_digest(given, self._token.encode()):
+        if method not in _OPEN and not secrets.compare_digest(given, self._token.encode()):
             return "this run's token is missing: open the address that januslens ui printed"
         return ""

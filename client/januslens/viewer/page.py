@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 
 from januslens._results.json_lines import json_line
 
-View = Literal["trace", "gradient"]
+View = Literal["trace", "gradient", "live"]
 
 _PAGE = """\
 <!doctype html>
@@ -45,19 +45,21 @@ _PAGE = """\
 """
 
 
-def page(view: View, title: str, streams: Mapping[str, Iterable[Message]]) -> str:
+def page(
+    view: View, title: str, streams: Mapping[str, Iterable[Message]], *, live: bool = False
+) -> str:
     """One HTML file that shows `streams`, each a name and its messages in order.
 
     The messages are embedded as canonical protobuf JSON, what `--json` prints, each deflated and in
-    base64: the page inflates them one by one.
+    base64: the page inflates them one by one. A `live` page shows what the page around it posts.
     """
     style, program = asset("viewer.css"), asset("viewer.js")
-    description = {"view": view, "title": title, "version": version("januslens")}
+    described = {"view": view, "title": title, "version": version("januslens"), "live": live}
     return _PAGE.format(
-        policy=_policy(style, program),
+        policy=_policy(view, style, program),
         title=html.escape(title),
         style=style,
-        description=_inert(json.dumps(description)),
+        description=_inert(json.dumps(described)),
         blocks="\n".join(_blocks(streams)),
         program=program,
     )
@@ -69,7 +71,7 @@ def asset(name: str) -> str:
     return files("januslens.viewer").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _policy(style: str, program: str) -> str:
+def _policy(view: View, style: str, program: str) -> str:
     allowed = {
         "default-src": "'none'",
         "script-src": _hash(program),
@@ -78,6 +80,8 @@ def _policy(style: str, program: str) -> str:
         "base-uri": "'none'",
         "form-action": "'none'",
     }
+    if view == "live":  # it asks its own server, and shows answers in frames
+        allowed |= {"connect-src": "'self'", "frame-src": "'self'"}
     return "; ".join(f"{directive} {source}" for directive, source in allowed.items())
 
 

@@ -1,8 +1,13 @@
 import { gradientPage } from './gradient/page'
+import { livePage } from './live/page'
 import { pageDescription } from './page/blocks'
 import { tracePage } from './trace/page'
 
-const VIEWS: Record<string, () => Promise<void>> = { trace: tracePage, gradient: gradientPage }
+const VIEWS: Record<string, () => Promise<void>> = {
+  trace: tracePage,
+  gradient: gradientPage,
+  live: livePage,
+}
 
 const { view } = pageDescription()
 const show = VIEWS[view]

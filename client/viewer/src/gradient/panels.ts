@@ -122,6 +122,7 @@ export class Pictures {
     const picture = heatPicture(name)
     const bar = element('div', { class: 'panel-bar' }, title, kinds)
     const box = element('section', { class: 'panel' }, bar, picture.node() as Node)
+    box.hidden = true // until there is something to show
     this.element.append(box)
     return { box, title, kinds, picture }
   }

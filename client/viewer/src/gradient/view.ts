@@ -1,5 +1,6 @@
 import type { GradientResponse, PreviewEditResponse } from '../contract/gradient'
 import { exportPage } from '../page/export'
+import type { Coordinates } from '../page/feed'
 import type { Shell } from '../page/shell'
 import { setTheme, type Theme } from '../page/theme'
 import { button, choice } from '../parts/controls'
@@ -49,6 +50,12 @@ export class GradientView {
   /** Shows what an edit would do. */
   preview(title: string, message: PreviewEditResponse): void {
     this.previews.append(...previewTable(title, message))
+  }
+
+  /** Selects what stands at the same place as something selected elsewhere. */
+  go({ layer, position }: Coordinates): void {
+    const kind = placeOf(this.selected())?.kind
+    if (kind) this.state.set({ sel: placeId({ layer, position, kind }) })
   }
 
   draw(): void {

@@ -75,6 +75,8 @@ export class FlowGraph {
       this.sizes = header.sizes ?? {}
       this.traced = targets.map((target) => target.position)
     }
+    // A place for every layer that will come: what has come stays where it is.
+    for (const layer of header.layers ?? []) this.layers.add(layer)
     for (const target of targets) {
       if (!this.targets.has(target.position)) this.targets.set(target.position, target)
     }

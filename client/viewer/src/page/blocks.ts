@@ -4,7 +4,9 @@ import { fromBase64 } from '../label/tokens'
 
 /** What the page is, as the element `januslens-page` says. */
 export interface PageDescription {
-  view: 'trace' | 'gradient'
+  view: 'trace' | 'gradient' | 'live'
+  /** Whether the streams come from the live page around this one, instead of standing in it. */
+  live?: boolean
   title: string
   version: string
 }
@@ -15,8 +17,12 @@ export function pageDescription(): PageDescription {
   return JSON.parse(element.textContent) as PageDescription
 }
 
-/** The messages of a stream in order, each inflated when its turn comes. */
-export async function* messages<Message>(stream: string): AsyncGenerator<Message> {
+export function isLive(): boolean {
+  return pageDescription().live === true
+}
+
+/** The recorded messages of a stream in order, each inflated when its turn comes. */
+export async function* recorded<Message>(stream: string): AsyncGenerator<Message> {
   for (const line of blocks(stream)) yield JSON.parse(await inflate(line)) as Message
 }
 

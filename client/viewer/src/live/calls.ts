@@ -1,0 +1,88 @@
+// The contract's calls, through the page's own server: protobuf JSON, one message a line.
+
+const TOKEN = 'januslens-token'
+
+/** Takes the run's token from the address, where nobody else reads it, and out of sight. */
+export function keepToken(): void {
+  const parameters = new URLSearchParams(window.location.hash.slice(1))
+  const token = parameters.get('token')
+  if (token === null) return
+  sessionStorage.setItem(TOKEN, token)
+  parameters.delete('token')
+  const rest = parameters.size > 0 ? `#${parameters}` : window.location.pathname
+  window.history.replaceState(null, '', rest)
+}
+
+export interface ErrorDetails {
+  message?: string
+  code?: string
+  reason?: string
+  request_id?: string
+  field_violations?: { field: string; description: string }[]
+  retry_after?: number | null
+}
+
+/** A call that failed, with what the server said of it. */
+export class CallError extends Error {
+  constructor(readonly details: ErrorDetails) {
+    super(details.message ?? details.code ?? 'the call failed')
+  }
+}
+
+/** The lines of a call's answer as they come. */
+export async function* call(
+  method: string,
+  request: unknown,
+  signal?: AbortSignal,
+): AsyncGenerator<string> {
+  const answer = await post(`/api/${method}`, JSON.stringify(request), signal)
+  if (!answer.body) return
+  let rest = ''
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader()
+  for (;;) {
+    const { value, done } = await reader.read()
+    if (done) break
+    const lines = (rest + value).split('\n')
+    rest = lines.pop() ?? ''
+    for (const line of lines) yield checked(line)
+  }
+}
+
+/** The one message of a call that is no stream. */
+export async function ask<Message>(method: string, request: unknown): Promise<Message> {
+  for await (const line of call(method, request)) return JSON.parse(line) as Message
+  throw new CallError({ message: `no answer to ${method}` })
+}
+
+/** A page as a file, made by the server of what has come. */
+export async function pageOf(view: string, streams: Record<string, string[]>): Promise<Blob> {
+  return (await post(`/page/${view}`, JSON.stringify(streams))).blob()
+}
+
+async function post(path: string, body: string, signal?: AbortSignal): Promise<Response> {
+  const answer = await fetch(path, {
+    method: 'POST',
+    headers: { 'x-januslens-token': sessionStorage.getItem(TOKEN) ?? '' },
+    body,
+    signal: signal ?? null,
+  })
+  if (!answer.ok) throw new CallError(await refusal(answer))
+  return answer
+}
+
+async function refusal(answer: Response): Promise<ErrorDetails> {
+  const text = await answer.text()
+  try {
+    return (JSON.parse(text) as { error: ErrorDetails }).error
+  } catch {
+    return { message: text || `HTTP ${answer.status}` }
+  }
+}
+
+/** A line, unless it says that the call failed. */
+function checked(line: string): string {
+  if (line.startsWith('{"error"')) {
+    throw new CallError((JSON.parse(line) as { error: ErrorDetails }).error)
+  }
+  return line
+}

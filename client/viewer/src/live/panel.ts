@@ -1,0 +1,161 @@
+// One question and its answer: what runs, how far it is, and the page that it fills.
+
+import { visible } from '../label/visible'
+import { save } from '../page/export'
+import type { Coordinates } from '../page/feed'
+import { button } from '../parts/controls'
+import { element } from '../parts/dom'
+import { CallError, call, pageOf } from './calls'
+import { Frame } from './frame'
+import { type Asked, gradientRequest, traceRequest } from './requests'
+
+type View = 'trace' | 'gradient'
+
+interface Progress {
+  header?: { layers?: number[]; requestId?: string }
+  layer?: { layer?: number; last?: boolean }
+  matrix?: { layer?: number; kind?: string; last?: boolean }
+  summary?: object
+}
+
+export interface Neighbours {
+  /** Another frame is to show the same place. */
+  moved: (from: Panel, place: Coordinates) => void
+  /** The other question on the same prompt. */
+  other: (panel: Panel) => void
+  closed: (panel: Panel) => void
+}
+
+export class Panel {
+  readonly element = element('section', { class: 'answer-panel' })
+  readonly bar = element('div', { class: 'panel-bar' })
+  readonly streams: Record<string, string[]> = {}
+  readonly frame: Frame
+  private readonly status = element('span', { class: 'status', role: 'status' })
+  private readonly controller = new AbortController()
+  private readonly cancel = button('Cancel', 'Stop the server’s computing', () => this.stop())
+
+  constructor(
+    readonly view: View,
+    readonly asked: Asked,
+    private readonly neighbours: Neighbours,
+  ) {
+    const words = `${view === 'trace' ? 'Trace' : 'Gradient'} of “${asked.prompt}”`
+    const title = asked.target ? `${words} → ${visible(asked.target)}` : words
+    this.frame = new Frame(view, title, (place) => neighbours.moved(this, place))
+    this.element.setAttribute('aria-label', title)
+    const head = element(
+      'div',
+      { class: 'panel-head' },
+      element('h2', {}, element('bdi', {}, title)),
+    )
+    head.append(button('×', 'Close', () => this.close()))
+    this.bar.append(this.cancel, ...this.buttons(), this.status)
+    this.element.append(element('div', { class: 'panel-top' }, head, this.bar), this.frame.element)
+  }
+
+  /** Asks, and fills the page as the answer comes. */
+  async run(): Promise<void> {
+    const started = performance.now()
+    this.say('waiting', 'waiting for the server')
+    try {
+      await this.stream()
+      this.say('done', `done in ${((performance.now() - started) / 1000).toFixed(1)} s`)
+    } catch (error) {
+      this.failed(error)
+    }
+    this.cancel.remove()
+    for (const stream of [this.view, 'overview']) this.frame.post({ stream, end: true })
+  }
+
+  stop(): void {
+    this.controller.abort()
+  }
+
+  /** Keeps a line of a stream, for saving, and shows it. */
+  take(stream: string, line: string, message: unknown = JSON.parse(line)): void {
+    const lines = this.streams[stream] ?? []
+    this.streams[stream] = lines
+    lines.push(line)
+    this.frame.post({ stream, message })
+  }
+
+  private async stream(): Promise<void> {
+    const { signal } = this.controller
+    const trace = this.view === 'trace'
+    const request = trace ? traceRequest(this.asked) : gradientRequest(this.asked)
+    let around: Promise<void> | undefined
+    for await (const line of call(trace ? 'Trace' : 'GradientLens', request, signal)) {
+      const message = JSON.parse(line) as Progress
+      this.take(this.view, line, message)
+      this.progress(message)
+      if (trace && message.header) {
+        around = this.surround(line)
+        around.catch(() => {}) // awaited below, unless the trace itself fails before
+      }
+    }
+    this.frame.post({ stream: this.view, end: true })
+    await around
+  }
+
+  /** What stands around a trace: the residual stream at the other positions. */
+  private async surround(header: string): Promise<void> {
+    const asked = { header, lens: this.asked.lens }
+    for await (const line of call('overview', asked, this.controller.signal)) {
+      this.take('overview', line)
+    }
+  }
+
+  private progress(message: Progress): void {
+    const { layer, matrix, header } = message
+    if (header) this.say('running', 'the forward pass is done')
+    if (layer?.last) this.say('running', `layer ${layer.layer ?? 0} has come`)
+    if (matrix?.last) {
+      const kind = matrix.kind?.replace('MATRIX_KIND_', '') ?? ''
+      this.say('running', `layer ${matrix.layer ?? 0} ${kind} has come`)
+    }
+  }
+
+  private failed(error: unknown): void {
+    if (this.controller.signal.aborted) {
+      this.say('cancelled', 'cancelled')
+      return
+    }
+    if (!(error instanceof CallError)) throw error
+    const id = error.details.request_id ? ` (request ${error.details.request_id})` : ''
+    this.say('failed', `${error.message}${id}`)
+  }
+
+  private say(state: string, words: string): void {
+    this.element.dataset.state = state
+    this.status.textContent = words
+  }
+
+  private close(): void {
+    this.stop()
+    this.element.remove()
+    this.neighbours.closed(this)
+  }
+
+  private buttons(): HTMLElement[] {
+    const other = this.view === 'trace' ? 'Gradient' : 'Trace'
+    return [
+      button(`${other} beside it`, 'On the same prompt', () => this.neighbours.other(this)),
+      button('Save page', 'As one HTML file', () => void this.savePage()),
+      button('JSON', 'The recorded stream', () => this.saveLines()),
+    ]
+  }
+
+  private async savePage(): Promise<void> {
+    save(`${this.name()}.html`, 'text/html', await pageOf(this.view, this.streams))
+  }
+
+  private saveLines(): void {
+    const lines = this.streams[this.view] ?? []
+    save(`${this.name()}.jsonl`, 'application/jsonl', `${lines.join('\n')}\n`)
+  }
+
+  private name(): string {
+    return `${this.asked.prompt}-${this.view}`.replace(/[^\p{L}\p{N}]+/gu, '-')
+  }
+}

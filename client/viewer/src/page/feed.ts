@@ -1,0 +1,80 @@
+// A page within the live page: the one around it posts the streams' messages as they come.
+import { isLive } from './blocks'
+
+/** What the live page posts into a frame. */
+export interface Posted {
+  stream?: string
+  message?: unknown
+  /** No more messages will come of the stream. */
+  end?: boolean
+  /** Select what stands at this layer and position. */
+  go?: Coordinates
+}
+
+/** What a frame posts to the page around it. */
+export interface Reported {
+  ready?: boolean
+  at?: Coordinates
+}
+
+/** Equal in every request on the same prompt, of a trace as of a gradient. */
+export interface Coordinates {
+  layer: number
+  position: number
+}
+
+/** The messages of one stream in the order they were posted, until its end. */
+class Mailbox {
+  private readonly waiting: unknown[] = []
+  private ended = false
+  private wake: () => void = () => {}
+
+  put(posted: Posted): void {
+    if (posted.end) this.ended = true
+    else this.waiting.push(posted.message)
+    this.wake()
+  }
+
+  async *take(): AsyncGenerator<unknown> {
+    for (;;) {
+      while (this.waiting.length > 0) yield this.waiting.shift()
+      if (this.ended) return
+      await new Promise<void>((resolve) => {
+        this.wake = resolve
+      })
+    }
+  }
+}
+
+const mailboxes = new Map<string, Mailbox>()
+let goes: (place: Coordinates) => void = () => {}
+
+function mailbox(stream: string): Mailbox {
+  const found = mailboxes.get(stream) ?? new Mailbox()
+  mailboxes.set(stream, found)
+  return found
+}
+
+export function posted<Message>(stream: string): AsyncGenerator<Message> {
+  return mailbox(stream).take() as AsyncGenerator<Message>
+}
+
+/** Begins to listen; `go` is called when another frame selects a layer and position. */
+export function joinLivePage(go: (place: Coordinates) => void): void {
+  if (!isLive()) return
+  goes = go
+  window.addEventListener('message', receive)
+  report({ ready: true })
+}
+
+/** Tells the page around this one. */
+export function report(news: Reported): void {
+  if (isLive()) window.parent.postMessage(news, window.location.origin)
+}
+
+function receive(event: MessageEvent<Posted>): void {
+  if (event.source !== window.parent || event.origin !== window.location.origin) return
+  const { data } = event
+  if (data.stream !== undefined) mailbox(data.stream).put(data)
+  if (data.go) goes(data.go)
+}

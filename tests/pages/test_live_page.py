@@ -1,0 +1,178 @@
+"""The live page in a real browser, against the real server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, FrameLocator, Locator, Page, expect
+
+import januslens
+from tests.pages.conftest import PROMPT
+from tests.support.axe import serious_findings
+from tests.support.metrics import unfinished, wait_until_idle
+from tests.support.server import ServerProcess
+from tests.support.ui import LivePage, live_page
+
+LONG = "The capital of Japan is the city of Tokyo. " * 8  # with every part, some seconds
+
+
+@pytest.fixture(scope="module")
+def running(server_address: str) -> Iterator[LivePage]:
+    with live_page(server_address) as page:
+        yield page
+
+
+@pytest.fixture
+def live(browser: Browser, running: LivePage) -> Iterator[Page]:
+    """The opened page; the test fails if it logs anything or asks anyone but its own server."""
+    context = browser.new_context(viewport={"width": 1600, "height": 1000}, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(60_000)
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(f"raised: {error}"))
+    own = (running.origin, "data:", "blob:")
+    page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith(own) else None)
+    page.goto(running.address)
+    expect(page.get_by_label("Model")).to_have_value("demo")
+    yield page
+    context.close()
+    assert complaints == []
+
+
+def panel(live: Page, number: int = 0) -> tuple[Locator, FrameLocator]:
+    """An answer's panel and the page within it."""
+    found = live.locator(".answer-panel").nth(number)
+    return found, found.frame_locator("iframe")
+
+
+def state(panel: Locator, wanted: str) -> None:
+    expect(panel).to_have_attribute("data-state", wanted, timeout=60_000)
+
+
+def test_the_token_leaves_the_address(live: Page, running: LivePage) -> None:
+    assert live.url == f"{running.origin}/"
+    live.reload()
+    expect(live.get_by_label("Model")).to_have_value("demo")  # the tab remembers it
+
+
+def test_a_trace_comes_and_is_the_clients(live: Page, server_address: str) -> None:
+    live.get_by_label("Prompt").fill(PROMPT)
+    live.get_by_role("button", name="Trace", exact=True).click()
+    answer, page = panel(live)
+    state(answer, "done")
+    with januslens.Client(server_address) as client:
+        trace = client.trace(PROMPT)
+        around = client.trace_overview(trace)
+    for node in around.nodes_of("BLOCK_OUTPUT"):
+        assert node.projection
+        cell = page.locator(f'.overview [data-id="{node.id}"]').first
+        top = re.compile(re.escape(str(node.projection.top_tokens[0])))
+        expect(cell).to_have_attribute("aria-label", top)
+    expect(page.locator("h1")).to_contain_text("␣Tokyo")
+
+
+def test_a_first_layer_shows_before_the_stream_ends_and_a_click_cancels(
+    live: Page, server: ServerProcess
+) -> None:
+    live.get_by_label("Prompt").fill(LONG)
+    live.get_by_text("more", exact=True).click()
+    live.get_by_label("Positions").fill("all")
+    live.get_by_label("Heads").fill("0")
+    live.get_by_role("button", name="Trace", exact=True).click()
+    answer, page = panel(live)
+    last = page.locator('.overview [data-id^="L0/"]').first
+    expect(last).to_be_attached(timeout=60_000)
+    state(answer, "running")
+    assert unfinished(server) >= 1
+    assert page.locator('.overview [data-id^="L3/"]').count() == 0
+    place = last.bounding_box()
+    answer.get_by_role("button", name="Cancel").click()
+    state(answer, "cancelled")
+    wait_until_idle(server)
+    assert last.bounding_box() == place
+    expect(answer.get_by_role("button", name="Cancel")).to_have_count(0)
+
+
+def test_a_gradient_beside_its_trace_selects_the_same_place(live: Page) -> None:
+    live.get_by_label("Prompt").fill(PROMPT)
+    live.get_by_label("Target").fill(" Paris")
+    live.get_by_role("button", name="Trace", exact=True).click()
+    first, trace = panel(live, 0)
+    state(first, "done")
+    first.get_by_role("button", name="Gradient beside it").click()
+    second, gradient = panel(live, 1)
+    state(second, "done")
+    gradient.locator('.chip.painted[data-id="L1/p3/FF2"]').click()
+    expect(trace.locator(".inspector [data-node]")).to_have_attribute(
+        "data-node", "L1/p3/BLOCK_OUTPUT"
+    )
+    trace.locator('.overview [data-id="L2/p6/BLOCK_OUTPUT"]').first.click()
+    expect(gradient.locator(".inspector .where")).to_have_text("L2 FF2, at ␣city (6)")
+    boxes = [answer.bounding_box() for answer in (first, second)]
+    tops = [box["y"] for box in boxes if box]
+    assert tops == [tops[0]] * 2  # side by side
+
+
+def test_an_edit_is_previewed_and_the_page_can_be_kept(
+    live: Page, running: LivePage, browser: Browser, tmp_path: Path
+) -> None:
+    live.get_by_label("Prompt").fill(PROMPT)
+    live.get_by_label("Target").fill(" Paris")
+    live.get_by_role("button", name="Gradient", exact=True).click()
+    answer, page = panel(live)
+    state(answer, "done")
+    answer.get_by_role("button", name="Preview edit").click()
+    row = page.get_by_role("row").filter(has_text="the edited prompt")
+    expect(row).to_contain_text("→ 0")
+    with live.expect_download() as download:
+        answer.get_by_role("button", name="Save page").click()
+    kept = tmp_path / "kept.html"
+    download.value.save_as(kept)
+    with live.expect_download() as download:
+        answer.get_by_role("button", name="JSON").click()
+    download.value.save_as(tmp_path / "kept.jsonl")
+    with (tmp_path / "kept.jsonl").open() as lines:
+        assert januslens.read_gradient(lines).loss == pytest.approx(13.78, abs=0.01)
+    context = browser.new_context(offline=True)
+    alone = context.new_page()
+    alone.goto(kept.as_uri())
+    expect(alone.locator('.chip.painted[data-id="L3/p7/FF2"]')).to_have_text(
+        "▲ ␣Azerbaijani▼ ␣Paris"
+    )
+    expect(alone.get_by_role("row").filter(has_text="the edited prompt")).to_be_visible()
+    context.close()
+    assert running.origin not in kept.read_text(encoding="utf-8")
+
+
+def test_what_the_server_refuses_is_said(live: Page) -> None:
+    live.get_by_role("button", name="Gradient", exact=True).click()
+    assert live.locator(".answer-panel").count() == 0  # the prompt is missing
+    live.get_by_label("Prompt").fill(PROMPT)
+    live.get_by_text("more", exact=True).click()
+    live.get_by_label("Layers").fill("99")
+    live.get_by_role("button", name="Trace", exact=True).click()
+    answer, _ = panel(live)
+    state(answer, "failed")
+    expect(answer.get_by_role("status").first).to_contain_text("expected 0 to 3 for demo, got 99")
+
+
+def test_it_keeps_nobody_out(live: Page) -> None:
+    live.get_by_label("Prompt").fill(PROMPT)
+    live.get_by_text("more", exact=True).click()
+    live.get_by_role("button", name="Trace", exact=True).click()
+    state(panel(live)[0], "done")
+    assert serious_findings(live) == []
+
+
+def test_hostile_prompts_are_text(live: Page) -> None:
+    live.get_by_label("Prompt").fill("<img src=x onerror=alert(1)>\u202e")
+    live.get_by_role("button", name="Trace", exact=True).click()
+    answer, page = panel(live)
+    state(answer, "done")
+    expect(answer.get_by_role("heading").first).to_contain_text("<img src=x onerror=alert(1)>")
+    assert page.locator("img").count() == 0
+    assert live.locator("img").count() == 0
