@@ -50,7 +50,7 @@ def _show(address: str) -> int:
         ),
         (
             f'What would a step of gradient descent towards "{COUNTERFACTUAL}" change?',
-            ["gradient", PROMPT, "--target", COUNTERFACTUAL],
+            ["gradient", PROMPT, "--target", COUNTERFACTUAL, "--html", str(PAGES / "gradient.html")],
         ),
     ):
         print(f"\n{question}\n$ {_as_typed(arguments)}\n", flush=True)
@@ -59,6 +59,7 @@ def _show(address: str) -> int:
         )
         if shown.returncode != 0:
             return shown.returncode
+    print(f"\nBoth answers are pages too: open {PAGES}/ in a browser.", flush=True)
     return 0
 
 

@@ -26,6 +26,7 @@ export async function tracePage(): Promise<void> {
 async function replay(view: TraceView, stream: AsyncGenerator<TraceResponse>): Promise<void> {
   for await (const message of stream) {
     view.feed(message)
-    view.drawSoon()
+    if (isLive()) view.draw()
+    else view.drawSoon()
   }
 }
