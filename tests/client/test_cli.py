@@ -103,7 +103,7 @@ def test_help_and_version_end_with_0() -> None:
     ("command", "verb", "own"),
     [
         (trace_command, trace_verb, {"rows", "details", "html", "estimate"}),
-        (gradient_command, gradient_verb, {"rows", "estimate", *PREVIEWED}),
+        (gradient_command, gradient_verb, {"rows", "html", "estimate", *PREVIEWED}),
         (project_command, project_verb, {"file", "name"}),
         (neurons_command, neurons_verb, {"written"}),
     ],

@@ -140,9 +140,7 @@ def test_an_edit_is_previewed_and_the_page_can_be_kept(
     context = browser.new_context(offline=True)
     alone = context.new_page()
     alone.goto(kept.as_uri())
-    expect(alone.locator('.chip.painted[data-id="L3/p7/FF2"]')).to_have_text(
-        "▲ ␣Azerbaijani▼ ␣Paris"
-    )
+    expect(alone.locator('.chip.painted[data-id="L3/p7/FF2"]')).to_contain_text("▼ ␣Paris")
     expect(alone.get_by_role("row").filter(has_text="the edited prompt")).to_be_visible()
     context.close()
     assert running.origin not in kept.read_text(encoding="utf-8")
