@@ -50,7 +50,14 @@ def _show(address: str) -> int:
         ),
         (
             f'What would a step of gradient descent towards "{COUNTERFACTUAL}" change?',
-            ["gradient", PROMPT, "--target", COUNTERFACTUAL, "--html", str(PAGES / "gradient.html")],
+            [
+                "gradient",
+                PROMPT,
+                "--target",
+                COUNTERFACTUAL,
+                "--html",
+                str(PAGES / "gradient.html"),
+            ],
         ),
     ):
         print(f"\n{question}\n$ {_as_typed(arguments)}\n", flush=True)
