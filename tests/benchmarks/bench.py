@@ -18,6 +18,8 @@ from tests.benchmarks.memory import Memory
 from tests.benchmarks.shapes import Shape, build
 from tests.support.server import running_server
 
+# Large models are read and checked before they are served.
+LOADING_SECONDS = 900.0
 COLD = ("--row-cache", "0")
 DATA_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -58,7 +60,7 @@ def bench(
     source = ModelSource("bench", str(path), device=device, data_type=data_type, row_cache_bytes=0)
     model = load(source)
     with (
-        running_server(*flags, *COLD) as server,
+        running_server(*flags, *COLD, seconds=LOADING_SECONDS) as server,
         januslens.Client(server.address) as client,
     ):
         memory = Memory(server.process.pid)

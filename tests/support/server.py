@@ -48,12 +48,12 @@ class ServerProcess:
             raise LookupError(f"expected a line matching {pattern.pattern!r} in:\n{self.log}")
         return match.group(1)
 
-    def wait_for(self, text: str) -> None:
+    def wait_for(self, text: str, seconds: float = START_SECONDS) -> None:
         """Until a log line has `text`; fails with the log if the server ends or is too slow."""
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + seconds
         while text not in self.log:
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise TimeoutError(f"expected {text!r} within {START_SECONDS} s in:\n{self.log}")
+                raise TimeoutError(f"expected {text!r} within {seconds} s in:\n{self.log}")
             time.sleep(0.02)
 
 
@@ -64,6 +64,7 @@ def running_server(
     environment: Mapping[str, str] | None = None,
     within: Sequence[str] = (),
     program: Sequence[str] = PROGRAM,
+    seconds: float = START_SECONDS,
 ) -> Iterator[ServerProcess]:
     """Start the server on free ports, wait until it has logged `until`, end it at the end.
 
@@ -72,7 +73,7 @@ def running_server(
     arguments = ["--port", "0", "--metrics-port", "0", *flags]
     server = start_server(arguments, environment, [*within, *program])
     try:
-        server.wait_for(until)
+        server.wait_for(until, seconds)
         yield server
     finally:
         if server.process.poll() is None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import januslens
 from januslens_server.specs import TraceSpec
-from tests.benchmarks.bench import Bench
+from tests.benchmarks.bench import LOADING_SECONDS, Bench
 from tests.benchmarks.engine import projected_rows, run_trace
 from tests.benchmarks.report import Row
 from tests.benchmarks.timing import interleaved
@@ -20,7 +20,7 @@ def measure(bench: Bench) -> Iterator[Row]:
     ids, floors = bench.shape.tokens(bench.shape.prompt), bench.floors
     rows = floors.rows(projected_rows(run_trace(bench.model, TraceSpec(ids))))
     with (
-        running_server(*bench.flags) as server,
+        running_server(*bench.flags, seconds=LOADING_SECONDS) as server,
         januslens.Client(server.address) as client,
     ):
         taken = interleaved(
