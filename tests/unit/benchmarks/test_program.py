@@ -21,7 +21,7 @@ def test_the_tables_rows_are_measured_and_written(tmp_path: Path) -> None:
     assert done.exit_code == 0
     written = json.loads((tmp_path / "bench.json").read_text())
     measured = {row["name"]: row for row in written["rows"]}
-    assert len(measured) == 11
+    assert len(written["rows"]) == len(measured) >= len(program.ROWS)
     assert all(name.split(",")[0] in done.output.replace("\n", " ") for name in measured)
     ratios = [row["measured"] for row in measured.values() if row["unit"] == "x"]
     assert all(0 < ratio < float("inf") for ratio in ratios)
