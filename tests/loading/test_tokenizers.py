@@ -168,7 +168,9 @@ def test_a_prompt_of_no_tokens_is_refused() -> None:
 
 
 def test_a_target_of_several_tokens_is_refused_by_their_texts() -> None:
-    model = replace(resident(GPT2), vocabulary=KINDS["first"])
+    view = resident(GPT2).view  # of fewer tokens than the tokenizer
+    view = replace(view, facts=replace(view.facts, vocab_size=1000))
+    model = replace(resident(GPT2), vocabulary=KINDS["first"], view=view)
     assert model.vocabulary.token(read_single_target(model, " Tokyo", "target")).text == " Tokyo"
     with pytest.raises(InvalidRequest, match=r"' Tokyo', .* ' is'"):
         read_single_target(model, " Tokyo is", "target")
