@@ -138,7 +138,7 @@ def gptj(network: Any) -> ReferenceModel:
             n_kv_heads=config.n_head,
             scale=(config.n_embd // config.n_head) ** -0.5,
             window=None,
-            rotations=cache(partial(_neighbours_rotated, block.attn)),
+            rotations=cache(partial(_neighbours_rotated, body, block.attn)),
             ff1=linear(block.mlp.fc_in),
             up=None,
             ff2=linear(block.mlp.fc_out),
@@ -156,9 +156,10 @@ def gptj(network: Any) -> ReferenceModel:
     )
 
 
-def _neighbours_rotated(attention: Any, length: int) -> Tensor:
+def _neighbours_rotated(body: Any, attention: Any, length: int) -> Tensor:
     """Dimensions 2i and 2i + 1 turn together, up to `rotary_dim`; the others stay."""
-    sin, cos = exact(attention.embed_positions[:length]).chunk(2, dim=-1)
+    holder = getattr(body, "rotary_emb", attention)  # transformers 5.24 moved the table
+    sin, cos = exact(holder.embed_positions[:length]).chunk(2, dim=-1)
     matrices = torch.eye(attention.head_dim, dtype=torch.float64).repeat(length, 1, 1)
     for i in range(sin.shape[1]):
         _turn(matrices, (2 * i, 2 * i + 1), (cos[:, i], cos[:, i]), (sin[:, i], sin[:, i]))

@@ -2,7 +2,8 @@
 
 Distinct points:
 - no residual between attention and MLP: the block adds both at once;
-- the first `rotary_dim` dimensions of a head turn, in neighbouring pairs;
+- the first `rotary_dim` dimensions of a head turn, in neighbouring pairs, by a table that each
+  attention has and from transformers 5.24 on the whole model;
 - the head has a bias; projections of attention have none.
 """
 
@@ -43,13 +44,13 @@ def view(model: PreTrainedModel) -> ModelView:
     )
     return ModelView(
         embedding=transformer.wte,
-        blocks=tuple(_block(module, config) for module in transformer.h),
+        blocks=tuple(_block(module, transformer, config) for module in transformer.h),
         lens=lens,
         facts=facts,
     )
 
 
-def _block(module: Any, config: Any) -> Block:
+def _block(module: Any, transformer: Any, config: Any) -> Block:
     attention = Attention(
         query=linear(module.attn.q_proj),
         key=linear(module.attn.k_proj),
@@ -57,8 +58,8 @@ def _block(module: Any, config: Any) -> Block:
         output=linear(module.attn.out_proj),
         n_heads=config.n_head,
         n_kv_heads=config.n_head,
-        scoring=Scoring(scale=1 / module.attn.scale_attn),
-        rotation=_rotation(module.attn),
+        scoring=Scoring(scale=(config.n_embd // config.n_head) ** -0.5),
+        rotation=_rotation(getattr(transformer, "rotary_emb", module.attn)),
     )
     return Block(
         module=module,
@@ -68,9 +69,9 @@ def _block(module: Any, config: Any) -> Block:
     )
 
 
-def _rotation(attn: Any) -> Callable[[int], Rotation]:
+def _rotation(holder: Any) -> Callable[[int], Rotation]:
     def rotation(length: int) -> Rotation:
-        sin, cos = attn.embed_positions[:length].chunk(2, dim=-1)
+        sin, cos = holder.embed_positions[:length].chunk(2, dim=-1)
         return Rotation(
             torch.repeat_interleave(cos, 2, dim=-1),
             torch.repeat_interleave(sin, 2, dim=-1),
