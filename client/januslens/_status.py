@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -16,6 +17,9 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID = "x-request-id"
+
+# gRPC's words for an answer that is HTTP's and not gRPC's.
+_BAD_GATEWAY = re.compile(r"http2 header with status: 50[24]")
 
 _LOST = {
     grpc.StatusCode.UNAVAILABLE,
@@ -60,8 +64,13 @@ def was_cut(call: FailedCall) -> bool:
 
     What the server itself says carries details; what proxies and gRPC say of a broken connection
     does not. A server's first headers say that it has begun: before them gRPC repeats the call.
+    A proxy that lost the server before these answers 502 or 504 in its place, with headers of its
+    own, which gRPC takes for the server's; it may have begun.
     """
-    return _broken(call) and any(key == _REQUEST_ID for key, _ in call.initial_metadata() or ())
+    if not _broken(call):
+        return False
+    begun = any(key == _REQUEST_ID for key, _ in call.initial_metadata() or ())
+    return begun or _BAD_GATEWAY.search(call.details() or "") is not None
 
 
 def _broken(call: FailedCall) -> bool:

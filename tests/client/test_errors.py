@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 import januslens
-from januslens._status import exception_from
+from januslens._status import exception_from, was_cut
 
 DETAILS = "grpc-status-details-bin"
 
@@ -51,6 +52,37 @@ def with_details(code: grpc.StatusCode, *details: Message) -> Failure:
 
 def raised(failure: Failure) -> januslens.JanuslensError:
     return exception_from(failure, "r1", "host:1")
+
+
+BEGUN = [("x-request-id", "r1")]
+LOST = grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("failure", "cut"),
+    [
+        (Failure(LOST, "Socket closed", initial=BEGUN), True),
+        (Failure(LOST, "Socket closed"), False),  # gRPC has repeated it
+        (Failure(LOST, "Received http2 header with status: 502"), True),
+        (Failure(LOST, "Received http2 header with status: 503"), False),
+        (Failure(grpc.StatusCode.INTERNAL, "RST_STREAM", initial=BEGUN), True),
+        (Failure(grpc.StatusCode.CANCELLED, "Received RST_STREAM", initial=BEGUN), True),
+        (Failure(grpc.StatusCode.CANCELLED, "Locally cancelled", initial=BEGUN), False),
+        (Failure(grpc.StatusCode.DEADLINE_EXCEEDED, "late", initial=BEGUN), False),
+        (Failure(grpc.StatusCode.INVALID_ARGUMENT, "wrong", initial=BEGUN), False),
+    ],
+)
+def test_a_lost_server_is_told_from_one_that_refuses(failure: Failure, cut: bool) -> None:
+    assert was_cut(failure) is cut
+    error = raised(failure)
+    assert (error.retry_after == 0.0) is cut
+    stream = exception_from(failure, "r1", "host:1", None, januslens.TraceInterrupted)
+    assert isinstance(stream, januslens.TraceInterrupted) is cut
+
+
+def test_what_the_server_itself_says_is_no_cut() -> None:
+    told = with_details(LOST, error_details_pb2.ErrorInfo(reason="SERVER_DRAINING"))
+    assert not was_cut(dataclasses.replace(told, initial=BEGUN))
 
 
 @pytest.mark.parametrize(

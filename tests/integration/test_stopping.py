@@ -100,6 +100,17 @@ def test_a_model_that_loads_is_unavailable(loading: ServerProcess) -> None:
             assert answer.text == "slow is still loading"
 
 
+def test_what_is_unavailable_may_be_repeated_elsewhere(loading: ServerProcess) -> None:
+    """gRPC repeats what came without headers, after the pause that the trailers ask for."""
+    with grpc.insecure_channel(loading.address) as channel:
+        request = models_pb2.TokenizeRequest(text="Japan")
+        call = started(channel, "Tokenize", request, metadata=(("x-request-id", "again-1"),))
+        assert call.exception() is not None
+        assert "x-request-id" not in dict(call.initial_metadata() or ())
+        trailers = dict(call.trailing_metadata())
+        assert (trailers["x-request-id"], trailers["grpc-retry-pushback-ms"]) == ("again-1", "1000")
+
+
 def test_a_server_that_loads_is_alive_and_not_ready(loading: ServerProcess) -> None:
     with grpc.insecure_channel(loading.address) as channel:
         stub = service_pb2_grpc.IntrospectionServiceStub(channel)
