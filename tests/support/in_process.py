@@ -86,7 +86,7 @@ async def refused(call: Any) -> Refusal:
     trailers = dict(error.trailing_metadata())
     status = status_pb2.Status.FromString(trailers["grpc-status-details-bin"])
     headers = dict(await call.initial_metadata())
-    return Refusal(error.code(), error.details() or "", status, headers["x-request-id"])
+    return Refusal(error.code(), error.details() or "", status, headers.get("x-request-id"))
 
 
 async def _all_of(stream: Any) -> list[Any]:
