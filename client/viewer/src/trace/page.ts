@@ -21,6 +21,7 @@ export async function tracePage(): Promise<void> {
   if (isLive()) await Promise.all(replays.map((stream) => replay(view, stream)))
   else for (const stream of replays) await replay(view, stream)
   view.draw()
+  document.documentElement.dataset.ready = 'complete'
 }
 
 async function replay(view: TraceView, stream: AsyncGenerator<TraceResponse>): Promise<void> {
