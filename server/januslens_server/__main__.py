@@ -16,7 +16,7 @@ def main() -> None:
     """Read the settings, serve, and leave."""
     settings = read_settings()
     # After the settings: torch takes seconds to import, which no one with a typo should wait.
-    from januslens_server.serving import serve  # noqa: PLC0415
+    from januslens_server.serving.alone import serve  # noqa: PLC0415
 
     configure_logging(settings.log_level, settings.log_format)
     tracing.configure()

@@ -10,7 +10,7 @@ import click
 import prometheus_client
 
 from januslens_server import telemetry
-from januslens_server.config import ENVIRONMENT_PREFIX, _settings_command
+from januslens_server.config import ENVIRONMENT_PREFIX, settings_command
 
 PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 ABOUT_SETTINGS = {"config", "make_token", "print_config"}
@@ -35,7 +35,7 @@ def described(option: click.Parameter) -> list[str]:
 
 
 def test_every_setting_is_listed_with_its_names_and_default() -> None:
-    options = [o for o in _settings_command().params if o.name not in ABOUT_SETTINGS]
+    options = [o for o in settings_command().params if o.name not in ABOUT_SETTINGS]
     assert [row[:4] for row in rows("flag")] == [described(option) for option in options]
 
 

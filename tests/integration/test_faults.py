@@ -16,7 +16,7 @@ from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, tra
 from januslens_server.models.failures import in_service_terms
 from januslens_server.results import ModelState, ModelStatus
 from januslens_server.rpc.health import Health
-from januslens_server.serving import on_device_lost
+from januslens_server.serving.stopping import on_device_lost
 from tests.support.calls import prompt, timeless
 from tests.support.in_process import Loaded, broken, hooks_of, loaded, refused, served
 
@@ -124,7 +124,8 @@ async def test_a_lost_device_refuses_all_and_says_so_once(demo: Loaded) -> None:
 async def test_a_lost_device_turns_health_off(caplog: pytest.LogCaptureFixture) -> None:
     health = Health()
     await health.update([ModelStatus("demo", ModelState.READY)])
-    on_loss = on_device_lost(health, asyncio.get_running_loop())
+    lost = asyncio.Event()
+    on_loss = on_device_lost(health, asyncio.get_running_loop(), lost)
     await asyncio.to_thread(on_loss)  # as the device's thread does
     await asyncio.sleep(0.05)
     await health.update([ModelStatus("demo", ModelState.READY)])  # another model may still load
@@ -133,6 +134,7 @@ async def test_a_lost_device_turns_health_off(caplog: pytest.LogCaptureFixture) 
         request = health_pb2.HealthCheckRequest(service=service)
         found = await health.servicer.Check(request, context)
         assert found.status == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert lost.is_set()
     assert "the device computes no more" in caplog.text
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpc_health.v1 import health_pb2
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 
 from januslens_server import telemetry
 from januslens_server.results import ModelState, ModelStatus
+from januslens_server.rpc.options import OPTIONS
 
 ALIVE = ""
 READY = "januslens.ready"
@@ -48,3 +50,10 @@ def is_ready(statuses: Sequence[ModelStatus]) -> bool:
     """Whether nothing loads any more and something can be served."""
     states = {status.state for status in statuses}
     return ModelState.READY in states and ModelState.LOADING not in states
+
+
+def build_health_server(health_service: Health) -> grpc.aio.Server:
+    """Health alone, for who asks in plaintext; not yet listening."""
+    server = grpc.aio.server(options=OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
+    return server

@@ -13,17 +13,9 @@ from januslens_server.rpc import measures
 from januslens_server.rpc.authentication import Authentication
 from januslens_server.rpc.health import Health
 from januslens_server.rpc.methods import SERVICE_NAME
+from januslens_server.rpc.options import OPTIONS
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.wire import WireFormat
-
-OPTIONS = (
-    # Without this a second server on the same port would silently share its calls.
-    ("grpc.so_reuseport", 0),
-    # Idle connections survive clients' pings every 10 s; core's constant has RECV in its name, its
-    # key has not.
-    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-)
 
 
 def build_server(
@@ -49,11 +41,4 @@ def build_server(
     health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-    return server
-
-
-def build_health_server(health_service: Health) -> grpc.aio.Server:
-    """Health alone, for who asks in plaintext; not yet listening."""
-    server = grpc.aio.server(options=OPTIONS)
-    health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
     return server

@@ -1,0 +1,1 @@
+"""Settings to a running server, and signals to a drained one."""

@@ -1,0 +1,115 @@
+"""All of a server but its ports: the device's thread, the models, and the services over them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+
+import torch
+
+from januslens_server import gauges, telemetry
+from januslens_server.access.directory import CallersFile
+from januslens_server.access.quotas import QuotaBook
+from januslens_server.config import Settings
+from januslens_server.models.failures import in_service_terms
+from januslens_server.models.registry import Registry
+from januslens_server.pipelines.cost import Pace
+from januslens_server.results import ModelStatus
+from januslens_server.rpc.admission import Admission, Limits
+from januslens_server.rpc.health import Health, is_ready
+from januslens_server.rpc.methods import RPCS
+from januslens_server.rpc.server import build_server
+from januslens_server.rpc.service import IntrospectionService
+from januslens_server.rpc.streaming import DeviceStreams
+from januslens_server.scheduling.worker import DeviceWorker
+from januslens_server.serving.loading import check_with, load_all, log_state, sources
+from januslens_server.serving.stopping import finish, heed_signals, on_device_lost
+
+logger = logging.getLogger("januslens_server")
+
+
+class Assembly:
+    """A server that is put together and listens nowhere yet.
+
+    `stop` is set by signals, `lost` when the device computes no more.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """In the event loop that will serve. Raises `OSError` for callers that cannot be read."""
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        self._loop = asyncio.get_running_loop()
+        self._grace = settings.grace_seconds
+        callers = _callers(settings)
+        self.stop, self.lost = heed_signals(callers), asyncio.Event()
+        self.health = Health()
+        lost = on_device_lost(self.health, self._loop, self.lost)
+        self._worker = DeviceWorker(settings.max_waiting, in_service_terms, lost)
+        gauges.show_requests(lambda: self._worker.waiting, lambda: self._worker.in_flight)
+        gauges.show_memory(settings.device)
+        self._streams = DeviceStreams(self._worker, settings.stall_seconds)
+        paces: dict[str, Pace] = {}
+        check = check_with(paces, index_neurons=settings.index_neurons)
+        self.registry = Registry(sources(settings), check, self._observe)
+        quotas = QuotaBook()
+        service = IntrospectionService(
+            self.registry,
+            Admission(_limits(settings), paces),
+            self._streams,
+            quotas=quotas,
+            log_prompts=settings.log_prompts,
+        )
+        age = settings.max_connection_age_seconds
+        self.server = build_server(service, self.health, age, callers, quotas)
+        self._lag = self._loop.create_task(telemetry.watch_event_loop())
+
+    async def announce(self) -> None:
+        """Say what is served, for the first time."""
+        statuses = self.registry.statuses()
+        for status in statuses:
+            gauges.show_model(status)
+        await self.health.update(statuses)
+
+    def load(self) -> None:
+        """Begin to load the models, in a thread that nobody waits for."""
+        threading.Thread(
+            target=load_all, args=(self.registry,), name="model-loader", daemon=True
+        ).start()
+
+    def _observe(self, status: ModelStatus) -> None:
+        """A model's state has changed; called by the thread that loads."""
+        log_state(status)
+        gauges.show_model(status)
+        asyncio.run_coroutine_threadsafe(self._update(), self._loop)
+
+    async def _update(self) -> None:
+        statuses = self.registry.statuses()
+        await self.health.update(statuses)
+        if is_ready(statuses):
+            logger.info("ready")
+
+    async def drain(self) -> None:
+        """Refuse what is new, let what runs finish within the grace, and stop."""
+        self._lag.cancel()
+        await self.health.drain()
+        self.registry.close()
+        self._worker.refuse_new()
+        await finish(self.server, self._streams, self._grace)
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        seconds=settings.max_request_seconds,
+        memory=settings.max_request_memory,
+        stream=settings.max_request_stream,
+    )
+
+
+def _callers(settings: Settings) -> CallersFile | None:
+    if settings.callers is None:
+        return None
+    try:
+        return CallersFile(settings.callers, RPCS)
+    except (OSError, ValueError) as error:
+        raise OSError(f"cannot serve: {error}") from error

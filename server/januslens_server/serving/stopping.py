@@ -1,0 +1,59 @@
+"""From a signal to a drained server."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import signal
+import sys
+from collections.abc import Callable
+
+import grpc
+
+from januslens_server.access.directory import CallersFile
+from januslens_server.rpc.health import Health
+from januslens_server.rpc.streaming import DeviceStreams
+
+logger = logging.getLogger("januslens_server")
+
+
+def heed_signals(callers: CallersFile | None) -> asyncio.Event:
+    """Gives what SIGTERM and SIGINT set; SIGHUP reads the callers anew."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, (lambda: None) if callers is None else callers.reload)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def on_device_lost(
+    health: Health, loop: asyncio.AbstractEventLoop, lost: asyncio.Event
+) -> Callable[[], None]:
+    """What the device's thread calls; `lost` is set, and whoever started the process replaces it.
+
+    Until then every health answer says NOT_SERVING, for orchestrators.
+    """
+
+    def tell() -> None:
+        logger.critical("the device computes no more: nothing is served until a new start")
+        asyncio.run_coroutine_threadsafe(health.drain(), loop)
+        loop.call_soon_threadsafe(lost.set)
+
+    return tell
+
+
+async def finish(server: grpc.aio.Server, streams: DeviceStreams, grace: float) -> None:
+    """Let what runs be computed and read, for `grace` seconds, then stop.
+
+    We count our own requests: `stop(grace)` would wait for every open health watch.
+    """
+    logger.info("draining %d requests, for at most %g s", streams.unfinished, grace)
+    finished = await streams.wait_finished(grace)
+    logger.info("drained" if finished else "grace expired, cutting what still runs")
+    # gRPC logs and prints a traceback for every call that it cuts, an open health watch too; the
+    # log keeps the stream that it has.
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+    sys.stderr = io.StringIO()
+    # The last statuses are on their way to their readers.
+    await server.stop(1.0 if finished else 0.0)
