@@ -1,9 +1,11 @@
 """How quickly pages show themselves and answer: `python -m tests.benchmarks.pages`.
 
-In a headless Chromium that draws in software: the first drawing, counted from the navigation, and
-each interaction from the change of state to the next frame. The traces are those of the tests: the
-demo, twelve layers of a random model with 50,257 tokens at one position, four layers of the demo at
-twenty positions.
+In a headless Chromium that draws in software: the first drawing, counted from the navigation; each
+interaction from the change of state to the next frame; real clicks from the press of the button to
+the next frame, as the browser's Event Timing has them (to 8 ms); and what one move of the pointer
+costs the page's main thread, style, layout and painting included. The traces are those of the
+tests: the demo, twelve layers of a random model with 50,257 tokens at one position, four layers of
+the demo at twenty positions.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 from rich.console import Console
 from rich.table import Table
 
@@ -27,22 +29,34 @@ INTERACTIONS = {
     "follow the path": "layers=3&path=1",
     "search": "layers=3&q=a",
     "threshold": "layers=3&min=5",
-    "table": "layers=3&view=table",
-    "dark": "theme=dark",
+    "dark": "layers=3&min=5&theme=dark",
+    "table": "layers=3&view=table&theme=dark",
 }
+CLICKS = {
+    "click a chip": "svg.detail .chip >> nth=20",
+    "click a cell": "svg.overview .cell[data-id] >> nth=6",  # of another layer, maybe position
+}
+MOVES = 40
+# Collects how long each event took until what it changed was seen.
+OBSERVE = """() => {
+  window.took = []
+  new PerformanceObserver((list) => {
+    for (const entry of list.getEntries()) window.took.push(entry.duration)
+  }).observe({ type: 'event', durationThreshold: 16 })
+}"""
 
 
 def main() -> None:
     """Make the pages, measure them, print milliseconds."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        table = Table("ms", "kB", "first drawing", *INTERACTIONS)
+        table = Table("ms", "kB", "first drawing", *INTERACTIONS, *CLICKS, "hover")
         for name, page in pages(Path(folder)).items():
             size = page.path.stat().st_size / 1e3
             row = [f"{value:.0f}" for value in (size, *measured(browser, page))]
             table.add_row(name, *row)
         browser.close()
-        Console(width=140).print(table)
+        Console(width=180).print(table)
 
 
 def pages(folder: Path) -> dict[str, Traced]:
@@ -67,8 +81,48 @@ def measured(browser: Browser, page: Traced) -> list[float]:
     tab.wait_for_timeout(500)
     drawn: float = tab.evaluate("performance.getEntriesByName('januslens-drawn')[0].startTime")
     figures = [drawn, *(tab.evaluate(ELAPSED, state) for state in INTERACTIONS.values())]
+    figures += [*clicks(tab, page), hover(tab, page)]
     tab.close()
     return figures
+
+
+def clicks(tab: Page, page: Traced) -> list[float]:
+    """Milliseconds from each click to the frame that answers it."""
+    afresh(tab, page)
+    tab.evaluate(OBSERVE)
+    found: list[float] = []
+    for chosen in CLICKS.values():
+        tab.locator(chosen).click(force=True)
+        tab.wait_for_timeout(400)
+        found.append(max([0.0, *tab.evaluate("window.took.splice(0)")]))
+    return found
+
+
+def hover(tab: Page, page: Traced) -> float:
+    """Milliseconds of the main thread for a move of the pointer from one chip to another."""
+    afresh(tab, page)
+    boxes = [chip.bounding_box() for chip in tab.locator("svg.detail .chip").all()[:MOVES]]
+    devtools = tab.context.new_cdp_session(tab)
+    devtools.send("Performance.enable")
+
+    def busy() -> float:
+        metrics = devtools.send("Performance.getMetrics")["metrics"]
+        return next(1e3 * float(m["value"]) for m in metrics if m["name"] == "TaskDuration")
+
+    before = busy()
+    for box in boxes:
+        assert box
+        tab.mouse.move(box["x"] + 9, box["y"] + 9)
+        tab.wait_for_timeout(50)
+    return (busy() - before) / len(boxes)
+
+
+def afresh(tab: Page, page: Traced) -> None:
+    """The page as it opens, at its last layer."""
+    tab.goto("about:blank")
+    tab.goto(page.url)
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
+    tab.wait_for_timeout(500)
 
 
 if __name__ == "__main__":

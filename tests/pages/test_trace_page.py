@@ -323,6 +323,35 @@ def test_what_is_exported_is_the_recording(tab: Page, demo: Traced, tmp_path: Pa
     assert saved["png"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_exported_picture_has_the_columns_without_text_too(
+    tab: Page, wide: Traced, tmp_path: Path
+) -> None:
+    opened(tab, wide)
+    labelled = tab.locator("svg.overview .cell").count()
+    with tab.expect_download() as download:
+        tab.get_by_label("Export").select_option("svg")
+    download.value.save_as(tmp_path / "svg")
+    svg = (tmp_path / "svg").read_text(encoding="utf-8")
+    outlines = re.findall(r'class="heat-\d" d="([^"]*)"', svg)
+    assert len(outlines) == 7  # one a colour
+    assert sum(outline.count("M") for outline in outlines) == 20 * 5 - labelled > 0
+
+
+def test_a_selection_moves_nothing(tab: Page, demo: Traced) -> None:
+    """Why it is quick: classes change, and neither place nor text of anything in the pictures."""
+    opened(tab, demo, "layers=3")
+    tab.evaluate("""() => {
+      window.touched = new Set()
+      const seen = new MutationObserver((changes) =>
+        changes.forEach((change) => window.touched.add(change.attributeName ?? change.type)))
+      for (const picture of document.querySelectorAll('svg.picture g:not(.ways)'))
+        seen.observe(picture, { attributes: true, childList: true, characterData: true })
+    }""")
+    chip(tab, STRONGEST).click()
+    expect(chip(tab, STRONGEST)).to_have_class(re.compile("selected"))
+    assert set(tab.evaluate("[...window.touched]")) <= {"class", "tabindex"}
+
+
 def test_a_page_without_its_surroundings_shows_the_traced_positions(
     tab: Page, demo: Traced, tmp_path: Path
 ) -> None:

@@ -2,7 +2,8 @@ export type Theme = '' | 'light' | 'dark'
 
 /** Light, dark, or ('') as the system has it; the colours themselves are in styles/theme.css. */
 export function setTheme(theme: Theme): void {
-  document.documentElement.dataset.theme = theme
+  const { dataset } = document.documentElement
+  if (dataset.theme !== theme) dataset.theme = theme // even the same again is styled again
 }
 
 export function isDark(): boolean {

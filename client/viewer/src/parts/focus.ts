@@ -6,7 +6,10 @@ export type Direction = 'ArrowLeft' | 'ArrowRight' | 'ArrowUp' | 'ArrowDown'
 export function rove(picture: Element, current: Element | undefined): void {
   const stops = picture.querySelectorAll<SVGElement>('[tabindex]')
   const chosen = current ?? stops[stops.length - 1]
-  for (const stop of stops) stop.setAttribute('tabindex', stop === chosen ? '0' : '-1')
+  for (const stop of stops) {
+    const wanted = stop === chosen ? '0' : '-1'
+    if (stop.getAttribute('tabindex') !== wanted) stop.setAttribute('tabindex', wanted)
+  }
 }
 
 /** The nearest focusable element in a direction; straight ahead counts more than aside. */

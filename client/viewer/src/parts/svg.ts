@@ -31,3 +31,11 @@ export function defineHatches(svg: Svg): void {
     pattern.append('path').attr('d', 'M0,0V5')
   }
 }
+
+/** Gives elements the classes that their data ask for; what has them is not touched. */
+export function classify<Datum>(svg: Svg, chosen: string, of: (datum: Datum) => string): void {
+  svg.selectAll<SVGElement, Datum>(chosen).each(function (datum) {
+    const wanted = of(datum)
+    if (this.getAttribute('class') !== wanted) this.setAttribute('class', wanted)
+  })
+}

@@ -3,6 +3,8 @@ import type { Row } from './detail/model'
 import type { TraceState } from './state'
 
 export interface Filter {
+  /** Equal for equal filters. */
+  key: string
   /** Smallest |share| shown, as a fraction. */
   minimum: number
   sign: '' | '+' | '-'
@@ -13,6 +15,7 @@ export interface Filter {
 export function filterOf(state: TraceState): Filter {
   const sign = state.get('sign')
   return {
+    key: (['hide', 'min', 'sign'] as const).map((key) => state.get(key)).join(' '),
     minimum: (Number(state.get('min')) || 0) / 100,
     sign: sign === '+' || sign === '-' ? sign : '',
     hidden: new Set(state.list('hide')),

@@ -18,9 +18,9 @@ import { Overview } from './overview/overview'
 import { type Found, search } from './search'
 import { traceState } from './state'
 import { toolbar } from './toolbar'
-import { pathToTarget } from './ways'
+import { pathToTarget, type Step } from './ways'
 
-const KEYS_OF_MARKS = ['sel', 'pin', 'q', 'path', 'theme'] as const
+const KEYS_OF_MARKS = ['sel', 'pin', 'q', 'path'] as const
 const NARROWEST = 640 // px; what is narrower scrolls
 const PATIENCE = 120 // ms between drawings while messages arrive
 
@@ -82,11 +82,12 @@ export class TraceView {
     if (graph.layers.size === 0) return
     const position = this.position()
     const found = search(graph, state.get('q'))
-    const marks = this.marks(found)
+    const path = state.get('path') === '' ? undefined : pathToTarget(graph, position)
+    const marks = this.marks(found, path)
     if (this.told.differs(position, graph.version)) fillHeader(this.heading, graph, position)
     this.overview.draw(width, position, marks, this.layers())
     this.details.draw(width, position, marks, this.layers())
-    fillInspector(this.parts.aside, graph, state, { position, found, path: this.path() })
+    fillInspector(this.parts.aside, graph, state, { position, found, path })
     this.keepFocus()
     this.drawn = performance.now()
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
@@ -128,9 +129,8 @@ export class TraceView {
     this.state.set({ layers: next.join(',') })
   }
 
-  private marks(found: readonly Found[]): Marks {
+  private marks(found: readonly Found[], path: readonly Step[] | undefined): Marks {
     const searching = this.state.get('q').trim() !== ''
-    const path = this.path()
     return {
       key: KEYS_OF_MARKS.map((key) => this.state.get(key)).join(' '),
       selected: this.state.get('sel'),
@@ -138,10 +138,6 @@ export class TraceView {
       found: searching ? new Set(found.map(({ node }) => node.id)) : undefined,
       path: path && new Set(path.map(({ node }) => node.id)),
     }
-  }
-
-  private path() {
-    return this.state.get('path') === '' ? undefined : pathToTarget(this.graph, this.position())
   }
 
   private follow(event: Event): void {

@@ -1,33 +1,25 @@
 import { select } from 'd3-selection'
 import type { FlowGraph } from '../../graph/graph'
 import { cut } from '../../label/visible'
-import { chipClass, face, type Marks } from '../../parts/look'
+import { face } from '../../parts/look'
 import { defineHatches, fitting, type Svg, stratum } from '../../parts/svg'
 import { nodeSentence } from '../../parts/words'
 import type { Bar, Box, Chip, Detail, Rail, Ribbon, Text } from './placing'
 import { band } from './ribbons'
 
-export interface Drawing {
-  detail: Detail
-  graph: FlowGraph
-  marks: Marks
-  /** How much of a part's ribbon the selection makes up, 0 to 1. */
-  fraction: (nodeId: string) => number
-}
-
-export function drawDetail(svg: Svg, drawing: Drawing): void {
-  const { detail } = drawing
+/** Everything of a layer's picture that no selection changes; `markDetail` does the rest. */
+export function drawDetail(svg: Svg, detail: Detail, graph: FlowGraph): void {
   defineHatches(svg)
   svg.attr('width', detail.width).attr('height', detail.height)
   svg.attr('viewBox', `0 0 ${detail.width} ${detail.height}`)
   boxes(svg, 'panels', detail.panels, 12)
   boxes(svg, 'groups', detail.groups, 8)
   drawRail(svg, detail.rail)
-  drawRibbons(svg, drawing)
+  drawRibbons(svg, detail)
   boxes(svg, 'sums', detail.sums, 3)
   drawBars(svg, detail.bars)
   drawTexts(svg, detail.texts)
-  drawChips(svg, drawing)
+  drawChips(svg, detail, graph)
 }
 
 function boxes(svg: Svg, name: string, data: readonly Box[], radius: number): void {
@@ -83,24 +75,14 @@ function thickness(share: number | undefined): number {
   return 2 + 16 * Math.min(1, Math.abs(share ?? 0))
 }
 
-function drawRibbons(svg: Svg, { detail, fraction, marks }: Drawing): void {
-  const group = stratum(svg, 'ribbons')
-  group
-    .selectAll<SVGPathElement, Ribbon>('path.ribbon')
+function drawRibbons(svg: Svg, detail: Detail): void {
+  stratum(svg, 'ribbons')
+    .selectAll<SVGPathElement, Ribbon>('path')
     .data(detail.ribbons)
     .join('path')
-    .attr('class', (r) => ribbonClass(r, marks))
     .attr('data-id', (r) => r.node.id)
     .attr('d', (r) => band(r))
-  const followed = detail.ribbons
-    .map((ribbon) => ({ ribbon, part: fraction(ribbon.node.id) }))
-    .filter(({ part }) => part > 0)
-  group
-    .selectAll<SVGPathElement, unknown>('path.followed')
-    .data(followed)
-    .join('path')
-    .attr('class', 'followed')
-    .attr('d', ({ ribbon, part }) => band(ribbon, 0, Math.min(1, part)))
+  stratum(svg, 'ways') // the selection's, above the ribbons
   stratum(svg, 'ends')
     .selectAll('rect')
     .data(detail.ribbons.filter((r) => r.h1 > 0 && isIntoSum(r, detail)))
@@ -112,20 +94,13 @@ function drawRibbons(svg: Svg, { detail, fraction, marks }: Drawing): void {
     .attr('height', (r) => Math.max(0.3, r.h1 - (r.h1 > 2 ? 0.6 : 0)))
 }
 
-function kindOf(ribbon: Ribbon): string {
+export function kindOf(ribbon: Ribbon): string {
   if (ribbon.node.kind === 'OTHER') return 'rest'
   return ribbon.share < 0 ? 'subtracts' : 'adds'
 }
 
 function isIntoSum(ribbon: Ribbon, detail: Detail): boolean {
   return detail.sums.some((sum) => sum.x === ribbon.x1)
-}
-
-function ribbonClass(ribbon: Ribbon, marks: Marks): string {
-  const classes = ['ribbon', kindOf(ribbon)]
-  if (marks.path && !marks.path.has(ribbon.node.id)) classes.push('dim')
-  if (marks.found && !marks.found.has(ribbon.node.id)) classes.push('dim')
-  return classes.join(' ')
 }
 
 function drawBars(svg: Svg, bars: readonly Bar[]): void {
@@ -159,7 +134,7 @@ function roomFor(text: Text): number {
   return text.style === 'quiet' ? Math.floor(width / 6.1) : fitting(width * 1.08)
 }
 
-function drawChips(svg: Svg, { detail, graph, marks }: Drawing): void {
+function drawChips(svg: Svg, detail: Detail, graph: FlowGraph): void {
   stratum(svg, 'chips')
     .attr('role', 'list')
     .selectAll<SVGGElement, Chip>('g')
@@ -170,7 +145,6 @@ function drawChips(svg: Svg, { detail, graph, marks }: Drawing): void {
       group.append('text').attr('dominant-baseline', 'central')
       return group
     })
-    .attr('class', (c) => `${chipClass(c.node, graph, marks, c.flipped)}${c.words ? ' rest' : ''}`)
     .attr('data-id', (c) => c.node.id)
     .attr('role', 'listitem')
     .attr('tabindex', -1)

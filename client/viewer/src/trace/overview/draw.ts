@@ -3,10 +3,10 @@ import { linkVertical } from 'd3-shape'
 import type { FlowGraph } from '../../graph/graph'
 import type { GraphNode } from '../../graph/nodes'
 import { cut } from '../../label/visible'
-import { chipClass, type Marks } from '../../parts/look'
 import { defineHatches, fitting, type Group, type Svg, stratum } from '../../parts/svg'
 import { nodeSentence } from '../../parts/words'
 import { type Arc, arcsInto } from './arcs'
+import { drawHeatmap } from './heatmap'
 import { type Column, EMBEDDING, type Layout, type Row } from './layout'
 
 /** One residual of the grid. */
@@ -21,9 +21,6 @@ export interface Grid {
   at: Layout
   /** The position whose story is told. */
   position: number
-  marks: Marks
-  /** Layers that are shown in detail. */
-  shown: readonly number[]
 }
 
 export function residualAt(graph: FlowGraph, layer: number, position: number) {
@@ -38,6 +35,7 @@ export function drawGrid(svg: Svg, grid: Grid): void {
   svg.attr('width', at.width).attr('height', at.height)
   svg.attr('viewBox', `0 0 ${at.width} ${at.height}`)
   drawBand(stratum(svg, 'band'), grid)
+  drawHeatmap(stratum(svg, 'heat'), grid)
   stratum(svg, 'answer') // its place is below the cells
   drawSpine(stratum(svg, 'spine'), grid)
   drawArcs(stratum(svg, 'arcs'), grid)
@@ -102,7 +100,7 @@ function rungsOf({ graph, at }: Grid): Rung[] {
   return rungs
 }
 
-function drawArcs(group: Group, { graph, at, position, marks }: Grid): void {
+function drawArcs(group: Group, { graph, at, position }: Grid): void {
   const others = at.columns.filter((c) => c.labelled && c.position !== position)
   const arcs = [
     ...others.flatMap((column) => arcsInto(graph, column.position, 0.2)),
@@ -113,20 +111,12 @@ function drawArcs(group: Group, { graph, at, position, marks }: Grid): void {
     .data(arcs, (arc) => arc.value)
     .join('path')
     .order()
-    .attr('class', (arc) => arcClass(arc, position, marks))
     .attr('data-id', (arc) => arc.value)
     .attr('d', (arc) => arcPath(arc, at))
     .attr('stroke-width', (arc) => 1 + 8 * Math.min(1, Math.abs(arc.share)))
     .attr('opacity', (arc) =>
       arc.position === position ? 0.35 + 0.65 * Math.min(1, Math.abs(arc.share) * 2.5) : null,
     )
-}
-
-function arcClass(arc: Arc, position: number, marks: Marks): string {
-  const classes = ['arc', arc.share < 0 ? 'subtracts' : 'adds']
-  if (arc.position === position) classes.push('into-selected')
-  const chosen = arc.value === marks.selected || marks.path?.has(arc.value)
-  return [...classes, chosen ? 'chosen' : ''].join(' ')
 }
 
 const link = linkVertical<unknown, [number, number]>()
@@ -148,7 +138,7 @@ function arcPath(arc: Arc, at: Layout): string | null {
 
 /** Rows of cells, since that is what a grid is to a screen reader. */
 function drawCells(group: Group, grid: Grid): void {
-  const { graph, at, marks, position } = grid
+  const { graph, at } = grid
   const columns = at.columns.filter((column) => column.labelled)
   const rows = group
     .selectAll<SVGGElement, Row>('g.row')
@@ -157,7 +147,7 @@ function drawCells(group: Group, grid: Grid): void {
     .attr('class', 'row')
     .attr('role', 'row')
   rows
-    .selectAll<SVGGElement, Cell>('g.cell')
+    .selectAll<SVGGElement, Cell>('g')
     .data(
       (row) =>
         columns.map((column) => ({
@@ -173,8 +163,6 @@ function drawCells(group: Group, grid: Grid): void {
       cell.append('text').attr('dominant-baseline', 'central')
       return cell
     })
-    .attr('class', (cell) => `cell ${chipClass(cell.node, graph, marks)}`)
-    .classed('of-selected', (cell) => cell.column.position === position)
     .attr('data-id', (cell) => cell.node?.id ?? null)
     .attr('role', 'gridcell')
     .attr('tabindex', -1)
@@ -258,13 +246,12 @@ function underline(
   }
 }
 
-function drawRowLabels(group: Group, { at, shown }: Grid): void {
+function drawRowLabels(group: Group, { at }: Grid): void {
   const every = Math.ceil(13 / (at.rows.length > 1 ? Math.abs(pitch(at)) : 13))
   group
     .selectAll('text')
     .data(at.rows.filter((row) => row.layer === EMBEDDING || row.layer % every === 0))
     .join('text')
-    .attr('class', (row) => (shown.includes(row.layer) ? 'shown' : ''))
     .attr('x', 36)
     .attr('y', (row) => row.y + at.cellHeight / 2)
     .attr('text-anchor', 'end')

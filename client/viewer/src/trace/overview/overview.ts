@@ -1,7 +1,6 @@
 import { create } from 'd3-selection'
 import type { FlowGraph } from '../../graph/graph'
 import { Once } from '../../page/once'
-import { isDark } from '../../page/theme'
 import { element } from '../../parts/dom'
 import type { Marks } from '../../parts/look'
 import type { Svg } from '../../parts/svg'
@@ -9,8 +8,8 @@ import type { Tooltip } from '../../parts/tooltip'
 import { drawLegend, LEGEND_HEIGHT } from '../legend'
 import { preview } from '../preview'
 import { drawGrid, residualAt } from './draw'
-import { paintHeatmap } from './heatmap'
 import { type Layout, layout, nearest } from './layout'
+import { markGrid } from './marks'
 import { drawAnswer, drawPanel } from './panel'
 
 interface Actions {
@@ -25,9 +24,9 @@ const LABELS = 44 // a click left of this is on a row's label
 /** The grid of all residuals with the panel beside it. */
 export class Overview {
   readonly element: HTMLElement
-  private readonly canvas = element('canvas', { 'aria-hidden': 'true' })
   private readonly svg = create('svg').attr('class', 'picture overview') as unknown as Svg
-  private readonly drawn = new Once()
+  private readonly placed = new Once()
+  private readonly marked = new Once()
   private at: Layout | undefined
 
   constructor(
@@ -36,7 +35,7 @@ export class Overview {
     private readonly actions: Actions,
   ) {
     const picture = this.svg.node() as SVGSVGElement
-    this.element = element('section', { class: 'overview-box' }, this.canvas, picture)
+    this.element = element('section', { class: 'overview-box' }, picture)
     this.svg.attr('role', 'grid').attr('aria-label', 'The residual stream, layers upward')
     picture.addEventListener('click', (event) => this.clicked(event))
     picture.addEventListener('pointermove', (event) => this.hovered(event))
@@ -45,18 +44,23 @@ export class Overview {
 
   draw(width: number, position: number, marks: Marks, shown: readonly number[]): void {
     const { graph, svg } = this
-    if (!this.drawn.differs(width, position, graph.version, marks.key, isDark(), String(shown)))
-      return
+    const placed = this.placed.differs(width, position, graph.version)
+    if (placed) this.place(width, position)
+    if (this.marked.differs(marks.key, String(shown)) || placed) {
+      markGrid(svg, graph, position, marks, shown)
+    }
+  }
+
+  private place(width: number, position: number): void {
+    const { graph, svg } = this
     const layers = [...graph.layers].sort((a, b) => a - b)
     const at = layout(graph.prompt.length, layers, position, width, PANEL)
     this.at = { ...at, height: at.height + LEGEND_HEIGHT }
-    const grid = { graph, at, position, marks, shown }
-    drawGrid(svg, grid)
+    drawGrid(svg, { graph, at, position })
     drawPanel(svg, graph, at, position)
     drawAnswer(svg, graph, at, position)
     svg.attr('height', this.at.height).attr('viewBox', `0 0 ${at.width} ${this.at.height}`)
     drawLegend(svg, graph.targets.get(position)?.target.label ?? '', at.height, at.width)
-    paintHeatmap(this.canvas, grid)
   }
 
   private idAt(event: MouseEvent): string | undefined {
