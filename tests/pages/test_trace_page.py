@@ -173,6 +173,41 @@ def test_a_layers_picture_has_all_its_parts(tab: Page, demo: Traced) -> None:
             )
 
 
+def test_a_head_opens_to_its_rows_of_w_o(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, "layers=3")
+    d_head = demo.trace.header.sizes.d_head
+    parts = demo.trace.parts_of("L3/p7/ATTENTION_OUTPUT")
+    rows = [part for part in parts if part.node.kind is januslens.NodeKind.ATTENTION_NEURON]
+    own = [part for part in rows if (part.node.neuron or 0) // d_head == 2]
+    assert 0 < len(own) < len(rows)
+    shown = tab.locator('svg.detail .chip[data-id*="/ATTENTION_NEURON/"]')
+    expect(shown).to_have_count(0)
+    toggle = tab.locator('svg.detail .toggle[data-head="3.2"]')
+    expect(toggle).to_have_text(f"▸ {len(own)} rows of W_O")
+    toggle.click()
+    expect(shown).to_have_count(len(own))
+    for part in own:
+        negative = (part.node.activation or 0) < 0  # read through what it suppresses
+        assert part.node.projection
+        read = part.node.projection.bottom if negative else part.node.projection.top
+        expect(chip(tab, part.node.id)).to_contain_text(str(read[0].token)[:4])
+    numbers = tab.locator("svg.detail .texts .number").all_text_contents()
+    assert part_share(own[0]) in numbers
+    assert "heads=3.2" in tab.url
+    toggle.focus()
+    tab.keyboard.press("Enter")
+    expect(shown).to_have_count(0)
+    other = next(part.node for part in rows if part not in own)  # chosen from afar, it is shown
+    changed(tab, "layers=3&sel=L3/p7/ATTENTION_OUTPUT")
+    tab.locator(f'.ways .way[data-id="{other.id}"]').click()
+    expect(chip(tab, other.id)).to_have_class(re.compile("selected"))
+
+
+def part_share(part: januslens.Part) -> str:
+    share = 100 * (part.edge.share if part.edge and part.edge.share else 0)
+    return f"{share:.{0 if abs(share) >= 9.95 else 1}f} %".replace("-", "−")  # noqa: RUF001
+
+
 def test_searching_finds_every_node_that_says_it(tab: Page, demo: Traced) -> None:
     opened(tab, demo)
     tab.keyboard.press("/")

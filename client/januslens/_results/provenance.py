@@ -56,17 +56,25 @@ class ModelSizes:
         n_heads: Query heads of each attention.
         d_mlp: Neurons of one MLP, or of one expert.
         vocab_size: Tokens that the unembedding knows: ranks lie below it.
+        d_head: Width of one head: ATTENTION_NEURON i belongs to head `i // d_head`.
     """
 
     n_layers: int
     n_heads: int
     d_mlp: int
     vocab_size: int
+    d_head: int
 
     @classmethod
     def from_message(cls, message: common_pb2.ModelSizes) -> ModelSizes:
         """Read the sizes."""
-        return cls(message.n_layers, message.n_heads, message.d_mlp, message.vocab_size)
+        return cls(
+            n_layers=message.n_layers,
+            n_heads=message.n_heads,
+            d_mlp=message.d_mlp,
+            vocab_size=message.vocab_size,
+            d_head=message.d_head,
+        )
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,7 @@ class ModelSizes(_message.Message):
     N_HEADS_FIELD_NUMBER: _builtins.int
     D_MLP_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
+    D_HEAD_FIELD_NUMBER: _builtins.int
     n_layers: _builtins.int
     """Number of transformer blocks."""
     n_heads: _builtins.int
@@ -306,6 +307,10 @@ class ModelSizes(_message.Message):
     """Neurons of one MLP, or of one expert."""
     vocab_size: _builtins.int
     """Tokens that the unembedding knows: ranks lie below it."""
+    d_head: _builtins.int
+    """Width of one head, not always d_model / n_heads: coordinate i of the concatenation, and with it
+    ATTENTION_NEURON i, belongs to head i / d_head, rounded down.
+    """
     def __init__(
         self,
         *,
@@ -313,10 +318,11 @@ class ModelSizes(_message.Message):
         n_heads: _builtins.int = ...,
         d_mlp: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
+        d_head: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_mlp", b"d_mlp", "n_heads", b"n_heads", "n_layers", b"n_layers", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_head", b"d_head", "d_mlp", b"d_mlp", "n_heads", b"n_heads", "n_layers", b"n_layers", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -93,7 +93,13 @@ test('a search takes words, whole tokens and ids', () => {
 
 test('filters say how much of a sum they keep', () => {
   const { rows } = layerModel(graph(), 0, 1).mlp
-  const all = { key: '', minimum: 0, sign: '' as const, hidden: new Set<string>() }
+  const all = {
+    key: '',
+    minimum: 0,
+    sign: '' as const,
+    hidden: new Set<string>(),
+    opened: new Set<string>(),
+  }
   assert.equal(passing(rows, all).kept, 1)
   const adding = passing(rows, { ...all, sign: '+' })
   assert.deepEqual([adding.shown.length, adding.hidden], [1, 1])

@@ -41,6 +41,7 @@ export interface ModelSizesMessage {
   nHeads?: number
   dMlp?: number
   vocabSize?: number
+  dHead?: number
 }
 
 export interface StageTimeMessage {

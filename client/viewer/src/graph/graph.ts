@@ -125,6 +125,13 @@ export class FlowGraph {
     return parts.sort((a, b) => Math.abs(b.edge.share ?? 0) - Math.abs(a.edge.share ?? 0))
   }
 
+  /** The head that a node is of; a row of W_O is its coordinate's. */
+  headOf(node: GraphNode): number | undefined {
+    const { dHead } = this.sizes
+    if (node.kind !== 'ATTENTION_NEURON' || node.neuron === undefined || !dHead) return node.head
+    return Math.floor(node.neuron / dHead)
+  }
+
   /** What a node is read from by one kind of edge, if it is. */
   sourceBy(id: string, kind: string): GraphNode | undefined {
     const edge = this.edgesInto(id).find((candidate) => candidate.kind === kind)

@@ -10,15 +10,18 @@ export interface Filter {
   sign: '' | '+' | '-'
   /** Kinds of rows that are hidden. */
   hidden: ReadonlySet<string>
+  /** Heads whose rows of W_O are listed, as `layer.head`. */
+  opened: ReadonlySet<string>
 }
 
 export function filterOf(state: TraceState): Filter {
   const sign = state.get('sign')
   return {
-    key: (['hide', 'min', 'sign'] as const).map((key) => state.get(key)).join(' '),
+    key: (['hide', 'min', 'sign', 'heads'] as const).map((key) => state.get(key)).join(' '),
     minimum: (Number(state.get('min')) || 0) / 100,
     sign: sign === '+' || sign === '-' ? sign : '',
     hidden: new Set(state.list('hide')),
+    opened: new Set(state.list('heads')),
   }
 }
 

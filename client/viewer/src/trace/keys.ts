@@ -6,7 +6,7 @@ import { strongestDestination, strongestSource } from './ways'
 
 export const KEYS = [
   ['← → ↑ ↓', 'to the neighbour'],
-  ['Enter', 'select it'],
+  ['Enter', 'select it, or open it'],
   ['Esc', 'let go'],
   ['[', 'to the strongest source of the selected'],
   [']', 'to what it goes into'],
@@ -20,6 +20,7 @@ export const KEYS = [
 interface Commands {
   select: (id: string) => void
   pin: (id: string) => void
+  openHead: (head: string) => void
   help: () => void
   search: () => void
 }
@@ -62,8 +63,9 @@ function moved(event: KeyboardEvent): boolean {
 }
 
 function entered(event: KeyboardEvent, commands: Commands): boolean {
-  const id = event.target instanceof SVGElement ? event.target.dataset.id : undefined
-  if (event.key !== 'Enter' || !id) return false
-  commands.select(id)
-  return true
+  if (event.key !== 'Enter' || !(event.target instanceof SVGElement)) return false
+  const { id, head } = event.target.dataset
+  if (id) commands.select(id)
+  if (head) commands.openHead(head)
+  return id !== undefined || head !== undefined
 }

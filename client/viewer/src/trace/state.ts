@@ -14,6 +14,8 @@ export const TRACE_STATE = {
   q: '',
   /** Kinds hidden: attention, mlp, bias, rest. */
   hide: '',
+  /** Heads whose rows of W_O are listed, as `layer.head`: `3.2,3.0`. */
+  heads: '',
   /** Smallest |share| shown, in percent. */
   min: '',
   /** Only parts that add (+) or subtract (-). */

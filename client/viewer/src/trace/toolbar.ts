@@ -23,7 +23,7 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
   )
   const kinds = KINDS.map(([kind, words]) => ({
     kind,
-    control: toggle(words, `Show or hide: ${words}`, () => hide(state, kind)),
+    control: toggle(words, `Show or hide: ${words}`, () => flipIn(state, 'hide', kind)),
   }))
   const selects = [
     select(state, 'min', 'Smallest share', [
@@ -99,8 +99,9 @@ export function flip(state: TraceState, key: TraceKey): void {
   state.set({ [key]: state.get(key) === '' ? '1' : '' })
 }
 
-function hide(state: TraceState, kind: string): void {
-  const hidden = state.list('hide')
-  const next = hidden.includes(kind) ? hidden.filter((k) => k !== kind) : [...hidden, kind]
-  state.set({ hide: next.join(',') })
+/** Puts an entry into a list of the state, or takes it out. */
+export function flipIn(state: TraceState, key: TraceKey, entry: string): void {
+  const list = state.list(key)
+  const next = list.includes(entry) ? list.filter((other) => other !== entry) : [...list, entry]
+  state.set({ [key]: next.join(',') })
 }

@@ -17,7 +17,7 @@ import { KEYS, listenToKeys } from './keys'
 import { Overview } from './overview/overview'
 import { type Found, search } from './search'
 import { traceState } from './state'
-import { toolbar } from './toolbar'
+import { flipIn, toolbar } from './toolbar'
 import { pathToTarget, type Step } from './ways'
 
 const KEYS_OF_MARKS = ['sel', 'pin', 'q', 'path'] as const
@@ -44,6 +44,7 @@ export class TraceView {
     const commands = {
       select: (id: string) => this.select(id),
       pin: (id: string) => this.pin(id),
+      openHead: (head: string) => flipIn(this.state, 'heads', head),
       help: () => help.showModal(),
       search: () => parts.toolbar.querySelector<HTMLInputElement>('.search')?.focus(),
       exportAs: (format: string) => void exportPage(format, this.title, 'trace'),
@@ -113,14 +114,15 @@ export class TraceView {
     if (!node) return
     const layer = node.layer ?? (node.kind === 'BLOCK_INPUT' ? 0 : Math.max(...this.graph.layers))
     const layers = this.layers().includes(layer) ? {} : { layers: String(layer) }
-    this.state.set({ sel: id, pos: String(node.position), ...layers })
+    const head = node.kind === 'ATTENTION_NEURON' ? `${layer}.${this.graph.headOf(node)}` : ''
+    const opened = this.state.list('heads')
+    const heads = head && !opened.includes(head) ? { heads: [...opened, head].join(',') } : {}
+    this.state.set({ sel: id, pos: String(node.position), ...layers, ...heads })
     this.parts.live.textContent = this.parts.aside.querySelector('h2')?.textContent ?? ''
   }
 
   pin(id: string): void {
-    const pinned = this.state.list('pin')
-    const next = pinned.includes(id) ? pinned.filter((other) => other !== id) : [...pinned, id]
-    this.state.set({ pin: next.join(',') })
+    flipIn(this.state, 'pin', id)
   }
 
   toggleLayer(layer: number): void {

@@ -173,6 +173,7 @@ def sizes_message(facts: ModelFacts) -> common_pb2.ModelSizes:
         n_heads=facts.n_heads,
         d_mlp=facts.d_mlp,
         vocab_size=facts.vocab_size,
+        d_head=facts.d_head,
     )
 
 

@@ -3,6 +3,7 @@
 import type { FlowGraph } from '../../graph/graph'
 import { type Filter, passing } from '../filter'
 import type { Block, HeadRow, LayerModel } from './model'
+import { outputHeight, placeOutputRows, placeToggle } from './output_rows'
 import { CHIP, type Detail, HEAD, PAD, type Place, type Placed, ROW } from './placing'
 import {
   finish,
@@ -15,7 +16,7 @@ import {
   summary,
 } from './sums'
 
-interface Columns {
+export interface Columns {
   chip: number
   query: number
   source: number
@@ -27,7 +28,7 @@ interface Columns {
 }
 
 const SOURCE = 78
-const WEIGHT = 50
+export const WEIGHT = 56
 const SHARE = 50
 const RIBBONS = 74
 const GAP = 8 // between heads
@@ -57,9 +58,14 @@ export function placeAttention(
   let y = at.y + HEAD
   for (const row of shown) {
     const height = linesOf(row, filter) * ROW + FRAME + extra
+    const below = outputHeight(row, filter)
+    const left = columns.query - 8
+    const width = columns.value + columns.chip + 8 - left
+    detail.groups.push({ x: left, y, width, height: height + below })
     placeHead(detail, row, graph, filter, columns, y, height)
+    if (below > 0) placeOutputRows(detail, row, block, columns, y + height)
     rows.push({ row, y: y + (height - ROW) / 2 })
-    y += height + GAP
+    y += height + below + GAP
   }
   const ends = { x: columns.output, width: columns.chip, share: columns.share }
   const rest = restWords(graph.sizes.nHeads, block.rows.length)
@@ -79,7 +85,8 @@ function columnsIn(at: Place): Columns {
 }
 
 function linesOf(row: HeadRow, filter: Filter): number {
-  return Math.max(2, row.sources.length + (hasRest(row, filter) ? 1 : 0))
+  const last = hasRest(row, filter) || row.outputRows.length > 0 // both stand in the last line
+  return Math.max(2, row.sources.length + (last ? 1 : 0))
 }
 
 function hasRest(row: HeadRow, filter: Filter): boolean {
@@ -93,7 +100,10 @@ function spare(
   filter: Filter,
   wanted: number,
 ): number {
-  const lines = shown.reduce((sum, row) => sum + linesOf(row, filter) * ROW + FRAME + GAP, 0)
+  const lines = shown.reduce(
+    (sum, row) => sum + linesOf(row, filter) * ROW + FRAME + GAP + outputHeight(row, filter),
+    0,
+  )
   const needed = lines + (block.rest ? ROW : 0) - GAP
   return shown.length > 0 ? Math.max(0, Math.min(90, (wanted - needed) / shown.length)) : 0
 }
@@ -110,8 +120,6 @@ function placeHead(
   const lines = linesOf(row, filter)
   const middle = y + height / 2
   const top = middle - (lines * ROW) / 2
-  const left = columns.query - 8
-  detail.groups.push({ x: left, y, width: columns.value + columns.chip + 8 - left, height })
   placeQuery(detail, row, columns, y, height)
   row.sources.forEach((source, i) => {
     const line = top + i * ROW
@@ -123,8 +131,9 @@ function placeHead(
     detail.chip(source.value, columns.value, line, columns.chip)
     into(detail, source.value, source.share ?? 0, columns, line, middle)
   })
+  const line = top + row.sources.length * ROW
+  placeToggle(detail, row, filter, columns, line)
   if (row.rest && hasRest(row, filter)) {
-    const line = top + row.sources.length * ROW
     detail.rest(row.rest.node, 'others', columns.value, line, columns.chip)
     into(detail, row.rest.node, row.rest.edge.share ?? 0, columns, line, middle)
   }

@@ -4,7 +4,7 @@ import { cut } from '../../label/visible'
 import { face } from '../../parts/look'
 import { defineHatches, fitting, type Svg, stratum } from '../../parts/svg'
 import { nodeSentence } from '../../parts/words'
-import type { Bar, Box, Chip, Detail, Rail, Ribbon, Text } from './placing'
+import type { Bar, Box, Chip, Detail, Rail, Ribbon, Text, Toggle } from './placing'
 import { band } from './ribbons'
 
 /** Everything of a layer's picture that no selection changes; `markDetail` does the rest. */
@@ -19,6 +19,7 @@ export function drawDetail(svg: Svg, detail: Detail, graph: FlowGraph): void {
   boxes(svg, 'sums', detail.sums, 3)
   drawBars(svg, detail.bars)
   drawTexts(svg, detail.texts)
+  drawToggles(svg, detail.toggles)
   drawChips(svg, detail, graph)
 }
 
@@ -132,6 +133,31 @@ function drawTexts(svg: Svg, texts: readonly Text[]): void {
 function roomFor(text: Text): number {
   const width = text.width ?? 0
   return text.style === 'quiet' ? Math.floor(width / 6.1) : fitting(width * 1.08)
+}
+
+function drawToggles(svg: Svg, toggles: readonly Toggle[]): void {
+  stratum(svg, 'toggles')
+    .selectAll<SVGGElement, Toggle>('g')
+    .data(toggles, (toggle) => toggle.head)
+    .join((enter) => {
+      const group = enter.append('g').attr('role', 'button').attr('tabindex', -1)
+      group.append('rect').attr('rx', 5)
+      group.append('text').attr('dominant-baseline', 'central').attr('x', 5)
+      return group
+    })
+    .attr('class', 'toggle')
+    .attr('data-head', (t) => t.head)
+    .attr('aria-expanded', (t) => String(t.open))
+    .attr('aria-label', (t) => `head ${t.head.split('.')[1]}: ${t.words.slice(2)}`)
+    .attr('transform', (t) => `translate(${t.x},${t.y})`)
+    .each(function (t) {
+      const own = select(this)
+      own.select('rect').attr('width', t.width).attr('height', t.height)
+      own
+        .select('text')
+        .attr('y', t.height / 2)
+        .text(t.words)
+    })
 }
 
 function drawChips(svg: Svg, detail: Detail, graph: FlowGraph): void {

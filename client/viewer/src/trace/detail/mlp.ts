@@ -2,7 +2,7 @@
 import type { FlowGraph } from '../../graph/graph'
 import { type Filter, passing } from '../filter'
 import type { LayerModel, NeuronRow } from './model'
-import { type Detail, HEAD, PAD, type Place, type Placed, ROW } from './placing'
+import { type Detail, HEAD, PAD, type Place, type Placed, ROW, scaled } from './placing'
 import {
   finish,
   heading,
@@ -27,7 +27,7 @@ interface Columns {
 }
 
 const NAME = 44
-const ACTIVATION = 60
+const ACTIVATION = 66
 const SHARE = 50
 const RIBBONS = 74
 
@@ -98,10 +98,6 @@ function placeNeuron(detail: Detail, row: NeuronRow, at: Columns, y: number): vo
   if (row.key) detail.chip(row.key, at.key, y, at.chip)
   if (row.up) detail.chip(row.up, at.up, y, at.chip)
   const activation = node.activation ?? 0
-  const zero = at.activation + ACTIVATION / 2
-  const length = Math.max(0.5, (Math.abs(activation) / at.largest) * (ACTIVATION / 2 - 5))
-  const start = activation < 0 ? zero - length : zero
-  detail.bar('track', zero, y + 3, 1, ROW - 6)
-  detail.bar(activation < 0 ? 'subtracts' : 'adds', start, y + 7, length, ROW - 14)
+  scaled(detail, activation / at.largest, at.activation + 5, y, ACTIVATION - 10)
   detail.chip(node, at.value, y, at.chip, activation < 0)
 }

@@ -23,6 +23,8 @@ export interface HeadRow extends Row {
   query: GraphNode | undefined
   sources: Source[]
   rest: Part | undefined
+  /** Rows of W_O of this head among those that the graph has; shares are of attention's result. */
+  outputRows: Row[]
 }
 
 export interface NeuronRow extends Row {
@@ -94,10 +96,12 @@ function attentionBlock(graph: FlowGraph, layer: number, position: number): Bloc
   const concat = at('ATTENTION_CONCAT')
   const parts = concat ? graph.partsOf(concat.id) : []
   const result = at('ATTENTION_SUM') ?? at('ATTENTION_OUTPUT')
-  const bias = result && graph.partsOf(result.id).find((p) => p.node.kind === 'ATTENTION_BIAS')
+  const written = result ? graph.partsOf(result.id) : []
+  const bias = written.find((p) => p.node.kind === 'ATTENTION_BIAS')
+  const neurons = written.filter((p) => p.node.kind === 'ATTENTION_NEURON')
   return {
     input: at('ATTENTION_INPUT'),
-    rows: parts.filter((p) => p.node.kind === 'HEAD_OUTPUT').map((p) => headRow(graph, p)),
+    rows: parts.filter((p) => p.node.kind === 'HEAD_OUTPUT').map((p) => headRow(graph, p, neurons)),
     rest: rowOf(parts.find((p) => p.node.kind === 'OTHER')),
     bias: rowOf(bias),
     sum: concat,
@@ -105,7 +109,7 @@ function attentionBlock(graph: FlowGraph, layer: number, position: number): Bloc
   }
 }
 
-function headRow(graph: FlowGraph, part: Part): HeadRow {
+function headRow(graph: FlowGraph, part: Part, neurons: readonly Part[]): HeadRow {
   const { node } = part
   const parts = graph.partsOf(node.id)
   const sources = parts
@@ -124,6 +128,7 @@ function headRow(graph: FlowGraph, part: Part): HeadRow {
     query: graph.node(`L${node.layer}/p${node.position}/HEAD_QUERY/h${node.head}`),
     sources,
     rest: parts.find((value) => value.node.kind === 'OTHER'),
+    outputRows: neurons.filter((p) => graph.headOf(p.node) === node.head).map(row),
   }
 }
 

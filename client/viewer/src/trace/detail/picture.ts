@@ -18,6 +18,8 @@ import { type Chip, Detail } from './placing'
 export interface Actions {
   select: (id: string) => void
   pin: (id: string) => void
+  /** Lists a head's rows of W_O, or no more; `head` is `layer.head`. */
+  openHead: (head: string) => void
 }
 
 /** One layer's picture at a position. */
@@ -41,6 +43,8 @@ export class Picture {
     const picture = this.svg.node() as SVGSVGElement
     this.element = element('section', { class: 'layer' }, this.title, this.note, picture)
     picture.addEventListener('click', (event) => {
+      const head = (event.target as Element).closest<SVGElement>('.toggle')?.dataset.head
+      if (head) return this.actions.openHead(head)
       const chip = this.nearest(event)
       if (!chip) return
       const act = event.ctrlKey || event.metaKey ? this.actions.pin : this.actions.select

@@ -44,6 +44,14 @@ export interface Bar extends Box {
   kind: 'attention' | 'adds' | 'subtracts' | 'track' | 'strip'
 }
 
+/** What opens or closes a head. */
+export interface Toggle extends Box {
+  /** `layer.head`. */
+  head: string
+  open: boolean
+  words: string
+}
+
 /** The residual stream along the top: before, after attention, after the MLP. */
 export interface Rail {
   y: number
@@ -68,6 +76,7 @@ export class Detail {
   readonly ribbons: Ribbon[] = []
   readonly bars: Bar[] = []
   readonly texts: Text[] = []
+  readonly toggles: Toggle[] = []
   /** The sums' bars, as outlines. */
   readonly sums: Box[] = []
   readonly rail: Rail = { y: 18, segments: [], joints: [] }
@@ -101,6 +110,15 @@ export class Detail {
 
 function chipBox(x: number, y: number, width: number): Box {
   return { x, y: y + (ROW - CHIP) / 2, width, height: CHIP }
+}
+
+/** A bar to the right of its middle for what adds, to the left for what subtracts; -1 to 1. */
+export function scaled(detail: Detail, value: number, x: number, y: number, width: number): void {
+  const zero = x + width / 2
+  const length = Math.max(0.5, Math.abs(value) * (width / 2))
+  detail.bar('track', zero, y + 3, 1, ROW - 6)
+  const start = value < 0 ? zero - length : zero
+  detail.bar(value < 0 ? 'subtracts' : 'adds', start, y + 7, length, ROW - 14)
 }
 
 /** Where a block is to be placed. */
