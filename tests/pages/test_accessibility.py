@@ -16,7 +16,13 @@ AXE = Path(__file__).parents[2] / "client/viewer/node_modules/axe-core/axe.min.j
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize(
-    "state", ["", "sel=L3/p7/MEMORY_VALUE/h2/s3&pin=L3/p7/HEAD_OUTPUT/h2&q=Tokyo", "view=table"]
+    "state",
+    [
+        "",
+        "sel=L3/p7/MEMORY_VALUE/h2/s3&pin=L3/p7/HEAD_OUTPUT/h2&q=Tokyo",
+        "view=table",
+        "map=heads&heads=3.2",
+    ],
 )
 def test_axe_finds_nothing_serious(tab: Page, demo: Traced, state: str, theme: str) -> None:
     if not AXE.is_file():

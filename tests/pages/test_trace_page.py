@@ -208,6 +208,37 @@ def part_share(part: januslens.Part) -> str:
     return f"{share:.{0 if abs(share) >= 9.95 else 1}f} %".replace("-", "−")  # noqa: RUF001
 
 
+@pytest.mark.parametrize("name", ["demo", "large"])
+def test_the_matrix_of_heads_tells_which_matter(
+    tab: Page, name: str, request: pytest.FixtureRequest
+) -> None:
+    page: Traced = request.getfixturevalue(name)
+    opened(tab, page, "layers=0")
+    tab.get_by_role("button", name="heads", exact=True).click()
+    expect(tab.locator("svg.overview")).to_be_hidden()
+    added = {
+        part.node.id: part.edge.logit_contribution
+        for part in page.trace.heads()
+        if part.edge and part.edge.logit_contribution is not None
+    }
+    cells = tab.locator("svg.heads .head")
+    expect(cells).to_have_count(len(added))
+    largest = max(map(abs, added.values()))
+    shown = {cell.get_attribute("data-id"): cell for cell in cells.all()}
+    for node_id in list(added)[:4]:
+        text = f"{added[node_id]:+.{3 if largest < 0.1 else 2}f}".replace("-", "−")  # noqa: RUF001
+        expect(shown[node_id].locator(".number")).to_have_text(text)
+    best = max(added, key=lambda node_id: abs(added[node_id]))
+    deepest = tab.evaluate("""() => [...document.querySelectorAll('svg.heads .head rect')]
+      .reduce((a, b) => +a.getAttribute('fill-opacity') > +b.getAttribute('fill-opacity') ? a : b)
+      .parentElement.dataset.id""")
+    assert deepest == best
+    shown[best].click()
+    expect(tab.locator(".layer h2")).to_contain_text(f"Layer {page.node(best).layer} at")
+    expect(chip(tab, best)).to_be_in_viewport()
+    expect(tab.locator(f'.facts[data-node="{best}"]')).to_be_visible()
+
+
 def test_searching_finds_every_node_that_says_it(tab: Page, demo: Traced) -> None:
     opened(tab, demo)
     tab.keyboard.press("/")

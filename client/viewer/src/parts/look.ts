@@ -22,8 +22,12 @@ export function chipClass(
   marks: Marks,
   flipped = false,
 ): string {
-  if (!node) return 'chip empty'
-  const classes = ['chip', `bin-${binOf(node, graph, flipped)}`]
+  return node ? `chip bin-${binOf(node, graph, flipped)}${markClass(node, marks)}` : 'chip empty'
+}
+
+/** What marks a node, as classes behind others. */
+export function markClass(node: GraphNode, marks: Marks): string {
+  const classes = ['']
   if (node.id === marks.selected) classes.push('selected')
   if (marks.pinned.has(node.id)) classes.push('pinned')
   if (marks.found?.has(node.id)) classes.push('found')

@@ -13,6 +13,7 @@ export const KEYS = [
   ['p', 'pin the selected, or unpin it'],
   ['f', 'follow the path to the target'],
   ['/', 'search'],
+  ['h', 'heads or residual stream'],
   ['t', 'table or picture'],
   ['?', 'these keys'],
 ] as const
@@ -35,6 +36,7 @@ export function listenToKeys(graph: FlowGraph, state: TraceState, commands: Comm
     ']': () => to(strongestDestination(graph, selected())?.id),
     p: () => selected() && commands.pin(selected()),
     f: () => flip(state, 'path'),
+    h: () => state.set({ map: state.get('map') === 'heads' ? '' : 'heads' }),
     t: () => state.set({ view: state.get('view') === 'table' ? '' : 'table' }),
     '/': commands.search,
     '?': commands.help,

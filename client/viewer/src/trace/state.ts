@@ -4,6 +4,8 @@ import { HashState } from '../page/hash'
 export const TRACE_STATE = {
   /** Position whose story is told. */
   pos: '',
+  /** What stands above: the residual stream (''), or `heads`. */
+  map: '',
   /** Layers shown in detail: `3` or `2,3`. */
   layers: '',
   /** Id of the selected node. */
@@ -22,7 +24,7 @@ export const TRACE_STATE = {
   sign: '',
   /** 1 = the strongest path to the target is followed. */
   path: '',
-  /** Which view stands below the overview: flow, heads or table. */
+  /** Which view stands below the overview: the picture (''), or `table`. */
   view: '',
   theme: '',
 } as const

@@ -8,6 +8,11 @@ export interface Commands {
   help: () => void
 }
 
+const MAPS = [
+  ['', 'stream', 'Above: the residual stream, token by token'],
+  ['heads', 'heads', 'Above: all heads of the position, layer by layer'],
+] as const
+
 const KINDS = [
   ['attention', 'attention'],
   ['mlp', 'MLP'],
@@ -21,6 +26,10 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
   const path = toggle('Follow the path', 'The strongest way back from the target', () =>
     flip(state, 'path'),
   )
+  const maps = MAPS.map(([map, words, title]) => ({
+    map,
+    control: toggle(words, title, () => state.set({ map })),
+  }))
   const kinds = KINDS.map(([kind, words]) => ({
     kind,
     control: toggle(words, `Show or hide: ${words}`, () => flipIn(state, 'hide', kind)),
@@ -54,6 +63,7 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
   })
   bar.append(
     search,
+    element('span', { class: 'group' }, ...maps.map(({ control }) => control)),
     path,
     element('span', { class: 'group' }, ...kinds.map(({ control }) => control)),
     ...selects.map(({ control }) => control),
@@ -62,6 +72,7 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
   )
   return () => {
     if (document.activeElement !== search) search.value = state.get('q')
+    for (const { map, control } of maps) press(control, state.get('map') === map)
     press(path, state.get('path') !== '')
     for (const { kind, control } of kinds) press(control, !state.list('hide').includes(kind))
     for (const { key, control } of selects) control.value = state.get(key)

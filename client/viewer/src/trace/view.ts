@@ -12,6 +12,7 @@ import { Tooltip } from '../parts/tooltip'
 import { answerAppears } from './answer'
 import { Details } from './detail/details'
 import { fillHeader } from './header'
+import { HeadMatrix } from './heads/matrix'
 import { fillInspector } from './inspect'
 import { KEYS, listenToKeys } from './keys'
 import { Overview } from './overview/overview'
@@ -30,6 +31,7 @@ export class TraceView {
   readonly state = traceState()
   private readonly tooltip = new Tooltip()
   private readonly overview: Overview
+  private readonly heads: HeadMatrix
   private readonly details: Details
   private readonly updateToolbar: () => void
   private readonly heading = element('div', { class: 'heading' })
@@ -56,8 +58,15 @@ export class TraceView {
       pin: (id) => this.pin(id),
       toggleLayer: (layer) => this.toggleLayer(layer),
     })
+    this.heads = new HeadMatrix(this.graph, this.tooltip, {
+      open: (id) => {
+        this.select(id)
+        this.details.reveal(id)
+      },
+      pin: (id) => this.pin(id),
+    })
     this.details = new Details(this.graph, this.state, this.tooltip, commands)
-    parts.main.append(this.overview.element, this.details.element)
+    parts.main.append(this.overview.element, this.heads.element, this.details.element)
     listenToKeys(this.graph, this.state, commands)
     parts.aside.addEventListener('click', (event) => this.follow(event))
     this.heading.addEventListener('click', (event) => this.follow(event))
@@ -86,7 +95,9 @@ export class TraceView {
     const path = state.get('path') === '' ? undefined : pathToTarget(graph, position)
     const marks = this.marks(found, path)
     if (this.told.differs(position, graph.version)) fillHeader(this.heading, graph, position)
-    this.overview.draw(width, position, marks, this.layers())
+    const above = state.get('map') === 'heads' ? this.heads : this.overview
+    for (const map of [this.overview, this.heads]) map.element.hidden = map !== above
+    above.draw(width, position, marks, this.layers())
     this.details.draw(width, position, marks, this.layers())
     fillInspector(this.parts.aside, graph, state, { position, found, path })
     this.keepFocus()

@@ -45,6 +45,12 @@ export class Details {
     }
   }
 
+  /** Scrolls to a node's chip, if it is out of sight. */
+  reveal(id: string): void {
+    const chip = this.element.querySelector(`svg.detail .chip[data-id="${CSS.escape(id)}"]`)
+    chip?.scrollIntoView({ block: 'nearest', inline: 'nearest' })
+  }
+
   private table(position: number, layers: readonly number[]): HTMLElement {
     const nodes: GraphNode[] = []
     for (const node of this.graph.nodes.values()) {

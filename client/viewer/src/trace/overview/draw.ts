@@ -41,7 +41,7 @@ export function drawGrid(svg: Svg, grid: Grid): void {
   drawArcs(stratum(svg, 'arcs'), grid)
   drawCells(stratum(svg, 'cells'), grid)
   drawSteps(stratum(svg, 'steps'), grid)
-  drawRowLabels(stratum(svg, 'rows'), grid)
+  drawRowLabels(stratum(svg, 'rows'), at)
   drawAxis(stratum(svg, 'axis'), grid)
 }
 
@@ -246,7 +246,7 @@ function underline(
   }
 }
 
-function drawRowLabels(group: Group, { at }: Grid): void {
+export function drawRowLabels(group: Group, at: Layout): void {
   const every = Math.ceil(13 / (at.rows.length > 1 ? Math.abs(pitch(at)) : 13))
   group
     .selectAll('text')

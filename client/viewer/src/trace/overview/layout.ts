@@ -31,6 +31,7 @@ const AXIS = 38
 const GAP = 10
 const NARROWEST_LABEL = 58
 const WIDEST = 116
+const WIDEST_HEAD = 150
 const LENS = 10
 
 /** As many columns as positions, all labelled where they fit; else a lens around the selected. */
@@ -56,6 +57,32 @@ export function layout(
     width,
     height: TOP + layers.length * pitch + cellHeight + AXIS,
     panelX: Math.min(panelX, lastEdge(columns) + 26),
+  }
+}
+
+/** The same rows without the embedding, and a column for each head: higher, for there are no arcs. */
+export function headLayout(
+  heads: number,
+  layers: readonly number[],
+  width: number,
+  panelWidth: number,
+): Layout {
+  const pitch = rowPitch(layers.length)
+  const room = width - panelWidth - GUTTER - 18
+  const even = Math.min(WIDEST_HEAD, room / heads)
+  const columns = Array.from({ length: heads }, (_, position) => ({
+    position,
+    x: GUTTER + position * even,
+    width: even - Math.min(6, even * 0.15),
+    labelled: even >= NARROWEST_LABEL,
+  }))
+  return {
+    columns,
+    rows: layers.map((layer, i) => ({ layer, y: TOP + (layers.length - 1 - i) * pitch })),
+    cellHeight: pitch - Math.min(6, pitch * 0.15),
+    width,
+    height: TOP + layers.length * pitch + AXIS - 10,
+    panelX: Math.min(width - panelWidth, lastEdge(columns) + 26),
   }
 }
 

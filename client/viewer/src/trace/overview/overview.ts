@@ -18,7 +18,7 @@ interface Actions {
   toggleLayer: (layer: number) => void
 }
 
-const PANEL = 214
+export const PANEL = 214
 const LABELS = 44 // a click left of this is on a row's label
 
 /** The grid of all residuals with the panel beside it. */
