@@ -1,5 +1,6 @@
 // Norms as colours: cream to plum on a square-root scale, so that what is small is not all the same.
-// On dark paper the scale is turned over: in both the large stand out from the paper.
+// On dark paper the scale is turned over: in both the large stand out from the paper. The browser
+// takes the colour of its scheme, so that a change of theme, or paper, draws nothing anew.
 
 type Rgb = readonly [number, number, number]
 
@@ -18,21 +19,25 @@ const DARK: readonly Rgb[] = [
   [248, 220, 192],
 ]
 
+/** Colours in CSS, each one for light paper and one for dark. */
 export interface Paint {
   fill: string
   ink: string
 }
 
 /** The colour of a norm among others up to `largest`, and the ink that is readable on it. */
-export function normPaint(norm: number, largest: number, dark: boolean): Paint {
+export function normPaint(norm: number, largest: number): Paint {
   const part = largest > 0 ? Math.sqrt(Math.min(1, Math.max(0, norm / largest))) : 0
-  const colour = between(dark ? DARK : LIGHT, part)
-  return { fill: `rgb(${colour.join(' ')})`, ink: inkOn(colour) }
+  const [light, dark] = [between(LIGHT, part), between(DARK, part)]
+  return {
+    fill: `light-dark(rgb(${light.join(' ')}), rgb(${dark.join(' ')}))`,
+    ink: `light-dark(${inkOn(light)}, ${inkOn(dark)})`,
+  }
 }
 
 /** A few steps of the scale, for its legend. */
-export function normSteps(dark: boolean, count: number): string[] {
-  return Array.from({ length: count }, (_, i) => normPaint(i, count - 1, dark).fill)
+export function normSteps(count: number): string[] {
+  return Array.from({ length: count }, (_, i) => normPaint(i, count - 1).fill)
 }
 
 function between(stops: readonly Rgb[], part: number): Rgb {

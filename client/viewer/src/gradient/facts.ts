@@ -5,7 +5,7 @@ import { scoredList } from '../parts/inspector'
 import { count, measure, signed } from '../parts/numbers'
 import type { GradientModel } from './model'
 import { where } from './pictures'
-import type { Component } from './records'
+import { type Component, matrixName } from './records'
 import { type Place, placeId } from './state'
 
 export function fillFacts(
@@ -13,7 +13,7 @@ export function fillFacts(
   model: GradientModel,
   place: Place | undefined,
 ): void {
-  const found = place ? model.all(place.kind, place.layer, place.position) : []
+  const found = place ? model.all(place) : []
   if (!place || found.length === 0) {
     aside.replaceChildren(element('p', { class: 'quiet' }, 'Select a cell to read its component.'))
     return
@@ -32,12 +32,19 @@ function componentFacts(component: Component, model: GradientModel): HTMLElement
   ]
   facts.append(
     element('h2', {}, tokenText(face(component)?.token.label ?? '—')),
-    element('p', { class: 'where' }, where(component, model)),
+    whereLine(component, model),
     measures(component, model),
     ...lists.map(([title, list]) => scoredList(title, list, target)),
     otherSide(component),
   )
   return facts
+}
+
+/** Where it is, the token kept from turning what stands around it. */
+function whereLine({ matrix, position }: Component, model: GradientModel): HTMLElement {
+  const token = model.prompt[position]
+  const words = token ? [tokenText(token.label), ` (${position})`] : [`(${position})`]
+  return element('p', { class: 'where' }, `${matrixName(matrix)}, at `, ...words)
 }
 
 function listTitle(end: string, promoted: boolean, known: string): string {
@@ -106,7 +113,7 @@ export function glance(component: Component, model: GradientModel): Node[] {
     )
   const { reading } = component
   return [
-    element('p', { class: 'where' }, where(component, model)),
+    whereLine(component, model),
     line('▲', reading?.top ?? []),
     line('▼', reading?.bottom ?? []),
     element(
@@ -122,7 +129,7 @@ export function glance(component: Component, model: GradientModel): Node[] {
 /** The other matrices at the same layer and position. */
 function besides(model: GradientModel, place: Place): HTMLElement {
   const kinds = [...model.kinds('INPUT'), ...model.kinds('VJP')].filter((k) => k !== place.kind)
-  const others = kinds.flatMap((kind) => model.at(kind, place.layer, place.position) ?? [])
+  const others = kinds.flatMap((kind) => model.at({ ...place, kind }) ?? [])
   const list = element('section', { class: 'ways' })
   if (others.length > 0) list.append(element('h3', {}, 'Also here'))
   for (const other of others) {

@@ -1,18 +1,18 @@
 import { element, tokenText } from '../parts/dom'
 import { probability } from '../parts/numbers'
+import { promptText } from '../parts/prompt'
 import { provenanceLine } from '../parts/provenance'
 import type { GradientModel } from './model'
 
 /** The prompt, what is to be learnt, and which weights would learn it. */
-export function fillHeader(heading: HTMLElement, model: GradientModel): void {
-  const title = element(
-    'h1',
-    {},
-    ...model.prompt.map((token) => tokenText(token.label.replace(/^␣/, ' '))),
-    element('span', { class: 'arrow' }, ' ⇐ '),
-    ...model.targets.map((token) => tokenText(token.label)),
-  )
-  title.lastElementChild?.classList.add('answer')
+export function fillHeader(heading: HTMLElement, model: GradientModel, position: number): void {
+  const targets = model.targets.map((token) => {
+    const shown = tokenText(token.label)
+    shown.classList.add('answer')
+    return shown
+  })
+  const arrow = element('span', { class: 'arrow' }, ' ⇐ ')
+  const title = element('h1', {}, ...promptText(model.prompt, position), arrow, ...targets)
   heading.replaceChildren(title, story(model), provenanceLine(model.provenance, model.complete))
 }
 

@@ -2,7 +2,8 @@
 import { create, type Selection, select } from 'd3-selection'
 import type { Paint } from '../colour/norms'
 import { cut } from '../label/visible'
-import { fitting, type Group, type Svg, stratum } from '../parts/svg'
+import { CHARACTER, fitting, type Group, isNew, type Svg, stratum } from '../parts/svg'
+import { GUTTER } from '../trace/overview/layout'
 
 export interface HeatColumn {
   key: string
@@ -10,9 +11,18 @@ export interface HeatColumn {
   x: number
   width: number
   labelled: boolean
+  selected: boolean
+}
+
+export interface HeatRow {
+  key: string
+  label: string
+  selected: boolean
 }
 
 export interface Line {
+  /** Stands before the text and never moves, whichever way the text runs. */
+  mark: string
   text: string
   strong: boolean
 }
@@ -21,47 +31,77 @@ export interface HeatCell {
   /** What a click selects; '' for a cell that is only looked at. */
   id: string
   lines: Line[]
+  /** Small, in the upper corner, where there is room for it; '' = nothing. */
+  corner: string
   /** A class that colours it, or a colour and the ink on it. */
   paint: string | Paint
   sentence: string
   selected: boolean
+  /** Whether a search found it; undefined without a search. */
+  found: boolean | undefined
 }
 
 export interface HeatMap {
   columns: HeatColumn[]
   /** From the top. */
-  rows: { key: string; label: string }[]
+  rows: HeatRow[]
   cellHeight: number
   width: number
   cell: (row: string, column: string) => HeatCell | undefined
+}
+
+/** What the colours mean; `key` differs where it is to be drawn anew. */
+export interface Legend {
+  key: string
+  draw: (group: Group) => void
 }
 
 interface Placed {
   x: number
   y: number
   width: number
+  height: number
   labelled: boolean
   cell: HeatCell | undefined
 }
 
+type Chip = Selection<SVGGElement, unknown, null, undefined>
+
 const GAP = 4
 const TOP = 4
 const AXIS = 24
-const PAD = 7
+const LEGEND = 28
+const MARK = 10
+const ROOMY = 84 // px; narrower cells have their text nearer to the edge
 
 export function heatPicture(name: string): Svg {
   const made = create('svg').attr('class', 'picture heat').attr('role', 'group')
   return made.attr('aria-label', name) as unknown as Svg
 }
 
-export function drawHeatMap(svg: Svg, map: HeatMap): void {
-  const height = TOP + map.rows.length * (map.cellHeight + GAP)
-  svg.attr('width', map.width).attr('height', height + AXIS)
+/** Draws the map and, where there is one, its legend below. */
+export function drawHeatMap(svg: Svg, map: HeatMap, legend?: Legend): void {
+  const { columns, rows, cellHeight, width } = map
+  const axis = TOP + rows.length * (cellHeight + GAP)
+  const height = axis + AXIS + (legend ? LEGEND : 0)
+  if (isNew(svg.node() as Element, `${width} ${height}`)) {
+    svg.attr('width', width).attr('height', height)
+  }
   drawCells(stratum(svg, 'cells'), map)
-  drawRows(stratum(svg, 'rows'), map)
-  drawAxis(stratum(svg, 'axis'), map, height + 12)
+  drawPart(svg, 'rows', [rows, cellHeight], (group) => drawRows(group, map))
+  drawPart(svg, 'axis', [columns, axis], (group) => drawAxis(group, map, axis + 12))
+  if (!legend) return
+  drawPart(svg, 'legend', [legend.key, axis], (group) => {
+    legend.draw(group.attr('transform', `translate(${GUTTER},${axis + AXIS + 4})`))
+  })
 }
 
+function drawPart(svg: Svg, name: string, given: unknown, draw: (group: Group) => void): void {
+  const group = stratum(svg, name)
+  if (isNew(group.node() as Element, JSON.stringify(given))) draw(group)
+}
+
+/** Draws the cells that differ from what is drawn; of hundreds a selection changes two. */
 function drawCells(group: Group, map: HeatMap): void {
   group
     .selectAll<SVGGElement, Placed>('g.chip')
@@ -69,18 +109,18 @@ function drawCells(group: Group, map: HeatMap): void {
     .join((enter) => {
       const made = enter.append('g')
       made.append('rect')
-      made.append('text').attr('class', 'line-0')
-      made.append('text').attr('class', 'line-1')
+      for (const line of ['line-0', 'line-1']) {
+        const text = made.append('text').attr('class', line).attr('dominant-baseline', 'central')
+        text.append('tspan').attr('class', 'mark')
+        text.append('tspan').attr('class', 'body')
+      }
       return made
     })
-    .attr('class', (p) => chipClass(p.cell))
-    .attr('transform', (p) => `translate(${p.x},${p.y})`)
-    .attr('data-id', (p) => p.cell?.id || null)
-    .attr('tabindex', (p) => (p.cell?.id ? '-1' : null))
-    .attr('role', (p) => (p.cell ? (p.cell.id ? 'button' : 'img') : null))
-    .attr('aria-pressed', (p) => (p.cell?.id ? String(p.cell.selected) : null))
+    .filter(function (p) {
+      return isNew(this, JSON.stringify(p))
+    })
     .each(function (p) {
-      drawCell(select(this), p, map.cellHeight)
+      drawCell(select(this), p)
     })
 }
 
@@ -89,7 +129,8 @@ function placed(map: HeatMap): Placed[] {
     map.columns.map(({ key, x, width, labelled }) => ({
       x,
       y: TOP + i * (map.cellHeight + GAP),
-      width,
+      width: Math.max(1, width),
+      height: map.cellHeight,
       labelled,
       cell: map.cell(row.key, key),
     })),
@@ -98,40 +139,82 @@ function placed(map: HeatMap): Placed[] {
 
 function chipClass(cell: HeatCell | undefined): string {
   if (!cell) return 'chip empty'
-  const colour = typeof cell.paint === 'string' ? cell.paint : 'painted'
-  return `chip ${colour}${cell.selected ? ' selected' : ''}`
+  const classes = ['chip', typeof cell.paint === 'string' ? cell.paint : 'painted']
+  if (cell.selected) classes.push('selected')
+  if (cell.found !== undefined) classes.push(cell.found ? 'found' : 'dim')
+  return classes.join(' ')
 }
 
-function drawCell(
-  chip: Selection<SVGGElement, unknown, null, undefined>,
-  p: Placed,
-  height: number,
-): void {
-  const paint = p.cell && typeof p.cell.paint !== 'string' ? p.cell.paint : undefined
-  const lines = (p.labelled ? (p.cell?.lines ?? []) : []).map(({ text, strong }) => ({
-    text: cut(text, fitting(p.width - 2 * PAD)),
-    strong,
-  }))
-  // What is seen comes first: that is what a person says who speaks to the page.
-  const spoken = [...lines.map(({ text }) => text), p.cell?.sentence ?? '']
-  chip.attr('aria-label', p.cell ? spoken.join(' ').trim() : null)
+function drawCell(chip: Chip, p: Placed): void {
+  const { cell } = p
+  const paint = cell && typeof cell.paint !== 'string' ? cell.paint : undefined
+  const lines = p.labelled ? (cell?.lines ?? []) : []
+  placeCell(chip, p, lines)
   chip
-    .select('rect')
-    .attr('width', Math.max(1, p.width))
+    .attr('class', chipClass(cell))
+    .attr('data-id', cell?.id || null)
+    .attr('tabindex', cell?.id ? '-1' : null)
+    .attr('role', cell ? (cell.id ? 'button' : 'img') : null)
+    .attr('aria-pressed', cell?.id ? String(cell.selected) : null)
+  chip.select('rect').style('fill', paint?.fill ?? '')
+  const words = [0, 1].map((i) => drawLine(chip, p, lines[i], i))
+  drawCorner(chip, p)
+  chip.selectAll('text').style('fill', paint?.ink ?? '')
+  // What is seen comes first: that is what a person says who speaks to the page.
+  chip.attr('aria-label', cell ? [...words, cell.sentence].join(' ').trim() : null)
+}
+
+/** Moves a cell and what is in it; the browser lays out all of a cell that is told where it is. */
+function placeCell(chip: Chip, p: Placed, lines: readonly Line[]): void {
+  const { x, y, width, height } = p
+  const rect = chip.select('rect')
+  const marks = lines.map((line) => line.mark !== '')
+  if (!isNew(rect.node() as Element, [x, y, width, height, ...marks].join())) return
+  chip.attr('transform', `translate(${x},${y})`)
+  rect
+    .attr('width', width)
     .attr('height', height)
-    .attr('rx', Math.min(4, p.width / 4))
-    .style('fill', paint?.fill ?? '')
+    .attr('rx', Math.min(4, width / 4))
   for (const i of [0, 1]) {
-    const line = lines[i]
-    chip
-      .select(`text.line-${i}`)
-      .attr('x', PAD)
-      .attr('y', lines.length > 1 ? height * (0.29 + 0.44 * i) : height / 2)
-      .attr('dominant-baseline', 'central')
-      .style('fill', paint?.ink ?? '')
-      .style('font-weight', line?.strong ? '700' : '')
-      .text(line?.text ?? '')
+    const text = chip.select(`.line-${i}`)
+    text.attr('y', lines.length > 1 ? height * (0.29 + 0.44 * i) : height / 2)
+    text.select('.mark').attr('x', padding(width))
+    text.select('.body').attr('x', padding(width) + (marks[i] ? MARK : 0))
   }
+}
+
+/** Writes one line and gives back what of it is seen. */
+function drawLine(chip: Chip, p: Placed, line: Line | undefined, i: number): string {
+  const { mark = '', text = '', strong = false } = line ?? {}
+  const corner = i === 0 ? cornerOf(p).length * CHARACTER : 0
+  const room = p.width - 2 * padding(p.width) - (mark ? MARK : 0) - corner
+  const shown = cut(text, fitting(room))
+  const drawn = chip.select(`.line-${i}`).style('font-weight', strong ? '700' : '')
+  drawn.select('.mark').text(mark && `${mark} `)
+  drawn.select('.body').text(shown)
+  return mark ? `${mark} ${shown}` : shown
+}
+
+function padding(width: number): number {
+  return width < ROOMY ? 4 : 7
+}
+
+function cornerOf({ labelled, width, cell }: Placed): string {
+  return labelled && width >= ROOMY ? (cell?.corner ?? '') : ''
+}
+
+function drawCorner(chip: Chip, p: Placed): void {
+  const words = cornerOf(p)
+  chip
+    .selectAll('text.corner')
+    .data(words === '' ? [] : [words])
+    .join('text')
+    .attr('class', 'corner')
+    .attr('x', p.width - 5)
+    .attr('y', p.height > 30 ? p.height * 0.29 : p.height / 2)
+    .attr('text-anchor', 'end')
+    .attr('dominant-baseline', 'central')
+    .text((corner) => corner)
 }
 
 function drawRows(group: Group, map: HeatMap): void {
@@ -139,6 +222,7 @@ function drawRows(group: Group, map: HeatMap): void {
     .selectAll('text')
     .data(map.rows)
     .join('text')
+    .attr('class', (row) => (row.selected ? 'shown' : ''))
     .attr('x', 36)
     .attr('y', (_, i) => TOP + i * (map.cellHeight + GAP) + map.cellHeight / 2)
     .attr('text-anchor', 'end')
@@ -151,7 +235,8 @@ function drawAxis(group: Group, map: HeatMap, y: number): void {
     .selectAll('text')
     .data(map.columns.filter((column) => column.labelled))
     .join('text')
-    .attr('x', (column) => column.x + PAD)
+    .attr('class', (column) => (column.selected ? 'selected' : ''))
+    .attr('x', (column) => column.x + padding(column.width))
     .attr('y', y)
-    .text((column) => cut(column.label, fitting(column.width - PAD)))
+    .text((column) => cut(column.label, fitting(column.width - padding(column.width))))
 }

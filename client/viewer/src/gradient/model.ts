@@ -8,6 +8,7 @@ import type { ProjectionMessage, ProvenanceMessage } from '../contract/messages'
 import { number, type Reading, readingOf } from '../graph/nodes'
 import { type Token, TokenTable, tokenOf } from '../label/tokens'
 import { type Component, componentOf, type Matrix, matrixOf, neuronOf, singularOf } from './records'
+import { type Place, placeId } from './state'
 
 export interface Segment {
   segment: string
@@ -31,8 +32,12 @@ export class GradientModel {
   skipped: string[] = []
   segments: Segment[] = []
   complete = false
+  /** Grows with every message: what was drawn from an older version is out of date. */
+  version = 0
+  private readonly places = new Map<string, Component[]>()
 
   feed(message: GradientResponse): void {
+    this.version++
     if (message.header) this.begin(message.header)
     if (message.matrix) this.extend(message.matrix)
     if (message.summary) {
@@ -51,17 +56,22 @@ export class GradientModel {
     return this.matrices.filter((matrix) => matrix.kind === kind)
   }
 
-  /** What stands at a place; of several experts' components the largest. */
-  at(kind: string, layer: number, position: number): Component | undefined {
-    return this.all(kind, layer, position)[0]
+  /** The experts that a mixture routed to, ascending. */
+  experts(): number[] {
+    const known = new Set(this.matrices.flatMap(({ expert }) => expert ?? []))
+    return [...known].sort((a, b) => a - b)
+  }
+
+  /** What stands at a place; of several experts' components one's, or else the largest. */
+  at(place: Place, expert?: number): Component | undefined {
+    const found = this.all(place)
+    if (expert === undefined) return found[0]
+    return found.find(({ matrix }) => matrix.expert === undefined || matrix.expert === expert)
   }
 
   /** Every component at a place, largest first: several where a mixture routes to experts. */
-  all(kind: string, layer: number, position: number): Component[] {
-    return this.of(kind)
-      .filter((matrix) => matrix.layer === layer)
-      .flatMap((matrix) => matrix.components.filter((c) => c.position === position))
-      .sort((a, b) => b.size - a.size)
+  all(place: Place): readonly Component[] {
+    return this.places.get(placeId(place)) ?? []
   }
 
   /** The blocks of the picture, ascending; before all have come, as many as the model has. */
@@ -90,7 +100,7 @@ export class GradientModel {
       projection && readingOf(projection, this.tokens)
     const matrix = this.known(message)
     for (const part of message.components ?? []) {
-      matrix.components.push(componentOf(part, matrix, read))
+      this.put(componentOf(part, matrix, read))
     }
     matrix.spectrum.push(...(message.spectrum ?? []).map((s) => singularOf(s, read)))
     matrix.neurons.push(...(message.neurons ?? []).map((n) => neuronOf(n, read)))
@@ -99,6 +109,17 @@ export class GradientModel {
       const { relativeError, tolerance } = verification
       matrix.verification = { error: number(relativeError), tolerance: number(tolerance) }
     }
+  }
+
+  private put(component: Component): void {
+    const { matrix, position } = component
+    matrix.components.push(component)
+    const id = placeId({ layer: matrix.layer, position, kind: matrix.kind })
+    const others = this.places.get(id) ?? []
+    this.places.set(
+      id,
+      [...others, component].sort((a, b) => b.size - a.size),
+    )
   }
 
   /** The matrix that a message begins or continues. */

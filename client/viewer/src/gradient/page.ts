@@ -21,6 +21,7 @@ export async function gradientPage(): Promise<void> {
     if (isLive()) view.draw()
   }
   view.draw()
+  document.documentElement.dataset.ready = 'complete'
   await showPreviews(view)
 }
 

@@ -2,11 +2,13 @@
 import { choice } from '../parts/controls'
 import { element, tokenText } from '../parts/dom'
 import type { Svg } from '../parts/svg'
-import { drawHeatMap, heatPicture } from './heatmap'
-import { drawNormLegend } from './legend'
+import { drawHeatMap, type HeatMap, heatPicture, type Legend } from './heatmap'
+import { normLegend, rankLegend } from './legend'
 import type { GradientModel } from './model'
-import { factorMap, largestNorm, rankMap, segmentMap } from './pictures'
+import { factorMap, largestNorm, rankMap, type Shown, segmentMap } from './pictures'
 import type { GradientKey, GradientState } from './state'
+
+const BAR = 36 // px, of a panel's title
 
 interface Panel {
   box: HTMLElement
@@ -40,31 +42,24 @@ export class Pictures {
     return [this.kind('imprint'), this.kind('shift')].filter((kind) => kind !== '')
   }
 
-  draw(width: number, selected: string): void {
-    const target = Number(this.state.get('target') || 0)
-    const shown = { width, selected, ends: this.state.get('ends'), target }
+  draw(shown: Shown): void {
     this.drawFactors(this.shift, 'shift', 'shifts what it writes, δ', shown)
     this.drawFactors(this.imprint, 'imprint', 'is imprinted with what it reads, x', shown)
     this.drawRanks(shown)
-    this.drawSegments(width)
+    this.drawSegments(shown.width)
   }
 
-  private drawFactors(
-    panel: Panel,
-    key: 'imprint' | 'shift',
-    words: string,
-    shown: Parameters<typeof factorMap>[2],
-  ): void {
+  private drawFactors(panel: Panel, key: 'imprint' | 'shift', words: string, shown: Shown): void {
     const kind = this.kind(key)
     panel.box.hidden = kind === ''
     if (kind === '') return
     offer(panel.kinds, this.model.kinds(key === 'shift' ? 'VJP' : 'INPUT'), kind)
     panel.title.replaceChildren(`${kind} ${words}`)
-    drawHeatMap(panel.picture, factorMap(this.model, kind, shown))
-    drawNormLegend(panel.picture, largestNorm(this.model, kind))
+    const legend = normLegend(largestNorm(this.model, kind))
+    this.show(panel, factorMap(this.model, kind, shown), legend)
   }
 
-  private drawRanks(shown: Parameters<typeof rankMap>[2]): void {
+  private drawRanks(shown: Shown): void {
     const kind = this.rankKind()
     this.rank.box.hidden = kind === '' || this.model.targets.length === 0
     offer(this.rank.kinds, this.allKinds(), kind)
@@ -85,7 +80,7 @@ export class Pictures {
       String(shown.target),
       words.map(([, t]) => t),
     )
-    drawHeatMap(this.rank.picture, rankMap(this.model, kind, shown))
+    this.show(this.rank, rankMap(this.model, kind, shown), rankLegend())
   }
 
   private drawSegments(width: number): void {
@@ -97,7 +92,14 @@ export class Pictures {
     this.segments.title.replaceChildren(
       `${kind} by segment of the prompt: means of |δ| and of the target’s rank`,
     )
-    drawHeatMap(this.segments.picture, segmentMap(this.model, kind, width))
+    this.show(this.segments, segmentMap(this.model, kind, width))
+  }
+
+  private show(panel: Panel, map: HeatMap, legend?: Legend): void {
+    drawHeatMap(panel.picture, map, legend)
+    // As high as it is where the browser leaves it out, since it is out of sight.
+    const height = Number(panel.picture.attr('height')) + BAR
+    panel.box.style.containIntrinsicBlockSize = `${height}px`
   }
 
   private allKinds(): string[] {

@@ -1,14 +1,14 @@
 // The paper's pictures as heat maps: what a step imprints, which way it shifts, where the target is.
 import { rankBin } from '../colour/bins'
 import { normPaint } from '../colour/norms'
-import { isDark } from '../page/theme'
+import type { Token } from '../label/tokens'
 import { count, measure } from '../parts/numbers'
 import { at } from '../parts/words'
 import { columnsIn, GUTTER } from '../trace/overview/layout'
 import type { HeatCell, HeatColumn, HeatMap, Line } from './heatmap'
 import type { GradientModel, Segment } from './model'
-import type { Component } from './records'
-import { placeId } from './state'
+import { type Component, matrixName } from './records'
+import { placeId, placeOf } from './state'
 
 const SEGMENT = 144 // wide enough for the longest name
 
@@ -19,20 +19,23 @@ export interface Shown {
   ends: string
   /** Place of the target among the loss's. */
   target: number
+  /** Of a mixture; undefined = at every place the one of the largest component. */
+  expert: number | undefined
+  /** What is searched for. */
+  wanted: ((token: Token) => boolean) | undefined
 }
 
 /** Layers upward, positions along: both ends of each component's ranking, coloured by ||delta||. */
 export function factorMap(model: GradientModel, kind: string, shown: Shown): HeatMap {
   const largest = largestNorm(model, kind)
   return map(model, shown, shown.ends === '' ? 42 : 26, (layer, position) => {
-    const found = model.at(kind, layer, position)
+    const found = model.at({ layer, position, kind }, shown.expert)
     if (!found || found.size === 0) return undefined
     return {
-      id: placeId({ layer, position, kind }),
+      ...markedCell(found, shown),
       lines: linesOf(found, shown.ends),
-      paint: normPaint(found.vjpNorm, largest, isDark()),
+      paint: normPaint(found.vjpNorm, largest),
       sentence: sentence(found, model),
-      selected: shown.selected === placeId({ layer, position, kind }),
     }
   })
 }
@@ -40,18 +43,30 @@ export function factorMap(model: GradientModel, kind: string, shown: Shown): Hea
 /** The same places, each with the rank of the target in the component's reading. */
 export function rankMap(model: GradientModel, kind: string, shown: Shown): HeatMap {
   return map(model, shown, 24, (layer, position) => {
-    const found = model.at(kind, layer, position)
+    const found = model.at({ layer, position, kind }, shown.expert)
     const rank = found?.targetRanks[shown.target]
     if (!found || found.size === 0 || rank === undefined) return undefined
     const token = model.targets[shown.target]?.label ?? 'the target'
     return {
-      id: placeId({ layer, position, kind }),
-      lines: [{ text: count(rank), strong: rank === 0 }],
+      ...markedCell(found, shown),
+      lines: [{ mark: '', text: count(rank), strong: rank === 0 }],
       paint: `bin-${rankBin(rank, model.vocabulary)}`,
       sentence: `is the rank of ${token} in ${where(found, model)}`,
-      selected: shown.selected === placeId({ layer, position, kind }),
     }
   })
+}
+
+/** What every cell of a component has, whatever it says. */
+function markedCell(component: Component, { selected, wanted }: Shown) {
+  const { matrix, position, reading } = component
+  const id = placeId({ layer: matrix.layer, position, kind: matrix.kind })
+  const lists = [...(reading?.top ?? []), ...(reading?.bottom ?? [])]
+  return {
+    id,
+    corner: matrix.expert === undefined ? '' : `e${matrix.expert}`,
+    selected: selected === id,
+    found: wanted && lists.some(({ token }) => wanted(token)),
+  }
 }
 
 /** The paper's figures by segment: the mean norm, and below it the target's mean rank. */
@@ -65,11 +80,12 @@ export function segmentMap(model: GradientModel, kind: string, width: number): H
     x: GUTTER + i * SEGMENT,
     width: SEGMENT - 4,
     labelled: true,
+    selected: false,
   }))
   const layers = [...new Set(rows.map((row) => row.layer))].sort((a, b) => b - a)
   return {
     columns,
-    rows: layers.map((layer) => ({ key: String(layer), label: `L${layer}` })),
+    rows: layers.map((layer) => ({ key: String(layer), label: `L${layer}`, selected: false })),
     cellHeight: 40,
     width: Math.min(width, GUTTER + names.length * SEGMENT),
     cell: (layer, name) => {
@@ -85,12 +101,14 @@ function segmentCell(row: Segment, largest: number): HeatCell {
   return {
     id: '',
     lines: [
-      { text: `|δ| ${measure(row.norm)}`, strong: true },
-      { text: rank, strong: false },
+      { mark: '', text: `|δ| ${measure(row.norm)}`, strong: true },
+      { mark: '', text: rank, strong: false },
     ],
-    paint: normPaint(row.norm, largest, isDark()),
+    corner: '',
+    paint: normPaint(row.norm, largest),
     sentence: `means over layer ${row.layer}, ${words}`,
     selected: false,
+    found: undefined,
   }
 }
 
@@ -105,12 +123,13 @@ function map(
   cellHeight: number,
   cell: (layer: number, position: number) => HeatCell | undefined,
 ): HeatMap {
+  const chosen = placeOf(shown.selected)?.layer
   return {
     columns: columnsOf(model, shown),
     rows: model
       .layers()
       .reverse()
-      .map((layer) => ({ key: String(layer), label: `L${layer}` })),
+      .map((layer) => ({ key: String(layer), label: `L${layer}`, selected: layer === chosen })),
     cellHeight,
     width: shown.width,
     cell: (row, column) => cell(Number(row), Number(column)),
@@ -119,8 +138,8 @@ function map(
 
 /** As the trace's overview places them, so that both pages show a token at the same place. */
 function columnsOf(model: GradientModel, shown: Shown): HeatColumn[] {
-  const chosen = shown.selected.match(/\/p(\d+)/)?.[1]
-  const position = chosen === undefined ? model.prompt.length - 1 : Number(chosen)
+  const chosen = placeOf(shown.selected)?.position
+  const position = chosen ?? model.prompt.length - 1
   const columns = columnsIn(model.prompt.length, position, GUTTER, shown.width - GUTTER)
   return columns.map(({ position: at, x, width, labelled }) => ({
     key: String(at),
@@ -128,6 +147,7 @@ function columnsOf(model: GradientModel, shown: Shown): HeatColumn[] {
     x,
     width: labelled ? width + 6 : width,
     labelled,
+    selected: at === chosen,
   }))
 }
 
@@ -135,7 +155,8 @@ function columnsOf(model: GradientModel, shown: Shown): HeatColumn[] {
 function linesOf(component: Component, ends: string): Line[] {
   const { promoted } = component.matrix
   const line = (mark: string, end: 'TOP' | 'BOTTOM', text: string | undefined) => ({
-    text: `${mark} ${text ?? '—'}`,
+    mark,
+    text: text ?? '—',
     strong: promoted === end || (promoted === '' && end === 'TOP'),
   })
   const top = line('▲', 'TOP', component.reading?.top[0]?.token.label)
@@ -145,9 +166,7 @@ function linesOf(component: Component, ends: string): Line[] {
 
 /** `L3 FF2, at ␣of (7)`. */
 export function where(component: Component, model: GradientModel): string {
-  const { layer, kind, expert } = component.matrix
-  const owner = expert === undefined ? '' : ` expert ${expert}`
-  return `L${layer}${owner} ${kind}, at ${at(component.position, model.prompt)}`
+  return `${matrixName(component.matrix)}, at ${at(component.position, model.prompt)}`
 }
 
 /** What a cell's own words leave open: where it is and how much. */

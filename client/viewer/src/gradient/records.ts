@@ -54,6 +54,16 @@ export interface Matrix {
   verification: { error: number; tolerance: number } | undefined
 }
 
+/** `L3`, or `L3 expert 2`. */
+export function owner({ layer, expert }: Matrix): string {
+  return expert === undefined ? `L${layer}` : `L${layer} expert ${expert}`
+}
+
+/** `L3 FF2`, or `L3 expert 2 FF2`. */
+export function matrixName(matrix: Matrix): string {
+  return `${owner(matrix)} ${matrix.kind}`
+}
+
 export type Read = (projection?: ProjectionMessage) => Reading | undefined
 
 /** A matrix without its lists, which may come in several messages. */

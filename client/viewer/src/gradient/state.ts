@@ -12,6 +12,10 @@ export const GRADIENT_STATE = {
   target: '',
   /** Which ends of the rankings are shown: both, top or bottom. */
   ends: '',
+  /** Which expert of a mixture is shown; '' = at every place the one of the largest component. */
+  expert: '',
+  /** Text or token id searched for. */
+  q: '',
   /** The selected component, e.g. `L3/p7/FF2`. */
   sel: '',
   theme: '',

@@ -5,6 +5,7 @@ import { TokenTable } from '../label/tokens'
 import { element, tokenText } from '../parts/dom'
 import { measure, percent, probability } from '../parts/numbers'
 import type { GradientModel } from './model'
+import { type NeuronChange, owner, type Singular } from './records'
 
 const SHOWN = 3
 
@@ -47,14 +48,16 @@ export function neuronTable(model: GradientModel, kind: string): HTMLElement[] {
   const rows = model
     .of(kind)
     .flatMap((matrix) =>
-      matrix.neurons.map((neuron) => [
-        `L${matrix.layer}${matrix.expert === undefined ? '' : ` expert ${matrix.expert}`}`,
-        String(neuron.neuron),
-        measure(neuron.norm),
-        tokens(neuron.before),
-        tokens(neuron.change),
-        neuron.after ? tokens(neuron.after) : '—',
-      ]),
+      matrix.neurons
+        .filter(moved)
+        .map((neuron) => [
+          owner(matrix),
+          String(neuron.neuron),
+          measure(neuron.norm),
+          tokens(neuron.before),
+          tokens(neuron.change),
+          neuron.after ? tokens(neuron.after) : '—',
+        ]),
     )
   const row = kind === 'FF2' ? 'rows' : 'columns'
   return section(
@@ -65,17 +68,31 @@ export function neuronTable(model: GradientModel, kind: string): HTMLElement[] {
   )
 }
 
+/** An expert that the loss does not reach has a gradient of zeros, whose neurons stay. */
+function moved({ norm }: NeuronChange): boolean {
+  return norm > 0
+}
+
+/** Below this part of the whole a direction is what rounding left. */
+const ROUNDING = 1e-12
+
+function counts({ explained }: Singular): boolean {
+  return explained > ROUNDING
+}
+
 export function spectrumTable(model: GradientModel, kind: string): HTMLElement[] {
   const rows = model
     .of(kind)
     .flatMap((matrix) =>
-      matrix.spectrum.map((singular) => [
-        `L${matrix.layer}`,
-        measure(singular.value),
-        share(singular.explained),
-        tokens(singular.reading),
-        tokens(singular.reading, 'bottom'),
-      ]),
+      matrix.spectrum
+        .filter(counts)
+        .map((singular) => [
+          owner(matrix),
+          measure(singular.value),
+          share(singular.explained),
+          tokens(singular.reading),
+          tokens(singular.reading, 'bottom'),
+        ]),
     )
   return section(
     `Spectrum of ${kind}’s gradient`,

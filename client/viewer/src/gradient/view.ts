@@ -1,9 +1,10 @@
 import type { GradientResponse, PreviewEditResponse } from '../contract/gradient'
+import { matcher } from '../label/matcher'
 import { exportPage } from '../page/export'
 import type { Coordinates } from '../page/feed'
+import { Once } from '../page/once'
 import type { Shell } from '../page/shell'
 import { setTheme, type Theme } from '../page/theme'
-import { button, choice } from '../parts/controls'
 import { element } from '../parts/dom'
 import { rove } from '../parts/focus'
 import { helpDialog } from '../parts/help'
@@ -13,8 +14,10 @@ import { fillHeader } from './header'
 import { KEYS, listenToKeys } from './keys'
 import { GradientModel } from './model'
 import { Pictures } from './panels'
+import type { Shown } from './pictures'
 import { gradientState, placeId, placeOf } from './state'
 import { neuronTable, previewTable, spectrumTable, verificationLine } from './tables'
+import { toolbar } from './toolbar'
 
 /** A gradient on the screen; fed by a recorded stream or by a live one. */
 export class GradientView {
@@ -24,7 +27,12 @@ export class GradientView {
   private readonly heading = element('div', { class: 'heading' })
   private readonly tables = element('div', { class: 'details' })
   private readonly previews = element('div', { class: 'details' })
-  private readonly updates: (() => void)[] = []
+  private readonly updateToolbar: (experts: readonly number[]) => void
+  private readonly shownPreviews = new Map<string, HTMLElement>()
+  private readonly told = new Once()
+  private readonly facts = new Once()
+  private readonly listed = new Once()
+  private readonly widths = new Once()
 
   constructor(
     private readonly parts: Shell,
@@ -33,13 +41,23 @@ export class GradientView {
     this.pictures = new Pictures(this.model, this.state)
     parts.header.prepend(this.heading)
     parts.main.append(this.pictures.element, this.previews, this.tables)
-    this.fillToolbar()
+    const help = helpDialog(KEYS)
+    const commands = {
+      help: () => help.showModal(),
+      search: () => parts.toolbar.querySelector<HTMLInputElement>('.search')?.focus(),
+      exportAs: (format: string) => void exportPage(format, this.title, 'gradient'),
+    }
+    this.updateToolbar = toolbar(parts.toolbar, this.state, commands)
+    listenToKeys(this.state, commands)
+    this.hoverWith(new Tooltip())
     for (const part of [parts.main, parts.aside]) {
       part.addEventListener('click', (event) => this.follow(event))
     }
     this.state.subscribe(() => this.draw())
-    new ResizeObserver(() => this.draw()).observe(parts.main)
-    window.matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => this.draw())
+    // What is drawn changes the height, and that asks for no other drawing.
+    new ResizeObserver(() => {
+      if (this.widths.differs(parts.main.clientWidth)) this.draw()
+    }).observe(parts.main)
   }
 
   /** Takes one more message of the stream; call `draw` when it is to be seen. */
@@ -47,9 +65,13 @@ export class GradientView {
     this.model.feed(message)
   }
 
-  /** Shows what an edit would do. */
+  /** Shows what an edit would do; the same edit once, as it was previewed last. */
   preview(title: string, message: PreviewEditResponse): void {
-    this.previews.append(...previewTable(title, message))
+    const [made] = previewTable(title, message)
+    if (!made) return
+    this.shownPreviews.get(title)?.remove()
+    this.shownPreviews.set(title, made)
+    this.previews.append(made)
   }
 
   /** Selects what stands at the same place as something selected elsewhere. */
@@ -60,14 +82,36 @@ export class GradientView {
 
   draw(): void {
     setTheme(this.state.get('theme') as Theme)
-    for (const update of this.updates) update()
+    this.updateToolbar(this.model.experts())
     const width = this.parts.main.clientWidth
     if (this.model.prompt.length === 0 || width === 0) return
-    fillHeader(this.heading, this.model)
-    this.pictures.draw(width, this.selected())
-    fillFacts(this.parts.aside, this.model, placeOf(this.selected()))
+    const selected = this.selected()
+    const position = placeOf(selected)?.position ?? this.model.prompt.length - 1
+    if (this.told.differs(this.model.version, position)) {
+      fillHeader(this.heading, this.model, position)
+    }
+    this.pictures.draw(this.shown(width, selected))
+    this.drawFacts(selected)
     this.drawTables()
-    this.keepFocus()
+    this.keepFocus(selected)
+    if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
+  }
+
+  private shown(width: number, selected: string): Shown {
+    const { state } = this
+    return {
+      width,
+      selected,
+      ends: state.get('ends'),
+      target: Number(state.get('target') || 0),
+      expert: this.expert(),
+      wanted: matcher(state.get('q')),
+    }
+  }
+
+  private expert(): number | undefined {
+    const chosen = this.state.get('expert')
+    return chosen === '' ? undefined : Number(chosen)
   }
 
   /** The chosen component, else the largest one of the matrices that write. */
@@ -85,15 +129,21 @@ export class GradientView {
     this.pictures.element.addEventListener('pointermove', (event) => {
       const id = (event.target as Element).closest<SVGElement>('[data-id]')?.dataset.id
       const place = placeOf(id ?? '')
-      const found = place && this.model.at(place.kind, place.layer, place.position)
+      const found = place && this.model.at(place, this.expert())
       if (found) tooltip.show(glance(found, this.model), event.clientX, event.clientY)
       else tooltip.hide()
     })
     this.pictures.element.addEventListener('pointerleave', () => tooltip.hide())
   }
 
+  private drawFacts(selected: string): void {
+    if (!this.facts.differs(this.model.version, selected)) return
+    fillFacts(this.parts.aside, this.model, placeOf(selected))
+  }
+
   private drawTables(): void {
     const kinds = this.model.complete ? this.pictures.kinds() : []
+    if (!this.listed.differs(this.model.version, ...kinds)) return
     this.tables.replaceChildren(
       ...kinds.flatMap((kind) => neuronTable(this.model, kind)),
       ...kinds.flatMap((kind) => spectrumTable(this.model, kind)),
@@ -108,49 +158,10 @@ export class GradientView {
     this.parts.live.textContent = this.parts.aside.querySelector('.where')?.textContent ?? ''
   }
 
-  private keepFocus(): void {
-    const id = CSS.escape(this.selected())
+  private keepFocus(selected: string): void {
+    const id = CSS.escape(selected)
     for (const picture of this.parts.main.querySelectorAll('svg.picture')) {
       rove(picture, picture.querySelector(`[tabindex][data-id="${id}"]`) ?? undefined)
     }
   }
-
-  private fillToolbar(): void {
-    const help = helpDialog(KEYS)
-    this.hoverWith(new Tooltip())
-    listenToKeys(this.state, () => help.showModal())
-    const ends = choice('Ends', ENDS, (value) => this.state.set({ ends: value }))
-    const theme = choice('Theme', THEMES, (value) => this.state.set({ theme: value }))
-    const exporter = choice('Export', EXPORTS, (format) => {
-      void exportPage(format, this.title, 'gradient')
-      exporter.value = ''
-    })
-    this.updates.push(() => {
-      ends.value = this.state.get('ends')
-      theme.value = this.state.get('theme')
-    })
-    this.parts.toolbar.append(
-      ends,
-      theme,
-      exporter,
-      button('?', 'Keys', () => help.showModal()),
-    )
-  }
 }
-
-const ENDS = [
-  ['', '▲ top and ▼ bottom'],
-  ['top', '▲ top only'],
-  ['bottom', '▼ bottom only'],
-] as const
-const THEMES = [
-  ['', 'system'],
-  ['light', 'light'],
-  ['dark', 'dark'],
-] as const
-const EXPORTS = [
-  ['', 'export'],
-  ['json', 'JSON lines'],
-  ['svg', 'SVG'],
-  ['png', 'PNG'],
-] as const

@@ -35,7 +35,7 @@ export function standaloneSvg(pictures: readonly SVGSVGElement[], title: string)
   const width = Math.max(...pictures.map((p) => p.width.baseVal.value)) + 2 * margin
   let y = margin + 30
   const parts = pictures.map((picture) => {
-    const copy = picture.cloneNode(true) as SVGSVGElement
+    const copy = resolvedCopy(picture)
     copy.setAttribute('x', String(margin))
     copy.setAttribute('y', String(y))
     y += picture.height.baseVal.value + gap
@@ -51,6 +51,17 @@ export function standaloneSvg(pictures: readonly SVGSVGElement[], title: string)
     `<style>${resolvedStyle()}</style><rect width="100%" height="100%" fill="${resolvedColour('--paper')}"/>` +
     `${new XMLSerializer().serializeToString(heading)}${parts.join('')}</svg>`
   )
+}
+
+/** A copy whose own colours are those of the theme that is on. */
+function resolvedCopy(picture: SVGSVGElement): SVGSVGElement {
+  const copy = picture.cloneNode(true) as SVGSVGElement
+  const copies = copy.querySelectorAll<SVGElement>('[style]')
+  picture.querySelectorAll('[style]').forEach((original, i) => {
+    const style = copies[i]?.style
+    if (style?.fill) style.fill = getComputedStyle(original).fill
+  })
+  return copy
 }
 
 /** The pictures' style with every variable replaced by what it is now. */

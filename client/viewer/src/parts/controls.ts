@@ -29,3 +29,37 @@ export function choice(
   made.addEventListener('change', () => act(made.value))
   return made
 }
+
+/** Light, dark, or as the system has it. */
+export const THEMES = [
+  ['', 'system'],
+  ['light', 'light'],
+  ['dark', 'dark'],
+] as const
+
+const EXPORTS = [
+  ['', 'export'],
+  ['json', 'JSON lines'],
+  ['svg', 'SVG'],
+  ['png', 'PNG'],
+] as const
+
+/** A choice of a format that is done and forgotten. */
+export function exporter(exportAs: (format: string) => void): HTMLSelectElement {
+  const made = choice('Export', EXPORTS, (format) => {
+    exportAs(format)
+    made.value = ''
+  })
+  return made
+}
+
+export function searchBox(search: (query: string) => void): HTMLInputElement {
+  const made = element('input', {
+    type: 'search',
+    class: 'search',
+    placeholder: 'Where is … ?',
+    'aria-label': 'Search a token, or an id as #17',
+  })
+  made.addEventListener('input', () => search(made.value))
+  return made
+}

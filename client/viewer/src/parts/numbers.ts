@@ -22,7 +22,9 @@ export function count(value: number): string {
   return String(value).replace(/\B(?=(\d{3})+$)/g, '\u2009')
 }
 
-/** A norm: three digits, whatever its magnitude. */
+/** A norm: three digits, whatever its magnitude: `21.7`, `0.0526`, `6.05e-05`. */
 export function measure(value: number): string {
-  return Number.isFinite(value) ? String(Number(value.toPrecision(3))) : String(value)
+  if (!Number.isFinite(value) || value === 0) return String(value)
+  if (Math.abs(value) >= 1e-4) return String(Number(value.toPrecision(3)))
+  return String(Number(value.toPrecision(3)).toExponential()).replace(/-(\d)$/, '-0$1')
 }

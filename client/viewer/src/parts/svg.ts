@@ -39,3 +39,12 @@ export function classify<Datum>(svg: Svg, chosen: string, of: (datum: Datum) => 
     if (this.getAttribute('class') !== wanted) this.setAttribute('class', wanted)
   })
 }
+
+const drawn = new WeakMap<Element, string>()
+
+/** Whether an element is to be drawn differently than before; a browser lays out what is set anew. */
+export function isNew(element: Element, key: string): boolean {
+  if (drawn.get(element) === key) return false
+  drawn.set(element, key)
+  return true
+}

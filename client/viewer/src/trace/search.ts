@@ -1,6 +1,7 @@
 // "Where is Tokyo?": every node that has a token among its top or bottom ones.
 import type { FlowGraph } from '../graph/graph'
 import type { GraphNode } from '../graph/nodes'
+import { matcher } from '../label/matcher'
 import type { Token } from '../label/tokens'
 
 export interface Found {
@@ -11,7 +12,7 @@ export interface Found {
   place: number
 }
 
-/** What a text finds: a token's id as `#719`, else any token whose text contains it. */
+/** Every node that a query finds, with the first place where it does. */
 export function search(graph: FlowGraph, query: string): Found[] {
   const wanted = matcher(query)
   if (!wanted) return []
@@ -31,17 +32,4 @@ function placeIn(node: GraphNode, wanted: (token: Token) => boolean): Found | un
     if (token) return { node, token, end, place }
   }
   return undefined
-}
-
-function matcher(query: string): ((token: Token) => boolean) | undefined {
-  const id = query.match(/^#(\d+)$/)
-  if (id) return (token) => token.id === Number(id[1])
-  const text = query.trim().toLowerCase()
-  if (text === '') return undefined
-  const exactly = query.startsWith(' ') || query.startsWith('␣')
-  if (exactly) {
-    const label = `␣${text.replace(/^␣/, '')}`
-    return (token) => token.label.toLowerCase() === label
-  }
-  return (token) => token.label.toLowerCase().includes(text)
 }

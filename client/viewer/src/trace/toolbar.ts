@@ -1,4 +1,4 @@
-import { button, choice, press, toggle } from '../parts/controls'
+import { button, choice, exporter, press, searchBox, THEMES, toggle } from '../parts/controls'
 import { element } from '../parts/dom'
 import type { TraceKey, TraceState } from './state'
 
@@ -22,7 +22,7 @@ const KINDS = [
 
 /** Fills the toolbar; gives back what brings its controls in line with the state. */
 export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands): () => void {
-  const search = searchBox(state)
+  const search = searchBox((q) => state.set({ q }))
   const path = toggle('Follow the path', 'The strongest way back from the target', () =>
     flip(state, 'path'),
   )
@@ -51,23 +51,15 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
       ['', 'picture'],
       ['table', 'table'],
     ]),
-    select(state, 'theme', 'Theme', [
-      ['', 'system'],
-      ['light', 'light'],
-      ['dark', 'dark'],
-    ]),
+    select(state, 'theme', 'Theme', THEMES),
   ]
-  const exporter = choice('Export', EXPORTS, (format) => {
-    commands.exportAs(format)
-    exporter.value = ''
-  })
   bar.append(
     search,
     element('span', { class: 'group' }, ...maps.map(({ control }) => control)),
     path,
     element('span', { class: 'group' }, ...kinds.map(({ control }) => control)),
     ...selects.map(({ control }) => control),
-    exporter,
+    exporter(commands.exportAs),
     button('?', 'Keys', commands.help),
   )
   return () => {
@@ -77,24 +69,6 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
     for (const { kind, control } of kinds) press(control, !state.list('hide').includes(kind))
     for (const { key, control } of selects) control.value = state.get(key)
   }
-}
-
-const EXPORTS = [
-  ['', 'export'],
-  ['json', 'JSON lines'],
-  ['svg', 'SVG'],
-  ['png', 'PNG'],
-] as const
-
-function searchBox(state: TraceState): HTMLInputElement {
-  const search = element('input', {
-    type: 'search',
-    class: 'search',
-    placeholder: 'Where is … ?',
-    'aria-label': 'Search a token, or an id as #17',
-  })
-  search.addEventListener('input', () => state.set({ q: search.value }))
-  return search
 }
 
 function select(
