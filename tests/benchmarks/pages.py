@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import januslens
+from tests.benchmarks import gradient_pages
 from tests.pages.conftest import ELAPSED, FLAGS, PROMPT, Traced, chromium, traced
 from tests.pages.models import random_gpt2
 from tests.support.server import running_server
@@ -49,28 +50,34 @@ OBSERVE = """() => {
 def main() -> None:
     """Make the pages, measure them, print milliseconds."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        traces, gradients = pages(Path(folder))
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        table = Table("ms", "kB", "first drawing", *INTERACTIONS, *CLICKS, "hover")
-        for name, page in pages(Path(folder)).items():
+        table = Table("ms, trace", "kB", "first drawing", *INTERACTIONS, *CLICKS, "hover")
+        for name, page in traces.items():
             size = page.path.stat().st_size / 1e3
             row = [f"{value:.0f}" for value in (size, *measured(browser, page))]
             table.add_row(name, *row)
+        console = Console(width=180)
+        console.print(table)
+        console.print(gradient_pages.table(browser, gradients))
         browser.close()
-        Console(width=180).print(table)
 
 
-def pages(folder: Path) -> dict[str, Traced]:
-    """The traces of the tests, as pages."""
+def pages(folder: Path) -> tuple[dict[str, Traced], dict[str, Path]]:
+    """The pages of traces and of gradients."""
     model = random_gpt2(folder / "model")
     with running_server() as server, januslens.Client(server.address) as client:
         demo = traced(client, folder / "demo.html", PROMPT)
         wide = traced(client, folder / "wide.html", list(range(300, 320)), positions="all")
+        learnt = gradient_pages.demo(client, folder)
     with (
         running_server("--model", f"random={model}") as server,
         januslens.Client(server.address) as client,
     ):
         large = traced(client, folder / "large.html", list(range(300, 314)))
-    return {"demo": demo, "12 layers x 1": large, "4 layers x 20": wide}
+        deep = gradient_pages.large(client, folder)
+    traces = {"demo": demo, "12 layers x 1": large, "4 layers x 20": wide}
+    return traces, {"demo": learnt, "12 layers x 14": deep}
 
 
 def measured(browser: Browser, page: Traced) -> list[float]:

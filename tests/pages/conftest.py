@@ -12,8 +12,8 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Error, Page, Request, sync_playwright
 
 import januslens
-from tests.pages.models import HOSTILE, random_gpt2
-from tests.support.server import running_server
+from tests.pages.models import HOSTILE, random_gpt2, random_mixtral
+from tests.support.server import ServerProcess, running_server
 
 PROMPT = "The capital of Japan is the city of"
 # Milliseconds from a change of the page's state to the next frame.
@@ -116,12 +116,27 @@ def wide(server_address: str, tmp_path_factory: pytest.TempPathFactory) -> Trace
 
 
 @pytest.fixture(scope="session")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Traced:
+def random_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """Serves `random`, twelve layers deep with 50,257 tokens, and `mixture`, of experts."""
+    folder = tmp_path_factory.mktemp("random")
+    models = {
+        "random": random_gpt2(folder / "random"),
+        "mixture": random_mixtral(folder / "mixture"),
+    }
+    flags = [flag for name, path in models.items() for flag in ("--model", f"{name}={path}")]
+    with running_server(*flags) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def large(random_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Traced:
     """Twelve layers, 50,257 tokens, and a prompt of what could break a page."""
-    folder = random_gpt2(tmp_path_factory.mktemp("random") / "model")
-    with (
-        running_server("--model", f"random={folder}") as server,
-        januslens.Client(server.address) as client,
-    ):
-        prompt = [token.id for text in HOSTILE for token in client.tokenize(text)[:2]]
-        return traced(client, folder.parent / "large.html", prompt)
+    with januslens.Client(random_server.address) as client:
+        path = tmp_path_factory.mktemp("pages") / "large.html"
+        return traced(client, path, hostile_prompt(client), model="random")
+
+
+def hostile_prompt(client: januslens.Client) -> list[int]:
+    """Tokens of `random` that could break a page."""
+    texts = [client.tokenize(text, model="random")[:2] for text in HOSTILE]
+    return [token.id for tokens in texts for token in tokens]

@@ -1,13 +1,21 @@
-"""A model as deep and with as many tokens as GPT-2, but narrow: quick to run, as much to show."""
+"""Models as deep, and with as many tokens, as real ones, but narrow: quick to run."""
 
 from __future__ import annotations
 
 import random
+from functools import cache
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 LAYERS, VOCABULARY = 12, 50_257
 # What a page could be broken with: markup, right-to-left, zero-width, joined emoji, controls.
@@ -29,21 +37,42 @@ HOSTILE = [
 
 def random_gpt2(folder: Path) -> Path:
     """Save it with a tokenizer of made-up words, the hostile ones among them."""
-    tokenizer = _tokenizer()
     config = GPT2Config(
         vocab_size=VOCABULARY, n_layer=LAYERS, n_embd=48, n_head=12, n_positions=128
     )
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(config)
+    return _saved(GPT2LMHeadModel(config), "transformer.h", folder)
+
+
+def random_mixtral(folder: Path) -> Path:
+    """A mixture of four experts, two at each position; saved likewise."""
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        num_hidden_layers=3,
+        hidden_size=48,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    return _saved(MixtralForCausalLM(config), "model.layers", folder)
+
+
+def _saved(model: PreTrainedModel, blocks: str, folder: Path) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and name.startswith("transformer.h"):
+            if parameter.dim() >= 2 and name.startswith(blocks):
                 parameter.mul_(8)  # else every block does next to nothing
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=_tokenizer()).save_pretrained(folder)
     return folder
 
 
+@cache
 def _tokenizer() -> Tokenizer:
     """Byte-level BPE: all bytes, and the words by merges from the left."""
     drawn = random.Random(0)
