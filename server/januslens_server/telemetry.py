@@ -35,7 +35,7 @@ REJECTED = Counter(
     "januslens_rejected", "RPCs that the service ended with an error, by its reason.", ["reason"]
 )
 QUEUE_DEPTH = Gauge("januslens_queue_depth", "Requests that wait for their first turn.")
-IN_FLIGHT = Gauge("januslens_in_flight", "Requests that compute or wait for their readers.")
+IN_FLIGHT = Gauge("januslens_in_flight", "Requests that have started and not ended.")
 QUEUE_SECONDS = Histogram(
     "januslens_queue_seconds",
     "Seconds from a request's admission to its first turn on the device.",

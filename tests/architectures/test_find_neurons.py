@@ -15,6 +15,7 @@ from januslens_server.results import FoundNeurons
 from januslens_server.specs import FindNeuronsSpec
 from tests.architectures.cases import MEASURED, Case
 from tests.architectures.tiny_models import plain, resident
+from tests.support.results import only
 
 TOKEN = 7
 EVERY_ONE = 10**6
@@ -89,8 +90,7 @@ def test_they_come_by_rank_then_by_logit(case: Case, suppressed: bool) -> None:
 
 def search(case: Case, suppressed: bool) -> FoundNeurons:
     spec = FindNeuronsSpec((TOKEN,), suppressed, layers=(), start=0, count=EVERY_ONE)
-    (found,) = find_neurons(resident(case), spec, lambda: None)
-    return found
+    return only(find_neurons(resident(case), spec, lambda: None))
 
 
 def places(found: FoundNeurons) -> list[Place]:

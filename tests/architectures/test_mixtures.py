@@ -36,6 +36,7 @@ from januslens_server.specs import (
 )
 from tests.architectures.cases import MIXTURES, Case
 from tests.architectures.tiny_models import plain, resident
+from tests.support.results import only
 
 TARGET = 7
 every_case = pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.id)
@@ -205,7 +206,7 @@ def test_a_descent_step_on_experts_is_what_sgd_on_a_copy_does(case: Case) -> Non
                 parameter.sub_(rate * parameter.grad)
         before, after = next_token(plain(case), case), next_token(edited, case)
     spec = PreviewEditSpec(tuple(case.prompt), (TARGET,), DescentStep((), (), rate))
-    (preview,) = preview_edit(resident(case), spec, lambda: None)
+    preview = only(preview_edit(resident(case), spec, lambda: None))
     effect = preview.edited
     assert effect.probability_before == pytest.approx(before[TARGET].exp().item(), rel=1e-5)
     assert effect.probability_after == pytest.approx(after[TARGET].exp().item(), rel=1e-5)
@@ -232,5 +233,5 @@ def test_a_forward_shift_needs_the_one_ff2_of_a_layer() -> None:
 def test_edits_of_a_mixtures_attention_are_served() -> None:
     attention = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)
     spec = PreviewEditSpec((1, 2, 3), (TARGET,), DescentStep(attention, (), 0.05))
-    (result,) = preview_edit(resident(MIXTURES[0]), spec, lambda: None)
+    result = only(preview_edit(resident(MIXTURES[0]), spec, lambda: None))
     assert result.edited.probability_after > result.edited.probability_before

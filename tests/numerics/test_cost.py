@@ -14,6 +14,7 @@ from januslens_server.models.loading import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.cost import Pace, Spec, demand_of, measured_pace
+from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
@@ -22,6 +23,7 @@ from januslens_server.results import LayerGraph, MatrixKind, NodeKind
 from januslens_server.rpc.encode import GradientLensEncoder, TraceEncoder
 from januslens_server.specs import (
     DescentStep,
+    FindNeuronsSpec,
     GradientLensSpec,
     LensSpec,
     NegativeLogLikelihood,
@@ -33,10 +35,10 @@ from januslens_server.specs import (
 )
 from tests.architectures.cases import MEASURED, Case
 from tests.architectures.tiny_models import resident
-from tests.support.measured_work import operations, peak_memory, processor_seconds
+from tests.support.measured_work import held_memory, operations, peak_memory, processor_seconds
 
 # How far above the truth an upper bound may be, and how far off the seconds.
-LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 6.0}
+LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 6.0, "held": 8.0}
 SECONDS = 3.0
 
 
@@ -89,8 +91,12 @@ def pace(model: ResidentModel) -> Pace:
     return measured_pace(model, time.thread_time)
 
 
+def steps(model: ResidentModel, spec: Spec) -> Iterator[Any]:
+    return PIPELINES[type(spec)](model, spec, lambda: None)
+
+
 def run(model: ResidentModel, spec: Spec) -> list[Any]:
-    return list(PIPELINES[type(spec)](model, spec, lambda: None))
+    return list(steps(model, spec))
 
 
 def streamed(model: ResidentModel, spec: Spec) -> int:
@@ -108,6 +114,7 @@ def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
     demand = demand_of(model, spec)
     found = {
         "memory": demand.memory / peak_memory(lambda: run(model, spec)),
+        "held": demand.held / held_memory(steps(model, spec)),
         "stream": demand.stream / streamed(model, spec),
     }
     # torch's counter cannot follow a backward pass through experts.
@@ -134,6 +141,18 @@ def test_seconds_are_near_the_processors_own(model: ResidentModel, pace: Pace, n
     assert 1 / SECONDS <= pace.seconds(demand_of(model, spec)) / taken <= SECONDS
 
 
+def test_what_a_search_for_neurons_holds_between_chunks_is_bounded() -> None:
+    model = load(embedded_source())
+    lens = replace(model.view.lens, chunk_bytes=100 * 4 * model.view.facts.vocab_size)
+    model = replace(model, view=replace(model.view, lens=lens))
+    model.neurons.layer(0)  # buffers that all requests share are there from now on
+    spec = FindNeuronsSpec((9,), suppressed=False, layers=(1,), start=0, count=5)
+    demand = demand_of(model, spec)
+    held = held_memory(find_neurons(model, spec, lambda: None))
+    assert 1 <= demand.held / held <= LOOSEST["held"]
+    assert demand.held <= demand.memory
+
+
 def test_answers_of_one_message_are_estimated_too() -> None:
     model = load(embedded_source())
     pace = measured_pace(model, time.thread_time)
@@ -144,5 +163,7 @@ def test_answers_of_one_message_are_estimated_too() -> None:
         demand = demand_of(model, spec)
         memory = peak_memory(lambda spec=spec: run(model, spec))  # type: ignore[misc]  # bound now
         assert 1 <= demand.memory / memory <= LOOSEST["memory"]
+        if isinstance(spec, PreviewEditSpec):  # the other is a single step
+            assert 1 <= demand.held / held_memory(steps(model, spec)) <= LOOSEST["held"]
         taken = processor_seconds(lambda spec=spec: run(model, spec))  # type: ignore[misc]
         assert 1 / SECONDS <= pace.seconds(demand) / taken <= SECONDS

@@ -24,6 +24,7 @@ from januslens_server.specs import (
     PreviewEditSpec,
     Probe,
 )
+from tests.support.results import only
 
 LAST_LAYER = 3
 ETA = 0.15
@@ -96,7 +97,7 @@ def test_the_forward_shift_edits_one_fact_and_spares_others(
             ForwardShift(LAST_LAYER, ETA),
             (Probe("another relation", other.prompt.text, None),),
         )
-        (preview,) = preview_edit(demo, spec, lambda: None)
+        preview = only(preview_edit(demo, spec, lambda: None))
         worked.append(preview.edited.rank_after == 0)
         (probe,) = preview.probes
         spared.append(probe.predicted_before == probe.predicted_after)

@@ -15,13 +15,13 @@ from januslens_server.results import EditPreview, Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec, Probe
 from tests.support.reference_examples import EXAMPLES, prompt
 from tests.support.reference_loaded import LoadExample
+from tests.support.results import only
 
 ATTENTION = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)
 
 
 def preview(resident: ResidentModel, spec: PreviewEditSpec) -> EditPreview:
-    (result,) = preview_edit(resident, spec, lambda: None)
-    return result
+    return only(preview_edit(resident, spec, lambda: None))
 
 
 def next_token(network: Any, ids: list[int]) -> Tensor:

@@ -20,6 +20,7 @@ from tests.support.reference_loaded import Loaded
 from tests.support.reference_trace import expected_graph
 from tests.support.reference_visit import VisitErrors, compare_nodes, spec_of
 from tests.support.reference_visit_edges import compare_edges
+from tests.support.results import only
 
 VISIT, BACKWARD, SHIFT = (names(GOLDENS, kind) for kind in ("visit", "backward", "shift"))
 ATTENTION = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)
@@ -115,5 +116,4 @@ def test_recorded_forward_shift(name: str, load_model: LoadModel) -> None:
 
 
 def effect_of(loaded: Loaded, spec: PreviewEditSpec) -> Effect:
-    (preview,) = preview_edit(loaded.resident, spec, lambda: None)
-    return preview.edited
+    return only(preview_edit(loaded.resident, spec, lambda: None)).edited

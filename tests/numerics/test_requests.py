@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from januslens_server.errors import InvalidRequest
-from januslens_server.results import LayerGraph, NodeKind, TraceSummary
+from januslens_server.results import LayerGraph, NodeKind
 from januslens_server.specs import LensSpec, Selection, TraceSpec
 from tests.support.reference_collect import Traced, run_trace
 from tests.support.reference_examples import CONTEXT, EXAMPLES, prompt
 from tests.support.reference_loaded import LoadExample
+from tests.support.results import same
 
 LENGTH = 8
 SMALL = Selection(heads=2, memory_values_per_head=2, top_neurons=3, bottom_neurons=2)
-
-
-def same(a: Any, b: Any) -> bool:
-    """Bit by bit; NaN equals NaN. Times are what a run took, not what it found."""
-    if isinstance(a, np.ndarray):
-        return bool(a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
-    if isinstance(a, TraceSummary):
-        a, b = replace(a, times=()), replace(b, times=())
-    if is_dataclass(a):
-        return all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))
-    if isinstance(a, Sequence) and not isinstance(a, str | bytes):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
 
 
 def spec_of(ids: Sequence[int], **changes: Any) -> TraceSpec:

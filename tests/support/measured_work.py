@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,8 +34,13 @@ class PeakMemory(TorchDispatchMode):
             if key not in known and key not in self._alive:
                 self._alive[key] = storage.nbytes()
                 weakref.finalize(storage, self._alive.pop, key, None)
-        self.peak = max(self.peak, sum(self._alive.values()))
+        self.peak = max(self.peak, self.alive)
         return output
+
+    @property
+    def alive(self) -> int:
+        """At this moment."""
+        return sum(self._alive.values())
 
     @staticmethod
     def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
@@ -49,6 +54,15 @@ def peak_memory(run: Callable[[], object]) -> int:
         run()
     peak: int = memory.peak
     return peak
+
+
+def held_memory(steps: Iterator[object]) -> int:
+    """Bytes that were alive between two steps at their highest."""
+    held = 0
+    with PeakMemory() as memory:
+        for _ in steps:
+            held = max(held, memory.alive)
+    return held
 
 
 def operations(run: Callable[[], object]) -> float:

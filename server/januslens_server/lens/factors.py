@@ -31,6 +31,7 @@ def frobenius_norm(inputs: torch.Tensor, vjps: torch.Tensor) -> float:
 def largest_entries(vectors: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Indices and values `[n, count]` of each row's largest entries by absolute value."""
     order = vectors.abs().sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    order = order.clone()  # a view would keep all of the order in memory
     return order, vectors.gather(1, order)
 
 

@@ -6,7 +6,7 @@ the answer to "which neurons write this token" is then a search among small inte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,26 +84,28 @@ def index_rows(
     head: LensHead,
     matrices: Iterable[torch.Tensor],
     depth: int,
-    checkpoint: Callable[[], None],
-) -> RowIndex:
+) -> Generator[None, None, RowIndex]:
     """Read the rows of `matrices` `[rows, d_model]`, one after the other, `depth` tokens deep.
 
-    `checkpoint` is called before every chunk and may raise to stop.
+    Yields after every chunk, and returns the index.
     """
     spec = LensSpec(top_k=depth, bottom_k=depth)
     chunks = []
     for vectors in _chunks(matrices, rows_at_once(head)):
-        checkpoint()
-        here = vectors.to(head.unembedding.device)
-        targets = torch.empty(len(here), 0, dtype=torch.long, device=here.device)
-        readings = list(read_vectors(head, here, spec, targets))
-        chunks.append(_kept((here != 0).any(-1), readings))
+        chunks.append(_read(head, vectors.to(head.unembedding.device), spec))
+        yield
     return _joined(chunks)
 
 
 def _chunks(matrices: Iterable[torch.Tensor], rows: int) -> Iterator[torch.Tensor]:
     for matrix in matrices:
         yield from matrix.split(rows)
+
+
+def _read(head: LensHead, vectors: torch.Tensor, spec: LensSpec) -> RowIndex:
+    targets = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
+    readings = list(read_vectors(head, vectors, spec, targets))
+    return _kept((vectors != 0).any(-1), readings)
 
 
 def _kept(projected: torch.Tensor, parts: list[Readings]) -> RowIndex:

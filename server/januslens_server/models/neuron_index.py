@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -24,7 +25,7 @@ VERSION = "1"
 class NeuronIndex:
     """The value rows of every layer (FF2's, of experts too), each layer read when it is needed.
 
-    Not for two threads at a time.
+    For one thread at a time.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class NeuronIndex:
         self._about = _description(view, provenance)
         self._cache = cache
         self._layers: dict[int, RowIndex] = {}
+        self._underway: WeakValueDictionary[int, Iterator[None]] = WeakValueDictionary()
 
     @property
     def depth(self) -> int:
@@ -45,25 +47,41 @@ class NeuronIndex:
         """How many of the layers have not been read yet."""
         return sum(layer not in self._layers for layer in layers)
 
-    def layer(self, layer: int, checkpoint: Callable[[], None]) -> RowIndex:
-        """The rows of one layer in order, of a mixture expert by expert.
-
-        `checkpoint` is called while they are read, and may raise to stop.
-        """
-        if layer not in self._layers:
-            self._layers[layer] = self._kept(layer) or self._read(layer, checkpoint)
+    def layer(self, layer: int) -> RowIndex:
+        """The rows of one layer in order, of a mixture expert by expert."""
+        for _ in self.reading(layer):
+            pass
         return self._layers[layer]
+
+    def reading(self, layer: int) -> Generator[None]:
+        """Read a layer if nobody has, and yield after every chunk of it.
+
+        Requests that take turns read a layer together, each chunk once; when all of them have been
+        closed before its end, what they read of it is lost.
+        """
+        while layer not in self._layers:
+            reading = self._underway.get(layer)
+            if reading is None:
+                reading = self._underway[layer] = self._read(layer)
+            next(reading, None)
+            yield
 
     def _kept(self, layer: int) -> RowIndex | None:
         tensors = None if self._cache is None else self._cache.read(self._named(layer))
         return None if tensors is None else RowIndex(**tensors)
 
-    def _read(self, layer: int, checkpoint: Callable[[], None]) -> RowIndex:
-        matrices = _value_rows(self._view.blocks[layer])
-        index = index_rows(self._view.lens, matrices, self.depth, checkpoint)
-        if self._cache is not None:
-            self._cache.write(self._named(layer), dict(vars(index)))
-        return index
+    def _read(self, layer: int) -> Iterator[None]:
+        """Bring a layer in: from the cache at once, else chunk by chunk."""
+        try:
+            index = self._kept(layer)
+            if index is None:
+                matrices = _value_rows(self._view.blocks[layer])
+                index = yield from index_rows(self._view.lens, matrices, self.depth)
+                if self._cache is not None:
+                    self._cache.write(self._named(layer), dict(vars(index)))
+            self._layers[layer] = index
+        finally:
+            self._underway.pop(layer, None)  # one that failed is begun anew
 
     def _named(self, layer: int) -> Mapping[str, str]:
         return self._about | {"layer": str(layer), "depth": str(self.depth)}
@@ -77,12 +95,12 @@ def _depth(facts: ModelFacts) -> int:
 
 
 def _value_rows(block: Block) -> Iterator[torch.Tensor]:
-    """FF2 `[d_mlp, d_model]` in float32, of a mixture every expert's."""
+    """FF2 `[d_mlp, d_model]`, of a mixture every expert's."""
     matrix = block.matrices[MatrixKind.FF2]
     stored = matrix.parameter()
     experts = range(stored.shape[0]) if stored.dim() == 3 else [None]
     for expert in experts:
-        yield matrix.rows_of(stored, expert).float()
+        yield matrix.rows_of(stored, expert)
 
 
 def _description(view: ModelView, provenance: Provenance) -> dict[str, str]:

@@ -31,16 +31,18 @@ class _Hits(NamedTuple):
 
 
 def find_neurons(
-    model: ResidentModel, spec: FindNeuronsSpec, checkpoint: Checkpoint
-) -> Iterator[FoundNeurons]:
-    """Yield one page.
+    model: ResidentModel, spec: FindNeuronsSpec, _checkpoint: Checkpoint
+) -> Iterator[FoundNeurons | None]:
+    """Yield one page, and before it None while layers are read for the first time.
 
     Raises `InvalidRequest` for a token or layers that this model has not, or a page that is not
-    there, and whatever `checkpoint` raises while layers are read for the first time.
+    there.
     """
     token = read_single_target(model, spec.token, "token")
     layers = read_layers(model, spec.layers)
-    hits = _joined([_of_layer(model, n, token, spec.suppressed, checkpoint) for n in layers])
+    for layer in layers:
+        yield from model.neurons.reading(layer)
+    hits = _joined([_of_layer(model, layer, token, spec.suppressed) for layer in layers])
     if spec.start and spec.start >= len(hits.ranks):
         raise InvalidRequest("page_token", "expected the token of an earlier answer")
     page = _order(hits, spec.suppressed)[spec.start : spec.start + spec.count]
@@ -67,14 +69,12 @@ def find_neurons(
 def read_all_neurons(model: ResidentModel) -> None:
     """Read what is otherwise read by the first request that asks for it."""
     for layer in range(model.view.facts.n_layers):
-        model.neurons.layer(layer, lambda: None)
+        model.neurons.layer(layer)
 
 
-def _of_layer(
-    model: ResidentModel, layer: int, token: int, suppressed: bool, checkpoint: Checkpoint
-) -> _Hits:
+def _of_layer(model: ResidentModel, layer: int, token: int, suppressed: bool) -> _Hits:
     facts = model.view.facts
-    index = model.neurons.layer(layer, checkpoint)
+    index = model.neurons.layer(layer)
     listed = index.listing(token, suppressed=suppressed)
     rows = listed.rows.numpy()
     layers, none = np.full_like(rows, layer), np.full_like(rows, -1)

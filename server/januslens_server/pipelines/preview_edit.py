@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from januslens_server.capture import LowRank, capturing, overlaid
+from januslens_server.capture import LowRank, Overlay, capturing, overlaid
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.capture.taps import rows
 from januslens_server.errors import InvalidRequest, NotFinite
@@ -36,8 +36,8 @@ class _Watched:
 
 def preview_edit(
     model: ResidentModel, spec: PreviewEditSpec, checkpoint: Checkpoint
-) -> Iterator[EditPreview]:
-    """Yield the edit's effect on its own prompt and on every probe.
+) -> Iterator[EditPreview | None]:
+    """Yield the edit's effect on its own prompt and on every probe, and before it None.
 
     Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed,
     and for an edit so large that the model's logits are no numbers any more.
@@ -46,26 +46,44 @@ def preview_edit(
     prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
     ids = tuple(token.id for token in prompt)
     watched = [_Watched("", ids, targets[0]), *_probes(model, spec, targets[0])]
-    before = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
+    before = yield from _read(model, watched, (), checkpoint)
     changes = _changes(model, spec, ids, targets, checkpoint)
-    with overlaid(overlays_of(model.view, changes)):
-        after = _edited(model, spec, watched, checkpoint)
+    after = yield from _edited(model, spec, watched, overlays_of(model.view, changes), checkpoint)
     edited, *probes = map(_effect, watched, before, after)
     yield EditPreview(edited, probes, model.provenance)
 
 
 def _edited(
-    model: ResidentModel, spec: PreviewEditSpec, watched: Sequence[_Watched], checkpoint: Checkpoint
-) -> list[torch.Tensor]:
+    model: ResidentModel,
+    spec: PreviewEditSpec,
+    watched: Sequence[_Watched],
+    overlays: Sequence[Overlay],
+    checkpoint: Checkpoint,
+) -> Generator[None, None, list[torch.Tensor]]:
     """Every prompt's log-probabilities under the edit; it is the edit's fault if one has none."""
     field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
     larger = InvalidRequest(field, "expected an edit that leaves finite logits, got a larger one")
     try:
-        rows = [_log_probabilities(model, prompt.ids, checkpoint) for prompt in watched]
+        rows = yield from _read(model, watched, overlays, checkpoint)
     except NotFinite as error:
         raise larger from error
     if not all(bool(row.isfinite().all()) for row in rows):
         raise larger
+    return rows
+
+
+def _read(
+    model: ResidentModel,
+    watched: Sequence[_Watched],
+    overlays: Sequence[Overlay],
+    checkpoint: Checkpoint,
+) -> Generator[None, None, list[torch.Tensor]]:
+    """Every prompt's log-probabilities; the overlays are on during its pass alone."""
+    rows = []
+    for prompt in watched:
+        with overlaid(overlays):
+            rows.append(_log_probabilities(model, prompt.ids, checkpoint))
+        yield
     return rows
 
 

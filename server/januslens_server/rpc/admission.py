@@ -64,7 +64,7 @@ class Admission:
         """As `admit`, whatever the limits."""
         demand = await asyncio.to_thread(demand_of, model, spec)
         seconds = self._paces[model.name].seconds(demand) * self._corrections[_key(model, spec)]
-        return Estimate(demand, Cost(seconds, demand.memory, demand.stream))
+        return Estimate(demand, Cost(seconds, demand.memory, demand.stream, demand.held))
 
     def exceeded(self, cost: Cost) -> Iterator[LimitExceeded]:
         """The limits that it is above."""

@@ -28,6 +28,7 @@ from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.trace import trace
+from januslens_server.results import GradientEvent, TraceEvent
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission
 from januslens_server.rpc.callers import Context, asking
@@ -50,7 +51,7 @@ from januslens_server.specs import GradientLensSpec, TraceSpec
 
 Result = TypeVar("Result")
 SpecT = TypeVar("SpecT", bound=Spec)
-Pipeline = Callable[[ResidentModel, SpecT, Checkpoint], Iterator[Result]]
+Pipeline = Callable[[ResidentModel, SpecT, Checkpoint], Iterator[Result | None]]
 
 
 class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
@@ -123,7 +124,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("Trace", context) as call:
             model, spec = self._traced(request)
             encoder = TraceEncoder(call.request_id, model.vocabulary.token)
-            await self._device.write(self._run(call, model, spec, trace), encoder.encode, call)
+            results: AsyncGenerator[TraceEvent] = self._run(call, model, spec, trace)
+            await self._device.write(results, encoder.encode, call)
 
     async def GradientLens(  # type: ignore[override]  # as above
         self, request: gradient_lens_pb2.GradientLensRequest, context: Context
@@ -132,7 +134,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("GradientLens", context) as call:
             model, spec = self._differentiated(request)
             encoder = GradientLensEncoder(call.request_id, model.vocabulary.token)
-            results = self._run(call, model, spec, gradient_lens)
+            results: AsyncGenerator[GradientEvent] = self._run(call, model, spec, gradient_lens)
             await self._device.write(results, encoder.encode, call)
 
     async def PreviewEdit(

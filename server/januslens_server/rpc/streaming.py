@@ -23,7 +23,7 @@ from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
 OUTLET_BYTES = 4 * 2**20
 
 Result = TypeVar("Result")
-Run = Callable[[Checkpoint], Iterator[Result]]
+Run = Callable[[Checkpoint], Iterator[Result | None]]
 
 
 class DeviceStreams:

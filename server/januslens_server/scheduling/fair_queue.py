@@ -39,10 +39,19 @@ class FairQueue(Generic[T]):
         items = self._waiting[caller]
         (items.appendleft if first else items.append)(item)
 
-    def pop(self) -> T:
-        """The next item; among equal callers the one who has waited longest."""
-        caller = min(self._waiting, key=self._accounts.__getitem__)
-        self._level = self._accounts[caller]
+    def in_order(self) -> list[str]:
+        """The callers, the next one first; among equal ones the one who has waited longest."""
+        return sorted(self._waiting, key=self._accounts.__getitem__)
+
+    def first(self, caller: str) -> T:
+        """A waiting caller's next item."""
+        return self._waiting[caller][0]
+
+    def pop(self, caller: str | None = None) -> T:
+        """Take out the next item, or if a caller is given, that one's."""
+        if caller is None:
+            caller = self.in_order()[0]
+        self._level = max(self._level, self._accounts[caller])
         item = self._waiting[caller].popleft()
         if self._waiting[caller]:
             # To the end of the order, so that equals take turns.
@@ -59,6 +68,11 @@ class FairQueue(Generic[T]):
     def charge(self, caller: str, seconds: float) -> None:
         """The caller has had the device for so long."""
         self._accounts[caller] = max(self._accounts.get(caller, 0.0), self._level) + seconds
+
+    def has_had_less(self, caller: str, than: str) -> bool:
+        """Whether `caller` should have the device rather than the other."""
+        account = self._accounts.get(caller, self._level)
+        return account < self._accounts.get(than, self._level)
 
     def _tidy(self, caller: str) -> None:
         """Forget callers who have nothing waiting and would start at the level anyway."""

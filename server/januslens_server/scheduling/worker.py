@@ -1,23 +1,25 @@
 """The one thread that computes on a device.
 
-Requests are generators. One runs until it ends or its reader has fallen behind; then it is set
-aside, with the device free for the next, until the reader has caught up.
+Requests are generators. One runs until it ends, its reader has fallen behind, or it has had its
+time and another caller's is due (`Turns`). Then it is set aside between two steps, with the device
+free for the next.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from januslens_server import telemetry
 from januslens_server.errors import DeviceLost, QueueFull, ServerDraining
-from januslens_server.scheduling.fair_queue import FairQueue
+from januslens_server.scheduling.job import Job
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.turns import Turns
 
 T = TypeVar("T")
 Checkpoint = Callable[[], None]
@@ -34,22 +36,8 @@ def _nothing() -> None:
     pass
 
 
-@dataclass(eq=False)
-class _Job:
-    steps: Iterator[Any]
-    outlet: Outlet[Any]
-    ticket: Ticket
-    admitted: float = field(default_factory=time.monotonic)
-    started: bool = False
-
-    @property
-    def remaining(self) -> float:
-        """Seconds of the device that are still expected."""
-        return max(0.0, self.ticket.cost.seconds - self.ticket.spent)
-
-
 class DeviceWorker:
-    """Runs admitted requests one at a time, fairly between callers (`FairQueue`).
+    """Runs a step of one admitted request at a time, fairly between callers.
 
     A request that resumes goes before the caller's others: it was here earlier and holds memory.
     """
@@ -59,9 +47,11 @@ class DeviceWorker:
         max_waiting: int,
         translate: Callable[[Exception], Exception] = _unchanged,
         on_loss: Callable[[], None] = _nothing,
+        memory: float = math.inf,
     ) -> None:
         """Admit up to `max_waiting` requests beyond the one that runs.
 
+        Those that take turns need `memory` bytes of the device together at most, as estimated.
         `translate` says in the service's terms what a request failed of; `on_loss` is called by the
         thread, once, if that was the end of the device.
         """
@@ -69,9 +59,9 @@ class DeviceWorker:
         self._translate = translate
         self._on_loss = on_loss
         self._lost = False
-        self._ready: FairQueue[_Job] = FairQueue()
-        self._unfinished: set[_Job] = set()
-        self._left: deque[_Job] = deque()  # started, and to be closed by the thread
+        self._turns = Turns(memory)
+        self._unfinished: set[Job] = set()
+        self._left: deque[Job] = deque()  # started, and to be closed by the thread
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="device-worker", daemon=True)
@@ -86,20 +76,21 @@ class DeviceWorker:
     def waiting(self) -> int:
         """Requests admitted that have not had a turn yet."""
         with self._changed:
-            return sum(not job.started for job in self._unfinished)
+            return len(self._unfinished) - self._turns.started
 
     @property
     def in_flight(self) -> int:
         """Requests that run or are set aside."""
         with self._changed:
-            return sum(job.started for job in self._unfinished)
+            return self._turns.started
 
     def submit(
-        self, run: Callable[[Checkpoint], Iterator[T]], outlet: Outlet[T], ticket: Ticket
+        self, run: Callable[[Checkpoint], Iterator[T | None]], outlet: Outlet[T], ticket: Ticket
     ) -> None:
         """Admit a request; its results and its error go to `outlet`.
 
-        `run` is handed the ticket's check, to call wherever it can stop early.
+        `run` is handed the ticket's check, to call wherever it can stop early. Where it has no
+        result yet but may be set aside, it yields None.
 
         Raises `QueueFull` at once if too many wait, `ServerDraining` if nothing new is taken,
         `DeviceLost` once that happened.
@@ -111,17 +102,17 @@ class DeviceWorker:
                 raise ServerDraining("the server is shutting down; ask another replica")
             if len(self._unfinished) > self._max_waiting:
                 self._make_room(ticket.caller)
-            job = _Job(run(ticket.check), outlet, ticket)
+            job = Job(run(ticket.check), outlet, ticket)
             self._unfinished.add(job)
-            self._ready.add(ticket.caller, job)
+            self._turns.add(job)
             self._changed.notify_all()
 
     def withdraw(self, ticket: Ticket) -> None:
         """The caller is gone: what waits ends now, what runs at its next checkpoint."""
         ticket.cancel()
         with self._changed:
-            for job in [job for job in self._ready if job.ticket is ticket]:
-                self._ready.remove(ticket.caller, job)
+            for job in [job for job in self._turns if job.ticket is ticket]:
+                self._turns.remove(job)
                 self._let_go(job)
 
     def refuse_new(self) -> None:
@@ -141,20 +132,20 @@ class DeviceWorker:
         Places are shared as the device is: of the callers with requests that have not begun, the
         one with the most places gives way with its newest to one who has at least two fewer.
         """
-        for job in [job for job in self._ready if job.ticket.failure]:
-            self._ready.remove(job.ticket.caller, job)
+        for job in [job for job in self._turns if job.ticket.failure]:
+            self._turns.remove(job)
             self._let_go(job)
         if len(self._unfinished) <= self._max_waiting:
             return
         refusal = QueueFull(
             f"{self._max_waiting} requests wait already; try again", self._retry_after()
         )
-        places = Counter(job.ticket.caller for job in self._unfinished)
-        newest = {job.ticket.caller: job for job in self._ready if not job.started}
+        places = Counter(job.caller for job in self._unfinished)
+        newest = {job.caller: job for job in self._turns if not self._turns.has_started(job)}
         crowd = max(newest, key=places.__getitem__, default=caller)
         if places[crowd] < places[caller] + 2:
             raise refusal
-        self._ready.remove(crowd, newest[crowd])
+        self._turns.remove(newest[crowd])
         self._end(newest[crowd], refusal)
 
     def _retry_after(self) -> float:
@@ -167,31 +158,34 @@ class DeviceWorker:
             # No name keeps a job here: what an ended one had captured is freed at once.
             self._advance(self._next())
 
-    def _next(self) -> _Job:
+    def _next(self) -> Job:
         with self._changed:
-            self._changed.wait_for(lambda: bool(self._left or len(self._ready)))
-            return self._left.popleft() if self._left else self._ready.pop()
+            self._changed.wait_for(lambda: bool(self._left or len(self._turns)))
+            return self._left.popleft() if self._left else self._turns.take()
 
-    def _advance(self, job: _Job) -> None:
-        """Run one request until it ends or must let its reader catch up."""
+    def _advance(self, job: Job) -> None:
+        """Run one request until it ends, or must let its reader catch up or others compute."""
+        began = time.monotonic()
         try:
             while True:
                 self._close_those_who_left()
                 self._check(job)
-                job.outlet.put(self._step(job))
+                self._step(job)
                 if job.outlet.when_drained(lambda: self._resume(job)):
+                    return
+                if self._set_aside(job, time.monotonic() - began):
                     return
         except StopIteration:
             self._end(job, None)
         except Exception as error:  # noqa: BLE001 - whatever it is belongs to this request alone
             self._fail(job, self._translate(error))
 
-    def _check(self, job: _Job) -> None:
+    def _check(self, job: Job) -> None:
         if self._lost:
             raise DeviceLost
         job.ticket.check()
 
-    def _fail(self, job: _Job, error: Exception) -> None:
+    def _fail(self, job: Job, error: Exception) -> None:
         lost_now = isinstance(error, DeviceLost) and not self._lost
         if lost_now:
             with self._changed:
@@ -200,11 +194,16 @@ class DeviceWorker:
         if lost_now:  # what waits is told so by `_check`, each in its turn
             self._on_loss()
 
-    def _step(self, job: _Job) -> Any:
-        """The job's next result, charged to its caller."""
+    def _step(self, job: Job) -> None:
+        """Compute one step, and hand over what came of it."""
+        result = self._charged(job)
+        if result is not None:
+            job.outlet.put(result)
+
+    def _charged(self, job: Job) -> Any:
+        """What the job's next step gives; its caller is charged for it."""
         began = time.monotonic()
-        if not job.started:
-            job.started = True
+        if job.ticket.waited is None:
             job.ticket.waited = began - job.admitted
             telemetry.QUEUE_SECONDS.observe(job.ticket.waited)
         try:
@@ -214,7 +213,15 @@ class DeviceWorker:
             job.ticket.spent += seconds
             telemetry.BUSY_SECONDS.inc(seconds)
             with self._changed:
-                self._ready.charge(job.ticket.caller, seconds)
+                self._turns.charge(job, seconds)
+
+    def _set_aside(self, job: Job, seconds: float) -> bool:
+        """Let another caller's request run if one is due and this one has had its time."""
+        with self._changed:
+            if job.ticket.failure or not self._turns.gives_way(job, seconds):
+                return False
+            self._turns.add(job)
+            return True
 
     def _close_those_who_left(self) -> None:
         """Set-aside requests whose callers went: they hold memory, and must not wait for a turn."""
@@ -222,26 +229,26 @@ class DeviceWorker:
             job = self._left.popleft()
             self._end(job, job.ticket.failure)
 
-    def _resume(self, job: _Job) -> None:
+    def _resume(self, job: Job) -> None:
         with self._changed:
             if job.ticket.failure:
                 self._let_go(job)
             else:
-                self._ready.add(job.ticket.caller, job, first=True)
+                self._turns.add(job)
             self._changed.notify_all()
 
-    def _let_go(self, job: _Job) -> None:
+    def _let_go(self, job: Job) -> None:
         """End a request that does not run; a started one is closed by the device's thread alone."""
-        if job.started:
+        if self._turns.has_started(job):
             self._left.append(job)
             self._changed.notify_all()
         else:
             self._end(job, job.ticket.failure)
 
-    def _end(self, job: _Job, error: Exception | None) -> None:
-        if isinstance(job.steps, Generator):  # one that was stopped between two steps
-            job.steps.close()
+    def _end(self, job: Job, error: Exception | None) -> None:
+        job.close()
         with self._changed:
+            self._turns.ended(job)
             self._unfinished.discard(job)
             self._changed.notify_all()
         job.outlet.close(error)

@@ -45,7 +45,8 @@ class Assembly:
         self.stop, self.lost = heed_signals(callers), asyncio.Event()
         self.health = Health()
         lost = on_device_lost(self.health, self._loop, self.lost)
-        self._worker = DeviceWorker(settings.max_waiting, in_service_terms, lost)
+        memory = settings.max_request_memory
+        self._worker = DeviceWorker(settings.max_waiting, in_service_terms, lost, memory)
         gauges.show_requests(lambda: self._worker.waiting, lambda: self._worker.in_flight)
         gauges.show_memory(settings.device)
         self._streams = DeviceStreams(self._worker, settings.stall_seconds)

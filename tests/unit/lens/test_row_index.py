@@ -15,7 +15,13 @@ def index(depth: int = 3, chunk_bytes: int = 4 * VOCAB) -> RowIndex:
     """Rows with the logits [0, 5, 4, 4, 1, 2] and [9, 8, 7, 7, 7, 6], and one of zeros."""
     logits = torch.tensor([[0.0, 5.0, 4.0, 4.0, 1.0, 2.0], [9.0, 8.0, 7.0, 7.0, 7.0, 6.0]])
     matrices = [torch.cat([logits, torch.zeros(1, VOCAB)])]
-    return index_rows(head(chunk_bytes), matrices, depth, lambda: None)
+    reading = index_rows(head(chunk_bytes), matrices, depth)
+    while True:
+        try:
+            next(reading)
+        except StopIteration as read:
+            rows: RowIndex = read.value
+            return rows
 
 
 def head(chunk_bytes: int = 4 * VOCAB) -> LensHead:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from januslens_server.lens import row_index
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.projection import Readings, read_vectors
 from januslens_server.lens.row_index import RowIndex
 from januslens_server.models import neuron_index
 from januslens_server.models.loading import load
@@ -28,12 +33,18 @@ def cache(tmp_path: Path) -> TensorCache:
     return TensorCache(tmp_path, limit=10**9)
 
 
-def refuse() -> None:
-    raise LookupError("expected the rows from the cache, got them read")
+@pytest.fixture
+def no_reading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From when it is called, rows must come from where they are kept."""
+
+    def refuse(*_: object) -> None:
+        raise LookupError("expected the rows from the cache, got them read")
+
+    return lambda: monkeypatch.setattr(neuron_index, "index_rows", refuse)
 
 
 def read(index: NeuronIndex) -> list[RowIndex]:
-    return [index.layer(layer, lambda: None) for layer in range(4)]
+    return [index.layer(layer) for layer in range(4)]
 
 
 def assert_same(ours: list[RowIndex], theirs: list[RowIndex]) -> None:
@@ -42,11 +53,13 @@ def assert_same(ours: list[RowIndex], theirs: list[RowIndex]) -> None:
             assert torch.equal(column, vars(yours)[name]), name
 
 
-def test_the_next_server_finds_it_as_it_was_read(demo: ResidentModel, cache: TensorCache) -> None:
+def test_the_next_server_finds_it_as_it_was_read(
+    demo: ResidentModel, cache: TensorCache, no_reading: Callable[[], None]
+) -> None:
     first = read(NeuronIndex(demo.view, demo.provenance, cache))
     assert_same(first, read(NeuronIndex(demo.view, demo.provenance)))
-    again = NeuronIndex(demo.view, demo.provenance, cache)
-    assert_same(first, [again.layer(layer, refuse) for layer in range(4)])
+    no_reading()
+    assert_same(first, read(NeuronIndex(demo.view, demo.provenance, cache)))
 
 
 @pytest.mark.parametrize(
@@ -55,38 +68,100 @@ def test_the_next_server_finds_it_as_it_was_read(demo: ResidentModel, cache: Ten
     ids=str,
 )
 def test_other_weights_are_read_anew(
-    demo: ResidentModel, cache: TensorCache, change: dict[str, str]
+    demo: ResidentModel,
+    cache: TensorCache,
+    change: dict[str, str],
+    no_reading: Callable[[], None],
 ) -> None:
-    NeuronIndex(demo.view, demo.provenance, cache).layer(0, lambda: None)
+    NeuronIndex(demo.view, demo.provenance, cache).layer(0)
+    no_reading()
     provenance = replace(demo.provenance, **change)  # type: ignore[arg-type]  # of several types
     with pytest.raises(LookupError):
-        NeuronIndex(demo.view, provenance, cache).layer(0, refuse)
+        NeuronIndex(demo.view, provenance, cache).layer(0)
 
 
 def test_another_lens_on_the_same_weights_is_read_anew(
-    demo: ResidentModel, cache: TensorCache
+    demo: ResidentModel, cache: TensorCache, no_reading: Callable[[], None]
 ) -> None:
     """A local folder's revision is a hash of its weights alone, not of its configuration."""
-    NeuronIndex(demo.view, demo.provenance, cache).layer(0, lambda: None)
+    NeuronIndex(demo.view, demo.provenance, cache).layer(0)
+    no_reading()
     norm = replace(demo.view.lens.final_norm, eps=0.5)
     view = replace(demo.view, lens=replace(demo.view.lens, final_norm=norm))
     with pytest.raises(LookupError):
-        NeuronIndex(view, demo.provenance, cache).layer(0, refuse)
+        NeuronIndex(view, demo.provenance, cache).layer(0)
 
 
-def test_a_caller_who_leaves_stops_the_reading_and_loses_no_layer(demo: ResidentModel) -> None:
-    index = NeuronIndex(demo.view, demo.provenance)
-    kept = index.layer(0, lambda: None)
-    with pytest.raises(LookupError):
-        index.layer(1, refuse)
-    assert index.layer(0, refuse) is kept
-    assert len(index.layer(1, lambda: None).top_ids) == 512
+@pytest.fixture
+def in_chunks(demo: ResidentModel) -> ResidentModel:
+    """The demo, whose layers of 512 neurons are read 64 at a time."""
+    lens = demo.view.lens
+    chunk_bytes = 64 * 4 * lens.unembedding.shape[0]
+    return replace(demo, view=replace(demo.view, lens=replace(lens, chunk_bytes=chunk_bytes)))
 
 
-def test_all_neurons_can_be_read_ahead(demo: ResidentModel) -> None:
+def test_a_caller_who_leaves_stops_the_reading_and_loses_no_layer(
+    in_chunks: ResidentModel,
+) -> None:
+    index = NeuronIndex(in_chunks.view, in_chunks.provenance)
+    kept = index.layer(0)
+    leaving = index.reading(1)
+    next(leaving)
+    leaving.close()
+    assert index.unread(range(4)) == 3
+    assert index.layer(0) is kept
+    assert len(index.layer(1).top_ids) == 512
+
+
+def test_requests_that_take_turns_read_each_chunk_once(
+    in_chunks: ResidentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when one of them leaves before the end; and they get what one alone gets."""
+    chunks = []
+
+    def counting(head: LensHead, vectors: torch.Tensor, *rest: Any) -> Iterator[Readings]:
+        chunks.append(len(vectors))
+        return read_vectors(head, vectors, *rest)
+
+    alone = NeuronIndex(in_chunks.view, in_chunks.provenance).layer(2)
+    monkeypatch.setattr(row_index, "read_vectors", counting)
+    index = NeuronIndex(in_chunks.view, in_chunks.provenance)
+    leaving, staying = index.reading(2), index.reading(2)
+    for _ in range(3):
+        next(leaving)
+        next(staying)
+    assert chunks == [64] * 6
+    leaving.close()
+    list(staying)
+    assert chunks == [64] * 8
+    assert_same([index.layer(2)], [alone])
+    assert chunks == [64] * 8
+
+
+def test_a_reading_that_fails_is_begun_anew(
+    in_chunks: ResidentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though another request is still at it."""
+    index = NeuronIndex(in_chunks.view, in_chunks.provenance)
+    failing, waiting = index.reading(0), index.reading(0)
+    next(waiting)
+    with monkeypatch.context() as broken:
+        broken.setattr(row_index, "read_vectors", lambda *_: _raise(MemoryError()))
+        with pytest.raises(MemoryError):
+            next(failing)
+    list(waiting)
+    assert len(index.layer(0).top_ids) == 512
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_all_neurons_can_be_read_ahead(demo: ResidentModel, no_reading: Callable[[], None]) -> None:
     model = replace(demo)  # one that has not been asked anything
     read_all_neurons(model)
-    assert len([model.neurons.layer(layer, refuse) for layer in range(4)]) == 4
+    no_reading()
+    assert len(read(model.neurons)) == 4
 
 
 def test_a_model_of_many_neurons_is_indexed_less_deeply(
@@ -96,13 +171,13 @@ def test_a_model_of_many_neurons_is_indexed_less_deeply(
     monkeypatch.setattr(neuron_index, "INDEX_BYTES", bytes_of_ten)
     index = NeuronIndex(demo.view, demo.provenance)
     assert index.depth == 10
-    held = [index.layer(layer, lambda: None) for layer in range(4)]
+    held = read(index)
     listed = (column for part in held for column in vars(part).values() if column.dim() == 2)
     assert sum(column.nbytes for column in listed) == bytes_of_ten
 
 
 def test_a_row_of_zeros_is_found_by_no_token(demo: ResidentModel) -> None:
-    index = NeuronIndex(demo.view, demo.provenance).layer(0, lambda: None)
+    index = NeuronIndex(demo.view, demo.provenance).layer(0)
     rows = index.listing(719, suppressed=False).rows
     without = replace(index, projected=index.projected.clone())
     without.projected[rows[0]] = False

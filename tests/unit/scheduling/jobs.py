@@ -12,7 +12,7 @@ from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
 
 LIMIT = 10
-Run = Callable[[Checkpoint], Iterator[int]]
+Run = Callable[[Checkpoint], Iterator[int | None]]
 
 
 def job(*items: int) -> Run:

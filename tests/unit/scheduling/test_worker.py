@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from tests.unit.scheduling.jobs import LIMIT, Run, all_of, gated, idle, job, submitted
 
-from januslens_server.errors import DeadlinePassed, QueueFull, RequestCancelled, ServerDraining
+from januslens_server.errors import (
+    DeadlinePassed,
+    DeviceLost,
+    QueueFull,
+    RequestCancelled,
+    ServerDraining,
+)
 from januslens_server.results import Cost
+from januslens_server.scheduling import turns
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import SOONEST_RETRY, Checkpoint, DeviceWorker
 
@@ -205,6 +212,133 @@ async def test_callers_take_turns(worker: DeviceWorker) -> None:
         await all_of(outlet)
     assert [name for name in ran if name[0] == "a"] == ["a0", "a1", "a2", "a3", "a4"]
     assert max(ran.index("b0"), ran.index("b1")) <= 4
+
+
+def stepping(ran: list[str], name: str, *, until: threading.Event | None = None) -> Run:
+    """A request of short steps without results, that ends with one: after 20 or on an event."""
+
+    def run(_checkpoint: Checkpoint) -> Iterator[int | None]:
+        steps = 0
+        while steps < 20 if until is None else not until.is_set():
+            steps += 1
+            ran.append(name)
+            time.sleep(0.002)
+            yield None
+        yield 1
+
+    return run
+
+
+async def come_true(condition: Callable[[], bool]) -> None:
+    """Until it holds; the test's timeout ends it otherwise."""
+    while not condition():  # noqa: ASYNC110 - the device's thread has no event for it
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(turns, "QUANTUM", 0.005)
+
+
+@pytest.mark.usefixtures("short_turns")
+async def test_a_long_request_gives_way_and_goes_on(worker: DeviceWorker) -> None:
+    """It ends only when the other caller's has: without turns neither ever would."""
+    ran, other_ended = list[str](), threading.Event()
+    long = submitted(worker, stepping(ran, "a", until=other_ended), Ticket(None, "a"))
+    short = submitted(worker, stepping(ran, "b"), Ticket(None, "b"))
+    assert await all_of(short) == [1]
+    assert worker.in_flight == 1
+    other_ended.set()
+    assert await all_of(long) == [1]
+    first, last = ran.index("b"), len(ran) - 1 - ran[::-1].index("b")
+    assert "a" in ran[first:last]  # they took turns
+    assert await idle(worker)
+
+
+@pytest.mark.usefixtures("short_turns")
+async def test_one_callers_requests_run_one_after_the_other(worker: DeviceWorker) -> None:
+    ran = list[str]()
+    outlets = [submitted(worker, stepping(ran, name)) for name in "ab"]
+    assert [await all_of(outlet) for outlet in outlets] == [[1], [1]]
+    assert ran == ["a"] * 20 + ["b"] * 20
+
+
+@pytest.mark.usefixtures("short_turns")
+@pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "deadline"])
+async def test_a_request_that_ends_while_others_have_their_turn_is_closed_at_once(
+    worker: DeviceWorker, cancelled: bool
+) -> None:
+    closed, other_ends = list[str](), threading.Event()
+
+    def holding(_checkpoint: Checkpoint) -> Iterator[None]:
+        try:
+            while True:
+                time.sleep(0.01)
+                yield None
+        finally:
+            closed.append(threading.current_thread().name)
+
+    ticket, ran = Ticket(None if cancelled else 0.2, "a"), list[str]()
+    outlet = submitted(worker, holding, ticket)
+    running = submitted(worker, stepping(ran, "b", until=other_ends), Ticket(None, "b"))
+    await come_true(lambda: bool(ran))
+    if cancelled:
+        worker.withdraw(ticket)
+    with pytest.raises(RequestCancelled if cancelled else DeadlinePassed):
+        await all_of(outlet)
+    assert closed == ["device-worker"]
+    other_ends.set()
+    assert await all_of(running) == [1]
+    assert await idle(worker)
+
+
+@pytest.mark.usefixtures("short_turns")
+async def test_what_takes_turns_stays_within_the_memory() -> None:
+    """Of three callers' long requests two have room: the third starts when one has ended."""
+    worker, ran = DeviceWorker(max_waiting=8, memory=10), list[str]()
+    ends = {name: threading.Event() for name in "abc"}
+    outlets = {
+        name: submitted(
+            worker, stepping(ran, name, until=ends[name]), Ticket(None, name, Cost(1.0, 5, held=5))
+        )
+        for name in "abc"
+    }
+    await come_true(lambda: len({*ran}) == 2 and len(ran) > 40)
+    assert {*ran} == {"a", "b"}
+    assert (worker.in_flight, worker.waiting) == (2, 1)
+    ends["a"].set()
+    assert await all_of(outlets["a"]) == [1]
+    ends["c"].set()
+    assert await all_of(outlets["c"]) == [1]
+    ends["b"].set()
+    assert await all_of(outlets["b"]) == [1]
+
+
+@pytest.mark.usefixtures("short_turns")
+async def test_a_lost_device_is_told_to_those_set_aside(worker: DeviceWorker) -> None:
+    ran = list[str]()
+
+    def losing(_checkpoint: Checkpoint) -> Iterator[int]:
+        time.sleep(0.01)
+        yield 1
+        raise DeviceLost
+
+    aside = submitted(worker, stepping(ran, "a", until=threading.Event()), Ticket(None, "a"))
+    await come_true(lambda: bool(ran))
+    with pytest.raises(DeviceLost):
+        await all_of(submitted(worker, losing, Ticket(None, "b")))
+    with pytest.raises(DeviceLost):
+        await all_of(aside)
+    assert await idle(worker)
+
+
+@pytest.mark.usefixtures("short_turns")
+async def test_a_draining_worker_lets_those_set_aside_finish(worker: DeviceWorker) -> None:
+    ran = list[str]()
+    outlets = [submitted(worker, stepping(ran, name), Ticket(None, name)) for name in "ab"]
+    worker.refuse_new()
+    assert [await all_of(outlet) for outlet in outlets] == [[1], [1]]
+    assert await idle(worker)
 
 
 async def test_a_full_queue_refuses_at_once() -> None:

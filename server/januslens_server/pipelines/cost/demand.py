@@ -14,6 +14,7 @@ FORWARD, BACKWARD = 1, 2
 class Demand:
     """Upper bounds of the work: counts, and bytes of `memory` on the device and of the `stream`.
 
+    `held` of the memory is kept between two steps of the request.
     `passes` are walks through the blocks, `flops` their floating-point operations and those of
     other large products; `nodes` are built for the flow graph, `vectors` read through the lens in
     `readings` calls of it.
@@ -26,6 +27,7 @@ class Demand:
     readings: int = 0
     memory: int = 0
     stream: int = 0
+    held: int = 0
 
 
 def pass_flops(sizes: ModelSizes, tokens: int) -> float:

@@ -16,7 +16,7 @@ from januslens_server.pipelines.cost.demand import (
     pass_flops,
 )
 from januslens_server.pipelines.cost.stream import TOKEN_BYTES, reading_bytes, texts_bytes
-from januslens_server.pipelines.factor_readings import ENTRIES
+from januslens_server.pipelines.factor_readings import ENTRIES, ROWS_AT_ONCE
 from januslens_server.pipelines.inputs import read_layers
 from januslens_server.pipelines.losses import read_objective
 from januslens_server.pipelines.matrices import choose_matrices, layer_matrices
@@ -61,6 +61,7 @@ def gradient_lens_demand(model: ResidentModel, spec: GradientLensSpec) -> Demand
         readings=1 + matrices.count * calls,
         memory=_memory(sizes, spec, matrices, tokens, vectors // max(1, matrices.count)),
         stream=_stream(sizes, spec, matrices, tokens, components, singular + neurons),
+        held=_held(sizes, spec, matrices, tokens, vectors // max(1, matrices.count)),
     )
 
 
@@ -104,13 +105,17 @@ def _factor_flops(spec: GradientLensSpec, matrices: _Matrices, tokens: int) -> f
     return flops
 
 
+def _factors(sizes: ModelSizes, matrices: _Matrices, tokens: int) -> int:
+    """Bytes of all factors: inputs in the model's type, VJPs in float32 too."""
+    return tokens * matrices.widths * (sizes.item + memory.FLOAT32)
+
+
 def _memory(
     sizes: ModelSizes, spec: GradientLensSpec, matrices: _Matrices, tokens: int, vectors: int
 ) -> int:
     """Autograd's graph of the whole pass and all factors, then one matrix at a time."""
     facts = sizes.facts
     listed = spec.lens.top_k + spec.lens.bottom_k
-    factors = tokens * matrices.widths * (sizes.item + memory.FLOAT32)
     graph = facts.n_layers * (
         memory.captured(sizes, tokens) + memory.kept_for_backward(sizes, tokens)
     )
@@ -119,7 +124,22 @@ def _memory(
     dense = 4 * memory.FLOAT32 * largest + graph + logits if spec.verify else 0
     double = 8 * 6 * tokens * matrices.widths // max(1, matrices.count)
     after = memory.read(sizes, vectors, listed) + double + dense
-    return factors + max(graph + logits + memory.passing(sizes, tokens), graph + after)
+    return _factors(sizes, matrices, tokens) + max(
+        graph + logits + memory.passing(sizes, tokens), graph + after
+    )
+
+
+def _held(
+    sizes: ModelSizes, spec: GradientLensSpec, matrices: _Matrices, tokens: int, vectors: int
+) -> int:
+    """All factors, and the records of the matrices that were read last."""
+    components = min(spec.components or tokens, tokens)
+    at_once = min(matrices.count, max(1, ROWS_AT_ONCE // components))
+    listed = spec.lens.top_k + spec.lens.bottom_k
+    copies = memory.FLOAT32 * tokens * matrices.widths if spec.include_factors else 0
+    records = memory.reported(at_once * vectors, listed + ENTRIES)
+    own = sizes.item * tokens * sizes.facts.d_model
+    return _factors(sizes, matrices, tokens) + own + copies + records
 
 
 def _stream(

@@ -40,7 +40,12 @@ def read(sizes: ModelSizes, vectors: int, listed: int) -> int:
     facts = sizes.facts
     row = FLOAT32 * facts.vocab_size
     chunk = min(max(sizes.chunk_bytes, row), row * vectors)
-    return 5 * chunk + vectors * (4 * FLOAT32 * facts.d_model + 40 * (listed + 4))
+    return 5 * chunk + vectors * 4 * FLOAT32 * facts.d_model + reported(vectors, listed)
+
+
+def reported(vectors: int, listed: int) -> int:
+    """What a result says of so many vectors."""
+    return vectors * 40 * (listed + 4)
 
 
 def float_copies(sizes: ModelSizes) -> int:

@@ -55,6 +55,7 @@ def trace_demand(model: ResidentModel, spec: TraceSpec) -> Demand:
         readings=pieces + 2,
         memory=_memory(sizes, spec, tokens, len(layers), *at_once),
         stream=_stream(sizes, spec, tokens, shown, len(positions)),
+        held=_held(sizes, spec, tokens, len(layers), *at_once),
     )
 
 
@@ -92,6 +93,21 @@ def _memory(
     after = graph + memory.read(sizes, shown, listed) + memory.float_copies(sizes)
     return layers * memory.captured(sizes, tokens) + max(
         memory.passing(sizes, tokens), sizes.item * tokens * facts.vocab_size + after
+    )
+
+
+def _held(
+    sizes: ModelSizes, spec: TraceSpec, tokens: int, layers: int, built: int, shown: int
+) -> int:
+    """What the pass captured, its logits, and the piece of the graph that was sent last."""
+    facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
+    passed = layers * memory.captured(sizes, tokens)
+    passed += sizes.item * tokens * (facts.vocab_size + facts.d_model)
+    vectors = built + (shown if spec.include_vectors else 0)
+    return (
+        passed
+        + 2 * memory.FLOAT32 * vectors * facts.d_model
+        + memory.reported(shown, max(listed, spec.overlap_k))
     )
 
 

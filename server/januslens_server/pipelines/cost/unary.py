@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from januslens_server.models.neuron_index import ENTRY_BYTES
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sizes import model_sizes
 from januslens_server.pipelines.cost import memory
@@ -29,6 +30,8 @@ from januslens_server.specs import (
 
 EFFECT_BYTES = 128
 NEURON_BYTES = 48
+# Of a neuron in the index, beside its tokens: normaliser, entropy, whether it is read; rounded up.
+INDEXED_BYTES = 16
 
 
 def project_demand(model: ResidentModel, spec: ProjectSpec) -> Demand:
@@ -59,6 +62,7 @@ def preview_edit_demand(model: ResidentModel, spec: PreviewEditSpec) -> Demand:
     making = FORWARD + BACKWARD if isinstance(spec.edit, DescentStep) else FORWARD
     pairs = 2 * sum(pass_flops(sizes, tokens) for tokens in watched)
     kept = memory.captured(sizes, own) + memory.kept_for_backward(sizes, own)
+    read = 2 * len(watched) * memory.FLOAT32 * sizes.facts.vocab_size
     return Demand(
         passes=making + 2 * len(watched),
         flops=making * pass_flops(sizes, own) + 2 * pairs,
@@ -66,6 +70,7 @@ def preview_edit_demand(model: ResidentModel, spec: PreviewEditSpec) -> Demand:
         + memory.passing(sizes, max(watched))
         + memory.read(sizes, 2 * len(watched), 0),
         stream=len(watched) * EFFECT_BYTES + texts_bytes(sizes, 3 * len(watched)),
+        held=sizes.facts.n_layers * kept + read,
         readings=2 * len(watched),
         vectors=2 * len(watched),
     )
@@ -89,4 +94,6 @@ def find_neurons_demand(model: ResidentModel, spec: FindNeuronsSpec) -> Demand:
         + memory.float_copies(sizes),
         stream=spec.count * (NEURON_BYTES + reading_bytes(listed))
         + texts_bytes(sizes, spec.count * listed),
+        held=min(1, unread) * of_layer * (ENTRY_BYTES * model.neurons.depth + INDEXED_BYTES)
+        + memory.reported(spec.count, listed),
     )

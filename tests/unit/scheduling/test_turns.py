@@ -1,0 +1,133 @@
+"""Who starts, who goes on and who gives way, when memory is bounded."""
+
+from __future__ import annotations
+
+import pytest
+
+from januslens_server.results import Cost
+from januslens_server.scheduling.job import Job
+from januslens_server.scheduling.outlet import Outlet
+from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.turns import QUANTUM, Turns
+
+MEMORY = 10
+
+
+@pytest.fixture
+def turns() -> Turns:
+    return Turns(MEMORY)
+
+
+async def waiting(turns: Turns, caller: str, held: int, working: int = 0) -> Job:
+    """A request that is estimated at so many bytes and waits for its first turn."""
+    ticket = Ticket(None, caller, Cost(1.0, memory=held + working, held=held))
+    job = Job(iter(()), Outlet(1, lambda _: 1), ticket)
+    turns.add(job)
+    return job
+
+
+async def test_one_that_has_started_goes_before_its_callers_others(turns: Turns) -> None:
+    first, second = [await waiting(turns, "a", 1) for _ in range(2)]
+    assert turns.take() is first
+    turns.add(first)
+    assert [turns.take(), turns.take()] == [first, second]
+    assert turns.started == 2
+
+
+async def test_it_gives_way_to_another_caller_once_it_has_had_its_time(turns: Turns) -> None:
+    long = await waiting(turns, "a", 1)
+    turns.take()
+    assert not turns.gives_way(long, 10 * QUANTUM)  # nobody waits
+    await waiting(turns, "a", 1)
+    turns.charge(long, QUANTUM)
+    assert not turns.gives_way(long, QUANTUM)  # only another of its own caller
+    await waiting(turns, "b", 1)
+    assert not turns.gives_way(long, 0.9 * QUANTUM)
+    assert turns.gives_way(long, QUANTUM)
+
+
+async def test_it_goes_on_before_one_whose_caller_has_had_as_much(turns: Turns) -> None:
+    mine, other = await waiting(turns, "a", 1), await waiting(turns, "b", 1)
+    turns.charge(other, 2 * QUANTUM)
+    assert turns.take() is mine
+    turns.charge(mine, 2 * QUANTUM)
+    assert not turns.gives_way(mine, 2 * QUANTUM)
+    turns.charge(mine, QUANTUM)
+    assert turns.gives_way(mine, 3 * QUANTUM)
+
+
+async def test_what_has_started_leaves_room_or_nobody_starts(turns: Turns) -> None:
+    long, large = await waiting(turns, "a", 6), await waiting(turns, "b", 6)
+    turns.take()
+    turns.charge(long, 1.0)
+    assert not turns.gives_way(long, 1.0)
+    turns.ended(long)
+    assert turns.take() is large
+
+
+async def test_what_a_step_works_with_is_free_between_steps(turns: Turns) -> None:
+    """Only one computes at a time; but whichever it is, it needs room."""
+    first = await waiting(turns, "a", 2, working=7)
+    assert turns.take() is first
+    turns.charge(first, 1.0)
+    fitting = await waiting(turns, "b", 1, working=7)
+    assert turns.gives_way(first, 1.0)
+    turns.add(first)
+    assert turns.take() is fitting
+    turns.charge(fitting, 1.5)
+    larger = await waiting(turns, "c", 1, working=6)
+    turns.remove(first)
+    assert not turns.gives_way(fitting, 1.0)  # with it the first would lack room for its step
+    turns.ended(first)
+    assert turns.gives_way(fitting, 1.0)
+    assert turns.take() is larger
+
+
+async def test_a_large_one_is_not_overtaken_for_ever(turns: Turns) -> None:
+    """Who is next and finds no room keeps those behind it from starting, but not from going on."""
+    long = await waiting(turns, "a", 6)
+    turns.take()
+    turns.charge(long, 3.0)
+    large, small = await waiting(turns, "b", 6), await waiting(turns, "c", 1)
+    turns.charge(small, 1.0)
+    assert not turns.gives_way(long, 3.0)
+    turns.add(long)
+    assert turns.take() is long
+    turns.ended(long)
+    assert [turns.take(), turns.take()] == [large, small]
+
+
+async def test_requests_that_wait_for_their_readers_keep_nobody_from_starting(
+    turns: Turns,
+) -> None:
+    at_its_reader, next_one = await waiting(turns, "a", 9), await waiting(turns, "b", 9)
+    assert turns.take() is at_its_reader
+    assert turns.take() is next_one
+    turns.charge(next_one, 1.0)
+    await waiting(turns, "c", 9)
+    assert not turns.gives_way(next_one, 1.0)  # but what runs is not set aside on top of them
+
+
+async def test_together_they_never_hold_more_than_the_bound() -> None:
+    """Whatever comes, as long as every reader reads."""
+    turns, running, held = Turns(MEMORY), None, set[Job]()
+    for job in [await waiting(turns, "abcde"[i % 5], 1 + i * 7 % MEMORY) for i in range(200)]:
+        running = running or turns.take()
+        held.add(running)
+        turns.charge(running, 0.3)
+        assert sum(j.held for j in held) <= MEMORY
+        if job.held % 3 == 0:
+            turns.ended(running)
+            held.remove(running)
+            running = None
+        elif turns.gives_way(running, 0.3):
+            turns.add(running)
+            running = None
+    assert len(held) > 1
+
+
+async def test_a_request_that_never_started_holds_nothing(turns: Turns) -> None:
+    job = await waiting(turns, "a", 9)
+    turns.remove(job)
+    turns.ended(job)
+    assert (len(turns), turns.started) == (0, 0)
