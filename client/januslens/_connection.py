@@ -39,6 +39,8 @@ SERVICE_CONFIG = {
 }
 
 CHANNEL_OPTIONS = (
+    # A connection stays with one process of a server: each client has one of its own.
+    ("grpc.use_local_subchannel_pool", 1),
     # gRPC would look for a lost server less and less often, after a while every two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1_000),
