@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import os
-import sys
-
 from januslens_server import tracing
 from januslens_server.config import read_settings
 from januslens_server.logs import configure_logging
@@ -15,21 +10,18 @@ from januslens_server.logs import configure_logging
 def main() -> None:
     """Read the settings, serve, and leave."""
     settings = read_settings()
+    configure_logging(settings.log_level, settings.log_format)
     # After the settings: torch takes seconds to import, which no one with a typo should wait.
+    from januslens_server.serving.life import live  # noqa: PLC0415
+
+    if settings.processes > 1:
+        from januslens_server.processes.supervisor import supervise  # noqa: PLC0415
+
+        live(supervise(settings))
     from januslens_server.serving.alone import serve  # noqa: PLC0415
 
-    configure_logging(settings.log_level, settings.log_format)
     tracing.configure()
-    try:
-        asyncio.run(serve(settings))
-    except OSError as error:
-        sys.stderr.write(f"januslens-server: {error}\n")
-        raise SystemExit(1) from error
-    # A thread that loads or computes cannot be stopped inside native code, and would turn an
-    # orderly exit into an abort.
-    tracing.shutdown()
-    logging.shutdown()
-    os._exit(0)
+    live(serve(settings))
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ FORMATS = ("text", "json")
 _SAID = ("method", "status")
 
 
-def configure_logging(level: str, form: str) -> None:
-    """Log to standard error, from `level` on, as `form` says."""
+def configure_logging(level: str, form: str, process: int | None = None) -> None:
+    """Log to standard error, from `level` on, as `form` says; of several processes by number."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_FIELDS,
+            foreign_pre_chain=_FIELDS if process is None else [*_FIELDS, _of_process(process)],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *(_JSON if form == "json" else _text()),
@@ -40,6 +40,15 @@ _FIELDS: list[Processor] = [
     structlog.processors.TimeStamper(fmt="iso", utc=True),
     structlog.stdlib.ExtraAdder(),
 ]
+
+
+def _of_process(number: int) -> Processor:
+    def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        event["process"] = number
+        return event
+
+    return add
+
 
 _JSON: list[Processor] = [
     structlog.processors.format_exc_info,

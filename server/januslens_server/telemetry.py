@@ -34,8 +34,16 @@ HANDLING_SECONDS = Histogram(
 REJECTED = Counter(
     "januslens_rejected", "RPCs that the service ended with an error, by its reason.", ["reason"]
 )
-QUEUE_DEPTH = Gauge("januslens_queue_depth", "Requests that wait for their first turn.")
-IN_FLIGHT = Gauge("januslens_in_flight", "Requests that have started and not ended.")
+QUEUE_DEPTH = Gauge(
+    "januslens_queue_depth",
+    "Requests that wait for their first turn.",
+    multiprocess_mode="livesum",
+)
+IN_FLIGHT = Gauge(
+    "januslens_in_flight",
+    "Requests that have started and not ended.",
+    multiprocess_mode="livesum",
+)
 QUEUE_SECONDS = Histogram(
     "januslens_queue_seconds",
     "Seconds from a request's admission to its first turn on the device.",
@@ -64,9 +72,24 @@ WRITE_STALL_SECONDS = Histogram(
     buckets=PART_BUCKETS,
 )
 
-READY = Gauge("januslens_ready", "1 while the health service calls the server ready.")
-MODEL_STATE = Gauge("januslens_model_state", "1 for a model's present state.", ["model", "state"])
-DEVICE_MEMORY = Gauge("januslens_device_memory_bytes", "Memory by kind.", ["device", "kind"])
+# Of several processes these say what holds of any of them.
+READY = Gauge(
+    "januslens_ready",
+    "1 while the health service calls the server ready.",
+    multiprocess_mode="livemax",
+)
+MODEL_STATE = Gauge(
+    "januslens_model_state",
+    "1 for a model's present state.",
+    ["model", "state"],
+    multiprocess_mode="livemax",
+)
+# Which kinds add up over processes, and which of them the machine has once.
+DEVICE_MEMORY_NAME = "januslens_device_memory_bytes"
+OF_PROCESSES = frozenset({"allocated", "reserved"})
+DEVICE_MEMORY = Gauge(
+    DEVICE_MEMORY_NAME, "Memory by kind.", ["device", "kind"], multiprocess_mode="liveall"
+)
 LOOP_LAG_SECONDS = Histogram(
     "januslens_event_loop_lag_seconds",
     "Seconds that the event loop woke late.",

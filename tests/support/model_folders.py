@@ -52,6 +52,14 @@ def with_nan(folder: Path) -> Path:
     return folder
 
 
+def in_float32(folder: Path) -> Path:
+    """The demo in the data type in which a CPU computes, twice as large."""
+    weights = healthy(folder) / WEIGHTS
+    tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder
+
+
 def pickled(folder: Path) -> Path:
     """The demo with its weights as a pickle, which is never read."""
     weights = healthy(folder) / WEIGHTS

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.tethered import tethered
-
 ROOT = Path(__file__).parents[2]
 
 READER = """
@@ -34,7 +32,7 @@ for _ in stream:
 def reader(address: str, messages: int, then: str) -> Iterator[None]:
     """A client that has read some messages of a long stream, and is killed at the end."""
     client = subprocess.Popen(
-        tethered([sys.executable, "-c", READER, address, str(messages), then]),
+        [sys.executable, "-c", READER, address, str(messages), then],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

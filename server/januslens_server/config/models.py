@@ -64,10 +64,17 @@ MODELS: tuple[click.Parameter, ...] = (
         help="Logits of weight rows kept for later traces, of each model on a CPU; 0: none.",
     ),
     option(
+        "--processes",
+        type=click.IntRange(min=1),
+        default=1,
+        help="Whole servers that share the port, each with all models in memory and a queue of its "
+        "own.",
+    ),
+    option(
         "--threads",
         type=click.IntRange(min=1),
         default=None,
-        help="Cores that compute one request; torch's own choice is all of them.",
+        help="Cores that compute one request, in each process; the default divides all cores.",
     ),
     option(
         "--chunk-bytes",

@@ -54,6 +54,7 @@ class Settings:
     cache_size: int
     index_neurons: bool
     row_cache: int
+    processes: int
     threads: int | None
     chunk_bytes: int
     max_waiting: int

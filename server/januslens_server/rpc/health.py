@@ -10,7 +10,7 @@ from grpc_health.v1.health import aio as health_aio
 
 from januslens_server import telemetry
 from januslens_server.results import ModelState, ModelStatus
-from januslens_server.rpc.options import OPTIONS
+from januslens_server.rpc.options import server_options
 
 ALIVE = ""
 READY = "januslens.ready"
@@ -54,6 +54,6 @@ def is_ready(statuses: Sequence[ModelStatus]) -> bool:
 
 def build_health_server(health_service: Health) -> grpc.aio.Server:
     """Health alone, for who asks in plaintext; not yet listening."""
-    server = grpc.aio.server(options=OPTIONS)
+    server = grpc.aio.server(options=server_options())
     health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
     return server

@@ -13,7 +13,7 @@ from januslens_server.rpc import measures
 from januslens_server.rpc.authentication import Authentication
 from januslens_server.rpc.health import Health
 from januslens_server.rpc.methods import SERVICE_NAME
-from januslens_server.rpc.options import OPTIONS
+from januslens_server.rpc.options import server_options
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.wire import WireFormat
 
@@ -24,15 +24,18 @@ def build_server(
     max_connection_age: float | None = None,
     directory: Directory | None = None,
     quotas: QuotaBook | None = None,
+    *,
+    share_port: bool = False,
 ) -> grpc.aio.Server:
     """Introspection, health and reflection, not yet listening.
 
     A connection older than `max_connection_age` seconds takes no further calls; those that run on
     it come to their end. `directory` knows who may ask for what, and `quotas` how much of it has
-    been taken; without them anyone may ask for anything.
+    been taken; without them anyone may ask for anything. `share_port` lets processes of this user
+    that ask for it listen on the same one.
     """
     measures.declare()
-    options = [*OPTIONS]
+    options = server_options(share_port=share_port)
     if max_connection_age is not None:
         options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))
     interceptors = [Authentication(directory or Open(), quotas or QuotaBook()), WireFormat()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from januslens_server import gauges
 from januslens_server.config import Settings
 from januslens_server.serving.assembly import Assembly
 from januslens_server.serving.listening import listen
@@ -13,6 +14,7 @@ async def serve(settings: Settings) -> None:
     Raises `OSError` where a port cannot be had.
     """
     assembly = Assembly(settings)
+    gauges.read_at_scrapes()
     await assembly.announce()
     health_server = await listen(assembly.server, assembly.health, settings)
     assembly.load()

@@ -24,7 +24,8 @@ from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.scheduling.worker import DeviceWorker
 from januslens_server.serving.loading import check_with, load_all, log_state, sources
-from januslens_server.serving.stopping import finish, heed_signals, on_device_lost
+from januslens_server.serving.signals import heed_signals
+from januslens_server.serving.stopping import finish, on_device_lost
 
 logger = logging.getLogger("januslens_server")
 
@@ -32,17 +33,18 @@ logger = logging.getLogger("januslens_server")
 class Assembly:
     """A server that is put together and listens nowhere yet.
 
-    `stop` is set by signals, `lost` when the device computes no more.
+    `stop` is set by signals, `loaded` when no model loads any more, `lost` when the device computes
+    no more.
     """
 
     def __init__(self, settings: Settings) -> None:
         """In the event loop that will serve. Raises `OSError` for callers that cannot be read."""
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        _use_cores(settings)
         self._loop = asyncio.get_running_loop()
         self._grace = settings.grace_seconds
-        callers = _callers(settings)
-        self.stop, self.lost = heed_signals(callers), asyncio.Event()
+        self._callers = _callers(settings)
+        self.stop = heed_signals(self.reload_callers)
+        self.loaded, self.lost = asyncio.Event(), asyncio.Event()
         self.health = Health()
         lost = on_device_lost(self.health, self._loop, self.lost)
         memory = settings.max_request_memory
@@ -61,12 +63,20 @@ class Assembly:
             quotas=quotas,
             log_prompts=settings.log_prompts,
         )
-        age = settings.max_connection_age_seconds
-        self.server = build_server(service, self.health, age, callers, quotas)
+        self.server = build_server(
+            service,
+            self.health,
+            settings.max_connection_age_seconds,
+            self._callers,
+            quotas,
+            share_port=settings.processes > 1,
+        )
+        self._announced = False
         self._lag = self._loop.create_task(telemetry.watch_event_loop())
 
     async def announce(self) -> None:
-        """Say what is served, for the first time."""
+        """Say what is served; from now on health follows the models' states."""
+        self._announced = True
         statuses = self.registry.statuses()
         for status in statuses:
             gauges.show_model(status)
@@ -74,9 +84,11 @@ class Assembly:
 
     def load(self) -> None:
         """Begin to load the models, in a thread that nobody waits for."""
-        threading.Thread(
-            target=load_all, args=(self.registry,), name="model-loader", daemon=True
-        ).start()
+        threading.Thread(target=self._load, name="model-loader", daemon=True).start()
+
+    def _load(self) -> None:
+        load_all(self.registry)
+        self._loop.call_soon_threadsafe(self.loaded.set)
 
     def _observe(self, status: ModelStatus) -> None:
         """A model's state has changed; called by the thread that loads."""
@@ -85,10 +97,17 @@ class Assembly:
         asyncio.run_coroutine_threadsafe(self._update(), self._loop)
 
     async def _update(self) -> None:
+        if not self._announced:
+            return
         statuses = self.registry.statuses()
         await self.health.update(statuses)
         if is_ready(statuses):
             logger.info("ready")
+
+    def reload_callers(self) -> None:
+        """Read the file of callers anew, if there is one."""
+        if self._callers is not None:
+            self._callers.reload()
 
     async def drain(self) -> None:
         """Refuse what is new, let what runs finish within the grace, and stop."""
@@ -97,6 +116,14 @@ class Assembly:
         self.registry.close()
         self._worker.refuse_new()
         await finish(self.server, self._streams, self._grace)
+
+
+def _use_cores(settings: Settings) -> None:
+    """As many as configured; else torch's own choice, divided among the processes."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    elif settings.processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // settings.processes))
 
 
 def _limits(settings: Settings) -> Limits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import grpc
-from prometheus_client import start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
 from januslens_server.config import Settings
 from januslens_server.rpc.health import Health, build_health_server
@@ -23,14 +23,20 @@ async def listen(
     Raises `OSError` where one cannot be had.
     """
     check_free(settings.host, settings.port)
-    check_free(settings.metrics_host, settings.metrics_port)
     port = add_port(server, settings)
-    metrics, _ = start_http_server(settings.metrics_port, settings.metrics_host)
+    listen_for_metrics(settings)
     health_server = await listen_for_health(health, settings)
     await server.start()
     logger.info("serving on %s:%d", settings.host, port)
-    logger.info("metrics on http://%s:%d/metrics", settings.metrics_host, metrics.server_port)
     return health_server
+
+
+def listen_for_metrics(settings: Settings, shown: CollectorRegistry = REGISTRY) -> None:
+    """Show metrics on their port, for as long as the process lives."""
+    host, port = settings.metrics_host, settings.metrics_port
+    check_free(host, port)
+    metrics, _ = start_http_server(port, host, shown)
+    logger.info("metrics on http://%s:%d/metrics", host, metrics.server_port)
 
 
 def add_port(server: grpc.aio.Server, settings: Settings) -> int:

@@ -1,30 +1,19 @@
-"""From a signal to a drained server."""
+"""The end of serving: by a lost device, or drained."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import logging
-import signal
 import sys
 from collections.abc import Callable
 
 import grpc
 
-from januslens_server.access.directory import CallersFile
 from januslens_server.rpc.health import Health
 from januslens_server.rpc.streaming import DeviceStreams
 
 logger = logging.getLogger("januslens_server")
-
-
-def heed_signals(callers: CallersFile | None) -> asyncio.Event:
-    """Gives what SIGTERM and SIGINT set; SIGHUP reads the callers anew."""
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_signal_handler(signal.SIGHUP, (lambda: None) if callers is None else callers.reload)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    return stop
 
 
 def on_device_lost(

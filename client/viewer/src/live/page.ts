@@ -1,6 +1,3 @@
-import { HashState } from '../page/hash'
-import { setTheme, type Theme } from '../page/theme'
-import { choice, THEMES } from '../parts/controls'
 import { element } from '../parts/dom'
 import { ask, CallError, keepToken } from './calls'
 import { addEdits } from './edits'
@@ -23,7 +20,6 @@ export async function livePage(): Promise<void> {
 }
 
 class LivePage {
-  private readonly state = new HashState({ theme: '' })
   private readonly models = new Map<string, ModelMessage>()
   private readonly panels: Panel[] = []
   private readonly answers = element('main', { class: 'answers' })
@@ -40,11 +36,6 @@ class LivePage {
     },
     other: ({ view, asked }) =>
       this.open(view === 'trace' ? 'gradient' : 'trace', { ...this.form.asked(), ...same(asked) }),
-    aimed: (from, target) => {
-      if (!target.text.includes('\ufffd')) this.form.aim(target.text)
-      const asked = { ...from.asked, target: target.text, aim: target }
-      this.open(from.view, asked, from)
-    },
     closed: (panel) => {
       this.panels.splice(this.panels.indexOf(panel), 1)
     },
@@ -52,20 +43,8 @@ class LivePage {
 
   constructor() {
     const header = element('header', { class: 'page-header live' })
-    const theme = choice('Theme', THEMES, (value) => this.state.set({ theme: value }))
-    header.append(element('h1', {}, 'Januslens'), this.form.element, theme, this.trouble)
+    header.append(element('h1', {}, 'Januslens'), this.form.element, this.trouble)
     document.body.append(header, this.answers)
-    const look = () => {
-      theme.value = this.theme()
-      setTheme(this.theme())
-      for (const panel of this.panels) panel.frame.post({ theme: this.theme() })
-    }
-    this.state.subscribe(look)
-    look()
-  }
-
-  private theme(): Theme {
-    return this.state.get('theme') as Theme
   }
 
   async listModels(): Promise<void> {
@@ -89,8 +68,7 @@ class LivePage {
     }
   }
 
-  /** Asks; the answer stands last, or beside another. */
-  private open(view: 'trace' | 'gradient', asked: Asked, beside?: Panel): void {
+  private open(view: 'trace' | 'gradient', asked: Asked): void {
     const complete = view === 'gradient' && asked.target === '' ? undefined : asked
     if (!complete) {
       this.trouble.textContent = 'A gradient needs a target: what is to be learnt.'
@@ -98,12 +76,10 @@ class LivePage {
     }
     this.trouble.textContent = ''
     const panel = new Panel(view, complete, this.neighbours)
-    panel.frame.post({ theme: this.theme() })
     this.panels.push(panel)
     const layers = this.models.get(asked.model)?.nLayers ?? 1
     if (view === 'gradient') addEdits(panel, layers, () => this.form.watched())
-    if (beside) beside.element.after(panel.element)
-    else this.answers.append(panel.element)
+    this.answers.append(panel.element)
     void panel.run()
   }
 }

@@ -1,14 +1,10 @@
 // From what is typed to requests as protobuf JSON; what the server refuses it says by field.
 
-import type { Token } from '../label/tokens'
-
 /** What a person asks, as typed. */
 export interface Asked {
   model: string
   prompt: string
   target: string
-  /** A token that was clicked, instead of a typed target. */
-  aim?: Token | undefined
   layers: string
   positions: string
   heads: string
@@ -26,7 +22,7 @@ export function traceRequest(asked: Asked): Json {
   const positions = asked.positions.trim()
   return {
     ...common(asked),
-    ...(asked.target === '' && !asked.aim ? {} : { target: target(asked) }),
+    ...(asked.target === '' ? {} : { target: { text: asked.target } }),
     ...(positions === 'all' ? { allPositions: true } : { positions: numbers(positions) }),
     ...(asked.heads.trim() === '' ? {} : { selection: { heads: Number(asked.heads) } }),
     includeLogitContribution: true,
@@ -36,7 +32,7 @@ export function traceRequest(asked: Asked): Json {
 export function gradientRequest(asked: Asked): Json {
   return {
     ...common(asked),
-    nll: { target: target(asked) },
+    nll: { target: { text: asked.target } },
     matrices: asked.matrices.map((kind) => `MATRIX_KIND_${kind}`),
     neurons: Number(asked.neurons || 0),
     spectrumRank: Number(asked.spectrum || 0),
@@ -56,7 +52,7 @@ export function previewRequest(asked: Asked, edit: EditAsked, probes: readonly s
   return {
     model: asked.model,
     input: { prompt: asked.prompt },
-    target: target(asked),
+    target: { text: asked.target },
     ...(edit.kind === 'shift'
       ? { shift: { layer, eta: strength } }
       : { descent: { learningRate: strength } }),
@@ -68,10 +64,6 @@ export function editTitle({ kind, strength, layer }: EditAsked): string {
   return kind === 'shift'
     ? `What a forward-pass shift of layer ${layer} by ${strength} would do`
     : `What a step of learning rate ${strength} would do`
-}
-
-function target({ target, aim }: Asked): Json {
-  return aim ? { tokenIds: { ids: [aim.id] } } : { text: target }
 }
 
 function common(asked: Asked): Json {

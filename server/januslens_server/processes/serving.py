@@ -1,0 +1,71 @@
+"""What a member does: load, wait until all have, open the port that they share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from januslens_server import gauges
+from januslens_server.config import Settings
+from januslens_server.processes.messages import Listening, Loaded, Order
+from januslens_server.results import ModelState
+from januslens_server.serving.assembly import Assembly
+from januslens_server.serving.listening import add_port
+
+DEVICE_LOST = 1
+
+
+async def serve_among(settings: Settings, pipe: Connection, folder: Path) -> int:
+    """Serve until SIGTERM, or until the device is lost, and drain; gives the exit status.
+
+    Raises `OSError` where it cannot serve.
+    """
+    assembly = Assembly(settings)
+    opened = _heed(pipe, folder, assembly)
+    assembly.load()
+    written = asyncio.create_task(gauges.keep_written())
+    served = asyncio.create_task(_serve(assembly, settings, pipe, opened))
+    stopped = asyncio.create_task(assembly.stop.wait())
+    await asyncio.wait({served, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    if served.done():
+        served.result()  # where it could not serve
+    served.cancel()
+    written.cancel()
+    await assembly.drain()
+    return DEVICE_LOST if assembly.lost.is_set() else 0
+
+
+async def _serve(
+    assembly: Assembly, settings: Settings, pipe: Connection, opened: asyncio.Event
+) -> None:
+    """Until the device is lost."""
+    await assembly.loaded.wait()
+    statuses = assembly.registry.statuses()
+    pipe.send(Loaded({status.name: status.state is ModelState.READY for status in statuses}))
+    await opened.wait()
+    add_port(assembly.server, settings)
+    await assembly.server.start()
+    await assembly.announce()
+    pipe.send(Listening())
+    await assembly.lost.wait()
+
+
+def _heed(pipe: Connection, folder: Path, assembly: Assembly) -> asyncio.Event:
+    """Follow the supervisor's orders, and end with it; gives what the order to open sets."""
+    opened, loop = asyncio.Event(), asyncio.get_running_loop()
+    actions = {Order.OPEN: opened.set, Order.RELOAD: assembly.reload_callers}
+
+    def follow() -> None:
+        try:
+            while True:
+                loop.call_soon_threadsafe(actions[pipe.recv()])
+        except (EOFError, OSError):  # it was killed, and nobody else knows of its folder
+            shutil.rmtree(folder, ignore_errors=True)
+            os._exit(1)
+
+    threading.Thread(target=follow, name="supervisor", daemon=True).start()
+    return opened

@@ -1,0 +1,222 @@
+"""Two processes on one port look like one server."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import yaml
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from januslens.v1 import models_pb2, trace_pb2
+from januslens_server.access.tokens import digest
+from tests.integration.test_metrics import documented
+from tests.integration.test_starting import ended
+from tests.support.calls import REQUEST_ID, long_trace, prompt, refusal, started, timeless
+from tests.support.members import PROC, members, served_by, wait_until_gone
+from tests.support.metrics import page, rpc_labels, sample
+from tests.support.model_folders import in_float32
+from tests.support.server import ServerProcess, running_server
+
+TOKEN = "a token of this test alone"  # noqa: S105 - it opens nothing else
+TOKENIZE = models_pb2.TokenizeRequest(text="Japan")
+TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"))
+SERVING = health_pb2.HealthCheckResponse.SERVING
+
+
+@dataclass
+class Pair:
+    """A server of two processes, and its file of callers."""
+
+    server: ServerProcess
+    callers: Path
+
+    def connection(self) -> grpc.Channel:
+        """One that is shared with nobody."""
+        return grpc.insecure_channel(self.server.address, [("grpc.use_local_subchannel_pool", 1)])
+
+    def call(self, channel: grpc.Channel, method: str, request: Any, request_id: str = "") -> Any:
+        metadata = [("authorization", f"Bearer {TOKEN}")]
+        metadata += [(REQUEST_ID, request_id)] if request_id else []
+        return started(channel, method, request, metadata=metadata, timeout=30)
+
+
+def granting(**fields: Any) -> str:
+    entry = {"name": "ada", "tokens": [{"sha256": digest(TOKEN).hex()}], **fields}
+    return yaml.safe_dump({"callers": [entry]})
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp("pair")
+    callers, model = folder / "callers.yaml", in_float32(folder / "demo")
+    callers.write_text(granting())
+    flags = ["--processes", "2", "--health-port", "0", "--callers", str(callers)]
+    with running_server(*flags, "--model", f"demo={model}") as server:
+        yield Pair(server, callers)
+
+
+def test_connections_are_spread_and_both_give_the_same_bytes(pair: Pair) -> None:
+    answers: dict[int, list[bytes]] = {}
+    served = Counter[int]()
+    while served.total() < 8 or len(served) < 2:
+        request_id = f"spread-{served.total()}"
+        with pair.connection() as channel:
+            answer = [timeless(m) for m in pair.call(channel, "Trace", TRACE, request_id)]
+        process = served_by(pair.server, request_id)
+        served[process] += 1
+        assert answers.setdefault(process, answer) == answer
+        assert served.total() < 50
+    assert answers[1] == answers[2]
+
+
+def test_a_connection_stays_with_one_process(pair: Pair) -> None:
+    with pair.connection() as channel:
+        for number in range(6):
+            pair.call(channel, "Tokenize", TOKENIZE, f"stays-{number}").result()
+    assert len({served_by(pair.server, f"stays-{number}") for number in range(6)}) == 1
+
+
+def test_one_page_counts_the_calls_of_both(pair: Pair) -> None:
+    labels = rpc_labels("Tokenize") | {"grpc_code": "OK"}
+    before = sample(pair.server, "grpc_server_handled_total", **labels)
+    served = set()
+    for number in range(12):
+        with pair.connection() as channel:
+            pair.call(channel, "Tokenize", TOKENIZE, f"counted-{number}").result()
+        served.add(served_by(pair.server, f"counted-{number}"))
+    assert served == {1, 2}
+    assert sample(pair.server, "grpc_server_handled_total", **labels) == before + 12
+
+
+def test_the_page_has_what_is_documented_and_nothing_else(pair: Pair) -> None:
+    families = page(pair.server)
+    assert {family.name for family in families} == documented()
+    labels = {name for family in families for s in family.samples for name in s.labels}
+    assert "pid" not in labels
+
+
+def test_gauges_are_of_the_whole(pair: Pair) -> None:
+    assert sample(pair.server, "januslens_ready") == 1
+    states = {
+        state: sample(pair.server, "januslens_model_state", model="demo", state=state)
+        for state in ("LOADING", "READY", "FAILED")
+    }
+    assert states == {"LOADING": 0, "READY": 1, "FAILED": 0}
+    resident = [resident_bytes(process) for process in members(pair.server)]
+    allocated, total = (
+        sample(pair.server, "januslens_device_memory_bytes", device="cpu", kind=kind)
+        for kind in ("allocated", "total")
+    )
+    assert allocated == pytest.approx(sum(resident), rel=0.05)
+    assert max(resident) < total < machine_bytes() + 1
+
+
+def resident_bytes(process: int) -> int:
+    return status_kb(PROC / str(process) / "status", "VmRSS") * 1024
+
+
+def machine_bytes() -> int:
+    return status_kb(PROC / "meminfo", "MemTotal") * 1024
+
+
+def status_kb(path: Path, entry: str) -> int:
+    found = re.search(rf"^{entry}:\s+(\d+) kB", path.read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+def test_the_weights_are_the_pages_of_their_file(pair: Pair) -> None:
+    """Mapped and never written to, so that processes share them: of a file in the type served."""
+    for process in members(pair.server):
+        smaps = (PROC / str(process) / "smaps").read_text()
+        mapping = re.search(r"^\S+ \S+ .*/model\.safetensors\n(?:\w+:.*\n)+", smaps, re.MULTILINE)
+        assert mapping
+        size, dirty = (
+            re.search(rf"^{entry}:\s+(\d+) kB", mapping[0], re.MULTILINE)
+            for entry in ("Rss", "Private_Dirty")
+        )
+        assert size
+        assert dirty
+        assert int(size[1]) > 3_000
+        assert int(dirty[1]) == 0
+
+
+def test_the_health_port_answers_for_both(pair: Pair) -> None:
+    assert health(pair, "", "januslens.ready", "demo") == [SERVING] * 3
+
+
+def health(pair: Pair, *services: str) -> list[int]:
+    with grpc.insecure_channel(pair.server.health_address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        requests = (health_pb2.HealthCheckRequest(service=service) for service in services)
+        return [stub.Check(request, timeout=20).status for request in requests]
+
+
+def test_another_server_on_the_port_is_refused(pair: Pair) -> None:
+    """Also one that would share it with processes of its own."""
+    port = pair.server.address.rpartition(":")[2]
+    second = ended("--port", port, "--metrics-port", "0", "--processes", "2")
+    assert second.returncode == 1
+    (line,) = second.stderr.splitlines()
+    assert line.startswith("januslens-server: cannot serve: Address already in use")
+    assert port in line
+
+
+def test_sighup_reaches_both(pair: Pair) -> None:
+    pair.callers.write_text(granting(rpcs=["Trace"]))
+    pair.server.process.send_signal(signal.SIGHUP)
+    replaced = re.compile(r"callers replaced: 1 of .* process=(\d)")
+    deadline = time.monotonic() + 10
+    while {match[1] for match in replaced.finditer(pair.server.log)} != {"1", "2"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    with pair.connection() as channel:
+        call = pair.call(channel, "Tokenize", TOKENIZE)
+        with pytest.raises(grpc.RpcError):
+            call.result()
+        assert refusal(call).reason == "PERMISSION_DENIED"
+
+
+def test_a_killed_process_is_replaced_and_what_it_counted_stays(pair: Pair) -> None:
+    labels = rpc_labels("Trace") | {"grpc_code": "OK"}
+    before = sample(pair.server, "grpc_server_handled_total", **labels)
+    killed, other = members(pair.server)
+    os.kill(killed, signal.SIGKILL)
+    pair.server.wait_for("process 1 ended with status 137; it is started again in 1 s")
+    for number in range(4):  # nobody waits for it
+        with pair.connection() as channel:
+            list(pair.call(channel, "Trace", TRACE, f"meanwhile-{number}"))
+        assert served_by(pair.server, f"meanwhile-{number}") == 2
+    assert health(pair, "januslens.ready", "demo") == [SERVING] * 2
+    resident = sample(pair.server, "januslens_device_memory_bytes", device="cpu", kind="allocated")
+    assert resident == pytest.approx(resident_bytes(other), rel=0.05)
+    pair.server.wait_for("process 1 serves again")
+    assert len(members(pair.server)) == 2
+    assert sample(pair.server, "grpc_server_handled_total", **labels) == before + 4
+
+
+def test_sigterm_drains_both(pair: Pair) -> None:
+    """The last one: it ends the server."""
+    processes = members(pair.server)
+    with pair.connection() as one, pair.connection() as other:
+        streams = [pair.call(channel, "Trace", long_trace(2)) for channel in (one, other)]
+        for stream in streams:
+            assert next(stream).HasField("header")
+        pair.server.process.terminate()
+        for stream in streams:
+            assert list(stream)[-1].HasField("summary")
+    assert pair.server.process.wait(timeout=20) == 0
+    wait_until_gone(processes, 1)
+    for number in (1, 2):
+        assert re.search(rf"drained process={number}$", pair.server.log, re.MULTILINE)
+    assert "Traceback" not in pair.server.log

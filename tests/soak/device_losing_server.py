@@ -1,0 +1,43 @@
+"""`januslens-server`, whose device is lost at the next request while a file is there.
+
+`python -m tests.soak.device_losing_server FILE --processes 2 ...`: what torch raises and finds when
+a GPU stops for good; everything after that is the product's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from januslens_server.__main__ import main
+from januslens_server.config import Settings
+from januslens_server.processes import entry, member
+
+FILE = "TEST_DEVICE_IS_LOST"
+
+
+def enter(number: int, settings: Settings, folder: Path, pipe: Connection) -> None:
+    """A member as it is, on a device that can be lost."""
+    import torch
+
+    from januslens_server.models import failures
+
+    def lose(*_: Any) -> None:
+        if Path(os.environ[FILE]).exists():
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    torch.nn.modules.module.register_module_forward_hook(lose)
+    failures.in_service_terms = partial(
+        failures.in_service_terms, answers=lambda: not Path(os.environ[FILE]).exists()
+    )
+    entry.enter(number, settings, folder, pipe)
+
+
+if __name__ == "__main__":
+    os.environ[FILE] = sys.argv.pop(1)
+    member.enter = enter  # type: ignore[attr-defined]  # what it starts
+    main()

@@ -1,0 +1,83 @@
+"""Ports that one server may have: with real sockets."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from januslens_server.serving.ports import check_free, reserved
+
+HOST = "127.0.0.1"
+
+
+def listening(port: int, *, shared: bool) -> socket.socket:
+    """A server's socket, as gRPC's core makes it."""
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
+    try:
+        server.bind((HOST, port))
+    except OSError:
+        server.close()
+        raise
+    server.listen()
+    return server
+
+
+def test_a_reserved_port_is_refused_before_anybody_listens() -> None:
+    with reserved(HOST, 0) as port:
+        with pytest.raises(OSError, match=f"cannot serve: Address already in use .*{port}"):
+            check_free(HOST, port)
+        with pytest.raises(OSError, match=f"cannot serve: Address already in use .*{port}"):
+            reserved(HOST, port).__enter__()
+        with pytest.raises(OSError, match="Address already in use"):
+            listening(port, shared=False)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection((HOST, port), timeout=1)
+    check_free(HOST, port)
+
+
+def test_who_asks_to_share_it_listens_and_others_stay_out() -> None:
+    with (
+        reserved(HOST, 0) as port,
+        listening(port, shared=True) as first,
+        listening(port, shared=True) as second,
+    ):
+        with pytest.raises(OSError, match="cannot serve"):
+            reserved(HOST, port).__enter__()
+        with pytest.raises(OSError, match="cannot serve"):
+            check_free(HOST, port)
+        first.settimeout(0.01)
+        second.settimeout(0.01)
+        came = {first: 0, second: 0}
+        for _ in range(200):
+            with socket.create_connection((HOST, port), timeout=1):
+                for server in came:
+                    try:
+                        server.accept()[0].close()
+                    except TimeoutError:
+                        continue
+                    came[server] += 1
+            if all(came.values()):
+                break
+        assert all(came.values())
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_port_where_another_listens_is_refused(shared: bool) -> None:
+    with listening(0, shared=shared) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(OSError, match="cannot serve: Address already in use"):
+            reserved(HOST, port).__enter__()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_connections_that_linger_after_a_server_keep_nobody_out(shared: bool) -> None:
+    with listening(0, shared=shared) as before:
+        port = before.getsockname()[1]
+        with socket.create_connection((HOST, port)) as client:
+            before.accept()[0].close()  # the server first: its side of the connection lingers
+            assert client.recv(1) == b""
+    with reserved(HOST, port) as again:
+        assert again == port
