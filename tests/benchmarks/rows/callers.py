@@ -1,16 +1,19 @@
 """Many callers against one at a time, on the demo.
 
-Both take turns against one server. A caller sends its next trace when the last one has ended, so
-that with many of them the queue is never empty; meanwhile health is asked twenty times a second.
-Client and server share the machine's cores.
+One caller asks a server of one process, and the better of one core and of all cores counts; many
+ask that server, and one with a process for each core. They take turns. A caller sends its next
+trace when the last one has ended, so that with many of them no queue is ever empty; meanwhile
+health is asked twenty times a second. Client and servers share the machine's cores.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +26,18 @@ from tests.benchmarks.report import Row
 from tests.support.calls import prompt
 from tests.support.server import running_server
 
-CALLERS = (1, 32)
+CORES = os.cpu_count() or 1
+CALLERS = 32
+ONE_CORE, ALL_CORES = ("--threads", "1"), ("--threads", str(CORES))
+PROCESSES = ("--processes", str(CORES), "--threads", "1")
+SERVERS = tuple(dict.fromkeys((ONE_CORE, ALL_CORES, PROCESSES)))
+# A server by its flags, and how many ask it.
+Turn = tuple[tuple[str, ...], int]
+TURNS: tuple[Turn, ...] = (
+    *((flags, 1) for flags in dict.fromkeys((ONE_CORE, ALL_CORES))),
+    (ONE_CORE, CALLERS),
+    (PROCESSES, CALLERS),
+)
 SECONDS = 4.0
 SETTLING = 2.0
 PROMPTS = (
@@ -71,7 +85,7 @@ async def _caller(address: str, number: int, found: Load, began: float) -> None:
             ended = time.perf_counter()
             if began < ended < began + found.seconds:
                 found.traces.append(ended - started)
-            number += len(CALLERS)
+            number += 1
 
 
 async def _health(address: str, found: Load, began: float) -> None:
@@ -85,19 +99,28 @@ async def _health(address: str, found: Load, began: float) -> None:
 
 def measure(bench: Bench) -> Iterator[Row]:
     """Throughput as a ratio of one caller's; the rest is reported beside it."""
-    rounds: dict[int, list[Load]] = {callers: [] for callers in CALLERS}
-    with running_server() as server:
+    turns: dict[Turn, list[Load]] = {turn: [] for turn in TURNS}
+    with ExitStack() as running:
+        servers = {flags: running.enter_context(running_server(*flags)) for flags in SERVERS}
         for _ in range(bench.rounds):
-            for callers in CALLERS:
-                rounds[callers].append(asyncio.run(loaded(server.address, callers, SECONDS)))
-    one, many = (
-        statistics.median(load.throughput for load in rounds[callers]) for callers in CALLERS
-    )
-    name, beside = f"demo, {CALLERS[1]} callers", f"one caller's {one:.1f} traces/s"
-    yield Row(f"{name}: traces a second", many / one, "x", 1.5, beside, at_least=True)
-    latency = percentile(0.99, (seconds for load in rounds[CALLERS[1]] for seconds in load.traces))
+            for (flags, callers), loads in turns.items():
+                loads.append(asyncio.run(loaded(servers[flags].address, callers, SECONDS)))
+    one = max(_rate(loads) for (_, callers), loads in turns.items() if callers == 1)
+    yield from _rows("one process", turns[ONE_CORE, CALLERS], one, goal=None)
+    yield from _rows(f"{CORES} processes", turns[PROCESSES, CALLERS], one, goal=1.5)
+
+
+def _rate(loads: Sequence[Load]) -> float:
+    return statistics.median(load.throughput for load in loads)
+
+
+def _rows(name: str, loads: Sequence[Load], one: float, goal: float | None) -> Iterator[Row]:
+    name, many = f"demo, {CALLERS} callers, {name}", _rate(loads)
+    beside = f"one caller's {one:.1f} traces/s"
+    yield Row(f"{name}: traces a second", many / one, "x", goal, beside, at_least=True)
+    latency = percentile(0.99, (seconds for load in loads for seconds in load.traces))
     yield Row(f"{name}: p99 of a trace", latency, "s", None, f"{many:.1f} traces/s")
-    health = percentile(0.99, (seconds for load in rounds[CALLERS[1]] for seconds in load.health))
+    health = percentile(0.99, (seconds for load in loads for seconds in load.health))
     yield Row(f"{name}: p99 of a health answer", 1000 * health, "ms", 50, "meanwhile")
 
 
