@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
 
 from januslens_server.lens.head import CHUNK_BYTES
 from januslens_server.models.loading import ModelSource
-from januslens_server.models.memory import CHUNKS_AT_WORK
+from januslens_server.models.memory import needed
+from januslens_server.models.resident import ROW_CACHE_BYTES
 from tests.architectures.cases import Case
 from tests.architectures.tiny_models import plain
 from tests.support.reference_examples import TOKENIZER
@@ -27,4 +32,7 @@ def weight_bytes(case: Case) -> int:
 
 def room_for(case: Case, part: float) -> dict[str, int]:
     """Limits under which the CPU takes about a `part` of the model's weights."""
-    return {"cpu": CHUNKS_AT_WORK * CHUNK_BYTES + int(part * weight_bytes(case))}
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(case.config(), dtype=torch.float32)
+    beside = needed(skeleton, CHUNK_BYTES, ROW_CACHE_BYTES).beside_weights
+    return {"cpu": beside + int(part * weight_bytes(case))}

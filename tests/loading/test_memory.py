@@ -15,16 +15,18 @@ from januslens_server.models.device_memory import used_bytes, watched_devices
 from januslens_server.models.loading import load
 from januslens_server.models.memory import (
     CHUNKS_AT_WORK,
+    Need,
     available,
     free_memory,
     needed,
     total_memory,
 )
-from tests.architectures.cases import CASES, Case
+from tests.architectures.cases import CASES, MIXTURES, Case
 from tests.loading.folders import room_for, saved, weight_bytes
 
 TIED = Case("gpt2", "tied", {"tie_word_embeddings": True})
 UNTIED = next(case for case in CASES if case.id == "llama-grouped")
+MIXTURE = next(case for case in MIXTURES if case.id == "mixtral-window")
 
 
 def skeleton(case: Case, data_type: torch.dtype) -> Any:
@@ -34,14 +36,14 @@ def skeleton(case: Case, data_type: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("case", [TIED, UNTIED], ids=["tied", "untied"])
 def test_float32_needs_its_weights_and_no_copies(case: Case) -> None:
-    need = needed(skeleton(case, torch.float32), 1000)
+    need = needed(skeleton(case, torch.float32), 1000, 0)
     buffers = sum(b.numel() * 4 for b in skeleton(case, torch.float32).buffers())
     assert need.weights == weight_bytes(case) + buffers
     assert (need.lens, need.work) == (0, CHUNKS_AT_WORK * 1000)
 
 
 def test_half_types_need_float32_copies_of_the_head_and_of_a_block() -> None:
-    need = needed(skeleton(UNTIED, torch.bfloat16), 1000)
+    need = needed(skeleton(UNTIED, torch.bfloat16), 1000, 0)
     config = UNTIED.config()
     assert need.lens == 4 * config.vocab_size * config.hidden_size
     assert need.work == CHUNKS_AT_WORK * 1000 + weight_bytes(UNTIED) // config.num_hidden_layers
@@ -61,8 +63,40 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures(tmp_path: Path) 
     with pytest.raises(ModelFailed) as refused:
         load(replace(source, limits={"cpu": 200 * 2**20}))
     reason = str(refused.value)
-    assert "expected 256.1 MiB (weights 0.1 MiB, lens 0.0 MiB, work 256.0 MiB)" in reason
+    assert "(weights 0.1 MiB, lens 0.0 MiB, work 256.0 MiB, row cache " in reason
     assert "found 200.0 MiB on cpu" in reason
+
+
+def test_what_is_kept_later_counts_before_loading_and_the_refusal_names_it(tmp_path: Path) -> None:
+    source = replace(saved(TIED, tmp_path / "model"), row_cache_bytes=2**16)
+    need = needed(skeleton(TIED, torch.float32), source.chunk_bytes, source.row_cache_bytes)
+    assert load(replace(source, limits={"cpu": need.total})).provenance.device == "cpu"
+    with pytest.raises(
+        ModelFailed, match=r"row cache 0\.1 MiB, neuron index \d\.\d MiB\) of"
+    ) as at:
+        load(replace(source, limits={"cpu": need.total - 1}))
+    assert f"expected {need} of memory" in str(at.value)
+
+
+@pytest.mark.parametrize("limit", [2**16, 2**40], ids=["limited", "all rows"])
+@pytest.mark.parametrize("case", [TIED, UNTIED, MIXTURE], ids=lambda case: case.id)
+def test_what_is_kept_stays_below_the_estimate(case: Case, limit: int, tmp_path: Path) -> None:
+    """Full, and not far below."""
+    source = saved(case, tmp_path / "model")
+    need = needed(skeleton(case, torch.float32), 1000, limit)
+    model = load(replace(source, chunk_bytes=1000, row_cache_bytes=limit))
+    assert need.rows / 4 <= model.rows._logits.nbytes <= need.rows
+    layers = range(model.view.facts.n_layers)
+    index = [vars(model.neurons.layer(layer)).values() for layer in layers]
+    held = sum(column.nbytes for columns in index for column in columns)
+    assert need.neurons / 4 <= held <= need.neurons
+
+
+def test_a_gpu_keeps_no_rows_and_no_index() -> None:
+    need = needed(skeleton(UNTIED, torch.float32), 1000, 2**16)
+    assert min(need.rows, need.neurons) > 0
+    assert need.on("cpu") == need
+    assert need.on("cuda:0") == Need(need.weights, need.lens, need.work)
 
 
 def test_what_is_free_is_the_limit_without_a_setting(tmp_path: Path) -> None:
@@ -74,7 +108,7 @@ def test_what_is_free_is_the_limit_without_a_setting(tmp_path: Path) -> None:
 
 def test_a_split_that_needs_the_disk_needs_a_folder(tmp_path: Path) -> None:
     source = replace(saved(TIED, tmp_path / "model"), device="auto", limits=room_for(TIED, 0.5))
-    with pytest.raises(ModelFailed, match=r"found 256\.0 MiB on cpu; .* offload to a folder"):
+    with pytest.raises(ModelFailed, match=r"found \d+\.\d MiB on cpu; .* offload to a folder"):
         load(source)
     assert "disk" in load(replace(source, offload_dir=tmp_path)).provenance.device
 

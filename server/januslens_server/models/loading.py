@@ -28,7 +28,7 @@ from januslens_server.models.checkpoint import Checkpoint, first_line, open_chec
 from januslens_server.models.finite import check_weights
 from januslens_server.models.memory import needed
 from januslens_server.models.offload import brought
-from januslens_server.models.placement import AUTO, DeviceMap, devices_of, place
+from januslens_server.models.placement import AUTO, DISK, DeviceMap, devices_of, place
 from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokens import Vocabulary
@@ -125,10 +125,12 @@ def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dt
     """Where the weights will stand; raises `ModelFailed` before they are read if nowhere."""
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=data_type)
-    need = needed(skeleton, source.chunk_bytes)
+    need = needed(skeleton, source.chunk_bytes, source.row_cache_bytes)
     device_map = place(skeleton, need, source.device, source.limits, source.offload_dir)
-    devices = ", ".join(dict.fromkeys(str(device) for device in device_map.values()))
-    logger.info("model %s takes about %s on %s", source.name, need, devices)
+    devices = list(dict.fromkeys(str(device) for device in device_map.values()))
+    computing = next((device for device in devices if device not in {"cpu", DISK}), "cpu")
+    need = need.on(computing)
+    logger.info("model %s takes about %s on %s", source.name, need, ", ".join(devices))
     return device_map
 
 

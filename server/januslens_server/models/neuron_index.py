@@ -17,6 +17,8 @@ DEPTH = 64
 INDEX_BYTES = 512 * 2**20
 # An id and a logit at either end.
 ENTRY_BYTES = 16
+# A neuron's normaliser, its entropy, and whether it is read at all.
+ROW_BYTES = 9
 
 # To be changed whenever the numbers in an index would come out differently.
 VERSION = "1"

@@ -35,10 +35,10 @@ def place(
     computing = _computing_devices() if device == AUTO else [device]
     room = {name: available(name, limits) for name in computing}
     for name, free in room.items():
-        if free is None or need.total <= free:
+        if free is None or need.on(name).total <= free:
             return {"": name}
     if device != AUTO:
-        raise ModelFailed(_too_large(need, room))
+        raise ModelFailed(_too_large(need.on(device), room))
     room = {"cpu": available("cpu", limits)} | room
     return _split(skeleton, need, room, computing, offload_dir)
 
@@ -62,7 +62,7 @@ def _split(
     """
     weights = {name: sys.maxsize if free is None else free for name, free in room.items()}
     for name in computing:
-        weights[name] = max(0, weights[name] - need.lens - need.work)
+        weights[name] = max(0, weights[name] - need.on(name).beside_weights)
     devices = [*(name for name in computing if name != "cpu"), "cpu"]
     device_map: DeviceMap = infer_auto_device_map(
         skeleton,
@@ -70,7 +70,7 @@ def _split(
         no_split_module_classes=list(skeleton._no_split_modules or ()),  # noqa: SLF001 - no reader
     )
     if DISK in device_map.values() and offload_dir is None:
-        raise ModelFailed(_too_large(need, room) + ", or offload to a folder")
+        raise ModelFailed(_too_large(need.on(computing[0]), room) + ", or offload to a folder")
     return device_map
 
 

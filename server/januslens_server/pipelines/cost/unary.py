@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from januslens_server.models.neuron_index import ENTRY_BYTES
+from januslens_server.models.neuron_index import ENTRY_BYTES, ROW_BYTES
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sizes import model_sizes
 from januslens_server.pipelines.cost import memory
@@ -30,8 +30,6 @@ from januslens_server.specs import (
 
 EFFECT_BYTES = 128
 NEURON_BYTES = 48
-# Of a neuron in the index, beside its tokens: normaliser, entropy, whether it is read; rounded up.
-INDEXED_BYTES = 16
 
 
 def project_demand(model: ResidentModel, spec: ProjectSpec) -> Demand:
@@ -94,6 +92,6 @@ def find_neurons_demand(model: ResidentModel, spec: FindNeuronsSpec) -> Demand:
         + memory.float_copies(sizes),
         stream=spec.count * (NEURON_BYTES + reading_bytes(listed))
         + texts_bytes(sizes, spec.count * listed),
-        held=min(1, unread) * of_layer * (ENTRY_BYTES * model.neurons.depth + INDEXED_BYTES)
+        held=min(1, unread) * of_layer * (ENTRY_BYTES * model.neurons.depth + 2 * ROW_BYTES)
         + memory.reported(spec.count, listed),
     )
