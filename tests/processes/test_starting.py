@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.integration.test_starting import ended
 from tests.support.members import members, wait_until_gone
 from tests.support.server import running_server
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
 def test_what_keeps_one_from_beginning_ends_all(tmp_path: Path) -> None:
@@ -20,9 +29,20 @@ def test_what_keeps_one_from_beginning_ends_all(tmp_path: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
-def test_the_supervisors_death_is_that_of_all() -> None:
-    with running_server("--processes", "2", until="model demo takes") as server:
+def test_while_it_loads_health_says_so_and_the_supervisors_death_is_that_of_all() -> None:
+    flags = ("--processes", "2", "--health-port", "0")
+    with running_server(*flags, until="model demo takes") as server:
+        with grpc.insecure_channel(server.health_address) as channel:
+            stub: Any = health_pb2_grpc.HealthStub(channel)
+            for service, status in (("", SERVING), ("januslens.ready", NOT_SERVING)):
+                request = health_pb2.HealthCheckRequest(service=service)
+                assert stub.Check(request, timeout=20).status == status
         processes = members(server)
         assert len(processes) == 1  # the second one waits for its turn
         server.process.kill()
         wait_until_gone(processes, 10)
+
+
+def test_the_supervisor_does_without_torch() -> None:
+    program = "import sys, januslens_server.processes.supervisor; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from tests.support.server import ServerProcess, running_server
 TOKEN = "a token of this test alone"  # noqa: S105 - it opens nothing else
 TOKENIZE = models_pb2.TokenizeRequest(text="Japan")
 TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"))
+OK, SPENT = grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
@@ -172,14 +174,36 @@ def test_another_server_on_the_port_is_refused(pair: Pair) -> None:
     assert port in line
 
 
-def test_sighup_reaches_both(pair: Pair) -> None:
-    pair.callers.write_text(granting(rpcs=["Trace"]))
+def test_quotas_hold_for_each_process(pair: Pair) -> None:
+    pair.callers.write_text(granting(quotas={"requests_per_minute": 2}))
+    reload(pair)
+    spent: set[int] = set()
+    while spent != {1, 2}:
+        with pair.connection() as channel:
+            ids = [f"quota-{len(spent)}-{uuid.uuid4().hex}" for _ in range(3)]
+            calls = [pair.call(channel, "Tokenize", TOKENIZE, request_id) for request_id in ids]
+            codes = [call.code() for call in calls]
+            process = served_by(pair.server, ids[0])
+        if process in spent:
+            assert Counter(codes) == {SPENT: 3}
+        else:
+            assert Counter(codes) == {OK: 2, SPENT: 1}
+        spent.add(process)
+
+
+def reload(pair: Pair) -> None:
+    """Have both read the callers anew, and wait until they have."""
+    seen, deadline = len(pair.server.lines), time.monotonic() + 10
     pair.server.process.send_signal(signal.SIGHUP)
     replaced = re.compile(r"callers replaced: 1 of .* process=(\d)")
-    deadline = time.monotonic() + 10
-    while {match[1] for match in replaced.finditer(pair.server.log)} != {"1", "2"}:
+    while set(replaced.findall("\n".join(pair.server.lines[seen:]))) != {"1", "2"}:
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_sighup_reaches_both(pair: Pair) -> None:
+    pair.callers.write_text(granting(rpcs=["Trace"]))
+    reload(pair)
     with pair.connection() as channel:
         call = pair.call(channel, "Tokenize", TOKENIZE)
         with pytest.raises(grpc.RpcError):

@@ -46,6 +46,7 @@ async def _supervise(settings: Settings, folder: Path) -> int:
         return _status(served)
     finally:
         served.cancel()
+        await asyncio.wait({served})  # nobody is started any more
         await health.drain()
         await crew.end()
         if health_server is not None:

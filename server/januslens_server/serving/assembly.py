@@ -39,7 +39,7 @@ class Assembly:
 
     def __init__(self, settings: Settings) -> None:
         """In the event loop that will serve. Raises `OSError` for callers that cannot be read."""
-        _use_cores(settings)
+        use_cores(settings)
         self._loop = asyncio.get_running_loop()
         self._grace = settings.grace_seconds
         self._callers = _callers(settings)
@@ -118,7 +118,7 @@ class Assembly:
         await finish(self.server, self._streams, self._grace)
 
 
-def _use_cores(settings: Settings) -> None:
+def use_cores(settings: Settings) -> None:
     """As many as configured; else torch's own choice, divided among the processes."""
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
