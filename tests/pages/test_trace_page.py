@@ -239,6 +239,33 @@ def test_the_matrix_of_heads_tells_which_matter(
     expect(tab.locator(f'.facts[data-node="{best}"]')).to_be_visible()
 
 
+def test_a_selection_is_followed_through_the_layers(tab: Page, demo: Traced) -> None:
+    """Up: how much of the residual it is. Down: how much of it a part is, as shares multiply."""
+    head = "L2/p7/HEAD_OUTPUT/h3"
+    opened(tab, demo, f"layers=2,3&sel={head}")
+    bias = share(demo, "L2/p7/ATTENTION_BIAS")
+    after = share(demo, head) * (1 - bias) * share(demo, "L2/p7/ATTENTION_OUTPUT")
+    after *= share(demo, "L2/p7/RESIDUAL_MID")
+    rail = 'svg.detail[aria-label^="Layer 3"] .rail'
+    drawn = float(tab.locator(f"{rail}-ways path").first.get_attribute("stroke-width") or 0)
+    whole = float(tab.locator(f"{rail} > rect").first.get_attribute("height") or 0)
+    assert drawn / whole == pytest.approx(abs(after), abs=1e-4)
+    changed(tab, "layers=2,3&sel=p7/PREDICTION")
+    residual = share(demo, "L3/p7/RESIDUAL_MID") * share(demo, "L2/p7/BLOCK_OUTPUT")
+    made = tab.locator('svg.detail[aria-label^="Layer 2"] [data-way="L2/p7/MLP_OUTPUT"]')
+    drawn = float(made.get_attribute("stroke-width") or 0)
+    assert drawn / (2 + 16 * share(demo, "L2/p7/MLP_OUTPUT")) == pytest.approx(residual, abs=1e-4)
+
+
+def share(page: Traced, node_id: str) -> float:
+    """Of the sum that the node enters."""
+    return next(
+        edge.share or 0
+        for edge in page.trace.edge_list
+        if edge.source == node_id and edge.kind is januslens.EdgeKind.PART
+    )
+
+
 def test_searching_finds_every_node_that_says_it(tab: Page, demo: Traced) -> None:
     opened(tab, demo)
     tab.keyboard.press("/")
@@ -410,7 +437,7 @@ def test_a_selection_moves_nothing(tab: Page, demo: Traced) -> None:
       window.touched = new Set()
       const seen = new MutationObserver((changes) =>
         changes.forEach((change) => window.touched.add(change.attributeName ?? change.type)))
-      for (const picture of document.querySelectorAll('svg.picture g:not(.ways)'))
+      for (const picture of document.querySelectorAll('svg.picture g:not(.ways, .rail-ways)'))
         seen.observe(picture, { attributes: true, childList: true, characterData: true })
     }""")
     chip(tab, STRONGEST).click()

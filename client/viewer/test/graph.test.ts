@@ -4,9 +4,10 @@ import { FlowGraph } from '../src/graph/graph'
 import { answerAppears } from '../src/trace/answer'
 import { layerModel } from '../src/trace/detail/model'
 import { passing } from '../src/trace/filter'
+import { follow } from '../src/trace/follow'
 import { arcsInto } from '../src/trace/overview/arcs'
 import { search } from '../src/trace/search'
-import { fractions, pathToTarget, strongestDestination } from '../src/trace/ways'
+import { pathToTarget, strongestDestination } from '../src/trace/ways'
 import { stream } from './stream'
 
 function graph(): FlowGraph {
@@ -68,10 +69,10 @@ test('the path follows logits at sums, and the heads at attention', () => {
 })
 
 test('a selection is followed through its fraction of what it is a part of', () => {
-  const of = fractions(graph(), 'L0/p1/MEMORY_KEY/h3/s0')
-  assert.equal(of('L0/p1/MEMORY_VALUE/h3/s0'), 1)
-  assert.equal(of('L0/p1/HEAD_OUTPUT/h3'), 0.9)
-  assert.equal(of('L0/p1/HEAD_OUTPUT/h0'), 0)
+  const way = follow(graph(), 'L0/p1/MEMORY_KEY/h3/s0')
+  assert.equal(way.get('L0/p1/MEMORY_VALUE/h3/s0'), 1)
+  assert.equal(way.get('L0/p1/HEAD_OUTPUT/h3'), 0.9)
+  assert.equal(way.get('L0/p1/HEAD_OUTPUT/h0'), undefined)
   assert.equal(strongestDestination(graph(), 'L0/p1/MLP_OUTPUT')?.id, 'L0/p1/BLOCK_OUTPUT')
 })
 

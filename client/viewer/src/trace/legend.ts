@@ -56,7 +56,7 @@ function keysFor(target: string, width: number): Key[] {
   for (const [kind, words] of lines) {
     if (x + 30 + words.length * 6.6 > width) break
     keys.push({ x, width: 16, kind, words, inside: false })
-    x += 22 + words.length * 5.9 + 14
+    x += 22 + words.length * 5.6 + 16
   }
   return keys
 }

@@ -1,31 +1,6 @@
-// Ways through the graph: what a selection makes up of other nodes, and the strongest path.
+// Ways through the graph: the strongest source, the strongest destination, the strongest path.
 import type { FlowGraph } from '../graph/graph'
 import type { GraphEdge, GraphNode } from '../graph/nodes'
-
-/** How much of each node's ribbon a selected node makes up, 0 to 1: itself, its sums, its parts. */
-export function fractions(graph: FlowGraph, selected: string): (id: string) => number {
-  const node = graph.node(selected)
-  if (!node) return () => 0
-  const part = written(graph, node)
-  return (id) => {
-    if (id === part.id) return 1
-    const into = graph.edgesFrom(part.id).find((edge) => edge.kind === 'PART' && edge.target === id)
-    if (into) return Math.min(1, Math.abs(into.share ?? 0))
-    return graph.edgesFrom(id).some((e) => e.kind === 'PART' && e.target === part.id) ? 1 : 0
-  }
-}
-
-/** What a key, a query or an up column has its effect through: the value or the head's output. */
-function written(graph: FlowGraph, node: GraphNode): GraphNode {
-  const next = graph.edgesFrom(node.id).find((edge) => {
-    if (edge.kind === 'RECALL') return true
-    return edge.kind === 'ACTIVATE' && node.kind !== 'MLP_INPUT' && node.kind !== 'ATTENTION_CONCAT'
-  })
-  if (node.kind === 'HEAD_QUERY') {
-    return graph.node(node.id.replace('HEAD_QUERY', 'HEAD_OUTPUT')) ?? node
-  }
-  return (next && graph.node(next.target)) ?? node
-}
 
 /** What a node is mostly made of, and what it mostly goes into. */
 export function strongestSource(graph: FlowGraph, id: string): GraphNode | undefined {

@@ -45,14 +45,21 @@ export function placeAttention(
   const columns = columnsIn(at)
   const { shown, hidden, kept } = passing(block.rows, filter)
   const words = summary(block, block.rows.length, graph.sizes.nHeads, 'heads')
-  heading(detail, at, 'Attention', [...words, ...shownShare(kept)].join(' · '), [
-    [columns.query, 'query'],
-    [columns.source, 'reads'],
-    [columns.key, 'its key'],
-    [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
-    [columns.value, 'its value'],
-    [columns.output, 'the head writes'],
-  ])
+  heading(
+    detail,
+    at,
+    'Attention',
+    block,
+    [...words, ...shownShare(kept)],
+    [
+      [columns.query, 'query'],
+      [columns.source, 'reads'],
+      [columns.key, 'its key'],
+      [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
+      [columns.value, 'its value'],
+      [columns.output, 'the head writes'],
+    ],
+  )
   const extra = spare(block, shown, filter, at.bar)
   const rows: Stacked[] = []
   let y = at.y + HEAD
@@ -105,7 +112,7 @@ function spare(
     0,
   )
   const needed = lines + (block.rest ? ROW : 0) - GAP
-  return shown.length > 0 ? Math.max(0, Math.min(90, (wanted - needed) / shown.length)) : 0
+  return shown.length > 0 ? Math.max(0, Math.min(44, (wanted - needed) / shown.length)) : 0
 }
 
 function placeHead(

@@ -5,6 +5,7 @@ import type { Marks } from '../../parts/look'
 import type { Tooltip } from '../../parts/tooltip'
 import { at as atPosition } from '../../parts/words'
 import { filterOf } from '../filter'
+import { follow } from '../follow'
 import type { TraceState } from '../state'
 import { nodeTable } from '../table'
 import { type Actions, Picture } from './picture'
@@ -32,9 +33,10 @@ export class Details {
       return
     }
     const filter = filterOf(this.state)
+    const way = follow(this.graph, marks.selected)
     const boxes = layers.map((layer) => {
       const picture = this.picture(layer)
-      picture.draw(width, position, filter, marks)
+      picture.draw(width, position, filter, marks, way)
       return picture.element
     })
     if (

@@ -37,7 +37,7 @@ function boxes(svg: Svg, name: string, data: readonly Box[], radius: number): vo
 
 function drawRail(svg: Svg, rail: Rail): void {
   const group = stratum(svg, 'rail')
-  const middle = rail.y + 11.5
+  const middle = railMiddle(rail)
   group
     .selectAll('rect')
     .data(rail.segments)
@@ -50,19 +50,20 @@ function drawRail(svg: Svg, rail: Rail): void {
     .selectAll('path')
     .data(rail.joints)
     .join('path')
-    .attr('d', (j) => `M${j.x},${j.y0}V${j.y1}`)
+    .attr('d', jointPath)
     .attr('class', (j) => ((j.share ?? 0) < 0 ? 'joint subtracts' : 'joint'))
     .attr('stroke-width', (j) => thickness(j.share))
-  group
+  stratum(svg, 'rail-ways') // the selection's
+  stratum(svg, 'rail-words')
     .selectAll('text')
     .data([
       ...rail.segments.map((s) => ({
         x: (s.x0 + s.x1) / 2,
-        y: middle,
-        label: s.x1 - s.x0 > 150 ? s.label : '',
+        y: rail.y - 7,
+        label: s.x1 - s.x0 > 175 ? s.label : '',
         anchor: 'middle',
       })),
-      ...rail.joints.map((j) => ({ x: j.x - 12, y: j.y1 + 14, label: j.label, anchor: 'end' })),
+      ...rail.joints.map((j) => ({ x: j.to - 12, y: j.y1 + 12, label: j.label, anchor: 'end' })),
     ])
     .join('text')
     .attr('x', (t) => t.x)
@@ -72,7 +73,18 @@ function drawRail(svg: Svg, rail: Rail): void {
     .text((t) => t.label)
 }
 
-function thickness(share: number | undefined): number {
+export function railMiddle(rail: Rail): number {
+  return rail.y + 11.5
+}
+
+/** Straight up, or along below the rail to where it joins. */
+export function jointPath(joint: Rail['joints'][number]): string {
+  const { x, to, y0, y1 } = joint
+  return Math.abs(to - x) < 1 ? `M${x},${y0}V${y1}` : `M${x},${y0}V${y1 + 24}H${to}V${y1}`
+}
+
+/** Of the rail and what joins it, in pixels. */
+export function thickness(share: number | undefined): number {
   return 2 + 16 * Math.min(1, Math.abs(share ?? 0))
 }
 

@@ -45,13 +45,20 @@ export function placeMlp(
   // Of a mixture the sizes tell one expert's neurons, not those of all that were asked.
   const all = block.rows.some((row) => row.node.expert !== undefined) ? undefined : graph.sizes.dMlp
   const words = summary(block, block.rows.length, all, 'neurons')
-  heading(detail, at, 'MLP', [...words, ...shownShare(kept)].join(' · '), [
-    [columns.name, 'neuron'],
-    [columns.key, gated ? 'its gate' : 'its key'],
-    ...(gated ? [[columns.up, 'its up'] as const] : []),
-    [columns.activation + ACTIVATION / 2, 'activation', 'middle'],
-    [columns.value, 'its value'],
-  ])
+  heading(
+    detail,
+    at,
+    'MLP',
+    block,
+    [...words, ...shownShare(kept)],
+    [
+      [columns.name, 'neuron'],
+      [columns.key, gated ? 'its gate' : 'its key'],
+      ...(gated ? [[columns.up, 'its up'] as const] : []),
+      [columns.activation + ACTIVATION / 2, 'activation', 'middle'],
+      [columns.value, 'its value'],
+    ],
+  )
   const rows: Stacked[] = []
   let y = at.y + HEAD
   for (const row of shown) {

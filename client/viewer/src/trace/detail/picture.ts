@@ -7,8 +7,8 @@ import type { Svg } from '../../parts/svg'
 import type { Tooltip } from '../../parts/tooltip'
 import { at as atPosition } from '../../parts/words'
 import type { Filter } from '../filter'
+import type { Followed } from '../follow'
 import { preview } from '../preview'
-import { fractions } from '../ways'
 import { drawDetail } from './draw'
 import { detailLayout } from './layout'
 import { markDetail } from './marks'
@@ -54,12 +54,12 @@ export class Picture {
     picture.addEventListener('pointerleave', () => this.hovered(undefined))
   }
 
-  draw(width: number, position: number, filter: Filter, marks: Marks): void {
+  draw(width: number, position: number, filter: Filter, marks: Marks, way: Followed): void {
     const { graph } = this
     const placed = this.placed.differs(position, width, graph.version, filter.key)
     if (placed) this.place(width, position, filter)
     if (this.marked.differs(marks.key) || placed) {
-      markDetail(this.svg, this.detail, graph, marks, fractions(graph, marks.selected))
+      markDetail(this.svg, this.detail, graph, marks, way)
     }
   }
 

@@ -55,16 +55,25 @@ export interface Toggle extends Box {
 /** The residual stream along the top: before, after attention, after the MLP. */
 export interface Rail {
   y: number
-  segments: { x0: number; x1: number; share: number | undefined; label: string }[]
+  segments: { node: GraphNode; x0: number; x1: number; share: number | undefined; label: string }[]
   /** From an output's chip up to the rail. */
-  joints: { x: number; y0: number; y1: number; share: number | undefined; label: string }[]
+  joints: {
+    node: GraphNode
+    x: number
+    /** Where it meets the rail. */
+    to: number
+    y0: number
+    y1: number
+    share: number | undefined
+    label: string
+  }[]
 }
 
 export const ROW = 23
 export const CHIP = 19
 export const PAD = 14
 /** Height of a panel's title and its columns' names. */
-export const HEAD = 52
+export const HEAD = 66
 export const BAR = 12
 
 /** A picture of one layer as it is being put together. */
@@ -133,5 +142,5 @@ export interface Place {
 /** Where a block ended, and where the rail is joined to it. */
 export interface Placed {
   bottom: number
-  joint: { x: number; y: number } | undefined
+  joint: { node: GraphNode; x: number; y: number } | undefined
 }

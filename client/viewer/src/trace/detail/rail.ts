@@ -26,10 +26,17 @@ export function placeRail(
     const previous = stops[i - 1]
     if (!previous) return
     const label = stop.kept === undefined ? '' : `${percent(stop.kept)} from before`
-    const segment = { x0: previous.x + WIDTH, x1: stop.x, share: stop.kept, label }
+    const segment = {
+      node: previous.node,
+      x0: previous.x + WIDTH,
+      x1: stop.x,
+      share: stop.kept,
+      label,
+    }
     detail.rail.segments.push(segment)
   })
-  join(detail, attention, model.attention.outputShare)
+  const mid = stops.find(({ node }) => node === model.mid)
+  join(detail, attention, model.attention.outputShare, mid && mid.x + WIDTH / 2)
   join(detail, mlp, model.mlp.outputShare)
 }
 
@@ -60,9 +67,16 @@ function placeStop(detail: Detail, stop: Stop, first: boolean, last: boolean): v
   detail.text(x, y - 7, stop.label, 'column', anchor)
 }
 
-function join(detail: Detail, joint: Placed['joint'], share: number | undefined): void {
+/** From an output up to the rail: to its stop where one stands elsewhere, else straight. */
+function join(
+  detail: Detail,
+  joint: Placed['joint'],
+  share: number | undefined,
+  stop?: number | undefined,
+): void {
   if (!joint) return
   const label = share === undefined ? '' : `${share < 0 ? '' : '+'}${percent(share)}`
   const y1 = detail.rail.y + (ROW + CHIP) / 2
-  detail.rail.joints.push({ x: joint.x, y0: joint.y, y1, share, label })
+  const to = stop ?? joint.x
+  detail.rail.joints.push({ node: joint.node, x: joint.x, to, y0: joint.y, y1, share, label })
 }

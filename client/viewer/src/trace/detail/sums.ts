@@ -5,6 +5,8 @@ import type { Filter } from '../filter'
 import type { Block, Row } from './model'
 import { BAR, CHIP, type Detail, HEAD, PAD, type Place, type Placed, ROW } from './placing'
 
+const OUTPUT = 92 // width of the output's chip
+
 /** A row of the picture and the part that starts from it. */
 export interface Stacked {
   row: Row
@@ -22,27 +24,30 @@ export function heading(
   detail: Detail,
   at: Place,
   title: string,
-  what: string,
+  block: Block<Row>,
+  facts: readonly string[],
   columns: readonly (readonly [x: number, name: string, anchor?: 'middle' | 'start'])[],
 ): void {
-  detail.text(at.x + PAD, at.y + 18, title, 'title')
+  detail.text(at.x + PAD, at.y + 17, title, 'title')
+  const reads = block.input?.reading?.top[0]?.token.label
   const x = at.x + PAD + title.length * 8.6 + 14
-  detail.text(x, at.y + 18.5, what, 'quiet', 'start', at.width - PAD - 100 - (x - at.x))
+  const room = at.width - PAD - OUTPUT - 12 - (x - at.x)
+  if (reads !== undefined) detail.text(x, at.y + 17.5, `reads ${reads}`, 'quiet', 'start', room)
+  const line = facts.filter(Boolean).join(' · ')
+  detail.text(at.x + PAD, at.y + 35, line, 'quiet', 'start', at.width - 2 * PAD - OUTPUT)
   for (const [left, name, anchor] of columns) {
-    detail.text(left, at.y + 41, name, 'column', anchor ?? 'start')
+    detail.text(left, at.y + 55, name, 'column', anchor ?? 'start')
   }
 }
 
-/** "reads ␣Geneva · 25 of 512 neurons · −3 % cancels". */
+/** "25 of 512 neurons · 2 % cancels out". */
 export function summary(block: Block<Row>, shown: number, all: number | undefined, what: string) {
-  const reads = block.input?.reading?.top[0]?.token.label
   const parts = [...block.rows, block.rest, block.bias].map((row) => row?.share ?? 0)
   const minus = parts.filter((share) => share < 0).reduce((a, b) => a + b, 0)
   return [
-    reads === undefined ? '' : `reads ${reads}`,
     all && all > shown ? `${shown} of ${count(all)} ${what}` : `${shown} ${what}`,
     minus < -0.005 ? `${Math.round(-minus * 100)} % cancels out` : '',
-  ].filter(Boolean)
+  ]
 }
 
 export function shownShare(kept: number): string[] {
@@ -99,13 +104,12 @@ export function finish(
   const height = Math.max(ROW, at.bar, bottom - top)
   const barX = at.x + at.width - PAD - BAR
   stack(detail, rows, ends.share, { x: barX, y: top, width: BAR, height })
-  const width = 92
-  const x = at.x + at.width - PAD - width
-  if (block.output) detail.chip(block.output, x, at.y + 7, width)
+  const x = at.x + at.width - PAD - OUTPUT
+  if (block.output) detail.chip(block.output, x, at.y + 7, OUTPUT)
   detail.panels.push({ x: at.x, y: at.y, width: at.width, height: HEAD + height + PAD })
   return {
     bottom: top + height + PAD,
-    joint: block.output && { x: x + width / 2, y: at.y + 9 },
+    joint: block.output && { node: block.output, x: x + OUTPUT / 2, y: at.y + 9 },
   }
 }
 

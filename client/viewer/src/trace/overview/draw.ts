@@ -9,6 +9,8 @@ import { type Arc, arcsInto } from './arcs'
 import { drawHeatmap } from './heatmap'
 import { type Column, EMBEDDING, type Layout, type Row } from './layout'
 
+const PADDING = 6 // of a cell's text
+
 /** One residual of the grid. */
 export interface Cell {
   column: Column
@@ -85,6 +87,7 @@ function rungsOf({ graph, at }: Grid): Rung[] {
   const rungs: Rung[] = []
   let largest = 1e-9
   for (const column of at.columns) {
+    if (!column.labelled) continue // too narrow to compare widths
     for (let i = 1; i < at.rows.length; i++) {
       const [below, above] = [at.rows[i - 1], at.rows[i]]
       const node = below && residualAt(graph, below.layer, column.position)
@@ -177,7 +180,7 @@ function drawCells(group: Group, grid: Grid): void {
         .attr('rx', Math.min(6, at.cellHeight / 4))
       own
         .select('text')
-        .attr('x', 8)
+        .attr('x', PADDING)
         .attr('y', at.cellHeight / 2 + 0.5)
         .text(at.cellHeight < 11 ? '' : cellLabel(cell))
     })
@@ -193,7 +196,7 @@ function spoken(cell: Cell, graph: FlowGraph): string {
 
 function cellLabel(cell: Cell): string {
   const label = cell.node?.reading?.top[0]?.token.label ?? ''
-  return cut(label, fitting(cell.column.width - 13))
+  return cut(label, fitting(cell.column.width - 2 * PADDING))
 }
 
 interface Underline {
@@ -270,7 +273,7 @@ function drawAxis(group: Group, { graph, at, position }: Grid): void {
     .data(at.columns.filter((column) => column.labelled))
     .join('text')
     .attr('class', (column) => (column.position === position ? 'selected' : ''))
-    .attr('x', (column) => column.x + 8)
+    .attr('x', (column) => column.x + PADDING)
     .attr('y', y)
     .text((column) => {
       const label = graph.prompt[column.position]?.label ?? ''

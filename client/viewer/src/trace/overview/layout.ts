@@ -102,7 +102,7 @@ export function columnsIn(
   room: number,
 ): Column[] {
   const even = Math.min(WIDEST, room / positions)
-  if (even >= NARROWEST_LABEL || positions <= LENS) {
+  if (even >= NARROWEST_LABEL || positions <= 3) {
     return Array.from({ length: positions }, (_, position) => ({
       position,
       x: left + position * even,
@@ -113,16 +113,18 @@ export function columnsIn(
   return lens(positions, selected, left, room)
 }
 
-/** Ten readable columns around the selected one; the others share what is left as a heat map. */
+/** Up to ten readable columns around the selected one; the others share what is left as a heat map. */
 function lens(positions: number, selected: number, left: number, room: number): Column[] {
-  const others = Math.min(room * 0.3, (positions - LENS) * 16)
-  const wide = Math.min(84, (room - others) / LENS)
-  const narrow = (room - wide * LENS) / (positions - LENS)
-  const first = Math.max(0, Math.min(positions - LENS, selected - LENS + 3))
+  const shown = Math.max(3, Math.min(LENS, Math.floor((room * 0.8) / NARROWEST_LABEL)))
+  const others = Math.min(room * 0.3, (positions - shown) * 16)
+  const wide = Math.min(84, (room - others - 2 * GAP) / shown)
+  const narrow = Math.min(20, (room - wide * shown - 2 * GAP) / (positions - shown))
+  const first = Math.max(0, Math.min(positions - shown, selected - Math.floor(shown * 0.7)))
   const columns: Column[] = []
   let x = left
   for (let position = 0; position < positions; position++) {
-    const labelled = position >= first && position < first + LENS
+    const labelled = position >= first && position < first + shown
+    if (position > 0 && (position === first || position === first + shown)) x += GAP
     const pitch = labelled ? wide : narrow
     const gap = labelled ? Math.min(GAP, 6) : Math.min(2, narrow * 0.2)
     columns.push({ position, x, width: pitch - gap, labelled })

@@ -3,7 +3,7 @@
 import type { FlowGraph } from '../../graph/graph'
 import type { GraphNode } from '../../graph/nodes'
 import { cut } from '../../label/visible'
-import { probability } from '../../parts/numbers'
+import { count, probability } from '../../parts/numbers'
 import { type Svg, stratum } from '../../parts/svg'
 import { type AnswerStep, answerAppears } from '../answer'
 import { type Column, EMBEDDING, type Layout, type Row } from './layout'
@@ -30,7 +30,7 @@ export function drawPanel(svg: Svg, graph: FlowGraph, at: Layout, position: numb
     .attr('text-anchor', 'end')
     .attr('dominant-baseline', 'central')
     .attr('class', (line) => (line.rank === 0 ? 'number strong' : 'number'))
-    .text((line) => String(line.rank))
+    .text((line) => count(line.rank))
   const bars = stratum(svg, 'probabilities').selectAll('rect').data(lines).join('rect')
   bars
     .attr('x', x + BAR)
