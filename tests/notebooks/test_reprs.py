@@ -103,8 +103,9 @@ def test_a_gradient_shows_both_pictures(gradient: Gradient) -> None:
                 assert imprint[part.position + 1] == str(part.projection.top_tokens[0])
         for part in gradient.matrix(layer, "FF2").components:
             if part.size:
-                shown = f"▲ {part.promoted[0]}▼ {part.suppressed[0]}"
-                assert shift[part.position + 1] == shown
+                assert part.projection
+                top, bottom = part.projection.top_tokens[0], part.projection.bottom_tokens[0]
+                assert shift[part.position + 1] == f"▲ {top}▼ {bottom}"
 
 
 def test_a_matrix_lists_its_components(gradient: Gradient) -> None:

@@ -10,19 +10,21 @@ from xml.etree.ElementTree import Element, tostring
 Child: TypeAlias = "Element | str"
 
 # Colours come from the notebook's own theme; only heat-map cells bring ground and ink of their own.
+# Notebooks have styles for tables; the class twice outweighs them.
 _STYLE = """
 .januslens{font:13px/1.45 system-ui,sans-serif;max-width:100%;overflow-x:auto}
 .januslens p{margin:2px 0}
-.januslens table{border-collapse:collapse;margin:6px 0 2px;font:inherit}
-.januslens caption{text-align:left;font-weight:600;padding:2px 0;color:inherit}
-.januslens th,.januslens td{padding:1px 9px 1px 0;text-align:left;white-space:nowrap;border:0;
-background:none;font-weight:normal}
-.januslens th{opacity:.65;vertical-align:bottom}
-.januslens .n{text-align:right;font-variant-numeric:tabular-nums}
+.januslens.januslens table{border-collapse:collapse;margin:6px 0 2px;font:inherit;table-layout:auto}
+.januslens.januslens caption{text-align:left;font-weight:600;padding:2px 0;color:inherit}
+.januslens.januslens tr{background:none}
+.januslens.januslens :is(th,td){padding:1px 9px 1px 0;text-align:left;white-space:nowrap;border:0;
+background:none;font-weight:normal;max-width:none}
+.januslens.januslens th{opacity:.65;vertical-align:bottom}
+.januslens.januslens .n{text-align:right;font-variant-numeric:tabular-nums}
 .januslens bdi{font:12px ui-monospace,monospace;unicode-bidi:isolate}
 .januslens .d{opacity:.65}
 .januslens .t{font-weight:700;text-decoration:underline;text-underline-offset:2px}
-.januslens .m td.h{border:1px solid rgba(128,128,128,.35);padding:1px 5px;max-width:9em;
+.januslens.januslens .m td.h{border:1px solid rgba(128,128,128,.35);padding:1px 5px;max-width:9em;
 overflow:hidden;text-overflow:ellipsis}
 .januslens .b{display:inline-block;height:8px;background:#3d86bd;border-radius:1px}
 """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element
 
@@ -98,7 +98,8 @@ def _picture(gradient: Gradient, kind: MatrixKind) -> Element:
         ),
     )
     made.set("class", "m")
-    says = "x's top token" if imprint else "▲ promoted by a descent step, ▼ suppressed"
+    says = "x's top token" if imprint else "δ's ▲ top and ▼ bottom token; a descent step promotes"
+    says += "" if imprint else " the underlined one"
     scale = f"colour: |δ|, square-root scale, 0 to {cells.size(largest)}"
     return element("div", made, note(f"{says}; {scale}"))
 
@@ -106,9 +107,18 @@ def _picture(gradient: Gradient, kind: MatrixKind) -> Element:
 def _cell(component: Component | None, imprint: bool, largest: float) -> Element:
     if component is None or component.size == 0:
         return element("td", "·", classes="h d")
-    marks: Sequence[str] = ("",) if imprint else ("▲ ", "▼ ")
-    lines: list[Child] = [
-        element("span", mark, cells.tokens(found[:1]))
-        for mark, found in zip(marks, _readings(component, imprint), strict=True)
-    ]
+    lines: list[Child] = [cells.tokens(_ends(component)[0][:1])] if imprint else _marked(component)
     return cells.norm_cell(lines, component.vjp_norm, largest)
+
+
+def _marked(component: Component) -> list[Child]:
+    """Both ends as on the gradient's page, the one that a descent step promotes emphasised."""
+    return [
+        element("span", mark, cells.tokens(end[:1], component.promoted[:1]))
+        for mark, end in zip(("▲ ", "▼ "), _ends(component), strict=True)
+    ]
+
+
+def _ends(component: Component) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
+    projection = component.projection
+    return (projection.top_tokens, projection.bottom_tokens) if projection else ((), ())
