@@ -359,6 +359,48 @@ def test_narrow_windows_have_no_horizontal_scrolling(tab: Page, page: str) -> No
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+def test_in_narrow_windows_the_picture_scrolls_to_what_is_selected(tab: Page, deep: Shown) -> None:
+    tab.set_viewport_size({"width": 480, "height": 900})
+    tab.goto(deep.url)
+    chosen = tab.locator(".chip.painted.selected").first
+    box = chosen.bounding_box()
+    assert box
+    assert box["x"] >= 0
+    assert box["x"] + box["width"] <= 480
+    assert len(chosen.locator(".body").first.text_content() or "") >= 5  # of its token
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_paper_is_light_and_holds_whole_pictures(tab: Page, page: str) -> None:
+    tab.goto(f"{page}#theme=dark")
+    expect(tab.locator(".chip.painted").first).to_be_visible()
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 700, "height": 1000})
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    largest = tab.locator('.chip.painted[data-id="L1/p7/FF2"] rect')
+    assert largest.evaluate("r => getComputedStyle(r).fill") == "rgb(94, 42, 104)"
+    edges = tab.locator("svg.heat").evaluate_all(
+        "all => all.map(s => s.getBoundingClientRect().right)"
+    )
+    assert max(edges) <= 700
+    expect(tab.get_by_role("toolbar")).to_be_hidden()
+    tab.emulate_media(media="screen")
+
+
+def test_forced_colours_keep_pictures_and_bars(tab: Page, page: str) -> None:
+    tab.emulate_media(forced_colors="active")
+    tab.goto(page)
+    cell = tab.locator('.chip.painted[data-id="L3/p7/FF2"]')
+    fill, ink = (
+        cell.locator(part).first.evaluate("e => getComputedStyle(e).fill")
+        for part in ("rect", "text")
+    )
+    assert fill != ink
+    bar = tab.locator(".inspector .bar").first
+    assert bar.evaluate("b => getComputedStyle(b).backgroundColor") == "rgb(108, 127, 153)"
+    tab.emulate_media(forced_colors="none")
+
+
 def test_hostile_tokens_are_text(tab: Page, gradient: januslens.Gradient, tmp_path: Path) -> None:
     hostile = ["<img src=x onerror=alert(1)>", "\u202eevil", "a\u200bb", "👩‍👩‍👧", "</script>"]
     lines = [json.loads(line) for line in gradient.to_json_lines()]

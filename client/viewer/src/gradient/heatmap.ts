@@ -67,6 +67,14 @@ interface Placed {
 
 type Chip = Selection<SVGGElement, unknown, null, undefined>
 
+/** The narrowest that can be read: ten labelled columns, and what is left for the others. */
+export function narrowest(columns: number): number {
+  return GUTTER + Math.min(columns, LENS) * LABELLED + (columns > LENS ? UNLABELLED : 0)
+}
+
+const LENS = 10
+const LABELLED = 62 // px
+const UNLABELLED = 80
 const GAP = 4
 const TOP = 4
 const AXIS = 24
@@ -85,7 +93,8 @@ export function drawHeatMap(svg: Svg, map: HeatMap, legend?: Legend): void {
   const axis = TOP + rows.length * (cellHeight + GAP)
   const height = axis + AXIS + (legend ? LEGEND : 0)
   if (isNew(svg.node() as Element, `${width} ${height}`)) {
-    svg.attr('width', width).attr('height', height)
+    // The box scales it to the paper where it is printed.
+    svg.attr('width', width).attr('height', height).attr('viewBox', `0 0 ${width} ${height}`)
   }
   drawCells(stratum(svg, 'cells'), map)
   drawPart(svg, 'rows', [rows, cellHeight], (group) => drawRows(group, map))

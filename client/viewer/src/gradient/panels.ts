@@ -1,7 +1,7 @@
 // The pictures of a gradient's page, one below the other, each with a choice of its matrix.
 import { choice } from '../parts/controls'
 import { element, tokenText } from '../parts/dom'
-import type { Svg } from '../parts/svg'
+import { isNew, type Svg } from '../parts/svg'
 import { drawHeatMap, type HeatMap, heatPicture, type Legend } from './heatmap'
 import { normLegend, rankLegend } from './legend'
 import type { GradientModel } from './model'
@@ -33,6 +33,8 @@ export class Pictures {
     this.imprint = this.panel('imprint', 'Imprint: what a step writes into what reads')
     this.rank = this.panel('rank', 'The target’s rank')
     this.segments = this.panel('rank', 'By segment of the prompt')
+    // Its cells take no focus: it must be reachable itself where it is wider than the window.
+    this.segments.picture.node()?.parentElement?.setAttribute('tabindex', '0')
     this.targets = choice('Target', [], (value) => state.set({ target: value }))
     this.rank.kinds.after(this.targets)
   }
@@ -46,7 +48,7 @@ export class Pictures {
     this.drawFactors(this.shift, 'shift', 'shifts what it writes, δ', shown)
     this.drawFactors(this.imprint, 'imprint', 'is imprinted with what it reads, x', shown)
     this.drawRanks(shown)
-    this.drawSegments(shown.width)
+    this.drawSegments()
   }
 
   private drawFactors(panel: Panel, key: 'imprint' | 'shift', words: string, shown: Shown): void {
@@ -57,6 +59,7 @@ export class Pictures {
     panel.title.replaceChildren(`${kind} ${words}`)
     const legend = normLegend(largestNorm(this.model, kind))
     this.show(panel, factorMap(this.model, kind, shown), legend)
+    if (shown.scrolls) scrollTo(panel, shown.selected)
   }
 
   private drawRanks(shown: Shown): void {
@@ -81,9 +84,10 @@ export class Pictures {
       words.map(([, t]) => t),
     )
     this.show(this.rank, rankMap(this.model, kind, shown), rankLegend())
+    if (shown.scrolls) scrollTo(this.rank, shown.selected)
   }
 
-  private drawSegments(width: number): void {
+  private drawSegments(): void {
     const kind = this.rankKind()
     const known = this.model.segments.some((segment) => segment.kind === kind)
     this.segments.box.hidden = !known
@@ -92,7 +96,7 @@ export class Pictures {
     this.segments.title.replaceChildren(
       `${kind} by segment of the prompt: means of |δ| and of the target’s rank`,
     )
-    this.show(this.segments, segmentMap(this.model, kind, width))
+    this.show(this.segments, segmentMap(this.model, kind))
   }
 
   private show(panel: Panel, map: HeatMap, legend?: Legend): void {
@@ -123,11 +127,22 @@ export class Pictures {
     const kinds = choice(`Matrix: ${name}`, [], (value) => this.state.set({ [key]: value }))
     const picture = heatPicture(name)
     const bar = element('div', { class: 'panel-bar' }, title, kinds)
-    const box = element('section', { class: 'panel' }, bar, picture.node() as Node)
+    const frame = element('div', { class: 'frame' }, picture.node() as Node)
+    const box = element('section', { class: 'panel' }, bar, frame)
     box.hidden = true // until there is something to show
     this.element.append(box)
     return { box, title, kinds, picture }
   }
+}
+
+/** Brings what is selected into sight, when it is selected; afterwards a person may scroll. */
+function scrollTo({ picture }: Panel, selected: string): void {
+  const frame = picture.node()?.parentElement
+  if (!frame || !isNew(frame, selected)) return
+  const cell = frame.querySelector('.chip.selected') ?? frame.querySelector('.axis .selected')
+  if (!cell) return
+  const [at, around] = [cell.getBoundingClientRect(), frame.getBoundingClientRect()]
+  frame.scrollLeft += at.left + at.width / 2 - (around.left + around.width / 2)
 }
 
 /** Fills a choice with what there is; hidden where there is nothing to choose. */

@@ -14,6 +14,8 @@ const SEGMENT = 144 // wide enough for the longest name
 
 export interface Shown {
   width: number
+  /** Whether that is wider than there is room for. */
+  scrolls: boolean
   selected: string
   /** '', 'top' or 'bottom'. */
   ends: string
@@ -70,7 +72,7 @@ function markedCell(component: Component, { selected, wanted }: Shown) {
 }
 
 /** The paper's figures by segment: the mean norm, and below it the target's mean rank. */
-export function segmentMap(model: GradientModel, kind: string, width: number): HeatMap {
+export function segmentMap(model: GradientModel, kind: string): HeatMap {
   const rows = model.segments.filter((segment) => segment.kind === kind)
   const names = [...new Set(rows.map((row) => row.segment))]
   const largest = Math.max(...rows.map((row) => row.norm), 0)
@@ -87,7 +89,7 @@ export function segmentMap(model: GradientModel, kind: string, width: number): H
     columns,
     rows: layers.map((layer) => ({ key: String(layer), label: `L${layer}`, selected: false })),
     cellHeight: 40,
-    width: Math.min(width, GUTTER + names.length * SEGMENT),
+    width: GUTTER + names.length * SEGMENT,
     cell: (layer, name) => {
       const row = rows.find((r) => r.segment === name && r.layer === Number(layer))
       return row && segmentCell(row, largest)
@@ -141,11 +143,12 @@ function columnsOf(model: GradientModel, shown: Shown): HeatColumn[] {
   const chosen = placeOf(shown.selected)?.position
   const position = chosen ?? model.prompt.length - 1
   const columns = columnsIn(model.prompt.length, position, GUTTER, shown.width - GUTTER)
-  return columns.map(({ position: at, x, width, labelled }) => ({
+  return columns.map(({ position: at, x, width, labelled }, i) => ({
     key: String(at),
     label: model.prompt[at]?.label ?? '',
     x,
-    width: labelled ? width + 6 : width,
+    // No curves run between these columns, so that they can stand closer.
+    width: labelled ? (columns[i + 1]?.x ?? x + width + 10) - x - 4 : width,
     labelled,
     selected: at === chosen,
   }))

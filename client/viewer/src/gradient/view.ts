@@ -11,6 +11,7 @@ import { helpDialog } from '../parts/help'
 import { Tooltip } from '../parts/tooltip'
 import { fillFacts, glance } from './facts'
 import { fillHeader } from './header'
+import { narrowest } from './heatmap'
 import { KEYS, listenToKeys } from './keys'
 import { GradientModel } from './model'
 import { Pictures } from './panels'
@@ -83,24 +84,27 @@ export class GradientView {
   draw(): void {
     setTheme(this.state.get('theme') as Theme)
     this.updateToolbar(this.model.experts())
-    const width = this.parts.main.clientWidth
-    if (this.model.prompt.length === 0 || width === 0) return
+    const room = this.parts.main.clientWidth
+    const positions = this.model.prompt.length
+    if (positions === 0 || room === 0) return
     const selected = this.selected()
-    const position = placeOf(selected)?.position ?? this.model.prompt.length - 1
+    const position = placeOf(selected)?.position ?? positions - 1
     if (this.told.differs(this.model.version, position)) {
       fillHeader(this.heading, this.model, position)
     }
-    this.pictures.draw(this.shown(width, selected))
+    this.pictures.draw(this.shown(room, selected))
     this.drawFacts(selected)
     this.drawTables()
     this.keepFocus(selected)
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
   }
 
-  private shown(width: number, selected: string): Shown {
+  private shown(room: number, selected: string): Shown {
     const { state } = this
+    const least = narrowest(this.model.prompt.length)
     return {
-      width,
+      width: Math.max(room, least),
+      scrolls: room < least,
       selected,
       ends: state.get('ends'),
       target: Number(state.get('target') || 0),
