@@ -6,6 +6,8 @@ q k with respect to the attention input, the other side held fixed: a vector of 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from januslens_server.capture import LayerActivations
@@ -13,11 +15,7 @@ from januslens_server.graph.flow import FlowBuilder
 from januslens_server.graph.heads import HeadRow, head_row
 from januslens_server.graph.selection import largest, left_out
 from januslens_server.graph.terms import WeightedRows
-from januslens_server.graph.weighted_rows import (
-    Result,
-    RowKinds,
-    add_weighted_rows,
-)
+from januslens_server.graph.weighted_rows import Result, RowKinds, add_weighted_rows
 from januslens_server.graph.weights import AttentionWeights
 from januslens_server.results import EdgeKind, Node, NodeKind
 from januslens_server.specs import Selection
@@ -35,18 +33,32 @@ def add_attention(
 ) -> str:
     """Add everything between the attention's input and its raw result; gives the latter's id."""
     row = head_row(flow.position, acts, weights)
-    heads = largest(row.concat.norm(dim=-1), selection.heads)
-    heads = heads.sort().values
-    queries = _add_projections(flow, attention_input, acts, row, weights, heads)
     outputs = torch.einsum("he,hed->hd", row.concat, weights.output)
-    head_outputs = flow.nodes(_heads(flow, NodeKind.HEAD_OUTPUT, heads), outputs[heads])
+    heads = _chosen(row.concat.norm(dim=-1), selection.heads)
+    queries = _add_projections(flow, attention_input, acts, row, weights, heads)
+    head_outputs = flow.nodes(_heads(flow, NodeKind.HEAD_OUTPUT, heads), outputs[heads.pick])
     _add_memories(flow, queries, head_outputs, outputs, row, weights, heads, selection)
     concat = _add_concat(flow, head_outputs, outputs, heads)
     return _add_result(flow, concat, row, weights, selection, result)
 
 
-def _heads(flow: FlowBuilder, kind: NodeKind, heads: torch.Tensor) -> list[Node]:
-    return [Node(kind, flow.position, flow.layer, head=head) for head in heads.tolist()]
+class _Heads(NamedTuple):
+    """The selected heads in ascending order: their numbers, and what picks them of all heads."""
+
+    numbers: list[int]
+    pick: torch.Tensor | slice
+
+
+def _chosen(sizes: torch.Tensor, count: int) -> _Heads:
+    """The heads with the largest `sizes` `[n_heads]`; a slice, which copies nothing, of all."""
+    if count == 0 or count >= len(sizes):
+        return _Heads(list(range(len(sizes))), slice(None))
+    index = largest(sizes, count).sort().values
+    return _Heads(index.tolist(), index)
+
+
+def _heads(flow: FlowBuilder, kind: NodeKind, heads: _Heads) -> list[Node]:
+    return [Node(kind, flow.position, flow.layer, head=head) for head in heads.numbers]
 
 
 def _add_projections(
@@ -55,29 +67,28 @@ def _add_projections(
     acts: LayerActivations,
     row: HeadRow,
     weights: AttentionWeights,
-    heads: torch.Tensor,
+    heads: _Heads,
 ) -> list[str]:
     """QUERY, KEY, VALUE and their heads at the position itself; gives HEAD_QUERY's ids."""
-    group = weights.query.shape[0] // weights.key.shape[0]
-    key_weights = weights.key.repeat_interleave(group, dim=0)
-    pulled = {
-        (NodeKind.QUERY, NodeKind.HEAD_QUERY): torch.einsum("he,hde->hd", row.asking, key_weights),
-        (NodeKind.KEY, NodeKind.HEAD_KEY): torch.einsum(
-            "he,hde->hd", row.matching[:, -1], weights.query
-        ),
-        (NodeKind.VALUE, NodeKind.HEAD_VALUE): torch.einsum(
-            "he,hed->hd", row.values[:, -1], weights.output
-        ),
-    }
-    size = acts.attention_input[flow.position].float().norm()[None]
-    ids: dict[NodeKind, list[str]] = {}
-    for (whole, by_head), vectors in pulled.items():
-        whole_id = flow.node(whole, vectors.sum(0))
-        flow.edges(EdgeKind.PROJECT, [attention_input], [whole_id], size)
-        ids[by_head] = flow.nodes(_heads(flow, by_head, heads), vectors[heads])
-        sizes = vectors[heads].norm(dim=-1)
-        flow.edges(EdgeKind.SPLIT, [whole_id] * len(heads), ids[by_head], sizes)
-    return ids[NodeKind.HEAD_QUERY]
+    asking = row.asking.unflatten(0, (len(weights.key), -1))  # by key head and its query heads
+    pulled = torch.stack(
+        [
+            torch.einsum("kge,kde->kgd", asking, weights.key).flatten(0, 1),
+            torch.einsum("he,hde->hd", row.matching[:, -1], weights.query),
+            torch.einsum("he,hed->hd", row.values[:, -1], weights.output),
+        ]
+    )
+    wholes = [NodeKind.QUERY, NodeKind.KEY, NodeKind.VALUE]
+    nodes = [Node(kind, flow.position, flow.layer) for kind in wholes]
+    whole_ids = flow.nodes(nodes, pulled.sum(1))
+    size = acts.attention_input[flow.position].float().norm().expand(3)
+    flow.edges(EdgeKind.PROJECT, [attention_input] * 3, whole_ids, size)
+    by_head = [NodeKind.HEAD_QUERY, NodeKind.HEAD_KEY, NodeKind.HEAD_VALUE]
+    vectors = pulled[:, heads.pick].flatten(0, 1)
+    ids = flow.nodes([node for kind in by_head for node in _heads(flow, kind, heads)], vectors)
+    split = [whole for whole in whole_ids for _ in heads.numbers]
+    flow.edges(EdgeKind.SPLIT, split, ids, vectors.norm(dim=-1))
+    return ids[: len(heads.numbers)]
 
 
 def _add_memories(
@@ -87,52 +98,59 @@ def _add_memories(
     outputs: torch.Tensor,
     row: HeadRow,
     weights: AttentionWeights,
-    heads: torch.Tensor,
+    heads: _Heads,
     selection: Selection,
 ) -> None:
     """The sources each head attends to most: their keys, their values, and the rest."""
-    pattern = row.pattern[heads]
+    pattern = row.pattern[heads.pick]
     sources = largest(pattern, selection.memory_values_per_head)
-    probability = pattern.gather(1, sources)
-    picked = heads[:, None], sources
-    keys = torch.einsum("kse,kde->ksd", row.matching[picked], weights.query[heads])
-    values = torch.einsum("kse,ked->ksd", row.values[picked], weights.output[heads])
-    rest = torch.where(left_out(pattern.shape[1], sources), pattern, 0.0)
-    other = torch.einsum("ks,kse,ked->kd", rest, row.values[heads], weights.output[heads])
-    for i, head in enumerate(heads.tolist()):
-        total = Node(NodeKind.HEAD_OUTPUT, flow.position, flow.layer, head=head)
-        places = (row.first + sources[i]).tolist()
-        key_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_KEY, head, places), keys[i])
-        value_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_VALUE, head, places), values[i])
-        attended = probability[i]
-        asked = [head_queries[i]] * len(key_ids)
-        flow.edges(EdgeKind.ATTEND, asked, key_ids, attended, attended)
-        flow.edges(EdgeKind.RECALL, key_ids, value_ids, attended, attended)
-        recalled = attended[:, None] * values[i]
-        flow.parts(value_ids, head_outputs[i], recalled, outputs[head], attended)
-        if sources.shape[1] < pattern.shape[1]:
-            left = flow.other(total, other[i])
-            flow.parts([left], head_outputs[i], other[i][None], outputs[head], rest[i].sum()[None])
+    count = sources.shape[1]
+    picked = sources[:, :, None].expand(-1, -1, row.values.shape[2])
+    maps = weights.output[heads.pick]
+    matching, recalled = (x[heads.pick].gather(1, picked) for x in (row.matching, row.values))
+    keys = torch.einsum("kse,kde->ksd", matching, weights.query[heads.pick]).flatten(0, 1)
+    values = torch.einsum("kse,ked->ksd", recalled, maps).flatten(0, 1)
+    places = (row.first + sources).tolist()
+    key_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_KEY, heads, places), keys)
+    value_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_VALUE, heads, places), values)
+    attended = pattern.gather(1, sources).flatten()
+    asked = [query for query in head_queries for _ in range(count)]
+    flow.edges(EdgeKind.ATTEND, asked, key_ids, attended, attended)
+    flow.edges(EdgeKind.RECALL, key_ids, value_ids, attended, attended)
+    totals = outputs[heads.pick]
+    whole = totals.repeat_interleave(count, dim=0)
+    written = [output for output in head_outputs for _ in range(count)]
+    flow.parts(value_ids, written, attended[:, None] * values, whole, attended)
+    if count < pattern.shape[1]:
+        rest = torch.where(left_out(pattern.shape[1], sources), pattern, 0.0)
+        mixed = torch.einsum("ks,kse->ke", rest, row.values[heads.pick])
+        left = torch.einsum("ke,ked->kd", mixed, maps)
+        others = flow.others(_heads(flow, NodeKind.HEAD_OUTPUT, heads), left)
+        flow.parts(others, head_outputs, left, totals, rest.sum(1))
 
 
-def _memories(flow: FlowBuilder, kind: NodeKind, head: int, sources: list[int]) -> list[Node]:
+def _memories(
+    flow: FlowBuilder, kind: NodeKind, heads: _Heads, places: list[list[int]]
+) -> list[Node]:
     return [
         Node(kind, flow.position, flow.layer, head=head, source_position=source)
+        for head, sources in zip(heads.numbers, places, strict=True)
         for source in sources
     ]
 
 
 def _add_concat(
-    flow: FlowBuilder, head_outputs: list[str], outputs: torch.Tensor, heads: torch.Tensor
+    flow: FlowBuilder, head_outputs: list[str], outputs: torch.Tensor, heads: _Heads
 ) -> str:
     """All heads together: a junction of the graph, without a reading of its own."""
     total = outputs.sum(0)
     concat = flow.node(NodeKind.ATTENTION_CONCAT, total, projected=False)
-    flow.parts(head_outputs, concat, outputs[heads], total)
-    if len(heads) < len(outputs):
-        rest = outputs[left_out(len(outputs), heads)].sum(0)
+    parts, ids = outputs[heads.pick], head_outputs
+    if isinstance(heads.pick, torch.Tensor):
+        rest = outputs[left_out(len(outputs), heads.pick)].sum(0, keepdim=True)
         junction = Node(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer)
-        flow.parts([flow.other(junction, rest)], concat, rest[None], total)
+        parts, ids = torch.cat([parts, rest]), [*ids, *flow.others([junction], rest)]
+    flow.parts(ids, concat, parts, total)
     return concat
 
 
@@ -148,7 +166,7 @@ def _add_result(
     activations = row.concat.flatten()
     terms = WeightedRows(activations, weights.output.flatten(0, 1), weights.row_norms, weights.bias)
     added = add_weighted_rows(flow, terms, ATTENTION_KINDS, selection, result)
-    flow.edges(
-        EdgeKind.ACTIVATE, [concat] * len(added.neurons), added.neurons, activations[added.picked]
-    )
+    neurons = added.neurons
+    sources = [concat] * len(neurons.ids)
+    flow.edges(EdgeKind.ACTIVATE, sources, neurons.ids, activations[neurons.picked])
     return added.total

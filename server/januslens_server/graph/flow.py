@@ -5,11 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
+from januslens_server.graph.scalars import Scalars
 from januslens_server.graph.weights import Finish
-from januslens_server.results import Edge, EdgeKind, Node, NodeKind
+from januslens_server.results import Edge, EdgeKind, Floats, Node, NodeKind
+
+# In the order of `Edge`.
+_EDGE_COLUMNS = ("weight", "share", "attention", "logit_contribution")
 
 
 @dataclass(frozen=True)
@@ -21,7 +26,7 @@ class Flow:
 
     nodes: list[Node]
     vectors: torch.Tensor
-    activations: torch.Tensor
+    activations: Floats
     projected: list[bool]
     edges: list[Edge]
 
@@ -39,10 +44,11 @@ class FlowBuilder:
         self.direction = direction
         self._nodes: list[Node] = []
         self._vectors: list[torch.Tensor] = []
-        self._activations: list[torch.Tensor] = []
         self._projected: list[bool] = []
-        self._ends: list[tuple[str, str, EdgeKind]] = []
-        self._values: list[torch.Tensor] = []
+        self._sources: list[str] = []
+        self._targets: list[str] = []
+        self._kinds: list[EdgeKind] = []
+        self._scalars = Scalars()
 
     def before(self, finish: Finish, raw: torch.Tensor) -> FlowBuilder:
         """This same flow for the parts of `raw` `[d_model]`, which reach the residual by `finish`.
@@ -66,16 +72,18 @@ class FlowBuilder:
         activations: torch.Tensor | None = None,
     ) -> list[str]:
         """Add nodes with their vectors `[n, d_model]` and activations `[n]`; gives their ids."""
+        if activations is not None:
+            self._scalars.add("activation", len(self._nodes), activations)
         self._nodes += nodes
         self._vectors.append(vectors)
         self._projected += [projected] * len(nodes)
-        self._activations.append(_none(len(nodes), vectors) if activations is None else activations)
         return [node.id for node in nodes]
 
-    def other(self, total: Node, vector: torch.Tensor) -> str:
-        """Add the OTHER node of the sum `total`: what a selection left out of it."""
-        node = replace(total, kind=NodeKind.OTHER, sum_kind=total.kind)
-        return self.nodes([node], vector[None])[0]
+    def others(self, totals: Sequence[Node], vectors: torch.Tensor) -> list[str]:
+        """Add the OTHER nodes of sums: what a selection left out of each, `[n, d_model]`."""
+        return self.nodes(
+            [replace(total, kind=NodeKind.OTHER, sum_kind=total.kind) for total in totals], vectors
+        )
 
     def edges(
         self,
@@ -86,8 +94,12 @@ class FlowBuilder:
         attention: torch.Tensor | None = None,
     ) -> None:
         """Add edges that are no parts of a sum; `weights` and `attention` are `[n]`."""
-        none = _none(len(sources), weights)
-        self._add(kind, sources, targets, weights, none, attention, none)
+        self._scalars.add("weight", len(self._sources), weights)
+        if attention is not None:
+            self._scalars.add("attention", len(self._sources), attention)
+        self._sources += sources
+        self._targets += targets
+        self._kinds += [kind] * len(sources)
 
     def parts(
         self,
@@ -101,49 +113,30 @@ class FlowBuilder:
 
         share = <part, total> / ||total||^2, signed; none where the sum is zero.
         """
-        total = total.expand_as(parts)
         size = total.square().sum(-1)
         shares = torch.where(size > 0, (parts * total).sum(-1) / size, torch.nan)
-        direction = self.direction
-        contributions = _none(len(sources), parts) if direction is None else parts @ direction
+        self._scalars.add("share", len(self._sources), shares)
+        if self.direction is not None:
+            contributions = parts @ self.direction
+            self._scalars.add("logit_contribution", len(self._sources), contributions)
         targets = [target] * len(sources) if isinstance(target, str) else target
-        self._add(
-            EdgeKind.PART, sources, targets, parts.norm(dim=-1), shares, attention, contributions
-        )
-
-    def _add(
-        self,
-        kind: EdgeKind,
-        sources: Sequence[str],
-        targets: Sequence[str],
-        weights: torch.Tensor,
-        shares: torch.Tensor,
-        attention: torch.Tensor | None,
-        contributions: torch.Tensor,
-    ) -> None:
-        self._ends += [(s, t, kind) for s, t in zip(sources, targets, strict=True)]
-        attended = _none(len(sources), weights) if attention is None else attention
-        self._values.append(torch.stack([weights, shares, attended, contributions], dim=1))
+        self.edges(EdgeKind.PART, sources, targets, parts.norm(dim=-1), attention)
 
     def build(self) -> Flow:
-        """Everything gathered so far; edge values cross from the device once."""
-        values = torch.cat(self._values).tolist()
-        edges = [
-            Edge(source, target, kind, weight, *(_present(v) for v in optional))
-            for (source, target, kind), (weight, *optional) in zip(self._ends, values, strict=True)
-        ]
+        """Everything gathered so far; numbers cross from the device once."""
+        edges = len(self._sources)
+        lengths = {"activation": len(self._nodes)} | dict.fromkeys(_EDGE_COLUMNS, edges)
+        columns = self._scalars.columns(lengths)
+        values = (_present(columns[name]) for name in _EDGE_COLUMNS)
         return Flow(
             nodes=self._nodes,
             vectors=torch.cat(self._vectors),
-            activations=torch.cat(self._activations),
+            activations=columns["activation"],
             projected=self._projected,
-            edges=edges,
+            edges=list(map(Edge, self._sources, self._targets, self._kinds, *values)),
         )
 
 
-def _none(count: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.full((count,), torch.nan, device=like.device)
-
-
-def _present(value: float) -> float | None:
-    return None if value != value else value  # noqa: PLR0124 - NaN stands for "has none"
+def _present(column: Floats) -> list[Any]:
+    """NaN stands for "has none"."""
+    return [None if value != value else value for value in column.tolist()]  # noqa: PLR0124

@@ -6,9 +6,8 @@ import torch
 
 from januslens_server.capture import LayerActivations
 from januslens_server.graph.flow import FlowBuilder
-from januslens_server.graph.terms import WeightedRows
 from januslens_server.graph.weighted_rows import (
-    Added,
+    Neurons,
     Result,
     RowKinds,
     add_weighted_rows,
@@ -32,9 +31,10 @@ def add_mlp(
     """Add everything between the MLP's input and its raw result; gives the latter's id."""
     row = weights.row(acts, flow.position)
     added = add_weighted_rows(flow, row.terms, MLP_KINDS, selection, result)
-    _add_keys(flow, NodeKind.MLP_KEY, mlp_input, row.terms, row.ff1, added)
+    fired = row.terms.activations[added.neurons.picked]
+    _add_keys(flow, NodeKind.MLP_KEY, mlp_input, row.ff1, fired, added.neurons)
     if row.up is not None:
-        _add_keys(flow, NodeKind.MLP_UP, mlp_input, row.terms, row.up, added)
+        _add_keys(flow, NodeKind.MLP_UP, mlp_input, row.up, fired, added.neurons)
     return added.total
 
 
@@ -42,13 +42,12 @@ def _add_keys(
     flow: FlowBuilder,
     kind: NodeKind,
     mlp_input: str,
-    terms: WeightedRows,
     columns: torch.Tensor,
-    added: Added,
+    fired: torch.Tensor,
+    neurons: Neurons,
 ) -> None:
     """The columns `[d_model, n]` that the input is matched with, each before its value."""
-    fired = terms.activations[added.picked]
-    nodes = neuron_nodes(flow, kind, terms, added.picked)
-    keys = flow.nodes(nodes, columns[:, added.picked].T, activations=fired)
+    nodes = neuron_nodes(flow, kind, neurons.places)
+    keys = flow.nodes(nodes, columns[:, neurons.picked].T, activations=fired)
     flow.edges(EdgeKind.ACTIVATE, [mlp_input] * len(keys), keys, fired)
-    flow.edges(EdgeKind.ACTIVATE, keys, added.neurons, fired)
+    flow.edges(EdgeKind.ACTIVATE, keys, neurons.ids, fired)

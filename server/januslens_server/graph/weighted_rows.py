@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,12 +28,22 @@ class RowKinds(NamedTuple):
     bias: NodeKind
 
 
+class Neurons(NamedTuple):
+    """The picked rows of a sum: ids of their nodes, indices `[k]` among the rows, places by name.
+
+    `places` are each row's expert, if the rows are of several, and neuron.
+    """
+
+    ids: list[str]
+    picked: torch.Tensor
+    places: list[tuple[int | None, int]]
+
+
 class Added(NamedTuple):
-    """Ids of the sum and of its neurons, and the neurons' indices `[k]` among the rows."""
+    """The id of a sum, and its neurons."""
 
     total: str
-    neurons: list[str]
-    picked: torch.Tensor
+    neurons: Neurons
 
 
 def add_weighted_rows(
@@ -50,27 +61,36 @@ def add_weighted_rows(
         terms.activations * terms.norms, selection.top_neurons, selection.bottom_neurons
     )
     rows, weights = terms.rows[picked], terms.activations[picked]
-    neurons = flow.nodes(neuron_nodes(flow, kinds.neuron, terms, picked), rows, activations=weights)
+    places = _places(terms, picked)
+    nodes = neuron_nodes(flow, kinds.neuron, places)
+    neurons = Neurons(flow.nodes(nodes, rows, activations=weights), picked, places)
     total = flow.node(result.kind, result.vector)
-    flow.parts(neurons, total, weights[:, None] * rows, result.vector)
+    ids, parts = list(neurons.ids), [weights[:, None] * rows]
     if len(picked) < len(terms.activations):
         kept = left_out(len(terms.activations), picked)
-        rest = torch.where(kept, terms.activations, 0.0) @ terms.rows
-        other = flow.other(Node(result.kind, flow.position, flow.layer), rest)
-        flow.parts([other], total, rest[None], result.vector)
+        rest = (torch.where(kept, terms.activations, 0.0) @ terms.rows)[None]
+        ids += flow.others([Node(result.kind, flow.position, flow.layer)], rest)
+        parts.append(rest)
     if terms.bias is not None:
-        bias = flow.node(kinds.bias, terms.bias)
-        flow.parts([bias], total, terms.bias[None], result.vector)
-    return Added(total, neurons, picked)
+        ids.append(flow.node(kinds.bias, terms.bias))
+        parts.append(terms.bias[None])
+    flow.parts(ids, total, torch.cat(parts), result.vector)
+    return Added(total, neurons)
 
 
 def neuron_nodes(
-    flow: FlowBuilder, kind: NodeKind, terms: WeightedRows, picked: torch.Tensor
+    flow: FlowBuilder, kind: NodeKind, places: Sequence[tuple[int | None, int]]
 ) -> list[Node]:
-    """The nodes of the `picked` `[k]` rows."""
-    where = picked if terms.neurons is None else terms.neurons[picked]
-    experts = [None] * len(picked) if terms.experts is None else terms.experts[picked].tolist()
+    """The nodes of rows at the given experts' neurons."""
     return [
         Node(kind, flow.position, flow.layer, neuron=neuron, expert=expert)
-        for neuron, expert in zip(where.tolist(), experts, strict=True)
+        for expert, neuron in places
     ]
+
+
+def _places(terms: WeightedRows, picked: torch.Tensor) -> list[tuple[int | None, int]]:
+    """Of each picked row its expert and neuron."""
+    if terms.experts is None or terms.neurons is None:
+        return [(None, neuron) for neuron in picked.tolist()]
+    both = torch.stack([terms.experts[picked], terms.neurons[picked]], dim=1).tolist()
+    return [(expert, neuron) for expert, neuron in both]

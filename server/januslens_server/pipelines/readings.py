@@ -63,12 +63,12 @@ class FlowReader:
         tops = {nodes[i].id: self._top(table, row_of.get(i)) for i in shown}
         edges = self._edges((edge for flow in flows for edge in flow.edges), self._below | tops)
         self._below |= {nodes[i].id: tops[nodes[i].id] for i in shown if nodes[i].kind in _RESIDUAL}
-        activations = torch.cat([flow.activations for flow in flows])
+        activations = np.concatenate([flow.activations for flow in flows])
         return LayerGraph(
             layer=piece.layer,
             nodes=[nodes[i] for i in shown],
             norms=vectors.norm(dim=-1)[shown].cpu().numpy(),
-            activations=activations[shown].cpu().numpy(),
+            activations=activations[shown],
             rows=np.array([row_of.get(i, -1) for i in shown], dtype=np.int64),
             projections=_trimmed(table, self._spec.lens.top_k),
             edges=edges,
@@ -115,7 +115,7 @@ class FlowReader:
 def _overlapping(edge: Edge, source: frozenset[int], target: frozenset[int]) -> Edge:
     if not source or not target:
         return edge
-    return replace(edge, overlap=len(source & target) / len(source))
+    return edge._replace(overlap=len(source & target) / len(source))
 
 
 def _trimmed(table: ProjectionTable, top_k: int) -> ProjectionTable:

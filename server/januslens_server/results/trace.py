@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from januslens_server.results.arrays import Floats, Ints
 from januslens_server.results.kinds import EdgeKind, NodeKind
@@ -27,26 +28,31 @@ class Node:
     expert: int | None = None
     sum_kind: NodeKind | None = None
 
-    @property
-    def id(self) -> str:
-        """The coordinates as text, equal in every request: `L3/p7/MEMORY_VALUE/h2/s4`."""
-        parts = [] if self.layer is None else [f"L{self.layer}"]
-        parts += [f"p{self.position}", self.kind.name]
+    id: str = field(init=False, compare=False)
+    """The coordinates as text, equal in every request: `L3/p7/MEMORY_VALUE/h2/s4`."""
+
+    def __post_init__(self) -> None:
+        # Once: edges, readings and messages all go by it.
+        object.__setattr__(self, "id", "/".join(self._coordinates()))
+
+    def _coordinates(self) -> Iterator[str]:
+        if self.layer is not None:
+            yield f"L{self.layer}"
+        yield f"p{self.position}"
+        yield self.kind.name
         if self.sum_kind is not None:
-            parts.append(self.sum_kind.name)
-        for letter, value in (
-            ("h", self.head),
-            ("s", self.source_position),
-            ("e", self.expert),
-            ("n", self.neuron),
-        ):
-            if value is not None:
-                parts.append(f"{letter}{value}")
-        return "/".join(parts)
+            yield self.sum_kind.name
+        if self.head is not None:
+            yield f"h{self.head}"
+        if self.source_position is not None:
+            yield f"s{self.source_position}"
+        if self.expert is not None:
+            yield f"e{self.expert}"
+        if self.neuron is not None:
+            yield f"n{self.neuron}"
 
 
-@dataclass(frozen=True)
-class Edge:
+class Edge(NamedTuple):
     """A flow-graph edge between two node ids; absent values are None."""
 
     source: str
