@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from januslens_server.lens.cores import on_free_cores
 from januslens_server.lens.norm import Norm
 from januslens_server.specs import LensKind
 
@@ -13,7 +15,7 @@ from januslens_server.specs import LensKind
 CHUNK_BYTES = 64 * 2**20
 # Tokens whose rows of the unembedding one core multiplies at once: their packed copies stay in its
 # cache, which one product over the whole vocabulary loses. A GPU takes the whole vocabulary.
-TOKENS_AT_ONCE = 1024
+TOKENS_AT_ONCE = 512
 # The Backward Lens authors' guard against dividing by a zero norm (appendix H).
 SMALLEST_NORM = 1e-12
 
@@ -47,17 +49,23 @@ class LensHead:
         """Logits `[n, vocab]` of prepared vectors, before the soft-cap; in `out` if it is given."""
         vocab = self.unembedding.shape[0]
         logits = prepared.new_empty(len(prepared), vocab) if out is None else out
-        on_cpu = prepared.device.type == "cpu"
-        tokens = TOKENS_AT_ONCE * torch.get_num_threads() if on_cpu else vocab
-        for start in range(0, vocab, tokens):
-            part = slice(start, start + tokens)
-            columns = logits[:, part]
-            torch.mm(prepared, self.unembedding[part].T, out=columns)
-            if self.bias is not None:
-                columns += self.bias[part]
-            if self.logit_scale != 1.0:
-                columns *= self.logit_scale
+        if prepared.device.type == "cpu":
+            on_free_cores(partial(self._columns, prepared, logits), range(0, vocab, TOKENS_AT_ONCE))
+        else:
+            self._columns(prepared, logits, 0, vocab)
         return logits
+
+    def _columns(
+        self, prepared: torch.Tensor, logits: torch.Tensor, start: int, tokens: int = TOKENS_AT_ONCE
+    ) -> None:
+        """The logits of some tokens, from the one numbered `start`."""
+        part = slice(start, start + tokens)
+        columns = logits[:, part]
+        torch.mm(prepared, self.unembedding[part].T, out=columns)
+        if self.bias is not None:
+            columns += self.bias[part]
+        if self.logit_scale != 1.0:
+            columns *= self.logit_scale
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits as the model reports them; its cap saturates, so ranks are taken before."""

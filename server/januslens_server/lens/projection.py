@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from januslens_server import telemetry
+from januslens_server.lens.cores import on_free_cores
 from januslens_server.lens.extremes import highest, lowest
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.scratch import Scratch
@@ -68,19 +69,27 @@ def read_vectors(
     head: LensHead, vectors: torch.Tensor, spec: LensSpec, targets: torch.Tensor
 ) -> Iterator[Readings]:
     """The readings that `project` makes its table of: of some rows at a time, of none once."""
-    vocab, device = head.unembedding.shape[0], vectors.device
     at_once = rows_at_once(head)
-    cached = at_once
-    if device.type == "cpu":
-        cached = max(1, CACHED_BYTES * torch.get_num_threads() // (4 * vocab))
     for start in range(0, len(vectors) or 1, at_once):
         prepared = head.prepare(vectors[start : start + at_once], spec.kind)
-        logits = _scratch.matrix("logits", len(prepared), vocab, device)
+        logits = _scratch.matrix("logits", len(prepared), head.unembedding.shape[0], vectors.device)
         head.logits(prepared, out=logits)
-        for first in range(0, len(prepared) or 1, cached):
-            part = logits[first : first + cached]
-            where = slice(start + first, start + first + len(part))
-            yield read_logits(head, part, spec, targets[where])
+        yield from read_in_parts(head, logits, spec, targets[start : start + at_once])
+
+
+def read_in_parts(
+    head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor
+) -> list[Readings]:
+    """As `read_logits`, so many rows at a time as a core's cache holds; at least one part."""
+    rows = len(logits)
+    if logits.device.type == "cpu":
+        rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
+
+    def read(first: int) -> Readings:
+        part = slice(first, first + rows)
+        return read_logits(head, logits[part], spec, targets[part])
+
+    return on_free_cores(read, range(0, len(logits) or 1, rows or 1))
 
 
 def rows_at_once(head: LensHead) -> int:
