@@ -30,11 +30,11 @@ def token(token_id: int) -> Token:
 
 def node_part(name: str, *ids: int) -> Part:
     projection = lens_pb2.Projection(top_token_ids=ids)
-    return Part("nodes", trace_pb2.Node(id=name, projection=projection), [projection])
+    return Part("nodes", trace_pb2.Node(id=name, projection=projection), ids)
 
 
 def pieces(parts: list[Part], limit: int) -> list[dict[str, Any]]:
-    return [dict(piece) for piece in TokenTexts(token).pieces(iter(parts), limit)]
+    return [dict(piece) for piece in TokenTexts(token).pieces(parts, limit)]
 
 
 def present(message: Any) -> set[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from google.protobuf.message import Message
 
 from januslens.v1 import gradient_lens_pb2
 from januslens_server.results import (
@@ -17,12 +19,14 @@ from januslens_server.results import (
     Guarantee,
     MatrixKind,
     NeuronChanges,
+    ProjectionTable,
     Spectrum,
 )
 from januslens_server.rpc.encode.shared import (
     Part,
     ReadToken,
     TokenTexts,
+    named_tokens,
     projection_messages,
     provenance_message,
     sizes_message,
@@ -49,8 +53,8 @@ class GradientLensEncoder:
         elif isinstance(event, GradientSummary):
             yield Response(sequence=next(self._sequence), summary=_summary(event))
         else:
-            for piece in self._pieces(event):
-                yield Response(sequence=next(self._sequence), matrix=piece)
+            for matrix in self._matrices(event):
+                yield Response(sequence=next(self._sequence), matrix=matrix)
 
     def _header(self, header: GradientHeader) -> gradient_lens_pb2.GradientHeader:
         return gradient_lens_pb2.GradientHeader(
@@ -66,36 +70,49 @@ class GradientLensEncoder:
             tokens=self._texts.texts([*header.target_token_ids, header.predicted_token_id]),
         )
 
-    def _pieces(self, matrix: GradientMatrix) -> Iterator[gradient_lens_pb2.GradientMatrix]:
-        """What says which matrix it is stands in every piece, the verification in the last one."""
-        pieces: list[Any] = list(self._texts.pieces(_parts(matrix)))
+    def _matrices(self, matrix: GradientMatrix) -> Iterator[Any]:
+        """The fields of `GradientMatrix` messages, which a message would copy once more.
+
+        What says which matrix it is stands in every piece, the verification in the last one.
+        """
+        pieces = list(self._texts.pieces(list(_parts(matrix))))
         for i, piece in enumerate(pieces, start=1):
             last = i == len(pieces)
-            yield gradient_lens_pb2.GradientMatrix(
-                layer=matrix.layer,
-                kind=_kind(matrix.kind),
-                expert=matrix.expert,
-                d_in=matrix.d_in,
-                d_out=matrix.d_out,
-                projected_side=gradient_lens_pb2.Side.ValueType(matrix.projected_side),
-                promoted_end=gradient_lens_pb2.End.ValueType(matrix.promoted_end),
-                component_count=matrix.component_count,
-                frobenius_norm=matrix.frobenius_norm,
-                verification=_verification(matrix.verification) if last else None,
-                last=last,
+            yield {
+                "layer": matrix.layer,
+                "kind": _kind(matrix.kind),
+                "expert": matrix.expert,
+                "d_in": matrix.d_in,
+                "d_out": matrix.d_out,
+                "projected_side": gradient_lens_pb2.Side.ValueType(matrix.projected_side),
+                "promoted_end": gradient_lens_pb2.End.ValueType(matrix.promoted_end),
+                "component_count": matrix.component_count,
+                "frobenius_norm": matrix.frobenius_norm,
+                "verification": _verification(matrix.verification) if last else None,
+                "last": last,
                 **piece,
-            )
+            }
 
 
 def _parts(matrix: GradientMatrix) -> Iterator[Part]:
-    for component in _components(matrix.components):
-        yield Part("components", component, [component.projection])
+    components = matrix.components
+    yield from _named("components", _components(components), components.projections)
     if matrix.spectrum is not None:
-        for singular in _singulars(matrix.spectrum):
-            yield Part("spectrum", singular, [singular.projection])
+        spectrum = matrix.spectrum
+        yield from _named("spectrum", _singulars(spectrum), spectrum.projections)
     if matrix.neurons is not None:
-        for change in _neuron_changes(matrix.neurons):
-            yield Part("neurons", change, [change.before, change.change, change.after])
+        changes = matrix.neurons
+        tables = [changes.before, changes.change, changes.after]
+        yield from _named("neurons", _neuron_changes(changes), *tables)
+
+
+def _named(
+    field: str, messages: Iterable[Message], *tables: ProjectionTable | None
+) -> Iterator[Part]:
+    """Messages with the tokens that their rows of all `tables` name."""
+    named = [named_tokens(table) for table in tables if table is not None]
+    for message, *ids in zip(messages, *named, strict=True):
+        yield Part(field, message, list(itertools.chain.from_iterable(ids)))
 
 
 def _verification(measured: Guarantee | None) -> gradient_lens_pb2.Verification | None:

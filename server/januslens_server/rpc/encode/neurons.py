@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from januslens.v1 import neurons_pb2
 from januslens_server.results import FoundNeurons
 from januslens_server.rpc.encode.shared import (
     ReadToken,
     TokenTexts,
+    named_tokens,
     projection_messages,
     provenance_message,
 )
@@ -18,15 +20,9 @@ def find_neurons_response(
     found: FoundNeurons, next_page_token: str, read_token: ReadToken
 ) -> neurons_pb2.FindNeuronsResponse:
     """One page, with the texts of every token that it names."""
-    hits = list(_hits(found))
-    named = {found.token.id} | {
-        token_id
-        for hit in hits
-        for ids in (hit.value.top_token_ids, hit.value.bottom_token_ids)
-        for token_id in ids
-    }
+    named = chain([found.token.id], *named_tokens(found.projections))
     return neurons_pb2.FindNeuronsResponse(
-        neurons=hits,
+        neurons=_hits(found),
         next_page_token=next_page_token,
         tokens=TokenTexts(read_token).texts(named),
         token_id=found.token.id,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from januslens.v1 import lens_pb2
 from januslens_server.results import ProjectionTable, Provenance
 from januslens_server.rpc.encode.shared import (
     ReadToken,
     TokenTexts,
+    named_tokens,
     projection_messages,
     provenance_message,
 )
@@ -19,6 +22,6 @@ def project_response(
     projections = [projection or lens_pb2.Projection() for projection in projection_messages(table)]
     return lens_pb2.ProjectResponse(
         projections=projections,
-        tokens=TokenTexts(read_token).unsent(projections),
+        tokens=TokenTexts(read_token).texts(chain.from_iterable(named_tokens(table))),
         provenance=provenance_message(provenance),
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf.message import Message
+from numpy.typing import NDArray
 
 from januslens.v1 import common_pb2, lens_pb2
 from januslens_server.results import (
@@ -22,6 +24,8 @@ from januslens_server.results import (
 
 # Half of the contract's 1 MiB: the largest part, its token texts and the envelope come on top.
 PIECE_BYTES = 512 * 1024
+# Messages of vocabulary entries that are kept, of some 200 bytes each.
+ENTRIES = 2**16
 # A part's tag and length beside its own bytes.
 FRAME_BYTES = 8
 
@@ -30,11 +34,11 @@ Piece = dict[str, list[Message]]
 
 
 class Part(NamedTuple):
-    """An element of the repeated `field` of a message, and the readings that it shows."""
+    """An element of the repeated `field` of a message, and the tokens that it names."""
 
     field: str
     message: Message
-    projections: Iterable[lens_pb2.Projection] = ()
+    token_ids: Iterable[int] = ()
 
 
 class TokenTexts:
@@ -51,42 +55,44 @@ class TokenTexts:
         self._sent.update(message.id for message in messages)
         return messages
 
-    def pieces(self, parts: Iterable[Part], limit: int = PIECE_BYTES) -> Iterator[Piece]:
+    def pieces(self, parts: Sequence[Part], limit: int = PIECE_BYTES) -> Iterator[Piece]:
         """The parts in messages' worth, at least one, by field and with their `tokens`.
 
-        A piece stays within `limit` bytes, or is a single part that exceeds them by itself.
+        A piece stays within `limit` bytes, or is a single part that exceeds them by itself: what
+        is too large is halved.
         """
+        named = {token_id for part in parts for token_id in part.token_ids}
+        tokens = self._unsent(named)
+        size = sum(part.message.ByteSize() + FRAME_BYTES for part in parts)
+        size += sum(token.ByteSize() + FRAME_BYTES for token in tokens)
+        if size > limit and len(parts) > 1:
+            half = len(parts) // 2
+            yield from self.pieces(parts[:half], limit)
+            yield from self.pieces(parts[half:], limit)
+            return
+        self._sent |= named
         piece: Piece = defaultdict(list)
-        size = 0
         for part in parts:
-            tokens = self.unsent(part.projections)
-            added = part.message.ByteSize() + FRAME_BYTES
-            for token in tokens:
-                added += token.ByteSize() + FRAME_BYTES
-            if piece and size + added > limit:
-                yield piece
-                piece, size = defaultdict(list), 0
             piece[part.field].append(part.message)
-            if tokens:
-                piece["tokens"] += tokens
-            size += added
+        if tokens:
+            piece["tokens"] += tokens
         yield piece
-
-    def unsent(self, projections: Iterable[lens_pb2.Projection]) -> list[common_pb2.Token]:
-        """Tokens that the projections name and no earlier message brought."""
-        named: set[int] = set()
-        for projection in projections:
-            named.update(projection.top_token_ids)
-            named.update(projection.bottom_token_ids)
-        return self.texts(named)
 
     def texts(self, ids: Iterable[int]) -> list[common_pb2.Token]:
         """Those of `ids` that no earlier message brought, by id."""
-        fresh = set(ids) - self._sent
-        if not fresh:
-            return []
-        self._sent |= fresh
-        return [token_message(self._read_token(token_id)) for token_id in sorted(fresh)]
+        named = set(ids)
+        tokens = self._unsent(named)
+        self._sent |= named
+        return tokens
+
+    def _unsent(self, named: set[int]) -> list[common_pb2.Token]:
+        return [_entry_message(self._read_token(i)) for i in sorted(named - self._sent)]
+
+
+# Streams name the same entries again and again; a message joins another one as a copy.
+@lru_cache(ENTRIES)
+def _entry_message(token: Token) -> common_pb2.Token:
+    return token_message(token)
 
 
 def token_message(token: Token) -> common_pb2.Token:
@@ -96,60 +102,33 @@ def token_message(token: Token) -> common_pb2.Token:
     )
 
 
+def named_tokens(table: ProjectionTable) -> list[list[int]]:
+    """The token ids that each row's message names; none for rows that were not projected."""
+    ids = np.concatenate([table.top_ids, table.bottom_ids], axis=1).tolist()
+    return [row if told else [] for row, told in zip(ids, table.projected.tolist(), strict=True)]
+
+
 def projection_messages(table: ProjectionTable) -> list[lens_pb2.Projection | None]:
     """One message a row, reporting its first target; None for rows that were not projected."""
     # Whole columns become Python lists at once: element-wise numpy access dominates otherwise.
-    rows = zip(
-        table.projected.tolist(),
-        table.top_ids.tolist(),
-        table.top_probabilities.tolist(),
-        table.top_logits.tolist(),
-        table.bottom_ids.tolist(),
-        table.bottom_probabilities.tolist(),
-        table.bottom_logits.tolist(),
-        table.entropy_bits.tolist(),
-        strict=True,
-    )
-    messages = [
-        lens_pb2.Projection(
-            top_token_ids=top_ids,
-            top_probabilities=top_probabilities,
-            top_logits=top_logits,
-            bottom_token_ids=bottom_ids,
-            bottom_probabilities=bottom_probabilities,
-            bottom_logits=bottom_logits,
-            entropy_bits=entropy,
-        )
-        if projected
-        else None
-        for (
-            projected,
-            top_ids,
-            top_probabilities,
-            top_logits,
-            bottom_ids,
-            bottom_probabilities,
-            bottom_logits,
-            entropy,
-        ) in rows
+    columns: dict[str, NDArray[Any]] = {
+        "top_token_ids": table.top_ids,
+        "top_probabilities": table.top_probabilities,
+        "top_logits": table.top_logits,
+        "bottom_token_ids": table.bottom_ids,
+        "bottom_probabilities": table.bottom_probabilities,
+        "bottom_logits": table.bottom_logits,
+        "entropy_bits": table.entropy_bits,
+    }
+    if table.target_ids.shape[1]:
+        columns["target_rank"] = table.target_ranks[:, 0]
+        columns["target_probability"] = table.target_probabilities[:, 0]
+        columns["target_logit"] = table.target_logits[:, 0]
+    rows: Iterator[tuple[Any, ...]] = zip(*(c.tolist() for c in columns.values()), strict=True)
+    return [
+        lens_pb2.Projection(**dict(zip(columns, row, strict=True))) if projected else None
+        for projected, row in zip(table.projected.tolist(), rows, strict=True)
     ]
-    _add_targets(messages, table)
-    return messages
-
-
-def _add_targets(messages: list[lens_pb2.Projection | None], table: ProjectionTable) -> None:
-    if table.target_ids.shape[1] == 0:
-        return
-    ranks = table.target_ranks[:, 0].tolist()
-    probabilities = table.target_probabilities[:, 0].tolist()
-    logits = table.target_logits[:, 0].tolist()
-    for message, rank, probability, logit in zip(
-        messages, ranks, probabilities, logits, strict=True
-    ):
-        if message is not None:
-            message.target_rank = rank
-            message.target_probability = probability
-            message.target_logit = logit
 
 
 def provenance_message(provenance: Provenance) -> common_pb2.Provenance:

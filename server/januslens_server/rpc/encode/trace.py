@@ -21,6 +21,7 @@ from januslens_server.rpc.encode.shared import (
     ReadToken,
     TokenTexts,
     guarantee_messages,
+    named_tokens,
     projection_messages,
     provenance_message,
     sizes_message,
@@ -45,8 +46,8 @@ class TraceEncoder:
         elif isinstance(event, TraceSummary):
             yield trace_pb2.TraceResponse(sequence=next(self._sequence), summary=_summary(event))
         else:
-            for piece in self._pieces(event):
-                yield trace_pb2.TraceResponse(sequence=next(self._sequence), layer=piece)
+            for layer in self._layers(event):
+                yield trace_pb2.TraceResponse(sequence=next(self._sequence), layer=layer)
 
     def _header(self, header: TraceHeader) -> trace_pb2.TraceHeader:
         return trace_pb2.TraceHeader(
@@ -63,18 +64,20 @@ class TraceEncoder:
             ),
         )
 
-    def _pieces(self, graph: LayerGraph) -> Iterator[trace_pb2.LayerGraph]:
-        """Nodes, then edges: an edge never comes before its ends."""
-        nodes = (Part("nodes", node, [node.projection]) for node in _nodes(graph))
-        edges = (Part("edges", _edge(edge)) for edge in graph.edges)
-        pieces: list[Any] = list(self._texts.pieces(itertools.chain(nodes, edges)))
+    def _layers(self, graph: LayerGraph) -> Iterator[Any]:
+        """The fields of `LayerGraph` messages, which a message would copy once more.
+
+        Nodes, then edges: an edge never comes before its ends.
+        """
+        parts = [*_nodes(graph), *(Part("edges", _edge(edge)) for edge in graph.edges)]
+        pieces = list(self._texts.pieces(parts))
         for i, piece in enumerate(pieces, start=1):
             last = graph.last and i == len(pieces)
-            yield trace_pb2.LayerGraph(layer=graph.layer, last=last, **piece)
+            yield {"layer": graph.layer, "last": last, **piece}
 
 
-def _nodes(graph: LayerGraph) -> Iterator[trace_pb2.Node]:
-    projections = projection_messages(graph.projections)
+def _nodes(graph: LayerGraph) -> Iterator[Part]:
+    projections, named = projection_messages(graph.projections), named_tokens(graph.projections)
     columns = zip(
         graph.nodes,
         graph.norms.tolist(),
@@ -83,7 +86,7 @@ def _nodes(graph: LayerGraph) -> Iterator[trace_pb2.Node]:
         strict=True,
     )
     for i, (node, norm, activation, row) in enumerate(columns):
-        yield trace_pb2.Node(
+        message = trace_pb2.Node(
             id=node.id,
             kind=trace_pb2.NodeKind.ValueType(node.kind),
             layer=node.layer,
@@ -97,6 +100,7 @@ def _nodes(graph: LayerGraph) -> Iterator[trace_pb2.Node]:
             projection=None if row < 0 else projections[row],
             vector=None if graph.vectors is None else tensor_message(graph.vectors[i]),
         )
+        yield Part("nodes", message, () if row < 0 else named[row])
 
 
 def _edge(edge: Edge) -> trace_pb2.Edge:
