@@ -11,6 +11,7 @@ the demo at twenty positions.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
@@ -18,10 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 import januslens
-from tests.benchmarks import gradient_pages
+from tests.benchmarks import gradient_pages, live_pages
 from tests.pages.conftest import ELAPSED, FLAGS, PROMPT, Traced, chromium, traced
-from tests.pages.models import random_gpt2
+from tests.pages.models import HOSTILE, random_gpt2
 from tests.support.server import running_server
+from tests.support.ui import live_page
 
 INTERACTIONS = {
     "select": "sel=L2/p7/BLOCK_OUTPUT",
@@ -50,34 +52,37 @@ OBSERVE = """() => {
 def main() -> None:
     """Make the pages, measure them, print milliseconds."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        traces, gradients = pages(Path(folder))
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
-        table = Table("ms, trace", "kB", "first drawing", *INTERACTIONS, *CLICKS, "hover")
-        for name, page in traces.items():
-            size = page.path.stat().st_size / 1e3
-            row = [f"{value:.0f}" for value in (size, *measured(browser, page))]
-            table.add_row(name, *row)
-        console = Console(width=180)
-        console.print(table)
-        console.print(gradient_pages.table(browser, gradients))
+        for table in tables(browser, Path(folder)):
+            Console(width=180).print(table)
         browser.close()
 
 
-def pages(folder: Path) -> tuple[dict[str, Traced], dict[str, Path]]:
-    """The pages of traces and of gradients."""
+def tables(browser: Browser, folder: Path) -> Iterator[Table]:
+    """Traces, gradients, the live page."""
     model = random_gpt2(folder / "model")
     with running_server() as server, januslens.Client(server.address) as client:
         demo = traced(client, folder / "demo.html", PROMPT)
         wide = traced(client, folder / "wide.html", list(range(300, 320)), positions="all")
         learnt = gradient_pages.demo(client, folder)
-    with (
-        running_server("--model", f"random={model}") as server,
-        januslens.Client(server.address) as client,
-    ):
-        large = traced(client, folder / "large.html", list(range(300, 314)))
-        deep = gradient_pages.large(client, folder)
-    traces = {"demo": demo, "12 layers x 1": large, "4 layers x 20": wide}
-    return traces, {"demo": learnt, "12 layers x 14": deep}
+    with running_server("--model", f"random={model}") as server:
+        with januslens.Client(server.address) as client:
+            large = traced(client, folder / "large.html", list(range(300, 314)))
+            deep = gradient_pages.large(client, folder)
+        yield of_traces(browser, {"demo": demo, "12 layers x 1": large, "4 layers x 20": wide})
+        yield gradient_pages.table(browser, {"demo": learnt, "12 layers x 14": deep})
+        with live_page(server.address) as live:
+            yield live_pages.table(browser, live, HOSTILE[0] * 14, HOSTILE[1])
+
+
+def of_traces(browser: Browser, pages: dict[str, Traced]) -> Table:
+    """One row a page."""
+    table = Table("ms, trace", "kB", "first drawing", *INTERACTIONS, *CLICKS, "hover")
+    for name, page in pages.items():
+        size = page.path.stat().st_size / 1e3
+        row = [f"{value:.0f}" for value in (size, *measured(browser, page))]
+        table.add_row(name, *row)
+    return table
 
 
 def measured(browser: Browser, page: Traced) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shlex
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,25 @@ def test_a_click_selects_and_the_inspector_says_all(
     assert "sel=L1%2Fp3%2FFF1" in tab.url
     inspector.get_by_role("button", name="FF2").click()
     expect(inspector.locator(".where")).to_have_text("L1 FF2, at ␣Japan (3)")
+
+
+def test_another_target_is_a_command_away(
+    tab: Page, page: str, server_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file cannot ask; it says how a person can, and that is true."""
+    tab.goto(page)
+    tab.locator('.chip.painted[data-id="L3/p7/FF2"]').click()
+    tab.locator(".inspector").get_by_role("button", name="␣Kazakh").click()
+    said = tab.get_by_label("What asks for it").input_value()
+    program, *arguments = shlex.split(said)
+    assert program == "januslens"
+    assert arguments[:4] == ["gradient", PROMPT, "--target", " Kazakh"]
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(command, [*arguments, "--server", server_address])
+    assert result.exit_code == 0
+    assert (tmp_path / "page.html").is_file()
+    tab.get_by_role("button", name="Close").click()
+    expect(tab.get_by_role("dialog")).to_be_hidden()
 
 
 def test_hovering_shows_a_component(tab: Page, page: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from playwright.sync_api import Browser, FrameLocator, Locator, Page, expect
 
 import januslens
 from tests.pages.conftest import PROMPT
+from tests.pages.models import HOSTILE, LAYERS
 from tests.support.axe import serious_findings
 from tests.support.metrics import unfinished, wait_until_idle
 from tests.support.server import ServerProcess
@@ -25,9 +27,28 @@ def running(server_address: str) -> Iterator[LivePage]:
         yield page
 
 
+@pytest.fixture(scope="module")
+def running_deep(random_server: ServerProcess) -> Iterator[LivePage]:
+    with live_page(random_server.address) as page:
+        yield page
+
+
 @pytest.fixture
 def live(browser: Browser, running: LivePage) -> Iterator[Page]:
     """The opened page; the test fails if it logs anything or asks anyone but its own server."""
+    with opened(browser, running, "demo") as page:
+        yield page
+
+
+@pytest.fixture
+def deep(browser: Browser, running_deep: LivePage) -> Iterator[Page]:
+    """Likewise, of the model with twelve layers and 50,257 tokens."""
+    with opened(browser, running_deep, "random") as page:
+        yield page
+
+
+@contextmanager
+def opened(browser: Browser, running: LivePage, model: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1600, "height": 1000}, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(60_000)
@@ -37,7 +58,7 @@ def live(browser: Browser, running: LivePage) -> Iterator[Page]:
     own = (running.origin, "data:", "blob:")
     page.on("request", lambda r: complaints.append(r.url) if not r.url.startswith(own) else None)
     page.goto(running.address)
-    expect(page.get_by_label("Model")).to_have_value("demo")
+    page.get_by_label("Model").select_option(model)
     yield page
     context.close()
     assert complaints == []
@@ -97,6 +118,82 @@ def test_a_first_layer_shows_before_the_stream_ends_and_a_click_cancels(
     expect(answer.get_by_role("button", name="Cancel")).to_have_count(0)
 
 
+def test_twelve_layers_come_one_by_one_and_are_the_clients(
+    deep: Page, random_server: ServerProcess
+) -> None:
+    prompt = "".join(HOSTILE)
+    deep.get_by_label("Prompt").fill(prompt)  # line breaks and all
+    deep.get_by_label("Prompt").press("Enter")
+    answer, page = panel(deep)
+    expect(page.locator('.overview [data-id^="L0/"]').first).to_be_attached(timeout=60_000)
+    state(answer, "running")
+    assert page.locator(f'.overview [data-id^="L{LAYERS - 1}/"]').count() == 0
+    state(answer, "done")
+    with januslens.Client(random_server.address) as client:
+        trace = client.trace(prompt, model="random")
+    own = [node for node in trace.nodes_of("BLOCK_OUTPUT") if node.layer is not None]
+    assert len(own) == LAYERS
+    for node in own:
+        assert node.projection
+        token = str(node.projection.top_tokens[0])[:3]
+        cell = page.locator(f'.overview [data-id="{node.id}"]').first
+        expect(cell).to_have_attribute("aria-label", re.compile(re.escape(token)))
+
+
+def test_a_click_cancels_twelve_layers(deep: Page, random_server: ServerProcess) -> None:
+    deep.get_by_label("Prompt").fill("".join(HOSTILE))
+    deep.get_by_text("more", exact=True).click()
+    deep.get_by_label("Positions").fill("all")
+    deep.get_by_role("button", name="Trace", exact=True).click()
+    answer, page = panel(deep)
+    expect(page.locator('.overview [data-id^="L0/"]').first).to_be_attached(timeout=60_000)
+    answer.get_by_role("button", name="Cancel").click()
+    state(answer, "cancelled")
+    wait_until_idle(random_server)
+    assert page.locator(f'.overview [data-id^="L{LAYERS - 1}/"]').count() == 0
+
+
+def test_a_token_that_is_clicked_becomes_the_target(live: Page, server_address: str) -> None:
+    live.get_by_label("Prompt").fill(PROMPT)
+    live.get_by_role("button", name="Trace", exact=True).click()
+    first, page = panel(live, 0)
+    state(first, "done")
+    page.locator(".inspector .aim").first.click()  # the second of the prediction's tokens
+    second, aimed = panel(live, 1)
+    state(second, "done")
+    with januslens.Client(server_address) as client:
+        own = client.trace(PROMPT).nodes_of("PREDICTION")[0].projection
+        assert own
+        token = own.top_tokens[1]
+        trace = client.trace(PROMPT, target=[token.id])
+    expect(aimed.locator("h1 .answer")).to_have_text(str(token))
+    expect(live.get_by_label("Target")).to_have_value(token.text)
+    for node in trace.nodes_of("BLOCK_OUTPUT"):
+        assert node.projection
+        aimed.locator(f'.overview [data-id="{node.id}"]').first.click()
+        expect(aimed.locator(".inspector")).to_contain_text(
+            f"rank of {token}{node.projection.target_rank} of 982"
+        )
+
+
+def test_the_page_and_its_answers_have_one_theme(live: Page) -> None:
+    live.get_by_label("Prompt").fill(PROMPT)
+    live.get_by_label("Target").fill(" Paris")
+    live.get_by_role("button", name="Gradient", exact=True).click()
+    first, page = panel(live, 0)
+    state(first, "done")
+    expect(page.get_by_label("Theme")).to_be_hidden()
+    live.get_by_label("Theme").select_option("dark")
+    expect(page.locator("html")).to_have_attribute("data-theme", "dark")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert live.evaluate(ground) == live.frames[1].evaluate(ground) == "rgb(20, 23, 29)"
+    first.get_by_role("button", name="Trace beside it").click()
+    expect(panel(live, 1)[1].locator("html")).to_have_attribute("data-theme", "dark")
+    assert live.url.endswith("#theme=dark")
+    live.reload()
+    expect(live.locator("html")).to_have_attribute("data-theme", "dark")
+
+
 def test_a_gradient_beside_its_trace_selects_the_same_place(live: Page) -> None:
     live.get_by_label("Prompt").fill(PROMPT)
     live.get_by_label("Target").fill(" Paris")
@@ -125,8 +222,13 @@ def test_an_edit_is_previewed_and_the_page_can_be_kept(
     live.get_by_role("button", name="Gradient", exact=True).click()
     answer, page = panel(live)
     state(answer, "done")
+    answer.get_by_label("Layer of the edit").select_option("2")
     answer.get_by_role("button", name="Preview edit").click()
-    row = page.get_by_role("row").filter(has_text="the edited prompt")
+    expect(page.get_by_role("heading", name="shift of layer 2 by 0.15")).to_be_visible()
+    answer.get_by_label("Layer of the edit").select_option("3")
+    answer.get_by_role("button", name="Preview edit").click()
+    page.get_by_role("heading", name="shift of layer 3 by 0.15").wait_for()
+    row = page.get_by_role("row").filter(has_text="the edited prompt").last
     expect(row).to_contain_text("→ 0")
     with live.expect_download() as download:
         answer.get_by_role("button", name="Save page").click()
@@ -141,7 +243,7 @@ def test_an_edit_is_previewed_and_the_page_can_be_kept(
     alone = context.new_page()
     alone.goto(kept.as_uri())
     expect(alone.locator('.chip.painted[data-id="L3/p7/FF2"]')).to_contain_text("▼ ␣Paris")
-    expect(alone.get_by_role("row").filter(has_text="the edited prompt")).to_be_visible()
+    expect(alone.get_by_role("row").filter(has_text="the edited prompt")).to_have_count(2)
     context.close()
     assert running.origin not in kept.read_text(encoding="utf-8")
 

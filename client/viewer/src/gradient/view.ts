@@ -5,6 +5,7 @@ import type { Coordinates } from '../page/feed'
 import { Once } from '../page/once'
 import type { Shell } from '../page/shell'
 import { setTheme, type Theme } from '../page/theme'
+import { type Held, listenToAims } from '../parts/aim'
 import { element } from '../parts/dom'
 import { rove } from '../parts/focus'
 import { helpDialog } from '../parts/help'
@@ -54,11 +55,17 @@ export class GradientView {
     for (const part of [parts.main, parts.aside]) {
       part.addEventListener('click', (event) => this.follow(event))
     }
+    listenToAims(parts.aside, this.model.tokens, () => this.held())
     this.state.subscribe(() => this.draw())
     // What is drawn changes the height, and that asks for no other drawing.
     new ResizeObserver(() => {
       if (this.widths.differs(parts.main.clientWidth)) this.draw()
     }).observe(parts.main)
+  }
+
+  private held(): Held {
+    const { prompt, targets, provenance } = this.model
+    return { command: 'gradient', model: provenance.model ?? '', prompt, targets }
   }
 
   /** Takes one more message of the stream; call `draw` when it is to be seen. */

@@ -13,15 +13,19 @@ export function addEdits(panel: Panel, layers: number, watched: () => string[]):
     value: '0.15',
     inputmode: 'decimal',
   })
+  const names = Array.from({ length: layers }, (_, i) => [String(i), `layer ${i}`] as const)
+  const layer = choice('Layer of the edit', names, () => {})
+  layer.value = String(layers - 1)
   const kind = choice('Edit', EDITS, (value) => {
     strength.value = value === 'shift' ? '0.15' : '0.001'
+    layer.hidden = value !== 'shift'
   })
   const said = element('span', { class: 'status', role: 'status' })
   const preview = button('Preview edit', 'What it would do to the answer', () => {
     const edit: EditAsked = {
       kind: kind.value as EditAsked['kind'],
       strength: Number(strength.value),
-      layer: layers - 1,
+      layer: Number(layer.value),
     }
     said.textContent = ''
     show(panel, edit, watched()).catch((error: unknown) => {
@@ -29,7 +33,7 @@ export function addEdits(panel: Panel, layers: number, watched: () => string[]):
       said.textContent = error.message
     })
   })
-  panel.bar.append(kind, strength, preview, said)
+  panel.bar.append(kind, layer, strength, preview, said)
 }
 
 const EDITS = [

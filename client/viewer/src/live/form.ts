@@ -19,7 +19,7 @@ const LENSES = [
 export class Form {
   readonly element = element('form', { class: 'ask', 'aria-label': 'Ask' })
   readonly model = choice('Model', [], () => {})
-  private readonly prompt = field('prompt', 'Prompt', 'The capital of Japan is the city of')
+  private readonly prompt = this.promptField()
   private readonly target = field('target', 'Target', 'the model’s own prediction')
   private readonly layers = field('layers', 'Layers', 'all; or 0-3,7')
   private readonly positions = field('positions', 'Positions', 'the last; all; or -1,3')
@@ -66,12 +66,37 @@ export class Form {
     }
   }
 
+  /** Writes a target as if it were typed. */
+  aim(text: string): void {
+    const input = this.target.querySelector('input')
+    if (input) input.value = text
+  }
+
   /** Other prompts to look at when an edit is previewed. */
   watched(): string[] {
     return value(this.probes)
       .split('|')
       .map((probe) => probe.trim())
       .filter((probe) => probe !== '')
+  }
+
+  /** Of several lines, if need be: Enter asks, Shift-Enter begins a new one. */
+  private promptField(): HTMLLabelElement {
+    const text = element('textarea', {
+      name: 'prompt',
+      placeholder: 'The capital of Japan is the city of',
+      autocomplete: 'off',
+      spellcheck: 'false',
+      rows: '1',
+      required: '',
+      title: 'Enter asks; Shift-Enter begins a new line',
+    })
+    text.addEventListener('keydown', (event) => {
+      if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return
+      event.preventDefault()
+      this.element.requestSubmit()
+    })
+    return element('label', { class: 'field prompt' }, element('span', {}, 'Prompt'), text)
   }
 
   private start(what: keyof Starts): void {
@@ -99,12 +124,11 @@ export class Form {
 
 function field(name: string, words: string, placeholder: string): HTMLLabelElement {
   const input = element('input', { name, placeholder, autocomplete: 'off', spellcheck: 'false' })
-  if (name === 'prompt') input.required = true
   return element('label', { class: `field ${name}` }, element('span', {}, words), input)
 }
 
 function value(label: HTMLLabelElement): string {
-  return label.querySelector('input')?.value ?? ''
+  return label.querySelector<HTMLInputElement | HTMLTextAreaElement>('input, textarea')?.value ?? ''
 }
 
 function checkbox(kind: string, checked: boolean) {

@@ -1,5 +1,5 @@
 // One answer's page in a frame of its own: the same program as a page from a file.
-import type { Coordinates, Posted, Reported } from '../page/feed'
+import type { Posted, Reported } from '../page/feed'
 import { element } from '../parts/dom'
 
 export class Frame {
@@ -9,7 +9,7 @@ export class Frame {
   constructor(
     view: 'trace' | 'gradient',
     title: string,
-    private readonly moved: (place: Coordinates) => void,
+    private readonly heard: (news: Reported) => void,
   ) {
     this.element = element('iframe', { src: `/frame/${view}`, title })
     window.addEventListener('message', (event: MessageEvent<Reported>) => this.receive(event))
@@ -25,7 +25,7 @@ export class Frame {
     if (event.source !== this.element.contentWindow) return
     if (event.origin !== window.location.origin) return
     if (event.data.ready) this.flush()
-    if (event.data.at) this.moved(event.data.at)
+    else this.heard(event.data)
   }
 
   private flush(): void {

@@ -1,3 +1,6 @@
+import { HashState } from '../page/hash'
+import { setTheme, type Theme } from '../page/theme'
+import { choice, THEMES } from '../parts/controls'
 import { element } from '../parts/dom'
 import { ask, CallError, keepToken } from './calls'
 import { addEdits } from './edits'
@@ -20,6 +23,7 @@ export async function livePage(): Promise<void> {
 }
 
 class LivePage {
+  private readonly state = new HashState({ theme: '' })
   private readonly models = new Map<string, ModelMessage>()
   private readonly panels: Panel[] = []
   private readonly answers = element('main', { class: 'answers' })
@@ -36,6 +40,11 @@ class LivePage {
     },
     other: ({ view, asked }) =>
       this.open(view === 'trace' ? 'gradient' : 'trace', { ...this.form.asked(), ...same(asked) }),
+    aimed: (from, target) => {
+      if (!target.text.includes('\ufffd')) this.form.aim(target.text)
+      const asked = { ...from.asked, target: target.text, aim: target }
+      this.open(from.view, asked, from)
+    },
     closed: (panel) => {
       this.panels.splice(this.panels.indexOf(panel), 1)
     },
@@ -43,8 +52,20 @@ class LivePage {
 
   constructor() {
     const header = element('header', { class: 'page-header live' })
-    header.append(element('h1', {}, 'Januslens'), this.form.element, this.trouble)
+    const theme = choice('Theme', THEMES, (value) => this.state.set({ theme: value }))
+    header.append(element('h1', {}, 'Januslens'), this.form.element, theme, this.trouble)
     document.body.append(header, this.answers)
+    const look = () => {
+      theme.value = this.theme()
+      setTheme(this.theme())
+      for (const panel of this.panels) panel.frame.post({ theme: this.theme() })
+    }
+    this.state.subscribe(look)
+    look()
+  }
+
+  private theme(): Theme {
+    return this.state.get('theme') as Theme
   }
 
   async listModels(): Promise<void> {
@@ -68,7 +89,8 @@ class LivePage {
     }
   }
 
-  private open(view: 'trace' | 'gradient', asked: Asked): void {
+  /** Asks; the answer stands last, or beside another. */
+  private open(view: 'trace' | 'gradient', asked: Asked, beside?: Panel): void {
     const complete = view === 'gradient' && asked.target === '' ? undefined : asked
     if (!complete) {
       this.trouble.textContent = 'A gradient needs a target: what is to be learnt.'
@@ -76,10 +98,12 @@ class LivePage {
     }
     this.trouble.textContent = ''
     const panel = new Panel(view, complete, this.neighbours)
+    panel.frame.post({ theme: this.theme() })
     this.panels.push(panel)
     const layers = this.models.get(asked.model)?.nLayers ?? 1
     if (view === 'gradient') addEdits(panel, layers, () => this.form.watched())
-    this.answers.append(panel.element)
+    if (beside) beside.element.after(panel.element)
+    else this.answers.append(panel.element)
     void panel.run()
   }
 }

@@ -1,5 +1,6 @@
 // One question and its answer: what runs, how far it is, and the page that it fills.
 
+import type { Token } from '../label/tokens'
 import { visible } from '../label/visible'
 import { save } from '../page/export'
 import type { Coordinates } from '../page/feed'
@@ -21,6 +22,8 @@ interface Progress {
 export interface Neighbours {
   /** Another frame is to show the same place. */
   moved: (from: Panel, place: Coordinates) => void
+  /** The same question with another target. */
+  aimed: (from: Panel, target: Token) => void
   /** The other question on the same prompt. */
   other: (panel: Panel) => void
   closed: (panel: Panel) => void
@@ -41,8 +44,12 @@ export class Panel {
     private readonly neighbours: Neighbours,
   ) {
     const words = `${view === 'trace' ? 'Trace' : 'Gradient'} of “${asked.prompt}”`
-    const title = asked.target ? `${words} → ${visible(asked.target)}` : words
-    this.frame = new Frame(view, title, (place) => neighbours.moved(this, place))
+    const target = asked.aim?.label ?? visible(asked.target)
+    const title = target ? `${words} → ${target}` : words
+    this.frame = new Frame(view, title, ({ at, aim }) => {
+      if (at) neighbours.moved(this, at)
+      if (aim) neighbours.aimed(this, aim)
+    })
     this.element.setAttribute('aria-label', title)
     const head = element(
       'div',

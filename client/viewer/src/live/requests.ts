@@ -1,10 +1,14 @@
 // From what is typed to requests as protobuf JSON; what the server refuses it says by field.
 
+import type { Token } from '../label/tokens'
+
 /** What a person asks, as typed. */
 export interface Asked {
   model: string
   prompt: string
   target: string
+  /** A token that was clicked, instead of a typed target. */
+  aim?: Token | undefined
   layers: string
   positions: string
   heads: string
@@ -22,7 +26,7 @@ export function traceRequest(asked: Asked): Json {
   const positions = asked.positions.trim()
   return {
     ...common(asked),
-    ...(asked.target === '' ? {} : { target: { text: asked.target } }),
+    ...(asked.target === '' && !asked.aim ? {} : { target: target(asked) }),
     ...(positions === 'all' ? { allPositions: true } : { positions: numbers(positions) }),
     ...(asked.heads.trim() === '' ? {} : { selection: { heads: Number(asked.heads) } }),
     includeLogitContribution: true,
@@ -32,7 +36,7 @@ export function traceRequest(asked: Asked): Json {
 export function gradientRequest(asked: Asked): Json {
   return {
     ...common(asked),
-    nll: { target: { text: asked.target } },
+    nll: { target: target(asked) },
     matrices: asked.matrices.map((kind) => `MATRIX_KIND_${kind}`),
     neurons: Number(asked.neurons || 0),
     spectrumRank: Number(asked.spectrum || 0),
@@ -52,7 +56,7 @@ export function previewRequest(asked: Asked, edit: EditAsked, probes: readonly s
   return {
     model: asked.model,
     input: { prompt: asked.prompt },
-    target: { text: asked.target },
+    target: target(asked),
     ...(edit.kind === 'shift'
       ? { shift: { layer, eta: strength } }
       : { descent: { learningRate: strength } }),
@@ -64,6 +68,10 @@ export function editTitle({ kind, strength, layer }: EditAsked): string {
   return kind === 'shift'
     ? `What a forward-pass shift of layer ${layer} by ${strength} would do`
     : `What a step of learning rate ${strength} would do`
+}
+
+function target({ target, aim }: Asked): Json {
+  return aim ? { tokenIds: { ids: [aim.id] } } : { text: target }
 }
 
 function common(asked: Asked): Json {

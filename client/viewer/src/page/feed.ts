@@ -1,5 +1,7 @@
 // A page within the live page: the one around it posts the streams' messages as they come.
+import type { Token } from '../label/tokens'
 import { isLive } from './blocks'
+import type { Theme } from './theme'
 
 /** What the live page posts into a frame. */
 export interface Posted {
@@ -9,12 +11,16 @@ export interface Posted {
   end?: boolean
   /** Select what stands at this layer and position. */
   go?: Coordinates
+  /** Show yourself in this theme. */
+  theme?: Theme
 }
 
 /** What a frame posts to the page around it. */
 export interface Reported {
   ready?: boolean
   at?: Coordinates
+  /** A person wants this token as the target. */
+  aim?: Token
 }
 
 /** Equal in every request on the same prompt, of a trace as of a gradient. */
@@ -47,7 +53,7 @@ class Mailbox {
 }
 
 const mailboxes = new Map<string, Mailbox>()
-let goes: (place: Coordinates) => void = () => {}
+let wishes: Wishes | undefined
 
 function mailbox(stream: string): Mailbox {
   const found = mailboxes.get(stream) ?? new Mailbox()
@@ -59,10 +65,18 @@ export function posted<Message>(stream: string): AsyncGenerator<Message> {
   return mailbox(stream).take() as AsyncGenerator<Message>
 }
 
-/** Begins to listen; `go` is called when another frame selects a layer and position. */
-export function joinLivePage(go: (place: Coordinates) => void): void {
+/** What the page around a frame may ask of it beside taking messages. */
+export interface Wishes {
+  /** Another frame has selected a layer and position. */
+  go: (place: Coordinates) => void
+  theme: (theme: Theme) => void
+}
+
+/** Begins to listen. */
+export function joinLivePage(granted: Wishes): void {
   if (!isLive()) return
-  goes = go
+  wishes = granted
+  document.documentElement.dataset.live = '' // what the page around has is not shown again
   window.addEventListener('message', receive)
   report({ ready: true })
 }
@@ -76,5 +90,6 @@ function receive(event: MessageEvent<Posted>): void {
   if (event.source !== window.parent || event.origin !== window.location.origin) return
   const { data } = event
   if (data.stream !== undefined) mailbox(data.stream).put(data)
-  if (data.go) goes(data.go)
+  if (data.go) wishes?.go(data.go)
+  if (data.theme !== undefined) wishes?.theme(data.theme)
 }

@@ -1,6 +1,7 @@
 // What is known of a node, in full: the right-hand side of a page.
 import type { FlowGraph } from '../graph/graph'
 import type { GraphEdge, GraphNode, Reading, Scored } from '../graph/nodes'
+import { aimButton } from './aim'
 import { element, tokenText } from './dom'
 import { binOf, face, isFlipped } from './look'
 import { count, measure, percent, probability, signed } from './numbers'
@@ -89,7 +90,11 @@ export function scoredList(
     return element(
       'tr',
       token.id === target ? { class: 'target' } : {},
-      element('th', { scope: 'row', title: `token ${token.id}` }, tokenText(token.label)),
+      element(
+        'th',
+        { scope: 'row' },
+        token.id === target ? tokenText(token.label) : aimButton(token),
+      ),
       element('td', { class: 'bar-cell' }, bar),
       element('td', {}, probability(p)),
       element('td', { title: 'logit', class: 'quiet' }, signed(logit, 1)),

@@ -2,13 +2,17 @@ import type { TraceResponse } from '../contract/messages'
 import { isLive, pageDescription } from '../page/blocks'
 import { joinLivePage, report } from '../page/feed'
 import { shell } from '../page/shell'
+import { soon } from '../page/soon'
 import { messages } from '../page/streams'
 import { TraceView } from './view'
 
 /** Shows the trace that the page holds, or that comes while one watches. */
 export async function tracePage(): Promise<void> {
   const view = new TraceView(shell(), pageDescription().title)
-  joinLivePage(({ layer, position }) => view.select(`L${layer}/p${position}/BLOCK_OUTPUT`))
+  joinLivePage({
+    go: ({ layer, position }) => view.select(`L${layer}/p${position}/BLOCK_OUTPUT`),
+    theme: (theme) => view.state.set({ theme }),
+  })
   view.state.subscribe(() => {
     const node = view.graph.node(view.state.get('sel'))
     if (node?.layer !== undefined) report({ at: { layer: node.layer, position: node.position } })
@@ -25,9 +29,10 @@ export async function tracePage(): Promise<void> {
 }
 
 async function replay(view: TraceView, stream: AsyncGenerator<TraceResponse>): Promise<void> {
+  const draw = soon(() => view.draw())
   for await (const message of stream) {
     view.feed(message)
-    if (isLive()) view.draw()
+    if (isLive()) draw()
     else view.drawSoon()
   }
 }

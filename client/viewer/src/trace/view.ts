@@ -4,6 +4,7 @@ import { exportPage } from '../page/export'
 import { Once } from '../page/once'
 import type { Shell } from '../page/shell'
 import { setTheme, type Theme } from '../page/theme'
+import { type Held, listenToAims } from '../parts/aim'
 import { element } from '../parts/dom'
 import { rove } from '../parts/focus'
 import { helpDialog } from '../parts/help'
@@ -69,9 +70,17 @@ export class TraceView {
     parts.main.append(this.overview.element, this.heads.element, this.details.element)
     listenToKeys(this.graph, this.state, commands)
     parts.aside.addEventListener('click', (event) => this.follow(event))
+    listenToAims(parts.aside, this.graph.tokens, () => this.held())
     this.heading.addEventListener('click', (event) => this.follow(event))
     this.state.subscribe(() => this.draw())
     new ResizeObserver(() => this.draw()).observe(parts.main)
+  }
+
+  private held(): Held {
+    const { graph } = this
+    const target = graph.targets.get(this.position())?.target
+    const model = graph.provenance.model ?? ''
+    return { command: 'trace', model, prompt: graph.prompt, targets: target ? [target] : [] }
   }
 
   /** Takes one more message of the stream; call `draw` when it is to be seen. */
