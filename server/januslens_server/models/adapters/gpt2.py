@@ -16,10 +16,8 @@ from transformers import PreTrainedModel
 from januslens_server.capture import End, Tap
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.attention_pattern import Scoring
-from januslens_server.lens.head import LensHead
-from januslens_server.models.adapters.parts import layer_norm, run_eagerly
+from januslens_server.models.adapters.parts import facts, layer_norm, lens, run_eagerly
 from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
-from januslens_server.results import ModelFacts
 
 
 def view(model: PreTrainedModel) -> ModelView:
@@ -31,21 +29,14 @@ def view(model: PreTrainedModel) -> ModelView:
     scaled_as_usual = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
     if not scaled_as_usual and not hasattr(transformer.h[0].attn, "scaling"):
         run_eagerly(model)
-    blocks = tuple(_block(i, module, config) for i, module in enumerate(transformer.h))
-    head: Any = model.lm_head
-    lens = LensHead(layer_norm(transformer.ln_f), head.weight.detach().float())
-    facts = ModelFacts(
-        n_layers=config.n_layer,
-        n_heads=config.n_head,
-        n_kv_heads=config.n_head,
-        d_model=config.n_embd,
-        d_head=config.n_embd // config.n_head,
-        d_mlp=config.n_inner or 4 * config.n_embd,
-        n_experts=0,
-        vocab_size=head.weight.shape[0],
-        max_positions=config.n_positions,
+    return ModelView(
+        embedding=transformer.wte,
+        blocks=tuple(_block(i, module, config) for i, module in enumerate(transformer.h)),
+        lens=lens(model, layer_norm(transformer.ln_f)),
+        facts=facts(
+            model, d_mlp=config.n_inner or 4 * config.n_embd, max_positions=config.n_positions
+        ),
     )
-    return ModelView(embedding=transformer.wte, blocks=blocks, lens=lens, facts=facts)
 
 
 def _scale(layer: int, config: Any) -> float:

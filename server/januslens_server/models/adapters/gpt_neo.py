@@ -14,33 +14,23 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Tap
 from januslens_server.graph.attention_pattern import Scoring
-from januslens_server.lens.head import LensHead
-from januslens_server.models.adapters.parts import layer_norm, linear
+from januslens_server.models.adapters.parts import facts, layer_norm, lens, linear
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
-from januslens_server.results import ModelFacts
 
 
 def view(model: PreTrainedModel) -> ModelView:
     """Map a `GPTNeoForCausalLM`."""
     config: Any = model.config
     transformer: Any = model.transformer
-    head: Any = model.lm_head
-    facts = ModelFacts(
-        n_layers=config.num_layers,
-        n_heads=config.num_heads,
-        n_kv_heads=config.num_heads,
-        d_model=config.hidden_size,
-        d_head=config.hidden_size // config.num_heads,
-        d_mlp=config.intermediate_size or 4 * config.hidden_size,
-        n_experts=0,
-        vocab_size=head.weight.shape[0],
-        max_positions=config.max_position_embeddings,
-    )
     return ModelView(
         embedding=transformer.wte,
         blocks=tuple(_block(module, config) for module in transformer.h),
-        lens=LensHead(layer_norm(transformer.ln_f), head.weight.detach().float()),
-        facts=facts,
+        lens=lens(model, layer_norm(transformer.ln_f)),
+        facts=facts(
+            model,
+            d_mlp=config.intermediate_size or 4 * config.hidden_size,
+            max_positions=config.max_position_embeddings,
+        ),
     )
 
 

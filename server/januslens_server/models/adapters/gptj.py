@@ -17,36 +17,21 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture import Rotation
 from januslens_server.graph.attention_pattern import Scoring
-from januslens_server.lens.head import LensHead
-from januslens_server.models.adapters.parts import layer_norm, linear
+from januslens_server.models.adapters.parts import facts, layer_norm, lens, linear
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
-from januslens_server.results import ModelFacts
 
 
 def view(model: PreTrainedModel) -> ModelView:
     """Map a `GPTJForCausalLM`."""
     config: Any = model.config
     transformer: Any = model.transformer
-    head: Any = model.lm_head
-    lens = LensHead(
-        layer_norm(transformer.ln_f), head.weight.detach().float(), head.bias.detach().float()
-    )
-    facts = ModelFacts(
-        n_layers=config.n_layer,
-        n_heads=config.n_head,
-        n_kv_heads=config.n_head,
-        d_model=config.n_embd,
-        d_head=config.n_embd // config.n_head,
-        d_mlp=config.n_inner or 4 * config.n_embd,
-        n_experts=0,
-        vocab_size=head.weight.shape[0],
-        max_positions=config.n_positions,
-    )
     return ModelView(
         embedding=transformer.wte,
         blocks=tuple(_block(module, transformer, config) for module in transformer.h),
-        lens=lens,
-        facts=facts,
+        lens=lens(model, layer_norm(transformer.ln_f)),
+        facts=facts(
+            model, d_mlp=config.n_inner or 4 * config.n_embd, max_positions=config.n_positions
+        ),
     )
 
 
