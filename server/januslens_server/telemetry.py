@@ -57,7 +57,7 @@ STAGE_SECONDS = Histogram(
     buckets=PART_BUCKETS,
 )
 TOKENS = Counter("januslens_tokens", "Tokens run through forward passes.", ["model"])
-VECTORS_PROJECTED = Counter("januslens_vectors_projected", "Vectors read through the lens.")
+VECTORS_PROJECTED = Counter("januslens_vectors_projected", "Vectors projected through the lens.")
 
 FIRST_MESSAGE_SECONDS = Histogram(
     "januslens_first_message_seconds",

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 
-from januslens_server import telemetry
 from januslens_server.lens.cores import on_free_cores
 from januslens_server.lens.extremes import highest, lowest
 from januslens_server.lens.head import LensHead
@@ -60,7 +59,6 @@ def project(
     """
     if targets is None:
         targets = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
-    telemetry.VECTORS_PROJECTED.inc(len(vectors))
     chunks = list(read_vectors(head, vectors, spec, targets))
     return projection_table(head, (vectors != 0).any(-1), chunks, targets)
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from januslens_server import telemetry
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.projection import (
     Readings,
@@ -65,6 +64,7 @@ class RowCache:
         self._at_once = min(chunk, self._capacity)
         usable = self._capacity > 0 and head.unembedding.device.type == "cpu"
         self.usable = usable and _alike(head)
+        self.computed = 0  # vectors that were projected, the others being here already
         # Pages that nobody has written to take no memory.
         self._logits = torch.empty(self._capacity if self.usable else 0, vocab)
         self._readings: dict[str, torch.Tensor] = {}
@@ -86,6 +86,7 @@ class RowCache:
         wanted = np.array([key is not None for key in keys], dtype=bool)
         fits = max(spec.top_k, spec.bottom_k) <= ENDS.top_k and spec.kind is LensKind.FINAL_NORM
         if not (self.usable and fits and wanted.any()):
+            self.computed += len(vectors)
             return project(self._head, vectors, spec, targets)
         where = torch.from_numpy(np.flatnonzero(wanted))
         others = torch.from_numpy(np.flatnonzero(~wanted))
@@ -102,7 +103,7 @@ class RowCache:
         spec: LensSpec,
         targets: torch.Tensor,
     ) -> ProjectionTable:
-        telemetry.VECTORS_PROJECTED.inc(len(vectors))
+        self.computed += len(others)
         parts = [
             *read_vectors(self._head, vectors[others], spec, targets[others]),
             *self._read(named, spec),
@@ -143,6 +144,7 @@ class RowCache:
 
     def _add(self, keys: Sequence[Hashable], vectors: torch.Tensor) -> None:
         """Compute and keep rows, in the places of those that came first."""
+        self.computed += len(keys)
         padded = _padded(vectors)
         if self._next + len(padded) > self._capacity:
             self._next = 0

@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from januslens_server import telemetry
 from januslens_server.lens.row_index import RowIndex, index_rows
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.views import Block, ModelView
@@ -79,6 +80,7 @@ class NeuronIndex:
             if index is None:
                 matrices = _value_rows(self._view.blocks[layer])
                 index = yield from index_rows(self._view.lens, matrices, self.depth)
+                telemetry.VECTORS_PROJECTED.inc(len(index.projected))
                 if self._cache is not None:
                     self._cache.write(self._named(layer), dict(vars(index)))
             self._layers[layer] = index

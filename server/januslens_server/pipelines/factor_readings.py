@@ -8,12 +8,12 @@ import torch
 
 from januslens_server.lens.factors import frobenius_norm, largest_entries, largest_first
 from januslens_server.lens.neurons import change_norms, descent_changes
-from januslens_server.lens.projection import project
 from januslens_server.lens.spectrum import spectrum
 from januslens_server.models.factors import Factors, MatrixKey
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.losses import Objective
 from januslens_server.pipelines.subject import read_segments
+from januslens_server.pipelines.vectors import read
 from januslens_server.results import (
     Components,
     End,
@@ -200,7 +200,7 @@ class FactorReader:
         self, vectors: torch.Tensor, ranked: Sequence[int], lens: LensSpec | None = None
     ) -> ProjectionTable:
         targets = torch.tensor(ranked, device=vectors.device).expand(len(vectors), -1)
-        return project(self._model.view.lens, vectors, lens or self._spec.lens, targets)
+        return read(self._model.view.lens, vectors, lens or self._spec.lens, targets)
 
 
 def _residual_side(key: MatrixKey, factors: Factors) -> torch.Tensor:

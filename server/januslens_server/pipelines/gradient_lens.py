@@ -9,7 +9,6 @@ import torch
 
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.lens.factors import reconstruction_error
-from januslens_server.lens.projection import project
 from januslens_server.models.factors import MatrixKey
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import BackwardPass, backward, dense_gradient
@@ -18,6 +17,7 @@ from januslens_server.pipelines.factor_readings import FactorReader
 from januslens_server.pipelines.inputs import read_layers
 from januslens_server.pipelines.losses import Objective, read_objective
 from januslens_server.pipelines.matrices import choose_matrices, layer_matrices
+from januslens_server.pipelines.vectors import read
 from januslens_server.results import (
     GradientEvent,
     GradientHeader,
@@ -79,7 +79,7 @@ def gradient_lens(
 def _predicted(model: ResidentModel, passed: BackwardPass, objective: Objective) -> int:
     """The model's own answer to the prompt."""
     last = passed.residual[objective.prompt_length - 1][None]
-    return int(project(model.view.lens, last, LensSpec(top_k=1, bottom_k=0)).top_ids[0, 0])
+    return int(read(model.view.lens, last, LensSpec(top_k=1, bottom_k=0)).top_ids[0, 0])
 
 
 def _stage_data_types(model: ResidentModel) -> dict[str, str]:

@@ -9,9 +9,9 @@ import torch
 
 from januslens_server.capture.hooks import Checkpoint
 from januslens_server.errors import InvalidRequest
-from januslens_server.lens.projection import project
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.inputs import read_single_target
+from januslens_server.pipelines.vectors import read
 from januslens_server.results import ProjectionTable
 from januslens_server.specs import ProjectSpec
 
@@ -36,7 +36,7 @@ def project_vectors(
     if spec.target is not None:
         target = read_single_target(model, spec.target, "target")
         targets = torch.full((len(vectors), 1), target, device=model.device)
-    table = project(model.view.lens, vectors, spec.lens, targets)
+    table = read(model.view.lens, vectors, spec.lens, targets)
     if not np.isfinite(table.entropy_bits).all():
         raise InvalidRequest(
             "vectors.data", "expected vectors that float32 can square, got larger ones"

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from januslens_server import telemetry
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.flows import Piece
 from januslens_server.results import (
@@ -87,7 +88,11 @@ class FlowReader:
         targets = [[self._targets[node.position]] for node in nodes]
         ids = torch.tensor(targets, dtype=torch.long, device=vectors.device).reshape(-1, 1)
         keys = [self._weight_row(node) for node in nodes]
-        return self._model.rows.project(vectors, keys, widest, ids)
+        rows = self._model.rows
+        before = rows.computed
+        table = rows.project(vectors, keys, widest, ids)
+        telemetry.VECTORS_PROJECTED.inc(rows.computed - before)
+        return table
 
     def _weight_row(self, node: Node) -> tuple[int | None, ...] | None:
         """What names a vector that depends on no input, the same in every request; else None."""

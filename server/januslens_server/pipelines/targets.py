@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from januslens_server.lens.projection import project
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.vectors import read
 from januslens_server.results import PositionTarget
 from januslens_server.specs import LensSpec
 
@@ -22,7 +22,7 @@ def position_targets(
     """
     lens, rows = model.view.lens, residual[list(positions)]
     asked = None if target is None else rows.new_full((len(rows), 1), target, dtype=torch.long)
-    table = project(lens, rows, LensSpec(top_k=1, bottom_k=0), asked)
+    table = read(lens, rows, LensSpec(top_k=1, bottom_k=0), asked)
     predicted = table.top_ids[:, 0].tolist()
     own = asked is None
     ids = predicted if own else table.target_ids[:, 0].tolist()

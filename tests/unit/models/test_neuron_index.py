@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from januslens_server import telemetry
 from januslens_server.lens import row_index
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.projection import Readings, read_vectors
@@ -136,6 +137,14 @@ def test_requests_that_take_turns_read_each_chunk_once(
     assert chunks == [64] * 8
     assert_same([index.layer(2)], [alone])
     assert chunks == [64] * 8
+
+
+def test_neurons_count_as_projected_vectors_when_they_are_read(demo: ResidentModel) -> None:
+    index = NeuronIndex(demo.view, demo.provenance)
+    before = telemetry.VECTORS_PROJECTED._value.get()
+    index.layer(0)
+    index.layer(0)
+    assert telemetry.VECTORS_PROJECTED._value.get() - before == 512
 
 
 def test_a_reading_that_fails_is_begun_anew(
