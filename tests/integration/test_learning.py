@@ -1,0 +1,82 @@
+"""Estimates of seconds follow what finished requests took, by model and RPC."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+from typing import Any
+
+import pytest
+
+from januslens.v1 import common_pb2, cost_pb2, gradient_lens_pb2, trace_pb2
+from januslens_server import telemetry
+from januslens_server.pipelines.cost import Pace
+from tests.support.calls import long_trace, prompt
+from tests.support.in_process import Loaded, loaded, served
+
+TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is the city of"))
+NLL = gradient_lens_pb2.GradientLensRequest(
+    input=TRACE.input,
+    nll=gradient_lens_pb2.NegativeLogLikelihood(target=common_pb2.Target(text=" Paris")),
+)
+# A tenth of an error's logarithm goes with each request: of eightfold, 1.3-fold is left.
+LESSONS = 20
+
+
+@pytest.fixture(scope="module")
+def demo() -> Loaded:
+    return loaded()
+
+
+def misjudged(demo: Loaded, factor: float) -> Loaded:
+    """The demo, taken to be so many times as slow as it is."""
+    slower = Pace(*(factor * seconds for seconds in astuple(demo.paces["demo"])))
+    return Loaded(demo.registry, {"demo": slower})
+
+
+async def seconds(stub: Any, **request: Any) -> float:
+    estimate = await stub.EstimateCost(cost_pb2.EstimateCostRequest(**request))
+    return float(estimate.seconds)
+
+
+async def traced(stub: Any) -> float:
+    """A trace, and what it really took of the device."""
+    before = telemetry.BUSY_SECONDS._value.get()
+    assert [message async for message in stub.Trace(TRACE)]
+    return float(telemetry.BUSY_SECONDS._value.get() - before)
+
+
+@pytest.mark.parametrize("factor", [8.0, 1 / 8], ids=["too slow", "too fast"])
+async def test_requests_that_finished_correct_a_wrong_pace(demo: Loaded, factor: float) -> None:
+    async with served(misjudged(demo, factor)) as stub:
+        first, of_gradient = (
+            await seconds(stub, trace=TRACE),
+            await seconds(stub, gradient_lens=NLL),
+        )
+        taken = sorted([await traced(stub) for _ in range(LESSONS)])[LESSONS // 2]
+        last = await seconds(stub, trace=TRACE)
+        assert await seconds(stub, gradient_lens=NLL) == of_gradient
+    assert abs(last - taken) < abs(first - taken) / 2
+    assert 1 / 3 < last / taken < 3
+    assert (last < first) == (factor > 1)
+
+
+async def test_one_request_moves_the_estimate_by_a_tenth(demo: Loaded) -> None:
+    """In proportion: what a single slow one took does not decide."""
+    async with served(misjudged(demo, 8.0)) as stub:
+        first = await seconds(stub, trace=TRACE)
+        taken = await traced(stub)
+        last = await seconds(stub, trace=TRACE)
+    assert last == pytest.approx(first * (taken / first) ** 0.1, rel=1e-3)
+
+
+async def test_what_did_not_finish_or_took_no_time_teaches_nothing(demo: Loaded) -> None:
+    async with served(misjudged(demo, 8.0)) as stub:
+        first = await seconds(stub, trace=TRACE)
+        call = stub.Trace(long_trace(40))
+        await call.read()
+        call.cancel()
+        assert await seconds(stub, trace=TRACE) == first
+    async with served(misjudged(demo, 1e-6)) as stub:
+        first = await seconds(stub, trace=TRACE)
+        await traced(stub)
+        assert await seconds(stub, trace=TRACE) == first
