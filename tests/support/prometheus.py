@@ -17,6 +17,8 @@ from urllib.request import urlopen
 
 import yaml
 
+from tests.support.tethered import tethered
+
 START_SECONDS = 30
 STOP_SECONDS = 10
 
@@ -61,12 +63,14 @@ def running_prometheus(
     address = f"127.0.0.1:{_free_port()}"
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen(
-            [
-                program,
-                f"--config.file={folder / 'prometheus.yaml'}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address={address}",
-            ],
+            tethered(
+                [
+                    program,
+                    f"--config.file={folder / 'prometheus.yaml'}",
+                    f"--storage.tsdb.path={folder / 'data'}",
+                    f"--web.listen-address={address}",
+                ]
+            ),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

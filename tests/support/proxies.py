@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.tethered import tethered
+
 NGINX = """
 daemon off;
 error_log stderr warn;
@@ -85,7 +87,7 @@ def needed(program: str) -> str:
 @contextmanager
 def running_proxy(command: Sequence[str], port: int) -> Iterator[None]:
     """Run a proxy until the block is left."""
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    process = subprocess.Popen(tethered(command), stdin=subprocess.DEVNULL)
     try:
         _wait_until_listening(process, port)
         yield

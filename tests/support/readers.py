@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.tethered import tethered
+
 ROOT = Path(__file__).parents[2]
 
 READER = """
@@ -32,7 +34,7 @@ for _ in stream:
 def reader(address: str, messages: int, then: str) -> Iterator[None]:
     """A client that has read some messages of a long stream, and is killed at the end."""
     client = subprocess.Popen(
-        [sys.executable, "-c", READER, address, str(messages), then],
+        tethered([sys.executable, "-c", READER, address, str(messages), then]),
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,

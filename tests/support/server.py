@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from tests.support.tethered import tethered
+
 SERVING = re.compile(r"serving on (\S+:\d+)")
 HEALTH = re.compile(r"health on (\S+:\d+)")
 METRICS = re.compile(r"metrics on (http://\S+/metrics)")
@@ -90,11 +92,11 @@ def start_server(
     environment: Mapping[str, str] | None = None,
     program: Sequence[str] = PROGRAM,
 ) -> ServerProcess:
-    """Start the server; its log is read by a thread as long as it runs."""
+    """Start the server, which ends with this thread; its log is read as long as it runs."""
     # One thread: the same sums in the same order in every run, beside a busy test process.
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
-        [*program, *arguments],
+        tethered([*program, *arguments]),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

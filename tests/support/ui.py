@@ -17,6 +17,8 @@ from typing import Any
 from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 
+from tests.support.tethered import tethered
+
 ADDRESS = re.compile(r"http://(127\.0\.0\.1):(\d+)/#token=(\S+)")
 TOKEN = "x-januslens-token"  # noqa: S105 - the header's name
 SECONDS = 60
@@ -67,7 +69,7 @@ def live_page(server_address: str) -> Iterator[LivePage]:
     """Start the page on a free port against a server; interrupt it at the end."""
     arguments = ["ui", "--port", "0", "--server", server_address]
     process = subprocess.Popen(
-        [sys.executable, "-c", "from januslens.cli import main; main()", *arguments],
+        tethered([sys.executable, "-c", "from januslens.cli import main; main()", *arguments]),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         text=True,
