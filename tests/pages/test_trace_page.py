@@ -374,6 +374,28 @@ def test_dark_and_light_differ_and_printing_is_light(tab: Page, demo: Traced) ->
     assert tab.evaluate(colour) == light
 
 
+def test_a_printed_sheet_holds_the_pictures_whole(tab: Page, demo: Traced) -> None:
+    opened(tab, demo, "layers=3")
+    drawn = tab.evaluate("document.querySelector('svg.detail').clientWidth")
+    tab.set_viewport_size({"width": 718, "height": 1000})  # A4 within Chromium's margins
+    tab.emulate_media(media="print")
+    for picture in ("svg.overview", "svg.detail"):
+        box = tab.locator(picture).bounding_box()
+        assert box
+        assert box["width"] < drawn
+        assert box["x"] + box["width"] <= 718
+
+
+def test_forced_colours_tell_what_is_pressed(tab: Page, demo: Traced) -> None:
+    tab.emulate_media(forced_colors="active")
+    opened(tab, demo, "hide=mlp")
+    background = "element => getComputedStyle(element).backgroundColor"
+    on = tab.get_by_role("button", name="attention", exact=True).evaluate(background)
+    assert on != tab.get_by_role("button", name="MLP", exact=True).evaluate(background)
+    bars = tab.locator(".scored .bar").first.evaluate(background)
+    assert bars != tab.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
 @pytest.mark.parametrize("width", [380, 800, 1100, 1900])
 def test_nothing_runs_out_of_the_window(tab: Page, large: Traced, width: int) -> None:
     opened(tab, large)
