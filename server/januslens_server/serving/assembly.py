@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 import threading
 
 import torch
@@ -26,6 +27,10 @@ from januslens_server.scheduling.worker import DeviceWorker
 from januslens_server.serving.loading import check_with, load_all, log_state, sources
 from januslens_server.serving.signals import heed_signals
 from januslens_server.serving.stopping import finish, on_device_lost
+
+# What a thread may keep the interpreter while others wait, in seconds. The cores' threads come back
+# to it every few milliseconds, and an encoder would keep them for Python's usual five.
+SWITCH_SECONDS = 1e-3
 
 logger = logging.getLogger("januslens_server")
 
@@ -120,6 +125,7 @@ class Assembly:
 
 def use_cores(settings: Settings) -> None:
     """As many as configured; else torch's own choice, divided among the processes."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     elif settings.processes > 1:
