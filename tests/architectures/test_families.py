@@ -44,7 +44,8 @@ def test_sizes_are_those_of_the_weights(case: Case) -> None:
     assert block.attention.output.weight.shape == (facts.n_heads * facts.d_head, facts.d_model)
     assert isinstance(block.mlp, Mlp)
     assert block.mlp.ff2.weight.shape == (facts.d_mlp, facts.d_model)
-    assert model.view.lens.unembedding.shape == (facts.vocab_size, facts.d_model)
+    unembedding = model.view.lens.unembedding
+    assert (unembedding.vocab, unembedding.d_model) == (facts.vocab_size, facts.d_model)
     assert facts.max_positions == CONTEXT
 
 

@@ -14,7 +14,8 @@ class Floors:
 
     def __init__(self, model: ResidentModel) -> None:
         self._model = model
-        self._unembedding = model.view.lens.unembedding
+        head = model.network.get_output_embeddings()
+        self._unembedding: torch.Tensor = head.get_parameter("weight").detach().float()
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int]) -> torch.Tensor:

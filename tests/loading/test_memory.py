@@ -35,26 +35,30 @@ def skeleton(case: Case, data_type: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("case", [TIED, UNTIED], ids=["tied", "untied"])
-def test_float32_needs_its_weights_and_no_copies(case: Case) -> None:
+def test_float32_needs_its_weights_and_on_a_gpu_no_copies(case: Case) -> None:
     need = needed(skeleton(case, torch.float32), 1000, 0)
     buffers = sum(b.numel() * 4 for b in skeleton(case, torch.float32).buffers())
     assert need.weights == weight_bytes(case) + buffers
     assert (need.lens, need.work) == (0, CHUNKS_AT_WORK * 1000)
+    assert need.on("cuda:0").total == need.weights + need.work
 
 
 def test_half_types_need_float32_copies_of_the_head_and_of_a_block() -> None:
     need = needed(skeleton(UNTIED, torch.bfloat16), 1000, 0)
     config = UNTIED.config()
-    assert need.lens == 4 * config.vocab_size * config.hidden_size
+    assert (need.lens, need.packed) == (4 * config.vocab_size * config.hidden_size, 0)
     assert need.work == CHUNKS_AT_WORK * 1000 + weight_bytes(UNTIED) // config.num_hidden_layers
 
 
 @pytest.mark.parametrize("case", [TIED, UNTIED], ids=["tied", "untied"])
-def test_the_lens_reads_a_float32_head_where_it_is(case: Case, tmp_path: Path) -> None:
+def test_a_cpu_multiplies_by_one_copy_of_a_float32_head(case: Case, tmp_path: Path) -> None:
     model = load(saved(case, tmp_path / "model"))
     head = model.network.get_output_embeddings().get_parameter("weight")
     embedding = model.network.get_input_embeddings().get_parameter("weight")
-    assert model.view.lens.unembedding.data_ptr() == head.data_ptr()
+    unembedding = model.view.lens.unembedding
+    copied = sum(4 * block.matrix.numel() for block in unembedding.blocks)
+    assert copied == needed(skeleton(case, torch.float32), 1000, 0).packed
+    assert unembedding.rows(torch.tensor(7)).equal(head[7])
     assert (embedding.data_ptr() == head.data_ptr()) == (case is TIED)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
 from januslens_server.lens.projection import project
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.results import NodeKind
 from januslens_server.specs import LensKind, LensSpec, ProjectSpec, Selection, TraceSpec
 from tests.support.reference_collect import Traced, run_project, run_trace
@@ -162,14 +163,14 @@ def test_own_vectors_from_tiny_to_large(
     assert errors.entropy_bits <= 2e-5
 
 
-@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 5.0])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 5.0, 50.0])
 def test_entropy_over_a_wide_vocabulary(spread: float) -> None:
     """Rounding must not add up with the vocabulary: near uniform, every term rounds alike."""
     random = torch.Generator().manual_seed(0)
     unembedding = torch.randn(50_257, 8, generator=random) * spread
     vectors = torch.randn(5, 8, generator=random)
     norm = Norm(torch.ones(8), None, 1e-5, centred=False)
-    table = project(LensHead(norm, unembedding), vectors, LensSpec(kind=LensKind.RAW))
+    table = project(LensHead(norm, Unembedding(unembedding)), vectors, LensSpec(kind=LensKind.RAW))
     wanted = softmax(vectors.double() @ unembedding.double().T).entropy_bits
     assert np.abs(table.entropy_bits - wanted.numpy()).max() <= 5e-5
 

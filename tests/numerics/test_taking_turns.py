@@ -61,7 +61,7 @@ def requests(name: str) -> dict[str, Request]:
 def fresh(model: ResidentModel) -> ResidentModel:
     """One that has not been asked anything, and reads its neurons 20 at a time."""
     lens = model.view.lens
-    chunk_bytes = 20 * 4 * lens.unembedding.shape[0]
+    chunk_bytes = 20 * 4 * lens.unembedding.vocab
     return replace(model, view=replace(model.view, lens=replace(lens, chunk_bytes=chunk_bytes)))
 
 

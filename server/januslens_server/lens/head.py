@@ -9,13 +9,11 @@ import torch
 
 from januslens_server.lens.cores import on_free_cores
 from januslens_server.lens.norm import Norm
+from januslens_server.lens.unembedding import TokenBlock, Unembedding
 from januslens_server.specs import LensKind
 
 # Logits of one chunk of rows take at most this many bytes, unless the operator says otherwise.
 CHUNK_BYTES = 64 * 2**20
-# Tokens whose rows of the unembedding one core multiplies at once: their packed copies stay in its
-# cache, which one product over the whole vocabulary loses. A GPU takes the whole vocabulary.
-TOKENS_AT_ONCE = 512
 # The Backward Lens authors' guard against dividing by a zero norm (appendix H).
 SMALLEST_NORM = 1e-12
 
@@ -24,13 +22,12 @@ SMALLEST_NORM = 1e-12
 class LensHead:
     """`lens(v) = unembed(final_norm(v))`, everything in float32.
 
-    `unembedding` is `[vocab, d_model]`, `bias` `[vocab]` or None; `logit_scale` multiplies the
-    logits, then `soft_cap` bounds them: `cap * tanh(logits / cap)`. `chunk_bytes` of logits are
-    held at once.
+    `bias` is `[vocab]` or None; `logit_scale` multiplies the logits, then `soft_cap` bounds them:
+    `cap * tanh(logits / cap)`. `chunk_bytes` of logits are held at once.
     """
 
     final_norm: Norm
-    unembedding: torch.Tensor
+    unembedding: Unembedding
     bias: torch.Tensor | None = None
     logit_scale: float = 1.0
     soft_cap: float | None = None
@@ -47,23 +44,16 @@ class LensHead:
 
     def logits(self, prepared: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Logits `[n, vocab]` of prepared vectors, before the soft-cap; in `out` if it is given."""
-        vocab = self.unembedding.shape[0]
-        logits = prepared.new_empty(len(prepared), vocab) if out is None else out
-        if prepared.device.type == "cpu":
-            on_free_cores(partial(self._columns, prepared, logits), range(0, vocab, TOKENS_AT_ONCE))
-        else:
-            self._columns(prepared, logits, 0, vocab)
+        logits = prepared.new_empty(len(prepared), self.unembedding.vocab) if out is None else out
+        on_free_cores(partial(self._columns, prepared, logits), self.unembedding.blocks)
         return logits
 
-    def _columns(
-        self, prepared: torch.Tensor, logits: torch.Tensor, start: int, tokens: int = TOKENS_AT_ONCE
-    ) -> None:
-        """The logits of some tokens, from the one numbered `start`."""
-        part = slice(start, start + tokens)
-        columns = logits[:, part]
-        torch.mm(prepared, self.unembedding[part].T, out=columns)
+    def _columns(self, prepared: torch.Tensor, logits: torch.Tensor, block: TokenBlock) -> None:
+        """The logits of one block of tokens."""
+        columns = logits[:, block.tokens]
+        block.logits(prepared, columns)
         if self.bias is not None:
-            columns += self.bias[part]
+            columns += self.bias[block.tokens]
         if self.logit_scale != 1.0:
             columns *= self.logit_scale
 
@@ -75,7 +65,7 @@ class LensHead:
 
     def target_logits(self, residual: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Logits `[n]` of `targets` `[n]` before the soft-cap, from the last block's output."""
-        rows = self.unembedding[targets]
+        rows = self.unembedding.rows(targets)
         logits = (self.final_norm(residual) * rows).sum(-1)
         if self.bias is not None:
             logits = logits + self.bias[targets]
@@ -87,14 +77,14 @@ class LensHead:
         `residual` `[n, d_model]` is the last block's output, `targets` `[n]` the tokens:
         `logit_scale * <N(part), U_t>`, N the final norm with its scale fixed at `residual`.
         """
-        rows = self.unembedding[targets] * self.logit_scale
+        rows = self.unembedding.rows(targets) * self.logit_scale
         return self.final_norm.pull_back(rows, at=residual)
 
     def attribution_constant(self, targets: torch.Tensor) -> torch.Tensor:
         """The part `[n]` of the targets' logits that norm bias and head bias give."""
         constant = torch.zeros(targets.shape, device=self.unembedding.device)
         if self.final_norm.bias is not None:
-            constant = constant + self.unembedding[targets] @ self.final_norm.bias
+            constant = constant + self.unembedding.rows(targets) @ self.final_norm.bias
         if self.bias is not None:
             constant = constant + self.bias[targets]
         return constant * self.logit_scale

@@ -56,7 +56,7 @@ class RowCache:
         Nothing is kept where the lens is not on a CPU, or where rows do depend on those beside
         them.
         """
-        vocab = head.unembedding.shape[0]
+        vocab = head.unembedding.vocab
         self._head = head
         chunk = max(ROWS, rows_at_once(head) // ROWS * ROWS)
         # Every row once, and what the last chunk is padded with.
@@ -204,7 +204,7 @@ def _read_alike(head: LensHead, logits: torch.Tensor) -> dict[str, torch.Tensor]
 def _alike(head: LensHead) -> bool:
     """Whether rows come out bit by bit the same with other rows beside them."""
     random = torch.Generator().manual_seed(0)
-    vectors = torch.randn(4 * ROWS, head.unembedding.shape[1], generator=random)
+    vectors = torch.randn(4 * ROWS, head.unembedding.d_model, generator=random)
     prepared = head.prepare(vectors, ENDS.kind)
     whole = head.logits(prepared)
     read = _read_alike(head, whole)

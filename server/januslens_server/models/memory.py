@@ -25,24 +25,26 @@ MEMORY_INFO = Path("/proc/meminfo")
 class Need:
     """Bytes of a model's `weights`, of the `lens`' copies of them, and of a request's `work`.
 
-    In the CPU's memory there will be the logits of its `rows` (`--row-cache`; none if a GPU
-    computes) and the index of its `neurons` as well, when requests have asked for them.
+    Where a CPU computes there is the head `packed` for it, if `lens` is not that copy already,
+    and there will be, when requests have asked for them, the logits of the model's `rows`
+    (`--row-cache`) and the index of its `neurons`.
     """
 
     weights: int
     lens: int
     work: int
+    packed: int = 0
     rows: int = 0
     neurons: int = 0
 
     def on(self, device: str) -> Need:
         """What of it comes to stand on the device that computes."""
-        return self if device == "cpu" else replace(self, rows=0, neurons=0)
+        return self if device == "cpu" else replace(self, packed=0, rows=0, neurons=0)
 
     @property
     def beside_weights(self) -> int:
         """What must be left where the weights don't stand alone."""
-        return self.lens + self.work + self.rows + self.neurons
+        return self.lens + self.work + self.packed + self.rows + self.neurons
 
     @property
     def total(self) -> int:
@@ -54,7 +56,7 @@ class Need:
             f"{name} {size(count)}"
             for name, count in (
                 ("weights", self.weights),
-                ("lens", self.lens),
+                ("lens", self.lens + self.packed),
                 ("work", self.work),
                 ("row cache", self.rows),
                 ("neuron index", self.neurons),
@@ -67,19 +69,19 @@ def needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) ->
     """From a model without weights (on the meta device), in the data type that it will have.
 
     The lens and the flow graph compute in float32: of half types they copy the head for good, and
-    one block's weights at a time; of float32 neither.
+    one block's weights at a time; of float32 a CPU alone copies the head, into another layout.
     """
     rows, neurons = _kept(skeleton, chunk_bytes, row_cache_bytes)
     tensors = [*skeleton.parameters(), *skeleton.buffers()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     work = CHUNKS_AT_WORK * chunk_bytes
-    if skeleton.dtype is torch.float32:
-        return Need(weights, 0, work, rows, neurons)
-    head = skeleton.get_output_embeddings().get_parameter("weight").numel()
-    layers: int = skeleton.config.get_text_config().num_hidden_layers
-    block = sum(p.numel() for p in skeleton.parameters()) // layers
     copied = torch.float32.itemsize
-    return Need(weights, head * copied, work + block * copied, rows, neurons)
+    head = copied * skeleton.get_output_embeddings().get_parameter("weight").numel()
+    if skeleton.dtype is torch.float32:
+        return Need(weights, 0, work, head, rows, neurons)
+    layers: int = skeleton.config.get_text_config().num_hidden_layers
+    block = copied * sum(p.numel() for p in skeleton.parameters()) // layers
+    return Need(weights, head, work + block, 0, rows, neurons)
 
 
 def _kept(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from januslens_server.lens import projection
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
 from januslens_server.lens.projection import project
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.results import ProjectionTable
 from januslens_server.specs import LensKind, LensSpec
 
@@ -36,15 +37,18 @@ class Case:
     data_type: torch.dtype = torch.float32
 
     def head(self, chunk_bytes: int = 2**20) -> LensHead:
-        random = torch.Generator().manual_seed(self.vocab)
         return LensHead(
             final_norm=Norm(torch.ones(D_MODEL), None, 1e-5, centred=False),
-            unembedding=torch.randint(-2, 3, (self.vocab, D_MODEL), generator=random).float(),
+            unembedding=Unembedding(self.unembedding()),
             bias=torch.arange(self.vocab).remainder(3).float() if self.bias else None,
             logit_scale=self.logit_scale,
             soft_cap=self.soft_cap,
             chunk_bytes=chunk_bytes,
         )
+
+    def unembedding(self) -> Tensor:
+        random = torch.Generator().manual_seed(self.vocab)
+        return torch.randint(-2, 3, (self.vocab, D_MODEL), generator=random).float()
 
     def vectors(self) -> Tensor:
         random = torch.Generator().manual_seed(self.rows)
@@ -58,7 +62,7 @@ class Case:
     def logits(self) -> Tensor:
         """Before the soft-cap, in float64."""
         head = self.head()
-        logits = self.vectors().double() @ head.unembedding.double().T
+        logits = self.vectors().double() @ self.unembedding().double().T
         if head.bias is not None:
             logits = logits + head.bias.double()
         return logits * self.logit_scale

@@ -13,6 +13,7 @@ from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
 from januslens_server.lens.projection import project
 from januslens_server.lens.row_cache import ROWS, RowCache
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.results import ProjectionTable
 from januslens_server.specs import LensKind, LensSpec
 
@@ -31,7 +32,9 @@ def head() -> LensHead:
     random = torch.Generator().manual_seed(2)
     norm = Norm(torch.randn(WIDTH, generator=random), torch.randn(WIDTH), 1e-5, centred=True)
     unembedding = torch.randn(VOCAB, WIDTH, generator=random)
-    return LensHead(norm, unembedding, torch.randn(VOCAB), 1.3, chunk_bytes=4 * VOCAB * 3 * ROWS)
+    return LensHead(
+        norm, Unembedding(unembedding), torch.randn(VOCAB), 1.3, chunk_bytes=4 * VOCAB * 3 * ROWS
+    )
 
 
 def cache_of(head: LensHead, rows: int = 2 * COUNT) -> RowCache:

@@ -7,6 +7,7 @@ import torch
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
 from januslens_server.lens.row_index import RowIndex, index_rows
+from januslens_server.lens.unembedding import Unembedding
 
 VOCAB = 6
 
@@ -27,7 +28,7 @@ def index(depth: int = 3, chunk_bytes: int = 4 * VOCAB) -> RowIndex:
 def head(chunk_bytes: int = 4 * VOCAB) -> LensHead:
     """One whose logits are the prepared vector, up to its length."""
     norm = Norm(torch.ones(VOCAB), None, 0.0, centred=False)
-    return LensHead(norm, torch.eye(VOCAB), chunk_bytes=chunk_bytes)
+    return LensHead(norm, Unembedding(torch.eye(VOCAB)), chunk_bytes=chunk_bytes)
 
 
 def test_ranks_count_strictly_larger_logits() -> None:

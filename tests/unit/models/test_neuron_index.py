@@ -97,7 +97,7 @@ def test_another_lens_on_the_same_weights_is_read_anew(
 def in_chunks(demo: ResidentModel) -> ResidentModel:
     """The demo, whose layers of 512 neurons are read 64 at a time."""
     lens = demo.view.lens
-    chunk_bytes = 64 * 4 * lens.unembedding.shape[0]
+    chunk_bytes = 64 * 4 * lens.unembedding.vocab
     return replace(demo, view=replace(demo.view, lens=replace(lens, chunk_bytes=chunk_bytes)))
 
 

@@ -19,6 +19,7 @@ from januslens_server.capture import End, Tap
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.lens.head import LensHead
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.models.adapters.parts import facts, layer_norm, linear
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
 
@@ -43,10 +44,10 @@ def view(model: PreTrainedModel) -> ModelView:
 
 def _lens(model: PreTrainedModel, decoder: Any) -> LensHead:
     head: Any = model.get_output_embeddings()
-    unembedding = head.weight.detach().float()
+    weight = head.weight.detach()
     if decoder.project_out is not None:
-        unembedding = unembedding @ decoder.project_out.weight.detach().float()
-    return LensHead(layer_norm(decoder.final_layer_norm, unembedding.device), unembedding)
+        weight = weight.float() @ decoder.project_out.weight.detach().float()
+    return LensHead(layer_norm(decoder.final_layer_norm, weight.device), Unembedding(weight))
 
 
 def _block(module: Any, config: Any) -> Block:

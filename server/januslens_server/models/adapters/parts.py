@@ -16,6 +16,7 @@ from januslens_server.graph.head_map import HeadMap, HeadNorm
 from januslens_server.graph.weights import Finish
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.models.views import Attention, Linear, Mlp
 from januslens_server.results import ModelFacts
 
@@ -105,7 +106,7 @@ def lens(
     bias = getattr(head, "bias", None)
     return LensHead(
         final_norm,
-        head.weight.detach().float(),
+        Unembedding(head.weight),
         None if bias is None else bias.detach().float(),
         logit_scale,
         soft_cap,

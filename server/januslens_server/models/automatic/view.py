@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from januslens_server.capture import Rotation
 from januslens_server.errors import ModelFailed
 from januslens_server.lens.head import LensHead
+from januslens_server.lens.unembedding import Unembedding
 from januslens_server.models.automatic.block import BlockFinder, Settings
 from januslens_server.models.automatic.norms import is_norm, read_norm
 from januslens_server.models.automatic.pairing import best_reading, pairings
@@ -141,7 +142,7 @@ def _lens(config: Any, head: Any, probe: Probe, last_block: nn.Module) -> LensHe
     bias = None if head.bias is None else head.bias.detach().float()
     return LensHead(
         final_norm=read_norm(norms[0]),
-        unembedding=head.weight.detach().float(),
+        unembedding=Unembedding(head.weight),
         bias=bias,
         logit_scale=_logit_scale(config),
         soft_cap=getattr(config, "final_logit_softcapping", None),

@@ -1,0 +1,69 @@
+"""The matrix that turns vectors into logits, as its device multiplies by it fastest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Tokens whose rows of a CPU's matrix one core multiplies at once: their logits stay in its cache.
+# A GPU takes the whole vocabulary.
+TOKENS_AT_ONCE = 1024
+# What torch's compiler makes of a linear layer; nothing public multiplies by a packed matrix.
+_OPERATIONS: Any = torch.ops.mkldnn
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """The rows of consecutive `tokens`: `matrix` in float32, `packed` for oneDNN or as it is."""
+
+    tokens: slice
+    matrix: torch.Tensor
+    packed: bool
+
+    def logits(self, prepared: torch.Tensor, out: torch.Tensor) -> None:
+        """`prepared` `[n, d_model]` times the block, in `out` `[n, tokens]`."""
+        if self.packed:
+            out.copy_(_OPERATIONS._linear_pointwise(prepared, self.matrix, None, "none", [], ""))  # noqa: SLF001 - see there
+        else:
+            torch.mm(prepared, self.matrix.T, out=out)
+
+
+class Unembedding:
+    """The model's output matrix `[vocab, d_model]`.
+
+    A CPU multiplies by a float32 copy in the layout that oneDNN's kernels read. Without it each
+    product of so few rows copies the matrix into such a layout first, and MKL, torch's library
+    for float32, is the slower one on some processors besides: together a sixth of a trace's time.
+    A GPU multiplies by the matrix itself in float32, as does a CPU for which torch has no oneDNN.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        """From `weight` in any floating type, of which single rows are still read afterwards."""
+        self._weight = weight.detach()
+        self.vocab, self.d_model = weight.shape
+        self.device = weight.device
+        self.blocks = tuple(self._blocks())
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The rows `[..., d_model]` of `tokens` `[...]`, in float32."""
+        return self._weight[tokens].float()
+
+    def _blocks(self) -> list[TokenBlock]:
+        on_cpu = self.device.type == "cpu"
+        packs, at_once = on_cpu and has_onednn(), TOKENS_AT_ONCE if on_cpu else self.vocab
+        blocks = []
+        for start in range(0, self.vocab, at_once):
+            tokens = slice(start, min(self.vocab, start + at_once))
+            matrix = self._weight[tokens].float()
+            if packs:
+                matrix = _OPERATIONS._reorder_linear_weight(matrix, TOKENS_AT_ONCE)  # noqa: SLF001
+            blocks.append(TokenBlock(tokens, matrix, packs))
+        return blocks
+
+
+def has_onednn() -> bool:
+    """Whether this torch multiplies by packed matrices: it is not built so for every processor."""
+    names = ("_reorder_linear_weight", "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and all(hasattr(_OPERATIONS, n) for n in names)

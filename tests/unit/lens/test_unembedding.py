@@ -1,0 +1,60 @@
+"""The output matrix in blocks of tokens: packed or as it is, of any floating type and size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from januslens_server.lens import unembedding
+from januslens_server.lens.unembedding import TOKENS_AT_ONCE, Unembedding, has_onednn
+
+WIDTH = 24
+
+
+def weight(vocab: int, data_type: torch.dtype = torch.float32) -> torch.Tensor:
+    random = torch.Generator().manual_seed(vocab)
+    return torch.randn(vocab, WIDTH, generator=random).to(data_type)
+
+
+def logits(of: Unembedding, vectors: torch.Tensor) -> torch.Tensor:
+    """Block by block into one matrix, whose rows are not contiguous in a block."""
+    out = torch.full((len(vectors), of.vocab), torch.nan)
+    for block in of.blocks:
+        block.logits(vectors, out[:, block.tokens])
+    return out
+
+
+@pytest.mark.parametrize("packs", [True, False], ids=["packed", "as it is"])
+@pytest.mark.parametrize("data_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 65, TOKENS_AT_ONCE, 2 * TOKENS_AT_ONCE + 81])
+@pytest.mark.parametrize("rows", [0, 1, 2, 97])
+def test_logits_are_the_product_in_float64(
+    packs: bool, data_type: torch.dtype, vocab: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unembedding, "has_onednn", lambda: packs and has_onednn())
+    matrix = weight(vocab, data_type)
+    vectors = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1))
+    of = Unembedding(matrix)
+    assert {block.packed for block in of.blocks} == {packs and has_onednn()}
+    wanted = vectors.double() @ matrix.double().T
+    assert (logits(of, vectors).double() - wanted).abs().sum() <= 2e-6 * max(1, wanted.numel())
+
+
+def test_what_is_packed_is_a_copy_and_single_rows_are_the_models_own() -> None:
+    matrix = weight(200, torch.float16)
+    of = Unembedding(matrix)
+    before = logits(of, torch.eye(WIDTH))
+    assert before.T.equal(matrix.float())
+    tokens = torch.tensor([[3, 199], [0, 3]])
+    assert of.rows(tokens).equal(matrix[tokens].float())
+    assert (of.vocab, of.d_model, of.device.type) == (200, WIDTH, "cpu")
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+def test_a_rows_logits_do_not_depend_on_the_rows_beside_it() -> None:
+    """What the row cache measures of each model, and what packed products give."""
+    of = Unembedding(weight(2 * TOKENS_AT_ONCE))
+    vectors = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(2))
+    whole = logits(of, vectors)
+    for first, last in ((0, 2), (3, 20), (17, 64)):
+        assert logits(of, vectors[first:last]).equal(whole[first:last])
