@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -39,6 +39,36 @@ class Part:
         return self.edge.weight if self.edge else None
 
 
+class KnownNodes(Mapping[str, Node]):
+    """Nodes of several layers by id; an earlier layer is read if none of the later ones has it."""
+
+    def __init__(self, layers: Iterable[Sequence[Node]]) -> None:
+        """The nodes of each layer, in ascending order."""
+        self._layers = tuple(layers)[::-1]
+        self._read: dict[int, dict[str, Node]] = {}
+
+    def __getitem__(self, node_id: str) -> Node:
+        """The node of this id."""
+        for nodes in self._by_layer():
+            if node_id in nodes:
+                return nodes[node_id]
+        raise KeyError(node_id)
+
+    def __iter__(self) -> Iterator[str]:
+        """All ids."""
+        return (node.id for nodes in reversed(self._layers) for node in nodes)
+
+    def __len__(self) -> int:
+        """How many nodes there are."""
+        return sum(map(len, self._layers))
+
+    def _by_layer(self) -> Iterator[dict[str, Node]]:
+        for number, nodes in enumerate(self._layers):
+            if number not in self._read:
+                self._read[number] = {node.id: node for node in nodes}
+            yield self._read[number]
+
+
 @dataclass(frozen=True, kw_only=True)
 class GraphView:
     """Nodes and edges with the questions that one asks them.
@@ -46,13 +76,13 @@ class GraphView:
     `nodes` and `edges` hold the same as `node_list` and `edge_list`, as pandas frames.
 
     Attributes:
-        node_list: Every node here, in the order it was sent.
-        edge_list: Every edge here, in the order it was sent.
+        node_list: Every node here, in the order it was sent; read when it is first looked at.
+        edge_list: Every edge here, in the order it was sent; likewise.
         known_nodes: By id, the nodes that the edges refer to, those of earlier layers included.
     """
 
-    node_list: tuple[Node, ...] = field(repr=False)
-    edge_list: tuple[Edge, ...] = field(repr=False)
+    node_list: Sequence[Node] = field(repr=False)
+    edge_list: Sequence[Edge] = field(repr=False)
     known_nodes: Mapping[str, Node] = field(repr=False, compare=False)
 
     @cached_property

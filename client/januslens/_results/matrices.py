@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from januslens._notebook.gradients import matrix_html
 from januslens._results import gradient_files, gradient_frames
 from januslens._results.components import Component
 from januslens._results.kinds import ENDS, MATRIX_KINDS, SIDES, End, MatrixKind, Side
+from januslens._results.late import Late
 from januslens._results.matrix_readings import NeuronChange, Singular, Verification
 from januslens._results.tensors import Floats
 from januslens._results.tokens import TokenTable
@@ -48,11 +50,11 @@ class Matrix:
     d_out: int
     projected_side: Side
     promoted_end: End
-    components: tuple[Component, ...]
+    components: Sequence[Component]
     component_count: int
     frobenius_norm: float
-    spectrum: tuple[Singular, ...]
-    neurons: tuple[NeuronChange, ...]
+    spectrum: Sequence[Singular]
+    neurons: Sequence[NeuronChange]
     verification: Verification | None
 
     @classmethod
@@ -67,11 +69,13 @@ class Matrix:
             d_out=message.d_out,
             projected_side=SIDES.member(message.projected_side),
             promoted_end=end,
-            components=tuple(Component.from_message(c, end, tokens) for c in message.components),
+            components=Late.of(
+                message.components, lambda c: Component.from_message(c, end, tokens)
+            ),
             component_count=message.component_count,
             frobenius_norm=message.frobenius_norm,
-            spectrum=tuple(Singular.from_message(s, tokens) for s in message.spectrum),
-            neurons=tuple(NeuronChange.from_message(n, tokens) for n in message.neurons),
+            spectrum=Late.of(message.spectrum, lambda s: Singular.from_message(s, tokens)),
+            neurons=Late.of(message.neurons, lambda n: NeuronChange.from_message(n, tokens)),
             verification=Verification.from_message(message.verification)
             if message.HasField("verification")
             else None,

@@ -56,15 +56,19 @@ class TokenTable:
     """Texts by token id, as a stream has sent them so far: each text comes only once."""
 
     def __init__(self, tokens: Iterable[common_pb2.Token] = ()) -> None:
+        self._sent = [tokens]
+        self._read = 0
         self._tokens: dict[int, Token] = {}
-        self.add(tokens)
 
     def add(self, tokens: Iterable[common_pb2.Token]) -> None:
-        """Learn the texts that came with a message."""
-        for token in tokens:
-            self._tokens[token.id] = Token(token.id, token.text, token.raw)
+        """Learn the texts that came with a message; they are read when one is looked for."""
+        self._sent.append(tokens)
 
     def __getitem__(self, token_id: int) -> Token:
         """The token; one without text if none has been sent for it."""
+        came = len(self._sent)
+        for tokens in self._sent[self._read : came]:
+            self._tokens.update((t.id, Token(t.id, t.text, t.raw)) for t in tokens)
+        self._read = came  # only now: another thread may look for one meanwhile
         found = self._tokens.get(token_id)
         return Token(token_id, "") if found is None else found

@@ -8,9 +8,10 @@ from itertools import chain
 
 from januslens._notebook.frame import PageFrame
 from januslens._notebook.traces import trace_html
-from januslens._results.graph import GraphView, Part
+from januslens._results.graph import GraphView, KnownNodes, Part
 from januslens._results.json_lines import json_lines
 from januslens._results.kinds import NodeKind
+from januslens._results.late import Late
 from januslens._results.norms import NormEffect, norm_effects
 from januslens._results.paths import strongest_path
 from januslens._results.provenance import Provenance
@@ -55,15 +56,16 @@ class Trace(GraphView):
         responses: Sequence[trace_pb2.TraceResponse],
     ) -> Trace:
         """Put together what came one by one."""
-        nodes = tuple(chain.from_iterable(layer.node_list for layer in layers))
+        nodes = [layer.node_list for layer in layers]
+        edges = [layer.edge_list for layer in layers]
         return cls(
             header=header,
             layers=tuple(layers),
             summary=summary,
             responses=tuple(responses),
-            node_list=nodes,
-            edge_list=tuple(chain.from_iterable(layer.edge_list for layer in layers)),
-            known_nodes={node.id: node for node in nodes},
+            node_list=Late(sum(map(len, nodes)), lambda: chain.from_iterable(nodes)),
+            edge_list=Late(sum(map(len, edges)), lambda: chain.from_iterable(edges)),
+            known_nodes=KnownNodes(nodes),
         )
 
     @property

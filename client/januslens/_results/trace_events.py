@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from januslens._notebook.traces import layer_html
-from januslens._results.graph import GraphView
+from januslens._results.graph import GraphView, KnownNodes
+from januslens._results.late import Late
 from januslens._results.nodes import Edge, Node
 from januslens._results.provenance import Guarantee, ModelSizes, Provenance, StageTime
 from januslens._results.tokens import Token, TokenTable
@@ -132,10 +134,13 @@ class LayerGraph(GraphView):
 
     @classmethod
     def from_message(
-        cls, message: trace_pb2.LayerGraph, tokens: TokenTable, known: dict[str, Node]
+        cls, message: trace_pb2.LayerGraph, tokens: TokenTable, earlier: Sequence[LayerGraph]
     ) -> LayerGraph:
-        """Read one whole layer; its nodes join those `known` from earlier layers."""
-        nodes = tuple(Node.from_message(node, tokens) for node in message.nodes)
-        known.update((node.id, node) for node in nodes)
-        edges = tuple(Edge.from_message(edge) for edge in message.edges)
-        return cls(layer=message.layer, node_list=nodes, edge_list=edges, known_nodes=known)
+        """One whole layer, whose edges may come from nodes of `earlier` ones."""
+        nodes = Late.of(message.nodes, lambda node: Node.from_message(node, tokens))
+        return cls(
+            layer=message.layer,
+            node_list=nodes,
+            edge_list=Late.of(message.edges, Edge.from_message),
+            known_nodes=KnownNodes([*(layer.node_list for layer in earlier), nodes]),
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from januslens._errors import TraceInterrupted
-from januslens._results.nodes import Node
 from januslens._results.trace import Trace
 from januslens._results.trace_events import LayerGraph, TraceHeader, TraceSummary
 from januslens._stream.assembler import Assembler
@@ -23,7 +22,6 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
         self._layers: list[LayerGraph] = []
         self._summary: TraceSummary | None = None
         self._pending: trace_pb2.LayerGraph | None = None
-        self._nodes: dict[str, Node] = {}
 
     def partial(self) -> Trace | None:
         """The layers that are complete so far; None before the header."""
@@ -67,7 +65,7 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
         self._pending.MergeFrom(message)
         if not message.last:
             return None
-        layer = LayerGraph.from_message(self._pending, self.tokens, self._nodes)
+        layer = LayerGraph.from_message(self._pending, self.tokens, self._layers)
         self._pending = None
         self._layers.append(layer)
         return layer

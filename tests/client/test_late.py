@@ -1,0 +1,98 @@
+"""Records are read from their messages when somebody looks at them, and are a tuple then."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+
+from januslens._results.graph import KnownNodes
+from januslens._results.late import Late
+from januslens._results.nodes import Node
+from januslens._results.tokens import TokenTable
+from januslens._results.trace_events import LayerGraph
+from januslens.v1 import common_pb2, trace_pb2
+
+
+def counted(numbers: list[int], seen: list[int]) -> Late[int]:
+    """Squares, of which `seen` tells which have been computed."""
+
+    def square(number: int) -> int:
+        seen.append(number)
+        return number**2
+
+    return Late.of(numbers, square)
+
+
+def test_nothing_is_read_before_somebody_looks_and_then_once() -> None:
+    seen: list[int] = []
+    late = counted([1, 2, 3], seen)
+    assert (len(late), bool(late), seen) == (3, True, [])
+    assert (late[1], late[-1], late[1:], list(late)) == (4, 9, (4, 9), [1, 4, 9])
+    assert seen == [1, 2, 3]
+    assert not counted([], seen)
+
+
+def test_it_is_equal_to_its_tuple_and_stored_as_one() -> None:
+    late = counted([1, 2], [])
+    assert late == (1, 4)
+    assert late == (1, 4)
+    assert late == counted([1, 2], [])
+    assert late != (1, 5)
+    assert hash(late) == hash((1, 4))
+    assert repr(late) == "(1, 4)"
+    assert pickle.loads(pickle.dumps(late)) == (1, 4)  # noqa: S301 - our own bytes
+    assert isinstance(copy.deepcopy(late), tuple)
+    assert 4 in late
+    assert (*late, 5) == (1, 4, 5)
+
+
+def layer(number: int, *ids: str) -> trace_pb2.LayerGraph:
+    return trace_pb2.LayerGraph(layer=number, nodes=[trace_pb2.Node(id=name) for name in ids])
+
+
+def test_a_node_is_sought_from_the_last_layer_back_and_no_further(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[str] = []
+    original = Node.from_message.__func__  # type: ignore[attr-defined]  # a class method's
+
+    def noting(cls: type[Node], message: trace_pb2.Node, tokens: TokenTable) -> Node:
+        read.append(message.id)
+        node: Node = original(cls, message, tokens)
+        return node
+
+    monkeypatch.setattr(Node, "from_message", classmethod(noting))
+    layers: list[LayerGraph] = []
+    for number, ids in enumerate((("a", "b"), ("c",), ("d", "e"))):
+        layers.append(LayerGraph.from_message(layer(number, *ids), TokenTable(), layers))
+    assert read == []
+    assert layers[1].node("c").id == "c"
+    assert read == ["c"]
+    assert layers[1].node("a").id == "a"
+    assert read == ["c", "a", "b"]
+    with pytest.raises(KeyError, match="d"):
+        layers[1].node("d")
+    known = KnownNodes([graph.node_list for graph in layers])
+    assert (list(known), len(known), known.get("z")) == (["a", "b", "c", "d", "e"], 5, None)
+
+
+def test_a_table_learns_texts_when_one_is_looked_for() -> None:
+    read: list[int] = []
+
+    class Sent(list[common_pb2.Token]):
+        """As a repeated field, noting when it is read."""
+
+        def __iter__(self) -> Iterator[common_pb2.Token]:
+            read.append(len(self))
+            return super().__iter__()
+
+    table = TokenTable(Sent([common_pb2.Token(id=1, text=" a")]))
+    table.add(Sent([common_pb2.Token(id=2, text=" b"), common_pb2.Token(id=3, text=" c")]))
+    assert read == []
+    assert (table[3].text, read) == (" c", [1, 2])
+    table.add(Sent([common_pb2.Token(id=4, text=" d")]))
+    assert (table[1].text, table[4].text, table[5].text) == (" a", " d", "")
+    assert read == [1, 2, 1]
