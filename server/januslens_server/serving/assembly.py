@@ -30,7 +30,7 @@ from januslens_server.serving.stopping import finish, on_device_lost
 
 # What a thread may keep the interpreter while others wait, in seconds. The cores' threads come back
 # to it every few milliseconds, and an encoder would keep them for Python's usual five.
-SWITCH_SECONDS = 1e-3
+SWITCH_SECONDS = 0.001
 
 logger = logging.getLogger("januslens_server")
 
