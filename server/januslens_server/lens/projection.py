@@ -20,8 +20,9 @@ from januslens_server.lens.scratch import Scratch
 from januslens_server.results import Floats, ProjectionTable
 from januslens_server.specs import LensSpec
 
-# Logits that one core reads at once on a CPU: they and what is made of them stay in its cache.
-CACHED_BYTES = 2 * 2**20
+# Logits that one core reads at once on a CPU, at most: with more they and what is made of them leave
+# its cache, with fewer Python takes longer than the readings.
+CACHED_BYTES = 4 * 2**20
 # A probability of e^-80 changes no float32 sum that holds e^0; below e^-87 exponentials are
 # denormal, and a CPU takes 17 times as long for them.
 LOWEST_EXPONENT = -80.0
@@ -81,10 +82,11 @@ def read_vectors(
 def read_in_parts(
     head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor
 ) -> list[Readings]:
-    """As `read_logits`, so many rows at a time as a core's cache holds; at least one part."""
+    """As `read_logits`, in equal parts for all cores that their caches hold; at least one part."""
     rows = len(logits)
     if logits.device.type == "cpu":
-        rows = max(1, CACHED_BYTES // (4 * logits.shape[1]))
+        cores, cached = torch.get_num_threads(), max(1, CACHED_BYTES // (4 * logits.shape[1]))
+        rows = math.ceil(rows / (cores * math.ceil(rows / (cores * cached)))) if rows else 0
 
     def read(first: int) -> Readings:
         part = slice(first, first + rows)

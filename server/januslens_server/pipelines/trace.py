@@ -45,7 +45,9 @@ def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iter
     reader = FlowReader(model, spec, targets)
     checks = TraceChecks(model, passed, targets)
     nodes = edges = 0
-    for piece in flows.pieces(layers, targets, clock):
+    pieces = flows.pieces(layers, targets, clock)
+    piece = next(pieces, None)
+    while piece is not None:
         checkpoint()
         with clock.stage("project"):
             graph = reader.read(piece)
@@ -53,6 +55,8 @@ def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iter
             with clock.stage("check"):
                 checks.see(piece.flows)
         nodes, edges = nodes + len(graph.nodes), edges + len(graph.edges)
+        # Before this one is encoded: both need the interpreter, and a projection hardly does.
+        piece = next(pieces, None)
         yield graph
     whole = spec.include_logit_contribution and len(layers) == model.view.facts.n_layers
     # The contract's summary has one constant: it belongs to the position if there is only one.
