@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Turns of the loop in which a thread of GNU's OpenMP, which torch's wheels bring, waits awake before
-# it sleeps: some microseconds. By default it is 300,000, on a core that projects or encodes
-# meanwhile: a tenth of a trace's processor time.
+# Turns of the loop in which a thread of GNU's OpenMP, which torch's wheels bring, waits awake
+# before it sleeps: some microseconds. Its own 300,000, on a core that could project or encode
+# meanwhile, are a tenth of a trace's processor time.
 WAITING_TURNS = "1000"
 
 

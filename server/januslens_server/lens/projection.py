@@ -20,8 +20,8 @@ from januslens_server.lens.scratch import Scratch
 from januslens_server.results import Floats, ProjectionTable
 from januslens_server.specs import LensSpec
 
-# Logits that one core reads at once on a CPU, at most: with more they and what is made of them leave
-# its cache, with fewer Python takes longer than the readings.
+# Logits that one core reads at once on a CPU, at most: with more they leave its cache, with fewer
+# Python takes longer than the readings.
 CACHED_BYTES = 4 * 2**20
 # A probability of e^-80 changes no float32 sum that holds e^0; below e^-87 exponentials are
 # denormal, and a CPU takes 17 times as long for them.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from januslens_server.results.arrays import Flags, Floats, Ints
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A vocabulary entry; `start` and `end` are characters of the prompt it was read from."""
 
     id: int

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-from januslens.v1 import lens_pb2, trace_pb2
+from januslens.v1 import trace_pb2
 from januslens_server.results import (
     Edge,
     EdgeKind,
@@ -19,7 +19,14 @@ from januslens_server.results import (
     Token,
 )
 from januslens_server.rpc.encode import TraceEncoder
-from januslens_server.rpc.encode.shared import PIECE_BYTES, Part, TokenTexts
+from januslens_server.rpc.encode.shared import (
+    FRAME_BYTES,
+    PIECE_BYTES,
+    Pieces,
+    ReadToken,
+    TokenTexts,
+    token_message,
+)
 
 D_MODEL = 64
 
@@ -28,13 +35,23 @@ def token(token_id: int) -> Token:
     return Token(token_id, f"<{token_id}>", f"<{token_id}>".encode())
 
 
-def node_part(name: str, *ids: int) -> Part:
-    projection = lens_pb2.Projection(top_token_ids=ids)
-    return Part("nodes", trace_pb2.Node(id=name, projection=projection), ids)
+Named = tuple[str, list[int]]
 
 
-def pieces(parts: list[Part], limit: int) -> list[dict[str, Any]]:
-    return [dict(piece) for piece in TokenTexts(token).pieces(parts, limit)]
+def cut(
+    nodes: Sequence[Named], limit: int, read_token: ReadToken = token
+) -> list[trace_pb2.LayerGraph]:
+    """Nodes by name, each with the tokens that it names, in as many bodies as they need."""
+    bodies: list[trace_pb2.LayerGraph] = []
+
+    def new() -> trace_pb2.LayerGraph:
+        bodies.append(trace_pb2.LayerGraph())
+        return bodies[-1]
+
+    pieces = Pieces(new, TokenTexts(read_token), limit)
+    for name, ids in nodes:
+        pieces.added(pieces.body().nodes.add(id=name, projection={"top_token_ids": ids}), ids)
+    return bodies
 
 
 def present(message: Any) -> set[str]:
@@ -44,28 +61,35 @@ def present(message: Any) -> set[str]:
 
 def test_nothing_is_one_empty_piece() -> None:
     """A layer of which nothing is shown still ends with a message."""
-    assert pieces([], 100) == [{}]
+    assert cut([], 100) == [trace_pb2.LayerGraph()]
 
 
 @pytest.mark.parametrize("limit", [1, 30, 100, 1000, 10**6])
-def test_pieces_keep_the_order_and_the_limit(limit: int) -> None:
-    parts = [node_part("n" * (i % 17), i, i + 1, i // 2) for i in range(100)]
-    cut = pieces(parts, limit)
-    assert [node for piece in cut for node in piece["nodes"]] == [part.message for part in parts]
-    for piece in cut:
-        size = trace_pb2.LayerGraph(**piece).ByteSize()
-        assert size <= limit or len(piece["nodes"]) == 1
-    assert limit < 10**6 or len(cut) == 1
+def test_pieces_keep_the_order_and_end_at_the_limit(limit: int) -> None:
+    """With its last part a piece comes to the limit, and not before."""
+    nodes = [("n" * (i % 17), [i, i + 1, i // 2]) for i in range(100)]
+    bodies = cut(nodes, limit)
+    assert [node.id for body in bodies for node in body.nodes] == [name for name, _ in nodes]
+    largest = (
+        max(body.nodes[-1].ByteSize() for body in bodies) + 3 * token_message(token(99)).ByteSize()
+    )
+    for body in bodies:
+        assert body.nodes
+        assert body.ByteSize() <= limit + largest + 4 * FRAME_BYTES
+    for body in bodies[:-1]:
+        parts = len(body.nodes) + len(body.tokens)
+        assert body.ByteSize() + FRAME_BYTES * parts >= limit
+    assert limit < 10**6 or len(bodies) == 1
 
 
 def test_a_text_comes_in_the_piece_that_first_needs_it() -> None:
-    parts = [node_part("n", i, i + 1) for i in range(50)]
     known: set[int] = set()
-    for piece in pieces(parts, 60):
-        brought = [message.id for message in piece.get("tokens", [])]
+    for body in cut([("n", [i, i + 1, i]) for i in range(50)], 60):
+        brought = [message.id for message in body.tokens]
+        assert len(set(brought)) == len(brought)
         assert known.isdisjoint(brought)
         known.update(brought)
-        assert known >= {i for node in piece["nodes"] for i in node.projection.top_token_ids}
+        assert known >= {i for node in body.nodes for i in node.projection.top_token_ids}
     assert known == set(range(51))
 
 
@@ -75,16 +99,14 @@ def test_texts_count_towards_the_limit() -> None:
     def long_token(token_id: int) -> Token:
         return Token(token_id, "x" * 1000, b"x" * 1000)
 
-    parts = [node_part("", i) for i in range(20)]
-    for piece in TokenTexts(long_token).pieces(parts, 5000):
-        fields: Any = piece
-        assert trace_pb2.LayerGraph(**fields).ByteSize() <= 5000
+    bodies = cut([("", [i]) for i in range(20)], 5000, long_token)
+    assert [len(body.nodes) for body in bodies] == [3] * 6 + [2]
 
 
 def test_what_a_prompt_brought_is_not_brought_again() -> None:
     texts = TokenTexts(token)
     assert [message.id for message in texts.of_prompt([token(3), token(3)])] == [3, 3]
-    assert [message.id for message in texts.texts([5, 3, 4])] == [4, 5]
+    assert [message.id for message in texts.texts([5, 3, 4, 5])] == [5, 4]
     assert texts.texts([3, 4, 5]) == []
 
 

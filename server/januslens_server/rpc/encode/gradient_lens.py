@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any
-
-from google.protobuf.message import Message
+from collections.abc import Iterator
 
 from januslens.v1 import gradient_lens_pb2
 from januslens_server.results import (
@@ -16,18 +13,16 @@ from januslens_server.results import (
     GradientHeader,
     GradientMatrix,
     GradientSummary,
-    Guarantee,
     MatrixKind,
     NeuronChanges,
-    ProjectionTable,
     Spectrum,
 )
 from januslens_server.rpc.encode.shared import (
-    Part,
+    Pieces,
     ReadToken,
     TokenTexts,
     named_tokens,
-    projection_messages,
+    projections,
     provenance_message,
     sizes_message,
     tensor_message,
@@ -35,6 +30,7 @@ from januslens_server.rpc.encode.shared import (
 )
 
 Response = gradient_lens_pb2.GradientLensResponse
+MatrixPieces = Pieces[gradient_lens_pb2.GradientMatrix]
 
 
 class GradientLensEncoder:
@@ -53,8 +49,7 @@ class GradientLensEncoder:
         elif isinstance(event, GradientSummary):
             yield Response(sequence=next(self._sequence), summary=_summary(event))
         else:
-            for matrix in self._matrices(event):
-                yield Response(sequence=next(self._sequence), matrix=matrix)
+            yield from self._matrix(event)
 
     def _header(self, header: GradientHeader) -> gradient_lens_pb2.GradientHeader:
         return gradient_lens_pb2.GradientHeader(
@@ -70,56 +65,39 @@ class GradientLensEncoder:
             tokens=self._texts.texts([*header.target_token_ids, header.predicted_token_id]),
         )
 
-    def _matrices(self, matrix: GradientMatrix) -> Iterator[Any]:
-        """The fields of `GradientMatrix` messages, which a message would copy once more.
+    def _matrix(self, matrix: GradientMatrix) -> list[Response]:
+        """What says which matrix it is stands in every piece, the verification in the last one."""
+        responses: list[Response] = []
 
-        What says which matrix it is stands in every piece, the verification in the last one.
-        """
-        pieces = list(self._texts.pieces(list(_parts(matrix))))
-        for i, piece in enumerate(pieces, start=1):
-            last = i == len(pieces)
-            yield {
-                "layer": matrix.layer,
-                "kind": _kind(matrix.kind),
-                "expert": matrix.expert,
-                "d_in": matrix.d_in,
-                "d_out": matrix.d_out,
-                "projected_side": gradient_lens_pb2.Side.ValueType(matrix.projected_side),
-                "promoted_end": gradient_lens_pb2.End.ValueType(matrix.promoted_end),
-                "component_count": matrix.component_count,
-                "frobenius_norm": matrix.frobenius_norm,
-                "verification": _verification(matrix.verification) if last else None,
-                "last": last,
-                **piece,
-            }
+        def new() -> gradient_lens_pb2.GradientMatrix:
+            responses.append(Response(sequence=next(self._sequence), matrix=_frame(matrix)))
+            return responses[-1].matrix
+
+        pieces = Pieces(new, self._texts)
+        _add_components(matrix.components, pieces)
+        if matrix.spectrum is not None:
+            _add_spectrum(matrix.spectrum, pieces)
+        if matrix.neurons is not None:
+            _add_neurons(matrix.neurons, pieces)
+        ending = responses[-1].matrix
+        ending.last = True
+        if matrix.verification is not None:
+            ending.verification.relative_error = matrix.verification.measured_error
+            ending.verification.tolerance = matrix.verification.tolerance
+        return responses
 
 
-def _parts(matrix: GradientMatrix) -> Iterator[Part]:
-    components = matrix.components
-    yield from _named("components", _components(components), components.projections)
-    if matrix.spectrum is not None:
-        spectrum = matrix.spectrum
-        yield from _named("spectrum", _singulars(spectrum), spectrum.projections)
-    if matrix.neurons is not None:
-        changes = matrix.neurons
-        tables = [changes.before, changes.change, changes.after]
-        yield from _named("neurons", _neuron_changes(changes), *tables)
-
-
-def _named(
-    field: str, messages: Iterable[Message], *tables: ProjectionTable | None
-) -> Iterator[Part]:
-    """Messages with the tokens that their rows of all `tables` name."""
-    named = [named_tokens(table) for table in tables if table is not None]
-    for message, *ids in zip(messages, *named, strict=True):
-        yield Part(field, message, list(itertools.chain.from_iterable(ids)))
-
-
-def _verification(measured: Guarantee | None) -> gradient_lens_pb2.Verification | None:
-    if measured is None:
-        return None
-    return gradient_lens_pb2.Verification(
-        relative_error=measured.measured_error, tolerance=measured.tolerance
+def _frame(matrix: GradientMatrix) -> gradient_lens_pb2.GradientMatrix:
+    return gradient_lens_pb2.GradientMatrix(
+        layer=matrix.layer,
+        kind=_kind(matrix.kind),
+        expert=matrix.expert,
+        d_in=matrix.d_in,
+        d_out=matrix.d_out,
+        projected_side=gradient_lens_pb2.Side.ValueType(matrix.projected_side),
+        promoted_end=gradient_lens_pb2.End.ValueType(matrix.promoted_end),
+        component_count=matrix.component_count,
+        frobenius_norm=matrix.frobenius_norm,
     )
 
 
@@ -127,8 +105,8 @@ def _kind(kind: MatrixKind) -> gradient_lens_pb2.MatrixKind.ValueType:
     return gradient_lens_pb2.MatrixKind.ValueType(kind)
 
 
-def _components(components: Components) -> Iterator[gradient_lens_pb2.Component]:
-    projections = projection_messages(components.projections)
+def _add_components(components: Components, pieces: MatrixPieces) -> None:
+    read, named = projections(components.projections), named_tokens(components.projections)
     columns = zip(
         components.positions.tolist(),
         components.input_norms.tolist(),
@@ -140,50 +118,55 @@ def _components(components: Components) -> Iterator[gradient_lens_pb2.Component]
     )
     inputs, vjps = components.inputs, components.vjps
     for i, (position, input_norm, vjp_norm, predicted, targets, entries) in enumerate(columns):
-        projected = projections[i] is not None
-        yield gradient_lens_pb2.Component(
+        projected = read[i] is not None
+        added = pieces.body().components.add(
             position=position,
             input_norm=input_norm,
             vjp_norm=vjp_norm,
             size=input_norm * vjp_norm,
-            projection=projections[i],
+            projection=read[i],
             predicted_rank=predicted if projected else None,
             target_ranks=targets if projected else (),
             other_side=entries,
             input=None if inputs is None else tensor_message(inputs[i]),
             vjp=None if vjps is None else tensor_message(vjps[i]),
         )
+        pieces.added(added, named[i])
 
 
-def _singulars(spectrum: Spectrum) -> Iterator[gradient_lens_pb2.Singular]:
+def _add_spectrum(spectrum: Spectrum, pieces: MatrixPieces) -> None:
     columns = zip(
         spectrum.values.tolist(),
         spectrum.explained.tolist(),
-        projection_messages(spectrum.projections),
+        projections(spectrum.projections),
         _entries(spectrum.other_side),
+        named_tokens(spectrum.projections),
         strict=True,
     )
-    for value, explained, projection, entries in columns:
-        yield gradient_lens_pb2.Singular(
+    for value, explained, projection, entries, named in columns:
+        added = pieces.body().spectrum.add(
             value=value, explained=explained, projection=projection, other_side=entries
         )
+        pieces.added(added, named)
 
 
-def _neuron_changes(changes: NeuronChanges) -> Iterator[gradient_lens_pb2.NeuronChange]:
+def _add_neurons(changes: NeuronChanges, pieces: MatrixPieces) -> None:
     neurons = changes.neurons.tolist()
-    after = [None] * len(neurons) if changes.after is None else projection_messages(changes.after)
+    tables = [changes.before, changes.change, *([] if changes.after is None else [changes.after])]
     columns = zip(
         neurons,
         changes.change_norms.tolist(),
-        projection_messages(changes.before),
-        projection_messages(changes.change),
-        after,
+        projections(changes.before),
+        projections(changes.change),
+        [None] * len(neurons) if changes.after is None else projections(changes.after),
+        zip(*map(named_tokens, tables), strict=True),
         strict=True,
     )
-    for neuron, norm, before, change, then in columns:
-        yield gradient_lens_pb2.NeuronChange(
-            neuron=neuron, change_norm=norm, before=before, change=change, after=then
+    for neuron, norm, before, change, after, named in columns:
+        added = pieces.body().neurons.add(
+            neuron=neuron, change_norm=norm, before=before, change=change, after=after
         )
+        pieces.added(added, list(itertools.chain.from_iterable(named)))
 
 
 def _entries(entries: Entries) -> list[list[gradient_lens_pb2.Entry]]:

@@ -11,7 +11,7 @@ from januslens_server.rpc.encode.shared import (
     ReadToken,
     TokenTexts,
     named_tokens,
-    projection_messages,
+    projections,
     provenance_message,
 )
 
@@ -39,7 +39,7 @@ def _hits(found: FoundNeurons) -> Iterator[neurons_pb2.NeuronHit]:
         found.experts.tolist(),
         found.ranks.tolist(),
         found.projections.target_logits[:, 0].tolist(),
-        projection_messages(found.projections),
+        projections(found.projections),
         strict=True,
     )
     for layer, neuron, expert, rank, logit, value in columns:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from januslens.v1 import trace_pb2
 from januslens_server.results import (
-    Edge,
     LayerGraph,
     PositionTarget,
     TraceEvent,
@@ -17,12 +15,12 @@ from januslens_server.results import (
     TraceSummary,
 )
 from januslens_server.rpc.encode.shared import (
-    Part,
+    Pieces,
     ReadToken,
     TokenTexts,
     guarantee_messages,
     named_tokens,
-    projection_messages,
+    projections,
     provenance_message,
     sizes_message,
     tensor_message,
@@ -46,8 +44,7 @@ class TraceEncoder:
         elif isinstance(event, TraceSummary):
             yield trace_pb2.TraceResponse(sequence=next(self._sequence), summary=_summary(event))
         else:
-            for layer in self._layers(event):
-                yield trace_pb2.TraceResponse(sequence=next(self._sequence), layer=layer)
+            yield from self._layer(event)
 
     def _header(self, header: TraceHeader) -> trace_pb2.TraceHeader:
         return trace_pb2.TraceHeader(
@@ -64,20 +61,25 @@ class TraceEncoder:
             ),
         )
 
-    def _layers(self, graph: LayerGraph) -> Iterator[Any]:
-        """The fields of `LayerGraph` messages, which a message would copy once more.
+    def _layer(self, graph: LayerGraph) -> list[trace_pb2.TraceResponse]:
+        """Nodes, then edges: an edge never comes before its ends."""
+        responses: list[trace_pb2.TraceResponse] = []
 
-        Nodes, then edges: an edge never comes before its ends.
-        """
-        parts = [*_nodes(graph), *(Part("edges", _edge(edge)) for edge in graph.edges)]
-        pieces = list(self._texts.pieces(parts))
-        for i, piece in enumerate(pieces, start=1):
-            last = graph.last and i == len(pieces)
-            yield {"layer": graph.layer, "last": last, **piece}
+        def new() -> trace_pb2.LayerGraph:
+            response = trace_pb2.TraceResponse(sequence=next(self._sequence))
+            responses.append(response)
+            response.layer.layer = graph.layer
+            return response.layer
+
+        pieces = Pieces(new, self._texts)
+        _add_nodes(graph, pieces)
+        _add_edges(graph, pieces)
+        responses[-1].layer.last = graph.last
+        return responses
 
 
-def _nodes(graph: LayerGraph) -> Iterator[Part]:
-    projections, named = projection_messages(graph.projections), named_tokens(graph.projections)
+def _add_nodes(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
+    read, named = projections(graph.projections), named_tokens(graph.projections)
     columns = zip(
         graph.nodes,
         graph.norms.tolist(),
@@ -86,7 +88,7 @@ def _nodes(graph: LayerGraph) -> Iterator[Part]:
         strict=True,
     )
     for i, (node, norm, activation, row) in enumerate(columns):
-        message = trace_pb2.Node(
+        added = pieces.body().nodes.add(
             id=node.id,
             kind=trace_pb2.NodeKind.ValueType(node.kind),
             layer=node.layer,
@@ -97,23 +99,25 @@ def _nodes(graph: LayerGraph) -> Iterator[Part]:
             expert=node.expert,
             norm=norm,
             activation=None if math.isnan(activation) else activation,
-            projection=None if row < 0 else projections[row],
+            projection=None if row < 0 else read[row],
             vector=None if graph.vectors is None else tensor_message(graph.vectors[i]),
         )
-        yield Part("nodes", message, () if row < 0 else named[row])
+        pieces.added(added, () if row < 0 else named[row])
 
 
-def _edge(edge: Edge) -> trace_pb2.Edge:
-    return trace_pb2.Edge(
-        source=edge.source,
-        target=edge.target,
-        kind=trace_pb2.EdgeKind.ValueType(edge.kind),
-        weight=edge.weight,
-        share=edge.share,
-        attention=edge.attention,
-        logit_contribution=edge.logit_contribution,
-        overlap=edge.overlap,
-    )
+def _add_edges(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
+    for edge in graph.edges:
+        added = pieces.body().edges.add(
+            source=edge.source,
+            target=edge.target,
+            kind=trace_pb2.EdgeKind.ValueType(edge.kind),
+            weight=edge.weight,
+            share=edge.share,
+            attention=edge.attention,
+            logit_contribution=edge.logit_contribution,
+            overlap=edge.overlap,
+        )
+        pieces.added(added)
 
 
 def _target(target: PositionTarget) -> trace_pb2.PositionTarget:
