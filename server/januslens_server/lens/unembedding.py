@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-# Tokens whose rows of a CPU's matrix one core multiplies at once: their logits stay in its cache.
-# A GPU takes the whole vocabulary.
-TOKENS_AT_ONCE = 1024
+# A CPU's core takes at least so many blocks of a product, as others may take more of them; and a
+# block has this many tokens: fewer make Python's part count, of more the logits leave the cache.
+BLOCKS_EACH = 6
+FEWEST_TOKENS, MOST_TOKENS = 1024, 4096
+# Token rows in a tile of oneDNN's layouts.
+TILE = 64
+# Vectors for which the layout is chosen: a layer has this order of them.
+ROWS = 128
 # What torch's compiler makes of a linear layer; nothing public multiplies by a packed matrix.
 _OPERATIONS: Any = torch.ops.mkldnn
 
@@ -52,15 +58,23 @@ class Unembedding:
 
     def _blocks(self) -> list[TokenBlock]:
         on_cpu = self.device.type == "cpu"
-        packs, at_once = on_cpu and has_onednn(), TOKENS_AT_ONCE if on_cpu else self.vocab
+        packs = on_cpu and has_onednn()
+        at_once = tokens_at_once(self.vocab) if on_cpu else self.vocab
         blocks = []
         for start in range(0, self.vocab, at_once):
             tokens = slice(start, min(self.vocab, start + at_once))
             matrix = self._weight[tokens].float()
             if packs:
-                matrix = _OPERATIONS._reorder_linear_weight(matrix, TOKENS_AT_ONCE)  # noqa: SLF001
+                matrix = _OPERATIONS._reorder_linear_weight(matrix, ROWS)  # noqa: SLF001
             blocks.append(TokenBlock(tokens, matrix, packs))
         return blocks
+
+
+def tokens_at_once(vocab: int) -> int:
+    """The size of a CPU's blocks: equal shares for the cores that torch uses here."""
+    cores = torch.get_num_threads()
+    blocks = cores * max(BLOCKS_EACH, math.ceil(vocab / (cores * MOST_TOKENS)))
+    return max(FEWEST_TOKENS, math.ceil(vocab / blocks / TILE) * TILE)
 
 
 def has_onednn() -> bool:

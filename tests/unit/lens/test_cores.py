@@ -13,7 +13,7 @@ from januslens_server.lens.cores import on_free_cores
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
 from januslens_server.lens.projection import project
-from januslens_server.lens.unembedding import TOKENS_AT_ONCE, Unembedding
+from januslens_server.lens.unembedding import FEWEST_TOKENS, Unembedding
 from januslens_server.specs import LensSpec
 
 CORES = 3
@@ -78,7 +78,7 @@ def test_errors_and_the_callers_mode_pass() -> None:
 @pytest.mark.usefixtures("several_cores")
 def test_a_projection_does_not_depend_on_the_number_of_cores() -> None:
     random = torch.Generator().manual_seed(0)
-    width, vocab = 24, 3 * TOKENS_AT_ONCE + 7
+    width, vocab = 24, 3 * FEWEST_TOKENS + 7
     norm = Norm(torch.ones(width), None, 1e-5, centred=True)
     head = LensHead(norm, Unembedding(torch.randn(vocab, width, generator=random)))
     vectors = torch.randn(700, width, generator=random)

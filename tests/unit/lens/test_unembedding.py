@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from januslens_server.lens import unembedding
-from januslens_server.lens.unembedding import TOKENS_AT_ONCE, Unembedding, has_onednn
+from januslens_server.lens.unembedding import (
+    FEWEST_TOKENS,
+    MOST_TOKENS,
+    Unembedding,
+    has_onednn,
+    tokens_at_once,
+)
 
 WIDTH = 24
 
@@ -26,7 +32,7 @@ def logits(of: Unembedding, vectors: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("packs", [True, False], ids=["packed", "as it is"])
 @pytest.mark.parametrize("data_type", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [1, 65, TOKENS_AT_ONCE, 2 * TOKENS_AT_ONCE + 81])
+@pytest.mark.parametrize("vocab", [1, 65, FEWEST_TOKENS, 2 * FEWEST_TOKENS + 81])
 @pytest.mark.parametrize("rows", [0, 1, 2, 97])
 def test_logits_are_the_product_in_float64(
     packs: bool, data_type: torch.dtype, vocab: int, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -53,8 +59,36 @@ def test_what_is_packed_is_a_copy_and_single_rows_are_the_models_own() -> None:
 @pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
 def test_a_rows_logits_do_not_depend_on_the_rows_beside_it() -> None:
     """What the row cache measures of each model, and what packed products give."""
-    of = Unembedding(weight(2 * TOKENS_AT_ONCE))
+    of = Unembedding(weight(2 * FEWEST_TOKENS))
     vectors = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(2))
     whole = logits(of, vectors)
     for first, last in ((0, 2), (3, 20), (17, 64)):
         assert logits(of, vectors[first:last]).equal(whole[first:last])
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 8, 64])
+@pytest.mark.parametrize("vocab", [1, 1000, 5_003, 32_000, 50_257, 262_144])
+def test_cores_get_equal_shares_in_blocks_of_some_thousand_tokens(
+    cores: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    size = tokens_at_once(vocab)
+    assert FEWEST_TOKENS <= size <= MOST_TOKENS
+    blocks = -(-vocab // size)
+    if size > FEWEST_TOKENS:  # full shares, but for what is rounded to the kernels' tiles
+        assert 6 * cores - 1 <= blocks
+        assert -(-blocks // cores) * cores - blocks <= blocks * 64 / size + 1
+
+
+def test_logits_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = weight(9_000)
+    vectors = torch.randn(103, WIDTH, generator=torch.Generator().manual_seed(3))
+    sizes = []
+    found = []
+    for cores in (1, 3, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda cores=cores: cores)
+        of = Unembedding(matrix)
+        sizes.append(len(of.blocks))
+        found.append(logits(of, vectors))
+    assert sizes == [6, 9, 9]
+    assert all(each.equal(found[0]) for each in found)
