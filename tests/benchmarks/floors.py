@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 
@@ -14,8 +15,12 @@ class Floors:
 
     def __init__(self, model: ResidentModel) -> None:
         self._model = model
-        head = model.network.get_output_embeddings()
-        self._unembedding: torch.Tensor = head.get_parameter("weight").detach().float()
+
+    @cached_property
+    def _unembedding(self) -> torch.Tensor:
+        """In float32, as the lens reads; a copy of half types, made only where it is multiplied."""
+        weight: torch.Tensor = self._model.network.get_output_embeddings().get_parameter("weight")
+        return weight.detach().float()
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int]) -> torch.Tensor:
