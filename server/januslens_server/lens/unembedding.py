@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,7 @@ class TokenBlock:
     def logits(self, prepared: torch.Tensor, out: torch.Tensor) -> None:
         """`prepared` `[n, d_model]` times the block, in `out` `[n, tokens]`."""
         if self.packed:
-            out.copy_(_OPERATIONS._linear_pointwise(prepared, self.matrix, None, "none", [], ""))  # noqa: SLF001 - see there
+            out.copy_(_packed_product(prepared, self.matrix))
         else:
             torch.mm(prepared, self.matrix.T, out=out)
 
@@ -65,7 +66,7 @@ class Unembedding:
             tokens = slice(start, min(self.vocab, start + at_once))
             matrix = self._weight[tokens].float()
             if packs:
-                matrix = _OPERATIONS._reorder_linear_weight(matrix, ROWS)  # noqa: SLF001
+                matrix = _packed(matrix)
             blocks.append(TokenBlock(tokens, matrix, packs))
         return blocks
 
@@ -77,7 +78,27 @@ def tokens_at_once(vocab: int) -> int:
     return max(FEWEST_TOKENS, math.ceil(vocab / blocks / TILE) * TILE)
 
 
+@functools.cache
 def has_onednn() -> bool:
-    """Whether this torch multiplies by packed matrices: it is not built so for every processor."""
-    names = ("_reorder_linear_weight", "_linear_pointwise")
-    return torch.backends.mkldnn.is_available() and all(hasattr(_OPERATIONS, n) for n in names)
+    """Whether this torch multiplies by packed matrices, which is tried.
+
+    Not all are built so, and the operators are private: a release may change them.
+    """
+    matrix, vectors = torch.eye(TILE), torch.arange(2.0 * TILE).reshape(2, TILE)
+    try:
+        product = _packed_product(vectors, _packed(matrix))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return torch.equal(product, vectors)
+
+
+def _packed(matrix: torch.Tensor) -> torch.Tensor:
+    packed: torch.Tensor = _OPERATIONS._reorder_linear_weight(matrix, ROWS)  # noqa: SLF001 - above
+    return packed
+
+
+def _packed_product(vectors: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = _OPERATIONS._linear_pointwise(  # noqa: SLF001 - above
+        vectors, packed, None, "none", [], ""
+    )
+    return product

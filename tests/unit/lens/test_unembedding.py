@@ -92,3 +92,39 @@ def test_logits_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> 
         found.append(logits(of, vectors))
     assert sizes == [6, 9, 9]
     assert all(each.equal(found[0]) for each in found)
+
+
+class NoOperators:
+    """A torch without oneDNN."""
+
+
+class OtherArguments:
+    """A torch whose operators take other arguments, as a release's may."""
+
+    def _reorder_linear_weight(self) -> None:
+        """Fails at any argument."""
+
+
+class OtherMeaning:
+    """A torch whose operators do something else."""
+
+    def _reorder_linear_weight(self, matrix: torch.Tensor, _rows: int) -> torch.Tensor:
+        return matrix
+
+    def _linear_pointwise(self, vectors: torch.Tensor, *_: object) -> torch.Tensor:
+        return vectors + 1
+
+
+@pytest.mark.parametrize("operators", [NoOperators(), OtherArguments(), OtherMeaning()])
+def test_operators_that_are_not_what_we_know_are_not_used(
+    operators: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unembedding, "_OPERATIONS", operators)
+    has_onednn.cache_clear()
+    try:
+        matrix = weight(65)
+        of = Unembedding(matrix)
+        assert not any(block.packed for block in of.blocks)
+        assert logits(of, torch.eye(WIDTH)).T.equal(matrix)
+    finally:
+        has_onednn.cache_clear()
