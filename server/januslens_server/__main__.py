@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+
 from januslens_server import tracing
-from januslens_server.config import read_settings
+from januslens_server.config import read_settings, unknown_variable_warnings
 from januslens_server.logs import configure_logging
 from januslens_server.openmp import let_waiting_threads_sleep
+
+logger = logging.getLogger("januslens_server")
 
 
 def main() -> None:
     """Read the settings, serve, and leave."""
     settings = read_settings()
     configure_logging(settings.log_level, settings.log_format)
+    for warning in unknown_variable_warnings():
+        logger.warning(warning)
     let_waiting_threads_sleep()
     # After the settings: torch takes seconds to import, which no one with a typo should wait.
     from januslens_server.serving.life import live  # noqa: PLC0415

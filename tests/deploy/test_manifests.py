@@ -23,7 +23,7 @@ from tests.deploy.manifests import (
     with_components,
 )
 
-from januslens_server.config import Settings, read_settings
+from januslens_server.config import ServerSettings, read_settings
 from januslens_server.rpc import health
 
 # The oldest with the sleeping preStop on by default, some between, the newest that is known.
@@ -39,12 +39,16 @@ def manifests(request: pytest.FixtureRequest) -> Manifests:
 
 
 @pytest.fixture
-def settings(manifests: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings(
+    manifests: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> ServerSettings:
     """What the server makes of the container's arguments, variables and mounted files."""
     return settings_of(manifests, tmp_path, monkeypatch)
 
 
-def settings_of(manifests: Manifests, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
+def settings_of(
+    manifests: Manifests, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> ServerSettings:
     mounts = {path: folder / path.lstrip("/") for path in manifests.mount_paths("secret")}
     for found in mounts.values():
         found.mkdir(parents=True)
@@ -113,7 +117,9 @@ def test_the_operators_schemas_know_misspelt_fields(kind: str) -> None:
         jsonschema.validate(resource, json.loads(OPERATORS[kind].read_text()))
 
 
-def test_ports_are_those_the_server_listens_on(manifests: Manifests, settings: Settings) -> None:
+def test_ports_are_those_the_server_listens_on(
+    manifests: Manifests, settings: ServerSettings
+) -> None:
     ports = {"grpc": settings.port, "metrics": settings.metrics_port}
     if settings.health_port is not None:
         ports["health"] = settings.health_port
@@ -124,7 +130,7 @@ def test_ports_are_those_the_server_listens_on(manifests: Manifests, settings: S
             assert port["port"] == ports[port["name"]]
 
 
-def test_the_server_listens_beyond_loopback(settings: Settings) -> None:
+def test_the_server_listens_beyond_loopback(settings: ServerSettings) -> None:
     assert (settings.host, settings.metrics_host) == ("0.0.0.0", "0.0.0.0")  # noqa: S104 - a pod's
 
 
@@ -142,7 +148,7 @@ def test_one_service_balances_and_one_resolves_to_pods(manifests: Manifests) -> 
     }
 
 
-def test_services_say_how_their_ports_speak(manifests: Manifests, settings: Settings) -> None:
+def test_services_say_how_their_ports_speak(manifests: Manifests, settings: ServerSettings) -> None:
     """A gateway that takes TLS for plaintext, or plaintext for HTTP/1, gets no answer."""
     speaks = "kubernetes.io/h2c" if settings.tls_certificate is None else "https"
     for service in manifests.of_kind("Service"):
@@ -159,33 +165,33 @@ def test_services_say_how_their_ports_speak(manifests: Manifests, settings: Sett
     ],
 )
 def test_probes_ask_for_what_the_server_answers_in_plaintext(
-    manifests: Manifests, settings: Settings, probe: str, service: str
+    manifests: Manifests, settings: ServerSettings, probe: str, service: str
 ) -> None:
     plain = settings.port if settings.tls_certificate is None else settings.health_port
     assert manifests.container[probe]["grpc"] == {"port": plain, "service": service}
 
 
 def test_the_pod_may_take_longer_to_end_than_the_server_needs(
-    manifests: Manifests, settings: Settings
+    manifests: Manifests, settings: ServerSettings
 ) -> None:
     before = manifests.container["lifecycle"]["preStop"]["sleep"]["seconds"]
     given = manifests.pod["spec"]["terminationGracePeriodSeconds"]
     assert given > before + settings.grace_seconds + LAST_STATUSES
 
 
-def test_the_longest_request_that_is_admitted_can_finish(settings: Settings) -> None:
+def test_the_longest_request_that_is_admitted_can_finish(settings: ServerSettings) -> None:
     assert settings.max_request_seconds < settings.grace_seconds
 
 
 def test_a_pod_on_a_cpu_has_memory_for_the_largest_request(
-    manifests: Manifests, settings: Settings
+    manifests: Manifests, settings: ServerSettings
 ) -> None:
     limit = memory_bytes(manifests)
     if settings.device == "cpu":
         assert limit >= PROCESS_BYTES + settings.row_cache + settings.max_request_memory
 
 
-def test_clients_that_balance_find_new_pods(manifests: Manifests, settings: Settings) -> None:
+def test_clients_that_balance_find_new_pods(manifests: Manifests, settings: ServerSettings) -> None:
     """And before a rollout can have replaced all the pods that they know."""
     assert settings.max_connection_age_seconds is not None
     headless = manifests.named("Service", "januslens-headless")["spec"]
@@ -198,7 +204,7 @@ def test_a_rollout_waits_for_no_gpu_that_only_itself_can_free(manifests: Manifes
     assert strategy == {"maxSurge": 0 if on_gpus else 1, "maxUnavailable": 1 if on_gpus else 0}
 
 
-def test_models_go_where_the_pod_has_gpus(manifests: Manifests, settings: Settings) -> None:
+def test_models_go_where_the_pod_has_gpus(manifests: Manifests, settings: ServerSettings) -> None:
     gpus = int(manifests.container["resources"]["limits"].get("nvidia.com/gpu", 0))
     device = {0: "cpu", 1: "cuda"}.get(gpus, "auto")
     assert settings.device == device
@@ -303,7 +309,7 @@ class TestProduction:
     def manifests(self) -> Manifests:
         return INSTALLATIONS["production"]()
 
-    def test_callers_are_known_and_their_tokens_encrypted(self, settings: Settings) -> None:
+    def test_callers_are_known_and_their_tokens_encrypted(self, settings: ServerSettings) -> None:
         assert settings.tls_certificate
         assert settings.tls_key
         assert settings.callers

@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from januslens.v1 import models_pb2, trace_pb2
-from januslens_server.access.tokens import digest, new_token
+from januslens_server.access.callers import new_token, token_hash
 from januslens_server.demo import model_path
 from tests.support.calls import SERVICE, Refusal, long_trace, methods, prompt, refusal, started
 from tests.support.certificates import replace
@@ -68,7 +68,9 @@ def granted(tokens: dict[str, str], callers: dict[str, dict[str, Any]]) -> str:
     entries = []
     for name, fields in callers.items():
         expires = fields.pop("expires", None)
-        token = {"sha256": digest(tokens[name]).hex()} | ({"expires": expires} if expires else {})
+        token = {"sha256": token_hash(tokens[name]).hex()} | (
+            {"expires": expires} if expires else {}
+        )
         entries.append({"name": name, "tokens": [token], **fields})
     return yaml.safe_dump({"callers": entries})
 
@@ -239,17 +241,28 @@ def test_the_file_is_read_again_when_it_changes_and_on_sighup(access: Access) ->
     assert outcome("new") is grpc.StatusCode.UNAUTHENTICATED
     access.write(new={}, root={})
     access.server.process.send_signal(signal.SIGHUP)
-    access.server.wait_for("callers replaced: 2 of")
+    access.server.wait_for("callers reloaded: 2 from")
     assert outcome("new") is grpc.StatusCode.OK
     assert outcome("ada") is grpc.StatusCode.UNAUTHENTICATED
     replace(access.path, b"callers: [{name: ada, tokns: []}]")
     access.server.process.send_signal(signal.SIGHUP)
-    access.server.wait_for("callers not replaced: ")
+    access.server.wait_for("callers not reloaded: ")
     assert outcome("new") is grpc.StatusCode.OK
     access.write(**{name: dict(fields) for name, fields in USUAL.items()})
     while outcome("new") is grpc.StatusCode.OK:  # within a second, and before the test's timeout
         pass
     assert outcome("ada") is grpc.StatusCode.OK
+
+
+def test_an_idle_server_notices_a_revoked_caller(access: Access) -> None:
+    reloads = access.server.log.count("callers reloaded: 1 from")
+    access.write(root={})
+    deadline = time.monotonic() + 20
+    while access.server.log.count("callers reloaded: 1 from") == reloads:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    access.write(**{name: dict(fields) for name, fields in USUAL.items()})
+    access.server.wait_for(f"callers reloaded: {len(USUAL)} from")
 
 
 def test_the_log_has_no_token(access: Access) -> None:
@@ -268,7 +281,7 @@ def test_make_token_makes_what_the_file_takes() -> None:
         check=True,
     )
     token, entry = made.stdout.strip(), yaml.safe_load(made.stderr)
-    assert entry == {"callers": [{"name": "eve", "tokens": [{"sha256": digest(token).hex()}]}]}
+    assert entry == {"callers": [{"name": "eve", "tokens": [{"sha256": token_hash(token).hex()}]}]}
     assert token not in made.stderr
 
 

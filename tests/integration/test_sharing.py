@@ -20,7 +20,7 @@ from google.protobuf.message import Message
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from januslens.v1 import common_pb2, neurons_pb2, trace_pb2
-from januslens_server.access.tokens import digest, new_token
+from januslens_server.access.callers import new_token, token_hash
 from januslens_server.demo import model_path
 from tests.support.calls import prompt, started, timeless, token_ids
 from tests.support.metrics import sample, unfinished, wait_until_idle
@@ -77,7 +77,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
     folder = tmp_path_factory.mktemp("sharing")
     tokens = {name: new_token() for name in ("many", "few")}
     callers = [
-        {"name": name, "tokens": [{"sha256": digest(token).hex()}]}
+        {"name": name, "tokens": [{"sha256": token_hash(token).hex()}]}
         for name, token in tokens.items()
     ]
     (folder / "callers.yaml").write_text(yaml.safe_dump({"callers": callers}))

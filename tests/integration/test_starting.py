@@ -1,8 +1,9 @@
-"""Starting: what the server says, and the one line with which it ends where it cannot serve."""
+"""Start the server: its log lines, and its error line if it cannot serve."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from tests.support.server import ServerProcess
 
 
 def ended(*flags: str) -> subprocess.CompletedProcess[str]:
-    """The server's whole life, where it cannot serve."""
+    """Run a server that exits by itself because it cannot serve."""
     return subprocess.run(
         [sys.executable, "-m", "januslens_server", *flags],
         capture_output=True,
@@ -51,10 +52,29 @@ def test_a_metrics_port_in_use_is_refused(server: ServerProcess) -> None:
         asyncio.run(serve(settings))
 
 
-def test_a_wrong_setting_ends_it_with_one_line() -> None:
-    """The other wrong settings are tests of `config`."""
+def test_an_unavailable_device_is_refused() -> None:
+    refused = ended("--port", "0", "--metrics-port", "0", "--device", "cuda:99")
+    assert refused.returncode == 1
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("januslens-server: cannot serve: device 'cuda:99' is not available: ")
+
+
+def test_an_unknown_variable_is_warned_about(server: ServerProcess) -> None:
+    refused = subprocess.run(
+        [sys.executable, "-m", "januslens_server", "--port", server.address.rpartition(":")[2]],
+        env=os.environ | {"JANUSLENS_MAX_WAITNG": "3"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "WARNING januslens_server: unknown environment variable" in refused.stderr
+
+
+def test_an_invalid_setting_is_refused_with_one_line() -> None:
+    """tests/unit/test_config.py has the other invalid settings."""
     wrong = ended("--port", "nonsense")
     assert wrong.returncode == 2
     assert wrong.stdout == ""
     (line,) = wrong.stderr.splitlines()
-    assert line.startswith("januslens-server: Invalid value for '--port': 'nonsense'")
+    assert line.startswith("januslens-server: invalid --port 'nonsense'")

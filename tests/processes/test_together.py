@@ -19,7 +19,7 @@ import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from januslens.v1 import models_pb2, trace_pb2
-from januslens_server.access.tokens import digest
+from januslens_server.access.callers import token_hash
 from tests.integration.test_metrics import documented
 from tests.integration.test_starting import ended
 from tests.support.calls import REQUEST_ID, long_trace, prompt, refusal, started, timeless
@@ -53,7 +53,7 @@ class Pair:
 
 
 def granting(**fields: Any) -> str:
-    entry = {"name": "ada", "tokens": [{"sha256": digest(TOKEN).hex()}], **fields}
+    entry = {"name": "ada", "tokens": [{"sha256": token_hash(TOKEN).hex()}], **fields}
     return yaml.safe_dump({"callers": [entry]})
 
 
@@ -195,7 +195,7 @@ def reload(pair: Pair) -> None:
     """Have both read the callers anew, and wait until they have."""
     seen, deadline = len(pair.server.lines), time.monotonic() + 10
     pair.server.process.send_signal(signal.SIGHUP)
-    replaced = re.compile(r"callers replaced: 1 of .* process=(\d)")
+    replaced = re.compile(r"callers reloaded: 1 from .* process=(\d)")
     while set(replaced.findall("\n".join(pair.server.lines[seen:]))) != {"1", "2"}:
         assert time.monotonic() < deadline
         time.sleep(0.05)

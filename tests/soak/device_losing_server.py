@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from januslens_server.__main__ import main
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.processes import entry, member
 
 FILE = "TEST_DEVICE_IS_LOST"
 
 
-def enter(number: int, settings: Settings, folder: Path, pipe: Connection) -> None:
+def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection) -> None:
     """A member as it is, on a device that can be lost."""
     import torch
 

@@ -1,20 +1,27 @@
-"""Settings: where each comes from, and the one line that says what is wrong with one."""
+"""Settings: precedence of sources, types, and one readable line per error."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import yaml
 
-from januslens_server.config import ModelSetting, Settings, as_yaml, read_settings
+from januslens_server.config import (
+    ModelLocation,
+    ServerSettings,
+    as_yaml,
+    read_settings,
+    unknown_variable_warnings,
+)
 from januslens_server.demo import model_path
 
 
 @pytest.fixture(autouse=True)
 def _no_settings_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    for field in fields(Settings):
-        monkeypatch.delenv(f"JANUSLENS_{field.name.upper()}", raising=False)
+    for name in ServerSettings.model_fields:
+        monkeypatch.delenv(f"JANUSLENS_{name.upper()}", raising=False)
 
 
 @pytest.fixture
@@ -22,7 +29,7 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "januslens.yaml"
 
 
-def test_defaults_are_the_contracts() -> None:
+def test_defaults() -> None:
     settings = read_settings([])
     assert (settings.host, settings.port) == ("127.0.0.1", 50051)
     assert (settings.metrics_host, settings.metrics_port) == ("127.0.0.1", 9464)
@@ -30,7 +37,7 @@ def test_defaults_are_the_contracts() -> None:
     assert (settings.device, settings.data_type) == ("cpu", "auto")
 
 
-def test_flag_before_environment_before_file_before_default(
+def test_flags_override_variables_which_override_the_file(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file.write_text("port: 1\nhost: file\nmetrics_host: file\n")
@@ -54,7 +61,7 @@ def test_the_file_can_be_named_by_the_environment(
 def test_models_from_flags_environment_and_file(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    a, b = ModelSetting("a", "org/a", "main"), ModelSetting("b", "org/b", None)
+    a, b = ModelLocation("a", "org/a", "main"), ModelLocation("b", "org/b", None)
     assert read_settings(["--model", "a=org/a@main", "--model", "b=org/b"]).models == (a, b)
     file.write_text("models: [a=org/a@main, b=org/b]\n")
     assert read_settings(["--config", str(file)]).models == (a, b)
@@ -62,7 +69,7 @@ def test_models_from_flags_environment_and_file(
     assert read_settings(["--config", str(file)]).models == (b, a)
 
 
-def test_a_local_folder_is_read_as_a_shell_reads_it(
+def test_a_model_path_may_start_with_a_tilde(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -109,17 +116,15 @@ def test_print_config_prints_what_config_reads(
 
 
 def test_every_setting_can_be_printed_and_read() -> None:
-    assert {line.split(":")[0] for line in as_yaml(read_settings([])).splitlines()} == {
-        field.name for field in fields(Settings)
-    }
+    assert set(yaml.safe_load(as_yaml(read_settings([])))) == set(ServerSettings.model_fields)
 
 
-def test_help_names_every_flag_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_flag_and_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         read_settings(["--help"])
     assert ended.value.code == 0
     helped = capsys.readouterr().out
-    names = {field.name for field in fields(Settings)} - {"models"} | {"model"}
+    names = set(ServerSettings.model_fields) - {"models"} | {"model"}
     assert all(f"--{name.replace('_', '-')}" in helped for name in names)
 
 
@@ -127,23 +132,40 @@ WRONG_FLAGS = {
     "unknown flag": (["--nope"], "No such option '--nope'"),
     "argument": (["demo"], "unexpected extra argument"),
     "no value": (["--port"], "requires an argument"),
-    "no number": (["--port", "x"], "'--port': 'x'"),
-    "port beyond": (["--port", "65536"], "65536 is not in the range"),
-    "no queue": (["--max-waiting", "0"], "'--max-waiting': 0 is not in the range"),
-    "negative grace": (["--grace-seconds", "-1"], "'--grace-seconds'"),
-    "data type": (["--data-type", "int8"], "'int8' is not one of 'auto', 'float32'"),
-    "no location": (["--model", "a"], "expected NAME=PATH_OR_HUB_ID[@REVISION], got 'a'"),
-    "no name": (["--model", "=b"], "expected NAME=PATH_OR_HUB_ID[@REVISION], got '=b'"),
+    "not a number": (["--port", "x"], "invalid --port 'x': expected a whole number"),
+    "half a port": (["--port", "1.5"], "invalid --port '1.5': expected a whole number"),
+    "port too large": (["--port", "65536"], "invalid --port '65536': expected at most 65535"),
+    "no queue": (["--max-waiting", "0"], "invalid --max-waiting '0': expected at least 1"),
+    "no time": (["--max-request-seconds", "0"], "expected a number above 0"),
+    "negative grace": (["--grace-seconds", "-1"], "invalid --grace-seconds '-1'"),
+    "data type": (
+        ["--data-type", "int8"],
+        "invalid --data-type 'int8': expected 'auto', 'float32'",
+    ),
+    "device": (["--device", "cpuu"], "invalid --device 'cpuu': expected cpu, cuda, cuda:N or auto"),
+    "device number": (["--device", "cuda:x"], "invalid --device 'cuda:x'"),
+    "device of a limit": (
+        ["--max-memory", "gpu=1GiB"],
+        "expected DEVICE=SIZE such as cuda:0=60GiB",
+    ),
+    "no location": (["--model", "a"], "'a': expected NAME=PATH_OR_HUB_ID[@REVISION]"),
+    "no name": (["--model", "=b"], "'=b': expected NAME=PATH_OR_HUB_ID[@REVISION]"),
     "no folder": (["--model", "a=./absent"], "expected a model folder with config.json"),
-    "no home": (["--model", "a=~/absent"], "got '~/absent'"),
-    "no cache size": (["--cache-size", "some"], "expected SIZE such as 10GiB, got 'some'"),
-    "no size": (["--max-memory", "cpu=lots"], "expected DEVICE=SIZE"),
-    "name twice": (["--model", "a=x/y", "--model", "a=x/z"], "got a twice"),
-    "no certificate": (["--tls-certificate", "absent.pem"], "'absent.pem' does not exist"),
-    "no callers": (["--callers", "absent.yaml"], "'absent.yaml' does not exist"),
-    "open": (["--host", "0.0.0.0"], "--tls-certificate and --callers or --tls-client-ca to serve"),  # noqa: S104 - refused
-    "open, IPv6": (["--host", "[::]"], "to serve beyond loopback on [::]; --insecure serves"),
-    "open by name": (["--host", "example.org"], "to serve beyond loopback on example.org"),
+    "no home": (["--model", "a=~/absent"], "'a=~/absent': expected a model folder"),
+    "no cache size": (["--cache-size", "some"], "'some': expected a size such as 10GiB"),
+    "no size": (["--max-memory", "cpu=lots"], "'cpu=lots': expected DEVICE=SIZE"),
+    "name twice": (["--model", "a=x/y", "--model", "a=x/z"], "model name 'a' is used twice"),
+    "no certificate": (["--tls-certificate", "no.pem"], "'no.pem': expected an existing file"),
+    "no callers": (["--callers", "absent.yaml"], "'absent.yaml': expected an existing file"),
+    "open": (
+        ["--host", "0.0.0.0"],  # noqa: S104 - refused
+        "'0.0.0.0' requires --tls-certificate and --tls-key, and --callers or --tls-client-ca",
+    ),
+    "open, IPv6": (["--host", "[::]"], "serving beyond loopback on '[::]' requires --tls"),
+    "open by name": (
+        ["--host", "example.org"],
+        "serving beyond loopback on 'example.org' requires",
+    ),
     "no file": (["--config", "absent.yaml"], "No such file or directory"),
 }
 
@@ -155,7 +177,7 @@ def test_a_wrong_flag_ends_with_one_line(name: str, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "[::1]", "::1", "localhost"])
-def test_loopback_needs_neither_tls_nor_callers(host: str) -> None:
+def test_loopback_requires_neither_tls_nor_callers(host: str) -> None:
     assert read_settings(["--host", host]).host == host
 
 
@@ -166,36 +188,42 @@ def pem(tmp_path: Path) -> str:
     return str(path)
 
 
-def test_beyond_loopback_it_needs_both(pem: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_serving_beyond_loopback_requires_tls_and_authentication(
+    pem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     tls = ["--tls-certificate", pem, "--tls-key", pem]
     public = ["--host", "0.0.0.0"]  # noqa: S104 - which is what this is about
-    said = "expected --callers or --tls-client-ca to serve beyond"
+    said = "requires --callers or --tls-client-ca; --insecure"
     assert said in complaint([*public, *tls], capsys)
-    said = "expected --tls-certificate to serve beyond"
+    said = "requires --tls-certificate and --tls-key; --insecure"
     assert said in complaint([*public, "--callers", pem], capsys)
     for known in (["--callers", pem], ["--tls-client-ca", pem]):
         assert not read_settings([*public, *tls, *known]).insecure
     assert read_settings([*public, "--insecure"]).insecure
 
 
-def test_half_a_tls_configuration_is_refused(pem: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_incomplete_tls_configuration_is_refused(
+    pem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for half in (["--tls-certificate", pem], ["--tls-key", pem]):
-        assert "--tls-key together, got one of them" in complaint(half, capsys)
-    assert "with --tls-client-ca, got none" in complaint(["--tls-client-ca", pem], capsys)
+        assert "--tls-certificate and --tls-key must be given together" in complaint(half, capsys)
+    assert "--tls-client-ca requires --tls-certificate and --tls-key" in complaint(
+        ["--tls-client-ca", pem], capsys
+    )
 
 
 WRONG_FILES = {
-    "no YAML": (b"port: [1", "expected ',' or ']'"),
+    "not YAML": (b"port: [1", "line 1, column 9: invalid YAML: expected ',' or ']'"),
     "tabs": (b"a:\n\t- b", "cannot start any token"),
-    "no text": (b"\xff\xfe\x00", "can't decode byte"),
+    "not text": (b"\xff\xfe\x00", "can't decode byte"),
     "a list": (b"- a", "expected settings by name, got ['a']"),
     "a word": (b"demo", "expected settings by name, got 'demo'"),
-    "unknown": (b"prot: 1", "got ['prot']"),
-    "no names": (b"1: 2\nx: 3", "got [1, 'x']"),
-    "no number": (b"port: abc", "'--port': 'abc'"),
-    "no list": (b"models: 3", "'--model'"),
+    "unknown": (b"prot: 1", "unknown setting 'prot'; did you mean 'port'?"),
+    "no names": (b"1: 2\nx: 3", "unknown setting 1"),
+    "no number": (b"port: abc", "invalid port in"),
+    "no list": (b"models: 3", "3: expected a list"),
     "no models": (b"models: [{a: b}]", "expected NAME=PATH_OR_HUB_ID[@REVISION]"),
-    "a flag": (b"print_config: true", "got ['print_config']"),
+    "a flag": (b"print_config: true", "unknown setting 'print_config'"),
 }
 
 
@@ -212,7 +240,37 @@ def test_a_wrong_variable_ends_with_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("JANUSLENS_STALL_SECONDS", "soon")
-    assert "'soon' is not a valid float" in complaint([], capsys)
+    said = "invalid JANUSLENS_STALL_SECONDS 'soon': expected a number"
+    assert said in complaint([], capsys)
+
+
+def test_every_error_has_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_settings(["--port", "x", "--threads", "0"])
+    first, second = capsys.readouterr().err.splitlines()
+    assert "invalid --port 'x'" in first
+    assert "invalid --threads '0'" in second
+
+
+def test_an_unknown_variable_is_reported_with_the_nearest_known_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert list(unknown_variable_warnings()) == []
+    for name in ("JANUSLENS_TOKEN", "JANUSLENS_SERVER", "JANUSLENS_CONFIG", "JANUSLENS_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("JANUSLENS_MAX_WAITNG", "a-secret")
+    (warning,) = unknown_variable_warnings()
+    assert warning == (
+        "unknown environment variable 'JANUSLENS_MAX_WAITNG' is ignored; "
+        "did you mean 'JANUSLENS_MAX_WAITING'?"
+    )
+
+
+def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        read_settings(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"januslens-server {version('januslens')}\n"
 
 
 def complaint(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -1,1 +1,1 @@
-"""Who may ask for what: callers, their tokens, scopes and quotas."""
+"""Callers of the server: their tokens, scopes and quotas."""

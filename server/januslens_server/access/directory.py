@@ -1,87 +1,93 @@
-"""From a token to its caller, by a file that may change while the server runs."""
+"""Find the caller of a token, in a callers' file that may change while the server runs."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import time
 from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from januslens_server.access.callers import ANYONE, Caller
-from januslens_server.access.file import read_callers
-from januslens_server.access.tokens import holder
+from januslens_server.access.callers import ANYONE, Caller, find_token, read_callers
 from januslens_server.errors import Unauthenticated
 
 logger = logging.getLogger(__name__)
 
-# How long a change of the file may go unnoticed, in seconds.
-LOOK_AGAIN = 1.0
+# Seconds between two looks at the callers' file.
+CHECK_INTERVAL = 1.0
 
 
 class Directory(Protocol):
-    """Knows callers by their tokens."""
+    """Finds callers by their tokens."""
 
     def caller(self, token: str | None) -> Caller:
-        """Whose token this is. Raises `Unauthenticated` where it is nobody's."""
+        """The caller of a token. Raises `Unauthenticated` if there is none."""
 
 
-class Open:
-    """Lets anyone ask for anything: a server without a list of callers."""
+class OpenDirectory:
+    """Accepts every request: the server has no callers' file."""
 
     def caller(self, _token: str | None) -> Caller:
-        """Anyone."""
+        """`ANYONE`."""
         return ANYONE
 
 
 class CallersFile:
-    """The callers of a file, read again when it changes.
+    """The callers of a file, which is read again when it changes.
 
-    A file that cannot be used leaves the last one that could in force, with a line in the log.
+    While the file is invalid, the callers last read from it stay valid and errors are logged.
     """
 
-    def __init__(self, path: str, rpcs: Collection[str]) -> None:
-        """Read it. Raises `OSError` or `ValueError` where it cannot be used."""
-        self._path = Path(path)
+    def __init__(self, path: Path, rpcs: Collection[str]) -> None:
+        """Read the file. Raises `OSError` or `ValueError` if it is invalid."""
+        self._path = path
         self._rpcs = rpcs
-        self._stamp = self._stamped()
-        self._looked = time.monotonic()
-        self._callers = read_callers(self._path, rpcs)
+        self._stamp = self._read_stamp()
+        self._callers = read_callers(path, rpcs)
 
     def caller(self, token: str | None) -> Caller:
-        """Whose token this is. Raises `Unauthenticated` where it is nobody's."""
-        if time.monotonic() - self._looked > LOOK_AGAIN:
-            self._look_again()
+        """The caller of a token. Raises `Unauthenticated` if there is none."""
         if not token:
-            raise Unauthenticated("expected metadata `authorization: Bearer <token>`, got none")
-        found = holder(token, self._callers)
+            raise Unauthenticated(
+                "missing bearer token; send the metadata 'authorization: Bearer <token>'"
+            )
+        found = find_token(token, self._callers)
         if found is None:
-            raise Unauthenticated("expected a token of a caller of this server, got another one")
-        caller, kept = found
-        if kept.expires is not None and datetime.now(UTC) >= kept.expires:
-            raise Unauthenticated(f"the token expired on {kept.expires:%Y-%m-%d}; ask for another")
+            raise Unauthenticated("invalid bearer token; ask the operator for a valid one")
+        caller, known = found
+        if known.expires is not None and datetime.now(UTC) >= known.expires:
+            raise Unauthenticated(
+                f"bearer token expired on {known.expires:%Y-%m-%d}; ask the operator for a new one"
+            )
         return caller
 
-    def reload(self) -> None:
-        """Read the file again, changed or not."""
-        try:
-            self._stamp = self._stamped()
-            self._callers = read_callers(self._path, self._rpcs)
-        except (OSError, ValueError) as error:
-            logger.error("callers not replaced: %s", error)  # noqa: TRY400 - one line says it all
-        else:
-            logger.info("callers replaced: %d of %s", len(self._callers), self._path)
+    async def watch(self) -> None:
+        """Reload the file whenever it changes, forever."""
+        while True:
+            await asyncio.sleep(CHECK_INTERVAL)
+            self.reload_if_changed()
 
-    def _look_again(self) -> None:
-        self._looked = time.monotonic()
+    def reload_if_changed(self) -> None:
+        """Reload the file if its time, size or inode differs from the last read."""
         try:
-            changed = self._stamped() != self._stamp
+            changed = self._read_stamp() != self._stamp
         except OSError:
-            changed = True  # gone: reading it says so
+            changed = True  # the file is gone; reading it logs why
         if changed:
             self.reload()
 
-    def _stamped(self) -> tuple[int, int, int]:
+    def reload(self) -> None:
+        """Read the file again, whether or not it has changed."""
+        try:
+            self._stamp = self._read_stamp()
+            self._callers = read_callers(self._path, self._rpcs)
+        except (OSError, ValueError) as error:
+            for line in str(error).splitlines():
+                logger.error("callers not reloaded: %s", line)  # noqa: TRY400 - the line is enough
+        else:
+            logger.info("callers reloaded: %d from %s", len(self._callers), self._path)
+
+    def _read_stamp(self) -> tuple[int, int, int]:
         stat = self._path.stat()
         return stat.st_mtime_ns, stat.st_size, stat.st_ino

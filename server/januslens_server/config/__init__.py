@@ -1,18 +1,24 @@
-"""The only reader of flags, environment and configuration files.
+"""Read the server's settings: the only code that looks at flags, environment and the settings file.
 
-A setting comes from its flag, else from `JANUSLENS_<NAME>`, else from the YAML file named by
+A setting is taken from its flag, else from `JANUSLENS_<NAME>`, else from the YAML file named by
 `--config`, else from its default.
 """
 
-from januslens_server.config.command import ENVIRONMENT_PREFIX, read_settings, settings_command
-from januslens_server.config.settings import MemorySetting, ModelSetting, Settings, as_yaml
+from januslens_server.config.command import read_settings, unknown_variable_warnings
+from januslens_server.config.settings import (
+    ENVIRONMENT_PREFIX,
+    MemoryLimit,
+    ModelLocation,
+    ServerSettings,
+    as_yaml,
+)
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
-    "MemorySetting",
-    "ModelSetting",
-    "Settings",
+    "MemoryLimit",
+    "ModelLocation",
+    "ServerSettings",
     "as_yaml",
     "read_settings",
-    "settings_command",
+    "unknown_variable_warnings",
 ]

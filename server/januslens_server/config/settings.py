@@ -1,15 +1,43 @@
-"""What can be configured, read and ready to use."""
+"""Every server setting, declared once: name, type, default, help text and rules between settings.
+
+Flags (`--max-waiting`), environment variables (`JANUSLENS_MAX_WAITING`) and keys of the settings
+file (`max_waiting`) follow from the names.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import ipaddress
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 import yaml
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    FilePath,
+    PlainSerializer,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+ENVIRONMENT_PREFIX = "JANUSLENS_"
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]i?)?B?")
+_DEVICE = re.compile(r"cpu|mps|(cuda|xpu)(:\d+)?")
 
 
 @dataclass(frozen=True)
-class ModelSetting:
-    """One `NAME=PATH_OR_HUB_ID[@REVISION]`."""
+class ModelLocation:
+    """A model to serve, written `NAME=PATH_OR_HUB_ID[@REVISION]`."""
 
     name: str
     location: str
@@ -21,8 +49,8 @@ class ModelSetting:
 
 
 @dataclass(frozen=True)
-class MemorySetting:
-    """One `DEVICE=SIZE`, the size in bytes."""
+class MemoryLimit:
+    """Bytes that one model may use of a device, written `DEVICE=SIZE`."""
 
     device: str
     size: int
@@ -31,48 +59,244 @@ class MemorySetting:
         return f"{self.device}={self.size}"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that can be configured; empty `models` serve the embedded `demo`."""
-
-    host: str
-    port: int
-    tls_certificate: str | None
-    tls_key: str | None
-    tls_client_ca: str | None
-    health_port: int | None
-    callers: str | None
-    insecure: bool
-    metrics_host: str
-    metrics_port: int
-    models: tuple[ModelSetting, ...]
-    device: str
-    data_type: str
-    max_memory: tuple[MemorySetting, ...]
-    offload_dir: str | None
-    cache_dir: str | None
-    cache_size: int
-    index_neurons: bool
-    row_cache: int
-    processes: int
-    threads: int | None
-    chunk_bytes: int
-    max_waiting: int
-    max_request_seconds: float
-    max_request_memory: int
-    max_request_stream: int
-    stall_seconds: float
-    grace_seconds: float
-    max_connection_age_seconds: float | None
-    log_level: str
-    log_format: str
-    log_prompts: bool
+def _to_bytes(value: Any) -> int:
+    """Convert `10GiB` (2**30 bytes each) or `10GB` (10**9 bytes each) to bytes."""
+    found = _SIZE.fullmatch(str(value))
+    if found is None:
+        raise ValueError("expected a size such as 10GiB")
+    number, unit = found.group(1), found.group(2) or ""
+    step = 1024 if unit.endswith("i") else 1000
+    return int(float(number) * step ** " KMGT".find(unit[:1] or " "))
 
 
-def as_yaml(settings: Settings) -> str:
-    """The settings as `--config` reads them."""
-    shown = asdict(settings) | {
-        "models": [str(model) for model in settings.models],
-        "max_memory": [str(memory) for memory in settings.max_memory],
-    }
-    return yaml.safe_dump(shown, sort_keys=False)
+def _to_model(value: Any) -> ModelLocation:
+    if isinstance(value, ModelLocation):
+        return value
+    name, _, rest = str(value).partition("=")
+    location, _, revision = rest.partition("@")
+    if not (isinstance(value, str) and name and location):
+        raise ValueError("expected NAME=PATH_OR_HUB_ID[@REVISION]")
+    if location.startswith((".", "/", "~")):  # a path, not a hub id
+        folder = Path(location).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ValueError("expected a model folder with config.json")
+        location = str(folder)
+    return ModelLocation(name, location, revision or None)
+
+
+def _to_memory_limit(value: Any) -> MemoryLimit:
+    if isinstance(value, MemoryLimit):
+        return value
+    device, _, text = str(value).partition("=")
+    if not _DEVICE.fullmatch(device) or not _SIZE.fullmatch(text):
+        raise ValueError("expected DEVICE=SIZE such as cuda:0=60GiB")
+    return MemoryLimit(device, _to_bytes(text))
+
+
+def _check_device(device: str) -> str:
+    if device != "auto" and not _DEVICE.fullmatch(device):
+        raise ValueError("expected cpu, cuda, cuda:N or auto")
+    return device
+
+
+def _split(value: Any) -> Any:
+    """Entries separated by spaces, as an environment variable holds them."""
+    return value.split() if isinstance(value, str) else value
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Size = Annotated[int, BeforeValidator(_to_bytes)]
+Folder = Annotated[Path, AfterValidator(Path.expanduser)]
+Device = Annotated[str, AfterValidator(_check_device)]
+Model = Annotated[ModelLocation, BeforeValidator(_to_model), PlainSerializer(str)]
+Limit = Annotated[MemoryLimit, BeforeValidator(_to_memory_limit), PlainSerializer(str)]
+Models = Annotated[tuple[Model, ...], NoDecode, BeforeValidator(_split)]
+Limits = Annotated[tuple[Limit, ...], NoDecode, BeforeValidator(_split)]
+
+
+def _setting(default: Any, help_text: str, metavar: str | None = None, **rules: Any) -> Any:
+    """A setting's default, help text, placeholder in `--help`, and pydantic's rules for it."""
+    return Field(default, description=help_text, json_schema_extra={"metavar": metavar}, **rules)
+
+
+class ServerSettings(BaseSettings):
+    """Validated settings of one server. Without `models` it serves the embedded model `demo`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENVIRONMENT_PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+    )
+
+    # Network and access
+    host: str = _setting("127.0.0.1", "Address to serve on.", "TEXT")
+    port: Port = _setting(50051, "gRPC port; 0 picks a free one.", "INTEGER")
+    tls_certificate: FilePath | None = _setting(
+        None, "Server certificate and its chain (PEM); reloaded when the file changes.", "FILE"
+    )
+    tls_key: FilePath | None = _setting(
+        None, "Private key of the server certificate (PEM).", "FILE"
+    )
+    tls_client_ca: FilePath | None = _setting(
+        None, "Certificate authorities (PEM) for client certificates (mutual TLS).", "FILE"
+    )
+    health_port: Port | None = _setting(
+        None, "Also serve health checks, and nothing else, in plaintext on this port.", "INTEGER"
+    )
+    callers: FilePath | None = _setting(
+        None,
+        "YAML file of callers with token hashes, scopes and quotas; reloaded when it changes.",
+        "FILE",
+    )
+    insecure: bool = _setting(False, "Allow serving beyond loopback without TLS or authentication.")
+    metrics_host: str = _setting("127.0.0.1", "Address of the Prometheus metrics page.", "TEXT")
+    metrics_port: Port = _setting(9464, "Port of the metrics page; 0 picks a free one.", "INTEGER")
+
+    # Models and the device
+    models: Models = _setting(
+        (),
+        "Model to serve (repeatable); replaces the embedded demo model.",
+        "NAME=PATH_OR_HUB_ID[@REVISION]",
+    )
+    device: Device = _setting(
+        "cpu",
+        "Device for models: cpu, cuda, cuda:N, or auto to split over GPUs, CPU and disk.",
+        "TEXT",
+    )
+    data_type: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
+        "auto", "Data type of weights; auto uses the checkpoint's own, and float32 on a CPU."
+    )
+    max_memory: Limits = _setting(
+        (),
+        "Memory that one model may use on a device (repeatable); default: the free memory.",
+        "DEVICE=SIZE",
+    )
+    offload_dir: Folder | None = _setting(
+        None, "With --device auto: folder for weights that do not fit in memory.", "DIRECTORY"
+    )
+    cache_dir: Folder | None = _setting(
+        None, "Folder for results computed once per model, reused after a restart.", "DIRECTORY"
+    )
+    cache_size: Size = _setting(
+        "10GiB", "Maximum size of --cache-dir; least recently used entries are evicted.", "SIZE"
+    )
+    index_neurons: bool = _setting(
+        False, "Build the neuron index when a model loads, not at the first FindNeurons request."
+    )
+    row_cache: Size = _setting(
+        "512MiB",
+        "Memory per model for cached logits of weight rows (CPU only); 0 disables the cache.",
+        "SIZE",
+    )
+    processes: int = _setting(
+        1,
+        "Number of server processes on the port; each loads all models and has its own queue.",
+        "INTEGER",
+        ge=1,
+    )
+    threads: int | None = _setting(
+        None,
+        "CPU threads per process for one request; default: all cores, divided by --processes.",
+        "INTEGER",
+        ge=1,
+    )
+    chunk_bytes: Size = _setting(
+        "64MiB", "Maximum memory for logits computed at once, for any request.", "SIZE"
+    )
+
+    # Requests
+    max_waiting: int = _setting(
+        64, "Maximum requests waiting for the device; further ones are refused.", "INTEGER", ge=1
+    )
+    max_request_seconds: float = _setting(
+        600.0, "Maximum estimated device time of a request.", "SECONDS", gt=0
+    )
+    max_request_memory: Size = _setting(
+        "16GiB", "Maximum estimated device memory of a request, besides the weights.", "SIZE"
+    )
+    max_request_stream: Size = _setting(
+        "2GiB", "Maximum estimated size of a response, over all its messages.", "SIZE"
+    )
+    stall_seconds: float = _setting(
+        60.0, "Abort a stream if the client reads nothing for this long.", "SECONDS", ge=0.1
+    )
+    grace_seconds: float = _setting(
+        30.0, "Time that running requests get to finish after SIGTERM.", "SECONDS", ge=0
+    )
+    max_connection_age_seconds: float | None = _setting(
+        None,
+        "Close connections of this age after their running calls, so that clients resolve again.",
+        "SECONDS",
+        ge=1,
+    )
+
+    # Logs
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "Least severe level to log."
+    )
+    log_format: Literal["text", "json"] = _setting(
+        "text", "Log lines as text, or as one JSON object per line."
+    )
+    log_prompts: bool = _setting(False, "Log the prompt of every request.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - not a source of ours
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then the file's content, which `from_file` hands over."""
+        flags = init_settings()
+        content = flags.pop("from_file", {})
+        return (
+            InitSettingsSource(settings_cls, flags),
+            env_settings,
+            InitSettingsSource(settings_cls, content),
+        )
+
+    @model_validator(mode="after")
+    def _check_model_names(self) -> Self:
+        names = [model.name for model in self.models]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise ValueError(f"model name {twice[0]!r} is used twice; give each model its own name")
+        return self
+
+    @model_validator(mode="after")
+    def _check_exposure(self) -> Self:
+        """Refuse an incomplete TLS configuration, and an accidentally open server."""
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("--tls-certificate and --tls-key must be given together")
+        encrypted = self.tls_certificate is not None
+        if self.tls_client_ca is not None and not encrypted:
+            raise ValueError("--tls-client-ca requires --tls-certificate and --tls-key")
+        authenticated = self.callers is not None or self.tls_client_ca is not None
+        if self.insecure or (encrypted and authenticated) or _is_loopback(self.host):
+            return self
+        missing = []
+        if not encrypted:
+            missing.append("--tls-certificate and --tls-key")
+        if not authenticated:
+            missing.append("--callers or --tls-client-ca")
+        raise ValueError(
+            f"serving beyond loopback on {self.host!r} requires {', and '.join(missing)}; "
+            "--insecure allows it without"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name, which may resolve to any address
+        return False
+
+
+def as_yaml(settings: ServerSettings) -> str:
+    """The settings as a file that `--config` reads."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.processes import metrics
 from januslens_server.processes.member import Member, MemberEnded
 from januslens_server.processes.messages import Order
@@ -29,7 +29,7 @@ class Crew:
     measured on cores that nobody else uses.
     """
 
-    def __init__(self, settings: Settings, folder: Path, health: Health) -> None:
+    def __init__(self, settings: ServerSettings, folder: Path, health: Health) -> None:
         """`settings` have the port's number; the members count in `folder`."""
         self._settings = settings
         self._folder = folder

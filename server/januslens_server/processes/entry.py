@@ -10,11 +10,11 @@ from pathlib import Path
 from prometheus_client import values
 
 from januslens_server import tracing
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.logs import configure_logging
 
 
-def enter(number: int, settings: Settings, folder: Path, pipe: Connection) -> None:
+def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection) -> None:
     """Serve as one of several, as this process's whole life."""
     # A terminal's Ctrl-C reaches every process; the supervisor says what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

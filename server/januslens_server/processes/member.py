@@ -8,7 +8,7 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.processes.entry import enter
 from januslens_server.processes.messages import Listening, Loaded, Order
 
@@ -28,7 +28,7 @@ class MemberEnded(Exception):
 class Member:
     """A process that has been started, and what becomes of it."""
 
-    def __init__(self, number: int, settings: Settings, folder: Path) -> None:
+    def __init__(self, number: int, settings: ServerSettings, folder: Path) -> None:
         """Start it; it counts in `folder`."""
         self.number = number
         loop = asyncio.get_running_loop()

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from januslens_server import gauges
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.processes.messages import Listening, Loaded, Order
 from januslens_server.results import ModelState
 from januslens_server.serving.assembly import Assembly
@@ -19,7 +19,7 @@ from januslens_server.serving.listening import add_port
 DEVICE_LOST = 1
 
 
-async def serve_among(settings: Settings, pipe: Connection, folder: Path) -> int:
+async def serve_among(settings: ServerSettings, pipe: Connection, folder: Path) -> int:
     """Serve until SIGTERM, or until the device is lost, and drain; gives the exit status.
 
     Raises `OSError` where it cannot serve.
@@ -40,7 +40,7 @@ async def serve_among(settings: Settings, pipe: Connection, folder: Path) -> int
 
 
 async def _serve(
-    assembly: Assembly, settings: Settings, pipe: Connection, opened: asyncio.Event
+    assembly: Assembly, settings: ServerSettings, pipe: Connection, opened: asyncio.Event
 ) -> None:
     """Until the device is lost."""
     await assembly.loaded.wait()

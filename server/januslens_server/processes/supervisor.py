@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.processes import metrics
 from januslens_server.processes.crew import Crew
 from januslens_server.processes.member import MemberEnded
@@ -20,7 +19,7 @@ from januslens_server.serving.signals import heed_signals
 logger = logging.getLogger("januslens_server")
 
 
-async def supervise(settings: Settings) -> int:
+async def supervise(settings: ServerSettings) -> int:
     """Serve with several processes until SIGTERM or SIGINT; gives the exit status.
 
     Raises `OSError` where a port cannot be had.
@@ -29,10 +28,10 @@ async def supervise(settings: Settings) -> int:
         reserved(settings.host, settings.port) as port,
         tempfile.TemporaryDirectory(prefix="januslens-metrics-") as folder,
     ):
-        return await _supervise(replace(settings, port=port), Path(folder))
+        return await _supervise(settings.model_copy(update={"port": port}), Path(folder))
 
 
-async def _supervise(settings: Settings, folder: Path) -> int:
+async def _supervise(settings: ServerSettings, folder: Path) -> int:
     health = Health()
     crew = Crew(settings, folder, health)
     await crew.tell()

@@ -7,7 +7,7 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from januslens.v1 import service_pb2_grpc
-from januslens_server.access.directory import Directory, Open
+from januslens_server.access.directory import Directory, OpenDirectory
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.rpc import measures
 from januslens_server.rpc.authentication import Authentication
@@ -38,7 +38,8 @@ def build_server(
     options = server_options(share_port=share_port)
     if max_connection_age is not None:
         options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))
-    interceptors = [Authentication(directory or Open(), quotas or QuotaBook()), WireFormat()]
+    authentication = Authentication(directory or OpenDirectory(), quotas or QuotaBook())
+    interceptors = [authentication, WireFormat()]
     server = grpc.aio.server(interceptors=interceptors, options=options)
     service_pb2_grpc.add_IntrospectionServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)

@@ -23,11 +23,11 @@ class CertificateFiles:
     other, the last ones that did stay in use.
     """
 
-    def __init__(self, certificate: str, key: str, client_ca: str | None) -> None:
+    def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
         """Paths of PEM files; without `client_ca` callers need no certificate."""
-        self._certificate = Path(certificate)
-        self._key = Path(key)
-        self._client_ca = None if client_ca is None else Path(client_ca)
+        self._certificate = certificate
+        self._key = key
+        self._client_ca = client_ca
         self._lock = threading.Lock()
         self._seen: Stamp = ()
 

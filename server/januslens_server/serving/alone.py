@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from januslens_server import gauges
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.serving.assembly import Assembly
 from januslens_server.serving.listening import listen
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: ServerSettings) -> None:
     """Serve until SIGTERM or SIGINT, then let what runs finish within the grace.
 
     Raises `OSError` where a port cannot be had.

@@ -12,7 +12,7 @@ import torch
 from januslens_server import gauges, telemetry
 from januslens_server.access.directory import CallersFile
 from januslens_server.access.quotas import QuotaBook
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.models.failures import in_service_terms
 from januslens_server.models.registry import Registry
 from januslens_server.pipelines.cost import Pace
@@ -42,8 +42,9 @@ class Assembly:
     no more.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: ServerSettings) -> None:
         """In the event loop that will serve. Raises `OSError` for callers that cannot be read."""
+        check_device(settings.device)
         use_cores(settings)
         self._loop = asyncio.get_running_loop()
         self._grace = settings.grace_seconds
@@ -77,7 +78,9 @@ class Assembly:
             share_port=settings.processes > 1,
         )
         self._announced = False
-        self._lag = self._loop.create_task(telemetry.watch_event_loop())
+        self._background = [self._loop.create_task(telemetry.watch_event_loop())]
+        if self._callers is not None:
+            self._background.append(self._loop.create_task(self._callers.watch()))
 
     async def announce(self) -> None:
         """Say what is served; from now on health follows the models' states."""
@@ -116,14 +119,26 @@ class Assembly:
 
     async def drain(self) -> None:
         """Refuse what is new, let what runs finish within the grace, and stop."""
-        self._lag.cancel()
+        for task in self._background:
+            task.cancel()
         await self.health.drain()
         self.registry.close()
         self._worker.refuse_new()
         await finish(self.server, self._streams, self._grace)
 
 
-def use_cores(settings: Settings) -> None:
+def check_device(name: str) -> None:
+    """Raise `OSError` if torch does not find this device on the machine."""
+    if name in {"auto", "cpu"}:
+        return
+    try:
+        torch.empty(0, device=name)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise OSError(f"cannot serve: device {name!r} is not available: {reason}") from error
+
+
+def use_cores(settings: ServerSettings) -> None:
     """As many as configured; else torch's own choice, divided among the processes."""
     sys.setswitchinterval(SWITCH_SECONDS)
     if settings.threads is not None:
@@ -132,7 +147,7 @@ def use_cores(settings: Settings) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // settings.processes))
 
 
-def _limits(settings: Settings) -> Limits:
+def _limits(settings: ServerSettings) -> Limits:
     return Limits(
         seconds=settings.max_request_seconds,
         memory=settings.max_request_memory,
@@ -140,7 +155,7 @@ def _limits(settings: Settings) -> Limits:
     )
 
 
-def _callers(settings: Settings) -> CallersFile | None:
+def _callers(settings: ServerSettings) -> CallersFile | None:
     if settings.callers is None:
         return None
     try:

@@ -17,7 +17,8 @@ def live(serving: Coroutine[Any, Any, int | None]) -> NoReturn:
     try:
         status = asyncio.run(serving)
     except OSError as error:
-        sys.stderr.write(f"januslens-server: {error}\n")
+        for line in str(error).splitlines():
+            sys.stderr.write(f"januslens-server: {line}\n")
         raise SystemExit(1) from error
     # A thread that loads or computes cannot be stopped inside native code, and would turn an
     # orderly exit into an abort.

@@ -7,7 +7,7 @@ import logging
 import grpc
 from prometheus_client import REGISTRY, CollectorRegistry, start_http_server
 
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.rpc.health import Health, build_health_server
 from januslens_server.rpc.tls import CertificateFiles
 from januslens_server.serving.ports import check_free
@@ -16,7 +16,7 @@ logger = logging.getLogger("januslens_server")
 
 
 async def listen(
-    server: grpc.aio.Server, health: Health, settings: Settings
+    server: grpc.aio.Server, health: Health, settings: ServerSettings
 ) -> grpc.aio.Server | None:
     """Open all ports; gives the server of the health port, if there is to be one.
 
@@ -31,7 +31,7 @@ async def listen(
     return health_server
 
 
-def listen_for_metrics(settings: Settings, shown: CollectorRegistry = REGISTRY) -> None:
+def listen_for_metrics(settings: ServerSettings, shown: CollectorRegistry = REGISTRY) -> None:
     """Show metrics on their port, for as long as the process lives."""
     host, port = settings.metrics_host, settings.metrics_port
     check_free(host, port)
@@ -39,7 +39,7 @@ def listen_for_metrics(settings: Settings, shown: CollectorRegistry = REGISTRY) 
     logger.info("metrics on http://%s:%d/metrics", host, metrics.server_port)
 
 
-def add_port(server: grpc.aio.Server, settings: Settings) -> int:
+def add_port(server: grpc.aio.Server, settings: ServerSettings) -> int:
     """Have the server take its port; gives its number."""
     address = f"{settings.host}:{settings.port}"
     certificate, key = settings.tls_certificate, settings.tls_key
@@ -52,7 +52,7 @@ def add_port(server: grpc.aio.Server, settings: Settings) -> int:
         raise OSError(f"cannot serve: {error}") from error
 
 
-async def listen_for_health(health: Health, settings: Settings) -> grpc.aio.Server | None:
+async def listen_for_health(health: Health, settings: ServerSettings) -> grpc.aio.Server | None:
     """Answer health on a port of its own, if there is to be one; gives that server."""
     if settings.health_port is None:
         return None

@@ -6,9 +6,8 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-from januslens_server.config import Settings
+from januslens_server.config import ServerSettings
 from januslens_server.models.loading import ModelSource
 from januslens_server.models.registry import Registry, SelfCheck, embedded_source
 from januslens_server.models.resident import ResidentModel
@@ -21,12 +20,11 @@ from januslens_server.results import Guarantee, ModelState, ModelStatus
 logger = logging.getLogger("januslens_server")
 
 
-def sources(settings: Settings) -> list[ModelSource]:
+def sources(settings: ServerSettings) -> list[ModelSource]:
     """The configured models, or the embedded one."""
-    offload_dir = settings.offload_dir
     cache = None
     if settings.cache_dir is not None:
-        cache = TensorCache(Path(settings.cache_dir).expanduser(), settings.cache_size)
+        cache = TensorCache(settings.cache_dir, settings.cache_size)
     named = [ModelSource(m.name, m.location, m.revision) for m in settings.models]
     return [
         replace(
@@ -34,7 +32,7 @@ def sources(settings: Settings) -> list[ModelSource]:
             device=settings.device,
             data_type=settings.data_type,
             limits={memory.device: memory.size for memory in settings.max_memory},
-            offload_dir=None if offload_dir is None else Path(offload_dir).expanduser(),
+            offload_dir=settings.offload_dir,
             cache=cache,
             row_cache_bytes=settings.row_cache,
             chunk_bytes=settings.chunk_bytes,

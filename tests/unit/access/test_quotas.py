@@ -29,7 +29,7 @@ def book(clock: Clock) -> QuotaBook:
 
 
 def ada(**quotas: float) -> Caller:
-    return Caller("ada", quotas=Quotas(**quotas))  # type: ignore[arg-type]  # by name
+    return Caller(name="ada", tokens=(), quotas=Quotas.model_validate(quotas))
 
 
 def test_without_quotas_there_is_no_end(book: QuotaBook) -> None:
@@ -44,7 +44,7 @@ def test_requests_at_once(book: QuotaBook) -> None:
     with book.request(two), book.request(two):
         with pytest.raises(QuotaSpent, match="2 requests at once of ada"), book.request(two):
             pass
-        with book.request(Caller("bob", quotas=Quotas(concurrent=2))):
+        with book.request(Caller(name="bob", tokens=(), quotas=Quotas(concurrent=2))):
             pass
     with book.request(ada(concurrent=2)):
         pass
