@@ -1,7 +1,7 @@
-import { gradientPage } from './gradient/page'
-import { livePage } from './live/page'
-import { pageDescription } from './page/blocks'
-import { tracePage } from './trace/page'
+import { pageDescription } from './browser/streams'
+import { gradientPage } from './gradient/view'
+import { livePage } from './live/app'
+import { tracePage } from './trace/view'
 
 const VIEWS: Record<string, () => Promise<void>> = {
   trace: tracePage,

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { rankBin } from '../src/colour/bins'
+import { rankBin } from '../src/presentation/colours'
 
 test('ranks count from the nearer end', () => {
   const large = 50_257

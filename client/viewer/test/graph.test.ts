@@ -1,13 +1,16 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { FlowGraph } from '../src/graph/graph'
-import { answerAppears } from '../src/trace/answer'
-import { layerModel } from '../src/trace/detail/model'
-import { passing } from '../src/trace/filter'
-import { follow } from '../src/trace/follow'
-import { arcsInto } from '../src/trace/overview/arcs'
-import { search } from '../src/trace/search'
-import { pathToTarget, strongestDestination } from '../src/trace/ways'
+import { FlowGraph } from '../src/model/flow_graph'
+import {
+  answerAppears,
+  follow,
+  pathToTarget,
+  search,
+  strongestDestination,
+} from '../src/model/graph_queries'
+import { passing } from '../src/trace/controls'
+import { layerModel } from '../src/trace/layer_model'
+import { arcsInto } from '../src/trace/overview_layout'
 import { stream } from './stream'
 
 function graph(): FlowGraph {

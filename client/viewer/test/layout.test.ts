@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { EMBEDDING, layout, nearest } from '../src/trace/overview/layout'
+import { EMBEDDING, layout, nearest } from '../src/trace/overview_layout'
 
 const layers = [0, 1, 2, 3]
 

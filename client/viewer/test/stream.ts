@@ -1,4 +1,4 @@
-import type { EdgeMessage, NodeMessage, TraceResponse } from '../src/contract/messages'
+import type { EdgeMessage, NodeMessage, TraceResponse } from '../src/contract'
 
 const TEXTS = [' of', ' Tokyo', ' Paris', '<b>', ' Kyoto']
 

@@ -1,7 +1,6 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { fromBase64 } from '../src/label/tokens'
-import { cut, visible } from '../src/label/visible'
+import { cut, fromBase64, visible } from '../src/model/tokens'
 import cases from './labels.json'
 
 for (const { text, raw, shown } of cases as { text: string; raw?: string; shown: string }[]) {

@@ -1,9 +1,17 @@
-// A heat map: rows upward, columns along, one or two lines of text in a cell.
 import { create, type Selection, select } from 'd3-selection'
-import type { Paint } from '../colour/norms'
-import { cut } from '../label/visible'
-import { CHARACTER, fitting, type Group, isNew, type Svg, stratum } from '../parts/svg'
-import { GUTTER } from '../trace/overview/layout'
+import { cut } from '../model/tokens'
+import type { Paint } from '../presentation/colours'
+import {
+  CHARACTER,
+  fitting,
+  type Group,
+  GUTTER,
+  isNew,
+  type Svg,
+  stratum,
+} from '../presentation/svg'
+
+// A heat map: rows upward, columns along, one or two lines of text in a cell.
 
 export interface HeatColumn {
   key: string

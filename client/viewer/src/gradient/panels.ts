@@ -1,12 +1,19 @@
-// The pictures of a gradient's page, one below the other, each with a choice of its matrix.
-import { choice } from '../parts/controls'
-import { element, tokenText } from '../parts/dom'
-import { isNew, type Svg } from '../parts/svg'
+import type { GradientModel } from '../model/gradient'
+import { choice, element, tokenText } from '../presentation/elements'
+import { isNew, type Svg } from '../presentation/svg'
+import type { GradientKey, GradientState } from './controls'
 import { drawHeatMap, type HeatMap, heatPicture, type Legend } from './heatmap'
-import { normLegend, rankLegend } from './legend'
-import type { GradientModel } from './model'
-import { factorMap, largestNorm, rankMap, type Shown, segmentMap } from './pictures'
-import type { GradientKey, GradientState } from './state'
+import {
+  factorMap,
+  largestNorm,
+  normLegend,
+  rankLegend,
+  rankMap,
+  type Shown,
+  segmentMap,
+} from './maps'
+
+// The pictures of a gradient's page, one below the other, each with a choice of its matrix.
 
 const BAR = 36 // px, of a panel's title
 

@@ -1,11 +1,11 @@
+import type { EffectMessage, PreviewEditResponse } from '../contract'
+import { number, type Reading } from '../model/flow_graph'
+import { type GradientModel, type NeuronChange, owner, type Singular } from '../model/gradient'
+import { TokenTable } from '../model/tokens'
+import { element, tokenText } from '../presentation/elements'
+import { measure, percent, probability } from '../presentation/wording'
+
 // What a gradient shows on request: neurons, spectrum, verification, previews of edits.
-import type { EffectMessage, PreviewEditResponse } from '../contract/gradient'
-import { number, type Reading } from '../graph/nodes'
-import { TokenTable } from '../label/tokens'
-import { element, tokenText } from '../parts/dom'
-import { measure, percent, probability } from '../parts/numbers'
-import type { GradientModel } from './model'
-import { type NeuronChange, owner, type Singular } from './records'
 
 const SHOWN = 3
 

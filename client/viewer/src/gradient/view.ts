@@ -1,25 +1,74 @@
-import type { GradientResponse, PreviewEditResponse } from '../contract/gradient'
-import { matcher } from '../label/matcher'
-import { exportPage } from '../page/export'
-import type { Coordinates } from '../page/feed'
-import { Once } from '../page/once'
-import type { Shell } from '../page/shell'
-import { setTheme, type Theme } from '../page/theme'
-import { type Held, listenToAims } from '../parts/aim'
-import { element } from '../parts/dom'
-import { rove } from '../parts/focus'
-import { helpDialog } from '../parts/help'
-import { Tooltip } from '../parts/tooltip'
-import { fillFacts, glance } from './facts'
-import { fillHeader } from './header'
+import { exportPage } from '../browser/export'
+import { Once, type Shell, setTheme, shell, soon, type Theme } from '../browser/shell'
+import {
+  type Coordinates,
+  isLive,
+  joinLivePage,
+  messages,
+  pageDescription,
+  report,
+  streamNames,
+} from '../browser/streams'
+import { type Held, listenToAims } from '../browser/target_choice'
+import type { GradientResponse, PreviewEditResponse } from '../contract'
+import { GradientModel, placeId, placeOf } from '../model/gradient'
+import { matcher } from '../model/tokens'
+import {
+  element,
+  helpDialog,
+  promptText,
+  provenanceLine,
+  Tooltip,
+  tokenText,
+} from '../presentation/elements'
+import { rove } from '../presentation/svg'
+import { probability } from '../presentation/wording'
+import { gradientState, KEYS, listenToKeys, toolbar } from './controls'
 import { narrowest } from './heatmap'
-import { KEYS, listenToKeys } from './keys'
-import { GradientModel } from './model'
+import { fillFacts, glance } from './inspector'
+import type { Shown } from './maps'
 import { Pictures } from './panels'
-import type { Shown } from './pictures'
-import { gradientState, placeId, placeOf } from './state'
 import { neuronTable, previewTable, spectrumTable, verificationLine } from './tables'
-import { toolbar } from './toolbar'
+
+const PREVIEW = 'preview:'
+
+/** Shows the gradient that the page holds, or that comes while one watches. */
+export async function gradientPage(): Promise<void> {
+  const view = new GradientView(shell(), pageDescription().title)
+  joinLivePage({
+    go: (place) => view.go(place),
+    theme: (theme) => view.state.set({ theme }),
+  })
+  view.state.subscribe(() => {
+    const place = placeOf(view.state.get('sel'))
+    if (place) report({ at: { layer: place.layer, position: place.position } })
+  })
+  const draw = soon(() => view.draw())
+  for await (const message of messages<GradientResponse>('gradient')) {
+    view.feed(message)
+    if (isLive()) draw()
+  }
+  view.draw()
+  document.documentElement.dataset.ready = 'complete'
+  await showPreviews(view)
+}
+
+async function showPreviews(view: GradientView): Promise<void> {
+  interface Titled {
+    title: string
+    response: PreviewEditResponse
+  }
+  if (isLive()) {
+    for await (const found of messages<Titled>('previews'))
+      view.preview(found.title, found.response)
+    return
+  }
+  for (const name of streamNames().filter((stream) => stream.startsWith(PREVIEW))) {
+    for await (const message of messages<PreviewEditResponse>(name)) {
+      view.preview(name.slice(PREVIEW.length), message)
+    }
+  }
+}
 
 /** A gradient on the screen; fed by a recorded stream or by a live one. */
 export class GradientView {
@@ -175,4 +224,33 @@ export class GradientView {
       rove(picture, picture.querySelector(`[tabindex][data-id="${id}"]`) ?? undefined)
     }
   }
+}
+
+/** The prompt, what is to be learnt, and which weights would learn it. */
+export function fillHeader(heading: HTMLElement, model: GradientModel, position: number): void {
+  const targets = model.targets.map((token) => {
+    const shown = tokenText(token.label)
+    shown.classList.add('answer')
+    return shown
+  })
+  const arrow = element('span', { class: 'arrow' }, ' ⇐ ')
+  const title = element('h1', {}, ...promptText(model.prompt, position), arrow, ...targets)
+  heading.replaceChildren(title, story(model), provenanceLine(model.provenance, model.complete))
+}
+
+function story(model: GradientModel): HTMLElement {
+  const story = element('p', { class: 'story' })
+  story.append(
+    `Loss ${model.loss.toPrecision(4)}`,
+    model.targets.length === 1 ? `, so probability ${probability(Math.exp(-model.loss))}` : '',
+    '; the model predicts ',
+    tokenText(model.predicted?.label ?? ''),
+    '. A descent step adds −learning rate · xᵀδ: it imprints x on what reads, and shifts what is ',
+    'written towards the other end of δ’s ranking. ▲ top and ▼ bottom tokens; what a step ',
+    'promotes is bold.',
+  )
+  if (model.skipped.length > 0) {
+    story.append(` Not in this architecture: ${model.skipped.join(', ')}.`)
+  }
+  return story
 }

@@ -1,14 +1,21 @@
-// One question and its answer: what runs, how far it is, and the page that it fills.
+import { save } from '../browser/export'
+import type { Coordinates, Posted, Reported } from '../browser/streams'
+import { type Token, visible } from '../model/tokens'
+import { button, choice, element } from '../presentation/elements'
+import {
+  type Asked,
+  ask,
+  CallError,
+  call,
+  type EditAsked,
+  editTitle,
+  gradientRequest,
+  pageOf,
+  previewRequest,
+  traceRequest,
+} from './calls'
 
-import type { Token } from '../label/tokens'
-import { visible } from '../label/visible'
-import { save } from '../page/export'
-import type { Coordinates } from '../page/feed'
-import { button } from '../parts/controls'
-import { element } from '../parts/dom'
-import { CallError, call, pageOf } from './calls'
-import { Frame } from './frame'
-import { type Asked, gradientRequest, traceRequest } from './requests'
+// One question and its answer: what runs, how far it is, and the page that it fills.
 
 type View = 'trace' | 'gradient'
 
@@ -165,4 +172,84 @@ export class Panel {
   private name(): string {
     return `${this.asked.prompt}-${this.view}`.replace(/[^\p{L}\p{N}]+/gu, '-')
   }
+}
+
+// One answer's page in a frame of its own: the same program as a page from a file.
+
+export class Frame {
+  readonly element: HTMLIFrameElement
+  private waiting: Posted[] | undefined = []
+
+  constructor(
+    view: 'trace' | 'gradient',
+    title: string,
+    private readonly heard: (news: Reported) => void,
+  ) {
+    this.element = element('iframe', { src: `/frame/${view}`, title })
+    window.addEventListener('message', (event: MessageEvent<Reported>) => this.receive(event))
+  }
+
+  /** Posts a message as soon as the frame listens. */
+  post(posted: Posted): void {
+    if (this.waiting) this.waiting.push(posted)
+    else this.element.contentWindow?.postMessage(posted, window.location.origin)
+  }
+
+  private receive(event: MessageEvent<Reported>): void {
+    if (event.source !== this.element.contentWindow) return
+    if (event.origin !== window.location.origin) return
+    if (event.data.ready) this.flush()
+    else this.heard(event.data)
+  }
+
+  private flush(): void {
+    const waiting = this.waiting ?? []
+    this.waiting = undefined
+    for (const posted of waiting) this.post(posted)
+  }
+}
+
+// The controls by which an edit is previewed beside a gradient.
+
+/** Adds to a gradient's panel what previews an edit; `layers` is how many the model has. */
+export function addEdits(panel: Panel, layers: number, watched: () => string[]): void {
+  const strength = element('input', {
+    class: 'search strength',
+    'aria-label': 'Strength of the edit',
+    value: '0.15',
+    inputmode: 'decimal',
+  })
+  const names = Array.from({ length: layers }, (_, i) => [String(i), `layer ${i}`] as const)
+  const layer = choice('Layer of the edit', names, () => {})
+  layer.value = String(layers - 1)
+  const kind = choice('Edit', EDITS, (value) => {
+    strength.value = value === 'shift' ? '0.15' : '0.001'
+    layer.hidden = value !== 'shift'
+  })
+  const said = element('span', { class: 'status', role: 'status' })
+  const preview = button('Preview edit', 'What it would do to the answer', () => {
+    const edit: EditAsked = {
+      kind: kind.value as EditAsked['kind'],
+      strength: Number(strength.value),
+      layer: Number(layer.value),
+    }
+    said.textContent = ''
+    show(panel, edit, watched()).catch((error: unknown) => {
+      if (!(error instanceof CallError)) throw error
+      said.textContent = error.message
+    })
+  })
+  panel.bar.append(kind, layer, strength, preview, said)
+}
+
+const EDITS = [
+  ['shift', 'forward-pass shift by η'],
+  ['descent', 'descent step of rate'],
+] as const
+
+async function show(panel: Panel, edit: EditAsked, probes: readonly string[]): Promise<void> {
+  const response = await ask('PreviewEdit', previewRequest(panel.asked, edit, probes))
+  const title = editTitle(edit)
+  panel.streams[`preview:${title}`] = [JSON.stringify(response)]
+  panel.frame.post({ stream: 'previews', message: { title, response } })
 }

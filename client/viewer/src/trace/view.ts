@@ -1,26 +1,65 @@
-import type { TraceResponse } from '../contract/messages'
-import { FlowGraph } from '../graph/graph'
-import { exportPage } from '../page/export'
-import { Once } from '../page/once'
-import type { Shell } from '../page/shell'
-import { setTheme, type Theme } from '../page/theme'
-import { type Held, listenToAims } from '../parts/aim'
-import { element } from '../parts/dom'
-import { rove } from '../parts/focus'
-import { helpDialog } from '../parts/help'
-import type { Marks } from '../parts/look'
-import { Tooltip } from '../parts/tooltip'
-import { answerAppears } from './answer'
-import { Details } from './detail/details'
-import { fillHeader } from './header'
-import { HeadMatrix } from './heads/matrix'
-import { fillInspector } from './inspect'
-import { KEYS, listenToKeys } from './keys'
-import { Overview } from './overview/overview'
-import { type Found, search } from './search'
-import { traceState } from './state'
-import { flipIn, toolbar } from './toolbar'
-import { pathToTarget, type Step } from './ways'
+import { exportPage } from '../browser/export'
+import { Once, type Shell, setTheme, shell, soon, type Theme } from '../browser/shell'
+import { isLive, joinLivePage, messages, pageDescription, report } from '../browser/streams'
+import { type Held, listenToAims } from '../browser/target_choice'
+import type { TraceResponse } from '../contract'
+import { FlowGraph, type GraphEdge, type GraphNode } from '../model/flow_graph'
+import {
+  type Answer,
+  answerAppears,
+  type Found,
+  pathToTarget,
+  residuals,
+  type Step,
+  search,
+} from '../model/graph_queries'
+import type { Marks } from '../presentation/colours'
+import {
+  element,
+  helpDialog,
+  promptText,
+  provenanceLine,
+  Tooltip,
+  tokenText,
+} from '../presentation/elements'
+import { rove } from '../presentation/svg'
+import { at, probability, signed } from '../presentation/wording'
+import { flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
+import { HeadMatrix } from './heads'
+import { fillInspector } from './inspector'
+import { Details } from './layer_view'
+import { Overview } from './overview'
+
+/** Shows the trace that the page holds, or that comes while one watches. */
+export async function tracePage(): Promise<void> {
+  const view = new TraceView(shell(), pageDescription().title)
+  joinLivePage({
+    go: ({ layer, position }) => view.select(`L${layer}/p${position}/BLOCK_OUTPUT`),
+    theme: (theme) => view.state.set({ theme }),
+  })
+  view.state.subscribe(() => {
+    const node = view.graph.node(view.state.get('sel'))
+    if (node?.layer !== undefined) report({ at: { layer: node.layer, position: node.position } })
+  })
+  const detail = messages<TraceResponse>('trace')
+  const header = await detail.next() // first, since it says which positions were traced in full
+  if (!header.done) view.feed(header.value)
+  const replays = [messages<TraceResponse>('overview'), detail]
+  // Live, both come at once; from a file the overview is drawn before the rest is inflated.
+  if (isLive()) await Promise.all(replays.map((stream) => replay(view, stream)))
+  else for (const stream of replays) await replay(view, stream)
+  view.draw()
+  document.documentElement.dataset.ready = 'complete'
+}
+
+async function replay(view: TraceView, stream: AsyncGenerator<TraceResponse>): Promise<void> {
+  const draw = soon(() => view.draw())
+  for await (const message of stream) {
+    view.feed(message)
+    if (isLive()) draw()
+    else view.drawSoon()
+  }
+}
 
 const KEYS_OF_MARKS = ['sel', 'pin', 'q', 'path'] as const
 const NARROWEST = 640 // px; what is narrower scrolls
@@ -179,4 +218,83 @@ export class TraceView {
       rove(picture, current)
     }
   }
+}
+
+/** The prompt, what came of it, and which weights said so. */
+export function fillHeader(heading: HTMLElement, graph: FlowGraph, position: number): void {
+  const target = graph.targets.get(position)?.target
+  const title = element('h1', {}, ...promptText(graph.prompt, position))
+  if (target) title.append(element('span', { class: 'arrow' }, ' → '), tokenText(target.label))
+  title.lastElementChild?.classList.add('answer')
+  heading.replaceChildren(
+    title,
+    story(graph, position),
+    provenanceLine(graph.provenance, graph.complete),
+  )
+}
+
+// The trace in a sentence or two, as the command tells it.
+
+export function story(graph: FlowGraph, position: number): HTMLElement {
+  const target = graph.targets.get(position)
+  const line = element('p', { class: 'story' })
+  if (!target) return line
+  const rank = target.rank === 0 ? 'the model’s own prediction' : `rank ${target.rank}`
+  line.append(
+    tokenText(target.target.label),
+    ` after ${at(position, graph.prompt)}: ${rank}, probability ${probability(target.probability)}. `,
+    emergence(answerAppears(graph, position), residuals(graph, position)),
+  )
+  for (const [kind, name] of [
+    ['HEAD_OUTPUT', 'head'],
+    ['MLP_VALUE', 'neuron'],
+  ] as const) {
+    const best = strongest(graph, position, kind)
+    if (best) line.append(' ', contributor(best.node, name), ` adds ${signed(best.logit)}`)
+    if (best && kind === 'HEAD_OUTPUT') line.append(reading(graph, best.node))
+    if (best) line.append('.')
+  }
+  return line
+}
+
+function emergence(answer: Answer | undefined, steps: readonly GraphNode[]): string {
+  if (answer?.layer !== undefined) {
+    const step = answer.step === 'block' ? '' : `’s ${answer.step}`
+    return `On top for good after layer ${answer.layer}${step}.`
+  }
+  if (answer) return 'On top for good after the embedding.'
+  const ranks = steps.map((node) => node.reading?.targetRank ?? Number.POSITIVE_INFINITY)
+  return ranks.length > 0 ? `Best rank on the way: ${Math.min(...ranks)}.` : ''
+}
+
+function contributor(node: GraphNode, name: string): HTMLElement {
+  const number = name === 'head' ? node.head : node.neuron
+  return element(
+    'button',
+    { type: 'button', class: 'inline', 'data-id': node.id },
+    `L${node.layer} ${name} ${number}`,
+  )
+}
+
+function reading(graph: FlowGraph, head: GraphNode): string {
+  let most: GraphEdge | undefined
+  for (const { edge } of graph.partsOf(head.id)) {
+    if ((edge.attention ?? 0) > (most?.attention ?? 0)) most = edge
+  }
+  const source = most && graph.node(most.source)?.source
+  if (source === undefined) return ''
+  return `, reading ${at(source, graph.prompt)} with attention ${(most?.attention ?? 0).toFixed(2)}`
+}
+
+/** The node of one kind that adds most to the target's logit at a position. */
+function strongest(graph: FlowGraph, position: number, kind: string) {
+  let best: { node: GraphNode; logit: number } | undefined
+  for (const node of graph.nodes.values()) {
+    if (node.kind !== kind || node.position !== position) continue
+    for (const edge of graph.edgesFrom(node.id)) {
+      const logit = edge.logitContribution
+      if (logit !== undefined && (!best || logit > best.logit)) best = { node, logit }
+    }
+  }
+  return best
 }

@@ -1,0 +1,117 @@
+import { HashState } from '../browser/shell'
+import { placeOf } from '../model/gradient'
+import { button, choice, element, exporter, searchBox, THEMES } from '../presentation/elements'
+import { type Direction, neighbour } from '../presentation/svg'
+
+/** What a link to a gradient's page can say; '' = the page's own choice. */
+export const GRADIENT_STATE = {
+  /** Matrix whose inputs are shown. */
+  imprint: '',
+  /** Matrix whose VJPs are shown. */
+  shift: '',
+  /** Matrix whose ranks of the target are shown. */
+  rank: '',
+  /** Which target, where the loss has several: its place among them. */
+  target: '',
+  /** Which ends of the rankings are shown: both, top or bottom. */
+  ends: '',
+  /** Which expert of a mixture is shown; '' = at every place the one of the largest component. */
+  expert: '',
+  /** Text or token id searched for. */
+  q: '',
+  /** The selected component, e.g. `L3/p7/FF2`. */
+  sel: '',
+  theme: '',
+} as const
+
+export type GradientKey = keyof typeof GRADIENT_STATE
+export type GradientState = HashState<GradientKey>
+
+export function gradientState(): GradientState {
+  return new HashState<GradientKey>(GRADIENT_STATE)
+}
+
+/** What the toolbar and the keys can ask of the page beside changing its state. */
+export interface Commands {
+  exportAs: (format: string) => void
+  help: () => void
+  search: () => void
+}
+
+const ENDS = [
+  ['', '▲ top and ▼ bottom'],
+  ['top', '▲ top only'],
+  ['bottom', '▼ bottom only'],
+] as const
+
+/** Fills the toolbar; gives back what brings its controls in line with the state. */
+export function toolbar(
+  bar: HTMLElement,
+  state: GradientState,
+  commands: Commands,
+): (experts: readonly number[]) => void {
+  const search = searchBox((q) => state.set({ q }))
+  const ends = choice('Ends', ENDS, (value) => state.set({ ends: value }))
+  const experts = choice('Expert', [], (value) => state.set({ expert: value }))
+  const theme = choice('Theme', THEMES, (value) => state.set({ theme: value }))
+  const exports = exporter(commands.exportAs)
+  bar.append(search, ends, experts, theme, exports, button('?', 'Keys', commands.help))
+  return (known) => {
+    if (document.activeElement !== search) search.value = state.get('q')
+    offerExperts(experts, known)
+    ends.value = state.get('ends')
+    experts.value = state.get('expert')
+    theme.value = state.get('theme')
+  }
+}
+
+function offerExperts(select: HTMLSelectElement, experts: readonly number[]): void {
+  select.hidden = experts.length === 0
+  if (select.options.length === experts.length + 1) return
+  const options = experts.map((expert) =>
+    element('option', { value: String(expert) }, `e${expert}`),
+  )
+  select.replaceChildren(element('option', { value: '' }, 'largest expert'), ...options)
+}
+
+export const KEYS = [
+  ['← → ↑ ↓', 'to the neighbour'],
+  ['Enter', 'select it'],
+  ['Esc', 'let go'],
+  ['e', 'both ends, the top, the bottom'],
+  ['/', 'search'],
+  ['?', 'these keys'],
+] as const
+
+const END_CYCLE = ['', 'top', 'bottom']
+
+/** What the keyboard does, wherever nobody is typing. */
+export function listenToKeys(state: GradientState, commands: Commands): void {
+  document.addEventListener('keydown', (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || !acts(event, state, commands)) return
+    event.preventDefault()
+  })
+}
+
+function acts(event: KeyboardEvent, state: GradientState, commands: Commands): boolean {
+  const { target, key } = event
+  if (target instanceof HTMLInputElement || target instanceof HTMLSelectElement) return false
+  if (document.querySelector('dialog[open]')) return false
+  if (target instanceof SVGElement && key.startsWith('Arrow')) {
+    const picture = target.closest('svg')
+    if (picture) neighbour(picture, target, key as Direction)?.focus()
+    return true
+  }
+  if (target instanceof SVGElement && (key === 'Enter' || key === ' ')) {
+    const id = target.dataset.id ?? ''
+    if (placeOf(id)) state.set({ sel: id })
+    return true
+  }
+  if (key === 'Escape') state.set({ sel: '', q: '' })
+  else if (key === 'e')
+    state.set({ ends: END_CYCLE[(END_CYCLE.indexOf(state.get('ends')) + 1) % 3] ?? '' })
+  else if (key === '/') commands.search()
+  else if (key === '?') commands.help()
+  else return false
+  return true
+}

@@ -1,0 +1,248 @@
+import { HashState, setTheme, type Theme } from '../browser/shell'
+import { button, choice, element, THEMES } from '../presentation/elements'
+import { type Asked, ask, CallError, keepToken } from './calls'
+import { addEdits, type Neighbours, Panel } from './panel'
+
+interface ModelMessage {
+  name?: string
+  state?: string
+  stateReason?: string
+  nLayers?: number
+}
+
+/** Asks a live server and shows answers beside each other as they come. */
+export async function livePage(): Promise<void> {
+  keepToken()
+  const page = new LivePage()
+  await page.listModels()
+}
+
+class LivePage {
+  private readonly state = new HashState({ theme: '' })
+  private readonly models = new Map<string, ModelMessage>()
+  private readonly panels: Panel[] = []
+  private readonly answers = element('main', { class: 'answers' })
+  private readonly trouble = element('p', { class: 'trouble', role: 'alert' })
+  private readonly form = new Form({
+    trace: (asked) => this.open('trace', asked),
+    gradient: (asked) => this.open('gradient', asked),
+  })
+  private readonly neighbours: Neighbours = {
+    moved: (from, place) => {
+      for (const panel of this.panels) {
+        if (panel !== from && samePrompt(panel.asked, from.asked)) panel.frame.post({ go: place })
+      }
+    },
+    other: ({ view, asked }) =>
+      this.open(view === 'trace' ? 'gradient' : 'trace', { ...this.form.asked(), ...same(asked) }),
+    aimed: (from, target) => {
+      if (!target.text.includes('\ufffd')) this.form.aim(target.text)
+      const asked = { ...from.asked, target: target.text, aim: target }
+      this.open(from.view, asked, from)
+    },
+    closed: (panel) => {
+      this.panels.splice(this.panels.indexOf(panel), 1)
+    },
+  }
+
+  constructor() {
+    const header = element('header', { class: 'page-header live' })
+    const theme = choice('Theme', THEMES, (value) => this.state.set({ theme: value }))
+    header.append(element('h1', {}, 'Januslens'), this.form.element, theme, this.trouble)
+    document.body.append(header, this.answers)
+    const look = () => {
+      theme.value = this.theme()
+      setTheme(this.theme())
+      for (const panel of this.panels) panel.frame.post({ theme: this.theme() })
+    }
+    this.state.subscribe(look)
+    look()
+  }
+
+  private theme(): Theme {
+    return this.state.get('theme') as Theme
+  }
+
+  async listModels(): Promise<void> {
+    try {
+      const { models = [] } = await ask<{ models?: ModelMessage[] }>('ListModels', {})
+      for (const model of models) this.models.set(model.name ?? '', model)
+      this.form.model.replaceChildren(
+        ...models.map(({ name = '', state = '' }) => {
+          const ready = state === 'STATE_READY'
+          const words = ready ? name : `${name} (${state.replace('STATE_', '').toLowerCase()})`
+          const option = element('option', { value: name }, words)
+          option.disabled = !ready
+          return option
+        }),
+      )
+      const ready = models.find(({ state }) => state === 'STATE_READY')
+      this.form.model.value = ready?.name ?? ''
+    } catch (error) {
+      if (!(error instanceof CallError)) throw error
+      this.trouble.textContent = error.message
+    }
+  }
+
+  /** Asks; the answer stands last, or beside another. */
+  private open(view: 'trace' | 'gradient', asked: Asked, beside?: Panel): void {
+    const complete = view === 'gradient' && asked.target === '' ? undefined : asked
+    if (!complete) {
+      this.trouble.textContent = 'A gradient needs a target: what is to be learnt.'
+      return
+    }
+    this.trouble.textContent = ''
+    const panel = new Panel(view, complete, this.neighbours)
+    panel.frame.post({ theme: this.theme() })
+    this.panels.push(panel)
+    const layers = this.models.get(asked.model)?.nLayers ?? 1
+    if (view === 'gradient') addEdits(panel, layers, () => this.form.watched())
+    if (beside) beside.element.after(panel.element)
+    else this.answers.append(panel.element)
+    void panel.run()
+  }
+}
+
+function samePrompt(a: Asked, b: Asked): boolean {
+  return a.prompt === b.prompt && a.model === b.model
+}
+
+/** What the question beside an answer has in common with it; a target typed since is kept. */
+function same({ prompt, model }: Asked): Partial<Asked> {
+  return { prompt, model }
+}
+
+/** What the form can start. */
+export interface Starts {
+  trace: (asked: Asked) => void
+  gradient: (asked: Asked) => void
+}
+
+const MATRICES = ['FF1', 'FF2', 'Q', 'K', 'V', 'O']
+const LENSES = [
+  ['FINAL_NORM', 'final norm'],
+  ['NORMALIZED', 'normalized'],
+  ['RAW', 'raw'],
+] as const
+
+/** Where a person asks: prompt, target, model; the rest behind "more". */
+export class Form {
+  readonly element = element('form', { class: 'ask', 'aria-label': 'Ask' })
+  readonly model = choice('Model', [], () => {})
+  private readonly prompt = this.promptField()
+  private readonly target = field('target', 'Target', 'the model’s own prediction')
+  private readonly layers = field('layers', 'Layers', 'all; or 0-3,7')
+  private readonly positions = field('positions', 'Positions', 'the last; all; or -1,3')
+  private readonly heads = field('heads', 'Heads', '10; 0 = all')
+  private readonly subject = field('subject', 'Subject', 'part of the prompt')
+  private readonly neurons = field('neurons', 'Neurons', '0')
+  private readonly spectrum = field('spectrum', 'Singular values', '0')
+  private readonly rate = field('rate', 'Learning rate', 'only the direction')
+  private readonly probes = field('probes', 'Probes', 'other prompts; split by |')
+  private readonly lens = choice('Lens', LENSES, () => {})
+  private readonly matrices = MATRICES.map((kind, i) => checkbox(kind, i < 2))
+
+  constructor(private readonly starts: Starts) {
+    const trace = button('Trace', 'Where does the answer come from?', () => {})
+    trace.type = 'submit'
+    trace.classList.add('primary')
+    const gradient = button('Gradient', 'What would learning the target change?', () =>
+      this.start('gradient'),
+    )
+    this.element.append(
+      element('div', { class: 'ask-row' }, this.prompt, this.target),
+      element('div', { class: 'ask-row' }, this.model, trace, gradient, this.more()),
+    )
+    this.element.addEventListener('submit', (event) => {
+      event.preventDefault()
+      this.start('trace')
+    })
+  }
+
+  asked(): Asked {
+    return {
+      model: this.model.value,
+      prompt: value(this.prompt),
+      target: value(this.target),
+      layers: value(this.layers),
+      positions: value(this.positions),
+      heads: value(this.heads),
+      lens: this.lens.value,
+      matrices: this.matrices.flatMap(({ box, kind }) => (box.checked ? [kind] : [])),
+      subject: value(this.subject),
+      neurons: value(this.neurons),
+      spectrum: value(this.spectrum),
+      rate: value(this.rate),
+    }
+  }
+
+  /** Writes a target as if it were typed. */
+  aim(text: string): void {
+    const input = this.target.querySelector('input')
+    if (input) input.value = text
+  }
+
+  /** Other prompts to look at when an edit is previewed. */
+  watched(): string[] {
+    return value(this.probes)
+      .split('|')
+      .map((probe) => probe.trim())
+      .filter((probe) => probe !== '')
+  }
+
+  /** Of several lines, if need be: Enter asks, Shift-Enter begins a new one. */
+  private promptField(): HTMLLabelElement {
+    const text = element('textarea', {
+      name: 'prompt',
+      placeholder: 'The capital of Japan is the city of',
+      autocomplete: 'off',
+      spellcheck: 'false',
+      rows: '1',
+      required: '',
+      title: 'Enter asks; Shift-Enter begins a new line',
+    })
+    text.addEventListener('keydown', (event) => {
+      if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return
+      event.preventDefault()
+      this.element.requestSubmit()
+    })
+    return element('label', { class: 'field prompt' }, element('span', {}, 'Prompt'), text)
+  }
+
+  private start(what: keyof Starts): void {
+    const input = this.target.querySelector('input')
+    input?.setCustomValidity(
+      what === 'gradient' && input.value === '' ? 'What is to be learnt?' : '',
+    )
+    if (this.element.reportValidity()) this.starts[what](this.asked())
+    input?.setCustomValidity('')
+  }
+
+  private more(): HTMLElement {
+    const matrices = element('fieldset', { class: 'matrices' }, element('legend', {}, 'Matrices'))
+    matrices.append(...this.matrices.map(({ label }) => label))
+    return element(
+      'details',
+      { class: 'more' },
+      element('summary', {}, 'more'),
+      element('div', { class: 'ask-row' }, this.layers, this.positions, this.heads, this.lens),
+      element('div', { class: 'ask-row' }, matrices, this.subject),
+      element('div', { class: 'ask-row' }, this.neurons, this.spectrum, this.rate, this.probes),
+    )
+  }
+}
+
+function field(name: string, words: string, placeholder: string): HTMLLabelElement {
+  const input = element('input', { name, placeholder, autocomplete: 'off', spellcheck: 'false' })
+  return element('label', { class: `field ${name}` }, element('span', {}, words), input)
+}
+
+function value(label: HTMLLabelElement): string {
+  return label.querySelector<HTMLInputElement | HTMLTextAreaElement>('input, textarea')?.value ?? ''
+}
+
+function checkbox(kind: string, checked: boolean) {
+  const box = element('input', { type: 'checkbox', name: kind })
+  box.checked = checked
+  return { kind, box, label: element('label', {}, box, kind) }
+}

@@ -1,0 +1,286 @@
+import type {
+  EdgeMessage,
+  Float,
+  ModelSizesMessage,
+  NodeMessage,
+  PositionTargetMessage,
+  ProjectionMessage,
+  ProvenanceMessage,
+  StageTimeMessage,
+  TraceResponse,
+} from '../contract'
+import { type Token, TokenTable, tokenOf } from './tokens'
+
+/** A token with what a projection says of it. */
+export interface Scored {
+  token: Token
+  probability: number
+  logit: number
+}
+
+/** A vector read in the vocabulary. */
+export interface Reading {
+  top: readonly Scored[]
+  bottom: readonly Scored[]
+  entropyBits: number
+  targetRank: number | undefined
+  targetProbability: number | undefined
+  targetLogit: number | undefined
+}
+
+/** One vector of the forward pass; semantics.md says what each kind is. */
+export interface GraphNode {
+  id: string
+  kind: string
+  layer: number | undefined
+  position: number
+  head: number | undefined
+  source: number | undefined
+  neuron: number | undefined
+  expert: number | undefined
+  norm: number
+  activation: number | undefined
+  readonly reading: Reading | undefined
+}
+
+export interface GraphEdge {
+  source: string
+  target: string
+  kind: string
+  weight: number
+  share: number | undefined
+  attention: number | undefined
+  logitContribution: number | undefined
+  overlap: number | undefined
+}
+
+export interface PositionTarget {
+  position: number
+  target: Token
+  predicted: Token
+  probability: number
+  rank: number
+  logit: number
+  constantLogitContribution: number
+}
+
+export function nodeOf(message: NodeMessage, tokens: TokenTable): GraphNode {
+  const { projection } = message
+  let reading: Reading | undefined // made when first asked for: most nodes are never looked at
+  return {
+    id: message.id,
+    kind: message.kind.replace('NODE_KIND_', ''),
+    layer: message.layer,
+    position: message.position ?? 0,
+    head: message.head,
+    source: message.sourcePosition,
+    neuron: message.neuron,
+    expert: message.expert,
+    norm: number(message.norm),
+    activation: optional(message.activation),
+    get reading() {
+      if (projection && !reading) reading = readingOf(projection, tokens)
+      return reading
+    },
+  }
+}
+
+export function edgeOf(message: EdgeMessage): GraphEdge {
+  return {
+    source: message.source,
+    target: message.target,
+    kind: message.kind.replace('EDGE_KIND_', ''),
+    weight: number(message.weight),
+    share: optional(message.share),
+    attention: optional(message.attention),
+    logitContribution: optional(message.logitContribution),
+    overlap: optional(message.overlap),
+  }
+}
+
+export function positionTargetOf(
+  message: PositionTargetMessage,
+  tokens: TokenTable,
+): PositionTarget {
+  return {
+    position: message.position ?? 0,
+    target: tokens.get(message.targetTokenId ?? 0),
+    predicted: tokens.get(message.predictedTokenId ?? 0),
+    probability: number(message.targetProbability),
+    rank: message.targetRank ?? 0,
+    logit: number(message.targetLogit),
+    constantLogitContribution: number(message.constantLogitContribution),
+  }
+}
+
+export function readingOf(message: ProjectionMessage, tokens: TokenTable): Reading {
+  return {
+    top: scored(tokens, message.topTokenIds, message.topProbabilities, message.topLogits),
+    bottom: scored(
+      tokens,
+      message.bottomTokenIds,
+      message.bottomProbabilities,
+      message.bottomLogits,
+    ),
+    entropyBits: number(message.entropyBits),
+    targetRank: message.targetRank,
+    targetProbability: optional(message.targetProbability),
+    targetLogit: optional(message.targetLogit),
+  }
+}
+
+function scored(
+  tokens: TokenTable,
+  ids: readonly number[] = [],
+  probabilities: readonly Float[] = [],
+  logits: readonly Float[] = [],
+): Scored[] {
+  return ids.map((id, i) => ({
+    token: tokens.get(id),
+    probability: number(probabilities[i]),
+    logit: number(logits[i]),
+  }))
+}
+
+/** A float of the stream; an absent one is 0, and "NaN" or "Infinity" what they say. */
+export function number(value: Float | undefined): number {
+  return value === undefined ? 0 : Number(value)
+}
+
+function optional(value: Float | undefined): number | undefined {
+  return value === undefined ? undefined : Number(value)
+}
+
+/** A node and the edge by which it enters another. */
+export interface Part {
+  node: GraphNode
+  edge: GraphEdge
+}
+
+/**
+ * The flow graph of a forward pass, as far as its messages have come.
+ *
+ * Several streams of the same prompt may feed it: ids are coordinates, equal in every request, so
+ * what comes twice is the same node. The first header says which positions were asked for in full.
+ */
+export class FlowGraph {
+  readonly tokens = new TokenTable()
+  readonly nodes = new Map<string, GraphNode>()
+  readonly layers = new Set<number>()
+  readonly targets = new Map<number, PositionTarget>()
+  prompt: Token[] = []
+  /** Positions of the first header: those traced in full. */
+  traced: number[] = []
+  provenance: ProvenanceMessage = {}
+  sizes: ModelSizesMessage = {}
+  times: StageTimeMessage[] = []
+  /** Grows with every message: what was drawn from an older version is out of date. */
+  version = 0
+  /** Whether every stream that began has come to its summary; one without was cut. */
+  get complete(): boolean {
+    return this.headers > 0 && this.headers === this.summaries
+  }
+
+  /** Size of the vocabulary, where the stream says it. */
+  get vocabulary(): number | undefined {
+    return this.sizes.vocabSize
+  }
+
+  private headers = 0
+  private summaries = 0
+  private readonly into = new Map<string, GraphEdge[]>()
+  private readonly from = new Map<string, GraphEdge[]>()
+
+  feed(message: TraceResponse): void {
+    this.version++
+    if (message.header) this.begin(message.header)
+    if (message.header) this.headers++
+    if (message.layer) this.extend(message.layer)
+    if (message.summary) {
+      this.summaries++
+      this.times = message.summary.times ?? []
+    }
+  }
+
+  private begin(header: NonNullable<TraceResponse['header']>): void {
+    this.tokens.learn(header.promptTokens)
+    this.tokens.learn(header.tokens)
+    const targets = (header.targets ?? []).map((target) => positionTargetOf(target, this.tokens))
+    if (this.prompt.length === 0) {
+      this.prompt = (header.promptTokens ?? []).map(tokenOf)
+      this.provenance = header.provenance ?? {}
+      this.sizes = header.sizes ?? {}
+      this.traced = targets.map((target) => target.position)
+    }
+    // A place for every layer that will come: what has come stays where it is.
+    for (const layer of header.layers ?? []) this.layers.add(layer)
+    for (const target of targets) {
+      if (!this.targets.has(target.position)) this.targets.set(target.position, target)
+    }
+  }
+
+  private extend(layer: NonNullable<TraceResponse['layer']>): void {
+    this.tokens.learn(layer.tokens)
+    this.layers.add(layer.layer ?? 0)
+    for (const message of layer.nodes ?? []) {
+      this.nodes.set(message.id, nodeOf(message, this.tokens))
+    }
+    for (const message of layer.edges ?? []) this.join(edgeOf(message))
+  }
+
+  private join(edge: GraphEdge): void {
+    const known = listOf(this.into, edge.target)
+    if (known.some((other) => other.source === edge.source && other.kind === edge.kind)) return
+    known.push(edge)
+    listOf(this.from, edge.source).push(edge)
+  }
+
+  node(id: string): GraphNode | undefined {
+    return this.nodes.get(id)
+  }
+
+  /** The node of these coordinates, e.g. `at(3, 7, 'BLOCK_OUTPUT')`. */
+  at(layer: number, position: number, kind: string): GraphNode | undefined {
+    return this.nodes.get(`L${layer}/p${position}/${kind}`)
+  }
+
+  edgesInto(id: string): readonly GraphEdge[] {
+    return this.into.get(id) ?? []
+  }
+
+  edgesFrom(id: string): readonly GraphEdge[] {
+    return this.from.get(id) ?? []
+  }
+
+  /** The parts that add up to a node, largest |share| first; their shares add to 1. */
+  partsOf(id: string): Part[] {
+    const parts: Part[] = []
+    for (const edge of this.edgesInto(id)) {
+      const node = edge.kind === 'PART' ? this.nodes.get(edge.source) : undefined
+      if (node) parts.push({ node, edge })
+    }
+    return parts.sort((a, b) => Math.abs(b.edge.share ?? 0) - Math.abs(a.edge.share ?? 0))
+  }
+
+  /** The head that a node is of; a row of W_O is its coordinate's. */
+  headOf(node: GraphNode): number | undefined {
+    const { dHead } = this.sizes
+    if (node.kind !== 'ATTENTION_NEURON' || node.neuron === undefined || !dHead) return node.head
+    return Math.floor(node.neuron / dHead)
+  }
+
+  /** What a node is read from by one kind of edge, if it is. */
+  sourceBy(id: string, kind: string): GraphNode | undefined {
+    const edge = this.edgesInto(id).find((candidate) => candidate.kind === kind)
+    return edge && this.nodes.get(edge.source)
+  }
+}
+
+function listOf<Item>(lists: Map<string, Item[]>, key: string): Item[] {
+  let list = lists.get(key)
+  if (!list) {
+    list = []
+    lists.set(key, list)
+  }
+  return list
+}

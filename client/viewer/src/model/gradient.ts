@@ -1,0 +1,289 @@
+import type {
+  ComponentMessage,
+  GradientMatrixMessage,
+  GradientResponse,
+  NeuronChangeMessage,
+  ProjectionMessage,
+  ProvenanceMessage,
+  SegmentRowMessage,
+  SingularMessage,
+} from '../contract'
+import { number, type Reading, readingOf } from './flow_graph'
+import { type Token, TokenTable, tokenOf } from './tokens'
+
+// One matrix's gradient as records: components, singular directions, neurons.
+
+/** One position's outer product. */
+export interface Component {
+  matrix: Matrix
+  position: number
+  inputNorm: number
+  vjpNorm: number
+  size: number
+  reading: Reading | undefined
+  predictedRank: number | undefined
+  targetRanks: number[]
+  otherSide: { index: number; value: number }[]
+}
+
+export interface Singular {
+  value: number
+  explained: number
+  reading: Reading | undefined
+}
+
+export interface NeuronChange {
+  neuron: number
+  norm: number
+  before: Reading | undefined
+  change: Reading | undefined
+  after: Reading | undefined
+}
+
+export interface Matrix {
+  layer: number
+  kind: string
+  expert: number | undefined
+  dIn: number
+  dOut: number
+  /** Which factor is read: the input, which is imprinted, or the VJP, by which the output shifts. */
+  side: 'INPUT' | 'VJP'
+  /** Where the tokens stand that a descent step promotes; '' for inputs. */
+  promoted: 'TOP' | 'BOTTOM' | ''
+  components: Component[]
+  /** How many the whole gradient has. */
+  count: number
+  norm: number
+  spectrum: Singular[]
+  neurons: NeuronChange[]
+  verification: { error: number; tolerance: number } | undefined
+}
+
+/** `L3`, or `L3 expert 2`. */
+export function owner({ layer, expert }: Matrix): string {
+  return expert === undefined ? `L${layer}` : `L${layer} expert ${expert}`
+}
+
+/** `L3 FF2`, or `L3 expert 2 FF2`. */
+export function matrixName(matrix: Matrix): string {
+  return `${owner(matrix)} ${matrix.kind}`
+}
+
+export type Read = (projection?: ProjectionMessage) => Reading | undefined
+
+/** A matrix without its lists, which may come in several messages. */
+export function matrixOf(message: GradientMatrixMessage, kind: string): Matrix {
+  const end = (message.promotedEnd ?? '').replace('END_', '')
+  return {
+    layer: message.layer ?? 0,
+    kind,
+    expert: message.expert,
+    dIn: message.dIn ?? 0,
+    dOut: message.dOut ?? 0,
+    side: message.projectedSide === 'SIDE_VJP' ? 'VJP' : 'INPUT',
+    promoted: end === 'TOP' || end === 'BOTTOM' ? end : '',
+    components: [],
+    count: message.componentCount ?? 0,
+    norm: number(message.frobeniusNorm),
+    spectrum: [],
+    neurons: [],
+    verification: undefined,
+  }
+}
+
+export function componentOf(message: ComponentMessage, matrix: Matrix, read: Read): Component {
+  return {
+    matrix,
+    position: message.position ?? 0,
+    inputNorm: number(message.inputNorm),
+    vjpNorm: number(message.vjpNorm),
+    size: number(message.size),
+    reading: read(message.projection),
+    predictedRank: message.predictedRank,
+    targetRanks: message.targetRanks ?? [],
+    otherSide: (message.otherSide ?? []).map(({ index, value }) => ({
+      index: index ?? 0,
+      value: number(value),
+    })),
+  }
+}
+
+export function singularOf(message: SingularMessage, read: Read): Singular {
+  return {
+    value: number(message.value),
+    explained: number(message.explained),
+    reading: read(message.projection),
+  }
+}
+
+export function neuronOf(message: NeuronChangeMessage, read: Read): NeuronChange {
+  return {
+    neuron: message.neuron ?? 0,
+    norm: number(message.changeNorm),
+    before: read(message.before),
+    change: read(message.change),
+    after: read(message.after),
+  }
+}
+
+// The gradient of a loss as far as its messages have come.
+
+export interface Segment {
+  segment: string
+  layer: number
+  kind: string
+  norm: number
+  rank: number | undefined
+  positions: number
+}
+
+export class GradientModel {
+  readonly tokens = new TokenTable()
+  readonly matrices: Matrix[] = []
+  prompt: Token[] = []
+  targets: Token[] = []
+  predicted: Token | undefined
+  loss = 0
+  provenance: ProvenanceMessage = {}
+  vocabulary: number | undefined
+  layerCount: number | undefined
+  skipped: string[] = []
+  segments: Segment[] = []
+  complete = false
+  /** Grows with every message: what was drawn from an older version is out of date. */
+  version = 0
+  private readonly places = new Map<string, Component[]>()
+
+  feed(message: GradientResponse): void {
+    this.version++
+    if (message.header) this.begin(message.header)
+    if (message.matrix) this.extend(message.matrix)
+    if (message.summary) {
+      this.segments = (message.summary.segments ?? []).map(segmentOf)
+      this.complete = true
+    }
+  }
+
+  /** The kinds of one side that have come, in the papers' order. */
+  kinds(side: Matrix['side']): string[] {
+    const known = new Set(this.matrices.filter((m) => m.side === side).map((m) => m.kind))
+    return KINDS.filter((kind) => known.has(kind))
+  }
+
+  of(kind: string): Matrix[] {
+    return this.matrices.filter((matrix) => matrix.kind === kind)
+  }
+
+  /** The experts that a mixture routed to, ascending. */
+  experts(): number[] {
+    const known = new Set(this.matrices.flatMap(({ expert }) => expert ?? []))
+    return [...known].sort((a, b) => a - b)
+  }
+
+  /** What stands at a place; of several experts' components one's, or else the largest. */
+  at(place: Place, expert?: number): Component | undefined {
+    const found = this.all(place)
+    if (expert === undefined) return found[0]
+    return found.find(({ matrix }) => matrix.expert === undefined || matrix.expert === expert)
+  }
+
+  /** Every component at a place, largest first: several where a mixture routes to experts. */
+  all(place: Place): readonly Component[] {
+    return this.places.get(placeId(place)) ?? []
+  }
+
+  /** The blocks of the picture, ascending; before all have come, as many as the model has. */
+  layers(): number[] {
+    const known = new Set(this.matrices.map((matrix) => matrix.layer))
+    if (!this.complete) for (let i = 0; i < (this.layerCount ?? 0); i++) known.add(i)
+    return [...known].sort((a, b) => a - b)
+  }
+
+  private begin(header: NonNullable<GradientResponse['header']>): void {
+    this.tokens.learn(header.promptTokens)
+    this.tokens.learn(header.tokens)
+    this.prompt = (header.promptTokens ?? []).map(tokenOf)
+    this.targets = (header.targetTokenIds ?? []).map((id) => this.tokens.get(id))
+    this.predicted = this.tokens.get(header.predictedTokenId ?? 0)
+    this.loss = number(header.loss)
+    this.provenance = header.provenance ?? {}
+    this.vocabulary = header.sizes?.vocabSize
+    this.layerCount = header.sizes?.nLayers
+    this.skipped = (header.skipped ?? []).map(kindOf)
+  }
+
+  private extend(message: GradientMatrixMessage): void {
+    this.tokens.learn(message.tokens)
+    const read = (projection?: ProjectionMessage): Reading | undefined =>
+      projection && readingOf(projection, this.tokens)
+    const matrix = this.known(message)
+    for (const part of message.components ?? []) {
+      this.put(componentOf(part, matrix, read))
+    }
+    matrix.spectrum.push(...(message.spectrum ?? []).map((s) => singularOf(s, read)))
+    matrix.neurons.push(...(message.neurons ?? []).map((n) => neuronOf(n, read)))
+    const { verification } = message
+    if (verification) {
+      const { relativeError, tolerance } = verification
+      matrix.verification = { error: number(relativeError), tolerance: number(tolerance) }
+    }
+  }
+
+  private put(component: Component): void {
+    const { matrix, position } = component
+    matrix.components.push(component)
+    const id = placeId({ layer: matrix.layer, position, kind: matrix.kind })
+    const others = this.places.get(id) ?? []
+    this.places.set(
+      id,
+      [...others, component].sort((a, b) => b.size - a.size),
+    )
+  }
+
+  /** The matrix that a message begins or continues. */
+  private known(message: GradientMatrixMessage): Matrix {
+    const kind = kindOf(message.kind ?? '')
+    const found = this.of(kind).find(
+      (m) => m.layer === (message.layer ?? 0) && m.expert === message.expert,
+    )
+    if (found) return found
+    const made = matrixOf(message, kind)
+    this.matrices.push(made)
+    return made
+  }
+}
+
+const KINDS = ['FF1', 'GATE', 'UP', 'FF2', 'Q', 'K', 'V', 'O']
+
+function kindOf(name: string): string {
+  return name.replace('MATRIX_KIND_', '')
+}
+
+function segmentOf(message: SegmentRowMessage): Segment {
+  const { meanTargetRank } = message
+  return {
+    segment: message.segment ?? '',
+    layer: message.layer ?? 0,
+    kind: kindOf(message.kind ?? ''),
+    norm: number(message.meanVjpNorm),
+    rank: meanTargetRank === undefined ? undefined : number(meanTargetRank),
+    positions: message.positions ?? 0,
+  }
+}
+
+/** Where a component is: its layer and position are those of the flow graph's nodes. */
+export interface Place {
+  layer: number
+  position: number
+  kind: string
+}
+
+export function placeId({ layer, position, kind }: Place): string {
+  return `L${layer}/p${position}/${kind}`
+}
+
+export function placeOf(id: string): Place | undefined {
+  const match = id.match(/^L(\d+)\/p(\d+)\/(\w+)$/)
+  if (!match) return undefined
+  return { layer: Number(match[1]), position: Number(match[2]), kind: match[3] ?? '' }
+}

@@ -1,0 +1,251 @@
+import type { FlowGraph, GraphEdge, GraphNode } from './flow_graph'
+import { matcher, type Token } from './tokens'
+
+/** A block without a residual between its halves, a parallel one, is one step. */
+export type AnswerStep = 'embedding' | 'attention' | 'MLP' | 'block'
+
+/** Where the target is on top of the residual stream for good. */
+export interface Answer {
+  node: GraphNode
+  layer: number | undefined
+  /** Which step brought it there. */
+  step: AnswerStep
+}
+
+/** The residuals of a position from the embedding upwards, those that have a reading. */
+export function residuals(graph: FlowGraph, position: number): GraphNode[] {
+  const found: (GraphNode | undefined)[] = [graph.node(`p${position}/BLOCK_INPUT`)]
+  for (const layer of [...graph.layers].sort((a, b) => a - b)) {
+    found.push(graph.at(layer, position, 'RESIDUAL_MID'))
+    found.push(graph.at(layer, position, 'BLOCK_OUTPUT'))
+  }
+  return found.filter((node) => node?.reading !== undefined) as GraphNode[]
+}
+
+/** The first residual from which on the target's rank is 0; undefined if it is not in the end. */
+export function answerAppears(graph: FlowGraph, position: number): Answer | undefined {
+  const steps = residuals(graph, position)
+  const lastBelow = steps.findLastIndex((node) => node.reading?.targetRank !== 0)
+  const node = steps[lastBelow + 1]
+  if (!node) return undefined
+  return { node, layer: node.layer, step: stepTo(graph, node) }
+}
+
+function stepTo(graph: FlowGraph, node: GraphNode): AnswerStep {
+  if (node.kind === 'BLOCK_INPUT') return 'embedding'
+  if (node.kind === 'RESIDUAL_MID') return 'attention'
+  return graph.at(node.layer ?? 0, node.position, 'RESIDUAL_MID') ? 'MLP' : 'block'
+}
+
+// Ways through the graph: the strongest source, the strongest destination, the strongest path.
+
+/** What a node is mostly made of, and what it mostly goes into. */
+export function strongestSource(graph: FlowGraph, id: string): GraphNode | undefined {
+  return stepBack(graph, id)?.node
+}
+
+export function strongestDestination(graph: FlowGraph, id: string): GraphNode | undefined {
+  const edges = graph.edgesFrom(id).filter((edge) => graph.node(edge.target))
+  const part = edges.find((edge) => edge.kind === 'PART') ?? edges[0]
+  return part && graph.node(part.target)
+}
+
+/** One step of a path; its edge, if it has one, enters the step before. */
+export interface Step {
+  node: GraphNode
+  edge: GraphEdge | undefined
+}
+
+const ENDS = ['PREDICTION', 'FINAL_NORM', 'BLOCK_OUTPUT']
+// A remainder or a constant explains nothing further.
+const DEAD_ENDS = new Set(['OTHER', 'ATTENTION_BIAS', 'MLP_BIAS'])
+
+/**
+ * The strongest chain from a position's prediction back to the embedding: the path that
+ * `trace.path_to_target()` gives. At a sum it takes the part that adds most to the target's logit
+ * (without contributions, the largest share), at attention's result the heads together, elsewhere
+ * the heaviest edge.
+ */
+export function pathToTarget(graph: FlowGraph, position: number): Step[] {
+  const start = lastOutput(graph, position)
+  if (!start) return []
+  const path: Step[] = [{ node: start, edge: undefined }]
+  for (let step = stepBack(graph, start.id); step; step = stepBack(graph, step.node.id)) {
+    path.push(step)
+  }
+  return path
+}
+
+function lastOutput(graph: FlowGraph, position: number): GraphNode | undefined {
+  for (const kind of ENDS) {
+    let last: GraphNode | undefined
+    for (const node of graph.nodes.values()) {
+      if (node.kind === kind && node.position === position) last = node
+    }
+    if (last) return last
+  }
+  return undefined
+}
+
+function stepBack(graph: FlowGraph, id: string): Step | undefined {
+  const node = graph.node(id)
+  if (node?.kind === 'ATTENTION_SUM' || node?.kind === 'ATTENTION_OUTPUT') {
+    const heads = graph.at(node.layer ?? 0, node.position, 'ATTENTION_CONCAT')
+    if (heads) return { node: heads, edge: undefined }
+  }
+  const edges = graph.edgesInto(id).filter((edge) => {
+    const source = graph.node(edge.source)
+    return source && !DEAD_ENDS.has(source.kind)
+  })
+  const edge = strongest(edges)
+  const source = edge && graph.node(edge.source)
+  return source && { node: source, edge }
+}
+
+function strongest(edges: readonly GraphEdge[]): GraphEdge | undefined {
+  const parts = edges.filter((edge) => edge.kind === 'PART')
+  if (parts.length > 0 && parts.every((part) => part.logitContribution !== undefined)) {
+    return best(parts, (part) => part.logitContribution ?? 0)
+  }
+  if (parts.length > 0) return best(parts, (part) => Math.abs(part.share ?? 0))
+  return best(edges, (edge) => Math.abs(edge.weight))
+}
+
+function best<Item>(items: readonly Item[], of: (item: Item) => number): Item | undefined {
+  let found: Item | undefined
+  for (const item of items) if (found === undefined || of(item) > of(found)) found = item
+  return found
+}
+
+// A selection followed through all layers along its sums: up into what it makes up, down into what
+// makes it up. What is read through a norm is no part of it, so there the way ends.
+
+/** How much of each node's ribbon is coloured, 0 to 1, by id. */
+export type Followed = ReadonlyMap<string, number>
+
+const LEAST = 0.004 // of a ribbon: less is not seen
+
+/**
+ * Upward a ribbon is coloured as far as the selection makes up the node that it leaves; downward as
+ * far as the sum that it enters makes up the selection. Both are products of |share|, so that a
+ * ribbon's coloured width is its own contribution.
+ */
+export function follow(graph: FlowGraph, selected: string): Followed {
+  const followed = new Map<string, number>()
+  const node = graph.node(selected)
+  if (!node) return followed
+  const part = written(graph, node)
+  descend(graph, part, 1, followed)
+  let fraction = 1
+  for (let at: GraphNode | undefined = part; at && fraction > LEAST; ) {
+    followed.set(at.id, fraction)
+    const step = upward(graph, at)
+    fraction *= step?.share ?? 0
+    at = step?.node
+  }
+  return followed
+}
+
+interface Share {
+  node: GraphNode
+  /** |share|, at most 1. */
+  share: number
+}
+
+/** What a key, a query or an up column has its effect through: the value or the head's output. */
+function written(graph: FlowGraph, node: GraphNode): GraphNode {
+  const next = graph.edgesFrom(node.id).find((edge) => {
+    if (edge.kind === 'RECALL') return true
+    return edge.kind === 'ACTIVATE' && node.kind !== 'MLP_INPUT' && node.kind !== 'ATTENTION_CONCAT'
+  })
+  if (node.kind === 'HEAD_QUERY') {
+    return graph.node(node.id.replace('HEAD_QUERY', 'HEAD_OUTPUT')) ?? node
+  }
+  return (next && graph.node(next.target)) ?? node
+}
+
+/** The sum that a node enters; each enters one. */
+function upward(graph: FlowGraph, node: GraphNode): Share | undefined {
+  const at = (kind: string) => graph.at(node.layer ?? 0, node.position, kind)
+  if (node.kind === 'ATTENTION_CONCAT') {
+    const result = at('ATTENTION_SUM') ?? at('ATTENTION_OUTPUT')
+    return result && { node: result, share: headsShare(graph, result) }
+  }
+  const edge = graph.edgesFrom(node.id).find(({ kind }) => kind === 'PART' || isSame(node, kind))
+  const sum = edge && graph.node(edge.target)
+  return sum && { node: sum, share: edge.kind === 'PART' ? size(edge.share) : 1 }
+}
+
+/** Whether an edge gives a sublayer's result in its final form. */
+function isSame(node: GraphNode, kind: string): boolean {
+  return node.kind.endsWith('_SUM') && (kind === 'NORM' || kind === 'SCALE')
+}
+
+function descend(graph: FlowGraph, sum: GraphNode, weight: number, followed: Map<string, number>) {
+  if (weight < LEAST) return
+  for (const { node, share } of downward(graph, sum)) {
+    followed.set(node.id, weight)
+    descend(graph, node, weight * share, followed)
+  }
+}
+
+/** What a node is made of, the heads together being a part of attention's result. */
+function downward(graph: FlowGraph, sum: GraphNode): Share[] {
+  const parts = graph.partsOf(sum.id).map(({ node, edge }) => ({ node, share: size(edge.share) }))
+  const concat = graph.at(sum.layer ?? 0, sum.position, 'ATTENTION_CONCAT')
+  const written = parts.some(({ node }) => node.kind === 'ATTENTION_NEURON')
+  if (concat && (written || sum.kind === 'ATTENTION_SUM')) {
+    parts.push({ node: concat, share: headsShare(graph, sum) })
+  }
+  const before = parts.length === 0 ? formOf(graph, sum) : undefined
+  return before ? [{ node: before, share: 1 }] : parts
+}
+
+/** What a node is another form of: the residual, normed or unembedded; a result, normed or scaled. */
+function formOf(graph: FlowGraph, node: GraphNode): GraphNode | undefined {
+  if (node.kind === 'PREDICTION') return graph.sourceBy(node.id, 'PROJECT')
+  if (node.kind !== 'FINAL_NORM' && !node.kind.endsWith('_OUTPUT')) return undefined
+  return graph.sourceBy(node.id, 'NORM') ?? graph.sourceBy(node.id, 'SCALE')
+}
+
+/** The heads' share of attention's result: all but the bias. */
+function headsShare(graph: FlowGraph, result: GraphNode): number {
+  const bias = graph.partsOf(result.id).find(({ node }) => node.kind === 'ATTENTION_BIAS')
+  return size(1 - (bias?.edge.share ?? 0))
+}
+
+function size(share: number | undefined): number {
+  return Math.min(1, Math.abs(share ?? 0))
+}
+
+// "Where is Tokyo?": every node that has a token among its top or bottom ones.
+
+export interface Found {
+  node: GraphNode
+  token: Token
+  end: 'top' | 'bottom'
+  /** Place in the list of that end, 0 being the very end. */
+  place: number
+}
+
+/** Every node that a query finds, with the first place where it does. */
+export function search(graph: FlowGraph, query: string): Found[] {
+  const wanted = matcher(query)
+  if (!wanted) return []
+  const found: Found[] = []
+  for (const node of graph.nodes.values()) {
+    const hit = placeIn(node, wanted)
+    if (hit) found.push(hit)
+  }
+  return found
+}
+
+function placeIn(node: GraphNode, wanted: (token: Token) => boolean): Found | undefined {
+  for (const end of ['top', 'bottom'] as const) {
+    const list = node.reading?.[end] ?? []
+    const place = list.findIndex(({ token }) => wanted(token))
+    const token = list[place]?.token
+    if (token) return { node, token, end, place }
+  }
+  return undefined
+}

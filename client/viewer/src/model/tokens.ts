@@ -1,0 +1,103 @@
+import type { TokenMessage } from '../contract'
+
+// How a token is shown: the one place that decides it for SVG, canvas, HTML and spoken labels. It
+// says the same as the client's `_results/token_text.py`; test/labels.json holds both to it.
+
+const VISIBLE: Record<string, string> = { ' ': '␣', '\n': '⏎', '\r': '␍', '\t': '⇥' }
+// Controls, formats (zero-width, bidi), surrogates, private use, unassigned, other separators.
+const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zs}\p{Zl}\p{Zp}]/u
+const COMBINING = /^\p{M}/u
+const REPLACEMENT = '\ufffd'
+
+/** `text` with everything made visible that a page would hide or obey; "" stays empty. */
+export function visible(text: string, raw: Uint8Array = new Uint8Array()): string {
+  if (text.includes(REPLACEMENT) && raw.length > 0 && !isText(raw)) return bytes(raw)
+  const shown = Array.from(text, visibleCharacter).join('')
+  return COMBINING.test(shown) ? `◌${shown}` : shown
+}
+
+function visibleCharacter(character: string): string {
+  const known = VISIBLE[character]
+  if (known !== undefined) return known
+  if (!UNPRINTABLE.test(character)) return character
+  const point = character.codePointAt(0) ?? 0
+  return `<U+${point.toString(16).toUpperCase().padStart(4, '0')}>`
+}
+
+function bytes(raw: Uint8Array): string {
+  return Array.from(raw, (b) => `<0x${b.toString(16).toUpperCase().padStart(2, '0')}>`).join('')
+}
+
+function isText(raw: Uint8Array): boolean {
+  try {
+    new TextDecoder('utf-8', { fatal: true }).decode(raw)
+    return true
+  } catch {
+    return false
+  }
+}
+
+const graphemes = new Intl.Segmenter(undefined, { granularity: 'grapheme' })
+
+/** At most `length` graphemes of a label, the last one an ellipsis where some were cut off. */
+export function cut(label: string, length: number): string {
+  if (label.length <= length) return label
+  const pieces = Array.from(graphemes.segment(label), (piece) => piece.segment)
+  return pieces.length <= length ? label : `${pieces.slice(0, length - 1).join('')}…`
+}
+
+/** One entry of the vocabulary as the pages show it. */
+export interface Token {
+  id: number
+  /** The text as the stream gave it. */
+  text: string
+  /** What is shown: see `visible`; "#id" for a token without text. */
+  label: string
+}
+
+/** The texts that a stream has named so far; each comes once, with the message that needs it. */
+export class TokenTable {
+  private readonly byId = new Map<number, Token>()
+
+  learn(messages: readonly TokenMessage[] = []): void {
+    for (const message of messages) {
+      const token = tokenOf(message)
+      if (!this.byId.has(token.id)) this.byId.set(token.id, token)
+    }
+  }
+
+  get(id: number): Token {
+    return this.byId.get(id) ?? { id, text: '', label: `#${id}` }
+  }
+
+  all(): Iterable<Token> {
+    return this.byId.values()
+  }
+}
+
+export function tokenOf(message: TokenMessage): Token {
+  const text = message.text ?? ''
+  return {
+    id: message.id ?? 0,
+    text,
+    label: visible(text, fromBase64(message.raw ?? '')) || `#${message.id ?? 0}`,
+  }
+}
+
+export function fromBase64(text: string): Uint8Array<ArrayBuffer> {
+  return Uint8Array.from(atob(text), (character) => character.charCodeAt(0))
+}
+
+/** What a text finds: a token's id as `#719`, else any token whose text contains it. */
+export function matcher(query: string): ((token: Token) => boolean) | undefined {
+  const id = query.match(/^#(\d+)$/)
+  if (id) return (token) => token.id === Number(id[1])
+  const text = query.trim().toLowerCase()
+  if (text === '') return undefined
+  const exactly = query.startsWith(' ') || query.startsWith('␣')
+  if (exactly) {
+    const label = `␣${text.replace(/^␣/, '')}`
+    return (token) => token.label.toLowerCase() === label
+  }
+  return (token) => token.label.toLowerCase().includes(text)
+}

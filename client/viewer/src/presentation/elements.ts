@@ -1,0 +1,200 @@
+import type { ProvenanceMessage } from '../contract'
+import type { Scored } from '../model/flow_graph'
+import type { Token } from '../model/tokens'
+import { probability, signed } from './wording'
+
+/** An element with attributes and children; text becomes text, never markup. */
+export function element<Name extends keyof HTMLElementTagNameMap>(
+  name: Name,
+  attributes: Readonly<Record<string, string>> = {},
+  ...children: (Node | string)[]
+): HTMLElementTagNameMap[Name] {
+  const made = document.createElement(name)
+  for (const [attribute, value] of Object.entries(attributes)) made.setAttribute(attribute, value)
+  made.append(...children)
+  return made
+}
+
+/** A token's label in a run of text: isolated, so that right-to-left text moves nothing around it. */
+export function tokenText(label: string): HTMLElement {
+  return element('bdi', { class: 'token' }, label)
+}
+
+/** A button that does one thing. */
+export function button(words: string, title: string, act: () => void): HTMLButtonElement {
+  const made = element('button', { type: 'button', class: 'button', title }, words)
+  made.addEventListener('click', act)
+  return made
+}
+
+/** A button that is on or off; `pressed` says which, whenever the state changes. */
+export function toggle(words: string, title: string, act: () => void): HTMLButtonElement {
+  const made = button(words, title, act)
+  made.setAttribute('aria-pressed', 'false')
+  return made
+}
+
+export function press(toggled: HTMLButtonElement, on: boolean): void {
+  toggled.setAttribute('aria-pressed', String(on))
+}
+
+/** One of a few values. */
+export function choice(
+  name: string,
+  options: readonly (readonly [value: string, words: string])[],
+  act: (value: string) => void,
+): HTMLSelectElement {
+  const made = element('select', { class: 'choice', 'aria-label': name, title: name })
+  made.append(...options.map(([value, words]) => element('option', { value }, words)))
+  made.addEventListener('change', () => act(made.value))
+  return made
+}
+
+/** Light, dark, or as the system has it. */
+export const THEMES = [
+  ['', 'system'],
+  ['light', 'light'],
+  ['dark', 'dark'],
+] as const
+
+const EXPORTS = [
+  ['', 'export'],
+  ['json', 'JSON lines'],
+  ['svg', 'SVG'],
+  ['png', 'PNG'],
+] as const
+
+/** A choice of a format that is done and forgotten. */
+export function exporter(exportAs: (format: string) => void): HTMLSelectElement {
+  const made = choice('Export', EXPORTS, (format) => {
+    exportAs(format)
+    made.value = ''
+  })
+  return made
+}
+
+export function searchBox(search: (query: string) => void): HTMLInputElement {
+  const made = element('input', {
+    type: 'search',
+    class: 'search',
+    placeholder: 'Where is … ?',
+    'aria-label': 'Search a token, or an id as #17',
+  })
+  made.addEventListener('input', () => search(made.value))
+  return made
+}
+
+/** The keys of a page in a dialog. */
+export function helpDialog(keys: readonly (readonly [string, string])[]): HTMLDialogElement {
+  const rows = keys.map(([key, what]) =>
+    element(
+      'tr',
+      {},
+      element('th', { scope: 'row' }, ...key.split(' ').map((k) => element('kbd', {}, k))),
+      element('td', {}, what),
+    ),
+  )
+  const close = element('button', { type: 'button', class: 'button' }, 'Close')
+  const dialog = element(
+    'dialog',
+    { class: 'help', 'aria-labelledby': 'help-title' },
+    element('h2', { id: 'help-title' }, 'Keys'),
+    element('table', {}, element('tbody', {}, ...rows)),
+    close,
+  )
+  close.addEventListener('click', () => dialog.close())
+  document.body.append(dialog)
+  return dialog
+}
+
+/** A small box that follows the pointer; what it says the inspector says in full. */
+export class Tooltip {
+  private readonly box = element('div', { class: 'tooltip', role: 'presentation' })
+
+  constructor() {
+    this.box.hidden = true
+    document.body.append(this.box)
+  }
+
+  show(content: readonly Node[], x: number, y: number): void {
+    this.box.replaceChildren(...content)
+    this.box.hidden = false
+    const { width, height } = this.box.getBoundingClientRect()
+    const left = x + 16 + width > window.innerWidth ? x - width - 12 : x + 16
+    const top = y + 18 + height > window.innerHeight ? y - height - 12 : y + 18
+    this.box.style.transform = `translate(${Math.max(4, left)}px, ${Math.max(4, top)}px)`
+  }
+
+  hide(): void {
+    this.box.hidden = true
+  }
+}
+
+const SHOWN = 40 // tokens of a long prompt, around the position
+
+/** The prompt as running text; of a long one what stands around a position. */
+export function promptText(prompt: readonly Token[], position: number): HTMLElement[] {
+  const from = Math.max(0, Math.min(position - SHOWN / 2, prompt.length - SHOWN))
+  const tokens: HTMLElement[] = prompt.slice(from, from + SHOWN).map((token, i) => {
+    const shown = tokenText(token.label.replace(/^␣/, ' '))
+    if (from + i === position) shown.classList.add('selected')
+    return shown
+  })
+  if (from > 0) tokens.unshift(element('span', { class: 'arrow' }, '… '))
+  if (from + SHOWN < prompt.length) tokens.push(element('span', { class: 'arrow' }, ' …'))
+  return tokens
+}
+
+/** Which weights said it, and whether the stream came whole. */
+export function provenanceLine(provenance: ProvenanceMessage, complete: boolean): HTMLElement {
+  const { model, architecture, dataType, device, revision, versions } = provenance
+  const words = [
+    `model ${model ?? ''}`,
+    architecture,
+    dataType,
+    device,
+    `revision ${(revision ?? '').slice(0, 12)}`,
+    `januslens ${versions?.januslens ?? ''}`,
+  ]
+  const line = element('p', { class: 'provenance' }, words.filter(Boolean).join(' · '))
+  if (!complete) line.append(element('strong', { class: 'incomplete' }, ' · not complete'))
+  return line
+}
+
+/** A token that becomes the target where it is clicked. */
+export function aimButton(token: Token): HTMLElement {
+  const what = `token ${token.id}: take it as the target`
+  const attributes = { type: 'button', class: 'aim', 'data-aim': String(token.id), title: what }
+  return element('button', attributes, tokenText(token.label))
+}
+
+/** Tokens with their probabilities and logits; the target is emphasised. */
+export function scoredList(
+  title: string,
+  scored: readonly Scored[],
+  target: number | undefined,
+): HTMLElement {
+  if (scored.length === 0) return element('span')
+  const rows = scored.map(({ token, probability: p, logit }) => {
+    const bar = element('span', { class: 'bar' })
+    bar.style.setProperty('--share', String(p))
+    return element(
+      'tr',
+      token.id === target ? { class: 'target' } : {},
+      element(
+        'th',
+        { scope: 'row' },
+        token.id === target ? tokenText(token.label) : aimButton(token),
+      ),
+      element('td', { class: 'bar-cell' }, bar),
+      element('td', {}, probability(p)),
+      element('td', { title: 'logit', class: 'quiet' }, signed(logit, 1)),
+    )
+  })
+  return element(
+    'table',
+    { class: 'scored' },
+    element('caption', {}, title),
+    element('tbody', {}, ...rows),
+  )
+}

@@ -1,0 +1,96 @@
+import type { FlowGraph, GraphNode } from '../model/flow_graph'
+import type { Token } from '../model/tokens'
+
+// Numbers as the command prints them, so that a page and a terminal can be compared by eye.
+
+/** `0.992`, `0.001`, `8e-10`: as many digits as tell it from 0 and from 1. */
+export function probability(value: number): string {
+  if (value >= 0.0005 || value === 0) return value.toFixed(3)
+  return value.toExponential(0).replace(/-(\d)$/, '-0$1')
+}
+
+export function signed(value: number, digits = 2): string {
+  return `${value < 0 ? '−' : '+'}${Math.abs(value).toFixed(digits)}`
+}
+
+/** A share of a sum: `43 %`, `−3 %`, `0.2 %`. */
+export function percent(share: number): string {
+  const size = Math.abs(share * 100)
+  const digits = size >= 9.95 || size === 0 ? 0 : size >= 0.095 ? 1 : 2
+  return `${share < 0 ? '−' : ''}${size.toFixed(digits)} %`
+}
+
+/** A count with thin spaces between thousands. */
+export function count(value: number): string {
+  return String(value).replace(/\B(?=(\d{3})+$)/g, '\u2009')
+}
+
+/** A norm: three digits, whatever its magnitude: `21.7`, `0.0526`, `6.05e-05`. */
+export function measure(value: number): string {
+  if (!Number.isFinite(value) || value === 0) return String(value)
+  if (Math.abs(value) >= 1e-4) return String(Number(value.toPrecision(3)))
+  return String(Number(value.toPrecision(3)).toExponential()).replace(/-(\d)$/, '-0$1')
+}
+
+// The names of the kinds, as the command has them in `cli/show/words.py`.
+const NAMES: Record<string, string> = {
+  BLOCK_INPUT: 'embedding',
+  ATTENTION_INPUT: 'attention’s input',
+  QUERY: 'query',
+  KEY: 'key',
+  VALUE: 'value',
+  HEAD_QUERY: 'query',
+  HEAD_KEY: 'key',
+  HEAD_VALUE: 'value',
+  MEMORY_KEY: 'key',
+  MEMORY_VALUE: 'value',
+  HEAD_OUTPUT: 'output',
+  ATTENTION_CONCAT: 'all heads together',
+  ATTENTION_NEURON: 'row of W_O',
+  ATTENTION_BIAS: 'attention’s bias',
+  ATTENTION_SUM: 'attention’s raw result',
+  ATTENTION_OUTPUT: 'attention’s result',
+  RESIDUAL_MID: 'residual after attention',
+  MLP_INPUT: 'MLP’s input',
+  MLP_KEY: 'key',
+  MLP_UP: 'up column',
+  MLP_VALUE: 'value',
+  MLP_BIAS: 'MLP’s bias',
+  MLP_SUM: 'MLP’s raw result',
+  MLP_OUTPUT: 'MLP’s result',
+  BLOCK_OUTPUT: 'residual after the block',
+  FINAL_NORM: 'after the final norm',
+  PREDICTION: 'prediction',
+  OTHER: 'all the rest',
+}
+
+/** `L2 head 3 value of ␣Japan (3)`; the node's own position is left out. */
+export function inWords(node: GraphNode, prompt: readonly Token[]): string {
+  const words: string[] = []
+  if (node.layer !== undefined) words.push(`L${node.layer}`)
+  if (node.head !== undefined) words.push(`head ${node.head}`)
+  if (node.expert !== undefined) words.push(`expert ${node.expert}`)
+  if (node.neuron !== undefined) words.push(`neuron ${node.neuron}`)
+  words.push(NAMES[node.kind] ?? node.kind.toLowerCase())
+  const source = node.kind === 'BLOCK_INPUT' ? node.position : node.source
+  if (source !== undefined) words.push(`of ${at(source, prompt)}`)
+  return words.join(' ')
+}
+
+/** The prompt's token at a position, and the position. */
+export function at(position: number, prompt: readonly Token[]): string {
+  const token = prompt[position]
+  return token ? `${token.label} (${position})` : `(${position})`
+}
+
+/** A node as a sentence to be spoken: what it is, where, what it says. */
+export function nodeSentence(node: GraphNode, graph: FlowGraph): string {
+  const parts = [inWords(node, graph.prompt), `at ${at(node.position, graph.prompt)}`]
+  const top = node.reading?.top[0]
+  if (top) parts.push(`top ${top.token.label}`)
+  const rank = node.reading?.targetRank
+  if (rank !== undefined) {
+    parts.push(`rank ${rank} of ${graph.targets.get(node.position)?.target.label ?? 'the target'}`)
+  }
+  return parts.join(', ')
+}

@@ -1,0 +1,258 @@
+import type { FlowGraph } from '../model/flow_graph'
+import { percent } from '../presentation/wording'
+import { type Filter, passing } from './controls'
+import type { Block, HeadRow, LayerModel } from './layer_model'
+import {
+  CHIP,
+  type Detail,
+  finish,
+  HEAD,
+  heading,
+  hiddenRows,
+  PAD,
+  type Place,
+  type Placed,
+  ROW,
+  remainder,
+  restWords,
+  type Stacked,
+  scaled,
+  shownShare,
+  summary,
+} from './layer_pieces'
+
+// Attention's block: for each head its query, the sources that it reads with their keys and values,
+// and what it writes.
+
+export interface Columns {
+  chip: number
+  query: number
+  source: number
+  key: number
+  weight: number
+  value: number
+  output: number
+  share: number
+}
+
+const SOURCE = 78
+export const WEIGHT = 56
+const SHARE = 50
+const RIBBONS = 74
+const GAP = 8 // between heads
+const FRAME = 8 // above and below a head's lines
+
+export function placeAttention(
+  detail: Detail,
+  model: LayerModel,
+  graph: FlowGraph,
+  filter: Filter,
+  at: Place,
+): Placed {
+  const block = model.attention
+  const columns = columnsIn(at)
+  const { shown, hidden, kept } = passing(block.rows, filter)
+  const words = summary(block, block.rows.length, graph.sizes.nHeads, 'heads')
+  heading(
+    detail,
+    at,
+    'Attention',
+    block,
+    [...words, ...shownShare(kept)],
+    [
+      [columns.query, 'query'],
+      [columns.source, 'reads'],
+      [columns.key, 'its key'],
+      [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
+      [columns.value, 'its value'],
+      [columns.output, 'the head writes'],
+    ],
+  )
+  const extra = spare(block, shown, filter, at.bar)
+  const rows: Stacked[] = []
+  let y = at.y + HEAD
+  for (const row of shown) {
+    const height = linesOf(row, filter) * ROW + FRAME + extra
+    const below = outputHeight(row, filter)
+    const left = columns.query - 8
+    const width = columns.value + columns.chip + 8 - left
+    detail.groups.push({ x: left, y, width, height: height + below })
+    placeHead(detail, row, graph, filter, columns, y, height)
+    if (below > 0) placeOutputRows(detail, row, block, columns, y + height)
+    rows.push({ row, y: y + (height - ROW) / 2 })
+    y += height + below + GAP
+  }
+  const ends = { x: columns.output, width: columns.chip, share: columns.share }
+  const rest = restWords(graph.sizes.nHeads, block.rows.length)
+  y = remainder(detail, rows, block, filter, ends, y, rest)
+  return finish(detail, at, block, rows, ends, hiddenRows(detail, hidden, 'heads', ends, y) - GAP)
+}
+
+function columnsIn(at: Place): Columns {
+  const chip = (at.width - 2 * PAD - SOURCE - WEIGHT - SHARE - RIBBONS - 34) / 4
+  const query = at.x + PAD
+  const source = query + chip + 12
+  const key = source + SOURCE
+  const weight = key + chip + 6
+  const value = weight + WEIGHT
+  const output = value + chip + 16
+  return { chip, query, source, key, weight, value, output, share: output + chip + SHARE }
+}
+
+function linesOf(row: HeadRow, filter: Filter): number {
+  const last = hasRest(row, filter) || row.outputRows.length > 0 // both stand in the last line
+  return Math.max(2, row.sources.length + (last ? 1 : 0))
+}
+
+function hasRest(row: HeadRow, filter: Filter): boolean {
+  return row.rest !== undefined && !filter.hidden.has('rest')
+}
+
+/** How much higher each head can be so that the block is as high as its neighbour. */
+function spare(
+  block: Block<HeadRow>,
+  shown: readonly HeadRow[],
+  filter: Filter,
+  wanted: number,
+): number {
+  const lines = shown.reduce(
+    (sum, row) => sum + linesOf(row, filter) * ROW + FRAME + GAP + outputHeight(row, filter),
+    0,
+  )
+  const needed = lines + (block.rest ? ROW : 0) - GAP
+  return shown.length > 0 ? Math.max(0, Math.min(44, (wanted - needed) / shown.length)) : 0
+}
+
+function placeHead(
+  detail: Detail,
+  row: HeadRow,
+  graph: FlowGraph,
+  filter: Filter,
+  columns: Columns,
+  y: number,
+  height: number,
+): void {
+  const lines = linesOf(row, filter)
+  const middle = y + height / 2
+  const top = middle - (lines * ROW) / 2
+  placeQuery(detail, row, columns, y, height)
+  row.sources.forEach((source, i) => {
+    const line = top + i * ROW
+    const label = graph.prompt[source.position]?.label ?? ''
+    detail.text(columns.source + 14, line + ROW / 2, `${source.position}`, 'number', 'end')
+    detail.text(columns.source + 19, line + ROW / 2, label, 'source', 'start', SOURCE - 22)
+    if (source.key) detail.chip(source.key, columns.key, line, columns.chip)
+    placeWeight(detail, source.attention, columns.weight, line)
+    detail.chip(source.value, columns.value, line, columns.chip)
+    into(detail, source.value, source.share ?? 0, columns, line, middle)
+  })
+  const line = top + row.sources.length * ROW
+  placeToggle(detail, row, filter, columns, line)
+  if (row.rest && hasRest(row, filter)) {
+    detail.rest(row.rest.node, 'others', columns.value, line, columns.chip)
+    into(detail, row.rest.node, row.rest.edge.share ?? 0, columns, line, middle)
+  }
+  detail.chip(row.node, columns.output, middle - ROW / 2, columns.chip)
+}
+
+/** Name, query and, where there is room, attention over the prompt as far as it was asked for. */
+function placeQuery(detail: Detail, row: HeadRow, columns: Columns, y: number, height: number) {
+  const room = height - 2 * ROW - FRAME
+  const top = y + FRAME / 2
+  detail.text(columns.query, top + ROW / 2, `head ${row.head}`, 'strong')
+  if (row.query) detail.chip(row.query, columns.query, top + ROW, columns.chip)
+  if (room < 12) return
+  const base = top + 2 * ROW + Math.min(room, 44) - 2
+  const step = columns.chip / (row.node.position + 1)
+  detail.bar('track', columns.query, base, columns.chip, 1)
+  for (const source of row.sources) {
+    const tall = Math.max(1, source.attention * (Math.min(room, 44) - 6))
+    const x = columns.query + source.position * step
+    detail.bar('strip', x, base - tall, Math.max(1.5, step - 1), tall)
+  }
+}
+
+/** An attention probability as a number over its bar. */
+function placeWeight(detail: Detail, attention: number, x: number, y: number): void {
+  const width = WEIGHT - 6
+  detail.bar('track', x, y + ROW - 6, width, 3)
+  detail.bar('attention', x, y + ROW - 6, width * Math.min(1, attention), 3)
+  detail.text(x + width / 2, y + 9, attention.toFixed(2), 'number', 'middle')
+}
+
+/** From a value to its head's output, as thick as its share of it. */
+function into(
+  detail: Detail,
+  node: HeadRow['node'],
+  share: number,
+  columns: Columns,
+  line: number,
+  middle: number,
+): void {
+  const thickness = Math.max(1, Math.min(1, Math.abs(share)) * (CHIP - 5))
+  detail.ribbons.push({
+    node,
+    share,
+    x0: columns.value + columns.chip,
+    y0: line + (ROW - thickness) / 2,
+    h0: thickness,
+    x1: columns.output,
+    y1: middle - thickness / 2,
+    h1: thickness,
+  })
+}
+
+// Inside a head: the rows of W_O through which it writes, another way of cutting attention's result
+// into parts than by sources. They are listed on demand, with shares of the whole result.
+
+const MARGIN = 6
+
+/** What stands for a head in the state: `layer.head`. */
+export function headName(row: HeadRow): string {
+  return `${row.node.layer}.${row.head}`
+}
+
+/** Height of a head's rows of W_O, 0 where they are not listed. */
+export function outputHeight(row: HeadRow, filter: Filter): number {
+  if (!filter.opened.has(headName(row)) || row.outputRows.length === 0) return 0
+  return (row.outputRows.length + 1) * ROW + MARGIN
+}
+
+export function placeToggle(
+  detail: Detail,
+  row: HeadRow,
+  filter: Filter,
+  columns: Columns,
+  y: number,
+): void {
+  const count = row.outputRows.length
+  if (count === 0) return
+  const open = filter.opened.has(headName(row))
+  const words = `${open ? '▾' : '▸'} ${count} ${count === 1 ? 'row' : 'rows'} of W_O`
+  const box = { x: columns.source, y: y + 2, width: 108, height: ROW - 4 }
+  detail.toggles.push({ ...box, head: headName(row), open, words })
+}
+
+export function placeOutputRows(
+  detail: Detail,
+  row: HeadRow,
+  block: Block<HeadRow>,
+  columns: Columns,
+  top: number,
+): void {
+  const all = block.rows.flatMap((head) => head.outputRows)
+  const largest = Math.max(...all.map(({ node }) => Math.abs(node.activation ?? 0)), 1e-9)
+  detail.text(columns.weight - 12, top + ROW / 2, 'row of W_O', 'column', 'end')
+  detail.text(columns.weight + WEIGHT / 2 - 3, top + ROW / 2, 'activation', 'column', 'middle')
+  detail.text(columns.value, top + ROW / 2, 'it writes', 'column')
+  detail.text(columns.output, top + ROW / 2, 'of attention’s result', 'column')
+  row.outputRows.forEach(({ node, share }, i) => {
+    const y = top + (i + 1) * ROW
+    const middle = y + ROW / 2
+    const activation = node.activation ?? 0
+    detail.text(columns.weight - 12, middle, `${node.neuron}`, 'number', 'end')
+    scaled(detail, activation / largest, columns.weight, y, WEIGHT - 6)
+    detail.chip(node, columns.value, y, columns.chip, activation < 0)
+    if (share !== undefined) detail.text(columns.output, middle, percent(share), 'number')
+  })
+}

@@ -1,0 +1,270 @@
+import { create, select } from 'd3-selection'
+import { Once } from '../browser/shell'
+import type { FlowGraph, GraphNode } from '../model/flow_graph'
+import { cut } from '../model/tokens'
+import { type Marks, markClass } from '../presentation/colours'
+import { element, type Tooltip } from '../presentation/elements'
+import {
+  classify,
+  defineHatches,
+  fitting,
+  type Group,
+  type Svg,
+  stratum,
+} from '../presentation/svg'
+import { nodeSentence, percent, signed } from '../presentation/wording'
+import { preview } from './inspector'
+import { drawPanel, LEGEND_HEIGHT, PANEL } from './overview'
+import { drawRowLabels } from './overview_grid'
+import { headLayout, type Layout } from './overview_layout'
+
+interface Actions {
+  open: (id: string) => void
+  pin: (id: string) => void
+}
+
+/** All heads of a position, layers upward: for scanning which of them matter. */
+export class HeadMatrix {
+  readonly element: HTMLElement
+  private readonly svg = create('svg').attr('class', 'picture heads') as unknown as Svg
+  private readonly placed = new Once()
+  private readonly marked = new Once()
+
+  constructor(
+    private readonly graph: FlowGraph,
+    private readonly tooltip: Tooltip,
+    actions: Actions,
+  ) {
+    const picture = this.svg.node() as SVGSVGElement
+    this.element = element('section', { class: 'overview-box' }, picture)
+    this.svg.attr('role', 'grid').attr('aria-label', 'The heads, layers upward')
+    picture.addEventListener('click', (event) => {
+      const id = idOf(event)
+      if (id) (event.ctrlKey || event.metaKey ? actions.pin : actions.open)(id)
+    })
+    picture.addEventListener('pointermove', (event) => this.hovered(event))
+    picture.addEventListener('pointerleave', () => this.tooltip.hide())
+  }
+
+  draw(width: number, position: number, marks: Marks, shown: readonly number[]): void {
+    const placed = this.placed.differs(width, position, this.graph.version)
+    if (placed) this.place(width, position)
+    if (this.marked.differs(marks.key, String(shown)) || placed) markHeads(this.svg, marks, shown)
+  }
+
+  private place(width: number, position: number): void {
+    const { graph, svg } = this
+    const of = headsAt(graph, position)
+    const layers = [...graph.layers].sort((a, b) => a - b)
+    const at = headLayout(of.columns, layers, width, PANEL)
+    const height = at.height + LEGEND_HEIGHT
+    svg.attr('width', width).attr('height', height).attr('viewBox', `0 0 ${width} ${height}`)
+    drawHeads(svg, graph, at, of)
+    drawPanel(svg, graph, at, position)
+    drawHeadLegend(svg, at, of)
+  }
+
+  private hovered(event: PointerEvent): void {
+    const node = this.graph.node(idOf(event) ?? '')
+    if (node) this.tooltip.show(preview(node, this.graph), event.clientX, event.clientY)
+    else this.tooltip.hide()
+  }
+}
+
+function idOf(event: Event): string | undefined {
+  return (event.target as Element).closest<SVGElement>('[data-id]')?.dataset.id
+}
+
+// Which heads matter at a position: what each adds to the target's logit, or its share of its layer.
+
+export interface Head {
+  layer: number
+  head: number
+  node: GraphNode
+  value: number
+}
+
+export interface Heads {
+  heads: Head[]
+  /** Columns: the model's number of heads, or as many as are known. */
+  columns: number
+  /** Largest |value|. */
+  largest: number
+  /** What the values are, in words. */
+  measure: string
+  words: (value: number) => string
+}
+
+/** The heads of a position that the graph has; the selection may have left others out. */
+export function headsAt(graph: FlowGraph, position: number): Heads {
+  const found: { node: GraphNode; logit: number | undefined; share: number }[] = []
+  for (const layer of graph.layers) {
+    for (const { node, edge } of graph.partsOf(`L${layer}/p${position}/ATTENTION_CONCAT`)) {
+      if (node.kind !== 'HEAD_OUTPUT') continue
+      found.push({ node, logit: edge.logitContribution, share: edge.share ?? 0 })
+    }
+  }
+  const attributed = found.length > 0 && found.every(({ logit }) => logit !== undefined)
+  const heads = found.map(({ node, logit, share }) => ({
+    layer: node.layer ?? 0,
+    head: node.head ?? 0,
+    node,
+    value: attributed ? (logit ?? 0) : share,
+  }))
+  const largest = Math.max(1e-9, ...heads.map(({ value }) => Math.abs(value)))
+  const target = graph.targets.get(position)?.target.label ?? 'the target'
+  return {
+    heads,
+    columns: graph.sizes.nHeads ?? Math.max(0, ...heads.map(({ head }) => head + 1)),
+    largest,
+    measure: attributed ? `adds to the logit of ${target}` : 'share of its layer’s heads',
+    words: attributed ? (value) => signed(value, largest < 0.1 ? 3 : 2) : percent,
+  }
+}
+
+const STRONGEST = 0.55 // opacity: text stays readable on it
+const TWO_LINES = 32 // px: what is lower has room for the token alone
+
+export function drawHeads(svg: Svg, graph: FlowGraph, at: Layout, of: Heads): void {
+  defineHatches(svg)
+  drawAbsent(stratum(svg, 'absent'), at, of)
+  drawCells(stratum(svg, 'cells'), graph, at, of)
+  drawRowLabels(stratum(svg, 'rows'), at)
+  drawAxis(stratum(svg, 'axis'), at)
+}
+
+/** Where the selection left a head out. */
+function drawAbsent(group: Group, at: Layout, { heads }: Heads): void {
+  const known = new Set(heads.map(({ layer, head }) => `${layer}.${head}`))
+  const outlines = at.rows.flatMap((row) =>
+    at.columns
+      .filter((column) => !known.has(`${row.layer}.${column.position}`))
+      .map(({ x, width }) => `M${x},${row.y}h${width}v${at.cellHeight}h-${width}z`),
+  )
+  group
+    .selectAll('path')
+    .data([outlines.join('')])
+    .join('path')
+    .attr('d', String)
+}
+
+/** Rows of cells, since that is what a grid is to a screen reader. */
+function drawCells(group: Group, graph: FlowGraph, at: Layout, of: Heads): void {
+  const rows = at.rows.map(({ layer }) => of.heads.filter((head) => head.layer === layer))
+  group
+    .selectAll<SVGGElement, Head[]>('g.row')
+    .data(rows.filter((row) => row.length > 0))
+    .join('g')
+    .attr('class', 'row')
+    .attr('role', 'row')
+    .selectAll<SVGGElement, Head>('g')
+    .data(
+      (row) => row,
+      (cell) => cell.node.id,
+    )
+    .join((enter) => {
+      const cell = enter.append('g').attr('role', 'gridcell').attr('tabindex', -1)
+      cell.append('rect').attr('rx', Math.min(6, at.cellHeight / 4))
+      return cell
+    })
+    .attr('data-id', (cell) => cell.node.id)
+    .each(function (cell) {
+      const seen = placeCell(this, cell, at, of)
+      this.setAttribute('aria-label', `${nodeSentence(cell.node, graph)}, ${of.measure}: ${seen}`)
+    })
+}
+
+/** Gives what is written in the cell, one behind the other. */
+function placeCell(group: SVGGElement, cell: Head, at: Layout, of: Heads): string {
+  const column = at.columns[cell.head]
+  const row = at.rows.find(({ layer }) => layer === cell.layer)
+  if (!column || !row) return ''
+  const part = Math.abs(cell.value) / of.largest
+  const own = select(group).attr('transform', `translate(${column.x},${row.y})`)
+  own
+    .select('rect')
+    .attr('width', column.width)
+    .attr('height', at.cellHeight)
+    .attr('fill-opacity', STRONGEST * part)
+  const label = cell.node.reading?.top[0]?.token.label ?? ''
+  const token = column.labelled && at.cellHeight >= 11 ? cut(label, fitting(column.width - 11)) : ''
+  const two = at.cellHeight >= TWO_LINES && token !== ''
+  const lines = [
+    { words: token, style: '', y: at.cellHeight * (two ? 0.3 : 0.47) },
+    { words: two ? of.words(cell.value) : '', style: 'number', y: at.cellHeight * 0.66 },
+  ]
+  own
+    .selectAll('text')
+    .data(lines.filter(({ words }) => words !== ''))
+    .join('text')
+    .attr('class', (line) => line.style)
+    .attr('x', 6)
+    .attr('y', (line) => line.y)
+    .attr('dominant-baseline', 'central')
+    .text((line) => line.words)
+  own
+    .selectAll('path')
+    .data([part])
+    .join('path')
+    .attr('d', `M0,${at.cellHeight - 3}h${part * column.width}v3h${-part * column.width}z`)
+  return two ? `${token}${of.words(cell.value)}` : `${token} ${of.words(cell.value)}`
+}
+
+function drawAxis(group: Group, at: Layout): void {
+  const every = Math.ceil(26 / ((at.columns[1]?.x ?? 99) - (at.columns[0]?.x ?? 0)))
+  group
+    .selectAll('text')
+    .data(at.columns.filter(({ position }) => position % every === 0))
+    .join('text')
+    .attr('x', (column) => column.x + (column.labelled ? 6 : 0))
+    .attr('y', at.height - 14)
+    .text(({ position, labelled }) => (labelled ? `head ${position}` : `h${position}`))
+}
+
+export function markHeads(svg: Svg, marks: Marks, shown: readonly number[]): void {
+  classify<Head>(svg, '.cells .row > g', ({ node, value }) => {
+    return `chip head ${value < 0 ? 'subtracts' : 'adds'}${markClass(node, marks)}`
+  })
+  classify<{ layer: number }>(svg, '.rows text', ({ layer }) =>
+    shown.includes(layer) ? 'shown' : '',
+  )
+}
+
+/** What the cells' colours mean, from what subtracts most to what adds most. */
+export function drawHeadLegend(svg: Svg, at: Layout, of: Heads): void {
+  const group = stratum(svg, 'legend')
+  const y = at.height
+  const start = 46 + of.measure.length * 5.6 + 14
+  const keys = [
+    { kind: 'subtracts', words: of.words(-of.largest) },
+    { kind: 'none', words: '0' },
+    { kind: 'adds', words: of.words(of.largest) },
+  ].map((key, i) => ({ ...key, x: start + i * 68 }))
+  group
+    .selectAll('rect')
+    .data(keys)
+    .join('rect')
+    .attr('class', (key) => `head-key ${key.kind}`)
+    .attr('x', (key) => key.x)
+    .attr('y', y)
+    .attr('width', 66)
+    .attr('height', 18)
+    .attr('rx', 3)
+  const words = [
+    { x: 46, text: of.measure, anchor: 'start', style: 'column' },
+    ...keys.map((key) => ({ x: key.x + 33, text: key.words, anchor: 'middle', style: '' })),
+  ]
+  const sent = of.heads.length === at.rows.length * of.columns
+  const note = { x: start + 220, text: 'dotted: not sent', anchor: 'start', style: 'column' }
+  if (!sent) words.push(note)
+  group
+    .selectAll('text')
+    .data(words)
+    .join('text')
+    .attr('class', (w) => w.style)
+    .attr('x', (w) => w.x)
+    .attr('y', y + 9.5)
+    .attr('text-anchor', (w) => w.anchor)
+    .attr('dominant-baseline', 'central')
+    .text((w) => w.text)
+}

@@ -1,0 +1,293 @@
+import type { FlowGraph, GraphEdge, GraphNode, Reading } from '../model/flow_graph'
+import type { Found, Step } from '../model/graph_queries'
+import { binOf, face, isFlipped } from '../presentation/colours'
+import { element, scoredList, tokenText } from '../presentation/elements'
+import { at, count, inWords, measure, percent, probability, signed } from '../presentation/wording'
+import type { TraceState } from './controls'
+
+// The inspector of the trace's page: the selected node, pinned ones compared, what was found.
+
+const SHOWN = 60
+
+interface Shown {
+  position: number
+  found: readonly Found[]
+  path: readonly Step[] | undefined
+}
+
+export function fillInspector(
+  aside: HTMLElement,
+  graph: FlowGraph,
+  state: TraceState,
+  shown: Shown,
+): void {
+  const sections: HTMLElement[] = []
+  const query = state.get('q').trim()
+  if (query !== '') sections.push(foundList(shown.found, query, graph))
+  if (shown.path) sections.push(pathList(shown.path, graph))
+  const pinned = state.list('pin').flatMap((id) => graph.node(id) ?? [])
+  const selected = graph.node(state.get('sel'))
+  if (pinned.length > 0) {
+    const others = selected && !pinned.includes(selected) ? [selected] : []
+    sections.push(comparison([...pinned, ...others], graph))
+  }
+  const node = selected ?? defaultNode(graph, shown.position)
+  if (node) sections.push(nodeFacts(node, graph))
+  aside.replaceChildren(...sections)
+}
+
+/** Before anything is selected: the prediction itself. */
+function defaultNode(graph: FlowGraph, position: number) {
+  return (
+    graph.node(`p${position}/PREDICTION`) ??
+    graph.at(Math.max(...graph.layers, 0), position, 'BLOCK_OUTPUT')
+  )
+}
+
+function foundList(found: readonly Found[], query: string, graph: FlowGraph): HTMLElement {
+  const sorted = [...found].sort((a, b) => a.place - b.place)
+  const lines: HTMLElement[] = sorted
+    .slice(0, SHOWN)
+    .map(({ node, end, place }) => way(node, `${end === 'top' ? '▴' : '▾'} ${place}`, graph))
+  const title = `“${query}” is read in ${count(found.length)} nodes`
+  if (found.length > SHOWN) {
+    lines.push(element('p', { class: 'quiet' }, `and ${found.length - SHOWN} more`))
+  }
+  const note = 'place among the top (▴) or bottom (▾) tokens'
+  return section('found', title, note, lines)
+}
+
+function pathList(path: readonly Step[], graph: FlowGraph): HTMLElement {
+  const lines = path.map(({ node, edge }) => {
+    const logit = edge?.logitContribution
+    const share = edge?.share
+    const number = logit !== undefined ? signed(logit) : share !== undefined ? percent(share) : ''
+    return way(node, number, graph)
+  })
+  const note = 'from the prediction back; what each step adds to the logit'
+  return section('path', 'The strongest path', note, lines)
+}
+
+function section(
+  name: string,
+  title: string,
+  note: string,
+  lines: readonly HTMLElement[],
+): HTMLElement {
+  return element(
+    'section',
+    { class: name },
+    element('h2', {}, title),
+    element('p', { class: 'quiet' }, note),
+    element('div', { class: 'lines' }, ...lines),
+  )
+}
+
+// What is known of a node, in full: the right-hand side of a page.
+
+const SHOWN_PARTS = 8
+
+/** Everything that is known of a node. */
+export function nodeFacts(node: GraphNode, graph: FlowGraph): HTMLElement {
+  const facts = element('section', { class: 'facts', 'data-node': node.id })
+  facts.append(...nodeHeading(node, graph), measures(node, graph))
+  const { reading } = node
+  if (reading) {
+    facts.append(scoredList('Top tokens', reading.top, targetId(node, graph)))
+    facts.append(scoredList('Bottom tokens', reading.bottom, targetId(node, graph)))
+  } else {
+    facts.append(element('p', { class: 'quiet' }, 'A junction or a zero: it has no reading.'))
+  }
+  facts.append(normEffect(node, graph), waysOf(node, graph))
+  return facts
+}
+
+/** The token that a node is shown as, and what the node is. */
+export function nodeHeading(node: GraphNode, graph: FlowGraph): HTMLElement[] {
+  const flipped = isFlipped(node)
+  const shown = face(node, flipped)
+  const dot = element('i', { class: `dot bin-${binOf(node, graph, flipped)}` })
+  const words = flipped ? '▾ written negatively, so read from its bottom' : ''
+  const heading = element('h2', {}, dot, tokenText(shown?.token.label ?? '—'))
+  const where = element('p', { class: 'where' }, inWords(node, graph.prompt))
+  if (node.kind !== 'BLOCK_INPUT') where.append(`, at ${at(node.position, graph.prompt)}`)
+  return words ? [heading, where, element('p', { class: 'quiet' }, words)] : [heading, where]
+}
+
+function targetId(node: GraphNode, graph: FlowGraph): number | undefined {
+  return graph.targets.get(node.position)?.target.id
+}
+
+/** The numbers of a node by name, in the order in which they are shown. */
+export function numbersOf(node: GraphNode, graph: FlowGraph): [string, string][] {
+  const target = graph.targets.get(node.position)?.target.label ?? 'target'
+  const { reading } = node
+  const numbers: [string, string][] = []
+  if (reading?.targetRank !== undefined) {
+    const of = graph.vocabulary ? ` of ${count(graph.vocabulary)}` : ''
+    numbers.push([`rank of ${target}`, `${count(reading.targetRank)}${of}`])
+  }
+  if (reading?.targetProbability !== undefined) {
+    numbers.push(['its probability', probability(reading.targetProbability)])
+  }
+  if (reading?.targetLogit !== undefined) numbers.push(['its logit', signed(reading.targetLogit)])
+  const part = partOf(node, graph)
+  if (part?.share !== undefined) numbers.push(['share of its sum', percent(part.share)])
+  if (part?.logitContribution !== undefined) {
+    numbers.push(['adds to the logit', signed(part.logitContribution)])
+  }
+  if (part?.attention !== undefined) numbers.push(['attention', part.attention.toFixed(3)])
+  if (node.activation !== undefined) numbers.push(['activation', measure(node.activation)])
+  numbers.push(['norm', measure(node.norm)])
+  if (reading) numbers.push(['entropy', `${measure(reading.entropyBits)} bits`])
+  return numbers
+}
+
+/** The edge by which a node enters the sum that it is a part of. */
+export function partOf(node: GraphNode, graph: FlowGraph): GraphEdge | undefined {
+  return graph.edgesFrom(node.id).find((edge) => edge.kind === 'PART')
+}
+
+function measures(node: GraphNode, graph: FlowGraph): HTMLElement {
+  const rows = numbersOf(node, graph).map(([name, value]) =>
+    element('div', {}, element('dt', {}, name), element('dd', {}, value)),
+  )
+  return element('dl', { class: 'measures' }, ...rows)
+}
+
+/** What a norm took from and added to the top tokens, where the node is made by one. */
+function normEffect(node: GraphNode, graph: FlowGraph): HTMLElement {
+  const before = graph.sourceBy(node.id, 'NORM')
+  const [was, is] = [before?.reading, node.reading]
+  if (!before || !was || !is) return element('span')
+  const box = element('div', { class: 'norm-effect' }, element('h3', {}, 'What the norm changed'))
+  box.append(
+    line('norm', `${measure(before.norm)} → ${measure(node.norm)}`),
+    line('removed', ...without(was, is).map(tokenText)),
+    line('added', ...without(is, was).map(tokenText)),
+  )
+  return box
+}
+
+function line(name: string, ...what: (Node | string)[]): HTMLElement {
+  const words = what.length > 0 ? what.flatMap((one) => [one, ' ']) : ['nothing']
+  return element('p', {}, element('span', { class: 'quiet' }, `${name} `), ...words)
+}
+
+function without(some: Reading, others: Reading): string[] {
+  const ids = new Set(others.top.map(({ token }) => token.id))
+  return some.top.filter(({ token }) => !ids.has(token.id)).map(({ token }) => token.label)
+}
+
+function waysOf(node: GraphNode, graph: FlowGraph): HTMLElement {
+  const list = element('div', { class: 'ways' })
+  const parts = graph.partsOf(node.id)
+  if (parts.length > 0) list.append(element('h3', {}, 'Made of'))
+  for (const { node: part, edge } of parts.slice(0, SHOWN_PARTS)) {
+    list.append(way(part, edge.share === undefined ? '' : percent(edge.share), graph))
+  }
+  if (parts.length > SHOWN_PARTS) {
+    list.append(element('p', { class: 'quiet' }, `and ${parts.length - SHOWN_PARTS} smaller`))
+  }
+  const onward = graph.edgesFrom(node.id).filter((edge) => graph.node(edge.target))
+  if (onward.length > 0) list.append(element('h3', {}, 'Goes into'))
+  for (const edge of onward.slice(0, SHOWN_PARTS)) {
+    const sum = graph.node(edge.target)
+    if (sum) list.append(way(sum, edge.share === undefined ? '' : percent(edge.share), graph))
+  }
+  return list
+}
+
+/** A node as a line that leads to it. */
+export function way(node: GraphNode, number: string, graph: FlowGraph): HTMLElement {
+  return element(
+    'button',
+    { type: 'button', class: 'way', 'data-id': node.id },
+    element('i', { class: `dot bin-${binOf(node, graph, isFlipped(node))}` }),
+    tokenText(face(node, isFlipped(node))?.token.label ?? '—'),
+    element('span', { class: 'what' }, inWords(node, graph.prompt)),
+    element('span', { class: 'number' }, number),
+  )
+}
+
+/** Two or more nodes side by side: their numbers, and the tokens that they share. */
+export function comparison(nodes: readonly GraphNode[], graph: FlowGraph): HTMLElement {
+  const names = new Map<string, Map<string, string>>()
+  for (const node of nodes) {
+    for (const [name, value] of numbersOf(node, graph)) {
+      const row = names.get(name) ?? new Map<string, string>()
+      names.set(name, row.set(node.id, value))
+    }
+  }
+  const common = commonTokens(nodes)
+  const head = element('tr', {}, element('td'), ...nodes.map((node) => pinHead(node, graph)))
+  const rows = Array.from(names, ([name, values]) =>
+    element(
+      'tr',
+      {},
+      element('th', { scope: 'row' }, name),
+      ...nodes.map((node) => element('td', {}, values.get(node.id) ?? '')),
+    ),
+  )
+  const tokens = element(
+    'tr',
+    { class: 'tops' },
+    element('th', { scope: 'row' }, 'top tokens'),
+    ...nodes.map((node) => topCell(node, common)),
+  )
+  const table = element(
+    'table',
+    {},
+    element('thead', {}, head),
+    element('tbody', {}, ...rows, tokens),
+  )
+  return element('section', { class: 'comparison' }, element('h2', {}, 'Pinned'), table)
+}
+
+function pinHead(node: GraphNode, graph: FlowGraph): HTMLElement {
+  return element(
+    'th',
+    { scope: 'col' },
+    element(
+      'button',
+      { type: 'button', class: 'way', 'data-id': node.id },
+      element('i', { class: `dot bin-${binOf(node, graph, isFlipped(node))}` }),
+      element('span', { class: 'what' }, inWords(node, graph.prompt)),
+    ),
+    element(
+      'button',
+      { type: 'button', class: 'unpin', 'data-unpin': node.id, 'aria-label': 'unpin' },
+      '×',
+    ),
+  )
+}
+
+function topCell(node: GraphNode, common: ReadonlySet<number>): HTMLElement {
+  const tokens = (node.reading?.top ?? []).map(({ token }) =>
+    element('div', { class: common.has(token.id) ? 'common' : '' }, tokenText(token.label)),
+  )
+  return element('td', {}, ...tokens)
+}
+
+function commonTokens(nodes: readonly GraphNode[]): Set<number> {
+  const seen = new Map<number, number>()
+  for (const node of nodes) {
+    for (const { token } of node.reading?.top ?? []) {
+      seen.set(token.id, (seen.get(token.id) ?? 0) + 1)
+    }
+  }
+  return new Set([...seen].filter(([, times]) => times > 1).map(([id]) => id))
+}
+
+/** What the tooltip says of a node. */
+export function preview(node: GraphNode, graph: FlowGraph): Node[] {
+  const tops = (node.reading?.top ?? []).slice(0, 4).map(({ token }) => tokenText(token.label))
+  const numbers = numbersOf(node, graph)
+    .slice(0, 5)
+    .map(([name, value]) => element('span', {}, `${name} `, element('b', {}, value)))
+  return [
+    ...nodeHeading(node, graph),
+    element('p', { class: 'tops' }, ...tops),
+    element('p', { class: 'numbers' }, ...numbers),
+  ]
+}

@@ -1,0 +1,229 @@
+import type { FlowGraph, GraphNode } from '../model/flow_graph'
+import { percent } from '../presentation/wording'
+import { placeAttention } from './attention_layout'
+import { type Filter, passing } from './controls'
+import type { LayerModel, NeuronRow } from './layer_model'
+import {
+  CHIP,
+  Detail,
+  finish,
+  HEAD,
+  heading,
+  hiddenRows,
+  PAD,
+  type Place,
+  type Placed,
+  ROW,
+  remainder,
+  restWords,
+  type Stacked,
+  scaled,
+  shownShare,
+  summary,
+} from './layer_pieces'
+
+// Where a layer's parts stand: the rail on top, attention's columns left, the MLP's right of them, or
+// below where there is no room.
+
+const RAIL = 68
+const GAP = 16
+const WIDE = 900 // room for both blocks side by side
+
+export function detailLayout(
+  model: LayerModel,
+  graph: FlowGraph,
+  filter: Filter,
+  width: number,
+): Detail {
+  const detail = new Detail(width)
+  const both = !filter.hidden.has('attention') && !filter.hidden.has('mlp')
+  const beside = both && width >= WIDE
+  const left = beside ? Math.round((width - GAP) * 0.6) : width
+  const bar = beside ? mlpHeight(model, filter) : 0
+  const attention = filter.hidden.has('attention')
+    ? undefined
+    : placeAttention(detail, model, graph, filter, { x: 0, y: RAIL, width: left, bar })
+  const y = beside || !attention ? RAIL : attention.bottom + GAP
+  const place = { x: beside ? left + GAP : 0, y, width: beside ? width - GAP - left : width, bar }
+  const mlp = filter.hidden.has('mlp') ? undefined : placeMlp(detail, model, graph, filter, place)
+  placeRail(detail, model, attention?.joint, beside || !attention ? mlp?.joint : undefined)
+  const bottom = Math.max(RAIL, attention?.bottom ?? 0, mlp?.bottom ?? 0)
+  if (beside) for (const panel of detail.panels) panel.height = bottom - panel.y
+  detail.height = bottom + 2
+  return detail
+}
+
+const WIDTH = 104 // of a stop's chip
+
+interface Stop {
+  node: GraphNode
+  x: number
+  label: string
+  /** Share of what came before in what is here. */
+  kept: number | undefined
+}
+
+/** The residual stream above the blocks, and what each block adds to it. */
+export function placeRail(
+  detail: Detail,
+  model: LayerModel,
+  attention: Placed['joint'],
+  mlp: Placed['joint'],
+): void {
+  const stops = stopsOf(detail.width, model, attention)
+  stops.forEach((stop, i) => {
+    placeStop(detail, stop, i === 0, i === stops.length - 1)
+    const previous = stops[i - 1]
+    if (!previous) return
+    const label = stop.kept === undefined ? '' : `${percent(stop.kept)} from before`
+    const segment = {
+      node: previous.node,
+      x0: previous.x + WIDTH,
+      x1: stop.x,
+      share: stop.kept,
+      label,
+    }
+    detail.rail.segments.push(segment)
+  })
+  const mid = stops.find(({ node }) => node === model.mid)
+  join(detail, attention, model.attention.outputShare, mid && mid.x + WIDTH / 2)
+  join(detail, mlp, model.mlp.outputShare)
+}
+
+function stopsOf(width: number, model: LayerModel, attention: Placed['joint']): Stop[] {
+  const end = width - WIDTH
+  const stops: Stop[] = []
+  if (model.before) stops.push({ node: model.before, x: 0, label: 'before', kept: undefined })
+  if (model.mid) {
+    const under = attention ? attention.x - WIDTH / 2 : end
+    const x = under < end - WIDTH - 40 ? under : (end - WIDTH) / 2
+    stops.push({ node: model.mid, x, label: 'after attention', kept: model.keptByMid })
+  }
+  if (model.after) {
+    const label = model.mid ? 'after the MLP' : 'after the block'
+    stops.push({ node: model.after, x: end, label, kept: model.keptByAfter })
+  }
+  return stops
+}
+
+function placeStop(detail: Detail, stop: Stop, first: boolean, last: boolean): void {
+  const { y } = detail.rail
+  detail.chip(stop.node, stop.x, y, WIDTH)
+  const [x, anchor] = first
+    ? ([stop.x, 'start'] as const)
+    : last
+      ? ([stop.x + WIDTH, 'end'] as const)
+      : ([stop.x + WIDTH / 2, 'middle'] as const)
+  detail.text(x, y - 7, stop.label, 'column', anchor)
+}
+
+/** From an output up to the rail: to its stop where one stands elsewhere, else straight. */
+function join(
+  detail: Detail,
+  joint: Placed['joint'],
+  share: number | undefined,
+  stop?: number | undefined,
+): void {
+  if (!joint) return
+  const label = share === undefined ? '' : `${share < 0 ? '' : '+'}${percent(share)}`
+  const y1 = detail.rail.y + (ROW + CHIP) / 2
+  const to = stop ?? joint.x
+  detail.rail.joints.push({ node: joint.node, x: joint.x, to, y0: joint.y, y1, share, label })
+}
+
+// The MLP's block: for each neuron what it responds to, how much, and what it writes.
+
+interface Columns {
+  chip: number
+  name: number
+  key: number
+  up: number
+  activation: number
+  value: number
+  share: number
+  /** Largest |activation|: what a full bar is. */
+  largest: number
+}
+
+const NAME = 44
+const ACTIVATION = 66
+const SHARE = 50
+const RIBBONS = 74
+
+export function placeMlp(
+  detail: Detail,
+  model: LayerModel,
+  graph: FlowGraph,
+  filter: Filter,
+  at: Place,
+): Placed {
+  const block = model.mlp
+  const gated = block.rows.some((row) => row.up)
+  const columns = columnsIn(at, block.rows, gated)
+  const { shown, hidden, kept } = passing(block.rows, filter)
+  // Of a mixture the sizes tell one expert's neurons, not those of all that were asked.
+  const all = block.rows.some((row) => row.node.expert !== undefined) ? undefined : graph.sizes.dMlp
+  const words = summary(block, block.rows.length, all, 'neurons')
+  heading(
+    detail,
+    at,
+    'MLP',
+    block,
+    [...words, ...shownShare(kept)],
+    [
+      [columns.name, 'neuron'],
+      [columns.key, gated ? 'its gate' : 'its key'],
+      ...(gated ? [[columns.up, 'its up'] as const] : []),
+      [columns.activation + ACTIVATION / 2, 'activation', 'middle'],
+      [columns.value, 'its value'],
+    ],
+  )
+  const rows: Stacked[] = []
+  let y = at.y + HEAD
+  for (const row of shown) {
+    placeNeuron(detail, row, columns, y)
+    rows.push({ row, y })
+    y += ROW
+  }
+  const ends = { x: columns.value, width: columns.chip, share: columns.share }
+  const rest = restWords(all, block.rows.length)
+  y = remainder(detail, rows, block, filter, ends, y, rest)
+  return finish(detail, at, block, rows, ends, hiddenRows(detail, hidden, 'neurons', ends, y))
+}
+
+/** Height of the block's rows, by which attention's heads are spread. */
+export function mlpHeight(model: LayerModel, filter: Filter): number {
+  if (filter.hidden.has('mlp')) return 0
+  const { rest, bias, rows } = model.mlp
+  const { shown, hidden } = passing(rows, filter)
+  const lines =
+    shown.length +
+    (rest && !filter.hidden.has('rest') ? 1 : 0) +
+    (bias && !filter.hidden.has('bias') ? 1 : 0) +
+    (hidden > 0 ? 1 : 0)
+  return lines * ROW
+}
+
+function columnsIn(at: Place, rows: readonly NeuronRow[], gated: boolean): Columns {
+  const chips = gated ? 3 : 2
+  const chip = (at.width - 2 * PAD - NAME - ACTIVATION - SHARE - RIBBONS - 4) / chips
+  const name = at.x + PAD
+  const key = name + NAME
+  const up = key + chip + 4
+  const activation = gated ? up + chip : key + chip
+  const value = activation + ACTIVATION
+  const share = value + chip + SHARE
+  const largest = Math.max(...rows.map((row) => Math.abs(row.node.activation ?? 0)), 1e-9)
+  return { chip, name, key, up, activation, value, share, largest }
+}
+
+function placeNeuron(detail: Detail, row: NeuronRow, at: Columns, y: number): void {
+  const { node } = row
+  const name = node.expert === undefined ? `${node.neuron}` : `e${node.expert} ${node.neuron}`
+  detail.text(at.key - 8, y + ROW / 2, name, 'number', 'end')
+  if (row.key) detail.chip(row.key, at.key, y, at.chip)
+  if (row.up) detail.chip(row.up, at.up, y, at.chip)
+  const activation = node.activation ?? 0
+  scaled(detail, activation / at.largest, at.activation + 5, y, ACTIVATION - 10)
+  detail.chip(node, at.value, y, at.chip, activation < 0)
+}

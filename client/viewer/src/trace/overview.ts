@@ -1,0 +1,294 @@
+import { create } from 'd3-selection'
+import { Once } from '../browser/shell'
+import type { FlowGraph, GraphNode } from '../model/flow_graph'
+import { type AnswerStep, answerAppears } from '../model/graph_queries'
+import { cut } from '../model/tokens'
+import { BINS, type Marks } from '../presentation/colours'
+import { element, type Tooltip } from '../presentation/elements'
+import { type Column, type Svg, stratum } from '../presentation/svg'
+import { count, probability } from '../presentation/wording'
+import { preview } from './inspector'
+import { drawGrid, markGrid, residualAt } from './overview_grid'
+import { EMBEDDING, type Layout, layout, nearest, type Row } from './overview_layout'
+
+interface Actions {
+  select: (id: string) => void
+  pin: (id: string) => void
+  toggleLayer: (layer: number) => void
+}
+
+export const PANEL = 214
+const LABELS = 44 // a click left of this is on a row's label
+
+/** The grid of all residuals with the panel beside it. */
+export class Overview {
+  readonly element: HTMLElement
+  private readonly svg = create('svg').attr('class', 'picture overview') as unknown as Svg
+  private readonly placed = new Once()
+  private readonly marked = new Once()
+  private at: Layout | undefined
+
+  constructor(
+    private readonly graph: FlowGraph,
+    private readonly tooltip: Tooltip,
+    private readonly actions: Actions,
+  ) {
+    const picture = this.svg.node() as SVGSVGElement
+    this.element = element('section', { class: 'overview-box' }, picture)
+    this.svg.attr('role', 'grid').attr('aria-label', 'The residual stream, layers upward')
+    picture.addEventListener('click', (event) => this.clicked(event))
+    picture.addEventListener('pointermove', (event) => this.hovered(event))
+    picture.addEventListener('pointerleave', () => this.tooltip.hide())
+  }
+
+  draw(width: number, position: number, marks: Marks, shown: readonly number[]): void {
+    const { graph, svg } = this
+    const placed = this.placed.differs(width, position, graph.version)
+    if (placed) this.place(width, position)
+    if (this.marked.differs(marks.key, String(shown)) || placed) {
+      markGrid(svg, graph, position, marks, shown)
+    }
+  }
+
+  private place(width: number, position: number): void {
+    const { graph, svg } = this
+    const layers = [...graph.layers].sort((a, b) => a - b)
+    const at = layout(graph.prompt.length, layers, position, width, PANEL)
+    this.at = { ...at, height: at.height + LEGEND_HEIGHT }
+    drawGrid(svg, { graph, at, position })
+    drawPanel(svg, graph, at, position)
+    drawAnswer(svg, graph, at, position)
+    svg.attr('height', this.at.height).attr('viewBox', `0 0 ${at.width} ${this.at.height}`)
+    drawLegend(svg, graph.targets.get(position)?.target.label ?? '', at.height, at.width)
+  }
+
+  private idAt(event: MouseEvent): string | undefined {
+    const target = event.target as Element
+    const arc = target.closest('.arc')?.getAttribute('data-id')
+    if (arc) return arc
+    const box = this.svg.node()?.getBoundingClientRect()
+    if (!box || !this.at) return undefined
+    const found = nearest(this.at, event.clientX - box.left, event.clientY - box.top)
+    return found && residualAt(this.graph, found.row.layer, found.column.position)?.id
+  }
+
+  private clicked(event: MouseEvent): void {
+    const box = this.svg.node()?.getBoundingClientRect()
+    const id = this.idAt(event)
+    if (!box || !this.at || !id) return
+    const layer = this.graph.node(id)?.layer
+    if (event.clientX - box.left < LABELS && layer !== undefined) this.actions.toggleLayer(layer)
+    else if (event.ctrlKey || event.metaKey) this.actions.pin(id)
+    else this.actions.select(id)
+  }
+
+  private hovered(event: PointerEvent): void {
+    const box = this.svg.node()?.getBoundingClientRect()
+    const inside = box && this.at && event.clientX - box.left < this.at.panelX - 8
+    const id = inside ? this.idAt(event) : undefined
+    const node = id ? this.graph.node(id) : undefined
+    if (node) this.tooltip.show(preview(node, this.graph), event.clientX, event.clientY)
+    else this.tooltip.hide()
+  }
+}
+
+// The panel beside the grid: how the target emerges at the selected position, row by row, and where
+// it is on top for good.
+
+interface Line {
+  y: number
+  node: GraphNode
+  rank: number
+  probability: number
+}
+
+const RANK = 46
+const BAR = 58
+const BAR_WIDTH = 84
+
+export function drawPanel(svg: Svg, graph: FlowGraph, at: Layout, position: number): void {
+  const lines = linesOf(graph, at, position)
+  const x = at.panelX
+  heading(svg, graph, at, position)
+  const ranks = stratum(svg, 'ranks').selectAll('text').data(lines).join('text')
+  ranks
+    .attr('x', x + RANK)
+    .attr('y', (line) => line.y)
+    .attr('text-anchor', 'end')
+    .attr('dominant-baseline', 'central')
+    .attr('class', (line) => (line.rank === 0 ? 'number strong' : 'number'))
+    .text((line) => count(line.rank))
+  const bars = stratum(svg, 'probabilities').selectAll('rect').data(lines).join('rect')
+  bars
+    .attr('x', x + BAR)
+    .attr('y', (line) => line.y - 5)
+    .attr('width', (line) => Math.max(1, BAR_WIDTH * line.probability))
+    .attr('height', 10)
+    .attr('rx', 2)
+  const numbers = stratum(svg, 'probability-numbers').selectAll('text').data(lines).join('text')
+  numbers
+    .attr('x', (line) => x + BAR + BAR_WIDTH * line.probability + 6)
+    .attr('y', (line) => line.y)
+    .attr('dominant-baseline', 'central')
+    .attr('class', 'number')
+    .text((line) => probability(line.probability))
+}
+
+function linesOf(graph: FlowGraph, at: Layout, position: number): Line[] {
+  const lines: Line[] = []
+  for (const row of at.rows) {
+    const node =
+      row.layer === EMBEDDING
+        ? graph.node(`p${position}/BLOCK_INPUT`)
+        : graph.at(row.layer, position, 'BLOCK_OUTPUT')
+    const reading = node?.reading
+    if (!node || reading?.targetRank === undefined) continue
+    lines.push({
+      y: row.y + at.cellHeight / 2,
+      node,
+      rank: reading.targetRank,
+      probability: reading.targetProbability ?? 0,
+    })
+  }
+  return lines
+}
+
+function heading(svg: Svg, graph: FlowGraph, at: Layout, position: number): void {
+  const target = graph.targets.get(position)?.target.label ?? ''
+  const words = [
+    { x: at.panelX + RANK, text: 'rank', anchor: 'end' },
+    { x: at.panelX + BAR, text: `probability of ${cut(target, 12)}`, anchor: 'start' },
+  ]
+  stratum(svg, 'panel-heading')
+    .selectAll('text')
+    .data(words)
+    .join('text')
+    .attr('class', 'column')
+    .attr('x', (w) => w.x)
+    .attr('y', 14)
+    .attr('text-anchor', (w) => w.anchor)
+    .text((w) => w.text)
+}
+
+/** Where the target comes to stay on top: a tinted column from there up, and a flag beside it. */
+export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: number): void {
+  const answer = answerAppears(graph, position)
+  const layer = answer?.step === 'embedding' ? EMBEDDING : answer?.layer
+  const row = answer && at.rows.find((r) => r.layer === layer)
+  const column = at.columns.find((c) => c.position === position)
+  const marks = answer && row && column ? [{ row, column, words: flagWords(answer.step) }] : []
+  const bottom = (mark: Mark) => mark.row.y + at.cellHeight
+  stratum(svg, 'answer')
+    .selectAll('rect')
+    .data(marks)
+    .join('rect')
+    .attr('class', 'answer-band')
+    .attr('x', (m) => m.column.x - 6)
+    .attr('width', (m) => m.column.width + 12)
+    .attr('y', 22)
+    .attr('height', (m) => bottom(m) + 6 - 22)
+    .attr('rx', 10)
+  const flag = stratum(svg, 'flag')
+  flag
+    .selectAll('path')
+    .data(marks)
+    .join('path')
+    .attr('class', 'flag-line')
+    .attr('d', (m) => `M${m.column.x + m.column.width + 6},${bottom(m) + 5}H${at.panelX + 12}`)
+  flag
+    .selectAll('rect')
+    .data(marks)
+    .join('rect')
+    .attr('class', 'flag-box')
+    .attr('x', at.panelX + 10)
+    .attr('y', (m) => bottom(m) - 4)
+    .attr('width', (m) => m.words.length * 5.9 + 22)
+    .attr('height', 18)
+    .attr('rx', 9)
+  flag
+    .selectAll('text')
+    .data(marks)
+    .join('text')
+    .attr('class', 'flag-text')
+    .attr('x', at.panelX + 20)
+    .attr('y', (m) => bottom(m) + 5.5)
+    .attr('dominant-baseline', 'central')
+    .text((m) => m.words)
+}
+
+interface Mark {
+  row: Row
+  column: Column
+  words: string
+}
+
+const AFTER: Record<AnswerStep, string> = {
+  embedding: 'from the start',
+  attention: 'after attention',
+  MLP: 'after the MLP',
+  block: 'after the block',
+}
+
+function flagWords(step: AnswerStep): string {
+  return `▲ on top, ${AFTER[step]}`
+}
+
+// What the colours and lines mean, inside the picture: it is right in a talk too.
+
+interface Key {
+  x: number
+  width: number
+  kind: string
+  words: string
+  inside: boolean
+}
+
+export const LEGEND_HEIGHT = 34
+
+export function drawLegend(svg: Svg, target: string, y: number, width: number): void {
+  const keys = keysFor(target, width)
+  const group = stratum(svg, 'legend')
+  group
+    .selectAll('rect')
+    .data(keys.filter((key) => key.kind !== ''))
+    .join('rect')
+    .attr('class', (key) => `key ${key.kind}`)
+    .attr('x', (key) => key.x)
+    .attr('y', (key) => (key.inside ? y : y + 5))
+    .attr('width', (key) => (key.inside ? key.width : 16))
+    .attr('height', (key) => (key.inside ? 18 : 8))
+    .attr('rx', 3)
+  group
+    .selectAll('text')
+    .data(keys)
+    .join('text')
+    .attr('class', (key) => (key.inside ? `on-${key.kind}` : 'column'))
+    .attr('x', (key) => (key.inside ? key.x + key.width / 2 : key.x + (key.kind ? 22 : 0)))
+    .attr('y', y + 9.5)
+    .attr('text-anchor', (key) => (key.inside ? 'middle' : 'start'))
+    .attr('dominant-baseline', 'central')
+    .text((key) => key.words)
+}
+
+function keysFor(target: string, width: number): Key[] {
+  const title = `rank of ${cut(target, 14)}`
+  let x = 46
+  const keys: Key[] = [{ x, width: 0, kind: '', words: title, inside: false }]
+  x += title.length * 6.6 + 12
+  BINS.forEach((words, bin) => {
+    keys.push({ x, width: 58, kind: `bin-${bin}`, words, inside: true })
+    x += 60
+  })
+  x += 18
+  const lines: [string, string][] = [
+    ['attention', 'attention (width: share)'],
+    ['mlp', 'MLP'],
+    ['residual', 'residual (width: norm)'],
+  ]
+  for (const [kind, words] of lines) {
+    if (x + 30 + words.length * 6.6 > width) break
+    keys.push({ x, width: 16, kind, words, inside: false })
+    x += 22 + words.length * 5.6 + 16
+  }
+  return keys
+}

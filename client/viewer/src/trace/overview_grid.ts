@@ -1,0 +1,340 @@
+import { select } from 'd3-selection'
+import type { FlowGraph, GraphNode } from '../model/flow_graph'
+import { cut } from '../model/tokens'
+import { BINS, binOf, chipClass, type Marks } from '../presentation/colours'
+import {
+  type Column,
+  classify,
+  defineHatches,
+  fitting,
+  type Group,
+  type Svg,
+  stratum,
+} from '../presentation/svg'
+import { nodeSentence } from '../presentation/wording'
+import { type Arc, arcsInto, EMBEDDING, type Layout, type Row } from './overview_layout'
+
+const PADDING = 6 // of a cell's text
+
+/** One residual of the grid. */
+export interface Cell {
+  column: Column
+  row: Row
+  node: GraphNode | undefined
+}
+
+export interface Grid {
+  graph: FlowGraph
+  at: Layout
+  /** The position whose story is told. */
+  position: number
+}
+
+export function residualAt(graph: FlowGraph, layer: number, position: number) {
+  return layer === EMBEDDING
+    ? graph.node(`p${position}/BLOCK_INPUT`)
+    : graph.at(layer, position, 'BLOCK_OUTPUT')
+}
+
+export function drawGrid(svg: Svg, grid: Grid): void {
+  const { at } = grid
+  defineHatches(svg)
+  svg.attr('width', at.width).attr('height', at.height)
+  svg.attr('viewBox', `0 0 ${at.width} ${at.height}`)
+  drawBand(stratum(svg, 'band'), grid)
+  drawHeatmap(stratum(svg, 'heat'), grid)
+  stratum(svg, 'answer') // its place is below the cells
+  drawSpine(stratum(svg, 'spine'), grid)
+  drawArcs(stratum(svg, 'arcs'), grid)
+  drawCells(stratum(svg, 'cells'), grid)
+  drawSteps(stratum(svg, 'steps'), grid)
+  drawRowLabels(stratum(svg, 'rows'), at)
+  drawAxis(stratum(svg, 'axis'), grid)
+}
+
+function drawBand(group: Group, { at, position }: Grid): void {
+  group
+    .selectAll('rect')
+    .data(at.columns.filter((c) => c.position === position))
+    .join('rect')
+    .attr('x', (c) => c.x - 6)
+    .attr('width', (c) => c.width + 12)
+    .attr('y', 22)
+    .attr('height', at.height - 24)
+    .attr('rx', 10)
+}
+
+interface Rung {
+  column: Column
+  below: Row
+  above: Row
+  width: number
+}
+
+/** The residual stream between neighbouring cells, as wide as its norm among the others. */
+function drawSpine(group: Group, grid: Grid): void {
+  const { at, position } = grid
+  group
+    .selectAll('line')
+    .data(rungsOf(grid))
+    .join('line')
+    .attr('class', (r) => (r.column.position === position ? 'rung selected' : 'rung'))
+    .attr('x1', (r) => middle(r.column))
+    .attr('x2', (r) => middle(r.column))
+    .attr('y1', (r) => r.below.y)
+    .attr('y2', (r) => r.above.y + at.cellHeight)
+    .attr('stroke-width', (r) => r.width)
+}
+
+const WIDEST_RUNG = 12
+
+function rungsOf({ graph, at }: Grid): Rung[] {
+  const rungs: Rung[] = []
+  let largest = 1e-9
+  for (const column of at.columns) {
+    if (!column.labelled) continue // too narrow to compare widths
+    for (let i = 1; i < at.rows.length; i++) {
+      const [below, above] = [at.rows[i - 1], at.rows[i]]
+      const node = below && residualAt(graph, below.layer, column.position)
+      if (!below || !above || !node) continue
+      largest = Math.max(largest, node.norm)
+      rungs.push({ column, below, above, width: node.norm })
+    }
+  }
+  for (const rung of rungs) {
+    const room = Math.min(WIDEST_RUNG, rung.column.width * 0.6)
+    rung.width = Math.max(1, room * Math.sqrt(rung.width / largest))
+  }
+  return rungs
+}
+
+function drawArcs(group: Group, { graph, at, position }: Grid): void {
+  const others = at.columns.filter((c) => c.labelled && c.position !== position)
+  const arcs = [
+    ...others.flatMap((column) => arcsInto(graph, column.position, 0.2)),
+    ...arcsInto(graph, position),
+  ].filter((arc) => arc.source !== arc.position)
+  group
+    .selectAll<SVGPathElement, Arc>('path')
+    .data(arcs, (arc) => arc.value)
+    .join('path')
+    .order()
+    .attr('data-id', (arc) => arc.value)
+    .attr('d', (arc) => arcPath(arc, at))
+    .attr('stroke-width', (arc) => 1 + 8 * Math.min(1, Math.abs(arc.share)))
+    .attr('opacity', (arc) =>
+      arc.position === position ? 0.35 + 0.65 * Math.min(1, Math.abs(arc.share) * 2.5) : null,
+    )
+}
+
+/** From the top of the residual that is read to the bottom of the one that is written. */
+function arcPath(arc: Arc, at: Layout): string | null {
+  const from = at.columns.find((c) => c.position === arc.source)
+  const to = at.columns.find((c) => c.position === arc.position)
+  const index = at.rows.findIndex((row) => row.layer === arc.layer)
+  const [below, above] = [at.rows[index - 1], at.rows[index]]
+  if (!from || !to || !below || !above) return null
+  const [x0, y0] = [middle(from) + Math.min(10, from.width / 4), below.y + 2]
+  const [x1, y1] = [middle(to) - Math.min(14, to.width / 4), above.y + at.cellHeight - 1]
+  const turn = (y0 + y1) / 2
+  return `M${x0},${y0}C${x0},${turn},${x1},${turn},${x1},${y1}`
+}
+
+/** Rows of cells, since that is what a grid is to a screen reader. */
+function drawCells(group: Group, grid: Grid): void {
+  const { graph, at } = grid
+  const columns = at.columns.filter((column) => column.labelled)
+  const rows = group
+    .selectAll<SVGGElement, Row>('g.row')
+    .data(at.rows, (row) => row.layer)
+    .join('g')
+    .attr('class', 'row')
+    .attr('role', 'row')
+  rows
+    .selectAll<SVGGElement, Cell>('g')
+    .data(
+      (row) =>
+        columns.map((column) => ({
+          column,
+          row,
+          node: residualAt(graph, row.layer, column.position),
+        })),
+      (cell) => cell.column.position,
+    )
+    .join((enter) => {
+      const cell = enter.append('g')
+      cell.append('rect')
+      cell.append('text').attr('dominant-baseline', 'central')
+      return cell
+    })
+    .attr('data-id', (cell) => cell.node?.id ?? null)
+    .attr('role', 'gridcell')
+    .attr('tabindex', -1)
+    .attr('aria-label', (cell) => spoken(cell, graph))
+    .attr('transform', (cell) => `translate(${cell.column.x},${cell.row.y})`)
+    .each(function (cell) {
+      const own = select(this)
+      own
+        .select('rect')
+        .attr('width', cell.column.width)
+        .attr('height', at.cellHeight)
+        .attr('rx', Math.min(6, at.cellHeight / 4))
+      own
+        .select('text')
+        .attr('x', PADDING)
+        .attr('y', at.cellHeight / 2 + 0.5)
+        .text(at.cellHeight < 11 ? '' : cellLabel(cell))
+    })
+}
+
+/** The whole token, and what is seen of it where it is cut. */
+function spoken(cell: Cell, graph: FlowGraph): string {
+  if (!cell.node) return 'not traced'
+  const seen = cellLabel(cell)
+  const sentence = nodeSentence(cell.node, graph)
+  return sentence.includes(seen) ? sentence : `${sentence}, shown as ${seen}`
+}
+
+function cellLabel(cell: Cell): string {
+  const label = cell.node?.reading?.top[0]?.token.label ?? ''
+  return cut(label, fitting(cell.column.width - 2 * PADDING))
+}
+
+interface Underline {
+  x: number
+  y: number
+  width: number
+  kind: string
+}
+
+/** Below each cell, how much of it attention and the MLP brought. */
+function drawSteps(group: Group, { graph, at }: Grid): void {
+  const lines: Underline[] = []
+  if (at.cellHeight >= 14) {
+    for (const row of at.rows) {
+      for (const column of at.columns) {
+        if (column.labelled && row.layer !== EMBEDDING) underline(lines, graph, at, row, column)
+      }
+    }
+  }
+  group
+    .selectAll('rect')
+    .data(lines)
+    .join('rect')
+    .attr('class', (line) => line.kind)
+    .attr('x', (line) => line.x)
+    .attr('y', (line) => line.y)
+    .attr('width', (line) => line.width)
+    .attr('height', 2.5)
+}
+
+function underline(
+  lines: Underline[],
+  graph: FlowGraph,
+  at: Layout,
+  row: Row,
+  column: Column,
+): void {
+  const y = row.y + at.cellHeight + 1.5
+  const room = column.width - 12
+  let x = column.x + 6
+  for (const [kind, name] of [
+    ['ATTENTION_OUTPUT', 'attention'],
+    ['MLP_OUTPUT', 'mlp'],
+  ] as const) {
+    const output = graph.at(row.layer, column.position, kind)
+    const share = output && graph.edgesFrom(output.id).find((e) => e.kind === 'PART')?.share
+    const width = Math.min(1, Math.abs(share ?? 0)) * room * 0.5
+    if (width > 0.5) lines.push({ x, y, width, kind: name })
+    x += width
+  }
+}
+
+export function drawRowLabels(group: Group, at: Layout): void {
+  const every = Math.ceil(13 / (at.rows.length > 1 ? Math.abs(pitch(at)) : 13))
+  group
+    .selectAll('text')
+    .data(at.rows.filter((row) => row.layer === EMBEDDING || row.layer % every === 0))
+    .join('text')
+    .attr('x', 36)
+    .attr('y', (row) => row.y + at.cellHeight / 2)
+    .attr('text-anchor', 'end')
+    .attr('dominant-baseline', 'central')
+    .text((row) => (row.layer === EMBEDDING ? 'emb' : `L${row.layer}`))
+}
+
+function pitch(at: Layout): number {
+  return (at.rows[0]?.y ?? 0) - (at.rows[1]?.y ?? 0)
+}
+
+function drawAxis(group: Group, { graph, at, position }: Grid): void {
+  const y = at.height - 14
+  group
+    .selectAll('text')
+    .data(at.columns.filter((column) => column.labelled))
+    .join('text')
+    .attr('class', (column) => (column.position === position ? 'selected' : ''))
+    .attr('x', (column) => column.x + PADDING)
+    .attr('y', y)
+    .text((column) => {
+      const label = graph.prompt[column.position]?.label ?? ''
+      return cut(label, fitting(column.width - 6))
+    })
+}
+
+function middle(column: Column): number {
+  return column.x + column.width / 2
+}
+
+// The columns that are too narrow for text: one path for each colour, so that thousands of cells cost
+// seven elements, and an exported or printed picture has them too.
+
+/** The cells of the columns that carry no text, as the outline of each bin's. */
+export function heatPaths({ graph, at }: Grid): string[] {
+  const paths = BINS.map(() => '')
+  for (const column of at.columns) {
+    if (column.labelled) continue
+    for (const row of at.rows) {
+      const node = residualAt(graph, row.layer, column.position)
+      if (!node) continue
+      const width = column.width.toFixed(2)
+      paths[binOf(node, graph)] +=
+        `M${column.x.toFixed(2)},${row.y}h${width}v${at.cellHeight}h-${width}z`
+    }
+  }
+  return paths
+}
+
+export function drawHeatmap(group: Group, grid: Grid): void {
+  group
+    .selectAll('path')
+    .data(heatPaths(grid))
+    .join('path')
+    .attr('class', (_, bin) => `heat-${bin}`)
+    .attr('d', (path) => path)
+}
+
+// What a selection, a search or an open layer changes in the overview: classes alone, so that nothing
+// is placed anew.
+
+export function markGrid(
+  svg: Svg,
+  graph: FlowGraph,
+  position: number,
+  marks: Marks,
+  shown: readonly number[],
+): void {
+  classify<Cell>(svg, '.cells .row > g', (cell) => {
+    const own = cell.column.position === position ? 'cell of-selected' : 'cell'
+    return `${own} ${chipClass(cell.node, graph, marks)}`
+  })
+  classify<Arc>(svg, '.arcs path', (arc) => arcClass(arc, position, marks))
+  classify<Row>(svg, '.rows text', (row) => (shown.includes(row.layer) ? 'shown' : ''))
+}
+
+function arcClass(arc: Arc, position: number, marks: Marks): string {
+  const classes = ['arc', arc.share < 0 ? 'subtracts' : 'adds']
+  if (arc.position === position) classes.push('into-selected')
+  if (arc.value === marks.selected || marks.path?.has(arc.value)) classes.push('chosen')
+  return classes.join(' ')
+}

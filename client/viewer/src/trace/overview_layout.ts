@@ -1,0 +1,146 @@
+import type { FlowGraph } from '../model/flow_graph'
+import { type Column, columnsIn, GUTTER, NARROWEST_LABEL } from '../presentation/svg'
+
+// Where the overview's cells stand: tokens along, layers upward, the embedding below.
+
+export interface Row {
+  /** A block, or -1 for the embedding. */
+  layer: number
+  y: number
+}
+
+export interface Layout {
+  columns: Column[]
+  rows: Row[]
+  cellHeight: number
+  width: number
+  height: number
+  /** Left edge of the panel that follows one position over the layers. */
+  panelX: number
+}
+
+export const EMBEDDING = -1
+
+const TOP = 30
+
+const AXIS = 38
+
+const WIDEST_HEAD = 150
+
+/** As many columns as positions, all labelled where they fit; else a lens around the selected. */
+export function layout(
+  positions: number,
+  layers: readonly number[],
+  selected: number,
+  width: number,
+  panelWidth: number,
+): Layout {
+  const pitch = rowPitch(layers.length)
+  const cellHeight = Math.min(26, Math.round(pitch * 0.58))
+  const panelX = width - panelWidth
+  const columns = columnsIn(positions, selected, GUTTER, panelX - GUTTER - 18)
+  const rows = [EMBEDDING, ...layers].map((layer, i) => ({
+    layer,
+    y: TOP + (layers.length - i) * pitch,
+  }))
+  return {
+    columns,
+    rows,
+    cellHeight,
+    width,
+    height: TOP + layers.length * pitch + cellHeight + AXIS,
+    panelX: Math.min(panelX, lastEdge(columns) + 26),
+  }
+}
+
+/** The same rows without the embedding, and a column for each head: higher, for there are no arcs. */
+export function headLayout(
+  heads: number,
+  layers: readonly number[],
+  width: number,
+  panelWidth: number,
+): Layout {
+  const pitch = rowPitch(layers.length)
+  const room = width - panelWidth - GUTTER - 18
+  const even = Math.min(WIDEST_HEAD, room / heads)
+  const columns = Array.from({ length: heads }, (_, position) => ({
+    position,
+    x: GUTTER + position * even,
+    width: even - Math.min(6, even * 0.15),
+    labelled: even >= NARROWEST_LABEL,
+  }))
+  return {
+    columns,
+    rows: layers.map((layer, i) => ({ layer, y: TOP + (layers.length - 1 - i) * pitch })),
+    cellHeight: pitch - Math.min(6, pitch * 0.15),
+    width,
+    height: TOP + layers.length * pitch + AXIS - 10,
+    panelX: Math.min(width - panelWidth, lastEdge(columns) + 26),
+  }
+}
+
+function rowPitch(layers: number): number {
+  return Math.max(18, Math.min(54, Math.round(620 / (layers + 1))))
+}
+
+function lastEdge(columns: readonly Column[]): number {
+  const last = columns.at(-1)
+  return last ? last.x + last.width : GUTTER
+}
+
+/** The column and row nearest to a point of the picture. */
+export function nearest(
+  of: Layout,
+  x: number,
+  y: number,
+): { column: Column; row: Row } | undefined {
+  const column = closest(of.columns, (c) => distance(x, c.x, c.x + c.width))
+  const row = closest(of.rows, (r) => distance(y, r.y, r.y + of.cellHeight))
+  return column && row ? { column, row } : undefined
+}
+
+function distance(value: number, low: number, high: number): number {
+  return Math.max(low - value, value - high, 0)
+}
+
+function closest<Item>(items: readonly Item[], far: (item: Item) => number): Item | undefined {
+  let best: Item | undefined
+  for (const item of items) if (!best || far(item) < far(best)) best = item
+  return best
+}
+
+/** Attention that moves something from one position to another within a layer. */
+export interface Arc {
+  layer: number
+  position: number
+  source: number
+  head: number
+  attention: number
+  /** The head's share of all heads, times the source's share of the head; signed. */
+  share: number
+  /** Id of the value that is moved. */
+  value: string
+}
+
+/** The arcs into one position, layer by layer, weakest first so that the strong are drawn above. */
+export function arcsInto(graph: FlowGraph, position: number, minimum = 0.01): Arc[] {
+  const arcs: Arc[] = []
+  for (const layer of graph.layers) {
+    for (const head of graph.partsOf(`L${layer}/p${position}/ATTENTION_CONCAT`)) {
+      for (const value of graph.partsOf(head.node.id)) {
+        const share = (head.edge.share ?? 0) * (value.edge.share ?? 0)
+        if (value.node.source === undefined || Math.abs(share) < minimum) continue
+        arcs.push({
+          layer,
+          position,
+          source: value.node.source,
+          head: head.node.head ?? 0,
+          attention: value.edge.attention ?? 0,
+          share,
+          value: value.node.id,
+        })
+      }
+    }
+  }
+  return arcs.sort((a, b) => Math.abs(a.share) - Math.abs(b.share))
+}
