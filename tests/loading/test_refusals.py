@@ -163,6 +163,13 @@ def lacking_one(folder: Path) -> str:
     return "got none for 1 parameters: transformer.ln_f.weight"
 
 
+def with_an_unmerged_adapter(folder: Path) -> str:
+    tensors = load_file(folder / WEIGHTS)
+    tensors["transformer.h.1.mlp.c_fc.lora_A.weight"] = torch.ones(2, 32)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return "1 weights that the configuration has no place for: transformer.h.1.mlp.c_fc.lora_A"
+
+
 def without_tokenizer(folder: Path) -> str:
     (folder / "tokenizer.json").unlink()
     return "expected a tokenizer (tokenizer.json), found none"
@@ -177,6 +184,7 @@ BREAKAGES = (
     without_weight_map,
     of_other_shape,
     lacking_one,
+    with_an_unmerged_adapter,
     without_tokenizer,
 )
 
@@ -199,3 +207,24 @@ def test_a_device_that_is_not_there(source: ModelSource) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     assert "expected a CUDA device, found none" in refusal(replace(source, device="cuda"))
+
+
+def test_weights_that_the_model_does_not_need_are_no_reason_to_refuse(source: ModelSource) -> None:
+    path = Path(source.location) / WEIGHTS
+    tensors = load_file(path) | {
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+        "transformer.h.0.rotary_emb.inv_freq": torch.ones(4),
+        "transformer.h.2.mlp.c_fc.weight": torch.ones(32, 40),  # the model has layers 0 and 1
+    }
+    save_file(tensors, path, {"format": "pt"})
+    assert load(source).view.facts.n_layers == 2
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "o_proj"])
+def test_biases_without_a_place_are_refused(tmp_path: Path, name: str) -> None:
+    llama = next(case for case in CASES if case.id == "llama-grouped")
+    source = saved(llama, tmp_path / "model")
+    path = tmp_path / "model" / WEIGHTS
+    key = f"model.layers.0.self_attn.{name}.bias"
+    save_file(load_file(path) | {key: torch.ones(32)}, path, {"format": "pt"})
+    assert f"has no place for: {key}" in refusal(source)

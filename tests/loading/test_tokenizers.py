@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
-from januslens_server.errors import InvalidRequest
-from januslens_server.models.loading import load
+from januslens_server.errors import InvalidRequest, ModelFailed
+from januslens_server.models.loading import ModelSource, load, read_tokenizer
 from januslens_server.models.tokens import Vocabulary
 from januslens_server.pipelines.inputs import read_prompt, read_single_target
 from januslens_server.pipelines.trace import trace
@@ -204,3 +213,97 @@ def test_models_are_never_passed_segments(tmp_path: Path) -> None:
     *_, same = trace(model, TraceSpec(tuple(ids), include_checks=True), lambda: None)
     assert isinstance(same, TraceSummary)
     assert same.checks == summary.checks
+
+
+# Classes whose normaliser or pre-tokenizer transformers rebuilds, and one that it reads as it is.
+CLASSES = (
+    "CodeGenTokenizer",
+    "CohereTokenizer",
+    "GPT2Tokenizer",
+    "GPTNeoXTokenizer",
+    "GemmaTokenizer",
+    "LlamaTokenizer",
+    "PreTrainedTokenizerFast",
+    "Qwen2Tokenizer",
+)
+SAMPLES = ("in 2023", "Cafe\u0301", "DON'T  stop\n\n10:30", " \u6771\u4eac ", "Tokyo</s>x")
+
+
+def as_stored(pre_tokenizer: str, normalizer: str) -> Tokenizer:
+    """A byte-level tokenizer with merges over digits and some steps before them."""
+    tokenizer = byte_level(False, ["2023", "Tokyo", " Tokyo", "10", "Don"])
+    level = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = {
+        "plain": level,
+        "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level]),
+        "no regex": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        "prefixed": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    }[pre_tokenizer]
+    if normalizer != "none":
+        tokenizer.normalizer = {
+            "lowercase": normalizers.Lowercase(),
+            "nfd": normalizers.NFD(),
+            "collapsed": normalizers.Replace("  ", " "),
+        }[normalizer]
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classes") / "model"
+    saved(GPT2, path)
+    return path
+
+
+@pytest.mark.parametrize("tokenizer_class", CLASSES)
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "normalizer"),
+    [
+        ("plain", "none"),
+        ("plain", "lowercase"),
+        ("digits", "none"),
+        ("digits", "nfd"),
+        ("no regex", "collapsed"),
+        ("prefixed", "none"),
+    ],
+)
+def test_ids_are_those_of_tokenizer_json(
+    folder: Path, tokenizer_class: str, pre_tokenizer: str, normalizer: str
+) -> None:
+    stored = as_stored(pre_tokenizer, normalizer)
+    stored.save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": tokenizer_class, "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    own = load(ModelSource("model", str(folder))).vocabulary
+    for text in SAMPLES:
+        found = [token.id for token in own.encode(text, with_special_tokens=True)]
+        assert found == stored.encode(text).ids, text
+
+
+def test_a_tokenizer_class_does_not_lose_the_chat_template(folder: Path) -> None:
+    as_stored("digits", "none").save(str(folder / "tokenizer.json"))
+    described = {"tokenizer_class": "GPT2Tokenizer", "chat_template": "{{ messages }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    assert read_tokenizer(folder).chat_template == "{{ messages }}"
+
+
+def test_tokens_that_only_the_configuration_lists_are_added(folder: Path) -> None:
+    stored = as_stored("plain", "none")
+    stored.save(str(folder / "tokenizer.json"))
+    size = stored.get_vocab_size()
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "added_tokens_decoder": {str(size): {"content": "<think>", "special": True}},
+    }
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(described))
+    own = load(ModelSource("model", str(folder))).vocabulary
+    assert [t.id for t in own.encode("<think>", with_special_tokens=False)] == [size]
+    described["added_tokens_decoder"] = {str(size + 5): {"content": "<think>", "special": True}}
+    path.write_text(json.dumps(described))
+    with pytest.raises(ModelFailed, match=f"'<think>' the id {size + 5}, .* gives it {size}"):
+        load(ModelSource("model", str(folder)))

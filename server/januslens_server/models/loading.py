@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
+from tokenizers import AddedToken, Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -77,7 +79,7 @@ def load(source: ModelSource) -> ResidentModel:
     try:
         checkpoint = open_checkpoint(source.location, source.revision)
         network = _network(source, checkpoint)
-        vocabulary = _vocabulary(checkpoint.folder)
+        vocabulary = Vocabulary(read_tokenizer(checkpoint.folder))
         with brought(network):
             view = view_of(network)
         check_weights(network)
@@ -116,9 +118,32 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
             f"expected every weight, got none for {len(missing)} parameters: "
             + ", ".join(missing[:3])
         )
+    if unused := _unused(network, found["unexpected_keys"]):
+        raise ModelFailed(
+            f"the checkpoint holds {len(unused)} weights that the configuration has no place for: "
+            f"{', '.join(unused[:3])}; correct config.json, or merge or remove these weights"
+        )
     network.requires_grad_(requires_grad=False)
     frozen: PreTrainedModel = network.eval()
     return frozen
+
+
+def _unused(network: PreTrainedModel, keys: Iterable[str]) -> list[str]:
+    """The stored weights that would change the output if the model had a place for them.
+
+    transformers has left out what its model class declares to be ignorable. Also left out: layers
+    beyond the configuration's last one (cut models, heads that predict several tokens), and masks
+    and frequencies that the model computes itself.
+    """
+    n_layers: int = network.config.get_text_config().num_hidden_layers
+    computed = {name for name, _ in network.named_buffers()}
+
+    def used(key: str) -> bool:
+        number = re.search(r"\.(\d+)\.", key)
+        beyond = number is not None and int(number[1]) >= n_layers
+        return beyond or key in computed or key.endswith(("inv_freq", "masked_bias"))
+
+    return sorted(key for key in keys if not used(key))
 
 
 def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dtype) -> DeviceMap:
@@ -134,11 +159,38 @@ def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dt
     return device_map
 
 
-def _vocabulary(folder: Path) -> Vocabulary:
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelFailed("expected a fast tokenizer (tokenizer.json), got none")
-    return Vocabulary(tokenizer)
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of the folder, splitting texts as its `tokenizer.json` says.
+
+    transformers rebuilds the normaliser and pre-tokenizer of many tokenizer classes from the class
+    alone, so the file is read by the `tokenizers` library itself. Only special tokens that
+    `tokenizer_config.json` lists beside the file's are added to it.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+            raise ModelFailed("expected a fast tokenizer (tokenizer.json), got none")
+        return tokenizer
+    stored = Tokenizer.from_file(str(file))
+    wrapper: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    _add_listed_tokens(stored, wrapper.init_kwargs.get("added_tokens_decoder", {}))
+    wrapper._tokenizer = stored  # noqa: SLF001 - a new wrapper would lose the template
+    return wrapper
+
+
+def _add_listed_tokens(tokenizer: Tokenizer, listed: Mapping[int, AddedToken]) -> None:
+    """Add the tokens that the file lacks, in the order of their ids."""
+    for token_id, token in sorted(listed.items()):
+        known = tokenizer.token_to_id(token.content)
+        if known is None:
+            tokenizer.add_tokens([token])
+            known = tokenizer.token_to_id(token.content)
+        if known != token_id:
+            raise ModelFailed(
+                f"tokenizer_config.json gives token {token.content!r} the id {token_id}, "
+                f"tokenizer.json gives it {known}; make the two files agree"
+            )
 
 
 def _data_type(source: ModelSource, checkpoint: Checkpoint) -> torch.dtype:
