@@ -123,16 +123,16 @@ async def test_a_lost_device_refuses_all_and_says_so_once(demo: Loaded) -> None:
 
 async def test_a_lost_device_turns_health_off(caplog: pytest.LogCaptureFixture) -> None:
     health = Health()
-    await health.update([ModelStatus("demo", ModelState.READY)])
+    health.update([ModelStatus("demo", ModelState.READY)])
     lost = asyncio.Event()
     on_loss = on_device_lost(health, asyncio.get_running_loop(), lost)
     await asyncio.to_thread(on_loss)  # as the device's thread does
     await asyncio.sleep(0.05)
-    await health.update([ModelStatus("demo", ModelState.READY)])  # another model may still load
+    health.update([ModelStatus("demo", ModelState.READY)])  # another model may still load
     context: Any = None  # it has no use for one
     for service in ("", "januslens.ready", "demo"):
         request = health_pb2.HealthCheckRequest(service=service)
-        found = await health.servicer.Check(request, context)
+        found = await health.Check(request, context)
         assert found.status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert lost.is_set()
     assert "the device computes no more" in caplog.text

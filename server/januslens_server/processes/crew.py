@@ -47,7 +47,7 @@ class Crew:
         for number in numbers:
             await self._loaded(number)
         await asyncio.gather(*(member.open() for member in self._members.values()))
-        await self.tell()
+        self.tell()
         where = f"{self._settings.host}:{self._settings.port}"
         logger.info("serving on %s with %d processes", where, len(numbers))
         if is_ready(self._statuses()):
@@ -76,7 +76,7 @@ class Crew:
         while True:
             status = await self._members[number].ended()
             metrics.forget(self._folder, number)
-            await self.tell()
+            self.tell()
             logger.error(
                 "process %d ended with status %d; it is started again in %g s",
                 number,
@@ -97,13 +97,13 @@ class Crew:
             except OSError as error:
                 logger.error("%s", error)  # noqa: TRY400 - one line says it all
                 return False
-        await self.tell()
+        self.tell()
         logger.info("process %d serves again", number)
         return True
 
-    async def tell(self) -> None:
+    def tell(self) -> None:
         """Health: a model can be served while one member serves it."""
-        await self._health.update(self._statuses())
+        self._health.update(self._statuses())
 
     def _statuses(self) -> Sequence[ModelStatus]:
         if not any(member.serves for member in self._members.values()):

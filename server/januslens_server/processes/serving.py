@@ -49,7 +49,7 @@ async def _serve(
     await opened.wait()
     add_port(assembly.server, settings)
     await assembly.server.start()
-    await assembly.announce()
+    assembly.announce()
     pipe.send(Listening())
     await assembly.lost.wait()
 

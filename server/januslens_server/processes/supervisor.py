@@ -34,7 +34,7 @@ async def supervise(settings: ServerSettings) -> int:
 async def _supervise(settings: ServerSettings, folder: Path) -> int:
     health = Health()
     crew = Crew(settings, folder, health)
-    await crew.tell()
+    crew.tell()
     stop = heed_signals(crew.reload_callers)
     listen_for_metrics(settings, metrics.registry(folder))
     health_server = await listen_for_health(health, settings)
@@ -44,9 +44,9 @@ async def _supervise(settings: ServerSettings, folder: Path) -> int:
         await asyncio.wait({served, stopped}, return_when=asyncio.FIRST_COMPLETED)
         return _status(served)
     finally:
+        health.drain()
         served.cancel()
         await asyncio.wait({served})  # nobody is started any more
-        await health.drain()
         await crew.end()
         if health_server is not None:
             await health_server.stop(0)

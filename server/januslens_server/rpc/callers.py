@@ -32,7 +32,7 @@ def caller_of(context: Context) -> str:
     It is that of the caller's token, else that in its certificate; callers without either are told
     apart by the address that they come from, without port.
     """
-    return asking().name or _certified(context) or _address(context)
+    return asking().name or _certified(context) or address_of(context)
 
 
 def _certified(context: Context) -> str | None:
@@ -43,7 +43,8 @@ def _certified(context: Context) -> str | None:
     return None
 
 
-def _address(context: Context) -> str:
+def address_of(context: Context) -> str:
+    """The address that a call comes from, without its port."""
     transport, _, address = (context.peer() or "").partition(":")
     if transport == "ipv4":
         return address.rpartition(":")[0]

@@ -1,59 +1,169 @@
-"""grpc.health.v1: alive, ready, and one service name per model."""
+"""The standard health service: liveness, readiness, and one service name per model.
+
+Anyone who reaches the port may call it without a token, so nothing that a caller does here can
+delay another caller or the server: a status changes without waiting for any watcher, and the
+number of watchers is bounded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health_aio
 
 from januslens_server import telemetry
+from januslens_server.errors import ReaderStalled, RequestCancelled
 from januslens_server.results import ModelState, ModelStatus
+from januslens_server.rpc.callers import Context, address_of
+from januslens_server.rpc.messages import serialized
 from januslens_server.rpc.options import server_options
+from januslens_server.rpc.streaming import write_within
+from januslens_server.rpc.wire import WireFormat
 
 ALIVE = ""
 READY = "januslens.ready"
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+# How many Watch calls may be open at once; a client needs one per connection and service.
+MAX_WATCHES = 1000
+# A watcher that does not read a status for this long is cut off.
+STALL_SECONDS = 60.0
+# Longest service name in bytes, as for models' names in the service's own requests.
+MAX_NAME_BYTES = 256
+# Largest request on the health port: a name and its framing.
+MAX_REQUEST_BYTES = 1024
 
 
-class Health:
-    """Keeps the health service in step with the models' states."""
+class Health(health_pb2_grpc.HealthServicer):
+    """Answers `Check` and `Watch` from the models' states.
 
-    def __init__(self) -> None:
-        self.servicer = health_aio.HealthServicer()
+    Use it within one event loop. `update` and `drain` take effect at once and never wait.
+    """
+
+    def __init__(
+        self, max_watches: int = MAX_WATCHES, stall_seconds: float = STALL_SECONDS
+    ) -> None:
+        """Allow `max_watches` open Watch calls, at most half of them from one address."""
+        self._max_watches = max_watches
+        self._stall_seconds = stall_seconds
+        self._statuses: dict[str, Any] = {ALIVE: SERVING}
+        self._changed = asyncio.Event()
+        self._watches: Counter[str] = Counter()
         self._draining = False
 
-    async def update(self, statuses: Sequence[ModelStatus]) -> None:
-        """Ready: every configured model is READY or FAILED, and at least one is READY."""
-        await self.servicer.set(ALIVE, SERVING)
-        for status in statuses:
-            serving = status.state is ModelState.READY
-            await self.servicer.set(status.name, SERVING if serving else NOT_SERVING)
+    def update(self, statuses: Sequence[ModelStatus]) -> None:
+        """Follow the models' states.
+
+        The server is ready once every configured model is READY or FAILED and at least one is
+        READY. After `drain` this has no effect.
+        """
+        if self._draining:
+            return
         ready = is_ready(statuses)
-        await self.servicer.set(READY, SERVING if ready else NOT_SERVING)
-        telemetry.READY.set(ready and not self._draining)
+        serving = {status.name: status.state is ModelState.READY for status in statuses}
+        for name, holds in (serving | {ALIVE: True, READY: ready}).items():
+            self._statuses[name] = SERVING if holds else NOT_SERVING
+        telemetry.READY.set(ready)
+        self._notify()
 
-    async def drain(self) -> None:
-        """Say NOT_SERVING from now on, whatever the models' states become.
+    def drain(self) -> None:
+        """Report NOT_SERVING for every service from now on.
 
-        Also of a server whose device is lost: only a new process can serve again.
+        For a server that stops, and for one whose device is lost: only a new process can serve.
         """
         self._draining = True
+        self._statuses = dict.fromkeys(self._statuses, NOT_SERVING)
         telemetry.READY.set(0)
-        await self.servicer.enter_graceful_shutdown()
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: Context
+    ) -> health_pb2.HealthCheckResponse:
+        """The status of one service; NOT_FOUND for an unknown one."""
+        await _check_name(request.service, context)
+        if request.service not in self._statuses:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
+        return health_pb2.HealthCheckResponse(status=self._statuses[request.service])
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        """The status of one service now and after every change; SERVICE_UNKNOWN until it exists.
+
+        Ends with RESOURCE_EXHAUSTED if too many watches are open, and with ABORTED if the caller
+        does not read.
+        """
+        await _check_name(request.service, context)
+        try:
+            with self._counted(address_of(context)):
+                await self._follow(request.service, context)
+        except _TooManyWatches as error:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, str(error))
+        except ReaderStalled:
+            await context.abort(grpc.StatusCode.ABORTED, "the status was not read in time")
+        except RequestCancelled:
+            return  # the connection broke, so nobody receives a status
+
+    @contextmanager
+    def _counted(self, address: str) -> Iterator[None]:
+        """Raise `_TooManyWatches` beyond the limits, else count the call while it is open."""
+        each = max(1, self._max_watches // 2)
+        if self._watches.total() >= self._max_watches or self._watches[address] >= each:
+            raise _TooManyWatches(
+                f"too many health watches: at most {self._max_watches} may be open, {each} of "
+                "them from one address; close some, or use Check"
+            )
+        self._watches[address] += 1
+        try:
+            yield
+        finally:
+            self._watches[address] -= 1
+            if not self._watches[address]:
+                del self._watches[address]
+
+    async def _follow(self, service: str, context: Context) -> None:
+        sent = None
+        while True:
+            changed = self._changed
+            status = self._statuses.get(service, SERVICE_UNKNOWN)
+            if status == sent:
+                await changed.wait()
+                continue
+            message = serialized(health_pb2.HealthCheckResponse(status=status))
+            await write_within(context, message, self._stall_seconds)
+            sent = status
+
+
+class _TooManyWatches(Exception):
+    """More Watch calls are open than the server allows."""
+
+
+async def _check_name(service: str, context: Context) -> None:
+    size = len(service.encode())
+    if size > MAX_NAME_BYTES:
+        text = f"service name too long: expected at most {MAX_NAME_BYTES} bytes, got {size}"
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
 
 
 def is_ready(statuses: Sequence[ModelStatus]) -> bool:
-    """Whether nothing loads any more and something can be served."""
+    """Whether no model is loading any more and at least one can be served."""
     states = {status.state for status in statuses}
     return ModelState.READY in states and ModelState.LOADING not in states
 
 
 def build_health_server(health_service: Health) -> grpc.aio.Server:
-    """Health alone, for who asks in plaintext; not yet listening."""
-    server = grpc.aio.server(options=server_options())
-    health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
+    """Build a server with the health service only, for a plaintext port; not yet listening."""
+    options = [*server_options(), ("grpc.max_receive_message_length", MAX_REQUEST_BYTES)]
+    server = grpc.aio.server(interceptors=[WireFormat()], options=options)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     return server

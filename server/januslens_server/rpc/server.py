@@ -42,7 +42,7 @@ def build_server(
     interceptors = [authentication, WireFormat()]
     server = grpc.aio.server(interceptors=interceptors, options=options)
     service_pb2_grpc.add_IntrospectionServiceServicer_to_server(service, server)
-    health_pb2_grpc.add_HealthServicer_to_server(health_service.servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
     return server

@@ -92,27 +92,33 @@ class DeviceStreams:
             async for result in results:
                 for message in await asyncio.to_thread(_serialized, encode, result):
                     with meter.message():
-                        await self._write(message, call.context)
+                        await write_within(call.context, message, self._stall_seconds)
                     call.sent(len(message))
 
-    async def _write(self, message: bytes, context: Context) -> None:
-        # Not `wait_for`: cancelled, a blocked write fails with an error of its own, which would
-        # take the place of our cancellation.
-        write = asyncio.ensure_future(context.write(message))
-        try:
-            finished, _ = await asyncio.wait({write}, timeout=self._stall_seconds)
-        finally:
-            write.cancel()  # without effect on one that is finished
-            write.add_done_callback(_forget)
-        if not finished:
-            raise ReaderStalled(
-                f"expected the stream to be read within {self._stall_seconds:g} s; read faster "
-                "or ask for fewer layers, positions or vectors"
-            )
-        try:
-            write.result()
-        except grpc.aio.InternalError as error:
-            raise RequestCancelled("the connection to the caller broke") from error
+
+async def write_within(context: Context, message: bytes, seconds: float) -> None:
+    """Write one message of a stream.
+
+    Raises `ReaderStalled` if the caller does not take it within `seconds`, `RequestCancelled` if
+    the connection breaks.
+    """
+    # Not `wait_for`: cancelled, a blocked write fails with an error of its own, which would
+    # take the place of our cancellation.
+    write = asyncio.ensure_future(context.write(message))
+    try:
+        finished, _ = await asyncio.wait({write}, timeout=seconds)
+    finally:
+        write.cancel()  # without effect on one that is finished
+        write.add_done_callback(_forget)
+    if not finished:
+        raise ReaderStalled(
+            f"expected the stream to be read within {seconds:g} s; read faster "
+            "or ask for fewer layers, positions or vectors"
+        )
+    try:
+        write.result()
+    except grpc.aio.InternalError as error:
+        raise RequestCancelled("the connection to the caller broke") from error
 
 
 def _forget(write: asyncio.Future[None]) -> None:

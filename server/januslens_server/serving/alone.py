@@ -15,7 +15,7 @@ async def serve(settings: ServerSettings) -> None:
     """
     assembly = Assembly(settings)
     gauges.read_at_scrapes()
-    await assembly.announce()
+    assembly.announce()
     health_server = await listen(assembly.server, assembly.health, settings)
     assembly.load()
     await assembly.stop.wait()

@@ -82,13 +82,13 @@ class Assembly:
         if self._callers is not None:
             self._background.append(self._loop.create_task(self._callers.watch()))
 
-    async def announce(self) -> None:
+    def announce(self) -> None:
         """Say what is served; from now on health follows the models' states."""
         self._announced = True
         statuses = self.registry.statuses()
         for status in statuses:
             gauges.show_model(status)
-        await self.health.update(statuses)
+        self.health.update(statuses)
 
     def load(self) -> None:
         """Begin to load the models, in a thread that nobody waits for."""
@@ -102,13 +102,13 @@ class Assembly:
         """A model's state has changed; called by the thread that loads."""
         log_state(status)
         gauges.show_model(status)
-        asyncio.run_coroutine_threadsafe(self._update(), self._loop)
+        self._loop.call_soon_threadsafe(self._update)
 
-    async def _update(self) -> None:
+    def _update(self) -> None:
         if not self._announced:
             return
         statuses = self.registry.statuses()
-        await self.health.update(statuses)
+        self.health.update(statuses)
         if is_ready(statuses):
             logger.info("ready")
 
@@ -121,7 +121,7 @@ class Assembly:
         """Refuse what is new, let what runs finish within the grace, and stop."""
         for task in self._background:
             task.cancel()
-        await self.health.drain()
+        self.health.drain()
         self.registry.close()
         self._worker.refuse_new()
         await finish(self.server, self._streams, self._grace)

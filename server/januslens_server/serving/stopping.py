@@ -26,7 +26,7 @@ def on_device_lost(
 
     def tell() -> None:
         logger.critical("the device computes no more: nothing is served until a new start")
-        asyncio.run_coroutine_threadsafe(health.drain(), loop)
+        loop.call_soon_threadsafe(health.drain)
         loop.call_soon_threadsafe(lost.set)
 
     return tell
