@@ -24,7 +24,12 @@ The tree (the `rpc` package alone knows which gRPC status each becomes)::
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+# Raises `RequestCancelled` or `DeadlinePassed` if the request that computes should stop. Long
+# computations take one and call it often.
+CancelCheck = Callable[[], None]
 
 
 class IntrospectionError(Exception):

@@ -29,9 +29,10 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 from januslens.v1 import common_pb2, gradient_lens_pb2, trace_pb2
 from januslens_server.demo import model_path
+from januslens_server.errors import CancelCheck
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
-from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
+from januslens_server.scheduling.worker import DeviceWorker
 from tests.support.calls import methods, prompt, started
 from tests.support.metrics import page, wait_until_idle
 from tests.support.server import ServerProcess, running_server
@@ -145,7 +146,7 @@ async def served(seconds: Sequence[float], rate: float) -> list[Served]:
 
 
 async def _through(worker: DeviceWorker, seconds: float) -> Served:
-    def sleeping(_checkpoint: Checkpoint) -> Iterator[None]:
+    def sleeping(_check_cancelled: CancelCheck) -> Iterator[None]:
         time.sleep(seconds)
         yield
 

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 import torch
 
-from januslens_server.capture.hooks import Checkpoint
+from januslens_server.errors import CancelCheck
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
@@ -52,19 +52,19 @@ def assert_untouched(resident: ResidentModel, before: dict[str, torch.Tensor]) -
 
 
 def requests(
-    resident: ResidentModel, ids: tuple[int, ...], checkpoint: Checkpoint
+    resident: ResidentModel, ids: tuple[int, ...], check_cancelled: CancelCheck
 ) -> Iterator[Iterator[object]]:
     kinds = tuple(MatrixKind)
-    yield trace(resident, TraceSpec(ids, all_positions=True), checkpoint)
+    yield trace(resident, TraceSpec(ids, all_positions=True), check_cancelled)
     verified = GradientLensSpec(ids, NegativeLogLikelihood((7,)), verify=True)
-    yield gradient_lens(resident, verified, checkpoint)
+    yield gradient_lens(resident, verified, check_cancelled)
     for loss in (
         NegativeLogLikelihood((7,)),
         NegativeLogLikelihood((7, 8)),
         LogitDifference((7,), (8,)),
         KlDivergence((7,)),
     ):
-        yield gradient_lens(resident, GradientLensSpec(ids, loss, kinds), checkpoint)
+        yield gradient_lens(resident, GradientLensSpec(ids, loss, kinds), check_cancelled)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -104,7 +104,7 @@ def test_a_thousand_mixed_requests_change_nothing(load_example: LoadExample) -> 
 
 
 class StopError(Exception):
-    """What a cancelled request's checkpoint raises."""
+    """What a cancelled request's check_cancelled raises."""
 
 
 @pytest.mark.parametrize("which", range(6))
@@ -126,11 +126,11 @@ def finished(resident: ResidentModel, ids: tuple[int, ...], which: int, last: in
     """Whether the request got past its first `last` checkpoints."""
     calls = count()
 
-    def checkpoint() -> None:
+    def check_cancelled() -> None:
         if next(calls) >= last:
             raise StopError
 
-    request = list(requests(resident, ids, checkpoint))[which]
+    request = list(requests(resident, ids, check_cancelled))[which]
     try:
         list(request)
     except StopError:

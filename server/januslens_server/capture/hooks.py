@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -10,37 +10,37 @@ import torch
 from torch import nn
 
 from januslens_server.capture.taps import End, Tap, nth_tensor
+from januslens_server.errors import CancelCheck
 
 Key = TypeVar("Key", bound=Hashable)
-Checkpoint = Callable[[], None]
 
 
 @contextmanager
 def capturing(
     taps: Mapping[Key, Tap],
-    checkpoint: Checkpoint | None = None,
-    checkpoint_at: Iterable[nn.Module] = (),
+    check_cancelled: CancelCheck | None = None,
+    check_before: Iterable[nn.Module] = (),
 ) -> Iterator[dict[Key, torch.Tensor]]:
     """Fill the yielded dictionary while the model runs.
 
     Each tensor is what the module passed, `[batch, pos, features]`, not a copy: autograd knows
-    only that one. Before every module in `checkpoint_at`, `checkpoint` is called; what it raises
-    ends the forward pass.
+    only that one. `check_cancelled` is called before every module in `check_before`; what it
+    raises ends the forward pass.
     """
     captured: dict[Key, torch.Tensor] = {}
     with ExitStack() as hooks:
-        if checkpoint is not None:
-            for module in checkpoint_at:
-                hooks.enter_context(_calling(checkpoint, module))
+        if check_cancelled is not None:
+            for module in check_before:
+                hooks.enter_context(_calling(check_cancelled, module))
         for key, tap in taps.items():
             hooks.enter_context(_recording(key, tap, captured))
         yield captured
 
 
 @contextmanager
-def _calling(checkpoint: Checkpoint, module: nn.Module) -> Iterator[None]:
+def _calling(check_cancelled: CancelCheck, module: nn.Module) -> Iterator[None]:
     def before(_module: nn.Module, _args: tuple[Any, ...]) -> None:
-        checkpoint()
+        check_cancelled()
 
     handle = module.register_forward_pre_hook(before)
     try:

@@ -12,8 +12,8 @@ from torch import nn
 
 from januslens_server import telemetry
 from januslens_server.capture import End, LayerActivations, Tap, capturing
-from januslens_server.capture.hooks import Checkpoint
 from januslens_server.capture.taps import rows
+from januslens_server.errors import CancelCheck
 from januslens_server.models.factors import Factors, MatrixKey
 from januslens_server.models.finite import check_gradients, check_pass
 from januslens_server.models.layer_capture import layer_activations, layer_taps
@@ -54,9 +54,9 @@ class BackwardPass:
 
 @torch.inference_mode()
 def forward(
-    model: ResidentModel, ids: Sequence[int], layers: Iterable[int], checkpoint: Checkpoint
+    model: ResidentModel, ids: Sequence[int], layers: Iterable[int], check_cancelled: CancelCheck
 ) -> ForwardPass:
-    """Run the prompt once. `checkpoint` is called before every block and may raise to stop.
+    """Run the prompt once. `check_cancelled` is called before every block and may raise to stop.
 
     Raises `NotFinite` if the pass ends in no numbers.
     """
@@ -64,7 +64,7 @@ def forward(
     layers = tuple(layers)
     taps = {(i, name): tap for i in layers for name, tap in layer_taps(blocks[i]).items()}
     taps[-1, "residual"] = Tap(blocks[-1].module, End.OUTPUT)
-    with capturing(taps, checkpoint, [block.module for block in blocks]) as captured:
+    with capturing(taps, check_cancelled, [block.module for block in blocks]) as captured:
         logits = _run(model, ids)[0]
     residual = rows(captured[-1, "residual"]).to(model.device)
     check_pass(residual, logits)
@@ -87,7 +87,7 @@ def backward(
     ids: Sequence[int],
     loss: Loss,
     matrices: Iterable[tuple[int, MatrixKind]],
-    checkpoint: Checkpoint,
+    check_cancelled: CancelCheck,
 ) -> BackwardPass:
     """Run the prompt forward and one backward pass that touches activations only.
 
@@ -102,7 +102,7 @@ def backward(
     taps = {tap: tap for source in sources.values() for tap in source.taps}
     last = Tap(blocks[-1].module, End.OUTPUT)
     modules = [block.module for block in blocks]
-    with torch.enable_grad(), capturing(taps | {last: last}, checkpoint, modules) as captured:
+    with torch.enable_grad(), capturing(taps | {last: last}, check_cancelled, modules) as captured:
         with _leaf_at(model.view.embedding):
             logits = _run(model, ids)[0].float()
         residual = rows(captured[last]).detach().to(model.device)
@@ -110,7 +110,7 @@ def backward(
         value = loss(logits)
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
         wanted = {source.whole for source in sources.values()}
-        vjps = _vjps(value * scale, wanted, captured, checkpoint)
+        vjps = _vjps(value * scale, wanted, captured, check_cancelled)
     check_gradients(vjps.values())
     factors = {
         (layer, kind, expert): found.to(model.device)
@@ -148,13 +148,13 @@ def _vjps(
     value: torch.Tensor,
     taps: set[Tap],
     captured: Mapping[Tap, torch.Tensor],
-    checkpoint: Checkpoint,
+    check_cancelled: CancelCheck,
 ) -> dict[Tap, torch.Tensor]:
-    """dL/dy `[pos, d_out]` of every tapped output; `checkpoint` is called on the way."""
+    """dL/dy `[pos, d_out]` of every tapped output; `check_cancelled` is called on the way."""
     ordered = list(taps)
     outputs = [captured[tap] for tap in ordered]
     for output in outputs:
-        output.register_hook(lambda _gradient: checkpoint())
+        output.register_hook(lambda _gradient: check_cancelled())
     gradients = torch.autograd.grad(value, outputs)
     return {tap: rows(gradient) for tap, gradient in zip(ordered, gradients, strict=True)}
 

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from januslens_server.capture.hooks import Checkpoint
-from januslens_server.errors import InvalidRequest
+from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.lens.projection import Readings, projection_table
 from januslens_server.models.experts import Experts
 from januslens_server.models.resident import ResidentModel
@@ -31,7 +30,7 @@ class _Hits(NamedTuple):
 
 
 def find_neurons(
-    model: ResidentModel, spec: FindNeuronsSpec, _checkpoint: Checkpoint
+    model: ResidentModel, spec: FindNeuronsSpec, _check_cancelled: CancelCheck
 ) -> Iterator[FoundNeurons | None]:
     """Yield one page, and before it None while layers are read for the first time.
 

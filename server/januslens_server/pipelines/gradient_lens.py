@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from januslens_server.capture.hooks import Checkpoint
+from januslens_server.errors import CancelCheck
 from januslens_server.lens.factors import reconstruction_error
 from januslens_server.models.factors import MatrixKey
 from januslens_server.models.resident import ResidentModel
@@ -31,12 +31,12 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 
 
 def gradient_lens(
-    model: ResidentModel, spec: GradientLensSpec, checkpoint: Checkpoint
+    model: ResidentModel, spec: GradientLensSpec, check_cancelled: CancelCheck
 ) -> Iterator[GradientEvent]:
     """Yield the header, then the matrices from the last layer down, then the summary.
 
     Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed,
-    and whatever `checkpoint` raises: before every block forward, at every matrix backward, and
+    and whatever `check_cancelled` raises: before every block forward, at every matrix backward, and
     before every projection, which takes a few matrices at once.
     """
     clock = StageClock("GradientLens")
@@ -47,7 +47,7 @@ def gradient_lens(
     matrices = layer_matrices(model, layers[::-1], choice.kinds)
     with clock.stage("backward"):
         ids = [token.id for token in objective.tokens]
-        passed = backward(model, ids, objective.loss, matrices, checkpoint)
+        passed = backward(model, ids, objective.loss, matrices, check_cancelled)
         predicted = _predicted(model, passed, objective)
     yield GradientHeader(
         provenance=model.provenance,
@@ -61,14 +61,14 @@ def gradient_lens(
     )
     reader = FactorReader(model, spec, objective, predicted)
     for keys in reader.batches(passed.factors):
-        checkpoint()
+        check_cancelled()
         with clock.stage("project"):
             matrices_read = reader.matrices({key: passed.factors[key] for key in keys})
         for key, matrix in zip(keys, matrices_read, strict=True):
             if not spec.verify:
                 yield matrix
                 continue
-            checkpoint()
+            check_cancelled()
             with clock.stage("verify"):
                 verified = _verified(model, objective, key, passed)
             yield replace(matrix, verification=verified)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from januslens_server.capture import LowRank, Overlay, capturing, overlaid
-from januslens_server.capture.hooks import Checkpoint
 from januslens_server.capture.taps import rows
-from januslens_server.errors import InvalidRequest, NotFinite
+from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
 from januslens_server.lens.losses import negative_log_likelihood
 from januslens_server.models.factors import MatrixKey
 from januslens_server.models.offload import read_parameter
@@ -35,7 +34,7 @@ class _Watched:
 
 
 def preview_edit(
-    model: ResidentModel, spec: PreviewEditSpec, checkpoint: Checkpoint
+    model: ResidentModel, spec: PreviewEditSpec, check_cancelled: CancelCheck
 ) -> Iterator[EditPreview | None]:
     """Yield the edit's effect on its own prompt and on every probe, and before it None.
 
@@ -46,9 +45,11 @@ def preview_edit(
     prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
     ids = tuple(token.id for token in prompt)
     watched = [_Watched("", ids, targets[0]), *_probes(model, spec, targets[0])]
-    before = yield from _read(model, watched, (), checkpoint)
-    changes = _changes(model, spec, ids, targets, checkpoint)
-    after = yield from _edited(model, spec, watched, overlays_of(model.view, changes), checkpoint)
+    before = yield from _read(model, watched, (), check_cancelled)
+    changes = _changes(model, spec, ids, targets, check_cancelled)
+    after = yield from _edited(
+        model, spec, watched, overlays_of(model.view, changes), check_cancelled
+    )
     edited, *probes = map(_effect, watched, before, after)
     yield EditPreview(edited, probes, model.provenance)
 
@@ -58,13 +59,13 @@ def _edited(
     spec: PreviewEditSpec,
     watched: Sequence[_Watched],
     overlays: Sequence[Overlay],
-    checkpoint: Checkpoint,
+    check_cancelled: CancelCheck,
 ) -> Generator[None, None, list[torch.Tensor]]:
     """Every prompt's log-probabilities under the edit; it is the edit's fault if one has none."""
     field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
     larger = InvalidRequest(field, "expected an edit that leaves finite logits, got a larger one")
     try:
-        rows = yield from _read(model, watched, overlays, checkpoint)
+        rows = yield from _read(model, watched, overlays, check_cancelled)
     except NotFinite as error:
         raise larger from error
     if not all(bool(row.isfinite().all()) for row in rows):
@@ -76,13 +77,13 @@ def _read(
     model: ResidentModel,
     watched: Sequence[_Watched],
     overlays: Sequence[Overlay],
-    checkpoint: Checkpoint,
+    check_cancelled: CancelCheck,
 ) -> Generator[None, None, list[torch.Tensor]]:
     """Every prompt's log-probabilities; the overlays are on during its pass alone."""
     rows = []
     for prompt in watched:
         with overlaid(overlays):
-            rows.append(_log_probabilities(model, prompt.ids, checkpoint))
+            rows.append(_log_probabilities(model, prompt.ids, check_cancelled))
         yield
     return rows
 
@@ -104,11 +105,11 @@ def _changes(
     spec: PreviewEditSpec,
     ids: Sequence[int],
     targets: Sequence[int],
-    checkpoint: Checkpoint,
+    check_cancelled: CancelCheck,
 ) -> dict[MatrixKey, LowRank]:
     if isinstance(spec.edit, DescentStep):
-        return _descent(model, spec.edit, ids, targets, checkpoint)
-    return _shift(model, spec.edit, ids, targets[0], checkpoint)
+        return _descent(model, spec.edit, ids, targets, check_cancelled)
+    return _shift(model, spec.edit, ids, targets[0], check_cancelled)
 
 
 def _descent(
@@ -116,7 +117,7 @@ def _descent(
     step: DescentStep,
     ids: Sequence[int],
     targets: Sequence[int],
-    checkpoint: Checkpoint,
+    check_cancelled: CancelCheck,
 ) -> dict[MatrixKey, LowRank]:
     """`W -= learning_rate dL/dW` from the gradient's factors, L the target's NLL."""
     layers = read_layers(model, step.layers, "descent.layers")
@@ -124,7 +125,7 @@ def _descent(
     forced = [*ids, *targets[:-1]]
     matrices = layer_matrices(model, layers, kinds)
     loss = negative_log_likelihood(targets)
-    factors = backward(model, forced, loss, matrices, checkpoint).factors
+    factors = backward(model, forced, loss, matrices, check_cancelled).factors
     return {
         key: LowRank(found.inputs, -step.learning_rate * found.vjps)
         for key, found in factors.items()
@@ -136,7 +137,7 @@ def _shift(
     shift: ForwardShift,
     ids: Sequence[int],
     target: int,
-    checkpoint: Checkpoint,
+    check_cancelled: CancelCheck,
 ) -> dict[MatrixKey, LowRank]:
     """`FF2 += eta x_p^T e_t`: the paper's edit from the forward pass alone (section 7)."""
     n_layers = model.view.facts.n_layers
@@ -154,7 +155,7 @@ def _shift(
             "shift", f"expected embeddings of width {width} to shift by, got {embeddings.shape[1]}"
         )
     with torch.inference_mode(), capturing({"x": linear.input}) as captured:
-        forward(model, ids, (), checkpoint)
+        forward(model, ids, (), check_cancelled)
     x = rows(captured["x"])[-1:].to(model.device).float()
     embedding = embeddings[target].to(model.device).float()
     change = LowRank(x, shift.eta * embedding[None])
@@ -163,11 +164,11 @@ def _shift(
 
 @torch.inference_mode()
 def _log_probabilities(
-    model: ResidentModel, ids: Sequence[int], checkpoint: Checkpoint
+    model: ResidentModel, ids: Sequence[int], check_cancelled: CancelCheck
 ) -> torch.Tensor:
     """Log p of the next token `[vocab]`, in float32."""
     lens = model.view.lens
-    last = forward(model, ids, (), checkpoint).residual[-1:]
+    last = forward(model, ids, (), check_cancelled).residual[-1:]
     return lens.cap(lens.logits(lens.final_norm(last)))[0].log_softmax(dim=-1)
 
 

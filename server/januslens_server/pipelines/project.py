@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from januslens_server.capture.hooks import Checkpoint
-from januslens_server.errors import InvalidRequest
+from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.inputs import read_single_target
 from januslens_server.pipelines.vectors import read
@@ -17,7 +16,7 @@ from januslens_server.specs import ProjectSpec
 
 
 def project_vectors(
-    model: ResidentModel, spec: ProjectSpec, _checkpoint: Checkpoint
+    model: ResidentModel, spec: ProjectSpec, _check_cancelled: CancelCheck
 ) -> Iterator[ProjectionTable]:
     """Yield one table for all vectors.
 

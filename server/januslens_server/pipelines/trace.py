@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from januslens_server.capture.hooks import Checkpoint
+from januslens_server.errors import CancelCheck
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import forward
 from januslens_server.pipelines.checks import TraceChecks
@@ -22,11 +22,13 @@ from januslens_server.results import TraceEvent, TraceHeader, TraceSummary
 from januslens_server.specs import TraceSpec
 
 
-def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iterator[TraceEvent]:
+def trace(
+    model: ResidentModel, spec: TraceSpec, check_cancelled: CancelCheck
+) -> Iterator[TraceEvent]:
     """Yield the header, then each layer's graph as soon as it is projected, then the summary.
 
     Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed, and
-    whatever `checkpoint` raises, before every block of the forward pass and every layer.
+    whatever `check_cancelled` raises, before every block of the forward pass and every layer.
     """
     clock = StageClock("Trace")
     with clock.stage("tokenize"):
@@ -37,7 +39,7 @@ def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iter
         if spec.target is not None:
             target = read_single_target(model, spec.target, "target")
     with clock.stage("forward"):
-        passed = forward(model, [token.id for token in tokens], layers, checkpoint)
+        passed = forward(model, [token.id for token in tokens], layers, check_cancelled)
         targets = position_targets(model, passed.residual, positions, target)
     yield TraceHeader(model.provenance, model.view.facts, tokens, layers, targets)
 
@@ -48,7 +50,7 @@ def trace(model: ResidentModel, spec: TraceSpec, checkpoint: Checkpoint) -> Iter
     pieces = flows.pieces(layers, targets, clock)
     piece = next(pieces, None)
     while piece is not None:
-        checkpoint()
+        check_cancelled()
         with clock.stage("project"):
             graph = reader.read(piece)
         if spec.include_checks:

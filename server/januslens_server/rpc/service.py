@@ -19,7 +19,7 @@ from januslens.v1 import (
     trace_pb2,
 )
 from januslens_server.access.quotas import QuotaBook
-from januslens_server.errors import InvalidRequest
+from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.cost import Spec
@@ -46,12 +46,11 @@ from januslens_server.rpc.encode import (
 from januslens_server.rpc.pages import MODELS, neurons_list, page_start, page_token
 from januslens_server.rpc.sizes import sizes_of
 from januslens_server.rpc.streaming import DeviceStreams
-from januslens_server.scheduling.worker import Checkpoint
 from januslens_server.specs import GradientLensSpec, TraceSpec
 
 Result = TypeVar("Result")
 SpecT = TypeVar("SpecT", bound=Spec)
-Pipeline = Callable[[ResidentModel, SpecT, Checkpoint], Iterator[Result | None]]
+Pipeline = Callable[[ResidentModel, SpecT, CancelCheck], Iterator[Result | None]]
 
 
 class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):

@@ -10,20 +10,20 @@ from typing import TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from januslens_server.errors import ReaderStalled, RequestCancelled
+from januslens_server.errors import CancelCheck, ReaderStalled, RequestCancelled
 from januslens_server.rpc.callers import Context
 from januslens_server.rpc.calls import Call
 from januslens_server.rpc.measures import StreamMeter
 from januslens_server.rpc.messages import serialized
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
-from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
+from januslens_server.scheduling.worker import DeviceWorker
 
 # Results of one stream that may wait for its reader before the device turns to others.
 OUTLET_BYTES = 4 * 2**20
 
 Result = TypeVar("Result")
-Run = Callable[[Checkpoint], Iterator[Result | None]]
+Run = Callable[[CancelCheck], Iterator[Result | None]]
 
 
 class DeviceStreams:

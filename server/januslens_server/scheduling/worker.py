@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from januslens_server import telemetry
-from januslens_server.errors import DeviceLost, QueueFull, ServerDraining
+from januslens_server.errors import CancelCheck, DeviceLost, QueueFull, ServerDraining
 from januslens_server.scheduling.job import Job
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.turns import Turns
 
 T = TypeVar("T")
-Checkpoint = Callable[[], None]
 
 # RetryInfo for a full queue is its expected length, within these bounds, in seconds.
 SOONEST_RETRY, LATEST_RETRY = 0.1, 60.0
@@ -85,7 +84,7 @@ class DeviceWorker:
             return self._turns.started
 
     def submit(
-        self, run: Callable[[Checkpoint], Iterator[T | None]], outlet: Outlet[T], ticket: Ticket
+        self, run: Callable[[CancelCheck], Iterator[T | None]], outlet: Outlet[T], ticket: Ticket
     ) -> None:
         """Admit a request; its results and its error go to `outlet`.
 
@@ -108,7 +107,7 @@ class DeviceWorker:
             self._changed.notify_all()
 
     def withdraw(self, ticket: Ticket) -> None:
-        """The caller is gone: what waits ends now, what runs at its next checkpoint."""
+        """The caller is gone: what waits ends now, what runs when it next calls its check."""
         ticket.cancel()
         with self._changed:
             for job in [job for job in self._turns if job.ticket is ticket]:

@@ -120,12 +120,12 @@ def fail_in_the_model(model: Model, x: torch.Tensor) -> None:
 def fail_in_the_checkpoint(model: Model, x: torch.Tensor) -> None:
     calls: list[None] = []
 
-    def checkpoint() -> None:
+    def check_cancelled() -> None:
         calls.append(None)
         if len(calls) == 2:
             raise RuntimeError("broken")
 
-    with capturing(every_tap(model), checkpoint, model.blocks):
+    with capturing(every_tap(model), check_cancelled, model.blocks):
         model(x)
 
 

@@ -15,7 +15,7 @@ from januslens_server.scheduling.worker import DeviceWorker
 
 
 def allocating(size: int) -> Callable[[Callable[[], None]], Iterator[int]]:
-    def run(_checkpoint: Callable[[], None]) -> Iterator[int]:
+    def run(_check_cancelled: Callable[[], None]) -> Iterator[int]:
         yield torch.empty(size, dtype=torch.uint8).numel()
 
     return run

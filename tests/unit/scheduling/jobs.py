@@ -7,18 +7,19 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from januslens_server.errors import CancelCheck
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
-from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
+from januslens_server.scheduling.worker import DeviceWorker
 
 LIMIT = 10
-Run = Callable[[Checkpoint], Iterator[int | None]]
+Run = Callable[[CancelCheck], Iterator[int | None]]
 
 
 def job(*items: int) -> Run:
     """A request that yields `items`, each as many bytes as it says."""
 
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
+    def run(_check_cancelled: CancelCheck) -> Iterator[int]:
         yield from items
 
     return run
@@ -27,7 +28,7 @@ def job(*items: int) -> Run:
 def gated(gate: threading.Event, *items: int) -> Run:
     """A request that waits for a gate before each of its items."""
 
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
+    def run(_check_cancelled: CancelCheck) -> Iterator[int]:
         for item in items:
             assert gate.wait(5)
             yield item
@@ -36,7 +37,7 @@ def gated(gate: threading.Event, *items: int) -> Run:
 
 
 def submitted(
-    worker: DeviceWorker, run: Callable[[Checkpoint], Iterator[Any]], ticket: Ticket | None = None
+    worker: DeviceWorker, run: Callable[[CancelCheck], Iterator[Any]], ticket: Ticket | None = None
 ) -> Outlet[Any]:
     outlet: Outlet[Any] = Outlet(LIMIT, lambda item: item)
     worker.submit(run, outlet, ticket or Ticket(None))

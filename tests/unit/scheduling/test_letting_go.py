@@ -13,9 +13,10 @@ from contextlib import suppress
 import pytest
 from tests.unit.scheduling.jobs import LIMIT, all_of, idle, job, submitted
 
+from januslens_server.errors import CancelCheck
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
-from januslens_server.scheduling.worker import Checkpoint, DeviceWorker
+from januslens_server.scheduling.worker import DeviceWorker
 
 
 class Tensor:
@@ -30,7 +31,7 @@ def worker() -> DeviceWorker:
 async def test_a_cancelled_request_is_closed_on_the_devices_thread(worker: DeviceWorker) -> None:
     ticket, closed_by = Ticket(None), list[str]()
 
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
+    def run(_check_cancelled: CancelCheck) -> Iterator[int]:
         try:
             while True:
                 yield 3
@@ -49,7 +50,7 @@ async def test_a_reader_that_leaves_during_a_step_strands_nothing(worker: Device
     """The step fills the outlet after its reader has gone: nobody would ever resume it."""
     stepping, left, ticket = threading.Event(), threading.Event(), Ticket(None)
 
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
+    def run(_check_cancelled: CancelCheck) -> Iterator[int]:
         stepping.set()
         assert left.wait(5)
         yield 10 * LIMIT
@@ -66,7 +67,7 @@ async def test_nothing_of_an_ended_request_stays(worker: DeviceWorker) -> None:
     """Neither what it computed with nor what nobody read, though no other request follows."""
     held: list[weakref.ref[Tensor]] = []
 
-    def run(_checkpoint: Checkpoint) -> Iterator[Tensor]:
+    def run(_check_cancelled: CancelCheck) -> Iterator[Tensor]:
         activations = Tensor()
         while True:
             result = Tensor()
@@ -96,7 +97,7 @@ async def test_nothing_of_a_failed_request_stays(worker: DeviceWorker) -> None:
     """An error's traceback holds every frame it passed through, and their tensors."""
     held: list[weakref.ref[Tensor]] = []
 
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
+    def run(_check_cancelled: CancelCheck) -> Iterator[int]:
         activations = Tensor()
         held.append(weakref.ref(activations))
         yield 1

@@ -11,6 +11,7 @@ import pytest
 from tests.unit.scheduling.jobs import LIMIT, Run, all_of, gated, idle, job, submitted
 
 from januslens_server.errors import (
+    CancelCheck,
     DeadlinePassed,
     DeviceLost,
     QueueFull,
@@ -20,7 +21,7 @@ from januslens_server.errors import (
 from januslens_server.results import Cost
 from januslens_server.scheduling import turns
 from januslens_server.scheduling.ticket import Ticket
-from januslens_server.scheduling.worker import SOONEST_RETRY, Checkpoint, DeviceWorker
+from januslens_server.scheduling.worker import SOONEST_RETRY, DeviceWorker
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ async def test_requests_run_in_order_of_arrival(worker: DeviceWorker) -> None:
     gate, ran = threading.Event(), list[str]()
 
     def noting(name: str) -> Run:
-        def run(_checkpoint: Checkpoint) -> Iterator[int]:
+        def run(_check_cancelled: CancelCheck) -> Iterator[int]:
             for _ in range(2):
                 ran.append(name)
                 yield 0
@@ -66,7 +67,7 @@ async def test_a_request_that_resumes_goes_first(worker: DeviceWorker) -> None:
     gate, began, ran = threading.Event(), threading.Event(), list[str]()
 
     def noting(name: str) -> Run:
-        def run(_checkpoint: Checkpoint) -> Iterator[int]:
+        def run(_check_cancelled: CancelCheck) -> Iterator[int]:
             ran.append(name)
             began.set()
             yield 3 * LIMIT
@@ -96,7 +97,7 @@ async def test_many_slow_readers_all_get_everything(worker: DeviceWorker) -> Non
 
 
 async def test_an_error_belongs_to_its_request_alone(worker: DeviceWorker) -> None:
-    def failing(_checkpoint: Checkpoint) -> Iterator[int]:
+    def failing(_check_cancelled: CancelCheck) -> Iterator[int]:
         yield 1
         raise ValueError("mine")
 
@@ -108,7 +109,7 @@ async def test_an_error_belongs_to_its_request_alone(worker: DeviceWorker) -> No
 
 
 async def test_an_error_is_told_in_the_services_terms() -> None:
-    def failing(_checkpoint: Checkpoint) -> Iterator[int]:
+    def failing(_check_cancelled: CancelCheck) -> Iterator[int]:
         yield 1
         raise MemoryError("no room")
 
@@ -120,9 +121,9 @@ async def test_an_error_is_told_in_the_services_terms() -> None:
 async def test_the_checkpoint_is_the_tickets(worker: DeviceWorker) -> None:
     ticket = Ticket(None)
 
-    def cancelled_inside(checkpoint: Checkpoint) -> Iterator[int]:
+    def cancelled_inside(check_cancelled: CancelCheck) -> Iterator[int]:
         ticket.cancel()
-        checkpoint()
+        check_cancelled()
         yield 1
 
     with pytest.raises(RequestCancelled):
@@ -137,7 +138,7 @@ async def test_a_request_that_ended_in_the_queue_never_computes(
 ) -> None:
     gate, ran = threading.Event(), list[None]()
 
-    def run(_checkpoint: Checkpoint) -> Iterator[int]:
+    def run(_check_cancelled: CancelCheck) -> Iterator[int]:
         ran.append(None)
         yield 1
 
@@ -173,7 +174,7 @@ async def test_a_request_set_aside_that_is_withdrawn_leaves_between_two_steps(
     """It holds memory: it does not wait until whatever runs has ended."""
     ticket, stepping, gate = Ticket(None), threading.Event(), threading.Event()
 
-    def long(_checkpoint: Checkpoint) -> Iterator[int]:
+    def long(_check_cancelled: CancelCheck) -> Iterator[int]:
         stepping.set()
         assert gate.wait(5)
         yield 1
@@ -197,7 +198,7 @@ async def test_callers_take_turns(worker: DeviceWorker) -> None:
     gate, ran = threading.Event(), list[str]()
 
     def noting(name: str) -> Run:
-        def run(_checkpoint: Checkpoint) -> Iterator[int]:
+        def run(_check_cancelled: CancelCheck) -> Iterator[int]:
             ran.append(name)
             time.sleep(0.002)
             yield 0
@@ -217,7 +218,7 @@ async def test_callers_take_turns(worker: DeviceWorker) -> None:
 def stepping(ran: list[str], name: str, *, until: threading.Event | None = None) -> Run:
     """A request of short steps without results, that ends with one: after 20 or on an event."""
 
-    def run(_checkpoint: Checkpoint) -> Iterator[int | None]:
+    def run(_check_cancelled: CancelCheck) -> Iterator[int | None]:
         steps = 0
         while steps < 20 if until is None else not until.is_set():
             steps += 1
@@ -270,7 +271,7 @@ async def test_a_request_that_ends_while_others_have_their_turn_is_closed_at_onc
 ) -> None:
     closed, other_ends = list[str](), threading.Event()
 
-    def holding(_checkpoint: Checkpoint) -> Iterator[None]:
+    def holding(_check_cancelled: CancelCheck) -> Iterator[None]:
         try:
             while True:
                 time.sleep(0.01)
@@ -318,7 +319,7 @@ async def test_what_takes_turns_stays_within_the_memory() -> None:
 async def test_a_lost_device_is_told_to_those_set_aside(worker: DeviceWorker) -> None:
     ran = list[str]()
 
-    def losing(_checkpoint: Checkpoint) -> Iterator[int]:
+    def losing(_check_cancelled: CancelCheck) -> Iterator[int]:
         time.sleep(0.01)
         yield 1
         raise DeviceLost
