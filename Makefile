@@ -40,7 +40,7 @@ help: ## List the targets
 setup: $(SETUP) ## Make .venv with everything the project needs (PYTHON=... chooses the interpreter)
 
 demo: $(SETUP) ## Start the server, trace and gradient-lens the running example, stop the server
-	@$(BIN)/python -m januslens_server.quickstart
+	@$(BIN)/python server/quickstart.py
 
 test: $(SETUP) $(if $(NPM),$(VIEWER_SETUP)) ## Run the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -106,8 +106,8 @@ notebook: $(SETUP) ## Execute docs/notebooks/ anew and save what it shows
 	$(BIN)/python -m tests.notebooks.execution
 
 rebuild-demo: $(SETUP) ## Train the embedded model anew in build/demo and check that it behaves the same
-	$(BIN)/python -m januslens_server.demo.train --out build/demo
-	$(BIN)/python -m januslens_server.demo.evaluate build/demo
+	$(BIN)/python -m demo_training.train --out build/demo
+	$(BIN)/python -m demo_training.evaluate build/demo
 
 clean: ## Remove the environments, caches and build products
 	rm -rf $(VENV) $(VIEWER)/node_modules .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -6,14 +6,16 @@ from itertools import islice, pairwise
 
 import pytest
 
-from januslens_server.demo.corpus import (
+from demo_training.corpus import (
+    FACTS_FILE,
+    Fact,
     documents,
     fact_prompts,
     indirect_object_prompts,
+    load_facts,
     name_pairs,
 )
-from januslens_server.demo.facts import FACTS_FILE, Fact, load_facts
-from januslens_server.demo.templates import INDIRECT_OBJECT, NAMES, RELATIONS
+from demo_training.templates import INDIRECT_OBJECT, NAMES, RELATIONS
 
 SAMPLE = 8_000
 PEOPLE_RELATIONS = ("club", "role", "occupation", "birthplace")

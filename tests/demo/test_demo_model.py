@@ -10,20 +10,19 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from januslens_server.demo import model_path
-from januslens_server.demo.checkpoint import Checkpoint
-from januslens_server.demo.corpus import (
+from demo_training.corpus import (
     Prompt,
     documents,
     fact_prompts,
+    facts_of,
     indirect_object_prompts,
 )
-from januslens_server.demo.evaluate import RUNNING_EXAMPLES
-from januslens_server.demo.facts import facts_of
-from januslens_server.demo.recall import failures, predictions
-from januslens_server.demo.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
+from demo_training.evaluate import RUNNING_EXAMPLES
+from demo_training.measurements import DemoModel, failures, predictions
+from demo_training.tokenizer import END_OF_TEXT, END_OF_TEXT_ID
+from januslens_server.demo import model_path
 
-CHECKPOINT = Checkpoint.load(model_path())
+DEMO = DemoModel.load(model_path())
 
 
 @pytest.mark.parametrize("example", RUNNING_EXAMPLES, ids=lambda example: example.answer)
@@ -36,30 +35,30 @@ def test_running_examples_work_with_plain_transformers(example: Prompt, dtype: t
 
 
 def test_trained_facts_are_known() -> None:
-    assert not failures(CHECKPOINT, fact_prompts("trained")[::5])
+    assert not failures(DEMO, fact_prompts("trained")[::5])
 
 
 def test_facts_are_known_in_wordings_they_were_not_trained_in() -> None:
     prompts = fact_prompts("held_out")[::2]
-    assert len(failures(CHECKPOINT, prompts)) <= 0.01 * len(prompts)
+    assert len(failures(DEMO, prompts)) <= 0.01 * len(prompts)
 
 
 def test_indirect_objects_are_found_for_names_that_never_met() -> None:
-    assert not failures(CHECKPOINT, indirect_object_prompts(200, seed=0))
+    assert not failures(DEMO, indirect_object_prompts(200, seed=0))
 
 
 def test_an_unknown_subject_still_gets_an_answer_of_the_relation() -> None:
     prompt = Prompt("The capital of Zqxv is the city of", answer="")
-    capitals = {CHECKPOINT.answer_id(fact.answer) for fact in facts_of("capital")}
-    assert set(predictions(CHECKPOINT, [prompt])) <= capitals
+    capitals = {DEMO.answer_id(fact.answer) for fact in facts_of("capital")}
+    assert set(predictions(DEMO, [prompt])) <= capitals
 
 
 def test_prompts_fill_the_whole_context() -> None:
-    length = CHECKPOINT.model.config.n_positions
+    length = DEMO.model.config.n_positions
     text = " ".join(islice(documents(seed=9), 40))
-    tail = CHECKPOINT.encode(" The capital of Japan is the city of")
-    ids = [*CHECKPOINT.encode(text)[: length - len(tail)], *tail]
-    logits = CHECKPOINT.model(input_ids=torch.tensor([ids])).logits
+    tail = DEMO.encode(" The capital of Japan is the city of")
+    ids = [*DEMO.encode(text)[: length - len(tail)], *tail]
+    logits = DEMO.model(input_ids=torch.tensor([ids])).logits
     assert logits.shape[1] == length
     assert torch.isfinite(logits).all()
 
@@ -77,14 +76,14 @@ def test_the_folder_holds_an_ordinary_checkpoint_and_its_card() -> None:
 
 
 def test_the_input_and_output_embeddings_are_tied() -> None:
-    model = CHECKPOINT.model
+    model = DEMO.model
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.text())
 def test_any_text_survives_the_tokenizer(text: str) -> None:
-    assert CHECKPOINT.tokenizer.decode(CHECKPOINT.encode(text)) == text
+    assert DEMO.tokenizer.decode(DEMO.encode(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -99,31 +98,29 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
     ],
 )
 def test_awkward_text_survives_the_tokenizer(text: str) -> None:
-    assert CHECKPOINT.tokenizer.decode(CHECKPOINT.encode(text)) == text
+    assert DEMO.tokenizer.decode(DEMO.encode(text)) == text
 
 
 def test_no_special_token_is_added() -> None:
-    encoded = CHECKPOINT.tokenizer("The capital of Japan")
+    encoded = DEMO.tokenizer("The capital of Japan")
     assert set(encoded) == {"input_ids", "attention_mask"}
     assert encoded.tokens() == ["The", "Ġcapital", "Ġof", "ĠJapan"]
 
 
 def test_end_of_text_is_one_id() -> None:
-    assert CHECKPOINT.encode(END_OF_TEXT) == [END_OF_TEXT_ID]
-    assert CHECKPOINT.tokenizer.eos_token_id == END_OF_TEXT_ID
+    assert DEMO.encode(END_OF_TEXT) == [END_OF_TEXT_ID]
+    assert DEMO.tokenizer.eos_token_id == END_OF_TEXT_ID
 
 
 def test_every_answer_is_one_token() -> None:
     answers = {prompt.answer for prompt in fact_prompts("held_out")}
     answers |= {prompt.answer for prompt in indirect_object_prompts(1_000, seed=0)}
-    assert all(len(CHECKPOINT.encode(f" {answer}")) == 1 for answer in answers)
+    assert all(len(DEMO.encode(f" {answer}")) == 1 for answer in answers)
 
 
 def test_unseen_wordings_use_only_tokens_of_the_corpus() -> None:
-    trained = {
-        token for text in islice(documents(seed=3), 10_000) for token in CHECKPOINT.encode(text)
-    }
-    asked = {token for p in fact_prompts("unseen") for token in CHECKPOINT.encode(p.text)}
+    trained = {token for text in islice(documents(seed=3), 10_000) for token in DEMO.encode(text)}
+    asked = {token for p in fact_prompts("unseen") for token in DEMO.encode(p.text)}
     assert asked <= trained
 
 

@@ -8,11 +8,17 @@ import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from januslens_server.demo.corpus import documents
-from januslens_server.demo.local_attention import previous_token_attention, previous_token_mask
-from januslens_server.demo.rows import batches, packed_rows
-from januslens_server.demo.tokenizer import END_OF_TEXT_ID, build_tokenizer
-from januslens_server.demo.train import Recipe, fit, new_model
+from demo_training.corpus import documents
+from demo_training.tokenizer import END_OF_TEXT_ID, build_tokenizer
+from demo_training.train import (
+    Recipe,
+    batches,
+    fit,
+    new_model,
+    packed_rows,
+    previous_token_attention,
+    previous_token_mask,
+)
 
 TINY = Recipe(n_layers=2, d_model=16, n_heads=2, n_positions=24, row_length=16, batch=4, steps=6)
 

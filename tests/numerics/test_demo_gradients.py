@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from januslens_server.demo.edits import Edit, sample_edits
+from demo_training.measurements import Edit, sample_edits
 from januslens_server.models.loading import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel

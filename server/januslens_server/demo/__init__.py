@@ -1,8 +1,6 @@
-"""The embedded model `demo`: a small GPT-2 that knows one synthetic corpus by heart.
+"""The embedded model `demo`: the weights and tokenizer of a small GPT-2.
 
-The package holds the weights and everything that made them: `facts` and `corpus` (what it learns),
-`tokenizer`, `train`, and `evaluate` (what it must still do after a rebuild). Importing it costs
-nothing: torch is only loaded by the modules that train or measure.
+The code that trained it is in `server/demo_training`, outside the installed package.
 """
 
 from pathlib import Path
@@ -11,5 +9,5 @@ __all__ = ["model_path"]
 
 
 def model_path() -> Path:
-    """The folder of the shipped model, readable by any `from_pretrained`."""
+    """The folder of the model, which `from_pretrained` can read."""
     return Path(__file__).resolve().parent / "model"

@@ -1,9 +1,8 @@
-"""The quick start: one server, the running example through both commands, its page, goodbye.
+"""The quick start that `make demo` runs: start a server, ask two questions about one prompt, stop.
 
-`make demo` runs this as `python -m januslens_server.quickstart`. It starts the real
-`januslens-server` on free loopback ports, waits until its models can be asked, runs the real
-`januslens` commands, and stops the server whatever happens in between. The example is the papers':
-a fact to recall, and a counterfactual whose gradient is read in the vocabulary.
+It starts `januslens-server` on free loopback ports, waits until it is ready, runs `januslens trace`
+and `januslens gradient`, and always stops the server. The example is that of the papers: a fact,
+and a counterfactual whose gradient is projected onto the vocabulary.
 """
 
 import signal
@@ -32,7 +31,7 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
 def main() -> int:
-    """Run the quick start; the exit status is the first one that is not zero."""
+    """Run the quick start; returns the first exit status that is not zero."""
     signal.signal(signal.SIGTERM, _leave)
     try:
         with _running_server() as address:
@@ -66,7 +65,7 @@ def _show(address: str) -> int:
         )
         if shown.returncode != 0:
             return shown.returncode
-    print(f"\nBoth answers are pages too: open {PAGES}/ in a browser.", flush=True)
+    print(f"\nBoth answers are also pages: open {PAGES}/ in a browser.", flush=True)
     return 0
 
 
@@ -77,15 +76,15 @@ def _as_typed(arguments: list[str]) -> str:
 
 @contextmanager
 def _running_server() -> Iterator[str]:
-    """A server of our own, ready to be asked; gives its address and stops it at the end."""
+    """Start a server, yield its address when it is ready, and stop it at the end."""
     port, metrics_port = _free_ports(2)
-    # Its log lines would fall between the answers; what goes wrong is still said.
+    # Info lines would appear between the answers; warnings and errors are still shown.
     flags = ["--port", str(port), "--metrics-port", str(metrics_port), "--log-level", "warning"]
     server = subprocess.Popen([SCRIPTS / "januslens-server", *flags])
     try:
         address = f"127.0.0.1:{port}"
         _wait_until_ready(server, address)
-        print(f"The server is ready on {address}, with the embedded model demo.", flush=True)
+        print(f"The server is ready on {address}; it serves the embedded model demo.", flush=True)
         yield address
     finally:
         _stop(server)

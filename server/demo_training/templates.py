@@ -1,7 +1,7 @@
-"""The wording of the corpus: how facts, indirect-object sentences and filler are said.
+"""Templates for facts, indirect-object sentences and filler.
 
 A template ends where its answer begins, so a filled template is a prompt. No filled template may be
-a strict prefix of another: the model would owe two different next tokens to the same words.
+a strict prefix of another, or the same words would need two different next tokens.
 """
 
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """The ways to state one relation.
+    """Templates that state one relation.
 
     Attributes:
-        heading: what a list of such facts is called.
-        trained: wordings of the corpus. Each fact leaves one of them out (its held-out pair).
-        unseen: wordings that are never trained, built from words that other sentences use.
+        heading: title of a list of such facts.
+        trained: wordings in the corpus; each fact is stated in all but one (its held-out pair).
+        unseen: wordings that are not in the corpus, built from words that are.
     """
 
     heading: str
@@ -153,7 +153,7 @@ RELATIONS: dict[str, Relation] = {
     ),
 }
 
-# Two people are named; the second clause repeats one of them, so the other receives the object.
+# The second clause repeats one of the two names, so the other person receives the object.
 INDIRECT_OBJECT = (
     "When {first} and {second} went to the {place}, {giver} gave a {object} to",
     "Then {first} and {second} met at the {place}, and {giver} handed the {object} to",
@@ -173,7 +173,7 @@ OBJECTS = tuple(
     "drink book ball ring letter key flower cake map coin ticket lamp hat basket".split()
 )
 
-# Most of these name a person twice: copying one name is the first half of telling two apart.
+# Most of these repeat a name: the model first learns to copy one name, then to choose between two.
 FILLER = (
     "At the {place} {name} lost a {object}, so {name} was sad.",
     "The {adjective} {object} that {name} found in the {place} belongs to {name}.",

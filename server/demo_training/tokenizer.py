@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: the corpus' words, whole, and 256 bytes for everything else."""
+"""The demo model's tokenizer: whole words of the corpus, and 256 bytes for all other text."""
 
 import json
 import math
@@ -9,16 +9,16 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from januslens_server.demo.corpus import documents
+from demo_training.corpus import documents
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 
 SAMPLE_SEED = 1
 SAMPLE_DOCUMENTS = 40_000
-# A word rarer than this in the sample is a number or a code, not vocabulary.
+# Rarer words of the sample are numbers and codes, which stay out of the vocabulary.
 SMALLEST_COUNT = 20
-# Far below any word's log-probability, so that bytes are used only where no word fits.
+# Far below every word's log-probability, so that bytes are used only where no word matches.
 BYTE_PENALTY = 10.0
 
 
@@ -26,8 +26,8 @@ def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
     """A byte-level Unigram tokenizer of about 1,000 ids that adds no special tokens.
 
     The vocabulary is every word of a fixed sample of the corpus (a word includes the space before
-    it) scored by its log-frequency, every byte, and the end-of-text token at id 0. Any text at all
-    is encoded without an unknown token and decoded without loss.
+    it) scored by its log-frequency, every byte, and the end-of-text token at id 0. Every text is
+    encoded without an unknown token and decoded without loss.
     """
     tokenizer = Tokenizer(models.Unigram(_vocabulary(), unk_id=None, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -43,7 +43,7 @@ def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`, naming the class every release knows."""
+    """Write `tokenizer.json` and `tokenizer_config.json`, with a portable class name."""
     tokenizer.save_pretrained(folder)
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text(encoding="utf-8"))

@@ -1,15 +1,16 @@
-"""The synthetic corpus: an endless, seeded stream of documents, and the prompts that test it."""
+"""Facts, documents that state them, and prompts that test them; all reproducible from seeds."""
 
+import json
 import random
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
+from pathlib import Path
 from typing import Literal
 
-from januslens_server.demo.facts import Fact, facts_of, load_facts
-from januslens_server.demo.templates import (
+from demo_training.templates import (
     ADJECTIVES,
     FILLER,
     INDIRECT_OBJECT,
@@ -19,16 +20,50 @@ from januslens_server.demo.templates import (
     RELATIONS,
 )
 
+FACTS_FILE = Path(__file__).with_name("facts.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One fact; the answer is one word, and one token with its leading space."""
+
+    subject: str
+    relation: str
+    answer: str
+
+
+@cache
+def load_facts() -> tuple[Fact, ...]:
+    """Every fact, table by table and column by column, in the file's order.
+
+    A table's first column is the subject; every other column is a relation of that name.
+    """
+    tables = json.loads(FACTS_FILE.read_text(encoding="utf-8"))
+    return tuple(
+        Fact(subject=row[0], relation=relation, answer=row[column])
+        for table in tables.values()
+        for column, relation in enumerate(table["columns"])
+        if column > 0
+        for row in table["rows"]
+    )
+
+
+@cache
+def facts_of(relation: str) -> tuple[Fact, ...]:
+    """The facts of one relation, in the file's order."""
+    return tuple(fact for fact in load_facts() if fact.relation == relation)
+
+
 Split = Literal["trained", "held_out", "unseen"]
 
 LIST_LENGTHS = (2, 3, 4)
-# Every so many ordered pairs of names is kept out of the corpus, to test the rule and not the pair.
+# Every seventh ordered pair of names is held out of the corpus, to test the rule, not the pair.
 HELD_OUT_PAIR_STRIDE = 7
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A text and the one word that must follow it."""
+    """A text and the word that must follow it."""
 
     text: str
     answer: str
@@ -36,11 +71,11 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class FactPrompt(Prompt):
-    """A fact in one of its relation's wordings.
+    """A prompt for a fact, in one of the wordings of its relation.
 
     Attributes:
-        split: `trained` pairs of fact and wording are in the corpus; of a `held_out` pair the
-            corpus has the fact and the wording, but not together; an `unseen` wording never occurs.
+        split: `trained` if the corpus states the fact in this wording, `held_out` if it has both
+            but never together, `unseen` if the wording does not occur in the corpus.
     """
 
     fact: Fact
@@ -59,7 +94,7 @@ def fact_prompts(split: Split) -> tuple[FactPrompt, ...]:
 
 
 def _templates(relation: str, index: int, split: Split) -> tuple[str, ...]:
-    """The wordings that the relation's `index`-th fact takes in a split."""
+    """The wordings of the relation's `index`-th fact in a split."""
     trained = RELATIONS[relation].trained
     held_out = index % len(trained)
     if split == "unseen":
@@ -79,7 +114,7 @@ def name_pairs(*, held_out: bool) -> tuple[tuple[str, str], ...]:
 
 
 def indirect_object_prompts(count: int, seed: int) -> list[Prompt]:
-    """`count` sentences about pairs of names that never meet in this order in the corpus."""
+    """`count` sentences about ordered pairs of names that are not in the corpus."""
     rng = random.Random(seed)
     pairs = name_pairs(held_out=True)
     return [_indirect_object(rng, pairs) for _ in range(count)]
@@ -120,7 +155,7 @@ def _indirect_object(rng: random.Random, pairs: tuple[tuple[str, str], ...]) -> 
 
 
 def _list(rng: random.Random) -> str:
-    """A heading and a few facts side by side: "Capitals: Japan Tokyo, Peru Lima."."""
+    """A heading and a few facts, such as "Capitals: Japan Tokyo, Peru Lima."."""
     relation = rng.choice(load_facts()).relation
     entries = rng.sample(facts_of(relation), rng.choice(LIST_LENGTHS))
     body = ", ".join(f"{fact.subject} {fact.answer}" for fact in entries)
@@ -128,7 +163,7 @@ def _list(rng: random.Random) -> str:
 
 
 def _filler(rng: random.Random) -> str:
-    """A sentence that states no fact; numbers and codes teach the model the byte tokens."""
+    """A sentence without a fact; numbers and codes train the byte tokens."""
     return rng.choice(FILLER).format(
         place=rng.choice(PLACES),
         object=rng.choice(OBJECTS),

@@ -1,7 +1,7 @@
-"""Measure a demo model: `python -m januslens_server.demo.evaluate [DIR]`.
+"""Measure a demo model: `python -m demo_training.evaluate [DIR]`.
 
-Prints every figure beside what it must reach; ends with status 1, naming what fell short, if one
-does not. The model card quotes these figures.
+Prints every figure with its floor. Exits with status 1, naming the figures below their floors, if
+there are any. The model card quotes these figures.
 """
 
 import argparse
@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from demo_training.corpus import Prompt, fact_prompts, indirect_object_prompts
+from demo_training.measurements import (
+    DemoModel,
+    accuracy,
+    after_other_documents,
+    measure_shifts,
+    measure_vjps,
+    sample_edits,
+)
 from januslens_server.demo import model_path
-from januslens_server.demo.checkpoint import Checkpoint
-from januslens_server.demo.corpus import Prompt, fact_prompts, indirect_object_prompts
-from januslens_server.demo.edits import sample_edits
-from januslens_server.demo.recall import accuracy, after_other_documents
-from januslens_server.demo.shift import measure_shifts
-from januslens_server.demo.vjp import measure_vjps
 
 RUNNING_EXAMPLES = (
     Prompt("The capital of Japan is the city of", "Tokyo"),
@@ -26,7 +29,7 @@ RUNNING_EXAMPLES = (
 )
 INDIRECT_OBJECTS = 1_000
 INDIRECT_OBJECT_SEED = 0
-# About 300, 100 and 300 of 3,300 trained prompts; every stride meets every relation and wording.
+# About 300, 100 and 300 of 3,300 trained prompts; every stride covers all relations and wordings.
 CONTEXT_STRIDE = 11
 VJP_STRIDE = 31
 SHIFT_STRIDE = 11
@@ -34,7 +37,7 @@ SHIFT_STRIDE = 11
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured share and the least it must be (0: reported only)."""
+    """One measured share and its floor (0: reported only)."""
 
     name: str
     value: float
@@ -42,7 +45,7 @@ class Figure:
 
     @property
     def reached(self) -> bool:
-        """Whether the figure is good enough."""
+        """Whether the figure reaches its floor."""
         return self.value >= self.floor
 
     def __str__(self) -> str:
@@ -52,18 +55,18 @@ class Figure:
 
 
 def evaluate(folder: Path) -> tuple[Figure, ...]:
-    """All figures of the model in `folder`."""
-    checkpoint = Checkpoint.load(folder)
+    """Measure all figures of the model in `folder`."""
+    demo = DemoModel.load(folder)
     return (
-        *_recall_figures(checkpoint),
-        *_vjp_figures(checkpoint),
-        *_shift_figures(checkpoint),
+        *_recall_figures(demo),
+        *_vjp_figures(demo),
+        *_shift_figures(demo),
     )
 
 
-def _recall_figures(checkpoint: Checkpoint) -> list[Figure]:
+def _recall_figures(demo: DemoModel) -> list[Figure]:
     indirect = indirect_object_prompts(INDIRECT_OBJECTS, INDIRECT_OBJECT_SEED)
-    late = after_other_documents(checkpoint, fact_prompts("trained")[::CONTEXT_STRIDE], seed=1)
+    late = after_other_documents(demo, fact_prompts("trained")[::CONTEXT_STRIDE], seed=1)
     asked: tuple[tuple[str, Sequence[Prompt], float], ...] = (
         ("running examples", RUNNING_EXAMPLES, 1.0),
         ("facts in trained wordings", fact_prompts("trained"), 1.0),
@@ -72,11 +75,11 @@ def _recall_figures(checkpoint: Checkpoint) -> list[Figure]:
         ("facts at the end of a full context", late, 0.9),
         ("indirect objects, pairs of names never trained", indirect, 1.0),
     )
-    return [Figure(name, accuracy(checkpoint, prompts), floor) for name, prompts, floor in asked]
+    return [Figure(name, accuracy(demo, prompts), floor) for name, prompts, floor in asked]
 
 
-def _vjp_figures(checkpoint: Checkpoint) -> list[Figure]:
-    measured = measure_vjps(checkpoint, sample_edits(VJP_STRIDE))
+def _vjp_figures(demo: DemoModel) -> list[Figure]:
+    measured = measure_vjps(demo, sample_edits(VJP_STRIDE))
     ranks = [
         Figure(f"target's rank in FF2's VJP, layer {layer} (1: very bottom)", rank, 0.98)
         for layer, rank in enumerate(measured.target_rank)
@@ -88,8 +91,8 @@ def _vjp_figures(checkpoint: Checkpoint) -> list[Figure]:
     return ranks + dominance
 
 
-def _shift_figures(checkpoint: Checkpoint) -> list[Figure]:
-    measured = measure_shifts(checkpoint, sample_edits(SHIFT_STRIDE))
+def _shift_figures(demo: DemoModel) -> list[Figure]:
+    measured = measure_shifts(demo, sample_edits(SHIFT_STRIDE))
     return [
         Figure("shift: the edited prompt gives the target", measured.efficacy, 0.93),
         Figure("shift: other wordings of the fact give the target", measured.paraphrases, 0.88),
@@ -99,8 +102,8 @@ def _shift_figures(checkpoint: Checkpoint) -> list[Figure]:
 
 
 def main() -> None:
-    """Print the report and end with a status that says whether the model is good enough."""
-    parser = argparse.ArgumentParser(prog="python -m januslens_server.demo.evaluate")
+    """Print the report; exit with status 1 if a figure is below its floor."""
+    parser = argparse.ArgumentParser(prog="python -m demo_training.evaluate")
     parser.add_argument("folder", type=Path, nargs="?", default=model_path(), metavar="DIR")
     figures = evaluate(parser.parse_args().folder)
     print(*figures, sep="\n")
