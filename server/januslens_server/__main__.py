@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from januslens_server import tracing
+from januslens_server import spans
 from januslens_server.config import read_settings, unknown_variable_warnings
 from januslens_server.logs import configure_logging
 from januslens_server.openmp import let_waiting_threads_sleep
@@ -20,15 +20,15 @@ def main() -> None:
         logger.warning(warning)
     let_waiting_threads_sleep()
     # After the settings: torch takes seconds to import, which no one with a typo should wait.
-    from januslens_server.serving.life import live  # noqa: PLC0415
+    from januslens_server.serving.process import live  # noqa: PLC0415
 
     if settings.processes > 1:
         from januslens_server.processes.supervisor import supervise  # noqa: PLC0415
 
         live(supervise(settings))
-    from januslens_server.serving.alone import serve  # noqa: PLC0415
+    from januslens_server.serving.assembly import serve  # noqa: PLC0415
 
-    tracing.configure()
+    spans.configure()
     live(serve(settings))
 
 

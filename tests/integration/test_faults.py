@@ -16,7 +16,7 @@ from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, tra
 from januslens_server.models.failures import in_service_terms
 from januslens_server.results import ModelState, ModelStatus
 from januslens_server.rpc.health import Health
-from januslens_server.serving.stopping import on_device_lost
+from januslens_server.serving.assembly import on_device_lost
 from tests.support.calls import prompt, timeless
 from tests.support.in_process import Loaded, broken, hooks_of, loaded, refused, served
 

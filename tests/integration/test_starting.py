@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from januslens_server.config import read_settings
-from januslens_server.serving.alone import serve
+from januslens_server.serving.assembly import serve
 from tests.support.server import ServerProcess
 
 

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from januslens.v1 import models_pb2, service_pb2_grpc
 from januslens_server.config import read_settings
-from januslens_server.serving.alone import serve
+from januslens_server.serving.assembly import serve
 from tests.support.calls import SERVICE
 from tests.support.certificates import (
     ServerFiles,

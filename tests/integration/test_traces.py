@@ -91,7 +91,7 @@ def test_calls_are_spans_of_their_callers_traces() -> None:
 
 def test_without_a_collector_nothing_of_it_is_imported() -> None:
     code = (
-        "import sys, januslens_server.__main__, januslens_server.serving.alone\n"
+        "import sys, januslens_server.__main__, januslens_server.serving.assembly\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=without_endpoints())

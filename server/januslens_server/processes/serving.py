@@ -11,10 +11,10 @@ from pathlib import Path
 
 from januslens_server import gauges
 from januslens_server.config import ServerSettings
-from januslens_server.processes.messages import Listening, Loaded, Order
+from januslens_server.processes.child import Listening, Loaded, Order
 from januslens_server.results import ModelState
 from januslens_server.serving.assembly import Assembly
-from januslens_server.serving.listening import add_port
+from januslens_server.serving.ports import add_port
 
 DEVICE_LOST = 1
 

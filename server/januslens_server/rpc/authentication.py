@@ -13,8 +13,7 @@ from januslens_server.access.callers import Caller, Quotas
 from januslens_server.access.directory import Directory
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.errors import IntrospectionError, PermissionDenied, QuotaSpent
-from januslens_server.rpc.callers import Context, asked_by
-from januslens_server.rpc.calls import Call
+from januslens_server.rpc.call import Call, Context, asked_by
 from januslens_server.rpc.methods import SERVICE_NAME
 
 AUTHORIZATION = "authorization"

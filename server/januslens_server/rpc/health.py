@@ -19,11 +19,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from januslens_server import telemetry
 from januslens_server.errors import ReaderStalled, RequestCancelled
 from januslens_server.results import ModelState, ModelStatus
-from januslens_server.rpc.callers import Context, address_of
-from januslens_server.rpc.messages import serialized
+from januslens_server.rpc.call import Context, address_of
 from januslens_server.rpc.options import server_options
 from januslens_server.rpc.streaming import write_within
-from januslens_server.rpc.wire import WireFormat
+from januslens_server.rpc.wire import WireFormat, serialized
 
 ALIVE = ""
 READY = "januslens.ready"

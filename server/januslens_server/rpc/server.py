@@ -9,7 +9,7 @@ from grpc_reflection.v1alpha import reflection
 from januslens.v1 import service_pb2_grpc
 from januslens_server.access.directory import Directory, OpenDirectory
 from januslens_server.access.quotas import QuotaBook
-from januslens_server.rpc import measures
+from januslens_server.rpc import methods
 from januslens_server.rpc.authentication import Authentication
 from januslens_server.rpc.health import Health
 from januslens_server.rpc.methods import SERVICE_NAME
@@ -34,7 +34,7 @@ def build_server(
     been taken; without them anyone may ask for anything. `share_port` lets processes of this user
     that ask for it listen on the same one.
     """
-    measures.declare()
+    methods.declare()
     options = server_options(share_port=share_port)
     if max_connection_age is not None:
         options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))

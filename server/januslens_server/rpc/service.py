@@ -31,8 +31,7 @@ from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientEvent, TraceEvent
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission
-from januslens_server.rpc.callers import Context, asking
-from januslens_server.rpc.calls import Call
+from januslens_server.rpc.call import Call, Context, asking, sizes_of
 from januslens_server.rpc.encode import (
     GradientLensEncoder,
     TraceEncoder,
@@ -44,7 +43,6 @@ from januslens_server.rpc.encode import (
     token_message,
 )
 from januslens_server.rpc.pages import MODELS, neurons_list, page_start, page_token
-from januslens_server.rpc.sizes import sizes_of
 from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.specs import GradientLensSpec, TraceSpec
 

@@ -11,10 +11,9 @@ import grpc
 from google.protobuf.message import Message
 
 from januslens_server.errors import CancelCheck, ReaderStalled, RequestCancelled
-from januslens_server.rpc.callers import Context
-from januslens_server.rpc.calls import Call
-from januslens_server.rpc.measures import StreamMeter
-from januslens_server.rpc.messages import serialized
+from januslens_server.rpc.call import Call, Context
+from januslens_server.rpc.methods import StreamMeter
+from januslens_server.rpc.wire import serialized
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import DeviceWorker

@@ -1,4 +1,4 @@
-"""Bytes in and out: no message, or one too long, is refused; equal answers are equal bytes."""
+"""Parse requests and serialize responses; reject malformed and oversized requests."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from januslens_server.errors import InvalidRequest
 from januslens_server.rpc.bounds import check_bounds
-from januslens_server.rpc.callers import Context
-from januslens_server.rpc.calls import Call
-from januslens_server.rpc.measures import Serializer, measured
-from januslens_server.rpc.messages import serialized
-from januslens_server.rpc.methods import SERVICE_NAME
+from januslens_server.rpc.call import Call, Context
+from januslens_server.rpc.methods import SERVICE_NAME, Serializer, measured
 
 Deserializer = Callable[[bytes], Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -79,3 +76,14 @@ def _refusing(service: str, name: str, answer: Behaviour) -> Any:
         return await answer(request, context)
 
     return refusing
+
+
+def serialized(message: Message | bytes) -> bytes:
+    """Equal messages as equal bytes; bytes as they are.
+
+    Protobuf by itself leaves the order of a map's entries open, and it differs from one process to
+    the next.
+    """
+    if isinstance(message, bytes):
+        return message
+    return message.SerializeToString(deterministic=True)

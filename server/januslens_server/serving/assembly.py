@@ -1,12 +1,17 @@
-"""All of a server but its ports: the device's thread, the models, and the services over them."""
+"""Put a server together from its settings: models, device thread, services; load, and drain."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
+import io
 import logging
 import sys
 import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+import grpc
 import torch
 
 from januslens_server import gauges, telemetry
@@ -14,9 +19,14 @@ from januslens_server.access.directory import CallersFile
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.config import ServerSettings
 from januslens_server.models.failures import in_service_terms
-from januslens_server.models.registry import Registry
-from januslens_server.pipelines.cost import Pace
-from januslens_server.results import ModelStatus
+from januslens_server.models.loading import ModelSource
+from januslens_server.models.registry import Registry, SelfCheck, embedded_source
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.tensor_cache import TensorCache
+from januslens_server.pipelines.cost import Pace, measured_pace
+from januslens_server.pipelines.find_neurons import read_all_neurons
+from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.results import Guarantee, ModelState, ModelStatus
 from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.health import Health, is_ready
 from januslens_server.rpc.methods import RPCS
@@ -24,15 +34,30 @@ from januslens_server.rpc.server import build_server
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.scheduling.worker import DeviceWorker
-from januslens_server.serving.loading import check_with, load_all, log_state, sources
-from januslens_server.serving.signals import heed_signals
-from januslens_server.serving.stopping import finish, on_device_lost
+from januslens_server.serving.ports import listen
+from januslens_server.serving.process import heed_signals
 
 # What a thread may keep the interpreter while others wait, in seconds. The cores' threads come back
 # to it every few milliseconds, and an encoder would keep them for Python's usual five.
 SWITCH_SECONDS = 0.001
 
 logger = logging.getLogger("januslens_server")
+
+
+async def serve(settings: ServerSettings) -> None:
+    """Serve until SIGTERM or SIGINT, then let what runs finish within the grace.
+
+    Raises `OSError` where a port cannot be had.
+    """
+    assembly = Assembly(settings)
+    gauges.read_at_scrapes()
+    assembly.announce()
+    health_server = await listen(assembly.server, assembly.health, settings)
+    assembly.load()
+    await assembly.stop.wait()
+    await assembly.drain()
+    if health_server is not None:
+        await health_server.stop(0)
 
 
 class Assembly:
@@ -162,3 +187,104 @@ def _callers(settings: ServerSettings) -> CallersFile | None:
         return CallersFile(settings.callers, RPCS)
     except (OSError, ValueError) as error:
         raise OSError(f"cannot serve: {error}") from error
+
+
+logger = logging.getLogger("januslens_server")
+
+
+def sources(settings: ServerSettings) -> list[ModelSource]:
+    """The configured models, or the embedded one."""
+    cache = None
+    if settings.cache_dir is not None:
+        cache = TensorCache(settings.cache_dir, settings.cache_size)
+    named = [ModelSource(m.name, m.location, m.revision) for m in settings.models]
+    return [
+        replace(
+            source,
+            device=settings.device,
+            data_type=settings.data_type,
+            limits={memory.device: memory.size for memory in settings.max_memory},
+            offload_dir=settings.offload_dir,
+            cache=cache,
+            row_cache_bytes=settings.row_cache,
+            chunk_bytes=settings.chunk_bytes,
+        )
+        for source in named or [embedded_source()]
+    ]
+
+
+def check_with(paces: dict[str, Pace], *, index_neurons: bool) -> SelfCheck:
+    """What a model goes through before it is served; its pace goes to `paces`."""
+
+    def check(model: ResidentModel) -> Sequence[Guarantee]:
+        guarantees = self_check(model)
+        if all(guarantee.held for guarantee in guarantees):
+            paces[model.name] = measured_pace(model)
+            if index_neurons:
+                read_all_neurons(model)
+        return guarantees
+
+    return check
+
+
+def load_all(registry: Registry) -> None:
+    """Load every model; from then on the garbage collector passes by what is there for good.
+
+    Modules, vocabularies and torch's own objects are hundreds of thousands: to look through all
+    of them takes a fifth of a second, which some request would wait.
+    """
+    registry.load_all()
+    gc.collect()
+    gc.freeze()
+
+
+def log_state(status: ModelStatus) -> None:
+    """One line for what has become of a model."""
+    if status.state is ModelState.FAILED:
+        logger.error("model %s FAILED: %s", status.name, status.reason)
+    elif status.provenance is not None and status.facts is not None:
+        where, facts = status.provenance, status.facts
+        logger.info(
+            "model %s READY: %s, %d layers of %d, %s on %s",
+            status.name,
+            where.architecture,
+            facts.n_layers,
+            facts.d_model,
+            where.data_type,
+            where.device,
+        )
+
+
+logger = logging.getLogger("januslens_server")
+
+
+def on_device_lost(
+    health: Health, loop: asyncio.AbstractEventLoop, lost: asyncio.Event
+) -> Callable[[], None]:
+    """What the device's thread calls; `lost` is set, and whoever started the process replaces it.
+
+    Until then every health answer says NOT_SERVING, for orchestrators.
+    """
+
+    def tell() -> None:
+        logger.critical("the device computes no more: nothing is served until a new start")
+        loop.call_soon_threadsafe(health.drain)
+        loop.call_soon_threadsafe(lost.set)
+
+    return tell
+
+
+async def finish(server: grpc.aio.Server, streams: DeviceStreams, grace: float) -> None:
+    """Let what runs be computed and read, for `grace` seconds, then stop.
+
+    We count our own requests: `stop(grace)` would wait for every open health watch.
+    """
+    logger.info("draining %d requests, for at most %g s", streams.unfinished, grace)
+    finished = await streams.wait_finished(grace)
+    logger.info("drained" if finished else "grace expired, cutting what still runs")
+    # gRPC logs and prints a traceback for every call that it cuts, an open health watch too; the
+    # log keeps the stream that it has.
+    logging.getLogger("grpc").setLevel(logging.CRITICAL)
+    sys.stderr = io.StringIO()
+    # The last statuses are on their way to their readers.
+    await server.stop(1.0 if finished else 0.0)

@@ -1,4 +1,4 @@
-"""What every RPC shares: its id, its metrics, and its errors as statuses."""
+"""One RPC from its first byte to its status: identity, log line, metrics, span and errors."""
 
 from __future__ import annotations
 
@@ -6,18 +6,29 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from januslens_server import telemetry, tracing
+from januslens_server import spans, telemetry
+from januslens_server.access.callers import ANYONE, NAME, Caller
 from januslens_server.errors import IntrospectionError, TryLater
-from januslens_server.results import Cost
-from januslens_server.rpc.callers import Context, caller_of
-from januslens_server.rpc.measures import rpc_labels
-from januslens_server.rpc.methods import SERVICE_NAME
+from januslens_server.results import (
+    Cost,
+    EditPreview,
+    FoundNeurons,
+    GradientHeader,
+    GradientSummary,
+    ProjectionTable,
+    StageTime,
+    TraceHeader,
+    TraceSummary,
+)
+from januslens_server.rpc.methods import SERVICE_NAME, rpc_labels
 from januslens_server.rpc.status import DETAILS_KEY, code_of, milliseconds, status_of
 from januslens_server.scheduling.ticket import Ticket
 
@@ -77,7 +88,7 @@ class Call:
     async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(*self._labels).inc()
         metadata = self.context.invocation_metadata() or ()
-        self._span = tracing.start_span(self._service, self.method, metadata)
+        self._span = spans.start_span(self._service, self.method, metadata)
         return self
 
     async def begin(self) -> None:
@@ -124,7 +135,7 @@ class Call:
         telemetry.HANDLED.labels(*self._labels, code.name).inc()
         telemetry.HANDLING_SECONDS.labels(*self._labels).observe(seconds)
         line = self._line(code, seconds)
-        tracing.end_span(self._span, code.name, code.value[0], line)
+        spans.end_span(self._span, code.name, code.value[0], line)
         logger.info("%s %s", self.method, code.name, extra=line)
 
     def _line(self, code: grpc.StatusCode, seconds: float) -> dict[str, Any]:
@@ -146,3 +157,71 @@ def _request_id(context: Context) -> str:
         if key == REQUEST_ID_KEY and isinstance(value, str) and _SAFE_ID.fullmatch(value):
             return value
     return uuid.uuid4().hex
+
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+UNKNOWN = "unknown"
+
+_ASKING: ContextVar[Caller] = ContextVar("asking", default=ANYONE)
+
+
+def asking() -> Caller:
+    """The caller of the RPC that is being handled."""
+    return _ASKING.get()
+
+
+def asked_by(caller: Caller) -> None:
+    """From now on this task handles an RPC of `caller`."""
+    _ASKING.set(caller)
+
+
+def caller_of(context: Context) -> str:
+    """The name under which a call is logged, and between which the device is shared fairly.
+
+    It is that of the caller's token, else that in its certificate; callers without either are told
+    apart by the address that they come from, without port.
+    """
+    return asking().name or _certified(context) or address_of(context)
+
+
+def _certified(context: Context) -> str | None:
+    """The common name of a certificate that an authority of ours has signed."""
+    for name in (context.auth_context() or {}).get("x509_common_name", ()):
+        if NAME.fullmatch(name.decode(errors="replace")):
+            return name.decode()
+    return None
+
+
+def address_of(context: Context) -> str:
+    """The address that a call comes from, without its port."""
+    transport, _, address = (context.peer() or "").partition(":")
+    if transport == "ipv4":
+        return address.rpartition(":")[0]
+    if transport == "ipv6":
+        host = address.rpartition(":")[0].replace("%5B", "[").replace("%5D", "]")
+        return host.strip("[]")
+    return transport or UNKNOWN
+
+
+# Of answers of one message.
+_OF_ONE: tuple[tuple[type, str, Callable[[Any], int]], ...] = (
+    (EditPreview, "prompts", lambda preview: 1 + len(preview.probes)),
+    (FoundNeurons, "neurons", lambda found: len(found.neurons)),
+    (ProjectionTable, "vectors", lambda table: len(table.projected)),
+)
+
+
+def sizes_of(result: object) -> dict[str, Any]:
+    """The sizes that this result tells, and the seconds by stage; of most results nothing."""
+    if isinstance(result, TraceHeader | GradientHeader):
+        return {"tokens": len(result.prompt_tokens)}
+    if isinstance(result, TraceSummary):
+        return {"nodes": result.nodes, "edges": result.edges, "stages": _stages(result.times)}
+    if isinstance(result, GradientSummary):
+        return {"matrices": result.matrices, "stages": _stages(result.times)}
+    return {name: size(result) for kind, name, size in _OF_ONE if isinstance(result, kind)}
+
+
+def _stages(times: Sequence[StageTime]) -> dict[str, float]:
+    return {time.stage: round(time.seconds, 6) for time in times}

@@ -1,16 +1,23 @@
-"""One of the processes, as the supervisor sees it."""
+"""A server process as its supervisor sees it, and the process's entry point."""
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
+import signal
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+from prometheus_client import values
+
+from januslens_server import spans
 from januslens_server.config import ServerSettings
-from januslens_server.processes.entry import enter
-from januslens_server.processes.messages import Listening, Loaded, Order
+from januslens_server.logs import configure_logging
 
 # Not forked: gRPC and torch have threads, which a fork loses.
 CONTEXT = multiprocessing.get_context("spawn")
@@ -100,3 +107,41 @@ class Member:
                 awaited.set_exception(MemberEnded(self.number, status))
                 awaited.exception()  # nobody may wait for it
         self._ended.set_result(status)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A member has loaded what it could: every model's name, and whether it can be served."""
+
+    models: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Listening:
+    """A member has opened the port."""
+
+
+class Order(Enum):
+    """What the supervisor has a member do; to end, it sends SIGTERM."""
+
+    OPEN = auto()  # the port
+    RELOAD = auto()  # the callers
+
+
+def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection) -> None:
+    """Serve as one of several, as this process's whole life."""
+    # A terminal's Ctrl-C reaches every process; the supervisor says what becomes of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _count_in(folder, number)
+    configure_logging(settings.log_level, settings.log_format, number)
+    spans.configure()
+    from januslens_server.processes.serving import serve_among  # noqa: PLC0415 - imports metrics
+    from januslens_server.serving.process import live  # noqa: PLC0415 - likewise
+
+    live(serve_among(settings, pipe, folder))
+
+
+def _count_in(folder: Path, number: int) -> None:
+    """Keep every metric in files of this number: who takes another's place counts on from there."""
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
+    values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]  # as shipped
