@@ -107,7 +107,7 @@ def test_bytes_that_are_no_message_leak_no_text(channel: grpc.Channel, method: s
     answer = refusal(raw_call(channel, method, b"\xff\xff\xff"))
     assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
     assert answer.reason == "INVALID_REQUEST"
-    assert answer.text == f"request: expected a message of {method}, got other bytes"
+    assert answer.text == f"request: malformed message; expected a request of {method}"
 
 
 def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:

@@ -138,7 +138,7 @@ def test_a_scope_holds_by_rpc(access: Access) -> None:
     assert access.started("Tokenize", TEXT, ada).result().tokens
     answer = access.refused("Trace", TRACE, ada)
     assert answer.code is grpc.StatusCode.PERMISSION_DENIED
-    assert (answer.reason, answer.text) == ("PERMISSION_DENIED", "ada may not call Trace")
+    assert (answer.reason, answer.text) == ("PERMISSION_DENIED", "caller 'ada' may not call Trace")
     assert list(access.started("Trace", TRACE, access.tokens["root"]))
 
 

@@ -48,4 +48,4 @@ async def test_a_bug_is_internal_and_shows_its_id_alone(
     assert answer.text == expected
     assert PRIVATE not in str(answer.status)
     assert PRIVATE in caplog.text
-    assert f"request {answer.request_id} met a bug" in caplog.text
+    assert f"internal error in request {answer.request_id}" in caplog.text

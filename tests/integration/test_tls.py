@@ -154,8 +154,8 @@ def test_a_certificate_without_its_key_leaves_the_last_pair_in_use(
         replace(files.key, key)
         replace_certificate(files, authority)
         assert shown_serial(server.address) == serial_in(files.certificate) != before
-        server.wait_for("certificate not replaced: ")
-        server.wait_for("certificate replaced")
+        server.wait_for("certificate not reloaded: ")
+        server.wait_for("certificate reloaded")
 
 
 @pytest.mark.parametrize("broken", ["certificate", "key", "client_ca"])

@@ -1,7 +1,7 @@
-"""`januslens-server`, whose device is lost at the next request while a file is there.
+"""`januslens-server` with a device that is lost at the next request while a file exists.
 
-`python -m tests.soak.device_losing_server FILE --processes 2 ...`: what torch raises and finds when
-a GPU stops for good; everything after that is the product's.
+`python -m tests.soak.device_losing_server FILE --processes 2 ...` raises what torch raises when a
+GPU fails for good; everything else is the real server.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from typing import Any
 
 from januslens_server.__main__ import main
 from januslens_server.config import ServerSettings
-from januslens_server.processes import entry, member
+from januslens_server.processes import child
 
 FILE = "TEST_DEVICE_IS_LOST"
 
+enter_unchanged = child.enter
+
 
 def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection) -> None:
-    """A member as it is, on a device that can be lost."""
+    """The real server process, with a device that can be lost."""
     import torch
 
     from januslens_server.models import failures
@@ -34,10 +36,10 @@ def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection)
     failures.in_service_terms = partial(
         failures.in_service_terms, answers=lambda: not Path(os.environ[FILE]).exists()
     )
-    entry.enter(number, settings, folder, pipe)
+    enter_unchanged(number, settings, folder, pipe)
 
 
 if __name__ == "__main__":
     os.environ[FILE] = sys.argv.pop(1)
-    member.enter = enter  # type: ignore[attr-defined]  # what it starts
+    child.enter = enter
     main()

@@ -1,4 +1,4 @@
-"""Who asks: known before anything of the request is read."""
+"""Authenticate callers and check scopes and rates, before a request is parsed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from januslens_server.access.callers import Caller, Quotas
 from januslens_server.access.directory import Directory
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.errors import IntrospectionError, PermissionDenied, QuotaSpent
-from januslens_server.rpc.call import Call, Context, asked_by
+from januslens_server.rpc.call import Call, Context, set_current_caller
 from januslens_server.rpc.methods import SERVICE_NAME
 
 AUTHORIZATION = "authorization"
@@ -21,13 +21,13 @@ SCHEME = "bearer "
 
 
 class Authentication(grpc.aio.ServerInterceptor):
-    """Finds the caller of every RPC but those of health, and refuses who may not call it.
+    """Finds the caller of every RPC except health checks, and refuses those without permission.
 
-    A refused request is not parsed. One that is let through counts against the caller's quotas.
+    Refused requests are not parsed. Admitted ones count against the caller's quotas.
     """
 
     def __init__(self, directory: Directory, quotas: QuotaBook) -> None:
-        """`directory` knows the callers, `quotas` what each has taken."""
+        """`directory` finds callers by token; `quotas` tracks what each has used."""
         self._directory = directory
         self._quotas = quotas
 
@@ -36,7 +36,7 @@ class Authentication(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The method's handler for a caller who may call it, else one that says why not."""
+        """The method's handler, or one that refuses the call with the reason."""
         handler = await continuation(details)
         service, _, name = details.method.lstrip("/").partition("/")
         if handler is None or service == health.SERVICE_NAME:
@@ -44,10 +44,10 @@ class Authentication(grpc.aio.ServerInterceptor):
         try:
             caller = self._directory.caller(_token(details))
             if service == SERVICE_NAME and not caller.may_call(name):
-                raise PermissionDenied(f"{caller.name} may not call {name}")
+                raise PermissionDenied(f"caller {caller.name!r} may not call {name}")
         except IntrospectionError as error:
             return _refusing(service, name, error, handler)
-        asked_by(caller)  # gRPC runs the handler in the task that runs this
+        set_current_caller(caller)  # gRPC runs the handler in this task
         if service != SERVICE_NAME or caller.quotas == Quotas():
             return handler
         return _like(handler, self._counted(service, name, caller, handler))
@@ -85,7 +85,7 @@ def _refusing(service: str, name: str, error: IntrospectionError, handler: Any) 
 
 
 def _like(handler: Any, answer: Any, *, parsed: bool = True) -> Any:
-    """A handler of the same kind that answers so; `parsed` hands it messages instead of bytes."""
+    """A handler of the same kind that calls `answer`, with raw bytes unless `parsed`."""
     parse = handler.request_deserializer if parsed else None
     if handler.request_streaming:
         return grpc.stream_stream_rpc_method_handler(answer, parse)

@@ -1,4 +1,4 @@
-"""One RPC from its first byte to its status: identity, log line, metrics, span and errors."""
+"""The lifecycle of one RPC: its id and caller, its log line, metrics and span, and its status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
@@ -29,73 +29,78 @@ from januslens_server.results import (
     TraceSummary,
 )
 from januslens_server.rpc.methods import SERVICE_NAME, rpc_labels
-from januslens_server.rpc.status import DETAILS_KEY, code_of, milliseconds, status_of
+from januslens_server.rpc.status import milliseconds, status_of
 from januslens_server.scheduling.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
 MessageT = TypeVar("MessageT", bound=Message)
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
 REQUEST_ID_KEY = "x-request-id"
-# After which pause gRPC is to repeat the call.
+# Milliseconds after which a client's gRPC may repeat the call.
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+# Caller name where neither token, certificate nor address is known.
+UNKNOWN = "unknown"
+
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+_CURRENT_CALLER: ContextVar[Caller] = ContextVar("current_caller", default=ANYONE)
 
 
 class Call:
-    """One RPC from its first byte to its status: an async context manager around its handler.
+    """One RPC, as an async context manager around its handler.
 
-    Entering gives the call itself, with its `request_id`, its `caller` and gRPC's `context`.
-    Leaving counts, times and logs it, and turns an error into the status of `rpc.status`; nothing
-    is swallowed, an error always ends the call.
+    On exit the call is counted, timed and logged, and an exception ends it with the status that
+    `rpc.status` maps it to.
 
-    A client's gRPC repeats a call that ends UNAVAILABLE, but only until it has headers. So these
-    are sent once the request is admitted, `begin`, and not at all where it may be sent elsewhere.
+    A client's gRPC repeats calls that end with UNAVAILABLE, but only before it has received
+    headers. So headers are sent when the request is admitted, and never with UNAVAILABLE.
     """
 
     def __init__(self, method: str, context: Context, service: str = SERVICE_NAME) -> None:
-        """`method` is the RPC's name and `service` whose it is, for metrics and logs."""
+        """`service` and `method` are the RPC's names, for metrics and logs."""
         self.method = method
         self._service = service
         self._labels = rpc_labels(service, method)
         self.context = context
         self.request_id = _request_id(context)
-        self.caller = caller_of(context)
+        self.caller = caller_name(context)
         self.started = time.perf_counter()
-        self._begun = False
+        self._headers_sent = False
         self._notes: dict[str, Any] = {}
         self._ticket: Ticket | None = None
 
     def ticket(self, cost: Cost) -> Ticket:
-        """What the call's request carries through the device's queue."""
+        """Create the ticket with which the request waits for the device."""
         self._ticket = Ticket(self.context.time_remaining(), self.caller, cost)
         return self._ticket
 
-    def note(self, **facts: Any) -> None:
-        """What the call's line in the log is to say beside id, caller, status and times."""
-        self._notes.update(facts)
+    def note(self, **fields: Any) -> None:
+        """Add fields to the call's log line."""
+        self._notes.update(fields)
 
     def sent(self, size: int) -> None:
-        """A message of so many bytes went out."""
+        """Count a sent message of `size` bytes, for the log line."""
         self._notes["messages"] = self._notes.get("messages", 0) + 1
         self._notes["bytes"] = self._notes.get("bytes", 0) + size
 
     def answered(self, message: MessageT) -> MessageT:
-        """The call's only message, on its way out."""
+        """Count the only message of a unary call; returns it."""
         self.sent(message.ByteSize())
         return message
+
+    async def send_headers(self) -> None:
+        """Send the initial metadata, once; clients do not repeat the call after that."""
+        if not self._headers_sent:
+            self._headers_sent = True
+            await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
 
     async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(*self._labels).inc()
         metadata = self.context.invocation_metadata() or ()
         self._span = spans.start_span(self._service, self.method, metadata)
         return self
-
-    async def begin(self) -> None:
-        """Send the headers: from now on nobody repeats the call by itself."""
-        if not self._begun:
-            self._begun = True
-            await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
 
     async def __aexit__(
         self,
@@ -104,42 +109,41 @@ class Call:
         _traceback: TracebackType | None,
     ) -> None:
         if error is None:
-            await self.begin()
+            await self.send_headers()
             self._end(grpc.StatusCode.OK)
         elif isinstance(error, Exception):
             await self._abort(error)
-        else:  # asyncio's cancellation: the caller is gone, there is no one to answer
-            late = self.context.time_remaining() == 0
-            self._end(grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED)
+        else:  # asyncio cancelled the handler: the caller is gone, and no status can reach it
+            expired = self.context.time_remaining() == 0
+            self._end(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
 
     async def _abort(self, error: Exception) -> NoReturn:
         if isinstance(error, IntrospectionError):
             telemetry.REJECTED.labels(error.reason).inc()
             self.note(reason=error.reason)
         else:
-            logger.error("request %s met a bug", self.request_id, exc_info=error)
+            logger.error("internal error in request %s", self.request_id, exc_info=error)
         status = status_of(error, self.request_id)
-        code = code_of(status)
-        self._end(code)
-        trailers: list[tuple[str, str | bytes]] = [(DETAILS_KEY, status.SerializeToString())]
-        if code is not grpc.StatusCode.UNAVAILABLE:
-            await self.begin()
+        self._end(status.code)
+        trailers: list[tuple[str, str | bytes]] = [*status.trailing_metadata]
+        if status.code is not grpc.StatusCode.UNAVAILABLE:
+            await self.send_headers()
         else:
             trailers.append((REQUEST_ID_KEY, self.request_id))
             if isinstance(error, TryLater):
                 trailers.append((PUSHBACK_KEY, str(milliseconds(error.retry_after))))
-        await self.context.abort(code, status.message, trailing_metadata=tuple(trailers))
+        await self.context.abort(status.code, status.details, trailing_metadata=tuple(trailers))
 
     def _end(self, code: grpc.StatusCode) -> None:
         seconds = time.perf_counter() - self.started
         telemetry.HANDLED.labels(*self._labels, code.name).inc()
         telemetry.HANDLING_SECONDS.labels(*self._labels).observe(seconds)
-        line = self._line(code, seconds)
-        spans.end_span(self._span, code.name, code.value[0], line)
-        logger.info("%s %s", self.method, code.name, extra=line)
+        fields = self._log_fields(code, seconds)
+        spans.end_span(self._span, code.name, code.value[0], fields)
+        logger.info("%s %s", self.method, code.name, extra=fields)
 
-    def _line(self, code: grpc.StatusCode, seconds: float) -> dict[str, Any]:
-        line = {
+    def _log_fields(self, code: grpc.StatusCode, seconds: float) -> dict[str, Any]:
+        fields = {
             "id": self.request_id,
             "caller": self.caller,
             "method": self.method,
@@ -147,46 +151,31 @@ class Call:
             "seconds": seconds,
         }
         if self._ticket is not None:
-            line |= {"queue_seconds": self._ticket.waited, "device_seconds": self._ticket.spent}
-        return line | self._notes
+            fields |= {"queue_seconds": self._ticket.waited, "device_seconds": self._ticket.spent}
+        return fields | self._notes
 
 
-def _request_id(context: Context) -> str:
-    """The caller's id if it is safe to echo and log, else a fresh one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str) and _SAFE_ID.fullmatch(value):
-            return value
-    return uuid.uuid4().hex
+def current_caller() -> Caller:
+    """The authenticated caller of the RPC that this task handles."""
+    return _CURRENT_CALLER.get()
 
 
-Context = grpc.aio.ServicerContext[Any, Any]
-
-UNKNOWN = "unknown"
-
-_ASKING: ContextVar[Caller] = ContextVar("asking", default=ANYONE)
+def set_current_caller(caller: Caller) -> None:
+    """Set the caller of the RPC that this task handles."""
+    _CURRENT_CALLER.set(caller)
 
 
-def asking() -> Caller:
-    """The caller of the RPC that is being handled."""
-    return _ASKING.get()
+def caller_name(context: Context) -> str:
+    """The caller's name, for logs and for sharing the device fairly.
 
-
-def asked_by(caller: Caller) -> None:
-    """From now on this task handles an RPC of `caller`."""
-    _ASKING.set(caller)
-
-
-def caller_of(context: Context) -> str:
-    """The name under which a call is logged, and between which the device is shared fairly.
-
-    It is that of the caller's token, else that in its certificate; callers without either are told
-    apart by the address that they come from, without port.
+    It comes from the caller's token, else from its certificate, else it is the caller's address
+    without port.
     """
-    return asking().name or _certified(context) or address_of(context)
+    return current_caller().name or _certificate_name(context) or address_of(context)
 
 
-def _certified(context: Context) -> str | None:
-    """The common name of a certificate that an authority of ours has signed."""
+def _certificate_name(context: Context) -> str | None:
+    """The common name of the verified client certificate, if it is safe to log."""
     for name in (context.auth_context() or {}).get("x509_common_name", ()):
         if NAME.fullmatch(name.decode(errors="replace")):
             return name.decode()
@@ -204,23 +193,31 @@ def address_of(context: Context) -> str:
     return transport or UNKNOWN
 
 
-# Of answers of one message.
-_OF_ONE: tuple[tuple[type, str, Callable[[Any], int]], ...] = (
-    (EditPreview, "prompts", lambda preview: 1 + len(preview.probes)),
-    (FoundNeurons, "neurons", lambda found: len(found.neurons)),
-    (ProjectionTable, "vectors", lambda table: len(table.projected)),
-)
+def _request_id(context: Context) -> str:
+    """The caller's request id if it is safe to log, else a new one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _SAFE_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
 
 
-def sizes_of(result: object) -> dict[str, Any]:
-    """The sizes that this result tells, and the seconds by stage; of most results nothing."""
-    if isinstance(result, TraceHeader | GradientHeader):
-        return {"tokens": len(result.prompt_tokens)}
-    if isinstance(result, TraceSummary):
-        return {"nodes": result.nodes, "edges": result.edges, "stages": _stages(result.times)}
-    if isinstance(result, GradientSummary):
-        return {"matrices": result.matrices, "stages": _stages(result.times)}
-    return {name: size(result) for kind, name, size in _OF_ONE if isinstance(result, kind)}
+def result_sizes(result: object) -> dict[str, Any]:
+    """Sizes of a result and seconds by stage, for the call's log line; empty for most results."""
+    sizes: dict[str, Any] = {}
+    match result:
+        case TraceHeader() | GradientHeader():
+            sizes = {"tokens": len(result.prompt_tokens)}
+        case TraceSummary():
+            sizes = {"nodes": result.nodes, "edges": result.edges, "stages": _stages(result.times)}
+        case GradientSummary():
+            sizes = {"matrices": result.matrices, "stages": _stages(result.times)}
+        case EditPreview():
+            sizes = {"prompts": 1 + len(result.probes)}
+        case FoundNeurons():
+            sizes = {"neurons": len(result.neurons)}
+        case ProjectionTable():
+            sizes = {"vectors": len(result.projected)}
+    return sizes
 
 
 def _stages(times: Sequence[StageTime]) -> dict[str, float]:

@@ -21,18 +21,17 @@ RPCS = tuple(method.name for method in SERVICE.methods)
 
 Serializer = Callable[[Any], bytes]
 
-
 _STREAMS = {method.name for method in SERVICE.methods if method.server_streaming}
 
 
 def rpc_labels(service: str, method: str) -> tuple[str, str, str]:
-    """`grpc_type`, `grpc_service` and `grpc_method`, as go-grpc-prometheus spells them."""
+    """Values of `grpc_type`, `grpc_service` and `grpc_method`, as in go-grpc-prometheus."""
     streams = service == SERVICE_NAME and method in _STREAMS
     return "server_stream" if streams else "unary", service, method
 
 
-def declare() -> None:
-    """Start every series at 0: a rate cannot see the step from no series to 1."""
+def create_series() -> None:
+    """Create every metric series at 0; rates miss the step from an absent series to 1."""
     for method in SERVICE.methods_by_name:
         labels = rpc_labels(SERVICE_NAME, method)
         telemetry.STARTED.labels(*labels)
@@ -47,7 +46,7 @@ def declare() -> None:
 
 
 def measured(serialize: Serializer, method: str) -> Serializer:
-    """`serialize`, counting the messages of one of the service's methods and their bytes."""
+    """Wrap `serialize` to count the messages of an RPC and their bytes."""
     messages = telemetry.MESSAGES_SENT.labels(*rpc_labels(SERVICE_NAME, method))
     sizes = telemetry.STREAM_BYTES.labels(method)
 
@@ -61,17 +60,17 @@ def measured(serialize: Serializer, method: str) -> Serializer:
 
 
 class StreamMeter:
-    """Times one stream's messages: each on its way out, the first from the stream's start."""
+    """Measures how long each message of a stream takes to write, and when the first was sent."""
 
     def __init__(self, method: str, started: float) -> None:
-        """`started` is when the call came, by `time.perf_counter`."""
+        """`started` is the start of the call, by `time.perf_counter`."""
         self._method = method
         self._started = started
         self._any = False
 
     @contextmanager
     def message(self) -> Iterator[None]:
-        """Time the write of one message; one that fails counts too: it has waited."""
+        """Measure the write of one message, also if it fails."""
         with telemetry.WRITE_STALL_SECONDS.time():
             yield
         if not self._any:

@@ -34,7 +34,7 @@ def build_server(
     been taken; without them anyone may ask for anything. `share_port` lets processes of this user
     that ask for it listen on the same one.
     """
-    methods.declare()
+    methods.create_series()
     options = server_options(share_port=share_port)
     if max_connection_age is not None:
         options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))

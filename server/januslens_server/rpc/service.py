@@ -1,4 +1,7 @@
-"""IntrospectionService: decode, run on the device's thread, encode, stream."""
+"""The RPCs of IntrospectionService.
+
+Every handler takes the same steps: open a `Call`, decode the request, run it, encode the answer.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientEvent, TraceEvent
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission
-from januslens_server.rpc.call import Call, Context, asking, sizes_of
+from januslens_server.rpc.call import Call, Context, current_caller, result_sizes
 from januslens_server.rpc.encode import (
     GradientLensEncoder,
     TraceEncoder,
@@ -63,7 +66,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         quotas: QuotaBook | None = None,
         log_prompts: bool = False,
     ) -> None:
-        """Serve `registry`'s models on `device`, what `admission` and `quotas` let through."""
+        """Serve the models of `registry` on `device`, within `admission`'s limits and `quotas`."""
         self._quotas = quotas or QuotaBook()
         self._log_prompts = log_prompts
         self._registry = registry
@@ -71,14 +74,14 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         self._device = device
 
     def _model(self, name: str, revision: str = "") -> ResidentModel:
-        return self._registry.get(name, revision, asking().may_use)
+        return self._registry.get(name, revision, current_caller().may_use)
 
     async def ListModels(
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
-        """Every model that the caller may use, with its state, by name."""
+        """The models that the caller may use, sorted by name, with their states."""
         async with Call("ListModels", context) as call:
-            usable = filter(lambda s: asking().may_use(s.name), self._registry.statuses())
+            usable = filter(lambda s: current_caller().may_use(s.name), self._registry.statuses())
             statuses = sorted(usable, key=lambda status: status.name)
             start = page_start(request.page_token, MODELS, len(statuses))
             end = start + (request.page_size or len(statuses))
@@ -91,11 +94,11 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def Tokenize(
         self, request: models_pb2.TokenizeRequest, context: Context
     ) -> models_pb2.TokenizeResponse:
-        """A text as the model reads it; runs beside the device's thread."""
+        """The tokens of a text; does not use the device."""
         async with Call("Tokenize", context) as call:
             model = self._model(request.model)
             if not request.text:
-                raise InvalidRequest("text", "expected at least one character, got none")
+                raise InvalidRequest("text", "empty text; expected at least one character")
             tokens = await asyncio.to_thread(
                 model.vocabulary.encode, request.text, request.with_special_tokens
             )
@@ -107,17 +110,17 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def Project(
         self, request: lens_pb2.ProjectRequest, context: Context
     ) -> lens_pb2.ProjectResponse:
-        """The caller's own vectors through the model's lens."""
+        """Project the caller's vectors through the model's lens."""
         async with Call("Project", context) as call:
             model = self._model(request.model)
             spec = decode.project_spec(request)
             (table,) = [t async for t in self._run(call, model, spec, project_vectors)]
             return call.answered(project_response(table, model.provenance, model.vocabulary.token))
 
-    async def Trace(  # type: ignore[override]  # the stubs know generators only, grpc also writers
+    async def Trace(  # type: ignore[override]  # the stubs expect a generator; gRPC also accepts writers
         self, request: trace_pb2.TraceRequest, context: Context
     ) -> None:
-        """The flow graph of one forward pass, layer by layer."""
+        """Stream the flow graph of a forward pass, layer by layer."""
         async with Call("Trace", context) as call:
             model, spec = self._traced(request)
             encoder = TraceEncoder(call.request_id, model.vocabulary.token)
@@ -127,7 +130,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def GradientLens(  # type: ignore[override]  # as above
         self, request: gradient_lens_pb2.GradientLensRequest, context: Context
     ) -> None:
-        """The factorised gradients of a loss, from the last layer down."""
+        """Stream the factors of a loss's gradients, from the last layer down."""
         async with Call("GradientLens", context) as call:
             model, spec = self._differentiated(request)
             encoder = GradientLensEncoder(call.request_id, model.vocabulary.token)
@@ -137,7 +140,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def PreviewEdit(
         self, request: edits_pb2.PreviewEditRequest, context: Context
     ) -> edits_pb2.PreviewEditResponse:
-        """What an edit would do, as an overlay for this request alone."""
+        """The effects of an edit, which applies to this request only."""
         async with Call("PreviewEdit", context) as call:
             model = self._model(request.model, request.revision)
             spec = decode.preview_edit_spec(request)
@@ -147,7 +150,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def FindNeurons(
         self, request: neurons_pb2.FindNeuronsRequest, context: Context
     ) -> neurons_pb2.FindNeuronsResponse:
-        """The neurons that write a token, one page of them."""
+        """One page of the neurons that promote or suppress a token."""
         async with Call("FindNeurons", context) as call:
             model = self._model(request.model, request.revision)
             listed = neurons_list(request, model.provenance.revision)
@@ -159,7 +162,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def EstimateCost(
         self, request: cost_pb2.EstimateCostRequest, context: Context
     ) -> cost_pb2.EstimateCostResponse:
-        """What a request would take; runs beside the device's thread."""
+        """The estimated cost of a request; does not use the device."""
         async with Call("EstimateCost", context) as call:
             model, spec = self._estimated(request)
             call.note(model=model.name)
@@ -175,7 +178,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             return self._traced(request.trace)
         if which == "gradient_lens":
             return self._differentiated(request.gradient_lens)
-        raise InvalidRequest("request", "expected trace or gradient_lens, got neither")
+        raise InvalidRequest("request", "missing; expected trace or gradient_lens")
 
     def _traced(self, request: trace_pb2.TraceRequest) -> tuple[ResidentModel, TraceSpec]:
         return self._model(request.model, request.revision), decode.trace_spec(request)
@@ -188,19 +191,19 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def _run(
         self, call: Call, model: ResidentModel, spec: SpecT, pipeline: Pipeline[SpecT, Result]
     ) -> AsyncGenerator[Result]:
-        """A pipeline's results, once it is admitted and has its turn."""
+        """Admit a request, run its pipeline on the device, and yield the results."""
         call.note(model=model.name)
         if self._log_prompts and hasattr(spec, "prompt"):
             call.note(prompt=spec.prompt)
         cost = (await self._admission.admit(model, spec)).cost
-        self._quotas.charge(asking(), cost.seconds)
+        self._quotas.charge(current_caller(), cost.seconds)
         ticket = call.ticket(cost)
         run = partial(pipeline, model, spec)
         try:
-            async with aclosing(self._device.results(run, ticket, call.begin)) as results:
+            async with aclosing(self._device.results(run, ticket, call.send_headers)) as results:
                 async for result in results:
-                    call.note(**sizes_of(result))
+                    call.note(**result_sizes(result))
                     yield result
         finally:
-            self._quotas.settle(asking(), cost.seconds, ticket.spent)
+            self._quotas.settle(current_caller(), cost.seconds, ticket.spent)
         self._admission.learn(model, spec, cost, ticket.spent)

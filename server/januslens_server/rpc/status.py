@@ -1,4 +1,4 @@
-"""Which gRPC status each error becomes, and the details that travel with it."""
+"""Map each error to a gRPC status with details (google.rpc.Status)."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
 
 from januslens_server import errors
 
 DOMAIN = "januslens"
-DETAILS_KEY = "grpc-status-details-bin"
 
-# Clients refuse more than 8 KiB of metadata, and a text is in it three times, one of them
-# percent-encoded: a longer one, quoting the caller's own words, would lose the whole status.
+# Longest error text in bytes. Clients reject more than 8 KiB of metadata, which holds the text
+# three times, once percent-encoded; a longer text would lose the whole status.
 TEXT_BYTES = 1000
 
-# Nearest class first: an error is looked up along its class's bases.
+# An error takes the code of the nearest class along its bases.
 STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -37,27 +37,33 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
 }
 
 
-def status_of(error: Exception, request_id: str) -> status_pb2.Status:
-    """The error as google.rpc.Status; a bug of ours shows the request id and nothing else."""
-    for base in type(error).__mro__:
-        if base in STATUS and isinstance(error, errors.IntrospectionError):
-            text, details = shortened(str(error)), _details(error)
-            return _status(STATUS[base], text, error.reason, request_id, details)
-    message = f"internal error; give the operator this request id: {request_id}"
-    return _status(grpc.StatusCode.INTERNAL, message, "INTERNAL", request_id, [])
+def status_of(error: Exception, request_id: str) -> grpc.Status:
+    """The status of an error, with its details among the trailing metadata.
+
+    An exception outside our error classes becomes INTERNAL and shows the request id only.
+    """
+    status: grpc.Status = rpc_status.to_status(_message_of(error, request_id))
+    return status
 
 
-def _status(
-    code: grpc.StatusCode, message: str, reason: str, request_id: str, details: list[Message]
+def _message_of(error: Exception, request_id: str) -> status_pb2.Status:
+    if not isinstance(error, errors.IntrospectionError):
+        text = f"internal error; give the operator this request id: {request_id}"
+        return _message(grpc.StatusCode.INTERNAL, text, "INTERNAL", request_id, [])
+    code = next(STATUS[base] for base in type(error).__mro__ if base in STATUS)
+    return _message(code, shortened(str(error)), error.reason, request_id, _details(error))
+
+
+def _message(
+    code: grpc.StatusCode, text: str, reason: str, request_id: str, details: list[Message]
 ) -> status_pb2.Status:
-    number: int = code.value[0]
     info = error_details_pb2.ErrorInfo(
         reason=reason, domain=DOMAIN, metadata={"request_id": request_id}
     )
     packed = [any_pb2.Any() for _ in range(1 + len(details))]
     for target, detail in zip(packed, [info, *details], strict=True):
         target.Pack(detail)
-    return status_pb2.Status(code=number, message=message, details=packed)
+    return status_pb2.Status(code=code.value[0], message=text, details=packed)
 
 
 def _details(error: errors.IntrospectionError) -> list[Message]:
@@ -86,17 +92,12 @@ def _quota_details(error: errors.TryLater) -> list[Message]:
 
 
 def milliseconds(seconds: float) -> int:
-    """As retry pauses are sent."""
+    """Retry delays as they are sent."""
     return round(1000 * seconds)
 
 
 def shortened(text: str, limit: int = TEXT_BYTES) -> str:
-    """The text itself, or its first `limit` bytes of UTF-8 and an ellipsis."""
-    encoded = text.encode(errors="replace")  # a path's stray bytes cannot travel
-    whole = len(encoded) <= limit
-    return encoded[:limit].decode(errors="ignore") + ("" if whole else " ...")
-
-
-def code_of(status: status_pb2.Status) -> grpc.StatusCode:
-    """The status's code as grpc names it."""
-    return next(code for code in grpc.StatusCode if code.value[0] == status.code)
+    """The text, cut to its first `limit` bytes of UTF-8 and an ellipsis if it is longer."""
+    encoded = text.encode(errors="replace")  # paths may hold lone surrogates, which UTF-8 lacks
+    cut = len(encoded) > limit
+    return encoded[:limit].decode(errors="ignore") + (" ..." if cut else "")

@@ -1,4 +1,4 @@
-"""Running a pipeline on the device's thread for one caller."""
+"""Run pipelines on the device thread and write their results to callers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import DeviceWorker
 
-# Results of one stream that may wait for its reader before the device turns to others.
+# Bytes of results that may wait for the reader of a stream before its pipeline is set aside.
 OUTLET_BYTES = 4 * 2**20
 
 Result = TypeVar("Result")
@@ -26,10 +26,10 @@ Run = Callable[[CancelCheck], Iterator[Result | None]]
 
 
 class DeviceStreams:
-    """Submits pipelines to the device's worker and brings their results to callers."""
+    """Submits pipelines to the device worker and passes their results to callers."""
 
     def __init__(self, worker: DeviceWorker, stall_seconds: float) -> None:
-        """A reader that takes nothing for `stall_seconds` loses its stream."""
+        """A stream whose caller reads nothing for `stall_seconds` is aborted."""
         self._worker = worker
         self._stall_seconds = stall_seconds
         self._unfinished = 0
@@ -38,11 +38,11 @@ class DeviceStreams:
 
     @property
     def unfinished(self) -> int:
-        """Requests whose callers still wait for results."""
+        """Number of requests whose results are not all delivered."""
         return self._unfinished
 
     async def wait_finished(self, seconds: float) -> bool:
-        """Wait until every caller has read its last result; gives whether that came in time."""
+        """Wait until all results are delivered; returns False after `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 await self._none_left.wait()
@@ -53,9 +53,9 @@ class DeviceStreams:
     async def results(
         self, run: Run[Result], ticket: Ticket, admitted: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator[Result]:
-        """The pipeline's results; it is cancelled when this iterator is closed early.
+        """The results of a pipeline, which is cancelled if this iterator is closed early.
 
-        `admitted` is awaited once the request has its place in the queue.
+        `admitted` is awaited when the request has been queued.
         """
         outlet: Outlet[Result] = Outlet(OUTLET_BYTES, _bytes)
         self._worker.submit(run, outlet, ticket)
@@ -82,7 +82,7 @@ class DeviceStreams:
         encode: Callable[[Result], Iterable[Message]],
         call: Call,
     ) -> None:
-        """Encode results beside the device's thread and the event loop, and write them.
+        """Encode results in a worker thread and write them to the caller.
 
         Raises `ReaderStalled` if the caller does not read.
         """
@@ -111,26 +111,26 @@ async def write_within(context: Context, message: bytes, seconds: float) -> None
         write.add_done_callback(_forget)
     if not finished:
         raise ReaderStalled(
-            f"expected the stream to be read within {seconds:g} s; read faster "
-            "or ask for fewer layers, positions or vectors"
+            f"the stream was not read for {seconds:g} s; read faster, or request fewer layers, "
+            "positions or vectors"
         )
     try:
         write.result()
     except grpc.aio.InternalError as error:
-        raise RequestCancelled("the connection to the caller broke") from error
+        raise RequestCancelled("the connection to the caller was lost") from error
 
 
 def _forget(write: asyncio.Future[None]) -> None:
-    """What a write that nobody waits for any more came to."""
+    """Retrieve the result of an abandoned write, so that asyncio does not report its exception."""
     if not write.cancelled():
         write.exception()
 
 
 def _serialized(encode: Callable[[Result], Iterable[Message]], result: Result) -> list[bytes]:
-    """Beside the loop, which would otherwise serialize while health checks wait."""
+    """Encode and serialize; runs in a thread, to keep the event loop free for health checks."""
     return [serialized(message) for message in encode(result)]
 
 
 def _bytes(result: object) -> int:
-    """What a result counts in its outlet; headers and summaries are small."""
+    """Size of a result in its outlet; headers and summaries count 0."""
     return int(getattr(result, "nbytes", 0))

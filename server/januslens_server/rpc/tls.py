@@ -1,4 +1,4 @@
-"""TLS from files that may change while the server runs."""
+"""TLS credentials from files that may change while the server runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ Stamp = Sequence[tuple[int, int, int]]
 
 
 class CertificateFiles:
-    """The server's certificate, its key and, for mutual TLS, the authorities of its callers.
+    """The server's certificate, its key and, for mutual TLS, the client authorities.
 
-    Every new connection uses the files as they are by then; those that are open go on with what
-    they began with. While the files do not fit together, as between the writing of one and of the
-    other, the last ones that did stay in use.
+    Every new connection uses the current files; open connections keep theirs. While certificate
+    and key do not match, such as between two writes, the last matching pair stays in use.
     """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
@@ -32,16 +31,16 @@ class CertificateFiles:
         self._seen: Stamp = ()
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Credentials that follow the files. Raises `OSError` where these cannot be used."""
+        """Credentials that follow the files. Raises `OSError` if they are invalid."""
         self._seen = self._stamp()
         return grpc.dynamic_ssl_server_credentials(
             self._read(),
-            self._changed,  # type: ignore[arg-type]  # the stubs know no None for "the same"
+            self._changed,  # type: ignore[arg-type]  # None means "unchanged", which the stubs lack
             require_client_authentication=self._client_ca is not None,
         )
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """What a new connection should use in place of what is in use; None: the same."""
+        """The configuration for a new connection; None if the files have not changed."""
         with self._lock:
             try:
                 stamp = self._stamp()
@@ -50,13 +49,13 @@ class CertificateFiles:
                 self._seen = stamp
                 fresh = self._read()
             except OSError as error:
-                logger.warning("certificate not replaced: %s", error)
+                logger.warning("certificate not reloaded: %s", error)
                 return None
-        logger.info("certificate replaced from %s", self._certificate)
+        logger.info("certificate reloaded from %s", self._certificate)
         return fresh
 
     def _stamp(self) -> Stamp:
-        """When and which: a path may be a link that was moved to another file."""
+        """Times, sizes and inodes: a path may be a link that now points to another file."""
         found = [path.stat() for path in self._paths]
         return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in found]
 
@@ -65,7 +64,7 @@ class CertificateFiles:
         return [p for p in (self._certificate, self._key, self._client_ca) if p is not None]
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        """The files' content. Raises `OSError` where it is none that TLS can use."""
+        """Read the files. Raises `OSError` if they are invalid."""
         self._check()
         roots = None if self._client_ca is None else self._client_ca.read_bytes()
         pair = (self._key.read_bytes(), self._certificate.read_bytes())
@@ -74,7 +73,7 @@ class CertificateFiles:
     def _check(self) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            # An empty password: one that is asked for on a terminal would hold the server up.
+            # An empty password makes an encrypted key an error instead of a prompt on the terminal.
             context.load_cert_chain(self._certificate, self._key, password="")
         except ssl.SSLError as error:
             raise OSError(f"{self._certificate} and {self._key}: {_reason(error)}") from error

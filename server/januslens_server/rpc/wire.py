@@ -20,11 +20,10 @@ _MALFORMED = object()
 
 
 class WireFormat(grpc.aio.ServerInterceptor):
-    """Parses and serializes in place of gRPC.
+    """Parses and serializes messages in place of gRPC.
 
-    Bytes that are no message are answered with INVALID_ARGUMENT, where gRPC itself would show the
-    caller the parser's error. Answers are serialized deterministically: protobuf leaves the order
-    of a map's entries open, and it differs from one process to the next.
+    Malformed requests end with INVALID_ARGUMENT; gRPC itself would show the parser's error.
+    Responses are serialized deterministically: equal messages are equal bytes.
     """
 
     async def intercept_service(
@@ -32,7 +31,7 @@ class WireFormat(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The method's handler with a parser that does not raise and a deterministic serializer."""
+        """The method's handler, with our parser and serializer."""
         handler = await continuation(details)
         if handler is None or handler.request_streaming:
             return handler
@@ -62,7 +61,7 @@ def _tolerant(parse: Deserializer) -> Deserializer:
 
 def _check(name: str, request: Any) -> None:
     if request is _MALFORMED:
-        raise InvalidRequest("request", f"expected a message of {name}, got other bytes")
+        raise InvalidRequest("request", f"malformed message; expected a request of {name}")
     check_bounds(request)
 
 
@@ -79,10 +78,9 @@ def _refusing(service: str, name: str, answer: Behaviour) -> Any:
 
 
 def serialized(message: Message | bytes) -> bytes:
-    """Equal messages as equal bytes; bytes as they are.
+    """Serialize deterministically; bytes are returned unchanged.
 
-    Protobuf by itself leaves the order of a map's entries open, and it differs from one process to
-    the next.
+    By default protobuf writes the entries of a map in an order that differs between processes.
     """
     if isinstance(message, bytes):
         return message

@@ -1,4 +1,4 @@
-"""Every error of ours becomes the status that docs/errors.md documents, with its details."""
+"""Errors become the statuses and details that docs/errors.md documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from januslens_server import errors
-from januslens_server.rpc.status import STATUS, TEXT_BYTES, code_of, shortened, status_of
+from januslens_server.rpc.status import STATUS, TEXT_BYTES, shortened, status_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "errors.md"
 GROUPS = {errors.IntrospectionError, errors.TryLater}
@@ -47,6 +47,20 @@ def detail(status: status_pb2.Status, kind: type[Any]) -> Any:
     return None
 
 
+def sent(error: Exception) -> status_pb2.Status:
+    """The google.rpc.Status in the trailing metadata of an error's status."""
+    status = status_of(error, "id-1")
+    ((key, value),) = status.trailing_metadata
+    assert key == "grpc-status-details-bin"
+    message = status_pb2.Status.FromString(value)
+    assert (message.code, message.message) == (status.code.value[0], status.details)
+    return message
+
+
+def code_of(status: status_pb2.Status) -> grpc.StatusCode:
+    return next(code for code in grpc.StatusCode if code.value[0] == status.code)
+
+
 def documented() -> dict[str, tuple[str, str]]:
     """Status and details by reason, as the page has them."""
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|[^|]*\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
@@ -57,7 +71,7 @@ def test_the_page_documents_every_reason_and_no_other() -> None:
     assert set(documented()) == {kind.reason for kind in SENT} | {"INTERNAL"}
 
 
-def test_reasons_are_told_apart() -> None:
+def test_reasons_are_unique() -> None:
     assert len({kind.reason for kind in tree(errors.IntrospectionError)}) == len(SENT) + len(GROUPS)
 
 
@@ -65,7 +79,7 @@ def test_reasons_are_told_apart() -> None:
 def test_an_error_becomes_its_documented_status(kind: type[errors.IntrospectionError]) -> None:
     assert kind in STATUS
     error = raised(kind)
-    status = status_of(error, "id-1")
+    status = sent(error)
     info = detail(status, error_details_pb2.ErrorInfo)
     code, details = documented()[kind.reason]
     assert code_of(status).name == code
@@ -76,23 +90,23 @@ def test_an_error_becomes_its_documented_status(kind: type[errors.IntrospectionE
     assert names == {f"google.rpc.{name}" for name in re.findall(r"\w+", details)}
 
 
-def test_a_field_comes_with_its_path() -> None:
-    status = status_of(errors.InvalidRequest("a.b[3]", "expected x, got y"), "id-1")
+def test_an_invalid_field_is_reported_with_its_path() -> None:
+    status = sent(errors.InvalidRequest("a.b[3]", "expected x, got y"))
     (violation,) = detail(status, error_details_pb2.BadRequest).field_violations
     assert (violation.field, violation.description) == ("a.b[3]", "expected x, got y")
     assert status.message == "a.b[3]: expected x, got y"
 
 
-def test_what_may_be_repeated_says_when() -> None:
-    status = status_of(errors.QueueFull("full", retry_after=0.25), "id-1")
+def test_retryable_errors_have_a_retry_delay() -> None:
+    status = sent(errors.QueueFull("full", retry_after=0.25))
     retry = detail(status, error_details_pb2.RetryInfo)
     assert retry.retry_delay.ToTimedelta().total_seconds() == 0.25
     assert code_of(status) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @pytest.mark.parametrize("error", [ValueError("secret"), KeyError("secret"), OSError(2, "secret")])
-def test_what_is_not_ours_is_internal_without_a_text(error: Exception) -> None:
-    status = status_of(error, "id-1")
+def test_other_exceptions_become_internal_without_their_text(error: Exception) -> None:
+    status = sent(error)
     info = detail(status, error_details_pb2.ErrorInfo)
     assert code_of(status) is grpc.StatusCode.INTERNAL
     assert status.message == "internal error; give the operator this request id: id-1"
@@ -103,12 +117,12 @@ def test_what_is_not_ours_is_internal_without_a_text(error: Exception) -> None:
 
 @pytest.mark.parametrize("text", ["x" * 10**6, "é" * 10**6, "鷗" * 10**6, "\udcff" * 10**6])
 def test_a_long_text_is_cut_between_characters(text: str) -> None:
-    status = status_of(errors.ModelNotFound(text), "id-1")
+    status = sent(errors.ModelNotFound(text))
     assert len(status.message.encode()) <= TEXT_BYTES + len(" ...")
     assert status.message.endswith(" ...")
     assert set(status.message.removesuffix(" ...")) <= {text[0], "?"}
     # Twice in the details and once, percent-encoded, beside them: 8 KiB are what clients take.
-    named = status_of(errors.InvalidRequest("field", text), "id-1")
+    named = sent(errors.InvalidRequest("field", text))
     assert len(named.SerializeToString()) * 4 / 3 + 3 * len(named.message.encode()) < 8000
 
 
