@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from januslens_server.lens.losses import Loss
 from januslens_server.models.runner import backward, forward
 from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.pipelines.trace import trace
@@ -152,7 +153,7 @@ def contributions(case: Case) -> float:
 def factors(case: Case) -> float:
     model = resident(case)
     kinds = [(i, kind) for i, block in enumerate(model.view.blocks) for kind in block.matrices]
-    passed = backward(model, case.prompt, _loss, kinds, _go_on)
+    passed = backward(model, case.prompt, Loss(2, _loss), kinds, _go_on)
     dense = oracle.gradients(case, _loss)
     name_of: dict[Tensor, str] = {
         parameter: name for name, parameter in model.network.named_parameters()

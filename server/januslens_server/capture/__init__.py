@@ -2,6 +2,7 @@
 
 from januslens_server.capture.activations import LayerActivations, Routing
 from januslens_server.capture.hooks import capturing
+from januslens_server.capture.interruption import interruptible
 from januslens_server.capture.overlay import LinearOverlay, LowRank, Overlay, overlaid
 from januslens_server.capture.rotation import Rotation
 from januslens_server.capture.taps import End, Tap
@@ -16,5 +17,6 @@ __all__ = [
     "Routing",
     "Tap",
     "capturing",
+    "interruptible",
     "overlaid",
 ]

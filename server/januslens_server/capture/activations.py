@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,9 @@ class Routing:
 @dataclass(frozen=True)
 class LayerActivations:
     """The tensors of one block, as the model computed them, without the batch dimension.
+
+    `kept` maps a position of the prompt to its row in every tensor but `key` and `value`, which
+    have a row for each position; None: all tensors have.
 
     `query` is `[pos, n_heads, d_head]`, `key` and `value` `[pos, n_kv_heads, d_head]`: what the
     linear maps give, before norms, clipping and `rotation`. `attention_concat` is
@@ -45,3 +49,8 @@ class LayerActivations:
     residual_mid: torch.Tensor | None = None
     attention_sum: torch.Tensor | None = None
     mlp_sum: torch.Tensor | None = None
+    kept: Mapping[int, int] | None = None
+
+    def row(self, position: int) -> int:
+        """Where a position's activations are: an index into all tensors but `key` and `value`."""
+        return position if self.kept is None else self.kept[position]

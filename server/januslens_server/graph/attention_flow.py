@@ -81,7 +81,7 @@ def _add_projections(
     wholes = [NodeKind.QUERY, NodeKind.KEY, NodeKind.VALUE]
     nodes = [Node(kind, flow.position, flow.layer) for kind in wholes]
     whole_ids = flow.nodes(nodes, pulled.sum(1))
-    size = acts.attention_input[flow.position].float().norm().expand(3)
+    size = acts.attention_input[acts.row(flow.position)].float().norm().expand(3)
     flow.edges(EdgeKind.PROJECT, [attention_input] * 3, whole_ids, size)
     by_head = [NodeKind.HEAD_QUERY, NodeKind.HEAD_KEY, NodeKind.HEAD_VALUE]
     vectors = pulled[:, heads.pick].flatten(0, 1)

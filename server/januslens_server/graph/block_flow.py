@@ -39,7 +39,7 @@ class _Add(Protocol):
 
 @dataclass(frozen=True)
 class _Sublayer:
-    """Attention or MLP; `normed`, `raw` and `added` are `[pos, d_model]`.
+    """Attention or MLP; `normed`, `raw` and `added` are `[pos, d_model]`, of which `row` is read.
 
     Without a `normed` input it reads the residual itself; without a `finish` its raw result is
     what is added.
@@ -48,6 +48,7 @@ class _Sublayer:
     kinds: _Kinds
     normed: torch.Tensor | None
     raw: torch.Tensor | None
+    row: int
     added: torch.Tensor
     finish: Finish | None
     add: _Add
@@ -75,10 +76,12 @@ def block_flow(
     right below, and joined by a GAP edge if layers between were not asked for.
     """
     flow = FlowBuilder(layer, position, direction)
-    residual = acts.block_input[position].float()
+    row = acts.row(position)
+    residual = acts.block_input[row].float()
     source = _add_input(flow, residual, below)
     attention = _Sublayer(
         kinds=ATTENTION,
+        row=row,
         normed=acts.attention_input if weights.attention_prenorm else None,
         raw=acts.attention_sum,
         added=acts.attention_output,
@@ -86,21 +89,22 @@ def block_flow(
         add=partial(add_attention, acts=acts, weights=weights.attention, selection=selection),
     )
     attended = _add_sublayer(flow, source, residual, attention)
-    terms = {source: residual, attended: attention.added[position].float()}
+    terms = {source: residual, attended: attention.added[row].float()}
     if acts.residual_mid is not None:
-        middle = acts.residual_mid[position].float()
+        middle = acts.residual_mid[row].float()
         source, residual = _add_sum(flow, NodeKind.RESIDUAL_MID, middle, terms), middle
         terms = {source: middle}
     mlp = _Sublayer(
         kinds=MLP,
+        row=row,
         normed=acts.mlp_input if weights.mlp_prenorm else None,
         raw=acts.mlp_sum,
         added=acts.mlp_output,
         finish=weights.mlp.finish,
         add=partial(add_mlp, acts=acts, weights=weights.mlp, selection=selection),
     )
-    terms[_add_sublayer(flow, source, residual, mlp)] = mlp.added[position].float()
-    _add_sum(flow, NodeKind.BLOCK_OUTPUT, acts.block_output[position].float(), terms)
+    terms[_add_sublayer(flow, source, residual, mlp)] = mlp.added[row].float()
+    _add_sum(flow, NodeKind.BLOCK_OUTPUT, acts.block_output[row].float(), terms)
     return flow.build()
 
 
@@ -119,7 +123,7 @@ def _add_sublayer(
     flow: FlowBuilder, source: str, residual: torch.Tensor, sublayer: _Sublayer
 ) -> str:
     """Norm, sublayer, and what it adds to the residual; gives the latter's id."""
-    at, kinds = flow.position, sublayer.kinds
+    at, kinds = sublayer.row, sublayer.kinds
     if sublayer.normed is not None:
         source = _add_normed(flow, kinds.input, source, residual, sublayer.normed[at])
     added = Result(kinds.output, sublayer.added[at].float())

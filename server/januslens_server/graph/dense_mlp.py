@@ -26,6 +26,6 @@ class DenseMlp:
         """The captured activations with the rows that they multiply."""
         if acts.neurons is None:
             raise ValueError("expected captured neurons of a dense MLP, got none")
-        activations = acts.neurons[position].float()
+        activations = acts.neurons[acts.row(position)].float()
         terms = WeightedRows(activations, self.ff2, self.row_norms, self.bias)
         return MlpRow(terms, self.ff1, self.up)

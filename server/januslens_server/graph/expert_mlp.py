@@ -47,9 +47,10 @@ class ExpertMlp:
         """
         if acts.routing is None:
             raise ValueError("expected a captured routing of a mixture of experts, got none")
-        x = acts.mlp_input[position].float()
-        ids = acts.routing.experts[position].tolist()
-        weights = acts.routing.weights[position].float()
+        row = acts.row(position)
+        x = acts.mlp_input[row].float()
+        ids = acts.routing.experts[row].tolist()
+        weights = acts.routing.weights[row].float()
         experts = [self.expert(i) for i in ids]
         activations = [
             weight * self.activation(*expert.gate_and_up(x))

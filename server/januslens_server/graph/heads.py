@@ -38,7 +38,7 @@ def head_row(position: int, acts: LayerActivations, weights: AttentionWeights) -
     first = weights.scoring.first_source(position)
     sources = slice(first, position + 1)
     group = acts.query.shape[1] // acts.key.shape[1]
-    query = acts.query[position].float()
+    query = acts.query[acts.row(position)].float()
     key = acts.key[sources].float()
     normed_query = weights.query_map(query)
     normed_keys = _by_head(weights.key_map(key), group)
@@ -60,7 +60,7 @@ def head_row(position: int, acts: LayerActivations, weights: AttentionWeights) -
         ).transpose(0, 1),
         values=_by_head(values, group),
         pattern=attention_row(normed_query, relative_keys, weights.scoring),
-        concat=acts.attention_concat[position].float().unflatten(0, (query.shape[0], -1)),
+        concat=acts.attention_concat[acts.row(position)].float().unflatten(0, (query.shape[0], -1)),
     )
 
 

@@ -1,4 +1,4 @@
-"""Losses that a gradient can be asked for: each a function of the logits `[pos, vocab]`, in nats.
+"""Losses that a gradient can be asked for, each a function of logits, in nats.
 
 The default of the contract is the Backward Lens paper's (section 3): the negative
 log-likelihood of a target after the prompt.
@@ -7,16 +7,27 @@ log-likelihood of a target after the prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
-Loss = Callable[[torch.Tensor], torch.Tensor]
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar `of` the logits `[positions, vocab]` of a prompt's last `positions`, in float32."""
+
+    positions: int
+    of: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The loss."""
+        return self.of(logits)
 
 
 def negative_log_likelihood(targets: Sequence[int]) -> Loss:
     """`-sum_i log p(target_i | prompt, target_0 .. target_(i-1))`, nats.
 
-    The logits' last `len(targets)` positions predict the targets: the input is the prompt and
+    The last `len(targets)` positions predict the targets: the input is the prompt and
     all targets but the last (teacher forcing).
     """
 
@@ -25,7 +36,7 @@ def negative_log_likelihood(targets: Sequence[int]) -> Loss:
         chosen = torch.tensor(targets, device=logits.device)
         return -predicting.gather(1, chosen[:, None]).sum()
 
-    return loss
+    return Loss(len(targets), loss)
 
 
 def logit_difference(preferred: int, other: int) -> Loss:
@@ -34,7 +45,7 @@ def logit_difference(preferred: int, other: int) -> Loss:
     def loss(logits: torch.Tensor) -> torch.Tensor:
         return logits[-1, other] - logits[-1, preferred]
 
-    return loss
+    return Loss(1, loss)
 
 
 def suppression_divergence(suppressed: Sequence[int]) -> Loss:
@@ -52,4 +63,4 @@ def suppression_divergence(suppressed: Sequence[int]) -> Loss:
         odds = logits[-1][~kept].logsumexp(dim=0) - logits[-1][kept].logsumexp(dim=0)
         return torch.nn.functional.softplus(odds)
 
-    return loss
+    return Loss(1, loss)

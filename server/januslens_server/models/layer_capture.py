@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -34,12 +34,31 @@ def layer_taps(block: Block) -> dict[str, Tap]:
     return taps | block.mlp.taps | present
 
 
+def kept_rows(name: str, captured: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
+    """What the flow graph reads of a captured tensor `[pos, features]` at these positions.
+
+    Attention at a position looks back to the keys and values of all earlier ones; of everything
+    else only the positions themselves are read. What is left out is not kept in memory.
+    """
+    captured = rows(captured)
+    if name not in ("key", "value"):
+        whole = len(positions) == len(captured)
+        return captured if whole else captured[torch.tensor(positions, device=captured.device)]
+    part = captured[: positions[-1] + 1]
+    alone = part.untyped_storage().nbytes() == part.numel() * part.element_size()
+    return part if alone else part.clone()
+
+
 def layer_activations(
-    block: Block, captured: Mapping[str, torch.Tensor], length: int
+    block: Block,
+    captured: Mapping[str, torch.Tensor],
+    length: int,
+    positions: Sequence[int] | None = None,
 ) -> LayerActivations:
     """A block's activations from what its taps captured of a prompt of `length` tokens.
 
-    All on the device where the block computes: its input may come from another one.
+    `positions` are those that `kept_rows` kept; None: all. All tensors are brought to the device
+    where the block computes: its input may come from another one.
     """
     attention = block.attention
     device = captured["block_output"].device
@@ -57,4 +76,5 @@ def layer_activations(
         elif finish.norm is None:
             named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
     rotation = None if attention.rotation is None else attention.rotation(length).to(device)
-    return LayerActivations(routing=routing, rotation=rotation, **named)
+    kept = None if positions is None else {p: row for row, p in enumerate(positions)}
+    return LayerActivations(routing=routing, rotation=rotation, kept=kept, **named)

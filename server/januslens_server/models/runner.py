@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,33 +11,46 @@ import torch
 from torch import nn
 
 from januslens_server import telemetry
-from januslens_server.capture import End, LayerActivations, Tap, capturing
+from januslens_server.capture import End, LayerActivations, Tap, capturing, interruptible
 from januslens_server.capture.taps import rows
 from januslens_server.errors import CancelCheck
+from januslens_server.lens.losses import Loss
 from januslens_server.models.factors import Factors, MatrixKey
 from januslens_server.models.finite import check_gradients, check_pass
-from januslens_server.models.layer_capture import layer_activations, layer_taps
+from januslens_server.models.layer_capture import kept_rows, layer_activations, layer_taps
 from januslens_server.models.offload import held
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.views import Block
 from januslens_server.results import MatrixKind
 
 # float16 gradients below 6e-8 vanish. Scaled by a power of two, which divides out exactly, small
 # VJPs keep their bits: the largest seen leave a factor of 18 to float16's end (docs/semantics.md).
 LOSS_SCALE = {torch.float16: 1024.0}
 
-Loss = Callable[[torch.Tensor], torch.Tensor]
-
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """Activations of the asked-for layers, the last block's output and the model's own logits.
+    """What a forward pass of a prompt left.
 
-    `residual` is `[pos, d_model]`, `logits` `[pos, vocab]`.
+    `residual` is the last block's output `[pos, d_model]`, `logits` the model's own
+    `[scored, vocab]` at the positions they were asked for.
     """
 
-    layers: dict[int, LayerActivations]
     residual: torch.Tensor
     logits: torch.Tensor
+    _blocks: Sequence[Block]
+    _captured: dict[int, dict[str, torch.Tensor]]
+    _positions: Sequence[int]
+
+    def layer(self, layer: int) -> LayerActivations:
+        """The activations of a captured layer at the captured positions."""
+        return layer_activations(
+            self._blocks[layer], self._captured[layer], len(self.residual), self._positions
+        )
+
+    def release(self, layer: int) -> None:
+        """Free what was captured of a layer."""
+        self._captured.pop(layer, None)
 
 
 @dataclass(frozen=True)
@@ -54,32 +67,40 @@ class BackwardPass:
 
 @torch.inference_mode()
 def forward(
-    model: ResidentModel, ids: Sequence[int], layers: Iterable[int], check_cancelled: CancelCheck
+    model: ResidentModel,
+    ids: Sequence[int],
+    layers: Iterable[int],
+    check_cancelled: CancelCheck,
+    positions: Sequence[int] | None = None,
+    scored: Sequence[int] | None = None,
 ) -> ForwardPass:
-    """Run the prompt once. `check_cancelled` is called before every block and may raise to stop.
+    """Run the prompt once and capture `layers` at `positions`, in ascending order (None: all).
 
-    Raises `NotFinite` if the pass ends in no numbers.
+    Logits are computed at the positions `scored` alone (None: all). `check_cancelled` is called
+    before every block and inside long ones, and may raise to stop.
+
+    Raises `NotFinite` if the pass ends in infinity or NaN.
     """
     blocks = model.view.blocks
-    layers = tuple(layers)
-    taps = {(i, name): tap for i in layers for name, tap in layer_taps(blocks[i]).items()}
+    everywhere = range(len(ids))
+    positions = everywhere if positions is None else positions
+    scored = everywhere if scored is None else scored
+    captured: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in layers}
+    taps = {(i, name): tap for i in captured for name, tap in layer_taps(blocks[i]).items()}
     taps[-1, "residual"] = Tap(blocks[-1].module, End.OUTPUT)
-    with capturing(taps, check_cancelled, [block.module for block in blocks]) as captured:
-        logits = _run(model, ids)[0]
-    residual = rows(captured[-1, "residual"]).to(model.device)
+
+    def keep(key: tuple[int, str], tensor: torch.Tensor) -> torch.Tensor:
+        layer, name = key
+        return tensor if layer < 0 else kept_rows(name, tensor, positions)
+
+    modules = [block.module for block in blocks]
+    with capturing(taps, check_cancelled, modules, keep) as tensors:
+        logits = _run(model, ids, scored, check_cancelled)[0]
+    residual = rows(tensors.pop((-1, "residual"))).to(model.device)
     check_pass(residual, logits)
-    return ForwardPass(
-        layers={
-            i: layer_activations(
-                blocks[i],
-                {name: tensor for (layer, name), tensor in captured.items() if layer == i},
-                len(ids),
-            )
-            for i in layers
-        },
-        residual=residual,
-        logits=logits,
-    )
+    for (layer, name), tensor in tensors.items():
+        captured[layer][name] = tensor
+    return ForwardPass(residual, logits, blocks, captured, positions)
 
 
 def backward(
@@ -91,26 +112,31 @@ def backward(
 ) -> BackwardPass:
     """Run the prompt forward and one backward pass that touches activations only.
 
-    Parameters stay frozen: the embedding's output is the one leaf that asks for a gradient, and
-    the VJPs are the gradients of modules' outputs. `matrices` are layers and kinds; `loss` takes
-    logits `[pos, vocab]` in float32 and gives a scalar.
+    Parameters stay frozen: the one leaf that asks for a gradient is the input of the lowest layer
+    that is asked for, and the VJPs are the gradients of modules' outputs. `matrices` are layers
+    and kinds. `check_cancelled` is called at every block of both passes and inside long ones.
 
-    Raises `NotFinite` if the forward pass ends in no numbers, or a gradient does.
+    Raises `NotFinite` if the forward pass ends in infinity or NaN, or a gradient does.
     """
     blocks = model.view.blocks
     sources = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
+    lowest = min((layer for layer, _ in sources), default=0)
     taps = {tap: tap for source in sources.values() for tap in source.taps}
-    last = Tap(blocks[-1].module, End.OUTPUT)
+    outputs = [Tap(block.module, End.OUTPUT) for block in blocks[lowest:]]
+    taps |= {tap: tap for tap in outputs}
     modules = [block.module for block in blocks]
-    with torch.enable_grad(), capturing(taps | {last: last}, check_cancelled, modules) as captured:
-        with _leaf_at(model.view.embedding):
-            logits = _run(model, ids)[0].float()
-        residual = rows(captured[last]).detach().to(model.device)
+    with torch.enable_grad(), capturing(taps, check_cancelled, modules) as captured:
+        with _leaf_below(model, lowest):
+            scored = range(len(ids))[-loss.positions :]
+            logits = _run(model, ids, scored, check_cancelled)[0].float()
+        residual = rows(captured[outputs[-1]]).detach().to(model.device)
         check_pass(residual, logits.detach())
         value = loss(logits)
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
         wanted = {source.whole for source in sources.values()}
-        vjps = _vjps(value * scale, wanted, captured, check_cancelled)
+        for tap in {*outputs, *wanted}:
+            captured[tap].register_hook(lambda _gradient: check_cancelled())
+        vjps = _vjps(value * scale, wanted, captured)
     check_gradients(vjps.values())
     factors = {
         (layer, kind, expert): found.to(model.device)
@@ -121,7 +147,11 @@ def backward(
 
 
 def dense_gradient(
-    model: ResidentModel, ids: Sequence[int], loss: Loss, key: MatrixKey
+    model: ResidentModel,
+    ids: Sequence[int],
+    loss: Loss,
+    key: MatrixKey,
+    check_cancelled: CancelCheck,
 ) -> torch.Tensor:
     """dL/dW `[d_in, d_out]` of one matrix by autograd on the weight itself, as float32.
 
@@ -130,52 +160,85 @@ def dense_gradient(
     """
     layer, kind, expert = key
     matrix = model.view.blocks[layer].matrices[kind]
-    with held(matrix.module), torch.enable_grad():
+    modules = [block.module for block in model.view.blocks]
+    scored = range(len(ids))[-loss.positions :]
+    with held(matrix.module), torch.enable_grad(), capturing({}, check_cancelled, modules):
         weight = matrix.parameter()
         name = next(name for name, p in model.network.named_parameters() if p is weight)
         alias = weight.detach().requires_grad_()
-        output = torch.func.functional_call(
-            model.network,
-            {name: alias},
-            kwargs={"input_ids": _batch(model, ids), "use_cache": False},
-        )
+        with _head_at(model, scored, len(ids)), interruptible(check_cancelled, len(ids)):
+            logits = torch.func.functional_call(
+                model.network,
+                {name: alias},
+                kwargs={"input_ids": _batch(model, ids), "use_cache": False},
+            ).logits
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
-        (gradient,) = torch.autograd.grad(loss(output.logits[0].float()) * scale, [alias])
+        (gradient,) = torch.autograd.grad(loss(logits[0].float()) * scale, [alias])
     return matrix.rows_of(gradient, expert).to(model.device).float() / scale
 
 
 def _vjps(
-    value: torch.Tensor,
-    taps: set[Tap],
-    captured: Mapping[Tap, torch.Tensor],
-    check_cancelled: CancelCheck,
+    value: torch.Tensor, taps: set[Tap], captured: Mapping[Tap, torch.Tensor]
 ) -> dict[Tap, torch.Tensor]:
-    """dL/dy `[pos, d_out]` of every tapped output; `check_cancelled` is called on the way."""
+    """dL/dy `[pos, d_out]` of every tapped output."""
     ordered = list(taps)
-    outputs = [captured[tap] for tap in ordered]
-    for output in outputs:
-        output.register_hook(lambda _gradient: check_cancelled())
-    gradients = torch.autograd.grad(value, outputs)
+    gradients = torch.autograd.grad(value, [captured[tap] for tap in ordered])
     return {tap: rows(gradient) for tap, gradient in zip(ordered, gradients, strict=True)}
 
 
 @contextmanager
-def _leaf_at(embedding: nn.Module) -> Iterator[None]:
-    """Make the embedding's output ask for a gradient: with frozen parameters nothing else does."""
+def _leaf_below(model: ResidentModel, layer: int) -> Iterator[None]:
+    """Make the input of a block ask for a gradient: with frozen parameters nothing else does.
 
-    def ask(_module: nn.Module, _args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+    Autograd then keeps nothing of the layers below.
+    """
+
+    def after_embedding(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         return output.detach().requires_grad_()
 
-    handle = embedding.register_forward_hook(ask)
+    def before_block(
+        _module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args:
+            return (args[0].detach().requires_grad_(), *args[1:]), named
+        return args, named | {"hidden_states": named["hidden_states"].detach().requires_grad_()}
+
+    if layer == 0:
+        handle = model.view.embedding.register_forward_hook(after_embedding)
+    else:
+        module = model.view.blocks[layer].module
+        handle = module.register_forward_pre_hook(before_block, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _run(model: ResidentModel, ids: Sequence[int]) -> torch.Tensor:
+@contextmanager
+def _head_at(model: ResidentModel, positions: Sequence[int], length: int) -> Iterator[None]:
+    """Let the model compute its logits at these positions of a prompt of `length` tokens alone."""
+    if len(positions) == length:
+        yield
+        return
+
+    def pick(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        index = torch.tensor(positions, device=args[0].device)
+        return (args[0].index_select(-2, index), *args[1:])
+
+    handle = model.network.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _run(
+    model: ResidentModel, ids: Sequence[int], scored: Sequence[int], check_cancelled: CancelCheck
+) -> torch.Tensor:
+    """Logits `[1, scored, vocab]`."""
     telemetry.TOKENS.labels(model.name).inc(len(ids))
-    logits: torch.Tensor = model.network(input_ids=_batch(model, ids), use_cache=False).logits
+    with _head_at(model, scored, len(ids)), interruptible(check_cancelled, len(ids)):
+        logits: torch.Tensor = model.network(input_ids=_batch(model, ids), use_cache=False).logits
     return logits
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from januslens_server.graph.flow import Flow
+from januslens_server.lens.projection import rows_at_once
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import ForwardPass
 from januslens_server.results import Guarantee, NodeKind, PositionTarget
@@ -59,9 +60,15 @@ class TraceChecks:
     def _lens_error(self) -> float:
         """Largest difference of the last block's lens and the logits, relative to these."""
         at = [target.position for target in self._targets]
-        lens, logits = self._lens, self._passed.logits[at].float()
-        read = lens.cap(lens.logits(lens.final_norm(self._passed.residual[at])))
-        return float((read - logits).abs().max() / logits.abs().max())
+        lens, chunk = self._lens, rows_at_once(self._lens)
+        largest = difference = 0.0
+        for start in range(0, len(at), chunk):
+            residual = self._passed.residual[at[start : start + chunk]]
+            logits = self._passed.logits[start : start + chunk].float()
+            read = lens.cap(lens.logits(lens.final_norm(residual)))
+            difference = max(difference, float((read - logits).abs().max()))
+            largest = max(largest, float(logits.abs().max()))
+        return difference / largest
 
     def _shares_error(self) -> float:
         """Largest distance from 1 of the shares into a sum."""

@@ -54,6 +54,8 @@ class LayerFlows:
                 chunk = targets[start : start + POSITIONS_AT_ONCE]
                 with clock.stage("graph"):
                     flows = self._block(layer, chunk, below)
+                if chunk[-1] is targets[-1]:
+                    self._passed.release(layer)
                 last = layer != top and chunk[-1] is targets[-1]
                 yield Piece(layer, flows, self._spec.lens.kind, last)
             below = layer
@@ -66,7 +68,7 @@ class LayerFlows:
     ) -> list[Flow]:
         """One block at each target's position; `below` is the layer sent before it."""
         weights = block_weights(self._model.view.blocks[layer])
-        acts = self._passed.layers[layer]
+        acts = self._passed.layer(layer)
         return [
             block_flow(
                 layer,

@@ -70,7 +70,7 @@ def gradient_lens(
                 continue
             check_cancelled()
             with clock.stage("verify"):
-                verified = _verified(model, objective, key, passed)
+                verified = _verified(model, objective, key, passed, check_cancelled)
             yield replace(matrix, verification=verified)
     yield GradientSummary(len(passed.factors), clock.times(), reader.segment_rows)
 
@@ -89,11 +89,15 @@ def _stage_data_types(model: ResidentModel) -> dict[str, str]:
 
 
 def _verified(
-    model: ResidentModel, objective: Objective, key: MatrixKey, passed: BackwardPass
+    model: ResidentModel,
+    objective: Objective,
+    key: MatrixKey,
+    passed: BackwardPass,
+    check_cancelled: CancelCheck,
 ) -> Guarantee:
     """How far the factors' sum is from the dense gradient, which is formed for this alone."""
     ids = [token.id for token in objective.tokens]
-    dense = dense_gradient(model, ids, objective.loss, key)
+    dense = dense_gradient(model, ids, objective.loss, key, check_cancelled)
     factors = passed.factors[key]
     error = reconstruction_error(factors.inputs, factors.vjps, dense)
     return Guarantee("factors = dense gradient", error, TOLERANCES[model.provenance.data_type])

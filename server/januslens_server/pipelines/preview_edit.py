@@ -155,7 +155,7 @@ def _shift(
             "shift", f"expected embeddings of width {width} to shift by, got {embeddings.shape[1]}"
         )
     with torch.inference_mode(), capturing({"x": linear.input}) as captured:
-        forward(model, ids, (), check_cancelled)
+        forward(model, ids, (), check_cancelled, scored=(len(ids) - 1,))
     x = rows(captured["x"])[-1:].to(model.device).float()
     embedding = embeddings[target].to(model.device).float()
     change = LowRank(x, shift.eta * embedding[None])
@@ -168,7 +168,7 @@ def _log_probabilities(
 ) -> torch.Tensor:
     """Log p of the next token `[vocab]`, in float32."""
     lens = model.view.lens
-    last = forward(model, ids, (), check_cancelled).residual[-1:]
+    last = forward(model, ids, (), check_cancelled, scored=(len(ids) - 1,)).residual[-1:]
     return lens.cap(lens.logits(lens.final_norm(last)))[0].log_softmax(dim=-1)
 
 

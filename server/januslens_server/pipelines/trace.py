@@ -39,7 +39,14 @@ def trace(
         if spec.target is not None:
             target = read_single_target(model, spec.target, "target")
     with clock.stage("forward"):
-        passed = forward(model, [token.id for token in tokens], layers, check_cancelled)
+        passed = forward(
+            model,
+            [token.id for token in tokens],
+            layers,
+            check_cancelled,
+            positions,
+            positions if spec.include_checks else positions[-1:],
+        )
         targets = position_targets(model, passed.residual, positions, target)
     yield TraceHeader(model.provenance, model.view.facts, tokens, layers, targets)
 
