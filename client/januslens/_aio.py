@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from functools import cached_property
 from pathlib import Path
 from types import GenericAlias, TracebackType
 from typing import Any, Concatenate, ParamSpec, Self
@@ -15,11 +14,11 @@ from google.protobuf.message import Message
 from januslens import _verbs as verbs
 from januslens._aio_event_stream import AsyncEventStream
 from januslens._connection import (
-    CHANNEL_OPTIONS,
     DEFAULT_ADDRESS,
     Connection,
     ResponseHook,
     channel_credentials,
+    checked_timeout,
 )
 from januslens._course import Course, StreamCourse
 from januslens._described import described, verb_types
@@ -73,10 +72,11 @@ def _whole(
 
 
 class AsyncClient:
-    """Talks to a Januslens server from one event loop. Close it, or use `async with`.
+    """Talks to a Januslens server. Close it, or use `async with`.
 
     The arguments are those of `Client`; so are the methods, to be awaited, but for the two that
-    return a stream to iterate with `async for`.
+    return a stream to iterate with `async for`. It may be used in several event loops: each has a
+    connection of its own.
     """
 
     def __init__(  # noqa: PLR0913 - by keyword
@@ -98,7 +98,11 @@ class AsyncClient:
             client_certificate=client_certificate,
             credentials=credentials,
         )
+        checked_timeout(timeout)
         self._connection = Connection(address, token, timeout, encryption, resume, on_response)
+        self._channels: dict[
+            asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, IntrospectionServiceStub]
+        ] = {}
 
     list_models = _unary(verbs.list_models)
     tokenize = _unary(verbs.tokenize)
@@ -113,17 +117,27 @@ class AsyncClient:
     estimate_trace = _estimated(verbs.trace)
     estimate_gradient_lens = _estimated(verbs.gradient_lens)
 
-    @cached_property
-    def _channel(self) -> grpc.aio.Channel:
-        """Made by the first call: it belongs to the event loop that is running then."""
-        secured = self._connection.credentials
-        if secured is None:
-            return grpc.aio.insecure_channel(self._connection.address, CHANNEL_OPTIONS)
-        return grpc.aio.secure_channel(self._connection.address, secured, CHANNEL_OPTIONS)
-
-    @cached_property
+    @property
     def _stub(self) -> IntrospectionServiceStub:
-        return IntrospectionServiceStub(self._channel)
+        """The running event loop's stub; its first call makes it, on a channel of its own."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._channels:
+            self._forget_closed_loops()
+            channel = self._new_channel()
+            self._channels[loop] = (channel, IntrospectionServiceStub(channel))
+        return self._channels[loop][1]
+
+    def _new_channel(self) -> grpc.aio.Channel:
+        address, secured = self._connection.address, self._connection.credentials
+        options = self._connection.channel_options
+        if secured is None:
+            return grpc.aio.insecure_channel(address, options)
+        return grpc.aio.secure_channel(address, secured, options)
+
+    def _forget_closed_loops(self) -> None:
+        """Drop the channels that nobody can use or close any more; gRPC closes them then."""
+        for loop in [loop for loop in self._channels if loop.is_closed()]:
+            del self._channels[loop]
 
     async def _exchange(self, exchange: Exchange[ReturnT]) -> ReturnT:
         try:
@@ -138,13 +152,21 @@ class AsyncClient:
         course = Course(self._connection, call)
         while True:
             try:
-                response: Message = await self._start(course)
+                response = await self._response(course)
             except grpc.RpcError as error:
                 course.cut(error)
                 await asyncio.sleep(course.pause)
             else:
                 self._connection.seen(response)
                 return response
+
+    async def _response(self, course: Course) -> Message:
+        call = self._start(course)
+        try:
+            response: Message = await call
+        finally:
+            call.cancel()  # without effect on one that has finished
+        return response
 
     def _open(
         self, call: StreamCall[ResponseT, EventT, ResultT]
@@ -158,9 +180,16 @@ class AsyncClient:
         )
 
     async def close(self) -> None:
-        """Close the connection; calls that still run are cancelled."""
-        if "_channel" in self.__dict__:  # else no call was made
-            await self._channel.close()
+        """Close all connections; calls that still run are cancelled."""
+        self._forget_closed_loops()
+        here = asyncio.get_running_loop()
+        while self._channels:
+            loop, (channel, _) = self._channels.popitem()
+            if loop is here:
+                await channel.close()
+            elif loop.is_running():
+                closing = asyncio.run_coroutine_threadsafe(channel.close(), loop)
+                await asyncio.wrap_future(closing)
 
     async def __aenter__(self) -> Self:
         return self

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self
 
 import grpc
 
 from januslens._course import StreamCourse
-from januslens._errors import StreamInterrupted
 from januslens._stream.assembler import EventT, ResultT
+from januslens.errors import StreamInterrupted
 
 
 class AsyncResponses(Protocol):
@@ -25,8 +26,8 @@ class AsyncResponses(Protocol):
 class AsyncEventStream(Generic[EventT, ResultT]):
     """The header, the layers or matrices as they arrive, the summary.
 
-    Iterate over it; `await result()` is the whole. Closing it, or leaving its `async with` block,
-    cancels the call if it still runs, and iteration ends.
+    Iterate over it; `await result()` is the whole. Closing it, leaving its `async with` block or
+    dropping the last reference to it cancels the call if it still runs, and iteration ends.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class AsyncEventStream(Generic[EventT, ResultT]):
         self._course = course
         self._ready: deque[EventT] = deque()
         self._closed = False
+        self._loop = asyncio.get_running_loop()
         self._open()
 
     def _open(self) -> None:
@@ -100,6 +102,18 @@ class AsyncEventStream(Generic[EventT, ResultT]):
         """Cancel the call if it still runs; the server stops computing."""
         self._closed = True
         self._call.cancel()
+
+    def __del__(self) -> None:
+        """Cancel the call of a stream that was dropped without being closed.
+
+        gRPC's own call object stays alive as long as the call runs. This may run in any thread, at
+        any time, and calls belong to the thread of their loop.
+        """
+        call = getattr(self, "_call", None)  # missing if the first call could not be made
+        if call is None or self._closed or self._loop.is_closed():
+            return
+        with suppress(RuntimeError):  # the loop was closed just now
+            self._loop.call_soon_threadsafe(call.cancel)
 
     async def __aenter__(self) -> Self:
         return self

@@ -13,11 +13,11 @@ from google.protobuf.message import Message
 
 from januslens import _verbs as verbs
 from januslens._connection import (
-    CHANNEL_OPTIONS,
     DEFAULT_ADDRESS,
     Connection,
     ResponseHook,
     channel_credentials,
+    checked_timeout,
 )
 from januslens._course import Course, StreamCourse
 from januslens._described import described, verb_types
@@ -104,11 +104,13 @@ class Client:
             credentials=credentials,
         )
         self._connection = Connection(address, token, timeout, encryption, resume, on_response)
+        checked_timeout(timeout)
         secured = self._connection.credentials
+        options = self._connection.channel_options
         if secured is None:
-            self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(address, options)
         else:
-            self._channel = grpc.secure_channel(address, secured, CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(address, secured, options)
         self._stub = IntrospectionServiceStub(self._channel)
 
     list_models = _unary(verbs.list_models)

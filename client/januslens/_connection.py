@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 import grpc
+import numpy as np
 from google.protobuf.message import Message
 
-from januslens._errors import JanuslensError, StreamInterrupted
 from januslens._status import FailedCall, exception_from
+from januslens.errors import JanuslensError, StreamInterrupted
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -38,7 +43,7 @@ SERVICE_CONFIG = {
     ],
 }
 
-CHANNEL_OPTIONS = (
+_CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     # A connection stays with one process of a server: each client has one of its own.
     ("grpc.use_local_subchannel_pool", 1),
     # gRPC would look for a lost server less and less often, after a while every two minutes.
@@ -72,9 +77,26 @@ class Connection:
     resume: bool
     on_response: ResponseHook | None
 
-    def deadline(self, timeout: float | None) -> float | None:
-        """The call's own timeout, or the client's."""
-        return self.timeout if timeout is None else timeout
+    def seconds(self, timeout: float | None) -> float | None:
+        """The call's own timeout in seconds, else the client's; None = no limit.
+
+        Raises:
+            TypeError: The timeout is not a number.
+            ValueError: The timeout is negative or NaN.
+        """
+        return checked_timeout(self.timeout if timeout is None else timeout)
+
+    @property
+    def channel_options(self) -> Sequence[tuple[str, int | str]]:
+        """The channel's options. A loopback address is never reached through an HTTP proxy.
+
+        gRPC sends calls to the proxy that `http_proxy` and similar variables name, unless
+        `no_proxy` lists the host. No proxy can reach this machine's loopback, and the call
+        carries the token.
+        """
+        if is_loopback(self.address):
+            return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0))
+        return _CHANNEL_OPTIONS
 
     def seen(self, response: Message) -> None:
         """Show a response to whoever asked to see them."""
@@ -135,3 +157,49 @@ def channel_credentials(
         None if key is None else Path(key).read_bytes(),
         None if chain is None else Path(chain).read_bytes(),
     )
+
+
+# gRPC overflows with timeouts of centuries; some thirty years are as good as none.
+_LONGEST_TIMEOUT = 1e9
+
+
+def checked_timeout(timeout: Any) -> float | None:
+    """A timeout in seconds, None for no limit: infinity and anything above thirty years.
+
+    Raises:
+        TypeError: The timeout is not a number.
+        ValueError: The timeout is negative or NaN.
+    """
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float, np.integer, np.floating)):
+        raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r}")
+    if math.isnan(timeout) or timeout < 0:
+        raise ValueError(f"timeout must be 0 or more seconds, or None for no limit; got {timeout}")
+    return float(timeout) if timeout < _LONGEST_TIMEOUT else None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether every host of a gRPC address, e.g. `dns:///localhost:50051`, is this machine."""
+    scheme, separator, rest = address.partition(":")
+    listed = separator and scheme in {"dns", "ipv4", "ipv6", "passthrough"}
+    targets = unquote(rest if listed else address).rpartition("/")[2].split(",")
+    return all(_is_loopback_host(_host(target)) for target in targets)
+
+
+def _host(target: str) -> str:
+    """`host` of `host:port`, `[host]:port` or `host`."""
+    if target.startswith("["):
+        return target[1:].partition("]")[0]
+    return target.partition(":")[0] if target.count(":") == 1 else target
+
+
+def _is_loopback_host(host: str) -> bool:
+    name = host.lower().removesuffix(".")
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        parsed = ipaddress.ip_address(name)
+    except ValueError:  # a name
+        return False
+    return parsed.is_loopback or parsed.is_unspecified

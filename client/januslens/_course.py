@@ -16,11 +16,11 @@ import grpc
 from google.protobuf.message import Message
 
 from januslens._connection import Attempt, Connection
-from januslens._errors import JanuslensError, StreamInterrupted, Unavailable
 from januslens._status import FailedCall, was_cut
 from januslens._stream.assembler import EventT, ResultT
 from januslens._stream.splice import OtherAnswer
 from januslens._verbs.calls import StreamCall, UnaryCall
+from januslens.errors import JanuslensError, StreamInterrupted, Unavailable
 
 logger = logging.getLogger("januslens")
 
@@ -37,7 +37,7 @@ class Course:
         self.method = call.method
         self.request: Message = call.request
         self.attempt = Attempt(connection)
-        seconds = connection.deadline(call.timeout)
+        seconds = connection.seconds(call.timeout)
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._fruitless = 0
 

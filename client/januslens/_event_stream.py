@@ -11,8 +11,8 @@ from typing import Any, Generic, Protocol, Self
 import grpc
 
 from januslens._course import StreamCourse
-from januslens._errors import StreamInterrupted
 from januslens._stream.assembler import EventT, ResultT
+from januslens.errors import StreamInterrupted
 
 
 class Responses(Protocol):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from google.rpc import error_details_pb2, status_pb2
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 
-from januslens import _errors as errors
+from januslens import errors
 
 MessageT = TypeVar("MessageT", bound=Message)
 
-_DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID = "x-request-id"
 
 # gRPC's words for an answer that is HTTP's and not gRPC's.
@@ -25,21 +25,6 @@ _LOST = {
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
-}
-
-_EXCEPTIONS: dict[grpc.StatusCode, type[errors.JanuslensError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
-    grpc.StatusCode.OUT_OF_RANGE: errors.InvalidRequest,
-    grpc.StatusCode.NOT_FOUND: errors.NotFound,
-    grpc.StatusCode.FAILED_PRECONDITION: errors.ModelFailed,
-    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ResourceExhausted,
-    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: errors.Cancelled,
-    grpc.StatusCode.ABORTED: errors.Aborted,
-    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
-    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDenied,
-    grpc.StatusCode.UNIMPLEMENTED: errors.Unimplemented,
 }
 
 
@@ -74,7 +59,7 @@ def was_cut(call: FailedCall) -> bool:
 
 
 def _broken(call: FailedCall) -> bool:
-    if _status(call).details:
+    if _packed_details(call):
         return False
     # Cancelled by a proxy, not by us.
     reset = call.code() is grpc.StatusCode.CANCELLED and "RST_STREAM" in (call.details() or "")
@@ -94,7 +79,6 @@ def exception_from(
     connection broke.
     """
     details = _error_details(call, request_id)
-    kind = _EXCEPTIONS.get(call.code(), errors.InternalError)
     begun = was_cut(call)
     if begun or (partial is not None and _broken(call)):
         details = replace(details, retry_after=0.0)
@@ -102,8 +86,8 @@ def exception_from(
             details = replace(details, reason="STREAM_INTERRUPTED")
             text = f"the stream was cut: {call.details() or call.code().name}"
             return interrupted(text, details, partial)
-    if kind is errors.NotFound and details.reason.startswith("MODEL"):
-        kind = errors.ModelNotFound
+    by_status = errors.BY_STATUS.get(call.code().name, errors.InternalError)
+    kind = errors.BY_REASON.get(details.reason, by_status)
     return kind(_message(call, details, address), details, partial)
 
 
@@ -115,7 +99,7 @@ def _message(call: FailedCall, details: errors.ErrorDetails, address: str) -> st
 
 
 def _error_details(call: FailedCall, request_id: str) -> errors.ErrorDetails:
-    packed = _status(call).details
+    packed = _packed_details(call)
     info = _unpacked(packed, error_details_pb2.ErrorInfo)
     bad_request = _unpacked(packed, error_details_pb2.BadRequest)
     quota = _unpacked(packed, error_details_pb2.QuotaFailure)
@@ -146,13 +130,13 @@ def _unpacked(packed: Iterable[Any], kind: type[MessageT]) -> MessageT | None:
     return None
 
 
-def _status(call: FailedCall) -> status_pb2.Status:
-    """The google.rpc.Status in the trailing metadata; an empty one if there is none to read."""
-    status = status_pb2.Status()
-    for key, value in call.trailing_metadata() or ():
-        if key == _DETAILS_KEY and isinstance(value, bytes):
-            try:
-                status.ParseFromString(value)
-            except DecodeError:  # a proxy's doing; the status itself still says what happened
-                return status_pb2.Status()
-    return status
+def _packed_details(call: FailedCall) -> Sequence[Any]:
+    """The details of the google.rpc.Status in the trailing metadata; none if it is not readable.
+
+    A proxy may have changed the status, its text or the details; the status itself still holds.
+    """
+    try:
+        status = rpc_status.from_call(call)
+    except (DecodeError, TypeError, ValueError):
+        return ()
+    return () if status is None else status.details

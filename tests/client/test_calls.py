@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from januslens import (
     Unavailable,
     Unimplemented,
 )
+from januslens._connection import is_loopback
 from januslens.v1 import models_pb2
 from tests.client import messages
 from tests.client.messages import trace_stream
@@ -199,3 +201,125 @@ def test_the_result_does_not_depend_on_how_it_was_read() -> None:
             assert stream.result() == whole
     assert tuple(layers) == whole.layers
     assert whole.responses == tuple(messages.trace_stream())
+
+
+async def test_a_dropped_stream_is_cancelled_at_once() -> None:
+    script = Script(responses=trace_stream()[:2], hangs=True)
+    with serving(script) as address:
+        async with AsyncClient(address) as client:
+
+            async def read_one() -> None:
+                async for _ in client.stream_trace("a b"):
+                    break
+
+            await read_one()
+            assert await asyncio.to_thread(script.left.wait, 10)
+
+
+async def test_a_stream_dropped_by_another_thread_is_cancelled() -> None:
+    script = Script(responses=trace_stream()[:2], hangs=True)
+    with serving(script) as address:
+        async with AsyncClient(address) as client:
+            held = [client.stream_trace("a b")]
+            await anext(held[0])
+            await asyncio.to_thread(held.clear)
+            assert await asyncio.to_thread(script.left.wait, 10)
+
+
+def test_a_dropped_stream_of_the_synchronous_client_is_cancelled() -> None:
+    script = Script(responses=trace_stream()[:2], hangs=True)
+    with serving(script) as address, Client(address) as client:
+
+        def read_one() -> None:
+            for _ in client.stream_trace("a b"):
+                break
+
+        read_one()
+        assert script.left.wait(10)
+
+
+def test_one_asynchronous_client_serves_one_event_loop_after_another() -> None:
+    with serving(Script(pages=PAGES)) as address:
+        client = AsyncClient(address)
+        names = [asyncio.run(names_from(client)) for _ in range(3)]
+        asyncio.run(client.close())
+    assert names == [["a", "b"]] * 3
+
+
+async def test_one_asynchronous_client_serves_two_event_loops_at_once() -> None:
+    with serving(Script(pages=PAGES)) as address:
+        async with AsyncClient(address) as client:
+            here, elsewhere = await asyncio.gather(
+                names_from(client), asyncio.to_thread(asyncio.run, names_from(client))
+            )
+    assert here == elsewhere == ["a", "b"]
+
+
+async def names_from(client: AsyncClient) -> list[str]:
+    return [model.name for model in await client.list_models()]
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e10, 1e300])
+def test_a_timeout_beyond_all_measure_is_no_limit(seconds: float) -> None:
+    with serving(Script(pages=PAGES)) as address, Client(address, timeout=seconds) as client:
+        assert len(client.list_models()) == 2
+        assert len(client.list_models(timeout=seconds)) == 2
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"),
+    [(float("nan"), ValueError), (-1, ValueError), ("1", TypeError), (True, TypeError)],
+)
+def test_a_timeout_that_is_no_duration_is_refused(timeout: Any, error: type[Exception]) -> None:
+    for client_type in (Client, AsyncClient):
+        with pytest.raises(error, match="timeout must be"):
+            client_type(timeout=timeout)
+    with Client("127.0.0.1:1") as client, pytest.raises(error, match="timeout must be"):
+        client.list_models(timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1:50051",
+        "127.8.8.8:1",
+        "localhost:50051",
+        "LOCALHOST",
+        "januslens.localhost.:1",
+        "[::1]:50051",
+        "::1",
+        "0.0.0.0:50051",
+        "dns:///localhost:50051",
+        "dns://8.8.8.8/localhost:50051",
+        "ipv4:127.0.0.1:1,127.0.0.2:2",
+        "ipv6:[::1]:50051",
+        "ipv6:%5B::1%5D:50051",
+    ],
+)
+def test_a_loopback_address_is_never_reached_through_a_proxy(address: str) -> None:
+    with Client(address) as client:
+        assert ("grpc.enable_http_proxy", 0) in client._connection.channel_options
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "10.0.0.1:50051",
+        "localhost.example.com:1",
+        "dns:///januslens:50051",
+        "ipv4:127.0.0.1,10.0.0.1",
+    ],
+)
+def test_any_other_address_may_be_reached_through_a_proxy(address: str) -> None:
+    assert not is_loopback(address)
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_a_call_to_loopback_goes_past_the_proxy(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "no_grpc_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "http://127.0.0.1:1")
+    with serving(Script(pages=PAGES)) as address, Client(address) as client:
+        assert len(client.list_models(timeout=20)) == 2

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import pytest
@@ -14,6 +16,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 import januslens
+from januslens import errors
 from januslens._status import exception_from, was_cut
 
 DETAILS = "grpc-status-details-bin"
@@ -91,7 +94,7 @@ def test_what_the_server_itself_says_is_no_cut() -> None:
         ("INVALID_ARGUMENT", januslens.InvalidRequest),
         ("OUT_OF_RANGE", januslens.InvalidRequest),
         ("NOT_FOUND", januslens.NotFound),
-        ("FAILED_PRECONDITION", januslens.ModelFailed),
+        ("FAILED_PRECONDITION", errors.FailedPrecondition),
         ("UNAVAILABLE", januslens.Unavailable),
         ("RESOURCE_EXHAUSTED", januslens.ResourceExhausted),
         ("DEADLINE_EXCEEDED", januslens.DeadlineExceeded),
@@ -141,6 +144,36 @@ def test_an_unknown_model_is_more_than_not_found() -> None:
     assert type(raised(with_details(grpc.StatusCode.NOT_FOUND, info))) is januslens.ModelNotFound
 
 
+def documented_reasons() -> dict[str, str]:
+    """The reasons of docs/errors.md with their statuses."""
+    page = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
+    return dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE))
+
+
+def test_every_documented_reason_has_an_exception_of_its_own() -> None:
+    reasons = documented_reasons()
+    assert len(reasons) > 15
+    raised_for = {}
+    for reason, code in reasons.items():
+        info = error_details_pb2.ErrorInfo(reason=reason)
+        raised_for[reason] = type(raised(with_details(grpc.StatusCode[code], info)))
+        assert issubclass(raised_for[reason], errors.BY_STATUS.get(code, errors.InternalError))
+    assert len(set(raised_for.values())) == len(reasons)
+
+
+def test_an_overflow_is_not_a_model_that_did_not_load() -> None:
+    info = error_details_pb2.ErrorInfo(reason="NOT_FINITE")
+    error = raised(with_details(grpc.StatusCode.FAILED_PRECONDITION, info))
+    assert type(error) is januslens.NotFinite
+    assert not isinstance(error, januslens.ModelFailed)
+
+
+def test_an_unknown_reason_falls_back_to_its_status() -> None:
+    info = error_details_pb2.ErrorInfo(reason="OF_A_NEWER_SERVER")
+    error = raised(with_details(grpc.StatusCode.RESOURCE_EXHAUSTED, info))
+    assert type(error) is januslens.ResourceExhausted
+
+
 def test_a_server_that_is_not_there_is_named() -> None:
     error = raised(Failure(grpc.StatusCode.UNAVAILABLE, "connection refused"))
     assert str(error) == "no answer from host:1: connection refused"
@@ -170,7 +203,7 @@ def test_exceptions_cross_process_boundaries() -> None:
 
 
 def test_the_tree_in_the_docstring_is_the_tree() -> None:
-    drawn = januslens._errors.__doc__ or ""
+    drawn = errors.__doc__ or ""
     for name in januslens.__all__:
         kind = getattr(januslens, name)
         if isinstance(kind, type) and issubclass(kind, januslens.JanuslensError):

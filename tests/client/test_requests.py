@@ -22,6 +22,8 @@ from januslens import (
 from januslens._verbs.calls import UnaryCall
 from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
 
+NAN, INF = float("nan"), float("inf")
+
 
 def trace(*args: Any, **kwargs: Any) -> trace_pb2.TraceRequest:
     request = _verbs.trace(*args, **kwargs).request
@@ -195,6 +197,20 @@ def test_vectors_travel_as_rows() -> None:
         (lambda: preview("x", " c", 0.1), TypeError, "a DescentStep or a ForwardShift"),
         (lambda: preview("x", " c", ForwardShift(-1, 1)), ValueError, "layer from 0"),
         (lambda: preview("x", " c", DescentStep(1, [])), ValueError, "at least one kind"),
+        (
+            lambda: preview("x", " c", DescentStep(NAN)),
+            ValueError,
+            "learning_rate must be a finite",
+        ),
+        (lambda: preview("x", " c", DescentStep(0.0)), ValueError, "learning_rate must not be 0"),
+        (lambda: preview("x", " c", ForwardShift(0, INF)), ValueError, "eta must be a finite"),
+        (lambda: preview("x", " c", ForwardShift(0, 1e-60)), ValueError, "eta must not be 0"),
+        (lambda: preview("x", " c", ForwardShift(0, True)), TypeError, "eta must be a number"),
+        (lambda: gradient("x", " c", learning_rate=NAN), ValueError, "learning_rate must be a fin"),
+        (lambda: gradient("x", " c", learning_rate=1e39), ValueError, "finite number in float32"),
+        (lambda: project([1.0, NAN]), ValueError, "finite in float32"),
+        (lambda: project([1.0, 1e39]), ValueError, "finite in float32"),
+        (lambda: project(np.array([INF], np.float16)), ValueError, "finite in float32"),
         (lambda: project(np.zeros((1, 1, 1))), ValueError, r"\[n, d_model\]"),
         (lambda: project([]), ValueError, r"\[n, d_model\]"),
         (lambda: project(["x"]), TypeError, "real numbers"),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
+import networkx as nx
 import pytest
 
-from januslens import LayerGraph, NodeKind, Trace, read_trace
+from januslens import LayerGraph, NodeKind, Token, TokenScore, Trace, read_trace
 from januslens._stream.trace import TraceAssembler
 from tests.client import messages
 from tests.client.messages import trace_stream
@@ -206,10 +209,65 @@ def test_the_graph(trace: Trace) -> None:
     graph = trace.to_networkx()
     assert graph.number_of_nodes() == len(messages.NODES)
     assert graph.number_of_edges() == len(messages.EDGES)
-    assert graph.nodes["L0/p1/HEAD_OUTPUT/h0"]["top_tokens"] == [" c", " d"]
+    assert graph.nodes["L0/p1/HEAD_OUTPUT/h0"]["top_tokens"] == '[" c", " d"]'
     assert "head" not in graph.nodes["L0/p1/MLP_OUTPUT"]
     edge = graph.edges["L0/p1/MLP_OUTPUT", "L0/p1/BLOCK_OUTPUT", "PART"]
     assert edge["share"] == 0.5
+
+
+# Every character of the first two planes' ends, the controls, and half of a surrogate pair.
+AWKWARD = "".join(map(chr, [*range(0x21), 0x7F, 0x85, 0xFFFE, 0xFFFF, 0x1F600])) + '<&>"\ud800'
+
+
+def awkward_trace() -> Trace:
+    """The trace with a token that holds what XML forbids, on top everywhere."""
+    assembler = TraceAssembler()
+    for response in trace_stream():
+        assembler.feed(response)
+    trace = assembler.result()
+    awkward = {score.token.id: Token(score.token.id, AWKWARD) for score in everywhere(trace)}
+    for node in trace.node_list:
+        if node.projection:
+            scores = node.projection.top
+            top = tuple(score._replace(token=awkward[score.token.id]) for score in scores)
+            object.__setattr__(node.projection, "top", top)
+    return trace
+
+
+def everywhere(trace: Trace) -> list[TokenScore]:
+    return [score for node in trace.node_list if node.projection for score in node.projection.top]
+
+
+def written_as_json(graph: Any, path: Path) -> None:
+    path.write_text(json.dumps(nx.node_link_data(graph, edges="edges")))
+
+
+def read_from_json(path: Path) -> Any:
+    return nx.node_link_graph(json.loads(path.read_text()), edges="edges")
+
+
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [
+        (nx.write_graphml_xml, nx.read_graphml),
+        (nx.write_gexf, nx.read_gexf),
+        (written_as_json, read_from_json),
+    ],
+)
+def test_networkx_writes_the_graph_and_reads_it_back(write: Any, read: Any, tmp_path: Path) -> None:
+    graph = awkward_trace().to_networkx()
+    write(graph, tmp_path / "graph")
+    back = read(tmp_path / "graph")
+    assert set(back.nodes) == set(graph.nodes)
+    assert back.number_of_edges() == graph.number_of_edges()
+    for name, attributes in graph.nodes(data=True):
+        assert {key: back.nodes[name][key] for key in attributes} == attributes
+    shares = sorted(data["share"] for *_, data in graph.edges(data=True) if "share" in data)
+    assert sorted(data["share"] for *_, data in back.edges(data=True) if "share" in data) == shares
+    top = json.loads(back.nodes["L0/p1/HEAD_OUTPUT/h0"]["top_tokens"])
+    assert "<U+0010>" in top[0]
+    assert "<U+D800>" in top[0]
+    assert "\U0001f600" in top[0]
 
 
 def test_one_layers_graph_names_the_input_that_came_with_another() -> None:

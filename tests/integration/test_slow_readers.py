@@ -91,6 +91,20 @@ def test_a_stalled_reader_is_aborted_and_told_why(impatient: ServerProcess) -> N
     assert "within 2 s" in answer.text
 
 
+def test_a_stalled_reader_that_leaves_costs_no_traceback(impatient: ServerProcess) -> None:
+    channel = grpc.insecure_channel(impatient.address)
+    call = started(channel, "Trace", long_trace(40))
+    next(call)
+    aborted = impatient.log.count("Trace ABORTED")
+    while impatient.log.count("Trace ABORTED") == aborted:
+        time.sleep(0.05)
+    channel.close()
+    wait_until_idle(impatient)
+    with grpc.insecure_channel(impatient.address) as other:
+        assert_alive(other)
+    assert "Traceback" not in impatient.log
+
+
 def test_a_full_queue_refuses_at_once_and_keeps_health(impatient: ServerProcess) -> None:
     wait_until_idle(impatient)
     with grpc.insecure_channel(impatient.address) as channel:

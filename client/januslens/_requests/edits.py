@@ -12,6 +12,7 @@ from januslens._requests.inputs import (
     count,
     input_message,
     layer_numbers,
+    step_size,
     target_message,
 )
 from januslens._requests.matrices import matrix_numbers
@@ -79,12 +80,12 @@ def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:
     """
     match edit:
         case DescentStep(learning_rate, matrices, layers):
-            request.descent.learning_rate = learning_rate
+            request.descent.learning_rate = step_size(learning_rate, "learning_rate")
             request.descent.matrices.extend(matrix_numbers(matrices))
             request.descent.layers.extend(layer_numbers(layers))
         case ForwardShift(layer, eta):
             request.shift.layer = count(layer, "layer")
-            request.shift.eta = eta
+            request.shift.eta = step_size(eta, "eta")
         case _:
             raise TypeError(f"expected a DescentStep or a ForwardShift; got {type(edit).__name__}")
 

@@ -16,6 +16,7 @@ Positions = int | Iterable[int] | Literal["all"]
 
 _UINT32 = 2**32
 _INT32 = 2**31
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def input_message(prompt: Prompt) -> common_pb2.Input:
@@ -110,6 +111,32 @@ def count(value: int, name: str) -> int:
         ValueError: It is negative.
     """
     return _bounded(value, name, 0, _UINT32)
+
+
+def finite_number(value: Any, name: str) -> float:
+    """A number that float32, in which it travels, can hold.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is infinite, NaN or too large.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not abs(float(value)) <= _FLOAT32_MAX:
+        raise ValueError(f"{name} must be a finite number in float32, got {value}")
+    return float(value)
+
+
+def step_size(value: Any, name: str) -> float:
+    """The strength of an edit: a finite number other than 0.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is infinite, NaN, too large, or 0 in float32.
+    """
+    if np.float32(finite_number(value, name)) == 0:
+        raise ValueError(f"{name} must not be 0 in float32, got {value}")
+    return float(value)
 
 
 def _bounded(value: Any, name: str, low: int, high: int) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from januslens._extras import require
 from januslens._results.nodes import Edge, Node
+from januslens._results.token_text import xml_text
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -47,7 +49,11 @@ def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:
 def directed_graph(
     known: Mapping[str, Node], nodes: Iterable[Node], edges: Iterable[Edge]
 ) -> nx.MultiDiGraph[str]:
-    """Node ids with attributes; two nodes may be joined by edges of several kinds (the key)."""
+    """Node ids with attributes; two nodes may be joined by edges of several kinds (the key).
+
+    Attributes are numbers and strings, so that networkx's GraphML, GEXF and JSON writers accept
+    them: lists of tokens are JSON, and characters that XML cannot hold are escaped.
+    """
     networkx = require("networkx", "analysis", "a graph")
     graph: nx.MultiDiGraph[str] = networkx.MultiDiGraph()
     for node in nodes:
@@ -88,5 +94,13 @@ def _edge_row(edge: Edge) -> dict[str, Any]:
 def _present(row: Mapping[str, Any], without: str) -> dict[str, Any]:
     left_out = without.split()
     return {
-        name: value for name, value in row.items() if value is not None and name not in left_out
+        name: _attribute(value)
+        for name, value in row.items()
+        if value is not None and name not in left_out
     }
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, list):
+        return json.dumps([xml_text(text) for text in value], ensure_ascii=False)
+    return xml_text(value) if isinstance(value, str) else value

@@ -148,7 +148,13 @@ class GraphView:
         return frames.edge_frame(self.edge_list)
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
-        """A directed graph of node ids; attributes are the records' fields. Needs networkx."""
+        """A directed graph of node ids. Needs networkx.
+
+        Attributes are the records' fields as numbers and strings, which networkx can write as
+        GraphML, GEXF and JSON: lists of tokens are JSON strings, and characters that XML cannot
+        hold are escaped as `<U+XXXX>`. Edges of several kinds may join two nodes; the kind is the
+        edge's key.
+        """
         return frames.directed_graph(self.known_nodes, self.node_list, self.edge_list)
 
 

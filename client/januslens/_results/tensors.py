@@ -64,6 +64,7 @@ def tensor_message(vectors: ArrayLike) -> common_pb2.Tensor:
 
     Raises:
         TypeError: They are not real numbers.
+        ValueError: One is infinite or NaN, in float32.
     """
     array = np.asarray(vectors)
     if array.dtype.kind not in "fiu":
@@ -71,5 +72,8 @@ def tensor_message(vectors: ArrayLike) -> common_pb2.Tensor:
     if array.dtype == np.float16:
         code, kept = common_pb2.DATA_TYPE_FLOAT16, array.astype("<f2")
     else:
-        code, kept = common_pb2.DATA_TYPE_FLOAT32, array.astype("<f4")
+        with np.errstate(over="ignore"):  # what overflows is infinite, and refused below
+            code, kept = common_pb2.DATA_TYPE_FLOAT32, array.astype("<f4")
+    if not np.isfinite(kept).all():
+        raise ValueError("vectors must be finite in float32; they hold infinity or NaN")
     return common_pb2.Tensor(data_type=code, shape=kept.shape, data=kept.tobytes())

@@ -10,8 +10,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, Generic, Protocol, TypeVar
 
-from januslens._errors import ErrorDetails, ProtocolViolation, StreamInterrupted
 from januslens._results.tokens import TokenTable
+from januslens.errors import ErrorDetails, ProtocolViolation, StreamInterrupted
 
 
 class Sequenced(Protocol):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from januslens._errors import GradientInterrupted
 from januslens._results.gradient import Gradient
 from januslens._results.gradient_events import GradientHeader, GradientSummary
 from januslens._results.kinds import MATRIX_KINDS
 from januslens._results.matrices import Matrix
 from januslens._stream.assembler import Assembler
+from januslens.errors import GradientInterrupted
 from januslens.v1 import gradient_lens_pb2
 
 GradientEvent = GradientHeader | Matrix | GradientSummary

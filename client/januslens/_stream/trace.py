@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from januslens._errors import TraceInterrupted
 from januslens._results.trace import Trace
 from januslens._results.trace_events import LayerGraph, TraceHeader, TraceSummary
 from januslens._stream.assembler import Assembler
+from januslens.errors import TraceInterrupted
 from januslens.v1 import trace_pb2
 
 TraceEvent = TraceHeader | LayerGraph | TraceSummary

@@ -36,7 +36,7 @@ def preview_edit(
     Raises:
         TypeError: An argument has a type that no request can hold.
         ValueError: An argument has a value that no server could accept.
-        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+        JanuslensError: The call failed; see `januslens.errors` for the kinds.
     """
     request = edits_pb2.PreviewEditRequest(
         model=model,

@@ -9,6 +9,7 @@ from januslens._requests.inputs import (
     Prompt,
     TargetLike,
     count,
+    finite_number,
     input_message,
     layer_numbers,
     optional_count,
@@ -78,7 +79,7 @@ def gradient_lens(  # noqa: PLR0913 - by keyword
         TypeError: An argument has a type that no request can hold.
         ValueError: An argument has a value that no server could accept.
         GradientInterrupted: The stream was cut; its `partial` is the gradient so far.
-        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+        JanuslensError: The call failed; see `januslens.errors` for the kinds.
     """
     request = gradient_lens_pb2.GradientLensRequest(
         model=model,
@@ -92,7 +93,9 @@ def gradient_lens(  # noqa: PLR0913 - by keyword
         components=optional_count(components, "components"),
         spectrum_rank=count(spectrum, "spectrum"),
         neurons=count(neurons, "neurons"),
-        learning_rate=learning_rate,
+        learning_rate=None
+        if learning_rate is None
+        else finite_number(learning_rate, "learning_rate"),
         subject=None if subject is None else _subject(subject),
         include_factors=factors,
         verify=verify,

@@ -15,7 +15,7 @@ def list_models(*, timeout: float | None = None) -> Exchange[Models]:
         timeout: Seconds to wait.
 
     Raises:
-        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+        JanuslensError: The call failed; see `januslens.errors` for the kinds.
     """
     models = Models()
     page_token = ""
@@ -40,7 +40,7 @@ def tokenize(
         timeout: Seconds to wait.
 
     Raises:
-        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+        JanuslensError: The call failed; see `januslens.errors` for the kinds.
     """
     request = models_pb2.TokenizeRequest(model=model, text=text, with_special_tokens=special_tokens)
     response: models_pb2.TokenizeResponse = yield UnaryCall("Tokenize", request, timeout)

@@ -45,7 +45,7 @@ def find_neurons(
     Raises:
         TypeError: An argument has a type that no request can hold.
         ValueError: An argument has a value that no server could accept.
-        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+        JanuslensError: The call failed; see `januslens.errors` for the kinds.
     """
     wanted = optional_count(limit, "limit")
     if wanted == 0:

@@ -47,7 +47,7 @@ def trace_overview(
 
     Raises:
         StreamInterrupted: The stream ended early; its `partial` is the trace so far.
-        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+        JanuslensError: The call failed; see `januslens.errors` for the kinds.
     """
     layers, positions = len(trace.header.layers), len(trace.prompt_tokens)
     targets = {target.target.id for target in trace.targets}

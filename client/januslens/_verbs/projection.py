@@ -41,7 +41,7 @@ def project(
     Raises:
         TypeError: The vectors are not real numbers.
         ValueError: They have another shape, or an argument is impossible.
-        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+        JanuslensError: The call failed; see `januslens.errors` for the kinds.
     """
     rows = np.asarray(vectors)
     if rows.ndim not in (1, 2) or rows.size == 0:

@@ -75,7 +75,7 @@ def trace(  # noqa: PLR0913 - by keyword
         TypeError: An argument has a type that no request can hold.
         ValueError: An argument has a value that no server could accept.
         TraceInterrupted: The stream was cut; its `partial` is the trace so far.
-        JanuslensError: The call failed; see `januslens._errors` for the kinds.
+        JanuslensError: The call failed; see `januslens.errors` for the kinds.
     """
     numbers, all_positions = position_numbers(positions)
     request = trace_pb2.TraceRequest(

@@ -16,7 +16,7 @@ from januslens._results.matrices import Matrix
 from januslens._stream.gradient import GradientEvent
 from januslens.cli.estimate import estimate_option, show_estimate
 from januslens.cli.pages import not_both, page_option, write_page
-from januslens.cli.parameters import COUNT, LENS, layer_list, matrix_list
+from januslens.cli.parameters import COUNT, LENS, Number, layer_list, matrix_list
 from januslens.cli.session import model_option, usage_errors, with_client
 from januslens.cli.show.console import Steps, console, steps
 from januslens.cli.show.gradient import show_gradient
@@ -37,7 +37,7 @@ from januslens.cli.show.preview import preview_section
 @click.option(
     "--lr",
     "learning_rate",
-    type=float,
+    type=Number(),
     help="The step's learning rate, for --neurons and --preview.",
 )
 @click.option("--spectrum", type=COUNT, default=0, metavar="N", help="How many singular values.")
@@ -47,7 +47,7 @@ from januslens.cli.show.preview import preview_section
 @click.option("--lens", type=LENS, default="final_norm", show_default=True)
 @click.option("--preview", is_flag=True, help="What a step of --lr on these matrices would do.")
 @click.option("--shift", type=COUNT, metavar="LAYER", help="What the forward-pass shift would do.")
-@click.option("--eta", type=float, default=0.24, show_default=True, help="Strength of --shift.")
+@click.option("--eta", type=Number(), default=0.24, show_default=True, help="Strength of --shift.")
 @click.option("--probe", "probes", multiple=True, metavar="PROMPT", help="Watch it as well.")
 @click.option("--verify", is_flag=True, help="Compare with autograd's dense gradient.")
 @page_option

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from januslens._errors import JanuslensError
+from januslens.errors import JanuslensError
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -11,6 +12,26 @@ from januslens._results.kinds import Lens, MatrixKind
 
 COUNT = click.IntRange(min=0)
 LENS = click.Choice([lens.lower() for lens in Lens if lens is not Lens.UNSPECIFIED])
+
+
+class Number(click.types.FloatParamType):
+    """A number of at least `minimum`: never NaN, and infinite only where that is allowed."""
+
+    def __init__(self, minimum: float | None = None, *, infinite: bool = False) -> None:
+        self._minimum = minimum
+        self._infinite = infinite
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The value as a float."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number) or (math.isinf(number) and not self._infinite):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        if self._minimum is not None and number < self._minimum:
+            self.fail(f"{value!r} is less than {self._minimum:g}.", param, ctx)
+        return number
+
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 

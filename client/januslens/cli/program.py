@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import click
 
-from januslens._errors import JanuslensError, Unavailable
 from januslens.cli.gradient import gradient
 from januslens.cli.models import models
 from januslens.cli.neurons import neurons
@@ -15,6 +14,7 @@ from januslens.cli.project import project
 from januslens.cli.tokenize import tokenize
 from januslens.cli.trace import trace
 from januslens.cli.ui import ui
+from januslens.errors import JanuslensError, Unavailable
 
 FAILED = 1
 WRONG_USAGE = 2

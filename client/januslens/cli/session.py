@@ -14,6 +14,7 @@ from januslens._client import Client
 from januslens._connection import DEFAULT_ADDRESS
 from januslens._results.json_lines import json_line
 from januslens.cli.interrupt import interruptible
+from januslens.cli.parameters import Number
 
 P = ParamSpec("P")
 
@@ -51,7 +52,11 @@ _CONNECTION_OPTIONS = (
     click.option("--client-certificate", type=_FILE, help="PEM file that shows who asks."),
     click.option("--client-key", type=_FILE, help="PEM file with the certificate's private key."),
     click.option("--resume", is_flag=True, help="Ask another replica for the rest of a cut call."),
-    click.option("--timeout", type=click.FloatRange(min=0.001), help="Seconds to wait at most."),
+    click.option(
+        "--timeout",
+        type=Number(0.001, infinite=True),
+        help="Maximum seconds to wait; default: no limit.",
+    ),
 )
 
 _json_option = click.option(

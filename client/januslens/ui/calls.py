@@ -18,9 +18,9 @@ from google.protobuf.message_factory import GetMessageClass
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from januslens._errors import JanuslensError
 from januslens._results.json_lines import json_line
 from januslens._verbs import trace_overview
+from januslens.errors import JanuslensError
 from januslens.ui.gateway import Gateway
 from januslens.ui.recorded import trace_so_far
 from januslens.v1 import service_pb2

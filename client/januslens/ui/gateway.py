@@ -9,12 +9,12 @@ from google.protobuf.message import Message
 
 from januslens._aio import AsyncClient
 from januslens._aio_event_stream import AsyncEventStream
-from januslens._errors import StreamInterrupted
 from januslens._stream.assembler import Assembler
 from januslens._stream.gradient_splice import GradientSplice
 from januslens._stream.splice import Splice
 from januslens._stream.trace_splice import TraceSplice
 from januslens._verbs.calls import StreamCall, UnaryCall
+from januslens.errors import StreamInterrupted
 
 # What joins the rest of a stream that was cut to its beginning, by method.
 _SPLICES: dict[str, Callable[[Any], Splice[Any, Any]]] = {

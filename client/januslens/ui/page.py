@@ -10,8 +10,8 @@ from google.protobuf.json_format import Parse, ParseError
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 
-from januslens._errors import JanuslensError
 from januslens._results.edits import EditPreview
+from januslens.errors import JanuslensError
 from januslens.ui.recorded import gradient_so_far, trace_so_far
 from januslens.v1 import edits_pb2
 from januslens.viewer.page import page

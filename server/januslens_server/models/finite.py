@@ -37,8 +37,8 @@ def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
     """
     if not _finite(residual) or bool(logits.isnan().any()):
         raise NotFinite(
-            f"the model's activations overflow {str(logits.dtype).removeprefix('torch.')} on this "
-            "prompt; ask for another prompt, or have the model served with --data-type float32"
+            "the model's activations are infinite or NaN on this prompt; use another prompt"
+            + _advice(logits.dtype)
         )
 
 
@@ -47,9 +47,17 @@ def check_gradients(vjps: Iterable[torch.Tensor]) -> None:
     for vjp in vjps:
         if not _finite(vjp):
             raise NotFinite(
-                f"the gradients of this loss overflow {str(vjp.dtype).removeprefix('torch.')}; "
-                "ask for another loss, or have the model served with --data-type float32"
+                "the gradients of this loss are infinite or NaN; use another loss"
+                + _advice(vjp.dtype)
             )
+
+
+def _advice(data_type: torch.dtype) -> str:
+    """What helps a model that is served in half precision."""
+    if data_type in (torch.float16, torch.bfloat16):
+        name = str(data_type).removeprefix("torch.")
+        return f", or serve the model with --data-type float32 instead of {name}"
+    return ""
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
@@ -94,7 +96,8 @@ class Call:
         """Send the initial metadata, once; clients do not repeat the call after that."""
         if not self._headers_sent:
             self._headers_sent = True
-            await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
+            with _broken_connection_cancels():
+                await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
 
     async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(*self._labels).inc()
@@ -132,7 +135,9 @@ class Call:
             trailers.append((REQUEST_ID_KEY, self.request_id))
             if isinstance(error, TryLater):
                 trailers.append((PUSHBACK_KEY, str(milliseconds(error.retry_after))))
-        await self.context.abort(status.code, status.details, trailing_metadata=tuple(trailers))
+        with _broken_connection_cancels():
+            trailing = tuple(trailers)
+            await self.context.abort(status.code, status.details, trailing_metadata=trailing)
 
     def _end(self, code: grpc.StatusCode) -> None:
         seconds = time.perf_counter() - self.started
@@ -191,6 +196,19 @@ def address_of(context: Context) -> str:
         host = address.rpartition(":")[0].replace("%5B", "[").replace("%5D", "]")
         return host.strip("[]")
     return transport or UNKNOWN
+
+
+@contextmanager
+def _broken_connection_cancels() -> Iterator[None]:
+    """End the handler as cancelled where there is no connection left to write to.
+
+    gRPC raises an error of its own for a write to a caller that has gone, and would log it with a
+    traceback if it left the handler.
+    """
+    try:
+        yield
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError("the connection to the caller broke") from error
 
 
 def _request_id(context: Context) -> str:

@@ -16,9 +16,9 @@ from januslens.cli.show.heading import labelled
 
 _UNRANKED = 2**32
 _STEPS = {
-    NodeKind.BLOCK_INPUT: "the embedding",
+    NodeKind.BLOCK_INPUT: "input",
     NodeKind.RESIDUAL_MID: "attention",
-    NodeKind.BLOCK_OUTPUT: "the MLP",
+    NodeKind.BLOCK_OUTPUT: "MLP",
 }
 
 
@@ -60,10 +60,10 @@ def _emergence(trace: Trace, target: PositionTarget) -> str:
     if below and below[-1] == len(residuals) - 1:
         best = min(residuals, key=_rank)
         return (
-            f"it comes to rank {_rank(best)} after {_step(best)} at best, and to "
-            f"{_rank(residuals[-1])} in the end"
+            f"best rank {_rank(best)} after {_step(trace, best)}; final rank {_rank(residuals[-1])}"
         )
-    return f"on top for good after {_step(residuals[below[-1] + 1 if below else 0])}"
+    first = residuals[below[-1] + 1 if below else 0]
+    return f"ranked first from {_step(trace, first)} onwards"
 
 
 def _rank(node: Node) -> int:
@@ -71,10 +71,13 @@ def _rank(node: Node) -> int:
     return _UNRANKED if rank is None else rank
 
 
-def _step(node: Node) -> str:
-    where = "" if node.layer is None else f"layer {node.layer}'s "
-    step = _STEPS[node.kind]
-    return f"{where}{step.removeprefix('the ')}" if where else step
+def _step(trace: Trace, node: Node) -> str:
+    """`layer 3's attention`; a layer without a residual between its parts is named as a whole."""
+    if node.layer is None:
+        return "the embedding"
+    mids = trace.nodes_of(NodeKind.RESIDUAL_MID, node.position)
+    whole = node.kind is NodeKind.BLOCK_OUTPUT and node.layer not in {mid.layer for mid in mids}
+    return f"layer {node.layer}'s {'attention and MLP' if whole else _STEPS[node.kind]}"
 
 
 def _sentence(trace: Trace, name: str, part: Part) -> str:

@@ -1,0 +1,36 @@
+"""Sentences about a trace, from streams made by hand."""
+
+from __future__ import annotations
+
+from januslens._stream.trace import TraceAssembler
+from januslens.cli.show.console import console
+from januslens.cli.show.story import story
+from tests.client import messages
+from tests.client.messages import trace_stream
+
+
+def told(*hidden: str) -> str:
+    """The sentences about the trace, without the nodes of some kinds."""
+    layer = messages.layer()
+    kept = [node for node in layer.nodes if not node.id.endswith(hidden)]
+    ids = {node.id for node in kept}
+    edges = [edge for edge in layer.edges if {edge.source, edge.target} <= ids]
+    del layer.nodes[:], layer.edges[:]
+    layer.nodes.extend(kept)
+    layer.edges.extend(edges)
+    assembler = TraceAssembler()
+    for response in trace_stream(messages.trace_header(), layer, messages.trace_summary()):
+        assembler.feed(response)
+    trace = assembler.result()
+    out = console()
+    with out.capture() as captured:
+        out.print(story(trace, trace.target()))
+    return captured.get()
+
+
+def test_a_layer_with_a_residual_in_between_is_named_by_its_part() -> None:
+    assert "ranked first from layer 0's MLP onwards" in told()
+
+
+def test_a_parallel_layer_is_named_by_both_parts() -> None:
+    assert "ranked first from layer 0's attention and MLP onwards" in told("RESIDUAL_MID")
