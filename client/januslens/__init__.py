@@ -17,6 +17,7 @@ from januslens._event_stream import EventStream
 from januslens._notebook.frame import PageFrame
 from januslens._recorded import read_gradient, read_trace
 from januslens._requests.edits import DescentStep, ForwardShift, Probe
+from januslens._requests.inputs import Text
 from januslens._requests.losses import KlDivergence, LogitDifference, NegativeLogLikelihood
 from januslens._results.components import Component, Entry
 from januslens._results.cost import CostEstimate
@@ -150,6 +151,7 @@ __all__ = [
     "StageTime",
     "StreamInterrupted",
     "Tensor",
+    "Text",
     "Token",
     "TokenScore",
     "Tokens",

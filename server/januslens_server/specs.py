@@ -43,6 +43,21 @@ class Selection:
     bottom_neurons: int = 7
 
 
+@dataclass(frozen=True)
+class Text:
+    """A prompt as text, with the tokenizer's special tokens before it or without.
+
+    `literal` reads its characters as characters, even where they spell a control token.
+    """
+
+    text: str
+    add_special_tokens: bool = True
+    literal: bool = False
+
+
+# A prompt; a plain string stands for `Text(string)`.
+Prompt = str | Text | tuple[int, ...]
+# A target: literal text or token ids.
 TextOrIds = str | tuple[int, ...]
 
 
@@ -50,7 +65,7 @@ TextOrIds = str | tuple[int, ...]
 class TraceSpec:
     """One Trace request. Empty `layers` are all; empty `positions` are the last one."""
 
-    prompt: TextOrIds
+    prompt: Prompt
     target: TextOrIds | None = None
     layers: tuple[int, ...] = ()
     positions: tuple[int, ...] = ()
@@ -134,7 +149,7 @@ class Probe:
     """A further prompt to look at; without a target it watches the edit's."""
 
     label: str
-    prompt: TextOrIds
+    prompt: Prompt
     target: TextOrIds | None
 
 
@@ -142,7 +157,7 @@ class Probe:
 class PreviewEditSpec:
     """One PreviewEdit request."""
 
-    prompt: TextOrIds
+    prompt: Prompt
     target: TextOrIds
     edit: DescentStep | ForwardShift
     probes: tuple[Probe, ...] = ()
@@ -160,7 +175,7 @@ class Span:
 class GradientLensSpec:
     """One GradientLens request. Empty `layers` are all; empty `matrices` are FF1 and FF2."""
 
-    prompt: TextOrIds
+    prompt: Prompt
     loss: LossSpec
     matrices: tuple[MatrixKind, ...] = ()
     layers: tuple[int, ...] = ()

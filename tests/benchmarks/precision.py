@@ -61,8 +61,8 @@ def gradients(model: ResidentModel) -> Iterator[tuple[torch.Tensor, torch.Tensor
     """Each matrix's dense gradient and VJPs, in the order of questions and matrices."""
     layers = range(model.view.facts.n_layers)
     for prompt, target in QUESTIONS:
-        ids = [token.id for token in model.vocabulary.encode(prompt, with_special_tokens=True)]
-        (chosen,) = model.vocabulary.encode(target, with_special_tokens=False)
+        ids = [token.id for token in model.vocabulary.encode_prompt(prompt)]
+        (chosen,) = model.vocabulary.encode_continuation(target)
         keys = [(layer, kind) for layer in layers for kind in KINDS]
         loss = negative_log_likelihood([chosen.id])
         for factors in backward(model, ids, loss, keys, lambda: None).factors.values():

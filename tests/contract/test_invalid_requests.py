@@ -260,9 +260,10 @@ def test_a_target_of_several_tokens_is_refused_with_their_list(channel: grpc.Cha
 @pytest.mark.parametrize("word", [" Paris", " Zürich", "鷗"])
 def test_a_refusal_that_quotes_megabytes_still_arrives(channel: grpc.Channel, word: str) -> None:
     """Clients drop a status whose metadata exceeds their limit, and with it what went wrong."""
-    refusal = refused(channel, "Trace", trace(target=Target(text=word * 5_000)))
+    subject = gradient_lens_pb2.Subject(text=word * 5_000)
+    refusal = refused(channel, "GradientLens", gradient(subject=subject))
     assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
-    assert refusal.fields == ["target"]
+    assert refusal.fields == ["subject.text"]
     assert refusal.text.endswith(" ...")
     longest = word * (256 // len(word.encode()))
     refusal = refused(channel, "Tokenize", models_pb2.TokenizeRequest(model=longest))

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from januslens_server.errors import InvalidRequest, ModelFailed
 from januslens_server.models.loading import ModelSource, load, read_tokenizer
-from januslens_server.models.tokens import Vocabulary
+from januslens_server.models.tokens import TooManyTokens, Vocabulary, _refuse_long
 from januslens_server.pipelines.inputs import read_prompt, read_single_target
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import TraceSummary
@@ -65,7 +65,8 @@ KINDS = spacing_kinds()
 
 
 def texts(vocabulary: Vocabulary, text: str, as_prompt: bool) -> list[str]:
-    return [token.text for token in vocabulary.encode(text, with_special_tokens=as_prompt)]
+    encode = vocabulary.encode_prompt if as_prompt else vocabulary.encode_continuation
+    return [token.text for token in encode(text)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,14 +100,13 @@ def test_a_prompt_is_tokenized_as_its_model_was_trained() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_that_a_text_spells_out_stay(kind: str) -> None:
-    prompt = KINDS[kind].encode("Japan</s>", with_special_tokens=True)
+    prompt = KINDS[kind].encode_prompt("Japan</s>")
     assert (prompt[-1].text, prompt[-1].start, prompt[-1].end) == ("</s>", 5, 9)
-    assert texts(KINDS[kind], "</s>", as_prompt=False) == ["</s>"]
 
 
 def test_a_byte_that_is_no_text_keeps_its_byte() -> None:
     for kind in ("first", "byte-level"):
-        *_, first, second, third = KINDS[kind].encode(" \u20ac", with_special_tokens=False)
+        *_, first, second, third = KINDS[kind].encode_continuation(" \u20ac")
         assert [t.raw for t in (first, second, third)] == [b"\xe2", b"\x82", b"\xac"]
         assert [t.text for t in (first, second, third)] == ["\ufffd"] * 3
         assert {(t.start, t.end) for t in (first, second, third)} == {(1, 2)}
@@ -124,7 +124,7 @@ def test_spans_are_characters_of_the_prompt_as_it_came(
 ) -> None:
     tokenizer = byte_level(False, SPACED)
     tokenizer.normalizer = normalizers.NFKC()
-    tokens = vocabulary(tokenizer).encode(prompt, with_special_tokens=True)[1:]
+    tokens = vocabulary(tokenizer).encode_prompt(prompt)[1:]
     assert [(token.start, token.end) for token in tokens] == spans
 
 
@@ -150,8 +150,84 @@ def test_added_tokens_are_what_they_spell() -> None:
         kind.add_tokens([AddedToken("<think>", normalized=False)])
         kind.add_special_tokens(["<|caf\u00e9|>"])
         own = vocabulary(kind)
-        shown = texts(own, "Tokyo<think><|caf\u00e9|>", as_prompt=False)
-        assert shown == ["Tokyo", "<think>", "<|caf\u00e9|>"]
+        shown = texts(own, "Tokyo<think><|caf\u00e9|>", as_prompt=True)
+        assert [text.strip() for text in shown[1:]] == ["Tokyo", "<think>", "<|caf\u00e9|>"]
+
+
+# Every kind of tokenizer, those included whose model holds control tokens as ordinary pieces.
+LITERAL_KINDS = {
+    **KINDS,
+    "word pieces": vocabulary(word_piece(["[INST]", "<s>", "japan"])),
+    "words": vocabulary(bare([*WORDS, "<s>", "[INST]"])),
+}
+
+
+@pytest.mark.parametrize("kind", LITERAL_KINDS)
+@pytest.mark.parametrize("text", ["</s>", "<s>Japan", "Japan<s></s>", "a <s> <s>", "<0x41>"])
+def test_literal_text_never_becomes_a_control_token(kind: str, text: str) -> None:
+    own = LITERAL_KINDS[kind]
+    control = {own._prompts.token_to_id(name) for name in ("<s>", "</s>", "<0x41>")}
+    for tokens in (
+        own.encode_continuation(text),
+        own.encode_prompt(text, literal=True, add_special_tokens=False),
+        own.encode_prompt(text, literal=True)[1:],
+    ):
+        assert not {token.id for token in tokens} & control
+        covered = {i for token in tokens for i in range(token.start or 0, token.end or 0)}
+        assert covered >= {i for i, char in enumerate(text) if char != " "}
+
+
+def test_literal_text_reads_undeclared_markup_as_characters_and_keeps_other_added_words() -> None:
+    for kind in (byte_level(False, SPACED), sentencepiece("first", MARKED)):
+        kind.add_tokens([AddedToken("<think>", normalized=False), AddedToken("    ")])
+        own = vocabulary(kind)
+        think, spaces = (kind.token_to_id(text) for text in ("<think>", "    "))
+        ids = [token.id for token in own.encode_continuation("<think>    ")]
+        assert think not in ids
+        assert ids[-1] == spaces
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(kind: str) -> None:
+    spelled = KINDS[kind].encode_prompt("<s>Japan")
+    assert [token.text for token in spelled].count("<s>") == 1
+    assert (spelled[0].text, spelled[0].start, spelled[0].end) == ("<s>", 0, 3)
+    added = KINDS[kind].encode_prompt("Japan")
+    assert (added[0].text, added[0].start, added[0].end) == ("<s>", 0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_special_tokens_a_prompt_has_only_its_own(kind: str) -> None:
+    whole = KINDS[kind].encode_prompt("Japan is")
+    assert KINDS[kind].encode_prompt("Japan is", add_special_tokens=False) == whole[1:]
+    (bos,) = KINDS[kind].encode_prompt("<s>", add_special_tokens=False)
+    assert bos.text == "<s>"
+
+
+def test_a_long_text_is_refused_after_its_first_part() -> None:
+    class Counting:
+        """A tokenizer that records the lengths of the texts it was given."""
+
+        def __init__(self, tokenizer: Tokenizer) -> None:
+            self.lengths: list[int] = []
+            self._tokenizer = tokenizer
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._tokenizer, name)
+
+        def encode_batch(self, texts: list[str], **options: bool) -> object:
+            self.lengths += map(len, texts)
+            return self._tokenizer.encode_batch(texts, **options)
+
+    own = KINDS["byte-level"]
+    counting = Counting(own._prompts)
+    with pytest.raises(TooManyTokens):
+        _refuse_long(counting, "Tokyo " * 200_000, 96)  # type: ignore[arg-type]
+    assert max(counting.lengths) <= 16_384
+    for encode in (own.encode_prompt, own.encode_continuation):
+        with pytest.raises(TooManyTokens):
+            encode(" Tokyo" * 100, at_most=99)
+        assert len(encode(" Tokyo" * 20_000, at_most=20_001)) >= 20_000
 
 
 def test_ids_beyond_the_tokenizers_own_are_empty() -> None:
@@ -209,7 +285,7 @@ def test_models_are_never_passed_segments(tmp_path: Path) -> None:
     *_, summary = trace(model, TraceSpec("Tokyo is", include_checks=True), lambda: None)
     assert isinstance(summary, TraceSummary)
     assert all(check.held for check in summary.checks)
-    ids = [t.id for t in model.vocabulary.encode("Tokyo is", with_special_tokens=True)]
+    ids = [t.id for t in model.vocabulary.encode_prompt("Tokyo is")]
     *_, same = trace(model, TraceSpec(tuple(ids), include_checks=True), lambda: None)
     assert isinstance(same, TraceSummary)
     assert same.checks == summary.checks
@@ -280,7 +356,7 @@ def test_ids_are_those_of_tokenizer_json(
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     own = load(ModelSource("model", str(folder))).vocabulary
     for text in SAMPLES:
-        found = [token.id for token in own.encode(text, with_special_tokens=True)]
+        found = [token.id for token in own.encode_prompt(text)]
         assert found == stored.encode(text).ids, text
 
 
@@ -302,7 +378,7 @@ def test_tokens_that_only_the_configuration_lists_are_added(folder: Path) -> Non
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(described))
     own = load(ModelSource("model", str(folder))).vocabulary
-    assert [t.id for t in own.encode("<think>", with_special_tokens=False)] == [size]
+    assert [t.id for t in own.encode_prompt("<think>", add_special_tokens=False)] == [size]
     described["added_tokens_decoder"] = {str(size + 5): {"content": "<think>", "special": True}}
     path.write_text(json.dumps(described))
     with pytest.raises(ModelFailed, match=f"'<think>' the id {size + 5}, .* gives it {size}"):

@@ -3,13 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
 from januslens.v1 import common_pb2
 
-Prompt = str | Sequence[int]
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt as text, with control over special and control tokens.
+
+    Pass it wherever a prompt is taken: `client.trace(Text("<|user|>Hi", literal=True))`. A plain
+    string is `Text(string)`.
+
+    Attributes:
+        text: The prompt.
+        special_tokens: Add the tokens that the tokenizer puts before a text (a BOS token, for
+            example), unless the text begins with them.
+        literal: Read the characters as characters, even where they spell a control token.
+    """
+
+    text: str
+    special_tokens: bool = True
+    literal: bool = False
+
+
+Prompt = str | Text | Sequence[int]
 TargetLike = str | int | Sequence[int]
 Layers = int | slice | Iterable[int]
 Positions = int | Iterable[int] | Literal["all"]
@@ -28,6 +49,12 @@ def input_message(prompt: Prompt) -> common_pb2.Input:
     """
     if isinstance(prompt, str):  # an empty one may still get a special token from the tokenizer
         return common_pb2.Input(prompt=prompt)
+    if isinstance(prompt, Text):
+        return common_pb2.Input(
+            prompt=prompt.text,
+            add_special_tokens=None if prompt.special_tokens else False,
+            literal=prompt.literal,
+        )
     return common_pb2.Input(token_ids=token_ids(prompt, "the prompt"))
 
 

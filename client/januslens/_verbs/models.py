@@ -29,19 +29,28 @@ def list_models(*, timeout: float | None = None) -> Exchange[Models]:
 
 
 def tokenize(
-    text: str, *, special_tokens: bool = False, model: str = "", timeout: float | None = None
+    text: str,
+    *,
+    special_tokens: bool = False,
+    literal: bool = False,
+    model: str = "",
+    timeout: float | None = None,
 ) -> Exchange[Tokens]:
     """The tokens of a text as a model reads it, with the characters that each one covers.
 
     Args:
         text: What to tokenize.
-        special_tokens: Add those that the tokenizer adds to a prompt.
+        special_tokens: Read it as a prompt, with the tokenizer's special tokens; otherwise it is
+            read as a target: literal, its spaces its own.
+        literal: Read a prompt's characters as characters, even where they spell a control token.
         model: Its name; empty = the only one resident.
         timeout: Seconds to wait.
 
     Raises:
         JanuslensError: The call failed; see `januslens.errors` for the kinds.
     """
-    request = models_pb2.TokenizeRequest(model=model, text=text, with_special_tokens=special_tokens)
+    request = models_pb2.TokenizeRequest(
+        model=model, text=text, with_special_tokens=special_tokens, literal=literal
+    )
     response: models_pb2.TokenizeResponse = yield UnaryCall("Tokenize", request, timeout)
     return Tokens(Token.from_message(token) for token in response.tokens)

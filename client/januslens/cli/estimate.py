@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from januslens._requests.inputs import Text
 from januslens._results.cost import CostEstimate
 from januslens.cli.session import usage_errors
 from januslens.cli.show.console import console
@@ -18,7 +19,7 @@ estimate_option = click.option(
 
 
 def show_estimate(
-    ask: Callable[..., CostEstimate], as_json: bool, prompt: str, asked: Mapping[str, Any]
+    ask: Callable[..., CostEstimate], as_json: bool, prompt: Text, asked: Mapping[str, Any]
 ) -> None:
     """Ask with the options that are named as the verb's arguments, and print the answer."""
     with usage_errors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,22 @@ import click
 
 from januslens._client import Client
 from januslens._event_stream import EventStream
-from januslens._requests.edits import DescentStep, Edit, ForwardShift
+from januslens._requests.edits import DescentStep, Edit, ForwardShift, Probe
+from januslens._requests.inputs import Text
 from januslens._results.edits import EditPreview
 from januslens._results.gradient import Gradient
 from januslens._results.matrices import Matrix
 from januslens._stream.gradient import GradientEvent
 from januslens.cli.estimate import estimate_option, show_estimate
 from januslens.cli.pages import not_both, page_option, write_page
-from januslens.cli.parameters import COUNT, LENS, Number, layer_list, matrix_list
+from januslens.cli.parameters import (
+    COUNT,
+    LENS,
+    Number,
+    layer_list,
+    matrix_list,
+    prompt_argument,
+)
 from januslens.cli.session import model_option, usage_errors, with_client
 from januslens.cli.show.console import Steps, console, steps
 from januslens.cli.show.gradient import show_gradient
@@ -24,7 +33,6 @@ from januslens.cli.show.preview import preview_section
 
 
 @click.command()
-@click.argument("prompt")
 @click.option("--target", required=True, help="What to learn; a leading space counts.")
 @click.option("--layers", callback=layer_list, help="E.g. 0-3,7; default: all.")
 @click.option("--matrices", callback=matrix_list, help="E.g. q,k,v,o; default: ff1,ff2.")
@@ -53,12 +61,13 @@ from januslens.cli.show.preview import preview_section
 @page_option
 @estimate_option
 @with_client
+@prompt_argument
 def gradient(  # noqa: PLR0913 - an option each
     client: Client,
     as_json: bool,
     /,
     *,
-    prompt: str,
+    prompt: Text,
     rows: int,
     preview: bool,
     shift: int | None,
@@ -85,10 +94,11 @@ def gradient(  # noqa: PLR0913 - an option each
         result = _followed(stream, progress)
     if not as_json:
         show_gradient(result, console(), rows)
+    watched = [Probe(replace(prompt, text=probe), label=probe) for probe in probes]
     previews: dict[str, EditPreview] = {}
     for title, edit in edits.items():
         previews[title] = client.preview_edit(
-            prompt, asked["target"], edit, probes=probes, model=asked["model"]
+            prompt, asked["target"], edit, probes=watched, model=asked["model"]
         )
         if not as_json:
             console().print(preview_section(previews[title], title))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any, Literal
 
 import click
 
+from januslens._requests.inputs import Text
 from januslens._results.kinds import Lens, MatrixKind
 
 COUNT = click.IntRange(min=0)
@@ -34,6 +37,25 @@ class Number(click.types.FloatParamType):
 
 
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def prompt_argument(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the argument PROMPT and the options that say how to tokenize it."""
+
+    @functools.wraps(command)
+    def run(*args: Any, prompt: str, no_special_tokens: bool, literal: bool, **kwargs: Any) -> None:
+        command(*args, prompt=Text(prompt, not no_special_tokens, literal), **kwargs)
+
+    decorated: Callable[..., None] = run
+    for option in (
+        click.option("--literal", is_flag=True, help="Read control tokens in PROMPT as text."),
+        click.option(
+            "--no-special-tokens", is_flag=True, help="Add no special tokens, such as BOS."
+        ),
+        click.argument("prompt"),
+    ):
+        decorated = option(decorated)
+    return decorated
 
 
 def layer_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:

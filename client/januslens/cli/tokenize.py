@@ -12,13 +12,16 @@ from januslens.cli.show.console import console, table
 
 @click.command()
 @click.argument("text")
-@click.option("--special-tokens", is_flag=True, help="Add those that a prompt gets.")
+@click.option("--special-tokens", is_flag=True, help="Read TEXT as a prompt, not as a target.")
+@click.option("--literal", is_flag=True, help="Read control tokens in a prompt as text.")
 @model_option
 @with_client
-def tokenize(client: Client, as_json: bool, text: str, special_tokens: bool, model: str) -> None:
+def tokenize(
+    client: Client, as_json: bool, /, *, text: str, special_tokens: bool, literal: bool, model: str
+) -> None:
     """Show the tokens of TEXT, by position."""
     with usage_errors():
-        tokens = client.tokenize(text, special_tokens=special_tokens, model=model)
+        tokens = client.tokenize(text, special_tokens=special_tokens, literal=literal, model=model)
     if as_json:
         return
     grid = table(">position", ">id", "token", "bytes", ">characters")

@@ -9,19 +9,19 @@ import click
 
 from januslens._client import Client
 from januslens._event_stream import EventStream
+from januslens._requests.inputs import Text
 from januslens._results.trace import Trace
 from januslens._results.trace_events import LayerGraph, TraceHeader
 from januslens._stream.trace import TraceEvent
 from januslens.cli.estimate import estimate_option, show_estimate
 from januslens.cli.pages import not_both, page_option, write_page
-from januslens.cli.parameters import COUNT, LENS, layer_list, position_list
+from januslens.cli.parameters import COUNT, LENS, layer_list, position_list, prompt_argument
 from januslens.cli.session import model_option, usage_errors, with_client
 from januslens.cli.show.console import Steps, console, steps
 from januslens.cli.show.trace import show_trace
 
 
 @click.command()
-@click.argument("prompt")
 @click.option("--target", help="Token to look for, a leading space counts; default: the model's.")
 @click.option("--layers", callback=layer_list, help="E.g. 0-3,7; default: all.")
 @click.option("--positions", callback=position_list, help="E.g. -1,3 or all; default: the last.")
@@ -40,12 +40,13 @@ from januslens.cli.show.trace import show_trace
 @page_option
 @estimate_option
 @with_client
+@prompt_argument
 def trace(
     client: Client,
     as_json: bool,
     /,
     *,
-    prompt: str,
+    prompt: Text,
     rows: int,
     details: bool,
     html: Path | None,

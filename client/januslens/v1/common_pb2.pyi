@@ -117,9 +117,19 @@ class Input(_message.Message):
 
     PROMPT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """Text, tokenized with the special tokens that the tokenizer puts before a text; one behind it,
-    an end of text, is left out, for the prompt goes on.
+    """Text. The tokenizer's tokens for the end of a text are left out, since the prompt goes on."""
+    add_special_tokens: _builtins.bool
+    """Whether to put the tokenizer's special tokens (a BOS token, for example) before `prompt`;
+    unset = true. They are not added to a text that begins with them. True beside `token_ids` is
+    INVALID_ARGUMENT.
+    """
+    literal: _builtins.bool
+    """True reads the characters of `prompt` as characters, even where they spell a control token such
+    as `<|end|>`; false lets a text name control tokens. True beside `token_ids` is
+    INVALID_ARGUMENT.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -130,13 +140,20 @@ class Input(_message.Message):
         *,
         prompt: _builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
+        add_special_tokens: _builtins.bool | None = ...,
+        literal: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "prompt", b"prompt", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "input", b"input", "prompt", b"prompt", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "prompt", b"prompt", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "input", b"input", "literal", b"literal", "prompt", b"prompt", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___Input: _TypeAlias = Input  # noqa: Y015
@@ -150,7 +167,9 @@ class Target(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Literal text, tokenized without special tokens: " Paris" and "Paris" are different targets."""
+    """Literal text without special tokens: " Paris" and "Paris" are different targets, and a text
+    that spells a control token is read as characters; name control tokens by their ids.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Tokens, taken exactly as they are."""

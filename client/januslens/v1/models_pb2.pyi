@@ -190,22 +190,28 @@ class TokenizeRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     WITH_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only resident one."""
     text: _builtins.str
     """The text; empty is INVALID_ARGUMENT."""
     with_special_tokens: _builtins.bool
-    """True adds the tokenizer's special tokens, as prompts get them; false reads it like a target."""
+    """True reads the text as a prompt, with the tokenizer's special tokens; false reads it as a
+    target: literal, its spaces its own.
+    """
+    literal: _builtins.bool
+    """True reads the characters of a prompt as characters, as `Input.literal` does."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         text: _builtins.str = ...,
         with_special_tokens: _builtins.bool = ...,
+        literal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "text", b"text", "with_special_tokens", b"with_special_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["literal", b"literal", "model", b"model", "text", b"text", "with_special_tokens", b"with_special_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,7 +12,7 @@ BLOCK = 64
 def highest(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and indices `[n, count]` of the largest entries of `rows` `[n, width]`, largest first.
 
-    By value, then by lower index; which of several equal values at the cut enters is open.
+    By value, then by lower index: of equal values at the cut those with the lower indices enter.
     """
     return _extremes(rows, count, largest=True)
 
@@ -25,12 +25,27 @@ def lowest(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _extremes(
     rows: torch.Tensor, count: int, *, largest: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    count = min(count, rows.shape[1])
-    if not 0 < 2 * count * BLOCK <= rows.shape[1]:
-        return _ordered(*rows.topk(count, largest=largest), largest=largest)
-    candidates = _candidates(rows, count, largest=largest)
-    values, where = rows.gather(1, candidates).topk(count, largest=largest)
-    return _ordered(values, candidates.gather(1, where), largest=largest)
+    width = rows.shape[1]
+    if count >= width or not count:
+        return _stable(rows, min(count, width), largest=largest)
+    # One more than asked shows whether equal values stand at the cut.
+    if 2 * (count + 1) * BLOCK <= width:
+        candidates = _candidates(rows, count + 1, largest=largest)
+        values, where = rows.gather(1, candidates).topk(count + 1, largest=largest)
+        ids = candidates.gather(1, where)
+    else:
+        values, ids = rows.topk(count + 1, largest=largest)
+    tied = (values[:, count - 1] == values[:, count]).nonzero()[:, 0]
+    values, ids = _ordered(values[:, :count], ids[:, :count], largest=largest)
+    if len(tied):
+        values[tied], ids[tied] = _stable(rows[tied], count, largest=largest)
+    return values, ids
+
+
+def _stable(rows: torch.Tensor, count: int, *, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """By sorting whole rows, which keeps the order of equal values."""
+    values, ids = rows.sort(dim=1, descending=largest, stable=True)
+    return values[:, :count], ids[:, :count]
 
 
 def _candidates(rows: torch.Tensor, count: int, *, largest: bool) -> torch.Tensor:

@@ -1,62 +1,292 @@
-"""A tokenizer as the service needs it: literal ids, texts that show every byte, spans."""
+"""A model's tokenizer: text to token ids and back, with character spans and exact bytes."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+import json
+import re
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from januslens_server.models.literal import literal_tokenizer
-from januslens_server.models.pieces import Pieces
 from januslens_server.results import Token
 
-# Entries that are kept: 64 k of some 200 bytes.
+# Vocabulary entries kept in memory: 64 Ki of some 200 bytes.
 ENTRIES = 2**16
+
+# A text whose token count is bounded is tokenized in growing prefixes, so that a megabyte is
+# refused after its first part: characters of the first prefix for each allowed token, and at least.
+PREFIX_CHARACTERS = 8
+SHORTEST_PREFIX = 4096
+# How often a prefix must exceed the bound before the whole text is refused unread: text behind a
+# prefix may merge its last tokens, but not halve their number.
+CERTAIN = 2
+
+
+class TooManyTokens(ValueError):
+    """A text has more tokens than the caller allows."""
+
+
+class _Encoded(NamedTuple):
+    """Token ids and the characters `(start, end)` that each covers."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
 
 
 class Vocabulary:
-    """Reads and writes one model's tokens. From call to call it keeps entries that it has read."""
+    """Encodes texts for one model, and decodes its tokens with a cache shared by all requests."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Wrap a fast tokenizer; slow ones cannot give character spans."""
         self._prompts: Tokenizer = tokenizer.backend_tokenizer
         self._prompts.no_truncation()  # folders keep what their training used
         self._prompts.no_padding()
-        self._literal = literal_tokenizer(self._prompts)
-        self._pieces = Pieces(self._prompts)
-        # Every stream names hundreds of them, most of them again and again.
-        self.token = lru_cache(ENTRIES)(self._entry)
+        self._pieces = _Pieces(self._prompts)
+        # Every stream names hundreds of tokens, most of them again and again.
+        self.token = lru_cache(ENTRIES)(self._decode)
 
-    def encode(self, text: str, with_special_tokens: bool) -> list[Token]:
-        """The tokens of `text` with the characters each came from.
+    @cached_property
+    def _literal_prompts(self) -> Tokenizer:
+        return _literal(self._prompts)
 
-        As a prompt's, with the special tokens that the tokenizer puts before a text; those behind
-        it are left out, since a prompt goes on. Without special tokens the text is a literal
-        continuation: its spaces are its own, the tokenizer adds none and takes none away.
+    @cached_property
+    def _continuations(self) -> Tokenizer:
+        continuing = _without_added_spaces(self._prompts)
+        return self._literal_prompts if continuing is self._prompts else _literal(continuing)
+
+    @cached_property
+    def _control(self) -> dict[int, str]:
+        """Control tokens' texts by id."""
+        added = self._prompts.get_added_tokens_decoder()
+        return {i: t.content for i, t in added.items() if _is_control(t.content, t.special)}
+
+    def encode_prompt(
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        literal: bool = False,
+        at_most: int | None = None,
+    ) -> list[Token]:
+        """Tokenize a prompt.
+
+        Args:
+            text: The prompt.
+            add_special_tokens: Add the tokens that the tokenizer puts before a text, a BOS token
+                for example, unless the text itself begins with them. Those that it would put
+                behind the text are always left out, since a prompt goes on.
+            literal: Read the text's characters as characters, even where they spell a control
+                token.
+            at_most: The largest number of tokens.
+
+        Raises:
+            TooManyTokens: There are more than `at_most`.
         """
-        if not with_special_tokens:
-            return self._tokens(self._literal.encode(text, add_special_tokens=False))
-        encoded = self._prompts.encode(text, add_special_tokens=True)
-        tokens = self._tokens(encoded)
-        return tokens[: len(tokens) - _added_behind(encoded)]
+        tokenizer = self._literal_prompts if literal else self._prompts
+        prefix = self._prefix if add_special_tokens else []
+        encoded = self._encode(tokenizer, text, at_most, literal=literal)
+        if prefix and encoded.ids[: len(prefix)] != prefix:
+            spans = [(0, 0)] * len(prefix) + encoded.spans
+            encoded = _Encoded(prefix + encoded.ids, spans)
+        if at_most is not None and len(encoded.ids) > at_most:
+            raise TooManyTokens
+        return self._tokens(encoded)
 
-    def _entry(self, token_id: int) -> Token:
-        """One vocabulary entry, without a place in a text."""
-        return self._token(token_id, None, None)
+    def encode_continuation(self, text: str, *, at_most: int | None = None) -> list[Token]:
+        """Tokenize a text that continues a prompt, a target for example.
 
-    def _tokens(self, encoded: Encoding) -> list[Token]:
+        The text is literal: its spaces are its own, the tokenizer adds none and takes none away,
+        and no characters become a control token. Raises `TooManyTokens` above `at_most`.
+        """
+        return self._tokens(self._encode(self._continuations, text, at_most, literal=True))
+
+    @cached_property
+    def _prefix(self) -> list[int]:
+        """The ids that the tokenizer puts before a text."""
+        encoded = self._prompts.encode("a", add_special_tokens=True)
+        mask: list[int] = encoded.special_tokens_mask
+        return list(encoded.ids[: next((i for i, added in enumerate(mask) if not added), 0)])
+
+    def _encode(
+        self, tokenizer: Tokenizer, text: str, at_most: int | None, *, literal: bool
+    ) -> _Encoded:
+        if at_most is not None:
+            _refuse_long(tokenizer, text, at_most)
+        encoded = _encoded(tokenizer, text)
+        cuts: list[int] = []
+        while literal and (new := self._inside_control_tokens(text, encoded)):
+            cuts = sorted({*cuts, *new})
+            encoded = self._encode_cut(tokenizer, text, cuts)
+        if at_most is not None and len(encoded.ids) > at_most:
+            raise TooManyTokens
+        return encoded
+
+    def _inside_control_tokens(self, text: str, encoded: _Encoded) -> list[int]:
+        """Where to cut a literal text so that none of its tokens is a control token.
+
+        Some models of `tokenizers` (Unigram, WordLevel) hold control tokens among their ordinary
+        pieces, and so find them in a text that spells them. One character cannot be cut.
+        """
+        cuts = []
+        for token_id, (start, end) in zip(*encoded, strict=True):
+            covered = text[start:end].lstrip()
+            if len(covered.rstrip()) > 1 and covered.rstrip() == self._control_text(token_id):
+                cuts.append(end - len(covered) + 1)
+        return cuts
+
+    def _encode_cut(self, tokenizer: Tokenizer, text: str, cuts: list[int]) -> _Encoded:
+        """The parts of a text one by one: what follows a cut is a continuation."""
+        whole = _Encoded([], [])
+        for start, end in pairwise([0, *cuts, len(text)]):
+            part = _encoded(self._continuations if start else tokenizer, text[start:end])
+            whole.ids.extend(part.ids)
+            whole.spans.extend((first + start, last + start) for first, last in part.spans)
+        return whole
+
+    def _control_text(self, token_id: int) -> str | None:
+        """What a text must spell to name this control token or byte; None for other tokens."""
+        if token_id in self._control:
+            return self._control[token_id]
+        piece = self._prompts.id_to_token(token_id)
+        return piece if piece and BYTE.fullmatch(piece) else None
+
+    def _tokens(self, encoded: _Encoded) -> list[Token]:
         return [
-            self._token(token_id, start, end)
-            for token_id, (start, end) in zip(encoded.ids, encoded.offsets, strict=True)
+            self._decode(token_id, start, end)
+            for token_id, (start, end) in zip(*encoded, strict=True)
         ]
 
-    def _token(self, token_id: int, start: int | None, end: int | None) -> Token:
+    def _decode(self, token_id: int, start: int | None = None, end: int | None = None) -> Token:
+        """One vocabulary entry, with its place in a text if it has one."""
         raw = self._pieces.raw(token_id)
         return Token(token_id, raw.decode("utf-8", errors="replace"), raw, start, end)
 
 
-def _added_behind(encoded: Encoding) -> int:
-    """How many tokens the tokenizer has put behind the text; none if there is nothing else."""
-    mask: list[int] = encoded.special_tokens_mask
-    return next((i for i, added in enumerate(reversed(mask)) if not added), 0)
+def _encoded(tokenizer: Tokenizer, text: str) -> _Encoded:
+    """Tokenize without the interpreter's lock, which only a batch releases."""
+    encoding: Encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
+    return _Encoded(list(encoding.ids), list(encoding.offsets))
+
+
+def _refuse_long(tokenizer: Tokenizer, text: str, at_most: int) -> None:
+    """Raise `TooManyTokens` as soon as a part of the text shows it."""
+    length = max(SHORTEST_PREFIX, PREFIX_CHARACTERS * at_most)
+    while length < len(text):
+        encoding = tokenizer.encode_batch([text[:length]], add_special_tokens=False)[0]
+        if len(encoding) > CERTAIN * at_most:
+            raise TooManyTokens
+        length *= 4
+
+
+# ------------------------------------------------------------------------------------------------
+# Variants of a tokenizer, derived from its description in `tokenizer.json`.
+
+# Steps that add or take away a text's outer spaces.
+_SPACING_STEPS = {"Prepend", "Strip"}
+# Before Metaspace, which keeps spaces as marks of pieces, this one would take away all of them.
+_SPLITTING_STEPS = {"WhitespaceSplit"}
+# Control tokens that a tokenizer does not declare special still look like markup: <think>, [INST].
+_MARKUP = re.compile(r"(<.*>|\[.*\]|\{.*\})", re.DOTALL)
+
+
+def _is_control(content: str, special: bool) -> bool:
+    return special or _MARKUP.fullmatch(content) is not None
+
+
+def _literal(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, which reads the texts of control tokens as ordinary text."""
+    described = json.loads(tokenizer.to_str())
+    for added in described["added_tokens"]:
+        added["special"] = _is_control(added["content"], added["special"])
+    literal = Tokenizer.from_str(json.dumps(described))
+    literal.encode_special_tokens = True
+    return literal
+
+
+def _without_added_spaces(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without steps that change a text's outer spaces; itself if it has none.
+
+    Many tokenizers put a space before a text, or strip those that it has, because they were made
+    for whole texts. In a continuation " Tokyo" and "Tokyo" must stay different.
+    """
+    described = json.loads(tokenizer.to_str())
+    splitter = described["pre_tokenizer"]
+    dropped = _SPLITTING_STEPS if "Metaspace" in json.dumps(splitter) else set()
+    changed = described | {
+        "normalizer": _without(described["normalizer"], _SPACING_STEPS, "normalizers"),
+        "pre_tokenizer": _without(splitter, dropped, "pretokenizers"),
+    }
+    return tokenizer if changed == described else Tokenizer.from_str(json.dumps(changed))
+
+
+def _without(step: dict[str, Any] | None, dropped: set[str], parts: str) -> dict[str, Any] | None:
+    """A step, or a sequence of steps, as `tokenizer.json` describes it."""
+    if step is None or step["type"] in dropped:
+        return None
+    if step["type"] == "Sequence":
+        kept = [_without(part, dropped, parts) for part in step[parts]]
+        return step | {parts: [part for part in kept if part is not None]}
+    if step["type"] == "Metaspace":
+        return step | {"prepend_scheme": "never"}
+    if "add_prefix_space" in step:
+        return step | {"add_prefix_space": False}
+    return step
+
+
+# ------------------------------------------------------------------------------------------------
+# The bytes of vocabulary entries.
+
+# One byte of a character that has no token of its own (SentencePiece's byte fallback).
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+# What stands before a piece when it is decoded alone: decoders treat a text's start differently.
+BEFORE = "x"
+
+
+class _Pieces:
+    """Decodes single vocabulary entries to bytes: one may be part of a character and no text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        decoder: dict[str, Any] = json.loads(tokenizer.to_str())["decoder"] or {}
+        added = tokenizer.get_added_tokens_decoder()
+        self._tokenizer = tokenizer
+        self._is_byte_level = "ByteLevel" in json.dumps(decoder)
+        self._suffix = decoder.get("suffix", "") if decoder.get("type") == "BPEDecoder" else ""
+        self._verbatim = {i for i, t in added.items() if t.special or self._is_byte_level}
+
+    def raw(self, token_id: int) -> bytes:
+        """The bytes of one token; empty for ids beyond the tokenizer's own, in a padded head."""
+        piece = self._tokenizer.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if token_id in self._verbatim:
+            return piece.encode()
+        if self._is_byte_level:
+            return b"".join(_BYTES.get(char, char.encode()) for char in piece)
+        if byte := BYTE.fullmatch(piece):
+            return bytes.fromhex(byte.group(1))
+        return self._in_text(piece).encode()
+
+    def _in_text(self, piece: str) -> str:
+        """The piece as the tokenizer's decoder writes it inside a text, with its space if any."""
+        if self._suffix and piece.endswith(self._suffix):  # marks a word's end, which takes a space
+            return piece.removesuffix(self._suffix) + " "
+        decoder = self._tokenizer.decoder
+        text: str = piece if decoder is None else decoder.decode([BEFORE, piece])
+        if text.startswith(BEFORE) and decoder is not None:
+            return text.removeprefix(BEFORE)
+        return piece.replace("\u2581", " ")
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """Byte-level BPE's alphabet: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    other = [byte for byte in range(0x100) if byte not in printable]
+    alphabet = {chr(byte): bytes([byte]) for byte in printable}
+    return alphabet | {chr(0x100 + i): bytes([byte]) for i, byte in enumerate(other)}
+
+
+_BYTES = _byte_alphabet()

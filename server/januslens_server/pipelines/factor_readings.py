@@ -48,7 +48,7 @@ class FactorReader:
         self._model = model
         self._spec = spec
         self._ranked = [*objective.targets, predicted]
-        self._segments = read_segments(spec.subject, objective)
+        self._segments = read_segments(spec.subject, spec.prompt, objective)
         self.segment_rows: list[SegmentRow] = []
 
     def batches(self, factors: Mapping[MatrixKey, Factors]) -> Iterator[list[MatrixKey]]:

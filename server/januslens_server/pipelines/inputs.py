@@ -6,47 +6,69 @@ from collections.abc import Iterable, Sequence
 
 from januslens_server.errors import InvalidRequest
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.tokens import TooManyTokens
 from januslens_server.results import Token
-from januslens_server.specs import TextOrIds
+from januslens_server.specs import Prompt, Text, TextOrIds
 
 # Tokens that an error lists; more would not fit into a status.
 LISTED = 20
 
 
 def read_prompt(
-    model: ResidentModel, prompt: TextOrIds, room: int = 0, field: str = "input"
+    model: ResidentModel, prompt: Prompt, room: int = 0, field: str = "input"
 ) -> list[Token]:
     """The prompt's tokens: a text gets the tokenizer's special tokens, ids are taken as they are.
 
     Raises `InvalidRequest` if it is empty, names ids outside the vocabulary, or does not leave
     `room` positions of the model's context free.
     """
+    limit = model.view.facts.max_positions - room
     if isinstance(prompt, str):
+        prompt = Text(prompt)
+    if isinstance(prompt, Text):
         field += ".prompt"
-        tokens = _encoded(model, prompt, field, with_special_tokens=True) if prompt else []
+        tokens = _prompt_tokens(model, prompt, limit, field)
     else:
         field += ".token_ids.ids"
         check_ids(model, prompt, field)
         tokens = [model.vocabulary.token(token_id) for token_id in prompt]
     if not tokens:
         raise InvalidRequest(field, "expected at least one token, got none")
-    limit = model.view.facts.max_positions - room
     if len(tokens) > limit:
-        raise InvalidRequest(
-            field,
-            f"expected at most {limit} tokens, got {len(tokens)}; shorten the prompt",
-        )
+        raise _too_long(field, limit, f"{len(tokens)}")
     return tokens
+
+
+def _prompt_tokens(model: ResidentModel, prompt: Text, limit: int, field: str) -> list[Token]:
+    try:
+        tokens = model.vocabulary.encode_prompt(
+            prompt.text,
+            add_special_tokens=prompt.add_special_tokens,
+            literal=prompt.literal,
+            at_most=limit,
+        )
+    except TooManyTokens as error:
+        raise _too_long(field, limit, "more") from error
+    return _known(model, tokens, field)
+
+
+def _too_long(field: str, limit: int, got: str) -> InvalidRequest:
+    return InvalidRequest(field, f"expected at most {limit} tokens, got {got}; shorten the text")
 
 
 def read_target(model: ResidentModel, target: TextOrIds, field: str) -> tuple[int, ...]:
     """The target's token ids: a text is literal and gets no special tokens.
 
-    Raises `InvalidRequest` if it is empty or names ids outside the vocabulary.
+    Raises `InvalidRequest` if it is empty, longer than the model's context or names ids outside
+    the vocabulary.
     """
     if isinstance(target, str):
-        tokens = _encoded(model, target, field, with_special_tokens=False)
-        ids = tuple(token.id for token in tokens)
+        limit = model.view.facts.max_positions
+        try:
+            tokens = model.vocabulary.encode_continuation(target, at_most=limit)
+        except TooManyTokens as error:
+            raise _too_long(field, limit, "more") from error
+        ids = tuple(token.id for token in _known(model, tokens, field))
     else:
         check_ids(model, target, f"{field}.token_ids.ids")
         ids = target
@@ -98,9 +120,8 @@ def _within(values: Iterable[int], size: int, field: str, name: str) -> tuple[in
     return tuple(chosen)
 
 
-def _encoded(model: ResidentModel, text: str, field: str, with_special_tokens: bool) -> list[Token]:
-    """The text's tokens; some tokenizers have entries for which their model has no embedding."""
-    tokens = model.vocabulary.encode(text, with_special_tokens)
+def _known(model: ResidentModel, tokens: list[Token], field: str) -> list[Token]:
+    """The tokens, all of which the model has; a tokenizer may have more than its model."""
     size = model.view.facts.vocab_size
     for token in tokens:
         if token.id >= size:

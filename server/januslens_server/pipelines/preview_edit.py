@@ -61,9 +61,11 @@ def _edited(
     overlays: Sequence[Overlay],
     check_cancelled: CancelCheck,
 ) -> Generator[None, None, list[torch.Tensor]]:
-    """Every prompt's log-probabilities under the edit; it is the edit's fault if one has none."""
+    """Every prompt's logits under the edit, which is refused where they are not finite."""
     field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
-    larger = InvalidRequest(field, "expected an edit that leaves finite logits, got a larger one")
+    larger = InvalidRequest(
+        field, "edit too large: the edited model's logits are not finite; make it smaller"
+    )
     try:
         rows = yield from _read(model, watched, overlays, check_cancelled)
     except NotFinite as error:
@@ -79,11 +81,11 @@ def _read(
     overlays: Sequence[Overlay],
     check_cancelled: CancelCheck,
 ) -> Generator[None, None, list[torch.Tensor]]:
-    """Every prompt's log-probabilities; the overlays are on during its pass alone."""
+    """Every prompt's logits; the overlays are on during its pass alone."""
     rows = []
     for prompt in watched:
         with overlaid(overlays):
-            rows.append(_log_probabilities(model, prompt.ids, check_cancelled))
+            rows.append(_next_logits(model, prompt.ids, check_cancelled))
         yield
     return rows
 
@@ -163,25 +165,27 @@ def _shift(
 
 
 @torch.inference_mode()
-def _log_probabilities(
+def _next_logits(
     model: ResidentModel, ids: Sequence[int], check_cancelled: CancelCheck
 ) -> torch.Tensor:
-    """Log p of the next token `[vocab]`, in float32."""
+    """Logits of the next token `[vocab]`, in float32."""
     lens = model.view.lens
     last = forward(model, ids, (), check_cancelled, scored=(len(ids) - 1,)).residual[-1:]
-    return lens.cap(lens.logits(lens.final_norm(last)))[0].log_softmax(dim=-1)
+    return lens.cap(lens.logits(lens.final_norm(last)))[0]
 
 
 def _effect(watched: _Watched, before: torch.Tensor, after: torch.Tensor) -> Effect:
+    """Ranks and predictions compare logits: rounding makes some log-probabilities equal."""
     target = watched.target
+    log_before, log_after = before.log_softmax(dim=-1), after.log_softmax(dim=-1)
     return Effect(
         label=watched.label,
         target_token_id=target,
-        probability_before=float(before[target].exp()),
-        probability_after=float(after[target].exp()),
+        probability_before=float(log_before[target].exp()),
+        probability_after=float(log_after[target].exp()),
         rank_before=int((before > before[target]).sum()),
         rank_after=int((after > after[target]).sum()),
-        predicted_before=int(before.argmax()),
+        predicted_before=int(before.argmax()),  # the lowest id of equal logits
         predicted_after=int(after.argmax()),
-        kl_bits=float((before.exp() * (before - after)).sum()) / math.log(2),
+        kl_bits=float((log_before.exp() * (log_before - log_after)).sum()) / math.log(2),
     )

@@ -33,8 +33,10 @@ from januslens_server.specs import (
     PreviewEditSpec,
     Probe,
     ProjectSpec,
+    Prompt,
     Selection,
     Span,
+    Text,
     TextOrIds,
     TraceSpec,
     Vectors,
@@ -182,13 +184,20 @@ def _probe(message: edits_pb2.Probe, field: str) -> Probe:
     target = None
     if message.HasField("target"):
         target = _target(message.target, f"{field}.target")
-    return Probe(message.label, _input(message.input), target)
+    return Probe(message.label, _input(message.input, f"{field}.input"), target)
 
 
-def _input(message: common_pb2.Input) -> TextOrIds:
-    if message.WhichOneof("input") == "token_ids":
-        return tuple(message.token_ids.ids)
-    return message.prompt
+def _input(message: common_pb2.Input, field: str = "input") -> Prompt:
+    if message.WhichOneof("input") != "token_ids":
+        without = message.HasField("add_special_tokens") and not message.add_special_tokens
+        if without or message.literal:
+            return Text(message.prompt, not without, message.literal)
+        return message.prompt
+    for name in ("add_special_tokens", "literal"):
+        if getattr(message, name):
+            expected = f"{name} applies to text only; leave it unset beside token_ids"
+            raise InvalidRequest(f"{field}.{name}", expected)
+    return tuple(message.token_ids.ids)
 
 
 def _target(message: common_pb2.Target, field: str) -> TextOrIds:

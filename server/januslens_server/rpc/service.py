@@ -25,13 +25,14 @@ from januslens_server.access.quotas import QuotaBook
 from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.tokens import Vocabulary
 from januslens_server.pipelines.cost import Spec
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import GradientEvent, TraceEvent
+from januslens_server.results import GradientEvent, Token, TraceEvent
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission
 from januslens_server.rpc.call import Call, Context, current_caller, result_sizes
@@ -47,7 +48,7 @@ from januslens_server.rpc.encode import (
 )
 from januslens_server.rpc.pages import MODELS, neurons_list, page_start, page_token
 from januslens_server.rpc.streaming import DeviceStreams
-from januslens_server.specs import GradientLensSpec, TraceSpec
+from januslens_server.specs import GradientLensSpec, Text, TraceSpec
 
 Result = TypeVar("Result")
 SpecT = TypeVar("SpecT", bound=Spec)
@@ -99,9 +100,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             model = self._model(request.model)
             if not request.text:
                 raise InvalidRequest("text", "empty text; expected at least one character")
-            tokens = await asyncio.to_thread(
-                model.vocabulary.encode, request.text, request.with_special_tokens
-            )
+            tokens = await asyncio.to_thread(_tokenized, model.vocabulary, request)
             call.note(model=model.name, tokens=len(tokens))
             return call.answered(
                 models_pb2.TokenizeResponse(tokens=[token_message(t) for t in tokens])
@@ -194,7 +193,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         """Admit a request, run its pipeline on the device, and yield the results."""
         call.note(model=model.name)
         if self._log_prompts and hasattr(spec, "prompt"):
-            call.note(prompt=spec.prompt)
+            prompt = spec.prompt
+            call.note(prompt=prompt.text if isinstance(prompt, Text) else prompt)
         cost = (await self._admission.admit(model, spec)).cost
         self._quotas.charge(current_caller(), cost.seconds)
         ticket = call.ticket(cost)
@@ -207,3 +207,9 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         finally:
             self._quotas.settle(current_caller(), cost.seconds, ticket.spent)
         self._admission.learn(model, spec, cost, ticket.spent)
+
+
+def _tokenized(vocabulary: Vocabulary, request: models_pb2.TokenizeRequest) -> list[Token]:
+    if request.with_special_tokens:
+        return vocabulary.encode_prompt(request.text, literal=request.literal)
+    return vocabulary.encode_continuation(request.text)

@@ -46,15 +46,13 @@ def test_every_id_is_what_the_tokenizer_decodes(
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_bytes_join_to_the_text(vocabulary: Vocabulary, text: str) -> None:
-    tokens = vocabulary.encode(text, with_special_tokens=False)
+    tokens = vocabulary.encode_continuation(text)
     assert b"".join(token.raw for token in tokens).decode() == text
     assert (tokens[0].start, tokens[-1].end) == (0, len(text))
 
 
 def test_a_leading_space_counts(vocabulary: Vocabulary) -> None:
-    with_space, without = (
-        vocabulary.encode(text, with_special_tokens=False) for text in (" Paris", "Paris")
-    )
+    with_space, without = (vocabulary.encode_continuation(text) for text in (" Paris", "Paris"))
     assert [token.text for token in with_space] == [" Paris"]
     assert b"".join(token.raw for token in without) == b"Paris"
     assert with_space[0].id not in {token.id for token in without}
@@ -75,4 +73,4 @@ def test_a_special_token_is_its_name(demo: PreTrainedTokenizerFast, vocabulary: 
 
 def test_a_text_longer_than_any_context_is_read_whole(vocabulary: Vocabulary) -> None:
     """What is too long is for the request's validation to say, not for the tokenizer to cut."""
-    assert len(vocabulary.encode(" Japan" * 5000, with_special_tokens=True)) == 5000
+    assert len(vocabulary.encode_prompt(" Japan" * 5000)) == 5000

@@ -42,7 +42,7 @@ def gradient_lens_demand(model: ResidentModel, spec: GradientLensSpec) -> Demand
     objective = read_objective(model, spec)
     layers = read_layers(model, spec.layers)
     kinds = choose_matrices(model, spec.matrices).kinds
-    read_segments(spec.subject, objective)
+    read_segments(spec.subject, spec.prompt, objective)
     sizes, tokens = model_sizes(model), len(objective.tokens)
     matrices = _matrices(model, layer_matrices(model, layers, kinds), sizes, tokens)
     components = min(spec.components or tokens, tokens)

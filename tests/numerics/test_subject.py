@@ -1,0 +1,90 @@
+"""Subjects are found among the characters of the prompt, whatever the tokenizer makes of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from tokenizers import Regex, normalizers
+from transformers import PreTrainedTokenizerFast
+
+from januslens_server.errors import InvalidRequest
+from januslens_server.lens.segments import Segment
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.tokens import Vocabulary
+from januslens_server.pipelines.losses import read_objective
+from januslens_server.pipelines.subject import read_segments
+from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood
+from tests.architectures.cases import CASES
+from tests.architectures.tiny_models import resident
+from tests.loading.tokenizers_of import byte_level
+
+NORMALIZERS = {
+    "NFC": normalizers.NFC(),
+    "NFKC": normalizers.NFKC(),
+    "lower case": normalizers.Lowercase(),
+    "collapsed spaces": normalizers.Replace(Regex(" +"), " "),
+    "prefix": normalizers.Prepend(" "),
+    "none": None,
+}
+
+
+def model_with(normalizer: normalizers.Normalizer | None) -> ResidentModel:
+    tokenizer = byte_level(False, ["a"])
+    tokenizer.normalizer = normalizer
+    model = resident(next(case for case in CASES if case.id == "gpt2-plain"))
+    facts = replace(model.view.facts, vocab_size=10**6, max_positions=200)
+    vocabulary = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    return replace(model, vocabulary=vocabulary, view=replace(model.view, facts=facts))
+
+
+@pytest.mark.parametrize("name", NORMALIZERS)
+@pytest.mark.parametrize(
+    ("before", "subject", "after"),
+    [
+        ("I met ", "Zu\u0308rich Bahnhof", " in May"),  # decomposed, composed by NFC
+        ("The ", "\ufb01nal \u2460", " round"),  # a ligature and a circled digit, changed by NFKC
+        ("The capital of ", "JAPAN", " is"),
+        ("Two   spaces   before  ", "New   York", "   City"),
+    ],
+)
+def test_a_subject_is_found_by_the_prompts_characters(
+    name: str, before: str, subject: str, after: str
+) -> None:
+    model = model_with(NORMALIZERS[name])
+    prompt = before + subject + after
+    objective = read_objective(model, GradientLensSpec(prompt, NegativeLogLikelihood((5,))))
+    segments = read_segments(subject, prompt, objective)
+    touched = [*segments.get(Segment.SUBJECT, []), *segments[Segment.LAST_SUBJECT]]
+    characters = {
+        i
+        for position in touched
+        for token in [objective.tokens[position]]
+        for i in range(token.start or 0, token.end or 0)
+    }
+    read = {i for i in characters if prompt[i] != " "}
+    start, end = len(before), len(before) + len(subject)
+    assert (min(read), max(read)) == (start, end - 1)
+
+
+def test_the_last_occurrence_counts() -> None:
+    model = model_with(None)
+    objective = read_objective(model, GradientLensSpec("ab ab c", NegativeLogLikelihood((5,))))
+    segments = read_segments("ab", "ab ab c", objective)
+    assert segments[Segment.LAST_SUBJECT] == [4]
+
+
+def test_a_subject_in_token_ids_is_found_by_their_bytes() -> None:
+    model = model_with(normalizers.NFC())
+    ids = tuple(token.id for token in model.vocabulary.encode_prompt("the Eiffel Tower is"))
+    objective = read_objective(model, GradientLensSpec(ids, NegativeLogLikelihood((5,))))
+    segments = read_segments("Eiffel", ids, objective)
+    assert segments[Segment.LAST_SUBJECT] == [9]
+
+
+def test_a_subject_that_is_not_in_the_prompt_is_refused() -> None:
+    model = model_with(normalizers.Lowercase())
+    objective = read_objective(model, GradientLensSpec("The JAPAN", NegativeLogLikelihood((5,))))
+    for missing in ("japan", "Peru", " "):
+        with pytest.raises(InvalidRequest, match="part of the prompt"):
+            read_segments(missing, "The JAPAN", objective)
