@@ -13,23 +13,23 @@ logger = logging.getLogger("januslens_server")
 
 
 def main() -> None:
-    """Read the settings, serve, and leave."""
+    """Read the settings and serve until a signal."""
     settings = read_settings()
     configure_logging(settings.log_level, settings.log_format)
     for warning in unknown_variable_warnings():
         logger.warning(warning)
     let_waiting_threads_sleep()
-    # After the settings: torch takes seconds to import, which no one with a typo should wait.
-    from januslens_server.serving.process import live  # noqa: PLC0415
+    # Imported after the settings are valid, since torch takes seconds to import.
+    from januslens_server.serving.process import run_process  # noqa: PLC0415
 
     if settings.processes > 1:
         from januslens_server.processes.supervisor import supervise  # noqa: PLC0415
 
-        live(supervise(settings))
+        run_process(supervise(settings))
     from januslens_server.serving.assembly import serve  # noqa: PLC0415
 
     spans.configure()
-    live(serve(settings))
+    run_process(serve(settings))
 
 
 if __name__ == "__main__":

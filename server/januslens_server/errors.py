@@ -1,21 +1,21 @@
-"""What can go wrong with a request, in the service's own terms.
+"""Errors of requests. `rpc.status` maps each class to a gRPC status.
 
-The tree (the `rpc` package alone knows which gRPC status each becomes)::
+The class tree::
 
     IntrospectionError
-    |-- InvalidRequest          the caller must change the request
-    |-- LimitExceeded           it asks for more than the server gives to one request
-    |-- ModelNotFound           no such model, or another revision than asked for
-    |-- Unauthenticated         nobody that this server knows asks
-    |-- PermissionDenied        the caller may not ask this
-    |-- ModelFailed             the model did not load or did not pass its self-check
-    |-- TryLater                nothing is wrong with the request
+    |-- InvalidRequest          the request must be changed
+    |-- LimitExceeded           the estimated cost is above a limit
+    |-- ModelNotFound           no model of this name and revision
+    |-- Unauthenticated         no valid token
+    |-- PermissionDenied        outside the caller's scope
+    |-- ModelFailed             the model did not load or failed its self-check
+    |-- TryLater                the request may be repeated unchanged
     |   |-- ModelLoading
     |   |-- ServerDraining
     |   |-- QueueFull
     |   |-- QuotaSpent
     |   |-- OutOfMemory
-    |   `-- DeviceLost          until the process is started anew
+    |   `-- DeviceLost          until the server is restarted
     |-- NotFinite               the model overflows on this prompt
     |-- DeadlinePassed
     |-- RequestCancelled
@@ -33,64 +33,64 @@ CancelCheck = Callable[[], None]
 
 
 class IntrospectionError(Exception):
-    """An error whose text is meant for the caller. `reason` is stable across releases."""
+    """Base class; its text is shown to the caller, and `reason` is stable across releases."""
 
     reason = "INTROSPECTION_ERROR"
 
 
 @dataclass(frozen=True)
 class FieldViolation:
-    """One request field that cannot be served as it came."""
+    """An invalid field of a request."""
 
     field: str
     description: str
 
 
 class InvalidRequest(IntrospectionError):
-    """The request cannot be served by this model, whatever the server's state."""
+    """The request is invalid for this model and must be changed."""
 
     reason = "INVALID_REQUEST"
 
     def __init__(self, field: str, description: str) -> None:
-        """`field` is the path of the request field, `description` what to send instead."""
+        """`field` is the path of the request field, `description` what is wrong and expected."""
         super().__init__(f"{field}: {description}")
         self.violations = (FieldViolation(field, description),)
 
 
 class LimitExceeded(IntrospectionError):
-    """The request would cost more than the server gives to one; the text has both figures."""
+    """The estimated cost of the request is above a limit; the text has both figures."""
 
     reason = "LIMIT_EXCEEDED"
 
     def __init__(self, limit: str, allowed: str, estimated: str) -> None:
-        """`limit` is the setting's name."""
+        """`limit` is the name of the setting."""
         super().__init__(
-            f"expected at most {allowed} ({limit}), this request is estimated at {estimated}; "
-            "ask for fewer layers, positions, parts or components"
+            f"request too large: estimated at {estimated}, limit {allowed} ({limit}); "
+            "request fewer layers, positions, parts or components"
         )
         self.limit = limit
 
 
 class ModelNotFound(IntrospectionError):
-    """No resident model has this name or this revision."""
+    """No model of the server has this name and revision."""
 
     reason = "MODEL_NOT_FOUND"
 
 
 class Unauthenticated(IntrospectionError):
-    """The request shows no token, or none of a caller of this server."""
+    """The request has no valid token."""
 
     reason = "UNAUTHENTICATED"
 
 
 class PermissionDenied(IntrospectionError):
-    """The caller is known, and this RPC or this model is not in its scope."""
+    """This RPC or model is outside the caller's scope."""
 
     reason = "PERMISSION_DENIED"
 
 
 class ModelFailed(IntrospectionError):
-    """The model is configured but cannot be served."""
+    """The model did not load or failed its self-check."""
 
     reason = "MODEL_FAILED"
 
@@ -106,75 +106,73 @@ class TryLater(IntrospectionError):
 
 
 class ModelLoading(TryLater):
-    """The model's weights are still being read or checked."""
+    """The model is still loading."""
 
     reason = "MODEL_LOADING"
 
 
 class ServerDraining(TryLater):
-    """The server finishes what runs and takes nothing new."""
+    """The server is shutting down and accepts no new requests."""
 
     reason = "SERVER_DRAINING"
 
     def __init__(self, text: str, retry_after: float = 0.1) -> None:
-        super().__init__(text, retry_after)  # soon: another replica may be free now
+        super().__init__(text, retry_after)  # short: another replica may be available now
 
 
 class QueueFull(TryLater):
-    """As many requests wait for the device as the server allows."""
+    """The queue for the device is full."""
 
     reason = "QUEUE_FULL"
 
 
 class QuotaSpent(TryLater):
-    """The caller has taken what the operator grants to it."""
+    """The caller has used up a quota."""
 
     reason = "QUOTA_SPENT"
 
     def __init__(self, caller: str, quota: str, retry_after: float) -> None:
-        """`quota` says what of, and how much."""
-        text = f"expected at most {quota} of {caller}; try again in {retry_after:.3g} s"
+        """`quota` names the limit, such as `120 requests a minute`."""
+        text = f"quota of caller {caller!r} used up: {quota}; try again in {retry_after:.3g} s"
         super().__init__(text, retry_after)
         self.caller = caller
         self.quota = quota
 
 
 class OutOfMemory(TryLater):
-    """The device had no memory left for this request."""
+    """The device ran out of memory during this request."""
 
     reason = "OUT_OF_MEMORY"
 
 
 class DeviceLost(TryLater):
-    """The device computes no more: what another replica may still do."""
+    """The device has failed; another replica may serve the request."""
 
     reason = "DEVICE_LOST"
 
     def __init__(self) -> None:
-        super().__init__(
-            "the server's device does not compute any more; ask another replica", retry_after=10.0
-        )
+        super().__init__("the server's device has failed; use another replica", retry_after=10.0)
 
 
 class NotFinite(IntrospectionError):
-    """The model's own numbers for this prompt are infinite or none."""
+    """The model's activations or logits for this prompt are infinite or NaN."""
 
     reason = "NOT_FINITE"
 
 
 class DeadlinePassed(IntrospectionError):
-    """The caller's deadline passed while the request waited or ran."""
+    """The caller's deadline passed before the request finished."""
 
     reason = "DEADLINE_PASSED"
 
 
 class RequestCancelled(IntrospectionError):
-    """The caller went away."""
+    """The caller cancelled the request or disconnected."""
 
     reason = "REQUEST_CANCELLED"
 
 
 class ReaderStalled(IntrospectionError):
-    """The caller did not read its stream for longer than the server waits."""
+    """The caller did not read its stream in time."""
 
     reason = "READER_STALLED"

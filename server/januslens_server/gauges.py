@@ -1,6 +1,7 @@
-"""Gauges that show the running server's state: read when they are scraped, or written down.
+"""Gauges of the server's state: read at each scrape, or written at intervals.
 
-A scrape of several processes reaches none of them: each writes down what it would show.
+With several processes, the supervisor answers scrapes from files, so each process writes its gauges
+to files at intervals.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from januslens_server.results import ModelState, ModelStatus
 
 Reading = Callable[[], float]
 
-# Seconds that what is written down may be old.
+# Seconds between two writes.
 WRITE_INTERVAL = 0.25
 
 _shown: dict[Gauge, Reading] = {}
 
 
 def read_at_scrapes() -> None:
-    """Let every scrape read what is to be shown."""
+    """Read the gauges at every scrape."""
     for gauge, read in _shown.items():
         gauge.set_function(read)
 
 
 async def keep_written() -> None:
-    """Write down what is to be shown, for good."""
+    """Write the gauges at intervals, forever."""
     while True:
         for gauge, read in _shown.items():
             gauge.set(read())
@@ -38,13 +39,13 @@ async def keep_written() -> None:
 
 
 def show_requests(waiting: Reading, in_flight: Reading) -> None:
-    """How many requests wait and how many are being served."""
+    """Show how many requests wait and how many have started."""
     _shown[telemetry.QUEUE_DEPTH] = waiting
     _shown[telemetry.IN_FLIGHT] = in_flight
 
 
 def show_memory(configured: str) -> None:
-    """What every device that models may use has, by kind."""
+    """Show the memory of every device that models may use, by kind."""
     for device in watched_devices(configured):
         for kind in kinds(device):
             gauge = telemetry.DEVICE_MEMORY.labels(device, kind)
@@ -52,7 +53,7 @@ def show_memory(configured: str) -> None:
 
 
 def show_model(status: ModelStatus) -> None:
-    """The model's present state, and that it is in no other."""
+    """Show a model's state: 1 for the current state, 0 for all others."""
     for state in ModelState:
         here = status.state is state
         telemetry.MODEL_STATE.labels(status.name, state.name).set(here)

@@ -1,7 +1,7 @@
-"""What the log's lines look like: for people, or one JSON object a line.
+"""Format log lines as text or as JSON objects.
 
-Code logs as usual, with `logging`; fields go into `extra`. structlog gives lines their form. What a
-caller wrote can neither end a line nor command a terminal: control characters are escaped.
+Code logs with `logging` and passes fields in `extra`; structlog formats the lines. Control
+characters are escaped, so text from callers can neither end a line nor control a terminal.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 FORMATS = ("text", "json")
 
-# Fields that the message of a line for people has in it already.
-_SAID = ("method", "status")
+# Fields that text lines leave out, since their message contains them.
+_IN_MESSAGE = ("method", "status")
 
 
 def configure_logging(level: str, form: str, process: int | None = None) -> None:
-    """Log to standard error, from `level` on, as `form` says; of several processes by number."""
+    """Log to standard error in the format `form`; `process` numbers one of several processes."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=_FIELDS if process is None else [*_FIELDS, _of_process(process)],
+            foreign_pre_chain=_FIELDS if process is None else [*_FIELDS, _add_process(process)],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 *(_JSON if form == "json" else _text()),
@@ -42,7 +42,7 @@ _FIELDS: list[Processor] = [
 ]
 
 
-def _of_process(number: int) -> Processor:
+def _add_process(number: int) -> Processor:
     def add(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         event["process"] = number
         return event
@@ -58,7 +58,7 @@ _JSON: list[Processor] = [
 
 
 def _text() -> list[Processor]:
-    """`2026-01-31T12:00:00Z INFO januslens_server: message field=value`."""
+    """Format text lines: `2026-01-31T12:00:00Z INFO januslens_server: message field=value`."""
     bare = [
         Column(name, KeyValueColumnFormatter(None, "", "", str, postfix=postfix))
         for name, postfix in (("timestamp", ""), ("level", ""), ("logger", ":"), ("event", ""))
@@ -71,17 +71,17 @@ def _text() -> list[Processor]:
 
 
 def _for_people(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Nothing said twice, durations to a tenth of a millisecond."""
+    """Drop fields that the message contains; round durations to a tenth of a millisecond."""
     event["level"] = event["level"].upper()
     return {
         name: round(value, 4) if isinstance(value, float) else value
         for name, value in event.items()
-        if name not in _SAID
+        if name not in _IN_MESSAGE
     }
 
 
 def _escaped(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """A traceback keeps its lines, indented: no line of it can pass for one of ours."""
+    """Escape every field; indent tracebacks, so that none of their lines looks like a log line."""
     escaped = {
         name: escape(value) if isinstance(value, str) else value for name, value in event.items()
     }
@@ -91,14 +91,14 @@ def _escaped(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDic
 
 
 def escape(text: str) -> str:
-    """Control characters, line ends and the like as Python writes them in a literal."""
+    """Replace control characters and line ends by Python escapes."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _shown(value: object) -> str:
-    """A field's value; one with spaces in quotes, a mapping as its parts."""
+    """A field's value as text: quoted if it has spaces, a mapping as `name:value,...`."""
     if isinstance(value, dict):
         return ",".join(f"{name}:{_shown(part)}" for name, part in value.items())
     if isinstance(value, float):

@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of calls, if the environment names a collector and `[otel]` is installed.
+"""OpenTelemetry spans of RPCs, exported if `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
 
-The SDK reads its own standard variables (`OTEL_*`). The span is ours: the instrumentation that is
-to be had expects streams to be generators, and these write.
+The SDK reads its own variables (`OTEL_*`). We create the spans ourselves, since the available gRPC
+instrumentation expects streaming handlers to be generators, and ours write.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-# Of a server's span these are errors; the others are answers to what a caller did
-# (OpenTelemetry's semantic conventions for gRPC).
+# Codes that mark a server span as failed, by OpenTelemetry's semantic conventions for gRPC; the
+# other codes report a fault of the caller.
 ERRORS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 
 _provider: TracerProvider | None = None
 
 
 def configure() -> None:
-    """Export spans from now on, if an endpoint is set; ends the process if the extra is missing."""
+    """Start exporting spans if an endpoint is set; exits if the extra is not installed."""
     global _provider  # noqa: PLW0603 - as the SDK keeps its own
     if not any(os.environ.get(name) for name in ENDPOINTS):
         return
@@ -36,8 +36,8 @@ def configure() -> None:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415 - optional
     except ImportError as error:
         raise SystemExit(
-            f"januslens-server: expected the extra [otel], since {ENDPOINTS[0]} is set, found none "
-            "of it: pip install 'januslens[otel]'"
+            f"januslens-server: {ENDPOINTS[0]} requires OpenTelemetry, which is not installed; "
+            "run pip install 'januslens[otel]'"
         ) from error
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": "januslens"}
     _provider = TracerProvider(resource=Resource.create(named))
@@ -45,13 +45,13 @@ def configure() -> None:
 
 
 def shutdown() -> None:
-    """Send what is left, for as long as the exporter's own timeout."""
+    """Export the remaining spans, within the exporter's own timeout."""
     if _provider is not None:
         _provider.shutdown()
 
 
 def start_span(service: str, method: str, metadata: Iterable[tuple[str, Any]]) -> Span | None:
-    """A call's span, child of its caller's if that sent one; None where nothing is exported."""
+    """Start a call's span, as a child of the caller's if it sent one; None if spans are off."""
     if _provider is None:
         return None
     from opentelemetry.propagate import extract  # noqa: PLC0415 - optional
@@ -65,14 +65,14 @@ def start_span(service: str, method: str, metadata: Iterable[tuple[str, Any]]) -
     )
 
 
-def end_span(span: Span | None, code: str, number: int, facts: Mapping[str, Any]) -> None:
-    """End a call's span with its status and what its line in the log says."""
+def end_span(span: Span | None, code: str, number: int, fields: Mapping[str, Any]) -> None:
+    """End a call's span with its status and the fields of its log line."""
     if span is None:
         return
     from opentelemetry.trace import StatusCode  # noqa: PLC0415 - optional
 
     span.set_attribute("rpc.grpc.status_code", number)
-    for name, value in facts.items():
+    for name, value in fields.items():
         if isinstance(value, Mapping):
             span.set_attributes({f"januslens.{name}.{part}": v for part, v in value.items()})
         elif isinstance(value, bool | int | float | str):

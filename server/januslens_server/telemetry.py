@@ -1,7 +1,7 @@
-"""Metric names.
+"""The server's Prometheus metrics.
 
-Labels take their values from configuration (models, devices) or from fixed sets (methods, codes,
-reasons, stages), never from callers: each new value is a series for good.
+Label values come from settings (models, devices) or fixed sets (methods, codes, reasons, stages),
+never from callers: every new value creates a series that is never removed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
 
-# A `_created` series beside every other would double the page, and Prometheus asks for none.
+# `_created` series would double the page, and Prometheus does not use them.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # as shipped
 
 # Requests take from a millisecond to minutes.
@@ -32,16 +32,16 @@ HANDLING_SECONDS = Histogram(
 )
 
 REJECTED = Counter(
-    "januslens_rejected", "RPCs that the service ended with an error, by its reason.", ["reason"]
+    "januslens_rejected", "RPCs ended with an error of the service, by reason.", ["reason"]
 )
 QUEUE_DEPTH = Gauge(
     "januslens_queue_depth",
-    "Requests that wait for their first turn.",
+    "Requests waiting for their first turn on the device.",
     multiprocess_mode="livesum",
 )
 IN_FLIGHT = Gauge(
     "januslens_in_flight",
-    "Requests that have started and not ended.",
+    "Requests that have started and have not ended.",
     multiprocess_mode="livesum",
 )
 QUEUE_SECONDS = Histogram(
@@ -49,10 +49,10 @@ QUEUE_SECONDS = Histogram(
     "Seconds from a request's admission to its first turn on the device.",
     buckets=REQUEST_BUCKETS,
 )
-BUSY_SECONDS = Counter("januslens_busy_seconds", "Seconds that the device's thread computed.")
+BUSY_SECONDS = Counter("januslens_busy_seconds", "Seconds that the device thread was busy.")
 STAGE_SECONDS = Histogram(
     "januslens_stage_seconds",
-    "Seconds of one run of a stage; a layer or a matrix may be a run of its own.",
+    "Seconds of one run of a stage; some stages run once per layer or matrix.",
     ["rpc", "stage"],
     buckets=PART_BUCKETS,
 )
@@ -65,34 +65,37 @@ FIRST_MESSAGE_SECONDS = Histogram(
     ["grpc_method"],
     buckets=REQUEST_BUCKETS,
 )
-STREAM_BYTES = Counter("januslens_stream_bytes", "Bytes of the messages sent.", ["grpc_method"])
+STREAM_BYTES = Counter("januslens_stream_bytes", "Bytes of messages sent.", ["grpc_method"])
 WRITE_STALL_SECONDS = Histogram(
     "januslens_write_stall_seconds",
-    "Seconds that one message of a stream waited for its reader.",
+    "Seconds from the write of a stream's message until its reader has room for it.",
     buckets=PART_BUCKETS,
 )
 
-# Of several processes these say what holds of any of them.
+# With several processes, the maximum: 1 if it holds for any of them.
 READY = Gauge(
     "januslens_ready",
-    "1 while the health service calls the server ready.",
+    "1 while the health service januslens.ready is SERVING.",
     multiprocess_mode="livemax",
 )
 MODEL_STATE = Gauge(
     "januslens_model_state",
-    "1 for a model's present state.",
+    "1 for the current state of a model.",
     ["model", "state"],
     multiprocess_mode="livemax",
 )
-# Which kinds add up over processes, and which of them the machine has once.
+# Kinds that are summed over processes; the others describe the whole machine.
 DEVICE_MEMORY_NAME = "januslens_device_memory_bytes"
 OF_PROCESSES = frozenset({"allocated", "reserved"})
 DEVICE_MEMORY = Gauge(
-    DEVICE_MEMORY_NAME, "Memory by kind.", ["device", "kind"], multiprocess_mode="liveall"
+    DEVICE_MEMORY_NAME,
+    "Memory of a device in bytes, by kind.",
+    ["device", "kind"],
+    multiprocess_mode="liveall",
 )
 LOOP_LAG_SECONDS = Histogram(
     "januslens_event_loop_lag_seconds",
-    "Seconds that the event loop woke late.",
+    "Seconds by which the event loop woke late.",
     buckets=PART_BUCKETS,
 )
 
@@ -100,7 +103,7 @@ LOOP_LAG_INTERVAL = 0.25
 
 
 async def watch_event_loop() -> None:
-    """Observe for good how late the loop wakes: what every health check and write has to wait."""
+    """Measure forever how late the loop wakes, which delays every health check and write."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + LOOP_LAG_INTERVAL

@@ -104,11 +104,11 @@ def test_a_request_over_a_limit_is_told_both_figures(limited: tuple[ServerProces
     assert (answer.reason, answer.info.domain) == ("LIMIT_EXCEEDED", "januslens")
     assert answer.retry_after is None  # asking again would not help
     shown = {
-        "max_request_seconds": f"at most 0.01 s of the device ({limit}), this request is",
-        "max_request_memory": f"at most {20 * 2**20} bytes on the device ({limit}), this request",
-        "max_request_stream": f"at most {10**7} bytes of answer ({limit}), this request is",
+        "max_request_seconds": f"limit 0.01 s of the device ({limit});",
+        "max_request_memory": f"limit {20 * 2**20} bytes on the device ({limit});",
+        "max_request_stream": f"limit {10**7} bytes of answer ({limit});",
     }
     assert shown[limit] in answer.text
     if limit == "max_request_stream":
-        assert f"estimated at up to {found.stream_bytes};" in answer.text
+        assert f"estimated at up to {found.stream_bytes}, limit" in answer.text
     assert (found.admissible, found.limit_exceeded) == (False, limit)

@@ -210,7 +210,7 @@ def test_requests_at_once_are_counted_until_they_end(access: Access) -> None:
     long.model = "one"
     running = access.started("Trace", long, one)
     next(running)
-    assert_spent(access.refused("Tokenize", TEXT, one), "one", "1 requests at once")
+    assert_spent(access.refused("Tokenize", TEXT, one), "one", "1 concurrent requests")
     running.cancel()
     deadline = time.monotonic() + 20
     while access.started("Tokenize", TEXT, one).exception() is not None:
@@ -222,7 +222,7 @@ def test_seconds_of_the_device_are_spent(access: Access) -> None:
     little = access.tokens["little"]
     assert list(access.started("Trace", TRACE, little))
     answer = access.refused("Trace", TRACE, little)
-    assert_spent(answer, "little", "0.001 s of the device a minute")
+    assert_spent(answer, "little", "0.001 device seconds a minute")
     assert access.started("Tokenize", TEXT, little).result().tokens  # takes none of them
 
 

@@ -74,7 +74,7 @@ def test_what_outlasts_the_grace_is_cut() -> None:
         assert server.process.wait(timeout=10) == 0
         assert time.monotonic() - began < 5
         assert stream.code() is grpc.StatusCode.UNAVAILABLE
-    assert "grace expired" in server.log
+    assert "grace period over" in server.log
     assert "Traceback" not in server.log
 
 

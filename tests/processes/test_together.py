@@ -216,7 +216,7 @@ def test_a_killed_process_is_replaced_and_what_it_counted_stays(pair: Pair) -> N
     before = sample(pair.server, "grpc_server_handled_total", **labels)
     killed, other = members(pair.server)
     os.kill(killed, signal.SIGKILL)
-    pair.server.wait_for("process 1 ended with status 137; it is started again in 1 s")
+    pair.server.wait_for("process 1 ended with status 137; restarting it in 1 s")
     for number in range(4):  # nobody waits for it
         with pair.connection() as channel:
             list(pair.call(channel, "Trace", TRACE, f"meanwhile-{number}"))

@@ -1,6 +1,6 @@
-"""Several processes that serve one port, each a whole server with a device's thread of its own.
+"""Several server processes on one port, each with its own models and device thread.
 
-The supervisor starts members, one after the other, and opens the port once all of them have loaded
-their models. The kernel spreads connections over them (SO_REUSEPORT). The supervisor computes
-nothing: it answers for all of them on the health and metrics ports, and replaces who ends.
+The supervisor starts the processes one after another and lets them open the port when all have
+loaded their models. The kernel distributes connections among them (SO_REUSEPORT). The supervisor
+serves health and metrics for all of them and replaces processes that end.
 """

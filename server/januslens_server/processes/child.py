@@ -1,4 +1,4 @@
-"""A server process as its supervisor sees it, and the process's entry point."""
+"""A child process: the supervisor's handle on it, their messages, and its entry point."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from januslens_server import spans
 from januslens_server.config import ServerSettings
 from januslens_server.logs import configure_logging
 
-# Not forked: gRPC and torch have threads, which a fork loses.
+# gRPC and torch run threads, which do not survive a fork.
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-class MemberEnded(Exception):
-    """A process ended before it came to serve."""
+class ChildEnded(Exception):
+    """A child process ended before it served."""
 
     def __init__(self, number: int, status: int) -> None:
-        """`status` is what a shell would say of it."""
+        """`status` is the exit status as a shell reports it."""
         super().__init__(f"process {number} ended with status {status} before it served")
         self.status = status
 
 
-class Member:
-    """A process that has been started, and what becomes of it."""
+class ChildProcess:
+    """The supervisor's handle on a started process."""
 
     def __init__(self, number: int, settings: ServerSettings, folder: Path) -> None:
-        """Start it; it counts in `folder`."""
+        """Start the process; it writes its metrics to `folder`."""
         self.number = number
         loop = asyncio.get_running_loop()
         self._loaded: asyncio.Future[dict[str, bool]] = loop.create_future()
@@ -52,29 +52,29 @@ class Member:
 
     @property
     def serves(self) -> bool:
-        """Whether it takes calls."""
+        """Whether the process accepts calls."""
         return self._listening.done() and not self._ended.done()
 
     async def loaded(self) -> dict[str, bool]:
-        """Its models, once all have been tried, and which can be served. Raises `MemberEnded`."""
+        """Wait for its models: by name, whether each is ready. Raises `ChildEnded`."""
         return await asyncio.shield(self._loaded)
 
     async def open(self) -> None:
-        """Have it open the port. Raises `MemberEnded`."""
-        self.order(Order.OPEN)
+        """Let it open the port, and wait until it listens. Raises `ChildEnded`."""
+        self.send(Command.OPEN)
         await asyncio.shield(self._listening)
 
     async def ended(self) -> int:
-        """Its exit status; beyond 128, a signal's."""
+        """Wait for its exit status; 128 + N if signal N ended it."""
         return await asyncio.shield(self._ended)
 
-    def order(self, order: Order) -> None:
-        """Tell it; one that has ended hears nothing."""
+    def send(self, command: Command) -> None:
+        """Send a command, unless the process has ended."""
         with suppress(OSError):
-            self._pipe.send(order)
+            self._pipe.send(command)
 
     async def end(self, seconds: float) -> bool:
-        """Let it drain, and kill it if it takes longer; gives whether it ended by itself."""
+        """Send SIGTERM, and SIGKILL after `seconds`; returns whether it ended by itself."""
         self._process.terminate()
         try:
             await asyncio.wait_for(self.ended(), seconds)
@@ -85,16 +85,16 @@ class Member:
         return True
 
     def _follow(self, loop: asyncio.AbstractEventLoop) -> None:
-        """In a thread: pass on what it says until it ends."""
+        """Receive its messages until it ends; runs in a thread."""
         with suppress(EOFError, OSError):
             while True:
-                loop.call_soon_threadsafe(self._said, self._pipe.recv())
+                loop.call_soon_threadsafe(self._receive, self._pipe.recv())
         self._process.join()
         code = self._process.exitcode or 0
         with suppress(RuntimeError):  # the supervisor has ended, too
             loop.call_soon_threadsafe(self._end, 128 - code if code < 0 else code)
 
-    def _said(self, message: Loaded | Listening) -> None:
+    def _receive(self, message: Loaded | Listening) -> None:
         if isinstance(message, Loaded):
             self._loaded.set_result(message.models)
         else:
@@ -104,44 +104,44 @@ class Member:
         self._pipe.close()
         for awaited in (self._loaded, self._listening):
             if not awaited.done():
-                awaited.set_exception(MemberEnded(self.number, status))
-                awaited.exception()  # nobody may wait for it
+                awaited.set_exception(ChildEnded(self.number, status))
+                awaited.exception()  # mark it as retrieved: nobody may be waiting
         self._ended.set_result(status)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A member has loaded what it could: every model's name, and whether it can be served."""
+    """Sent by a child when its models are loaded: by name, whether each is ready."""
 
     models: dict[str, bool]
 
 
 @dataclass(frozen=True)
 class Listening:
-    """A member has opened the port."""
+    """Sent by a child when it has opened the port."""
 
 
-class Order(Enum):
-    """What the supervisor has a member do; to end, it sends SIGTERM."""
+class Command(Enum):
+    """Sent to a child; the supervisor ends it with SIGTERM."""
 
-    OPEN = auto()  # the port
-    RELOAD = auto()  # the callers
+    OPEN = auto()  # open the port
+    RELOAD = auto()  # read the callers' file again
 
 
 def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection) -> None:
-    """Serve as one of several, as this process's whole life."""
-    # A terminal's Ctrl-C reaches every process; the supervisor says what becomes of it.
+    """Entry point of a child process."""
+    # Ctrl-C in a terminal reaches every process; the supervisor decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _count_in(folder, number)
+    _write_metrics_to(folder, number)
     configure_logging(settings.log_level, settings.log_format, number)
     spans.configure()
-    from januslens_server.processes.serving import serve_among  # noqa: PLC0415 - imports metrics
-    from januslens_server.serving.process import live  # noqa: PLC0415 - likewise
+    from januslens_server.processes.child_server import serve_as_child  # noqa: PLC0415 - imports metrics
+    from januslens_server.serving.process import run_process  # noqa: PLC0415 - likewise
 
-    live(serve_among(settings, pipe, folder))
+    run_process(serve_as_child(settings, pipe, folder))
 
 
-def _count_in(folder: Path, number: int) -> None:
-    """Keep every metric in files of this number: who takes another's place counts on from there."""
+def _write_metrics_to(folder: Path, number: int) -> None:
+    """Keep metrics in files of this number, which a replacement continues."""
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
     values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]  # as shipped

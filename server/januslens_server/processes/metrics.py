@@ -1,4 +1,4 @@
-"""One metrics page of all processes."""
+"""One metrics page for all processes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from januslens_server import telemetry
 
 
 class AllProcesses(Collector):
-    """Sums of what the processes keep in their files, present and former ones."""
+    """Adds up the metrics that running and former processes have written to files."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is where the processes count."""
+        """`folder` holds the files."""
         self._files = MultiProcessCollector(None, str(folder))  # type: ignore[no-untyped-call]  # as shipped
 
     def collect(self) -> Iterable[Metric]:
-        """Every family of samples."""
+        """The metrics, with memory combined by kind."""
         for metric in self._files.collect():  # type: ignore[no-untyped-call]  # as shipped
-            yield _of_machine(metric) if metric.name == telemetry.DEVICE_MEMORY_NAME else metric
+            yield (
+                _combined_memory(metric) if metric.name == telemetry.DEVICE_MEMORY_NAME else metric
+            )
 
 
-def _of_machine(memory: Metric) -> Metric:
-    """Memory: what processes take adds up, what the machine has is seen by each of them."""
+def _combined_memory(memory: Metric) -> Metric:
+    """Sum what processes use; keep one value of what each reports for the whole machine."""
     seen = defaultdict[tuple[str, str], list[float]](list)
     for sample in memory.samples:
         seen[sample.labels["device"], sample.labels["kind"]].append(sample.value)
@@ -39,12 +41,12 @@ def _of_machine(memory: Metric) -> Metric:
 
 
 def registry(folder: Path) -> CollectorRegistry:
-    """What the metrics port shows."""
+    """The registry of the metrics page."""
     found = CollectorRegistry()
     found.register(AllProcesses(folder))
     return found
 
 
 def forget(folder: Path, number: int) -> None:
-    """A process has ended: what it was just now is no more, what it counted stays."""
+    """Drop the gauges of a process that has ended; its counters stay."""
     mark_process_dead(number, str(folder))  # type: ignore[no-untyped-call]  # as shipped

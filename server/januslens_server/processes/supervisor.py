@@ -1,4 +1,4 @@
-"""Start the processes that share a port, aggregate their health, and replace those that end."""
+"""Start the processes that share a port, combine their health, and replace those that end."""
 
 from __future__ import annotations
 
@@ -10,22 +10,28 @@ from pathlib import Path
 
 from januslens_server.config import ServerSettings
 from januslens_server.processes import metrics
-from januslens_server.processes.child import Member, MemberEnded, Order
+from januslens_server.processes.child import ChildEnded, ChildProcess, Command
 from januslens_server.results import ModelState, ModelStatus
 from januslens_server.rpc.health import Health, is_ready
-from januslens_server.serving.ports import listen_for_health, listen_for_metrics, reserved
-from januslens_server.serving.process import heed_signals
+from januslens_server.serving.ports import listen_for_health, listen_for_metrics, reserve_port
+from januslens_server.serving.process import handle_signals
 
 logger = logging.getLogger("januslens_server")
 
 
-async def supervise(settings: ServerSettings) -> int:
-    """Serve with several processes until SIGTERM or SIGINT; gives the exit status.
+# Seconds before an ended process is started again; doubled after each failed start.
+MIN_RESTART_DELAY, MAX_RESTART_DELAY = 1.0, 60.0
+# Seconds after the grace period when a draining process is killed.
+KILL_AFTER = 15.0
 
-    Raises `OSError` where a port cannot be had.
+
+async def supervise(settings: ServerSettings) -> int:
+    """Serve with several processes until SIGTERM or SIGINT; returns the exit status.
+
+    Raises `OSError` if a port is not available.
     """
     with (
-        reserved(settings.host, settings.port) as port,
+        reserve_port(settings.host, settings.port) as port,
         tempfile.TemporaryDirectory(prefix="januslens-metrics-") as folder,
     ):
         return await _supervise(settings.model_copy(update={"port": port}), Path(folder))
@@ -33,12 +39,12 @@ async def supervise(settings: ServerSettings) -> int:
 
 async def _supervise(settings: ServerSettings, folder: Path) -> int:
     health = Health()
-    crew = Crew(settings, folder, health)
-    crew.tell()
-    stop = heed_signals(crew.reload_callers)
+    group = ProcessGroup(settings, folder, health)
+    group.update_health()
+    stop = handle_signals(group.reload_callers)
     listen_for_metrics(settings, metrics.registry(folder))
     health_server = await listen_for_health(health, settings)
-    served = asyncio.create_task(crew.serve())
+    served = asyncio.create_task(group.serve())
     stopped = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({served, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -46,58 +52,50 @@ async def _supervise(settings: ServerSettings, folder: Path) -> int:
     finally:
         health.drain()
         served.cancel()
-        await asyncio.wait({served})  # nobody is started any more
-        await crew.end()
+        await asyncio.wait({served})  # from now on no process is started
+        await group.end()
         if health_server is not None:
             await health_server.stop(0)
 
 
 def _status(served: asyncio.Task[None]) -> int:
-    """0 for a signal; else what kept the processes from serving, which they have said."""
+    """0 after a signal, else the status of the process that could not serve."""
     if not served.done():
         return 0
     error = served.exception()
-    if isinstance(error, MemberEnded):
+    if isinstance(error, ChildEnded):
         logger.critical("%s", error)
         return error.status
     served.result()
     return 1
 
 
-logger = logging.getLogger("januslens_server")
+class ProcessGroup:
+    """The configured number of child processes, and their combined health.
 
-# Seconds before a process is started again: twice as many after each start that came to nothing.
-SOONEST, LATEST = 1.0, 60.0
-# Seconds beyond the grace in which a process that drains must have ended.
-LEAVING = 15.0
-
-
-class Crew:
-    """As many members as are configured, and what health says of them together.
-
-    They load one after the other: each finds the memory that those before it have left, and is
-    measured on cores that nobody else uses.
+    They load one after another, so that each sees the memory that the earlier ones have left and
+    is measured on idle cores.
     """
 
     def __init__(self, settings: ServerSettings, folder: Path, health: Health) -> None:
-        """`settings` have the port's number; the members count in `folder`."""
+        """`settings` hold the actual port; the processes write metrics to `folder`."""
         self._settings = settings
         self._folder = folder
         self._health = health
-        self._members: dict[int, Member] = {}
+        self._children: dict[int, ChildProcess] = {}
         self._models: dict[str, bool] | None = None
-        self._turn = asyncio.Lock()
+        self._starting = asyncio.Lock()
 
     async def serve(self) -> None:
-        """Start all, open the port, and replace who ends, for good.
+        """Start all processes, open the port, and replace processes that end, forever.
 
-        Raises `MemberEnded` and `OSError` where not all of them can serve.
+        Raises `ChildEnded` or `OSError` if not all of them can serve.
         """
         numbers = range(1, self._settings.processes + 1)
         for number in numbers:
             await self._loaded(number)
-        await asyncio.gather(*(member.open() for member in self._members.values()))
-        self.tell()
+        await asyncio.gather(*(child.open() for child in self._children.values()))
+        self.update_health()
         where = f"{self._settings.host}:{self._settings.port}"
         logger.info("serving on %s with %d processes", where, len(numbers))
         if is_ready(self._statuses()):
@@ -106,57 +104,61 @@ class Crew:
             for number in numbers:
                 keepers.create_task(self._keep(number))
 
-    async def _loaded(self, number: int) -> Member:
-        """Start a member and wait for its models, which are those of the others."""
-        member = self._members[number] = Member(number, self._settings, self._folder)
-        found = await member.loaded()
+    async def _loaded(self, number: int) -> ChildProcess:
+        """Start a process and wait for its models, which must equal those of the others."""
+        child = self._children[number] = ChildProcess(number, self._settings, self._folder)
+        found = await child.loaded()
         if self._models is None:
             self._models = found
         if found != self._models:
-            await member.end(LEAVING)
+            await child.end(KILL_AFTER)
             raise OSError(
-                f"cannot serve: expected every process to serve {_said(self._models)}, got "
-                f"{_said(found)} in process {number}; use fewer --processes"
+                f"cannot serve: process {number} has loaded {_names(found)}, expected "
+                f"{_names(self._models)} as in the other processes; use fewer --processes"
             )
-        return member
+        return child
 
     async def _keep(self, number: int) -> None:
-        """Replace a member whenever it ends."""
-        pause = SOONEST
+        """Replace a process whenever it ends."""
+        pause = MIN_RESTART_DELAY
         while True:
-            status = await self._members[number].ended()
+            status = await self._children[number].ended()
             metrics.forget(self._folder, number)
-            self.tell()
+            self.update_health()
             logger.error(
-                "process %d ended with status %d; it is started again in %g s",
+                "process %d ended with status %d; restarting it in %g s",
                 number,
                 status,
                 pause,
             )
             await asyncio.sleep(pause)
-            pause = SOONEST if await self._replaced(number) else min(2 * pause, LATEST)
+            pause = (
+                MIN_RESTART_DELAY
+                if await self._replaced(number)
+                else min(2 * pause, MAX_RESTART_DELAY)
+            )
 
     async def _replaced(self, number: int) -> bool:
-        """Whether the new one came to serve."""
-        async with self._turn:
+        """Start a replacement; returns whether it serves."""
+        async with self._starting:
             try:
-                member = await self._loaded(number)
-                await member.open()
-            except MemberEnded:
+                child = await self._loaded(number)
+                await child.open()
+            except ChildEnded:
                 return False
             except OSError as error:
                 logger.error("%s", error)  # noqa: TRY400 - one line says it all
                 return False
-        self.tell()
+        self.update_health()
         logger.info("process %d serves again", number)
         return True
 
-    def tell(self) -> None:
-        """Health: a model can be served while one member serves it."""
+    def update_health(self) -> None:
+        """Report a model as SERVING while at least one process serves it."""
         self._health.update(self._statuses())
 
     def _statuses(self) -> Sequence[ModelStatus]:
-        if not any(member.serves for member in self._members.values()):
+        if not any(child.serves for child in self._children.values()):
             names = self._models or [model.name for model in self._settings.models]
             return [ModelStatus(name, ModelState.LOADING) for name in names]
         return [
@@ -165,19 +167,19 @@ class Crew:
         ]
 
     def reload_callers(self) -> None:
-        """Have every member read its callers anew."""
-        for member in self._members.values():
-            member.order(Order.RELOAD)
+        """Let every process read the callers' file again."""
+        for child in self._children.values():
+            child.send(Command.RELOAD)
 
     async def end(self) -> None:
-        """Have all drain and end; nobody is replaced any more."""
-        seconds = self._settings.grace_seconds + LEAVING
-        members = list(self._members.values())
-        ended = await asyncio.gather(*(member.end(seconds) for member in members))
-        for member, by_itself in zip(members, ended, strict=True):
+        """Drain and end all processes, without replacing them."""
+        seconds = self._settings.grace_seconds + KILL_AFTER
+        children = list(self._children.values())
+        ended = await asyncio.gather(*(child.end(seconds) for child in children))
+        for child, by_itself in zip(children, ended, strict=True):
             if not by_itself:
-                logger.error("process %d did not end, and was killed", member.number)
+                logger.error("process %d did not end in time and was killed", child.number)
 
 
-def _said(models: dict[str, bool]) -> str:
+def _names(models: dict[str, bool]) -> str:
     return ", ".join(name for name, ready in models.items() if ready) or "no model"

@@ -1,1 +1,1 @@
-"""Settings to a running server, and signals to a drained one."""
+"""Run a server: build it from its settings, open its ports, drain it on a signal."""

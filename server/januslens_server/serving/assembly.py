@@ -1,4 +1,4 @@
-"""Put a server together from its settings: models, device thread, services; load, and drain."""
+"""Build a server from its settings, load its models, serve, and drain."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.scheduling.worker import DeviceWorker
 from januslens_server.serving.ports import listen
-from januslens_server.serving.process import heed_signals
+from januslens_server.serving.process import handle_signals
 
-# What a thread may keep the interpreter while others wait, in seconds. The cores' threads come back
-# to it every few milliseconds, and an encoder would keep them for Python's usual five.
+# Seconds that a thread may hold the interpreter while others wait. The threads of the lens need it
+# every few milliseconds, and with Python's default of 5 ms an encoder would delay them.
 SWITCH_SECONDS = 0.001
 
 logger = logging.getLogger("januslens_server")
 
 
 async def serve(settings: ServerSettings) -> None:
-    """Serve until SIGTERM or SIGINT, then let what runs finish within the grace.
+    """Serve as a single process until SIGTERM or SIGINT, then drain.
 
-    Raises `OSError` where a port cannot be had.
+    Raises `OSError` if a port or device is not available.
     """
     assembly = Assembly(settings)
     gauges.read_at_scrapes()
@@ -61,20 +61,23 @@ async def serve(settings: ServerSettings) -> None:
 
 
 class Assembly:
-    """A server that is put together and listens nowhere yet.
+    """A server without ports: device thread, models, health and the gRPC service over them.
 
-    `stop` is set by signals, `loaded` when no model loads any more, `lost` when the device computes
-    no more.
+    `stop` is set by SIGTERM and SIGINT, `loaded` when all models are loaded or have failed, `lost`
+    when the device has failed for good.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
-        """In the event loop that will serve. Raises `OSError` for callers that cannot be read."""
+        """Call it in the event loop that will serve.
+
+        Raises `OSError` if the device is not available or the callers' file is invalid.
+        """
         check_device(settings.device)
-        use_cores(settings)
+        set_threads(settings)
         self._loop = asyncio.get_running_loop()
         self._grace = settings.grace_seconds
         self._callers = _callers(settings)
-        self.stop = heed_signals(self.reload_callers)
+        self.stop = handle_signals(self.reload_callers)
         self.loaded, self.lost = asyncio.Event(), asyncio.Event()
         self.health = Health()
         lost = on_device_lost(self.health, self._loop, self.lost)
@@ -108,7 +111,7 @@ class Assembly:
             self._background.append(self._loop.create_task(self._callers.watch()))
 
     def announce(self) -> None:
-        """Say what is served; from now on health follows the models' states."""
+        """Show the models' states in health and metrics, from now on."""
         self._announced = True
         statuses = self.registry.statuses()
         for status in statuses:
@@ -116,7 +119,7 @@ class Assembly:
         self.health.update(statuses)
 
     def load(self) -> None:
-        """Begin to load the models, in a thread that nobody waits for."""
+        """Start loading the models in a thread."""
         threading.Thread(target=self._load, name="model-loader", daemon=True).start()
 
     def _load(self) -> None:
@@ -124,7 +127,7 @@ class Assembly:
         self._loop.call_soon_threadsafe(self.loaded.set)
 
     def _observe(self, status: ModelStatus) -> None:
-        """A model's state has changed; called by the thread that loads."""
+        """Log and show a model's new state; called by the loading thread."""
         log_state(status)
         gauges.show_model(status)
         self._loop.call_soon_threadsafe(self._update)
@@ -138,12 +141,12 @@ class Assembly:
             logger.info("ready")
 
     def reload_callers(self) -> None:
-        """Read the file of callers anew, if there is one."""
+        """Read the callers' file again, if there is one."""
         if self._callers is not None:
             self._callers.reload()
 
     async def drain(self) -> None:
-        """Refuse what is new, let what runs finish within the grace, and stop."""
+        """Refuse new requests, let admitted ones finish within the grace period, and stop."""
         for task in self._background:
             task.cancel()
         self.health.drain()
@@ -163,8 +166,8 @@ def check_device(name: str) -> None:
         raise OSError(f"cannot serve: device {name!r} is not available: {reason}") from error
 
 
-def use_cores(settings: ServerSettings) -> None:
-    """As many as configured; else torch's own choice, divided among the processes."""
+def set_threads(settings: ServerSettings) -> None:
+    """Set torch's thread count: as configured, else torch's default divided by the processes."""
     sys.setswitchinterval(SWITCH_SECONDS)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -193,7 +196,7 @@ logger = logging.getLogger("januslens_server")
 
 
 def sources(settings: ServerSettings) -> list[ModelSource]:
-    """The configured models, or the embedded one."""
+    """The configured models, or the embedded model."""
     cache = None
     if settings.cache_dir is not None:
         cache = TensorCache(settings.cache_dir, settings.cache_size)
@@ -214,7 +217,7 @@ def sources(settings: ServerSettings) -> list[ModelSource]:
 
 
 def check_with(paces: dict[str, Pace], *, index_neurons: bool) -> SelfCheck:
-    """What a model goes through before it is served; its pace goes to `paces`."""
+    """The self-check that a model must pass before it is served; stores its pace in `paces`."""
 
     def check(model: ResidentModel) -> Sequence[Guarantee]:
         guarantees = self_check(model)
@@ -228,10 +231,10 @@ def check_with(paces: dict[str, Pace], *, index_neurons: bool) -> SelfCheck:
 
 
 def load_all(registry: Registry) -> None:
-    """Load every model; from then on the garbage collector passes by what is there for good.
+    """Load every model, then exempt all live objects from garbage collection.
 
-    Modules, vocabularies and torch's own objects are hundreds of thousands: to look through all
-    of them takes a fifth of a second, which some request would wait.
+    Models, vocabularies and torch are hundreds of thousands of objects; a full collection of them
+    would delay some request by 0.2 s.
     """
     registry.load_all()
     gc.collect()
@@ -239,7 +242,7 @@ def load_all(registry: Registry) -> None:
 
 
 def log_state(status: ModelStatus) -> None:
-    """One line for what has become of a model."""
+    """Log the new state of a model in one line."""
     if status.state is ModelState.FAILED:
         logger.error("model %s FAILED: %s", status.name, status.reason)
     elif status.provenance is not None and status.facts is not None:
@@ -261,30 +264,30 @@ logger = logging.getLogger("januslens_server")
 def on_device_lost(
     health: Health, loop: asyncio.AbstractEventLoop, lost: asyncio.Event
 ) -> Callable[[], None]:
-    """What the device's thread calls; `lost` is set, and whoever started the process replaces it.
+    """A callback for the device thread: report NOT_SERVING, and set `lost`.
 
-    Until then every health answer says NOT_SERVING, for orchestrators.
+    Only a new process can use the device again; health makes the orchestrator start one.
     """
 
-    def tell() -> None:
-        logger.critical("the device computes no more: nothing is served until a new start")
+    def report() -> None:
+        logger.critical("the device has failed; restart the server")
         loop.call_soon_threadsafe(health.drain)
         loop.call_soon_threadsafe(lost.set)
 
-    return tell
+    return report
 
 
 async def finish(server: grpc.aio.Server, streams: DeviceStreams, grace: float) -> None:
-    """Let what runs be computed and read, for `grace` seconds, then stop.
+    """Wait up to `grace` seconds until all results are delivered, then stop the server.
 
-    We count our own requests: `stop(grace)` would wait for every open health watch.
+    gRPC's own `stop(grace)` would also wait for every open health watch.
     """
-    logger.info("draining %d requests, for at most %g s", streams.unfinished, grace)
+    logger.info("draining %d requests within %g s", streams.unfinished, grace)
     finished = await streams.wait_finished(grace)
-    logger.info("drained" if finished else "grace expired, cutting what still runs")
-    # gRPC logs and prints a traceback for every call that it cuts, an open health watch too; the
-    # log keeps the stream that it has.
+    logger.info("drained" if finished else "grace period over; aborting the remaining requests")
+    # gRPC logs and prints a traceback for every call that it aborts, including health watches. Our
+    # log handler keeps the original stream.
     logging.getLogger("grpc").setLevel(logging.CRITICAL)
     sys.stderr = io.StringIO()
-    # The last statuses are on their way to their readers.
+    # Leave a second for the last statuses to arrive.
     await server.stop(1.0 if finished else 0.0)

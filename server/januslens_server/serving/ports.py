@@ -20,11 +20,11 @@ logger = logging.getLogger("januslens_server")
 async def listen(
     server: grpc.aio.Server, health: Health, settings: ServerSettings
 ) -> grpc.aio.Server | None:
-    """Open all ports; gives the server of the health port, if there is to be one.
+    """Open all ports; returns the server of the health port, if configured.
 
-    Raises `OSError` where one cannot be had.
+    Raises `OSError` if a port is not available.
     """
-    check_free(settings.host, settings.port)
+    check_port_free(settings.host, settings.port)
     port = add_port(server, settings)
     listen_for_metrics(settings)
     health_server = await listen_for_health(health, settings)
@@ -34,15 +34,15 @@ async def listen(
 
 
 def listen_for_metrics(settings: ServerSettings, shown: CollectorRegistry = REGISTRY) -> None:
-    """Show metrics on their port, for as long as the process lives."""
+    """Serve the metrics page until the process ends."""
     host, port = settings.metrics_host, settings.metrics_port
-    check_free(host, port)
+    check_port_free(host, port)
     metrics, _ = start_http_server(port, host, shown)
     logger.info("metrics on http://%s:%d/metrics", host, metrics.server_port)
 
 
 def add_port(server: grpc.aio.Server, settings: ServerSettings) -> int:
-    """Have the server take its port; gives its number."""
+    """Bind the gRPC port, with TLS if configured; returns its number."""
     address = f"{settings.host}:{settings.port}"
     certificate, key = settings.tls_certificate, settings.tls_key
     if certificate is None or key is None:
@@ -55,10 +55,10 @@ def add_port(server: grpc.aio.Server, settings: ServerSettings) -> int:
 
 
 async def listen_for_health(health: Health, settings: ServerSettings) -> grpc.aio.Server | None:
-    """Answer health on a port of its own, if there is to be one; gives that server."""
+    """Open the plaintext health port; returns its server, or None if not configured."""
     if settings.health_port is None:
         return None
-    check_free(settings.host, settings.health_port)
+    check_port_free(settings.host, settings.health_port)
     server = build_health_server(health)
     port = server.add_insecure_port(f"{settings.host}:{settings.health_port}")
     await server.start()
@@ -66,10 +66,10 @@ async def listen_for_health(health: Health, settings: ServerSettings) -> grpc.ai
     return server
 
 
-def check_free(host: str, port: int) -> None:
-    """Say in one line what keeps a port from being had; gRPC's core logs lines of its own.
+def check_port_free(host: str, port: int) -> None:
+    """Raise `OSError` with one readable line if a port is not available.
 
-    Raises `OSError` with that line.
+    Without this check gRPC's core would log lines of its own.
     """
     try:
         socket.create_server(_address(host, port), family=_family(host)).close()
@@ -78,22 +78,22 @@ def check_free(host: str, port: int) -> None:
 
 
 @contextmanager
-def reserved(host: str, port: int) -> Iterator[int]:
-    """Hold a port that this server's processes share, and no other server; gives its number.
+def reserve_port(host: str, port: int) -> Iterator[int]:
+    """Reserve a port for the processes of this server, and no other; yields its number.
 
-    Sockets share a port where all of them ask for that and belong to one user. Ours is bound before
-    it asks, so that it is refused where another server listens or holds; afterwards it refuses
-    who has not asked. It never listens: calls come to the processes alone.
+    Sockets of one user share a port if all of them set SO_REUSEPORT. This socket binds before it
+    sets the option, so that binding fails if another server has the port. It never listens, so all
+    connections go to the processes.
     """
     with socket.socket(_family(host)) as holder:
-        # Connections that a server before us has closed may linger, while the port is bound ...
+        # Allow binding while closed connections of an earlier server linger ...
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             holder.bind(_address(host, port))
         except OSError as error:
             address = f"{host}:{port}"
             raise OSError(f"cannot serve: {error.strerror} (on {address})") from error
-        # ... but nobody else who thinks so may have it, too.
+        # ... but do not let another socket bind by the same option.
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         yield holder.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Run a server as one process, from its settings to its exit status."""
+"""The life of a process: run to an exit status, and react to signals."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from typing import Any, NoReturn
 from januslens_server import spans
 
 
-def live(serving: Coroutine[Any, Any, int | None]) -> NoReturn:
-    """Run until it is over, and leave with the status that it gives; with 1 if it cannot begin."""
+def run_process(serving: Coroutine[Any, Any, int | None]) -> NoReturn:
+    """Run `serving` and exit with the status it returns, or with 1 and one line on `OSError`."""
     try:
         status = asyncio.run(serving)
     except OSError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"januslens-server: {line}\n")
         raise SystemExit(1) from error
-    # A thread that loads or computes cannot be stopped inside native code, and would turn an
-    # orderly exit into an abort.
+    # Threads that load or compute cannot be stopped inside native code; a normal interpreter exit
+    # would abort the process.
     spans.shutdown()
     logging.shutdown()
     os._exit(status or 0)
 
 
-def heed_signals(reload_callers: Callable[[], None]) -> asyncio.Event:
-    """Gives what SIGTERM and SIGINT set; SIGHUP reads the callers anew."""
+def handle_signals(reload_callers: Callable[[], None]) -> asyncio.Event:
+    """Return an event that SIGTERM and SIGINT set; SIGHUP calls `reload_callers`."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGHUP, reload_callers)
     for number in (signal.SIGTERM, signal.SIGINT):

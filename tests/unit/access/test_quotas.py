@@ -1,4 +1,4 @@
-"""What is left of a quota, on a clock that stands still until it is told."""
+"""Quotas, on a clock that the tests advance."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ def test_without_quotas_there_is_no_end(book: QuotaBook) -> None:
 def test_requests_at_once(book: QuotaBook) -> None:
     two = ada(concurrent=2)
     with book.request(two), book.request(two):
-        with pytest.raises(QuotaSpent, match="2 requests at once of ada"), book.request(two):
+        with (
+            pytest.raises(QuotaSpent, match="'ada' used up: 2 concurrent"),
+            book.request(two),
+        ):
             pass
         with book.request(Caller(name="bob", tokens=(), quotas=Quotas(concurrent=2))):
             pass
@@ -113,5 +116,5 @@ def test_seconds_of_the_device_are_lent_and_settled(book: QuotaBook, clock: Cloc
 
 def test_a_quota_that_changes_keeps_what_was_taken(book: QuotaBook) -> None:
     book.charge(ada(device_seconds_per_minute=30), 30.5)
-    with pytest.raises(QuotaSpent, match="60 s of the device a minute"):
+    with pytest.raises(QuotaSpent, match="60 device seconds a minute"):
         book.charge(ada(device_seconds_per_minute=60), 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from januslens_server.config import read_settings
-from januslens_server.serving.assembly import use_cores
+from januslens_server.serving.assembly import set_threads
 
 
 @pytest.fixture
@@ -33,5 +33,5 @@ def four_cores() -> Iterator[None]:
     ],
 )
 def test_the_default_is_divided_among_processes(flags: list[str], cores: int) -> None:
-    use_cores(read_settings(flags))
+    set_threads(read_settings(flags))
     assert torch.get_num_threads() == cores

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from januslens_server.serving.ports import check_free, reserved
+from januslens_server.serving.ports import check_port_free, reserve_port
 
 HOST = "127.0.0.1"
 
@@ -26,28 +26,28 @@ def listening(port: int, *, shared: bool) -> socket.socket:
 
 
 def test_a_reserved_port_is_refused_before_anybody_listens() -> None:
-    with reserved(HOST, 0) as port:
+    with reserve_port(HOST, 0) as port:
         with pytest.raises(OSError, match=f"cannot serve: Address already in use .*{port}"):
-            check_free(HOST, port)
+            check_port_free(HOST, port)
         with pytest.raises(OSError, match=f"cannot serve: Address already in use .*{port}"):
-            reserved(HOST, port).__enter__()
+            reserve_port(HOST, port).__enter__()
         with pytest.raises(OSError, match="Address already in use"):
             listening(port, shared=False)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((HOST, port), timeout=1)
-    check_free(HOST, port)
+    check_port_free(HOST, port)
 
 
 def test_who_asks_to_share_it_listens_and_others_stay_out() -> None:
     with (
-        reserved(HOST, 0) as port,
+        reserve_port(HOST, 0) as port,
         listening(port, shared=True) as first,
         listening(port, shared=True) as second,
     ):
         with pytest.raises(OSError, match="cannot serve"):
-            reserved(HOST, port).__enter__()
+            reserve_port(HOST, port).__enter__()
         with pytest.raises(OSError, match="cannot serve"):
-            check_free(HOST, port)
+            check_port_free(HOST, port)
         first.settimeout(0.01)
         second.settimeout(0.01)
         came = {first: 0, second: 0}
@@ -69,7 +69,7 @@ def test_a_port_where_another_listens_is_refused(shared: bool) -> None:
     with listening(0, shared=shared) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match="cannot serve: Address already in use"):
-            reserved(HOST, port).__enter__()
+            reserve_port(HOST, port).__enter__()
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -79,5 +79,5 @@ def test_connections_that_linger_after_a_server_keep_nobody_out(shared: bool) ->
         with socket.create_connection((HOST, port)) as client:
             before.accept()[0].close()  # the server first: its side of the connection lingers
             assert client.recv(1) == b""
-    with reserved(HOST, port) as again:
+    with reserve_port(HOST, port) as again:
         assert again == port

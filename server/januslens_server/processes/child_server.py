@@ -1,4 +1,4 @@
-"""What a member does: load, wait until all have, open the port that they share."""
+"""Serve in a child process: load the models, wait for the command to open the port, serve."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from januslens_server import gauges
 from januslens_server.config import ServerSettings
-from januslens_server.processes.child import Listening, Loaded, Order
+from januslens_server.processes.child import Command, Listening, Loaded
 from januslens_server.results import ModelState
 from januslens_server.serving.assembly import Assembly
 from januslens_server.serving.ports import add_port
@@ -19,20 +19,20 @@ from januslens_server.serving.ports import add_port
 DEVICE_LOST = 1
 
 
-async def serve_among(settings: ServerSettings, pipe: Connection, folder: Path) -> int:
-    """Serve until SIGTERM, or until the device is lost, and drain; gives the exit status.
+async def serve_as_child(settings: ServerSettings, pipe: Connection, folder: Path) -> int:
+    """Serve until SIGTERM or until the device is lost, and drain; returns the exit status.
 
-    Raises `OSError` where it cannot serve.
+    Raises `OSError` if it cannot serve.
     """
     assembly = Assembly(settings)
-    opened = _heed(pipe, folder, assembly)
+    opened = _follow_supervisor(pipe, folder, assembly)
     assembly.load()
     written = asyncio.create_task(gauges.keep_written())
     served = asyncio.create_task(_serve(assembly, settings, pipe, opened))
     stopped = asyncio.create_task(assembly.stop.wait())
     await asyncio.wait({served, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if served.done():
-        served.result()  # where it could not serve
+        served.result()  # raises what kept it from serving
     served.cancel()
     written.cancel()
     await assembly.drain()
@@ -42,7 +42,7 @@ async def serve_among(settings: ServerSettings, pipe: Connection, folder: Path) 
 async def _serve(
     assembly: Assembly, settings: ServerSettings, pipe: Connection, opened: asyncio.Event
 ) -> None:
-    """Until the device is lost."""
+    """Load, open the port on command, and return when the device is lost."""
     await assembly.loaded.wait()
     statuses = assembly.registry.statuses()
     pipe.send(Loaded({status.name: status.state is ModelState.READY for status in statuses}))
@@ -54,16 +54,16 @@ async def _serve(
     await assembly.lost.wait()
 
 
-def _heed(pipe: Connection, folder: Path, assembly: Assembly) -> asyncio.Event:
-    """Follow the supervisor's orders, and end with it; gives what the order to open sets."""
+def _follow_supervisor(pipe: Connection, folder: Path, assembly: Assembly) -> asyncio.Event:
+    """Act on the supervisor's commands, and exit with it; returns the event that `OPEN` sets."""
     opened, loop = asyncio.Event(), asyncio.get_running_loop()
-    actions = {Order.OPEN: opened.set, Order.RELOAD: assembly.reload_callers}
+    actions = {Command.OPEN: opened.set, Command.RELOAD: assembly.reload_callers}
 
     def follow() -> None:
         try:
             while True:
                 loop.call_soon_threadsafe(actions[pipe.recv()])
-        except (EOFError, OSError):  # it was killed, and nobody else knows of its folder
+        except (EOFError, OSError):  # the supervisor was killed, so it cannot remove the folder
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
 
