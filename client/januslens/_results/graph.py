@@ -34,6 +34,11 @@ class Part:
         return self.edge.logit_contribution if self.edge else None
 
     @property
+    def attention(self) -> float | None:
+        """The attention probability of a memory value."""
+        return self.edge.attention if self.edge else None
+
+    @property
     def weight(self) -> float | None:
         """The part's norm, coefficient included."""
         return self.edge.weight if self.edge else None

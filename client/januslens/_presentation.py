@@ -1,0 +1,351 @@
+"""How results are put into words and figures: number formats, names, sentences, colours and steps.
+
+The command and the notebook take them from here. The pages are written in TypeScript and have the
+same rules; tests/fixtures/presentation/ holds both to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from januslens._results.kinds import NodeKind
+
+if TYPE_CHECKING:
+    from januslens._results.gradient import Gradient
+    from januslens._results.graph import Part
+    from januslens._results.nodes import Node
+    from januslens._results.provenance import Provenance
+    from januslens._results.tokens import Token
+    from januslens._results.trace import Trace
+    from januslens._results.trace_events import LayerGraph, PositionTarget
+
+# ---- Numbers ----------------------------------------------------------------------------------
+
+
+def probability(value: float) -> str:
+    """`0.992`, `0.001`, `8e-10`: three decimals, or one digit where those would show zero."""
+    return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.0e}"
+
+
+def signed(value: float) -> str:
+    """`+1.50`, `-0.25`: two decimals; what rounds to zero is `+0.00`."""
+    rounded = f"{value:+.2f}"
+    return "+0.00" if rounded == "-0.00" else rounded
+
+
+def percent(share: float) -> str:
+    """`43 %`, `-3.1 %`, `0.05 %`: a share of a sum, with more decimals the smaller it is."""
+    size = abs(100 * share)
+    if size < 0.005:
+        return "0 %"
+    digits = 0 if size >= 9.95 else 1 if size >= 0.095 else 2
+    return f"{'-' if share < 0 else ''}{size:.{digits}f} %"
+
+
+def measure(value: float) -> str:
+    """`21.7`, `1230`, `0.0526`, `6.05e-05`: a norm or other figure in three significant digits."""
+    rounded = float(f"{value:.2e}")
+    if rounded == 0 or 1e-4 <= abs(rounded) < 1e6:
+        return f"{rounded:.10f}".rstrip("0").rstrip(".")
+    mantissa, exponent = f"{rounded:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
+
+
+def count(value: int) -> str:
+    """`50 257`: a whole number with thin spaces between thousands."""
+    return f"{value:,}".replace(",", "\u2009")
+
+
+# ---- Bins and colours -------------------------------------------------------------------------
+
+RANK_BINS = ("top", "< 10", "< 100", "< 1k", "middle", "last 1k", "last 100")
+
+
+def rank_bin(rank: int | None, vocabulary: int | None = None) -> str:
+    """The bin of a rank, 0 being the top; `middle` if there is no rank.
+
+    A small vocabulary has no middle: there a rank belongs to the nearer end. Without a vocabulary's
+    size there is no far end.
+    """
+    if rank is None:
+        return "middle"
+    if vocabulary is not None and vocabulary - 1 - rank < rank:
+        from_end = vocabulary - 1 - rank
+        return "last 100" if from_end < 100 else "last 1k" if from_end < 1000 else "middle"
+    near = ((1, "top"), (10, "< 10"), (100, "< 100"), (1000, "< 1k"))
+    return next((name for limit, name in near if rank < limit), "middle")
+
+
+Rgb = tuple[int, int, int]
+_NORM_COLOURS: tuple[Rgb, ...] = (
+    (245, 236, 222),
+    (244, 199, 160),
+    (231, 147, 124),
+    (181, 83, 120),
+    (94, 42, 104),
+)
+
+
+def norm_part(norm: float, largest: float) -> float:
+    """Where a norm stands on the square-root scale from 0 to the largest one, 0 to 1."""
+    return math.sqrt(min(1.0, max(0.0, norm / largest))) if largest > 0 else 0.0
+
+
+def norm_colour(norm: float, largest: float) -> Rgb:
+    """The colour of a norm on a light background, from cream to plum."""
+    place = norm_part(norm, largest) * (len(_NORM_COLOURS) - 1)
+    below = min(int(place), len(_NORM_COLOURS) - 2)
+    low, high = _NORM_COLOURS[below], _NORM_COLOURS[below + 1]
+    red, green, blue = (
+        # Rounded half up, as JavaScript does.
+        math.floor(a + (b - a) * (place - below) + 0.5)
+        for a, b in zip(low, high, strict=True)
+    )
+    return red, green, blue
+
+
+def ink_on(colour: Rgb) -> Rgb:
+    """Black or white, whichever has more contrast (WCAG 2.2, relative luminance)."""
+    red, green, blue = (_linear(part / 255) for part in colour)
+    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    black = (luminance + 0.05) ** 2 > 1.05 * 0.05
+    return (0, 0, 0) if black else (255, 255, 255)
+
+
+def _linear(part: float) -> float:
+    return part / 12.92 if part <= 0.04045 else float(((part + 0.055) / 1.055) ** 2.4)
+
+
+# ---- Names ------------------------------------------------------------------------------------
+
+NODE_NAMES = {
+    NodeKind.BLOCK_INPUT: "embedding",
+    NodeKind.ATTENTION_INPUT: "attention's input",
+    NodeKind.QUERY: "query",
+    NodeKind.KEY: "key",
+    NodeKind.VALUE: "value",
+    NodeKind.HEAD_QUERY: "query",
+    NodeKind.HEAD_KEY: "key",
+    NodeKind.HEAD_VALUE: "value",
+    NodeKind.MEMORY_KEY: "key",
+    NodeKind.MEMORY_VALUE: "value",
+    NodeKind.HEAD_OUTPUT: "output",
+    NodeKind.ATTENTION_CONCAT: "all heads together",
+    NodeKind.ATTENTION_NEURON: "row of W_O",
+    NodeKind.ATTENTION_BIAS: "attention's bias",
+    NodeKind.ATTENTION_SUM: "attention's raw result",
+    NodeKind.ATTENTION_OUTPUT: "attention's result",
+    NodeKind.RESIDUAL_MID: "residual after attention",
+    NodeKind.MLP_INPUT: "MLP's input",
+    NodeKind.MLP_KEY: "key",
+    NodeKind.MLP_UP: "up column",
+    NodeKind.MLP_VALUE: "value",
+    NodeKind.MLP_BIAS: "MLP's bias",
+    NodeKind.MLP_SUM: "MLP's raw result",
+    NodeKind.MLP_OUTPUT: "MLP's result",
+    NodeKind.BLOCK_OUTPUT: "residual after the block",
+    NodeKind.FINAL_NORM: "after the final norm",
+    NodeKind.PREDICTION: "prediction",
+    NodeKind.OTHER: "all the rest",
+}
+
+
+def node_name(node: Node, prompt: Sequence[Token]) -> str:
+    """`L2 head 3 value of ␣Japan (3)`; the node's own position is left out."""
+    parts = [_numbered(node), NODE_NAMES.get(node.kind, str(node.kind).lower())]
+    source = node.position if node.kind is NodeKind.BLOCK_INPUT else node.source_position
+    if source is not None:
+        parts.append(f"of {token_at(source, prompt)}")
+    return " ".join(part for part in parts if part)
+
+
+def _numbered(node: Node) -> str:
+    """`L2 head 3` or `L2 expert 1 neuron 7`."""
+    parts = [] if node.layer is None else [f"L{node.layer}"]
+    for name, number in (("head", node.head), ("expert", node.expert), ("neuron", node.neuron)):
+        if number is not None:
+            parts.append(f"{name} {number}")
+    return " ".join(parts)
+
+
+def token_at(position: int, prompt: Sequence[Token]) -> str:
+    """`␣Japan (3)`: the prompt's token at a position, and the position."""
+    return f"{prompt[position]} ({position})" if position < len(prompt) else f"({position})"
+
+
+def model_name(provenance: Provenance) -> str:
+    """Name, architecture, data type, device and the revision's first 12 characters."""
+    return (
+        f"{provenance.model} ({provenance.architecture}, {provenance.data_type} on "
+        f"{provenance.device}), revision {provenance.revision[:12]}"
+    )
+
+
+def written_tokens(node: Node) -> tuple[Token, ...]:
+    """The tokens that a node writes: its top ones, or its bottom ones if its factor is negative."""
+    if node.projection is None:
+        return ()
+    negative = (node.activation or 0.0) < 0
+    return node.projection.bottom_tokens if negative else node.projection.top_tokens
+
+
+# ---- Sentences --------------------------------------------------------------------------------
+
+# Texts and tokens in order; a renderer may emphasise tokens. `plain` is the sentence as text.
+Sentence = tuple["str | Token", ...]
+
+
+def plain(sentence: Sentence) -> str:
+    """The sentence as text, spaces and controls of tokens made visible."""
+    return "".join(str(part) for part in sentence)
+
+
+def trace_sentences(trace: Trace, target: PositionTarget) -> list[Sentence]:
+    """The target, from which layer on it ranks first, and the head and neuron that add most."""
+    sentences = [target_sentence(trace, target), (emergence_sentence(trace, target),)]
+    for parts in (trace.heads(target.position), trace.neurons(target.position)):
+        added = [part for part in parts if part.logit_contribution is not None]
+        if added:
+            best = max(added, key=lambda part: part.logit_contribution or 0.0)
+            sentences.append((_contribution_sentence(trace, best),))
+    return sentences
+
+
+def target_sentence(trace: Trace, target: PositionTarget) -> Sentence:
+    """The target's rank and probability, and what the model predicts.
+
+    For example "␣Paris after ␣of (7): rank 3, probability 0.020; the model predicts ␣Tokyo."
+    """
+    place = f" after {token_at(target.position, trace.prompt_tokens)}: "
+    figure = f"probability {probability(target.target_probability)}"
+    if target.target_rank == 0:
+        return target.target, f"{place}the model's own prediction, {figure}."
+    ranked = f"{place}rank {target.target_rank}, {figure}; the model predicts "
+    return target.target, ranked, target.predicted, "."
+
+
+def emergence_sentence(trace: Trace, target: PositionTarget) -> str:
+    """From which step of the residual stream onwards the target ranks first, or its best rank."""
+    steps = [step for step in all_residual_steps(trace, target.position) if step.node.projection]
+    ranks = [_rank(step.node) for step in steps]
+    if not steps:
+        return "No residual of this position was traced."
+    later = max((i for i, rank in enumerate(ranks) if rank != 0), default=-1)
+    if later + 1 < len(steps):
+        return f"Ranked first from {steps[later + 1].place} onwards."
+    best = steps[ranks.index(min(ranks))]
+    return f"Best rank {min(ranks):.0f} after {best.place}; final rank {ranks[-1]:.0f}."
+
+
+def _rank(node: Node) -> float:
+    rank = node.projection.target_rank if node.projection else None
+    return math.inf if rank is None else rank
+
+
+def _contribution_sentence(trace: Trace, part: Part) -> str:
+    text = (
+        f"{_numbered(part.node)} adds most: {signed(part.logit_contribution or 0.0)} to its logit"
+    )
+    sources = [source for source in trace.parts_of(part.node) if source.attention is not None]
+    if sources:
+        most = max(sources, key=lambda source: source.attention or 0.0)
+        place = token_at(most.node.source_position or 0, trace.prompt_tokens)
+        text += f", reading {place} with attention {most.attention:.2f}"
+    return f"{text}."
+
+
+def loss_sentence(gradient: Gradient, *, likelihood: bool = False) -> Sentence:
+    """The loss, its targets and what the model predicts.
+
+    For example "Loss 1.25 for ␣c, probability 0.287; the model predicts ␣d."
+
+    Only a loss of negative log-likelihood has a probability; a gradient does not say which loss it
+    is of, so the caller does with `likelihood`.
+    """
+    sentence: list[str | Token] = [f"Loss {gradient.loss:.4g}"]
+    if gradient.header.targets:
+        sentence += [" for ", *gradient.header.targets]
+    if likelihood:
+        sentence.append(f", probability {probability(math.exp(-gradient.loss))}")
+    return (*sentence, "; the model predicts ", gradient.header.predicted, ".")
+
+
+# ---- Steps through a trace --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ResidualStep:
+    """The residual stream after one addition to it.
+
+    Attributes:
+        name: What was added, or `input` for a residual that no traced block made.
+        place: Where that is, for a sentence: `the embedding`, `layer 3's attention`.
+        node: The residual.
+        added: The part that was added last, with its edge.
+    """
+
+    name: str
+    place: str
+    node: Node
+    added: Part | None
+
+
+def all_residual_steps(trace: Trace, position: int) -> Iterator[ResidualStep]:
+    """The residual steps of all layers at one position, upwards."""
+    for layer in trace.layers:
+        yield from residual_steps(trace, layer, position)
+
+
+def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[ResidualStep]:
+    """The layer's input, unless the step before made it, then after attention, after the MLP.
+
+    Blocks whose attention and MLP are parallel, and traces without the residual between them, have
+    one step for both.
+    """
+    mids = layer.nodes_of(NodeKind.RESIDUAL_MID, position)
+    outputs = layer.nodes_of(NodeKind.BLOCK_OUTPUT, position)
+    gaps = [node for node in outputs if node.layer != layer.layer]
+    for node in [*layer.nodes_of(NodeKind.BLOCK_INPUT, position), *gaps]:
+        place = "the embedding" if node.layer is None else f"layer {node.layer}"
+        yield ResidualStep("input", place, node, None)
+    steps = [(node, "attention", NodeKind.ATTENTION_OUTPUT) for node in mids]
+    last = "MLP" if mids else "attention and MLP"
+    own = [node for node in outputs if node.layer == layer.layer]
+    steps += [(node, last, NodeKind.MLP_OUTPUT) for node in own]
+    for node, name, kind in steps:
+        added = next((part for part in trace.parts_of(node) if part.node.kind is kind), None)
+        yield ResidualStep(f"+ {name}", f"layer {layer.layer}'s {name}", node, added)
+
+
+_RESIDUALS = {NodeKind.RESIDUAL_MID, NodeKind.BLOCK_OUTPUT}
+_WITHOUT_READING = {NodeKind.ATTENTION_CONCAT, NodeKind.FINAL_NORM}
+
+
+@dataclass(frozen=True, slots=True)
+class PathStep:
+    """One line of a path: its name, and the part that it ends with."""
+
+    name: str
+    part: Part
+
+
+def path_steps(trace: Trace, path: Sequence[Part]) -> Iterator[PathStep]:
+    """The lines of a path back from the prediction, as `trace.path_to_target()` gives it.
+
+    Residuals in a row are one line: nothing but the stream itself carried the token there. Nodes
+    that say nothing of their own are left out.
+    """
+    shown = [part for part in path if part.node.kind not in _WITHOUT_READING]
+    for in_stream, run in groupby(shown, lambda part: part.node.kind in _RESIDUALS):
+        parts = list(run)
+        if in_stream and len(parts) > 1:
+            last, first = parts[0].node.layer, parts[-1].node.layer
+            span = f"residual stream, L{last} to L{first}"
+            yield PathStep(f"L{last}'s residual stream" if last == first else span, parts[-1])
+        else:
+            for part in parts:
+                yield PathStep(node_name(part.node, trace.prompt_tokens), part)

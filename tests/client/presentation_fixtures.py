@@ -1,0 +1,253 @@
+"""Write tests/fixtures/presentation/*.json: what results look like in words and figures.
+
+`januslens._presentation` makes the expected texts. The tests of the command and of the notebook go
+through that module; the tests of the pages read the same files, so that all three agree. A test
+fails where a file is not what this program writes; run it and commit the files after a change:
+
+    python -m tests.client.presentation_fixtures
+
+Texts have the ASCII apostrophe and the hyphen-minus. A page may show the typographic ’ and − in
+their place; its tests map them back before they compare.
+
+numbers.json: for each format, pairs of `[value, text]`.
+    probability, signed, percent, measure, count
+
+colours.json:
+    rank_bins: `[rank or null, vocabulary or null, bin]`, the bins by name
+    norms: `[norm, largest norm, [red, green, blue], ink]` on a light background; the ink is
+        "black" or "white"
+
+names.json: names by node kind, for example `"HEAD_KEY": "key"`.
+
+traces.json, a list of:
+    case: what is special about it
+    stream: the messages of the Trace stream, each as protobuf JSON
+    position: the query position that the rest is about
+    sentences: the sentences about the target, in order, as text
+    residual_steps: `{"name", "place", "node"}` of each step of the residual stream, upwards
+    path: ids of the nodes from the prediction back, as `Trace.path_to_target` gives them
+    path_steps: `{"name", "node"}` of each line that the path is shown as
+    node_names: name by node id, for every node
+
+gradients.json, a list of:
+    case, stream: likewise, of the GradientLens stream
+    sentence: the sentence about the loss, where it is not known which loss it is
+    likelihood_sentence: the same where the loss is a negative log-likelihood
+    components: for each matrix by name the components, largest first: `{"position", "size",
+        "promoted", "suppressed"}`, size as `measure` gives it, tokens as they are shown
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+
+from januslens import Gradient, Trace
+from januslens import _presentation as presentation
+from januslens._stream.gradient import GradientAssembler
+from januslens._stream.trace import TraceAssembler
+from januslens.v1 import trace_pb2
+from tests.client import messages
+
+FOLDER = Path(__file__).parents[1] / "fixtures" / "presentation"
+
+FIGURES = [0.0, 1.0, 12.345, 0.992, 0.0526, 0.005, 0.0005, 0.00049, 6.05e-05, 8.3e-10]
+SHARES = [0.0, 1.0, 2.53, 0.992, 0.0996, 0.0994, 0.0526, 0.0051, 0.000949, 0.00049, 6.05e-05, 4e-05]
+LARGE = [999.4, 999.6, 1234.0, 65504.0, 999_499.0, 1_234_567.0, 3.4e38]
+RANKS = [None, 0, 1, 9, 10, 99, 100, 999, 1000, 5000, 50156, 50157, 50256]
+
+
+def files() -> dict[str, Any]:
+    """The content of every file by its name."""
+    return {
+        "numbers.json": numbers(),
+        "colours.json": colours(),
+        "names.json": {str(kind): name for kind, name in presentation.NODE_NAMES.items()},
+        "traces.json": [trace_case(case, stream) for case, stream in traces()],
+        "gradients.json": [gradient_case(case, stream) for case, stream in gradients()],
+    }
+
+
+def numbers() -> dict[str, list[list[Any]]]:
+    """No value lies halfway between two texts: there languages round differently."""
+    negative = [-value for value in FIGURES[1:]]
+    return {
+        "probability": pairs(presentation.probability, FIGURES[:2] + FIGURES[3:]),
+        "signed": pairs(presentation.signed, FIGURES + negative),
+        "percent": pairs(presentation.percent, [*SHARES, *(-share for share in SHARES[1:])]),
+        "measure": pairs(presentation.measure, [*FIGURES, *LARGE, 0.00010001, 0.00009999, -21.66]),
+        "count": pairs(presentation.count, [0, 999, 1000, 50257, 1234567]),
+    }
+
+
+def pairs(form: Callable[[Any], str], values: Sequence[float]) -> list[list[Any]]:
+    return [[value, form(value)] for value in values]
+
+
+def colours() -> dict[str, list[list[Any]]]:
+    norms = [(0.0, 0.0), (0.0, 2.0), (0.1, 2.0), (0.5, 2.0), (1.0, 2.0), (1.9, 2.0), (2.0, 2.0)]
+    return {
+        "rank_bins": [
+            [rank, size, presentation.rank_bin(rank, size)]
+            for size in (None, 50257, 512)
+            for rank in RANKS
+            if rank is None or size is None or rank < size
+        ],
+        "norms": [norm_row(norm, largest) for norm, largest in norms],
+    }
+
+
+def norm_row(norm: float, largest: float) -> list[Any]:
+    colour = presentation.norm_colour(norm, largest)
+    ink = "black" if presentation.ink_on(colour) == (0, 0, 0) else "white"
+    return [norm, largest, list(colour), ink]
+
+
+def traces() -> Iterator[tuple[str, list[trace_pb2.TraceResponse]]]:
+    yield "the target ranks first from the MLP on", stream_of(messages.layer())
+    yield "attention and MLP are parallel", stream_of(without_nodes("RESIDUAL_MID"))
+    yield "no logit contributions", stream_of(without_contributions())
+    yield "the target never ranks first", stream_of(with_rank(3), target=3)
+    yield (
+        "no residual has a reading",
+        stream_of(without_nodes("RESIDUAL_MID", "BLOCK_OUTPUT", "BLOCK_INPUT")),
+    )
+    yield "the best neuron belongs to an expert", stream_of(with_expert())
+
+
+def stream_of(layer: trace_pb2.LayerGraph, target: int = 2) -> list[trace_pb2.TraceResponse]:
+    header = messages.trace_header()
+    header.tokens.extend(messages.tokens(2, 3))
+    if target != 2:
+        header.targets[0].target_token_id = target
+        header.targets[0].target_rank = 7
+        header.targets[0].target_probability = 0.0004
+    return messages.trace_stream(header, layer, messages.trace_summary())
+
+
+def without_nodes(*kinds: str) -> trace_pb2.LayerGraph:
+    layer = messages.layer()
+    kept = [node for node in layer.nodes if not node.id.endswith(kinds)]
+    ids = {node.id for node in kept}
+    edges = [edge for edge in layer.edges if {edge.source, edge.target} <= ids]
+    del layer.nodes[:], layer.edges[:]
+    layer.nodes.extend(kept)
+    layer.edges.extend(edges)
+    return layer
+
+
+def without_contributions() -> trace_pb2.LayerGraph:
+    layer = messages.layer()
+    for edge in layer.edges:
+        edge.ClearField("logit_contribution")
+    return layer
+
+
+def with_rank(least: int) -> trace_pb2.LayerGraph:
+    """Every rank of the target moved away from the top."""
+    layer = messages.layer()
+    for node in layer.nodes:
+        if node.HasField("projection"):
+            node.projection.target_rank += least
+    return layer
+
+
+def with_expert() -> trace_pb2.LayerGraph:
+    layer = messages.layer()
+    for node in layer.nodes:
+        if node.HasField("neuron"):
+            node.expert = 1
+    return layer
+
+
+def trace_case(case: str, stream: list[trace_pb2.TraceResponse]) -> dict[str, Any]:
+    trace = assembled(TraceAssembler(), stream)
+    assert isinstance(trace, Trace)
+    target = trace.target()
+    path = trace.path_to_target()
+    return {
+        "case": case,
+        "stream": as_json(stream),
+        "position": target.position,
+        "sentences": [
+            presentation.plain(sentence) for sentence in presentation.trace_sentences(trace, target)
+        ],
+        "residual_steps": [
+            {"name": step.name, "place": step.place, "node": step.node.id}
+            for step in presentation.all_residual_steps(trace, target.position)
+        ],
+        "path": [part.node.id for part in path],
+        "path_steps": [
+            {"name": step.name, "node": step.part.node.id}
+            for step in presentation.path_steps(trace, path)
+        ],
+        "node_names": {
+            node.id: presentation.node_name(node, trace.prompt_tokens) for node in trace.node_list
+        },
+    }
+
+
+def gradients() -> Iterator[tuple[str, list[Any]]]:
+    yield "two matrices", messages.gradient_stream()
+    header = messages.gradient_header()
+    header.target_token_ids[:] = [2, 4]
+    header.loss = 12.34567
+    yield (
+        "two targets",
+        messages.gradient_stream(header, messages.matrix(), messages.gradient_summary()),
+    )
+
+
+def gradient_case(case: str, stream: list[Any]) -> dict[str, Any]:
+    gradient = assembled(GradientAssembler(), stream)
+    assert isinstance(gradient, Gradient)
+    likely = presentation.loss_sentence(gradient, likelihood=True)
+    return {
+        "case": case,
+        "stream": as_json(stream),
+        "sentence": presentation.plain(presentation.loss_sentence(gradient)),
+        "likelihood_sentence": presentation.plain(likely),
+        "components": {
+            matrix.name: [
+                {
+                    "position": part.position,
+                    "size": presentation.measure(part.size),
+                    "promoted": [str(token) for token in part.promoted],
+                    "suppressed": [str(token) for token in part.suppressed],
+                }
+                for part in matrix.components
+            ]
+            for matrix in gradient.matrices
+        },
+    }
+
+
+def assembled(assembler: Any, stream: Sequence[Any]) -> Any:
+    for response in stream:
+        assembler.feed(response)
+    return assembler.result()
+
+
+def as_json(stream: Sequence[Message]) -> list[dict[str, Any]]:
+    return [MessageToDict(message) for message in stream]
+
+
+def text_of(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name, content in files().items():
+        (FOLDER / name).write_text(text_of(content), encoding="utf-8")
+        sys.stdout.write(f"wrote {FOLDER / name}\n")
+
+
+if __name__ == "__main__":
+    main()

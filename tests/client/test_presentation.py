@@ -1,0 +1,151 @@
+"""Formats, names and sentences, against texts written by hand; fixtures that have not drifted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from januslens import NodeKind
+from januslens import _presentation as presentation
+from tests.client import presentation_fixtures as fixtures
+
+
+@pytest.mark.parametrize("name", fixtures.files())
+def test_a_fixture_is_what_its_generator_writes(name: str) -> None:
+    written = (fixtures.FOLDER / name).read_text(encoding="utf-8")
+    assert written == fixtures.text_of(fixtures.files()[name])
+
+
+def test_no_other_fixtures_lie_beside_them() -> None:
+    assert {path.name for path in fixtures.FOLDER.iterdir()} == set(fixtures.files())
+
+
+@pytest.mark.parametrize(
+    ("form", "value", "text"),
+    [
+        (presentation.probability, 0.9917, "0.992"),
+        (presentation.probability, 0.0005, "0.001"),
+        (presentation.probability, 0.0004, "4e-04"),
+        (presentation.probability, 0.0, "0.000"),
+        (presentation.signed, 1.5, "+1.50"),
+        (presentation.signed, -0.256, "-0.26"),
+        (presentation.signed, -0.001, "+0.00"),
+        (presentation.percent, 0.43, "43 %"),
+        (presentation.percent, -0.031, "-3.1 %"),
+        (presentation.percent, 0.0005, "0.05 %"),
+        (presentation.percent, -0.00001, "0 %"),
+        (presentation.percent, 1.125, "112 %"),
+        (presentation.measure, 21.66, "21.7"),
+        (presentation.measure, 1234.0, "1230"),
+        (presentation.measure, 1234567.0, "1.23e+06"),
+        (presentation.measure, 0.0000605, "6.05e-05"),
+        (presentation.measure, 0.00009999, "0.0001"),
+        (presentation.measure, 0.0, "0"),
+        (presentation.count, 50257, "50\u2009257"),
+    ],
+)
+def test_a_figure_has_its_format(form: Callable[[Any], str], value: Any, text: str) -> None:
+    assert form(value) == text
+
+
+@pytest.mark.parametrize(
+    ("rank", "vocabulary", "expected"),
+    [
+        (0, None, "top"),
+        (9, None, "< 10"),
+        (10, None, "< 100"),
+        (999, 50257, "< 1k"),
+        (25000, 50257, "middle"),
+        (50257 - 1000, 50257, "last 1k"),
+        (50256, 50257, "last 100"),
+        (50256, None, "middle"),
+        (None, 50257, "middle"),
+        (511, 512, "last 100"),
+    ],
+)
+def test_a_rank_has_its_bin(rank: int | None, vocabulary: int | None, expected: str) -> None:
+    assert presentation.rank_bin(rank, vocabulary) == expected
+    assert expected in presentation.RANK_BINS
+
+
+def test_the_colour_of_a_norm_goes_from_the_first_to_the_last_stop() -> None:
+    assert presentation.norm_colour(0, 4) == (245, 236, 222)
+    assert presentation.norm_colour(1, 4) == (231, 147, 124)  # the middle of a square-root scale
+    assert presentation.norm_colour(4, 4) == presentation.norm_colour(9, 4) == (94, 42, 104)
+    assert presentation.norm_colour(0, 0) == (245, 236, 222)
+
+
+def test_every_kind_of_node_has_a_name() -> None:
+    assert set(NodeKind) - set(presentation.NODE_NAMES) == {NodeKind.UNSPECIFIED}
+
+
+SENTENCES = {
+    "the target ranks first from the MLP on": [
+        "␣c after ␣b (1): the model's own prediction, probability 0.500.",
+        "Ranked first from layer 0's MLP onwards.",
+        "L0 head 0 adds most: +1.50 to its logit, reading a (0) with attention 0.75.",
+        "L0 neuron 7 adds most: +2.00 to its logit.",
+    ],
+    "attention and MLP are parallel": [
+        "␣c after ␣b (1): the model's own prediction, probability 0.500.",
+        "Ranked first from layer 0's attention and MLP onwards.",
+        "L0 head 0 adds most: +1.50 to its logit, reading a (0) with attention 0.75.",
+        "L0 neuron 7 adds most: +2.00 to its logit.",
+    ],
+    "no logit contributions": [
+        "␣c after ␣b (1): the model's own prediction, probability 0.500.",
+        "Ranked first from layer 0's MLP onwards.",
+    ],
+    "the target never ranks first": [
+        "␣d after ␣b (1): rank 7, probability 4e-04; the model predicts ␣c.",
+        "Best rank 3 after layer 0's MLP; final rank 3.",
+        "L0 head 0 adds most: +1.50 to its logit, reading a (0) with attention 0.75.",
+        "L0 neuron 7 adds most: +2.00 to its logit.",
+    ],
+}
+
+
+def test_a_trace_is_told_in_sentences() -> None:
+    cases = {case["case"]: case for case in fixtures.files()["traces.json"]}
+    assert {case: cases[case]["sentences"] for case in SENTENCES} == SENTENCES
+    assert cases["no residual has a reading"]["sentences"][1] == (
+        "No residual of this position was traced."
+    )
+    assert cases["the best neuron belongs to an expert"]["sentences"][3] == (
+        "L0 expert 1 neuron 7 adds most: +2.00 to its logit."
+    )
+
+
+def test_a_path_joins_residuals_and_leaves_out_what_has_no_reading() -> None:
+    case = fixtures.files()["traces.json"][0]
+    assert [step["name"] for step in case["path_steps"]] == [
+        "prediction",
+        "L0's residual stream",
+        "L0 attention's result",
+        "L0 head 0 output",
+        "L0 head 0 value of a (0)",
+    ]
+
+
+def test_the_loss_is_told_in_a_sentence() -> None:
+    one, two = fixtures.files()["gradients.json"]
+    assert one["sentence"] == "Loss 1.25 for ␣c; the model predicts ␣d."
+    # exp(-1.25) = 0.2865
+    assert one["likelihood_sentence"] == (
+        "Loss 1.25 for ␣c, probability 0.287; the model predicts ␣d."
+    )
+    assert two["sentence"] == "Loss 12.35 for ␣c⏎; the model predicts ␣d."
+
+
+def test_a_gradient_has_its_components_largest_first() -> None:
+    components = fixtures.files()["gradients.json"][0]["components"]["L1.FF2"]
+    assert [(part["position"], part["size"]) for part in components] == [(1, "10"), (0, "2")]
+    assert components[0]["promoted"] == ["␣c", "a"]  # descent promotes δ's bottom
+
+
+def test_fixtures_are_plain_json() -> None:
+    for path in fixtures.FOLDER.iterdir():
+        json.loads(path.read_text(encoding="utf-8"))
