@@ -188,6 +188,7 @@ def test_a_pod_on_a_cpu_has_memory_for_the_largest_request(
 ) -> None:
     limit = memory_bytes(manifests)
     if settings.device == "cpu":
+        assert settings.max_request_memory is not None
         assert limit >= PROCESS_BYTES + settings.row_cache + settings.max_request_memory
 
 

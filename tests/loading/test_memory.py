@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -19,6 +22,7 @@ from januslens_server.models.memory import (
     available,
     free_memory,
     needed,
+    own_groups,
     total_memory,
 )
 from tests.architectures.cases import CASES, MIXTURES, Case
@@ -123,32 +127,75 @@ def test_auto_keeps_whole_what_fits(tmp_path: Path) -> None:
         assert load(source).provenance.device == "cpu"
 
 
-def test_a_container_bounds_what_the_machine_has(tmp_path: Path) -> None:
-    machine = tmp_path / "meminfo"
-    machine.write_text("MemTotal:  4000 kB\nMemAvailable:  3000 kB\n")
-    group = tmp_path / "group"
-    assert free_memory(machine, group) == 3000 * 1024
-    group.mkdir()
-    (group / "memory.max").write_text("max\n")
-    assert free_memory(machine, group) == 3000 * 1024
-    (group / "memory.max").write_text("2000000\n")
-    (group / "memory.current").write_text("900000\n")
-    (group / "memory.stat").write_text("anon 500000\ninactive_file 300000\nactive_file 0\n")
-    assert free_memory(machine, group) == 2_000_000 - 900_000 + 300_000
-    assert total_memory(machine, group) == 2_000_000
-    assert free_memory(tmp_path / "absent", tmp_path / "absent") is None
+def files(folder: Path, texts: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"memory.{name}").write_text(text)
 
 
-def test_a_full_container_has_nothing_left(tmp_path: Path) -> None:
-    for name, text in {"max": "10", "current": "20", "stat": "inactive_file 0"}.items():
-        (tmp_path / f"memory.{name}").write_text(text)
-    assert free_memory(tmp_path / "absent", tmp_path) == 0
+VERSIONS = {
+    1: (
+        "5:cpu:/x\n4:memory,misc:/pod/server\n",
+        Path("memory/pod/server"),
+        ("limit_in_bytes", "usage_in_bytes", "total_inactive_file"),
+        str(2**63 - 4096),
+    ),
+    2: (
+        "0::/pod/server\n",
+        Path("pod/server"),
+        ("max", "current", "inactive_file"),
+        "max",
+    ),
+}
 
 
-def test_a_machine_without_containers_has_its_own_total(tmp_path: Path) -> None:
-    machine = tmp_path / "meminfo"
-    machine.write_text("MemTotal: 4000 kB\nMemAvailable: 3000 kB\n")
-    assert total_memory(machine, tmp_path / "absent") == 4000 * 1024
+@pytest.mark.parametrize("version", VERSIONS)
+def test_free_memory_is_what_the_tightest_cgroup_leaves(version: int, tmp_path: Path) -> None:
+    own, folder, (limit, used, inactive), none = VERSIONS[version]
+    mapped = psutil.Process().memory_info().shared
+    (tmp_path / "own").write_text(own)
+    inner, outer = tmp_path / folder, (tmp_path / folder).parent
+    statistics = f"anon 5\n{inactive} {mapped + 300_000_000}\nactive_file 0\n"
+    files(inner, {limit: none, used: "900000000", "stat": statistics})
+    files(outer, {limit: "2000000000", used: "900000000", "stat": statistics})
+    groups = own_groups(tmp_path, tmp_path / "own")
+    left = 2_000_000_000 - 900_000_000 + 300_000_000
+    assert abs(free_memory(groups) - left) < 50_000_000  # pages mapped since
+    assert total_memory("cpu", groups) == 2_000_000_000
+    files(inner, {limit: "1000000000"})
+    assert abs(free_memory(groups) - (left - 1_000_000_000)) < 50_000_000
+    files(inner, {limit: "1000"})
+    assert free_memory(groups) == 0
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_container_sees_its_own_cgroup_at_the_top(version: int, tmp_path: Path) -> None:
+    """The path names folders of the host, which are not there."""
+    own, folder, (limit, *_), _ = VERSIONS[version]
+    (tmp_path / "own").write_text(own)
+    top = tmp_path / folder.parent.parent
+    files(top, {limit: "3000000"})
+    assert total_memory("cpu", own_groups(tmp_path, tmp_path / "own")) == 3_000_000
+
+
+def test_without_cgroups_the_machine_bounds_memory(tmp_path: Path) -> None:
+    groups = own_groups(tmp_path, tmp_path / "absent")
+    assert total_memory("cpu", groups) == psutil.virtual_memory().total
+    assert 0 < free_memory(groups) < psutil.virtual_memory().available
+
+
+def test_a_limit_of_the_process_bounds_its_memory() -> None:
+    """`ulimit -v` and `ulimit -d`."""
+    program = (
+        "import resource, sys; from januslens_server.models.memory import free_memory;"
+        "limit = getattr(resource, sys.argv[1]); size = 3 * 2**30;"
+        "resource.setrlimit(limit, (size, size)); print(free_memory())"
+    )
+    for limit in ("RLIMIT_DATA", "RLIMIT_AS"):
+        ran = subprocess.run(
+            [sys.executable, "-c", program, limit], capture_output=True, text=True, check=True
+        )
+        assert 0 <= int(ran.stdout) < 3 * 2**30
 
 
 @pytest.mark.gpu

@@ -57,7 +57,7 @@ async def served(
     """A stub of a server on loopback; at the end nothing may be left of any request."""
     worker = DeviceWorker(max_waiting, translate, on_loss)
     streams = DeviceStreams(worker, stall_seconds=60)
-    admission = Admission(limits, demo.paces)
+    admission = Admission(limits, demo.paces, worker.fits_alone)
     server = build_server(IntrospectionService(demo.registry, admission, streams), Health())
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -213,8 +213,11 @@ class ServerSettings(BaseSettings):
     max_request_seconds: float = _setting(
         600.0, "Maximum estimated device time of a request.", "SECONDS", gt=0
     )
-    max_request_memory: Size = _setting(
-        "16GiB", "Maximum estimated device memory of a request, besides the weights.", "SIZE"
+    max_request_memory: Size | None = _setting(
+        None,
+        "Maximum estimated device memory of a request, besides the weights; by default what is "
+        "free, less a reserve.",
+        "SIZE",
     )
     max_request_stream: Size = _setting(
         "2GiB", "Maximum estimated size of a response, over all its messages.", "SIZE"

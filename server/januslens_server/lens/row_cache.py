@@ -70,7 +70,13 @@ class RowCache:
         self._readings: dict[str, torch.Tensor] = {}
         self._slots: dict[Hashable, int] = {}
         self._keys: list[Hashable] = [None] * self._capacity
-        self._next = 0
+        self._next = self._filled = 0
+
+    @property
+    def growth(self) -> int:
+        """Bytes that it may still come to take: pages are taken when they are first written."""
+        rows = self._capacity - self._filled if self.usable else 0
+        return rows * self._logits.shape[1] * self._logits.itemsize
 
     def project(
         self,
@@ -155,6 +161,7 @@ class RowCache:
         for slot, key in zip(slots, keys, strict=False):
             self._slots[key], self._keys[slot] = slot, key
         self._next = slots.stop
+        self._filled = max(self._filled, slots.stop)
         logits = self._logits[slots.start : slots.stop]
         self._head.logits(self._head.prepare(padded, ENDS.kind), out=logits)
         for name, column in _read_alike(self._head, logits).items():

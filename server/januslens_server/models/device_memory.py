@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
+import psutil
 import torch
 
 from januslens_server.models import memory
-
-STATISTICS = Path("/proc/self/statm")
 
 # allocated: tensors, of a CPU the whole process; reserved: kept by torch for further tensors;
 # available: left for new ones; total: the device's, of a CPU the container's limit.
@@ -44,13 +40,13 @@ def _of_gpu(kind: str, device: torch.device) -> int | None:
     if kind == "reserved":
         return torch.cuda.memory_reserved(device)
     if kind == "total":
-        return torch.cuda.mem_get_info(device)[1]
+        return memory.total_memory(str(device))
     return memory.available(str(device), {})
 
 
 def _of_cpu(kind: str) -> int | None:
     if kind == "allocated":
-        return int(STATISTICS.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return psutil.Process().memory_info().rss
     if kind == "total":
-        return memory.total_memory(memory.MEMORY_INFO, memory.CGROUP)
+        return memory.total_memory("cpu")
     return memory.available("cpu", {})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def place(
     computing = _computing_devices() if device == AUTO else [device]
     room = {name: available(name, limits) for name in computing}
     for name, free in room.items():
-        if free is None or need.on(name).total <= free:
+        if need.on(name).total <= free:
             return {"": name}
     if device != AUTO:
         raise ModelFailed(_too_large(need.on(device), room))
@@ -51,7 +50,7 @@ def _computing_devices() -> list[str]:
 def _split(
     skeleton: PreTrainedModel,
     need: Need,
-    room: Mapping[str, int | None],
+    room: Mapping[str, int],
     computing: list[str],
     offload_dir: Path | None,
 ) -> DeviceMap:
@@ -60,7 +59,7 @@ def _split(
     Every device that computes keeps room for the lens and a request: which of them the head will
     stand on is only known afterwards.
     """
-    weights = {name: sys.maxsize if free is None else free for name, free in room.items()}
+    weights = dict(room)
     for name in computing:
         weights[name] = max(0, weights[name] - need.on(name).beside_weights)
     devices = [*(name for name in computing if name != "cpu"), "cpu"]
@@ -78,8 +77,8 @@ def _accelerate_name(device: str) -> str | int:
     return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device
 
 
-def _too_large(need: Need, room: Mapping[str, int | None]) -> str:
-    found = ", ".join(f"{size(free)} on {name}" for name, free in room.items() if free is not None)
+def _too_large(need: Need, room: Mapping[str, int]) -> str:
+    found = ", ".join(f"{size(free)} on {name}" for name, free in room.items())
     return f"expected {need} of memory, found {found}; use a smaller data type or larger device"
 
 

@@ -94,6 +94,11 @@ class Registry:
             self._statuses[status.name] = status
         self._observe(status)
 
+    def bytes_cached_later(self) -> int:
+        """How far the row caches of the resident models may still grow."""
+        with self._lock:
+            return sum(model.row_cache_growth for model in self._resident.values())
+
     def statuses(self) -> list[ModelStatus]:
         """Every configured model, in the order of configuration."""
         with self._lock:

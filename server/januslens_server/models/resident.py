@@ -46,6 +46,15 @@ class ResidentModel:
         return RowCache(self.view.lens, self.row_cache_bytes, _weight_rows(self.view.facts))
 
     @property
+    def row_cache_growth(self) -> int:
+        """Bytes by which `rows` may still grow; does not make them."""
+        made: RowCache | None = vars(self).get("rows")
+        if made is not None:
+            return made.growth
+        facts = self.view.facts
+        return min(self.row_cache_bytes, 4 * facts.vocab_size * _weight_rows(facts))
+
+    @property
     def device(self) -> torch.device:
         """Where prompts go and the lens computes."""
         return self.view.lens.unembedding.device

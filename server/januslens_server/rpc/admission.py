@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from januslens_server.errors import LimitExceeded
@@ -21,10 +21,13 @@ SHORTEST_LESSON = 0.001
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may cost: seconds of the device, bytes on it, bytes of the stream."""
+    """What one request may cost: seconds of the device, bytes on it, bytes of the stream.
+
+    Without a limit of its own, memory is bounded by what is free.
+    """
 
     seconds: float
-    memory: int
+    memory: int | None
     stream: int
 
 
@@ -44,9 +47,15 @@ class Admission:
     three of what an idle machine takes (tests/numerics/test_cost.py), usually of two.
     """
 
-    def __init__(self, limits: Limits, paces: Mapping[str, Pace]) -> None:
-        """`paces` by model's name; models join it when they are loaded."""
+    def __init__(
+        self, limits: Limits, paces: Mapping[str, Pace], free: Callable[[float], float]
+    ) -> None:
+        """`paces` by model's name; models join it when they are loaded.
+
+        `free` gives the bytes that a request may need if it runs alone, given how many it needs.
+        """
         self._limits = limits
+        self._free = free
         self._paces = paces
         self._corrections: dict[tuple[str, type[Spec]], float] = defaultdict(lambda: 1.0)
 
@@ -75,9 +84,13 @@ class Admission:
                 f"{limits.seconds:g} s of the device",
                 f"{cost.seconds:.3g} s",
             )
-        if cost.memory > limits.memory:
+        if limits.memory is not None and cost.memory > limits.memory:
             yield LimitExceeded(
                 "max_request_memory", f"{limits.memory} bytes on the device", f"up to {cost.memory}"
+            )
+        elif cost.memory > (free := self._free(cost.memory)):
+            yield LimitExceeded(
+                "free_memory", f"{max(0, int(free))} bytes on the device", f"up to {cost.memory}"
             )
         if cost.stream > limits.stream:
             yield LimitExceeded(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from januslens_server.scheduling.fair_queue import FairQueue
 from januslens_server.scheduling.job import Job
@@ -14,15 +14,16 @@ QUANTUM = 0.1
 class Turns:
     """Requests that could compute at once: fairly between callers, within a bound of memory.
 
-    What has started holds memory until it ends. So another starts only while what all of them hold,
-    and what the neediest works with, have room; who is next but finds none lets nobody start before
-    it. Where all that have started wait for their readers, the next one starts nevertheless:
-    readers do not hold the device. Not thread-safe.
+    What has started holds memory until it ends. So another starts only if its own estimate is free
+    now, and if all that have started fit together, as estimated, into what was free before the
+    first of them: what they hold, and what the largest of them works with. While the next one
+    waits for memory, none behind it starts. Not thread-safe.
     """
 
-    def __init__(self, memory: float) -> None:
-        """Requests that take turns may need so many bytes of the device together."""
-        self._memory = memory
+    def __init__(self, free: Callable[[float], float]) -> None:
+        """`free` measures the bytes that are free on the device, if so many are needed."""
+        self._free = free
+        self._free_before = 0.0  # bytes, when last nothing had started
         self._ready: FairQueue[Job] = FairQueue()
         self._started: set[Job] = set()
 
@@ -50,11 +51,26 @@ class Turns:
         """Take out one that waits."""
         self._ready.remove(job.caller, job)
 
-    def take(self) -> Job:
-        """The next one, which from now on holds its memory until it has `ended`."""
-        job = self._next() or self._ready.first(self._ready.in_order()[0])
+    def take(self) -> Job | None:
+        """The next one, which from now on holds its memory until it has `ended`.
+
+        None: all that could come next must wait for memory.
+        """
+        job = self._next()
+        if job is None:
+            return None
         self._started.add(job)
         return self._ready.pop(job.caller)
+
+    def take_unstartable(self) -> Job | None:
+        """The next one, if no other holds memory and it still does not fit: it cannot run now."""
+        if self._started or not len(self._ready):
+            return None
+        return self._ready.pop()
+
+    def fits_alone(self, needed: float) -> float:
+        """Bytes that a request may need if it runs while nothing else does."""
+        return max(self._free_before, self._free(needed)) if self._started else self._free(needed)
 
     def ended(self, job: Job) -> None:
         """What it held is free."""
@@ -82,6 +98,10 @@ class Turns:
         return None
 
     def _has_room(self, job: Job) -> bool:
+        needed = job.held + job.working
+        free = self._free(needed)
+        if not self._started:
+            self._free_before = free
         together = {*self._started, job}
         held, working = sum(j.held for j in together), max(j.working for j in together)
-        return held + working <= self._memory
+        return needed <= free and held + working <= self._free_before

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from januslens_server import telemetry
-from januslens_server.errors import CancelCheck, DeviceLost, QueueFull, ServerDraining
+from januslens_server.errors import CancelCheck, DeviceLost, OutOfMemory, QueueFull, ServerDraining
 from januslens_server.scheduling.job import Job
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
@@ -25,6 +25,17 @@ T = TypeVar("T")
 
 # RetryInfo for a full queue is its expected length, within these bounds, in seconds.
 SOONEST_RETRY, LATEST_RETRY = 0.1, 60.0
+
+
+# While requests wait for memory, it is measured again at least this often, in seconds.
+MEMORY_SECONDS = 0.2
+
+
+def _no_memory(job: Job) -> OutOfMemory:
+    return OutOfMemory(
+        f"the device has less memory free than the {job.held + job.working} bytes that this "
+        "request is estimated to need; try again, or ask for fewer tokens, layers or positions"
+    )
 
 
 def _unchanged(error: Exception) -> Exception:
@@ -46,11 +57,11 @@ class DeviceWorker:
         max_waiting: int,
         translate: Callable[[Exception], Exception] = _unchanged,
         on_loss: Callable[[], None] = _nothing,
-        memory: float = math.inf,
+        free: Callable[[float], float] = lambda _needed: math.inf,
     ) -> None:
         """Admit up to `max_waiting` requests beyond the one that runs.
 
-        Those that take turns need `memory` bytes of the device together at most, as estimated.
+        `free` measures the bytes that are free on the device, given how many a request needs.
         `translate` says in the service's terms what a request failed of; `on_loss` is called by the
         thread, once, if that was the end of the device.
         """
@@ -58,7 +69,7 @@ class DeviceWorker:
         self._translate = translate
         self._on_loss = on_loss
         self._lost = False
-        self._turns = Turns(memory)
+        self._turns = Turns(free)
         self._unfinished: set[Job] = set()
         self._left: deque[Job] = deque()  # started, and to be closed by the thread
         self._changed = threading.Condition()
@@ -82,6 +93,11 @@ class DeviceWorker:
         """Requests that run or are set aside."""
         with self._changed:
             return self._turns.started
+
+    def fits_alone(self, needed: float) -> float:
+        """Bytes that a request may need if it runs while nothing else does."""
+        with self._changed:
+            return self._turns.fits_alone(needed)
 
     def submit(
         self, run: Callable[[CancelCheck], Iterator[T | None]], outlet: Outlet[T], ticket: Ticket
@@ -158,9 +174,20 @@ class DeviceWorker:
             self._advance(self._next())
 
     def _next(self) -> Job:
-        with self._changed:
-            self._changed.wait_for(lambda: bool(self._left or len(self._turns)))
-            return self._left.popleft() if self._left else self._turns.take()
+        """The job to go on with; waits until there is one that has the memory it needs."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._left or len(self._turns)))
+                if self._left:
+                    return self._left.popleft()
+                if (job := self._turns.take()) is not None:
+                    return job
+                refused = self._turns.take_unstartable()
+                if refused is None:  # something that has started will end, and free memory
+                    self._changed.wait(MEMORY_SECONDS)
+                    continue
+            self._end(refused, refused.ticket.failure or _no_memory(refused))
+            del refused
 
     def _advance(self, job: Job) -> None:
         """Run one request until it ends, or must let its reader catch up or others compute."""

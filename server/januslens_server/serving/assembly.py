@@ -18,6 +18,7 @@ from januslens_server import gauges, telemetry
 from januslens_server.access.directory import CallersFile
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.config import ServerSettings
+from januslens_server.models import memory
 from januslens_server.models.failures import in_service_terms
 from januslens_server.models.loading import ModelSource
 from januslens_server.models.registry import Registry, SelfCheck, embedded_source
@@ -81,8 +82,8 @@ class Assembly:
         self.loaded, self.lost = asyncio.Event(), asyncio.Event()
         self.health = Health()
         lost = on_device_lost(self.health, self._loop, self.lost)
-        memory = settings.max_request_memory
-        self._worker = DeviceWorker(settings.max_waiting, in_service_terms, lost, memory)
+        self._device = settings.device
+        self._worker = DeviceWorker(settings.max_waiting, in_service_terms, lost, self._free_memory)
         gauges.show_requests(lambda: self._worker.waiting, lambda: self._worker.in_flight)
         gauges.show_memory(settings.device)
         self._streams = DeviceStreams(self._worker, settings.stall_seconds)
@@ -92,7 +93,7 @@ class Assembly:
         quotas = QuotaBook()
         service = IntrospectionService(
             self.registry,
-            Admission(_limits(settings), paces),
+            Admission(_limits(settings), paces, self._worker.fits_alone),
             self._streams,
             quotas=quotas,
             log_prompts=settings.log_prompts,
@@ -109,6 +110,11 @@ class Assembly:
         self._background = [self._loop.create_task(telemetry.watch_event_loop())]
         if self._callers is not None:
             self._background.append(self._loop.create_task(self._callers.watch()))
+
+    def _free_memory(self, needed: float) -> float:
+        """Bytes that requests may take of the device, but for what row caches will grow by."""
+        later = self.registry.bytes_cached_later() if self._device == "cpu" else 0
+        return memory.free_for_requests(self._device, needed + later) - later
 
     def announce(self) -> None:
         """Show the models' states in health and metrics, from now on."""

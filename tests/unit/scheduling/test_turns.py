@@ -15,7 +15,7 @@ MEMORY = 10
 
 @pytest.fixture
 def turns() -> Turns:
-    return Turns(MEMORY)
+    return Turns(lambda _needed: MEMORY)
 
 
 async def waiting(turns: Turns, caller: str, held: int, working: int = 0) -> Job:
@@ -97,22 +97,43 @@ async def test_a_large_one_is_not_overtaken_for_ever(turns: Turns) -> None:
     assert [turns.take(), turns.take()] == [large, small]
 
 
-async def test_requests_that_wait_for_their_readers_keep_nobody_from_starting(
+async def test_none_starts_while_requests_that_wait_for_readers_hold_the_memory(
     turns: Turns,
 ) -> None:
     at_its_reader, next_one = await waiting(turns, "a", 9), await waiting(turns, "b", 9)
     assert turns.take() is at_its_reader
+    assert turns.take() is None
+    assert turns.take_unstartable() is None
+    turns.ended(at_its_reader)
     assert turns.take() is next_one
-    turns.charge(next_one, 1.0)
-    await waiting(turns, "c", 9)
-    assert not turns.gives_way(next_one, 1.0)  # but what runs is not set aside on top of them
+
+
+async def test_a_request_starts_only_if_its_memory_is_free_now() -> None:
+    """Whatever was free before: other programs may have taken it."""
+    free = 10.0
+    turns = Turns(lambda _needed: free)
+    small, large = await waiting(turns, "a", 2), await waiting(turns, "b", 2, working=5)
+    assert turns.take() is small
+    free = 6.0
+    assert turns.take() is None
+    assert turns.fits_alone(7) == 10.0
+    free = 7.0
+    assert turns.take() is large
+
+
+async def test_a_request_that_does_not_fit_alone_is_given_up(turns: Turns) -> None:
+    larger = await waiting(turns, "a", 5, working=6)
+    assert turns.take() is None
+    assert turns.take_unstartable() is larger
+    assert (len(turns), turns.started) == (0, 0)
 
 
 async def test_together_they_never_hold_more_than_the_bound() -> None:
     """Whatever comes, as long as every reader reads."""
-    turns, running, held = Turns(MEMORY), None, set[Job]()
+    turns, running, held = Turns(lambda _needed: MEMORY), None, set[Job]()
     for job in [await waiting(turns, "abcde"[i % 5], 1 + i * 7 % MEMORY) for i in range(200)]:
         running = running or turns.take()
+        assert running is not None
         held.add(running)
         turns.charge(running, 0.3)
         assert sum(j.held for j in held) <= MEMORY

@@ -14,6 +14,7 @@ from januslens_server.errors import (
     CancelCheck,
     DeadlinePassed,
     DeviceLost,
+    OutOfMemory,
     QueueFull,
     RequestCancelled,
     ServerDraining,
@@ -296,7 +297,7 @@ async def test_a_request_that_ends_while_others_have_their_turn_is_closed_at_onc
 @pytest.mark.usefixtures("short_turns")
 async def test_what_takes_turns_stays_within_the_memory() -> None:
     """Of three callers' long requests two have room: the third starts when one has ended."""
-    worker, ran = DeviceWorker(max_waiting=8, memory=10), list[str]()
+    worker, ran = DeviceWorker(max_waiting=8, free=lambda _needed: 10), list[str]()
     ends = {name: threading.Event() for name in "abc"}
     outlets = {
         name: submitted(
@@ -313,6 +314,33 @@ async def test_what_takes_turns_stays_within_the_memory() -> None:
     assert await all_of(outlets["c"]) == [1]
     ends["b"].set()
     assert await all_of(outlets["b"]) == [1]
+
+
+async def test_two_requests_that_fit_alone_but_not_together_run_one_after_the_other() -> None:
+    worker, gate = DeviceWorker(max_waiting=8, free=lambda _needed: 10), threading.Event()
+    first = submitted(worker, gated(gate, 1), Ticket(None, "a", Cost(1.0, 8, held=8)))
+    second = submitted(worker, job(2), Ticket(None, "b", Cost(1.0, 8, held=8)))
+    await come_true(lambda: worker.in_flight == 1)
+    assert worker.waiting == 1
+    gate.set()
+    assert [await all_of(first), await all_of(second)] == [[1], [2]]
+
+
+async def test_a_request_for_which_memory_ran_out_may_try_again() -> None:
+    free = 10.0
+    worker, gate = DeviceWorker(max_waiting=8, free=lambda _needed: free), threading.Event()
+    first = submitted(worker, gated(gate, 1), Ticket(None, "a", Cost(1.0, 8, held=8)))
+    second = submitted(worker, job(2), Ticket(None, "b", Cost(1.0, 8, held=8)))
+    await come_true(lambda: worker.in_flight == 1)
+    assert worker.fits_alone(8) == 10.0
+    free = 5.0  # another program took it
+    gate.set()
+    assert await all_of(first) == [1]
+    with pytest.raises(OutOfMemory, match="8 bytes") as refused:
+        await all_of(second)
+    assert refused.value.retry_after > 0
+    free = 10.0
+    assert await all_of(submitted(worker, job(3), Ticket(None, "b", Cost(1.0, 8)))) == [3]
 
 
 @pytest.mark.usefixtures("short_turns")
