@@ -215,8 +215,8 @@ class ServerSettings(BaseSettings):
     )
     max_request_memory: Size | None = _setting(
         None,
-        "Maximum estimated device memory of a request, besides the weights; by default what is "
-        "free, less a reserve.",
+        "Maximum estimated device memory of a request, besides the weights; default: the free "
+        "memory minus a reserve.",
         "SIZE",
     )
     max_request_stream: Size = _setting(
