@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from januslens_server.errors import ModelFailed
+from januslens_server.models.vetting import (
+    check_file_names,
+    check_folder,
+    check_header,
+    online,
+    read_json,
+)
 
 # Any of these holds a tokenizer's entries. Without them transformers makes up an empty one.
 TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
@@ -26,11 +34,16 @@ FLOATS = {"F64", "F32", "F16", "BF16"}
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that can be loaded: its configuration, and the commit if it came from the hub."""
+    """A folder that can be loaded: its configuration, and the commit if it came from the hub.
+
+    `weight_files` are names in the folder, `stored` the number of values of each tensor in them.
+    """
 
     folder: Path
     config: PreTrainedConfig
     commit: str | None
+    weight_files: tuple[str, ...]
+    stored: Mapping[str, int]
 
 
 def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
@@ -43,24 +56,26 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     folder = local if is_local else _fetched(location, revision, DESCRIPTIONS)
     if not (folder / "config.json").is_file():
         raise ModelFailed("expected a model with a config.json, found none")
-    described, _ = PreTrainedConfig.get_config_dict(folder)
-    _refuse_custom_code(described)
-    _refuse_quantised(described)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_folder(folder)
+    _refuse_custom_code(read_json(folder / "config.json"))
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     _refuse_other_tasks(config)
     if not any(any(folder.glob(name)) for name in TOKENIZERS):
         raise ModelFailed("expected a tokenizer (tokenizer.json), found none")
     names = _weight_files(folder)
     if not is_local:
         _fetched(location, revision, names)
+        check_folder(folder)
+    stored: dict[str, int] = {}
     for name in names:
-        _read_header(folder, name)
-    return Checkpoint(folder, config, None if is_local else folder.name)
+        stored |= _read_header(folder, name)
+    return Checkpoint(folder, config, None if is_local else folder.name, tuple(names), stored)
 
 
 def _fetched(location: str, revision: str | None, files: Sequence[str]) -> Path:
     try:
-        return Path(snapshot_download(location, revision=revision, allow_patterns=list(files)))
+        with online():
+            return Path(snapshot_download(location, revision=revision, allow_patterns=list(files)))
     except (OSError, HFValidationError) as error:
         wanted = "a local folder or a model of the hub"
         raise ModelFailed(f"expected {wanted}, found neither: {first_line(error)}") from error
@@ -75,22 +90,14 @@ def _refuse_custom_code(described: Mapping[str, Any]) -> None:
         )
 
 
-def _refuse_quantised(described: Mapping[str, Any]) -> None:
-    quantisation = described.get("quantization_config") or described.get("compression_config")
-    if quantisation:
-        method = quantisation.get("quant_method", "an unnamed method")
-        raise ModelFailed(
-            f"expected weights in float32, bfloat16 or float16, got a checkpoint quantised by "
-            f"{method}, of whose numbers nothing is proven; serve the one that it was made from"
-        )
-
-
 def _refuse_other_tasks(config: PreTrainedConfig) -> None:
     found = config.model_type
     if getattr(config, "is_encoder_decoder", False):
         raise ModelFailed(f"expected a decoder-only model, got an encoder-decoder: {found}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelFailed(f"expected a causal language model, got {found}, which has none")
+    if config.get_text_config().num_hidden_layers < 1:
+        raise ModelFailed("expected at least one layer, got none")
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for name in config.architectures or ():
         if "For" in name and not name.endswith("ForCausalLM") and name not in causal:
@@ -102,30 +109,37 @@ def _weight_files(folder: Path) -> list[str]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [SAFE_WEIGHTS_NAME]
-    described, _ = PreTrainedConfig.get_config_dict(folder, _configuration_file=index.name)
-    names = described.get("weight_map")
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
         raise ModelFailed(f"expected a weight_map in {index.name}, found none")
-    return sorted(set(names.values()))
+    return check_file_names(list(names.values()), index.name)
 
 
-def _read_header(folder: Path, name: str) -> None:
-    """Refuse a file that is missing, cut, or holds weights that are not plain floats."""
+def _read_header(folder: Path, name: str) -> dict[str, int]:
+    """The number of values of every tensor in a weights file.
+
+    Refuses a file that is missing, cut, or holds weights that are not plain floats.
+    """
     if not (folder / name).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         unread = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
         raise ModelFailed(f"expected weights in safetensors, found no file named {name}{unread}")
+    check_header(folder / name)
+    stored: dict[str, int] = {}
     try:
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
-                stored = file.get_slice(key).get_dtype()
-                if key.endswith("weight") and stored not in FLOATS:
-                    raise ModelFailed(f"expected weights in float formats, got {key} in {stored}")
+                tensor = file.get_slice(key)
+                kind = tensor.get_dtype()
+                if key.endswith("weight") and kind not in FLOATS:
+                    raise ModelFailed(f"expected weights in float formats, got {key} in {kind}")
+                stored[key] = math.prod(tensor.get_shape())
     except safetensors.SafetensorError as error:
         size = (folder / name).stat().st_size
         raise ModelFailed(
             f"expected {name} in safetensors, got {size} bytes that are not: {error}"
         ) from error
+    return stored
 
 
 def first_line(error: Exception) -> str:

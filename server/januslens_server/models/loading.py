@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -34,6 +35,7 @@ from januslens_server.models.placement import AUTO, DISK, DeviceMap, devices_of,
 from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokens import Vocabulary
+from januslens_server.models.vetting import check_sizes, limited_construction
 from januslens_server.results import Provenance
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,10 @@ def load(source: ModelSource) -> ResidentModel:
         view = replace(view, lens=replace(view.lens, chunk_bytes=source.chunk_bytes))
     except (ModelFailed, OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelFailed(f"{source.location}: {first_line(error)}") from error
+    except Exception as error:  # a hostile folder can break transformers anywhere
+        logger.debug("model %s broke while it was loaded", source.name, exc_info=True)
+        reason = f"cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        raise ModelFailed(f"{source.location}: {reason}") from error
     return ResidentModel(
         name=source.name,
         network=network,
@@ -103,6 +109,9 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
         config=checkpoint.config,
+        generation_config=GenerationConfig(),  # the folder's is not read
+        trust_remote_code=False,
+        local_files_only=True,
         dtype=data_type,
         device_map=_device_map(source, checkpoint, data_type),
         offload_folder=None if source.offload_dir is None else source.offload_dir / source.name,
@@ -148,8 +157,9 @@ def _unused(network: PreTrainedModel, keys: Iterable[str]) -> list[str]:
 
 def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dtype) -> DeviceMap:
     """Where the weights will stand; raises `ModelFailed` before they are read if nowhere."""
-    with torch.device("meta"):
+    with torch.device("meta"), limited_construction(len(checkpoint.stored)):
         skeleton: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=data_type)
+    check_sizes(skeleton, checkpoint.stored)
     need = needed(skeleton, source.chunk_bytes, source.row_cache_bytes)
     device_map = place(skeleton, need, source.device, source.limits, source.offload_dir)
     devices = list(dict.fromkeys(str(device) for device in device_map.values()))
@@ -168,12 +178,16 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
         if not isinstance(tokenizer, PreTrainedTokenizerFast):
             raise ModelFailed("expected a fast tokenizer (tokenizer.json), got none")
         return tokenizer
     stored = Tokenizer.from_file(str(file))
-    wrapper: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder)
+    wrapper: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+        folder, local_files_only=True
+    )
     _add_listed_tokens(stored, wrapper.init_kwargs.get("added_tokens_decoder", {}))
     wrapper._tokenizer = stored  # noqa: SLF001 - a new wrapper would lose the template
     return wrapper
@@ -207,7 +221,7 @@ def _provenance(
 ) -> Provenance:
     return Provenance(
         model=source.name,
-        revision=checkpoint.commit or weights_hash(checkpoint.folder),
+        revision=checkpoint.commit or weights_hash(checkpoint.folder, checkpoint.weight_files),
         architecture=type(network).__name__,
         data_type=str(network.dtype).removeprefix("torch."),
         device=devices_of(network),
@@ -227,10 +241,10 @@ def _own_version() -> str:
         return "unknown"
 
 
-def weights_hash(folder: Path) -> str:
-    """SHA-256 over the folder's safetensors files, in order of their names."""
+def weights_hash(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 over the named weights files of the folder, in order of their names."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
+    for name in sorted(names):
+        with (folder / name).open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

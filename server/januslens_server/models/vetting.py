@@ -1,0 +1,260 @@
+"""Checks of what a model folder says, before any library acts on it.
+
+A folder is data from a stranger. Its files can name code, repositories and paths for transformers
+to fetch, and sizes for it to allocate. `check_folder` refuses what could do either and what cannot
+be read safely; `check_header`, `limited_construction` and `check_sizes` hold the configuration to
+the weights that are really there. Everything here raises `ModelFailed` with one line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import constants
+from torch import nn
+from torch.nn.modules import module as registration
+
+from januslens_server.errors import ModelFailed
+
+MIB = 2**20
+
+CONFIGURATION = "config.json"
+# Largest files, in bytes, that are parsed whole. Real configurations have some 10 KiB, the largest
+# published tokenizers 35 MiB, indices of thousands of shards some MiB.
+CONFIGURATION_BYTES = 4 * MIB
+DESCRIPTION_BYTES = 64 * MIB
+# Largest description in a weights file; 100,000 tensors take about 12 MiB.
+HEADER_BYTES = 32 * MIB
+MAX_TENSORS = 200_000
+
+# Files whose contents transformers or tokenizers parse.
+DESCRIPTIONS = frozenset({".json", ".txt", ".model", ".tiktoken", ".jinja", ".bpe"})
+CONFIGURATIONS = (CONFIGURATION, "generation_config.json", "tokenizer_config.json")
+
+# Attention and experts are computed by torch alone: other values name packages or repositories
+# with kernels, which transformers would import or download.
+ALLOWED_IMPLEMENTATIONS = {
+    "attn_implementation": frozenset({"eager", "sdpa"}),
+    "_attn_implementation": frozenset({"eager", "sdpa"}),
+    "_attn_implementation_internal": frozenset({"eager", "sdpa"}),
+    "experts_implementation": frozenset({"eager", "batched_mm", "grouped_mm"}),
+    "_experts_implementation": frozenset({"eager", "batched_mm", "grouped_mm"}),
+    "_experts_implementation_internal": frozenset({"eager", "batched_mm", "grouped_mm"}),
+}
+
+# Keys that, at any depth, send transformers to other files, repositories or code.
+REFUSED_KEYS = {
+    "compression_config": "quantised weights",
+    "quantization_config": "quantised weights",
+    "configuration_files": "another configuration file",
+    "custom_generate": "code for generation",
+    "distributed_config": "a distributed model",
+    "fast_tokenizer_files": "another tokenizer file",
+    "fusion_config": "replaced modules",
+    "init_inputs": "arguments for a tokenizer class",
+    "kernel_config": "kernels from the hub",
+    "tp_plan": "a distributed model",
+    "transformers_weights": "another weights file",
+    "use_kernels": "kernels from the hub",
+    "use_pretrained_backbone": "another model's weights",
+}
+
+# Files that change what transformers loads beside the weights.
+ADAPTER = "adapter_config.json"
+DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
+
+# Counts of which configurations and models build lists: of layers, experts, labels.
+COUNT = re.compile(r"(layers?|experts?|labels?|attention_types)$")
+MAX_COUNT = 10_000
+
+# A tensor on disk may become several parameters, each in a module or two of its own.
+PER_TENSOR, FIXED = 8, 1000
+CONSTRUCTION_SECONDS = 120.0
+# How many times more parameters a configuration may describe than the weights hold, before
+# missing ones are looked for by name.
+MAX_EXCESS = 2
+
+_operator_offline = constants.HF_HUB_OFFLINE
+# No library reaches the network of its own accord; `online` is for what the operator asked for.
+constants.HF_HUB_OFFLINE = True
+
+
+@contextmanager
+def online() -> Iterator[None]:
+    """Let the hub be asked, unless the operator's environment forbids it."""
+    constants.HF_HUB_OFFLINE = _operator_offline
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = True
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse special files, links out of the folder, oversized texts, and keys that choose code."""
+    root = _root(folder)
+    for entry in sorted(folder.iterdir()):
+        _check_entry(entry, root)
+    if (folder / ADAPTER).exists():
+        raise ModelFailed(
+            f"expected a whole model, got an adapter ({ADAPTER}); merge it into the weights, or "
+            "remove the file"
+        )
+    for name in CONFIGURATIONS:
+        if (folder / name).is_file():
+            check_keys(name, read_json(folder / name))
+
+
+def _root(folder: Path) -> Path:
+    """What links may not leave: the folder, or the hub's cache of the repository around it."""
+    resolved = folder.resolve()
+    repository = resolved.parent.parent
+    cached = resolved.parent.name == "snapshots" and (repository / "blobs").is_dir()
+    return repository if cached else resolved
+
+
+def _check_entry(entry: Path, root: Path) -> None:
+    target = entry.resolve()
+    if not target.is_relative_to(root):
+        raise ModelFailed(
+            f"{entry.name} is a link out of the folder, to {target}; copy the file into the folder"
+        )
+    try:
+        status = target.stat()
+    except FileNotFoundError:  # a link to nothing is a file that is missing
+        return
+    if DISTRIBUTED.fullmatch(entry.name):
+        raise ModelFailed(f"expected whole weights, got {entry.name} of a distributed checkpoint")
+    if stat.S_ISDIR(status.st_mode):
+        return
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelFailed(f"expected regular files, got {entry.name}, which is none")
+    limit = CONFIGURATION_BYTES if entry.name == CONFIGURATION else DESCRIPTION_BYTES
+    if entry.suffix in DESCRIPTIONS and status.st_size > limit:
+        raise ModelFailed(
+            f"{entry.name} is too large: expected at most {limit} bytes, got {status.st_size}"
+        )
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """The object in a file that `check_folder` has passed."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        reason = str(error).split("\n", 1)[0]
+        raise ModelFailed(f"{path.name} is not a valid JSON file: {reason}") from error
+    if not isinstance(found, dict):
+        raise ModelFailed(f"expected an object in {path.name}, got a {type(found).__name__}")
+    return found
+
+
+def check_keys(name: str, described: object, counted: str = "") -> None:
+    """Refuse keys at any depth of the file `name` that choose code, and counts beyond reason.
+
+    `counted` is the key under which a list of counts stands.
+    """
+    if isinstance(described, Mapping):
+        for key, value in described.items():
+            _check_key(name, key, value)
+            check_keys(name, value, key if COUNT.search(key) else "")
+    elif isinstance(described, list):
+        for value in described:
+            check_keys(name, value, counted)
+    elif isinstance(described, int) and counted and described > MAX_COUNT:
+        raise ModelFailed(
+            f"{name}: {counted} is too large: expected at most {MAX_COUNT}, got {described}"
+        )
+
+
+def _check_key(name: str, key: str, value: object) -> None:
+    if not value:
+        return
+    if key in {"quantization_config", "compression_config"}:
+        method = value.get("quant_method") if isinstance(value, Mapping) else None
+        raise ModelFailed(
+            f"expected weights in float32, bfloat16 or float16, got a checkpoint quantised by "
+            f"{method or 'an unnamed method'}; serve the checkpoint that it was made from"
+        )
+    if key in REFUSED_KEYS:
+        raise ModelFailed(f"{name}: {key} asks for {REFUSED_KEYS[key]}, which is not served")
+    if key in ALLOWED_IMPLEMENTATIONS:
+        allowed = ALLOWED_IMPLEMENTATIONS[key]
+        chosen = value.values() if isinstance(value, Mapping) else [value]
+        if refused := [c for c in chosen if c and (not isinstance(c, str) or c not in allowed)]:
+            raise ModelFailed(
+                f"{name}: {key} must be {' or '.join(sorted(allowed))}, got {refused[0]!r}; "
+                "remove the key"
+            )
+
+
+def check_file_names(names: Sequence[object], index: str) -> list[str]:
+    """The names of the weights files that an index lists: safetensors in the folder itself."""
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelFailed(f"expected names of files in {index}, got {name!r}")
+        if not name.endswith(".safetensors"):
+            raise ModelFailed(f"expected weights in safetensors, got {name!r} in {index}")
+    return sorted({str(name) for name in names})
+
+
+def check_header(path: Path) -> None:
+    """Refuse a weights file whose description is larger than any real one, before it is parsed."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > HEADER_BYTES:
+        raise ModelFailed(
+            f"expected {path.name} in safetensors, got {path.stat().st_size} bytes that are not: "
+            f"the header claims {size} bytes"
+        )
+
+
+@contextmanager
+def limited_construction(n_tensors: int) -> Iterator[None]:
+    """Stop building a model that has far more parts than the weights have tensors."""
+    if n_tensors > MAX_TENSORS:
+        raise ModelFailed(f"expected at most {MAX_TENSORS} tensors, got {n_tensors}")
+    limit, parts = PER_TENSOR * n_tensors + FIXED, 0
+    deadline = time.monotonic() + CONSTRUCTION_SECONDS
+
+    def count(_module: nn.Module, _name: str, _part: object) -> None:
+        nonlocal parts
+        parts += 1
+        if parts > limit or time.monotonic() > deadline:
+            raise ModelFailed(
+                f"{CONFIGURATION} describes a model of more than {parts - 1} parts, the weights "
+                f"hold {n_tensors} tensors"
+            )
+
+    hooks = [
+        registration.register_module_module_registration_hook(count),
+        registration.register_module_parameter_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check_sizes(skeleton: nn.Module, stored: Mapping[str, int]) -> None:
+    """Refuse weights and a configuration that cannot belong together, before either is allocated.
+
+    `stored` has the number of values of every tensor on disk.
+    """
+    described, held = sum(p.numel() for p in skeleton.parameters()), sum(stored.values())
+    if described > MAX_EXCESS * held + MIB:
+        raise ModelFailed(
+            f"{CONFIGURATION} describes {described} parameters, the weights hold {held}"
+        )
+    name, largest = max(stored.items(), key=lambda entry: entry[1], default=("", 0))
+    if largest > described + MIB:
+        raise ModelFailed(
+            f"{CONFIGURATION} describes {described} parameters, the tensor {name} alone holds "
+            f"{largest}"
+        )
