@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from functools import partial
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,6 +21,8 @@ INDEX_BYTES = 512 * 2**20
 ENTRY_BYTES = 16
 # A neuron's normaliser, its entropy, and whether it is read at all.
 ROW_BYTES = 9
+# More than a cache file takes beside its tensors.
+HEADER_BYTES = 2**16
 
 # To be changed whenever the numbers in an index would come out differently.
 VERSION = "1"
@@ -70,7 +73,12 @@ class NeuronIndex:
             yield
 
     def _kept(self, layer: int) -> RowIndex | None:
-        tensors = None if self._cache is None else self._cache.read(self._named(layer))
+        if self._cache is None:
+            return None
+        rows = sum(len(matrix) for matrix in _value_rows(self._view.blocks[layer]))
+        largest = rows * (ENTRY_BYTES * self.depth + ROW_BYTES) + HEADER_BYTES
+        check = partial(_check, rows, self.depth, self._view.facts.vocab_size)
+        tensors = self._cache.read(self._named(layer), largest, check)
         return None if tensors is None else RowIndex(**tensors)
 
     def _read(self, layer: int) -> Iterator[None]:
@@ -89,6 +97,31 @@ class NeuronIndex:
 
     def _named(self, layer: int) -> Mapping[str, str]:
         return self._about | {"layer": str(layer), "depth": str(self.depth)}
+
+
+def _check(rows: int, depth: int, vocab: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless the tensors are an index of so many rows."""
+    expected = {
+        "projected": (torch.bool, (rows,)),
+        "top_ids": (torch.int32, (rows, depth)),
+        "top_logits": (torch.float32, (rows, depth)),
+        "bottom_ids": (torch.int32, (rows, depth)),
+        "bottom_logits": (torch.float32, (rows, depth)),
+        "log_normalizer": (torch.float32, (rows,)),
+        "entropy_bits": (torch.float32, (rows,)),
+    }
+    if tensors.keys() != expected.keys():
+        raise ValueError(f"expected tensors {sorted(expected)}, got {sorted(tensors)}")
+    for name, (kind, shape) in expected.items():
+        found = tensors[name]
+        if found.dtype is not kind or found.shape != shape:
+            raise ValueError(
+                f"expected {name} as {kind} {list(shape)}, got {found.dtype} {list(found.shape)}"
+            )
+        if kind is torch.int32 and bool(((found < 0) | (found >= vocab)).any()):
+            raise ValueError(f"expected token ids below {vocab} in {name}, got others")
+        if kind is torch.float32 and not bool(found[tensors["projected"]].isfinite().all()):
+            raise ValueError(f"expected finite numbers in {name}")
 
 
 def _depth(facts: ModelFacts) -> int:

@@ -1,22 +1,27 @@
-"""Tensors that are computed once per model, in files that the next server finds.
+"""A folder of tensors that are computed once per model, for this server and later ones.
 
-Safetensors alone, so that reading a file runs nothing. A file says what it holds and a digest of
-it; one that says anything else, or is broken, is passed over and written anew.
+Files are safetensors, so that reading one runs no code. Nothing in the folder is trusted: a file is
+used only if it is a regular file, describes itself as expected, matches its digest and passes the
+caller's own check. Anything else is computed again and overwritten.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 logger = logging.getLogger(__name__)
 
@@ -26,35 +31,40 @@ SUFFIX = ".safetensors"
 UNFINISHED = ".unfinished"
 
 Tensors = dict[str, torch.Tensor]
+# Raises `ValueError` for tensors of other names, types, shapes or ranges than expected.
+Check = Callable[[Tensors], None]
 
 
 @dataclass(frozen=True)
 class TensorCache:
-    """A folder of at most `limit` bytes; what was used longest ago goes first.
+    """A folder of at most `limit` bytes; least recently used files are removed first.
 
-    Several servers may share it: a file appears whole or not at all. What else lies there is left
-    alone. A folder that cannot be read or written costs a line in the log and the time to compute
-    again, nothing more.
+    Several servers may share it: a file appears whole or not at all, and files of others are left
+    alone. If the folder cannot be read or written, the server logs one line and computes again.
     """
 
     folder: Path
     limit: int
 
-    def read(self, about: Mapping[str, str]) -> Tensors | None:
-        """The tensors that were written under exactly this description; None: there are none."""
+    def read(self, about: Mapping[str, str], largest: int, check: Check) -> Tensors | None:
+        """The tensors written under exactly this description, or None.
+
+        A file of more than `largest` bytes, or whose tensors do not pass `check`, is not used.
+        """
         path = self._path(about)
-        if not path.exists():
-            return None
         try:
-            tensors = _read(path, about)
-            os.utime(path)  # used now
-        except (OSError, ValueError, SafetensorError) as error:
-            logger.warning("cache file %s is passed over: %s", path, error)
+            with _opened(path) as file:
+                tensors = _parsed(_content(file, largest), about, check)
+                os.utime(file.fileno())  # used now
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            logger.warning("cache file %s is not used and is computed again: %s", path, error)
             return None
         return tensors
 
     def write(self, about: Mapping[str, str], tensors: Tensors) -> None:
-        """Keep the tensors for whoever asks for them by this description."""
+        """Keep the tensors under this description."""
         path = self._path(about)
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > self.limit:
@@ -72,31 +82,53 @@ class TensorCache:
         return self.folder / f"{PREFIX}{hashlib.sha256(described.encode()).hexdigest()}{SUFFIX}"
 
     def _remove_old(self, newest: Path) -> None:
-        """Keep within the limit: remove our own files, those used longest ago first."""
-        own = [
-            (path, path.stat())
-            for ending in (SUFFIX, UNFINISHED)
-            for path in self.folder.glob(f"{PREFIX}*{ending}")
-        ]
+        """Keep within the limit by removing our own files, least recently used first."""
+        own = list(self._own_files())
         held = sum(status.st_size for _, status in own)
         for path, status in sorted(own, key=lambda entry: entry[1].st_mtime):
             if held > self.limit and path != newest:
                 path.unlink(missing_ok=True)
                 held -= status.st_size
 
+    def _own_files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for ending in (SUFFIX, UNFINISHED):
+            for path in self.folder.glob(f"{PREFIX}*{ending}"):
+                with suppress(FileNotFoundError):  # another server has removed it
+                    status = path.lstat()
+                    if stat.S_ISREG(status.st_mode):
+                        yield path, status
 
-def _read(path: Path, about: Mapping[str, str]) -> Tensors:
-    with safe_open(path, framework="pt") as file:
-        described = file.metadata() or {}
-        # Copies: the file may be removed while they are in use.
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no mapping
-    if described != dict(about) | {DIGEST: _digest(tensors)}:
-        raise ValueError("expected what its name stands for and its digest, found something else")
+
+def _opened(path: Path) -> BinaryIO:
+    """A regular file, open for reading. Never waits, as opening a FIFO would."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("expected a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _content(file: BinaryIO, largest: int) -> bytes:
+    content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"expected at most {largest} bytes")
+    return content
+
+
+def _parsed(content: bytes, about: Mapping[str, str], check: Check) -> Tensors:
+    header = int.from_bytes(content[:8], "little")
+    described = json.loads(content[8 : 8 + header])
+    if not isinstance(described, dict):
+        raise ValueError("expected a header that is an object")  # noqa: TRY004 - of a file
+    tensors = load(content)
+    check(tensors)
+    if described.get("__metadata__") != dict(about) | {DIGEST: _digest(tensors)}:
+        raise ValueError("its description or digest differs from what it should hold")
     return tensors
 
 
 def _write(path: Path, tensors: Tensors, described: dict[str, str]) -> None:
-    """Beside its place, then into it at once."""
+    """Write a temporary file beside `path` and rename it, so that readers never see a part."""
     handle, name = tempfile.mkstemp(UNFINISHED, PREFIX, path.parent)
     os.close(handle)
     unfinished = Path(name)

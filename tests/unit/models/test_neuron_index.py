@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from januslens_server import telemetry
 from januslens_server.lens import row_index
@@ -20,7 +21,7 @@ from januslens_server.models.loading import load
 from januslens_server.models.neuron_index import NeuronIndex
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.tensor_cache import TensorCache
+from januslens_server.models.tensor_cache import DIGEST, TensorCache, Tensors, _digest
 from januslens_server.pipelines.find_neurons import read_all_neurons
 
 
@@ -91,6 +92,64 @@ def test_another_lens_on_the_same_weights_is_read_anew(
     view = replace(demo.view, lens=replace(demo.view.lens, final_norm=norm))
     with pytest.raises(LookupError):
         NeuronIndex(view, demo.provenance, cache).layer(0)
+
+
+def of_one_row(found: Tensors) -> Tensors:
+    return {name: tensor[:1].clone() for name, tensor in found.items()}
+
+
+def of_other_keys(found: Tensors) -> Tensors:
+    return {f"{name}s": tensor for name, tensor in found.items()}
+
+
+def with_ids_beyond_the_vocabulary(found: Tensors) -> Tensors:
+    return found | {"top_ids": found["top_ids"] + 10**6}
+
+
+def with_negative_ids(found: Tensors) -> Tensors:
+    return found | {"bottom_ids": found["bottom_ids"] - 10**6}
+
+
+def in_another_type(found: Tensors) -> Tensors:
+    return found | {"top_logits": found["top_logits"].bfloat16()}
+
+
+def with_infinity(found: Tensors) -> Tensors:
+    return found | {"log_normalizer": found["log_normalizer"] + float("inf")}
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        of_one_row,
+        of_other_keys,
+        with_ids_beyond_the_vocabulary,
+        with_negative_ids,
+        in_another_type,
+        with_infinity,
+    ],
+    ids=lambda forged: forged.__name__,
+)
+def test_a_forged_file_with_the_right_digest_is_computed_again(
+    demo: ResidentModel,
+    cache: TensorCache,
+    forged: Callable[[Tensors], Tensors],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    index = NeuronIndex(demo.view, demo.provenance, cache)
+    first = index.layer(0)
+    (path,) = cache.folder.iterdir()
+    described = index._named(0)
+    found = forged(load_file(path))
+    kinds = {name: tensor.contiguous() for name, tensor in found.items()}
+    digest = _digest(kinds) if forged is not in_another_type else "any"
+    save_file(kinds, path, dict(described) | {DIGEST: digest})
+    again = NeuronIndex(demo.view, demo.provenance, cache).layer(0)
+    assert_same([first], [again])
+    assert caplog.text.count(str(path)) == 1
+    caplog.clear()
+    NeuronIndex(demo.view, demo.provenance, cache).layer(0)  # from the file, written anew
+    assert caplog.text == ""
 
 
 @pytest.fixture

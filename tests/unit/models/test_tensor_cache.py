@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from januslens_server.models.tensor_cache import TensorCache, Tensors
+from januslens_server.models.tensor_cache import DIGEST, TensorCache, Tensors, _digest
 
 ABOUT = {"holds": "numbers", "revision": "abc"}
 
@@ -27,6 +27,15 @@ def tensors(seed: int = 0) -> Tensors:
     return {"ids": ids, "values": torch.randn(7, 3, generator=random)}
 
 
+def read(cache: TensorCache, about: dict[str, str]) -> Tensors | None:
+    return cache.read(about, 10**6, expect_two)
+
+
+def expect_two(found: Tensors) -> None:
+    if found.keys() != tensors().keys():
+        raise ValueError(f"got {sorted(found)}")
+
+
 def the_file(cache: TensorCache) -> Path:
     (path,) = cache.folder.iterdir()
     return path
@@ -34,7 +43,7 @@ def the_file(cache: TensorCache) -> Path:
 
 def test_what_was_written_is_read_bit_for_bit(cache: TensorCache) -> None:
     cache.write(ABOUT, tensors())
-    found = TensorCache(cache.folder, cache.limit).read(ABOUT)
+    found = read(TensorCache(cache.folder, cache.limit), ABOUT)
     assert found is not None
     assert found.keys() == tensors().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors().items())
@@ -46,7 +55,7 @@ def test_nothing_is_found_under_another_description(
     cache: TensorCache, change: dict[str, str]
 ) -> None:
     cache.write(ABOUT, tensors())
-    assert cache.read(ABOUT | change) is None
+    assert read(cache, ABOUT | change) is None
 
 
 def cut(path: Path) -> None:
@@ -75,7 +84,38 @@ def without_description(path: Path) -> None:
     save_file(tensors(), path)
 
 
-BREAKAGES = [cut, flip_a_bit, empty, pickled, someone_elses, without_description]
+def of_other_names(path: Path) -> None:
+    """With the right description and digest: only the caller's own check can tell."""
+    others = {"idz": tensors()["ids"]}
+    save_file(others, path, ABOUT | {DIGEST: _digest(others)})
+
+
+def fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def link(path: Path) -> None:
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def too_large(path: Path) -> None:
+    os.truncate(path, 2**40)
+
+
+BREAKAGES = [
+    cut,
+    flip_a_bit,
+    empty,
+    pickled,
+    someone_elses,
+    without_description,
+    of_other_names,
+    fifo,
+    link,
+    too_large,
+]
 
 
 @pytest.mark.parametrize("damage", BREAKAGES, ids=lambda damage: damage.__name__)
@@ -84,10 +124,10 @@ def test_a_file_that_is_not_what_it_should_be_is_passed_over_and_replaced(
 ) -> None:
     cache.write(ABOUT, tensors())
     damage(the_file(cache))
-    assert cache.read(ABOUT) is None
+    assert read(cache, ABOUT) is None
     assert str(the_file(cache)) in caplog.text
     cache.write(ABOUT, tensors(1))
-    found = cache.read(ABOUT)
+    found = read(cache, ABOUT)
     assert found is not None
     assert torch.equal(found["values"], tensors(1)["values"])
 
@@ -100,7 +140,7 @@ def test_a_file_of_another_name_is_not_taken_for_it(cache: TensorCache) -> None:
     cache.write(other, tensors(1))
     (second,) = set(cache.folder.iterdir()) - {first}
     first.replace(second)
-    assert cache.read(other) is None
+    assert read(cache, other) is None
 
 
 def test_what_was_used_longest_ago_gives_way(tmp_path: Path) -> None:
@@ -113,9 +153,9 @@ def test_what_was_used_longest_ago_gives_way(tmp_path: Path) -> None:
         for path in tmp_path.glob("*.safetensors"):
             status = path.stat()
             os.utime(path, (status.st_atime - 100, status.st_mtime - 100))
-    assert cache.read({"number": "0"}) is not None  # used now
+    assert read(cache, {"number": "0"}) is not None  # used now
     cache.write({"number": "3"}, tensors(3))
-    held = [i for i in range(4) if cache.read({"number": str(i)}) is not None]
+    held = [i for i in range(4) if read(cache, {"number": str(i)}) is not None]
     assert held == [0, 2, 3]
     assert sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")) <= cache.limit
     assert foreign.read_text() == "mine"
@@ -136,7 +176,7 @@ def test_a_folder_that_cannot_be_written_is_a_line_in_the_log(
     (tmp_path / "file").touch()
     cache = TensorCache(tmp_path / "file", limit=10**6)
     cache.write(ABOUT, tensors())
-    assert cache.read(ABOUT) is None
+    assert read(cache, ABOUT) is None
     assert "is not written" in caplog.text
 
 
