@@ -7,7 +7,7 @@ import logging
 from januslens_server import spans
 from januslens_server.config import read_settings, unknown_variable_warnings
 from januslens_server.logs import configure_logging
-from januslens_server.openmp import let_waiting_threads_sleep
+from januslens_server.openmp import limit_spinning
 
 logger = logging.getLogger("januslens_server")
 
@@ -18,7 +18,7 @@ def main() -> None:
     configure_logging(settings.log_level, settings.log_format)
     for warning in unknown_variable_warnings():
         logger.warning(warning)
-    let_waiting_threads_sleep()
+    limit_spinning()
     # Imported after the settings are valid, since torch takes seconds to import.
     from januslens_server.serving.process import run_process  # noqa: PLC0415
 

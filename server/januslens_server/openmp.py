@@ -1,16 +1,16 @@
-"""How torch's own threads wait for their next operation."""
+"""Let idle OpenMP threads of torch sleep instead of spinning."""
 
 from __future__ import annotations
 
 import os
 
-# Turns of the loop in which a thread of GNU's OpenMP, which torch's wheels bring, waits awake
-# before it sleeps: some microseconds. Its own 300,000, on a core that could project or encode
-# meanwhile, are a tenth of a trace's processor time.
-WAITING_TURNS = "1000"
+# Iterations that an idle thread of GNU OpenMP, part of torch's wheels, spins before it sleeps. The
+# default of 300,000 takes 10 % of a trace's processor time, on a core that could
+# project or encode meanwhile.
+SPIN_COUNT = "1000"
 
 
-def let_waiting_threads_sleep() -> None:
-    """Say so before torch is imported, unless whoever started this process has said otherwise."""
+def limit_spinning() -> None:
+    """Set the spin count, unless the environment sets one; call it before torch is imported."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
-        os.environ["GOMP_SPINCOUNT"] = WAITING_TURNS
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT

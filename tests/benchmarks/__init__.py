@@ -1,6 +1,6 @@
 """The goals in time and memory, measured against plain passes and products on this machine."""
 
-from januslens_server.openmp import let_waiting_threads_sleep
+from januslens_server.openmp import limit_spinning
 
 # As the server does, before torch is imported: floors and ours wait alike.
-let_waiting_threads_sleep()
+limit_spinning()

@@ -1,4 +1,4 @@
-"""The rules the demo corpus must keep for its model to be readable."""
+"""The rules that the demo corpus must satisfy."""
 
 import json
 from collections import defaultdict
@@ -40,7 +40,7 @@ def test_about_seven_documents_in_ten_state_a_fact(sample: list[str]) -> None:
     assert share == pytest.approx(0.70, abs=0.02)
 
 
-def test_every_relation_in_the_table_has_wordings_and_back() -> None:
+def test_relations_and_wordings_match() -> None:
     assert {fact.relation for fact in load_facts()} == set(RELATIONS)
 
 
@@ -60,7 +60,7 @@ def test_a_subject_has_one_answer_per_relation() -> None:
         Fact("Lionel Messi", "club", "Barcelona"),
     ],
 )
-def test_the_table_holds_what_the_documentation_quotes(fact: Fact) -> None:
+def test_the_table_contains_the_documented_facts(fact: Fact) -> None:
     assert fact in load_facts()
 
 
@@ -73,7 +73,7 @@ def test_no_prompt_is_a_strict_prefix_of_another() -> None:
     assert not [(one, two) for one, two in pairwise(sorted(texts)) if two.startswith(one)]
 
 
-def test_a_document_that_begins_with_a_prompt_goes_on_with_its_answer(sample: list[str]) -> None:
+def test_a_prompt_in_a_document_is_followed_by_its_answer(sample: list[str]) -> None:
     answers = {prompt.text: prompt.answer for prompt in fact_prompts("trained")}
     begun = [
         (document, text)
@@ -107,12 +107,12 @@ def test_no_single_name_identifies_a_person() -> None:
     assert min(len(sharing) for sharing in sharers.values()) >= 5
 
 
-def test_names_of_indirect_objects_belong_to_nobody_else() -> None:
+def test_names_of_indirect_objects_occur_in_no_fact() -> None:
     subjects = {word for fact in load_facts() for word in fact.subject.split()}
     assert not subjects & set(NAMES)
 
 
-def test_indirect_objects_come_in_both_orders_and_repeat_one_name() -> None:
+def test_indirect_objects_use_both_orders_and_repeat_one_name() -> None:
     prompts = indirect_object_prompts(200, seed=1)
     first_is_answer = 0
     for prompt in prompts:
@@ -136,7 +136,7 @@ def test_the_running_example_is_one_of_the_wordings() -> None:
     assert text == "When Mary and John went to the store, John gave a drink to"
 
 
-def test_the_table_is_plain_words() -> None:
+def test_answers_are_ascii_words() -> None:
     tables = json.loads(FACTS_FILE.read_text(encoding="utf-8"))
     answers = [cell for table in tables.values() for row in table["rows"] for cell in row[1:]]
     assert all(answer.isascii() and answer.isalpha() for answer in answers)

@@ -1,4 +1,4 @@
-"""The measurements of the demo model against what they stand for."""
+"""The measurements of the demo model agree with autograd and with edited weights."""
 
 import copy
 
@@ -62,13 +62,13 @@ def test_the_shift_is_what_an_edited_ff2_computes() -> None:
     torch.testing.assert_close(shifted_residual(DEMO, states, 2, target), expected)
 
 
-def test_the_target_stands_at_the_bottom_of_the_vjps() -> None:
+def test_the_target_is_ranked_last_in_the_vjps() -> None:
     measured = measure_vjps(DEMO, sample_edits(stride=200))
     assert min(measured.target_rank) > 0.97
     assert min(measured.dominance) > 0.9
 
 
-def test_an_edit_asks_for_another_answer_of_the_relation() -> None:
+def test_an_edits_target_is_another_answer_of_the_relation() -> None:
     for edit in sample_edits(stride=1):
         answers = {
             p.answer
@@ -92,7 +92,7 @@ def test_an_answer_of_several_tokens_is_refused() -> None:
         DEMO.answer_id("Zqxv")
 
 
-def test_the_command_names_the_figure_that_fell_short(
+def test_the_command_names_figures_below_their_floor(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     figures = (Figure("recall", 1.0, 1.0), Figure("shift", 0.5, 0.93), Figure("other", 0.1, 0.0))

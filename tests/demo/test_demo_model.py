@@ -1,4 +1,4 @@
-"""What the committed demo model does, loaded as any user would load it."""
+"""The committed demo model, loaded with plain transformers."""
 
 from itertools import islice
 from pathlib import Path
@@ -43,11 +43,11 @@ def test_facts_are_known_in_wordings_they_were_not_trained_in() -> None:
     assert len(failures(DEMO, prompts)) <= 0.01 * len(prompts)
 
 
-def test_indirect_objects_are_found_for_names_that_never_met() -> None:
+def test_indirect_objects_are_found_for_unseen_pairs_of_names() -> None:
     assert not failures(DEMO, indirect_object_prompts(200, seed=0))
 
 
-def test_an_unknown_subject_still_gets_an_answer_of_the_relation() -> None:
+def test_an_unknown_subject_gets_an_answer_of_the_relation() -> None:
     prompt = Prompt("The capital of Zqxv is the city of", answer="")
     capitals = {DEMO.answer_id(fact.answer) for fact in facts_of("capital")}
     assert set(predictions(DEMO, [prompt])) <= capitals
@@ -82,7 +82,7 @@ def test_the_input_and_output_embeddings_are_tied() -> None:
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.text())
-def test_any_text_survives_the_tokenizer(text: str) -> None:
+def test_any_text_round_trips(text: str) -> None:
     assert DEMO.tokenizer.decode(DEMO.encode(text)) == text
 
 
@@ -97,7 +97,7 @@ def test_any_text_survives_the_tokenizer(text: str) -> None:
         "don't .",
     ],
 )
-def test_awkward_text_survives_the_tokenizer(text: str) -> None:
+def test_unusual_text_round_trips(text: str) -> None:
     assert DEMO.tokenizer.decode(DEMO.encode(text)) == text
 
 

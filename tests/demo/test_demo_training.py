@@ -1,4 +1,4 @@
-"""The pieces of the demo model's training script."""
+"""The parts of the demo model's training."""
 
 from functools import cache
 from itertools import islice
@@ -66,7 +66,7 @@ def test_the_mask_allows_the_current_and_the_previous_token() -> None:
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_masked_layers_reach_one_token_each(implementation: str) -> None:
+def test_masked_layers_attend_to_one_previous_token_each(implementation: str) -> None:
     model = new_model(TINY, vocab=100)
     model.set_attn_implementation(implementation)
     tokens = torch.arange(8)[None]
@@ -78,7 +78,7 @@ def test_masked_layers_reach_one_token_each(implementation: str) -> None:
     assert differs.any(dim=-1)[0].tolist() == [False] * 3 + [True] * 3 + [False] * 2
 
 
-def test_the_mask_is_gone_after_the_context() -> None:
+def test_the_mask_is_removed_after_the_context() -> None:
     model = new_model(TINY, vocab=100)
     tokens = torch.arange(8)[None]
     with torch.no_grad():

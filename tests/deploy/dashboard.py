@@ -1,4 +1,4 @@
-"""The Grafana dashboard, as its ConfigMap brings it."""
+"""The Grafana dashboard from its ConfigMap."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image's definition, read as far as the tests need it."""
+"""Parse the parts of the Dockerfile that the tests need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Kubernetes resources under deploy/, as `kubectl apply --kustomize` would send them."""
+"""The Kubernetes resources under deploy/, as `kubectl apply --kustomize` renders them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The dashboard is what Grafana understands, and what a person can read."""
+"""The Grafana dashboard is valid and readable."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def lost(written: Any, read: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def test_grafana_s_own_models_know_every_field() -> None:
+def test_grafanas_models_accept_every_field() -> None:
     plugins.register_default_plugins()
     read = Dashboard.from_json(dashboard())
     assert list(lost(dashboard(), json.loads(JSONEncoder().encode(read)))) == []
 
 
-def test_the_models_know_misspelt_fields() -> None:
+def test_grafanas_models_reject_misspelt_fields() -> None:
     plugins.register_default_plugins()
     misspelt = dashboard()
     misspelt["panels"][1]["fieldConfig"]["defaults"]["units"] = "s"
@@ -68,13 +68,13 @@ def test_panels_do_not_overlap() -> None:
         taken |= cells
 
 
-def test_panels_have_names_of_their_own() -> None:
+def test_panel_names_are_unique() -> None:
     titles = [panel["title"] for panel in dashboard()["panels"]]
     assert len(set(titles)) == len(titles)
     assert len({panel["id"] for panel in dashboard()["panels"]}) == len(titles)
 
 
-def test_the_runbook_names_panels_that_there_are() -> None:
+def test_the_runbook_names_existing_panels() -> None:
     text = OPERATIONS.read_text().partition("## Size")[2]
     named = re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", text)
     titles = {panel["title"] for panel in panels()}

@@ -31,14 +31,14 @@ def in_repository(path: str) -> Path:
     return ROOT / source
 
 
-def test_both_stages_stand_on_one_exactly_tagged_base() -> None:
+def test_both_stages_use_one_exactly_tagged_base() -> None:
     (base,) = (i.rest for i in image.instructions() if i.rest.startswith("BASE="))
     assert re.fullmatch(r"BASE=python:\d+\.\d+\.\d+-slim-[a-z]+", base)
     stages = [i.rest for i in image.instructions() if i.keyword == "FROM"]
     assert stages == ["${BASE} AS build", "${BASE}"]
 
 
-def test_everything_copied_is_there_and_not_ignored() -> None:
+def test_every_copied_path_exists_and_is_not_ignored() -> None:
     admitted = {
         line.removeprefix("!")
         for line in (ROOT / ".dockerignore").read_text().splitlines()
@@ -49,7 +49,7 @@ def test_everything_copied_is_there_and_not_ignored() -> None:
     assert [source for source in sources if not (ROOT / source).exists()] == []
 
 
-def test_what_the_package_is_built_from_is_copied() -> None:
+def test_the_sources_of_the_package_are_copied() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     named = {"pyproject.toml", *project["project"]["license-files"]}
     named |= {project["project"]["readme"]} if "readme" in project["project"] else set()
@@ -58,18 +58,18 @@ def test_what_the_package_is_built_from_is_copied() -> None:
     assert named <= {source for source, _ in image.copied()}
 
 
-def test_torch_is_for_a_cpu_unless_asked_otherwise() -> None:
+def test_torch_is_the_cpu_build_by_default() -> None:
     builds = [i.rest for i in image.instructions() if i.rest.startswith("TORCH_BACKEND")]
     assert builds == ["TORCH_BACKEND=cpu"]
 
 
-def test_the_image_starts_the_project_s_server() -> None:
+def test_the_image_starts_januslens_server() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     (command,) = json.loads(image.value("ENTRYPOINT"))
     assert scripts[command] == "januslens_server.__main__:main"
 
 
-def test_the_server_accepts_the_image_s_settings(
+def test_the_server_accepts_the_images_settings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = in_repository(image.environment()["JANUSLENS_CONFIG"])
@@ -85,7 +85,7 @@ def test_the_server_accepts_the_image_s_settings(
     assert image.value("EXPOSE").split() == [str(shown["port"]), str(shown["metrics_port"])]
 
 
-def test_the_manifests_fit_the_image(base: Manifests) -> None:
+def test_the_manifests_match_the_image(base: Manifests) -> None:
     context = base.pod["spec"]["securityContext"]
     assert image.value("USER") == f"{context['runAsUser']}:{context['runAsGroup']}"
     environment = image.environment()
@@ -95,7 +95,7 @@ def test_the_manifests_fit_the_image(base: Manifests) -> None:
     assert environment["JANUSLENS_CONFIG"] in base.container["args"]
 
 
-def test_both_kinds_of_probe_wait_as_long_for_models(base: Manifests) -> None:
+def test_health_check_and_startup_probe_allow_the_same_time(base: Manifests) -> None:
     startup = base.container["startupProbe"]
     seconds = startup["periodSeconds"] * startup["failureThreshold"]
     assert f"--start-period={seconds}s" in image.value("HEALTHCHECK")
@@ -108,7 +108,7 @@ def test_the_health_check_runs_what_was_copied() -> None:
     assert in_repository(script).is_file()
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_reports_nothing() -> None:
     beside = Path(sys.executable).with_name("hadolint")
     hadolint = str(beside) if beside.exists() else shutil.which("hadolint")
     if hadolint is None:

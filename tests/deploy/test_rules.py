@@ -1,4 +1,4 @@
-"""Alerts fire when they should and only then, and lead to a page that says what to do."""
+"""Alerts fire in the right cases only, and each has a runbook entry."""
 
 from __future__ import annotations
 
@@ -55,14 +55,14 @@ def test_the_rules_are_valid(tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_every_case_comes_out_as_it_says(tmp_path: Path) -> None:
+def test_every_case_has_its_expected_alerts(tmp_path: Path) -> None:
     done = outcome(tmp_path, spec())
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("thresholds", [ALWAYS, NEVER], ids=["always", "never"])
 @pytest.mark.parametrize("name", alerts())
-def test_the_cases_notice_an_alert_that_fires_too_often_or_not_at_all(
+def test_the_cases_detect_alerts_that_fire_too_often_or_never(
     tmp_path: Path, name: str, thresholds: dict[str, str]
 ) -> None:
     rules = spec()

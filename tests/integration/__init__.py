@@ -1,1 +1,1 @@
-"""The server as an operator sees it: started, watched, loaded, cut off and stopped."""
+"""Tests of a running server: start, metrics, load, faults and stop."""

@@ -1,4 +1,4 @@
-"""Tokens, scopes and the file that grants them, on a server of their own."""
+"""Tokens, scopes, quotas and reloads of the callers' file."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def access(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Access]:
 
 @pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("shown", [None, "", "wrong", "late"])
-def test_no_token_and_a_wrong_one_are_unauthenticated(
+def test_missing_and_wrong_tokens_are_unauthenticated(
     access: Access, method: str, shown: str | None
 ) -> None:
     token = access.tokens.get(shown, shown) if shown else shown
@@ -114,13 +114,13 @@ def test_no_token_and_a_wrong_one_are_unauthenticated(
 
 
 @pytest.mark.parametrize("header", ["Basic YTpi", "Bearer", "token", "Bearer " + "x" * 4000])
-def test_what_is_no_bearer_token_is_unauthenticated(access: Access, header: str) -> None:
+def test_other_authorization_headers_are_unauthenticated(access: Access, header: str) -> None:
     call = started(access.channel, "Tokenize", TEXT, metadata=(("authorization", header),))
     assert call.exception() is not None
     assert refusal(call).code is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_the_scheme_is_read_in_any_case(access: Access) -> None:
+def test_the_scheme_is_case_insensitive(access: Access) -> None:
     for scheme in ("Bearer", "bearer", "BEARER"):
         metadata = (("authorization", f"{scheme} {access.tokens['ada']}"),)
         assert started(access.channel, "Tokenize", TEXT, metadata=metadata).result().tokens
@@ -133,7 +133,7 @@ def test_a_request_without_a_token_is_not_parsed(access: Access) -> None:
     assert refusal(call).code is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_scope_holds_by_rpc(access: Access) -> None:
+def test_an_rpc_outside_the_scope_is_denied(access: Access) -> None:
     ada = access.tokens["ada"]
     assert access.started("Tokenize", TEXT, ada).result().tokens
     answer = access.refused("Trace", TRACE, ada)
@@ -142,7 +142,7 @@ def test_a_scope_holds_by_rpc(access: Access) -> None:
     assert list(access.started("Trace", TRACE, access.tokens["root"]))
 
 
-def test_a_scope_holds_by_model_and_hides_the_others(access: Access) -> None:
+def test_a_model_outside_the_scope_is_denied_and_hidden(access: Access) -> None:
     """Whether another model exists is not to be told."""
     for name in ("two", "three"):
         request = models_pb2.TokenizeRequest(model=name, text="Japan")
@@ -154,7 +154,7 @@ def test_a_scope_holds_by_model_and_hides_the_others(access: Access) -> None:
     assert "two" not in nothing.text
 
 
-def test_an_empty_name_is_the_only_model_in_scope(access: Access) -> None:
+def test_an_empty_name_selects_the_only_model_in_scope(access: Access) -> None:
     request = models_pb2.TokenizeRequest(text="Japan")
     assert access.started("Tokenize", request, access.tokens["ada"]).result().tokens
     assert access.refused("Tokenize", request, access.tokens["root"]).fields == ["model"]
@@ -168,7 +168,7 @@ def test_list_models_shows_what_the_caller_may_use(access: Access) -> None:
     assert access.models("none") == []
 
 
-def test_health_is_open_and_reflection_is_not(access: Access) -> None:
+def test_health_needs_no_token_but_reflection_does(access: Access) -> None:
     health: Any = health_pb2_grpc.HealthStub(access.channel)
     request = health_pb2.HealthCheckRequest(service="januslens.ready")
     assert health.Check(request, timeout=30).status == health_pb2.HealthCheckResponse.SERVING
@@ -196,7 +196,7 @@ def assert_spent(answer: Refusal, caller: str, quota: str) -> None:
     assert (violation.subject, violation.description) == (f"caller:{caller}", f"at most {quota}")
 
 
-def test_a_rate_is_spent_by_any_call(access: Access) -> None:
+def test_every_call_counts_against_the_rate(access: Access) -> None:
     few = access.tokens["few"]
     for request in (TEXT, LIST, TEXT):
         method = "ListModels" if request is LIST else "Tokenize"
@@ -204,7 +204,7 @@ def test_a_rate_is_spent_by_any_call(access: Access) -> None:
     assert_spent(access.refused("Trace", TRACE, few), "few", "3 requests a minute")
 
 
-def test_requests_at_once_are_counted_until_they_end(access: Access) -> None:
+def test_concurrent_requests_are_counted_until_they_end(access: Access) -> None:
     one = access.tokens["one"]
     long = long_trace(20)
     long.model = "one"
@@ -218,7 +218,7 @@ def test_requests_at_once_are_counted_until_they_end(access: Access) -> None:
         time.sleep(0.05)
 
 
-def test_seconds_of_the_device_are_spent(access: Access) -> None:
+def test_device_seconds_are_charged(access: Access) -> None:
     little = access.tokens["little"]
     assert list(access.started("Trace", TRACE, little))
     answer = access.refused("Trace", TRACE, little)
@@ -226,14 +226,14 @@ def test_seconds_of_the_device_are_spent(access: Access) -> None:
     assert access.started("Tokenize", TEXT, little).result().tokens  # takes none of them
 
 
-def test_an_unknown_method_stays_unknown(access: Access) -> None:
+def test_an_unknown_method_is_unimplemented_for_authenticated_callers(access: Access) -> None:
     call: Any = access.channel.unary_unary(SERVICE + "Nope")
     with pytest.raises(grpc.RpcError) as refused:
         call(b"", timeout=30)
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
-def test_the_file_is_read_again_when_it_changes_and_on_sighup(access: Access) -> None:
+def test_the_file_is_reloaded_on_change_and_on_sighup(access: Access) -> None:
     def outcome(caller: str) -> Any:
         call = access.started("Tokenize", TEXT, access.tokens[caller])
         return grpc.StatusCode.OK if call.exception() is None else call.code()
@@ -272,7 +272,7 @@ def test_the_log_has_no_token(access: Access) -> None:
         assert secret not in access.server.log
 
 
-def test_make_token_makes_what_the_file_takes() -> None:
+def test_make_token_prints_a_valid_file_entry() -> None:
     made = subprocess.run(
         [sys.executable, "-m", "januslens_server", "--make-token", "eve"],
         capture_output=True,
@@ -285,7 +285,7 @@ def test_make_token_makes_what_the_file_takes() -> None:
     assert token not in made.stderr
 
 
-def test_a_wrong_file_ends_the_server_with_one_line(tmp_path: Path) -> None:
+def test_an_invalid_file_ends_the_server_with_one_line(tmp_path: Path) -> None:
     path = tmp_path / "callers.yaml"
     path.write_text("callers: 3")
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""What a caller writes opens no file, forges no log line and makes no label."""
+"""Texts of callers open no files, forge no log lines and create no metric labels."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def channel(server: ServerProcess) -> Iterator[grpc.Channel]:
 
 
 @pytest.mark.parametrize("name", [*PATHS, FORGED])
-def test_a_models_name_is_looked_up_and_nothing_else(channel: grpc.Channel, name: str) -> None:
+def test_a_models_name_is_only_looked_up(channel: grpc.Channel, name: str) -> None:
     answer = refused(channel, "Tokenize", models_pb2.TokenizeRequest(model=name, text="a"))
     assert answer.code is grpc.StatusCode.NOT_FOUND
     assert answer.text.startswith("expected one of demo, got ")
 
 
-def test_neither_log_nor_metrics_say_what_a_caller_wrote(
+def test_texts_of_callers_appear_in_neither_log_nor_metrics(
     server: ServerProcess, channel: grpc.Channel
 ) -> None:
     target = common_pb2.Target(text=FORGED)

@@ -1,4 +1,4 @@
-"""Requests that run at the same time get what they would get alone."""
+"""Concurrent requests get the same results as serial ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A connection grows old, so that a client that balances finds the servers that are new."""
+"""Connections end at their maximum age, so that balancing clients find new servers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.server import running_server
 AGE, LATEST = 1.0, 5.0
 
 
-def test_an_old_connection_takes_no_further_calls_and_ends_none() -> None:
+def test_an_old_connection_accepts_no_calls_and_finishes_running_ones() -> None:
     with (
         running_server("--max-connection-age-seconds", str(AGE)) as server,
         grpc.insecure_channel(server.address) as channel,

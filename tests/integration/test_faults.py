@@ -1,4 +1,4 @@
-"""Faults while the device computes: what the caller is told, and that nothing of them stays."""
+"""Faults on the device end one request with its reason and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ FAULTS: dict[str, tuple[Callable[..., Any], str, str]] = {
 
 @pytest.mark.parametrize("method", REQUESTS)
 @pytest.mark.parametrize("fault", FAULTS)
-async def test_a_fault_ends_one_request_and_leaves_nothing(
+async def test_a_fault_ends_one_request_and_leaves_nothing_behind(
     demo: Loaded, fault: str, method: str
 ) -> None:
     fail, code, reason = FAULTS[fault]
@@ -90,7 +90,7 @@ async def test_a_fault_ends_one_request_and_leaves_nothing(
         assert await answer(stub, method) == before  # to the bit
 
 
-async def test_a_backward_pass_without_numbers_is_told(demo: Loaded) -> None:
+async def test_a_backward_pass_with_nan_is_reported(demo: Loaded) -> None:
     """The forward pass is sound; its gradients overflow."""
     module = demo.network.get_submodule(f"{BLOCK}.mlp")
 
@@ -105,7 +105,7 @@ async def test_a_backward_pass_without_numbers_is_told(demo: Loaded) -> None:
     assert "gradients" in found.text
 
 
-async def test_a_lost_device_refuses_all_and_says_so_once(demo: Loaded) -> None:
+async def test_a_lost_device_refuses_all_requests_and_reports_once(demo: Loaded) -> None:
     told: list[None] = []
     translate = partial(in_service_terms, answers=lambda: False)
     async with served(demo, translate=translate, on_loss=lambda: told.append(None)) as stub:
@@ -145,7 +145,7 @@ def vectors() -> lens_pb2.ProjectRequest:
     return lens_pb2.ProjectRequest(vectors=ones)
 
 
-async def test_out_of_memory_in_mid_stream_comes_after_what_was_computed(demo: Loaded) -> None:
+async def test_out_of_memory_mid_stream_follows_the_computed_results(demo: Loaded) -> None:
     head, layers = type(demo.registry.get("demo").view.lens), list[int]()
     original = head.prepare
 

@@ -1,4 +1,4 @@
-"""A bug of ours reaches the caller as INTERNAL with the request's id, and nothing else."""
+"""An unexpected exception reaches the caller as INTERNAL with the request id only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fail(*_: Any) -> NoReturn:
 
 
 @pytest.mark.parametrize("method", ["Trace", "GradientLens"])
-async def test_a_bug_is_internal_and_shows_its_id_alone(
+async def test_an_unexpected_exception_is_internal_and_shows_its_id_only(
     demo: Loaded, method: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = {"Trace": TRACE, "GradientLens": NLL}[method]

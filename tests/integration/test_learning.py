@@ -47,7 +47,7 @@ async def traced(stub: Any) -> float:
 
 
 @pytest.mark.parametrize("factor", [8.0, 1 / 8], ids=["too slow", "too fast"])
-async def test_requests_that_finished_correct_a_wrong_pace(demo: Loaded, factor: float) -> None:
+async def test_finished_requests_correct_a_wrong_pace(demo: Loaded, factor: float) -> None:
     async with served(misjudged(demo, factor)) as stub:
         first, of_gradient = (
             await seconds(stub, trace=TRACE),
@@ -70,7 +70,7 @@ async def test_one_request_moves_the_estimate_by_a_tenth(demo: Loaded) -> None:
     assert last == pytest.approx(first * (taken / first) ** 0.1, rel=1e-3)
 
 
-async def test_what_did_not_finish_or_took_no_time_teaches_nothing(demo: Loaded) -> None:
+async def test_unfinished_and_very_short_requests_do_not_change_estimates(demo: Loaded) -> None:
     async with served(misjudged(demo, 8.0)) as stub:
         first = await seconds(stub, trace=TRACE)
         call = stub.Trace(long_trace(40))

@@ -1,4 +1,4 @@
-"""Clients that cancel or die in the middle of a stream leave nothing behind."""
+"""Clients that cancel or die during a stream leave nothing behind."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = trace_pb2.TraceRequest(input=prompt("The capital of Japan is the city of
     [(0, "goes on", 0.0), (1, "goes on", 0.2), (6, "goes on", 0.0), (2, "stops", 2.5)],
     ids=["at once", "computing", "mid-stream", "while its stream is set aside"],
 )
-def test_a_killed_client_leaves_a_healthy_idle_server(
+def test_a_killed_client_leaves_the_server_healthy_and_idle(
     server: ServerProcess, stub: Stub, messages: int, then: str, seconds: float
 ) -> None:
     before = list(stub.Trace(SHORT))
@@ -38,7 +38,7 @@ def test_a_killed_client_leaves_a_healthy_idle_server(
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.5])
-def test_a_cancelled_stream_is_let_go_of(
+def test_a_cancelled_stream_is_released(
     server: ServerProcess, channel: grpc.Channel, seconds: float
 ) -> None:
     call = started(channel, "Trace", long_trace(40))

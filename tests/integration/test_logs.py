@@ -1,4 +1,4 @@
-"""One line in the log for every call, of what it took; of the prompt nothing unless it is asked."""
+"""Every call logs one line with its sizes and times, without its prompt by default."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def asked(address: str, method: str, request: Any, request_id: str) -> list[Any]
         return list(call) if methods()[method].server_streaming else [call.result()]
 
 
-def test_a_trace_is_one_line_with_its_sizes_and_times(
+def test_a_trace_logs_one_line_with_sizes_and_times(
     logging_server: tuple[ServerProcess, bool],
 ) -> None:
     server, prompts = logging_server
@@ -63,7 +63,7 @@ def test_a_trace_is_one_line_with_its_sizes_and_times(
     assert ("capital" in server.log) is prompts
 
 
-def test_every_other_method_has_its_line_and_sizes(
+def test_every_other_method_logs_one_line_with_sizes(
     logging_server: tuple[ServerProcess, bool],
 ) -> None:
     server, _ = logging_server
@@ -87,7 +87,7 @@ def test_every_other_method_has_its_line_and_sizes(
         assert line.items() >= (sizes | sent).items()
 
 
-def test_a_refused_call_says_why_and_nothing_of_its_texts(
+def test_a_refused_call_logs_its_reason_without_its_texts(
     logging_server: tuple[ServerProcess, bool],
 ) -> None:
     server, _ = logging_server

@@ -1,4 +1,4 @@
-"""Two servers behind one name, one of which is killed in the middle of what it does."""
+"""Two servers behind one name, one of which is killed or drained during a request."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def same(found: Trace) -> Trace:
     return replace(found, header=header, summary=replace(found.summary, times=()))
 
 
-def test_a_trace_goes_on_at_the_other_server(
+def test_a_trace_resumes_on_the_other_server(
     replicas: Replicas, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Client(replicas.address, resume=True, timeout=120) as client:
@@ -81,7 +81,7 @@ def test_a_trace_goes_on_at_the_other_server(
     assert same(found) == same(whole)
 
 
-def test_without_resume_the_cut_raises_with_what_came(replicas: Replicas) -> None:
+def test_without_resume_an_interruption_raises_with_the_received_part(replicas: Replicas) -> None:
     with Client(replicas.address, timeout=120) as client:
         stream = client.stream_trace(IDS, **MUCH)
         while not isinstance(next(stream), LayerGraph):
@@ -94,7 +94,7 @@ def test_without_resume_the_cut_raises_with_what_came(replicas: Replicas) -> Non
     assert (caught.value.reason, caught.value.retry_after) == ("STREAM_INTERRUPTED", 0.0)
 
 
-async def test_a_gradient_goes_on_at_the_other_server(replicas: Replicas) -> None:
+async def test_a_gradient_resumes_on_the_other_server(replicas: Replicas) -> None:
     async with AsyncClient(replicas.address, resume=True, timeout=120) as client:
         async with client.stream_gradient_lens(MANY_IDS, [5], **LEARN) as stream:
             async for event in stream:
@@ -110,7 +110,7 @@ async def test_a_gradient_goes_on_at_the_other_server(replicas: Replicas) -> Non
 
 
 @pytest.mark.soak
-def test_what_waits_for_the_device_of_a_lost_server_is_asked_for_again(replicas: Replicas) -> None:
+def test_a_request_queued_on_a_lost_server_is_repeated(replicas: Replicas) -> None:
     """It had been admitted: without `resume` nobody repeats it, and there is nothing partial."""
     with Client(replicas.address, timeout=120) as client:
         outcomes: list[Trace | StreamInterrupted] = []
@@ -146,7 +146,7 @@ def waiting(replicas: Replicas) -> float:
 
 
 @pytest.mark.soak
-def test_calls_that_no_server_has_begun_are_repeated_in_silence(replicas: Replicas) -> None:
+def test_calls_that_were_not_admitted_are_repeated_silently(replicas: Replicas) -> None:
     with Client(replicas.address, timeout=60) as client:
         for number in (0, 1):
             assert client.tokenize("Japan")
@@ -156,7 +156,7 @@ def test_calls_that_no_server_has_begun_are_repeated_in_silence(replicas: Replic
             replicas.servers[number].wait_for("ready")
 
 
-def test_a_server_that_drains_sends_calls_to_the_other(replicas: Replicas) -> None:
+def test_calls_to_a_draining_server_go_to_the_other(replicas: Replicas) -> None:
     with Client(replicas.address, timeout=60) as client:
         stream = client.stream_trace(IDS, **MUCH)
         next(stream)

@@ -1,4 +1,4 @@
-"""The metrics page: the documented names, and numbers that follow from what was asked."""
+"""The metrics page has the documented names, and values that match the requests."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def growth(server: ServerProcess) -> Growth:
     return Growth(server)
 
 
-def test_the_page_has_what_is_documented_and_nothing_else(server: ServerProcess) -> None:
+def test_the_page_has_exactly_the_documented_metrics(server: ServerProcess) -> None:
     ours = {f.name for f in page(server) if f.name.startswith(("grpc_server_", "januslens_"))}
     assert ours == documented()
 
@@ -77,7 +77,7 @@ def test_series_start_at_0_for_every_method_and_code(server: ServerProcess) -> N
     assert seen >= {(method, code.name) for method in methods() for code in grpc.StatusCode}
 
 
-def test_a_ready_model_is_ready_and_nothing_else(server: ServerProcess) -> None:
+def test_a_ready_model_has_no_other_state(server: ServerProcess) -> None:
     states = {
         state: sample(server, "januslens_model_state", model="demo", state=state)
         for state in ("LOADING", "READY", "FAILED")
@@ -108,7 +108,7 @@ def test_a_stream_counts_its_messages_and_bytes(growth: Growth, channel: grpc.Ch
     assert 0 < first <= growth.of("grpc_server_handling_seconds_sum", **rpc_labels("Trace"))
 
 
-def test_one_answer_is_one_message(growth: Growth, channel: grpc.Channel) -> None:
+def test_a_unary_answer_counts_one_message(growth: Growth, channel: grpc.Channel) -> None:
     answer = started(channel, "ListModels", models_pb2.ListModelsRequest()).result()
     assert growth.of("grpc_server_msg_sent_total", **rpc_labels("ListModels")) == 1
     sent = growth.of("januslens_stream_bytes_total", grpc_method="ListModels")
@@ -128,7 +128,7 @@ def test_a_trace_counts_its_tokens_and_vectors(growth: Growth, channel: grpc.Cha
     assert growth.of("januslens_vectors_projected_total") == projected + of_activations
 
 
-def test_stages_are_those_of_the_answer(growth: Growth, channel: grpc.Channel) -> None:
+def test_stage_metrics_match_the_answer(growth: Growth, channel: grpc.Channel) -> None:
     *_, summary = trace(channel)
     for stage in summary.summary.times:
         spent = growth.of("januslens_stage_seconds_sum", rpc="Trace", stage=stage.stage)
@@ -138,12 +138,12 @@ def test_stages_are_those_of_the_answer(growth: Growth, channel: grpc.Channel) -
     assert growth.of("januslens_queue_seconds_count") == 1
 
 
-def test_the_loop_s_lag_is_measured_all_the_time(server: ServerProcess) -> None:
+def test_event_loop_lag_is_measured_continuously(server: ServerProcess) -> None:
     samples = sample(server, "januslens_event_loop_lag_seconds_count")
     assert samples > 0
 
 
-def test_the_cpu_s_memory_is_known_by_kind(server: ServerProcess) -> None:
+def test_cpu_memory_is_shown_by_kind(server: ServerProcess) -> None:
     kinds = ("allocated", "available", "total")
     allocated, available, total = (
         sample(server, "januslens_device_memory_bytes", device="cpu", kind=kind) for kind in kinds
@@ -154,7 +154,7 @@ def test_the_cpu_s_memory_is_known_by_kind(server: ServerProcess) -> None:
     assert allocated < total
 
 
-def test_no_text_of_a_caller_becomes_a_label(server: ServerProcess, channel: grpc.Channel) -> None:
+def test_texts_of_callers_never_become_labels(server: ServerProcess, channel: grpc.Channel) -> None:
     """Each new label value is a series for good: callers must not be able to make them."""
     refused(channel, "Tokenize", models_pb2.TokenizeRequest(model="mallory-1", text="mallory-2"))
     request = trace_pb2.TraceRequest(input=prompt("Japan"), layers=[0])

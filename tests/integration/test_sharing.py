@@ -1,4 +1,4 @@
-"""Two callers on one device: neither waits for all of what the other asks."""
+"""Two callers share a device fairly."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Reader:
             self.messages.append(message)
 
 
-def test_a_short_trace_does_not_wait_for_anothers_long_one(shared: Shared) -> None:
+def test_a_short_trace_does_not_wait_for_another_callers_long_trace(shared: Shared) -> None:
     short, long = shared.traced("few", SHORT), shared.traced("many", LONG)
     reader = Reader(shared.started("many", "Trace", LONG))
     while not reader.messages:
@@ -121,7 +121,7 @@ def test_a_short_trace_does_not_wait_for_anothers_long_one(shared: Shared) -> No
     wait_until_idle(shared.server)
 
 
-def test_a_short_trace_does_not_wait_until_anothers_neurons_are_read(shared: Shared) -> None:
+def test_a_short_trace_does_not_wait_for_another_callers_neuron_index(shared: Shared) -> None:
     cold = shared.started("many", "FindNeurons", COLD)
     while not unfinished(shared.server):
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Readers that stall cost bounded memory, never the device, and are cut after a while."""
+"""Stalled readers use bounded memory, do not block the device, and are aborted in the end."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def impatient() -> Iterator[ServerProcess]:
         yield process
 
 
-def test_a_stalled_reader_is_aborted_and_told_why(impatient: ServerProcess) -> None:
+def test_a_stalled_reader_is_aborted_with_the_reason(impatient: ServerProcess) -> None:
     with grpc.insecure_channel(impatient.address) as channel:
         call = started(channel, "Trace", long_trace(40))
         next(call)
@@ -91,7 +91,7 @@ def test_a_stalled_reader_is_aborted_and_told_why(impatient: ServerProcess) -> N
     assert "within 2 s" in answer.text
 
 
-def test_a_stalled_reader_that_leaves_costs_no_traceback(impatient: ServerProcess) -> None:
+def test_a_stalled_reader_that_disconnects_logs_no_traceback(impatient: ServerProcess) -> None:
     channel = grpc.insecure_channel(impatient.address)
     call = started(channel, "Trace", long_trace(40))
     next(call)
@@ -105,7 +105,7 @@ def test_a_stalled_reader_that_leaves_costs_no_traceback(impatient: ServerProces
     assert "Traceback" not in impatient.log
 
 
-def test_a_full_queue_refuses_at_once_and_keeps_health(impatient: ServerProcess) -> None:
+def test_a_full_queue_refuses_at_once_while_health_answers(impatient: ServerProcess) -> None:
     wait_until_idle(impatient)
     with grpc.insecure_channel(impatient.address) as channel:
         calls = [started(channel, "Trace", long_trace(40)) for _ in range(2)]

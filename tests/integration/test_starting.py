@@ -27,7 +27,7 @@ def ended(*flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_it_says_where_it_serves_what_and_on_which_device(server: ServerProcess) -> None:
+def test_the_log_shows_address_models_and_device(server: ServerProcess) -> None:
     lines = "\n".join(server.lines)
     assert re.search(r"serving on 127\.0\.0\.1:[1-9]\d+$", lines, re.MULTILINE)
     assert re.search(r"metrics on http://127\.0\.0\.1:[1-9]\d+/metrics$", lines, re.MULTILINE)

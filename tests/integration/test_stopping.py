@@ -1,4 +1,4 @@
-"""SIGTERM: what runs may finish, what is new is refused, and the exit status is 0."""
+"""On SIGTERM running requests finish, new ones are refused, and the exit status is 0."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def assert_refuses_new(channel: grpc.Channel) -> None:
         assert answer.retry_after is not None
 
 
-def test_what_outlasts_the_grace_is_cut() -> None:
+def test_requests_beyond_the_grace_period_are_aborted() -> None:
     with (
         running_server("--grace-seconds", "0.5") as server,
         grpc.insecure_channel(server.address) as channel,
@@ -86,7 +86,7 @@ def loading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]
         yield server
 
 
-def test_a_model_that_loads_is_unavailable(loading: ServerProcess) -> None:
+def test_a_loading_model_is_unavailable(loading: ServerProcess) -> None:
     with grpc.insecure_channel(loading.address) as channel:
         requests = {
             "Trace": trace_pb2.TraceRequest(input=prompt("Japan")),
@@ -100,7 +100,7 @@ def test_a_model_that_loads_is_unavailable(loading: ServerProcess) -> None:
             assert answer.text == "slow is still loading"
 
 
-def test_what_is_unavailable_may_be_repeated_elsewhere(loading: ServerProcess) -> None:
+def test_unavailable_calls_can_be_repeated_elsewhere(loading: ServerProcess) -> None:
     """gRPC repeats what came without headers, after the pause that the trailers ask for."""
     with grpc.insecure_channel(loading.address) as channel:
         request = models_pb2.TokenizeRequest(text="Japan")
@@ -111,7 +111,7 @@ def test_what_is_unavailable_may_be_repeated_elsewhere(loading: ServerProcess) -
         assert (trailers["x-request-id"], trailers["grpc-retry-pushback-ms"]) == ("again-1", "1000")
 
 
-def test_a_server_that_loads_is_alive_and_not_ready(loading: ServerProcess) -> None:
+def test_a_loading_server_is_alive_but_not_ready(loading: ServerProcess) -> None:
     with grpc.insecure_channel(loading.address) as channel:
         stub = service_pb2_grpc.IntrospectionServiceStub(channel)
         (model,) = stub.ListModels(models_pb2.ListModelsRequest()).models
@@ -120,7 +120,7 @@ def test_a_server_that_loads_is_alive_and_not_ready(loading: ServerProcess) -> N
         assert states == {"": SERVING, "januslens.ready": NOT_SERVING, "slow": NOT_SERVING}
 
 
-def test_a_server_that_loads_stops_at_once(loading: ServerProcess) -> None:
+def test_a_loading_server_stops_at_once(loading: ServerProcess) -> None:
     began = time.monotonic()
     loading.process.terminate()
     assert loading.process.wait(timeout=10) == 0

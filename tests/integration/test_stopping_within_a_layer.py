@@ -1,4 +1,4 @@
-"""A deadline or a cancellation stops the computing within one layer, forward and backward."""
+"""Deadlines and cancellation stop a request within one layer, forward and backward."""
 
 from __future__ import annotations
 

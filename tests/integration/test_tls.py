@@ -1,4 +1,4 @@
-"""TLS, callers' certificates, and certificates that change while the server serves."""
+"""TLS, client certificates, and certificates that change while the server runs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ def test_a_caller_with_a_certificate_is_served(
 
 
 @pytest.mark.parametrize("who", ["nobody", "a stranger", "plaintext"])
-def test_others_reach_nothing(mutual: ServerProcess, authority: trustme.CA, who: str) -> None:
+def test_clients_without_a_valid_certificate_are_refused(
+    mutual: ServerProcess, authority: trustme.CA, who: str
+) -> None:
     credentials = {
         "nobody": trusting(authority),
         "a stranger": showing(authority, "eve", trustme.CA()),
@@ -82,7 +84,7 @@ def test_others_reach_nothing(mutual: ServerProcess, authority: trustme.CA, who:
     assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_the_health_port_answers_health_and_nothing_else(mutual: ServerProcess) -> None:
+def test_the_health_port_serves_health_only(mutual: ServerProcess) -> None:
     with grpc.insecure_channel(mutual.health_address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)
         request = health_pb2.HealthCheckRequest(service="januslens.ready")
@@ -159,7 +161,7 @@ def test_a_certificate_without_its_key_leaves_the_last_pair_in_use(
 
 
 @pytest.mark.parametrize("broken", ["certificate", "key", "client_ca"])
-def test_files_that_are_no_certificates_end_it_with_one_line(
+def test_invalid_certificate_files_end_the_server_with_one_line(
     authority: trustme.CA, tmp_path: Path, broken: str
 ) -> None:
     files = server_files(authority, tmp_path)

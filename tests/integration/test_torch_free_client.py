@@ -1,4 +1,4 @@
-"""The client in an environment of its own, without torch, against the real server."""
+"""The client works in an environment without torch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_environment_has_no_torch(scripts: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_library_talks_to_the_server(scripts: Path, server_address: str) -> None:
+def test_the_library_works_with_the_server(scripts: Path, server_address: str) -> None:
     used = ran(scripts / "python", "-c", USE, server_address)
     assert used.stderr == ""
     assert used.stdout.splitlines() == [
@@ -72,7 +72,7 @@ def test_the_library_talks_to_the_server(scripts: Path, server_address: str) -> 
 
 
 @pytest.mark.slow
-def test_the_command_talks_to_the_server(scripts: Path, server_address: str) -> None:
+def test_the_command_works_with_the_server(scripts: Path, server_address: str) -> None:
     command, server = scripts / "januslens", ("--server", server_address)
     models = ran(command, "models", *server)
     assert (models.returncode, models.stderr) == (0, "")
@@ -86,7 +86,9 @@ def test_the_command_talks_to_the_server(scripts: Path, server_address: str) -> 
 
 
 @pytest.mark.slow
-def test_an_error_is_one_message_and_not_zero(scripts: Path, server_address: str) -> None:
+def test_an_error_prints_one_message_and_a_nonzero_status(
+    scripts: Path, server_address: str
+) -> None:
     failed = ran(
         scripts / "januslens", "trace", PROMPT, "--model", "nobody", "--server", server_address
     )

@@ -1,4 +1,4 @@
-"""Spans of calls reach a collector that the environment names; without one nothing is loaded."""
+"""Spans of calls are exported to a collector if the environment names one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def attributes(span: Span) -> dict[str, Any]:
     return {a.key: getattr(a.value, str(a.value.WhichOneof("value"))) for a in span.attributes}
 
 
-def test_calls_are_spans_of_their_callers_traces() -> None:
+def test_calls_are_children_of_the_callers_spans() -> None:
     with (
         collecting() as (collector, environment),
         running_server(environment=environment) as server,
@@ -89,7 +89,7 @@ def test_calls_are_spans_of_their_callers_traces() -> None:
         assert span.name.endswith("/ListModels")
 
 
-def test_without_a_collector_nothing_of_it_is_imported() -> None:
+def test_without_an_endpoint_opentelemetry_is_not_imported() -> None:
     code = (
         "import sys, januslens_server.__main__, januslens_server.serving.assembly\n"
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
@@ -97,7 +97,7 @@ def test_without_a_collector_nothing_of_it_is_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=without_endpoints())
 
 
-def test_a_collector_without_the_extra_ends_the_server_with_one_line(tmp_path: Path) -> None:
+def test_an_endpoint_without_the_extra_ends_the_server_with_one_line(tmp_path: Path) -> None:
     (tmp_path / "opentelemetry.py").write_text("raise ImportError('not installed')\n")
     environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Requests that wait for the device: who leaves the queue, at once, and what that costs."""
+"""Requests that end while they wait leave the queue at once."""
 
 from __future__ import annotations
 

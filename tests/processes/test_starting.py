@@ -1,4 +1,4 @@
-"""Several processes that cannot begin, or whose supervisor is killed: nothing of them stays."""
+"""If a process cannot start or the supervisor is killed, all processes end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def test_what_keeps_one_from_beginning_ends_all(tmp_path: Path) -> None:
+def test_an_error_at_start_of_one_process_ends_all(tmp_path: Path) -> None:
     callers = tmp_path / "callers.yaml"
     callers.write_text("callers: 3\n")
     flags = ("--port", "0", "--metrics-port", "0", "--callers", str(callers))
@@ -29,7 +29,7 @@ def test_what_keeps_one_from_beginning_ends_all(tmp_path: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
-def test_while_it_loads_health_says_so_and_the_supervisors_death_is_that_of_all() -> None:
+def test_health_reports_loading_and_a_killed_supervisor_ends_all() -> None:
     flags = ("--processes", "2", "--health-port", "0")
     with running_server(*flags, until="model demo takes") as server:
         with grpc.insecure_channel(server.health_address) as channel:
@@ -43,6 +43,6 @@ def test_while_it_loads_health_says_so_and_the_supervisors_death_is_that_of_all(
         wait_until_gone(processes, 10)
 
 
-def test_the_supervisor_does_without_torch() -> None:
+def test_the_supervisor_does_not_import_torch() -> None:
     program = "import sys, januslens_server.processes.supervisor; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -1,4 +1,4 @@
-"""Two processes on one port look like one server."""
+"""Two processes on one port behave like one server."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         yield Pair(server, callers)
 
 
-def test_connections_are_spread_and_both_give_the_same_bytes(pair: Pair) -> None:
+def test_connections_are_distributed_and_answers_are_equal_bytes(pair: Pair) -> None:
     answers: dict[int, list[bytes]] = {}
     served = Counter[int]()
     while served.total() < 8 or len(served) < 2:
@@ -100,14 +100,14 @@ def test_one_page_counts_the_calls_of_both(pair: Pair) -> None:
     assert sample(pair.server, "grpc_server_handled_total", **labels) == before + 12
 
 
-def test_the_page_has_what_is_documented_and_nothing_else(pair: Pair) -> None:
+def test_the_page_has_exactly_the_documented_metrics(pair: Pair) -> None:
     families = page(pair.server)
     assert {family.name for family in families} == documented()
     labels = {name for family in families for s in family.samples for name in s.labels}
     assert "pid" not in labels
 
 
-def test_gauges_are_of_the_whole(pair: Pair) -> None:
+def test_gauges_cover_both_processes(pair: Pair) -> None:
     assert sample(pair.server, "januslens_ready") == 1
     states = {
         state: sample(pair.server, "januslens_model_state", model="demo", state=state)
@@ -137,7 +137,7 @@ def status_kb(path: Path, entry: str) -> int:
     return int(found[1])
 
 
-def test_the_weights_are_the_pages_of_their_file(pair: Pair) -> None:
+def test_weights_are_shared_pages_of_their_file(pair: Pair) -> None:
     """Mapped and never written to, so that processes share them: of a file in the type served."""
     for process in members(pair.server):
         smaps = (PROC / str(process) / "smaps").read_text()
@@ -174,7 +174,7 @@ def test_another_server_on_the_port_is_refused(pair: Pair) -> None:
     assert port in line
 
 
-def test_quotas_hold_for_each_process(pair: Pair) -> None:
+def test_quotas_apply_to_each_process(pair: Pair) -> None:
     pair.callers.write_text(granting(quotas={"requests_per_minute": 2}))
     reload(pair)
     spent: set[int] = set()
@@ -211,7 +211,7 @@ def test_sighup_reaches_both(pair: Pair) -> None:
         assert refusal(call).reason == "PERMISSION_DENIED"
 
 
-def test_a_killed_process_is_replaced_and_what_it_counted_stays(pair: Pair) -> None:
+def test_a_killed_process_is_replaced_and_its_counts_stay(pair: Pair) -> None:
     labels = rpc_labels("Trace") | {"grpc_code": "OK"}
     before = sample(pair.server, "grpc_server_handled_total", **labels)
     killed, other = members(pair.server)

@@ -285,7 +285,7 @@ def complaint(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-def test_a_setting_without_a_value_keeps_its_default(file: Path) -> None:
+def test_a_null_setting_keeps_its_default(file: Path) -> None:
     file.write_text("port:\nhost: localhost\n")
     settings = read_settings(["--config", str(file)])
     assert (settings.host, settings.port) == ("localhost", 50051)

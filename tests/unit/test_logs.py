@@ -1,4 +1,4 @@
-"""What the log's lines look like, and what callers cannot do to them."""
+"""The format of log lines, and the escaping of callers' texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def logged(form: str, capsys: pytest.CaptureFixture[str], **extra: object) -> st
     return lines[0]
 
 
-def test_a_line_for_people_has_its_fields_behind_the_message(
+def test_a_text_line_has_its_fields_after_the_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stages = {"forward": 0.00312345, "graph": 0.5}
@@ -41,7 +41,7 @@ def test_a_line_for_people_has_its_fields_behind_the_message(
     assert re.fullmatch(rf"{time} INFO januslens_server\.some: Trace OK {fields}", line)
 
 
-def test_a_line_for_machines_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_json_line_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(logged("json", capsys, method="Trace", stages={"forward": 0.25}))
     assert found.pop("timestamp").endswith("Z")
     assert found == {
@@ -54,7 +54,7 @@ def test_a_line_for_machines_is_one_object(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_no_value_ends_a_line(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_line_ends_in_values_are_escaped(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = logged(form, capsys, prompt=NASTY)
     assert line.isprintable()
     if form == "json":
@@ -62,9 +62,7 @@ def test_no_value_ends_a_line(form: str, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("form", ["text", "json"])
-def test_no_line_of_a_traceback_passes_for_another(
-    form: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_traceback_lines_are_indented(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging("info", form)
     error = ValueError(NASTY)
     logging.getLogger("x").error("met %s", "a bug\n2026-01-01 INFO forged", exc_info=error)
@@ -74,6 +72,6 @@ def test_no_line_of_a_traceback_passes_for_another(
     assert (form == "json") == (others == [])
 
 
-def test_escaped_is_what_python_would_write() -> None:
+def test_control_characters_become_python_escapes() -> None:
     assert escape("plain é 日本") == "plain é 日本"
     assert escape("a\n\x1b") == "a\\n\\x1b"

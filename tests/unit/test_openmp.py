@@ -1,4 +1,4 @@
-"""How torch's threads wait is said before torch is there to read it, and only once."""
+"""The spin count of OpenMP threads is set before torch is imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from januslens_server.openmp import WAITING_TURNS, let_waiting_threads_sleep
+from januslens_server.openmp import SPIN_COUNT, limit_spinning
 
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
@@ -16,12 +16,12 @@ NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 @pytest.mark.parametrize(
     ("given", "then"),
     [
-        ({}, {"GOMP_SPINCOUNT": WAITING_TURNS}),
+        ({}, {"GOMP_SPINCOUNT": SPIN_COUNT}),
         ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],
 )
-def test_what_an_operator_has_set_stays(
+def test_the_operators_own_setting_is_kept(
     given: dict[str, str], then: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in NAMES:  # set first, so that what is set below is taken back
@@ -29,18 +29,18 @@ def test_what_an_operator_has_set_stays(
         monkeypatch.delenv(name)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    let_waiting_threads_sleep()
+    limit_spinning()
     assert {name: os.environ[name] for name in NAMES if name in os.environ} == then
 
 
-def test_the_command_says_it_before_torch_is_imported() -> None:
+def test_the_command_sets_it_before_torch_is_imported() -> None:
     program = """
 import sys
 import januslens_server.__main__ as command
 def told():
     print("torch" in sys.modules)
     raise SystemExit(0)
-command.let_waiting_threads_sleep = told
+command.limit_spinning = told
 sys.argv = ["januslens-server", "--port", "0"]
 command.main()
 """

@@ -1,4 +1,4 @@
-"""What every server of ours tells gRPC's core."""
+"""Channel options of our gRPC servers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ Options = list[tuple[str, int]]
 
 
 def server_options(*, share_port: bool = False) -> Options:
-    """`share_port` lets processes of this user that ask for it listen on the same one.
+    """Options for every server; `share_port` lets several processes listen on one port.
 
-    Without that a second server on the port would silently share its calls.
+    gRPC shares ports by default, so a second server would silently receive some of the calls.
     """
     return [
         ("grpc.so_reuseport", int(share_port)),
-        # Idle connections survive clients' pings every 10 s; core's constant has RECV in its name,
-        # its key has not.
+        # Allow clients to ping idle connections every 10 s. (The C constant for this key has RECV
+        # in its name.)
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]

@@ -1,4 +1,4 @@
-"""The gRPC server with all its services on one port."""
+"""Build the gRPC server with its services, interceptors and options."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ def build_server(
     *,
     share_port: bool = False,
 ) -> grpc.aio.Server:
-    """Introspection, health and reflection, not yet listening.
+    """Build a server with introspection, health and reflection; it does not listen yet.
 
-    A connection older than `max_connection_age` seconds takes no further calls; those that run on
-    it come to their end. `directory` knows who may ask for what, and `quotas` how much of it has
-    been taken; without them anyone may ask for anything. `share_port` lets processes of this user
-    that ask for it listen on the same one.
+    Connections older than `max_connection_age` seconds accept no new calls and finish running ones.
+    `directory` finds callers by token and `quotas` tracks their usage; without them everyone may
+    call everything. `share_port` lets several processes of one user listen on the same port.
     """
     methods.create_series()
     options = server_options(share_port=share_port)

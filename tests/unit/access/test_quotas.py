@@ -32,14 +32,14 @@ def ada(**quotas: float) -> Caller:
     return Caller(name="ada", tokens=(), quotas=Quotas.model_validate(quotas))
 
 
-def test_without_quotas_there_is_no_end(book: QuotaBook) -> None:
+def test_without_quotas_nothing_is_limited(book: QuotaBook) -> None:
     with ExitStack() as requests:
         for _ in range(1000):
             requests.enter_context(book.request(ada()))
             book.charge(ada(), 1e9)
 
 
-def test_requests_at_once(book: QuotaBook) -> None:
+def test_concurrent_requests_are_limited(book: QuotaBook) -> None:
     two = ada(concurrent=2)
     with book.request(two), book.request(two):
         with (
@@ -53,13 +53,15 @@ def test_requests_at_once(book: QuotaBook) -> None:
         pass
 
 
-def test_a_request_that_fails_is_over(book: QuotaBook) -> None:
+def test_a_failed_request_no_longer_counts(book: QuotaBook) -> None:
     for _ in range(3):
         with pytest.raises(KeyError), book.request(ada(concurrent=1)):
             raise KeyError
 
 
-def test_a_minutes_worth_of_requests_then_evenly(book: QuotaBook, clock: Clock) -> None:
+def test_a_minutes_allowance_can_be_used_at_once_and_refills_evenly(
+    book: QuotaBook, clock: Clock
+) -> None:
     caller = ada(requests_per_minute=6)
 
     def ask() -> None:
@@ -85,7 +87,7 @@ def test_a_minutes_worth_of_requests_then_evenly(book: QuotaBook, clock: Clock) 
         ask()
 
 
-def test_less_than_a_request_a_minute(book: QuotaBook, clock: Clock) -> None:
+def test_rates_below_one_request_a_minute(book: QuotaBook, clock: Clock) -> None:
     caller = ada(requests_per_minute=0.5)
     with book.request(caller):
         pass
@@ -98,7 +100,9 @@ def test_less_than_a_request_a_minute(book: QuotaBook, clock: Clock) -> None:
         pass
 
 
-def test_seconds_of_the_device_are_lent_and_settled(book: QuotaBook, clock: Clock) -> None:
+def test_device_seconds_are_charged_as_estimated_and_corrected(
+    book: QuotaBook, clock: Clock
+) -> None:
     caller = ada(device_seconds_per_minute=30)
     book.charge(caller, 50)  # more than a minute brings
     with pytest.raises(QuotaSpent) as spent:
@@ -114,7 +118,7 @@ def test_seconds_of_the_device_are_lent_and_settled(book: QuotaBook, clock: Cloc
     book.charge(caller, 1)
 
 
-def test_a_quota_that_changes_keeps_what_was_taken(book: QuotaBook) -> None:
+def test_a_changed_quota_keeps_the_usage(book: QuotaBook) -> None:
     book.charge(ada(device_seconds_per_minute=30), 30.5)
     with pytest.raises(QuotaSpent, match="60 device seconds a minute"):
         book.charge(ada(device_seconds_per_minute=60), 1)

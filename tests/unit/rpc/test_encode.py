@@ -1,4 +1,4 @@
-"""Records to messages: cut by size with the texts that each piece needs, ends before edges."""
+"""Encode records as messages: split by size, with token texts, nodes before edges."""
 
 from __future__ import annotations
 

@@ -126,6 +126,6 @@ def test_a_long_text_is_cut_between_characters(text: str) -> None:
     assert len(named.SerializeToString()) * 4 / 3 + 3 * len(named.message.encode()) < 8000
 
 
-def test_a_short_text_stays_as_it_is() -> None:
+def test_a_short_text_is_unchanged() -> None:
     assert shortened("x" * TEXT_BYTES) == "x" * TEXT_BYTES
     assert shortened("") == ""

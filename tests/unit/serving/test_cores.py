@@ -1,4 +1,4 @@
-"""How many cores compute a request."""
+"""Threads per request, by settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ports that one server may have: with real sockets."""
+"""Checking and reserving ports, with real sockets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def listening(port: int, *, shared: bool) -> socket.socket:
     return server
 
 
-def test_a_reserved_port_is_refused_before_anybody_listens() -> None:
+def test_a_reserved_port_is_refused_before_anything_listens() -> None:
     with reserve_port(HOST, 0) as port:
         with pytest.raises(OSError, match=f"cannot serve: Address already in use .*{port}"):
             check_port_free(HOST, port)
@@ -38,7 +38,7 @@ def test_a_reserved_port_is_refused_before_anybody_listens() -> None:
     check_port_free(HOST, port)
 
 
-def test_who_asks_to_share_it_listens_and_others_stay_out() -> None:
+def test_sockets_that_share_the_port_listen_and_others_are_refused() -> None:
     with (
         reserve_port(HOST, 0) as port,
         listening(port, shared=True) as first,
@@ -65,7 +65,7 @@ def test_who_asks_to_share_it_listens_and_others_stay_out() -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_port_where_another_listens_is_refused(shared: bool) -> None:
+def test_a_port_in_use_is_refused(shared: bool) -> None:
     with listening(0, shared=shared) as other:
         port = other.getsockname()[1]
         with pytest.raises(OSError, match="cannot serve: Address already in use"):
@@ -73,7 +73,7 @@ def test_a_port_where_another_listens_is_refused(shared: bool) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_connections_that_linger_after_a_server_keep_nobody_out(shared: bool) -> None:
+def test_lingering_connections_do_not_block_the_port(shared: bool) -> None:
     with listening(0, shared=shared) as before:
         port = before.getsockname()[1]
         with socket.create_connection((HOST, port)) as client:
