@@ -1,7 +1,7 @@
-"""The image's health check: ends with 0 if the server of this container is ready, else with 1.
+"""The image's health check: exits with 0 if the server of this container is ready, else with 1.
 
-It finds the server as the server itself does, from environment and configuration file; flags
-given to the server are out of its sight. Where the server speaks TLS it asks the health port.
+It reads the server's address from the environment and the settings file, not from flags. If the
+server uses TLS, it checks the health port.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ TIMEOUT_SECONDS = 5
 
 
 def main() -> None:
-    """Ask for `januslens.ready`; an answer other than SERVING is printed."""
+    """Check `januslens.ready`; print any status other than SERVING."""
     settings = read_settings([])
     encrypted = settings.tls_certificate is not None
     if encrypted and settings.health_port is None:
-        raise SystemExit("expected a health_port beside TLS; without one nobody can check")
+        raise SystemExit("TLS requires a health_port for health checks; set JANUSLENS_HEALTH_PORT")
     port = settings.port if settings.health_port is None else settings.health_port
     address = f"{settings.host}:{port}"
     request = health_pb2.HealthCheckRequest(service=READY)
-    # A proxy from the environment is for model downloads, not for our own port.
+    # Ignore proxy variables: they are for model downloads.
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:
