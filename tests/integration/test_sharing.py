@@ -22,9 +22,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from januslens.v1 import common_pb2, neurons_pb2, trace_pb2
 from januslens_server.access.callers import new_token, token_hash
 from januslens_server.demo import model_path
+from tests.reference.examples import TOKENIZER
 from tests.support.calls import prompt, started, timeless, token_ids
 from tests.support.metrics import sample, unfinished, wait_until_idle
-from tests.support.reference_examples import TOKENIZER
 from tests.support.server import ServerProcess, running_server
 
 SHORT = trace_pb2.TraceRequest(model="demo", input=prompt("The capital of Japan is"))

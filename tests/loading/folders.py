@@ -15,7 +15,7 @@ from januslens_server.models.memory import needed
 from januslens_server.models.resident import ROW_CACHE_BYTES
 from tests.architectures.cases import Case
 from tests.architectures.tiny_models import plain
-from tests.support.reference_examples import TOKENIZER
+from tests.reference.examples import TOKENIZER
 
 
 def saved(case: Case, folder: Path) -> ModelSource:

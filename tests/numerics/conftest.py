@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from tests.support.reference_loaded import Loaded, LoadExample, load_example_in
+from tests.reference.examples import Loaded, LoadExample, load_example_in
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.results import EditPreview, Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec, Probe
-from tests.support.reference_examples import EXAMPLES, prompt
-from tests.support.reference_loaded import LoadExample
+from tests.reference.examples import EXAMPLES, LoadExample, prompt
 from tests.support.results import only
 
 ATTENTION = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)

@@ -11,11 +11,9 @@ import torch
 
 from januslens_server.results import EdgeKind, NodeKind
 from januslens_server.specs import Selection, TraceSpec
-from tests.support.reference_collect import GraphErrors, Traced, run_trace
-from tests.support.reference_examples import CONTEXT, EXAMPLES, prompt
-from tests.support.reference_graph import PromptOracle
-from tests.support.reference_loaded import Loaded, LoadExample
-from tests.support.reference_trace import expected_graph
+from tests.reference.examples import CONTEXT, EXAMPLES, Loaded, LoadExample, prompt
+from tests.reference.graph import PromptOracle, expected_graph
+from tests.reference.traces import GraphErrors, Traced, run_trace
 
 SMALL = Selection(heads=2, memory_values_per_head=2, top_neurons=3, bottom_neurons=2)
 EVERYTHING = Selection(heads=0, memory_values_per_head=0, top_neurons=0, bottom_neurons=0)

@@ -10,16 +10,14 @@ import pytest
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.results import Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, LensKind, PreviewEditSpec
-from tests.support.reference_backward import BackwardErrors, compare
-from tests.support.reference_backward import spec_of as gradient_spec_of
-from tests.support.reference_collect import GraphErrors, run_trace
-from tests.support.reference_goldens import FAMILIES, GOLDENS, load_golden_model, names, read_golden
-from tests.support.reference_gradients import run_gradient
-from tests.support.reference_graph import PromptOracle
-from tests.support.reference_loaded import Loaded
-from tests.support.reference_trace import expected_graph
-from tests.support.reference_visit import VisitErrors, compare_nodes, spec_of
-from tests.support.reference_visit_edges import compare_edges
+from tests.reference.backward_lens import BackwardErrors, compare
+from tests.reference.backward_lens import spec_of as gradient_spec_of
+from tests.reference.examples import Loaded
+from tests.reference.goldens import FAMILIES, GOLDENS, load_golden_model, names, read_golden
+from tests.reference.gradients import run_gradient
+from tests.reference.graph import PromptOracle, expected_graph
+from tests.reference.traces import GraphErrors, run_trace
+from tests.reference.visit import VisitErrors, compare_edges, compare_nodes, spec_of
 from tests.support.results import only
 
 VISIT, BACKWARD, SHIFT = (names(GOLDENS, kind) for kind in ("visit", "backward", "shift"))

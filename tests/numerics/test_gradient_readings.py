@@ -14,9 +14,8 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.results import GradientMatrix, GradientSummary, MatrixKind
 from januslens_server.specs import GradientLensSpec, LensKind, LensSpec, NegativeLogLikelihood, Span
-from tests.support.reference_examples import EXAMPLES, prompt
-from tests.support.reference_loaded import LoadExample
-from tests.support.reference_model import ReferenceModel
+from tests.reference.examples import EXAMPLES, LoadExample, prompt
+from tests.reference.model import ReferenceModel
 
 TARGET = 17
 

@@ -21,8 +21,8 @@ from januslens_server.specs import (
     LossSpec,
     NegativeLogLikelihood,
 )
-from tests.support.reference_examples import EXAMPLES, prompt
-from tests.support.reference_gradients import (
+from tests.reference.examples import EXAMPLES, Loaded, LoadExample, prompt
+from tests.reference.gradients import (
     Factorised,
     Loss,
     dense_gradients,
@@ -33,8 +33,7 @@ from tests.support.reference_gradients import (
     run_gradient,
     suppression,
 )
-from tests.support.reference_lens import ReadingErrors, read, rows_of
-from tests.support.reference_loaded import Loaded, LoadExample
+from tests.reference.lens import ReadingErrors, read, rows_of
 
 LENGTH = 8
 RELATIVE = 1e-5

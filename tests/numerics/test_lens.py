@@ -15,12 +15,10 @@ from januslens_server.lens.projection import project
 from januslens_server.lens.unembedding import Unembedding
 from januslens_server.results import NodeKind
 from januslens_server.specs import LensKind, LensSpec, ProjectSpec, Selection, TraceSpec
-from tests.support.reference_collect import Traced, run_project, run_trace
-from tests.support.reference_examples import EXAMPLES, VOCABULARY, prompt
-from tests.support.reference_graph import PromptOracle
-from tests.support.reference_lens import ReadingErrors, Readings, read, rows_of, softmax
-from tests.support.reference_loaded import Loaded, LoadExample
-from tests.support.reference_trace import expected_graph
+from tests.reference.examples import EXAMPLES, VOCABULARY, Loaded, LoadExample, prompt
+from tests.reference.graph import PromptOracle, expected_graph
+from tests.reference.lens import ReadingErrors, Readings, read, rows_of, softmax
+from tests.reference.traces import Traced, run_project, run_trace
 
 LENGTH = 8
 POSITIONS = (3, LENGTH - 1)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from januslens_server.models.adapters import ADAPTERS
-from tests.support.reference_examples import EXAMPLES, prompt
-from tests.support.reference_families import FAMILIES
-from tests.support.reference_loaded import LoadExample
+from tests.reference.examples import EXAMPLES, LoadExample, prompt
+from tests.reference.model import FAMILIES
 
 
 def test_every_reference_has_an_adapter_and_an_example() -> None:

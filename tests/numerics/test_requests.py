@@ -11,9 +11,8 @@ import pytest
 from januslens_server.errors import InvalidRequest
 from januslens_server.results import LayerGraph, NodeKind
 from januslens_server.specs import LensSpec, Selection, TraceSpec
-from tests.support.reference_collect import Traced, run_trace
-from tests.support.reference_examples import CONTEXT, EXAMPLES, prompt
-from tests.support.reference_loaded import LoadExample
+from tests.reference.examples import CONTEXT, EXAMPLES, LoadExample, prompt
+from tests.reference.traces import Traced, run_trace
 from tests.support.results import same
 
 LENGTH = 8

@@ -25,8 +25,7 @@ from januslens_server.specs import (
     PreviewEditSpec,
     TraceSpec,
 )
-from tests.support.reference_examples import EXAMPLES, prompt
-from tests.support.reference_loaded import LoadExample
+from tests.reference.examples import EXAMPLES, LoadExample, prompt
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

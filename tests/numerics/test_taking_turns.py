@@ -24,9 +24,8 @@ from januslens_server.specs import (
     Probe,
     TraceSpec,
 )
+from tests.reference.examples import LoadExample, prompt
 from tests.support.in_process import hooks_of
-from tests.support.reference_examples import prompt
-from tests.support.reference_loaded import LoadExample
 from tests.support.results import same
 
 Request = Callable[[ResidentModel], Iterator[object]]

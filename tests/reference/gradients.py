@@ -1,4 +1,4 @@
-"""Dense gradients of a plain Hugging Face model, by autograd on its parameters."""
+"""Dense gradients of a plain Hugging Face model, computed by autograd on its parameters."""
 
 from __future__ import annotations
 

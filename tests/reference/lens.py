@@ -1,7 +1,7 @@
-"""The logit lens, naively: float64 logits, a softmax as written in books, full sorts.
+"""The logit lens in float64: textbook softmax and full sorts, compared with the server's tables.
 
-And the comparison of such readings with the server's tables. Where two float64 logits differ by
-less than float32 resolves, either order is right; everywhere else ids and ranks must be the same.
+Where two float64 logits differ by less than float32 resolves, either order is accepted; everywhere
+else ids and ranks must be equal.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from januslens_server.results import Ints, ProjectionTable
 from januslens_server.specs import LensKind
-from tests.support.reference_model import ReferenceModel
+from tests.reference.model import ReferenceModel
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Factorised gradients against recorded Backward Lens calls."""
+"""Compare factorized gradients with recorded Backward Lens calls."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 from januslens_server.results import Components, Floats, GradientMatrix, MatrixKind, Side
 from januslens_server.specs import GradientLensSpec, LensKind, LensSpec, NegativeLogLikelihood
-from tests.support.reference_goldens import Golden, assert_same_ids
-from tests.support.reference_gradients import Factorised
-from tests.support.reference_lens import read
-from tests.support.reference_model import ReferenceModel
+from tests.reference.goldens import Golden, assert_same_ids
+from tests.reference.gradients import Factorised
+from tests.reference.lens import read
+from tests.reference.model import ReferenceModel
 
 Record = dict[str, Any]
 

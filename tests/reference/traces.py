@@ -1,4 +1,4 @@
-"""A trace of the server, gathered from its stream, and its comparison with the expected graph."""
+"""Collect a trace from the server's pipeline and compare it with the expected graph."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from januslens_server.results import (
     TraceSummary,
 )
 from januslens_server.specs import ProjectSpec, TraceSpec
-from tests.support.reference_graph import EdgeKey, ExpectedEdge, ExpectedGraph
-from tests.support.reference_lens import largest
+from tests.reference.graph import EdgeKey, ExpectedEdge, ExpectedGraph
+from tests.reference.lens import largest
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,8 @@
-"""Tiny random models of every family and shape that the numerical tests compare."""
+"""Tiny random models of every family and shape that the numerical tests compare.
+
+`load_example_in` loads each one three times: in the server, in plain Hugging Face and in the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,10 @@ from transformers import (
     LlamaConfig,
     PretrainedConfig,
 )
+
+from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.resident import ResidentModel
+from tests.reference.model import ReferenceModel, reference_of
 
 VOCABULARY = 1000
 CONTEXT = 16
@@ -152,3 +160,23 @@ EXAMPLES = {
         Example("llama_yarn", llama(num_key_value_heads=2, rope_parameters=_YARN), seed=9),
     )
 }
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """One model three times; `network` is an instance of its own, with eager attention."""
+
+    resident: ResidentModel
+    network: Any
+    reference: ReferenceModel
+
+
+LoadExample = Callable[[str], Loaded]
+
+
+def load_example_in(folder: Path, name: str) -> Loaded:
+    """Save the example as an ordinary folder and load it as the server does."""
+    example = EXAMPLES[name]
+    resident = load(ModelSource(name, str(example.save(folder))))
+    network = example.build()
+    return Loaded(resident, network, reference_of(network))

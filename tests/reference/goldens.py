@@ -1,4 +1,4 @@
-"""The golden data: recorded graphs and gradients with the models that they were recorded on."""
+"""Golden data: graphs and gradients recorded from the papers' programs, and their models."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from januslens_server.models.loading import ModelSource, load
 from januslens_server.results import Floats
-from tests.support.reference_examples import TOKENIZER
-from tests.support.reference_families import reference_of
-from tests.support.reference_loaded import Loaded
+from tests.reference.examples import TOKENIZER, Loaded
+from tests.reference.model import reference_of
 
 GOLDENS = TOKENIZER.parent
 FAMILIES = ("gpt2", "llama", "gpt_neo", "gptj")
