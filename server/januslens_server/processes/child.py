@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
-import os
 import signal
 import threading
 from contextlib import suppress
@@ -13,11 +12,10 @@ from enum import Enum, auto
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from prometheus_client import values
-
 from januslens_server import spans
 from januslens_server.config import ServerSettings
 from januslens_server.logs import configure_logging
+from januslens_server.processes.metric_files import count_in
 
 # gRPC and torch run threads, which do not survive a fork.
 CONTEXT = multiprocessing.get_context("spawn")
@@ -132,16 +130,10 @@ def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection)
     """Entry point of a child process."""
     # Ctrl-C in a terminal reaches every process; the supervisor decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _write_metrics_to(folder, number)
     configure_logging(settings.log_level, settings.log_format, number)
+    count_in(folder, number)
     spans.configure()
     from januslens_server.processes.child_server import serve_as_child  # noqa: PLC0415 - imports metrics
     from januslens_server.serving.process import run_process  # noqa: PLC0415 - likewise
 
     run_process(serve_as_child(settings, pipe, folder))
-
-
-def _write_metrics_to(folder: Path, number: int) -> None:
-    """Keep metrics in files of this number, which a replacement continues."""
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]  # as shipped
