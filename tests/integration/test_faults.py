@@ -40,7 +40,7 @@ def demo() -> Loaded:
 
 
 def no_room_on_the_host(*_: Any) -> NoReturn:
-    """What torch itself raises."""
+    """An error as torch raises it."""
     torch.empty(1 << 60, dtype=torch.uint8)
     raise LookupError("expected no machine to have an exbibyte")
 
@@ -84,14 +84,14 @@ async def test_a_fault_ends_one_request_and_leaves_nothing_behind(
         before = await answer(stub, method)
         with broken(demo.network.get_submodule(BLOCK), fail):
             found = await refused(getattr(stub, method)(REQUESTS[method]))
-            assert hooks_of(demo.network) == 1  # the one that fails
+            assert hooks_of(demo.network) == 1  # the failing hook
         assert (found.code.name, found.reason) == (code, reason)
         assert (found.retry_after is not None) == (reason == "OUT_OF_MEMORY")
-        assert await answer(stub, method) == before  # to the bit
+        assert await answer(stub, method) == before  # bit-identical
 
 
 async def test_a_backward_pass_with_nan_is_reported(demo: Loaded) -> None:
-    """The forward pass is sound; its gradients overflow."""
+    """The forward pass is finite, and its gradients overflow."""
     module = demo.network.get_submodule(f"{BLOCK}.mlp")
 
     def poison(_module: Any, _args: Any, output: torch.Tensor) -> None:
@@ -112,7 +112,7 @@ async def test_a_lost_device_refuses_all_requests_and_reports_once(demo: Loaded)
         with broken(demo.network.get_submodule(BLOCK), accelerator_error):
             calls = [stub.Trace(REQUESTS["Trace"]) for _ in range(3)]
             answers = await asyncio.gather(*map(refused, calls))
-        answers.append(await refused(stub.Project(vectors())))  # though nothing fails any more
+        answers.append(await refused(stub.Project(vectors())))  # although nothing fails now
     assert {(found.code.name, found.reason) for found in answers} == {
         ("UNAVAILABLE", "DEVICE_LOST")
     }
@@ -126,10 +126,10 @@ async def test_a_lost_device_turns_health_off(caplog: pytest.LogCaptureFixture) 
     health.update([ModelStatus("demo", ModelState.READY)])
     lost = asyncio.Event()
     on_loss = on_device_lost(health, asyncio.get_running_loop(), lost)
-    await asyncio.to_thread(on_loss)  # as the device's thread does
+    await asyncio.to_thread(on_loss)  # on another thread, like the device thread
     await asyncio.sleep(0.05)
     health.update([ModelStatus("demo", ModelState.READY)])  # another model may still load
-    context: Any = None  # it has no use for one
+    context: Any = None  # not used by Check
     for service in ("", "januslens.ready", "demo"):
         request = health_pb2.HealthCheckRequest(service=service)
         found = await health.Check(request, context)

@@ -47,7 +47,7 @@ def pair() -> Iterator[Replicas]:
 
 @pytest.fixture
 def replicas(pair: Replicas) -> Replicas:
-    """Both alive and ready, whatever the test before did."""
+    """Two ready servers; restarts those that the previous test has ended."""
     for number, server in enumerate(pair.servers):
         if server.process.poll() is not None:
             pair.start(number)
@@ -57,7 +57,7 @@ def replicas(pair: Replicas) -> Replicas:
 
 
 def same(found: Trace) -> Trace:
-    """A result without what differs by design: the call's id and its times."""
+    """A result without its request id and times, which differ by design."""
     assert found.summary is not None
     header = replace(found.header, request_id="")
     return replace(found, header=header, summary=replace(found.summary, times=()))
@@ -111,7 +111,7 @@ async def test_a_gradient_resumes_on_the_other_server(replicas: Replicas) -> Non
 
 @pytest.mark.soak
 def test_a_request_queued_on_a_lost_server_is_repeated(replicas: Replicas) -> None:
-    """It had been admitted: without `resume` nobody repeats it, and there is nothing partial."""
+    """The request was admitted, so without `resume` it is not repeated; no part has arrived."""
     with Client(replicas.address, timeout=120) as client:
         outcomes: list[Trace | StreamInterrupted] = []
 

@@ -28,7 +28,7 @@ WEIGHT_ROWS = {
 
 
 def documented() -> set[str]:
-    """The names of docs/operations.md's table of metrics, without the ending of counters."""
+    """The metric names in docs/operations.md, without the suffix of counters."""
     names = re.findall(
         r"^\| `((?:grpc_server|januslens)_\w+)`", OPERATIONS.read_text(), re.MULTILINE
     )
@@ -40,7 +40,7 @@ def trace(channel: grpc.Channel) -> list[trace_pb2.TraceResponse]:
 
 
 class Growth:
-    """How much each sample has grown since the start."""
+    """Increase of each sample since the start."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server = server
@@ -71,7 +71,7 @@ def test_the_page_has_exactly_the_documented_metrics(server: ServerProcess) -> N
 
 
 def test_series_start_at_0_for_every_method_and_code(server: ServerProcess) -> None:
-    """A rate cannot see the step from no series to the first failure."""
+    """A rate misses the step from an absent series to 1."""
     (handled,) = (f for f in page(server) if f.name == "grpc_server_handled")
     seen = {(s.labels["grpc_method"], s.labels["grpc_code"]) for s in handled.samples}
     assert seen >= {(method, code.name) for method in methods() for code in grpc.StatusCode}
@@ -120,11 +120,11 @@ def test_a_trace_counts_its_tokens_and_vectors(growth: Growth, channel: grpc.Cha
     tokens = len(header.header.prompt_tokens)
     assert growth.of("januslens_tokens_total", model="demo") == tokens
     shown = [n.kind for m in layers for n in m.layer.nodes if n.HasField("projection")]
-    # The last residual is read beside the nodes, for the model's own prediction.
+    # The last residual is projected, too, for the model's own prediction.
     projected = growth.of("januslens_vectors_projected_total")
     of_activations = sum(kind not in WEIGHT_ROWS for kind in shown) + 1
     assert 10 < of_activations <= projected <= len(shown) + 1
-    trace(channel)  # which meets the same rows of the weights
+    trace(channel)  # uses the same rows of the weights
     assert growth.of("januslens_vectors_projected_total") == projected + of_activations
 
 
@@ -155,7 +155,7 @@ def test_cpu_memory_is_shown_by_kind(server: ServerProcess) -> None:
 
 
 def test_texts_of_callers_never_become_labels(server: ServerProcess, channel: grpc.Channel) -> None:
-    """Each new label value is a series for good: callers must not be able to make them."""
+    """Every new label value creates a permanent series, so callers must not create any."""
     refused(channel, "Tokenize", models_pb2.TokenizeRequest(model="mallory-1", text="mallory-2"))
     request = trace_pb2.TraceRequest(input=prompt("Japan"), layers=[0])
     list(started(channel, "Trace", request, metadata=(("x-request-id", "mallory-3"),)))

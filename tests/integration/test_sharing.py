@@ -54,7 +54,7 @@ class Shared:
 
 
 def wide_model(folder: Path) -> Path:
-    """Few layers, many tokens: some seconds to read what its 8,192 neurons write."""
+    """Few layers and many tokens: indexing its 8,192 neurons takes some seconds."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=20_000,
@@ -93,7 +93,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shared]:
 
 @dataclass
 class Reader:
-    """Reads a stream as it comes, beside the test."""
+    """Reads a stream in a thread."""
 
     call: Any
     messages: list[Message] = field(default_factory=list)
@@ -135,7 +135,7 @@ def test_a_short_trace_does_not_wait_for_another_callers_neuron_index(shared: Sh
 
 
 def test_callers_have_equal_shares_however_many_requests_they_send(shared: Shared) -> None:
-    """Six at a time against two, of the same size: each has the device half of the time."""
+    """One caller sends six requests at a time, the other two; each gets half of the device time."""
     wait_until_idle(shared.server)
     over = threading.Event()
 

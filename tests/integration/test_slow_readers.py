@@ -25,7 +25,7 @@ MEMORY_OF_A_STALLED_STREAM = 100 * 2**20
 
 @pytest.fixture
 def stalled(channel: grpc.Channel, server: ServerProcess) -> Iterator[Any]:
-    """A long stream that is read no further."""
+    """A long stream that is no longer read."""
     wait_until_idle(server)
     call = started(channel, "Trace", long_trace(40))
     next(call)
@@ -37,7 +37,7 @@ def stalled(channel: grpc.Channel, server: ServerProcess) -> Iterator[Any]:
 def test_others_are_served_while_a_reader_stalls(
     server: ServerProcess, stub: Stub, stalled: Any
 ) -> None:
-    """The device turns to others only once the stalled stream is set aside."""
+    """The device runs other requests after the stalled one is suspended."""
     for _ in range(3):
         assert list(stub.Trace(SHORT))[-1].HasField("summary")
     assert unfinished(server) == 1
@@ -51,7 +51,7 @@ def test_a_stalled_stream_costs_bounded_memory(
     before = resident_bytes(server)
     call = started(channel, "Trace", long_trace(40))
     next(call)
-    list(stub.Trace(SHORT))  # the long one is set aside now
+    list(stub.Trace(SHORT))  # the long one is suspended now
     assert resident_bytes(server) - before < MEMORY_OF_A_STALLED_STREAM
     call.cancel()
     wait_until_idle(server)
@@ -62,7 +62,7 @@ def test_a_reader_that_catches_up_gets_the_whole_stream(
 ) -> None:
     call = started(channel, "Trace", long_trace(5))
     first = next(call)
-    list(stub.Trace(SHORT))  # it is set aside now, or finished but for its reader
+    list(stub.Trace(SHORT))  # it is suspended now, or has finished and waits for its reader
     sequences = [message.sequence for message in call]
     assert [first.sequence, *sequences] == list(range(len(sequences) + 1))
     assert call.code() is grpc.StatusCode.OK
@@ -71,7 +71,7 @@ def test_a_reader_that_catches_up_gets_the_whole_stream(
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[ServerProcess]:
-    """A server with room for two requests, and little patience."""
+    """A server with a short queue and a short stall limit."""
     with running_server("--max-waiting", "1", "--stall-seconds", "2") as process:
         yield process
 
@@ -117,7 +117,7 @@ def test_a_full_queue_refuses_at_once_while_health_answers(impatient: ServerProc
             answer = refused(channel, "Trace", SHORT)
             seconds.append(time.monotonic() - began)
             assert_alive(channel)
-        assert min(seconds) < 0.05  # the machine's other work may delay some
+        assert min(seconds) < 0.05  # other programs may delay some
         for call in calls:
             call.cancel()
         wait_until_idle(impatient)

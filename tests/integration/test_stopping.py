@@ -35,7 +35,7 @@ def test_a_stream_in_flight_is_finished_while_new_calls_are_refused() -> None:
         server.process.terminate()
         assert next(states) == NOT_SERVING
         assert_refuses_new(channel)
-        # Everything is computed; its results wait for a reader who is slow, not stalled.
+        # Everything is computed; the results wait for a slow reader.
         wait_until_idle(server)
         time.sleep(1.5)
         messages += stream
@@ -63,7 +63,7 @@ def test_requests_beyond_the_grace_period_are_aborted() -> None:
         running_server("--grace-seconds", "0.5") as server,
         grpc.insecure_channel(server.address) as channel,
     ):
-        states = watch(channel, "")  # an open watch must not hold the server up
+        states = watch(channel, "")  # an open watch must not delay the server
         assert next(states) == SERVING
         stream = started(channel, "Trace", long_trace(40))
         next(stream)
@@ -80,7 +80,7 @@ def test_requests_beyond_the_grace_period_are_aborted() -> None:
 
 @pytest.fixture(scope="module")
 def loading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """A server whose one model takes many seconds to load."""
+    """A server whose only model takes many seconds to load."""
     folder = slow_to_load(tmp_path_factory.mktemp("models") / "slow")
     with running_server("--model", f"slow={folder}", until="metrics on") as server:
         yield server
@@ -101,7 +101,7 @@ def test_a_loading_model_is_unavailable(loading: ServerProcess) -> None:
 
 
 def test_unavailable_calls_can_be_repeated_elsewhere(loading: ServerProcess) -> None:
-    """gRPC repeats what came without headers, after the pause that the trailers ask for."""
+    """gRPC repeats calls that ended without headers, after the delay in the trailers."""
     with grpc.insecure_channel(loading.address) as channel:
         request = models_pb2.TokenizeRequest(text="Japan")
         call = started(channel, "Tokenize", request, metadata=(("x-request-id", "again-1"),))

@@ -46,13 +46,13 @@ def files(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Se
 
 @pytest.fixture(scope="module")
 def mutual(files: ServerFiles) -> Iterator[ServerProcess]:
-    """A server that asks callers for certificates, with health in plaintext beside it."""
+    """A server with mutual TLS and a plaintext health port."""
     with running_server(*files.mutual_flags, "--health-port", "0") as server:
         yield server
 
 
 def tokenize(address: str, credentials: grpc.ChannelCredentials | None) -> int:
-    """How many tokens there are, over a connection of its own."""
+    """The number of tokens of a text, over a new connection."""
     options = [("grpc.use_local_subchannel_pool", 1)]
     channel = (
         grpc.insecure_channel(address, options)
@@ -97,7 +97,7 @@ def test_the_health_port_serves_health_only(mutual: ServerProcess) -> None:
 
 
 def shown_serial(address: str) -> int:
-    """Which certificate the server shows to a new connection."""
+    """The server's certificate on a new connection."""
     host, _, port = address.rpartition(":")
     pem = ssl.get_server_certificate((host, int(port)), timeout=20)
     return x509.load_pem_x509_certificate(pem.encode()).serial_number
@@ -110,7 +110,7 @@ def serial_in(path: Path) -> int:
 def test_certificates_rotate_under_load_without_a_failure(
     authority: trustme.CA, tmp_path: Path
 ) -> None:
-    """Also the authority is replaced: clients trust both while it is."""
+    """The authority is replaced, too; clients trust both meanwhile."""
     files, successor = server_files(authority, tmp_path), trustme.CA()
     credentials = trusting(authority, successor)
     with running_server(*files.flags) as server:

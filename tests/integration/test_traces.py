@@ -24,7 +24,7 @@ TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """Takes spans as OpenTelemetry's collector does."""
+    """An OpenTelemetry collector that keeps the spans."""
 
     def __init__(self) -> None:
         self.spans: queue.SimpleQueue[tuple[str, Span]] = queue.SimpleQueue()
@@ -40,7 +40,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
 @contextmanager
 def collecting() -> Iterator[tuple[Collector, dict[str, str]]]:
-    """A collector on loopback, and the environment that names it."""
+    """A collector on loopback, and the environment that selects it."""
     collector = Collector()
     server = grpc.server(ThreadPoolExecutor(1))
     add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server  # untyped
@@ -80,7 +80,7 @@ def test_calls_are_children_of_the_callers_spans() -> None:
         refused(channel, "Tokenize", models_pb2.TokenizeRequest(model="nobody", text="x"))
         _, span = collector.spans.get(timeout=30)
         assert attributes(span)["januslens.reason"] == "MODEL_NOT_FOUND"
-        assert span.status.code == Status.STATUS_CODE_UNSET  # the caller's error, not ours
+        assert span.status.code == Status.STATUS_CODE_UNSET  # a fault of the caller
 
         started(channel, "ListModels", models_pb2.ListModelsRequest()).result()
         server.process.terminate()

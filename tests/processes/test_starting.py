@@ -38,7 +38,7 @@ def test_health_reports_loading_and_a_killed_supervisor_ends_all() -> None:
                 request = health_pb2.HealthCheckRequest(service=service)
                 assert stub.Check(request, timeout=20).status == status
         processes = members(server)
-        assert len(processes) == 1  # the second one waits for its turn
+        assert len(processes) == 1  # the second process starts when the first has loaded
         server.process.kill()
         wait_until_gone(processes, 10)
 

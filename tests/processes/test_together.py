@@ -28,7 +28,7 @@ from tests.support.metrics import page, rpc_labels, sample
 from tests.support.model_folders import in_float32
 from tests.support.server import ServerProcess, running_server
 
-TOKEN = "a token of this test alone"  # noqa: S105 - it opens nothing else
+TOKEN = "a token of this test alone"  # noqa: S105 - used by this test only
 TOKENIZE = models_pb2.TokenizeRequest(text="Japan")
 TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"))
 OK, SPENT = grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -37,13 +37,13 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 
 @dataclass
 class Pair:
-    """A server of two processes, and its file of callers."""
+    """A server of two processes, and its callers' file."""
 
     server: ServerProcess
     callers: Path
 
     def connection(self) -> grpc.Channel:
-        """One that is shared with nobody."""
+        """A new channel with its own connection."""
         return grpc.insecure_channel(self.server.address, [("grpc.use_local_subchannel_pool", 1)])
 
     def call(self, channel: grpc.Channel, method: str, request: Any, request_id: str = "") -> Any:
@@ -138,7 +138,7 @@ def status_kb(path: Path, entry: str) -> int:
 
 
 def test_weights_are_shared_pages_of_their_file(pair: Pair) -> None:
-    """Mapped and never written to, so that processes share them: of a file in the type served."""
+    """Weights served in the data type of their file are mapped, so processes share their pages."""
     for process in members(pair.server):
         smaps = (PROC / str(process) / "smaps").read_text()
         mapping = re.search(r"^\S+ \S+ .*/model\.safetensors\n(?:\w+:.*\n)+", smaps, re.MULTILINE)
@@ -165,7 +165,7 @@ def health(pair: Pair, *services: str) -> list[int]:
 
 
 def test_another_server_on_the_port_is_refused(pair: Pair) -> None:
-    """Also one that would share it with processes of its own."""
+    """Also a server with several processes, which sets SO_REUSEPORT."""
     port = pair.server.address.rpartition(":")[2]
     second = ended("--port", port, "--metrics-port", "0", "--processes", "2")
     assert second.returncode == 1
@@ -192,7 +192,7 @@ def test_quotas_apply_to_each_process(pair: Pair) -> None:
 
 
 def reload(pair: Pair) -> None:
-    """Have both read the callers anew, and wait until they have."""
+    """Let both processes reload the callers, and wait until they have."""
     seen, deadline = len(pair.server.lines), time.monotonic() + 10
     pair.server.process.send_signal(signal.SIGHUP)
     replaced = re.compile(r"callers reloaded: 1 from .* process=(\d)")
@@ -217,7 +217,7 @@ def test_a_killed_process_is_replaced_and_its_counts_stay(pair: Pair) -> None:
     killed, other = members(pair.server)
     os.kill(killed, signal.SIGKILL)
     pair.server.wait_for("process 1 ended with status 137; restarting it in 1 s")
-    for number in range(4):  # nobody waits for it
+    for number in range(4):  # nothing waits for it
         with pair.connection() as channel:
             list(pair.call(channel, "Trace", TRACE, f"meanwhile-{number}"))
         assert served_by(pair.server, f"meanwhile-{number}") == 2
@@ -230,7 +230,7 @@ def test_a_killed_process_is_replaced_and_its_counts_stay(pair: Pair) -> None:
 
 
 def test_sigterm_drains_both(pair: Pair) -> None:
-    """The last one: it ends the server."""
+    """This test is the last one of the module: it ends the server."""
     processes = members(pair.server)
     with pair.connection() as one, pair.connection() as other:
         streams = [pair.call(channel, "Trace", long_trace(2)) for channel in (one, other)]

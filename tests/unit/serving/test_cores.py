@@ -13,7 +13,7 @@ from januslens_server.serving.assembly import set_threads
 
 @pytest.fixture
 def four_cores() -> Iterator[None]:
-    """What torch chose."""
+    """Torch's own thread count."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     yield

@@ -12,7 +12,7 @@ HOST = "127.0.0.1"
 
 
 def listening(port: int, *, shared: bool) -> socket.socket:
-    """A server's socket, as gRPC's core makes it."""
+    """A listening socket with the options of gRPC's core."""
     server = socket.socket()
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
@@ -77,7 +77,7 @@ def test_lingering_connections_do_not_block_the_port(shared: bool) -> None:
     with listening(0, shared=shared) as before:
         port = before.getsockname()[1]
         with socket.create_connection((HOST, port)) as client:
-            before.accept()[0].close()  # the server first: its side of the connection lingers
+            before.accept()[0].close()  # closed by the server first, so its side lingers
             assert client.recv(1) == b""
     with reserve_port(HOST, port) as again:
         assert again == port
