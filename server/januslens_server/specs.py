@@ -45,9 +45,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt as text, with the tokenizer's special tokens before it or without.
+    """A prompt or target as text.
 
-    `literal` reads its characters as characters, even where they spell a control token.
+    `add_special_tokens` puts the tokenizer's special tokens before a prompt; targets never have
+    them. `literal` reads the text's characters as characters, even where they spell a control
+    token.
     """
 
     text: str
@@ -57,8 +59,8 @@ class Text:
 
 # A prompt; a plain string stands for `Text(string)`.
 Prompt = str | Text | tuple[int, ...]
-# A target: literal text or token ids.
-TextOrIds = str | tuple[int, ...]
+# A target; a plain string stands for `Text(string)`.
+Target = str | Text | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class TraceSpec:
     """One Trace request. Empty `layers` are all; empty `positions` are the last one."""
 
     prompt: Prompt
-    target: TextOrIds | None = None
+    target: Target | None = None
     layers: tuple[int, ...] = ()
     positions: tuple[int, ...] = ()
     all_positions: bool = False
@@ -85,7 +87,7 @@ class ProjectSpec:
 
     vectors: Vectors
     lens: LensSpec = LensSpec()
-    target: TextOrIds | None = None
+    target: Target | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class FindNeuronsSpec:
     Empty `layers` are all.
     """
 
-    token: TextOrIds
+    token: Target
     suppressed: bool
     layers: tuple[int, ...]
     start: int
@@ -106,15 +108,15 @@ class FindNeuronsSpec:
 class NegativeLogLikelihood:
     """-log p(target | prompt), several target tokens summed and teacher-forced."""
 
-    target: TextOrIds
+    target: Target
 
 
 @dataclass(frozen=True)
 class LogitDifference:
     """logit(other) - logit(preferred) at the last position."""
 
-    preferred: TextOrIds
-    other: TextOrIds
+    preferred: Target
+    other: Target
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Probe:
 
     label: str
     prompt: Prompt
-    target: TextOrIds | None
+    target: Target | None
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class PreviewEditSpec:
     """One PreviewEdit request."""
 
     prompt: Prompt
-    target: TextOrIds
+    target: Target
     edit: DescentStep | ForwardShift
     probes: tuple[Probe, ...] = ()
 

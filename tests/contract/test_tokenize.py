@@ -68,3 +68,33 @@ def test_the_same_text_gives_the_same_tokens_whoever_else_asks(stub: Stub) -> No
     calls = [stub.Tokenize.future(request) for request in requests]
     for request, call in zip(requests, calls, strict=True):
         assert list(call.result().tokens) == alone[request.text]
+
+
+def test_control_tokens_in_a_text_are_tokens_of_a_prompt_and_characters_where_it_is_literal(
+    stub: Stub,
+) -> None:
+    control = "<|endoftext|>"
+    request = models_pb2.TokenizeRequest(text=f"Japan{control}", with_special_tokens=True)
+    named = stub.Tokenize(request).tokens[-1]
+    assert named.text == control
+    request.literal = True
+    literal = stub.Tokenize(request).tokens
+    assert named.id not in {token.id for token in literal}
+    assert b"".join(token.raw for token in literal).decode() == request.text
+    assert named.id not in {token.id for token in tokens_of(stub, request.text)}
+    assert [token.id for token in tokens_of(stub, control)] == [named.id]
+
+
+def test_a_literal_prompt_and_target_reach_the_model_as_characters(stub: Stub) -> None:
+    control = "<|endoftext|>"
+    (named,) = tokens_of(stub, control)
+    request = trace_pb2.TraceRequest(
+        input=common_pb2.Input(prompt=f"Japan{control} is", literal=True), layers=[0]
+    )
+    header = next(iter(stub.Trace(request))).header
+    assert named.id not in {token.id for token in header.prompt_tokens}
+    request.input.literal = False
+    request.target.text = control
+    header = next(iter(stub.Trace(request))).header
+    assert named.id in {token.id for token in header.prompt_tokens}
+    assert header.targets[0].target_token_id == named.id

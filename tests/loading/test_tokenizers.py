@@ -168,7 +168,7 @@ def test_literal_text_never_becomes_a_control_token(kind: str, text: str) -> Non
     own = LITERAL_KINDS[kind]
     control = {own._prompts.token_to_id(name) for name in ("<s>", "</s>", "<0x41>")}
     for tokens in (
-        own.encode_continuation(text),
+        own.encode_continuation(text, literal=True),
         own.encode_prompt(text, literal=True, add_special_tokens=False),
         own.encode_prompt(text, literal=True)[1:],
     ):
@@ -185,6 +185,15 @@ def test_literal_text_reads_undeclared_markup_as_characters_and_keeps_other_adde
         ids = [token.id for token in own.encode_continuation("<think>    ")]
         assert think not in ids
         assert ids[-1] == spaces
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_names_a_control_token_only_as_a_whole(kind: str) -> None:
+    own = KINDS[kind]
+    (end,) = own.encode_continuation("</s>")
+    assert (end.text, end.start, end.end) == ("</s>", 0, 4)
+    assert end.id not in {token.id for token in own.encode_continuation("</s>", literal=True)}
+    assert end.id not in {token.id for token in own.encode_continuation(" </s>")}
 
 
 @pytest.mark.parametrize("kind", KINDS)

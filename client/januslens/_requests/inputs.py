@@ -13,15 +13,15 @@ from januslens.v1 import common_pb2
 
 @dataclass(frozen=True)
 class Text:
-    """A prompt as text, with control over special and control tokens.
+    """A prompt or target as text, with control over special and control tokens.
 
-    Pass it wherever a prompt is taken: `client.trace(Text("<|user|>Hi", literal=True))`. A plain
-    string is `Text(string)`.
+    Pass it wherever a prompt or a target is taken: `client.trace(Text("<|user|>Hi", literal=True))`.
+    A plain string is `Text(string)`.
 
     Attributes:
-        text: The prompt.
-        special_tokens: Add the tokens that the tokenizer puts before a text (a BOS token, for
-            example), unless the text begins with them.
+        text: The text.
+        special_tokens: Add the tokens that the tokenizer puts before a prompt (a BOS token, for
+            example), unless the text begins with them. Targets never get any.
         literal: Read the characters as characters, even where they spell a control token.
     """
 
@@ -31,7 +31,7 @@ class Text:
 
 
 Prompt = str | Text | Sequence[int]
-TargetLike = str | int | Sequence[int]
+TargetLike = str | Text | int | Sequence[int]
 Layers = int | slice | Iterable[int]
 Positions = int | Iterable[int] | Literal["all"]
 
@@ -59,7 +59,7 @@ def input_message(prompt: Prompt) -> common_pb2.Input:
 
 
 def target_message(target: TargetLike, name: str = "the target") -> common_pb2.Target:
-    """A target: text is literal, a leading space counts; an int is one token id.
+    """A target: in a text a leading space counts; an int is one token id.
 
     Raises:
         TypeError: It is neither text nor ids.
@@ -68,6 +68,9 @@ def target_message(target: TargetLike, name: str = "the target") -> common_pb2.T
     if isinstance(target, str):
         _require_some(target, name)
         return common_pb2.Target(text=target)
+    if isinstance(target, Text):
+        _require_some(target.text, name)
+        return common_pb2.Target(text=target.text, literal=target.literal)
     return common_pb2.Target(token_ids=token_ids(_several(target, name), name))
 
 

@@ -40,9 +40,9 @@ def tokenize(
 
     Args:
         text: What to tokenize.
-        special_tokens: Read it as a prompt, with the tokenizer's special tokens; otherwise it is
-            read as a target: literal, its spaces its own.
-        literal: Read a prompt's characters as characters, even where they spell a control token.
+        special_tokens: Read it as a prompt, with the tokenizer's special tokens, and not as a
+            target, whose spaces are its own.
+        literal: Read its characters as characters, even where they spell a control token.
         model: Its name; empty = the only one resident.
         timeout: Seconds to wait.
 

@@ -13,7 +13,7 @@ from januslens.cli.show.console import console, table
 @click.command()
 @click.argument("text")
 @click.option("--special-tokens", is_flag=True, help="Read TEXT as a prompt, not as a target.")
-@click.option("--literal", is_flag=True, help="Read control tokens in a prompt as text.")
+@click.option("--literal", is_flag=True, help="Read control tokens in TEXT as characters.")
 @model_option
 @with_client
 def tokenize(

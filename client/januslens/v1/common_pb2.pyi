@@ -166,9 +166,15 @@ class Target(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LITERAL_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Literal text without special tokens: " Paris" and "Paris" are different targets, and a text
-    that spells a control token is read as characters; name control tokens by their ids.
+    """Text without special tokens, its spaces its own: " Paris" and "Paris" are different targets.
+    A text that is exactly one control token, for example `<|end|>`, names that token; a control
+    token spelled inside a longer text is read as characters.
+    """
+    literal: _builtins.bool
+    """True reads the characters of `text` as characters, even where they are exactly a control token.
+    True beside `token_ids` is INVALID_ARGUMENT.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
@@ -179,10 +185,11 @@ class Target(_message.Message):
         *,
         text: _builtins.str = ...,
         token_ids: Global___TokenIds | None = ...,
+        literal: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["target", b"target", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["literal", b"literal", "target", b"target", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_target: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_target: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015

@@ -196,11 +196,11 @@ class TokenizeRequest(_message.Message):
     text: _builtins.str
     """The text; empty is INVALID_ARGUMENT."""
     with_special_tokens: _builtins.bool
-    """True reads the text as a prompt, with the tokenizer's special tokens; false reads it as a
-    target: literal, its spaces its own.
+    """True reads the text as a prompt, with the tokenizer's special tokens; false reads it as
+    `Target.text`.
     """
     literal: _builtins.bool
-    """True reads the characters of a prompt as characters, as `Input.literal` does."""
+    """True reads the text's characters as characters, as `Input.literal` and `Target.literal` do."""
     def __init__(
         self,
         *,

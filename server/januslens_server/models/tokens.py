@@ -95,12 +95,18 @@ class Vocabulary:
             raise TooManyTokens
         return self._tokens(encoded)
 
-    def encode_continuation(self, text: str, *, at_most: int | None = None) -> list[Token]:
+    def encode_continuation(
+        self, text: str, *, literal: bool = False, at_most: int | None = None
+    ) -> list[Token]:
         """Tokenize a text that continues a prompt, a target for example.
 
-        The text is literal: its spaces are its own, the tokenizer adds none and takes none away,
-        and no characters become a control token. Raises `TooManyTokens` above `at_most`.
+        Its spaces are its own: the tokenizer adds none and takes none away. A text that is exactly
+        one control token is that token, unless it is `literal`; inside a longer text a control
+        token is read as characters. Raises `TooManyTokens` above `at_most`.
         """
+        if not literal and text in self._control.values():
+            token_id = next(i for i, content in self._control.items() if content == text)
+            return self._tokens(_Encoded([token_id], [(0, len(text))]))
         return self._tokens(self._encode(self._continuations, text, at_most, literal=True))
 
     @cached_property

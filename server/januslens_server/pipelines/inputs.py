@@ -8,7 +8,7 @@ from januslens_server.errors import InvalidRequest
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokens import TooManyTokens
 from januslens_server.results import Token
-from januslens_server.specs import Prompt, Text, TextOrIds
+from januslens_server.specs import Prompt, Target, Text
 
 # Tokens that an error lists; more would not fit into a status.
 LISTED = 20
@@ -56,16 +56,20 @@ def _too_long(field: str, limit: int, got: str) -> InvalidRequest:
     return InvalidRequest(field, f"expected at most {limit} tokens, got {got}; shorten the text")
 
 
-def read_target(model: ResidentModel, target: TextOrIds, field: str) -> tuple[int, ...]:
-    """The target's token ids: a text is literal and gets no special tokens.
+def read_target(model: ResidentModel, target: Target, field: str) -> tuple[int, ...]:
+    """The target's token ids: a text gets no special tokens, and its spaces are its own.
 
     Raises `InvalidRequest` if it is empty, longer than the model's context or names ids outside
     the vocabulary.
     """
     if isinstance(target, str):
+        target = Text(target)
+    if isinstance(target, Text):
         limit = model.view.facts.max_positions
         try:
-            tokens = model.vocabulary.encode_continuation(target, at_most=limit)
+            tokens = model.vocabulary.encode_continuation(
+                target.text, literal=target.literal, at_most=limit
+            )
         except TooManyTokens as error:
             raise _too_long(field, limit, "more") from error
         ids = tuple(token.id for token in _known(model, tokens, field))
@@ -77,7 +81,7 @@ def read_target(model: ResidentModel, target: TextOrIds, field: str) -> tuple[in
     return ids
 
 
-def read_single_target(model: ResidentModel, target: TextOrIds, field: str) -> int:
+def read_single_target(model: ResidentModel, target: Target, field: str) -> int:
     """The one token of a target; raises `InvalidRequest` listing them if there are several."""
     ids = read_target(model, target, field)
     if len(ids) > 1:

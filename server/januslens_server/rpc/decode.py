@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import TypeVar
 
 import numpy as np
+from google.protobuf.message import Message
 
 from januslens.v1 import (
     common_pb2,
@@ -37,7 +38,7 @@ from januslens_server.specs import (
     Selection,
     Span,
     Text,
-    TextOrIds,
+    Target,
     TraceSpec,
     Vectors,
 )
@@ -193,18 +194,26 @@ def _input(message: common_pb2.Input, field: str = "input") -> Prompt:
         if without or message.literal:
             return Text(message.prompt, not without, message.literal)
         return message.prompt
-    for name in ("add_special_tokens", "literal"):
-        if getattr(message, name):
-            expected = f"{name} applies to text only; leave it unset beside token_ids"
-            raise InvalidRequest(f"{field}.{name}", expected)
+    _refuse_for_ids(message, ("add_special_tokens", "literal"), field)
     return tuple(message.token_ids.ids)
 
 
-def _target(message: common_pb2.Target, field: str) -> TextOrIds:
+def _target(message: common_pb2.Target, field: str) -> Target:
     which = message.WhichOneof("target")
     if which is None:
         raise InvalidRequest(field, "expected text or token_ids, got neither")
-    return message.text if which == "text" else tuple(message.token_ids.ids)
+    if which == "text":
+        return Text(message.text, literal=True) if message.literal else message.text
+    _refuse_for_ids(message, ("literal",), field)
+    return tuple(message.token_ids.ids)
+
+
+def _refuse_for_ids(message: Message, names: Iterable[str], field: str) -> None:
+    """Options of texts mean nothing for token ids."""
+    for name in names:
+        if getattr(message, name):
+            expected = f"{name} applies to text only; leave it unset beside token_ids"
+            raise InvalidRequest(f"{field}.{name}", expected)
 
 
 def _lens(request: Lensed) -> LensSpec:

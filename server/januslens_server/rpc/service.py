@@ -212,4 +212,4 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
 def _tokenized(vocabulary: Vocabulary, request: models_pb2.TokenizeRequest) -> list[Token]:
     if request.with_special_tokens:
         return vocabulary.encode_prompt(request.text, literal=request.literal)
-    return vocabulary.encode_continuation(request.text)
+    return vocabulary.encode_continuation(request.text, literal=request.literal)
