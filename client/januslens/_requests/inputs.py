@@ -15,8 +15,8 @@ from januslens.v1 import common_pb2
 class Text:
     """A prompt or target as text, with control over special and control tokens.
 
-    Pass it wherever a prompt or a target is taken: `client.trace(Text("<|user|>Hi", literal=True))`.
-    A plain string is `Text(string)`.
+    Pass it wherever a prompt or a target is taken, for example
+    `client.trace(Text("<|user|>Hi", literal=True))`. A plain string is `Text(string)`.
 
     Attributes:
         text: The text.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from januslens_server.errors import NotFinite
 from januslens_server.results import Floats
 
 
@@ -21,10 +22,15 @@ class Scalars:
         self._places.append((column, first))
 
     def columns(self, lengths: dict[str, int]) -> dict[str, Floats]:
-        """The columns by name, each of so many numbers; they cross from the device in one piece."""
+        """The columns by name, each of so many numbers; they cross from the device in one piece.
+
+        Raises `NotFinite` if one of the numbers is infinite.
+        """
         found = {name: np.full(n, np.nan, dtype=np.float32) for name, n in lengths.items()}
         if self._pieces:
             flat = torch.cat(self._pieces).cpu().numpy()
+            if np.isinf(flat).any():
+                raise NotFinite("activations on this prompt are too large: float32 overflows")
             start = 0
             for (name, first), piece in zip(self._places, self._pieces, strict=True):
                 found[name][first : first + len(piece)] = flat[start : start + len(piece)]

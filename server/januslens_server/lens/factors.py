@@ -10,8 +10,13 @@ import torch
 
 
 def sizes(inputs: torch.Tensor, vjps: torch.Tensor) -> torch.Tensor:
-    """||x_i|| ||delta_i|| `[n]`: the norm of each component's outer product."""
-    norms: torch.Tensor = inputs.norm(dim=-1) * vjps.norm(dim=-1)
+    """||x_i|| ||delta_i|| `[n]`: the norm of each component's outer product, in float64."""
+    return lengths(inputs) * lengths(vjps)
+
+
+def lengths(vectors: torch.Tensor) -> torch.Tensor:
+    """The norm of each row, in float64: gradients of a confident model vanish when squared."""
+    norms: torch.Tensor = vectors.double().norm(dim=-1)
     return norms
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import nn
 
 from januslens_server.errors import ModelFailed, NotFinite
 from januslens_server.models.offload import read_parameter
+from januslens_server.results import Floats
 
 # Parameters that an error names.
 LISTED = 3
@@ -50,6 +52,17 @@ def check_gradients(vjps: Iterable[torch.Tensor]) -> None:
                 "the gradients of this loss are infinite or NaN; use another loss"
                 + _advice(vjp.dtype)
             )
+
+
+def check_numbers(what: str, *columns: Floats | None) -> None:
+    """Raise `NotFinite` if a number of an answer is infinite or NaN.
+
+    The norm of a vector overflows before the vector does, and every norm of the model squares too,
+    so finite norms also mean that no share and no reading was computed from an infinite square.
+    """
+    for column in columns:
+        if column is not None and not np.isfinite(column).all():
+            raise NotFinite(f"{what} are too large: squaring them overflows float32")
 
 
 def _advice(data_type: torch.dtype) -> str:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
-from januslens_server.lens.factors import frobenius_norm, largest_entries, largest_first
+from januslens_server.errors import InvalidRequest
+from januslens_server.lens.factors import (
+    frobenius_norm,
+    largest_entries,
+    largest_first,
+    lengths,
+)
 from januslens_server.lens.neurons import change_norms, descent_changes
 from januslens_server.lens.spectrum import spectrum
 from januslens_server.models.factors import Factors, MatrixKey
+from januslens_server.models.finite import check_numbers
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.losses import Objective
 from januslens_server.pipelines.subject import read_segments
@@ -18,6 +26,7 @@ from januslens_server.results import (
     Components,
     End,
     Entries,
+    Floats,
     GradientMatrix,
     MatrixKind,
     NeuronChanges,
@@ -99,6 +108,8 @@ class FactorReader:
         residual, outside = (vjps, inputs) if side is Side.VJP else (inputs, vjps)
         if expert is None:  # the table has a row for each position, an expert only for some
             self._add_segment_rows(key, residual, vjps)
+        norm = frobenius_norm(inputs, vjps)
+        check_numbers("gradients of this loss", np.array([norm], np.float32), table.entropy_bits)
         return GradientMatrix(
             layer=layer,
             kind=kind,
@@ -109,7 +120,7 @@ class FactorReader:
             promoted_end=End.BOTTOM if side is Side.VJP else End.UNSPECIFIED,
             components=self._components(inputs, vjps, outside, factors.positions, order, table),
             component_count=len(inputs),
-            frobenius_norm=frobenius_norm(inputs, vjps),
+            frobenius_norm=norm,
             spectrum=self._spectrum(inputs, vjps, side),
             neurons=self._neurons(key, residual, outside) if kind in OVER_NEURONS else None,
         )
@@ -126,8 +137,8 @@ class FactorReader:
         factors = self._spec.include_factors
         return Components(
             positions=positions[order].cpu().numpy(),
-            input_norms=inputs[order].norm(dim=-1).cpu().numpy(),
-            vjp_norms=vjps[order].norm(dim=-1).cpu().numpy(),
+            input_norms=_float32(lengths(inputs[order])),
+            vjp_norms=_float32(lengths(vjps[order])),
             projections=table,
             predicted_ranks=table.target_ranks[:, -1],
             target_ranks=table.target_ranks[:, :-1],
@@ -159,10 +170,14 @@ class FactorReader:
         norms = change_norms(outside, residual)
         order = norms.sort(descending=True, stable=True).indices[: self._spec.neurons]
         changes = descent_changes(outside, residual, order, 1.0 if rate is None else rate)
+        if not bool(changes.norm(dim=-1).isfinite().all()):
+            raise InvalidRequest(
+                "learning_rate", "learning rate too large: the neurons' changes overflow float32"
+            )
         before = self._neuron_rows(key, order)
         return NeuronChanges(
             neurons=order.cpu().numpy(),
-            change_norms=changes.norm(dim=-1).cpu().numpy(),
+            change_norms=_float32(lengths(changes)),
             before=self._project(before, self._ranked),
             change=self._project(changes, self._ranked),
             after=None if rate is None else self._project(before + changes, self._ranked),
@@ -182,7 +197,7 @@ class FactorReader:
             return
         lens = LensSpec(top_k=0, bottom_k=0, kind=self._spec.lens.kind)
         table = self._project(residual, self._ranked, lens)
-        norms = vjps.norm(dim=-1).cpu().numpy()
+        norms = _float32(lengths(vjps))
         for segment, positions in self._segments.items():
             ranks = table.target_ranks[positions, 0][table.projected[positions]]
             self.segment_rows.append(
@@ -207,6 +222,10 @@ def _residual_side(key: MatrixKey, factors: Factors) -> torch.Tensor:
     """The factors in the residual basis, `[n, d_model]` in float32."""
     vectors = factors.vjps if key[1] in WRITES_RESIDUAL else factors.inputs
     return vectors.float()
+
+
+def _float32(values: torch.Tensor) -> Floats:
+    return values.float().cpu().numpy()
 
 
 def _entries(vectors: torch.Tensor) -> Entries:

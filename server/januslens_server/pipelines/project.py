@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from januslens_server.errors import CancelCheck, InvalidRequest
@@ -35,9 +34,8 @@ def project_vectors(
     if spec.target is not None:
         target = read_single_target(model, spec.target, "target")
         targets = torch.full((len(vectors), 1), target, device=model.device)
-    table = read(model.view.lens, vectors, spec.lens, targets)
-    if not np.isfinite(table.entropy_bits).all():
+    if not bool(vectors.norm(dim=-1).isfinite().all()):
         raise InvalidRequest(
-            "vectors.data", "expected vectors that float32 can square, got larger ones"
+            "vectors.data", "vector values too large: squaring overflows float32; scale them down"
         )
-    yield table
+    yield read(model.view.lens, vectors, spec.lens, targets)

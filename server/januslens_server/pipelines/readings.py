@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from januslens_server import telemetry
+from januslens_server.models.finite import check_numbers
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.flows import Piece
 from januslens_server.results import (
@@ -57,6 +58,8 @@ class FlowReader:
         nodes = [node for flow in flows for node in flow.nodes]
         projected = [flag for flow in flows for flag in flow.projected]
         vectors = torch.cat([flow.vectors for flow in flows]).to(self._model.device)
+        norms = vectors.norm(dim=-1).cpu().numpy()
+        check_numbers("activations on this prompt", norms)
         shown = [i for i, node in enumerate(nodes) if self._shows(node.kind)]
         read = [i for i in shown if projected[i]]
         table = self._project(vectors[read], [nodes[i] for i in read], piece.lens)
@@ -68,7 +71,7 @@ class FlowReader:
         return LayerGraph(
             layer=piece.layer,
             nodes=[nodes[i] for i in shown],
-            norms=vectors.norm(dim=-1)[shown].cpu().numpy(),
+            norms=norms[shown],
             activations=activations[shown],
             rows=np.array([row_of.get(i, -1) for i in shown], dtype=np.int64),
             projections=_trimmed(table, self._spec.lens.top_k),

@@ -37,8 +37,8 @@ from januslens_server.specs import (
     Prompt,
     Selection,
     Span,
-    Text,
     Target,
+    Text,
     TraceSpec,
     Vectors,
 )

@@ -1,0 +1,70 @@
+"""Numbers that float32 cannot square are refused or computed correctly, never passed on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from januslens_server.errors import InvalidRequest, NotFinite
+from januslens_server.lens.factors import lengths, sizes
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.project import project_vectors
+from januslens_server.pipelines.trace import trace
+from januslens_server.specs import (
+    GradientLensSpec,
+    NegativeLogLikelihood,
+    ProjectSpec,
+    TraceSpec,
+)
+from tests.architectures.cases import CASES
+from tests.architectures.tiny_models import plain, resident
+
+LLAMA = next(case for case in CASES if case.id.startswith("llama-"))
+
+
+def scaled(name: str, factor: float) -> ResidentModel:
+    """A Llama whose embeddings are multiplied, so that its residual stream has that size."""
+    case = replace(LLAMA, name=f"{LLAMA.name} {name}")
+    with torch.no_grad():
+        plain(case).get_input_embeddings().weight.mul_(factor)
+    return resident(case)
+
+
+@pytest.mark.parametrize("factor", [1e20, 1e30])
+def test_a_trace_of_activations_that_overflow_when_squared_is_refused(factor: float) -> None:
+    model = scaled("huge", factor)
+    with pytest.raises(NotFinite, match="too large"):
+        list(trace(model, TraceSpec(tuple(LLAMA.prompt)), lambda: None))
+
+
+def test_large_activations_that_can_be_squared_are_traced() -> None:
+    model = scaled("large", 1e15)
+    for event in trace(model, TraceSpec(tuple(LLAMA.prompt)), lambda: None):
+        norms = getattr(event, "norms", np.zeros(1))
+        assert np.isfinite(norms).all()
+
+
+@pytest.mark.parametrize("value", [1e19, 1e20, 3e38])
+def test_vectors_that_overflow_when_squared_are_refused(value: float) -> None:
+    model = resident(LLAMA)
+    vectors = np.full((1, model.view.facts.d_model), value, dtype=np.float32)
+    with pytest.raises(InvalidRequest, match="too large: squaring overflows float32"):
+        list(project_vectors(model, ProjectSpec(vectors), lambda: None))
+
+
+def test_norms_of_vectors_that_vanish_when_squared_are_right() -> None:
+    tiny = torch.tensor([[3e-30, 4e-30], [0.0, 0.0]])
+    assert lengths(tiny).tolist() == pytest.approx([5e-30, 0.0], rel=1e-6)
+    assert sizes(tiny, tiny).tolist() == pytest.approx([25e-60, 0.0], rel=1e-6)
+
+
+def test_a_learning_rate_that_overflows_is_refused() -> None:
+    spec = GradientLensSpec(
+        tuple(LLAMA.prompt), NegativeLogLikelihood((5,)), neurons=3, learning_rate=3e38
+    )
+    with pytest.raises(InvalidRequest, match="learning rate too large"):
+        list(gradient_lens(resident(LLAMA), spec, lambda: None))
