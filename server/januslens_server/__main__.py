@@ -7,7 +7,7 @@ import logging
 from januslens_server import spans
 from januslens_server.config import read_settings, unknown_variable_warnings
 from januslens_server.logs import configure_logging
-from januslens_server.openmp import limit_spinning
+from januslens_server.tuning import limit_spinning
 
 logger = logging.getLogger("januslens_server")
 

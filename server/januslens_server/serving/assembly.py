@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
 import logging
 import sys
@@ -14,7 +13,7 @@ from dataclasses import replace
 import grpc
 import torch
 
-from januslens_server import gauges, telemetry
+from januslens_server import gauges, telemetry, tuning
 from januslens_server.access.directory import CallersFile
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.config import ServerSettings
@@ -37,10 +36,6 @@ from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.scheduling.worker import DeviceWorker
 from januslens_server.serving.ports import listen
 from januslens_server.serving.process import handle_signals
-
-# Seconds that a thread may hold the interpreter while others wait. The threads of the lens need it
-# every few milliseconds, and with Python's default of 5 ms an encoder would delay them.
-SWITCH_SECONDS = 0.001
 
 logger = logging.getLogger("januslens_server")
 
@@ -74,7 +69,8 @@ class Assembly:
         Raises `OSError` if the device is not available or the callers' file is invalid.
         """
         check_device(settings.device)
-        set_threads(settings)
+        tuning.shorten_switch_interval()
+        tuning.set_threads(settings.threads, settings.processes)
         self._loop = asyncio.get_running_loop()
         self._grace = settings.grace_seconds
         self._callers = _callers(settings)
@@ -129,7 +125,8 @@ class Assembly:
         threading.Thread(target=self._load, name="model-loader", daemon=True).start()
 
     def _load(self) -> None:
-        load_all(self.registry)
+        self.registry.load_all()
+        tuning.freeze_objects()
         self._loop.call_soon_threadsafe(self.loaded.set)
 
     def _observe(self, status: ModelStatus) -> None:
@@ -170,15 +167,6 @@ def check_device(name: str) -> None:
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise OSError(f"cannot serve: device {name!r} is not available: {reason}") from error
-
-
-def set_threads(settings: ServerSettings) -> None:
-    """Set torch's thread count: as configured, else torch's default divided by the processes."""
-    sys.setswitchinterval(SWITCH_SECONDS)
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    elif settings.processes > 1:
-        torch.set_num_threads(max(1, torch.get_num_threads() // settings.processes))
 
 
 def _limits(settings: ServerSettings) -> Limits:
@@ -234,17 +222,6 @@ def check_with(paces: dict[str, Pace], *, index_neurons: bool) -> SelfCheck:
         return guarantees
 
     return check
-
-
-def load_all(registry: Registry) -> None:
-    """Load every model, then exempt all live objects from garbage collection.
-
-    Models, vocabularies and torch are hundreds of thousands of objects; a full collection of them
-    would delay some request by 0.2 s.
-    """
-    registry.load_all()
-    gc.collect()
-    gc.freeze()
 
 
 def log_state(status: ModelStatus) -> None:

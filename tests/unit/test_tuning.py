@@ -1,14 +1,16 @@
-"""The spin count of OpenMP threads is set before torch is imported."""
+"""Process-wide tuning: OpenMP's spin count, and the threads of each process."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
+import torch
 
-from januslens_server.openmp import SPIN_COUNT, limit_spinning
+from januslens_server.tuning import SPIN_COUNT, limit_spinning, set_threads
 
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
@@ -21,7 +23,7 @@ NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
         ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
     ],
 )
-def test_the_operators_own_setting_is_kept(
+def test_a_spin_count_of_the_operator_is_kept(
     given: dict[str, str], then: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in NAMES:  # set first, so that what is set below is taken back
@@ -33,14 +35,14 @@ def test_the_operators_own_setting_is_kept(
     assert {name: os.environ[name] for name in NAMES if name in os.environ} == then
 
 
-def test_the_command_sets_it_before_torch_is_imported() -> None:
+def test_the_spin_count_is_set_before_torch_is_imported() -> None:
     program = """
 import sys
 import januslens_server.__main__ as command
-def told():
+def called():
     print("torch" in sys.modules)
     raise SystemExit(0)
-command.limit_spinning = told
+command.limit_spinning = called
 sys.argv = ["januslens-server", "--port", "0"]
 command.main()
 """
@@ -48,3 +50,31 @@ command.main()
         [sys.executable, "-c", program], check=False, capture_output=True, text=True
     )
     assert done.stdout.split() == ["False"], done.stderr
+
+
+@pytest.fixture
+def four_threads() -> Iterator[None]:
+    """Torch's own thread count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize(
+    ("threads", "processes", "expected"),
+    [
+        (None, 1, 4),
+        (None, 2, 2),
+        (None, 3, 1),
+        (None, 8, 1),
+        (3, 1, 3),
+        (3, 2, 3),
+    ],
+)
+def test_the_default_threads_are_divided_among_processes(
+    threads: int | None, processes: int, expected: int
+) -> None:
+    set_threads(threads, processes)
+    assert torch.get_num_threads() == expected

@@ -1,0 +1,46 @@
+"""Tuning of the whole process: threads, interpreter and garbage collector, each with its figure."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+
+# Iterations that an idle thread of GNU OpenMP, part of torch's wheels, spins before it sleeps. The
+# default of 300,000 takes 10 % of a trace's processor time, on a core that could project or encode.
+SPIN_COUNT = "1000"
+
+# Seconds that a thread may hold the interpreter while others wait. The threads of the lens need it
+# every few milliseconds, and with Python's default of 5 ms an encoder would delay them.
+SWITCH_SECONDS = 0.001
+
+
+def limit_spinning() -> None:
+    """Set the spin count, unless the environment sets one; call it before torch is imported."""
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def shorten_switch_interval() -> None:
+    """Let threads that wait for the interpreter have it after `SWITCH_SECONDS`."""
+    sys.setswitchinterval(SWITCH_SECONDS)
+
+
+def set_threads(threads: int | None, processes: int) -> None:
+    """Set torch's thread count: `threads`, else torch's default divided by `processes`."""
+    import torch  # noqa: PLC0415 - `limit_spinning` comes before the first import of torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    elif processes > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes))
+
+
+def freeze_objects() -> None:
+    """Exempt all live objects from garbage collection; call it when the models are loaded.
+
+    Models, vocabularies and torch are hundreds of thousands of objects; a full collection of them
+    would delay some request by 0.2 s.
+    """
+    gc.collect()
+    gc.freeze()
