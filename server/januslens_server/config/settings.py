@@ -235,6 +235,16 @@ class ServerSettings(BaseSettings):
         ge=1,
     )
 
+    max_connections: int = _setting(
+        1000, "Maximum open connections; further ones are closed at once.", "INTEGER", ge=1
+    )
+    max_streams: int = _setting(
+        256, "Maximum open calls of one connection; clients delay further ones.", "INTEGER", ge=1
+    )
+    max_watches: int = _setting(
+        1000, "Maximum open health watches, half of them from one address.", "INTEGER", ge=1
+    )
+
     # Logs
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "Least severe level to log."

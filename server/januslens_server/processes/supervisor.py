@@ -38,7 +38,7 @@ async def supervise(settings: ServerSettings) -> int:
 
 
 async def _supervise(settings: ServerSettings, folder: Path) -> int:
-    health = Health()
+    health = Health(settings.max_watches)
     group = ProcessGroup(settings, folder, health)
     group.update_health()
     stop = handle_signals(group.reload_callers)

@@ -1,19 +1,47 @@
-"""Channel options of our gRPC servers."""
+"""Options of gRPC's core for every server, and the limits on what its peers may hold."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 Options = list[tuple[str, int]]
 
+# A peer that says nothing for this long after it has connected is dropped.
+HANDSHAKE_SECONDS = 20
+# A connection without calls is closed after this time; clients connect again when they need to.
+IDLE_SECONDS = 600
+# After a minute of silence the server pings; a peer that does not answer is gone.
+PING_AFTER_SECONDS, PING_ANSWER_SECONDS = 60, 20
 
-def server_options(*, share_port: bool = False) -> Options:
-    """Options for every server; `share_port` lets several processes listen on one port.
 
-    gRPC shares ports by default, so a second server would silently receive some of the calls.
+@dataclass(frozen=True)
+class PeerLimits:
+    """What all peers of one server may hold: `connections`, each with `streams` open calls.
+
+    A connection beyond the limit is closed at once; a client keeps a call beyond it waiting.
     """
+
+    connections: int = 1000
+    streams: int = 256
+
+
+def server_options(limits: PeerLimits | None = None, *, share_port: bool = False) -> Options:
+    """The options of one server.
+
+    `share_port` lets processes of this user that ask for it listen on the same port. Without it, a
+    second server on the port would silently share its calls.
+    """
+    limits = limits or PeerLimits()
     return [
         ("grpc.so_reuseport", int(share_port)),
-        # Allow clients to ping idle connections every 10 s. (The C constant for this key has RECV
-        # in its name.)
+        ("grpc.max_allowed_incoming_connections", limits.connections),
+        ("grpc.max_concurrent_streams", limits.streams),
+        ("grpc.server_handshake_timeout_ms", 1000 * HANDSHAKE_SECONDS),
+        ("grpc.max_connection_idle_ms", 1000 * IDLE_SECONDS),
+        ("grpc.keepalive_time_ms", 1000 * PING_AFTER_SECONDS),
+        ("grpc.keepalive_timeout_ms", 1000 * PING_ANSWER_SECONDS),
+        # Idle connections survive clients' pings every 10 s. The name of core's constant contains
+        # RECV, this key does not.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -13,9 +15,18 @@ from januslens_server.rpc import methods
 from januslens_server.rpc.authentication import Authentication
 from januslens_server.rpc.health import Health
 from januslens_server.rpc.methods import SERVICE_NAME
-from januslens_server.rpc.options import server_options
+from januslens_server.rpc.options import PeerLimits, server_options
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.wire import WireFormat
+
+# gRPC logs what its handlers raise under this name.
+GRPC_LOGGER = "grpc._cython.cygrpc"
+
+
+def _is_no_departure(record: logging.LogRecord) -> bool:
+    """Drop the tracebacks of answers whose peers have left, which any peer can cause."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or kind.__name__ not in {"ExecuteBatchError", "InternalError"}
 
 
 def build_server(
@@ -26,6 +37,7 @@ def build_server(
     quotas: QuotaBook | None = None,
     *,
     share_port: bool = False,
+    peers: PeerLimits | None = None,
 ) -> grpc.aio.Server:
     """Build a server with introspection, health and reflection; it does not listen yet.
 
@@ -34,7 +46,8 @@ def build_server(
     call everything. `share_port` lets several processes of one user listen on the same port.
     """
     methods.create_series()
-    options = server_options(share_port=share_port)
+    logging.getLogger(GRPC_LOGGER).addFilter(_is_no_departure)
+    options = server_options(peers, share_port=share_port)
     if max_connection_age is not None:
         options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))
     authentication = Authentication(directory or OpenDirectory(), quotas or QuotaBook())

@@ -30,6 +30,7 @@ from januslens_server.results import Guarantee, ModelState, ModelStatus
 from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.health import Health, is_ready
 from januslens_server.rpc.methods import RPCS
+from januslens_server.rpc.options import PeerLimits
 from januslens_server.rpc.server import build_server
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.streaming import DeviceStreams
@@ -76,7 +77,7 @@ class Assembly:
         self._callers = _callers(settings)
         self.stop = handle_signals(self.reload_callers)
         self.loaded, self.lost = asyncio.Event(), asyncio.Event()
-        self.health = Health()
+        self.health = Health(settings.max_watches)
         lost = on_device_lost(self.health, self._loop, self.lost)
         self._device = settings.device
         self._worker = DeviceWorker(settings.max_waiting, in_service_terms, lost, self._free_memory)
@@ -101,6 +102,7 @@ class Assembly:
             self._callers,
             quotas,
             share_port=settings.processes > 1,
+            peers=PeerLimits(settings.max_connections, settings.max_streams),
         )
         self._announced = False
         self._background = [self._loop.create_task(telemetry.watch_event_loop())]

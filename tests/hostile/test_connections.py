@@ -1,0 +1,156 @@
+"""What peers without a token can make the server hold is bounded, and others are served."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+
+from januslens.v1 import models_pb2, service_pb2_grpc
+from tests.hostile.raw_peer import RawPeer
+from tests.support.calls import SERVICE
+from tests.support.memory import open_files, resident_bytes
+from tests.support.server import ServerProcess, running_server
+
+CONNECTIONS, STREAMS = 40, 20
+METHOD = SERVICE + "Tokenize"
+# Resident memory that an attack may add, with what the allocator keeps.
+MEMORY = 200 * 2**20
+# Health answers within 50 ms on an idle machine; tests share theirs.
+HEALTH_SECONDS = 2.0
+
+
+@pytest.fixture(scope="module")
+def limited() -> Iterator[ServerProcess]:
+    flags = ["--max-connections", str(CONNECTIONS), "--max-streams", str(STREAMS)]
+    with running_server(*flags, "--health-port", "0") as server:
+        yield server
+
+
+def threads(server: ServerProcess) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/task").iterdir()))
+
+
+@pytest.fixture
+def held(limited: ServerProcess) -> Iterator[None]:
+    """Others are served during and after the attack, and what it held is bounded."""
+    with grpc.insecure_channel(limited.address) as channel:
+        served(channel)
+        memory, files, running = resident_bytes(limited), open_files(limited), threads(limited)
+        yield
+        served(channel)
+        assert resident_bytes(limited) - memory < MEMORY
+        assert open_files(limited) - files <= CONNECTIONS + 10
+        assert threads(limited) - running < 20
+    assert "Traceback" not in limited.log
+
+
+def served(channel: grpc.Channel) -> None:
+    began = time.monotonic()
+    check: Any = channel.unary_unary(
+        "/grpc.health.v1.Health/Check",
+        request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+        response_deserializer=health_pb2.HealthCheckResponse.FromString,
+    )
+    assert check(health_pb2.HealthCheckRequest(), timeout=10).status == 1
+    assert time.monotonic() - began < HEALTH_SECONDS
+    stub = service_pb2_grpc.IntrospectionServiceStub(channel)
+    assert stub.Tokenize(models_pb2.TokenizeRequest(text="Japan"), timeout=10).tokens
+
+
+@pytest.mark.usefixtures("held")
+def test_idle_connections_are_bounded_and_leave_the_health_port_free(
+    limited: ServerProcess,
+) -> None:
+    host, _, port = limited.address.rpartition(":")
+    with ExitStack() as stack:
+        for _ in range(10 * CONNECTIONS):
+            stack.enter_context(socket.create_connection((host, int(port)), 10))
+        time.sleep(0.5)
+        assert open_files(limited) < CONNECTIONS + 60
+        with grpc.insecure_channel(limited.health_address) as channel:
+            check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+            assert check(b"", timeout=10) == b"\x08\x01"
+    time.sleep(0.5)
+
+
+@pytest.mark.usefixtures("held")
+def test_open_calls_of_a_connection_are_bounded(limited: ServerProcess) -> None:
+    with RawPeer(limited.address) as peer:
+        assert peer.http2.remote_settings.max_concurrent_streams == STREAMS
+        # A peer that ignores the setting has its further calls refused.
+        peer.http2.remote_settings.max_concurrent_streams = 10**6
+        peer.http2.remote_settings.acknowledge()
+        for _ in range(50 * STREAMS):
+            peer.headers(METHOD)
+        peer.flush()
+        peer.pump(1)
+        assert peer.closed or len(peer.reset | peer.trailers.keys()) >= 49 * STREAMS
+
+
+@pytest.mark.usefixtures("held")
+def test_rapid_resets(limited: ServerProcess) -> None:
+    with RawPeer(limited.address) as peer:
+        deadline = time.monotonic() + 3
+        while time.monotonic() < deadline and not peer.closed:
+            for _ in range(STREAMS // 2):
+                peer.http2.reset_stream(peer.headers(METHOD))
+            peer.flush()
+            peer.pump(0.001)
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return (
+        len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+    )
+
+
+WINDOW_UPDATE = frame(8, 0, 0, (1).to_bytes(4, "big"))
+PING = frame(6, 0, 0, bytes(8))
+SETTINGS = frame(4, 0, 0, b"")
+LONG_HEADER = b"\x40\x03x-a\x7f\x99\x07" + b"y" * 1000
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [
+        WINDOW_UPDATE * 1000,
+        PING * 1000,
+        SETTINGS * 1000,
+        frame(1, 0, 1, b"") + frame(9, 0, 1, LONG_HEADER) * 1000,
+    ],
+    ids=["window updates of one byte", "pings", "settings", "headers without an end"],
+)
+@pytest.mark.usefixtures("held")
+def test_floods_of_frames(limited: ServerProcess, flood: bytes) -> None:
+    with RawPeer(limited.address, reads=False) as peer:
+        peer._socket.settimeout(0.2)
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and not peer.closed:
+            peer.raw(flood)
+
+
+@pytest.mark.usefixtures("held")
+def test_half_sent_messages(limited: ServerProcess) -> None:
+    size = 4 * 2**20 - 100
+    with ExitStack() as stack:
+        for _ in range(20):
+            peer = stack.enter_context(RawPeer(limited.address, reads=False))
+            stream = peer.headers(METHOD)
+            peer.send(stream, b"\0" + size.to_bytes(4, "big") + bytes(size - 1000))
+
+
+@pytest.mark.usefixtures("held")
+def test_readers_that_never_read(limited: ServerProcess) -> None:
+    with ExitStack() as stack:
+        for _ in range(CONNECTIONS // 2):
+            peer = stack.enter_context(RawPeer(limited.address, window=0))
+            for _ in range(STREAMS // 2):
+                peer.call(METHOD, models_pb2.TokenizeRequest(text="Japan"))
