@@ -18,6 +18,10 @@ LEARNING_RATE = 0.1
 # Shorter ones say more of the machine's other work than of the model's pace.
 SHORTEST_LESSON = 0.001
 
+# One request counts as at most so many times slower or faster than expected, and all of them
+# together move estimates by at most so much: no caller's requests mislead those of others.
+LARGEST_LESSON, LARGEST_CORRECTION = 100.0, 30.0
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -100,7 +104,14 @@ class Admission:
     def learn(self, model: ResidentModel, spec: Spec, cost: Cost, seconds: float) -> None:
         """A request of this `cost` has taken so many seconds of the device."""
         if min(cost.seconds, seconds) > SHORTEST_LESSON:
-            self._corrections[_key(model, spec)] *= (seconds / cost.seconds) ** LEARNING_RATE
+            ratio = _within(seconds / cost.seconds, LARGEST_LESSON) ** LEARNING_RATE
+            key = _key(model, spec)
+            self._corrections[key] = _within(self._corrections[key] * ratio, LARGEST_CORRECTION)
+
+
+def _within(ratio: float, factor: float) -> float:
+    """The nearest ratio between 1 / factor and factor."""
+    return min(max(ratio, 1 / factor), factor)
 
 
 def _key(model: ResidentModel, spec: Spec) -> tuple[str, type[Spec]]:

@@ -1,0 +1,122 @@
+"""Requests that fail at any stage, and extreme ones, change nothing for those that follow."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NoReturn
+
+import grpc
+import pytest
+import torch
+
+from januslens.v1 import common_pb2, cost_pb2, neurons_pb2, trace_pb2
+from januslens_server.models.resident import ResidentModel
+from januslens_server.results import Cost
+from januslens_server.rpc.admission import LARGEST_CORRECTION, LARGEST_LESSON, Admission
+from januslens_server.rpc.encode import TraceEncoder
+from januslens_server.specs import TraceSpec
+from tests.support.calls import prompt
+from tests.support.in_process import GENEROUS, Loaded, broken, loaded, served
+
+TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is the city of"))
+NEURONS = neurons_pb2.FindNeuronsRequest(token=common_pb2.Target(text=" Paris"), page_size=5)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Loaded:
+    return loaded()
+
+
+@pytest.fixture
+async def stub(demo: Loaded) -> AsyncIterator[Any]:
+    async with served(demo) as found:
+        yield found
+
+
+async def fails(call: Any) -> None:
+    with pytest.raises(grpc.aio.AioRpcError):
+        async for _ in call:
+            pass
+
+
+async def at_decoding(stub: Any, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
+    await fails(stub.Trace(trace_pb2.TraceRequest()))
+
+
+async def at_admission(stub: Any, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
+    await fails(stub.Trace(trace_pb2.TraceRequest(input=prompt("Japan"), layers=[99])))
+
+
+def without_numbers(_module: Any, _args: Any, output: Any) -> Any:
+    return output * torch.nan
+
+
+async def in_the_forward_pass(stub: Any, demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
+    with broken(demo.network.get_submodule("transformer.h.2.mlp"), without_numbers):
+        await fails(stub.Trace(TRACE))
+
+
+async def in_the_projection(stub: Any, demo: Loaded, patch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with patch.context() as patched:
+        patched.setattr(type(demo.registry.get("demo").view.lens), "prepare", fail)
+        await fails(stub.Trace(TRACE))
+
+
+async def at_encoding(stub: Any, _demo: Loaded, patch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> NoReturn:
+        raise KeyError("encoder")
+
+    with patch.context() as patched:
+        patched.setattr(TraceEncoder, "encode", fail)
+        await fails(stub.Trace(TRACE))
+
+
+async def at_writing(stub: Any, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
+    call = stub.Trace(TRACE)
+    await call.read()
+    call.cancel()
+
+
+STAGES = [
+    at_decoding,
+    at_admission,
+    in_the_forward_pass,
+    in_the_projection,
+    at_encoding,
+    at_writing,
+]
+
+
+async def seen(stub: Any) -> tuple[float, bytes]:
+    """What the server has learned, as callers see it: an estimate, and the neuron index."""
+    estimate = await stub.EstimateCost(cost_pb2.EstimateCostRequest(trace=TRACE))
+    found = await stub.FindNeurons(NEURONS)
+    return estimate.seconds, found.SerializeToString(deterministic=True)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+async def test_a_failed_request_teaches_nothing(
+    demo: Loaded, stub: Any, stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await seen(stub)
+    for _ in range(3):
+        await stage(stub, demo, monkeypatch)
+    assert await seen(stub) == before
+
+
+def test_extreme_requests_move_estimates_within_bounds(demo: Loaded) -> None:
+    admission = Admission(GENEROUS, demo.paces, lambda needed: needed)
+    model: ResidentModel = demo.registry.get("demo")
+    spec, expected = TraceSpec(prompt="Japan"), Cost(1.0, 0, 0, 0)
+
+    def learned(seconds: float, times: int) -> float:
+        for _ in range(times):
+            admission.learn(model, spec, expected, seconds)
+        return admission._corrections["demo", TraceSpec]
+
+    assert learned(1e6, 1) == pytest.approx(LARGEST_LESSON**0.1)
+    assert learned(1e6, 1000) == LARGEST_CORRECTION
+    assert learned(0.002, 1000) == 1 / LARGEST_CORRECTION
