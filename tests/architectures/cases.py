@@ -42,13 +42,14 @@ ALTERNATING = ["sliding_attention", "full_attention"]
 class Case:
     """One configuration of a family: `settings` on top of the sizes that all have.
 
-    `attention` is the implementation of the plain model.
+    `attention` is the implementation of the plain model, `length` the prompt's.
     """
 
     family: str
     name: str
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     attention: str = "eager"
+    length: int = PROMPT_LENGTH
 
     @property
     def id(self) -> str:
@@ -57,7 +58,7 @@ class Case:
     @property
     def prompt(self) -> list[int]:
         random = torch.Generator().manual_seed(len(self.id))
-        return torch.randint(1, VOCABULARY, (PROMPT_LENGTH,), generator=random).tolist()
+        return torch.randint(1, VOCABULARY, (self.length,), generator=random).tolist()
 
     def config(self) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.for_model(
@@ -269,9 +270,50 @@ WITHOUT_ADAPTER = tuple(
         ("glm4", {}),
         ("helium", {}),
         ("nemotron", {}),
+        ("olmo3", {"sliding_window": WINDOW, "layer_types": ALTERNATING}),
         ("seed_oss", {}),
         ("vaultgemma", {"query_pre_attn_scalar": 20}),
     )
 )
 MEASURED = CASES + MIXTURES + WITHOUT_ADAPTER
 FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
+
+# Lengths beyond what the structure's probe and the self-check can see, shorter than the prompt.
+LONG_WINDOW = 12
+LONG_PROMPT = 30
+BESIDE_WINDOW = {"sliding_window": LONG_WINDOW, "num_key_value_heads": 2}
+LATE_LONG_ROPE = LONG_ROPE | {"original_max_position_embeddings": 16}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+BEYOND_LENGTHS = tuple(
+    Case(family, f"beyond {name}", settings, length=LONG_PROMPT)
+    for family, name, settings in (
+        ("arcee", "unused window", BESIDE_WINDOW),
+        ("exaone4", "window", BESIDE_WINDOW | {"layer_types": ALTERNATING}),
+        ("gemma2", "window", SANDWICH | BESIDE_WINDOW),
+        ("gemma3_text", "window", SANDWICH | BESIDE_WINDOW),
+        ("glm", "unused window", BESIDE_WINDOW | {"head_dim": 8}),
+        ("gpt_neo", "window", {"window_size": LONG_WINDOW}),
+        ("helium", "unused window", BESIDE_WINDOW | {"head_dim": 8}),
+        ("llama", "dynamic rotation", {"rope_parameters": DYNAMIC}),
+        ("llama", "llama 3 rotation", {"rope_parameters": LLAMA3}),
+        ("llama", "unused window", BESIDE_WINDOW),
+        ("ministral", "window", BESIDE_WINDOW | {"head_dim": 8, "layer_types": ALTERNATING}),
+        ("mistral", "window", BESIDE_WINDOW),
+        ("nemotron", "unused window", BESIDE_WINDOW),
+        ("olmo3", "window", BESIDE_WINDOW | {"layer_types": ALTERNATING}),
+        ("phi3", "long rotation", {"rope_parameters": LATE_LONG_ROPE}),
+        ("phi3", "window", BESIDE_WINDOW),
+        ("qwen2", "unused window", BESIDE_WINDOW | {"use_sliding_window": False}),
+        ("seed_oss", "unused window", BESIDE_WINDOW | {"head_dim": 8}),
+        ("starcoder2", "window", BESIDE_WINDOW),
+        ("vaultgemma", "window", SANDWICH | BESIDE_WINDOW | {"query_pre_attn_scalar": 20}),
+    )
+)

@@ -187,3 +187,10 @@ class ModelView:
     blocks: tuple[Block, ...]
     lens: LensHead
     facts: ModelFacts
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module has what a norm has: one weight vector, no submodules, and the name."""
+    weight = getattr(module, "weight", None)
+    named = "norm" in type(module).__name__.lower()
+    return named and isinstance(weight, torch.Tensor) and weight.dim() == 1

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from transformers import PreTrainedModel
 
 from januslens_server.models import automatic
+from januslens_server.models.accounting import check_parameters
 from januslens_server.models.adapters import (
     bloom,
     cohere,
@@ -37,6 +38,7 @@ from januslens_server.models.adapters import (
     stablelm,
     starcoder2,
 )
+from januslens_server.models.lengths import check_lengths
 from januslens_server.models.views import ModelView
 
 ADAPTERS: dict[str, Callable[[PreTrainedModel], ModelView]] = {
@@ -76,6 +78,17 @@ def view_of(model: PreTrainedModel) -> ModelView:
     """The model's parts under the field's names.
 
     A family without an adapter is read by its structure. Raises `ModelFailed` naming what was not
-    found.
+    found: a part, the part that a parameter belongs to, the meaning of a length.
     """
-    return ADAPTERS.get(model.config.model_type, automatic.view)(model)
+    reader = ADAPTERS.get(model.config.model_type)
+    if reader is None:
+        view = automatic.view(model)
+    else:
+        view = reader(model)
+        check_lengths(model, view, _of_any_type)
+    check_parameters(model, view)
+    return view
+
+
+def _of_any_type(model: PreTrainedModel) -> ModelView:
+    return ADAPTERS[model.config.model_type](model)

@@ -15,9 +15,9 @@ from januslens_server.errors import ModelFailed
 from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.graph.head_map import HeadMap, HeadNorm
 from januslens_server.graph.weights import Finish
-from januslens_server.models.automatic.norms import epsilon, is_norm, read_norm
+from januslens_server.models.automatic.norms import epsilon, read_norm
 from januslens_server.models.automatic.probe import Event, Probe, same_memory
-from januslens_server.models.views import Attention, Block, Linear, Mlp
+from januslens_server.models.views import Attention, Block, Linear, Mlp, is_norm
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,11 @@ class BlockFinder:
             attention_prenorm=attention_norm is not None,
             mlp_prenorm=mlp_norm is not None,
         )
+
+    @property
+    def query_width(self) -> int:
+        """The width of all heads' queries together."""
+        return self._attention[0].output.shape[-1]
 
     def _split(self, linears: Sequence[Event]) -> tuple[list[Event], list[Event]]:
         """Query, key, value and output; then gate, up and down, or the MLP's two maps."""

@@ -13,13 +13,6 @@ from januslens_server.models.automatic.probe import Event
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module has what a norm has: one weight vector, no submodules, and the name."""
-    weight = getattr(module, "weight", None)
-    named = "norm" in type(module).__name__.lower()
-    return named and isinstance(weight, torch.Tensor) and weight.dim() == 1
-
-
 def read_norm(event: Event) -> Norm:
     """The norm's numbers, from the candidate that gives what the module gave.
 

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from januslens_server.capture import Rotation
 from januslens_server.errors import ModelFailed
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.unembedding import Unembedding
 from januslens_server.models.automatic.block import BlockFinder, Settings
-from januslens_server.models.automatic.norms import is_norm, read_norm
-from januslens_server.models.automatic.pairing import best_reading, pairings
-from januslens_server.models.automatic.probe import Probe, run_probe, same_memory
-from januslens_server.models.views import Block, ModelView
+from januslens_server.models.automatic.norms import read_norm
+from januslens_server.models.automatic.probe import Probe, probe_ids, run_probe, same_memory
+from januslens_server.models.automatic.rotations import RotationOfLength, rotations
+from januslens_server.models.lengths import (
+    TOLERANCE,
+    Length,
+    attention_error,
+    captured_layers,
+    lengths_of,
+    miniature,
+    prompt_of,
+)
+from januslens_server.models.views import Block, ModelView, is_norm
 from januslens_server.results import MatrixKind, ModelFacts
+
+# Relative error of the heads' results in the model's own data type; the right reading is off by
+# rounding, a wrong one by tens of per cent.
+COARSE = 5e-2
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way in which a layer's attention may work: its window (None: no window), its rotation.
+
+    `rotation` counts the `rotations` of the layer.
+    """
+
+    window: Length | None
+    rotation: int
 
 
 def view(model: PreTrainedModel) -> ModelView:
@@ -27,35 +50,147 @@ def view(model: PreTrainedModel) -> ModelView:
 
     Looks for: a list of equal blocks as long as the configuration says; in each, three linear
     maps with one input (query, key, value), one that joins the heads, and two or three of an
-    MLP; norms by what they do; one rotary embedding. Raises `ModelFailed` naming what is missing.
-    Which rotary pairs turn together is found by which gives the model's own attention.
+    MLP; norms by what they do; rotary embeddings. Which window and rotation a layer uses is found
+    by which gives the model's own attention, at every position of a miniature whose lengths are
+    short if the configuration names any. Raises `ModelFailed` naming what is missing.
     """
-    config: Any = model.config.get_text_config()
-    embedding = _linear_ends(model.get_input_embeddings(), "input embedding")
-    head = _linear_ends(model.get_output_embeddings(), "output embedding")
-    name, modules = _blocks(model, config.num_hidden_layers)
-    probe = run_probe(model)
-    settings = _settings(config)
-    rotations = _rotations(model)
-    blocks = []
-    for i, module in enumerate(modules):
-        finder = BlockFinder(f"{name}.{i}", module, probe)
-        readings = [
-            finder.block(settings, rotation, window)
-            for window in _windows(config, module, i)
-            for rotation in rotations
+    try:
+        return _view(model)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        family = model.config.model_type
+        raise ModelFailed(
+            f"the structure of {family} cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _view(model: PreTrainedModel) -> ModelView:
+    structure = Structure(model)
+    lengths = lengths_of(model.config)
+    if lengths:
+        readings = _readings_beyond(model, structure, lengths)
+    else:
+        readings = structure.readings(probe_ids(model), [], COARSE, best=True)
+    return structure.view(readings)
+
+
+def _readings_beyond(
+    model: PreTrainedModel, structure: Structure, lengths: list[Length]
+) -> list[Reading]:
+    """The readings that hold at every position of a miniature."""
+    own = structure.settings
+    small = miniature(model, own.n_heads, own.n_kv_heads, structure.d_head, lengths)
+    ids = prompt_of(small)
+    return Structure(small).readings(ids, lengths_of(small.config), TOLERANCE, best=False)
+
+
+class Structure:
+    """What a probe shows of a decoder: all that does not depend on a reading."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Run the probe and find the blocks. Raises `ModelFailed` naming what is missing."""
+        self._model = model
+        self._config: Any = model.config.get_text_config()
+        self._embedding = _linear_ends(model.get_input_embeddings(), "input embedding")
+        self._head = _linear_ends(model.get_output_embeddings(), "output embedding")
+        self.settings = _settings(self._config)
+        name, self._modules = _blocks(model, _required(self._config, "num_hidden_layers"))
+        self._probe = run_probe(model)
+        self._finders = [
+            BlockFinder(f"{name}.{i}", module, self._probe)
+            for i, module in enumerate(self._modules)
         ]
-        blocks.append(best_reading(model, i, readings))
-    return ModelView(
-        embedding=embedding,
-        blocks=tuple(blocks),
-        lens=_lens(config, head, probe, modules[-1]),
-        facts=_facts(config, settings, blocks[0], embedding, head),
-    )
+
+    @property
+    def d_head(self) -> int:
+        """The width of a head's query."""
+        return self._finders[0].query_width // self.settings.n_heads
+
+    def readings(
+        self, ids: torch.Tensor, lengths: list[Length], tolerance: float, *, best: bool
+    ) -> list[Reading]:
+        """Each layer's reading under which its attention, recomputed, is the captured one.
+
+        The `best` at the last position, or the first that holds at every position. Raises
+        `ModelFailed` if there is none.
+        """
+        last = ids.shape[1] - 1
+        positions = [last] if best else list(range(last, -1, -1))
+        plain = [self._block(i, Reading(None, 0)) for i in range(len(self._modules))]
+        captured = captured_layers(self._model, ids, plain)
+        return [
+            self._reading(layer, captured[layer], lengths, positions, tolerance, best)
+            for layer in range(len(self._modules))
+        ]
+
+    def _reading(
+        self,
+        layer: int,
+        captured: dict[str, torch.Tensor],
+        lengths: list[Length],
+        positions: list[int],
+        tolerance: float,
+        best: bool,
+    ) -> Reading:
+        errors: dict[Reading, float] = {}
+        for reading in self._candidates(layer, lengths):
+            block = self._block(layer, reading)
+            errors[reading] = attention_error(block, captured, positions, tolerance)
+            if not best and errors[reading] <= tolerance:
+                return reading
+        found = min(errors, key=lambda reading: errors[reading])
+        if errors[found] <= tolerance:
+            return found
+        named = ", ".join(length.name for length in lengths)
+        raise ModelFailed(
+            f"expected to reproduce the attention of layer {layer} from its queries and keys, "
+            f"got an error of {errors[found]:.2g}: its scores are made in a way not known here"
+            + (f"; the configuration sets {named}" if named else "")
+        )
+
+    def _candidates(self, layer: int, lengths: list[Length]) -> Iterator[Reading]:
+        windows = [None, *lengths]
+        for window in windows:
+            for rotation in range(len(self._rotations(layer))):
+                yield Reading(window, rotation)
+
+    def _rotations(self, layer: int) -> list[RotationOfLength]:
+        kinds = getattr(self._config, "layer_types", None)
+        kind = None if kinds is None else kinds[layer]
+        return rotations(self._model, self._modules, layer, kind)
+
+    def _block(self, layer: int, reading: Reading) -> Block:
+        window = None if reading.window is None else reading.window.of_layer(layer)
+        rotation = self._rotations(layer)[reading.rotation]
+        return self._finders[layer].block(self.settings, rotation, window)
+
+    def view(self, readings: list[Reading]) -> ModelView:
+        """The model's parts; a reading's window is a field, whose value is this model's own."""
+        own = {length.path: length for length in lengths_of(self._config)}
+        blocks = []
+        for layer, reading in enumerate(readings):
+            window = None if reading.window is None else own[reading.window.path]
+            blocks.append(self._block(layer, replace(reading, window=window)))
+        return ModelView(
+            embedding=self._embedding,
+            blocks=tuple(blocks),
+            lens=_lens(self._config, self._head, self._probe, self._modules[-1]),
+            facts=_facts(self._config, self.settings, blocks[0], self._embedding, self._head),
+        )
+
+
+def _required(config: Any, name: str) -> int:
+    """A size that every decoder with attention has."""
+    value = getattr(config, name, None)
+    if not isinstance(value, int):
+        raise ModelFailed(
+            f"expected a decoder with attention, whose configuration has {name}, got "
+            f"{config.model_type} without it"
+        )
+    return value
 
 
 def _settings(config: Any) -> Settings:
-    n_heads: int = config.num_attention_heads
+    n_heads = _required(config, "num_attention_heads")
     return Settings(
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
@@ -67,7 +202,7 @@ def _settings(config: Any) -> Settings:
 def _facts(config: Any, settings: Settings, first: Block, embedding: Any, head: Any) -> ModelFacts:
     query, ff2 = first.matrices[MatrixKind.Q], first.matrices[MatrixKind.FF2]
     return ModelFacts(
-        n_layers=config.num_hidden_layers,
+        n_layers=_required(config, "num_hidden_layers"),
         n_heads=settings.n_heads,
         n_kv_heads=settings.n_kv_heads,
         d_model=embedding.weight.shape[1],
@@ -75,7 +210,7 @@ def _facts(config: Any, settings: Settings, first: Block, embedding: Any, head: 
         d_mlp=ff2.rows_of(ff2.parameter()).shape[0],
         n_experts=0,
         vocab_size=head.weight.shape[0],
-        max_positions=config.max_position_embeddings,
+        max_positions=_required(config, "max_position_embeddings"),
     )
 
 
@@ -98,35 +233,6 @@ def _blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, list[nn.Module]
     if len(lists) != 1:
         raise ModelFailed(f"expected one list of {n_layers} equal blocks, found {len(lists)}")
     return lists[0]
-
-
-def _windows(config: Any, block: nn.Module, layer: int) -> list[int | None]:
-    """How far the layer may attend, the likeliest first: a probe shorter than it cannot tell."""
-    size = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    own = [getattr(module, "sliding_window", None) for module in block.modules()]
-    if kinds is not None:
-        likely = size if kinds[layer] == "sliding_attention" else None
-    else:
-        likely = next((window for window in own if window is not None), size)
-    return [likely, *({size, None} - {likely})]
-
-
-def _rotations(model: PreTrainedModel) -> list[Callable[[int], Rotation] | None]:
-    """The readings of the model's rotary embedding, and none at all: some layers do not turn."""
-    found = [module for module in model.modules() if hasattr(module, "inv_freq")]
-    if len(found) > 1:
-        raise ModelFailed(f"expected at most one rotary embedding, found {len(found)}")
-    if not found:
-        return [None]
-    rotary: Any = found[0]
-
-    def rotation(reading: int, length: int) -> Rotation:
-        positions = torch.arange(length, device=rotary.inv_freq.device)[None]
-        cos, sin = rotary(torch.empty(0, device=rotary.inv_freq.device), positions)
-        return pairings(cos[0], sin[0])[reading]
-
-    return [None, *(partial(rotation, reading) for reading in range(3))]
 
 
 def _lens(config: Any, head: Any, probe: Probe, last_block: nn.Module) -> LensHead:

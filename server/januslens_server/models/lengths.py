@@ -1,0 +1,274 @@
+"""Check attention beyond every length that a configuration names, on a miniature of the model.
+
+Sliding windows, original context lengths and scalings that depend on the position change nothing
+for prompts shorter than they are, so no short prompt can show whether they are read correctly. A
+miniature has the family, the layers and the head size of the model, random weights of small
+widths, and lengths of a few tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from januslens_server.capture import capturing
+from januslens_server.errors import ModelFailed
+from januslens_server.graph.heads import head_row
+from januslens_server.models.layer_capture import layer_activations, layer_taps
+from januslens_server.models.views import Block, ModelView
+from januslens_server.models.weights import block_weights
+
+# Tokens of the prompt that a miniature runs; longer than all lengths that it is given.
+PROMPT_LENGTH = 24
+
+# The lengths that configurations of transformers name, and what a miniature has instead. They
+# differ, so that one cannot pass for another.
+SHORT = {
+    "attention_chunk_size": 7,
+    "attention_window": 5,
+    "attention_window_size": 5,
+    "floor_scale": 3,
+    "index_topk": 4,
+    "local_attention": 5,
+    "original_max_position_embeddings": 8,
+    "sliding_window": 5,
+    "sliding_window_size": 5,
+    "sliding_windows": 5,
+    "window_size": 5,
+}
+
+# Sizes of a miniature that do not depend on the model, by the names that families give them.
+WIDTHS = {
+    "intermediate_size": 24,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 4,
+    "shared_expert_intermediate_size": 16,
+    "vocab_size": 64,
+}
+MAX_POSITIONS = 2 * PROMPT_LENGTH
+
+# A miniature that keeps the model's widths may have as many parameters.
+MAX_PARAMETERS = 20_000_000
+
+# Largest relative error of a head's result in float32; a source too many or too few, or a scale,
+# is off by per cent.
+TOLERANCE = 1e-4
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Length:
+    """One length of a configuration: where it stands and what it is, by layer if it is a list."""
+
+    path: Path
+    value: int | tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """The field as a person writes it: `rope_parameters.original_max_position_embeddings`."""
+        return ".".join(self.path)
+
+    def of_layer(self, layer: int) -> int:
+        """The length in one layer."""
+        return self.value[layer] if isinstance(self.value, tuple) else self.value
+
+
+def lengths_of(config: PreTrainedConfig) -> list[Length]:
+    """The lengths that a model's configuration sets."""
+    text = config.get_text_config()
+    return list(_lengths(text.to_dict()))
+
+
+def _lengths(values: dict[str, Any], path: Path = ()) -> Iterator[Length]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _lengths(value, (*path, name))
+        elif name in SHORT and _is_length(value):
+            yield Length((*path, name), tuple(value) if isinstance(value, list) else value)
+
+
+def _is_length(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_is_length(each) for each in value)
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def miniature(
+    model: PreTrainedModel, n_heads: int, n_kv_heads: int, d_head: int, lengths: Sequence[Length]
+) -> PreTrainedModel:
+    """A model of the same family with random float32 weights and these lengths made short.
+
+    Raises `ModelFailed` where the family cannot be made small.
+    """
+    config: Any = copy.deepcopy(model.config.get_text_config())
+    for length in lengths:
+        _shorten(config, length)
+    small = copy.deepcopy(config)
+    grouped = n_kv_heads < n_heads
+    widths = WIDTHS | {
+        "num_attention_heads": 4 if grouped else 2,
+        "num_key_value_heads": 2,
+        "num_kv_heads": 2,
+        "hidden_size": d_head * (4 if grouped else 2),
+        "head_dim": d_head,
+    }
+    if n_kv_heads == 1:
+        widths |= {"num_key_value_heads": 1, "num_kv_heads": 1}
+    _resize(small, widths)
+    _resize(config, {"vocab_size": WIDTHS["vocab_size"]})
+    reasons = []
+    for candidate in (small, config):
+        try:
+            return _built(candidate, model)
+        except (ModelFailed, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            reasons.append(str(error).split("\n", maxsplit=1)[0])
+    names = ", ".join(length.name for length in lengths)
+    raise ModelFailed(
+        f"cannot measure the attention beyond {names} of the configuration: a small model of the "
+        f"family could not be made ({reasons[0]})"
+    )
+
+
+def _shorten(config: Any, length: Length) -> None:
+    short = SHORT[length.path[-1]]
+    value = length.value
+    shorter = [min(v, short) for v in value] if isinstance(value, tuple) else min(value, short)
+    holder = config
+    for name in length.path[:-1]:
+        holder = holder[name] if isinstance(holder, dict) else getattr(holder, name)
+    if isinstance(holder, dict):
+        holder[length.path[-1]] = shorter
+    else:
+        setattr(holder, length.path[-1], shorter)
+
+
+def _resize(config: Any, widths: dict[str, int]) -> None:
+    """Set the widths that the configuration has; special tokens come into the vocabulary."""
+    own = set(config.to_dict()) | set(config.attribute_map)
+    for name, width in widths.items():
+        if name in own and getattr(config, name) is not None:
+            setattr(config, name, width)
+    if "max_position_embeddings" in own and isinstance(config.max_position_embeddings, int):
+        config.max_position_embeddings = min(config.max_position_embeddings, MAX_POSITIONS)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, None)
+
+
+def _built(config: Any, model: PreTrainedModel) -> PreTrainedModel:
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(config)
+    size = sum(parameter.numel() for parameter in skeleton.parameters())
+    if size > MAX_PARAMETERS:
+        raise ModelFailed(f"it would have {size:,} parameters")
+    attention = model.config._attn_implementation  # noqa: SLF001 - no public reader
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network: Any = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention
+        )
+        with torch.no_grad():
+            for parameter in network.parameters():
+                _draw(parameter)
+    built: PreTrainedModel = network.eval().requires_grad_(requires_grad=False)
+    with torch.inference_mode():
+        built(input_ids=prompt_of(built), use_cache=False)
+    return built
+
+
+def _draw(parameter: nn.Parameter) -> None:
+    """Random numbers that give scores of a few units; vectors stay around their initial values."""
+    noise = torch.randn_like(parameter)
+    if parameter.dim() > 1:
+        parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+    else:
+        parameter.add_(0.3 * noise)
+
+
+def prompt_of(network: PreTrainedModel) -> torch.Tensor:
+    """Token ids `[1, pos]` for a miniature, no two neighbours alike."""
+    vocab_size = network.get_input_embeddings().get_parameter("weight").shape[0]
+    return (torch.arange(PROMPT_LENGTH) * 7 + 3)[None] % vocab_size
+
+
+@torch.inference_mode()
+def captured_layers(
+    network: PreTrainedModel, ids: torch.Tensor, blocks: Iterable[Block]
+) -> list[dict[str, torch.Tensor]]:
+    """What the taps of every block capture of one forward pass."""
+    blocks = list(blocks)
+    taps = {(i, name): tap for i, b in enumerate(blocks) for name, tap in layer_taps(b).items()}
+    with capturing(taps) as captured:
+        network(input_ids=ids, use_cache=False)
+    found: list[dict[str, torch.Tensor]] = [{} for _ in blocks]
+    for (layer, name), tensor in captured.items():
+        found[layer][name] = tensor
+    return found
+
+
+@torch.inference_mode()
+def attention_error(
+    block: Block, captured: dict[str, torch.Tensor], positions: Sequence[int], enough: float
+) -> float:
+    """Largest `||sum_s a_ps v_s - z_p|| / ||z_p||` over heads, at these positions p.
+
+    Stops at the first position where it is larger than `enough`.
+    """
+    length = captured["query"].shape[-2]
+    acts = layer_activations(block, captured, length)
+    weights = block_weights(block).attention
+    worst = 0.0
+    for position in positions:
+        row = head_row(position, acts, weights)
+        rebuilt = torch.einsum("hs,hse->he", row.pattern, row.values)
+        errors = (rebuilt - row.concat).norm(dim=-1) / row.concat.norm(dim=-1)
+        error = float(errors.max())
+        worst = error if error != error else max(worst, error)  # noqa: PLR0124 - NaN
+        if not worst <= enough:
+            break
+    return worst
+
+
+def check_lengths(
+    model: PreTrainedModel, view: ModelView, reader: Callable[[PreTrainedModel], ModelView]
+) -> None:
+    """Raise `ModelFailed` unless `reader` reads the attention right beyond every length.
+
+    `view` is what it made of the model. The error names the first length that alone shows it.
+    """
+    lengths = lengths_of(model.config)
+    if not lengths:
+        return
+    facts = view.facts
+
+    def unlike(shortened: Sequence[Length]) -> int | None:
+        small = miniature(model, facts.n_heads, facts.n_kv_heads, facts.d_head, shortened)
+        return first_unlike(small, reader(small))
+
+    layer = unlike(lengths)
+    if layer is not None:
+        one = next((length for length in lengths if unlike([length]) is not None), None)
+        names = ", ".join(length.name for length in (lengths if one is None else [one]))
+        raise ModelFailed(
+            f"expected to reproduce the attention of layer {layer} at every position, got another "
+            f"one beyond {names} of the configuration, which is used in a way not known here"
+        )
+
+
+def first_unlike(network: PreTrainedModel, view: ModelView) -> int | None:
+    """The first layer of a miniature whose attention is not reproduced at every position."""
+    positions = range(PROMPT_LENGTH - 1, -1, -1)
+    layers = captured_layers(network, prompt_of(network), view.blocks)
+    for layer, (block, captured) in enumerate(zip(view.blocks, layers, strict=True)):
+        if not attention_error(block, captured, positions, TOLERANCE) <= TOLERANCE:
+            return layer
+    return None

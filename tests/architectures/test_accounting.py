@@ -1,0 +1,76 @@
+"""A model with parameters that no part of the view holds is refused, naming them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from januslens_server.errors import ModelFailed
+from januslens_server.models.accounting import check_parameters
+from januslens_server.models.adapters import view_of
+from januslens_server.models.views import Mlp
+from tests.architectures.cases import CASES, MIXTURES, Case
+from tests.architectures.tiny_models import plain, resident
+
+SHARED_EXPERT = {
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "n_routed_experts": 4,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.mark.parametrize("data_type", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["dots1", "glm4_moe"])
+def test_routed_experts_beside_a_shared_one_are_named(family: str, data_type: torch.dtype) -> None:
+    network = plain(Case(family, "shared expert", SHARED_EXPERT))
+    with pytest.raises(ModelFailed, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        view_of(copy.deepcopy(network).to(data_type))
+
+
+@pytest.mark.parametrize("case", [*CASES[::7], *MIXTURES[::2]], ids=lambda case: case.id)
+def test_a_parameter_without_a_part_is_named(case: Case) -> None:
+    model = resident(case)
+    block: Any = model.view.blocks[1].module
+    block.register_parameter("layer_scale", nn.Parameter(torch.ones(32)))
+    try:
+        with pytest.raises(ModelFailed, match=r"1 parameters .*\.1\.layer_scale"):
+            check_parameters(model.network, model.view)
+    finally:
+        del block.layer_scale
+    check_parameters(model.network, model.view)
+
+
+def test_part_of_a_fused_projection_is_not_the_whole() -> None:
+    """Phi-3's `gate_up_proj` with a column that no map of the view reads."""
+    model = resident(next(case for case in CASES if case.id == "phi3-grouped, window"))
+    block = model.view.blocks[0]
+    assert isinstance(block.mlp, Mlp)
+    assert block.mlp.up is not None
+    short = replace(block.mlp, up=replace(block.mlp.up, columns=range(40, 79)))
+    view = replace(model.view, blocks=(replace(block, mlp=short), *model.view.blocks[1:]))
+    with pytest.raises(ModelFailed, match=r"layers\.0\.mlp\.gate_up_proj\.weight"):
+        check_parameters(model.network, view)
+
+
+@pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.id)
+def test_a_shared_expert_beside_the_routed_ones_is_named(case: Case) -> None:
+    model = resident(case)
+    mlp: Any = model.view.blocks[0].mlp
+    mlp.block.shared_expert = nn.Linear(32, 16, bias=False)
+    try:
+        with pytest.raises(ModelFailed, match=r"mlp\.shared_expert\.weight"):
+            check_parameters(model.network, model.view)
+    finally:
+        del mlp.block.shared_expert

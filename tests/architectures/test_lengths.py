@@ -1,0 +1,91 @@
+"""Attention beyond every length that a configuration names, against plain Hugging Face models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from januslens_server.errors import ModelFailed
+from januslens_server.models.adapters import view_of
+from januslens_server.models.lengths import PROMPT_LENGTH, SHORT, lengths_of
+from tests.architectures.cases import BEYOND_LENGTHS, SIZES, Case
+from tests.architectures.measures import attention
+from tests.architectures.tiny_models import plain
+
+SCALED_QUERIES = {
+    "rope_type": "default",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 16,
+    "llama_4_scaling_beta": 0.5,
+}
+
+
+@pytest.mark.parametrize("case", BEYOND_LENGTHS, ids=lambda case: case.id)
+def test_attention_equals_hugging_face_beyond_the_length(case: Case) -> None:
+    assert attention(case) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "field"),
+    [
+        (
+            "ministral3",
+            {"head_dim": 8, "num_key_value_heads": 2, "rope_parameters": SCALED_QUERIES},
+            "rope_parameters.original_max_position_embeddings",
+        ),
+    ],
+)
+def test_a_length_of_unknown_meaning_is_refused_by_name(
+    family: str, settings: dict[str, Any], field: str
+) -> None:
+    case = Case(family, "unknown length", settings)
+    with pytest.raises(ModelFailed, match=field):
+        view_of(plain(case))
+
+
+def test_an_adapter_that_forgets_a_window_is_refused_by_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An adapter that reads Mistral as Llama, which has no window."""
+    from januslens_server.models import adapters
+
+    monkeypatch.setitem(adapters.ADAPTERS, "mistral", adapters.ADAPTERS["llama"])
+    case = next(c for c in BEYOND_LENGTHS if c.id == "mistral-beyond window")
+    with pytest.raises(ModelFailed, match=r"at every position.* sliding_window"):
+        view_of(plain(case))
+
+
+def test_a_wide_model_is_measured_on_a_narrow_one() -> None:
+    """No weight of the model itself is run: this one has none."""
+    wide = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    wide |= {"num_key_value_heads": 8, "num_hidden_layers": 2, "vocab_size": 32000}
+    wide |= {"sliding_window": 4096, "max_position_embeddings": 32768, "pad_token_id": None}
+    config = AutoConfig.for_model("mistral", **wide)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    from januslens_server.models.adapters import ADAPTERS
+    from januslens_server.models.lengths import first_unlike, miniature
+
+    small = miniature(network, 32, 8, 128, lengths_of(config))
+    assert sum(p.numel() for p in small.parameters()) < 2_000_000
+    assert small.config.sliding_window < PROMPT_LENGTH
+    assert first_unlike(small, ADAPTERS["mistral"](small)) is None
+    assert first_unlike(small, ADAPTERS["llama"](small)) == 0
+
+
+def test_short_lengths_differ_from_each_other_and_from_the_prompt() -> None:
+    assert max(SHORT.values()) < PROMPT_LENGTH
+
+
+def test_lengths_are_found_wherever_they_stand() -> None:
+    config = AutoConfig.for_model(
+        "mistral", **SIZES | {"sliding_window": 9, "rope_parameters": SCALED_QUERIES}
+    )
+    found = {length.name: length.value for length in lengths_of(config)}
+    assert found == {
+        "sliding_window": 9,
+        "rope_parameters.original_max_position_embeddings": 16,
+    }
