@@ -60,7 +60,11 @@ def test_an_adapter_that_forgets_a_window_is_refused_by_its_name(
 
 def test_a_wide_model_is_measured_on_a_narrow_one() -> None:
     """No weight of the model itself is run: this one has none."""
-    wide = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
+    wide: dict[str, Any] = {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+    }
     wide |= {"num_key_value_heads": 8, "num_hidden_layers": 2, "vocab_size": 32000}
     wide |= {"sliding_window": 4096, "max_position_embeddings": 32768, "pad_token_id": None}
     config = AutoConfig.for_model("mistral", **wide)

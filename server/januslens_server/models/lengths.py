@@ -35,8 +35,10 @@ SHORT = {
     "attention_window_size": 5,
     "floor_scale": 3,
     "index_topk": 4,
+    "keep_window_size": 5,
     "local_attention": 5,
     "original_max_position_embeddings": 8,
+    "relative_max_distance": 6,
     "sliding_window": 5,
     "sliding_window_size": 5,
     "sliding_windows": 5,
@@ -161,7 +163,8 @@ def _resize(config: Any, widths: dict[str, int]) -> None:
     if "max_position_embeddings" in own and isinstance(config.max_position_embeddings, int):
         config.max_position_embeddings = min(config.max_position_embeddings, MAX_POSITIONS)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, None)
+        if getattr(config, name, None) is not None:
+            setattr(config, name, 0)
 
 
 def _built(config: Any, model: PreTrainedModel) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -56,10 +57,19 @@ def view(model: PreTrainedModel) -> ModelView:
     """
     try:
         return _view(model)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        family = model.config.model_type
+    except (
+        AttributeError,
+        LookupError,
+        NotImplementedError,
+        RuntimeError,
+        StrictDataclassError,
+        TypeError,
+        ValueError,
+    ) as error:  # what transformers raises of configurations and modules that are not decoders
+        reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise ModelFailed(
-            f"the structure of {family} cannot be read: {type(error).__name__}: {error}"
+            f"the structure of {model.config.model_type} cannot be read: "
+            f"{type(error).__name__}: {reason}"
         ) from error
 
 
