@@ -98,7 +98,6 @@ TRACES = message(
     include_vectors=st.booleans(),
     include_logit_contribution=st.booleans(),
     overlap_k=COUNT,
-    allow_batching=st.booleans(),
     **READING,
 )
 
@@ -134,7 +133,6 @@ def gradients(name: str) -> st.SearchStrategy[Message]:
         subject=SUBJECT,
         include_factors=st.booleans(),
         verify=st.booleans(),
-        allow_batching=st.booleans(),
         **READING,
     )
 

@@ -20,7 +20,6 @@ class Provenance:
         device: Where they are.
         attention: The attention implementation.
         versions: Library name to version.
-        batch_size: How many requests were computed together.
     """
 
     model: str
@@ -30,7 +29,6 @@ class Provenance:
     device: str
     attention: str
     versions: Mapping[str, str]
-    batch_size: int
 
     @classmethod
     def from_message(cls, message: common_pb2.Provenance) -> Provenance:
@@ -43,7 +41,6 @@ class Provenance:
             device=message.device,
             attention=message.attention,
             versions=dict(message.versions),
-            batch_size=message.batch_size,
         )
 
 

@@ -43,7 +43,6 @@ def gradient_lens(  # noqa: PLR0913 - by keyword
     subject: SubjectLike | None = None,
     factors: bool = False,
     verify: bool = False,
-    allow_batching: bool = False,
     model: str = "",
     revision: str = "",
     timeout: float | None = None,
@@ -70,7 +69,6 @@ def gradient_lens(  # noqa: PLR0913 - by keyword
             ranks by segment.
         factors: Send the factors themselves, for `matrix.gradient()` and `gradient.save()`.
         verify: Compare each matrix with autograd's dense gradient.
-        allow_batching: Let the server compute this together with others' (equal to 1e-5).
         model: Its name; empty = the only one resident.
         revision: Refuse any other than this one; empty = whatever is resident.
         timeout: Seconds for the whole stream.
@@ -99,7 +97,6 @@ def gradient_lens(  # noqa: PLR0913 - by keyword
         subject=None if subject is None else _subject(subject),
         include_factors=factors,
         verify=verify,
-        allow_batching=allow_batching,
     )
     set_loss(request, _one_loss(target, loss))
     return StreamCall(

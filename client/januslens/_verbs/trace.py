@@ -41,7 +41,6 @@ def trace(  # noqa: PLR0913 - by keyword
     logit_contribution: bool = True,
     overlap_k: int | None = None,
     checks: bool = False,
-    allow_batching: bool = False,
     model: str = "",
     revision: str = "",
     timeout: float | None = None,
@@ -66,7 +65,6 @@ def trace(  # noqa: PLR0913 - by keyword
         logit_contribution: Send what each part adds to the target's logit.
         overlap_k: Send the edges' intersection score over this many top tokens.
         checks: Repeat in the summary what the model's self-check measured.
-        allow_batching: Let the server compute this together with others' (equal to 1e-5).
         model: Its name; empty = the only one resident.
         revision: Refuse any other than this one; empty = whatever is resident.
         timeout: Seconds for the whole stream.
@@ -94,7 +92,6 @@ def trace(  # noqa: PLR0913 - by keyword
         include_vectors=vectors,
         include_logit_contribution=logit_contribution,
         overlap_k=optional_count(overlap_k, "overlap_k"),
-        allow_batching=allow_batching,
         include_checks=checks,
     )
     return StreamCall("Trace", request, timeout, TraceAssembler(), TraceSplice(request))

@@ -275,7 +275,6 @@ class Provenance(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
-    BATCH_SIZE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name under which the server holds the model."""
     revision: _builtins.str
@@ -288,8 +287,6 @@ class Provenance(_message.Message):
     """Where the model runs, for example `cpu` or `cuda:0`."""
     attention: _builtins.str
     """Attention implementation in use, for example `sdpa`."""
-    batch_size: _builtins.int
-    """How many requests shared the forward pass; 1 = this one alone."""
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the libraries that shape the numbers, by name: torch, transformers, januslens."""
@@ -304,11 +301,10 @@ class Provenance(_message.Message):
         device: _builtins.str = ...,
         attention: _builtins.str = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
-        batch_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "batch_size", b"batch_size", "data_type", b"data_type", "device", b"device", "model", b"model", "revision", b"revision", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "data_type", b"data_type", "device", b"device", "model", b"model", "revision", b"revision", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -143,7 +143,6 @@ class GradientLensRequest(_message.Message):
     SUBJECT_FIELD_NUMBER: _builtins.int
     INCLUDE_FACTORS_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
-    ALLOW_BATCHING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only resident one, INVALID_ARGUMENT when there are several."""
     revision: _builtins.str
@@ -168,10 +167,6 @@ class GradientLensRequest(_message.Message):
     """True adds both vectors of each component."""
     verify: _builtins.bool
     """True compares each sum of outer products with the gradient that autograd forms densely."""
-    allow_batching: _builtins.bool
-    """True lets the server run the pass together with other requests; results then agree with
-    unbatched ones to 1e-5 instead of bit by bit.
-    """
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """The prompt; required."""
@@ -225,11 +220,10 @@ class GradientLensRequest(_message.Message):
         subject: Global___Subject | None = ...,
         include_factors: _builtins.bool = ...,
         verify: _builtins.bool = ...,
-        allow_batching: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "input", b"input", "kl", b"kl", "learning_rate", b"learning_rate", "logit_difference", b"logit_difference", "loss", b"loss", "nll", b"nll", "subject", b"subject", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "allow_batching", b"allow_batching", "bottom_k", b"bottom_k", "components", b"components", "include_factors", b"include_factors", "input", b"input", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "include_factors", b"include_factors", "input", b"input", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015

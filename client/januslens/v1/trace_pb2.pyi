@@ -224,7 +224,6 @@ class TraceRequest(_message.Message):
     INCLUDE_VECTORS_FIELD_NUMBER: _builtins.int
     INCLUDE_LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     OVERLAP_K_FIELD_NUMBER: _builtins.int
-    ALLOW_BATCHING_FIELD_NUMBER: _builtins.int
     INCLUDE_CHECKS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only resident one, INVALID_ARGUMENT when there are several."""
@@ -245,10 +244,6 @@ class TraceRequest(_message.Message):
     overlap_k: _builtins.int
     """Compares this many top tokens at both ends of every edge (VISIT's intersection score); unset or
     0 = no `overlap`, at most 1000.
-    """
-    allow_batching: _builtins.bool
-    """True lets the server run the forward pass together with other requests; results then agree with
-    unbatched ones to 1e-5 instead of bit by bit.
     """
     include_checks: _builtins.bool
     """True measures on this very request what the self-check at load measured on another prompt; the
@@ -302,12 +297,11 @@ class TraceRequest(_message.Message):
         include_vectors: _builtins.bool = ...,
         include_logit_contribution: _builtins.bool = ...,
         overlap_k: _builtins.int | None = ...,
-        allow_batching: _builtins.bool = ...,
         include_checks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "input", b"input", "overlap_k", b"overlap_k", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "allow_batching", b"allow_batching", "bottom_k", b"bottom_k", "include_checks", b"include_checks", "include_logit_contribution", b"include_logit_contribution", "include_vectors", b"include_vectors", "input", b"input", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "bottom_k", b"bottom_k", "include_checks", b"include_checks", "include_logit_contribution", b"include_logit_contribution", "include_vectors", b"include_vectors", "input", b"input", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015

@@ -33,7 +33,6 @@ export interface ProvenanceMessage {
   device?: string
   attention?: string
   versions?: Record<string, string>
-  batchSize?: number
 }
 
 export interface ModelSizesMessage {

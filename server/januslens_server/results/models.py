@@ -18,7 +18,6 @@ class Provenance:
     device: str
     attention: str
     versions: Mapping[str, str]
-    batch_size: int = 1
 
 
 @dataclass(frozen=True)

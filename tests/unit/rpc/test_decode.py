@@ -82,7 +82,6 @@ def test_every_field_of_a_trace_arrives() -> None:
             include_vectors=True,
             include_logit_contribution=True,
             overlap_k=8,
-            allow_batching=True,
         )
     )
     assert spec == specs.TraceSpec(

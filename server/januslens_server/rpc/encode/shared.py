@@ -164,7 +164,6 @@ def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
         device=provenance.device,
         attention=provenance.attention,
         versions=provenance.versions,
-        batch_size=provenance.batch_size,
     )
 
 
