@@ -99,7 +99,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("Tokenize", context) as call:
             model = self._model(request.model)
             if not request.text:
-                raise InvalidRequest("text", "empty text; expected at least one character")
+                raise InvalidRequest("text", "expected at least one character")
             tokens = await asyncio.to_thread(_tokenized, model.vocabulary, request)
             call.note(model=model.name, tokens=len(tokens))
             return call.answered(
@@ -177,7 +177,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             return self._traced(request.trace)
         if which == "gradient_lens":
             return self._differentiated(request.gradient_lens)
-        raise InvalidRequest("request", "missing; expected trace or gradient_lens")
+        raise InvalidRequest("request", "expected trace or gradient_lens")
 
     def _traced(self, request: trace_pb2.TraceRequest) -> tuple[ResidentModel, TraceSpec]:
         return self._model(request.model, request.revision), decode.trace_spec(request)
