@@ -42,7 +42,7 @@ def running_pod(
         flags += ["--health-port", "0"]
     with running_server(
         *flags,
-        until="metrics on",
+        until="serving on",
         environment=environment | {"TMPDIR": str(scratch)},
         within=confined(scratch),
     ) as process:
