@@ -158,7 +158,7 @@ def test_a_token_that_is_clicked_becomes_the_target(live: Page, server_address: 
     live.get_by_role("button", name="Trace", exact=True).click()
     first, page = panel(live, 0)
     state(first, "done")
-    page.locator(".inspector .aim").first.click()  # the second of the prediction's tokens
+    page.locator(".inspector .target-choice").first.click()  # the second of the prediction's tokens
     second, aimed = panel(live, 1)
     state(second, "done")
     with januslens.Client(server_address) as client:

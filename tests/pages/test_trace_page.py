@@ -199,7 +199,7 @@ def test_a_head_opens_to_its_rows_of_w_o(tab: Page, demo: Traced) -> None:
     expect(shown).to_have_count(0)
     other = next(part.node for part in rows if part not in own)  # chosen from afar, it is shown
     changed(tab, "layers=3&sel=L3/p7/ATTENTION_OUTPUT")
-    tab.locator(f'.ways .way[data-id="{other.id}"]').click()
+    tab.locator(f'.node-links .node-link[data-id="{other.id}"]').click()
     expect(chip(tab, other.id)).to_have_class(re.compile("selected"))
 
 
@@ -247,12 +247,12 @@ def test_a_selection_is_followed_through_the_layers(tab: Page, demo: Traced) -> 
     after = share(demo, head) * (1 - bias) * share(demo, "L2/p7/ATTENTION_OUTPUT")
     after *= share(demo, "L2/p7/RESIDUAL_MID")
     rail = 'svg.detail[aria-label^="Layer 3"] .rail'
-    drawn = float(tab.locator(f"{rail}-ways path").first.get_attribute("stroke-width") or 0)
+    drawn = float(tab.locator(f"{rail}-flow path").first.get_attribute("stroke-width") or 0)
     whole = float(tab.locator(f"{rail} > rect").first.get_attribute("height") or 0)
     assert drawn / whole == pytest.approx(abs(after), abs=1e-4)
     changed(tab, "layers=2,3&sel=p7/PREDICTION")
     residual = share(demo, "L3/p7/RESIDUAL_MID") * share(demo, "L2/p7/BLOCK_OUTPUT")
-    made = tab.locator('svg.detail[aria-label^="Layer 2"] [data-way="L2/p7/MLP_OUTPUT"]')
+    made = tab.locator('svg.detail[aria-label^="Layer 2"] [data-flow="L2/p7/MLP_OUTPUT"]')
     drawn = float(made.get_attribute("stroke-width") or 0)
     assert drawn / (2 + 16 * share(demo, "L2/p7/MLP_OUTPUT")) == pytest.approx(residual, abs=1e-4)
 
@@ -280,7 +280,7 @@ def test_searching_finds_every_node_that_says_it(tab: Page, demo: Traced) -> Non
     }
     expect(tab.locator(".found h2")).to_have_text(f"“Tokyo” is read in {len(saying)} nodes")
     tab.keyboard.press("Tab")
-    first = tab.locator(".found .way").first
+    first = tab.locator(".found .node-link").first
     found = first.get_attribute("data-id")
     assert found in saying
     first.click()
@@ -321,7 +321,7 @@ def test_the_path_is_the_traces(tab: Page, name: str, request: pytest.FixtureReq
     page: Traced = request.getfixturevalue(name)
     opened(tab, page)
     tab.keyboard.press("f")
-    steps = tab.locator(".path .way").all()
+    steps = tab.locator(".path .node-link").all()
     ids = [step.get_attribute("data-id") for step in steps]
     assert ids == [part.node.id for part in page.trace.path_to_target()]
 
@@ -459,7 +459,7 @@ def test_a_selection_moves_nothing(tab: Page, demo: Traced) -> None:
       window.touched = new Set()
       const seen = new MutationObserver((changes) =>
         changes.forEach((change) => window.touched.add(change.attributeName ?? change.type)))
-      for (const picture of document.querySelectorAll('svg.picture g:not(.ways, .rail-ways)'))
+      for (const picture of document.querySelectorAll('svg.picture g:not(.flow, .rail-flow)'))
         seen.observe(picture, { attributes: true, childList: true, characterData: true })
     }""")
     chip(tab, STRONGEST).click()

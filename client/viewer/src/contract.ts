@@ -52,7 +52,7 @@ export interface GuaranteeMessage {
   name?: string
   measuredError?: Float
   tolerance?: Float
-  held?: boolean
+  contents?: boolean
 }
 
 export interface NodeMessage {

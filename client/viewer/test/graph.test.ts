@@ -72,10 +72,10 @@ test('the path follows logits at sums, and the heads at attention', () => {
 })
 
 test('a selection is followed through its fraction of what it is a part of', () => {
-  const way = follow(graph(), 'L0/p1/MEMORY_KEY/h3/s0')
-  assert.equal(way.get('L0/p1/MEMORY_VALUE/h3/s0'), 1)
-  assert.equal(way.get('L0/p1/HEAD_OUTPUT/h3'), 0.9)
-  assert.equal(way.get('L0/p1/HEAD_OUTPUT/h0'), undefined)
+  const flow = follow(graph(), 'L0/p1/MEMORY_KEY/h3/s0')
+  assert.equal(flow.get('L0/p1/MEMORY_VALUE/h3/s0'), 1)
+  assert.equal(flow.get('L0/p1/HEAD_OUTPUT/h3'), 0.9)
+  assert.equal(flow.get('L0/p1/HEAD_OUTPUT/h0'), undefined)
   assert.equal(strongestDestination(graph(), 'L0/p1/MLP_OUTPUT')?.id, 'L0/p1/BLOCK_OUTPUT')
 })
 
@@ -87,7 +87,7 @@ test('arcs are as strong as the share of a share', () => {
   assert.ok(Math.abs((arc?.share ?? 0) - 0.63) < 1e-9)
 })
 
-test('a search takes words, whole tokens and ids', () => {
+test('a search takes text, whole tokens and ids', () => {
   const found = (query: string) => search(graph(), query).map(({ node }) => node.id)
   assert.equal(found('okyo').length, 5)
   assert.deepEqual(found('#3'), ['L0/p1/MEMORY_KEY/h3/s0'])

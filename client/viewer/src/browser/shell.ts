@@ -124,24 +124,24 @@ export function resolvedColour(variable: string): string {
 }
 
 /** Draws once before the next frame, however often it is asked to until then. */
-export function soon(draw: () => void): () => void {
-  let asked = false
+export function oncePerFrame(draw: () => void): () => void {
+  let question = false
   return () => {
-    if (asked) return
-    asked = true
+    if (question) return
+    question = true
     requestAnimationFrame(() => {
-      asked = false
+      question = false
       draw()
     })
   }
 }
 
 /** Remembers what was drawn last, so that the same is not drawn again. */
-export class Once {
+export class ChangeTracker {
   private last: string | undefined
 
   /** Whether these differ from those of the call before. */
-  differs(...parts: readonly (string | number | boolean)[]): boolean {
+  changed(...parts: readonly (string | number | boolean)[]): boolean {
     const key = parts.join(' ')
     const changed = key !== this.last
     this.last = key

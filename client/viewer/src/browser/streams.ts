@@ -63,23 +63,23 @@ async function inflate(block: string): Promise<string> {
 // A page within the live page: the one around it posts the streams' messages as they come.
 
 /** What the live page posts into a frame. */
-export interface Posted {
+export interface FrameInput {
   stream?: string
   message?: unknown
   /** No more messages will come of the stream. */
   end?: boolean
   /** Select what stands at this layer and position. */
-  go?: Coordinates
+  select?: Coordinates
   /** Show yourself in this theme. */
   theme?: Theme
 }
 
 /** What a frame posts to the page around it. */
-export interface Reported {
+export interface FrameOutput {
   ready?: boolean
   at?: Coordinates
   /** A person wants this token as the target. */
-  aim?: Token
+  target?: Token
 }
 
 /** Equal in every request on the same prompt, of a trace as of a gradient. */
@@ -89,12 +89,12 @@ export interface Coordinates {
 }
 
 /** The messages of one stream in the order they were posted, until its end. */
-class Mailbox {
+class MessageQueue {
   private readonly waiting: unknown[] = []
   private ended = false
   private wake: () => void = () => {}
 
-  put(posted: Posted): void {
+  put(posted: FrameInput): void {
     if (posted.end) this.ended = true
     else this.waiting.push(posted.message)
     this.wake()
@@ -111,46 +111,46 @@ class Mailbox {
   }
 }
 
-const mailboxes = new Map<string, Mailbox>()
-let wishes: Wishes | undefined
+const queuees = new Map<string, MessageQueue>()
+let handlers: FrameHandlers | undefined
 
-function mailbox(stream: string): Mailbox {
-  const found = mailboxes.get(stream) ?? new Mailbox()
-  mailboxes.set(stream, found)
+function queue(stream: string): MessageQueue {
+  const found = queuees.get(stream) ?? new MessageQueue()
+  queuees.set(stream, found)
   return found
 }
 
 export function posted<Message>(stream: string): AsyncGenerator<Message> {
-  return mailbox(stream).take() as AsyncGenerator<Message>
+  return queue(stream).take() as AsyncGenerator<Message>
 }
 
 /** What the page around a frame may ask of it beside taking messages. */
-export interface Wishes {
+export interface FrameHandlers {
   /** Another frame has selected a layer and position. */
-  go: (place: Coordinates) => void
+  select: (place: Coordinates) => void
   theme: (theme: Theme) => void
 }
 
 /** Begins to listen. */
-export function joinLivePage(granted: Wishes): void {
+export function connectToLivePage(given: FrameHandlers): void {
   if (!isLive()) return
-  wishes = granted
+  handlers = given
   document.documentElement.dataset.live = '' // what the page around has is not shown again
   window.addEventListener('message', receive)
-  report({ ready: true })
+  reportToParent({ ready: true })
 }
 
 /** Tells the page around this one. */
-export function report(news: Reported): void {
+export function reportToParent(news: FrameOutput): void {
   if (isLive()) window.parent.postMessage(news, window.location.origin)
 }
 
-function receive(event: MessageEvent<Posted>): void {
+function receive(event: MessageEvent<FrameInput>): void {
   if (event.source !== window.parent || event.origin !== window.location.origin) return
   const { data } = event
-  if (data.stream !== undefined) mailbox(data.stream).put(data)
-  if (data.go) wishes?.go(data.go)
-  if (data.theme !== undefined) wishes?.theme(data.theme)
+  if (data.stream !== undefined) queue(data.stream).put(data)
+  if (data.select) handlers?.select(data.select)
+  if (data.theme !== undefined) handlers?.theme(data.theme)
 }
 
 /** The messages of a stream in order: those that the page holds, or those that come. */

@@ -1,7 +1,7 @@
 import { HashState } from '../browser/shell'
 import { placeOf } from '../model/gradient'
 import { button, choice, element, exporter, searchBox, THEMES } from '../presentation/elements'
-import { type Direction, neighbour } from '../presentation/svg'
+import { type Direction, nearestInDirection } from '../presentation/svg'
 
 /** What a link to a gradient's page can say; '' = the page's own choice. */
 export const GRADIENT_STATE = {
@@ -58,14 +58,14 @@ export function toolbar(
   bar.append(search, ends, experts, theme, exports, button('?', 'Keys', commands.help))
   return (known) => {
     if (document.activeElement !== search) search.value = state.get('q')
-    offerExperts(experts, known)
+    setExperts(experts, known)
     ends.value = state.get('ends')
     experts.value = state.get('expert')
     theme.value = state.get('theme')
   }
 }
 
-function offerExperts(select: HTMLSelectElement, experts: readonly number[]): void {
+function setExperts(select: HTMLSelectElement, experts: readonly number[]): void {
   select.hidden = experts.length === 0
   if (select.options.length === experts.length + 1) return
   const options = experts.map((expert) =>
@@ -99,7 +99,7 @@ function acts(event: KeyboardEvent, state: GradientState, commands: Commands): b
   if (document.querySelector('dialog[open]')) return false
   if (target instanceof SVGElement && key.startsWith('Arrow')) {
     const picture = target.closest('svg')
-    if (picture) neighbour(picture, target, key as Direction)?.focus()
+    if (picture) nearestInDirection(picture, target, key as Direction)?.focus()
     return true
   }
   if (target instanceof SVGElement && (key === 'Enter' || key === ' ')) {

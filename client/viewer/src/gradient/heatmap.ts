@@ -3,12 +3,12 @@ import { cut } from '../model/tokens'
 import type { Paint } from '../presentation/colours'
 import {
   CHARACTER,
-  fitting,
+  charactersIn,
   type Group,
   GUTTER,
-  isNew,
+  groupNamed,
+  needsRedraw,
   type Svg,
-  stratum,
 } from '../presentation/svg'
 
 // A heat map: rows upward, columns along, one or two lines of text in a cell.
@@ -100,11 +100,11 @@ export function drawHeatMap(svg: Svg, map: HeatMap, legend?: Legend): void {
   const { columns, rows, cellHeight, width } = map
   const axis = TOP + rows.length * (cellHeight + GAP)
   const height = axis + AXIS + (legend ? LEGEND : 0)
-  if (isNew(svg.node() as Element, `${width} ${height}`)) {
+  if (needsRedraw(svg.node() as Element, `${width} ${height}`)) {
     // The box scales it to the paper where it is printed.
     svg.attr('width', width).attr('height', height).attr('viewBox', `0 0 ${width} ${height}`)
   }
-  drawCells(stratum(svg, 'cells'), map)
+  drawCells(groupNamed(svg, 'cells'), map)
   drawPart(svg, 'rows', [rows, cellHeight], (group) => drawRows(group, map))
   drawPart(svg, 'axis', [columns, axis], (group) => drawAxis(group, map, axis + 12))
   if (!legend) return
@@ -114,8 +114,8 @@ export function drawHeatMap(svg: Svg, map: HeatMap, legend?: Legend): void {
 }
 
 function drawPart(svg: Svg, name: string, given: unknown, draw: (group: Group) => void): void {
-  const group = stratum(svg, name)
-  if (isNew(group.node() as Element, JSON.stringify(given))) draw(group)
+  const group = groupNamed(svg, name)
+  if (needsRedraw(group.node() as Element, JSON.stringify(given))) draw(group)
 }
 
 /** Draws the cells that differ from what is drawn; of hundreds a selection changes two. */
@@ -134,7 +134,7 @@ function drawCells(group: Group, map: HeatMap): void {
       return made
     })
     .filter(function (p) {
-      return isNew(this, JSON.stringify(p))
+      return needsRedraw(this, JSON.stringify(p))
     })
     .each(function (p) {
       drawCell(select(this), p)
@@ -174,11 +174,11 @@ function drawCell(chip: Chip, p: Placed): void {
     .attr('role', cell ? (cell.id ? 'button' : 'img') : null)
     .attr('aria-pressed', cell?.id ? String(cell.selected) : null)
   chip.select('rect').style('fill', paint?.fill ?? '')
-  const words = [0, 1].map((i) => drawLine(chip, p, lines[i], i))
+  const text = [0, 1].map((i) => drawLine(chip, p, lines[i], i))
   drawCorner(chip, p)
   chip.selectAll('text').style('fill', paint?.ink ?? '')
   // What is seen comes first: that is what a person says who speaks to the page.
-  chip.attr('aria-label', cell ? [...words, cell.sentence].join(' ').trim() : null)
+  chip.attr('aria-label', cell ? [...text, cell.sentence].join(' ').trim() : null)
 }
 
 /** Moves a cell and what is in it; the browser lays out all of a cell that is told where it is. */
@@ -186,7 +186,7 @@ function placeCell(chip: Chip, p: Placed, lines: readonly Line[]): void {
   const { x, y, width, height } = p
   const rect = chip.select('rect')
   const marks = lines.map((line) => line.mark !== '')
-  if (!isNew(rect.node() as Element, [x, y, width, height, ...marks].join())) return
+  if (!needsRedraw(rect.node() as Element, [x, y, width, height, ...marks].join())) return
   chip.attr('transform', `translate(${x},${y})`)
   rect
     .attr('width', width)
@@ -205,7 +205,7 @@ function drawLine(chip: Chip, p: Placed, line: Line | undefined, i: number): str
   const { mark = '', text = '', strong = false } = line ?? {}
   const corner = i === 0 ? cornerOf(p).length * CHARACTER : 0
   const room = p.width - 2 * padding(p.width) - (mark ? MARK : 0) - corner
-  const shown = cut(text, fitting(room))
+  const shown = cut(text, charactersIn(room))
   const drawn = chip.select(`.line-${i}`).style('font-weight', strong ? '700' : '')
   drawn.select('.mark').text(mark && `${mark} `)
   drawn.select('.body').text(shown)
@@ -221,10 +221,10 @@ function cornerOf({ labelled, width, cell }: Placed): string {
 }
 
 function drawCorner(chip: Chip, p: Placed): void {
-  const words = cornerOf(p)
+  const text = cornerOf(p)
   chip
     .selectAll('text.corner')
-    .data(words === '' ? [] : [words])
+    .data(text === '' ? [] : [text])
     .join('text')
     .attr('class', 'corner')
     .attr('x', p.width - 5)
@@ -255,5 +255,5 @@ function drawAxis(group: Group, map: HeatMap, y: number): void {
     .attr('class', (column) => (column.selected ? 'selected' : ''))
     .attr('x', (column) => column.x + padding(column.width))
     .attr('y', y)
-    .text((column) => cut(column.label, fitting(column.width - padding(column.width))))
+    .text((column) => cut(column.label, charactersIn(column.width - padding(column.width))))
 }

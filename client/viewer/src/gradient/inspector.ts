@@ -22,7 +22,7 @@ export function fillFacts(
     aside.replaceChildren(element('p', { class: 'quiet' }, 'Select a cell to read its component.'))
     return
   }
-  aside.replaceChildren(...found.map((c) => componentFacts(c, model)), besides(model, place))
+  aside.replaceChildren(...found.map((c) => componentFacts(c, model)), otherMatrices(model, place))
 }
 
 /** One outer product: its factors' sizes and the readable one's reading. */
@@ -35,7 +35,7 @@ function componentFacts(component: Component, model: GradientModel): HTMLElement
     [listTitle('Bottom', matrix.promoted === 'BOTTOM', matrix.promoted), reading?.bottom ?? []],
   ]
   facts.append(
-    element('h2', {}, tokenText(face(component)?.token.label ?? '—')),
+    element('h2', {}, tokenText(shownToken(component)?.token.label ?? '—')),
     whereLine(component, model),
     measures(component, model),
     ...lists.map(([title, list]) => scoredList(title, list, target)),
@@ -47,8 +47,8 @@ function componentFacts(component: Component, model: GradientModel): HTMLElement
 /** Where it is, the token kept from turning what stands around it. */
 function whereLine({ matrix, position }: Component, model: GradientModel): HTMLElement {
   const token = model.prompt[position]
-  const words = token ? [tokenText(token.label), ` (${position})`] : [`(${position})`]
-  return element('p', { class: 'where' }, `${matrixName(matrix)}, at `, ...words)
+  const text = token ? [tokenText(token.label), ` (${position})`] : [`(${position})`]
+  return element('p', { class: 'where' }, `${matrixName(matrix)}, at `, ...text)
 }
 
 function listTitle(end: string, promoted: boolean, known: string): string {
@@ -57,7 +57,7 @@ function listTitle(end: string, promoted: boolean, known: string): string {
 }
 
 /** The token that stands for a component: what a step promotes, or what an input says. */
-export function face(component: Component): Scored | undefined {
+export function shownToken(component: Component): Scored | undefined {
   const { reading, matrix } = component
   return matrix.promoted === 'BOTTOM' ? reading?.bottom[0] : reading?.top[0]
 }
@@ -107,7 +107,7 @@ function otherSide(component: Component): HTMLElement {
 }
 
 /** What the tooltip says of a component. */
-export function glance(component: Component, model: GradientModel): Node[] {
+export function componentTooltip(component: Component, model: GradientModel): Node[] {
   const line = (mark: string, list: readonly Scored[]) =>
     element(
       'p',
@@ -131,18 +131,18 @@ export function glance(component: Component, model: GradientModel): Node[] {
 }
 
 /** The other matrices at the same layer and position. */
-function besides(model: GradientModel, place: Place): HTMLElement {
+function otherMatrices(model: GradientModel, place: Place): HTMLElement {
   const kinds = [...model.kinds('INPUT'), ...model.kinds('VJP')].filter((k) => k !== place.kind)
   const others = kinds.flatMap((kind) => model.at({ ...place, kind }) ?? [])
-  const list = element('section', { class: 'ways' })
+  const list = element('section', { class: 'node-links' })
   if (others.length > 0) list.append(element('h3', {}, 'Also here'))
   for (const other of others) {
     const id = placeId({ ...place, kind: other.matrix.kind })
     list.append(
       element(
         'button',
-        { type: 'button', class: 'way', 'data-id': id },
-        tokenText(face(other)?.token.label ?? '—'),
+        { type: 'button', class: 'node-link', 'data-id': id },
+        tokenText(shownToken(other)?.token.label ?? '—'),
         element('span', { class: 'what' }, other.matrix.kind),
         element('span', { class: 'number' }, `|δ| ${measure(other.vjpNorm)}`),
       ),

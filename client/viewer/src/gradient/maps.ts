@@ -103,7 +103,7 @@ export function segmentMap(model: GradientModel, kind: string): HeatMap {
 
 function segmentCell(row: Segment, largest: number): HeatCell {
   const rank = row.rank === undefined ? '' : `rank ${Math.round(row.rank)}`
-  const words = row.segment.replaceAll('_', ' ')
+  const text = row.segment.replaceAll('_', ' ')
   return {
     id: '',
     lines: [
@@ -112,7 +112,7 @@ function segmentCell(row: Segment, largest: number): HeatCell {
     ],
     corner: '',
     paint: normPaint(row.norm, largest),
-    sentence: `means over layer ${row.layer}, ${words}`,
+    sentence: `means over layer ${row.layer}, ${text}`,
     selected: false,
     found: undefined,
   }
@@ -210,14 +210,14 @@ function drawNorms(group: Group, largest: number): void {
   group
     .selectAll('text')
     .data([
-      { x: 0, words: '0' },
-      { x: end, words: `${measure(largest)} · |δ|, square-root scale` },
+      { x: 0, text: '0' },
+      { x: end, text: `${measure(largest)} · |δ|, square-root scale` },
     ])
     .join('text')
     .attr('class', 'column')
     .attr('x', (label) => label.x)
     .attr('y', 10)
-    .text((label) => label.words)
+    .text((label) => label.text)
 }
 
 function drawBins(group: Group): void {
@@ -239,5 +239,5 @@ function drawBins(group: Group): void {
     .attr('y', 9.5)
     .attr('text-anchor', 'middle')
     .attr('dominant-baseline', 'central')
-    .text((words) => words)
+    .text((text) => text)
 }

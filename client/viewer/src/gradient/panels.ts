@@ -1,6 +1,6 @@
 import type { GradientModel } from '../model/gradient'
 import { choice, element, tokenText } from '../presentation/elements'
-import { isNew, type Svg } from '../presentation/svg'
+import { needsRedraw, type Svg } from '../presentation/svg'
 import type { GradientKey, GradientState } from './controls'
 import { drawHeatMap, type HeatMap, heatPicture, type Legend } from './heatmap'
 import {
@@ -24,7 +24,7 @@ interface Panel {
   picture: Svg
 }
 
-export class Pictures {
+export class MapPanels {
   readonly element = element('div', { class: 'details' })
   private readonly imprint: Panel
   private readonly shift: Panel
@@ -58,12 +58,12 @@ export class Pictures {
     this.drawSegments()
   }
 
-  private drawFactors(panel: Panel, key: 'imprint' | 'shift', words: string, shown: Shown): void {
+  private drawFactors(panel: Panel, key: 'imprint' | 'shift', text: string, shown: Shown): void {
     const kind = this.kind(key)
     panel.box.hidden = kind === ''
     if (kind === '') return
-    offer(panel.kinds, this.model.kinds(key === 'shift' ? 'VJP' : 'INPUT'), kind)
-    panel.title.replaceChildren(`${kind} ${words}`)
+    setOptions(panel.kinds, this.model.kinds(key === 'shift' ? 'VJP' : 'INPUT'), kind)
+    panel.title.replaceChildren(`${kind} ${text}`)
     const legend = normLegend(largestNorm(this.model, kind))
     this.show(panel, factorMap(this.model, kind, shown), legend)
     if (shown.scrolls) scrollTo(panel, shown.selected)
@@ -72,7 +72,7 @@ export class Pictures {
   private drawRanks(shown: Shown): void {
     const kind = this.rankKind()
     this.rank.box.hidden = kind === '' || this.model.targets.length === 0
-    offer(this.rank.kinds, this.allKinds(), kind)
+    setOptions(this.rank.kinds, this.allKinds(), kind)
     const side = this.model.of(kind)[0]?.side === 'VJP' ? 'δ' : 'x'
     const end = this.model.of(kind)[0]?.promoted
     const token = this.model.targets[shown.target] ?? this.model.targets[0]
@@ -83,12 +83,12 @@ export class Pictures {
       end === 'BOTTOM' ? ': a descent step promotes the bottom, the last ranks' : '',
     )
     this.targets.hidden = this.model.targets.length < 2
-    const words = this.model.targets.map((t, i) => [String(i), t.label] as const)
-    offer(
+    const text = this.model.targets.map((t, i) => [String(i), t.label] as const)
+    setOptions(
       this.targets,
-      words.map(([i]) => i),
+      text.map(([i]) => i),
       String(shown.target),
-      words.map(([, t]) => t),
+      text.map(([, t]) => t),
     )
     this.show(this.rank, rankMap(this.model, kind, shown), rankLegend())
     if (shown.scrolls) scrollTo(this.rank, shown.selected)
@@ -99,7 +99,7 @@ export class Pictures {
     const known = this.model.segments.some((segment) => segment.kind === kind)
     this.segments.box.hidden = !known
     if (!known) return
-    offer(this.segments.kinds, this.allKinds(), kind)
+    setOptions(this.segments.kinds, this.allKinds(), kind)
     this.segments.title.replaceChildren(
       `${kind} by segment of the prompt: means of |δ| and of the target’s rank`,
     )
@@ -145,7 +145,7 @@ export class Pictures {
 /** Brings what is selected into sight, when it is selected; afterwards a person may scroll. */
 function scrollTo({ picture }: Panel, selected: string): void {
   const frame = picture.node()?.parentElement
-  if (!frame || !isNew(frame, selected)) return
+  if (!frame || !needsRedraw(frame, selected)) return
   const cell = frame.querySelector('.chip.selected') ?? frame.querySelector('.axis .selected')
   if (!cell) return
   const [at, around] = [cell.getBoundingClientRect(), frame.getBoundingClientRect()]
@@ -153,16 +153,16 @@ function scrollTo({ picture }: Panel, selected: string): void {
 }
 
 /** Fills a choice with what there is; hidden where there is nothing to choose. */
-function offer(
+function setOptions(
   select: HTMLSelectElement,
   values: readonly string[],
   chosen: string,
-  words: readonly string[] = values,
+  text: readonly string[] = values,
 ): void {
   const known = Array.from(select.options, (option) => option.value).join()
   if (known !== values.join()) {
     select.replaceChildren(
-      ...values.map((value, i) => element('option', { value }, words[i] ?? value)),
+      ...values.map((value, i) => element('option', { value }, text[i] ?? value)),
     )
   }
   select.value = chosen

@@ -1,6 +1,11 @@
 import type { EffectMessage, PreviewEditResponse } from '../contract'
 import { number, type Reading } from '../model/flow_graph'
-import { type GradientModel, type NeuronChange, owner, type Singular } from '../model/gradient'
+import {
+  type GradientModel,
+  matrixLayer,
+  type NeuronChange,
+  type Singular,
+} from '../model/gradient'
 import { TokenTable } from '../model/tokens'
 import { element, tokenText } from '../presentation/elements'
 import { measure, percent, probability } from '../presentation/wording'
@@ -51,7 +56,7 @@ export function neuronTable(model: GradientModel, kind: string): HTMLElement[] {
       matrix.neurons
         .filter(moved)
         .map((neuron) => [
-          owner(matrix),
+          matrixLayer(matrix),
           String(neuron.neuron),
           measure(neuron.norm),
           tokens(neuron.before),
@@ -87,7 +92,7 @@ export function spectrumTable(model: GradientModel, kind: string): HTMLElement[]
       matrix.spectrum
         .filter(counts)
         .map((singular) => [
-          owner(matrix),
+          matrixLayer(matrix),
           measure(singular.value),
           share(singular.explained),
           tokens(singular.reading),
@@ -108,10 +113,10 @@ export function verificationLine(model: GradientModel): HTMLElement[] {
   if (checks.length === 0) return []
   const error = Math.max(...checks.map((check) => check.error))
   const tolerance = Math.min(...checks.map((check) => check.tolerance))
-  const words =
+  const text =
     `${checks.length} matrices compared with autograd’s dense gradient: the largest relative ` +
     `error is ${measure(error)}, allowed is ${tolerance.toExponential(0)}.`
-  return [element('p', { class: 'quiet verification' }, words)]
+  return [element('p', { class: 'quiet verification' }, text)]
 }
 
 /** What an edit would do, before and after; `title` says which edit. */
@@ -148,8 +153,8 @@ function tokens(reading: Reading | undefined, end: 'top' | 'bottom' = 'top'): No
 }
 
 /** A part of one as a number and a bar. */
-function share(value: number, words: (value: number) => string = percent): Node {
+function share(value: number, text: (value: number) => string = percent): Node {
   const bar = element('span', { class: 'bar' })
   bar.style.setProperty('--share', String(Math.min(1, value)))
-  return element('span', { class: 'measured' }, words(value), bar)
+  return element('span', { class: 'measured' }, text(value), bar)
 }

@@ -1,15 +1,22 @@
 import { exportPage } from '../browser/export'
-import { Once, type Shell, setTheme, shell, soon, type Theme } from '../browser/shell'
+import {
+  ChangeTracker,
+  oncePerFrame,
+  type Shell,
+  setTheme,
+  shell,
+  type Theme,
+} from '../browser/shell'
 import {
   type Coordinates,
+  connectToLivePage,
   isLive,
-  joinLivePage,
   messages,
   pageDescription,
-  report,
+  reportToParent,
   streamNames,
 } from '../browser/streams'
-import { type Held, listenToAims } from '../browser/target_choice'
+import { listenForTargetChoice, type PageContents } from '../browser/target_choice'
 import type { GradientResponse, PreviewEditResponse } from '../contract'
 import { GradientModel, placeId, placeOf } from '../model/gradient'
 import { matcher } from '../model/tokens'
@@ -21,13 +28,13 @@ import {
   Tooltip,
   tokenText,
 } from '../presentation/elements'
-import { rove } from '../presentation/svg'
+import { setTabStop } from '../presentation/svg'
 import { probability } from '../presentation/wording'
 import { gradientState, KEYS, listenToKeys, toolbar } from './controls'
 import { narrowest } from './heatmap'
-import { fillFacts, glance } from './inspector'
+import { componentTooltip, fillFacts } from './inspector'
 import type { Shown } from './maps'
-import { Pictures } from './panels'
+import { MapPanels } from './panels'
 import { neuronTable, previewTable, spectrumTable, verificationLine } from './tables'
 
 const PREVIEW = 'preview:'
@@ -35,15 +42,15 @@ const PREVIEW = 'preview:'
 /** Shows the gradient that the page holds, or that comes while one watches. */
 export async function gradientPage(): Promise<void> {
   const view = new GradientView(shell(), pageDescription().title)
-  joinLivePage({
-    go: (place) => view.go(place),
+  connectToLivePage({
+    select: (place) => view.selectPlace(place),
     theme: (theme) => view.state.set({ theme }),
   })
   view.state.subscribe(() => {
     const place = placeOf(view.state.get('sel'))
-    if (place) report({ at: { layer: place.layer, position: place.position } })
+    if (place) reportToParent({ at: { layer: place.layer, position: place.position } })
   })
-  const draw = soon(() => view.draw())
+  const draw = oncePerFrame(() => view.draw())
   for await (const message of messages<GradientResponse>('gradient')) {
     view.feed(message)
     if (isLive()) draw()
@@ -74,24 +81,24 @@ async function showPreviews(view: GradientView): Promise<void> {
 export class GradientView {
   readonly model = new GradientModel()
   readonly state = gradientState()
-  private readonly pictures: Pictures
+  private readonly panels: MapPanels
   private readonly heading = element('div', { class: 'heading' })
   private readonly tables = element('div', { class: 'details' })
   private readonly previews = element('div', { class: 'details' })
   private readonly updateToolbar: (experts: readonly number[]) => void
   private readonly shownPreviews = new Map<string, HTMLElement>()
-  private readonly told = new Once()
-  private readonly facts = new Once()
-  private readonly listed = new Once()
-  private readonly widths = new Once()
+  private readonly headerChanges = new ChangeTracker()
+  private readonly factsChanges = new ChangeTracker()
+  private readonly tableChanges = new ChangeTracker()
+  private readonly widthChanges = new ChangeTracker()
 
   constructor(
     private readonly parts: Shell,
     private readonly title: string,
   ) {
-    this.pictures = new Pictures(this.model, this.state)
+    this.panels = new MapPanels(this.model, this.state)
     parts.header.prepend(this.heading)
-    parts.main.append(this.pictures.element, this.previews, this.tables)
+    parts.main.append(this.panels.element, this.previews, this.tables)
     const help = helpDialog(KEYS)
     const commands = {
       help: () => help.showModal(),
@@ -104,15 +111,15 @@ export class GradientView {
     for (const part of [parts.main, parts.aside]) {
       part.addEventListener('click', (event) => this.follow(event))
     }
-    listenToAims(parts.aside, this.model.tokens, () => this.held())
+    listenForTargetChoice(parts.aside, this.model.tokens, () => this.contents())
     this.state.subscribe(() => this.draw())
     // What is drawn changes the height, and that asks for no other drawing.
     new ResizeObserver(() => {
-      if (this.widths.differs(parts.main.clientWidth)) this.draw()
+      if (this.widthChanges.changed(parts.main.clientWidth)) this.draw()
     }).observe(parts.main)
   }
 
-  private held(): Held {
+  private contents(): PageContents {
     const { prompt, targets, provenance } = this.model
     return { command: 'gradient', model: provenance.model ?? '', prompt, targets }
   }
@@ -132,7 +139,7 @@ export class GradientView {
   }
 
   /** Selects what stands at the same place as something selected elsewhere. */
-  go({ layer, position }: Coordinates): void {
+  selectPlace({ layer, position }: Coordinates): void {
     const kind = placeOf(this.selected())?.kind
     if (kind) this.state.set({ sel: placeId({ layer, position, kind }) })
   }
@@ -145,10 +152,10 @@ export class GradientView {
     if (positions === 0 || room === 0) return
     const selected = this.selected()
     const position = placeOf(selected)?.position ?? positions - 1
-    if (this.told.differs(this.model.version, position)) {
+    if (this.headerChanges.changed(this.model.version, position)) {
       fillHeader(this.heading, this.model, position)
     }
-    this.pictures.draw(this.shown(room, selected))
+    this.panels.draw(this.shown(room, selected))
     this.drawFacts(selected)
     this.drawTables()
     this.keepFocus(selected)
@@ -186,24 +193,24 @@ export class GradientView {
   }
 
   private hoverWith(tooltip: Tooltip): void {
-    this.pictures.element.addEventListener('pointermove', (event) => {
+    this.panels.element.addEventListener('pointermove', (event) => {
       const id = (event.target as Element).closest<SVGElement>('[data-id]')?.dataset.id
       const place = placeOf(id ?? '')
       const found = place && this.model.at(place, this.expert())
-      if (found) tooltip.show(glance(found, this.model), event.clientX, event.clientY)
+      if (found) tooltip.show(componentTooltip(found, this.model), event.clientX, event.clientY)
       else tooltip.hide()
     })
-    this.pictures.element.addEventListener('pointerleave', () => tooltip.hide())
+    this.panels.element.addEventListener('pointerleave', () => tooltip.hide())
   }
 
   private drawFacts(selected: string): void {
-    if (!this.facts.differs(this.model.version, selected)) return
+    if (!this.factsChanges.changed(this.model.version, selected)) return
     fillFacts(this.parts.aside, this.model, placeOf(selected))
   }
 
   private drawTables(): void {
-    const kinds = this.model.complete ? this.pictures.kinds() : []
-    if (!this.listed.differs(this.model.version, ...kinds)) return
+    const kinds = this.model.complete ? this.panels.kinds() : []
+    if (!this.tableChanges.changed(this.model.version, ...kinds)) return
     this.tables.replaceChildren(
       ...kinds.flatMap((kind) => neuronTable(this.model, kind)),
       ...kinds.flatMap((kind) => spectrumTable(this.model, kind)),
@@ -221,7 +228,7 @@ export class GradientView {
   private keepFocus(selected: string): void {
     const id = CSS.escape(selected)
     for (const picture of this.parts.main.querySelectorAll('svg.picture')) {
-      rove(picture, picture.querySelector(`[tabindex][data-id="${id}"]`) ?? undefined)
+      setTabStop(picture, picture.querySelector(`[tabindex][data-id="${id}"]`) ?? undefined)
     }
   }
 }

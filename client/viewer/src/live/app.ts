@@ -1,7 +1,7 @@
 import { HashState, setTheme, type Theme } from '../browser/shell'
 import { button, choice, element, THEMES } from '../presentation/elements'
-import { type Asked, ask, CallError, keepToken } from './calls'
-import { addEdits, type Neighbours, Panel } from './panel'
+import { CallError, callOnce, keepToken, type Question } from './calls'
+import { addEdits, Panel, type PanelActions } from './panel'
 
 interface ModelMessage {
   name?: string
@@ -22,23 +22,27 @@ class LivePage {
   private readonly models = new Map<string, ModelMessage>()
   private readonly panels: Panel[] = []
   private readonly answers = element('main', { class: 'answers' })
-  private readonly trouble = element('p', { class: 'trouble', role: 'alert' })
+  private readonly error = element('p', { class: 'error', role: 'alert' })
   private readonly form = new Form({
-    trace: (asked) => this.open('trace', asked),
-    gradient: (asked) => this.open('gradient', asked),
+    trace: (question) => this.open('trace', question),
+    gradient: (question) => this.open('gradient', question),
   })
-  private readonly neighbours: Neighbours = {
-    moved: (from, place) => {
+  private readonly actions: PanelActions = {
+    selectionMoved: (from, place) => {
       for (const panel of this.panels) {
-        if (panel !== from && samePrompt(panel.asked, from.asked)) panel.frame.post({ go: place })
+        if (panel !== from && samePrompt(panel.question, from.question))
+          panel.frame.post({ select: place })
       }
     },
-    other: ({ view, asked }) =>
-      this.open(view === 'trace' ? 'gradient' : 'trace', { ...this.form.asked(), ...same(asked) }),
-    aimed: (from, target) => {
-      if (!target.text.includes('\ufffd')) this.form.aim(target.text)
-      const asked = { ...from.asked, target: target.text, aim: target }
-      this.open(from.view, asked, from)
+    compare: ({ view, question }) =>
+      this.open(view === 'trace' ? 'gradient' : 'trace', {
+        ...this.form.question(),
+        ...samePromptAs(question),
+      }),
+    targetChosen: (from, target) => {
+      if (!target.text.includes('\ufffd')) this.form.setTarget(target.text)
+      const question = { ...from.question, target: target.text, clickedTarget: target }
+      this.open(from.view, question, from)
     },
     closed: (panel) => {
       this.panels.splice(this.panels.indexOf(panel), 1)
@@ -48,15 +52,15 @@ class LivePage {
   constructor() {
     const header = element('header', { class: 'page-header live' })
     const theme = choice('Theme', THEMES, (value) => this.state.set({ theme: value }))
-    header.append(element('h1', {}, 'Januslens'), this.form.element, theme, this.trouble)
+    header.append(element('h1', {}, 'Januslens'), this.form.element, theme, this.error)
     document.body.append(header, this.answers)
-    const look = () => {
+    const applyTheme = () => {
       theme.value = this.theme()
       setTheme(this.theme())
       for (const panel of this.panels) panel.frame.post({ theme: this.theme() })
     }
-    this.state.subscribe(look)
-    look()
+    this.state.subscribe(applyTheme)
+    applyTheme()
   }
 
   private theme(): Theme {
@@ -65,13 +69,13 @@ class LivePage {
 
   async listModels(): Promise<void> {
     try {
-      const { models = [] } = await ask<{ models?: ModelMessage[] }>('ListModels', {})
+      const { models = [] } = await callOnce<{ models?: ModelMessage[] }>('ListModels', {})
       for (const model of models) this.models.set(model.name ?? '', model)
       this.form.model.replaceChildren(
         ...models.map(({ name = '', state = '' }) => {
           const ready = state === 'STATE_READY'
-          const words = ready ? name : `${name} (${state.replace('STATE_', '').toLowerCase()})`
-          const option = element('option', { value: name }, words)
+          const text = ready ? name : `${name} (${state.replace('STATE_', '').toLowerCase()})`
+          const option = element('option', { value: name }, text)
           option.disabled = !ready
           return option
         }),
@@ -80,42 +84,42 @@ class LivePage {
       this.form.model.value = ready?.name ?? ''
     } catch (error) {
       if (!(error instanceof CallError)) throw error
-      this.trouble.textContent = error.message
+      this.error.textContent = error.message
     }
   }
 
   /** Asks; the answer stands last, or beside another. */
-  private open(view: 'trace' | 'gradient', asked: Asked, beside?: Panel): void {
-    const complete = view === 'gradient' && asked.target === '' ? undefined : asked
+  private open(view: 'trace' | 'gradient', question: Question, beside?: Panel): void {
+    const complete = view === 'gradient' && question.target === '' ? undefined : question
     if (!complete) {
-      this.trouble.textContent = 'A gradient needs a target: what is to be learnt.'
+      this.error.textContent = 'A gradient needs a target: what is to be learnt.'
       return
     }
-    this.trouble.textContent = ''
-    const panel = new Panel(view, complete, this.neighbours)
+    this.error.textContent = ''
+    const panel = new Panel(view, complete, this.actions)
     panel.frame.post({ theme: this.theme() })
     this.panels.push(panel)
-    const layers = this.models.get(asked.model)?.nLayers ?? 1
-    if (view === 'gradient') addEdits(panel, layers, () => this.form.watched())
+    const layers = this.models.get(question.model)?.nLayers ?? 1
+    if (view === 'gradient') addEdits(panel, layers, () => this.form.probePrompts())
     if (beside) beside.element.after(panel.element)
     else this.answers.append(panel.element)
     void panel.run()
   }
 }
 
-function samePrompt(a: Asked, b: Asked): boolean {
+function samePrompt(a: Question, b: Question): boolean {
   return a.prompt === b.prompt && a.model === b.model
 }
 
 /** What the question beside an answer has in common with it; a target typed since is kept. */
-function same({ prompt, model }: Asked): Partial<Asked> {
+function samePromptAs({ prompt, model }: Question): Partial<Question> {
   return { prompt, model }
 }
 
 /** What the form can start. */
-export interface Starts {
-  trace: (asked: Asked) => void
-  gradient: (asked: Asked) => void
+export interface FormActions {
+  trace: (question: Question) => void
+  gradient: (question: Question) => void
 }
 
 const MATRICES = ['FF1', 'FF2', 'Q', 'K', 'V', 'O']
@@ -142,7 +146,7 @@ export class Form {
   private readonly lens = choice('Lens', LENSES, () => {})
   private readonly matrices = MATRICES.map((kind, i) => checkbox(kind, i < 2))
 
-  constructor(private readonly starts: Starts) {
+  constructor(private readonly starts: FormActions) {
     const trace = button('Trace', 'Where does the answer come from?', () => {})
     trace.type = 'submit'
     trace.classList.add('primary')
@@ -159,7 +163,7 @@ export class Form {
     })
   }
 
-  asked(): Asked {
+  question(): Question {
     return {
       model: this.model.value,
       prompt: value(this.prompt),
@@ -177,13 +181,13 @@ export class Form {
   }
 
   /** Writes a target as if it were typed. */
-  aim(text: string): void {
+  setTarget(text: string): void {
     const input = this.target.querySelector('input')
     if (input) input.value = text
   }
 
   /** Other prompts to look at when an edit is previewed. */
-  watched(): string[] {
+  probePrompts(): string[] {
     return value(this.probes)
       .split('|')
       .map((probe) => probe.trim())
@@ -209,12 +213,12 @@ export class Form {
     return element('label', { class: 'field prompt' }, element('span', {}, 'Prompt'), text)
   }
 
-  private start(what: keyof Starts): void {
+  private start(what: keyof FormActions): void {
     const input = this.target.querySelector('input')
     input?.setCustomValidity(
       what === 'gradient' && input.value === '' ? 'What is to be learnt?' : '',
     )
-    if (this.element.reportValidity()) this.starts[what](this.asked())
+    if (this.element.reportValidity()) this.starts[what](this.question())
     input?.setCustomValidity('')
   }
 
@@ -232,9 +236,9 @@ export class Form {
   }
 }
 
-function field(name: string, words: string, placeholder: string): HTMLLabelElement {
+function field(name: string, text: string, placeholder: string): HTMLLabelElement {
   const input = element('input', { name, placeholder, autocomplete: 'off', spellcheck: 'false' })
-  return element('label', { class: `field ${name}` }, element('span', {}, words), input)
+  return element('label', { class: `field ${name}` }, element('span', {}, text), input)
 }
 
 function value(label: HTMLLabelElement): string {

@@ -51,13 +51,13 @@ export async function* call(
 }
 
 /** The one message of a call that is no stream. */
-export async function ask<Message>(method: string, request: unknown): Promise<Message> {
+export async function callOnce<Message>(method: string, request: unknown): Promise<Message> {
   for await (const line of call(method, request)) return JSON.parse(line) as Message
   throw new CallError({ message: `no answer to ${method}` })
 }
 
 /** A page as a file, made by the server of what has come. */
-export async function pageOf(view: string, streams: Record<string, string[]>): Promise<Blob> {
+export async function savedPage(view: string, streams: Record<string, string[]>): Promise<Blob> {
   return (await post(`/page/${view}`, JSON.stringify(streams))).blob()
 }
 
@@ -92,12 +92,12 @@ function checked(line: string): string {
 // From what is typed to requests as protobuf JSON; what the server refuses it says by field.
 
 /** What a person asks, as typed. */
-export interface Asked {
+export interface Question {
   model: string
   prompt: string
   target: string
   /** A token that was clicked, instead of a typed target. */
-  aim?: Token | undefined
+  clickedTarget?: Token | undefined
   layers: string
   positions: string
   heads: string
@@ -111,41 +111,45 @@ export interface Asked {
 
 type Json = Record<string, unknown>
 
-export function traceRequest(asked: Asked): Json {
-  const positions = asked.positions.trim()
+export function traceRequest(question: Question): Json {
+  const positions = question.positions.trim()
   return {
-    ...common(asked),
-    ...(asked.target === '' && !asked.aim ? {} : { target: target(asked) }),
+    ...common(question),
+    ...(question.target === '' && !question.clickedTarget ? {} : { target: target(question) }),
     ...(positions === 'all' ? { allPositions: true } : { positions: numbers(positions) }),
-    ...(asked.heads.trim() === '' ? {} : { selection: { heads: Number(asked.heads) } }),
+    ...(question.heads.trim() === '' ? {} : { selection: { heads: Number(question.heads) } }),
     includeLogitContribution: true,
   }
 }
 
-export function gradientRequest(asked: Asked): Json {
+export function gradientRequest(question: Question): Json {
   return {
-    ...common(asked),
-    nll: { target: target(asked) },
-    matrices: asked.matrices.map((kind) => `MATRIX_KIND_${kind}`),
-    neurons: Number(asked.neurons || 0),
-    spectrumRank: Number(asked.spectrum || 0),
-    ...(asked.rate.trim() === '' ? {} : { learningRate: Number(asked.rate) }),
-    ...(asked.subject === '' ? {} : { subject: { text: asked.subject } }),
+    ...common(question),
+    nll: { target: target(question) },
+    matrices: question.matrices.map((kind) => `MATRIX_KIND_${kind}`),
+    neurons: Number(question.neurons || 0),
+    spectrumRank: Number(question.spectrum || 0),
+    ...(question.rate.trim() === '' ? {} : { learningRate: Number(question.rate) }),
+    ...(question.subject === '' ? {} : { subject: { text: question.subject } }),
   }
 }
 
-export interface EditAsked {
+export interface EditQuestion {
   kind: 'shift' | 'descent'
   strength: number
   layer: number
 }
 
-export function previewRequest(asked: Asked, edit: EditAsked, probes: readonly string[]): Json {
+export function previewRequest(
+  question: Question,
+  edit: EditQuestion,
+  probes: readonly string[],
+): Json {
   const { strength, layer } = edit
   return {
-    model: asked.model,
-    input: { prompt: asked.prompt },
-    target: target(asked),
+    model: question.model,
+    input: { prompt: question.prompt },
+    target: target(question),
     ...(edit.kind === 'shift'
       ? { shift: { layer, eta: strength } }
       : { descent: { learningRate: strength } }),
@@ -153,22 +157,22 @@ export function previewRequest(asked: Asked, edit: EditAsked, probes: readonly s
   }
 }
 
-export function editTitle({ kind, strength, layer }: EditAsked): string {
+export function editTitle({ kind, strength, layer }: EditQuestion): string {
   return kind === 'shift'
     ? `What a forward-pass shift of layer ${layer} by ${strength} would do`
     : `What a step of learning rate ${strength} would do`
 }
 
-function target({ target, aim }: Asked): Json {
-  return aim ? { tokenIds: { ids: [aim.id] } } : { text: target }
+function target({ target, clickedTarget }: Question): Json {
+  return clickedTarget ? { tokenIds: { ids: [clickedTarget.id] } } : { text: target }
 }
 
-function common(asked: Asked): Json {
+function common(question: Question): Json {
   return {
-    model: asked.model,
-    input: { prompt: asked.prompt },
-    layers: numbers(asked.layers),
-    lens: `LENS_${asked.lens}`,
+    model: question.model,
+    input: { prompt: question.prompt },
+    layers: numbers(question.layers),
+    lens: `LENS_${question.lens}`,
   }
 }
 

@@ -1,17 +1,17 @@
 import { save } from '../browser/export'
-import type { Coordinates, Posted, Reported } from '../browser/streams'
+import type { Coordinates, FrameInput, FrameOutput } from '../browser/streams'
 import { type Token, visible } from '../model/tokens'
 import { button, choice, element } from '../presentation/elements'
 import {
-  type Asked,
-  ask,
   CallError,
   call,
-  type EditAsked,
+  callOnce,
+  type EditQuestion,
   editTitle,
   gradientRequest,
-  pageOf,
   previewRequest,
+  type Question,
+  savedPage,
   traceRequest,
 } from './calls'
 
@@ -26,13 +26,13 @@ interface Progress {
   summary?: object
 }
 
-export interface Neighbours {
+export interface PanelActions {
   /** Another frame is to show the same place. */
-  moved: (from: Panel, place: Coordinates) => void
+  selectionMoved: (from: Panel, place: Coordinates) => void
   /** The same question with another target. */
-  aimed: (from: Panel, target: Token) => void
+  targetChosen: (from: Panel, target: Token) => void
   /** The other question on the same prompt. */
-  other: (panel: Panel) => void
+  compare: (panel: Panel) => void
   closed: (panel: Panel) => void
 }
 
@@ -47,15 +47,15 @@ export class Panel {
 
   constructor(
     readonly view: View,
-    readonly asked: Asked,
-    private readonly neighbours: Neighbours,
+    readonly question: Question,
+    private readonly actions: PanelActions,
   ) {
-    const words = `${view === 'trace' ? 'Trace' : 'Gradient'} of “${asked.prompt}”`
-    const target = asked.aim?.label ?? visible(asked.target)
-    const title = target ? `${words} → ${target}` : words
-    this.frame = new Frame(view, title, ({ at, aim }) => {
-      if (at) neighbours.moved(this, at)
-      if (aim) neighbours.aimed(this, aim)
+    const text = `${view === 'trace' ? 'Trace' : 'Gradient'} of “${question.prompt}”`
+    const target = question.clickedTarget?.label ?? visible(question.target)
+    const title = target ? `${text} → ${target}` : text
+    this.frame = new Frame(view, title, ({ at, target: chosen }) => {
+      if (at) actions.selectionMoved(this, at)
+      if (chosen) actions.targetChosen(this, chosen)
     })
     this.element.setAttribute('aria-label', title)
     const head = element(
@@ -71,10 +71,10 @@ export class Panel {
   /** Asks, and fills the page as the answer comes. */
   async run(): Promise<void> {
     const started = performance.now()
-    this.say('waiting', 'waiting for the server')
+    this.setStatus('waiting', 'waiting for the server')
     try {
       await this.stream()
-      this.say('done', `done in ${((performance.now() - started) / 1000).toFixed(1)} s`)
+      this.setStatus('done', `done in ${((performance.now() - started) / 1000).toFixed(1)} s`)
     } catch (error) {
       this.failed(error)
     }
@@ -97,14 +97,14 @@ export class Panel {
   private async stream(): Promise<void> {
     const { signal } = this.controller
     const trace = this.view === 'trace'
-    const request = trace ? traceRequest(this.asked) : gradientRequest(this.asked)
+    const request = trace ? traceRequest(this.question) : gradientRequest(this.question)
     let around: Promise<void> | undefined
     for await (const line of call(trace ? 'Trace' : 'GradientLens', request, signal)) {
       const message = JSON.parse(line) as Progress
       this.take(this.view, line, message)
       this.progress(message)
       if (trace && message.header) {
-        around = this.surround(line)
+        around = this.requestOverview(line)
         around.catch(() => {}) // awaited below, unless the trace itself fails before
       }
     }
@@ -113,55 +113,55 @@ export class Panel {
   }
 
   /** What stands around a trace: the residual stream at the other positions. */
-  private async surround(header: string): Promise<void> {
-    const asked = { header, lens: this.asked.lens }
-    for await (const line of call('overview', asked, this.controller.signal)) {
+  private async requestOverview(header: string): Promise<void> {
+    const question = { header, lens: this.question.lens }
+    for await (const line of call('overview', question, this.controller.signal)) {
       this.take('overview', line)
     }
   }
 
   private progress(message: Progress): void {
     const { layer, matrix, header } = message
-    if (header) this.say('running', 'the forward pass is done')
-    if (layer?.last) this.say('running', `layer ${layer.layer ?? 0} has come`)
+    if (header) this.setStatus('running', 'the forward pass is done')
+    if (layer?.last) this.setStatus('running', `layer ${layer.layer ?? 0} has come`)
     if (matrix?.last) {
       const kind = matrix.kind?.replace('MATRIX_KIND_', '') ?? ''
-      this.say('running', `layer ${matrix.layer ?? 0} ${kind} has come`)
+      this.setStatus('running', `layer ${matrix.layer ?? 0} ${kind} has come`)
     }
   }
 
   private failed(error: unknown): void {
     if (this.controller.signal.aborted) {
-      this.say('cancelled', 'cancelled')
+      this.setStatus('cancelled', 'cancelled')
       return
     }
     if (!(error instanceof CallError)) throw error
     const id = error.details.request_id ? ` (request ${error.details.request_id})` : ''
-    this.say('failed', `${error.message}${id}`)
+    this.setStatus('failed', `${error.message}${id}`)
   }
 
-  private say(state: string, words: string): void {
+  private setStatus(state: string, text: string): void {
     this.element.dataset.state = state
-    this.status.textContent = words
+    this.status.textContent = text
   }
 
   private close(): void {
     this.stop()
     this.element.remove()
-    this.neighbours.closed(this)
+    this.actions.closed(this)
   }
 
   private buttons(): HTMLElement[] {
     const other = this.view === 'trace' ? 'Gradient' : 'Trace'
     return [
-      button(`${other} beside it`, 'On the same prompt', () => this.neighbours.other(this)),
+      button(`${other} beside it`, 'On the same prompt', () => this.actions.compare(this)),
       button('Save page', 'As one HTML file', () => void this.savePage()),
       button('JSON', 'The recorded stream', () => this.saveLines()),
     ]
   }
 
   private async savePage(): Promise<void> {
-    save(`${this.name()}.html`, 'text/html', await pageOf(this.view, this.streams))
+    save(`${this.name()}.html`, 'text/html', await savedPage(this.view, this.streams))
   }
 
   private saveLines(): void {
@@ -170,7 +170,7 @@ export class Panel {
   }
 
   private name(): string {
-    return `${this.asked.prompt}-${this.view}`.replace(/[^\p{L}\p{N}]+/gu, '-')
+    return `${this.question.prompt}-${this.view}`.replace(/[^\p{L}\p{N}]+/gu, '-')
   }
 }
 
@@ -178,28 +178,28 @@ export class Panel {
 
 export class Frame {
   readonly element: HTMLIFrameElement
-  private waiting: Posted[] | undefined = []
+  private waiting: FrameInput[] | undefined = []
 
   constructor(
     view: 'trace' | 'gradient',
     title: string,
-    private readonly heard: (news: Reported) => void,
+    private readonly onReport: (news: FrameOutput) => void,
   ) {
     this.element = element('iframe', { src: `/frame/${view}`, title })
-    window.addEventListener('message', (event: MessageEvent<Reported>) => this.receive(event))
+    window.addEventListener('message', (event: MessageEvent<FrameOutput>) => this.receive(event))
   }
 
   /** Posts a message as soon as the frame listens. */
-  post(posted: Posted): void {
+  post(posted: FrameInput): void {
     if (this.waiting) this.waiting.push(posted)
     else this.element.contentWindow?.postMessage(posted, window.location.origin)
   }
 
-  private receive(event: MessageEvent<Reported>): void {
+  private receive(event: MessageEvent<FrameOutput>): void {
     if (event.source !== this.element.contentWindow) return
     if (event.origin !== window.location.origin) return
     if (event.data.ready) this.flush()
-    else this.heard(event.data)
+    else this.onReport(event.data)
   }
 
   private flush(): void {
@@ -228,8 +228,8 @@ export function addEdits(panel: Panel, layers: number, watched: () => string[]):
   })
   const said = element('span', { class: 'status', role: 'status' })
   const preview = button('Preview edit', 'What it would do to the answer', () => {
-    const edit: EditAsked = {
-      kind: kind.value as EditAsked['kind'],
+    const edit: EditQuestion = {
+      kind: kind.value as EditQuestion['kind'],
       strength: Number(strength.value),
       layer: Number(layer.value),
     }
@@ -247,8 +247,8 @@ const EDITS = [
   ['descent', 'descent step of rate'],
 ] as const
 
-async function show(panel: Panel, edit: EditAsked, probes: readonly string[]): Promise<void> {
-  const response = await ask('PreviewEdit', previewRequest(panel.asked, edit, probes))
+async function show(panel: Panel, edit: EditQuestion, probes: readonly string[]): Promise<void> {
+  const response = await callOnce('PreviewEdit', previewRequest(panel.question, edit, probes))
   const title = editTitle(edit)
   panel.streams[`preview:${title}`] = [JSON.stringify(response)]
   panel.frame.post({ stream: 'previews', message: { title, response } })

@@ -60,13 +60,13 @@ export interface Matrix {
 }
 
 /** `L3`, or `L3 expert 2`. */
-export function owner({ layer, expert }: Matrix): string {
+export function matrixLayer({ layer, expert }: Matrix): string {
   return expert === undefined ? `L${layer}` : `L${layer} expert ${expert}`
 }
 
 /** `L3 FF2`, or `L3 expert 2 FF2`. */
 export function matrixName(matrix: Matrix): string {
-  return `${owner(matrix)} ${matrix.kind}`
+  return `${matrixLayer(matrix)} ${matrix.kind}`
 }
 
 export type Read = (projection?: ProjectionMessage) => Reading | undefined

@@ -121,7 +121,7 @@ function best<Item>(items: readonly Item[], of: (item: Item) => number): Item | 
 // makes it up. What is read through a norm is no part of it, so there the way ends.
 
 /** How much of each node's ribbon is coloured, 0 to 1, by id. */
-export type Followed = ReadonlyMap<string, number>
+export type SelectionFlow = ReadonlyMap<string, number>
 
 const LEAST = 0.004 // of a ribbon: less is not seen
 
@@ -130,7 +130,7 @@ const LEAST = 0.004 // of a ribbon: less is not seen
  * far as the sum that it enters makes up the selection. Both are products of |share|, so that a
  * ribbon's coloured width is its own contribution.
  */
-export function follow(graph: FlowGraph, selected: string): Followed {
+export function follow(graph: FlowGraph, selected: string): SelectionFlow {
   const followed = new Map<string, number>()
   const node = graph.node(selected)
   if (!node) return followed

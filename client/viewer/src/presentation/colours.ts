@@ -127,7 +127,7 @@ export function binOf(node: GraphNode, graph: FlowGraph, flipped = false): numbe
 }
 
 /** The token that a node is shown as: its top one, or the bottom one where that is what it writes. */
-export function face(node: GraphNode, flipped = false): Scored | undefined {
+export function shownToken(node: GraphNode, flipped = false): Scored | undefined {
   return flipped ? node.reading?.bottom[0] : node.reading?.top[0]
 }
 

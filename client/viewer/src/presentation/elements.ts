@@ -21,31 +21,31 @@ export function tokenText(label: string): HTMLElement {
 }
 
 /** A button that does one thing. */
-export function button(words: string, title: string, act: () => void): HTMLButtonElement {
-  const made = element('button', { type: 'button', class: 'button', title }, words)
+export function button(text: string, title: string, act: () => void): HTMLButtonElement {
+  const made = element('button', { type: 'button', class: 'button', title }, text)
   made.addEventListener('click', act)
   return made
 }
 
 /** A button that is on or off; `pressed` says which, whenever the state changes. */
-export function toggle(words: string, title: string, act: () => void): HTMLButtonElement {
-  const made = button(words, title, act)
+export function toggle(text: string, title: string, act: () => void): HTMLButtonElement {
+  const made = button(text, title, act)
   made.setAttribute('aria-pressed', 'false')
   return made
 }
 
-export function press(toggled: HTMLButtonElement, on: boolean): void {
+export function setPressed(toggled: HTMLButtonElement, on: boolean): void {
   toggled.setAttribute('aria-pressed', String(on))
 }
 
 /** One of a few values. */
 export function choice(
   name: string,
-  options: readonly (readonly [value: string, words: string])[],
+  options: readonly (readonly [value: string, text: string])[],
   act: (value: string) => void,
 ): HTMLSelectElement {
   const made = element('select', { class: 'choice', 'aria-label': name, title: name })
-  made.append(...options.map(([value, words]) => element('option', { value }, words)))
+  made.append(...options.map(([value, text]) => element('option', { value }, text)))
   made.addEventListener('change', () => act(made.value))
   return made
 }
@@ -148,7 +148,7 @@ export function promptText(prompt: readonly Token[], position: number): HTMLElem
 /** Which weights said it, and whether the stream came whole. */
 export function provenanceLine(provenance: ProvenanceMessage, complete: boolean): HTMLElement {
   const { model, architecture, dataType, device, revision, versions } = provenance
-  const words = [
+  const text = [
     `model ${model ?? ''}`,
     architecture,
     dataType,
@@ -156,15 +156,20 @@ export function provenanceLine(provenance: ProvenanceMessage, complete: boolean)
     `revision ${(revision ?? '').slice(0, 12)}`,
     `januslens ${versions?.januslens ?? ''}`,
   ]
-  const line = element('p', { class: 'provenance' }, words.filter(Boolean).join(' · '))
+  const line = element('p', { class: 'provenance' }, text.filter(Boolean).join(' · '))
   if (!complete) line.append(element('strong', { class: 'incomplete' }, ' · not complete'))
   return line
 }
 
 /** A token that becomes the target where it is clicked. */
-export function aimButton(token: Token): HTMLElement {
+export function targetButton(token: Token): HTMLElement {
   const what = `token ${token.id}: take it as the target`
-  const attributes = { type: 'button', class: 'aim', 'data-aim': String(token.id), title: what }
+  const attributes = {
+    type: 'button',
+    class: 'target-choice',
+    'data-target': String(token.id),
+    title: what,
+  }
   return element('button', attributes, tokenText(token.label))
 }
 
@@ -184,7 +189,7 @@ export function scoredList(
       element(
         'th',
         { scope: 'row' },
-        token.id === target ? tokenText(token.label) : aimButton(token),
+        token.id === target ? tokenText(token.label) : targetButton(token),
       ),
       element('td', { class: 'bar-cell' }, bar),
       element('td', {}, probability(p)),

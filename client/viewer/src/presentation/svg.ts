@@ -7,13 +7,13 @@ export type Group = Selection<SVGGElement, unknown, null, undefined>
 export const CHARACTER = 6.95
 
 /** The group of one name, made at its place the first time: later groups lie above earlier ones. */
-export function stratum(svg: Svg, name: string): Group {
+export function groupNamed(svg: Svg, name: string): Group {
   const found = svg.select<SVGGElement>(`g.${name}`)
   return found.empty() ? svg.append('g').attr('class', name) : found
 }
 
 /** How many characters fit into a width. */
-export function fitting(width: number): number {
+export function charactersIn(width: number): number {
   return Math.max(1, Math.floor(width / CHARACTER))
 }
 
@@ -33,7 +33,7 @@ export function defineHatches(svg: Svg): void {
 }
 
 /** Gives elements the classes that their data ask for; what has them is not touched. */
-export function classify<Datum>(svg: Svg, chosen: string, of: (datum: Datum) => string): void {
+export function setClasses<Datum>(svg: Svg, chosen: string, of: (datum: Datum) => string): void {
   svg.selectAll<SVGElement, Datum>(chosen).each(function (datum) {
     const wanted = of(datum)
     if (this.getAttribute('class') !== wanted) this.setAttribute('class', wanted)
@@ -43,7 +43,7 @@ export function classify<Datum>(svg: Svg, chosen: string, of: (datum: Datum) => 
 const drawn = new WeakMap<Element, string>()
 
 /** Whether an element is to be drawn differently than before; a browser lays out what is set anew. */
-export function isNew(element: Element, key: string): boolean {
+export function needsRedraw(element: Element, key: string): boolean {
   if (drawn.get(element) === key) return false
   drawn.set(element, key)
   return true
@@ -54,7 +54,7 @@ export function isNew(element: Element, key: string): boolean {
 export type Direction = 'ArrowLeft' | 'ArrowRight' | 'ArrowUp' | 'ArrowDown'
 
 /** Makes one element of a picture the one that Tab stops at. */
-export function rove(picture: Element, current: Element | undefined): void {
+export function setTabStop(picture: Element, current: Element | undefined): void {
   const stops = picture.querySelectorAll<SVGElement>('[tabindex]')
   const chosen = current ?? stops[stops.length - 1]
   for (const stop of stops) {
@@ -64,7 +64,7 @@ export function rove(picture: Element, current: Element | undefined): void {
 }
 
 /** The nearest focusable element in a direction; straight ahead counts more than aside. */
-export function neighbour(
+export function nearestInDirection(
   picture: Element,
   from: Element,
   direction: Direction,

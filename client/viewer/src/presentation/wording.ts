@@ -65,16 +65,16 @@ const NAMES: Record<string, string> = {
 }
 
 /** `L2 head 3 value of ␣Japan (3)`; the node's own position is left out. */
-export function inWords(node: GraphNode, prompt: readonly Token[]): string {
-  const words: string[] = []
-  if (node.layer !== undefined) words.push(`L${node.layer}`)
-  if (node.head !== undefined) words.push(`head ${node.head}`)
-  if (node.expert !== undefined) words.push(`expert ${node.expert}`)
-  if (node.neuron !== undefined) words.push(`neuron ${node.neuron}`)
-  words.push(NAMES[node.kind] ?? node.kind.toLowerCase())
+export function nodeName(node: GraphNode, prompt: readonly Token[]): string {
+  const text: string[] = []
+  if (node.layer !== undefined) text.push(`L${node.layer}`)
+  if (node.head !== undefined) text.push(`head ${node.head}`)
+  if (node.expert !== undefined) text.push(`expert ${node.expert}`)
+  if (node.neuron !== undefined) text.push(`neuron ${node.neuron}`)
+  text.push(NAMES[node.kind] ?? node.kind.toLowerCase())
   const source = node.kind === 'BLOCK_INPUT' ? node.position : node.source
-  if (source !== undefined) words.push(`of ${at(source, prompt)}`)
-  return words.join(' ')
+  if (source !== undefined) text.push(`of ${at(source, prompt)}`)
+  return text.join(' ')
 }
 
 /** The prompt's token at a position, and the position. */
@@ -85,7 +85,7 @@ export function at(position: number, prompt: readonly Token[]): string {
 
 /** A node as a sentence to be spoken: what it is, where, what it says. */
 export function nodeSentence(node: GraphNode, graph: FlowGraph): string {
-  const parts = [inWords(node, graph.prompt), `at ${at(node.position, graph.prompt)}`]
+  const parts = [nodeName(node, graph.prompt), `at ${at(node.position, graph.prompt)}`]
   const top = node.reading?.top[0]
   if (top) parts.push(`top ${top.token.label}`)
   const rank = node.reading?.targetRank

@@ -5,19 +5,19 @@ import type { Block, HeadRow, LayerModel } from './layer_model'
 import {
   CHIP,
   type Detail,
-  finish,
   HEAD,
   heading,
-  hiddenRows,
   PAD,
   type Place,
   type Placed,
+  placeHiddenRows,
+  placeRemainder,
+  placeSum,
   ROW,
-  remainder,
-  restWords,
+  restLabel,
   type Stacked,
-  scaled,
   shownShare,
+  signedBar,
   summary,
 } from './layer_pieces'
 
@@ -52,13 +52,13 @@ export function placeAttention(
   const block = model.attention
   const columns = columnsIn(at)
   const { shown, hidden, kept } = passing(block.rows, filter)
-  const words = summary(block, block.rows.length, graph.sizes.nHeads, 'heads')
+  const text = summary(block, block.rows.length, graph.sizes.nHeads, 'heads')
   heading(
     detail,
     at,
     'Attention',
     block,
-    [...words, ...shownShare(kept)],
+    [...text, ...shownShare(kept)],
     [
       [columns.query, 'query'],
       [columns.source, 'reads'],
@@ -68,7 +68,7 @@ export function placeAttention(
       [columns.output, 'the head writes'],
     ],
   )
-  const extra = spare(block, shown, filter, at.bar)
+  const extra = extraHeight(block, shown, filter, at.bar)
   const rows: Stacked[] = []
   let y = at.y + HEAD
   for (const row of shown) {
@@ -83,9 +83,16 @@ export function placeAttention(
     y += height + below + GAP
   }
   const ends = { x: columns.output, width: columns.chip, share: columns.share }
-  const rest = restWords(graph.sizes.nHeads, block.rows.length)
-  y = remainder(detail, rows, block, filter, ends, y, rest)
-  return finish(detail, at, block, rows, ends, hiddenRows(detail, hidden, 'heads', ends, y) - GAP)
+  const rest = restLabel(graph.sizes.nHeads, block.rows.length)
+  y = placeRemainder(detail, rows, block, filter, ends, y, rest)
+  return placeSum(
+    detail,
+    at,
+    block,
+    rows,
+    ends,
+    placeHiddenRows(detail, hidden, 'heads', ends, y) - GAP,
+  )
 }
 
 function columnsIn(at: Place): Columns {
@@ -109,7 +116,7 @@ function hasRest(row: HeadRow, filter: Filter): boolean {
 }
 
 /** How much higher each head can be so that the block is as high as its neighbour. */
-function spare(
+function extraHeight(
   block: Block<HeadRow>,
   shown: readonly HeadRow[],
   filter: Filter,
@@ -228,9 +235,9 @@ export function placeToggle(
   const count = row.outputRows.length
   if (count === 0) return
   const open = filter.opened.has(headName(row))
-  const words = `${open ? '▾' : '▸'} ${count} ${count === 1 ? 'row' : 'rows'} of W_O`
+  const text = `${open ? '▾' : '▸'} ${count} ${count === 1 ? 'row' : 'rows'} of W_O`
   const box = { x: columns.source, y: y + 2, width: 108, height: ROW - 4 }
-  detail.toggles.push({ ...box, head: headName(row), open, words })
+  detail.toggles.push({ ...box, head: headName(row), open, text })
 }
 
 export function placeOutputRows(
@@ -251,7 +258,7 @@ export function placeOutputRows(
     const middle = y + ROW / 2
     const activation = node.activation ?? 0
     detail.text(columns.weight - 12, middle, `${node.neuron}`, 'number', 'end')
-    scaled(detail, activation / largest, columns.weight, y, WEIGHT - 6)
+    signedBar(detail, activation / largest, columns.weight, y, WEIGHT - 6)
     detail.chip(node, columns.value, y, columns.chip, activation < 0)
     if (share !== undefined) detail.text(columns.output, middle, percent(share), 'number')
   })

@@ -6,12 +6,12 @@ import {
   choice,
   element,
   exporter,
-  press,
   searchBox,
+  setPressed,
   THEMES,
   toggle,
 } from '../presentation/elements'
-import { type Direction, neighbour } from '../presentation/svg'
+import { type Direction, nearestInDirection } from '../presentation/svg'
 import type { Row } from './layer_model'
 
 /** What a link to a trace's page can say; every value is a string, '' = the page's own choice. */
@@ -122,13 +122,13 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
   const path = toggle('Follow the path', 'The strongest way back from the target', () =>
     flip(state, 'path'),
   )
-  const maps = MAPS.map(([map, words, title]) => ({
+  const maps = MAPS.map(([map, text, title]) => ({
     map,
-    control: toggle(words, title, () => state.set({ map })),
+    control: toggle(text, title, () => state.set({ map })),
   }))
-  const kinds = KINDS.map(([kind, words]) => ({
+  const kinds = KINDS.map(([kind, text]) => ({
     kind,
-    control: toggle(words, `Show or hide: ${words}`, () => flipIn(state, 'hide', kind)),
+    control: toggle(text, `Show or hide: ${text}`, () => flipIn(state, 'hide', kind)),
   }))
   const selects = [
     select(state, 'min', 'Smallest share', [
@@ -160,9 +160,9 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
   )
   return () => {
     if (document.activeElement !== search) search.value = state.get('q')
-    for (const { map, control } of maps) press(control, state.get('map') === map)
-    press(path, state.get('path') !== '')
-    for (const { kind, control } of kinds) press(control, !state.list('hide').includes(kind))
+    for (const { map, control } of maps) setPressed(control, state.get('map') === map)
+    setPressed(path, state.get('path') !== '')
+    for (const { kind, control } of kinds) setPressed(control, !state.list('hide').includes(kind))
     for (const { key, control } of selects) control.value = state.get(key)
   }
 }
@@ -242,7 +242,7 @@ function moved(event: KeyboardEvent): boolean {
   const from = event.target
   if (!event.key.startsWith('Arrow') || !(from instanceof SVGElement)) return false
   const picture = from.closest('svg')
-  const next = picture && neighbour(picture, from, event.key as Direction)
+  const next = picture && nearestInDirection(picture, from, event.key as Direction)
   next?.focus()
   return true
 }

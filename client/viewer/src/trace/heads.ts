@@ -1,16 +1,16 @@
 import { create, select } from 'd3-selection'
-import { Once } from '../browser/shell'
+import { ChangeTracker } from '../browser/shell'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { cut } from '../model/tokens'
 import { type Marks, markClass } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
 import {
-  classify,
+  charactersIn,
   defineHatches,
-  fitting,
   type Group,
+  groupNamed,
   type Svg,
-  stratum,
+  setClasses,
 } from '../presentation/svg'
 import { nodeSentence, percent, signed } from '../presentation/wording'
 import { preview } from './inspector'
@@ -27,8 +27,8 @@ interface Actions {
 export class HeadMatrix {
   readonly element: HTMLElement
   private readonly svg = create('svg').attr('class', 'picture heads') as unknown as Svg
-  private readonly placed = new Once()
-  private readonly marked = new Once()
+  private readonly layoutChanges = new ChangeTracker()
+  private readonly markChanges = new ChangeTracker()
 
   constructor(
     private readonly graph: FlowGraph,
@@ -47,9 +47,10 @@ export class HeadMatrix {
   }
 
   draw(width: number, position: number, marks: Marks, shown: readonly number[]): void {
-    const placed = this.placed.differs(width, position, this.graph.version)
+    const placed = this.layoutChanges.changed(width, position, this.graph.version)
     if (placed) this.place(width, position)
-    if (this.marked.differs(marks.key, String(shown)) || placed) markHeads(this.svg, marks, shown)
+    if (this.markChanges.changed(marks.key, String(shown)) || placed)
+      markHeads(this.svg, marks, shown)
   }
 
   private place(width: number, position: number): void {
@@ -92,7 +93,7 @@ export interface Heads {
   largest: number
   /** What the values are, in words. */
   measure: string
-  words: (value: number) => string
+  text: (value: number) => string
 }
 
 /** The heads of a position that the graph has; the selection may have left others out. */
@@ -118,7 +119,7 @@ export function headsAt(graph: FlowGraph, position: number): Heads {
     columns: graph.sizes.nHeads ?? Math.max(0, ...heads.map(({ head }) => head + 1)),
     largest,
     measure: attributed ? `adds to the logit of ${target}` : 'share of its layer’s heads',
-    words: attributed ? (value) => signed(value, largest < 0.1 ? 3 : 2) : percent,
+    text: attributed ? (value) => signed(value, largest < 0.1 ? 3 : 2) : percent,
   }
 }
 
@@ -127,10 +128,10 @@ const TWO_LINES = 32 // px: what is lower has room for the token alone
 
 export function drawHeads(svg: Svg, graph: FlowGraph, at: Layout, of: Heads): void {
   defineHatches(svg)
-  drawAbsent(stratum(svg, 'absent'), at, of)
-  drawCells(stratum(svg, 'cells'), graph, at, of)
-  drawRowLabels(stratum(svg, 'rows'), at)
-  drawAxis(stratum(svg, 'axis'), at)
+  drawAbsent(groupNamed(svg, 'absent'), at, of)
+  drawCells(groupNamed(svg, 'cells'), graph, at, of)
+  drawRowLabels(groupNamed(svg, 'rows'), at)
+  drawAxis(groupNamed(svg, 'axis'), at)
 }
 
 /** Where the selection left a head out. */
@@ -187,27 +188,28 @@ function placeCell(group: SVGGElement, cell: Head, at: Layout, of: Heads): strin
     .attr('height', at.cellHeight)
     .attr('fill-opacity', STRONGEST * part)
   const label = cell.node.reading?.top[0]?.token.label ?? ''
-  const token = column.labelled && at.cellHeight >= 11 ? cut(label, fitting(column.width - 11)) : ''
+  const token =
+    column.labelled && at.cellHeight >= 11 ? cut(label, charactersIn(column.width - 11)) : ''
   const two = at.cellHeight >= TWO_LINES && token !== ''
   const lines = [
-    { words: token, style: '', y: at.cellHeight * (two ? 0.3 : 0.47) },
-    { words: two ? of.words(cell.value) : '', style: 'number', y: at.cellHeight * 0.66 },
+    { text: token, style: '', y: at.cellHeight * (two ? 0.3 : 0.47) },
+    { text: two ? of.text(cell.value) : '', style: 'number', y: at.cellHeight * 0.66 },
   ]
   own
     .selectAll('text')
-    .data(lines.filter(({ words }) => words !== ''))
+    .data(lines.filter(({ text }) => text !== ''))
     .join('text')
     .attr('class', (line) => line.style)
     .attr('x', 6)
     .attr('y', (line) => line.y)
     .attr('dominant-baseline', 'central')
-    .text((line) => line.words)
+    .text((line) => line.text)
   own
     .selectAll('path')
     .data([part])
     .join('path')
     .attr('d', `M0,${at.cellHeight - 3}h${part * column.width}v3h${-part * column.width}z`)
-  return two ? `${token}${of.words(cell.value)}` : `${token} ${of.words(cell.value)}`
+  return two ? `${token}${of.text(cell.value)}` : `${token} ${of.text(cell.value)}`
 }
 
 function drawAxis(group: Group, at: Layout): void {
@@ -222,23 +224,23 @@ function drawAxis(group: Group, at: Layout): void {
 }
 
 export function markHeads(svg: Svg, marks: Marks, shown: readonly number[]): void {
-  classify<Head>(svg, '.cells .row > g', ({ node, value }) => {
+  setClasses<Head>(svg, '.cells .row > g', ({ node, value }) => {
     return `chip head ${value < 0 ? 'subtracts' : 'adds'}${markClass(node, marks)}`
   })
-  classify<{ layer: number }>(svg, '.rows text', ({ layer }) =>
+  setClasses<{ layer: number }>(svg, '.rows text', ({ layer }) =>
     shown.includes(layer) ? 'shown' : '',
   )
 }
 
 /** What the cells' colours mean, from what subtracts most to what adds most. */
 export function drawHeadLegend(svg: Svg, at: Layout, of: Heads): void {
-  const group = stratum(svg, 'legend')
+  const group = groupNamed(svg, 'legend')
   const y = at.height
   const start = 46 + of.measure.length * 5.6 + 14
   const keys = [
-    { kind: 'subtracts', words: of.words(-of.largest) },
-    { kind: 'none', words: '0' },
-    { kind: 'adds', words: of.words(of.largest) },
+    { kind: 'subtracts', text: of.text(-of.largest) },
+    { kind: 'none', text: '0' },
+    { kind: 'adds', text: of.text(of.largest) },
   ].map((key, i) => ({ ...key, x: start + i * 68 }))
   group
     .selectAll('rect')
@@ -250,16 +252,16 @@ export function drawHeadLegend(svg: Svg, at: Layout, of: Heads): void {
     .attr('width', 66)
     .attr('height', 18)
     .attr('rx', 3)
-  const words = [
+  const text = [
     { x: 46, text: of.measure, anchor: 'start', style: 'column' },
-    ...keys.map((key) => ({ x: key.x + 33, text: key.words, anchor: 'middle', style: '' })),
+    ...keys.map((key) => ({ x: key.x + 33, text: key.text, anchor: 'middle', style: '' })),
   ]
   const sent = of.heads.length === at.rows.length * of.columns
   const note = { x: start + 220, text: 'dotted: not sent', anchor: 'start', style: 'column' }
-  if (!sent) words.push(note)
+  if (!sent) text.push(note)
   group
     .selectAll('text')
-    .data(words)
+    .data(text)
     .join('text')
     .attr('class', (w) => w.style)
     .attr('x', (w) => w.x)

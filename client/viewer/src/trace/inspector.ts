@@ -1,8 +1,8 @@
 import type { FlowGraph, GraphEdge, GraphNode, Reading } from '../model/flow_graph'
 import type { Found, Step } from '../model/graph_queries'
-import { binOf, face, isFlipped } from '../presentation/colours'
+import { binOf, isFlipped, shownToken } from '../presentation/colours'
 import { element, scoredList, tokenText } from '../presentation/elements'
-import { at, count, inWords, measure, percent, probability, signed } from '../presentation/wording'
+import { at, count, measure, nodeName, percent, probability, signed } from '../presentation/wording'
 import type { TraceState } from './controls'
 
 // The inspector of the trace's page: the selected node, pinned ones compared, what was found.
@@ -48,7 +48,7 @@ function foundList(found: readonly Found[], query: string, graph: FlowGraph): HT
   const sorted = [...found].sort((a, b) => a.place - b.place)
   const lines: HTMLElement[] = sorted
     .slice(0, SHOWN)
-    .map(({ node, end, place }) => way(node, `${end === 'top' ? '▴' : '▾'} ${place}`, graph))
+    .map(({ node, end, place }) => nodeLink(node, `${end === 'top' ? '▴' : '▾'} ${place}`, graph))
   const title = `“${query}” is read in ${count(found.length)} nodes`
   if (found.length > SHOWN) {
     lines.push(element('p', { class: 'quiet' }, `and ${found.length - SHOWN} more`))
@@ -62,7 +62,7 @@ function pathList(path: readonly Step[], graph: FlowGraph): HTMLElement {
     const logit = edge?.logitContribution
     const share = edge?.share
     const number = logit !== undefined ? signed(logit) : share !== undefined ? percent(share) : ''
-    return way(node, number, graph)
+    return nodeLink(node, number, graph)
   })
   const note = 'from the prediction back; what each step adds to the logit'
   return section('path', 'The strongest path', note, lines)
@@ -98,20 +98,20 @@ export function nodeFacts(node: GraphNode, graph: FlowGraph): HTMLElement {
   } else {
     facts.append(element('p', { class: 'quiet' }, 'A junction or a zero: it has no reading.'))
   }
-  facts.append(normEffect(node, graph), waysOf(node, graph))
+  facts.append(normEffect(node, graph), connections(node, graph))
   return facts
 }
 
 /** The token that a node is shown as, and what the node is. */
 export function nodeHeading(node: GraphNode, graph: FlowGraph): HTMLElement[] {
   const flipped = isFlipped(node)
-  const shown = face(node, flipped)
+  const shown = shownToken(node, flipped)
   const dot = element('i', { class: `dot bin-${binOf(node, graph, flipped)}` })
-  const words = flipped ? '▾ written negatively, so read from its bottom' : ''
+  const text = flipped ? '▾ written negatively, so read from its bottom' : ''
   const heading = element('h2', {}, dot, tokenText(shown?.token.label ?? '—'))
-  const where = element('p', { class: 'where' }, inWords(node, graph.prompt))
+  const where = element('p', { class: 'where' }, nodeName(node, graph.prompt))
   if (node.kind !== 'BLOCK_INPUT') where.append(`, at ${at(node.position, graph.prompt)}`)
-  return words ? [heading, where, element('p', { class: 'quiet' }, words)] : [heading, where]
+  return text ? [heading, where, element('p', { class: 'quiet' }, text)] : [heading, where]
 }
 
 function targetId(node: GraphNode, graph: FlowGraph): number | undefined {
@@ -119,7 +119,7 @@ function targetId(node: GraphNode, graph: FlowGraph): number | undefined {
 }
 
 /** The numbers of a node by name, in the order in which they are shown. */
-export function numbersOf(node: GraphNode, graph: FlowGraph): [string, string][] {
+export function nodeNumbers(node: GraphNode, graph: FlowGraph): [string, string][] {
   const target = graph.targets.get(node.position)?.target.label ?? 'target'
   const { reading } = node
   const numbers: [string, string][] = []
@@ -149,7 +149,7 @@ export function partOf(node: GraphNode, graph: FlowGraph): GraphEdge | undefined
 }
 
 function measures(node: GraphNode, graph: FlowGraph): HTMLElement {
-  const rows = numbersOf(node, graph).map(([name, value]) =>
+  const rows = nodeNumbers(node, graph).map(([name, value]) =>
     element('div', {}, element('dt', {}, name), element('dd', {}, value)),
   )
   return element('dl', { class: 'measures' }, ...rows)
@@ -170,8 +170,8 @@ function normEffect(node: GraphNode, graph: FlowGraph): HTMLElement {
 }
 
 function line(name: string, ...what: (Node | string)[]): HTMLElement {
-  const words = what.length > 0 ? what.flatMap((one) => [one, ' ']) : ['nothing']
-  return element('p', {}, element('span', { class: 'quiet' }, `${name} `), ...words)
+  const text = what.length > 0 ? what.flatMap((one) => [one, ' ']) : ['nothing']
+  return element('p', {}, element('span', { class: 'quiet' }, `${name} `), ...text)
 }
 
 function without(some: Reading, others: Reading): string[] {
@@ -179,12 +179,12 @@ function without(some: Reading, others: Reading): string[] {
   return some.top.filter(({ token }) => !ids.has(token.id)).map(({ token }) => token.label)
 }
 
-function waysOf(node: GraphNode, graph: FlowGraph): HTMLElement {
-  const list = element('div', { class: 'ways' })
+function connections(node: GraphNode, graph: FlowGraph): HTMLElement {
+  const list = element('div', { class: 'node-links' })
   const parts = graph.partsOf(node.id)
   if (parts.length > 0) list.append(element('h3', {}, 'Made of'))
   for (const { node: part, edge } of parts.slice(0, SHOWN_PARTS)) {
-    list.append(way(part, edge.share === undefined ? '' : percent(edge.share), graph))
+    list.append(nodeLink(part, edge.share === undefined ? '' : percent(edge.share), graph))
   }
   if (parts.length > SHOWN_PARTS) {
     list.append(element('p', { class: 'quiet' }, `and ${parts.length - SHOWN_PARTS} smaller`))
@@ -193,19 +193,19 @@ function waysOf(node: GraphNode, graph: FlowGraph): HTMLElement {
   if (onward.length > 0) list.append(element('h3', {}, 'Goes into'))
   for (const edge of onward.slice(0, SHOWN_PARTS)) {
     const sum = graph.node(edge.target)
-    if (sum) list.append(way(sum, edge.share === undefined ? '' : percent(edge.share), graph))
+    if (sum) list.append(nodeLink(sum, edge.share === undefined ? '' : percent(edge.share), graph))
   }
   return list
 }
 
 /** A node as a line that leads to it. */
-export function way(node: GraphNode, number: string, graph: FlowGraph): HTMLElement {
+export function nodeLink(node: GraphNode, number: string, graph: FlowGraph): HTMLElement {
   return element(
     'button',
-    { type: 'button', class: 'way', 'data-id': node.id },
+    { type: 'button', class: 'node-link', 'data-id': node.id },
     element('i', { class: `dot bin-${binOf(node, graph, isFlipped(node))}` }),
-    tokenText(face(node, isFlipped(node))?.token.label ?? '—'),
-    element('span', { class: 'what' }, inWords(node, graph.prompt)),
+    tokenText(shownToken(node, isFlipped(node))?.token.label ?? '—'),
+    element('span', { class: 'what' }, nodeName(node, graph.prompt)),
     element('span', { class: 'number' }, number),
   )
 }
@@ -214,7 +214,7 @@ export function way(node: GraphNode, number: string, graph: FlowGraph): HTMLElem
 export function comparison(nodes: readonly GraphNode[], graph: FlowGraph): HTMLElement {
   const names = new Map<string, Map<string, string>>()
   for (const node of nodes) {
-    for (const [name, value] of numbersOf(node, graph)) {
+    for (const [name, value] of nodeNumbers(node, graph)) {
       const row = names.get(name) ?? new Map<string, string>()
       names.set(name, row.set(node.id, value))
     }
@@ -250,9 +250,9 @@ function pinHead(node: GraphNode, graph: FlowGraph): HTMLElement {
     { scope: 'col' },
     element(
       'button',
-      { type: 'button', class: 'way', 'data-id': node.id },
+      { type: 'button', class: 'node-link', 'data-id': node.id },
       element('i', { class: `dot bin-${binOf(node, graph, isFlipped(node))}` }),
-      element('span', { class: 'what' }, inWords(node, graph.prompt)),
+      element('span', { class: 'what' }, nodeName(node, graph.prompt)),
     ),
     element(
       'button',
@@ -282,7 +282,7 @@ function commonTokens(nodes: readonly GraphNode[]): Set<number> {
 /** What the tooltip says of a node. */
 export function preview(node: GraphNode, graph: FlowGraph): Node[] {
   const tops = (node.reading?.top ?? []).slice(0, 4).map(({ token }) => tokenText(token.label))
-  const numbers = numbersOf(node, graph)
+  const numbers = nodeNumbers(node, graph)
     .slice(0, 5)
     .map(([name, value]) => element('span', {}, `${name} `, element('b', {}, value)))
   return [

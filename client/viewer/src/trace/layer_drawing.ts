@@ -1,9 +1,9 @@
 import { select } from 'd3-selection'
 import type { FlowGraph } from '../model/flow_graph'
-import type { Followed } from '../model/graph_queries'
+import type { SelectionFlow } from '../model/graph_queries'
 import { cut } from '../model/tokens'
-import { chipClass, face, type Marks } from '../presentation/colours'
-import { classify, defineHatches, fitting, type Svg, stratum } from '../presentation/svg'
+import { chipClass, type Marks, shownToken } from '../presentation/colours'
+import { charactersIn, defineHatches, groupNamed, type Svg, setClasses } from '../presentation/svg'
 import { nodeSentence } from '../presentation/wording'
 import {
   type Bar,
@@ -34,7 +34,7 @@ export function drawDetail(svg: Svg, detail: Detail, graph: FlowGraph): void {
 }
 
 function boxes(svg: Svg, name: string, data: readonly Box[], radius: number): void {
-  stratum(svg, name)
+  groupNamed(svg, name)
     .selectAll('rect')
     .data(data)
     .join('rect')
@@ -46,7 +46,7 @@ function boxes(svg: Svg, name: string, data: readonly Box[], radius: number): vo
 }
 
 function drawRail(svg: Svg, rail: Rail): void {
-  const group = stratum(svg, 'rail')
+  const group = groupNamed(svg, 'rail')
   const middle = railMiddle(rail)
   group
     .selectAll('rect')
@@ -63,8 +63,8 @@ function drawRail(svg: Svg, rail: Rail): void {
     .attr('d', jointPath)
     .attr('class', (j) => ((j.share ?? 0) < 0 ? 'joint subtracts' : 'joint'))
     .attr('stroke-width', (j) => thickness(j.share))
-  stratum(svg, 'rail-ways') // the selection's
-  stratum(svg, 'rail-words')
+  groupNamed(svg, 'rail-flow') // the selection's
+  groupNamed(svg, 'rail-text')
     .selectAll('text')
     .data([
       ...rail.segments.map((s) => ({
@@ -99,14 +99,14 @@ export function thickness(share: number | undefined): number {
 }
 
 function drawRibbons(svg: Svg, detail: Detail): void {
-  stratum(svg, 'ribbons')
+  groupNamed(svg, 'ribbons')
     .selectAll<SVGPathElement, Ribbon>('path')
     .data(detail.ribbons)
     .join('path')
     .attr('data-id', (r) => r.node.id)
     .attr('d', (r) => band(r))
-  stratum(svg, 'ways') // the selection's, above the ribbons
-  stratum(svg, 'ends')
+  groupNamed(svg, 'flow') // the selection's, above the ribbons
+  groupNamed(svg, 'ends')
     .selectAll('rect')
     .data(detail.ribbons.filter((r) => r.h1 > 0 && isIntoSum(r, detail)))
     .join('rect')
@@ -127,7 +127,7 @@ function isIntoSum(ribbon: Ribbon, detail: Detail): boolean {
 }
 
 function drawBars(svg: Svg, bars: readonly Bar[]): void {
-  stratum(svg, 'bars')
+  groupNamed(svg, 'bars')
     .selectAll('rect')
     .data(bars)
     .join('rect')
@@ -139,7 +139,7 @@ function drawBars(svg: Svg, bars: readonly Bar[]): void {
 }
 
 function drawTexts(svg: Svg, texts: readonly Text[]): void {
-  stratum(svg, 'texts')
+  groupNamed(svg, 'texts')
     .selectAll('text')
     .data(texts)
     .join('text')
@@ -154,11 +154,11 @@ function drawTexts(svg: Svg, texts: readonly Text[]): void {
 /** Characters that fit; sentences are set in a narrower type than tokens. */
 function roomFor(text: Text): number {
   const width = text.width ?? 0
-  return text.style === 'quiet' ? Math.floor(width / 6.1) : fitting(width * 1.08)
+  return text.style === 'quiet' ? Math.floor(width / 6.1) : charactersIn(width * 1.08)
 }
 
 function drawToggles(svg: Svg, toggles: readonly Toggle[]): void {
-  stratum(svg, 'toggles')
+  groupNamed(svg, 'toggles')
     .selectAll<SVGGElement, Toggle>('g')
     .data(toggles, (toggle) => toggle.head)
     .join((enter) => {
@@ -170,7 +170,7 @@ function drawToggles(svg: Svg, toggles: readonly Toggle[]): void {
     .attr('class', 'toggle')
     .attr('data-head', (t) => t.head)
     .attr('aria-expanded', (t) => String(t.open))
-    .attr('aria-label', (t) => `head ${t.head.split('.')[1]}: ${t.words.slice(2)}`)
+    .attr('aria-label', (t) => `head ${t.head.split('.')[1]}: ${t.text.slice(2)}`)
     .attr('transform', (t) => `translate(${t.x},${t.y})`)
     .each(function (t) {
       const own = select(this)
@@ -178,12 +178,12 @@ function drawToggles(svg: Svg, toggles: readonly Toggle[]): void {
       own
         .select('text')
         .attr('y', t.height / 2)
-        .text(t.words)
+        .text(t.text)
     })
 }
 
 function drawChips(svg: Svg, detail: Detail, graph: FlowGraph): void {
-  stratum(svg, 'chips')
+  groupNamed(svg, 'chips')
     .attr('role', 'list')
     .selectAll<SVGGElement, Chip>('g')
     .data(detail.chips, (c) => c.node.id)
@@ -210,8 +210,8 @@ function drawChips(svg: Svg, detail: Detail, graph: FlowGraph): void {
 }
 
 function chipText(chip: Chip): string {
-  const label = chip.words ?? face(chip.node, chip.flipped)?.token.label ?? '—'
-  return cut(chip.flipped ? `▾${label}` : label, fitting(chip.width - 11))
+  const label = chip.text ?? shownToken(chip.node, chip.flipped)?.token.label ?? '—'
+  return cut(chip.flipped ? `▾${label}` : label, charactersIn(chip.width - 11))
 }
 
 // What a selection, a search or a path changes in a layer's picture: classes, and the coloured part
@@ -222,28 +222,28 @@ export function markDetail(
   detail: Detail,
   graph: FlowGraph,
   marks: Marks,
-  way: Followed,
+  flow: SelectionFlow,
 ): void {
-  classify<Chip>(svg, '.chips > g', (chip) => {
-    const look = chipClass(chip.node, graph, marks, chip.flipped)
-    return chip.words ? `${look} rest` : look
+  setClasses<Chip>(svg, '.chips > g', (chip) => {
+    const classes = chipClass(chip.node, graph, marks, chip.flipped)
+    return chip.text ? `${classes} rest` : classes
   })
-  classify<Ribbon>(svg, '.ribbons > path', (ribbon) => ribbonClass(ribbon, marks))
-  const followed = detail.ribbons.filter(({ node }) => way.has(node.id))
-  stratum(svg, 'ways')
+  setClasses<Ribbon>(svg, '.ribbons > path', (ribbon) => ribbonClass(ribbon, marks))
+  const followed = detail.ribbons.filter(({ node }) => flow.has(node.id))
+  groupNamed(svg, 'flow')
     .selectAll('path')
     .data(followed)
     .join('path')
     .attr('class', 'followed')
-    .attr('d', (ribbon) => band(ribbon, 0, way.get(ribbon.node.id)))
-  markRail(svg, detail.rail, way)
+    .attr('d', (ribbon) => band(ribbon, 0, flow.get(ribbon.node.id)))
+  markRail(svg, detail.rail, flow)
 }
 
 /** What the selection is of the residual, and of what joins it. */
-function markRail(svg: Svg, rail: Rail, way: Followed): void {
+function markRail(svg: Svg, rail: Rail, flow: SelectionFlow): void {
   const middle = railMiddle(rail)
   const wide = (part: { node: { id: string }; share: number | undefined }) =>
-    thickness(part.share) * (way.get(part.node.id) ?? 0)
+    thickness(part.share) * (flow.get(part.node.id) ?? 0)
   const pieces = [
     ...rail.segments.map((s) => ({
       id: s.node.id,
@@ -252,11 +252,11 @@ function markRail(svg: Svg, rail: Rail, way: Followed): void {
     })),
     ...rail.joints.map((j) => ({ id: j.node.id, d: jointPath(j), wide: wide(j) })),
   ]
-  stratum(svg, 'rail-ways')
+  groupNamed(svg, 'rail-flow')
     .selectAll('path')
     .data(pieces.filter((piece) => piece.wide > 0))
     .join('path')
-    .attr('data-way', (piece) => piece.id)
+    .attr('data-flow', (piece) => piece.id)
     .attr('d', (piece) => piece.d)
     .attr('stroke-width', (piece) => piece.wide)
 }

@@ -6,19 +6,19 @@ import type { LayerModel, NeuronRow } from './layer_model'
 import {
   CHIP,
   Detail,
-  finish,
   HEAD,
   heading,
-  hiddenRows,
   PAD,
   type Place,
   type Placed,
+  placeHiddenRows,
+  placeRemainder,
+  placeSum,
   ROW,
-  remainder,
-  restWords,
+  restLabel,
   type Stacked,
-  scaled,
   shownShare,
+  signedBar,
   summary,
 } from './layer_pieces'
 
@@ -163,13 +163,13 @@ export function placeMlp(
   const { shown, hidden, kept } = passing(block.rows, filter)
   // Of a mixture the sizes tell one expert's neurons, not those of all that were asked.
   const all = block.rows.some((row) => row.node.expert !== undefined) ? undefined : graph.sizes.dMlp
-  const words = summary(block, block.rows.length, all, 'neurons')
+  const text = summary(block, block.rows.length, all, 'neurons')
   heading(
     detail,
     at,
     'MLP',
     block,
-    [...words, ...shownShare(kept)],
+    [...text, ...shownShare(kept)],
     [
       [columns.name, 'neuron'],
       [columns.key, gated ? 'its gate' : 'its key'],
@@ -186,9 +186,16 @@ export function placeMlp(
     y += ROW
   }
   const ends = { x: columns.value, width: columns.chip, share: columns.share }
-  const rest = restWords(all, block.rows.length)
-  y = remainder(detail, rows, block, filter, ends, y, rest)
-  return finish(detail, at, block, rows, ends, hiddenRows(detail, hidden, 'neurons', ends, y))
+  const rest = restLabel(all, block.rows.length)
+  y = placeRemainder(detail, rows, block, filter, ends, y, rest)
+  return placeSum(
+    detail,
+    at,
+    block,
+    rows,
+    ends,
+    placeHiddenRows(detail, hidden, 'neurons', ends, y),
+  )
 }
 
 /** Height of the block's rows, by which attention's heads are spread. */
@@ -224,6 +231,6 @@ function placeNeuron(detail: Detail, row: NeuronRow, at: Columns, y: number): vo
   if (row.key) detail.chip(row.key, at.key, y, at.chip)
   if (row.up) detail.chip(row.up, at.up, y, at.chip)
   const activation = node.activation ?? 0
-  scaled(detail, activation / at.largest, at.activation + 5, y, ACTIVATION - 10)
+  signedBar(detail, activation / at.largest, at.activation + 5, y, ACTIVATION - 10)
   detail.chip(node, at.value, y, at.chip, activation < 0)
 }

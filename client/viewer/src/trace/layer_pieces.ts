@@ -18,7 +18,7 @@ export interface Chip extends Box {
   /** Read from the bottom: written with a negative factor. */
   flipped: boolean
   /** A remainder: hatched, with these words in place of a token. */
-  words: string | undefined
+  text: string | undefined
 }
 
 /** A part's way from its row into the sum's bar, or into its head. */
@@ -53,7 +53,7 @@ export interface Toggle extends Box {
   /** `layer.head`. */
   head: string
   open: boolean
-  words: string
+  text: string
 }
 
 /** The residual stream along the top: before, after attention, after the MLP. */
@@ -97,23 +97,23 @@ export class Detail {
   constructor(readonly width: number) {}
 
   chip(node: GraphNode, x: number, y: number, width: number, flipped = false): void {
-    this.chips.push({ ...chipBox(x, y, width), node, flipped, words: undefined })
+    this.chips.push({ ...chipBox(x, y, width), node, flipped, text: undefined })
   }
 
   /** A remainder: what it stands for in words. */
-  rest(node: GraphNode, words: string, x: number, y: number, width: number): void {
-    this.chips.push({ ...chipBox(x, y, width), node, flipped: false, words })
+  rest(node: GraphNode, text: string, x: number, y: number, width: number): void {
+    this.chips.push({ ...chipBox(x, y, width), node, flipped: false, text })
   }
 
   text(
     x: number,
     y: number,
-    words: string,
+    text: string,
     style: Text['style'],
     anchor: Text['anchor'] = 'start',
     width?: number,
   ): void {
-    this.texts.push({ x, y, text: words, style, anchor, ...(width === undefined ? {} : { width }) })
+    this.texts.push({ x, y, text: text, style, anchor, ...(width === undefined ? {} : { width }) })
   }
 
   bar(kind: Bar['kind'], x: number, y: number, width: number, height: number): void {
@@ -126,7 +126,13 @@ function chipBox(x: number, y: number, width: number): Box {
 }
 
 /** A bar to the right of its middle for what adds, to the left for what subtracts; -1 to 1. */
-export function scaled(detail: Detail, value: number, x: number, y: number, width: number): void {
+export function signedBar(
+  detail: Detail,
+  value: number,
+  x: number,
+  y: number,
+  width: number,
+): void {
   const zero = x + width / 2
   const length = Math.max(0.5, Math.abs(value) * (width / 2))
   detail.bar('track', zero, y + 3, 1, ROW - 6)
@@ -214,18 +220,18 @@ export function shownShare(kept: number): string[] {
 }
 
 /** The rows below the parts: what was left out, and the bias. Gives the new bottom. */
-export function remainder(
+export function placeRemainder(
   detail: Detail,
   rows: Stacked[],
   block: Block<Row>,
   filter: Filter,
   at: Ends,
   y: number,
-  restWords: string,
+  restLabel: string,
 ): number {
   let bottom = y
   if (block.rest && !filter.hidden.has('rest')) {
-    detail.rest(block.rest.node, restWords, at.x, bottom, at.width)
+    detail.rest(block.rest.node, restLabel, at.x, bottom, at.width)
     rows.push({ row: block.rest, y: bottom })
     bottom += ROW
   }
@@ -240,18 +246,18 @@ export function remainder(
 }
 
 /** What a filter left out, in words. */
-export function hiddenRows(detail: Detail, hidden: number, what: string, at: Ends, y: number) {
+export function placeHiddenRows(detail: Detail, hidden: number, what: string, at: Ends, y: number) {
   if (hidden === 0) return y
   detail.text(at.x + at.width, y + ROW / 2, `${hidden} ${what} hidden`, 'quiet', 'end')
   return y + ROW
 }
 
-export function restWords(all: number | undefined, shown: number): string {
+export function restLabel(all: number | undefined, shown: number): string {
   return all && all > shown ? `${count(all - shown)} more` : 'the rest'
 }
 
 /** The bar along the block, the ribbons into it, the output's chip above it. */
-export function finish(
+export function placeSum(
   detail: Detail,
   at: Place,
   block: Block<Row>,

@@ -1,14 +1,14 @@
 import { create } from 'd3-selection'
-import { Once } from '../browser/shell'
+import { ChangeTracker } from '../browser/shell'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
-import { type Followed, follow } from '../model/graph_queries'
-import { face, isFlipped, type Marks } from '../presentation/colours'
+import { follow, type SelectionFlow } from '../model/graph_queries'
+import { isFlipped, type Marks, shownToken } from '../presentation/colours'
 import { element, type Tooltip, tokenText } from '../presentation/elements'
 import type { Svg } from '../presentation/svg'
 import {
   at as atPosition,
-  inWords,
   measure,
+  nodeName,
   percent,
   probability,
   signed,
@@ -43,10 +43,10 @@ export class Details {
       return
     }
     const filter = filterOf(this.state)
-    const way = follow(this.graph, marks.selected)
+    const flow = follow(this.graph, marks.selected)
     const boxes = layers.map((layer) => {
       const picture = this.picture(layer)
-      picture.draw(width, position, filter, marks, way)
+      picture.draw(width, position, filter, marks, flow)
       return picture.element
     })
     if (
@@ -93,8 +93,8 @@ export interface Actions {
 /** One layer's picture at a position. */
 export class Picture {
   readonly element: HTMLElement
-  private readonly placed = new Once()
-  private readonly marked = new Once()
+  private readonly layoutChanges = new ChangeTracker()
+  private readonly markChanges = new ChangeTracker()
   private readonly title = element('h2')
   private readonly note = element('p', { class: 'quiet' })
   private readonly svg = create('svg')
@@ -122,12 +122,12 @@ export class Picture {
     picture.addEventListener('pointerleave', () => this.hovered(undefined))
   }
 
-  draw(width: number, position: number, filter: Filter, marks: Marks, way: Followed): void {
+  draw(width: number, position: number, filter: Filter, marks: Marks, flow: SelectionFlow): void {
     const { graph } = this
-    const placed = this.placed.differs(position, width, graph.version, filter.key)
+    const placed = this.layoutChanges.changed(position, width, graph.version, filter.key)
     if (placed) this.place(width, position, filter)
-    if (this.marked.differs(marks.key) || placed) {
-      markDetail(this.svg, this.detail, graph, marks, way)
+    if (this.markChanges.changed(marks.key) || placed) {
+      markDetail(this.svg, this.detail, graph, marks, flow)
     }
   }
 
@@ -184,7 +184,7 @@ export class Picture {
 }
 
 function notTraced(position: number): string {
-  return `Heads and neurons were not asked for here: trace with --positions ${position}.`
+  return `Heads and neurons were not question for here: trace with --positions ${position}.`
 }
 
 // The table: the same nodes as the picture, for sorting, for copying and for screen readers.
@@ -200,11 +200,11 @@ const shareOf = (node: GraphNode, graph: FlowGraph) => partOf(node, graph)?.shar
 const logitOf = (node: GraphNode, graph: FlowGraph) => partOf(node, graph)?.logitContribution
 
 const COLUMNS: Column[] = [
-  { name: 'node', key: (n, g) => inWords(n, g.prompt), show: (n, g) => inWords(n, g.prompt) },
+  { name: 'node', key: (n, g) => nodeName(n, g.prompt), show: (n, g) => nodeName(n, g.prompt) },
   {
     name: 'says',
-    key: (n) => face(n, isFlipped(n))?.token.label,
-    show: (n) => tokenText(face(n, isFlipped(n))?.token.label ?? ''),
+    key: (n) => shownToken(n, isFlipped(n))?.token.label,
+    show: (n) => tokenText(shownToken(n, isFlipped(n))?.token.label ?? ''),
   },
   numeric('share', shareOf, percent),
   numeric('logit', logitOf, (v) => signed(v)),
@@ -223,11 +223,11 @@ const COLUMNS: Column[] = [
 function numeric(
   name: string,
   key: (node: GraphNode, graph: FlowGraph) => number | undefined,
-  words: (value: number) => string,
+  text: (value: number) => string,
 ): Column {
   const show = (node: GraphNode, graph: FlowGraph) => {
     const value = key(node, graph)
-    return value === undefined ? '' : words(value)
+    return value === undefined ? '' : text(value)
   }
   return { name, key, show }
 }
@@ -284,7 +284,7 @@ function tableRow(node: GraphNode, graph: FlowGraph): HTMLElement {
           { scope: 'row' },
           element(
             'button',
-            { type: 'button', class: 'way', 'data-id': node.id },
+            { type: 'button', class: 'node-link', 'data-id': node.id },
             column.show(node, graph),
           ),
         )

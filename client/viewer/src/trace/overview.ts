@@ -1,11 +1,11 @@
 import { create } from 'd3-selection'
-import { Once } from '../browser/shell'
+import { ChangeTracker } from '../browser/shell'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { type AnswerStep, answerAppears } from '../model/graph_queries'
 import { cut } from '../model/tokens'
 import { BINS, type Marks } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
-import { type Column, type Svg, stratum } from '../presentation/svg'
+import { type Column, groupNamed, type Svg } from '../presentation/svg'
 import { count, probability } from '../presentation/wording'
 import { preview } from './inspector'
 import { drawGrid, markGrid, residualAt } from './overview_grid'
@@ -24,8 +24,8 @@ const LABELS = 44 // a click left of this is on a row's label
 export class Overview {
   readonly element: HTMLElement
   private readonly svg = create('svg').attr('class', 'picture overview') as unknown as Svg
-  private readonly placed = new Once()
-  private readonly marked = new Once()
+  private readonly layoutChanges = new ChangeTracker()
+  private readonly markChanges = new ChangeTracker()
   private at: Layout | undefined
 
   constructor(
@@ -43,9 +43,9 @@ export class Overview {
 
   draw(width: number, position: number, marks: Marks, shown: readonly number[]): void {
     const { graph, svg } = this
-    const placed = this.placed.differs(width, position, graph.version)
+    const placed = this.layoutChanges.changed(width, position, graph.version)
     if (placed) this.place(width, position)
-    if (this.marked.differs(marks.key, String(shown)) || placed) {
+    if (this.markChanges.changed(marks.key, String(shown)) || placed) {
       markGrid(svg, graph, position, marks, shown)
     }
   }
@@ -110,7 +110,7 @@ export function drawPanel(svg: Svg, graph: FlowGraph, at: Layout, position: numb
   const lines = linesOf(graph, at, position)
   const x = at.panelX
   heading(svg, graph, at, position)
-  const ranks = stratum(svg, 'ranks').selectAll('text').data(lines).join('text')
+  const ranks = groupNamed(svg, 'ranks').selectAll('text').data(lines).join('text')
   ranks
     .attr('x', x + RANK)
     .attr('y', (line) => line.y)
@@ -118,14 +118,14 @@ export function drawPanel(svg: Svg, graph: FlowGraph, at: Layout, position: numb
     .attr('dominant-baseline', 'central')
     .attr('class', (line) => (line.rank === 0 ? 'number strong' : 'number'))
     .text((line) => count(line.rank))
-  const bars = stratum(svg, 'probabilities').selectAll('rect').data(lines).join('rect')
+  const bars = groupNamed(svg, 'probabilities').selectAll('rect').data(lines).join('rect')
   bars
     .attr('x', x + BAR)
     .attr('y', (line) => line.y - 5)
     .attr('width', (line) => Math.max(1, BAR_WIDTH * line.probability))
     .attr('height', 10)
     .attr('rx', 2)
-  const numbers = stratum(svg, 'probability-numbers').selectAll('text').data(lines).join('text')
+  const numbers = groupNamed(svg, 'probability-numbers').selectAll('text').data(lines).join('text')
   numbers
     .attr('x', (line) => x + BAR + BAR_WIDTH * line.probability + 6)
     .attr('y', (line) => line.y)
@@ -155,13 +155,13 @@ function linesOf(graph: FlowGraph, at: Layout, position: number): Line[] {
 
 function heading(svg: Svg, graph: FlowGraph, at: Layout, position: number): void {
   const target = graph.targets.get(position)?.target.label ?? ''
-  const words = [
+  const text = [
     { x: at.panelX + RANK, text: 'rank', anchor: 'end' },
     { x: at.panelX + BAR, text: `probability of ${cut(target, 12)}`, anchor: 'start' },
   ]
-  stratum(svg, 'panel-heading')
+  groupNamed(svg, 'panel-heading')
     .selectAll('text')
-    .data(words)
+    .data(text)
     .join('text')
     .attr('class', 'column')
     .attr('x', (w) => w.x)
@@ -176,9 +176,9 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
   const layer = answer?.step === 'embedding' ? EMBEDDING : answer?.layer
   const row = answer && at.rows.find((r) => r.layer === layer)
   const column = at.columns.find((c) => c.position === position)
-  const marks = answer && row && column ? [{ row, column, words: flagWords(answer.step) }] : []
+  const marks = answer && row && column ? [{ row, column, text: flagText(answer.step) }] : []
   const bottom = (mark: Mark) => mark.row.y + at.cellHeight
-  stratum(svg, 'answer')
+  groupNamed(svg, 'answer')
     .selectAll('rect')
     .data(marks)
     .join('rect')
@@ -188,7 +188,7 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
     .attr('y', 22)
     .attr('height', (m) => bottom(m) + 6 - 22)
     .attr('rx', 10)
-  const flag = stratum(svg, 'flag')
+  const flag = groupNamed(svg, 'flag')
   flag
     .selectAll('path')
     .data(marks)
@@ -202,7 +202,7 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
     .attr('class', 'flag-box')
     .attr('x', at.panelX + 10)
     .attr('y', (m) => bottom(m) - 4)
-    .attr('width', (m) => m.words.length * 5.9 + 22)
+    .attr('width', (m) => m.text.length * 5.9 + 22)
     .attr('height', 18)
     .attr('rx', 9)
   flag
@@ -213,13 +213,13 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
     .attr('x', at.panelX + 20)
     .attr('y', (m) => bottom(m) + 5.5)
     .attr('dominant-baseline', 'central')
-    .text((m) => m.words)
+    .text((m) => m.text)
 }
 
 interface Mark {
   row: Row
   column: Column
-  words: string
+  text: string
 }
 
 const AFTER: Record<AnswerStep, string> = {
@@ -229,7 +229,7 @@ const AFTER: Record<AnswerStep, string> = {
   block: 'after the block',
 }
 
-function flagWords(step: AnswerStep): string {
+function flagText(step: AnswerStep): string {
   return `▲ on top, ${AFTER[step]}`
 }
 
@@ -239,7 +239,7 @@ interface Key {
   x: number
   width: number
   kind: string
-  words: string
+  text: string
   inside: boolean
 }
 
@@ -247,7 +247,7 @@ export const LEGEND_HEIGHT = 34
 
 export function drawLegend(svg: Svg, target: string, y: number, width: number): void {
   const keys = keysFor(target, width)
-  const group = stratum(svg, 'legend')
+  const group = groupNamed(svg, 'legend')
   group
     .selectAll('rect')
     .data(keys.filter((key) => key.kind !== ''))
@@ -267,16 +267,16 @@ export function drawLegend(svg: Svg, target: string, y: number, width: number): 
     .attr('y', y + 9.5)
     .attr('text-anchor', (key) => (key.inside ? 'middle' : 'start'))
     .attr('dominant-baseline', 'central')
-    .text((key) => key.words)
+    .text((key) => key.text)
 }
 
 function keysFor(target: string, width: number): Key[] {
   const title = `rank of ${cut(target, 14)}`
   let x = 46
-  const keys: Key[] = [{ x, width: 0, kind: '', words: title, inside: false }]
+  const keys: Key[] = [{ x, width: 0, kind: '', text: title, inside: false }]
   x += title.length * 6.6 + 12
-  BINS.forEach((words, bin) => {
-    keys.push({ x, width: 58, kind: `bin-${bin}`, words, inside: true })
+  BINS.forEach((text, bin) => {
+    keys.push({ x, width: 58, kind: `bin-${bin}`, text, inside: true })
     x += 60
   })
   x += 18
@@ -285,10 +285,10 @@ function keysFor(target: string, width: number): Key[] {
     ['mlp', 'MLP'],
     ['residual', 'residual (width: norm)'],
   ]
-  for (const [kind, words] of lines) {
-    if (x + 30 + words.length * 6.6 > width) break
-    keys.push({ x, width: 16, kind, words, inside: false })
-    x += 22 + words.length * 5.6 + 16
+  for (const [kind, text] of lines) {
+    if (x + 30 + text.length * 6.6 > width) break
+    keys.push({ x, width: 16, kind, text, inside: false })
+    x += 22 + text.length * 5.6 + 16
   }
   return keys
 }

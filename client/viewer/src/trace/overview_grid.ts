@@ -4,12 +4,12 @@ import { cut } from '../model/tokens'
 import { BINS, binOf, chipClass, type Marks } from '../presentation/colours'
 import {
   type Column,
-  classify,
+  charactersIn,
   defineHatches,
-  fitting,
   type Group,
+  groupNamed,
   type Svg,
-  stratum,
+  setClasses,
 } from '../presentation/svg'
 import { nodeSentence } from '../presentation/wording'
 import { type Arc, arcsInto, EMBEDDING, type Layout, type Row } from './overview_layout'
@@ -41,15 +41,15 @@ export function drawGrid(svg: Svg, grid: Grid): void {
   defineHatches(svg)
   svg.attr('width', at.width).attr('height', at.height)
   svg.attr('viewBox', `0 0 ${at.width} ${at.height}`)
-  drawBand(stratum(svg, 'band'), grid)
-  drawHeatmap(stratum(svg, 'heat'), grid)
-  stratum(svg, 'answer') // its place is below the cells
-  drawSpine(stratum(svg, 'spine'), grid)
-  drawArcs(stratum(svg, 'arcs'), grid)
-  drawCells(stratum(svg, 'cells'), grid)
-  drawSteps(stratum(svg, 'steps'), grid)
-  drawRowLabels(stratum(svg, 'rows'), at)
-  drawAxis(stratum(svg, 'axis'), grid)
+  drawBand(groupNamed(svg, 'band'), grid)
+  drawHeatmap(groupNamed(svg, 'heat'), grid)
+  groupNamed(svg, 'answer') // its place is below the cells
+  drawSpine(groupNamed(svg, 'spine'), grid)
+  drawArcs(groupNamed(svg, 'arcs'), grid)
+  drawCells(groupNamed(svg, 'cells'), grid)
+  drawSteps(groupNamed(svg, 'steps'), grid)
+  drawRowLabels(groupNamed(svg, 'rows'), at)
+  drawAxis(groupNamed(svg, 'axis'), grid)
 }
 
 function drawBand(group: Group, { at, position }: Grid): void {
@@ -197,7 +197,7 @@ function spoken(cell: Cell, graph: FlowGraph): string {
 
 function cellLabel(cell: Cell): string {
   const label = cell.node?.reading?.top[0]?.token.label ?? ''
-  return cut(label, fitting(cell.column.width - 2 * PADDING))
+  return cut(label, charactersIn(cell.column.width - 2 * PADDING))
 }
 
 interface Underline {
@@ -278,7 +278,7 @@ function drawAxis(group: Group, { graph, at, position }: Grid): void {
     .attr('y', y)
     .text((column) => {
       const label = graph.prompt[column.position]?.label ?? ''
-      return cut(label, fitting(column.width - 6))
+      return cut(label, charactersIn(column.width - 6))
     })
 }
 
@@ -324,12 +324,12 @@ export function markGrid(
   marks: Marks,
   shown: readonly number[],
 ): void {
-  classify<Cell>(svg, '.cells .row > g', (cell) => {
+  setClasses<Cell>(svg, '.cells .row > g', (cell) => {
     const own = cell.column.position === position ? 'cell of-selected' : 'cell'
     return `${own} ${chipClass(cell.node, graph, marks)}`
   })
-  classify<Arc>(svg, '.arcs path', (arc) => arcClass(arc, position, marks))
-  classify<Row>(svg, '.rows text', (row) => (shown.includes(row.layer) ? 'shown' : ''))
+  setClasses<Arc>(svg, '.arcs path', (arc) => arcClass(arc, position, marks))
+  setClasses<Row>(svg, '.rows text', (row) => (shown.includes(row.layer) ? 'shown' : ''))
 }
 
 function arcClass(arc: Arc, position: number, marks: Marks): string {

@@ -1,7 +1,20 @@
 import { exportPage } from '../browser/export'
-import { Once, type Shell, setTheme, shell, soon, type Theme } from '../browser/shell'
-import { isLive, joinLivePage, messages, pageDescription, report } from '../browser/streams'
-import { type Held, listenToAims } from '../browser/target_choice'
+import {
+  ChangeTracker,
+  oncePerFrame,
+  type Shell,
+  setTheme,
+  shell,
+  type Theme,
+} from '../browser/shell'
+import {
+  connectToLivePage,
+  isLive,
+  messages,
+  pageDescription,
+  reportToParent,
+} from '../browser/streams'
+import { listenForTargetChoice, type PageContents } from '../browser/target_choice'
 import type { TraceResponse } from '../contract'
 import { FlowGraph, type GraphEdge, type GraphNode } from '../model/flow_graph'
 import {
@@ -22,7 +35,7 @@ import {
   Tooltip,
   tokenText,
 } from '../presentation/elements'
-import { rove } from '../presentation/svg'
+import { setTabStop } from '../presentation/svg'
 import { at, probability, signed } from '../presentation/wording'
 import { flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
 import { HeadMatrix } from './heads'
@@ -33,13 +46,14 @@ import { Overview } from './overview'
 /** Shows the trace that the page holds, or that comes while one watches. */
 export async function tracePage(): Promise<void> {
   const view = new TraceView(shell(), pageDescription().title)
-  joinLivePage({
-    go: ({ layer, position }) => view.select(`L${layer}/p${position}/BLOCK_OUTPUT`),
+  connectToLivePage({
+    select: ({ layer, position }) => view.select(`L${layer}/p${position}/BLOCK_OUTPUT`),
     theme: (theme) => view.state.set({ theme }),
   })
   view.state.subscribe(() => {
     const node = view.graph.node(view.state.get('sel'))
-    if (node?.layer !== undefined) report({ at: { layer: node.layer, position: node.position } })
+    if (node?.layer !== undefined)
+      reportToParent({ at: { layer: node.layer, position: node.position } })
   })
   const detail = messages<TraceResponse>('trace')
   const header = await detail.next() // first, since it says which positions were traced in full
@@ -53,11 +67,11 @@ export async function tracePage(): Promise<void> {
 }
 
 async function replay(view: TraceView, stream: AsyncGenerator<TraceResponse>): Promise<void> {
-  const draw = soon(() => view.draw())
+  const draw = oncePerFrame(() => view.draw())
   for await (const message of stream) {
     view.feed(message)
     if (isLive()) draw()
-    else view.drawSoon()
+    else view.drawIfDue()
   }
 }
 
@@ -75,7 +89,7 @@ export class TraceView {
   private readonly details: Details
   private readonly updateToolbar: () => void
   private readonly heading = element('div', { class: 'heading' })
-  private readonly told = new Once()
+  private readonly headerChanges = new ChangeTracker()
   private drawn = 0
 
   constructor(
@@ -109,13 +123,13 @@ export class TraceView {
     parts.main.append(this.overview.element, this.heads.element, this.details.element)
     listenToKeys(this.graph, this.state, commands)
     parts.aside.addEventListener('click', (event) => this.follow(event))
-    listenToAims(parts.aside, this.graph.tokens, () => this.held())
+    listenForTargetChoice(parts.aside, this.graph.tokens, () => this.contents())
     this.heading.addEventListener('click', (event) => this.follow(event))
     this.state.subscribe(() => this.draw())
     new ResizeObserver(() => this.draw()).observe(parts.main)
   }
 
-  private held(): Held {
+  private contents(): PageContents {
     const { graph } = this
     const target = graph.targets.get(this.position())?.target
     const model = graph.provenance.model ?? ''
@@ -128,7 +142,7 @@ export class TraceView {
   }
 
   /** Draws, unless it was drawn a moment ago: what still comes is not waited for. */
-  drawSoon(): void {
+  drawIfDue(): void {
     if (performance.now() - this.drawn > PATIENCE) this.draw()
   }
 
@@ -142,7 +156,8 @@ export class TraceView {
     const found = search(graph, state.get('q'))
     const path = state.get('path') === '' ? undefined : pathToTarget(graph, position)
     const marks = this.marks(found, path)
-    if (this.told.differs(position, graph.version)) fillHeader(this.heading, graph, position)
+    if (this.headerChanges.changed(position, graph.version))
+      fillHeader(this.heading, graph, position)
     const above = state.get('map') === 'heads' ? this.heads : this.overview
     for (const map of [this.overview, this.heads]) map.element.hidden = map !== above
     above.draw(width, position, marks, this.layers())
@@ -215,7 +230,7 @@ export class TraceView {
       const current = selected
         ? (picture.querySelector(`[tabindex][data-id="${CSS.escape(selected)}"]`) ?? undefined)
         : undefined
-      rove(picture, current)
+      setTabStop(picture, current)
     }
   }
 }
@@ -264,7 +279,7 @@ function emergence(answer: Answer | undefined, steps: readonly GraphNode[]): str
   }
   if (answer) return 'On top for good after the embedding.'
   const ranks = steps.map((node) => node.reading?.targetRank ?? Number.POSITIVE_INFINITY)
-  return ranks.length > 0 ? `Best rank on the way: ${Math.min(...ranks)}.` : ''
+  return ranks.length > 0 ? `Best rank on the flow: ${Math.min(...ranks)}.` : ''
 }
 
 function contributor(node: GraphNode, name: string): HTMLElement {
