@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import januslens
 from januslens.v1 import trace_pb2
-from januslens.viewer.page import asset, page
+from januslens.viewer.html import asset, page
 from tests.client.messages import trace_stream
 
 

@@ -1,4 +1,4 @@
-"""The contract over HTTP: what the page asks and gets is what the command prints."""
+"""RPCs over HTTP: the page receives the same messages as the Python client."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def cancelled(server: ServerProcess) -> float:
     return sample(server, "grpc_server_handled_total", **rpc_labels("Trace"), grpc_code="CANCELLED")
 
 
-def test_a_trace_is_the_clients(page: LivePage, server_address: str) -> None:
+def test_trace_lines_equal_the_client_result(page: LivePage, server_address: str) -> None:
     lines = map(json.dumps, page.lines("Trace", TRACE))
     with Client(server_address) as client:
         assert read_trace(lines).layers == client.trace(PROMPT, logit_contribution=False).layers
 
 
-def test_a_gradient_is_the_clients(page: LivePage, server_address: str) -> None:
+def test_gradient_lines_equal_the_client_result(page: LivePage, server_address: str) -> None:
     lines = map(json.dumps, page.lines("GradientLens", GRADIENT))
     with Client(server_address) as client:
         assert read_gradient(lines).matrices == client.gradient_lens(PROMPT, " Paris").matrices
 
 
-def test_unary_calls_answer_one_line(page: LivePage) -> None:
+def test_unary_call_returns_one_line(page: LivePage) -> None:
     (models,) = page.lines("ListModels", models_pb2.ListModelsRequest())
     assert [model["name"] for model in models["models"]] == ["demo"]
     shift = edits_pb2.ForwardShift(layer=3, eta=0.15)
@@ -57,7 +57,7 @@ def test_unary_calls_answer_one_line(page: LivePage) -> None:
         ("Tokenize", models_pb2.TokenizeRequest(), "", "text"),
     ],
 )
-def test_a_failed_call_ends_with_its_error(
+def test_failed_call_ends_with_an_error_line(
     page: LivePage, method: str, request_: Message, reason: str, field: str | None
 ) -> None:
     (line,) = page.lines(method, request_)
@@ -69,7 +69,7 @@ def test_a_failed_call_ends_with_its_error(
     assert violated == ([] if field is None else [field])
 
 
-def test_without_a_server_the_error_says_where_it_was_sought() -> None:
+def test_unreachable_server_is_named_in_the_error() -> None:
     with live_page("127.0.0.1:1") as page:
         (line,) = page.lines("ListModels", models_pb2.ListModelsRequest())
     assert line["error"]["code"] == "UNAVAILABLE"
@@ -77,42 +77,42 @@ def test_without_a_server_the_error_says_where_it_was_sought() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status", "words"),
+    ("path", "body", "status", "text"),
     [
-        ("/api/Trace", "{", 400, "a TraceRequest as JSON"),
-        ("/api/Trace", '"text"', 400, "a TraceRequest as JSON"),
-        ("/api/Trace", b"\xff", 400, "a TraceRequest as JSON"),
+        ("/api/Trace", "{", 400, "invalid JSON for TraceRequest"),
+        ("/api/Trace", '"text"', 400, "invalid JSON for TraceRequest"),
+        ("/api/Trace", b"\xff", 400, "invalid JSON for TraceRequest"),
         ("/api/Trace", '{"prompt": "x"}', 400, '"prompt"'),
         ("/api/Retrace", "{}", 404, "expected one of"),
     ],
 )
-def test_what_is_no_request_is_refused(
-    page: LivePage, path: str, body: str | bytes, status: int, words: str
+def test_invalid_request_is_rejected(
+    page: LivePage, path: str, body: str | bytes, status: int, text: str
 ) -> None:
-    with page.request("POST", path, body, {TOKEN: page.token}) as answer:
-        assert answer.status == status
-        error: dict[str, Any] = json.load(answer)["error"]
-    assert words in error["message"]
+    with page.request("POST", path, body, {TOKEN: page.token}) as response:
+        assert response.status == status
+        error: dict[str, Any] = json.load(response)["error"]
+    assert text in error["message"]
 
 
-def test_lines_come_while_the_server_computes(page: LivePage, server: ServerProcess) -> None:
-    with page.call("Trace", long_trace(40)) as answer:
-        assert "header" in json.loads(answer.readline())
+def test_lines_arrive_while_the_server_computes(page: LivePage, server: ServerProcess) -> None:
+    with page.call("Trace", long_trace(40)) as response:
+        assert "header" in json.loads(response.readline())
         assert unfinished(server) == 1
     wait_until_idle(server)
 
 
-def test_a_browser_that_leaves_cancels_the_call(page: LivePage, server: ServerProcess) -> None:
+def test_closing_the_connection_cancels_the_call(page: LivePage, server: ServerProcess) -> None:
     before = cancelled(server)
-    with page.call("Trace", long_trace(40)) as answer:
-        answer.readline()
+    with page.call("Trace", long_trace(40)) as response:
+        response.readline()
     wait_until_idle(server)
     assert cancelled(server) == before + 1
 
 
-def test_stopping_the_page_cancels_its_calls(server: ServerProcess) -> None:
-    with live_page(server.address) as page, page.call("Trace", long_trace(40)) as answer:
-        answer.readline()
+def test_stopping_the_page_server_cancels_its_calls(server: ServerProcess) -> None:
+    with live_page(server.address) as page, page.call("Trace", long_trace(40)) as response:
+        response.readline()
         page.process.send_signal(signal.SIGINT)
         assert page.process.wait(timeout=20) == 130
     wait_until_idle(server)

@@ -18,7 +18,7 @@ from januslens._results.matrices import Matrix
 from januslens._results.provenance import Provenance
 from januslens._results.tokens import Token
 from januslens.v1 import gradient_lens_pb2
-from januslens.viewer.gradient_page import gradient_page
+from januslens.viewer.html import gradient_page
 
 if TYPE_CHECKING:
     import pandas as pd

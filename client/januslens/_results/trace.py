@@ -18,7 +18,7 @@ from januslens._results.provenance import Provenance
 from januslens._results.tokens import Token
 from januslens._results.trace_events import LayerGraph, PositionTarget, TraceHeader, TraceSummary
 from januslens.v1 import trace_pb2
-from januslens.viewer.trace_page import trace_page
+from januslens.viewer.html import trace_page
 
 # The finest parts that still partition the residual stream, each once.
 _COMPONENTS = {

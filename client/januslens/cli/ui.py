@@ -1,4 +1,4 @@
-"""`januslens ui`: the interactive page against a live server."""
+"""`januslens ui`: serve the live page."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from januslens.cli.session import Connection, usage_errors, with_connection
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Where the page listens.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=8765,
     show_default=True,
-    help="0 = any free port.",
+    help="Port to listen on; 0 = any free port.",
 )
-@click.option("--expose", is_flag=True, help="Allow a --host that other machines can reach.")
+@click.option("--expose", is_flag=True, help="Allow a --host that is not loopback.")
 @click.option("--open", "opened", is_flag=True, help="Open the page in a browser.")
 @with_connection
 def ui(connection: Connection, /, *, host: str, port: int, expose: bool, opened: bool) -> None:
-    """Serve a page that asks the server while one watches: traces, gradients, edits.
+    """Serve an interactive page for traces, gradients and edits.
 
-    It listens on loopback and answers only the browser that opens the address it prints.
+    The page listens on loopback and accepts only the browser that opens the printed address.
     """
     for library in ("starlette", "uvicorn"):
         require(library, "ui", "the live page")
-    from januslens.ui.gateway import Gateway  # noqa: PLC0415 - these need the libraries
-    from januslens.ui.serve import serve  # noqa: PLC0415
+    from januslens.ui.app import serve  # noqa: PLC0415 - needs the libraries
+    from januslens.ui.rpc_proxy import Gateway  # noqa: PLC0415
 
     def announce(address: str) -> None:
-        click.echo(f"the page is at {address}\nCtrl-C stops it")
+        click.echo(f"open {address}\npress Ctrl-C to stop")
         if opened:
             click.launch(address)
 

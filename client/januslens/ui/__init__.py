@@ -1,1 +1,1 @@
-"""The local page against a live server: a small web server between a browser and gRPC."""
+"""The server of the live page: HTTP for the browser, gRPC to the Januslens server."""

@@ -1,35 +1,106 @@
-"""The page and its calls as one ASGI application."""
+"""Serve the live page: the page itself, the frames of its results, saved pages and RPCs."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterable
+import ipaddress
+import json
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
-from typing import TypedDict
+from typing import Literal, TypedDict
 
+import uvicorn
+from google.protobuf.json_format import Parse, ParseError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from januslens.ui.calls import call, overview
-from januslens.ui.gateway import Gateway
+from januslens.errors import JanuslensError
+from januslens._results.edits import EditPreview
 from januslens.ui.guard import Guard
-from januslens.ui.page import VIEWS, asking, frame, saved_gradient, saved_trace
+from januslens.ui.rpc_proxy import Gateway, forward, forward_overview, parse_gradient, parse_trace
+from januslens.v1 import edits_pb2
+from januslens.viewer.html import page
+
+VIEWS: tuple[Literal["trace", "gradient"], ...] = ("trace", "gradient")
+
+_PREVIEW = "preview:"
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+_STOP_SECONDS = 2  # for open streams when the server stops
+
+Streams = Mapping[str, list[str]]
 
 
 class State(TypedDict):
-    """What every request finds in `request.state`."""
+    """The contents of `request.state`."""
 
     gateway: Gateway
 
 
-def application(connect: Callable[[], Gateway], hosts: Iterable[str], token: str) -> Starlette:
-    """The application.
+def serve(
+    connect: Callable[[], Gateway],
+    host: str,
+    port: int,
+    *,
+    exposed: bool,
+    announce: Callable[[str], object],
+) -> None:
+    """Serve the live page until interrupted.
 
     Args:
-        connect: Makes the client of the gRPC server; called once, in the event loop.
-        hosts: The names by which browsers may call this host.
-        token: What requests must carry; see `januslens.ui.guard`.
+        connect: Creates the client of the gRPC server.
+        host: An address of this machine, or `localhost`.
+        port: Port to listen on; 0 = any free port.
+        exposed: Allow a host that is not loopback.
+        announce: Called with the page's address, including the access token, once it listens.
+
+    Raises:
+        ValueError: The host is not loopback and not exposed, or is a wildcard address.
+        OSError: The port is in use, or the address does not belong to this machine.
+    """
+    listener = _listener(host, port, exposed)
+    token = secrets.token_urlsafe(24)
+    shown = f"[{host}]" if ":" in host else host
+    app = application(connect, {*_LOOPBACK_NAMES, shown}, token)
+    config = uvicorn.Config(
+        app,
+        access_log=False,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=_STOP_SECONDS,
+    )
+    announce(f"http://{shown}:{listener.getsockname()[1]}/#token={token}")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listener(host: str, port: int, exposed: bool) -> socket.socket:
+    family, address = _resolved(host, port)
+    if address.is_unspecified:
+        raise ValueError(f"{host} means all addresses of this machine; expected one address")
+    if not (address.is_loopback or exposed):
+        raise ValueError(f"{host} is not loopback; allow other machines with --expose")
+    return socket.create_server((str(address), port), family=family)
+
+
+def _resolved(
+    host: str, port: int
+) -> tuple[socket.AddressFamily, ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Resolve a host name once, so that the checked address is the one listened on."""
+    family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return family, ipaddress.ip_address(where[0])
+
+
+def application(connect: Callable[[], Gateway], hosts: Iterable[str], token: str) -> Starlette:
+    """Return the application.
+
+    Args:
+        connect: Creates the client of the gRPC server; called once, in the event loop.
+        hosts: Accepted values of the Host header.
+        token: Access token that requests must carry; see `Guard`.
     """
 
     @asynccontextmanager
@@ -39,12 +110,12 @@ def application(connect: Callable[[], Gateway], hosts: Iterable[str], token: str
 
     return Starlette(
         routes=[
-            Route("/", asking),
+            Route("/", live_page),
             *(Route(f"/frame/{view}", frame(view)) for view in VIEWS),
             Route("/page/trace", saved_trace, methods=["POST"]),
             Route("/page/gradient", saved_gradient, methods=["POST"]),
-            Route("/api/overview", overview, methods=["POST"]),
-            Route("/api/{method}", call, methods=["POST"]),
+            Route("/api/overview", forward_overview, methods=["POST"]),
+            Route("/api/{method}", forward, methods=["POST"]),
         ],
         middleware=[
             Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False),
@@ -52,3 +123,50 @@ def application(connect: Callable[[], Gateway], hosts: Iterable[str], token: str
         ],
         lifespan=lifespan,
     )
+
+
+async def live_page(_request: Request) -> Response:
+    """Return the live page."""
+    return HTMLResponse(page("live", "Januslens", {}))
+
+
+def frame(view: Literal["trace", "gradient"]) -> Callable[[Request], Response]:
+    """Return a handler for the empty page of a view, which the live page fills."""
+
+    def empty(_request: Request) -> Response:
+        return HTMLResponse(page(view, f"{view} · Januslens", {}, live=True))
+
+    return empty
+
+
+async def saved_trace(request: Request) -> Response:
+    """Return a trace's page for saving, from the JSON lines of its streams."""
+    return await _saved(request, _trace)
+
+
+async def saved_gradient(request: Request) -> Response:
+    """Return a gradient's page for saving, from the JSON lines of its streams."""
+    return await _saved(request, _gradient)
+
+
+async def _saved(request: Request, render: Callable[[Streams], str]) -> Response:
+    try:
+        return HTMLResponse(render(json.loads(await request.body())))
+    except (ValueError, TypeError, KeyError, ParseError, JanuslensError) as error:
+        return PlainTextResponse(f"invalid result: {error}; expected its JSON lines", 400)
+
+
+def _trace(streams: Streams) -> str:
+    overview = streams.get("overview")
+    return parse_trace(streams["trace"]).to_html(parse_trace(overview) if overview else None)
+
+
+def _gradient(streams: Streams) -> str:
+    previews = {
+        name.removeprefix(_PREVIEW): EditPreview.from_message(
+            Parse(lines[0], edits_pb2.PreviewEditResponse())
+        )
+        for name, lines in streams.items()
+        if name.startswith(_PREVIEW)
+    }
+    return parse_gradient(streams["gradient"]).to_html(previews)

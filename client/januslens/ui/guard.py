@@ -1,8 +1,8 @@
-"""Who may ask: this page, opened by the one who started it.
+"""Reject requests from other sites and from other users of the machine.
 
-A browser runs other sites' scripts on the same machine, and other users may share it. So a request
-must carry the token of this run, which only the printed address holds, and must not come from
-another site. `TrustedHostMiddleware` refuses foreign names for this host (DNS rebinding).
+A browser also runs scripts of other sites, and other users may share the machine. So a request must
+carry the access token of this run, which is only in the printed address, and must not come from
+another site. `TrustedHostMiddleware` rejects foreign host names (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-TOKEN_HEADER = "x-januslens-token"  # noqa: S105 - its name, not its value
-_OPEN = ("GET", "HEAD")  # the empty pages hold nothing of anybody's
+TOKEN_HEADER = "x-januslens-token"  # noqa: S105 - the header's name
+_OPEN = ("GET", "HEAD")  # the empty pages contain no data
 _HEADERS = {
     "cache-control": "no-store",
     "content-security-policy": "frame-ancestors 'self'",
@@ -26,21 +26,23 @@ _HEADERS = {
 
 
 class Guard:
-    """Refuses other sites' requests, and what asks for more than a page without the run's token."""
+    """Reject requests from other sites, and POST requests without the access token."""
 
     def __init__(self, app: ASGIApp, token: str) -> None:
         self._app = app
         self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or answer 403."""
+        """Forward the request, or respond with 403."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         refusal = self._refusal(scope["method"], Headers(scope=scope))
         if refusal:
-            answer = JSONResponse({"error": {"code": "PERMISSION_DENIED", "message": refusal}}, 403)
-            await answer(scope, receive, send)
+            response = JSONResponse(
+                {"error": {"code": "PERMISSION_DENIED", "message": refusal}}, 403
+            )
+            await response(scope, receive, send)
             return
 
         async def sent(message: Message) -> None:
@@ -51,11 +53,11 @@ class Guard:
         await self._app(scope, receive, sent)
 
     def _refusal(self, method: str, headers: Headers) -> str:
-        """Why the request is refused; empty if it is not."""
+        """Return why the request is rejected, or an empty string."""
         own = f"http://{headers.get('host')}"
         if headers.get("origin", own) != own:
-            return f"expected a request from {own}; got one from {headers['origin']}"
+            return f"request from another site: {headers['origin']!r}; expected {own!r}"
         given = headers.get(TOKEN_HEADER, "").encode()
         if method not in _OPEN and not secrets.compare_digest(given, self._token.encode()):
-            return "this run's token is missing: open the address that januslens ui printed"
+            return "missing or wrong access token: open the address printed by januslens ui"
         return ""

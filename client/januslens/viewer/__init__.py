@@ -1,4 +1,4 @@
-"""Results as pages: one self-contained file each, that asks no network for anything.
+"""Results as self-contained HTML pages that need no network.
 
-The program in `assets/` is built from `client/viewer/` and committed; users need no Node.
+The program in `assets/` is built from `client/viewer/` and committed, so users need no Node.js.
 """

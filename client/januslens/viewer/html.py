@@ -1,0 +1,141 @@
+"""Render traces and gradients as HTML pages.
+
+A page is one file with its program, its style and the messages of the result. Its
+Content-Security-Policy forbids all network access: scripts and styles are allowed by hash, images
+only from `data:` and `blob:` URLs.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Literal
+
+from google.protobuf.message import Message
+
+from januslens._results.json_lines import json_line
+from januslens._results.token_text import OPEN_BOX
+from januslens._results.tokens import Token
+from januslens.v1 import edits_pb2, gradient_lens_pb2, trace_pb2
+
+View = Literal["trace", "gradient", "live"]
+
+_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>{style}</style>
+</head>
+<body>
+<noscript>This page needs JavaScript, which is turned off in this browser.</noscript>
+<script type="application/json" id="januslens-page">{description}</script>
+{blocks}
+<script>{program}</script>
+</body>
+</html>
+"""
+
+
+def trace_page(
+    responses: Iterable[trace_pb2.TraceResponse],
+    overview: Iterable[trace_pb2.TraceResponse],
+    prompt: Sequence[Token],
+) -> str:
+    """Return the page of a trace.
+
+    Args:
+        responses: The messages of the trace.
+        overview: The messages of its overview, which may be empty.
+        prompt: The prompt's tokens, for the title.
+    """
+    streams = {"trace": responses, "overview": overview}
+    return page("trace", f"{_text(prompt)} · Januslens", streams)
+
+
+def gradient_page(
+    responses: Iterable[gradient_lens_pb2.GradientLensResponse],
+    previews: Mapping[str, edits_pb2.PreviewEditResponse],
+    prompt: Sequence[Token],
+) -> str:
+    """Return the page of a gradient.
+
+    Args:
+        responses: The messages of the gradient.
+        previews: Previews of edits by title.
+        prompt: The prompt's tokens, for the title.
+    """
+    streams = {"gradient": responses, **{f"preview:{name}": [p] for name, p in previews.items()}}
+    return page("gradient", f"{_text(prompt)}, gradient · Januslens", streams)
+
+
+def page(
+    view: View, title: str, streams: Mapping[str, Iterable[Message]], *, live: bool = False
+) -> str:
+    """Return an HTML file that shows `streams`, the messages of each stream by its name.
+
+    Messages are embedded as canonical protobuf JSON (the output of `--json`), deflated and encoded
+    in base64. A `live` page is a frame of the live page, which posts the messages to it.
+    """
+    style, program = asset("viewer.css"), asset("viewer.js")
+    described = {"view": view, "title": title, "version": version("januslens"), "live": live}
+    return _PAGE.format(
+        policy=_policy(view, style, program),
+        title=html.escape(title),
+        style=style,
+        description=_inert(json.dumps(described)),
+        blocks="\n".join(_blocks(streams)),
+        program=program,
+    )
+
+
+@cache
+def asset(name: str) -> str:
+    """Return a file of the built program."""
+    return files("januslens.viewer").joinpath("assets", name).read_text(encoding="utf-8")
+
+
+def _policy(view: View, style: str, program: str) -> str:
+    allowed = {
+        "default-src": "'none'",
+        "script-src": _hash(program),
+        "style-src": _hash(style),
+        "img-src": "data: blob:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    if view == "live":  # sends requests to its own server, and shows results in frames
+        allowed |= {"connect-src": "'self'", "frame-src": "'self'"}
+    return "; ".join(f"{directive} {source}" for directive, source in allowed.items())
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _blocks(streams: Mapping[str, Iterable[Message]]) -> Iterator[str]:
+    for name, messages in streams.items():
+        for message in messages:
+            block = base64.b64encode(zlib.compress(json_line(message).encode(), 9)).decode()
+            yield f'<script type="text/plain" data-stream="{html.escape(name)}">{block}</script>'
+
+
+def _inert(text: str) -> str:
+    """Escape JSON so that it cannot close the script element around it."""
+    return text.replace("<", "\\u003c")
+
+
+def _text(prompt: Sequence[Token]) -> str:
+    return "".join(str(token) for token in prompt).replace(OPEN_BOX, " ").strip()
