@@ -1,5 +1,5 @@
-// The contract's messages as canonical protobuf JSON: what a stream's lines hold. An absent scalar
-// without presence is its zero; `protos/januslens/v1/` says what each field means.
+// The messages of `protos/januslens/v1/` as canonical protobuf JSON, one message per line of a
+// stream. An absent scalar without presence has its zero value.
 
 export interface TokenMessage {
   id?: number
@@ -22,7 +22,7 @@ export interface ProjectionMessage {
   targetLogit?: Float
 }
 
-/** A float; what JSON has no number for comes as a word. */
+/** A float; protobuf JSON writes non-finite values as strings. */
 export type Float = number | 'NaN' | 'Infinity' | '-Infinity'
 
 export interface ProvenanceMessage {
@@ -123,7 +123,7 @@ export interface TraceResponse {
   summary?: TraceSummaryMessage
 }
 
-// The messages of GradientLens and PreviewEdit as canonical protobuf JSON; see `messages.ts`.
+// GradientLens and PreviewEdit.
 
 export interface EntryMessage {
   index?: number
@@ -214,4 +214,20 @@ export interface PreviewEditResponse {
   edited?: EffectMessage
   probes?: EffectMessage[]
   tokens?: TokenMessage[]
+}
+
+/** Decodes a float; an absent one is 0. All non-finite values become NaN. */
+export function number(value: Float | undefined): number {
+  const decoded = value === undefined ? 0 : Number(value)
+  return Number.isFinite(decoded) ? decoded : Number.NaN
+}
+
+/** Decodes a float with presence. */
+export function optional(value: Float | undefined): number | undefined {
+  return value === undefined ? undefined : number(value)
+}
+
+/** A number for geometry and comparisons: 0 if it is missing or not finite. */
+export function finite(value: number | undefined): number {
+  return value !== undefined && Number.isFinite(value) ? value : 0
 }

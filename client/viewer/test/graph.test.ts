@@ -3,9 +3,9 @@ import { test } from 'node:test'
 import { FlowGraph } from '../src/model/flow_graph'
 import {
   answerAppears,
-  follow,
   pathToTarget,
   search,
+  selectionFlow,
   strongestDestination,
 } from '../src/model/graph_queries'
 import { passing } from '../src/trace/controls'
@@ -72,7 +72,7 @@ test('the path follows logits at sums, and the heads at attention', () => {
 })
 
 test('a selection is followed through its fraction of what it is a part of', () => {
-  const flow = follow(graph(), 'L0/p1/MEMORY_KEY/h3/s0')
+  const flow = selectionFlow(graph(), 'L0/p1/MEMORY_KEY/h3/s0')
   assert.equal(flow.get('L0/p1/MEMORY_VALUE/h3/s0'), 1)
   assert.equal(flow.get('L0/p1/HEAD_OUTPUT/h3'), 0.9)
   assert.equal(flow.get('L0/p1/HEAD_OUTPUT/h0'), undefined)

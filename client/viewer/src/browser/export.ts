@@ -2,9 +2,9 @@ import pictureStyle from '../../styles/picture.css'
 import { resolvedColour } from './shell'
 import { lines } from './streams'
 
-// What leaves the page: the recording itself, and the pictures with their style.
+// Exports: the recorded messages, and the pictures with their style.
 
-/** Saves what the page shows, in one of the formats; `stream` is what JSON lines are of. */
+/** Saves the page as `json` (the lines of `stream`), `svg` or `png` (the visible pictures). */
 export async function exportPage(format: string, title: string, stream: string): Promise<void> {
   const name = title.replace(/ · Januslens$/, '').replace(/[^\p{L}\p{N}]+/gu, '-')
   if (format === 'json') {
@@ -29,7 +29,7 @@ export function save(name: string, type: string, content: BlobPart): void {
   setTimeout(() => URL.revokeObjectURL(url), 10_000)
 }
 
-/** Pictures one below the other as one SVG that needs no page: colours and type are written in. */
+/** One self-contained SVG of all pictures, stacked, with resolved colours and fonts. */
 export function standaloneSvg(pictures: readonly SVGSVGElement[], title: string): string {
   const gap = 24
   const margin = 20
@@ -54,7 +54,7 @@ export function standaloneSvg(pictures: readonly SVGSVGElement[], title: string)
   )
 }
 
-/** A copy whose own colours are those of the theme that is on. */
+/** A copy with inline colours resolved for the current theme. */
 function resolvedCopy(picture: SVGSVGElement): SVGSVGElement {
   const copy = picture.cloneNode(true) as SVGSVGElement
   const copies = copy.querySelectorAll<SVGElement>('[style]')
@@ -65,7 +65,7 @@ function resolvedCopy(picture: SVGSVGElement): SVGSVGElement {
   return copy
 }
 
-/** The pictures' style with every variable replaced by what it is now. */
+/** The pictures' style sheet with all variables replaced by their current values. */
 function resolvedStyle(): string {
   return pictureStyle.replace(/var\((--[\w-]+)\)/g, (_, name: string) =>
     name === '--mono' || name === '--sans'
@@ -74,7 +74,7 @@ function resolvedStyle(): string {
   )
 }
 
-/** The same at twice the size, for slides. */
+/** Renders an SVG as PNG at twice its size, for slides. */
 export async function png(svg: string): Promise<Blob> {
   const image = new Image()
   const url = URL.createObjectURL(new Blob([svg], { type: 'image/svg+xml' }))
@@ -86,6 +86,10 @@ export async function png(svg: string): Promise<Blob> {
   canvas.getContext('2d')?.drawImage(image, 0, 0, canvas.width, canvas.height)
   URL.revokeObjectURL(url)
   return new Promise((resolve, reject) =>
-    canvas.toBlob((blob) => (blob ? resolve(blob) : reject(new Error('no picture'))), 'image/png'),
+    canvas.toBlob(
+      (blob) =>
+        blob ? resolve(blob) : reject(new Error('the browser could not render the picture')),
+      'image/png',
+    ),
   )
 }

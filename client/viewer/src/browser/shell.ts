@@ -1,12 +1,12 @@
 import { element } from '../presentation/elements'
 
-/** The places of a page; both views fill the same ones. */
+/** The regions of a page, which each view fills. */
 export interface Shell {
   header: HTMLElement
   toolbar: HTMLElement
   main: HTMLElement
   aside: HTMLElement
-  /** Said aloud by screen readers when it changes. */
+  /** Screen readers announce changes of this text. */
   live: HTMLElement
 }
 
@@ -24,12 +24,12 @@ export function shell(): Shell {
   return parts
 }
 
-// The view's state lives in the URL's fragment: a link to the page is a link to the view.
+// The state of the view is in the URL fragment, so that a link reproduces the view.
 
 export type Changes<Key extends string> = Partial<Record<Key, string>>
 type Listener<Key extends string> = (changed: ReadonlySet<Key>) => void
 
-/** Named strings with defaults; only what differs from its default stands in the URL. */
+/** Named strings with defaults; the URL holds only values that differ from their default. */
 export class HashState<Key extends string> {
   private values: Record<Key, string>
   private readonly listeners: Listener<Key>[] = []
@@ -55,7 +55,7 @@ export class HashState<Key extends string> {
     write(this.fragment())
   }
 
-  /** Called after every change with the names of what changed. */
+  /** Calls the listener after every change with the names of the changed values. */
   subscribe(listener: Listener<Key>): void {
     this.listeners.push(listener)
   }
@@ -90,16 +90,16 @@ function write(fragment: string): void {
   try {
     window.history.replaceState(null, '', `#${fragment}`)
   } catch {
-    // A page inside a page (a notebook's output) has no address of its own.
+    // A page embedded in a notebook's output may not change its address.
   }
 }
 
 export type Theme = '' | 'light' | 'dark'
 
-/** Light, dark, or ('') as the system has it; the colours themselves are in styles/theme.css. */
+/** Sets the theme; '' follows the system. The colours are in styles/theme.css. */
 export function setTheme(theme: Theme): void {
   const { dataset } = document.documentElement
-  if (dataset.theme !== theme) dataset.theme = theme // even the same again is styled again
+  if (dataset.theme !== theme) dataset.theme = theme // setting an equal value would restyle the page
 }
 
 export function isDark(): boolean {
@@ -109,7 +109,7 @@ export function isDark(): boolean {
 
 const resolved = new Map<string, string>()
 
-/** A colour of the theme as the browser resolves it, for canvas and exported pictures. */
+/** A CSS variable's colour in the current theme, for canvas and exported pictures. */
 export function resolvedColour(variable: string): string {
   const key = `${variable} ${isDark() ? 'dark' : 'light'}`
   const known = resolved.get(key)
@@ -123,24 +123,24 @@ export function resolvedColour(variable: string): string {
   return color
 }
 
-/** Draws once before the next frame, however often it is asked to until then. */
+/** Wraps `draw` so that several calls before the next frame draw once. */
 export function oncePerFrame(draw: () => void): () => void {
-  let question = false
+  let scheduled = false
   return () => {
-    if (question) return
-    question = true
+    if (scheduled) return
+    scheduled = true
     requestAnimationFrame(() => {
-      question = false
+      scheduled = false
       draw()
     })
   }
 }
 
-/** Remembers what was drawn last, so that the same is not drawn again. */
+/** Remembers the last drawn state, so that equal states are not redrawn. */
 export class ChangeTracker {
   private last: string | undefined
 
-  /** Whether these differ from those of the call before. */
+  /** Whether the values differ from those of the previous call. */
   changed(...parts: readonly (string | number | boolean)[]): boolean {
     const key = parts.join(' ')
     const changed = key !== this.last

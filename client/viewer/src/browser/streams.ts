@@ -1,13 +1,14 @@
 import { fromBase64, type Token } from '../model/tokens'
 import type { Theme } from './shell'
 
-// A page holds its streams as blocks: one message a block, canonical protobuf JSON, deflated and in
-// base64. A page is thus a recorded stream; the live page is fed the same messages as they come.
+// Where a view gets its messages. A saved page embeds its streams, one message per script element:
+// canonical protobuf JSON, deflated, base64. A frame of the live page receives the same messages
+// from its parent as they arrive.
 
-/** What the page is, as the element `januslens-page` says. */
+/** The contents of the page's `januslens-page` element. */
 export interface PageDescription {
   view: 'trace' | 'gradient' | 'live'
-  /** Whether the streams come from the live page around this one, instead of standing in it. */
+  /** Whether the parent page posts the streams; otherwise they are embedded. */
   live?: boolean
   title: string
   version: string
@@ -15,7 +16,8 @@ export interface PageDescription {
 
 export function pageDescription(): PageDescription {
   const element = document.getElementById('januslens-page')
-  if (!element?.textContent) throw new Error('expected an element januslens-page; the file is cut')
+  if (!element?.textContent)
+    throw new Error('element januslens-page is missing: the file is incomplete')
   return JSON.parse(element.textContent) as PageDescription
 }
 
@@ -23,7 +25,7 @@ export function isLive(): boolean {
   return pageDescription().live === true
 }
 
-/** The recorded messages of a stream in order, each inflated when its turn comes. */
+/** The embedded messages of a stream in order, inflated one at a time. */
 export async function* recorded<Message>(stream: string): AsyncGenerator<Message> {
   for (const line of blocks(stream)) yield JSON.parse(await inflate(line)) as Message
 }
@@ -32,7 +34,7 @@ export function has(stream: string): boolean {
   return document.querySelector(selector(stream)) !== null
 }
 
-/** The names of the streams that the page holds, each once. */
+/** The distinct names of the embedded streams. */
 export function streamNames(): string[] {
   const blocks = document.querySelectorAll<HTMLElement>('script[data-stream]')
   return [...new Set(Array.from(blocks, (block) => block.dataset.stream ?? ''))]
@@ -44,7 +46,7 @@ function* blocks(stream: string): Generator<string> {
   }
 }
 
-/** All lines of a stream as they were recorded: what the command's `--json` prints. */
+/** All lines of an embedded stream, as the CLI prints them with `--json`. */
 export async function lines(stream: string): Promise<string[]> {
   return Promise.all(Array.from(blocks(stream), inflate))
 }
@@ -60,35 +62,35 @@ async function inflate(block: string): Promise<string> {
   return new Response(inflated).text()
 }
 
-// A page within the live page: the one around it posts the streams' messages as they come.
+// A frame of the live page: its parent posts the messages of the streams.
 
-/** What the live page posts into a frame. */
+/** What the live page posts to a frame. */
 export interface FrameInput {
   stream?: string
   message?: unknown
-  /** No more messages will come of the stream. */
+  /** The stream has ended. */
   end?: boolean
-  /** Select what stands at this layer and position. */
+  /** Select this layer and position. */
   select?: Coordinates
-  /** Show yourself in this theme. */
+  /** Use this theme. */
   theme?: Theme
 }
 
-/** What a frame posts to the page around it. */
+/** What a frame posts to the live page. */
 export interface FrameOutput {
   ready?: boolean
   at?: Coordinates
-  /** A person wants this token as the target. */
+  /** The user chose this token as the target. */
   target?: Token
 }
 
-/** Equal in every request on the same prompt, of a trace as of a gradient. */
+/** Coordinates shared by traces and gradients of the same prompt. */
 export interface Coordinates {
   layer: number
   position: number
 }
 
-/** The messages of one stream in the order they were posted, until its end. */
+/** The posted messages of one stream, in order. */
 class MessageQueue {
   private readonly waiting: unknown[] = []
   private ended = false
@@ -124,23 +126,23 @@ export function posted<Message>(stream: string): AsyncGenerator<Message> {
   return queue(stream).take() as AsyncGenerator<Message>
 }
 
-/** What the page around a frame may ask of it beside taking messages. */
+/** How a frame reacts to the live page. */
 export interface FrameHandlers {
-  /** Another frame has selected a layer and position. */
+  /** Another frame selected this layer and position. */
   select: (place: Coordinates) => void
   theme: (theme: Theme) => void
 }
 
-/** Begins to listen. */
+/** Listens to the live page, if there is one. */
 export function connectToLivePage(given: FrameHandlers): void {
   if (!isLive()) return
   handlers = given
-  document.documentElement.dataset.live = '' // what the page around has is not shown again
+  document.documentElement.dataset.live = '' // hides what the live page already shows
   window.addEventListener('message', receive)
   reportToParent({ ready: true })
 }
 
-/** Tells the page around this one. */
+/** Posts to the live page, if there is one. */
 export function reportToParent(news: FrameOutput): void {
   if (isLive()) window.parent.postMessage(news, window.location.origin)
 }
@@ -153,7 +155,7 @@ function receive(event: MessageEvent<FrameInput>): void {
   if (data.theme !== undefined) handlers?.theme(data.theme)
 }
 
-/** The messages of a stream in order: those that the page holds, or those that come. */
+/** The messages of a stream in order, embedded or posted. */
 export function messages<Message>(stream: string): AsyncGenerator<Message> {
   return isLive() ? posted(stream) : recorded(stream)
 }

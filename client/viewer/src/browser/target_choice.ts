@@ -2,9 +2,10 @@ import type { Token, TokenTable } from '../model/tokens'
 import { element, tokenText } from '../presentation/elements'
 import { isLive, reportToParent } from './streams'
 
-// Another target: a click on a token asks for it, on a live page the server, else a person.
+// Choosing another target by clicking a token. The live page asks the server; a saved page shows
+// the command to run.
 
-/** What a page holds, as the command is told to make it. */
+/** The arguments of the command that made the page. */
 export interface PageContents {
   command: 'trace' | 'gradient'
   model: string
@@ -12,7 +13,7 @@ export interface PageContents {
   targets: readonly Token[]
 }
 
-/** Acts on clicks on such tokens; `held` says what the page is about. */
+/** Handles clicks on target buttons within an element. */
 export function listenForTargetChoice(
   where: HTMLElement,
   tokens: TokenTable,
@@ -32,21 +33,30 @@ export function listenForTargetChoice(
   })
 }
 
-/** A page from a file cannot ask: it says how a person can. */
+/** Shows the command that asks a server for another target. */
 function explain(dialog: HTMLDialogElement, token: Token, contents: PageContents): void {
   const line = element('textarea', {
     readonly: '',
     rows: '3',
-    'aria-label': 'What asks for it',
+    'aria-label': 'Command for this target',
     spellcheck: 'false',
   })
   line.value = requestFor(token, contents)
   const close = element('button', { type: 'button', class: 'button' }, 'Close')
   close.addEventListener('click', () => dialog.close())
-  const known = contents.targets.flatMap((target) => [tokenText(target.label), ' '])
+  const known = contents.targets.flatMap((target, i) => [
+    i > 0 ? ', ' : '',
+    tokenText(target.label),
+  ])
   dialog.replaceChildren(
-    element('h2', { id: 'target-title' }, 'With the target ', tokenText(token.label)),
-    element('p', {}, 'This page holds the answer for ', ...known, 'alone. To ask a server:'),
+    element('h2', { id: 'target-title' }, 'Result for the target ', tokenText(token.label)),
+    element(
+      'p',
+      {},
+      'This page contains only the result for ',
+      ...known,
+      '. To get the result for the new target, run:',
+    ),
     line,
     close,
   )
@@ -54,7 +64,7 @@ function explain(dialog: HTMLDialogElement, token: Token, contents: PageContents
   line.select()
 }
 
-/** The command, or where a text does not say which tokens are meant, the call with their ids. */
+/** The shell command, or a Python call with token ids if the text is ambiguous. */
 export function requestFor(token: Token, { command, model, prompt }: PageContents): string {
   const text = prompt.map((one) => one.text).join('')
   if (isExact(text) && isExact(token.text)) {
@@ -66,7 +76,7 @@ export function requestFor(token: Token, { command, model, prompt }: PageContent
   return `client.${call}([${ids}], target=[${token.id}], model=${JSON.stringify(model)})`
 }
 
-/** Whether a text is whole, and can be typed into a shell. */
+/** Whether a text is complete and can be typed into a shell. */
 function isExact(text: string): boolean {
   return text !== '' && !/[\p{Cc}\p{Cf}\ufffd]/u.test(text)
 }

@@ -3,21 +3,21 @@ import { placeOf } from '../model/gradient'
 import { button, choice, element, exporter, searchBox, THEMES } from '../presentation/elements'
 import { type Direction, nearestInDirection } from '../presentation/svg'
 
-/** What a link to a gradient's page can say; '' = the page's own choice. */
+/** The state in a link to a gradient's page; '' means the page's default. */
 export const GRADIENT_STATE = {
-  /** Matrix whose inputs are shown. */
+  /** Matrix with its inputs shown. */
   imprint: '',
-  /** Matrix whose VJPs are shown. */
+  /** Matrix with its VJPs shown. */
   shift: '',
-  /** Matrix whose ranks of the target are shown. */
+  /** Matrix with the ranks of the target shown. */
   rank: '',
-  /** Which target, where the loss has several: its place among them. */
+  /** Index of the target, if the loss has several. */
   target: '',
-  /** Which ends of the rankings are shown: both, top or bottom. */
+  /** Ends of the ranking to show: both (''), top or bottom. */
   ends: '',
-  /** Which expert of a mixture is shown; '' = at every place the one of the largest component. */
+  /** Expert to show; '' = the one with the largest component at each place. */
   expert: '',
-  /** Text or token id searched for. */
+  /** Text or token id to search for. */
   q: '',
   /** The selected component, e.g. `L3/p7/FF2`. */
   sel: '',
@@ -31,7 +31,7 @@ export function gradientState(): GradientState {
   return new HashState<GradientKey>(GRADIENT_STATE)
 }
 
-/** What the toolbar and the keys can ask of the page beside changing its state. */
+/** Actions of the toolbar and keyboard that do not change the state. */
 export interface Commands {
   exportAs: (format: string) => void
   help: () => void
@@ -44,7 +44,7 @@ const ENDS = [
   ['bottom', '▼ bottom only'],
 ] as const
 
-/** Fills the toolbar; gives back what brings its controls in line with the state. */
+/** Fills the toolbar and returns a function that updates its controls from the state. */
 export function toolbar(
   bar: HTMLElement,
   state: GradientState,
@@ -75,17 +75,17 @@ function setExperts(select: HTMLSelectElement, experts: readonly number[]): void
 }
 
 export const KEYS = [
-  ['← → ↑ ↓', 'to the neighbour'],
-  ['Enter', 'select it'],
-  ['Esc', 'let go'],
-  ['e', 'both ends, the top, the bottom'],
-  ['/', 'search'],
-  ['?', 'these keys'],
+  ['← → ↑ ↓', 'move to the nearest cell'],
+  ['Enter', 'select the focused cell'],
+  ['Esc', 'clear selection and search'],
+  ['e', 'switch between both ends, top and bottom'],
+  ['/', 'search for a token'],
+  ['?', 'show this help'],
 ] as const
 
 const END_CYCLE = ['', 'top', 'bottom']
 
-/** What the keyboard does, wherever nobody is typing. */
+/** Handles keyboard shortcuts, except while the user types. */
 export function listenToKeys(state: GradientState, commands: Commands): void {
   document.addEventListener('keydown', (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || !acts(event, state, commands)) return

@@ -11,7 +11,7 @@ import {
   type Svg,
 } from '../presentation/svg'
 
-// A heat map: rows upward, columns along, one or two lines of text in a cell.
+// A heat map with one or two lines of text per cell.
 
 export interface HeatColumn {
   key: string
@@ -29,36 +29,36 @@ export interface HeatRow {
 }
 
 export interface Line {
-  /** Stands before the text and never moves, whichever way the text runs. */
+  /** Symbol left of the text, also of right-to-left text. */
   mark: string
   text: string
   strong: boolean
 }
 
 export interface HeatCell {
-  /** What a click selects; '' for a cell that is only looked at. */
+  /** The id that a click selects; '' if the cell is not selectable. */
   id: string
   lines: Line[]
-  /** Small, in the upper corner, where there is room for it; '' = nothing. */
+  /** Small text in the upper right corner, if there is room. */
   corner: string
-  /** A class that colours it, or a colour and the ink on it. */
+  /** A CSS class, or a fill and text colour. */
   paint: string | Paint
   sentence: string
   selected: boolean
-  /** Whether a search found it; undefined without a search. */
+  /** Whether a search found the cell; undefined if there is no search. */
   found: boolean | undefined
 }
 
 export interface HeatMap {
   columns: HeatColumn[]
-  /** From the top. */
+  /** From top to bottom. */
   rows: HeatRow[]
   cellHeight: number
   width: number
   cell: (row: string, column: string) => HeatCell | undefined
 }
 
-/** What the colours mean; `key` differs where it is to be drawn anew. */
+/** The legend; a different `key` causes a redraw. */
 export interface Legend {
   key: string
   draw: (group: Group) => void
@@ -75,7 +75,7 @@ interface Placed {
 
 type Chip = Selection<SVGGElement, unknown, null, undefined>
 
-/** The narrowest that can be read: ten labelled columns, and what is left for the others. */
+/** The smallest readable width: ten labelled columns and room for the others. */
 export function narrowest(columns: number): number {
   return GUTTER + Math.min(columns, LENS) * LABELLED + (columns > LENS ? UNLABELLED : 0)
 }
@@ -88,20 +88,20 @@ const TOP = 4
 const AXIS = 24
 const LEGEND = 28
 const MARK = 10
-const ROOMY = 84 // px; narrower cells have their text nearer to the edge
+const ROOMY = 84 // px; narrower cells have less padding
 
 export function heatPicture(name: string): Svg {
   const made = create('svg').attr('class', 'picture heat').attr('role', 'group')
   return made.attr('aria-label', name) as unknown as Svg
 }
 
-/** Draws the map and, where there is one, its legend below. */
+/** Draws the map and the legend below it. */
 export function drawHeatMap(svg: Svg, map: HeatMap, legend?: Legend): void {
   const { columns, rows, cellHeight, width } = map
   const axis = TOP + rows.length * (cellHeight + GAP)
   const height = axis + AXIS + (legend ? LEGEND : 0)
   if (needsRedraw(svg.node() as Element, `${width} ${height}`)) {
-    // The box scales it to the paper where it is printed.
+    // For printing, the viewBox scales the picture to the paper.
     svg.attr('width', width).attr('height', height).attr('viewBox', `0 0 ${width} ${height}`)
   }
   drawCells(groupNamed(svg, 'cells'), map)
@@ -118,7 +118,7 @@ function drawPart(svg: Svg, name: string, given: unknown, draw: (group: Group) =
   if (needsRedraw(group.node() as Element, JSON.stringify(given))) draw(group)
 }
 
-/** Draws the cells that differ from what is drawn; of hundreds a selection changes two. */
+/** Draws only changed cells: a selection changes two of several hundred. */
 function drawCells(group: Group, map: HeatMap): void {
   group
     .selectAll<SVGGElement, Placed>('g.chip')
@@ -177,11 +177,11 @@ function drawCell(chip: Chip, p: Placed): void {
   const text = [0, 1].map((i) => drawLine(chip, p, lines[i], i))
   drawCorner(chip, p)
   chip.selectAll('text').style('fill', paint?.ink ?? '')
-  // What is seen comes first: that is what a person says who speaks to the page.
+  // The visible text comes first, as voice control requires (WCAG 2.5.3).
   chip.attr('aria-label', cell ? [...text, cell.sentence].join(' ').trim() : null)
 }
 
-/** Moves a cell and what is in it; the browser lays out all of a cell that is told where it is. */
+/** Positions a cell and its text, unless they are already in place. */
 function placeCell(chip: Chip, p: Placed, lines: readonly Line[]): void {
   const { x, y, width, height } = p
   const rect = chip.select('rect')
@@ -200,7 +200,7 @@ function placeCell(chip: Chip, p: Placed, lines: readonly Line[]): void {
   }
 }
 
-/** Writes one line and gives back what of it is seen. */
+/** Draws one line and returns its visible text. */
 function drawLine(chip: Chip, p: Placed, line: Line | undefined, i: number): string {
   const { mark = '', text = '', strong = false } = line ?? {}
   const corner = i === 0 ? cornerOf(p).length * CHARACTER : 0

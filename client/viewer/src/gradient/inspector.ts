@@ -10,7 +10,7 @@ import { element, scoredList, tokenText } from '../presentation/elements'
 import { count, measure, signed } from '../presentation/wording'
 import { where } from './maps'
 
-// What is known of a component, in full: the right-hand side of the page.
+// The inspector: the facts about the selected component.
 
 export function fillFacts(
   aside: HTMLElement,
@@ -19,13 +19,13 @@ export function fillFacts(
 ): void {
   const found = place ? model.all(place) : []
   if (!place || found.length === 0) {
-    aside.replaceChildren(element('p', { class: 'quiet' }, 'Select a cell to read its component.'))
+    aside.replaceChildren(element('p', { class: 'quiet' }, 'Select a cell to see its component.'))
     return
   }
   aside.replaceChildren(...found.map((c) => componentFacts(c, model)), otherMatrices(model, place))
 }
 
-/** One outer product: its factors' sizes and the readable one's reading. */
+/** One component: the norms of its factors, and the reading of the projected one. */
 function componentFacts(component: Component, model: GradientModel): HTMLElement {
   const { reading, matrix } = component
   const facts = element('section', { class: 'facts', 'data-place': where(component, model) })
@@ -44,7 +44,7 @@ function componentFacts(component: Component, model: GradientModel): HTMLElement
   return facts
 }
 
-/** Where it is, the token kept from turning what stands around it. */
+/** The component's matrix and position. */
 function whereLine({ matrix, position }: Component, model: GradientModel): HTMLElement {
   const token = model.prompt[position]
   const text = token ? [tokenText(token.label), ` (${position})`] : [`(${position})`]
@@ -52,11 +52,11 @@ function whereLine({ matrix, position }: Component, model: GradientModel): HTMLE
 }
 
 function listTitle(end: string, promoted: boolean, known: string): string {
-  if (known === '') return `${end} tokens of x, which is imprinted`
+  if (known === '') return `${end} tokens of x, the input that a step imprints`
   return `${end} tokens of δ, ${promoted ? 'promoted' : 'suppressed'} by a descent step`
 }
 
-/** The token that stands for a component: what a step promotes, or what an input says. */
+/** The token shown for a component: the most promoted one, or an input's top token. */
 export function shownToken(component: Component): Scored | undefined {
   const { reading, matrix } = component
   return matrix.promoted === 'BOTTOM' ? reading?.bottom[0] : reading?.top[0]
@@ -79,7 +79,7 @@ function measures(component: Component, model: GradientModel): HTMLElement {
   if (component.reading) rows.push(['entropy', `${measure(component.reading.entropyBits)} bits`])
   const { matrix } = component
   rows.push([`whole gradient [${matrix.dIn}, ${matrix.dOut}]`, measure(matrix.norm)])
-  rows.push(['its components', `${matrix.components.length} of ${matrix.count} here`])
+  rows.push(['components shown', `${matrix.components.length} of ${matrix.count}`])
   const shown = rows.map(([name, value]) =>
     element('div', {}, element('dt', {}, name), element('dd', {}, value)),
   )
@@ -106,7 +106,7 @@ function otherSide(component: Component): HTMLElement {
   )
 }
 
-/** What the tooltip says of a component. */
+/** The tooltip of a component. */
 export function componentTooltip(component: Component, model: GradientModel): Node[] {
   const line = (mark: string, list: readonly Scored[]) =>
     element(
@@ -130,12 +130,12 @@ export function componentTooltip(component: Component, model: GradientModel): No
   ]
 }
 
-/** The other matrices at the same layer and position. */
+/** Links to the other matrices at the same layer and position. */
 function otherMatrices(model: GradientModel, place: Place): HTMLElement {
   const kinds = [...model.kinds('INPUT'), ...model.kinds('VJP')].filter((k) => k !== place.kind)
   const others = kinds.flatMap((kind) => model.at({ ...place, kind }) ?? [])
   const list = element('section', { class: 'node-links' })
-  if (others.length > 0) list.append(element('h3', {}, 'Also here'))
+  if (others.length > 0) list.append(element('h3', {}, 'Other matrices here'))
   for (const other of others) {
     const id = placeId({ ...place, kind: other.matrix.kind })
     list.append(

@@ -1,3 +1,4 @@
+import { finite } from '../contract'
 import {
   type Component,
   type GradientModel,
@@ -9,29 +10,29 @@ import {
 import type { Token } from '../model/tokens'
 import { BINS, normPaint, normSteps, rankBin } from '../presentation/colours'
 import { columnsIn, type Group, GUTTER } from '../presentation/svg'
-import { at, count, measure } from '../presentation/wording'
+import { at, count, decimals, measure } from '../presentation/wording'
 import type { HeatCell, HeatColumn, HeatMap, Legend, Line } from './heatmap'
 
-// The paper's pictures as heat maps: what a step imprints, which way it shifts, where the target is.
+// The heat maps: what a step imprints, where it shifts the output, and the target's rank.
 
-const SEGMENT = 144 // wide enough for the longest name
+const SEGMENT = 144 // px; fits the longest name
 
 export interface Shown {
   width: number
-  /** Whether that is wider than there is room for. */
+  /** Whether the map is wider than the window. */
   scrolls: boolean
   selected: string
   /** '', 'top' or 'bottom'. */
   ends: string
-  /** Place of the target among the loss's. */
+  /** Index of the target among those of the loss. */
   target: number
-  /** Of a mixture; undefined = at every place the one of the largest component. */
+  /** Expert to show; undefined = the one with the largest component at each place. */
   expert: number | undefined
-  /** What is searched for. */
+  /** Matches the tokens to highlight. */
   wanted: ((token: Token) => boolean) | undefined
 }
 
-/** Layers upward, positions along: both ends of each component's ranking, coloured by ||delta||. */
+/** Both ends of each component's ranking by layer and position, coloured by |δ|. */
 export function factorMap(model: GradientModel, kind: string, shown: Shown): HeatMap {
   const largest = largestNorm(model, kind)
   return map(model, shown, shown.ends === '' ? 42 : 26, (layer, position) => {
@@ -46,7 +47,7 @@ export function factorMap(model: GradientModel, kind: string, shown: Shown): Hea
   })
 }
 
-/** The same places, each with the rank of the target in the component's reading. */
+/** The rank of the target in each component by layer and position. */
 export function rankMap(model: GradientModel, kind: string, shown: Shown): HeatMap {
   return map(model, shown, 24, (layer, position) => {
     const found = model.at({ layer, position, kind }, shown.expert)
@@ -62,7 +63,7 @@ export function rankMap(model: GradientModel, kind: string, shown: Shown): HeatM
   })
 }
 
-/** What every cell of a component has, whatever it says. */
+/** The properties shared by all cells of a component. */
 function markedCell(component: Component, { selected, wanted }: Shown) {
   const { matrix, position, reading } = component
   const id = placeId({ layer: matrix.layer, position, kind: matrix.kind })
@@ -75,11 +76,11 @@ function markedCell(component: Component, { selected, wanted }: Shown) {
   }
 }
 
-/** The paper's figures by segment: the mean norm, and below it the target's mean rank. */
+/** The mean norm and the target's mean rank by segment of the prompt. */
 export function segmentMap(model: GradientModel, kind: string): HeatMap {
   const rows = model.segments.filter((segment) => segment.kind === kind)
   const names = [...new Set(rows.map((row) => row.segment))]
-  const largest = Math.max(...rows.map((row) => row.norm), 0)
+  const largest = Math.max(...rows.map((row) => finite(row.norm)), 0)
   const columns = names.map((name, i) => ({
     key: name,
     label: name.replaceAll('_', ' '),
@@ -102,7 +103,7 @@ export function segmentMap(model: GradientModel, kind: string): HeatMap {
 }
 
 function segmentCell(row: Segment, largest: number): HeatCell {
-  const rank = row.rank === undefined ? '' : `rank ${Math.round(row.rank)}`
+  const rank = row.rank === undefined ? '' : `rank ${decimals(row.rank, 0)}`
   const text = row.segment.replaceAll('_', ' ')
   return {
     id: '',
@@ -120,7 +121,7 @@ function segmentCell(row: Segment, largest: number): HeatCell {
 
 export function largestNorm(model: GradientModel, kind: string): number {
   const norms = model.of(kind).flatMap((matrix) => matrix.components.map((c) => c.vjpNorm))
-  return norms.reduce((most, norm) => Math.max(most, norm), 0)
+  return norms.reduce((most, norm) => Math.max(most, finite(norm)), 0)
 }
 
 function map(
@@ -142,7 +143,7 @@ function map(
   }
 }
 
-/** As the trace's overview places them, so that both pages show a token at the same place. */
+/** The columns of the trace's overview, so that both pages show a token at the same place. */
 function columnsOf(model: GradientModel, shown: Shown): HeatColumn[] {
   const chosen = placeOf(shown.selected)?.position
   const position = chosen ?? model.prompt.length - 1
@@ -151,14 +152,14 @@ function columnsOf(model: GradientModel, shown: Shown): HeatColumn[] {
     key: String(at),
     label: model.prompt[at]?.label ?? '',
     x,
-    // No curves run between these columns, so that they can stand closer.
+    // There are no arcs between these columns, so the gaps are smaller.
     width: labelled ? (columns[i + 1]?.x ?? x + width + 10) - x - 4 : width,
     labelled,
     selected: at === chosen,
   }))
 }
 
-/** The top and the bottom token; the end that a descent step promotes is set in bold. */
+/** The top and the bottom token; the one that a descent step promotes is bold. */
 function linesOf(component: Component, ends: string): Line[] {
   const { promoted } = component.matrix
   const line = (mark: string, end: 'TOP' | 'BOTTOM', text: string | undefined) => ({
@@ -176,23 +177,23 @@ export function where(component: Component, model: GradientModel): string {
   return `${matrixName(component.matrix)}, at ${at(component.position, model.prompt)}`
 }
 
-/** What a cell's own words leave open: where it is and how much. */
+/** The accessible description: matrix, position and norm. */
 function sentence(component: Component, model: GradientModel): string {
   return `${where(component, model)}, norm ${measure(component.vjpNorm)}`
 }
 
-// What the colours mean, below each picture and within it.
+// The legends are a part of the pictures, so that exported pictures have them.
 
 const STEPS = 24
 const WIDTH = 5
 const BIN = 58
 
-/** The scale of the norms with its domain. */
+/** The legend of norms from 0 to `largest`. */
 export function normLegend(largest: number): Legend {
   return { key: String(largest), draw: (group) => drawNorms(group, largest) }
 }
 
-/** The bins of the ranks. */
+/** The legend of rank bins. */
 export function rankLegend(): Legend {
   return { key: 'ranks', draw: drawBins }
 }

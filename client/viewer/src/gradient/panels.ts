@@ -13,9 +13,9 @@ import {
   segmentMap,
 } from './maps'
 
-// The pictures of a gradient's page, one below the other, each with a choice of its matrix.
+// The heat maps of a gradient's page, each with a choice of the matrix.
 
-const BAR = 36 // px, of a panel's title
+const BAR = 36 // px, height of a panel's title
 
 interface Panel {
   box: HTMLElement
@@ -40,13 +40,13 @@ export class MapPanels {
     this.imprint = this.panel('imprint', 'Imprint: what a step writes into what reads')
     this.rank = this.panel('rank', 'The target’s rank')
     this.segments = this.panel('rank', 'By segment of the prompt')
-    // Its cells take no focus: it must be reachable itself where it is wider than the window.
+    // Its cells take no focus, so the panel itself must: the keyboard can then scroll it.
     this.segments.picture.node()?.parentElement?.setAttribute('tabindex', '0')
     this.targets = choice('Target', [], (value) => state.set({ target: value }))
     this.rank.kinds.after(this.targets)
   }
 
-  /** The matrices that are shown. */
+  /** The matrices shown. */
   kinds(): string[] {
     return [this.kind('imprint'), this.kind('shift')].filter((kind) => kind !== '')
   }
@@ -108,7 +108,7 @@ export class MapPanels {
 
   private show(panel: Panel, map: HeatMap, legend?: Legend): void {
     drawHeatMap(panel.picture, map, legend)
-    // As high as it is where the browser leaves it out, since it is out of sight.
+    // The height for the browser to assume while the panel is off screen and not rendered.
     const height = Number(panel.picture.attr('height')) + BAR
     panel.box.style.containIntrinsicBlockSize = `${height}px`
   }
@@ -136,13 +136,13 @@ export class MapPanels {
     const bar = element('div', { class: 'panel-bar' }, title, kinds)
     const frame = element('div', { class: 'frame' }, picture.node() as Node)
     const box = element('section', { class: 'panel' }, bar, frame)
-    box.hidden = true // until there is something to show
+    box.hidden = true // until it has data
     this.element.append(box)
     return { box, title, kinds, picture }
   }
 }
 
-/** Brings what is selected into sight, when it is selected; afterwards a person may scroll. */
+/** Scrolls to the selected cell once, when the selection changes. */
 function scrollTo({ picture }: Panel, selected: string): void {
   const frame = picture.node()?.parentElement
   if (!frame || !needsRedraw(frame, selected)) return
@@ -152,7 +152,7 @@ function scrollTo({ picture }: Panel, selected: string): void {
   frame.scrollLeft += at.left + at.width / 2 - (around.left + around.width / 2)
 }
 
-/** Fills a choice with what there is; hidden where there is nothing to choose. */
+/** Sets the options of a drop-down list, and hides it if there is only one. */
 function setOptions(
   select: HTMLSelectElement,
   values: readonly string[],

@@ -1,5 +1,6 @@
 import type { EffectMessage, PreviewEditResponse } from '../contract'
-import { number, type Reading } from '../model/flow_graph'
+import { finite, number } from '../contract'
+import type { Reading } from '../model/flow_graph'
 import {
   type GradientModel,
   matrixLayer,
@@ -10,13 +11,13 @@ import { TokenTable } from '../model/tokens'
 import { element, tokenText } from '../presentation/elements'
 import { measure, percent, probability } from '../presentation/wording'
 
-// What a gradient shows on request: neurons, spectrum, verification, previews of edits.
+// Optional tables: neurons, spectrum, verification, previews of edits.
 
 const SHOWN = 3
 
 type Cell = Node | string
 
-/** A section with a table; nothing where there are no rows. */
+/** A section with a table; empty if there are no rows. */
 function section(
   title: string,
   note: string,
@@ -73,16 +74,16 @@ export function neuronTable(model: GradientModel, kind: string): HTMLElement[] {
   )
 }
 
-/** An expert that the loss does not reach has a gradient of zeros, whose neurons stay. */
+/** Whether a step changes the neuron; an expert that the loss does not reach has a zero gradient. */
 function moved({ norm }: NeuronChange): boolean {
-  return norm > 0
+  return norm !== 0
 }
 
-/** Below this part of the whole a direction is what rounding left. */
+/** Directions that explain less than this are rounding errors. */
 const ROUNDING = 1e-12
 
 function counts({ explained }: Singular): boolean {
-  return explained > ROUNDING
+  return !(explained <= ROUNDING)
 }
 
 export function spectrumTable(model: GradientModel, kind: string): HTMLElement[] {
@@ -107,7 +108,7 @@ export function spectrumTable(model: GradientModel, kind: string): HTMLElement[]
   )
 }
 
-/** How far the sums of outer products are from autograd's dense gradients, in one line. */
+/** The largest error of the sums of outer products against autograd's dense gradients. */
 export function verificationLine(model: GradientModel): HTMLElement[] {
   const checks = model.matrices.flatMap(({ verification }) => verification ?? [])
   if (checks.length === 0) return []
@@ -115,11 +116,11 @@ export function verificationLine(model: GradientModel): HTMLElement[] {
   const tolerance = Math.min(...checks.map((check) => check.tolerance))
   const text =
     `${checks.length} matrices compared with autograd’s dense gradient: the largest relative ` +
-    `error is ${measure(error)}, allowed is ${tolerance.toExponential(0)}.`
+    `error is ${measure(error)}, allowed is ${measure(tolerance)}.`
   return [element('p', { class: 'quiet verification' }, text)]
 }
 
-/** What an edit would do, before and after; `title` says which edit. */
+/** The effects of an edit: probabilities, ranks and predictions before and after it. */
 export function previewTable(title: string, message: PreviewEditResponse): HTMLElement[] {
   const table = new TokenTable()
   table.learn(message.tokens)
@@ -152,9 +153,9 @@ function tokens(reading: Reading | undefined, end: 'top' | 'bottom' = 'top'): No
   return element('span', { class: 'tops' }, ...shown.map(({ token }) => tokenText(token.label)))
 }
 
-/** A part of one as a number and a bar. */
-function share(value: number, text: (value: number) => string = percent): Node {
+/** A fraction of 1 as a number and a bar. */
+function share(value: number, format: (value: number) => string = percent): Node {
   const bar = element('span', { class: 'bar' })
-  bar.style.setProperty('--share', String(Math.min(1, value)))
-  return element('span', { class: 'measured' }, text(value), bar)
+  bar.style.setProperty('--share', String(Math.min(1, finite(value))))
+  return element('span', { class: 'measured' }, format(value), bar)
 }

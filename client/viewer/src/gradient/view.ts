@@ -18,6 +18,7 @@ import {
 } from '../browser/streams'
 import { listenForTargetChoice, type PageContents } from '../browser/target_choice'
 import type { GradientResponse, PreviewEditResponse } from '../contract'
+import { finite } from '../contract'
 import { GradientModel, placeId, placeOf } from '../model/gradient'
 import { matcher } from '../model/tokens'
 import {
@@ -29,7 +30,7 @@ import {
   tokenText,
 } from '../presentation/elements'
 import { setTabStop } from '../presentation/svg'
-import { probability } from '../presentation/wording'
+import { measure, probability } from '../presentation/wording'
 import { gradientState, KEYS, listenToKeys, toolbar } from './controls'
 import { narrowest } from './heatmap'
 import { componentTooltip, fillFacts } from './inspector'
@@ -39,7 +40,7 @@ import { neuronTable, previewTable, spectrumTable, verificationLine } from './ta
 
 const PREVIEW = 'preview:'
 
-/** Shows the gradient that the page holds, or that comes while one watches. */
+/** Shows an embedded or posted gradient. */
 export async function gradientPage(): Promise<void> {
   const view = new GradientView(shell(), pageDescription().title)
   connectToLivePage({
@@ -77,7 +78,7 @@ async function showPreviews(view: GradientView): Promise<void> {
   }
 }
 
-/** A gradient on the screen; fed by a recorded stream or by a live one. */
+/** The view of a gradient. */
 export class GradientView {
   readonly model = new GradientModel()
   readonly state = gradientState()
@@ -109,11 +110,11 @@ export class GradientView {
     listenToKeys(this.state, commands)
     this.hoverWith(new Tooltip())
     for (const part of [parts.main, parts.aside]) {
-      part.addEventListener('click', (event) => this.follow(event))
+      part.addEventListener('click', (event) => this.openLink(event))
     }
     listenForTargetChoice(parts.aside, this.model.tokens, () => this.contents())
     this.state.subscribe(() => this.draw())
-    // What is drawn changes the height, and that asks for no other drawing.
+    // Drawing changes the height, which must not cause another drawing.
     new ResizeObserver(() => {
       if (this.widthChanges.changed(parts.main.clientWidth)) this.draw()
     }).observe(parts.main)
@@ -124,12 +125,12 @@ export class GradientView {
     return { command: 'gradient', model: provenance.model ?? '', prompt, targets }
   }
 
-  /** Takes one more message of the stream; call `draw` when it is to be seen. */
+  /** Adds a message of the stream; call `draw` to show it. */
   feed(message: GradientResponse): void {
     this.model.feed(message)
   }
 
-  /** Shows what an edit would do; the same edit once, as it was previewed last. */
+  /** Shows the preview of an edit, replacing an earlier preview of the same edit. */
   preview(title: string, message: PreviewEditResponse): void {
     const [made] = previewTable(title, message)
     if (!made) return
@@ -138,7 +139,7 @@ export class GradientView {
     this.previews.append(made)
   }
 
-  /** Selects what stands at the same place as something selected elsewhere. */
+  /** Selects the component at a layer and position selected in another frame. */
   selectPlace({ layer, position }: Coordinates): void {
     const kind = placeOf(this.selected())?.kind
     if (kind) this.state.set({ sel: placeId({ layer, position, kind }) })
@@ -181,14 +182,17 @@ export class GradientView {
     return chosen === '' ? undefined : Number(chosen)
   }
 
-  /** The chosen component, else the largest one of the matrices that write. */
+  /** The chosen component, or else the largest one whose VJP is shown. */
   private selected(): string {
     const chosen = this.state.get('sel')
     if (placeOf(chosen)) return chosen
     const kind = this.model.kinds('VJP')[0] ?? this.model.kinds('INPUT')[0]
     if (!kind) return ''
     const parts = this.model.of(kind).flatMap((matrix) => matrix.components)
-    const largest = parts.reduce((a, b) => (b.size > a.size ? b : a), parts[0] as never)
+    const largest = parts.reduce(
+      (a, b) => (finite(b.size) > finite(a.size) ? b : a),
+      parts[0] as never,
+    )
     return largest ? placeId({ layer: largest.matrix.layer, position: largest.position, kind }) : ''
   }
 
@@ -218,7 +222,7 @@ export class GradientView {
     )
   }
 
-  private follow(event: Event): void {
+  private openLink(event: Event): void {
     const id = (event.target as Element).closest<HTMLElement>('[data-id]')?.dataset.id
     if (!id || !placeOf(id)) return
     this.state.set({ sel: id })
@@ -233,7 +237,7 @@ export class GradientView {
   }
 }
 
-/** The prompt, what is to be learnt, and which weights would learn it. */
+/** The prompt and targets, the summary, and the provenance. */
 export function fillHeader(heading: HTMLElement, model: GradientModel, position: number): void {
   const targets = model.targets.map((token) => {
     const shown = tokenText(token.label)
@@ -248,7 +252,7 @@ export function fillHeader(heading: HTMLElement, model: GradientModel, position:
 function story(model: GradientModel): HTMLElement {
   const story = element('p', { class: 'story' })
   story.append(
-    `Loss ${model.loss.toPrecision(4)}`,
+    `Loss ${measure(model.loss, 4)}`,
     model.targets.length === 1 ? `, so probability ${probability(Math.exp(-model.loss))}` : '',
     '; the model predicts ',
     tokenText(model.predicted?.label ?? ''),

@@ -10,7 +10,7 @@ interface ModelMessage {
   nLayers?: number
 }
 
-/** Asks a live server and shows answers beside each other as they come. */
+/** Sends requests to a server and shows the results side by side as they arrive. */
 export async function livePage(): Promise<void> {
   keepToken()
   const page = new LivePage()
@@ -88,7 +88,7 @@ class LivePage {
     }
   }
 
-  /** Asks; the answer stands last, or beside another. */
+  /** Sends a request; its panel is appended, or placed after another. */
   private open(view: 'trace' | 'gradient', question: Question, beside?: Panel): void {
     const complete = view === 'gradient' && question.target === '' ? undefined : question
     if (!complete) {
@@ -111,12 +111,12 @@ function samePrompt(a: Question, b: Question): boolean {
   return a.prompt === b.prompt && a.model === b.model
 }
 
-/** What the question beside an answer has in common with it; a target typed since is kept. */
+/** The prompt and model of a question; the target is taken from the form. */
 function samePromptAs({ prompt, model }: Question): Partial<Question> {
   return { prompt, model }
 }
 
-/** What the form can start. */
+/** Actions of the form. */
 export interface FormActions {
   trace: (question: Question) => void
   gradient: (question: Question) => void
@@ -129,7 +129,7 @@ const LENSES = [
   ['RAW', 'raw'],
 ] as const
 
-/** Where a person asks: prompt, target, model; the rest behind "more". */
+/** The form: prompt, target and model, and further options under "more". */
 export class Form {
   readonly element = element('form', { class: 'ask', 'aria-label': 'Ask' })
   readonly model = choice('Model', [], () => {})
@@ -180,13 +180,13 @@ export class Form {
     }
   }
 
-  /** Writes a target as if it were typed. */
+  /** Sets the text of the target field. */
   setTarget(text: string): void {
     const input = this.target.querySelector('input')
     if (input) input.value = text
   }
 
-  /** Other prompts to look at when an edit is previewed. */
+  /** Further prompts to evaluate in an edit preview. */
   probePrompts(): string[] {
     return value(this.probes)
       .split('|')
@@ -194,7 +194,7 @@ export class Form {
       .filter((probe) => probe !== '')
   }
 
-  /** Of several lines, if need be: Enter asks, Shift-Enter begins a new one. */
+  /** A multi-line field: Enter submits, Shift-Enter inserts a line break. */
   private promptField(): HTMLLabelElement {
     const text = element('textarea', {
       name: 'prompt',

@@ -1,10 +1,10 @@
 import type { Token } from '../model/tokens'
 
-// The contract's calls, through the page's own server: protobuf JSON, one message a line.
+// RPCs through the page's own HTTP server: protobuf JSON, one message per line.
 
 const TOKEN = 'januslens-token'
 
-/** Takes the run's token from the address, where nobody else reads it, and out of sight. */
+/** Moves the access token from the URL fragment to the session storage. */
 export function keepToken(): void {
   const parameters = new URLSearchParams(window.location.hash.slice(1))
   const token = parameters.get('token')
@@ -24,14 +24,14 @@ export interface ErrorDetails {
   retry_after?: number | null
 }
 
-/** A call that failed, with what the server said of it. */
+/** A failed call with the details that the server returned. */
 export class CallError extends Error {
   constructor(readonly details: ErrorDetails) {
     super(details.message ?? details.code ?? 'the call failed')
   }
 }
 
-/** The lines of a call's answer as they come. */
+/** Yields the lines of a response as they arrive. */
 export async function* call(
   method: string,
   request: unknown,
@@ -50,13 +50,13 @@ export async function* call(
   }
 }
 
-/** The one message of a call that is no stream. */
+/** Returns the message of a unary call. */
 export async function callOnce<Message>(method: string, request: unknown): Promise<Message> {
   for await (const line of call(method, request)) return JSON.parse(line) as Message
-  throw new CallError({ message: `no answer to ${method}` })
+  throw new CallError({ message: `the server returned no response to ${method}` })
 }
 
-/** A page as a file, made by the server of what has come. */
+/** Builds a saved page from the messages received so far. */
 export async function savedPage(view: string, streams: Record<string, string[]>): Promise<Blob> {
   return (await post(`/page/${view}`, JSON.stringify(streams))).blob()
 }
@@ -81,7 +81,7 @@ async function refusal(answer: Response): Promise<ErrorDetails> {
   }
 }
 
-/** A line, unless it says that the call failed. */
+/** Returns the line, or throws if it reports an error. */
 function checked(line: string): string {
   if (line.startsWith('{"error"')) {
     throw new CallError((JSON.parse(line) as { error: ErrorDetails }).error)
@@ -89,14 +89,14 @@ function checked(line: string): string {
   return line
 }
 
-// From what is typed to requests as protobuf JSON; what the server refuses it says by field.
+// Requests as protobuf JSON, from the text of the form. The server validates them.
 
-/** What a person asks, as typed. */
+/** The fields of the form. */
 export interface Question {
   model: string
   prompt: string
   target: string
-  /** A token that was clicked, instead of a typed target. */
+  /** A clicked token, which replaces the typed target. */
   clickedTarget?: Token | undefined
   layers: string
   positions: string
@@ -176,7 +176,7 @@ function common(question: Question): Json {
   }
 }
 
-/** `0-3,7` as [0, 1, 2, 3, 7] and `-1,3` as [-1, 3]; '' as none. */
+/** Parses `0-3,7` as [0, 1, 2, 3, 7] and `-1,3` as [-1, 3]. */
 export function numbers(text: string): number[] {
   return text
     .split(',')

@@ -15,7 +15,7 @@ import {
   traceRequest,
 } from './calls'
 
-// One question and its answer: what runs, how far it is, and the page that it fills.
+// A panel of the live page: one question, its progress, and a frame with its result.
 
 type View = 'trace' | 'gradient'
 
@@ -27,11 +27,11 @@ interface Progress {
 }
 
 export interface PanelActions {
-  /** Another frame is to show the same place. */
+  /** The user selected a layer and position in a frame. */
   selectionMoved: (from: Panel, place: Coordinates) => void
-  /** The same question with another target. */
+  /** The user chose another target for the same question. */
   targetChosen: (from: Panel, target: Token) => void
-  /** The other question on the same prompt. */
+  /** The user wants the other view of the same prompt. */
   compare: (panel: Panel) => void
   closed: (panel: Panel) => void
 }
@@ -68,7 +68,7 @@ export class Panel {
     this.element.append(element('div', { class: 'panel-top' }, head, this.bar), this.frame.element)
   }
 
-  /** Asks, and fills the page as the answer comes. */
+  /** Sends the question and passes the messages to the frame as they arrive. */
   async run(): Promise<void> {
     const started = performance.now()
     this.setStatus('waiting', 'waiting for the server')
@@ -86,7 +86,7 @@ export class Panel {
     this.controller.abort()
   }
 
-  /** Keeps a line of a stream, for saving, and shows it. */
+  /** Stores a line of a stream for saving, and passes it to the frame. */
   take(stream: string, line: string, message: unknown = JSON.parse(line)): void {
     const lines = this.streams[stream] ?? []
     this.streams[stream] = lines
@@ -105,14 +105,14 @@ export class Panel {
       this.progress(message)
       if (trace && message.header) {
         around = this.requestOverview(line)
-        around.catch(() => {}) // awaited below, unless the trace itself fails before
+        around.catch(() => {}) // awaited below, unless the trace itself fails first
       }
     }
     this.frame.post({ stream: this.view, end: true })
     await around
   }
 
-  /** What stands around a trace: the residual stream at the other positions. */
+  /** Requests the residual stream at the other positions. */
   private async requestOverview(header: string): Promise<void> {
     const question = { header, lens: this.question.lens }
     for await (const line of call('overview', question, this.controller.signal)) {
@@ -174,7 +174,7 @@ export class Panel {
   }
 }
 
-// One answer's page in a frame of its own: the same program as a page from a file.
+// The frame of one result, which runs the same program as a saved page.
 
 export class Frame {
   readonly element: HTMLIFrameElement
@@ -189,7 +189,7 @@ export class Frame {
     window.addEventListener('message', (event: MessageEvent<FrameOutput>) => this.receive(event))
   }
 
-  /** Posts a message as soon as the frame listens. */
+  /** Posts a message, or queues it until the frame is ready. */
   post(posted: FrameInput): void {
     if (this.waiting) this.waiting.push(posted)
     else this.element.contentWindow?.postMessage(posted, window.location.origin)
@@ -209,9 +209,9 @@ export class Frame {
   }
 }
 
-// The controls by which an edit is previewed beside a gradient.
+// The controls for previewing an edit.
 
-/** Adds to a gradient's panel what previews an edit; `layers` is how many the model has. */
+/** Adds the edit controls to a gradient's panel; `layers` is the model's number of layers. */
 export function addEdits(panel: Panel, layers: number, watched: () => string[]): void {
   const strength = element('input', {
     class: 'search strength',

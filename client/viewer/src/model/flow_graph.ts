@@ -9,16 +9,17 @@ import type {
   StageTimeMessage,
   TraceResponse,
 } from '../contract'
+import { finite, number, optional } from '../contract'
 import { type Token, TokenTable, tokenOf } from './tokens'
 
-/** A token with what a projection says of it. */
+/** A token with its probability and logit in a projection. */
 export interface Scored {
   token: Token
   probability: number
   logit: number
 }
 
-/** A vector read in the vocabulary. */
+/** The projection of a vector onto the vocabulary. */
 export interface Reading {
   top: readonly Scored[]
   bottom: readonly Scored[]
@@ -28,7 +29,7 @@ export interface Reading {
   targetLogit: number | undefined
 }
 
-/** One vector of the forward pass; semantics.md says what each kind is. */
+/** One vector of the forward pass; `docs/semantics.md` defines the kinds. */
 export interface GraphNode {
   id: string
   kind: string
@@ -142,26 +143,17 @@ function scored(
   }))
 }
 
-/** A float of the stream; an absent one is 0, and "NaN" or "Infinity" what they say. */
-export function number(value: Float | undefined): number {
-  return value === undefined ? 0 : Number(value)
-}
-
-function optional(value: Float | undefined): number | undefined {
-  return value === undefined ? undefined : Number(value)
-}
-
-/** A node and the edge by which it enters another. */
+/** A node and its edge into the node that it is a part of. */
 export interface Part {
   node: GraphNode
   edge: GraphEdge
 }
 
 /**
- * The flow graph of a forward pass, as far as its messages have come.
+ * The flow graph of a forward pass, built from the messages received so far.
  *
- * Several streams of the same prompt may feed it: ids are coordinates, equal in every request, so
- * what comes twice is the same node. The first header says which positions were asked for in full.
+ * Several streams of the same prompt may feed it: node ids are coordinates, so a node that arrives
+ * twice has the same id. The first header lists the positions that were traced in full.
  */
 export class FlowGraph {
   readonly tokens = new TokenTable()
@@ -169,19 +161,19 @@ export class FlowGraph {
   readonly layers = new Set<number>()
   readonly targets = new Map<number, PositionTarget>()
   prompt: Token[] = []
-  /** Positions of the first header: those traced in full. */
+  /** Positions of the first header, which are traced in full. */
   traced: number[] = []
   provenance: ProvenanceMessage = {}
   sizes: ModelSizesMessage = {}
   times: StageTimeMessage[] = []
-  /** Grows with every message: what was drawn from an older version is out of date. */
+  /** Incremented with every message, so that a view knows when to redraw. */
   version = 0
-  /** Whether every stream that began has come to its summary; one without was cut. */
+  /** Whether every stream that started has also sent its summary. */
   get complete(): boolean {
     return this.headers > 0 && this.headers === this.summaries
   }
 
-  /** Size of the vocabulary, where the stream says it. */
+  /** Size of the vocabulary, if the stream reports it. */
   get vocabulary(): number | undefined {
     return this.sizes.vocabSize
   }
@@ -212,7 +204,7 @@ export class FlowGraph {
       this.sizes = header.sizes ?? {}
       this.traced = targets.map((target) => target.position)
     }
-    // A place for every layer that will come: what has come stays where it is.
+    // Reserve a row for every layer, so that rows do not move as layers arrive.
     for (const layer of header.layers ?? []) this.layers.add(layer)
     for (const target of targets) {
       if (!this.targets.has(target.position)) this.targets.set(target.position, target)
@@ -252,24 +244,24 @@ export class FlowGraph {
     return this.from.get(id) ?? []
   }
 
-  /** The parts that add up to a node, largest |share| first; their shares add to 1. */
+  /** The parts that add up to a node, largest |share| first; their shares sum to 1. */
   partsOf(id: string): Part[] {
     const parts: Part[] = []
     for (const edge of this.edgesInto(id)) {
       const node = edge.kind === 'PART' ? this.nodes.get(edge.source) : undefined
       if (node) parts.push({ node, edge })
     }
-    return parts.sort((a, b) => Math.abs(b.edge.share ?? 0) - Math.abs(a.edge.share ?? 0))
+    return parts.sort((a, b) => Math.abs(finite(b.edge.share)) - Math.abs(finite(a.edge.share)))
   }
 
-  /** The head that a node is of; a row of W_O is its coordinate's. */
+  /** The head that a node belongs to; a row of W_O belongs to the head of its coordinate. */
   headOf(node: GraphNode): number | undefined {
     const { dHead } = this.sizes
     if (node.kind !== 'ATTENTION_NEURON' || node.neuron === undefined || !dHead) return node.head
     return Math.floor(node.neuron / dHead)
   }
 
-  /** What a node is read from by one kind of edge, if it is. */
+  /** The source of a node's first edge of one kind. */
   sourceBy(id: string, kind: string): GraphNode | undefined {
     const edge = this.edgesInto(id).find((candidate) => candidate.kind === kind)
     return edge && this.nodes.get(edge.source)

@@ -8,12 +8,13 @@ import type {
   SegmentRowMessage,
   SingularMessage,
 } from '../contract'
-import { number, type Reading, readingOf } from './flow_graph'
+import { finite, number } from '../contract'
+import { type Reading, readingOf } from './flow_graph'
 import { type Token, TokenTable, tokenOf } from './tokens'
 
-// One matrix's gradient as records: components, singular directions, neurons.
+// The gradient of a loss, built from the messages received so far.
 
-/** One position's outer product. */
+/** The outer product of one position. */
 export interface Component {
   matrix: Matrix
   position: number
@@ -46,12 +47,12 @@ export interface Matrix {
   expert: number | undefined
   dIn: number
   dOut: number
-  /** Which factor is read: the input, which is imprinted, or the VJP, by which the output shifts. */
+  /** The factor that is projected: the input x, which a step imprints, or the VJP δ, which shifts the output. */
   side: 'INPUT' | 'VJP'
-  /** Where the tokens stand that a descent step promotes; '' for inputs. */
+  /** The end of the ranking that a descent step promotes; '' for inputs. */
   promoted: 'TOP' | 'BOTTOM' | ''
   components: Component[]
-  /** How many the whole gradient has. */
+  /** Number of components of the whole gradient. */
   count: number
   norm: number
   spectrum: Singular[]
@@ -71,7 +72,7 @@ export function matrixName(matrix: Matrix): string {
 
 export type Read = (projection?: ProjectionMessage) => Reading | undefined
 
-/** A matrix without its lists, which may come in several messages. */
+/** A matrix with empty lists; several messages may fill them. */
 export function matrixOf(message: GradientMatrixMessage, kind: string): Matrix {
   const end = (message.promotedEnd ?? '').replace('END_', '')
   return {
@@ -126,8 +127,6 @@ export function neuronOf(message: NeuronChangeMessage, read: Read): NeuronChange
   }
 }
 
-// The gradient of a loss as far as its messages have come.
-
 export interface Segment {
   segment: string
   layer: number
@@ -150,7 +149,7 @@ export class GradientModel {
   skipped: string[] = []
   segments: Segment[] = []
   complete = false
-  /** Grows with every message: what was drawn from an older version is out of date. */
+  /** Incremented with every message, so that a view knows when to redraw. */
   version = 0
   private readonly places = new Map<string, Component[]>()
 
@@ -164,7 +163,7 @@ export class GradientModel {
     }
   }
 
-  /** The kinds of one side that have come, in the papers' order. */
+  /** The kinds of one side received so far, in the order of the forward pass. */
   kinds(side: Matrix['side']): string[] {
     const known = new Set(this.matrices.filter((m) => m.side === side).map((m) => m.kind))
     return KINDS.filter((kind) => known.has(kind))
@@ -174,25 +173,25 @@ export class GradientModel {
     return this.matrices.filter((matrix) => matrix.kind === kind)
   }
 
-  /** The experts that a mixture routed to, ascending. */
+  /** The experts that the router selected, ascending. */
   experts(): number[] {
     const known = new Set(this.matrices.flatMap(({ expert }) => expert ?? []))
     return [...known].sort((a, b) => a - b)
   }
 
-  /** What stands at a place; of several experts' components one's, or else the largest. */
+  /** The component at a place: the given expert's, or the largest of all experts. */
   at(place: Place, expert?: number): Component | undefined {
     const found = this.all(place)
     if (expert === undefined) return found[0]
     return found.find(({ matrix }) => matrix.expert === undefined || matrix.expert === expert)
   }
 
-  /** Every component at a place, largest first: several where a mixture routes to experts. */
+  /** All components at a place, largest first; a mixture of experts can have several. */
   all(place: Place): readonly Component[] {
     return this.places.get(placeId(place)) ?? []
   }
 
-  /** The blocks of the picture, ascending; before all have come, as many as the model has. */
+  /** The layers to draw, ascending; all layers of the model until the stream is complete. */
   layers(): number[] {
     const known = new Set(this.matrices.map((matrix) => matrix.layer))
     if (!this.complete) for (let i = 0; i < (this.layerCount ?? 0); i++) known.add(i)
@@ -236,11 +235,11 @@ export class GradientModel {
     const others = this.places.get(id) ?? []
     this.places.set(
       id,
-      [...others, component].sort((a, b) => b.size - a.size),
+      [...others, component].sort((a, b) => finite(b.size) - finite(a.size)),
     )
   }
 
-  /** The matrix that a message begins or continues. */
+  /** The matrix that a message starts or continues. */
   private known(message: GradientMatrixMessage): Matrix {
     const kind = kindOf(message.kind ?? '')
     const found = this.of(kind).find(
@@ -271,7 +270,7 @@ function segmentOf(message: SegmentRowMessage): Segment {
   }
 }
 
-/** Where a component is: its layer and position are those of the flow graph's nodes. */
+/** Coordinates of a component; layer and position are those of the flow graph. */
 export interface Place {
   layer: number
   position: number

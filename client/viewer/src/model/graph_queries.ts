@@ -1,18 +1,19 @@
+import { finite } from '../contract'
 import type { FlowGraph, GraphEdge, GraphNode } from './flow_graph'
 import { matcher, type Token } from './tokens'
 
-/** A block without a residual between its halves, a parallel one, is one step. */
+/** The step that a residual follows; a parallel block is a single step. */
 export type AnswerStep = 'embedding' | 'attention' | 'MLP' | 'block'
 
-/** Where the target is on top of the residual stream for good. */
+/** The residual from which onwards the target is ranked first. */
 export interface Answer {
   node: GraphNode
   layer: number | undefined
-  /** Which step brought it there. */
+  /** The step that wrote this residual. */
   step: AnswerStep
 }
 
-/** The residuals of a position from the embedding upwards, those that have a reading. */
+/** The residuals of a position from the embedding upwards that have a reading. */
 export function residuals(graph: FlowGraph, position: number): GraphNode[] {
   const found: (GraphNode | undefined)[] = [graph.node(`p${position}/BLOCK_INPUT`)]
   for (const layer of [...graph.layers].sort((a, b) => a - b)) {
@@ -22,7 +23,7 @@ export function residuals(graph: FlowGraph, position: number): GraphNode[] {
   return found.filter((node) => node?.reading !== undefined) as GraphNode[]
 }
 
-/** The first residual from which on the target's rank is 0; undefined if it is not in the end. */
+/** The first residual from which the target's rank stays 0; undefined if the last rank is not 0. */
 export function answerAppears(graph: FlowGraph, position: number): Answer | undefined {
   const steps = residuals(graph, position)
   const lastBelow = steps.findLastIndex((node) => node.reading?.targetRank !== 0)
@@ -37,9 +38,9 @@ function stepTo(graph: FlowGraph, node: GraphNode): AnswerStep {
   return graph.at(node.layer ?? 0, node.position, 'RESIDUAL_MID') ? 'MLP' : 'block'
 }
 
-// Ways through the graph: the strongest source, the strongest destination, the strongest path.
+// Paths: the strongest source, the strongest destination, the strongest path to the target.
 
-/** What a node is mostly made of, and what it mostly goes into. */
+/** The source that contributes most to a node. */
 export function strongestSource(graph: FlowGraph, id: string): GraphNode | undefined {
   return stepBack(graph, id)?.node
 }
@@ -50,21 +51,21 @@ export function strongestDestination(graph: FlowGraph, id: string): GraphNode | 
   return part && graph.node(part.target)
 }
 
-/** One step of a path; its edge, if it has one, enters the step before. */
+/** One step of a path, and its edge into the previous step. */
 export interface Step {
   node: GraphNode
   edge: GraphEdge | undefined
 }
 
 const ENDS = ['PREDICTION', 'FINAL_NORM', 'BLOCK_OUTPUT']
-// A remainder or a constant explains nothing further.
+// A path does not continue through a remainder or a constant.
 const DEAD_ENDS = new Set(['OTHER', 'ATTENTION_BIAS', 'MLP_BIAS'])
 
 /**
- * The strongest chain from a position's prediction back to the embedding: the path that
- * `trace.path_to_target()` gives. At a sum it takes the part that adds most to the target's logit
- * (without contributions, the largest share), at attention's result the heads together, elsewhere
- * the heaviest edge.
+ * The strongest path from a position's prediction back to the embedding, as
+ * `trace.path_to_target()` returns it. At a sum the path takes the part that adds most to the
+ * target's logit (the largest share, if contributions are missing), at attention's output the
+ * concatenated heads, elsewhere the edge of largest weight.
  */
 export function pathToTarget(graph: FlowGraph, position: number): Step[] {
   const start = lastOutput(graph, position)
@@ -105,10 +106,10 @@ function stepBack(graph: FlowGraph, id: string): Step | undefined {
 function strongest(edges: readonly GraphEdge[]): GraphEdge | undefined {
   const parts = edges.filter((edge) => edge.kind === 'PART')
   if (parts.length > 0 && parts.every((part) => part.logitContribution !== undefined)) {
-    return best(parts, (part) => part.logitContribution ?? 0)
+    return best(parts, (part) => finite(part.logitContribution))
   }
-  if (parts.length > 0) return best(parts, (part) => Math.abs(part.share ?? 0))
-  return best(edges, (edge) => Math.abs(edge.weight))
+  if (parts.length > 0) return best(parts, (part) => Math.abs(finite(part.share)))
+  return best(edges, (edge) => Math.abs(finite(edge.weight)))
 }
 
 function best<Item>(items: readonly Item[], of: (item: Item) => number): Item | undefined {
@@ -117,33 +118,33 @@ function best<Item>(items: readonly Item[], of: (item: Item) => number): Item | 
   return found
 }
 
-// A selection followed through all layers along its sums: up into what it makes up, down into what
-// makes it up. What is read through a norm is no part of it, so there the way ends.
+// The selection's share of the sums above it, and the shares of its own parts. A norm or a
+// projection is not a sum, so the flow ends there.
 
-/** How much of each node's ribbon is coloured, 0 to 1, by id. */
+/** The coloured fraction of each node's ribbon, 0 to 1, by node id. */
 export type SelectionFlow = ReadonlyMap<string, number>
 
-const LEAST = 0.004 // of a ribbon: less is not seen
+const LEAST = 0.004 // of a ribbon; anything smaller is invisible
 
 /**
- * Upward a ribbon is coloured as far as the selection makes up the node that it leaves; downward as
- * far as the sum that it enters makes up the selection. Both are products of |share|, so that a
- * ribbon's coloured width is its own contribution.
+ * Above the selection, a ribbon is coloured by the selection's share of the node that the ribbon
+ * leaves; below it, by the share that the ribbon's sum has in the selection. Both are products of
+ * |share|, so the coloured width is the contribution itself.
  */
-export function follow(graph: FlowGraph, selected: string): SelectionFlow {
-  const followed = new Map<string, number>()
+export function selectionFlow(graph: FlowGraph, selected: string): SelectionFlow {
+  const flow = new Map<string, number>()
   const node = graph.node(selected)
-  if (!node) return followed
+  if (!node) return flow
   const part = written(graph, node)
-  descend(graph, part, 1, followed)
+  descend(graph, part, 1, flow)
   let fraction = 1
   for (let at: GraphNode | undefined = part; at && fraction > LEAST; ) {
-    followed.set(at.id, fraction)
+    flow.set(at.id, fraction)
     const step = upward(graph, at)
     fraction *= step?.share ?? 0
     at = step?.node
   }
-  return followed
+  return flow
 }
 
 interface Share {
@@ -152,7 +153,7 @@ interface Share {
   share: number
 }
 
-/** What a key, a query or an up column has its effect through: the value or the head's output. */
+/** The node that carries the effect of a key, a query or an up column: a value or a head's output. */
 function written(graph: FlowGraph, node: GraphNode): GraphNode {
   const next = graph.edgesFrom(node.id).find((edge) => {
     if (edge.kind === 'RECALL') return true
@@ -164,7 +165,7 @@ function written(graph: FlowGraph, node: GraphNode): GraphNode {
   return (next && graph.node(next.target)) ?? node
 }
 
-/** The sum that a node enters; each enters one. */
+/** The sum that a node is a part of; there is one at most. */
 function upward(graph: FlowGraph, node: GraphNode): Share | undefined {
   const at = (kind: string) => graph.at(node.layer ?? 0, node.position, kind)
   if (node.kind === 'ATTENTION_CONCAT') {
@@ -176,20 +177,20 @@ function upward(graph: FlowGraph, node: GraphNode): Share | undefined {
   return sum && { node: sum, share: edge.kind === 'PART' ? size(edge.share) : 1 }
 }
 
-/** Whether an edge gives a sublayer's result in its final form. */
+/** Whether an edge turns a sublayer's raw output into its final form. */
 function isSame(node: GraphNode, kind: string): boolean {
   return node.kind.endsWith('_SUM') && (kind === 'NORM' || kind === 'SCALE')
 }
 
-function descend(graph: FlowGraph, sum: GraphNode, weight: number, followed: Map<string, number>) {
+function descend(graph: FlowGraph, sum: GraphNode, weight: number, flow: Map<string, number>) {
   if (weight < LEAST) return
   for (const { node, share } of downward(graph, sum)) {
-    followed.set(node.id, weight)
-    descend(graph, node, weight * share, followed)
+    flow.set(node.id, weight)
+    descend(graph, node, weight * share, flow)
   }
 }
 
-/** What a node is made of, the heads together being a part of attention's result. */
+/** The parts of a node; the concatenated heads count as one part of attention's output. */
 function downward(graph: FlowGraph, sum: GraphNode): Share[] {
   const parts = graph.partsOf(sum.id).map(({ node, edge }) => ({ node, share: size(edge.share) }))
   const concat = graph.at(sum.layer ?? 0, sum.position, 'ATTENTION_CONCAT')
@@ -201,34 +202,34 @@ function downward(graph: FlowGraph, sum: GraphNode): Share[] {
   return before ? [{ node: before, share: 1 }] : parts
 }
 
-/** What a node is another form of: the residual, normed or unembedded; a result, normed or scaled. */
+/** The node from which this one follows by a norm, a scale or the unembedding. */
 function formOf(graph: FlowGraph, node: GraphNode): GraphNode | undefined {
   if (node.kind === 'PREDICTION') return graph.sourceBy(node.id, 'PROJECT')
   if (node.kind !== 'FINAL_NORM' && !node.kind.endsWith('_OUTPUT')) return undefined
   return graph.sourceBy(node.id, 'NORM') ?? graph.sourceBy(node.id, 'SCALE')
 }
 
-/** The heads' share of attention's result: all but the bias. */
+/** The heads' share of attention's output: everything except the bias. */
 function headsShare(graph: FlowGraph, result: GraphNode): number {
   const bias = graph.partsOf(result.id).find(({ node }) => node.kind === 'ATTENTION_BIAS')
   return size(1 - (bias?.edge.share ?? 0))
 }
 
 function size(share: number | undefined): number {
-  return Math.min(1, Math.abs(share ?? 0))
+  return Math.min(1, Math.abs(finite(share)))
 }
 
-// "Where is Tokyo?": every node that has a token among its top or bottom ones.
+// Search: nodes that have a matching token among their top or bottom tokens.
 
 export interface Found {
   node: GraphNode
   token: Token
   end: 'top' | 'bottom'
-  /** Place in the list of that end, 0 being the very end. */
+  /** Index in the list of that end; 0 is the most extreme. */
   place: number
 }
 
-/** Every node that a query finds, with the first place where it does. */
+/** All matching nodes, each with its first match. */
 export function search(graph: FlowGraph, query: string): Found[] {
   const wanted = matcher(query)
   if (!wanted) return []

@@ -1,7 +1,7 @@
 import type { TokenMessage } from '../contract'
 
-// How a token is shown: the one place that decides it for SVG, canvas, HTML and spoken labels. It
-// says the same as the client's `_results/token_text.py`; test/labels.json holds both to it.
+// Tokens and their labels for SVG, canvas, HTML and screen readers. The Python client applies the
+// same rules in `token_text.py`; test/labels.json checks both.
 
 const VISIBLE: Record<string, string> = { ' ': '␣', '\n': '⏎', '\r': '␍', '\t': '⇥' }
 // Controls, formats (zero-width, bidi), surrogates, private use, unassigned, other separators.
@@ -9,7 +9,7 @@ const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Cn}\p{Zs}\p{Zl}\p{Zp}]/u
 const COMBINING = /^\p{M}/u
 const REPLACEMENT = '\ufffd'
 
-/** `text` with everything made visible that a page would hide or obey; "" stays empty. */
+/** Replaces characters that a page would hide or interpret with visible ones; "" stays empty. */
 export function visible(text: string, raw: Uint8Array = new Uint8Array()): string {
   if (text.includes(REPLACEMENT) && raw.length > 0 && !isText(raw)) return bytes(raw)
   const shown = Array.from(text, visibleCharacter).join('')
@@ -39,23 +39,23 @@ function isText(raw: Uint8Array): boolean {
 
 const graphemes = new Intl.Segmenter(undefined, { granularity: 'grapheme' })
 
-/** At most `length` graphemes of a label, the last one an ellipsis where some were cut off. */
+/** Truncates a label to `length` graphemes, the last of which is an ellipsis. */
 export function cut(label: string, length: number): string {
   if (label.length <= length) return label
   const pieces = Array.from(graphemes.segment(label), (piece) => piece.segment)
   return pieces.length <= length ? label : `${pieces.slice(0, length - 1).join('')}…`
 }
 
-/** One entry of the vocabulary as the pages show it. */
+/** A vocabulary entry and its label. */
 export interface Token {
   id: number
-  /** The text as the stream gave it. */
+  /** The text in the stream. */
   text: string
-  /** What is shown: see `visible`; "#id" for a token without text. */
+  /** The text after `visible`; "#id" for a token without text. */
   label: string
 }
 
-/** The texts that a stream has named so far; each comes once, with the message that needs it. */
+/** Tokens by id. A stream sends each token's text once, in the first message that uses it. */
 export class TokenTable {
   private readonly byId = new Map<number, Token>()
 
@@ -88,7 +88,7 @@ export function fromBase64(text: string): Uint8Array<ArrayBuffer> {
   return Uint8Array.from(atob(text), (character) => character.charCodeAt(0))
 }
 
-/** What a text finds: a token's id as `#719`, else any token whose text contains it. */
+/** Matches a token by id (`#719`), by its whole text (`␣Tokyo`) or by a part of its text. */
 export function matcher(query: string): ((token: Token) => boolean) | undefined {
   const id = query.match(/^#(\d+)$/)
   if (id) return (token) => token.id === Number(id[1])

@@ -1,14 +1,17 @@
+import { finite } from '../contract'
 import type { FlowGraph, GraphNode, Scored } from '../model/flow_graph'
 
-// Ranks as colours: bins, not a ramp, since what counts is "first", "among the first ten", ... and
-// "pushed to the very end". The colours are `--bin-N` in styles/theme.css.
+// Colours of ranks, norms and nodes.
+//
+// Ranks have seven bins rather than a continuous scale: first, first ten, ..., last hundred. Their
+// colours are `--bin-N` in styles/theme.css.
 
 export const BINS = ['top', '< 10', '< 100', '< 1k', 'middle', 'last 1k', 'last 100'] as const
 export const MIDDLE = 4
 
 /**
- * Which bin a rank is in, 0 being the top. A vocabulary of a few thousand has no middle: there a
- * rank belongs to the end that it is nearer to. Without a vocabulary's size there is no far end.
+ * The bin of a rank; rank 0 is the top. In a vocabulary of at most 2,000 tokens there is no middle
+ * bin: a rank belongs to the nearer end. If the vocabulary's size is unknown, there is no far end.
  */
 export function rankBin(rank: number | undefined, vocabulary: number | undefined): number {
   if (rank === undefined) return MIDDLE
@@ -17,9 +20,9 @@ export function rankBin(rank: number | undefined, vocabulary: number | undefined
   return rank === 0 ? 0 : rank < 10 ? 1 : rank < 100 ? 2 : rank < 1000 ? 3 : MIDDLE
 }
 
-// Norms as colours: cream to plum on a square-root scale, so that what is small is not all the same.
-// On dark paper the scale is turned over: in both the large stand out from the paper. The browser
-// takes the colour of its scheme, so that a change of theme, or paper, draws nothing anew.
+// Norms have a continuous square-root scale, which separates small values. The dark theme uses the
+// reverse scale, so that large norms contrast with the background in both. Both colours are written
+// as `light-dark(...)`, so that a theme change needs no redraw.
 
 type Rgb = readonly [number, number, number]
 
@@ -38,15 +41,15 @@ const DARK: readonly Rgb[] = [
   [248, 220, 192],
 ]
 
-/** Colours in CSS, each one for light paper and one for dark. */
+/** CSS colours, each for the light and the dark theme. */
 export interface Paint {
   fill: string
   ink: string
 }
 
-/** The colour of a norm among others up to `largest`, and the ink that is readable on it. */
+/** The colour of a norm on a scale from 0 to `largest`, and a text colour that is readable on it. */
 export function normPaint(norm: number, largest: number): Paint {
-  const part = largest > 0 ? Math.sqrt(Math.min(1, Math.max(0, norm / largest))) : 0
+  const part = largest > 0 ? Math.sqrt(Math.min(1, Math.max(0, finite(norm) / largest))) : 0
   const [light, dark] = [between(LIGHT, part), between(DARK, part)]
   return {
     fill: `light-dark(rgb(${light.join(' ')}), rgb(${dark.join(' ')}))`,
@@ -54,7 +57,7 @@ export function normPaint(norm: number, largest: number): Paint {
   }
 }
 
-/** A few steps of the scale, for its legend. */
+/** Evenly spaced colours of the scale, for its legend. */
 export function normSteps(count: number): string[] {
   return Array.from({ length: count }, (_, i) => normPaint(i, count - 1).fill)
 }
@@ -70,7 +73,7 @@ function between(stops: readonly Rgb[], part: number): Rgb {
   return [mix(0), mix(1), mix(2)]
 }
 
-/** Black or white, whichever has more contrast (WCAG 2.2, relative luminance). */
+/** Black or white, whichever has the higher contrast (WCAG 2.2, relative luminance). */
 function inkOn(colour: Rgb): string {
   const [red, green, blue] = colour.map((part) => {
     const value = part / 255
@@ -80,21 +83,21 @@ function inkOn(colour: Rgb): string {
   return (luminance + 0.05) ** 2 > 1.05 * 0.05 ? '#000' : '#fff'
 }
 
-// What a node looks like besides its text: shared by the overview, the details and the inspector.
+// How a node is shown: its token, its colour and its CSS classes.
 
-/** What marks nodes: the selection, pins, a search, a followed path. */
+/** The nodes to highlight: selected, pinned, found by a search, or on the path. */
 export interface Marks {
-  /** Equal for equal marks. */
+  /** Changes whenever the marks change. */
   key: string
   selected: string
   pinned: ReadonlySet<string>
-  /** Ids that a search found; undefined without a search. */
+  /** Ids found by a search; undefined if there is no search. */
   found: ReadonlySet<string> | undefined
-  /** Ids of the followed path; undefined when none is followed. */
+  /** Ids on the path; undefined if the path is not shown. */
   path: ReadonlySet<string> | undefined
 }
 
-/** Classes of a chip or cell; `dim` is what a search or a path leaves out. */
+/** Classes of a chip or cell; nodes outside the search or the path are `dim`. */
 export function chipClass(
   node: GraphNode | undefined,
   graph: FlowGraph,
@@ -104,7 +107,7 @@ export function chipClass(
   return node ? `chip bin-${binOf(node, graph, flipped)}${markClass(node, marks)}` : 'chip empty'
 }
 
-/** What marks a node, as classes behind others. */
+/** The classes of a node's marks, with a leading space. */
 export function markClass(node: GraphNode, marks: Marks): string {
   const classes = ['']
   if (node.id === marks.selected) classes.push('selected')
@@ -117,7 +120,7 @@ export function markClass(node: GraphNode, marks: Marks): string {
   return classes.join(' ')
 }
 
-/** The bin of the target's rank; a row that is read from its bottom is binned from there too. */
+/** The bin of the target's rank; for a flipped node, of its rank from the bottom. */
 export function binOf(node: GraphNode, graph: FlowGraph, flipped = false): number {
   const rank = node.reading?.targetRank
   if (flipped && rank !== undefined && graph.vocabulary) {
@@ -126,12 +129,12 @@ export function binOf(node: GraphNode, graph: FlowGraph, flipped = false): numbe
   return rankBin(rank, graph.vocabulary)
 }
 
-/** The token that a node is shown as: its top one, or the bottom one where that is what it writes. */
+/** The token shown for a node: its top token, or its bottom token if it is flipped. */
 export function shownToken(node: GraphNode, flipped = false): Scored | undefined {
   return flipped ? node.reading?.bottom[0] : node.reading?.top[0]
 }
 
-/** Whether a node is written with a negative factor. */
+/** Whether a node has a negative factor, so that it promotes its bottom tokens. */
 export function isFlipped(node: GraphNode): boolean {
   return (node.activation ?? 0) < 0
 }

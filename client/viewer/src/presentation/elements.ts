@@ -1,9 +1,10 @@
 import type { ProvenanceMessage } from '../contract'
+import { finite } from '../contract'
 import type { Scored } from '../model/flow_graph'
 import type { Token } from '../model/tokens'
 import { probability, signed } from './wording'
 
-/** An element with attributes and children; text becomes text, never markup. */
+/** Creates an element with attributes and children; strings become text, never markup. */
 export function element<Name extends keyof HTMLElementTagNameMap>(
   name: Name,
   attributes: Readonly<Record<string, string>> = {},
@@ -15,19 +16,19 @@ export function element<Name extends keyof HTMLElementTagNameMap>(
   return made
 }
 
-/** A token's label in a run of text: isolated, so that right-to-left text moves nothing around it. */
+/** A token's label, isolated so that right-to-left text does not reorder the text around it. */
 export function tokenText(label: string): HTMLElement {
   return element('bdi', { class: 'token' }, label)
 }
 
-/** A button that does one thing. */
+/** A push button. */
 export function button(text: string, title: string, act: () => void): HTMLButtonElement {
   const made = element('button', { type: 'button', class: 'button', title }, text)
   made.addEventListener('click', act)
   return made
 }
 
-/** A button that is on or off; `pressed` says which, whenever the state changes. */
+/** A toggle button; `setPressed` updates it. */
 export function toggle(text: string, title: string, act: () => void): HTMLButtonElement {
   const made = button(text, title, act)
   made.setAttribute('aria-pressed', 'false')
@@ -38,7 +39,7 @@ export function setPressed(toggled: HTMLButtonElement, on: boolean): void {
   toggled.setAttribute('aria-pressed', String(on))
 }
 
-/** One of a few values. */
+/** A drop-down list. */
 export function choice(
   name: string,
   options: readonly (readonly [value: string, text: string])[],
@@ -50,7 +51,7 @@ export function choice(
   return made
 }
 
-/** Light, dark, or as the system has it. */
+/** Options of the theme. */
 export const THEMES = [
   ['', 'system'],
   ['light', 'light'],
@@ -64,7 +65,7 @@ const EXPORTS = [
   ['png', 'PNG'],
 ] as const
 
-/** A choice of a format that is done and forgotten. */
+/** A drop-down list that exports in the chosen format and then resets itself. */
 export function exporter(exportAs: (format: string) => void): HTMLSelectElement {
   const made = choice('Export', EXPORTS, (format) => {
     exportAs(format)
@@ -84,7 +85,7 @@ export function searchBox(search: (query: string) => void): HTMLInputElement {
   return made
 }
 
-/** The keys of a page in a dialog. */
+/** A dialog that lists the keyboard shortcuts. */
 export function helpDialog(keys: readonly (readonly [string, string])[]): HTMLDialogElement {
   const rows = keys.map(([key, what]) =>
     element(
@@ -107,7 +108,7 @@ export function helpDialog(keys: readonly (readonly [string, string])[]): HTMLDi
   return dialog
 }
 
-/** A small box that follows the pointer; what it says the inspector says in full. */
+/** A box that follows the pointer; the inspector shows the same facts in full. */
 export class Tooltip {
   private readonly box = element('div', { class: 'tooltip', role: 'presentation' })
 
@@ -130,9 +131,9 @@ export class Tooltip {
   }
 }
 
-const SHOWN = 40 // tokens of a long prompt, around the position
+const SHOWN = 40 // tokens shown of a long prompt
 
-/** The prompt as running text; of a long one what stands around a position. */
+/** The prompt as text; a long prompt is shortened to the tokens around a position. */
 export function promptText(prompt: readonly Token[], position: number): HTMLElement[] {
   const from = Math.max(0, Math.min(position - SHOWN / 2, prompt.length - SHOWN))
   const tokens: HTMLElement[] = prompt.slice(from, from + SHOWN).map((token, i) => {
@@ -145,7 +146,7 @@ export function promptText(prompt: readonly Token[], position: number): HTMLElem
   return tokens
 }
 
-/** Which weights said it, and whether the stream came whole. */
+/** The model, revision and version that produced the result, and whether it is complete. */
 export function provenanceLine(provenance: ProvenanceMessage, complete: boolean): HTMLElement {
   const { model, architecture, dataType, device, revision, versions } = provenance
   const text = [
@@ -161,7 +162,7 @@ export function provenanceLine(provenance: ProvenanceMessage, complete: boolean)
   return line
 }
 
-/** A token that becomes the target where it is clicked. */
+/** A token that becomes the target when clicked. */
 export function targetButton(token: Token): HTMLElement {
   const what = `token ${token.id}: take it as the target`
   const attributes = {
@@ -173,7 +174,7 @@ export function targetButton(token: Token): HTMLElement {
   return element('button', attributes, tokenText(token.label))
 }
 
-/** Tokens with their probabilities and logits; the target is emphasised. */
+/** A table of tokens with probabilities and logits; the target is emphasised. */
 export function scoredList(
   title: string,
   scored: readonly Scored[],
@@ -182,7 +183,7 @@ export function scoredList(
   if (scored.length === 0) return element('span')
   const rows = scored.map(({ token, probability: p, logit }) => {
     const bar = element('span', { class: 'bar' })
-    bar.style.setProperty('--share', String(p))
+    bar.style.setProperty('--share', String(finite(p)))
     return element(
       'tr',
       token.id === target ? { class: 'target' } : {},

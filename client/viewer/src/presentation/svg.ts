@@ -3,21 +3,21 @@ import type { Selection } from 'd3-selection'
 export type Svg = Selection<SVGSVGElement, unknown, null, undefined>
 export type Group = Selection<SVGGElement, unknown, null, undefined>
 
-/** Width of one character of the pictures' type, 11.5 px and monospaced. */
+/** Width of a character in the pictures' font, 11.5 px monospaced. */
 export const CHARACTER = 6.95
 
-/** The group of one name, made at its place the first time: later groups lie above earlier ones. */
+/** The group with this name, appended on first use; later groups are drawn above earlier ones. */
 export function groupNamed(svg: Svg, name: string): Group {
   const found = svg.select<SVGGElement>(`g.${name}`)
   return found.empty() ? svg.append('g').attr('class', name) : found
 }
 
-/** How many characters fit into a width. */
+/** Number of characters that fit into a width. */
 export function charactersIn(width: number): number {
   return Math.max(1, Math.floor(width / CHARACTER))
 }
 
-/** Hatching, so that a remainder and a subtraction are told apart without colour. */
+/** Hatch patterns that distinguish remainders and subtractions without colour. */
 export function defineHatches(svg: Svg): void {
   if (!svg.select('defs').empty()) return
   const defs = svg.append('defs')
@@ -32,7 +32,7 @@ export function defineHatches(svg: Svg): void {
   }
 }
 
-/** Gives elements the classes that their data ask for; what has them is not touched. */
+/** Sets the class of each element from its datum; unchanged elements are not touched. */
 export function setClasses<Datum>(svg: Svg, chosen: string, of: (datum: Datum) => string): void {
   svg.selectAll<SVGElement, Datum>(chosen).each(function (datum) {
     const wanted = of(datum)
@@ -42,18 +42,18 @@ export function setClasses<Datum>(svg: Svg, chosen: string, of: (datum: Datum) =
 
 const drawn = new WeakMap<Element, string>()
 
-/** Whether an element is to be drawn differently than before; a browser lays out what is set anew. */
+/** Whether `key` differs from the element's last key; skipping equal ones avoids layout work. */
 export function needsRedraw(element: Element, key: string): boolean {
   if (drawn.get(element) === key) return false
   drawn.set(element, key)
   return true
 }
 
-// Keyboard focus inside a picture: one stop for the Tab key, arrows to the nearest neighbour.
+// Keyboard navigation in a picture: one Tab stop, arrow keys to the nearest element.
 
 export type Direction = 'ArrowLeft' | 'ArrowRight' | 'ArrowUp' | 'ArrowDown'
 
-/** Makes one element of a picture the one that Tab stops at. */
+/** Makes one element of a picture its only Tab stop. */
 export function setTabStop(picture: Element, current: Element | undefined): void {
   const stops = picture.querySelectorAll<SVGElement>('[tabindex]')
   const chosen = current ?? stops[stops.length - 1]
@@ -63,7 +63,7 @@ export function setTabStop(picture: Element, current: Element | undefined): void
   }
 }
 
-/** The nearest focusable element in a direction; straight ahead counts more than aside. */
+/** The nearest focusable element in a direction; sideways distance weighs four times as much. */
 export function nearestInDirection(
   picture: Element,
   from: Element,
@@ -132,7 +132,7 @@ export function columnsIn(
   return lens(positions, selected, left, room)
 }
 
-/** Up to ten readable columns around the selected one; the others share what is left as a heat map. */
+/** Up to ten labelled columns around the selected one; the rest are narrow, as a heat map. */
 function lens(positions: number, selected: number, left: number, room: number): Column[] {
   const shown = Math.max(3, Math.min(LENS, Math.floor((room * 0.8) / NARROWEST_LABEL)))
   const others = Math.min(room * 0.3, (positions - shown) * 16)

@@ -1,35 +1,46 @@
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import type { Token } from '../model/tokens'
 
-// Numbers as the command prints them, so that a page and a terminal can be compared by eye.
+// Number formats and names, the same as in the CLI.
 
-/** `0.992`, `0.001`, `8e-10`: as many digits as tell it from 0 and from 1. */
+const NOT_FINITE = 'not finite'
+
+/** `0.992`, `0.001`, `8e-10`: three decimals, or scientific notation for small values. */
 export function probability(value: number): string {
+  if (!Number.isFinite(value)) return NOT_FINITE
   if (value >= 0.0005 || value === 0) return value.toFixed(3)
   return value.toExponential(0).replace(/-(\d)$/, '-0$1')
 }
 
 export function signed(value: number, digits = 2): string {
+  if (!Number.isFinite(value)) return NOT_FINITE
   return `${value < 0 ? '−' : '+'}${Math.abs(value).toFixed(digits)}`
 }
 
 /** A share of a sum: `43 %`, `−3 %`, `0.2 %`. */
 export function percent(share: number): string {
+  if (!Number.isFinite(share)) return NOT_FINITE
   const size = Math.abs(share * 100)
   const digits = size >= 9.95 || size === 0 ? 0 : size >= 0.095 ? 1 : 2
   return `${share < 0 ? '−' : ''}${size.toFixed(digits)} %`
 }
 
-/** A count with thin spaces between thousands. */
+/** A fixed number of decimals: `0.93`. */
+export function decimals(value: number, digits: number): string {
+  return Number.isFinite(value) ? value.toFixed(digits) : NOT_FINITE
+}
+
+/** An integer with thin spaces between thousands. */
 export function count(value: number): string {
   return String(value).replace(/\B(?=(\d{3})+$)/g, '\u2009')
 }
 
-/** A norm: three digits, whatever its magnitude: `21.7`, `0.0526`, `6.05e-05`. */
-export function measure(value: number): string {
-  if (!Number.isFinite(value) || value === 0) return String(value)
-  if (Math.abs(value) >= 1e-4) return String(Number(value.toPrecision(3)))
-  return String(Number(value.toPrecision(3)).toExponential()).replace(/-(\d)$/, '-0$1')
+/** Three (or `digits`) significant digits: `21.7`, `0.0526`, `6.05e-05`. */
+export function measure(value: number, digits = 3): string {
+  if (!Number.isFinite(value)) return NOT_FINITE
+  if (value === 0) return '0'
+  if (Math.abs(value) >= 1e-4) return String(Number(value.toPrecision(digits)))
+  return String(Number(value.toPrecision(digits)).toExponential()).replace(/-(\d)$/, '-0$1')
 }
 
 // The names of the kinds, as the command has them in `cli/show/words.py`.
@@ -64,7 +75,7 @@ const NAMES: Record<string, string> = {
   OTHER: 'all the rest',
 }
 
-/** `L2 head 3 value of ␣Japan (3)`; the node's own position is left out. */
+/** `L2 head 3 value of ␣Japan (3)`, without the node's own position. */
 export function nodeName(node: GraphNode, prompt: readonly Token[]): string {
   const text: string[] = []
   if (node.layer !== undefined) text.push(`L${node.layer}`)
@@ -77,13 +88,13 @@ export function nodeName(node: GraphNode, prompt: readonly Token[]): string {
   return text.join(' ')
 }
 
-/** The prompt's token at a position, and the position. */
+/** `␣Japan (3)`: the token at a position, and the position. */
 export function at(position: number, prompt: readonly Token[]): string {
   const token = prompt[position]
   return token ? `${token.label} (${position})` : `(${position})`
 }
 
-/** A node as a sentence to be spoken: what it is, where, what it says. */
+/** A description for screen readers: name, position, top token, rank of the target. */
 export function nodeSentence(node: GraphNode, graph: FlowGraph): string {
   const parts = [nodeName(node, graph.prompt), `at ${at(node.position, graph.prompt)}`]
   const top = node.reading?.top[0]

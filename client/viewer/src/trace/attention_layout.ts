@@ -1,5 +1,6 @@
+import { finite } from '../contract'
 import type { FlowGraph } from '../model/flow_graph'
-import { percent } from '../presentation/wording'
+import { decimals, percent } from '../presentation/wording'
 import { type Filter, passing } from './controls'
 import type { Block, HeadRow, LayerModel } from './layer_model'
 import {
@@ -21,8 +22,8 @@ import {
   summary,
 } from './layer_pieces'
 
-// Attention's block: for each head its query, the sources that it reads with their keys and values,
-// and what it writes.
+// Attention's block: for each head its query, its sources with their keys and values, and its
+// output.
 
 export interface Columns {
   chip: number
@@ -107,7 +108,7 @@ function columnsIn(at: Place): Columns {
 }
 
 function linesOf(row: HeadRow, filter: Filter): number {
-  const last = hasRest(row, filter) || row.outputRows.length > 0 // both stand in the last line
+  const last = hasRest(row, filter) || row.outputRows.length > 0 // both are in the last line
   return Math.max(2, row.sources.length + (last ? 1 : 0))
 }
 
@@ -115,7 +116,7 @@ function hasRest(row: HeadRow, filter: Filter): boolean {
   return row.rest !== undefined && !filter.hidden.has('rest')
 }
 
-/** How much higher each head can be so that the block is as high as its neighbour. */
+/** The extra height per head that makes the block as high as the MLP's. */
 function extraHeight(
   block: Block<HeadRow>,
   shown: readonly HeadRow[],
@@ -162,7 +163,7 @@ function placeHead(
   detail.chip(row.node, columns.output, middle - ROW / 2, columns.chip)
 }
 
-/** Name, query and, where there is room, attention over the prompt as far as it was asked for. */
+/** The head's name, its query and, if there is room, its attention over the prompt. */
 function placeQuery(detail: Detail, row: HeadRow, columns: Columns, y: number, height: number) {
   const room = height - 2 * ROW - FRAME
   const top = y + FRAME / 2
@@ -173,21 +174,21 @@ function placeQuery(detail: Detail, row: HeadRow, columns: Columns, y: number, h
   const step = columns.chip / (row.node.position + 1)
   detail.bar('track', columns.query, base, columns.chip, 1)
   for (const source of row.sources) {
-    const tall = Math.max(1, source.attention * (Math.min(room, 44) - 6))
+    const tall = Math.max(1, finite(source.attention) * (Math.min(room, 44) - 6))
     const x = columns.query + source.position * step
     detail.bar('strip', x, base - tall, Math.max(1.5, step - 1), tall)
   }
 }
 
-/** An attention probability as a number over its bar. */
+/** An attention probability as a number above its bar. */
 function placeWeight(detail: Detail, attention: number, x: number, y: number): void {
   const width = WEIGHT - 6
   detail.bar('track', x, y + ROW - 6, width, 3)
-  detail.bar('attention', x, y + ROW - 6, width * Math.min(1, attention), 3)
-  detail.text(x + width / 2, y + 9, attention.toFixed(2), 'number', 'middle')
+  detail.bar('attention', x, y + ROW - 6, width * Math.min(1, finite(attention)), 3)
+  detail.text(x + width / 2, y + 9, decimals(attention, 2), 'number', 'middle')
 }
 
-/** From a value to its head's output, as thick as its share of it. */
+/** The ribbon from a value to its head's output; its thickness is the share. */
 function into(
   detail: Detail,
   node: HeadRow['node'],
@@ -196,7 +197,7 @@ function into(
   line: number,
   middle: number,
 ): void {
-  const thickness = Math.max(1, Math.min(1, Math.abs(share)) * (CHIP - 5))
+  const thickness = Math.max(1, Math.min(1, Math.abs(finite(share))) * (CHIP - 5))
   detail.ribbons.push({
     node,
     share,
@@ -209,17 +210,17 @@ function into(
   })
 }
 
-// Inside a head: the rows of W_O through which it writes, another way of cutting attention's result
-// into parts than by sources. They are listed on demand, with shares of the whole result.
+// A head's rows of W_O: a decomposition of attention's output by coordinate instead of by source.
+// They are expanded on demand; their shares are of attention's output.
 
 const MARGIN = 6
 
-/** What stands for a head in the state: `layer.head`. */
+/** The head's name in the URL: `layer.head`. */
 export function headName(row: HeadRow): string {
   return `${row.node.layer}.${row.head}`
 }
 
-/** Height of a head's rows of W_O, 0 where they are not listed. */
+/** Height of a head's W_O rows; 0 if they are collapsed. */
 export function outputHeight(row: HeadRow, filter: Filter): number {
   if (!filter.opened.has(headName(row)) || row.outputRows.length === 0) return 0
   return (row.outputRows.length + 1) * ROW + MARGIN
@@ -248,7 +249,7 @@ export function placeOutputRows(
   top: number,
 ): void {
   const all = block.rows.flatMap((head) => head.outputRows)
-  const largest = Math.max(...all.map(({ node }) => Math.abs(node.activation ?? 0)), 1e-9)
+  const largest = Math.max(...all.map(({ node }) => Math.abs(finite(node.activation))), 1e-9)
   detail.text(columns.weight - 12, top + ROW / 2, 'row of W_O', 'column', 'end')
   detail.text(columns.weight + WEIGHT / 2 - 3, top + ROW / 2, 'activation', 'column', 'middle')
   detail.text(columns.value, top + ROW / 2, 'it writes', 'column')
@@ -256,7 +257,7 @@ export function placeOutputRows(
   row.outputRows.forEach(({ node, share }, i) => {
     const y = top + (i + 1) * ROW
     const middle = y + ROW / 2
-    const activation = node.activation ?? 0
+    const activation = finite(node.activation)
     detail.text(columns.weight - 12, middle, `${node.neuron}`, 'number', 'end')
     signedBar(detail, activation / largest, columns.weight, y, WEIGHT - 6)
     detail.chip(node, columns.value, y, columns.chip, activation < 0)

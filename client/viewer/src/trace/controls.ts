@@ -1,4 +1,5 @@
 import { HashState } from '../browser/shell'
+import { finite } from '../contract'
 import type { FlowGraph } from '../model/flow_graph'
 import { strongestDestination, strongestSource } from '../model/graph_queries'
 import {
@@ -14,11 +15,11 @@ import {
 import { type Direction, nearestInDirection } from '../presentation/svg'
 import type { Row } from './layer_model'
 
-/** What a link to a trace's page can say; every value is a string, '' = the page's own choice. */
+/** The state in a link to a trace's page; '' means the page's default. */
 export const TRACE_STATE = {
-  /** Position whose story is told. */
+  /** The position that is explained. */
   pos: '',
-  /** What stands above: the residual stream (''), or `heads`. */
+  /** The overview: the residual stream ('') or `heads`. */
   map: '',
   /** Layers shown in detail: `3` or `2,3`. */
   layers: '',
@@ -26,19 +27,19 @@ export const TRACE_STATE = {
   sel: '',
   /** Ids of pinned nodes. */
   pin: '',
-  /** Text or token id searched for. */
+  /** Text or token id to search for. */
   q: '',
-  /** Kinds hidden: attention, mlp, bias, rest. */
+  /** Hidden kinds: attention, mlp, bias, rest. */
   hide: '',
-  /** Heads whose rows of W_O are listed, as `layer.head`: `3.2,3.0`. */
+  /** Heads with their W_O rows expanded, as `layer.head`: `3.2,3.0`. */
   heads: '',
   /** Smallest |share| shown, in percent. */
   min: '',
   /** Only parts that add (+) or subtract (-). */
   sign: '',
-  /** 1 = the strongest path to the target is followed. */
+  /** 1 = the strongest path to the target is shown. */
   path: '',
-  /** Which view stands below the overview: the picture (''), or `table`. */
+  /** The view below the overview: the picture ('') or `table`. */
   view: '',
   theme: '',
 } as const
@@ -50,17 +51,17 @@ export function traceState(): TraceState {
   return new HashState<TraceKey>(TRACE_STATE)
 }
 
-// Which parts are shown: filters hide rows, and say how much of the sum they hide.
+// Filters hide rows and report how much of the sum they hide.
 
 export interface Filter {
-  /** Equal for equal filters. */
+  /** Changes whenever the filter changes. */
   key: string
   /** Smallest |share| shown, as a fraction. */
   minimum: number
   sign: '' | '+' | '-'
-  /** Kinds of rows that are hidden. */
+  /** Hidden kinds of rows. */
   hidden: ReadonlySet<string>
-  /** Heads whose rows of W_O are listed, as `layer.head`. */
+  /** Heads with their W_O rows expanded, as `layer.head`. */
   opened: ReadonlySet<string>
 }
 
@@ -78,13 +79,13 @@ export function filterOf(state: TraceState): Filter {
 export interface Filtered<Item extends Row> {
   shown: Item[]
   hidden: number
-  /** Share of the sum's absolute mass that the rows shown make up. */
+  /** The shown rows' part of the total |share| of all rows. */
   kept: number
 }
 
-/** The rows that pass; `kept` is of the rows given, the remainder of the sum not among them. */
+/** Applies a filter to rows, which do not include the remainder of their sum. */
 export function passing<Item extends Row>(rows: readonly Item[], filter: Filter): Filtered<Item> {
-  const shown = rows.filter((row) => passes(row.share ?? 0, filter))
+  const shown = rows.filter((row) => passes(finite(row.share), filter))
   const all = mass(rows)
   return { shown, hidden: rows.length - shown.length, kept: all > 0 ? mass(shown) / all : 1 }
 }
@@ -95,18 +96,18 @@ function passes(share: number, filter: Filter): boolean {
 }
 
 function mass(rows: readonly Row[]): number {
-  return rows.reduce((sum, row) => sum + Math.abs(row.share ?? 0), 0)
+  return rows.reduce((sum, row) => sum + Math.abs(finite(row.share)), 0)
 }
 
-/** What the toolbar can ask of the page beside changing its state. */
+/** Actions of the toolbar that do not change the state. */
 export interface Commands {
   exportAs: (format: string) => void
   help: () => void
 }
 
 const MAPS = [
-  ['', 'stream', 'Above: the residual stream, token by token'],
-  ['heads', 'heads', 'Above: all heads of the position, layer by layer'],
+  ['', 'stream', 'Overview of the residual stream by token'],
+  ['heads', 'heads', 'Overview of all heads at this position by layer'],
 ] as const
 
 const KINDS = [
@@ -116,11 +117,13 @@ const KINDS = [
   ['bias', 'bias'],
 ] as const
 
-/** Fills the toolbar; gives back what brings its controls in line with the state. */
+/** Fills the toolbar and returns a function that updates its controls from the state. */
 export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands): () => void {
   const search = searchBox((q) => state.set({ q }))
-  const path = toggle('Follow the path', 'The strongest way back from the target', () =>
-    flip(state, 'path'),
+  const path = toggle(
+    'Show path',
+    'Highlight the strongest path from the target back to the embedding',
+    () => flip(state, 'path'),
   )
   const maps = MAPS.map(([map, text, title]) => ({
     map,
@@ -180,7 +183,7 @@ export function flip(state: TraceState, key: TraceKey): void {
   state.set({ [key]: state.get(key) === '' ? '1' : '' })
 }
 
-/** Puts an entry into a list of the state, or takes it out. */
+/** Adds an entry to a list of the state, or removes it. */
 export function flipIn(state: TraceState, key: TraceKey, entry: string): void {
   const list = state.list(key)
   const next = list.includes(entry) ? list.filter((other) => other !== entry) : [...list, entry]
@@ -188,17 +191,17 @@ export function flipIn(state: TraceState, key: TraceKey, entry: string): void {
 }
 
 export const KEYS = [
-  ['← → ↑ ↓', 'to the neighbour'],
-  ['Enter', 'select it, or open it'],
-  ['Esc', 'let go'],
-  ['[', 'to the strongest source of the selected'],
-  [']', 'to what it goes into'],
-  ['p', 'pin the selected, or unpin it'],
-  ['f', 'follow the path to the target'],
-  ['/', 'search'],
-  ['h', 'heads or residual stream'],
-  ['t', 'table or picture'],
-  ['?', 'these keys'],
+  ['← → ↑ ↓', 'move to the nearest element'],
+  ['Enter', 'select or expand the focused element'],
+  ['Esc', 'clear selection, search and path'],
+  ['[', 'select the strongest source'],
+  [']', 'select the node that it is part of'],
+  ['p', 'pin or unpin the selected node'],
+  ['f', 'show or hide the strongest path'],
+  ['/', 'search for a token'],
+  ['h', 'switch between heads and residual stream'],
+  ['t', 'switch between table and picture'],
+  ['?', 'show this help'],
 ] as const
 
 interface KeyCommands {
@@ -209,7 +212,7 @@ interface KeyCommands {
   search: () => void
 }
 
-/** What the keyboard does, wherever nobody is typing. */
+/** Handles keyboard shortcuts, except while the user types. */
 export function listenToKeys(graph: FlowGraph, state: TraceState, commands: KeyCommands): void {
   const selected = () => state.get('sel')
   const to = (id: string | undefined) => id && commands.select(id)

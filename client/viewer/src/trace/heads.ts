@@ -1,5 +1,6 @@
 import { create, select } from 'd3-selection'
 import { ChangeTracker } from '../browser/shell'
+import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { cut } from '../model/tokens'
 import { type Marks, markClass } from '../presentation/colours'
@@ -23,7 +24,7 @@ interface Actions {
   pin: (id: string) => void
 }
 
-/** All heads of a position, layers upward: for scanning which of them matter. */
+/** All heads at a position by layer. */
 export class HeadMatrix {
   readonly element: HTMLElement
   private readonly svg = create('svg').attr('class', 'picture heads') as unknown as Svg
@@ -37,7 +38,7 @@ export class HeadMatrix {
   ) {
     const picture = this.svg.node() as SVGSVGElement
     this.element = element('section', { class: 'overview-box' }, picture)
-    this.svg.attr('role', 'grid').attr('aria-label', 'The heads, layers upward')
+    this.svg.attr('role', 'grid').attr('aria-label', 'Attention heads, layers upwards')
     picture.addEventListener('click', (event) => {
       const id = idOf(event)
       if (id) (event.ctrlKey || event.metaKey ? actions.pin : actions.open)(id)
@@ -76,7 +77,8 @@ function idOf(event: Event): string | undefined {
   return (event.target as Element).closest<SVGElement>('[data-id]')?.dataset.id
 }
 
-// Which heads matter at a position: what each adds to the target's logit, or its share of its layer.
+// The value of a head: its contribution to the target's logit or, without that, its share of the
+// layer's heads.
 
 export interface Head {
   layer: number
@@ -87,16 +89,16 @@ export interface Head {
 
 export interface Heads {
   heads: Head[]
-  /** Columns: the model's number of heads, or as many as are known. */
+  /** Number of columns: the model's heads, or the largest known head. */
   columns: number
   /** Largest |value|. */
   largest: number
-  /** What the values are, in words. */
+  /** Description of the values. */
   measure: string
-  text: (value: number) => string
+  format: (value: number) => string
 }
 
-/** The heads of a position that the graph has; the selection may have left others out. */
+/** The heads that the graph has at a position; the request may have selected fewer than all. */
 export function headsAt(graph: FlowGraph, position: number): Heads {
   const found: { node: GraphNode; logit: number | undefined; share: number }[] = []
   for (const layer of graph.layers) {
@@ -112,19 +114,19 @@ export function headsAt(graph: FlowGraph, position: number): Heads {
     node,
     value: attributed ? (logit ?? 0) : share,
   }))
-  const largest = Math.max(1e-9, ...heads.map(({ value }) => Math.abs(value)))
+  const largest = Math.max(1e-9, ...heads.map(({ value }) => Math.abs(finite(value))))
   const target = graph.targets.get(position)?.target.label ?? 'the target'
   return {
     heads,
     columns: graph.sizes.nHeads ?? Math.max(0, ...heads.map(({ head }) => head + 1)),
     largest,
     measure: attributed ? `adds to the logit of ${target}` : 'share of its layer’s heads',
-    text: attributed ? (value) => signed(value, largest < 0.1 ? 3 : 2) : percent,
+    format: attributed ? (value) => signed(value, largest < 0.1 ? 3 : 2) : percent,
   }
 }
 
-const STRONGEST = 0.55 // opacity: text stays readable on it
-const TWO_LINES = 32 // px: what is lower has room for the token alone
+const STRONGEST = 0.55 // opacity at which text stays readable
+const TWO_LINES = 32 // px; lower cells show only the token
 
 export function drawHeads(svg: Svg, graph: FlowGraph, at: Layout, of: Heads): void {
   defineHatches(svg)
@@ -134,7 +136,7 @@ export function drawHeads(svg: Svg, graph: FlowGraph, at: Layout, of: Heads): vo
   drawAxis(groupNamed(svg, 'axis'), at)
 }
 
-/** Where the selection left a head out. */
+/** Outlines of the heads that the stream does not contain. */
 function drawAbsent(group: Group, at: Layout, { heads }: Heads): void {
   const known = new Set(heads.map(({ layer, head }) => `${layer}.${head}`))
   const outlines = at.rows.flatMap((row) =>
@@ -149,7 +151,7 @@ function drawAbsent(group: Group, at: Layout, { heads }: Heads): void {
     .attr('d', String)
 }
 
-/** Rows of cells, since that is what a grid is to a screen reader. */
+/** Cells grouped by row, as the ARIA grid pattern requires. */
 function drawCells(group: Group, graph: FlowGraph, at: Layout, of: Heads): void {
   const rows = at.rows.map(({ layer }) => of.heads.filter((head) => head.layer === layer))
   group
@@ -175,12 +177,12 @@ function drawCells(group: Group, graph: FlowGraph, at: Layout, of: Heads): void 
     })
 }
 
-/** Gives what is written in the cell, one behind the other. */
+/** Draws a cell and returns its text. */
 function placeCell(group: SVGGElement, cell: Head, at: Layout, of: Heads): string {
   const column = at.columns[cell.head]
   const row = at.rows.find(({ layer }) => layer === cell.layer)
   if (!column || !row) return ''
-  const part = Math.abs(cell.value) / of.largest
+  const part = Math.abs(finite(cell.value)) / of.largest
   const own = select(group).attr('transform', `translate(${column.x},${row.y})`)
   own
     .select('rect')
@@ -193,7 +195,7 @@ function placeCell(group: SVGGElement, cell: Head, at: Layout, of: Heads): strin
   const two = at.cellHeight >= TWO_LINES && token !== ''
   const lines = [
     { text: token, style: '', y: at.cellHeight * (two ? 0.3 : 0.47) },
-    { text: two ? of.text(cell.value) : '', style: 'number', y: at.cellHeight * 0.66 },
+    { text: two ? of.format(cell.value) : '', style: 'number', y: at.cellHeight * 0.66 },
   ]
   own
     .selectAll('text')
@@ -209,7 +211,7 @@ function placeCell(group: SVGGElement, cell: Head, at: Layout, of: Heads): strin
     .data([part])
     .join('path')
     .attr('d', `M0,${at.cellHeight - 3}h${part * column.width}v3h${-part * column.width}z`)
-  return two ? `${token}${of.text(cell.value)}` : `${token} ${of.text(cell.value)}`
+  return two ? `${token}${of.format(cell.value)}` : `${token} ${of.format(cell.value)}`
 }
 
 function drawAxis(group: Group, at: Layout): void {
@@ -232,15 +234,15 @@ export function markHeads(svg: Svg, marks: Marks, shown: readonly number[]): voi
   )
 }
 
-/** What the cells' colours mean, from what subtracts most to what adds most. */
+/** The legend, from the most negative to the most positive value. */
 export function drawHeadLegend(svg: Svg, at: Layout, of: Heads): void {
   const group = groupNamed(svg, 'legend')
   const y = at.height
   const start = 46 + of.measure.length * 5.6 + 14
   const keys = [
-    { kind: 'subtracts', text: of.text(-of.largest) },
+    { kind: 'subtracts', text: of.format(-of.largest) },
     { kind: 'none', text: '0' },
-    { kind: 'adds', text: of.text(of.largest) },
+    { kind: 'adds', text: of.format(of.largest) },
   ].map((key, i) => ({ ...key, x: start + i * 68 }))
   group
     .selectAll('rect')
@@ -257,7 +259,12 @@ export function drawHeadLegend(svg: Svg, at: Layout, of: Heads): void {
     ...keys.map((key) => ({ x: key.x + 33, text: key.text, anchor: 'middle', style: '' })),
   ]
   const sent = of.heads.length === at.rows.length * of.columns
-  const note = { x: start + 220, text: 'dotted: not sent', anchor: 'start', style: 'column' }
+  const note = {
+    x: start + 220,
+    text: 'dotted: not in this trace',
+    anchor: 'start',
+    style: 'column',
+  }
   if (!sent) text.push(note)
   group
     .selectAll('text')

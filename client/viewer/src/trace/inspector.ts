@@ -2,10 +2,19 @@ import type { FlowGraph, GraphEdge, GraphNode, Reading } from '../model/flow_gra
 import type { Found, Step } from '../model/graph_queries'
 import { binOf, isFlipped, shownToken } from '../presentation/colours'
 import { element, scoredList, tokenText } from '../presentation/elements'
-import { at, count, measure, nodeName, percent, probability, signed } from '../presentation/wording'
+import {
+  at,
+  count,
+  decimals,
+  measure,
+  nodeName,
+  percent,
+  probability,
+  signed,
+} from '../presentation/wording'
 import type { TraceState } from './controls'
 
-// The inspector of the trace's page: the selected node, pinned ones compared, what was found.
+// The inspector: search results, the path, pinned nodes side by side, the selected node.
 
 const SHOWN = 60
 
@@ -36,7 +45,7 @@ export function fillInspector(
   aside.replaceChildren(...sections)
 }
 
-/** Before anything is selected: the prediction itself. */
+/** Shown while nothing is selected: the prediction. */
 function defaultNode(graph: FlowGraph, position: number) {
   return (
     graph.node(`p${position}/PREDICTION`) ??
@@ -49,11 +58,11 @@ function foundList(found: readonly Found[], query: string, graph: FlowGraph): HT
   const lines: HTMLElement[] = sorted
     .slice(0, SHOWN)
     .map(({ node, end, place }) => nodeLink(node, `${end === 'top' ? '▴' : '▾'} ${place}`, graph))
-  const title = `“${query}” is read in ${count(found.length)} nodes`
+  const title = `“${query}” is in the readings of ${count(found.length)} nodes`
   if (found.length > SHOWN) {
     lines.push(element('p', { class: 'quiet' }, `and ${found.length - SHOWN} more`))
   }
-  const note = 'place among the top (▴) or bottom (▾) tokens'
+  const note = 'position among the top (▴) or bottom (▾) tokens'
   return section('found', title, note, lines)
 }
 
@@ -64,8 +73,9 @@ function pathList(path: readonly Step[], graph: FlowGraph): HTMLElement {
     const number = logit !== undefined ? signed(logit) : share !== undefined ? percent(share) : ''
     return nodeLink(node, number, graph)
   })
-  const note = 'from the prediction back; what each step adds to the logit'
-  return section('path', 'The strongest path', note, lines)
+  const note =
+    'from the prediction back to the embedding, with each step’s contribution to the logit'
+  return section('path', 'Strongest path', note, lines)
 }
 
 function section(
@@ -83,11 +93,11 @@ function section(
   )
 }
 
-// What is known of a node, in full: the right-hand side of a page.
+// The facts about one node.
 
 const SHOWN_PARTS = 8
 
-/** Everything that is known of a node. */
+/** All facts about a node. */
 export function nodeFacts(node: GraphNode, graph: FlowGraph): HTMLElement {
   const facts = element('section', { class: 'facts', 'data-node': node.id })
   facts.append(...nodeHeading(node, graph), measures(node, graph))
@@ -96,18 +106,20 @@ export function nodeFacts(node: GraphNode, graph: FlowGraph): HTMLElement {
     facts.append(scoredList('Top tokens', reading.top, targetId(node, graph)))
     facts.append(scoredList('Bottom tokens', reading.bottom, targetId(node, graph)))
   } else {
-    facts.append(element('p', { class: 'quiet' }, 'A junction or a zero: it has no reading.'))
+    facts.append(
+      element('p', { class: 'quiet' }, 'No reading: this node concatenates others, or is zero.'),
+    )
   }
   facts.append(normEffect(node, graph), connections(node, graph))
   return facts
 }
 
-/** The token that a node is shown as, and what the node is. */
+/** The node's token, name and position. */
 export function nodeHeading(node: GraphNode, graph: FlowGraph): HTMLElement[] {
   const flipped = isFlipped(node)
   const shown = shownToken(node, flipped)
   const dot = element('i', { class: `dot bin-${binOf(node, graph, flipped)}` })
-  const text = flipped ? '▾ written negatively, so read from its bottom' : ''
+  const text = flipped ? '▾ negative factor: it promotes the bottom tokens' : ''
   const heading = element('h2', {}, dot, tokenText(shown?.token.label ?? '—'))
   const where = element('p', { class: 'where' }, nodeName(node, graph.prompt))
   if (node.kind !== 'BLOCK_INPUT') where.append(`, at ${at(node.position, graph.prompt)}`)
@@ -118,7 +130,7 @@ function targetId(node: GraphNode, graph: FlowGraph): number | undefined {
   return graph.targets.get(node.position)?.target.id
 }
 
-/** The numbers of a node by name, in the order in which they are shown. */
+/** The numbers of a node by name, in display order. */
 export function nodeNumbers(node: GraphNode, graph: FlowGraph): [string, string][] {
   const target = graph.targets.get(node.position)?.target.label ?? 'target'
   const { reading } = node
@@ -136,14 +148,14 @@ export function nodeNumbers(node: GraphNode, graph: FlowGraph): [string, string]
   if (part?.logitContribution !== undefined) {
     numbers.push(['adds to the logit', signed(part.logitContribution)])
   }
-  if (part?.attention !== undefined) numbers.push(['attention', part.attention.toFixed(3)])
+  if (part?.attention !== undefined) numbers.push(['attention', decimals(part.attention, 3)])
   if (node.activation !== undefined) numbers.push(['activation', measure(node.activation)])
   numbers.push(['norm', measure(node.norm)])
   if (reading) numbers.push(['entropy', `${measure(reading.entropyBits)} bits`])
   return numbers
 }
 
-/** The edge by which a node enters the sum that it is a part of. */
+/** The edge from a node into the sum that it is a part of. */
 export function partOf(node: GraphNode, graph: FlowGraph): GraphEdge | undefined {
   return graph.edgesFrom(node.id).find((edge) => edge.kind === 'PART')
 }
@@ -155,12 +167,12 @@ function measures(node: GraphNode, graph: FlowGraph): HTMLElement {
   return element('dl', { class: 'measures' }, ...rows)
 }
 
-/** What a norm took from and added to the top tokens, where the node is made by one. */
+/** How a norm changed the top tokens, if the node is the output of one. */
 function normEffect(node: GraphNode, graph: FlowGraph): HTMLElement {
   const before = graph.sourceBy(node.id, 'NORM')
   const [was, is] = [before?.reading, node.reading]
   if (!before || !was || !is) return element('span')
-  const box = element('div', { class: 'norm-effect' }, element('h3', {}, 'What the norm changed'))
+  const box = element('div', { class: 'norm-effect' }, element('h3', {}, 'Change by the norm'))
   box.append(
     line('norm', `${measure(before.norm)} → ${measure(node.norm)}`),
     line('removed', ...without(was, is).map(tokenText)),
@@ -279,7 +291,7 @@ function commonTokens(nodes: readonly GraphNode[]): Set<number> {
   return new Set([...seen].filter(([, times]) => times > 1).map(([id]) => id))
 }
 
-/** What the tooltip says of a node. */
+/** The tooltip of a node. */
 export function preview(node: GraphNode, graph: FlowGraph): Node[] {
   const tops = (node.reading?.top ?? []).slice(0, 4).map(({ token }) => tokenText(token.label))
   const numbers = nodeNumbers(node, graph)

@@ -1,4 +1,5 @@
 import { select } from 'd3-selection'
+import { finite } from '../contract'
 import type { FlowGraph } from '../model/flow_graph'
 import type { SelectionFlow } from '../model/graph_queries'
 import { cut } from '../model/tokens'
@@ -17,7 +18,7 @@ import {
   type Toggle,
 } from './layer_pieces'
 
-/** Everything of a layer's picture that no selection changes; `markDetail` does the rest. */
+/** Draws everything that does not depend on the selection; `markDetail` does the rest. */
 export function drawDetail(svg: Svg, detail: Detail, graph: FlowGraph): void {
   defineHatches(svg)
   svg.attr('width', detail.width).attr('height', detail.height)
@@ -63,7 +64,7 @@ function drawRail(svg: Svg, rail: Rail): void {
     .attr('d', jointPath)
     .attr('class', (j) => ((j.share ?? 0) < 0 ? 'joint subtracts' : 'joint'))
     .attr('stroke-width', (j) => thickness(j.share))
-  groupNamed(svg, 'rail-flow') // the selection's
+  groupNamed(svg, 'rail-flow') // the selection's share
   groupNamed(svg, 'rail-text')
     .selectAll('text')
     .data([
@@ -87,15 +88,15 @@ export function railMiddle(rail: Rail): number {
   return rail.y + 11.5
 }
 
-/** Straight up, or along below the rail to where it joins. */
+/** Straight up, or horizontally below the rail to the joint. */
 export function jointPath(joint: Rail['joints'][number]): string {
   const { x, to, y0, y1 } = joint
   return Math.abs(to - x) < 1 ? `M${x},${y0}V${y1}` : `M${x},${y0}V${y1 + 24}H${to}V${y1}`
 }
 
-/** Of the rail and what joins it, in pixels. */
+/** Thickness in pixels of the rail and its joints. */
 export function thickness(share: number | undefined): number {
-  return 2 + 16 * Math.min(1, Math.abs(share ?? 0))
+  return 2 + 16 * Math.min(1, Math.abs(finite(share)))
 }
 
 function drawRibbons(svg: Svg, detail: Detail): void {
@@ -105,7 +106,7 @@ function drawRibbons(svg: Svg, detail: Detail): void {
     .join('path')
     .attr('data-id', (r) => r.node.id)
     .attr('d', (r) => band(r))
-  groupNamed(svg, 'flow') // the selection's, above the ribbons
+  groupNamed(svg, 'flow') // the selection's share, above the ribbons
   groupNamed(svg, 'ends')
     .selectAll('rect')
     .data(detail.ribbons.filter((r) => r.h1 > 0 && isIntoSum(r, detail)))
@@ -151,7 +152,7 @@ function drawTexts(svg: Svg, texts: readonly Text[]): void {
     .text((t) => (t.width === undefined ? t.text : cut(t.text, roomFor(t))))
 }
 
-/** Characters that fit; sentences are set in a narrower type than tokens. */
+/** Number of characters that fit; sentences have a narrower font than tokens. */
 function roomFor(text: Text): number {
   const width = text.width ?? 0
   return text.style === 'quiet' ? Math.floor(width / 6.1) : charactersIn(width * 1.08)
@@ -214,8 +215,7 @@ function chipText(chip: Chip): string {
   return cut(chip.flipped ? `▾${label}` : label, charactersIn(chip.width - 11))
 }
 
-// What a selection, a search or a path changes in a layer's picture: classes, and the coloured part
-// of the ribbons that a selection makes up.
+// A selection, a search or a path changes classes and the coloured part of the ribbons.
 
 export function markDetail(
   svg: Svg,
@@ -239,7 +239,7 @@ export function markDetail(
   markRail(svg, detail.rail, flow)
 }
 
-/** What the selection is of the residual, and of what joins it. */
+/** Colours the selection's share of the residual and of its joints. */
 function markRail(svg: Svg, rail: Rail, flow: SelectionFlow): void {
   const middle = railMiddle(rail)
   const wide = (part: { node: { id: string }; share: number | undefined }) =>

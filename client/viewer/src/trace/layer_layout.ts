@@ -1,3 +1,4 @@
+import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { percent } from '../presentation/wording'
 import { placeAttention } from './attention_layout'
@@ -22,12 +23,12 @@ import {
   summary,
 } from './layer_pieces'
 
-// Where a layer's parts stand: the rail on top, attention's columns left, the MLP's right of them, or
-// below where there is no room.
+// The layout of a layer: the rail on top, attention on the left, the MLP on the right or, in a
+// narrow window, below.
 
 const RAIL = 68
 const GAP = 16
-const WIDE = 900 // room for both blocks side by side
+const WIDE = 900 // px; minimum for two blocks side by side
 
 export function detailLayout(
   model: LayerModel,
@@ -53,17 +54,17 @@ export function detailLayout(
   return detail
 }
 
-const WIDTH = 104 // of a stop's chip
+const WIDTH = 104 // px, of a stop's chip
 
 interface Stop {
   node: GraphNode
   x: number
   label: string
-  /** Share of what came before in what is here. */
+  /** The previous residual's share in this one. */
   kept: number | undefined
 }
 
-/** The residual stream above the blocks, and what each block adds to it. */
+/** The residual stream above the blocks, and the share that each block adds. */
 export function placeRail(
   detail: Detail,
   model: LayerModel,
@@ -117,7 +118,7 @@ function placeStop(detail: Detail, stop: Stop, first: boolean, last: boolean): v
   detail.text(x, y - 7, stop.label, 'column', anchor)
 }
 
-/** From an output up to the rail: to its stop where one stands elsewhere, else straight. */
+/** A line from an output up to the rail: to its stop, or straight up if there is none. */
 function join(
   detail: Detail,
   joint: Placed['joint'],
@@ -131,7 +132,7 @@ function join(
   detail.rail.joints.push({ node: joint.node, x: joint.x, to, y0: joint.y, y1, share, label })
 }
 
-// The MLP's block: for each neuron what it responds to, how much, and what it writes.
+// The MLP's block: each neuron's key, activation and value.
 
 interface Columns {
   chip: number
@@ -141,7 +142,7 @@ interface Columns {
   activation: number
   value: number
   share: number
-  /** Largest |activation|: what a full bar is. */
+  /** Largest |activation|, which has a full bar. */
   largest: number
 }
 
@@ -161,7 +162,7 @@ export function placeMlp(
   const gated = block.rows.some((row) => row.up)
   const columns = columnsIn(at, block.rows, gated)
   const { shown, hidden, kept } = passing(block.rows, filter)
-  // Of a mixture the sizes tell one expert's neurons, not those of all that were asked.
+  // For a mixture of experts, dMlp is the size of one expert, not of all selected experts.
   const all = block.rows.some((row) => row.node.expert !== undefined) ? undefined : graph.sizes.dMlp
   const text = summary(block, block.rows.length, all, 'neurons')
   heading(
@@ -198,7 +199,7 @@ export function placeMlp(
   )
 }
 
-/** Height of the block's rows, by which attention's heads are spread. */
+/** Height of the block's rows; attention's block is stretched to it. */
 export function mlpHeight(model: LayerModel, filter: Filter): number {
   if (filter.hidden.has('mlp')) return 0
   const { rest, bias, rows } = model.mlp
@@ -220,7 +221,7 @@ function columnsIn(at: Place, rows: readonly NeuronRow[], gated: boolean): Colum
   const activation = gated ? up + chip : key + chip
   const value = activation + ACTIVATION
   const share = value + chip + SHARE
-  const largest = Math.max(...rows.map((row) => Math.abs(row.node.activation ?? 0)), 1e-9)
+  const largest = Math.max(...rows.map((row) => Math.abs(finite(row.node.activation))), 1e-9)
   return { chip, name, key, up, activation, value, share, largest }
 }
 
@@ -230,7 +231,7 @@ function placeNeuron(detail: Detail, row: NeuronRow, at: Columns, y: number): vo
   detail.text(at.key - 8, y + ROW / 2, name, 'number', 'end')
   if (row.key) detail.chip(row.key, at.key, y, at.chip)
   if (row.up) detail.chip(row.up, at.up, y, at.chip)
-  const activation = node.activation ?? 0
+  const activation = finite(node.activation)
   signedBar(detail, activation / at.largest, at.activation + 5, y, ACTIVATION - 10)
   detail.chip(node, at.value, y, at.chip, activation < 0)
 }

@@ -1,8 +1,9 @@
+import { finite } from '../contract'
 import type { FlowGraph, GraphNode, Part } from '../model/flow_graph'
 
-// What there is to draw of one layer at one position, gathered from the flow graph: no geometry.
+// The contents of one layer at one position, collected from the flow graph.
 
-/** A source that a head reads: its key, and the value that it brings. */
+/** A source position that a head attends to, with its key and value. */
 export interface Source {
   position: number
   key: GraphNode | undefined
@@ -11,7 +12,7 @@ export interface Source {
   share: number | undefined
 }
 
-/** One part of a sum: what is drawn as a row with a ribbon into the sum's bar. */
+/** One part of a sum, drawn as a row with a ribbon into the sum's bar. */
 export interface Row {
   node: GraphNode
   share: number | undefined
@@ -23,7 +24,7 @@ export interface HeadRow extends Row {
   query: GraphNode | undefined
   sources: Source[]
   rest: Part | undefined
-  /** Rows of W_O of this head among those that the graph has; shares are of attention's result. */
+  /** The head's W_O rows in the graph, with shares of attention's output. */
   outputRows: Row[]
 }
 
@@ -32,17 +33,17 @@ export interface NeuronRow extends Row {
   up: GraphNode | undefined
 }
 
-/** A sum and the rows that add up to it, in the order of their bar. */
+/** A sum and the rows that add up to it, from top to bottom. */
 export interface Block<Item extends Row> {
   input: GraphNode | undefined
   rows: Item[]
   rest: Row | undefined
   bias: Row | undefined
-  /** The sum that the rows' shares are of. */
+  /** The sum to which the rows' shares refer. */
   sum: GraphNode | undefined
-  /** What is added to the residual. */
+  /** The vector added to the residual. */
   output: GraphNode | undefined
-  /** The output's share of the residual that it is added to. */
+  /** The output's share of the residual after the addition. */
   outputShare: number | undefined
   outputLogit: number | undefined
 }
@@ -51,10 +52,10 @@ export interface LayerModel {
   layer: number
   position: number
   before: GraphNode | undefined
-  /** The residual between attention and MLP; none in parallel blocks. */
+  /** The residual between attention and MLP; undefined in parallel blocks. */
   mid: GraphNode | undefined
   after: GraphNode | undefined
-  /** Shares of what was there before in `mid` and in `after`. */
+  /** The previous residual's share in `mid` and in `after`. */
   keptByMid: number | undefined
   keptByAfter: number | undefined
   attention: Block<HeadRow>
@@ -121,7 +122,7 @@ function headRow(graph: FlowGraph, part: Part, neurons: readonly Part[]): HeadRo
       attention: value.edge.attention ?? 0,
       share: value.edge.share,
     }))
-    .sort((a, b) => b.attention - a.attention)
+    .sort((a, b) => finite(b.attention) - finite(a.attention))
   return {
     ...row(part),
     head: node.head ?? 0,

@@ -1,9 +1,10 @@
+import { finite } from '../contract'
 import type { GraphNode } from '../model/flow_graph'
 import { count, percent } from '../presentation/wording'
 import type { Filter } from './controls'
 import type { Block, Row } from './layer_model'
 
-// What a layer's picture is made of, and how its smallest pieces are put in place.
+// The elements of a layer's picture, and the layout of a sum.
 
 export interface Box {
   x: number
@@ -12,16 +13,16 @@ export interface Box {
   height: number
 }
 
-/** A node drawn as its top token. */
+/** A node, drawn as its token. */
 export interface Chip extends Box {
   node: GraphNode
-  /** Read from the bottom: written with a negative factor. */
+  /** Negative factor: shows the bottom token. */
   flipped: boolean
-  /** A remainder: hatched, with these words in place of a token. */
+  /** Text of a remainder, which is hatched; undefined for other nodes. */
   text: string | undefined
 }
 
-/** A part's way from its row into the sum's bar, or into its head. */
+/** The band from a part's row into its sum's bar, or into its head. */
 export interface Ribbon {
   node: GraphNode
   share: number
@@ -39,16 +40,16 @@ export interface Text {
   text: string
   style: 'title' | 'column' | 'number' | 'strong' | 'quiet' | 'source'
   anchor: 'start' | 'middle' | 'end'
-  /** Cut to this width. */
+  /** Truncate the text to this width. */
   width?: number
 }
 
-/** A bar whose length is a quantity of its own: attention (0 to 1) or an activation. */
+/** A bar for attention (0 to 1) or an activation. */
 export interface Bar extends Box {
   kind: 'attention' | 'adds' | 'subtracts' | 'track' | 'strip'
 }
 
-/** What opens or closes a head. */
+/** A button that expands or collapses a head's W_O rows. */
 export interface Toggle extends Box {
   /** `layer.head`. */
   head: string
@@ -56,15 +57,15 @@ export interface Toggle extends Box {
   text: string
 }
 
-/** The residual stream along the top: before, after attention, after the MLP. */
+/** The residual stream along the top: before the layer, after attention, after the MLP. */
 export interface Rail {
   y: number
   segments: { node: GraphNode; x0: number; x1: number; share: number | undefined; label: string }[]
-  /** From an output's chip up to the rail. */
+  /** Lines from an output's chip up to the rail. */
   joints: {
     node: GraphNode
     x: number
-    /** Where it meets the rail. */
+    /** x coordinate at which it meets the rail. */
     to: number
     y0: number
     y1: number
@@ -80,7 +81,7 @@ export const PAD = 14
 export const HEAD = 66
 export const BAR = 12
 
-/** A picture of one layer as it is being put together. */
+/** The elements of one layer's picture, collected by the layout functions. */
 export class Detail {
   height = 0
   readonly panels: Box[] = []
@@ -90,7 +91,7 @@ export class Detail {
   readonly bars: Bar[] = []
   readonly texts: Text[] = []
   readonly toggles: Toggle[] = []
-  /** The sums' bars, as outlines. */
+  /** Outlines of the sums' bars. */
   readonly sums: Box[] = []
   readonly rail: Rail = { y: 18, segments: [], joints: [] }
 
@@ -100,7 +101,7 @@ export class Detail {
     this.chips.push({ ...chipBox(x, y, width), node, flipped, text: undefined })
   }
 
-  /** A remainder: what it stands for in words. */
+  /** A remainder with a text. */
   rest(node: GraphNode, text: string, x: number, y: number, width: number): void {
     this.chips.push({ ...chipBox(x, y, width), node, flipped: false, text })
   }
@@ -125,7 +126,7 @@ function chipBox(x: number, y: number, width: number): Box {
   return { x, y: y + (ROW - CHIP) / 2, width, height: CHIP }
 }
 
-/** A bar to the right of its middle for what adds, to the left for what subtracts; -1 to 1. */
+/** A bar for a value from -1 to 1, drawn from the middle to the right or left. */
 export function signedBar(
   detail: Detail,
   value: number,
@@ -140,22 +141,22 @@ export function signedBar(
   detail.bar(value < 0 ? 'subtracts' : 'adds', start, y + 7, length, ROW - 14)
 }
 
-/** Where a block is to be placed. */
+/** Position and width of a block. */
 export interface Place {
   x: number
   y: number
   width: number
-  /** Height that its sum's bar shall at least have. */
+  /** Minimum height of its sum's bar. */
   bar: number
 }
 
-/** Where a block ended, and where the rail is joined to it. */
+/** The bottom of a placed block, and the point that is joined to the rail. */
 export interface Placed {
   bottom: number
   joint: { node: GraphNode; x: number; y: number } | undefined
 }
 
-/** A band from one upright edge to another, its sides bent like the lines of a d3 link. */
+/** The path of a ribbon between two vertical edges; `from` and `to` select a fraction of its width. */
 export function band(ribbon: Ribbon, from = 0, to = 1): string {
   const { x0, x1 } = ribbon
   const middle = (x0 + x1) / 2
@@ -167,18 +168,17 @@ export function band(ribbon: Ribbon, from = 0, to = 1): string {
   )
 }
 
-// A sum: its rows' ribbons stacked into one bar in row order, so that they never cross; the rows that
-// are no single part; and the sum's own chip.
+// A sum: the ribbons of its rows end in one bar, stacked in row order so that they do not cross.
 
 const OUTPUT = 92 // width of the output's chip
 
-/** A row of the picture and the part that starts from it. */
+/** A row and its y coordinate. */
 export interface Stacked {
   row: Row
   y: number
 }
 
-/** Where a block's last columns are: the value chips, and the shares from which ribbons start. */
+/** The last columns of a block: the value chips, and the shares where ribbons start. */
 export interface Ends {
   x: number
   width: number
@@ -207,7 +207,7 @@ export function heading(
 
 /** "25 of 512 neurons · 2 % cancels out". */
 export function summary(block: Block<Row>, shown: number, all: number | undefined, what: string) {
-  const parts = [...block.rows, block.rest, block.bias].map((row) => row?.share ?? 0)
+  const parts = [...block.rows, block.rest, block.bias].map((row) => finite(row?.share))
   const minus = parts.filter((share) => share < 0).reduce((a, b) => a + b, 0)
   return [
     all && all > shown ? `${shown} of ${count(all)} ${what}` : `${shown} ${what}`,
@@ -219,7 +219,7 @@ export function shownShare(kept: number): string[] {
   return kept < 0.9995 ? [`${Math.round(kept * 100)} % of these shown`] : []
 }
 
-/** The rows below the parts: what was left out, and the bias. Gives the new bottom. */
+/** Places the rows of the remainder and the bias; returns the new bottom. */
 export function placeRemainder(
   detail: Detail,
   rows: Stacked[],
@@ -235,7 +235,7 @@ export function placeRemainder(
     rows.push({ row: block.rest, y: bottom })
     bottom += ROW
   }
-  const isPart = block.sum?.kind !== 'ATTENTION_CONCAT' // whose parts are the heads alone
+  const isPart = block.sum?.kind !== 'ATTENTION_CONCAT' // its parts are only the heads
   if (block.bias && isPart && !filter.hidden.has('bias')) {
     detail.text(at.x - 8, bottom + ROW / 2, 'bias', 'quiet', 'end')
     detail.chip(block.bias.node, at.x, bottom, at.width)
@@ -245,7 +245,7 @@ export function placeRemainder(
   return bottom
 }
 
-/** What a filter left out, in words. */
+/** Reports the number of rows hidden by a filter; returns the new bottom. */
 export function placeHiddenRows(detail: Detail, hidden: number, what: string, at: Ends, y: number) {
   if (hidden === 0) return y
   detail.text(at.x + at.width, y + ROW / 2, `${hidden} ${what} hidden`, 'quiet', 'end')
@@ -256,7 +256,7 @@ export function restLabel(all: number | undefined, shown: number): string {
   return all && all > shown ? `${count(all - shown)} more` : 'the rest'
 }
 
-/** The bar along the block, the ribbons into it, the output's chip above it. */
+/** Places the sum's bar, the ribbons into it and the output's chip above it. */
 export function placeSum(
   detail: Detail,
   at: Place,
@@ -284,13 +284,13 @@ function stack(
   x0: number,
   bar: { x: number; y: number; width: number; height: number },
 ): void {
-  const mass = rows.reduce((sum, { row }) => sum + Math.abs(row.share ?? 0), 0)
+  const mass = rows.reduce((sum, { row }) => sum + Math.abs(finite(row.share)), 0)
   if (mass === 0) return
   detail.sums.push(bar)
   let y = bar.y
   for (const { row, y: rowY } of rows) {
     const share = row.share ?? 0
-    const h1 = (Math.abs(share) / mass) * bar.height
+    const h1 = (Math.abs(finite(share)) / mass) * bar.height
     const h0 = Math.min(CHIP, Math.max(1, h1))
     detail.ribbons.push({
       node: row.node,

@@ -1,12 +1,13 @@
 import { create } from 'd3-selection'
 import { ChangeTracker } from '../browser/shell'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
-import { follow, type SelectionFlow } from '../model/graph_queries'
+import { type SelectionFlow, selectionFlow } from '../model/graph_queries'
 import { isFlipped, type Marks, shownToken } from '../presentation/colours'
 import { element, type Tooltip, tokenText } from '../presentation/elements'
 import type { Svg } from '../presentation/svg'
 import {
   at as atPosition,
+  decimals,
   measure,
   nodeName,
   percent,
@@ -20,7 +21,7 @@ import { detailLayout } from './layer_layout'
 import { layerModel } from './layer_model'
 import { type Chip, Detail } from './layer_pieces'
 
-/** The layers in detail below the overview, as pictures or as a table. */
+/** The layers in detail, as pictures or as a table. */
 export class Details {
   readonly element = element('section', { class: 'details' })
   private readonly pictures = new Map<number, Picture>()
@@ -43,7 +44,7 @@ export class Details {
       return
     }
     const filter = filterOf(this.state)
-    const flow = follow(this.graph, marks.selected)
+    const flow = selectionFlow(this.graph, marks.selected)
     const boxes = layers.map((layer) => {
       const picture = this.picture(layer)
       picture.draw(width, position, filter, marks, flow)
@@ -57,7 +58,7 @@ export class Details {
     }
   }
 
-  /** Scrolls to a node's chip, if it is out of sight. */
+  /** Scrolls to a node's chip if it is not visible. */
   reveal(id: string): void {
     const chip = this.element.querySelector(`svg.detail .chip[data-id="${CSS.escape(id)}"]`)
     chip?.scrollIntoView({ block: 'nearest', inline: 'nearest' })
@@ -86,11 +87,11 @@ export class Details {
 export interface Actions {
   select: (id: string) => void
   pin: (id: string) => void
-  /** Lists a head's rows of W_O, or no more; `head` is `layer.head`. */
+  /** Expands or collapses a head's W_O rows; `head` is `layer.head`. */
   openHead: (head: string) => void
 }
 
-/** One layer's picture at a position. */
+/** The picture of one layer at a position. */
 export class Picture {
   readonly element: HTMLElement
   private readonly layoutChanges = new ChangeTracker()
@@ -151,7 +152,7 @@ export class Picture {
     if (!box) return undefined
     const [x, y] = [event.clientX - box.left, event.clientY - box.top]
     let best: Chip | undefined
-    let least = 14 // px: farther away is nothing meant
+    let least = 14 // px; clicks farther away select nothing
     for (const chip of this.detail.chips) {
       const dx = Math.max(chip.x - x, x - chip.x - chip.width, 0)
       const dy = Math.max(chip.y - y, y - chip.y - chip.height, 0)
@@ -187,11 +188,11 @@ function notTraced(position: number): string {
   return `Heads and neurons were not question for here: trace with --positions ${position}.`
 }
 
-// The table: the same nodes as the picture, for sorting, for copying and for screen readers.
+// The table of the same nodes as in the picture, for sorting, copying and screen readers.
 
 interface Column {
   name: string
-  /** What it sorts by; undefined sorts last. */
+  /** The sort key; undefined sorts last. */
   key: (node: GraphNode, graph: FlowGraph) => number | string | undefined
   show: (node: GraphNode, graph: FlowGraph) => Node | string
 }
@@ -202,7 +203,7 @@ const logitOf = (node: GraphNode, graph: FlowGraph) => partOf(node, graph)?.logi
 const COLUMNS: Column[] = [
   { name: 'node', key: (n, g) => nodeName(n, g.prompt), show: (n, g) => nodeName(n, g.prompt) },
   {
-    name: 'says',
+    name: 'token',
     key: (n) => shownToken(n, isFlipped(n))?.token.label,
     show: (n) => tokenText(shownToken(n, isFlipped(n))?.token.label ?? ''),
   },
@@ -211,7 +212,7 @@ const COLUMNS: Column[] = [
   numeric(
     'attention',
     (n, g) => partOf(n, g)?.attention,
-    (v) => v.toFixed(3),
+    (v) => decimals(v, 3),
   ),
   numeric('rank', (n) => n.reading?.targetRank, String),
   numeric('probability', (n) => n.reading?.targetProbability, probability),
@@ -223,16 +224,16 @@ const COLUMNS: Column[] = [
 function numeric(
   name: string,
   key: (node: GraphNode, graph: FlowGraph) => number | undefined,
-  text: (value: number) => string,
+  format: (value: number) => string,
 ): Column {
   const show = (node: GraphNode, graph: FlowGraph) => {
     const value = key(node, graph)
-    return value === undefined ? '' : text(value)
+    return value === undefined ? '' : format(value)
   }
   return { name, key, show }
 }
 
-/** A sortable table of nodes; a click on a row selects it, on a heading sorts by it. */
+/** A table of nodes; clicking a row selects it, clicking a heading sorts. */
 export function nodeTable(nodes: readonly GraphNode[], graph: FlowGraph): HTMLElement {
   const body = element('tbody')
   const fill = (sorted: readonly GraphNode[]) => fillRows(body, sorted, graph)
@@ -255,13 +256,13 @@ export function nodeTable(nodes: readonly GraphNode[], graph: FlowGraph): HTMLEl
   return element('table', { class: 'nodes' }, head, body)
 }
 
-const AT_ONCE = 40 // rows; the others come a moment later, below what is seen
+const AT_ONCE = 40 // rows; the rest are added later, below the visible part
 
 function fillRows(body: HTMLElement, nodes: readonly GraphNode[], graph: FlowGraph): void {
   const rows = nodes.slice(0, AT_ONCE).map((node) => tableRow(node, graph))
   body.replaceChildren(...rows)
   setTimeout(() => {
-    if (rows[0]?.parentNode !== body) return // sorted anew meanwhile
+    if (rows[0]?.parentNode !== body) return // sorted again in the meantime
     body.append(...nodes.slice(AT_ONCE).map((node) => tableRow(node, graph)))
   }, 30)
 }

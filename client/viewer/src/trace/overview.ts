@@ -1,5 +1,6 @@
 import { create } from 'd3-selection'
 import { ChangeTracker } from '../browser/shell'
+import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { type AnswerStep, answerAppears } from '../model/graph_queries'
 import { cut } from '../model/tokens'
@@ -18,9 +19,9 @@ interface Actions {
 }
 
 export const PANEL = 214
-const LABELS = 44 // a click left of this is on a row's label
+const LABELS = 44 // px; clicks left of this are on a row's label
 
-/** The grid of all residuals with the panel beside it. */
+/** The grid of all residuals and the target panel beside it. */
 export class Overview {
   readonly element: HTMLElement
   private readonly svg = create('svg').attr('class', 'picture overview') as unknown as Svg
@@ -35,7 +36,7 @@ export class Overview {
   ) {
     const picture = this.svg.node() as SVGSVGElement
     this.element = element('section', { class: 'overview-box' }, picture)
-    this.svg.attr('role', 'grid').attr('aria-label', 'The residual stream, layers upward')
+    this.svg.attr('role', 'grid').attr('aria-label', 'Residual stream by token, layers upwards')
     picture.addEventListener('click', (event) => this.clicked(event))
     picture.addEventListener('pointermove', (event) => this.hovered(event))
     picture.addEventListener('pointerleave', () => this.tooltip.hide())
@@ -92,8 +93,8 @@ export class Overview {
   }
 }
 
-// The panel beside the grid: how the target emerges at the selected position, row by row, and where
-// it is on top for good.
+// The target panel: the target's rank and probability by layer at the selected position, and the
+// layer from which it stays ranked first.
 
 interface Line {
   y: number
@@ -122,12 +123,12 @@ export function drawPanel(svg: Svg, graph: FlowGraph, at: Layout, position: numb
   bars
     .attr('x', x + BAR)
     .attr('y', (line) => line.y - 5)
-    .attr('width', (line) => Math.max(1, BAR_WIDTH * line.probability))
+    .attr('width', (line) => Math.max(1, BAR_WIDTH * finite(line.probability)))
     .attr('height', 10)
     .attr('rx', 2)
   const numbers = groupNamed(svg, 'probability-numbers').selectAll('text').data(lines).join('text')
   numbers
-    .attr('x', (line) => x + BAR + BAR_WIDTH * line.probability + 6)
+    .attr('x', (line) => x + BAR + BAR_WIDTH * finite(line.probability) + 6)
     .attr('y', (line) => line.y)
     .attr('dominant-baseline', 'central')
     .attr('class', 'number')
@@ -170,7 +171,7 @@ function heading(svg: Svg, graph: FlowGraph, at: Layout, position: number): void
     .text((w) => w.text)
 }
 
-/** Where the target comes to stay on top: a tinted column from there up, and a flag beside it. */
+/** Marks the residuals at which the target stays ranked first: a tinted column and a label. */
 export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: number): void {
   const answer = answerAppears(graph, position)
   const layer = answer?.step === 'embedding' ? EMBEDDING : answer?.layer
@@ -233,7 +234,7 @@ function flagText(step: AnswerStep): string {
   return `▲ on top, ${AFTER[step]}`
 }
 
-// What the colours and lines mean, inside the picture: it is right in a talk too.
+// The legend is a part of the picture, so that an exported picture has it.
 
 interface Key {
   x: number

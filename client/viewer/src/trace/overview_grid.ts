@@ -1,4 +1,5 @@
 import { select } from 'd3-selection'
+import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { cut } from '../model/tokens'
 import { BINS, binOf, chipClass, type Marks } from '../presentation/colours'
@@ -14,9 +15,9 @@ import {
 import { nodeSentence } from '../presentation/wording'
 import { type Arc, arcsInto, EMBEDDING, type Layout, type Row } from './overview_layout'
 
-const PADDING = 6 // of a cell's text
+const PADDING = 6 // left and right of a cell's text
 
-/** One residual of the grid. */
+/** One residual of the overview. */
 export interface Cell {
   column: Column
   row: Row
@@ -26,7 +27,7 @@ export interface Cell {
 export interface Grid {
   graph: FlowGraph
   at: Layout
-  /** The position whose story is told. */
+  /** The position that is explained. */
   position: number
 }
 
@@ -43,7 +44,7 @@ export function drawGrid(svg: Svg, grid: Grid): void {
   svg.attr('viewBox', `0 0 ${at.width} ${at.height}`)
   drawBand(groupNamed(svg, 'band'), grid)
   drawHeatmap(groupNamed(svg, 'heat'), grid)
-  groupNamed(svg, 'answer') // its place is below the cells
+  groupNamed(svg, 'answer') // reserves its place below the cells
   drawSpine(groupNamed(svg, 'spine'), grid)
   drawArcs(groupNamed(svg, 'arcs'), grid)
   drawCells(groupNamed(svg, 'cells'), grid)
@@ -71,7 +72,7 @@ interface Rung {
   width: number
 }
 
-/** The residual stream between neighbouring cells, as wide as its norm among the others. */
+/** The residual stream between adjacent cells; its width is the square root of its relative norm. */
 function drawSpine(group: Group, grid: Grid): void {
   const { at, position } = grid
   group
@@ -92,13 +93,13 @@ function rungsOf({ graph, at }: Grid): Rung[] {
   const rungs: Rung[] = []
   let largest = 1e-9
   for (const column of at.columns) {
-    if (!column.labelled) continue // too narrow to compare widths
+    if (!column.labelled) continue // too narrow to show a width
     for (let i = 1; i < at.rows.length; i++) {
       const [below, above] = [at.rows[i - 1], at.rows[i]]
       const node = below && residualAt(graph, below.layer, column.position)
       if (!below || !above || !node) continue
-      largest = Math.max(largest, node.norm)
-      rungs.push({ column, below, above, width: node.norm })
+      largest = Math.max(largest, finite(node.norm))
+      rungs.push({ column, below, above, width: finite(node.norm) })
     }
   }
   for (const rung of rungs) {
@@ -127,7 +128,7 @@ function drawArcs(group: Group, { graph, at, position }: Grid): void {
     )
 }
 
-/** From the top of the residual that is read to the bottom of the one that is written. */
+/** A vertical Bézier curve from the top of the residual read to the bottom of the one written. */
 function arcPath(arc: Arc, at: Layout): string | null {
   const from = at.columns.find((c) => c.position === arc.source)
   const to = at.columns.find((c) => c.position === arc.position)
@@ -140,7 +141,7 @@ function arcPath(arc: Arc, at: Layout): string | null {
   return `M${x0},${y0}C${x0},${turn},${x1},${turn},${x1},${y1}`
 }
 
-/** Rows of cells, since that is what a grid is to a screen reader. */
+/** Cells grouped by row, as the ARIA grid pattern requires. */
 function drawCells(group: Group, grid: Grid): void {
   const { graph, at } = grid
   const columns = at.columns.filter((column) => column.labelled)
@@ -187,7 +188,7 @@ function drawCells(group: Group, grid: Grid): void {
     })
 }
 
-/** The whole token, and what is seen of it where it is cut. */
+/** The accessible name: the sentence, and the visible text if the label is truncated. */
 function spoken(cell: Cell, graph: FlowGraph): string {
   if (!cell.node) return 'not traced'
   const seen = cellLabel(cell)
@@ -207,7 +208,7 @@ interface Underline {
   kind: string
 }
 
-/** Below each cell, how much of it attention and the MLP brought. */
+/** Bars below each cell: the shares of attention and the MLP. */
 function drawSteps(group: Group, { graph, at }: Grid): void {
   const lines: Underline[] = []
   if (at.cellHeight >= 14) {
@@ -244,7 +245,7 @@ function underline(
   ] as const) {
     const output = graph.at(row.layer, column.position, kind)
     const share = output && graph.edgesFrom(output.id).find((e) => e.kind === 'PART')?.share
-    const width = Math.min(1, Math.abs(share ?? 0)) * room * 0.5
+    const width = Math.min(1, Math.abs(finite(share))) * room * 0.5
     if (width > 0.5) lines.push({ x, y, width, kind: name })
     x += width
   }
@@ -286,10 +287,10 @@ function middle(column: Column): number {
   return column.x + column.width / 2
 }
 
-// The columns that are too narrow for text: one path for each colour, so that thousands of cells cost
-// seven elements, and an exported or printed picture has them too.
+// Columns that are too narrow for text share one path per colour: seven elements for thousands of
+// cells, which also export and print.
 
-/** The cells of the columns that carry no text, as the outline of each bin's. */
+/** The outlines of all unlabelled cells, by bin. */
 export function heatPaths({ graph, at }: Grid): string[] {
   const paths = BINS.map(() => '')
   for (const column of at.columns) {
@@ -314,8 +315,7 @@ export function drawHeatmap(group: Group, grid: Grid): void {
     .attr('d', (path) => path)
 }
 
-// What a selection, a search or an open layer changes in the overview: classes alone, so that nothing
-// is placed anew.
+// A selection, a search or an open layer changes only classes, so the layout stays.
 
 export function markGrid(
   svg: Svg,

@@ -1,10 +1,11 @@
+import { finite } from '../contract'
 import type { FlowGraph } from '../model/flow_graph'
 import { type Column, columnsIn, GUTTER, NARROWEST_LABEL } from '../presentation/svg'
 
-// Where the overview's cells stand: tokens along, layers upward, the embedding below.
+// The layout of the overview: tokens from left to right, layers upwards from the embedding.
 
 export interface Row {
-  /** A block, or -1 for the embedding. */
+  /** The layer, or -1 for the embedding. */
   layer: number
   y: number
 }
@@ -15,7 +16,7 @@ export interface Layout {
   cellHeight: number
   width: number
   height: number
-  /** Left edge of the panel that follows one position over the layers. */
+  /** Left edge of the panel with the target's rank and probability by layer. */
   panelX: number
 }
 
@@ -27,7 +28,7 @@ const AXIS = 38
 
 const WIDEST_HEAD = 150
 
-/** As many columns as positions, all labelled where they fit; else a lens around the selected. */
+/** One column per position; if labels do not fit, only the columns around the selected one have them. */
 export function layout(
   positions: number,
   layers: readonly number[],
@@ -53,7 +54,7 @@ export function layout(
   }
 }
 
-/** The same rows without the embedding, and a column for each head: higher, for there are no arcs. */
+/** One row per layer, without the embedding, and one column per head; cells are higher as there are no arcs. */
 export function headLayout(
   heads: number,
   layers: readonly number[],
@@ -88,7 +89,7 @@ function lastEdge(columns: readonly Column[]): number {
   return last ? last.x + last.width : GUTTER
 }
 
-/** The column and row nearest to a point of the picture. */
+/** The column and row nearest to a point. */
 export function nearest(
   of: Layout,
   x: number,
@@ -109,26 +110,26 @@ function closest<Item>(items: readonly Item[], far: (item: Item) => number): Ite
   return best
 }
 
-/** Attention that moves something from one position to another within a layer. */
+/** A head's attention from one position to another. */
 export interface Arc {
   layer: number
   position: number
   source: number
   head: number
   attention: number
-  /** The head's share of all heads, times the source's share of the head; signed. */
+  /** The head's share of all heads times the source's share of the head; signed. */
   share: number
-  /** Id of the value that is moved. */
+  /** Id of the value node. */
   value: string
 }
 
-/** The arcs into one position, layer by layer, weakest first so that the strong are drawn above. */
+/** The arcs into one position, weakest first, so that strong arcs are drawn on top. */
 export function arcsInto(graph: FlowGraph, position: number, minimum = 0.01): Arc[] {
   const arcs: Arc[] = []
   for (const layer of graph.layers) {
     for (const head of graph.partsOf(`L${layer}/p${position}/ATTENTION_CONCAT`)) {
       for (const value of graph.partsOf(head.node.id)) {
-        const share = (head.edge.share ?? 0) * (value.edge.share ?? 0)
+        const share = finite(head.edge.share) * finite(value.edge.share)
         if (value.node.source === undefined || Math.abs(share) < minimum) continue
         arcs.push({
           layer,

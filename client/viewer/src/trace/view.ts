@@ -36,14 +36,14 @@ import {
   tokenText,
 } from '../presentation/elements'
 import { setTabStop } from '../presentation/svg'
-import { at, probability, signed } from '../presentation/wording'
+import { at, decimals, probability, signed } from '../presentation/wording'
 import { flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
 import { HeadMatrix } from './heads'
 import { fillInspector } from './inspector'
 import { Details } from './layer_view'
 import { Overview } from './overview'
 
-/** Shows the trace that the page holds, or that comes while one watches. */
+/** Shows an embedded or posted trace. */
 export async function tracePage(): Promise<void> {
   const view = new TraceView(shell(), pageDescription().title)
   connectToLivePage({
@@ -56,10 +56,10 @@ export async function tracePage(): Promise<void> {
       reportToParent({ at: { layer: node.layer, position: node.position } })
   })
   const detail = messages<TraceResponse>('trace')
-  const header = await detail.next() // first, since it says which positions were traced in full
+  const header = await detail.next() // first, since it lists the positions that were traced in full
   if (!header.done) view.feed(header.value)
   const replays = [messages<TraceResponse>('overview'), detail]
-  // Live, both come at once; from a file the overview is drawn before the rest is inflated.
+  // Live streams arrive together; in a saved page the overview is drawn before the rest is inflated.
   if (isLive()) await Promise.all(replays.map((stream) => replay(view, stream)))
   else for (const stream of replays) await replay(view, stream)
   view.draw()
@@ -76,10 +76,10 @@ async function replay(view: TraceView, stream: AsyncGenerator<TraceResponse>): P
 }
 
 const KEYS_OF_MARKS = ['sel', 'pin', 'q', 'path'] as const
-const NARROWEST = 640 // px; what is narrower scrolls
-const PATIENCE = 120 // ms between drawings while messages arrive
+const NARROWEST = 640 // px; narrower windows scroll
+const REDRAW_INTERVAL = 120 // ms between drawings while messages arrive
 
-/** A trace on the screen; fed by a recorded stream or by a live one. */
+/** The view of a trace. */
 export class TraceView {
   readonly graph = new FlowGraph()
   readonly state = traceState()
@@ -122,9 +122,9 @@ export class TraceView {
     this.details = new Details(this.graph, this.state, this.tooltip, commands)
     parts.main.append(this.overview.element, this.heads.element, this.details.element)
     listenToKeys(this.graph, this.state, commands)
-    parts.aside.addEventListener('click', (event) => this.follow(event))
+    parts.aside.addEventListener('click', (event) => this.openLink(event))
     listenForTargetChoice(parts.aside, this.graph.tokens, () => this.contents())
-    this.heading.addEventListener('click', (event) => this.follow(event))
+    this.heading.addEventListener('click', (event) => this.openLink(event))
     this.state.subscribe(() => this.draw())
     new ResizeObserver(() => this.draw()).observe(parts.main)
   }
@@ -136,14 +136,14 @@ export class TraceView {
     return { command: 'trace', model, prompt: graph.prompt, targets: target ? [target] : [] }
   }
 
-  /** Takes one more message of the stream; call `draw` when it is to be seen. */
+  /** Adds a message of the stream; call `draw` to show it. */
   feed(message: TraceResponse): void {
     this.graph.feed(message)
   }
 
-  /** Draws, unless it was drawn a moment ago: what still comes is not waited for. */
+  /** Draws, unless the last drawing was less than `REDRAW_INTERVAL` ms ago. */
   drawIfDue(): void {
-    if (performance.now() - this.drawn > PATIENCE) this.draw()
+    if (performance.now() - this.drawn > REDRAW_INTERVAL) this.draw()
   }
 
   draw(): void {
@@ -168,13 +168,13 @@ export class TraceView {
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
   }
 
-  /** The position whose story is told: the chosen one, else the last that was traced in full. */
+  /** The position to explain: the chosen one, or else the last that was traced in full. */
   position(): number {
     const chosen = Number(this.state.get('pos') || Number.NaN)
     return this.graph.prompt[chosen] ? chosen : Math.max(...this.graph.traced)
   }
 
-  /** The layers shown in detail: those chosen, else the one where the answer appears. */
+  /** The layers shown in detail: the chosen ones, or else the one where the answer appears. */
   layers(): number[] {
     const chosen = this.state.list('layers').map(Number)
     const known = chosen.filter((layer) => this.graph.layers.has(layer))
@@ -216,7 +216,7 @@ export class TraceView {
     }
   }
 
-  private follow(event: Event): void {
+  private openLink(event: Event): void {
     const target = event.target as Element
     const unpin = target.closest<HTMLElement>('[data-unpin]')?.dataset.unpin
     const id = target.closest<HTMLElement>('[data-id]')?.dataset.id
@@ -235,7 +235,7 @@ export class TraceView {
   }
 }
 
-/** The prompt, what came of it, and which weights said so. */
+/** The prompt and target, the summary, and the provenance. */
 export function fillHeader(heading: HTMLElement, graph: FlowGraph, position: number): void {
   const target = graph.targets.get(position)?.target
   const title = element('h1', {}, ...promptText(graph.prompt, position))
@@ -248,7 +248,7 @@ export function fillHeader(heading: HTMLElement, graph: FlowGraph, position: num
   )
 }
 
-// The trace in a sentence or two, as the command tells it.
+// The summary of a trace, as the CLI prints it.
 
 export function story(graph: FlowGraph, position: number): HTMLElement {
   const target = graph.targets.get(position)
@@ -279,7 +279,7 @@ function emergence(answer: Answer | undefined, steps: readonly GraphNode[]): str
   }
   if (answer) return 'On top for good after the embedding.'
   const ranks = steps.map((node) => node.reading?.targetRank ?? Number.POSITIVE_INFINITY)
-  return ranks.length > 0 ? `Best rank on the flow: ${Math.min(...ranks)}.` : ''
+  return ranks.length > 0 ? `Best rank: ${Math.min(...ranks)}.` : ''
 }
 
 function contributor(node: GraphNode, name: string): HTMLElement {
@@ -298,7 +298,7 @@ function reading(graph: FlowGraph, head: GraphNode): string {
   }
   const source = most && graph.node(most.source)?.source
   if (source === undefined) return ''
-  return `, reading ${at(source, graph.prompt)} with attention ${(most?.attention ?? 0).toFixed(2)}`
+  return `, reading ${at(source, graph.prompt)} with attention ${decimals(most?.attention ?? 0, 2)}`
 }
 
 /** The node of one kind that adds most to the target's logit at a position. */
