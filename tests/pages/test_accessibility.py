@@ -24,7 +24,7 @@ AXE = Path(__file__).parents[2] / "client/viewer/node_modules/axe-core/axe.min.j
         "map=heads&heads=3.2",
     ],
 )
-def test_axe_finds_nothing_serious(tab: Page, demo: Traced, state: str, theme: str) -> None:
+def test_axe_reports_nothing_serious(tab: Page, demo: Traced, state: str, theme: str) -> None:
     if not AXE.is_file():
         pytest.fail("expected axe-core; run `make check-viewer`, which needs npm")
     opened(tab, demo, f"{state}&theme={theme}")

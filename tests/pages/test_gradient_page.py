@@ -113,7 +113,7 @@ def expected(gradient: januslens.Gradient, kind: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_component_stands_at_its_place(
+def test_each_cell_shows_its_component(
     tab: Page, page: str, gradient: januslens.Gradient, kind: str
 ) -> None:
     side = "shift" if kind in ("FF2", "O") else "imprint"
@@ -122,7 +122,7 @@ def test_every_component_stands_at_its_place(
     assert cells(tab, kind) == expected(gradient, kind)
 
 
-def test_the_promoted_end_is_bold_and_the_ends_can_be_switched(tab: Page, page: str) -> None:
+def test_promoted_end_is_bold_and_ends_can_be_hidden(tab: Page, page: str) -> None:
     tab.goto(page)
     cell = tab.locator('.chip.painted[data-id="L3/p7/FF2"]')
     expect(cell).to_be_visible()
@@ -134,7 +134,7 @@ def test_the_promoted_end_is_bold_and_the_ends_can_be_switched(tab: Page, page: 
     expect(cell).to_have_text("▲ ␣Azerbaijani▼ ␣Paris")
 
 
-def test_colour_is_the_norm_on_the_printed_scale(
+def test_colour_encodes_the_norm_on_the_legend_scale(
     tab: Page, page: str, gradient: januslens.Gradient
 ) -> None:
     tab.goto(page)
@@ -158,7 +158,7 @@ def test_colour_is_the_norm_on_the_printed_scale(
     expect(tab.locator(".legend").first).to_contain_text(f"{largest} · |δ|, square-root scale")
 
 
-def test_ranks_are_the_components(tab: Page, page: str, gradient: januslens.Gradient) -> None:
+def test_ranks_equal_the_result(tab: Page, page: str, gradient: januslens.Gradient) -> None:
     tab.goto(page)
     for matrix in gradient.of_kind("FF2"):
         for part in matrix.components:
@@ -168,7 +168,7 @@ def test_ranks_are_the_components(tab: Page, page: str, gradient: januslens.Grad
                 expect(cell).to_have_text(str(part.target_ranks[0]))
 
 
-def test_a_click_selects_and_the_inspector_says_all(
+def test_click_selects_and_fills_the_inspector(
     tab: Page, page: str, gradient: januslens.Gradient
 ) -> None:
     tab.goto(page)
@@ -186,14 +186,14 @@ def test_a_click_selects_and_the_inspector_says_all(
     expect(inspector.locator(".where")).to_have_text("L1 FF2, at ␣Japan (3)")
 
 
-def test_another_target_is_a_command_away(
+def test_token_click_shows_a_command_for_that_target(
     tab: Page, page: str, server_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file cannot ask; it says how a person can, and that is true."""
+    """The command works as it is shown."""
     tab.goto(page)
     tab.locator('.chip.painted[data-id="L3/p7/FF2"]').click()
     tab.locator(".inspector").get_by_role("button", name="␣Kazakh").click()
-    said = tab.get_by_label("What asks for it").input_value()
+    said = tab.get_by_label("Command for this target").input_value()
     program, *arguments = shlex.split(said)
     assert program == "januslens"
     assert arguments[:4] == ["gradient", PROMPT, "--target", " Kazakh"]
@@ -205,13 +205,13 @@ def test_another_target_is_a_command_away(
     expect(tab.get_by_role("dialog")).to_be_hidden()
 
 
-def test_hovering_shows_a_component(tab: Page, page: str) -> None:
+def test_hover_shows_a_tooltip(tab: Page, page: str) -> None:
     tab.goto(page)
     tab.locator('.chip.painted[data-id="L3/p7/FF2"]').hover()
     expect(tab.locator(".tooltip")).to_contain_text("L3 FF2, at ␣of (7)")
 
 
-def test_the_keyboard_is_enough(tab: Page, page: str) -> None:
+def test_page_works_with_the_keyboard_alone(tab: Page, page: str) -> None:
     tab.goto(page)
     tab.locator('.chip.painted[data-id="L3/p7/FF2"]').focus()
     tab.keyboard.press("ArrowDown")
@@ -222,7 +222,7 @@ def test_the_keyboard_is_enough(tab: Page, page: str) -> None:
     expect(tab.get_by_role("dialog")).to_be_visible()
 
 
-def test_what_was_asked_for_stands_below(
+def test_requested_tables_are_shown(
     tab: Page, page: str, gradient: januslens.Gradient, preview: januslens.EditPreview
 ) -> None:
     tab.goto(page)
@@ -259,7 +259,7 @@ def count(number: int) -> str:
     return f"{number:,}".replace(",", "\u2009")
 
 
-def test_twelve_layers_say_what_the_result_says(tab: Page, deep: Shown) -> None:
+def test_twelve_layers_equal_the_result(tab: Page, deep: Shown) -> None:
     tab.goto(deep.url)
     expect(tab.locator(".chip.painted").first).to_be_visible()
     for kind in ("FF1", "FF2"):
@@ -289,7 +289,7 @@ def test_twelve_layers_say_what_the_result_says(tab: Page, deep: Shown) -> None:
     )
 
 
-def test_twelve_layers_are_drawn_and_answer_quickly(tab: Page, deep: Shown) -> None:
+def test_twelve_layers_draw_and_respond_within_bounds(tab: Page, deep: Shown) -> None:
     """Loose bounds, since other tests run at the same time; the benchmark has the figures."""
     tab.goto(deep.url)
     tab.wait_for_selector("html[data-ready=complete]", state="attached")
@@ -299,7 +299,7 @@ def test_twelve_layers_are_drawn_and_answer_quickly(tab: Page, deep: Shown) -> N
         assert tab.evaluate(ELAPSED, state) < 2_000
 
 
-def test_a_selection_draws_two_cells_anew(tab: Page, deep: Shown) -> None:
+def test_selection_redraws_only_two_cells(tab: Page, deep: Shown) -> None:
     """Why it is quick: of the cells of each picture the selected one and the one before change."""
     tab.goto(deep.url)
     tab.wait_for_selector("html[data-ready=complete]", state="attached")
@@ -315,7 +315,7 @@ def test_a_selection_draws_two_cells_anew(tab: Page, deep: Shown) -> None:
     assert tab.evaluate("window.touched.size") <= 2 * 3
 
 
-def test_a_token_is_found_wherever_it_is_read(
+def test_search_finds_every_reading_of_a_token(
     tab: Page, page: str, gradient: januslens.Gradient
 ) -> None:
     tab.goto(page)
@@ -340,7 +340,7 @@ def test_a_token_is_found_wherever_it_is_read(
     expect(found).to_have_count(0)
 
 
-def test_experts_stand_each_by_itself(tab: Page, mixture: Shown) -> None:
+def test_experts_are_shown_separately(tab: Page, mixture: Shown) -> None:
     """At each place the larger component, or the one of a chosen expert."""
     tab.goto(mixture.url)
     expect(tab.locator(".chip.painted").first).to_be_visible()
@@ -366,20 +366,20 @@ def test_experts_stand_each_by_itself(tab: Page, mixture: Shown) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_keeps_nobody_out(tab: Page, page: str, scheme: str) -> None:
+def test_axe_reports_nothing_serious(tab: Page, page: str, scheme: str) -> None:
     tab.goto(f"{page}#theme={scheme}")
     tab.wait_for_selector(".chip.painted")
     assert serious_findings(tab) == []
 
 
-def test_narrow_windows_have_no_horizontal_scrolling(tab: Page, page: str) -> None:
+def test_narrow_window_does_not_scroll_sideways(tab: Page, page: str) -> None:
     tab.goto(page)
     tab.set_viewport_size({"width": 700, "height": 900})
     tab.wait_for_timeout(100)
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_in_narrow_windows_the_picture_scrolls_to_what_is_selected(tab: Page, deep: Shown) -> None:
+def test_narrow_picture_scrolls_to_the_selection(tab: Page, deep: Shown) -> None:
     tab.set_viewport_size({"width": 480, "height": 900})
     tab.goto(deep.url)
     chosen = tab.locator(".chip.painted.selected").first
@@ -391,7 +391,7 @@ def test_in_narrow_windows_the_picture_scrolls_to_what_is_selected(tab: Page, de
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_paper_is_light_and_holds_whole_pictures(tab: Page, page: str) -> None:
+def test_printed_page_is_light_with_complete_pictures(tab: Page, page: str) -> None:
     tab.goto(f"{page}#theme=dark")
     expect(tab.locator(".chip.painted").first).to_be_visible()
     tab.emulate_media(media="print")
@@ -436,7 +436,7 @@ def test_hostile_tokens_are_text(tab: Page, gradient: januslens.Gradient, tmp_pa
     assert tab.locator("img").count() == 0
 
 
-def test_the_command_writes_the_page(server_address: str, tmp_path: Path) -> None:
+def test_command_writes_the_page(server_address: str, tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     arguments = ["gradient", PROMPT, "--target", " Paris", "--shift", "3", "--html", str(path)]
     result = CliRunner().invoke(

@@ -74,13 +74,13 @@ def state(panel: Locator, wanted: str) -> None:
     expect(panel).to_have_attribute("data-state", wanted, timeout=60_000)
 
 
-def test_the_token_leaves_the_address(live: Page, running: LivePage) -> None:
+def test_access_token_is_removed_from_the_address(live: Page, running: LivePage) -> None:
     assert live.url == f"{running.origin}/"
     live.reload()
     expect(live.get_by_label("Model")).to_have_value("demo")  # the tab remembers it
 
 
-def test_a_trace_comes_and_is_the_clients(live: Page, server_address: str) -> None:
+def test_trace_equals_the_client_result(live: Page, server_address: str) -> None:
     live.get_by_label("Prompt").fill(PROMPT)
     live.get_by_role("button", name="Trace", exact=True).click()
     answer, page = panel(live)
@@ -96,7 +96,7 @@ def test_a_trace_comes_and_is_the_clients(live: Page, server_address: str) -> No
     expect(page.locator("h1")).to_contain_text("␣Tokyo")
 
 
-def test_a_first_layer_shows_before_the_stream_ends_and_a_click_cancels(
+def test_layers_appear_while_streaming_and_cancel_stops_the_trace(
     live: Page, server: ServerProcess
 ) -> None:
     live.get_by_label("Prompt").fill(LONG)
@@ -118,7 +118,7 @@ def test_a_first_layer_shows_before_the_stream_ends_and_a_click_cancels(
     expect(answer.get_by_role("button", name="Cancel")).to_have_count(0)
 
 
-def test_twelve_layers_come_one_by_one_and_are_the_clients(
+def test_twelve_layers_arrive_in_order_and_equal_the_client_result(
     deep: Page, random_server: ServerProcess
 ) -> None:
     prompt = "".join(HOSTILE)
@@ -140,7 +140,7 @@ def test_twelve_layers_come_one_by_one_and_are_the_clients(
         expect(cell).to_have_attribute("aria-label", re.compile(re.escape(token)))
 
 
-def test_a_click_cancels_twelve_layers(deep: Page, random_server: ServerProcess) -> None:
+def test_cancel_stops_a_trace_of_twelve_layers(deep: Page, random_server: ServerProcess) -> None:
     deep.get_by_label("Prompt").fill("".join(HOSTILE))
     deep.get_by_text("more", exact=True).click()
     deep.get_by_label("Positions").fill("all")
@@ -153,7 +153,7 @@ def test_a_click_cancels_twelve_layers(deep: Page, random_server: ServerProcess)
     assert page.locator(f'.overview [data-id^="L{LAYERS - 1}/"]').count() == 0
 
 
-def test_a_token_that_is_clicked_becomes_the_target(live: Page, server_address: str) -> None:
+def test_clicked_token_becomes_the_target(live: Page, server_address: str) -> None:
     live.get_by_label("Prompt").fill(PROMPT)
     live.get_by_role("button", name="Trace", exact=True).click()
     first, page = panel(live, 0)
@@ -176,7 +176,7 @@ def test_a_token_that_is_clicked_becomes_the_target(live: Page, server_address: 
         )
 
 
-def test_the_page_and_its_answers_have_one_theme(live: Page) -> None:
+def test_page_and_frames_share_the_theme(live: Page) -> None:
     live.get_by_label("Prompt").fill(PROMPT)
     live.get_by_label("Target").fill(" Paris")
     live.get_by_role("button", name="Gradient", exact=True).click()
@@ -194,7 +194,7 @@ def test_the_page_and_its_answers_have_one_theme(live: Page) -> None:
     expect(live.locator("html")).to_have_attribute("data-theme", "dark")
 
 
-def test_a_gradient_beside_its_trace_selects_the_same_place(live: Page) -> None:
+def test_gradient_and_trace_share_the_selection(live: Page) -> None:
     live.get_by_label("Prompt").fill(PROMPT)
     live.get_by_label("Target").fill(" Paris")
     live.get_by_role("button", name="Trace", exact=True).click()
@@ -214,7 +214,7 @@ def test_a_gradient_beside_its_trace_selects_the_same_place(live: Page) -> None:
     assert tops == [tops[0]] * 2  # side by side
 
 
-def test_an_edit_is_previewed_and_the_page_can_be_kept(
+def test_edit_preview_is_in_the_saved_page(
     live: Page, running: LivePage, browser: Browser, tmp_path: Path
 ) -> None:
     live.get_by_label("Prompt").fill(PROMPT)
@@ -248,7 +248,7 @@ def test_an_edit_is_previewed_and_the_page_can_be_kept(
     assert running.origin not in kept.read_text(encoding="utf-8")
 
 
-def test_what_the_server_refuses_is_said(live: Page) -> None:
+def test_server_errors_are_shown(live: Page) -> None:
     live.get_by_role("button", name="Gradient", exact=True).click()
     assert live.locator(".answer-panel").count() == 0  # the prompt is missing
     live.get_by_label("Prompt").fill(PROMPT)
@@ -260,7 +260,7 @@ def test_what_the_server_refuses_is_said(live: Page) -> None:
     expect(answer.get_by_role("status").first).to_contain_text("expected 0 to 3 for demo, got 99")
 
 
-def test_it_keeps_nobody_out(live: Page) -> None:
+def test_axe_reports_nothing_serious(live: Page) -> None:
     live.get_by_label("Prompt").fill(PROMPT)
     live.get_by_text("more", exact=True).click()
     live.get_by_role("button", name="Trace", exact=True).click()

@@ -31,31 +31,31 @@ class Elements(HTMLParser):
         self.texts.append(data)
 
 
-def test_the_program_is_within_its_budget() -> None:
+def test_program_is_within_its_size_budget() -> None:
     program = asset("viewer.js").encode()
     assert len(program) <= 250_000
     assert len(gzip.compress(program)) <= 80_000
 
 
-def test_program_and_style_cannot_end_their_elements() -> None:
+def test_program_and_style_do_not_close_their_elements() -> None:
     assert not re.search(r"</script|<!--", asset("viewer.js"), re.IGNORECASE)
     assert "</style" not in asset("viewer.css").lower()
 
 
-def test_the_licences_of_what_is_in_the_program_come_with_it() -> None:
+def test_licences_of_bundled_packages_are_included() -> None:
     licences = asset("LICENSES.txt")
     assert "d3-selection" in licences
     assert "Permission to use, copy, modify" in licences
 
 
-def test_a_title_is_never_markup() -> None:
+def test_title_is_escaped() -> None:
     text = page("trace", "</title><script>alert(1)</script>", {})
     assert "<script>alert(1)" not in text
     kinds = [attributes.get("type") for tag, attributes in Elements(text).found if tag == "script"]
     assert kinds == ["application/json", None]
 
 
-def test_the_policy_allows_the_program_and_nothing_else() -> None:
+def test_content_security_policy_allows_only_the_program() -> None:
     text = page("trace", "t", {})
     policy = next(a["content"] for tag, a in Elements(text).found if a.get("http-equiv"))
     digest = base64.b64encode(hashlib.sha256(asset("viewer.js").encode()).digest()).decode()
@@ -66,7 +66,7 @@ def test_the_policy_allows_the_program_and_nothing_else() -> None:
     assert "http" not in policy
 
 
-def test_a_page_gives_back_its_recording() -> None:
+def test_embedded_messages_equal_the_stream() -> None:
     messages = list(trace_stream())
     text = page("trace", "t", {"trace": messages})
     blocks = re.findall(r'data-stream="trace">([^<]+)<', text)

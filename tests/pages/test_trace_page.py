@@ -1,4 +1,4 @@
-"""The page of a trace, in a real browser: what it shows is what the trace says."""
+"""The page of a trace in a real browser."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def facts(tab: Page) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", ["demo", "wide", "large"])
-def test_the_overview_shows_what_each_residual_says(
+def test_overview_cells_equal_the_residuals(
     tab: Page, name: str, request: pytest.FixtureRequest
 ) -> None:
     page: Traced = request.getfixturevalue(name)
@@ -74,7 +74,7 @@ def test_the_overview_shows_what_each_residual_says(
 
 
 @pytest.mark.parametrize("name", ["demo", "large"])
-def test_the_inspector_shows_the_traces_numbers(
+def test_inspector_numbers_equal_the_trace(
     tab: Page, name: str, request: pytest.FixtureRequest
 ) -> None:
     page: Traced = request.getfixturevalue(name)
@@ -98,7 +98,7 @@ def test_the_inspector_shows_the_traces_numbers(
         assert probabilities == [_probability(entry.probability) for entry in entries]
 
 
-def test_shares_and_attention_are_the_edges(tab: Page, demo: Traced) -> None:
+def test_shares_and_attention_equal_the_edges(tab: Page, demo: Traced) -> None:
     opened(tab, demo, f"sel={VALUE}")
     edge = next(part.edge for part in demo.trace.parts_of(STRONGEST) if part.node.id == VALUE)
     assert edge
@@ -107,7 +107,7 @@ def test_shares_and_attention_are_the_edges(tab: Page, demo: Traced) -> None:
     assert facts(tab)["share of its sum"] == f"{100 * (edge.share or 0):.0f} %"
 
 
-def test_the_answer_is_seen_to_appear(tab: Page, demo: Traced) -> None:
+def test_first_layer_of_the_answer_is_marked(tab: Page, demo: Traced) -> None:
     opened(tab, demo)
     steps = [
         node
@@ -117,15 +117,15 @@ def test_the_answer_is_seen_to_appear(tab: Page, demo: Traced) -> None:
     first = max(i for i, node in enumerate(steps) if node.projection.target_rank != 0) + 1  # type: ignore[union-attr]  # all have one
     step = "attention" if steps[first].kind == "RESIDUAL_MID" else "MLP"
     story = tab.locator(".story")
-    expect(story).to_contain_text(f"On top for good after layer {steps[first].layer}\u2019s {step}")
+    expect(story).to_contain_text(f"Ranked first from layer {steps[first].layer}\u2019s {step}")
     expect(tab.locator(".flag-text")).to_contain_text(
-        f"on top, after {'the ' * (step == 'MLP')}{step}"
+        f"first from L{steps[first].layer}\u2019s {step}"
     )
     best = max(demo.trace.heads(), key=lambda part: part.logit_contribution or 0)
     expect(story).to_contain_text(f"adds {_signed(best.logit_contribution or 0)}")
 
 
-def test_hovering_previews_and_clicking_selects(tab: Page, demo: Traced) -> None:
+def test_hover_shows_a_tooltip_and_click_selects(tab: Page, demo: Traced) -> None:
     opened(tab, demo, "layers=3")
     chip(tab, STRONGEST).hover()
     tooltip = tab.locator(".tooltip")
@@ -139,7 +139,7 @@ def test_hovering_previews_and_clicking_selects(tab: Page, demo: Traced) -> None
     expect(tooltip).to_be_hidden()
 
 
-def test_a_cell_opens_its_layer(tab: Page, demo: Traced) -> None:
+def test_click_on_a_cell_opens_its_layer(tab: Page, demo: Traced) -> None:
     opened(tab, demo)
     tab.locator('svg.overview .cell[data-id="L1/p7/BLOCK_OUTPUT"]').click()
     expect(tab.locator(".layer h2")).to_have_text("Layer 1 at ␣of (7)")
@@ -147,7 +147,7 @@ def test_a_cell_opens_its_layer(tab: Page, demo: Traced) -> None:
     expect(tab.locator(".layer p.quiet")).to_contain_text("--positions 3")
 
 
-def test_a_layers_picture_has_all_its_parts(tab: Page, demo: Traced) -> None:
+def test_layer_picture_shows_all_parts(tab: Page, demo: Traced) -> None:
     opened(tab, demo, "layers=2,3")
     for layer in (2, 3):
         graph = demo.trace.layer(layer)
@@ -173,7 +173,7 @@ def test_a_layers_picture_has_all_its_parts(tab: Page, demo: Traced) -> None:
             )
 
 
-def test_a_head_opens_to_its_rows_of_w_o(tab: Page, demo: Traced) -> None:
+def test_head_expands_to_its_w_o_rows(tab: Page, demo: Traced) -> None:
     opened(tab, demo, "layers=3")
     d_head = demo.trace.header.sizes.d_head
     parts = demo.trace.parts_of("L3/p7/ATTENTION_OUTPUT")
@@ -209,7 +209,7 @@ def part_share(part: januslens.Part) -> str:
 
 
 @pytest.mark.parametrize("name", ["demo", "large"])
-def test_the_matrix_of_heads_tells_which_matter(
+def test_head_matrix_equals_the_contributions(
     tab: Page, name: str, request: pytest.FixtureRequest
 ) -> None:
     page: Traced = request.getfixturevalue(name)
@@ -239,7 +239,7 @@ def test_the_matrix_of_heads_tells_which_matter(
     expect(tab.locator(f'.facts[data-node="{best}"]')).to_be_visible()
 
 
-def test_a_selection_is_followed_through_the_layers(tab: Page, demo: Traced) -> None:
+def test_selection_flows_through_the_layers(tab: Page, demo: Traced) -> None:
     """Up: how much of the residual it is. Down: how much of it a part is, as shares multiply."""
     head = "L2/p7/HEAD_OUTPUT/h3"
     opened(tab, demo, f"layers=2,3&sel={head}")
@@ -266,7 +266,7 @@ def share(page: Traced, node_id: str) -> float:
     )
 
 
-def test_searching_finds_every_node_that_says_it(tab: Page, demo: Traced) -> None:
+def test_search_finds_every_matching_node(tab: Page, demo: Traced) -> None:
     opened(tab, demo)
     tab.keyboard.press("/")
     tab.keyboard.type("Tokyo")
@@ -278,7 +278,9 @@ def test_searching_finds_every_node_that_says_it(tab: Page, demo: Traced) -> Non
             "Tokyo" in str(entry.token) for entry in (*node.projection.top, *node.projection.bottom)
         )
     }
-    expect(tab.locator(".found h2")).to_have_text(f"“Tokyo” is read in {len(saying)} nodes")
+    expect(tab.locator(".found h2")).to_have_text(
+        f"“Tokyo” is in the readings of {len(saying)} nodes"
+    )
     tab.keyboard.press("Tab")
     first = tab.locator(".found .node-link").first
     found = first.get_attribute("data-id")
@@ -287,7 +289,7 @@ def test_searching_finds_every_node_that_says_it(tab: Page, demo: Traced) -> Non
     expect(tab.locator(f'.facts[data-node="{found}"]')).to_be_visible()
 
 
-def test_filters_hide_parts_and_say_so(tab: Page, demo: Traced) -> None:
+def test_filters_hide_parts_and_report_their_number(tab: Page, demo: Traced) -> None:
     opened(tab, demo, "layers=3")
     neurons = demo.trace.layer(3).neurons()
     values = tab.locator('svg.detail .chip[data-id*="/MLP_VALUE/"]')
@@ -317,7 +319,7 @@ def test_pinned_nodes_are_compared(tab: Page, demo: Traced) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "large"])
-def test_the_path_is_the_traces(tab: Page, name: str, request: pytest.FixtureRequest) -> None:
+def test_path_equals_the_client_path(tab: Page, name: str, request: pytest.FixtureRequest) -> None:
     page: Traced = request.getfixturevalue(name)
     opened(tab, page)
     tab.keyboard.press("f")
@@ -326,7 +328,7 @@ def test_the_path_is_the_traces(tab: Page, name: str, request: pytest.FixtureReq
     assert ids == [part.node.id for part in page.trace.path_to_target()]
 
 
-def test_the_keyboard_reaches_everything(tab: Page, demo: Traced) -> None:
+def test_page_works_with_the_keyboard_alone(tab: Page, demo: Traced) -> None:
     opened(tab, demo, "sel=L2/p7/BLOCK_OUTPUT")
     tab.locator('svg.overview .cell[data-id="L2/p7/BLOCK_OUTPUT"]').focus()
     tab.keyboard.press("ArrowUp")
@@ -344,7 +346,7 @@ def test_the_keyboard_reaches_everything(tab: Page, demo: Traced) -> None:
     assert "sel=" not in tab.url
 
 
-def test_the_table_says_the_same_and_sorts(tab: Page, demo: Traced) -> None:
+def test_table_equals_the_trace_and_sorts(tab: Page, demo: Traced) -> None:
     opened(tab, demo, "layers=3&view=table")
     rows = tab.locator("table.nodes tbody tr")
     graph = demo.trace.layer(3)
@@ -355,7 +357,7 @@ def test_the_table_says_the_same_and_sorts(tab: Page, demo: Traced) -> None:
     expect(rows.first.locator("td").nth(2)).to_have_text(_signed(max(logits)))
 
 
-def test_a_link_brings_the_view_back(tab: Page, demo: Traced) -> None:
+def test_link_restores_the_view(tab: Page, demo: Traced) -> None:
     opened(tab, demo, f"sel={VALUE}&layers=2,3&min=5&theme=dark&path=1")
     assert tab.locator(".layer").count() == 2
     expect(tab.locator(f'.facts[data-node="{VALUE}"]')).to_be_visible()
@@ -363,7 +365,7 @@ def test_a_link_brings_the_view_back(tab: Page, demo: Traced) -> None:
     expect(tab.get_by_label("Smallest share")).to_have_value("5")
 
 
-def test_dark_and_light_differ_and_printing_is_light(tab: Page, demo: Traced) -> None:
+def test_themes_differ_and_printing_is_light(tab: Page, demo: Traced) -> None:
     opened(tab, demo)
     colour = "getComputedStyle(document.body).backgroundColor"
     light = tab.evaluate(colour)
@@ -374,7 +376,7 @@ def test_dark_and_light_differ_and_printing_is_light(tab: Page, demo: Traced) ->
     assert tab.evaluate(colour) == light
 
 
-def test_a_printed_sheet_holds_the_pictures_whole(tab: Page, demo: Traced) -> None:
+def test_printed_page_has_complete_pictures(tab: Page, demo: Traced) -> None:
     opened(tab, demo, "layers=3")
     drawn = tab.evaluate("document.querySelector('svg.detail').clientWidth")
     tab.set_viewport_size({"width": 718, "height": 1000})  # A4 within Chromium's margins
@@ -386,7 +388,7 @@ def test_a_printed_sheet_holds_the_pictures_whole(tab: Page, demo: Traced) -> No
         assert box["x"] + box["width"] <= 718
 
 
-def test_forced_colours_tell_what_is_pressed(tab: Page, demo: Traced) -> None:
+def test_forced_colours_show_pressed_buttons(tab: Page, demo: Traced) -> None:
     tab.emulate_media(forced_colors="active")
     opened(tab, demo, "hide=mlp")
     background = "element => getComputedStyle(element).backgroundColor"
@@ -397,7 +399,7 @@ def test_forced_colours_tell_what_is_pressed(tab: Page, demo: Traced) -> None:
 
 
 @pytest.mark.parametrize("width", [380, 800, 1100, 1900])
-def test_nothing_runs_out_of_the_window(tab: Page, large: Traced, width: int) -> None:
+def test_nothing_overflows_the_window(tab: Page, large: Traced, width: int) -> None:
     opened(tab, large)
     tab.set_viewport_size({"width": width, "height": 900})
     expect(tab.locator("svg.overview")).to_be_visible()
@@ -422,7 +424,7 @@ def test_hostile_tokens_are_text(tab: Page, large: Traced) -> None:
         assert not any(hidden in label for label in labels)
 
 
-def test_what_is_exported_is_the_recording(tab: Page, demo: Traced, tmp_path: Path) -> None:
+def test_exported_json_equals_the_stream(tab: Page, demo: Traced, tmp_path: Path) -> None:
     opened(tab, demo)
     saved = {}
     for name in ("json", "svg", "png"):
@@ -438,7 +440,7 @@ def test_what_is_exported_is_the_recording(tab: Page, demo: Traced, tmp_path: Pa
     assert saved["png"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_exported_picture_has_the_columns_without_text_too(
+def test_exported_picture_includes_unlabelled_columns(
     tab: Page, wide: Traced, tmp_path: Path
 ) -> None:
     opened(tab, wide)
@@ -452,7 +454,7 @@ def test_an_exported_picture_has_the_columns_without_text_too(
     assert sum(outline.count("M") for outline in outlines) == 20 * 5 - labelled > 0
 
 
-def test_a_selection_moves_nothing(tab: Page, demo: Traced) -> None:
+def test_selection_does_not_move_elements(tab: Page, demo: Traced) -> None:
     """Why it is quick: classes change, and neither place nor text of anything in the pictures."""
     opened(tab, demo, "layers=3")
     tab.evaluate("""() => {
@@ -467,7 +469,7 @@ def test_a_selection_moves_nothing(tab: Page, demo: Traced) -> None:
     assert set(tab.evaluate("[...window.touched]")) <= {"class", "tabindex"}
 
 
-def test_a_page_without_its_surroundings_shows_the_traced_positions(
+def test_page_without_overview_shows_the_traced_positions(
     tab: Page, demo: Traced, tmp_path: Path
 ) -> None:
     path = tmp_path / "alone.html"
@@ -477,8 +479,8 @@ def test_a_page_without_its_surroundings_shows_the_traced_positions(
     assert tab.locator("svg.overview .cell.empty").count() == 35
 
 
-def test_a_page_is_small_and_quick(tab: Page, large: Traced, wide: Traced) -> None:
-    """Some 0.2 s and 0.05 s on an idle machine, says the benchmark; this notices the worst."""
+def test_page_size_and_drawing_time_are_bounded(tab: Page, large: Traced, wide: Traced) -> None:
+    """Generous bounds: about 0.2 s and 0.05 s are measured on an idle machine."""
     assert large.path.stat().st_size < 1.5e6
     for page in (large, wide):
         opened(tab, page)

@@ -3,10 +3,12 @@ import { test } from 'node:test'
 import { FlowGraph } from '../src/model/flow_graph'
 import {
   answerAppears,
+  mostAttended,
   pathToTarget,
   search,
   selectionFlow,
   strongestDestination,
+  topContributor,
 } from '../src/model/graph_queries'
 import { passing } from '../src/trace/controls'
 import { layerModel } from '../src/trace/layer_model'
@@ -19,14 +21,14 @@ function graph(): FlowGraph {
   return made
 }
 
-test('a stream that is fed twice is the same graph', () => {
+test('feeding a stream twice does not duplicate nodes', () => {
   const once = graph()
   for (const message of stream()) once.feed(message)
   assert.equal(once.partsOf('L0/p1/ATTENTION_CONCAT').length, 2)
   assert.ok(once.complete)
 })
 
-test('a graph is complete once all its streams are', () => {
+test('a graph is complete when all its streams are', () => {
   const [header, layer, summary] = stream()
   const made = new FlowGraph()
   assert.ok(header && layer && summary)
@@ -37,7 +39,7 @@ test('a graph is complete once all its streams are', () => {
   assert.ok(made.complete)
 })
 
-test('parts come largest share first', () => {
+test('parts are sorted by share', () => {
   const parts = graph().partsOf('L0/p1/ATTENTION_CONCAT')
   assert.deepEqual(
     parts.map(({ node }) => node.head),
@@ -45,7 +47,7 @@ test('parts come largest share first', () => {
   )
 })
 
-test('a token is read with its text from whichever message named it first', () => {
+test('token texts come from the first message that names them', () => {
   const top = graph().node('L0/p1/RESIDUAL_MID')?.reading?.top[0]
   assert.equal(top?.token.label, '␣Tokyo')
 })
@@ -71,7 +73,7 @@ test('the path follows logits at sums, and the heads at attention', () => {
   )
 })
 
-test('a selection is followed through its fraction of what it is a part of', () => {
+test('the selection flow multiplies shares', () => {
   const flow = selectionFlow(graph(), 'L0/p1/MEMORY_KEY/h3/s0')
   assert.equal(flow.get('L0/p1/MEMORY_VALUE/h3/s0'), 1)
   assert.equal(flow.get('L0/p1/HEAD_OUTPUT/h3'), 0.9)
@@ -79,7 +81,7 @@ test('a selection is followed through its fraction of what it is a part of', () 
   assert.equal(strongestDestination(graph(), 'L0/p1/MLP_OUTPUT')?.id, 'L0/p1/BLOCK_OUTPUT')
 })
 
-test('arcs are as strong as the share of a share', () => {
+test('the share of an arc is a product of shares', () => {
   const [arc, ...others] = arcsInto(graph(), 1)
   assert.equal(others.length, 0)
   assert.equal(arc?.source, 0)
@@ -87,7 +89,34 @@ test('arcs are as strong as the share of a share', () => {
   assert.ok(Math.abs((arc?.share ?? 0) - 0.63) < 1e-9)
 })
 
-test('a search takes text, whole tokens and ids', () => {
+test('the top contributor names its source even if the remainder has more attention', () => {
+  const made = graph()
+  const rest = 'L0/p1/OTHER/h3'
+  made.feed({
+    layer: {
+      nodes: [{ id: rest, kind: 'NODE_KIND_OTHER', layer: 0, position: 1, head: 3 }],
+      edges: [
+        { source: rest, target: 'L0/p1/HEAD_OUTPUT/h3', kind: 'EDGE_KIND_PART', attention: 0.95 },
+      ],
+    },
+  })
+  const best = topContributor(made, 1, 'HEAD_OUTPUT')
+  assert.equal(best?.node.head, 3)
+  assert.equal(best?.logit, 2.75)
+  assert.deepEqual(best && mostAttended(made, best.node), { position: 0, attention: 0.8 })
+})
+
+test('the embedding belongs to the first layer and the prediction to the last', () => {
+  const made = graph()
+  made.layers.add(4)
+  const embedding = made.node('p1/BLOCK_INPUT')
+  assert.ok(embedding)
+  assert.equal(made.layerOf(embedding), 0)
+  assert.equal(made.layerOf({ ...embedding, kind: 'PREDICTION' }), 4)
+  assert.equal(made.layerOf({ ...embedding, layer: 3 }), 3)
+})
+
+test('search accepts a part of a token, a whole token or an id', () => {
   const found = (query: string) => search(graph(), query).map(({ node }) => node.id)
   assert.equal(found('okyo').length, 5)
   assert.deepEqual(found('#3'), ['L0/p1/MEMORY_KEY/h3/s0'])
@@ -95,7 +124,7 @@ test('a search takes text, whole tokens and ids', () => {
   assert.deepEqual(found('  '), [])
 })
 
-test('filters say how much of a sum they keep', () => {
+test('filters report the share that they keep', () => {
   const { rows } = layerModel(graph(), 0, 1).mlp
   const all = {
     key: '',

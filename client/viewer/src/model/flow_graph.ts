@@ -254,6 +254,11 @@ export class FlowGraph {
     return parts.sort((a, b) => Math.abs(finite(b.edge.share)) - Math.abs(finite(a.edge.share)))
   }
 
+  /** The layer that shows a node: the first for the embedding, the last for the prediction. */
+  layerOf(node: GraphNode): number {
+    return node.layer ?? (node.kind === 'BLOCK_INPUT' ? Math.min : Math.max)(...this.layers)
+  }
+
   /** The head that a node belongs to; a row of W_O belongs to the head of its coordinate. */
   headOf(node: GraphNode): number | undefined {
     const { dHead } = this.sizes

@@ -38,6 +38,41 @@ function stepTo(graph: FlowGraph, node: GraphNode): AnswerStep {
   return graph.at(node.layer ?? 0, node.position, 'RESIDUAL_MID') ? 'MLP' : 'block'
 }
 
+/** The node of one kind that adds most to the target's logit at a position. */
+export function topContributor(
+  graph: FlowGraph,
+  position: number,
+  kind: string,
+): { node: GraphNode; logit: number } | undefined {
+  let best: { node: GraphNode; logit: number } | undefined
+  for (const node of graph.nodes.values()) {
+    if (node.kind !== kind || node.position !== position) continue
+    for (const edge of graph.edgesFrom(node.id)) {
+      const logit = edge.logitContribution
+      if (logit !== undefined && (!best || finite(logit) > finite(best.logit))) {
+        best = { node, logit }
+      }
+    }
+  }
+  return best
+}
+
+/** The source position that a head attends to most; the remainder of its sources has none. */
+export function mostAttended(
+  graph: FlowGraph,
+  head: GraphNode,
+): { position: number; attention: number } | undefined {
+  let most: { position: number; attention: number } | undefined
+  for (const { node, edge } of graph.partsOf(head.id)) {
+    const attention = edge.attention ?? 0
+    if (node.source === undefined) continue
+    if (!most || finite(attention) > finite(most.attention)) {
+      most = { position: node.source, attention }
+    }
+  }
+  return most
+}
+
 // Paths: the strongest source, the strongest destination, the strongest path to the target.
 
 /** The source that contributes most to a node. */

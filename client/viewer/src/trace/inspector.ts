@@ -57,7 +57,9 @@ function foundList(found: readonly Found[], query: string, graph: FlowGraph): HT
   const sorted = [...found].sort((a, b) => a.place - b.place)
   const lines: HTMLElement[] = sorted
     .slice(0, SHOWN)
-    .map(({ node, end, place }) => nodeLink(node, `${end === 'top' ? '▴' : '▾'} ${place}`, graph))
+    .map(({ node, end, place }) =>
+      nodeLink(node, `${end === 'top' ? '▴' : '▾'} ${place}`, graph, true),
+    )
   const title = `“${query}” is in the readings of ${count(found.length)} nodes`
   if (found.length > SHOWN) {
     lines.push(element('p', { class: 'quiet' }, `and ${found.length - SHOWN} more`))
@@ -210,14 +212,20 @@ function connections(node: GraphNode, graph: FlowGraph): HTMLElement {
   return list
 }
 
-/** A node as a line that leads to it. */
-export function nodeLink(node: GraphNode, number: string, graph: FlowGraph): HTMLElement {
+/** A button that selects a node; results of a search also name its position. */
+export function nodeLink(
+  node: GraphNode,
+  number: string,
+  graph: FlowGraph,
+  withPosition = false,
+): HTMLElement {
+  const position = withPosition ? ` at ${at(node.position, graph.prompt)}` : ''
   return element(
     'button',
     { type: 'button', class: 'node-link', 'data-id': node.id },
     element('i', { class: `dot bin-${binOf(node, graph, isFlipped(node))}` }),
     tokenText(shownToken(node, isFlipped(node))?.token.label ?? '—'),
-    element('span', { class: 'what' }, nodeName(node, graph.prompt)),
+    element('span', { class: 'what' }, nodeName(node, graph.prompt) + position),
     element('span', { class: 'number' }, number),
   )
 }

@@ -65,11 +65,9 @@ export class Details {
   }
 
   private table(position: number, layers: readonly number[]): HTMLElement {
-    const nodes: GraphNode[] = []
-    for (const node of this.graph.nodes.values()) {
-      const here = node.layer === undefined || layers.includes(node.layer)
-      if (here && node.position === position) nodes.push(node)
-    }
+    const nodes = [...this.graph.nodes.values()].filter(
+      (node) => node.position === position && layers.includes(this.graph.layerOf(node)),
+    )
     const title = `Nodes of layer ${layers.join(', ')} at ${atPosition(position, this.graph.prompt)}`
     const scroller = element('div', { class: 'scroller' }, nodeTable(nodes, this.graph))
     return element('div', {}, element('h2', {}, title), scroller)

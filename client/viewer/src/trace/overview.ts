@@ -2,7 +2,7 @@ import { create } from 'd3-selection'
 import { ChangeTracker } from '../browser/shell'
 import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
-import { type AnswerStep, answerAppears } from '../model/graph_queries'
+import { type Answer, answerAppears } from '../model/graph_queries'
 import { cut } from '../model/tokens'
 import { BINS, type Marks } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
@@ -177,8 +177,11 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
   const layer = answer?.step === 'embedding' ? EMBEDDING : answer?.layer
   const row = answer && at.rows.find((r) => r.layer === layer)
   const column = at.columns.find((c) => c.position === position)
-  const marks = answer && row && column ? [{ row, column, text: flagText(answer.step) }] : []
+  const marks = answer && row && column ? [{ row, column, text: flagText(answer) }] : []
   const bottom = (mark: Mark) => mark.row.y + at.cellHeight
+  // Between low rows there is no room for the label, so it goes below the panel.
+  const between = at.cellHeight >= LABEL_FITS
+  const labelY = (mark: Mark) => (between ? bottom(mark) + 5 : at.height - 20)
   groupNamed(svg, 'answer')
     .selectAll('rect')
     .data(marks)
@@ -195,14 +198,18 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
     .data(marks)
     .join('path')
     .attr('class', 'flag-line')
-    .attr('d', (m) => `M${m.column.x + m.column.width + 6},${bottom(m) + 5}H${at.panelX + 12}`)
+    .attr(
+      'd',
+      (m) =>
+        `M${m.column.x + m.column.width + 6},${bottom(m) + 5}H${at.panelX + (between ? 12 : 0)}`,
+    )
   flag
     .selectAll('rect')
     .data(marks)
     .join('rect')
     .attr('class', 'flag-box')
     .attr('x', at.panelX + 10)
-    .attr('y', (m) => bottom(m) - 4)
+    .attr('y', (m) => labelY(m) - 9)
     .attr('width', (m) => m.text.length * 5.9 + 22)
     .attr('height', 18)
     .attr('rx', 9)
@@ -212,7 +219,7 @@ export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: num
     .join('text')
     .attr('class', 'flag-text')
     .attr('x', at.panelX + 20)
-    .attr('y', (m) => bottom(m) + 5.5)
+    .attr('y', (m) => labelY(m) + 0.5)
     .attr('dominant-baseline', 'central')
     .text((m) => m.text)
 }
@@ -223,15 +230,11 @@ interface Mark {
   text: string
 }
 
-const AFTER: Record<AnswerStep, string> = {
-  embedding: 'from the start',
-  attention: 'after attention',
-  MLP: 'after the MLP',
-  block: 'after the block',
-}
+const LABEL_FITS = 20 // px, height of a cell
 
-function flagText(step: AnswerStep): string {
-  return `▲ on top, ${AFTER[step]}`
+function flagText({ step, layer }: Answer): string {
+  if (step === 'embedding') return '▲ first from the embedding'
+  return `▲ first from L${layer}${step === 'block' ? '' : `’s ${step}`}`
 }
 
 // The legend is a part of the picture, so that an exported picture has it.

@@ -16,15 +16,17 @@ import {
 } from '../browser/streams'
 import { listenForTargetChoice, type PageContents } from '../browser/target_choice'
 import type { TraceResponse } from '../contract'
-import { FlowGraph, type GraphEdge, type GraphNode } from '../model/flow_graph'
+import { FlowGraph, type GraphNode } from '../model/flow_graph'
 import {
   type Answer,
   answerAppears,
   type Found,
+  mostAttended,
   pathToTarget,
   residuals,
   type Step,
   search,
+  topContributor,
 } from '../model/graph_queries'
 import type { Marks } from '../presentation/colours'
 import {
@@ -186,7 +188,7 @@ export class TraceView {
   select(id: string): void {
     const node = this.graph.node(id)
     if (!node) return
-    const layer = node.layer ?? (node.kind === 'BLOCK_INPUT' ? 0 : Math.max(...this.graph.layers))
+    const layer = this.graph.layerOf(node)
     const layers = this.layers().includes(layer) ? {} : { layers: String(layer) }
     const head = node.kind === 'ATTENTION_NEURON' ? `${layer}.${this.graph.headOf(node)}` : ''
     const opened = this.state.list('heads')
@@ -258,13 +260,17 @@ export function story(graph: FlowGraph, position: number): HTMLElement {
   line.append(
     tokenText(target.target.label),
     ` after ${at(position, graph.prompt)}: ${rank}, probability ${probability(target.probability)}. `,
-    emergence(answerAppears(graph, position), residuals(graph, position)),
   )
+  if (!graph.complete) {
+    line.append('The trace is not complete.')
+    return line
+  }
+  line.append(emergence(answerAppears(graph, position), residuals(graph, position)))
   for (const [kind, name] of [
     ['HEAD_OUTPUT', 'head'],
     ['MLP_VALUE', 'neuron'],
   ] as const) {
-    const best = strongest(graph, position, kind)
+    const best = topContributor(graph, position, kind)
     if (best) line.append(' ', contributor(best.node, name), ` adds ${signed(best.logit)}`)
     if (best && kind === 'HEAD_OUTPUT') line.append(reading(graph, best.node))
     if (best) line.append('.')
@@ -275,9 +281,9 @@ export function story(graph: FlowGraph, position: number): HTMLElement {
 function emergence(answer: Answer | undefined, steps: readonly GraphNode[]): string {
   if (answer?.layer !== undefined) {
     const step = answer.step === 'block' ? '' : `’s ${answer.step}`
-    return `On top for good after layer ${answer.layer}${step}.`
+    return `Ranked first from layer ${answer.layer}${step} onwards.`
   }
-  if (answer) return 'On top for good after the embedding.'
+  if (answer) return 'Ranked first from the embedding onwards.'
   const ranks = steps.map((node) => node.reading?.targetRank ?? Number.POSITIVE_INFINITY)
   return ranks.length > 0 ? `Best rank: ${Math.min(...ranks)}.` : ''
 }
@@ -292,24 +298,8 @@ function contributor(node: GraphNode, name: string): HTMLElement {
 }
 
 function reading(graph: FlowGraph, head: GraphNode): string {
-  let most: GraphEdge | undefined
-  for (const { edge } of graph.partsOf(head.id)) {
-    if ((edge.attention ?? 0) > (most?.attention ?? 0)) most = edge
-  }
-  const source = most && graph.node(most.source)?.source
-  if (source === undefined) return ''
-  return `, reading ${at(source, graph.prompt)} with attention ${decimals(most?.attention ?? 0, 2)}`
-}
-
-/** The node of one kind that adds most to the target's logit at a position. */
-function strongest(graph: FlowGraph, position: number, kind: string) {
-  let best: { node: GraphNode; logit: number } | undefined
-  for (const node of graph.nodes.values()) {
-    if (node.kind !== kind || node.position !== position) continue
-    for (const edge of graph.edgesFrom(node.id)) {
-      const logit = edge.logitContribution
-      if (logit !== undefined && (!best || logit > best.logit)) best = { node, logit }
-    }
-  }
-  return best
+  const source = mostAttended(graph, head)
+  if (!source) return ''
+  const { position, attention } = source
+  return `, reading ${at(position, graph.prompt)} with attention ${decimals(attention, 2)}`
 }
