@@ -34,7 +34,7 @@ def running_deep(random_server: ServerProcess) -> Iterator[LivePage]:
 
 
 @pytest.fixture
-def run_process(browser: Browser, running: LivePage) -> Iterator[Page]:
+def live(browser: Browser, running: LivePage) -> Iterator[Page]:
     """The opened page; the test fails if it logs anything or asks anyone but its own server."""
     with opened(browser, running, "demo") as page:
         yield page

@@ -19,8 +19,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from januslens.errors import JanuslensError
 from januslens._results.edits import EditPreview
+from januslens.errors import JanuslensError
 from januslens.ui.guard import Guard
 from januslens.ui.rpc_proxy import Gateway, forward, forward_overview, parse_gradient, parse_trace
 from januslens.v1 import edits_pb2

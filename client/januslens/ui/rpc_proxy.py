@@ -20,7 +20,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from januslens._aio import AsyncClient
 from januslens._aio_event_stream import AsyncEventStream
-from januslens.errors import JanuslensError, StreamInterrupted
 from januslens._results.gradient import Gradient
 from januslens._results.json_lines import json_line
 from januslens._results.trace import Trace
@@ -32,6 +31,7 @@ from januslens._stream.trace import TraceAssembler
 from januslens._stream.trace_splice import TraceSplice
 from januslens._verbs import trace_overview
 from januslens._verbs.calls import StreamCall, UnaryCall
+from januslens.errors import JanuslensError, StreamInterrupted
 from januslens.v1 import gradient_lens_pb2, service_pb2, trace_pb2
 
 ResultT = TypeVar("ResultT")
