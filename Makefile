@@ -1,11 +1,11 @@
-# Januslens. `make` or `make help` lists what there is.
+# Januslens. `make` or `make help` lists the targets.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.setup-done
 
-# Stubs are generated in an environment of their own; protos/requirements.txt says why.
+# Stubs are generated in a separate environment; see protos/requirements.txt for the reason.
 STUBS_VENV  := .cache/stubs-venv
 STUBS_BIN   := $(STUBS_VENV)/bin
 STUBS_SETUP := $(STUBS_VENV)/.setup-done
@@ -17,14 +17,14 @@ CHECKOV       := $(CHECKOV_VENV)/bin/checkov --quiet --compact --skip-download \
 	--config-file deploy/checkov.yaml
 PROTOS      := $(wildcard protos/januslens/v1/*.proto)
 
-# The pages' program is built by Node, and committed: only who changes it needs Node and npm.
+# The build of the pages is committed: Node and npm are needed only to change it.
 VIEWER       := client/viewer
 VIEWER_SETUP := $(VIEWER)/node_modules/.package-lock.json
 ASSETS       := client/januslens/viewer/assets
 FRESH_ASSETS := build/viewer
 NPM          := $(shell command -v npm)
 
-# The audit's own dependencies are none of the project's.
+# pip-audit has its own environment, so that its dependencies are not audited.
 AUDIT_VENV  := .cache/audit-venv
 AUDIT_BIN   := $(AUDIT_VENV)/bin
 AUDIT_SETUP := $(AUDIT_VENV)/.setup-done
@@ -37,21 +37,21 @@ help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
 		| awk -F '\t' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
-setup: $(SETUP) ## Make .venv with everything the project needs (PYTHON=... chooses the interpreter)
+setup: $(SETUP) ## Create .venv with all dependencies (PYTHON=... chooses the interpreter)
 
-demo: $(SETUP) ## Start the server, trace and gradient-lens the running example, stop the server
+demo: $(SETUP) ## Start the demo server, run a trace and a gradient, stop the server
 	@$(BIN)/python server/quickstart.py
 
 test: $(SETUP) $(if $(NPM),$(VIEWER_SETUP)) ## Run the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-bench: $(SETUP) ## Measure the goals of docs/performance.md: some minutes, on an idle machine
+bench: $(SETUP) ## Measure the figures of docs/performance.md (minutes, on an idle machine)
 	$(BIN)/python -m tests.benchmarks
 
-soak: $(SETUP) ## Run what takes minutes, one after the other: killed servers and clients, load
+soak: $(SETUP) ## Run the tests that take minutes: killed servers and clients, load
 	$(BIN)/pytest -m soak -s
 
-audit: $(SETUP) $(AUDIT_SETUP) ## Look for known vulnerabilities in what is installed; needs the network
+audit: $(SETUP) $(AUDIT_SETUP) ## Check the dependencies for known vulnerabilities (needs the network)
 	$(BIN)/python -m pip install --quiet --dry-run --only-binary :all: \
 		$$($(BIN)/python -m tests.support.dependencies)
 	@mkdir -p build
@@ -59,7 +59,7 @@ audit: $(SETUP) $(AUDIT_SETUP) ## Look for known vulnerabilities in what is inst
 	$(AUDIT_BIN)/pip-audit --strict --vulnerability-service osv --no-deps --disable-pip \
 		--requirement build/installed.txt
 
-check: $(SETUP) check-stubs check-viewer ## Lint, check formatting, types, imports, the contract and its stubs
+check: $(SETUP) check-stubs check-viewer ## Check lint, formatting, types, imports, the contract and its stubs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
@@ -73,10 +73,10 @@ check-deploy: $(SETUP) $(CHECKOV_SETUP) ## Scan the rendered manifests and the D
 	$(CHECKOV) --framework kubernetes --directory build/manifests
 	$(CHECKOV) --framework dockerfile --file deploy/Dockerfile
 
-check-image: $(SETUP) ## Run the image's build steps in a fresh environment and start what they install
+check-image: $(SETUP) ## Run the image's build steps in a fresh environment and start the result
 	$(BIN)/python -m tests.deploy.build_steps
 
-stubs: $(STUBS_SETUP) ## Generate the Python stubs from protos/ anew
+stubs: $(STUBS_SETUP) ## Regenerate the Python stubs from protos/
 	@rm -f $(STUBS)/*_pb2*.py $(STUBS)/*_pb2*.pyi
 	$(call generate,client)
 
@@ -86,7 +86,7 @@ check-stubs: $(STUBS_SETUP)
 	@diff -r -x __init__.py -x __pycache__ $(FRESH_STUBS)/januslens/v1 $(STUBS) \
 		|| { echo "The stubs differ from protos/: run 'make stubs' and commit the result." >&2; exit 1; }
 
-viewer: $(VIEWER_SETUP) ## Build the pages' program anew from client/viewer/
+viewer: $(VIEWER_SETUP) ## Rebuild the pages from client/viewer/
 	npm --prefix $(VIEWER) run --silent format
 	npm --prefix $(VIEWER) run --silent build
 
@@ -96,16 +96,16 @@ check-viewer: $(VIEWER_SETUP)
 	@rm -rf $(FRESH_ASSETS)
 	@npm --prefix $(VIEWER) run --silent build -- $(abspath $(FRESH_ASSETS))
 	@diff -rq $(FRESH_ASSETS) $(ASSETS) \
-		|| { echo "The pages' program differs from client/viewer/: run 'make viewer' and commit." >&2; exit 1; }
+		|| { echo "The built pages differ from client/viewer/: run 'make viewer' and commit the result." >&2; exit 1; }
 else
 check-viewer:
-	@echo "no npm: the pages' program is taken as it is, unchecked" >&2
+	@echo "npm not found: the pages are not checked" >&2
 endif
 
-notebook: $(SETUP) ## Execute docs/notebooks/ anew and save what it shows
+notebook: $(SETUP) ## Execute docs/notebooks/ and save the outputs
 	$(BIN)/python -m tests.notebooks.execution
 
-rebuild-demo: $(SETUP) ## Train the embedded model anew in build/demo and check that it behaves the same
+rebuild-demo: $(SETUP) ## Retrain the demo model in build/demo and check its behaviour
 	$(BIN)/python -m demo_training.train --out build/demo
 	$(BIN)/python -m demo_training.evaluate build/demo
 
@@ -113,7 +113,7 @@ clean: ## Remove the environments, caches and build products
 	rm -rf $(VENV) $(VIEWER)/node_modules .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find client server tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Messages for every file; the service's stub for the one file that has a service.
+# Message stubs for every file, and the service stub for the file that has a service.
 define generate
 $(STUBS_BIN)/python -m grpc_tools.protoc --proto_path=protos \
 	--plugin=protoc-gen-mypy=$(STUBS_BIN)/protoc-gen-mypy \

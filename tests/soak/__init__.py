@@ -1,1 +1,1 @@
-"""What takes minutes: thousands of requests, hundreds of dying clients. `make soak` runs it."""
+"""Tests that take minutes: thousands of requests, hundreds of killed clients (`make soak`)."""

@@ -1,4 +1,4 @@
-"""A server for each file, so that what one does to its memory says nothing of the next."""
+"""One server per file, so that memory measurements do not affect each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two hundred clients that are killed while they read: nothing of them stays."""
+"""Two hundred clients killed while they read leave no resources behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Three servers, one killed every few seconds under load: no request is lost, every cut is named.
+"""Three servers, one killed every few seconds under load: no request is lost.
 
 Callers resume. What they get is compared, to the byte, with what one server says when left alone.
 """
@@ -91,7 +91,7 @@ def replicas() -> Iterator[Replicas]:
 
 
 @pytest.mark.parametrize("way", ["round_robin", "nginx", "haproxy"])
-def test_no_request_is_lost_and_every_cut_is_named(
+def test_no_request_is_lost_and_every_interruption_is_reported(
     replicas: Replicas, way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Several processes behind one port, when one of them cannot go on or cannot come back."""
+"""Several processes behind one port: failures, restarts and lost devices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"))
 
 
-def test_processes_that_would_not_serve_the_same_do_not_serve(tmp_path: Path) -> None:
+def test_processes_with_different_models_do_not_serve(tmp_path: Path) -> None:
     """Memory that is enough for one of them is the usual reason; a file that goes shows it here."""
     folder = healthy(tmp_path / "model")
     with running_server("--processes", "2", "--model", f"a={folder}", until="READY") as server:
@@ -38,7 +38,7 @@ def test_processes_that_would_not_serve_the_same_do_not_serve(tmp_path: Path) ->
     assert "Traceback" not in server.log
 
 
-def test_one_that_cannot_come_back_is_tried_again_less_and_less_often(tmp_path: Path) -> None:
+def test_restarts_of_a_failing_process_are_delayed_longer_each_time(tmp_path: Path) -> None:
     folder = healthy(tmp_path / "model")
     with running_server("--processes", "2", "--model", f"a={folder}") as server:
         weights = folder / WEIGHTS

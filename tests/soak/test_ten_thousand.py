@@ -1,4 +1,4 @@
-"""Ten thousand requests, a third of them given up: the server's memory comes to rest."""
+"""Ten thousand requests, a third of them cancelled: the server's memory stops growing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ async def asked(address: str, count: int, seed: int, expected: list[list[bytes]]
         await asyncio.gather(*(one_after_the_other(stub) for _ in range(AT_ONCE)))
 
 
-async def test_memory_comes_to_rest_and_answers_stay_the_same(soaked: ServerProcess) -> None:
+async def test_memory_stops_growing_and_results_stay_equal(soaked: ServerProcess) -> None:
     async with grpc.aio.insecure_channel(soaked.address) as channel:
         stub = service_pb2_grpc.IntrospectionServiceStub(channel)
         expected = [await answered(stub, method, request) for method, request in MIXED]
