@@ -19,8 +19,7 @@ from januslens_server.lens.spectrum import spectrum
 from januslens_server.models.factors import Factors, MatrixKey
 from januslens_server.models.finite import check_numbers
 from januslens_server.models.resident import ResidentModel
-from januslens_server.pipelines.losses import Objective
-from januslens_server.pipelines.subject import read_segments
+from januslens_server.pipelines.inputs import Objective, read_segments
 from januslens_server.pipelines.vectors import read
 from januslens_server.results import (
     Components,

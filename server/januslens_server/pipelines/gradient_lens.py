@@ -14,9 +14,13 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import BackwardPass, backward, dense_gradient
 from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.factor_readings import FactorReader
-from januslens_server.pipelines.inputs import read_layers
-from januslens_server.pipelines.losses import Objective, read_objective
-from januslens_server.pipelines.matrices import choose_matrices, layer_matrices
+from januslens_server.pipelines.inputs import (
+    Objective,
+    choose_matrices,
+    layer_matrices,
+    read_layers,
+    read_objective,
+)
 from januslens_server.pipelines.vectors import read
 from januslens_server.results import (
     GradientEvent,

@@ -1,14 +1,31 @@
-"""Turning what a request names (texts, ids, layers, positions) into this model's own numbers."""
+"""Resolve the texts, ids, layers, positions, matrices and losses that a request names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 from januslens_server.errors import InvalidRequest
+from januslens_server.lens.losses import (
+    Loss,
+    logit_difference,
+    negative_log_likelihood,
+    suppression_divergence,
+)
+from januslens_server.lens.segments import Segment, segment_positions
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokens import TooManyTokens
-from januslens_server.results import Token
-from januslens_server.specs import Prompt, Target, Text
+from januslens_server.results import MatrixKind, Token
+from januslens_server.specs import (
+    GradientLensSpec,
+    KlDivergence,
+    LogitDifference,
+    Prompt,
+    Span,
+    Target,
+    Text,
+)
 
 # Tokens that an error lists; more would not fit into a status.
 LISTED = 20
@@ -146,3 +163,132 @@ def check_ids(model: ResidentModel, ids: Sequence[int], field: str) -> None:
                 f"{field}[{i}]",
                 f"expected a token id below {size} for {model.name}, got {token_id}",
             )
+
+
+@dataclass(frozen=True)
+class MatrixChoice:
+    """The asked-for kinds that this model has, and those it has not."""
+
+    kinds: tuple[MatrixKind, ...]
+    skipped: tuple[MatrixKind, ...]
+
+
+def choose_matrices(
+    model: ResidentModel, asked: Sequence[MatrixKind], field: str = "matrices"
+) -> MatrixChoice:
+    """Resolve kinds against the model: FF1 stands for GATE and UP where the MLP is gated.
+
+    Raises `InvalidRequest` if none of the asked-for kinds exists.
+    """
+    present = {kind for block in model.view.blocks for kind in block.matrices}
+    wanted: list[MatrixKind] = []
+    for kind in asked or (MatrixKind.FF1, MatrixKind.FF2):
+        gated = kind is MatrixKind.FF1 and kind not in present
+        wanted += (MatrixKind.GATE, MatrixKind.UP) if gated else (kind,)
+    unique = tuple(dict.fromkeys(wanted))
+    kinds = tuple(kind for kind in unique if kind in present)
+    if not kinds:
+        names = ", ".join(kind.name for kind in sorted(present))
+        raise InvalidRequest(field, f"expected some of {names} for {model.name}")
+    return MatrixChoice(kinds, tuple(kind for kind in unique if kind not in present))
+
+
+def layer_matrices(
+    model: ResidentModel, layers: Sequence[int], kinds: Sequence[MatrixKind]
+) -> list[tuple[int, MatrixKind]]:
+    """The matrices of `kinds` that each of `layers` has: some models mix kinds of layers."""
+    blocks = model.view.blocks
+    return [(layer, kind) for layer in layers for kind in kinds if kind in blocks[layer].matrices]
+
+
+# Every component reports the rank of every suppressed token.
+MAX_SUPPRESSED = 256
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`tokens` run through the model; the first `prompt_length` are the prompt's own.
+
+    `targets` are the tokens whose ranks are reported.
+    """
+
+    tokens: list[Token]
+    prompt_length: int
+    targets: tuple[int, ...]
+    loss: Loss
+
+
+def read_objective(model: ResidentModel, spec: GradientLensSpec) -> Objective:
+    """Raises `InvalidRequest` for targets or prompts that this model cannot take."""
+    if isinstance(spec.loss, KlDivergence):
+        suppressed = _read_suppressed(model, spec.loss)
+        tokens = read_prompt(model, spec.prompt)
+        return Objective(tokens, len(tokens), suppressed, suppression_divergence(suppressed))
+    if isinstance(spec.loss, LogitDifference):
+        preferred = read_single_target(model, spec.loss.preferred, "logit_difference.preferred")
+        other = read_single_target(model, spec.loss.other, "logit_difference.other")
+        tokens = read_prompt(model, spec.prompt)
+        loss = logit_difference(preferred, other)
+        return Objective(tokens, len(tokens), (preferred, other), loss)
+    targets = read_target(model, spec.loss.target, "nll.target")
+    prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
+    forced = [model.vocabulary.token(token_id) for token_id in targets[:-1]]
+    return Objective(prompt + forced, len(prompt), targets, negative_log_likelihood(targets))
+
+
+def _read_suppressed(model: ResidentModel, loss: KlDivergence) -> tuple[int, ...]:
+    field = "kl.suppressed.ids"
+    check_ids(model, loss.suppressed, field)
+    if len(loss.suppressed) > MAX_SUPPRESSED:
+        raise InvalidRequest(
+            field, f"expected at most {MAX_SUPPRESSED} token ids, got {len(loss.suppressed)}"
+        )
+    if not loss.suppressed:
+        raise InvalidRequest(field, "expected at least one token id, got none")
+    if len(set(loss.suppressed)) >= model.view.facts.vocab_size:
+        raise InvalidRequest(
+            field, "expected to leave at least one token, got the whole vocabulary"
+        )
+    return tuple(dict.fromkeys(loss.suppressed))
+
+
+def read_segments(
+    subject: str | Span | None, prompt: Prompt, objective: Objective
+) -> dict[Segment, list[int]]:
+    """The prompt's segments with their positions; none without a subject.
+
+    Raises `InvalidRequest` if the subject is not in the prompt.
+    """
+    if subject is None:
+        return {}
+    tokens = objective.tokens[: objective.prompt_length]
+    span = _find(subject, prompt, tokens) if isinstance(subject, str) else subject
+    if not 0 <= span.start < span.end <= len(tokens):
+        raise InvalidRequest(
+            "subject.span",
+            f"expected 0 <= start < end <= {len(tokens)}, got {span.start} to {span.end}",
+        )
+    return segment_positions(span.start, span.end, len(tokens))
+
+
+def _find(subject: str, prompt: Prompt, tokens: Sequence[Token]) -> Span:
+    """The tokens that the last occurrence of `subject` in the prompt touches.
+
+    Looked up among the characters of a prompt that is a text, since tokenizers change them
+    (letter case, composed characters, spaces), and among the bytes of tokens given by their ids.
+    """
+    wanted: str | bytes = subject.strip()
+    if isinstance(prompt, tuple):
+        wanted = subject.strip().encode()
+        whole: str | bytes = b"".join(token.raw for token in tokens)
+        ends = list(accumulate(len(token.raw) for token in tokens))
+        spans = list(zip([0, *ends], ends, strict=False))
+    else:
+        whole = prompt.text if isinstance(prompt, Text) else prompt
+        spans = [(token.start or 0, token.end or 0) for token in tokens]
+    start = whole.rfind(wanted)  # type: ignore[arg-type]  # both are text, or both bytes
+    end = start + len(wanted)
+    touched = [i for i, (first, last) in enumerate(spans) if first < end and last > start]
+    if not wanted or start < 0 or not touched:
+        raise InvalidRequest("subject.text", f"expected a part of the prompt, got {subject!r}")
+    return Span(touched[0], touched[-1] + 1)

@@ -18,8 +18,13 @@ from januslens_server.models.overlays import overlays_of
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward, forward
 from januslens_server.models.views import Linear
-from januslens_server.pipelines.inputs import read_layers, read_prompt, read_target
-from januslens_server.pipelines.matrices import choose_matrices, layer_matrices
+from januslens_server.pipelines.inputs import (
+    choose_matrices,
+    layer_matrices,
+    read_layers,
+    read_prompt,
+    read_target,
+)
 from januslens_server.results import EditPreview, Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec
 

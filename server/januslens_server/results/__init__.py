@@ -3,9 +3,7 @@
 They hold plain Python values and numpy arrays, so that no later stage touches the device.
 """
 
-from januslens_server.results.arrays import Flags, Floats, Ints
-from januslens_server.results.cost import Cost
-from januslens_server.results.edits import EditPreview, Effect
+from januslens_server.results.answers import Cost, EditPreview, Effect, FoundNeurons
 from januslens_server.results.gradients import (
     Components,
     Entries,
@@ -17,7 +15,6 @@ from januslens_server.results.gradients import (
     SegmentRow,
     Spectrum,
 )
-from januslens_server.results.kinds import EdgeKind, End, MatrixKind, NodeKind, Side
 from januslens_server.results.models import (
     Guarantee,
     ModelFacts,
@@ -25,8 +22,6 @@ from januslens_server.results.models import (
     ModelStatus,
     Provenance,
 )
-from januslens_server.results.neurons import FoundNeurons
-from januslens_server.results.readings import ProjectionTable, StageTime, Token
 from januslens_server.results.trace import (
     Edge,
     LayerGraph,
@@ -35,6 +30,19 @@ from januslens_server.results.trace import (
     TraceEvent,
     TraceHeader,
     TraceSummary,
+)
+from januslens_server.results.values import (
+    EdgeKind,
+    End,
+    Flags,
+    Floats,
+    Ints,
+    MatrixKind,
+    NodeKind,
+    ProjectionTable,
+    Side,
+    StageTime,
+    Token,
 )
 
 __all__ = [

@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from januslens_server.results.arrays import Floats, Ints
-from januslens_server.results.kinds import End, MatrixKind, Side
 from januslens_server.results.models import Guarantee, ModelFacts, Provenance
-from januslens_server.results.readings import ProjectionTable, StageTime, Token
+from januslens_server.results.values import (
+    End,
+    Floats,
+    Ints,
+    MatrixKind,
+    ProjectionTable,
+    Side,
+    StageTime,
+    Token,
+)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from januslens_server.results.arrays import Floats, Ints
-from januslens_server.results.kinds import EdgeKind, NodeKind
 from januslens_server.results.models import Guarantee, ModelFacts, Provenance
-from januslens_server.results.readings import ProjectionTable, StageTime, Token
+from januslens_server.results.values import (
+    EdgeKind,
+    Floats,
+    Ints,
+    NodeKind,
+    ProjectionTable,
+    StageTime,
+    Token,
+)
 
 
 @dataclass(frozen=True)

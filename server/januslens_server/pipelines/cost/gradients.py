@@ -17,10 +17,13 @@ from januslens_server.pipelines.cost.demand import (
 )
 from januslens_server.pipelines.cost.stream import TOKEN_BYTES, reading_bytes, texts_bytes
 from januslens_server.pipelines.factor_readings import ENTRIES, ROWS_AT_ONCE
-from januslens_server.pipelines.inputs import read_layers
-from januslens_server.pipelines.losses import read_objective
-from januslens_server.pipelines.matrices import choose_matrices, layer_matrices
-from januslens_server.pipelines.subject import read_segments
+from januslens_server.pipelines.inputs import (
+    choose_matrices,
+    layer_matrices,
+    read_layers,
+    read_objective,
+    read_segments,
+)
 from januslens_server.results import MatrixKind
 from januslens_server.specs import GradientLensSpec
 

@@ -1,13 +1,15 @@
 """Result records to messages of at most 1 MiB, so that no client limit needs raising."""
 
-from januslens_server.rpc.encode.cost import estimate_message
-from januslens_server.rpc.encode.edits import preview_edit_response
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
-from januslens_server.rpc.encode.models import model_message
-from januslens_server.rpc.encode.neurons import find_neurons_response
-from januslens_server.rpc.encode.project import project_response
 from januslens_server.rpc.encode.shared import token_message
 from januslens_server.rpc.encode.trace import TraceEncoder
+from januslens_server.rpc.encode.unary import (
+    estimate_message,
+    find_neurons_response,
+    model_message,
+    preview_edit_response,
+    project_response,
+)
 
 __all__ = [
     "GradientLensEncoder",
