@@ -10,39 +10,54 @@ The client of the Januslens server; it needs no torch::
             print(f"{part.logit_contribution:+.2f}", part.node)
 """
 
+from januslens import _notebook as _notebook  # registers what notebooks show
 from januslens._aio import AsyncClient
-from januslens._aio_event_stream import AsyncEventStream
+from januslens._assemblers import read_gradient, read_trace
 from januslens._client import Client
-from januslens._event_stream import EventStream
-from januslens._notebook.frame import PageFrame
-from januslens._recorded import read_gradient, read_trace
-from januslens._requests.edits import DescentStep, ForwardShift, Probe
-from januslens._requests.inputs import Text
-from januslens._requests.losses import KlDivergence, LogitDifference, NegativeLogLikelihood
-from januslens._results.components import Component, Entry
-from januslens._results.cost import CostEstimate
+from januslens._event_stream import AsyncEventStream, EventStream
+from januslens._requests import (
+    DescentStep,
+    ForwardShift,
+    KlDivergence,
+    LogitDifference,
+    NegativeLogLikelihood,
+    Probe,
+    Text,
+)
 from januslens._results.edits import EditPreview, Effect
-from januslens._results.gradient import Gradient
-from januslens._results.gradient_events import GradientHeader, GradientSummary, SegmentRow
+from januslens._results.gradient import Gradient, GradientHeader, GradientSummary, SegmentRow
 from januslens._results.graph import Part
 from januslens._results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side
-from januslens._results.matrices import Matrix
-from januslens._results.matrix_readings import NeuronChange, Singular, Verification
-from januslens._results.models import Model, Models
+from januslens._results.matrices import (
+    Component,
+    Entry,
+    Matrix,
+    NeuronChange,
+    Singular,
+    Verification,
+)
+from januslens._results.models import (
+    CostEstimate,
+    Guarantee,
+    Model,
+    Models,
+    ModelSizes,
+    Provenance,
+    StageTime,
+)
 from januslens._results.neurons import FoundNeurons, NeuronHit
 from januslens._results.nodes import Edge, Node
-from januslens._results.norms import NormEffect
-from januslens._results.projection import Projection, Projections, TokenScore
-from januslens._results.provenance import Guarantee, ModelSizes, Provenance, StageTime
-from januslens._results.tensors import Tensor
+from januslens._results.rendering import PageFrame
 from januslens._results.tokens import Token, Tokens
-from januslens._results.trace import Trace
-from januslens._results.trace_events import (
+from januslens._results.trace import (
     LayerGraph,
+    NormEffect,
     PositionTarget,
+    Trace,
     TraceHeader,
     TraceSummary,
 )
+from januslens._results.vectors import Projection, Projections, Tensor, TokenScore
 from januslens.errors import (
     Aborted,
     Cancelled,
@@ -76,6 +91,7 @@ from januslens.errors import (
     Unavailable,
     Unimplemented,
 )
+from januslens.viewer import results as _pages  # noqa: F401 - registers the pages
 
 __all__ = [
     "Aborted",

@@ -11,8 +11,8 @@ from typing import Any, Concatenate, ParamSpec, Self
 import grpc
 from google.protobuf.message import Message
 
-from januslens import _verbs as verbs
-from januslens._aio_event_stream import AsyncEventStream
+from januslens import _calls as verbs
+from januslens._assemblers import EventT, ResponseT, ResultT
 from januslens._connection import (
     DEFAULT_ADDRESS,
     Connection,
@@ -20,11 +20,17 @@ from januslens._connection import (
     channel_credentials,
     checked_timeout,
 )
-from januslens._course import Course, StreamCourse
 from januslens._described import described, verb_types
-from januslens._results.cost import CostEstimate
-from januslens._stream.assembler import EventT, ResponseT, ResultT
-from januslens._verbs.calls import Exchange, ReturnT, StreamCall, UnaryCall
+from januslens._event_stream import AsyncEventStream
+from januslens._results.models import CostEstimate
+from januslens._resuming import (
+    Exchange,
+    ResumableCall,
+    ResumableStream,
+    ReturnT,
+    StreamCall,
+    UnaryCall,
+)
 from januslens.v1.service_pb2_grpc import IntrospectionServiceStub
 
 P = ParamSpec("P")
@@ -149,7 +155,7 @@ class AsyncClient:
             return result
 
     async def _send(self, call: UnaryCall) -> object:
-        course = Course(self._connection, call)
+        course = ResumableCall(self._connection, call)
         while True:
             try:
                 response = await self._response(course)
@@ -160,7 +166,7 @@ class AsyncClient:
                 self._connection.seen(response)
                 return response
 
-    async def _response(self, course: Course) -> Message:
+    async def _response(self, course: ResumableCall) -> Message:
         call = self._start(course)
         try:
             response: Message = await call
@@ -171,9 +177,9 @@ class AsyncClient:
     def _open(
         self, call: StreamCall[ResponseT, EventT, ResultT]
     ) -> AsyncEventStream[EventT, ResultT]:
-        return AsyncEventStream(self._start, StreamCourse(self._connection, call))
+        return AsyncEventStream(self._start, ResumableStream(self._connection, call))
 
-    def _start(self, course: Course) -> Any:
+    def _start(self, course: ResumableCall) -> Any:
         """Make the course's next call."""
         return getattr(self._stub, course.method)(
             course.request, timeout=course.timeout, metadata=course.attempt.metadata

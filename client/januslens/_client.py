@@ -11,7 +11,8 @@ from typing import Any, Concatenate, ParamSpec, Self
 import grpc
 from google.protobuf.message import Message
 
-from januslens import _verbs as verbs
+from januslens import _calls as verbs
+from januslens._assemblers import EventT, ResponseT, ResultT
 from januslens._connection import (
     DEFAULT_ADDRESS,
     Connection,
@@ -19,12 +20,17 @@ from januslens._connection import (
     channel_credentials,
     checked_timeout,
 )
-from januslens._course import Course, StreamCourse
 from januslens._described import described, verb_types
 from januslens._event_stream import EventStream
-from januslens._results.cost import CostEstimate
-from januslens._stream.assembler import EventT, ResponseT, ResultT
-from januslens._verbs.calls import Exchange, ReturnT, StreamCall, UnaryCall
+from januslens._results.models import CostEstimate
+from januslens._resuming import (
+    Exchange,
+    ResumableCall,
+    ResumableStream,
+    ReturnT,
+    StreamCall,
+    UnaryCall,
+)
 from januslens.v1.service_pb2_grpc import IntrospectionServiceStub
 
 P = ParamSpec("P")
@@ -136,7 +142,7 @@ class Client:
             return result
 
     def _send(self, call: UnaryCall) -> object:
-        course = Course(self._connection, call)
+        course = ResumableCall(self._connection, call)
         while True:
             try:
                 response: Message = self._start(course)
@@ -148,9 +154,9 @@ class Client:
                 return response
 
     def _open(self, call: StreamCall[ResponseT, EventT, ResultT]) -> EventStream[EventT, ResultT]:
-        return EventStream(self._start, StreamCourse(self._connection, call))
+        return EventStream(self._start, ResumableStream(self._connection, call))
 
-    def _start(self, course: Course) -> Any:
+    def _start(self, course: ResumableCall) -> Any:
         """Make the course's next call."""
         return getattr(self._stub, course.method)(
             course.request, timeout=course.timeout, metadata=course.attempt.metadata

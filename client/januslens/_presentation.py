@@ -17,11 +17,10 @@ from januslens._results.kinds import NodeKind
 if TYPE_CHECKING:
     from januslens._results.gradient import Gradient
     from januslens._results.graph import Part
+    from januslens._results.models import Provenance
     from januslens._results.nodes import Node
-    from januslens._results.provenance import Provenance
     from januslens._results.tokens import Token
-    from januslens._results.trace import Trace
-    from januslens._results.trace_events import LayerGraph, PositionTarget
+    from januslens._results.trace import LayerGraph, PositionTarget, Trace
 
 # ---- Numbers ----------------------------------------------------------------------------------
 

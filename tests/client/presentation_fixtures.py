@@ -50,8 +50,7 @@ from google.protobuf.message import Message
 
 from januslens import Gradient, Trace
 from januslens import _presentation as presentation
-from januslens._stream.gradient import GradientAssembler
-from januslens._stream.trace import TraceAssembler
+from januslens._assemblers import GradientAssembler, TraceAssembler
 from januslens.v1 import trace_pb2
 from tests.client import messages
 

@@ -17,16 +17,15 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
 from januslens import Cancelled, ErrorDetails, read_gradient, read_trace
-from januslens._verbs import find_neurons as neurons_verb
-from januslens._verbs import gradient_lens as gradient_verb
-from januslens._verbs import project as project_verb
-from januslens._verbs import trace as trace_verb
+from januslens._calls import find_neurons as neurons_verb
+from januslens._calls import gradient_lens as gradient_verb
+from januslens._calls import project as project_verb
+from januslens._calls import trace as trace_verb
 from januslens.cli.gradient import gradient as gradient_command
-from januslens.cli.interrupt import interruptible
-from januslens.cli.neurons import neurons as neurons_command
-from januslens.cli.parameters import layer_list, matrix_list, position_list
+from januslens.cli.lookups import neurons as neurons_command
+from januslens.cli.lookups import project as project_command
+from januslens.cli.options import interruptible, layer_list, matrix_list, position_list
 from januslens.cli.program import januslens
-from januslens.cli.project import project as project_command
 from januslens.cli.trace import trace as trace_command
 from tests.client.messages import trace_stream
 from tests.client.scripted import Script, serving
@@ -162,15 +161,15 @@ def test_the_trace_shows_where_tokyo_comes_from() -> None:
     assert result.exit_code == 0
     text = result.stdout
     assert re.search(r"target +␣Tokyo after ␣of \(7\): the model's own prediction", text)
-    assert re.search(r"ranked first from layer \d's (attention|MLP) onwards", text)
+    assert re.search(r"Ranked first from layer \d's (attention|MLP) onwards", text)
     assert re.search(r"L\d head \d adds most: \+[\d.]+ to its logit, reading ␣Japan \(3\)", text)
     emergence = text[text.index("How ␣Tokyo emerges") : text.index("The heads that")]
     ranks = [int(rank) for rank in re.findall(r"  (\d+)  (?:0\.\d{3}|\de-\d\d)", emergence)]
     assert len(ranks) == 9
     assert ranks[0] > 100
     assert ranks[-1] == 0
-    assert re.search(r"\+[\d.]+ +\d+ % +L\d head \d +␣Japan \(3\) 0\.\d\d", text)
-    assert re.search(r"\+[\d.]+ +\d+ % +L\d neuron \d+ +\+[\d.]+ +\S", text)
+    assert re.search(r"\+[\d.]+ +[\d.]+ % +L\d head \d +␣Japan \(3\) 0\.\d\d", text)
+    assert re.search(r"\+[\d.]+ +[\d.]+ % +L\d neuron \d+ +\+[\d.]+ +\S", text)
     assert "The strongest way back" in text
     assert max(len(line) for line in text.splitlines()) <= 110
 
@@ -195,8 +194,11 @@ def test_many_positions_are_a_picture_first() -> None:
 @pytest.mark.usefixtures("demo")
 def test_another_target_and_another_prompt() -> None:
     result = run("trace", PROMPT, "--target", " Paris")
-    assert re.search(r"␣Paris after ␣of \(7\): rank \d+; the model predicts ␣Tokyo", result.stdout)
-    assert re.search(r"best rank \d+ after .*; final rank \d+", result.stdout)
+    assert re.search(
+        r"␣Paris after ␣of \(7\): rank \d+, probability \S+; the model predicts ␣Tokyo",
+        result.stdout,
+    )
+    assert re.search(r"Best rank \d+ after .*; final rank \d+", result.stdout)
 
 
 @pytest.mark.usefixtures("demo")

@@ -9,21 +9,21 @@ from collections.abc import Iterator
 import pytest
 
 from januslens._results.graph import KnownNodes
-from januslens._results.late import Late
+from januslens._results.lazy import LazySequence
 from januslens._results.nodes import Node
 from januslens._results.tokens import TokenTable
-from januslens._results.trace_events import LayerGraph
+from januslens._results.trace import LayerGraph
 from januslens.v1 import common_pb2, trace_pb2
 
 
-def counted(numbers: list[int], seen: list[int]) -> Late[int]:
+def counted(numbers: list[int], seen: list[int]) -> LazySequence[int]:
     """Squares, of which `seen` tells which have been computed."""
 
     def square(number: int) -> int:
         seen.append(number)
         return number**2
 
-    return Late.of(numbers, square)
+    return LazySequence.of(numbers, square)
 
 
 def test_nothing_is_read_before_somebody_looks_and_then_once() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from januslens import FoundNeurons
-from januslens._verbs import find_neurons
+from januslens._calls import find_neurons
 from januslens.v1 import neurons_pb2
 from tests.client.messages import projection, tokens
 

@@ -17,35 +17,35 @@ from januslens import (
     MatrixKind,
     NodeKind,
     Probe,
-    _verbs,
+    _calls,
 )
-from januslens._verbs.calls import UnaryCall
+from januslens._resuming import UnaryCall
 from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
 
 NAN, INF = float("nan"), float("inf")
 
 
 def trace(*args: Any, **kwargs: Any) -> trace_pb2.TraceRequest:
-    request = _verbs.trace(*args, **kwargs).request
+    request = _calls.trace(*args, **kwargs).request
     assert isinstance(request, trace_pb2.TraceRequest)
     return request
 
 
 def gradient(*args: Any, **kwargs: Any) -> gradient_lens_pb2.GradientLensRequest:
-    request = _verbs.gradient_lens(*args, **kwargs).request
+    request = _calls.gradient_lens(*args, **kwargs).request
     assert isinstance(request, gradient_lens_pb2.GradientLensRequest)
     return request
 
 
 def project(*args: Any, **kwargs: Any) -> lens_pb2.ProjectRequest:
-    call = next(_verbs.project(*args, **kwargs))
+    call = next(_calls.project(*args, **kwargs))
     assert isinstance(call, UnaryCall)
     assert isinstance(call.request, lens_pb2.ProjectRequest)
     return call.request
 
 
 def preview(*args: Any, **kwargs: Any) -> edits_pb2.PreviewEditRequest:
-    call = next(_verbs.preview_edit(*args, **kwargs))
+    call = next(_calls.preview_edit(*args, **kwargs))
     assert isinstance(call.request, edits_pb2.PreviewEditRequest)
     return call.request
 

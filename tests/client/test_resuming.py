@@ -9,11 +9,8 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from januslens._stream.gradient import GradientAssembler
-from januslens._stream.gradient_splice import GradientSplice
-from januslens._stream.splice import OtherAnswer
-from januslens._stream.trace import TraceAssembler
-from januslens._stream.trace_splice import TraceSplice
+from januslens._assemblers import GradientAssembler, TraceAssembler
+from januslens._resuming import GradientSplice, OtherAnswer, TraceSplice
 from januslens.v1 import common_pb2, gradient_lens_pb2, service_pb2_grpc, trace_pb2
 from tests.support.calls import long_trace, prompt, timeless
 

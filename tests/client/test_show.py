@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from januslens._stream.trace import TraceAssembler
-from januslens.cli.show.console import console
-from januslens.cli.show.story import story
+from januslens._assemblers import TraceAssembler
+from januslens.cli.show_trace import story
+from januslens.cli.tables import console
 from tests.client import messages
 from tests.client.messages import trace_stream
 
@@ -29,8 +29,8 @@ def told(*hidden: str) -> str:
 
 
 def test_a_layer_with_a_residual_in_between_is_named_by_its_part() -> None:
-    assert "ranked first from layer 0's MLP onwards" in told()
+    assert "Ranked first from layer 0's MLP onwards" in told()
 
 
 def test_a_parallel_layer_is_named_by_both_parts() -> None:
-    assert "ranked first from layer 0's attention and MLP onwards" in told("RESIDUAL_MID")
+    assert "Ranked first from layer 0's attention and MLP onwards" in told("RESIDUAL_MID")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from januslens import Gradient, LayerGraph, Matrix, ProtocolViolation, StreamInterrupted, Trace
-from januslens._stream.gradient import GradientAssembler
-from januslens._stream.trace import TraceAssembler
+from januslens._assemblers import GradientAssembler, TraceAssembler
 from januslens.v1 import trace_pb2
 from tests.client import messages
 from tests.client.messages import gradient_stream, trace_stream

@@ -10,7 +10,7 @@ import pytest
 
 import januslens
 from januslens import Client, Gradient, Trace
-from januslens._notebook import cells
+from januslens import _html as cells
 from tests.client.messages import trace_stream
 from tests.client.scripted import Script, serving
 
@@ -184,7 +184,7 @@ def test_ink_is_readable_on_every_ground() -> None:
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     painted = [cells.norm_cell([], i / 100, 1.0) for i in range(101)]
-    painted += [cells.rank_cell([], rank) for rank in (0, 5, 50, 500, 5000)]
+    painted += [cells.rank_cell([], rank, 50000) for rank in (0, 5, 50, 500, 5000, 49500, 49990)]
     for cell in painted:
         ground, ink = (part.split(":")[1] for part in cell.attrib["style"].split(";"))
         low, high = sorted((luminance(ground), luminance(ink)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from januslens._notebook.others import preview_html
-from januslens._results.provenance import Provenance
+from januslens._results.models import Provenance
+from januslens._results.rendering import notebook_html
 from januslens._results.tokens import Token, TokenTable
 from januslens.v1 import edits_pb2
 
@@ -69,8 +69,8 @@ class EditPreview:
     response: edits_pb2.PreviewEditResponse = field(repr=False, compare=False)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return preview_html(self)
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
 
     @classmethod
     def from_message(cls, message: edits_pb2.PreviewEditResponse) -> EditPreview:

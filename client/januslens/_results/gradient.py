@@ -1,4 +1,4 @@
-"""The gradient of a loss with respect to the weights, read in the vocabulary."""
+"""A gradient lens: the gradients of all matrices, with header and summary."""
 
 from __future__ import annotations
 
@@ -7,21 +7,121 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from januslens._notebook.frame import PageFrame
-from januslens._notebook.gradients import gradient_html
-from januslens._results import gradient_files, gradient_frames
+from januslens._results import exports
 from januslens._results.edits import EditPreview
-from januslens._results.gradient_events import GradientHeader, GradientSummary, SegmentRow
-from januslens._results.json_lines import json_lines
-from januslens._results.kinds import MatrixKind
+from januslens._results.exports import json_lines
+from januslens._results.kinds import MATRIX_KINDS, MatrixKind
 from januslens._results.matrices import Matrix
-from januslens._results.provenance import Provenance
-from januslens._results.tokens import Token
+from januslens._results.models import ModelSizes, Provenance, StageTime
+from januslens._results.rendering import PageFrame, notebook_html, page_html
+from januslens._results.tokens import Token, TokenTable
 from januslens.v1 import gradient_lens_pb2
-from januslens.viewer.html import gradient_page
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+@dataclass(frozen=True)
+class GradientHeader:
+    """What is known once the backward pass has run; a GradientLens's first event.
+
+    Attributes:
+        request_id: What to quote when asking about this call.
+        provenance: Which weights computed it, where and with what.
+        sizes: The model's layers, heads, neurons and tokens.
+        prompt_tokens: Every token that the model read: the prompt and, teacher-forced, all target
+            tokens but the last.
+        loss: In nats; a logit difference in logits.
+        targets: The loss's tokens, whose ranks the components report: the target's in order, or
+            the preferred and the other one, or the suppressed ones.
+        predicted: The model's own next token after the prompt.
+        skipped: Kinds asked for that this architecture has not.
+        stage_data_types: What each stage was computed in, e.g. `{"backward": "bfloat16"}`.
+    """
+
+    request_id: str
+    provenance: Provenance
+    sizes: ModelSizes
+    prompt_tokens: tuple[Token, ...]
+    loss: float
+    targets: tuple[Token, ...]
+    predicted: Token
+    skipped: tuple[MatrixKind, ...]
+    stage_data_types: Mapping[str, str]
+
+    @classmethod
+    def from_message(
+        cls, message: gradient_lens_pb2.GradientHeader, tokens: TokenTable
+    ) -> GradientHeader:
+        """Read the header, the texts of the targets from `tokens`."""
+        return cls(
+            request_id=message.request_id,
+            provenance=Provenance.from_message(message.provenance),
+            sizes=ModelSizes.from_message(message.sizes),
+            prompt_tokens=tuple(Token.from_message(t) for t in message.prompt_tokens),
+            loss=message.loss,
+            targets=tuple(tokens[token_id] for token_id in message.target_token_ids),
+            predicted=tokens[message.predicted_token_id],
+            skipped=tuple(MATRIX_KINDS.member(kind) for kind in message.skipped),
+            stage_data_types=dict(message.stage_data_types),
+        )
+
+
+@dataclass(frozen=True)
+class SegmentRow:
+    """One segment of the prompt in one matrix (Backward Lens's figures of norms and ranks).
+
+    Attributes:
+        segment: `first_token`, `subject`, `last_subject_token`, `rest` or `last_token`.
+        layer: The block.
+        kind: The matrix.
+        mean_vjp_norm: Mean length of the VJPs at the segment's positions.
+        mean_target_rank: Mean rank of the target in their projections.
+        positions: How many positions the segment has.
+    """
+
+    segment: str
+    layer: int
+    kind: MatrixKind
+    mean_vjp_norm: float
+    mean_target_rank: float
+    positions: int
+
+    @classmethod
+    def from_message(cls, message: gradient_lens_pb2.SegmentRow) -> SegmentRow:
+        """Read one row."""
+        return cls(
+            segment=message.segment,
+            layer=message.layer,
+            kind=MATRIX_KINDS.member(message.kind),
+            mean_vjp_norm=message.mean_vjp_norm,
+            mean_target_rank=message.mean_target_rank,
+            positions=message.positions,
+        )
+
+
+@dataclass(frozen=True)
+class GradientSummary:
+    """A GradientLens's last event: without it the stream was cut.
+
+    Attributes:
+        matrices: How many matrices were sent.
+        times: Seconds by stage on the server.
+        segments: Norms and ranks by segment, where a subject was given.
+    """
+
+    matrices: int
+    times: tuple[StageTime, ...]
+    segments: tuple[SegmentRow, ...]
+
+    @classmethod
+    def from_message(cls, message: gradient_lens_pb2.GradientSummary) -> GradientSummary:
+        """Read the summary."""
+        return cls(
+            matrices=message.matrices,
+            times=tuple(StageTime.from_message(t) for t in message.times),
+            segments=tuple(SegmentRow.from_message(row) for row in message.segments),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -85,7 +185,7 @@ class Gradient:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a component of every matrix. Needs pandas."""
-        return gradient_frames.component_frame(self.matrices, self.prompt_tokens)
+        return exports.component_frame(self.matrices, self.prompt_tokens)
 
     def save(self, path: str | Path) -> None:
         """Write all factors to a safetensors file, as `Matrix.save` does. Needs safetensors.
@@ -95,7 +195,7 @@ class Gradient:
         Raises:
             ValueError: The gradient was made without factors.
         """
-        gradient_files.save(self.matrices, path, self._file_metadata())
+        exports.save_factors(self.matrices, path, self._file_metadata())
 
     def _file_metadata(self) -> dict[str, str]:
         return {
@@ -112,8 +212,8 @@ class Gradient:
         return f"<Gradient on {prompt!r}: loss {self.loss:.4g}, {len(self.matrices)} matrices>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return gradient_html(self)
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
 
     def to_json_lines(self) -> Iterable[str]:
         """The stream as canonical protobuf JSON, one message a line: what `--json` prints."""
@@ -125,8 +225,7 @@ class Gradient:
         Args:
             previews: What edits would do, from `client.preview_edit`, each under its title.
         """
-        effects = {title: preview.response for title, preview in (previews or {}).items()}
-        return gradient_page(self.responses, effects, self.prompt_tokens)
+        return page_html(self, previews or {})
 
     def show(
         self, previews: Mapping[str, EditPreview] | None = None, *, height: int = 800

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from januslens._results import frames
+from januslens._results import exports
 from januslens._results.kinds import EdgeKind, NodeKind
 from januslens._results.nodes import Edge, Node
 
@@ -145,12 +145,12 @@ class GraphView:
     @cached_property
     def nodes(self) -> pd.DataFrame:
         """The nodes as a frame, one row a node, by id. Needs pandas."""
-        return frames.node_frame(self.node_list)
+        return exports.node_frame(self.node_list)
 
     @cached_property
     def edges(self) -> pd.DataFrame:
         """The edges as a frame, one row an edge. Needs pandas."""
-        return frames.edge_frame(self.edge_list)
+        return exports.edge_frame(self.edge_list)
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
         """A directed graph of node ids. Needs networkx.
@@ -160,7 +160,7 @@ class GraphView:
         hold are escaped as `<U+XXXX>`. Edges of several kinds may join two nodes; the kind is the
         edge's key.
         """
-        return frames.directed_graph(self.known_nodes, self.node_list, self.edge_list)
+        return exports.directed_graph(self.known_nodes, self.node_list, self.edge_list)
 
 
 def _by_share(parts: Iterable[Part]) -> list[Part]:

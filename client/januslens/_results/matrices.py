@@ -1,26 +1,201 @@
-"""The gradient of one weight matrix, factorised."""
+"""The gradient of one weight matrix: its components, spectrum, neurons and verification."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from januslens._notebook.gradients import matrix_html
-from januslens._results import gradient_files, gradient_frames
-from januslens._results.components import Component
+from januslens._results import exports
 from januslens._results.kinds import ENDS, MATRIX_KINDS, SIDES, End, MatrixKind, Side
-from januslens._results.late import Late
-from januslens._results.matrix_readings import NeuronChange, Singular, Verification
-from januslens._results.tensors import Floats
-from januslens._results.tokens import TokenTable
-from januslens.v1 import gradient_lens_pb2
+from januslens._results.lazy import LazySequence
+from januslens._results.rendering import notebook_html
+from januslens._results.tokens import Token, TokenTable
+from januslens._results.vectors import Floats, Projection, Tensor
+from januslens.v1 import gradient_lens_pb2, lens_pb2
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One coordinate of a factor: a neuron, or head * d_head + dimension."""
+
+    index: int
+    value: float
+
+    @classmethod
+    def from_messages(cls, messages: Iterable[gradient_lens_pb2.Entry]) -> tuple[Entry, ...]:
+        """Read the largest coordinates of a factor, largest first."""
+        return tuple(cls(message.index, message.value) for message in messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """`x_i^T delta_i`: what one position adds to a gradient (Backward Lens, section 4).
+
+    Attributes:
+        position: The position i, an index into the gradient's `prompt_tokens`.
+        input_norm: Length of x_i, what the matrix read there.
+        vjp_norm: Length of delta_i, the gradient of the loss with respect to what it wrote.
+        size: Their product: the norm of this component.
+        promoted_end: Where in `projection` the tokens stand that a descent step promotes.
+        projection: The factor that lives in the residual basis, in the vocabulary.
+        predicted_rank: Rank in it of the model's own answer to the prompt.
+        target_ranks: Rank in it of every target token, 0 = the very top.
+        other_side: The largest entries of the other factor.
+        input: x_i `[d_in]`, where factors were asked for.
+        vjp: delta_i `[d_out]`, likewise.
+    """
+
+    position: int
+    input_norm: float
+    vjp_norm: float
+    size: float
+    promoted_end: End
+    projection: Projection | None
+    predicted_rank: int | None
+    target_ranks: tuple[int, ...]
+    other_side: tuple[Entry, ...]
+    input: Tensor | None
+    vjp: Tensor | None
+
+    @classmethod
+    def from_message(
+        cls, message: gradient_lens_pb2.Component, promoted_end: End, tokens: TokenTable
+    ) -> Component:
+        """Read one component, the texts of its projection from `tokens`."""
+        has = message.HasField
+        return cls(
+            position=message.position,
+            input_norm=message.input_norm,
+            vjp_norm=message.vjp_norm,
+            size=message.size,
+            promoted_end=promoted_end,
+            projection=Projection.from_message(message.projection, tokens)
+            if has("projection")
+            else None,
+            predicted_rank=message.predicted_rank if has("predicted_rank") else None,
+            target_ranks=tuple(message.target_ranks),
+            other_side=Entry.from_messages(message.other_side),
+            input=Tensor.from_message(message.input) if has("input") else None,
+            vjp=Tensor.from_message(message.vjp) if has("vjp") else None,
+        )
+
+    @property
+    def promoted(self) -> tuple[Token, ...]:
+        """The tokens that a descent step promotes, strongest first; empty for an input."""
+        if self.projection is None or self.promoted_end is End.UNSPECIFIED:
+            return ()
+        at_top = self.promoted_end is End.TOP
+        return self.projection.top_tokens if at_top else self.projection.bottom_tokens
+
+    @property
+    def suppressed(self) -> tuple[Token, ...]:
+        """The tokens that a descent step suppresses, strongest first; empty for an input."""
+        if self.projection is None or self.promoted_end is End.UNSPECIFIED:
+            return ()
+        at_top = self.promoted_end is End.TOP
+        return self.projection.bottom_tokens if at_top else self.projection.top_tokens
+
+    def factors(self) -> tuple[Floats, Floats]:
+        """x_i `[d_in]` and delta_i `[d_out]` in float32.
+
+        Raises:
+            ValueError: The gradient was made without factors.
+        """
+        if self.input is None or self.vjp is None:
+            raise ValueError("no factors here: ask for them with factors=True")
+        return self.input.float32(), self.vjp.float32()
+
+    def outer(self) -> Floats:
+        """This component as a matrix `[d_in, d_out]`.
+
+        Raises:
+            ValueError: The gradient was made without factors.
+        """
+        return np.outer(*self.factors())
+
+
+@dataclass(frozen=True, slots=True)
+class Singular:
+    """One singular direction of a gradient; its sign is arbitrary, so both ends count.
+
+    Attributes:
+        value: The singular value.
+        explained: Share of the squared Frobenius norm that it holds.
+        projection: The vector on the residual side, in the vocabulary.
+        other_side: The largest entries of the vector on the other side.
+    """
+
+    value: float
+    explained: float
+    projection: Projection | None
+    other_side: tuple[Entry, ...]
+
+    @classmethod
+    def from_message(cls, message: gradient_lens_pb2.Singular, tokens: TokenTable) -> Singular:
+        """Read one singular direction."""
+        return cls(
+            value=message.value,
+            explained=message.explained,
+            projection=_read(message.HasField("projection"), message.projection, tokens),
+            other_side=Entry.from_messages(message.other_side),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronChange:
+    """A neuron's key or value before a step, the step's change, and after.
+
+    Attributes:
+        neuron: Its index.
+        change_norm: Length of the change, learning rate included where one was given.
+        before: The row or column as it is.
+        change: What the step adds.
+        after: Their sum; None without a learning rate.
+    """
+
+    neuron: int
+    change_norm: float
+    before: Projection | None
+    change: Projection | None
+    after: Projection | None
+
+    @classmethod
+    def from_message(
+        cls, message: gradient_lens_pb2.NeuronChange, tokens: TokenTable
+    ) -> NeuronChange:
+        """Read one neuron's change."""
+        has = message.HasField
+        return cls(
+            neuron=message.neuron,
+            change_norm=message.change_norm,
+            before=_read(has("before"), message.before, tokens),
+            change=_read(has("change"), message.change, tokens),
+            after=_read(has("after"), message.after, tokens),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """How far the sum of the outer products is from autograd's gradient."""
+
+    relative_error: float
+    tolerance: float
+
+    @classmethod
+    def from_message(cls, message: gradient_lens_pb2.Verification) -> Verification:
+        """Read one comparison."""
+        return cls(message.relative_error, message.tolerance)
+
+
+def _read(present: bool, message: lens_pb2.Projection, tokens: TokenTable) -> Projection | None:
+    return Projection.from_message(message, tokens) if present else None
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -69,13 +244,15 @@ class Matrix:
             d_out=message.d_out,
             projected_side=SIDES.member(message.projected_side),
             promoted_end=end,
-            components=Late.of(
+            components=LazySequence.of(
                 message.components, lambda c: Component.from_message(c, end, tokens)
             ),
             component_count=message.component_count,
             frobenius_norm=message.frobenius_norm,
-            spectrum=Late.of(message.spectrum, lambda s: Singular.from_message(s, tokens)),
-            neurons=Late.of(message.neurons, lambda n: NeuronChange.from_message(n, tokens)),
+            spectrum=LazySequence.of(message.spectrum, lambda s: Singular.from_message(s, tokens)),
+            neurons=LazySequence.of(
+                message.neurons, lambda n: NeuronChange.from_message(n, tokens)
+            ),
             verification=Verification.from_message(message.verification)
             if message.HasField("verification")
             else None,
@@ -120,12 +297,12 @@ class Matrix:
         return f"<Matrix {self.name} [{self.d_in}, {self.d_out}]: {parts}>"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return matrix_html(self)
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a component. Needs pandas."""
-        return gradient_frames.component_frame([self], ())
+        return exports.component_frame([self], ())
 
     def save(self, path: str | Path) -> None:
         """Write the factors to a safetensors file. Needs safetensors.
@@ -136,4 +313,4 @@ class Matrix:
         Raises:
             ValueError: The gradient was made without factors.
         """
-        gradient_files.save([self], path, {})
+        exports.save_factors([self], path, {})

@@ -1,12 +1,106 @@
-"""What a server serves."""
+"""The models of a server, the provenance of results, and cost estimates."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from januslens._notebook.others import models_html
-from januslens._results.provenance import Guarantee, Provenance
-from januslens.v1 import models_pb2
+from januslens._results.rendering import notebook_html
+from januslens.v1 import common_pb2, cost_pb2, models_pb2
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which weights computed a result, where and with what.
+
+    Attributes:
+        model: Its name at this server.
+        revision: The hub's commit, or a hash of a local folder's weights.
+        architecture: The model class, e.g. `GPT2LMHeadModel`.
+        data_type: What the weights are held in.
+        device: Where they are.
+        attention: The attention implementation.
+        versions: Library name to version.
+    """
+
+    model: str
+    revision: str
+    architecture: str
+    data_type: str
+    device: str
+    attention: str
+    versions: Mapping[str, str]
+
+    @classmethod
+    def from_message(cls, message: common_pb2.Provenance) -> Provenance:
+        """Read one provenance."""
+        return cls(
+            model=message.model,
+            revision=message.revision,
+            architecture=message.architecture,
+            data_type=message.data_type,
+            device=message.device,
+            attention=message.attention,
+            versions=dict(message.versions),
+        )
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of the model, against which ranks and layers are read.
+
+    Attributes:
+        n_layers: Transformer blocks.
+        n_heads: Query heads of each attention.
+        d_mlp: Neurons of one MLP, or of one expert.
+        vocab_size: Tokens that the unembedding knows: ranks lie below it.
+        d_head: Width of one head: ATTENTION_NEURON i belongs to head `i // d_head`.
+    """
+
+    n_layers: int
+    n_heads: int
+    d_mlp: int
+    vocab_size: int
+    d_head: int
+
+    @classmethod
+    def from_message(cls, message: common_pb2.ModelSizes) -> ModelSizes:
+        """Read the sizes."""
+        return cls(
+            n_layers=message.n_layers,
+            n_heads=message.n_heads,
+            d_mlp=message.d_mlp,
+            vocab_size=message.vocab_size,
+            d_head=message.d_head,
+        )
+
+
+@dataclass(frozen=True)
+class StageTime:
+    """Seconds that one stage of a request took on the server."""
+
+    stage: str
+    seconds: float
+
+    @classmethod
+    def from_message(cls, message: common_pb2.StageTime) -> StageTime:
+        """Read one time."""
+        return cls(message.stage, message.seconds)
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """One property of a model, as measured (docs/guarantees.md says how)."""
+
+    name: str
+    measured_error: float
+    tolerance: float
+    held: bool
+
+    @classmethod
+    def from_message(cls, message: common_pb2.Guarantee) -> Guarantee:
+        """Read one guarantee."""
+        return cls(message.name, message.measured_error, message.tolerance, message.held)
 
 
 @dataclass(frozen=True)
@@ -71,13 +165,49 @@ class Model:
         return self.state == "READY"
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return models_html([self])
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
 
 
 class Models(list[Model]):
     """The models of a server, in order of their names."""
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return models_html(self)
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What a server expects a request to take, and whether it would admit it.
+
+    Attributes:
+        seconds: Of the device, with nothing else running; usually within a factor of two.
+        projected_vectors: Vectors that would go through the lens, at most.
+        flops: Floating-point operations, at most.
+        device_bytes: Bytes on the device beside the weights, at most.
+        stream_bytes: Bytes of the whole answer, at most.
+        admissible: Whether the server would admit the request, were it idle.
+        limit_exceeded: The server's setting that stands against it; empty if admissible.
+    """
+
+    seconds: float
+    projected_vectors: int
+    flops: float
+    device_bytes: int
+    stream_bytes: int
+    admissible: bool
+    limit_exceeded: str
+
+    @classmethod
+    def from_message(cls, message: cost_pb2.EstimateCostResponse) -> CostEstimate:
+        """Read the response."""
+        return cls(
+            seconds=message.seconds,
+            projected_vectors=message.projected_vectors,
+            flops=message.flops,
+            device_bytes=message.device_bytes,
+            stream_bytes=message.stream_bytes,
+            admissible=message.admissible,
+            limit_exceeded=message.limit_exceeded,
+        )

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from januslens._notebook.others import neurons_html
-from januslens._results.neuron_frames import neuron_frame
-from januslens._results.projection import Projection
-from januslens._results.provenance import Provenance
+from januslens._results.exports import neuron_frame
+from januslens._results.models import Provenance
+from januslens._results.rendering import notebook_html
 from januslens._results.tokens import Token, TokenTable
+from januslens._results.vectors import Projection
 from januslens.v1 import neurons_pb2
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ class FoundNeurons:
     provenance: Provenance
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return neurons_html(self)
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
 
     @classmethod
     def from_messages(

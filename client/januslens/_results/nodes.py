@@ -8,9 +8,8 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from januslens._results.kinds import EDGE_KINDS, NODE_KINDS, EdgeKind, NodeKind
-from januslens._results.projection import Projection
-from januslens._results.tensors import Tensor
 from januslens._results.tokens import TokenTable
+from januslens._results.vectors import Projection, Tensor
 from januslens.v1 import trace_pb2
 
 ValueT = TypeVar("ValueT")

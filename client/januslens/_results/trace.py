@@ -1,4 +1,4 @@
-"""The flow graph of a whole forward pass."""
+"""A trace: the flow graph of a forward pass, its layers, paths and norms."""
 
 from __future__ import annotations
 
@@ -6,19 +6,241 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from januslens._notebook.frame import PageFrame
-from januslens._notebook.traces import trace_html
+from januslens._results.exports import json_lines
 from januslens._results.graph import GraphView, KnownNodes, Part
-from januslens._results.json_lines import json_lines
-from januslens._results.kinds import NodeKind
-from januslens._results.late import Late
-from januslens._results.norms import NormEffect, norm_effects
-from januslens._results.paths import strongest_path
-from januslens._results.provenance import Provenance
-from januslens._results.tokens import Token
-from januslens._results.trace_events import LayerGraph, PositionTarget, TraceHeader, TraceSummary
+from januslens._results.kinds import EdgeKind, NodeKind
+from januslens._results.lazy import LazySequence
+from januslens._results.models import Guarantee, ModelSizes, Provenance, StageTime
+from januslens._results.nodes import Edge, Node
+from januslens._results.rendering import PageFrame, notebook_html, page_html
+from januslens._results.tokens import Token, TokenTable
 from januslens.v1 import trace_pb2
-from januslens.viewer.html import trace_page
+
+
+@dataclass(frozen=True)
+class PositionTarget:
+    """The token whose rank every projection at a position reports, and the model's own choice.
+
+    Attributes:
+        position: The query position.
+        target: The token asked for, or the model's own next token.
+        predicted: The model's own next token.
+        target_probability: What the model's output gives the target.
+        target_rank: 0 = it is the model's own choice.
+        target_logit: Its logit.
+        constant_logit_contribution: What norm and head bias add to it, in logits; with every
+            component's contribution it adds up to the target's logit before a soft cap.
+    """
+
+    position: int
+    target: Token
+    predicted: Token
+    target_probability: float
+    target_rank: int
+    target_logit: float
+    constant_logit_contribution: float
+
+    @classmethod
+    def from_message(cls, message: trace_pb2.PositionTarget, tokens: TokenTable) -> PositionTarget:
+        """Read one target, its texts from `tokens`."""
+        return cls(
+            position=message.position,
+            target=tokens[message.target_token_id],
+            predicted=tokens[message.predicted_token_id],
+            target_probability=message.target_probability,
+            target_rank=message.target_rank,
+            target_logit=message.target_logit,
+            constant_logit_contribution=message.constant_logit_contribution,
+        )
+
+
+@dataclass(frozen=True)
+class TraceHeader:
+    """What is known once the forward pass has run; a Trace's first event.
+
+    Attributes:
+        request_id: What to quote when asking about this call.
+        provenance: Which weights computed it, where and with what.
+        sizes: The model's layers, heads, neurons and tokens.
+        prompt_tokens: The tokens as the model read them.
+        layers: The layers that will come.
+        targets: One for every position asked for.
+    """
+
+    request_id: str
+    provenance: Provenance
+    sizes: ModelSizes
+    prompt_tokens: tuple[Token, ...]
+    layers: tuple[int, ...]
+    targets: tuple[PositionTarget, ...]
+
+    @classmethod
+    def from_message(cls, message: trace_pb2.TraceHeader, tokens: TokenTable) -> TraceHeader:
+        """Read the header."""
+        return cls(
+            request_id=message.request_id,
+            provenance=Provenance.from_message(message.provenance),
+            sizes=ModelSizes.from_message(message.sizes),
+            prompt_tokens=tuple(Token.from_message(t) for t in message.prompt_tokens),
+            layers=tuple(message.layers),
+            targets=tuple(PositionTarget.from_message(t, tokens) for t in message.targets),
+        )
+
+
+@dataclass(frozen=True)
+class TraceSummary:
+    """A Trace's last event: without it the stream was cut.
+
+    Attributes:
+        nodes: How many nodes were sent.
+        edges: How many edges were sent.
+        times: Seconds by stage on the server.
+        checks: What the model's self-check measured, where asked for.
+        constant_logit_contribution: That of the last position's target.
+    """
+
+    nodes: int
+    edges: int
+    times: tuple[StageTime, ...]
+    checks: tuple[Guarantee, ...]
+    constant_logit_contribution: float | None
+
+    @classmethod
+    def from_message(cls, message: trace_pb2.TraceSummary) -> TraceSummary:
+        """Read the summary."""
+        has_constant = message.HasField("constant_logit_contribution")
+        return cls(
+            nodes=message.nodes,
+            edges=message.edges,
+            times=tuple(StageTime.from_message(t) for t in message.times),
+            checks=tuple(Guarantee.from_message(g) for g in message.checks),
+            constant_logit_contribution=message.constant_logit_contribution
+            if has_constant
+            else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerGraph(GraphView):
+    """The nodes and edges of one block."""
+
+    layer: int
+
+    def __repr__(self) -> str:
+        """One line: it may hold thousands of nodes."""
+        counts = f"{len(self.node_list)} nodes, {len(self.edge_list)} edges"
+        return f"<LayerGraph of layer {self.layer}: {counts}>"
+
+    def _repr_html_(self) -> str:
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
+
+    @classmethod
+    def from_message(
+        cls, message: trace_pb2.LayerGraph, tokens: TokenTable, earlier: Sequence[LayerGraph]
+    ) -> LayerGraph:
+        """One whole layer, whose edges may come from nodes of `earlier` ones."""
+        nodes = LazySequence.of(message.nodes, lambda node: Node.from_message(node, tokens))
+        return cls(
+            layer=message.layer,
+            node_list=nodes,
+            edge_list=LazySequence.of(message.edges, Edge.from_message),
+            known_nodes=KnownNodes([*(layer.node_list for layer in earlier), nodes]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NormEffect:
+    """What a norm did to the top tokens of a vector.
+
+    Attributes:
+        before: The node that the norm reads.
+        after: The node that it makes.
+        removed: Top tokens before that are not among the top after, best first.
+        kept: Top tokens before that are, best first.
+        added: Top tokens after that were not among the top before, best first.
+        overlap: Share of the top tokens kept: VISIT's intersection score.
+    """
+
+    before: Node
+    after: Node
+    removed: tuple[Token, ...]
+    kept: tuple[Token, ...]
+    added: tuple[Token, ...]
+    overlap: float
+
+
+def norm_effects(graph: GraphView) -> list[NormEffect]:
+    """The effect of every norm between two nodes that both have a projection."""
+    return list(_effects(graph))
+
+
+def _effects(graph: GraphView) -> Iterator[NormEffect]:
+    for edge in graph.edge_list:
+        if edge.kind is not EdgeKind.NORM:
+            continue
+        before, after = graph.node(edge.source), graph.node(edge.target)
+        if before.projection and after.projection and before.projection.top:
+            yield _effect(before, after, before.projection.top_tokens, after.projection.top_tokens)
+
+
+def _effect(
+    before: Node, after: Node, tops: tuple[Token, ...], tops_after: tuple[Token, ...]
+) -> NormEffect:
+    kept = tuple(token for token in tops if token in tops_after)
+    return NormEffect(
+        before=before,
+        after=after,
+        removed=tuple(token for token in tops if token not in tops_after),
+        kept=kept,
+        added=tuple(token for token in tops_after if token not in tops),
+        overlap=len(kept) / len(tops),
+    )
+
+
+# A remainder or a constant explains nothing further.
+_DEAD_ENDS = {NodeKind.OTHER, NodeKind.ATTENTION_BIAS, NodeKind.MLP_BIAS}
+_ATTENTION_RESULTS = {NodeKind.ATTENTION_SUM, NodeKind.ATTENTION_OUTPUT}
+
+
+def strongest_path(graph: GraphView, start: str) -> tuple[Part, ...]:
+    """From the node `start` back along the strongest edges, until nothing leads on.
+
+    At a sum the path takes the part that adds most to the target's logit (without logit
+    contributions, the one of largest |share|), at attention's result the heads together, and
+    elsewhere the edge of the largest weight. A step's edge, if it has one, enters the step before.
+
+    Raises:
+        KeyError: There is no such node.
+    """
+    path = [Part(graph.node(start), None)]
+    while step := _step_back(graph, path[-1].node):
+        path.append(step)
+    return tuple(path)
+
+
+def _step_back(graph: GraphView, node: Node) -> Part | None:
+    if node.kind in _ATTENTION_RESULTS and (heads := _heads_together(graph, node)):
+        return Part(heads, None)
+    edges = [e for e in graph.edges_into(node) if graph.node(e.source).kind not in _DEAD_ENDS]
+    edge = _strongest(edges)
+    return Part(graph.node(edge.source), edge) if edge else None
+
+
+def _heads_together(graph: GraphView, node: Node) -> Node | None:
+    """Attention's result has two partitions; the heads say what was attended to, W_O's rows not."""
+    wanted = f"L{node.layer}/p{node.position}/{NodeKind.ATTENTION_CONCAT}"
+    return graph.known_nodes.get(wanted)
+
+
+def _strongest(edges: list[Edge]) -> Edge | None:
+    parts = [edge for edge in edges if edge.kind is EdgeKind.PART]
+    if parts and all(part.logit_contribution is not None for part in parts):
+        return max(parts, key=lambda part: part.logit_contribution or 0.0)
+    if parts:
+        return max(parts, key=lambda part: abs(part.share or 0.0))
+    return max(edges, key=lambda edge: abs(edge.weight), default=None)
+
 
 # The finest parts that still partition the residual stream, each once.
 _COMPONENTS = {
@@ -63,8 +285,8 @@ class Trace(GraphView):
             layers=tuple(layers),
             summary=summary,
             responses=tuple(responses),
-            node_list=Late(sum(map(len, nodes)), lambda: chain.from_iterable(nodes)),
-            edge_list=Late(sum(map(len, edges)), lambda: chain.from_iterable(edges)),
+            node_list=LazySequence(sum(map(len, nodes)), lambda: chain.from_iterable(nodes)),
+            edge_list=LazySequence(sum(map(len, edges)), lambda: chain.from_iterable(edges)),
             known_nodes=KnownNodes(nodes),
         )
 
@@ -162,8 +384,8 @@ class Trace(GraphView):
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        return trace_html(self)
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
 
     def show(self, overview: Trace | None = None, *, height: int = 800) -> PageFrame:
         """The page of `to_html`, as the result of a notebook's cell; `height` in pixels."""
@@ -180,6 +402,4 @@ class Trace(GraphView):
             overview: What `client.trace_overview(trace)` gave: the residual stream at the other
                 positions too. Without it the page shows the positions of this trace.
         """
-        return trace_page(
-            self.responses, overview.responses if overview else (), self.prompt_tokens
-        )
+        return page_html(self, overview)

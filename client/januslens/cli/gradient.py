@@ -8,28 +8,31 @@ from typing import Any
 
 import click
 
+from januslens._assemblers import GradientEvent
 from januslens._client import Client
 from januslens._event_stream import EventStream
-from januslens._requests.edits import DescentStep, Edit, ForwardShift, Probe
-from januslens._requests.inputs import Text
+from januslens._requests import DescentStep, Edit, ForwardShift, Probe, Text
 from januslens._results.edits import EditPreview
 from januslens._results.gradient import Gradient
 from januslens._results.matrices import Matrix
-from januslens._stream.gradient import GradientEvent
-from januslens.cli.estimate import estimate_option, show_estimate
-from januslens.cli.pages import not_both, page_option, write_page
-from januslens.cli.parameters import (
+from januslens.cli.options import (
     COUNT,
     LENS,
     Number,
+    estimate_option,
     layer_list,
     matrix_list,
+    model_option,
+    not_both,
+    page_option,
     prompt_argument,
+    show_estimate,
+    usage_errors,
+    with_client,
+    write_page,
 )
-from januslens.cli.session import model_option, usage_errors, with_client
-from januslens.cli.show.console import Steps, console, steps
-from januslens.cli.show.gradient import show_gradient
-from januslens.cli.show.preview import preview_section
+from januslens.cli.show_gradient import preview_section, show_gradient
+from januslens.cli.tables import Steps, console, steps
 
 
 @click.command()

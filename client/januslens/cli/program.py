@@ -8,10 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from januslens.cli.gradient import gradient
-from januslens.cli.models import models
-from januslens.cli.neurons import neurons
-from januslens.cli.project import project
-from januslens.cli.tokenize import tokenize
+from januslens.cli.lookups import models, neurons, project, tokenize
 from januslens.cli.trace import trace
 from januslens.cli.ui import ui
 from januslens.errors import JanuslensError, Unavailable

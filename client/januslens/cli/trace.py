@@ -7,18 +7,28 @@ from typing import Any
 
 import click
 
+from januslens._assemblers import TraceEvent
 from januslens._client import Client
 from januslens._event_stream import EventStream
-from januslens._requests.inputs import Text
-from januslens._results.trace import Trace
-from januslens._results.trace_events import LayerGraph, TraceHeader
-from januslens._stream.trace import TraceEvent
-from januslens.cli.estimate import estimate_option, show_estimate
-from januslens.cli.pages import not_both, page_option, write_page
-from januslens.cli.parameters import COUNT, LENS, layer_list, position_list, prompt_argument
-from januslens.cli.session import model_option, usage_errors, with_client
-from januslens.cli.show.console import Steps, console, steps
-from januslens.cli.show.trace import show_trace
+from januslens._requests import Text
+from januslens._results.trace import LayerGraph, Trace, TraceHeader
+from januslens.cli.options import (
+    COUNT,
+    LENS,
+    estimate_option,
+    layer_list,
+    model_option,
+    not_both,
+    page_option,
+    position_list,
+    prompt_argument,
+    show_estimate,
+    usage_errors,
+    with_client,
+    write_page,
+)
+from januslens.cli.show_trace import show_trace
+from januslens.cli.tables import Steps, console, steps
 
 
 @click.command()

@@ -6,8 +6,8 @@ from functools import partial
 
 import click
 
-from januslens._extras import require
-from januslens.cli.session import Connection, usage_errors, with_connection
+from januslens._results.exports import require
+from januslens.cli.options import Connection, usage_errors, with_connection
 
 
 @click.command()

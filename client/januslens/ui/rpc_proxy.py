@@ -19,18 +19,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from januslens._aio import AsyncClient
-from januslens._aio_event_stream import AsyncEventStream
+from januslens._assemblers import Assembler, GradientAssembler, TraceAssembler
+from januslens._calls import trace_overview
+from januslens._event_stream import AsyncEventStream
+from januslens._results.exports import json_line
 from januslens._results.gradient import Gradient
-from januslens._results.json_lines import json_line
 from januslens._results.trace import Trace
-from januslens._stream.assembler import Assembler
-from januslens._stream.gradient import GradientAssembler
-from januslens._stream.gradient_splice import GradientSplice
-from januslens._stream.splice import Splice
-from januslens._stream.trace import TraceAssembler
-from januslens._stream.trace_splice import TraceSplice
-from januslens._verbs import trace_overview
-from januslens._verbs.calls import StreamCall, UnaryCall
+from januslens._resuming import GradientSplice, Splice, StreamCall, TraceSplice, UnaryCall
 from januslens.errors import JanuslensError, StreamInterrupted
 from januslens.v1 import gradient_lens_pb2, service_pb2, trace_pb2
 

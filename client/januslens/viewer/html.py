@@ -20,9 +20,8 @@ from typing import Literal
 
 from google.protobuf.message import Message
 
-from januslens._results.json_lines import json_line
-from januslens._results.token_text import OPEN_BOX
-from januslens._results.tokens import Token
+from januslens._results.exports import json_line
+from januslens._results.tokens import OPEN_BOX, Token
 from januslens.v1 import edits_pb2, gradient_lens_pb2, trace_pb2
 
 View = Literal["trace", "gradient", "live"]

@@ -43,7 +43,7 @@ export function measure(value: number, digits = 3): string {
   return String(Number(value.toPrecision(digits)).toExponential()).replace(/-(\d)$/, '-0$1')
 }
 
-// The names of the kinds, as the command has them in `cli/show/words.py`.
+// The names of the kinds, as the client has them in `_presentation.py`.
 const NAMES: Record<string, string> = {
   BLOCK_INPUT: 'embedding',
   ATTENTION_INPUT: 'attention’s input',

@@ -1,0 +1,273 @@
+"""Assemble the messages of a stream into a result, and read recorded streams.
+
+A stream is complete only with its summary; `sequence` counts 0, 1, 2 ...; a layer or a matrix may
+span several messages, the last of which is marked; a token's text comes once, with the first
+message that needs it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar, Generic, Protocol, TypeVar
+
+from google.protobuf.json_format import Parse
+
+from januslens._results.gradient import Gradient, GradientHeader, GradientSummary
+from januslens._results.kinds import MATRIX_KINDS
+from januslens._results.matrices import Matrix
+from januslens._results.tokens import TokenTable
+from januslens._results.trace import LayerGraph, Trace, TraceHeader, TraceSummary
+from januslens.errors import (
+    ErrorDetails,
+    GradientInterrupted,
+    ProtocolViolation,
+    StreamInterrupted,
+    TraceInterrupted,
+)
+from januslens.v1 import gradient_lens_pb2, trace_pb2
+
+
+class Sequenced(Protocol):
+    """A message of a stream."""
+
+    @property
+    def sequence(self) -> int:
+        """Its place in the stream, from 0."""
+
+
+ResponseT = TypeVar("ResponseT", bound=Sequenced)
+EventT = TypeVar("EventT")
+ResultT = TypeVar("ResultT")
+
+
+class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
+    """Takes a stream's messages one by one and gives back what they complete."""
+
+    interrupted: ClassVar[type[StreamInterrupted]]
+
+    def __init__(self) -> None:
+        self.responses: list[ResponseT] = []
+        self.tokens = TokenTable()
+        self.request_id = ""
+
+    def feed(self, response: ResponseT) -> EventT | None:
+        """Take the next message; return the event that it completes, if it does.
+
+        Raises:
+            ProtocolViolation: It is not the next message, or does not continue the one before.
+        """
+        due = len(self.responses)
+        if response.sequence != due:
+            raise self.violation(f"expected message {due} of the stream; got {response.sequence}")
+        self.responses.append(response)
+        return self._read(response)
+
+    def result(self) -> ResultT:
+        """The whole.
+
+        Raises:
+            StreamInterrupted: The summary has not come; `partial` holds what has.
+            ProtocolViolation: The summary came, but no header.
+        """
+        if not self.complete:
+            raise self.interruption()
+        whole = self.partial()
+        if whole is None:
+            raise self.violation("expected a header before the summary; got none")
+        return whole
+
+    def interruption(self, text: str | None = None) -> StreamInterrupted:
+        """The error to raise where the stream ends before its summary."""
+        details = ErrorDetails("DATA_LOSS", "STREAM_INTERRUPTED", self.request_id, retry_after=0.0)
+        came = f"the stream ended after {len(self.responses)} messages, without its summary"
+        return self.interrupted(text or came, details, self.partial())
+
+    def violation(self, text: str) -> ProtocolViolation:
+        """The error to raise where the stream is not what the contract allows."""
+        details = ErrorDetails("DATA_LOSS", "PROTOCOL_VIOLATION", self.request_id)
+        return ProtocolViolation(text, details, self.partial())
+
+    @abstractmethod
+    def partial(self) -> ResultT | None:
+        """What has come so far; None before the header."""
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether the summary has come."""
+
+    @abstractmethod
+    def _read(self, response: ResponseT) -> EventT | None:
+        """Read a message that is in its place; None if it completes nothing, or is unknown."""
+
+
+TraceEvent = TraceHeader | LayerGraph | TraceSummary
+
+
+class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
+    """Joins the messages of a Trace into its header, layers and summary."""
+
+    interrupted = TraceInterrupted
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._header: trace_pb2.TraceHeader | None = None
+        self._layers: list[LayerGraph] = []
+        self._summary: TraceSummary | None = None
+        self._pending: trace_pb2.LayerGraph | None = None
+
+    def partial(self) -> Trace | None:
+        """The layers that are complete so far; None before the header."""
+        if self._header is None:
+            return None
+        # Read again at the end: a target's text may have come with a later layer.
+        header = TraceHeader.from_message(self._header, self.tokens)
+        return Trace.from_parts(header, self._layers, self._summary, self.responses)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the summary has come."""
+        return self._summary is not None
+
+    def _read(self, response: trace_pb2.TraceResponse) -> TraceEvent | None:
+        match response.WhichOneof("event"):
+            case "header":
+                return self._read_header(response.header)
+            case "layer":
+                return self._read_layer(response.layer)
+            case "summary":
+                return self._read_summary(response.summary)
+            case _:  # an event of a newer server's
+                return None
+
+    def _read_header(self, message: trace_pb2.TraceHeader) -> TraceHeader:
+        self._header = message
+        self.request_id = message.request_id
+        self.tokens.add(message.prompt_tokens)
+        self.tokens.add(message.tokens)
+        return TraceHeader.from_message(message, self.tokens)
+
+    def _read_layer(self, message: trace_pb2.LayerGraph) -> LayerGraph | None:
+        self.tokens.add(message.tokens)
+        if self._pending is None:
+            self._pending = trace_pb2.LayerGraph()
+        elif self._pending.layer != message.layer:
+            raise self.violation(
+                f"expected the rest of layer {self._pending.layer}; got layer {message.layer}"
+            )
+        self._pending.MergeFrom(message)
+        if not message.last:
+            return None
+        layer = LayerGraph.from_message(self._pending, self.tokens, self._layers)
+        self._pending = None
+        self._layers.append(layer)
+        return layer
+
+    def _read_summary(self, message: trace_pb2.TraceSummary) -> TraceSummary:
+        if self._pending is not None:
+            raise self.violation(f"expected the rest of layer {self._pending.layer}; got the end")
+        self._summary = TraceSummary.from_message(message)
+        return self._summary
+
+
+GradientEvent = GradientHeader | Matrix | GradientSummary
+
+
+class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, GradientEvent, Gradient]):
+    """Joins the messages of a GradientLens into its header, matrices and summary."""
+
+    interrupted = GradientInterrupted
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._header: gradient_lens_pb2.GradientHeader | None = None
+        self._matrices: list[Matrix] = []
+        self._summary: GradientSummary | None = None
+        self._pending: gradient_lens_pb2.GradientMatrix | None = None
+
+    def partial(self) -> Gradient | None:
+        """The matrices that are complete so far; None before the header."""
+        if self._header is None:
+            return None
+        # Read again at the end: a target's text may have come with a later matrix.
+        header = GradientHeader.from_message(self._header, self.tokens)
+        return Gradient.from_parts(header, self._matrices, self._summary, self.responses)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the summary has come."""
+        return self._summary is not None
+
+    def _read(self, response: gradient_lens_pb2.GradientLensResponse) -> GradientEvent | None:
+        match response.WhichOneof("event"):
+            case "header":
+                return self._read_header(response.header)
+            case "matrix":
+                return self._read_matrix(response.matrix)
+            case "summary":
+                return self._read_summary(response.summary)
+            case _:  # an event of a newer server's
+                return None
+
+    def _read_header(self, message: gradient_lens_pb2.GradientHeader) -> GradientHeader:
+        self._header = message
+        self.request_id = message.request_id
+        self.tokens.add(message.prompt_tokens)
+        self.tokens.add(message.tokens)
+        return GradientHeader.from_message(message, self.tokens)
+
+    def _read_matrix(self, message: gradient_lens_pb2.GradientMatrix) -> Matrix | None:
+        self.tokens.add(message.tokens)
+        if self._pending is None:
+            self._pending = gradient_lens_pb2.GradientMatrix()
+        elif _which(self._pending) != _which(message):
+            raise self.violation(
+                f"expected the rest of {_which(self._pending)}; got {_which(message)}"
+            )
+        self._pending.MergeFrom(message)
+        if not message.last:
+            return None
+        matrix = Matrix.from_message(self._pending, self.tokens)
+        self._pending = None
+        self._matrices.append(matrix)
+        return matrix
+
+    def _read_summary(self, message: gradient_lens_pb2.GradientSummary) -> GradientSummary:
+        if self._pending is not None:
+            raise self.violation(f"expected the rest of {_which(self._pending)}; got the end")
+        self._summary = GradientSummary.from_message(message)
+        return self._summary
+
+
+def _which(message: gradient_lens_pb2.GradientMatrix) -> str:
+    expert = f".e{message.expert}" if message.HasField("expert") else ""
+    return f"L{message.layer}{expert}.{MATRIX_KINDS.member(message.kind)}"
+
+
+def read_trace(lines: Iterable[str]) -> Trace:
+    """The trace of a recorded stream, e.g. an open file: one message a line.
+
+    Raises:
+        StreamInterrupted: The recording has no summary; its `partial` is what there is.
+        ProtocolViolation: A message is missing.
+        google.protobuf.json_format.ParseError: A line is no message of a Trace.
+    """
+    assembler = TraceAssembler()
+    for line in lines:
+        assembler.feed(Parse(line, trace_pb2.TraceResponse()))
+    return assembler.result()
+
+
+def read_gradient(lines: Iterable[str]) -> Gradient:
+    """The gradient of a recorded stream, e.g. an open file: one message a line.
+
+    Raises:
+        StreamInterrupted: The recording has no summary; its `partial` is what there is.
+        ProtocolViolation: A message is missing.
+        google.protobuf.json_format.ParseError: A line is no message of a GradientLens.
+    """
+    assembler = GradientAssembler()
+    for line in lines:
+        assembler.feed(Parse(line, gradient_lens_pb2.GradientLensResponse()))
+    return assembler.result()

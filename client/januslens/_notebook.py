@@ -1,0 +1,380 @@
+"""The HTML that a notebook shows for each kind of result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from xml.etree.ElementTree import Element
+
+from januslens import _html as cells
+from januslens import _presentation as presentation
+from januslens._html import Child, cut, document, element, heading, literal, note, table
+from januslens._results.edits import EditPreview
+from januslens._results.gradient import Gradient
+from januslens._results.graph import Part
+from januslens._results.kinds import MatrixKind, NodeKind, Side
+from januslens._results.matrices import Component, Matrix
+from januslens._results.models import Model, Models
+from januslens._results.neurons import FoundNeurons
+from januslens._results.rendering import PageFrame, notebook_html
+from januslens._results.tokens import Token, Tokens
+from januslens._results.trace import LayerGraph, PositionTarget, Trace
+from januslens._results.vectors import Projection, Projections
+
+_TOKENS = 3
+_ROWS = 8
+_POSITIONS = 12
+
+
+@notebook_html.register
+def trace_html(trace: Trace) -> str:
+    """The residual stream over the layers, and what brought the target."""
+    parts: list[Element] = [heading("Trace", trace.prompt_tokens, trace.provenance)]
+    if len(trace.targets) > 1:
+        parts.append(_residual_grid(trace))
+    if trace.targets:
+        target = trace.target()
+        parts += [
+            cells.sentence(presentation.target_sentence(trace, target), [target.target]),
+            _emergence(trace, target),
+            _contributions(trace),
+        ]
+    hint = note("show() opens the interactive page; nodes and edges are pandas frames")
+    return document(*parts, *cut(trace.summary is not None), hint)
+
+
+@notebook_html.register
+def layer_html(layer: LayerGraph) -> str:
+    """One layer: its heads and its neurons, largest share first."""
+    positions = sorted({node.position for node in layer.node_list if node.position is not None})
+    parts = [element("p", element("b", f"Layer {layer.layer}"))]
+    for position in positions[-1:]:
+        where = f"at position {position}"
+        parts.append(_shares(f"Heads {where}", layer.heads(position)[:_ROWS]))
+        parts.append(_shares(f"Neurons {where}", layer.neurons(position)[:_ROWS]))
+    return document(*parts, note("share: of all heads, or of the MLP's result"))
+
+
+def _residual_grid(trace: Trace) -> Element:
+    """Layers upward, positions across: the top token, coloured by the target's rank."""
+    positions = [target.position for target in trace.targets][-_POSITIONS:]
+    found = {
+        (node.layer, node.position): node
+        for node in trace.nodes_of(NodeKind.BLOCK_OUTPUT)
+        if node.projection
+    }
+
+    def cell(layer: int, position: int) -> Element:
+        node = found.get((layer, position))
+        read = node.projection if node else None
+        top = [cells.tokens(read.top_tokens[:1])] if read else []
+        return cells.rank_cell(
+            top, read.target_rank if read else None, trace.header.sizes.vocab_size
+        )
+
+    made = table(
+        "The residual stream after each layer",
+        [
+            ">layer",
+            *(presentation.token_at(position, trace.prompt_tokens) for position in positions),
+        ],
+        (
+            [str(layer.layer), *(cell(layer.layer, position) for position in positions)]
+            for layer in reversed(trace.layers)
+        ),
+    )
+    made.set("class", "m")
+    return element("div", made, note("top token; the darker, the higher its position's target"))
+
+
+def _emergence(trace: Trace, target: PositionTarget) -> Element:
+    rows = (row for layer in trace.layers for row in _residual_rows(trace, layer, target))
+    headings = (">layer", "residual", "top tokens", ">rank", "probability", ">logit")
+    return table(f"How {target.target} emerges", headings, rows)
+
+
+def _residual_rows(
+    trace: Trace, layer: LayerGraph, target: PositionTarget
+) -> Iterator[Iterable[Child]]:
+    for place, step in enumerate(presentation.residual_steps(trace, layer, target.position)):
+        read = step.node.projection
+        if read:
+            yield (
+                "" if place else str(layer.layer),
+                step.name,
+                cells.tokens(read.top_tokens[:_TOKENS], [target.target]),
+                cells.rank(read.target_rank),
+                cells.probability_bar(read.target_probability),
+                cells.signed(step.added.logit_contribution if step.added else None),
+            )
+
+
+def _contributions(trace: Trace) -> Element:
+    if not any(edge.logit_contribution is not None for edge in trace.edge_list):
+        return note("no logit contributions were asked for")
+    rows = (
+        (
+            cells.signed(part.logit_contribution),
+            presentation.node_name(part.node, trace.prompt_tokens),
+            cells.tokens(presentation.written_tokens(part.node)[:_TOKENS], [trace.target().target]),
+        )
+        for part in trace.contributions()[:_ROWS]
+    )
+    return table("What adds most to its logit", (">logit", "part", "says"), rows)
+
+
+def _shares(title: str, parts: Iterable[Part]) -> Element:
+    rows = (
+        (
+            cells.percent(part.share),
+            cells.signed(part.logit_contribution),
+            presentation.node_name(part.node, ()),
+            cells.tokens(presentation.written_tokens(part.node)[:_TOKENS]),
+        )
+        for part in parts
+    )
+    return table(title, (">share", ">logit", "part", "says"), rows)
+
+
+@notebook_html.register
+def gradient_html(gradient: Gradient) -> str:
+    """What a step imprints and which way it shifts, layer by layer and position by position."""
+    header = gradient.header
+    kinds = dict.fromkeys(matrix.kind for matrix in gradient.matrices)
+    order = list(MatrixKind)
+    pictures = [_factor_grid(gradient, kind) for kind in sorted(kinds, key=order.index)]
+    return document(
+        heading("Gradient", gradient.prompt_tokens, gradient.provenance),
+        cells.sentence(presentation.loss_sentence(gradient), header.targets),
+        *pictures,
+        *cut(gradient.summary is not None),
+        note("show() opens the interactive page; to_pandas() is a frame of the components"),
+    )
+
+
+@notebook_html.register
+def matrix_html(matrix: Matrix) -> str:
+    """One matrix: its largest components."""
+    imprint = matrix.projected_side is Side.INPUT
+    readings = ("imprints",) if imprint else ("promotes", "suppresses")
+    rows = (_component_row(component, imprint) for component in matrix.components[:_ROWS])
+    shown = min(len(matrix.components), _ROWS)
+    return document(
+        table(
+            f"{matrix.name} [{matrix.d_in}, {matrix.d_out}]: "
+            f"norm {presentation.measure(matrix.frobenius_norm)}, "
+            f"{shown} of {matrix.component_count} components",
+            (">position", ">|x|", ">|δ|", ">size", *readings),
+            rows,
+        )
+    )
+
+
+def _component_row(component: Component, imprint: bool) -> Iterator[Child]:
+    yield str(component.position)
+    for norm in (component.input_norm, component.vjp_norm, component.size):
+        yield presentation.measure(norm)
+    for found in _readings(component, imprint):
+        yield cells.tokens(found[:_TOKENS])
+
+
+def _readings(component: Component, imprint: bool) -> list[tuple[Token, ...]]:
+    if imprint:
+        return [component.projection.top_tokens if component.projection else ()]
+    return [component.promoted, component.suppressed]
+
+
+def _factor_grid(gradient: Gradient, kind: MatrixKind) -> Element:
+    matrices = gradient.of_kind(kind)
+    imprint = matrices[0].projected_side is Side.INPUT
+    positions = list(range(len(gradient.prompt_tokens)))[-_POSITIONS:]
+    # Of several experts' components at one position the largest stands for all.
+    found = {
+        (matrix.layer, part.position): part
+        for matrix in matrices
+        for part in sorted(matrix.components, key=lambda part: part.size)
+    }
+    largest = max((part.vjp_norm for part in found.values()), default=0.0)
+    layers = sorted({matrix.layer for matrix in matrices}, reverse=True)
+    made = table(
+        f"{kind}: " + ("what a step imprints" if imprint else "which way a step shifts"),
+        [
+            ">layer",
+            *(presentation.token_at(position, gradient.prompt_tokens) for position in positions),
+        ],
+        (
+            [
+                str(layer),
+                *(
+                    _factor_cell(found.get((layer, position)), imprint, largest)
+                    for position in positions
+                ),
+            ]
+            for layer in layers
+        ),
+    )
+    made.set("class", "m")
+    says = "x's top token" if imprint else "δ's ▲ top and ▼ bottom token; a descent step promotes"
+    says += "" if imprint else " the underlined one"
+    scale = f"colour: |δ|, square-root scale, 0 to {presentation.measure(largest)}"
+    return element("div", made, note(f"{says}; {scale}"))
+
+
+def _factor_cell(component: Component | None, imprint: bool, largest: float) -> Element:
+    if component is None or component.size == 0:
+        return element("td", "·", classes="h d")
+    lines: list[Child] = [cells.tokens(_ends(component)[0][:1])] if imprint else _marked(component)
+    return cells.norm_cell(lines, component.vjp_norm, largest)
+
+
+def _marked(component: Component) -> list[Child]:
+    """Both ends as on the gradient's page, the one that a descent step promotes emphasised."""
+    return [
+        element("span", mark, cells.tokens(end[:1], component.promoted[:1]))
+        for mark, end in zip(("▲ ", "▼ "), _ends(component), strict=True)
+    ]
+
+
+def _ends(component: Component) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
+    projection = component.projection
+    return (projection.top_tokens, projection.bottom_tokens) if projection else ((), ())
+
+
+@notebook_html.register
+def preview_html(preview: EditPreview) -> str:
+    """One row a prompt, before and after."""
+    rows = (
+        (
+            literal(effect.label) if effect.label else "the edited prompt",
+            cells.tokens([effect.target]),
+            cells.probability_bar(effect.probability_before),
+            cells.probability_bar(effect.probability_after),
+            f"{effect.rank_before} → {effect.rank_after}",
+            element(
+                "span",
+                cells.tokens([effect.predicted_before]),
+                " → ",
+                cells.tokens([effect.predicted_after]),
+            ),
+            f"{effect.kl_bits:.3g}",
+        )
+        for effect in (preview.edited, *preview.probes)
+    )
+    headings = ("prompt", "target", "before", "after", ">rank", "prediction", ">KL, bits")
+    return document(
+        table("What the edit would do", headings, rows),
+        note("before, after: the target's probability; KL: how far the whole distribution moves"),
+    )
+
+
+@notebook_html.register
+def neurons_html(found: FoundNeurons) -> str:
+    """One row a neuron."""
+    verb = "suppress" if found.suppressed else "promote"
+    rows = (
+        (
+            str(hit),
+            cells.rank(hit.rank),
+            cells.signed(hit.logit),
+            cells.tokens(_neuron_tokens(hit.value, found.suppressed), [found.token]),
+        )
+        for hit in found.neurons
+    )
+    title = f"{len(found.neurons)} of {found.total} neurons that {verb} {found.token}"
+    end = "bottom" if found.suppressed else "top"
+    return document(
+        table(title, ("neuron", ">rank", ">logit", f"the value's {end} tokens"), rows),
+        note(f"rank 0 being the {end}"),
+    )
+
+
+def _neuron_tokens(value: Projection, suppressed: bool) -> tuple[Token, ...]:
+    return value.bottom_tokens if suppressed else value.top_tokens
+
+
+@notebook_html.register
+def projections_html(projections: Projections) -> str:
+    """One row a vector."""
+    rows = (
+        (
+            str(row),
+            cells.tokens(read.top_tokens),
+            cells.tokens(read.bottom_tokens),
+            f"{read.entropy_bits:.2f}",
+            cells.rank(read.target_rank),
+        )
+        for row, read in enumerate(projections)
+    )
+    headings = (">row", "top", "bottom", ">entropy, bits", ">target's rank")
+    return document(table("Logit lens", headings, rows))
+
+
+@notebook_html.register
+def tokens_html(tokens: Tokens) -> str:
+    """One row a token."""
+    rows = (
+        (str(place), str(token.id), literal(str(token)), literal(token.raw.hex(" ")))
+        for place, token in enumerate(tokens)
+    )
+    return document(table("Tokens", (">position", ">id", "token", "bytes"), rows))
+
+
+@notebook_html.register
+def models_html(models: Models) -> str:
+    """One row a model: its state, sizes and what its self-check found."""
+    headings = (
+        "model",
+        "state",
+        "architecture",
+        ">layers",
+        ">heads",
+        ">d_model",
+        ">d_mlp",
+        ">vocab",
+        ">context",
+        "checks",
+    )
+    return document(table("Models", headings, map(_model_row, models)))
+
+
+def _model_row(model: Model) -> tuple[Child, ...]:
+    sizes = (
+        model.n_layers,
+        model.n_heads,
+        model.d_model,
+        model.d_mlp,
+        model.vocab_size,
+        model.max_positions,
+    )
+    broken = [guarantee.name for guarantee in model.guarantees if not guarantee.held]
+    checks = f"failed: {', '.join(broken)}" if broken else f"{len(model.guarantees)} held"
+    return (
+        literal(model.name),
+        model.state,
+        model.provenance.architecture,
+        *(str(size) if size else "" for size in sizes),
+        literal(model.state_reason or checks),
+    )
+
+
+@notebook_html.register
+def projection_html(projection: Projection) -> str:
+    """One row."""
+    return projections_html(Projections([projection]))
+
+
+@notebook_html.register
+def model_html(model: Model) -> str:
+    """One row."""
+    return models_html(Models([model]))
+
+
+@notebook_html.register
+def frame_html(page: PageFrame) -> str:
+    """A page in a frame of its own."""
+    frame = element(
+        "iframe",
+        srcdoc=page.html,
+        sandbox="allow-scripts allow-downloads allow-popups",
+        style=f"width:100%;height:{page.height}px;border:1px solid rgba(128,128,128,.35)",
+    )
+    return document(frame)

@@ -1,1 +1,0 @@
-"""Results as notebooks show them: compact HTML that needs no script and no network."""

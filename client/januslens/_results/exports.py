@@ -1,0 +1,254 @@
+"""Results as pandas frames, networkx graphs, safetensors files and JSON lines."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import Message
+from numpy.typing import NDArray
+
+from januslens._results.matrices import Component
+from januslens._results.nodes import Edge, Node
+from januslens._results.tokens import Token, xml_text
+
+if TYPE_CHECKING:
+    import networkx as nx
+    import pandas as pd
+
+    from januslens._results.matrices import Matrix
+    from januslens._results.neurons import NeuronHit
+
+
+def require(library: str, extra: str, purpose: str) -> Any:
+    """Import `library`, or say which extra of this distribution brings it.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        return importlib.import_module(library)
+    except ModuleNotFoundError as error:
+        if error.name != library.partition(".")[0]:
+            raise  # the library is there, but broken
+        message = f"{purpose} needs {library}: pip install 'januslens[{extra}]'"
+        raise ModuleNotFoundError(message, name=error.name) from error
+
+
+def json_line(message: Message) -> str:
+    """One message as one line, without its line break.
+
+    Keys are sorted: protobuf leaves the order of a map's entries open, and equal messages should
+    give equal lines.
+    """
+    return MessageToJson(message, indent=None, sort_keys=True)
+
+
+def json_lines(messages: Iterable[Message]) -> Iterator[str]:
+    """Each message as one line."""
+    return map(json_line, messages)
+
+
+_COUNTS = ("layer", "position", "head", "source_position", "neuron", "expert", "target_rank")
+_MEASURES = (
+    "norm",
+    "activation",
+    "top_probability",
+    "entropy_bits",
+    "target_probability",
+    "target_logit",
+)
+_NODE_FIELDS = [f.name for f in fields(Node) if f.name not in ("projection", "vector")]
+_EDGE_FIELDS = [f.name for f in fields(Edge)]
+
+
+def node_frame(nodes: Iterable[Node]) -> pd.DataFrame:
+    """One row a node, indexed by id; what a node has not is missing (`pd.NA`, NaN or None)."""
+    pandas = require("pandas", "analysis", "a frame of nodes")
+    rows = [_node_row(node) for node in nodes]
+    columns = [*_NODE_FIELDS, *_projection_row(None)]
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=columns).set_index("id")
+    return frame.astype(dict.fromkeys(_COUNTS, "Int64") | dict.fromkeys(_MEASURES, "float64"))
+
+
+def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:
+    """One row an edge."""
+    pandas = require("pandas", "analysis", "a frame of edges")
+    rows = [_edge_row(edge) for edge in edges]
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=_EDGE_FIELDS)
+    measured = ["weight", "share", "attention", "logit_contribution", "overlap"]
+    return frame.astype(dict.fromkeys(measured, "float64"))
+
+
+def directed_graph(
+    known: Mapping[str, Node], nodes: Iterable[Node], edges: Iterable[Edge]
+) -> nx.MultiDiGraph[str]:
+    """Node ids with attributes; two nodes may be joined by edges of several kinds (the key).
+
+    Attributes are numbers and strings, so that networkx's GraphML, GEXF and JSON writers accept
+    them: lists of tokens are JSON, and characters that XML cannot hold are escaped.
+    """
+    networkx = require("networkx", "analysis", "a graph")
+    graph: nx.MultiDiGraph[str] = networkx.MultiDiGraph()
+    for node in nodes:
+        graph.add_node(node.id, **_present(_node_row(node), without="id"))
+    for edge in edges:
+        if edge.source not in graph:  # an earlier layer's output, in the view of one layer
+            graph.add_node(edge.source, **_present(_node_row(known[edge.source]), without="id"))
+        attributes = _present(_edge_row(edge), without="source target")
+        graph.add_edge(edge.source, edge.target, key=str(edge.kind), **attributes)
+    return graph
+
+
+def _node_row(node: Node) -> dict[str, Any]:
+    row = {name: getattr(node, name) for name in _NODE_FIELDS}
+    return row | {"kind": str(node.kind)} | _projection_row(node)
+
+
+def _projection_row(node: Node | None) -> dict[str, Any]:
+    """The reading of a node; every column is there, whether the node has one or not."""
+    read = node.projection if node else None
+    return {
+        "top_token": read.top[0].token.text if read and read.top else None,
+        "top_probability": read.top[0].probability if read and read.top else None,
+        "top_tokens": [token.text for token in read.top_tokens] if read else None,
+        "bottom_tokens": [token.text for token in read.bottom_tokens] if read else None,
+        "entropy_bits": read.entropy_bits if read else None,
+        "target_rank": read.target_rank if read else None,
+        "target_probability": read.target_probability if read else None,
+        "target_logit": read.target_logit if read else None,
+    }
+
+
+def _edge_row(edge: Edge) -> dict[str, Any]:
+    row = {name: getattr(edge, name) for name in _EDGE_FIELDS}
+    return row | {"kind": str(edge.kind)}
+
+
+def _present(row: Mapping[str, Any], without: str) -> dict[str, Any]:
+    left_out = without.split()
+    return {
+        name: _attribute(value)
+        for name, value in row.items()
+        if value is not None and name not in left_out
+    }
+
+
+def _attribute(value: Any) -> Any:
+    if isinstance(value, list):
+        return json.dumps([xml_text(text) for text in value], ensure_ascii=False)
+    return xml_text(value) if isinstance(value, str) else value
+
+
+def component_frame(matrices: Iterable[Matrix], prompt_tokens: Sequence[Token]) -> pd.DataFrame:
+    """One row a component; `token` is missing where the prompt's tokens are not known."""
+    pandas = require("pandas", "analysis", "a frame of components")
+    rows = [
+        _component_row(matrix, component, prompt_tokens)
+        for matrix in matrices
+        for component in matrix.components
+    ]
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=_COMPONENT_COLUMNS)
+    return frame.astype(dict.fromkeys(("expert", "predicted_rank", "target_rank"), "Int64"))
+
+
+_COMPONENT_COLUMNS = [
+    "layer",
+    "kind",
+    "expert",
+    "position",
+    "token",
+    "input_norm",
+    "vjp_norm",
+    "size",
+    "promoted",
+    "suppressed",
+    "top_tokens",
+    "bottom_tokens",
+    "predicted_rank",
+    "target_rank",
+    "entropy_bits",
+]
+
+
+def _component_row(
+    matrix: Matrix, component: Component, prompt_tokens: Sequence[Token]
+) -> list[Any]:
+    read = component.projection
+    known = component.position < len(prompt_tokens)
+    return [
+        matrix.layer,
+        str(matrix.kind),
+        matrix.expert,
+        component.position,
+        prompt_tokens[component.position].text if known else None,
+        component.input_norm,
+        component.vjp_norm,
+        component.size,
+        _texts(component.promoted),
+        _texts(component.suppressed),
+        _texts(read.top_tokens) if read else None,
+        _texts(read.bottom_tokens) if read else None,
+        component.predicted_rank,
+        component.target_ranks[0] if component.target_ranks else None,
+        read.entropy_bits if read else None,
+    ]
+
+
+def _texts(tokens: Iterable[Token]) -> list[str]:
+    return [token.text for token in tokens]
+
+
+_NEURON_COLUMNS = [
+    "layer",
+    "expert",
+    "neuron",
+    "rank",
+    "logit",
+    "probability",
+    "top_tokens",
+    "bottom_tokens",
+    "entropy_bits",
+]
+
+
+def neuron_frame(neurons: Iterable[NeuronHit]) -> pd.DataFrame:
+    """One row a neuron; `expert` is missing where the MLP is a plain one."""
+    pandas = require("pandas", "analysis", "a frame of neurons")
+    frame: pd.DataFrame = pandas.DataFrame(
+        [_neuron_row(hit) for hit in neurons], columns=_NEURON_COLUMNS
+    )
+    return frame.astype({"expert": "Int64"})
+
+
+def _neuron_row(hit: NeuronHit) -> list[Any]:
+    return [
+        hit.layer,
+        hit.expert,
+        hit.neuron,
+        hit.rank,
+        hit.logit,
+        hit.value.target_probability,
+        [token.text for token in hit.value.top_tokens],
+        [token.text for token in hit.value.bottom_tokens],
+        hit.value.entropy_bits,
+    ]
+
+
+def save_factors(matrices: Iterable[Matrix], path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write `NAME.input`, `NAME.vjp` and `NAME.position` of every matrix."""
+    files = require("safetensors.numpy", "analysis", "saving factors")
+    arrays: dict[str, NDArray[np.generic]] = {}
+    for matrix in matrices:
+        inputs, vjps = matrix.factors()
+        positions = [component.position for component in matrix.components]
+        arrays[f"{matrix.name}.input"] = inputs
+        arrays[f"{matrix.name}.vjp"] = vjps
+        arrays[f"{matrix.name}.position"] = np.array(positions, np.int64)
+    files.save_file(arrays, path, metadata=dict(metadata))

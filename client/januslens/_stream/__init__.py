@@ -1,1 +1,0 @@
-"""Putting streams together, without any input or output of their own."""

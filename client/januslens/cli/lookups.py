@@ -1,0 +1,225 @@
+"""The commands `models`, `tokenize`, `neurons` and `project`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from januslens import _presentation as presentation
+from januslens._client import Client
+from januslens._results.exports import require
+from januslens._results.models import Model
+from januslens._results.neurons import FoundNeurons, NeuronHit
+from januslens._results.vectors import Projection
+from januslens.cli.options import COUNT, LENS, layer_list, model_option, usage_errors, with_client
+from januslens.cli.tables import (
+    console,
+    labelled,
+    rank_cell,
+    section,
+    signed_cell,
+    steps,
+    table,
+    tokens_cell,
+)
+
+_STATE_STYLES = {"READY": "green", "FAILED": "red", "LOADING": "yellow"}
+
+
+@click.command()
+@with_client
+def models(client: Client, as_json: bool) -> None:
+    """List the models with their state, sizes and self-checks."""
+    found = client.list_models()
+    if as_json:
+        return
+    out = console()
+    out.print(_models_table(found))
+    for model in found:
+        if model.state_reason:
+            out.print(f"{model.name}: {model.state_reason}")
+
+
+def _models_table(models: list[Model]) -> Table:
+    grid = table("name", "state", "architecture", "weights", "revision", ">layers", ">heads")
+    for heading in ("width", "neurons", "tokens", "context"):
+        grid.add_column(heading, justify="right")
+    grid.add_column("checks")
+    for model in models:
+        provenance = model.provenance
+        grid.add_row(
+            Text(model.name),
+            Text(model.state, _STATE_STYLES.get(model.state, "")),
+            Text(provenance.architecture),
+            Text(f"{provenance.data_type} on {provenance.device}" if model.ready else ""),
+            Text(provenance.revision[:8]),
+            *(Text(str(size)) if size else Text("") for size in _sizes(model)),
+            _checks(model),
+        )
+    return grid
+
+
+def _sizes(model: Model) -> tuple[int, ...]:
+    return (
+        model.n_layers,
+        model.n_heads,
+        model.d_model,
+        model.d_mlp,
+        model.vocab_size,
+        model.max_positions,
+    )
+
+
+def _checks(model: Model) -> Text:
+    """How many guarantees the self-check found held, and by name which did not."""
+    broken = [guarantee.name for guarantee in model.guarantees if not guarantee.held]
+    if broken:
+        return Text(f"failed: {', '.join(broken)}", "red")
+    return Text(f"{len(model.guarantees)} held" if model.guarantees else "")
+
+
+@click.command()
+@click.argument("text")
+@click.option("--special-tokens", is_flag=True, help="Read TEXT as a prompt, not as a target.")
+@click.option("--literal", is_flag=True, help="Read control tokens in TEXT as characters.")
+@model_option
+@with_client
+def tokenize(
+    client: Client, as_json: bool, /, *, text: str, special_tokens: bool, literal: bool, model: str
+) -> None:
+    """Show the tokens of TEXT, by position."""
+    with usage_errors():
+        tokens = client.tokenize(text, special_tokens=special_tokens, literal=literal, model=model)
+    if as_json:
+        return
+    grid = table(">position", ">id", "token", "bytes", ">characters")
+    for position, token in enumerate(tokens):
+        characters = "" if token.start is None else f"{token.start}-{token.end}"
+        grid.add_row(str(position), str(token.id), Text(str(token)), token.raw.hex(" "), characters)
+    console().print(grid)
+
+
+_NEURON_TOKENS = 5
+
+
+def show_found_neurons(found: FoundNeurons, out: Console) -> None:
+    """The token, how many neurons write it, and one row for each of the best."""
+    lines = labelled()
+    lines.add_row("token", Text(f"{found.token} ({found.token.id})"))
+    lines.add_row("model", Text(presentation.model_name(found.provenance), "dim"))
+    lines.add_row("found", Text(_found(found)))
+    out.print(lines)
+    if found.neurons:
+        end = "from the bottom" if found.suppressed else "from the top"
+        note = f"rank ({end}) and logit in the neuron's value, its row of FF2"
+        out.print(section(_title(found), _neurons_table(found), note))
+
+
+def _found(found: FoundNeurons) -> str:
+    counted = "1 neuron has" if found.total == 1 else f"{found.total} neurons have"
+    end = "bottom" if found.suppressed else "top"
+    shown = "" if len(found.neurons) == found.total else f", {len(found.neurons)} shown"
+    return f"{counted} it among the {end} {found.depth} tokens of their value{shown}"
+
+
+def _title(found: FoundNeurons) -> str:
+    verb = "suppress" if found.suppressed else "promote"
+    return f"The neurons that {verb} {found.token}"
+
+
+def _neurons_table(found: FoundNeurons) -> Table:
+    grid = table(">rank", ">logit", "neuron", "promotes", "suppresses")
+    for hit in found.neurons:
+        grid.add_row(*_neuron_row(hit, found))
+    return grid
+
+
+def _neuron_row(hit: NeuronHit, found: FoundNeurons) -> list[Text]:
+    return [
+        rank_cell(hit.rank),
+        signed_cell(hit.logit),
+        Text(str(hit), no_wrap=True),
+        tokens_cell(hit.value.top_tokens[:_NEURON_TOKENS], [found.token]),
+        tokens_cell(hit.value.bottom_tokens[:_NEURON_TOKENS], [found.token]),
+    ]
+
+
+@click.command()
+@click.argument("written", metavar="TOKEN")  # --token is another
+@click.option("--suppressed", is_flag=True, help="Those that push it to the bottom instead.")
+@click.option("--layers", callback=layer_list, help="E.g. 0-3,7; default: all.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Neurons at most."
+)
+@model_option
+@with_client
+def neurons(client: Client, as_json: bool, /, *, written: str, **asked: Any) -> None:
+    """Show the MLP neurons that promote TOKEN, whatever the prompt; a leading space counts.
+
+    A neuron's value is its row of FF2, what it writes when it fires.
+    """
+    with (
+        usage_errors(),
+        steps("searching the neurons"),
+    ):  # options are named as the verb's arguments
+        found = client.find_neurons(written, **asked)
+    if not as_json:
+        show_found_neurons(found, console())
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--name", help="Which tensor of a safetensors file; default: the only one.")
+@click.option("--target", help="Token to report the rank of; a leading space counts.")
+@click.option("--lens", type=LENS, default="final_norm", show_default=True)
+@click.option("--top-k", type=COUNT, help="How many of the most likely tokens.")
+@click.option("--bottom-k", type=COUNT, help="How many of the least likely tokens.")
+@model_option
+@with_client
+def project(
+    client: Client, as_json: bool, /, *, file: Path, name: str | None, **asked: Any
+) -> None:
+    """Read the vectors of FILE (.npy or .safetensors, [d_model] or [n, d_model])."""
+    with usage_errors():  # the other options are named as the verb's arguments
+        found = client.project(read_vectors(file, name), **asked)
+    if not as_json:
+        console().print(_projections_table(found))
+
+
+def read_vectors(file: Path, name: str | None) -> NDArray[np.generic]:
+    """The array of a .npy file, or one tensor of a .safetensors file.
+
+    Raises:
+        ValueError: It is neither, or which tensor is meant is not clear.
+    """
+    if file.suffix == ".npy":
+        array: NDArray[np.generic] = np.load(file, allow_pickle=False)
+        return array
+    if file.suffix != ".safetensors":
+        raise ValueError(f"expected a .npy or .safetensors file; got {file.name}")
+    safetensors = require("safetensors.numpy", "analysis", "reading safetensors")
+    tensors: dict[str, NDArray[np.generic]] = safetensors.load_file(file)
+    wanted = next(iter(tensors)) if name is None and len(tensors) == 1 else name
+    if wanted not in tensors:
+        raise ValueError(f"expected --name to be one of {', '.join(sorted(tensors))}; got {name}")
+    return tensors[wanted]
+
+
+def _projections_table(projections: list[Projection]) -> Table:
+    grid = table(">row", "top", "bottom", ">entropy, bits", ">target's rank")
+    for row, read in enumerate(projections):
+        grid.add_row(
+            str(row),
+            tokens_cell(read.top_tokens),
+            tokens_cell(read.bottom_tokens),
+            Text(f"{read.entropy_bits:.2f}"),
+            rank_cell(read.target_rank),
+        )
+    return grid

@@ -1,0 +1,299 @@
+"""Options that several commands share: connection, lists, pages, estimates; and Ctrl-C."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Concatenate, Literal, ParamSpec
+
+import click
+from google.protobuf.message import Message
+
+from januslens._client import Client
+from januslens._connection import DEFAULT_ADDRESS
+from januslens._requests import Text
+from januslens._results.exports import json_line
+from januslens._results.kinds import Lens, MatrixKind
+from januslens._results.models import CostEstimate
+from januslens.cli.tables import console, cost_table
+from januslens.errors import JanuslensError
+
+
+@contextmanager
+def interruptible(cancel: Callable[[], object]) -> Iterator[None]:
+    """Let the first Ctrl-C call `cancel` and end the block with `KeyboardInterrupt`.
+
+    Python raises it wherever the main thread is, and inside gRPC's compiled code it is at times
+    swallowed. So a thread of its own cancels as well: then the call fails, and that is the end.
+    """
+    interrupt = signal.getsignal(signal.SIGINT)
+    if not callable(interrupt) or threading.current_thread() is not threading.main_thread():
+        yield  # whoever runs us handles the signal
+        return
+    interrupted = threading.Event()
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            threading.Thread(target=cancel, name="interrupt", daemon=True).start()
+        interrupt(number, frame)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    except (JanuslensError, ValueError) as error:  # gRPC's ValueError: the channel is closed
+        if interrupted.is_set():
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+
+
+COUNT = click.IntRange(min=0)
+LENS = click.Choice([lens.lower() for lens in Lens if lens is not Lens.UNSPECIFIED])
+
+
+class Number(click.types.FloatParamType):
+    """A number of at least `minimum`: never NaN, and infinite only where that is allowed."""
+
+    def __init__(self, minimum: float | None = None, *, infinite: bool = False) -> None:
+        self._minimum = minimum
+        self._infinite = infinite
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """The value as a float."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number) or (math.isinf(number) and not self._infinite):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        if self._minimum is not None and number < self._minimum:
+            self.fail(f"{value!r} is less than {self._minimum:g}.", param, ctx)
+        return number
+
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+
+
+def prompt_argument(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the argument PROMPT and the options that say how to tokenize it."""
+
+    @functools.wraps(command)
+    def run(*args: Any, prompt: str, no_special_tokens: bool, literal: bool, **kwargs: Any) -> None:
+        command(*args, prompt=Text(prompt, not no_special_tokens, literal), **kwargs)
+
+    decorated: Callable[..., None] = run
+    for option in (
+        click.option("--literal", is_flag=True, help="Read control tokens in PROMPT as text."),
+        click.option(
+            "--no-special-tokens", is_flag=True, help="Add no special tokens, such as BOS."
+        ),
+        click.argument("prompt"),
+    ):
+        decorated = option(decorated)
+    return decorated
+
+
+def layer_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
+    """`0-3,7` as [0, 1, 2, 3, 7]: numbers and ranges, both ends included."""
+    if value is None:
+        return None
+    layers: list[int] = []
+    for piece in value.split(","):
+        match = _RANGE.fullmatch(piece.strip())
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise click.BadParameter(f"expected layers like 0-3,7; got {value!r}")
+        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return layers
+
+
+def position_list(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> list[int] | Literal["all"] | None:
+    """`-1,3` as [-1, 3], or `all`."""
+    if value is None or value == "all":
+        return value  # type: ignore[return-value]  # mypy does not narrow by equality
+    try:
+        return [int(piece) for piece in value.split(",")]
+    except ValueError:
+        message = f"expected positions like -1,3 or all; got {value!r}"
+        raise click.BadParameter(message) from None
+
+
+def matrix_list(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> list[MatrixKind] | None:
+    """`ff1,ff2` as the two kinds."""
+    if value is None:
+        return None
+    try:
+        return [MatrixKind.of(piece.strip()) for piece in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+P = ParamSpec("P")
+
+_FILE = click.Path(exists=True, dir_okay=False)
+
+# The options that are a client's arguments as they are.
+_CONNECTION = ("token", "secure", "root_certificates", "resume", "timeout")
+# A client's arguments, by name.
+Connection = dict[str, Any]
+
+_CONNECTION_OPTIONS = (
+    click.option(
+        "--server",
+        metavar="ADDR",
+        default=DEFAULT_ADDRESS,
+        envvar="JANUSLENS_SERVER",
+        show_default=True,
+        show_envvar=True,
+        help="Where the server listens.",
+    ),
+    click.option(
+        "--token",
+        envvar="JANUSLENS_TOKEN",
+        show_envvar=True,
+        help="Bearer token, where the server wants one.",
+    ),
+    click.option("--secure", is_flag=True, help="Encrypt, trusting the system's certificates."),
+    click.option(
+        "--root-certificates",
+        type=_FILE,
+        envvar="JANUSLENS_ROOT_CERTIFICATES",
+        show_envvar=True,
+        help="Encrypt, trusting the authorities in this PEM file.",
+    ),
+    click.option("--client-certificate", type=_FILE, help="PEM file that shows who asks."),
+    click.option("--client-key", type=_FILE, help="PEM file with the certificate's private key."),
+    click.option("--resume", is_flag=True, help="Ask another replica for the rest of a cut call."),
+    click.option(
+        "--timeout",
+        type=Number(0.001, infinite=True),
+        help="Maximum seconds to wait; default: no limit.",
+    ),
+)
+
+_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the responses: protobuf JSON, one a line."
+)
+
+model_option = click.option(
+    "--model", default="", metavar="NAME", help="Which model; default: the only one resident."
+)
+
+
+def with_connection(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options by which it reaches its server, as a client's arguments."""
+
+    @functools.wraps(command)
+    def run(
+        server: str,
+        client_certificate: str | None,
+        client_key: str | None,
+        **others: Any,
+    ) -> None:
+        connection = {name: others.pop(name) for name in _CONNECTION}
+        connection["address"] = server
+        connection["client_certificate"] = _pair(client_certificate, client_key)
+        command(connection, **others)
+
+    decorated: Callable[..., None] = run
+    for option in reversed(_CONNECTION_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callable[..., None]:
+    """Give a command a client of the server that its options name.
+
+    The command also learns whether it is to print JSON; the client then does so by itself.
+    """
+
+    @functools.wraps(command)
+    def run(connection: Connection, as_json: bool, *args: P.args, **kwargs: P.kwargs) -> None:
+        hook = _print_json if as_json else None
+        with (
+            Client(**connection, on_response=hook) as client,
+            interruptible(client.close),
+        ):
+            command(client, as_json, *args, **kwargs)
+
+    return with_connection(_json_option(run))
+
+
+def _pair(certificate: str | None, key: str | None) -> tuple[str, str] | None:
+    if certificate is None and key is None:
+        return None
+    if certificate is None or key is None:
+        message = "expected --client-certificate and --client-key together; got one of them"
+        raise click.UsageError(message, click.get_current_context())
+    return certificate, key
+
+
+def _print_json(message: Message) -> None:
+    click.echo(json_line(message))
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Arguments that the client refuses before it sends anything are wrong usage."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise click.UsageError(str(error), click.get_current_context()) from error
+
+
+page_option = click.option(
+    "--html",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write the answer as a page too: one file, to open in a browser.",
+)
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write a page, and say so beside the answer.
+
+    Raises:
+        click.FileError: The file cannot be written.
+    """
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise click.FileError(str(path), error.strerror) from error
+    click.echo(f"wrote {path} ({len(page.encode()) / 1e3:.0f} kB)", err=True)
+
+
+def not_both(as_json: bool, page: Path | None) -> None:
+    """Refuse a page beside JSON: a page asks for more than the stream that JSON records.
+
+    Raises:
+        click.UsageError: Both were asked for.
+    """
+    if as_json and page:
+        message = "expected --json or --html; got both"
+        raise click.UsageError(message, click.get_current_context())
+
+
+estimate_option = click.option(
+    "--estimate", is_flag=True, help="Say what it would take, without running it."
+)
+
+
+def show_estimate(
+    ask: Callable[..., CostEstimate], as_json: bool, prompt: Text, asked: Mapping[str, Any]
+) -> None:
+    """Ask with the options that are named as the verb's arguments, and print the answer."""
+    with usage_errors():
+        cost = ask(prompt, **asked)
+    if not as_json:
+        console().print(cost_table(cost))
