@@ -21,6 +21,15 @@ from januslens_server.results import EdgeKind, Node, NodeKind
 from januslens_server.specs import Selection
 
 ATTENTION_KINDS = RowKinds(NodeKind.ATTENTION_NEURON, NodeKind.ATTENTION_BIAS)
+# What needs the sources that heads attend to, and what needs the heads' results.
+_OF_MEMORIES = (NodeKind.MEMORY_KEY, NodeKind.MEMORY_VALUE, NodeKind.OTHER)
+_OF_HEADS = (NodeKind.HEAD_OUTPUT, NodeKind.ATTENTION_CONCAT, *_OF_MEMORIES)
+# Each input of the attention as a whole and by head.
+_INPUTS = (
+    (NodeKind.QUERY, NodeKind.HEAD_QUERY),
+    (NodeKind.KEY, NodeKind.HEAD_KEY),
+    (NodeKind.VALUE, NodeKind.HEAD_VALUE),
+)
 
 
 def add_attention(
@@ -33,11 +42,15 @@ def add_attention(
 ) -> str:
     """Add everything between the attention's input and its raw result; gives the latter's id."""
     row = head_row(flow.position, acts, weights)
-    outputs = torch.einsum("he,hed->hd", row.concat, weights.output)
     heads = _chosen(row.concat.norm(dim=-1), selection.heads)
     queries = _add_projections(flow, attention_input, acts, row, weights, heads)
+    if not flow.shows(*_OF_HEADS):
+        concat = flow.refer(Node(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer))
+        return _add_result(flow, concat, row, weights, selection, result)
+    outputs = torch.einsum("he,hed->hd", row.concat, weights.output)
     head_outputs = flow.nodes(_heads(flow, NodeKind.HEAD_OUTPUT, heads), outputs[heads.pick])
-    _add_memories(flow, queries, head_outputs, outputs, row, weights, heads, selection)
+    if flow.shows(*_OF_MEMORIES):
+        _add_memories(flow, queries, head_outputs, outputs, row, weights, heads, selection)
     concat = _add_concat(flow, head_outputs, outputs, heads)
     return _add_result(flow, concat, row, weights, selection, result)
 
@@ -70,25 +83,41 @@ def _add_projections(
     heads: _Heads,
 ) -> list[str]:
     """QUERY, KEY, VALUE and their heads at the position itself; gives HEAD_QUERY's ids."""
-    asking = row.asking.unflatten(0, (len(weights.key), -1))  # by key head and its query heads
+    shown = [flow.shows(*kinds) for kinds in _INPUTS]
+    position, layer = flow.position, flow.layer
+    if not any(shown):
+        return [flow.refer(node) for node in _heads(flow, NodeKind.HEAD_QUERY, heads)]
     pulled = torch.stack(
         [
-            torch.einsum("kge,kde->kgd", asking, weights.key).flatten(0, 1),
-            torch.einsum("he,hde->hd", row.matching[:, -1], weights.query),
-            torch.einsum("he,hed->hd", row.values[:, -1], weights.output),
+            pull(row, weights) if wanted else torch.zeros_like(weights.output[:, 0])
+            for pull, wanted in zip((_queries, _keys, _values), shown, strict=True)
         ]
     )
-    wholes = [NodeKind.QUERY, NodeKind.KEY, NodeKind.VALUE]
-    nodes = [Node(kind, flow.position, flow.layer) for kind in wholes]
-    whole_ids = flow.nodes(nodes, pulled.sum(1))
-    size = acts.attention_input[acts.row(flow.position)].float().norm().expand(3)
+    wholes = [whole for whole, _ in _INPUTS]
+    whole_ids = flow.nodes([Node(kind, position, layer) for kind in wholes], pulled.sum(1))
+    size = acts.attention_input[acts.row(position)].float().norm().expand(3)
     flow.edges(EdgeKind.PROJECT, [attention_input] * 3, whole_ids, size)
-    by_head = [NodeKind.HEAD_QUERY, NodeKind.HEAD_KEY, NodeKind.HEAD_VALUE]
     vectors = pulled[:, heads.pick].flatten(0, 1)
-    ids = flow.nodes([node for kind in by_head for node in _heads(flow, kind, heads)], vectors)
+    ids = flow.nodes([node for _, kind in _INPUTS for node in _heads(flow, kind, heads)], vectors)
     split = [whole for whole in whole_ids for _ in heads.numbers]
     flow.edges(EdgeKind.SPLIT, split, ids, vectors.norm(dim=-1))
     return ids[: len(heads.numbers)]
+
+
+def _queries(row: HeadRow, weights: AttentionWeights) -> torch.Tensor:
+    """HEAD_QUERY of all heads `[n_heads, d_model]`."""
+    asking = row.asking.unflatten(0, (len(weights.key), -1))  # by key head and its query heads
+    return torch.einsum("kge,kde->kgd", asking, weights.key).flatten(0, 1)
+
+
+def _keys(row: HeadRow, weights: AttentionWeights) -> torch.Tensor:
+    """HEAD_KEY of all heads `[n_heads, d_model]`."""
+    return torch.einsum("he,hde->hd", row.matching[:, -1], weights.query)
+
+
+def _values(row: HeadRow, weights: AttentionWeights) -> torch.Tensor:
+    """HEAD_VALUE of all heads `[n_heads, d_model]`."""
+    return torch.einsum("he,hed->hd", row.values[:, -1], weights.output)
 
 
 def _add_memories(
@@ -105,23 +134,31 @@ def _add_memories(
     pattern = row.pattern[heads.pick]
     sources = largest(pattern, selection.memory_values_per_head)
     count = sources.shape[1]
-    picked = sources[:, :, None].expand(-1, -1, row.values.shape[2])
     maps = weights.output[heads.pick]
-    matching, recalled = (x[heads.pick].gather(1, picked) for x in (row.matching, row.values))
-    keys = torch.einsum("kse,kde->ksd", matching, weights.query[heads.pick]).flatten(0, 1)
-    values = torch.einsum("kse,ked->ksd", recalled, maps).flatten(0, 1)
     places = (row.first + sources).tolist()
-    key_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_KEY, heads, places), keys)
-    value_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_VALUE, heads, places), values)
     attended = pattern.gather(1, sources).flatten()
-    asked = [query for query in head_queries for _ in range(count)]
-    flow.edges(EdgeKind.ATTEND, asked, key_ids, attended, attended)
-    flow.edges(EdgeKind.RECALL, key_ids, value_ids, attended, attended)
+
+    def of_sources(vectors: torch.Tensor) -> torch.Tensor:
+        """Those of `[n_heads, sources, d_head]` that the heads attend to most."""
+        return vectors[heads.pick].gather(1, sources[:, :, None].expand(-1, -1, vectors.shape[2]))
+
+    key_ids = list[str]()
+    if flow.shows(NodeKind.MEMORY_KEY):
+        matching, queries = of_sources(row.matching), weights.query[heads.pick]
+        keys = torch.einsum("kse,kde->ksd", matching, queries).flatten(0, 1)
+        key_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_KEY, heads, places), keys)
+        asked = [query for query in head_queries for _ in range(count)]
+        flow.edges(EdgeKind.ATTEND, asked, key_ids, attended, attended)
     totals = outputs[heads.pick]
-    whole = totals.repeat_interleave(count, dim=0)
-    written = [output for output in head_outputs for _ in range(count)]
-    flow.parts(value_ids, written, attended[:, None] * values, whole, attended)
-    if count < pattern.shape[1]:
+    if flow.shows(NodeKind.MEMORY_VALUE):
+        values = torch.einsum("kse,ked->ksd", of_sources(row.values), maps).flatten(0, 1)
+        value_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_VALUE, heads, places), values)
+        if key_ids:
+            flow.edges(EdgeKind.RECALL, key_ids, value_ids, attended, attended)
+        whole = totals.repeat_interleave(count, dim=0)
+        written = [output for output in head_outputs for _ in range(count)]
+        flow.parts(value_ids, written, attended[:, None] * values, whole, attended)
+    if count < pattern.shape[1] and flow.shows(NodeKind.OTHER):
         rest = torch.where(left_out(pattern.shape[1], sources), pattern, 0.0)
         mixed = torch.einsum("ks,kse->ke", rest, row.values[heads.pick])
         left = torch.einsum("ke,ked->kd", mixed, maps)
@@ -146,7 +183,7 @@ def _add_concat(
     total = outputs.sum(0)
     concat = flow.node(NodeKind.ATTENTION_CONCAT, total, projected=False)
     parts, ids = outputs[heads.pick], head_outputs
-    if isinstance(heads.pick, torch.Tensor):
+    if isinstance(heads.pick, torch.Tensor) and flow.shows(NodeKind.OTHER):
         rest = outputs[left_out(len(outputs), heads.pick)].sum(0, keepdim=True)
         junction = Node(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer)
         parts, ids = torch.cat([parts, rest]), [*ids, *flow.others([junction], rest)]
@@ -163,6 +200,8 @@ def _add_result(
     result: Result,
 ) -> str:
     """Rows of W_O with their activations, the bias, and what they add up to."""
+    if not flow.shows(*ATTENTION_KINDS, NodeKind.OTHER):
+        return flow.node(result.kind, result.vector)
     activations = row.concat.flatten()
     terms = WeightedRows(activations, weights.output.flatten(0, 1), weights.row_norms, weights.bias)
     added = add_weighted_rows(flow, terms, ATTENTION_KINDS, selection, result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -69,13 +69,15 @@ def block_flow(
     selection: Selection,
     direction: torch.Tensor | None,
     below: int | None,
+    shown: Collection[NodeKind] = (),
 ) -> Flow:
     """Everything between the block's input and output at one position.
 
+    Only nodes of the kinds `shown` (empty: all) are built, and edges between them.
     `below` is the layer sent before this one: the input node is added unless it is the one
     right below, and joined by a GAP edge if layers between were not asked for.
     """
-    flow = FlowBuilder(layer, position, direction)
+    flow = FlowBuilder(layer, position, direction, shown)
     row = acts.row(position)
     residual = acts.block_input[row].float()
     source = _add_input(flow, residual, below)
@@ -111,11 +113,11 @@ def block_flow(
 def _add_input(flow: FlowBuilder, residual: torch.Tensor, below: int | None) -> str:
     node = input_node(flow.layer, flow.position)
     if below is not None and below == flow.layer - 1:
-        return node.id
+        return flow.refer(node)
     flow.nodes([node], residual[None])
     if below is not None:
         before = Node(NodeKind.BLOCK_OUTPUT, flow.position, below)
-        flow.edges(EdgeKind.GAP, [before.id], [node.id], residual.norm()[None])
+        flow.edges(EdgeKind.GAP, [flow.refer(before)], [node.id], residual.norm()[None])
     return node.id
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,13 +35,22 @@ class FlowBuilder:
     """Gathers nodes and edges at one `layer` and `position`.
 
     `direction` `[d_model]`, if given, is what a part is multiplied with for its
-    `logit_contribution` (`lens.head.LensHead.attribution`).
+    `logit_contribution` (`lens.head.LensHead.attribution`). Only nodes of the kinds `shown` (empty:
+    all) are kept, and edges between them; what only others need should not be computed.
     """
 
-    def __init__(self, layer: int, position: int, direction: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        layer: int,
+        position: int,
+        direction: torch.Tensor | None,
+        shown: Collection[NodeKind] = (),
+    ) -> None:
         self.layer = layer
         self.position = position
         self.direction = direction
+        self._shown = shown
+        self._hidden: set[str] = set()
         self._nodes: list[Node] = []
         self._vectors: list[torch.Tensor] = []
         self._projected: list[bool] = []
@@ -49,6 +58,16 @@ class FlowBuilder:
         self._targets: list[str] = []
         self._kinds: list[EdgeKind] = []
         self._scalars = Scalars()
+
+    def shows(self, *kinds: NodeKind) -> bool:
+        """Whether nodes of one of these kinds are kept."""
+        return not self._shown or any(kind in self._shown for kind in kinds)
+
+    def refer(self, node: Node) -> str:
+        """The id of a node that another flow adds, for edges."""
+        if not self.shows(node.kind):
+            self._hidden.add(node.id)
+        return node.id
 
     def before(self, finish: Finish, raw: torch.Tensor) -> FlowBuilder:
         """This same flow for the parts of `raw` `[d_model]`, which reach the residual by `finish`.
@@ -72,12 +91,19 @@ class FlowBuilder:
         activations: torch.Tensor | None = None,
     ) -> list[str]:
         """Add nodes with their vectors `[n, d_model]` and activations `[n]`; gives their ids."""
+        ids = [self.refer(node) for node in nodes]
+        kept = [i for i, node in enumerate(nodes) if self.shows(node.kind)]
+        if not kept:
+            return ids
+        if len(kept) < len(nodes):
+            nodes, vectors = [nodes[i] for i in kept], vectors[kept]
+            activations = None if activations is None else activations[kept]
         if activations is not None:
             self._scalars.add("activation", len(self._nodes), activations)
         self._nodes += nodes
         self._vectors.append(vectors)
         self._projected += [projected] * len(nodes)
-        return [node.id for node in nodes]
+        return ids
 
     def others(self, totals: Sequence[Node], vectors: torch.Tensor) -> list[str]:
         """Add the OTHER nodes of sums: what a selection left out of each, `[n, d_model]`."""
@@ -94,6 +120,13 @@ class FlowBuilder:
         attention: torch.Tensor | None = None,
     ) -> None:
         """Add edges that are no parts of a sum; `weights` and `attention` are `[n]`."""
+        kept = self._between_shown(sources, targets)
+        if not kept:
+            return
+        if len(kept) < len(sources):
+            sources, targets = [sources[i] for i in kept], [targets[i] for i in kept]
+            weights = weights[kept]
+            attention = None if attention is None else attention[kept]
         self._scalars.add("weight", len(self._sources), weights)
         if attention is not None:
             self._scalars.add("attention", len(self._sources), attention)
@@ -113,14 +146,31 @@ class FlowBuilder:
 
         share = <part, total> / ||total||^2, signed; none where the sum is zero.
         """
+        targets = [target] * len(sources) if isinstance(target, str) else target
+        kept = self._between_shown(sources, targets)
+        if not kept:
+            return
+        if len(kept) < len(sources):
+            sources, targets = [sources[i] for i in kept], [targets[i] for i in kept]
+            parts, total = parts[kept], total if total.dim() == 1 else total[kept]
+            attention = None if attention is None else attention[kept]
         size = total.square().sum(-1)
         shares = torch.where(size > 0, (parts * total).sum(-1) / size, torch.nan)
         self._scalars.add("share", len(self._sources), shares)
         if self.direction is not None:
             contributions = parts @ self.direction
             self._scalars.add("logit_contribution", len(self._sources), contributions)
-        targets = [target] * len(sources) if isinstance(target, str) else target
         self.edges(EdgeKind.PART, sources, targets, parts.norm(dim=-1), attention)
+
+    def _between_shown(self, sources: Sequence[str], targets: Sequence[str]) -> list[int]:
+        """Which of the edges have both ends among the kept nodes."""
+        if not self._hidden:
+            return list(range(len(sources)))
+        return [
+            i
+            for i, ends in enumerate(zip(sources, targets, strict=True))
+            if self._hidden.isdisjoint(ends)
+        ]
 
     def build(self) -> Flow:
         """Everything gathered so far; numbers cross from the device once."""
@@ -130,7 +180,7 @@ class FlowBuilder:
         values = (_present(columns[name]) for name in _EDGE_COLUMNS)
         return Flow(
             nodes=self._nodes,
-            vectors=torch.cat(self._vectors),
+            vectors=torch.cat(self._vectors) if self._vectors else torch.empty(0, 0),
             activations=columns["activation"],
             projected=self._projected,
             edges=list(map(Edge, self._sources, self._targets, self._kinds, *values)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -13,55 +14,97 @@ from januslens_server.graph.weights import AttentionWeights
 
 @dataclass(frozen=True)
 class HeadRow:
-    """All heads at position p, in float32; the sources are positions `first` to p.
+    """All heads at one query `position`, in float32; the sources are positions `first` to it.
 
-    `asking` `[n_heads, d_head]` is what the head at p is asked to match: its query, turned by
-    `M_p M_p^T` and pulled back through the key's norm or clip at p; times W_K^T it is HEAD_QUERY.
-    `matching` `[n_heads, sources, d_head]` are the keys `k_s M_s M_p^T` (M the rotary matrices)
-    pulled back through the query's norm or clip; times W_Q^T they are the memory keys. `values`
-    `[n_heads, sources, d_head]`, `pattern` `[n_heads, sources]`, `concat` `[n_heads, d_head]`.
+    Each tensor is computed when it is first read. Grouped heads share their keys and values: they
+    are repeated here, not in the model.
     """
 
-    first: int
-    asking: torch.Tensor
-    matching: torch.Tensor
-    values: torch.Tensor
-    pattern: torch.Tensor
-    concat: torch.Tensor
+    position: int
+    acts: LayerActivations
+    weights: AttentionWeights
+
+    @property
+    def first(self) -> int:
+        """The first position that the heads attend to."""
+        return self.weights.scoring.first_source(self.position)
+
+    @cached_property
+    def asking(self) -> torch.Tensor:
+        """What the heads at the position ask for `[n_heads, d_head]`; times W_K^T: HEAD_QUERY.
+
+        The query turned by `M_p M_p^T` and pulled back through the key's norm or clip at p.
+        """
+        rotation, asked = self.acts.rotation, self._normed_query
+        if rotation is not None:
+            here = slice(self.position, self.position + 1)
+            asked = rotation.turn_back(rotation.turn(asked[:, None], here)[:, 0], self.position)
+        return _pulled_through_key(asked, self._key[-1], self.weights, self._group)
+
+    @cached_property
+    def matching(self) -> torch.Tensor:
+        """What matches at each source `[n_heads, sources, d_head]`; times W_Q^T: memory keys.
+
+        The keys `k_s M_s M_p^T` (M the rotary matrices) pulled back through the query's norm or
+        clip.
+        """
+        at = self._query.expand(len(self._key), -1, -1)
+        keys = self._relative_keys.transpose(0, 1)
+        pulled: torch.Tensor = self.weights.query_map.pull_back(keys, at)
+        return pulled.transpose(0, 1)
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """The sources' values `[n_heads, sources, d_head]`."""
+        values, clip = self.acts.value[self._sources].float(), self.weights.value_clip
+        return _by_head(values if clip is None else values.clamp(-clip, clip), self._group)
+
+    @cached_property
+    def pattern(self) -> torch.Tensor:
+        """Attention probabilities `[n_heads, sources]`."""
+        return attention_row(self._normed_query, self._relative_keys, self.weights.scoring)
+
+    @cached_property
+    def concat(self) -> torch.Tensor:
+        """The heads' results `[n_heads, d_head]`."""
+        concat = self.acts.attention_concat[self.acts.row(self.position)].float()
+        by_head: torch.Tensor = concat.unflatten(0, (self.acts.query.shape[1], -1))
+        return by_head
+
+    @property
+    def _sources(self) -> slice:
+        return slice(self.first, self.position + 1)
+
+    @property
+    def _group(self) -> int:
+        """Query heads that share a key head."""
+        return self.acts.query.shape[1] // self.acts.key.shape[1]
+
+    @cached_property
+    def _query(self) -> torch.Tensor:
+        return self.acts.query[self.acts.row(self.position)].float()
+
+    @cached_property
+    def _normed_query(self) -> torch.Tensor:
+        normed: torch.Tensor = self.weights.query_map(self._query)
+        return normed
+
+    @cached_property
+    def _key(self) -> torch.Tensor:
+        return self.acts.key[self._sources].float()
+
+    @cached_property
+    def _relative_keys(self) -> torch.Tensor:
+        """`k_s M_s M_p^T` `[n_heads, sources, d_head]`: a dot product with the query is a score."""
+        keys, rotation = _by_head(self.weights.key_map(self._key), self._group), self.acts.rotation
+        if rotation is None:
+            return keys
+        return rotation.turn_back(rotation.turn(keys, self._sources), self.position)
 
 
 def head_row(position: int, acts: LayerActivations, weights: AttentionWeights) -> HeadRow:
-    """Read the heads at `position` off the captured activations of their layer.
-
-    Grouped heads share their keys and values: they are repeated here, not in the model.
-    """
-    first = weights.scoring.first_source(position)
-    sources = slice(first, position + 1)
-    group = acts.query.shape[1] // acts.key.shape[1]
-    query = acts.query[acts.row(position)].float()
-    key = acts.key[sources].float()
-    normed_query = weights.query_map(query)
-    normed_keys = _by_head(weights.key_map(key), group)
-    asked, relative_keys = normed_query, normed_keys
-    if acts.rotation is not None:
-        here = slice(position, position + 1)
-        turned = acts.rotation.turn(normed_query[:, None], here)[:, 0]
-        asked = acts.rotation.turn_back(turned, position)
-        turned_keys = acts.rotation.turn(normed_keys, sources)
-        relative_keys = acts.rotation.turn_back(turned_keys, position)
-    values = acts.value[sources].float()
-    if weights.value_clip is not None:
-        values = values.clamp(-weights.value_clip, weights.value_clip)
-    return HeadRow(
-        first=first,
-        asking=_pulled_through_key(asked, key[-1], weights, group),
-        matching=weights.query_map.pull_back(
-            relative_keys.transpose(0, 1), query.expand(key.shape[0], -1, -1)
-        ).transpose(0, 1),
-        values=_by_head(values, group),
-        pattern=attention_row(normed_query, relative_keys, weights.scoring),
-        concat=acts.attention_concat[acts.row(position)].float().unflatten(0, (query.shape[0], -1)),
-    )
+    """The heads at `position`, from the captured activations of their layer."""
+    return HeadRow(position, acts, weights)
 
 
 def _by_head(vectors: torch.Tensor, group: int) -> torch.Tensor:

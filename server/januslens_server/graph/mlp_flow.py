@@ -29,6 +29,8 @@ def add_mlp(
     result: Result,
 ) -> str:
     """Add everything between the MLP's input and its raw result; gives the latter's id."""
+    if not flow.shows(*MLP_KINDS, NodeKind.MLP_KEY, NodeKind.MLP_UP, NodeKind.OTHER):
+        return flow.node(result.kind, result.vector)
     row = weights.row(acts, flow.position)
     added = add_weighted_rows(flow, row.terms, MLP_KINDS, selection, result)
     fired = row.terms.activations[added.neurons.picked]
@@ -47,6 +49,8 @@ def _add_keys(
     neurons: Neurons,
 ) -> None:
     """The columns `[d_model, n]` that the input is matched with, each before its value."""
+    if not flow.shows(kind):
+        return
     nodes = neuron_nodes(flow, kind, neurons.places)
     keys = flow.nodes(nodes, columns[:, neurons.picked].T, activations=fired)
     flow.edges(EdgeKind.ACTIVATE, [mlp_input] * len(keys), keys, fired)

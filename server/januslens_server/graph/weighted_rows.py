@@ -66,7 +66,7 @@ def add_weighted_rows(
     neurons = Neurons(flow.nodes(nodes, rows, activations=weights), picked, places)
     total = flow.node(result.kind, result.vector)
     ids, parts = list(neurons.ids), [weights[:, None] * rows]
-    if len(picked) < len(terms.activations):
+    if len(picked) < len(terms.activations) and flow.shows(NodeKind.OTHER):
         kept = left_out(len(terms.activations), picked)
         rest = (torch.where(kept, terms.activations, 0.0) @ terms.rows)[None]
         ids += flow.others([Node(result.kind, flow.position, flow.layer)], rest)

@@ -78,6 +78,7 @@ class LayerFlows:
                 self._spec.selection,
                 None if direction is None else direction.to(acts.block_output.device),
                 below,
+                () if self._spec.include_checks else self._spec.node_kinds,
             )
             for target, direction in zip(targets, self._directions(targets), strict=True)
         ]

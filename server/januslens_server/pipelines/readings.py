@@ -54,10 +54,11 @@ class FlowReader:
 
         Rows of the weights that were met before are not computed again.
         """
-        flows = piece.flows
+        flows = [flow for flow in piece.flows if flow.nodes]
         nodes = [node for flow in flows for node in flow.nodes]
         projected = [flag for flow in flows for flag in flow.projected]
-        vectors = torch.cat([flow.vectors for flow in flows]).to(self._model.device)
+        none = torch.empty(0, self._model.view.facts.d_model)
+        vectors = torch.cat([flow.vectors for flow in flows] or [none]).to(self._model.device)
         norms = vectors.norm(dim=-1).cpu().numpy()
         check_numbers("activations on this prompt", norms)
         shown = [i for i, node in enumerate(nodes) if self._shows(node.kind)]
@@ -67,12 +68,12 @@ class FlowReader:
         tops = {nodes[i].id: self._top(table, row_of.get(i)) for i in shown}
         edges = self._edges((edge for flow in flows for edge in flow.edges), self._below | tops)
         self._below |= {nodes[i].id: tops[nodes[i].id] for i in shown if nodes[i].kind in _RESIDUAL}
-        activations = np.concatenate([flow.activations for flow in flows])
+        activations = [flow.activations for flow in flows] or [np.empty(0, np.float32)]
         return LayerGraph(
             layer=piece.layer,
             nodes=[nodes[i] for i in shown],
             norms=norms[shown],
-            activations=activations[shown],
+            activations=np.concatenate(activations)[shown],
             rows=np.array([row_of.get(i, -1) for i in shown], dtype=np.int64),
             projections=_trimmed(table, self._spec.lens.top_k),
             edges=edges,

@@ -28,6 +28,34 @@ from januslens_server.pipelines.inputs import (
 from januslens_server.results import NodeKind
 from januslens_server.specs import TraceSpec
 
+# Kinds of nodes for which attention or the MLP must be taken apart.
+OF_ATTENTION = frozenset(
+    {
+        NodeKind.QUERY,
+        NodeKind.KEY,
+        NodeKind.VALUE,
+        NodeKind.HEAD_QUERY,
+        NodeKind.HEAD_KEY,
+        NodeKind.HEAD_VALUE,
+        NodeKind.MEMORY_KEY,
+        NodeKind.MEMORY_VALUE,
+        NodeKind.HEAD_OUTPUT,
+        NodeKind.ATTENTION_CONCAT,
+        NodeKind.ATTENTION_NEURON,
+        NodeKind.ATTENTION_BIAS,
+        NodeKind.OTHER,
+    }
+)
+OF_MLP = frozenset(
+    {
+        NodeKind.MLP_KEY,
+        NodeKind.MLP_UP,
+        NodeKind.MLP_VALUE,
+        NodeKind.MLP_BIAS,
+        NodeKind.OTHER,
+    }
+)
+
 # Edges to a node of the default graph are 1.4; hidden kinds take theirs with them.
 EDGES_PER_NODE = 2
 
@@ -49,7 +77,7 @@ def trace_demand(model: ResidentModel, spec: TraceSpec) -> Demand:
         passes=1,
         flops=pass_flops(sizes, tokens)
         + lens_flops(sizes, vectors)
-        + _graph_flops(sizes, built, blocks, tokens),
+        + _graph_flops(sizes, spec, built, blocks, tokens),
         nodes=built,
         vectors=vectors,
         readings=pieces + 2,
@@ -69,15 +97,27 @@ def _nodes(
     counts = {kind: count * len(layers) for kind, count in kinds.items()}
     counts[NodeKind.FINAL_NORM] = counts[NodeKind.PREDICTION] = len(positions)
     shown = {k: count for k, count in counts.items() if not spec.node_kinds or k in spec.node_kinds}
-    return sum(counts.values()), sum(shown.values()), shown.get(NodeKind.ATTENTION_CONCAT, 0)
+    built = counts if spec.include_checks else shown
+    return sum(built.values()), sum(shown.values()), shown.get(NodeKind.ATTENTION_CONCAT, 0)
 
 
-def _graph_flops(sizes: ModelSizes, nodes: int, blocks: int, tokens: int) -> float:
-    """Every head pulled back and written out, all rows of both sums, and each node's own vector."""
+def _graph_flops(sizes: ModelSizes, spec: TraceSpec, nodes: int, blocks: int, tokens: int) -> float:
+    """Every head pulled back and written out, all rows of both sums, and each node's own vector.
+
+    Parts of which no node is shown are not built.
+    """
     facts = sizes.facts
     heads, neurons = facts.n_heads * facts.d_head, facts.d_mlp * max(1, facts.n_experts)
-    each = 2.0 * facts.d_model * (8 * heads + 2 * neurons) + 4.0 * heads * tokens
+    each = 0.0
+    if _builds(spec, OF_ATTENTION):
+        each += 16.0 * facts.d_model * heads + 4.0 * heads * tokens
+    if _builds(spec, OF_MLP):
+        each += 4.0 * facts.d_model * neurons
     return blocks * each + 2.0 * nodes * facts.d_model * facts.d_head
+
+
+def _builds(spec: TraceSpec, kinds: frozenset[NodeKind]) -> bool:
+    return spec.include_checks or not spec.node_kinds or not kinds.isdisjoint(spec.node_kinds)
 
 
 def _memory(

@@ -1,0 +1,97 @@
+"""A trace of some node kinds is the whole trace without the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from januslens_server.graph.heads import HeadRow
+from januslens_server.models.loading import load
+from januslens_server.models.registry import embedded_source
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.trace import trace
+from januslens_server.results import LayerGraph, NodeKind
+from januslens_server.specs import Selection, TraceSpec
+from tests.architectures.cases import MEASURED
+from tests.architectures.tiny_models import resident
+
+SELECTION = Selection(heads=2, memory_values_per_head=2, top_neurons=3, bottom_neurons=2)
+SHOWN = [
+    *({kind} for kind in NodeKind),
+    {NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT, NodeKind.MLP_OUTPUT},
+    {NodeKind.HEAD_OUTPUT, NodeKind.MEMORY_VALUE},
+    {NodeKind.HEAD_QUERY, NodeKind.MEMORY_KEY, NodeKind.MEMORY_VALUE},
+    {NodeKind.MLP_VALUE, NodeKind.OTHER, NodeKind.MLP_OUTPUT, NodeKind.MLP_INPUT},
+    {NodeKind.ATTENTION_CONCAT, NodeKind.ATTENTION_NEURON, NodeKind.OTHER},
+    set(NodeKind) - {NodeKind.HEAD_OUTPUT},
+]
+
+
+@pytest.fixture(scope="module", params=["demo", "llama-grouped", "mixtral-window"])
+def model(request: pytest.FixtureRequest) -> ResidentModel:
+    if request.param == "demo":
+        return load(embedded_source())
+    return resident(next(case for case in MEASURED if case.id == request.param))
+
+
+def spec(kinds: set[NodeKind]) -> TraceSpec:
+    return TraceSpec(
+        tuple(range(7, 16)),
+        positions=(3, 8),
+        selection=SELECTION,
+        node_kinds=frozenset(kinds),
+        include_vectors=True,
+        include_logit_contribution=True,
+        overlap_k=3,
+    )
+
+
+def contents(model: ResidentModel, kinds: set[NodeKind]) -> tuple[dict[str, Any], list[Any]]:
+    """Vectors and activations by node, and the edges."""
+    nodes, edges = dict[str, Any](), list[Any]()
+    for event in trace(model, spec(kinds), lambda: None):
+        if isinstance(event, LayerGraph):
+            assert event.vectors is not None
+            for i, node in enumerate(event.nodes):
+                nodes[node.id] = (node.kind, event.vectors[i], event.activations[i])
+            edges += event.edges
+    return nodes, edges
+
+
+@pytest.fixture(scope="module")
+def whole(model: ResidentModel) -> tuple[dict[str, Any], list[Any]]:
+    return contents(model, set())
+
+
+@pytest.mark.parametrize(
+    "kinds", SHOWN, ids=lambda kinds: "+".join(kind.name for kind in sorted(kinds))[:60]
+)
+def test_shown_nodes_and_edges_are_those_of_the_whole_trace(
+    model: ResidentModel, whole: tuple[dict[str, Any], list[Any]], kinds: set[NodeKind]
+) -> None:
+    nodes, edges = contents(model, kinds)
+    expected = {name: found for name, found in whole[0].items() if found[0] in kinds}
+    assert list(nodes) == list(expected)
+    for name, (_, vector, activation) in expected.items():
+        assert np.array_equal(nodes[name][1], vector)
+        assert np.array_equal(nodes[name][2], activation, equal_nan=True)
+    between = [edge for edge in whole[1] if edge.source in expected and edge.target in expected]
+    assert [edge[:3] for edge in edges] == [edge[:3] for edge in between]
+    for found, wanted in zip(edges, between, strict=True):
+        numbers = [(a, b) for a, b in zip(found[3:], wanted[3:], strict=True) if b is not None]
+        assert all(a == pytest.approx(b, rel=1e-5, abs=1e-6) for a, b in numbers)
+
+
+def test_the_residual_stream_alone_takes_no_attention_apart(
+    model: ResidentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(_row: HeadRow) -> torch.Tensor:
+        raise AssertionError("the heads of a hidden kind were computed")
+
+    for name in ("matching", "values", "pattern"):
+        monkeypatch.setattr(HeadRow, name, property(computed))
+    nodes, _ = contents(model, {NodeKind.BLOCK_OUTPUT, NodeKind.MLP_VALUE})
+    assert nodes
