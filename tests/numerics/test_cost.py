@@ -38,7 +38,10 @@ from tests.architectures.tiny_models import resident
 from tests.support.measured_work import held_memory, operations, peak_memory, processor_seconds
 
 # How far above the truth an upper bound may be, and how far off the seconds.
-LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 6.0, "held": 8.0}
+# Buffers that the lens keeps for later requests are estimated for each, and measured for the first
+# alone: where the vocabulary is wide they are most of the memory.
+WIDE_MEMORY = 60.0
+LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 6.0, "held": 10.0}
 SECONDS = 3.0
 
 
@@ -59,6 +62,25 @@ SPECS: dict[str, TraceSpec | GradientLensSpec] = {
         ids(4), all_positions=True, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT})
     ),
     "long lists": TraceSpec(ids(8), lens=LensSpec(100, 100)),
+    "no lists": TraceSpec(ids(8), lens=LensSpec(0, 0)),
+    "no lists of all neurons": TraceSpec(
+        ids(8),
+        lens=LensSpec(0, 0),
+        node_kinds=frozenset({NodeKind.MLP_VALUE}),
+        selection=Selection(top_neurons=0, bottom_neurons=0),
+    ),
+    "heads": TraceSpec(
+        ids(8),
+        all_positions=True,
+        node_kinds=frozenset({NodeKind.HEAD_OUTPUT, NodeKind.ATTENTION_CONCAT}),
+    ),
+    "one kind of a longer prompt": TraceSpec(
+        ids(30), all_positions=True, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT})
+    ),
+    "one kind with checks": TraceSpec(
+        ids(4), node_kinds=frozenset({NodeKind.BLOCK_OUTPUT}), include_checks=True
+    ),
+    "gradient of the top layer": GradientLensSpec(ids(25), NLL, layers=(1,)),
     "gradient": GradientLensSpec(ids(8), NLL),
     "every factor": GradientLensSpec(
         ids(25), NLL, matrices=tuple(MatrixKind), components=0, include_factors=True
@@ -74,14 +96,32 @@ PIPELINES: dict[type, Callable[..., Iterator[Any]]] = {
 }
 
 
+# The vocabulary is so large beside the model that the lens takes nearly all of a trace's time.
+WIDE = Case(
+    "llama",
+    "wide",
+    {
+        "vocab_size": 32000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
+)
+
+
 def case(name: str) -> Case:
     return next(case for case in MEASURED if case.id == name)
 
 
-@pytest.fixture(scope="module", params=["demo", "llama-grouped", "mixtral-window"])
+@pytest.fixture(scope="module", params=["demo", "llama-grouped", "mixtral-window", "wide"])
 def model(request: pytest.FixtureRequest) -> ResidentModel:
     name = request.param
-    loaded = load(embedded_source()) if name == "demo" else resident(case(name))
+    if name == "demo":
+        loaded = load(embedded_source())
+    else:
+        loaded = resident(WIDE if name == "wide" else case(name))
     # What rows a trace met before is the server's memory, and work that a request may be spared.
     return replace(loaded, row_cache_bytes=0)
 
@@ -114,13 +154,15 @@ def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
     demand = demand_of(model, spec)
     found = {
         "memory": demand.memory / peak_memory(lambda: run(model, spec)),
-        "held": demand.held / held_memory(steps(model, spec)),
         "stream": demand.stream / streamed(model, spec),
+        # After the run before it: buffers that all requests of a thread share are there now.
+        "held": demand.held / held_memory(steps(model, spec)),
     }
     # torch's counter cannot follow a backward pass through experts.
     if isinstance(spec, TraceSpec) or not model.view.facts.n_experts:
         found["flops"] = demand.flops / operations(lambda: run(model, spec))
-    assert all(1 <= ratio <= LOOSEST[figure] for figure, ratio in found.items()), found
+    loosest = LOOSEST | ({"memory": WIDE_MEMORY} if model.name == WIDE.id else {})
+    assert all(1 <= ratio <= loosest[figure] for figure, ratio in found.items()), found
 
 
 @pytest.mark.parametrize("name", [name for name in SPECS if isinstance(SPECS[name], TraceSpec)])

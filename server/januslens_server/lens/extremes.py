@@ -26,7 +26,9 @@ def _extremes(
     rows: torch.Tensor, count: int, *, largest: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     width = rows.shape[1]
-    if count >= width or not count:
+    if not count:  # neither `topk` nor a sort returns early
+        return rows.new_empty(len(rows), 0), rows.new_empty(len(rows), 0, dtype=torch.long)
+    if count >= width:
         return _stable(rows, min(count, width), largest=largest)
     # One more than asked shows whether equal values stand at the cut.
     if 2 * (count + 1) * BLOCK <= width:

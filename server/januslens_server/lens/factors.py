@@ -27,8 +27,14 @@ def largest_first(inputs: torch.Tensor, vjps: torch.Tensor, count: int) -> torch
 
 
 def frobenius_norm(inputs: torch.Tensor, vjps: torch.Tensor) -> float:
-    """||sum_i x_i^T delta_i||_F from the two Gram matrices, in float64."""
+    """||sum_i x_i^T delta_i||_F in float64.
+
+    From the two Gram matrices, or for more components than it has rows and columns from the sum.
+    """
     x, delta = inputs.double(), vjps.double()
+    (count, d_in), d_out = x.shape, delta.shape[1]
+    if count * (d_in + d_out) > d_in * d_out:
+        return float((x.T @ delta).norm())
     squared = ((x @ x.T) * (delta @ delta.T)).sum()
     return float(squared.clamp_min(0).sqrt())
 

@@ -13,6 +13,9 @@ def change_norms(outside: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     by its inputs. From the Gram matrix: nothing of the weight's size is formed.
     """
     outside, residual = outside.double(), residual.double()
+    if len(residual) > residual.shape[1]:  # then the changes take less than the Gram matrix
+        norms: torch.Tensor = (outside.T @ residual).norm(dim=1)
+        return norms
     squared = ((residual @ residual.T @ outside) * outside).sum(0)
     return squared.clamp_min(0).sqrt()
 

@@ -16,25 +16,31 @@ class Demand:
 
     `held` of the memory is kept between two steps of the request.
     `passes` are walks through the blocks, `flops` their floating-point operations and those of
-    other large products; `nodes` are built for the flow graph, `vectors` read through the lens in
-    `readings` calls of it.
+    other large products; `blocks` are taken apart for the flow graph, each at a position, `nodes`
+    built for it, `vectors` read through the lens in `readings` calls of it, which also find `ranks`
+    of target tokens.
     """
 
     passes: int = 0
     flops: float = 0.0
+    blocks: int = 0
     nodes: int = 0
     vectors: int = 0
     readings: int = 0
+    ranks: int = 0
     memory: int = 0
     stream: int = 0
     held: int = 0
 
 
-def pass_flops(sizes: ModelSizes, tokens: int) -> float:
-    """One forward pass: two operations a weight and token, attention over all pairs, the head."""
+def pass_flops(sizes: ModelSizes, tokens: int, scored: int = 1) -> float:
+    """One forward pass: two operations a weight and token, attention over all pairs, the head.
+
+    The head gives logits at `scored` positions.
+    """
     facts = sizes.facts
     attention = 4.0 * facts.n_layers * tokens * tokens * facts.n_heads * facts.d_head
-    head = 2.0 * facts.d_model * facts.vocab_size * tokens
+    head = 2.0 * facts.d_model * facts.vocab_size * scored
     return 2.0 * sizes.passed * tokens + attention + head
 
 

@@ -33,11 +33,15 @@ COMPONENT_BYTES = 48 + 8 * ENTRIES
 
 @dataclass(frozen=True)
 class _Matrices:
-    """How many gradients there are, and the sum of their widths `d_in + d_out` and products."""
+    """How many gradients there are, and the sum of their widths `d_in + d_out` and products.
+
+    `lowest` is the lowest layer that has one.
+    """
 
     count: int
     widths: int
     weights: int
+    lowest: int
 
 
 def gradient_lens_demand(model: ResidentModel, spec: GradientLensSpec) -> Demand:
@@ -47,6 +51,7 @@ def gradient_lens_demand(model: ResidentModel, spec: GradientLensSpec) -> Demand
     kinds = choose_matrices(model, spec.matrices).kinds
     read_segments(spec.subject, spec.prompt, objective)
     sizes, tokens = model_sizes(model), len(objective.tokens)
+    scored = objective.loss.positions
     matrices = _matrices(model, layer_matrices(model, layers, kinds), sizes, tokens)
     components = min(spec.components or tokens, tokens)
     singular = min(spec.spectrum_rank, tokens)
@@ -57,12 +62,13 @@ def gradient_lens_demand(model: ResidentModel, spec: GradientLensSpec) -> Demand
     passes = (FORWARD + BACKWARD) * (1 + (matrices.count if spec.verify else 0))
     return Demand(
         passes=passes,
-        flops=passes * pass_flops(sizes, tokens)
+        flops=passes * pass_flops(sizes, tokens, scored)
         + lens_flops(sizes, vectors)
         + _factor_flops(spec, matrices, tokens),
         vectors=vectors,
         readings=1 + matrices.count * calls,
-        memory=_memory(sizes, spec, matrices, tokens, vectors // max(1, matrices.count)),
+        ranks=vectors * (len(objective.targets) + 1),
+        memory=_memory(sizes, spec, matrices, tokens, scored, vectors // max(1, matrices.count)),
         stream=_stream(sizes, spec, matrices, tokens, components, singular + neurons),
         held=_held(sizes, spec, matrices, tokens, vectors // max(1, matrices.count)),
     )
@@ -81,7 +87,7 @@ def _matrices(
         count += copies
         widths += copies * (d_in + d_out)
         weights += copies * d_in * d_out
-    return _Matrices(count, widths, weights)
+    return _Matrices(count, widths, weights, min(layer for layer, _ in chosen))
 
 
 def _shape(sizes: ModelSizes, kind: MatrixKind) -> tuple[int, int]:
@@ -98,11 +104,12 @@ def _shape(sizes: ModelSizes, kind: MatrixKind) -> tuple[int, int]:
 
 def _factor_flops(spec: GradientLensSpec, matrices: _Matrices, tokens: int) -> float:
     """Norms from Gram matrices; on request singular values, neurons' norms, the dense gradient."""
-    flops = 2.0 * tokens * tokens * matrices.widths
+    rows = min(tokens, matrices.widths // max(1, 2 * matrices.count))
+    flops = 2.0 * tokens * min(tokens * matrices.widths, matrices.weights)
     if spec.spectrum_rank:
-        flops += 8.0 * tokens * tokens * matrices.widths + 60.0 * tokens**3 * matrices.count
+        flops += 8.0 * tokens * rows * matrices.widths + 60.0 * rows**3 * matrices.count
     if spec.neurons:
-        flops += 4.0 * tokens * tokens * matrices.widths
+        flops += 4.0 * tokens * rows * matrices.widths
     if spec.verify:
         flops += 4.0 * tokens * matrices.weights
     return flops
@@ -114,22 +121,28 @@ def _factors(sizes: ModelSizes, matrices: _Matrices, tokens: int) -> int:
 
 
 def _memory(
-    sizes: ModelSizes, spec: GradientLensSpec, matrices: _Matrices, tokens: int, vectors: int
+    sizes: ModelSizes,
+    spec: GradientLensSpec,
+    matrices: _Matrices,
+    tokens: int,
+    scored: int,
+    vectors: int,
 ) -> int:
-    """Autograd's graph of the whole pass and all factors, then one matrix at a time."""
+    """Autograd's graph of the layers it passes and all factors, then one matrix at a time."""
     facts = sizes.facts
     listed = spec.lens.top_k + spec.lens.bottom_k
-    graph = facts.n_layers * (
-        memory.captured(sizes, tokens) + memory.kept_for_backward(sizes, tokens)
-    )
-    logits = 6 * memory.FLOAT32 * tokens * facts.vocab_size
-    largest = matrices.weights // max(1, matrices.count)
-    dense = 4 * memory.FLOAT32 * largest + graph + logits if spec.verify else 0
-    double = 8 * 6 * tokens * matrices.widths // max(1, matrices.count)
-    after = memory.read(sizes, vectors, listed) + double + dense
-    return _factors(sizes, matrices, tokens) + max(
-        graph + logits + memory.passing(sizes, tokens), graph + after
-    )
+    layers = facts.n_layers - matrices.lowest
+    logits = 6 * memory.FLOAT32 * scored * facts.vocab_size
+    passing = logits + memory.passing(sizes, tokens, scored)
+    each = max(1, matrices.count)
+    dense = 0
+    if spec.verify:
+        graph = facts.n_layers * memory.kept_for_backward(sizes, tokens)
+        dense = 4 * memory.FLOAT32 * matrices.weights // each + graph + passing
+    double = 8 * 6 * tokens * matrices.widths // each + 8 * 6 * tokens * tokens
+    after = memory.read(sizes, vectors, listed) + max(double, dense)
+    backward = layers * memory.kept_for_backward(sizes, tokens) + passing
+    return _factors(sizes, matrices, tokens) + max(backward, after)
 
 
 def _held(

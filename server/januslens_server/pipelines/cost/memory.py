@@ -10,29 +10,33 @@ from __future__ import annotations
 from januslens_server.models.sizes import ModelSizes
 
 FLOAT32 = 4
+# Queries whose mask attention brings to float32 at once, at most.
+MASK_ROWS = 2048
 
 
-def captured(sizes: ModelSizes, tokens: int) -> int:
-    """Of one block, by a pass that a Trace or GradientLens looks into."""
+def captured(sizes: ModelSizes, tokens: int, positions: int) -> int:
+    """Of one block, by a pass that a Trace looks into at so many of the prompt's positions."""
     facts = sizes.facts
-    heads = (2 * facts.n_heads + 2 * facts.n_kv_heads) * facts.d_head
-    return sizes.item * tokens * (10 * facts.d_model + heads + _neurons(sizes))
+    heads = 2 * facts.n_heads * facts.d_head
+    at_each = 10 * facts.d_model + heads + _neurons(sizes)
+    return sizes.item * (positions * at_each + 2 * tokens * facts.n_kv_heads * facts.d_head)
 
 
 def kept_for_backward(sizes: ModelSizes, tokens: int) -> int:
-    """Of one block, by autograd, beside what is captured."""
+    """Of one block, by autograd and for the factors."""
     facts = sizes.facts
-    heads = (6 * facts.n_heads + 4 * facts.n_kv_heads) * facts.d_head
+    heads = (8 * facts.n_heads + 6 * facts.n_kv_heads) * facts.d_head
     scores = 4 * facts.n_heads * tokens if sizes.eager else 0
-    return sizes.item * tokens * (10 * facts.d_model + heads + 5 * _neurons(sizes) + scores)
+    return sizes.item * tokens * (16 * facts.d_model + heads + 6 * _neurons(sizes) + scores)
 
 
-def passing(sizes: ModelSizes, tokens: int) -> int:
-    """The largest temporary of a forward pass, and its logits."""
+def passing(sizes: ModelSizes, tokens: int, scored: int) -> int:
+    """The largest temporary of a forward pass, its masks, residual and `scored` logits."""
     facts = sizes.facts
     scores = 3 * facts.n_heads * tokens if sizes.eager else 0
-    width = 4 * facts.d_model + 4 * facts.n_heads * facts.d_head + 4 * _neurons(sizes) + scores
-    return sizes.item * tokens * (width + facts.vocab_size)
+    width = 6 * facts.d_model + 4 * facts.n_heads * facts.d_head + 4 * _neurons(sizes) + scores
+    masks = 3 * tokens * tokens + 2 * FLOAT32 * tokens * min(tokens, MASK_ROWS)
+    return sizes.item * (tokens * width + 3 * scored * facts.vocab_size) + masks
 
 
 def read(sizes: ModelSizes, vectors: int, listed: int) -> int:

@@ -68,6 +68,7 @@ def trace_demand(model: ResidentModel, spec: TraceSpec) -> Demand:
     if spec.target is not None:
         read_single_target(model, spec.target, "target")
     sizes = model_sizes(model)
+    scored = len(positions) if spec.include_checks else 1
     built, shown, junctions = _nodes(sizes, spec, layers, positions)
     blocks = len(layers) * len(positions)
     pieces = math.ceil(len(positions) / POSITIONS_AT_ONCE) * len(layers) + 1
@@ -75,15 +76,18 @@ def trace_demand(model: ResidentModel, spec: TraceSpec) -> Demand:
     at_once = [min(POSITIONS_AT_ONCE, len(positions)) * n // blocks + 1 for n in (built, shown)]
     return Demand(
         passes=1,
-        flops=pass_flops(sizes, tokens)
+        flops=pass_flops(sizes, tokens, scored)
         + lens_flops(sizes, vectors)
         + _graph_flops(sizes, spec, built, blocks, tokens),
+        blocks=blocks,
         nodes=built,
         vectors=vectors,
         readings=pieces + 2,
-        memory=_memory(sizes, spec, tokens, len(layers), *at_once),
+        ranks=vectors,
+        memory=_held(sizes, spec, tokens, len(layers), len(positions), *at_once)
+        + _working(sizes, spec, tokens, len(positions), *at_once),
         stream=_stream(sizes, spec, tokens, shown, len(positions)),
-        held=_held(sizes, spec, tokens, len(layers), *at_once),
+        held=_held(sizes, spec, tokens, len(layers), len(positions), *at_once),
     )
 
 
@@ -120,29 +124,36 @@ def _builds(spec: TraceSpec, kinds: frozenset[NodeKind]) -> bool:
     return spec.include_checks or not spec.node_kinds or not kinds.isdisjoint(spec.node_kinds)
 
 
-def _memory(
-    sizes: ModelSizes, spec: TraceSpec, tokens: int, layers: int, built: int, shown: int
+def _working(
+    sizes: ModelSizes, spec: TraceSpec, tokens: int, positions: int, built: int, shown: int
 ) -> int:
-    """The pass with what it captures of every layer, then one piece of the graph at a time."""
+    """The pass, or one piece of the graph at a time, beside what is held."""
     facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
+    scored = positions if spec.include_checks else 1
     heads = facts.n_heads * facts.d_head
-    graph = memory.FLOAT32 * (
-        (6 * facts.d_model + 4 * tokens) * heads  # one position's heads and their sources
-        + 6 * built * facts.d_model
-    )
-    after = graph + memory.read(sizes, shown, listed) + memory.float_copies(sizes)
-    return layers * memory.captured(sizes, tokens) + max(
-        memory.passing(sizes, tokens), sizes.item * tokens * facts.vocab_size + after
-    )
+    graph = memory.FLOAT32 * 4 * built * facts.d_model
+    if _builds(spec, OF_ATTENTION):  # one position's heads and their sources
+        graph += memory.FLOAT32 * (6 * facts.d_model + 8 * tokens) * heads
+    # All positions are read at once before the first layer and after the last.
+    vectors = max(shown, 2 * positions)
+    after = graph + memory.read(sizes, vectors, listed) + memory.float_copies(sizes)
+    return max(memory.passing(sizes, tokens, scored), after)
 
 
 def _held(
-    sizes: ModelSizes, spec: TraceSpec, tokens: int, layers: int, built: int, shown: int
+    sizes: ModelSizes,
+    spec: TraceSpec,
+    tokens: int,
+    layers: int,
+    positions: int,
+    built: int,
+    shown: int,
 ) -> int:
     """What the pass captured, its logits, and the piece of the graph that was sent last."""
     facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
-    passed = layers * memory.captured(sizes, tokens)
-    passed += sizes.item * tokens * (facts.vocab_size + facts.d_model)
+    scored = positions if spec.include_checks else 1
+    passed = layers * memory.captured(sizes, tokens, positions)
+    passed += sizes.item * (scored * facts.vocab_size + tokens * facts.d_model)
     vectors = built + (shown if spec.include_vectors else 0)
     return (
         passed

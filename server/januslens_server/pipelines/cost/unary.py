@@ -40,6 +40,7 @@ def project_demand(model: ResidentModel, spec: ProjectSpec) -> Demand:
         flops=lens_flops(sizes, vectors),
         vectors=vectors,
         readings=1,
+        ranks=0 if spec.target is None else vectors,
         memory=memory.read(sizes, vectors, listed),
         stream=vectors * reading_bytes(listed) + texts_bytes(sizes, vectors * listed),
     )
@@ -59,13 +60,13 @@ def preview_edit_demand(model: ResidentModel, spec: PreviewEditSpec) -> Demand:
     sizes, watched = model_sizes(model), [own, *probes]
     making = FORWARD + BACKWARD if isinstance(spec.edit, DescentStep) else FORWARD
     pairs = 2 * sum(pass_flops(sizes, tokens) for tokens in watched)
-    kept = memory.captured(sizes, own) + memory.kept_for_backward(sizes, own)
+    kept = memory.kept_for_backward(sizes, own)
     read = 2 * len(watched) * memory.FLOAT32 * sizes.facts.vocab_size
     return Demand(
         passes=making + 2 * len(watched),
         flops=making * pass_flops(sizes, own) + 2 * pairs,
         memory=sizes.facts.n_layers * kept
-        + memory.passing(sizes, max(watched))
+        + memory.passing(sizes, max(watched), len(targets))
         + memory.read(sizes, 2 * len(watched), 0),
         stream=len(watched) * EFFECT_BYTES + texts_bytes(sizes, 3 * len(watched)),
         held=sizes.facts.n_layers * kept + read,
@@ -89,7 +90,8 @@ def find_neurons_demand(model: ResidentModel, spec: FindNeuronsSpec) -> Demand:
         vectors=unread * of_layer,
         readings=unread,
         memory=memory.read(sizes, min(1, unread) * of_layer, 2 * model.neurons.depth)
-        + memory.float_copies(sizes),
+        + memory.float_copies(sizes)
+        + unread * of_layer * (ENTRY_BYTES * model.neurons.depth + ROW_BYTES),
         stream=spec.count * (NEURON_BYTES + reading_bytes(listed))
         + texts_bytes(sizes, spec.count * listed),
         held=min(1, unread) * of_layer * (ENTRY_BYTES * model.neurons.depth + 2 * ROW_BYTES)
