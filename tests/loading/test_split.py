@@ -99,7 +99,7 @@ def test_weights_stand_on_both_or_on_disk_alone(pair: Pair) -> None:
 
 
 def test_the_self_check_holds(pair: Pair) -> None:
-    assert [guarantee.held for guarantee in self_check(pair.split)] == [True] * 3
+    assert [guarantee.held for guarantee in self_check(pair.split)] == [True] * 4
 
 
 def test_trace_is_the_same(pair: Pair) -> None:

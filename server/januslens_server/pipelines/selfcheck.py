@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from januslens_server.errors import ModelFailed, NotFinite
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.float32_blocks import blocks_in_float32
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import Guarantee, ModelFacts, TraceSummary
 from januslens_server.specs import LensSpec, TraceSpec
@@ -27,9 +28,11 @@ def self_check(model: ResidentModel) -> Sequence[Guarantee]:
     )
     try:
         *_, summary = trace(model, spec, _go_on)
+        in_float32 = blocks_in_float32(model, _prompt(model.view.facts))
     except NotFinite as error:
         raise ModelFailed(f"self-check: {error}") from error
-    return summary.checks if isinstance(summary, TraceSummary) else ()
+    checks = summary.checks if isinstance(summary, TraceSummary) else ()
+    return [*checks, in_float32]
 
 
 def _prompt(facts: ModelFacts) -> tuple[int, ...]:

@@ -1,0 +1,115 @@
+"""Check in float32, block by block, that the parts of a block are all that it adds.
+
+Half types round so coarsely that a whole missing part can pass for rounding. One block at a time
+is run again on a float32 copy of its weights, on the inputs that it has in the model's own pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from januslens_server.capture import LayerActivations, capturing
+from januslens_server.models.layer_capture import layer_activations, layer_taps
+from januslens_server.models.offload import held
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.views import Block
+from januslens_server.models.weights import block_weights
+from januslens_server.results import Guarantee
+
+NAME = "blocks add their parts, in float32"
+TOLERANCE = 1e-4
+
+# Rounding of the residual stream, in units of its last place: what two additions may leave.
+ROUNDING = 64 * torch.finfo(torch.float32).eps
+
+
+@torch.inference_mode()
+def blocks_in_float32(model: ResidentModel, ids: Sequence[int]) -> Guarantee:
+    """Largest part of what any block adds at any position that its attention and MLP do not give.
+
+    Relative to the norms of the two. Memory: a float32 copy of one block.
+    """
+    calls: dict[int, tuple[Any, Any]] = {}
+    with ExitStack() as hooks:
+        for i, block in enumerate(model.view.blocks):
+            handle = block.module.register_forward_pre_hook(_recorder(i, calls), with_kwargs=True)
+            hooks.callback(handle.remove)
+        model.network(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
+    errors = [
+        _error(block, *calls[i], length=len(ids)) for i, block in enumerate(model.view.blocks)
+    ]
+    return Guarantee(NAME, max(errors), TOLERANCE)
+
+
+def _recorder(layer: int, calls: dict[int, tuple[Any, Any]]) -> Any:
+    def record(_module: nn.Module, args: Any, named: Any) -> None:
+        calls[layer] = (_as_float32(args), _as_float32(named))
+
+    return record
+
+
+def _as_float32(value: Any) -> Any:
+    """The same arguments with every floating-point tensor in float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_as_float32(each) for each in value)
+    if isinstance(value, dict):
+        return {name: _as_float32(each) for name, each in value.items()}
+    return value
+
+
+def _error(block: Block, args: Any, named: Any, *, length: int) -> float:
+    with _float32_weights(block.module):
+        with capturing(layer_taps(block)) as captured:
+            block.module(*args, **named)
+        acts = layer_activations(block, captured, length)
+        added = acts.attention_output.norm(dim=-1) + acts.mlp_output.norm(dim=-1)
+        stream = acts.block_input.norm(dim=-1) + acts.block_output.norm(dim=-1)
+        gap = acts.block_output - acts.block_input - acts.attention_output - acts.mlp_output
+        beyond_rounding = (gap.norm(dim=-1) - ROUNDING * stream).clamp(min=0)
+        residual = float((beyond_rounding / added.clamp(min=1e-30)).max())
+        return max(residual, _sums_error(block, acts, length))
+
+
+def _sums_error(block: Block, acts: LayerActivations, length: int) -> float:
+    """Largest relative error of the heads' sum and of the neurons' sum at any position."""
+    weights = block_weights(block)
+    heads = acts.attention_concat @ weights.attention.output.flatten(0, 1)
+    if weights.attention.bias is not None:
+        heads = heads + weights.attention.bias
+    attention = acts.attention_output if acts.attention_sum is None else acts.attention_sum
+    whole = acts.mlp_output if acts.mlp_sum is None else acts.mlp_sum
+    neurons = []
+    for position in range(length):
+        terms = weights.mlp.row(acts, position).terms
+        total = terms.activations @ terms.rows
+        neurons.append(total if terms.bias is None else total + terms.bias)
+    pairs = ((heads, attention), (torch.stack(neurons), whole))
+    errors = [
+        ((found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)).max()
+        for found, expected in pairs
+    ]
+    return float(torch.stack(errors).max())
+
+
+@contextmanager
+def _float32_weights(module: nn.Module) -> Iterator[None]:
+    """Inside, the module computes in float32; afterwards its tensors are the same as before."""
+    with ExitStack() as stack:
+        for each in module.modules():
+            stack.enter_context(held(each))
+        tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+        own = [tensor.data for tensor in tensors]
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        try:
+            yield
+        finally:
+            for tensor, data in zip(tensors, own, strict=True):
+                tensor.data = data
