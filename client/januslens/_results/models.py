@@ -188,7 +188,8 @@ class CostEstimate:
         device_bytes: Bytes on the device beside the weights, at most.
         stream_bytes: Bytes of the whole answer, at most.
         admissible: Whether the server would admit the request, were it idle.
-        limit_exceeded: The server's setting that stands against it; empty if admissible.
+        limit_exceeded: The limit that the request exceeds: a setting of the server, or
+            `free_memory`; empty if admissible.
     """
 
     seconds: float

@@ -1,4 +1,4 @@
-"""`januslens gradient`: what a step of learning would change."""
+"""The command `januslens gradient`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from januslens._results.gradient import Gradient
 from januslens._results.matrices import Matrix
 from januslens.cli.options import (
     COUNT,
-    LENS,
     Number,
     estimate_option,
     layer_list,
+    lens_option,
     matrix_list,
     model_option,
     not_both,
@@ -36,31 +36,71 @@ from januslens.cli.tables import Steps, console, steps
 
 
 @click.command()
-@click.option("--target", required=True, help="What to learn; a leading space counts.")
-@click.option("--layers", callback=layer_list, help="E.g. 0-3,7; default: all.")
-@click.option("--matrices", callback=matrix_list, help="E.g. q,k,v,o; default: ff1,ff2.")
+@click.option("--target", required=True, help="Target tokens, for example ' Paris' with its space.")
+@click.option("--layers", callback=layer_list, help="Layers, for example 0-3,7; default: all.")
+@click.option(
+    "--matrices",
+    callback=matrix_list,
+    help="Matrices, for example q,k,v,o; default: ff1 (gate,up if gated) and ff2.",
+)
 @model_option
 @click.option(
-    "--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Of a table at most."
+    "--rows",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Maximum rows per table.",
 )
-@click.option("--subject", metavar="TEXT", help="The prompt's subject: adds a table by segment.")
-@click.option("--neurons", type=COUNT, default=0, help="How many of the neurons moved most.")
+@click.option(
+    "--subject",
+    metavar="TEXT",
+    help="Subject, a part of PROMPT; adds a table of norms and ranks by segment.",
+)
+@click.option(
+    "--neurons",
+    type=COUNT,
+    default=0,
+    metavar="N",
+    help="Also show the N neurons that the step changes most.",
+)
 @click.option(
     "--lr",
     "learning_rate",
     type=Number(),
-    help="The step's learning rate, for --neurons and --preview.",
+    help="Learning rate of the step, for --neurons and --preview.",
 )
-@click.option("--spectrum", type=COUNT, default=0, metavar="N", help="How many singular values.")
-@click.option("--components", type=COUNT, help="Components a matrix, 0 = all.")
-@click.option("--top-k", type=COUNT, help="Most likely tokens of a vector.")
-@click.option("--bottom-k", type=COUNT, help="Least likely tokens of a vector.")
-@click.option("--lens", type=LENS, default="final_norm", show_default=True)
-@click.option("--preview", is_flag=True, help="What a step of --lr on these matrices would do.")
-@click.option("--shift", type=COUNT, metavar="LAYER", help="What the forward-pass shift would do.")
+@click.option(
+    "--spectrum",
+    type=COUNT,
+    default=0,
+    metavar="N",
+    help="Also show the N largest singular values of each gradient.",
+)
+@click.option(
+    "--components",
+    type=COUNT,
+    help="Outer products per matrix, largest first; 0 = all; default: 16.",
+)
+@click.option("--top-k", type=COUNT, help="Most likely tokens per vector; default: 5.")
+@click.option("--bottom-k", type=COUNT, help="Least likely tokens per vector; default: 5.")
+@lens_option
+@click.option(
+    "--preview",
+    is_flag=True,
+    help="Preview a descent step of --lr on the chosen matrices and layers.",
+)
+@click.option(
+    "--shift", type=COUNT, metavar="LAYER", help="Preview a forward-pass shift in this layer."
+)
 @click.option("--eta", type=Number(), default=0.24, show_default=True, help="Strength of --shift.")
-@click.option("--probe", "probes", multiple=True, metavar="PROMPT", help="Watch it as well.")
-@click.option("--verify", is_flag=True, help="Compare with autograd's dense gradient.")
+@click.option(
+    "--probe",
+    "probes",
+    multiple=True,
+    metavar="PROMPT",
+    help="Also report this prompt before and after the edit (repeatable).",
+)
+@click.option("--verify", is_flag=True, help="Compare each gradient with autograd's.")
 @page_option
 @estimate_option
 @with_client
@@ -80,11 +120,11 @@ def gradient(  # noqa: PLR0913 - an option each
     estimate: bool,
     **asked: Any,
 ) -> None:
-    """Show what a step of learning --target after PROMPT would change.
+    """Show what a gradient step towards --target after PROMPT would change.
 
-    What it would imprint on the matrices' inputs, and which way it would shift what they write:
-    the Backward Lens's two pictures. With --preview or --shift also what that would do to the
-    answer, here and for every --probe; the model stays as it is.
+    Reads the gradient of each weight matrix in the vocabulary, as the Backward Lens does. With
+    --preview or --shift, also shows the probabilities before and after the edit, for PROMPT and
+    for every --probe. The model's weights are not changed.
     """
     not_both(as_json, html)
     if estimate:
@@ -110,13 +150,13 @@ def gradient(  # noqa: PLR0913 - an option each
 
 
 def _edits(preview: bool, shift: int | None, eta: float, asked: dict[str, Any]) -> dict[str, Edit]:
-    """What is to be previewed, each under its title."""
+    """The edits to preview, by title."""
     edits: dict[str, Edit] = {}
     if preview:
         rate = asked["learning_rate"]
         if not rate:
             context = click.get_current_context()
-            raise click.UsageError("--preview needs --lr, the step's learning rate", context)
+            raise click.UsageError("--preview needs --lr (the learning rate of the step)", context)
         title = f"What a step of learning rate {rate:g} would do"
         edits[title] = DescentStep(rate, asked["matrices"], asked["layers"])
     if shift is not None:

@@ -18,7 +18,14 @@ from januslens._results.exports import require
 from januslens._results.models import Model
 from januslens._results.neurons import FoundNeurons, NeuronHit
 from januslens._results.vectors import Projection
-from januslens.cli.options import COUNT, LENS, layer_list, model_option, usage_errors, with_client
+from januslens.cli.options import (
+    COUNT,
+    layer_list,
+    lens_option,
+    model_option,
+    usage_errors,
+    with_client,
+)
 from januslens.cli.tables import (
     console,
     labelled,
@@ -87,8 +94,10 @@ def _checks(model: Model) -> Text:
 
 @click.command()
 @click.argument("text")
-@click.option("--special-tokens", is_flag=True, help="Read TEXT as a prompt, not as a target.")
-@click.option("--literal", is_flag=True, help="Read control tokens in TEXT as characters.")
+@click.option(
+    "--special-tokens", is_flag=True, help="Add the special tokens of a prompt, such as BOS."
+)
+@click.option("--literal", is_flag=True, help="Read control tokens in TEXT as ordinary text.")
 @model_option
 @with_client
 def tokenize(
@@ -153,17 +162,21 @@ def _neuron_row(hit: NeuronHit, found: FoundNeurons) -> list[Text]:
 
 @click.command()
 @click.argument("written", metavar="TOKEN")  # --token is another
-@click.option("--suppressed", is_flag=True, help="Those that push it to the bottom instead.")
-@click.option("--layers", callback=layer_list, help="E.g. 0-3,7; default: all.")
+@click.option("--suppressed", is_flag=True, help="Show neurons that suppress TOKEN instead.")
+@click.option("--layers", callback=layer_list, help="Layers, for example 0-3,7; default: all.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Neurons at most."
+    "--limit",
+    type=click.IntRange(min=1),
+    default=20,
+    show_default=True,
+    help="Maximum number of neurons.",
 )
 @model_option
 @with_client
 def neurons(client: Client, as_json: bool, /, *, written: str, **asked: Any) -> None:
-    """Show the MLP neurons that promote TOKEN, whatever the prompt; a leading space counts.
+    """Show the MLP neurons that promote TOKEN, for example ' Paris' with its space.
 
-    A neuron's value is its row of FF2, what it writes when it fires.
+    No prompt is run: neurons are ranked by their value vectors, the rows of FF2.
     """
     with (
         usage_errors(),
@@ -176,17 +189,24 @@ def neurons(client: Client, as_json: bool, /, *, written: str, **asked: Any) -> 
 
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--name", help="Which tensor of a safetensors file; default: the only one.")
-@click.option("--target", help="Token to report the rank of; a leading space counts.")
-@click.option("--lens", type=LENS, default="final_norm", show_default=True)
-@click.option("--top-k", type=COUNT, help="How many of the most likely tokens.")
-@click.option("--bottom-k", type=COUNT, help="How many of the least likely tokens.")
+@click.option(
+    "--name", help="Tensor name in a safetensors file; needed if the file has several tensors."
+)
+@click.option(
+    "--target", help="Also report the rank of this token, for example ' Paris' with its space."
+)
+@lens_option
+@click.option("--top-k", type=COUNT, help="Most likely tokens per vector; default: 5.")
+@click.option("--bottom-k", type=COUNT, help="Least likely tokens per vector; default: 5.")
 @model_option
 @with_client
 def project(
     client: Client, as_json: bool, /, *, file: Path, name: str | None, **asked: Any
 ) -> None:
-    """Read the vectors of FILE (.npy or .safetensors, [d_model] or [n, d_model])."""
+    """Read the vectors in FILE in the vocabulary.
+
+    FILE is .npy or .safetensors, with the shape [d_model] or [n, d_model].
+    """
     with usage_errors():  # the other options are named as the verb's arguments
         found = client.project(read_vectors(file, name), **asked)
     if not as_json:

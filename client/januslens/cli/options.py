@@ -57,7 +57,13 @@ def interruptible(cancel: Callable[[], object]) -> Iterator[None]:
 
 
 COUNT = click.IntRange(min=0)
-LENS = click.Choice([lens.lower() for lens in Lens if lens is not Lens.UNSPECIFIED])
+lens_option = click.option(
+    "--lens",
+    type=click.Choice([lens.lower() for lens in Lens if lens is not Lens.UNSPECIFIED]),
+    default="final_norm",
+    show_default=True,
+    help="How vectors are read in the vocabulary.",
+)
 
 
 class Number(click.types.FloatParamType):
@@ -91,9 +97,13 @@ def prompt_argument(command: Callable[..., None]) -> Callable[..., None]:
 
     decorated: Callable[..., None] = run
     for option in (
-        click.option("--literal", is_flag=True, help="Read control tokens in PROMPT as text."),
         click.option(
-            "--no-special-tokens", is_flag=True, help="Add no special tokens, such as BOS."
+            "--literal", is_flag=True, help="Read control tokens in PROMPT as ordinary text."
+        ),
+        click.option(
+            "--no-special-tokens",
+            is_flag=True,
+            help="Do not add special tokens such as BOS to PROMPT.",
         ),
         click.argument("prompt"),
     ):
@@ -156,38 +166,42 @@ _CONNECTION_OPTIONS = (
         envvar="JANUSLENS_SERVER",
         show_default=True,
         show_envvar=True,
-        help="Where the server listens.",
+        help="Address of the server.",
     ),
     click.option(
         "--token",
         envvar="JANUSLENS_TOKEN",
         show_envvar=True,
-        help="Bearer token, where the server wants one.",
+        help="Bearer token, if the server requires one.",
     ),
-    click.option("--secure", is_flag=True, help="Encrypt, trusting the system's certificates."),
+    click.option("--secure", is_flag=True, help="Use TLS with the system's root certificates."),
     click.option(
         "--root-certificates",
         type=_FILE,
         envvar="JANUSLENS_ROOT_CERTIFICATES",
         show_envvar=True,
-        help="Encrypt, trusting the authorities in this PEM file.",
+        help="Use TLS with the root certificates in this PEM file.",
     ),
-    click.option("--client-certificate", type=_FILE, help="PEM file that shows who asks."),
-    click.option("--client-key", type=_FILE, help="PEM file with the certificate's private key."),
-    click.option("--resume", is_flag=True, help="Ask another replica for the rest of a cut call."),
+    click.option(
+        "--client-certificate", type=_FILE, help="Client certificate (PEM) for mutual TLS."
+    ),
+    click.option("--client-key", type=_FILE, help="Private key (PEM) of the client certificate."),
+    click.option(
+        "--resume", is_flag=True, help="Continue an interrupted stream on another replica."
+    ),
     click.option(
         "--timeout",
         type=Number(0.001, infinite=True),
-        help="Maximum seconds to wait; default: no limit.",
+        help="Maximum seconds per call; default: no limit.",
     ),
 )
 
 _json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print the responses: protobuf JSON, one a line."
+    "--json", "as_json", is_flag=True, help="Print the responses as JSON Lines (protobuf JSON)."
 )
 
 model_option = click.option(
-    "--model", default="", metavar="NAME", help="Which model; default: the only one resident."
+    "--model", default="", metavar="NAME", help="Model name; default: the only model of the server."
 )
 
 
@@ -245,7 +259,7 @@ def _print_json(message: Message) -> None:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Arguments that the client refuses before it sends anything are wrong usage."""
+    """Report arguments that the client refuses before sending as wrong usage."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -256,7 +270,7 @@ page_option = click.option(
     "--html",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE",
-    help="Write the answer as a page too: one file, to open in a browser.",
+    help="Also write the result as a self-contained HTML page.",
 )
 
 
@@ -285,7 +299,7 @@ def not_both(as_json: bool, page: Path | None) -> None:
 
 
 estimate_option = click.option(
-    "--estimate", is_flag=True, help="Say what it would take, without running it."
+    "--estimate", is_flag=True, help="Print the estimated cost without running the request."
 )
 
 

@@ -235,7 +235,7 @@ def cost_table(cost: CostEstimate) -> Table:
         grid.add_row(Text(name, "dim"), Text(figure))
     verdict = Text("would be admitted", "green")
     if not cost.admissible:
-        verdict = Text(f"would be refused: above the server's {cost.limit_exceeded}", "red")
+        verdict = Text(f"would be refused: exceeds {cost.limit_exceeded}", "red")
     grid.add_row("", verdict)
     return grid
 

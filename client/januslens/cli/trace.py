@@ -1,4 +1,4 @@
-"""`januslens trace`: where an answer comes from."""
+"""The command `januslens trace`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from januslens._requests import Text
 from januslens._results.trace import LayerGraph, Trace, TraceHeader
 from januslens.cli.options import (
     COUNT,
-    LENS,
     estimate_option,
     layer_list,
+    lens_option,
     model_option,
     not_both,
     page_option,
@@ -32,21 +32,36 @@ from januslens.cli.tables import Steps, console, steps
 
 
 @click.command()
-@click.option("--target", help="Token to look for, a leading space counts; default: the model's.")
-@click.option("--layers", callback=layer_list, help="E.g. 0-3,7; default: all.")
-@click.option("--positions", callback=position_list, help="E.g. -1,3 or all; default: the last.")
+@click.option(
+    "--target",
+    help="Target token, for example ' Paris' with its space; default: the model's own next token.",
+)
+@click.option("--layers", callback=layer_list, help="Layers, for example 0-3,7; default: all.")
+@click.option(
+    "--positions",
+    callback=position_list,
+    help="Positions, for example -1,3, or all; default: the last.",
+)
 @model_option
 @click.option(
-    "--rows", type=click.IntRange(min=1), default=8, show_default=True, help="Of a table at most."
+    "--rows",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Maximum rows per table.",
 )
-@click.option("--details", is_flag=True, help="Heads and neurons layer by layer.")
-@click.option("--heads", type=COUNT, help="Heads a layer, 0 = all.")
-@click.option("--memory-values", type=COUNT, help="Sources a head, 0 = all.")
-@click.option("--top-neurons", type=COUNT, help="Most positive neurons a layer, 0 = all.")
-@click.option("--bottom-neurons", type=COUNT, help="Most negative neurons a layer.")
-@click.option("--top-k", type=COUNT, help="Most likely tokens of a vector.")
-@click.option("--bottom-k", type=COUNT, help="Least likely tokens of a vector.")
-@click.option("--lens", type=LENS, default="final_norm", show_default=True)
+@click.option("--details", is_flag=True, help="Also print the heads and neurons of each layer.")
+@click.option("--heads", type=COUNT, help="Heads per layer; 0 = all; default: 10.")
+@click.option("--memory-values", type=COUNT, help="Source positions per head; 0 = all; default: 2.")
+@click.option(
+    "--top-neurons",
+    type=COUNT,
+    help="Most positive neurons per layer; 0 = all; default: 18.",
+)
+@click.option("--bottom-neurons", type=COUNT, help="Most negative neurons per layer; default: 7.")
+@click.option("--top-k", type=COUNT, help="Most likely tokens per vector; default: 5.")
+@click.option("--bottom-k", type=COUNT, help="Least likely tokens per vector; default: 5.")
+@lens_option
 @page_option
 @estimate_option
 @with_client
@@ -63,10 +78,10 @@ def trace(
     estimate: bool,
     **asked: Any,
 ) -> None:
-    """Show how the model comes to its answer after PROMPT.
+    """Show how the model computes its next token after PROMPT.
 
-    How the target emerges in the residual stream, which heads and neurons brought it, and by which
-    way: the VISIT graph in words.
+    Prints how the target's rank changes along the residual stream, and which heads and neurons
+    contribute most to it: a summary of the VISIT flow graph.
     """
     not_both(as_json, html)
     if estimate:
@@ -83,7 +98,7 @@ def trace(
 
 
 def _overview(client: Client, result: Trace, asked: dict[str, Any]) -> Trace | None:
-    """What surrounds the trace; nothing does where every position was traced in full."""
+    """The residual stream at the other positions; None if the trace has all positions."""
     if len(result.targets) == len(result.prompt_tokens):
         return None
     return client.trace_overview(result, lens=asked["lens"], top_k=asked["top_k"] or 3)

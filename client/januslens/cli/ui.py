@@ -19,7 +19,7 @@ from januslens.cli.options import Connection, usage_errors, with_connection
     show_default=True,
     help="Port to listen on; 0 = any free port.",
 )
-@click.option("--expose", is_flag=True, help="Allow a --host that is not loopback.")
+@click.option("--expose", is_flag=True, help="Allow a --host that is not a loopback address.")
 @click.option("--open", "opened", is_flag=True, help="Open the page in a browser.")
 @with_connection
 def ui(connection: Connection, /, *, host: str, port: int, expose: bool, opened: bool) -> None:

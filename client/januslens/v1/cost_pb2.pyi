@@ -78,8 +78,9 @@ class EstimateCostResponse(_message.Message):
     admissible: _builtins.bool
     """True if this server would admit the request now, were it idle."""
     limit_exceeded: _builtins.str
-    """Name of the limit that the request exceeds, a setting of the server such as
-    `max_request_seconds`; empty if admissible.
+    """Name of the limit that the request exceeds: the server's setting `max_request_seconds`,
+    `max_request_memory` or `max_request_stream`, or `free_memory` if `device_bytes` are more than
+    the memory that is free on the device, less a reserve. Empty if admissible.
     """
     seconds: _builtins.float
     """Seconds that the device would work on it, without what it would wait for others."""
