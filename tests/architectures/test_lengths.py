@@ -93,3 +93,8 @@ def test_lengths_are_found_wherever_they_stand() -> None:
         "sliding_window": 9,
         "rope_parameters.original_max_position_embeddings": 16,
     }
+
+
+def test_a_context_shorter_than_the_miniatures_prompt_is_measured_all_the_same() -> None:
+    settings = {"window_size": 4, "max_position_embeddings": 16}
+    assert view_of(plain(Case("gpt_neo", "short context", settings))).blocks

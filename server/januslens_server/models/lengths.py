@@ -132,7 +132,14 @@ def miniature(
     for candidate in (small, config):
         try:
             return _built(candidate, model)
-        except (ModelFailed, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        except (
+            AttributeError,
+            IndexError,
+            ModelFailed,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
             reasons.append(str(error).split("\n", maxsplit=1)[0])
     names = ", ".join(length.name for length in lengths)
     raise ModelFailed(
@@ -161,7 +168,8 @@ def _resize(config: Any, widths: dict[str, int]) -> None:
         if name in own and getattr(config, name) is not None:
             setattr(config, name, width)
     if "max_position_embeddings" in own and isinstance(config.max_position_embeddings, int):
-        config.max_position_embeddings = min(config.max_position_embeddings, MAX_POSITIONS)
+        within = min(config.max_position_embeddings, MAX_POSITIONS)
+        config.max_position_embeddings = max(within, PROMPT_LENGTH)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, name, None) is not None:
             setattr(config, name, 0)
