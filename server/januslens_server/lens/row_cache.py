@@ -149,7 +149,10 @@ class RowCache:
         ]
 
     def _add(self, keys: Sequence[Hashable], vectors: torch.Tensor) -> None:
-        """Compute and keep rows, in the places of those that came first."""
+        """Compute and keep rows, in the places of those that came first.
+
+        They get their keys when they are complete, so that none is kept if the memory runs out.
+        """
         self.computed += len(keys)
         padded = _padded(vectors)
         if self._next + len(padded) > self._capacity:
@@ -158,9 +161,6 @@ class RowCache:
         for slot in slots:
             self._slots.pop(self._keys[slot], None)
             self._keys[slot] = None
-        for slot, key in zip(slots, keys, strict=False):
-            self._slots[key], self._keys[slot] = slot, key
-        self._next = slots.stop
         self._filled = max(self._filled, slots.stop)
         logits = self._logits[slots.start : slots.stop]
         self._head.logits(self._head.prepare(padded, ENDS.kind), out=logits)
@@ -169,6 +169,9 @@ class RowCache:
                 shape = (self._capacity, *column.shape[1:])
                 self._readings[name] = column.new_empty(shape)
             self._readings[name][slots.start : slots.stop] = column
+        for slot, key in zip(slots, keys, strict=False):
+            self._slots[key], self._keys[slot] = slot, key
+        self._next = slots.stop
 
     def _kept(self, named: _Wanted, rows: list[int], spec: LensSpec) -> Readings:
         """Readings of rows that are here, for their targets."""

@@ -152,3 +152,24 @@ def test_nothing_is_kept_where_rows_depend_on_those_beside_them(head: LensHead) 
 
     assert not RowCache(Unsteady(**vars(head)), limit=10**8, rows=100).usable
     assert RowCache(replace(head), limit=10**8, rows=100).usable
+
+
+def test_rows_whose_computation_failed_are_computed_again(
+    head: LensHead, vectors: torch.Tensor
+) -> None:
+    """As where the device had no memory left."""
+
+    class Failing(LensHead):
+        def prepare(self, vectors: torch.Tensor, kind: LensKind) -> torch.Tensor:
+            if fail and len(vectors):
+                raise MemoryError
+            return super().prepare(vectors, kind)
+
+    fail = False
+    cache = cache_of(Failing(**vars(head)))
+    fail = True
+    with pytest.raises(MemoryError):
+        cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    fail = False
+    again = cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    assert_same(again, cache_of(head).project(vectors, KEYS, SPEC, targets(COUNT)), bits=True)
