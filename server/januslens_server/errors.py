@@ -32,6 +32,10 @@ from dataclasses import dataclass
 CancelCheck = Callable[[], None]
 
 
+def never_cancelled() -> None:
+    """The `CancelCheck` of a computation that always runs to its end."""
+
+
 class IntrospectionError(Exception):
     """Base class; its text is shown to the caller, and `reason` is stable across releases."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from januslens_server.errors import CancelCheck, never_cancelled
 from januslens_server.lens.cores import on_free_cores
 from januslens_server.lens.extremes import highest, lowest
 from januslens_server.lens.head import LensHead
@@ -54,25 +55,32 @@ def project(
     vectors: torch.Tensor,
     spec: LensSpec,
     targets: torch.Tensor | None = None,
+    check_cancelled: CancelCheck = never_cancelled,
 ) -> ProjectionTable:
     """Read `vectors` `[n, d_model]` through the lens; `targets` `[n, m]` token ids to report on.
 
     Rank counts the tokens with a strictly larger logit (0 = best). Rows that are exactly zero
     are reported as not projected: their lens would show only biases. Whatever n is, no more than
-    `head.chunk_bytes` of logits are held at once.
+    `head.chunk_bytes` of logits are held at once; `check_cancelled` is called before each such
+    chunk is computed.
     """
     if targets is None:
         targets = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
-    chunks = list(read_vectors(head, vectors, spec, targets))
+    chunks = list(read_vectors(head, vectors, spec, targets, check_cancelled))
     return projection_table(head, (vectors != 0).any(-1), chunks, targets)
 
 
 def read_vectors(
-    head: LensHead, vectors: torch.Tensor, spec: LensSpec, targets: torch.Tensor
+    head: LensHead,
+    vectors: torch.Tensor,
+    spec: LensSpec,
+    targets: torch.Tensor,
+    check_cancelled: CancelCheck = never_cancelled,
 ) -> Iterator[Readings]:
     """The readings that `project` makes its table of: of some rows at a time, of none once."""
     at_once = rows_at_once(head)
     for start in range(0, len(vectors) or 1, at_once):
+        check_cancelled()
         prepared = head.prepare(vectors[start : start + at_once], spec.kind)
         logits = _scratch.matrix("logits", len(prepared), head.unembedding.vocab, vectors.device)
         head.logits(prepared, out=logits)

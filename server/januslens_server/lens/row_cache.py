@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from januslens_server.errors import CancelCheck, never_cancelled
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.projection import (
     Readings,
@@ -84,6 +85,7 @@ class RowCache:
         keys: Sequence[Hashable],
         spec: LensSpec,
         targets: torch.Tensor,
+        check_cancelled: CancelCheck = never_cancelled,
     ) -> ProjectionTable:
         """As `lens.projection.project`; `keys` `[n]` name those of `vectors` that are weight rows.
 
@@ -93,11 +95,11 @@ class RowCache:
         fits = max(spec.top_k, spec.bottom_k) <= ENDS.top_k and spec.kind is LensKind.FINAL_NORM
         if not (self.usable and fits and wanted.any()):
             self.computed += len(vectors)
-            return project(self._head, vectors, spec, targets)
+            return project(self._head, vectors, spec, targets, check_cancelled)
         where = torch.from_numpy(np.flatnonzero(wanted))
         others = torch.from_numpy(np.flatnonzero(~wanted))
         named = _Wanted([key for key in keys if key is not None], vectors[where], targets[where])
-        return self._projected(vectors, named, where, others, spec, targets)
+        return self._projected(vectors, named, where, others, spec, targets, check_cancelled)
 
     @torch.inference_mode()
     def _projected(
@@ -108,11 +110,12 @@ class RowCache:
         others: torch.Tensor,
         spec: LensSpec,
         targets: torch.Tensor,
+        check_cancelled: CancelCheck,
     ) -> ProjectionTable:
         self.computed += len(others)
         parts = [
-            *read_vectors(self._head, vectors[others], spec, targets[others]),
-            *self._read(named, spec),
+            *read_vectors(self._head, vectors[others], spec, targets[others], check_cancelled),
+            *self._read(named, spec, check_cancelled),
         ]
         order = torch.cat([others, where]).argsort()
         joined = {
@@ -122,7 +125,7 @@ class RowCache:
         projected = (vectors != 0).any(-1)
         return projection_table(self._head, projected, [Readings(**joined)], targets)
 
-    def _read(self, named: _Wanted, spec: LensSpec) -> list[Readings]:
+    def _read(self, named: _Wanted, spec: LensSpec, check_cancelled: CancelCheck) -> list[Readings]:
         """Readings of the rows in their order: those that are here, and as they come the others."""
         rows = range(len(named.keys))
         known = [i for i in rows if named.keys[i] in self._slots]
@@ -133,6 +136,7 @@ class RowCache:
         order, parts = known, [self._kept(named, known, spec)] if known else []
         keys = list(unknown)
         for start in range(0, len(keys), self._at_once):
+            check_cancelled()
             fresh = keys[start : start + self._at_once]
             self._add(fresh, named.vectors[[unknown[key][0] for key in fresh]])
             added = [i for key in fresh for i in unknown[key]]

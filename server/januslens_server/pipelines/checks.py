@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from januslens_server.errors import CancelCheck
 from januslens_server.graph.flow import Flow
 from januslens_server.lens.projection import rows_at_once
 from januslens_server.models.resident import ResidentModel
@@ -26,12 +27,17 @@ class TraceChecks:
     """Watches the flows of one trace, before anything of them is hidden."""
 
     def __init__(
-        self, model: ResidentModel, passed: ForwardPass, targets: Sequence[PositionTarget]
+        self,
+        model: ResidentModel,
+        passed: ForwardPass,
+        targets: Sequence[PositionTarget],
+        check_cancelled: CancelCheck,
     ) -> None:
         """Check against the model's own logits, within the tolerance of its data type."""
         self._lens = model.view.lens
         self._passed = passed
         self._targets = targets
+        self._check_cancelled = check_cancelled
         self._tolerance = TOLERANCES[model.provenance.data_type]
         self._shares: defaultdict[str, float] = defaultdict(float)
         self._contributions: defaultdict[int, float] = defaultdict(float)
@@ -63,6 +69,7 @@ class TraceChecks:
         lens, chunk = self._lens, rows_at_once(self._lens)
         largest = difference = 0.0
         for start in range(0, len(at), chunk):
+            self._check_cancelled()
             residual = self._passed.residual[at[start : start + chunk]]
             logits = self._passed.logits[start : start + chunk].float()
             read = lens.cap(lens.logits(lens.final_norm(residual)))

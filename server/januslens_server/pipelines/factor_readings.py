@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 
-from januslens_server.errors import InvalidRequest
+from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.lens.factors import (
     frobenius_norm,
     largest_entries,
@@ -50,13 +50,19 @@ class FactorReader:
     """Reads the matrices of one request; collects the rows of the segment table on the way."""
 
     def __init__(
-        self, model: ResidentModel, spec: GradientLensSpec, objective: Objective, predicted: int
+        self,
+        model: ResidentModel,
+        spec: GradientLensSpec,
+        objective: Objective,
+        predicted: int,
+        check_cancelled: CancelCheck,
     ) -> None:
         """Raises `InvalidRequest` if the spec's subject is not in the prompt."""
         self._model = model
         self._spec = spec
         self._ranked = [*objective.targets, predicted]
         self._segments = read_segments(spec.subject, spec.prompt, objective)
+        self._check_cancelled = check_cancelled
         self.segment_rows: list[SegmentRow] = []
 
     def batches(self, factors: Mapping[MatrixKey, Factors]) -> Iterator[list[MatrixKey]]:
@@ -75,7 +81,10 @@ class FactorReader:
 
     @torch.inference_mode()
     def matrices(self, batch: Mapping[MatrixKey, Factors]) -> list[GradientMatrix]:
-        """The records of a batch, whose components are projected in one product."""
+        """The records of a batch, whose components are projected together.
+
+        `check_cancelled` is called before every chunk of rows that is computed.
+        """
         orders = [self._chosen(factors) for factors in batch.values()]
         table = self._project(
             torch.cat(
@@ -214,7 +223,8 @@ class FactorReader:
         self, vectors: torch.Tensor, ranked: Sequence[int], lens: LensSpec | None = None
     ) -> ProjectionTable:
         targets = torch.tensor(ranked, device=vectors.device).expand(len(vectors), -1)
-        return read(self._model.view.lens, vectors, lens or self._spec.lens, targets)
+        lens = lens or self._spec.lens
+        return read(self._model.view.lens, vectors, lens, targets, self._check_cancelled)
 
 
 def _residual_side(key: MatrixKey, factors: Factors) -> torch.Tensor:

@@ -41,7 +41,7 @@ def gradient_lens(
 
     Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed,
     and whatever `check_cancelled` raises: before every block forward, at every matrix backward, and
-    before every projection, which takes a few matrices at once.
+    before every chunk of vectors that is projected.
     """
     clock = StageClock("GradientLens")
     with clock.stage("tokenize"):
@@ -52,7 +52,7 @@ def gradient_lens(
     with clock.stage("backward"):
         ids = [token.id for token in objective.tokens]
         passed = backward(model, ids, objective.loss, matrices, check_cancelled)
-        predicted = _predicted(model, passed, objective)
+        predicted = _predicted(model, passed, objective, check_cancelled)
     yield GradientHeader(
         provenance=model.provenance,
         facts=model.view.facts,
@@ -63,7 +63,7 @@ def gradient_lens(
         stage_data_types=_stage_data_types(model),
         skipped=choice.skipped,
     )
-    reader = FactorReader(model, spec, objective, predicted)
+    reader = FactorReader(model, spec, objective, predicted, check_cancelled)
     for keys in reader.batches(passed.factors):
         check_cancelled()
         with clock.stage("project"):
@@ -80,10 +80,13 @@ def gradient_lens(
 
 
 @torch.inference_mode()
-def _predicted(model: ResidentModel, passed: BackwardPass, objective: Objective) -> int:
+def _predicted(
+    model: ResidentModel, passed: BackwardPass, objective: Objective, check_cancelled: CancelCheck
+) -> int:
     """The model's own answer to the prompt."""
     last = passed.residual[objective.prompt_length - 1][None]
-    return int(read(model.view.lens, last, LensSpec(top_k=1, bottom_k=0)).top_ids[0, 0])
+    table = read(model.view.lens, last, LensSpec(top_k=1, bottom_k=0), None, check_cancelled)
+    return int(table.top_ids[0, 0])
 
 
 def _stage_data_types(model: ResidentModel) -> dict[str, str]:

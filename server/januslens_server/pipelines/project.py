@@ -15,12 +15,13 @@ from januslens_server.specs import ProjectSpec
 
 
 def project_vectors(
-    model: ResidentModel, spec: ProjectSpec, _check_cancelled: CancelCheck
+    model: ResidentModel, spec: ProjectSpec, check_cancelled: CancelCheck
 ) -> Iterator[ProjectionTable]:
     """Yield one table for all vectors.
 
     Raises `InvalidRequest` if they are not `[n, d_model]`, not finite or so large that their
-    readings are not, or the target is not one token.
+    readings are not, or the target is not one token; and whatever `check_cancelled` raises, before
+    every chunk of vectors that is projected.
     """
     d_model = model.view.facts.d_model
     if spec.vectors.shape[1] != d_model:
@@ -38,4 +39,4 @@ def project_vectors(
         raise InvalidRequest(
             "vectors.data", "vector values too large: squaring overflows float32; scale them down"
         )
-    yield read(model.view.lens, vectors, spec.lens, targets)
+    yield read(model.view.lens, vectors, spec.lens, targets, check_cancelled)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from januslens_server import telemetry
+from januslens_server.errors import CancelCheck
 from januslens_server.models.finite import check_numbers
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.flows import Piece
@@ -41,18 +42,24 @@ class FlowReader:
     """Reads the flows of one trace, layer by layer upwards."""
 
     def __init__(
-        self, model: ResidentModel, spec: TraceSpec, targets: Sequence[PositionTarget]
+        self,
+        model: ResidentModel,
+        spec: TraceSpec,
+        targets: Sequence[PositionTarget],
+        check_cancelled: CancelCheck,
     ) -> None:
         """Report at each position the rank and probability of its target."""
+        self._check_cancelled = check_cancelled
         self._model = model
         self._spec = spec
         self._targets = {target.position: target.target_token_id for target in targets}
         self._below: dict[str, frozenset[int]] = {}
 
     def read(self, piece: Piece) -> LayerGraph:
-        """The record of a piece: every vector that is to be read, in one matrix product.
+        """The record of a piece, whose vectors are projected together.
 
-        Rows of the weights that were met before are not computed again.
+        Rows of the weights that were met before are not computed again. `check_cancelled` is called
+        before every chunk of rows that is computed.
         """
         flows = [flow for flow in piece.flows if flow.nodes]
         nodes = [node for flow in flows for node in flow.nodes]
@@ -94,7 +101,7 @@ class FlowReader:
         keys = [self._weight_row(node) for node in nodes]
         rows = self._model.rows
         before = rows.computed
-        table = rows.project(vectors, keys, widest, ids)
+        table = rows.project(vectors, keys, widest, ids, self._check_cancelled)
         telemetry.VECTORS_PROJECTED.inc(rows.computed - before)
         return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from januslens_server.errors import ModelFailed, NotFinite
+from januslens_server.errors import ModelFailed, NotFinite, never_cancelled
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.float32_blocks import blocks_in_float32
 from januslens_server.pipelines.trace import trace
@@ -27,7 +27,7 @@ def self_check(model: ResidentModel) -> Sequence[Guarantee]:
         include_checks=True,
     )
     try:
-        *_, summary = trace(model, spec, _go_on)
+        *_, summary = trace(model, spec, never_cancelled)
         in_float32 = blocks_in_float32(model, _prompt(model.view.facts))
     except NotFinite as error:
         raise ModelFailed(f"self-check: {error}") from error
@@ -39,7 +39,3 @@ def _prompt(facts: ModelFacts) -> tuple[int, ...]:
     """Token ids spread over the vocabulary: no text is typical of every model."""
     length = min(PROMPT_LENGTH, facts.max_positions)
     return tuple(facts.vocab_size * (2 * i + 1) // (2 * length) for i in range(length))
-
-
-def _go_on() -> None:
-    """Loading has no caller who could cancel it."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from januslens_server.errors import CancelCheck
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.vectors import read
 from januslens_server.results import PositionTarget
@@ -14,7 +15,11 @@ from januslens_server.specs import LensSpec
 
 @torch.inference_mode()
 def position_targets(
-    model: ResidentModel, residual: torch.Tensor, positions: Sequence[int], target: int | None
+    model: ResidentModel,
+    residual: torch.Tensor,
+    positions: Sequence[int],
+    target: int | None,
+    check_cancelled: CancelCheck,
 ) -> list[PositionTarget]:
     """One a position, from the last block's output `[pos, d_model]`.
 
@@ -22,7 +27,7 @@ def position_targets(
     """
     lens, rows = model.view.lens, residual[list(positions)]
     asked = None if target is None else rows.new_full((len(rows), 1), target, dtype=torch.long)
-    table = read(lens, rows, LensSpec(top_k=1, bottom_k=0), asked)
+    table = read(lens, rows, LensSpec(top_k=1, bottom_k=0), asked, check_cancelled)
     predicted = table.top_ids[:, 0].tolist()
     own = asked is None
     ids = predicted if own else table.target_ids[:, 0].tolist()

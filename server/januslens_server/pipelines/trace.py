@@ -28,7 +28,8 @@ def trace(
     """Yield the header, then each layer's graph as soon as it is projected, then the summary.
 
     Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed, and
-    whatever `check_cancelled` raises, before every block of the forward pass and every layer.
+    whatever `check_cancelled` raises: before every block of the forward pass, every layer, and
+    every chunk of vectors that is projected.
     """
     clock = StageClock("Trace")
     with clock.stage("tokenize"):
@@ -47,12 +48,12 @@ def trace(
             positions,
             positions if spec.include_checks else positions[-1:],
         )
-        targets = position_targets(model, passed.residual, positions, target)
+        targets = position_targets(model, passed.residual, positions, target, check_cancelled)
     yield TraceHeader(model.provenance, model.view.facts, tokens, layers, targets)
 
     flows = LayerFlows(model, spec, passed)
-    reader = FlowReader(model, spec, targets)
-    checks = TraceChecks(model, passed, targets)
+    reader = FlowReader(model, spec, targets, check_cancelled)
+    checks = TraceChecks(model, passed, targets, check_cancelled)
     nodes = edges = 0
     pieces = flows.pieces(layers, targets, clock)
     piece = next(pieces, None)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from januslens_server.errors import RequestCancelled
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
 from januslens_server.lens.projection import project
@@ -152,6 +153,26 @@ def test_nothing_is_kept_where_rows_depend_on_those_beside_them(head: LensHead) 
 
     assert not RowCache(Unsteady(**vars(head)), limit=10**8, rows=100).usable
     assert RowCache(replace(head), limit=10**8, rows=100).usable
+
+
+def test_a_projection_that_is_cancelled_keeps_only_finished_rows(
+    head: LensHead, vectors: torch.Tensor
+) -> None:
+    """The check comes before every chunk, and what follows gets the bits it gets without it."""
+    cache, calls = cache_of(head), 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise RequestCancelled("cancelled")
+
+    with pytest.raises(RequestCancelled):
+        cache.project(vectors, KEYS, SPEC, targets(COUNT), check)
+    assert cache.computed == 3 * ROWS  # one chunk: the first check is that of rows without keys
+    again = cache.project(vectors, KEYS, SPEC, targets(COUNT))
+    assert_same(again, cache_of(head).project(vectors, KEYS, SPEC, targets(COUNT)), bits=True)
+    assert cache.computed == COUNT
 
 
 def test_rows_whose_computation_failed_are_computed_again(

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from januslens_server.errors import never_cancelled
 from januslens_server.lens.projection import project
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import forward
@@ -99,7 +100,7 @@ def _with_graph(
     products = [d.flops - lens_flops(model_sizes(model), d.vectors) for d in demands]
     building = many - few - (products[1] - products[0]) * pace.per_flop
     pace = replace(pace, per_block=per_block)
-    traced = best(lambda: list(trace(model, whole, _go_on))) - pace.seconds(demands[1])
+    traced = best(lambda: list(trace(model, whole, never_cancelled))) - pace.seconds(demands[1])
     return replace(pace, per_node=max(0.0, building, traced) / demands[1].nodes)
 
 
@@ -108,14 +109,14 @@ def _graph(
 ) -> None:
     """The pass of a trace of the last position, and its graph without readings."""
     layers, last = range(model.view.facts.n_layers), (len(ids) - 1,)
-    passed = forward(model, ids, layers, _go_on, last, last)
-    targets = position_targets(model, passed.residual, last, None)
+    passed = forward(model, ids, layers, never_cancelled, last, last)
+    targets = position_targets(model, passed.residual, last, None, never_cancelled)
     if build:
         deque(LayerFlows(model, spec, passed).pieces(layers, targets, StageClock("Trace")), 0)
 
 
 def _pass(model: ResidentModel, tokens: int) -> None:
-    logits = forward(model, range(tokens), (), _go_on, scored=(tokens - 1,)).logits
+    logits = forward(model, range(tokens), (), never_cancelled, scored=(tokens - 1,)).logits
     float(logits[-1, 0])  # until then a GPU may still compute
 
 
@@ -135,7 +136,3 @@ def _line(sizes: list[float], seconds: list[float]) -> tuple[float, float]:
     slope = max(0.0, larger_y - y) / (larger_x - x) if larger_x > x else 0.0
     slope = min(slope, larger_y / larger_x)
     return max(0.0, y - slope * x), slope
-
-
-def _go_on() -> None:
-    """Measuring has no caller who could cancel it."""
