@@ -120,7 +120,7 @@ def gradient(  # noqa: PLR0913 - an option each
     estimate: bool,
     **asked: Any,
 ) -> None:
-    """Show what a gradient step towards --target after PROMPT would change.
+    """Show what a gradient step towards --target changes.
 
     Reads the gradient of each weight matrix in the vocabulary, as the Backward Lens does. With
     --preview or --shift, also shows the probabilities before and after the edit, for PROMPT and

@@ -95,7 +95,7 @@ def _checks(model: Model) -> Text:
 @click.command()
 @click.argument("text")
 @click.option(
-    "--special-tokens", is_flag=True, help="Add the special tokens of a prompt, such as BOS."
+    "--special-tokens", is_flag=True, help="Read TEXT as a prompt, with tokens such as BOS."
 )
 @click.option("--literal", is_flag=True, help="Read control tokens in TEXT as ordinary text.")
 @model_option
@@ -174,9 +174,10 @@ def _neuron_row(hit: NeuronHit, found: FoundNeurons) -> list[Text]:
 @model_option
 @with_client
 def neurons(client: Client, as_json: bool, /, *, written: str, **asked: Any) -> None:
-    """Show the MLP neurons that promote TOKEN, for example ' Paris' with its space.
+    """Show the MLP neurons that promote TOKEN.
 
-    No prompt is run: neurons are ranked by their value vectors, the rows of FF2.
+    Give TOKEN with its space, for example ' Paris'. No prompt is run: neurons are ranked by their
+    value vectors, the rows of FF2.
     """
     with (
         usage_errors(),
