@@ -45,7 +45,7 @@ every_case = pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.id)
 @every_case
 def test_every_guarantee_holds(case: Case) -> None:
     guarantees = self_check(resident(case))
-    assert len(guarantees) == 3
+    assert len(guarantees) == 4
     for guarantee in guarantees:
         assert guarantee.measured_error < 1e-5, guarantee
 
