@@ -98,3 +98,17 @@ def test_lengths_are_found_wherever_they_stand() -> None:
 def test_a_context_shorter_than_the_miniatures_prompt_is_measured_all_the_same() -> None:
     settings = {"window_size": 4, "max_position_embeddings": 16}
     assert view_of(plain(Case("gpt_neo", "short context", settings))).blocks
+
+
+def test_a_deep_model_with_wide_heads_is_measured_on_a_narrow_one() -> None:
+    settings: dict[str, Any] = {"head_dim": 256, "num_hidden_layers": 18, "hidden_size": 640}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 512}
+    config = AutoConfig.for_model("gemma3_text", **settings)
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    from januslens_server.models.adapters import ADAPTERS
+    from januslens_server.models.lengths import first_unlike, miniature
+
+    small = miniature(network, 4, 1, 256, lengths_of(config))
+    assert sum(p.numel() for p in small.parameters()) < 5_000_000
+    assert first_unlike(small, ADAPTERS["gemma3_text"](small)) is None

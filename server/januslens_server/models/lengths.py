@@ -58,8 +58,11 @@ WIDTHS = {
 }
 MAX_POSITIONS = 2 * PROMPT_LENGTH
 
-# A miniature that keeps the model's widths may have as many parameters.
-MAX_PARAMETERS = 20_000_000
+# Width of a miniature's residual stream in families whose heads have a size of their own.
+NARROW = 64
+
+# A miniature may have as many parameters: 800 MB, of which deep models with wide heads need most.
+MAX_PARAMETERS = 200_000_000
 
 # Largest relative error of a head's result in float32; a source too many or too few, or a scale,
 # is off by per cent.
@@ -126,10 +129,13 @@ def miniature(
     }
     if n_kv_heads == 1:
         widths |= {"num_key_value_heads": 1, "num_kv_heads": 1}
+    narrow = copy.deepcopy(config)
+    if "head_dim" in config.to_dict():  # heads need not fill the residual stream
+        _resize(narrow, widths | {"hidden_size": NARROW})
     _resize(small, widths)
     _resize(config, {"vocab_size": WIDTHS["vocab_size"]})
     reasons = []
-    for candidate in (small, config):
+    for candidate in (narrow, small, config):
         try:
             return _built(candidate, model)
         except (
