@@ -185,56 +185,57 @@ class Measure:
 MEASURES = (
     Measure(
         "lens",
-        "the lens of the last block's output against the plain model's logits; largest difference "
-        "relative to the largest logit",
+        "lens of the last block's output, compared with the plain model's logits; largest "
+        "difference relative to the largest logit",
         last_lens,
         1e-5,
     ),
     Measure(
         "shares",
-        "the shares into every sum against 1, at every layer and position, and the checks that the "
-        "trace itself reports",
+        "distance from 1 of the shares into every sum, at every layer and position, and the "
+        "checks that the trace itself reports",
         shares,
         1e-5,
     ),
     Measure(
         "sums",
-        "the vectors of every sum's parts, times their coefficients, against the vector of the "
-        "whole; largest difference relative to the whole's largest entry",
+        "sum of the parts' vectors times their coefficients, compared with the vector of the "
+        "sum; largest difference relative to the sum's largest entry",
         sums,
         1e-5,
     ),
     Measure(
         "attention",
-        "probabilities recomputed from captured queries and keys against the plain model's; "
-        "largest difference",
+        "probabilities recomputed from captured queries and keys, compared with the plain "
+        "model's; largest difference",
         attention,
         1e-5,
     ),
     Measure(
         "pull-backs",
-        "memory keys and head queries against autograd's gradients of the dot products that the "
-        "plain model takes; largest difference relative to the largest entry",
+        "memory keys and head queries, compared with autograd's gradients of the plain model's "
+        "dot products; largest difference relative to the largest entry",
         pull_backs,
         1e-5,
     ),
     Measure(
         "logit",
-        "all contributions and the constant against the plain model's logit before its soft-cap; "
-        "largest difference relative to the largest logit",
+        "sum of all contributions and the constant, compared with the plain model's logit "
+        "before the soft-cap; largest difference relative to the largest logit",
         contributions,
         1e-5,
     ),
     Measure(
         "factors",
-        "the factors' sum against autograd's dense gradient of the plain model, every matrix of "
-        "every layer; relative Frobenius norm of the difference",
+        "sum of the factors' outer products, compared with autograd's dense gradient of the "
+        "plain model, for every matrix of every layer; relative Frobenius norm of the "
+        "difference",
         factors,
         1e-5,
     ),
     Measure(
         "bfloat16",
-        "the worst figure of the self-check that every model passes when it is loaded, in bfloat16",
+        "largest figure of the self-check at load, in bfloat16",
         half_precision,
         2e-2,
     ),

@@ -166,10 +166,10 @@ def predicted_wait(found: Sequence[Served]) -> tuple[float, float]:
     return busy, rate * squares / (2 * (1 - busy)) if busy < 1 else math.inf
 
 
-def replayed_wait(found: Sequence[Served]) -> float:
-    """The mean wait if one after the other is served as they came (Lindley's recursion).
+def simulated_wait(found: Sequence[Served]) -> float:
+    """Mean wait of these arrivals in a first-come, first-served queue (Lindley's recursion).
 
-    Unlike the formula's it holds for these very arrivals, however few they are.
+    Unlike the formula, it applies to these particular arrivals, however few they are.
     """
     free, waits = 0.0, []
     for one in found:
@@ -201,7 +201,7 @@ def costs(server: ServerProcess, model: str, console: Console) -> None:
 
 def waits(console: Console) -> None:
     """Mean waits of equal requests, and of a mixture with a long one in a hundred."""
-    columns = ("requests", "device busy", "mean wait, ms", "replayed, ms", "formula, ms")
+    columns = ("requests", "device busy", "mean wait, ms", "simulated, ms", "formula, ms")
     table = Table(*columns)
     chance = random.Random(SEED)
     mixed = [LONG if chance.random() < 0.01 else SHORT for _ in range(REQUESTS)]
@@ -209,7 +209,7 @@ def waits(console: Console) -> None:
         for utilisation in UTILISATIONS:
             found = asyncio.run(served(lengths, utilisation / fmean(lengths)))
             busy, predicted = predicted_wait(found)
-            figures = (fmean(one.waited for one in found), replayed_wait(found), predicted)
+            figures = (fmean(one.waited for one in found), simulated_wait(found), predicted)
             table.add_row(name, f"{busy:.0%}", *(f"{1e3 * figure:.1f}" for figure in figures))
     console.print(table)
 
