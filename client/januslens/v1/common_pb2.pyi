@@ -26,27 +26,27 @@ class _DataType:
 class _DataTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DataType.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     DATA_TYPE_UNSPECIFIED: _DataType.ValueType  # 0
-    """Not set; a Tensor with elements always names its format."""
+    """Not set. Required in a Tensor with elements."""
     DATA_TYPE_FLOAT32: _DataType.ValueType  # 1
     """IEEE 754 binary32."""
     DATA_TYPE_FLOAT16: _DataType.ValueType  # 2
     """IEEE 754 binary16."""
     DATA_TYPE_BFLOAT16: _DataType.ValueType  # 3
-    """The upper half of a binary32."""
+    """bfloat16: the upper 16 bits of a binary32."""
     DATA_TYPE_INT64: _DataType.ValueType  # 4
     """Two's complement, 64 bits."""
 
 class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
-    """The number format of a Tensor's elements."""
+    """Number format of a Tensor's elements."""
 
 DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
-"""Not set; a Tensor with elements always names its format."""
+"""Not set. Required in a Tensor with elements."""
 DATA_TYPE_FLOAT32: DataType.ValueType  # 1
 """IEEE 754 binary32."""
 DATA_TYPE_FLOAT16: DataType.ValueType  # 2
 """IEEE 754 binary16."""
 DATA_TYPE_BFLOAT16: DataType.ValueType  # 3
-"""The upper half of a binary32."""
+"""bfloat16: the upper 16 bits of a binary32."""
 DATA_TYPE_INT64: DataType.ValueType  # 4
 """Two's complement, 64 bits."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
@@ -63,12 +63,12 @@ class Tensor(_message.Message):
     data_type: Global___DataType.ValueType
     """Format of each element."""
     data: _builtins.bytes
-    """The elements, row-major and little-endian: product(shape) times the format's width in bytes.
-    Any other length is INVALID_ARGUMENT.
+    """The elements, row-major and little-endian. The length must be product(shape) times the element
+    size, otherwise INVALID_ARGUMENT.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Sizes from the slowest to the fastest varying dimension; empty for a scalar."""
+        """Size of each dimension, the slowest varying first; empty for a scalar."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class TokenIds(_message.Message):
     IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ids in the model's vocabulary; one at or above Model.vocab_size is INVALID_ARGUMENT."""
+        """Ids in the model's vocabulary. INVALID_ARGUMENT for an id at or above Model.vocab_size."""
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Input(_message.Message):
-    """What the model reads. Empty, or longer than Model.max_positions, is INVALID_ARGUMENT."""
+    """The prompt. INVALID_ARGUMENT if it is empty or longer than Model.max_positions tokens."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -120,20 +120,20 @@ class Input(_message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     LITERAL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """Text. The tokenizer's tokens for the end of a text are left out, since the prompt goes on."""
+    """Text. Special tokens that mark the end of a text are not added, since the model continues it."""
     add_special_tokens: _builtins.bool
-    """Whether to put the tokenizer's special tokens (a BOS token, for example) before `prompt`;
-    unset = true. They are not added to a text that begins with them. True beside `token_ids` is
-    INVALID_ARGUMENT.
+    """Whether to add the tokenizer's special tokens, such as BOS, before `prompt`; unset = true. They
+    are not added to a text that already begins with them. INVALID_ARGUMENT for true together with
+    `token_ids`.
     """
     literal: _builtins.bool
-    """True reads the characters of `prompt` as characters, even where they spell a control token such
-    as `<|end|>`; false lets a text name control tokens. True beside `token_ids` is
-    INVALID_ARGUMENT.
+    """True: tokenize `prompt` as ordinary text, even where it spells a control token such as
+    `<|end|>`. False: such a spelling is read as the control token. INVALID_ARGUMENT for true
+    together with `token_ids`.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
-        """Tokens, taken exactly as they are."""
+        """Token ids, used as they are."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ Global___Input: _TypeAlias = Input  # noqa: Y015
 
 @_typing.final
 class Target(_message.Message):
-    """The token or tokens a request asks about."""
+    """The token or tokens that a request asks about."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -168,17 +168,17 @@ class Target(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LITERAL_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Text without special tokens, its spaces its own: " Paris" and "Paris" are different targets.
-    A text that is exactly one control token, for example `<|end|>`, names that token; a control
-    token spelled inside a longer text is read as characters.
+    """Text. No special tokens are added, and spaces are kept: " Paris" and "Paris" are different
+    targets. A text that is exactly one control token, such as `<|end|>`, is read as that token.
+    Inside a longer text, its spelling is ordinary text.
     """
     literal: _builtins.bool
-    """True reads the characters of `text` as characters, even where they are exactly a control token.
-    True beside `token_ids` is INVALID_ARGUMENT.
+    """True: tokenize `text` as ordinary text, even if it is exactly a control token.
+    INVALID_ARGUMENT for true together with `token_ids`.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
-        """Tokens, taken exactly as they are."""
+        """Token ids, used as they are."""
 
     def __init__(
         self,
@@ -211,11 +211,11 @@ class Token(_message.Message):
     id: _builtins.int
     """Id in the vocabulary."""
     text: _builtins.str
-    """The token as readable text; bytes that are no UTF-8 by themselves show as U+FFFD."""
+    """The token as text. Bytes that are not valid UTF-8 by themselves are replaced by U+FFFD."""
     raw: _builtins.bytes
-    """The exact bytes the token stands for, which a piece of a character keeps where `text` cannot."""
+    """The token's exact bytes, also if it is only part of a character."""
     start: _builtins.int
-    """First character of the prompt that the token covers; set only for positions of a prompt text."""
+    """First character of the text that the token covers, from 0; set only for positions of a text."""
     end: _builtins.int
     """One past the last character covered; equal to `start` for special tokens."""
     def __init__(
@@ -244,7 +244,7 @@ Global___Token: _TypeAlias = Token  # noqa: Y015
 
 @_typing.final
 class Provenance(_message.Message):
-    """Which model, in which form, produced an answer: what a reader needs to reproduce it."""
+    """The model and environment that produced a response: what is needed to reproduce it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -276,20 +276,20 @@ class Provenance(_message.Message):
     ATTENTION_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name under which the server holds the model."""
+    """Name of the model on the server."""
     revision: _builtins.str
-    """Commit of a hub model; of a local folder, a hash of its weights."""
+    """Commit of a hub model, or a hash of the weights of a local folder."""
     architecture: _builtins.str
-    """Architecture, as the class that runs it, for example `GPT2LMHeadModel`."""
+    """Class that runs the model, for example `GPT2LMHeadModel`."""
     data_type: _builtins.str
-    """Number format of the weights in memory, for example `float32`."""
+    """Data type of the weights in memory, for example `float32`."""
     device: _builtins.str
-    """Where the model runs, for example `cpu` or `cuda:0`."""
+    """Device that runs the model, for example `cpu` or `cuda:0`."""
     attention: _builtins.str
-    """Attention implementation in use, for example `sdpa`."""
+    """Attention implementation, for example `sdpa`."""
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Versions of the libraries that shape the numbers, by name: torch, transformers, januslens."""
+        """Versions of the libraries that affect the numbers, by name: torch, transformers, januslens."""
 
     def __init__(
         self,
@@ -312,7 +312,7 @@ Global___Provenance: _TypeAlias = Provenance  # noqa: Y015
 
 @_typing.final
 class ModelSizes(_message.Message):
-    """Sizes of the model, against which ranks, layers and what a selection left out are read."""
+    """Sizes of the model, needed to interpret ranks, layers and selections."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -328,10 +328,10 @@ class ModelSizes(_message.Message):
     d_mlp: _builtins.int
     """Neurons of one MLP, or of one expert."""
     vocab_size: _builtins.int
-    """Tokens that the unembedding knows: ranks lie below it."""
+    """Number of tokens in the unembedding; every rank is below it."""
     d_head: _builtins.int
-    """Width of one head, not always d_model / n_heads: coordinate i of the concatenation, and with it
-    ATTENTION_NEURON i, belongs to head i / d_head, rounded down.
+    """Width of one head, which may differ from d_model / n_heads. ATTENTION_NEURON i, that is
+    coordinate i of the concatenated heads, belongs to head i / d_head, rounded down.
     """
     def __init__(
         self,
@@ -352,7 +352,7 @@ Global___ModelSizes: _TypeAlias = ModelSizes  # noqa: Y015
 
 @_typing.final
 class StageTime(_message.Message):
-    """Wall-clock time that one stage of a request took."""
+    """Wall-clock time of one stage of a request."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -378,7 +378,7 @@ Global___StageTime: _TypeAlias = StageTime  # noqa: Y015
 
 @_typing.final
 class Guarantee(_message.Message):
-    """A property that was measured, and whether it held."""
+    """A measured property, and whether it held."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -389,9 +389,9 @@ class Guarantee(_message.Message):
     name: _builtins.str
     """Stable name, for example `last lens = logits`."""
     measured_error: _builtins.float
-    """Largest error found, relative to the size of what was compared."""
+    """Largest measured error, relative to the compared values."""
     tolerance: _builtins.float
-    """Largest error allowed, likewise relative."""
+    """Largest allowed error, on the same scale."""
     held: _builtins.bool
     """True if the measured error is within the tolerance."""
     def __init__(

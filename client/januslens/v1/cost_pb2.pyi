@@ -20,7 +20,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EstimateCostRequest(_message.Message):
-    """Asks what a request would cost, without running it."""
+    """Requests an estimate of what a request would cost, without running it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -52,10 +52,9 @@ Global___EstimateCostRequest: _TypeAlias = EstimateCostRequest  # noqa: Y015
 
 @_typing.final
 class EstimateCostResponse(_message.Message):
-    """The estimate by which the server itself admits requests. Counts and bytes are upper bounds,
-    usually within a factor of four (device bytes: of eight). Seconds are an expectation, usually
-    within a factor of two of what the request takes on an idle server, and adapt to what earlier
-    requests took.
+    """The estimate by which the server admits requests. Counts and bytes are upper bounds, usually at
+    most four times the actual values (`device_bytes`: eight times). `seconds` is the expected time
+    on an idle server, usually within a factor of two; it adapts to the times of earlier requests.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -68,22 +67,22 @@ class EstimateCostResponse(_message.Message):
     LIMIT_EXCEEDED_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     projected_vectors: _builtins.int
-    """Vectors that would go through the lens."""
+    """Vectors that would be projected."""
     flops: _builtins.float
-    """Floating-point operations, passes and projections together."""
+    """Floating-point operations of all passes and projections."""
     device_bytes: _builtins.int
-    """Bytes needed on the device beside the weights."""
+    """Bytes of device memory needed besides the weights."""
     stream_bytes: _builtins.int
-    """Bytes of the whole response stream."""
+    """Size of the whole response stream in bytes."""
     admissible: _builtins.bool
-    """True if this server would admit the request now, were it idle."""
+    """True if this server would admit the request now if it were idle."""
     limit_exceeded: _builtins.str
-    """Name of the limit that the request exceeds: the server's setting `max_request_seconds`,
-    `max_request_memory` or `max_request_stream`, or `free_memory` if `device_bytes` are more than
-    the memory that is free on the device, less a reserve. Empty if admissible.
+    """Name of the limit that the request exceeds: the setting `max_request_seconds`,
+    `max_request_memory` or `max_request_stream` of the server, or `free_memory` if `device_bytes`
+    exceeds the free memory of the device minus a reserve. Empty if admissible.
     """
     seconds: _builtins.float
-    """Seconds that the device would work on it, without what it would wait for others."""
+    """Seconds of device time, without the time that it would wait for other requests."""
     def __init__(
         self,
         *,

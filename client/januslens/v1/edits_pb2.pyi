@@ -22,7 +22,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class PreviewEditRequest(_message.Message):
-    """Asks what an edit would do. It overlays the weights for this request alone; nobody else sees it."""
+    """Requests the effect of an edit. The edit applies to this request only; the weights of the model
+    do not change.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -34,16 +36,16 @@ class PreviewEditRequest(_message.Message):
     SHIFT_FIELD_NUMBER: _builtins.int
     PROBES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only resident one."""
+    """Name of the model; empty = the only one that the server has."""
     revision: _builtins.str
-    """Revision that must be resident; empty = whichever is. Another one is NOT_FOUND."""
+    """Required revision of the model; empty = any. NOT_FOUND if the server has another one."""
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """The prompt that the edit is made for; required."""
 
     @_builtins.property
     def target(self) -> _common_pb2.Target:
-        """What the edited model should say; required. Of several tokens the first is reported."""
+        """Target of the edit; required. Of several tokens the first is reported."""
 
     @_builtins.property
     def descent(self) -> Global___DescentStep:
@@ -51,11 +53,11 @@ class PreviewEditRequest(_message.Message):
 
     @_builtins.property
     def shift(self) -> Global___ForwardShift:
-        """An addition made from the forward pass alone."""
+        """An addition computed from the forward pass only."""
 
     @_builtins.property
     def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Probe]:
-        """Other prompts to look at before and after: paraphrases, neighbours. At most 64."""
+        """Other prompts to measure before and after the edit, such as paraphrases; at most 64."""
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ Global___PreviewEditRequest: _TypeAlias = PreviewEditRequest  # noqa: Y015
 
 @_typing.final
 class DescentStep(_message.Message):
-    """W -= learning_rate * dL/dW, L being the target's negative log likelihood."""
+    """The edit W -= learning_rate * dL/dW, where L is the negative log likelihood of the target."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -88,7 +90,7 @@ class DescentStep(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
-    """Length of the step; 0 is INVALID_ARGUMENT."""
+    """Length of the step. INVALID_ARGUMENT for 0."""
     @_builtins.property
     def matrices(self) -> _containers.RepeatedScalarFieldContainer[_gradient_lens_pb2.MatrixKind.ValueType]:
         """Matrices to change; empty = FF1 and FF2."""
@@ -114,8 +116,8 @@ Global___DescentStep: _TypeAlias = DescentStep  # noqa: Y015
 
 @_typing.final
 class ForwardShift(_message.Message):
-    """FF2 += eta x^T e: x FF2's input at the last position, e the input embedding of the target's first
-    token (Backward Lens, section 7).
+    """The edit FF2 += eta x^T e, where x is the input of FF2 at the last position and e the input
+    embedding of the target's first token (Backward Lens, section 7).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -125,7 +127,7 @@ class ForwardShift(_message.Message):
     layer: _builtins.int
     """The layer to change, from 0."""
     eta: _builtins.float
-    """Strength; the paper uses 0.24 for layer 35 of GPT2-xl. 0 is INVALID_ARGUMENT."""
+    """Strength; the paper uses 0.24 for layer 35 of GPT2-xl. INVALID_ARGUMENT for 0."""
     def __init__(
         self,
         *,
@@ -142,7 +144,7 @@ Global___ForwardShift: _TypeAlias = ForwardShift  # noqa: Y015
 
 @_typing.final
 class Probe(_message.Message):
-    """A prompt to watch."""
+    """A prompt to measure before and after the edit."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -150,14 +152,14 @@ class Probe(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     label: _builtins.str
-    """Name that comes back with its effect."""
+    """Label that is returned with the effect."""
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """The prompt; required."""
 
     @_builtins.property
     def target(self) -> _common_pb2.Target:
-        """Token to watch; unset = the edit's target. Of several tokens the first is reported."""
+        """Token to report; unset = the target of the edit. Of several tokens the first is reported."""
 
     def __init__(
         self,
@@ -176,7 +178,7 @@ Global___Probe: _TypeAlias = Probe  # noqa: Y015
 
 @_typing.final
 class PreviewEditResponse(_message.Message):
-    """What the edit did."""
+    """The effects of the edit."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -186,19 +188,19 @@ class PreviewEditResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def edited(self) -> Global___Effect:
-        """On the prompt that it was made for."""
+        """Effect on the prompt that the edit is made for."""
 
     @_builtins.property
     def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Effect]:
-        """On the probes, in the request's order."""
+        """Effects on the probes, in the order of the request."""
 
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
-        """The model that was edited for the moment."""
+        """The model."""
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Texts of every token that the effects name."""
+        """The tokens that the effects name."""
 
     def __init__(
         self,
@@ -234,21 +236,21 @@ class Effect(_message.Message):
     label: _builtins.str
     """The probe's label; empty for the edited prompt."""
     target_token_id: _builtins.int
-    """The token watched."""
+    """The reported token."""
     probability_before: _builtins.float
     """Its probability before."""
     probability_after: _builtins.float
     """Its probability after."""
     rank_before: _builtins.int
-    """How many tokens were likelier before; 0 = it was the prediction."""
+    """Number of tokens with a larger probability before; 0 = it was the prediction."""
     rank_after: _builtins.int
-    """How many tokens are likelier after."""
+    """Number of tokens with a larger probability after."""
     predicted_before: _builtins.int
     """The model's prediction before."""
     predicted_after: _builtins.int
     """The model's prediction after."""
     kl_bits: _builtins.float
-    """KL(before || after) of the whole distribution, in bits."""
+    """KL(before || after) of the whole next-token distribution, in bits."""
     def __init__(
         self,
         *,

@@ -28,45 +28,45 @@ class _MatrixKind:
 class _MatrixKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MatrixKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     MATRIX_KIND_UNSPECIFIED: _MatrixKind.ValueType  # 0
-    """Never sent; in a request INVALID_ARGUMENT."""
+    """Never sent. INVALID_ARGUMENT in a request."""
     MATRIX_KIND_Q: _MatrixKind.ValueType  # 1
-    """Queries, W_Q."""
+    """Query matrix, W_Q."""
     MATRIX_KIND_K: _MatrixKind.ValueType  # 2
-    """Keys, W_K."""
+    """Key matrix, W_K."""
     MATRIX_KIND_V: _MatrixKind.ValueType  # 3
-    """Values, W_V."""
+    """Value matrix, W_V."""
     MATRIX_KIND_O: _MatrixKind.ValueType  # 4
-    """Attention's output, W_O."""
+    """Output matrix of attention, W_O."""
     MATRIX_KIND_FF1: _MatrixKind.ValueType  # 5
     """First matrix of an MLP that is not gated."""
     MATRIX_KIND_GATE: _MatrixKind.ValueType  # 6
-    """Gate of a gated MLP."""
+    """Gate matrix of a gated MLP."""
     MATRIX_KIND_UP: _MatrixKind.ValueType  # 7
-    """Up map of a gated MLP."""
+    """Up matrix of a gated MLP."""
     MATRIX_KIND_FF2: _MatrixKind.ValueType  # 8
-    """Last matrix of the MLP (down map)."""
+    """Last matrix of the MLP; the down matrix of a gated one."""
 
 class MatrixKind(_MatrixKind, metaclass=_MatrixKindEnumTypeWrapper):
     """A weight matrix of one block."""
 
 MATRIX_KIND_UNSPECIFIED: MatrixKind.ValueType  # 0
-"""Never sent; in a request INVALID_ARGUMENT."""
+"""Never sent. INVALID_ARGUMENT in a request."""
 MATRIX_KIND_Q: MatrixKind.ValueType  # 1
-"""Queries, W_Q."""
+"""Query matrix, W_Q."""
 MATRIX_KIND_K: MatrixKind.ValueType  # 2
-"""Keys, W_K."""
+"""Key matrix, W_K."""
 MATRIX_KIND_V: MatrixKind.ValueType  # 3
-"""Values, W_V."""
+"""Value matrix, W_V."""
 MATRIX_KIND_O: MatrixKind.ValueType  # 4
-"""Attention's output, W_O."""
+"""Output matrix of attention, W_O."""
 MATRIX_KIND_FF1: MatrixKind.ValueType  # 5
 """First matrix of an MLP that is not gated."""
 MATRIX_KIND_GATE: MatrixKind.ValueType  # 6
-"""Gate of a gated MLP."""
+"""Gate matrix of a gated MLP."""
 MATRIX_KIND_UP: MatrixKind.ValueType  # 7
-"""Up map of a gated MLP."""
+"""Up matrix of a gated MLP."""
 MATRIX_KIND_FF2: MatrixKind.ValueType  # 8
-"""Last matrix of the MLP (down map)."""
+"""Last matrix of the MLP; the down matrix of a gated one."""
 Global___MatrixKind: _TypeAlias = MatrixKind  # noqa: Y015
 
 class _Side:
@@ -78,9 +78,9 @@ class _SideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Side.ValueType],
     SIDE_UNSPECIFIED: _Side.ValueType  # 0
     """Never sent."""
     SIDE_INPUT: _Side.ValueType  # 1
-    """x, the matrix's input, which a step imprints: Q, K, V, FF1, GATE and UP."""
+    """x, the input of the matrix, which a descent step imprints: Q, K, V, FF1, GATE and UP."""
     SIDE_VJP: _Side.ValueType  # 2
-    """delta, the vector-Jacobian product at its output, by which a step shifts: O and FF2."""
+    """delta, the VJP at the output of the matrix, against which a descent step shifts it: O and FF2."""
 
 class Side(_Side, metaclass=_SideEnumTypeWrapper):
     """A factor of the gradient."""
@@ -88,9 +88,9 @@ class Side(_Side, metaclass=_SideEnumTypeWrapper):
 SIDE_UNSPECIFIED: Side.ValueType  # 0
 """Never sent."""
 SIDE_INPUT: Side.ValueType  # 1
-"""x, the matrix's input, which a step imprints: Q, K, V, FF1, GATE and UP."""
+"""x, the input of the matrix, which a descent step imprints: Q, K, V, FF1, GATE and UP."""
 SIDE_VJP: Side.ValueType  # 2
-"""delta, the vector-Jacobian product at its output, by which a step shifts: O and FF2."""
+"""delta, the VJP at the output of the matrix, against which a descent step shifts it: O and FF2."""
 Global___Side: _TypeAlias = Side  # noqa: Y015
 
 class _End:
@@ -100,27 +100,27 @@ class _End:
 class _EndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_End.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     END_UNSPECIFIED: _End.ValueType  # 0
-    """Neither end: inputs are what the step imprints, they are not promoted."""
+    """Neither end. A descent step imprints inputs; it promotes none of their tokens."""
     END_TOP: _End.ValueType  # 1
     """The largest logits."""
     END_BOTTOM: _End.ValueType  # 2
-    """The smallest logits: a descent step adds -lr x^T delta, which turns delta over."""
+    """The smallest logits. A descent step adds -lr x^T delta, which has the opposite sign of delta."""
 
 class End(_End, metaclass=_EndEnumTypeWrapper):
     """An end of a ranking."""
 
 END_UNSPECIFIED: End.ValueType  # 0
-"""Neither end: inputs are what the step imprints, they are not promoted."""
+"""Neither end. A descent step imprints inputs; it promotes none of their tokens."""
 END_TOP: End.ValueType  # 1
 """The largest logits."""
 END_BOTTOM: End.ValueType  # 2
-"""The smallest logits: a descent step adds -lr x^T delta, which turns delta over."""
+"""The smallest logits. A descent step adds -lr x^T delta, which has the opposite sign of delta."""
 Global___End: _TypeAlias = End  # noqa: Y015
 
 @_typing.final
 class GradientLensRequest(_message.Message):
-    """Asks for the gradients of a loss as sums of outer products, read in the vocabulary (Backward
-    Lens, Katz, Belinkov, Geva & Wolf 2024).
+    """Requests the gradients of a loss as sums of outer products, projected onto the vocabulary
+    (Backward Lens; Katz, Belinkov, Geva & Wolf 2024).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -144,60 +144,68 @@ class GradientLensRequest(_message.Message):
     INCLUDE_FACTORS_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only resident one, INVALID_ARGUMENT when there are several."""
+    """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
+    several.
+    """
     revision: _builtins.str
-    """Revision that must be resident; empty = whichever is. Another one is NOT_FOUND."""
+    """Required revision of the model; empty = any. NOT_FOUND if the server has another one."""
     top_k: _builtins.int
-    """How many of the largest logits each projection lists; unset = 5, 0 = none, at most 1000."""
+    """Number of tokens with the largest logits to list in each projection; unset = 5, 0 = none, at
+    most 1000.
+    """
     bottom_k: _builtins.int
-    """How many of the smallest logits each projection lists; unset = 5, 0 = none, at most 1000."""
+    """Number of tokens with the smallest logits to list in each projection; unset = 5, 0 = none, at
+    most 1000.
+    """
     lens: _lens_pb2.Lens.ValueType
-    """Lens of all projections; unspecified = LENS_FINAL_NORM. LENS_NORMALIZED suits VJPs near the
-    norm's epsilon.
+    """Lens of all projections; unspecified = LENS_FINAL_NORM. Use LENS_NORMALIZED for VJPs so short
+    that the epsilon of the final norm matters.
     """
     components: _builtins.int
-    """How many components of each matrix to send, largest first; unset = 16, 0 = all."""
+    """Number of components of each matrix to send, largest first; unset = 16, 0 = all."""
     spectrum_rank: _builtins.int
-    """How many singular values of each gradient to send; 0 = none."""
+    """Number of singular values of each gradient to send; 0 = none."""
     neurons: _builtins.int
-    """How many neurons of each FF matrix to send, those that change most; 0 = none."""
+    """Number of neurons of each FF matrix to send, those with the largest change first; 0 = none."""
     learning_rate: _builtins.float
-    """Length of the descent step that NeuronChange shows; unset = only the change's direction."""
+    """Learning rate of the descent step that NeuronChange shows; unset = only the direction of the
+    change.
+    """
     include_factors: _builtins.bool
-    """True adds both vectors of each component."""
+    """True: also send both vectors of each component."""
     verify: _builtins.bool
-    """True compares each sum of outer products with the gradient that autograd forms densely."""
+    """True: compare each sum of outer products with autograd's dense gradient."""
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """The prompt; required."""
 
     @_builtins.property
     def nll(self) -> Global___NegativeLogLikelihood:
-        """Negative log likelihood of a target, the paper's loss."""
+        """Negative log likelihood of a target; the loss of the paper."""
 
     @_builtins.property
     def logit_difference(self) -> Global___LogitDifference:
-        """Difference of two tokens' logits."""
+        """Difference of the logits of two tokens."""
 
     @_builtins.property
     def kl(self) -> Global___KlDivergence:
-        """Divergence from the model's own distribution without some tokens."""
+        """Divergence from the model's own distribution without some of its tokens."""
 
     @_builtins.property
     def matrices(self) -> _containers.RepeatedScalarFieldContainer[Global___MatrixKind.ValueType]:
-        """Matrices to send; empty = FF1 and FF2. FF1 stands for GATE and UP where the MLP is gated. When
-        none of them exists in this architecture: INVALID_ARGUMENT.
+        """Matrices to send; empty = FF1 and FF2. In gated MLPs FF1 means GATE and UP. INVALID_ARGUMENT if
+        the architecture has none of them.
         """
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers to send, from 0; empty = all. They are sent from the last one down. One at or above
-        n_layers is INVALID_ARGUMENT.
+        """Layers to send, from 0; empty = all. The last layer is sent first. INVALID_ARGUMENT for a layer
+        at or above n_layers.
         """
 
     @_builtins.property
     def subject(self) -> Global___Subject:
-        """The prompt's subject, which turns on the summary's table of segments; unset = no table."""
+        """Subject of the prompt, which adds the table of segments to the summary; unset = no table."""
 
     def __init__(
         self,
@@ -257,8 +265,8 @@ class NegativeLogLikelihood(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def target(self) -> _common_pb2.Target:
-        """The target; required. Several tokens are summed, teacher-forced: the model reads the prompt and
-        all of them but the last.
+        """The target; required. The losses of several tokens are summed with teacher forcing: the model
+        reads the prompt and all target tokens except the last.
         """
 
     def __init__(
@@ -276,7 +284,9 @@ Global___NegativeLogLikelihood: _TypeAlias = NegativeLogLikelihood  # noqa: Y015
 
 @_typing.final
 class LogitDifference(_message.Message):
-    """loss = logit(other) - logit(preferred) at the last position: descent prefers the preferred."""
+    """loss = logit(other) - logit(preferred) at the last position. Descent raises `preferred` relative
+    to `other`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -284,11 +294,11 @@ class LogitDifference(_message.Message):
     OTHER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def preferred(self) -> _common_pb2.Target:
-        """Token that a descent step raises; required, a single token."""
+        """Token whose logit a descent step raises; required, exactly one token."""
 
     @_builtins.property
     def other(self) -> _common_pb2.Target:
-        """Token that a descent step lowers; required, a single token."""
+        """Token whose logit a descent step lowers; required, exactly one token."""
 
     def __init__(
         self,
@@ -306,8 +316,9 @@ Global___LogitDifference: _TypeAlias = LogitDifference  # noqa: Y015
 
 @_typing.final
 class KlDivergence(_message.Message):
-    """loss = KL(q || p) in nats at the last position, q being p without the suppressed tokens,
-    renormalised and held fixed: descent forgets them and keeps the rest.
+    """loss = KL(q || p) at the last position, in nats, where q is p without the suppressed tokens,
+    renormalised and held fixed. Descent makes these tokens less likely and keeps the proportions of
+    the others.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -332,17 +343,19 @@ Global___KlDivergence: _TypeAlias = KlDivergence  # noqa: Y015
 
 @_typing.final
 class Subject(_message.Message):
-    """The tokens of the prompt that name what it is about."""
+    """The tokens of the prompt that name its subject."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     SPAN_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Literal text, whose last occurrence in the prompt counts; absent is INVALID_ARGUMENT."""
+    """Literal text; its last occurrence in the prompt is used. INVALID_ARGUMENT if it does not
+    occur.
+    """
     @_builtins.property
     def span(self) -> Global___Span:
-        """Positions."""
+        """Range of positions."""
 
     def __init__(
         self,
@@ -362,7 +375,7 @@ Global___Subject: _TypeAlias = Subject  # noqa: Y015
 
 @_typing.final
 class Span(_message.Message):
-    """A range of token positions. Empty or outside the prompt is INVALID_ARGUMENT."""
+    """A range of token positions. INVALID_ARGUMENT if it is empty or not within the prompt."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -371,7 +384,7 @@ class Span(_message.Message):
     start: _builtins.int
     """First position, from 0."""
     end: _builtins.int
-    """One past the last position."""
+    """Position after the last one."""
     def __init__(
         self,
         *,
@@ -388,7 +401,9 @@ Global___Span: _TypeAlias = Span  # noqa: Y015
 
 @_typing.final
 class GradientLensResponse(_message.Message):
-    """One message of the stream: the header, then matrices from the last layer down, then the summary."""
+    """One message of the stream: the header, then matrices from the last layer to the first, then the
+    summary.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -397,18 +412,18 @@ class GradientLensResponse(_message.Message):
     MATRIX_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Counts the messages of the stream: 0, 1, 2, ..."""
+    """Number of the message in its stream: 0, 1, 2, ..."""
     @_builtins.property
     def header(self) -> Global___GradientHeader:
         """First message."""
 
     @_builtins.property
     def matrix(self) -> Global___GradientMatrix:
-        """A matrix, or a piece of one."""
+        """A matrix, or part of one."""
 
     @_builtins.property
     def summary(self) -> Global___GradientSummary:
-        """Last message; a stream without it was cut short."""
+        """Last message. A stream without it is incomplete."""
 
     def __init__(
         self,
@@ -430,7 +445,7 @@ Global___GradientLensResponse: _TypeAlias = GradientLensResponse  # noqa: Y015
 
 @_typing.final
 class GradientHeader(_message.Message):
-    """What was differentiated, known once the forward pass is done."""
+    """What was differentiated. Sent after the forward pass."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -465,40 +480,40 @@ class GradientHeader(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request's id, as in metadata, errors and the server's log."""
+    """Id of the request, as in the metadata, in errors and in the server's log."""
     loss: _builtins.float
-    """Value of the loss, in the loss's own unit."""
+    """Value of the loss: in nats, for LogitDifference in logits."""
     predicted_token_id: _builtins.int
-    """What the model itself predicts after the prompt."""
+    """The model's prediction after the prompt."""
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
-        """The model that ran."""
+        """The model."""
 
     @_builtins.property
     def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Every token that the model read, one for each position: the prompt and, teacher-forced, all
-        target tokens but the last.
+        """Every token that the model read, one per position: the prompt and, with teacher forcing, all
+        target tokens except the last.
         """
 
     @_builtins.property
     def target_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The loss's tokens, whose ranks the components report: the target's in order; the preferred and
-        the other; or the suppressed ones, each once.
+        """Tokens of the loss, whose ranks each component reports: the target tokens in order; `preferred`
+        and `other`; or the suppressed tokens, each once.
         """
 
     @_builtins.property
     def skipped(self) -> _containers.RepeatedScalarFieldContainer[Global___MatrixKind.ValueType]:
-        """Kinds that were asked for and do not exist in this architecture."""
+        """Requested kinds that this architecture does not have."""
 
     @_builtins.property
     def stage_data_types(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The data type that computed each stage: `forward`, `backward`, `factors` (norms, spectrum,
-        changes) and `projection`, as in {"backward": "bfloat16", "projection": "float32"}.
+        """Data type of each stage: `forward`, `backward`, `factors` (norms, spectrum, changes) and
+        `projection`, for example {"backward": "bfloat16", "projection": "float32"}.
         """
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Texts of the loss's tokens and the prediction."""
+        """The tokens of the loss and the prediction."""
 
     @_builtins.property
     def sizes(self) -> _common_pb2.ModelSizes:
@@ -528,8 +543,9 @@ Global___GradientHeader: _TypeAlias = GradientHeader  # noqa: Y015
 
 @_typing.final
 class GradientMatrix(_message.Message):
-    """The gradient of one matrix W [d_in, d_out], y = x W: dL/dW = sum_i x_i^T delta_i over positions.
-    It may span several messages of at most 1 MiB; the fields but the lists repeat in each.
+    """The gradient of one matrix W [d_in, d_out] with y = x W: dL/dW = sum_i x_i^T delta_i, where i
+    runs over the positions. It may span several messages of at most 1 MiB. Each has part of the
+    repeated fields; layer, kind, expert, sizes, sides and norm are the same in all of them.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -554,21 +570,21 @@ class GradientMatrix(_message.Message):
     kind: Global___MatrixKind.ValueType
     """Which matrix of the block."""
     expert: _builtins.int
-    """Expert that owns it, from 0; set for mixtures only."""
+    """Expert of the matrix, from 0; set for mixtures of experts only."""
     d_in: _builtins.int
-    """Rows of W: width of x."""
+    """Rows of W; width of x."""
     d_out: _builtins.int
-    """Columns of W: width of delta."""
+    """Columns of W; width of delta."""
     projected_side: Global___Side.ValueType
-    """Which factor lies in the residual basis and is projected."""
+    """The factor that is in the residual basis and is projected."""
     promoted_end: Global___End.ValueType
-    """At which end of the projections the tokens stand that a descent step promotes."""
+    """The end of the projections that has the tokens which a descent step promotes."""
     frobenius_norm: _builtins.float
-    """Frobenius norm of the whole gradient, components that were not sent included."""
+    """Frobenius norm of the whole gradient, including components that were not sent."""
     last: _builtins.bool
-    """True in the matrix's last message."""
+    """True in the last message of the matrix."""
     component_count: _builtins.int
-    """How many components the whole gradient has, those that were not sent included."""
+    """Number of components of the whole gradient, including those that were not sent."""
     @_builtins.property
     def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___Component]:
         """The outer products, largest first."""
@@ -579,17 +595,17 @@ class GradientMatrix(_message.Message):
 
     @_builtins.property
     def neurons(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeuronChange]:
-        """Neurons that change most, largest change first; FF matrices only."""
+        """Neurons with the largest changes, largest first; FF matrices only."""
 
     @_builtins.property
     def verification(self) -> Global___Verification:
-        """Comparison with autograd; set if asked for. This and the two lists above come with the matrix's
-        last message.
+        """Comparison with autograd; set if requested. This field, `spectrum` and `neurons` are in the
+        last message of the matrix.
         """
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Texts of the tokens that this message is the first to name."""
+        """The tokens that no earlier message of the stream has named."""
 
     def __init__(
         self,
@@ -642,22 +658,22 @@ class Component(_message.Message):
     VJP_FIELD_NUMBER: _builtins.int
     TARGET_RANKS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
-    """Position of the pair, from 0."""
+    """Position, from 0."""
     input_norm: _builtins.float
     """||x||."""
     vjp_norm: _builtins.float
     """||delta||."""
     size: _builtins.float
-    """||x|| ||delta||: the Frobenius norm of the product."""
+    """||x|| ||delta||, the Frobenius norm of the outer product."""
     predicted_rank: _builtins.int
-    """Rank in this projection of the header's `predicted_token_id`; 0 = top."""
+    """Rank of the header's `predicted_token_id` in this projection; 0 = top."""
     @_builtins.property
     def projection(self) -> _lens_pb2.Projection:
-        """The projected factor through the request's lens; unset for exact zeros."""
+        """Projection of the projected factor; unset if the factor is exactly zero."""
 
     @_builtins.property
     def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
-        """Largest entries by magnitude of the factor that is not projected, largest first; at most 10."""
+        """Entries of the other factor with the largest magnitudes, largest first; at most 10."""
 
     @_builtins.property
     def input(self) -> _common_pb2.Tensor:
@@ -669,7 +685,7 @@ class Component(_message.Message):
 
     @_builtins.property
     def target_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Ranks in this projection of the header's target tokens, one each, in order; 0 = top."""
+        """Ranks of the header's `target_token_ids` in this projection, in the same order; 0 = top."""
 
     def __init__(
         self,
@@ -704,9 +720,9 @@ class Entry(_message.Message):
     INDEX_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     index: _builtins.int
-    """Neuron; for attention's matrices head * d_head + dimension."""
+    """Neuron; for Q, K, V and O head * d_head + dimension."""
     value: _builtins.float
-    """The value there, signed."""
+    """Signed value of the coordinate."""
     def __init__(
         self,
         *,
@@ -723,7 +739,7 @@ Global___Entry: _TypeAlias = Entry  # noqa: Y015
 
 @_typing.final
 class Singular(_message.Message):
-    """One singular value of the gradient with its vectors, exact from the factors."""
+    """One singular value of the gradient with its singular vectors, computed exactly from the factors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -734,14 +750,18 @@ class Singular(_message.Message):
     value: _builtins.float
     """The singular value."""
     explained: _builtins.float
-    """Its square as a part of the gradient's squared Frobenius norm: 0 to 1."""
+    """Square of the value, divided by the squared Frobenius norm of the gradient: 0 to 1."""
     @_builtins.property
     def projection(self) -> _lens_pb2.Projection:
-        """The singular vector of the projected side; its sign is arbitrary."""
+        """Projection of the singular vector on the projected side. The sign of a pair of singular vectors
+        is arbitrary; see docs/semantics.md for the sign used here.
+        """
 
     @_builtins.property
     def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
-        """Largest entries by magnitude of the other singular vector, whose sign belongs to the first."""
+        """Entries of the other singular vector with the largest magnitudes, largest first; at most 10.
+        Its sign matches that of `projection`.
+        """
 
     def __init__(
         self,
@@ -761,7 +781,7 @@ Global___Singular: _TypeAlias = Singular  # noqa: Y015
 
 @_typing.final
 class NeuronChange(_message.Message):
-    """What a descent step does to one neuron: a column of FF1, GATE or UP, or a row of FF2."""
+    """Effect of a descent step on one neuron: a column of FF1, GATE or UP, or a row of FF2."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -773,18 +793,18 @@ class NeuronChange(_message.Message):
     neuron: _builtins.int
     """The neuron, from 0."""
     change_norm: _builtins.float
-    """Norm of the change, of a step of length 1 where the request sets no learning rate."""
+    """Norm of the change, for a learning rate of 1 if the request sets none."""
     @_builtins.property
     def before(self) -> _lens_pb2.Projection:
-        """The neuron's vector as it is."""
+        """Projection of the neuron's vector before the step."""
 
     @_builtins.property
     def change(self) -> _lens_pb2.Projection:
-        """The change by itself."""
+        """Projection of the change, with the sign of the step."""
 
     @_builtins.property
     def after(self) -> _lens_pb2.Projection:
-        """The vector after the step; unset without a learning rate."""
+        """Projection of the vector after the step; unset without a learning rate."""
 
     def __init__(
         self,
@@ -805,16 +825,18 @@ Global___NeuronChange: _TypeAlias = NeuronChange  # noqa: Y015
 
 @_typing.final
 class Verification(_message.Message):
-    """How far the sum of outer products lies from autograd's dense gradient."""
+    """Difference between the sum of outer products and autograd's dense gradient."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RELATIVE_ERROR_FIELD_NUMBER: _builtins.int
     TOLERANCE_FIELD_NUMBER: _builtins.int
     relative_error: _builtins.float
-    """||sum - autograd|| / ||autograd||, Frobenius."""
+    """||sum - autograd|| / ||autograd||, Frobenius norms."""
     tolerance: _builtins.float
-    """Largest error allowed for the model's number format: 1e-5 for float32, 5e-3 for bfloat16."""
+    """Largest allowed error for the data type of the model: 1e-5 for float32, 5e-3 for bfloat16 and
+    float16.
+    """
     def __init__(
         self,
         *,
@@ -831,7 +853,7 @@ Global___Verification: _TypeAlias = Verification  # noqa: Y015
 
 @_typing.final
 class GradientSummary(_message.Message):
-    """Closes a complete gradient lens."""
+    """End of a complete stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -842,11 +864,11 @@ class GradientSummary(_message.Message):
     """Matrices sent."""
     @_builtins.property
     def times(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTime]:
-        """Where the time went."""
+        """Time of each stage."""
 
     @_builtins.property
     def segments(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentRow]:
-        """The table over the prompt's segments; set if the request names a subject."""
+        """Table of the prompt's segments; set if the request names a subject."""
 
     def __init__(
         self,
@@ -865,7 +887,7 @@ Global___GradientSummary: _TypeAlias = GradientSummary  # noqa: Y015
 
 @_typing.final
 class SegmentRow(_message.Message):
-    """One cell row of the paper's comparison of a prompt's segments."""
+    """One row of the comparison of a prompt's segments: one matrix and one segment."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -884,11 +906,11 @@ class SegmentRow(_message.Message):
     mean_vjp_norm: _builtins.float
     """Mean of ||delta|| over the segment's positions."""
     mean_target_rank: _builtins.float
-    """Mean rank of the first target token in the projected factor, over the positions where that is
-    not exactly zero; 0 = top. Unset if it is zero at all of them.
+    """Mean rank of the first target token in the projected factor, over the positions where the
+    factor is not exactly zero; 0 = top. Unset if it is zero at all positions.
     """
     positions: _builtins.int
-    """How many positions the segment has."""
+    """Number of positions in the segment."""
     def __init__(
         self,
         *,

@@ -29,24 +29,24 @@ class _LensEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Lens.ValueType],
     LENS_UNSPECIFIED: _Lens.ValueType  # 0
     """Means LENS_FINAL_NORM."""
     LENS_FINAL_NORM: _Lens.ValueType  # 1
-    """unembed(final_norm(v)): of the last block's output, exactly the model's logits."""
+    """unembed(final_norm(v)). For the output of the last block these are the model's logits."""
     LENS_NORMALIZED: _Lens.ValueType  # 2
-    """The same of v / max(||v||, 1e-12): for vectors so short that the norm's epsilon would show,
-    such as VJPs (Backward Lens, Katz et al. 2024).
+    """unembed(final_norm(v / max(||v||, 1e-12))): for vectors so short that the epsilon of the norm
+    matters, such as VJPs (Backward Lens, appendix H).
     """
     LENS_RAW: _Lens.ValueType  # 3
     """unembed(v), without the final norm."""
 
 class Lens(_Lens, metaclass=_LensEnumTypeWrapper):
-    """How a vector of the residual basis is read in the vocabulary. All arithmetic is float32."""
+    """How a vector of the residual basis is projected onto the vocabulary. Computed in float32."""
 
 LENS_UNSPECIFIED: Lens.ValueType  # 0
 """Means LENS_FINAL_NORM."""
 LENS_FINAL_NORM: Lens.ValueType  # 1
-"""unembed(final_norm(v)): of the last block's output, exactly the model's logits."""
+"""unembed(final_norm(v)). For the output of the last block these are the model's logits."""
 LENS_NORMALIZED: Lens.ValueType  # 2
-"""The same of v / max(||v||, 1e-12): for vectors so short that the norm's epsilon would show,
-such as VJPs (Backward Lens, Katz et al. 2024).
+"""unembed(final_norm(v / max(||v||, 1e-12))): for vectors so short that the epsilon of the norm
+matters, such as VJPs (Backward Lens, appendix H).
 """
 LENS_RAW: Lens.ValueType  # 3
 """unembed(v), without the final norm."""
@@ -54,7 +54,7 @@ Global___Lens: _TypeAlias = Lens  # noqa: Y015
 
 @_typing.final
 class Projection(_message.Message):
-    """A vector read in the vocabulary. Lists are ordered by value, equal values by lower token id."""
+    """A vector projected onto the vocabulary. Tokens with equal logits are ordered by id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -69,38 +69,38 @@ class Projection(_message.Message):
     TARGET_PROBABILITY_FIELD_NUMBER: _builtins.int
     TARGET_LOGIT_FIELD_NUMBER: _builtins.int
     entropy_bits: _builtins.float
-    """Entropy of the softmax distribution in bits: 0 for certainty, log2(vocab_size) for uniform."""
+    """Entropy of the softmax distribution in bits: from 0 (certain) to log2(vocab_size) (uniform)."""
     target_rank: _builtins.int
-    """How many tokens have a strictly larger logit than the target (before any soft-cap); 0 = first.
-    This and the two fields below are set wherever the request has a target.
+    """Number of tokens with a strictly larger logit than the target, before any soft-cap; 0 = top.
+    This field and the two below are set if there is a target.
     """
     target_probability: _builtins.float
-    """The target's softmax probability."""
+    """Softmax probability of the target."""
     target_logit: _builtins.float
-    """The target's logit."""
+    """Logit of the target; after the soft-cap if the model has one."""
     @_builtins.property
     def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The tokens with the largest logits, largest first; as many as the request's `top_k`."""
+        """Tokens with the largest logits, largest first; `top_k` of the request sets the number."""
 
     @_builtins.property
     def top_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Their softmax probabilities over the whole vocabulary, in the same order."""
+        """Softmax probabilities of these tokens over the whole vocabulary, in the same order."""
 
     @_builtins.property
     def top_logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Their logits, in the same order; after the soft-cap where the model has one."""
+        """Logits of these tokens, in the same order; after the soft-cap if the model has one."""
 
     @_builtins.property
     def bottom_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """The tokens with the smallest logits, smallest first; as many as the request's `bottom_k`."""
+        """Tokens with the smallest logits, smallest first; `bottom_k` of the request sets the number."""
 
     @_builtins.property
     def bottom_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Their softmax probabilities, in the same order."""
+        """Softmax probabilities of these tokens, in the same order."""
 
     @_builtins.property
     def bottom_logits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Their logits, in the same order."""
+        """Logits of these tokens, in the same order."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ Global___Projection: _TypeAlias = Projection  # noqa: Y015
 
 @_typing.final
 class ProjectRequest(_message.Message):
-    """Vectors of the caller's own to read through a model's lens."""
+    """Requests projections of the caller's own vectors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -148,23 +148,24 @@ class ProjectRequest(_message.Message):
     TOP_K_FIELD_NUMBER: _builtins.int
     BOTTOM_K_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only resident one."""
+    """Name of the model; empty = the only one that the server has."""
     lens: Global___Lens.ValueType
-    """Which lens; unspecified = LENS_FINAL_NORM."""
+    """Lens; unspecified = LENS_FINAL_NORM."""
     top_k: _builtins.int
-    """How many of the largest logits to list; unset = 5, 0 = none, at most 1000."""
+    """Number of tokens with the largest logits to list; unset = 5, 0 = none, at most 1000."""
     bottom_k: _builtins.int
-    """How many of the smallest logits to list; unset = 5, 0 = none, at most 1000."""
+    """Number of tokens with the smallest logits to list; unset = 5, 0 = none, at most 1000."""
     @_builtins.property
     def vectors(self) -> _common_pb2.Tensor:
-        """Vectors of the residual basis, [d_model] or [vectors, d_model], in any floating format and at
-        most 4096; another last dimension is INVALID_ARGUMENT.
+        """Vectors in the residual basis, [d_model] or [n, d_model] with n at most 4096, in FLOAT32,
+        FLOAT16 or BFLOAT16. INVALID_ARGUMENT for another last dimension, NaN or infinity, or vectors
+        whose squared norm overflows float32.
         """
 
     @_builtins.property
     def target(self) -> _common_pb2.Target:
-        """Token whose rank, probability and logit each projection reports; unset = none. Several tokens
-        are INVALID_ARGUMENT.
+        """Token whose rank, probability and logit each projection reports; unset = none. INVALID_ARGUMENT
+        for several tokens.
         """
 
     def __init__(
@@ -194,7 +195,7 @@ Global___ProjectRequest: _TypeAlias = ProjectRequest  # noqa: Y015
 
 @_typing.final
 class ProjectResponse(_message.Message):
-    """The vectors as the lens reads them."""
+    """Projections of the vectors."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -203,17 +204,17 @@ class ProjectResponse(_message.Message):
     PROVENANCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def projections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Projection]:
-        """One for each vector, in order. A vector of exact zeros has an empty one: its lens would show
-        nothing but the model's biases.
+        """One projection per vector, in order. That of an exact zero is empty, because the lens would
+        show only the biases of the model.
         """
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Texts of every token the projections name."""
+        """The tokens that the projections name."""
 
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
-        """The model that read them."""
+        """The model."""
 
     def __init__(
         self,

@@ -22,17 +22,17 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ListModelsRequest(_message.Message):
-    """Asks for the models of this server."""
+    """Requests the models of this server."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """How many models to return at most; 0 = all."""
+    """Maximum number of models to return; 0 = all."""
     page_token: _builtins.str
-    """`next_page_token` of the page before; empty = the first page. One that this server did not
-    issue is INVALID_ARGUMENT.
+    """`next_page_token` of the previous page; empty = the first page. INVALID_ARGUMENT for a token
+    that this server did not issue.
     """
     def __init__(
         self,
@@ -57,10 +57,10 @@ class ListModelsResponse(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token for the next page; empty = this is the last one."""
+    """Token for the next page; empty on the last page."""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___Model]:
-        """Models in order of their names."""
+        """Models, sorted by name."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ Global___ListModelsResponse: _TypeAlias = ListModelsResponse  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """A model that the server was configured to hold."""
+    """A configured model of the server."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -91,23 +91,23 @@ class Model(_message.Message):
         STATE_UNSPECIFIED: Model._State.ValueType  # 0
         """Never sent."""
         STATE_LOADING: Model._State.ValueType  # 1
-        """Weights are being read or the self-check is running; requests get UNAVAILABLE."""
+        """The weights are being read, or the self-check is running. Requests get UNAVAILABLE."""
         STATE_READY: Model._State.ValueType  # 2
-        """Loaded and checked."""
+        """The model is loaded and has passed its self-check."""
         STATE_FAILED: Model._State.ValueType  # 3
-        """Could not be loaded or did not pass its self-check; requests get FAILED_PRECONDITION."""
+        """The model could not be loaded or failed its self-check. Requests get FAILED_PRECONDITION."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """Whether the model can be asked."""
+        """Whether the model accepts requests."""
 
     STATE_UNSPECIFIED: Model.State.ValueType  # 0
     """Never sent."""
     STATE_LOADING: Model.State.ValueType  # 1
-    """Weights are being read or the self-check is running; requests get UNAVAILABLE."""
+    """The weights are being read, or the self-check is running. Requests get UNAVAILABLE."""
     STATE_READY: Model.State.ValueType  # 2
-    """Loaded and checked."""
+    """The model is loaded and has passed its self-check."""
     STATE_FAILED: Model.State.ValueType  # 3
-    """Could not be loaded or did not pass its self-check; requests get FAILED_PRECONDITION."""
+    """The model could not be loaded or failed its self-check. Requests get FAILED_PRECONDITION."""
 
     NAME_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
@@ -124,17 +124,17 @@ class Model(_message.Message):
     MAX_POSITIONS_FIELD_NUMBER: _builtins.int
     GUARANTEES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name by which requests address it."""
+    """Name that requests use."""
     state: Global___Model.State.ValueType
-    """Whether it can be asked now."""
+    """Current state."""
     state_reason: _builtins.str
-    """Why it FAILED, for a person to read; empty otherwise."""
+    """Human-readable reason of the state FAILED; empty otherwise."""
     n_layers: _builtins.int
     """Number of transformer blocks."""
     n_heads: _builtins.int
     """Query heads of each attention."""
     n_kv_heads: _builtins.int
-    """Key and value heads of each attention, as really used: fewer than `n_heads` when grouped."""
+    """Key and value heads of each attention: fewer than `n_heads` with grouped-query attention."""
     d_model: _builtins.int
     """Width of the residual basis."""
     d_head: _builtins.int
@@ -144,16 +144,16 @@ class Model(_message.Message):
     n_experts: _builtins.int
     """Experts of a mixture; 0 = the MLPs are dense."""
     vocab_size: _builtins.int
-    """Tokens that the unembedding knows; valid ids lie below it."""
+    """Number of tokens in the unembedding; valid token ids are below it."""
     max_positions: _builtins.int
     """Longest input in tokens."""
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
-        """Revision, architecture and numeric form; known once the model is READY."""
+        """Revision, architecture, data type and versions; set when the model is READY."""
 
     @_builtins.property
     def guarantees(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Guarantee]:
-        """What the self-check at load measured."""
+        """Results of the self-check at load."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
-    """A text to read as a model reads it."""
+    """Requests the tokens of a text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -192,15 +192,15 @@ class TokenizeRequest(_message.Message):
     WITH_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     LITERAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only resident one."""
+    """Name of the model; empty = the only one that the server has."""
     text: _builtins.str
-    """The text; empty is INVALID_ARGUMENT."""
+    """The text. INVALID_ARGUMENT if it is empty."""
     with_special_tokens: _builtins.bool
-    """True reads the text as a prompt, with the tokenizer's special tokens; false reads it as
-    `Target.text`.
+    """True: tokenize the text as a prompt, with the tokenizer's special tokens. False: tokenize it as
+    a target, like `Target.text`.
     """
     literal: _builtins.bool
-    """True reads the text's characters as characters, as `Input.literal` and `Target.literal` do."""
+    """True: tokenize control tokens as ordinary text, like `Input.literal` and `Target.literal`."""
     def __init__(
         self,
         *,
@@ -219,14 +219,14 @@ Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
 
 @_typing.final
 class TokenizeResponse(_message.Message):
-    """The text's tokens."""
+    """The tokens of the text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """One for each position, in order, with character spans."""
+        """One token per position, in order, with character spans."""
 
     def __init__(
         self,

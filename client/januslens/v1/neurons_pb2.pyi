@@ -22,9 +22,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class FindNeuronsRequest(_message.Message):
-    """Asks for the neurons whose value, their row of FF2, promotes a token. No forward pass is run: the
-    answer is a property of the weights. The server reads each layer's values once and remembers the
-    tokens at either end of each; the first request for a layer waits for that.
+    """Requests the neurons whose value, their row of FF2, promotes a token. The result depends on the
+    weights only; no forward pass is run. The server indexes the values of a layer at the first
+    request for it, which can take minutes for a large model; later requests are fast.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -37,20 +37,20 @@ class FindNeuronsRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only resident one."""
+    """Name of the model; empty = the only one that the server has."""
     suppressed: _builtins.bool
-    """True asks for those that push the token to the bottom instead."""
+    """True: return the neurons that suppress the token instead."""
     page_size: _builtins.int
-    """How many neurons to return at most; 0 = 20. Above 1000, 1000."""
+    """Maximum number of neurons to return; 0 = 20. Values above 1000 are treated as 1000."""
     page_token: _builtins.str
-    """`next_page_token` of the page before; empty = the first page. One that belongs to another
-    request, its `page_size` aside, or to another revision of the model is INVALID_ARGUMENT.
+    """`next_page_token` of the previous page; empty = the first page. INVALID_ARGUMENT if another
+    field than `page_size` has changed since then, or the revision of the model.
     """
     revision: _builtins.str
-    """Revision that must be resident; empty = whichever is."""
+    """Required revision of the model; empty = any. NOT_FOUND if the server has another one."""
     @_builtins.property
     def token(self) -> _common_pb2.Target:
-        """The token; required. Several tokens are INVALID_ARGUMENT, listing them."""
+        """The token; required. INVALID_ARGUMENT for several tokens; the error lists them."""
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -89,29 +89,29 @@ class FindNeuronsResponse(_message.Message):
     TOTAL_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
-    """Token for the next page; empty = this is the last one."""
+    """Token for the next page; empty on the last page."""
     token_id: _builtins.int
-    """Id of the token that was asked for."""
+    """Id of the requested token."""
     depth: _builtins.int
-    """How many places of each value were searched, from the end asked for: the pages together list
-    every neuron whose `rank` is below it. Only where several tokens tie for the last place is it
-    unspecified which of them is among those searched.
+    """Number of tokens that the index has for each value, from the requested end. All pages together
+    list every neuron whose `rank` is below it. If several tokens tie for the last place of a
+    value, it is unspecified which of them the index has.
     """
     total: _builtins.int
-    """How many neurons all pages together list."""
+    """Number of neurons on all pages together."""
     @_builtins.property
     def neurons(self) -> _containers.RepeatedCompositeFieldContainer[Global___NeuronHit]:
-        """By rank of the token, then by logit (largest first; smallest first where `suppressed`); equal
-        ones by layer, expert and neuron.
+        """Neurons, sorted by the token's rank, then by its logit (largest first; with `suppressed`
+        smallest first), then by layer, expert and neuron.
         """
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Texts of the token that was asked for and of every token that the projections name."""
+        """The requested token and the tokens that the projections name."""
 
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
-        """The model whose neurons they are."""
+        """The model."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ Global___FindNeuronsResponse: _TypeAlias = FindNeuronsResponse  # noqa: Y015
 
 @_typing.final
 class NeuronHit(_message.Message):
-    """A neuron and how its value reads."""
+    """A neuron and the projection of its value."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -147,19 +147,19 @@ class NeuronHit(_message.Message):
     layer: _builtins.int
     """Layer, from 0."""
     neuron: _builtins.int
-    """Neuron, from 0; of a mixture, within its expert."""
+    """Neuron, from 0; in a mixture of experts, within its expert."""
     expert: _builtins.int
-    """Expert that owns the neuron, from 0; set for mixtures only."""
+    """Expert of the neuron, from 0; set for mixtures of experts only."""
     rank: _builtins.int
-    """The token's rank in the value's projection, counted from the end asked for: how many tokens
-    have a strictly larger logit, or where `suppressed` a strictly smaller one; 0 = first.
+    """Rank of the token in the projection of the value, from the requested end: the number of tokens
+    with a strictly larger logit, or with `suppressed` a strictly smaller one; 0 = first.
     """
     logit: _builtins.float
-    """The token's logit in the value's projection; after the soft-cap where the model has one."""
+    """Logit of the token in the projection of the value; after the soft-cap if the model has one."""
     @_builtins.property
     def value(self) -> _lens_pb2.Projection:
-        """The value, a row of FF2, through LENS_FINAL_NORM: five tokens of either end, and the token
-        asked for as the target.
+        """Projection of the value with LENS_FINAL_NORM: five tokens at either end, with the requested
+        token as the target.
         """
 
     def __init__(

@@ -32,17 +32,19 @@ if _version_not_supported:
 
 
 class IntrospectionServiceStub(object):
-    """Shows how a language model's forward and backward passes read in its vocabulary.
+    """Projects the forward and backward passes of language models onto their vocabularies.
 
-    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
-    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
-    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
-    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
-    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+    Every error of the service has a google.rpc.ErrorInfo with a stable `reason` and the domain
+    `januslens`. Invalid fields are named in a google.rpc.BadRequest. A google.rpc.RetryInfo is
+    included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
+    unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
+    model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
+    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
+    the server creates one.
 
-    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
-    no raised limits. The same request on the same revision gives the same bytes but for times and
-    ids.
+    A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
+    default limits are enough. The same request on the same revision returns the same bytes, except
+    for times and ids.
     """
 
     def __init__(self, channel):
@@ -94,82 +96,87 @@ class IntrospectionServiceStub(object):
 
 
 class IntrospectionServiceServicer(object):
-    """Shows how a language model's forward and backward passes read in its vocabulary.
+    """Projects the forward and backward passes of language models onto their vocabularies.
 
-    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
-    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
-    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
-    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
-    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+    Every error of the service has a google.rpc.ErrorInfo with a stable `reason` and the domain
+    `januslens`. Invalid fields are named in a google.rpc.BadRequest. A google.rpc.RetryInfo is
+    included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
+    unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
+    model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
+    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
+    the server creates one.
 
-    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
-    no raised limits. The same request on the same revision gives the same bytes but for times and
-    ids.
+    A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
+    default limits are enough. The same request on the same revision returns the same bytes, except
+    for times and ids.
     """
 
     def ListModels(self, request, context):
-        """Lists the server's models with their sizes, states and self-checks. Reads only; never waits for
-        a device. INVALID_ARGUMENT for an unknown page token.
+        """Lists the models of the server with their sizes, states and self-checks. Never waits for a
+        device. INVALID_ARGUMENT for an unknown page token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Token ids, texts and character spans of a text as this model reads it. Reads only; never waits
-        for a device. INVALID_ARGUMENT for an empty text.
+        """Tokenizes a text: ids, texts and character spans. Never waits for a device. INVALID_ARGUMENT
+        for an empty text.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Project(self, request, context):
-        """Reads the caller's own vectors through the model's lens. INVALID_ARGUMENT for vectors that are
-        not of the residual basis; UNIMPLEMENTED on a server that does not offer it.
+        """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
+        have the width of the residual basis; UNIMPLEMENTED on a server without this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Trace(self, request, context):
-        """Runs the prompt once and streams its flow graph, layer by layer: which vectors made the
-        prediction, what each says in the vocabulary, and what became of it (VISIT). Changes nothing.
-        INVALID_ARGUMENT for unknown or out-of-range fields, RESOURCE_EXHAUSTED when the cost exceeds
-        the server's limit or its queue is full, DEADLINE_EXCEEDED and CANCELLED within one layer,
-        ABORTED when the reader stalls.
+        """Runs the prompt once and streams the flow graph of the forward pass, layer by layer: the
+        vectors that add up to the prediction, their projections, and the edges between them (VISIT).
+        The model does not change. INVALID_ARGUMENT for unknown or out-of-range fields;
+        RESOURCE_EXHAUSTED if the cost exceeds a limit of the server or its queue is full;
+        DEADLINE_EXCEEDED and CANCELLED, after which the computation stops within one layer; ABORTED if
+        the caller does not read its stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GradientLens(self, request, context):
-        """Runs the prompt forward and backward and streams each matrix's gradient as a sum of outer
-        products, from the last layer down: what a descent step would imprint and where it would shift
-        (Backward Lens). Changes nothing; errors as for Trace.
+        """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
+        products, from the last layer to the first: the inputs that a descent step would imprint and
+        the directions in which it would shift (Backward Lens). The model does not change. Errors as
+        for Trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PreviewEdit(self, request, context):
-        """Reports what an edit would do to a prompt and to others, as an overlay for this request alone.
-        Errors as for Trace; UNIMPLEMENTED on a server that does not offer it.
+        """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
+        request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FindNeurons(self, request, context):
-        """Finds the neurons whose value row promotes, or suppresses, a token. INVALID_ARGUMENT for a
-        target of several tokens; UNIMPLEMENTED on a server that does not offer it.
+        """Finds the neurons whose value, their row of FF2, promotes or suppresses a token.
+        INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EstimateCost(self, request, context):
-        """Estimates a request's cost and compares it with the limits, without running it. Errors as the
-        request itself would get; UNIMPLEMENTED on a server that does not offer it.
+        """Estimates the cost of a request and compares it with the limits of the server, without running
+        it. An invalid request gets the same errors as when it is run; UNIMPLEMENTED on a server
+        without this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -227,17 +234,19 @@ def add_IntrospectionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IntrospectionService(object):
-    """Shows how a language model's forward and backward passes read in its vocabulary.
+    """Projects the forward and backward passes of language models onto their vocabularies.
 
-    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
-    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
-    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
-    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
-    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+    Every error of the service has a google.rpc.ErrorInfo with a stable `reason` and the domain
+    `januslens`. Invalid fields are named in a google.rpc.BadRequest. A google.rpc.RetryInfo is
+    included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
+    unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
+    model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
+    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
+    the server creates one.
 
-    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
-    no raised limits. The same request on the same revision gives the same bytes but for times and
-    ids.
+    A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
+    default limits are enough. The same request on the same revision returns the same bytes, except
+    for times and ids.
     """
 
     @staticmethod

@@ -33,17 +33,19 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class IntrospectionServiceStub:
-    """Shows how a language model's forward and backward passes read in its vocabulary.
+    """Projects the forward and backward passes of language models onto their vocabularies.
 
-    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
-    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
-    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
-    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
-    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+    Every error of the service has a google.rpc.ErrorInfo with a stable `reason` and the domain
+    `januslens`. Invalid fields are named in a google.rpc.BadRequest. A google.rpc.RetryInfo is
+    included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
+    unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
+    model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
+    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
+    the server creates one.
 
-    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
-    no raised limits. The same request on the same revision gives the same bytes but for times and
-    ids.
+    A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
+    default limits are enough. The same request on the same revision returns the same bytes, except
+    for times and ids.
     """
 
     @_typing.overload
@@ -51,107 +53,117 @@ class IntrospectionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> IntrospectionServiceAsyncStub: ...
     ListModels: _grpc.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]
-    """Lists the server's models with their sizes, states and self-checks. Reads only; never waits for
-    a device. INVALID_ARGUMENT for an unknown page token.
+    """Lists the models of the server with their sizes, states and self-checks. Never waits for a
+    device. INVALID_ARGUMENT for an unknown page token.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_models_pb2.TokenizeRequest, _models_pb2.TokenizeResponse]
-    """Token ids, texts and character spans of a text as this model reads it. Reads only; never waits
-    for a device. INVALID_ARGUMENT for an empty text.
+    """Tokenizes a text: ids, texts and character spans. Never waits for a device. INVALID_ARGUMENT
+    for an empty text.
     """
     Project: _grpc.UnaryUnaryMultiCallable[_lens_pb2.ProjectRequest, _lens_pb2.ProjectResponse]
-    """Reads the caller's own vectors through the model's lens. INVALID_ARGUMENT for vectors that are
-    not of the residual basis; UNIMPLEMENTED on a server that does not offer it.
+    """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
+    have the width of the residual basis; UNIMPLEMENTED on a server without this RPC.
     """
     Trace: _grpc.UnaryStreamMultiCallable[_trace_pb2.TraceRequest, _trace_pb2.TraceResponse]
-    """Runs the prompt once and streams its flow graph, layer by layer: which vectors made the
-    prediction, what each says in the vocabulary, and what became of it (VISIT). Changes nothing.
-    INVALID_ARGUMENT for unknown or out-of-range fields, RESOURCE_EXHAUSTED when the cost exceeds
-    the server's limit or its queue is full, DEADLINE_EXCEEDED and CANCELLED within one layer,
-    ABORTED when the reader stalls.
+    """Runs the prompt once and streams the flow graph of the forward pass, layer by layer: the
+    vectors that add up to the prediction, their projections, and the edges between them (VISIT).
+    The model does not change. INVALID_ARGUMENT for unknown or out-of-range fields;
+    RESOURCE_EXHAUSTED if the cost exceeds a limit of the server or its queue is full;
+    DEADLINE_EXCEEDED and CANCELLED, after which the computation stops within one layer; ABORTED if
+    the caller does not read its stream.
     """
     GradientLens: _grpc.UnaryStreamMultiCallable[_gradient_lens_pb2.GradientLensRequest, _gradient_lens_pb2.GradientLensResponse]
-    """Runs the prompt forward and backward and streams each matrix's gradient as a sum of outer
-    products, from the last layer down: what a descent step would imprint and where it would shift
-    (Backward Lens). Changes nothing; errors as for Trace.
+    """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
+    products, from the last layer to the first: the inputs that a descent step would imprint and
+    the directions in which it would shift (Backward Lens). The model does not change. Errors as
+    for Trace.
     """
     PreviewEdit: _grpc.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]
-    """Reports what an edit would do to a prompt and to others, as an overlay for this request alone.
-    Errors as for Trace; UNIMPLEMENTED on a server that does not offer it.
+    """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
+    request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
     """
     FindNeurons: _grpc.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]
-    """Finds the neurons whose value row promotes, or suppresses, a token. INVALID_ARGUMENT for a
-    target of several tokens; UNIMPLEMENTED on a server that does not offer it.
+    """Finds the neurons whose value, their row of FF2, promotes or suppresses a token.
+    INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
     """
     EstimateCost: _grpc.UnaryUnaryMultiCallable[_cost_pb2.EstimateCostRequest, _cost_pb2.EstimateCostResponse]
-    """Estimates a request's cost and compares it with the limits, without running it. Errors as the
-    request itself would get; UNIMPLEMENTED on a server that does not offer it.
+    """Estimates the cost of a request and compares it with the limits of the server, without running
+    it. An invalid request gets the same errors as when it is run; UNIMPLEMENTED on a server
+    without this RPC.
     """
 
 @_typing.type_check_only
 class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
-    """Shows how a language model's forward and backward passes read in its vocabulary.
+    """Projects the forward and backward passes of language models onto their vocabularies.
 
-    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
-    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
-    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
-    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
-    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+    Every error of the service has a google.rpc.ErrorInfo with a stable `reason` and the domain
+    `januslens`. Invalid fields are named in a google.rpc.BadRequest. A google.rpc.RetryInfo is
+    included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
+    unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
+    model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
+    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
+    the server creates one.
 
-    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
-    no raised limits. The same request on the same revision gives the same bytes but for times and
-    ids.
+    A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
+    default limits are enough. The same request on the same revision returns the same bytes, except
+    for times and ids.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListModels: _aio.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]  # type: ignore[assignment]
-    """Lists the server's models with their sizes, states and self-checks. Reads only; never waits for
-    a device. INVALID_ARGUMENT for an unknown page token.
+    """Lists the models of the server with their sizes, states and self-checks. Never waits for a
+    device. INVALID_ARGUMENT for an unknown page token.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_models_pb2.TokenizeRequest, _models_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Token ids, texts and character spans of a text as this model reads it. Reads only; never waits
-    for a device. INVALID_ARGUMENT for an empty text.
+    """Tokenizes a text: ids, texts and character spans. Never waits for a device. INVALID_ARGUMENT
+    for an empty text.
     """
     Project: _aio.UnaryUnaryMultiCallable[_lens_pb2.ProjectRequest, _lens_pb2.ProjectResponse]  # type: ignore[assignment]
-    """Reads the caller's own vectors through the model's lens. INVALID_ARGUMENT for vectors that are
-    not of the residual basis; UNIMPLEMENTED on a server that does not offer it.
+    """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
+    have the width of the residual basis; UNIMPLEMENTED on a server without this RPC.
     """
     Trace: _aio.UnaryStreamMultiCallable[_trace_pb2.TraceRequest, _trace_pb2.TraceResponse]  # type: ignore[assignment]
-    """Runs the prompt once and streams its flow graph, layer by layer: which vectors made the
-    prediction, what each says in the vocabulary, and what became of it (VISIT). Changes nothing.
-    INVALID_ARGUMENT for unknown or out-of-range fields, RESOURCE_EXHAUSTED when the cost exceeds
-    the server's limit or its queue is full, DEADLINE_EXCEEDED and CANCELLED within one layer,
-    ABORTED when the reader stalls.
+    """Runs the prompt once and streams the flow graph of the forward pass, layer by layer: the
+    vectors that add up to the prediction, their projections, and the edges between them (VISIT).
+    The model does not change. INVALID_ARGUMENT for unknown or out-of-range fields;
+    RESOURCE_EXHAUSTED if the cost exceeds a limit of the server or its queue is full;
+    DEADLINE_EXCEEDED and CANCELLED, after which the computation stops within one layer; ABORTED if
+    the caller does not read its stream.
     """
     GradientLens: _aio.UnaryStreamMultiCallable[_gradient_lens_pb2.GradientLensRequest, _gradient_lens_pb2.GradientLensResponse]  # type: ignore[assignment]
-    """Runs the prompt forward and backward and streams each matrix's gradient as a sum of outer
-    products, from the last layer down: what a descent step would imprint and where it would shift
-    (Backward Lens). Changes nothing; errors as for Trace.
+    """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
+    products, from the last layer to the first: the inputs that a descent step would imprint and
+    the directions in which it would shift (Backward Lens). The model does not change. Errors as
+    for Trace.
     """
     PreviewEdit: _aio.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]  # type: ignore[assignment]
-    """Reports what an edit would do to a prompt and to others, as an overlay for this request alone.
-    Errors as for Trace; UNIMPLEMENTED on a server that does not offer it.
+    """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
+    request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
     """
     FindNeurons: _aio.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]  # type: ignore[assignment]
-    """Finds the neurons whose value row promotes, or suppresses, a token. INVALID_ARGUMENT for a
-    target of several tokens; UNIMPLEMENTED on a server that does not offer it.
+    """Finds the neurons whose value, their row of FF2, promotes or suppresses a token.
+    INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
     """
     EstimateCost: _aio.UnaryUnaryMultiCallable[_cost_pb2.EstimateCostRequest, _cost_pb2.EstimateCostResponse]  # type: ignore[assignment]
-    """Estimates a request's cost and compares it with the limits, without running it. Errors as the
-    request itself would get; UNIMPLEMENTED on a server that does not offer it.
+    """Estimates the cost of a request and compares it with the limits of the server, without running
+    it. An invalid request gets the same errors as when it is run; UNIMPLEMENTED on a server
+    without this RPC.
     """
 
 class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Shows how a language model's forward and backward passes read in its vocabulary.
+    """Projects the forward and backward passes of language models onto their vocabularies.
 
-    Every error that the service raises carries a google.rpc.ErrorInfo with a stable `reason` and the
-    domain `januslens`; invalid fields are named in a google.rpc.BadRequest, and UNAVAILABLE and
-    passing RESOURCE_EXHAUSTED come with a google.rpc.RetryInfo. All RPCs that name a model answer
-    NOT_FOUND for an unknown one, UNAVAILABLE while it loads or the server drains, and
-    FAILED_PRECONDITION if it could not be loaded. Metadata: `x-request-id` is echoed, or made.
+    Every error of the service has a google.rpc.ErrorInfo with a stable `reason` and the domain
+    `januslens`. Invalid fields are named in a google.rpc.BadRequest. A google.rpc.RetryInfo is
+    included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
+    unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
+    model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
+    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
+    the server creates one.
 
-    A stream is complete only with its summary. No message is larger than 1 MiB, so that clients need
-    no raised limits. The same request on the same revision gives the same bytes but for times and
-    ids.
+    A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
+    default limits are enough. The same request on the same revision returns the same bytes, except
+    for times and ids.
     """
 
     @_abc_1.abstractmethod
@@ -160,8 +172,8 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.ListModelsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.ListModelsResponse, _abc.Awaitable[_models_pb2.ListModelsResponse]]:
-        """Lists the server's models with their sizes, states and self-checks. Reads only; never waits for
-        a device. INVALID_ARGUMENT for an unknown page token.
+        """Lists the models of the server with their sizes, states and self-checks. Never waits for a
+        device. INVALID_ARGUMENT for an unknown page token.
         """
 
     @_abc_1.abstractmethod
@@ -170,8 +182,8 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.TokenizeResponse, _abc.Awaitable[_models_pb2.TokenizeResponse]]:
-        """Token ids, texts and character spans of a text as this model reads it. Reads only; never waits
-        for a device. INVALID_ARGUMENT for an empty text.
+        """Tokenizes a text: ids, texts and character spans. Never waits for a device. INVALID_ARGUMENT
+        for an empty text.
         """
 
     @_abc_1.abstractmethod
@@ -180,8 +192,8 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _lens_pb2.ProjectRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_lens_pb2.ProjectResponse, _abc.Awaitable[_lens_pb2.ProjectResponse]]:
-        """Reads the caller's own vectors through the model's lens. INVALID_ARGUMENT for vectors that are
-        not of the residual basis; UNIMPLEMENTED on a server that does not offer it.
+        """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
+        have the width of the residual basis; UNIMPLEMENTED on a server without this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -190,11 +202,12 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trace_pb2.TraceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_trace_pb2.TraceResponse], _abc.AsyncIterator[_trace_pb2.TraceResponse]]:
-        """Runs the prompt once and streams its flow graph, layer by layer: which vectors made the
-        prediction, what each says in the vocabulary, and what became of it (VISIT). Changes nothing.
-        INVALID_ARGUMENT for unknown or out-of-range fields, RESOURCE_EXHAUSTED when the cost exceeds
-        the server's limit or its queue is full, DEADLINE_EXCEEDED and CANCELLED within one layer,
-        ABORTED when the reader stalls.
+        """Runs the prompt once and streams the flow graph of the forward pass, layer by layer: the
+        vectors that add up to the prediction, their projections, and the edges between them (VISIT).
+        The model does not change. INVALID_ARGUMENT for unknown or out-of-range fields;
+        RESOURCE_EXHAUSTED if the cost exceeds a limit of the server or its queue is full;
+        DEADLINE_EXCEEDED and CANCELLED, after which the computation stops within one layer; ABORTED if
+        the caller does not read its stream.
         """
 
     @_abc_1.abstractmethod
@@ -203,9 +216,10 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _gradient_lens_pb2.GradientLensRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gradient_lens_pb2.GradientLensResponse], _abc.AsyncIterator[_gradient_lens_pb2.GradientLensResponse]]:
-        """Runs the prompt forward and backward and streams each matrix's gradient as a sum of outer
-        products, from the last layer down: what a descent step would imprint and where it would shift
-        (Backward Lens). Changes nothing; errors as for Trace.
+        """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
+        products, from the last layer to the first: the inputs that a descent step would imprint and
+        the directions in which it would shift (Backward Lens). The model does not change. Errors as
+        for Trace.
         """
 
     @_abc_1.abstractmethod
@@ -214,8 +228,8 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _edits_pb2.PreviewEditRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_edits_pb2.PreviewEditResponse, _abc.Awaitable[_edits_pb2.PreviewEditResponse]]:
-        """Reports what an edit would do to a prompt and to others, as an overlay for this request alone.
-        Errors as for Trace; UNIMPLEMENTED on a server that does not offer it.
+        """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
+        request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -224,8 +238,8 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _neurons_pb2.FindNeuronsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_neurons_pb2.FindNeuronsResponse, _abc.Awaitable[_neurons_pb2.FindNeuronsResponse]]:
-        """Finds the neurons whose value row promotes, or suppresses, a token. INVALID_ARGUMENT for a
-        target of several tokens; UNIMPLEMENTED on a server that does not offer it.
+        """Finds the neurons whose value, their row of FF2, promotes or suppresses a token.
+        INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
         """
 
     @_abc_1.abstractmethod
@@ -234,8 +248,9 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _cost_pb2.EstimateCostRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_cost_pb2.EstimateCostResponse, _abc.Awaitable[_cost_pb2.EstimateCostResponse]]:
-        """Estimates a request's cost and compares it with the limits, without running it. Errors as the
-        request itself would get; UNIMPLEMENTED on a server that does not offer it.
+        """Estimates the cost of a request and compares it with the limits of the server, without running
+        it. An invalid request gets the same errors as when it is run; UNIMPLEMENTED on a server
+        without this RPC.
         """
 
 def add_IntrospectionServiceServicer_to_server(servicer: IntrospectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -28,11 +28,15 @@ class _NodeKind:
 class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     NODE_KIND_UNSPECIFIED: _NodeKind.ValueType  # 0
-    """Never sent; in a request INVALID_ARGUMENT."""
+    """Never sent. INVALID_ARGUMENT in a request."""
     NODE_KIND_BLOCK_INPUT: _NodeKind.ValueType  # 1
-    """The residual before layer 0. The input of a later block is the BLOCK_OUTPUT of the one before."""
+    """The residual before layer 0. The input of a later block is the BLOCK_OUTPUT of the previous
+    one.
+    """
     NODE_KIND_ATTENTION_INPUT: _NodeKind.ValueType  # 2
-    """What enters the attention's linear maps; no node of its own without a norm before them."""
+    """Input of the linear maps of attention. Absent if no norm precedes them: the residual is the
+    input.
+    """
     NODE_KIND_QUERY: _NodeKind.ValueType  # 3
     """Sum of HEAD_QUERY over all heads."""
     NODE_KIND_KEY: _NodeKind.ValueType  # 4
@@ -40,63 +44,78 @@ class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.Val
     NODE_KIND_VALUE: _NodeKind.ValueType  # 5
     """Sum of HEAD_VALUE over all heads."""
     NODE_KIND_HEAD_QUERY: _NodeKind.ValueType  # 6
-    """One head's query at p, pulled back to the attention input: what a key at p would have to hold."""
+    """Query of one head at p, pulled back to the attention input: the gradient of its
+    dot product with a key, with respect to the input of that key.
+    """
     NODE_KIND_HEAD_KEY: _NodeKind.ValueType  # 7
-    """One head's key at p, pulled back to the attention input: MEMORY_KEY of s = p."""
+    """Key of one head at p, pulled back to the attention input: MEMORY_KEY with s = p."""
     NODE_KIND_HEAD_VALUE: _NodeKind.ValueType  # 8
-    """One head's value at p through its rows of W_O: MEMORY_VALUE of s = p."""
+    """Value of one head at p, multiplied by the head's rows of W_O: MEMORY_VALUE with s = p."""
     NODE_KIND_MEMORY_KEY: _NodeKind.ValueType  # 9
-    """One head's key of source s, pulled back to the query's position."""
+    """Key of one head at source s, pulled back to the attention input at p."""
     NODE_KIND_MEMORY_VALUE: _NodeKind.ValueType  # 10
-    """One head's value of source s through its rows of W_O, before the attention probability."""
+    """Value of one head at source s, multiplied by the head's rows of W_O, but not by the attention
+    probability.
+    """
     NODE_KIND_HEAD_OUTPUT: _NodeKind.ValueType  # 11
-    """One head's result: its values weighted by attention, through its rows of W_O."""
+    """Result of one head: its values, weighted by attention, multiplied by the head's rows of W_O."""
     NODE_KIND_ATTENTION_CONCAT: _NodeKind.ValueType  # 12
-    """All heads together, through W_O without its bias; a junction, without projection."""
+    """Sum of all HEAD_OUTPUT, without the bias of W_O. A junction without a projection."""
     NODE_KIND_ATTENTION_NEURON: _NodeKind.ValueType  # 13
-    """Row i of W_O; the activation is coordinate i of the concatenation."""
+    """Row i of W_O. Its activation is coordinate i of the concatenated heads."""
     NODE_KIND_ATTENTION_BIAS: _NodeKind.ValueType  # 14
     """Bias of W_O."""
     NODE_KIND_ATTENTION_SUM: _NodeKind.ValueType  # 15
-    """Attention's raw result, where it is not yet what the residual receives."""
+    """Raw result of attention, if a post-norm or multiplier follows."""
     NODE_KIND_ATTENTION_OUTPUT: _NodeKind.ValueType  # 16
-    """What attention adds to the residual, after any post-norm and multiplier."""
+    """Vector that attention adds to the residual, after any post-norm and multiplier."""
     NODE_KIND_RESIDUAL_MID: _NodeKind.ValueType  # 17
-    """The residual between attention and MLP; none in parallel blocks."""
+    """The residual between attention and MLP. Absent in parallel blocks."""
     NODE_KIND_MLP_INPUT: _NodeKind.ValueType  # 18
-    """What enters the MLP's linear maps."""
+    """Input of the linear maps of the MLP. Absent if no norm precedes them."""
     NODE_KIND_MLP_KEY: _NodeKind.ValueType  # 19
-    """Column of FF1, or of the gate where the MLP is gated: what the neuron responds to."""
+    """Column of FF1 (in a gated MLP of the gate): the direction that the neuron responds to."""
     NODE_KIND_MLP_UP: _NodeKind.ValueType  # 20
-    """Column of the up map; gated MLPs only."""
+    """Column of the up matrix; gated MLPs only."""
     NODE_KIND_MLP_VALUE: _NodeKind.ValueType  # 21
-    """Row of FF2: what the neuron writes. A negative activation is read through its lowest tokens."""
+    """Row of FF2: the vector that the neuron writes. With a negative activation it promotes the
+    tokens at the bottom of its projection.
+    """
     NODE_KIND_MLP_BIAS: _NodeKind.ValueType  # 22
-    """Bias of FF2; for experts, weighted by the router."""
+    """Bias of FF2; in a mixture of experts, weighted by the router."""
     NODE_KIND_MLP_SUM: _NodeKind.ValueType  # 23
-    """The MLP's raw result, where it is not yet what the residual receives."""
+    """Raw result of the MLP, if a post-norm or multiplier follows."""
     NODE_KIND_MLP_OUTPUT: _NodeKind.ValueType  # 24
-    """What the MLP adds to the residual, after any post-norm and multiplier."""
+    """Vector that the MLP adds to the residual, after any post-norm and multiplier."""
     NODE_KIND_BLOCK_OUTPUT: _NodeKind.ValueType  # 25
     """The residual after the block."""
     NODE_KIND_FINAL_NORM: _NodeKind.ValueType  # 26
-    """The last block's output after the final norm; read by the unembedding alone, as is the next."""
+    """Output of the last block after the final norm. This kind and PREDICTION are projected by the
+    unembedding only, whatever lens is requested.
+    """
     NODE_KIND_PREDICTION: _NodeKind.ValueType  # 27
-    """The model's prediction; its projection is the model's own logits."""
+    """The same vector as FINAL_NORM. Its projection is the prediction: the model's own logits."""
     NODE_KIND_OTHER: _NodeKind.ValueType  # 28
-    """Sum of the parts that the selection left out, one for each sum, computed from those parts."""
+    """Sum of the parts that the selection left out; one node per sum. It is computed from these
+    parts.
+    """
 
 class NodeKind(_NodeKind, metaclass=_NodeKindEnumTypeWrapper):
-    """What a node's vector is. Unless said, it lies in the residual basis, [d_model]; h is a head, s a
-    source position, p the node's own position, `W` maps row vectors: y = x W + b.
+    """What the vector of a node is. Vectors are in the residual basis, [d_model]. h is a head, p the
+    position of the node, s a source position. Matrices map row vectors: y = x W + b. A sum's PART
+    edges name its parts. docs/semantics.md has the formulas.
     """
 
 NODE_KIND_UNSPECIFIED: NodeKind.ValueType  # 0
-"""Never sent; in a request INVALID_ARGUMENT."""
+"""Never sent. INVALID_ARGUMENT in a request."""
 NODE_KIND_BLOCK_INPUT: NodeKind.ValueType  # 1
-"""The residual before layer 0. The input of a later block is the BLOCK_OUTPUT of the one before."""
+"""The residual before layer 0. The input of a later block is the BLOCK_OUTPUT of the previous
+one.
+"""
 NODE_KIND_ATTENTION_INPUT: NodeKind.ValueType  # 2
-"""What enters the attention's linear maps; no node of its own without a norm before them."""
+"""Input of the linear maps of attention. Absent if no norm precedes them: the residual is the
+input.
+"""
 NODE_KIND_QUERY: NodeKind.ValueType  # 3
 """Sum of HEAD_QUERY over all heads."""
 NODE_KIND_KEY: NodeKind.ValueType  # 4
@@ -104,51 +123,61 @@ NODE_KIND_KEY: NodeKind.ValueType  # 4
 NODE_KIND_VALUE: NodeKind.ValueType  # 5
 """Sum of HEAD_VALUE over all heads."""
 NODE_KIND_HEAD_QUERY: NodeKind.ValueType  # 6
-"""One head's query at p, pulled back to the attention input: what a key at p would have to hold."""
+"""Query of one head at p, pulled back to the attention input: the gradient of its
+dot product with a key, with respect to the input of that key.
+"""
 NODE_KIND_HEAD_KEY: NodeKind.ValueType  # 7
-"""One head's key at p, pulled back to the attention input: MEMORY_KEY of s = p."""
+"""Key of one head at p, pulled back to the attention input: MEMORY_KEY with s = p."""
 NODE_KIND_HEAD_VALUE: NodeKind.ValueType  # 8
-"""One head's value at p through its rows of W_O: MEMORY_VALUE of s = p."""
+"""Value of one head at p, multiplied by the head's rows of W_O: MEMORY_VALUE with s = p."""
 NODE_KIND_MEMORY_KEY: NodeKind.ValueType  # 9
-"""One head's key of source s, pulled back to the query's position."""
+"""Key of one head at source s, pulled back to the attention input at p."""
 NODE_KIND_MEMORY_VALUE: NodeKind.ValueType  # 10
-"""One head's value of source s through its rows of W_O, before the attention probability."""
+"""Value of one head at source s, multiplied by the head's rows of W_O, but not by the attention
+probability.
+"""
 NODE_KIND_HEAD_OUTPUT: NodeKind.ValueType  # 11
-"""One head's result: its values weighted by attention, through its rows of W_O."""
+"""Result of one head: its values, weighted by attention, multiplied by the head's rows of W_O."""
 NODE_KIND_ATTENTION_CONCAT: NodeKind.ValueType  # 12
-"""All heads together, through W_O without its bias; a junction, without projection."""
+"""Sum of all HEAD_OUTPUT, without the bias of W_O. A junction without a projection."""
 NODE_KIND_ATTENTION_NEURON: NodeKind.ValueType  # 13
-"""Row i of W_O; the activation is coordinate i of the concatenation."""
+"""Row i of W_O. Its activation is coordinate i of the concatenated heads."""
 NODE_KIND_ATTENTION_BIAS: NodeKind.ValueType  # 14
 """Bias of W_O."""
 NODE_KIND_ATTENTION_SUM: NodeKind.ValueType  # 15
-"""Attention's raw result, where it is not yet what the residual receives."""
+"""Raw result of attention, if a post-norm or multiplier follows."""
 NODE_KIND_ATTENTION_OUTPUT: NodeKind.ValueType  # 16
-"""What attention adds to the residual, after any post-norm and multiplier."""
+"""Vector that attention adds to the residual, after any post-norm and multiplier."""
 NODE_KIND_RESIDUAL_MID: NodeKind.ValueType  # 17
-"""The residual between attention and MLP; none in parallel blocks."""
+"""The residual between attention and MLP. Absent in parallel blocks."""
 NODE_KIND_MLP_INPUT: NodeKind.ValueType  # 18
-"""What enters the MLP's linear maps."""
+"""Input of the linear maps of the MLP. Absent if no norm precedes them."""
 NODE_KIND_MLP_KEY: NodeKind.ValueType  # 19
-"""Column of FF1, or of the gate where the MLP is gated: what the neuron responds to."""
+"""Column of FF1 (in a gated MLP of the gate): the direction that the neuron responds to."""
 NODE_KIND_MLP_UP: NodeKind.ValueType  # 20
-"""Column of the up map; gated MLPs only."""
+"""Column of the up matrix; gated MLPs only."""
 NODE_KIND_MLP_VALUE: NodeKind.ValueType  # 21
-"""Row of FF2: what the neuron writes. A negative activation is read through its lowest tokens."""
+"""Row of FF2: the vector that the neuron writes. With a negative activation it promotes the
+tokens at the bottom of its projection.
+"""
 NODE_KIND_MLP_BIAS: NodeKind.ValueType  # 22
-"""Bias of FF2; for experts, weighted by the router."""
+"""Bias of FF2; in a mixture of experts, weighted by the router."""
 NODE_KIND_MLP_SUM: NodeKind.ValueType  # 23
-"""The MLP's raw result, where it is not yet what the residual receives."""
+"""Raw result of the MLP, if a post-norm or multiplier follows."""
 NODE_KIND_MLP_OUTPUT: NodeKind.ValueType  # 24
-"""What the MLP adds to the residual, after any post-norm and multiplier."""
+"""Vector that the MLP adds to the residual, after any post-norm and multiplier."""
 NODE_KIND_BLOCK_OUTPUT: NodeKind.ValueType  # 25
 """The residual after the block."""
 NODE_KIND_FINAL_NORM: NodeKind.ValueType  # 26
-"""The last block's output after the final norm; read by the unembedding alone, as is the next."""
+"""Output of the last block after the final norm. This kind and PREDICTION are projected by the
+unembedding only, whatever lens is requested.
+"""
 NODE_KIND_PREDICTION: NodeKind.ValueType  # 27
-"""The model's prediction; its projection is the model's own logits."""
+"""The same vector as FINAL_NORM. Its projection is the prediction: the model's own logits."""
 NODE_KIND_OTHER: NodeKind.ValueType  # 28
-"""Sum of the parts that the selection left out, one for each sum, computed from those parts."""
+"""Sum of the parts that the selection left out; one node per sum. It is computed from these
+parts.
+"""
 Global___NodeKind: _TypeAlias = NodeKind  # noqa: Y015
 
 class _EdgeKind:
@@ -160,52 +189,52 @@ class _EdgeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EdgeKind.Val
     EDGE_KIND_UNSPECIFIED: _EdgeKind.ValueType  # 0
     """Never sent."""
     EDGE_KIND_PART: _EdgeKind.ValueType  # 1
-    """The source is a part of the sum that the target is; the only kind with a `share`."""
+    """The target is a sum, and the source is one of its parts. Only this kind has a `share`."""
     EDGE_KIND_NORM: _EdgeKind.ValueType  # 2
     """The target is the source after a norm."""
     EDGE_KIND_PROJECT: _EdgeKind.ValueType  # 3
-    """The target is the source through a linear map."""
+    """The target is the result of a linear map of the source."""
     EDGE_KIND_SPLIT: _EdgeKind.ValueType  # 4
     """The target is one head of the source."""
     EDGE_KIND_ATTEND: _EdgeKind.ValueType  # 5
     """A query attends to a memory key."""
     EDGE_KIND_RECALL: _EdgeKind.ValueType  # 6
-    """A memory key recalls its memory value."""
+    """A memory key leads to the memory value of the same head and source."""
     EDGE_KIND_ACTIVATE: _EdgeKind.ValueType  # 7
-    """An input activates a neuron's key, or the key its value."""
+    """An input activates the key of a neuron, or a key activates the value of its neuron."""
     EDGE_KIND_SCALE: _EdgeKind.ValueType  # 8
     """The target is the source times a constant."""
     EDGE_KIND_GAP: _EdgeKind.ValueType  # 9
-    """Layers between the two ends were not asked for."""
+    """Connects two layers if the layers between them were not requested."""
 
 class EdgeKind(_EdgeKind, metaclass=_EdgeKindEnumTypeWrapper):
-    """How the source of an edge becomes, or is part of, its target."""
+    """How the target of an edge follows from its source."""
 
 EDGE_KIND_UNSPECIFIED: EdgeKind.ValueType  # 0
 """Never sent."""
 EDGE_KIND_PART: EdgeKind.ValueType  # 1
-"""The source is a part of the sum that the target is; the only kind with a `share`."""
+"""The target is a sum, and the source is one of its parts. Only this kind has a `share`."""
 EDGE_KIND_NORM: EdgeKind.ValueType  # 2
 """The target is the source after a norm."""
 EDGE_KIND_PROJECT: EdgeKind.ValueType  # 3
-"""The target is the source through a linear map."""
+"""The target is the result of a linear map of the source."""
 EDGE_KIND_SPLIT: EdgeKind.ValueType  # 4
 """The target is one head of the source."""
 EDGE_KIND_ATTEND: EdgeKind.ValueType  # 5
 """A query attends to a memory key."""
 EDGE_KIND_RECALL: EdgeKind.ValueType  # 6
-"""A memory key recalls its memory value."""
+"""A memory key leads to the memory value of the same head and source."""
 EDGE_KIND_ACTIVATE: EdgeKind.ValueType  # 7
-"""An input activates a neuron's key, or the key its value."""
+"""An input activates the key of a neuron, or a key activates the value of its neuron."""
 EDGE_KIND_SCALE: EdgeKind.ValueType  # 8
 """The target is the source times a constant."""
 EDGE_KIND_GAP: EdgeKind.ValueType  # 9
-"""Layers between the two ends were not asked for."""
+"""Connects two layers if the layers between them were not requested."""
 Global___EdgeKind: _TypeAlias = EdgeKind  # noqa: Y015
 
 @_typing.final
 class TraceRequest(_message.Message):
-    """Asks for the flow graph of one forward pass (VISIT, Katz & Belinkov 2023)."""
+    """Requests the flow graph of one forward pass (VISIT; Katz & Belinkov 2023)."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -226,58 +255,64 @@ class TraceRequest(_message.Message):
     OVERLAP_K_FIELD_NUMBER: _builtins.int
     INCLUDE_CHECKS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Name of the model; empty = the only resident one, INVALID_ARGUMENT when there are several."""
+    """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
+    several.
+    """
     revision: _builtins.str
-    """Revision that must be resident; empty = whichever is. Another one is NOT_FOUND."""
+    """Required revision of the model; empty = any. NOT_FOUND if the server has another one."""
     all_positions: _builtins.bool
-    """True sends every position; `positions` must then be empty."""
+    """True: send every position. `positions` must then be empty."""
     top_k: _builtins.int
-    """How many of the largest logits each projection lists; unset = 5, 0 = none, at most 1000."""
+    """Number of tokens with the largest logits to list in each projection; unset = 5, 0 = none, at
+    most 1000.
+    """
     bottom_k: _builtins.int
-    """How many of the smallest logits each projection lists; unset = 5, 0 = none, at most 1000."""
+    """Number of tokens with the smallest logits to list in each projection; unset = 5, 0 = none, at
+    most 1000.
+    """
     lens: _lens_pb2.Lens.ValueType
     """Lens of all projections; unspecified = LENS_FINAL_NORM."""
     include_vectors: _builtins.bool
-    """True adds each node's vector; RESOURCE_EXHAUSTED when they could exceed the server's limit."""
+    """True: also send the vector of each node. RESOURCE_EXHAUSTED if this exceeds a limit of the
+    server.
+    """
     include_logit_contribution: _builtins.bool
-    """True adds each part's direct contribution to the target's logit."""
+    """True: also send the direct contribution of each part to the target's logit."""
     overlap_k: _builtins.int
-    """Compares this many top tokens at both ends of every edge (VISIT's intersection score); unset or
-    0 = no `overlap`, at most 1000.
+    """Number of top tokens that `Edge.overlap` compares (VISIT's intersection score); unset or 0 = no
+    `overlap`, at most 1000.
     """
     include_checks: _builtins.bool
-    """True measures on this very request what the self-check at load measured on another prompt; the
-    figures come in the summary.
-    """
+    """True: run the self-check's measurements on this request and send their results in the summary."""
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """The prompt; required."""
 
     @_builtins.property
     def target(self) -> _common_pb2.Target:
-        """Token whose rank, probability and logit every projection reports; unset = the model's own next
-        token at each position. Several tokens are INVALID_ARGUMENT.
+        """Token whose rank, probability and logit every projection reports; unset = the model's own
+        prediction at each position. INVALID_ARGUMENT for several tokens.
         """
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers to send, from 0; empty = all. They are sent in ascending order, once each, and GAP edges
-        join those that are not neighbours. One at or above n_layers is INVALID_ARGUMENT.
+        """Layers to send, from 0; empty = all. Each is sent once, in ascending order. GAP edges connect
+        layers that are not adjacent. INVALID_ARGUMENT for a layer at or above n_layers.
         """
 
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Query positions to send, from 0, or from the end when negative; empty = the last. Outside the
-        prompt is INVALID_ARGUMENT.
+        """Query positions to send, from 0, or negative from the end; empty = the last position.
+        INVALID_ARGUMENT for a position outside the prompt.
         """
 
     @_builtins.property
     def selection(self) -> Global___Selection:
-        """How many parts of each sum get a node of their own; the rest is summed up in OTHER."""
+        """How many parts of each sum get their own nodes. The others are added up in OTHER nodes."""
 
     @_builtins.property
     def node_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___NodeKind.ValueType]:
-        """Kinds to send; empty = all. Hides nodes and their edges, and never changes a sum."""
+        """Node kinds to send; empty = all. Other nodes and their edges are left out; sums do not change."""
 
     def __init__(
         self,
@@ -320,7 +355,7 @@ Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
 
 @_typing.final
 class Selection(_message.Message):
-    """VISIT's selection: how many parts of each sum become nodes. 0 = all of them, except where said."""
+    """VISIT's selection: how many parts of each sum become nodes. 0 = all, unless stated otherwise."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -329,13 +364,15 @@ class Selection(_message.Message):
     TOP_NEURONS_FIELD_NUMBER: _builtins.int
     BOTTOM_NEURONS_FIELD_NUMBER: _builtins.int
     heads: _builtins.int
-    """Heads of each layer and position, by the norm of their slice of the concatenation; unset = 10."""
+    """Heads per layer and position, those with the largest norm of their slice of the concatenation;
+    unset = 10.
+    """
     memory_values_per_head: _builtins.int
-    """Source positions of each selected head, by attention probability; unset = 2."""
+    """Source positions per selected head, those with the largest attention probability; unset = 2."""
     top_neurons: _builtins.int
-    """Neurons with the largest activation times row norm; unset = 18."""
+    """Number of neurons with the largest activation times row norm; unset = 18."""
     bottom_neurons: _builtins.int
-    """Neurons with the smallest activation times row norm; unset = 7, 0 = none."""
+    """Number of neurons with the smallest activation times row norm; unset = 7, 0 = none."""
     def __init__(
         self,
         *,
@@ -378,18 +415,18 @@ class TraceResponse(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Counts the messages of the stream: 0, 1, 2, ..."""
+    """Number of the message in its stream: 0, 1, 2, ..."""
     @_builtins.property
     def header(self) -> Global___TraceHeader:
         """First message."""
 
     @_builtins.property
     def layer(self) -> Global___LayerGraph:
-        """A layer, or a piece of one."""
+        """A layer, or part of one."""
 
     @_builtins.property
     def summary(self) -> Global___TraceSummary:
-        """Last message; a stream without it was cut short."""
+        """Last message. A stream without it is incomplete."""
 
     def __init__(
         self,
@@ -411,7 +448,7 @@ Global___TraceResponse: _TypeAlias = TraceResponse  # noqa: Y015
 
 @_typing.final
 class TraceHeader(_message.Message):
-    """What the trace is about, known once the forward pass is done."""
+    """What is traced. Sent after the forward pass."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -423,14 +460,14 @@ class TraceHeader(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
-    """The request's id, as in metadata, errors and the server's log."""
+    """Id of the request, as in the metadata, in errors and in the server's log."""
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
-        """The model that ran."""
+        """The model."""
 
     @_builtins.property
     def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """The prompt's tokens, one for each position."""
+        """The tokens of the prompt, one per position."""
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -438,11 +475,11 @@ class TraceHeader(_message.Message):
 
     @_builtins.property
     def targets(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionTarget]:
-        """One for each traced position, ascending."""
+        """The target of each traced position, ascending."""
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Texts of the targets and predictions."""
+        """The tokens of the targets and predictions."""
 
     @_builtins.property
     def sizes(self) -> _common_pb2.ModelSizes:
@@ -469,7 +506,7 @@ Global___TraceHeader: _TypeAlias = TraceHeader  # noqa: Y015
 
 @_typing.final
 class PositionTarget(_message.Message):
-    """The target at one position and how the model itself rates it there."""
+    """The target at one position, and its place in the model's prediction there."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -483,18 +520,18 @@ class PositionTarget(_message.Message):
     position: _builtins.int
     """Position in the prompt."""
     target_token_id: _builtins.int
-    """The request's target, or the model's own next token."""
+    """The target of the request, or the model's prediction."""
     predicted_token_id: _builtins.int
-    """The model's own next token."""
+    """The model's prediction: its own next token."""
     target_probability: _builtins.float
-    """Probability that the model gives the target."""
+    """Probability of the target in the prediction."""
     target_rank: _builtins.int
-    """How many tokens the model finds likelier; 0 = the target is the prediction."""
+    """Number of tokens with a larger logit; 0 = the target is the prediction."""
     target_logit: _builtins.float
-    """The target's logit; after the soft-cap where the model has one."""
+    """Logit of the target; after the soft-cap if the model has one."""
     constant_logit_contribution: _builtins.float
-    """What the final norm's bias and the head's bias add to the target's logit, in logits before the
-    soft-cap: the rest of the sum of all logit contributions at this position.
+    """Contribution of the biases of final norm and head to the target's logit. Together with the
+    contributions of the nodes at this position it adds up to the logit before the soft-cap.
     """
     def __init__(
         self,
@@ -517,7 +554,7 @@ Global___PositionTarget: _TypeAlias = PositionTarget  # noqa: Y015
 
 @_typing.final
 class LayerGraph(_message.Message):
-    """Nodes and edges of one layer. A layer may span several messages of at most 1 MiB each."""
+    """Nodes and edges of one layer. A layer may span several messages, each at most 1 MiB."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -527,20 +564,20 @@ class LayerGraph(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
-    """The layer, from 0. FINAL_NORM and PREDICTION come with the model's last layer."""
+    """The layer, from 0. FINAL_NORM and PREDICTION are sent with the last layer of the model."""
     last: _builtins.bool
-    """True in the layer's last message."""
+    """True in the last message of the layer."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]:
-        """Nodes not sent before in this stream."""
+        """Nodes. Each is sent once per stream."""
 
     @_builtins.property
     def edges(self) -> _containers.RepeatedCompositeFieldContainer[Global___Edge]:
-        """Edges whose both ends were sent before or are in this message."""
+        """Edges. Both ends are nodes of this message or of an earlier one."""
 
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Texts of the tokens that this message is the first to name."""
+        """The tokens that no earlier message of the stream has named."""
 
     def __init__(
         self,
@@ -561,7 +598,7 @@ Global___LayerGraph: _TypeAlias = LayerGraph  # noqa: Y015
 
 @_typing.final
 class Node(_message.Message):
-    """One vector of the forward pass, read in the vocabulary."""
+    """One vector of the forward pass and its projection."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -578,34 +615,34 @@ class Node(_message.Message):
     PROJECTION_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Made of the coordinates, for example `L3/p7/HEAD_OUTPUT/h2`, `L3/p7/MEMORY_VALUE/h2/s4` or
-    `L3/p7/MLP_VALUE/n911`: the same in every request, replica and RPC.
+    """Id, made of the coordinates, for example `L3/p7/HEAD_OUTPUT/h2`, `L3/p7/MEMORY_VALUE/h2/s4` or
+    `L3/p7/MLP_VALUE/n911`. It is the same in every request and on every server.
     """
     kind: Global___NodeKind.ValueType
-    """What the vector is."""
+    """Kind of the vector."""
     layer: _builtins.int
-    """Layer, from 0; unset for the block input, the final norm and the prediction."""
+    """Layer, from 0; unset for BLOCK_INPUT, FINAL_NORM and PREDICTION."""
     position: _builtins.int
     """Position in the prompt, from 0."""
     head: _builtins.int
-    """Query head, from 0; set for kinds of a single head."""
+    """Query head, from 0; set for kinds of one head."""
     source_position: _builtins.int
-    """Source position that the head attends to; set for memory keys and values."""
+    """Source position; set for MEMORY_KEY and MEMORY_VALUE."""
     neuron: _builtins.int
-    """Neuron, from 0: of an MLP, or a coordinate of the concatenation (head * d_head + dimension)."""
+    """Neuron of the MLP, or coordinate of the concatenated heads (head * d_head + dimension), from 0."""
     expert: _builtins.int
-    """Expert that owns the neuron, from 0; set for mixtures only."""
+    """Expert of the neuron, from 0; set for mixtures of experts only."""
     norm: _builtins.float
     """Euclidean norm of the vector."""
     activation: _builtins.float
-    """Factor by which the vector enters its sum; set for neurons."""
+    """Factor of the vector in its sum; set for neurons."""
     @_builtins.property
     def projection(self) -> _lens_pb2.Projection:
-        """The vector through the request's lens; unset for junctions and exact zeros."""
+        """Projection of the vector; unset for ATTENTION_CONCAT and exact zeros."""
 
     @_builtins.property
     def vector(self) -> _common_pb2.Tensor:
-        """The vector itself, [d_model] in float32; set if the request includes vectors."""
+        """The vector, [d_model] in float32; set with `include_vectors`."""
 
     def __init__(
         self,
@@ -673,29 +710,29 @@ class Edge(_message.Message):
     LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     OVERLAP_FIELD_NUMBER: _builtins.int
     source: _builtins.str
-    """Id of the node it starts from."""
+    """Id of the source node."""
     target: _builtins.str
-    """Id of the node it leads to."""
+    """Id of the target node."""
     kind: Global___EdgeKind.ValueType
-    """How the one becomes the other."""
+    """Kind of the edge."""
     weight: _builtins.float
-    """Strength in the model's own units, never a drawing width. PART: norm of the part, coefficient
-    included. ATTEND and RECALL: attention probability. ACTIVATE: activation. NORM: norm of the
-    source.
+    """Strength in the model's own units. PART: norm of the part, including its coefficient. ATTEND
+    and RECALL: attention probability. ACTIVATE: activation, signed. NORM, PROJECT and SCALE: norm
+    of the source. SPLIT and GAP: norm of the target.
     """
     share: _builtins.float
-    """Signed part of the sum: <part, sum> / ||sum||^2. The shares into one node add to 1; a sum of
-    exactly zero has none.
+    """Signed fraction of the sum: <part, sum> / ||sum||^2. The shares of one sum add up to 1. A sum
+    that is exactly zero has no shares.
     """
     attention: _builtins.float
     """Attention probability, 0 to 1; set for ATTEND, RECALL and the parts of a HEAD_OUTPUT."""
     logit_contribution: _builtins.float
-    """Direct effect of the part on the target's logit, with the final norm's scale fixed (direct
-    logit attribution); set if asked for.
+    """Direct effect of the part on the target's logit, with the scale of the final norm held fixed
+    (direct logit attribution); set with `include_logit_contribution`.
     """
     overlap: _builtins.float
-    """Common tokens among both ends' top `overlap_k`, divided by `overlap_k`: 0 to 1; set if asked
-    for.
+    """Number of tokens that are in the top `overlap_k` of both ends, divided by `overlap_k`: 0 to 1;
+    set with `overlap_k`, if both ends have a projection.
     """
     def __init__(
         self,
@@ -734,7 +771,7 @@ Global___Edge: _TypeAlias = Edge  # noqa: Y015
 
 @_typing.final
 class TraceSummary(_message.Message):
-    """Closes a complete trace."""
+    """End of a complete stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -744,20 +781,20 @@ class TraceSummary(_message.Message):
     CHECKS_FIELD_NUMBER: _builtins.int
     CONSTANT_LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     nodes: _builtins.int
-    """Nodes sent."""
+    """Number of nodes sent."""
     edges: _builtins.int
-    """Edges sent."""
+    """Number of edges sent."""
     constant_logit_contribution: _builtins.float
-    """The part of the target's logit that belongs to no node: final norm's and head's biases. Set if
-    logit contributions were asked for at a single position.
+    """Contribution of the biases of final norm and head to the target's logit, as in PositionTarget.
+    Set if logit contributions of a single position were requested.
     """
     @_builtins.property
     def times(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTime]:
-        """Where the time went."""
+        """Time of each stage."""
 
     @_builtins.property
     def checks(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Guarantee]:
-        """What was checked while this very request ran; set if asked for."""
+        """Results of the checks on this request; set with `include_checks`."""
 
     def __init__(
         self,
