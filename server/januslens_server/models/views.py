@@ -1,6 +1,7 @@
 """The parts of a causal LM under the field's names, whatever its modules are called.
 
-An adapter (one per architecture family) builds a `ModelView`; nothing else knows module names.
+Adapters, one function per architecture family, build a `ModelView`; nothing else knows module
+names.
 Row convention everywhere: a linear map is `y = x W + b` with `W: [d_in, d_out]`.
 """
 

@@ -1,31 +1,41 @@
-"""Gemma: Llama's block with scaled embeddings and norms that store their weight less one.
-
-Distinct points:
-- RMSNorm multiplies by `1 + weight`; Gemma 2 and 3 have the same norm, also of queries and keys;
-- embeddings are multiplied by sqrt(d_model) before the first block;
-- `d_head` is a setting of its own; the head is tied;
-- models with bidirectional attention are refused: their early positions see later ones.
-"""
+"""Gemma, Gemma 2 and Gemma 3: scaled embeddings, norms that multiply by 1 + weight."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.head_map import HeadMap, HeadNorm
+from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
-from januslens_server.models.adapters.llama_like import Layer, attention, llama_like, pre_norm_block
-from januslens_server.models.adapters.parts import lens
+from januslens_server.models.adapters.llama import (
+    Layer,
+    attention,
+    llama_like,
+    post_norm_block,
+    pre_norm_block,
+)
+from januslens_server.models.adapters.parts import lens, rotation, run_eagerly
 from januslens_server.models.views import Block, ModelView
 
 
-def view(model: PreTrainedModel) -> ModelView:
-    """Map a `GemmaForCausalLM`. Raises `ModelFailed` for bidirectional attention."""
+def gemma(model: PreTrainedModel) -> ModelView:
+    """Gemma: Llama's block with scaled embeddings and norms that store their weight less one.
+
+    Distinct points:
+    - RMSNorm multiplies by `1 + weight`, in Gemma 2 and 3 as well;
+    - embeddings are multiplied by sqrt(d_model) before the first block;
+    - `d_head` is a setting of its own; the head is tied;
+    - models with bidirectional attention are refused: their early positions see later ones.
+
+    Raises `ModelFailed` for bidirectional attention.
+    """
     refuse_bidirectional(model.config)
     decoder: Any = model.model
-    return llama_like(model, _block, lens(model, gemma_norm(decoder.norm)))
+    return llama_like(model, _gemma_block, lens(model, gemma_norm(decoder.norm)))
 
 
 def refuse_bidirectional(config: Any) -> None:
@@ -46,5 +56,75 @@ def gemma_head_map(module: Any) -> HeadMap:
     return HeadMap(norm=HeadNorm(1 + module.weight.detach().float(), module.eps))
 
 
-def _block(layer: Layer) -> Block:
+def _gemma_block(layer: Layer) -> Block:
     return pre_norm_block(layer, attention(layer))
+
+
+def gemma2(model: PreTrainedModel) -> ModelView:
+    """Gemma 2: Gemma's block with a norm before and after each sublayer, and soft-caps.
+
+    Distinct points:
+    - post-norms stand between each sublayer and the residual;
+    - attention scores and logits are soft-capped;
+    - SDPA knows no soft-cap of scores, so it is turned off where transformers lets it run;
+    - scores are scaled by `query_pre_attn_scalar`, not by d_head;
+    - sliding and full layers alternate, as `layer_types` says.
+
+    Raises `ModelFailed` for bidirectional attention.
+    """
+    config: Any = model.config
+    refuse_bidirectional(config)
+    if config.attn_logit_softcapping is not None:
+        run_eagerly(model)
+    decoder: Any = model.model
+    head = lens(model, gemma_norm(decoder.norm), soft_cap=config.final_logit_softcapping)
+    return llama_like(model, _gemma2_block, head)
+
+
+def _gemma2_block(layer: Layer) -> Block:
+    soft_cap = layer.config.attn_logit_softcapping
+    attending = attention(layer, window=layer.window, soft_cap=soft_cap)
+    return post_norm_block(layer, attending, gemma_norm, pre_norms=True)
+
+
+def gemma3_text(model: PreTrainedModel) -> ModelView:
+    """Gemma 3: Gemma 2's sandwich with query and key norms and two rotations.
+
+    Distinct points:
+    - the larger models come with a vision tower, which text alone does not pass through;
+    - queries and keys pass Gemma's RMSNorm over each head before they turn;
+    - sliding layers turn with a local rotation, full layers with a global one;
+    - attention scores have no soft-cap, whatever the configuration says; the logits may have one.
+
+    Raises `ModelFailed` for bidirectional attention.
+    """
+    decoder: Any = model.model
+    head = lens(model, gemma_norm(decoder.norm), soft_cap=decoder.config.final_logit_softcapping)
+    return _gemma3(model, decoder, head)
+
+
+def gemma3(model: PreTrainedModel) -> ModelView:
+    """Gemma 3 with its vision tower: the text decoder, whose logits have no soft-cap here.
+
+    Raises `ModelFailed` for bidirectional attention.
+    """
+    whole: Any = model.model
+    return _gemma3(model, whole.language_model, lens(model, gemma_norm(whole.language_model.norm)))
+
+
+def _gemma3(model: PreTrainedModel, decoder: Any, head: LensHead) -> ModelView:
+    config = decoder.config
+    refuse_bidirectional(config)
+    rotations = {kind: rotation(decoder, layer_type=kind) for kind in set(config.layer_types)}
+
+    def block(layer: Layer) -> Block:
+        attn = layer.module.self_attn
+        normed = replace(
+            attention(layer, window=layer.window),
+            rotation=rotations[config.layer_types[layer.number]],
+            query_map=gemma_head_map(attn.q_norm),
+            key_map=gemma_head_map(attn.k_norm),
+        )
+        return post_norm_block(layer, normed, gemma_norm, pre_norms=True)
+
+    return llama_like(model, block, head, decoder=decoder)

@@ -1,23 +1,372 @@
-"""Llama: pre-RMSNorm, rotary positions, grouped key-value heads, gated MLP.
+"""Llama and the families that grew out of it.
 
-Distinct points:
-- pairs of a rotation are half a head apart; `rotary_emb` has the scaling of every RoPE variant;
-- `d_head` is a setting of its own and need not be `d_model / n_heads`;
-- biases of attention and MLP are off by default.
+`llama_like` maps what they share: a decoder of `layers` with `self_attn` and `mlp`, rotary
+positions from one `rotary_emb`, grouped key-value heads, and Hugging Face's common names for every
+size. Each family below it maps what it does otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
 from transformers import PreTrainedModel
 
-from januslens_server.models.adapters.llama_like import Layer, attention, llama_like, pre_norm_block
-from januslens_server.models.views import Block, ModelView
+from januslens_server.capture import End, Rotation, Tap
+from januslens_server.graph.attention_pattern import Scoring
+from januslens_server.graph.head_map import HeadMap, HeadNorm
+from januslens_server.graph.weights import Finish
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.norm import Norm
+from januslens_server.models.adapters.parts import (
+    consecutive,
+    facts,
+    finished,
+    layer_norm,
+    lens,
+    linear,
+    rms_head_map,
+    rms_norm,
+    rotation,
+)
+from januslens_server.models.experts import Experts
+from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
 
 
-def view(model: PreTrainedModel) -> ModelView:
-    """Map a `LlamaForCausalLM`."""
-    return llama_like(model, _block)
+@dataclass(frozen=True)
+class Layer:
+    """One of the decoder's layers, with what of the model its adapter needs."""
+
+    number: int
+    module: Any
+    config: Any
+    rotation: Callable[[int], Rotation]
+
+    @property
+    def window(self) -> int | None:
+        """How far the layer attends, by its entry in `layer_types`."""
+        sliding = self.config.layer_types[self.number] == "sliding_attention"
+        return self.config.sliding_window if sliding else None
 
 
-def _block(layer: Layer) -> Block:
+class Projections(NamedTuple):
+    """The four linear maps of attention."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+
+
+def llama_like(
+    model: PreTrainedModel,
+    block: Callable[[Layer], Block],
+    head: LensHead | None = None,
+    *,
+    decoder: Any = None,
+    interleaved: bool = False,
+) -> ModelView:
+    """Map a model whose layers `block` maps.
+
+    The lens is Llama's RMSNorm and the model's head, `decoder` is `model.model`, unless given.
+    """
+    config: Any = model.config.get_text_config()
+    decoder = model.model if decoder is None else decoder
+    turning = rotation(decoder, interleaved)
+    layers = [Layer(i, module, config, turning) for i, module in enumerate(decoder.layers)]
+    return ModelView(
+        embedding=decoder.embed_tokens,
+        blocks=tuple(block(layer) for layer in layers),
+        lens=lens(model, rms_norm(decoder.norm)) if head is None else head,
+        facts=facts(
+            model,
+            n_kv_heads=config.num_key_value_heads,
+            d_head=decoder.layers[0].self_attn.head_dim,
+            d_mlp=config.intermediate_size,
+            max_positions=config.max_position_embeddings,
+        ),
+    )
+
+
+def separate(attn: Any) -> Projections:
+    """Query, key, value and output in modules of their own."""
+    return Projections(
+        linear(attn.q_proj), linear(attn.k_proj), linear(attn.v_proj), linear(attn.o_proj)
+    )
+
+
+def attention(
+    layer: Layer,
+    projections: Projections | None = None,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> Attention:
+    """Rotary attention over grouped heads, with `separate` projections unless given."""
+    attn = layer.module.self_attn
+    query, key, value, output = separate(attn) if projections is None else projections
+    return Attention(
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        n_heads=layer.config.num_attention_heads,
+        n_kv_heads=layer.config.num_key_value_heads,
+        scoring=Scoring(scale=attn.scaling, window=window, soft_cap=soft_cap),
+        rotation=layer.rotation,
+    )
+
+
+def gated_mlp(mlp: Any) -> Mlp:
+    """Gate, up and down in modules of their own."""
+    return Mlp(ff1=linear(mlp.gate_proj), up=linear(mlp.up_proj), ff2=linear(mlp.down_proj))
+
+
+def pre_norm_block(layer: Layer, attention: Attention, mlp: Mlp | Experts | None = None) -> Block:
+    """Attention, then the MLP, a norm before each."""
+    return Block(
+        module=layer.module,
+        attention=attention,
+        mlp=gated_mlp(layer.module.mlp) if mlp is None else mlp,
+        residual_mid=Tap(layer.module.post_attention_layernorm, End.INPUT),
+    )
+
+
+def post_norm_block(
+    layer: Layer, attention: Attention, norm: Callable[[Any], Norm], *, pre_norms: bool
+) -> Block:
+    """Attention, then the MLP, a norm behind each; with `pre_norms` one before each as well."""
+    module = layer.module
+    after_attention = module.post_attention_layernorm
+    after_mlp = module.post_feedforward_layernorm
+    middle = module.pre_feedforward_layernorm if pre_norms else module.mlp
+    return Block(
+        module=module,
+        attention=finished(attention, after_attention, norm(after_attention)),
+        mlp=finished(gated_mlp(module.mlp), after_mlp, norm(after_mlp)),
+        residual_mid=Tap(middle, End.INPUT),
+        attention_prenorm=pre_norms,
+        mlp_prenorm=pre_norms,
+    )
+
+
+def parallel_block(layer: Layer, attention: Attention, mlp: Mlp) -> Block:
+    """Attention and MLP on one and the same norm, added to the residual together."""
+    return Block(module=layer.module, attention=attention, mlp=mlp, residual_mid=None)
+
+
+def llama(model: PreTrainedModel) -> ModelView:
+    """Llama: pre-RMSNorm, rotary positions, grouped key-value heads, gated MLP.
+
+    Distinct points:
+    - pairs of a rotation are half a head apart; `rotary_emb` has the scaling of every RoPE variant;
+    - `d_head` is a setting of its own and need not be `d_model / n_heads`;
+    - biases of attention and MLP are off by default.
+    """
+    return llama_like(model, _llama_block)
+
+
+def _llama_block(layer: Layer) -> Block:
     return pre_norm_block(layer, attention(layer))
+
+
+def mistral(model: PreTrainedModel) -> ModelView:
+    """Mistral: Llama's block whose layers may all attend through a sliding window.
+
+    Distinct points:
+    - `sliding_window` holds for every layer, own position included; None: all positions;
+    - no biases anywhere.
+    """
+    return llama_like(model, _mistral_block)
+
+
+def _mistral_block(layer: Layer) -> Block:
+    return pre_norm_block(layer, attention(layer, window=layer.config.sliding_window))
+
+
+def qwen2(model: PreTrainedModel) -> ModelView:
+    """Qwen2 and Qwen2.5: Llama's block with biased queries, keys and values.
+
+    Distinct points:
+    - query, key and value have biases, the output projection has none;
+    - `layer_types` says which layers attend through the sliding window.
+    """
+    return llama_like(model, _qwen2_block)
+
+
+def _qwen2_block(layer: Layer) -> Block:
+    return pre_norm_block(layer, attention(layer, window=layer.window))
+
+
+def qwen3(model: PreTrainedModel) -> ModelView:
+    """Qwen3: Llama's block with a norm of every head's queries and keys.
+
+    Distinct points:
+    - an RMSNorm over each head, with weights shared by all heads, before the rotation of queries
+      and keys;
+    - `d_head` is a setting of its own;
+    - `layer_types` says which layers attend through the sliding window.
+    """
+    return llama_like(model, _qwen3_block)
+
+
+def _qwen3_block(layer: Layer) -> Block:
+    attn = layer.module.self_attn
+    normed = replace(
+        attention(layer, window=layer.window),
+        query_map=rms_head_map(attn.q_norm),
+        key_map=rms_head_map(attn.k_norm),
+    )
+    return pre_norm_block(layer, normed)
+
+
+def smollm3(model: PreTrainedModel) -> ModelView:
+    """SmolLM3: Llama's block, some of whose layers have no positions at all.
+
+    Distinct points:
+    - layers with a 0 in `no_rope_layers` do not turn queries and keys;
+    - `layer_types` says which layers attend through the sliding window.
+    """
+    return llama_like(model, _smollm3_block)
+
+
+def _smollm3_block(layer: Layer) -> Block:
+    found = attention(layer, window=layer.window)
+    turns = layer.config.no_rope_layers[layer.number]
+    return pre_norm_block(layer, found if turns else replace(found, rotation=None))
+
+
+def phi3(model: PreTrainedModel) -> ModelView:
+    """Phi-3 and Phi-4: Llama's block with fused projections.
+
+    Distinct points:
+    - `qkv_proj` holds all queries, then all keys, then all values; `gate_up_proj` gate, then up;
+    - part of a head's dimensions may turn; long contexts rescale the rotation (LongRoPE);
+    - `sliding_window` holds for every layer.
+    """
+    return llama_like(model, _phi3_block)
+
+
+def _phi3_block(layer: Layer) -> Block:
+    attn, mlp, config = layer.module.self_attn, layer.module.mlp, layer.config
+    queries, keys = (
+        n * attn.head_dim for n in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    query, key, value = consecutive(attn.qkv_proj, queries, keys, keys)
+    gate, up = consecutive(mlp.gate_up_proj, config.intermediate_size, config.intermediate_size)
+    return pre_norm_block(
+        layer,
+        attention(
+            layer,
+            Projections(query, key, value, linear(attn.o_proj)),
+            window=config.sliding_window,
+        ),
+        Mlp(ff1=gate, up=up, ff2=linear(mlp.down_proj)),
+    )
+
+
+def granite(model: PreTrainedModel) -> ModelView:
+    """Granite: Llama's block with multipliers in four places.
+
+    Distinct points:
+    - embeddings are multiplied by `embedding_multiplier` before the first block;
+    - what a sublayer gives is multiplied by `residual_multiplier` before it is added;
+    - scores are multiplied by `attention_multiplier` instead of 1 / sqrt(d_head);
+    - logits are divided by `logits_scaling`.
+    """
+    config: Any = model.config
+    decoder: Any = model.model
+    head = lens(model, rms_norm(decoder.norm), logit_scale=1 / config.logits_scaling)
+    return llama_like(model, _granite_block, head)
+
+
+def _granite_block(layer: Layer) -> Block:
+    finish = Finish(multiplier=layer.config.residual_multiplier)
+    return pre_norm_block(
+        layer,
+        replace(attention(layer), finish=finish),
+        replace(gated_mlp(layer.module.mlp), finish=finish),
+    )
+
+
+def starcoder2(model: PreTrainedModel) -> ModelView:
+    """StarCoder2: Llama's attention with biases, under LayerNorms, and GPT-2's MLP.
+
+    Distinct points:
+    - the MLP is not gated: `c_fc`, then `c_proj`;
+    - every linear map has a bias unless `use_bias` is off; the head has none;
+    - `sliding_window` holds for every layer.
+    """
+    decoder: Any = model.model
+    return llama_like(model, _starcoder2_block, lens(model, layer_norm(decoder.norm)))
+
+
+def _starcoder2_block(layer: Layer) -> Block:
+    mlp = layer.module.mlp
+    return pre_norm_block(
+        layer,
+        attention(layer, window=layer.config.sliding_window),
+        Mlp(ff1=linear(mlp.c_fc), ff2=linear(mlp.c_proj)),
+    )
+
+
+# Stands in the norm's code, not in its configuration.
+OLMO_EPSILON = 1e-5
+
+
+def olmo(model: PreTrainedModel) -> ModelView:
+    """OLMo: Llama's block on LayerNorms without learned numbers, optionally clipped projections.
+
+    Distinct points:
+    - norms centre and scale and nothing else;
+    - `clip_qkv` clips queries, keys and values in place, in the memory of the maps' own results.
+    """
+    embedding: Any = model.get_input_embeddings()
+    ones = torch.ones(embedding.weight.shape[1], device=embedding.weight.device)
+    return llama_like(model, _olmo_block, lens(model, Norm(ones, None, OLMO_EPSILON, centred=True)))
+
+
+def _olmo_block(layer: Layer) -> Block:
+    clip: float | None = layer.config.clip_qkv
+    plain = attention(layer)
+    if clip is None:
+        return pre_norm_block(layer, plain)
+    clipped = replace(
+        plain,
+        query=replace(plain.query, overwritten=True),
+        key=replace(plain.key, overwritten=True),
+        value=replace(plain.value, overwritten=True),
+        query_map=HeadMap(clip=clip),
+        key_map=HeadMap(clip=clip),
+        value_clip=clip,
+    )
+    return pre_norm_block(layer, clipped)
+
+
+def olmo2(model: PreTrainedModel) -> ModelView:
+    """OLMo 2: Llama's sublayers without pre-norms, each with a norm behind it.
+
+    Distinct points:
+    - attention and MLP read the residual itself; what they give is normed before it is added;
+    - queries and keys pass an RMSNorm whose denominator spans all heads, before they turn.
+    """
+    return llama_like(model, _olmo2_block)
+
+
+def _olmo2_block(layer: Layer) -> Block:
+    attn = layer.module.self_attn
+    normed = replace(
+        attention(layer),
+        query_map=_olmo2_head_map(attn.q_norm, attn.head_dim),
+        key_map=_olmo2_head_map(attn.k_norm, attn.head_dim),
+    )
+    return post_norm_block(layer, normed, rms_norm, pre_norms=False)
+
+
+def _olmo2_head_map(module: Any, d_head: int) -> HeadMap:
+    norm = rms_norm(module)
+    return HeadMap(
+        norm=HeadNorm(norm.weight.unflatten(0, (-1, d_head)), norm.eps, spans_heads=True)
+    )

@@ -1,15 +1,27 @@
-"""Mixtures of experts as transformers 5 lays them out in every family."""
+"""Mixtures of experts: Mixtral, Qwen3-MoE, OLMoE and GPT-OSS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from januslens_server.capture import Rotation
+from januslens_server.graph.head_map import HeadMap, HeadNorm
+from januslens_server.models.adapters.llama import (
+    Layer,
+    attention,
+    gated_mlp,
+    llama_like,
+    pre_norm_block,
+)
+from januslens_server.models.adapters.parts import rms_head_map
 from januslens_server.models.experts import Experts
-from januslens_server.models.views import ModelView
+from januslens_server.models.views import Block, ModelView
 
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -36,3 +48,131 @@ def gated_experts(mlp: Any) -> Experts:
 def with_experts(view: ModelView, n_experts: int, d_mlp: int) -> ModelView:
     """The view with the sizes of its experts."""
     return replace(view, facts=replace(view.facts, n_experts=n_experts, d_mlp=d_mlp))
+
+
+def mixtral(model: PreTrainedModel) -> ModelView:
+    """Mixtral: Mistral's attention, a mixture of gated experts for every MLP.
+
+    Distinct points:
+    - two experts a position by default; the router's weights are made to add up to 1.
+    """
+    config: Any = model.config
+    whole = llama_like(model, _mixtral_block)
+    return with_experts(whole, config.num_local_experts, config.intermediate_size)
+
+
+def _mixtral_block(layer: Layer) -> Block:
+    attending = attention(layer, window=layer.config.sliding_window)
+    return pre_norm_block(layer, attending, gated_experts(layer.module.mlp))
+
+
+def qwen3_moe(model: PreTrainedModel) -> ModelView:
+    """Qwen3-MoE: Qwen3's attention, a mixture of gated experts in some or all layers.
+
+    Distinct points:
+    - layers in `mlp_only_layers`, or off the `decoder_sparse_step`, have an ordinary gated MLP;
+    - the router's weights add up to 1 only if `norm_topk_prob`;
+    - `sliding_window` holds for every layer if `use_sliding_window`.
+    """
+    config: Any = model.config
+    whole = llama_like(model, _qwen3_moe_block)
+    return with_experts(whole, config.num_experts, config.moe_intermediate_size)
+
+
+def _qwen3_moe_block(layer: Layer) -> Block:
+    attn, mlp = layer.module.self_attn, layer.module.mlp
+    window = getattr(attn, "sliding_window", None)
+    normed = replace(
+        attention(layer, window=window),
+        query_map=rms_head_map(attn.q_norm),
+        key_map=rms_head_map(attn.k_norm),
+    )
+    mixed = hasattr(mlp, "experts")
+    return pre_norm_block(layer, normed, gated_experts(mlp) if mixed else gated_mlp(mlp))
+
+
+def olmoe(model: PreTrainedModel) -> ModelView:
+    """OLMoE: a mixture of gated experts for every MLP, queries and keys normed over all heads.
+
+    Distinct points:
+    - the RMSNorm of queries and keys spans all heads; `clip_qkv` clips after it;
+    - values are clipped in place, in the memory of the linear map's own result;
+    - the router's weights add up to 1 only if `norm_topk_prob`.
+    """
+    config: Any = model.config
+    whole = llama_like(model, _olmoe_block)
+    return with_experts(whole, config.num_experts, config.intermediate_size)
+
+
+def _olmoe_block(layer: Layer) -> Block:
+    attn = layer.module.self_attn
+    clip: float | None = layer.config.clip_qkv
+    plain = attention(layer)
+    normed = replace(
+        plain,
+        value=replace(plain.value, overwritten=clip is not None),
+        value_clip=clip,
+        query_map=_olmoe_head_map(attn.q_norm, attn.head_dim, clip),
+        key_map=_olmoe_head_map(attn.k_norm, attn.head_dim, clip),
+    )
+    return pre_norm_block(layer, normed, gated_experts(layer.module.mlp))
+
+
+def _olmoe_head_map(norm: Any, d_head: int, clip: float | None) -> HeadMap:
+    weight = norm.weight.detach().float().unflatten(0, (-1, d_head))
+    spanning = HeadNorm(weight, norm.variance_epsilon, spans_heads=True)
+    return HeadMap(norm=spanning, clip_after=clip)
+
+
+def gpt_oss(model: PreTrainedModel) -> ModelView:
+    """GPT-OSS: attention sinks, alternating windows, experts with biases and a clamped activation.
+
+    Distinct points:
+    - each head has a sink, a score that takes probability without giving a value;
+    - the rotary embedding gives each angle once, for pairs half a head apart;
+    - `layer_types` says which layers attend through the sliding window;
+    - gate and up alternate in `gate_up_proj`, which is stored as rows; all expert maps have biases;
+    - neurons are `(up + 1) * gate * sigmoid(alpha * gate)`, both clamped before.
+    """
+    config: Any = model.config
+    whole = llama_like(model, _gpt_oss_block)
+    return with_experts(whole, config.num_local_experts, config.intermediate_size)
+
+
+def _gpt_oss_block(layer: Layer) -> Block:
+    plain = attention(layer, window=layer.window)
+    sinks = layer.module.self_attn.sinks.detach().float()
+    with_sinks = replace(
+        plain,
+        scoring=replace(plain.scoring, sinks=sinks),
+        rotation=partial(_gpt_oss_both_halves, layer.rotation),
+    )
+    return pre_norm_block(layer, with_sinks, _gpt_oss_experts(layer.module.mlp))
+
+
+def _gpt_oss_both_halves(rotation: Callable[[int], Rotation], length: int) -> Rotation:
+    """Each angle for both members of its pair."""
+    once = rotation(length)
+    cos, sin = (torch.cat([angles, angles], dim=-1) for angles in (once.cos, once.sin))
+    return Rotation(cos, sin, interleaved=False)
+
+
+def _gpt_oss_experts(mlp: Any) -> Experts:
+    experts = mlp.experts
+    width = experts.gate_up_proj.shape[2]
+    return Experts(
+        block=mlp,
+        module=experts,
+        stored_as_rows=True,
+        gate=range(0, width, 2),
+        up=range(1, width, 2),
+        activation=_gpt_oss_activation(experts.limit, experts.alpha),
+    )
+
+
+def _gpt_oss_activation(limit: float, alpha: float) -> Activation:
+    def activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        gate = gate.clamp(max=limit)
+        return (up.clamp(-limit, limit) + 1) * gate * torch.sigmoid(alpha * gate)
+
+    return activation
