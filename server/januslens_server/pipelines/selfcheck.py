@@ -8,7 +8,7 @@ from januslens_server.errors import ModelFailed, NotFinite, never_cancelled
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.float32_blocks import blocks_in_float32
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import Guarantee, ModelFacts, TraceSummary
+from januslens_server.results import Guarantee, ModelFacts, NodeKind, TraceSummary
 from januslens_server.specs import LensSpec, TraceSpec
 
 PROMPT_LENGTH = 8
@@ -17,12 +17,16 @@ PROMPT_LENGTH = 8
 def self_check(model: ResidentModel) -> Sequence[Guarantee]:
     """Trace a short prompt at every position with all checks; all must hold to be served.
 
+    The checks see every node. Only the predictions are projected, because projecting all nodes
+    over a wide vocabulary takes most of the time until the model is ready.
+
     Raises `ModelFailed` if the model overflows on it.
     """
     spec = TraceSpec(
         prompt=_prompt(model.view.facts),
         all_positions=True,
         lens=LensSpec(top_k=0, bottom_k=0),
+        node_kinds=frozenset({NodeKind.PREDICTION}),
         include_logit_contribution=True,
         include_checks=True,
     )
