@@ -30,6 +30,10 @@ VECTORS = (1, 64)
 # Target tokens whose ranks are measured.
 RANKS = 4
 
+# Layers of the graphs and of the trace that are measured: the top ones. All of a deep model with a
+# wide vocabulary would take minutes.
+LAYERS = 4
+
 # Fast models are measured several times and the best is taken, slow ones once.
 REPEATS, ENOUGH_SECONDS = 4, 0.25
 
@@ -77,42 +81,37 @@ def measured_pace(model: ResidentModel, clock: Clock = time.perf_counter) -> Pac
     ranked = best(partial(project, head, rows[1], LensSpec(), targets))
     per_rank = max(0.0, ranked - times[1]) / targets.numel()
     without_graph = Pace(per_pass, per_flop, 0.0, 0.0, per_reading, per_rank, per_vector)
-    return _with_graph(model, without_graph, tuple(range(few)), best)
+    return _with_graph(model, without_graph, tuple(range(few)), clock)
 
 
-def _with_graph(
-    model: ResidentModel,
-    pace: Pace,
-    ids: tuple[int, ...],
-    best: Callable[[Callable[[], object]], float],
-) -> Pace:
-    """Add what blocks and nodes take: from graphs of one kind and of all, and one whole trace.
+def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: Clock) -> Pace:
+    """Add what blocks and nodes take: from graphs of one kind and of all, and one trace.
 
     Graphs are measured alone, since where the lens takes most of a trace its error hides them;
     the trace, since nodes take time while they are read, too.
     """
-    alone, whole = TraceSpec(ids, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT})), TraceSpec(ids)
+    n_layers = model.view.facts.n_layers
+    layers = tuple(range(max(0, n_layers - LAYERS), n_layers))
+    whole = TraceSpec(ids, layers=layers)
+    alone = replace(whole, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT}))
     demands = [trace_demand(model, spec) for spec in (alone, whole)]
-    few, many = (best(partial(_graph, model, ids, spec)) for spec in (alone, whole))
-    passing = best(partial(_graph, model, ids, alone, build=False))
-    blocks = model.view.facts.n_layers
-    per_block = max(0.0, few - passing) / (blocks + 1)  # and the final norm's
+    few, many = (_least(partial(_building, clock, model, ids, spec)) for spec in (alone, whole))
+    per_block = few / (len(layers) + 1)  # and the final norm's
     products = [d.flops - lens_flops(model_sizes(model), d.vectors) for d in demands]
     building = many - few - (products[1] - products[0]) * pace.per_flop
     pace = replace(pace, per_block=per_block)
-    traced = best(lambda: list(trace(model, whole, never_cancelled))) - pace.seconds(demands[1])
+    traced = _best(clock, lambda: list(trace(model, whole, never_cancelled)))
+    traced -= pace.seconds(demands[1])
     return replace(pace, per_node=max(0.0, building, traced) / demands[1].nodes)
 
 
-def _graph(
-    model: ResidentModel, ids: tuple[int, ...], spec: TraceSpec, *, build: bool = True
-) -> None:
-    """The pass of a trace of the last position, and its graph without readings."""
-    layers, last = range(model.view.facts.n_layers), (len(ids) - 1,)
-    passed = forward(model, ids, layers, never_cancelled, last, last)
+def _building(clock: Clock, model: ResidentModel, ids: tuple[int, ...], spec: TraceSpec) -> float:
+    """Seconds to build the graphs of a trace of the last position, without pass and readings."""
+    last = (len(ids) - 1,)
+    passed = forward(model, ids, spec.layers, never_cancelled, last, last)
     targets = position_targets(model, passed.residual, last, None, never_cancelled)
-    if build:
-        deque(LayerFlows(model, spec, passed).pieces(layers, targets, StageClock("Trace")), 0)
+    pieces = LayerFlows(model, spec, passed).pieces(spec.layers, targets, StageClock("Trace"))
+    return _seconds(clock, lambda: deque(pieces, 0))
 
 
 def _pass(model: ResidentModel, tokens: int) -> None:
@@ -121,12 +120,22 @@ def _pass(model: ResidentModel, tokens: int) -> None:
 
 
 def _best(clock: Clock, run: Callable[[], object]) -> float:
-    """The shortest time, in seconds."""
+    """The shortest time that `run` took, in seconds."""
+    return _least(partial(_seconds, clock, run))
+
+
+def _seconds(clock: Clock, run: Callable[[], object]) -> float:
+    started = clock()
+    run()
+    return clock() - started
+
+
+def _least(measure: Callable[[], float]) -> float:
+    """The smallest of several measurements; one, where it takes long."""
     times: list[float] = []
-    while len(times) < REPEATS and sum(times) < ENOUGH_SECONDS:
-        started = clock()
-        run()
-        times.append(clock() - started)
+    started = time.perf_counter()
+    while len(times) < REPEATS and time.perf_counter() - started < ENOUGH_SECONDS:
+        times.append(measure())
     return min(times)
 
 
