@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from januslens_server.models.adapters import view_of
 from januslens_server.models.resident import ResidentModel
@@ -56,7 +57,7 @@ def resident(case: Case, data_type: torch.dtype = torch.float32) -> ResidentMode
 
 @cache
 def _vocabulary() -> Vocabulary:
-    return Vocabulary(PreTrainedTokenizerFast.from_pretrained(TOKENIZER))
+    return Vocabulary(Tokenizer.from_file(str(TOKENIZER / "tokenizer.json")))
 
 
 def _parameters(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -19,7 +19,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from januslens_server.errors import InvalidRequest, ModelFailed
-from januslens_server.models.loading import ModelSource, load, read_tokenizer
+from januslens_server.models.loading import ModelSource, load, read_vocabulary
 from januslens_server.models.tokens import TooManyTokens, Vocabulary, _refuse_long
 from januslens_server.pipelines.inputs import read_prompt, read_single_target
 from januslens_server.pipelines.trace import trace
@@ -34,6 +34,7 @@ from tests.loading.tokenizers_of import (
     byte_level,
     sentencepiece,
     vocabulary,
+    with_template,
     word_piece,
 )
 
@@ -205,6 +206,71 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(kind: str) -> None:
     assert (added[0].text, added[0].start, added[0].end) == ("<s>", 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("Japan", ["<s>", "[IN]", "Japan"]),
+        ("<s>Japan", ["<s>", "Japan"]),
+        ("[IN] Japan", ["<s>", "[IN]", "Japan"]),
+        ("<s>[IN] Japan", ["<s>", "[IN]", "Japan"]),
+        ("Japan <s>", ["<s>", "[IN]", "Japan", "<s>"]),
+    ],
+)
+def test_no_added_token_is_put_before_a_text_that_begins_with_it(text: str, ids: list[str]) -> None:
+    tokenizer = bare(WORDS)
+    tokenizer.add_special_tokens(["<s>", "[IN]"])
+    own = Vocabulary(with_template(tokenizer, ["<s>", "[IN]"], []))
+    assert texts(own, text, as_prompt=True) == ids
+
+
+def test_special_tokens_are_added_whatever_letters_a_tokenizer_knows() -> None:
+    tokenizer = Tokenizer(models.BPE({"\u0434": 0, "\u0430": 1}, []))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    own = Vocabulary(with_template(tokenizer, ["<s>"], ["</s>"]))
+    assert texts(own, "\u0434\u0430", as_prompt=True) == ["<s>", "\u0434", "\u0430"]
+    assert texts(own, "", as_prompt=True) == ["<s>"]
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text"),
+    [
+        (normalizers.NFKC(), "\uff1cs\uff1e"),
+        (normalizers.Lowercase(), "<S>"),
+        (normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Lowercase()]), "<S>"),
+    ],
+)
+def test_literal_text_that_normalises_to_a_control_token_is_no_control_token(
+    normalizer: normalizers.Normalizer, text: str
+) -> None:
+    for tokenizer in (bare(["[INST]"]), sentencepiece("never", ["s"])):
+        tokenizer.normalizer = normalizer
+        own = vocabulary(tokenizer)
+        control = {tokenizer.token_to_id(name) for name in ("<s>", "</s>")}
+        tokens = own.encode_prompt(text, literal=True, add_special_tokens=False)
+        assert tokens
+        assert not {token.id for token in tokens} & control
+
+
+def test_variants_of_a_tokenizer_keep_ids_and_flags_of_added_tokens() -> None:
+    tokenizer = byte_level(False, SPACED)
+    size = tokenizer.get_vocab_size()
+    added = [
+        AddedToken("word", single_word=True, normalized=False),
+        AddedToken("left", lstrip=True, normalized=False),
+        AddedToken("right", rstrip=True, normalized=True),
+        AddedToken("Tok", normalized=False),  # a piece of the model
+        AddedToken("last", normalized=False),
+    ]
+    tokenizer.add_tokens(added)
+    own = Vocabulary(tokenizer)
+    for text in ("word words", "a  left b", "right  b", "a Tokyo", "last", " left right last"):
+        expected = tokenizer.encode(text, add_special_tokens=False)
+        for tokens in (own.encode_prompt(text, literal=True), own.encode_continuation(text)):
+            assert [token.id for token in tokens] == expected.ids
+            assert [(token.start, token.end) for token in tokens] == expected.offsets
+    assert [tokenizer.token_to_id(token.content) for token in added][-1] == size + 3
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_special_tokens_a_prompt_has_only_its_own(kind: str) -> None:
     whole = KINDS[kind].encode_prompt("Japan is")
@@ -248,13 +314,13 @@ def test_lengths_of_training_neither_cut_nor_fill() -> None:
     tokenizer = bare(WORDS)
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=9)
-    own = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    own = Vocabulary(tokenizer)
     for as_prompt in (True, False):
         assert texts(own, "Tokyo is Japan", as_prompt) == ["Tokyo", "is", "Japan"]
 
 
 def test_a_prompt_of_no_tokens_is_refused() -> None:
-    tokenizer = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=bare(WORDS)))
+    tokenizer = Vocabulary(bare(WORDS))
     model = replace(resident(GPT2), vocabulary=tokenizer)
     for text in ("", "  "):
         with pytest.raises(InvalidRequest, match="at least one token"):
@@ -273,7 +339,7 @@ def test_a_target_of_several_tokens_is_refused_by_their_texts() -> None:
 def test_a_token_that_only_the_tokenizer_has_is_refused() -> None:
     size = resident(GPT2).view.facts.vocab_size
     tokenizer = bare([*WORDS, *(f"w{i}" for i in range(size))])
-    own = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    own = Vocabulary(tokenizer)
     model = replace(resident(GPT2), vocabulary=own)
     beyond = f"w{size - 1}"
     with pytest.raises(InvalidRequest, match=f"of the {size} tokens .* got '{beyond}'"):
@@ -369,13 +435,6 @@ def test_ids_are_those_of_tokenizer_json(
         assert found == stored.encode(text).ids, text
 
 
-def test_a_tokenizer_class_does_not_lose_the_chat_template(folder: Path) -> None:
-    as_stored("digits", "none").save(str(folder / "tokenizer.json"))
-    described = {"tokenizer_class": "GPT2Tokenizer", "chat_template": "{{ messages }}"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    assert read_tokenizer(folder).chat_template == "{{ messages }}"
-
-
 def test_tokens_that_only_the_configuration_lists_are_added(folder: Path) -> None:
     stored = as_stored("plain", "none")
     stored.save(str(folder / "tokenizer.json"))
@@ -392,3 +451,32 @@ def test_tokens_that_only_the_configuration_lists_are_added(folder: Path) -> Non
     path.write_text(json.dumps(described))
     with pytest.raises(ModelFailed, match=f"'<think>' the id {size + 5}, .* gives it {size}"):
         load(ModelSource("model", str(folder)))
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("value", ["</s>", {"content": "</s>"}])
+def test_control_tokens_that_only_the_configuration_names_are_not_read_in_literal_text(
+    folder: Path, file: str, value: object
+) -> None:
+    stored = sentencepiece("first", MARKED)  # </s> is one of its pieces
+    stored.save(str(folder / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).write_text(json.dumps({"eos_token": value} if name == file else {}))
+    own = read_vocabulary(folder)
+    end = stored.token_to_id("</s>")
+    assert end in stored.encode("is</s>").ids
+    assert end not in {token.id for token in own.encode_prompt("is</s>", literal=True)}
+    (folder / "special_tokens_map.json").unlink()
+
+
+def test_tokens_that_added_tokens_json_lists_are_added(folder: Path) -> None:
+    stored = as_stored("plain", "none")
+    stored.save(str(folder / "tokenizer.json"))
+    size = stored.get_vocab_size()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
+    added = folder / "added_tokens.json"
+    added.write_text(json.dumps({"<two>": size + 1, "<pad>": size}))
+    own = read_vocabulary(folder)
+    found = own.encode_prompt("<pad><two>", add_special_tokens=False)
+    assert [token.id for token in found] == [size, size + 1]
+    added.unlink()

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from januslens_server.models.tokens import Vocabulary
 
@@ -16,14 +14,19 @@ UNKNOWN = "<unk>"
 SPECIAL = ["<s>", "</s>", UNKNOWN]
 
 
-def vocabulary(tokenizer: Tokenizer, **settings: Any) -> Vocabulary:
+def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
     """As a model's own, with `<s>` before and `</s>` behind a text."""
     tokenizer.add_special_tokens(["<s>", "</s>"])
+    return Vocabulary(with_template(tokenizer, ["<s>"], ["</s>"]))
+
+
+def with_template(tokenizer: Tokenizer, before: list[str], behind: list[str]) -> Tokenizer:
+    """The tokenizer with these tokens around a text."""
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")],
+        single=" ".join([*before, "$A", *behind]),
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in before + behind],
     )
-    return Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings))
+    return tokenizer
 
 
 def sentencepiece(scheme: str, words: Sequence[str]) -> Tokenizer:

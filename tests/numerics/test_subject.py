@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 from tokenizers import Regex, normalizers
-from transformers import PreTrainedTokenizerFast
 
 from januslens_server.errors import InvalidRequest
 from januslens_server.lens.segments import Segment
@@ -33,7 +32,7 @@ def model_with(normalizer: normalizers.Normalizer | None) -> ResidentModel:
     tokenizer.normalizer = normalizer
     model = resident(next(case for case in CASES if case.id == "gpt2-plain"))
     facts = replace(model.view.facts, vocab_size=10**6, max_positions=200)
-    vocabulary = Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    vocabulary = Vocabulary(tokenizer)
     return replace(model, vocabulary=vocabulary, view=replace(model.view, facts=facts))
 
 

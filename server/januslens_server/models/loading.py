@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,7 +35,7 @@ from januslens_server.models.placement import AUTO, DISK, DeviceMap, devices_of,
 from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokens import Vocabulary
-from januslens_server.models.vetting import check_sizes, limited_construction
+from januslens_server.models.vetting import check_sizes, limited_construction, read_json
 from januslens_server.results import Provenance
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def load(source: ModelSource) -> ResidentModel:
     try:
         checkpoint = open_checkpoint(source.location, source.revision)
         network = _network(source, checkpoint)
-        vocabulary = Vocabulary(read_tokenizer(checkpoint.folder))
+        vocabulary = read_vocabulary(checkpoint.folder)
         with brought(network):
             view = view_of(network)
         check_weights(network)
@@ -169,28 +169,50 @@ def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dt
     return device_map
 
 
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of the folder, splitting texts as its `tokenizer.json` says.
+def read_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of the folder, splitting texts as its `tokenizer.json` says.
 
     transformers rebuilds the normaliser and pre-tokenizer of many tokenizer classes from the class
-    alone, so the file is read by the `tokenizers` library itself. Only special tokens that
-    `tokenizer_config.json` lists beside the file's are added to it.
+    alone, so the file is read by the `tokenizers` library itself. Only added tokens that
+    `tokenizer_config.json` or `added_tokens.json` list beside the file's are added to it.
     """
     file = folder / "tokenizer.json"
     if not file.is_file():
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        )
-        if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if not isinstance(made, PreTrainedTokenizerFast):
             raise ModelFailed("expected a fast tokenizer (tokenizer.json), got none")
-        return tokenizer
-    stored = Tokenizer.from_file(str(file))
-    wrapper: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
-        folder, local_files_only=True
-    )
-    _add_listed_tokens(stored, wrapper.init_kwargs.get("added_tokens_decoder", {}))
-    wrapper._tokenizer = stored  # noqa: SLF001 - a new wrapper would lose the template
-    return wrapper
+        return Vocabulary(made.backend_tokenizer, made.all_special_tokens)
+    tokenizer = Tokenizer.from_file(str(file))
+    described = {
+        name: read_json(folder / name) if (folder / name).is_file() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    }
+    config, named, added = described.values()
+    control = [*_named_tokens(named), *_named_tokens(config)]
+    listed = {
+        int(token_id): AddedToken(**token)
+        for token_id, token in config.get("added_tokens_decoder", {}).items()
+    } or {
+        token_id: AddedToken(text, special=text in control, normalized=text not in control)
+        for text, token_id in added.items()
+    }
+    _add_listed_tokens(tokenizer, listed)
+    return Vocabulary(tokenizer, control)
+
+
+def _named_tokens(described: Mapping[str, Any]) -> Iterator[str]:
+    """The special tokens that a description names, as `bos_token` or in a list of further ones."""
+    for key, value in described.items():
+        if key.endswith("_token"):
+            tokens = [value]
+        elif key in {"additional_special_tokens", "extra_special_tokens"}:
+            tokens = list(value.values() if isinstance(value, dict) else value or ())
+        else:
+            tokens = []
+        for token in tokens:
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):  # keys such as add_bos_token hold no text
+                yield text
 
 
 def _add_listed_tokens(tokenizer: Tokenizer, listed: Mapping[int, AddedToken]) -> None:

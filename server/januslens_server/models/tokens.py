@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from tokenizers import Encoding, Tokenizer
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Encoding, Tokenizer, models
 
 from januslens_server.results import Token
 
@@ -39,12 +39,17 @@ class _Encoded(NamedTuple):
 class Vocabulary:
     """Encodes texts for one model, and decodes its tokens with a cache shared by all requests."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Wrap a fast tokenizer; slow ones cannot give character spans."""
-        self._prompts: Tokenizer = tokenizer.backend_tokenizer
+    def __init__(self, tokenizer: Tokenizer, control: Iterable[str] = ()) -> None:
+        """Wrap a tokenizer.
+
+        `control` names control tokens among its pieces that it does not list as added tokens.
+        """
+        self._prompts = tokenizer
         self._prompts.no_truncation()  # folders keep what their training used
         self._prompts.no_padding()
         self._pieces = _Pieces(self._prompts)
+        self._control = _control_tokens(tokenizer, control)
+        self._prefix = _prefix(tokenizer)
         # Every stream names hundreds of tokens, most of them again and again.
         self.token = lru_cache(ENTRIES)(self._decode)
 
@@ -54,14 +59,7 @@ class Vocabulary:
 
     @cached_property
     def _continuations(self) -> Tokenizer:
-        continuing = _without_added_spaces(self._prompts)
-        return self._literal_prompts if continuing is self._prompts else _literal(continuing)
-
-    @cached_property
-    def _control(self) -> dict[int, str]:
-        """Control tokens' texts by id."""
-        added = self._prompts.get_added_tokens_decoder()
-        return {i: t.content for i, t in added.items() if _is_control(t.content, t.special)}
+        return _literal(_without_added_spaces(self._prompts))
 
     def encode_prompt(
         self,
@@ -76,7 +74,7 @@ class Vocabulary:
         Args:
             text: The prompt.
             add_special_tokens: Add the tokens that the tokenizer puts before a text, a BOS token
-                for example, unless the text itself begins with them. Those that it would put
+                for example, but none that the text itself begins with. Those that it would put
                 behind the text are always left out, since a prompt goes on.
             literal: Read the text's characters as characters, even where they spell a control
                 token.
@@ -86,11 +84,11 @@ class Vocabulary:
             TooManyTokens: There are more than `at_most`.
         """
         tokenizer = self._literal_prompts if literal else self._prompts
-        prefix = self._prefix if add_special_tokens else []
         encoded = self._encode(tokenizer, text, at_most, literal=literal)
-        if prefix and encoded.ids[: len(prefix)] != prefix:
-            spans = [(0, 0)] * len(prefix) + encoded.spans
-            encoded = _Encoded(prefix + encoded.ids, spans)
+        if add_special_tokens:
+            first = encoded.ids[0] if encoded.ids and not literal else None
+            added = self._prefix[: self._prefix.index(first) if first in self._prefix else None]
+            encoded = _Encoded(added + encoded.ids, [(0, 0)] * len(added) + encoded.spans)
         if at_most is not None and len(encoded.ids) > at_most:
             raise TooManyTokens
         return self._tokens(encoded)
@@ -104,17 +102,9 @@ class Vocabulary:
         one control token is that token, unless it is `literal`; inside a longer text a control
         token is read as characters. Raises `TooManyTokens` above `at_most`.
         """
-        if not literal and text in self._control.values():
-            token_id = next(i for i, content in self._control.items() if content == text)
-            return self._tokens(_Encoded([token_id], [(0, len(text))]))
+        if not literal and (found := [i for i, name in self._control.items() if name == text]):
+            return self._tokens(_Encoded(found[:1], [(0, len(text))]))
         return self._tokens(self._encode(self._continuations, text, at_most, literal=True))
-
-    @cached_property
-    def _prefix(self) -> list[int]:
-        """The ids that the tokenizer puts before a text."""
-        encoded = self._prompts.encode("a", add_special_tokens=True)
-        mask: list[int] = encoded.special_tokens_mask
-        return list(encoded.ids[: next((i for i, added in enumerate(mask) if not added), 0)])
 
     def _encode(
         self, tokenizer: Tokenizer, text: str, at_most: int | None, *, literal: bool
@@ -139,9 +129,20 @@ class Vocabulary:
         cuts = []
         for token_id, (start, end) in zip(*encoded, strict=True):
             covered = text[start:end].lstrip()
-            if len(covered.rstrip()) > 1 and covered.rstrip() == self._control_text(token_id):
+            if len(covered.rstrip()) > 1 and self._spells(covered.rstrip(), token_id):
                 cuts.append(end - len(covered) + 1)
         return cuts
+
+    def _spells(self, text: str, token_id: int) -> bool:
+        """Whether a text names this control token or byte, perhaps after normalisation."""
+        name = self._control.get(token_id)
+        if name is None:
+            piece = self._prompts.id_to_token(token_id)
+            name = piece if piece and BYTE.fullmatch(piece) else None
+        if name is None or name == text or self._prompts.normalizer is None:
+            return name == text
+        normalised: str = self._prompts.normalizer.normalize_str(text)
+        return name == normalised.strip(SPACES)
 
     def _encode_cut(self, tokenizer: Tokenizer, text: str, cuts: list[int]) -> _Encoded:
         """The parts of a text one by one: what follows a cut is a continuation."""
@@ -151,13 +152,6 @@ class Vocabulary:
             whole.ids.extend(part.ids)
             whole.spans.extend((first + start, last + start) for first, last in part.spans)
         return whole
-
-    def _control_text(self, token_id: int) -> str | None:
-        """What a text must spell to name this control token or byte; None for other tokens."""
-        if token_id in self._control:
-            return self._control[token_id]
-        piece = self._prompts.id_to_token(token_id)
-        return piece if piece and BYTE.fullmatch(piece) else None
 
     def _tokens(self, encoded: _Encoded) -> list[Token]:
         return [
@@ -188,7 +182,7 @@ def _refuse_long(tokenizer: Tokenizer, text: str, at_most: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Variants of a tokenizer, derived from its description in `tokenizer.json`.
+# Variants of a tokenizer. They share its model: to copy a large vocabulary takes seconds.
 
 # Steps that add or take away a text's outer spaces.
 _SPACING_STEPS = {"Prepend", "Strip"}
@@ -196,36 +190,88 @@ _SPACING_STEPS = {"Prepend", "Strip"}
 _SPLITTING_STEPS = {"WhitespaceSplit"}
 # Control tokens that a tokenizer does not declare special still look like markup: <think>, [INST].
 _MARKUP = re.compile(r"(<.*>|\[.*\]|\{.*\})", re.DOTALL)
+# A space and the mark that SentencePiece writes for it.
+SPACES = " \u2581"
 
 
-def _is_control(content: str, special: bool) -> bool:
-    return special or _MARKUP.fullmatch(content) is not None
+def _is_control(token: AddedToken) -> bool:
+    return token.special or _MARKUP.fullmatch(token.content.strip(SPACES)) is not None
+
+
+def _control_tokens(tokenizer: Tokenizer, named: Iterable[str]) -> dict[int, str]:
+    """Control tokens' texts by id: those listed as added ones, and the pieces that are named."""
+    added = tokenizer.get_added_tokens_decoder()
+    control = {i: token.content for i, token in added.items() if _is_control(token)}
+    pieces = {text: tokenizer.token_to_id(text) for text in named}
+    return control | {i: text for text, i in pieces.items() if i is not None}
+
+
+def _prefix(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a tokenizer puts before a text."""
+    word = Tokenizer(models.WordLevel({"a": 0}, "a"))
+    word.post_processor = tokenizer.post_processor
+    encoded = word.encode("a")
+    return list(encoded.ids[: encoded.special_tokens_mask.index(0)])
 
 
 def _literal(tokenizer: Tokenizer) -> Tokenizer:
     """The same tokenizer, which reads the texts of control tokens as ordinary text."""
-    described = json.loads(tokenizer.to_str())
-    for added in described["added_tokens"]:
-        added["special"] = _is_control(added["content"], added["special"])
-    literal = Tokenizer.from_str(json.dumps(described))
+    literal = _with_steps(tokenizer, _steps(tokenizer))
     literal.encode_special_tokens = True
     return literal
 
 
 def _without_added_spaces(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer without steps that change a text's outer spaces; itself if it has none.
+    """The same tokenizer without steps that change a text's outer spaces.
 
     Many tokenizers put a space before a text, or strip those that it has, because they were made
     for whole texts. In a continuation " Tokyo" and "Tokyo" must stay different.
     """
-    described = json.loads(tokenizer.to_str())
-    splitter = described["pre_tokenizer"]
+    steps = _steps(tokenizer)
+    splitter = steps["pre_tokenizer"]
     dropped = _SPLITTING_STEPS if "Metaspace" in json.dumps(splitter) else set()
-    changed = described | {
-        "normalizer": _without(described["normalizer"], _SPACING_STEPS, "normalizers"),
-        "pre_tokenizer": _without(splitter, dropped, "pretokenizers"),
-    }
-    return tokenizer if changed == described else Tokenizer.from_str(json.dumps(changed))
+    return _with_steps(
+        tokenizer,
+        steps
+        | {
+            "normalizer": _without(steps["normalizer"], _SPACING_STEPS, "normalizers"),
+            "pre_tokenizer": _without(splitter, dropped, "pretokenizers"),
+        },
+    )
+
+
+def _steps(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `tokenizer.json` would say of a tokenizer with the same steps and an empty model."""
+    empty = Tokenizer(models.BPE())
+    for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        setattr(empty, step, getattr(tokenizer, step))
+    described: dict[str, Any] = json.loads(empty.to_str())
+    return described
+
+
+def _with_steps(tokenizer: Tokenizer, steps: dict[str, Any]) -> Tokenizer:
+    """A tokenizer of other steps with the same model and added tokens; control tokens are special.
+
+    Whether a tokenizer gives them ids of its model or new ones, they come out as in the original,
+    which got them in the same order.
+    """
+    changed = Tokenizer.from_str(json.dumps(steps))
+    changed.model = tokenizer.model
+    added = tokenizer.get_added_tokens_decoder()
+    changed.add_tokens(
+        [
+            AddedToken(
+                token.content,
+                single_word=token.single_word,
+                lstrip=token.lstrip,
+                rstrip=token.rstrip,
+                normalized=token.normalized,
+                special=_is_control(token),
+            )
+            for _, token in sorted(added.items())
+        ]
+    )
+    return changed
 
 
 def _without(step: dict[str, Any] | None, dropped: set[str], parts: str) -> dict[str, Any] | None:
@@ -256,7 +302,7 @@ class _Pieces:
     """Decodes single vocabulary entries to bytes: one may be part of a character and no text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        decoder: dict[str, Any] = json.loads(tokenizer.to_str())["decoder"] or {}
+        decoder: dict[str, Any] = _steps(tokenizer)["decoder"] or {}
         added = tokenizer.get_added_tokens_decoder()
         self._tokenizer = tokenizer
         self._is_byte_level = "ByteLevel" in json.dumps(decoder)

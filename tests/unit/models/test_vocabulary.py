@@ -21,7 +21,7 @@ def demo() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def vocabulary(demo: PreTrainedTokenizerFast) -> Vocabulary:
-    return Vocabulary(demo)
+    return Vocabulary(demo.backend_tokenizer)
 
 
 def test_a_byte_level_vocabulary_gives_every_byte_once(
