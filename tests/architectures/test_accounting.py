@@ -11,9 +11,8 @@ import torch
 from torch import nn
 
 from januslens_server.errors import ModelFailed
-from januslens_server.models.accounting import check_parameters
 from januslens_server.models.adapters import view_of
-from januslens_server.models.views import Mlp
+from januslens_server.models.views import Mlp, check_parameters
 from tests.architectures.cases import CASES, MIXTURES, Case
 from tests.architectures.tiny_models import plain, resident
 

@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from januslens_server.errors import ModelFailed
-from januslens_server.models import automatic
-from januslens_server.models.adapters import ADAPTERS
+from januslens_server.models.adapters import ADAPTERS, automatic
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.selfcheck import self_check

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from januslens_server.models.adapters import view_of
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.tokens import Vocabulary
+from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.results import Provenance
 from tests.architectures.cases import Case
 

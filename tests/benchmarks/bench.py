@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import januslens
-from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
 from tests.benchmarks.floors import Floors
 from tests.benchmarks.memory import Memory

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from januslens_server.lens.losses import negative_log_likelihood
 from januslens_server.models.adapters import view_of
-from januslens_server.models.loading import load
+from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from januslens.v1 import models_pb2, service_pb2_grpc, trace_pb2
 from januslens_server.demo import model_path
 from januslens_server.errors import ModelFailed
-from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.loader import ModelSource, load
 from tests.support.calls import prompt
 from tests.support.model_folders import WEIGHTS, healthy, with_configuration
 from tests.support.server import running_server
@@ -129,7 +129,7 @@ def test_no_kernel_is_fetched_where_the_package_is_installed(tmp_path: Path) -> 
     described.mkdir()
     (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {release}")
     program = (
-        "from januslens_server.models.loading import ModelSource, load\n"
+        "from januslens_server.models.loader import ModelSource, load\n"
         f"load(ModelSource('demo', {str(model_path())!r}))\n"
         "import transformers\n"
         "print('available:', transformers.utils.is_kernels_available())\n"

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from januslens_server.lens.head import CHUNK_BYTES
-from januslens_server.models.loading import ModelSource
-from januslens_server.models.memory import needed
+from januslens_server.models.loader import ModelSource
+from januslens_server.models.placement import needed
 from januslens_server.models.resident import ROW_CACHE_BYTES
 from tests.architectures.cases import Case
 from tests.architectures.tiny_models import plain

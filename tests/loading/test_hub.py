@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from januslens_server.errors import ModelFailed
-from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.loader import ModelSource, load
 from tests.architectures.cases import CASES
 from tests.loading.folders import saved
 

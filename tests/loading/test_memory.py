@@ -14,17 +14,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from januslens_server.errors import ModelFailed
-from januslens_server.models.device_memory import used_bytes, watched_devices
-from januslens_server.models.loading import load
-from januslens_server.models.memory import (
-    CHUNKS_AT_WORK,
-    Need,
+from januslens_server.models.device_memory import (
     available,
     free_memory,
-    needed,
     own_groups,
     total_memory,
+    used_bytes,
+    watched_devices,
 )
+from januslens_server.models.loader import load
+from januslens_server.models.placement import CHUNKS_AT_WORK, Need, needed
 from tests.architectures.cases import CASES, MIXTURES, Case
 from tests.loading.folders import room_for, saved, weight_bytes
 
@@ -187,7 +186,7 @@ def test_without_cgroups_the_machine_bounds_memory(tmp_path: Path) -> None:
 def test_a_limit_of_the_process_bounds_its_memory() -> None:
     """`ulimit -v` and `ulimit -d`."""
     program = (
-        "import resource, sys; from januslens_server.models.memory import free_memory;"
+        "import resource, sys; from januslens_server.models.device_memory import free_memory;"
         "limit = getattr(resource, sys.argv[1]); size = 3 * 2**30;"
         "resource.setrlimit(limit, (size, size)); print(free_memory())"
     )

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from januslens_server.errors import ModelFailed
-from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.loader import ModelSource, load
 from tests.architectures.cases import CASES
 from tests.loading.folders import saved
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from januslens_server.errors import ModelFailed, ModelLoading
-from januslens_server.models.loading import ModelSource
+from januslens_server.models.loader import ModelSource
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.selfcheck import self_check

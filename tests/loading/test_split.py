@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from januslens_server.errors import InvalidRequest
-from januslens_server.models.loading import load
+from januslens_server.models.loader import load
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit

@@ -19,8 +19,13 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from januslens_server.errors import InvalidRequest, ModelFailed
-from januslens_server.models.loading import ModelSource, load, read_vocabulary
-from januslens_server.models.tokens import TooManyTokens, Vocabulary, _refuse_long
+from januslens_server.models.loader import ModelSource, load
+from januslens_server.models.tokenizer import (
+    TooManyTokens,
+    Vocabulary,
+    _refuse_long,
+    read_vocabulary,
+)
 from januslens_server.pipelines.inputs import read_prompt, read_single_target
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import TraceSummary

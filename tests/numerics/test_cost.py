@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from januslens_server.models.loading import load
+from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.cost import Pace, Spec, demand_of, measured_pace

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from demo_training.measurements import Edit, sample_edits
-from januslens_server.models.loading import load
+from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens

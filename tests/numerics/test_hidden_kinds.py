@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from januslens_server.graph.heads import HeadRow
-from januslens_server.models.loading import load
+from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.trace import trace

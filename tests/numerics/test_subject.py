@@ -10,7 +10,7 @@ from tokenizers import Regex, normalizers
 from januslens_server.errors import InvalidRequest
 from januslens_server.lens.segments import Segment
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.tokens import Vocabulary
+from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.pipelines.inputs import read_objective, read_segments
 from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood
 from tests.architectures.cases import CASES

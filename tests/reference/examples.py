@@ -22,7 +22,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
 from tests.reference.model import ReferenceModel, reference_of
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoModelForCausalLM
 
-from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.loader import ModelSource, load
 from januslens_server.results import Floats
 from tests.reference.examples import TOKENIZER, Loaded
 from tests.reference.model import reference_of

@@ -1,19 +1,19 @@
-"""The experts of one MLP, whose matrices stand in 3-D parameters instead of linear modules."""
+"""The experts of one MLP, whose matrices are slices of 3-D parameters instead of linear modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from januslens_server.capture import End, Tap
-from januslens_server.capture.taps import Columns, select
+from januslens_server.capture import End, LowRank, Tap
+from januslens_server.capture.taps import Columns, nth_tensor, select
 from januslens_server.graph.expert_mlp import Expert, ExpertMlp
 from januslens_server.graph.weights import Finish
-from januslens_server.models.factors import Factors
-from januslens_server.models.offload import read_parameter, read_tensor
+from januslens_server.models.matrices import Factors, read_parameter, read_tensor
 from januslens_server.results import MatrixKind
 
 
@@ -181,3 +181,52 @@ class ExpertMatrices:
         if self.kind is MatrixKind.FF2:
             return None
         return self.experts.gate if self.kind is MatrixKind.GATE else self.experts.up
+
+
+# Of some experts' matrices, by expert and kind.
+ExpertChanges = dict[int, dict[MatrixKind, LowRank]]
+
+
+@dataclass(frozen=True)
+class ExpertOverlay:
+    """Changes of the matrices of some experts of one MLP.
+
+    An expert is not linear in its gate, so what a change adds to its result is taken as the
+    difference of two runs of it, on just the positions that were sent to it.
+    """
+
+    experts: Experts
+    changes: ExpertChanges
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that holds all experts of the MLP."""
+        return self.experts.module
+
+    def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of the experts' results `[pos, d_model]`, some of them changed."""
+        x, ids, weights = (nth_tensor(args, n=n) for n in range(3))
+        added = torch.zeros(output.shape, device=output.device)
+        for index, changes in self.changes.items():
+            positions, slots = torch.where(ids == index)
+            if len(positions):
+                moved = self._moved(index, changes, x[positions].float())
+                added.index_add_(0, positions, weights[positions, slots, None].float() * moved)
+        return output + added.to(output.dtype)
+
+    def _moved(
+        self, index: int, changes: Mapping[MatrixKind, LowRank], x: torch.Tensor
+    ) -> torch.Tensor:
+        """By how much one expert's result for `x` `[n, d_model]` moves."""
+        expert, activation = self.experts.expert(index), self.experts.activation
+        gate, up = expert.gate_and_up(x)
+        before = activation(gate, up)
+        if MatrixKind.GATE in changes:
+            gate = gate + changes[MatrixKind.GATE].times(x)
+        if MatrixKind.UP in changes:
+            up = up + changes[MatrixKind.UP].times(x)
+        after = activation(gate, up)
+        moved = (after - before) @ expert.down
+        if MatrixKind.FF2 in changes:
+            moved = moved + changes[MatrixKind.FF2].times(after)
+        return moved

@@ -20,9 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from januslens_server.capture import capturing
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.heads import head_row
-from januslens_server.models.layer_capture import layer_activations, layer_taps
+from januslens_server.models.graph_inputs import block_weights, layer_activations, layer_taps
 from januslens_server.models.views import Block, ModelView
-from januslens_server.models.weights import block_weights
 
 # Tokens of the prompt that a miniature runs; longer than all lengths that it is given.
 PROMPT_LENGTH = 24

@@ -1,23 +1,109 @@
-"""On which devices a model's weights stand."""
+"""How much memory a model takes, and on which devices its weights are placed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from accelerate import infer_auto_device_map
+from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.errors import ModelFailed
-from januslens_server.models.memory import Need, available, size
+from januslens_server.lens.row_cache import ROWS
+from januslens_server.models.device_memory import available, size
+from januslens_server.models.neuron_index import DEPTH, ENTRY_BYTES, INDEX_BYTES, ROW_BYTES
 
-# The value of `device` that splits a model over what there is.
+# The value of `device` that splits a model over the machine's devices.
 AUTO = "auto"
 DISK = "disk"
 
-# Modules by name and their devices, as accelerate takes them: GPUs by number.
+# Devices by module name, as accelerate expects them: GPUs by number.
 DeviceMap = dict[str, str | int]
+
+# Chunks that a request may need at once: its logits, what is made of them, and its vectors.
+CHUNKS_AT_WORK = 4
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a model's `weights`, of the `lens`' copies of them, and of a request's `work`.
+
+    Where a CPU computes there is the head `packed` for it, if `lens` is not that copy already,
+    and there will be, when requests have asked for them, the logits of the model's `rows`
+    (`--row-cache`) and the index of its `neurons`.
+    """
+
+    weights: int
+    lens: int
+    work: int
+    packed: int = 0
+    rows: int = 0
+    neurons: int = 0
+
+    def on(self, device: str) -> Need:
+        """What of it comes to stand on the device that computes."""
+        return self if device == "cpu" else replace(self, packed=0, rows=0, neurons=0)
+
+    @property
+    def beside_weights(self) -> int:
+        """What must be left where the weights don't stand alone."""
+        return self.lens + self.work + self.packed + self.rows + self.neurons
+
+    @property
+    def total(self) -> int:
+        """All of it, if it stands on one device."""
+        return self.weights + self.beside_weights
+
+    def __str__(self) -> str:
+        parts = ", ".join(
+            f"{name} {size(count)}"
+            for name, count in (
+                ("weights", self.weights),
+                ("lens", self.lens + self.packed),
+                ("work", self.work),
+                ("row cache", self.rows),
+                ("neuron index", self.neurons),
+            )
+        )
+        return f"{size(self.total)} ({parts})"
+
+
+def needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> Need:
+    """From a model without weights (on the meta device), in the data type that it will have.
+
+    The lens and the flow graph compute in float32: of half types they copy the head for good, and
+    one block's weights at a time; of float32 a CPU alone copies the head, into another layout.
+    """
+    rows, neurons = _kept(skeleton, chunk_bytes, row_cache_bytes)
+    tensors = [*skeleton.parameters(), *skeleton.buffers()]
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    work = CHUNKS_AT_WORK * chunk_bytes
+    copied = torch.float32.itemsize
+    head = copied * skeleton.get_output_embeddings().get_parameter("weight").numel()
+    if skeleton.dtype is torch.float32:
+        return Need(weights, 0, work, head, rows, neurons)
+    layers: int = skeleton.config.get_text_config().num_hidden_layers
+    block = copied * sum(p.numel() for p in skeleton.parameters()) // layers
+    return Need(weights, head, work + block, 0, rows, neurons)
+
+
+def _kept(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> tuple[int, int]:
+    """Bytes of the row cache and the neuron index once they are full: upper bounds.
+
+    Before adapters have told the widths, all that is in the blocks' matrices counts as rows of the
+    residual's width, and half of them as neurons, which have two matrices or three.
+    """
+    vocab, d_model = skeleton.get_output_embeddings().get_parameter("weight").shape
+    lists = (module for module in skeleton.modules() if isinstance(module, nn.ModuleList))
+    in_blocks = {parameter for blocks in lists for parameter in blocks.parameters()}
+    rows = sum(parameter.numel() for parameter in in_blocks) // d_model
+    logits = torch.float32.itemsize * vocab * rows + max(chunk_bytes, ROWS * 4 * vocab)
+    neurons = rows // 2
+    index = min(INDEX_BYTES, neurons * ENTRY_BYTES * min(DEPTH, vocab)) + neurons * ROW_BYTES
+    return min(row_cache_bytes, logits), index
 
 
 def place(

@@ -15,7 +15,7 @@ from januslens_server.errors import (
     PermissionDenied,
     ServerDraining,
 )
-from januslens_server.models.loading import ModelSource, load
+from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
 from januslens_server.results import Guarantee, ModelState, ModelStatus
 

@@ -1,17 +1,19 @@
-"""A model that is loaded and ready to be looked into."""
+"""A model that is loaded and ready to be analysed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from januslens_server.lens.row_cache import RowCache
+from januslens_server.models.experts import Experts
 from januslens_server.models.neuron_index import NeuronIndex
 from januslens_server.models.tensor_cache import TensorCache
-from januslens_server.models.tokens import Vocabulary
+from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.models.views import ModelView
 from januslens_server.results import ModelFacts, Provenance
 
@@ -64,3 +66,43 @@ def _weight_rows(facts: ModelFacts) -> int:
     """Rows that depend on no input: keys, up columns and values of neurons, rows of W_O, biases."""
     neurons = 3 * facts.d_mlp * max(1, facts.n_experts)
     return facts.n_layers * (neurons + facts.n_heads * facts.d_head + 2)
+
+
+@dataclass(frozen=True)
+class CostSizes:
+    """`facts` with experts as one token meets them, weights of all blocks that it passes, bytes.
+
+    `facts.n_experts` is how many experts a token is routed to; 0 for dense models. `item` is the
+    size of an activation's element, `block` the largest block's number of weights,
+    `chunk_bytes` what is held of logits at once.
+    """
+
+    facts: ModelFacts
+    passed: int
+    block: int
+    item: int
+    eager: bool
+    chunk_bytes: int
+
+
+def cost_sizes(model: ResidentModel) -> CostSizes:
+    """Counted from the parameters' shapes; reads no weights."""
+    facts, network = model.view.facts, model.network
+    configuration: Any = network.config.get_text_config()
+    routed = min(facts.n_experts, getattr(configuration, "num_experts_per_tok", facts.n_experts))
+    passed = largest = 0
+    for block in model.view.blocks:
+        whole = sum(p.numel() for p in block.module.parameters())
+        experts = 0
+        if isinstance(block.mlp, Experts):
+            experts = sum(p.numel() for p in block.mlp.module.parameters())
+        passed += whole - experts + experts * routed // max(1, facts.n_experts)
+        largest = max(largest, whole)
+    return CostSizes(
+        facts=replace(facts, n_experts=routed),
+        passed=passed,
+        block=largest,
+        item=torch.empty(0, dtype=network.dtype).element_size(),
+        eager=model.provenance.attention == "eager",
+        chunk_bytes=model.view.lens.chunk_bytes,
+    )

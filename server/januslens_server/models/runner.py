@@ -15,10 +15,9 @@ from januslens_server.capture import End, LayerActivations, Tap, capturing, inte
 from januslens_server.capture.taps import rows
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.losses import Loss
-from januslens_server.models.factors import Factors, MatrixKey
-from januslens_server.models.finite import check_gradients, check_pass
-from januslens_server.models.layer_capture import kept_rows, layer_activations, layer_taps
-from januslens_server.models.offload import held
+from januslens_server.models.failures import check_gradients, check_pass
+from januslens_server.models.graph_inputs import kept_rows, layer_activations, layer_taps
+from januslens_server.models.matrices import Factors, MatrixKey, held
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.views import Block
 from januslens_server.results import MatrixKind

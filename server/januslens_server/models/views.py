@@ -7,95 +7,24 @@ Row convention everywhere: a linear map is `y = x W + b` with `W: [d_in, d_out]`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-import torch
 from torch import nn
 
-from januslens_server.capture import End, Rotation, Tap
-from januslens_server.capture.taps import Columns, rows, select
+from januslens_server.capture import LinearOverlay, LowRank, Overlay, Rotation, Tap
+from januslens_server.errors import ModelFailed
 from januslens_server.graph.attention_pattern import Scoring
 from januslens_server.graph.head_map import HeadMap
 from januslens_server.graph.weights import Finish
 from januslens_server.lens.head import LensHead
-from januslens_server.models.experts import ExpertMatrices, Experts
-from januslens_server.models.factors import Factors
-from januslens_server.models.offload import read_parameter, read_tensor
+from januslens_server.models.experts import ExpertChanges, ExpertMatrices, ExpertOverlay, Experts
+from januslens_server.models.matrices import Linear, MatrixKey
 from januslens_server.results import MatrixKind, ModelFacts
 
-
-@dataclass(frozen=True)
-class Linear:
-    """One linear map of the model, possibly some `columns` of a fused module.
-
-    `stored_as_rows` is True where the module keeps `[d_in, d_out]` (transformers' Conv1D) and
-    False where it keeps the transpose (`nn.Linear`). `overwritten` where the model writes to the
-    module's output in place: it is then handed a copy.
-    """
-
-    module: nn.Module
-    stored_as_rows: bool
-    columns: Columns | None = None
-    overwritten: bool = False
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """`W: [d_in, d_out]`, a view of the resident parameter."""
-        return self.rows_of(self.parameter())
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """`b: [d_out]`, or None."""
-        bias = read_tensor(self.module, "bias")
-        return None if bias is None else self.select(bias)
-
-    def select(self, whole: torch.Tensor) -> torch.Tensor:
-        """This map's columns of a tensor `[..., features]` of the whole module."""
-        return select(whole, self.columns)
-
-    @property
-    def input(self) -> Tap:
-        """Where `x: [batch, pos, d_in]` is read."""
-        return Tap(self.module, End.INPUT)
-
-    @property
-    def output(self) -> Tap:
-        """Where `y: [batch, pos, d_out]` is read."""
-        return Tap(self.module, End.OUTPUT, self.columns, overwritten=self.overwritten)
-
-    @property
-    def whole(self) -> Tap:
-        """The module's whole output, of which `output` is some columns: what VJPs arrive at."""
-        return Tap(self.module, End.OUTPUT, overwritten=self.overwritten)
-
-    @property
-    def taps(self) -> tuple[Tap, ...]:
-        """What must be captured for `factors`."""
-        return (self.input, self.whole)
-
-    def factors(
-        self, captured: Mapping[Tap, torch.Tensor], vjps: torch.Tensor
-    ) -> dict[int | None, Factors]:
-        """The gradient's factors from dL/d(whole) `[pos, features]`; of no expert."""
-        inputs = rows(captured[self.input]).detach()
-        positions = torch.arange(len(inputs), device=inputs.device)
-        return {None: Factors(inputs, self.select(vjps), positions)}
-
-    def parameter(self) -> torch.Tensor:
-        """The resident parameter that holds the map."""
-        return read_parameter(self.module, "weight")
-
-    def rows_of(self, stored: torch.Tensor, _expert: int | None = None) -> torch.Tensor:
-        """This map's `[d_in, d_out]` of a tensor stored as the parameter is."""
-        return self.select(stored if self.stored_as_rows else stored.T)
-
-    @cached_property
-    def row_norms(self) -> torch.Tensor:
-        """Euclidean norm `[d_in]` of each row of W, float32, computed once per model."""
-        norms: torch.Tensor = self.weight.detach().float().norm(dim=1)
-        return norms
+# Parameters that an error names.
+LISTED = 3
 
 
 @dataclass(frozen=True)
@@ -189,9 +118,79 @@ class ModelView:
     lens: LensHead
     facts: ModelFacts
 
+    def overlays(self, changes: Mapping[MatrixKey, LowRank]) -> list[Overlay]:
+        """Changes of weight matrices: an overlay per linear map, one for all experts of a layer."""
+        overlays: list[Overlay] = []
+        of_experts: dict[int, ExpertChanges] = {}
+        for (layer, kind, expert), change in changes.items():
+            matrix = self.blocks[layer].matrices[kind]
+            if isinstance(matrix, ExpertMatrices):
+                own = of_experts.setdefault(layer, {}).setdefault(matrix.number(expert), {})
+                own[kind] = change
+            else:
+                overlays.append(LinearOverlay(matrix.module, matrix.columns, change))
+        for layer, expert_changes in of_experts.items():
+            mlp = self.blocks[layer].mlp
+            if isinstance(mlp, Experts):
+                overlays.append(ExpertOverlay(mlp, expert_changes))
+        return overlays
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module has what a norm has: one weight vector, no submodules, and the name."""
-    weight = getattr(module, "weight", None)
-    named = "norm" in type(module).__name__.lower()
-    return named and isinstance(weight, torch.Tensor) and weight.dim() == 1
+
+def check_parameters(network: nn.Module, view: ModelView) -> None:
+    """Raise `ModelFailed` naming the parameters of blocks that no part of the view holds."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    unread = [
+        names.get(id(parameter), name)
+        for block in view.blocks
+        for name, parameter in _unread(block)
+    ]
+    if unread:
+        more = ", ..." if len(unread) > LISTED else ""
+        raise ModelFailed(
+            f"{len(unread)} parameters of the blocks belong to no part that is known here: "
+            f"{', '.join(unread[:LISTED])}{more}"
+        )
+
+
+def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
+    """The block's parameters that its view does not account for."""
+    matrices = [m for m in block.matrices.values() if isinstance(m, Linear)]
+    whole = {id(m.module) for m in matrices if _covered(m, matrices)}
+    experts = block.mlp if isinstance(block.mlp, Experts) else None
+    for path, module in block.module.named_modules():
+        if id(module) in whole or _is_norm(module):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            full = f"{path}.{name}".lstrip(".")
+            if name == "sinks" and block.attention.scoring.sinks is not None:
+                continue
+            if experts is not None and _of_experts(experts, module, name, parameter):
+                continue
+            yield full, parameter
+
+
+def _covered(matrix: Linear, matrices: list[Linear]) -> bool:
+    """Whether the maps that one module holds are together all of its columns."""
+    parts = [m.columns for m in matrices if m.module is matrix.module]
+    if None in parts:
+        return True
+    weight = matrix.module.get_parameter("weight")
+    width = weight.shape[1 if matrix.stored_as_rows else 0]
+    return len({column for part in parts for column in part or ()}) == width
+
+
+def _of_experts(experts: Experts, module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
+    """Whether it is one of the experts' stacked matrices, or of the router that chooses among them.
+
+    A router gives a number for each expert, in the module of the whole MLP.
+    """
+    if module is experts.module:
+        return name.removesuffix("_bias") in {"gate_up_proj", "down_proj"}
+    inside = any(module is other for other in experts.block.modules())
+    n_experts = experts.module.get_parameter("down_proj").shape[0]
+    return inside and parameter.shape[0] == n_experts and parameter.dim() <= 2
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it is a norm, which adds nothing itself; those over heads have a row for each."""
+    return "norm" in type(module).__name__.lower() and not list(module.children())

@@ -16,8 +16,8 @@ from januslens_server.lens.factors import (
 )
 from januslens_server.lens.neurons import change_norms, descent_changes
 from januslens_server.lens.spectrum import spectrum
-from januslens_server.models.factors import Factors, MatrixKey
-from januslens_server.models.finite import check_numbers
+from januslens_server.models.failures import check_numbers
+from januslens_server.models.matrices import Factors, MatrixKey
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.inputs import Objective, read_segments
 from januslens_server.pipelines.vectors import read

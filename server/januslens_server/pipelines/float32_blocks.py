@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from januslens_server.capture import LayerActivations, capturing
-from januslens_server.models.layer_capture import layer_activations, layer_taps
-from januslens_server.models.offload import held
+from januslens_server.models.graph_inputs import block_weights, layer_activations, layer_taps
+from januslens_server.models.matrices import held
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.views import Block
-from januslens_server.models.weights import block_weights
 from januslens_server.results import Guarantee
 
 NAME = "blocks add their parts, in float32"

@@ -10,9 +10,9 @@ import torch
 from januslens_server.graph.block_flow import block_flow
 from januslens_server.graph.final_flow import final_flow
 from januslens_server.graph.flow import Flow
+from januslens_server.models.graph_inputs import block_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import ForwardPass
-from januslens_server.models.weights import block_weights
 from januslens_server.pipelines.clock import StageClock
 from januslens_server.results import PositionTarget
 from januslens_server.specs import LensKind, TraceSpec

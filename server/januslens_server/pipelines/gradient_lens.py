@@ -9,7 +9,7 @@ import torch
 
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.factors import reconstruction_error
-from januslens_server.models.factors import MatrixKey
+from januslens_server.models.matrices import MatrixKey
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import BackwardPass, backward, dense_gradient
 from januslens_server.pipelines.clock import StageClock

@@ -15,7 +15,7 @@ from januslens_server.lens.losses import (
 )
 from januslens_server.lens.segments import Segment, segment_positions
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.tokens import TooManyTokens
+from januslens_server.models.tokenizer import TooManyTokens
 from januslens_server.results import MatrixKind, Token
 from januslens_server.specs import (
     GradientLensSpec,

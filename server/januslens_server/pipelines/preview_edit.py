@@ -12,12 +12,9 @@ from januslens_server.capture import LowRank, Overlay, capturing, overlaid
 from januslens_server.capture.taps import rows
 from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
 from januslens_server.lens.losses import negative_log_likelihood
-from januslens_server.models.factors import MatrixKey
-from januslens_server.models.offload import read_parameter
-from januslens_server.models.overlays import overlays_of
+from januslens_server.models.matrices import Linear, MatrixKey, read_parameter
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward, forward
-from januslens_server.models.views import Linear
 from januslens_server.pipelines.inputs import (
     choose_matrices,
     layer_matrices,
@@ -52,9 +49,7 @@ def preview_edit(
     watched = [_Watched("", ids, targets[0]), *_probes(model, spec, targets[0])]
     before = yield from _read(model, watched, (), check_cancelled)
     changes = _changes(model, spec, ids, targets, check_cancelled)
-    after = yield from _edited(
-        model, spec, watched, overlays_of(model.view, changes), check_cancelled
-    )
+    after = yield from _edited(model, spec, watched, model.view.overlays(changes), check_cancelled)
     edited, *probes = map(_effect, watched, before, after)
     yield EditPreview(edited, probes, model.provenance)
 

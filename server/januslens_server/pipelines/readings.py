@@ -10,7 +10,7 @@ import torch
 
 from januslens_server import telemetry
 from januslens_server.errors import CancelCheck
-from januslens_server.models.finite import check_numbers
+from januslens_server.models.failures import check_numbers
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.flows import Piece
 from januslens_server.results import (

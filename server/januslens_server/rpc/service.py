@@ -25,7 +25,7 @@ from januslens_server.access.quotas import QuotaBook
 from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.tokens import Vocabulary
+from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.pipelines.cost import Spec
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens

@@ -17,9 +17,9 @@ from januslens_server import gauges, telemetry, tuning
 from januslens_server.access.directory import CallersFile
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.config import ServerSettings
-from januslens_server.models import memory
+from januslens_server.models.device_memory import free_for_requests
 from januslens_server.models.failures import in_service_terms
-from januslens_server.models.loading import ModelSource
+from januslens_server.models.loader import ModelSource
 from januslens_server.models.registry import Registry, SelfCheck, embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
@@ -112,7 +112,7 @@ class Assembly:
     def _free_memory(self, needed: float) -> float:
         """Bytes that requests may take of the device, but for what row caches will grow by."""
         later = self.registry.bytes_cached_later() if self._device == "cpu" else 0
-        return memory.free_for_requests(self._device, needed + later) - later
+        return free_for_requests(self._device, needed + later) - later
 
     def announce(self) -> None:
         """Show the models' states in health and metrics, from now on."""

@@ -17,7 +17,7 @@ from januslens_server.lens.head import LensHead
 from januslens_server.lens.projection import Readings, read_vectors
 from januslens_server.lens.row_index import RowIndex
 from januslens_server.models import neuron_index
-from januslens_server.models.loading import load
+from januslens_server.models.loader import load
 from januslens_server.models.neuron_index import NeuronIndex
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel

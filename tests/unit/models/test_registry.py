@@ -14,7 +14,7 @@ from januslens_server.errors import (
     ModelNotFound,
     ServerDraining,
 )
-from januslens_server.models.loading import ModelSource
+from januslens_server.models.loader import ModelSource
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
 from januslens_server.results import Guarantee, ModelState, ModelStatus

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from januslens_server.demo import model_path
-from januslens_server.models.tokens import Vocabulary
+from januslens_server.models.tokenizer import Vocabulary
 
 TEXTS = ["The capital of Japan", "  two  spaces\n", "naïve Zürich", "東京 👩‍👩‍👧", "e\u0301 \u202e"]
 SPECIAL = "<|endoftext|>"

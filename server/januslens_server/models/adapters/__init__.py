@@ -6,11 +6,9 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from januslens_server.models import automatic
-from januslens_server.models.accounting import check_parameters
-from januslens_server.models.adapters import alibi, gemma, gpt, llama, mixture, parallel
+from januslens_server.models.adapters import alibi, automatic, gemma, gpt, llama, mixture, parallel
 from januslens_server.models.lengths import check_lengths
-from januslens_server.models.views import ModelView
+from januslens_server.models.views import ModelView, check_parameters
 
 ADAPTERS: dict[str, Callable[[PreTrainedModel], ModelView]] = {
     "bloom": alibi.bloom,

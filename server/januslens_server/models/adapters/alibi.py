@@ -23,7 +23,8 @@ from januslens_server.models.adapters.parts import (
     linear,
     rotation,
 )
-from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
+from januslens_server.models.matrices import Linear
+from januslens_server.models.views import Attention, Block, Mlp, ModelView
 
 # BLOOM was trained on so many positions; ALiBi itself sets no limit.
 BLOOM_TRAINED_POSITIONS = 2048

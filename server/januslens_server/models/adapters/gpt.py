@@ -22,7 +22,8 @@ from januslens_server.models.adapters.parts import (
     rotation,
     run_eagerly,
 )
-from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
+from januslens_server.models.matrices import Linear
+from januslens_server.models.views import Attention, Block, Mlp, ModelView
 
 
 def gpt2(model: PreTrainedModel) -> ModelView:

@@ -32,7 +32,8 @@ from januslens_server.models.adapters.parts import (
     rotation,
 )
 from januslens_server.models.experts import Experts
-from januslens_server.models.views import Attention, Block, Linear, Mlp, ModelView
+from januslens_server.models.matrices import Linear
+from januslens_server.models.views import Attention, Block, Mlp, ModelView
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from januslens_server.graph.weights import Finish
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
 from januslens_server.lens.unembedding import Unembedding
-from januslens_server.models.views import Attention, Linear, Mlp
+from januslens_server.models.matrices import Linear
+from januslens_server.models.views import Attention, Mlp
 from januslens_server.results import ModelFacts
 
 Sublayer = TypeVar("Sublayer", Attention, Mlp)

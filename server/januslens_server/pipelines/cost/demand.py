@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from januslens_server.models.sizes import ModelSizes
+from januslens_server.models.resident import CostSizes
 
 # A backward pass through activations alone: about what the forward takes, and the loss's logits.
 FORWARD, BACKWARD = 1, 2
@@ -33,7 +33,7 @@ class Demand:
     held: int = 0
 
 
-def pass_flops(sizes: ModelSizes, tokens: int, scored: int = 1) -> float:
+def pass_flops(sizes: CostSizes, tokens: int, scored: int = 1) -> float:
     """One forward pass: two operations a weight and token, attention over all pairs, the head.
 
     The head gives logits at `scored` positions.
@@ -44,6 +44,6 @@ def pass_flops(sizes: ModelSizes, tokens: int, scored: int = 1) -> float:
     return 2.0 * sizes.passed * tokens + attention + head
 
 
-def lens_flops(sizes: ModelSizes, vectors: int) -> float:
+def lens_flops(sizes: CostSizes, vectors: int) -> float:
     """The unembedding of so many vectors."""
     return 2.0 * sizes.facts.d_model * sizes.facts.vocab_size * vectors

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from januslens_server.models.experts import ExpertMatrices
-from januslens_server.models.resident import ResidentModel
-from januslens_server.models.sizes import ModelSizes, model_sizes
+from januslens_server.models.resident import CostSizes, ResidentModel, cost_sizes
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
     BACKWARD,
@@ -50,7 +49,7 @@ def gradient_lens_demand(model: ResidentModel, spec: GradientLensSpec) -> Demand
     layers = read_layers(model, spec.layers)
     kinds = choose_matrices(model, spec.matrices).kinds
     read_segments(spec.subject, spec.prompt, objective)
-    sizes, tokens = model_sizes(model), len(objective.tokens)
+    sizes, tokens = cost_sizes(model), len(objective.tokens)
     scored = objective.loss.positions
     matrices = _matrices(model, layer_matrices(model, layers, kinds), sizes, tokens)
     components = min(spec.components or tokens, tokens)
@@ -75,7 +74,7 @@ def gradient_lens_demand(model: ResidentModel, spec: GradientLensSpec) -> Demand
 
 
 def _matrices(
-    model: ResidentModel, chosen: list[tuple[int, MatrixKind]], sizes: ModelSizes, tokens: int
+    model: ResidentModel, chosen: list[tuple[int, MatrixKind]], sizes: CostSizes, tokens: int
 ) -> _Matrices:
     """Each expert that a token is routed to has a gradient of its own."""
     experts = min(model.view.facts.n_experts, tokens * sizes.facts.n_experts)
@@ -90,7 +89,7 @@ def _matrices(
     return _Matrices(count, widths, weights, min(layer for layer, _ in chosen))
 
 
-def _shape(sizes: ModelSizes, kind: MatrixKind) -> tuple[int, int]:
+def _shape(sizes: CostSizes, kind: MatrixKind) -> tuple[int, int]:
     facts = sizes.facts
     if kind is MatrixKind.Q:
         return facts.d_model, facts.n_heads * facts.d_head
@@ -115,13 +114,13 @@ def _factor_flops(spec: GradientLensSpec, matrices: _Matrices, tokens: int) -> f
     return flops
 
 
-def _factors(sizes: ModelSizes, matrices: _Matrices, tokens: int) -> int:
+def _factors(sizes: CostSizes, matrices: _Matrices, tokens: int) -> int:
     """Bytes of all factors: inputs in the model's type, VJPs in float32 too."""
     return tokens * matrices.widths * (sizes.item + memory.FLOAT32)
 
 
 def _memory(
-    sizes: ModelSizes,
+    sizes: CostSizes,
     spec: GradientLensSpec,
     matrices: _Matrices,
     tokens: int,
@@ -146,7 +145,7 @@ def _memory(
 
 
 def _held(
-    sizes: ModelSizes, spec: GradientLensSpec, matrices: _Matrices, tokens: int, vectors: int
+    sizes: CostSizes, spec: GradientLensSpec, matrices: _Matrices, tokens: int, vectors: int
 ) -> int:
     """All factors, and the records of the matrices that were read last."""
     components = min(spec.components or tokens, tokens)
@@ -159,7 +158,7 @@ def _held(
 
 
 def _stream(
-    sizes: ModelSizes,
+    sizes: CostSizes,
     spec: GradientLensSpec,
     matrices: _Matrices,
     tokens: int,

@@ -7,14 +7,14 @@ once, rounded up (tests/numerics/test_cost.py measures them).
 
 from __future__ import annotations
 
-from januslens_server.models.sizes import ModelSizes
+from januslens_server.models.resident import CostSizes
 
 FLOAT32 = 4
 # Queries whose mask attention brings to float32 at once, at most.
 MASK_ROWS = 2048
 
 
-def captured(sizes: ModelSizes, tokens: int, positions: int) -> int:
+def captured(sizes: CostSizes, tokens: int, positions: int) -> int:
     """Of one block, by a pass that a Trace looks into at so many of the prompt's positions."""
     facts = sizes.facts
     heads = 2 * facts.n_heads * facts.d_head
@@ -22,7 +22,7 @@ def captured(sizes: ModelSizes, tokens: int, positions: int) -> int:
     return sizes.item * (positions * at_each + 2 * tokens * facts.n_kv_heads * facts.d_head)
 
 
-def kept_for_backward(sizes: ModelSizes, tokens: int) -> int:
+def kept_for_backward(sizes: CostSizes, tokens: int) -> int:
     """Of one block, by autograd and for the factors."""
     facts = sizes.facts
     heads = (8 * facts.n_heads + 6 * facts.n_kv_heads) * facts.d_head
@@ -30,7 +30,7 @@ def kept_for_backward(sizes: ModelSizes, tokens: int) -> int:
     return sizes.item * tokens * (16 * facts.d_model + heads + 6 * _neurons(sizes) + scores)
 
 
-def passing(sizes: ModelSizes, tokens: int, scored: int) -> int:
+def passing(sizes: CostSizes, tokens: int, scored: int) -> int:
     """The largest temporary of a forward pass, its masks, residual and `scored` logits."""
     facts = sizes.facts
     scores = 3 * facts.n_heads * tokens if sizes.eager else 0
@@ -39,7 +39,7 @@ def passing(sizes: ModelSizes, tokens: int, scored: int) -> int:
     return sizes.item * (tokens * width + 3 * scored * facts.vocab_size) + masks
 
 
-def read(sizes: ModelSizes, vectors: int, listed: int) -> int:
+def read(sizes: CostSizes, vectors: int, listed: int) -> int:
     """The lens over so many vectors: a chunk's logits several times over, and what is reported."""
     facts = sizes.facts
     row = FLOAT32 * facts.vocab_size
@@ -52,10 +52,10 @@ def reported(vectors: int, listed: int) -> int:
     return vectors * 40 * (listed + 4)
 
 
-def float_copies(sizes: ModelSizes) -> int:
+def float_copies(sizes: CostSizes) -> int:
     """One block's weights in float32, where they are not."""
     return 0 if sizes.item == FLOAT32 else FLOAT32 * sizes.block
 
 
-def _neurons(sizes: ModelSizes) -> int:
+def _neurons(sizes: CostSizes) -> int:
     return sizes.facts.d_mlp * max(1, sizes.facts.n_experts)

@@ -12,9 +12,8 @@ import torch
 
 from januslens_server.errors import never_cancelled
 from januslens_server.lens.projection import project
-from januslens_server.models.resident import ResidentModel
+from januslens_server.models.resident import ResidentModel, cost_sizes
 from januslens_server.models.runner import forward
-from januslens_server.models.sizes import model_sizes
 from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
 from januslens_server.pipelines.cost.traced import trace_demand
@@ -68,7 +67,7 @@ class Pace:
 def measured_pace(model: ResidentModel, clock: Clock = time.perf_counter) -> Pace:
     """Short and longer passes and readings, and one trace, on the model's own device."""
     best = partial(_best, clock)
-    sizes, head = model_sizes(model), model.view.lens
+    sizes, head = cost_sizes(model), model.view.lens
     few, many = (min(tokens, sizes.facts.max_positions) for tokens in TOKENS)
     flops = [pass_flops(sizes, tokens) for tokens in (few, many)]
     times = [best(partial(_pass, model, tokens)) for tokens in (few, many)]
@@ -97,7 +96,7 @@ def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: C
     demands = [trace_demand(model, spec) for spec in (alone, whole)]
     few, many = (_least(partial(_building, clock, model, ids, spec)) for spec in (alone, whole))
     per_block = few / (len(layers) + 1)  # and the final norm's
-    products = [d.flops - lens_flops(model_sizes(model), d.vectors) for d in demands]
+    products = [d.flops - lens_flops(cost_sizes(model), d.vectors) for d in demands]
     building = many - few - (products[1] - products[0]) * pace.per_flop
     pace = replace(pace, per_block=per_block)
     traced = _best(clock, lambda: list(trace(model, whole, never_cancelled)))

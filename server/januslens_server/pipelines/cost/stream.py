@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from januslens_server.models.sizes import ModelSizes
+from januslens_server.models.resident import CostSizes
 
 # Of a node without its reading, an edge, and a token with its text and bytes.
 NODE_BYTES = 72
@@ -18,6 +18,6 @@ def reading_bytes(listed: int) -> int:
     return 32 + 11 * listed
 
 
-def texts_bytes(sizes: ModelSizes, named: int) -> int:
+def texts_bytes(sizes: CostSizes, named: int) -> int:
     """The texts of the tokens that readings name, each once."""
     return ENVELOPE_BYTES + TOKEN_BYTES * min(named, sizes.facts.vocab_size)

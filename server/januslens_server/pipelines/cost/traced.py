@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from januslens_server.graph.size import block_nodes
-from januslens_server.models.resident import ResidentModel
-from januslens_server.models.sizes import ModelSizes, model_sizes
+from januslens_server.models.resident import CostSizes, ResidentModel, cost_sizes
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
 from januslens_server.pipelines.cost.stream import (
@@ -67,7 +66,7 @@ def trace_demand(model: ResidentModel, spec: TraceSpec) -> Demand:
     positions = read_positions(spec.positions, spec.all_positions, tokens)
     if spec.target is not None:
         read_single_target(model, spec.target, "target")
-    sizes = model_sizes(model)
+    sizes = cost_sizes(model)
     scored = len(positions) if spec.include_checks else 1
     built, shown, junctions = _nodes(sizes, spec, layers, positions)
     blocks = len(layers) * len(positions)
@@ -92,7 +91,7 @@ def trace_demand(model: ResidentModel, spec: TraceSpec) -> Demand:
 
 
 def _nodes(
-    sizes: ModelSizes, spec: TraceSpec, layers: Sequence[int], positions: Sequence[int]
+    sizes: CostSizes, spec: TraceSpec, layers: Sequence[int], positions: Sequence[int]
 ) -> tuple[int, int, int]:
     """How many are built, how many of them are sent, and how many of these are not read."""
     kinds: Counter[NodeKind] = Counter()
@@ -105,7 +104,7 @@ def _nodes(
     return sum(built.values()), sum(shown.values()), shown.get(NodeKind.ATTENTION_CONCAT, 0)
 
 
-def _graph_flops(sizes: ModelSizes, spec: TraceSpec, nodes: int, blocks: int, tokens: int) -> float:
+def _graph_flops(sizes: CostSizes, spec: TraceSpec, nodes: int, blocks: int, tokens: int) -> float:
     """Every head pulled back and written out, all rows of both sums, and each node's own vector.
 
     Parts of which no node is shown are not built.
@@ -125,7 +124,7 @@ def _builds(spec: TraceSpec, kinds: frozenset[NodeKind]) -> bool:
 
 
 def _working(
-    sizes: ModelSizes, spec: TraceSpec, tokens: int, positions: int, built: int, shown: int
+    sizes: CostSizes, spec: TraceSpec, tokens: int, positions: int, built: int, shown: int
 ) -> int:
     """The pass, or one piece of the graph at a time, beside what is held."""
     facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
@@ -141,7 +140,7 @@ def _working(
 
 
 def _held(
-    sizes: ModelSizes,
+    sizes: CostSizes,
     spec: TraceSpec,
     tokens: int,
     layers: int,
@@ -162,7 +161,7 @@ def _held(
     )
 
 
-def _stream(sizes: ModelSizes, spec: TraceSpec, tokens: int, nodes: int, positions: int) -> int:
+def _stream(sizes: CostSizes, spec: TraceSpec, tokens: int, nodes: int, positions: int) -> int:
     listed = spec.lens.top_k + spec.lens.bottom_k
     vector = memory.FLOAT32 * sizes.facts.d_model + 16 if spec.include_vectors else 0
     each = NODE_BYTES + reading_bytes(listed) + vector + EDGES_PER_NODE * EDGE_BYTES

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from januslens_server.models.neuron_index import ENTRY_BYTES, ROW_BYTES
-from januslens_server.models.resident import ResidentModel
-from januslens_server.models.sizes import model_sizes
+from januslens_server.models.resident import ResidentModel, cost_sizes
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
     BACKWARD,
@@ -34,7 +33,7 @@ NEURON_BYTES = 48
 
 def project_demand(model: ResidentModel, spec: ProjectSpec) -> Demand:
     """The caller's vectors through the lens."""
-    sizes, vectors = model_sizes(model), len(spec.vectors)
+    sizes, vectors = cost_sizes(model), len(spec.vectors)
     listed = spec.lens.top_k + spec.lens.bottom_k
     return Demand(
         flops=lens_flops(sizes, vectors),
@@ -57,7 +56,7 @@ def preview_edit_demand(model: ResidentModel, spec: PreviewEditSpec) -> Demand:
         len(read_prompt(model, probe.prompt, field=f"probes[{i}].input"))
         for i, probe in enumerate(spec.probes)
     ]
-    sizes, watched = model_sizes(model), [own, *probes]
+    sizes, watched = cost_sizes(model), [own, *probes]
     making = FORWARD + BACKWARD if isinstance(spec.edit, DescentStep) else FORWARD
     pairs = 2 * sum(pass_flops(sizes, tokens) for tokens in watched)
     kept = memory.kept_for_backward(sizes, own)
@@ -81,7 +80,7 @@ def find_neurons_demand(model: ResidentModel, spec: FindNeuronsSpec) -> Demand:
     Raises `InvalidRequest` as the search itself would for token and layers.
     """
     read_single_target(model, spec.token, "token")
-    sizes, facts = model_sizes(model), model.view.facts
+    sizes, facts = cost_sizes(model), model.view.facts
     unread = model.neurons.unread(read_layers(model, spec.layers))
     of_layer = facts.d_mlp * max(1, facts.n_experts)
     listed = 2 * LensSpec().top_k

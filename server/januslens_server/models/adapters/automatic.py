@@ -1,9 +1,14 @@
-"""A whole decoder read by its structure; what is found is proven by the self-check or refused."""
+"""Read a decoder that has no adapter by its structure, observed in one forward pass.
+
+A wrong reading is refused by the self-check.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,13 +16,20 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
+from januslens_server.capture import Rotation
 from januslens_server.errors import ModelFailed
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.unembedding import Unembedding
-from januslens_server.models.automatic.block import BlockFinder, Settings
-from januslens_server.models.automatic.norms import read_norm
-from januslens_server.models.automatic.probe import Probe, probe_ids, run_probe, same_memory
-from januslens_server.models.automatic.rotations import RotationOfLength, rotations
+from januslens_server.models.adapters.observed_block import (
+    BlockFinder,
+    BlockSettings,
+    ObservedPass,
+    is_norm,
+    observe,
+    observed_ids,
+    read_norm,
+    same_memory,
+)
 from januslens_server.models.lengths import (
     TOLERANCE,
     Length,
@@ -27,12 +39,18 @@ from januslens_server.models.lengths import (
     miniature,
     prompt_of,
 )
-from januslens_server.models.views import Block, ModelView, is_norm
+from januslens_server.models.views import Block, ModelView
 from januslens_server.results import MatrixKind, ModelFacts
 
 # Relative error of the heads' results in the model's own data type; the right reading is off by
 # rounding, a wrong one by tens of per cent.
 COARSE = 5e-2
+
+# The number of `pairings`.
+PAIRINGS = 3
+
+# None: queries and keys are not rotated.
+RotationOfLength = Callable[[int], Rotation] | None
 
 
 @dataclass(frozen=True)
@@ -79,7 +97,7 @@ def _view(model: PreTrainedModel) -> ModelView:
     if lengths:
         readings = _readings_beyond(model, structure, lengths)
     else:
-        readings = structure.readings(probe_ids(model), [], COARSE, best=True)
+        readings = structure.readings(observed_ids(model), [], COARSE, best=True)
     return structure.view(readings)
 
 
@@ -94,19 +112,19 @@ def _readings_beyond(
 
 
 class Structure:
-    """What a probe shows of a decoder: all that does not depend on a reading."""
+    """What an observed pass shows of a decoder: everything that does not depend on a reading."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Run the probe and find the blocks. Raises `ModelFailed` naming what is missing."""
+        """Observe a forward pass and find the blocks. Raises `ModelFailed` if one is missing."""
         self._model = model
         self._config: Any = model.config.get_text_config()
-        self._embedding = _linear_ends(model.get_input_embeddings(), "input embedding")
-        self._head = _linear_ends(model.get_output_embeddings(), "output embedding")
+        self._embedding = _embedding(model.get_input_embeddings(), "input embedding")
+        self._head = _embedding(model.get_output_embeddings(), "output embedding")
         self.settings = _settings(self._config)
         name, self._modules = _blocks(model, _required(self._config, "num_hidden_layers"))
-        self._probe = run_probe(model)
+        self._observed = observe(model)
         self._finders = [
-            BlockFinder(f"{name}.{i}", module, self._probe)
+            BlockFinder(f"{name}.{i}", module, self._observed)
             for i, module in enumerate(self._modules)
         ]
 
@@ -183,7 +201,7 @@ class Structure:
         return ModelView(
             embedding=self._embedding,
             blocks=tuple(blocks),
-            lens=_lens(self._config, self._head, self._probe, self._modules[-1]),
+            lens=_lens(self._config, self._head, self._observed, self._modules[-1]),
             facts=_facts(self._config, self.settings, blocks[0], self._embedding, self._head),
         )
 
@@ -199,9 +217,9 @@ def _required(config: Any, name: str) -> int:
     return value
 
 
-def _settings(config: Any) -> Settings:
+def _settings(config: Any) -> BlockSettings:
     n_heads = _required(config, "num_attention_heads")
-    return Settings(
+    return BlockSettings(
         n_heads=n_heads,
         n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
         soft_cap=getattr(config, "attn_logit_softcapping", None),
@@ -209,7 +227,9 @@ def _settings(config: Any) -> Settings:
     )
 
 
-def _facts(config: Any, settings: Settings, first: Block, embedding: Any, head: Any) -> ModelFacts:
+def _facts(
+    config: Any, settings: BlockSettings, first: Block, embedding: Any, head: Any
+) -> ModelFacts:
     query, ff2 = first.matrices[MatrixKind.Q], first.matrices[MatrixKind.FF2]
     return ModelFacts(
         n_layers=_required(config, "num_hidden_layers"),
@@ -224,7 +244,7 @@ def _facts(config: Any, settings: Settings, first: Block, embedding: Any, head: 
     )
 
 
-def _linear_ends(module: Any, what: str) -> Any:
+def _embedding(module: Any, what: str) -> Any:
     """The embedding at either end of the model."""
     if not isinstance(module, nn.Embedding | nn.Linear):
         raise ModelFailed(f"expected an {what}, got {type(module).__name__}")
@@ -245,13 +265,13 @@ def _blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, list[nn.Module]
     return lists[0]
 
 
-def _lens(config: Any, head: Any, probe: Probe, last_block: nn.Module) -> LensHead:
+def _lens(config: Any, head: Any, observed: ObservedPass, last_block: nn.Module) -> LensHead:
     """The norm that takes the last block's output, and the head with its multiplier and cap."""
-    block = probe.of(last_block)
+    block = observed.of(last_block)
     norms = [
-        event
-        for event in probe.events
-        if is_norm(event.module) and block is not None and same_memory(event.input, block.output)
+        call
+        for call in observed.calls
+        if is_norm(call.module) and block is not None and same_memory(call.input, block.output)
     ]
     if len(norms) != 1:
         raise ModelFailed(f"expected one norm after the last block, found {len(norms)}")
@@ -270,3 +290,60 @@ def _logit_scale(config: Any) -> float:
     if getattr(config, "logits_scaling", None):
         return 1 / float(config.logits_scaling)
     return float(getattr(config, "logit_scale", None) or 1.0)
+
+
+def rotations(
+    network: nn.Module, blocks: list[nn.Module], layer: int, kind: str | None
+) -> list[RotationOfLength]:
+    """Every reading of the rotary embeddings that `layer` could use; the first is none at all.
+
+    The layer's own embedding, if its block has one, or those of the whole model. Embeddings that
+    hold one rotation for each kind of layer give that of the layer's own `kind`, then the others.
+    """
+    inside = {module for block in blocks for module in block.modules()}
+    own = [module for module in blocks[layer].modules() if _is_rotary(module)]
+    shared = [m for m in network.modules() if _is_rotary(m) and m not in inside]
+    found: list[RotationOfLength] = [None]
+    for rotary in own or shared:
+        for which in _choices(rotary, kind):
+            found += [partial(_rotation, rotary, which, pairing) for pairing in range(PAIRINGS)]
+    return found
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return any(name.endswith("inv_freq") for name, _ in module.named_buffers(recurse=False))
+
+
+def _choices(rotary: Any, kind: str | None) -> list[dict[str, str]]:
+    """The keyword arguments that select a rotation of the module."""
+    if "layer_type" not in inspect.signature(rotary.forward).parameters:
+        return [{}]
+    kinds = [
+        name.removesuffix("_inv_freq")
+        for name, _ in rotary.named_buffers(recurse=False)
+        if name.endswith("_inv_freq") and not name.endswith("original_inv_freq")
+    ]
+    return [{"layer_type": k} for k in sorted(kinds, key=lambda k: (k != kind, k))]
+
+
+def _rotation(rotary: Any, which: dict[str, str], pairing: int, length: int) -> Rotation:
+    device = next(rotary.buffers()).device
+    positions = torch.arange(length, device=device)[None]
+    cos, sin = rotary(torch.empty(0, device=device), positions, **which)
+    return pairings(cos[0], sin[0])[pairing]
+
+
+def pairings(cos: torch.Tensor, sin: torch.Tensor) -> list[Rotation]:
+    """What models make of the `[pos, rotary]` that their rotary embedding gives.
+
+    Pairs half a head apart; neighbouring pairs; neighbouring pairs that take each angle from the
+    first half.
+    """
+    cos_twice, sin_twice = (
+        angles.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for angles in (cos, sin)
+    )
+    return [
+        Rotation(cos, sin, interleaved=False),
+        Rotation(cos, sin, interleaved=True),
+        Rotation(cos_twice, sin_twice, interleaved=True),
+    ]

@@ -1,0 +1,301 @@
+"""Find attention and MLP in a block by the tensors that its modules pass on in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from januslens_server.capture import End, Rotation, Tap
+from januslens_server.errors import ModelFailed
+from januslens_server.graph.attention_pattern import Scoring
+from januslens_server.graph.head_map import HeadMap, HeadNorm
+from januslens_server.graph.weights import Finish
+from januslens_server.lens.norm import Norm
+from januslens_server.models.matrices import Linear
+from januslens_server.models.views import Attention, Block, Mlp
+
+# Tokens of the observed forward pass.
+OBSERVED_LENGTH = 6
+
+# Largest relative difference between a norm module's output and our formula's.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module: the first tensors in and out, `[batch, pos, ...]`."""
+
+    name: str
+    module: nn.Module
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ObservedPass:
+    """The calls of one forward pass, in the order in which they ended."""
+
+    calls: tuple[ModuleCall, ...]
+
+    def inside(self, prefix: str) -> list[ModuleCall]:
+        """The calls of the modules below the one named `prefix`."""
+        return [call for call in self.calls if call.name.startswith(f"{prefix}.")]
+
+    def of(self, module: nn.Module) -> ModuleCall | None:
+        """The call of a module, if it was called."""
+        return next((call for call in self.calls if call.module is module), None)
+
+
+def observed_ids(network: PreTrainedModel) -> torch.Tensor:
+    """Tokens `[1, pos]` spread over the vocabulary."""
+    vocab_size = network.get_input_embeddings().get_parameter("weight").shape[0]
+    device = network.device if network.device.type != "meta" else None  # offloaded: it is moved
+    steps = torch.arange(OBSERVED_LENGTH, device=device)
+    return (steps * max(1, vocab_size // OBSERVED_LENGTH) % vocab_size)[None]
+
+
+@torch.inference_mode()
+def observe(network: PreTrainedModel) -> ObservedPass:
+    """Run `observed_ids` through the model and record the call of every module."""
+    calls: list[ModuleCall] = []
+    with ExitStack() as hooks:
+        for name, module in network.named_modules():
+            handle = module.register_forward_hook(_recorder(name, calls), with_kwargs=True)
+            hooks.callback(handle.remove)
+        network(input_ids=observed_ids(network), use_cache=False)
+    return ObservedPass(tuple(calls))
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same one, or views of it: how data flow is recognised."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _recorder(name: str, calls: list[ModuleCall]) -> Callable[..., None]:
+    def record(module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> None:
+        taken = _first_float([*args, *named.values()])
+        given = _first_float(output if isinstance(output, tuple | list) else [output])
+        if taken is not None and given is not None:
+            calls.append(ModuleCall(name, module, taken, given))
+
+    return record
+
+
+def _first_float(values: Any) -> torch.Tensor | None:
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value
+    return None
+
+
+def read_norm(call: ModuleCall) -> Norm:
+    """The norm's numbers, from the candidate that gives what the module gave.
+
+    Raises `ModelFailed` if it is neither LayerNorm nor RMSNorm, with weight or 1 + weight.
+    """
+    module = call.module
+    weight = module.get_parameter("weight").detach().float()
+    bias = getattr(module, "bias", None)
+    offset = None if bias is None else bias.detach().float()
+    for centred in (isinstance(module, nn.LayerNorm), not isinstance(module, nn.LayerNorm)):
+        for multiplier in (weight, 1 + weight):
+            norm = Norm(multiplier, offset, epsilon(module), centred)
+            if _gives(norm, call):
+                return norm
+    raise ModelFailed(f"expected {call.name} to be a LayerNorm or RMSNorm, got neither")
+
+
+def epsilon(module: nn.Module) -> float:
+    """The norm's epsilon, under the names that families give it."""
+    for name in ("eps", "variance_epsilon", "epsilon", "norm_eps"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    raise ModelFailed(f"expected {type(module).__name__} to have an epsilon, found none")
+
+
+def _gives(norm: Norm, call: ModuleCall) -> bool:
+    expected = call.output.float()
+    difference = (norm(call.input) - expected).abs().max()
+    return bool(difference <= TOLERANCE[call.output.dtype] * expected.abs().max())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module has what a norm has: one weight vector, no submodules, and the name."""
+    weight = getattr(module, "weight", None)
+    named = "norm" in type(module).__name__.lower()
+    return named and isinstance(weight, torch.Tensor) and weight.dim() == 1
+
+
+@dataclass(frozen=True)
+class BlockSettings:
+    """What a block's tensors do not show and the model's configuration says."""
+
+    n_heads: int
+    n_kv_heads: int
+    soft_cap: float | None
+    residual_multiplier: float
+
+
+class BlockFinder:
+    """Reads one block from the calls of its modules in an observed pass."""
+
+    def __init__(self, name: str, module: nn.Module, observed: ObservedPass) -> None:
+        """`name` is the block's in the model."""
+        self._name = name
+        self._module = module
+        self._calls = observed.inside(name)
+        block = observed.of(module)
+        if block is None:
+            raise ModelFailed(f"expected {name} to be called, it was not")
+        self._input = block.input
+        linears = [e for e in self._calls if isinstance(e.module, nn.Linear | Conv1D)]
+        self._attention, self._mlp = self._split(linears)
+
+    def block(
+        self,
+        settings: BlockSettings,
+        rotation: Callable[[int], Rotation] | None,
+        window: int | None,
+    ) -> Block:
+        """The block under the field's names, with one reading of what its tensors don't show."""
+        query, *_, output = self._attention
+        first, second = self._mlp[0], self._mlp[-1]
+        attention_norm = self._norm_giving(query.input)
+        mlp_norm = self._norm_giving(first.input)
+        parallel = same_memory(first.input, query.input) or (
+            mlp_norm is not None and same_memory(mlp_norm.input, self._input)
+        )
+        middle = None if parallel else self._middle(mlp_norm, first)
+        return Block(
+            module=self._module,
+            attention=self._read_attention(settings, rotation, window, output),
+            mlp=self._read_mlp(settings, second),
+            residual_mid=middle,
+            attention_prenorm=attention_norm is not None,
+            mlp_prenorm=mlp_norm is not None,
+        )
+
+    @property
+    def query_width(self) -> int:
+        """The width of all heads' queries together."""
+        return self._attention[0].output.shape[-1]
+
+    def _split(self, linears: Sequence[ModuleCall]) -> tuple[list[ModuleCall], list[ModuleCall]]:
+        """Query, key, value and output; then gate, up and down, or the MLP's two maps."""
+        if len(linears) not in {6, 7}:
+            raise ModelFailed(
+                f"expected {self._name} to have 6 or 7 linear maps (query, key, value, output, "
+                f"and an MLP's 2 or 3), got {len(linears)}: {[e.name for e in linears]}"
+            )
+        attention, mlp = list(linears[:4]), list(linears[4:])
+        if not all(same_memory(e.input, attention[0].input) for e in attention[1:3]):
+            raise ModelFailed(f"expected query, key and value of {self._name} to share an input")
+        return attention, mlp
+
+    def _read_attention(
+        self,
+        settings: BlockSettings,
+        rotation: Callable[[int], Rotation] | None,
+        window: int | None,
+        output: ModuleCall,
+    ) -> Attention:
+        query, key, value, _ = (_linear(call.module) for call in self._attention)
+        d_head = self._attention[0].output.shape[-1] // settings.n_heads
+        owner = self._owner(self._attention[0])
+        finish, added = self._finish(settings, output)
+        return Attention(
+            query=query,
+            key=key,
+            value=value,
+            output=_linear(output.module),
+            n_heads=settings.n_heads,
+            n_kv_heads=settings.n_kv_heads,
+            scoring=Scoring(
+                scale=getattr(owner, "scaling", None) or d_head**-0.5,
+                soft_cap=settings.soft_cap,
+                sinks=getattr(owner, "sinks", None),
+                window=window,
+            ),
+            rotation=rotation,
+            query_map=self._head_map(self._attention[0], d_head),
+            key_map=self._head_map(self._attention[1], d_head),
+            finish=finish,
+            added=added,
+        )
+
+    def _read_mlp(self, settings: BlockSettings, second: ModuleCall) -> Mlp:
+        finish, added = self._finish(settings, second)
+        ff2 = _linear(second.module)
+        if len(self._mlp) == 2:
+            return Mlp(_linear(self._mlp[0].module), ff2, finish=finish, added=added)
+        gate, up = self._gate_and_up()
+        return Mlp(_linear(gate.module), ff2, up=_linear(up.module), finish=finish, added=added)
+
+    def _gate_and_up(self) -> tuple[ModuleCall, ModuleCall]:
+        """The gate is the one of the two whose result an activation module takes."""
+        one, other, _ = self._mlp
+        for call in self._calls:
+            if isinstance(call.module, nn.Linear | Conv1D) or is_norm(call.module):
+                continue
+            if not list(call.module.children()):
+                if same_memory(call.input, one.output):
+                    return one, other
+                if same_memory(call.input, other.output):
+                    return other, one
+        raise ModelFailed(f"expected an activation after one of {one.name}, {other.name}")
+
+    def _head_map(self, call: ModuleCall, d_head: int) -> HeadMap:
+        """A norm that takes a query's or key's linear result, if there is one."""
+        for norm in self._norms():
+            if same_memory(norm.input, call.output):
+                spans = norm.module.get_parameter("weight").numel() != d_head
+                return HeadMap(norm=_head_norm(norm, d_head, spans_heads=spans))
+        return HeadMap()
+
+    def _finish(
+        self, settings: BlockSettings, result: ModuleCall
+    ) -> tuple[Finish | None, Tap | None]:
+        """A norm that takes a sublayer's raw result, or the model's residual multiplier."""
+        for norm in self._norms():
+            if same_memory(norm.input, result.output) and norm.input.shape == result.output.shape:
+                return Finish(norm=read_norm(norm)), Tap(norm.module, End.OUTPUT)
+        if settings.residual_multiplier != 1.0:
+            return Finish(multiplier=settings.residual_multiplier), None
+        return None, None
+
+    def _middle(self, mlp_norm: ModuleCall | None, first: ModuleCall) -> Tap:
+        if mlp_norm is not None:
+            return Tap(mlp_norm.module, End.INPUT)
+        return Tap(first.module, End.INPUT)
+
+    def _norm_giving(self, tensor: torch.Tensor) -> ModuleCall | None:
+        return next((e for e in self._norms() if same_memory(e.output, tensor)), None)
+
+    def _norms(self) -> list[ModuleCall]:
+        return [call for call in self._calls if is_norm(call.module)]
+
+    def _owner(self, call: ModuleCall) -> Any:
+        """The module that holds a linear map: the attention."""
+        local = call.name.removeprefix(f"{self._name}.").rpartition(".")[0]
+        return self._module.get_submodule(local)
+
+
+def _linear(module: nn.Module) -> Linear:
+    return Linear(module, stored_as_rows=isinstance(module, Conv1D))
+
+
+def _head_norm(call: ModuleCall, d_head: int, *, spans_heads: bool) -> HeadNorm:
+    """The numbers of a query's or key's norm."""
+    norm = read_norm(call)
+    if spans_heads and (norm.centred or norm.bias is not None):
+        raise ModelFailed(f"expected {call.name}, a norm over all heads, to be an RMSNorm")
+    weight = norm.weight.unflatten(0, (-1, d_head)) if spans_heads else norm.weight
+    return HeadNorm(weight, epsilon(call.module), norm.centred, spans_heads, norm.bias)
