@@ -16,16 +16,12 @@ from tokenizers import (
     pre_tokenizers,
     processors,
 )
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2Tokenizer, PreTrainedTokenizerFast
 
 from januslens_server.errors import InvalidRequest, ModelFailed
 from januslens_server.models.loader import ModelSource, load
-from januslens_server.models.tokenizer import (
-    TooManyTokens,
-    Vocabulary,
-    _refuse_long,
-    read_vocabulary,
-)
+from januslens_server.models.tokenizer import TooManyTokens, Vocabulary, _refuse_long
+from januslens_server.models.tokenizer_files import read_vocabulary
 from januslens_server.pipelines.inputs import read_prompt, read_single_target
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import TraceSummary
@@ -485,3 +481,61 @@ def test_tokens_that_added_tokens_json_lists_are_added(folder: Path) -> None:
     found = own.encode_prompt("<pad><two>", add_special_tokens=False)
     assert [token.id for token in found] == [size, size + 1]
     added.unlink()
+
+
+def gpt2_files(folder: Path, **described: object) -> None:
+    """The files of a tokenizer that was saved before there was a `tokenizer.json`."""
+    trained = byte_level(False, [*SPACED, "2023", "don", "</s>"])
+    for old in (*folder.glob("tokenizer*"), *folder.glob("*tokens*"), *folder.glob("merges*")):
+        old.unlink()
+    trained.model.save(str(folder))
+    if described:
+        (folder / "tokenizer_config.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        {},
+        {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True},
+        {"tokenizer_class": "GPT2TokenizerFast", "pad_token": "<pad>"},
+        {
+            "tokenizer_class": "GPT2Tokenizer",
+            "add_bos_token": True,
+            "bos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": True},
+            "eos_token": "</s>",
+            "unk_token": "</s>",
+        },
+    ],
+)
+def test_a_gpt2_tokenizer_is_read_from_vocabulary_and_merges(
+    folder: Path, described: dict[str, object]
+) -> None:
+    gpt2_files(folder, **described)
+    own = read_vocabulary(folder)
+    expected = GPT2Tokenizer.from_pretrained(folder)
+    for text in (*SAMPLES, "a</s>b", "a </s>", "<|endoftext|>don't", " \U0001f469\u200d\U0001f467"):
+        ids = expected(text, add_special_tokens=False)["input_ids"]
+        assert [t.id for t in own.encode_prompt(text, add_special_tokens=False)] == ids, text
+    begins = own.encode_prompt("Tokyo")[0]
+    assert (begins.text == "</s>") == ("add_bos_token" in described)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer_class", "missing"),
+    [
+        ("GPT2Tokenizer", "merges.txt"),
+        ("LlamaTokenizer", None),
+        ("GemmaTokenizer", None),
+        ("Qwen2Tokenizer", None),
+        ("PreTrainedTokenizerFast", None),
+    ],
+)
+def test_files_that_do_not_say_how_texts_are_split_are_refused(
+    folder: Path, tokenizer_class: str, missing: str | None
+) -> None:
+    gpt2_files(folder, tokenizer_class=tokenizer_class)
+    if missing:
+        (folder / missing).unlink()
+    with pytest.raises(ModelFailed, match=r"expected tokenizer\.json, found none"):
+        load(ModelSource("model", str(folder)))

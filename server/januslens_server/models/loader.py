@@ -39,7 +39,7 @@ from januslens_server.models.matrices import brought
 from januslens_server.models.placement import AUTO, DISK, DeviceMap, devices_of, needed, place
 from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
-from januslens_server.models.tokenizer import read_vocabulary
+from januslens_server.models.tokenizer_files import read_vocabulary
 from januslens_server.models.vetting import (
     check_file_names,
     check_folder,

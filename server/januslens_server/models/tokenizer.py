@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Encoding, Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from januslens_server.errors import ModelFailed
-from januslens_server.models.vetting import read_json
 from januslens_server.results import Token
 
 # Vocabulary entries kept in memory: 64 Ki of some 200 bytes.
@@ -27,66 +23,6 @@ SHORTEST_PREFIX = 4096
 # How often a prefix must exceed the bound before the whole text is refused unread: text behind a
 # prefix may merge its last tokens, but not halve their number.
 CERTAIN = 2
-
-
-def read_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of the folder, splitting texts as its `tokenizer.json` says.
-
-    transformers rebuilds the normaliser and pre-tokenizer of many tokenizer classes from the class
-    alone, so the file is read by the `tokenizers` library itself. Only added tokens that
-    `tokenizer_config.json` or `added_tokens.json` list beside the file's are added to it.
-    """
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        made = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        if not isinstance(made, PreTrainedTokenizerFast):
-            raise ModelFailed("expected a fast tokenizer (tokenizer.json), got none")
-        return Vocabulary(made.backend_tokenizer, made.all_special_tokens)
-    tokenizer = Tokenizer.from_file(str(file))
-    described = {
-        name: read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    }
-    config, named, added = described.values()
-    control = [*_named_tokens(named), *_named_tokens(config)]
-    listed = {
-        int(token_id): AddedToken(**token)
-        for token_id, token in config.get("added_tokens_decoder", {}).items()
-    } or {
-        token_id: AddedToken(text, special=text in control, normalized=text not in control)
-        for text, token_id in added.items()
-    }
-    _add_listed_tokens(tokenizer, listed)
-    return Vocabulary(tokenizer, control)
-
-
-def _named_tokens(described: Mapping[str, Any]) -> Iterator[str]:
-    """The special tokens that a description names, as `bos_token` or in a list of further ones."""
-    for key, value in described.items():
-        if key.endswith("_token"):
-            tokens = [value]
-        elif key in {"additional_special_tokens", "extra_special_tokens"}:
-            tokens = list(value.values() if isinstance(value, dict) else value or ())
-        else:
-            tokens = []
-        for token in tokens:
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str):  # keys such as add_bos_token hold no text
-                yield text
-
-
-def _add_listed_tokens(tokenizer: Tokenizer, listed: Mapping[int, AddedToken]) -> None:
-    """Add the tokens that the file lacks, in the order of their ids."""
-    for token_id, token in sorted(listed.items()):
-        known = tokenizer.token_to_id(token.content)
-        if known is None:
-            tokenizer.add_tokens([token])
-            known = tokenizer.token_to_id(token.content)
-        if known != token_id:
-            raise ModelFailed(
-                f"tokenizer_config.json gives token {token.content!r} the id {token_id}, "
-                f"tokenizer.json gives it {known}; make the two files agree"
-            )
 
 
 class TooManyTokens(ValueError):
