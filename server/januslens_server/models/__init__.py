@@ -1,7 +1,7 @@
-"""Resident models: loading, what their parts are called, and running them with capture."""
+"""Models: loading them, naming their parts, and running them with capture."""
 
 import sys
 
-# transformers loads compiled kernels from the hub where this package is installed, whatever
-# `trust_remote_code` says. With None in its place it counts as not installed.
+# If the package `kernels` is installed, transformers downloads compiled code from the hub, even
+# without `trust_remote_code`. This entry makes Python treat the package as missing.
 sys.modules["kernels"] = None  # type: ignore[assignment]  # how Python blocks an import

@@ -44,10 +44,13 @@ ADAPTERS: dict[str, Callable[[PreTrainedModel], ModelView]] = {
 
 
 def view_of(model: PreTrainedModel) -> ModelView:
-    """The model's parts under the field's names.
+    """Map a model's modules to the parts of a transformer.
 
-    A family without an adapter is read by its structure. Raises `ModelFailed` naming what was not
-    found: a part, the part that a parameter belongs to, the meaning of a length.
+    A family without an adapter is read by its structure.
+
+    Raises:
+        ModelFailed: A part is missing, a parameter belongs to no known part, or the attention
+            beyond a length that the configuration names is not reproduced.
     """
     reader = ADAPTERS.get(model.config.model_type)
     if reader is None:

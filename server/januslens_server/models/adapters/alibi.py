@@ -1,4 +1,4 @@
-"""BLOOM, MPT and Falcon: families with ALiBi instead of rotary or learned positions."""
+"""BLOOM, MPT and Falcon: families with ALiBi (Press et al., ICLR 2022) as position bias."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from januslens_server.models.adapters.parts import (
 from januslens_server.models.matrices import Linear
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
 
-# BLOOM was trained on so many positions; ALiBi itself sets no limit.
+# The length that BLOOM was trained with. ALiBi itself sets no limit.
 BLOOM_TRAINED_POSITIONS = 2048
 
 
@@ -36,12 +36,13 @@ def bloom(model: PreTrainedModel) -> ModelView:
     Distinct points:
     - ALiBi is added to the scaled scores, in the model's own data type;
     - `query_key_value` holds query, key and value head by head;
-    - the modules of attention and MLP add the residual themselves: their linear maps are observed;
+    - the modules of attention and MLP add the residual themselves, so their linear maps are
+      captured instead;
     - refused: `apply_residual_connection_post_layernorm`, where the residual is the normed vector
-      and no longer the sum of what the blocks wrote, and `slow_but_exact` products in slices, which
-      go past the linear modules.
+      instead of the sum of the blocks' results, and `slow_but_exact`, which multiplies slices
+      without calling the linear modules.
 
-    Raises `ModelFailed` for the variants above.
+    Raises `ModelFailed` for the refused variants.
     """
     config: Any = model.config
     _refuse_bloom_variants(config)
@@ -105,7 +106,7 @@ def mpt(model: PreTrainedModel) -> ModelView:
 
     Distinct points:
     - `Wqkv` holds all queries, then all keys, then all values, each clipped to `clip_qkv`;
-    - ALiBi is added to the scaled scores, whatever `attn_config.alibi` says;
+    - ALiBi is added to the scaled scores, even if `attn_config.alibi` is off;
     - LayerNorms have no bias;
     - the MLP's module adds the residual itself, so its linear maps are captured instead.
     """
@@ -159,10 +160,10 @@ def falcon(model: PreTrainedModel) -> ModelView:
     - `query_key_value` holds, with `new_decoder_architecture`, each group's queries, key and value
       in turn; with `multi_query`, all queries, then one key and one value; otherwise query, key and
       value of each head in turn;
-    - the MLP is parallel to attention, on one norm or two, unless `parallel_attn` is off;
-    - attention's result is added to the MLP's in place, so the latter is copied when it is read;
-    - ALiBi is rounded to bfloat16 and scaled with the scores;
-    - refused: ALiBi under eager attention, which in transformers adds it twice.
+    - attention and MLP are parallel, with one norm or two, unless `parallel_attn` is off;
+    - the model adds attention's result to the MLP's in place, so the MLP's is copied at capture;
+    - ALiBi is rounded to bfloat16 and scaled like the scores;
+    - refused: ALiBi with eager attention, where transformers adds it twice.
 
     Raises `ModelFailed` for ALiBi under eager attention.
     """
@@ -184,7 +185,7 @@ def falcon(model: PreTrainedModel) -> ModelView:
 
 
 def _falcon_n_kv_heads(config: Any) -> int:
-    """The effective count: with `multi_query` one, whatever `num_kv_heads` says."""
+    """Number of key-value heads: 1 with `multi_query`, even if `num_kv_heads` differs."""
     if config.new_decoder_architecture:
         return int(config.num_kv_heads)
     return 1 if config.multi_query else int(config.num_attention_heads)

@@ -23,13 +23,13 @@ from januslens_server.models.views import Block, ModelView
 
 
 def gemma(model: PreTrainedModel) -> ModelView:
-    """Gemma: Llama's block with scaled embeddings and norms that store their weight less one.
+    """Gemma: Llama's block with scaled embeddings and norms that store their weight minus 1.
 
     Distinct points:
     - RMSNorm multiplies by `1 + weight`, in Gemma 2 and 3 as well;
     - embeddings are multiplied by sqrt(d_model) before the first block;
-    - `d_head` is a setting of its own; the head is tied;
-    - models with bidirectional attention are refused: their early positions see later ones.
+    - `d_head` is a separate setting; the output head is tied;
+    - refused: bidirectional attention, where positions attend to later ones.
 
     Raises `ModelFailed` for bidirectional attention.
     """
@@ -39,7 +39,7 @@ def gemma(model: PreTrainedModel) -> ModelView:
 
 
 def refuse_bidirectional(config: Any) -> None:
-    """Raise `ModelFailed` unless every position attends to earlier ones only."""
+    """Raise `ModelFailed` if positions attend to later ones."""
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelFailed(
             f"expected a {config.model_type} with causal attention, got bidirectional attention"
@@ -47,12 +47,12 @@ def refuse_bidirectional(config: Any) -> None:
 
 
 def gemma_norm(module: Any) -> Norm:
-    """An RMSNorm that multiplies by `1 + weight`."""
+    """Map an RMSNorm that multiplies by `1 + weight`."""
     return Norm(1 + module.weight.detach().float(), None, module.eps, centred=False)
 
 
 def gemma_head_map(module: Any) -> HeadMap:
-    """The same norm over each head's queries or keys."""
+    """Map an RMSNorm over each head's queries or keys that multiplies by `1 + weight`."""
     return HeadMap(norm=HeadNorm(1 + module.weight.detach().float(), module.eps))
 
 
@@ -66,9 +66,9 @@ def gemma2(model: PreTrainedModel) -> ModelView:
     Distinct points:
     - post-norms stand between each sublayer and the residual;
     - attention scores and logits are soft-capped;
-    - SDPA knows no soft-cap of scores, so it is turned off where transformers lets it run;
+    - SDPA does not soft-cap scores, so eager attention replaces it where transformers allows SDPA;
     - scores are scaled by `query_pre_attn_scalar`, not by d_head;
-    - sliding and full layers alternate, as `layer_types` says.
+    - `layer_types` determines which layers use the sliding window.
 
     Raises `ModelFailed` for bidirectional attention.
     """
@@ -88,13 +88,12 @@ def _gemma2_block(layer: Layer) -> Block:
 
 
 def gemma3_text(model: PreTrainedModel) -> ModelView:
-    """Gemma 3: Gemma 2's sandwich with query and key norms and two rotations.
+    """Gemma 3: Gemma 2's pre- and post-norms, with query and key norms and two rotations.
 
     Distinct points:
-    - the larger models come with a vision tower, which text alone does not pass through;
-    - queries and keys pass Gemma's RMSNorm over each head before they turn;
-    - sliding layers turn with a local rotation, full layers with a global one;
-    - attention scores have no soft-cap, whatever the configuration says; the logits may have one.
+    - Gemma's RMSNorm over each head of queries and keys precedes the rotation;
+    - sliding layers use a local rotation, full layers a global one;
+    - attention scores have no soft-cap, even if the configuration sets one; logits may have one.
 
     Raises `ModelFailed` for bidirectional attention.
     """
@@ -104,7 +103,9 @@ def gemma3_text(model: PreTrainedModel) -> ModelView:
 
 
 def gemma3(model: PreTrainedModel) -> ModelView:
-    """Gemma 3 with its vision tower: the text decoder, whose logits have no soft-cap here.
+    """Gemma 3 with a vision tower: its text decoder, whose logits have no soft-cap.
+
+    Text alone does not pass through the vision tower.
 
     Raises `ModelFailed` for bidirectional attention.
     """

@@ -33,7 +33,7 @@ def gpt2(model: PreTrainedModel) -> ModelView:
     - linear maps are transformers' `Conv1D`, which stores `[d_in, d_out]`;
     - `c_attn` holds query, key and value as three column blocks;
     - the attention scale may be off (`scale_attn_weights`) or divided by the layer's number
-      (`scale_attn_by_inverse_layer_idx`), which SDPA knows only where the module has a `scaling`.
+      (`scale_attn_by_inverse_layer_idx`), which SDPA applies only if the module has a `scaling`.
 
     Raises `ModelFailed` for variants with cross-attention.
     """
@@ -91,7 +91,7 @@ def gpt_neo(model: PreTrainedModel) -> ModelView:
 
     Distinct points:
     - attention scores are not divided by sqrt(d_head);
-    - every `local` layer attends to the last `window_size` positions only, itself included;
+    - a `local` layer attends to the last `window_size` positions, including the position itself;
     - query, key and value have no bias, the output projection has one.
     """
     config: Any = model.config
@@ -134,9 +134,9 @@ def gptj(model: PreTrainedModel) -> ModelView:
 
     Distinct points:
     - no residual between attention and MLP: the block adds both at once;
-    - the first `rotary_dim` dimensions of a head turn, in neighbouring pairs, by a table that each
-      attention has and from transformers 5.24 on the whole model;
-    - the head has a bias; projections of attention have none.
+    - the first `rotary_dim` dimensions of a head are rotated in neighbouring pairs; the table is in
+      each attention module, from transformers 5.24 on in the model;
+    - the output head has a bias; the projections of attention have none.
     """
     config: Any = model.config
     transformer: Any = model.transformer
@@ -185,10 +185,10 @@ def gpt_neox(model: PreTrainedModel) -> ModelView:
     """GPT-NeoX (Pythia): attention and MLP in parallel on two norms, partial rotary positions.
 
     Distinct points:
-    - attention and MLP are parallel, or one after the other without `use_parallel_residual`; either
-      way each has a LayerNorm of its own;
+    - attention and MLP are parallel, or sequential without `use_parallel_residual`; either way each
+      has its own LayerNorm;
     - `query_key_value` holds query, key and value head by head;
-    - the first `rotary_pct` of a head's dimensions turn, in pairs half that width apart.
+    - the first `rotary_pct` of a head's dimensions are rotated, in pairs half that width apart.
     """
     config: Any = model.config
     decoder: Any = model.gpt_neox
@@ -229,12 +229,12 @@ def opt(model: PreTrainedModel) -> ModelView:
     """OPT: GPT-2's block with separate projections and learned positions.
 
     Distinct points:
-    - where embeddings are narrower than the blocks (`word_embed_proj_dim`), `project_out` stands
-      between the final norm and the head: it is a part of the unembedding;
-    - the query is scaled before the dot product, which for the probabilities is the same;
-    - the MLP gets its inputs without a batch axis;
-    - refused: norms behind the residual sum (`do_layer_norm_before` off, OPT-350m), where no vector
-      is the sum of what the sublayers wrote, and checkpoints without a final norm.
+    - if embeddings are narrower than the blocks (`word_embed_proj_dim`), the unembedding includes
+      `project_out`, which follows the final norm;
+    - the query is scaled before the dot product, which gives the same probabilities;
+    - the MLP's inputs have no batch axis;
+    - refused: norms after the residual sum (`do_layer_norm_before` off, OPT-350m), where no vector
+      is the sum of the sublayers' results, and checkpoints without a final norm.
 
     Raises `ModelFailed` for post-norms and for no final norm.
     """

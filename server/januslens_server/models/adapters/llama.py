@@ -1,8 +1,8 @@
 """Llama and the families that grew out of it.
 
 `llama_like` maps what they share: a decoder of `layers` with `self_attn` and `mlp`, rotary
-positions from one `rotary_emb`, grouped key-value heads, and Hugging Face's common names for every
-size. Each family below it maps what it does otherwise.
+positions from one `rotary_emb`, grouped key-value heads, and Hugging Face's usual names for sizes.
+Each function below it maps one family; its docstring lists the differences.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Rotation, Tap
 from januslens_server.graph.attention_pattern import Scoring
-from januslens_server.graph.head_map import HeadMap, HeadNorm
+from januslens_server.graph.head_map import HeadMap
 from januslens_server.graph.weights import Finish
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.norm import Norm
@@ -30,6 +30,7 @@ from januslens_server.models.adapters.parts import (
     rms_head_map,
     rms_norm,
     rotation,
+    spanning_head_map,
 )
 from januslens_server.models.experts import Experts
 from januslens_server.models.matrices import Linear
@@ -38,7 +39,7 @@ from januslens_server.models.views import Attention, Block, Mlp, ModelView
 
 @dataclass(frozen=True)
 class Layer:
-    """One of the decoder's layers, with what of the model its adapter needs."""
+    """One of the decoder's layers, with the configuration and rotation that adapters need."""
 
     number: int
     module: Any
@@ -47,7 +48,7 @@ class Layer:
 
     @property
     def window(self) -> int | None:
-        """How far the layer attends, by its entry in `layer_types`."""
+        """Length of the layer's sliding window according to `layer_types`, or None."""
         sliding = self.config.layer_types[self.number] == "sliding_attention"
         return self.config.sliding_window if sliding else None
 
@@ -69,14 +70,15 @@ def llama_like(
     decoder: Any = None,
     interleaved: bool = False,
 ) -> ModelView:
-    """Map a model whose layers `block` maps.
+    """Map a whole model, each of its layers with `block`.
 
-    The lens is Llama's RMSNorm and the model's head, `decoder` is `model.model`, unless given.
+    By default the lens is Llama's RMSNorm with the model's head, and `decoder` is `model.model`.
+    `interleaved` means that a rotation pairs neighbouring dimensions.
     """
     config: Any = model.config.get_text_config()
     decoder = model.model if decoder is None else decoder
-    turning = rotation(decoder, interleaved)
-    layers = [Layer(i, module, config, turning) for i, module in enumerate(decoder.layers)]
+    shared_rotation = rotation(decoder, interleaved)
+    layers = [Layer(i, module, config, shared_rotation) for i, module in enumerate(decoder.layers)]
     return ModelView(
         embedding=decoder.embed_tokens,
         blocks=tuple(block(layer) for layer in layers),
@@ -92,7 +94,7 @@ def llama_like(
 
 
 def separate(attn: Any) -> Projections:
-    """Query, key, value and output in modules of their own."""
+    """Map query, key, value and output projections that are separate modules."""
     return Projections(
         linear(attn.q_proj), linear(attn.k_proj), linear(attn.v_proj), linear(attn.o_proj)
     )
@@ -105,7 +107,7 @@ def attention(
     window: int | None = None,
     soft_cap: float | None = None,
 ) -> Attention:
-    """Rotary attention over grouped heads, with `separate` projections unless given."""
+    """Map rotary attention over grouped heads, by default with `separate` projections."""
     attn = layer.module.self_attn
     query, key, value, output = separate(attn) if projections is None else projections
     return Attention(
@@ -121,12 +123,12 @@ def attention(
 
 
 def gated_mlp(mlp: Any) -> Mlp:
-    """Gate, up and down in modules of their own."""
+    """Map a gated MLP whose gate, up and down projections are separate modules."""
     return Mlp(ff1=linear(mlp.gate_proj), up=linear(mlp.up_proj), ff2=linear(mlp.down_proj))
 
 
 def pre_norm_block(layer: Layer, attention: Attention, mlp: Mlp | Experts | None = None) -> Block:
-    """Attention, then the MLP, a norm before each."""
+    """Map a block of attention, then MLP, with a norm before each."""
     return Block(
         module=layer.module,
         attention=attention,
@@ -138,7 +140,7 @@ def pre_norm_block(layer: Layer, attention: Attention, mlp: Mlp | Experts | None
 def post_norm_block(
     layer: Layer, attention: Attention, norm: Callable[[Any], Norm], *, pre_norms: bool
 ) -> Block:
-    """Attention, then the MLP, a norm behind each; with `pre_norms` one before each as well."""
+    """Map a block with a norm after attention and MLP; with `pre_norms` one before each as well."""
     module = layer.module
     after_attention = module.post_attention_layernorm
     after_mlp = module.post_feedforward_layernorm
@@ -154,7 +156,7 @@ def post_norm_block(
 
 
 def parallel_block(layer: Layer, attention: Attention, mlp: Mlp) -> Block:
-    """Attention and MLP on one and the same norm, added to the residual together."""
+    """Map a block whose attention and MLP read one norm and are added to the residual together."""
     return Block(module=layer.module, attention=attention, mlp=mlp, residual_mid=None)
 
 
@@ -162,8 +164,8 @@ def llama(model: PreTrainedModel) -> ModelView:
     """Llama: pre-RMSNorm, rotary positions, grouped key-value heads, gated MLP.
 
     Distinct points:
-    - pairs of a rotation are half a head apart; `rotary_emb` has the scaling of every RoPE variant;
-    - `d_head` is a setting of its own and need not be `d_model / n_heads`;
+    - rotary pairs are half a head apart; `rotary_emb` applies the scaling of every RoPE variant;
+    - `d_head` is a separate setting and need not be `d_model / n_heads`;
     - biases of attention and MLP are off by default.
     """
     return llama_like(model, _llama_block)
@@ -174,10 +176,11 @@ def _llama_block(layer: Layer) -> Block:
 
 
 def mistral(model: PreTrainedModel) -> ModelView:
-    """Mistral: Llama's block whose layers may all attend through a sliding window.
+    """Mistral: Llama's block with a sliding window in all layers or none.
 
     Distinct points:
-    - `sliding_window` holds for every layer, own position included; None: all positions;
+    - `sliding_window` applies to every layer and includes the position itself; None means no
+      window;
     - no biases anywhere.
     """
     return llama_like(model, _mistral_block)
@@ -192,7 +195,7 @@ def qwen2(model: PreTrainedModel) -> ModelView:
 
     Distinct points:
     - query, key and value have biases, the output projection has none;
-    - `layer_types` says which layers attend through the sliding window.
+    - `layer_types` determines which layers use the sliding window.
     """
     return llama_like(model, _qwen2_block)
 
@@ -205,10 +208,9 @@ def qwen3(model: PreTrainedModel) -> ModelView:
     """Qwen3: Llama's block with a norm of every head's queries and keys.
 
     Distinct points:
-    - an RMSNorm over each head, with weights shared by all heads, before the rotation of queries
-      and keys;
-    - `d_head` is a setting of its own;
-    - `layer_types` says which layers attend through the sliding window.
+    - an RMSNorm over each head, with weights shared by all heads, precedes the rotation;
+    - `d_head` is a separate setting;
+    - `layer_types` determines which layers use the sliding window.
     """
     return llama_like(model, _qwen3_block)
 
@@ -224,19 +226,19 @@ def _qwen3_block(layer: Layer) -> Block:
 
 
 def smollm3(model: PreTrainedModel) -> ModelView:
-    """SmolLM3: Llama's block, some of whose layers have no positions at all.
+    """SmolLM3: Llama's block, without rotary positions in some layers.
 
     Distinct points:
-    - layers with a 0 in `no_rope_layers` do not turn queries and keys;
-    - `layer_types` says which layers attend through the sliding window.
+    - layers with a 0 in `no_rope_layers` do not rotate queries and keys;
+    - `layer_types` determines which layers use the sliding window.
     """
     return llama_like(model, _smollm3_block)
 
 
 def _smollm3_block(layer: Layer) -> Block:
     found = attention(layer, window=layer.window)
-    turns = layer.config.no_rope_layers[layer.number]
-    return pre_norm_block(layer, found if turns else replace(found, rotation=None))
+    rotates = layer.config.no_rope_layers[layer.number]
+    return pre_norm_block(layer, found if rotates else replace(found, rotation=None))
 
 
 def phi3(model: PreTrainedModel) -> ModelView:
@@ -244,8 +246,8 @@ def phi3(model: PreTrainedModel) -> ModelView:
 
     Distinct points:
     - `qkv_proj` holds all queries, then all keys, then all values; `gate_up_proj` gate, then up;
-    - part of a head's dimensions may turn; long contexts rescale the rotation (LongRoPE);
-    - `sliding_window` holds for every layer.
+    - the rotation may cover part of a head's dimensions, and depends on the length (LongRoPE);
+    - `sliding_window` applies to every layer.
     """
     return llama_like(model, _phi3_block)
 
@@ -273,7 +275,7 @@ def granite(model: PreTrainedModel) -> ModelView:
 
     Distinct points:
     - embeddings are multiplied by `embedding_multiplier` before the first block;
-    - what a sublayer gives is multiplied by `residual_multiplier` before it is added;
+    - a sublayer's result is multiplied by `residual_multiplier` before it is added;
     - scores are multiplied by `attention_multiplier` instead of 1 / sqrt(d_head);
     - logits are divided by `logits_scaling`.
     """
@@ -293,12 +295,12 @@ def _granite_block(layer: Layer) -> Block:
 
 
 def starcoder2(model: PreTrainedModel) -> ModelView:
-    """StarCoder2: Llama's attention with biases, under LayerNorms, and GPT-2's MLP.
+    """StarCoder2: Llama's attention with biases and LayerNorms, and GPT-2's MLP.
 
     Distinct points:
     - the MLP is not gated: `c_fc`, then `c_proj`;
     - every linear map has a bias unless `use_bias` is off; the head has none;
-    - `sliding_window` holds for every layer.
+    - `sliding_window` applies to every layer.
     """
     decoder: Any = model.model
     return llama_like(model, _starcoder2_block, lens(model, layer_norm(decoder.norm)))
@@ -313,16 +315,16 @@ def _starcoder2_block(layer: Layer) -> Block:
     )
 
 
-# Stands in the norm's code, not in its configuration.
+# A constant in the norm's code, not in the configuration.
 OLMO_EPSILON = 1e-5
 
 
 def olmo(model: PreTrainedModel) -> ModelView:
-    """OLMo: Llama's block on LayerNorms without learned numbers, optionally clipped projections.
+    """OLMo: Llama's block with LayerNorms without weights, and optionally clipped projections.
 
     Distinct points:
-    - norms centre and scale and nothing else;
-    - `clip_qkv` clips queries, keys and values in place, in the memory of the maps' own results.
+    - norms have neither weight nor bias;
+    - `clip_qkv` clips queries, keys and values in place, in the outputs of their linear maps.
     """
     embedding: Any = model.get_input_embeddings()
     ones = torch.ones(embedding.weight.shape[1], device=embedding.weight.device)
@@ -347,11 +349,11 @@ def _olmo_block(layer: Layer) -> Block:
 
 
 def olmo2(model: PreTrainedModel) -> ModelView:
-    """OLMo 2: Llama's sublayers without pre-norms, each with a norm behind it.
+    """OLMo 2: Llama's sublayers with post-norms instead of pre-norms.
 
     Distinct points:
-    - attention and MLP read the residual itself; what they give is normed before it is added;
-    - queries and keys pass an RMSNorm whose denominator spans all heads, before they turn.
+    - attention and MLP read the residual itself; their results are normed before they are added;
+    - an RMSNorm of queries and keys, whose mean square spans all heads, precedes the rotation.
     """
     return llama_like(model, _olmo2_block)
 
@@ -360,14 +362,7 @@ def _olmo2_block(layer: Layer) -> Block:
     attn = layer.module.self_attn
     normed = replace(
         attention(layer),
-        query_map=_olmo2_head_map(attn.q_norm, attn.head_dim),
-        key_map=_olmo2_head_map(attn.k_norm, attn.head_dim),
+        query_map=spanning_head_map(attn.q_norm, attn.head_dim),
+        key_map=spanning_head_map(attn.k_norm, attn.head_dim),
     )
     return post_norm_block(layer, normed, rms_norm, pre_norms=False)
-
-
-def _olmo2_head_map(module: Any, d_head: int) -> HeadMap:
-    norm = rms_norm(module)
-    return HeadMap(
-        norm=HeadNorm(norm.weight.unflatten(0, (-1, d_head)), norm.eps, spans_heads=True)
-    )

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from januslens_server.capture import Rotation
-from januslens_server.graph.head_map import HeadMap, HeadNorm
 from januslens_server.models.adapters.llama import (
     Layer,
     attention,
@@ -19,7 +18,7 @@ from januslens_server.models.adapters.llama import (
     llama_like,
     pre_norm_block,
 )
-from januslens_server.models.adapters.parts import rms_head_map
+from januslens_server.models.adapters.parts import rms_head_map, spanning_head_map
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Block, ModelView
 
@@ -27,7 +26,7 @@ Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def gated_experts(mlp: Any) -> Experts:
-    """Gate and up stand one behind the other in `gate_up_proj`, which is stored transposed."""
+    """Map experts whose `gate_up_proj` stores gate, then up, transposed."""
     experts = mlp.experts
     width = experts.gate_up_proj.shape[1] // 2
 
@@ -46,7 +45,7 @@ def gated_experts(mlp: Any) -> Experts:
 
 
 def with_experts(view: ModelView, n_experts: int, d_mlp: int) -> ModelView:
-    """The view with the sizes of its experts."""
+    """Set the number of experts and their width in a view."""
     return replace(view, facts=replace(view.facts, n_experts=n_experts, d_mlp=d_mlp))
 
 
@@ -54,7 +53,7 @@ def mixtral(model: PreTrainedModel) -> ModelView:
     """Mixtral: Mistral's attention, a mixture of gated experts for every MLP.
 
     Distinct points:
-    - two experts a position by default; the router's weights are made to add up to 1.
+    - two experts per position by default; the router's weights add up to 1.
     """
     config: Any = model.config
     whole = llama_like(model, _mixtral_block)
@@ -70,9 +69,9 @@ def qwen3_moe(model: PreTrainedModel) -> ModelView:
     """Qwen3-MoE: Qwen3's attention, a mixture of gated experts in some or all layers.
 
     Distinct points:
-    - layers in `mlp_only_layers`, or off the `decoder_sparse_step`, have an ordinary gated MLP;
+    - layers in `mlp_only_layers`, or not on the `decoder_sparse_step`, have a dense gated MLP;
     - the router's weights add up to 1 only if `norm_topk_prob`;
-    - `sliding_window` holds for every layer if `use_sliding_window`.
+    - `sliding_window` applies to every layer if `use_sliding_window`.
     """
     config: Any = model.config
     whole = llama_like(model, _qwen3_moe_block)
@@ -96,7 +95,7 @@ def olmoe(model: PreTrainedModel) -> ModelView:
 
     Distinct points:
     - the RMSNorm of queries and keys spans all heads; `clip_qkv` clips after it;
-    - values are clipped in place, in the memory of the linear map's own result;
+    - values are clipped in place, in the output of their linear map;
     - the router's weights add up to 1 only if `norm_topk_prob`.
     """
     config: Any = model.config
@@ -112,27 +111,21 @@ def _olmoe_block(layer: Layer) -> Block:
         plain,
         value=replace(plain.value, overwritten=clip is not None),
         value_clip=clip,
-        query_map=_olmoe_head_map(attn.q_norm, attn.head_dim, clip),
-        key_map=_olmoe_head_map(attn.k_norm, attn.head_dim, clip),
+        query_map=spanning_head_map(attn.q_norm, attn.head_dim, clip),
+        key_map=spanning_head_map(attn.k_norm, attn.head_dim, clip),
     )
     return pre_norm_block(layer, normed, gated_experts(layer.module.mlp))
-
-
-def _olmoe_head_map(norm: Any, d_head: int, clip: float | None) -> HeadMap:
-    weight = norm.weight.detach().float().unflatten(0, (-1, d_head))
-    spanning = HeadNorm(weight, norm.variance_epsilon, spans_heads=True)
-    return HeadMap(norm=spanning, clip_after=clip)
 
 
 def gpt_oss(model: PreTrainedModel) -> ModelView:
     """GPT-OSS: attention sinks, alternating windows, experts with biases and a clamped activation.
 
     Distinct points:
-    - each head has a sink, a score that takes probability without giving a value;
-    - the rotary embedding gives each angle once, for pairs half a head apart;
-    - `layer_types` says which layers attend through the sliding window;
+    - each head has a sink, a score that takes probability but has no value;
+    - the rotary embedding returns each angle once, for pairs half a head apart;
+    - `layer_types` determines which layers use the sliding window;
     - gate and up alternate in `gate_up_proj`, which is stored as rows; all expert maps have biases;
-    - neurons are `(up + 1) * gate * sigmoid(alpha * gate)`, both clamped before.
+    - neurons are `(up + 1) * gate * sigmoid(alpha * gate)`, with gate and up clamped first.
     """
     config: Any = model.config
     whole = llama_like(model, _gpt_oss_block)
@@ -151,7 +144,7 @@ def _gpt_oss_block(layer: Layer) -> Block:
 
 
 def _gpt_oss_both_halves(rotation: Callable[[int], Rotation], length: int) -> Rotation:
-    """Each angle for both members of its pair."""
+    """Repeat each angle for both dimensions of its pair."""
     once = rotation(length)
     cos, sin = (torch.cat([angles, angles], dim=-1) for angles in (once.cos, once.sin))
     return Rotation(cos, sin, interleaved=False)

@@ -1,4 +1,7 @@
-"""Cohere, Phi and StableLM: Llama-like families whose attention and MLP can be parallel."""
+"""Cohere, Phi and StableLM: Llama-like families with parallel attention and MLP.
+
+A parallel block adds both results to the residual at once: there is no residual between them.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,8 @@ def cohere(model: PreTrainedModel) -> ModelView:
     """Cohere (Command R): attention and MLP in parallel on one bias-free LayerNorm.
 
     Distinct points:
-    - no residual between attention and MLP: the block adds both at once;
-    - rotary pairs are neighbours;
-    - with `use_qk_norm` every head has a LayerNorm of its own for its queries and keys;
+    - rotary pairs are neighbouring dimensions;
+    - with `use_qk_norm` every head has its own LayerNorm for queries and keys;
     - logits are multiplied by `logit_scale`.
     """
     decoder: Any = model.model
@@ -58,10 +60,10 @@ def phi(model: PreTrainedModel) -> ModelView:
     """Phi-1 to Phi-2: attention and MLP in parallel on one LayerNorm, partial rotary positions.
 
     Distinct points:
-    - no residual between attention and MLP: the block adds both at once;
-    - the first `partial_rotary_factor` of a head's dimensions turn, in pairs half that width apart;
-    - with `qk_layernorm` each head's queries and keys pass a LayerNorm, the same for all heads;
-    - every linear map has a bias, the head too.
+    - the first `partial_rotary_factor` of a head's dimensions are rotated, in pairs half that width
+      apart;
+    - with `qk_layernorm` queries and keys pass a LayerNorm that all heads share;
+    - every linear map has a bias, including the output head.
     """
     decoder: Any = model.model
     return llama_like(model, _phi_block, lens(model, layer_norm(decoder.final_layernorm)))
@@ -88,12 +90,13 @@ def _phi_head_map(module: Any) -> HeadMap:
 
 
 def stablelm(model: PreTrainedModel) -> ModelView:
-    """StableLM: Llama's sublayers under LayerNorms, partial rotary positions.
+    """StableLM: Llama's sublayers with LayerNorms and partial rotary positions.
 
     Distinct points:
-    - the first `partial_rotary_factor` of a head's dimensions turn, in pairs half that width apart;
-    - with `qk_layernorm` every head has a LayerNorm of its own for its queries and keys;
-    - with `use_parallel_residual` attention and MLP are parallel on one norm.
+    - the first `partial_rotary_factor` of a head's dimensions are rotated, in pairs half that width
+      apart;
+    - with `qk_layernorm` every head has its own LayerNorm for queries and keys;
+    - with `use_parallel_residual` attention and MLP are parallel and read one norm.
     """
     decoder: Any = model.model
     return llama_like(model, _stablelm_block, lens(model, layer_norm(decoder.norm)))

@@ -1,4 +1,4 @@
-"""Reading the modules that architecture families share."""
+"""Map the modules that many architecture families share to parts of a view."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Sublayer = TypeVar("Sublayer", Attention, Mlp)
 
 
 def linear(module: nn.Module, columns: Columns | None = None) -> Linear:
-    """An `nn.Linear`, which stores its weight transposed, or some of its columns."""
+    """Map an `nn.Linear`, whose weight is stored transposed, or some of its output columns."""
     return Linear(module, stored_as_rows=False, columns=columns)
 
 
 def consecutive(module: nn.Module, *widths: int) -> tuple[Linear, ...]:
-    """Maps of the given widths that one `nn.Linear` holds one after the other."""
+    """Split one `nn.Linear` into consecutive maps of the given output widths."""
     ends = [sum(widths[: i + 1]) for i in range(len(widths))]
     return tuple(
         linear(module, range(end - width, end)) for end, width in zip(ends, widths, strict=True)
@@ -38,10 +38,10 @@ def consecutive(module: nn.Module, *widths: int) -> tuple[Linear, ...]:
 
 
 def by_head(module: nn.Module, n_heads: int, d_head: int, group: int = 1) -> tuple[Linear, ...]:
-    """Query, key and value of one `nn.Linear` that holds them group by group.
+    """Split one `nn.Linear` that stores query, key and value group by group.
 
-    For each key-value head in turn stand the queries of the `group` heads that share it, its key
-    and its value.
+    Each key-value head has the queries of the `group` heads that share it, then its key, then its
+    value.
     """
     places: tuple[list[int], ...] = ([], [], [])
     for slot in range(n_heads // group * (group + 2)):
@@ -51,7 +51,7 @@ def by_head(module: nn.Module, n_heads: int, d_head: int, group: int = 1) -> tup
 
 
 def layer_norm(module: Any, device: torch.device | None = None) -> Norm:
-    """An `nn.LayerNorm`; one without learned numbers works on the `device`."""
+    """Map an `nn.LayerNorm`. `device` is where a norm without weights computes."""
     weight = module.weight
     if weight is None:
         weight = torch.ones(module.normalized_shape, device=device)
@@ -60,24 +60,31 @@ def layer_norm(module: Any, device: torch.device | None = None) -> Norm:
 
 
 def rms_norm(module: Any) -> Norm:
-    """A Llama-like RMSNorm, which names its epsilon `variance_epsilon`."""
+    """Map an RMSNorm like Llama's, whose epsilon is called `variance_epsilon`."""
     return Norm(module.weight.detach().float(), None, module.variance_epsilon, centred=False)
 
 
 def rms_head_map(module: Any) -> HeadMap:
-    """A Llama-like RMSNorm of each head's queries or keys."""
+    """Map an RMSNorm like Llama's over each head's queries or keys."""
     return HeadMap(norm=HeadNorm(module.weight.detach().float(), module.variance_epsilon))
 
 
+def spanning_head_map(module: Any, d_head: int, clip_after: float | None = None) -> HeadMap:
+    """Map an RMSNorm of queries or keys whose mean square spans all heads, then a clip."""
+    norm = rms_norm(module)
+    weight = norm.weight.unflatten(0, (-1, d_head))
+    return HeadMap(norm=HeadNorm(weight, norm.eps, spans_heads=True), clip_after=clip_after)
+
+
 def finished(sublayer: Sublayer, module: nn.Module, norm: Norm) -> Sublayer:
-    """The sublayer with the post-norm `module` behind it, whose numbers are `norm`."""
+    """Add a post-norm to a sublayer: its `module`, and its weights as `norm`."""
     return replace(sublayer, finish=Finish(norm), added=Tap(module, End.OUTPUT))
 
 
 def rotation(decoder: Any, interleaved: bool = False, **which: Any) -> Callable[[int], Rotation]:
-    """The model's own cosines and sines for a prompt of a given length, in its own data type.
+    """Return a function from a prompt's length to the model's cosines and sines, in its data type.
 
-    `which` goes to the rotary module, which may hold several rotations.
+    `which` holds keyword arguments for the rotary module, which may have several rotations.
     """
 
     def of_length(length: int) -> Rotation:
@@ -91,7 +98,7 @@ def rotation(decoder: Any, interleaved: bool = False, **which: Any) -> Callable[
 
 
 def run_eagerly(model: PreTrainedModel) -> None:
-    """Turn SDPA off: in some releases of transformers it passes over part of a family's scoring."""
+    """Replace SDPA by eager attention: some releases of transformers omit scoring steps in SDPA."""
     if model.config._attn_implementation == "sdpa":  # noqa: SLF001 - no public reader
         model.set_attn_implementation("eager")
 
@@ -102,7 +109,7 @@ def lens(
     logit_scale: float = 1.0,
     soft_cap: float | None = None,
 ) -> LensHead:
-    """The final norm and the model's head, tied or not."""
+    """Build the lens from the final norm and the model's output head."""
     head: Any = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     return LensHead(
@@ -122,9 +129,9 @@ def facts(
     n_kv_heads: int | None = None,
     d_head: int | None = None,
 ) -> ModelFacts:
-    """The sizes, most of which every configuration can name alike.
+    """Collect the model's sizes from its configuration.
 
-    As many key-value heads as heads, and heads that share d_model evenly, unless said otherwise.
+    By default `n_kv_heads` is the number of heads and `d_head` is `d_model / n_heads`.
     """
     config: Any = model.config.get_text_config()
     head: Any = model.get_output_embeddings()
