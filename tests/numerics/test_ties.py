@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from januslens_server.lens.extremes import BLOCK, highest, lowest
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientHeader, LayerGraph, NodeKind, TraceHeader
 from januslens_server.specs import (
     DescentStep,
+    FindNeuronsSpec,
     GradientLensSpec,
     LensSpec,
     NegativeLogLikelihood,
@@ -46,16 +49,16 @@ def tied() -> ResidentModel:
     network = plain(case)
     with torch.no_grad():
         rows = network.lm_head.weight
-        rows[100:180] = rows[100:101] * 10
+        rows[30:] = rows[30:31] * 10  # more rows than the index of neurons lists
     return resident(case)
 
 
 def prompt_won_by_tied_rows(tied: ResidentModel) -> tuple[tuple[int, ...], int]:
-    for start in range(60):
-        ids = tuple((7 * i + start) % 90 for i in range(6))
+    for start in range(30):
+        ids = tuple((7 * i + start) % 30 for i in range(6))
         with torch.no_grad():
             logits = tied.network(torch.tensor([ids])).logits[0, -1]
-        if 100 <= int(logits.argmax()) < 180:
+        if int(logits.argmax()) >= 30:
             return ids, int(logits.argmax())
     raise AssertionError("no prompt was won by the tied rows")
 
@@ -77,3 +80,25 @@ def test_every_answer_predicts_the_lowest_of_equal_logits(tied: ResidentModel) -
     edit = PreviewEditSpec(ids, (5,), DescentStep((), (), 1e-9))
     (preview,) = filter(None, preview_edit(tied, edit, lambda: None))
     assert preview.edited.predicted_before == expected
+
+
+@pytest.mark.parametrize("suppressed", [False, True])
+@pytest.mark.parametrize("token", [30, 60, 93, 5])
+def test_neurons_are_found_with_exact_ranks_among_equal_logits(
+    tied: ResidentModel, token: int, suppressed: bool
+) -> None:
+    spec = FindNeuronsSpec((token,), suppressed, layers=(0,), start=0, count=1000)
+    (found,) = filter(None, find_neurons(tied, spec, lambda: None))
+    network = tied.network.get_submodule
+    with torch.no_grad():
+        values = network("transformer.h.0.mlp.c_proj").get_parameter("weight")
+        logits = network("lm_head")(network("transformer.ln_f")(values)).numpy()
+    ids = np.arange(logits.shape[1])
+    expected = {}
+    for neuron, row in enumerate(logits):
+        order = np.lexsort((ids, row if suppressed else -row))
+        if token in order[: found.depth]:
+            expected[neuron] = int((row > row[token]).sum())
+    assert set(found.neurons.tolist()) == expected.keys()
+    ranks = found.projections.target_ranks[:, 0].tolist()
+    assert dict(zip(found.neurons.tolist(), ranks, strict=True)) == expected

@@ -74,21 +74,25 @@ def read_vectors(
     head: LensHead,
     vectors: torch.Tensor,
     spec: LensSpec,
-    targets: torch.Tensor,
+    targets: torch.Tensor | None,
     check_cancelled: CancelCheck = never_cancelled,
 ) -> Iterator[Readings]:
-    """The readings that `project` makes its table of: of some rows at a time, of none once."""
+    """The readings that `project` makes its table of: of some rows at a time, of none once.
+
+    Without `targets` each row's target is the last token that it lists from the bottom.
+    """
     at_once = rows_at_once(head)
     for start in range(0, len(vectors) or 1, at_once):
         check_cancelled()
         prepared = head.prepare(vectors[start : start + at_once], spec.kind)
         logits = _scratch.matrix("logits", len(prepared), head.unembedding.vocab, vectors.device)
         head.logits(prepared, out=logits)
-        yield from read_in_parts(head, logits, spec, targets[start : start + at_once])
+        part = None if targets is None else targets[start : start + at_once]
+        yield from read_in_parts(head, logits, spec, part)
 
 
 def read_in_parts(
-    head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor
+    head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor | None
 ) -> list[Readings]:
     """As `read_logits`, in equal parts for all cores that their caches hold; at least one part."""
     rows = len(logits)
@@ -98,7 +102,7 @@ def read_in_parts(
 
     def read(first: int) -> Readings:
         part = slice(first, first + rows)
-        return read_logits(head, logits[part], spec, targets[part])
+        return read_logits(head, logits[part], spec, None if targets is None else targets[part])
 
     return on_free_cores(read, range(0, len(logits) or 1, rows or 1))
 
@@ -109,11 +113,15 @@ def rows_at_once(head: LensHead) -> int:
 
 
 def read_logits(
-    head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor
+    head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor | None
 ) -> Readings:
-    """Read rows of logits `[n, vocab]`, as `head` gives them, for `targets` `[n, m]`."""
+    """Read rows of logits `[n, vocab]`, as `head` gives them, for `targets` `[n, m]`.
+
+    Without `targets` each row's target is the last token that it lists from the bottom.
+    """
     top_logits, top_ids = highest(logits, spec.top_k)
     bottom_logits, bottom_ids = lowest(logits, spec.bottom_k)
+    targets = bottom_ids[:, -1:] if targets is None else targets
     target_logits = logits.gather(1, targets)
     largest = top_logits[:, :1] if spec.top_k else logits.amax(1, keepdim=True)
     log_normalizer, entropy_bits = _spread(head.cap(logits), head.cap(largest))

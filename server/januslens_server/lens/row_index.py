@@ -34,7 +34,8 @@ class RowIndex:
 
     Ids `[n, depth]` int32 and logits `[n, depth]` float32 before the soft-cap, each end from its
     outermost token inwards; `log_normalizer` and `entropy_bits` `[n]`; `projected` `[n]` is False
-    for rows of zeros, which have no reading.
+    for rows of zeros, which have no reading. `bottom_ranks` `[n]` int32 are the ranks from the top
+    of the last tokens listed from the bottom.
     """
 
     projected: torch.Tensor
@@ -42,6 +43,7 @@ class RowIndex:
     top_logits: torch.Tensor
     bottom_ids: torch.Tensor
     bottom_logits: torch.Tensor
+    bottom_ranks: torch.Tensor
     log_normalizer: torch.Tensor
     entropy_bits: torch.Tensor
 
@@ -64,9 +66,12 @@ class RowIndex:
     def readings(self, listed: Listed, vocab: int, count: int, *, suppressed: bool) -> Readings:
         """What a projection with `count` tokens of each end says of the rows and the token."""
         rows, ranks, logits = listed
-        if suppressed:  # from the bottom: the rest, less those of its own logit
-            level = (self.bottom_logits[rows] == logits[:, None]).sum(1)
-            ranks = vocab - ranks - level
+        if suppressed:  # from the top: the rest, without those of its own logit
+            bottom = self.bottom_logits[rows]
+            equal = (bottom == logits[:, None]).sum(1)
+            # Tokens beyond the list may share the logit of its last one.
+            at_cut = logits == bottom[:, -1]
+            ranks = torch.where(at_cut, self.bottom_ranks[rows].long(), vocab - ranks - equal)
         return Readings(
             top_ids=self.top_ids[rows, :count].long(),
             top_logits=self.top_logits[rows, :count],
@@ -103,8 +108,7 @@ def _chunks(matrices: Iterable[torch.Tensor], rows: int) -> Iterator[torch.Tenso
 
 
 def _read(head: LensHead, vectors: torch.Tensor, spec: LensSpec) -> RowIndex:
-    targets = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
-    readings = list(read_vectors(head, vectors, spec, targets))
+    readings = list(read_vectors(head, vectors, spec, None))
     return _kept((vectors != 0).any(-1), readings)
 
 
@@ -118,6 +122,7 @@ def _kept(projected: torch.Tensor, parts: list[Readings]) -> RowIndex:
         top_logits=joined("top_logits"),
         bottom_ids=joined("bottom_ids").int(),
         bottom_logits=joined("bottom_logits"),
+        bottom_ranks=joined("target_ranks")[:, 0].int(),
         log_normalizer=joined("log_normalizer"),
         entropy_bits=joined("entropy_bits"),
     )

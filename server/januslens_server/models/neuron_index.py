@@ -19,13 +19,13 @@ DEPTH = 64
 INDEX_BYTES = 512 * 2**20
 # An id and a logit at either end.
 ENTRY_BYTES = 16
-# A neuron's normaliser, its entropy, and whether it is read at all.
-ROW_BYTES = 9
+# A neuron's normaliser, its entropy, the rank of its last token, and whether it is read at all.
+ROW_BYTES = 13
 # More than a cache file takes beside its tensors.
 HEADER_BYTES = 2**16
 
 # To be changed whenever the numbers in an index would come out differently.
-VERSION = "1"
+VERSION = "2"
 
 
 class NeuronIndex:
@@ -107,6 +107,7 @@ def _check(rows: int, depth: int, vocab: int, tensors: Mapping[str, torch.Tensor
         "top_logits": (torch.float32, (rows, depth)),
         "bottom_ids": (torch.int32, (rows, depth)),
         "bottom_logits": (torch.float32, (rows, depth)),
+        "bottom_ranks": (torch.int32, (rows,)),
         "log_normalizer": (torch.float32, (rows,)),
         "entropy_bits": (torch.float32, (rows,)),
     }
@@ -119,7 +120,7 @@ def _check(rows: int, depth: int, vocab: int, tensors: Mapping[str, torch.Tensor
                 f"expected {name} as {kind} {list(shape)}, got {found.dtype} {list(found.shape)}"
             )
         if kind is torch.int32 and bool(((found < 0) | (found >= vocab)).any()):
-            raise ValueError(f"expected token ids below {vocab} in {name}, got others")
+            raise ValueError(f"expected ids and ranks below {vocab} in {name}, got others")
         if kind is torch.float32 and not bool(found[tensors["projected"]].isfinite().all()):
             raise ValueError(f"expected finite numbers in {name}")
 

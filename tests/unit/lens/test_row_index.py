@@ -52,6 +52,14 @@ def test_the_rank_from_the_top_is_given_for_both_ends() -> None:
     assert read.bottom_ids.tolist() == [[0, 4], [5, 2]]
 
 
+def test_the_rank_from_the_top_counts_equal_logits_beyond_the_list() -> None:
+    rows = index(depth=2)
+    listed = rows.listing(2, suppressed=True)  # of three tokens with the same logit
+    assert listed.rows.tolist() == [1]
+    read = rows.readings(listed, VOCAB, 2, suppressed=True)
+    assert read.target_ranks.flatten().tolist() == [2]
+
+
 def test_what_is_deeper_than_the_index_is_not_found() -> None:
     assert listing(index(depth=2), 4, suppressed=False) == []
     assert listing(index(depth=2), 5, suppressed=False) == []
