@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from januslens_server.lens.head import CHUNK_BYTES
 from januslens_server.models.loader import ModelSource
-from januslens_server.models.placement import needed
+from januslens_server.models.placement import memory_needed
 from januslens_server.models.resident import ROW_CACHE_BYTES
 from tests.architectures.cases import Case
 from tests.architectures.tiny_models import plain
@@ -34,5 +34,5 @@ def room_for(case: Case, part: float) -> dict[str, int]:
     """Limits under which the CPU takes about a `part` of the model's weights."""
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(case.config(), dtype=torch.float32)
-    beside = needed(skeleton, CHUNK_BYTES, ROW_CACHE_BYTES).beside_weights
+    beside = memory_needed(skeleton, CHUNK_BYTES, ROW_CACHE_BYTES).beside_weights
     return {"cpu": beside + int(part * weight_bytes(case))}

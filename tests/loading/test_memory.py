@@ -23,7 +23,7 @@ from januslens_server.models.device_memory import (
     watched_devices,
 )
 from januslens_server.models.loader import load
-from januslens_server.models.placement import CHUNKS_AT_WORK, Need, needed
+from januslens_server.models.placement import CHUNKS_AT_WORK, MemoryNeed, memory_needed
 from tests.architectures.cases import CASES, MIXTURES, Case
 from tests.loading.folders import room_for, saved, weight_bytes
 
@@ -39,7 +39,7 @@ def skeleton(case: Case, data_type: torch.dtype) -> Any:
 
 @pytest.mark.parametrize("case", [TIED, UNTIED], ids=["tied", "untied"])
 def test_float32_needs_its_weights_and_on_a_gpu_no_copies(case: Case) -> None:
-    need = needed(skeleton(case, torch.float32), 1000, 0)
+    need = memory_needed(skeleton(case, torch.float32), 1000, 0)
     buffers = sum(b.numel() * 4 for b in skeleton(case, torch.float32).buffers())
     assert need.weights == weight_bytes(case) + buffers
     assert (need.lens, need.work) == (0, CHUNKS_AT_WORK * 1000)
@@ -47,7 +47,7 @@ def test_float32_needs_its_weights_and_on_a_gpu_no_copies(case: Case) -> None:
 
 
 def test_half_types_need_float32_copies_of_the_head_and_of_a_block() -> None:
-    need = needed(skeleton(UNTIED, torch.bfloat16), 1000, 0)
+    need = memory_needed(skeleton(UNTIED, torch.bfloat16), 1000, 0)
     config = UNTIED.config()
     assert (need.lens, need.packed) == (4 * config.vocab_size * config.hidden_size, 0)
     assert need.work == CHUNKS_AT_WORK * 1000 + weight_bytes(UNTIED) // config.num_hidden_layers
@@ -60,7 +60,7 @@ def test_a_cpu_multiplies_by_one_copy_of_a_float32_head(case: Case, tmp_path: Pa
     embedding = model.network.get_input_embeddings().get_parameter("weight")
     unembedding = model.view.lens.unembedding
     copied = sum(4 * block.matrix.numel() for block in unembedding.blocks)
-    assert copied == needed(skeleton(case, torch.float32), 1000, 0).packed
+    assert copied == memory_needed(skeleton(case, torch.float32), 1000, 0).packed
     assert unembedding.rows(torch.tensor(7)).equal(head[7])
     assert (embedding.data_ptr() == head.data_ptr()) == (case is TIED)
 
@@ -76,7 +76,7 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures(tmp_path: Path) 
 
 def test_what_is_kept_later_counts_before_loading_and_the_refusal_names_it(tmp_path: Path) -> None:
     source = replace(saved(TIED, tmp_path / "model"), row_cache_bytes=2**16)
-    need = needed(skeleton(TIED, torch.float32), source.chunk_bytes, source.row_cache_bytes)
+    need = memory_needed(skeleton(TIED, torch.float32), source.chunk_bytes, source.row_cache_bytes)
     assert load(replace(source, limits={"cpu": need.total})).provenance.device == "cpu"
     with pytest.raises(
         ModelFailed, match=r"row cache 0\.1 MiB, neuron index \d\.\d MiB\) of"
@@ -90,7 +90,7 @@ def test_what_is_kept_later_counts_before_loading_and_the_refusal_names_it(tmp_p
 def test_what_is_kept_stays_below_the_estimate(case: Case, limit: int, tmp_path: Path) -> None:
     """Full, and not far below."""
     source = saved(case, tmp_path / "model")
-    need = needed(skeleton(case, torch.float32), 1000, limit)
+    need = memory_needed(skeleton(case, torch.float32), 1000, limit)
     model = load(replace(source, chunk_bytes=1000, row_cache_bytes=limit))
     assert need.rows / 4 <= model.rows._logits.nbytes <= need.rows
     layers = range(model.view.facts.n_layers)
@@ -100,10 +100,10 @@ def test_what_is_kept_stays_below_the_estimate(case: Case, limit: int, tmp_path:
 
 
 def test_a_gpu_keeps_no_rows_and_no_index() -> None:
-    need = needed(skeleton(UNTIED, torch.float32), 1000, 2**16)
+    need = memory_needed(skeleton(UNTIED, torch.float32), 1000, 2**16)
     assert min(need.rows, need.neurons) > 0
     assert need.on("cpu") == need
-    assert need.on("cuda:0") == Need(need.weights, need.lens, need.work)
+    assert need.on("cuda:0") == MemoryNeed(need.weights, need.lens, need.work)
 
 
 def test_what_is_free_is_the_limit_without_a_setting(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def available(device: str, limits: Mapping[str, int]) -> int:
     return _free(torch.device(device)) if limit is None else limit
 
 
-def size(count: int) -> str:
+def readable_size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 

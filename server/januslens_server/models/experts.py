@@ -1,4 +1,7 @@
-"""The experts of one MLP, whose matrices are slices of 3-D parameters instead of linear modules."""
+"""The experts of an MLP: their matrices, captured routing, gradients and edits.
+
+transformers stores the experts of a layer in 3-D parameters instead of linear modules.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,12 @@ from januslens_server.results import MatrixKind
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts as transformers lays it out.
+    """A mixture of experts in transformers' layout.
 
-    `block` is the whole MLP. `module` holds `gate_up_proj` and `down_proj` `[n_experts, ...]` and
-    is called with the positions' states, the experts `[pos, k]` and the weights `[pos, k]`.
-    `gate` and `up` are the columns of the fused projection; `stored_as_rows` as for `Linear`.
+    `block` is the whole MLP. `module` has the parameters `gate_up_proj` and `down_proj`
+    `[n_experts, ...]`; its arguments are the hidden states `[pos, d_model]`, the experts `[pos, k]`
+    and their weights `[pos, k]`. `gate` and `up` are column ranges of the fused projection.
+    `stored_as_rows`, `finish` and `added` are as in `Linear` and `Mlp`.
     """
 
     block: nn.Module
@@ -37,27 +41,27 @@ class Experts:
 
     @property
     def input(self) -> Tap:
-        """Where the MLP's input `[batch, pos, d_model]` is read."""
+        """Tap of the MLP's input `[batch, pos, d_model]`."""
         return Tap(self.block, End.INPUT)
 
     @property
     def output(self) -> Tap:
-        """Where the weighted sum of the experts' results `[batch, pos, d_model]` is read."""
+        """Tap of the weighted sum of the experts' results `[batch, pos, d_model]`."""
         return Tap(self.block, End.OUTPUT)
 
     @property
     def expert_ids(self) -> Tap:
-        """Where the experts `[pos, k]` of each position are read."""
+        """Tap of the experts `[pos, k]` that each position is routed to."""
         return Tap(self.module, End.INPUT, argument=1)
 
     @property
     def expert_weights(self) -> Tap:
-        """Where the weights `[pos, k]` of their results are read."""
+        """Tap of the router's weights `[pos, k]` of their results."""
         return Tap(self.module, End.INPUT, argument=2)
 
     @property
     def taps(self) -> dict[str, Tap]:
-        """What a forward pass captures, by its name in `LayerActivations`."""
+        """Taps that a forward pass captures, by field name of `LayerActivations`."""
         return {
             "mlp_input": self.input,
             "mlp_sum": self.output,
@@ -67,12 +71,12 @@ class Experts:
 
     @property
     def matrices(self) -> dict[MatrixKind, ExpertMatrices]:
-        """The weight matrices by kind, each of all experts."""
+        """Weight matrices by kind, each for all experts."""
         kinds = (MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2)
         return {kind: ExpertMatrices(self, kind) for kind in kinds}
 
     def mlp(self) -> ExpertMlp:
-        """The experts as the flow graph reads them."""
+        """The experts in the form that the flow graph reads."""
         return ExpertMlp(self.expert, self.activation, self.finish)
 
     def expert(self, index: int) -> Expert:
@@ -91,44 +95,44 @@ class Experts:
 
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """One kind of matrix of all experts."""
+    """One kind of matrix for all experts of a layer."""
 
     experts: Experts
     kind: MatrixKind
 
     @property
     def whole(self) -> Tap:
-        """Where the VJPs that the factors are made of arrive."""
+        """Tap of the MLP's output, whose VJPs the factors are computed from."""
         return self.experts.output
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """What must be captured for `factors`."""
+        """Taps that `factors` needs."""
         experts = self.experts
         return (experts.input, experts.output, experts.expert_ids, experts.expert_weights)
 
     @property
     def module(self) -> nn.Module:
-        """The module that holds the matrices."""
+        """The module that contains the matrices."""
         return self.experts.module
 
     def number(self, expert: int | None) -> int:
-        """The expert of a `MatrixKey` of this kind, which must name one."""
+        """Return the expert of a `MatrixKey`. Raises `ValueError` if it is None."""
         if expert is None:
             raise ValueError("expected the number of an expert, got none")
         return expert
 
     def parameter(self) -> torch.Tensor:
-        """The resident parameter `[n_experts, ...]` that holds the matrices."""
+        """The model's parameter `[n_experts, ...]` that contains the matrices."""
         return read_parameter(self.module, self._name)
 
     def rows_of(self, stored: torch.Tensor, expert: int | None = None) -> torch.Tensor:
-        """One expert's `[d_in, d_out]` of a tensor stored as the parameter is."""
+        """One expert's `[d_in, d_out]` in a tensor with the parameter's layout."""
         own = stored[self.number(expert)]
         return select(own if self.experts.stored_as_rows else own.T, self._columns)
 
     def weight_of(self, expert: int) -> torch.Tensor:
-        """`W: [d_in, d_out]` of one expert, a view of the resident parameter."""
+        """`W: [d_in, d_out]` of one expert, a view of the model's parameter."""
         return self.rows_of(self.parameter(), expert)
 
     def bias_of(self, expert: int) -> torch.Tensor | None:
@@ -139,9 +143,9 @@ class ExpertMatrices:
     def factors(
         self, captured: Mapping[Tap, torch.Tensor], vjps: torch.Tensor
     ) -> dict[int | None, Factors]:
-        """Each routed expert's factors from dL/d(MLP output) `[pos, d_model]`.
+        """Factors by routed expert, from dL/d(MLP output) `[pos, d_model]`.
 
-        Inputs are without the router's weight, VJPs contain it (docs/semantics.md).
+        The VJPs contain the router's weight, the inputs do not (docs/semantics.md).
         """
         x = captured[self.experts.input][0].detach()
         ids = captured[self.experts.expert_ids].detach()
@@ -159,7 +163,7 @@ class ExpertMatrices:
         routed: torch.Tensor,
         weights: torch.Tensor,
     ) -> Factors:
-        """One expert run again where it was `routed` `[pos, k]`, forward and back."""
+        """Run one expert again, forward and backward, where it was `routed` `[pos, k]`."""
         positions, slots = torch.where(routed)
         expert = self.experts.expert(index)
         own, delta = x[positions], vjps[positions] * weights[positions, slots, None]
@@ -183,16 +187,16 @@ class ExpertMatrices:
         return self.experts.gate if self.kind is MatrixKind.GATE else self.experts.up
 
 
-# Of some experts' matrices, by expert and kind.
+# Changes of matrices by expert and kind.
 ExpertChanges = dict[int, dict[MatrixKind, LowRank]]
 
 
 @dataclass(frozen=True)
 class ExpertOverlay:
-    """Changes of the matrices of some experts of one MLP.
+    """Overlay that changes matrices of some experts of one MLP.
 
-    An expert is not linear in its gate, so what a change adds to its result is taken as the
-    difference of two runs of it, on just the positions that were sent to it.
+    An expert is not linear in its gate. What a change adds to its result is therefore the
+    difference of two runs, on the positions that are routed to it.
     """
 
     experts: Experts
@@ -200,11 +204,11 @@ class ExpertOverlay:
 
     @property
     def module(self) -> nn.Module:
-        """The module that holds all experts of the MLP."""
+        """The module that contains all experts of the MLP."""
         return self.experts.module
 
     def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the experts' results `[pos, d_model]`, some of them changed."""
+        """Weighted sum of the experts' results `[pos, d_model]` with the changes applied."""
         x, ids, weights = (nth_tensor(args, n=n) for n in range(3))
         added = torch.zeros(output.shape, device=output.device)
         for index, changes in self.changes.items():
@@ -217,7 +221,7 @@ class ExpertOverlay:
     def _moved(
         self, index: int, changes: Mapping[MatrixKind, LowRank], x: torch.Tensor
     ) -> torch.Tensor:
-        """By how much one expert's result for `x` `[n, d_model]` moves."""
+        """Difference that the changes make to one expert's result for `x` `[n, d_model]`."""
         expert, activation = self.experts.expert(index), self.experts.activation
         gate, up = expert.gate_and_up(x)
         before = activation(gate, up)

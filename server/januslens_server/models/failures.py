@@ -12,7 +12,7 @@ from januslens_server.errors import DeviceLost, ModelFailed, NotFinite, OutOfMem
 from januslens_server.models.matrices import read_parameter
 from januslens_server.results import Floats
 
-# Parameters that an error names.
+# Number of parameters that an error lists.
 LISTED = 3
 
 # In the message of the plain RuntimeError that torch's CPU allocator raises.
@@ -20,7 +20,7 @@ CPU_ALLOCATOR = "DefaultCPUAllocator: "
 
 
 def check_weights(network: nn.Module) -> None:
-    """Raise `ModelFailed` if a weight is infinite or NaN, even one that few prompts would meet."""
+    """Raise `ModelFailed` if a weight is infinite or NaN."""
     broken = [
         f"{path}.{name}"
         for path, module in network.named_modules()
@@ -35,10 +35,10 @@ def check_weights(network: nn.Module) -> None:
 
 
 def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
-    """Raise `NotFinite` if a pass ended in no numbers `[pos, d_model]` or logits `[pos, vocab]`.
+    """Raise `NotFinite` if the last residual `[pos, d_model]` or the logits `[pos, vocab]` are not.
 
-    What overflows in an earlier layer stays in the residual stream, so its end shows it. Logits
-    may be minus infinity where a model rules tokens out.
+    An overflow in an earlier layer stays in the residual stream, so checking its end is enough.
+    Logits may be minus infinity, by which some models exclude tokens.
     """
     if not _finite(residual) or bool(logits.isnan().any()):
         raise NotFinite(
@@ -48,7 +48,7 @@ def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
 
 
 def check_gradients(vjps: Iterable[torch.Tensor]) -> None:
-    """Raise `NotFinite` if one of the gradients dL/dy `[pos, d_out]` is infinite or NaN."""
+    """Raise `NotFinite` if a gradient dL/dy `[pos, d_out]` is infinite or NaN."""
     for vjp in vjps:
         if not _finite(vjp):
             raise NotFinite(
@@ -58,10 +58,10 @@ def check_gradients(vjps: Iterable[torch.Tensor]) -> None:
 
 
 def check_numbers(what: str, *columns: Floats | None) -> None:
-    """Raise `NotFinite` if a number of an answer is infinite or NaN.
+    """Raise `NotFinite` if a number of a result is infinite or NaN; `what` names the result.
 
-    The norm of a vector overflows before the vector does, and every norm of the model squares too,
-    so finite norms also mean that no share and no reading was computed from an infinite square.
+    A vector's norm overflows before the vector does, and the model's norms square it as well. So if
+    the norms are finite, no share and no projection was computed from an infinite square.
     """
     for column in columns:
         if column is not None and not np.isfinite(column).all():
@@ -69,7 +69,7 @@ def check_numbers(what: str, *columns: Floats | None) -> None:
 
 
 def _advice(data_type: torch.dtype) -> str:
-    """What helps a model that is served in half precision."""
+    """Advice for a model that is served in half precision."""
     if data_type in (torch.float16, torch.bfloat16):
         name = str(data_type).removeprefix("torch.")
         return f", or serve the model with --data-type float32 instead of {name}"
@@ -77,14 +77,14 @@ def _advice(data_type: torch.dtype) -> str:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """Without a tensor of the same size: the extremes carry infinities and NaN."""
+    """Whether all values are finite, from the extremes: this needs no tensor of the same size."""
     if not tensor.numel():
         return True
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
 def devices_answer() -> bool:
-    """Whether every GPU still computes: after some errors none does until the process ends."""
+    """Whether every GPU still computes. After some errors a GPU needs a new process."""
     try:
         for device in range(torch.cuda.device_count()):
             torch.ones(1, device=f"cuda:{device}").item()
@@ -94,16 +94,15 @@ def devices_answer() -> bool:
 
 
 def in_service_terms(error: Exception, answers: Callable[[], bool] = devices_answer) -> Exception:
-    """`OutOfMemory` and `DeviceLost` for what torch says of them; else the error itself.
+    """Convert torch's errors to `OutOfMemory` or `DeviceLost`; return other errors unchanged.
 
-    An error of an accelerator may be a bug's or the device's end: `answers` says whether it still
-    computes.
+    After an accelerator error, `answers` decides whether the device is lost or still computes.
     """
     exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if exhausted or (isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)):
         return OutOfMemory(
-            "the device had no memory left for this request, which holds none of it any more; "
-            "ask for fewer layers, positions or parts, or try again when less runs"
+            "the device had no memory left for this request; ask for fewer layers, positions or "
+            "parts, or try again when the server is less busy"
         )
     if isinstance(error, torch.AcceleratorError) and not answers():
         return DeviceLost()

@@ -1,4 +1,4 @@
-"""What the flow graph reads of a block: its weights, and its activations in a forward pass."""
+"""Convert a block's weights and captured activations to the form that the flow graph reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from januslens_server.models.views import Block, Mlp
 
 
 def block_weights(block: Block) -> BlockWeights:
-    """Row-convention float32 tensors; views where the model is float32, copies elsewhere."""
+    """A block's weights as float32 tensors in the row convention; views of a float32 model's."""
     attention, mlp = block.attention, block.mlp
     query = attention.query.weight.float().unflatten(1, (attention.n_heads, -1))
     key = attention.key.weight.float().unflatten(1, (attention.n_kv_heads, -1))
@@ -51,7 +51,7 @@ def _dense(mlp: Mlp) -> DenseMlp:
 
 
 def layer_taps(block: Block) -> dict[str, Tap]:
-    """What a forward pass captures of a block, by its name in `LayerActivations`."""
+    """Taps that a forward pass captures of a block, by field name of `LayerActivations`."""
     attention = block.attention
     taps = {
         "block_input": Tap(block.module, End.INPUT),
@@ -73,18 +73,18 @@ def layer_taps(block: Block) -> dict[str, Tap]:
 
 
 def kept_rows(name: str, captured: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
-    """What the flow graph reads of a captured tensor `[pos, features]` at these positions.
+    """Select the rows of a captured tensor `[pos, features]` that these positions need.
 
-    Attention at a position looks back to the keys and values of all earlier ones; of everything
-    else only the positions themselves are read. What is left out is not kept in memory.
+    Attention at a position reads the keys and values of all earlier positions. Of every other
+    tensor only the positions themselves are needed. Rows that are not selected are freed.
     """
     captured = rows(captured)
     if name not in ("key", "value"):
         whole = len(positions) == len(captured)
         return captured if whole else captured[torch.tensor(positions, device=captured.device)]
     part = captured[: positions[-1] + 1]
-    alone = part.untyped_storage().nbytes() == part.numel() * part.element_size()
-    return part if alone else part.clone()
+    owns_memory = part.untyped_storage().nbytes() == part.numel() * part.element_size()
+    return part if owns_memory else part.clone()
 
 
 def layer_activations(
@@ -93,16 +93,16 @@ def layer_activations(
     length: int,
     positions: Sequence[int] | None = None,
 ) -> LayerActivations:
-    """A block's activations from what its taps captured of a prompt of `length` tokens.
+    """A block's activations, from the tensors captured for a prompt of `length` tokens.
 
-    `positions` are those that `kept_rows` kept; None: all. All tensors are brought to the device
-    where the block computes: its input may come from another one.
+    `positions` are those passed to `kept_rows`, None for all. All tensors are moved to the device
+    where the block computes, since its input may be on another one.
     """
     attention = block.attention
     device = captured["block_output"].device
     named = {name: tensor.to(device) for name, tensor in captured.items()}
     routing = None
-    if isinstance(block.mlp, Experts):  # which has no batch dimension
+    if isinstance(block.mlp, Experts):  # routing has no batch dimension
         routing = Routing(named.pop("expert_ids"), named.pop("expert_weights"))
     named = {name: rows(tensor) for name, tensor in named.items()}
     for name in ("query", "key", "value"):

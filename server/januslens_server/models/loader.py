@@ -35,8 +35,15 @@ from januslens_server.errors import ModelFailed
 from januslens_server.lens.head import CHUNK_BYTES
 from januslens_server.models.adapters import view_of
 from januslens_server.models.failures import check_weights
-from januslens_server.models.matrices import brought
-from januslens_server.models.placement import AUTO, DISK, DeviceMap, devices_of, needed, place
+from januslens_server.models.matrices import loaded_vectors
+from januslens_server.models.placement import (
+    AUTO,
+    DISK,
+    DeviceMap,
+    devices_of,
+    memory_needed,
+    place,
+)
 from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokenizer_files import read_vocabulary
@@ -103,7 +110,7 @@ def load(source: ModelSource) -> ResidentModel:
         checkpoint = open_checkpoint(source.location, source.revision)
         network = _network(source, checkpoint)
         vocabulary = read_vocabulary(checkpoint.folder)
-        with brought(network):
+        with loaded_vectors(network):
             view = view_of(network)
         check_weights(network)
         view = replace(view, lens=replace(view.lens, chunk_bytes=source.chunk_bytes))
@@ -296,7 +303,7 @@ def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dt
     with torch.device("meta"), limited_construction(len(checkpoint.stored)):
         skeleton: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=data_type)
     check_sizes(skeleton, checkpoint.stored)
-    need = needed(skeleton, source.chunk_bytes, source.row_cache_bytes)
+    need = memory_needed(skeleton, source.chunk_bytes, source.row_cache_bytes)
     device_map = place(skeleton, need, source.device, source.limits, source.offload_dir)
     devices = list(dict.fromkeys(str(device) for device in device_map.values()))
     computing = next((device for device in devices if device not in {"cpu", DISK}), "cpu")

@@ -1,8 +1,8 @@
-"""Weight matrices: reading them wherever they are stored, and the factors of their gradients.
+"""Weight matrices: how they are stored, read and captured, and the factors of their gradients.
 
-accelerate keeps offloaded weights on the CPU or on disk and loads a module's for its forward pass
-alone. Between calls such parameters are on the meta device and hold no values, so that everything
-here reads parameters with `read_tensor` and `read_parameter`.
+accelerate keeps offloaded weights on the CPU or on disk and loads those of one module during its
+forward pass. Between calls such parameters are on the meta device and hold no values. Read them
+with `read_tensor` and `read_parameter`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from januslens_server.capture import End, Tap
 from januslens_server.capture.taps import Columns, rows, select
 from januslens_server.results import MatrixKind
 
-# Layer, kind, and the expert whose matrix it is (None: the layer's only one).
+# Layer, kind, and expert; the expert is None in a layer without experts.
 MatrixKey = tuple[int, MatrixKind, int | None]
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Inputs `[n, d_in]` and VJPs `[n, d_out]` at `positions` `[n]`: dL/dW = inputs^T vjps.
+    """The factors of one matrix's gradient: `dL/dW = inputs^T vjps`.
 
-    Inputs come in the model's data type, VJPs in float32, converted from the model's. An expert
-    has a row for each position that was sent to it.
+    `inputs` `[n, d_in]` are in the model's data type, `vjps` `[n, d_out]` in float32, and
+    `positions` `[n]` are the prompt positions of the rows. An expert has one row for each position
+    that is routed to it. Source: Backward Lens, section 4.1, equation 8.
     """
 
     inputs: torch.Tensor
@@ -39,17 +40,17 @@ class Factors:
     positions: torch.Tensor
 
     def to(self, device: torch.device) -> Factors:
-        """The same factors where the lens reads them."""
+        """Copy the factors to another device."""
         return Factors(self.inputs.to(device), self.vjps.to(device), self.positions.to(device))
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear map of the model, possibly some `columns` of a fused module.
+    """One linear map of the model: a module, or some output `columns` of a fused module.
 
-    `stored_as_rows` is True where the module keeps `[d_in, d_out]` (transformers' Conv1D) and
-    False where it keeps the transpose (`nn.Linear`). `overwritten` where the model writes to the
-    module's output in place: it is then handed a copy.
+    `stored_as_rows` is True if the module stores `[d_in, d_out]` (transformers' Conv1D) and False
+    if it stores the transpose (`nn.Linear`). `overwritten` is True if the model modifies the
+    module's output in place; capture then keeps the original and passes on a copy.
     """
 
     module: nn.Module
@@ -59,7 +60,7 @@ class Linear:
 
     @property
     def weight(self) -> torch.Tensor:
-        """`W: [d_in, d_out]`, a view of the resident parameter."""
+        """`W: [d_in, d_out]`, a view of the model's parameter."""
         return self.rows_of(self.parameter())
 
     @property
@@ -69,43 +70,43 @@ class Linear:
         return None if bias is None else self.select(bias)
 
     def select(self, whole: torch.Tensor) -> torch.Tensor:
-        """This map's columns of a tensor `[..., features]` of the whole module."""
+        """Select this map's columns of a tensor `[..., features]` of the whole module."""
         return select(whole, self.columns)
 
     @property
     def input(self) -> Tap:
-        """Where `x: [batch, pos, d_in]` is read."""
+        """Tap of the map's input `x: [batch, pos, d_in]`."""
         return Tap(self.module, End.INPUT)
 
     @property
     def output(self) -> Tap:
-        """Where `y: [batch, pos, d_out]` is read."""
+        """Tap of the map's output `y: [batch, pos, d_out]`."""
         return Tap(self.module, End.OUTPUT, self.columns, overwritten=self.overwritten)
 
     @property
     def whole(self) -> Tap:
-        """The module's whole output, of which `output` is some columns: what VJPs arrive at."""
+        """Tap of the module's whole output, whose VJPs `factors` takes."""
         return Tap(self.module, End.OUTPUT, overwritten=self.overwritten)
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """What must be captured for `factors`."""
+        """Taps that `factors` needs."""
         return (self.input, self.whole)
 
     def factors(
         self, captured: Mapping[Tap, torch.Tensor], vjps: torch.Tensor
     ) -> dict[int | None, Factors]:
-        """The gradient's factors from dL/d(whole) `[pos, features]`; of no expert."""
+        """Factors of the gradient, from dL/d(whole) `[pos, features]`; their expert is None."""
         inputs = rows(captured[self.input]).detach()
         positions = torch.arange(len(inputs), device=inputs.device)
         return {None: Factors(inputs, self.select(vjps), positions)}
 
     def parameter(self) -> torch.Tensor:
-        """The resident parameter that holds the map."""
+        """The model's parameter that contains the map."""
         return read_parameter(self.module, "weight")
 
     def rows_of(self, stored: torch.Tensor, _expert: int | None = None) -> torch.Tensor:
-        """This map's `[d_in, d_out]` of a tensor stored as the parameter is."""
+        """This map's `[d_in, d_out]` in a tensor with the parameter's layout."""
         return self.select(stored if self.stored_as_rows else stored.T)
 
     @cached_property
@@ -116,25 +117,28 @@ class Linear:
 
 
 def read_tensor(module: nn.Module, name: str) -> torch.Tensor | None:
-    """The module's own parameter with its numbers, where it computes; None: there is none."""
+    """The module's tensor `name` with its values, on the device where it computes, or None."""
     with align_module_device(module):
         tensor: torch.Tensor | None = getattr(module, name, None)
         return tensor
 
 
 def read_parameter(module: nn.Module, name: str) -> torch.Tensor:
-    """As `read_tensor`, of a parameter that must be there."""
+    """The module's parameter `name` with its values, on the device where it computes.
+
+    Raises `AttributeError` if the module has no such parameter.
+    """
     with align_module_device(module):
         return module.get_parameter(name)
 
 
 @contextmanager
-def brought(network: PreTrainedModel) -> Iterator[None]:
-    """Inside, all parameters that views are made of have their numbers.
+def loaded_vectors(network: PreTrainedModel) -> Iterator[None]:
+    """Load every offloaded parameter that views are made of, for the duration of the context.
 
-    These are the head and what stands around it, and the blocks' norms and other vectors. The
-    blocks' matrices are read one by one when they are needed, the embedding not at all. The model
-    may run.
+    These are the output head, the modules outside the blocks, and the blocks' norms and other
+    vectors. Matrices of blocks are read one by one when they are needed; the embedding is never
+    read. The model can run inside the context.
     """
     lists = (module for module in network.modules() if isinstance(module, nn.ModuleList))
     in_blocks = {module for blocks in lists for module in blocks.modules()}
@@ -143,19 +147,19 @@ def brought(network: PreTrainedModel) -> Iterator[None]:
         for module in network.modules():
             wanted = _holds_vectors(module) if module in in_blocks else module is not embedding
             if wanted:
-                stack.enter_context(held(module))
+                stack.enter_context(loaded_weights(module))
         yield
 
 
 def _holds_vectors(module: nn.Module) -> bool:
-    """Whether it has no matrix; norms of queries and keys may have a row for each head."""
+    """Whether a module has no matrix. Norms of queries and keys may have a row for each head."""
     is_norm = "norm" in type(module).__name__.lower()
     return is_norm or all(p.dim() < 2 for p in module.parameters(recurse=False))
 
 
 @contextmanager
-def held(module: nn.Module) -> Iterator[None]:
-    """Inside, the module's parameters have their numbers and keep them through its forward."""
+def loaded_weights(module: nn.Module) -> Iterator[None]:
+    """Load a module's offloaded parameters, also through its forward pass, inside the context."""
     if not has_offloaded_params(module):
         yield
         return

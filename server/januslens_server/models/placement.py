@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from januslens_server.errors import ModelFailed
 from januslens_server.lens.row_cache import ROWS
-from januslens_server.models.device_memory import available, size
+from januslens_server.models.device_memory import available, readable_size
 from januslens_server.models.neuron_index import DEPTH, ENTRY_BYTES, INDEX_BYTES, ROW_BYTES
 
 # The value of `device` that splits a model over the machine's devices.
@@ -28,7 +28,7 @@ CHUNKS_AT_WORK = 4
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes of a model's `weights`, of the `lens`' copies of them, and of a request's `work`.
 
     Where a CPU computes there is the head `packed` for it, if `lens` is not that copy already,
@@ -43,7 +43,7 @@ class Need:
     rows: int = 0
     neurons: int = 0
 
-    def on(self, device: str) -> Need:
+    def on(self, device: str) -> MemoryNeed:
         """What of it comes to stand on the device that computes."""
         return self if device == "cpu" else replace(self, packed=0, rows=0, neurons=0)
 
@@ -59,7 +59,7 @@ class Need:
 
     def __str__(self) -> str:
         parts = ", ".join(
-            f"{name} {size(count)}"
+            f"{name} {readable_size(count)}"
             for name, count in (
                 ("weights", self.weights),
                 ("lens", self.lens + self.packed),
@@ -68,10 +68,10 @@ class Need:
                 ("neuron index", self.neurons),
             )
         )
-        return f"{size(self.total)} ({parts})"
+        return f"{readable_size(self.total)} ({parts})"
 
 
-def needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> Need:
+def memory_needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> MemoryNeed:
     """From a model without weights (on the meta device), in the data type that it will have.
 
     The lens and the flow graph compute in float32: of half types they copy the head for good, and
@@ -84,10 +84,10 @@ def needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) ->
     copied = torch.float32.itemsize
     head = copied * skeleton.get_output_embeddings().get_parameter("weight").numel()
     if skeleton.dtype is torch.float32:
-        return Need(weights, 0, work, head, rows, neurons)
+        return MemoryNeed(weights, 0, work, head, rows, neurons)
     layers: int = skeleton.config.get_text_config().num_hidden_layers
     block = copied * sum(p.numel() for p in skeleton.parameters()) // layers
-    return Need(weights, head, work + block, 0, rows, neurons)
+    return MemoryNeed(weights, head, work + block, 0, rows, neurons)
 
 
 def _kept(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> tuple[int, int]:
@@ -108,7 +108,7 @@ def _kept(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> 
 
 def place(
     skeleton: PreTrainedModel,
-    need: Need,
+    need: MemoryNeed,
     device: str,
     limits: Mapping[str, int],
     offload_dir: Path | None,
@@ -135,7 +135,7 @@ def _computing_devices() -> list[str]:
 
 def _split(
     skeleton: PreTrainedModel,
-    need: Need,
+    need: MemoryNeed,
     room: Mapping[str, int],
     computing: list[str],
     offload_dir: Path | None,
@@ -163,8 +163,8 @@ def _accelerate_name(device: str) -> str | int:
     return int(device.removeprefix("cuda:")) if device.startswith("cuda:") else device
 
 
-def _too_large(need: Need, room: Mapping[str, int]) -> str:
-    found = ", ".join(f"{size(free)} on {name}" for name, free in room.items())
+def _too_large(need: MemoryNeed, room: Mapping[str, int]) -> str:
+    found = ", ".join(f"{readable_size(free)} on {name}" for name, free in room.items())
     return f"expected {need} of memory, found {found}; use a smaller data type or larger device"
 
 

@@ -17,7 +17,7 @@ from januslens_server.errors import CancelCheck
 from januslens_server.lens.losses import Loss
 from januslens_server.models.failures import check_gradients, check_pass
 from januslens_server.models.graph_inputs import kept_rows, layer_activations, layer_taps
-from januslens_server.models.matrices import Factors, MatrixKey, held
+from januslens_server.models.matrices import Factors, MatrixKey, loaded_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.views import Block
 from januslens_server.results import MatrixKind
@@ -161,7 +161,11 @@ def dense_gradient(
     matrix = model.view.blocks[layer].matrices[kind]
     modules = [block.module for block in model.view.blocks]
     scored = range(len(ids))[-loss.positions :]
-    with held(matrix.module), torch.enable_grad(), capturing({}, check_cancelled, modules):
+    with (
+        loaded_weights(matrix.module),
+        torch.enable_grad(),
+        capturing({}, check_cancelled, modules),
+    ):
         weight = matrix.parameter()
         name = next(name for name, p in model.network.named_parameters() if p is weight)
         alias = weight.detach().requires_grad_()

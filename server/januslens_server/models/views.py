@@ -1,8 +1,10 @@
-"""The parts of a causal LM under the field's names, whatever its modules are called.
+"""The parts of a causal language model, independent of its architecture family.
 
-Adapters, one function per architecture family, build a `ModelView`; nothing else knows module
-names.
-Row convention everywhere: a linear map is `y = x W + b` with `W: [d_in, d_out]`.
+Adapters, one function per architecture family, build a `ModelView`; nothing else depends on module
+names. `check_parameters` refuses a model with a parameter that no part includes: routed experts
+beside a shared one, a gate, an adapter. Their results would be missing from every sum.
+
+Row convention: a linear map is `y = x W + b` with `W: [d_in, d_out]`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from januslens_server.models.experts import ExpertChanges, ExpertMatrices, Exper
 from januslens_server.models.matrices import Linear, MatrixKey
 from januslens_server.results import MatrixKind, ModelFacts
 
-# Parameters that an error names.
+# Number of parameters that an error lists.
 LISTED = 3
 
 
@@ -31,10 +33,10 @@ LISTED = 3
 class Attention:
     """The attention of one block.
 
-    `rotation` gives the rotary matrices of a prompt by its length. `query_map` and `key_map` are
-    what stands between the linear maps and the rotation; values are clipped to `value_clip`.
-    `finish` is what stands between the raw result and the residual; `added` reads what a
-    post-norm gives there.
+    `rotation` returns the rotary matrices for a prompt's length. `query_map` and `key_map` are
+    applied between the linear maps and the rotation; values are clipped to `value_clip`. `finish`
+    is applied to the result before it is added to the residual; `added` is the tap of a post-norm's
+    output.
     """
 
     query: Linear
@@ -54,9 +56,9 @@ class Attention:
 
 @dataclass(frozen=True)
 class Mlp:
-    """The MLP of one block: `ff1` is the gate where it is gated, then `up` is set.
+    """The MLP of one block. In a gated MLP, `ff1` is the gate and `up` is set.
 
-    `finish` and `added` as for attention.
+    `finish` and `added` are as in `Attention`.
     """
 
     ff1: Linear
@@ -67,7 +69,7 @@ class Mlp:
 
     @property
     def taps(self) -> dict[str, Tap]:
-        """What a forward pass captures, by its name in `LayerActivations`."""
+        """Taps that a forward pass captures, by field name of `LayerActivations`."""
         return {
             "mlp_input": self.ff1.input,
             "neurons": self.ff2.input,
@@ -76,7 +78,7 @@ class Mlp:
 
     @property
     def matrices(self) -> dict[MatrixKind, Linear]:
-        """The weight matrices by kind."""
+        """Weight matrices by kind."""
         if self.up is None:
             return {MatrixKind.FF1: self.ff1, MatrixKind.FF2: self.ff2}
         return {MatrixKind.GATE: self.ff1, MatrixKind.UP: self.up, MatrixKind.FF2: self.ff2}
@@ -86,8 +88,8 @@ class Mlp:
 class Block:
     """One transformer block.
 
-    `residual_mid` reads the residual after attention; None: attention and MLP are parallel.
-    Without a pre-norm a sublayer reads the residual itself.
+    `residual_mid` is the tap of the residual between attention and MLP, or None if they are
+    parallel. Without a pre-norm, a sublayer reads the residual itself.
     """
 
     module: nn.Module
@@ -99,7 +101,7 @@ class Block:
 
     @cached_property
     def matrices(self) -> dict[MatrixKind, Linear | ExpertMatrices]:
-        """The block's weight matrices by kind."""
+        """Weight matrices of attention and MLP by kind."""
         present: dict[MatrixKind, Linear | ExpertMatrices] = {
             MatrixKind.Q: self.attention.query,
             MatrixKind.K: self.attention.key,
@@ -119,7 +121,7 @@ class ModelView:
     facts: ModelFacts
 
     def overlays(self, changes: Mapping[MatrixKey, LowRank]) -> list[Overlay]:
-        """Changes of weight matrices: an overlay per linear map, one for all experts of a layer."""
+        """Overlays that apply changes of matrices: one per linear map, one per layer of experts."""
         overlays: list[Overlay] = []
         of_experts: dict[int, ExpertChanges] = {}
         for (layer, kind, expert), change in changes.items():
@@ -137,7 +139,7 @@ class ModelView:
 
 
 def check_parameters(network: nn.Module, view: ModelView) -> None:
-    """Raise `ModelFailed` naming the parameters of blocks that no part of the view holds."""
+    """Raise `ModelFailed` if a block has parameters that no part of the view includes."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     unread = [
         names.get(id(parameter), name)
@@ -147,13 +149,13 @@ def check_parameters(network: nn.Module, view: ModelView) -> None:
     if unread:
         more = ", ..." if len(unread) > LISTED else ""
         raise ModelFailed(
-            f"{len(unread)} parameters of the blocks belong to no part that is known here: "
+            f"{len(unread)} parameters of the blocks belong to no known part: "
             f"{', '.join(unread[:LISTED])}{more}"
         )
 
 
 def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
-    """The block's parameters that its view does not account for."""
+    """Yield the block's parameters, with their names, that no part of it includes."""
     matrices = [m for m in block.matrices.values() if isinstance(m, Linear)]
     whole = {id(m.module) for m in matrices if _covered(m, matrices)}
     experts = block.mlp if isinstance(block.mlp, Experts) else None
@@ -170,7 +172,7 @@ def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _covered(matrix: Linear, matrices: list[Linear]) -> bool:
-    """Whether the maps that one module holds are together all of its columns."""
+    """Whether the maps of a fused module cover all of its columns."""
     parts = [m.columns for m in matrices if m.module is matrix.module]
     if None in parts:
         return True
@@ -180,9 +182,9 @@ def _covered(matrix: Linear, matrices: list[Linear]) -> bool:
 
 
 def _of_experts(experts: Experts, module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether it is one of the experts' stacked matrices, or of the router that chooses among them.
+    """Whether a parameter belongs to the experts' stacked matrices or to their router.
 
-    A router gives a number for each expert, in the module of the whole MLP.
+    A router's parameters are inside the MLP's module and have one row or number per expert.
     """
     if module is experts.module:
         return name.removesuffix("_bias") in {"gate_up_proj", "down_proj"}
@@ -192,5 +194,5 @@ def _of_experts(experts: Experts, module: nn.Module, name: str, parameter: nn.Pa
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether it is a norm, which adds nothing itself; those over heads have a row for each."""
+    """Whether a module is a norm. A norm over heads has a row of weights for each head."""
     return "norm" in type(module).__name__.lower() and not list(module.children())

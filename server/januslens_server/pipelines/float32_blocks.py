@@ -15,7 +15,7 @@ from torch import nn
 
 from januslens_server.capture import LayerActivations, capturing
 from januslens_server.models.graph_inputs import block_weights, layer_activations, layer_taps
-from januslens_server.models.matrices import held
+from januslens_server.models.matrices import loaded_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.views import Block
 from januslens_server.results import Guarantee
@@ -102,7 +102,7 @@ def _float32_weights(module: nn.Module) -> Iterator[None]:
     """Inside, the module computes in float32; afterwards its tensors are the same as before."""
     with ExitStack() as stack:
         for each in module.modules():
-            stack.enter_context(held(each))
+            stack.enter_context(loaded_weights(each))
         tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
         own = [tensor.data for tensor in tensors]
         for tensor in tensors:
