@@ -148,7 +148,7 @@ def test_a_model_outside_the_scope_is_denied_and_hidden(access: Access) -> None:
         request = models_pb2.TokenizeRequest(model=name, text="Japan")
         answer = access.refused("Tokenize", request, access.tokens["ada"])
         assert answer.code is grpc.StatusCode.PERMISSION_DENIED
-        assert answer.text == f"expected one of one for you, got {name!r}"
+        assert answer.text == f"model {name!r} is not permitted: expected one of one"
     nothing = access.refused("Tokenize", TEXT, access.tokens["none"])
     assert nothing.code is grpc.StatusCode.PERMISSION_DENIED
     assert "two" not in nothing.text

@@ -79,10 +79,10 @@ def test_what_is_kept_later_counts_before_loading_and_the_refusal_names_it(tmp_p
     need = memory_needed(skeleton(TIED, torch.float32), source.chunk_bytes, source.row_cache_bytes)
     assert load(replace(source, limits={"cpu": need.total})).provenance.device == "cpu"
     with pytest.raises(
-        ModelFailed, match=r"row cache 0\.1 MiB, neuron index \d\.\d MiB\) of"
+        ModelFailed, match=r"row cache 0\.1 MiB, neuron index \d\.\d MiB\), found"
     ) as at:
         load(replace(source, limits={"cpu": need.total - 1}))
-    assert f"expected {need} of memory" in str(at.value)
+    assert f"not enough memory: expected {need}, found" in str(at.value)
 
 
 @pytest.mark.parametrize("limit", [2**16, 2**40], ids=["limited", "all rows"])

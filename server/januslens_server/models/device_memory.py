@@ -16,16 +16,16 @@ from januslens_server.errors import ModelFailed
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
-# A limit of version 1 above this means none.
+# cgroup version 1 reports a larger number if there is no limit.
 UNLIMITED = 2**60
 
-# What requests leave of a device's memory: a 16th of it, within these bounds, for what is not
-# estimated (messages, the interpreter, the allocator's own losses).
+# Memory that requests leave free, for what is not estimated (messages, the interpreter, losses of
+# the allocator): a 16th of the device's memory within these bounds.
 RESERVED = 16
 SMALLEST_RESERVE, LARGEST_RESERVE = 64 * 2**20, 2**30
 
-# allocated: tensors, of a CPU the whole process; reserved: kept by torch for further tensors;
-# available: left for new ones; total: the device's, of a CPU the container's limit.
+# allocated: tensors, on a CPU the whole process; reserved: kept by torch for later tensors;
+# available: free for new tensors; total: the device's memory, on a CPU the container's limit.
 KINDS = {
     "cpu": ("allocated", "available", "total"),
     "cuda": ("allocated", "reserved", "available", "total"),
@@ -33,21 +33,24 @@ KINDS = {
 
 
 def available(device: str, limits: Mapping[str, int]) -> int:
-    """The operator's limit for the device if there is one, else what is free."""
+    """Bytes that a model may take: the operator's limit for the device, else what is free.
+
+    Raises `ModelFailed` for a CUDA device that torch cannot use.
+    """
     limit = limits.get(device, limits.get(f"{device}:0"))
     return _free(torch.device(device)) if limit is None else limit
 
 
 def readable_size(count: int) -> str:
-    """Bytes for people."""
+    """Format a number of bytes in MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def free_for_requests(device: str, needed: float = 0) -> float:
-    """Bytes that requests may still take of a device, less a reserve.
+    """Bytes that requests may still take on a device, after subtracting a reserve.
 
-    Memory that was freed and not yet given back to the system counts if it is `needed`: it is
-    given back then. With `auto` the GPU that has least left is the limit.
+    If `needed` bytes are not free, memory that was freed but not returned to the system is returned
+    first. With `auto` the GPU with the least free memory counts.
     """
     names = [device]
     if device == "auto":
@@ -65,7 +68,7 @@ def _for_requests(device: str) -> float:
 
 
 def _give_back() -> None:
-    """Let the C library return freed memory; without effect where it has no such function."""
+    """Let the C library return freed memory to the system, if it has `malloc_trim`."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -81,10 +84,10 @@ def _free(device: torch.device) -> int:
 
 
 def free_memory(groups: Groups | None = None) -> int:
-    """What this process may still allocate: the least that machine, cgroups and limits leave.
+    """Bytes that this process may still allocate under the machine's, cgroups' and process limits.
 
-    Pages of mapped files count as free to Linux. Those that this process maps are its models'
-    weights, which are read again and again, so they do not count as free here.
+    Linux counts pages of mapped files as free. The pages that this process maps are its models'
+    weights, which are in constant use, so they do not count as free here.
     """
     process = psutil.Process()
     own = process.memory_info()
@@ -101,7 +104,7 @@ def free_memory(groups: Groups | None = None) -> int:
 
 
 def total_memory(device: str, groups: Groups | None = None) -> int:
-    """What the device has; of a CPU, the machine's memory or the cgroup's limit if that is less."""
+    """Bytes of a GPU's memory; for a CPU, of the machine's memory or of a smaller cgroup limit."""
     place = torch.device(device)
     if place.type == "cuda":
         return torch.cuda.mem_get_info(place)[1]
@@ -111,26 +114,26 @@ def total_memory(device: str, groups: Groups | None = None) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """The memory of one cgroup, version 1 or 2, read from its folder when it is asked for."""
+    """The memory of one cgroup, version 1 or 2. Each property reads its file anew."""
 
     folder: Path
     version: int
 
     @property
     def limit(self) -> int | None:
-        """Bytes; None: it has no limit."""
+        """Limit in bytes, or None."""
         text = self._read(("memory.limit_in_bytes", "memory.max"))
         limit = None if text in (None, "max") else int(text or 0)
         return None if limit is None or limit >= UNLIMITED else limit
 
     @property
     def used(self) -> int:
-        """Bytes that are charged to it, cached files among them."""
+        """Bytes in use, including cached files."""
         return int(self._read(("memory.usage_in_bytes", "memory.current")) or 0)
 
     @property
     def inactive_files(self) -> int:
-        """Bytes of cached files that Linux gives back at need."""
+        """Bytes of cached files that Linux frees when memory is needed."""
         statistics = (self._read(("memory.stat", "memory.stat")) or "").split()
         name = ("total_inactive_file", "inactive_file")[self.version - 1]
         return int(statistics[statistics.index(name) + 1]) if name in statistics else 0
@@ -144,7 +147,7 @@ Groups = Sequence[Group]
 
 
 def own_groups(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[Group]:
-    """The cgroups that bound this process's memory: its own and those above it."""
+    """The cgroups that limit this process's memory: its own and their ancestors."""
     if not own.is_file():  # not Linux
         return []
     groups = []
@@ -163,26 +166,26 @@ def own_groups(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[Group]:
 
 
 def limits_of(groups: Groups) -> Iterator[tuple[int, Group]]:
-    """Those of the groups that have a limit, with it."""
+    """Yield `(limit, group)` for each group that has a limit."""
     for group in groups:
         if (limit := group.limit) is not None:
             yield limit, group
 
 
 def watched_devices(configured: str) -> list[str]:
-    """The CPU, and unless models stay there all GPUs that torch sees."""
+    """Devices with memory metrics: the CPU, and all GPUs unless `configured` is `cpu`."""
     if configured == "cpu" or not torch.cuda.is_available():
         return ["cpu"]
     return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
 
 
 def kinds(device: str) -> tuple[str, ...]:
-    """The kinds of memory that are known of a device."""
+    """The kinds of memory that `used_bytes` accepts for a device."""
     return KINDS[torch.device(device).type]
 
 
 def used_bytes(device: str, kind: str) -> float:
-    """Bytes of one kind; NaN where the machine does not tell."""
+    """Bytes of one kind of memory, NaN if the system does not report it."""
     place = torch.device(device)
     found = _of_gpu(kind, place) if place.type == "cuda" else _of_cpu(kind)
     return float("nan") if found is None else float(found)

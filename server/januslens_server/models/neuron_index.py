@@ -1,4 +1,4 @@
-"""What a model's MLP neurons write, read once and kept."""
+"""Index of the tokens that a model's MLP neurons promote, computed once per model."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.views import Block, ModelView
 from januslens_server.results import MatrixKind, ModelFacts, Provenance
 
-# Tokens kept of each end of a neuron, and how many bytes all of a model's may take at most.
+# Tokens stored for each end of a neuron's projection, and the maximum bytes of a model's index.
 DEPTH = 64
 INDEX_BYTES = 512 * 2**20
-# An id and a logit at either end.
+# Bytes of an id and a logit at either end.
 ENTRY_BYTES = 16
-# A neuron's normaliser, its entropy, the rank of its last token, and whether it is read at all.
+# Bytes of a neuron's log normaliser, its entropy, the rank of its last token, and whether it was
+# projected.
 ROW_BYTES = 13
-# More than a cache file takes beside its tensors.
+# Upper bound of the bytes of a cache file beside its tensors.
 HEADER_BYTES = 2**16
 
-# To be changed whenever the numbers in an index would come out differently.
+# Change this whenever the computed values change.
 VERSION = "2"
 
 
 class NeuronIndex:
-    """The value rows of every layer (FF2's, of experts too), each layer read when it is needed.
+    """Projections of the value rows (FF2) of every layer, experts included.
 
-    For one thread at a time.
+    A layer is computed when it is first needed. Not safe for concurrent use by several threads.
     """
 
     def __init__(
         self, view: ModelView, provenance: Provenance, cache: TensorCache | None = None
     ) -> None:
-        """Layers that `cache` holds of these very weights are not read again."""
+        """Create an empty index. Layers of the same weights in `cache` are not computed again."""
         self._view = view
         self._about = _description(view, provenance)
         self._cache = cache
@@ -46,24 +47,24 @@ class NeuronIndex:
 
     @property
     def depth(self) -> int:
-        """How many tokens are kept of each end."""
+        """Number of tokens stored for each end."""
         return _depth(self._view.facts)
 
     def unread(self, layers: Iterable[int]) -> int:
-        """How many of the layers have not been read yet."""
+        """Number of the layers that have not been computed yet."""
         return sum(layer not in self._layers for layer in layers)
 
     def layer(self, layer: int) -> RowIndex:
-        """The rows of one layer in order, of a mixture expert by expert."""
+        """Index of one layer's rows in order; in a mixture, expert by expert."""
         for _ in self.reading(layer):
             pass
         return self._layers[layer]
 
     def reading(self, layer: int) -> Generator[None]:
-        """Read a layer if nobody has, and yield after every chunk of it.
+        """Compute a layer unless it is known, and yield after each chunk.
 
-        Requests that take turns read a layer together, each chunk once; when all of them have been
-        closed before its end, what they read of it is lost.
+        Requests that take turns share the work: each chunk is computed once. If all of them are
+        closed before the end, their chunks are discarded.
         """
         while layer not in self._layers:
             reading = self._underway.get(layer)
@@ -82,7 +83,7 @@ class NeuronIndex:
         return None if tensors is None else RowIndex(**tensors)
 
     def _read(self, layer: int) -> Iterator[None]:
-        """Bring a layer in: from the cache at once, else chunk by chunk."""
+        """Read a layer from the cache at once, or compute it chunk by chunk."""
         try:
             index = self._kept(layer)
             if index is None:
@@ -93,14 +94,14 @@ class NeuronIndex:
                     self._cache.write(self._named(layer), dict(vars(index)))
             self._layers[layer] = index
         finally:
-            self._underway.pop(layer, None)  # one that failed is begun anew
+            self._underway.pop(layer, None)  # after a failure, start again
 
     def _named(self, layer: int) -> Mapping[str, str]:
         return self._about | {"layer": str(layer), "depth": str(self.depth)}
 
 
 def _check(rows: int, depth: int, vocab: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `ValueError` unless the tensors are an index of so many rows."""
+    """Raise `ValueError` unless the tensors are an index of this many rows."""
     expected = {
         "projected": (torch.bool, (rows,)),
         "top_ids": (torch.int32, (rows, depth)),
@@ -120,20 +121,20 @@ def _check(rows: int, depth: int, vocab: int, tensors: Mapping[str, torch.Tensor
                 f"expected {name} as {kind} {list(shape)}, got {found.dtype} {list(found.shape)}"
             )
         if kind is torch.int32 and bool(((found < 0) | (found >= vocab)).any()):
-            raise ValueError(f"expected ids and ranks below {vocab} in {name}, got others")
+            raise ValueError(f"expected ids and ranks from 0 to {vocab - 1} in {name}")
         if kind is torch.float32 and not bool(found[tensors["projected"]].isfinite().all()):
             raise ValueError(f"expected finite numbers in {name}")
 
 
 def _depth(facts: ModelFacts) -> int:
-    """Fewer tokens where a model has so many neurons that they would take too many bytes."""
+    """Number of tokens per end: `DEPTH`, or fewer to keep a large model within `INDEX_BYTES`."""
     neurons = facts.n_layers * facts.d_mlp * max(1, facts.n_experts)
     fitting = INDEX_BYTES // (ENTRY_BYTES * neurons)
     return min(DEPTH, facts.vocab_size, max(1, fitting))
 
 
 def _value_rows(block: Block) -> Iterator[torch.Tensor]:
-    """FF2 `[d_mlp, d_model]`, of a mixture every expert's."""
+    """Yield FF2 `[d_mlp, d_model]`; in a mixture, that of each expert."""
     matrix = block.matrices[MatrixKind.FF2]
     stored = matrix.parameter()
     experts = range(stored.shape[0]) if stored.dim() == 3 else [None]
@@ -142,7 +143,7 @@ def _value_rows(block: Block) -> Iterator[torch.Tensor]:
 
 
 def _description(view: ModelView, provenance: Provenance) -> dict[str, str]:
-    """What the numbers depend on: the weights, and what a configuration adds to them."""
+    """Describe what the values depend on: the weights and settings of the configuration."""
     lens = view.lens
     norm = f"centred={lens.final_norm.centred} eps={lens.final_norm.eps}"
     return {

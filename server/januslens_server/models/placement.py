@@ -23,17 +23,21 @@ DISK = "disk"
 # Devices by module name, as accelerate expects them: GPUs by number.
 DeviceMap = dict[str, str | int]
 
-# Chunks that a request may need at once: its logits, what is made of them, and its vectors.
+# Chunks that a request may need at once: logits, results computed from them, and vectors.
 CHUNKS_AT_WORK = 4
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes of a model's `weights`, of the `lens`' copies of them, and of a request's `work`.
+    """Bytes that a model needs.
 
-    Where a CPU computes there is the head `packed` for it, if `lens` is not that copy already,
-    and there will be, when requests have asked for them, the logits of the model's `rows`
-    (`--row-cache`) and the index of its `neurons`.
+    Attributes:
+        weights: The model's parameters and buffers.
+        lens: The lens's float32 copy of the output head.
+        work: Memory of one request.
+        packed: The output head in the CPU's layout, if `lens` is not that copy already.
+        rows: Logits of weight rows, cached for later traces (`--row-cache`); CPU only.
+        neurons: The neuron index; CPU only.
     """
 
     weights: int
@@ -44,17 +48,17 @@ class MemoryNeed:
     neurons: int = 0
 
     def on(self, device: str) -> MemoryNeed:
-        """What of it comes to stand on the device that computes."""
+        """The part of the need that applies if this device computes."""
         return self if device == "cpu" else replace(self, packed=0, rows=0, neurons=0)
 
     @property
     def beside_weights(self) -> int:
-        """What must be left where the weights don't stand alone."""
+        """Bytes needed in addition to the weights."""
         return self.lens + self.work + self.packed + self.rows + self.neurons
 
     @property
     def total(self) -> int:
-        """All of it, if it stands on one device."""
+        """Bytes needed if everything is on one device."""
         return self.weights + self.beside_weights
 
     def __str__(self) -> str:
@@ -72,10 +76,11 @@ class MemoryNeed:
 
 
 def memory_needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> MemoryNeed:
-    """From a model without weights (on the meta device), in the data type that it will have.
+    """Estimate the memory of a model from its `skeleton`, the model on the meta device.
 
-    The lens and the flow graph compute in float32: of half types they copy the head for good, and
-    one block's weights at a time; of float32 a CPU alone copies the head, into another layout.
+    The skeleton has the data type that the weights will have. The lens and the flow graph compute
+    in float32: for half types they keep a copy of the output head, and copy one block's weights at
+    a time. For float32 only a CPU copies the head, into another layout.
     """
     rows, neurons = _kept(skeleton, chunk_bytes, row_cache_bytes)
     tensors = [*skeleton.parameters(), *skeleton.buffers()]
@@ -91,10 +96,10 @@ def memory_needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: 
 
 
 def _kept(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> tuple[int, int]:
-    """Bytes of the row cache and the neuron index once they are full: upper bounds.
+    """Upper bounds of the bytes of a full row cache and a full neuron index.
 
-    Before adapters have told the widths, all that is in the blocks' matrices counts as rows of the
-    residual's width, and half of them as neurons, which have two matrices or three.
+    The widths are not known before an adapter runs. So all values of the blocks' matrices count as
+    rows of width d_model, and half of these as neurons, which have two or three matrices.
     """
     vocab, d_model = skeleton.get_output_embeddings().get_parameter("weight").shape
     lists = (module for module in skeleton.modules() if isinstance(module, nn.ModuleList))
@@ -113,9 +118,18 @@ def place(
     limits: Mapping[str, int],
     offload_dir: Path | None,
 ) -> DeviceMap:
-    """All on one `device`; `auto`: on one GPU, else over all GPUs, the CPU and `offload_dir`.
+    """Choose a device for each module.
 
-    Raises `ModelFailed` naming both figures where it does not fit.
+    Args:
+        skeleton: The model on the meta device.
+        need: Its memory, from `memory_needed`.
+        device: One device for the whole model. `auto` uses one GPU if the model fits, else all
+            GPUs, the CPU and the disk.
+        limits: Maximum bytes by device; without a limit, what is free.
+        offload_dir: Folder for weights on disk, or None.
+
+    Raises:
+        ModelFailed: The model does not fit. The error names the needed and the available memory.
     """
     computing = _computing_devices() if device == AUTO else [device]
     room = {name: available(name, limits) for name in computing}
@@ -129,7 +143,7 @@ def place(
 
 
 def _computing_devices() -> list[str]:
-    """The machine's GPUs, or its CPU."""
+    """The machine's GPUs, or its CPU if it has none."""
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
 
 
@@ -142,8 +156,8 @@ def _split(
 ) -> DeviceMap:
     """Fill the GPUs one after the other, then the CPU, then the disk.
 
-    Every device that computes keeps room for the lens and a request: which of them the head will
-    stand on is only known afterwards.
+    Every computing device keeps room for the lens and a request, because the device of the output
+    head is not known beforehand.
     """
     weights = dict(room)
     for name in computing:
@@ -165,11 +179,14 @@ def _accelerate_name(device: str) -> str | int:
 
 def _too_large(need: MemoryNeed, room: Mapping[str, int]) -> str:
     found = ", ".join(f"{readable_size(free)} on {name}" for name, free in room.items())
-    return f"expected {need} of memory, found {found}; use a smaller data type or larger device"
+    return (
+        f"not enough memory: expected {need}, found {found}; "
+        "use a smaller data type or a larger device"
+    )
 
 
 def devices_of(network: PreTrainedModel) -> str:
-    """Where the weights stand, for people: `cpu`, or `cuda:0, cuda:1, cpu, disk`."""
+    """Format the devices of the weights, for example `cpu` or `cuda:0, cuda:1, cpu, disk`."""
     placed = getattr(network, "hf_device_map", {"": str(network.device)})
     names = [f"cuda:{d}" if isinstance(d, int) else str(d) for d in placed.values()]
     return ", ".join(dict.fromkeys(names))

@@ -36,13 +36,13 @@ def _everything(_name: str) -> bool:
 
 
 class Registry:
-    """Loads models one after the other and hands out those that passed their self-check.
+    """Load models one after the other and serve those that pass their self-check.
 
-    Safe to read from any thread while `load_all` runs in one of its own.
+    All methods may be called from any thread while `load_all` runs in its own.
     """
 
     def __init__(self, sources: Sequence[ModelSource], check: SelfCheck, observe: Observer) -> None:
-        """`check` measures a loaded model; `observe` is told of every change of state."""
+        """Prepare to load. `check` measures a model; `observe` receives each change of state."""
         self._sources = list(sources)
         self._check = check
         self._observe = observe
@@ -52,23 +52,23 @@ class Registry:
         self._closed = False
 
     def close(self) -> None:
-        """From now on hand out no model: the server is shutting down."""
+        """Serve no model from now on, because the server is shutting down."""
         self._closed = True
 
     def load_all(self) -> None:
-        """Load and check every model; one that fails does not keep the others from serving."""
+        """Load and check every model. A failed model does not affect the others."""
         for source in self._sources:
             self._load(source)
 
     def _load(self, source: ModelSource) -> None:
-        """One model, of which nothing stays in memory if it fails."""
+        """Load one model. If it fails, nothing of it stays in memory."""
         try:
             model = load(source)
             guarantees = self._check(model)
         except ModelFailed as error:
             self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
             return
-        except Exception as error:  # a broken folder can break transformers anywhere
+        except Exception as error:  # a broken folder can raise anything in transformers
             logger.exception("model %s broke while it was loaded", source.name)
             reason = f"{source.location}: {type(error).__name__}: {error}"
             self._set(ModelStatus(source.name, ModelState.FAILED, reason))
@@ -95,24 +95,30 @@ class Registry:
         self._observe(status)
 
     def bytes_cached_later(self) -> int:
-        """How far the row caches of the resident models may still grow."""
+        """Bytes by which the row caches of all models may still grow."""
         with self._lock:
             return sum(model.row_cache_growth for model in self._resident.values())
 
     def statuses(self) -> list[ModelStatus]:
-        """Every configured model, in the order of configuration."""
+        """Status of every configured model, in the order of configuration."""
         with self._lock:
             return list(self._statuses.values())
 
     def get(self, name: str, revision: str = "", scope: Scope = _everything) -> ResidentModel:
-        """The model to serve; an empty name means the only configured one.
+        """Return the model to serve.
 
-        `scope` says of a name whether the caller may use it: the others do not exist for it.
+        Args:
+            name: The model's name; empty for the only one that the caller may use.
+            revision: The expected revision; empty for any.
+            scope: Whether the caller may use a name.
 
-        Raises `InvalidRequest` for an empty name among several, `PermissionDenied` for a name
-        beyond the scope, whether or not it exists, `ModelNotFound` for an unknown name or another
-        revision, `ModelLoading` and `ModelFailed` by the model's state, `ServerDraining` once
-        closed.
+        Raises:
+            InvalidRequest: The name is empty and several models are permitted.
+            PermissionDenied: The name is not permitted, whether or not it exists.
+            ModelNotFound: The name is unknown, or the model has another revision.
+            ModelLoading: The model is still loading.
+            ModelFailed: The model could not be loaded or failed its self-check.
+            ServerDraining: The registry is closed.
         """
         if self._closed:
             raise ServerDraining("the server is shutting down; ask another replica")
@@ -121,7 +127,9 @@ class Registry:
         offered = [known for known in statuses if scope(known)]
         name = name or _only(offered)
         if not scope(name):
-            raise PermissionDenied(f"expected one of {_listed(offered)} for you, got {name!r}")
+            raise PermissionDenied(
+                f"model {name!r} is not permitted: expected one of {_listed(offered)}"
+            )
         if name not in statuses:
             raise ModelNotFound(f"expected one of {_listed(offered)}, got {name!r}")
         status = statuses[name]
@@ -141,7 +149,7 @@ def _only(names: list[str]) -> str:
     if len(names) == 1:
         return names[0]
     if not names:
-        raise PermissionDenied("expected a model that you may use, and none of them is")
+        raise PermissionDenied("no model is permitted for this caller")
     raise InvalidRequest("model", f"expected one of {_listed(names)}, got none")
 
 

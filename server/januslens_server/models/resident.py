@@ -17,16 +17,16 @@ from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.models.views import ModelView
 from januslens_server.results import ModelFacts, Provenance
 
-# Logits of weight rows that are kept for later traces, in bytes of the CPU's memory.
+# Bytes of logits of weight rows that are cached for later traces, on the CPU.
 ROW_CACHE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class ResidentModel:
-    """The weights (frozen, in evaluation mode), their parts, tokenizer and provenance.
+    """A loaded model: weights (frozen, in evaluation mode), view, vocabulary and provenance.
 
-    `cache` is where the next server finds what is computed once per model. `row_cache_bytes` of
-    logits are kept for traces that meet the same rows of the weights again.
+    `cache` stores tensors that are computed once per model, for later servers. `row_cache_bytes` is
+    the maximum size of `rows`.
     """
 
     name: str
@@ -39,17 +39,17 @@ class ResidentModel:
 
     @cached_property
     def neurons(self) -> NeuronIndex:
-        """What the neurons write, read layer by layer when it is asked for."""
+        """Index of the tokens that neurons promote. A layer is computed when it is first needed."""
         return NeuronIndex(self.view, self.provenance, self.cache)
 
     @cached_property
     def rows(self) -> RowCache:
-        """Rows of the weights as the lens reads them, those met last."""
+        """Cache of the logits of weight rows; least recently used rows are evicted."""
         return RowCache(self.view.lens, self.row_cache_bytes, _weight_rows(self.view.facts))
 
     @property
     def row_cache_growth(self) -> int:
-        """Bytes by which `rows` may still grow; does not make them."""
+        """Bytes by which `rows` may still grow. Does not create the cache."""
         made: RowCache | None = vars(self).get("rows")
         if made is not None:
             return made.growth
@@ -58,23 +58,27 @@ class ResidentModel:
 
     @property
     def device(self) -> torch.device:
-        """Where prompts go and the lens computes."""
+        """Device of the model's inputs and of the lens."""
         return self.view.lens.unembedding.device
 
 
 def _weight_rows(facts: ModelFacts) -> int:
-    """Rows that depend on no input: keys, up columns and values of neurons, rows of W_O, biases."""
+    """Number of weight rows that traces project: keys, up columns, values, rows of W_O, biases."""
     neurons = 3 * facts.d_mlp * max(1, facts.n_experts)
     return facts.n_layers * (neurons + facts.n_heads * facts.d_head + 2)
 
 
 @dataclass(frozen=True)
 class CostSizes:
-    """`facts` with experts as one token meets them, weights of all blocks that it passes, bytes.
+    """Sizes of a model that determine a request's cost.
 
-    `facts.n_experts` is how many experts a token is routed to; 0 for dense models. `item` is the
-    size of an activation's element, `block` the largest block's number of weights,
-    `chunk_bytes` what is held of logits at once.
+    Attributes:
+        facts: The model's sizes, with `n_experts` as the experts per token; 0 for dense models.
+        passed: Number of weights in all blocks that one token uses.
+        block: Number of weights of the largest block.
+        item: Bytes of an element of an activation.
+        eager: Whether attention is computed eagerly, with a matrix of scores.
+        chunk_bytes: Bytes of logits that are computed at once.
     """
 
     facts: ModelFacts
@@ -86,7 +90,7 @@ class CostSizes:
 
 
 def cost_sizes(model: ResidentModel) -> CostSizes:
-    """Counted from the parameters' shapes; reads no weights."""
+    """Compute the sizes from the parameters' shapes, without reading weights."""
     facts, network = model.view.facts, model.network
     configuration: Any = network.config.get_text_config()
     routed = min(facts.n_experts, getattr(configuration, "num_experts_per_tok", facts.n_experts))

@@ -1,4 +1,4 @@
-"""Running a resident model once, forward or forward and backward, with capture."""
+"""Run a model on one prompt, forward or forward and backward, and capture activations."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.views import Block
 from januslens_server.results import MatrixKind
 
-# float16 gradients below 6e-8 vanish. Scaled by a power of two, which divides out exactly, small
-# VJPs keep their bits: the largest seen leave a factor of 18 to float16's end (docs/semantics.md).
+# float16 gradients below 6e-8 become 0. Scaling the loss by a power of two, which divides out
+# exactly, preserves them. The largest VJPs measured are a factor of 18 below float16's maximum
+# (docs/semantics.md).
 LOSS_SCALE = {torch.float16: 1024.0}
 
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What a forward pass of a prompt left.
+    """The result of a forward pass.
 
-    `residual` is the last block's output `[pos, d_model]`, `logits` the model's own
-    `[scored, vocab]` at the positions they were asked for.
+    `residual` is the last block's output `[pos, d_model]`, `logits` the model's own logits
+    `[scored, vocab]` at the scored positions.
     """
 
     residual: torch.Tensor
@@ -48,15 +49,15 @@ class ForwardPass:
         )
 
     def release(self, layer: int) -> None:
-        """Free what was captured of a layer."""
+        """Free the captured tensors of a layer."""
         self._captured.pop(layer, None)
 
 
 @dataclass(frozen=True)
 class BackwardPass:
-    """The loss, its factors by matrix, and the last block's output `[pos, d_model]`.
+    """The loss, the factors of its gradients, and the last block's output `[pos, d_model]`.
 
-    The factors come in the order of the matrices that were asked for, experts by number.
+    Factors are in the order of the requested matrices, experts by number.
     """
 
     loss: float
@@ -73,12 +74,18 @@ def forward(
     positions: Sequence[int] | None = None,
     scored: Sequence[int] | None = None,
 ) -> ForwardPass:
-    """Run the prompt once and capture `layers` at `positions`, in ascending order (None: all).
+    """Run a prompt and capture activations.
 
-    Logits are computed at the positions `scored` alone (None: all). `check_cancelled` is called
-    before every block and inside long ones, and may raise to stop.
+    Args:
+        model: The model.
+        ids: Token ids of the prompt.
+        layers: Layers to capture.
+        check_cancelled: Called before every block and inside long ones; may raise to stop.
+        positions: Positions to capture, in ascending order; None for all.
+        scored: Positions to compute logits at; None for all.
 
-    Raises `NotFinite` if the pass ends in infinity or NaN.
+    Raises:
+        NotFinite: The last residual or the logits are infinite or NaN.
     """
     blocks = model.view.blocks
     everywhere = range(len(ids))
@@ -109,13 +116,21 @@ def backward(
     matrices: Iterable[tuple[int, MatrixKind]],
     check_cancelled: CancelCheck,
 ) -> BackwardPass:
-    """Run the prompt forward and one backward pass that touches activations only.
+    """Run a prompt forward and backward, and return the factors of matrices' gradients.
 
-    Parameters stay frozen: the one leaf that asks for a gradient is the input of the lowest layer
-    that is asked for, and the VJPs are the gradients of modules' outputs. `matrices` are layers
-    and kinds. `check_cancelled` is called at every block of both passes and inside long ones.
+    Parameters stay frozen. The only leaf that requires a gradient is the input of the lowest
+    requested layer; the VJPs are the gradients of modules' outputs.
 
-    Raises `NotFinite` if the forward pass ends in infinity or NaN, or a gradient does.
+    Args:
+        model: The model.
+        ids: Token ids of the prompt.
+        loss: The loss, a function of the last logits `[n, vocab]`.
+        matrices: Layer and kind of each requested matrix.
+        check_cancelled: Called at every block of both passes and inside long ones; may raise to
+            stop.
+
+    Raises:
+        NotFinite: The residual, the logits or a gradient are infinite or NaN.
     """
     blocks = model.view.blocks
     sources = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
@@ -152,10 +167,10 @@ def dense_gradient(
     key: MatrixKey,
     check_cancelled: CancelCheck,
 ) -> torch.Tensor:
-    """dL/dW `[d_in, d_out]` of one matrix by autograd on the weight itself, as float32.
+    """Compute dL/dW `[d_in, d_out]` of one matrix in float32, by autograd on the weight itself.
 
-    The weight is replaced for this one pass by an alias that asks for a gradient: the resident
-    parameter stays frozen.
+    For this pass an alias that requires a gradient replaces the weight. The model's parameter
+    stays frozen.
     """
     layer, kind, expert = key
     matrix = model.view.blocks[layer].matrices[kind]
@@ -183,7 +198,7 @@ def dense_gradient(
 def _vjps(
     value: torch.Tensor, taps: set[Tap], captured: Mapping[Tap, torch.Tensor]
 ) -> dict[Tap, torch.Tensor]:
-    """dL/dy `[pos, d_out]` of every tapped output."""
+    """Compute dL/dy `[pos, d_out]` of every tapped output."""
     ordered = list(taps)
     gradients = torch.autograd.grad(value, [captured[tap] for tap in ordered])
     return {tap: rows(gradient) for tap, gradient in zip(ordered, gradients, strict=True)}
@@ -191,9 +206,9 @@ def _vjps(
 
 @contextmanager
 def _leaf_below(model: ResidentModel, layer: int) -> Iterator[None]:
-    """Make the input of a block ask for a gradient: with frozen parameters nothing else does.
+    """Let the input of a block require a gradient, which no frozen parameter does.
 
-    Autograd then keeps nothing of the layers below.
+    Autograd then stores nothing of the layers below.
     """
 
     def after_embedding(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -219,7 +234,7 @@ def _leaf_below(model: ResidentModel, layer: int) -> Iterator[None]:
 
 @contextmanager
 def _head_at(model: ResidentModel, positions: Sequence[int], length: int) -> Iterator[None]:
-    """Let the model compute its logits at these positions of a prompt of `length` tokens alone."""
+    """Compute logits only at these positions of a prompt of `length` tokens."""
     if len(positions) == length:
         yield
         return
@@ -238,7 +253,7 @@ def _head_at(model: ResidentModel, positions: Sequence[int], length: int) -> Ite
 def _run(
     model: ResidentModel, ids: Sequence[int], scored: Sequence[int], check_cancelled: CancelCheck
 ) -> torch.Tensor:
-    """Logits `[1, scored, vocab]`."""
+    """Run the model and return logits `[1, scored, vocab]`."""
     telemetry.TOKENS.labels(model.name).inc(len(ids))
     with _head_at(model, scored, len(ids)), interruptible(check_cancelled, len(ids)):
         logits: torch.Tensor = model.network(input_ids=_batch(model, ids), use_cache=False).logits

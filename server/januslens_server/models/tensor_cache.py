@@ -1,8 +1,8 @@
-"""A folder of tensors that are computed once per model, for this server and later ones.
+"""Cache folder for tensors that are computed once per model, shared with later servers.
 
-Files are safetensors, so that reading one runs no code. Nothing in the folder is trusted: a file is
-used only if it is a regular file, describes itself as expected, matches its digest and passes the
-caller's own check. Anything else is computed again and overwritten.
+Files are safetensors, so reading one runs no code. Nothing in the folder is trusted: a file is used
+only if it is a regular file, has the expected description, matches its digest and passes the
+caller's check. Otherwise its tensors are computed again and the file is overwritten.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ SUFFIX = ".safetensors"
 UNFINISHED = ".unfinished"
 
 Tensors = dict[str, torch.Tensor]
-# Raises `ValueError` for tensors of other names, types, shapes or ranges than expected.
+# Raises `ValueError` if names, types, shapes or ranges of tensors are not as expected.
 Check = Callable[[Tensors], None]
 
 
 @dataclass(frozen=True)
 class TensorCache:
-    """A folder of at most `limit` bytes; least recently used files are removed first.
+    """A folder of at most `limit` bytes. Least recently used files are removed first.
 
-    Several servers may share it: a file appears whole or not at all, and files of others are left
-    alone. If the folder cannot be read or written, the server logs one line and computes again.
+    Several servers may share it: files appear atomically, and files of other programs are not
+    touched. If the folder cannot be read or written, the cache logs one line and goes on without.
     """
 
     folder: Path
     limit: int
 
     def read(self, about: Mapping[str, str], largest: int, check: Check) -> Tensors | None:
-        """The tensors written under exactly this description, or None.
+        """Return the tensors written with exactly this description, or None.
 
-        A file of more than `largest` bytes, or whose tensors do not pass `check`, is not used.
+        A file larger than `largest` bytes, or whose tensors fail `check`, is not used.
         """
         path = self._path(about)
         try:
             with _opened(path) as file:
                 tensors = _parsed(_content(file, largest), about, check)
-                os.utime(file.fileno())  # used now
+                os.utime(file.fileno())  # mark as used
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            logger.warning("cache file %s is not used and is computed again: %s", path, error)
+            logger.warning("cache file %s is not used, tensors are computed again: %s", path, error)
             return None
         return tensors
 
     def write(self, about: Mapping[str, str], tensors: Tensors) -> None:
-        """Keep the tensors under this description."""
+        """Store the tensors with this description."""
         path = self._path(about)
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > self.limit:
-            logger.warning("cache file %s is not written: %d bytes are too many", path, size)
+            logger.warning("cache file %s is not written: %d bytes exceed the limit", path, size)
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ class TensorCache:
         return self.folder / f"{PREFIX}{hashlib.sha256(described.encode()).hexdigest()}{SUFFIX}"
 
     def _remove_old(self, newest: Path) -> None:
-        """Keep within the limit by removing our own files, least recently used first."""
+        """Remove this cache's files, least recently used first, until the limit is kept."""
         own = list(self._own_files())
         held = sum(status.st_size for _, status in own)
         for path, status in sorted(own, key=lambda entry: entry[1].st_mtime):
@@ -100,7 +100,10 @@ class TensorCache:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """A regular file, open for reading. Never waits, as opening a FIFO would."""
+    """Open a regular file for reading, without blocking on a FIFO.
+
+    Raises `ValueError` for other kinds of files.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -128,7 +131,7 @@ def _parsed(content: bytes, about: Mapping[str, str], check: Check) -> Tensors:
 
 
 def _write(path: Path, tensors: Tensors, described: dict[str, str]) -> None:
-    """Write a temporary file beside `path` and rename it, so that readers never see a part."""
+    """Write a temporary file and rename it to `path`, so that readers never see a partial file."""
     handle, name = tempfile.mkstemp(UNFINISHED, PREFIX, path.parent)
     os.close(handle)
     unfinished = Path(name)

@@ -167,7 +167,7 @@ def test_what_is_larger_than_the_limit_is_not_written(
     cache = TensorCache(tmp_path, limit=10)
     cache.write(ABOUT, tensors())
     assert list(tmp_path.iterdir()) == []
-    assert "too many" in caplog.text
+    assert "exceed the limit" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_a_line_in_the_log(
