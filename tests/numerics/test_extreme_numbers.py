@@ -14,8 +14,12 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.trace import trace
+from januslens_server.results import TraceSummary
 from januslens_server.specs import (
     GradientLensSpec,
+    LensKind,
+    LensSpec,
+    LogitDifference,
     NegativeLogLikelihood,
     ProjectSpec,
     TraceSpec,
@@ -24,6 +28,10 @@ from tests.architectures.cases import CASES
 from tests.architectures.tiny_models import plain, resident
 
 LLAMA = next(case for case in CASES if case.id.startswith("llama-"))
+
+
+def never() -> None:
+    """No request is cancelled."""
 
 
 def scaled(name: str, factor: float) -> ResidentModel:
@@ -68,3 +76,51 @@ def test_a_learning_rate_that_overflows_is_refused() -> None:
     )
     with pytest.raises(InvalidRequest, match="learning rate too large"):
         list(gradient_lens(resident(LLAMA), spec, lambda: None))
+
+
+def with_head(name: str, factor: float, data_type: torch.dtype = torch.float32) -> ResidentModel:
+    """A Llama whose unembedding is multiplied, so that its logits have that size."""
+    case = replace(LLAMA, name=f"{LLAMA.name} {name}")
+    with torch.no_grad():
+        plain(case).get_output_embeddings().weight.mul_(factor)
+    return resident(case, data_type)
+
+
+def test_checks_hold_where_all_logits_are_zero() -> None:
+    spec = TraceSpec(tuple(LLAMA.prompt), include_checks=True, include_logit_contribution=True)
+    *_, summary = trace(with_head("without logits", 0.0), spec, lambda: None)
+    assert isinstance(summary, TraceSummary)
+    assert summary.checks
+    assert all(check.held and np.isfinite(check.measured_error) for check in summary.checks)
+
+
+@pytest.mark.parametrize("factor", [1e33, 1e37])
+def test_logits_that_overflow_are_refused(factor: float) -> None:
+    model = with_head(f"overflowing {factor}", factor)
+    vectors = np.full((2, model.view.facts.d_model), 1e15, dtype=np.float32)
+    with pytest.raises(InvalidRequest, match="overflow float32; scale the vectors down"):
+        list(project_vectors(model, ProjectSpec(vectors, LensSpec(kind=LensKind.RAW)), never))
+    large = TraceSpec(tuple(LLAMA.prompt), lens=LensSpec(kind=LensKind.RAW))
+    scaled_up = scaled(f"large too {factor}", 1e15)
+    scaled_up = replace(scaled_up, view=replace(scaled_up.view, lens=model.view.lens))
+    with pytest.raises(NotFinite, match="overflow float32"):
+        list(trace(scaled_up, large, never))
+
+
+def test_a_half_precision_models_overflow_is_refused_with_advice() -> None:
+    model = with_head("overflowing in half precision", 3e4, torch.float16)
+    with pytest.raises(NotFinite, match="--data-type float32 instead of float16"):
+        list(trace(model, TraceSpec(tuple(LLAMA.prompt)), never))
+    spec = GradientLensSpec(tuple(LLAMA.prompt), NegativeLogLikelihood((5,)))
+    with pytest.raises(NotFinite, match="--data-type float32 instead of float16"):
+        list(gradient_lens(model, spec, never))
+
+
+def test_a_loss_that_overflows_is_refused() -> None:
+    model = with_head("with far apart logits", 1e38)
+    logits = model.network(torch.tensor([LLAMA.prompt])).logits[0, -1]
+    spec = GradientLensSpec(
+        tuple(LLAMA.prompt), LogitDifference((int(logits.argmax()),), (int(logits.argmin()),))
+    )
+    with pytest.raises(NotFinite):
+        list(gradient_lens(model, spec, never))

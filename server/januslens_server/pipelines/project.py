@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from januslens_server.errors import CancelCheck, InvalidRequest
+from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.inputs import read_single_target
 from januslens_server.pipelines.vectors import read
@@ -39,4 +39,8 @@ def project_vectors(
         raise InvalidRequest(
             "vectors.data", "vector values too large: squaring overflows float32; scale them down"
         )
-    yield read(model.view.lens, vectors, spec.lens, targets, check_cancelled)
+    try:
+        table = read(model.view.lens, vectors, spec.lens, targets, check_cancelled)
+    except NotFinite as error:
+        raise InvalidRequest("vectors.data", f"{error}; scale the vectors down") from error
+    yield table
