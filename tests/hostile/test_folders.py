@@ -87,10 +87,10 @@ def test_implementations_come_from_an_allow_list(folder: Path, changes: dict[str
     ("changes", "found"),
     [
         ({"text_config": {"quantization_config": {"quant_method": "gptq"}}}, "quantised by gptq"),
-        ({"configuration_files": ["../other.json"]}, "configuration_files asks for"),
-        ({"transformers_weights": "../other.safetensors"}, "transformers_weights asks for"),
-        ({"fusion_config": {"fused": True}}, "fusion_config asks for"),
-        ({"distributed_config": {"tp_size": 2}}, "distributed_config asks for"),
+        ({"configuration_files": ["../other.json"]}, "configuration_files selects"),
+        ({"transformers_weights": "../other.safetensors"}, "transformers_weights selects"),
+        ({"fusion_config": {"fused": True}}, "fusion_config selects"),
+        ({"distributed_config": {"tp_size": 2}}, "distributed_config selects"),
     ],
 )
 def test_keys_that_choose_code_or_files(folder: Path, changes: dict[str, Any], found: str) -> None:
@@ -100,7 +100,7 @@ def test_keys_that_choose_code_or_files(folder: Path, changes: dict[str, Any], f
 
 def test_adapters_and_tokenizer_files_elsewhere(folder: Path) -> None:
     describe(folder, "tokenizer_config.json", fast_tokenizer_files=["../tokenizer.4.0.json"])
-    assert "fast_tokenizer_files asks for another tokenizer file" in refusal(folder)
+    assert "fast_tokenizer_files selects another tokenizer file" in refusal(folder)
     describe(folder, "adapter_config.json", base_model_name_or_path="someone/base")
     assert "got an adapter (adapter_config.json)" in refusal(folder)
 
@@ -233,7 +233,7 @@ def fifo(name: str) -> Callable[[Path], str]:
     def bomb(folder: Path) -> str:
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
-        return f"expected regular files, got {name}" if name != "config.json" else "config.json"
+        return f"expected a regular file, got {name}" if name != "config.json" else "config.json"
 
     return bomb
 

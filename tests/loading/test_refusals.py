@@ -90,7 +90,7 @@ def test_code_of_its_own_is_never_run(source: ModelSource) -> None:
     ran = Path(source.location) / "ran"
     code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"
     (Path(source.location) / "code.py").write_text(code)
-    assert "'novel', which brings code of its own" in refusal(source)
+    assert "architecture 'novel' needs custom code" in refusal(source)
     assert not ran.exists()
 
 

@@ -1,9 +1,9 @@
 """Check attention beyond every length that a configuration names, on a miniature of the model.
 
-Sliding windows, original context lengths and scalings that depend on the position change nothing
-for prompts shorter than they are, so no short prompt can show whether they are read correctly. A
-miniature has the family, the layers and the head size of the model, random weights of small
-widths, and lengths of a few tokens.
+Sliding windows, original context lengths and position-dependent scalings have no effect on prompts
+shorter than they are, so a short prompt cannot show whether an adapter maps them correctly. A
+miniature has the model's family, layers and head size, small widths, random weights, and lengths of
+a few tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from januslens_server.graph.heads import head_row
 from januslens_server.models.graph_inputs import block_weights, layer_activations, layer_taps
 from januslens_server.models.views import Block, ModelView
 
-# Tokens of the prompt that a miniature runs; longer than all lengths that it is given.
+# Tokens of a miniature's prompt; more than every length in `SHORT`.
 PROMPT_LENGTH = 24
 
-# The lengths that configurations of transformers name, and what a miniature has instead. They
-# differ, so that one cannot pass for another.
+# Fields of configurations in transformers that hold a length, and a miniature's values for them.
+# Most values differ, so that a confusion of two fields is noticed.
 SHORT = {
     "attention_chunk_size": 7,
     "attention_window": 5,
@@ -44,7 +44,7 @@ SHORT = {
     "window_size": 5,
 }
 
-# Sizes of a miniature that do not depend on the model, by the names that families give them.
+# Sizes of every miniature, by the names that families use.
 WIDTHS = {
     "intermediate_size": 24,
     "moe_intermediate_size": 16,
@@ -57,14 +57,14 @@ WIDTHS = {
 }
 MAX_POSITIONS = 2 * PROMPT_LENGTH
 
-# Width of a miniature's residual stream in families whose heads have a size of their own.
+# d_model of a miniature in families where d_head is a separate setting.
 NARROW = 64
 
-# A miniature may have as many parameters: 800 MB, of which deep models with wide heads need most.
+# Maximum number of a miniature's parameters, 800 MB; deep models with wide heads have most.
 MAX_PARAMETERS = 200_000_000
 
-# Largest relative error of a head's result in float32; a source too many or too few, or a scale,
-# is off by per cent.
+# Maximum relative error of a head's result in float32. One source position too many or too few, or
+# a wrong scale, changes it by several per cent.
 TOLERANCE = 1e-4
 
 Path = tuple[str, ...]
@@ -72,23 +72,23 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Length:
-    """One length of a configuration: where it stands and what it is, by layer if it is a list."""
+    """One length of a configuration: its path and its value, a tuple if it has one per layer."""
 
     path: Path
     value: int | tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """The field as a person writes it: `rope_parameters.original_max_position_embeddings`."""
+        """Dotted name, for example `rope_parameters.original_max_position_embeddings`."""
         return ".".join(self.path)
 
     def of_layer(self, layer: int) -> int:
-        """The length in one layer."""
+        """Return the length in one layer."""
         return self.value[layer] if isinstance(self.value, tuple) else self.value
 
 
 def lengths_of(config: PreTrainedConfig) -> list[Length]:
-    """The lengths that a model's configuration sets."""
+    """List the lengths that a model's configuration sets."""
     text = config.get_text_config()
     return list(_lengths(text.to_dict()))
 
@@ -110,9 +110,10 @@ def _is_length(value: Any) -> bool:
 def miniature(
     model: PreTrainedModel, n_heads: int, n_kv_heads: int, d_head: int, lengths: Sequence[Length]
 ) -> PreTrainedModel:
-    """A model of the same family with random float32 weights and these lengths made short.
+    """Build a small model of the same family with random float32 weights and short `lengths`.
 
-    Raises `ModelFailed` where the family cannot be made small.
+    Raises:
+        ModelFailed: No small model of the family can be built.
     """
     config: Any = copy.deepcopy(model.config.get_text_config())
     for length in lengths:
@@ -148,8 +149,8 @@ def miniature(
             reasons.append(str(error).split("\n", maxsplit=1)[0])
     names = ", ".join(length.name for length in lengths)
     raise ModelFailed(
-        f"cannot measure the attention beyond {names} of the configuration: a small model of the "
-        f"family could not be made ({reasons[0]})"
+        f"cannot check the attention beyond {names} of the configuration: a small model of the "
+        f"family could not be built ({reasons[0]})"
     )
 
 
@@ -167,7 +168,7 @@ def _shorten(config: Any, length: Length) -> None:
 
 
 def _resize(config: Any, widths: dict[str, int]) -> None:
-    """Set the widths that the configuration has; special tokens come into the vocabulary."""
+    """Set those widths that the configuration has, and move special tokens into the vocabulary."""
     own = set(config.to_dict()) | set(config.attribute_map)
     for name, width in widths.items():
         if name in own and getattr(config, name) is not None:
@@ -202,7 +203,7 @@ def _built(config: Any, model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _draw(parameter: nn.Parameter) -> None:
-    """Random numbers that give scores of a few units; vectors stay around their initial values."""
+    """Draw values that give attention scores of a few units; vectors vary around their defaults."""
     noise = torch.randn_like(parameter)
     if parameter.dim() > 1:
         parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
@@ -211,7 +212,7 @@ def _draw(parameter: nn.Parameter) -> None:
 
 
 def prompt_of(network: PreTrainedModel) -> torch.Tensor:
-    """Token ids `[1, pos]` for a miniature, no two neighbours alike."""
+    """Token ids `[1, pos]` for a miniature; neighbouring ids differ."""
     vocab_size = network.get_input_embeddings().get_parameter("weight").shape[0]
     return (torch.arange(PROMPT_LENGTH) * 7 + 3)[None] % vocab_size
 
@@ -220,7 +221,7 @@ def prompt_of(network: PreTrainedModel) -> torch.Tensor:
 def captured_layers(
     network: PreTrainedModel, ids: torch.Tensor, blocks: Iterable[Block]
 ) -> list[dict[str, torch.Tensor]]:
-    """What the taps of every block capture of one forward pass."""
+    """Run a forward pass and return the captured tensors of every block by name."""
     blocks = list(blocks)
     taps = {(i, name): tap for i, b in enumerate(blocks) for name, tap in layer_taps(b).items()}
     with capturing(taps) as captured:
@@ -235,9 +236,10 @@ def captured_layers(
 def attention_error(
     block: Block, captured: dict[str, torch.Tensor], positions: Sequence[int], enough: float
 ) -> float:
-    """Largest `||sum_s a_ps v_s - z_p|| / ||z_p||` over heads, at these positions p.
+    """Largest relative error of the heads' recomputed results at these positions.
 
-    Stops at the first position where it is larger than `enough`.
+    The error at position p is `||sum_s a_ps v_s - z_p|| / ||z_p||`. Stops at the first position
+    with an error above `enough`.
     """
     length = captured["query"].shape[-2]
     acts = layer_activations(block, captured, length)
@@ -257,9 +259,16 @@ def attention_error(
 def check_lengths(
     model: PreTrainedModel, view: ModelView, reader: Callable[[PreTrainedModel], ModelView]
 ) -> None:
-    """Raise `ModelFailed` unless `reader` reads the attention right beyond every length.
+    """Check that an adapter maps the attention correctly beyond every length.
 
-    `view` is what it made of the model. The error names the first length that alone shows it.
+    Args:
+        model: The model.
+        view: Its view.
+        reader: The adapter that built the view; it also maps the miniatures.
+
+    Raises:
+        ModelFailed: The attention of a miniature is not reproduced. The error names the first
+            length that suffices to show it.
     """
     lengths = lengths_of(model.config)
     if not lengths:
@@ -275,13 +284,13 @@ def check_lengths(
         one = next((length for length in lengths if unlike([length]) is not None), None)
         names = ", ".join(length.name for length in (lengths if one is None else [one]))
         raise ModelFailed(
-            f"expected to reproduce the attention of layer {layer} at every position, got another "
-            f"one beyond {names} of the configuration, which is used in a way not known here"
+            f"cannot reproduce the attention of layer {layer} beyond {names} of the configuration: "
+            "the model uses it in an unknown way"
         )
 
 
 def first_unlike(network: PreTrainedModel, view: ModelView) -> int | None:
-    """The first layer of a miniature whose attention is not reproduced at every position."""
+    """Return the first layer whose attention is not reproduced at every position, or None."""
     positions = range(PROMPT_LENGTH - 1, -1, -1)
     layers = captured_layers(network, prompt_of(network), view.blocks)
     for layer, (block, captured) in enumerate(zip(view.blocks, layers, strict=True)):

@@ -58,16 +58,16 @@ from januslens_server.models.vetting import (
 )
 from januslens_server.results import Provenance
 
-# Any of these holds a tokenizer's entries. Without them transformers makes up an empty one.
+# Files with a tokenizer's vocabulary. Without any, transformers creates an empty tokenizer.
 TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
-# Everything of a hub repository but its weights.
+# Files of a hub repository except its weights.
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 logger = logging.getLogger(__name__)
 
 
-# A server's log is no terminal.
+# Progress bars would fill the server's log.
 transformers_logging.disable_progress_bar()
 
 
@@ -80,12 +80,19 @@ DATA_TYPES = {
 
 @dataclass(frozen=True)
 class ModelSource:
-    """What to load: a local folder or hub id, its `revision` on the hub, and how.
+    """What to load, and how.
 
-    `device` `auto` splits a model over the machine's devices and, for what fits nowhere, the
-    `offload_dir`. `limits` are bytes that the model may take by device, else what is free. `cache`
-    keeps what is computed once per model, `row_cache_bytes` of logits what traces may meet again.
-    `chunk_bytes` of logits are held at once.
+    Attributes:
+        name: The model's name in requests.
+        location: A local folder or the id of a hub repository.
+        revision: Branch, tag or commit on the hub.
+        device: A device; `auto` splits a model over the machine's devices and `offload_dir`.
+        data_type: A key of `DATA_TYPES`, or `auto`.
+        limits: Maximum bytes by device; without a limit, what is free.
+        offload_dir: Folder for weights that fit on no device.
+        cache: Cache for tensors that are computed once per model.
+        row_cache_bytes: Maximum bytes of cached logits of weight rows.
+        chunk_bytes: Bytes of logits that are computed at once.
     """
 
     name: str
@@ -101,10 +108,11 @@ class ModelSource:
 
 
 def load(source: ModelSource) -> ResidentModel:
-    """Load weights, tokenizer and adapter.
+    """Load a model: its weights, tokenizer and view.
 
-    Raises `ModelFailed` with what was found where the model is missing, broken, quantised, not in
-    safetensors, no causal language model, too large, or of an architecture without an adapter.
+    Raises:
+        ModelFailed: The model is missing, broken, quantised, not in safetensors, not a causal
+            language model, too large, or of an unknown structure. The error has one line.
     """
     try:
         checkpoint = open_checkpoint(source.location, source.revision)
@@ -116,7 +124,7 @@ def load(source: ModelSource) -> ResidentModel:
         view = replace(view, lens=replace(view.lens, chunk_bytes=source.chunk_bytes))
     except (ModelFailed, OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelFailed(f"{source.location}: {first_line(error)}") from error
-    except Exception as error:  # a hostile folder can break transformers anywhere
+    except Exception as error:  # a hostile folder can raise anything in transformers
         logger.debug("model %s broke while it was loaded", source.name, exc_info=True)
         reason = f"cannot be loaded: {type(error).__name__}: {first_line(error)}"
         raise ModelFailed(f"{source.location}: {reason}") from error
@@ -133,9 +141,10 @@ def load(source: ModelSource) -> ResidentModel:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that can be loaded: its configuration, and the commit if it came from the hub.
+    """A model folder that passed all checks.
 
-    `weight_files` are names in the folder, `stored` the number of values of each tensor in them.
+    `commit` is None unless the folder is a download from the hub. `weight_files` are names in the
+    folder, `stored` is the number of values of each tensor in them.
     """
 
     folder: Path
@@ -146,9 +155,10 @@ class Checkpoint:
 
 
 def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
-    """Find the folder, or fetch it from the hub: its description first, the weights if that is fit.
+    """Find a local folder, or download it from the hub: the weights only after checking the rest.
 
-    Raises `ModelFailed` with the one thing that keeps the model from being loaded exactly.
+    Raises:
+        ModelFailed: The model cannot be loaded exactly. The error names the first reason.
     """
     local = Path(location).expanduser()
     is_local = local.is_dir()
@@ -184,8 +194,8 @@ def _refuse_custom_code(described: Mapping[str, Any]) -> None:
     family = described.get("model_type")
     if described.get("auto_map") and family not in CONFIG_MAPPING:
         raise ModelFailed(
-            f"expected an architecture that transformers knows, got {family!r}, which brings code "
-            "of its own; such code is never run"
+            f"architecture {family!r} needs custom code, which is never run; expected one that "
+            "transformers includes"
         )
 
 
@@ -204,7 +214,7 @@ def _refuse_other_tasks(config: PreTrainedConfig) -> None:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """The safetensors files' names, from their index if there is one."""
+    """Names of the safetensors files, from their index if there is one."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return [SAFE_WEIGHTS_NAME]
@@ -215,9 +225,9 @@ def _weight_files(folder: Path) -> list[str]:
 
 
 def _read_header(folder: Path, name: str) -> dict[str, int]:
-    """The number of values of every tensor in a weights file.
+    """Return the number of values of every tensor in a weights file.
 
-    Refuses a file that is missing, cut, or holds weights that are not plain floats.
+    Refuses a file that is missing, truncated, or has weights in other than float formats.
     """
     if not (folder / name).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
@@ -242,12 +252,12 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
 
 
 def first_line(error: Exception) -> str:
-    """The error's text without transformers' advice."""
+    """Return the first line of an error, without the advice that transformers appends."""
     return str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
 
 
 def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
-    """The frozen model, in evaluation mode."""
+    """Load the model, frozen and in evaluation mode."""
     data_type = _data_type(source, checkpoint)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
@@ -259,13 +269,13 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
         device_map=_device_map(source, checkpoint, data_type),
         offload_folder=None if source.offload_dir is None else source.offload_dir / source.name,
         use_safetensors=True,
-        ignore_mismatched_sizes=True,  # refused below, in one line
+        ignore_mismatched_sizes=True,  # refused below, with one line
         output_loading_info=True,
     )
     network, found = loaded
     for key, stored, expected in sorted(found["mismatched_keys"]):
         raise ModelFailed(f"expected {key} of shape {list(expected)}, got {list(stored)}")
-    if missing := sorted(found["missing_keys"]):  # transformers has drawn them at random
+    if missing := sorted(found["missing_keys"]):  # transformers initialises them at random
         raise ModelFailed(
             f"expected every weight, got none for {len(missing)} parameters: "
             + ", ".join(missing[:3])
@@ -281,11 +291,11 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
 
 
 def _unused(network: PreTrainedModel, keys: Iterable[str]) -> list[str]:
-    """The stored weights that would change the output if the model had a place for them.
+    """Filter the stored weights that the model does not use and that could change its output.
 
-    transformers has left out what its model class declares to be ignorable. Also left out: layers
-    beyond the configuration's last one (cut models, heads that predict several tokens), and masks
-    and frequencies that the model computes itself.
+    transformers has already removed those that the model class declares as ignorable. This removes
+    layers beyond the configuration's last one (truncated models, multi-token prediction heads), and
+    masks and frequencies that the model computes itself.
     """
     n_layers: int = network.config.get_text_config().num_hidden_layers
     computed = {name for name, _ in network.named_buffers()}
@@ -299,7 +309,10 @@ def _unused(network: PreTrainedModel, keys: Iterable[str]) -> list[str]:
 
 
 def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dtype) -> DeviceMap:
-    """Where the weights will stand; raises `ModelFailed` before they are read if nowhere."""
+    """Choose devices for the weights before reading them.
+
+    Raises `ModelFailed` if they fit nowhere.
+    """
     with torch.device("meta"), limited_construction(len(checkpoint.stored)):
         skeleton: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=data_type)
     check_sizes(skeleton, checkpoint.stored)
@@ -313,7 +326,7 @@ def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dt
 
 
 def _data_type(source: ModelSource, checkpoint: Checkpoint) -> torch.dtype:
-    """`auto` is the checkpoint's own type, but float32 on a CPU, where half is slow and coarse."""
+    """Data type of the weights. `auto` is the checkpoint's, but float32 on a CPU."""
     if source.data_type != "auto":
         return DATA_TYPES[source.data_type]
     on_cpu = source.device == "cpu" or (source.device == AUTO and not torch.cuda.is_available())
@@ -342,12 +355,12 @@ def _provenance(
 def _own_version() -> str:
     try:
         return version("januslens")
-    except PackageNotFoundError:  # run from a folder that was not installed
+    except PackageNotFoundError:  # the package is not installed
         return "unknown"
 
 
 def weights_hash(folder: Path, names: Iterable[str]) -> str:
-    """SHA-256 over the named weights files of the folder, in order of their names."""
+    """Compute the SHA-256 of the SHA-256 digests of the named files, in order of their names."""
     digest = hashlib.sha256()
     for name in sorted(names):
         with (folder / name).open("rb") as file:

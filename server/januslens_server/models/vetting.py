@@ -1,9 +1,9 @@
-"""Checks of what a model folder says, before any library acts on it.
+"""Check a model folder before any library acts on its contents.
 
-A folder is data from a stranger. Its files can name code, repositories and paths for transformers
-to fetch, and sizes for it to allocate. `check_folder` refuses what could do either and what cannot
-be read safely; `check_header`, `limited_construction` and `check_sizes` hold the configuration to
-the weights that are really there. Everything here raises `ModelFailed` with one line.
+A model folder is untrusted data. Its files can name code, repositories and paths for transformers
+to load, and sizes for it to allocate. `check_folder` refuses both, and files that cannot be read
+safely. `check_header`, `limited_construction` and `check_sizes` compare the configuration with the
+weights in the folder. All checks raise `ModelFailed` with a message of one line.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from januslens_server.errors import ModelFailed
 MIB = 2**20
 
 CONFIGURATION = "config.json"
-# Largest files, in bytes, that are parsed whole. Real configurations have some 10 KiB, the largest
-# published tokenizers 35 MiB, indices of thousands of shards some MiB.
+# Maximum bytes of files that are parsed as a whole. Published configurations have about 10 KiB,
+# the largest tokenizers 35 MiB, indices of thousands of shards a few MiB.
 CONFIGURATION_BYTES = 4 * MIB
 DESCRIPTION_BYTES = 64 * MIB
-# Largest description in a weights file; 100,000 tensors take about 12 MiB.
+# Maximum bytes of a weights file's header; 100,000 tensors take about 12 MiB.
 HEADER_BYTES = 32 * MIB
 MAX_TENSORS = 200_000
 
-# Files whose contents transformers or tokenizers parse.
+# Suffixes of files that transformers or tokenizers parse.
 DESCRIPTIONS = frozenset({".json", ".txt", ".model", ".tiktoken", ".jinja", ".bpe"})
 CONFIGURATIONS = (CONFIGURATION, "generation_config.json", "tokenizer_config.json")
 
-# Attention and experts are computed by torch alone: other values name packages or repositories
-# with kernels, which transformers would import or download.
+# Implementations of attention and experts that use torch only. Other values name packages or
+# repositories with kernels, which transformers would import or download.
 ALLOWED_IMPLEMENTATIONS = {
     "attn_implementation": frozenset({"eager", "sdpa"}),
     "_attn_implementation": frozenset({"eager", "sdpa"}),
@@ -49,7 +49,7 @@ ALLOWED_IMPLEMENTATIONS = {
     "_experts_implementation_internal": frozenset({"eager", "batched_mm", "grouped_mm"}),
 }
 
-# Keys that, at any depth, send transformers to other files, repositories or code.
+# Keys that, at any depth, make transformers load other files, repositories or code.
 REFUSED_KEYS = {
     "compression_config": "quantised weights",
     "quantization_config": "quantised weights",
@@ -66,29 +66,28 @@ REFUSED_KEYS = {
     "use_pretrained_backbone": "another model's weights",
 }
 
-# Files that change what transformers loads beside the weights.
+# Files that make transformers load something else than the weights.
 ADAPTER = "adapter_config.json"
 DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
-# Counts of which configurations and models build lists: of layers, experts, labels.
+# Counts from which configurations and models build lists: of layers, experts, labels.
 COUNT = re.compile(r"(layers?|experts?|labels?|attention_types)$")
 MAX_COUNT = 10_000
 
-# A tensor on disk may become several parameters, each in a module or two of its own.
+# A tensor on disk may become several parameters, each in one or two modules.
 PER_TENSOR, FIXED = 8, 1000
 CONSTRUCTION_SECONDS = 120.0
-# How many times more parameters a configuration may describe than the weights hold, before
-# missing ones are looked for by name.
+# Maximum ratio of described to stored parameters; below it, missing ones are found by name later.
 MAX_EXCESS = 2
 
 _operator_offline = constants.HF_HUB_OFFLINE
-# No library reaches the network of its own accord; `online` is for what the operator asked for.
+# Libraries must not use the network. `online` permits it for a model that the operator configured.
 constants.HF_HUB_OFFLINE = True
 
 
 @contextmanager
 def online() -> Iterator[None]:
-    """Let the hub be asked, unless the operator's environment forbids it."""
+    """Allow requests to the hub, unless the operator's environment forbids them."""
     constants.HF_HUB_OFFLINE = _operator_offline
     try:
         yield
@@ -97,7 +96,7 @@ def online() -> Iterator[None]:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse special files, links out of the folder, oversized texts, and keys that choose code."""
+    """Refuse special files, links out of the folder, oversized files, and keys that select code."""
     root = _root(folder)
     for entry in sorted(folder.iterdir()):
         _check_entry(entry, root)
@@ -112,7 +111,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _root(folder: Path) -> Path:
-    """What links may not leave: the folder, or the hub's cache of the repository around it."""
+    """The folder that links must not leave: the model's, or its repository's in the hub's cache."""
     resolved = folder.resolve()
     repository = resolved.parent.parent
     cached = resolved.parent.name == "snapshots" and (repository / "blobs").is_dir()
@@ -127,14 +126,14 @@ def _check_entry(entry: Path, root: Path) -> None:
         )
     try:
         status = target.stat()
-    except FileNotFoundError:  # a link to nothing is a file that is missing
+    except FileNotFoundError:  # a dangling link counts as a missing file
         return
     if DISTRIBUTED.fullmatch(entry.name):
         raise ModelFailed(f"expected whole weights, got {entry.name} of a distributed checkpoint")
     if stat.S_ISDIR(status.st_mode):
         return
     if not stat.S_ISREG(status.st_mode):
-        raise ModelFailed(f"expected regular files, got {entry.name}, which is none")
+        raise ModelFailed(f"expected a regular file, got {entry.name}, which is not one")
     limit = CONFIGURATION_BYTES if entry.name == CONFIGURATION else DESCRIPTION_BYTES
     if entry.suffix in DESCRIPTIONS and status.st_size > limit:
         raise ModelFailed(
@@ -143,7 +142,7 @@ def _check_entry(entry: Path, root: Path) -> None:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """The object in a file that `check_folder` has passed."""
+    """Read the JSON object in a file that passed `check_folder`."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -155,9 +154,9 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 
 def check_keys(name: str, described: object, counted: str = "") -> None:
-    """Refuse keys at any depth of the file `name` that choose code, and counts beyond reason.
+    """Refuse keys that select code, and counts that are too large, at any depth of a file.
 
-    `counted` is the key under which a list of counts stands.
+    `name` is the file's name, `described` its content, and `counted` the key of a list of counts.
     """
     if isinstance(described, Mapping):
         for key, value in described.items():
@@ -182,7 +181,9 @@ def _check_key(name: str, key: str, value: object) -> None:
             f"{method or 'an unnamed method'}; serve the checkpoint that it was made from"
         )
     if key in REFUSED_KEYS:
-        raise ModelFailed(f"{name}: {key} asks for {REFUSED_KEYS[key]}, which is not served")
+        raise ModelFailed(
+            f"{name}: {key} selects {REFUSED_KEYS[key]}, which is not supported; remove the key"
+        )
     if key in ALLOWED_IMPLEMENTATIONS:
         allowed = ALLOWED_IMPLEMENTATIONS[key]
         chosen = value.values() if isinstance(value, Mapping) else [value]
@@ -194,7 +195,7 @@ def _check_key(name: str, key: str, value: object) -> None:
 
 
 def check_file_names(names: Sequence[object], index: str) -> list[str]:
-    """The names of the weights files that an index lists: safetensors in the folder itself."""
+    """Return the sorted weights files of an index; refuse any but safetensors in the folder."""
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelFailed(f"expected names of files in {index}, got {name!r}")
@@ -204,7 +205,7 @@ def check_file_names(names: Sequence[object], index: str) -> list[str]:
 
 
 def check_header(path: Path) -> None:
-    """Refuse a weights file whose description is larger than any real one, before it is parsed."""
+    """Refuse a weights file with a header that is too large, before it is parsed."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
     if size > HEADER_BYTES:
@@ -216,7 +217,7 @@ def check_header(path: Path) -> None:
 
 @contextmanager
 def limited_construction(n_tensors: int) -> Iterator[None]:
-    """Stop building a model that has far more parts than the weights have tensors."""
+    """Stop building a model with far more modules and parameters than the weights have tensors."""
     if n_tensors > MAX_TENSORS:
         raise ModelFailed(f"expected at most {MAX_TENSORS} tensors, got {n_tensors}")
     limit, parts = PER_TENSOR * n_tensors + FIXED, 0
@@ -243,9 +244,10 @@ def limited_construction(n_tensors: int) -> Iterator[None]:
 
 
 def check_sizes(skeleton: nn.Module, stored: Mapping[str, int]) -> None:
-    """Refuse weights and a configuration that cannot belong together, before either is allocated.
+    """Refuse weights that do not fit the configuration, before memory is allocated.
 
-    `stored` has the number of values of every tensor on disk.
+    `skeleton` is the model on the meta device. `stored` holds the number of values of every tensor
+    on disk.
     """
     described, held = sum(p.numel() for p in skeleton.parameters()), sum(stored.values())
     if described > MAX_EXCESS * held + MIB:

@@ -1,6 +1,8 @@
-"""Read a decoder that has no adapter by its structure, observed in one forward pass.
+"""Map a decoder without an adapter by its structure, observed in one forward pass.
 
-A wrong reading is refused by the self-check.
+Details that no tensor shows, such as the window or the pairing of rotary dimensions, have few
+candidates. The candidate whose recomputed attention equals the model's is used. The self-check
+refuses a wrong result.
 """
 
 from __future__ import annotations
@@ -42,22 +44,23 @@ from januslens_server.models.lengths import (
 from januslens_server.models.views import Block, ModelView
 from januslens_server.results import MatrixKind, ModelFacts
 
-# Relative error of the heads' results in the model's own data type; the right reading is off by
-# rounding, a wrong one by tens of per cent.
+# Maximum relative error of the heads' results in the model's data type: the right candidate differs
+# by rounding, a wrong one by tens of per cent.
 COARSE = 5e-2
 
 # The number of `pairings`.
 PAIRINGS = 3
 
-# None: queries and keys are not rotated.
+# A function from length to rotation; None if queries and keys are not rotated.
 RotationOfLength = Callable[[int], Rotation] | None
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One way in which a layer's attention may work: its window (None: no window), its rotation.
+    """A candidate for how a layer's attention works.
 
-    `rotation` counts the `rotations` of the layer.
+    `window` is the field with the window's length, or None. `rotation` is an index into the layer's
+    `rotations`.
     """
 
     window: Length | None
@@ -65,13 +68,16 @@ class Reading:
 
 
 def view(model: PreTrainedModel) -> ModelView:
-    """The parts of a decoder-only model that has no adapter.
+    """Map a decoder-only model that has no adapter.
 
-    Looks for: a list of equal blocks as long as the configuration says; in each, three linear
-    maps with one input (query, key, value), one that joins the heads, and two or three of an
-    MLP; norms by what they do; rotary embeddings. Which window and rotation a layer uses is found
-    by which gives the model's own attention, at every position of a miniature whose lengths are
-    short if the configuration names any. Raises `ModelFailed` naming what is missing.
+    Looks for a list of blocks of one class with the length that the configuration states. Each
+    block has three linear maps with one input (query, key, value), one output map, and two or three
+    maps of an MLP. Norms are recognised by their results. A layer's window and rotation are those
+    that reproduce the model's attention; if the configuration names lengths, at every position of a
+    miniature with short lengths.
+
+    Raises:
+        ModelFailed: A part is missing or ambiguous, or the attention is not reproduced.
     """
     try:
         return _view(model)
@@ -83,7 +89,7 @@ def view(model: PreTrainedModel) -> ModelView:
         StrictDataclassError,
         TypeError,
         ValueError,
-    ) as error:  # what transformers raises of configurations and modules that are not decoders
+    ) as error:  # raised for configurations and modules that are not decoders
         reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise ModelFailed(
             f"the structure of {model.config.model_type} cannot be read: "
@@ -104,7 +110,7 @@ def _view(model: PreTrainedModel) -> ModelView:
 def _readings_beyond(
     model: PreTrainedModel, structure: Structure, lengths: list[Length]
 ) -> list[Reading]:
-    """The readings that hold at every position of a miniature."""
+    """Find the readings that reproduce attention at every position of a miniature."""
     own = structure.settings
     small = miniature(model, own.n_heads, own.n_kv_heads, structure.d_head, lengths)
     ids = prompt_of(small)
@@ -112,7 +118,7 @@ def _readings_beyond(
 
 
 class Structure:
-    """What an observed pass shows of a decoder: everything that does not depend on a reading."""
+    """A decoder's structure from an observed pass: everything that does not depend on a reading."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Observe a forward pass and find the blocks. Raises `ModelFailed` if one is missing."""
@@ -130,16 +136,19 @@ class Structure:
 
     @property
     def d_head(self) -> int:
-        """The width of a head's query."""
+        """Width of a head's query."""
         return self._finders[0].query_width // self.settings.n_heads
 
     def readings(
         self, ids: torch.Tensor, lengths: list[Length], tolerance: float, *, best: bool
     ) -> list[Reading]:
-        """Each layer's reading under which its attention, recomputed, is the captured one.
+        """Find the reading of each layer that reproduces the captured attention.
 
-        The `best` at the last position, or the first that holds at every position. Raises
-        `ModelFailed` if there is none.
+        With `best`, the one with the smallest error at the last position of `ids` `[1, pos]`, else
+        the first within `tolerance` at every position.
+
+        Raises:
+            ModelFailed: No reading is within the tolerance.
         """
         last = ids.shape[1] - 1
         positions = [last] if best else list(range(last, -1, -1))
@@ -170,8 +179,8 @@ class Structure:
             return found
         named = ", ".join(length.name for length in lengths)
         raise ModelFailed(
-            f"expected to reproduce the attention of layer {layer} from its queries and keys, "
-            f"got an error of {errors[found]:.2g}: its scores are made in a way not known here"
+            f"cannot reproduce the attention of layer {layer} from its queries and keys, relative "
+            f"error {errors[found]:.2g}: the model computes its scores in an unknown way"
             + (f"; the configuration sets {named}" if named else "")
         )
 
@@ -192,7 +201,7 @@ class Structure:
         return self._finders[layer].block(self.settings, rotation, window)
 
     def view(self, readings: list[Reading]) -> ModelView:
-        """The model's parts; a reading's window is a field, whose value is this model's own."""
+        """Build the view. Lengths of windows are looked up in this model's configuration."""
         own = {length.path: length for length in lengths_of(self._config)}
         blocks = []
         for layer, reading in enumerate(readings):
@@ -207,12 +216,12 @@ class Structure:
 
 
 def _required(config: Any, name: str) -> int:
-    """A size that every decoder with attention has."""
+    """Return a size that every decoder with attention has. Raises `ModelFailed` without it."""
     value = getattr(config, name, None)
     if not isinstance(value, int):
         raise ModelFailed(
-            f"expected a decoder with attention, whose configuration has {name}, got "
-            f"{config.model_type} without it"
+            f"expected a decoder with attention, whose configuration has {name}; "
+            f"{config.model_type} has none"
         )
     return value
 
@@ -245,14 +254,14 @@ def _facts(
 
 
 def _embedding(module: Any, what: str) -> Any:
-    """The embedding at either end of the model."""
+    """Return an input or output embedding. Raises `ModelFailed` for another kind of module."""
     if not isinstance(module, nn.Embedding | nn.Linear):
         raise ModelFailed(f"expected an {what}, got {type(module).__name__}")
     return module
 
 
 def _blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, list[nn.Module]]:
-    """The one list of `n_layers` modules of one class, and its name."""
+    """Find the only list of `n_layers` modules of one class, and its name."""
     lists = [
         (name, list(module))
         for name, module in model.named_modules()
@@ -266,7 +275,7 @@ def _blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, list[nn.Module]
 
 
 def _lens(config: Any, head: Any, observed: ObservedPass, last_block: nn.Module) -> LensHead:
-    """The norm that takes the last block's output, and the head with its multiplier and cap."""
+    """Build the lens from the norm that reads the last block's output, and the output head."""
     block = observed.of(last_block)
     norms = [
         call
@@ -286,7 +295,7 @@ def _lens(config: Any, head: Any, observed: ObservedPass, last_block: nn.Module)
 
 
 def _logit_scale(config: Any) -> float:
-    """What families multiply or divide their logits by."""
+    """The factor of the logits, which families name differently."""
     if getattr(config, "logits_scaling", None):
         return 1 / float(config.logits_scaling)
     return float(getattr(config, "logit_scale", None) or 1.0)
@@ -295,10 +304,10 @@ def _logit_scale(config: Any) -> float:
 def rotations(
     network: nn.Module, blocks: list[nn.Module], layer: int, kind: str | None
 ) -> list[RotationOfLength]:
-    """Every reading of the rotary embeddings that `layer` could use; the first is none at all.
+    """List the rotations that `layer` may use; the first is None.
 
-    The layer's own embedding, if its block has one, or those of the whole model. Embeddings that
-    hold one rotation for each kind of layer give that of the layer's own `kind`, then the others.
+    They come from the block's own rotary embedding if it has one, else from those of the model. If
+    an embedding has one rotation per kind of layer, that of the layer's `kind` is first.
     """
     inside = {module for block in blocks for module in block.modules()}
     own = [module for module in blocks[layer].modules() if _is_rotary(module)]
@@ -315,7 +324,7 @@ def _is_rotary(module: nn.Module) -> bool:
 
 
 def _choices(rotary: Any, kind: str | None) -> list[dict[str, str]]:
-    """The keyword arguments that select a rotation of the module."""
+    """List the keyword arguments that select a rotation of the module."""
     if "layer_type" not in inspect.signature(rotary.forward).parameters:
         return [{}]
     kinds = [
@@ -334,10 +343,10 @@ def _rotation(rotary: Any, which: dict[str, str], pairing: int, length: int) -> 
 
 
 def pairings(cos: torch.Tensor, sin: torch.Tensor) -> list[Rotation]:
-    """What models make of the `[pos, rotary]` that their rotary embedding gives.
+    """List the ways in which models use their rotary embedding's output `[pos, rotary]`.
 
-    Pairs half a head apart; neighbouring pairs; neighbouring pairs that take each angle from the
-    first half.
+    These are pairs half a head apart; neighbouring pairs; and neighbouring pairs that take each
+    angle from the first half.
     """
     cos_twice, sin_twice = (
         angles.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for angles in (cos, sin)

@@ -1,4 +1,4 @@
-"""Find attention and MLP in a block by the tensors that its modules pass on in one forward pass."""
+"""Find attention and MLP in a block, from the tensors that its modules exchange."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from januslens_server.models.views import Attention, Block, Mlp
 # Tokens of the observed forward pass.
 OBSERVED_LENGTH = 6
 
-# Largest relative difference between a norm module's output and our formula's.
+# Maximum relative difference between a norm module's output and the formula's.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module: the first tensors in and out, `[batch, pos, ...]`."""
+    """One call of a module, with its first input and output tensor, `[batch, pos, ...]`."""
 
     name: str
     module: nn.Module
@@ -40,23 +40,23 @@ class ModuleCall:
 
 @dataclass(frozen=True)
 class ObservedPass:
-    """The calls of one forward pass, in the order in which they ended."""
+    """The calls of all modules in one forward pass, in the order in which they returned."""
 
     calls: tuple[ModuleCall, ...]
 
     def inside(self, prefix: str) -> list[ModuleCall]:
-        """The calls of the modules below the one named `prefix`."""
+        """Return the calls of the modules inside the one named `prefix`."""
         return [call for call in self.calls if call.name.startswith(f"{prefix}.")]
 
     def of(self, module: nn.Module) -> ModuleCall | None:
-        """The call of a module, if it was called."""
+        """Return the call of a module, or None."""
         return next((call for call in self.calls if call.module is module), None)
 
 
 def observed_ids(network: PreTrainedModel) -> torch.Tensor:
-    """Tokens `[1, pos]` spread over the vocabulary."""
+    """Token ids `[1, pos]` spread evenly over the vocabulary."""
     vocab_size = network.get_input_embeddings().get_parameter("weight").shape[0]
-    device = network.device if network.device.type != "meta" else None  # offloaded: it is moved
+    device = network.device if network.device.type != "meta" else None  # accelerate moves ids
     steps = torch.arange(OBSERVED_LENGTH, device=device)
     return (steps * max(1, vocab_size // OBSERVED_LENGTH) % vocab_size)[None]
 
@@ -74,7 +74,7 @@ def observe(network: PreTrainedModel) -> ObservedPass:
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same one, or views of it: how data flow is recognised."""
+    """Whether two tensors share memory, which shows that one module's output is another's input."""
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
@@ -96,9 +96,9 @@ def _first_float(values: Any) -> torch.Tensor | None:
 
 
 def read_norm(call: ModuleCall) -> Norm:
-    """The norm's numbers, from the candidate that gives what the module gave.
+    """Map a norm: the candidate formula that reproduces the module's output.
 
-    Raises `ModelFailed` if it is neither LayerNorm nor RMSNorm, with weight or 1 + weight.
+    Raises `ModelFailed` if neither LayerNorm nor RMSNorm, with weight or 1 + weight, does.
     """
     module = call.module
     weight = module.get_parameter("weight").detach().float()
@@ -113,7 +113,7 @@ def read_norm(call: ModuleCall) -> Norm:
 
 
 def epsilon(module: nn.Module) -> float:
-    """The norm's epsilon, under the names that families give it."""
+    """Return a norm's epsilon, which families name differently."""
     for name in ("eps", "variance_epsilon", "epsilon", "norm_eps"):
         value = getattr(module, name, None)
         if isinstance(value, float):
@@ -128,7 +128,7 @@ def _gives(norm: Norm, call: ModuleCall) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module has what a norm has: one weight vector, no submodules, and the name."""
+    """Whether a module is a norm: it has one weight vector and is named so."""
     weight = getattr(module, "weight", None)
     named = "norm" in type(module).__name__.lower()
     return named and isinstance(weight, torch.Tensor) and weight.dim() == 1
@@ -136,7 +136,7 @@ def is_norm(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """What a block's tensors do not show and the model's configuration says."""
+    """Properties of a block that come from the configuration, because no tensor shows them."""
 
     n_heads: int
     n_kv_heads: int
@@ -145,10 +145,13 @@ class BlockSettings:
 
 
 class BlockFinder:
-    """Reads one block from the calls of its modules in an observed pass."""
+    """Map one block from the calls of its modules in an observed pass."""
 
     def __init__(self, name: str, module: nn.Module, observed: ObservedPass) -> None:
-        """`name` is the block's in the model."""
+        """Find the linear maps. `name` is the block's name in the model.
+
+        Raises `ModelFailed` if the block was not called or has other linear maps than expected.
+        """
         self._name = name
         self._module = module
         self._calls = observed.inside(name)
@@ -165,7 +168,7 @@ class BlockFinder:
         rotation: Callable[[int], Rotation] | None,
         window: int | None,
     ) -> Block:
-        """The block under the field's names, with one reading of what its tensors don't show."""
+        """Build the block, with this `rotation` and `window` of its attention."""
         query, *_, output = self._attention
         first, second = self._mlp[0], self._mlp[-1]
         attention_norm = self._norm_giving(query.input)
@@ -185,11 +188,11 @@ class BlockFinder:
 
     @property
     def query_width(self) -> int:
-        """The width of all heads' queries together."""
+        """Width of all heads' queries together."""
         return self._attention[0].output.shape[-1]
 
     def _split(self, linears: Sequence[ModuleCall]) -> tuple[list[ModuleCall], list[ModuleCall]]:
-        """Query, key, value and output; then gate, up and down, or the MLP's two maps."""
+        """Split linear maps into query, key, value and output, and the MLP's two or three maps."""
         if len(linears) not in {6, 7}:
             raise ModelFailed(
                 f"expected {self._name} to have 6 or 7 linear maps (query, key, value, output, "
@@ -240,7 +243,7 @@ class BlockFinder:
         return Mlp(_linear(gate.module), ff2, up=_linear(up.module), finish=finish, added=added)
 
     def _gate_and_up(self) -> tuple[ModuleCall, ModuleCall]:
-        """The gate is the one of the two whose result an activation module takes."""
+        """Order the first two maps of a gated MLP: an activation module reads the gate's output."""
         one, other, _ = self._mlp
         for call in self._calls:
             if isinstance(call.module, nn.Linear | Conv1D) or is_norm(call.module):
@@ -253,7 +256,7 @@ class BlockFinder:
         raise ModelFailed(f"expected an activation after one of {one.name}, {other.name}")
 
     def _head_map(self, call: ModuleCall, d_head: int) -> HeadMap:
-        """A norm that takes a query's or key's linear result, if there is one."""
+        """Map the norm that reads a query's or key's linear result, if there is one."""
         for norm in self._norms():
             if same_memory(norm.input, call.output):
                 spans = norm.module.get_parameter("weight").numel() != d_head
@@ -263,7 +266,7 @@ class BlockFinder:
     def _finish(
         self, settings: BlockSettings, result: ModuleCall
     ) -> tuple[Finish | None, Tap | None]:
-        """A norm that takes a sublayer's raw result, or the model's residual multiplier."""
+        """Map a norm that reads a sublayer's result, or the model's residual multiplier."""
         for norm in self._norms():
             if same_memory(norm.input, result.output) and norm.input.shape == result.output.shape:
                 return Finish(norm=read_norm(norm)), Tap(norm.module, End.OUTPUT)
@@ -283,7 +286,7 @@ class BlockFinder:
         return [call for call in self._calls if is_norm(call.module)]
 
     def _owner(self, call: ModuleCall) -> Any:
-        """The module that holds a linear map: the attention."""
+        """Return the module that contains a linear map: the attention."""
         local = call.name.removeprefix(f"{self._name}.").rpartition(".")[0]
         return self._module.get_submodule(local)
 
@@ -293,7 +296,7 @@ def _linear(module: nn.Module) -> Linear:
 
 
 def _head_norm(call: ModuleCall, d_head: int, *, spans_heads: bool) -> HeadNorm:
-    """The numbers of a query's or key's norm."""
+    """Map a norm of queries or keys."""
     norm = read_norm(call)
     if spans_heads and (norm.centred or norm.bias is not None):
         raise ModelFailed(f"expected {call.name}, a norm over all heads, to be an RMSNorm")
