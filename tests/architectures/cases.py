@@ -1,4 +1,4 @@
-"""Tiny random models of every family, with everything on that a default switches off."""
+"""Tiny configurations of every family that enable what is off by default."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ALTERNATING = ["sliding_attention", "full_attention"]
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration of a family: `settings` on top of the sizes that all have.
+    """One configuration of a family: `settings` added to the common sizes.
 
     `attention` is the implementation of the plain model, `length` the prompt's.
     """

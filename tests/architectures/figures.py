@@ -1,4 +1,7 @@
-"""The page of measured guarantees: `python -m tests.architectures.figures > docs/guarantees.md`."""
+"""Write the page of measured guarantees.
+
+Use `python -m tests.architectures.figures > docs/guarantees.md`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ class Figure(NamedTuple):
 
 
 def figures(cases: Iterable[Case] = MEASURED) -> list[Figure]:
-    """Every guarantee of every case, measured now."""
+    """Measure every guarantee for every case."""
     return [
         Figure(case.family, case.name, measure.name, measure.error(case))
         for case in cases
@@ -32,7 +35,7 @@ def figures(cases: Iterable[Case] = MEASURED) -> list[Figure]:
 
 
 def page(measured: Sequence[Figure]) -> str:
-    """The whole page in Markdown; its figures are the worst of each family's variants."""
+    """Return the page in Markdown, with the worst figure of each family's cases."""
     measures = [f"| {m.name} | {m.meaning} | {_shown(m.tolerance)} |" for m in MEASURES]
     return TEMPLATE.read_text().format(
         measures="\n".join(measures),

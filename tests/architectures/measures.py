@@ -1,4 +1,4 @@
-"""How far each guarantee is from holding exactly, for one case, against the plain model."""
+"""Measure the error of each guarantee for one case, against the plain Hugging Face model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ADDED_TO_RESIDUAL = (NodeKind.BLOCK_INPUT, NodeKind.ATTENTION_OUTPUT, NodeKind.M
 
 @dataclass(frozen=True)
 class Traced:
-    """The whole graph of a prompt, nothing left out."""
+    """Trace a prompt with every node and edge."""
 
     nodes: Mapping[str, Node]
     vectors: Mapping[str, Tensor]
@@ -96,7 +96,7 @@ def shares(case: Case) -> float:
 
 
 def sums(case: Case) -> float:
-    """Vectors, not shares: the parts' vectors add up to the whole's."""
+    """Measure how far the vectors of the parts, not only their shares, add up to the sum."""
     graph = traced(case)
     parts: defaultdict[str, list[Tensor]] = defaultdict(list)
     for edge in graph.edges:
@@ -121,7 +121,7 @@ def attention(case: Case) -> float:
 
 
 def pull_backs(case: Case) -> float:
-    """Memory keys and head queries at two positions."""
+    """Measure memory keys and head queries at two positions."""
     graph, layers = traced(case), oracle.queries_and_keys(case)
     found, expected = [], []
     for name, node in graph.nodes.items():
@@ -167,14 +167,14 @@ def factors(case: Case) -> float:
 
 
 def half_precision(case: Case) -> float:
-    """The worst figure of the self-check in bfloat16."""
+    """Return the largest error of the self-check in bfloat16."""
     checks = self_check(resident(case, torch.bfloat16))
     return float(np.max([check.measured_error for check in checks]))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A guarantee: its short name, what is measured, how, and how much is tolerated."""
+    """A guarantee: its short name, description, measurement and tolerance."""
 
     name: str
     meaning: str
@@ -243,7 +243,7 @@ MEASURES = (
 
 
 def _coefficient(graph: Traced, edge: Edge) -> float:
-    """What a node's vector is multiplied by in the sum: its activation, its probability, or 1."""
+    """Factor of a node's vector in the sum: its activation, its probability, or 1."""
     activation = graph.activations[edge.source]
     if not np.isnan(activation):
         return activation
@@ -260,4 +260,4 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 
 def _go_on() -> None:
-    """No caller cancels these."""
+    """Never cancel."""

@@ -1,4 +1,4 @@
-"""What plain Hugging Face models say of themselves, by forward passes and autograd alone."""
+"""Expected values from plain Hugging Face models, by forward passes and autograd only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.architectures.tiny_models import plain
 
 @torch.no_grad()
 def logits(case: Case, *, capped: bool = True) -> Tensor:
-    """`[pos, vocab]`; those before the soft-cap if not `capped`."""
+    """Logits `[pos, vocab]`; before the soft-cap unless `capped`."""
     network = plain(case)
     cap = getattr(network.config, "final_logit_softcapping", None)
     if not capped and cap is not None:
@@ -33,7 +33,7 @@ def logits(case: Case, *, capped: bool = True) -> Tensor:
 
 @torch.no_grad()
 def attentions(case: Case) -> list[Tensor]:
-    """Each layer's probabilities `[head, query, source]`."""
+    """Attention probabilities `[head, query, source]` of each layer."""
     if case.attention != "eager":
         return [_alibi_attention(states) for states in queries_and_keys(case)]
     found = plain(case)(torch.tensor([case.prompt]), use_cache=False, output_attentions=True)
@@ -84,7 +84,7 @@ class QueriesAndKeys:
 
 
 def queries_and_keys(case: Case) -> list[QueriesAndKeys]:
-    """What every layer's attention takes the dot products of, from the model's own forward pass."""
+    """Capture queries and keys of every layer at the dot product in the model's forward pass."""
     network = plain(case)
     seen = _Seen()
     attentions = _attentions(case, network)
@@ -112,7 +112,7 @@ def _attentions(case: Case, network: Any) -> list[Any]:
 
 
 class _Seen:
-    """Watches attention modules by their identity."""
+    """Record calls of attention modules by identity."""
 
     def __init__(self) -> None:
         self.layers: dict[int, QueriesAndKeys] = {}
@@ -213,7 +213,7 @@ _FROM_FUSED = {"bloom": _bloom, "falcon": _falcon, "mpt": _mpt}
 
 @contextmanager
 def _scales_fixed() -> Iterator[None]:
-    """Norms whose denominators no gradient flows through."""
+    """Let no gradient flow through the norms' denominators."""
     rsqrt = torch.rsqrt
 
     def fixed_rsqrt(x: Tensor) -> Tensor:
@@ -245,7 +245,7 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
 
 
 def _alibi_attention(states: QueriesAndKeys) -> Tensor:
-    """Falcon's attention by hand: ALiBi is added once, then everything is scaled."""
+    """Compute Falcon's attention: add ALiBi once, then scale the sum."""
     if states.query is None or states.key is None:
         raise ValueError("expected an attention that was seen, got none")
     heads, length, d_head = states.query.shape

@@ -1,4 +1,4 @@
-"""A model with parameters that no part of the view holds is refused, naming them."""
+"""A model with parameters that no part of the view includes is refused by their names."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ SHARED_EXPERT = {
 
 @pytest.mark.parametrize("data_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["dots1", "glm4_moe"])
-def test_routed_experts_beside_a_shared_one_are_named(family: str, data_type: torch.dtype) -> None:
+def test_mixture_with_a_shared_expert_is_refused(family: str, data_type: torch.dtype) -> None:
     network = plain(Case(family, "shared expert", SHARED_EXPERT))
     with pytest.raises(ModelFailed, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj"):
         view_of(copy.deepcopy(network).to(data_type))
 
 
 @pytest.mark.parametrize("case", [*CASES[::7], *MIXTURES[::2]], ids=lambda case: case.id)
-def test_a_parameter_without_a_part_is_named(case: Case) -> None:
+def test_unknown_parameter_is_refused_by_name(case: Case) -> None:
     model = resident(case)
     block: Any = model.view.blocks[1].module
     block.register_parameter("layer_scale", nn.Parameter(torch.ones(32)))
@@ -51,8 +51,8 @@ def test_a_parameter_without_a_part_is_named(case: Case) -> None:
     check_parameters(model.network, model.view)
 
 
-def test_part_of_a_fused_projection_is_not_the_whole() -> None:
-    """Phi-3's `gate_up_proj` with a column that no map of the view reads."""
+def test_fused_projection_with_an_unread_column_is_refused() -> None:
+    """Phi-3's `gate_up_proj` with a column that no linear map covers."""
     model = resident(next(case for case in CASES if case.id == "phi3-grouped, window"))
     block = model.view.blocks[0]
     assert isinstance(block.mlp, Mlp)
@@ -64,7 +64,7 @@ def test_part_of_a_fused_projection_is_not_the_whole() -> None:
 
 
 @pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.id)
-def test_a_shared_expert_beside_the_routed_ones_is_named(case: Case) -> None:
+def test_shared_expert_is_refused_by_name(case: Case) -> None:
     model = resident(case)
     mlp: Any = model.view.blocks[0].mlp
     mlp.block.shared_expert = nn.Linear(32, 16, bias=False)

@@ -1,4 +1,4 @@
-"""The automatic adapter: against the written ones, on families without any, and its refusals."""
+"""Compare the automatic adapter with the others; test families without an adapter and refusals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def graphs(model: ResidentModel, case: Case) -> Iterator[LayerGraph]:
 
 
 @pytest.mark.parametrize("case", readable, ids=lambda case: case.id)
-def test_it_reads_what_the_written_adapter_says(case: Case) -> None:
+def test_automatic_view_equals_the_adapters_view(case: Case) -> None:
     written, found = graphs(resident(case), case), graphs(read_automatically(case), case)
     for one, other in zip(written, found, strict=True):
         assert one.nodes == other.nodes
@@ -67,7 +67,7 @@ def test_it_reads_what_the_written_adapter_says(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", WITHOUT_ADAPTER, ids=lambda case: case.id)
-def test_a_family_without_an_adapter_is_served(case: Case) -> None:
+def test_family_without_an_adapter_is_mapped_exactly(case: Case) -> None:
     assert case.family not in ADAPTERS
     model = resident(case)
     guarantees = self_check(model)
@@ -107,7 +107,9 @@ def test_a_family_without_an_adapter_is_served(case: Case) -> None:
         ("mamba", {}, "num_attention_heads|expected"),
     ],
 )
-def test_what_is_not_found_is_said(family: str, settings: dict[str, Any], missing: str) -> None:
+def test_refusal_names_the_missing_part(
+    family: str, settings: dict[str, Any], missing: str
+) -> None:
     case = Case(family, "refused", settings)
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(case.config()).eval()

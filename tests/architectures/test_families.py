@@ -1,4 +1,4 @@
-"""Every family, in every variant of it, against plain Hugging Face models."""
+"""Compare every case of every family with plain Hugging Face models."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_guarantee_holds(case: Case, measure: Measure) -> None:
     assert measure.error(case) <= measure.tolerance
 
 
-def test_every_adapter_is_measured() -> None:
+def test_every_adapter_has_a_case() -> None:
     assert set(FAMILIES) == set(ADAPTERS)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_sizes_are_those_of_the_weights(case: Case) -> None:
+def test_facts_match_the_weights_shapes(case: Case) -> None:
     model = resident(case)
     facts, block = model.view.facts, model.view.blocks[0]
     assert len(model.view.blocks) == facts.n_layers
@@ -49,14 +49,14 @@ def test_sizes_are_those_of_the_weights(case: Case) -> None:
     assert facts.max_positions == CONTEXT
 
 
-def test_falcon_with_one_key_head_says_so_whatever_its_configuration_says() -> None:
+def test_falcon_with_multi_query_has_one_key_value_head() -> None:
     (case,) = (case for case in CASES if case.id == "falcon-multi-query")
     model = resident(case)
     assert model.network.config.num_kv_heads == 4
     assert model.view.facts.n_kv_heads == 1
 
 
-def test_sdpa_is_turned_off_where_it_passes_over_something() -> None:
+def test_eager_attention_replaces_sdpa_that_omits_scoring() -> None:
     case = next(case for case in CASES if case.family == "mistral")
     network: Any = AutoModelForCausalLM.from_config(case.config(), attn_implementation="sdpa")
     network.load_state_dict(plain(case).state_dict())

@@ -1,4 +1,4 @@
-"""The committed page is the one that the tests make, figures aside, and these are in bounds."""
+"""The committed page matches the generated one except for figures, which are within tolerance."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def without_figures(text: str) -> str:
     return ROW.sub(lambda row: row[1], text)
 
 
-def test_page_is_what_the_tests_make() -> None:
+def test_committed_page_matches_the_generated_page() -> None:
     nothing = [Figure(c.family, c.name, m.name, 0.0) for c in MEASURED for m in MEASURES]
     assert without_figures(COMMITTED) == without_figures(page(nothing))
 
@@ -33,7 +33,7 @@ def test_every_committed_figure_is_within_its_tolerance() -> None:
 
 
 @pytest.mark.parametrize("case", MEASURED[:2], ids=lambda case: case.id)
-def test_figures_are_of_every_guarantee(case: Case) -> None:
+def test_every_guarantee_has_figures(case: Case) -> None:
     measured = figures([case])
     assert [figure.guarantee for figure in measured] == [measure.name for measure in MEASURES]
     assert {(figure.family, figure.config) for figure in measured} == {(case.family, case.name)}

@@ -1,4 +1,4 @@
-"""FindNeurons against plain Hugging Face models: every value through the model's own modules."""
+"""Compare FindNeurons with plain Hugging Face models, whose modules project every value."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ CASES = [case for case in MEASURED if case.id in CHOSEN]
 Place = tuple[int, int, int]
 
 
-def test_every_chosen_case_is_there() -> None:
+def test_chosen_cases_exist() -> None:
     assert len(CASES) == len(CHOSEN)
 
 
 @pytest.mark.parametrize("suppressed", [False, True], ids=["promoted", "suppressed"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_the_neurons_are_those_that_the_weights_name(case: Case, suppressed: bool) -> None:
+def test_neurons_match_the_weights_projections(case: Case, suppressed: bool) -> None:
     found = search(case, suppressed)
     expected = {
         place: logits
@@ -80,7 +80,7 @@ def test_the_neurons_are_those_that_the_weights_name(case: Case, suppressed: boo
 
 @pytest.mark.parametrize("suppressed", [False, True], ids=["promoted", "suppressed"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_they_come_by_rank_then_by_logit(case: Case, suppressed: bool) -> None:
+def test_neurons_are_ordered_by_rank_then_logit(case: Case, suppressed: bool) -> None:
     found = search(case, suppressed)
     logits = found.projections.target_logits[:, 0]
     keys = list(zip(found.ranks, logits if suppressed else -logits, strict=True))
@@ -99,13 +99,13 @@ def places(found: FoundNeurons) -> list[Place]:
 
 
 def before(logits: Tensor, suppressed: bool) -> Tensor:
-    """The tokens further out at the end that is searched."""
+    """Return the tokens beyond a token at the searched end."""
     return logits < logits[TOKEN] if suppressed else logits > logits[TOKEN]
 
 
 @torch.no_grad()
 def read_values(case: Case) -> Iterator[tuple[Place, Tensor]]:
-    """Every neuron's place and the logits `[vocab]` of its value, before a soft-cap."""
+    """Return each neuron's layer, index and logits `[vocab]` of its value, before a soft-cap."""
     network = plain(case)
     scale = {"cohere": "logit_scale"}.get(case.family)
     divisor = {"granite": "logits_scaling"}.get(case.family)
@@ -143,7 +143,7 @@ def final_norm(network: Any) -> Any:
 
 
 def value_matrices(mlp: Any) -> Iterator[tuple[int, Tensor]]:
-    """FF2 `[d_mlp, d_model]`, or each expert's with its number."""
+    """Return FF2 `[d_mlp, d_model]`, or that of each expert with its number."""
     if hasattr(mlp, "experts"):
         # gpt_oss multiplies by the matrix as it is stored, the others by its transpose.
         down = mlp.experts.down_proj

@@ -1,4 +1,4 @@
-"""The float32 check of blocks sees parts that a half type's tolerance hides."""
+"""The float32 check of blocks detects missing parts below the tolerance of half types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOME = [*CASES[::6], *MIXTURES[::2]]
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.id)
-def test_blocks_add_their_parts_to_rounding_and_keep_their_weights(case: Case) -> None:
+def test_block_parts_add_up_and_weights_stay_unchanged(case: Case) -> None:
     model = resident(case, torch.bfloat16)
     before = {name: t.data_ptr() for name, t in model.network.state_dict().items()}
     guarantee = blocks_in_float32(model, case.prompt)
@@ -26,7 +26,7 @@ def test_blocks_add_their_parts_to_rounding_and_keep_their_weights(case: Case) -
     assert {t.dtype for t in after.values() if t.is_floating_point()} == {torch.bfloat16}
 
 
-def test_a_part_below_the_tolerance_of_bfloat16_is_seen() -> None:
+def test_part_below_bfloat16_tolerance_is_detected() -> None:
     model = resident(next(c for c in CASES if c.id == "llama-grouped"), torch.bfloat16)
 
     def add(_module: Any, _args: Any, output: Any) -> Any:

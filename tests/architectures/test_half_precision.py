@@ -1,4 +1,4 @@
-"""Factors in half precision against autograd's dense gradients of the same model."""
+"""Compare factors in half precision with dense gradients by autograd on the same model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention beyond every length that a configuration names, against plain Hugging Face models."""
+"""Compare attention beyond every configured length with plain Hugging Face models."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_attention_equals_hugging_face_beyond_the_length(case: Case) -> None:
         ),
     ],
 )
-def test_a_length_of_unknown_meaning_is_refused_by_name(
+def test_length_with_unknown_meaning_is_refused_by_name(
     family: str, settings: dict[str, Any], field: str
 ) -> None:
     case = Case(family, "unknown length", settings)
@@ -46,10 +46,10 @@ def test_a_length_of_unknown_meaning_is_refused_by_name(
         view_of(plain(case))
 
 
-def test_an_adapter_that_forgets_a_window_is_refused_by_its_name(
+def test_adapter_that_ignores_a_window_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """An adapter that reads Mistral as Llama, which has no window."""
+    """The adapter maps Mistral as Llama, which has no window."""
     from januslens_server.models import adapters
 
     monkeypatch.setitem(adapters.ADAPTERS, "mistral", adapters.ADAPTERS["llama"])
@@ -58,8 +58,8 @@ def test_an_adapter_that_forgets_a_window_is_refused_by_its_name(
         view_of(plain(case))
 
 
-def test_a_wide_model_is_measured_on_a_narrow_one() -> None:
-    """No weight of the model itself is run: this one has none."""
+def test_wide_model_is_checked_on_a_narrow_miniature() -> None:
+    """The model itself does not run: it has no weights."""
     wide: dict[str, Any] = {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -84,7 +84,7 @@ def test_short_lengths_differ_from_each_other_and_from_the_prompt() -> None:
     assert max(SHORT.values()) < PROMPT_LENGTH
 
 
-def test_lengths_are_found_wherever_they_stand() -> None:
+def test_lengths_are_found_at_any_depth() -> None:
     config = AutoConfig.for_model(
         "mistral", **SIZES | {"sliding_window": 9, "rope_parameters": SCALED_QUERIES}
     )
@@ -95,12 +95,12 @@ def test_lengths_are_found_wherever_they_stand() -> None:
     }
 
 
-def test_a_context_shorter_than_the_miniatures_prompt_is_measured_all_the_same() -> None:
+def test_context_shorter_than_the_miniatures_prompt_is_checked() -> None:
     settings = {"window_size": 4, "max_position_embeddings": 16}
     assert view_of(plain(Case("gpt_neo", "short context", settings))).blocks
 
 
-def test_a_deep_model_with_wide_heads_is_measured_on_a_narrow_one() -> None:
+def test_deep_model_with_wide_heads_is_checked_on_a_narrow_miniature() -> None:
     settings: dict[str, Any] = {"head_dim": 256, "num_hidden_layers": 18, "hidden_size": 640}
     settings |= {"num_attention_heads": 4, "num_key_value_heads": 1, "sliding_window": 512}
     config = AutoConfig.for_model("gemma3_text", **settings)

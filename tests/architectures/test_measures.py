@@ -1,4 +1,4 @@
-"""The measures notice when an adapter leaves out what is distinct of its family."""
+"""The measures detect an adapter that omits a distinct point of its family."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ MISTAKES: dict[str, tuple[str, Change, str]] = {
 
 
 @pytest.mark.parametrize(("name", "change", "measure"), MISTAKES.values(), ids=MISTAKES)
-def test_measure_notices_what_an_adapter_left_out(
+def test_measure_detects_an_omission_of_an_adapter(
     name: str, change: Change, measure: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (case,) = (case for case in CASES if case.id == name)

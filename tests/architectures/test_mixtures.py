@@ -1,4 +1,4 @@
-"""Mixtures of experts against plain Hugging Face models: routing, neurons, factors."""
+"""Compare routing, neurons and factors of mixtures with plain Hugging Face models."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_factors_are_the_dense_gradients_of_every_expert(case: Case) -> None:
 
 
 def expert_gradient(experts: Any, matrix: GradientMatrix) -> Tensor:
-    """dL/dW `[d_in, d_out]` out of the 3-D parameter's gradient."""
+    """Select dL/dW `[d_in, d_out]` from the 3-D parameter's gradient."""
     rows_first = hasattr(experts, "gate_up_proj_bias")
     name = "down_proj" if matrix.kind is MatrixKind.FF2 else "gate_up_proj"
     own: Tensor = getattr(experts, name).grad[matrix.expert]
@@ -181,7 +181,7 @@ def expert_gradient(experts: Any, matrix: GradientMatrix) -> Tensor:
 
 
 def assert_nothing_is_missing(network: Any, seen: set[tuple[int, MatrixKind, int | None]]) -> None:
-    """An expert that no position was sent to has a gradient of zero, every other one a matrix."""
+    """Experts without routed positions have a gradient of zero; all others have factors."""
     for number, layer in enumerate(network.model.layers):
         if hasattr(layer.mlp, "experts"):
             gradient = layer.mlp.experts.down_proj.grad
@@ -190,13 +190,13 @@ def assert_nothing_is_missing(network: Any, seen: set[tuple[int, MatrixKind, int
             assert set(moved) <= routed
 
 
-def test_sizes_name_the_experts() -> None:
+def test_facts_include_the_experts() -> None:
     facts = resident(MIXTURES[1]).view.facts
     assert (facts.n_experts, facts.d_mlp, facts.n_kv_heads) == (4, 16, 2)
 
 
 @every_case
-def test_a_descent_step_on_experts_is_what_sgd_on_a_copy_does(case: Case) -> None:
+def test_descent_step_on_experts_equals_sgd_on_a_copy(case: Case) -> None:
     edited, rate = copy.deepcopy(plain(case)), 0.1
     edited.zero_grad()
     (-next_token(edited, case)[TARGET]).backward()
@@ -224,13 +224,13 @@ def next_token(network: Any, case: Case) -> Tensor:
     return log_p
 
 
-def test_a_forward_shift_needs_the_one_ff2_of_a_layer() -> None:
+def test_forward_shift_of_a_mixture_is_refused() -> None:
     spec = PreviewEditSpec((1, 2, 3), (TARGET,), ForwardShift(0, 0.2))
     with pytest.raises(InvalidRequest, match="the experts of layer 0"):
         list(preview_edit(resident(MIXTURES[0]), spec, lambda: None))
 
 
-def test_edits_of_a_mixtures_attention_are_served() -> None:
+def test_edit_of_a_mixtures_attention_is_applied() -> None:
     attention = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)
     spec = PreviewEditSpec((1, 2, 3), (TARGET,), DescentStep(attention, (), 0.05))
     result = only(preview_edit(resident(MIXTURES[0]), spec, lambda: None))

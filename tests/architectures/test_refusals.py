@@ -1,4 +1,4 @@
-"""Variants for which the block's identity does not hold are refused, with the reason."""
+"""Variants whose residual is not the sum of its parts are refused with the reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each case's random model: as plain Hugging Face runs it and as the server holds it."""
+"""Build each case's random model, as a plain Hugging Face model and as the server loads it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LESS_ONE = ("Gemma", "Nemotron", "VaultGemma")
 
 @cache
 def plain(case: Case) -> Any:
-    """The Hugging Face model alone, in float32."""
+    """Build the plain Hugging Face model in float32."""
     torch.manual_seed(len(case.id))
     network: Any = AutoModelForCausalLM.from_config(
         case.config(), attn_implementation=case.attention
@@ -39,7 +39,7 @@ def plain(case: Case) -> Any:
 
 @cache
 def resident(case: Case, data_type: torch.dtype = torch.float32) -> ResidentModel:
-    """The same weights as the server holds them, with the family's usual attention."""
+    """Build the resident model with the same weights and the family's default attention."""
     network = AutoModelForCausalLM.from_config(case.config(), dtype=data_type)
     network.load_state_dict(plain(case).state_dict())
     network.eval().requires_grad_(requires_grad=False)
@@ -67,7 +67,7 @@ def _parameters(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Paramet
 
 
 def _drawn(module: nn.Module, name: str, shape: torch.Size) -> torch.Tensor:
-    """No bias is zero, no norm is one, and scores and logits are a few units wide."""
+    """Draw weights without zero biases or norms of one, and scores and logits of a few units."""
     noise = torch.randn(shape)
     if isinstance(module, nn.Embedding):
         return noise

@@ -1,4 +1,4 @@
-"""Running out of memory is told apart from bugs, and the next request works."""
+"""Exhausted memory is distinguished from bugs, and the next request works."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ async def test_a_request_that_needs_too_much_fails_alone() -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
-def test_what_python_and_devices_raise_is_recognised(error: Exception) -> None:
+def test_out_of_memory_errors_are_converted(error: Exception) -> None:
     assert isinstance(in_service_terms(error), OutOfMemory)
 
 
-def test_a_bug_stays_a_bug() -> None:
+def test_other_errors_are_unchanged() -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert in_service_terms(error) is error

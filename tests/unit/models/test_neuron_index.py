@@ -1,4 +1,4 @@
-"""The index of a model's neurons: read once, found again, and nobody else's."""
+"""The neuron index is computed once, cached, and used only for the same weights and lens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> TensorCache:
 
 @pytest.fixture
 def no_reading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From when it is called, rows must come from where they are kept."""
+    """Return a function after whose call no row may be computed."""
 
     def refuse(*_: object) -> None:
         raise LookupError("expected the rows from the cache, got them read")
@@ -55,7 +55,7 @@ def assert_same(ours: list[RowIndex], theirs: list[RowIndex]) -> None:
             assert torch.equal(column, vars(yours)[name]), name
 
 
-def test_the_next_server_finds_it_as_it_was_read(
+def test_next_server_reads_the_cached_index_unchanged(
     demo: ResidentModel, cache: TensorCache, no_reading: Callable[[], None]
 ) -> None:
     first = read(NeuronIndex(demo.view, demo.provenance, cache))
@@ -69,7 +69,7 @@ def test_the_next_server_finds_it_as_it_was_read(
     [{"revision": "other"}, {"data_type": "bfloat16"}, {"architecture": "GPTJForCausalLM"}],
     ids=str,
 )
-def test_other_weights_are_read_anew(
+def test_index_of_other_weights_is_not_used(
     demo: ResidentModel,
     cache: TensorCache,
     change: dict[str, str],
@@ -82,10 +82,10 @@ def test_other_weights_are_read_anew(
         NeuronIndex(demo.view, provenance, cache).layer(0)
 
 
-def test_another_lens_on_the_same_weights_is_read_anew(
+def test_index_of_another_lens_is_not_used(
     demo: ResidentModel, cache: TensorCache, no_reading: Callable[[], None]
 ) -> None:
-    """A local folder's revision is a hash of its weights alone, not of its configuration."""
+    """A local folder's revision is a hash of its weights, without its configuration."""
     NeuronIndex(demo.view, demo.provenance, cache).layer(0)
     no_reading()
     norm = replace(demo.view.lens.final_norm, eps=0.5)
@@ -130,7 +130,7 @@ def with_infinity(found: Tensors) -> Tensors:
     ],
     ids=lambda forged: forged.__name__,
 )
-def test_a_forged_file_with_the_right_digest_is_computed_again(
+def test_forged_file_with_a_valid_digest_is_computed_again(
     demo: ResidentModel,
     cache: TensorCache,
     forged: Callable[[Tensors], Tensors],
@@ -154,13 +154,13 @@ def test_a_forged_file_with_the_right_digest_is_computed_again(
 
 @pytest.fixture
 def in_chunks(demo: ResidentModel) -> ResidentModel:
-    """The demo, whose layers of 512 neurons are read 64 at a time."""
+    """The demo, whose layers of 512 neurons are computed 64 at a time."""
     lens = demo.view.lens
     chunk_bytes = 64 * 4 * lens.unembedding.vocab
     return replace(demo, view=replace(demo.view, lens=replace(lens, chunk_bytes=chunk_bytes)))
 
 
-def test_a_caller_who_leaves_stops_the_reading_and_loses_no_layer(
+def test_cancelled_request_stops_indexing_and_keeps_finished_layers(
     in_chunks: ResidentModel,
 ) -> None:
     index = NeuronIndex(in_chunks.view, in_chunks.provenance)
@@ -173,10 +173,10 @@ def test_a_caller_who_leaves_stops_the_reading_and_loses_no_layer(
     assert len(index.layer(1).top_ids) == 512
 
 
-def test_requests_that_take_turns_read_each_chunk_once(
+def test_requests_taking_turns_compute_each_chunk_once(
     in_chunks: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also when one of them leaves before the end; and they get what one alone gets."""
+    """Also if one is cancelled early; results are the same as for one request."""
     chunks = []
 
     def counting(head: LensHead, vectors: torch.Tensor, *rest: Any) -> Iterator[Readings]:
@@ -198,7 +198,7 @@ def test_requests_that_take_turns_read_each_chunk_once(
     assert chunks == [64] * 8
 
 
-def test_neurons_count_as_projected_vectors_when_they_are_read(demo: ResidentModel) -> None:
+def test_indexed_neurons_count_as_projected_vectors(demo: ResidentModel) -> None:
     index = NeuronIndex(demo.view, demo.provenance)
     before = telemetry.VECTORS_PROJECTED._value.get()
     index.layer(0)
@@ -206,10 +206,10 @@ def test_neurons_count_as_projected_vectors_when_they_are_read(demo: ResidentMod
     assert telemetry.VECTORS_PROJECTED._value.get() - before == 512
 
 
-def test_a_reading_that_fails_is_begun_anew(
+def test_failed_indexing_starts_again(
     in_chunks: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though another request is still at it."""
+    """Even while another request waits for the same layer."""
     index = NeuronIndex(in_chunks.view, in_chunks.provenance)
     failing, waiting = index.reading(0), index.reading(0)
     next(waiting)
@@ -225,14 +225,16 @@ def _raise(error: Exception) -> None:
     raise error
 
 
-def test_all_neurons_can_be_read_ahead(demo: ResidentModel, no_reading: Callable[[], None]) -> None:
+def test_all_layers_can_be_indexed_in_advance(
+    demo: ResidentModel, no_reading: Callable[[], None]
+) -> None:
     model = replace(demo)  # one that has not been asked anything
     read_all_neurons(model)
     no_reading()
     assert len(read(model.neurons)) == 4
 
 
-def test_a_model_of_many_neurons_is_indexed_less_deeply(
+def test_model_with_many_neurons_has_a_shallower_index(
     demo: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bytes_of_ten = 10 * neuron_index.ENTRY_BYTES * 4 * 512
@@ -244,7 +246,7 @@ def test_a_model_of_many_neurons_is_indexed_less_deeply(
     assert sum(column.nbytes for column in listed) == bytes_of_ten
 
 
-def test_a_row_of_zeros_is_found_by_no_token(demo: ResidentModel) -> None:
+def test_row_of_zeros_is_not_found(demo: ResidentModel) -> None:
     index = NeuronIndex(demo.view, demo.provenance).layer(0)
     rows = index.listing(719, suppressed=False).rows
     without = replace(index, projected=index.projected.clone())

@@ -1,4 +1,4 @@
-"""The configured models: their states, and which is handed out; folders are tests of loading."""
+"""States of configured models and which model is served; tests/loading covers folders."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def states(registry: Registry) -> dict[str, ModelState]:
     return {status.name: status.state for status in registry.statuses()}
 
 
-def test_everything_is_loading_before_it_is_loaded() -> None:
+def test_models_are_loading_at_first() -> None:
     waiting = registry(DEMO, ABSENT)
     assert set(states(waiting).values()) == {ModelState.LOADING}
     with pytest.raises(ModelLoading, match="demo is still loading"):
         waiting.get("demo")
 
 
-def test_one_that_fails_does_not_keep_the_others_from_serving() -> None:
+def test_failed_model_does_not_affect_the_others() -> None:
     seen: list[tuple[str, ModelState]] = []
     loaded = registry(ABSENT, DEMO, observe=lambda s: seen.append((s.name, s.state)))
     loaded.load_all()
@@ -54,7 +54,7 @@ def test_one_that_fails_does_not_keep_the_others_from_serving() -> None:
         loaded.get("absent")
 
 
-def test_what_breaks_the_check_fails_the_model_alone() -> None:
+def test_exception_in_the_self_check_fails_only_that_model() -> None:
     def check(model: ResidentModel) -> list[Guarantee]:
         if model.name == "demo":
             raise ZeroDivisionError("in the check")
@@ -68,7 +68,7 @@ def test_what_breaks_the_check_fails_the_model_alone() -> None:
 
 
 @pytest.mark.parametrize("error", [2.0, float("nan"), float("inf")])
-def test_a_guarantee_that_does_not_hold_fails_the_model(error: float) -> None:
+def test_broken_guarantee_fails_the_model(error: float) -> None:
     loaded = registry(DEMO, guarantees=[HELD, Guarantee("broken", error, 1.0)])
     loaded.load_all()
     with pytest.raises(ModelFailed, match=r"self-check broken: .* at most 1, measured"):
@@ -77,7 +77,7 @@ def test_a_guarantee_that_does_not_hold_fails_the_model(error: float) -> None:
     assert [guarantee.held for guarantee in status.guarantees] == [True, False]
 
 
-def test_names_and_revisions() -> None:
+def test_get_checks_name_and_revision() -> None:
     loaded = registry(DEMO)
     loaded.load_all()
     model = loaded.get("demo")
@@ -89,12 +89,12 @@ def test_names_and_revisions() -> None:
         loaded.get("demo", "main")
 
 
-def test_no_name_is_enough_for_one_model_only() -> None:
+def test_empty_name_means_the_only_model() -> None:
     with pytest.raises(InvalidRequest, match="expected one of demo, absent, got none"):
         registry(DEMO, ABSENT).get("")
 
 
-def test_a_closed_registry_hands_out_nothing() -> None:
+def test_closed_registry_raises_server_draining() -> None:
     loaded = registry(DEMO)
     loaded.load_all()
     loaded.close()

@@ -1,4 +1,4 @@
-"""The cache's files: found again, never trusted, never too many."""
+"""Cache files are found again, never trusted, and kept within the limit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def the_file(cache: TensorCache) -> Path:
     return path
 
 
-def test_what_was_written_is_read_bit_for_bit(cache: TensorCache) -> None:
+def test_written_tensors_are_read_bit_for_bit(cache: TensorCache) -> None:
     cache.write(ABOUT, tensors())
     found = read(TensorCache(cache.folder, cache.limit), ABOUT)
     assert found is not None
@@ -51,9 +51,7 @@ def test_what_was_written_is_read_bit_for_bit(cache: TensorCache) -> None:
 
 
 @pytest.mark.parametrize("change", [{"revision": "abd"}, {"more": ""}])
-def test_nothing_is_found_under_another_description(
-    cache: TensorCache, change: dict[str, str]
-) -> None:
+def test_other_description_finds_nothing(cache: TensorCache, change: dict[str, str]) -> None:
     cache.write(ABOUT, tensors())
     assert read(cache, ABOUT | change) is None
 
@@ -85,7 +83,7 @@ def without_description(path: Path) -> None:
 
 
 def of_other_names(path: Path) -> None:
-    """With the right description and digest: only the caller's own check can tell."""
+    """Description and digest are valid, so only the caller's check can refuse it."""
     others = {"idz": tensors()["ids"]}
     save_file(others, path, ABOUT | {DIGEST: _digest(others)})
 
@@ -119,7 +117,7 @@ BREAKAGES = [
 
 
 @pytest.mark.parametrize("damage", BREAKAGES, ids=lambda damage: damage.__name__)
-def test_a_file_that_is_not_what_it_should_be_is_passed_over_and_replaced(
+def test_invalid_file_is_ignored_and_replaced(
     cache: TensorCache, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     cache.write(ABOUT, tensors())
@@ -132,8 +130,8 @@ def test_a_file_that_is_not_what_it_should_be_is_passed_over_and_replaced(
     assert torch.equal(found["values"], tensors(1)["values"])
 
 
-def test_a_file_of_another_name_is_not_taken_for_it(cache: TensorCache) -> None:
-    """Renaming a file does not make it say something else."""
+def test_renamed_file_is_not_used(cache: TensorCache) -> None:
+    """The description inside the file must match, not only its name."""
     cache.write(ABOUT, tensors())
     first = the_file(cache)
     other = ABOUT | {"revision": "other"}
@@ -143,7 +141,7 @@ def test_a_file_of_another_name_is_not_taken_for_it(cache: TensorCache) -> None:
     assert read(cache, other) is None
 
 
-def test_what_was_used_longest_ago_gives_way(tmp_path: Path) -> None:
+def test_least_recently_used_files_are_removed_first(tmp_path: Path) -> None:
     TensorCache(tmp_path, limit=10**6).write({"number": "0"}, tensors(0))
     cache = TensorCache(tmp_path, limit=3 * next(tmp_path.iterdir()).stat().st_size)
     foreign = tmp_path / "notes.txt"
@@ -161,7 +159,7 @@ def test_what_was_used_longest_ago_gives_way(tmp_path: Path) -> None:
     assert foreign.read_text() == "mine"
 
 
-def test_what_is_larger_than_the_limit_is_not_written(
+def test_tensors_above_the_limit_are_not_written(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = TensorCache(tmp_path, limit=10)
@@ -170,9 +168,7 @@ def test_what_is_larger_than_the_limit_is_not_written(
     assert "exceed the limit" in caplog.text
 
 
-def test_a_folder_that_cannot_be_written_is_a_line_in_the_log(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unwritable_folder_logs_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     cache = TensorCache(tmp_path / "file", limit=10**6)
     cache.write(ABOUT, tensors())
@@ -180,7 +176,7 @@ def test_a_folder_that_cannot_be_written_is_a_line_in_the_log(
     assert "is not written" in caplog.text
 
 
-def test_nothing_unfinished_is_left(
+def test_failed_write_leaves_no_file(
     cache: TensorCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Every byte of the demo's vocabulary; other tokenizers are tests of loading."""
+"""Bytes of the demo's vocabulary; tests/loading covers other tokenizers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def vocabulary(demo: PreTrainedTokenizerFast) -> Vocabulary:
     return Vocabulary(demo.backend_tokenizer)
 
 
-def test_a_byte_level_vocabulary_gives_every_byte_once(
+def test_byte_level_vocabulary_has_every_byte_once(
     demo: PreTrainedTokenizerFast, vocabulary: Vocabulary
 ) -> None:
     raws = [vocabulary.token(i).raw for i in range(len(demo))]
@@ -33,7 +33,7 @@ def test_a_byte_level_vocabulary_gives_every_byte_once(
     assert len(set(raws)) == len(raws)
 
 
-def test_every_id_is_what_the_tokenizer_decodes(
+def test_every_token_equals_the_tokenizers_decoding(
     demo: PreTrainedTokenizerFast, vocabulary: Vocabulary
 ) -> None:
     for token_id in range(len(demo)):
@@ -45,32 +45,34 @@ def test_every_id_is_what_the_tokenizer_decodes(
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_bytes_join_to_the_text(vocabulary: Vocabulary, text: str) -> None:
+def test_token_bytes_join_to_the_text(vocabulary: Vocabulary, text: str) -> None:
     tokens = vocabulary.encode_continuation(text)
     assert b"".join(token.raw for token in tokens).decode() == text
     assert (tokens[0].start, tokens[-1].end) == (0, len(text))
 
 
-def test_a_leading_space_counts(vocabulary: Vocabulary) -> None:
+def test_leading_space_changes_the_token(vocabulary: Vocabulary) -> None:
     with_space, without = (vocabulary.encode_continuation(text) for text in (" Paris", "Paris"))
     assert [token.text for token in with_space] == [" Paris"]
     assert b"".join(token.raw for token in without) == b"Paris"
     assert with_space[0].id not in {token.id for token in without}
 
 
-def test_an_id_beyond_the_tokenizer_is_empty(
+def test_id_beyond_the_tokenizer_has_no_bytes(
     demo: PreTrainedTokenizerFast, vocabulary: Vocabulary
 ) -> None:
-    """Heads are padded to round sizes."""
+    """Output heads may be padded beyond the vocabulary."""
     token = vocabulary.token(len(demo) + 5)
     assert (token.text, token.raw) == ("", b"")
 
 
-def test_a_special_token_is_its_name(demo: PreTrainedTokenizerFast, vocabulary: Vocabulary) -> None:
+def test_special_token_is_decoded_to_its_name(
+    demo: PreTrainedTokenizerFast, vocabulary: Vocabulary
+) -> None:
     assert demo.eos_token_id is not None
     assert vocabulary.token(int(demo.eos_token_id)).text == SPECIAL
 
 
-def test_a_text_longer_than_any_context_is_read_whole(vocabulary: Vocabulary) -> None:
-    """What is too long is for the request's validation to say, not for the tokenizer to cut."""
+def test_long_text_is_not_truncated(vocabulary: Vocabulary) -> None:
+    """Validation refuses long prompts; the tokenizer must not truncate them."""
     assert len(vocabulary.encode_prompt(" Japan" * 5000)) == 5000
