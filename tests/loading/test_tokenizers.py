@@ -450,7 +450,7 @@ def test_tokens_that_only_the_configuration_lists_are_added(folder: Path) -> Non
     assert [t.id for t in own.encode_prompt("<think>", add_special_tokens=False)] == [size]
     described["added_tokens_decoder"] = {str(size + 5): {"content": "<think>", "special": True}}
     path.write_text(json.dumps(described))
-    with pytest.raises(ModelFailed, match=f"'<think>' the id {size + 5}, .* gives it {size}"):
+    with pytest.raises(ModelFailed, match=f"'<think>' has the id {size + 5} in .*, but {size} in"):
         load(ModelSource("model", str(folder)))
 
 

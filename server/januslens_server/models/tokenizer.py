@@ -13,15 +13,16 @@ from tokenizers import AddedToken, Encoding, Tokenizer, models
 
 from januslens_server.results import Token
 
-# Vocabulary entries kept in memory: 64 Ki of some 200 bytes.
+# Maximum number of cached vocabulary entries, of about 200 bytes each.
 ENTRIES = 2**16
 
-# A text whose token count is bounded is tokenized in growing prefixes, so that a megabyte is
-# refused after its first part: characters of the first prefix for each allowed token, and at least.
+# If the number of tokens is limited, a text is tokenized in growing prefixes, so that a megabyte is
+# refused early. The first prefix has this many characters per allowed token, and at least
+# SHORTEST_PREFIX.
 PREFIX_CHARACTERS = 8
 SHORTEST_PREFIX = 4096
-# How often a prefix must exceed the bound before the whole text is refused unread: text behind a
-# prefix may merge its last tokens, but not halve their number.
+# A text is refused if a prefix has this many times the allowed tokens. The rest of the text may
+# merge a prefix's last tokens, but not halve their number.
 CERTAIN = 2
 
 
@@ -30,27 +31,27 @@ class TooManyTokens(ValueError):
 
 
 class _Encoded(NamedTuple):
-    """Token ids and the characters `(start, end)` that each covers."""
+    """Token ids, and the characters `(start, end)` that each token covers."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
 
 
 class Vocabulary:
-    """Encodes texts for one model, and decodes its tokens with a cache shared by all requests."""
+    """Encode texts for one model and decode its tokens, with a cache that all requests share."""
 
     def __init__(self, tokenizer: Tokenizer, control: Iterable[str] = ()) -> None:
         """Wrap a tokenizer.
 
-        `control` names control tokens among its pieces that it does not list as added tokens.
+        `control` holds texts of control tokens that are in its vocabulary but not added tokens.
         """
         self._prompts = tokenizer
-        self._prompts.no_truncation()  # folders keep what their training used
+        self._prompts.no_truncation()  # tokenizer.json may contain the settings of training
         self._prompts.no_padding()
         self._pieces = _Pieces(self._prompts)
         self._control = _control_tokens(tokenizer, control)
         self._prefix = _prefix(tokenizer)
-        # Every stream names hundreds of tokens, most of them again and again.
+        # Every stream contains hundreds of tokens, many of them repeatedly.
         self.token = lru_cache(ENTRIES)(self._decode)
 
     @cached_property
@@ -73,15 +74,14 @@ class Vocabulary:
 
         Args:
             text: The prompt.
-            add_special_tokens: Add the tokens that the tokenizer puts before a text, a BOS token
-                for example, but none that the text itself begins with. Those that it would put
-                behind the text are always left out, since a prompt goes on.
-            literal: Read the text's characters as characters, even where they spell a control
-                token.
-            at_most: The largest number of tokens.
+            add_special_tokens: Prepend the tokenizer's initial special tokens, for example BOS,
+                except those that the text begins with. Final special tokens are never added,
+                because the model continues the prompt.
+            literal: Tokenize control tokens in the text as ordinary characters.
+            at_most: Maximum number of tokens.
 
         Raises:
-            TooManyTokens: There are more than `at_most`.
+            TooManyTokens: The text has more than `at_most` tokens.
         """
         tokenizer = self._literal_prompts if literal else self._prompts
         encoded = self._encode(tokenizer, text, at_most, literal=literal)
@@ -96,11 +96,13 @@ class Vocabulary:
     def encode_continuation(
         self, text: str, *, literal: bool = False, at_most: int | None = None
     ) -> list[Token]:
-        """Tokenize a text that continues a prompt, a target for example.
+        """Tokenize a text that continues a prompt, for example a target.
 
-        Its spaces are its own: the tokenizer adds none and takes none away. A text that is exactly
-        one control token is that token, unless it is `literal`; inside a longer text a control
-        token is read as characters. Raises `TooManyTokens` above `at_most`.
+        Spaces are kept as they are. Unless `literal`, a text that is exactly one control token is
+        encoded as that token. In a longer text, control tokens are encoded as ordinary characters.
+
+        Raises:
+            TooManyTokens: The text has more than `at_most` tokens.
         """
         if not literal and (found := [i for i, name in self._control.items() if name == text]):
             return self._tokens(_Encoded(found[:1], [(0, len(text))]))
@@ -121,10 +123,10 @@ class Vocabulary:
         return encoded
 
     def _inside_control_tokens(self, text: str, encoded: _Encoded) -> list[int]:
-        """Where to cut a literal text so that none of its tokens is a control token.
+        """Find where to cut a literal text so that none of its tokens is a control token.
 
-        Some models of `tokenizers` (Unigram, WordLevel) hold control tokens among their ordinary
-        pieces, and so find them in a text that spells them. One character cannot be cut.
+        Some models of `tokenizers` (Unigram, WordLevel) have control tokens among their ordinary
+        pieces and match them in a text. A token of one character cannot be cut.
         """
         cuts = []
         for token_id, (start, end) in zip(*encoded, strict=True):
@@ -145,7 +147,7 @@ class Vocabulary:
         return name == normalised.strip(SPACES)
 
     def _encode_cut(self, tokenizer: Tokenizer, text: str, cuts: list[int]) -> _Encoded:
-        """The parts of a text one by one: what follows a cut is a continuation."""
+        """Encode the parts of a text separately. Every part after the first is a continuation."""
         whole = _Encoded([], [])
         for start, end in pairwise([0, *cuts, len(text)]):
             part = _encoded(self._continuations if start else tokenizer, text[start:end])
@@ -160,19 +162,19 @@ class Vocabulary:
         ]
 
     def _decode(self, token_id: int, start: int | None = None, end: int | None = None) -> Token:
-        """One vocabulary entry, with its place in a text if it has one."""
+        """Decode one vocabulary entry, with its character span in a text, if any."""
         raw = self._pieces.raw(token_id)
         return Token(token_id, raw.decode("utf-8", errors="replace"), raw, start, end)
 
 
 def _encoded(tokenizer: Tokenizer, text: str) -> _Encoded:
-    """Tokenize without the interpreter's lock, which only a batch releases."""
+    """Tokenize as a batch of one, because only batches release the interpreter's lock."""
     encoding: Encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
     return _Encoded(list(encoding.ids), list(encoding.offsets))
 
 
 def _refuse_long(tokenizer: Tokenizer, text: str, at_most: int) -> None:
-    """Raise `TooManyTokens` as soon as a part of the text shows it."""
+    """Raise `TooManyTokens` if a prefix of the text already has too many tokens."""
     length = max(SHORTEST_PREFIX, PREFIX_CHARACTERS * at_most)
     while length < len(text):
         encoding = tokenizer.encode_batch([text[:length]], add_special_tokens=False)[0]
@@ -182,15 +184,15 @@ def _refuse_long(tokenizer: Tokenizer, text: str, at_most: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# Variants of a tokenizer. They share its model: to copy a large vocabulary takes seconds.
+# Variants of a tokenizer. They share its model, because copying a large vocabulary takes seconds.
 
-# Steps that add or take away a text's outer spaces.
+# Steps that add or remove spaces at the ends of a text.
 _SPACING_STEPS = {"Prepend", "Strip"}
-# Before Metaspace, which keeps spaces as marks of pieces, this one would take away all of them.
+# Metaspace keeps spaces as marks in pieces; before it, this step would remove all of them.
 _SPLITTING_STEPS = {"WhitespaceSplit"}
-# Control tokens that a tokenizer does not declare special still look like markup: <think>, [INST].
+# Some control tokens are not declared special but look like markup: <think>, [INST].
 _MARKUP = re.compile(r"(<.*>|\[.*\]|\{.*\})", re.DOTALL)
-# A space and the mark that SentencePiece writes for it.
+# A space, and SentencePiece's mark for it.
 SPACES = " \u2581"
 
 
@@ -199,7 +201,7 @@ def _is_control(token: AddedToken) -> bool:
 
 
 def _control_tokens(tokenizer: Tokenizer, named: Iterable[str]) -> dict[int, str]:
-    """Control tokens' texts by id: those listed as added ones, and the pieces that are named."""
+    """Texts of control tokens by id: those among the added tokens, and the `named` pieces."""
     added = tokenizer.get_added_tokens_decoder()
     control = {i: token.content for i, token in added.items() if _is_control(token)}
     pieces = {text: tokenizer.token_to_id(text) for text in named}
@@ -207,7 +209,7 @@ def _control_tokens(tokenizer: Tokenizer, named: Iterable[str]) -> dict[int, str
 
 
 def _prefix(tokenizer: Tokenizer) -> list[int]:
-    """The ids that a tokenizer puts before a text."""
+    """Ids of the special tokens that a tokenizer puts before a text."""
     word = Tokenizer(models.WordLevel({"a": 0}, "a"))
     word.post_processor = tokenizer.post_processor
     encoded = word.encode("a")
@@ -215,17 +217,17 @@ def _prefix(tokenizer: Tokenizer) -> list[int]:
 
 
 def _literal(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer, which reads the texts of control tokens as ordinary text."""
+    """Return a variant that encodes control tokens in a text as ordinary characters."""
     literal = _with_steps(tokenizer, _steps(tokenizer))
     literal.encode_special_tokens = True
     return literal
 
 
 def _without_added_spaces(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer without steps that change a text's outer spaces.
+    """Return a variant without steps that change the spaces at the ends of a text.
 
-    Many tokenizers put a space before a text, or strip those that it has, because they were made
-    for whole texts. In a continuation " Tokyo" and "Tokyo" must stay different.
+    Many tokenizers add a space before a text or strip spaces, because they expect whole texts. As
+    continuations, " Tokyo" and "Tokyo" must remain different.
     """
     steps = _steps(tokenizer)
     splitter = steps["pre_tokenizer"]
@@ -241,7 +243,7 @@ def _without_added_spaces(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def _steps(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What `tokenizer.json` would say of a tokenizer with the same steps and an empty model."""
+    """Return the content of `tokenizer.json` for the same steps with an empty model."""
     empty = Tokenizer(models.BPE())
     for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
         setattr(empty, step, getattr(tokenizer, step))
@@ -250,10 +252,10 @@ def _steps(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _with_steps(tokenizer: Tokenizer, steps: dict[str, Any]) -> Tokenizer:
-    """A tokenizer of other steps with the same model and added tokens; control tokens are special.
+    """Return a tokenizer with other steps, but the same model and added tokens.
 
-    Whether a tokenizer gives them ids of its model or new ones, they come out as in the original,
-    which got them in the same order.
+    All control tokens are special in it. Ids of added tokens are the same as in the original,
+    because they are added in the same order.
     """
     changed = Tokenizer.from_str(json.dumps(steps))
     changed.model = tokenizer.model
@@ -275,7 +277,7 @@ def _with_steps(tokenizer: Tokenizer, steps: dict[str, Any]) -> Tokenizer:
 
 
 def _without(step: dict[str, Any] | None, dropped: set[str], parts: str) -> dict[str, Any] | None:
-    """A step, or a sequence of steps, as `tokenizer.json` describes it."""
+    """Remove the `dropped` steps, and added spaces, from a step as in `tokenizer.json`."""
     if step is None or step["type"] in dropped:
         return None
     if step["type"] == "Sequence":
@@ -294,12 +296,12 @@ def _without(step: dict[str, Any] | None, dropped: set[str], parts: str) -> dict
 # One byte of a character that has no token of its own (SentencePiece's byte fallback).
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
-# What stands before a piece when it is decoded alone: decoders treat a text's start differently.
+# Prepended to a piece that is decoded alone, because decoders treat a text's start differently.
 BEFORE = "x"
 
 
 class _Pieces:
-    """Decodes single vocabulary entries to bytes: one may be part of a character and no text."""
+    """Decode single vocabulary entries to bytes. An entry may be an incomplete character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         decoder: dict[str, Any] = _steps(tokenizer)["decoder"] or {}
@@ -310,7 +312,7 @@ class _Pieces:
         self._verbatim = {i for i, t in added.items() if t.special or self._is_byte_level}
 
     def raw(self, token_id: int) -> bytes:
-        """The bytes of one token; empty for ids beyond the tokenizer's own, in a padded head."""
+        """Bytes of one token; empty for an id beyond the tokenizer's, which a padded head has."""
         piece = self._tokenizer.id_to_token(token_id)
         if piece is None:
             return b""
@@ -323,8 +325,8 @@ class _Pieces:
         return self._in_text(piece).encode()
 
     def _in_text(self, piece: str) -> str:
-        """The piece as the tokenizer's decoder writes it inside a text, with its space if any."""
-        if self._suffix and piece.endswith(self._suffix):  # marks a word's end, which takes a space
+        """Decode a piece as inside a text, with its space, if any."""
+        if self._suffix and piece.endswith(self._suffix):  # a word's end is followed by a space
             return piece.removesuffix(self._suffix) + " "
         decoder = self._tokenizer.decoder
         text: str = piece if decoder is None else decoder.decode([BEFORE, piece])
@@ -334,7 +336,7 @@ class _Pieces:
 
 
 def _byte_alphabet() -> dict[str, bytes]:
-    """Byte-level BPE's alphabet: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    """Alphabet of byte-level BPE: printable Latin-1 as itself, other bytes from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     other = [byte for byte in range(0x100) if byte not in printable]
     alphabet = {chr(byte): bytes([byte]) for byte in printable}

@@ -1,4 +1,4 @@
-"""Read the tokenizer of a model folder, exactly as its files describe it, or refuse it."""
+"""Read the tokenizer of a model folder exactly as its files describe it, or refuse it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from januslens_server.errors import ModelFailed
 from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.models.vetting import read_json
 
-# Tokenizer classes, and families for folders that name none, whose `vocab.json` and `merges.txt`
-# are all there is to know: GPT-2's byte-level BPE.
+# Tokenizer classes that `vocab.json` and `merges.txt` describe completely (GPT-2's byte-level BPE),
+# and families that use them, for folders that name no class.
 GPT2_CLASSES = {"GPT2Tokenizer", "GPT2TokenizerFast"}
 GPT2_FAMILIES = {"gpt2", "gpt_neo", "gptj", "opt"}
 GPT2_SPECIAL = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
@@ -22,13 +22,15 @@ _FLAGS = ("lstrip", "normalized", "rstrip", "single_word")
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of the folder, splitting texts as its `tokenizer.json` says.
+    """Read the tokenizer of a model folder as its `tokenizer.json` describes it.
 
     transformers rebuilds the normaliser and pre-tokenizer of many tokenizer classes from the class
-    alone, so the file is read by the `tokenizers` library itself. Only added tokens that
-    `tokenizer_config.json` or `added_tokens.json` list beside the file's are added to it. Without
-    the file only GPT-2's tokenizer is read: of others, the remaining files do not say how they
-    split texts.
+    alone, so the `tokenizers` library reads the file itself. Further tokens that
+    `tokenizer_config.json` or `added_tokens.json` list are added. Without the file, only GPT-2's
+    tokenizer is read, because the remaining files of others do not describe how texts are split.
+
+    Raises:
+        ModelFailed: The tokenizer is not described, or the files contradict each other.
     """
     described = {
         name: read_json(folder / name) if (folder / name).is_file() else {}
@@ -53,7 +55,7 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 
 def _named_tokens(described: Mapping[str, Any]) -> Iterator[AddedToken]:
-    """The special tokens that a description names, as `bos_token` or in a list of further ones."""
+    """Yield the special tokens of a description: `bos_token` and the like, and further lists."""
     for key, value in described.items():
         tokens: list[Any] = [value] if key.endswith("_token") else []
         if key in {"additional_special_tokens", "extra_special_tokens"}:
@@ -68,7 +70,7 @@ def _is_token(described: object) -> bool:
 
 
 def _added_token(described: str | Mapping[str, Any], *, special: bool) -> AddedToken:
-    """A token as text, or as an object with its flags."""
+    """Build a token from a text or from an object with flags."""
     if isinstance(described, str):
         return AddedToken(described, normalized=False, special=special)
     flags = {flag: described[flag] for flag in _FLAGS if flag in described}
@@ -76,7 +78,10 @@ def _added_token(described: str | Mapping[str, Any], *, special: bool) -> AddedT
 
 
 def _add_listed_tokens(tokenizer: Tokenizer, listed: Mapping[int, AddedToken]) -> None:
-    """Add the tokens that the file lacks, in the order of their ids."""
+    """Add the listed tokens that the tokenizer lacks, in the order of their ids.
+
+    Raises `ModelFailed` if a token has another id than listed.
+    """
     for token_id, token in sorted(listed.items()):
         known = tokenizer.token_to_id(token.content)
         if known is None:
@@ -84,15 +89,15 @@ def _add_listed_tokens(tokenizer: Tokenizer, listed: Mapping[int, AddedToken]) -
             known = tokenizer.token_to_id(token.content)
         if known != token_id:
             raise ModelFailed(
-                f"tokenizer_config.json gives token {token.content!r} the id {token_id}, "
-                f"the tokenizer gives it {known}; make the folder's files agree"
+                f"token {token.content!r} has the id {token_id} in tokenizer_config.json, "
+                f"but {known} in the tokenizer; make the folder's files agree"
             )
 
 
 def _gpt2_tokenizer(
     folder: Path, config: Mapping[str, Any], listed: Mapping[int, AddedToken]
 ) -> Tokenizer:
-    """GPT-2's byte-level BPE from `vocab.json` and `merges.txt`."""
+    """Read GPT-2's byte-level BPE from `vocab.json` and `merges.txt`."""
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     kind = config.get("tokenizer_class")
     family = read_json(folder / "config.json").get("model_type")
