@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import grpc
 import pytest
 
 from januslens.v1 import common_pb2, models_pb2, service_pb2_grpc, trace_pb2
@@ -98,3 +99,17 @@ def test_a_literal_prompt_and_target_reach_the_model_as_characters(stub: Stub) -
     header = next(iter(stub.Trace(request))).header
     assert named.id in {token.id for token in header.prompt_tokens}
     assert header.targets[0].target_token_id == named.id
+
+
+@pytest.mark.parametrize("with_special_tokens", [False, True])
+@pytest.mark.parametrize("text", ["1" * 131_072, "\u0301" * 65_536])
+def test_a_text_of_too_many_tokens_is_refused(
+    stub: Stub, text: str, with_special_tokens: bool
+) -> None:
+    request = models_pb2.TokenizeRequest(text=text, with_special_tokens=with_special_tokens)
+    with pytest.raises(grpc.RpcError) as refused:
+        stub.Tokenize(request)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "expected at most 32768 tokens" in str(refused.value.details())
+    longest = models_pb2.TokenizeRequest(text="1" * 32_768)
+    assert len(stub.Tokenize(longest).tokens) == 32_768

@@ -19,7 +19,7 @@ ENTRIES = 2**16
 # If the number of tokens is limited, a text is tokenized in growing prefixes, so that a megabyte is
 # refused early. The first prefix has this many characters per allowed token, and at least
 # SHORTEST_PREFIX.
-PREFIX_CHARACTERS = 8
+PREFIX_CHARACTERS = 3
 SHORTEST_PREFIX = 4096
 # A text is refused if a prefix has this many times the allowed tokens. The rest of the text may
 # merge a prefix's last tokens, but not halve their number.
@@ -113,14 +113,15 @@ class Vocabulary:
     ) -> _Encoded:
         if at_most is not None:
             _refuse_long(tokenizer, text, at_most)
-        encoded = _encoded(tokenizer, text)
+        encoded = _encoded(tokenizer, [text])[0]
         cuts: list[int] = []
-        while literal and (new := self._inside_control_tokens(text, encoded)):
+        while at_most is None or len(encoded.ids) <= at_most:
+            new = self._inside_control_tokens(text, encoded) if literal else []
+            if not new:
+                return encoded
             cuts = sorted({*cuts, *new})
             encoded = self._encode_cut(tokenizer, text, cuts)
-        if at_most is not None and len(encoded.ids) > at_most:
-            raise TooManyTokens
-        return encoded
+        raise TooManyTokens
 
     def _inside_control_tokens(self, text: str, encoded: _Encoded) -> list[int]:
         """Find where to cut a literal text so that none of its tokens is a control token.
@@ -148,11 +149,12 @@ class Vocabulary:
 
     def _encode_cut(self, tokenizer: Tokenizer, text: str, cuts: list[int]) -> _Encoded:
         """Encode the parts of a text separately. Every part after the first is a continuation."""
+        first, *others = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        encoded = _encoded(tokenizer, [first]) + _encoded(self._continuations, others)
         whole = _Encoded([], [])
-        for start, end in pairwise([0, *cuts, len(text)]):
-            part = _encoded(self._continuations if start else tokenizer, text[start:end])
+        for start, part in zip([0, *cuts], encoded, strict=True):
             whole.ids.extend(part.ids)
-            whole.spans.extend((first + start, last + start) for first, last in part.spans)
+            whole.spans.extend((begin + start, end + start) for begin, end in part.spans)
         return whole
 
     def _tokens(self, encoded: _Encoded) -> list[Token]:
@@ -167,10 +169,10 @@ class Vocabulary:
         return Token(token_id, raw.decode("utf-8", errors="replace"), raw, start, end)
 
 
-def _encoded(tokenizer: Tokenizer, text: str) -> _Encoded:
-    """Tokenize as a batch of one, because only batches release the interpreter's lock."""
-    encoding: Encoding = tokenizer.encode_batch([text], add_special_tokens=False)[0]
-    return _Encoded(list(encoding.ids), list(encoding.offsets))
+def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[_Encoded]:
+    """Tokenize as a batch, because only batches release the interpreter's lock."""
+    encodings: list[Encoding] = tokenizer.encode_batch(texts, add_special_tokens=False)
+    return [_Encoded(list(encoding.ids), list(encoding.offsets)) for encoding in encodings]
 
 
 def _refuse_long(tokenizer: Tokenizer, text: str, at_most: int) -> None:

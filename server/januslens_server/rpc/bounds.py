@@ -40,7 +40,6 @@ BOUNDS: dict[str, int] = {
     "Tensor.shape": 8,
     "TokenIds.ids": MIB,
     "TokenizeRequest.model": 256,
-    # Every byte may be a token, and all tokens go into one answer of at most 4 MiB.
     "TokenizeRequest.text": 128 * KIB,
     "TraceRequest.layers": 4 * KIB,
     "TraceRequest.model": 256,
@@ -48,6 +47,10 @@ BOUNDS: dict[str, int] = {
     "TraceRequest.positions": 64 * KIB,
     "TraceRequest.revision": 256,
 }
+
+# Tokens of one Tokenize. Their one answer is serialised on the event loop, where it must not hold
+# up other calls for long.
+MAX_TOKENS = 32 * KIB
 
 
 def check_bounds(request: Message, path: str = "") -> None:

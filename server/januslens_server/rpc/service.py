@@ -25,16 +25,17 @@ from januslens_server.access.quotas import QuotaBook
 from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.tokenizer import Vocabulary
+from januslens_server.models.tokenizer import TooManyTokens, Vocabulary
 from januslens_server.pipelines.cost import Spec
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import GradientEvent, Token, TraceEvent
+from januslens_server.results import GradientEvent, TraceEvent
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission
+from januslens_server.rpc.bounds import MAX_TOKENS
 from januslens_server.rpc.call import Call, Context, current_caller, result_sizes
 from januslens_server.rpc.encode import (
     GradientLensEncoder,
@@ -100,11 +101,9 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             model = self._model(request.model)
             if not request.text:
                 raise InvalidRequest("text", "expected at least one character")
-            tokens = await asyncio.to_thread(_tokenized, model.vocabulary, request)
-            call.note(model=model.name, tokens=len(tokens))
-            return call.answered(
-                models_pb2.TokenizeResponse(tokens=[token_message(t) for t in tokens])
-            )
+            answer = await asyncio.to_thread(_tokenized, model.vocabulary, request)
+            call.note(model=model.name, tokens=len(answer.tokens))
+            return call.answered(answer)
 
     async def Project(
         self, request: lens_pb2.ProjectRequest, context: Context
@@ -209,7 +208,16 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         self._admission.learn(model, spec, cost, ticket.spent)
 
 
-def _tokenized(vocabulary: Vocabulary, request: models_pb2.TokenizeRequest) -> list[Token]:
-    if request.with_special_tokens:
-        return vocabulary.encode_prompt(request.text, literal=request.literal)
-    return vocabulary.encode_continuation(request.text, literal=request.literal)
+def _tokenized(
+    vocabulary: Vocabulary, request: models_pb2.TokenizeRequest
+) -> models_pb2.TokenizeResponse:
+    """The whole answer, made on a thread of its own: its messages take longer than the tokens."""
+    as_prompt = request.with_special_tokens
+    encode = vocabulary.encode_prompt if as_prompt else vocabulary.encode_continuation
+    try:
+        tokens = encode(request.text, literal=request.literal, at_most=MAX_TOKENS)
+    except TooManyTokens as error:
+        raise InvalidRequest(
+            "text", f"expected at most {MAX_TOKENS} tokens, got more; split the text"
+        ) from error
+    return models_pb2.TokenizeResponse(tokens=map(token_message, tokens))
