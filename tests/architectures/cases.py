@@ -260,15 +260,26 @@ MIXTURES = (
     ),
 )
 # Families without an adapter, which are read by their structure.
+# The decoder of an encoder-decoder family: it has cross-attention, which is never called.
+DECODER_ALONE = {
+    "is_encoder_decoder": False,
+    "is_decoder": True,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 40,
+}
 WITHOUT_ADAPTER = tuple(
     Case(family, "automatic", {"num_key_value_heads": 2, "head_dim": 8} | settings)
     for family, settings in (
+        ("apertus", {}),  # its activation function has parameters
         ("arcee", {}),
         ("ernie4_5", {"use_bias": True}),
         ("exaone4", {}),
         ("glm", {"attention_bias": True}),
         ("glm4", {}),
         ("helium", {}),
+        ("mbart", DECODER_ALONE),
         ("nemotron", {}),
         ("olmo3", {"sliding_window": WINDOW, "layer_types": ALTERNATING}),
         ("seed_oss", {}),

@@ -13,7 +13,7 @@ from torch import nn
 from januslens_server.errors import ModelFailed
 from januslens_server.models.adapters import view_of
 from januslens_server.models.views import Mlp, check_parameters
-from tests.architectures.cases import CASES, MIXTURES, Case
+from tests.architectures.cases import CASES, MIXTURES, WITHOUT_ADAPTER, Case
 from tests.architectures.tiny_models import plain, resident
 
 SHARED_EXPERT = {
@@ -48,6 +48,34 @@ def test_unknown_parameter_is_refused_by_name(case: Case) -> None:
             check_parameters(model.network, model.view)
     finally:
         del block.layer_scale
+    check_parameters(model.network, model.view)
+
+
+def test_unused_part_of_a_called_module_is_refused() -> None:
+    """A part of the MLP that no token of one pass reaches, as an expert that is not chosen."""
+    model = resident(CASES[0])
+    mlp: Any = model.view.blocks[1].module.mlp
+    mlp.skipped = nn.Linear(32, 32)
+    try:
+        with pytest.raises(ModelFailed, match=r"2 parameters .*\.1\.mlp\.skipped\.weight"):
+            check_parameters(model.network, model.view)
+    finally:
+        del mlp.skipped
+
+
+def test_cross_attention_that_is_called_is_refused() -> None:
+    """A decoder whose cross-attention is called, as with an encoder."""
+    model = resident(next(case for case in WITHOUT_ADAPTER if case.family == "mbart"))
+
+    def call(module: Any, _args: Any, _output: Any) -> None:
+        module.encoder_attn.q_proj(torch.ones(1, 32))
+
+    handle = model.view.blocks[1].module.register_forward_hook(call)
+    try:
+        with pytest.raises(ModelFailed, match=r"layers\.1\.encoder_attn"):
+            check_parameters(model.network, model.view)
+    finally:
+        handle.remove()
     check_parameters(model.network, model.view)
 
 

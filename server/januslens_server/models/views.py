@@ -2,7 +2,8 @@
 
 Adapters, one function per architecture family, build a `ModelView`; nothing else depends on module
 names. `check_parameters` refuses a model with a parameter that no part includes: routed experts
-beside a shared one, a gate, an adapter. Their results would be missing from every sum.
+beside a shared one, a gate, an adapter. Their results would be missing from every sum. Parameters
+of activation functions and of parts that a forward pass never calls add nothing of their own.
 
 Row convention: a linear map is `y = x W + b` with `W: [d_in, d_out]`.
 """
@@ -10,10 +11,13 @@ Row convention: a linear map is `y = x W + b` with `W: [d_in, d_out]`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from januslens_server.capture import LinearOverlay, LowRank, Overlay, Rotation, Tap
 from januslens_server.errors import ModelFailed
@@ -27,6 +31,12 @@ from januslens_server.results import MatrixKind, ModelFacts
 
 # Number of parameters that an error lists.
 LISTED = 3
+
+# Tokens of the pass that shows which parts of a block are called.
+PROMPT_LENGTH = 6
+
+# The module of transformers that defines activation functions, some of them with parameters.
+ACTIVATIONS = "transformers.activations"
 
 
 @dataclass(frozen=True)
@@ -138,20 +148,46 @@ class ModelView:
         return overlays
 
 
-def check_parameters(network: nn.Module, view: ModelView) -> None:
-    """Raise `ModelFailed` if a block has parameters that no part of the view includes."""
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
-    unread = [
-        names.get(id(parameter), name)
-        for block in view.blocks
-        for name, parameter in _unread(block)
-    ]
+def check_parameters(network: PreTrainedModel, view: ModelView) -> None:
+    """Raise `ModelFailed` if a block has parameters that no part of the view includes.
+
+    Runs a short forward pass if there are any, to see which parts of a block are never called.
+    """
+    unread = [found for block in view.blocks for found in _unread(block)]
     if unread:
+        unused = _unused_parts(network, view)
+        unread = [(name, parameter) for name, parameter in unread if id(parameter) not in unused]
+    if unread:
+        names = {id(parameter): name for name, parameter in network.named_parameters()}
+        listed = [names.get(id(parameter), name) for name, parameter in unread[:LISTED]]
         more = ", ..." if len(unread) > LISTED else ""
         raise ModelFailed(
             f"{len(unread)} parameters of the blocks belong to no known part: "
-            f"{', '.join(unread[:LISTED])}{more}"
+            f"{', '.join(listed)}{more}"
         )
+
+
+@torch.inference_mode()
+def _unused_parts(network: PreTrainedModel, view: ModelView) -> set[int]:
+    """The ids of parameters in children of blocks of which a forward pass calls no module.
+
+    Cross-attention is such a child where a decoder runs without an encoder. A part that is skipped
+    inside a child that does run (an expert that no token is routed to) is not.
+    """
+    children = [child for block in view.blocks for child in block.module.children()]
+    called: set[nn.Module] = set()
+    with ExitStack() as hooks:
+        for child in children:
+            for module in child.modules():
+                handle = module.register_forward_pre_hook(
+                    lambda _module, _args, child=child: called.add(child)
+                )
+                hooks.callback(handle.remove)
+        device = network.device if network.device.type != "meta" else None  # offloaded: it is moved
+        ids = torch.arange(view.facts.vocab_size, device=device)[None, :PROMPT_LENGTH]
+        network(input_ids=ids, use_cache=False)
+    idle = [child for child in children if child not in called]
+    return {id(parameter) for child in idle for parameter in child.parameters()}
 
 
 def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
@@ -160,7 +196,7 @@ def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
     whole = {id(m.module) for m in matrices if _covered(m, matrices)}
     experts = block.mlp if isinstance(block.mlp, Experts) else None
     for path, module in block.module.named_modules():
-        if id(module) in whole or _is_norm(module):
+        if id(module) in whole or _is_norm(module) or _is_activation(module):
             continue
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")
@@ -191,6 +227,11 @@ def _of_experts(experts: Experts, module: nn.Module, name: str, parameter: nn.Pa
     inside = any(module is other for other in experts.block.modules())
     n_experts = experts.module.get_parameter("down_proj").shape[0]
     return inside and parameter.shape[0] == n_experts and parameter.dim() <= 2
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Whether a module is an activation function. A neuron's value is captured behind it."""
+    return type(module).__module__ == ACTIVATIONS or isinstance(module, nn.PReLU)
 
 
 def _is_norm(module: nn.Module) -> bool:
