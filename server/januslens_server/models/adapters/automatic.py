@@ -111,8 +111,9 @@ def _readings_beyond(
     model: PreTrainedModel, structure: Structure, lengths: list[Length]
 ) -> list[Reading]:
     """Find the readings that reproduce attention at every position of a miniature."""
-    own = structure.settings
-    small = miniature(model, own.n_heads, own.n_kv_heads, structure.d_head, lengths)
+    attention = structure.first_block.attention
+    d_head = structure.query_width // attention.n_heads
+    small = miniature(model, attention.n_heads, attention.n_kv_heads, d_head, lengths)
     ids = prompt_of(small)
     return Structure(small).readings(ids, lengths_of(small.config), TOLERANCE, best=False)
 
@@ -135,9 +136,14 @@ class Structure:
         ]
 
     @property
-    def d_head(self) -> int:
-        """Width of a head's query."""
-        return self._finders[0].query_width // self.settings.n_heads
+    def query_width(self) -> int:
+        """Width of all heads' queries together."""
+        return self._finders[0].query_width
+
+    @property
+    def first_block(self) -> Block:
+        """The first block, without a window or a rotation."""
+        return self._block(0, Reading(None, 0))
 
     def readings(
         self, ids: torch.Tensor, lengths: list[Length], tolerance: float, *, best: bool
@@ -227,10 +233,8 @@ def _required(config: Any, name: str) -> int:
 
 
 def _settings(config: Any) -> BlockSettings:
-    n_heads = _required(config, "num_attention_heads")
     return BlockSettings(
-        n_heads=n_heads,
-        n_kv_heads=getattr(config, "num_key_value_heads", None) or n_heads,
+        n_heads=_required(config, "num_attention_heads"),
         soft_cap=getattr(config, "attn_logit_softcapping", None),
         residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1.0),
     )
@@ -243,7 +247,7 @@ def _facts(
     return ModelFacts(
         n_layers=_required(config, "num_hidden_layers"),
         n_heads=settings.n_heads,
-        n_kv_heads=settings.n_kv_heads,
+        n_kv_heads=first.attention.n_kv_heads,
         d_model=embedding.weight.shape[1],
         d_head=query.rows_of(query.parameter()).shape[1] // settings.n_heads,
         d_mlp=ff2.rows_of(ff2.parameter()).shape[0],

@@ -139,7 +139,6 @@ class BlockSettings:
     """Properties of a block that come from the configuration, because no tensor shows them."""
 
     n_heads: int
-    n_kv_heads: int
     soft_cap: float | None
     residual_multiplier: float
 
@@ -211,7 +210,7 @@ class BlockFinder:
         output: ModuleCall,
     ) -> Attention:
         query, key, value, _ = (_linear(call.module) for call in self._attention)
-        d_head = self._attention[0].output.shape[-1] // settings.n_heads
+        d_head = self.query_width // settings.n_heads
         owner = self._owner(self._attention[0])
         finish, added = self._finish(settings, output)
         return Attention(
@@ -220,7 +219,7 @@ class BlockFinder:
             value=value,
             output=_linear(output.module),
             n_heads=settings.n_heads,
-            n_kv_heads=settings.n_kv_heads,
+            n_kv_heads=self._attention[1].output.shape[-1] // d_head,
             scoring=Scoring(
                 scale=getattr(owner, "scaling", None) or d_head**-0.5,
                 soft_cap=settings.soft_cap,
