@@ -71,13 +71,13 @@ def test_wide_model_is_checked_on_a_narrow_miniature() -> None:
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
     from januslens_server.models.adapters import ADAPTERS
-    from januslens_server.models.lengths import first_unlike, miniature
+    from januslens_server.models.lengths import first_mismatch, miniature
 
     small = miniature(network, 32, 8, 128, lengths_of(config))
     assert sum(p.numel() for p in small.parameters()) < 2_000_000
     assert small.config.sliding_window < PROMPT_LENGTH
-    assert first_unlike(small, ADAPTERS["mistral"](small)) is None
-    assert first_unlike(small, ADAPTERS["llama"](small)) == 0
+    assert first_mismatch(small, ADAPTERS["mistral"](small)) is None
+    assert first_mismatch(small, ADAPTERS["llama"](small)) == 0
 
 
 def test_short_lengths_differ_from_each_other_and_from_the_prompt() -> None:
@@ -107,8 +107,8 @@ def test_deep_model_with_wide_heads_is_checked_on_a_narrow_miniature() -> None:
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config)
     from januslens_server.models.adapters import ADAPTERS
-    from januslens_server.models.lengths import first_unlike, miniature
+    from januslens_server.models.lengths import first_mismatch, miniature
 
     small = miniature(network, 4, 1, 256, lengths_of(config))
     assert sum(p.numel() for p in small.parameters()) < 5_000_000
-    assert first_unlike(small, ADAPTERS["gemma3_text"](small)) is None
+    assert first_mismatch(small, ADAPTERS["gemma3_text"](small)) is None

@@ -64,7 +64,7 @@ def test_an_unknown_model_is_not_found(
     answer = refused(channel, method, request_)
     assert answer.code is grpc.StatusCode.NOT_FOUND
     assert (answer.reason, answer.info.domain) == ("MODEL_NOT_FOUND", "januslens")
-    assert answer.text == "expected one of demo, got 'nobody'"
+    assert answer.text == "unknown model 'nobody': expected one of demo"
     assert (answer.fields, answer.retry_after) == ([], None)
 
 

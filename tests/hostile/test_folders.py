@@ -215,7 +215,7 @@ def tensors(**entries: list[int]) -> Callable[[Path], str]:
         }
         text = json.dumps(described).encode()
         header(folder, len(text), text + bytes(64))
-        return "in safetensors, got"
+        return "is not a valid safetensors file"
 
     return bomb
 

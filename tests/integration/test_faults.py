@@ -13,7 +13,7 @@ import torch
 from grpc_health.v1 import health_pb2
 
 from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
-from januslens_server.models.failures import in_service_terms
+from januslens_server.models.failures import service_error
 from januslens_server.results import ModelState, ModelStatus
 from januslens_server.rpc.health import Health
 from januslens_server.serving.assembly import on_device_lost
@@ -107,7 +107,7 @@ async def test_a_backward_pass_with_nan_is_reported(demo: Loaded) -> None:
 
 async def test_a_lost_device_refuses_all_requests_and_reports_once(demo: Loaded) -> None:
     told: list[None] = []
-    translate = partial(in_service_terms, answers=lambda: False)
+    translate = partial(service_error, works=lambda: False)
     async with served(demo, translate=translate, on_loss=lambda: told.append(None)) as stub:
         with broken(demo.network.get_submodule(BLOCK), accelerator_error):
             calls = [stub.Trace(REQUESTS["Trace"]) for _ in range(3)]

@@ -94,5 +94,5 @@ def test_an_error_prints_one_message_and_a_nonzero_status(
     )
     assert failed.returncode != 0
     assert failed.stdout == ""
-    assert "expected one of demo, got 'nobody'" in failed.stderr
+    assert "unknown model 'nobody': expected one of demo" in failed.stderr
     assert "Traceback" not in failed.stderr

@@ -74,7 +74,7 @@ def test_encoder_decoders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("described", "found"),
     [
-        ({"model_type": "vit", "architectures": None}, "got vit, which has none"),
+        ({"model_type": "vit", "architectures": None}, "got vit"),
         ({"architectures": ["GPT2ForSequenceClassification"]}, "got GPT2ForSequenceClass"),
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "got BertForMaskedLM"),
     ],
@@ -127,13 +127,13 @@ def pickled(folder: Path) -> str:
 
 def pointer(folder: Path) -> str:
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    return f"expected {WEIGHTS} in safetensors, got 56 bytes that are not"
+    return f"{WEIGHTS} is not a valid safetensors file of 56 bytes"
 
 
 def cut(folder: Path) -> str:
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-8])
-    return f"got {len(whole) - 8} bytes that are not"
+    return f"not a valid safetensors file of {len(whole) - 8} bytes"
 
 
 def without_shard(folder: Path) -> str:
@@ -160,7 +160,7 @@ def lacking_one(folder: Path) -> str:
     tensors = load_file(folder / WEIGHTS)
     del tensors["transformer.ln_f.weight"]
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    return "got none for 1 parameters: transformer.ln_f.weight"
+    return "no weights for 1 parameters: transformer.ln_f.weight"
 
 
 def with_an_unmerged_adapter(folder: Path) -> str:

@@ -33,8 +33,8 @@ def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection)
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
     torch.nn.modules.module.register_module_forward_hook(lose)
-    failures.in_service_terms = partial(
-        failures.in_service_terms, answers=lambda: not Path(os.environ[FILE]).exists()
+    failures.service_error = partial(
+        failures.service_error, works=lambda: not Path(os.environ[FILE]).exists()
     )
     enter_unchanged(number, settings, folder, pipe)
 

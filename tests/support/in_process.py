@@ -13,7 +13,7 @@ from google.rpc import status_pb2
 from torch import nn
 
 from januslens.v1 import service_pb2_grpc
-from januslens_server.models.failures import in_service_terms
+from januslens_server.models.failures import service_error
 from januslens_server.models.registry import Registry, embedded_source
 from januslens_server.pipelines.cost import Pace, measured_pace
 from januslens_server.pipelines.selfcheck import self_check
@@ -51,7 +51,7 @@ async def served(
     demo: Loaded,
     limits: Limits = GENEROUS,
     max_waiting: int = 64,
-    translate: Callable[[Exception], Exception] = in_service_terms,
+    translate: Callable[[Exception], Exception] = service_error,
     on_loss: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Any]:
     """A stub of a server on loopback; at the end nothing may be left of any request."""

@@ -83,7 +83,7 @@ def _finite(tensor: torch.Tensor) -> bool:
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())
 
 
-def devices_answer() -> bool:
+def devices_work() -> bool:
     """Whether every GPU still computes. After some errors a GPU needs a new process."""
     try:
         for device in range(torch.cuda.device_count()):
@@ -93,10 +93,10 @@ def devices_answer() -> bool:
     return True
 
 
-def in_service_terms(error: Exception, answers: Callable[[], bool] = devices_answer) -> Exception:
+def service_error(error: Exception, works: Callable[[], bool] = devices_work) -> Exception:
     """Convert torch's errors to `OutOfMemory` or `DeviceLost`; return other errors unchanged.
 
-    After an accelerator error, `answers` decides whether the device is lost or still computes.
+    After an accelerator error, `works` decides whether the device is lost or still computes.
     """
     exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if exhausted or (isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)):
@@ -104,6 +104,6 @@ def in_service_terms(error: Exception, answers: Callable[[], bool] = devices_ans
             "the device had no memory left for this request; ask for fewer layers, positions or "
             "parts, or try again when the server is less busy"
         )
-    if isinstance(error, torch.AcceleratorError) and not answers():
+    if isinstance(error, torch.AcceleratorError) and not works():
         return DeviceLost()
     return error

@@ -277,7 +277,7 @@ def check_lengths(
 
     def unlike(shortened: Sequence[Length]) -> int | None:
         small = miniature(model, facts.n_heads, facts.n_kv_heads, facts.d_head, shortened)
-        return first_unlike(small, reader(small))
+        return first_mismatch(small, reader(small))
 
     layer = unlike(lengths)
     if layer is not None:
@@ -289,7 +289,7 @@ def check_lengths(
         )
 
 
-def first_unlike(network: PreTrainedModel, view: ModelView) -> int | None:
+def first_mismatch(network: PreTrainedModel, view: ModelView) -> int | None:
     """Return the first layer whose attention is not reproduced at every position, or None."""
     positions = range(PROMPT_LENGTH - 1, -1, -1)
     layers = captured_layers(network, prompt_of(network), view.blocks)

@@ -204,7 +204,7 @@ def _refuse_other_tasks(config: PreTrainedConfig) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelFailed(f"expected a decoder-only model, got an encoder-decoder: {found}")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelFailed(f"expected a causal language model, got {found}, which has none")
+        raise ModelFailed(f"expected a causal language model, got {found}")
     if config.get_text_config().num_hidden_layers < 1:
         raise ModelFailed("expected at least one layer, got none")
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -246,7 +246,7 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
     except safetensors.SafetensorError as error:
         size = (folder / name).stat().st_size
         raise ModelFailed(
-            f"expected {name} in safetensors, got {size} bytes that are not: {error}"
+            f"{name} is not a valid safetensors file of {size} bytes: {error}"
         ) from error
     return stored
 
@@ -277,8 +277,7 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
         raise ModelFailed(f"expected {key} of shape {list(expected)}, got {list(stored)}")
     if missing := sorted(found["missing_keys"]):  # transformers initialises them at random
         raise ModelFailed(
-            f"expected every weight, got none for {len(missing)} parameters: "
-            + ", ".join(missing[:3])
+            f"the checkpoint has no weights for {len(missing)} parameters: {', '.join(missing[:3])}"
         )
     if unused := _unused(network, found["unexpected_keys"]):
         raise ModelFailed(

@@ -131,7 +131,7 @@ class Registry:
                 f"model {name!r} is not permitted: expected one of {_listed(offered)}"
             )
         if name not in statuses:
-            raise ModelNotFound(f"expected one of {_listed(offered)}, got {name!r}")
+            raise ModelNotFound(f"unknown model {name!r}: expected one of {_listed(offered)}")
         status = statuses[name]
         if status.state is ModelState.LOADING:
             raise ModelLoading(f"{name} is still loading")
@@ -140,7 +140,7 @@ class Registry:
         model = resident[name]
         if revision and revision != model.provenance.revision:
             raise ModelNotFound(
-                f"expected revision {model.provenance.revision} of {name}, got {revision!r}"
+                f"unknown revision {revision!r} of {name}: expected {model.provenance.revision}"
             )
         return model
 
@@ -150,7 +150,7 @@ def _only(names: list[str]) -> str:
         return names[0]
     if not names:
         raise PermissionDenied("no model is permitted for this caller")
-    raise InvalidRequest("model", f"expected one of {_listed(names)}, got none")
+    raise InvalidRequest("model", f"no model named: expected one of {_listed(names)}")
 
 
 def _listed(names: list[str]) -> str:

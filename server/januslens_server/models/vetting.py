@@ -198,7 +198,7 @@ def check_file_names(names: Sequence[object], index: str) -> list[str]:
     """Return the sorted weights files of an index; refuse any but safetensors in the folder."""
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ModelFailed(f"expected names of files in {index}, got {name!r}")
+            raise ModelFailed(f"expected file names in {index}, got {name!r}")
         if not name.endswith(".safetensors"):
             raise ModelFailed(f"expected weights in safetensors, got {name!r} in {index}")
     return sorted({str(name) for name in names})
@@ -210,8 +210,8 @@ def check_header(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
     if size > HEADER_BYTES:
         raise ModelFailed(
-            f"expected {path.name} in safetensors, got {path.stat().st_size} bytes that are not: "
-            f"the header claims {size} bytes"
+            f"{path.name} is not a valid safetensors file of {path.stat().st_size} bytes: "
+            f"its header claims {size} bytes"
         )
 
 

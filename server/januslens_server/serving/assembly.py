@@ -18,7 +18,7 @@ from januslens_server.access.directory import CallersFile
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.config import ServerSettings
 from januslens_server.models.device_memory import free_for_requests
-from januslens_server.models.failures import in_service_terms
+from januslens_server.models.failures import service_error
 from januslens_server.models.loader import ModelSource
 from januslens_server.models.registry import Registry, SelfCheck, embedded_source
 from januslens_server.models.resident import ResidentModel
@@ -80,7 +80,7 @@ class Assembly:
         self.health = Health(settings.max_watches)
         lost = on_device_lost(self.health, self._loop, self.lost)
         self._device = settings.device
-        self._worker = DeviceWorker(settings.max_waiting, in_service_terms, lost, self._free_memory)
+        self._worker = DeviceWorker(settings.max_waiting, service_error, lost, self._free_memory)
         gauges.show_requests(lambda: self._worker.waiting, lambda: self._worker.in_flight)
         gauges.show_memory(settings.device)
         self._streams = DeviceStreams(self._worker, settings.stall_seconds)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from januslens_server.errors import OutOfMemory
-from januslens_server.models.failures import in_service_terms
+from januslens_server.models.failures import service_error
 from januslens_server.scheduling.outlet import Outlet
 from januslens_server.scheduling.ticket import Ticket
 from januslens_server.scheduling.worker import DeviceWorker
@@ -28,7 +28,7 @@ async def outcome(worker: DeviceWorker, size: int) -> list[int]:
 
 
 async def test_a_request_that_needs_too_much_fails_alone() -> None:
-    worker = DeviceWorker(4, in_service_terms)
+    worker = DeviceWorker(4, service_error)
     with pytest.raises(OutOfMemory, match="no memory left"):
         await outcome(worker, 1 << 60)
     assert await outcome(worker, 8) == [8]
@@ -37,9 +37,9 @@ async def test_a_request_that_needs_too_much_fails_alone() -> None:
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_out_of_memory_errors_are_converted(error: Exception) -> None:
-    assert isinstance(in_service_terms(error), OutOfMemory)
+    assert isinstance(service_error(error), OutOfMemory)
 
 
 def test_other_errors_are_unchanged() -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-    assert in_service_terms(error) is error
+    assert service_error(error) is error

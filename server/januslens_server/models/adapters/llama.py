@@ -23,7 +23,6 @@ from januslens_server.lens.norm import Norm
 from januslens_server.models.adapters.parts import (
     consecutive,
     facts,
-    finished,
     layer_norm,
     lens,
     linear,
@@ -31,6 +30,7 @@ from januslens_server.models.adapters.parts import (
     rms_norm,
     rotation,
     spanning_head_map,
+    with_post_norm,
 )
 from januslens_server.models.experts import Experts
 from januslens_server.models.matrices import Linear
@@ -147,8 +147,8 @@ def post_norm_block(
     middle = module.pre_feedforward_layernorm if pre_norms else module.mlp
     return Block(
         module=module,
-        attention=finished(attention, after_attention, norm(after_attention)),
-        mlp=finished(gated_mlp(module.mlp), after_mlp, norm(after_mlp)),
+        attention=with_post_norm(attention, after_attention, norm(after_attention)),
+        mlp=with_post_norm(gated_mlp(module.mlp), after_mlp, norm(after_mlp)),
         residual_mid=Tap(middle, End.INPUT),
         attention_prenorm=pre_norms,
         mlp_prenorm=pre_norms,

@@ -76,7 +76,7 @@ def spanning_head_map(module: Any, d_head: int, clip_after: float | None = None)
     return HeadMap(norm=HeadNorm(weight, norm.eps, spans_heads=True), clip_after=clip_after)
 
 
-def finished(sublayer: Sublayer, module: nn.Module, norm: Norm) -> Sublayer:
+def with_post_norm(sublayer: Sublayer, module: nn.Module, norm: Norm) -> Sublayer:
     """Add a post-norm to a sublayer: its `module`, and its weights as `norm`."""
     return replace(sublayer, finish=Finish(norm), added=Tap(module, End.OUTPUT))
 
