@@ -72,6 +72,37 @@ def test_the_last_occurrence_counts() -> None:
     assert segments[Segment.LAST_SUBJECT] == [4]
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize(
+    ("prompt", "subject", "start"),
+    [
+        ("He is in this", " is", 3),  # and not the end of "this"
+        ("He is in this", "is", 11),
+        ("He is in this", "is ", 3),
+        ("He is in this", "  is", 11),  # does not occur with two spaces
+        ("banana", "ana", 3),
+        ("banana", "banana", 0),
+        ("\u00df \u0130 \u00df", "\u00df", 4),
+        ("a\u00a0b a b", "b\u00a0", 6),  # neither bytes nor spaces of another character
+        ("\u0130stanbul i", "\u0130stanbul", 0),
+        ("\U0001f469\u200d\U0001f467 \U0001f469", "\U0001f469\u200d\U0001f467", 0),
+    ],
+)
+def test_outer_spaces_of_a_subject_choose_its_occurrence(
+    prompt: str, subject: str, start: int, as_ids: bool
+) -> None:
+    model = model_with(None)
+    tokens = model.vocabulary.encode_prompt(prompt)
+    given = tuple(token.id for token in tokens) if as_ids else prompt
+    objective = read_objective(model, GradientLensSpec(given, NegativeLogLikelihood((5,))))
+    found = read_segments(subject, given, objective)
+    end = start + len(subject.strip())
+    expected = [i for i, t in enumerate(tokens) if (t.start or 0) < end and (t.end or 0) > start]
+    last = len(tokens) - 1  # a segment of its own
+    touched = [*found.get(Segment.SUBJECT, []), *found.get(Segment.LAST_SUBJECT, [])]
+    assert [i for i in touched if i != last] == [i for i in expected if i != last]
+
+
 def test_a_subject_in_token_ids_is_found_by_their_bytes() -> None:
     model = model_with(normalizers.NFC())
     ids = tuple(token.id for token in model.vocabulary.encode_prompt("the Eiffel Tower is"))

@@ -272,23 +272,25 @@ def read_segments(
 
 
 def _find(subject: str, prompt: Prompt, tokens: Sequence[Token]) -> Span:
-    """The tokens that the last occurrence of `subject` in the prompt touches.
+    """Find the tokens that have a part of the last occurrence of `subject` in the prompt.
 
-    Looked up among the characters of a prompt that is a text, since tokenizers change them
-    (letter case, composed characters, spaces), and among the bytes of tokens given by their ids.
+    A text prompt is searched by its characters, since tokenizers change them (letter case, composed
+    characters, spaces), and a prompt of token ids by the bytes of its tokens. A subject that does
+    not occur with its outer spaces is searched without them; they are never part of the result.
     """
-    wanted: str | bytes = subject.strip()
-    if isinstance(prompt, tuple):
-        wanted = subject.strip().encode()
-        whole: str | bytes = b"".join(token.raw for token in tokens)
+    asked, name = subject, subject.strip()
+    if isinstance(prompt, tuple):  # every byte as one character
+        asked, name = (text.encode().decode("latin-1") for text in (asked, name))
+        whole = b"".join(token.raw for token in tokens).decode("latin-1")
         ends = list(accumulate(len(token.raw) for token in tokens))
         spans = list(zip([0, *ends], ends, strict=False))
     else:
         whole = prompt.text if isinstance(prompt, Text) else prompt
         spans = [(token.start or 0, token.end or 0) for token in tokens]
-    start = whole.rfind(wanted)  # type: ignore[arg-type]  # both are text, or both bytes
-    end = start + len(wanted)
+    exact = whole.rfind(asked)
+    start = whole.rfind(name) if exact < 0 else exact + asked.index(name)
+    end = start + len(name)
     touched = [i for i, (first, last) in enumerate(spans) if first < end and last > start]
-    if not wanted or start < 0 or not touched:
+    if not name or start < 0 or not touched:
         raise InvalidRequest("subject.text", f"expected a part of the prompt, got {subject!r}")
     return Span(touched[0], touched[-1] + 1)
