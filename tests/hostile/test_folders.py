@@ -200,7 +200,7 @@ def header(folder: Path, size: int, text: bytes) -> None:
 
 def header_of_gigabytes(folder: Path) -> str:
     header(folder, 4 * 2**30, b"{}")
-    return "the header claims 4294967296 bytes"
+    return "its header claims 4294967296 bytes"
 
 
 def tensors(**entries: list[int]) -> Callable[[Path], str]:
