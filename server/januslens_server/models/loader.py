@@ -48,11 +48,15 @@ from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokenizer_files import read_vocabulary
 from januslens_server.models.vetting import (
+    ADAPTER,
+    check_facts,
     check_file_names,
     check_folder,
     check_header,
     check_sizes,
+    compute_attention_with_torch,
     limited_construction,
+    one_line,
     online,
     read_json,
 )
@@ -120,13 +124,14 @@ def load(source: ModelSource) -> ResidentModel:
         vocabulary = read_vocabulary(checkpoint.folder)
         with loaded_vectors(network):
             view = view_of(network)
+        check_facts(view.facts)
         check_weights(network)
         view = replace(view, lens=replace(view.lens, chunk_bytes=source.chunk_bytes))
     except (ModelFailed, OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ModelFailed(f"{source.location}: {first_line(error)}") from error
+        raise ModelFailed(f"{source.location}: {one_line(error)}") from error
     except Exception as error:  # a hostile folder can raise anything in transformers
         logger.debug("model %s broke while it was loaded", source.name, exc_info=True)
-        reason = f"cannot be loaded: {type(error).__name__}: {first_line(error)}"
+        reason = f"cannot be loaded: {type(error).__name__}: {one_line(error)}"
         raise ModelFailed(f"{source.location}: {reason}") from error
     return ResidentModel(
         name=source.name,
@@ -168,6 +173,7 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     check_folder(folder)
     _refuse_custom_code(read_json(folder / "config.json"))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    compute_attention_with_torch(config)
     _refuse_other_tasks(config)
     if not any(any(folder.glob(name)) for name in TOKENIZERS):
         raise ModelFailed("expected a tokenizer (tokenizer.json), found none")
@@ -187,7 +193,7 @@ def _fetched(location: str, revision: str | None, files: Sequence[str]) -> Path:
             return Path(snapshot_download(location, revision=revision, allow_patterns=list(files)))
     except (OSError, HFValidationError) as error:
         wanted = "a local folder or a model of the hub"
-        raise ModelFailed(f"expected {wanted}, found neither: {first_line(error)}") from error
+        raise ModelFailed(f"expected {wanted}, found neither: {one_line(error)}") from error
 
 
 def _refuse_custom_code(described: Mapping[str, Any]) -> None:
@@ -232,6 +238,8 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
     if not (folder / name).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         unread = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
+        if (folder / ADAPTER).exists():
+            unread = f" ({ADAPTER} describes an adapter: merge it into the model's weights)"
         raise ModelFailed(f"expected weights in safetensors, found no file named {name}{unread}")
     check_header(folder / name)
     stored: dict[str, int] = {}
@@ -249,11 +257,6 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
             f"{name} is not a valid safetensors file of {size} bytes: {error}"
         ) from error
     return stored
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error, without the advice that transformers appends."""
-    return str(error).strip().split("\n", maxsplit=1)[0] or type(error).__name__
 
 
 def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:

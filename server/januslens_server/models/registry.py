@@ -17,6 +17,7 @@ from januslens_server.errors import (
 )
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.vetting import one_line
 from januslens_server.results import Guarantee, ModelState, ModelStatus
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ class Registry:
         except ModelFailed as error:
             self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
             return
-        except Exception as error:  # a broken folder can raise anything in transformers
-            logger.exception("model %s broke while it was loaded", source.name)
-            reason = f"{source.location}: {type(error).__name__}: {error}"
+        except Exception as error:  # a hostile folder can break transformers anywhere
+            logger.debug("model %s broke in its self-check", source.name, exc_info=True)
+            reason = f"{source.location}: self-check: {type(error).__name__}: {one_line(error)}"
             self._set(ModelStatus(source.name, ModelState.FAILED, reason))
             return
         self._admit(model, guarantees)

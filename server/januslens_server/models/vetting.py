@@ -9,6 +9,7 @@ weights in the folder. All checks raise `ModelFailed` with a message of one line
 from __future__ import annotations
 
 import json
+import logging
 import re
 import stat
 import time
@@ -20,8 +21,10 @@ from typing import Any
 from huggingface_hub import constants
 from torch import nn
 from torch.nn.modules import module as registration
+from transformers import PreTrainedConfig
 
 from januslens_server.errors import ModelFailed
+from januslens_server.results import ModelFacts
 
 MIB = 2**20
 
@@ -40,10 +43,13 @@ CONFIGURATIONS = (CONFIGURATION, "generation_config.json", "tokenizer_config.jso
 
 # Implementations of attention and experts that use torch only. Other values name packages or
 # repositories with kernels, which transformers would import or download.
+TORCH_ATTENTION = frozenset({"eager", "sdpa"})
+# Saved with models that were trained with these packages. Torch computes the same attention.
+REPLACED_ATTENTION = frozenset({"flash_attention_2", "flash_attention_3", "flex_attention"})
 ALLOWED_IMPLEMENTATIONS = {
-    "attn_implementation": frozenset({"eager", "sdpa"}),
-    "_attn_implementation": frozenset({"eager", "sdpa"}),
-    "_attn_implementation_internal": frozenset({"eager", "sdpa"}),
+    "attn_implementation": TORCH_ATTENTION | REPLACED_ATTENTION,
+    "_attn_implementation": TORCH_ATTENTION | REPLACED_ATTENTION,
+    "_attn_implementation_internal": TORCH_ATTENTION | REPLACED_ATTENTION,
     "experts_implementation": frozenset({"eager", "batched_mm", "grouped_mm"}),
     "_experts_implementation": frozenset({"eager", "batched_mm", "grouped_mm"}),
     "_experts_implementation_internal": frozenset({"eager", "batched_mm", "grouped_mm"}),
@@ -74,11 +80,24 @@ DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 COUNT = re.compile(r"(layers?|experts?|labels?|attention_types)$")
 MAX_COUNT = 10_000
 
+# Fractions of a head that rotary embeddings rotate. Larger ones allocate tables of any width.
+FRACTIONS = frozenset({"partial_rotary_factor", "rope_pct", "rotary_emb_fraction", "rotary_pct"})
+
 # A tensor on disk may become several parameters, each in one or two modules.
 PER_TENSOR, FIXED = 8, 1000
 CONSTRUCTION_SECONDS = 120.0
 # Maximum ratio of described to stored parameters; below it, missing ones are found by name later.
 MAX_EXCESS = 2
+# Values in tables that a model computes from its configuration: masks and rotations by position.
+MAX_COMPUTED = 64 * MIB
+
+# Longest context that the contract's fields and 32-bit positions can hold.
+MAX_POSITIONS = 2**31 - 1
+
+# Longest text of an error that quotes a folder, in characters.
+MAX_REASON = 1000
+
+logger = logging.getLogger(__name__)
 
 _operator_offline = constants.HF_HUB_OFFLINE
 # Libraries must not use the network. `online` permits it for a model that the operator configured.
@@ -101,10 +120,7 @@ def check_folder(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
         _check_entry(entry, root)
     if (folder / ADAPTER).exists():
-        raise ModelFailed(
-            f"expected a whole model, got an adapter ({ADAPTER}); merge it into the weights, or "
-            "remove the file"
-        )
+        logger.warning("%s is ignored: the whole weights beside it are served", folder / ADAPTER)
     for name in CONFIGURATIONS:
         if (folder / name).is_file():
             check_keys(name, read_json(folder / name))
@@ -184,14 +200,35 @@ def _check_key(name: str, key: str, value: object) -> None:
         raise ModelFailed(
             f"{name}: {key} selects {REFUSED_KEYS[key]}, which is not supported; remove the key"
         )
+    if key in FRACTIONS and isinstance(value, int | float) and not 0 < value <= 1:
+        raise ModelFailed(f"{name}: {key} is {value}: expected a number between 0 and 1")
     if key in ALLOWED_IMPLEMENTATIONS:
         allowed = ALLOWED_IMPLEMENTATIONS[key]
         chosen = value.values() if isinstance(value, Mapping) else [value]
         if refused := [c for c in chosen if c and (not isinstance(c, str) or c not in allowed)]:
-            raise ModelFailed(
-                f"{name}: {key} must be {' or '.join(sorted(allowed))}, got {refused[0]!r}; "
-                "remove the key"
-            )
+            served = " or ".join(sorted(allowed - REPLACED_ATTENTION))
+            raise ModelFailed(f"{name}: {key} must be {served}, got {refused[0]!r}; remove the key")
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, as one printable line of at most `MAX_REASON` characters.
+
+    Errors quote names from the folder, which may hold line ends and lone surrogates or be of any
+    length. Advice on further lines is left out, unless the first one only announces it.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
+    short = text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 3]}..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
+
+
+def compute_attention_with_torch(config: PreTrainedConfig) -> None:
+    """Let transformers choose the attention wherever a configuration names another package's."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        chosen = getattr(part, "_attn_implementation", None)
+        if part is not None and chosen not in TORCH_ATTENTION | {None}:
+            part._attn_implementation = None  # noqa: SLF001 - no public writer
 
 
 def check_file_names(names: Sequence[object], index: str) -> list[str]:
@@ -243,6 +280,20 @@ def limited_construction(n_tensors: int) -> Iterator[None]:
             hook.remove()
 
 
+def check_facts(facts: ModelFacts) -> None:
+    """Refuse heads of no size, and a context that no prompt fits in or no request can name."""
+    if facts.d_head < 1:
+        raise ModelFailed(
+            f"{CONFIGURATION} gives {facts.n_heads} heads to {facts.d_model} dimensions: expected "
+            "heads of at least one dimension"
+        )
+    if not 0 < facts.max_positions <= MAX_POSITIONS:
+        raise ModelFailed(
+            f"{CONFIGURATION} gives a context of {facts.max_positions} positions: expected 1 to "
+            f"{MAX_POSITIONS}"
+        )
+
+
 def check_sizes(skeleton: nn.Module, stored: Mapping[str, int]) -> None:
     """Refuse weights that do not fit the configuration, before memory is allocated.
 
@@ -253,6 +304,11 @@ def check_sizes(skeleton: nn.Module, stored: Mapping[str, int]) -> None:
     if described > MAX_EXCESS * held + MIB:
         raise ModelFailed(
             f"{CONFIGURATION} describes {described} parameters, the weights hold {held}"
+        )
+    computed = sum(buffer.numel() for buffer in skeleton.buffers())
+    if computed > MAX_COMPUTED + MAX_EXCESS * held:
+        raise ModelFailed(
+            f"{CONFIGURATION} describes {computed} computed values, the weights hold {held}"
         )
     name, largest = max(stored.items(), key=lambda entry: entry[1], default=("", 0))
     if largest > described + MIB:

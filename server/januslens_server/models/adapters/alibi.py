@@ -28,6 +28,8 @@ from januslens_server.models.views import Attention, Block, Mlp, ModelView
 
 # The length that BLOOM was trained with. ALiBi itself sets no limit.
 BLOOM_TRAINED_POSITIONS = 2048
+# MPT computes the biases of its whole context in every pass: 1 GiB of float32.
+MPT_BIASES = 2**28
 
 
 def bloom(model: PreTrainedModel) -> ModelView:
@@ -112,6 +114,11 @@ def mpt(model: PreTrainedModel) -> ModelView:
     """
     config: Any = model.config
     decoder: Any = model.transformer
+    if config.n_heads * config.max_seq_len > MPT_BIASES:
+        raise ModelFailed(
+            f"max_seq_len is too large: expected at most {MPT_BIASES // config.n_heads}, got "
+            f"{config.max_seq_len}"
+        )
 
     def alibi(length: int) -> torch.Tensor:
         device = decoder.wte.weight.device
