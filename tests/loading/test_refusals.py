@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 from januslens_server.errors import ModelFailed
 from januslens_server.models.loader import ModelSource, load
 from tests.architectures.cases import CASES
+from tests.architectures.tiny_models import plain
 from tests.loading.folders import saved
 
 GPT2 = next(case for case in CASES if case.id == "gpt2-plain")
@@ -145,6 +146,7 @@ def without_shard(folder: Path) -> str:
 
 
 def without_weight_map(folder: Path) -> str:
+    (folder / WEIGHTS).unlink()
     (folder / INDEX).write_text("{}")
     return f"expected a weight_map in {INDEX}"
 
@@ -170,6 +172,22 @@ def with_an_unmerged_adapter(folder: Path) -> str:
     return "1 weights that the configuration has no place for: transformer.h.1.mlp.c_fc.lora_A"
 
 
+def with_other_names(folder: Path) -> str:
+    tensors = load_file(folder / WEIGHTS)
+    save_file(
+        {f"module.{key}": t for key, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"}
+    )
+    return "; it has others: module.lm_head.weight"
+
+
+def with_numbered_weights_of_no_layer(folder: Path) -> str:
+    """A number larger than any layer's, in a list that is not the model's."""
+    tensors = load_file(folder / WEIGHTS)
+    tensors["prompt_encoder.7.weight"] = torch.ones(2, 32)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return "1 weights that the configuration has no place for: prompt_encoder.7.weight"
+
+
 def without_tokenizer(folder: Path) -> str:
     (folder / "tokenizer.json").unlink()
     return "expected a tokenizer (tokenizer.json), found none"
@@ -185,6 +203,8 @@ BREAKAGES = (
     of_other_shape,
     lacking_one,
     with_an_unmerged_adapter,
+    with_other_names,
+    with_numbered_weights_of_no_layer,
     without_tokenizer,
 )
 
@@ -215,6 +235,8 @@ def test_weights_that_the_model_does_not_need_are_no_reason_to_refuse(source: Mo
         "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
         "transformer.h.0.rotary_emb.inv_freq": torch.ones(4),
         "transformer.h.2.mlp.c_fc.weight": torch.ones(32, 40),  # the model has layers 0 and 1
+        "transformer.position_ids": torch.arange(32)[None],
+        "mtp.layers.0.mlp.c_fc.weight": torch.ones(32, 40),
     }
     save_file(tensors, path, {"format": "pt"})
     assert load(source).view.facts.n_layers == 2
@@ -228,3 +250,19 @@ def test_biases_without_a_place_are_refused(tmp_path: Path, name: str) -> None:
     key = f"model.layers.0.self_attn.{name}.bias"
     save_file(load_file(path) | {key: torch.ones(32)}, path, {"format": "pt"})
     assert f"has no place for: {key}" in refusal(source)
+
+
+def test_a_single_weights_file_is_preferred_to_an_index_as_in_transformers(
+    source: ModelSource,
+) -> None:
+    folder = Path(source.location)
+    revision = load(source).provenance.revision
+    other = {key: tensor + 1 for key, tensor in load_file(folder / WEIGHTS).items()}
+    save_file(other, folder / "model-00001-of-00001.safetensors", {"format": "pt"})
+    weight_map = dict.fromkeys(other, "model-00001-of-00001.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    ids = torch.tensor([[5, 7, 9]])
+    model = load(source)
+    assert model.provenance.revision == revision
+    with torch.inference_mode():
+        assert torch.allclose(model.network(ids).logits, plain(GPT2)(ids).logits, atol=1e-5)

@@ -18,6 +18,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -68,6 +69,10 @@ TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json
 # Files of a hub repository except its weights.
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 FLOATS = {"F64", "F32", "F16", "BF16"}
+
+# Stored tensors that no next token's logit depends on: what the model computes itself, and heads
+# that predict further tokens.
+NOT_IN_OUTPUT = re.compile(r"inv_freq$|masked_bias$|position_ids$|(^|\.)mtp[._]")
 logger = logging.getLogger(__name__)
 
 
@@ -220,9 +225,9 @@ def _refuse_other_tasks(config: PreTrainedConfig) -> None:
 
 
 def _weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files, from their index if there is one."""
+    """Names of the safetensors files: those of the index, unless there is a single file."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if not index.is_file():
+    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
         return [SAFE_WEIGHTS_NAME]
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
@@ -248,7 +253,7 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
             for key in file.keys():  # noqa: SIM118 - no mapping
                 tensor = file.get_slice(key)
                 kind = tensor.get_dtype()
-                if key.endswith("weight") and kind not in FLOATS:
+                if key.endswith(("weight", "_proj")) and kind not in FLOATS:
                     raise ModelFailed(f"expected weights in float formats, got {key} in {kind}")
                 stored[key] = math.prod(tensor.get_shape())
     except safetensors.SafetensorError as error:
@@ -279,8 +284,10 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
     for key, stored, expected in sorted(found["mismatched_keys"]):
         raise ModelFailed(f"expected {key} of shape {list(expected)}, got {list(stored)}")
     if missing := sorted(found["missing_keys"]):  # transformers initialises them at random
+        others = sorted(found["unexpected_keys"])
         raise ModelFailed(
             f"the checkpoint has no weights for {len(missing)} parameters: {', '.join(missing[:3])}"
+            + (f"; it has others: {', '.join(others[:3])}" if others else "")
         )
     if unused := _unused(network, found["unexpected_keys"]):
         raise ModelFailed(
@@ -296,18 +303,24 @@ def _unused(network: PreTrainedModel, keys: Iterable[str]) -> list[str]:
     """Filter the stored weights that the model does not use and that could change its output.
 
     transformers has already removed those that the model class declares as ignorable. This removes
-    layers beyond the configuration's last one (truncated models, multi-token prediction heads), and
-    masks and frequencies that the model computes itself.
+    layers beyond the configuration's last one (truncated models), heads that predict further
+    tokens, and position ids, masks and frequencies that the model computes itself.
     """
     n_layers: int = network.config.get_text_config().num_hidden_layers
+    lists = {
+        name.rpartition(".")[2]
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    }
+    numbered = re.compile(rf"(?:^|\.)(?:{'|'.join(map(re.escape, lists))})\.(\d+)\.")
     computed = {name for name, _ in network.named_buffers()}
 
-    def used(key: str) -> bool:
-        number = re.search(r"\.(\d+)\.", key)
-        beyond = number is not None and int(number[1]) >= n_layers
-        return beyond or key in computed or key.endswith(("inv_freq", "masked_bias"))
+    def ignorable(key: str) -> bool:
+        layer = numbered.search(key) if lists else None
+        beyond = layer is not None and int(layer[1]) >= n_layers
+        return beyond or key in computed or NOT_IN_OUTPUT.search(key) is not None
 
-    return sorted(key for key in keys if not used(key))
+    return sorted(key for key in keys if not ignorable(key))
 
 
 def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dtype) -> DeviceMap:
