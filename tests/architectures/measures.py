@@ -13,6 +13,7 @@ from torch import Tensor
 
 from januslens_server.lens.losses import Loss
 from januslens_server.models.runner import backward, forward
+from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import (
@@ -58,7 +59,7 @@ def traced(case: Case) -> Traced:
         include_logit_contribution=True,
         include_checks=True,
     )
-    header, *graphs, summary = trace(resident(case), spec, _go_on)
+    header, *graphs, summary = trace(resolve_trace(resident(case), spec), _go_on)
     assert isinstance(header, TraceHeader)
     assert isinstance(summary, TraceSummary)
     nodes: dict[str, Node] = {}

@@ -15,6 +15,7 @@ from januslens_server.errors import ModelFailed
 from januslens_server.models.adapters import ADAPTERS, automatic
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.resolve import resolve_gradient_lens, resolve_trace
 from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientMatrix, LayerGraph, MatrixKind
@@ -47,7 +48,7 @@ def read_automatically(case: Case) -> ResidentModel:
 
 def graphs(model: ResidentModel, case: Case) -> Iterator[LayerGraph]:
     spec = TraceSpec(tuple(case.prompt), include_vectors=True, include_logit_contribution=True)
-    for event in trace(model, spec, lambda: None):
+    for event in trace(resolve_trace(model, spec), lambda: None):
         if isinstance(event, LayerGraph):
             yield event
 
@@ -85,7 +86,7 @@ def test_family_without_an_adapter_is_mapped_exactly(case: Case) -> None:
         include_factors=True,
     )
     compared = 0
-    for event in gradient_lens(model, spec, lambda: None):
+    for event in gradient_lens(resolve_gradient_lens(model, spec), lambda: None):
         if isinstance(event, GradientMatrix):
             matrix = model.view.blocks[event.layer].matrices[event.kind]
             gradient = matrix.rows_of(dense[names[id(matrix.parameter())]])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from januslens_server.pipelines.find_neurons import find_neurons
+from januslens_server.pipelines.resolve import resolve_find_neurons
 from januslens_server.results import FoundNeurons
 from januslens_server.specs import FindNeuronsSpec
 from tests.architectures.cases import MEASURED, Case
@@ -90,7 +91,7 @@ def test_neurons_are_ordered_by_rank_then_logit(case: Case, suppressed: bool) ->
 
 def search(case: Case, suppressed: bool) -> FoundNeurons:
     spec = FindNeuronsSpec((TOKEN,), suppressed, layers=(), start=0, count=EVERY_ONE)
-    return only(find_neurons(resident(case), spec, lambda: None))
+    return only(find_neurons(resolve_find_neurons(resident(case), spec), lambda: None))
 
 
 def places(found: FoundNeurons) -> list[Place]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.resolve import resolve_gradient_lens
 from januslens_server.results import GradientMatrix, MatrixKind
 from januslens_server.specs import GradientLensSpec, LensSpec, NegativeLogLikelihood
 from tests.architectures.cases import CASES, Case
@@ -24,7 +25,7 @@ def test_factors_are_the_dense_gradients(case: Case, data_type: torch.dtype) -> 
         lens=LensSpec(0, 0),
         verify=True,
     )
-    events = gradient_lens(resident(case, data_type), spec, lambda: None)
+    events = gradient_lens(resolve_gradient_lens(resident(case, data_type), spec), lambda: None)
     matrices = [event for event in events if isinstance(event, GradientMatrix)]
     assert matrices
     for matrix in matrices:

@@ -14,6 +14,11 @@ from torch import Tensor
 from januslens_server.errors import InvalidRequest
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.pipelines.resolve import (
+    resolve_gradient_lens,
+    resolve_preview_edit,
+    resolve_trace,
+)
 from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import (
@@ -60,7 +65,7 @@ def test_sums_hold_at_every_position_of_a_prompt_longer_than_the_window(case: Ca
         include_logit_contribution=True,
         include_checks=True,
     )
-    *_, summary = trace(resident(case), spec, lambda: None)
+    *_, summary = trace(resolve_trace(resident(case), spec), lambda: None)
     assert isinstance(summary, TraceSummary)
     assert all(check.measured_error < 1e-5 for check in summary.checks), summary.checks
 
@@ -70,7 +75,7 @@ def test_attention_equals_the_eager_models(case: Case) -> None:
     output = plain(case)(torch.tensor([case.prompt]), output_attentions=True)
     spec = TraceSpec(tuple(case.prompt), all_positions=True, selection=Selection(0, 0, 1, 0))
     compared = 0
-    for event in trace(resident(case), spec, lambda: None):
+    for event in trace(resolve_trace(resident(case), spec), lambda: None):
         if not isinstance(event, LayerGraph):
             continue
         nodes = {node.id: node for node in event.nodes}
@@ -100,7 +105,7 @@ def test_neurons_are_those_of_the_routed_experts(case: Case) -> None:
         layer.mlp._forward_pre_hooks.clear()
 
     spec = TraceSpec(tuple(case.prompt), selection=Selection(1, 1, 0, 0), lens=LensSpec(0, 0))
-    for event in trace(resident(case), spec, lambda: None):
+    for event in trace(resolve_trace(resident(case), spec), lambda: None):
         if not isinstance(event, LayerGraph):
             continue
         mlp = network.model.layers[event.layer].mlp
@@ -152,7 +157,7 @@ def test_factors_are_the_dense_gradients_of_every_expert(case: Case) -> None:
         include_factors=True,
     )
     seen: set[tuple[int, MatrixKind, int | None]] = set()
-    for event in gradient_lens(resident(case), spec, lambda: None):
+    for event in gradient_lens(resolve_gradient_lens(resident(case), spec), lambda: None):
         if isinstance(event, GradientMatrix) and event.expert is not None:
             dense = expert_gradient(network.model.layers[event.layer].mlp.experts, event)
             parts = event.components
@@ -206,7 +211,7 @@ def test_descent_step_on_experts_equals_sgd_on_a_copy(case: Case) -> None:
                 parameter.sub_(rate * parameter.grad)
         before, after = next_token(plain(case), case), next_token(edited, case)
     spec = PreviewEditSpec(tuple(case.prompt), (TARGET,), DescentStep((), (), rate))
-    preview = only(preview_edit(resident(case), spec, lambda: None))
+    preview = only(preview_edit(resolve_preview_edit(resident(case), spec), lambda: None))
     effect = preview.edited
     assert effect.probability_before == pytest.approx(before[TARGET].exp().item(), rel=1e-5)
     assert effect.probability_after == pytest.approx(after[TARGET].exp().item(), rel=1e-5)
@@ -227,11 +232,11 @@ def next_token(network: Any, case: Case) -> Tensor:
 def test_forward_shift_of_a_mixture_is_refused() -> None:
     spec = PreviewEditSpec((1, 2, 3), (TARGET,), ForwardShift(0, 0.2))
     with pytest.raises(InvalidRequest, match="the experts of layer 0"):
-        list(preview_edit(resident(MIXTURES[0]), spec, lambda: None))
+        list(preview_edit(resolve_preview_edit(resident(MIXTURES[0]), spec), lambda: None))
 
 
 def test_edit_of_a_mixtures_attention_is_applied() -> None:
     attention = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)
     spec = PreviewEditSpec((1, 2, 3), (TARGET,), DescentStep(attention, (), 0.05))
-    result = only(preview_edit(resident(MIXTURES[0]), spec, lambda: None))
+    result = only(preview_edit(resolve_preview_edit(resident(MIXTURES[0]), spec), lambda: None))
     assert result.edited.probability_after > result.edited.probability_before

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.resolve import resolve_gradient_lens, resolve_trace
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientMatrix, LayerGraph
 from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, TraceSpec
@@ -13,13 +14,17 @@ from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, Trac
 
 def run_trace(model: ResidentModel, spec: TraceSpec) -> list[LayerGraph]:
     """The layers of one Trace."""
-    return [event for event in trace(model, spec, _go_on) if isinstance(event, LayerGraph)]
+    return [
+        event
+        for event in trace(resolve_trace(model, spec), _go_on)
+        if isinstance(event, LayerGraph)
+    ]
 
 
 def run_gradient(model: ResidentModel, ids: Sequence[int], target: int) -> list[GradientMatrix]:
     """FF1 (gated: GATE and UP) and FF2 of all layers."""
     spec = GradientLensSpec(tuple(ids), NegativeLogLikelihood((target,)), components=0)
-    events = gradient_lens(model, spec, _go_on)
+    events = gradient_lens(resolve_gradient_lens(model, spec), _go_on)
     return [event for event in events if isinstance(event, GradientMatrix)]
 
 

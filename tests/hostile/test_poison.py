@@ -11,6 +11,7 @@ import torch
 
 from januslens.v1 import common_pb2, cost_pb2, neurons_pb2, trace_pb2
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.resolve import ResolvedTrace, resolve_trace
 from januslens_server.results import Cost
 from januslens_server.rpc.admission import LARGEST_CORRECTION, LARGEST_LESSON, Admission
 from januslens_server.rpc.encode import TraceEncoder
@@ -110,12 +111,12 @@ async def test_a_failed_request_teaches_nothing(
 def test_extreme_requests_move_estimates_within_bounds(demo: Loaded) -> None:
     admission = Admission(GENEROUS, demo.paces, lambda needed: needed)
     model: ResidentModel = demo.registry.get("demo")
-    spec, expected = TraceSpec(prompt="Japan"), Cost(1.0, 0, 0, 0)
+    request, expected = resolve_trace(model, TraceSpec(prompt="Japan")), Cost(1.0, 0, 0, 0)
 
     def learned(seconds: float, times: int) -> float:
         for _ in range(times):
-            admission.learn(model, spec, expected, seconds)
-        return admission._corrections["demo", TraceSpec]
+            admission.learn(request, expected, seconds)
+        return admission._corrections["demo", ResolvedTrace]
 
     assert learned(1e6, 1) == pytest.approx(LARGEST_LESSON**0.1)
     assert learned(1e6, 1000) == LARGEST_CORRECTION

@@ -16,6 +16,7 @@ from januslens_server.errors import ModelFailed, ModelLoading
 from januslens_server.models.loader import ModelSource
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import Guarantee, ModelState, ModelStatus, TraceSummary
@@ -58,7 +59,7 @@ def test_one_serves_while_the_next_loads(sources: list[ModelSource]) -> None:
     loading = threading.Thread(target=registry.load_all)
     loading.start()
     assert reached.wait(30)
-    *_, summary = trace(registry.get("gpt2"), SPEC, lambda: None)
+    *_, summary = trace(resolve_trace(registry.get("gpt2"), SPEC), lambda: None)
     assert isinstance(summary, TraceSummary)
     with pytest.raises(ModelLoading):
         registry.get("llama")

@@ -15,6 +15,12 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
+from januslens_server.pipelines.resolve import (
+    resolve_gradient_lens,
+    resolve_preview_edit,
+    resolve_project,
+    resolve_trace,
+)
 from januslens_server.pipelines.selfcheck import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientMatrix, MatrixKind
@@ -47,8 +53,9 @@ class Pair:
             replace(source, device="auto", limits=limits, offload_dir=folder / "offloaded")
         )
 
-    def assert_same(self, run: Any, spec: Any) -> None:
-        events, others = (list(run(m, spec, lambda: None)) for m in (self.whole, self.split))
+    def assert_same(self, resolve: Any, run: Any, spec: Any) -> None:
+        models = self.whole, self.split
+        events, others = (list(run(resolve(m, spec), lambda: None)) for m in models)
         assert len(events) == len(others)
         for event, other in zip(events, others, strict=True):
             assert_same_figures(event, other)
@@ -110,7 +117,7 @@ def test_trace_is_the_same(pair: Pair) -> None:
         include_checks=True,
         include_vectors=True,
     )
-    pair.assert_same(trace, spec)
+    pair.assert_same(resolve_trace, trace, spec)
 
 
 def test_gradients_are_the_same_and_verified(pair: Pair) -> None:
@@ -122,8 +129,8 @@ def test_gradients_are_the_same_and_verified(pair: Pair) -> None:
         include_factors=True,
         verify=True,
     )
-    pair.assert_same(gradient_lens, spec)
-    events = gradient_lens(pair.split, spec, lambda: None)
+    pair.assert_same(resolve_gradient_lens, gradient_lens, spec)
+    events = gradient_lens(resolve_gradient_lens(pair.split, spec), lambda: None)
     checks = [event.verification for event in events if isinstance(event, GradientMatrix)]
     assert checks
     assert all(check is not None and check.held for check in checks)
@@ -132,7 +139,9 @@ def test_gradients_are_the_same_and_verified(pair: Pair) -> None:
 def test_projections_are_the_same(pair: Pair) -> None:
     width = pair.whole.view.facts.d_model
     vectors = np.random.default_rng(0).normal(size=(4, width)).astype(np.float32)
-    pair.assert_same(project_vectors, ProjectSpec(vectors, LensSpec(), target=(3,)))
+    pair.assert_same(
+        resolve_project, project_vectors, ProjectSpec(vectors, LensSpec(), target=(3,))
+    )
 
 
 @pytest.mark.parametrize("edit", [ForwardShift(1, 0.5), DescentStep((), (), 0.1)])
@@ -143,15 +152,19 @@ def test_edits_are_the_same(pair: Pair, edit: ForwardShift | DescentStep) -> Non
         refused[pair.case.id] = "the experts of layer 1"
     if isinstance(edit, ForwardShift) and pair.case.id in refused:
         with pytest.raises(InvalidRequest, match=refused[pair.case.id]):
-            list(preview_edit(pair.split, spec, lambda: None))
+            list(preview_edit(resolve_preview_edit(pair.split, spec), lambda: None))
     else:
-        pair.assert_same(preview_edit, spec)
+        pair.assert_same(resolve_preview_edit, preview_edit, spec)
 
 
 def test_nothing_of_the_disks_weights_stays_in_memory(pair: Pair) -> None:
     before = placed_on_meta(pair.split)
-    pair.assert_same(trace, TraceSpec(prompt=pair.ids))
-    pair.assert_same(gradient_lens, GradientLensSpec(pair.ids, NegativeLogLikelihood((5,))))
+    pair.assert_same(resolve_trace, trace, TraceSpec(prompt=pair.ids))
+    pair.assert_same(
+        resolve_gradient_lens,
+        gradient_lens,
+        GradientLensSpec(pair.ids, NegativeLogLikelihood((5,))),
+    )
     assert placed_on_meta(pair.split) == before != set()
 
 

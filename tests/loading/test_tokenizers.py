@@ -23,6 +23,7 @@ from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.tokenizer import TooManyTokens, Vocabulary, _refuse_long
 from januslens_server.models.tokenizer_files import read_vocabulary
 from januslens_server.pipelines.inputs import read_prompt, read_single_target
+from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import TraceSummary
 from januslens_server.specs import TraceSpec
@@ -358,11 +359,13 @@ def test_models_are_never_passed_segments(tmp_path: Path) -> None:
     )
     tokenizer.save_pretrained(source.location)
     model = load(source)
-    *_, summary = trace(model, TraceSpec("Tokyo is", include_checks=True), lambda: None)
+    *_, summary = trace(
+        resolve_trace(model, TraceSpec("Tokyo is", include_checks=True)), lambda: None
+    )
     assert isinstance(summary, TraceSummary)
     assert all(check.held for check in summary.checks)
     ids = [t.id for t in model.vocabulary.encode_prompt("Tokyo is")]
-    *_, same = trace(model, TraceSpec(tuple(ids), include_checks=True), lambda: None)
+    *_, same = trace(resolve_trace(model, TraceSpec(tuple(ids), include_checks=True)), lambda: None)
     assert isinstance(same, TraceSummary)
     assert same.checks == summary.checks
 

@@ -13,11 +13,19 @@ import pytest
 from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
-from januslens_server.pipelines.cost import Pace, Spec, demand_of, measured_pace
+from januslens_server.pipelines.cost import Demand, Pace, demand_of, measured_pace
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
+from januslens_server.pipelines.resolve import (
+    Resolved,
+    resolve_find_neurons,
+    resolve_gradient_lens,
+    resolve_preview_edit,
+    resolve_project,
+    resolve_trace,
+)
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import LayerGraph, MatrixKind, NodeKind
 from januslens_server.rpc.encode import GradientLensEncoder, TraceEncoder
@@ -88,11 +96,13 @@ SPECS: dict[str, TraceSpec | GradientLensSpec] = {
     "spectrum and neurons": GradientLensSpec(ids(25), NLL, spectrum_rank=5, neurons=10),
     "verified": GradientLensSpec(ids(8), NLL, verify=True),
 }
-PIPELINES: dict[type, Callable[..., Iterator[Any]]] = {
-    TraceSpec: trace,
-    GradientLensSpec: gradient_lens,
-    PreviewEditSpec: preview_edit,
-    ProjectSpec: project_vectors,
+Spec = TraceSpec | GradientLensSpec | PreviewEditSpec | ProjectSpec
+# How a spec is resolved, and what runs it.
+PIPELINES: dict[type, tuple[Callable[..., Resolved], Callable[..., Iterator[Any]]]] = {
+    TraceSpec: (resolve_trace, trace),
+    GradientLensSpec: (resolve_gradient_lens, gradient_lens),
+    PreviewEditSpec: (resolve_preview_edit, preview_edit),
+    ProjectSpec: (resolve_project, project_vectors),
 }
 
 
@@ -132,7 +142,13 @@ def pace(model: ResidentModel) -> Pace:
 
 
 def steps(model: ResidentModel, spec: Spec) -> Iterator[Any]:
-    return PIPELINES[type(spec)](model, spec, lambda: None)
+    resolve, pipeline = PIPELINES[type(spec)]
+    return pipeline(resolve(model, spec), lambda: None)
+
+
+def demand(model: ResidentModel, spec: Spec) -> Demand:
+    resolve, _ = PIPELINES[type(spec)]
+    return demand_of(resolve(model, spec))
 
 
 def run(model: ResidentModel, spec: Spec) -> list[Any]:
@@ -151,27 +167,27 @@ def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
     model: ResidentModel, name: str
 ) -> None:
     spec = SPECS[name]
-    demand = demand_of(model, spec)
+    asked = demand(model, spec)
     found = {
-        "memory": demand.memory / peak_memory(lambda: run(model, spec)),
-        "stream": demand.stream / streamed(model, spec),
+        "memory": asked.memory / peak_memory(lambda: run(model, spec)),
+        "stream": asked.stream / streamed(model, spec),
         # After the run before it: buffers that all requests of a thread share are there now.
-        "held": demand.held / held_memory(steps(model, spec)),
+        "held": asked.held / held_memory(steps(model, spec)),
     }
     # torch's counter cannot follow a backward pass through experts.
     if isinstance(spec, TraceSpec) or not model.view.facts.n_experts:
-        found["flops"] = demand.flops / operations(lambda: run(model, spec))
+        found["flops"] = asked.flops / operations(lambda: run(model, spec))
     loosest = LOOSEST | ({"memory": WIDE_MEMORY} if model.name == WIDE.id else {})
     assert all(1 <= ratio <= loosest[figure] for figure, ratio in found.items()), found
 
 
 @pytest.mark.parametrize("name", [name for name in SPECS if isinstance(SPECS[name], TraceSpec)])
 def test_a_traces_vectors_and_nodes_are_bounded(model: ResidentModel, name: str) -> None:
-    demand, events = demand_of(model, SPECS[name]), run(model, SPECS[name])
+    asked, events = demand(model, SPECS[name]), run(model, SPECS[name])
     graphs = [event for event in events if isinstance(event, LayerGraph)]
     read = sum(int(graph.projections.projected.sum()) for graph in graphs)
-    assert read <= demand.vectors
-    assert sum(len(graph.nodes) for graph in graphs) <= demand.nodes
+    assert read <= asked.vectors
+    assert sum(len(graph.nodes) for graph in graphs) <= asked.nodes
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -180,7 +196,7 @@ def test_seconds_are_near_the_processors_own(model: ResidentModel, pace: Pace, n
     spec = SPECS[name]
     run(model, spec)
     taken = processor_seconds(lambda: run(model, spec))
-    assert 1 / SECONDS <= pace.seconds(demand_of(model, spec)) / taken <= SECONDS
+    assert 1 / SECONDS <= pace.seconds(demand(model, spec)) / taken <= SECONDS
 
 
 def test_what_a_search_for_neurons_holds_between_chunks_is_bounded() -> None:
@@ -189,10 +205,11 @@ def test_what_a_search_for_neurons_holds_between_chunks_is_bounded() -> None:
     model = replace(model, view=replace(model.view, lens=lens))
     model.neurons.layer(0)  # buffers that all requests share are there from now on
     spec = FindNeuronsSpec((9,), suppressed=False, layers=(1,), start=0, count=5)
-    demand = demand_of(model, spec)
-    held = held_memory(find_neurons(model, spec, lambda: None))
-    assert 1 <= demand.held / held <= LOOSEST["held"]
-    assert demand.held <= demand.memory
+    request = resolve_find_neurons(model, spec)
+    asked = demand_of(request)
+    held = held_memory(find_neurons(request, lambda: None))
+    assert 1 <= asked.held / held <= LOOSEST["held"]
+    assert asked.held <= asked.memory
 
 
 def test_answers_of_one_message_are_estimated_too() -> None:
@@ -202,10 +219,10 @@ def test_answers_of_one_message_are_estimated_too() -> None:
     step = DescentStep((), (), 0.1)
     probes = tuple(Probe("", ids(9), None) for _ in range(5))
     for spec in (ProjectSpec(vectors), PreviewEditSpec(ids(8), (5,), step, probes)):
-        demand = demand_of(model, spec)
+        asked = demand(model, spec)
         memory = peak_memory(lambda spec=spec: run(model, spec))  # type: ignore[misc]  # bound now
-        assert 1 <= demand.memory / memory <= LOOSEST["memory"]
+        assert 1 <= asked.memory / memory <= LOOSEST["memory"]
         if isinstance(spec, PreviewEditSpec):  # the other is a single step
-            assert 1 <= demand.held / held_memory(steps(model, spec)) <= LOOSEST["held"]
+            assert 1 <= asked.held / held_memory(steps(model, spec)) <= LOOSEST["held"]
         taken = processor_seconds(lambda spec=spec: run(model, spec))  # type: ignore[misc]
-        assert 1 / SECONDS <= pace.seconds(demand) / taken <= SECONDS
+        assert 1 / SECONDS <= pace.seconds(asked) / taken <= SECONDS

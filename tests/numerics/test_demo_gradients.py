@@ -14,6 +14,7 @@ from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.pipelines.resolve import resolve_gradient_lens, resolve_preview_edit
 from januslens_server.results import End, GradientMatrix, GradientSummary, MatrixKind
 from januslens_server.specs import (
     ForwardShift,
@@ -50,7 +51,7 @@ def test_the_target_stands_at_the_promoted_end(demo: ResidentModel, edits: list[
             matrices=(MatrixKind.FF2,),
             lens=LensSpec(kind=LensKind.NORMALIZED),
         )
-        events = list(gradient_lens(demo, spec, lambda: None))
+        events = list(gradient_lens(resolve_gradient_lens(demo, spec), lambda: None))
         for matrix in (event for event in events if isinstance(event, GradientMatrix)):
             assert matrix.promoted_end is End.BOTTOM
             parts = matrix.components
@@ -74,7 +75,7 @@ def test_the_last_and_the_last_subject_position_dominate(
             matrices=(MatrixKind.FF2,),
             subject=edit.prompt.fact.subject,
         )
-        *_, summary = gradient_lens(demo, spec, lambda: None)
+        *_, summary = gradient_lens(resolve_gradient_lens(demo, spec), lambda: None)
         assert isinstance(summary, GradientSummary)
         for layer in range(4):
             rows = [row for row in summary.segments if row.layer == layer]
@@ -97,7 +98,7 @@ def test_the_forward_shift_edits_one_fact_and_spares_others(
             ForwardShift(LAST_LAYER, ETA),
             (Probe("another relation", other.prompt.text, None),),
         )
-        preview = only(preview_edit(demo, spec, lambda: None))
+        preview = only(preview_edit(resolve_preview_edit(demo, spec), lambda: None))
         worked.append(preview.edited.rank_after == 0)
         (probe,) = preview.probes
         spared.append(probe.predicted_before == probe.predicted_after)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.pipelines.resolve import resolve_preview_edit
 from januslens_server.results import EditPreview, Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec, Probe
 from tests.reference.examples import EXAMPLES, LoadExample, prompt
@@ -20,7 +21,7 @@ ATTENTION = (MatrixKind.Q, MatrixKind.K, MatrixKind.V, MatrixKind.O)
 
 
 def preview(resident: ResidentModel, spec: PreviewEditSpec) -> EditPreview:
-    return only(preview_edit(resident, spec, lambda: None))
+    return only(preview_edit(resolve_preview_edit(resident, spec), lambda: None))
 
 
 def next_token(network: Any, ids: list[int]) -> Tensor:

@@ -13,6 +13,7 @@ from januslens_server.lens.factors import lengths, sizes
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.project import project_vectors
+from januslens_server.pipelines.resolve import resolve_gradient_lens, resolve_project, resolve_trace
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import TraceSummary
 from januslens_server.specs import (
@@ -46,12 +47,12 @@ def scaled(name: str, factor: float) -> ResidentModel:
 def test_a_trace_of_activations_that_overflow_when_squared_is_refused(factor: float) -> None:
     model = scaled("huge", factor)
     with pytest.raises(NotFinite, match="too large"):
-        list(trace(model, TraceSpec(tuple(LLAMA.prompt)), lambda: None))
+        list(trace(resolve_trace(model, TraceSpec(tuple(LLAMA.prompt))), lambda: None))
 
 
 def test_large_activations_that_can_be_squared_are_traced() -> None:
     model = scaled("large", 1e15)
-    for event in trace(model, TraceSpec(tuple(LLAMA.prompt)), lambda: None):
+    for event in trace(resolve_trace(model, TraceSpec(tuple(LLAMA.prompt))), lambda: None):
         norms = getattr(event, "norms", np.zeros(1))
         assert np.isfinite(norms).all()
 
@@ -61,7 +62,7 @@ def test_vectors_that_overflow_when_squared_are_refused(value: float) -> None:
     model = resident(LLAMA)
     vectors = np.full((1, model.view.facts.d_model), value, dtype=np.float32)
     with pytest.raises(InvalidRequest, match="too large: squaring overflows float32"):
-        list(project_vectors(model, ProjectSpec(vectors), lambda: None))
+        list(project_vectors(resolve_project(model, ProjectSpec(vectors)), lambda: None))
 
 
 def test_norms_of_vectors_that_vanish_when_squared_are_right() -> None:
@@ -75,7 +76,7 @@ def test_a_learning_rate_that_overflows_is_refused() -> None:
         tuple(LLAMA.prompt), NegativeLogLikelihood((5,)), neurons=3, learning_rate=3e38
     )
     with pytest.raises(InvalidRequest, match="learning rate too large"):
-        list(gradient_lens(resident(LLAMA), spec, lambda: None))
+        list(gradient_lens(resolve_gradient_lens(resident(LLAMA), spec), lambda: None))
 
 
 def with_head(name: str, factor: float, data_type: torch.dtype = torch.float32) -> ResidentModel:
@@ -88,7 +89,7 @@ def with_head(name: str, factor: float, data_type: torch.dtype = torch.float32) 
 
 def test_checks_hold_where_all_logits_are_zero() -> None:
     spec = TraceSpec(tuple(LLAMA.prompt), include_checks=True, include_logit_contribution=True)
-    *_, summary = trace(with_head("without logits", 0.0), spec, lambda: None)
+    *_, summary = trace(resolve_trace(with_head("without logits", 0.0), spec), lambda: None)
     assert isinstance(summary, TraceSummary)
     assert summary.checks
     assert all(check.held and np.isfinite(check.measured_error) for check in summary.checks)
@@ -99,21 +100,25 @@ def test_logits_that_overflow_are_refused(factor: float) -> None:
     model = with_head(f"overflowing {factor}", factor)
     vectors = np.full((2, model.view.facts.d_model), 1e15, dtype=np.float32)
     with pytest.raises(InvalidRequest, match="overflow float32; scale the vectors down"):
-        list(project_vectors(model, ProjectSpec(vectors, LensSpec(kind=LensKind.RAW)), never))
+        list(
+            project_vectors(
+                resolve_project(model, ProjectSpec(vectors, LensSpec(kind=LensKind.RAW))), never
+            )
+        )
     large = TraceSpec(tuple(LLAMA.prompt), lens=LensSpec(kind=LensKind.RAW))
     scaled_up = scaled(f"large too {factor}", 1e15)
     scaled_up = replace(scaled_up, view=replace(scaled_up.view, lens=model.view.lens))
     with pytest.raises(NotFinite, match="overflow float32"):
-        list(trace(scaled_up, large, never))
+        list(trace(resolve_trace(scaled_up, large), never))
 
 
 def test_a_half_precision_models_overflow_is_refused_with_advice() -> None:
     model = with_head("overflowing in half precision", 3e4, torch.float16)
     with pytest.raises(NotFinite, match="--data-type float32 instead of float16"):
-        list(trace(model, TraceSpec(tuple(LLAMA.prompt)), never))
+        list(trace(resolve_trace(model, TraceSpec(tuple(LLAMA.prompt))), never))
     spec = GradientLensSpec(tuple(LLAMA.prompt), NegativeLogLikelihood((5,)))
     with pytest.raises(NotFinite, match="--data-type float32 instead of float16"):
-        list(gradient_lens(model, spec, never))
+        list(gradient_lens(resolve_gradient_lens(model, spec), never))
 
 
 def test_a_loss_that_overflows_is_refused() -> None:
@@ -123,4 +128,4 @@ def test_a_loss_that_overflows_is_refused() -> None:
         tuple(LLAMA.prompt), LogitDifference((int(logits.argmax()),), (int(logits.argmin()),))
     )
     with pytest.raises(NotFinite):
-        list(gradient_lens(model, spec, never))
+        list(gradient_lens(resolve_gradient_lens(model, spec), never))

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 
 from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.pipelines.resolve import resolve_preview_edit
 from januslens_server.results import Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, LensKind, PreviewEditSpec
 from tests.reference.backward_lens import BackwardErrors, compare
@@ -114,4 +115,4 @@ def test_recorded_forward_shift(name: str, load_model: LoadModel) -> None:
 
 
 def effect_of(loaded: Loaded, spec: PreviewEditSpec) -> Effect:
-    return only(preview_edit(loaded.resident, spec, lambda: None)).edited
+    return only(preview_edit(resolve_preview_edit(loaded.resident, spec), lambda: None)).edited

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from januslens_server.errors import InvalidRequest
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.resolve import resolve_gradient_lens
 from januslens_server.results import GradientMatrix, GradientSummary, MatrixKind
 from januslens_server.specs import GradientLensSpec, LensKind, LensSpec, NegativeLogLikelihood, Span
 from tests.reference.examples import EXAMPLES, LoadExample, prompt
@@ -23,7 +24,7 @@ TARGET = 17
 def ask(
     resident: ResidentModel, spec: GradientLensSpec
 ) -> tuple[list[GradientMatrix], GradientSummary]:
-    events = list(gradient_lens(resident, spec, lambda: None))
+    events = list(gradient_lens(resolve_gradient_lens(resident, spec), lambda: None))
     matrices = [event for event in events if isinstance(event, GradientMatrix)]
     summary = events[-1]
     assert isinstance(summary, GradientSummary)

@@ -12,6 +12,7 @@ from januslens_server.graph.heads import HeadRow
 from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import LayerGraph, NodeKind
 from januslens_server.specs import Selection, TraceSpec
@@ -52,7 +53,7 @@ def spec(kinds: set[NodeKind]) -> TraceSpec:
 def contents(model: ResidentModel, kinds: set[NodeKind]) -> tuple[dict[str, Any], list[Any]]:
     """Vectors and activations by node, and the edges."""
     nodes, edges = dict[str, Any](), list[Any]()
-    for event in trace(model, spec(kinds), lambda: None):
+    for event in trace(resolve_trace(model, spec(kinds)), lambda: None):
         if isinstance(event, LayerGraph):
             assert event.vectors is not None
             for i, node in enumerate(event.nodes):

@@ -12,6 +12,11 @@ from januslens_server.errors import CancelCheck
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.pipelines.resolve import (
+    resolve_gradient_lens,
+    resolve_preview_edit,
+    resolve_trace,
+)
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import MatrixKind
 from januslens_server.specs import (
@@ -54,16 +59,18 @@ def requests(
     resident: ResidentModel, ids: tuple[int, ...], check_cancelled: CancelCheck
 ) -> Iterator[Iterator[object]]:
     kinds = tuple(MatrixKind)
-    yield trace(resident, TraceSpec(ids, all_positions=True), check_cancelled)
+    yield trace(resolve_trace(resident, TraceSpec(ids, all_positions=True)), check_cancelled)
     verified = GradientLensSpec(ids, NegativeLogLikelihood((7,)), verify=True)
-    yield gradient_lens(resident, verified, check_cancelled)
+    yield gradient_lens(resolve_gradient_lens(resident, verified), check_cancelled)
     for loss in (
         NegativeLogLikelihood((7,)),
         NegativeLogLikelihood((7, 8)),
         LogitDifference((7,), (8,)),
         KlDivergence((7,)),
     ):
-        yield gradient_lens(resident, GradientLensSpec(ids, loss, kinds), check_cancelled)
+        yield gradient_lens(
+            resolve_gradient_lens(resident, GradientLensSpec(ids, loss, kinds)), check_cancelled
+        )
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -86,7 +93,7 @@ def test_a_thousand_mixed_requests_change_nothing(load_example: LoadExample) -> 
         kind = i % 4
         if kind == 0:
             spec = TraceSpec(ids, layers=(i % 3,), lens=LensSpec(0, 0))
-            answer: Iterator[object] = trace(resident, spec, lambda: None)
+            answer: Iterator[object] = trace(resolve_trace(resident, spec), lambda: None)
         elif kind == 1:
             losses = (
                 NegativeLogLikelihood((7, 8)),
@@ -94,10 +101,10 @@ def test_a_thousand_mixed_requests_change_nothing(load_example: LoadExample) -> 
                 KlDivergence((7,)),
             )
             gradient = GradientLensSpec(ids, losses[i % 3], lens=LensSpec(0, 0), verify=i % 40 == 1)
-            answer = gradient_lens(resident, gradient, lambda: None)
+            answer = gradient_lens(resolve_gradient_lens(resident, gradient), lambda: None)
         else:
             preview = PreviewEditSpec(ids, (9,), edits[kind - 2])
-            answer = preview_edit(resident, preview, lambda: None)
+            answer = preview_edit(resolve_preview_edit(resident, preview), lambda: None)
         assert len(list(answer)) >= 1
     assert_untouched(resident, before)
 

@@ -16,6 +16,12 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.project import project_vectors
+from januslens_server.pipelines.resolve import (
+    resolve_find_neurons,
+    resolve_gradient_lens,
+    resolve_project,
+    resolve_trace,
+)
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import MatrixKind
 from januslens_server.specs import (
@@ -83,25 +89,28 @@ class Run:
 IDS = tuple(prompt(EXAMPLE, 9))
 TRACE = TraceSpec(IDS, all_positions=True, overlap_k=3, include_checks=True)
 REQUESTS: dict[str, Request] = {
-    "Trace": lambda model, check: trace(model, TRACE, check),
+    "Trace": lambda model, check: trace(resolve_trace(model, TRACE), check),
     "Trace without the row cache": lambda model, check: trace(
-        model, replace(TRACE, lens=LensSpec(kind=LensKind.NORMALIZED)), check
+        resolve_trace(model, replace(TRACE, lens=LensSpec(kind=LensKind.NORMALIZED))), check
     ),
     "GradientLens": lambda model, check: gradient_lens(
-        model,
-        GradientLensSpec(
-            IDS,
-            NegativeLogLikelihood((7,)),
-            tuple(MatrixKind),
-            spectrum_rank=3,
-            neurons=4,
-            learning_rate=0.1,
-            subject=Span(2, 4),
+        resolve_gradient_lens(
+            model,
+            GradientLensSpec(
+                IDS,
+                NegativeLogLikelihood((7,)),
+                tuple(MatrixKind),
+                spectrum_rank=3,
+                neurons=4,
+                learning_rate=0.1,
+                subject=Span(2, 4),
+            ),
         ),
         check,
     ),
     "Project": lambda model, check: project_vectors(
-        model, ProjectSpec(np.eye(40, model.view.facts.d_model, dtype=np.float32)), check
+        resolve_project(model, ProjectSpec(np.eye(40, model.view.facts.d_model, dtype=np.float32))),
+        check,
     ),
 }
 
@@ -132,7 +141,9 @@ def test_find_neurons_can_be_stopped_after_every_chunk(load_example: LoadExample
     def request(model: ResidentModel, check: CancelCheck) -> Iterator[object]:
         lens = model.view.lens
         assert isinstance(lens, Recorded)
-        for step in find_neurons(model, FindNeuronsSpec((9,), False, (), 0, 20), check):
+        for step in find_neurons(
+            resolve_find_neurons(model, FindNeuronsSpec((9,), False, (), 0, 20)), check
+        ):
             products.append(len(lens.rows))
             yield step
 

@@ -12,6 +12,12 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.pipelines.resolve import (
+    resolve_find_neurons,
+    resolve_gradient_lens,
+    resolve_preview_edit,
+    resolve_trace,
+)
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import MatrixKind
 from januslens_server.specs import (
@@ -42,18 +48,25 @@ def requests(name: str) -> dict[str, Request]:
     loss = NegativeLogLikelihood((7,))
     return {
         "trace": lambda m: trace(
-            m, TraceSpec(ids, all_positions=True, include_vectors=True, include_checks=True), go_on
+            resolve_trace(
+                m, TraceSpec(ids, all_positions=True, include_vectors=True, include_checks=True)
+            ),
+            go_on,
         ),
         "gradient": lambda m: gradient_lens(
-            m, GradientLensSpec(ids, loss, tuple(MatrixKind), verify=True), go_on
+            resolve_gradient_lens(m, GradientLensSpec(ids, loss, tuple(MatrixKind), verify=True)),
+            go_on,
         ),
         "descent": lambda m: preview_edit(
-            m, PreviewEditSpec(ids, (9,), DescentStep((), (), 0.1), probes), go_on
+            resolve_preview_edit(m, PreviewEditSpec(ids, (9,), DescentStep((), (), 0.1), probes)),
+            go_on,
         ),
         "shift": lambda m: preview_edit(
-            m, PreviewEditSpec(ids, (9,), ForwardShift(1, 0.3), probes), go_on
+            resolve_preview_edit(m, PreviewEditSpec(ids, (9,), ForwardShift(1, 0.3), probes)), go_on
         ),
-        "neurons": lambda m: find_neurons(m, FindNeuronsSpec((9,), False, (), 0, 20), go_on),
+        "neurons": lambda m: find_neurons(
+            resolve_find_neurons(m, FindNeuronsSpec((9,), False, (), 0, 20)), go_on
+        ),
     }
 
 

@@ -13,6 +13,12 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
+from januslens_server.pipelines.resolve import (
+    resolve_find_neurons,
+    resolve_gradient_lens,
+    resolve_preview_edit,
+    resolve_trace,
+)
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientHeader, LayerGraph, NodeKind, TraceHeader
 from januslens_server.specs import (
@@ -65,7 +71,7 @@ def prompt_won_by_tied_rows(tied: ResidentModel) -> tuple[tuple[int, ...], int]:
 
 def test_every_answer_predicts_the_lowest_of_equal_logits(tied: ResidentModel) -> None:
     ids, expected = prompt_won_by_tied_rows(tied)
-    events = list(trace(tied, TraceSpec(ids, lens=LensSpec(top_k=3)), lambda: None))
+    events = list(trace(resolve_trace(tied, TraceSpec(ids, lens=LensSpec(top_k=3))), lambda: None))
     header = next(event for event in events if isinstance(event, TraceHeader))
     assert header.targets[0].predicted_token_id == expected
     assert header.targets[0].target_rank == 0
@@ -74,11 +80,11 @@ def test_every_answer_predicts_the_lowest_of_equal_logits(tied: ResidentModel) -
     listed = top.projections.top_ids[top.rows[prediction]].tolist()
     assert listed == [expected, expected + 1, expected + 2]
     spec = GradientLensSpec(ids, NegativeLogLikelihood((5,)), layers=(0,))
-    gradient = next(iter(gradient_lens(tied, spec, lambda: None)))
+    gradient = next(iter(gradient_lens(resolve_gradient_lens(tied, spec), lambda: None)))
     assert isinstance(gradient, GradientHeader)
     assert gradient.predicted_token_id == expected
     edit = PreviewEditSpec(ids, (5,), DescentStep((), (), 1e-9))
-    (preview,) = filter(None, preview_edit(tied, edit, lambda: None))
+    (preview,) = filter(None, preview_edit(resolve_preview_edit(tied, edit), lambda: None))
     assert preview.edited.predicted_before == expected
 
 
@@ -88,7 +94,7 @@ def test_neurons_are_found_with_exact_ranks_among_equal_logits(
     tied: ResidentModel, token: int, suppressed: bool
 ) -> None:
     spec = FindNeuronsSpec((token,), suppressed, layers=(0,), start=0, count=1000)
-    (found,) = filter(None, find_neurons(tied, spec, lambda: None))
+    (found,) = filter(None, find_neurons(resolve_find_neurons(tied, spec), lambda: None))
     network = tied.network.get_submodule
     with torch.no_grad():
         values = network("transformer.h.0.mlp.c_proj").get_parameter("weight")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.resolve import resolve_gradient_lens
 from januslens_server.results import (
     GradientEvent,
     GradientHeader,
@@ -159,4 +160,4 @@ class Factorised:
 
 
 def run_gradient(model: ResidentModel, spec: GradientLensSpec) -> Factorised:
-    return Factorised(list(gradient_lens(model, spec, lambda: None)))
+    return Factorised(list(gradient_lens(resolve_gradient_lens(model, spec), lambda: None)))

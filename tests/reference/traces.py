@@ -12,6 +12,7 @@ from torch import Tensor
 
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.project import project_vectors
+from januslens_server.pipelines.resolve import resolve_project, resolve_trace
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import (
     Edge,
@@ -107,11 +108,11 @@ class Traced:
 
 
 def run_trace(model: ResidentModel, spec: TraceSpec) -> Traced:
-    return Traced(list(trace(model, spec, lambda: None)))
+    return Traced(list(trace(resolve_trace(model, spec), lambda: None)))
 
 
 def run_project(model: ResidentModel, spec: ProjectSpec) -> ProjectionTable:
-    (table,) = project_vectors(model, spec, lambda: None)
+    (table,) = project_vectors(resolve_project(model, spec), lambda: None)
     return table
 
 

@@ -25,9 +25,12 @@ class StageClock:
         try:
             yield
         finally:
-            spent = time.perf_counter() - started
-            self._seconds[name] = self._seconds.get(name, 0.0) + spent
-            telemetry.STAGE_SECONDS.labels(self._rpc, name).observe(spent)
+            self.add(name, time.perf_counter() - started)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds that were spent under `name` elsewhere."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+        telemetry.STAGE_SECONDS.labels(self._rpc, name).observe(seconds)
 
     def times(self) -> tuple[StageTime, ...]:
         """The stages so far."""

@@ -18,8 +18,7 @@ from januslens_server.lens.neurons import change_norms, descent_changes
 from januslens_server.lens.spectrum import spectrum
 from januslens_server.models.failures import check_numbers
 from januslens_server.models.matrices import Factors, MatrixKey
-from januslens_server.models.resident import ResidentModel
-from januslens_server.pipelines.inputs import Objective, read_segments
+from januslens_server.pipelines.resolve import ResolvedGradientLens
 from januslens_server.pipelines.vectors import read
 from januslens_server.results import (
     Components,
@@ -34,7 +33,7 @@ from januslens_server.results import (
     Side,
     Spectrum,
 )
-from januslens_server.specs import GradientLensSpec, LensSpec
+from januslens_server.specs import LensSpec
 
 # How many entries of a factor outside the residual basis are reported.
 ENTRIES = 10
@@ -51,17 +50,15 @@ class FactorReader:
 
     def __init__(
         self,
-        model: ResidentModel,
-        spec: GradientLensSpec,
-        objective: Objective,
+        request: ResolvedGradientLens,
         predicted: int,
         check_cancelled: CancelCheck,
     ) -> None:
-        """Raises `InvalidRequest` if the spec's subject is not in the prompt."""
-        self._model = model
-        self._spec = spec
-        self._ranked = [*objective.targets, predicted]
-        self._segments = read_segments(spec.subject, spec.prompt, objective)
+        """Report ranks of the request's targets and of the token that the model predicted."""
+        self._model = request.model
+        self._spec = request.spec
+        self._ranked = [*request.objective.targets, predicted]
+        self._segments = request.segments
         self._check_cancelled = check_cancelled
         self.segment_rows: list[SegmentRow] = []
 

@@ -12,9 +12,9 @@ from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.lens.projection import Readings, projection_table
 from januslens_server.models.experts import Experts
 from januslens_server.models.resident import ResidentModel
-from januslens_server.pipelines.inputs import read_layers, read_single_target
+from januslens_server.pipelines.resolve import ResolvedFindNeurons
 from januslens_server.results import FoundNeurons, Ints
-from januslens_server.specs import FindNeuronsSpec, LensSpec
+from januslens_server.specs import LensSpec
 
 
 class _Hits(NamedTuple):
@@ -30,15 +30,13 @@ class _Hits(NamedTuple):
 
 
 def find_neurons(
-    model: ResidentModel, spec: FindNeuronsSpec, _check_cancelled: CancelCheck
+    request: ResolvedFindNeurons, _check_cancelled: CancelCheck
 ) -> Iterator[FoundNeurons | None]:
     """Yield one page, and before it None while layers are read for the first time.
 
-    Raises `InvalidRequest` for a token or layers that this model has not, or a page that is not
-    there.
+    Raises `InvalidRequest` for a page that is not there.
     """
-    token = read_single_target(model, spec.token, "token")
-    layers = read_layers(model, spec.layers)
+    model, spec, token, layers = request.model, request.spec, request.token, request.layers
     for layer in layers:
         yield from model.neurons.reading(layer)
     hits = _joined([_of_layer(model, layer, token, spec.suppressed) for layer in layers])

@@ -14,13 +14,8 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import BackwardPass, backward, dense_gradient
 from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.factor_readings import FactorReader
-from januslens_server.pipelines.inputs import (
-    Objective,
-    choose_matrices,
-    layer_matrices,
-    read_layers,
-    read_objective,
-)
+from januslens_server.pipelines.inputs import Objective
+from januslens_server.pipelines.resolve import ResolvedGradientLens
 from januslens_server.pipelines.vectors import read
 from januslens_server.results import (
     GradientEvent,
@@ -28,30 +23,26 @@ from januslens_server.results import (
     GradientSummary,
     Guarantee,
 )
-from januslens_server.specs import GradientLensSpec, LensSpec
+from januslens_server.specs import LensSpec
 
 # Relative error that `verify` accepts (docs/semantics.md).
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 
 
 def gradient_lens(
-    model: ResidentModel, spec: GradientLensSpec, check_cancelled: CancelCheck
+    request: ResolvedGradientLens, check_cancelled: CancelCheck
 ) -> Iterator[GradientEvent]:
     """Yield the header, then the matrices from the last layer down, then the summary.
 
-    Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed,
-    and whatever `check_cancelled` raises: before every block forward, at every matrix backward, and
-    before every chunk of vectors that is projected.
+    Raises whatever `check_cancelled` raises: before every block forward, at every matrix backward,
+    and before every chunk of vectors that is projected.
     """
     clock = StageClock("GradientLens")
-    with clock.stage("tokenize"):
-        objective = read_objective(model, spec)
-        layers = read_layers(model, spec.layers)
-        choice = choose_matrices(model, spec.matrices)
-    matrices = layer_matrices(model, layers[::-1], choice.kinds)
+    clock.add("tokenize", request.seconds)
+    model, objective = request.model, request.objective
     with clock.stage("backward"):
         ids = [token.id for token in objective.tokens]
-        passed = backward(model, ids, objective.loss, matrices, check_cancelled)
+        passed = backward(model, ids, objective.loss, request.matrices, check_cancelled)
         predicted = _predicted(model, passed, objective, check_cancelled)
     yield GradientHeader(
         provenance=model.provenance,
@@ -61,15 +52,15 @@ def gradient_lens(
         target_token_ids=objective.targets,
         predicted_token_id=predicted,
         stage_data_types=_stage_data_types(model),
-        skipped=choice.skipped,
+        skipped=request.skipped,
     )
-    reader = FactorReader(model, spec, objective, predicted, check_cancelled)
+    reader = FactorReader(request, predicted, check_cancelled)
     for keys in reader.batches(passed.factors):
         check_cancelled()
         with clock.stage("project"):
             matrices_read = reader.matrices({key: passed.factors[key] for key in keys})
         for key, matrix in zip(keys, matrices_read, strict=True):
-            if not spec.verify:
+            if not request.spec.verify:
                 yield matrix
                 continue
             check_cancelled()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -15,41 +14,22 @@ from januslens_server.lens.losses import negative_log_likelihood
 from januslens_server.models.matrices import Linear, MatrixKey, read_parameter
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward, forward
-from januslens_server.pipelines.inputs import (
-    choose_matrices,
-    layer_matrices,
-    read_layers,
-    read_prompt,
-    read_target,
-)
+from januslens_server.pipelines.resolve import ResolvedPreviewEdit, Watched
 from januslens_server.results import EditPreview, Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec
 
 
-@dataclass(frozen=True)
-class _Watched:
-    """A prompt whose next token is looked at, before and after."""
-
-    label: str
-    ids: tuple[int, ...]
-    target: int
-
-
 def preview_edit(
-    model: ResidentModel, spec: PreviewEditSpec, check_cancelled: CancelCheck
+    request: ResolvedPreviewEdit, check_cancelled: CancelCheck
 ) -> Iterator[EditPreview | None]:
     """Yield the edit's effect on its own prompt and on every probe, and before it None.
 
-    Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed,
-    and for an edit so large that the model's logits are no numbers any more.
+    Raises `InvalidRequest` for an edit that makes the model's logits infinite or NaN.
     """
-    targets = read_target(model, spec.target, "target")
-    prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
-    ids = tuple(token.id for token in prompt)
-    watched = [_Watched("", ids, targets[0]), *_probes(model, spec, targets[0])]
+    model, watched = request.model, request.watched
     before = yield from _read(model, watched, (), check_cancelled)
-    changes = _changes(model, spec, ids, targets, check_cancelled)
-    after = yield from _edited(model, spec, watched, model.view.overlays(changes), check_cancelled)
+    overlays = model.view.overlays(_changes(request, check_cancelled))
+    after = yield from _edited(model, request.spec, watched, overlays, check_cancelled)
     edited, *probes = map(_effect, watched, before, after)
     yield EditPreview(edited, probes, model.provenance)
 
@@ -57,7 +37,7 @@ def preview_edit(
 def _edited(
     model: ResidentModel,
     spec: PreviewEditSpec,
-    watched: Sequence[_Watched],
+    watched: Sequence[Watched],
     overlays: Sequence[Overlay],
     check_cancelled: CancelCheck,
 ) -> Generator[None, None, list[torch.Tensor]]:
@@ -77,7 +57,7 @@ def _edited(
 
 def _read(
     model: ResidentModel,
-    watched: Sequence[_Watched],
+    watched: Sequence[Watched],
     overlays: Sequence[Overlay],
     check_cancelled: CancelCheck,
 ) -> Generator[None, None, list[torch.Tensor]]:
@@ -90,66 +70,34 @@ def _read(
     return rows
 
 
-def _probes(model: ResidentModel, spec: PreviewEditSpec, target: int) -> list[_Watched]:
-    watched = []
-    for i, probe in enumerate(spec.probes):
-        field = f"probes[{i}]"
-        tokens = read_prompt(model, probe.prompt, field=f"{field}.input")
-        token = target
-        if probe.target is not None:
-            token = read_target(model, probe.target, f"{field}.target")[0]
-        watched.append(_Watched(probe.label, tuple(token.id for token in tokens), token))
-    return watched
-
-
 def _changes(
-    model: ResidentModel,
-    spec: PreviewEditSpec,
-    ids: Sequence[int],
-    targets: Sequence[int],
-    check_cancelled: CancelCheck,
+    request: ResolvedPreviewEdit, check_cancelled: CancelCheck
 ) -> dict[MatrixKey, LowRank]:
-    if isinstance(spec.edit, DescentStep):
-        return _descent(model, spec.edit, ids, targets, check_cancelled)
-    return _shift(model, spec.edit, ids, targets[0], check_cancelled)
+    edit = request.spec.edit
+    if isinstance(edit, DescentStep):
+        return _descent(request, edit, check_cancelled)
+    return _shift(request, edit, check_cancelled)
 
 
 def _descent(
-    model: ResidentModel,
-    step: DescentStep,
-    ids: Sequence[int],
-    targets: Sequence[int],
-    check_cancelled: CancelCheck,
+    request: ResolvedPreviewEdit, step: DescentStep, check_cancelled: CancelCheck
 ) -> dict[MatrixKey, LowRank]:
     """`W -= learning_rate dL/dW` from the gradient's factors, L the target's NLL."""
-    layers = read_layers(model, step.layers, "descent.layers")
-    kinds = choose_matrices(model, step.matrices, "descent.matrices").kinds
-    forced = [*ids, *targets[:-1]]
-    matrices = layer_matrices(model, layers, kinds)
-    loss = negative_log_likelihood(targets)
-    factors = backward(model, forced, loss, matrices, check_cancelled).factors
+    forced = [*request.watched[0].ids, *request.targets[:-1]]
+    loss = negative_log_likelihood(request.targets)
+    passed = backward(request.model, forced, loss, request.matrices, check_cancelled)
     return {
         key: LowRank(found.inputs, -step.learning_rate * found.vjps)
-        for key, found in factors.items()
+        for key, found in passed.factors.items()
     }
 
 
 def _shift(
-    model: ResidentModel,
-    shift: ForwardShift,
-    ids: Sequence[int],
-    target: int,
-    check_cancelled: CancelCheck,
+    request: ResolvedPreviewEdit, shift: ForwardShift, check_cancelled: CancelCheck
 ) -> dict[MatrixKey, LowRank]:
     """`FF2 += eta x_p^T e_t`: the paper's edit from the forward pass alone (section 7)."""
-    n_layers = model.view.facts.n_layers
-    if shift.layer >= n_layers:
-        raise InvalidRequest("shift.layer", f"expected 0 to {n_layers - 1}, got {shift.layer}")
-    linear = model.view.blocks[shift.layer].matrices[MatrixKind.FF2]
-    if not isinstance(linear, Linear):
-        raise InvalidRequest(
-            "shift.layer", f"expected a layer with one FF2, got the experts of layer {shift.layer}"
-        )
+    model, ids = request.model, request.watched[0].ids
+    linear = _linear(model, shift)
     embeddings = read_parameter(model.view.embedding, "weight")
     width = model.view.facts.d_model
     if embeddings.shape[1] != width:  # OPT may project them
@@ -159,9 +107,17 @@ def _shift(
     with torch.inference_mode(), capturing({"x": linear.input}) as captured:
         forward(model, ids, (), check_cancelled, scored=(len(ids) - 1,))
     x = rows(captured["x"])[-1:].to(model.device).float()
-    embedding = embeddings[target].to(model.device).float()
+    embedding = embeddings[request.targets[0]].to(model.device).float()
     change = LowRank(x, shift.eta * embedding[None])
     return {(shift.layer, MatrixKind.FF2, None): change}
+
+
+def _linear(model: ResidentModel, shift: ForwardShift) -> Linear:
+    """The layer's FF2, which is one matrix: resolving has refused layers of experts."""
+    linear = model.view.blocks[shift.layer].matrices[MatrixKind.FF2]
+    if not isinstance(linear, Linear):
+        raise TypeError(f"layer {shift.layer} has experts")
+    return linear
 
 
 @torch.inference_mode()
@@ -174,7 +130,7 @@ def _next_logits(
     return lens.cap(lens.logits(lens.final_norm(last)))[0]
 
 
-def _effect(watched: _Watched, before: torch.Tensor, after: torch.Tensor) -> Effect:
+def _effect(watched: Watched, before: torch.Tensor, after: torch.Tensor) -> Effect:
     """Ranks and predictions compare logits: rounding makes some log-probabilities equal."""
     target = watched.target
     log_before, log_after = before.log_softmax(dim=-1), after.log_softmax(dim=-1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from januslens_server.errors import ModelFailed, NotFinite, never_cancelled
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.float32_blocks import blocks_in_float32
+from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import Guarantee, ModelFacts, NodeKind, TraceSummary
 from januslens_server.specs import LensSpec, TraceSpec
@@ -31,7 +32,7 @@ def self_check(model: ResidentModel) -> Sequence[Guarantee]:
         include_checks=True,
     )
     try:
-        *_, summary = trace(model, spec, never_cancelled)
+        *_, summary = trace(resolve_trace(model, spec), never_cancelled)
         in_float32 = blocks_in_float32(model, _prompt(model.view.facts))
     except NotFinite as error:
         raise ModelFailed(f"self-check: {error}") from error

@@ -5,40 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from januslens_server.errors import CancelCheck
-from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import forward
 from januslens_server.pipelines.checks import TraceChecks
 from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.flows import LayerFlows
-from januslens_server.pipelines.inputs import (
-    read_layers,
-    read_positions,
-    read_prompt,
-    read_single_target,
-)
 from januslens_server.pipelines.readings import FlowReader
+from januslens_server.pipelines.resolve import ResolvedTrace
 from januslens_server.pipelines.targets import position_targets
 from januslens_server.results import TraceEvent, TraceHeader, TraceSummary
-from januslens_server.specs import TraceSpec
 
 
-def trace(
-    model: ResidentModel, spec: TraceSpec, check_cancelled: CancelCheck
-) -> Iterator[TraceEvent]:
+def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[TraceEvent]:
     """Yield the header, then each layer's graph as soon as it is projected, then the summary.
 
-    Raises `InvalidRequest` for inputs that this model cannot take, before anything is computed, and
-    whatever `check_cancelled` raises: before every block of the forward pass, every layer, and
-    every chunk of vectors that is projected.
+    Raises whatever `check_cancelled` raises: before every block of the forward pass, every layer,
+    and every chunk of vectors that is projected.
     """
     clock = StageClock("Trace")
-    with clock.stage("tokenize"):
-        tokens = read_prompt(model, spec.prompt)
-        layers = read_layers(model, spec.layers)
-        positions = read_positions(spec.positions, spec.all_positions, len(tokens))
-        target = None
-        if spec.target is not None:
-            target = read_single_target(model, spec.target, "target")
+    clock.add("tokenize", request.seconds)
+    model, spec, tokens = request.model, request.spec, request.tokens
+    layers, positions = request.layers, request.positions
     with clock.stage("forward"):
         passed = forward(
             model,
@@ -48,7 +34,9 @@ def trace(
             positions,
             positions if spec.include_checks else positions[-1:],
         )
-        targets = position_targets(model, passed.residual, positions, target, check_cancelled)
+        targets = position_targets(
+            model, passed.residual, positions, request.target, check_cancelled
+        )
     yield TraceHeader(model.provenance, model.view.facts, tokens, layers, targets)
 
     flows = LayerFlows(model, spec, passed)

@@ -6,10 +6,11 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from januslens_server.errors import LimitExceeded
-from januslens_server.models.resident import ResidentModel
-from januslens_server.pipelines.cost import Demand, Pace, Spec, demand_of
+from januslens_server.pipelines.cost import Demand, Pace, demand_of
+from januslens_server.pipelines.resolve import Resolved
 from januslens_server.results import Cost
 
 # How much one finished request moves the running average of measured to expected seconds.
@@ -35,10 +36,14 @@ class Limits:
     stream: int
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A request's demand, and what it should cost on the device that it will run on."""
+ResolvedT = TypeVar("ResolvedT", bound=Resolved)
 
+
+@dataclass(frozen=True)
+class Estimate(Generic[ResolvedT]):
+    """A resolved request, its demand, and its expected cost on the device that it will run on."""
+
+    request: ResolvedT
     demand: Demand
     cost: Cost
 
@@ -61,23 +66,24 @@ class Admission:
         self._limits = limits
         self._free = free
         self._paces = paces
-        self._corrections: dict[tuple[str, type[Spec]], float] = defaultdict(lambda: 1.0)
+        self._corrections: dict[tuple[str, type[Resolved]], float] = defaultdict(lambda: 1.0)
 
-    async def admit(self, model: ResidentModel, spec: Spec) -> Estimate:
-        """The estimate, made beside the event loop: prompts are tokenized for it.
+    async def admit(self, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
+        """Resolve a request beside the event loop, which tokenizes its prompts, and estimate it.
 
-        Raises `InvalidRequest` as the request itself would, `LimitExceeded` above a limit.
+        Raises `InvalidRequest` as `resolve` does, `LimitExceeded` above a limit.
         """
-        estimate = await self.estimate(model, spec)
+        estimate = await self.estimate(resolve)
         for error in self.exceeded(estimate.cost):
             raise error
         return estimate
 
-    async def estimate(self, model: ResidentModel, spec: Spec) -> Estimate:
+    async def estimate(self, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
         """As `admit`, whatever the limits."""
-        demand = await asyncio.to_thread(demand_of, model, spec)
-        seconds = self._paces[model.name].seconds(demand) * self._corrections[_key(model, spec)]
-        return Estimate(demand, Cost(seconds, demand.memory, demand.stream, demand.held))
+        request, demand = await asyncio.to_thread(_counted, resolve)
+        pace, correction = self._paces[request.model.name], self._corrections[_key(request)]
+        seconds = pace.seconds(demand) * correction
+        return Estimate(request, demand, Cost(seconds, demand.memory, demand.stream, demand.held))
 
     def exceeded(self, cost: Cost) -> Iterator[LimitExceeded]:
         """The limits that it is above."""
@@ -101,11 +107,11 @@ class Admission:
                 "max_request_stream", f"{limits.stream} bytes of answer", f"up to {cost.stream}"
             )
 
-    def learn(self, model: ResidentModel, spec: Spec, cost: Cost, seconds: float) -> None:
-        """A request of this `cost` has taken so many seconds of the device."""
+    def learn(self, request: Resolved, cost: Cost, seconds: float) -> None:
+        """Take into account that a request of this `cost` took so many seconds of the device."""
         if min(cost.seconds, seconds) > SHORTEST_LESSON:
             ratio = _within(seconds / cost.seconds, LARGEST_LESSON) ** LEARNING_RATE
-            key = _key(model, spec)
+            key = _key(request)
             self._corrections[key] = _within(self._corrections[key] * ratio, LARGEST_CORRECTION)
 
 
@@ -114,5 +120,10 @@ def _within(ratio: float, factor: float) -> float:
     return min(max(ratio, 1 / factor), factor)
 
 
-def _key(model: ResidentModel, spec: Spec) -> tuple[str, type[Spec]]:
-    return model.name, type(spec)
+def _counted(resolve: Callable[[], ResolvedT]) -> tuple[ResolvedT, Demand]:
+    request = resolve()
+    return request, demand_of(request)
+
+
+def _key(request: Resolved) -> tuple[str, type[Resolved]]:
+    return request.model.name, type(request)

@@ -26,15 +26,23 @@ from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokenizer import TooManyTokens, Vocabulary
-from januslens_server.pipelines.cost import Spec
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
+from januslens_server.pipelines.resolve import (
+    ResolvedGradientLens,
+    ResolvedTrace,
+    resolve_find_neurons,
+    resolve_gradient_lens,
+    resolve_preview_edit,
+    resolve_project,
+    resolve_trace,
+)
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientEvent, TraceEvent
 from januslens_server.rpc import decode
-from januslens_server.rpc.admission import Admission
+from januslens_server.rpc.admission import Admission, ResolvedT
 from januslens_server.rpc.bounds import MAX_TOKENS
 from januslens_server.rpc.call import Call, Context, current_caller, result_sizes
 from januslens_server.rpc.encode import (
@@ -52,8 +60,8 @@ from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.specs import GradientLensSpec, Text, TraceSpec
 
 Result = TypeVar("Result")
-SpecT = TypeVar("SpecT", bound=Spec)
-Pipeline = Callable[[ResidentModel, SpecT, CancelCheck], Iterator[Result | None]]
+SpecT = TypeVar("SpecT")
+Pipeline = Callable[[ResolvedT, CancelCheck], Iterator[Result | None]]
 
 
 class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
@@ -112,7 +120,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("Project", context) as call:
             model = self._model(request.model)
             spec = decode.project_spec(request)
-            (table,) = [t async for t in self._run(call, model, spec, project_vectors)]
+            run = self._run(call, model, spec, resolve_project, project_vectors)
+            (table,) = [t async for t in run]
             return call.answered(project_response(table, model.provenance, model.vocabulary.token))
 
     async def Trace(  # type: ignore[override]  # the stubs expect a generator; gRPC also accepts writers
@@ -122,7 +131,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("Trace", context) as call:
             model, spec = self._traced(request)
             encoder = TraceEncoder(call.request_id, model.vocabulary.token)
-            results: AsyncGenerator[TraceEvent] = self._run(call, model, spec, trace)
+            results: AsyncGenerator[TraceEvent] = self._run(call, model, spec, resolve_trace, trace)
             await self._device.write(results, encoder.encode, call)
 
     async def GradientLens(  # type: ignore[override]  # as above
@@ -132,7 +141,9 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("GradientLens", context) as call:
             model, spec = self._differentiated(request)
             encoder = GradientLensEncoder(call.request_id, model.vocabulary.token)
-            results: AsyncGenerator[GradientEvent] = self._run(call, model, spec, gradient_lens)
+            results: AsyncGenerator[GradientEvent] = self._run(
+                call, model, spec, resolve_gradient_lens, gradient_lens
+            )
             await self._device.write(results, encoder.encode, call)
 
     async def PreviewEdit(
@@ -142,7 +153,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("PreviewEdit", context) as call:
             model = self._model(request.model, request.revision)
             spec = decode.preview_edit_spec(request)
-            (preview,) = [p async for p in self._run(call, model, spec, preview_edit)]
+            run = self._run(call, model, spec, resolve_preview_edit, preview_edit)
+            (preview,) = [p async for p in run]
             return call.answered(preview_edit_response(preview, model.vocabulary.token))
 
     async def FindNeurons(
@@ -153,7 +165,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             model = self._model(request.model, request.revision)
             listed = neurons_list(request, model.provenance.revision)
             spec = decode.find_neurons_spec(request, page_start(request.page_token, listed))
-            (found,) = [page async for page in self._run(call, model, spec, find_neurons)]
+            run = self._run(call, model, spec, resolve_find_neurons, find_neurons)
+            (found,) = [page async for page in run]
             next_page = page_token(spec.start + spec.count, listed, found.total)
             return call.answered(find_neurons_response(found, next_page, model.vocabulary.token))
 
@@ -162,20 +175,22 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> cost_pb2.EstimateCostResponse:
         """The estimated cost of a request; does not use the device."""
         async with Call("EstimateCost", context) as call:
-            model, spec = self._estimated(request)
+            model, resolve = self._estimated(request)
             call.note(model=model.name)
-            estimate = await self._admission.estimate(model, spec)
+            estimate = await self._admission.estimate(resolve)
             exceeded = self._admission.exceeded(estimate.cost)
             return call.answered(estimate_message(estimate, exceeded))
 
     def _estimated(
         self, request: cost_pb2.EstimateCostRequest
-    ) -> tuple[ResidentModel, TraceSpec | GradientLensSpec]:
+    ) -> tuple[ResidentModel, Callable[[], ResolvedTrace | ResolvedGradientLens]]:
         which = request.WhichOneof("request")
         if which == "trace":
-            return self._traced(request.trace)
+            model, trace_spec = self._traced(request.trace)
+            return model, partial(resolve_trace, model, trace_spec)
         if which == "gradient_lens":
-            return self._differentiated(request.gradient_lens)
+            model, spec = self._differentiated(request.gradient_lens)
+            return model, partial(resolve_gradient_lens, model, spec)
         raise InvalidRequest("request", "expected trace or gradient_lens")
 
     def _traced(self, request: trace_pb2.TraceRequest) -> tuple[ResidentModel, TraceSpec]:
@@ -187,17 +202,23 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         return self._model(request.model, request.revision), decode.gradient_lens_spec(request)
 
     async def _run(
-        self, call: Call, model: ResidentModel, spec: SpecT, pipeline: Pipeline[SpecT, Result]
+        self,
+        call: Call,
+        model: ResidentModel,
+        spec: SpecT,
+        resolve: Callable[[ResidentModel, SpecT], ResolvedT],
+        pipeline: Pipeline[ResolvedT, Result],
     ) -> AsyncGenerator[Result]:
-        """Admit a request, run its pipeline on the device, and yield the results."""
+        """Resolve and admit a request, run its pipeline on the device, and yield the results."""
         call.note(model=model.name)
         if self._log_prompts and hasattr(spec, "prompt"):
             prompt = spec.prompt
             call.note(prompt=prompt.text if isinstance(prompt, Text) else prompt)
-        cost = (await self._admission.admit(model, spec)).cost
+        estimate = await self._admission.admit(partial(resolve, model, spec))
+        request, cost = estimate.request, estimate.cost
         self._quotas.charge(current_caller(), cost.seconds)
         ticket = call.ticket(cost)
-        run = partial(pipeline, model, spec)
+        run = partial(pipeline, request)
         try:
             async with aclosing(self._device.results(run, ticket, call.send_headers)) as results:
                 async for result in results:
@@ -205,7 +226,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
                     yield result
         finally:
             self._quotas.settle(current_caller(), cost.seconds, ticket.spent)
-        self._admission.learn(model, spec, cost, ticket.spent)
+        self._admission.learn(request, cost, ticket.spent)
 
 
 def _tokenized(

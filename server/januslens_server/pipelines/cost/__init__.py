@@ -1,7 +1,7 @@
 """What a request will cost, before it runs: counted work, times a measured pace."""
 
 from januslens_server.pipelines.cost.demand import Demand
-from januslens_server.pipelines.cost.estimate import Spec, demand_of
+from januslens_server.pipelines.cost.estimate import demand_of
 from januslens_server.pipelines.cost.pace import Pace, measured_pace
 
-__all__ = ["Demand", "Pace", "Spec", "demand_of", "measured_pace"]
+__all__ = ["Demand", "Pace", "demand_of", "measured_pace"]

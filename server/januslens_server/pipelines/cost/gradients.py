@@ -16,13 +16,7 @@ from januslens_server.pipelines.cost.demand import (
 )
 from januslens_server.pipelines.cost.stream import TOKEN_BYTES, reading_bytes, texts_bytes
 from januslens_server.pipelines.factor_readings import ENTRIES, ROWS_AT_ONCE
-from januslens_server.pipelines.inputs import (
-    choose_matrices,
-    layer_matrices,
-    read_layers,
-    read_objective,
-    read_segments,
-)
+from januslens_server.pipelines.resolve import ResolvedGradientLens
 from januslens_server.results import MatrixKind
 from januslens_server.specs import GradientLensSpec
 
@@ -43,15 +37,12 @@ class _Matrices:
     lowest: int
 
 
-def gradient_lens_demand(model: ResidentModel, spec: GradientLensSpec) -> Demand:
-    """Raises `InvalidRequest` as the GradientLens itself would."""
-    objective = read_objective(model, spec)
-    layers = read_layers(model, spec.layers)
-    kinds = choose_matrices(model, spec.matrices).kinds
-    read_segments(spec.subject, spec.prompt, objective)
+def gradient_lens_demand(request: ResolvedGradientLens) -> Demand:
+    """Forward and backward pass, and the lens over every matrix's components."""
+    model, spec, objective = request.model, request.spec, request.objective
     sizes, tokens = cost_sizes(model), len(objective.tokens)
     scored = objective.loss.positions
-    matrices = _matrices(model, layer_matrices(model, layers, kinds), sizes, tokens)
+    matrices = _matrices(model, request.matrices, sizes, tokens)
     components = min(spec.components or tokens, tokens)
     singular = min(spec.spectrum_rank, tokens)
     neurons = 3 * min(spec.neurons, sizes.facts.d_mlp)

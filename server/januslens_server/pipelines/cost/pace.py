@@ -18,6 +18,7 @@ from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
 from januslens_server.pipelines.cost.traced import trace_demand
 from januslens_server.pipelines.flows import LayerFlows
+from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.targets import position_targets
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import NodeKind
@@ -93,13 +94,14 @@ def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: C
     layers = tuple(range(max(0, n_layers - LAYERS), n_layers))
     whole = TraceSpec(ids, layers=layers)
     alone = replace(whole, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT}))
-    demands = [trace_demand(model, spec) for spec in (alone, whole)]
+    request = resolve_trace(model, whole)
+    demands = [trace_demand(resolve_trace(model, alone)), trace_demand(request)]
     few, many = (_least(partial(_building, clock, model, ids, spec)) for spec in (alone, whole))
     per_block = few / (len(layers) + 1)  # and the final norm's
     products = [d.flops - lens_flops(cost_sizes(model), d.vectors) for d in demands]
     building = many - few - (products[1] - products[0]) * pace.per_flop
     pace = replace(pace, per_block=per_block)
-    traced = _best(clock, lambda: list(trace(model, whole, never_cancelled)))
+    traced = _best(clock, lambda: list(trace(request, never_cancelled)))
     traced -= pace.seconds(demands[1])
     return replace(pace, per_node=max(0.0, building, traced) / demands[1].nodes)
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from januslens_server.graph.size import block_nodes
-from januslens_server.models.resident import CostSizes, ResidentModel, cost_sizes
+from januslens_server.models.resident import CostSizes, cost_sizes
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
 from januslens_server.pipelines.cost.stream import (
@@ -18,12 +18,7 @@ from januslens_server.pipelines.cost.stream import (
     texts_bytes,
 )
 from januslens_server.pipelines.flows import POSITIONS_AT_ONCE
-from januslens_server.pipelines.inputs import (
-    read_layers,
-    read_positions,
-    read_prompt,
-    read_single_target,
-)
+from januslens_server.pipelines.resolve import ResolvedTrace
 from januslens_server.results import NodeKind
 from januslens_server.specs import TraceSpec
 
@@ -59,14 +54,10 @@ OF_MLP = frozenset(
 EDGES_PER_NODE = 2
 
 
-def trace_demand(model: ResidentModel, spec: TraceSpec) -> Demand:
-    """Raises `InvalidRequest` as the trace itself would."""
-    tokens = len(read_prompt(model, spec.prompt))
-    layers = read_layers(model, spec.layers)
-    positions = read_positions(spec.positions, spec.all_positions, tokens)
-    if spec.target is not None:
-        read_single_target(model, spec.target, "target")
-    sizes = cost_sizes(model)
+def trace_demand(request: ResolvedTrace) -> Demand:
+    """One pass, the graph of every layer and position, and the lens over its nodes."""
+    spec, layers, positions = request.spec, request.layers, request.positions
+    tokens, sizes = len(request.tokens), cost_sizes(request.model)
     scored = len(positions) if spec.include_checks else 1
     built, shown, junctions = _nodes(sizes, spec, layers, positions)
     blocks = len(layers) * len(positions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from januslens_server.models.neuron_index import ENTRY_BYTES, ROW_BYTES
-from januslens_server.models.resident import ResidentModel, cost_sizes
+from januslens_server.models.resident import cost_sizes
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
     BACKWARD,
@@ -13,27 +13,21 @@ from januslens_server.pipelines.cost.demand import (
     pass_flops,
 )
 from januslens_server.pipelines.cost.stream import reading_bytes, texts_bytes
-from januslens_server.pipelines.inputs import (
-    read_layers,
-    read_prompt,
-    read_single_target,
-    read_target,
+from januslens_server.pipelines.resolve import (
+    ResolvedFindNeurons,
+    ResolvedPreviewEdit,
+    ResolvedProject,
 )
-from januslens_server.specs import (
-    DescentStep,
-    FindNeuronsSpec,
-    LensSpec,
-    PreviewEditSpec,
-    ProjectSpec,
-)
+from januslens_server.specs import DescentStep, LensSpec
 
 EFFECT_BYTES = 128
 NEURON_BYTES = 48
 
 
-def project_demand(model: ResidentModel, spec: ProjectSpec) -> Demand:
+def project_demand(request: ResolvedProject) -> Demand:
     """The caller's vectors through the lens."""
-    sizes, vectors = cost_sizes(model), len(spec.vectors)
+    spec = request.spec
+    sizes, vectors = cost_sizes(request.model), len(spec.vectors)
     listed = spec.lens.top_k + spec.lens.bottom_k
     return Demand(
         flops=lens_flops(sizes, vectors),
@@ -45,19 +39,13 @@ def project_demand(model: ResidentModel, spec: ProjectSpec) -> Demand:
     )
 
 
-def preview_edit_demand(model: ResidentModel, spec: PreviewEditSpec) -> Demand:
-    """The edit's own pass, then every prompt before and after.
-
-    Raises `InvalidRequest` as the preview itself would for prompts and targets.
-    """
-    targets = read_target(model, spec.target, "target")
-    own = len(read_prompt(model, spec.prompt, room=len(targets) - 1)) + len(targets) - 1
-    probes = [
-        len(read_prompt(model, probe.prompt, field=f"probes[{i}].input"))
-        for i, probe in enumerate(spec.probes)
-    ]
-    sizes, watched = cost_sizes(model), [own, *probes]
-    making = FORWARD + BACKWARD if isinstance(spec.edit, DescentStep) else FORWARD
+def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
+    """The edit's own pass, then every prompt before and after."""
+    targets, sizes = request.targets, cost_sizes(request.model)
+    first, *probes = (len(prompt.ids) for prompt in request.watched)
+    own = first + len(targets) - 1
+    watched = [own, *probes]
+    making = FORWARD + BACKWARD if isinstance(request.spec.edit, DescentStep) else FORWARD
     pairs = 2 * sum(pass_flops(sizes, tokens) for tokens in watched)
     kept = memory.kept_for_backward(sizes, own)
     read = 2 * len(watched) * memory.FLOAT32 * sizes.facts.vocab_size
@@ -74,14 +62,11 @@ def preview_edit_demand(model: ResidentModel, spec: PreviewEditSpec) -> Demand:
     )
 
 
-def find_neurons_demand(model: ResidentModel, spec: FindNeuronsSpec) -> Demand:
-    """Every value of the layers that no request has read before, through the unembedding.
-
-    Raises `InvalidRequest` as the search itself would for token and layers.
-    """
-    read_single_target(model, spec.token, "token")
+def find_neurons_demand(request: ResolvedFindNeurons) -> Demand:
+    """Every value of the layers that no request has read before, through the unembedding."""
+    model, spec = request.model, request.spec
     sizes, facts = cost_sizes(model), model.view.facts
-    unread = model.neurons.unread(read_layers(model, spec.layers))
+    unread = model.neurons.unread(request.layers)
     of_layer = facts.d_mlp * max(1, facts.n_experts)
     listed = 2 * LensSpec().top_k
     return Demand(

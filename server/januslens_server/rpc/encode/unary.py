@@ -43,7 +43,7 @@ def model_message(status: ModelStatus) -> models_pb2.Model:
 
 
 def estimate_message(
-    estimate: Estimate, exceeded: Iterable[LimitExceeded]
+    estimate: Estimate[Any], exceeded: Iterable[LimitExceeded]
 ) -> cost_pb2.EstimateCostResponse:
     """`exceeded` are the limits that it is above."""
     limit = next((error.limit for error in exceeded), "")

@@ -1,0 +1,203 @@
+"""Resolve a validated request against a model, once: its estimate and its run use the same record.
+
+Each record keeps the model that it was resolved for, even if that model is unloaded meanwhile.
+Nothing here uses the device, so requests are resolved before they queue.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from januslens_server.errors import InvalidRequest
+from januslens_server.lens.segments import Segment
+from januslens_server.models.matrices import Linear
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.inputs import (
+    Objective,
+    choose_matrices,
+    layer_matrices,
+    read_layers,
+    read_objective,
+    read_positions,
+    read_prompt,
+    read_segments,
+    read_single_target,
+    read_target,
+)
+from januslens_server.results import MatrixKind, Token
+from januslens_server.specs import (
+    DescentStep,
+    FindNeuronsSpec,
+    GradientLensSpec,
+    PreviewEditSpec,
+    ProjectSpec,
+    TraceSpec,
+)
+
+
+@dataclass(frozen=True)
+class ResolvedTrace:
+    """A Trace whose tokens, layers, positions and target token are known.
+
+    `seconds` is the time that resolving took, reported as the stage "tokenize".
+    """
+
+    model: ResidentModel
+    spec: TraceSpec
+    tokens: list[Token]
+    layers: tuple[int, ...]
+    positions: tuple[int, ...]
+    target: int | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ResolvedGradientLens:
+    """A GradientLens whose tokens, loss, matrices and segments are known.
+
+    `matrices` run from the last layer down. `seconds` is the time that resolving took, reported as
+    the stage "tokenize".
+    """
+
+    model: ResidentModel
+    spec: GradientLensSpec
+    objective: Objective
+    matrices: list[tuple[int, MatrixKind]]
+    skipped: tuple[MatrixKind, ...]
+    segments: dict[Segment, list[int]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ResolvedProject:
+    """A Project whose vectors have the model's width and whose target is one token, if any."""
+
+    model: ResidentModel
+    spec: ProjectSpec
+    target: int | None
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A prompt whose next token is compared before and after an edit."""
+
+    label: str
+    ids: tuple[int, ...]
+    target: int
+
+
+@dataclass(frozen=True)
+class ResolvedPreviewEdit:
+    """A PreviewEdit whose prompts, targets and edited matrices are known.
+
+    `watched` starts with the edit's own prompt. `targets` are all tokens of the edit's target.
+    """
+
+    model: ResidentModel
+    spec: PreviewEditSpec
+    targets: tuple[int, ...]
+    watched: list[Watched]
+    matrices: list[tuple[int, MatrixKind]]
+
+
+@dataclass(frozen=True)
+class ResolvedFindNeurons:
+    """A FindNeurons whose token and layers are known."""
+
+    model: ResidentModel
+    spec: FindNeuronsSpec
+    token: int
+    layers: tuple[int, ...]
+
+
+Resolved = (
+    ResolvedTrace
+    | ResolvedGradientLens
+    | ResolvedProject
+    | ResolvedPreviewEdit
+    | ResolvedFindNeurons
+)
+
+
+def resolve_trace(model: ResidentModel, spec: TraceSpec) -> ResolvedTrace:
+    """Raises `InvalidRequest` for a prompt, layers, positions or target the model cannot take."""
+    started = time.perf_counter()
+    tokens = read_prompt(model, spec.prompt)
+    layers = read_layers(model, spec.layers)
+    positions = read_positions(spec.positions, spec.all_positions, len(tokens))
+    target = None if spec.target is None else read_single_target(model, spec.target, "target")
+    seconds = time.perf_counter() - started
+    return ResolvedTrace(model, spec, tokens, layers, positions, target, seconds)
+
+
+def resolve_gradient_lens(model: ResidentModel, spec: GradientLensSpec) -> ResolvedGradientLens:
+    """Raises `InvalidRequest` for a prompt, loss, layers, matrices or subject it cannot take."""
+    started = time.perf_counter()
+    objective = read_objective(model, spec)
+    layers = read_layers(model, spec.layers)
+    choice = choose_matrices(model, spec.matrices)
+    return ResolvedGradientLens(
+        model=model,
+        spec=spec,
+        objective=objective,
+        matrices=layer_matrices(model, layers[::-1], choice.kinds),
+        skipped=choice.skipped,
+        segments=read_segments(spec.subject, spec.prompt, objective),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def resolve_project(model: ResidentModel, spec: ProjectSpec) -> ResolvedProject:
+    """Raises `InvalidRequest` for vectors of another width or a target of several tokens."""
+    d_model = model.view.facts.d_model
+    if spec.vectors.shape[1] != d_model:
+        raise InvalidRequest(
+            "vectors.shape", f"expected [n, {d_model}] for {model.name}, got {spec.vectors.shape}"
+        )
+    target = None if spec.target is None else read_single_target(model, spec.target, "target")
+    return ResolvedProject(model, spec, target)
+
+
+def resolve_preview_edit(model: ResidentModel, spec: PreviewEditSpec) -> ResolvedPreviewEdit:
+    """Raises `InvalidRequest` for prompts, targets, layers or matrices the model cannot take."""
+    targets = read_target(model, spec.target, "target")
+    prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
+    own = Watched("", tuple(token.id for token in prompt), targets[0])
+    watched = [own, *_probes(model, spec, targets[0])]
+    return ResolvedPreviewEdit(model, spec, targets, watched, _edited(model, spec))
+
+
+def _probes(model: ResidentModel, spec: PreviewEditSpec, target: int) -> list[Watched]:
+    watched = []
+    for i, probe in enumerate(spec.probes):
+        field = f"probes[{i}]"
+        tokens = read_prompt(model, probe.prompt, field=f"{field}.input")
+        token = target
+        if probe.target is not None:
+            token = read_target(model, probe.target, f"{field}.target")[0]
+        watched.append(Watched(probe.label, tuple(token.id for token in tokens), token))
+    return watched
+
+
+def _edited(model: ResidentModel, spec: PreviewEditSpec) -> list[tuple[int, MatrixKind]]:
+    """The matrices that the edit changes."""
+    edit = spec.edit
+    if isinstance(edit, DescentStep):
+        layers = read_layers(model, edit.layers, "descent.layers")
+        kinds = choose_matrices(model, edit.matrices, "descent.matrices").kinds
+        return layer_matrices(model, layers, kinds)
+    n_layers = model.view.facts.n_layers
+    if edit.layer >= n_layers:
+        raise InvalidRequest("shift.layer", f"expected 0 to {n_layers - 1}, got {edit.layer}")
+    if not isinstance(model.view.blocks[edit.layer].matrices[MatrixKind.FF2], Linear):
+        raise InvalidRequest(
+            "shift.layer", f"expected a layer with one FF2, got the experts of layer {edit.layer}"
+        )
+    return [(edit.layer, MatrixKind.FF2)]
+
+
+def resolve_find_neurons(model: ResidentModel, spec: FindNeuronsSpec) -> ResolvedFindNeurons:
+    """Raises `InvalidRequest` for a token or layers that the model has not."""
+    token = read_single_target(model, spec.token, "token")
+    return ResolvedFindNeurons(model, spec, token, read_layers(model, spec.layers))

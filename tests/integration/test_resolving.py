@@ -1,0 +1,83 @@
+"""A request is resolved once: the estimate and the run share its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from januslens.v1 import (
+    common_pb2,
+    cost_pb2,
+    edits_pb2,
+    gradient_lens_pb2,
+    neurons_pb2,
+    trace_pb2,
+)
+from januslens_server.models.tokenizer import Vocabulary
+from januslens_server.results import Token
+from tests.support.calls import prompt
+from tests.support.in_process import Loaded, loaded, served
+
+PROMPT = "The capital of Japan is the city of"
+TARGET = common_pb2.Target(text=" Paris")
+TRACE = trace_pb2.TraceRequest(input=prompt(PROMPT), target=TARGET)
+
+# Requests by RPC, and the texts that each of them names.
+REQUESTS: dict[str, tuple[Any, list[str]]] = {
+    "Trace": (TRACE, [PROMPT, " Paris"]),
+    "GradientLens": (
+        gradient_lens_pb2.GradientLensRequest(
+            input=prompt(PROMPT), nll=gradient_lens_pb2.NegativeLogLikelihood(target=TARGET)
+        ),
+        [PROMPT, " Paris"],
+    ),
+    "PreviewEdit": (
+        edits_pb2.PreviewEditRequest(
+            input=prompt(PROMPT),
+            target=TARGET,
+            shift=edits_pb2.ForwardShift(layer=1, eta=0.1),
+            probes=[edits_pb2.Probe(input=prompt("Japan"))],
+        ),
+        [PROMPT, " Paris", "Japan"],
+    ),
+    "FindNeurons": (neurons_pb2.FindNeuronsRequest(token=TARGET, page_size=5), [" Paris"]),
+    "EstimateCost": (cost_pb2.EstimateCostRequest(trace=TRACE), [PROMPT, " Paris"]),
+}
+
+
+@pytest.fixture(scope="module")
+def demo() -> Loaded:
+    return loaded()
+
+
+@pytest.fixture
+def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that the tokenizer was given, in order of calls."""
+    texts: list[str] = []
+
+    def recorded(encode: Callable[..., list[Token]]) -> Callable[..., list[Token]]:
+        def encode_and_record(self: Vocabulary, text: str, **options: Any) -> list[Token]:
+            texts.append(text)
+            return encode(self, text, **options)
+
+        return encode_and_record
+
+    for name in ("encode_prompt", "encode_continuation"):
+        monkeypatch.setattr(Vocabulary, name, recorded(getattr(Vocabulary, name)))
+    return texts
+
+
+@pytest.mark.parametrize("rpc", REQUESTS)
+async def test_each_text_of_a_request_is_tokenized_once(
+    demo: Loaded, tokenized: list[str], rpc: str
+) -> None:
+    request, texts = REQUESTS[rpc]
+    async with served(demo) as stub:
+        call = getattr(stub, rpc)(request)
+        if hasattr(call, "__aiter__"):
+            assert [message async for message in call]
+        else:
+            await call
+    assert sorted(tokenized) == sorted(texts)
