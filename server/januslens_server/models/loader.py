@@ -76,7 +76,7 @@ NOT_IN_OUTPUT = re.compile(r"inv_freq$|masked_bias$|position_ids$|(^|\.)mtp[._]"
 logger = logging.getLogger(__name__)
 
 
-# Progress bars would fill the server's log.
+# Keep progress bars out of the log.
 transformers_logging.disable_progress_bar()
 
 

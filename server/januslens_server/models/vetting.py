@@ -72,7 +72,7 @@ REFUSED_KEYS = {
     "use_pretrained_backbone": "another model's weights",
 }
 
-# Files that make transformers load something else than the weights.
+# Files that make transformers load more than the weights.
 ADAPTER = "adapter_config.json"
 DISTRIBUTED = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 
