@@ -25,33 +25,52 @@ if TYPE_CHECKING:
 # ---- Numbers ----------------------------------------------------------------------------------
 
 
+NOT_FINITE = "not finite"
+
+
 def probability(value: float) -> str:
     """`0.992`, `0.001`, `8e-10`: three decimals, or one digit where those would show zero."""
+    if not math.isfinite(value):
+        return NOT_FINITE
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.0e}"
 
 
 def signed(value: float) -> str:
-    """`+1.50`, `-0.25`: two decimals; what rounds to zero is `+0.00`."""
+    """`+1.50`, `-0.25`, `+1.23e+06`: two decimals below a million; a rounded zero is `+0.00`."""
+    if abs(value) >= _LARGE or math.isnan(value):
+        return f"{'+' if value > 0 else ''}{measure(value)}" if math.isfinite(value) else NOT_FINITE
     rounded = f"{value:+.2f}"
     return "+0.00" if rounded == "-0.00" else rounded
 
 
 def percent(share: float) -> str:
     """`43 %`, `-3.1 %`, `0.05 %`: a share of a sum, with more decimals the smaller it is."""
+    if not math.isfinite(share):
+        return NOT_FINITE
     size = abs(100 * share)
     if size < 0.005:
         return "0 %"
+    if size >= _LARGE:
+        return f"{measure(100 * share)} %"
     digits = 0 if size >= 9.95 else 1 if size >= 0.095 else 2
     return f"{'-' if share < 0 else ''}{size:.{digits}f} %"
 
 
-def measure(value: float) -> str:
-    """`21.7`, `1230`, `0.0526`, `6.05e-05`: a norm or other figure in three significant digits."""
-    rounded = float(f"{value:.2e}")
-    if rounded == 0 or 1e-4 <= abs(rounded) < 1e6:
+def measure(value: float, digits: int = 3) -> str:
+    """`21.7`, `1230`, `0.0526`, `6.05e-05`: a norm or other figure in `digits` significant ones."""
+    if not math.isfinite(value):
+        return NOT_FINITE
+    scientific = f"{value:.{digits - 1}e}"
+    rounded = float(scientific)
+    if rounded == 0:
+        return "0"
+    if 1e-4 <= abs(rounded) < _LARGE:
         return f"{rounded:.10f}".rstrip("0").rstrip(".")
-    mantissa, exponent = f"{rounded:.2e}".split("e")
+    mantissa, exponent = scientific.split("e")
     return f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
+
+
+_LARGE = 1e6  # from here on figures are in scientific notation
 
 
 def count(value: int) -> str:
@@ -207,7 +226,7 @@ def trace_sentences(trace: Trace, target: PositionTarget) -> list[Sentence]:
     """The target, from which layer on it ranks first, and the head and neuron that add most."""
     sentences = [target_sentence(trace, target), (emergence_sentence(trace, target),)]
     for parts in (trace.heads(target.position), trace.neurons(target.position)):
-        added = [part for part in parts if part.logit_contribution is not None]
+        added = [part for part in parts if _is_finite(part.logit_contribution)]
         if added:
             best = max(added, key=lambda part: part.logit_contribution or 0.0)
             sentences.append((_contribution_sentence(trace, best),))
@@ -229,32 +248,41 @@ def target_sentence(trace: Trace, target: PositionTarget) -> Sentence:
 
 def emergence_sentence(trace: Trace, target: PositionTarget) -> str:
     """From which step of the residual stream onwards the target ranks first, or its best rank."""
-    steps = [step for step in all_residual_steps(trace, target.position) if step.node.projection]
-    ranks = [_rank(step.node) for step in steps]
+    ranked = [(step, _rank(step)) for step in all_residual_steps(trace, target.position)]
+    steps = [step for step, rank in ranked if rank is not None]
+    ranks = [rank for _, rank in ranked if rank is not None]
     if not steps:
         return "No residual of this position was traced."
     later = max((i for i, rank in enumerate(ranks) if rank != 0), default=-1)
     if later + 1 < len(steps):
         return f"Ranked first from {steps[later + 1].place} onwards."
     best = steps[ranks.index(min(ranks))]
-    return f"Best rank {min(ranks):.0f} after {best.place}; final rank {ranks[-1]:.0f}."
+    return f"Best rank {min(ranks)} after {best.place}; final rank {ranks[-1]}."
 
 
-def _rank(node: Node) -> float:
-    rank = node.projection.target_rank if node.projection else None
-    return math.inf if rank is None else rank
+def _rank(step: ResidualStep) -> int | None:
+    return step.node.projection.target_rank if step.node.projection else None
 
 
 def _contribution_sentence(trace: Trace, part: Part) -> str:
     text = (
         f"{_numbered(part.node)} adds most: {signed(part.logit_contribution or 0.0)} to its logit"
     )
-    sources = [source for source in trace.parts_of(part.node) if source.attention is not None]
+    # The remainder of the sources has attention too, but no position.
+    sources = [
+        (source.node.source_position, source.attention)
+        for source in trace.parts_of(part.node)
+        if source.node.source_position is not None and _is_finite(source.attention)
+    ]
     if sources:
-        most = max(sources, key=lambda source: source.attention or 0.0)
-        place = token_at(most.node.source_position or 0, trace.prompt_tokens)
-        text += f", reading {place} with attention {most.attention:.2f}"
+        position, attention = max(sources, key=lambda source: source[1] or 0.0)
+        place = token_at(position, trace.prompt_tokens)
+        text += f", reading {place} with attention {attention:.2f}"
     return f"{text}."
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def loss_sentence(gradient: Gradient, *, likelihood: bool = False) -> Sentence:
@@ -265,7 +293,7 @@ def loss_sentence(gradient: Gradient, *, likelihood: bool = False) -> Sentence:
     Only a loss of negative log-likelihood has a probability; a gradient does not say which loss it
     is of, so the caller does with `likelihood`.
     """
-    sentence: list[str | Token] = [f"Loss {gradient.loss:.4g}"]
+    sentence: list[str | Token] = [f"Loss {measure(gradient.loss, 4)}"]
     if gradient.header.targets:
         sentence += [" for ", *gradient.header.targets]
     if likelihood:

@@ -9,7 +9,7 @@ fails where a file is not what this program writes; run it and commit the files 
 Texts have the ASCII apostrophe and the hyphen-minus. A page may show the typographic ’ and − in
 their place; its tests map them back before they compare.
 
-numbers.json: for each format, pairs of `[value, text]`.
+numbers.json: for each format, pairs of `[value, text]`; values that are not finite are strings.
     probability, signed, percent, measure, count
 
 colours.json:
@@ -56,9 +56,27 @@ from tests.client import messages
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "presentation"
 
-FIGURES = [0.0, 1.0, 12.345, 0.992, 0.0526, 0.005, 0.0005, 0.00049, 6.05e-05, 8.3e-10]
-SHARES = [0.0, 1.0, 2.53, 0.992, 0.0996, 0.0994, 0.0526, 0.0051, 0.000949, 0.00049, 6.05e-05, 4e-05]
-LARGE = [999.4, 999.6, 1234.0, 65504.0, 999_499.0, 1_234_567.0, 3.4e38]
+TIES = [0.0625, 0.1875, 0.125, 0.375, 1.125, 1.375]
+# The last ones lie halfway between two texts, which take the even digit.
+FIGURES = [0.0, 1.0, 12.345, 0.992, 0.0526, 0.005, 0.0005, 0.00049, 6.05e-05, 8.3e-10, *TIES]
+SHARES = [
+    0.0,
+    1.0,
+    2.53,
+    0.992,
+    0.0996,
+    0.0994,
+    0.0526,
+    0.0051,
+    0.000949,
+    0.00049,
+    6.05e-05,
+    4e-05,
+    1.125,
+    1.135,
+]
+LARGE = [999.4, 999.6, 1234.0, 1235.0, 65504.0, 999_499.0, 999_999.9, 1_234_567.0, 3.4e38]
+NOT_FINITE = ["NaN", "Infinity", "-Infinity"]
 RANKS = [None, 0, 1, 9, 10, 99, 100, 999, 1000, 5000, 50156, 50157, 50256]
 
 
@@ -74,19 +92,26 @@ def files() -> dict[str, Any]:
 
 
 def numbers() -> dict[str, list[list[Any]]]:
-    """No value lies halfway between two texts: there languages round differently."""
     negative = [-value for value in FIGURES[1:]]
     return {
-        "probability": pairs(presentation.probability, FIGURES[:2] + FIGURES[3:]),
-        "signed": pairs(presentation.signed, FIGURES + negative),
-        "percent": pairs(presentation.percent, [*SHARES, *(-share for share in SHARES[1:])]),
-        "measure": pairs(presentation.measure, [*FIGURES, *LARGE, 0.00010001, 0.00009999, -21.66]),
+        "probability": with_non_finite(presentation.probability, FIGURES[:2] + FIGURES[3:-2]),
+        "signed": with_non_finite(presentation.signed, FIGURES + negative + [-1e6, *LARGE]),
+        "percent": with_non_finite(
+            presentation.percent, [*SHARES, *(-share for share in SHARES[1:]), 1e6]
+        ),
+        "measure": with_non_finite(
+            presentation.measure, [*FIGURES, *LARGE, 0.00010001, 0.00009999, -21.66]
+        ),
         "count": pairs(presentation.count, [0, 999, 1000, 50257, 1234567]),
     }
 
 
 def pairs(form: Callable[[Any], str], values: Sequence[float]) -> list[list[Any]]:
     return [[value, form(value)] for value in values]
+
+
+def with_non_finite(form: Callable[[float], str], values: Sequence[float]) -> list[list[Any]]:
+    return pairs(form, values) + [[value, form(float(value))] for value in NOT_FINITE]
 
 
 def colours() -> dict[str, list[list[Any]]]:
@@ -118,11 +143,17 @@ def traces() -> Iterator[tuple[str, list[trace_pb2.TraceResponse]]]:
         stream_of(without_nodes("RESIDUAL_MID", "BLOCK_OUTPUT", "BLOCK_INPUT")),
     )
     yield "the best neuron belongs to an expert", stream_of(with_expert())
+    yield "the remainder of the sources has the largest attention", stream_of(with_remainder())
+    yield "no source has a position", stream_of(without_sources())
+    yield "a contribution is not finite", stream_of(with_contribution(float("nan")))
+    yield "the target has no rank", stream_of(without_ranks())
+    yield "the trace begins above the first layer", stream_of(after_a_gap())
 
 
 def stream_of(layer: trace_pb2.LayerGraph, target: int = 2) -> list[trace_pb2.TraceResponse]:
     header = messages.trace_header()
     header.tokens.extend(messages.tokens(2, 3))
+    header.layers[:] = [layer.layer]
     if target != 2:
         header.targets[0].target_token_id = target
         header.targets[0].target_rank = 7
@@ -162,6 +193,60 @@ def with_expert() -> trace_pb2.LayerGraph:
     for node in layer.nodes:
         if node.HasField("neuron"):
             node.expert = 1
+    return layer
+
+
+def with_remainder() -> trace_pb2.LayerGraph:
+    layer = messages.layer()
+    layer.nodes.add(id="L0/p1/OTHER/h0", kind="NODE_KIND_OTHER", layer=0, position=1, head=0)
+    layer.edges.add(
+        source="L0/p1/OTHER/h0",
+        target="L0/p1/HEAD_OUTPUT/h0",
+        kind="EDGE_KIND_PART",
+        share=0.1,
+        attention=0.95,
+    )
+    return layer
+
+
+def without_sources() -> trace_pb2.LayerGraph:
+    layer = messages.layer()
+    for node in layer.nodes:
+        node.ClearField("source_position")
+    return layer
+
+
+def with_contribution(value: float) -> trace_pb2.LayerGraph:
+    """The contribution of the head that adds most, replaced."""
+    layer = messages.layer()
+    for edge in layer.edges:
+        if edge.source == "L0/p1/HEAD_OUTPUT/h0" and edge.HasField("logit_contribution"):
+            edge.logit_contribution = value
+    return layer
+
+
+def without_ranks() -> trace_pb2.LayerGraph:
+    layer = messages.layer()
+    for node in layer.nodes:
+        node.projection.ClearField("target_rank")
+    return layer
+
+
+def after_a_gap() -> trace_pb2.LayerGraph:
+    """The same layer as layer 5, whose input is the output of layer 4."""
+    layer = messages.layer()
+    layer.layer = 5
+    renamed = {}
+    for node in layer.nodes:
+        own = "L4/p1/BLOCK_OUTPUT" if "BLOCK_INPUT" in node.id else node.id.replace("L0/", "L5/")
+        renamed[node.id] = own
+        if "BLOCK_INPUT" in node.id:
+            node.kind = trace_pb2.NODE_KIND_BLOCK_OUTPUT
+        node.id = own
+        if own.startswith("L"):
+            node.layer = 4 if own.startswith("L4/") else 5
+    for edge in layer.edges:
+        edge.source, edge.target = renamed[edge.source], renamed[edge.target]
     return layer
 
 

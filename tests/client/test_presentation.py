@@ -45,6 +45,13 @@ def test_no_other_fixtures_lie_beside_them() -> None:
         (presentation.measure, 0.00009999, "0.0001"),
         (presentation.measure, 0.0, "0"),
         (presentation.count, 50257, "50\u2009257"),
+        (presentation.probability, float("nan"), "not finite"),
+        (presentation.signed, float("-inf"), "not finite"),
+        (presentation.signed, -2.5e6, "-2.5e+06"),
+        (presentation.percent, float("inf"), "not finite"),
+        (presentation.percent, -2e4, "-2e+06 %"),
+        (presentation.measure, float("nan"), "not finite"),
+        (presentation.measure, -999_999.0, "-1e+06"),
     ],
 )
 def test_a_figure_has_its_format(form: Callable[[Any], str], value: Any, text: str) -> None:
@@ -113,6 +120,19 @@ def test_a_trace_is_told_in_sentences() -> None:
     assert {case: cases[case]["sentences"] for case in SENTENCES} == SENTENCES
     assert cases["no residual has a reading"]["sentences"][1] == (
         "No residual of this position was traced."
+    )
+    assert cases["the target has no rank"]["sentences"][1] == (
+        "No residual of this position was traced."
+    )
+    reading = "L0 head 0 adds most: +1.50 to its logit, reading a (0) with attention 0.75."
+    assert (
+        cases["the remainder of the sources has the largest attention"]["sentences"][2] == reading
+    )
+    assert cases["no source has a position"]["sentences"][2] == (
+        "L0 head 0 adds most: +1.50 to its logit."
+    )
+    assert cases["a contribution is not finite"]["sentences"][2] == (
+        "L0 head 1 adds most: -0.25 to its logit."
     )
     assert cases["the best neuron belongs to an expert"]["sentences"][3] == (
         "L0 expert 1 neuron 7 adds most: +2.00 to its logit."

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 import januslens
+from januslens import _presentation as presentation
 from tests.pages.conftest import ELAPSED, Traced
 from tests.pages.models import HOSTILE
 
@@ -122,7 +123,9 @@ def test_first_layer_of_the_answer_is_marked(tab: Page, demo: Traced) -> None:
         f"first from L{steps[first].layer}\u2019s {step}"
     )
     best = max(demo.trace.heads(), key=lambda part: part.logit_contribution or 0)
-    expect(story).to_contain_text(f"adds {_signed(best.logit_contribution or 0)}")
+    expect(story).to_contain_text(
+        f"adds most: {_signed(best.logit_contribution or 0)} to its logit"
+    )
 
 
 def test_hover_shows_a_tooltip_and_click_selects(tab: Page, demo: Traced) -> None:
@@ -319,13 +322,19 @@ def test_pinned_nodes_are_compared(tab: Page, demo: Traced) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "large"])
-def test_path_equals_the_client_path(tab: Page, name: str, request: pytest.FixtureRequest) -> None:
+def test_path_has_the_lines_of_the_client(
+    tab: Page, name: str, request: pytest.FixtureRequest
+) -> None:
     page: Traced = request.getfixturevalue(name)
     opened(tab, page)
     tab.keyboard.press("f")
     steps = tab.locator(".path .node-link").all()
-    ids = [step.get_attribute("data-id") for step in steps]
-    assert ids == [part.node.id for part in page.trace.path_to_target()]
+    expected = list(presentation.path_steps(page.trace, page.trace.path_to_target()))
+    assert [step.get_attribute("data-id") for step in steps] == [
+        step.part.node.id for step in expected
+    ]
+    names = [step.locator(".what").inner_text().replace("\u2019", "'") for step in steps]
+    assert names == [step.name for step in expected]
 
 
 def test_page_works_with_the_keyboard_alone(tab: Page, demo: Traced) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -236,10 +237,15 @@ def _heads_together(graph: GraphView, node: Node) -> Node | None:
 def _strongest(edges: list[Edge]) -> Edge | None:
     parts = [edge for edge in edges if edge.kind is EdgeKind.PART]
     if parts and all(part.logit_contribution is not None for part in parts):
-        return max(parts, key=lambda part: part.logit_contribution or 0.0)
+        return max(parts, key=lambda part: _finite(part.logit_contribution))
     if parts:
-        return max(parts, key=lambda part: abs(part.share or 0.0))
-    return max(edges, key=lambda edge: abs(edge.weight), default=None)
+        return max(parts, key=lambda part: abs(_finite(part.share)))
+    return max(edges, key=lambda edge: abs(_finite(edge.weight)), default=None)
+
+
+def _finite(value: float | None) -> float:
+    """A number for comparisons: 0 if it is missing or not finite."""
+    return value if value is not None and math.isfinite(value) else 0.0
 
 
 # The finest parts that still partition the residual stream, each once.

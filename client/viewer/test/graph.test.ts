@@ -55,7 +55,7 @@ test('token texts come from the first message that names them', () => {
 test('the answer appears where its rank becomes and stays 0', () => {
   const answer = answerAppears(graph(), 1)
   assert.equal(answer?.node.id, 'L0/p1/RESIDUAL_MID')
-  assert.equal(answer?.step, 'attention')
+  assert.equal(answer?.place, 'layer 0’s attention')
 })
 
 test('the path follows logits at sums, and the heads at attention', () => {

@@ -42,3 +42,20 @@ test('modules import only from earlier folders, and no view imports another', ()
   assert.deepEqual(wrong, [])
   assert.ok(modules().some((module) => importsOf(module).length > 0))
 })
+
+test('modules do not import each other in a circle', () => {
+  const visiting: string[] = []
+  const done = new Set<string>()
+  const circles: string[] = []
+  const visit = (module: string): void => {
+    const seen = visiting.indexOf(module)
+    if (seen >= 0) circles.push([...visiting.slice(seen), module].join(' > '))
+    if (seen >= 0 || done.has(module)) return
+    visiting.push(module)
+    for (const imported of importsOf(module)) visit(`${imported}.ts`)
+    visiting.pop()
+    done.add(module)
+  }
+  for (const module of modules()) visit(module)
+  assert.deepEqual(circles, [])
+})

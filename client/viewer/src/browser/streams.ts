@@ -113,12 +113,12 @@ class MessageQueue {
   }
 }
 
-const queuees = new Map<string, MessageQueue>()
+const queues = new Map<string, MessageQueue>()
 let handlers: FrameHandlers | undefined
 
 function queue(stream: string): MessageQueue {
-  const found = queuees.get(stream) ?? new MessageQueue()
-  queuees.set(stream, found)
+  const found = queues.get(stream) ?? new MessageQueue()
+  queues.set(stream, found)
   return found
 }
 

@@ -29,8 +29,8 @@ import {
   Tooltip,
   tokenText,
 } from '../presentation/elements'
+import { lossSentence, rendered } from '../presentation/sentences'
 import { setTabStop } from '../presentation/svg'
-import { measure, probability } from '../presentation/wording'
 import { gradientState, KEYS, listenToKeys, toolbar } from './controls'
 import { narrowest } from './heatmap'
 import { componentTooltip, fillFacts } from './inspector'
@@ -250,18 +250,13 @@ export function fillHeader(heading: HTMLElement, model: GradientModel, position:
 }
 
 function story(model: GradientModel): HTMLElement {
-  const story = element('p', { class: 'story' })
+  const story = element('p', { class: 'story' }, ...rendered(lossSentence(model)))
   story.append(
-    `Loss ${measure(model.loss, 4)}`,
-    model.targets.length === 1 ? `, so probability ${probability(Math.exp(-model.loss))}` : '',
-    '; the model predicts ',
-    tokenText(model.predicted?.label ?? ''),
-    '. A descent step adds −learning rate · xᵀδ: it imprints x on what reads, and shifts what is ',
-    'written towards the other end of δ’s ranking. ▲ top and ▼ bottom tokens; what a step ',
-    'promotes is bold.',
+    ' A descent step adds −learning rate · xᵀδ to the matrix: inputs like x then get an output ',
+    'shifted against δ. ▲ marks top tokens, ▼ bottom tokens; the tokens that a step promotes are bold.',
   )
   if (model.skipped.length > 0) {
-    story.append(` Not in this architecture: ${model.skipped.join(', ')}.`)
+    story.append(` This architecture has no ${model.skipped.join(', ')}.`)
   }
   return story
 }

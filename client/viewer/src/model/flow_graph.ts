@@ -67,7 +67,7 @@ export interface PositionTarget {
 
 export function nodeOf(message: NodeMessage, tokens: TokenTable): GraphNode {
   const { projection } = message
-  let reading: Reading | undefined // made when first question for: most nodes are never looked at
+  let reading: Reading | undefined // made on first use: most nodes are never shown
   return {
     id: message.id,
     kind: message.kind.replace('NODE_KIND_', ''),

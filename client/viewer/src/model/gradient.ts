@@ -140,8 +140,8 @@ export class GradientModel {
   readonly tokens = new TokenTable()
   readonly matrices: Matrix[] = []
   prompt: Token[] = []
-  targets: Token[] = []
-  predicted: Token | undefined
+  private targetIds: readonly number[] = []
+  private predictedId: number | undefined
   loss = 0
   provenance: ProvenanceMessage = {}
   vocabulary: number | undefined
@@ -161,6 +161,15 @@ export class GradientModel {
       this.segments = (message.summary.segments ?? []).map(segmentOf)
       this.complete = true
     }
+  }
+
+  /** The tokens of the targets; a later message than the header can contain their texts. */
+  get targets(): Token[] {
+    return this.targetIds.map((id) => this.tokens.get(id))
+  }
+
+  get predicted(): Token | undefined {
+    return this.predictedId === undefined ? undefined : this.tokens.get(this.predictedId)
   }
 
   /** The kinds of one side received so far, in the order of the forward pass. */
@@ -202,8 +211,8 @@ export class GradientModel {
     this.tokens.learn(header.promptTokens)
     this.tokens.learn(header.tokens)
     this.prompt = (header.promptTokens ?? []).map(tokenOf)
-    this.targets = (header.targetTokenIds ?? []).map((id) => this.tokens.get(id))
-    this.predicted = this.tokens.get(header.predictedTokenId ?? 0)
+    this.targetIds = header.targetTokenIds ?? []
+    this.predictedId = header.predictedTokenId ?? 0
     this.loss = number(header.loss)
     this.provenance = header.provenance ?? {}
     this.vocabulary = header.sizes?.vocabSize

@@ -2,40 +2,55 @@ import { finite } from '../contract'
 import type { FlowGraph, GraphEdge, GraphNode } from './flow_graph'
 import { matcher, type Token } from './tokens'
 
-/** The step that a residual follows; a parallel block is a single step. */
-export type AnswerStep = 'embedding' | 'attention' | 'MLP' | 'block'
-
-/** The residual from which onwards the target is ranked first. */
-export interface Answer {
+/** The residual stream after one addition to it. */
+export interface ResidualStep {
+  /** What was added, or `input` for a residual that no traced block made. */
+  name: 'input' | '+ attention' | '+ MLP' | '+ attention and MLP'
+  /** Where that is, for a sentence: `the embedding`, `layer 3’s attention`. */
+  place: string
   node: GraphNode
-  layer: number | undefined
-  /** The step that wrote this residual. */
-  step: AnswerStep
 }
 
-/** The residuals of a position from the embedding upwards that have a reading. */
-export function residuals(graph: FlowGraph, position: number): GraphNode[] {
-  const found: (GraphNode | undefined)[] = [graph.node(`p${position}/BLOCK_INPUT`)]
+/**
+ * The residual steps of all layers at one position, upwards. A parallel block, and a trace without
+ * the residual between attention and MLP, has one step for both. The input of a layer is a step of
+ * its own only if the layer below was not traced.
+ */
+export function residualSteps(graph: FlowGraph, position: number): ResidualStep[] {
+  const steps: ResidualStep[] = []
+  const input = graph.node(`p${position}/BLOCK_INPUT`)
+  if (input) steps.push({ name: 'input', place: 'the embedding', node: input })
   for (const layer of [...graph.layers].sort((a, b) => a - b)) {
-    found.push(graph.at(layer, position, 'RESIDUAL_MID'))
-    found.push(graph.at(layer, position, 'BLOCK_OUTPUT'))
+    const below = graph.layers.has(layer - 1)
+      ? undefined
+      : graph.at(layer - 1, position, 'BLOCK_OUTPUT')
+    if (below) steps.push({ name: 'input', place: `layer ${layer - 1}`, node: below })
+    const mid = graph.at(layer, position, 'RESIDUAL_MID')
+    const output = graph.at(layer, position, 'BLOCK_OUTPUT')
+    const added = (name: string) => `layer ${layer}’s ${name}`
+    if (mid) steps.push({ name: '+ attention', place: added('attention'), node: mid })
+    const last = mid ? 'MLP' : 'attention and MLP'
+    if (output) steps.push({ name: `+ ${last}`, place: added(last), node: output })
   }
-  return found.filter((node) => node?.reading !== undefined) as GraphNode[]
+  return steps
 }
 
-/** The first residual from which the target's rank stays 0; undefined if the last rank is not 0. */
-export function answerAppears(graph: FlowGraph, position: number): Answer | undefined {
-  const steps = residuals(graph, position)
-  const lastBelow = steps.findLastIndex((node) => node.reading?.targetRank !== 0)
-  const node = steps[lastBelow + 1]
-  if (!node) return undefined
-  return { node, layer: node.layer, step: stepTo(graph, node) }
+/** A residual step at which the target has a rank. */
+export interface RankedStep extends ResidualStep {
+  rank: number
 }
 
-function stepTo(graph: FlowGraph, node: GraphNode): AnswerStep {
-  if (node.kind === 'BLOCK_INPUT') return 'embedding'
-  if (node.kind === 'RESIDUAL_MID') return 'attention'
-  return graph.at(node.layer ?? 0, node.position, 'RESIDUAL_MID') ? 'MLP' : 'block'
+export function rankedSteps(graph: FlowGraph, position: number): RankedStep[] {
+  return residualSteps(graph, position).flatMap((step) => {
+    const rank = step.node.reading?.targetRank
+    return rank === undefined ? [] : [{ ...step, rank }]
+  })
+}
+
+/** The first step from which on the target's rank stays 0; undefined if the last rank is not 0. */
+export function answerAppears(graph: FlowGraph, position: number): RankedStep | undefined {
+  const steps = rankedSteps(graph, position)
+  return steps[steps.findLastIndex(({ rank }) => rank !== 0) + 1]
 }
 
 /** The node of one kind that adds most to the target's logit at a position. */
@@ -44,15 +59,15 @@ export function topContributor(
   position: number,
   kind: string,
 ): { node: GraphNode; logit: number } | undefined {
-  let best: { node: GraphNode; logit: number } | undefined
+  let best: { node: GraphNode; logit: number; share: number } | undefined
   for (const node of graph.nodes.values()) {
     if (node.kind !== kind || node.position !== position) continue
-    for (const edge of graph.edgesFrom(node.id)) {
-      const logit = edge.logitContribution
-      if (logit !== undefined && (!best || finite(logit) > finite(best.logit))) {
-        best = { node, logit }
-      }
-    }
+    const part = graph.edgesFrom(node.id).find((edge) => edge.kind === 'PART')
+    const logit = part?.logitContribution
+    if (logit === undefined || !Number.isFinite(logit)) continue
+    const share = Math.abs(finite(part?.share))
+    const more = best ? logit - best.logit : 1
+    if (!best || more > 0 || (more === 0 && share > best.share)) best = { node, logit, share }
   }
   return best
 }
@@ -64,9 +79,10 @@ export function mostAttended(
 ): { position: number; attention: number } | undefined {
   let most: { position: number; attention: number } | undefined
   for (const { node, edge } of graph.partsOf(head.id)) {
-    const attention = edge.attention ?? 0
-    if (node.source === undefined) continue
-    if (!most || finite(attention) > finite(most.attention)) {
+    const { attention } = edge
+    if (node.source === undefined || attention === undefined || !Number.isFinite(attention))
+      continue
+    if (!most || attention > most.attention) {
       most = { position: node.source, attention }
     }
   }

@@ -1,33 +1,38 @@
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import type { Token } from '../model/tokens'
 
-// Number formats and names, the same as in the CLI.
+// Number formats and names, the same as in the client's `_presentation.py` except that pages have the
+// typographic minus and apostrophe; tests/fixtures/presentation/ holds both sides to it.
 
 const NOT_FINITE = 'not finite'
+const MINUS = '−'
+const LARGE = 1e6 // from here on numbers are in scientific notation
 
-/** `0.992`, `0.001`, `8e-10`: three decimals, or scientific notation for small values. */
+/** `0.992`, `0.001`, `8e-10`: three decimals, or one digit where those would show zero. */
 export function probability(value: number): string {
   if (!Number.isFinite(value)) return NOT_FINITE
-  if (value >= 0.0005 || value === 0) return value.toFixed(3)
-  return value.toExponential(0).replace(/-(\d)$/, '-0$1')
+  return value >= 0.0005 || value === 0 ? fixed(value, 3) : twoDigitExponent(exponential(value, 1))
 }
 
+/** `+1.50`, `−0.25`, `+1.23e+06`: two decimals below a million; a rounded zero is `+0.00`. */
 export function signed(value: number, digits = 2): string {
   if (!Number.isFinite(value)) return NOT_FINITE
-  return `${value < 0 ? '−' : '+'}${Math.abs(value).toFixed(digits)}`
+  const size = Math.abs(value) >= LARGE ? measure(Math.abs(value)) : fixed(Math.abs(value), digits)
+  return `${value < 0 && Number(size) !== 0 ? MINUS : '+'}${size}`
 }
 
-/** A share of a sum: `43 %`, `−3 %`, `0.2 %`. */
+/** A share of a sum: `43 %`, `−3.1 %`, `0.05 %`; the smaller it is, the more decimals it has. */
 export function percent(share: number): string {
   if (!Number.isFinite(share)) return NOT_FINITE
-  const size = Math.abs(share * 100)
-  const digits = size >= 9.95 || size === 0 ? 0 : size >= 0.095 ? 1 : 2
-  return `${share < 0 ? '−' : ''}${size.toFixed(digits)} %`
+  const size = Math.abs(100 * share)
+  if (size < 0.005) return '0 %'
+  const digits = size >= 9.95 ? 0 : size >= 0.095 ? 1 : 2
+  return `${share < 0 ? MINUS : ''}${size >= LARGE ? measure(size) : fixed(size, digits)} %`
 }
 
 /** A fixed number of decimals: `0.93`. */
 export function decimals(value: number, digits: number): string {
-  return Number.isFinite(value) ? value.toFixed(digits) : NOT_FINITE
+  return Number.isFinite(value) ? fixed(value, digits) : NOT_FINITE
 }
 
 /** An integer with thin spaces between thousands. */
@@ -35,16 +40,42 @@ export function count(value: number): string {
   return String(value).replace(/\B(?=(\d{3})+$)/g, '\u2009')
 }
 
-/** Three (or `digits`) significant digits: `21.7`, `0.0526`, `6.05e-05`. */
+/** Three (or `digits`) significant digits: `21.7`, `1230`, `0.0526`, `6.05e-05`. */
 export function measure(value: number, digits = 3): string {
   if (!Number.isFinite(value)) return NOT_FINITE
-  if (value === 0) return '0'
-  if (Math.abs(value) >= 1e-4) return String(Number(value.toPrecision(digits)))
-  return String(Number(value.toPrecision(digits)).toExponential()).replace(/-(\d)$/, '-0$1')
+  const scientific = exponential(Math.abs(value), digits)
+  const size = Number(scientific)
+  const sign = value < 0 && size > 0 ? MINUS : ''
+  if (size === 0 || (size >= 1e-4 && size < LARGE)) return `${sign}${size}`
+  return `${sign}${twoDigitExponent(size.toExponential())}`
+}
+
+function twoDigitExponent(text: string): string {
+  return text.replace(/([+-])(\d)$/, '$10$2')
+}
+
+const EXACT = 60 // further digits, enough to tell whether a float lies halfway between two texts
+
+/** `toFixed`, except that halfway cases round to the even digit, as in Python. */
+function fixed(value: number, digits: number): string {
+  return roundedToEven(value.toFixed(digits), value.toFixed(digits + EXACT))
+}
+
+function exponential(value: number, digits: number): string {
+  const exact = value.toExponential(digits - 1 + EXACT)
+  const [mantissa = '', exponent = ''] = value.toExponential(digits - 1).split('e')
+  return `${roundedToEven(mantissa, exact.split('e')[0] ?? '')}e${exponent}`
+}
+
+/** JavaScript rounds halfway cases up, so an odd last digit goes back by one. */
+function roundedToEven(text: string, exact: string): string {
+  const halfway = /^5?0*$/.test(exact.slice(-EXACT)) && exact.at(-EXACT) === '5'
+  const last = Number(text.at(-1))
+  return halfway && last % 2 === 1 ? `${text.slice(0, -1)}${last - 1}` : text
 }
 
 // The names of the kinds, as the client has them in `_presentation.py`.
-const NAMES: Record<string, string> = {
+export const NODE_NAMES: Record<string, string> = {
   BLOCK_INPUT: 'embedding',
   ATTENTION_INPUT: 'attention’s input',
   QUERY: 'query',
@@ -77,14 +108,19 @@ const NAMES: Record<string, string> = {
 
 /** `L2 head 3 value of ␣Japan (3)`, without the node's own position. */
 export function nodeName(node: GraphNode, prompt: readonly Token[]): string {
-  const text: string[] = []
-  if (node.layer !== undefined) text.push(`L${node.layer}`)
-  if (node.head !== undefined) text.push(`head ${node.head}`)
-  if (node.expert !== undefined) text.push(`expert ${node.expert}`)
-  if (node.neuron !== undefined) text.push(`neuron ${node.neuron}`)
-  text.push(NAMES[node.kind] ?? node.kind.toLowerCase())
+  const text = [numbered(node), NODE_NAMES[node.kind] ?? node.kind.toLowerCase()]
   const source = node.kind === 'BLOCK_INPUT' ? node.position : node.source
   if (source !== undefined) text.push(`of ${at(source, prompt)}`)
+  return text.filter(Boolean).join(' ')
+}
+
+/** `L2 head 3` or `L2 expert 1 neuron 7`. */
+export function numbered({ layer, head, expert, neuron }: GraphNode): string {
+  const text: string[] = []
+  if (layer !== undefined) text.push(`L${layer}`)
+  if (head !== undefined) text.push(`head ${head}`)
+  if (expert !== undefined) text.push(`expert ${expert}`)
+  if (neuron !== undefined) text.push(`neuron ${neuron}`)
   return text.join(' ')
 }
 

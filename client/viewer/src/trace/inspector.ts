@@ -2,6 +2,7 @@ import type { FlowGraph, GraphEdge, GraphNode, Reading } from '../model/flow_gra
 import type { Found, Step } from '../model/graph_queries'
 import { binOf, isFlipped, shownToken } from '../presentation/colours'
 import { element, scoredList, tokenText } from '../presentation/elements'
+import { pathSteps } from '../presentation/sentences'
 import {
   at,
   count,
@@ -58,7 +59,12 @@ function foundList(found: readonly Found[], query: string, graph: FlowGraph): HT
   const lines: HTMLElement[] = sorted
     .slice(0, SHOWN)
     .map(({ node, end, place }) =>
-      nodeLink(node, `${end === 'top' ? '▴' : '▾'} ${place}`, graph, true),
+      nodeLink(
+        node,
+        `${end === 'top' ? '▴' : '▾'} ${place}`,
+        graph,
+        `${nodeName(node, graph.prompt)} at ${at(node.position, graph.prompt)}`,
+      ),
     )
   const title = `“${query}” is in the readings of ${count(found.length)} nodes`
   if (found.length > SHOWN) {
@@ -69,11 +75,11 @@ function foundList(found: readonly Found[], query: string, graph: FlowGraph): HT
 }
 
 function pathList(path: readonly Step[], graph: FlowGraph): HTMLElement {
-  const lines = path.map(({ node, edge }) => {
+  const lines = pathSteps(path, graph.prompt).map(({ name, step: { node, edge } }) => {
     const logit = edge?.logitContribution
     const share = edge?.share
     const number = logit !== undefined ? signed(logit) : share !== undefined ? percent(share) : ''
-    return nodeLink(node, number, graph)
+    return nodeLink(node, number, graph, name)
   })
   const note =
     'from the prediction back to the embedding, with each step’s contribution to the logit'
@@ -212,20 +218,19 @@ function connections(node: GraphNode, graph: FlowGraph): HTMLElement {
   return list
 }
 
-/** A button that selects a node; results of a search also name its position. */
+/** A button that selects a node. */
 export function nodeLink(
   node: GraphNode,
   number: string,
   graph: FlowGraph,
-  withPosition = false,
+  name = nodeName(node, graph.prompt),
 ): HTMLElement {
-  const position = withPosition ? ` at ${at(node.position, graph.prompt)}` : ''
   return element(
     'button',
     { type: 'button', class: 'node-link', 'data-id': node.id },
     element('i', { class: `dot bin-${binOf(node, graph, isFlipped(node))}` }),
     tokenText(shownToken(node, isFlipped(node))?.token.label ?? '—'),
-    element('span', { class: 'what' }, nodeName(node, graph.prompt) + position),
+    element('span', { class: 'what' }, name),
     element('span', { class: 'number' }, number),
   )
 }

@@ -183,7 +183,7 @@ export class Picture {
 }
 
 function notTraced(position: number): string {
-  return `Heads and neurons were not question for here: trace with --positions ${position}.`
+  return `Heads and neurons of this position are not in this trace. To see them, trace with --positions ${position}.`
 }
 
 // The table of the same nodes as in the picture, for sorting, copying and screen readers.

@@ -2,7 +2,7 @@ import { create } from 'd3-selection'
 import { ChangeTracker } from '../browser/shell'
 import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
-import { type Answer, answerAppears } from '../model/graph_queries'
+import { answerAppears, type ResidualStep } from '../model/graph_queries'
 import { cut } from '../model/tokens'
 import { BINS, type Marks } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
@@ -174,7 +174,7 @@ function heading(svg: Svg, graph: FlowGraph, at: Layout, position: number): void
 /** Marks the residuals at which the target stays ranked first: a tinted column and a label. */
 export function drawAnswer(svg: Svg, graph: FlowGraph, at: Layout, position: number): void {
   const answer = answerAppears(graph, position)
-  const layer = answer?.step === 'embedding' ? EMBEDDING : answer?.layer
+  const layer = answer?.node.layer ?? EMBEDDING
   const row = answer && at.rows.find((r) => r.layer === layer)
   const column = at.columns.find((c) => c.position === position)
   const marks = answer && row && column ? [{ row, column, text: flagText(answer) }] : []
@@ -232,9 +232,10 @@ interface Mark {
 
 const LABEL_FITS = 20 // px, height of a cell
 
-function flagText({ step, layer }: Answer): string {
-  if (step === 'embedding') return '▲ first from the embedding'
-  return `▲ first from L${layer}${step === 'block' ? '' : `’s ${step}`}`
+function flagText({ name, node }: ResidualStep): string {
+  if (node.layer === undefined) return '▲ first from the embedding'
+  const sublayer = { '+ attention': '’s attention', '+ MLP': '’s MLP' }[name as string] ?? ''
+  return `▲ first from L${node.layer}${sublayer}`
 }
 
 // The legend is a part of the picture, so that an exported picture has it.

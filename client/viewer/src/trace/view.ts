@@ -16,18 +16,8 @@ import {
 } from '../browser/streams'
 import { listenForTargetChoice, type PageContents } from '../browser/target_choice'
 import type { TraceResponse } from '../contract'
-import { FlowGraph, type GraphNode } from '../model/flow_graph'
-import {
-  type Answer,
-  answerAppears,
-  type Found,
-  mostAttended,
-  pathToTarget,
-  residuals,
-  type Step,
-  search,
-  topContributor,
-} from '../model/graph_queries'
+import { FlowGraph } from '../model/flow_graph'
+import { answerAppears, type Found, pathToTarget, type Step, search } from '../model/graph_queries'
 import type { Marks } from '../presentation/colours'
 import {
   element,
@@ -37,8 +27,8 @@ import {
   Tooltip,
   tokenText,
 } from '../presentation/elements'
+import { rendered, targetSentence, traceSentences } from '../presentation/sentences'
 import { setTabStop } from '../presentation/svg'
-import { at, decimals, probability, signed } from '../presentation/wording'
 import { flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
 import { HeadMatrix } from './heads'
 import { fillInspector } from './inspector'
@@ -181,8 +171,9 @@ export class TraceView {
     const chosen = this.state.list('layers').map(Number)
     const known = chosen.filter((layer) => this.graph.layers.has(layer))
     if (known.length > 0) return known.sort((a, b) => b - a)
-    const answer = answerAppears(this.graph, this.position())?.layer
-    return [answer ?? Math.max(...this.graph.layers, 0)]
+    const answer = answerAppears(this.graph, this.position())?.node.layer
+    const traced = answer !== undefined && this.graph.layers.has(answer)
+    return [traced ? answer : Math.max(...this.graph.layers, 0)]
   }
 
   select(id: string): void {
@@ -250,56 +241,11 @@ export function fillHeader(heading: HTMLElement, graph: FlowGraph, position: num
   )
 }
 
-// The summary of a trace, as the CLI prints it.
-
-export function story(graph: FlowGraph, position: number): HTMLElement {
-  const target = graph.targets.get(position)
-  const line = element('p', { class: 'story' })
-  if (!target) return line
-  const rank = target.rank === 0 ? 'the model’s own prediction' : `rank ${target.rank}`
-  line.append(
-    tokenText(target.target.label),
-    ` after ${at(position, graph.prompt)}: ${rank}, probability ${probability(target.probability)}. `,
-  )
-  if (!graph.complete) {
-    line.append('The trace is not complete.')
-    return line
-  }
-  line.append(emergence(answerAppears(graph, position), residuals(graph, position)))
-  for (const [kind, name] of [
-    ['HEAD_OUTPUT', 'head'],
-    ['MLP_VALUE', 'neuron'],
-  ] as const) {
-    const best = topContributor(graph, position, kind)
-    if (best) line.append(' ', contributor(best.node, name), ` adds ${signed(best.logit)}`)
-    if (best && kind === 'HEAD_OUTPUT') line.append(reading(graph, best.node))
-    if (best) line.append('.')
-  }
-  return line
-}
-
-function emergence(answer: Answer | undefined, steps: readonly GraphNode[]): string {
-  if (answer?.layer !== undefined) {
-    const step = answer.step === 'block' ? '' : `’s ${answer.step}`
-    return `Ranked first from layer ${answer.layer}${step} onwards.`
-  }
-  if (answer) return 'Ranked first from the embedding onwards.'
-  const ranks = steps.map((node) => node.reading?.targetRank ?? Number.POSITIVE_INFINITY)
-  return ranks.length > 0 ? `Best rank: ${Math.min(...ranks)}.` : ''
-}
-
-function contributor(node: GraphNode, name: string): HTMLElement {
-  const number = name === 'head' ? node.head : node.neuron
-  return element(
-    'button',
-    { type: 'button', class: 'inline', 'data-id': node.id },
-    `L${node.layer} ${name} ${number}`,
-  )
-}
-
-function reading(graph: FlowGraph, head: GraphNode): string {
-  const source = mostAttended(graph, head)
-  if (!source) return ''
-  const { position, attention } = source
-  return `, reading ${at(position, graph.prompt)} with attention ${decimals(attention, 2)}`
+/** The summary of a trace; while messages arrive, only what can no longer change. */
+function story(graph: FlowGraph, position: number): HTMLElement {
+  const sentences = graph.complete
+    ? traceSentences(graph, position)
+    : [targetSentence(graph, position) ?? [], ['The trace is not complete.']]
+  const parts = sentences.flatMap((sentence) => [...rendered(sentence), ' '])
+  return element('p', { class: 'story' }, ...parts)
 }

@@ -1,0 +1,136 @@
+import assert from 'node:assert/strict'
+import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
+import { test } from 'node:test'
+import type { GradientResponse, TraceResponse } from '../src/contract'
+import { FlowGraph } from '../src/model/flow_graph'
+import { GradientModel } from '../src/model/gradient'
+import { pathToTarget, residualSteps } from '../src/model/graph_queries'
+import { BINS, normPaint, rankBin } from '../src/presentation/colours'
+import { lossSentence, pathSteps, plain, traceSentences } from '../src/presentation/sentences'
+import {
+  count,
+  measure,
+  NODE_NAMES,
+  nodeName,
+  percent,
+  probability,
+  signed,
+} from '../src/presentation/wording'
+
+// The fixtures are written by the Python client (tests/client/presentation_fixtures.py describes
+// them) and hold the pages to the words, numbers and colours of the command and the notebook.
+
+const FIXTURES = join(process.cwd(), '../../tests/fixtures/presentation')
+
+function fixture<Content>(name: string): Content {
+  return JSON.parse(readFileSync(join(FIXTURES, `${name}.json`), 'utf-8')) as Content
+}
+
+/** The text with ASCII characters for the typographic ones, which only pages have. */
+function ascii(text: string): string {
+  return text.replaceAll('’', "'").replaceAll('−', '-')
+}
+
+const FORMATS: Record<string, (value: number) => string> = {
+  probability,
+  signed,
+  percent,
+  measure,
+  count,
+}
+
+for (const [format, pairs] of Object.entries(
+  fixture<Record<string, [number | string, string][]>>('numbers'),
+)) {
+  test(`numbers have the client's format: ${format}`, () => {
+    const form = FORMATS[format]
+    assert.ok(form)
+    for (const [value, text] of pairs) assert.equal(ascii(form(Number(value))), text, `${value}`)
+    assert.ok(pairs.length > 4)
+  })
+}
+
+interface Colours {
+  rank_bins: [number | null, number | null, string][]
+  norms: [number, number, [number, number, number], 'black' | 'white'][]
+}
+
+test('ranks have the client’s bins', () => {
+  for (const [rank, vocabulary, bin] of fixture<Colours>('colours').rank_bins) {
+    assert.equal(BINS[rankBin(rank ?? undefined, vocabulary ?? undefined)], bin)
+  }
+})
+
+test('norms have the client’s colours in the light theme', () => {
+  for (const [norm, largest, rgb, ink] of fixture<Colours>('colours').norms) {
+    const paint = normPaint(norm, largest)
+    assert.ok(paint.fill.startsWith(`light-dark(rgb(${rgb.join(' ')}),`), paint.fill)
+    const colour = ink === 'black' ? '#000' : '#fff'
+    assert.ok(paint.ink.startsWith(`light-dark(${colour},`), paint.ink)
+  }
+})
+
+test('kinds of nodes have the client’s names', () => {
+  const names = Object.entries(NODE_NAMES).map(([kind, name]) => [kind, ascii(name)])
+  assert.deepEqual(Object.fromEntries(names), fixture('names'))
+})
+
+interface TraceCase {
+  case: string
+  stream: TraceResponse[]
+  position: number
+  sentences: string[]
+  residual_steps: { name: string; place: string; node: string }[]
+  path: string[]
+  path_steps: { name: string; node: string }[]
+  node_names: Record<string, string>
+}
+
+for (const expected of fixture<TraceCase[]>('traces')) {
+  test(`a trace is described as by the client: ${expected.case}`, () => {
+    const graph = new FlowGraph()
+    for (const message of expected.stream) graph.feed(message)
+    const { position } = expected
+    assert.deepEqual(
+      traceSentences(graph, position).map((sentence) => ascii(plain(sentence))),
+      expected.sentences,
+    )
+    assert.deepEqual(
+      residualSteps(graph, position).map(({ name, place, node }) => {
+        return { name, place: ascii(place), node: node.id }
+      }),
+      expected.residual_steps,
+    )
+    const path = pathToTarget(graph, position)
+    assert.deepEqual(
+      path.map(({ node }) => node.id),
+      expected.path,
+    )
+    assert.deepEqual(
+      pathSteps(path, graph.prompt).map(({ name, step }) => {
+        return { name: ascii(name), node: step.node.id }
+      }),
+      expected.path_steps,
+    )
+    const names = [...graph.nodes.values()].map((node) => [
+      node.id,
+      ascii(nodeName(node, graph.prompt)),
+    ])
+    assert.deepEqual(Object.fromEntries(names), expected.node_names)
+  })
+}
+
+interface GradientCase {
+  case: string
+  stream: GradientResponse[]
+  sentence: string
+}
+
+for (const { case: name, stream, sentence } of fixture<GradientCase[]>('gradients')) {
+  test(`a loss is described as by the client: ${name}`, () => {
+    const model = new GradientModel()
+    for (const message of stream) model.feed(message)
+    assert.equal(ascii(plain(lossSentence(model))), sentence)
+  })
+}
