@@ -92,7 +92,8 @@ class LivePage {
   private open(view: 'trace' | 'gradient', question: Question, beside?: Panel): void {
     const complete = view === 'gradient' && question.target === '' ? undefined : question
     if (!complete) {
-      this.error.textContent = 'A gradient needs a target: what is to be learnt.'
+      this.error.textContent =
+        'a gradient needs a target: enter the text that the model should learn'
       return
     }
     this.error.textContent = ''
@@ -147,11 +148,13 @@ export class Form {
   private readonly matrices = MATRICES.map((kind, i) => checkbox(kind, i < 2))
 
   constructor(private readonly starts: FormActions) {
-    const trace = button('Trace', 'Where does the answer come from?', () => {})
+    const trace = button('Trace', 'Show which heads and neurons produce the answer', () => {})
     trace.type = 'submit'
     trace.classList.add('primary')
-    const gradient = button('Gradient', 'What would learning the target change?', () =>
-      this.start('gradient'),
+    const gradient = button(
+      'Gradient',
+      'Show what a training step towards the target changes',
+      () => this.start('gradient'),
     )
     this.element.append(
       element('div', { class: 'ask-row' }, this.prompt, this.target),
@@ -203,7 +206,7 @@ export class Form {
       spellcheck: 'false',
       rows: '1',
       required: '',
-      title: 'Enter asks; Shift-Enter begins a new line',
+      title: 'Enter starts a trace; Shift-Enter inserts a line break',
     })
     text.addEventListener('keydown', (event) => {
       if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return
@@ -216,7 +219,9 @@ export class Form {
   private start(what: keyof FormActions): void {
     const input = this.target.querySelector('input')
     input?.setCustomValidity(
-      what === 'gradient' && input.value === '' ? 'What is to be learnt?' : '',
+      what === 'gradient' && input.value === ''
+        ? 'Enter the text that the model should learn.'
+        : '',
     )
     if (this.element.reportValidity()) this.starts[what](this.question())
     input?.setCustomValidity('')

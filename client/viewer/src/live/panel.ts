@@ -43,7 +43,9 @@ export class Panel {
   readonly frame: Frame
   private readonly status = element('span', { class: 'status', role: 'status' })
   private readonly controller = new AbortController()
-  private readonly cancel = button('Cancel', 'Stop the server’s computing', () => this.stop())
+  private readonly cancel = button('Cancel', 'Stop the computation on the server', () =>
+    this.stop(),
+  )
 
   constructor(
     readonly view: View,
@@ -122,11 +124,11 @@ export class Panel {
 
   private progress(message: Progress): void {
     const { layer, matrix, header } = message
-    if (header) this.setStatus('running', 'the forward pass is done')
-    if (layer?.last) this.setStatus('running', `layer ${layer.layer ?? 0} has come`)
+    if (header) this.setStatus('running', 'forward pass finished')
+    if (layer?.last) this.setStatus('running', `layer ${layer.layer ?? 0} received`)
     if (matrix?.last) {
       const kind = matrix.kind?.replace('MATRIX_KIND_', '') ?? ''
-      this.setStatus('running', `layer ${matrix.layer ?? 0} ${kind} has come`)
+      this.setStatus('running', `layer ${matrix.layer ?? 0} ${kind} received`)
     }
   }
 
@@ -154,9 +156,11 @@ export class Panel {
   private buttons(): HTMLElement[] {
     const other = this.view === 'trace' ? 'Gradient' : 'Trace'
     return [
-      button(`${other} beside it`, 'On the same prompt', () => this.actions.compare(this)),
-      button('Save page', 'As one HTML file', () => void this.savePage()),
-      button('JSON', 'The recorded stream', () => this.saveLines()),
+      button(`${other} beside it`, 'Run it on the same prompt, beside this result', () =>
+        this.actions.compare(this),
+      ),
+      button('Save page', 'Save this result as one HTML file', () => void this.savePage()),
+      button('JSON', 'Save the messages as JSON lines', () => this.saveLines()),
     ]
   }
 
@@ -227,7 +231,7 @@ export function addEdits(panel: Panel, layers: number, watched: () => string[]):
     layer.hidden = value !== 'shift'
   })
   const said = element('span', { class: 'status', role: 'status' })
-  const preview = button('Preview edit', 'What it would do to the answer', () => {
+  const preview = button('Preview edit', 'Show what the edit changes in the prediction', () => {
     const edit: EditQuestion = {
       kind: kind.value as EditQuestion['kind'],
       strength: Number(strength.value),

@@ -78,8 +78,8 @@ export function searchBox(search: (query: string) => void): HTMLInputElement {
   const made = element('input', {
     type: 'search',
     class: 'search',
-    placeholder: 'Where is … ?',
-    'aria-label': 'Search a token, or an id as #17',
+    placeholder: 'Search for a token',
+    'aria-label': 'Search for a token by text, or by id as #17',
   })
   made.addEventListener('input', () => search(made.value))
   return made
@@ -164,7 +164,7 @@ export function provenanceLine(provenance: ProvenanceMessage, complete: boolean)
 
 /** A token that becomes the target when clicked. */
 export function targetButton(token: Token): HTMLElement {
-  const what = `token ${token.id}: take it as the target`
+  const what = `token ${token.id}: use it as the target`
   const attributes = {
     type: 'button',
     class: 'target-choice',
