@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from januslens_server.graph.head_map import HeadMap
+from januslens_server.graph.weights import HeadMap
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
 from tests.architectures import measures
 from tests.architectures.cases import CASES

@@ -30,8 +30,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from januslens.v1 import common_pb2, gradient_lens_pb2, trace_pb2
 from januslens_server.demo import model_path
 from januslens_server.errors import CancelCheck
-from januslens_server.scheduling.outlet import Outlet
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Outlet, Ticket
 from januslens_server.scheduling.worker import DeviceWorker
 from tests.support.calls import methods, prompt, started
 from tests.support.metrics import page, wait_until_idle

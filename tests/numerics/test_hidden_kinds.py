@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from januslens_server.graph.heads import HeadRow
+from januslens_server.graph.attention import HeadRow
 from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel

@@ -1,4 +1,4 @@
-"""One block at one position: the residual stream, with attention and MLP hung into it."""
+"""The flow graph of one block at one position, and of the final norm after the last block."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from januslens_server.capture import LayerActivations
-from januslens_server.graph.attention_flow import add_attention
+from januslens_server.graph.attention import add_attention
 from januslens_server.graph.flow import Flow, FlowBuilder
-from januslens_server.graph.mlp_flow import add_mlp
+from januslens_server.graph.mlp import add_mlp
 from januslens_server.graph.weighted_rows import Result
 from januslens_server.graph.weights import BlockWeights, Finish
 from januslens_server.results import EdgeKind, Node, NodeKind
@@ -155,3 +155,19 @@ def _add_sum(
     node = flow.node(kind, total)
     flow.parts(list(terms), node, torch.stack(list(terms.values())), total)
     return node
+
+
+def final_flow(
+    last_layer: int, position: int, residual: torch.Tensor, normed: torch.Tensor
+) -> Flow:
+    """FINAL_NORM and PREDICTION above the last block, from `[d_model]` before and after the norm.
+
+    Both are read by the unembedding alone: they have passed the final norm already.
+    """
+    flow = FlowBuilder(last_layer, position, direction=None)
+    nodes = [Node(NodeKind.FINAL_NORM, position), Node(NodeKind.PREDICTION, position)]
+    norm, prediction = flow.nodes(nodes, torch.stack([normed, normed]))
+    below = Node(NodeKind.BLOCK_OUTPUT, position, last_layer)
+    flow.edges(EdgeKind.NORM, [below.id], [norm], residual.norm()[None])
+    flow.edges(EdgeKind.PROJECT, [norm], [prediction], normed.norm()[None])
+    return flow.build()

@@ -1,4 +1,8 @@
-"""A sum of weight rows with activations as coefficients: what W_O and FF2 both write."""
+"""Sums of weight rows, as W_O and FF2 write them, and the terms of them that become nodes.
+
+Terms are selected as in VISIT (section 3, appendix A.5); the rest goes into OTHER. Sorts are
+stable: among equal scores the lower index comes first.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,31 @@ from typing import NamedTuple
 import torch
 
 from januslens_server.graph.flow import FlowBuilder
-from januslens_server.graph.selection import extremes, left_out
-from januslens_server.graph.terms import WeightedRows
+from januslens_server.graph.weights import WeightedRows
 from januslens_server.results import Node, NodeKind
 from januslens_server.specs import Selection
+
+
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices `[..., count]` of the largest `scores` `[..., n]`, largest first; 0 means all."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    return order[..., :count] if count else order
+
+
+def extremes(scores: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
+    """Indices of the `top` largest, then the `bottom` smallest `scores` `[n]`, without repeats.
+
+    `top` 0 means all; `bottom` 0 means none.
+    """
+    highest = largest(scores, top)
+    lowest = scores.sort(stable=True).indices[:bottom]
+    return torch.cat([highest, lowest[~torch.isin(lowest, highest)]])
+
+
+def left_out(size: int, picked: torch.Tensor) -> torch.Tensor:
+    """Mask `[..., size]`, True where an index is not among `picked` `[..., k]`."""
+    mask = torch.ones(*picked.shape[:-1], size, dtype=torch.bool, device=picked.device)
+    return mask.scatter_(-1, picked, value=False)
 
 
 class Result(NamedTuple):

@@ -1,10 +1,13 @@
 """A weight gradient as a sum of outer products (Backward Lens, section 4.1, eq. 8).
 
-`dL/dW = sum_i x_i^T delta_i` over positions i: x_i what the map took, delta_i the VJP at what it
-gave. Nothing here forms the `[d_in, d_out]` matrix.
+`dL/dW = sum_i x_i^T delta_i` over positions i, where x_i is the input of the linear map and delta_i
+the VJP at its output. From these factors: norms, singular values and vectors, and what a descent
+step changes in single neurons (section 5). Only the check of the sum forms `[d_in, d_out]`.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -52,3 +55,62 @@ def reconstruction_error(inputs: torch.Tensor, vjps: torch.Tensor, dense: torch.
     difference = (inputs.float().T @ vjps.float() - dense).norm()
     size = dense.norm()
     return float(difference / size) if size > 0 else float(difference)
+
+
+@dataclass(frozen=True)
+class SingularTriples:
+    """`values` `[r]`, largest first, with `inputs` `[r, d_in]` and `vjps` `[r, d_out]`.
+
+    `explained` `[r]` is each value's square as a part of the squared Frobenius norm. The signs
+    are such that the input side points where the prompt's inputs do on the whole: then the VJP
+    side reads as the VJPs do, what a descent step promotes at the bottom.
+    """
+
+    values: torch.Tensor
+    explained: torch.Tensor
+    inputs: torch.Tensor
+    vjps: torch.Tensor
+
+
+def spectrum(inputs: torch.Tensor, vjps: torch.Tensor, rank: int) -> SingularTriples:
+    """The `rank` largest singular triples of `sum_i x_i^T delta_i`, exact, in float64.
+
+    `inputs` `[n, d_in]`, `vjps` `[n, d_out]`. With thin QRs `X^T = Q_x R_x`, `D^T = Q_d R_d` the
+    gradient is `Q_x (R_x R_d^T) Q_d^T`: only the small middle matrix is decomposed.
+    """
+    input_basis, input_mix = torch.linalg.qr(inputs.double().T)
+    vjp_basis, vjp_mix = torch.linalg.qr(vjps.double().T)
+    left, values, right = torch.linalg.svd(input_mix @ vjp_mix.T, full_matrices=False)
+    total = values.square().sum()
+    count = min(rank, len(values))
+    input_side = (input_basis @ left[:, :count]).T
+    vjp_side = (vjp_basis @ right[:count].T).T
+    signs = torch.where(input_side @ inputs.double().sum(0) < 0, -1.0, 1.0)[:, None]
+    return SingularTriples(
+        values=values[:count],
+        explained=values[:count].square() / total if total > 0 else torch.zeros(count),
+        inputs=input_side * signs,
+        vjps=vjp_side * signs,
+    )
+
+
+def change_norms(outside: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """||sum_i outside_i[j] residual_i|| for every neuron j `[d_mlp]`, in float64.
+
+    `residual` `[n, d_model]` are the factors in the residual basis, `outside` `[n, d_mlp]` those
+    over neurons: FF1's column j moves along its inputs by its VJPs, FF2's row j along its VJPs
+    by its inputs. From the Gram matrix: nothing of the weight's size is formed.
+    """
+    outside, residual = outside.double(), residual.double()
+    if len(residual) > residual.shape[1]:  # then the changes take less than the Gram matrix
+        norms: torch.Tensor = (outside.T @ residual).norm(dim=1)
+        return norms
+    squared = ((residual @ residual.T @ outside) * outside).sum(0)
+    return squared.clamp_min(0).sqrt()
+
+
+def descent_changes(
+    outside: torch.Tensor, residual: torch.Tensor, neurons: torch.Tensor, learning_rate: float
+) -> torch.Tensor:
+    """`-learning_rate sum_i outside_i[j] residual_i` `[k, d_model]` for the neurons j `[k]`."""
+    return -learning_rate * (outside[:, neurons].T @ residual)

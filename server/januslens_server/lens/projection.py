@@ -14,10 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from januslens_server.errors import CancelCheck, NotFinite, never_cancelled
-from januslens_server.lens.cores import on_free_cores
-from januslens_server.lens.extremes import highest, lowest
+from januslens_server.lens.cpu import Scratch, highest, lowest, on_free_cores
 from januslens_server.lens.head import LensHead
-from januslens_server.lens.scratch import Scratch
 from januslens_server.results import Floats, ProjectionTable
 from januslens_server.specs import LensSpec
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from januslens_server.capture import End, LowRank, Tap
 from januslens_server.capture.taps import Columns, nth_tensor, select
-from januslens_server.graph.expert_mlp import Expert, ExpertMlp
+from januslens_server.graph.mlp import Expert, ExpertMlp
 from januslens_server.graph.weights import Finish
 from januslens_server.models.matrices import Factors, read_parameter, read_tensor
 from januslens_server.results import MatrixKind

@@ -8,7 +8,7 @@ import torch
 
 from januslens_server.capture import End, LayerActivations, Routing, Tap
 from januslens_server.capture.taps import rows
-from januslens_server.graph.dense_mlp import DenseMlp
+from januslens_server.graph.mlp import DenseMlp
 from januslens_server.graph.weights import AttentionWeights, BlockWeights
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Block, Mlp

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from januslens_server.capture import capturing
 from januslens_server.errors import ModelFailed
-from januslens_server.graph.heads import head_row
+from januslens_server.graph.attention import head_row
 from januslens_server.models.graph_inputs import block_weights, layer_activations, layer_taps
 from januslens_server.models.views import Block, ModelView
 

@@ -21,9 +21,7 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture import LinearOverlay, LowRank, Overlay, Rotation, Tap
 from januslens_server.errors import ModelFailed
-from januslens_server.graph.attention_pattern import Scoring
-from januslens_server.graph.head_map import HeadMap
-from januslens_server.graph.weights import Finish
+from januslens_server.graph.weights import Finish, HeadMap, Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.experts import ExpertChanges, ExpertMatrices, ExpertOverlay, Experts
 from januslens_server.models.matrices import Linear, MatrixKey

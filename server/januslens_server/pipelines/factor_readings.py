@@ -9,13 +9,14 @@ import torch
 
 from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.lens.factors import (
+    change_norms,
+    descent_changes,
     frobenius_norm,
     largest_entries,
     largest_first,
     lengths,
+    spectrum,
 )
-from januslens_server.lens.neurons import change_norms, descent_changes
-from januslens_server.lens.spectrum import spectrum
 from januslens_server.models.failures import check_numbers
 from januslens_server.models.matrices import Factors, MatrixKey
 from januslens_server.pipelines.resolve import ResolvedGradientLens

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from januslens_server.graph.block_flow import block_flow
-from januslens_server.graph.final_flow import final_flow
+from januslens_server.graph.block_flow import block_flow, final_flow
 from januslens_server.graph.flow import Flow
 from januslens_server.models.graph_inputs import block_weights
 from januslens_server.models.resident import ResidentModel

@@ -32,7 +32,7 @@ from januslens_server.results import (
 )
 from januslens_server.rpc.methods import SERVICE_NAME, rpc_labels
 from januslens_server.rpc.status import milliseconds, status_of
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Ticket
 
 logger = logging.getLogger(__name__)
 

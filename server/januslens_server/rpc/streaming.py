@@ -14,8 +14,7 @@ from januslens_server.errors import CancelCheck, ReaderStalled, RequestCancelled
 from januslens_server.rpc.call import Call, Context
 from januslens_server.rpc.methods import StreamMeter
 from januslens_server.rpc.wire import serialized
-from januslens_server.scheduling.outlet import Outlet
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Outlet, Ticket
 from januslens_server.scheduling.worker import DeviceWorker
 
 # Bytes of results that may wait for the reader of a stream before its pipeline is set aside.

@@ -1,14 +1,144 @@
-"""A request on a device's thread."""
+"""A request on a device's thread: its ticket, its steps, and the queue of its results."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from januslens_server.scheduling.outlet import Outlet
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.errors import DeadlinePassed, RequestCancelled
+from januslens_server.results import Cost
+
+ANONYMOUS = "anonymous"
+FREE = Cost()
+
+
+class Ticket:
+    """Carried by a request from admission to its end; the compute thread asks it at every step.
+
+    gRPC's own cancellation flags cannot be polled from another thread, hence an event of ours.
+    """
+
+    def __init__(self, seconds: float | None, caller: str = ANONYMOUS, cost: Cost = FREE) -> None:
+        """`seconds` until the caller's deadline; None: it set none."""
+        self.caller = caller
+        self.cost = cost
+        self.waited: float | None = None  # seconds until its first turn
+        self.spent = 0.0  # seconds of the device so far
+        self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """The caller went away."""
+        self._cancelled.set()
+
+    @property
+    def failure(self) -> RequestCancelled | DeadlinePassed | None:
+        """Why the request should stop; None while it may go on."""
+        if self._cancelled.is_set():
+            return RequestCancelled("the caller cancelled the request")
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            return DeadlinePassed(
+                "the request's deadline passed; ask for fewer layers or wait longer"
+            )
+        return None
+
+    def check(self) -> None:
+        """Raise `RequestCancelled` or `DeadlinePassed` if the request should stop."""
+        failure = self.failure
+        try:
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # a traceback's frame that names its error keeps both alive
+
+
+T = TypeVar("T")
+
+
+class Outlet(Generic[T]):
+    """Results on their way to one reader. `full` tells the producer to let others go first."""
+
+    def __init__(self, limit: int, size: Callable[[T], int]) -> None:
+        """Hold about `limit` bytes as `size` counts them. Must be made on the reader's loop."""
+        self._loop = asyncio.get_running_loop()
+        self._items: asyncio.Queue[tuple[T, int] | None] = asyncio.Queue()
+        self._size = size
+        self._limit = limit
+        self._held = 0
+        self._lock = threading.Lock()
+        self._error: Exception | None = None
+        self._drained: Callable[[], None] | None = None
+        self._abandoned = False
+
+    def put(self, item: T) -> None:
+        """Producer: hand over an item; never blocks. Without a reader it is dropped."""
+        size = self._size(item)
+        with self._lock:
+            if self._abandoned:
+                return
+            self._held += size
+        self._send((item, size))
+
+    def close(self, error: Exception | None = None) -> None:
+        """Producer: nothing more comes; the reader sees `error` after what was put."""
+        with self._lock:
+            if self._abandoned:
+                return
+            self._error = error
+        self._send(None)
+
+    def _send(self, entry: tuple[T, int] | None) -> None:
+        # A loop that is closed raises, and has no reader left: the server is gone.
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._items.put_nowait, entry)
+
+    def when_drained(self, resume: Callable[[], None]) -> bool:
+        """Producer: if full, call `resume` once there is room; gives whether it will be called."""
+        with self._lock:
+            if self._held < self._limit:
+                return False
+            self._drained = resume
+            return True
+
+    async def items(self) -> AsyncIterator[T]:
+        """Reader: everything put, in order; raises what the producer closed with."""
+        while (entry := await self._items.get()) is not None:
+            item, size = entry
+            yield item
+            self._release(size)
+        # An error keeps alive what it passed through, tensors too: here nothing may keep it.
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error
+
+    def abandon(self) -> None:
+        """Reader: gone; let a producer that waits for room find out, and none wait again."""
+        with self._lock:
+            self._abandoned = True
+            self._held = 0
+            self._error = None
+        self._resume()
+
+    def _release(self, size: int) -> None:
+        with self._lock:
+            self._held -= size
+            room = self._held < self._limit
+        if room:
+            self._resume()
+
+    def _resume(self) -> None:
+        with self._lock:
+            resume, self._drained = self._drained, None
+        if resume is not None:
+            resume()
 
 
 @dataclass(eq=False)

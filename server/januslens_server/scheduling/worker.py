@@ -16,9 +16,7 @@ from typing import Any, TypeVar
 
 from januslens_server import telemetry
 from januslens_server.errors import CancelCheck, DeviceLost, OutOfMemory, QueueFull, ServerDraining
-from januslens_server.scheduling.job import Job
-from januslens_server.scheduling.outlet import Outlet
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Job, Outlet, Ticket
 from januslens_server.scheduling.turns import Turns
 
 T = TypeVar("T")

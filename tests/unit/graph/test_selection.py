@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from januslens_server.graph.selection import extremes, largest, left_out
+from januslens_server.graph.weighted_rows import extremes, largest, left_out
 
 SCORES = torch.tensor([2.0, -1.0, 5.0, 2.0, -3.0, -1.0])
 

@@ -13,8 +13,8 @@ from januslens_server.lens.factors import (
     largest_first,
     reconstruction_error,
     sizes,
+    spectrum,
 )
-from januslens_server.lens.spectrum import spectrum
 
 INPUTS = torch.tensor([[3.0, 4.0], [0.0, 1.0], [0.0, 0.0], [5.0, 0.0]])
 VJPS = torch.tensor([[0.0, 1.0, 0.0], [3.0, 0.0, 4.0], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]])

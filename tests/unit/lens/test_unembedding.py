@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from januslens_server.lens import unembedding
-from januslens_server.lens.unembedding import (
+from januslens_server.lens import cpu
+from januslens_server.lens.cpu import (
     FEWEST_TOKENS,
     MOST_TOKENS,
     Unembedding,
@@ -37,7 +37,7 @@ def logits(of: Unembedding, vectors: torch.Tensor) -> torch.Tensor:
 def test_logits_are_the_product_in_float64(
     packs: bool, data_type: torch.dtype, vocab: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unembedding, "has_onednn", lambda: packs and has_onednn())
+    monkeypatch.setattr(cpu, "has_onednn", lambda: packs and has_onednn())
     matrix = weight(vocab, data_type)
     vectors = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1))
     of = Unembedding(matrix)
@@ -119,7 +119,7 @@ class OtherMeaning:
 def test_operators_that_are_not_what_we_know_are_not_used(
     operators: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unembedding, "_OPERATIONS", operators)
+    monkeypatch.setattr(cpu, "_OPERATIONS", operators)
     has_onednn.cache_clear()
     try:
         matrix = weight(65)

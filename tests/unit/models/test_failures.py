@@ -9,8 +9,7 @@ import torch
 
 from januslens_server.errors import OutOfMemory
 from januslens_server.models.failures import service_error
-from januslens_server.scheduling.outlet import Outlet
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Outlet, Ticket
 from januslens_server.scheduling.worker import DeviceWorker
 
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from januslens_server.errors import CancelCheck
-from januslens_server.scheduling.outlet import Outlet
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Outlet, Ticket
 from januslens_server.scheduling.worker import DeviceWorker
 
 LIMIT = 10

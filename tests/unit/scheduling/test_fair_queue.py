@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from januslens_server.scheduling.fair_queue import FairQueue
+from januslens_server.scheduling.turns import FairQueue
 
 
 def queue_of(*items: str) -> FairQueue[str]:

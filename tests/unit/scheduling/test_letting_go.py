@@ -14,8 +14,7 @@ import pytest
 from tests.unit.scheduling.jobs import LIMIT, all_of, idle, job, submitted
 
 from januslens_server.errors import CancelCheck
-from januslens_server.scheduling.outlet import Outlet
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Outlet, Ticket
 from januslens_server.scheduling.worker import DeviceWorker
 
 

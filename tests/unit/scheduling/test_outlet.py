@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from januslens_server.scheduling.outlet import Outlet
+from januslens_server.scheduling.job import Outlet
 
 LIMIT = 10
 

@@ -3,7 +3,7 @@
 import pytest
 
 from januslens_server.errors import DeadlinePassed, RequestCancelled
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Ticket
 
 
 @pytest.mark.parametrize("seconds", [None, 60.0])

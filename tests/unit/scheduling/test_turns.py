@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 
 from januslens_server.results import Cost
-from januslens_server.scheduling.job import Job
-from januslens_server.scheduling.outlet import Outlet
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Job, Outlet, Ticket
 from januslens_server.scheduling.turns import QUANTUM, Turns
 
 MEMORY = 10

@@ -21,7 +21,7 @@ from januslens_server.errors import (
 )
 from januslens_server.results import Cost
 from januslens_server.scheduling import turns
-from januslens_server.scheduling.ticket import Ticket
+from januslens_server.scheduling.job import Ticket
 from januslens_server.scheduling.worker import SOONEST_RETRY, DeviceWorker
 
 

@@ -12,8 +12,7 @@ from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from januslens_server.capture import End, Tap
 from januslens_server.errors import ModelFailed
-from januslens_server.graph.attention_pattern import Scoring
-from januslens_server.graph.head_map import HeadMap
+from januslens_server.graph.weights import HeadMap, Scoring
 from januslens_server.models.adapters.parts import (
     by_head,
     consecutive,

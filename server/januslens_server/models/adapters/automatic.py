@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture import Rotation
 from januslens_server.errors import ModelFailed
+from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead
-from januslens_server.lens.unembedding import Unembedding
 from januslens_server.models.adapters.observed_block import (
     BlockFinder,
     BlockSettings,

@@ -15,11 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Rotation, Tap
-from januslens_server.graph.attention_pattern import Scoring
-from januslens_server.graph.head_map import HeadMap
-from januslens_server.graph.weights import Finish
-from januslens_server.lens.head import LensHead
-from januslens_server.lens.norm import Norm
+from januslens_server.graph.weights import Finish, HeadMap, Scoring
+from januslens_server.lens.head import LensHead, Norm
 from januslens_server.models.adapters.parts import (
     consecutive,
     facts,

@@ -14,10 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from januslens_server.capture import End, Rotation, Tap
 from januslens_server.errors import ModelFailed
-from januslens_server.graph.attention_pattern import Scoring
-from januslens_server.graph.head_map import HeadMap, HeadNorm
-from januslens_server.graph.weights import Finish
-from januslens_server.lens.norm import Norm
+from januslens_server.graph.weights import Finish, HeadMap, HeadNorm, Scoring
+from januslens_server.lens.head import Norm
 from januslens_server.models.matrices import Linear
 from januslens_server.models.views import Attention, Block, Mlp
 

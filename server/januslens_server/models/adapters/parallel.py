@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from januslens_server.graph.head_map import HeadMap, HeadNorm
-from januslens_server.lens.norm import Norm
+from januslens_server.graph.weights import HeadMap, HeadNorm
+from januslens_server.lens.head import Norm
 from januslens_server.models.adapters.llama import (
     Layer,
     Projections,

@@ -1,4 +1,4 @@
-"""A mixture of experts: at each position the neurons of the experts that it was sent to."""
+"""The MLP at one position as key-value memory, dense or a mixture of experts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,37 @@ from dataclasses import dataclass
 import torch
 
 from januslens_server.capture import LayerActivations
-from januslens_server.graph.terms import WeightedRows
-from januslens_server.graph.weights import Finish, MlpRow
+from januslens_server.graph.flow import FlowBuilder
+from januslens_server.graph.weighted_rows import (
+    Neurons,
+    Result,
+    RowKinds,
+    add_weighted_rows,
+    neuron_nodes,
+)
+from januslens_server.graph.weights import Finish, MlpRow, MlpWeights, WeightedRows
+from januslens_server.results import EdgeKind, NodeKind
+from januslens_server.specs import Selection
+
+
+@dataclass(frozen=True)
+class DenseMlp:
+    """`ff1` (gated: the gate) and `up` `[d_model, d_mlp]`, `ff2` `[d_mlp, d_model]`, its norms."""
+
+    ff1: torch.Tensor
+    up: torch.Tensor | None
+    ff2: torch.Tensor
+    bias: torch.Tensor | None
+    row_norms: torch.Tensor
+    finish: Finish | None
+
+    def row(self, acts: LayerActivations, position: int) -> MlpRow:
+        """The captured activations with the rows that they multiply."""
+        if acts.neurons is None:
+            raise ValueError("expected captured neurons of a dense MLP, got none")
+        activations = acts.neurons[acts.row(position)].float()
+        terms = WeightedRows(activations, self.ff2, self.row_norms, self.bias)
+        return MlpRow(terms, self.ff1, self.up)
 
 
 @dataclass(frozen=True)
@@ -75,3 +104,43 @@ class ExpertMlp:
 def _weighted_bias(experts: list[Expert], weights: torch.Tensor) -> torch.Tensor | None:
     biases = [expert.down_bias for expert in experts if expert.down_bias is not None]
     return weights @ torch.stack(biases) if biases else None
+
+
+MLP_KINDS = RowKinds(NodeKind.MLP_VALUE, NodeKind.MLP_BIAS)
+
+
+def add_mlp(
+    flow: FlowBuilder,
+    mlp_input: str,
+    acts: LayerActivations,
+    weights: MlpWeights,
+    selection: Selection,
+    result: Result,
+) -> str:
+    """Add everything between the MLP's input and its raw result; gives the latter's id."""
+    if not flow.shows(*MLP_KINDS, NodeKind.MLP_KEY, NodeKind.MLP_UP, NodeKind.OTHER):
+        return flow.node(result.kind, result.vector)
+    row = weights.row(acts, flow.position)
+    added = add_weighted_rows(flow, row.terms, MLP_KINDS, selection, result)
+    fired = row.terms.activations[added.neurons.picked]
+    _add_keys(flow, NodeKind.MLP_KEY, mlp_input, row.ff1, fired, added.neurons)
+    if row.up is not None:
+        _add_keys(flow, NodeKind.MLP_UP, mlp_input, row.up, fired, added.neurons)
+    return added.total
+
+
+def _add_keys(
+    flow: FlowBuilder,
+    kind: NodeKind,
+    mlp_input: str,
+    columns: torch.Tensor,
+    fired: torch.Tensor,
+    neurons: Neurons,
+) -> None:
+    """The columns `[d_model, n]` that the input is matched with, each before its value."""
+    if not flow.shows(kind):
+        return
+    nodes = neuron_nodes(flow, kind, neurons.places)
+    keys = flow.nodes(nodes, columns[:, neurons.picked].T, activations=fired)
+    flow.edges(EdgeKind.ACTIVATE, [mlp_input] * len(keys), keys, fired)
+    flow.edges(EdgeKind.ACTIVATE, keys, neurons.ids, fired)
