@@ -31,7 +31,7 @@ AUDIT_SETUP := $(AUDIT_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test soak audit bench check check-deploy check-image check-stubs stubs viewer check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test soak audit bench check check-deploy check-image check-stubs stubs client viewer check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -64,6 +64,7 @@ check: $(SETUP) check-stubs check-viewer ## Check lint, formatting, types, impor
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python client/unasync.py --check
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 
@@ -85,6 +86,9 @@ check-stubs: $(STUBS_SETUP)
 	@$(call generate,$(FRESH_STUBS))
 	@diff -r -x __init__.py -x __pycache__ $(FRESH_STUBS)/januslens/v1 $(STUBS) \
 		|| { echo "The stubs differ from protos/: run 'make stubs' and commit the result." >&2; exit 1; }
+
+client: $(SETUP) ## Regenerate the synchronous client from the asynchronous one
+	$(BIN)/python client/unasync.py
 
 viewer: $(VIEWER_SETUP) ## Rebuild the pages from client/viewer/
 	npm --prefix $(VIEWER) run --silent format

@@ -11,11 +11,7 @@ The client of the Januslens server; it needs no torch::
 """
 
 from januslens import _notebook as _notebook  # registers what notebooks show
-from januslens._aio import AsyncClient
-from januslens._assemblers import read_gradient, read_trace
-from januslens._client import Client
-from januslens._event_stream import AsyncEventStream, EventStream
-from januslens._requests import (
+from januslens._arguments import (
     DescentStep,
     ForwardShift,
     KlDivergence,
@@ -24,6 +20,7 @@ from januslens._requests import (
     Probe,
     Text,
 )
+from januslens._assemblers import read_gradient, read_trace
 from januslens._results.edits import EditPreview, Effect
 from januslens._results.gradient import Gradient, GradientHeader, GradientSummary, SegmentRow
 from januslens._results.graph import Part
@@ -58,6 +55,8 @@ from januslens._results.trace import (
     TraceSummary,
 )
 from januslens._results.vectors import Projection, Projections, Tensor, TokenScore
+from januslens.aio import AsyncClient, AsyncEventStream
+from januslens.client import Client, EventStream
 from januslens.errors import (
     Aborted,
     Cancelled,

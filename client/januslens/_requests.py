@@ -1,345 +1,297 @@
-"""Request messages from Python arguments; nothing is sent here.
+"""Request messages from the arguments of a client's methods.
 
-An argument that no server could accept raises ValueError or TypeError. What depends on the model,
-e.g. a layer that it does not have, is left to the server.
+Arguments that no server could accept raise ValueError or TypeError. What depends on the model, such
+as its number of layers, is left to the server.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from januslens._results.kinds import MATRIX_KINDS, MatrixKind
-from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2
-
-
-@dataclass(frozen=True)
-class Text:
-    """A prompt or target as text, with control over special and control tokens.
-
-    Pass it wherever a prompt or a target is taken, for example
-    `client.trace(Text("<|user|>Hi", literal=True))`. A plain string is `Text(string)`.
-
-    Attributes:
-        text: The text.
-        special_tokens: Add the tokens that the tokenizer puts before a prompt (a BOS token, for
-            example), unless the text begins with them. Targets never get any.
-        literal: Read the characters as characters, even where they spell a control token.
-    """
-
-    text: str
-    special_tokens: bool = True
-    literal: bool = False
-
-
-Prompt = str | Text | Sequence[int]
-TargetLike = str | Text | int | Sequence[int]
-Layers = int | slice | Iterable[int]
-Positions = int | Iterable[int] | Literal["all"]
-
-_UINT32 = 2**32
-_INT32 = 2**31
-_FLOAT32_MAX = float(np.finfo(np.float32).max)
+from januslens._arguments import (
+    Edit,
+    Layers,
+    Loss,
+    NegativeLogLikelihood,
+    Positions,
+    Probe,
+    Prompt,
+    SubjectLike,
+    TargetLike,
+    count,
+    finite_number,
+    input_message,
+    layer_numbers,
+    matrix_numbers,
+    optional_count,
+    position_numbers,
+    probe_message,
+    set_edit,
+    set_loss,
+    subject_message,
+    target_message,
+)
+from januslens._results.kinds import LENSES, NODE_KINDS, Lens, MatrixKind, NodeKind
+from januslens._results.trace import Trace
+from januslens._results.vectors import Tensor, tensor_message
+from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, neurons_pb2, trace_pb2
 
 
-def input_message(prompt: Prompt) -> common_pb2.Input:
-    """A prompt: text gets the tokenizer's special tokens, ids are taken as they are.
-
-    Raises:
-        TypeError: It is neither text nor ids.
-        ValueError: There are no ids, or one is negative.
-    """
-    if isinstance(prompt, str):  # an empty one may still get a special token from the tokenizer
-        return common_pb2.Input(prompt=prompt)
-    if isinstance(prompt, Text):
-        return common_pb2.Input(
-            prompt=prompt.text,
-            add_special_tokens=None if prompt.special_tokens else False,
-            literal=prompt.literal,
-        )
-    return common_pb2.Input(token_ids=token_ids(prompt, "the prompt"))
-
-
-def target_message(target: TargetLike, name: str = "the target") -> common_pb2.Target:
-    """A target: in a text a leading space counts; an int is one token id.
-
-    Raises:
-        TypeError: It is neither text nor ids.
-        ValueError: It is empty, or an id is negative.
-    """
-    if isinstance(target, str):
-        _require_some(target, name)
-        return common_pb2.Target(text=target)
-    if isinstance(target, Text):
-        _require_some(target.text, name)
-        return common_pb2.Target(text=target.text, literal=target.literal)
-    return common_pb2.Target(token_ids=token_ids(_several(target, name), name))
-
-
-def token_ids(ids: Iterable[int], name: str) -> common_pb2.TokenIds:
-    """Token ids, at least one.
-
-    Raises:
-        TypeError: One is no integer.
-        ValueError: There are none, or one is negative.
-    """
-    listed = [count(token_id, f"{name}'s token ids") for token_id in _several(ids, name)]
-    _require_some(listed, name)
-    return common_pb2.TokenIds(ids=listed)
+def trace_request(  # noqa: PLR0913 - by keyword
+    prompt: Prompt,
+    target: TargetLike | None = None,
+    *,
+    layers: Layers | None = None,
+    positions: Positions | None = None,
+    heads: int | None = None,
+    memory_values: int | None = None,
+    top_neurons: int | None = None,
+    bottom_neurons: int | None = None,
+    top_k: int | None = None,
+    bottom_k: int | None = None,
+    lens: Lens | str = Lens.FINAL_NORM,
+    node_kinds: Iterable[NodeKind | str] | None = None,
+    vectors: bool = False,
+    logit_contribution: bool = True,
+    overlap_k: int | None = None,
+    checks: bool = False,
+    model: str = "",
+    revision: str = "",
+) -> trace_pb2.TraceRequest:
+    """Build the request of `AsyncClient.trace`, which documents the arguments and the errors."""
+    numbers, all_positions = position_numbers(positions)
+    return trace_pb2.TraceRequest(
+        model=model,
+        revision=revision,
+        input=input_message(prompt),
+        target=None if target is None else target_message(target),
+        layers=layer_numbers(layers),
+        positions=numbers,
+        all_positions=all_positions,
+        selection=_selection(heads, memory_values, top_neurons, bottom_neurons),
+        top_k=optional_count(top_k, "top_k"),
+        bottom_k=optional_count(bottom_k, "bottom_k"),
+        lens=LENSES.number(Lens.of(lens)),
+        node_kinds=[NODE_KINDS.number(kind) for kind in _kinds(node_kinds)],
+        include_vectors=vectors,
+        include_logit_contribution=logit_contribution,
+        overlap_k=optional_count(overlap_k, "overlap_k"),
+        include_checks=checks,
+    )
 
 
-def layer_numbers(layers: Layers | None) -> list[int]:
-    """Layers from 0; None = all. A slice needs an end: only the server knows how many there are.
-
-    Raises:
-        TypeError: One is no integer.
-        ValueError: There are none, one is negative, or a slice has no end.
-    """
-    if layers is None:
-        return []
-    if isinstance(layers, slice):
-        if layers.stop is None or min(layers.start or 0, layers.stop, layers.step or 1) < 0:
-            raise ValueError(f"expected a slice of layers like slice(0, 4); got {layers}")
-        layers = range(layers.start or 0, layers.stop, layers.step or 1)
-    numbers = [count(layer, "layers") for layer in _several(layers, "layers")]
-    _require_some(numbers, "layers")
-    return sorted(set(numbers))
+def _selection(
+    heads: int | None,
+    memory_values: int | None,
+    top_neurons: int | None,
+    bottom_neurons: int | None,
+) -> trace_pb2.Selection:
+    return trace_pb2.Selection(
+        heads=optional_count(heads, "heads"),
+        memory_values_per_head=optional_count(memory_values, "memory_values"),
+        top_neurons=optional_count(top_neurons, "top_neurons"),
+        bottom_neurons=optional_count(bottom_neurons, "bottom_neurons"),
+    )
 
 
-def position_numbers(positions: Positions | None) -> tuple[list[int], bool]:
-    """Query positions (negative from the end) and whether all are meant; None = the last one.
-
-    Raises:
-        TypeError: One is no integer.
-        ValueError: There are none, one is beyond 32 bits, or a text is not "all".
-    """
-    if positions is None:
-        return [], False
-    if isinstance(positions, str):
-        if positions != "all":
-            raise ValueError(f'expected positions as integers or "all"; got {positions!r}')
-        return [], True
-    listed = _several(positions, "positions")
-    numbers = [_bounded(position, "positions", -_INT32, _INT32) for position in listed]
-    _require_some(numbers, "positions")
-    return list(dict.fromkeys(numbers)), False
-
-
-def optional_count(value: int | None, name: str) -> int | None:
-    """How many of something, or None to leave it to the server.
-
-    Raises:
-        TypeError: It is no integer.
-        ValueError: It is negative.
-    """
-    return None if value is None else count(value, name)
-
-
-def count(value: int, name: str) -> int:
-    """How many of something, or which one.
-
-    Raises:
-        TypeError: It is no integer.
-        ValueError: It is negative.
-    """
-    return _bounded(value, name, 0, _UINT32)
-
-
-def finite_number(value: Any, name: str) -> float:
-    """A number that float32, in which it travels, can hold.
-
-    Raises:
-        TypeError: It is not a number.
-        ValueError: It is infinite, NaN or too large.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not abs(float(value)) <= _FLOAT32_MAX:
-        raise ValueError(f"{name} must be a finite number in float32, got {value}")
-    return float(value)
-
-
-def step_size(value: Any, name: str) -> float:
-    """The strength of an edit: a finite number other than 0.
-
-    Raises:
-        TypeError: It is not a number.
-        ValueError: It is infinite, NaN, too large, or 0 in float32.
-    """
-    if np.float32(finite_number(value, name)) == 0:
-        raise ValueError(f"{name} must not be 0 in float32, got {value}")
-    return float(value)
-
-
-def _bounded(value: Any, name: str, low: int, high: int) -> int:
-    """`value` as an int; numpy's integers are welcome, True and 1.0 are not."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"expected integers for {name}; got {value!r}")
-    if not low <= value < high:
-        raise ValueError(f"expected {name} from {low} to {high - 1}; got {value}")
-    return int(value)
-
-
-def _several(values: Any, name: str) -> Iterable[Any]:
-    """One value as several, several as they are."""
-    if isinstance(values, (int, np.integer)):
-        return [values]
-    if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"expected integers for {name}; got {values!r}")
-    return values
-
-
-def _require_some(values: Sequence[object], name: str) -> None:
-    if not values:
-        raise ValueError(f"expected something for {name}; got nothing")
-
-
-@dataclass(frozen=True)
-class NegativeLogLikelihood:
-    """`-log p(target | prompt)` in nats; several target tokens are summed, teacher-forced.
-
-    The paper's loss, and what `gradient_lens(prompt, target)` means.
-    """
-
-    target: TargetLike
-
-
-@dataclass(frozen=True)
-class LogitDifference:
-    """`logit(other) - logit(preferred)` at the last position."""
-
-    preferred: TargetLike
-    other: TargetLike
-
-
-@dataclass(frozen=True)
-class KlDivergence:
-    """`KL(p without the suppressed tokens, renormalised || p)`, the first argument held fixed."""
-
-    suppressed: Sequence[int]
-
-
-Loss = NegativeLogLikelihood | LogitDifference | KlDivergence
-
-
-def set_loss(request: gradient_lens_pb2.GradientLensRequest, loss: Loss) -> None:
-    """Put a loss into a request.
-
-    Raises:
-        TypeError: It is none of the three.
-        ValueError: A target or the suppressed tokens are empty.
-    """
-    match loss:
-        case NegativeLogLikelihood(target):
-            request.nll.target.CopyFrom(target_message(target))
-        case LogitDifference(preferred, other):
-            request.logit_difference.preferred.CopyFrom(target_message(preferred, "preferred"))
-            request.logit_difference.other.CopyFrom(target_message(other, "other"))
-        case KlDivergence(suppressed):
-            request.kl.suppressed.CopyFrom(token_ids(suppressed, "suppressed"))
-        case _:
-            raise TypeError(
-                "expected a NegativeLogLikelihood, LogitDifference or KlDivergence; "
-                f"got {type(loss).__name__}"
-            )
-
-
-def matrix_numbers(
-    kinds: Iterable[MatrixKind | str] | None,
-) -> list[gradient_lens_pb2.MatrixKind.ValueType]:
-    """None = FF1 and FF2; an empty list would mean that too, and surely was not meant.
-
-    Raises:
-        ValueError: There are none, or there is no such kind.
-    """
+def _kinds(kinds: Iterable[NodeKind | str] | None) -> list[NodeKind]:
+    """None = all; an empty list would mean that too, and surely was not meant."""
     if kinds is None:
         return []
-    named = [kinds] if isinstance(kinds, str) else list(kinds)
+    named = [NodeKind.of(kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)]
     if not named:
-        raise ValueError("expected at least one kind for matrices; got none")
-    return [MATRIX_KINDS.number(MatrixKind.of(kind)) for kind in named]
+        raise ValueError("expected at least one kind for node_kinds; got none")
+    return named
 
 
-# Characters that fit into a label, however many bytes they take.
-LABEL = 1024
+_RESIDUALS = (NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT)
+_STEPS = (NodeKind.RESIDUAL_MID, NodeKind.ATTENTION_OUTPUT, NodeKind.MLP_OUTPUT)
+_ATTENTION = (
+    NodeKind.ATTENTION_CONCAT,
+    NodeKind.ATTENTION_SUM,
+    NodeKind.HEAD_OUTPUT,
+    NodeKind.MEMORY_VALUE,
+)
+_HEADS = 3  # of each cell, with the one source that each attends to most
+
+# A cell is one layer at one position. Up to so many, a cell also brings its strongest heads; up to
+# so many, the steps between residuals; above, the earliest positions are left out.
+_CELLS_WITH_HEADS = 300
+_CELLS_WITH_STEPS = 1_000
+_CELLS = 5_000
 
 
-@dataclass(frozen=True)
-class DescentStep:
-    """`W -= learning_rate * dL/dW`, L being the target's negative log-likelihood.
-
-    Attributes:
-        learning_rate: Length of the step.
-        matrices: Kinds to change; None = FF1 and FF2.
-        layers: Blocks to change; None = all.
-    """
-
-    learning_rate: float
-    matrices: Iterable[MatrixKind | str] | None = None
-    layers: Layers | None = None
-
-
-@dataclass(frozen=True)
-class ForwardShift:
-    """`FF2 += eta x^T e` in one layer, from the forward pass alone (Backward Lens, section 7).
-
-    x is FF2's input at the last position, e the input embedding of the target's first token.
-
-    Attributes:
-        layer: The block to change.
-        eta: The strength; the paper uses 0.24 for layer 35 of GPT2-xl.
-    """
-
-    layer: int
-    eta: float
-
-
-Edit = DescentStep | ForwardShift
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A prompt to look at before and after the edit: a paraphrase, a neighbouring fact.
-
-    Attributes:
-        prompt: The prompt.
-        target: The token to watch; None = the edit's target.
-        label: A name that comes back with its effect.
-    """
-
-    prompt: Prompt
-    target: TargetLike | None = None
-    label: str = ""
-
-
-def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:
-    """Put an edit into a request.
-
-    Raises:
-        TypeError: It is neither of the two.
-        ValueError: Its layers or matrices are impossible.
-    """
-    match edit:
-        case DescentStep(learning_rate, matrices, layers):
-            request.descent.learning_rate = step_size(learning_rate, "learning_rate")
-            request.descent.matrices.extend(matrix_numbers(matrices))
-            request.descent.layers.extend(layer_numbers(layers))
-        case ForwardShift(layer, eta):
-            request.shift.layer = count(layer, "layer")
-            request.shift.eta = step_size(eta, "eta")
-        case _:
-            raise TypeError(f"expected a DescentStep or a ForwardShift; got {type(edit).__name__}")
-
-
-def probe_message(probe: Probe | str) -> edits_pb2.Probe:
-    """A probe; a prompt alone is its own label, as far as labels go."""
-    if isinstance(probe, str):
-        probe = Probe(probe, label=probe[:LABEL])
-    return edits_pb2.Probe(
-        label=probe.label,
-        input=input_message(probe.prompt),
-        target=None if probe.target is None else target_message(probe.target),
+def overview_request(
+    trace: Trace, *, lens: Lens | str = Lens.FINAL_NORM, top_k: int | None = 3
+) -> trace_pb2.TraceRequest:
+    """Build the request of `AsyncClient.trace_overview`."""
+    layers, positions = len(trace.header.layers), len(trace.prompt_tokens)
+    targets = {target.target.id for target in trace.targets}
+    return trace_request(
+        [token.id for token in trace.prompt_tokens],
+        targets.pop() if len(targets) == 1 else None,
+        layers=trace.header.layers,
+        positions=range(max(0, positions - _CELLS // layers), positions),
+        heads=_HEADS,
+        memory_values=1,
+        top_k=top_k,
+        bottom_k=0,
+        lens=lens,
+        node_kinds=_overview_kinds(layers * positions),
+        model=trace.provenance.model,
+        revision=trace.provenance.revision,
     )
+
+
+def _overview_kinds(cells: int) -> tuple[NodeKind, ...]:
+    if cells <= _CELLS_WITH_HEADS:
+        return _RESIDUALS + _STEPS + _ATTENTION
+    return _RESIDUALS + _STEPS if cells <= _CELLS_WITH_STEPS else _RESIDUALS
+
+
+def gradient_lens_request(  # noqa: PLR0913 - by keyword
+    prompt: Prompt,
+    target: TargetLike | None = None,
+    *,
+    loss: Loss | None = None,
+    matrices: Iterable[MatrixKind | str] | None = None,
+    layers: Layers | None = None,
+    top_k: int | None = None,
+    bottom_k: int | None = None,
+    lens: Lens | str = Lens.FINAL_NORM,
+    components: int | None = None,
+    spectrum: int = 0,
+    neurons: int = 0,
+    learning_rate: float | None = None,
+    subject: SubjectLike | None = None,
+    factors: bool = False,
+    verify: bool = False,
+    model: str = "",
+    revision: str = "",
+) -> gradient_lens_pb2.GradientLensRequest:
+    """Build the request of `AsyncClient.gradient_lens`."""
+    request = gradient_lens_pb2.GradientLensRequest(
+        model=model,
+        revision=revision,
+        input=input_message(prompt),
+        matrices=matrix_numbers(matrices),
+        layers=layer_numbers(layers),
+        top_k=optional_count(top_k, "top_k"),
+        bottom_k=optional_count(bottom_k, "bottom_k"),
+        lens=LENSES.number(Lens.of(lens)),
+        components=optional_count(components, "components"),
+        spectrum_rank=count(spectrum, "spectrum"),
+        neurons=count(neurons, "neurons"),
+        learning_rate=None
+        if learning_rate is None
+        else finite_number(learning_rate, "learning_rate"),
+        subject=None if subject is None else subject_message(subject),
+        include_factors=factors,
+        verify=verify,
+    )
+    set_loss(request, _one_loss(target, loss))
+    return request
+
+
+def _one_loss(target: TargetLike | None, loss: Loss | None) -> Loss:
+    if loss is None and target is not None:
+        return NegativeLogLikelihood(target)
+    if target is None and loss is not None:
+        return loss
+    given = "neither" if loss is None else "both"
+    raise ValueError(f"expected either a target or a loss; got {given}")
+
+
+def project_request(
+    vectors: ArrayLike,
+    *,
+    target: TargetLike | None = None,
+    lens: Lens | str = Lens.FINAL_NORM,
+    top_k: int | None = None,
+    bottom_k: int | None = None,
+    model: str = "",
+) -> lens_pb2.ProjectRequest:
+    """Build the request of `AsyncClient.project`."""
+    rows = np.asarray(vectors)
+    if rows.ndim not in (1, 2) or rows.size == 0:
+        raise ValueError(f"expected vectors of shape [d_model] or [n, d_model]; got {rows.shape}")
+    sent = tensor_message(np.atleast_2d(rows))
+    if not np.isfinite(Tensor.from_message(sent).float32()).all():
+        raise ValueError("vectors must be finite in float32; they hold infinity or NaN")
+    return lens_pb2.ProjectRequest(
+        model=model,
+        vectors=sent,
+        lens=LENSES.number(Lens.of(lens)),
+        target=None if target is None else target_message(target),
+        top_k=optional_count(top_k, "top_k"),
+        bottom_k=optional_count(bottom_k, "bottom_k"),
+    )
+
+
+def preview_edit_request(
+    prompt: Prompt,
+    target: TargetLike,
+    edit: Edit,
+    *,
+    probes: Iterable[Probe | str] = (),
+    model: str = "",
+    revision: str = "",
+) -> edits_pb2.PreviewEditRequest:
+    """Build the request of `AsyncClient.preview_edit`."""
+    request = edits_pb2.PreviewEditRequest(
+        model=model,
+        revision=revision,
+        input=input_message(prompt),
+        target=target_message(target),
+        probes=[probe_message(probe) for probe in probes],
+    )
+    set_edit(request, edit)
+    return request
+
+
+# The maximum size of a page of neurons.
+_PAGE = 1000
+
+
+def find_neurons_request(
+    token: TargetLike,
+    *,
+    suppressed: bool = False,
+    layers: Layers | None = None,
+    limit: int | None = 20,
+    model: str = "",
+    revision: str = "",
+) -> neurons_pb2.FindNeuronsRequest:
+    """Build the first request of `AsyncClient.find_neurons`."""
+    if optional_count(limit, "limit") == 0:
+        raise ValueError("limit must be at least 1, or None; got 0")
+    return neurons_pb2.FindNeuronsRequest(
+        model=model,
+        revision=revision,
+        token=target_message(token, "the token"),
+        suppressed=suppressed,
+        layers=layer_numbers(layers),
+        page_size=_page_size(limit),
+    )
+
+
+def next_page_request(
+    request: neurons_pb2.FindNeuronsRequest, page: neurons_pb2.FindNeuronsResponse, left: int | None
+) -> neurons_pb2.FindNeuronsRequest | None:
+    """Build the request of the page after `page`; None after the last page.
+
+    `left` is the number of neurons still wanted, None = all.
+    """
+    if not page.next_page_token or left == 0:
+        return None
+    following = neurons_pb2.FindNeuronsRequest()
+    following.CopyFrom(request)
+    following.page_token, following.page_size = page.next_page_token, _page_size(left)
+    return following
+
+
+def _page_size(left: int | None) -> int:
+    return _PAGE if left is None else min(left, _PAGE)

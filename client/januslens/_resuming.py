@@ -1,11 +1,11 @@
-"""Make a call, and resume it at another replica where the client has `resume=True`.
+"""Resume interrupted calls on another replica, if the client has `resume=True`.
 
-gRPC itself retries a call that no server has begun to serve. The headers of a server mark that it
-has begun, and from then on nothing is retried silently: an interrupted call raises, or, with
-`resume=True`, is requested again under an id of its own, with a warning in the log `januslens`. Of
-a stream only the missing layers are requested, and the messages of both calls are joined: pieces of
-a layer or matrix are held until it is whole, what has arrived already is dropped, a token's text
-comes once, and `sequence` counts on.
+gRPC retries a call until a server has sent headers, that is, until it has been admitted. After that
+nothing is retried silently: an interrupted call raises an exception or, with `resume=True`, is
+repeated under a new request id, with a warning of the logger `januslens`. A stream is repeated only
+for its missing layers, and its messages are joined with those received before: pieces of a layer or
+matrix are held until it is complete, duplicates are dropped, each token's text is kept once, and
+`sequence` continues.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
 
-from januslens._assemblers import Assembler, EventT, ResponseT, ResultT
+from januslens._assemblers import Assembler, EventT, ResultT
 from januslens._connection import Attempt, Connection
 from januslens._status import FailedCall, was_cut
 from januslens.errors import JanuslensError, StreamInterrupted, Unavailable
@@ -30,30 +29,26 @@ RequestT = TypeVar("RequestT", bound=Message)
 PartT = TypeVar("PartT", bound=Any)
 
 
-class OtherAnswer(Exception):
-    """The other replica answers another question: its parts would not fit."""
+class DifferentAnswer(Exception):
+    """The other replica has other weights, prompt tokens or targets."""
 
 
 class Splice(ABC, Generic[RequestT, PartT]):
-    """Takes each call's messages and gives back those of the one stream."""
+    """Joins the messages of several attempts to those of one uninterrupted stream."""
 
     def __init__(self, request: RequestT) -> None:
-        """`request` is the first call's."""
+        """`request` is the request of the first attempt."""
         self._request = request
         self._header: Any = None
         self._held: list[PartT] = []
         self._named: set[int] = set()
         self._given = 0
 
-    def restart(self) -> None:
-        """Another call begins: pieces of what was not whole are of no use."""
-        self._held.clear()
-
     def take(self, response: PartT) -> list[PartT]:
-        """The next messages of the one stream; none while they are held, or known already.
+        """Take a message; return the messages that it adds to the joined stream.
 
         Raises:
-            OtherAnswer: The call runs on other weights or tokens than the first one did.
+            DifferentAnswer: This attempt has other weights, prompt tokens or targets.
         """
         match response.WhichOneof("event"):
             case "header":
@@ -71,19 +66,19 @@ class Splice(ABC, Generic[RequestT, PartT]):
 
     @abstractmethod
     def rest(self) -> RequestT:
-        """What to ask another replica for."""
+        """Return the request for the missing part, and discard incomplete pieces."""
 
     @abstractmethod
     def _take_part(self, response: PartT) -> list[PartT]:
-        """A layer or matrix, or a piece of one."""
+        """Take a layer or matrix, or a piece of one."""
 
     @abstractmethod
     def _sum_up(self, response: PartT) -> PartT:
-        """The summary, with the counts of the whole."""
+        """Set the summary's counts to those of the joined stream."""
 
     @abstractmethod
     def _targets(self, header: Any) -> list[int]:
-        """The tokens that the stream is about."""
+        """Return the target token ids of a header."""
 
     def _take_header(self, response: PartT) -> list[PartT]:
         if self._header is not None:
@@ -102,16 +97,17 @@ class Splice(ABC, Generic[RequestT, PartT]):
         ):
             expected, got = read(self._header), read(header)
             if expected != got:
-                raise OtherAnswer(f"expected {what} {expected} of the other replica; got {got}")
+                raise DifferentAnswer(f"the other replica has {what} {got}; expected {expected}")
 
     def _unnamed(self, tokens: Iterable[common_pb2.Token]) -> list[common_pb2.Token]:
-        """Those whose texts have not come."""
+        """Return the tokens whose texts are not in the joined stream yet."""
         fresh = [token for token in tokens if token.id not in self._named]
         self._named.update(token.id for token in fresh)
         return fresh
 
-    def _again(self) -> RequestT:
-        """The request, for the very weights that answered first."""
+    def _pinned_request(self) -> RequestT:
+        """Copy the request, pinned to the model and revision of the first answer."""
+        self._held.clear()
         request = type(self._request)()
         request.CopyFrom(self._request)
         if self._header is not None:
@@ -121,17 +117,17 @@ class Splice(ABC, Generic[RequestT, PartT]):
 
 
 def replace_all(field: Any, values: list[Any]) -> None:
-    """Give a repeated field other values."""
+    """Replace the values of a repeated field."""
     del field[:]
     field.extend(values)
 
 
 class TraceSplice(Splice[trace_pb2.TraceRequest, trace_pb2.TraceResponse]):
-    """Asks for the layers that are missing.
+    """Requests the missing layers.
 
-    A trace that begins above layer 0 brings the input of its first layer, which the cut one has as
-    the output of the layer below: it is dropped. Where layers between were not asked for, the last
-    one that came is asked for again and dropped, so that the GAP edge to it comes as it would have.
+    A trace that begins above layer 0 includes the input of its first layer. It equals the output of
+    the layer below, which has arrived already, so it is dropped. If the layer below was not
+    requested, the last received layer is requested again and dropped, which gives the GAP edge.
     """
 
     def __init__(self, request: trace_pb2.TraceRequest) -> None:
@@ -141,14 +137,14 @@ class TraceSplice(Splice[trace_pb2.TraceRequest, trace_pb2.TraceResponse]):
         self._edges = 0
 
     def rest(self) -> trace_pb2.TraceRequest:
-        """The missing layers, on the same weights and for the same target."""
-        request = self._again()
+        """Request the missing layers, of the same revision and for the same target."""
+        request = self._pinned_request()
         if self._header is None:
             return request
         targets = set(self._targets(self._header))
         if not request.HasField("target") and len(targets) == 1:
             request.target.token_ids.ids.extend(targets)
-        # What is checked on this very request is checked over all its layers.
+        # The checks cover all requested layers, so they need all of them again.
         whole = request.include_checks or not self._layers
         replace_all(request.layers, list(self._header.layers) if whole else self._missing())
         return request
@@ -190,10 +186,11 @@ _Key = tuple[int, int, int | None]
 class GradientSplice(
     Splice[gradient_lens_pb2.GradientLensRequest, gradient_lens_pb2.GradientLensResponse]
 ):
-    """Asks for the layers that are missing, the one that was cut included.
+    """Requests the missing layers and the incomplete one.
 
-    Which matrices a layer has is the server's to know: those of the cut layer that had come are
-    dropped. A table of segments is made over all matrices, so with a subject all are asked for.
+    Only the server knows which matrices a layer has, so matrices of the incomplete layer that have
+    arrived are dropped. The table of segments covers all matrices, so a request with a subject is
+    repeated in full.
     """
 
     def __init__(self, request: gradient_lens_pb2.GradientLensRequest) -> None:
@@ -201,12 +198,13 @@ class GradientSplice(
         self._matrices: list[_Key] = []
 
     def rest(self) -> gradient_lens_pb2.GradientLensRequest:
-        """The layers from the one that was cut down, on the same weights."""
-        request = self._again()
+        """Request the incomplete layer and those below it, of the same revision."""
+        request = self._pinned_request()
         if self._matrices and not request.HasField("subject"):
-            cut = self._matrices[-1][0]
-            asked = request.layers or range(cut + 1)
-            replace_all(request.layers, sorted(layer for layer in set(asked) if layer <= cut))
+            incomplete = self._matrices[-1][0]
+            wanted = request.layers or range(incomplete + 1)
+            missing = sorted(layer for layer in set(wanted) if layer <= incomplete)
+            replace_all(request.layers, missing)
         return request
 
     def _take_part(
@@ -235,85 +233,64 @@ class GradientSplice(
         return list(header.target_token_ids)
 
 
-ReturnT = TypeVar("ReturnT")
-
-
-@dataclass(frozen=True)
-class UnaryCall:
-    """One message out, one back. `timeout` in seconds, None = the client's."""
-
-    method: str
-    request: Message
-    timeout: float | None
-
-
-@dataclass(frozen=True)
-class StreamCall(Generic[ResponseT, EventT, ResultT]):
-    """One message out, a stream back. `timeout` in seconds, None = the client's.
-
-    `splice` joins the answers of several calls, where the client resumes what was cut.
-    """
-
-    method: str
-    request: Message
-    timeout: float | None
-    assembler: Assembler[ResponseT, EventT, ResultT]
-    splice: Splice[Any, ResponseT]
-
-
-# The responses sent into it are of the type that belongs to the method just yielded.
-Exchange = Generator[UnaryCall, Any, ReturnT]
-
+SPLICES: Mapping[str, Callable[[Any], Splice[Any, Any]]] = {
+    "Trace": TraceSplice,
+    "GradientLens": GradientSplice,
+}
 
 logger = logging.getLogger("januslens")
 
-# How many calls in a row may fail before they have brought anything new. The first is made at once,
-# the others after 1, 2, 4 seconds: a server that is started again needs some.
-FRUITLESS = 4
+# The maximum number of failed attempts in a row without a new message. The first retry follows at
+# once, the others after 1, 2 and 4 seconds, so that a restarting server can answer.
+MAX_FRUITLESS_ATTEMPTS = 4
 
 
 class ResumableCall:
-    """The calls made so far for one question, and what the next one is to be."""
+    """A call, which may take several attempts if the client has `resume=True`."""
 
-    def __init__(self, connection: Connection, call: UnaryCall | StreamCall[Any, Any, Any]) -> None:
+    def __init__(
+        self, connection: Connection, method: str, request: Message, timeout: float | None
+    ) -> None:
+        """`timeout` is in seconds; None = the client's."""
         self.connection = connection
-        self.method = call.method
-        self.request: Message = call.request
+        self.method = method
+        self.request = request
         self.attempt = Attempt(connection)
-        seconds = connection.seconds(call.timeout)
+        seconds = connection.seconds(timeout)
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._fruitless = 0
 
     @property
     def timeout(self) -> float | None:
-        """Seconds that are left for the next call."""
+        """Seconds left for the next attempt."""
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-
-    def cut(self, error: grpc.RpcError) -> None:
-        """A call failed: get ready for the next one, or raise what ends the course.
-
-        Raises:
-            JanuslensError: The failure, unless it is one that the client resumes from.
-        """
-        call = cast("FailedCall", error)
-        failure = self.attempt.failure(call)
-        if not (self.connection.resume and was_cut(call) and self._hopeful()):
-            raise failure from error
-        self._again(failure)
 
     @property
     def pause(self) -> float:
-        """Seconds to wait before the next call."""
+        """Seconds to wait before the next attempt."""
         return 0.0 if self._fruitless < 2 else 2.0 ** (self._fruitless - 2)
 
-    def _hopeful(self) -> bool:
-        self._fruitless += 1
-        return self._fruitless <= FRUITLESS
+    def failed(self, error: grpc.RpcError) -> None:
+        """Prepare another attempt after `error`.
 
-    def _again(self, failure: JanuslensError) -> None:
+        Raises:
+            JanuslensError: The call is not resumed.
+        """
+        call = cast("FailedCall", error)
+        failure = self.attempt.failure(call)
+        if not (self.connection.resume and was_cut(call) and self._may_retry):
+            raise failure from error
+        self._prepare_attempt(failure)
+
+    @property
+    def _may_retry(self) -> bool:
+        return self._fruitless < MAX_FRUITLESS_ATTEMPTS
+
+    def _prepare_attempt(self, failure: JanuslensError) -> None:
+        self._fruitless += 1
         before, self.attempt = self.attempt, Attempt(self.connection)
         logger.warning(
-            "%s %s was cut (%s: %s); going on as %s",
+            "%s %s was interrupted (%s: %s); resuming as %s",
             self.method,
             before.request_id,
             failure.code,
@@ -323,21 +300,28 @@ class ResumableCall:
 
 
 class ResumableStream(ResumableCall, Generic[EventT, ResultT]):
-    """A course whose calls stream."""
+    """A streaming call; the messages of its attempts are joined to one stream."""
 
-    def __init__(self, connection: Connection, call: StreamCall[Any, EventT, ResultT]) -> None:
-        super().__init__(connection, call)
+    def __init__(
+        self,
+        connection: Connection,
+        method: str,
+        request: Message,
+        timeout: float | None,
+        assembler: Assembler[Any, EventT, ResultT],
+    ) -> None:
+        super().__init__(connection, method, request, timeout)
         self.interruptions: list[StreamInterrupted] = []
-        self._assembler = call.assembler
-        self._splice = call.splice if connection.resume else None
+        self._assembler = assembler
+        self._splice = SPLICES[method](request) if connection.resume else None
         self._due = 0
 
     def take(self, response: Any) -> list[EventT]:
-        """The events that the next message completes.
+        """Take the next message; return the events that it completes.
 
         Raises:
             ProtocolViolation: It is not the next message, or does not continue the one before.
-            StreamInterrupted: Another replica answered, but not the same.
+            StreamInterrupted: Another replica gives a different answer.
         """
         if response.sequence != self._due:
             raise self._assembler.violation(
@@ -352,7 +336,7 @@ class ResumableStream(ResumableCall, Generic[EventT, ResultT]):
             return [response]
         try:
             return self._splice.take(response)
-        except OtherAnswer as error:
+        except DifferentAnswer as error:
             raise self._assembler.interruption(str(error)) from error
 
     def _read(self, message: Any) -> EventT | None:
@@ -361,33 +345,37 @@ class ResumableStream(ResumableCall, Generic[EventT, ResultT]):
         return self._assembler.feed(message)
 
     def result(self) -> ResultT:
-        """The whole, once it has come.
+        """Return the whole result.
 
         Raises:
-            StreamInterrupted: It has not.
+            StreamInterrupted: The summary has not arrived.
         """
         return self._assembler.result()
 
     @property
     def complete(self) -> bool:
-        """Whether the summary has come."""
+        """Whether the summary has arrived."""
         return self._assembler.complete
 
-    def cut(self, error: grpc.RpcError | None) -> None:
-        """A call failed, or ended (None) before its summary; else as for any course."""
-        if error is None:
-            failure: JanuslensError = self._assembler.interruption()
-        else:
-            failure = self.attempt.failure(
-                cast("FailedCall", error), self._assembler.partial(), self._assembler.interrupted
-            )
-        if isinstance(failure, StreamInterrupted):
-            resumable = True
-            self.interruptions.append(failure)
-        else:  # no other replica is there yet
-            resumable = bool(self.interruptions) and isinstance(failure, Unavailable)
-        if self._splice is None or not resumable or not self._hopeful():
+    def failed(self, error: grpc.RpcError | None) -> None:
+        """Prepare another attempt after `error`; None = the stream ended before its summary.
+
+        Raises:
+            JanuslensError: The call is not resumed.
+        """
+        failure = self._failure(error)
+        interrupted = isinstance(failure, StreamInterrupted)
+        if interrupted:
+            self.interruptions.append(cast("StreamInterrupted", failure))
+        # Once interrupted, a call also waits for a replica to become available.
+        waiting = bool(self.interruptions) and isinstance(failure, Unavailable)
+        if self._splice is None or not (interrupted or waiting) or not self._may_retry:
             raise failure from error
-        self._splice.restart()
+        self._prepare_attempt(failure)
         self.request, self._due = self._splice.rest(), 0
-        self._again(failure)
+
+    def _failure(self, error: grpc.RpcError | None) -> JanuslensError:
+        if error is None:
+            return self._assembler.interruption()
+        call = cast("FailedCall", error)
+        return self.attempt.failure(call, self._assembler.partial(), self._assembler.interrupted)

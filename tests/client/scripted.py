@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 
-from januslens.v1 import models_pb2, trace_pb2
+from januslens.v1 import models_pb2, neurons_pb2, trace_pb2
 
 SERVICE = "januslens.v1.IntrospectionService"
 
@@ -20,12 +20,15 @@ SERVICE = "januslens.v1.IntrospectionService"
 class Script:
     """Sends `responses`; then ends, or with `hangs` waits until the caller leaves.
 
-    Knows ListModels and Trace only; `called` and `left` say when a caller came and went.
+    Offers ListModels, FindNeurons and Trace only. `called` and `left` are set when a call begins
+    and ends.
     """
 
     responses: Sequence[trace_pb2.TraceResponse] = ()
     hangs: bool = False
     pages: Sequence[models_pb2.ListModelsResponse] = ()
+    neuron_pages: Sequence[neurons_pb2.FindNeuronsResponse] = ()
+    neuron_requests: list[neurons_pb2.FindNeuronsRequest] = field(default_factory=list)
     metadata: list[dict[str, str | bytes]] = field(default_factory=list)
     called: threading.Event = field(default_factory=threading.Event)
     left: threading.Event = field(default_factory=threading.Event)
@@ -45,6 +48,13 @@ class Script:
         self._come(context)
         return self.pages[int(request.page_token or 0)]
 
+    def find_neurons(
+        self, request: neurons_pb2.FindNeuronsRequest, context: grpc.ServicerContext
+    ) -> neurons_pb2.FindNeuronsResponse:
+        self._come(context)
+        self.neuron_requests.append(request)
+        return self.neuron_pages[len(self.neuron_requests) - 1]
+
     def _come(self, context: grpc.ServicerContext) -> None:
         self.metadata.append(dict(context.invocation_metadata()))
         self.called.set()
@@ -63,6 +73,11 @@ def serving(script: Script) -> Iterator[str]:
             script.list_models,
             models_pb2.ListModelsRequest.FromString,
             models_pb2.ListModelsResponse.SerializeToString,
+        ),
+        "FindNeurons": grpc.unary_unary_rpc_method_handler(
+            script.find_neurons,
+            neurons_pb2.FindNeuronsRequest.FromString,
+            neurons_pb2.FindNeuronsResponse.SerializeToString,
         ),
     }
     server = grpc.server(futures.ThreadPoolExecutor(4))

@@ -16,11 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
-from januslens import Cancelled, ErrorDetails, read_gradient, read_trace
-from januslens._calls import find_neurons as neurons_verb
-from januslens._calls import gradient_lens as gradient_verb
-from januslens._calls import project as project_verb
-from januslens._calls import trace as trace_verb
+from januslens import Cancelled, Client, ErrorDetails, read_gradient, read_trace
 from januslens.cli.gradient import gradient as gradient_command
 from januslens.cli.lookups import neurons as neurons_command
 from januslens.cli.lookups import project as project_command
@@ -105,10 +101,10 @@ def test_help_and_version_end_with_0() -> None:
 @pytest.mark.parametrize(
     ("command", "verb", "own"),
     [
-        (trace_command, trace_verb, {"rows", "details", "html", "estimate"}),
-        (gradient_command, gradient_verb, {"rows", "html", "estimate", *PREVIEWED}),
-        (project_command, project_verb, {"file", "name"}),
-        (neurons_command, neurons_verb, {"written"}),
+        (trace_command, Client.trace, {"rows", "details", "html", "estimate"}),
+        (gradient_command, Client.gradient_lens, {"rows", "html", "estimate", *PREVIEWED}),
+        (project_command, Client.project, {"file", "name"}),
+        (neurons_command, Client.find_neurons, {"written"}),
     ],
 )
 def test_every_option_is_an_argument_of_the_verb(

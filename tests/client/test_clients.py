@@ -1,10 +1,13 @@
-"""The two clients are one."""
+"""The synchronous and the asynchronous client have the same methods and documentation."""
 
 from __future__ import annotations
 
 import inspect
+import pydoc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +54,34 @@ def test_what_one_returns_the_other_awaits(verb: str) -> None:
     returned = inspect.signature(sync).return_annotation
     assert returned == inspect.signature(aio).return_annotation
     assert returned is not inspect.Signature.empty
+
+
+def test_the_synchronous_client_is_generated_from_the_asynchronous_one() -> None:
+    script = Path(__file__).parents[2] / "client" / "unasync.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--check"], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("client", [Client, AsyncClient])
+def test_help_shows_no_private_path(client: type) -> None:
+    assert not re.search(r"januslens\._|\b_[a-z]+\.py", pydoc.render_doc(client))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_method_is_defined_in_the_clients_source(verb: str) -> None:
+    source = inspect.getsource(getattr(Client, verb))
+    assert source.lstrip().startswith(f"def {verb}(")
+
+
+@pytest.mark.parametrize("call", ["trace", "gradient_lens"])
+def test_streams_and_estimates_document_the_arguments_of_the_whole_call(call: str) -> None:
+    def arguments(verb: str) -> str:
+        documented = inspect.getdoc(getattr(Client, verb)) or ""
+        return documented.partition("Args:")[2].partition("    timeout:")[0]
+
+    assert arguments(f"stream_{call}") == arguments(f"estimate_{call}") == arguments(call) != ""
 
 
 def test_the_constructors_take_the_same_arguments() -> None:

@@ -1,16 +1,19 @@
-"""The pages that `find_neurons` asks for, and what it makes of them."""
+"""The pages that `find_neurons` requests, and the result that it returns."""
 
 from __future__ import annotations
 
 import pytest
 
-from januslens import FoundNeurons
-from januslens._calls import find_neurons
+from januslens import Client, FoundNeurons
+from januslens._requests import find_neurons_request
 from januslens.v1 import neurons_pb2
 from tests.client.messages import projection, tokens
+from tests.client.scripted import Script, serving
 
 
-def page(*neurons: int, following: str = "", expert: int | None = None) -> object:
+def page(
+    *neurons: int, following: str = "", expert: int | None = None
+) -> neurons_pb2.FindNeuronsResponse:
     return neurons_pb2.FindNeuronsResponse(
         neurons=[
             neurons_pb2.NeuronHit(
@@ -31,20 +34,14 @@ def page(*neurons: int, following: str = "", expert: int | None = None) -> objec
     )
 
 
-def asked(limit: int | None, *answers: object) -> tuple[list[tuple[int, str]], FoundNeurons]:
-    """The sizes and tokens of the pages asked for, and the result."""
-    exchange = find_neurons(2, limit=limit)
-    calls = []
-    call = next(exchange)
-    try:
-        for answer in answers:
-            request = call.request
-            assert isinstance(request, neurons_pb2.FindNeuronsRequest)
-            calls.append((request.page_size, request.page_token))
-            call = exchange.send(answer)
-    except StopIteration as finished:
-        return calls, finished.value
-    raise LookupError("expected the verb to end")
+def asked(
+    limit: int | None, *pages: neurons_pb2.FindNeuronsResponse
+) -> tuple[list[tuple[int, str]], FoundNeurons]:
+    """The sizes and tokens of the requested pages, and the result."""
+    script = Script(neuron_pages=pages)
+    with serving(script) as address, Client(address) as client:
+        found = client.find_neurons(2, limit=limit)
+    return [(request.page_size, request.page_token) for request in script.neuron_requests], found
 
 
 def test_pages_are_asked_for_until_there_is_no_more() -> None:
@@ -81,4 +78,4 @@ def test_nothing_found_is_an_empty_frame() -> None:
 @pytest.mark.parametrize("limit", [0, -1])
 def test_an_impossible_limit_is_refused(limit: int) -> None:
     with pytest.raises(ValueError, match="limit"):
-        next(find_neurons(2, limit=limit))
+        find_neurons_request(2, limit=limit)

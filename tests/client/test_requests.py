@@ -17,37 +17,18 @@ from januslens import (
     MatrixKind,
     NodeKind,
     Probe,
-    _calls,
+    _requests,
 )
-from januslens._resuming import UnaryCall
 from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
 
 NAN, INF = float("nan"), float("inf")
 
 
-def trace(*args: Any, **kwargs: Any) -> trace_pb2.TraceRequest:
-    request = _calls.trace(*args, **kwargs).request
-    assert isinstance(request, trace_pb2.TraceRequest)
-    return request
-
-
-def gradient(*args: Any, **kwargs: Any) -> gradient_lens_pb2.GradientLensRequest:
-    request = _calls.gradient_lens(*args, **kwargs).request
-    assert isinstance(request, gradient_lens_pb2.GradientLensRequest)
-    return request
-
-
-def project(*args: Any, **kwargs: Any) -> lens_pb2.ProjectRequest:
-    call = next(_calls.project(*args, **kwargs))
-    assert isinstance(call, UnaryCall)
-    assert isinstance(call.request, lens_pb2.ProjectRequest)
-    return call.request
-
-
-def preview(*args: Any, **kwargs: Any) -> edits_pb2.PreviewEditRequest:
-    call = next(_calls.preview_edit(*args, **kwargs))
-    assert isinstance(call.request, edits_pb2.PreviewEditRequest)
-    return call.request
+# Untyped, because some tests pass arguments of wrong types.
+trace: Callable[..., trace_pb2.TraceRequest] = _requests.trace_request
+gradient: Callable[..., gradient_lens_pb2.GradientLensRequest] = _requests.gradient_lens_request
+project: Callable[..., lens_pb2.ProjectRequest] = _requests.project_request
+preview: Callable[..., edits_pb2.PreviewEditRequest] = _requests.preview_edit_request
 
 
 def test_a_plain_trace_leaves_everything_to_the_server_but_logit_contributions() -> None:

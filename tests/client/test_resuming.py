@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.message import Message
 
 from januslens._assemblers import GradientAssembler, TraceAssembler
-from januslens._resuming import GradientSplice, OtherAnswer, TraceSplice
+from januslens._resuming import DifferentAnswer, GradientSplice, TraceSplice
 from januslens.v1 import common_pb2, gradient_lens_pb2, service_pb2_grpc, trace_pb2
 from tests.support.calls import long_trace, prompt, timeless
 
@@ -106,7 +106,6 @@ def test_the_joined_stream_is_the_uncut_one(stub: Any, case: str) -> None:
     for cut in cuts(len(whole)):
         splice, assembler = splice_of(request), assembler_of()
         messages = joined(splice, whole[:cut])
-        splice.restart()
         messages += joined(splice, ask(splice.rest()))
         for message in messages:
             assembler.feed(message)
@@ -121,7 +120,6 @@ def test_a_stream_may_be_cut_again_and_again(stub: Any) -> None:
     for came in (1, 2, 3, 0, 1):
         part = list(stub.Trace(splice.rest()))
         messages += joined(splice, part[:came])
-        splice.restart()
     messages += joined(splice, stub.Trace(splice.rest()))
     assert parts(messages) == parts(whole)
 
@@ -152,7 +150,7 @@ def test_another_answer_is_not_joined(stub: Any) -> None:
     ):
         splice, other = TraceSplice(TRACES["all layers"]), copied(whole[0])
         joined(splice, whole[:2])
-        splice.restart()
+        splice.rest()
         change(other.header)
-        with pytest.raises(OtherAnswer, match="of the other replica"):
+        with pytest.raises(DifferentAnswer, match="the other replica has"):
             splice.take(other)

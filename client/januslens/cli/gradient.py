@@ -8,10 +8,8 @@ from typing import Any
 
 import click
 
+from januslens._arguments import DescentStep, Edit, ForwardShift, Probe, Text
 from januslens._assemblers import GradientEvent
-from januslens._client import Client
-from januslens._event_stream import EventStream
-from januslens._requests import DescentStep, Edit, ForwardShift, Probe, Text
 from januslens._results.edits import EditPreview
 from januslens._results.gradient import Gradient
 from januslens._results.matrices import Matrix
@@ -33,6 +31,7 @@ from januslens.cli.options import (
 )
 from januslens.cli.show_gradient import preview_section, show_gradient
 from januslens.cli.tables import Steps, console, steps
+from januslens.client import Client, EventStream
 
 
 @click.command()

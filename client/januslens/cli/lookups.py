@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from januslens import _presentation as presentation
-from januslens._client import Client
 from januslens._results.exports import require
 from januslens._results.models import Model
 from januslens._results.neurons import FoundNeurons, NeuronHit
@@ -36,6 +35,7 @@ from januslens.cli.tables import (
     table,
     tokens_cell,
 )
+from januslens.client import Client
 
 _STATE_STYLES = {"READY": "green", "FAILED": "red", "LOADING": "yellow"}
 

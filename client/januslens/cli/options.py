@@ -16,13 +16,13 @@ from typing import Any, Concatenate, Literal, ParamSpec
 import click
 from google.protobuf.message import Message
 
-from januslens._client import Client
+from januslens._arguments import Text
 from januslens._connection import DEFAULT_ADDRESS
-from januslens._requests import Text
 from januslens._results.exports import json_line
 from januslens._results.kinds import Lens, MatrixKind
 from januslens._results.models import CostEstimate
 from januslens.cli.tables import console, cost_table
+from januslens.client import Client
 from januslens.errors import JanuslensError
 
 

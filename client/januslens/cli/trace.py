@@ -7,10 +7,8 @@ from typing import Any
 
 import click
 
+from januslens._arguments import Text
 from januslens._assemblers import TraceEvent
-from januslens._client import Client
-from januslens._event_stream import EventStream
-from januslens._requests import Text
 from januslens._results.trace import LayerGraph, Trace, TraceHeader
 from januslens.cli.options import (
     COUNT,
@@ -29,6 +27,7 @@ from januslens.cli.options import (
 )
 from januslens.cli.show_trace import show_trace
 from januslens.cli.tables import Steps, console, steps
+from januslens.client import Client, EventStream
 
 
 @click.command()

@@ -7,7 +7,7 @@ If the call fails, the last line is `{"error": {...}}`.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -18,14 +18,12 @@ from google.protobuf.message_factory import GetMessageClass
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from januslens._aio import AsyncClient
 from januslens._assemblers import Assembler, GradientAssembler, TraceAssembler
-from januslens._calls import trace_overview
-from januslens._event_stream import AsyncEventStream
+from januslens._requests import overview_request
 from januslens._results.exports import json_line
 from januslens._results.gradient import Gradient
 from januslens._results.trace import Trace
-from januslens._resuming import GradientSplice, Splice, StreamCall, TraceSplice, UnaryCall
+from januslens.aio import AsyncClient, AsyncEventStream
 from januslens.errors import JanuslensError, StreamInterrupted
 from januslens.v1 import gradient_lens_pb2, service_pb2, trace_pb2
 
@@ -34,11 +32,6 @@ ResultT = TypeVar("ResultT")
 _METHODS: dict[str, MethodDescriptor] = dict(
     service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"].methods_by_name
 )
-# How to resume an interrupted stream, by method.
-_SPLICES: dict[str, Callable[[Any], Splice[Any, Any]]] = {
-    "Trace": TraceSplice,
-    "GradientLens": GradientSplice,
-}
 
 
 class ForwardingAssembler(Assembler[Any, Message, list[Any]]):
@@ -69,14 +62,12 @@ class Gateway(AsyncClient):
         Raises:
             JanuslensError: The call failed.
         """
-        response: Any = await self._send(UnaryCall(method, request, None))
-        message: Message = response
-        return message
+        response: Message = await self._send(method, request, None)
+        return response
 
     def stream(self, method: str, request: Message) -> AsyncEventStream[Message, list[Any]]:
         """Call a streaming method; leaving the `async with` block cancels the call."""
-        call = StreamCall(method, request, None, ForwardingAssembler(), _SPLICES[method](request))
-        return self._open(call)
+        return self._stream(method, request, None, ForwardingAssembler())
 
 
 async def forward(request: Request) -> Response:
@@ -97,10 +88,10 @@ async def forward_overview(request: Request) -> Response:
     """Trace the residual stream around a trace, given the trace's header line and its lens."""
     try:
         body = json.loads(await request.body())
-        call = trace_overview(parse_trace([body["header"]]), lens=body["lens"])
+        message = overview_request(parse_trace([body["header"]]), lens=body["lens"])
     except (ValueError, TypeError, KeyError, ParseError, JanuslensError) as error:
         return _invalid(400, f"invalid overview request: {error}; expected a header and a lens")
-    return _ndjson(_streamed(request.state.gateway, "Trace", call.request))
+    return _ndjson(_streamed(request.state.gateway, "Trace", message))
 
 
 def parse_trace(lines: Iterable[str]) -> Trace:

@@ -1,0 +1,195 @@
+"""gRPC channels of both clients, and the responses of a running stream.
+
+This module holds what differs between the synchronous and the asynchronous client by more than
+`await`: event loops, cancellation and waiting. Everything else is in `aio.py`, from which
+`client.py` is generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Any, Protocol, Self
+
+import grpc
+
+from januslens._connection import Connection
+from januslens._resuming import ResumableCall
+from januslens.v1.service_pb2_grpc import IntrospectionServiceStub
+
+
+class _Responses(Protocol):
+    """grpc's object of a running stream."""
+
+    def __next__(self) -> Any: ...
+    def cancel(self) -> object: ...
+
+
+class Responses:
+    """The responses of a running stream, for one thread at a time.
+
+    Iteration ends once `cancel` was called, by any thread.
+    """
+
+    def __init__(self, call: _Responses) -> None:
+        self._call = call
+        self._cancelled = False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._call)
+        except grpc.RpcError:
+            if self._cancelled:
+                raise StopIteration from None
+            raise
+
+    def cancel(self) -> None:
+        """Cancel the call if it still runs; the server stops computing."""
+        self._cancelled = True
+        self._call.cancel()
+
+
+class Channel:
+    """The connection of a synchronous client, shared by all threads."""
+
+    def __init__(self, connection: Connection) -> None:
+        options = connection.channel_options
+        if connection.credentials is None:
+            self._channel = grpc.insecure_channel(connection.address, options)
+        else:
+            self._channel = grpc.secure_channel(connection.address, connection.credentials, options)
+        self._stub = IntrospectionServiceStub(self._channel)
+
+    def response(self, call: ResumableCall) -> Any:
+        """Make a unary call and return its response."""
+        return self._start(call)
+
+    def responses(self, call: ResumableCall) -> Responses:
+        """Start a streaming call."""
+        return Responses(self._start(call))
+
+    def _start(self, call: ResumableCall) -> Any:
+        method = getattr(self._stub, call.method)
+        return method(call.request, timeout=call.timeout, metadata=call.attempt.metadata)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait before another attempt."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        """Close the connection; running calls are cancelled."""
+        self._channel.close()
+
+
+class _AsyncResponses(Protocol):
+    """grpc's object of a running asynchronous stream."""
+
+    def __aiter__(self) -> AsyncIterator[Any]: ...
+    def cancel(self) -> bool: ...
+
+
+class AsyncResponses:
+    """The responses of a running asynchronous stream.
+
+    Iteration ends once `cancel` was called. Dropping the last reference cancels the call.
+    """
+
+    def __init__(self, call: _AsyncResponses) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._call = call
+        self._received = aiter(call)
+        self._cancelled = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await anext(self._received)
+        except asyncio.CancelledError:
+            if self._cancelled:  # `cancel` cancelled the call; nobody cancelled this task
+                raise StopAsyncIteration from None
+            raise
+
+    def cancel(self) -> None:
+        """Cancel the call if it still runs; the server stops computing."""
+        self._cancelled = True
+        self._call.cancel()
+
+    def __del__(self) -> None:
+        """Cancel the call: grpc keeps its own object of a running call alive.
+
+        Any thread may run this, at any time, but calls belong to the thread of their event loop.
+        """
+        if self._cancelled or self._loop.is_closed():
+            return
+        with suppress(RuntimeError):  # the loop was closed in this moment
+            self._loop.call_soon_threadsafe(self._call.cancel)
+
+
+class AsyncChannel:
+    """The connections of an asynchronous client: one for each event loop that uses it."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._channels: dict[
+            asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, IntrospectionServiceStub]
+        ] = {}
+
+    async def response(self, call: ResumableCall) -> Any:
+        """Make a unary call and return its response."""
+        running = self._start(call)
+        try:
+            return await running
+        finally:
+            running.cancel()  # has no effect on a finished call
+
+    def responses(self, call: ResumableCall) -> AsyncResponses:
+        """Start a streaming call."""
+        return AsyncResponses(self._start(call))
+
+    def _start(self, call: ResumableCall) -> Any:
+        method = getattr(self._stub(), call.method)
+        return method(call.request, timeout=call.timeout, metadata=call.attempt.metadata)
+
+    def _stub(self) -> IntrospectionServiceStub:
+        """Return the stub of the running event loop; create it, with its channel, if needed."""
+        loop = asyncio.get_running_loop()
+        if loop not in self._channels:
+            self._forget_closed_loops()
+            channel = self._new_channel()
+            self._channels[loop] = (channel, IntrospectionServiceStub(channel))
+        return self._channels[loop][1]
+
+    def _new_channel(self) -> grpc.aio.Channel:
+        address, credentials = self._connection.address, self._connection.credentials
+        options = self._connection.channel_options
+        if credentials is None:
+            return grpc.aio.insecure_channel(address, options)
+        return grpc.aio.secure_channel(address, credentials, options)
+
+    def _forget_closed_loops(self) -> None:
+        """Drop channels that can no longer be used or closed; gRPC then closes them."""
+        for loop in [loop for loop in self._channels if loop.is_closed()]:
+            del self._channels[loop]
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait before another attempt."""
+        await asyncio.sleep(seconds)
+
+    async def close(self) -> None:
+        """Close the connections of all event loops; running calls are cancelled."""
+        self._forget_closed_loops()
+        here = asyncio.get_running_loop()
+        while self._channels:
+            loop, (channel, _) = self._channels.popitem()
+            if loop is here:
+                await channel.close()
+            elif loop.is_running():
+                closing = asyncio.run_coroutine_threadsafe(channel.close(), loop)
+                await asyncio.wrap_future(closing)

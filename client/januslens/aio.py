@@ -1,0 +1,922 @@
+"""The asynchronous client. The synchronous one, `client.py`, is generated from this module."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self
+
+import grpc
+from google.protobuf.message import Message
+from numpy.typing import ArrayLike
+
+from januslens._arguments import (
+    Edit,
+    Layers,
+    Loss,
+    Positions,
+    Probe,
+    Prompt,
+    SubjectLike,
+    TargetLike,
+)
+from januslens._assemblers import (
+    Assembler,
+    EventT,
+    GradientAssembler,
+    GradientEvent,
+    ResultT,
+    TraceAssembler,
+    TraceEvent,
+)
+from januslens._channels import AsyncChannel
+from januslens._connection import (
+    DEFAULT_ADDRESS,
+    Connection,
+    ResponseHook,
+    channel_credentials,
+    checked_timeout,
+)
+from januslens._requests import (
+    find_neurons_request,
+    gradient_lens_request,
+    next_page_request,
+    overview_request,
+    preview_edit_request,
+    project_request,
+    trace_request,
+)
+from januslens._results.edits import EditPreview
+from januslens._results.gradient import Gradient
+from januslens._results.kinds import Lens, MatrixKind, NodeKind
+from januslens._results.models import CostEstimate, Model, Models
+from januslens._results.neurons import FoundNeurons
+from januslens._results.tokens import Token, Tokens, TokenTable
+from januslens._results.trace import Trace
+from januslens._results.vectors import Projection, Projections
+from januslens._resuming import ResumableCall, ResumableStream
+from januslens.errors import StreamInterrupted
+from januslens.v1 import cost_pb2, models_pb2, neurons_pb2
+
+
+class AsyncEventStream(Generic[EventT, ResultT]):
+    """The events of a stream: the header, each layer or matrix when complete, the summary.
+
+    Iterate over it, or call `result()` for the whole result. Closing it, leaving its context or
+    dropping the last reference to it cancels the call if it is still running.
+    """
+
+    def __init__(self, channel: AsyncChannel, call: ResumableStream[EventT, ResultT]) -> None:
+        self._channel = channel
+        self._call = call
+        self._ready: deque[EventT] = deque()
+        self._closed = False
+        self._responses = channel.responses(call)
+
+    @property
+    def interruptions(self) -> tuple[StreamInterrupted, ...]:
+        """The interruptions after which the stream was resumed on another replica."""
+        return tuple(self._call.interruptions)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> EventT:
+        """Return the next event; a closed stream has none.
+
+        Raises:
+            StreamInterrupted: The stream was interrupted; `partial` has what was received.
+            JanuslensError: The call failed; `partial` has what was received.
+        """
+        while not self._closed:
+            if self._ready:
+                return self._ready.popleft()
+            await self._advance()
+        raise StopAsyncIteration
+
+    async def _advance(self) -> None:
+        """Take the next message, or resume the interrupted call."""
+        try:
+            response = await anext(self._responses)
+        except StopAsyncIteration:
+            if self._closed or self._call.complete:
+                raise
+            self._call.failed(None)
+        except grpc.RpcError as error:
+            self._call.failed(error)
+        else:
+            self._ready.extend(self._call.take(response))
+            return
+        await self._channel.sleep(self._call.pause)
+        if not self._closed:
+            self._responses = self._channel.responses(self._call)
+
+    async def result(self) -> ResultT:
+        """Wait for the rest of the stream and return the whole result.
+
+        Raises:
+            StreamInterrupted: The stream was interrupted or closed before its summary.
+            JanuslensError: The call failed; `partial` has what was received.
+        """
+        async for _ in self:
+            pass
+        return self._call.result()
+
+    async def close(self) -> None:
+        """Cancel the call if it is still running; the server stops computing."""
+        self._closed = True
+        self._responses.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+
+class AsyncClient:
+    """An asynchronous client of a Januslens server.
+
+    Close it, or use it as a context manager. Event loops may share it; it has a connection for
+    each.
+
+    Args:
+        address: `host:port` of the server, or a name that gRPC resolves, such as
+            `dns:///januslens-headless:50051`; calls are balanced over all of its addresses.
+        token: Bearer token, sent as `authorization: Bearer ...`; readable on the network without
+            TLS.
+        timeout: Maximum seconds for calls without a timeout of their own; None = no limit.
+        secure: Use TLS with the system's root certificates.
+        root_certificates: Use TLS with the root certificates in this PEM file.
+        client_certificate: Use mutual TLS with the certificate and the private key in these two PEM
+            files.
+        credentials: Use these channel credentials, e.g. of `grpc.ssl_channel_credentials`.
+        resume: Resume interrupted calls on another replica instead of raising an exception.
+        on_response: Called with every response message on arrival, e.g. to record it.
+
+    Raises:
+        TypeError: The timeout is not a number.
+        ValueError: The timeout is negative or NaN, or there are both credentials and certificates.
+        OSError: A certificate cannot be read.
+    """
+
+    def __init__(  # noqa: PLR0913 - by keyword
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        token: str | None = None,
+        timeout: float | None = None,
+        secure: bool = False,
+        root_certificates: str | Path | None = None,
+        client_certificate: tuple[str | Path, str | Path] | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        resume: bool = False,
+        on_response: ResponseHook | None = None,
+    ) -> None:
+        encryption = channel_credentials(
+            secure=secure,
+            root_certificates=root_certificates,
+            client_certificate=client_certificate,
+            credentials=credentials,
+        )
+        checked_timeout(timeout)
+        self._connection = Connection(address, token, timeout, encryption, resume, on_response)
+        self._channel = AsyncChannel(self._connection)
+
+    async def trace(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt,
+        target: TargetLike | None = None,
+        *,
+        layers: Layers | None = None,
+        positions: Positions | None = None,
+        heads: int | None = None,
+        memory_values: int | None = None,
+        top_neurons: int | None = None,
+        bottom_neurons: int | None = None,
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        lens: Lens | str = Lens.FINAL_NORM,
+        node_kinds: Iterable[NodeKind | str] | None = None,
+        vectors: bool = False,
+        logit_contribution: bool = True,
+        overlap_k: int | None = None,
+        checks: bool = False,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> Trace:
+        """Trace the forward pass as a flow graph of vectors projected to the vocabulary (VISIT).
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            target: The token whose rank every projection reports: text of one token, in which a
+                leading space counts, or a token id. None = the model's own next token at each
+                position.
+            layers: Layers to send, from 0; None = all.
+            positions: Query positions, negative from the end, or `"all"`; None = the last one.
+            heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
+                all.
+            memory_values: Maximum source positions per head, largest attention first; None = the
+                server's default, 0 = all.
+            top_neurons: Maximum neurons per MLP, largest activation times norm first; None = the
+                server's default, 0 = all.
+            bottom_neurons: Maximum neurons per MLP, most negative first; None = the server's
+                default, 0 = none.
+            top_k: Most likely tokens per projection; None = the server's default, 0 = none.
+            bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
+            lens: `FINAL_NORM`, `NORMALIZED` (scale each vector to length 1 first) or `RAW`.
+            node_kinds: Node kinds to send; None = all. Hiding nodes does not change any sum.
+            vectors: Send the vectors of the nodes.
+            logit_contribution: Send each part's contribution to the target's logit.
+            overlap_k: Send each edge's intersection score, computed on this many top tokens.
+            checks: Repeat the model's self-check on this request and report it in the summary.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            TraceInterrupted: The stream was interrupted; `partial` has the layers received.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        stream = self.stream_trace(
+            prompt,
+            target,
+            layers=layers,
+            positions=positions,
+            heads=heads,
+            memory_values=memory_values,
+            top_neurons=top_neurons,
+            bottom_neurons=bottom_neurons,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            lens=lens,
+            node_kinds=node_kinds,
+            vectors=vectors,
+            logit_contribution=logit_contribution,
+            overlap_k=overlap_k,
+            checks=checks,
+            model=model,
+            revision=revision,
+            timeout=timeout,
+        )
+        async with stream:
+            return await stream.result()
+
+    def stream_trace(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt,
+        target: TargetLike | None = None,
+        *,
+        layers: Layers | None = None,
+        positions: Positions | None = None,
+        heads: int | None = None,
+        memory_values: int | None = None,
+        top_neurons: int | None = None,
+        bottom_neurons: int | None = None,
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        lens: Lens | str = Lens.FINAL_NORM,
+        node_kinds: Iterable[NodeKind | str] | None = None,
+        vectors: bool = False,
+        logit_contribution: bool = True,
+        overlap_k: int | None = None,
+        checks: bool = False,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> AsyncEventStream[TraceEvent, Trace]:
+        """Trace the forward pass as in `trace`, and receive each layer when it is complete.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            target: The token whose rank every projection reports: text of one token, in which a
+                leading space counts, or a token id. None = the model's own next token at each
+                position.
+            layers: Layers to send, from 0; None = all.
+            positions: Query positions, negative from the end, or `"all"`; None = the last one.
+            heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
+                all.
+            memory_values: Maximum source positions per head, largest attention first; None = the
+                server's default, 0 = all.
+            top_neurons: Maximum neurons per MLP, largest activation times norm first; None = the
+                server's default, 0 = all.
+            bottom_neurons: Maximum neurons per MLP, most negative first; None = the server's
+                default, 0 = none.
+            top_k: Most likely tokens per projection; None = the server's default, 0 = none.
+            bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
+            lens: `FINAL_NORM`, `NORMALIZED` (scale each vector to length 1 first) or `RAW`.
+            node_kinds: Node kinds to send; None = all. Hiding nodes does not change any sum.
+            vectors: Send the vectors of the nodes.
+            logit_contribution: Send each part's contribution to the target's logit.
+            overlap_k: Send each edge's intersection score, computed on this many top tokens.
+            checks: Repeat the model's self-check on this request and report it in the summary.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Returns:
+            A stream of the header, the layers and the summary. Use it as a context manager.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: While iterating: the call failed; `partial` has the layers received.
+        """
+        request = trace_request(
+            prompt,
+            target,
+            layers=layers,
+            positions=positions,
+            heads=heads,
+            memory_values=memory_values,
+            top_neurons=top_neurons,
+            bottom_neurons=bottom_neurons,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            lens=lens,
+            node_kinds=node_kinds,
+            vectors=vectors,
+            logit_contribution=logit_contribution,
+            overlap_k=overlap_k,
+            checks=checks,
+            model=model,
+            revision=revision,
+        )
+        return self._stream("Trace", request, timeout, TraceAssembler())
+
+    async def estimate_trace(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt,
+        target: TargetLike | None = None,
+        *,
+        layers: Layers | None = None,
+        positions: Positions | None = None,
+        heads: int | None = None,
+        memory_values: int | None = None,
+        top_neurons: int | None = None,
+        bottom_neurons: int | None = None,
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        lens: Lens | str = Lens.FINAL_NORM,
+        node_kinds: Iterable[NodeKind | str] | None = None,
+        vectors: bool = False,
+        logit_contribution: bool = True,
+        overlap_k: int | None = None,
+        checks: bool = False,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> CostEstimate:
+        """Estimate the cost of `trace` with the same arguments, without running it.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            target: The token whose rank every projection reports: text of one token, in which a
+                leading space counts, or a token id. None = the model's own next token at each
+                position.
+            layers: Layers to send, from 0; None = all.
+            positions: Query positions, negative from the end, or `"all"`; None = the last one.
+            heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
+                all.
+            memory_values: Maximum source positions per head, largest attention first; None = the
+                server's default, 0 = all.
+            top_neurons: Maximum neurons per MLP, largest activation times norm first; None = the
+                server's default, 0 = all.
+            bottom_neurons: Maximum neurons per MLP, most negative first; None = the server's
+                default, 0 = none.
+            top_k: Most likely tokens per projection; None = the server's default, 0 = none.
+            bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
+            lens: `FINAL_NORM`, `NORMALIZED` (scale each vector to length 1 first) or `RAW`.
+            node_kinds: Node kinds to send; None = all. Hiding nodes does not change any sum.
+            vectors: Send the vectors of the nodes.
+            logit_contribution: Send each part's contribution to the target's logit.
+            overlap_k: Send each edge's intersection score, computed on this many top tokens.
+            checks: Repeat the model's self-check on this request and report it in the summary.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = trace_request(
+            prompt,
+            target,
+            layers=layers,
+            positions=positions,
+            heads=heads,
+            memory_values=memory_values,
+            top_neurons=top_neurons,
+            bottom_neurons=bottom_neurons,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            lens=lens,
+            node_kinds=node_kinds,
+            vectors=vectors,
+            logit_contribution=logit_contribution,
+            overlap_k=overlap_k,
+            checks=checks,
+            model=model,
+            revision=revision,
+        )
+        return await self._estimate(cost_pb2.EstimateCostRequest(trace=request), timeout)
+
+    async def trace_overview(
+        self,
+        trace: Trace,
+        *,
+        lens: Lens | str = Lens.FINAL_NORM,
+        top_k: int | None = 3,
+        timeout: float | None = None,
+    ) -> Trace:
+        """Trace the residual stream around a trace: all positions, with few nodes at each.
+
+        The result is meant for `trace.to_html(overview)`. It has the same model, prompt and layers
+        as the trace, and the same target, unless the trace has several: then the target is the
+        model's own next token at each position. Nodes that are in both traces are equal. Short
+        prompts include the strongest heads; in very long prompts, the earliest positions are left
+        out.
+
+        Args:
+            trace: The trace to surround.
+            lens: The lens of the trace, which the trace itself does not contain.
+            top_k: Most likely tokens per projection; None = the server's default, 0 = none.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            TraceInterrupted: The stream was interrupted; `partial` has the layers received.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = overview_request(trace, lens=lens, top_k=top_k)
+        async with self._stream("Trace", request, timeout, TraceAssembler()) as stream:
+            return await stream.result()
+
+    async def gradient_lens(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt,
+        target: TargetLike | None = None,
+        *,
+        loss: Loss | None = None,
+        matrices: Iterable[MatrixKind | str] | None = None,
+        layers: Layers | None = None,
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        lens: Lens | str = Lens.FINAL_NORM,
+        components: int | None = None,
+        spectrum: int = 0,
+        neurons: int = 0,
+        learning_rate: float | None = None,
+        subject: SubjectLike | None = None,
+        factors: bool = False,
+        verify: bool = False,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> Gradient:
+        """Compute the gradient of every weight matrix as factors, projected to the vocabulary.
+
+        Source: Backward Lens (Katz et al., 2024).
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            target: The target of the loss `-log p(target | prompt)`: text, in which a leading space
+                counts, one token id or several. Pass either `target` or `loss`.
+            loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
+            matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
+                and UP.
+            layers: Layers to send, from 0; None = all.
+            top_k: Most likely tokens per projection; None = the server's default, 0 = none.
+            bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
+            lens: `FINAL_NORM`, `NORMALIZED` (for very small VJPs, as in the paper) or `RAW`.
+            components: Maximum factor pairs per matrix, largest first; None = the server's default,
+                0 = all, which the dense gradient needs.
+            spectrum: Number of singular values and directions per matrix.
+            neurons: Number of neurons per matrix, those that a step changes most.
+            learning_rate: Learning rate of that step; None = report only the direction of the
+                change.
+            subject: The subject of the prompt, as text or as token positions `(start, end)`; adds
+                norms and ranks by segment.
+            factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
+            verify: Compare each matrix with autograd's dense gradient.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            GradientInterrupted: The stream was interrupted; `partial` has the matrices received.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        stream = self.stream_gradient_lens(
+            prompt,
+            target,
+            loss=loss,
+            matrices=matrices,
+            layers=layers,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            lens=lens,
+            components=components,
+            spectrum=spectrum,
+            neurons=neurons,
+            learning_rate=learning_rate,
+            subject=subject,
+            factors=factors,
+            verify=verify,
+            model=model,
+            revision=revision,
+            timeout=timeout,
+        )
+        async with stream:
+            return await stream.result()
+
+    def stream_gradient_lens(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt,
+        target: TargetLike | None = None,
+        *,
+        loss: Loss | None = None,
+        matrices: Iterable[MatrixKind | str] | None = None,
+        layers: Layers | None = None,
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        lens: Lens | str = Lens.FINAL_NORM,
+        components: int | None = None,
+        spectrum: int = 0,
+        neurons: int = 0,
+        learning_rate: float | None = None,
+        subject: SubjectLike | None = None,
+        factors: bool = False,
+        verify: bool = False,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> AsyncEventStream[GradientEvent, Gradient]:
+        """Compute `gradient_lens`, and receive each matrix when it is complete, last layer first.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            target: The target of the loss `-log p(target | prompt)`: text, in which a leading space
+                counts, one token id or several. Pass either `target` or `loss`.
+            loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
+            matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
+                and UP.
+            layers: Layers to send, from 0; None = all.
+            top_k: Most likely tokens per projection; None = the server's default, 0 = none.
+            bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
+            lens: `FINAL_NORM`, `NORMALIZED` (for very small VJPs, as in the paper) or `RAW`.
+            components: Maximum factor pairs per matrix, largest first; None = the server's default,
+                0 = all, which the dense gradient needs.
+            spectrum: Number of singular values and directions per matrix.
+            neurons: Number of neurons per matrix, those that a step changes most.
+            learning_rate: Learning rate of that step; None = report only the direction of the
+                change.
+            subject: The subject of the prompt, as text or as token positions `(start, end)`; adds
+                norms and ranks by segment.
+            factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
+            verify: Compare each matrix with autograd's dense gradient.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Returns:
+            A stream of the header, the matrices and the summary. Use it as a context manager.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: While iterating: the call failed; `partial` has the matrices received.
+        """
+        request = gradient_lens_request(
+            prompt,
+            target,
+            loss=loss,
+            matrices=matrices,
+            layers=layers,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            lens=lens,
+            components=components,
+            spectrum=spectrum,
+            neurons=neurons,
+            learning_rate=learning_rate,
+            subject=subject,
+            factors=factors,
+            verify=verify,
+            model=model,
+            revision=revision,
+        )
+        return self._stream("GradientLens", request, timeout, GradientAssembler())
+
+    async def estimate_gradient_lens(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt,
+        target: TargetLike | None = None,
+        *,
+        loss: Loss | None = None,
+        matrices: Iterable[MatrixKind | str] | None = None,
+        layers: Layers | None = None,
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        lens: Lens | str = Lens.FINAL_NORM,
+        components: int | None = None,
+        spectrum: int = 0,
+        neurons: int = 0,
+        learning_rate: float | None = None,
+        subject: SubjectLike | None = None,
+        factors: bool = False,
+        verify: bool = False,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> CostEstimate:
+        """Estimate the cost of `gradient_lens` with the same arguments, without running it.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            target: The target of the loss `-log p(target | prompt)`: text, in which a leading space
+                counts, one token id or several. Pass either `target` or `loss`.
+            loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
+            matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
+                and UP.
+            layers: Layers to send, from 0; None = all.
+            top_k: Most likely tokens per projection; None = the server's default, 0 = none.
+            bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
+            lens: `FINAL_NORM`, `NORMALIZED` (for very small VJPs, as in the paper) or `RAW`.
+            components: Maximum factor pairs per matrix, largest first; None = the server's default,
+                0 = all, which the dense gradient needs.
+            spectrum: Number of singular values and directions per matrix.
+            neurons: Number of neurons per matrix, those that a step changes most.
+            learning_rate: Learning rate of that step; None = report only the direction of the
+                change.
+            subject: The subject of the prompt, as text or as token positions `(start, end)`; adds
+                norms and ranks by segment.
+            factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
+            verify: Compare each matrix with autograd's dense gradient.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = gradient_lens_request(
+            prompt,
+            target,
+            loss=loss,
+            matrices=matrices,
+            layers=layers,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            lens=lens,
+            components=components,
+            spectrum=spectrum,
+            neurons=neurons,
+            learning_rate=learning_rate,
+            subject=subject,
+            factors=factors,
+            verify=verify,
+            model=model,
+            revision=revision,
+        )
+        return await self._estimate(cost_pb2.EstimateCostRequest(gradient_lens=request), timeout)
+
+    async def preview_edit(
+        self,
+        prompt: Prompt,
+        target: TargetLike,
+        edit: Edit,
+        *,
+        probes: Iterable[Probe | str] = (),
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> EditPreview:
+        """Preview the effect of an edit on the prompt and on others; the model is not changed.
+
+        Args:
+            prompt: The prompt to edit the model for, as text or token ids.
+            target: The desired answer: text, in which a leading space counts, one token id or
+                several. The first token is reported.
+            edit: A `DescentStep` or a `ForwardShift`.
+            probes: Other prompts to report before and after the edit.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = preview_edit_request(
+            prompt,
+            target,
+            edit,
+            probes=probes,
+            model=model,
+            revision=revision,
+        )
+        response = await self._send("PreviewEdit", request, timeout)
+        return EditPreview.from_message(response)
+
+    async def project(
+        self,
+        vectors: ArrayLike,
+        *,
+        target: TargetLike | None = None,
+        lens: Lens | str = Lens.FINAL_NORM,
+        top_k: int | None = None,
+        bottom_k: int | None = None,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Projections:
+        """Project vectors of your own, such as probes or dictionary features, to the vocabulary.
+
+        Args:
+            vectors: `[d_model]` or `[n, d_model]`, in the basis of the residual stream.
+            target: The token whose rank is reported: text of one token, or a token id.
+            lens: `FINAL_NORM`, `NORMALIZED` (scale each vector to length 1 first) or `RAW`.
+            top_k: Most likely tokens per vector; None = the server's default, 0 = none.
+            bottom_k: Least likely tokens per vector; None = the server's default, 0 = none.
+            model: The model's name; may be empty if only one is loaded.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Returns:
+            One projection per vector.
+
+        Raises:
+            TypeError: The vectors are not real numbers, or an argument has an invalid type.
+            ValueError: The vectors have another shape or are not finite in float32, or an argument
+                has a value that no server accepts.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = project_request(
+            vectors,
+            target=target,
+            lens=lens,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            model=model,
+        )
+        response = await self._send("Project", request, timeout)
+        tokens = TokenTable(response.tokens)
+        return Projections(Projection.from_message(found, tokens) for found in response.projections)
+
+    async def find_neurons(
+        self,
+        token: TargetLike,
+        *,
+        suppressed: bool = False,
+        layers: Layers | None = None,
+        limit: int | None = 20,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> FoundNeurons:
+        """Find the MLP neurons whose value, a row of FF2, promotes a token; no prompt is run.
+
+        The first request for a layer may take long, because the server indexes the neurons of the
+        layer.
+
+        Args:
+            token: Text of one token, in which a leading space counts, or a token id.
+            suppressed: Find the neurons that suppress the token instead.
+            layers: Layers to search, from 0; None = all.
+            limit: Maximum number of neurons, best rank first; None = all.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for each page of 1000 neurons; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request: neurons_pb2.FindNeuronsRequest | None = find_neurons_request(
+            token,
+            suppressed=suppressed,
+            layers=layers,
+            limit=limit,
+            model=model,
+            revision=revision,
+        )
+        pages: list[neurons_pb2.FindNeuronsResponse] = []
+        left = limit
+        while request is not None:
+            page = await self._send("FindNeurons", request, timeout)
+            pages.append(page)
+            left = None if left is None else left - request.page_size
+            request = next_page_request(request, page, left)
+        return FoundNeurons.from_messages(pages, suppressed=suppressed)
+
+    async def tokenize(
+        self,
+        text: str,
+        *,
+        special_tokens: bool = False,
+        literal: bool = False,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Tokens:
+        """Tokenize a text, and return the characters that each token covers.
+
+        Args:
+            text: The text.
+            special_tokens: Tokenize it like a prompt, with the tokenizer's special tokens, not like
+                a target.
+            literal: Read its characters as characters, even where they spell a control token.
+            model: The model's name; may be empty if only one is loaded.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = models_pb2.TokenizeRequest(
+            model=model, text=text, with_special_tokens=special_tokens, literal=literal
+        )
+        response = await self._send("Tokenize", request, timeout)
+        return Tokens(Token.from_message(token) for token in response.tokens)
+
+    async def list_models(
+        self,
+        *,
+        timeout: float | None = None,
+    ) -> Models:
+        """List the configured models with their states, sizes and self-check results.
+
+        Args:
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request: models_pb2.ListModelsRequest | None = models_pb2.ListModelsRequest()
+        models = Models()
+        while request is not None:
+            page = await self._send("ListModels", request, timeout)
+            models += [Model.from_message(model) for model in page.models]
+            following = page.next_page_token
+            request = models_pb2.ListModelsRequest(page_token=following) if following else None
+        return models
+
+    async def close(self) -> None:
+        """Close the client; running calls are cancelled."""
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def _estimate(
+        self, request: cost_pb2.EstimateCostRequest, timeout: float | None
+    ) -> CostEstimate:
+        return CostEstimate.from_message(await self._send("EstimateCost", request, timeout))
+
+    async def _send(self, method: str, request: Message, timeout: float | None) -> Any:
+        """Make a unary call and return its response."""
+        call = ResumableCall(self._connection, method, request, timeout)
+        while True:
+            try:
+                response = await self._channel.response(call)
+            except grpc.RpcError as error:
+                call.failed(error)
+                await self._channel.sleep(call.pause)
+            else:
+                self._connection.seen(response)
+                return response
+
+    def _stream(
+        self,
+        method: str,
+        request: Message,
+        timeout: float | None,
+        assembler: Assembler[Any, EventT, ResultT],
+    ) -> AsyncEventStream[EventT, ResultT]:
+        """Start a streaming call."""
+        call = ResumableStream(self._connection, method, request, timeout, assembler)
+        return AsyncEventStream(self._channel, call)
