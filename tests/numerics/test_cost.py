@@ -51,6 +51,7 @@ from tests.support.measured_work import held_memory, operations, peak_memory, pr
 WIDE_MEMORY = 60.0
 LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 6.0, "held": 10.0}
 SECONDS = 3.0
+ATTEMPTS = 4
 
 
 def ids(length: int) -> tuple[int, ...]:
@@ -116,7 +117,7 @@ WIDE = Case(
         "intermediate_size": 128,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 500,
     },
 )
 
@@ -190,13 +191,33 @@ def test_a_traces_vectors_and_nodes_are_bounded(model: ResidentModel, name: str)
     assert sum(len(graph.nodes) for graph in graphs) <= asked.nodes
 
 
+def assert_near(model: ResidentModel, spec: Spec, pace: Pace) -> None:
+    """Compare the estimate with this thread's own processor time.
+
+    A busy machine slows that too, through its caches and clock. Where the estimate is far off, the
+    model's pace is therefore measured again right beside the request, a few times.
+    """
+    ratios: list[float] = []
+    run(model, spec)
+    for _ in range(ATTEMPTS):
+        taken = processor_seconds(lambda: run(model, spec))
+        ratios.append(pace.seconds(demand(model, spec)) / taken)
+        if 1 / SECONDS <= ratios[-1] <= SECONDS:
+            return
+        pace = measured_pace(model, time.thread_time)
+    pytest.fail(f"expected a ratio within a factor of {SECONDS}, got {ratios}")
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_seconds_are_near_the_processors_own(model: ResidentModel, pace: Pace, name: str) -> None:
-    """This thread's own time: what else the machine does is no part of it."""
-    spec = SPECS[name]
-    run(model, spec)
-    taken = processor_seconds(lambda: run(model, spec))
-    assert 1 / SECONDS <= pace.seconds(demand(model, spec)) / taken <= SECONDS
+    assert_near(model, SPECS[name], pace)
+
+
+def test_seconds_of_a_long_edit_count_its_components(model: ResidentModel, pace: Pace) -> None:
+    length = min(500, model.view.facts.max_positions)
+    vocab = model.view.facts.vocab_size
+    prompt = tuple((37 * i * i + 11 * i) % vocab for i in range(length))
+    assert_near(model, PreviewEditSpec(prompt, (5,), DescentStep((), (), 0.1)), pace)
 
 
 def test_what_a_search_for_neurons_holds_between_chunks_is_bounded() -> None:
@@ -224,5 +245,4 @@ def test_answers_of_one_message_are_estimated_too() -> None:
         assert 1 <= asked.memory / memory <= LOOSEST["memory"]
         if isinstance(spec, PreviewEditSpec):  # the other is a single step
             assert 1 <= asked.held / held_memory(steps(model, spec)) <= LOOSEST["held"]
-        taken = processor_seconds(lambda spec=spec: run(model, spec))  # type: ignore[misc]
-        assert 1 / SECONDS <= pace.seconds(asked) / taken <= SECONDS
+        assert_near(model, spec, pace)

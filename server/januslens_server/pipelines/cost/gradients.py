@@ -25,7 +25,7 @@ COMPONENT_BYTES = 48 + 8 * ENTRIES
 
 
 @dataclass(frozen=True)
-class _Matrices:
+class MatrixSizes:
     """How many gradients there are, and the sum of their widths `d_in + d_out` and products.
 
     `lowest` is the lowest layer that has one.
@@ -42,7 +42,7 @@ def gradient_lens_demand(request: ResolvedGradientLens) -> Demand:
     model, spec, objective = request.model, request.spec, request.objective
     sizes, tokens = cost_sizes(model), len(objective.tokens)
     scored = objective.loss.positions
-    matrices = _matrices(model, request.matrices, sizes, tokens)
+    matrices = matrix_sizes(model, request.matrices, sizes, tokens)
     components = min(spec.components or tokens, tokens)
     singular = min(spec.spectrum_rank, tokens)
     neurons = 3 * min(spec.neurons, sizes.facts.d_mlp)
@@ -64,9 +64,9 @@ def gradient_lens_demand(request: ResolvedGradientLens) -> Demand:
     )
 
 
-def _matrices(
+def matrix_sizes(
     model: ResidentModel, chosen: list[tuple[int, MatrixKind]], sizes: CostSizes, tokens: int
-) -> _Matrices:
+) -> MatrixSizes:
     """Each expert that a token is routed to has a gradient of its own."""
     experts = min(model.view.facts.n_experts, tokens * sizes.facts.n_experts)
     count = widths = weights = 0
@@ -77,7 +77,7 @@ def _matrices(
         count += copies
         widths += copies * (d_in + d_out)
         weights += copies * d_in * d_out
-    return _Matrices(count, widths, weights, min(layer for layer, _ in chosen))
+    return MatrixSizes(count, widths, weights, min(layer for layer, _ in chosen))
 
 
 def _shape(sizes: CostSizes, kind: MatrixKind) -> tuple[int, int]:
@@ -92,10 +92,11 @@ def _shape(sizes: CostSizes, kind: MatrixKind) -> tuple[int, int]:
     return widths[::-1] if kind is MatrixKind.FF2 else widths
 
 
-def _factor_flops(spec: GradientLensSpec, matrices: _Matrices, tokens: int) -> float:
+def _factor_flops(spec: GradientLensSpec, matrices: MatrixSizes, tokens: int) -> float:
     """Norms from Gram matrices; on request singular values, neurons' norms, the dense gradient."""
     rows = min(tokens, matrices.widths // max(1, 2 * matrices.count))
-    flops = 2.0 * tokens * min(tokens * matrices.widths, matrices.weights)
+    # In float64, whose operations take twice as long.
+    flops = 4.0 * tokens * min(tokens * matrices.widths, matrices.weights)
     if spec.spectrum_rank:
         flops += 8.0 * tokens * rows * matrices.widths + 60.0 * rows**3 * matrices.count
     if spec.neurons:
@@ -105,7 +106,7 @@ def _factor_flops(spec: GradientLensSpec, matrices: _Matrices, tokens: int) -> f
     return flops
 
 
-def _factors(sizes: CostSizes, matrices: _Matrices, tokens: int) -> int:
+def _factors(sizes: CostSizes, matrices: MatrixSizes, tokens: int) -> int:
     """Bytes of all factors: inputs in the model's type, VJPs in float32 too."""
     return tokens * matrices.widths * (sizes.item + memory.FLOAT32)
 
@@ -113,7 +114,7 @@ def _factors(sizes: CostSizes, matrices: _Matrices, tokens: int) -> int:
 def _memory(
     sizes: CostSizes,
     spec: GradientLensSpec,
-    matrices: _Matrices,
+    matrices: MatrixSizes,
     tokens: int,
     scored: int,
     vectors: int,
@@ -136,7 +137,7 @@ def _memory(
 
 
 def _held(
-    sizes: CostSizes, spec: GradientLensSpec, matrices: _Matrices, tokens: int, vectors: int
+    sizes: CostSizes, spec: GradientLensSpec, matrices: MatrixSizes, tokens: int, vectors: int
 ) -> int:
     """All factors, and the records of the matrices that were read last."""
     components = min(spec.components or tokens, tokens)
@@ -151,7 +152,7 @@ def _held(
 def _stream(
     sizes: CostSizes,
     spec: GradientLensSpec,
-    matrices: _Matrices,
+    matrices: MatrixSizes,
     tokens: int,
     components: int,
     others: int,

@@ -12,6 +12,7 @@ from januslens_server.pipelines.cost.demand import (
     lens_flops,
     pass_flops,
 )
+from januslens_server.pipelines.cost.gradients import matrix_sizes
 from januslens_server.pipelines.cost.stream import reading_bytes, texts_bytes
 from januslens_server.pipelines.resolve import (
     ResolvedFindNeurons,
@@ -46,12 +47,15 @@ def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
     own = first + len(targets) - 1
     watched = [own, *probes]
     making = FORWARD + BACKWARD if isinstance(request.spec.edit, DescentStep) else FORWARD
-    pairs = 2 * sum(pass_flops(sizes, tokens) for tokens in watched)
+    flops = making * pass_flops(sizes, own) + 2 * sum(pass_flops(sizes, n) for n in watched)
+    if request.matrices:  # the change of each has as many components as the prompt has tokens
+        widths = matrix_sizes(request.model, request.matrices, sizes, own).widths
+        flops += 2.0 * own * sum(watched) * widths
     kept = memory.kept_for_backward(sizes, own)
     read = 2 * len(watched) * memory.FLOAT32 * sizes.facts.vocab_size
     return Demand(
         passes=making + 2 * len(watched),
-        flops=making * pass_flops(sizes, own) + 2 * pairs,
+        flops=flops,
         memory=sizes.facts.n_layers * kept
         + memory.passing(sizes, max(watched), len(targets))
         + memory.read(sizes, 2 * len(watched), 0),
