@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import socket
+import ssl
 import struct
 import time
 from collections import defaultdict
@@ -47,10 +48,13 @@ class RawPeer:
         window: int = 65_535,
         reads: bool = True,
         source: str = "127.0.0.1",
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """Connect from `source`, any address of the loopback network."""
+        """Connect from `source`, any address of the loopback network, over TLS if given."""
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), 10, (source, 0))
+        if tls is not None:
+            self._socket = tls.wrap_socket(self._socket, server_hostname=host)
         self._reads = reads
         config = H2Configuration(client_side=True, header_encoding="utf-8")
         self.http2 = H2Connection(config)
@@ -129,9 +133,12 @@ class RawPeer:
         """Take what the server sends for so long."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0 and not self.closed:
-            readable, _, _ = select.select([self._socket], [], [], left)
-            if readable:
+            if self._decrypted() or select.select([self._socket], [], [], left)[0]:
                 self._take()
+
+    def _decrypted(self) -> bool:
+        """Whether TLS holds data that the operating system no longer reports."""
+        return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
 
     def wait(self, stream: int, size: int = 1, seconds: float = 5) -> bytes:
         """What the stream has received, once that is `size` bytes; fewer when it is too slow."""

@@ -1,0 +1,270 @@
+"""Attacks on the wire: health answers, other callers are served, memory is bounded.
+
+Prints what each attack costs: the latency of health checks, memory, descriptors and threads.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import socket
+import ssl
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import trustme
+import yaml
+
+from januslens.v1 import models_pb2
+from januslens_server.access.callers import new_token, token_hash
+from tests.hostile.raw_peer import RawPeer
+from tests.hostile.test_connections import LONG_HEADER, METHOD, WINDOW_UPDATE, frame
+from tests.support.calls import SERVICE, long_trace, started
+from tests.support.certificates import server_files, trusting
+from tests.support.members import members
+from tests.support.server import ServerProcess, running_server
+
+CONNECTIONS, STREAMS = 60, 20
+LIMITS = ("--max-connections", str(CONNECTIONS), "--max-streams", str(STREAMS))
+SECONDS = 4.0
+# What one attack may add to the memory of each process, half-sent messages of 160 MB included.
+MEMORY = 400 * 2**20
+# Health answers within 50 ms on an idle machine; here the attackers use the same cores.
+MEDIAN_SECONDS, LONGEST_SECONDS = 0.25, 5.0
+TEXT = models_pb2.TokenizeRequest(text="The capital of Japan")
+OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
+
+
+@dataclass
+class Target:
+    """A server, and how a caller who is entitled to it connects."""
+
+    name: str
+    server: ServerProcess
+    token: str | None
+    tls: ssl.SSLContext | None
+    credentials: grpc.ChannelCredentials | None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return () if self.token is None else (("authorization", f"Bearer {self.token}"),)
+
+    def channel(self) -> grpc.Channel:
+        if self.credentials is None:
+            return grpc.insecure_channel(self.server.address, OWN_CONNECTION)
+        return grpc.secure_channel(self.server.address, self.credentials, OWN_CONNECTION)
+
+    def peer(self, **options: Any) -> RawPeer:
+        return RawPeer(self.server.address, tls=self.tls, **options)
+
+    def processes(self) -> list[int]:
+        return members(self.server) or [self.server.process.pid]
+
+    def held(self) -> tuple[int, int, int]:
+        """Resident bytes, descriptors and threads of all processes that serve."""
+        roots = [Path("/proc") / str(pid) for pid in self.processes()]
+        pages = sum(int((root / "statm").read_text().split()[1]) for root in roots)
+        files, threads = (
+            sum(len(list((root / kind).iterdir())) for root in roots) for kind in ("fd", "task")
+        )
+        return 4096 * pages, files, threads
+
+
+@pytest.fixture(scope="module", params=["open", "tokens", "TLS", "processes"])
+def target(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Target]:
+    folder = tmp_path_factory.mktemp("server")
+    flags = [*LIMITS, "--health-port", "0"]
+    token = tls = credentials = None
+    if request.param != "open":
+        token = new_token()
+        caller = {"name": "ada", "tokens": [{"sha256": token_hash(token).hex()}]}
+        (folder / "callers.yaml").write_text(yaml.safe_dump({"callers": [caller]}))
+        flags += ["--callers", str(folder / "callers.yaml")]
+    if request.param == "TLS":
+        authority = trustme.CA()
+        flags += server_files(authority, folder).flags
+        credentials, tls = trusting(authority), ssl.create_default_context()
+        authority.configure_trust(tls)
+        tls.set_alpn_protocols(["h2"])
+    if request.param == "processes":
+        flags += ["--processes", "2"]
+    with running_server(*flags, until="ready") as server:
+        yield Target(request.param, server, token, tls, credentials)
+    assert "Traceback" not in server.log
+
+
+def idle_connections(target: Target) -> None:
+    host, _, port = target.server.address.rpartition(":")
+    with ExitStack() as stack:
+        for _ in range(1000):
+            stack.enter_context(socket.create_connection((host, int(port)), 10))
+        time.sleep(SECONDS)
+
+
+def half_open_connections(target: Target) -> None:
+    with ExitStack() as stack:
+        for _ in range(CONNECTIONS // 2):
+            peer = stack.enter_context(target.peer())
+            peer.headers(METHOD, token=target.token)
+            peer.flush()
+            peer._socket.shutdown(socket.SHUT_WR)
+        time.sleep(SECONDS)
+
+
+def rapid_resets(target: Target) -> None:
+    with target.peer() as peer:
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline and not peer.closed:
+            for _ in range(STREAMS // 2):
+                peer.http2.reset_stream(peer.headers(METHOD, token=target.token))
+            peer.flush()
+            peer.pump(0.001)
+
+
+def flood(data: bytes) -> Callable[[Target], None]:
+    def attack(target: Target) -> None:
+        deadline = time.monotonic() + SECONDS
+        while time.monotonic() < deadline:
+            with target.peer(reads=False) as peer:  # again, whenever the server closes it
+                peer._socket.settimeout(0.2)
+                while time.monotonic() < deadline and not peer.closed:
+                    peer.raw(data)
+
+    return attack
+
+
+def half_sent_messages(target: Target) -> None:
+    size = 4 * 2**20 - 100
+    with ExitStack() as stack:
+        for _ in range(40):
+            peer = stack.enter_context(target.peer(reads=False))
+            stream = peer.headers(METHOD, token=target.token)
+            peer.send(stream, b"\0" + size.to_bytes(4, "big") + bytes(size - 1000))
+        time.sleep(SECONDS)
+
+
+def readers_that_never_read(target: Target) -> None:
+    with ExitStack() as stack:
+        for _ in range(50):
+            peer = stack.enter_context(target.peer(window=0))
+            peer.call(SERVICE + "Trace", long_trace(20), target.token)
+        time.sleep(SECONDS)
+
+
+def unary_flood(target: Target) -> None:
+    """A hundred calls at a time, with a wrong token where there are tokens, beside a stream."""
+    stop = threading.Event()
+    metadata = () if target.token is None else (("authorization", "Bearer wrong"),)
+
+    def call_until_stopped() -> None:
+        with target.channel() as channel:
+            while not stop.is_set():
+                calls = [started(channel, "Tokenize", TEXT, metadata=metadata) for _ in range(25)]
+                for call in calls:
+                    call.exception(timeout=30)
+
+    threads = [threading.Thread(target=call_until_stopped) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    try:
+        with target.channel() as channel:
+            began = time.monotonic()
+            while time.monotonic() - began < SECONDS:
+                stream = started(channel, "Trace", long_trace(8), metadata=target.metadata)
+                assert list(stream)[-1].HasField("summary")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+ATTACKS = {
+    "idle connections": idle_connections,
+    "half-open connections": half_open_connections,
+    "rapid resets": rapid_resets,
+    "window updates": flood(WINDOW_UPDATE * 1000),
+    "endless headers": flood(frame(1, 0, 1, b"") + frame(9, 0, 1, LONG_HEADER) * 1000),
+    "half-sent messages": half_sent_messages,
+    "readers that never read": readers_that_never_read,
+    "unary flood": unary_flood,
+}
+
+
+def check_health(address: str, ready: Event, stop: Event, found: Queue[list[float]]) -> None:
+    """Seconds of every health check until `stop`; in a process of its own."""
+    taken = []
+    with grpc.insecure_channel(address) as channel:
+        check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+        while not stop.is_set():
+            began = time.monotonic()
+            assert check(b"", timeout=30) == b"\x08\x01"
+            taken.append(time.monotonic() - began)
+            ready.set()
+            time.sleep(0.01)
+    found.put(taken)
+
+
+@contextmanager
+def health_checked(address: str) -> Iterator[list[float]]:
+    """Check health while the block runs; the list holds the seconds afterwards."""
+    context, taken = multiprocessing.get_context("spawn"), list[float]()
+    ready, stop, found = context.Event(), context.Event(), context.Queue()
+    checking = context.Process(target=check_health, args=(address, ready, stop, found))
+    checking.start()
+    try:
+        assert ready.wait(60)
+        yield taken
+    finally:
+        stop.set()
+        taken += found.get(timeout=60)
+        checking.join()
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=list(ATTACKS))
+def test_health_and_other_callers_are_served_during_an_attack(
+    target: Target, attack: Callable[[Target], None], request: pytest.FixtureRequest
+) -> None:
+    memory, files, threads = target.held()
+    served(target)
+    with health_checked(target.server.health_address) as taken:
+        attacking = threading.Thread(target=attack, args=(target,))
+        attacking.start()
+        peaks = [target.held()]
+        while attacking.is_alive():
+            peaks.append(target.held())
+            time.sleep(0.1)
+    served(target)
+    most = [max(held) for held in zip(*peaks, strict=True)]
+    added = (most[0] - memory, most[1] - files, most[2] - threads)
+    median, longest = statistics.median(taken), max(taken)
+    print(
+        f"{request.node.callspec.id}: health median {1e3 * median:.1f} ms, longest "
+        f"{1e3 * longest:.0f} ms of {len(taken)}; {added[0] / 2**20:+.0f} MiB, "
+        f"{added[1]:+} files, {added[2]:+} threads"
+    )
+    assert median < MEDIAN_SECONDS
+    assert longest < LONGEST_SECONDS
+    count = len(target.processes())
+    assert added[0] < MEMORY * count
+    assert added[1] <= (CONNECTIONS + 20) * count
+    assert added[2] < 40 * count
+
+
+def served(target: Target) -> None:
+    """The server answers a caller with a new connection."""
+    with target.channel() as channel:
+        call = started(
+            channel, "Tokenize", TEXT, metadata=target.metadata, timeout=20, wait_for_ready=True
+        )
+        assert call.result().tokens
