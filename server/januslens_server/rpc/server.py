@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -19,14 +20,31 @@ from januslens_server.rpc.options import PeerLimits, server_options
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.wire import WireFormat
 
-# gRPC logs what its handlers raise under this name.
+# gRPC logs the exceptions that its handlers end with under this name.
 GRPC_LOGGER = "grpc._cython.cygrpc"
 
+PACKAGE = __name__.partition(".")[0] + "."
 
-def _is_no_departure(record: logging.LogRecord) -> bool:
-    """Drop the tracebacks of answers whose peers have left, which any peer can cause."""
-    kind = record.exc_info[0] if record.exc_info else None
-    return kind is None or kind.__name__ not in {"ExecuteBatchError", "InternalError"}
+logger = logging.getLogger(__name__)
+
+
+def drop_failed_writes(record: logging.LogRecord) -> bool:
+    """Log at DEBUG, not ERROR, when gRPC itself fails to write to a peer that has left.
+
+    Any peer can cause that as often as it likes. gRPC writes unary responses and final statuses
+    after our handlers have returned, so there is no place in them to catch the error. Errors with
+    a frame of this package in their traceback are ours and stay in the log.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, grpc.aio.InternalError) or _is_ours(error):
+        return True
+    logger.debug("gRPC could not write to a peer: %s", error)
+    return False
+
+
+def _is_ours(error: BaseException) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__", "").startswith(PACKAGE) for frame, _ in frames)
 
 
 def build_server(
@@ -46,7 +64,7 @@ def build_server(
     call everything. `share_port` lets several processes of one user listen on the same port.
     """
     methods.create_series()
-    logging.getLogger(GRPC_LOGGER).addFilter(_is_no_departure)
+    logging.getLogger(GRPC_LOGGER).addFilter(drop_failed_writes)
     options = server_options(peers, share_port=share_port)
     if max_connection_age is not None:
         options.append(("grpc.max_connection_age_ms", round(1000 * max_connection_age)))
