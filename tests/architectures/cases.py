@@ -303,10 +303,19 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+SCALED_QUERIES = {
+    "head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 8,
+        "llama_4_scaling_beta": 0.5,
+    },
+}
 BEYOND_LENGTHS = tuple(
     Case(family, f"beyond {name}", settings, length=LONG_PROMPT)
     for family, name, settings in (
-        ("arcee", "unused window", BESIDE_WINDOW),
+        ("arcee", "unused window and cap", BESIDE_WINDOW | {"attn_logit_softcapping": SOFT_CAP}),
         ("exaone4", "window", BESIDE_WINDOW | {"layer_types": ALTERNATING}),
         ("gemma2", "window", SANDWICH | BESIDE_WINDOW),
         ("gemma3_text", "window", SANDWICH | BESIDE_WINDOW),
@@ -317,6 +326,7 @@ BEYOND_LENGTHS = tuple(
         ("llama", "llama 3 rotation", {"rope_parameters": LLAMA3}),
         ("llama", "unused window", BESIDE_WINDOW),
         ("ministral", "window", BESIDE_WINDOW | {"head_dim": 8, "layer_types": ALTERNATING}),
+        ("ministral3", "scaled queries", BESIDE_WINDOW | SCALED_QUERIES),
         ("mistral", "window", BESIDE_WINDOW),
         ("nemotron", "unused window", BESIDE_WINDOW),
         ("olmo3", "window", BESIDE_WINDOW | {"layer_types": ALTERNATING}),

@@ -72,7 +72,9 @@ class HeadRow:
     @cached_property
     def pattern(self) -> torch.Tensor:
         """Attention probabilities `[n_heads, sources]`."""
-        return attention_row(self._normed_query, self._relative_keys, self.weights.scoring)
+        scoring = self.weights.scoring
+        query = self._normed_query * scoring.scale_of_query(self.position)
+        return attention_row(query, self._relative_keys, scoring)
 
     @cached_property
     def concat(self) -> torch.Tensor:

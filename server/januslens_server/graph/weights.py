@@ -6,6 +6,7 @@ so the model itself may run any attention kernel; a test compares them with eage
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,21 @@ from januslens_server.lens.head import Norm
 
 
 @dataclass(frozen=True)
+class QueryScaling:
+    """Growth of a query's scores with its position p: `1 + beta log(1 + floor(p / length))`.
+
+    Source: Ministral 3, which scales attention beyond its original context of `length` positions.
+    """
+
+    beta: float
+    length: int
+
+    def at(self, position: int) -> float:
+        """Return the factor of the scores at a position."""
+        return 1 + self.beta * math.log(1 + position // self.length)
+
+
+@dataclass(frozen=True)
 class Scoring:
     """How a layer makes probabilities of dot products.
 
@@ -24,7 +40,7 @@ class Scoring:
     what is added for a number of sources, `[n_heads, sources]`, as the model itself computes it:
     some round it to half precision, by more than a position. `sinks` `[n_heads]` are scores that
     take probability without giving a value. A layer with a `window` sees that many positions, its
-    own included.
+    own included. `query_scaling` multiplies the query, by its position.
     """
 
     scale: float
@@ -32,6 +48,11 @@ class Scoring:
     alibi: Callable[[int], torch.Tensor] | None = None
     sinks: torch.Tensor | None = None
     window: int | None = None
+    query_scaling: QueryScaling | None = None
+
+    def scale_of_query(self, position: int) -> float:
+        """Return the factor by which `query_scaling` multiplies the query at a position."""
+        return 1.0 if self.query_scaling is None else self.query_scaling.at(position)
 
     def first_source(self, position: int) -> int:
         """The first position that `position` attends to."""

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from januslens_server.capture import Rotation
 from januslens_server.errors import ModelFailed
+from januslens_server.graph.weights import QueryScaling
 from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead
 from januslens_server.models.adapters.observed_block import (
@@ -60,11 +62,14 @@ class Reading:
     """A candidate for how a layer's attention works.
 
     `window` is the field with the window's length, or None. `rotation` is an index into the layer's
-    `rotations`.
+    `rotations`. `capped` and `scaled` say whether the layer uses the configuration's soft-cap of
+    scores and its scaling of queries by position.
     """
 
     window: Length | None
     rotation: int
+    capped: bool = False
+    scaled: bool = False
 
 
 def view(model: PreTrainedModel) -> ModelView:
@@ -192,9 +197,11 @@ class Structure:
 
     def _candidates(self, layer: int, lengths: list[Length]) -> Iterator[Reading]:
         windows = [None, *lengths]
-        for window in windows:
-            for rotation in range(len(self._rotations(layer))):
-                yield Reading(window, rotation)
+        rotations_of_layer = range(len(self._rotations(layer)))
+        capped = [False] if self.settings.soft_cap is None else [True, False]
+        scaled = [False] if self.settings.query_scaling is None else [True, False]
+        for one in product(windows, rotations_of_layer, capped, scaled):
+            yield Reading(*one)
 
     def _rotations(self, layer: int) -> list[RotationOfLength]:
         kinds = getattr(self._config, "layer_types", None)
@@ -204,7 +211,12 @@ class Structure:
     def _block(self, layer: int, reading: Reading) -> Block:
         window = None if reading.window is None else reading.window.of_layer(layer)
         rotation = self._rotations(layer)[reading.rotation]
-        return self._finders[layer].block(self.settings, rotation, window)
+        settings = replace(
+            self.settings,
+            soft_cap=self.settings.soft_cap if reading.capped else None,
+            query_scaling=self.settings.query_scaling if reading.scaled else None,
+        )
+        return self._finders[layer].block(settings, rotation, window)
 
     def view(self, readings: list[Reading]) -> ModelView:
         """Build the view. Lengths of windows are looked up in this model's configuration."""
@@ -236,8 +248,18 @@ def _settings(config: Any) -> BlockSettings:
     return BlockSettings(
         n_heads=_required(config, "num_attention_heads"),
         soft_cap=getattr(config, "attn_logit_softcapping", None),
+        query_scaling=_query_scaling(config),
         residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1.0),
     )
+
+
+def _query_scaling(config: Any) -> QueryScaling | None:
+    """Return how Ministral 3 scales queries beyond its original context, if so configured."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    beta, length = (
+        rope.get(name) for name in ("llama_4_scaling_beta", "original_max_position_embeddings")
+    )
+    return QueryScaling(float(beta), int(length)) if beta and length else None
 
 
 def _facts(

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from januslens_server.capture import End, Rotation, Tap
 from januslens_server.errors import ModelFailed
-from januslens_server.graph.weights import Finish, HeadMap, HeadNorm, Scoring
+from januslens_server.graph.weights import Finish, HeadMap, HeadNorm, QueryScaling, Scoring
 from januslens_server.lens.head import Norm
 from januslens_server.models.matrices import Linear
 from januslens_server.models.views import Attention, Block, Mlp
@@ -138,6 +138,7 @@ class BlockSettings:
 
     n_heads: int
     soft_cap: float | None
+    query_scaling: QueryScaling | None
     residual_multiplier: float
 
 
@@ -223,6 +224,7 @@ class BlockFinder:
                 soft_cap=settings.soft_cap,
                 sinks=getattr(owner, "sinks", None),
                 window=window,
+                query_scaling=settings.query_scaling,
             ),
             rotation=rotation,
             query_map=self._head_map(self._attention[0], d_head),
