@@ -248,6 +248,8 @@ def _which(message: gradient_lens_pb2.GradientMatrix) -> str:
 def read_trace(lines: Iterable[str]) -> Trace:
     """The trace of a recorded stream, e.g. an open file: one message a line.
 
+    Fields that this version of the contract does not have are ignored.
+
     Raises:
         StreamInterrupted: The recording has no summary; its `partial` is what there is.
         ProtocolViolation: A message is missing.
@@ -255,12 +257,14 @@ def read_trace(lines: Iterable[str]) -> Trace:
     """
     assembler = TraceAssembler()
     for line in lines:
-        assembler.feed(Parse(line, trace_pb2.TraceResponse()))
+        assembler.feed(Parse(line, trace_pb2.TraceResponse(), ignore_unknown_fields=True))
     return assembler.result()
 
 
 def read_gradient(lines: Iterable[str]) -> Gradient:
     """The gradient of a recorded stream, e.g. an open file: one message a line.
+
+    Fields that this version of the contract does not have are ignored.
 
     Raises:
         StreamInterrupted: The recording has no summary; its `partial` is what there is.
@@ -269,5 +273,7 @@ def read_gradient(lines: Iterable[str]) -> Gradient:
     """
     assembler = GradientAssembler()
     for line in lines:
-        assembler.feed(Parse(line, gradient_lens_pb2.GradientLensResponse()))
+        assembler.feed(
+            Parse(line, gradient_lens_pb2.GradientLensResponse(), ignore_unknown_fields=True)
+        )
     return assembler.result()

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from januslens import Gradient, LayerGraph, Matrix, ProtocolViolation, StreamInterrupted, Trace
+from januslens import (
+    Gradient,
+    LayerGraph,
+    Matrix,
+    ProtocolViolation,
+    StreamInterrupted,
+    Trace,
+    read_gradient,
+    read_trace,
+)
 from januslens._assemblers import GradientAssembler, TraceAssembler
 from januslens.v1 import trace_pb2
 from tests.client import messages
@@ -158,3 +169,20 @@ def test_a_gradient_is_put_together() -> None:
     assert gradient.loss == 1.25
     assert [token.text for token in gradient.header.targets] == [" c"]
     assert gradient.header.predicted.text == " d"
+
+
+def test_recordings_with_fields_of_another_version_are_read() -> None:
+    def with_other_fields(line: str) -> str:
+        message = json.loads(line)
+        message["addedLater"] = {"batchSize": 4}
+        if "summary" in message:
+            message["summary"]["batchSize"] = 4
+        return json.dumps(message)
+
+    trace = assembled_trace(trace_stream())
+    assert read_trace(map(with_other_fields, trace.to_json_lines())) == trace
+    assembler = GradientAssembler()
+    for response in gradient_stream():
+        assembler.feed(response)
+    gradient = assembler.result()
+    assert read_gradient(map(with_other_fields, gradient.to_json_lines())) == gradient

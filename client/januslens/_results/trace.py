@@ -338,7 +338,7 @@ class Trace(GraphView):
     def path_to_target(self, position: int | None = None) -> tuple[Part, ...]:
         """The strongest chain from the prediction back to the first block's input.
 
-        See `januslens._results.paths`. Without the last layer it starts at the last one's output.
+        Without the last layer, the path starts at the output of the last layer received.
 
         Raises:
             KeyError: The position was not asked for, or no layer has come.

@@ -95,7 +95,7 @@ async def forward_overview(request: Request) -> Response:
 
 
 def parse_trace(lines: Iterable[str]) -> Trace:
-    """Parse the JSON lines of a trace, which may be incomplete.
+    """Parse the JSON lines of a trace, which may be incomplete. Unknown fields are ignored.
 
     Raises:
         ValueError: The header is missing.
@@ -104,12 +104,12 @@ def parse_trace(lines: Iterable[str]) -> Trace:
     """
     assembler = TraceAssembler()
     for line in lines:
-        assembler.feed(Parse(line, trace_pb2.TraceResponse()))
+        assembler.feed(Parse(line, trace_pb2.TraceResponse(), ignore_unknown_fields=True))
     return _with_header(assembler.partial())
 
 
 def parse_gradient(lines: Iterable[str]) -> Gradient:
-    """Parse the JSON lines of a gradient, which may be incomplete.
+    """Parse the JSON lines of a gradient, which may be incomplete. Unknown fields are ignored.
 
     Raises:
         ValueError: The header is missing.
@@ -118,7 +118,9 @@ def parse_gradient(lines: Iterable[str]) -> Gradient:
     """
     assembler = GradientAssembler()
     for line in lines:
-        assembler.feed(Parse(line, gradient_lens_pb2.GradientLensResponse()))
+        assembler.feed(
+            Parse(line, gradient_lens_pb2.GradientLensResponse(), ignore_unknown_fields=True)
+        )
     return _with_header(assembler.partial())
 
 
