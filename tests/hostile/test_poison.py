@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
@@ -10,13 +12,16 @@ import pytest
 import torch
 
 from januslens.v1 import common_pb2, cost_pb2, neurons_pb2, trace_pb2
+from januslens_server.access.callers import Caller, Quotas
+from januslens_server.access.quotas import QuotaBook
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.cost import Demand, Pace
 from januslens_server.pipelines.resolve import ResolvedTrace, resolve_trace
 from januslens_server.results import Cost
 from januslens_server.rpc.admission import LARGEST_CORRECTION, LARGEST_LESSON, Admission
 from januslens_server.rpc.encode import TraceEncoder
 from januslens_server.specs import TraceSpec
-from tests.support.calls import prompt
+from tests.support.calls import prompt, timeless
 from tests.support.in_process import GENEROUS, Loaded, broken, loaded, served
 
 TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is the city of"))
@@ -66,6 +71,23 @@ async def in_the_projection(stub: Any, demo: Loaded, patch: pytest.MonkeyPatch) 
         await fails(stub.Trace(TRACE))
 
 
+async def between_two_projections(stub: Any, demo: Loaded, patch: pytest.MonkeyPatch) -> None:
+    """The first rows are in the row cache when the second ones fail."""
+    model = demo.registry.get("demo")
+    vars(model).pop("rows", None)
+    prepare, calls = type(model.view.lens).prepare, iter(range(100))
+
+    def fail(*given: Any, **named: Any) -> Any:
+        if next(calls) >= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return prepare(*given, **named)
+
+    with patch.context() as patched:
+        patched.setattr(type(model.view.lens), "prepare", fail)
+        await fails(stub.Trace(TRACE))
+    assert next(calls) > 2
+
+
 async def at_encoding(stub: Any, _demo: Loaded, patch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> NoReturn:
         raise KeyError("encoder")
@@ -86,6 +108,7 @@ STAGES = [
     at_admission,
     in_the_forward_pass,
     in_the_projection,
+    between_two_projections,
     at_encoding,
     at_writing,
 ]
@@ -106,6 +129,44 @@ async def test_a_failed_request_teaches_nothing(
     for _ in range(3):
         await stage(stub, demo, monkeypatch)
     assert await seen(stub) == before
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+async def test_a_failed_request_changes_no_later_result(
+    demo: Loaded, stub: Any, stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [timeless(message) async for message in stub.Trace(TRACE)]
+    vars(demo.registry.get("demo")).pop("rows", None)  # its rows are computed again
+    await stage(stub, demo, monkeypatch)
+    assert [timeless(message) async for message in stub.Trace(TRACE)] == before
+    assert [timeless(message) async for message in stub.Trace(TRACE)] == before
+
+
+class Overestimated(Pace):
+    """A thousand times the time that a request takes."""
+
+    def seconds(self, demand: Demand) -> float:
+        return 1000 * super().seconds(demand)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+async def test_a_failed_request_is_charged_what_it_used(
+    demo: Loaded, stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It no longer counts as open, and its estimate is given back."""
+    allowance = 6000.0
+    quotas = Quotas(concurrent=1, device_seconds_per_minute=allowance)
+    caller, book = Caller(name="ada", tokens=(), quotas=quotas), QuotaBook(now=lambda: 0.0)
+    slow: dict[str, Pace] = {name: Overestimated(**vars(pace)) for name, pace in demo.paces.items()}
+    async with served(Loaded(demo.registry, slow), caller=caller, quotas=book) as stub:
+        began = time.monotonic()
+        await stage(stub, demo, monkeypatch)
+        while book._open:  # noqa: ASYNC110 - a cancelled request leaves after its current step
+            await asyncio.sleep(0.01)
+        elapsed = time.monotonic() - began
+        book.charge(caller, 0.0)
+        assert 0 <= allowance - book._seconds["ada"]._level <= elapsed
+        assert [message async for message in stub.Trace(TRACE)][-1].HasField("summary")
 
 
 def test_extreme_requests_move_estimates_within_bounds(demo: Loaded) -> None:

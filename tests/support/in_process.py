@@ -13,6 +13,9 @@ from google.rpc import status_pb2
 from torch import nn
 
 from januslens.v1 import service_pb2_grpc
+from januslens_server.access.callers import Caller
+from januslens_server.access.directory import OpenDirectory
+from januslens_server.access.quotas import QuotaBook
 from januslens_server.models.failures import service_error
 from januslens_server.models.registry import Registry, embedded_source
 from januslens_server.pipelines.cost import Pace, measured_pace
@@ -46,6 +49,16 @@ def loaded() -> Loaded:
     return Loaded(registry, {"demo": measured_pace(registry.get("demo"))})
 
 
+@dataclass(frozen=True)
+class OneCaller:
+    """Takes every request for one of the same caller's."""
+
+    known: Caller
+
+    def caller(self, _token: str | None) -> Caller:
+        return self.known
+
+
 @asynccontextmanager
 async def served(
     demo: Loaded,
@@ -53,12 +66,20 @@ async def served(
     max_waiting: int = 64,
     translate: Callable[[Exception], Exception] = service_error,
     on_loss: Callable[[], None] = lambda: None,
+    caller: Caller | None = None,
+    quotas: QuotaBook | None = None,
 ) -> AsyncIterator[Any]:
-    """A stub of a server on loopback; at the end nothing may be left of any request."""
+    """A stub of a server on loopback; at the end nothing may be left of any request.
+
+    All requests are of `caller`, whose use is counted in `quotas`.
+    """
     worker = DeviceWorker(max_waiting, translate, on_loss)
     streams = DeviceStreams(worker, stall_seconds=60)
     admission = Admission(limits, demo.paces, worker.fits_alone)
-    server = build_server(IntrospectionService(demo.registry, admission, streams), Health())
+    quotas = quotas or QuotaBook()
+    service = IntrospectionService(demo.registry, admission, streams, quotas=quotas)
+    directory = OpenDirectory() if caller is None else OneCaller(caller)
+    server = build_server(service, Health(), directory=directory, quotas=quotas)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
