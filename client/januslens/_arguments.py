@@ -211,7 +211,7 @@ def _several(values: Any, name: str) -> Iterable[Any]:
 
 def _require_some(values: Sequence[object], name: str) -> None:
     if not values:
-        raise ValueError(f"expected something for {name}; got nothing")
+        raise ValueError(f"nothing given for {name}; expected at least one entry")
 
 
 @dataclass(frozen=True)

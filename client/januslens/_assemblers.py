@@ -84,18 +84,18 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
         return self.interrupted(text or came, details, self.partial())
 
     def violation(self, text: str) -> ProtocolViolation:
-        """The error to raise where the stream is not what the contract allows."""
+        """The error for a stream that violates the contract."""
         details = ErrorDetails("DATA_LOSS", "PROTOCOL_VIOLATION", self.request_id)
         return ProtocolViolation(text, details, self.partial())
 
     @abstractmethod
     def partial(self) -> ResultT | None:
-        """What has come so far; None before the header."""
+        """The received part of the result; None before the header."""
 
     @property
     @abstractmethod
     def complete(self) -> bool:
-        """Whether the summary has come."""
+        """Whether the summary has been received."""
 
     @abstractmethod
     def _read(self, response: ResponseT) -> EventT | None:
@@ -127,7 +127,7 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
 
     @property
     def complete(self) -> bool:
-        """Whether the summary has come."""
+        """Whether the summary has been received."""
         return self._summary is not None
 
     def _read(self, response: trace_pb2.TraceResponse) -> TraceEvent | None:
@@ -196,7 +196,7 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
 
     @property
     def complete(self) -> bool:
-        """Whether the summary has come."""
+        """Whether the summary has been received."""
         return self._summary is not None
 
     def _read(self, response: gradient_lens_pb2.GradientLensResponse) -> GradientEvent | None:

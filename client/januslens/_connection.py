@@ -125,7 +125,7 @@ class Attempt:
         partial: object = None,
         interrupted: type[StreamInterrupted] | None = None,
     ) -> JanuslensError:
-        """The exception for this call's failure; `partial` is what a stream had brought."""
+        """The exception for this call's failure; `partial` is the received part of a stream."""
         address = self.connection.address
         return exception_from(call, self.request_id, address, partial, interrupted)
 

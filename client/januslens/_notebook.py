@@ -110,7 +110,7 @@ def _residual_rows(
 
 def _contributions(trace: Trace) -> Element:
     if not any(edge.logit_contribution is not None for edge in trace.edge_list):
-        return note("no logit contributions were asked for")
+        return note("no logit contributions were requested")
     rows = (
         (
             cells.signed(part.logit_contribution),

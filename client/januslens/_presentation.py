@@ -290,8 +290,8 @@ def loss_sentence(gradient: Gradient, *, likelihood: bool = False) -> Sentence:
 
     For example "Loss 1.25 for ␣c, probability 0.287; the model predicts ␣d."
 
-    Only a loss of negative log-likelihood has a probability; a gradient does not say which loss it
-    is of, so the caller does with `likelihood`.
+    Only a negative log likelihood corresponds to a probability. A gradient does not name its loss,
+    so the caller sets `likelihood`.
     """
     sentence: list[str | Token] = [f"Loss {measure(gradient.loss, 4)}"]
     if gradient.header.targets:

@@ -81,7 +81,7 @@ class ErrorDetails:
 
 
 class JanuslensError(Exception):
-    """A call failed; `partial` is what a stream had delivered by then, else None."""
+    """A call failed; `partial` is the received part of a stream, or None."""
 
     def __init__(self, message: str, details: ErrorDetails, partial: object = None) -> None:
         super().__init__(message)

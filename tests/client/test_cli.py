@@ -61,7 +61,7 @@ def test_lists_as_they_are_typed() -> None:
         (["trace", "x", "--positions", "last"], "positions like -1,3 or all"),
         (["trace", "x", "--lens", "sharp"], "'sharp' is not one of"),
         (["trace", "x", "--heads", "-1"], "not in the range"),
-        (["trace", "x", "--target", ""], "something for the target"),
+        (["trace", "x", "--target", ""], "nothing given for the target"),
         (["gradient", "x", "--target", "y", "--matrices", "ff3"], "FF1"),
         (["gradient", "x", "--target", "y", "--preview"], "--preview needs --lr"),
         (["trace", "x", "--colour", "red"], "No such option"),
@@ -72,7 +72,7 @@ def test_lists_as_they_are_typed() -> None:
         (["introspect"], "No such command"),
         (["project", "absent.npy"], "does not exist"),
         (["neurons", "x", "--limit", "0"], "not in the range"),
-        (["neurons", ""], "something for the token"),
+        (["neurons", ""], "nothing given for the token"),
     ],
 )
 def test_wrong_usage_ends_with_2_one_line_and_a_hint(arguments: list[str], words: str) -> None:

@@ -59,7 +59,7 @@ class EditPreview:
     Attributes:
         edited: On the prompt that the edit is made for.
         probes: On the probes, in the order they were given.
-        provenance: Which weights computed it, where and with what.
+        provenance: The model's revision, data type, device and library versions.
         response: The message that it was read from.
     """
 

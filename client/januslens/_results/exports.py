@@ -69,7 +69,7 @@ _EDGE_FIELDS = [f.name for f in fields(Edge)]
 
 
 def node_frame(nodes: Iterable[Node]) -> pd.DataFrame:
-    """One row a node, indexed by id; what a node has not is missing (`pd.NA`, NaN or None)."""
+    """One row per node, indexed by id; absent values are `pd.NA`, NaN or None."""
     pandas = require("pandas", "analysis", "a frame of nodes")
     rows = [_node_row(node) for node in nodes]
     columns = [*_NODE_FIELDS, *_projection_row(None)]
@@ -78,7 +78,7 @@ def node_frame(nodes: Iterable[Node]) -> pd.DataFrame:
 
 
 def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:
-    """One row an edge."""
+    """One row per edge."""
     pandas = require("pandas", "analysis", "a frame of edges")
     rows = [_edge_row(edge) for edge in edges]
     frame: pd.DataFrame = pandas.DataFrame(rows, columns=_EDGE_FIELDS)
@@ -147,7 +147,7 @@ def _attribute(value: Any) -> Any:
 
 
 def component_frame(matrices: Iterable[Matrix], prompt_tokens: Sequence[Token]) -> pd.DataFrame:
-    """One row a component; `token` is missing where the prompt's tokens are not known."""
+    """One row per component; `token` is missing if the prompt's tokens are unknown."""
     pandas = require("pandas", "analysis", "a frame of components")
     rows = [
         _component_row(matrix, component, prompt_tokens)
@@ -219,7 +219,7 @@ _NEURON_COLUMNS = [
 
 
 def neuron_frame(neurons: Iterable[NeuronHit]) -> pd.DataFrame:
-    """One row a neuron; `expert` is missing where the MLP is a plain one."""
+    """One row per neuron; `expert` is missing if the MLP has no experts."""
     pandas = require("pandas", "analysis", "a frame of neurons")
     frame: pd.DataFrame = pandas.DataFrame(
         [_neuron_row(hit) for hit in neurons], columns=_NEURON_COLUMNS

@@ -23,20 +23,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GradientHeader:
-    """What is known once the backward pass has run; a GradientLens's first event.
+    """What was differentiated; the first event of a gradient's stream.
 
     Attributes:
-        request_id: What to quote when asking about this call.
-        provenance: Which weights computed it, where and with what.
+        request_id: Id of the call, as in the server's log.
+        provenance: The model's revision, data type, device and library versions.
         sizes: The model's layers, heads, neurons and tokens.
-        prompt_tokens: Every token that the model read: the prompt and, teacher-forced, all target
-            tokens but the last.
-        loss: In nats; a logit difference in logits.
-        targets: The loss's tokens, whose ranks the components report: the target's in order, or
-            the preferred and the other one, or the suppressed ones.
-        predicted: The model's own next token after the prompt.
-        skipped: Kinds asked for that this architecture has not.
-        stage_data_types: What each stage was computed in, e.g. `{"backward": "bfloat16"}`.
+        prompt_tokens: Every token that the model read: the prompt and, with teacher forcing, all
+            target tokens except the last.
+        loss: Value of the loss: in nats, for a logit difference in logits.
+        targets: The tokens of the loss, whose ranks the components report: the target tokens in
+            order, or `preferred` and `other`, or the suppressed tokens.
+        predicted: The model's own prediction after the prompt.
+        skipped: Requested kinds that this architecture does not have.
+        stage_data_types: Data type of each stage, e.g. `{"backward": "bfloat16"}`.
     """
 
     request_id: str
@@ -152,7 +152,7 @@ class Gradient:
 
     @property
     def provenance(self) -> Provenance:
-        """Which weights computed it, where and with what."""
+        """The model's revision, data type, device and library versions."""
         return self.header.provenance
 
     @property
@@ -165,7 +165,7 @@ class Gradient:
 
         Raises:
             ValueError: There is no such kind.
-            KeyError: It was not asked for, or this architecture has not got it.
+            KeyError: The matrix was not requested, or the architecture does not have it.
         """
         wanted = MatrixKind.of(kind)
         for matrix in self.matrices:
@@ -184,16 +184,16 @@ class Gradient:
         return [matrix for matrix in self.matrices if matrix.kind is wanted]
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a component of every matrix. Needs pandas."""
+        """A data frame with one row per component of every matrix. Requires pandas."""
         return exports.component_frame(self.matrices, self.prompt_tokens)
 
     def save(self, path: str | Path) -> None:
         """Write all factors to a safetensors file, as `Matrix.save` does. Needs safetensors.
 
-        Its metadata say which model and prompt they belong to.
+        The metadata of the file name the model and the prompt.
 
         Raises:
-            ValueError: The gradient was made without factors.
+            ValueError: The gradient was requested without factors.
         """
         exports.save_factors(self.matrices, path, self._file_metadata())
 
@@ -241,7 +241,7 @@ class Gradient:
         summary: GradientSummary | None,
         responses: Sequence[gradient_lens_pb2.GradientLensResponse],
     ) -> Gradient:
-        """Put together what came one by one."""
+        """Combine the events of a stream."""
         return cls(
             header=header,
             matrices=tuple(matrices),

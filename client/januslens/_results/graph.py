@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A node and the edge by which it enters another; no edge where nothing was entered."""
+    """A node and its edge to another node; None if the edge is unknown."""
 
     node: Node
     edge: Edge | None
@@ -30,7 +30,7 @@ class Part:
 
     @property
     def logit_contribution(self) -> float | None:
-        """What the part adds to the target's logit, where it was asked for."""
+        """Direct effect of the part on the target's logit, if requested."""
         return self.edge.logit_contribution if self.edge else None
 
     @property
@@ -40,12 +40,12 @@ class Part:
 
     @property
     def weight(self) -> float | None:
-        """The part's norm, coefficient included."""
+        """Norm of the part, including its coefficient."""
         return self.edge.weight if self.edge else None
 
 
 class KnownNodes(Mapping[str, Node]):
-    """Nodes of several layers by id; an earlier layer is read if none of the later ones has it."""
+    """Nodes of several layers by id; later layers are searched first and parsed when needed."""
 
     def __init__(self, layers: Iterable[Sequence[Node]]) -> None:
         """The nodes of each layer, in ascending order."""
@@ -64,7 +64,7 @@ class KnownNodes(Mapping[str, Node]):
         return (node.id for nodes in reversed(self._layers) for node in nodes)
 
     def __len__(self) -> int:
-        """How many nodes there are."""
+        """Number of nodes."""
         return sum(map(len, self._layers))
 
     def _by_layer(self) -> Iterator[dict[str, Node]]:
@@ -76,7 +76,7 @@ class KnownNodes(Mapping[str, Node]):
 
 @dataclass(frozen=True, kw_only=True)
 class GraphView:
-    """Nodes and edges with the questions that one asks them.
+    """Nodes and edges, with queries on them.
 
     `nodes` and `edges` hold the same as `node_list` and `edge_list`, as pandas frames.
 
@@ -144,12 +144,12 @@ class GraphView:
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
-        """The nodes as a frame, one row a node, by id. Needs pandas."""
+        """A data frame with one row per node, indexed by id. Requires pandas."""
         return exports.node_frame(self.node_list)
 
     @cached_property
     def edges(self) -> pd.DataFrame:
-        """The edges as a frame, one row an edge. Needs pandas."""
+        """A data frame with one row per edge. Requires pandas."""
         return exports.edge_frame(self.edge_list)
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:

@@ -36,20 +36,20 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """`x_i^T delta_i`: what one position adds to a gradient (Backward Lens, section 4).
+    """`x_i^T delta_i`, the part of a gradient from one position (Backward Lens, section 4).
 
     Attributes:
         position: The position i, an index into the gradient's `prompt_tokens`.
-        input_norm: Length of x_i, what the matrix read there.
-        vjp_norm: Length of delta_i, the gradient of the loss with respect to what it wrote.
-        size: Their product: the norm of this component.
-        promoted_end: Where in `projection` the tokens stand that a descent step promotes.
-        projection: The factor that lives in the residual basis, in the vocabulary.
-        predicted_rank: Rank in it of the model's own answer to the prompt.
-        target_ranks: Rank in it of every target token, 0 = the very top.
+        input_norm: Norm of x_i, the input of the matrix.
+        vjp_norm: Norm of delta_i, the gradient of the loss with respect to its output.
+        size: Product of both norms: the Frobenius norm of the component.
+        promoted_end: The end of `projection` with the tokens that a descent step promotes.
+        projection: Projection of the factor in the residual basis; None if it is zero.
+        predicted_rank: Rank of the model's own prediction in this projection.
+        target_ranks: Rank of each target token in this projection; 0 = top.
         other_side: The largest entries of the other factor.
-        input: x_i `[d_in]`, where factors were asked for.
-        vjp: delta_i `[d_out]`, likewise.
+        input: x_i `[d_in]`, if factors were requested.
+        vjp: delta_i `[d_out]`, if factors were requested.
     """
 
     position: int
@@ -106,28 +106,28 @@ class Component:
         """x_i `[d_in]` and delta_i `[d_out]` in float32.
 
         Raises:
-            ValueError: The gradient was made without factors.
+            ValueError: The gradient was requested without factors.
         """
         if self.input is None or self.vjp is None:
-            raise ValueError("no factors here: ask for them with factors=True")
+            raise ValueError("the gradient has no factors; request them with factors=True")
         return self.input.float32(), self.vjp.float32()
 
     def outer(self) -> Floats:
         """This component as a matrix `[d_in, d_out]`.
 
         Raises:
-            ValueError: The gradient was made without factors.
+            ValueError: The gradient was requested without factors.
         """
         return np.outer(*self.factors())
 
 
 @dataclass(frozen=True, slots=True)
 class Singular:
-    """One singular direction of a gradient; its sign is arbitrary, so both ends count.
+    """One singular value of a gradient with its vectors; their common sign is arbitrary.
 
     Attributes:
         value: The singular value.
-        explained: Share of the squared Frobenius norm that it holds.
+        explained: Square of the value, divided by the squared Frobenius norm.
         projection: The vector on the residual side, in the vocabulary.
         other_side: The largest entries of the vector on the other side.
     """
@@ -204,18 +204,18 @@ class Matrix:
 
     Attributes:
         layer: Its block.
-        kind: Which matrix.
-        expert: Which expert's.
-        d_in: Rows.
-        d_out: Columns.
-        projected_side: The factor that is read in the vocabulary.
-        promoted_end: Where the tokens stand there that a descent step promotes.
-        components: The factor pairs, largest first, as many as were asked for.
-        component_count: How many pairs the whole gradient has.
-        frobenius_norm: Norm of the whole gradient, left-out components included.
-        spectrum: The largest singular values and their directions, where asked for.
-        neurons: The neurons that a step moves most, where asked for.
-        verification: The comparison with autograd, where asked for.
+        kind: Kind of the matrix.
+        expert: Expert of the matrix; None without experts.
+        d_in: Number of rows.
+        d_out: Number of columns.
+        projected_side: The factor that is projected.
+        promoted_end: The end of the projections with the tokens that a descent step promotes.
+        components: At most the requested number of components, largest first.
+        component_count: Number of components of the whole gradient.
+        frobenius_norm: Norm of the whole gradient, including components that were not sent.
+        spectrum: The largest singular values with their vectors, if requested.
+        neurons: The neurons that a step changes most, if requested.
+        verification: The comparison with autograd, if requested.
     """
 
     layer: int
@@ -268,7 +268,7 @@ class Matrix:
         """The inputs `[components, d_in]` and the VJPs `[components, d_out]` in float32.
 
         Raises:
-            ValueError: The gradient was made without factors.
+            ValueError: The gradient was requested without factors.
         """
         if not self.components:  # the gradient is zero
             return np.zeros((0, self.d_in), np.float32), np.zeros((0, self.d_out), np.float32)
@@ -284,9 +284,9 @@ class Matrix:
         inputs, vjps = self.factors()
         if len(self.components) < self.component_count:
             raise ValueError(
-                f"{self.name} has only its {len(self.components)} largest of "
-                f"{self.component_count} components here, and the dense gradient is the sum of "
-                "all: ask for them with components=0"
+                f"{self.name} has only the {len(self.components)} largest of "
+                f"{self.component_count} components; the dense gradient needs all of "
+                "them: request components=0"
             )
         dense: Floats = inputs.T @ vjps
         return dense
@@ -301,7 +301,7 @@ class Matrix:
         return notebook_html(self)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a component. Needs pandas."""
+        """A data frame with one row per component. Requires pandas."""
         return exports.component_frame([self], ())
 
     def save(self, path: str | Path) -> None:
@@ -311,6 +311,6 @@ class Matrix:
         `L3.FF2.position` `[components]`.
 
         Raises:
-            ValueError: The gradient was made without factors.
+            ValueError: The gradient was requested without factors.
         """
         exports.save_factors([self], path, {})

@@ -23,11 +23,11 @@ class NeuronHit:
 
     Attributes:
         layer: Its block, from 0.
-        neuron: Its number, of a mixture within its expert.
-        expert: The expert that it belongs to; None = a plain MLP.
-        rank: How many tokens the value puts before the one asked for, from the end asked for.
-        logit: The token's logit in the value.
-        value: The value in the vocabulary, the token asked for being its target.
+        neuron: The neuron, from 0; in a mixture of experts, within its expert.
+        expert: The expert of the neuron; None if the MLP has no experts.
+        rank: Rank of the token in the value, from the requested end; 0 = first.
+        logit: Logit of the token in the value.
+        value: Projection of the value, with the requested token as its target.
     """
 
     layer: int
@@ -57,15 +57,15 @@ class NeuronHit:
 
 @dataclass(frozen=True)
 class FoundNeurons:
-    """The neurons whose values write a token, by its rank in them, then by its logit.
+    """The neurons whose values promote or suppress a token, sorted by its rank, then its logit.
 
     Attributes:
-        token: The token that was asked for.
-        suppressed: Whether those were asked for that push it to the bottom.
-        neurons: As many as were asked for, the best first.
-        total: How many there are.
-        depth: How deep each value was searched: `total` counts the ranks below it.
-        provenance: Which weights they are of.
+        token: The requested token.
+        suppressed: True if the neurons suppress the token, False if they promote it.
+        neurons: At most the requested number of neurons, the best first.
+        total: Number of neurons in which the token's rank is below `depth`.
+        depth: Number of tokens that the server's index has for each value.
+        provenance: The model's revision, data type, device and library versions.
     """
 
     token: Token
@@ -83,7 +83,7 @@ class FoundNeurons:
     def from_messages(
         cls, pages: Sequence[neurons_pb2.FindNeuronsResponse], *, suppressed: bool
     ) -> FoundNeurons:
-        """Read the pages of one question, at least one."""
+        """Read the pages of one request, at least one."""
         first = pages[0]
         tokens = TokenTable(token for page in pages for token in page.tokens)
         hits = (hit for page in pages for hit in page.neurons)
@@ -97,5 +97,5 @@ class FoundNeurons:
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """A frame with one row a neuron, in their order."""
+        """A data frame with one row per neuron, in the same order."""
         return neuron_frame(self.neurons)

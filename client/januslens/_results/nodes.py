@@ -17,21 +17,21 @@ ValueT = TypeVar("ValueT")
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """One vector of the forward pass, read in the vocabulary (VISIT, section 3).
+    """One vector of the forward pass and its projection (VISIT, section 3).
 
     Attributes:
-        id: Its coordinates, e.g. `L3/p7/MEMORY_VALUE/h2/s4`: equal in every request.
-        kind: Which vector it is.
-        layer: Its block; None outside the blocks.
+        id: The coordinates, e.g. `L3/p7/MEMORY_VALUE/h2/s4`; the same in every request.
+        kind: Kind of the vector.
+        layer: Layer, from 0; None outside the blocks.
         position: The query position.
-        head: Its attention head.
-        source_position: The position that a memory key or value comes from.
-        neuron: The MLP's neuron, or the row of W_O.
-        expert: The expert that the neuron belongs to.
-        norm: Euclidean length of the vector.
-        activation: What multiplies the vector in its sum.
-        projection: The vector in the vocabulary; None if it is exactly zero or a junction.
-        vector: The vector itself `[d_model]`, where asked for.
+        head: Query head; None for kinds that are not of one head.
+        source_position: Source position of a memory key or value.
+        neuron: Neuron of the MLP, or row of W_O.
+        expert: Expert of the neuron, in a mixture of experts.
+        norm: Euclidean norm of the vector.
+        activation: Factor of the vector in its sum; set for neurons.
+        projection: Projection of the vector; None for exact zeros and ATTENTION_CONCAT.
+        vector: The vector `[d_model]`, if requested.
     """
 
     id: str
@@ -75,17 +75,17 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """How one node enters another; docs/semantics.md says what each kind's weight is.
+    """A directed edge between two nodes; docs/semantics.md defines the weight of each kind.
 
     Attributes:
-        source: Id of the node it comes from.
-        target: Id of the node it goes to.
-        kind: PART for a summand, or how the one vector is made from the other.
-        weight: In model units: the part's norm, an attention probability or an activation.
-        share: `<part, sum> / ||sum||^2`, signed; the shares into a sum add to 1.
+        source: Id of the source node.
+        target: Id of the target node.
+        kind: PART if the source is a part of a sum; otherwise how the target follows from it.
+        weight: A norm, an attention probability or an activation, in the model's own units.
+        share: `<part, sum> / ||sum||^2`, signed; the shares of one sum add up to 1.
         attention: The attention probability of a memory value.
-        logit_contribution: What the part adds to the target's logit, where asked for.
-        overlap: Common part of both ends' top tokens (VISIT's intersection score).
+        logit_contribution: Direct effect of the part on the target's logit, if requested.
+        overlap: Fraction of top tokens that both ends share (VISIT's intersection score).
     """
 
     source: str

@@ -20,17 +20,17 @@ from januslens.v1 import trace_pb2
 
 @dataclass(frozen=True)
 class PositionTarget:
-    """The token whose rank every projection at a position reports, and the model's own choice.
+    """The target at one position, and its place in the model's prediction there.
 
     Attributes:
         position: The query position.
-        target: The token asked for, or the model's own next token.
-        predicted: The model's own next token.
-        target_probability: What the model's output gives the target.
-        target_rank: 0 = it is the model's own choice.
-        target_logit: Its logit.
-        constant_logit_contribution: What norm and head bias add to it, in logits; with every
-            component's contribution it adds up to the target's logit before a soft cap.
+        target: The requested target, or the model's own prediction.
+        predicted: The model's own prediction.
+        target_probability: Probability of the target in the prediction.
+        target_rank: Rank of the target in the prediction; 0 = it is the prediction.
+        target_logit: Logit of the target.
+        constant_logit_contribution: Contribution of the final norm's and the head's bias; with
+            all other contributions it adds up to the target's logit before any soft-cap.
     """
 
     position: int
@@ -57,15 +57,15 @@ class PositionTarget:
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What is known once the forward pass has run; a Trace's first event.
+    """What is traced; the first event of a trace's stream.
 
     Attributes:
-        request_id: What to quote when asking about this call.
-        provenance: Which weights computed it, where and with what.
+        request_id: Id of the call, as in the server's log.
+        provenance: The model's revision, data type, device and library versions.
         sizes: The model's layers, heads, neurons and tokens.
-        prompt_tokens: The tokens as the model read them.
-        layers: The layers that will come.
-        targets: One for every position asked for.
+        prompt_tokens: The prompt's tokens, one per position.
+        layers: The layers that the stream sends, ascending.
+        targets: The target of each traced position.
     """
 
     request_id: str
@@ -90,14 +90,14 @@ class TraceHeader:
 
 @dataclass(frozen=True)
 class TraceSummary:
-    """A Trace's last event: without it the stream was cut.
+    """The last event of a complete trace's stream.
 
     Attributes:
-        nodes: How many nodes were sent.
-        edges: How many edges were sent.
+        nodes: Number of nodes sent.
+        edges: Number of edges sent.
         times: Seconds by stage on the server.
-        checks: What the model's self-check measured, where asked for.
-        constant_logit_contribution: That of the last position's target.
+        checks: Results of the checks; empty unless requested.
+        constant_logit_contribution: The constant of the traced position, if there is only one.
     """
 
     nodes: int
@@ -265,8 +265,8 @@ class Trace(GraphView):
 
     Attributes:
         header: Prompt, targets and provenance.
-        layers: The layers asked for, ascending.
-        summary: Counts, times and checks; None if the stream was cut.
+        layers: The requested layers, ascending.
+        summary: Counts, times and checks; None if the stream was interrupted.
         responses: The messages that it was read from.
     """
 
@@ -283,7 +283,7 @@ class Trace(GraphView):
         summary: TraceSummary | None,
         responses: Sequence[trace_pb2.TraceResponse],
     ) -> Trace:
-        """Put together what came one by one."""
+        """Combine the events of a stream."""
         nodes = [layer.node_list for layer in layers]
         edges = [layer.edge_list for layer in layers]
         return cls(
@@ -303,19 +303,19 @@ class Trace(GraphView):
 
     @property
     def targets(self) -> tuple[PositionTarget, ...]:
-        """One for every position asked for."""
+        """The target of each traced position."""
         return self.header.targets
 
     @property
     def provenance(self) -> Provenance:
-        """Which weights computed it, where and with what."""
+        """The model's revision, data type, device and library versions."""
         return self.header.provenance
 
     def layer(self, number: int) -> LayerGraph:
         """One layer.
 
         Raises:
-            KeyError: It was not asked for.
+            KeyError: The layer was not traced.
         """
         for layer in self.layers:
             if layer.layer == number:
@@ -327,7 +327,7 @@ class Trace(GraphView):
         """The target at a position; by default at the last one traced.
 
         Raises:
-            KeyError: The position was not asked for.
+            KeyError: The position was not traced.
         """
         by_position = {target.position: target for target in self.targets}
         wanted = max(by_position) if position is None else position
@@ -341,7 +341,7 @@ class Trace(GraphView):
         Without the last layer, the path starts at the output of the last layer received.
 
         Raises:
-            KeyError: The position was not asked for, or no layer has come.
+            KeyError: The position was not traced, or no layer has arrived.
         """
         at = self.target(position).position
         ends = (NodeKind.PREDICTION, NodeKind.FINAL_NORM, NodeKind.BLOCK_OUTPUT)
@@ -359,7 +359,7 @@ class Trace(GraphView):
 
         Raises:
             ValueError: The trace was made without logit contributions.
-            KeyError: The position was not asked for.
+            KeyError: The position was not traced.
         """
         at = self.target(position).position
         parts = list(self._components(at))

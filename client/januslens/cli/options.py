@@ -291,7 +291,7 @@ def not_both(as_json: bool, page: Path | None) -> None:
     """Refuse a page beside JSON: a page asks for more than the stream that JSON records.
 
     Raises:
-        click.UsageError: Both were asked for.
+        click.UsageError: Both were given.
     """
     if as_json and page:
         message = "expected --json or --html; got both"

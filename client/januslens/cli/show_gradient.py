@@ -240,7 +240,7 @@ _STEP = (
 
 
 def show_gradient(gradient: Gradient, console: Console, rows: int) -> None:
-    """Print a gradient: the paper's pictures of both sides, then the tables asked for."""
+    """Print a gradient: both sides as in the paper's figures, then the requested tables."""
     lines = heading(gradient.prompt_tokens, gradient.provenance)
     loss = presentation.loss_sentence(gradient, likelihood=True)
     lines.add_row("loss", sentence(loss, gradient.header.targets))

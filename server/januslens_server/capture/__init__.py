@@ -1,4 +1,4 @@
-"""Reading a model's activations while it runs: where (taps), how (hooks), what (activations)."""
+"""Capture a model's activations during a forward pass: taps, hooks and the captured tensors."""
 
 from januslens_server.capture.activations import LayerActivations, Routing
 from januslens_server.capture.hooks import capturing

@@ -120,5 +120,5 @@ class _Interruptible(TorchFunctionMode):
 
 
 def _rows_at_once(operations_each: float, fewest: int) -> int:
-    """How many rows keep the operations within bounds: a multiple of `fewest`."""
+    """Number of rows whose operations stay within the bound: a multiple of `fewest`."""
     return max(1, int(OPERATIONS / operations_each) // fewest) * fewest

@@ -29,14 +29,14 @@ class LowRank:
 
 
 class Overlay(Protocol):
-    """Makes of a module's output what it would be if the module's weights were changed."""
+    """Changes a module's output to that of changed weights."""
 
     @property
     def module(self) -> nn.Module:
         """Whose output it changes."""
 
     def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """The changed output, from what the module was called with and its own output."""
+        """The changed output, from the module's input and its own output."""
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ _OTHER_OPTIONS: tuple[click.Parameter, ...] = (
         type=click.Path(path_type=Path),
         envvar=f"{ENVIRONMENT_PREFIX}CONFIG",
         metavar="FILE",
-        help="YAML file of settings, by name with underscores.",
+        help="YAML file of settings; its keys are the flags' names with underscores.",
     ),
     click.Option(
         ["--version"],

@@ -32,7 +32,7 @@ MLP = _Kinds(NodeKind.MLP_INPUT, NodeKind.MLP_SUM, NodeKind.MLP_OUTPUT)
 
 
 class _Add(Protocol):
-    """Adds what is inside a sublayer, from its input's id to its raw result, whose id it gives."""
+    """Adds the nodes inside a sublayer; takes the id of its input, returns that of its result."""
 
     def __call__(self, flow: FlowBuilder, source: str, /, *, result: Result) -> str: ...
 
@@ -75,7 +75,7 @@ def block_flow(
 
     Only nodes of the kinds `shown` (empty: all) are built, and edges between them.
     `below` is the layer sent before this one: the input node is added unless it is the one
-    right below, and joined by a GAP edge if layers between were not asked for.
+    right below, and joined by a GAP edge if layers between them were not requested.
     """
     flow = FlowBuilder(layer, position, direction, shown)
     row = acts.row(position)
@@ -124,7 +124,7 @@ def _add_input(flow: FlowBuilder, residual: torch.Tensor, below: int | None) -> 
 def _add_sublayer(
     flow: FlowBuilder, source: str, residual: torch.Tensor, sublayer: _Sublayer
 ) -> str:
-    """Norm, sublayer, and what it adds to the residual; gives the latter's id."""
+    """Add norm, sublayer and output; return the id of the output."""
     at, kinds = sublayer.row, sublayer.kinds
     if sublayer.normed is not None:
         source = _add_normed(flow, kinds.input, source, residual, sublayer.normed[at])

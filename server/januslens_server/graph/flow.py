@@ -137,7 +137,7 @@ class FlowBuilder:
         return ids
 
     def others(self, totals: Sequence[Node], vectors: torch.Tensor) -> list[str]:
-        """Add the OTHER nodes of sums: what a selection left out of each, `[n, d_model]`."""
+        """Add the OTHER nodes of sums: the parts that the selection left out, `[n, d_model]`."""
         return self.nodes(
             [replace(total, kind=NodeKind.OTHER, sum_kind=total.kind) for total in totals], vectors
         )

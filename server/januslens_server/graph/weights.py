@@ -221,7 +221,7 @@ class MlpWeights(Protocol):
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Attention and MLP of one block, and whether a norm stands before each."""
+    """Attention and MLP of one block, and whether a norm precedes each."""
 
     attention: AttentionWeights
     mlp: MlpWeights

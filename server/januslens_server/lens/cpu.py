@@ -41,7 +41,7 @@ def on_free_cores(work: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> l
 
 @functools.cache
 def _pool(cores: int) -> ThreadPoolExecutor:
-    """So many threads, each of which computes alone."""
+    """A number of threads that each compute one block at a time."""
     pool = ThreadPoolExecutor(cores, "lens")
     every = threading.Barrier(cores)
     list(pool.map(_compute_alone, [every] * cores))
@@ -186,7 +186,7 @@ class Unembedding:
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        """From `weight` in any floating type, of which single rows are still read afterwards."""
+        """Pack `weight`, of any floating type; single rows are still read from it afterwards."""
         self._weight = weight.detach()
         self.vocab, self.d_model = weight.shape
         self.device = weight.device

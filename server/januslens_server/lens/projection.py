@@ -151,8 +151,8 @@ def _spread(logits: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, 
     """The log of the sum of exponentials and -sum p log2 p, `[n]` each, from one exponential.
 
     With d = logits - largest and z = sum exp d the entropy is log z - sum d exp d / z, in nats;
-    p = 0 contributes 0. Sums, which add in pairs, and no dot product, which adds in sequence: of
-    50,000 float32 terms that loses 0.005 bit.
+    p = 0 contributes 0. Pairwise sums are used, since a dot product adds in sequence and loses
+    0.005 bit over 50,000 float32 terms.
     """
     below, weights = _scratch.like("first", logits), _scratch.like("second", logits)
     torch.sub(logits, largest, out=below).clamp_(min=LOWEST_EXPONENT)

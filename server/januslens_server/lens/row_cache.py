@@ -126,7 +126,7 @@ class RowCache:
         return projection_table(self._head, projected, [Readings(**joined)], targets)
 
     def _read(self, named: _Wanted, spec: LensSpec, check_cancelled: CancelCheck) -> list[Readings]:
-        """Readings of the rows in their order: those that are here, and as they come the others."""
+        """Readings of the rows, in order: cached ones at once, others when they are computed."""
         rows = range(len(named.keys))
         known = [i for i in rows if named.keys[i] in self._slots]
         unknown: dict[Hashable, list[int]] = {}

@@ -40,7 +40,7 @@ class TensorCache:
     """A folder of at most `limit` bytes. Least recently used files are removed first.
 
     Several servers may share it: files appear atomically, and files of other programs are not
-    touched. If the folder cannot be read or written, the cache logs one line and goes on without.
+    touched. If the folder cannot be read or written, the cache logs one line and is not used.
     """
 
     folder: Path

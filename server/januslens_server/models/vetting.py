@@ -281,7 +281,7 @@ def limited_construction(n_tensors: int) -> Iterator[None]:
 
 
 def check_facts(facts: ModelFacts) -> None:
-    """Refuse heads of no size, and a context that no prompt fits in or no request can name."""
+    """Refuse heads of size zero, and contexts that are empty or too long for a request."""
     if facts.d_head < 1:
         raise ModelFailed(
             f"{CONFIGURATION} gives {facts.n_heads} heads to {facts.d_model} dimensions: expected "

@@ -42,7 +42,7 @@ class TraceChecks:
         self._contributions: defaultdict[int, float] = defaultdict(float)
 
     def see(self, flows: Iterable[Flow]) -> None:
-        """Add up what the flows' sums are said to be made of."""
+        """Add up the parts of the flows' sums."""
         for flow in flows:
             position = flow.nodes[0].position
             for edge in flow.edges:

@@ -14,7 +14,7 @@ class StageClock:
     """Adds up wall-clock seconds under each stage's name, in order of first use."""
 
     def __init__(self, rpc: str) -> None:
-        """`rpc` is whose stages these are, for metrics."""
+        """`rpc` names the RPC of these stages in metrics."""
         self._rpc = rpc
         self._seconds: dict[str, float] = {}
 

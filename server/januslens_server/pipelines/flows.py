@@ -31,7 +31,7 @@ class Piece:
 
 
 class LayerFlows:
-    """Builds the flows of the positions that are asked for."""
+    """Builds the flows of the requested positions."""
 
     def __init__(self, model: ResidentModel, spec: TraceSpec, passed: ForwardPass) -> None:
         """From what `passed` captured of the model's layers."""

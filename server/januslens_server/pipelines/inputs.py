@@ -142,7 +142,7 @@ def _within(values: Iterable[int], size: int, field: str, name: str) -> tuple[in
 
 
 def _known(model: ResidentModel, tokens: list[Token], field: str) -> list[Token]:
-    """The tokens, all of which the model has; a tokenizer may have more than its model."""
+    """Check that the model has all tokens; a tokenizer may have more than its model."""
     size = model.view.facts.vocab_size
     for token in tokens:
         if token.id >= size:
@@ -292,5 +292,5 @@ def _find(subject: str, prompt: Prompt, tokens: Sequence[Token]) -> Span:
     end = start + len(name)
     touched = [i for i, (first, last) in enumerate(spans) if first < end and last > start]
     if not name or start < 0 or not touched:
-        raise InvalidRequest("subject.text", f"expected a part of the prompt, got {subject!r}")
+        raise InvalidRequest("subject.text", f"{subject!r} does not occur in the prompt")
     return Span(touched[0], touched[-1] + 1)

@@ -1,4 +1,4 @@
-"""PreviewEdit: what an edit would do, as low-rank overlays for this request alone."""
+"""PreviewEdit: the effect of an edit, applied as low-rank overlays for one request."""
 
 from __future__ import annotations
 

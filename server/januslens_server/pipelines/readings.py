@@ -121,7 +121,7 @@ class FlowReader:
         return frozenset(table.top_ids[row, : self._spec.overlap_k].tolist())
 
     def _edges(self, edges: Iterable[Edge], tops: Mapping[str, frozenset[int]]) -> list[Edge]:
-        """Edges whose ends are both shown, with VISIT's intersection score where it is asked."""
+        """Edges between shown nodes, with VISIT's intersection score if requested."""
         visible = [edge for edge in edges if edge.source in tops and edge.target in tops]
         if not self._spec.overlap_k:
             return visible

@@ -116,7 +116,7 @@ class Admission:
 
 
 def _within(ratio: float, factor: float) -> float:
-    """The nearest ratio between 1 / factor and factor."""
+    """Limit a ratio to the range from 1 / factor to factor."""
     return min(max(ratio, 1 / factor), factor)
 
 

@@ -16,9 +16,9 @@ PING_AFTER_SECONDS, PING_ANSWER_SECONDS = 60, 20
 
 @dataclass(frozen=True)
 class PeerLimits:
-    """What all peers of one server may hold: `connections`, each with `streams` open calls.
+    """Limits of one server: open `connections`, and open calls (`streams`) of each.
 
-    A connection beyond the limit is closed at once; a client keeps a call beyond it waiting.
+    A connection beyond the limit is closed at once; clients delay calls beyond theirs.
     """
 
     connections: int = 1000

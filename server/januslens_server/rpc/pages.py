@@ -1,4 +1,4 @@
-"""Tokens of pages: the number of entries before the page, and which list they are of."""
+"""Page tokens: the offset of a page, bound to the list that it belongs to."""
 
 from __future__ import annotations
 

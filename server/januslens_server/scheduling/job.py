@@ -106,7 +106,7 @@ class Outlet(Generic[T]):
             return True
 
     async def items(self) -> AsyncIterator[T]:
-        """Reader: everything put, in order; raises what the producer closed with."""
+        """Yield all items in order; raise the error that the producer closed with."""
         while (entry := await self._items.get()) is not None:
             item, size = entry
             yield item
@@ -174,6 +174,6 @@ class Job:
         return max(0.0, self.ticket.cost.seconds - self.ticket.spent)
 
     def close(self) -> None:
-        """Let go of what it has computed with."""
+        """Release everything that the computation used."""
         if isinstance(self.steps, Generator):  # one that was stopped between two steps
             self.steps.close()

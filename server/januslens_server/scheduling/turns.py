@@ -160,7 +160,7 @@ class Turns:
         self._ready.charge(job.caller, seconds)
 
     def gives_way(self, job: Job, seconds: float) -> bool:
-        """Whether one that has run for so long should let another caller's run."""
+        """Whether a request that has run for this long should pause for another caller's."""
         if seconds < QUANTUM:
             return False
         following = self._next()

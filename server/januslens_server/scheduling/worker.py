@@ -142,8 +142,8 @@ class DeviceWorker:
     def _make_room(self, caller: str) -> None:
         """Free a place for `caller`, or raise `QueueFull`.
 
-        Places are shared as the device is: of the callers with requests that have not begun, the
-        one with the most places gives way with its newest to one who has at least two fewer.
+        Callers share the places. Among callers with requests that have not started, the one with
+        the most places loses its newest request, if `caller` has at least two places fewer.
         """
         for job in [job for job in self._turns if job.ticket.failure]:
             self._turns.remove(job)
@@ -248,7 +248,7 @@ class DeviceWorker:
             return True
 
     def _close_those_who_left(self) -> None:
-        """Set-aside requests whose callers went: they hold memory, and must not wait for a turn."""
+        """Close suspended requests that were cancelled, without waiting for their turn."""
         while self._left:
             job = self._left.popleft()
             self._end(job, job.ticket.failure)

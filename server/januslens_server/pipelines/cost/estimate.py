@@ -21,7 +21,7 @@ from januslens_server.pipelines.resolve import (
 
 
 def demand_of(request: Resolved) -> Demand:
-    """Count what a resolved request asks of the device."""
+    """Estimate the device work of a resolved request."""
     match request:
         case ResolvedTrace():
             return trace_demand(request)

@@ -119,7 +119,7 @@ def _memory(
     scored: int,
     vectors: int,
 ) -> int:
-    """Autograd's graph of the layers it passes and all factors, then one matrix at a time."""
+    """Bytes of autograd's graph, of all factors, and of the largest matrix's projections."""
     facts = sizes.facts
     listed = spec.lens.top_k + spec.lens.bottom_k
     layers = facts.n_layers - matrices.lowest

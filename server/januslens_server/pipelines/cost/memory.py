@@ -48,7 +48,7 @@ def read(sizes: CostSizes, vectors: int, listed: int) -> int:
 
 
 def reported(vectors: int, listed: int) -> int:
-    """What a result says of so many vectors."""
+    """Bytes of the readings of a number of vectors."""
     return vectors * 40 * (listed + 4)
 
 

@@ -42,7 +42,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds for each of what a `Demand` counts."""
+    """Seconds per unit of each quantity that a `Demand` counts."""
 
     per_pass: float
     per_flop: float

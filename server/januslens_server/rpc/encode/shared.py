@@ -46,7 +46,7 @@ BodyT = TypeVar("BodyT", bound=Body)
 
 
 class Entry(NamedTuple):
-    """A vocabulary entry as it is sent, and what it adds to a message in bytes."""
+    """A vocabulary entry as it is sent, and its size in a message in bytes."""
 
     message: common_pb2.Token
     size: int
@@ -61,7 +61,7 @@ class TokenTexts:
         self._sent: set[int] = set()
 
     def of_prompt(self, tokens: Iterable[Token]) -> list[common_pb2.Token]:
-        """A prompt's tokens, which bring their texts as they come."""
+        """Tokens of a prompt, with their texts."""
         messages = [token_message(token) for token in tokens]
         self._sent.update(message.id for message in messages)
         return messages

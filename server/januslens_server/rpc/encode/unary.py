@@ -45,7 +45,7 @@ def model_message(status: ModelStatus) -> models_pb2.Model:
 def estimate_message(
     estimate: Estimate[Any], exceeded: Iterable[LimitExceeded]
 ) -> cost_pb2.EstimateCostResponse:
-    """`exceeded` are the limits that it is above."""
+    """Encode an estimate; `exceeded` are the limits that it exceeds."""
     limit = next((error.limit for error in exceeded), "")
     return cost_pb2.EstimateCostResponse(
         projected_vectors=estimate.demand.vectors,
