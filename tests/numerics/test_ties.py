@@ -88,6 +88,26 @@ def test_every_answer_predicts_the_lowest_of_equal_logits(tied: ResidentModel) -
     assert preview.edited.predicted_before == expected
 
 
+def test_an_edits_ranks_are_those_before_a_soft_cap_that_saturates() -> None:
+    case = next(case for case in CASES if case.id.startswith("gemma2-"))
+    case = replace(case, name="saturated cap")
+    with torch.no_grad():
+        plain(case).get_output_embeddings().weight.mul_(1000)
+    model, ids = resident(case), tuple(case.prompt)
+    with torch.no_grad():
+        hidden = model.network.get_decoder()(torch.tensor([ids])).last_hidden_state[0, -1]
+        raw = (model.network.get_output_embeddings().weight @ hidden).numpy()
+    order = np.lexsort((np.arange(len(raw)), -raw))
+    (header, *_) = trace(resolve_trace(model, TraceSpec(ids)), lambda: None)
+    assert isinstance(header, TraceHeader)
+    assert header.targets[0].predicted_token_id == order[0]
+    for rank in (0, 1, 5):
+        edit = PreviewEditSpec(ids, (int(order[rank]),), DescentStep((), (), 1e-9))
+        (preview,) = filter(None, preview_edit(resolve_preview_edit(model, edit), lambda: None))
+        assert preview.edited.predicted_before == order[0]
+        assert preview.edited.rank_before == rank
+
+
 @pytest.mark.parametrize("suppressed", [False, True])
 @pytest.mark.parametrize("token", [30, 60, 93, 5])
 def test_neurons_are_found_with_exact_ranks_among_equal_logits(

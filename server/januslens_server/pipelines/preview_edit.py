@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 
 import torch
 
 from januslens_server.capture import LowRank, Overlay, capturing, overlaid
 from januslens_server.capture.taps import rows
 from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
+from januslens_server.lens.head import LensHead
 from januslens_server.lens.losses import negative_log_likelihood
 from januslens_server.models.matrices import Linear, MatrixKey, read_parameter
 from januslens_server.models.resident import ResidentModel
@@ -30,7 +32,8 @@ def preview_edit(
     before = yield from _read(model, watched, (), check_cancelled)
     overlays = model.view.overlays(_changes(request, check_cancelled))
     after = yield from _edited(model, request.spec, watched, overlays, check_cancelled)
-    edited, *probes = map(_effect, watched, before, after)
+    effect = partial(_effect, model.view.lens)
+    edited, *probes = map(effect, watched, before, after)
     yield EditPreview(edited, probes, model.provenance)
 
 
@@ -124,16 +127,19 @@ def _linear(model: ResidentModel, shift: ForwardShift) -> Linear:
 def _next_logits(
     model: ResidentModel, ids: Sequence[int], check_cancelled: CancelCheck
 ) -> torch.Tensor:
-    """Logits of the next token `[vocab]`, in float32."""
+    """Logits of the next token `[vocab]`, in float32, before the soft-cap."""
     lens = model.view.lens
     last = forward(model, ids, (), check_cancelled, scored=(len(ids) - 1,)).residual[-1:]
-    return lens.cap(lens.logits(lens.final_norm(last)))[0]
+    return lens.logits(lens.final_norm(last))[0]
 
 
-def _effect(watched: Watched, before: torch.Tensor, after: torch.Tensor) -> Effect:
-    """Ranks and predictions compare logits: rounding makes some log-probabilities equal."""
+def _effect(lens: LensHead, watched: Watched, before: torch.Tensor, after: torch.Tensor) -> Effect:
+    """Compare the logits before and after the edit.
+
+    Ranks and predictions are those of the logits before the soft-cap, which makes large ones equal.
+    """
     target = watched.target
-    log_before, log_after = before.log_softmax(dim=-1), after.log_softmax(dim=-1)
+    log_before, log_after = (lens.cap(row).log_softmax(dim=-1) for row in (before, after))
     return Effect(
         label=watched.label,
         target_token_id=target,
