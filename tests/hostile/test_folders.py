@@ -312,7 +312,7 @@ def merges_of_a_gigabyte(folder: Path) -> str:
 
 def index(name: object) -> Callable[[Path], str]:
     def bomb(folder: Path) -> str:
-        shutil.copy(folder / WEIGHTS, folder.parent / WEIGHTS)
+        shutil.move(folder / WEIGHTS, folder.parent / WEIGHTS)  # beside it no index is read
         text = json.dumps({"weight_map": {"a": name}})
         (folder / "model.safetensors.index.json").write_text(text)
         return "model.safetensors.index.json"
