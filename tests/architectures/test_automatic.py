@@ -106,6 +106,7 @@ def test_family_without_an_adapter_is_mapped_exactly(case: Case) -> None:
         ("persimmon", {}, "expected model.layers.0 to have 6 or 7 linear maps"),
         ("olmo", {}, "expected one norm after the last block, found 0"),
         ("mamba", {}, "num_attention_heads|expected"),
+        ("gemma4_unified_text", {}, "is unknown: 'head_dim' is a per-layer attribute"),
     ],
 )
 def test_refusal_names_the_missing_part(

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models.loader import ModelSource, load
+from januslens_server.models.vetting import one_line
 from tests.architectures.cases import CASES
 from tests.architectures.tiny_models import plain
 from tests.loading.folders import saved
@@ -266,3 +267,32 @@ def test_a_single_weights_file_is_preferred_to_an_index_as_in_transformers(
     assert model.provenance.revision == revision
     with torch.inference_mode():
         assert torch.allclose(model.network(ids).logits, plain(GPT2)(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyError("full_attention"), "found no entry 'full_attention'"),
+        (TypeError("'NoneType' object is not subscriptable"), "got a value of an unexpected type"),
+        (IndexError("list index out of range"), "got a value of an unexpected type"),
+        (ValueError("first\nsecond"), "first"),
+    ],
+)
+def test_failed_look_ups_are_put_in_words(error: Exception, line: str) -> None:
+    assert one_line(error).startswith(line)
+
+
+def test_missing_attributes_are_named() -> None:
+    with pytest.raises(AttributeError) as missing:
+        AutoConfig.for_model("mamba").num_attention_heads  # noqa: B018
+    assert (
+        one_line(missing.value)
+        == "found no usable num_attention_heads in config.json or in a module"
+    )
+
+
+def test_unknown_activation_is_named(source: ModelSource) -> None:
+    describe(source, activation_function="swishy")
+    assert "transformers cannot build the model from config.json: " in (reason := refusal(source))
+    assert "swishy" in reason
+    assert "KeyError" not in reason

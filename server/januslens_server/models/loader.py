@@ -136,7 +136,7 @@ def load(source: ModelSource) -> ResidentModel:
         raise ModelFailed(f"{source.location}: {one_line(error)}") from error
     except Exception as error:  # a hostile folder can raise anything in transformers
         logger.debug("model %s broke while it was loaded", source.name, exc_info=True)
-        reason = f"cannot be loaded: {type(error).__name__}: {one_line(error)}"
+        reason = f"transformers cannot build the model from config.json: {one_line(error)}"
         raise ModelFailed(f"{source.location}: {reason}") from error
     return ResidentModel(
         name=source.name,

@@ -97,6 +97,9 @@ MAX_POSITIONS = 2**31 - 1
 # Longest text of an error that quotes a folder, in characters.
 MAX_REASON = 1000
 
+# A name that the text of an error quotes.
+QUOTED = re.compile(r"'([\w.]+)'")
+
 logger = logging.getLogger(__name__)
 
 _operator_offline = constants.HF_HUB_OFFLINE
@@ -210,13 +213,27 @@ def _check_key(name: str, key: str, value: object) -> None:
             raise ModelFailed(f"{name}: {key} must be {served}, got {refused[0]!r}; remove the key")
 
 
+def _text_of(error: Exception) -> str:
+    """Return an error's text, in which Python's failed look-ups are put in words."""
+    if isinstance(error, AttributeError):
+        quoted = QUOTED.findall(str(error))
+        name = error.name or (quoted[0] if quoted else "field")
+        return f"found no usable {name} in {CONFIGURATION} or in a module"
+    if isinstance(error, KeyError):
+        return f"found no entry {error.args[0]!r}" if error.args else "found no entry"
+    if isinstance(error, IndexError | TypeError | NotImplementedError | AssertionError):
+        return "got a value of an unexpected type or length"
+    return str(error)
+
+
 def one_line(error: Exception) -> str:
     """What an error says, as one printable line of at most `MAX_REASON` characters.
 
     Errors quote names from the folder, which may hold line ends and lone surrogates or be of any
-    length. Advice on further lines is left out, unless the first one only announces it.
+    length. Advice on further lines is left out, unless the first one only announces it. A failed
+    look-up in transformers' code becomes the name that was looked up.
     """
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = _text_of(error).strip().splitlines() or [type(error).__name__]
     text = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
     short = text if len(text) <= MAX_REASON else f"{text[: MAX_REASON - 3]}..."
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)

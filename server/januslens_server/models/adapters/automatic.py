@@ -43,6 +43,7 @@ from januslens_server.models.lengths import (
     miniature,
     prompt_of,
 )
+from januslens_server.models.vetting import one_line
 from januslens_server.models.views import Block, ModelView
 from januslens_server.results import MatrixKind, ModelFacts
 
@@ -95,10 +96,8 @@ def view(model: PreTrainedModel) -> ModelView:
         TypeError,
         ValueError,
     ) as error:  # raised for configurations and modules that are not decoders
-        reason = str(error).strip().split("\n", maxsplit=1)[0]
         raise ModelFailed(
-            f"the structure of {model.config.model_type} cannot be read: "
-            f"{type(error).__name__}: {reason}"
+            f"the structure of {model.config.model_type} is unknown: {one_line(error)}"
         ) from error
 
 
