@@ -226,13 +226,14 @@ def _refuse_other_tasks(config: PreTrainedConfig) -> None:
 
 def _weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files: those of the index, unless there is a single file."""
+    listed = [SAFE_WEIGHTS_NAME]
     index = folder / SAFE_WEIGHTS_INDEX_NAME
-    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
-        return [SAFE_WEIGHTS_NAME]
-    names = read_json(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise ModelFailed(f"expected a weight_map in {index.name}, found none")
-    return check_file_names(list(names.values()), index.name)
+    if index.is_file():
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict):
+            raise ModelFailed(f"expected a weight_map in {index.name}, found none")
+        listed = check_file_names(list(names.values()), index.name)
+    return [SAFE_WEIGHTS_NAME] if (folder / SAFE_WEIGHTS_NAME).is_file() else listed
 
 
 def _read_header(folder: Path, name: str) -> dict[str, int]:
