@@ -24,7 +24,7 @@ import pytest
 import trustme
 import yaml
 
-from januslens.v1 import models_pb2
+from januslens.v1 import models_pb2, trace_pb2
 from januslens_server.access.callers import new_token, token_hash
 from tests.hostile.raw_peer import RawPeer
 from tests.hostile.test_connections import LONG_HEADER, METHOD, WINDOW_UPDATE, frame
@@ -36,11 +36,11 @@ from tests.support.server import ServerProcess, running_server
 CONNECTIONS, STREAMS = 60, 20
 LIMITS = ("--max-connections", str(CONNECTIONS), "--max-streams", str(STREAMS))
 SECONDS = 4.0
-# What one attack may add to the memory of each process, half-sent messages of 160 MB included.
-MEMORY = 400 * 2**20
+# What one attack may add to the memory of each process: streams that nobody reads hold some 11 MiB
+# each in queues and gRPC's buffers.
+MEMORY = 50 * 16 * 2**20
 # Health answers within 50 ms on an idle machine; here the attackers use the same cores.
 MEDIAN_SECONDS, LONGEST_SECONDS = 0.25, 5.0
-TEXT = models_pb2.TokenizeRequest(text="The capital of Japan")
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -53,6 +53,16 @@ class Target:
     token: str | None
     tls: ssl.SSLContext | None
     credentials: grpc.ChannelCredentials | None
+    model: str = "demo"
+
+    @property
+    def text(self) -> models_pb2.TokenizeRequest:
+        return models_pb2.TokenizeRequest(model=self.model, text="The capital of Japan")
+
+    def trace(self, n_positions: int) -> trace_pb2.TraceRequest:
+        request = long_trace(n_positions)
+        request.model = self.model
+        return request
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -99,7 +109,7 @@ def target(
         tls.set_alpn_protocols(["h2"])
     if request.param == "processes":
         flags += ["--processes", "2"]
-    with running_server(*flags, until="ready") as server:
+    with running_server(*flags, seconds=180) as server:
         yield Target(request.param, server, token, tls, credentials)
     assert "Traceback" not in server.log
 
@@ -158,7 +168,7 @@ def readers_that_never_read(target: Target) -> None:
     with ExitStack() as stack:
         for _ in range(50):
             peer = stack.enter_context(target.peer(window=0))
-            peer.call(SERVICE + "Trace", long_trace(20), target.token)
+            peer.call(SERVICE + "Trace", target.trace(20), target.token)
         time.sleep(SECONDS)
 
 
@@ -170,7 +180,9 @@ def unary_flood(target: Target) -> None:
     def call_until_stopped() -> None:
         with target.channel() as channel:
             while not stop.is_set():
-                calls = [started(channel, "Tokenize", TEXT, metadata=metadata) for _ in range(25)]
+                calls = [
+                    started(channel, "Tokenize", target.text, metadata=metadata) for _ in range(25)
+                ]
                 for call in calls:
                     call.exception(timeout=30)
 
@@ -181,7 +193,7 @@ def unary_flood(target: Target) -> None:
         with target.channel() as channel:
             began = time.monotonic()
             while time.monotonic() - began < SECONDS:
-                stream = started(channel, "Trace", long_trace(8), metadata=target.metadata)
+                stream = started(channel, "Trace", target.trace(8), metadata=target.metadata)
                 assert list(stream)[-1].HasField("summary")
     finally:
         stop.set()
@@ -265,6 +277,11 @@ def served(target: Target) -> None:
     """The server answers a caller with a new connection."""
     with target.channel() as channel:
         call = started(
-            channel, "Tokenize", TEXT, metadata=target.metadata, timeout=20, wait_for_ready=True
+            channel,
+            "Tokenize",
+            target.text,
+            metadata=target.metadata,
+            timeout=20,
+            wait_for_ready=True,
         )
         assert call.result().tokens
