@@ -1,7 +1,8 @@
-"""Tuning of the whole process: threads, interpreter and garbage collector, each with its figure."""
+"""Tuning of the whole process: threads, interpreter, memory; each entry with its figure."""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import sys
@@ -14,11 +15,26 @@ SPIN_COUNT = "1000"
 # every few milliseconds, and with Python's default of 5 ms an encoder would delay them.
 SWITCH_SECONDS = 0.001
 
+# Bytes from which glibc maps a block of its own, which returns to the system when it is freed. By
+# default this grows to 32 MiB as blocks are freed: then activations of long prompts fragment the
+# heap, and a pass of 3,000 tokens through Gemma 3 270M grew the process by 960 MB instead of 200.
+# Page faults take up to 10 % more processor time in a long pass, and no more in a short one.
+MAPPED_BYTES = 2**20
+M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
+
 
 def limit_spinning() -> None:
     """Set the spin count, unless the environment sets one; call it before torch is imported."""
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def map_large_blocks() -> None:
+    """Fix glibc's mapping threshold, unless the environment tunes it; do nothing without glibc."""
+    tuned = "MALLOC_MMAP_THRESHOLD_" in os.environ or "GLIBC_TUNABLES" in os.environ
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None and not tuned:
+        set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 def shorten_switch_interval() -> None:

@@ -78,3 +78,27 @@ def test_the_default_threads_are_divided_among_processes(
 ) -> None:
     set_threads(threads, processes)
     assert torch.get_num_threads() == expected
+
+
+LARGE_BLOCKS = """
+import psutil, torch
+from januslens_server import tuning
+tuning.map_large_blocks()
+own = psutil.Process()
+for _ in range(3):  # by default, glibc learns from freed blocks to keep blocks of that size
+    torch.ones(7_000_000)
+before, kept = own.memory_info().rss, []
+for _ in range(20):
+    large = torch.ones(5_000_000)
+    kept.append(torch.ones(20_000))  # in the heap, above a block that is freed
+    large = torch.ones(4_000_000 + 10_000 * len(kept))
+del large
+print((own.memory_info().rss - before) >> 20)
+"""
+
+
+def test_freed_activations_return_to_the_system() -> None:
+    grown = subprocess.run(
+        [sys.executable, "-c", LARGE_BLOCKS], capture_output=True, text=True, check=True
+    )
+    assert int(grown.stdout) < 10

@@ -70,6 +70,7 @@ class Assembly:
         Raises `OSError` if the device is not available or the callers' file is invalid.
         """
         check_device(settings.device)
+        tuning.map_large_blocks()
         tuning.shorten_switch_interval()
         tuning.set_threads(settings.threads, settings.processes)
         self._loop = asyncio.get_running_loop()
