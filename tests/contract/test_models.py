@@ -81,7 +81,7 @@ def test_a_broken_model_is_refused_with_its_reason(
 
 def test_what_transformers_trips_over_fails_the_model_alone(models: dict[str, Model]) -> None:
     assert models["odd"].state == Model.STATE_FAILED
-    assert "KeyError" in models["odd"].state_reason
+    assert "cannot build the model from config.json" in models["odd"].state_reason
 
 
 def test_the_healthy_one_serves(

@@ -74,7 +74,7 @@ def test_a_trace_resumes_on_the_other_server(
             found = stream.result()
         (cut,) = stream.interruptions
         assert isinstance(cut, TraceInterrupted)
-        assert f"Trace {cut.request_id} was cut" in caplog.text
+        assert f"Trace {cut.request_id} was interrupted" in caplog.text
         assert isinstance(cut.partial, Trace)
         assert 1 <= len(cut.partial.layers) < 4
         whole = client.trace(IDS, **MUCH)

@@ -115,5 +115,5 @@ def test_a_subject_that_is_not_in_the_prompt_is_refused() -> None:
     model = model_with(normalizers.Lowercase())
     objective = read_objective(model, GradientLensSpec("The JAPAN", NegativeLogLikelihood((5,))))
     for missing in ("japan", "Peru", " "):
-        with pytest.raises(InvalidRequest, match="part of the prompt"):
+        with pytest.raises(InvalidRequest, match="does not occur in the prompt"):
             read_segments(missing, "The JAPAN", objective)
