@@ -159,7 +159,7 @@ def test_the_trace_shows_where_tokyo_comes_from() -> None:
     assert re.search(r"target +␣Tokyo after ␣of \(7\): the model's own prediction", text)
     assert re.search(r"Ranked first from layer \d's (attention|MLP) onwards", text)
     assert re.search(r"L\d head \d adds most: \+[\d.]+ to its logit, reading ␣Japan \(3\)", text)
-    emergence = text[text.index("How ␣Tokyo emerges") : text.index("The heads that")]
+    emergence = text[text.index("How ␣Tokyo comes to") : text.index("The heads that")]
     ranks = [int(rank) for rank in re.findall(r"  (\d+)  (?:0\.\d{3}|\de-\d\d)", emergence)]
     assert len(ranks) == 9
     assert ranks[0] > 100

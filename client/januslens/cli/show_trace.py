@@ -54,7 +54,7 @@ def emergence(trace: Trace, position: int) -> Group:
             label = f"{layer.layer}" if i == 0 else ""
             grid.add_row(label, step.name, *_reading(step.node, step.added, [target]))
     return section(
-        f"How {target} emerges in the residual stream",
+        f"How {target} comes to its final rank, layer by layer",
         grid,
         f"rank and probability of {target}, rank 0 being the top; logit: what the step adds to "
         "its logit directly",
