@@ -90,7 +90,7 @@ def test_trace_equals_the_client_result(live: Page, server_address: str) -> None
         around = client.trace_overview(trace)
     for node in around.nodes_of("BLOCK_OUTPUT"):
         assert node.projection
-        cell = page.locator(f'.overview [data-id="{node.id}"]').first
+        cell = page.locator(f'.overview .cell[data-id="{node.id}"]').first
         top = re.compile(re.escape(str(node.projection.top_tokens[0])))
         expect(cell).to_have_attribute("aria-label", top)
     expect(page.locator("h1")).to_contain_text("␣Tokyo")
@@ -105,11 +105,11 @@ def test_layers_appear_while_streaming_and_cancel_stops_the_trace(
     live.get_by_label("Heads").fill("0")
     live.get_by_role("button", name="Trace", exact=True).click()
     answer, page = panel(live)
-    last = page.locator('.overview [data-id^="L0/"]').first
+    last = page.locator('.overview .cell[data-id^="L0/"]').first
     expect(last).to_be_attached(timeout=60_000)
     state(answer, "running")
     assert unfinished(server) >= 1
-    assert page.locator('.overview [data-id^="L3/"]').count() == 0
+    assert page.locator('.overview .cell[data-id^="L3/"]').count() == 0
     place = last.bounding_box()
     answer.get_by_role("button", name="Cancel").click()
     state(answer, "cancelled")
@@ -125,9 +125,9 @@ def test_twelve_layers_arrive_in_order_and_equal_the_client_result(
     deep.get_by_label("Prompt").fill(prompt)  # line breaks and all
     deep.get_by_label("Prompt").press("Enter")
     answer, page = panel(deep)
-    expect(page.locator('.overview [data-id^="L0/"]').first).to_be_attached(timeout=60_000)
+    expect(page.locator('.overview .cell[data-id^="L0/"]').first).to_be_attached(timeout=60_000)
     state(answer, "running")
-    assert page.locator(f'.overview [data-id^="L{LAYERS - 1}/"]').count() == 0
+    assert page.locator(f'.overview .cell[data-id^="L{LAYERS - 1}/"]').count() == 0
     state(answer, "done")
     with januslens.Client(random_server.address) as client:
         trace = client.trace(prompt, model="random")
@@ -136,7 +136,7 @@ def test_twelve_layers_arrive_in_order_and_equal_the_client_result(
     for node in own:
         assert node.projection
         token = str(node.projection.top_tokens[0])[:3]
-        cell = page.locator(f'.overview [data-id="{node.id}"]').first
+        cell = page.locator(f'.overview .cell[data-id="{node.id}"]').first
         expect(cell).to_have_attribute("aria-label", re.compile(re.escape(token)))
 
 
@@ -146,11 +146,11 @@ def test_cancel_stops_a_trace_of_twelve_layers(deep: Page, random_server: Server
     deep.get_by_label("Positions").fill("all")
     deep.get_by_role("button", name="Trace", exact=True).click()
     answer, page = panel(deep)
-    expect(page.locator('.overview [data-id^="L0/"]').first).to_be_attached(timeout=60_000)
+    expect(page.locator('.overview .cell[data-id^="L0/"]').first).to_be_attached(timeout=60_000)
     answer.get_by_role("button", name="Cancel").click()
     state(answer, "cancelled")
     wait_until_idle(random_server)
-    assert page.locator(f'.overview [data-id^="L{LAYERS - 1}/"]').count() == 0
+    assert page.locator(f'.overview .cell[data-id^="L{LAYERS - 1}/"]').count() == 0
 
 
 def test_clicked_token_becomes_the_target(live: Page, server_address: str) -> None:
@@ -170,7 +170,7 @@ def test_clicked_token_becomes_the_target(live: Page, server_address: str) -> No
     expect(live.get_by_label("Target")).to_have_value(token.text)
     for node in trace.nodes_of("BLOCK_OUTPUT"):
         assert node.projection
-        aimed.locator(f'.overview [data-id="{node.id}"]').first.click()
+        aimed.locator(f'.overview .cell[data-id="{node.id}"]').first.click()
         expect(aimed.locator(".inspector")).to_contain_text(
             f"rank of {token}{node.projection.target_rank} of 982"
         )
@@ -207,7 +207,7 @@ def test_gradient_and_trace_share_the_selection(live: Page) -> None:
     expect(trace.locator(".inspector [data-node]")).to_have_attribute(
         "data-node", "L1/p3/BLOCK_OUTPUT"
     )
-    trace.locator('.overview [data-id="L2/p6/BLOCK_OUTPUT"]').first.click()
+    trace.locator('.overview .cell[data-id="L2/p6/BLOCK_OUTPUT"]').first.click()
     expect(gradient.locator(".inspector .where")).to_have_text("L2 FF2, at ␣city (6)")
     boxes = [answer.bounding_box() for answer in (first, second)]
     tops = [box["y"] for box in boxes if box]
