@@ -59,7 +59,7 @@ def test_a_stream_cancelled_while_another_runs_never_computes(
     for call in waiting:
         call.cancel()
     assert [m.WhichOneof("event") for m in first][-1] == "summary"
-    wait_until_idle(server, seconds=2)
+    wait_until_idle(server, seconds=5)
 
 
 def test_every_call_is_counted_when_it_ends(

@@ -41,7 +41,7 @@ def _read(call: Any) -> None:
 
 
 def wait_for_unfinished(server: ServerProcess, count: int) -> None:
-    deadline = time.monotonic() + 2
+    deadline = time.monotonic() + 30
     while (found := unfinished(server)) != count:
         assert time.monotonic() < deadline, f"expected {count} unfinished, got {found:g}"
         time.sleep(0.01)
@@ -51,7 +51,7 @@ def wait_for_unfinished(server: ServerProcess, count: int) -> None:
 def test_a_request_that_ends_while_it_waits_leaves_the_queue_at_once(
     server: ServerProcess, channel: grpc.Channel, running: Any, how: str
 ) -> None:
-    timeout = 0.5 if how == "deadline" else None
+    timeout = 4 if how == "deadline" else None
     waiting = [started(channel, "Trace", SHORT, timeout=timeout) for _ in range(5)]
     wait_for_unfinished(server, 6)
     if how == "cancel":
