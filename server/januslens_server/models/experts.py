@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from januslens_server.capture import End, LowRank, Tap
-from januslens_server.capture.taps import Columns, nth_tensor, select
+from januslens_server.capture.hooks import Columns, nth_tensor, select
 from januslens_server.graph.mlp import Expert, ExpertMlp
 from januslens_server.graph.weights import Finish
 from januslens_server.models.matrices import Factors, read_parameter, read_tensor

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from januslens_server.capture import End, LayerActivations, Routing, Tap
-from januslens_server.capture.taps import rows
+from januslens_server.capture.hooks import rows
 from januslens_server.graph.mlp import DenseMlp
 from januslens_server.graph.weights import AttentionWeights, BlockWeights
 from januslens_server.models.experts import Experts

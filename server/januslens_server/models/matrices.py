@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Tap
-from januslens_server.capture.taps import Columns, rows, select
+from januslens_server.capture.hooks import Columns, rows, select
 from januslens_server.results import MatrixKind
 
 # Layer, kind, and expert; the expert is None in a layer without experts.

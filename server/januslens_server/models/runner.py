@@ -12,7 +12,7 @@ from torch import nn
 
 from januslens_server import telemetry
 from januslens_server.capture import End, LayerActivations, Tap, capturing, interruptible
-from januslens_server.capture.taps import rows
+from januslens_server.capture.hooks import rows
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.losses import Loss
 from januslens_server.models.failures import check_gradients, check_pass

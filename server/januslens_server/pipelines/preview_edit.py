@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from januslens_server.capture import LowRank, Overlay, capturing, overlaid
-from januslens_server.capture.taps import rows
+from januslens_server.capture.hooks import rows
 from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.losses import negative_log_likelihood

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.capture import End, Rotation, Tap
-from januslens_server.capture.taps import Columns
+from januslens_server.capture.hooks import Columns
 from januslens_server.graph.weights import Finish, HeadMap, HeadNorm
 from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead, Norm
