@@ -3,8 +3,7 @@
 They hold plain Python values and numpy arrays, so that no later stage touches the device.
 """
 
-from januslens_server.results.answers import Cost, EditPreview, Effect, FoundNeurons
-from januslens_server.results.gradients import (
+from januslens_server.results.gradient_lens import (
     Components,
     Entries,
     GradientEvent,
@@ -15,13 +14,6 @@ from januslens_server.results.gradients import (
     SegmentRow,
     Spectrum,
 )
-from januslens_server.results.models import (
-    Guarantee,
-    ModelFacts,
-    ModelState,
-    ModelStatus,
-    Provenance,
-)
 from januslens_server.results.trace import (
     Edge,
     LayerGraph,
@@ -31,15 +23,26 @@ from januslens_server.results.trace import (
     TraceHeader,
     TraceSummary,
 )
+from januslens_server.results.unary import (
+    Cost,
+    EditPreview,
+    Effect,
+    FoundNeurons,
+    ModelState,
+    ModelStatus,
+)
 from januslens_server.results.values import (
     EdgeKind,
     End,
     Flags,
     Floats,
+    Guarantee,
     Ints,
     MatrixKind,
+    ModelFacts,
     NodeKind,
     ProjectionTable,
+    Provenance,
     Side,
     StageTime,
     Token,

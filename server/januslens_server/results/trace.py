@@ -6,13 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from januslens_server.results.models import Guarantee, ModelFacts, Provenance
 from januslens_server.results.values import (
     EdgeKind,
     Floats,
+    Guarantee,
     Ints,
+    ModelFacts,
     NodeKind,
     ProjectionTable,
+    Provenance,
     StageTime,
     Token,
 )

@@ -1,7 +1,8 @@
-"""Values that several results share: arrays, kinds, tokens and projections."""
+"""Values that several results share: arrays, kinds, tokens, projections, facts of a model."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -132,3 +133,45 @@ class StageTime:
 
     stage: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Which weights computed a result, where and with what."""
+
+    model: str
+    revision: str
+    architecture: str
+    data_type: str
+    device: str
+    attention: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """One property of a model that was measured when it was loaded."""
+
+    name: str
+    measured_error: float
+    tolerance: float
+
+    @property
+    def held(self) -> bool:
+        """Whether the error is a number within the tolerance."""
+        return self.measured_error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The sizes of a model, as the contract names them."""
+
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    n_experts: int
+    vocab_size: int
+    max_positions: int

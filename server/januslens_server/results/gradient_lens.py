@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from januslens_server.results.models import Guarantee, ModelFacts, Provenance
 from januslens_server.results.values import (
     End,
     Floats,
+    Guarantee,
     Ints,
     MatrixKind,
+    ModelFacts,
     ProjectionTable,
+    Provenance,
     Side,
     StageTime,
     Token,

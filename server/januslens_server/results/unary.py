@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
-from januslens_server.results.models import Provenance
-from januslens_server.results.values import Ints, ProjectionTable, Token
+from januslens_server.results.values import (
+    Guarantee,
+    Ints,
+    ModelFacts,
+    ProjectionTable,
+    Provenance,
+    Token,
+)
 
 
 @dataclass(frozen=True)
@@ -64,3 +71,23 @@ class FoundNeurons:
     depth: int
     total: int
     provenance: Provenance
+
+
+class ModelState(IntEnum):
+    """Where a configured model stands; numbers as in `models.proto`."""
+
+    LOADING = 1
+    READY = 2
+    FAILED = 3
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """What is known of a configured model; provenance and facts only once it is loaded."""
+
+    name: str
+    state: ModelState
+    reason: str = ""
+    provenance: Provenance | None = None
+    facts: ModelFacts | None = None
+    guarantees: Sequence[Guarantee] = ()
