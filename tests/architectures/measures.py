@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from januslens_server.lens.losses import Loss
+from januslens_server.lens.backward_lens import Loss
 from januslens_server.models.runner import backward, forward
 from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.selfcheck import self_check

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from januslens_server.lens.losses import negative_log_likelihood
+from januslens_server.lens.backward_lens import negative_log_likelihood
 from januslens_server.models.adapters import view_of
 from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from januslens_server.errors import InvalidRequest, NotFinite
-from januslens_server.lens.factors import lengths, sizes
+from januslens_server.lens.backward_lens import lengths, sizes
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.project import project_vectors

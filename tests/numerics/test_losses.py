@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from januslens_server.lens.losses import (
+from januslens_server.lens.backward_lens import (
     logit_difference,
     negative_log_likelihood,
     suppression_divergence,

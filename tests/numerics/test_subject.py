@@ -8,7 +8,7 @@ import pytest
 from tokenizers import Regex, normalizers
 
 from januslens_server.errors import InvalidRequest
-from januslens_server.lens.segments import Segment
+from januslens_server.lens.backward_lens import Segment
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.pipelines.inputs import read_objective, read_segments

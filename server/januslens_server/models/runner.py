@@ -14,7 +14,7 @@ from januslens_server import telemetry
 from januslens_server.capture import End, LayerActivations, Tap, capturing, interruptible
 from januslens_server.capture.hooks import rows
 from januslens_server.errors import CancelCheck
-from januslens_server.lens.losses import Loss
+from januslens_server.lens.backward_lens import Loss
 from januslens_server.models.failures import check_gradients, check_pass
 from januslens_server.models.graph_inputs import kept_rows, layer_activations, layer_taps
 from januslens_server.models.matrices import Factors, MatrixKey, loaded_weights

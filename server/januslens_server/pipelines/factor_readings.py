@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from januslens_server.errors import CancelCheck, InvalidRequest
-from januslens_server.lens.factors import (
+from januslens_server.lens.backward_lens import (
     change_norms,
     descent_changes,
     frobenius_norm,

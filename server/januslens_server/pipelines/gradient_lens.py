@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from januslens_server.errors import CancelCheck
-from januslens_server.lens.factors import reconstruction_error
+from januslens_server.lens.backward_lens import reconstruction_error
 from januslens_server.models.matrices import MatrixKey
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import BackwardPass, backward, dense_gradient

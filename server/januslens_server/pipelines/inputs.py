@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from januslens_server.errors import InvalidRequest
-from januslens_server.lens.losses import (
+from januslens_server.lens.backward_lens import (
     Loss,
+    Segment,
     logit_difference,
     negative_log_likelihood,
+    segment_positions,
     suppression_divergence,
 )
-from januslens_server.lens.segments import Segment, segment_positions
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokenizer import TooManyTokens
 from januslens_server.results import MatrixKind, Token

@@ -11,8 +11,8 @@ import torch
 from januslens_server.capture import LowRank, Overlay, capturing, overlaid
 from januslens_server.capture.hooks import rows
 from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
+from januslens_server.lens.backward_lens import negative_log_likelihood
 from januslens_server.lens.head import LensHead
-from januslens_server.lens.losses import negative_log_likelihood
 from januslens_server.models.matrices import Linear, MatrixKey, read_parameter
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward, forward

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 from januslens_server.errors import InvalidRequest
-from januslens_server.lens.segments import Segment
+from januslens_server.lens.backward_lens import Segment
 from januslens_server.models.matrices import Linear
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.inputs import (

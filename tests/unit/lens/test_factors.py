@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from januslens_server.lens.factors import (
+from januslens_server.lens.backward_lens import (
     frobenius_norm,
     largest_entries,
     largest_first,

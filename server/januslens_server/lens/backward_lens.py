@@ -1,15 +1,66 @@
-"""A weight gradient as a sum of outer products (Backward Lens, section 4.1, eq. 8).
-
-`dL/dW = sum_i x_i^T delta_i` over positions i, where x_i is the input of the linear map and delta_i
-the VJP at its output. From these factors: norms, singular values and vectors, and what a descent
-step changes in single neurons (section 5). Only the check of the sum forms `[d_in, d_out]`.
-"""
+"""The mathematics of the Backward Lens (Katz et al., 2024): losses, gradient factors, segments."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar `of` the logits `[positions, vocab]` of a prompt's last `positions`, in float32."""
+
+    positions: int
+    of: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        """The loss."""
+        return self.of(logits)
+
+
+def negative_log_likelihood(targets: Sequence[int]) -> Loss:
+    """`-sum_i log p(target_i | prompt, target_0 .. target_(i-1))`, nats.
+
+    The last `len(targets)` positions predict the targets: the input is the prompt and
+    all targets but the last (teacher forcing).
+    """
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        predicting = logits[-len(targets) :].log_softmax(dim=-1)
+        chosen = torch.tensor(targets, device=logits.device)
+        return -predicting.gather(1, chosen[:, None]).sum()
+
+    return Loss(len(targets), loss)
+
+
+def logit_difference(preferred: int, other: int) -> Loss:
+    """`logit(other) - logit(preferred)` at the last position, in logits."""
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return logits[-1, other] - logits[-1, preferred]
+
+    return Loss(1, loss)
+
+
+def suppression_divergence(suppressed: Sequence[int]) -> Loss:
+    """`KL(q || p)` at the last position, nats.
+
+    q is p without the suppressed tokens, renormalised and held fixed: the nearest distribution
+    that never says them. The divergence is -log(1 - s), s the suppressed tokens' probability, and
+    its gradient p - q. Neither difference survives float32 where s is near 0 or 1, so it is
+    computed from the log-odds of s.
+    """
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        kept = torch.ones_like(logits[-1], dtype=torch.bool)
+        kept[list(suppressed)] = False
+        odds = logits[-1][~kept].logsumexp(dim=0) - logits[-1][kept].logsumexp(dim=0)
+        return torch.nn.functional.softplus(odds)
+
+    return Loss(1, loss)
 
 
 def sizes(inputs: torch.Tensor, vjps: torch.Tensor) -> torch.Tensor:
@@ -114,3 +165,39 @@ def descent_changes(
 ) -> torch.Tensor:
     """`-learning_rate sum_i outside_i[j] residual_i` `[k, d_model]` for the neurons j `[k]`."""
     return -learning_rate * (outside[:, neurons].T @ residual)
+
+
+class Segment(StrEnum):
+    """Where in the prompt a position stands; every position is in exactly one."""
+
+    FIRST = "first_token"
+    SUBJECT = "subject"
+    LAST_SUBJECT = "last_subject_token"
+    REST = "rest"
+    LAST = "last_token"
+
+
+def segment_positions(
+    subject_start: int, subject_end: int, length: int
+) -> dict[Segment, list[int]]:
+    """Positions of each segment of a prompt of `length` tokens; `subject_end` is excluded.
+
+    What stands first in this list wins: the last token, the subject's last, the rest of the
+    subject, the first token. Segments without a position are left out.
+    """
+    segments: dict[Segment, list[int]] = {}
+    for position in range(length):
+        segments.setdefault(_segment(position, subject_start, subject_end, length), []).append(
+            position
+        )
+    return {segment: segments[segment] for segment in Segment if segment in segments}
+
+
+def _segment(position: int, subject_start: int, subject_end: int, length: int) -> Segment:
+    if position == length - 1:
+        return Segment.LAST
+    if position == subject_end - 1:
+        return Segment.LAST_SUBJECT
+    if subject_start <= position < subject_end:
+        return Segment.SUBJECT
+    return Segment.FIRST if position == 0 else Segment.REST
