@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from januslens_server.graph.size import block_nodes
+from januslens_server.graph.block_flow import block_nodes
 from januslens_server.models.resident import CostSizes, cost_sizes
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
