@@ -1,4 +1,4 @@
-"""The flow graphs of one forward pass, layer by layer."""
+"""The targets and the flow graphs of one forward pass, layer by layer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,53 @@ from dataclasses import dataclass
 
 import torch
 
+from januslens_server.errors import CancelCheck
 from januslens_server.graph.block_flow import block_flow, final_flow
 from januslens_server.graph.flow import Flow
 from januslens_server.models.graph_inputs import block_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import ForwardPass
 from januslens_server.pipelines.clock import StageClock
+from januslens_server.pipelines.vectors import read
 from januslens_server.results import PositionTarget
-from januslens_server.specs import LensKind, TraceSpec
+from januslens_server.specs import LensKind, LensSpec, TraceSpec
+
+
+@torch.inference_mode()
+def position_targets(
+    model: ResidentModel,
+    residual: torch.Tensor,
+    positions: Sequence[int],
+    target: int | None,
+    check_cancelled: CancelCheck,
+) -> list[PositionTarget]:
+    """One a position, from the last block's output `[pos, d_model]`.
+
+    `target` None means the model's own next token at each position.
+    """
+    lens, rows = model.view.lens, residual[list(positions)]
+    asked = None if target is None else rows.new_full((len(rows), 1), target, dtype=torch.long)
+    table = read(lens, rows, LensSpec(top_k=1, bottom_k=0), asked, check_cancelled)
+    predicted = table.top_ids[:, 0].tolist()
+    own = asked is None
+    ids = predicted if own else table.target_ids[:, 0].tolist()
+    ranks = [0] * len(rows) if own else table.target_ranks[:, 0].tolist()
+    logits = table.top_logits if own else table.target_logits
+    probabilities = table.top_probabilities if own else table.target_probabilities
+    constants = lens.attribution_constant(torch.tensor(ids, device=rows.device))
+    return [
+        PositionTarget(
+            position=position,
+            target_token_id=ids[i],
+            predicted_token_id=predicted[i],
+            target_probability=float(probabilities[i, 0]),
+            target_rank=ranks[i],
+            target_logit=float(logits[i, 0]),
+            constant_logit_contribution=float(constants[i]),
+        )
+        for i, position in enumerate(positions)
+    ]
+
 
 # Positions whose vectors are held and projected at once; more of them follow in further pieces.
 POSITIONS_AT_ONCE = 8

@@ -17,9 +17,8 @@ from januslens_server.models.runner import forward
 from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
 from januslens_server.pipelines.cost.traced import trace_demand
-from januslens_server.pipelines.flows import LayerFlows
+from januslens_server.pipelines.flows import LayerFlows, position_targets
 from januslens_server.pipelines.resolve import resolve_trace
-from januslens_server.pipelines.targets import position_targets
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import NodeKind
 from januslens_server.specs import LensSpec, TraceSpec
