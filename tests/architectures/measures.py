@@ -14,7 +14,7 @@ from torch import Tensor
 from januslens_server.lens.backward_lens import Loss
 from januslens_server.models.runner import backward, forward
 from januslens_server.pipelines.resolve import resolve_trace
-from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import (
     Edge,

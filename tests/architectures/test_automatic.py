@@ -16,7 +16,7 @@ from januslens_server.models.adapters import ADAPTERS, automatic
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.resolve import resolve_gradient_lens, resolve_trace
-from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientMatrix, LayerGraph, MatrixKind
 from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, TraceSpec

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from januslens_server.pipelines.float32_blocks import blocks_in_float32
-from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.self_check import blocks_in_float32, self_check
 from tests.architectures.cases import CASES, MIXTURES, Case
 from tests.architectures.tiny_models import resident
 

@@ -19,7 +19,7 @@ from januslens_server.pipelines.resolve import (
     resolve_preview_edit,
     resolve_trace,
 )
-from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import (
     EdgeKind,

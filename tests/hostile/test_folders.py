@@ -24,7 +24,7 @@ from januslens.v1 import models_pb2, service_pb2_grpc, trace_pb2
 from januslens_server.demo import model_path
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.registry import Registry
-from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.self_check import self_check
 from januslens_server.results import ModelState, ModelStatus
 from tests.architectures.cases import Case
 from tests.loading.folders import saved

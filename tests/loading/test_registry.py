@@ -17,7 +17,7 @@ from januslens_server.models.loader import ModelSource
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.resolve import resolve_trace
-from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import Guarantee, ModelState, ModelStatus, TraceSummary
 from januslens_server.specs import TraceSpec

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.resolve import resolve_trace
-from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import LayerGraph, MatrixKind, NodeKind, TraceHeader, TraceSummary
 from januslens_server.specs import GradientLensSpec, LensSpec, NegativeLogLikelihood, TraceSpec

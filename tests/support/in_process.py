@@ -19,7 +19,7 @@ from januslens_server.access.quotas import QuotaBook
 from januslens_server.models.failures import service_error
 from januslens_server.models.registry import Registry, embedded_source
 from januslens_server.pipelines.cost import Pace, measured_pace
-from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.self_check import self_check
 from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.health import Health
 from januslens_server.rpc.server import build_server

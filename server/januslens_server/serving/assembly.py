@@ -25,7 +25,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.pipelines.cost import Pace, measured_pace
 from januslens_server.pipelines.find_neurons import read_all_neurons
-from januslens_server.pipelines.selfcheck import self_check
+from januslens_server.pipelines.self_check import self_check
 from januslens_server.results import Guarantee, ModelState, ModelStatus
 from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.health import Health, is_ready

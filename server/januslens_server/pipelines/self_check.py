@@ -1,8 +1,4 @@
-"""Check in float32, block by block, that the parts of a block are all that it adds.
-
-Half types round so coarsely that a whole missing part can pass for rounding. One block at a time
-is run again on a float32 copy of its weights, on the inputs that it has in the model's own pass.
-"""
+"""Check a model on its own weights before it is served."""
 
 from __future__ import annotations
 
@@ -14,11 +10,49 @@ import torch
 from torch import nn
 
 from januslens_server.capture import LayerActivations, capturing
+from januslens_server.errors import ModelFailed, NotFinite, never_cancelled
 from januslens_server.models.graph_inputs import block_weights, layer_activations, layer_taps
 from januslens_server.models.matrices import loaded_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.views import Block
-from januslens_server.results import Guarantee
+from januslens_server.pipelines.resolve import resolve_trace
+from januslens_server.pipelines.trace import trace
+from januslens_server.results import Guarantee, ModelFacts, NodeKind, TraceSummary
+from januslens_server.specs import LensSpec, TraceSpec
+
+PROMPT_LENGTH = 8
+
+
+def self_check(model: ResidentModel) -> Sequence[Guarantee]:
+    """Trace a short prompt at every position with all checks; all must hold to be served.
+
+    The checks see every node. Only the predictions are projected, because projecting all nodes
+    over a wide vocabulary takes most of the time until the model is ready.
+
+    Raises `ModelFailed` if the model overflows on it.
+    """
+    spec = TraceSpec(
+        prompt=_prompt(model.view.facts),
+        all_positions=True,
+        lens=LensSpec(top_k=0, bottom_k=0),
+        node_kinds=frozenset({NodeKind.PREDICTION}),
+        include_logit_contribution=True,
+        include_checks=True,
+    )
+    try:
+        *_, summary = trace(resolve_trace(model, spec), never_cancelled)
+        in_float32 = blocks_in_float32(model, _prompt(model.view.facts))
+    except NotFinite as error:
+        raise ModelFailed(f"self-check: {error}") from error
+    checks = summary.checks if isinstance(summary, TraceSummary) else ()
+    return [*checks, in_float32]
+
+
+def _prompt(facts: ModelFacts) -> tuple[int, ...]:
+    """Token ids spread over the vocabulary: no text is typical of every model."""
+    length = min(PROMPT_LENGTH, facts.max_positions)
+    return tuple(facts.vocab_size * (2 * i + 1) // (2 * length) for i in range(length))
+
 
 NAME = "blocks add their parts, in float32"
 TOLERANCE = 1e-4
