@@ -19,8 +19,8 @@ from januslens_server.lens.backward_lens import (
 )
 from januslens_server.models.failures import check_numbers
 from januslens_server.models.matrices import Factors, MatrixKey
+from januslens_server.pipelines.metrics import read
 from januslens_server.pipelines.resolve import ResolvedGradientLens
-from januslens_server.pipelines.vectors import read
 from januslens_server.results import (
     Components,
     End,

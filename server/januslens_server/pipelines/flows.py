@@ -13,8 +13,7 @@ from januslens_server.graph.flow import Flow
 from januslens_server.models.graph_inputs import block_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import ForwardPass
-from januslens_server.pipelines.clock import StageClock
-from januslens_server.pipelines.vectors import read
+from januslens_server.pipelines.metrics import StageClock, read
 from januslens_server.results import PositionTarget
 from januslens_server.specs import LensKind, LensSpec, TraceSpec
 

@@ -12,11 +12,10 @@ from januslens_server.lens.backward_lens import reconstruction_error
 from januslens_server.models.matrices import MatrixKey
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import BackwardPass, backward, dense_gradient
-from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.factor_readings import FactorReader
 from januslens_server.pipelines.inputs import Objective
+from januslens_server.pipelines.metrics import StageClock, read
 from januslens_server.pipelines.resolve import ResolvedGradientLens
-from januslens_server.pipelines.vectors import read
 from januslens_server.results import (
     GradientEvent,
     GradientHeader,

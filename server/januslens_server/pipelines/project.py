@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
+from januslens_server.pipelines.metrics import read
 from januslens_server.pipelines.resolve import ResolvedProject
-from januslens_server.pipelines.vectors import read
 from januslens_server.results import ProjectionTable
 
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from januslens_server.errors import CancelCheck
 from januslens_server.models.runner import forward
 from januslens_server.pipelines.checks import TraceChecks
-from januslens_server.pipelines.clock import StageClock
 from januslens_server.pipelines.flows import LayerFlows, position_targets
+from januslens_server.pipelines.metrics import StageClock
 from januslens_server.pipelines.readings import FlowReader
 from januslens_server.pipelines.resolve import ResolvedTrace
 from januslens_server.results import TraceEvent, TraceHeader, TraceSummary

@@ -1,4 +1,4 @@
-"""Seconds by stage of a request."""
+"""Measure a request: seconds by stage, and vectors projected."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from januslens_server import telemetry
-from januslens_server.results import StageTime
+from januslens_server.errors import CancelCheck
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.projection import project
+from januslens_server.results import ProjectionTable, StageTime
+from januslens_server.specs import LensSpec
 
 
 class StageClock:
@@ -35,3 +41,15 @@ class StageClock:
     def times(self) -> tuple[StageTime, ...]:
         """The stages so far."""
         return tuple(StageTime(name, seconds) for name, seconds in self._seconds.items())
+
+
+def read(
+    head: LensHead,
+    vectors: torch.Tensor,
+    spec: LensSpec,
+    targets: torch.Tensor | None,
+    check_cancelled: CancelCheck,
+) -> ProjectionTable:
+    """As `lens.projection.project`, counted."""
+    telemetry.VECTORS_PROJECTED.inc(len(vectors))
+    return project(head, vectors, spec, targets, check_cancelled)
