@@ -1,4 +1,4 @@
-"""What a request asks of the device, counted from sizes alone."""
+"""The work that a request asks for and the bytes of its answer, counted from sizes alone."""
 
 from __future__ import annotations
 
@@ -47,3 +47,22 @@ def pass_flops(sizes: CostSizes, tokens: int, scored: int = 1) -> float:
 def lens_flops(sizes: CostSizes, vectors: int) -> float:
     """The unembedding of so many vectors."""
     return 2.0 * sizes.facts.d_model * sizes.facts.vocab_size * vectors
+
+
+# Of a node without its reading, an edge, and a token with its text and bytes.
+NODE_BYTES = 72
+EDGE_BYTES = 96
+TOKEN_BYTES = 40
+
+# Of a response's header or summary: provenance, stage times, checks.
+ENVELOPE_BYTES = 2048
+
+
+def reading_bytes(listed: int) -> int:
+    """A projection that lists so many tokens: id, probability and logit each."""
+    return 32 + 11 * listed
+
+
+def texts_bytes(sizes: CostSizes, named: int) -> int:
+    """The texts of the tokens that readings name, each once."""
+    return ENVELOPE_BYTES + TOKEN_BYTES * min(named, sizes.facts.vocab_size)

@@ -1,15 +1,21 @@
-"""Any request's demand."""
+"""The demand of any request, and those of Project, PreviewEdit and FindNeurons."""
 
 from __future__ import annotations
 
-from januslens_server.pipelines.cost.demand import Demand
-from januslens_server.pipelines.cost.gradients import gradient_lens_demand
-from januslens_server.pipelines.cost.traced import trace_demand
-from januslens_server.pipelines.cost.unary import (
-    find_neurons_demand,
-    preview_edit_demand,
-    project_demand,
+from januslens_server.models.neuron_index import ENTRY_BYTES, ROW_BYTES
+from januslens_server.models.resident import cost_sizes
+from januslens_server.pipelines.cost import memory
+from januslens_server.pipelines.cost.demand import (
+    BACKWARD,
+    FORWARD,
+    Demand,
+    lens_flops,
+    pass_flops,
+    reading_bytes,
+    texts_bytes,
 )
+from januslens_server.pipelines.cost.gradient_lens import gradient_lens_demand, matrix_sizes
+from januslens_server.pipelines.cost.trace import trace_demand
 from januslens_server.pipelines.resolve import (
     Resolved,
     ResolvedFindNeurons,
@@ -18,6 +24,7 @@ from januslens_server.pipelines.resolve import (
     ResolvedProject,
     ResolvedTrace,
 )
+from januslens_server.specs import DescentStep, LensSpec
 
 
 def demand_of(request: Resolved) -> Demand:
@@ -33,3 +40,69 @@ def demand_of(request: Resolved) -> Demand:
             return preview_edit_demand(request)
         case ResolvedFindNeurons():
             return find_neurons_demand(request)
+
+
+EFFECT_BYTES = 128
+NEURON_BYTES = 48
+
+
+def project_demand(request: ResolvedProject) -> Demand:
+    """The caller's vectors through the lens."""
+    spec = request.spec
+    sizes, vectors = cost_sizes(request.model), len(spec.vectors)
+    listed = spec.lens.top_k + spec.lens.bottom_k
+    return Demand(
+        flops=lens_flops(sizes, vectors),
+        vectors=vectors,
+        readings=1,
+        ranks=0 if spec.target is None else vectors,
+        memory=memory.read(sizes, vectors, listed),
+        stream=vectors * reading_bytes(listed) + texts_bytes(sizes, vectors * listed),
+    )
+
+
+def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
+    """The edit's own pass, then every prompt before and after."""
+    targets, sizes = request.targets, cost_sizes(request.model)
+    first, *probes = (len(prompt.ids) for prompt in request.watched)
+    own = first + len(targets) - 1
+    watched = [own, *probes]
+    making = FORWARD + BACKWARD if isinstance(request.spec.edit, DescentStep) else FORWARD
+    flops = making * pass_flops(sizes, own) + 2 * sum(pass_flops(sizes, n) for n in watched)
+    if request.matrices:  # the change of each has as many components as the prompt has tokens
+        widths = matrix_sizes(request.model, request.matrices, sizes, own).widths
+        flops += 2.0 * own * sum(watched) * widths
+    kept = memory.kept_for_backward(sizes, own)
+    read = 2 * len(watched) * memory.FLOAT32 * sizes.facts.vocab_size
+    return Demand(
+        passes=making + 2 * len(watched),
+        flops=flops,
+        memory=sizes.facts.n_layers * kept
+        + memory.passing(sizes, max(watched), len(targets))
+        + memory.read(sizes, 2 * len(watched), 0),
+        stream=len(watched) * EFFECT_BYTES + texts_bytes(sizes, 3 * len(watched)),
+        held=sizes.facts.n_layers * kept + read,
+        readings=2 * len(watched),
+        vectors=2 * len(watched),
+    )
+
+
+def find_neurons_demand(request: ResolvedFindNeurons) -> Demand:
+    """Every value of the layers that no request has read before, through the unembedding."""
+    model, spec = request.model, request.spec
+    sizes, facts = cost_sizes(model), model.view.facts
+    unread = model.neurons.unread(request.layers)
+    of_layer = facts.d_mlp * max(1, facts.n_experts)
+    listed = 2 * LensSpec().top_k
+    return Demand(
+        flops=lens_flops(sizes, unread * of_layer),
+        vectors=unread * of_layer,
+        readings=unread,
+        memory=memory.read(sizes, min(1, unread) * of_layer, 2 * model.neurons.depth)
+        + memory.float_copies(sizes)
+        + unread * of_layer * (ENTRY_BYTES * model.neurons.depth + ROW_BYTES),
+        stream=spec.count * (NEURON_BYTES + reading_bytes(listed))
+        + texts_bytes(sizes, spec.count * listed),
+        held=min(1, unread) * of_layer * (ENTRY_BYTES * model.neurons.depth + 2 * ROW_BYTES)
+        + memory.reported(spec.count, listed),
+    )

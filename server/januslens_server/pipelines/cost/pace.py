@@ -15,7 +15,7 @@ from januslens_server.lens.projection import project
 from januslens_server.models.resident import ResidentModel, cost_sizes
 from januslens_server.models.runner import forward
 from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
-from januslens_server.pipelines.cost.traced import trace_demand
+from januslens_server.pipelines.cost.trace import trace_demand
 from januslens_server.pipelines.flows import LayerFlows, position_targets
 from januslens_server.pipelines.metrics import StageClock
 from januslens_server.pipelines.resolve import resolve_trace

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from januslens_server.graph.block_flow import block_nodes
 from januslens_server.models.resident import CostSizes, cost_sizes
 from januslens_server.pipelines.cost import memory
-from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
-from januslens_server.pipelines.cost.stream import (
+from januslens_server.pipelines.cost.demand import (
     EDGE_BYTES,
     NODE_BYTES,
     TOKEN_BYTES,
+    Demand,
+    lens_flops,
+    pass_flops,
     reading_bytes,
     texts_bytes,
 )

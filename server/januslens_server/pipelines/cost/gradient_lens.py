@@ -10,11 +10,13 @@ from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
     BACKWARD,
     FORWARD,
+    TOKEN_BYTES,
     Demand,
     lens_flops,
     pass_flops,
+    reading_bytes,
+    texts_bytes,
 )
-from januslens_server.pipelines.cost.stream import TOKEN_BYTES, reading_bytes, texts_bytes
 from januslens_server.pipelines.factor_readings import ENTRIES, ROWS_AT_ONCE
 from januslens_server.pipelines.resolve import ResolvedGradientLens
 from januslens_server.results import MatrixKind
