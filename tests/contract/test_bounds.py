@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from januslens_server.rpc.bounds import BOUNDS
+from januslens_server.rpc.decode import BOUNDS
 from tests.support.calls import methods, refused
 
 API = Path(__file__).parents[2] / "docs" / "api.md"

@@ -18,7 +18,7 @@ from januslens_server.models.adapters import ADAPTERS
 from januslens_server.pipelines import checks, gradient_lens
 from januslens_server.pipelines.inputs import MAX_SUPPRESSED
 from januslens_server.rpc import decode
-from januslens_server.rpc.bounds import BOUNDS
+from januslens_server.rpc.decode import BOUNDS
 
 ROOT = Path(__file__).parents[2]
 README, SEMANTICS, API = ROOT / "README.md", ROOT / "docs/semantics.md", ROOT / "docs/api.md"

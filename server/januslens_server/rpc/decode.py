@@ -1,11 +1,13 @@
-"""Request messages to specs: defaults filled in, impossible values refused by field."""
+"""Read requests: the sizes of their fields, their page tokens, and messages as specs."""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.message import Message
@@ -277,3 +279,104 @@ def _enum(kind: type[Kind], value: int, field: str) -> Kind:
     except ValueError as error:
         names = ", ".join(kind.__members__)
         raise InvalidRequest(field, f"expected one of {names}, got number {value}") from error
+
+
+KIB, MIB = 2**10, 2**20
+
+# By message and field: bytes of a text in UTF-8, bytes, or entries of a list. A field of a request
+# that is not here fails a test (tests/contract/test_bounds.py). docs/api.md has the table too.
+BOUNDS: dict[str, int] = {
+    "DescentStep.layers": 4 * KIB,
+    "DescentStep.matrices": 64,
+    "FindNeuronsRequest.layers": 4 * KIB,
+    "FindNeuronsRequest.model": 256,
+    "FindNeuronsRequest.page_token": 256,
+    "FindNeuronsRequest.revision": 256,
+    "GradientLensRequest.layers": 4 * KIB,
+    "GradientLensRequest.matrices": 64,
+    "GradientLensRequest.model": 256,
+    "GradientLensRequest.revision": 256,
+    "Input.prompt": MIB,
+    "ListModelsRequest.page_token": 256,
+    "PreviewEditRequest.model": 256,
+    "PreviewEditRequest.probes": 64,
+    "PreviewEditRequest.revision": 256,
+    "Probe.label": 4 * KIB,
+    "ProjectRequest.model": 256,
+    "Subject.text": 64 * KIB,
+    "Target.text": 64 * KIB,
+    "Tensor.data": 4 * MIB,
+    "Tensor.shape": 8,
+    "TokenIds.ids": MIB,
+    "TokenizeRequest.model": 256,
+    "TokenizeRequest.text": 128 * KIB,
+    "TraceRequest.layers": 4 * KIB,
+    "TraceRequest.model": 256,
+    "TraceRequest.node_kinds": 64,
+    "TraceRequest.positions": 64 * KIB,
+    "TraceRequest.revision": 256,
+}
+
+# Tokens of one Tokenize. Their one answer is serialised on the event loop, where it must not hold
+# up other calls for long.
+MAX_TOKENS = 32 * KIB
+
+
+def check_bounds(request: Message, path: str = "") -> None:
+    """Raise `InvalidRequest` for the first field that is longer than its bound."""
+    for field, value in request.ListFields():
+        where = f"{path}{field.name}"
+        limit = BOUNDS.get(f"{request.DESCRIPTOR.name}.{field.name}")
+        if limit is not None:
+            _check(field, value, limit, where)
+        for i, inner in enumerate(_messages(field, value)):
+            check_bounds(inner, f"{where}[{i}]." if field.is_repeated else f"{where}.")
+
+
+def _check(field: Any, value: Any, limit: int, where: str) -> None:
+    if field.is_repeated:
+        length, unit = len(value), "entries"
+    else:
+        length, unit = len(value.encode() if isinstance(value, str) else value), "bytes"
+    if length > limit:
+        raise InvalidRequest(where, f"expected at most {limit} {unit}, got {length}")
+
+
+def _messages(field: Any, value: Any) -> Iterable[Message]:
+    if field.message_type is None:
+        return ()
+    return value if field.is_repeated else (value,)
+
+
+# The list of the configured models.
+MODELS = "models"
+
+_TOKEN = re.compile(r"([1-9][0-9]{0,8})\.(\w+)", re.ASCII)
+
+
+def neurons_list(request: neurons_pb2.FindNeuronsRequest, revision: str) -> str:
+    """What tells the neurons that a request lists from others, whatever its pages' size."""
+    asked = neurons_pb2.FindNeuronsRequest(
+        token=request.token, suppressed=request.suppressed, layers=request.layers
+    )
+    text = asked.SerializeToString(deterministic=True) + revision.encode()
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def page_token(start: int, listed: str, total: int) -> str:
+    """The token of the page that begins with entry `start` of `total`; empty behind the last."""
+    return f"{start}.{listed}" if start < total else ""
+
+
+def page_start(token: str, listed: str, total: int | None = None) -> int:
+    """The entry that a page begins with.
+
+    Raises `InvalidRequest` for a token that was not issued for this list, or lies behind `total`.
+    """
+    if not token:
+        return 0
+    issued = _TOKEN.fullmatch(token)
+    start = int(issued[1]) if issued and issued[2] == listed else None
+    if start is None or (total is not None and start >= total):
+        raise InvalidRequest("page_token", "expected the token of an earlier answer")
+    return start

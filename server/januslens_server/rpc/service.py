@@ -43,8 +43,8 @@ from januslens_server.pipelines.trace import trace
 from januslens_server.results import GradientEvent, TraceEvent
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission, ResolvedT
-from januslens_server.rpc.bounds import MAX_TOKENS
 from januslens_server.rpc.call import Call, Context, current_caller, result_sizes
+from januslens_server.rpc.decode import MAX_TOKENS, MODELS, neurons_list, page_start, page_token
 from januslens_server.rpc.encode import (
     GradientLensEncoder,
     TraceEncoder,
@@ -55,7 +55,6 @@ from januslens_server.rpc.encode import (
     project_response,
     token_message,
 )
-from januslens_server.rpc.pages import MODELS, neurons_list, page_start, page_token
 from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.specs import GradientLensSpec, Text, TraceSpec
 
