@@ -19,7 +19,7 @@ from januslens_server.results import (
     Token,
 )
 from januslens_server.rpc.encode import TraceEncoder
-from januslens_server.rpc.encode.shared import (
+from januslens_server.rpc.encode.messages import (
     FRAME_BYTES,
     PIECE_BYTES,
     Pieces,

@@ -1,15 +1,15 @@
 """Result records to messages of at most 1 MiB, so that no client limit needs raising."""
 
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
-from januslens_server.rpc.encode.shared import token_message
-from januslens_server.rpc.encode.trace import TraceEncoder
-from januslens_server.rpc.encode.unary import (
+from januslens_server.rpc.encode.messages import (
     estimate_message,
     find_neurons_response,
     model_message,
     preview_edit_response,
     project_response,
+    token_message,
 )
+from januslens_server.rpc.encode.trace import TraceEncoder
 
 __all__ = [
     "GradientLensEncoder",

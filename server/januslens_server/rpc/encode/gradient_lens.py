@@ -17,7 +17,7 @@ from januslens_server.results import (
     NeuronChanges,
     Spectrum,
 )
-from januslens_server.rpc.encode.shared import (
+from januslens_server.rpc.encode.messages import (
     Pieces,
     ReadToken,
     TokenTexts,

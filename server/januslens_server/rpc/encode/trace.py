@@ -14,7 +14,7 @@ from januslens_server.results import (
     TraceHeader,
     TraceSummary,
 )
-from januslens_server.rpc.encode.shared import (
+from januslens_server.rpc.encode.messages import (
     Pieces,
     ReadToken,
     TokenTexts,
