@@ -13,8 +13,7 @@ from januslens_server.access.callers import Caller, Quotas
 from januslens_server.access.directory import Directory
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.errors import IntrospectionError, PermissionDenied, QuotaSpent
-from januslens_server.rpc.call import Call, Context, set_current_caller
-from januslens_server.rpc.methods import SERVICE_NAME
+from januslens_server.rpc.call import SERVICE_NAME, Call, Context, set_current_caller
 
 AUTHORIZATION = "authorization"
 SCHEME = "bearer "

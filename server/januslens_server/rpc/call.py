@@ -1,4 +1,4 @@
-"""The lifecycle of one RPC: its id and caller, its log line, metrics and span, and its status."""
+"""One RPC from start to status: its id and caller, log line, metrics and span."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
@@ -16,6 +16,7 @@ from typing import Any, NoReturn, Self, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from januslens.v1 import service_pb2
 from januslens_server import spans, telemetry
 from januslens_server.access.callers import ANYONE, NAME, Caller
 from januslens_server.errors import IntrospectionError, TryLater
@@ -30,11 +31,18 @@ from januslens_server.results import (
     TraceHeader,
     TraceSummary,
 )
-from januslens_server.rpc.methods import SERVICE_NAME, rpc_labels
-from januslens_server.rpc.status import milliseconds, status_of
+from januslens_server.rpc.status import STATUS, milliseconds, status_of
 from januslens_server.scheduling.job import Ticket
 
 logger = logging.getLogger(__name__)
+
+SERVICE = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"]
+SERVICE_NAME = SERVICE.full_name
+RPCS = tuple(method.name for method in SERVICE.methods)
+
+Serializer = Callable[[Any], bytes]
+
+_STREAMS = {method.name for method in SERVICE.methods if method.server_streaming}
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -240,3 +248,38 @@ def result_sizes(result: object) -> dict[str, Any]:
 
 def _stages(times: Sequence[StageTime]) -> dict[str, float]:
     return {time.stage: round(time.seconds, 6) for time in times}
+
+
+def rpc_labels(service: str, method: str) -> tuple[str, str, str]:
+    """Values of `grpc_type`, `grpc_service` and `grpc_method`, as in go-grpc-prometheus."""
+    streams = service == SERVICE_NAME and method in _STREAMS
+    return "server_stream" if streams else "unary", service, method
+
+
+def create_series() -> None:
+    """Create every metric series at 0; rates miss the step from an absent series to 1."""
+    for method in SERVICE.methods_by_name:
+        labels = rpc_labels(SERVICE_NAME, method)
+        telemetry.STARTED.labels(*labels)
+        telemetry.MESSAGES_SENT.labels(*labels)
+        telemetry.HANDLING_SECONDS.labels(*labels)
+        telemetry.STREAM_BYTES.labels(method)
+        for code in grpc.StatusCode:
+            telemetry.HANDLED.labels(*labels, code.name)
+    for error in STATUS:
+        if issubclass(error, IntrospectionError):
+            telemetry.REJECTED.labels(error.reason)
+
+
+def measured(serialize: Serializer, method: str) -> Serializer:
+    """Wrap `serialize` to count the messages of an RPC and their bytes."""
+    messages = telemetry.MESSAGES_SENT.labels(*rpc_labels(SERVICE_NAME, method))
+    sizes = telemetry.STREAM_BYTES.labels(method)
+
+    def counting(message: Any) -> bytes:
+        serialized = serialize(message)
+        messages.inc()
+        sizes.inc(len(serialized))
+        return serialized
+
+    return counting

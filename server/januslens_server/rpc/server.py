@@ -12,10 +12,9 @@ from grpc_reflection.v1alpha import reflection
 from januslens.v1 import service_pb2_grpc
 from januslens_server.access.directory import Directory, OpenDirectory
 from januslens_server.access.quotas import QuotaBook
-from januslens_server.rpc import methods
 from januslens_server.rpc.authentication import Authentication
+from januslens_server.rpc.call import SERVICE_NAME, create_series
 from januslens_server.rpc.health import Health
-from januslens_server.rpc.methods import SERVICE_NAME
 from januslens_server.rpc.options import PeerLimits, server_options
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.wire import WireFormat
@@ -63,7 +62,7 @@ def build_server(
     `directory` finds callers by token and `quotas` tracks their usage; without them everyone may
     call everything. `share_port` lets several processes of one user listen on the same port.
     """
-    methods.create_series()
+    create_series()
     logging.getLogger(GRPC_LOGGER).addFilter(drop_failed_writes)
     options = server_options(peers, share_port=share_port)
     if max_connection_age is not None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from typing import TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
+from januslens_server import telemetry
 from januslens_server.errors import CancelCheck, ReaderStalled, RequestCancelled
 from januslens_server.rpc.call import Call, Context
-from januslens_server.rpc.methods import StreamMeter
 from januslens_server.rpc.wire import serialized
 from januslens_server.scheduling.job import Outlet, Ticket
 from januslens_server.scheduling.worker import DeviceWorker
@@ -92,6 +93,26 @@ class DeviceStreams:
                     with meter.message():
                         await write_within(call.context, message, self._stall_seconds)
                     call.sent(len(message))
+
+
+class StreamMeter:
+    """Measures how long each message of a stream takes to write, and when the first was sent."""
+
+    def __init__(self, method: str, started: float) -> None:
+        """`started` is the start of the call, by `time.perf_counter`."""
+        self._method = method
+        self._started = started
+        self._any = False
+
+    @contextmanager
+    def message(self) -> Iterator[None]:
+        """Measure the write of one message, also if it fails."""
+        with telemetry.WRITE_STALL_SECONDS.time():
+            yield
+        if not self._any:
+            self._any = True
+            first = telemetry.FIRST_MESSAGE_SECONDS.labels(self._method)
+            first.observe(time.perf_counter() - self._started)
 
 
 async def write_within(context: Context, message: bytes, seconds: float) -> None:

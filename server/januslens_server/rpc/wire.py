@@ -9,9 +9,8 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from januslens_server.errors import InvalidRequest
-from januslens_server.rpc.call import Call, Context
+from januslens_server.rpc.call import SERVICE_NAME, Call, Context, Serializer, measured
 from januslens_server.rpc.decode import check_bounds
-from januslens_server.rpc.methods import SERVICE_NAME, Serializer, measured
 
 Deserializer = Callable[[bytes], Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]

@@ -28,8 +28,8 @@ from januslens_server.pipelines.find_neurons import read_all_neurons
 from januslens_server.pipelines.self_check import self_check
 from januslens_server.results import Guarantee, ModelState, ModelStatus
 from januslens_server.rpc.admission import Admission, Limits
+from januslens_server.rpc.call import RPCS
 from januslens_server.rpc.health import Health, is_ready
-from januslens_server.rpc.methods import RPCS
 from januslens_server.rpc.options import PeerLimits
 from januslens_server.rpc.server import build_server
 from januslens_server.rpc.service import IntrospectionService
