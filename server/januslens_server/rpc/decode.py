@@ -319,7 +319,7 @@ BOUNDS: dict[str, int] = {
 
 # Tokens of one Tokenize. Their one answer is serialised on the event loop, where it must not hold
 # up other calls for long.
-MAX_TOKENS = 32 * KIB
+MAX_TOKENIZED = 32 * KIB
 
 
 def check_bounds(request: Message, path: str = "") -> None:

@@ -44,7 +44,7 @@ from januslens_server.results import GradientEvent, TraceEvent
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission, ResolvedT
 from januslens_server.rpc.call import Call, Context, current_caller, result_sizes
-from januslens_server.rpc.decode import MAX_TOKENS, MODELS, neurons_list, page_start, page_token
+from januslens_server.rpc.decode import MAX_TOKENIZED, MODELS, neurons_list, page_start, page_token
 from januslens_server.rpc.encode import (
     GradientLensEncoder,
     TraceEncoder,
@@ -235,9 +235,9 @@ def _tokenized(
     as_prompt = request.with_special_tokens
     encode = vocabulary.encode_prompt if as_prompt else vocabulary.encode_continuation
     try:
-        tokens = encode(request.text, literal=request.literal, at_most=MAX_TOKENS)
+        tokens = encode(request.text, literal=request.literal, at_most=MAX_TOKENIZED)
     except TooManyTokens as error:
         raise InvalidRequest(
-            "text", f"expected at most {MAX_TOKENS} tokens, got more; split the text"
+            "text", f"expected at most {MAX_TOKENIZED} tokens, got more; split the text"
         ) from error
     return models_pb2.TokenizeResponse(tokens=map(token_message, tokens))
