@@ -11,7 +11,8 @@ The client of the Januslens server; it needs no torch::
 """
 
 from januslens import _notebook as _notebook  # registers what notebooks show
-from januslens._arguments import (
+from januslens.aio import AsyncClient, AsyncEventStream
+from januslens.arguments import (
     DescentStep,
     ForwardShift,
     KlDivergence,
@@ -20,42 +21,7 @@ from januslens._arguments import (
     Probe,
     Text,
 )
-from januslens._assemblers import read_gradient, read_trace
-from januslens._results.edits import EditPreview, Effect
-from januslens._results.gradient import Gradient, GradientHeader, GradientSummary, SegmentRow
-from januslens._results.graph import Part
-from januslens._results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side
-from januslens._results.matrices import (
-    Component,
-    Entry,
-    Matrix,
-    NeuronChange,
-    Singular,
-    Verification,
-)
-from januslens._results.models import (
-    CostEstimate,
-    Guarantee,
-    Model,
-    Models,
-    ModelSizes,
-    Provenance,
-    StageTime,
-)
-from januslens._results.neurons import FoundNeurons, NeuronHit
-from januslens._results.nodes import Edge, Node
-from januslens._results.rendering import PageFrame
-from januslens._results.tokens import Token, Tokens
-from januslens._results.trace import (
-    LayerGraph,
-    NormEffect,
-    PositionTarget,
-    Trace,
-    TraceHeader,
-    TraceSummary,
-)
-from januslens._results.vectors import Projection, Projections, Tensor, TokenScore
-from januslens.aio import AsyncClient, AsyncEventStream
+from januslens.assemblers import read_gradient, read_trace
 from januslens.client import Client, EventStream
 from januslens.errors import (
     Aborted,
@@ -90,7 +56,52 @@ from januslens.errors import (
     Unavailable,
     Unimplemented,
 )
-from januslens.viewer import results as _pages  # noqa: F401 - registers the pages
+from januslens.results.exports import PageFrame
+from januslens.results.gradient import (
+    EditPreview,
+    Effect,
+    Gradient,
+    GradientHeader,
+    GradientSummary,
+    SegmentRow,
+)
+from januslens.results.graph import Edge, Node, Part
+from januslens.results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side
+from januslens.results.matrices import (
+    Component,
+    Entry,
+    Matrix,
+    NeuronChange,
+    Singular,
+    Verification,
+)
+from januslens.results.models import (
+    CostEstimate,
+    Guarantee,
+    Model,
+    Models,
+    ModelSizes,
+    Provenance,
+    StageTime,
+)
+from januslens.results.tokens import Token, Tokens
+from januslens.results.trace import (
+    LayerGraph,
+    NormEffect,
+    PositionTarget,
+    Trace,
+    TraceHeader,
+    TraceSummary,
+)
+from januslens.results.vectors import (
+    FoundNeurons,
+    NeuronHit,
+    Projection,
+    Projections,
+    Tensor,
+    TokenScore,
+)
+from januslens.viewer import html as _pages  # noqa: F401 - registers the pages
 
 __all__ = [
     "Aborted",

@@ -10,8 +10,8 @@ from xml.etree.ElementTree import Element, tostring
 from januslens import _presentation as presentation
 
 if TYPE_CHECKING:
-    from januslens._results.models import Provenance
-    from januslens._results.tokens import Token
+    from januslens.results.models import Provenance
+    from januslens.results.tokens import Token
 
 
 Child: TypeAlias = "Element | str"

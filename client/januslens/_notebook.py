@@ -8,17 +8,15 @@ from xml.etree.ElementTree import Element
 from januslens import _html as cells
 from januslens import _presentation as presentation
 from januslens._html import Child, cut, document, element, heading, literal, note, table
-from januslens._results.edits import EditPreview
-from januslens._results.gradient import Gradient
-from januslens._results.graph import Part
-from januslens._results.kinds import MatrixKind, NodeKind, Side
-from januslens._results.matrices import Component, Matrix
-from januslens._results.models import Model, Models
-from januslens._results.neurons import FoundNeurons
-from januslens._results.rendering import PageFrame, notebook_html
-from januslens._results.tokens import Token, Tokens
-from januslens._results.trace import LayerGraph, PositionTarget, Trace
-from januslens._results.vectors import Projection, Projections
+from januslens.results.exports import PageFrame, notebook_html
+from januslens.results.gradient import EditPreview, Gradient
+from januslens.results.graph import Part
+from januslens.results.kinds import MatrixKind, NodeKind, Side
+from januslens.results.matrices import Component, Matrix
+from januslens.results.models import Model, Models
+from januslens.results.tokens import Token, Tokens
+from januslens.results.trace import LayerGraph, PositionTarget, Trace
+from januslens.results.vectors import FoundNeurons, Projection, Projections
 
 _TOKENS = 3
 _ROWS = 8

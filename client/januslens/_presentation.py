@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from januslens._results.kinds import NodeKind
+from januslens.results.kinds import NodeKind
 
 if TYPE_CHECKING:
-    from januslens._results.gradient import Gradient
-    from januslens._results.graph import Part
-    from januslens._results.models import Provenance
-    from januslens._results.nodes import Node
-    from januslens._results.tokens import Token
-    from januslens._results.trace import LayerGraph, PositionTarget, Trace
+    from januslens.results.gradient import Gradient
+    from januslens.results.graph import Node, Part
+    from januslens.results.models import Provenance
+    from januslens.results.tokens import Token
+    from januslens.results.trace import LayerGraph, PositionTarget, Trace
 
 # ---- Numbers ----------------------------------------------------------------------------------
 

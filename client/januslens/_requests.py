@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from januslens._arguments import (
+from januslens.arguments import (
     Edit,
     Layers,
     Loss,
@@ -34,9 +34,9 @@ from januslens._arguments import (
     subject_message,
     target_message,
 )
-from januslens._results.kinds import LENSES, NODE_KINDS, Lens, MatrixKind, NodeKind
-from januslens._results.trace import Trace
-from januslens._results.vectors import Tensor, tensor_message
+from januslens.results.kinds import LENSES, NODE_KINDS, Lens, MatrixKind, NodeKind
+from januslens.results.trace import Trace
+from januslens.results.vectors import Tensor, tensor_message
 from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, neurons_pb2, trace_pb2
 
 

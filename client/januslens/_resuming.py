@@ -19,9 +19,8 @@ from typing import Any, Generic, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 
-from januslens._assemblers import Assembler, EventT, ResultT
-from januslens._connection import Attempt, Connection
-from januslens._status import FailedCall, was_cut
+from januslens._connection import Attempt, Connection, FailedCall, was_cut
+from januslens.assemblers import Assembler, EventT, ResultT
 from januslens.errors import JanuslensError, StreamInterrupted, Unavailable
 from januslens.v1 import common_pb2, gradient_lens_pb2, trace_pb2
 

@@ -12,25 +12,6 @@ import grpc
 from google.protobuf.message import Message
 from numpy.typing import ArrayLike
 
-from januslens._arguments import (
-    Edit,
-    Layers,
-    Loss,
-    Positions,
-    Probe,
-    Prompt,
-    SubjectLike,
-    TargetLike,
-)
-from januslens._assemblers import (
-    Assembler,
-    EventT,
-    GradientAssembler,
-    GradientEvent,
-    ResultT,
-    TraceAssembler,
-    TraceEvent,
-)
 from januslens._channels import AsyncChannel
 from januslens._connection import (
     DEFAULT_ADDRESS,
@@ -48,16 +29,33 @@ from januslens._requests import (
     project_request,
     trace_request,
 )
-from januslens._results.edits import EditPreview
-from januslens._results.gradient import Gradient
-from januslens._results.kinds import Lens, MatrixKind, NodeKind
-from januslens._results.models import CostEstimate, Model, Models
-from januslens._results.neurons import FoundNeurons
-from januslens._results.tokens import Token, Tokens, TokenTable
-from januslens._results.trace import Trace
-from januslens._results.vectors import Projection, Projections
 from januslens._resuming import ResumableCall, ResumableStream
+from januslens.arguments import (
+    Edit,
+    Layers,
+    Loss,
+    Positions,
+    Probe,
+    Prompt,
+    SubjectLike,
+    TargetLike,
+)
+from januslens.assemblers import (
+    Assembler,
+    EventT,
+    GradientAssembler,
+    GradientEvent,
+    ResultT,
+    TraceAssembler,
+    TraceEvent,
+)
 from januslens.errors import StreamInterrupted
+from januslens.results.gradient import EditPreview, Gradient
+from januslens.results.kinds import Lens, MatrixKind, NodeKind
+from januslens.results.models import CostEstimate, Model, Models
+from januslens.results.tokens import Token, Tokens, TokenTable
+from januslens.results.trace import Trace
+from januslens.results.vectors import FoundNeurons, Projection, Projections
 from januslens.v1 import cost_pb2, models_pb2, neurons_pb2
 
 

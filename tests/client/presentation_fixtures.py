@@ -50,7 +50,7 @@ from google.protobuf.message import Message
 
 from januslens import Gradient, Trace
 from januslens import _presentation as presentation
-from januslens._assemblers import GradientAssembler, TraceAssembler
+from januslens.assemblers import GradientAssembler, TraceAssembler
 from januslens.v1 import trace_pb2
 from tests.client import messages
 

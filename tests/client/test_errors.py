@@ -17,7 +17,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 import januslens
 from januslens import errors
-from januslens._status import exception_from, was_cut
+from januslens._connection import exception_from, was_cut
 
 DETAILS = "grpc-status-details-bin"
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from januslens import End, Gradient, Matrix, MatrixKind, Side, read_gradient
-from januslens._assemblers import GradientAssembler
+from januslens.assemblers import GradientAssembler
 from januslens.v1 import gradient_lens_pb2
 from tests.client import messages
 from tests.client.messages import gradient_stream

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from januslens import EdgeKind, End, Lens, MatrixKind, NodeKind, Side
-from januslens._results.kinds import LENSES, NODE_KINDS, Kind
+from januslens.results.kinds import LENSES, NODE_KINDS, Kind
 from januslens.v1 import gradient_lens_pb2, lens_pb2, trace_pb2
 
 

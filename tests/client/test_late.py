@@ -8,11 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from januslens._results.graph import KnownNodes
-from januslens._results.lazy import LazySequence
-from januslens._results.nodes import Node
-from januslens._results.tokens import TokenTable
-from januslens._results.trace import LayerGraph
+from januslens.results.graph import KnownNodes, Node
+from januslens.results.lazy import LazySequence
+from januslens.results.tokens import TokenTable
+from januslens.results.trace import LayerGraph
 from januslens.v1 import common_pb2, trace_pb2
 
 

@@ -9,8 +9,8 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from januslens._assemblers import GradientAssembler, TraceAssembler
 from januslens._resuming import DifferentAnswer, GradientSplice, TraceSplice
+from januslens.assemblers import GradientAssembler, TraceAssembler
 from januslens.v1 import common_pb2, gradient_lens_pb2, service_pb2_grpc, trace_pb2
 from tests.support.calls import long_trace, prompt, timeless
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from januslens._assemblers import TraceAssembler
-from januslens.cli.show_trace import story
+from januslens.assemblers import TraceAssembler
 from januslens.cli.tables import console
+from januslens.cli.trace import story
 from tests.client import messages
 from tests.client.messages import trace_stream
 

@@ -16,7 +16,7 @@ from januslens import (
     read_gradient,
     read_trace,
 )
-from januslens._assemblers import GradientAssembler, TraceAssembler
+from januslens.assemblers import GradientAssembler, TraceAssembler
 from januslens.v1 import trace_pb2
 from tests.client import messages
 from tests.client.messages import gradient_stream, trace_stream

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
 from januslens import Tensor
-from januslens._results.vectors import tensor_message
+from januslens.results.vectors import tensor_message
 from januslens.v1 import common_pb2
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from januslens import Token
-from januslens._results.tokens import visible
+from januslens.results.tokens import visible
 
 
 @pytest.mark.parametrize(

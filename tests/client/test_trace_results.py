@@ -11,7 +11,7 @@ import networkx as nx
 import pytest
 
 from januslens import LayerGraph, NodeKind, Token, TokenScore, Trace, read_trace
-from januslens._assemblers import TraceAssembler
+from januslens.assemblers import TraceAssembler
 from tests.client import messages
 from tests.client.messages import trace_stream
 

@@ -13,7 +13,8 @@ def main() -> None:
     try:
         program = importlib.import_module("januslens.cli.program")
     except ModuleNotFoundError as error:
-        if error.name not in ("click", "rich"):
+        library = (error.name or "").partition(".")[0]
+        if library not in ("click", "rich"):
             raise
-        sys.exit(f"the command needs {error.name}: pip install 'januslens[cli]'")
+        sys.exit(f"the command needs {library}: pip install 'januslens[cli]'")
     program.januslens()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console, Group, RenderableType
+from rich.text import Text
 
-from januslens._arguments import DescentStep, Edit, ForwardShift, Probe, Text
-from januslens._assemblers import GradientEvent
-from januslens._results.edits import EditPreview
-from januslens._results.gradient import Gradient
-from januslens._results.matrices import Matrix
+from januslens import _presentation as presentation
+from januslens import arguments
+from januslens.arguments import DescentStep, Edit, ForwardShift, Probe
+from januslens.assemblers import GradientEvent
 from januslens.cli.options import (
     COUNT,
     Number,
@@ -29,9 +31,29 @@ from januslens.cli.options import (
     with_client,
     write_page,
 )
-from januslens.cli.show_gradient import preview_section, show_gradient
-from januslens.cli.tables import Steps, console, steps
+from januslens.cli.tables import (
+    Steps,
+    console,
+    heading,
+    level_cell,
+    percent_cell,
+    position_grids,
+    probability_cell,
+    rank_cell,
+    section,
+    sentence,
+    size_cell,
+    steps,
+    table,
+    token_cell,
+    tokens_cell,
+)
 from januslens.client import Client, EventStream
+from januslens.results.gradient import EditPreview, Effect, Gradient
+from januslens.results.kinds import End, MatrixKind, Side
+from januslens.results.matrices import Component, Matrix
+from januslens.results.tokens import Token
+from januslens.results.vectors import Projection
 
 
 @click.command()
@@ -109,7 +131,7 @@ def gradient(  # noqa: PLR0913 - an option each
     as_json: bool,
     /,
     *,
-    prompt: Text,
+    prompt: arguments.Text,
     rows: int,
     preview: bool,
     shift: int | None,
@@ -169,3 +191,246 @@ def _followed(stream: EventStream[GradientEvent, Gradient], progress: Steps) -> 
         if isinstance(event, Matrix):
             progress.done(event.name)
     return stream.result()
+
+
+_ENDS = {End.TOP: "top", End.BOTTOM: "bottom"}
+
+
+def factor_picture(gradient: Gradient, matrices: Sequence[Matrix], width: int) -> Group:
+    """Layers upward, positions across: what is imprinted, or which way the model shifts."""
+    title, note = _headings(matrices[0])
+    largest = max((_strength(m, c) for m in matrices for c in m.components), default=0.0)
+    cells = {
+        (matrix.layer, component.position): _cell(
+            matrix, component, gradient.header.targets, largest
+        )
+        for matrix in matrices
+        for component in reversed(matrix.components)  # experts: the largest one is shown
+    }
+    grids: list[RenderableType] = []
+    for grid in position_grids(gradient.prompt_tokens, cells, width):
+        grids += [grid, Text("")]
+    return Group(Text(f"\n{title}", "bold"), *grids[:-1], Text(note, "dim"))
+
+
+def _headings(matrix: Matrix) -> tuple[str, str]:
+    if matrix.projected_side is Side.INPUT:
+        return (
+            f"Imprint: what a step writes into {_rows(matrix.kind)}",
+            "each cell: the top token of the input x there, and the component's size |x||δ|",
+        )
+    end = _ENDS.get(matrix.promoted_end, "")
+    note = (
+        f"each cell: ↑ promoted by a descent step, the {end} of δ's ranking; ↓ suppressed, its "
+        "other end; and |δ|"
+    )
+    return f"Shift: which way a step moves what {matrix.kind} writes", note
+
+
+def _strength(matrix: Matrix, component: Component) -> float:
+    return component.size if matrix.projected_side is Side.INPUT else component.vjp_norm
+
+
+def _rows(kind: MatrixKind) -> str:
+    return f"{kind}'s columns" if kind in (MatrixKind.FF1, MatrixKind.GATE) else str(kind)
+
+
+def _cell(matrix: Matrix, component: Component, sought: Sequence[Token], largest: float) -> Text:
+    read = component.projection
+    if component.size == 0 or read is None:
+        return Text("·", "dim")  # no gradient arrives there
+    if matrix.projected_side is Side.INPUT:
+        lines = [_marked("", read.top_tokens[:1], sought)]
+    else:
+        lines = [
+            _marked("↑", component.promoted[:1], sought),
+            _marked("↓", component.suppressed[:1], sought),
+        ]
+    lines.append(level_cell(_strength(matrix, component), largest))
+    lines[-1].stylize("dim")
+    return Text("\n", no_wrap=True, overflow="ellipsis").join(lines)
+
+
+def _marked(mark: str, tokens: Sequence[Token], sought: Sequence[Token]) -> Text:
+    if not tokens:
+        return Text("")
+    found = any(tokens[0].id == token.id for token in sought)
+    return Text(mark, "dim").append_text(token_cell(tokens[0], "bold green" if found else ""))
+
+
+_COMPONENT_TOKENS = 4
+
+
+def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int) -> Group:
+    """One row a component, largest first: where it is, how large, and what it says."""
+    kind, side = matrices[0].kind, matrices[0].projected_side
+    readings = ["imprints"] if side is Side.INPUT else ["promotes", "suppresses"]
+    grid = table(">layer", "position", ">|x|", ">|δ|", ">size", *readings, ">target's rank")
+    for matrix, component in _largest(matrices, rows):
+        grid.add_row(
+            str(matrix.layer),
+            Text(presentation.token_at(component.position, gradient.prompt_tokens), no_wrap=True),
+            size_cell(component.input_norm),
+            size_cell(component.vjp_norm),
+            size_cell(component.size),
+            *_readings(component, side, gradient.header.targets),
+            Text(" ".join(str(rank) for rank in component.target_ranks)),
+        )
+    return section(f"The largest components of {kind}'s gradient", grid, _note(matrices[0]))
+
+
+def _note(matrix: Matrix) -> str:
+    if matrix.projected_side is Side.INPUT:
+        return "size = |x||δ|, the component's Frobenius norm; rank in x, 0 being the top"
+    end = matrix.promoted_end.lower()
+    return (
+        f"size = |x||δ|; rank in δ, 0 being the top: descent subtracts δ, so it promotes the {end}"
+    )
+
+
+def _largest(matrices: Sequence[Matrix], rows: int) -> list[tuple[Matrix, Component]]:
+    pairs = [(matrix, part) for matrix in matrices for part in matrix.components if part.size > 0]
+    return sorted(pairs, key=lambda pair: -pair[1].size)[:rows]
+
+
+def _readings(component: Component, side: Side, sought: Sequence[Token]) -> list[Text]:
+    if side is Side.INPUT:
+        read = component.projection
+        return [tokens_cell(read.top_tokens[:_COMPONENT_TOKENS] if read else (), sought)]
+    return [
+        tokens_cell(component.promoted[:_COMPONENT_TOKENS], sought),
+        tokens_cell(component.suppressed[:_COMPONENT_TOKENS], sought),
+    ]
+
+
+_EXTRA_TOKENS = 3
+
+
+def neuron_changes(matrices: Sequence[Matrix], sought: Sequence[Token]) -> Group:
+    """The neurons that a step moves most: before, the change, after."""
+    grid = table("neuron", ">|change|", "before", "the change", "after")
+    for matrix in matrices:
+        for neuron in matrix.neurons:
+            grid.add_row(
+                Text(f"L{matrix.layer} neuron {neuron.neuron}"),
+                size_cell(neuron.change_norm),
+                _top(neuron.before, sought),
+                _top(neuron.change, sought),
+                _top(neuron.after, sought),
+            )
+    return section(f"The neurons of {matrices[0].kind} that a step moves most", grid)
+
+
+def spectrum_section(matrices: Sequence[Matrix], sought: Sequence[Token]) -> Group:
+    """Singular values with what both ends of their directions say."""
+    grid = table(">layer", ">singular value", ">explained", "one end", "the other")
+    for matrix in matrices:
+        for singular in matrix.spectrum:
+            read = singular.projection
+            grid.add_row(
+                str(matrix.layer),
+                size_cell(singular.value),
+                percent_cell(singular.explained),
+                tokens_cell(read.top_tokens[:_EXTRA_TOKENS] if read else (), sought),
+                tokens_cell(read.bottom_tokens[:_EXTRA_TOKENS] if read else (), sought),
+            )
+    note = "explained: of the squared Frobenius norm; a direction's sign is arbitrary"
+    return section(f"Spectrum of {matrices[0].kind}'s gradient", grid, note)
+
+
+def segments_section(gradient: Gradient) -> Group:
+    """The paper's figures as a table: norm and rank by segment of the prompt and by layer."""
+    rows: dict[tuple[str, int], dict[str, Text]] = {}
+    for row in gradient.segments:
+        cell = Text.assemble(size_cell(row.mean_vjp_norm), (f"  {row.mean_target_rank:.0f}", "dim"))
+        unread = row.mean_vjp_norm == 0
+        rows.setdefault((str(row.kind), row.layer), {})[row.segment] = (
+            Text("·", "dim") if unread else cell
+        )
+    segments = list(dict.fromkeys(row.segment for row in gradient.segments))
+    grid = table("matrix", ">layer", *(f">{segment.replace('_', ' ')}" for segment in segments))
+    for (kind, layer), cells in sorted(rows.items(), key=lambda item: (item[0][0], -item[0][1])):
+        grid.add_row(kind, str(layer), *(cells.get(segment, Text("")) for segment in segments))
+    note = "each cell: |δ| and the target's rank in the projected factor, means over the segment"
+    return section("By segment of the prompt", grid, note)
+
+
+def verification_line(matrices: Sequence[Matrix]) -> Text:
+    """The largest error of the factorisation against autograd's dense gradient."""
+    checks = [matrix.verification for matrix in matrices if matrix.verification]
+    worst = max(checks, key=lambda check: check.relative_error)
+    held = worst.relative_error <= worst.tolerance
+    return Text(
+        f"{matrices[0].kind} against autograd: relative error at most {worst.relative_error:.1e} "
+        f"(tolerance {worst.tolerance:.0e}, {'held' if held else 'NOT held'})",
+        "" if held else "bold red",
+    )
+
+
+def _top(read: Projection | None, sought: Sequence[Token]) -> Text:
+    return tokens_cell(read.top_tokens[:_EXTRA_TOKENS] if read else (), sought)
+
+
+def preview_section(preview: EditPreview, title: str) -> Group:
+    """One row a prompt: the target's probability and rank, and the prediction, then and now."""
+    grid = table("prompt", "target", "probability", "rank", "prediction", ">KL, bits")
+    for effect in (preview.edited, *preview.probes):
+        grid.add_row(*_effect_row(effect))
+    note = "each before → after; KL: how far the whole distribution moves"
+    return section(title, grid, note)
+
+
+def _effect_row(effect: Effect) -> list[Text]:
+    before = probability_cell(effect.probability_before)
+    after = probability_cell(effect.probability_after)
+    return [
+        Text(effect.label or "the edited one", no_wrap=True, overflow="ellipsis"),
+        token_cell(effect.target),
+        _change(before, after),
+        _change(rank_cell(effect.rank_before), rank_cell(effect.rank_after)),
+        _change(token_cell(effect.predicted_before), token_cell(effect.predicted_after)),
+        Text(f"{effect.kl_bits:.3g}"),
+    ]
+
+
+def _change(before: Text, after: Text) -> Text:
+    return Text.assemble(before, (" → ", "dim"), after, no_wrap=True)
+
+
+_STEP = (
+    "of gradient descent: each matrix W, y = x W, changes by -lr Σ xᵀδ over the positions; it "
+    "imprints the inputs x and shifts the outputs against their VJPs δ"
+)
+
+
+def show_gradient(gradient: Gradient, console: Console, rows: int) -> None:
+    """Print a gradient: both sides as in the paper's figures, then the requested tables."""
+    lines = heading(gradient.prompt_tokens, gradient.provenance)
+    loss = presentation.loss_sentence(gradient, likelihood=True)
+    lines.add_row("loss", sentence(loss, gradient.header.targets))
+    lines.add_row("step", Text(_STEP, "dim"))
+    console.print(lines)
+    for kind in _kinds(gradient):
+        matrices = gradient.of_kind(kind)
+        console.print(factor_picture(gradient, matrices, console.width))
+        console.print(components_section(gradient, matrices, rows))
+        _show_extras(matrices, console, gradient)
+    if gradient.segments:
+        console.print(segments_section(gradient))
+    if skipped := gradient.header.skipped:
+        console.print(Text(f"not in this architecture: {', '.join(skipped)}", style="dim"))
+
+
+def _kinds(gradient: Gradient) -> list[MatrixKind]:
+    """Inputs before VJPs: what is imprinted, then where it shifts."""
+    sides = {matrix.kind: matrix.projected_side for matrix in gradient.matrices}
+    return sorted(sides, key=lambda kind: (sides[kind] is Side.VJP, list(MatrixKind).index(kind)))
+
+
+def _show_extras(matrices: Sequence[Matrix], console: Console, gradient: Gradient) -> None:
+    if any(matrix.neurons for matrix in matrices):
+        console.print(neuron_changes(matrices, gradient.header.targets))
+    if any(matrix.spectrum for matrix in matrices):
+        console.print(spectrum_section(matrices, gradient.header.targets))
+    if any(matrix.verification for matrix in matrices):
+        console.print(verification_line(matrices))

@@ -13,10 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from januslens import _presentation as presentation
-from januslens._results.exports import require
-from januslens._results.models import Model
-from januslens._results.neurons import FoundNeurons, NeuronHit
-from januslens._results.vectors import Projection
 from januslens.cli.options import (
     COUNT,
     layer_list,
@@ -36,6 +32,9 @@ from januslens.cli.tables import (
     tokens_cell,
 )
 from januslens.client import Client
+from januslens.results.exports import require
+from januslens.results.models import Model
+from januslens.results.vectors import FoundNeurons, NeuronHit, Projection
 
 _STATE_STYLES = {"READY": "green", "FAILED": "red", "LOADING": "yellow"}
 

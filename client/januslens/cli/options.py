@@ -16,14 +16,14 @@ from typing import Any, Concatenate, Literal, ParamSpec
 import click
 from google.protobuf.message import Message
 
-from januslens._arguments import Text
 from januslens._connection import DEFAULT_ADDRESS
-from januslens._results.exports import json_line
-from januslens._results.kinds import Lens, MatrixKind
-from januslens._results.models import CostEstimate
+from januslens.arguments import Text
 from januslens.cli.tables import console, cost_table
 from januslens.client import Client
 from januslens.errors import JanuslensError
+from januslens.results.exports import json_line
+from januslens.results.kinds import Lens, MatrixKind
+from januslens.results.models import CostEstimate
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from januslens import _presentation as presentation
-from januslens._results.models import CostEstimate, Provenance
-from januslens._results.tokens import Token
+from januslens.results.models import CostEstimate, Provenance
+from januslens.results.tokens import Token
 
 _WIDTH_OF_FILES = 110
 

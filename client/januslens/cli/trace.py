@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
 
-from januslens._arguments import Text
-from januslens._assemblers import TraceEvent
-from januslens._results.trace import LayerGraph, Trace, TraceHeader
+from januslens import _presentation as presentation
+from januslens import arguments
+from januslens.assemblers import TraceEvent
 from januslens.cli.options import (
     COUNT,
     estimate_option,
@@ -25,9 +29,28 @@ from januslens.cli.options import (
     with_client,
     write_page,
 )
-from januslens.cli.show_trace import show_trace
-from januslens.cli.tables import Steps, console, steps
+from januslens.cli.tables import (
+    Steps,
+    console,
+    heading,
+    labelled,
+    percent_cell,
+    position_grids,
+    probability_cell,
+    rank_cell,
+    section,
+    sentence,
+    signed_cell,
+    steps,
+    table,
+    token_cell,
+    tokens_cell,
+)
 from januslens.client import Client, EventStream
+from januslens.results.graph import Node, Part
+from januslens.results.kinds import NodeKind
+from januslens.results.tokens import Token
+from januslens.results.trace import LayerGraph, PositionTarget, Trace, TraceHeader
 
 
 @click.command()
@@ -70,7 +93,7 @@ def trace(
     as_json: bool,
     /,
     *,
-    prompt: Text,
+    prompt: arguments.Text,
     rows: int,
     details: bool,
     html: Path | None,
@@ -110,3 +133,225 @@ def _followed(stream: EventStream[TraceEvent, Trace], progress: Steps) -> Trace:
         elif isinstance(event, LayerGraph):
             progress.done(f"layer {event.layer}")
     return stream.result()
+
+
+def story(trace: Trace, target: PositionTarget) -> Table:
+    """The target, from where on it ranks first, and which head and neuron add most to it."""
+    lines = labelled()
+    label = "target"
+    for parts in presentation.trace_sentences(trace, target):
+        lines.add_row(label, sentence(parts, [target.target]))
+        label = ""
+    return lines
+
+
+_BAR = 10
+_BLOCKS = " ▏▎▍▌▋▊▉█"
+_RESIDUAL_TOKENS = 3
+
+
+def emergence(trace: Trace, position: int) -> Group:
+    """One row a residual: its top tokens, the target's rank and probability, what was added."""
+    target = trace.target(position).target
+    grid = table(">layer", "residual", "top tokens", ">rank", "probability", ">logit")
+    for layer in trace.layers:
+        for i, step in enumerate(presentation.residual_steps(trace, layer, position)):
+            label = f"{layer.layer}" if i == 0 else ""
+            grid.add_row(label, step.name, *_reading(step.node, step.added, [target]))
+    return section(
+        f"How {target} comes to its final rank, layer by layer",
+        grid,
+        f"rank and probability of {target}, rank 0 being the top; logit: what the step adds to "
+        "its logit directly",
+    )
+
+
+def _reading(node: Node, added: Part | None, sought: Sequence[Token]) -> list[Text]:
+    read = node.projection
+    return [
+        tokens_cell(read.top_tokens[:_RESIDUAL_TOKENS], sought) if read else Text(""),
+        rank_cell(read.target_rank if read else None),
+        _probability_bar(read.target_probability if read else None),
+        signed_cell(added.logit_contribution if added else None),
+    ]
+
+
+def _probability_bar(probability: float | None) -> Text:
+    if probability is None:
+        return Text("")
+    eighths = round(probability * _BAR * 8)
+    bar = "█" * (eighths // 8) + _BLOCKS[eighths % 8].strip()
+    return Text.assemble(probability_cell(probability), " ", (bar, "green"))
+
+
+_SOURCES = 2
+_HEAD_TOKENS = 4
+
+
+def heads_section(
+    trace: Trace, heads: Sequence[Part], title: str, sought: Sequence[Token]
+) -> Group:
+    """One row a head: contribution, share, sources with their attention, and its top tokens."""
+    grid = table(">logit", ">share", "head", "reads", "brings")
+    for part in heads:
+        read = part.node.projection
+        grid.add_row(
+            signed_cell(part.logit_contribution),
+            percent_cell(part.share),
+            Text(f"L{part.node.layer} head {part.node.head}"),
+            _sources(trace, part),
+            tokens_cell(read.top_tokens[:_HEAD_TOKENS], sought) if read else Text(""),
+        )
+    note = "share: of all heads of its layer; reads: source token (position) and attention"
+    return section(title, grid, note)
+
+
+def _sources(trace: Trace, head: Part) -> Text:
+    """Where the head looked, most attended first."""
+    memories = [
+        part for part in trace.parts_of(head.node) if part.node.kind is NodeKind.MEMORY_VALUE
+    ]
+    memories.sort(key=lambda part: -_attention(part))
+    cell = Text(no_wrap=True, overflow="ellipsis")
+    for part in memories[:_SOURCES]:
+        cell.append(
+            f"{presentation.token_at(part.node.source_position or 0, trace.prompt_tokens)} "
+        )
+        cell.append(f"{_attention(part):.2f}  ", "dim")
+    cell.rstrip()
+    return cell
+
+
+def _attention(part: Part) -> float:
+    return (part.edge.attention if part.edge else None) or 0.0
+
+
+_NEURON_TOKENS = 5
+
+
+def neurons_section(neurons: Sequence[Part], title: str, sought: Sequence[Token]) -> Group:
+    """One row a neuron: contribution, share, activation and the tokens of its value row."""
+    grid = table(">logit", ">share", "neuron", ">activation", "writes")
+    for part in neurons:
+        grid.add_row(
+            signed_cell(part.logit_contribution),
+            percent_cell(part.share),
+            Text(_neuron_name(part.node)),
+            signed_cell(part.node.activation),
+            tokens_cell(presentation.written_tokens(part.node)[:_NEURON_TOKENS], sought),
+        )
+    note = "share: of its MLP's result; where the activation is negative, the row's bottom tokens"
+    return section(title, grid, note)
+
+
+def _neuron_name(node: Node) -> str:
+    expert = "" if node.expert is None else f" expert {node.expert}"
+    return f"L{node.layer}{expert} neuron {node.neuron}"
+
+
+_PATH_TOKENS = 3
+
+
+def path_section(trace: Trace, path: Sequence[Part], sought: Sequence[Token]) -> Group:
+    """One row a step back: what the row above is mostly made of, and what that says.
+
+    Residuals in a row are one step: nothing but the stream itself carried the token there.
+    """
+    grid = table("", "made of", ">share", ">logit", "says")
+    for step in presentation.path_steps(trace, path):
+        grid.add_row(*_path_row(step, sought))
+    return section(
+        "The strongest way back",
+        grid,
+        "share and logit: of the step's last part in the sum above it",
+    )
+
+
+def _path_row(step: presentation.PathStep, sought: Sequence[Token]) -> list[Text]:
+    part = step.part
+    read = part.node.projection
+    return [
+        Text("" if part.node.kind is NodeKind.PREDICTION else "←"),
+        Text(step.name),
+        percent_cell(part.share),
+        signed_cell(part.logit_contribution),
+        tokens_cell(read.top_tokens[:_PATH_TOKENS], sought) if read else Text(""),
+    ]
+
+
+_IN_FULL = 3
+
+
+def show_trace(trace: Trace, console: Console, rows: int, details: bool) -> None:
+    """Print a trace; of many positions a picture first, then the last ones in full."""
+    console.print(heading(trace.prompt_tokens, trace.provenance))
+    if len(trace.targets) > 1:
+        _show_picture(trace, console)
+    for target in trace.targets[-_IN_FULL:]:
+        _show_position(trace, target, console, rows, details)
+
+
+def _show_picture(trace: Trace, console: Console) -> None:
+    console.print(Text("\nThe residual stream after each layer", "bold"))
+    for grid in position_grids(trace.prompt_tokens, _top_tokens(trace), console.width):
+        console.print(grid, "")
+    note = "each cell: the top token, green where it is the target of its position"
+    console.print(Text(note, "dim"))
+
+
+def _top_tokens(trace: Trace) -> dict[tuple[int, int], Text]:
+    cells = {}
+    for node in trace.nodes_of(NodeKind.BLOCK_OUTPUT):
+        if node.projection and node.projection.top and None not in (node.layer, node.position):
+            style = "bold green" if node.projection.target_rank == 0 else ""
+            cell = token_cell(node.projection.top[0].token, style)
+            cells[node.layer or 0, node.position or 0] = cell
+    return cells
+
+
+def _show_position(
+    trace: Trace, target: PositionTarget, console: Console, rows: int, details: bool
+) -> None:
+    console.print("", story(trace, target), sep="\n")
+    console.print(emergence(trace, target.position))
+    sought = [target.target]
+    if details:
+        _show_layers(trace, target, console, rows)
+    else:
+        brought = f"that brought {target.target}, strongest first"
+        heads = _strongest(trace.heads(target.position))[:rows]
+        console.print(heads_section(trace, heads, f"The heads {brought}", sought))
+        neurons = _strongest(trace.neurons(target.position))[:rows]
+        console.print(neurons_section(neurons, f"The neurons {brought}", sought))
+    path = trace.path_to_target(target.position)
+    console.print(path_section(trace, path if details else _to_first_source(path), sought))
+
+
+def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: int) -> None:
+    """Every layer in turn, as the paper's figure shows it."""
+    sought: Sequence[Token] = [target.target]
+    for layer in trace.layers:
+        heads, neurons = layer.heads(target.position), layer.neurons(target.position)
+        title = f"Layer {layer.layer}: what attention brings"
+        console.print(heads_section(trace, heads[:rows], title, sought))
+        title = f"Layer {layer.layer}: what the MLP recalls"
+        console.print(neurons_section(neurons[:rows], title, sought))
+
+
+def _to_first_source(path: Sequence[Part]) -> Sequence[Part]:
+    """The path as far as the first token that a head took something from."""
+    for i, part in enumerate(path):
+        if part.node.kind is NodeKind.MEMORY_VALUE:
+            return path[: i + 1]
+    return path
+
+
+def _strongest(parts: Sequence[Part]) -> list[Part]:
+    """By what each adds to the target's logit; without that, by share."""
+    return sorted(parts, key=_strength, reverse=True)
+
+
+def _strength(part: Part) -> float:
+    if part.logit_contribution is not None:
+        return part.logit_contribution
+    return part.share or 0.0

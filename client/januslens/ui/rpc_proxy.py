@@ -18,13 +18,13 @@ from google.protobuf.message_factory import GetMessageClass
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from januslens._assemblers import Assembler, GradientAssembler, TraceAssembler
 from januslens._requests import overview_request
-from januslens._results.exports import json_line
-from januslens._results.gradient import Gradient
-from januslens._results.trace import Trace
 from januslens.aio import AsyncClient, AsyncEventStream
+from januslens.assemblers import Assembler, GradientAssembler, TraceAssembler
 from januslens.errors import JanuslensError, StreamInterrupted
+from januslens.results.exports import json_line
+from januslens.results.gradient import Gradient
+from januslens.results.trace import Trace
 from januslens.v1 import gradient_lens_pb2, service_pb2, trace_pb2
 
 ResultT = TypeVar("ResultT")

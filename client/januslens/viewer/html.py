@@ -20,8 +20,10 @@ from typing import Literal
 
 from google.protobuf.message import Message
 
-from januslens._results.exports import json_line
-from januslens._results.tokens import OPEN_BOX, Token
+from januslens.results.exports import json_line, page_html
+from januslens.results.gradient import EditPreview, Gradient
+from januslens.results.tokens import OPEN_BOX, Token
+from januslens.results.trace import Trace
 from januslens.v1 import edits_pb2, gradient_lens_pb2, trace_pb2
 
 View = Literal["trace", "gradient", "live"]
@@ -138,3 +140,17 @@ def _inert(text: str) -> str:
 
 def _text(prompt: Sequence[Token]) -> str:
     return "".join(str(token) for token in prompt).replace(OPEN_BOX, " ").strip()
+
+
+@page_html.register
+def page_of_trace(trace: Trace, overview: Trace | None) -> str:
+    """A trace, and the residual stream around it, as one page."""
+    around = overview.responses if overview else ()
+    return trace_page(trace.responses, around, trace.prompt_tokens)
+
+
+@page_html.register
+def page_of_gradient(gradient: Gradient, previews: Mapping[str, EditPreview]) -> str:
+    """A gradient, and previews of edits by their titles, as one page."""
+    effects = {title: preview.response for title, preview in previews.items()}
+    return gradient_page(gradient.responses, effects, gradient.prompt_tokens)

@@ -1,11 +1,13 @@
-"""Results as pandas frames, networkx graphs, safetensors files and JSON lines."""
+"""Results in other forms: frames, graphs, files, JSON lines, and HTML."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field
+from functools import singledispatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +16,45 @@ from google.protobuf.json_format import MessageToJson
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from januslens._results.matrices import Component
-from januslens._results.nodes import Edge, Node
-from januslens._results.tokens import Token, xml_text
-
 if TYPE_CHECKING:
     import networkx as nx
     import pandas as pd
 
-    from januslens._results.matrices import Matrix
-    from januslens._results.neurons import NeuronHit
+    from januslens.results.graph import Edge, Node
+    from januslens.results.matrices import Component, Matrix
+    from januslens.results.tokens import Token
+    from januslens.results.vectors import NeuronHit
+
+
+@singledispatch
+def notebook_html(result: Any) -> str:
+    """The HTML that a notebook shows for a result."""
+    raise TypeError(f"no notebook HTML for {type(result).__name__}")
+
+
+@singledispatch
+def page_html(result: Any, beside: Any) -> str:
+    """A result, and what is shown beside it, as one interactive HTML file."""
+    raise TypeError(f"no page for {type(result).__name__} and {type(beside).__name__}")
+
+
+@dataclass(frozen=True)
+class PageFrame:
+    """A page that a notebook shows where it is the result of a cell.
+
+    It has a frame of its own, from which its script cannot reach the notebook.
+
+    Attributes:
+        html: The page, as a file would hold it.
+        height: Height of the frame in pixels.
+    """
+
+    html: str = field(repr=False)
+    height: int
+
+    def _repr_html_(self) -> str:
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
 
 
 def require(library: str, extra: str, purpose: str) -> Any:
@@ -64,8 +95,28 @@ _MEASURES = (
     "target_probability",
     "target_logit",
 )
-_NODE_FIELDS = [f.name for f in fields(Node) if f.name not in ("projection", "vector")]
-_EDGE_FIELDS = [f.name for f in fields(Edge)]
+_NODE_FIELDS = (
+    "id",
+    "kind",
+    "layer",
+    "position",
+    "head",
+    "source_position",
+    "neuron",
+    "expert",
+    "norm",
+    "activation",
+)
+_EDGE_FIELDS = (
+    "source",
+    "target",
+    "kind",
+    "weight",
+    "share",
+    "attention",
+    "logit_contribution",
+    "overlap",
+)
 
 
 def node_frame(nodes: Iterable[Node]) -> pd.DataFrame:
@@ -81,7 +132,7 @@ def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:
     """One row per edge."""
     pandas = require("pandas", "analysis", "a frame of edges")
     rows = [_edge_row(edge) for edge in edges]
-    frame: pd.DataFrame = pandas.DataFrame(rows, columns=_EDGE_FIELDS)
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=list(_EDGE_FIELDS))
     measured = ["weight", "share", "attention", "logit_contribution", "overlap"]
     return frame.astype(dict.fromkeys(measured, "float64"))
 
@@ -144,6 +195,15 @@ def _attribute(value: Any) -> Any:
     if isinstance(value, list):
         return json.dumps([xml_text(text) for text in value], ensure_ascii=False)
     return xml_text(value) if isinstance(value, str) else value
+
+
+# What XML 1.0 forbids, and the carriage return, which its readers turn into a line feed.
+_NOT_XML = re.compile("[^\\t\\n\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
+
+
+def xml_text(text: str) -> str:
+    """`text` with the characters that XML cannot hold as `<U+XXXX>`."""
+    return _NOT_XML.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
 
 
 def component_frame(matrices: Iterable[Matrix], prompt_tokens: Sequence[Token]) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from januslens._results.kinds import MATRIX_KINDS, MatrixKind
+from januslens.results.kinds import MATRIX_KINDS, MatrixKind
 from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from januslens._results.rendering import notebook_html
+from januslens.results.exports import notebook_html
 from januslens.v1 import common_pb2
 
 OPEN_BOX = "␣"
 _VISIBLE = {" ": OPEN_BOX, "\n": "⏎", "\r": "␍", "\t": "⇥"}
 # Controls, formats (zero-width, bidi), surrogates, private use, unassigned, other separators.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"}
-# What XML 1.0 forbids, and the carriage return, which its readers turn into a line feed.
-_NOT_XML = re.compile("[^\\t\\n\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
 _REPLACEMENT = "\ufffd"
 _DOTTED_CIRCLE = "◌"
 
@@ -44,17 +41,8 @@ def _visible_character(character: str) -> str:
     if character in _VISIBLE:
         return _VISIBLE[character]
     if unicodedata.category(character) in _UNPRINTABLE:
-        return _codepoint(character)
+        return f"<U+{ord(character):04X}>"
     return character
-
-
-def _codepoint(character: str) -> str:
-    return f"<U+{ord(character):04X}>"
-
-
-def xml_text(text: str) -> str:
-    """`text` with the characters that XML cannot hold as `<U+XXXX>`."""
-    return _NOT_XML.sub(lambda found: _codepoint(found[0]), text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from januslens._results.rendering import notebook_html
+from januslens.results.exports import notebook_html
 from januslens.v1 import common_pb2, cost_pb2, models_pb2
 
 

@@ -13,11 +13,6 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 
 from google.protobuf.json_format import Parse
 
-from januslens._results.gradient import Gradient, GradientHeader, GradientSummary
-from januslens._results.kinds import MATRIX_KINDS
-from januslens._results.matrices import Matrix
-from januslens._results.tokens import TokenTable
-from januslens._results.trace import LayerGraph, Trace, TraceHeader, TraceSummary
 from januslens.errors import (
     ErrorDetails,
     GradientInterrupted,
@@ -25,6 +20,11 @@ from januslens.errors import (
     StreamInterrupted,
     TraceInterrupted,
 )
+from januslens.results.gradient import Gradient, GradientHeader, GradientSummary
+from januslens.results.kinds import MATRIX_KINDS
+from januslens.results.matrices import Matrix
+from januslens.results.tokens import TokenTable
+from januslens.results.trace import LayerGraph, Trace, TraceHeader, TraceSummary
 from januslens.v1 import gradient_lens_pb2, trace_pb2
 
 

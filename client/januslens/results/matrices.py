@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from januslens._results import exports
-from januslens._results.kinds import ENDS, MATRIX_KINDS, SIDES, End, MatrixKind, Side
-from januslens._results.lazy import LazySequence
-from januslens._results.rendering import notebook_html
-from januslens._results.tokens import Token, TokenTable
-from januslens._results.vectors import Floats, Projection, Tensor
+from januslens.results import exports
+from januslens.results.exports import notebook_html
+from januslens.results.kinds import ENDS, MATRIX_KINDS, SIDES, End, MatrixKind, Side
+from januslens.results.lazy import LazySequence
+from januslens.results.tokens import Token, TokenTable
+from januslens.results.vectors import Floats, Projection, Tensor
 from januslens.v1 import gradient_lens_pb2, lens_pb2
 
 if TYPE_CHECKING:

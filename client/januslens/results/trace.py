@@ -7,14 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from januslens._results.exports import json_lines
-from januslens._results.graph import GraphView, KnownNodes, Part
-from januslens._results.kinds import EdgeKind, NodeKind
-from januslens._results.lazy import LazySequence
-from januslens._results.models import Guarantee, ModelSizes, Provenance, StageTime
-from januslens._results.nodes import Edge, Node
-from januslens._results.rendering import PageFrame, notebook_html, page_html
-from januslens._results.tokens import Token, TokenTable
+from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
+from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part
+from januslens.results.kinds import EdgeKind, NodeKind
+from januslens.results.lazy import LazySequence
+from januslens.results.models import Guarantee, ModelSizes, Provenance, StageTime
+from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import trace_pb2
 
 
