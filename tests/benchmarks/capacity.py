@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from januslens.v1 import common_pb2, gradient_lens_pb2, trace_pb2
 from januslens_server.demo import model_path
 from januslens_server.errors import CancelCheck
-from januslens_server.scheduling.job import Outlet, Ticket
+from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
 from tests.support.calls import methods, prompt, started
 from tests.support.metrics import page, wait_until_idle
@@ -149,12 +149,12 @@ async def _through(worker: DeviceWorker, seconds: float) -> Served:
         time.sleep(seconds)
         yield
 
-    came, ticket = time.monotonic(), Ticket(None)
-    outlet: Outlet[None] = Outlet(1, lambda _: 0)
-    worker.submit(sleeping, outlet, ticket)
-    async for _ in outlet.items():
+    came, queued = time.monotonic(), QueuedRequest(None)
+    buffer: ResultBuffer[None] = ResultBuffer(1, lambda _: 0)
+    worker.submit(sleeping, buffer, queued)
+    async for _ in buffer.items():
         pass
-    return Served(came, ticket.waited or 0.0, ticket.spent)
+    return Served(came, queued.waited or 0.0, queued.spent)
 
 
 def predicted_wait(found: Sequence[Served]) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from tests.support.server import ServerProcess, running_server
 Stub = service_pb2_grpc.IntrospectionServiceStub
 
 SHORT = trace_pb2.TraceRequest(input=prompt("Japan"), layers=[0])
-# What a stalled stream may hold: the outlet, what gRPC buffers, and the trace's own activations.
+# A stalled stream may hold its result buffer, gRPC's buffers and the trace's own activations.
 MEMORY_OF_A_STALLED_STREAM = 100 * 2**20
 
 

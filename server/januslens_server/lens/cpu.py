@@ -56,7 +56,7 @@ def _compute_alone(every: threading.Barrier) -> None:
     every.wait()
 
 
-class Scratch(threading.local):
+class ThreadBuffers(threading.local):
     """Float32 buffers of one thread by name.
 
     On a CPU the kernel clears every fresh page: for a chunk of logits that takes a sixth of the

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from januslens_server.errors import CancelCheck, NotFinite, never_cancelled
-from januslens_server.lens.cpu import Scratch, highest, lowest, on_free_cores
+from januslens_server.lens.cpu import ThreadBuffers, highest, lowest, on_free_cores
 from januslens_server.lens.head import LensHead
 from januslens_server.results import Floats, ProjectionTable
 from januslens_server.specs import LensSpec
@@ -26,7 +26,7 @@ CACHED_BYTES = 4 * 2**20
 # denormal, and a CPU takes 17 times as long for them.
 LOWEST_EXPONENT = -80.0
 
-_scratch = Scratch()
+_buffers = ThreadBuffers()
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def read_vectors(
     for start in range(0, len(vectors) or 1, at_once):
         check_cancelled()
         prepared = head.prepare(vectors[start : start + at_once], spec.kind)
-        logits = _scratch.matrix("logits", len(prepared), head.unembedding.vocab, vectors.device)
+        logits = _buffers.matrix("logits", len(prepared), head.unembedding.vocab, vectors.device)
         head.logits(prepared, out=logits)
         part = None if targets is None else targets[start : start + at_once]
         yield from read_in_parts(head, logits, spec, part)
@@ -140,7 +140,7 @@ def _ranks(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
 
     Compared into float32, where ones add up exactly to 2^24 and several times as fast as flags.
     """
-    larger = _scratch.like("first", logits)
+    larger = _buffers.like("first", logits)
     ranks = torch.empty(target_logits.shape, dtype=torch.long, device=logits.device)
     for i, column in enumerate(target_logits.unbind(1)):
         ranks[:, i] = torch.gt(logits, column[:, None], out=larger).sum(1)
@@ -154,7 +154,7 @@ def _spread(logits: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, 
     p = 0 contributes 0. Pairwise sums are used, since a dot product adds in sequence and loses
     0.005 bit over 50,000 float32 terms.
     """
-    below, weights = _scratch.like("first", logits), _scratch.like("second", logits)
+    below, weights = _buffers.like("first", logits), _buffers.like("second", logits)
     torch.sub(logits, largest, out=below).clamp_(min=LOWEST_EXPONENT)
     torch.exp(below, out=weights)
     total = weights.sum(1)

@@ -32,7 +32,7 @@ from januslens_server.results import (
     TraceSummary,
 )
 from januslens_server.rpc.status import STATUS, milliseconds, status_of
-from januslens_server.scheduling.job import Ticket
+from januslens_server.scheduling.job import QueuedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,12 @@ class Call:
         self.started = time.perf_counter()
         self._headers_sent = False
         self._notes: dict[str, Any] = {}
-        self._ticket: Ticket | None = None
+        self._queued: QueuedRequest | None = None
 
-    def ticket(self, cost: Cost) -> Ticket:
-        """Create the ticket with which the request waits for the device."""
-        self._ticket = Ticket(self.context.time_remaining(), self.caller, cost)
-        return self._ticket
+    def queued_request(self, cost: Cost) -> QueuedRequest:
+        """Create the record with which this call's request waits for the device."""
+        self._queued = QueuedRequest(self.context.time_remaining(), self.caller, cost)
+        return self._queued
 
     def note(self, **fields: Any) -> None:
         """Add fields to the call's log line."""
@@ -163,8 +163,8 @@ class Call:
             "status": code.name,
             "seconds": seconds,
         }
-        if self._ticket is not None:
-            fields |= {"queue_seconds": self._ticket.waited, "device_seconds": self._ticket.spent}
+        if self._queued is not None:
+            fields |= {"queue_seconds": self._queued.waited, "device_seconds": self._queued.spent}
         return fields | self._notes
 
 

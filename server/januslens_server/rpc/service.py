@@ -216,16 +216,16 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         estimate = await self._admission.admit(partial(resolve, model, spec))
         request, cost = estimate.request, estimate.cost
         self._quotas.charge(current_caller(), cost.seconds)
-        ticket = call.ticket(cost)
+        queued = call.queued_request(cost)
         run = partial(pipeline, request)
         try:
-            async with aclosing(self._device.results(run, ticket, call.send_headers)) as results:
+            async with aclosing(self._device.results(run, queued, call.send_headers)) as results:
                 async for result in results:
                     call.note(**result_sizes(result))
                     yield result
         finally:
-            self._quotas.settle(current_caller(), cost.seconds, ticket.spent)
-        self._admission.learn(request, cost, ticket.spent)
+            self._quotas.settle(current_caller(), cost.seconds, queued.spent)
+        self._admission.learn(request, cost, queued.spent)
 
 
 def _tokenized(

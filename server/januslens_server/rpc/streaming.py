@@ -15,11 +15,11 @@ from januslens_server import telemetry
 from januslens_server.errors import CancelCheck, ReaderStalled, RequestCancelled
 from januslens_server.rpc.call import Call, Context
 from januslens_server.rpc.wire import serialized
-from januslens_server.scheduling.job import Outlet, Ticket
+from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
 
 # Bytes of results that may wait for the reader of a stream before its pipeline is set aside.
-OUTLET_BYTES = 4 * 2**20
+BUFFER_BYTES = 4 * 2**20
 
 Result = TypeVar("Result")
 Run = Callable[[CancelCheck], Iterator[Result | None]]
@@ -51,23 +51,23 @@ class DeviceStreams:
         return True
 
     async def results(
-        self, run: Run[Result], ticket: Ticket, admitted: Callable[[], Awaitable[None]]
+        self, run: Run[Result], request: QueuedRequest, admitted: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator[Result]:
         """The results of a pipeline, which is cancelled if this iterator is closed early.
 
         `admitted` is awaited when the request has been queued.
         """
-        outlet: Outlet[Result] = Outlet(OUTLET_BYTES, _bytes)
-        self._worker.submit(run, outlet, ticket)
+        buffer: ResultBuffer[Result] = ResultBuffer(BUFFER_BYTES, _bytes)
+        self._worker.submit(run, buffer, request)
         self._count(1)
         try:
             await admitted()
-            async for result in outlet.items():
+            async for result in buffer.items():
                 yield result
         finally:
             self._count(-1)
-            self._worker.withdraw(ticket)
-            outlet.abandon()
+            self._worker.withdraw(request)
+            buffer.abandon()
 
     def _count(self, change: int) -> None:
         self._unfinished += change
@@ -152,5 +152,5 @@ def _serialized(encode: Callable[[Result], Iterable[Message]], result: Result) -
 
 
 def _bytes(result: object) -> int:
-    """Size of a result in its outlet; headers and summaries count 0."""
+    """Size of a result in its buffer; headers and summaries count 0."""
     return int(getattr(result, "nbytes", 0))

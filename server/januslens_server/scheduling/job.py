@@ -1,4 +1,4 @@
-"""A request on a device's thread: its ticket, its steps, and the queue of its results."""
+"""A request on a device's thread: its request, its steps, and the queue of its results."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ ANONYMOUS = "anonymous"
 FREE = Cost()
 
 
-class Ticket:
-    """Carried by a request from admission to its end; the compute thread asks it at every step.
+class QueuedRequest:
+    """The caller, cost, deadline and cancellation of one request, from admission to its end.
 
-    gRPC's own cancellation flags cannot be polled from another thread, hence an event of ours.
+    The compute thread checks it before every step. gRPC's own cancellation flags cannot be polled
+    from another thread, so this keeps an event of its own.
     """
 
     def __init__(self, seconds: float | None, caller: str = ANONYMOUS, cost: Cost = FREE) -> None:
-        """`seconds` until the caller's deadline; None: it set none."""
+        """Expire after `seconds`, the time until the caller's deadline; None means no deadline."""
         self.caller = caller
         self.cost = cost
         self.waited: float | None = None  # seconds until its first turn
@@ -33,7 +34,7 @@ class Ticket:
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """The caller went away."""
+        """Cancel the request; its next check raises `RequestCancelled`."""
         self._cancelled.set()
 
     @property
@@ -43,7 +44,7 @@ class Ticket:
             return RequestCancelled("the caller cancelled the request")
         if self._deadline is not None and time.monotonic() > self._deadline:
             return DeadlinePassed(
-                "the request's deadline passed; ask for fewer layers or wait longer"
+                "the request's deadline passed; set a later deadline or request fewer layers"
             )
         return None
 
@@ -60,7 +61,7 @@ class Ticket:
 T = TypeVar("T")
 
 
-class Outlet(Generic[T]):
+class ResultBuffer(Generic[T]):
     """Results on their way to one reader. `full` tells the producer to let others go first."""
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
@@ -149,29 +150,29 @@ class Job:
     """
 
     steps: Iterator[Any]
-    outlet: Outlet[Any]
-    ticket: Ticket
+    buffer: ResultBuffer[Any]
+    request: QueuedRequest
     admitted: float = field(default_factory=time.monotonic)
 
     @property
     def caller(self) -> str:
         """Whose account it is charged to."""
-        return self.ticket.caller
+        return self.request.caller
 
     @property
     def held(self) -> int:
         """Bytes of the device that it may keep between two steps, once it has started."""
-        return self.ticket.cost.held
+        return self.request.cost.held
 
     @property
     def working(self) -> int:
         """Further bytes that it may need during a step."""
-        return self.ticket.cost.memory - self.ticket.cost.held
+        return self.request.cost.memory - self.request.cost.held
 
     @property
     def remaining(self) -> float:
         """Seconds of the device that are still expected."""
-        return max(0.0, self.ticket.cost.seconds - self.ticket.spent)
+        return max(0.0, self.request.cost.seconds - self.request.spent)
 
     def close(self) -> None:
         """Release everything that the computation used."""

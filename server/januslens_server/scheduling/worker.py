@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from januslens_server import telemetry
 from januslens_server.errors import CancelCheck, DeviceLost, OutOfMemory, QueueFull, ServerDraining
-from januslens_server.scheduling.job import Job, Outlet, Ticket
+from januslens_server.scheduling.job import Job, QueuedRequest, ResultBuffer
 from januslens_server.scheduling.turns import Turns
 
 T = TypeVar("T")
@@ -98,11 +98,14 @@ class DeviceWorker:
             return self._turns.fits_alone(needed)
 
     def submit(
-        self, run: Callable[[CancelCheck], Iterator[T | None]], outlet: Outlet[T], ticket: Ticket
+        self,
+        run: Callable[[CancelCheck], Iterator[T | None]],
+        buffer: ResultBuffer[T],
+        request: QueuedRequest,
     ) -> None:
-        """Admit a request; its results and its error go to `outlet`.
+        """Admit a request; its results and its error go to `buffer`.
 
-        `run` is handed the ticket's check, to call wherever it can stop early. Where it has no
+        `run` is handed the request's check, to call wherever it can stop early. Where it has no
         result yet but may be set aside, it yields None.
 
         Raises `QueueFull` at once if too many wait, `ServerDraining` if nothing new is taken,
@@ -114,17 +117,17 @@ class DeviceWorker:
             if self._stopping:
                 raise ServerDraining("the server is shutting down; ask another replica")
             if len(self._unfinished) > self._max_waiting:
-                self._make_room(ticket.caller)
-            job = Job(run(ticket.check), outlet, ticket)
+                self._make_room(request.caller)
+            job = Job(run(request.check), buffer, request)
             self._unfinished.add(job)
             self._turns.add(job)
             self._changed.notify_all()
 
-    def withdraw(self, ticket: Ticket) -> None:
+    def withdraw(self, request: QueuedRequest) -> None:
         """The caller is gone: what waits ends now, what runs when it next calls its check."""
-        ticket.cancel()
+        request.cancel()
         with self._changed:
-            for job in [job for job in self._turns if job.ticket is ticket]:
+            for job in [job for job in self._turns if job.request is request]:
                 self._turns.remove(job)
                 self._let_go(job)
 
@@ -134,18 +137,13 @@ class DeviceWorker:
             self._stopping = True
             self._changed.notify_all()
 
-    def wait_idle(self, seconds: float) -> bool:
-        """Wait until nothing is unfinished; gives whether that came true in time."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._unfinished, timeout=seconds)
-
     def _make_room(self, caller: str) -> None:
         """Free a place for `caller`, or raise `QueueFull`.
 
         Callers share the places. Among callers with requests that have not started, the one with
         the most places loses its newest request, if `caller` has at least two places fewer.
         """
-        for job in [job for job in self._turns if job.ticket.failure]:
+        for job in [job for job in self._turns if job.request.failure]:
             self._turns.remove(job)
             self._let_go(job)
         if len(self._unfinished) <= self._max_waiting:
@@ -184,7 +182,7 @@ class DeviceWorker:
                 if refused is None:  # something that has started will end, and free memory
                     self._changed.wait(MEMORY_SECONDS)
                     continue
-            self._end(refused, refused.ticket.failure or _no_memory(refused))
+            self._end(refused, refused.request.failure or _no_memory(refused))
             del refused
 
     def _advance(self, job: Job) -> None:
@@ -195,7 +193,7 @@ class DeviceWorker:
                 self._close_those_who_left()
                 self._check(job)
                 self._step(job)
-                if job.outlet.when_drained(lambda: self._resume(job)):
+                if job.buffer.when_drained(lambda: self._resume(job)):
                     return
                 if self._set_aside(job, time.monotonic() - began):
                     return
@@ -207,7 +205,7 @@ class DeviceWorker:
     def _check(self, job: Job) -> None:
         if self._lost:
             raise DeviceLost
-        job.ticket.check()
+        job.request.check()
 
     def _fail(self, job: Job, error: Exception) -> None:
         lost_now = isinstance(error, DeviceLost) and not self._lost
@@ -222,19 +220,19 @@ class DeviceWorker:
         """Compute one step, and hand over what came of it."""
         result = self._charged(job)
         if result is not None:
-            job.outlet.put(result)
+            job.buffer.put(result)
 
     def _charged(self, job: Job) -> Any:
         """What the job's next step gives; its caller is charged for it."""
         began = time.monotonic()
-        if job.ticket.waited is None:
-            job.ticket.waited = began - job.admitted
-            telemetry.QUEUE_SECONDS.observe(job.ticket.waited)
+        if job.request.waited is None:
+            job.request.waited = began - job.admitted
+            telemetry.QUEUE_SECONDS.observe(job.request.waited)
         try:
             return next(job.steps)
         finally:
             seconds = time.monotonic() - began
-            job.ticket.spent += seconds
+            job.request.spent += seconds
             telemetry.BUSY_SECONDS.inc(seconds)
             with self._changed:
                 self._turns.charge(job, seconds)
@@ -242,7 +240,7 @@ class DeviceWorker:
     def _set_aside(self, job: Job, seconds: float) -> bool:
         """Let another caller's request run if one is due and this one has had its time."""
         with self._changed:
-            if job.ticket.failure or not self._turns.gives_way(job, seconds):
+            if job.request.failure or not self._turns.gives_way(job, seconds):
                 return False
             self._turns.add(job)
             return True
@@ -251,11 +249,11 @@ class DeviceWorker:
         """Close suspended requests that were cancelled, without waiting for their turn."""
         while self._left:
             job = self._left.popleft()
-            self._end(job, job.ticket.failure)
+            self._end(job, job.request.failure)
 
     def _resume(self, job: Job) -> None:
         with self._changed:
-            if job.ticket.failure:
+            if job.request.failure:
                 self._let_go(job)
             else:
                 self._turns.add(job)
@@ -267,7 +265,7 @@ class DeviceWorker:
             self._left.append(job)
             self._changed.notify_all()
         else:
-            self._end(job, job.ticket.failure)
+            self._end(job, job.request.failure)
 
     def _end(self, job: Job, error: Exception | None) -> None:
         job.close()
@@ -275,4 +273,4 @@ class DeviceWorker:
             self._turns.ended(job)
             self._unfinished.discard(job)
             self._changed.notify_all()
-        job.outlet.close(error)
+        job.buffer.close(error)

@@ -9,7 +9,7 @@ import torch
 
 from januslens_server.errors import OutOfMemory
 from januslens_server.models.failures import service_error
-from januslens_server.scheduling.job import Outlet, Ticket
+from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
 
 
@@ -21,9 +21,9 @@ def allocating(size: int) -> Callable[[Callable[[], None]], Iterator[int]]:
 
 
 async def outcome(worker: DeviceWorker, size: int) -> list[int]:
-    outlet: Outlet[int] = Outlet(100, lambda _size: 1)
-    worker.submit(allocating(size), outlet, Ticket(None))
-    return [item async for item in outlet.items()]
+    buffer: ResultBuffer[int] = ResultBuffer(100, lambda _size: 1)
+    worker.submit(allocating(size), buffer, QueuedRequest(None))
+    return [item async for item in buffer.items()]
 
 
 async def test_a_request_that_needs_too_much_fails_alone() -> None:

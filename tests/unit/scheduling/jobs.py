@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from januslens_server.errors import CancelCheck
-from januslens_server.scheduling.job import Outlet, Ticket
+from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
 
 LIMIT = 10
@@ -36,17 +36,23 @@ def gated(gate: threading.Event, *items: int) -> Run:
 
 
 def submitted(
-    worker: DeviceWorker, run: Callable[[CancelCheck], Iterator[Any]], ticket: Ticket | None = None
-) -> Outlet[Any]:
-    outlet: Outlet[Any] = Outlet(LIMIT, lambda item: item)
-    worker.submit(run, outlet, ticket or Ticket(None))
-    return outlet
+    worker: DeviceWorker,
+    run: Callable[[CancelCheck], Iterator[Any]],
+    request: QueuedRequest | None = None,
+) -> ResultBuffer[Any]:
+    buffer: ResultBuffer[Any] = ResultBuffer(LIMIT, lambda item: item)
+    worker.submit(run, buffer, request or QueuedRequest(None))
+    return buffer
 
 
-async def all_of(outlet: Outlet[Any]) -> list[Any]:
+async def all_of(buffer: ResultBuffer[Any]) -> list[Any]:
     async with asyncio.timeout(5):
-        return [item async for item in outlet.items()]
+        return [item async for item in buffer.items()]
 
 
 async def idle(worker: DeviceWorker) -> bool:
-    return await asyncio.to_thread(worker.wait_idle, 5)
+    """Wait until no request is unfinished; raises `TimeoutError` after 5 s."""
+    async with asyncio.timeout(5):
+        while worker.unfinished:  # noqa: ASYNC110 - its thread sets no asyncio event
+            await asyncio.sleep(0.01)
+    return True

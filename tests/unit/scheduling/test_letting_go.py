@@ -14,7 +14,7 @@ import pytest
 from tests.unit.scheduling.jobs import LIMIT, all_of, idle, job, submitted
 
 from januslens_server.errors import CancelCheck
-from januslens_server.scheduling.job import Outlet, Ticket
+from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
 
 
@@ -28,7 +28,7 @@ def worker() -> DeviceWorker:
 
 
 async def test_a_cancelled_request_is_closed_on_the_devices_thread(worker: DeviceWorker) -> None:
-    ticket, closed_by = Ticket(None), list[str]()
+    request, closed_by = QueuedRequest(None), list[str]()
 
     def run(_check_cancelled: CancelCheck) -> Iterator[int]:
         try:
@@ -37,27 +37,27 @@ async def test_a_cancelled_request_is_closed_on_the_devices_thread(worker: Devic
         finally:
             closed_by.append(threading.current_thread().name)
 
-    outlet = submitted(worker, run, ticket)
+    buffer = submitted(worker, run, request)
     await all_of(submitted(worker, job(1)))  # the endless one is set aside
-    ticket.cancel()
-    outlet.abandon()
+    request.cancel()
+    buffer.abandon()
     assert await idle(worker)
     assert closed_by == ["device-worker"]
 
 
 async def test_a_reader_that_leaves_during_a_step_strands_nothing(worker: DeviceWorker) -> None:
-    """The step fills the outlet after its reader has gone: nobody would ever resume it."""
-    stepping, left, ticket = threading.Event(), threading.Event(), Ticket(None)
+    """The step fills the buffer after its reader has gone: nobody would ever resume it."""
+    stepping, left, request = threading.Event(), threading.Event(), QueuedRequest(None)
 
     def run(_check_cancelled: CancelCheck) -> Iterator[int]:
         stepping.set()
         assert left.wait(5)
         yield 10 * LIMIT
 
-    outlet = submitted(worker, run, ticket)
+    buffer = submitted(worker, run, request)
     assert await asyncio.to_thread(stepping.wait, 5)
-    ticket.cancel()
-    outlet.abandon()
+    request.cancel()
+    buffer.abandon()
     left.set()
     assert await idle(worker)
 
@@ -74,13 +74,13 @@ async def test_nothing_of_an_ended_request_stays(worker: DeviceWorker) -> None:
             yield result
 
     def left_unread() -> None:
-        ticket = Ticket(None)
-        outlet: Outlet[Tensor] = Outlet(LIMIT, lambda _: LIMIT)
-        worker.submit(run, outlet, ticket)
+        request = QueuedRequest(None)
+        buffer: ResultBuffer[Tensor] = ResultBuffer(LIMIT, lambda _: LIMIT)
+        worker.submit(run, buffer, request)
         while not held:
             time.sleep(0.001)
-        ticket.cancel()
-        outlet.abandon()
+        request.cancel()
+        buffer.abandon()
 
     gc.disable()
     try:
@@ -103,9 +103,9 @@ async def test_nothing_of_a_failed_request_stays(worker: DeviceWorker) -> None:
         raise ValueError("mine")
 
     async def fail() -> None:
-        outlet = submitted(worker, run)
+        buffer = submitted(worker, run)
         with suppress(ValueError):
-            await all_of(outlet)
+            await all_of(buffer)
 
     gc.disable()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from januslens_server.results import Cost
-from januslens_server.scheduling.job import Job, Outlet, Ticket
+from januslens_server.scheduling.job import Job, QueuedRequest, ResultBuffer
 from januslens_server.scheduling.turns import QUANTUM, Turns
 
 MEMORY = 10
@@ -18,8 +18,8 @@ def turns() -> Turns:
 
 async def waiting(turns: Turns, caller: str, held: int, working: int = 0) -> Job:
     """A request that is estimated at so many bytes and waits for its first turn."""
-    ticket = Ticket(None, caller, Cost(1.0, memory=held + working, held=held))
-    job = Job(iter(()), Outlet(1, lambda _: 1), ticket)
+    request = QueuedRequest(None, caller, Cost(1.0, memory=held + working, held=held))
+    job = Job(iter(()), ResultBuffer(1, lambda _: 1), request)
     turns.add(job)
     return job
 

@@ -21,7 +21,7 @@ from januslens_server.errors import (
 )
 from januslens_server.results import Cost
 from januslens_server.scheduling import turns
-from januslens_server.scheduling.job import Ticket
+from januslens_server.scheduling.job import QueuedRequest
 from januslens_server.scheduling.worker import SOONEST_RETRY, DeviceWorker
 
 
@@ -41,11 +41,11 @@ async def test_requests_run_in_order_of_arrival(worker: DeviceWorker) -> None:
 
         return run
 
-    outlets = [submitted(worker, gated(gate, 0))]
-    outlets += [submitted(worker, noting(name)) for name in "abc"]
+    buffers = [submitted(worker, gated(gate, 0))]
+    buffers += [submitted(worker, noting(name)) for name in "abc"]
     gate.set()
-    for outlet in outlets:
-        await all_of(outlet)
+    for buffer in buffers:
+        await all_of(buffer)
     assert ran == list("aabbcc")
 
 
@@ -58,7 +58,6 @@ async def test_an_unread_request_is_set_aside_for_others(worker: DeviceWorker) -
     long = submitted(worker, job(*[6] * 10))
     assert await all_of(submitted(worker, job(1, 2))) == [1, 2]
     assert worker.unfinished == 1
-    assert not worker.wait_idle(0)
     assert await all_of(long) == [6] * 10
     assert await idle(worker)
 
@@ -92,8 +91,8 @@ async def test_a_request_that_resumes_goes_first(worker: DeviceWorker) -> None:
 
 
 async def test_many_slow_readers_all_get_everything(worker: DeviceWorker) -> None:
-    outlets = [submitted(worker, job(*[7] * 50)) for _ in range(8)]
-    assert await asyncio.gather(*map(all_of, outlets)) == [[7] * 50] * 8
+    buffers = [submitted(worker, job(*[7] * 50)) for _ in range(8)]
+    assert await asyncio.gather(*map(all_of, buffers)) == [[7] * 50] * 8
     assert await idle(worker)
 
 
@@ -119,23 +118,24 @@ async def test_an_error_is_told_in_the_services_terms() -> None:
         await all_of(submitted(worker, failing))
 
 
-async def test_the_checkpoint_is_the_tickets(worker: DeviceWorker) -> None:
-    ticket = Ticket(None)
+async def test_a_request_gets_its_own_check(worker: DeviceWorker) -> None:
+    request = QueuedRequest(None)
 
     def cancelled_inside(check_cancelled: CancelCheck) -> Iterator[int]:
-        ticket.cancel()
+        request.cancel()
         check_cancelled()
         yield 1
 
     with pytest.raises(RequestCancelled):
-        await all_of(submitted(worker, cancelled_inside, ticket))
+        await all_of(submitted(worker, cancelled_inside, request))
 
 
 @pytest.mark.parametrize(
-    ("ticket", "error"), [(Ticket(None), RequestCancelled), (Ticket(0.0), DeadlinePassed)]
+    ("queued", "error"),
+    [(QueuedRequest(None), RequestCancelled), (QueuedRequest(0.0), DeadlinePassed)],
 )
 async def test_a_request_that_ended_in_the_queue_never_computes(
-    worker: DeviceWorker, ticket: Ticket, error: type[Exception]
+    worker: DeviceWorker, queued: QueuedRequest, error: type[Exception]
 ) -> None:
     gate, ran = threading.Event(), list[None]()
 
@@ -144,9 +144,9 @@ async def test_a_request_that_ended_in_the_queue_never_computes(
         yield 1
 
     submitted(worker, gated(gate, 0))
-    waiting = submitted(worker, run, ticket)
+    waiting = submitted(worker, run, queued)
     if error is RequestCancelled:
-        ticket.cancel()
+        queued.cancel()
     gate.set()
     with pytest.raises(error):
         await all_of(waiting)
@@ -158,10 +158,10 @@ async def test_a_waiting_request_that_is_withdrawn_leaves_at_once(
     worker: DeviceWorker, cancelled: bool
 ) -> None:
     """While the device still computes for another."""
-    gate, ticket = threading.Event(), Ticket(None if cancelled else 0.0)
+    gate, request = threading.Event(), QueuedRequest(None if cancelled else 0.0)
     running = submitted(worker, gated(gate, 1))
-    waiting = submitted(worker, job(2), ticket)
-    worker.withdraw(ticket)
+    waiting = submitted(worker, job(2), request)
+    worker.withdraw(request)
     assert worker.unfinished == 1
     with pytest.raises(RequestCancelled):
         await all_of(waiting)
@@ -173,7 +173,7 @@ async def test_a_request_set_aside_that_is_withdrawn_leaves_between_two_steps(
     worker: DeviceWorker,
 ) -> None:
     """It holds memory: it does not wait until whatever runs has ended."""
-    ticket, stepping, gate = Ticket(None), threading.Event(), threading.Event()
+    request, stepping, gate = QueuedRequest(None), threading.Event(), threading.Event()
 
     def long(_check_cancelled: CancelCheck) -> Iterator[int]:
         stepping.set()
@@ -182,11 +182,11 @@ async def test_a_request_set_aside_that_is_withdrawn_leaves_between_two_steps(
         while worker.unfinished > 1:
             yield 0
 
-    aside = submitted(worker, job(*[6] * 10), ticket)
+    aside = submitted(worker, job(*[6] * 10), request)
     await all_of(submitted(worker, job(1)))
     running = submitted(worker, long)
     assert await asyncio.to_thread(stepping.wait, 5)
-    worker.withdraw(ticket)
+    worker.withdraw(request)
     aside.abandon()
     assert worker.unfinished == 2
     gate.set()
@@ -206,12 +206,12 @@ async def test_callers_take_turns(worker: DeviceWorker) -> None:
 
         return run
 
-    outlets = [submitted(worker, gated(gate, 0))]
-    outlets += [submitted(worker, noting(f"a{i}"), Ticket(None, "a")) for i in range(5)]
-    outlets += [submitted(worker, noting(f"b{i}"), Ticket(None, "b")) for i in range(2)]
+    buffers = [submitted(worker, gated(gate, 0))]
+    buffers += [submitted(worker, noting(f"a{i}"), QueuedRequest(None, "a")) for i in range(5)]
+    buffers += [submitted(worker, noting(f"b{i}"), QueuedRequest(None, "b")) for i in range(2)]
     gate.set()
-    for outlet in outlets:
-        await all_of(outlet)
+    for buffer in buffers:
+        await all_of(buffer)
     assert [name for name in ran if name[0] == "a"] == ["a0", "a1", "a2", "a3", "a4"]
     assert max(ran.index("b0"), ran.index("b1")) <= 4
 
@@ -246,8 +246,8 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_long_request_gives_way_and_goes_on(worker: DeviceWorker) -> None:
     """It ends only when the other caller's has: without turns neither ever would."""
     ran, other_ended = list[str](), threading.Event()
-    long = submitted(worker, stepping(ran, "a", until=other_ended), Ticket(None, "a"))
-    short = submitted(worker, stepping(ran, "b"), Ticket(None, "b"))
+    long = submitted(worker, stepping(ran, "a", until=other_ended), QueuedRequest(None, "a"))
+    short = submitted(worker, stepping(ran, "b"), QueuedRequest(None, "b"))
     assert await all_of(short) == [1]
     assert worker.in_flight == 1
     other_ended.set()
@@ -260,8 +260,8 @@ async def test_a_long_request_gives_way_and_goes_on(worker: DeviceWorker) -> Non
 @pytest.mark.usefixtures("short_turns")
 async def test_one_callers_requests_run_one_after_the_other(worker: DeviceWorker) -> None:
     ran = list[str]()
-    outlets = [submitted(worker, stepping(ran, name)) for name in "ab"]
-    assert [await all_of(outlet) for outlet in outlets] == [[1], [1]]
+    buffers = [submitted(worker, stepping(ran, name)) for name in "ab"]
+    assert [await all_of(buffer) for buffer in buffers] == [[1], [1]]
     assert ran == ["a"] * 20 + ["b"] * 20
 
 
@@ -280,14 +280,14 @@ async def test_a_request_that_ends_while_others_have_their_turn_is_closed_at_onc
         finally:
             closed.append(threading.current_thread().name)
 
-    ticket, ran = Ticket(None if cancelled else 0.2, "a"), list[str]()
-    outlet = submitted(worker, holding, ticket)
-    running = submitted(worker, stepping(ran, "b", until=other_ends), Ticket(None, "b"))
+    request, ran = QueuedRequest(None if cancelled else 0.2, "a"), list[str]()
+    buffer = submitted(worker, holding, request)
+    running = submitted(worker, stepping(ran, "b", until=other_ends), QueuedRequest(None, "b"))
     await come_true(lambda: bool(ran))
     if cancelled:
-        worker.withdraw(ticket)
+        worker.withdraw(request)
     with pytest.raises(RequestCancelled if cancelled else DeadlinePassed):
-        await all_of(outlet)
+        await all_of(buffer)
     assert closed == ["device-worker"]
     other_ends.set()
     assert await all_of(running) == [1]
@@ -299,9 +299,11 @@ async def test_what_takes_turns_stays_within_the_memory() -> None:
     """Of three callers' long requests two have room: the third starts when one has ended."""
     worker, ran = DeviceWorker(max_waiting=8, free=lambda _needed: 10), list[str]()
     ends = {name: threading.Event() for name in "abc"}
-    outlets = {
+    buffers = {
         name: submitted(
-            worker, stepping(ran, name, until=ends[name]), Ticket(None, name, Cost(1.0, 5, held=5))
+            worker,
+            stepping(ran, name, until=ends[name]),
+            QueuedRequest(None, name, Cost(1.0, 5, held=5)),
         )
         for name in "abc"
     }
@@ -309,17 +311,17 @@ async def test_what_takes_turns_stays_within_the_memory() -> None:
     assert {*ran} == {"a", "b"}
     assert (worker.in_flight, worker.waiting) == (2, 1)
     ends["a"].set()
-    assert await all_of(outlets["a"]) == [1]
+    assert await all_of(buffers["a"]) == [1]
     ends["c"].set()
-    assert await all_of(outlets["c"]) == [1]
+    assert await all_of(buffers["c"]) == [1]
     ends["b"].set()
-    assert await all_of(outlets["b"]) == [1]
+    assert await all_of(buffers["b"]) == [1]
 
 
 async def test_two_requests_that_fit_alone_but_not_together_run_one_after_the_other() -> None:
     worker, gate = DeviceWorker(max_waiting=8, free=lambda _needed: 10), threading.Event()
-    first = submitted(worker, gated(gate, 1), Ticket(None, "a", Cost(1.0, 8, held=8)))
-    second = submitted(worker, job(2), Ticket(None, "b", Cost(1.0, 8, held=8)))
+    first = submitted(worker, gated(gate, 1), QueuedRequest(None, "a", Cost(1.0, 8, held=8)))
+    second = submitted(worker, job(2), QueuedRequest(None, "b", Cost(1.0, 8, held=8)))
     await come_true(lambda: worker.in_flight == 1)
     assert worker.waiting == 1
     gate.set()
@@ -329,8 +331,8 @@ async def test_two_requests_that_fit_alone_but_not_together_run_one_after_the_ot
 async def test_a_request_for_which_memory_ran_out_may_try_again() -> None:
     free = 10.0
     worker, gate = DeviceWorker(max_waiting=8, free=lambda _needed: free), threading.Event()
-    first = submitted(worker, gated(gate, 1), Ticket(None, "a", Cost(1.0, 8, held=8)))
-    second = submitted(worker, job(2), Ticket(None, "b", Cost(1.0, 8, held=8)))
+    first = submitted(worker, gated(gate, 1), QueuedRequest(None, "a", Cost(1.0, 8, held=8)))
+    second = submitted(worker, job(2), QueuedRequest(None, "b", Cost(1.0, 8, held=8)))
     await come_true(lambda: worker.in_flight == 1)
     assert worker.fits_alone(8) == 10.0
     free = 5.0  # another program took it
@@ -340,7 +342,7 @@ async def test_a_request_for_which_memory_ran_out_may_try_again() -> None:
         await all_of(second)
     assert refused.value.retry_after > 0
     free = 10.0
-    assert await all_of(submitted(worker, job(3), Ticket(None, "b", Cost(1.0, 8)))) == [3]
+    assert await all_of(submitted(worker, job(3), QueuedRequest(None, "b", Cost(1.0, 8)))) == [3]
 
 
 @pytest.mark.usefixtures("short_turns")
@@ -352,10 +354,10 @@ async def test_a_lost_device_is_told_to_those_set_aside(worker: DeviceWorker) ->
         yield 1
         raise DeviceLost
 
-    aside = submitted(worker, stepping(ran, "a", until=threading.Event()), Ticket(None, "a"))
+    aside = submitted(worker, stepping(ran, "a", until=threading.Event()), QueuedRequest(None, "a"))
     await come_true(lambda: bool(ran))
     with pytest.raises(DeviceLost):
-        await all_of(submitted(worker, losing, Ticket(None, "b")))
+        await all_of(submitted(worker, losing, QueuedRequest(None, "b")))
     with pytest.raises(DeviceLost):
         await all_of(aside)
     assert await idle(worker)
@@ -364,29 +366,29 @@ async def test_a_lost_device_is_told_to_those_set_aside(worker: DeviceWorker) ->
 @pytest.mark.usefixtures("short_turns")
 async def test_a_draining_worker_lets_those_set_aside_finish(worker: DeviceWorker) -> None:
     ran = list[str]()
-    outlets = [submitted(worker, stepping(ran, name), Ticket(None, name)) for name in "ab"]
+    buffers = [submitted(worker, stepping(ran, name), QueuedRequest(None, name)) for name in "ab"]
     worker.refuse_new()
-    assert [await all_of(outlet) for outlet in outlets] == [[1], [1]]
+    assert [await all_of(buffer) for buffer in buffers] == [[1], [1]]
     assert await idle(worker)
 
 
 async def test_a_full_queue_refuses_at_once() -> None:
     worker, gate = DeviceWorker(max_waiting=2), threading.Event()
-    outlets = [submitted(worker, gated(gate, 1)) for _ in range(3)]
+    buffers = [submitted(worker, gated(gate, 1)) for _ in range(3)]
     with pytest.raises(QueueFull, match="2 requests wait already") as refused:
         submitted(worker, job(1))
     assert refused.value.retry_after == SOONEST_RETRY
     assert worker.unfinished == 3
     gate.set()
-    for outlet in outlets:
-        assert await all_of(outlet) == [1]
+    for buffer in buffers:
+        assert await all_of(buffer) == [1]
     assert await all_of(submitted(worker, job(1))) == [1]
 
 
 async def test_a_full_queue_says_when_it_should_be_empty() -> None:
     worker, gate = DeviceWorker(max_waiting=2), threading.Event()
     for seconds in (2.0, 3.0, 4.5):
-        submitted(worker, gated(gate, 1), Ticket(None, cost=Cost(seconds)))
+        submitted(worker, gated(gate, 1), QueuedRequest(None, cost=Cost(seconds)))
     with pytest.raises(QueueFull) as refused:
         submitted(worker, job(1))
     assert refused.value.retry_after == pytest.approx(9.5)
@@ -396,23 +398,23 @@ async def test_a_full_queue_says_when_it_should_be_empty() -> None:
 
 async def test_a_full_queue_makes_room_for_who_waits_with_less() -> None:
     worker, gate = DeviceWorker(max_waiting=3), threading.Event()
-    first = submitted(worker, gated(gate, 1), Ticket(None, "many"))
-    many = [submitted(worker, job(2), Ticket(None, "many")) for _ in range(3)]
-    few = [submitted(worker, job(3), Ticket(None, "few")) for _ in range(2)]
+    first = submitted(worker, gated(gate, 1), QueuedRequest(None, "many"))
+    many = [submitted(worker, job(2), QueuedRequest(None, "many")) for _ in range(3)]
+    few = [submitted(worker, job(3), QueuedRequest(None, "few")) for _ in range(2)]
     for given_up in many[1:]:
         with pytest.raises(QueueFull):
             await all_of(given_up)
     for caller in ("few", "many"):
         with pytest.raises(QueueFull):
-            submitted(worker, job(4), Ticket(None, caller))
+            submitted(worker, job(4), QueuedRequest(None, caller))
     gate.set()
-    assert [await all_of(outlet) for outlet in (first, many[0], *few)] == [[1], [2], [3], [3]]
+    assert [await all_of(buffer) for buffer in (first, many[0], *few)] == [[1], [2], [3], [3]]
 
 
 async def test_what_is_over_takes_no_place_in_a_full_queue() -> None:
     worker, gate = DeviceWorker(max_waiting=1), threading.Event()
     submitted(worker, gated(gate, 1))
-    late = submitted(worker, job(2), Ticket(0.0))
+    late = submitted(worker, job(2), QueuedRequest(0.0))
     timely = submitted(worker, job(3))
     with pytest.raises(DeadlinePassed):
         await all_of(late)
@@ -426,7 +428,7 @@ async def test_a_draining_worker_finishes_and_takes_nothing_new(worker: DeviceWo
     worker.refuse_new()
     with pytest.raises(ServerDraining):
         submitted(worker, job(1))
-    assert not worker.wait_idle(0.05)
+    assert worker.unfinished == 1
     gate.set()
     assert await all_of(running) == [1, 2]
     assert await idle(worker)

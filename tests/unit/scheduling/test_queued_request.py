@@ -3,23 +3,23 @@
 import pytest
 
 from januslens_server.errors import DeadlinePassed, RequestCancelled
-from januslens_server.scheduling.job import Ticket
+from januslens_server.scheduling.job import QueuedRequest
 
 
 @pytest.mark.parametrize("seconds", [None, 60.0])
 def test_a_request_with_time_left_goes_on(seconds: float | None) -> None:
-    Ticket(seconds).check()
+    QueuedRequest(seconds).check()
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0])
 def test_a_passed_deadline_ends_it(seconds: float) -> None:
     with pytest.raises(DeadlinePassed):
-        Ticket(seconds).check()
+        QueuedRequest(seconds).check()
 
 
 def test_a_cancelled_request_ends_whatever_its_deadline() -> None:
     for seconds in (None, 60.0, 0.0):
-        ticket = Ticket(seconds)
-        ticket.cancel()
+        request = QueuedRequest(seconds)
+        request.cancel()
         with pytest.raises(RequestCancelled):
-            ticket.check()
+            request.check()

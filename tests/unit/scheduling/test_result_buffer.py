@@ -7,61 +7,61 @@ import threading
 
 import pytest
 
-from januslens_server.scheduling.job import Outlet
+from januslens_server.scheduling.job import ResultBuffer
 
 LIMIT = 10
 
 
-def outlet_of(*items: int) -> Outlet[int]:
-    """An outlet that holds `items`, each as many bytes as it says."""
-    outlet: Outlet[int] = Outlet(LIMIT, lambda item: item)
+def buffer_of(*items: int) -> ResultBuffer[int]:
+    """An buffer that holds `items`, each as many bytes as it says."""
+    buffer: ResultBuffer[int] = ResultBuffer(LIMIT, lambda item: item)
     for item in items:
-        outlet.put(item)
-    return outlet
+        buffer.put(item)
+    return buffer
 
 
-async def read(outlet: Outlet[int], count: int) -> list[int]:
+async def read(buffer: ResultBuffer[int], count: int) -> list[int]:
     """The next items, and the release of all but the last of them."""
-    items = outlet.items()
+    items = buffer.items()
     return [await anext(items) for _ in range(count)]
 
 
 async def test_items_come_in_order_until_it_is_closed() -> None:
-    outlet = outlet_of(*range(100))
-    outlet.close()
-    assert [item async for item in outlet.items()] == list(range(100))
+    buffer = buffer_of(*range(100))
+    buffer.close()
+    assert [item async for item in buffer.items()] == list(range(100))
 
 
 async def test_items_cross_from_another_thread() -> None:
-    outlet = outlet_of()
+    buffer = buffer_of()
 
     def produce() -> None:
         for item in range(1000):
-            outlet.put(item)
-        outlet.close()
+            buffer.put(item)
+        buffer.close()
 
     threading.Thread(target=produce).start()
-    assert [item async for item in outlet.items()] == list(range(1000))
+    assert [item async for item in buffer.items()] == list(range(1000))
 
 
 async def test_an_error_comes_after_what_was_put() -> None:
-    outlet = outlet_of(1, 2)
-    outlet.close(ValueError("late"))
-    items = outlet.items()
+    buffer = buffer_of(1, 2)
+    buffer.close(ValueError("late"))
+    items = buffer.items()
     assert [await anext(items), await anext(items)] == [1, 2]
     with pytest.raises(ValueError, match="late"):
         await anext(items)
 
 
 async def test_a_producer_with_room_is_not_held_up() -> None:
-    assert not outlet_of(4, 5).when_drained(pytest.fail)
+    assert not buffer_of(4, 5).when_drained(pytest.fail)
 
 
-async def test_a_full_outlet_calls_once_there_is_room() -> None:
-    outlet = outlet_of(4, 4, 4)
+async def test_a_full_buffer_calls_once_there_is_room() -> None:
+    buffer = buffer_of(4, 4, 4)
     resumed = threading.Event()
-    assert outlet.when_drained(resumed.set)
-    items = outlet.items()
+    assert buffer.when_drained(resumed.set)
+    items = buffer.items()
     assert await anext(items) == 4
     assert not resumed.is_set()  # it is not released before the reader comes for the next
     assert await anext(items) == 4
@@ -70,30 +70,30 @@ async def test_a_full_outlet_calls_once_there_is_room() -> None:
 
 
 async def test_it_calls_no_more_than_once() -> None:
-    outlet = outlet_of(6, 6, 6)
+    buffer = buffer_of(6, 6, 6)
     calls: list[None] = []
-    assert outlet.when_drained(lambda: calls.append(None))
-    await read(outlet, 3)
-    outlet.abandon()
+    assert buffer.when_drained(lambda: calls.append(None))
+    await read(buffer, 3)
+    buffer.abandon()
     assert len(calls) == 1
 
 
 async def test_a_reader_that_leaves_wakes_the_producer_and_keeps_it_awake() -> None:
-    outlet = outlet_of(20)
+    buffer = buffer_of(20)
     resumed = threading.Event()
-    assert outlet.when_drained(resumed.set)
-    outlet.abandon()
+    assert buffer.when_drained(resumed.set)
+    buffer.abandon()
     assert resumed.is_set()
-    outlet.put(20)
-    assert not outlet.when_drained(pytest.fail)
+    buffer.put(20)
+    assert not buffer.when_drained(pytest.fail)
 
 
 def test_a_producer_survives_its_readers_loop() -> None:
     """The server may be gone before the device's thread has noticed."""
 
-    async def left_behind() -> Outlet[int]:
-        return outlet_of()
+    async def left_behind() -> ResultBuffer[int]:
+        return buffer_of()
 
-    outlet = asyncio.run(left_behind())
-    outlet.put(1)
-    outlet.close()
+    buffer = asyncio.run(left_behind())
+    buffer.put(1)
+    buffer.close()
