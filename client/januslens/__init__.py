@@ -11,17 +11,25 @@ The client of the Januslens server; it needs no torch::
 """
 
 from januslens import _notebook as _notebook  # registers what notebooks show
+from januslens._connection import ResponseHook
 from januslens.aio import AsyncClient, AsyncEventStream
 from januslens.arguments import (
     DescentStep,
+    Edit,
     ForwardShift,
     KlDivergence,
+    Layers,
     LogitDifference,
+    Loss,
     NegativeLogLikelihood,
+    Positions,
     Probe,
+    Prompt,
+    SubjectLike,
+    TargetLike,
     Text,
 )
-from januslens.assemblers import read_gradient, read_trace
+from januslens.assemblers import GradientEvent, TraceEvent, read_gradient, read_trace
 from januslens.client import Client, EventStream
 from januslens.errors import (
     Aborted,
@@ -94,6 +102,7 @@ from januslens.results.trace import (
     TraceSummary,
 )
 from januslens.results.vectors import (
+    Floats,
     FoundNeurons,
     NeuronHit,
     Projection,
@@ -116,6 +125,7 @@ __all__ = [
     "DeviceLost",
     "Edge",
     "EdgeKind",
+    "Edit",
     "EditPreview",
     "Effect",
     "End",
@@ -124,9 +134,11 @@ __all__ = [
     "EventStream",
     "FailedPrecondition",
     "FieldViolation",
+    "Floats",
     "ForwardShift",
     "FoundNeurons",
     "Gradient",
+    "GradientEvent",
     "GradientHeader",
     "GradientInterrupted",
     "GradientSummary",
@@ -136,9 +148,11 @@ __all__ = [
     "JanuslensError",
     "KlDivergence",
     "LayerGraph",
+    "Layers",
     "Lens",
     "LimitExceeded",
     "LogitDifference",
+    "Loss",
     "Matrix",
     "MatrixKind",
     "Model",
@@ -160,9 +174,11 @@ __all__ = [
     "Part",
     "PermissionDenied",
     "PositionTarget",
+    "Positions",
     "Probe",
     "Projection",
     "Projections",
+    "Prompt",
     "ProtocolViolation",
     "Provenance",
     "QueueFull",
@@ -170,18 +186,22 @@ __all__ = [
     "QuotaViolation",
     "ReaderStalled",
     "ResourceExhausted",
+    "ResponseHook",
     "SegmentRow",
     "ServerDraining",
     "Side",
     "Singular",
     "StageTime",
     "StreamInterrupted",
+    "SubjectLike",
+    "TargetLike",
     "Tensor",
     "Text",
     "Token",
     "TokenScore",
     "Tokens",
     "Trace",
+    "TraceEvent",
     "TraceHeader",
     "TraceInterrupted",
     "TraceSummary",
