@@ -61,7 +61,7 @@ def test_without_a_token_none_is_sent() -> None:
     assert "authorization" not in script.metadata[0]
 
 
-def test_a_cut_stream_raises_with_what_came() -> None:
+def test_interrupted_stream_raises_with_the_received_part() -> None:
     with (
         serving(Script(responses=trace_stream()[:2])) as address,
         Client(address) as client,
@@ -72,7 +72,7 @@ def test_a_cut_stream_raises_with_what_came() -> None:
     assert len(caught.value.partial.layers) == 1
 
 
-def test_a_cut_stream_raises_at_its_end_for_those_who_iterate() -> None:
+def test_interrupted_stream_raises_at_the_end_of_iteration() -> None:
     seen: list[object] = []
     with serving(Script(responses=trace_stream()[:2])) as address, Client(address) as client:
         stream = client.stream_trace("a b")
@@ -81,7 +81,7 @@ def test_a_cut_stream_raises_at_its_end_for_those_who_iterate() -> None:
     assert [type(event).__name__ for event in seen] == ["TraceHeader", "LayerGraph"]
 
 
-async def test_a_cut_stream_raises_when_awaited() -> None:
+async def test_interrupted_stream_raises_when_awaited() -> None:
     with serving(Script(responses=trace_stream()[:2])) as address:
         async with AsyncClient(address) as client:
             with pytest.raises(StreamInterrupted) as caught:
@@ -89,7 +89,7 @@ async def test_a_cut_stream_raises_when_awaited() -> None:
     assert isinstance(caught.value.partial, Trace)
 
 
-def test_a_passed_deadline_raises_with_what_came() -> None:
+def test_passed_deadline_raises_with_the_received_part() -> None:
     script = Script(responses=trace_stream()[:2], hangs=True)
     with (
         serving(script) as address,
@@ -101,7 +101,7 @@ def test_a_passed_deadline_raises_with_what_came() -> None:
     assert len(caught.value.partial.layers) == 1
 
 
-def test_a_calls_own_timeout_goes_before_the_clients() -> None:
+def test_timeout_of_a_call_overrides_that_of_the_client() -> None:
     script = Script(hangs=True)
     with (
         serving(script) as address,
@@ -137,7 +137,7 @@ async def test_leaving_the_block_cancels_the_awaited_call() -> None:
                 await stream.result()
 
 
-async def test_cancelling_the_task_cancels_the_call_and_is_no_error_of_ours() -> None:
+async def test_cancelling_the_task_cancels_the_call_and_raises_cancelled_error() -> None:
     script = Script(responses=trace_stream()[:1], hangs=True)
     with serving(script) as address:
         async with AsyncClient(address) as client:
@@ -161,17 +161,17 @@ async def test_closing_while_another_task_waits_ends_its_iteration() -> None:
             assert await waiting is None
 
 
-def test_a_server_that_is_not_there_is_named() -> None:
+def test_unreachable_server_is_named() -> None:
     with Client("127.0.0.1:1") as client, pytest.raises(Unavailable, match=r"127\.0\.0\.1:1"):
         client.list_models()
 
 
-def test_a_call_that_the_server_does_not_offer() -> None:
+def test_unimplemented_method_raises_unimplemented() -> None:
     with serving(Script()) as address, Client(address) as client, pytest.raises(Unimplemented):
         client.tokenize("a")
 
 
-def test_every_response_is_shown_to_the_hook() -> None:
+def test_hook_receives_every_response() -> None:
     shown: list[object] = []
     responses = trace_stream()
     with (
@@ -260,7 +260,7 @@ async def names_from(client: AsyncClient) -> list[str]:
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), 1e10, 1e300])
-def test_a_timeout_beyond_all_measure_is_no_limit(seconds: float) -> None:
+def test_very_large_timeout_means_no_limit(seconds: float) -> None:
     with serving(Script(pages=PAGES)) as address, Client(address, timeout=seconds) as client:
         assert len(client.list_models()) == 2
         assert len(client.list_models(timeout=seconds)) == 2
@@ -270,7 +270,7 @@ def test_a_timeout_beyond_all_measure_is_no_limit(seconds: float) -> None:
     ("timeout", "error"),
     [(float("nan"), ValueError), (-1, ValueError), ("1", TypeError), (True, TypeError)],
 )
-def test_a_timeout_that_is_no_duration_is_refused(timeout: Any, error: type[Exception]) -> None:
+def test_invalid_timeout_is_refused(timeout: Any, error: type[Exception]) -> None:
     for client_type in (Client, AsyncClient):
         with pytest.raises(error, match="timeout must be"):
             client_type(timeout=timeout)
@@ -315,7 +315,7 @@ def test_any_other_address_may_be_reached_through_a_proxy(address: str) -> None:
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
-def test_a_call_to_loopback_goes_past_the_proxy(
+def test_call_to_loopback_bypasses_the_proxy(
     variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("no_proxy", "no_grpc_proxy"):

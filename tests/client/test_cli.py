@@ -42,7 +42,7 @@ def demo(server_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JANUSLENS_SERVER", server_address)
 
 
-def test_lists_as_they_are_typed() -> None:
+def test_layers_and_positions_are_parsed_from_lists_and_ranges() -> None:
     assert layer_list(CONTEXT, OPTION, "0-2,7") == [0, 1, 2, 7]
     assert layer_list(CONTEXT, OPTION, "3") == [3]
     assert position_list(CONTEXT, OPTION, "-1,3") == [-1, 3]
@@ -75,7 +75,9 @@ def test_lists_as_they_are_typed() -> None:
         (["neurons", ""], "nothing given for the token"),
     ],
 )
-def test_wrong_usage_ends_with_2_one_line_and_a_hint(arguments: list[str], words: str) -> None:
+def test_wrong_usage_exits_with_2_and_one_line_with_a_hint(
+    arguments: list[str], words: str
+) -> None:
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -85,7 +87,7 @@ def test_wrong_usage_ends_with_2_one_line_and_a_hint(arguments: list[str], words
     assert hint.startswith("try 'januslens")
 
 
-def test_a_server_that_is_not_there_ends_with_1() -> None:
+def test_unreachable_server_exits_with_1() -> None:
     result = run("models", "--server", "127.0.0.1:1")
     assert result.exit_code == 1
     assert "no answer from 127.0.0.1:1" in result.stderr
@@ -132,7 +134,7 @@ def test_a_trace_is_written_as_a_page_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("demo")
-def test_a_page_of_every_position_needs_no_surroundings(tmp_path: Path) -> None:
+def test_page_of_all_positions_needs_no_overview_request(tmp_path: Path) -> None:
     page = tmp_path / "trace.html"
     run("trace", "The capital of", "--positions", "all", "--html", str(page))
     assert 'data-stream="overview"' not in page.read_text(encoding="utf-8")
@@ -180,7 +182,7 @@ def test_the_trace_in_detail_shows_every_layer() -> None:
 
 
 @pytest.mark.usefixtures("demo")
-def test_many_positions_are_a_picture_first() -> None:
+def test_many_positions_are_shown_as_a_heat_map_first() -> None:
     result = run("trace", PROMPT, "--positions", "all", "--rows", "1")
     assert result.exit_code == 0
     assert "The residual stream after each layer" in result.stdout
@@ -198,7 +200,7 @@ def test_another_target_and_another_prompt() -> None:
 
 
 @pytest.mark.usefixtures("demo")
-def test_the_gradient_says_which_end_is_promoted() -> None:
+def test_gradient_output_names_the_promoted_end() -> None:
     result = run("gradient", PROMPT, "--target", " Paris", "--verify", "--subject", " Japan")
     assert result.exit_code == 0
     text = result.stdout
@@ -302,7 +304,7 @@ def test_json_is_the_stream() -> None:
 
 @pytest.mark.usefixtures("demo")
 @pytest.mark.parametrize("command", ["trace", "gradient"])
-def test_an_estimate_says_what_it_would_take(command: str) -> None:
+def test_estimate_prints_the_cost_without_running(command: str) -> None:
     asked = (command, PROMPT, "--target", " Paris", "--layers", "0,1", "--estimate")
     shown = run(*asked).stdout
     for row in (
@@ -318,7 +320,7 @@ def test_an_estimate_says_what_it_would_take(command: str) -> None:
 
 
 @pytest.mark.usefixtures("demo")
-def test_what_the_server_refuses_ends_with_1() -> None:
+def test_refused_request_exits_with_1() -> None:
     result = run("trace", PROMPT, "--model", "absent")
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -367,7 +369,7 @@ def test_a_cut_stream_ends_with_1() -> None:
     assert "without its summary" in result.stderr
 
 
-def test_a_token_that_commands_a_terminal_is_shown_harmless() -> None:
+def test_terminal_control_sequences_in_tokens_are_escaped() -> None:
     responses = trace_stream()
     for token in responses[1].layer.tokens:
         token.text = "\x1b[31m\u202e"

@@ -49,7 +49,7 @@ def test_both_clients_take_the_same_arguments(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if not verb.startswith("stream_")])
-def test_what_one_returns_the_other_awaits(verb: str) -> None:
+def test_return_types_of_both_clients_correspond(verb: str) -> None:
     sync, aio = getattr(Client, verb), getattr(AsyncClient, verb)
     returned = inspect.signature(sync).return_annotation
     assert returned == inspect.signature(aio).return_annotation
@@ -106,12 +106,12 @@ def test_an_async_client_that_was_never_used_closes() -> None:
     asyncio.run(AsyncClient("127.0.0.1:1").close())
 
 
-def test_a_token_does_not_show_in_a_representation() -> None:
+def test_repr_hides_the_token() -> None:
     with Client("127.0.0.1:1", token="sesame") as client:  # noqa: S106 - of no one
         assert "sesame" not in repr(client._connection)
 
 
-def test_all_names_what_there_is() -> None:
+def test_dunder_all_lists_every_public_name() -> None:
     assert sorted(januslens.__all__) == januslens.__all__
     assert all(hasattr(januslens, name) for name in januslens.__all__)
 

@@ -75,7 +75,7 @@ LOST = grpc.StatusCode.UNAVAILABLE
         (Failure(grpc.StatusCode.INVALID_ARGUMENT, "wrong", initial=BEGUN), False),
     ],
 )
-def test_a_lost_server_is_told_from_one_that_refuses(failure: Failure, cut: bool) -> None:
+def test_lost_server_is_distinguished_from_a_refusal(failure: Failure, cut: bool) -> None:
     assert was_cut(failure) is cut
     error = raised(failure)
     assert (error.retry_after == 0.0) is cut
@@ -83,7 +83,7 @@ def test_a_lost_server_is_told_from_one_that_refuses(failure: Failure, cut: bool
     assert isinstance(stream, januslens.TraceInterrupted) is cut
 
 
-def test_what_the_server_itself_says_is_no_cut() -> None:
+def test_status_of_the_server_is_not_an_interruption() -> None:
     told = with_details(LOST, error_details_pb2.ErrorInfo(reason="SERVER_DRAINING"))
     assert not was_cut(dataclasses.replace(told, initial=BEGUN))
 
@@ -133,13 +133,13 @@ def test_the_details_are_read() -> None:
     assert error.retry_after == 0.5
 
 
-def test_to_retry_at_once_is_not_never_to_retry() -> None:
+def test_retry_delay_of_zero_is_distinguished_from_none() -> None:
     at_once = with_details(grpc.StatusCode.UNAVAILABLE, error_details_pb2.RetryInfo())
     assert raised(at_once).retry_after == 0.0
     assert raised(Failure(grpc.StatusCode.RESOURCE_EXHAUSTED)).retry_after is None
 
 
-def test_an_unknown_model_is_more_than_not_found() -> None:
+def test_unknown_model_raises_model_not_found() -> None:
     info = error_details_pb2.ErrorInfo(reason="MODEL_NOT_FOUND")
     assert type(raised(with_details(grpc.StatusCode.NOT_FOUND, info))) is januslens.ModelNotFound
 
@@ -161,7 +161,7 @@ def test_every_documented_reason_has_an_exception_of_its_own() -> None:
     assert len(set(raised_for.values())) == len(reasons)
 
 
-def test_an_overflow_is_not_a_model_that_did_not_load() -> None:
+def test_not_finite_is_not_a_model_failed() -> None:
     info = error_details_pb2.ErrorInfo(reason="NOT_FINITE")
     error = raised(with_details(grpc.StatusCode.FAILED_PRECONDITION, info))
     assert type(error) is januslens.NotFinite
@@ -174,7 +174,7 @@ def test_an_unknown_reason_falls_back_to_its_status() -> None:
     assert type(error) is januslens.ResourceExhausted
 
 
-def test_a_server_that_is_not_there_is_named() -> None:
+def test_unreachable_server_is_named() -> None:
     error = raised(Failure(grpc.StatusCode.UNAVAILABLE, "connection refused"))
     assert str(error) == "no answer from host:1: connection refused"
     told = with_details(
@@ -184,7 +184,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.parametrize("trailing", [None, (), [(DETAILS, b"\xff\xff")], [(DETAILS, "text")]])
-def test_details_that_cannot_be_read_hide_nothing(
+def test_unreadable_details_keep_status_and_message(
     trailing: Sequence[tuple[str, str | bytes]] | None,
 ) -> None:
     error = raised(Failure(grpc.StatusCode.INVALID_ARGUMENT, "m", trailing))
@@ -202,7 +202,7 @@ def test_exceptions_cross_process_boundaries() -> None:
     assert (str(back), back.details) == (str(error), error.details)
 
 
-def test_the_tree_in_the_docstring_is_the_tree() -> None:
+def test_docstring_shows_the_exception_hierarchy() -> None:
     drawn = errors.__doc__ or ""
     for name in januslens.__all__:
         kind = getattr(januslens, name)

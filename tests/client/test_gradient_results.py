@@ -71,7 +71,7 @@ def test_a_dense_gradient_from_some_components_is_refused() -> None:
         with_matrix(messages.matrix([1])).gradient()
 
 
-def test_factors_that_were_not_asked_for_are_missed_clearly() -> None:
+def test_unrequested_factors_raise_a_clear_error() -> None:
     matrix = with_matrix(messages.matrix(factors=False))
     with pytest.raises(ValueError, match="factors=True"):
         matrix.gradient()
@@ -85,7 +85,7 @@ def test_a_gradient_of_zero_is_a_matrix_of_zeros() -> None:
     np.testing.assert_array_equal(with_matrix(message).gradient(), np.zeros((2, 3)))
 
 
-def test_what_was_asked_for_beside_the_components(gradient: Gradient) -> None:
+def test_requested_extras_are_in_the_result(gradient: Gradient) -> None:
     matrix = gradient.matrix(1, "FF1")
     assert matrix.verification is not None
     assert matrix.verification.relative_error == pytest.approx(2e-7)
@@ -124,7 +124,7 @@ def test_the_frame(gradient: Gradient) -> None:
     assert gradient.matrices[0].to_pandas()["token"].isna().all()
 
 
-def test_factors_are_saved_with_what_they_belong_to(gradient: Gradient, tmp_path: Path) -> None:
+def test_factors_are_saved_with_their_coordinates(gradient: Gradient, tmp_path: Path) -> None:
     file = tmp_path / "factors.safetensors"
     gradient.save(file)
     arrays = load_file(file)

@@ -20,14 +20,14 @@ from januslens.v1 import gradient_lens_pb2, lens_pb2, trace_pb2
         (End, gradient_lens_pb2.End.keys(), "END_"),
     ],
 )
-def test_every_member_of_the_contract_is_ours(
+def test_client_enums_have_every_member_of_the_contract(
     kind: type[Kind], names: list[str], prefix: str
 ) -> None:
     assert [prefix + member.name for member in kind] == names
     assert all(member.value == member.name for member in kind)
 
 
-def test_numbers_go_both_ways() -> None:
+def test_enum_numbers_convert_both_ways() -> None:
     assert NODE_KINDS.member(trace_pb2.NODE_KIND_HEAD_OUTPUT) is NodeKind.HEAD_OUTPUT
     assert LENSES.number(Lens.RAW) == lens_pb2.LENS_RAW
 

@@ -25,7 +25,7 @@ def counted(numbers: list[int], seen: list[int]) -> LazySequence[int]:
     return LazySequence.of(numbers, square)
 
 
-def test_nothing_is_read_before_somebody_looks_and_then_once() -> None:
+def test_records_are_parsed_once_on_first_access() -> None:
     seen: list[int] = []
     late = counted([1, 2, 3], seen)
     assert (len(late), bool(late), seen) == (3, True, [])
@@ -34,7 +34,7 @@ def test_nothing_is_read_before_somebody_looks_and_then_once() -> None:
     assert not counted([], seen)
 
 
-def test_it_is_equal_to_its_tuple_and_stored_as_one() -> None:
+def test_lazy_sequence_equals_and_pickles_as_a_tuple() -> None:
     late = counted([1, 2], [])
     assert late == (1, 4)
     assert late == (1, 4)
@@ -52,7 +52,7 @@ def layer(number: int, *ids: str) -> trace_pb2.LayerGraph:
     return trace_pb2.LayerGraph(layer=number, nodes=[trace_pb2.Node(id=name) for name in ids])
 
 
-def test_a_node_is_sought_from_the_last_layer_back_and_no_further(
+def test_node_lookup_parses_layers_from_the_last_and_stops_at_the_node(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     read: list[str] = []
@@ -78,7 +78,7 @@ def test_a_node_is_sought_from_the_last_layer_back_and_no_further(
     assert (list(known), len(known), known.get("z")) == (["a", "b", "c", "d", "e"], 5, None)
 
 
-def test_a_table_learns_texts_when_one_is_looked_for() -> None:
+def test_token_table_is_filled_at_the_first_lookup() -> None:
     read: list[int] = []
 
     class Sent(list[common_pb2.Token]):

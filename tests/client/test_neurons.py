@@ -44,20 +44,20 @@ def asked(
     return [(request.page_size, request.page_token) for request in script.neuron_requests], found
 
 
-def test_pages_are_asked_for_until_there_is_no_more() -> None:
+def test_all_pages_are_requested() -> None:
     calls, found = asked(None, page(1, 2, following="a"), page(3, following="b"), page(4))
     assert calls == [(1000, ""), (1000, "a"), (1000, "b")]
     assert [hit.neuron for hit in found.neurons] == [1, 2, 3, 4]
 
 
-def test_no_more_than_the_limit_is_asked_for() -> None:
+def test_requests_stop_at_the_limit() -> None:
     calls, found = asked(1500, page(1, following="a"), page(2, following="b"))
     assert calls == [(1000, ""), (500, "a")]
     assert len(found.neurons) == 2
     assert asked(20, page(1, following="a"))[0] == [(20, "")]
 
 
-def test_a_neuron_says_whose_it_is_and_what_it_writes() -> None:
+def test_found_neuron_has_its_name_projection_and_row() -> None:
     _, found = asked(1, page(5, expert=0))
     (hit,) = found.neurons
     assert str(hit) == "L1 expert 0 neuron 5"

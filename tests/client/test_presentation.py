@@ -19,7 +19,7 @@ def test_a_fixture_is_what_its_generator_writes(name: str) -> None:
     assert written == fixtures.text_of(fixtures.files()[name])
 
 
-def test_no_other_fixtures_lie_beside_them() -> None:
+def test_there_are_no_unused_fixtures() -> None:
     assert {path.name for path in fixtures.FOLDER.iterdir()} == set(fixtures.files())
 
 
@@ -54,7 +54,9 @@ def test_no_other_fixtures_lie_beside_them() -> None:
         (presentation.measure, -999_999.0, "-1e+06"),
     ],
 )
-def test_a_figure_has_its_format(form: Callable[[Any], str], value: Any, text: str) -> None:
+def test_number_formats_match_the_fixture(
+    form: Callable[[Any], str], value: Any, text: str
+) -> None:
     assert form(value) == text
 
 
@@ -73,7 +75,9 @@ def test_a_figure_has_its_format(form: Callable[[Any], str], value: Any, text: s
         (511, 512, "last 100"),
     ],
 )
-def test_a_rank_has_its_bin(rank: int | None, vocabulary: int | None, expected: str) -> None:
+def test_rank_bins_match_the_fixture(
+    rank: int | None, vocabulary: int | None, expected: str
+) -> None:
     assert presentation.rank_bin(rank, vocabulary) == expected
     assert expected in presentation.RANK_BINS
 
@@ -115,7 +119,7 @@ SENTENCES = {
 }
 
 
-def test_a_trace_is_told_in_sentences() -> None:
+def test_sentences_of_a_trace_match_the_fixture() -> None:
     cases = {case["case"]: case for case in fixtures.files()["traces.json"]}
     assert {case: cases[case]["sentences"] for case in SENTENCES} == SENTENCES
     assert cases["no residual has a reading"]["sentences"][1] == (
@@ -139,7 +143,7 @@ def test_a_trace_is_told_in_sentences() -> None:
     )
 
 
-def test_a_path_joins_residuals_and_leaves_out_what_has_no_reading() -> None:
+def test_path_joins_residuals_and_omits_nodes_without_projection() -> None:
     case = fixtures.files()["traces.json"][0]
     assert [step["name"] for step in case["path_steps"]] == [
         "prediction",
@@ -150,7 +154,7 @@ def test_a_path_joins_residuals_and_leaves_out_what_has_no_reading() -> None:
     ]
 
 
-def test_the_loss_is_told_in_a_sentence() -> None:
+def test_sentence_of_the_loss_matches_the_fixture() -> None:
     one, two = fixtures.files()["gradients.json"]
     assert one["sentence"] == "Loss 1.25 for ␣c; the model predicts ␣d."
     # exp(-1.25) = 0.2865

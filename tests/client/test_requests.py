@@ -40,7 +40,7 @@ def test_a_plain_trace_leaves_everything_to_the_server_but_logit_contributions()
     assert trace("x") == expected
 
 
-def test_text_and_ids_are_told_apart() -> None:
+def test_text_and_token_ids_are_distinguished() -> None:
     request = trace([5, 6], " c")
     assert list(request.input.token_ids.ids) == [5, 6]
     assert request.target.text == " c"
@@ -49,7 +49,7 @@ def test_text_and_ids_are_told_apart() -> None:
     assert list(trace(np.array([1, 2]), [7]).input.token_ids.ids) == [1, 2]
 
 
-def test_an_empty_prompt_is_for_the_tokenizer_to_judge() -> None:
+def test_empty_prompt_is_sent_to_the_server() -> None:
     assert trace("").input.WhichOneof("input") == "prompt"
 
 
@@ -81,7 +81,7 @@ def test_positions_in_every_form(positions: Any, sent: list[int], every: bool) -
     assert request.all_positions is every
 
 
-def test_zero_is_sent_and_absence_is_not() -> None:
+def test_zero_is_sent_and_none_is_not() -> None:
     request = trace("x", heads=0, top_k=0)
     assert request.selection.HasField("heads")
     assert request.HasField("top_k")
@@ -98,7 +98,7 @@ def test_names_become_numbers() -> None:
     ]
 
 
-def test_a_target_means_its_negative_log_likelihood() -> None:
+def test_target_selects_negative_log_likelihood() -> None:
     request = gradient("x", " c", matrices=["ff1", MatrixKind.Q], lens=Lens.NORMALIZED)
     assert request.nll.target.text == " c"
     assert list(request.matrices) == [
@@ -197,7 +197,7 @@ def test_vectors_travel_as_rows() -> None:
         (lambda: project(["x"]), TypeError, "real numbers"),
     ],
 )
-def test_what_no_server_could_accept_is_refused_here(
+def test_invalid_arguments_are_refused_before_sending(
     ask: Callable[[], object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):

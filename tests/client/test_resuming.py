@@ -99,7 +99,7 @@ def cuts(count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_joined_stream_is_the_uncut_one(stub: Any, case: str) -> None:
+def test_joined_stream_equals_the_uninterrupted_one(stub: Any, case: str) -> None:
     method, splice_of, assembler_of, request = CASES[case]
     ask = getattr(stub, method)
     whole = list(ask(request))
@@ -113,7 +113,7 @@ def test_the_joined_stream_is_the_uncut_one(stub: Any, case: str) -> None:
         assert assembler.result().summary is not None
 
 
-def test_a_stream_may_be_cut_again_and_again(stub: Any) -> None:
+def test_stream_can_be_interrupted_repeatedly(stub: Any) -> None:
     request = TRACES["layers apart"]
     whole = list(stub.Trace(request))
     splice, messages = TraceSplice(request), []
@@ -124,7 +124,7 @@ def test_a_stream_may_be_cut_again_and_again(stub: Any) -> None:
     assert parts(messages) == parts(whole)
 
 
-def test_just_the_missing_layers_are_asked_for(stub: Any) -> None:
+def test_only_missing_layers_are_requested(stub: Any) -> None:
     request = TRACES["all layers"]
     whole = list(stub.Trace(request))
     splice = TraceSplice(request)
@@ -141,7 +141,7 @@ def test_just_the_missing_layers_are_asked_for(stub: Any) -> None:
     assert list(usual.rest().layers) == [0, 1, 2]
 
 
-def test_another_answer_is_not_joined(stub: Any) -> None:
+def test_streams_of_different_results_are_not_joined(stub: Any) -> None:
     whole = list(stub.Trace(TRACES["all layers"]))
     for change in (
         lambda header: setattr(header.provenance, "revision", "other"),

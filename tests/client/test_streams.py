@@ -29,7 +29,7 @@ def assembled_trace(responses: list[trace_pb2.TraceResponse]) -> Trace:
     return assembler.result()
 
 
-def test_every_event_comes_when_it_is_complete() -> None:
+def test_events_are_returned_when_complete() -> None:
     assembler = TraceAssembler()
     events = [assembler.feed(response) for response in trace_stream()]
     assert [type(event).__name__ for event in events] == [
@@ -42,7 +42,7 @@ def test_every_event_comes_when_it_is_complete() -> None:
     assert assembler.result().summary == events[2]
 
 
-def test_a_layer_in_pieces_is_the_layer_whole() -> None:
+def test_layer_in_several_messages_equals_the_layer_in_one() -> None:
     first = trace_pb2.LayerGraph(layer=0, nodes=messages.NODES[:4], tokens=messages.tokens(2, 3))
     second = trace_pb2.LayerGraph(
         layer=0,
@@ -59,7 +59,7 @@ def test_a_layer_in_pieces_is_the_layer_whole() -> None:
     assert assembler.result() == assembled_trace(trace_stream())
 
 
-def test_a_matrix_in_pieces_is_the_matrix_whole() -> None:
+def test_matrix_in_several_messages_equals_the_matrix_in_one() -> None:
     pieces = gradient_stream(
         messages.gradient_header(),
         messages.matrix([1], last=False),
@@ -74,7 +74,7 @@ def test_a_matrix_in_pieces_is_the_matrix_whole() -> None:
     assert events[2].frobenius_norm == pytest.approx(104**0.5)
 
 
-def test_texts_come_once_and_are_kept() -> None:
+def test_token_texts_sent_once_are_kept() -> None:
     trace = assembled_trace(trace_stream())
     prediction = trace.node("p1/PREDICTION").projection
     assert prediction is not None
@@ -91,7 +91,7 @@ def test_a_target_is_named_though_its_text_came_after_the_header() -> None:
     assert assembler.result().targets[0].target.text == " c"
 
 
-def test_a_stream_without_summary_is_interrupted_and_keeps_what_came() -> None:
+def test_stream_without_summary_raises_with_the_received_part() -> None:
     with pytest.raises(StreamInterrupted, match="after 2 messages") as caught:
         assembled_trace(trace_stream()[:2])
     partial = caught.value.partial
@@ -129,7 +129,7 @@ def test_a_repeated_message_is_a_violation() -> None:
         assembled_trace([header, header])
 
 
-def test_a_layer_that_breaks_into_another_is_a_violation() -> None:
+def test_interleaved_layers_are_a_violation() -> None:
     other = trace_pb2.LayerGraph(layer=1, last=True)
     stream = trace_stream(messages.trace_header(), messages.layer(last=False), other)
     with pytest.raises(ProtocolViolation, match="the rest of layer 0; got layer 1"):
@@ -152,14 +152,14 @@ def test_a_summary_without_a_header_is_a_violation() -> None:
         assembled_trace(trace_stream(messages.trace_summary()))
 
 
-def test_an_event_of_a_newer_server_is_passed_over() -> None:
+def test_unknown_event_of_a_newer_server_is_ignored() -> None:
     header, layer, summary = messages.trace_header(), messages.layer(), messages.trace_summary()
     stream = trace_stream(header, layer, layer, summary)
     stream[2].ClearField("layer")
     assert len(assembled_trace(stream).layers) == 1
 
 
-def test_a_gradient_is_put_together() -> None:
+def test_gradient_is_assembled_from_its_messages() -> None:
     assembler = GradientAssembler()
     for response in gradient_stream():
         assembler.feed(response)

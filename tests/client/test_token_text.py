@@ -30,16 +30,16 @@ from januslens.results.tokens import visible
         ("[bold]", "[bold]"),
     ],
 )
-def test_what_a_terminal_would_hide_or_obey_is_visible(text: str, shown: str) -> None:
+def test_invisible_and_control_characters_are_shown(text: str, shown: str) -> None:
     assert visible(text, text.encode()) == shown
 
 
-def test_bytes_that_are_no_text_by_themselves_are_hexadecimal() -> None:
+def test_incomplete_utf8_bytes_are_shown_in_hexadecimal() -> None:
     assert visible("\ufffd", b"\xe6") == "<0xE6>"
     assert visible("\ufffd\ufffd", b"\xe6\x97") == "<0xE6><0x97>"
 
 
-def test_a_replacement_character_that_really_is_the_text_stays() -> None:
+def test_genuine_replacement_character_is_kept() -> None:
     assert visible("\ufffd", "\ufffd".encode()) == "\ufffd"
 
 
@@ -51,7 +51,7 @@ SHARED = Path(__file__).parents[2] / "client/viewer/test/labels.json"
 
 
 @pytest.mark.parametrize("case", json.loads(SHARED.read_text()))
-def test_a_terminal_shows_what_a_page_shows(case: dict[str, str]) -> None:
+def test_terminal_and_page_show_the_same_text(case: dict[str, str]) -> None:
     assert visible(case["text"], base64.b64decode(case.get("raw", ""))) == case["shown"]
 
 

@@ -29,7 +29,7 @@ def layer(trace: Trace) -> LayerGraph:
     return trace.layer(0)
 
 
-def test_a_node_has_its_coordinates_and_its_reading(trace: Trace) -> None:
+def test_node_has_its_coordinates_and_projection(trace: Trace) -> None:
     node = trace.node("L0/p1/MEMORY_VALUE/h0/s0")
     assert node.kind is NodeKind.MEMORY_VALUE
     assert (node.layer, node.position, node.head, node.source_position) == (0, 1, 0, 0)
@@ -59,7 +59,7 @@ def test_nodes_of_a_kind_at_a_position(trace: Trace) -> None:
         trace.nodes_of("heads")
 
 
-def test_parts_come_by_size_whatever_their_sign(trace: Trace) -> None:
+def test_parts_are_ordered_by_magnitude(trace: Trace) -> None:
     parts = trace.parts_of("L0/p1/MLP_OUTPUT")
     assert [part.node.id.rpartition("/")[2] for part in parts] == ["n7", "MLP_OUTPUT", "n8"]
     assert [part.share for part in parts] == [1.125, -0.25, 0.125]
@@ -106,7 +106,7 @@ def test_contributions_are_every_summand_once_and_add_up_to_the_logit(trace: Tra
     assert total + target.constant_logit_contribution == target.target_logit == 4.0
 
 
-def test_contributions_that_were_not_asked_for_are_missed_clearly() -> None:
+def test_unrequested_contributions_raise_a_clear_error() -> None:
     bare = messages.layer()
     for edge in bare.edges:
         edge.ClearField("logit_contribution")
@@ -117,7 +117,7 @@ def test_contributions_that_were_not_asked_for_are_missed_clearly() -> None:
         assembler.result().contributions()
 
 
-def test_the_path_follows_what_brought_the_target(trace: Trace) -> None:
+def test_path_follows_the_largest_contributions(trace: Trace) -> None:
     # BLOCK_OUTPUT's two parts add 1.75 each: the first one sent wins, the residual.
     assert [part.node.id for part in trace.path_to_target()] == [
         "p1/PREDICTION",
@@ -150,7 +150,7 @@ def test_without_logit_contributions_the_path_follows_shares() -> None:
     ]
 
 
-def test_every_step_of_the_path_but_the_first_enters_the_one_before(trace: Trace) -> None:
+def test_steps_of_the_path_are_connected(trace: Trace) -> None:
     path = trace.path_to_target()
     assert path[0].edge is None
     for before, step in pairwise(path):
@@ -158,7 +158,7 @@ def test_every_step_of_the_path_but_the_first_enters_the_one_before(trace: Trace
             assert (step.edge.source, step.edge.target) == (step.node.id, before.node.id)
 
 
-def test_norms_remove_and_add(trace: Trace) -> None:
+def test_norm_effects_list_removed_and_added_tokens(trace: Trace) -> None:
     first, second, final = trace.norm_effects()
     assert (first.before.id, first.after.id) == ("p1/BLOCK_INPUT", "L0/p1/ATTENTION_INPUT")
     assert [token.text for token in first.removed] == ["a"]
@@ -169,7 +169,7 @@ def test_norms_remove_and_add(trace: Trace) -> None:
     assert (final.removed, final.added, final.overlap) == ((), (), 1.0)
 
 
-def test_what_was_not_traced_is_a_key_error_that_says_what_was(trace: Trace) -> None:
+def test_untraced_layer_raises_key_error_listing_the_traced_ones(trace: Trace) -> None:
     with pytest.raises(KeyError, match="one of the traced layers 0; got 3"):
         trace.layer(3)
     with pytest.raises(KeyError, match=r"one of the positions \[1\]; got 0"):
@@ -270,7 +270,7 @@ def test_networkx_writes_the_graph_and_reads_it_back(write: Any, read: Any, tmp_
     assert "\U0001f600" in top[0]
 
 
-def test_one_layers_graph_names_the_input_that_came_with_another() -> None:
+def test_graph_of_one_layer_includes_its_input_node() -> None:
     assembler = TraceAssembler()
     second = messages.layer()
     second.layer = 1

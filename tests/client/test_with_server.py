@@ -42,7 +42,7 @@ def test_tokens_cover_the_text(client: Client) -> None:
     assert [PROMPT[token.start : token.end] for token in tokens] == [t.text for t in tokens]
 
 
-def test_tokyo_emerges(trace: Trace) -> None:
+def test_rank_of_tokyo_rises_through_the_layers(trace: Trace) -> None:
     assert trace.target().target.text == " Tokyo"
     outputs = [layer.nodes_of("BLOCK_OUTPUT")[-1].projection for layer in trace.layers]
     probabilities = [read.target_probability or 0.0 for read in outputs if read]
@@ -88,7 +88,7 @@ def test_every_norm_has_an_effect(trace: Trace) -> None:
     assert all(len(effect.removed) == len(effect.added) for effect in effects)
 
 
-def test_streamed_is_computed_at_once(client: Client, trace: Trace) -> None:
+def test_streamed_result_equals_the_result_of_one_call(client: Client, trace: Trace) -> None:
     with client.stream_trace(PROMPT) as stream:
         events = list(stream)
         result = stream.result()
@@ -107,7 +107,7 @@ def test_some_layers_at_some_positions(client: Client) -> None:
     assert trace.path_to_target(3)[0].node.position == 3
 
 
-def test_a_nodes_vector_read_by_project_is_what_the_trace_says(client: Client) -> None:
+def test_projected_node_vector_equals_the_traces_projection(client: Client) -> None:
     traced = client.trace(PROMPT, vectors=True, layers=LAYERS - 1)
     node = traced.nodes_of("BLOCK_OUTPUT")[-1]
     assert node.vector is not None
@@ -144,13 +144,13 @@ def test_neurons_that_write_a_token(client: Client) -> None:
         client.find_neurons(" Tokyo Paris")
 
 
-def test_token_ids_are_as_good_as_text(client: Client, trace: Trace) -> None:
+def test_token_ids_give_the_same_trace_as_text(client: Client, trace: Trace) -> None:
     ids = [token.id for token in trace.prompt_tokens]
     again = client.trace(ids, trace.target().target.id)
     assert again.layers == trace.layers
 
 
-def test_a_recorded_trace_is_the_trace(trace: Trace) -> None:
+def test_recorded_trace_equals_the_original(trace: Trace) -> None:
     assert januslens.read_trace(trace.to_json_lines()) == trace
 
 
@@ -170,7 +170,7 @@ def test_matrices_come_from_the_last_layer_down(client: Client) -> None:
     assert layers == sorted(layers, reverse=True)
 
 
-def test_factors_make_the_gradient_that_the_server_measured(client: Client) -> None:
+def test_factors_multiply_to_the_measured_gradient(client: Client) -> None:
     gradient = client.gradient_lens(
         PROMPT, " Paris", layers=[1], factors=True, components=0, spectrum=2, verify=True
     )
@@ -185,7 +185,7 @@ def test_factors_make_the_gradient_that_the_server_measured(client: Client) -> N
         assert matrix.verification.relative_error <= matrix.verification.tolerance
 
 
-def test_some_components_are_not_the_gradient(client: Client) -> None:
+def test_dense_gradient_needs_all_components(client: Client) -> None:
     gradient = client.gradient_lens(PROMPT, " Paris", layers=[1], factors=True, components=1)
     with pytest.raises(ValueError, match="components=0"):
         gradient.matrices[0].gradient()
@@ -202,7 +202,7 @@ def test_other_losses(client: Client, trace: Trace) -> None:
     assert " Tokyo" in [token.text for token in suppressed]
 
 
-def test_an_edit_is_previewed_and_not_made(client: Client, trace: Trace) -> None:
+def test_previewed_edit_does_not_change_the_model(client: Client, trace: Trace) -> None:
     shift = januslens.ForwardShift(LAYERS - 1, eta=0.15)
     preview = client.preview_edit(PROMPT, " Paris", shift, probes=["The capital of Peru is"])
     assert preview.edited.target.text == preview.edited.predicted_after.text == " Paris"
@@ -232,7 +232,7 @@ def test_a_step_raises_its_target(client: Client) -> None:
         ([1] * 1000, {}, januslens.InvalidRequest, "input"),
     ],
 )
-def test_what_the_server_refuses_is_typed_and_names_the_field(
+def test_refused_request_raises_a_typed_error_with_the_field(
     client: Client,
     prompt: str | list[int],
     options: dict[str, str | list[int]],
@@ -253,7 +253,7 @@ def test_an_errors_request_id_is_in_the_servers_log(client: Client, server: Serv
     server.wait_for(caught.value.request_id)
 
 
-def test_an_estimate_bounds_what_a_trace_takes(client: Client, trace: Trace) -> None:
+def test_estimate_is_an_upper_bound_of_a_trace(client: Client, trace: Trace) -> None:
     cost = client.estimate_trace(PROMPT)
     read = int(trace.nodes["entropy_bits"].notna().sum())
     assert read <= cost.projected_vectors <= 2 * read
@@ -280,7 +280,7 @@ def test_a_deadline_ends_the_call(client: Client) -> None:
         client.trace(PROMPT, positions="all", heads=0, top_neurons=0, timeout=0.01)
 
 
-async def test_the_async_client_finds_the_same(server_address: str, trace: Trace) -> None:
+async def test_async_client_finds_the_same_neurons(server_address: str, trace: Trace) -> None:
     async with AsyncClient(server_address, timeout=120) as client:
         traced, gradient, models, tokens = await asyncio.gather(
             client.trace(PROMPT),

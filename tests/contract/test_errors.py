@@ -103,7 +103,9 @@ def test_a_deadline_ends_the_call_and_the_computation(
 
 
 @pytest.mark.parametrize("method", methods())
-def test_bytes_that_are_no_message_leak_no_text(channel: grpc.Channel, method: str) -> None:
+def test_malformed_message_is_refused_without_quoting_it(
+    channel: grpc.Channel, method: str
+) -> None:
     answer = refusal(raw_call(channel, method, b"\xff\xff\xff"))
     assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
     assert answer.reason == "INVALID_REQUEST"
@@ -156,7 +158,7 @@ def test_a_stream_carries_the_id_in_header_and_first_message(channel: grpc.Chann
     call.cancel()
 
 
-def test_a_success_carries_the_id_too(channel: grpc.Channel) -> None:
+def test_successful_call_returns_its_request_id(channel: grpc.Channel) -> None:
     call = started(
         channel, "ListModels", models_pb2.ListModelsRequest(), metadata=((REQUEST_ID, "ok-1"),)
     )

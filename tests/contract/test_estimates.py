@@ -39,7 +39,7 @@ def test_a_usual_request_is_admissible(stub: Stub) -> None:
     assert min(found.projected_vectors, found.flops, found.device_bytes) > 0
 
 
-def test_asking_for_more_costs_more(stub: Stub) -> None:
+def test_larger_requests_have_larger_estimates(stub: Stub) -> None:
     small, large = estimate(stub, SHORT), estimate(stub, long_trace(40))
     for field in ("seconds", "projected_vectors", "flops", "device_bytes", "stream_bytes"):
         assert getattr(large, field) > getattr(small, field)
@@ -58,7 +58,7 @@ def test_asking_for_more_costs_more(stub: Stub) -> None:
     ],
     ids=lambda value: str(value).replace("\n", " ")[:30],
 )
-def test_what_could_not_run_is_refused_alike(
+def test_invalid_requests_get_the_same_errors_as_when_run(
     channel: grpc.Channel,
     request_: trace_pb2.TraceRequest | gradient_lens_pb2.GradientLensRequest,
     reason: str,
@@ -91,7 +91,9 @@ def limited(request: pytest.FixtureRequest) -> Iterator[tuple[ServerProcess, str
         yield server, limit
 
 
-def test_a_request_over_a_limit_is_told_both_figures(limited: tuple[ServerProcess, str]) -> None:
+def test_request_over_a_limit_is_refused_with_both_figures(
+    limited: tuple[ServerProcess, str],
+) -> None:
     server, limit = limited
     with grpc.insecure_channel(server.address) as channel:
         answer = refused(channel, "Trace", long_trace(20))

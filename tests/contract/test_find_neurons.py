@@ -28,7 +28,7 @@ def pages(stub: Stub, request: Request) -> Iterator[Response]:
 
 
 @pytest.mark.parametrize("size", [1, 50, 1000])
-def test_the_pages_are_one_list(stub: Stub, size: int) -> None:
+def test_pages_join_to_the_whole_list(stub: Stub, size: int) -> None:
     request = Request(token=TOKYO, page_size=1000, layers=[3])
     whole = stub.FindNeurons(request)
     request.page_size = size
@@ -48,7 +48,7 @@ def test_defaults_are_the_contracts(stub: Stub, demo: models_pb2.Model) -> None:
 
 
 @pytest.mark.parametrize("suppressed", [False, True])
-def test_a_neuron_reads_as_in_a_trace_that_it_fires_in(stub: Stub, suppressed: bool) -> None:
+def test_neuron_projection_equals_that_in_a_trace(stub: Stub, suppressed: bool) -> None:
     trace = trace_pb2.TraceRequest(
         input=prompt("The capital of Japan is the city of"),
         target=TOKYO,
@@ -146,7 +146,7 @@ def test_a_page_token_of_another_request_is_refused(
     assert answer.fields == ["page_token"]
 
 
-def test_a_token_in_several_is_refused_with_their_list(channel: grpc.Channel) -> None:
+def test_text_of_several_tokens_is_refused_with_a_list_of_them(channel: grpc.Channel) -> None:
     answer = refused(channel, "FindNeurons", Request(token=Target(text=" Paris Tokyo")))
     assert answer.fields == ["token"]
     assert "expected one token, got 2" in answer.text

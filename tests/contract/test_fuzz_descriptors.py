@@ -77,7 +77,7 @@ TYPES = types_of(next(iter(methods().values())).input_type.fields[0])
 
 
 @pytest.mark.parametrize("method", methods())
-def test_whatever_can_be_written_is_answered(channel: grpc.Channel, method: str) -> None:
+def test_random_valid_messages_are_served_or_refused(channel: grpc.Channel, method: str) -> None:
     @FUZZ
     @given(messages(methods()[method].input_type))
     def check(request: Message) -> None:
@@ -92,7 +92,7 @@ def test_whatever_can_be_written_is_answered(channel: grpc.Channel, method: str)
 
 
 @pytest.mark.parametrize("method", methods())
-def test_bytes_are_a_message_or_refused(channel: grpc.Channel, method: str) -> None:
+def test_random_bytes_are_served_or_refused(channel: grpc.Channel, method: str) -> None:
     descriptor = methods()[method]
     kind = channel.unary_stream if descriptor.server_streaming else channel.unary_unary
     raw: Any = kind(SERVICE + method)

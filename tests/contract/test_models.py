@@ -79,12 +79,12 @@ def test_a_broken_model_is_refused_with_its_reason(
         assert answer.retry_after is None
 
 
-def test_what_transformers_trips_over_fails_the_model_alone(models: dict[str, Model]) -> None:
+def test_errors_of_transformers_fail_only_their_model(models: dict[str, Model]) -> None:
     assert models["odd"].state == Model.STATE_FAILED
     assert "cannot build the model from config.json" in models["odd"].state_reason
 
 
-def test_the_healthy_one_serves(
+def test_healthy_model_serves_beside_failed_ones(
     stub: service_pb2_grpc.IntrospectionServiceStub, models: dict[str, Model]
 ) -> None:
     well = models["well"]
@@ -94,7 +94,9 @@ def test_the_healthy_one_serves(
     assert list(stub.Trace(request))[-1].HasField("summary")
 
 
-def test_health_tells_them_apart(channel: grpc.Channel, models: dict[str, Model]) -> None:
+def test_health_reports_each_model_separately(
+    channel: grpc.Channel, models: dict[str, Model]
+) -> None:
     health: Any = health_pb2_grpc.HealthStub(channel)
 
     def serving(service: str) -> bool:
@@ -106,7 +108,7 @@ def test_health_tells_them_apart(channel: grpc.Channel, models: dict[str, Model]
     assert serving("")
 
 
-def test_a_request_must_name_one_of_several(
+def test_request_must_name_the_model_if_there_are_several(
     channel: grpc.Channel, models: dict[str, Model]
 ) -> None:
     for method, request in requests_for(""):

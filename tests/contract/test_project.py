@@ -26,7 +26,7 @@ def tensor(values: Vectors) -> common_pb2.Tensor:
 
 
 @pytest.mark.parametrize("lens", lens_pb2.Lens.values()[1:], ids=lens_pb2.Lens.keys()[1:])
-def test_vectors_read_as_the_trace_that_brought_them(
+def test_projection_of_a_node_vector_equals_the_traces(
     stub: Stub, lens: lens_pb2.Lens.ValueType
 ) -> None:
     request = trace_pb2.TraceRequest(
@@ -68,7 +68,9 @@ def assert_equal(ours: Any, theirs: Any) -> None:
     assert ours.target_probability == pytest.approx(theirs.target_probability, abs=1e-5)
 
 
-def test_a_single_vector_and_half_types_are_read_alike(stub: Stub, demo: models_pb2.Model) -> None:
+def test_single_vectors_and_half_types_give_the_same_projections(
+    stub: Stub, demo: models_pb2.Model
+) -> None:
     values = (np.arange(demo.d_model) % 7 - 3).astype("<f4")  # exact in every floating type
     float16 = common_pb2.Tensor(
         data_type=common_pb2.DATA_TYPE_FLOAT16,
@@ -88,7 +90,7 @@ def test_a_single_vector_and_half_types_are_read_alike(stub: Stub, demo: models_
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_zeros_have_an_empty_reading(stub: Stub, demo: models_pb2.Model) -> None:
+def test_zero_vector_has_an_empty_projection(stub: Stub, demo: models_pb2.Model) -> None:
     values = np.zeros((3, demo.d_model), dtype="<f4")
     values[1] = 1.0
     answer = stub.Project(lens_pb2.ProjectRequest(vectors=tensor(values)))

@@ -8,7 +8,7 @@ from tests.support.calls import prompt, timeless
 Stub = service_pb2_grpc.IntrospectionServiceStub
 
 
-def test_a_trace_is_the_same_bytes_after_others(stub: Stub) -> None:
+def test_trace_bytes_do_not_depend_on_earlier_requests(stub: Stub) -> None:
     def request(text: str, **fields: object) -> trace_pb2.TraceRequest:
         return trace_pb2.TraceRequest(input=prompt(text), **fields)  # type: ignore[arg-type]  # of several types
 

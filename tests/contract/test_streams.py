@@ -105,7 +105,7 @@ def test_messages_are_numbered_from_zero(stream: list[Any]) -> None:
     assert [message.sequence for message in stream] == list(range(len(stream)))
 
 
-def test_no_message_needs_a_raised_limit(stream: list[Any]) -> None:
+def test_messages_fit_grpcs_default_limit(stream: list[Any]) -> None:
     assert max(message.ByteSize() for message in stream) <= MESSAGE_LIMIT
 
 
@@ -116,14 +116,12 @@ def test_header_comes_first_and_summary_last_and_once(stream: list[Any]) -> None
     assert set(middle) <= {"layer", "matrix"}
 
 
-def test_the_header_tells_the_sizes_that_the_list_of_models_does(
-    stream: list[Any], demo: models_pb2.Model
-) -> None:
+def test_header_sizes_equal_those_of_list_models(stream: list[Any], demo: models_pb2.Model) -> None:
     for size in stream[0].header.sizes.DESCRIPTOR.fields:
         assert getattr(stream[0].header.sizes, size.name) == getattr(demo, size.name) > 0
 
 
-def test_a_text_comes_once_and_not_after_its_first_use(stream: list[Any]) -> None:
+def test_token_text_is_sent_once_no_later_than_its_first_use(stream: list[Any]) -> None:
     """In a header, the prompt's own tokens bring theirs."""
     known: set[int] = {token.id for token in stream[0].header.prompt_tokens}
     for message in stream[:-1]:
@@ -244,7 +242,7 @@ def test_negative_positions_count_from_the_end(stub: Stub) -> None:
     assert [target.position for target in header.targets] == [0, 2]
 
 
-def test_layers_apart_are_joined_by_gap_edges(streamed: Streamed) -> None:
+def test_layers_that_are_not_adjacent_are_joined_by_gap_edges(streamed: Streamed) -> None:
     messages: list[trace_pb2.TraceResponse] = streamed("Trace", "some layers")
     gaps = [
         (edge.source, edge.target)
@@ -256,7 +254,7 @@ def test_layers_apart_are_joined_by_gap_edges(streamed: Streamed) -> None:
     assert gaps == [(f"L0/p{last}/BLOCK_OUTPUT", f"L2/p{last}/BLOCK_OUTPUT")]
 
 
-def test_a_node_has_the_same_id_and_reading_in_any_request(stub: Stub, streamed: Streamed) -> None:
+def test_node_has_the_same_id_and_projection_in_any_request(stub: Stub, streamed: Streamed) -> None:
     def residuals(messages: Iterable[trace_pb2.TraceResponse]) -> dict[str, bytes]:
         return {
             node.id: node.SerializeToString(deterministic=True)
@@ -271,7 +269,7 @@ def test_a_node_has_the_same_id_and_reading_in_any_request(stub: Stub, streamed:
     assert all(alone[node] == among[node] for node in alone)
 
 
-def test_equal_messages_are_equal_bytes(channel: grpc.Channel, streamed: Streamed) -> None:
+def test_equal_messages_serialise_to_equal_bytes(channel: grpc.Channel, streamed: Streamed) -> None:
     """Maps too, whose entries protobuf sends in an order of the process's own."""
     call: Any = channel.unary_stream(
         "/januslens.v1.IntrospectionService/Trace",

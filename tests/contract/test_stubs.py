@@ -77,7 +77,7 @@ def test_every_proto_has_its_stub_and_no_stub_is_left_over(protos: Files, stubs:
     assert stubs.keys() == protos.keys()
 
 
-def test_stubs_say_what_the_protos_say(protos: Files, stubs: Files) -> None:
+def test_stub_descriptors_equal_the_protos(protos: Files, stubs: Files) -> None:
     drifted = [name for name, file in protos.items() if stubs[name] != file]
     assert drifted == [], "run `make stubs` and commit the result"
 
@@ -93,7 +93,7 @@ def test_contract_is_commented_and_linted() -> None:
     assert linted.returncode == 0, linted.stdout.decode()
 
 
-def test_lint_demands_a_comment_on_every_element(tmp_path: Path) -> None:
+def test_lint_rejects_an_element_without_a_comment(tmp_path: Path) -> None:
     """The check above would pass on a bare contract if the rules were ever relaxed."""
     bare = tmp_path / "protos" / "januslens" / "v1" / "bare.proto"
     bare.parent.mkdir(parents=True)
@@ -138,7 +138,7 @@ def test_service_offers_exactly_the_published_methods() -> None:
     ],
     ids=["NodeKind", "EdgeKind", "MatrixKind"],
 )
-def test_kinds_keep_their_numbers(kinds: EnumDescriptor, published: str) -> None:
+def test_enum_numbers_are_unchanged(kinds: EnumDescriptor, published: str) -> None:
     """Node ids are spelt with these names, and stored traces hold these numbers."""
     numbers = {value.name.partition("_KIND_")[2]: value.number for value in kinds.values}
     assert numbers == {
@@ -146,7 +146,7 @@ def test_kinds_keep_their_numbers(kinds: EnumDescriptor, published: str) -> None
     }
 
 
-def test_a_scalar_whose_zero_means_something_can_be_absent() -> None:
+def test_scalars_with_a_meaningful_zero_are_optional() -> None:
     request: Message = trace_pb2.TraceRequest(top_k=0)
     assert request.HasField("top_k")
     assert not request.HasField("bottom_k")

@@ -45,7 +45,7 @@ def test_the_text_of_a_whole_token_is_its_span(stub: Stub) -> None:
     assert tokens[3].text == " Japan"
 
 
-def test_a_piece_of_a_character_shows_as_a_replacement_and_keeps_its_byte(stub: Stub) -> None:
+def test_part_of_a_character_has_replacement_text_and_its_raw_byte(stub: Stub) -> None:
     tokens = tokens_of(stub, "東")
     assert len(tokens) == 3
     assert {token.text for token in tokens} == {"\ufffd"}
@@ -53,8 +53,8 @@ def test_a_piece_of_a_character_shows_as_a_replacement_and_keeps_its_byte(stub: 
     assert {(token.start, token.end) for token in tokens} == {(0, 1)}
 
 
-def test_the_name_of_a_special_token_is_literal_text_to_a_target_and_a_prompt(stub: Stub) -> None:
-    """What a trace runs is what Tokenize said: both read special names alike."""
+def test_trace_and_tokenize_read_special_token_names_alike(stub: Stub) -> None:
+    """A trace runs the tokens that Tokenize returns."""
     text = "<|endoftext|> Japan"
     header = next(
         iter(stub.Trace(trace_pb2.TraceRequest(input=common_pb2.Input(prompt=text), layers=[0])))
@@ -63,7 +63,7 @@ def test_the_name_of_a_special_token_is_literal_text_to_a_target_and_a_prompt(st
     assert list(header.prompt_tokens) == list(said)
 
 
-def test_the_same_text_gives_the_same_tokens_whoever_else_asks(stub: Stub) -> None:
+def test_concurrent_calls_return_the_same_tokens(stub: Stub) -> None:
     requests = [models_pb2.TokenizeRequest(text=text) for text in TEXTS] * 20
     alone = {text: tokens_of(stub, text) for text in TEXTS}
     calls = [stub.Tokenize.future(request) for request in requests]

@@ -81,13 +81,13 @@ def test_every_resource_satisfies_the_schema(manifests: Manifests, version: str)
             kubernetes_validate.validate(resource, version, strict=True)
 
 
-def test_the_operators_resources_satisfy_theirs(manifests: Manifests) -> None:
+def test_operator_resources_satisfy_their_schemas(manifests: Manifests) -> None:
     for resource in manifests.resources:
         if path := OPERATORS.get(resource["kind"]):
             jsonschema.validate(resource, json.loads(path.read_text()))
 
 
-def test_every_schema_of_an_operator_is_of_use() -> None:
+def test_every_operator_schema_is_used() -> None:
     kinds = {resource["kind"] for make in INSTALLATIONS.values() for resource in make().resources}
     assert kinds >= set(OPERATORS)
 
@@ -101,7 +101,7 @@ def test_every_component_is_in_an_installation() -> None:
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
-def test_the_schemas_know_misspelt_fields(version: str) -> None:
+def test_schemas_reject_misspelt_fields(version: str) -> None:
     deployment = copy.deepcopy(base().one("Deployment"))
     deployment["spec"]["template"]["spec"]["enableServiceLink"] = False
     with pytest.raises(kubernetes_validate.ValidationError, match="enableServiceLink"):
@@ -109,7 +109,7 @@ def test_the_schemas_know_misspelt_fields(version: str) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(OPERATORS))
-def test_the_operators_schemas_know_misspelt_fields(kind: str) -> None:
+def test_operator_schemas_reject_misspelt_fields(kind: str) -> None:
     everything = [r for make in INSTALLATIONS.values() for r in make().of_kind(kind)]
     resource = copy.deepcopy(everything[0])
     resource["spec"]["misspelt"] = True
@@ -148,7 +148,9 @@ def test_one_service_balances_and_one_resolves_to_pods(manifests: Manifests) -> 
     }
 
 
-def test_services_say_how_their_ports_speak(manifests: Manifests, settings: ServerSettings) -> None:
+def test_service_ports_declare_their_protocol(
+    manifests: Manifests, settings: ServerSettings
+) -> None:
     """A gateway that takes TLS for plaintext, or plaintext for HTTP/1, gets no answer."""
     speaks = "kubernetes.io/h2c" if settings.tls_certificate is None else "https"
     for service in manifests.of_kind("Service"):
@@ -164,14 +166,14 @@ def test_services_say_how_their_ports_speak(manifests: Manifests, settings: Serv
         ("livenessProbe", health.ALIVE),
     ],
 )
-def test_probes_ask_for_what_the_server_answers_in_plaintext(
+def test_probes_use_a_plaintext_port_of_the_server(
     manifests: Manifests, settings: ServerSettings, probe: str, service: str
 ) -> None:
     plain = settings.port if settings.tls_certificate is None else settings.health_port
     assert manifests.container[probe]["grpc"] == {"port": plain, "service": service}
 
 
-def test_the_pod_may_take_longer_to_end_than_the_server_needs(
+def test_pod_termination_period_exceeds_the_servers_grace_period(
     manifests: Manifests, settings: ServerSettings
 ) -> None:
     before = manifests.container["lifecycle"]["preStop"]["sleep"]["seconds"]
@@ -192,20 +194,24 @@ def test_a_pod_on_a_cpu_has_memory_for_the_largest_request(
         assert limit >= PROCESS_BYTES + settings.row_cache + settings.max_request_memory
 
 
-def test_clients_that_balance_find_new_pods(manifests: Manifests, settings: ServerSettings) -> None:
+def test_connection_age_lets_balancing_clients_find_new_pods(
+    manifests: Manifests, settings: ServerSettings
+) -> None:
     """And before a rollout can have replaced all the pods that they know."""
     assert settings.max_connection_age_seconds is not None
     headless = manifests.named("Service", "januslens-headless")["spec"]
     assert headless.get("publishNotReadyAddresses", False) is False
 
 
-def test_a_rollout_waits_for_no_gpu_that_only_itself_can_free(manifests: Manifests) -> None:
+def test_gpu_rollout_does_not_need_a_spare_gpu(manifests: Manifests) -> None:
     strategy = manifests.one("Deployment")["spec"]["strategy"]["rollingUpdate"]
     on_gpus = "nvidia.com/gpu" in manifests.container["resources"]["limits"]
     assert strategy == {"maxSurge": 0 if on_gpus else 1, "maxUnavailable": 1 if on_gpus else 0}
 
 
-def test_models_go_where_the_pod_has_gpus(manifests: Manifests, settings: ServerSettings) -> None:
+def test_device_setting_matches_the_gpus_of_the_pod(
+    manifests: Manifests, settings: ServerSettings
+) -> None:
     gpus = int(manifests.container["resources"]["limits"].get("nvidia.com/gpu", 0))
     device = {0: "cpu", 1: "cuda"}.get(gpus, "auto")
     assert settings.device == device
@@ -226,7 +232,7 @@ def test_selectors_choose_the_pods(manifests: Manifests) -> None:
         assert selector.items() <= labels.items()
 
 
-def test_the_pod_uses_what_is_there(manifests: Manifests) -> None:
+def test_references_of_the_pod_exist(manifests: Manifests) -> None:
     spec = manifests.pod["spec"]
     assert spec["serviceAccountName"] == manifests.one("ServiceAccount")["metadata"]["name"]
     assert manifests.settings["data"].keys() == {"januslens.yaml"}
@@ -237,7 +243,7 @@ def test_the_pod_uses_what_is_there(manifests: Manifests) -> None:
     assert mounted == {volume["name"] for volume in spec["volumes"]}
 
 
-def test_only_scratch_is_writable(manifests: Manifests) -> None:
+def test_only_scratch_volumes_are_writable(manifests: Manifests) -> None:
     scratch = {v["name"] for v in manifests.pod["spec"]["volumes"] if "emptyDir" in v}
     for mount in manifests.container["volumeMounts"]:
         assert mount.get("readOnly", False) is (mount["name"] not in scratch)
@@ -265,7 +271,7 @@ def test_the_namespace_refuses_pods_with_privileges(name: str) -> None:
         assert resource["metadata"].get("namespace", namespace["name"]) == namespace["name"]
 
 
-def test_nothing_goes_in_or_out_but_what_is_named(manifests: Manifests) -> None:
+def test_network_policy_allows_only_named_connections(manifests: Manifests) -> None:
     policy = manifests.named("NetworkPolicy", "januslens")["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert policy["egress"] == []
@@ -281,13 +287,13 @@ def test_nothing_goes_in_or_out_but_what_is_named(manifests: Manifests) -> None:
     assert set(opened) <= manifests.container_ports.keys()
 
 
-def test_downloads_are_allowed_where_they_can_be_made(manifests: Manifests) -> None:
+def test_downloads_are_allowed_only_with_the_hub_component(manifests: Manifests) -> None:
     policies = {policy["metadata"]["name"] for policy in manifests.of_kind("NetworkPolicy")}
     offline = manifests.environment({})["HF_HUB_OFFLINE"]
     assert offline == ("0" if "januslens-hub" in policies else "1")
 
 
-def test_service_links_stay_out_of_the_settings(
+def test_service_links_are_disabled(
     manifests: Manifests, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Kubernetes would name the Service `januslens` by a variable that means our port."""
@@ -298,7 +304,7 @@ def test_service_links_stay_out_of_the_settings(
     assert "tcp://10.0.0.1:50051" in capsys.readouterr().err
 
 
-def test_the_container_asks_for_no_more_than_it_may_use(manifests: Manifests) -> None:
+def test_requested_resources_do_not_exceed_limits(manifests: Manifests) -> None:
     resources = manifests.container["resources"]
     assert resources["limits"].keys() >= resources["requests"].keys() == {"cpu", "memory"}
 
@@ -322,20 +328,18 @@ class TestProduction:
         assert scaled["spec"]["scaleTargetRef"]["name"] == deployment["metadata"]["name"]
         assert scaled["spec"]["minReplicaCount"] > 1
 
-    def test_the_autoscaler_asks_for_this_installation(self, manifests: Manifests) -> None:
+    def test_autoscaler_queries_select_this_installation(self, manifests: Manifests) -> None:
         namespace = manifests.one("Namespace")["metadata"]["name"]
         for trigger in manifests.one("ScaledObject")["spec"]["triggers"]:
             assert f'namespace="{namespace}"' in trigger["metadata"]["query"]
 
-    def test_the_monitor_scrapes_the_port_under_the_name_that_rules_ask_for(
-        self, manifests: Manifests
-    ) -> None:
+    def test_pod_monitor_uses_the_job_name_of_the_rules(self, manifests: Manifests) -> None:
         monitor = manifests.one("PodMonitor")["spec"]
         (endpoint,) = monitor["podMetricsEndpoints"]
         assert endpoint["port"] in manifests.container_ports
         assert manifests.pod["metadata"]["labels"][monitor["jobLabel"]] == "januslens"
 
-    def test_one_pod_of_several_may_go_at_a_time(self, manifests: Manifests) -> None:
+    def test_disruption_budget_allows_one_pod_at_a_time(self, manifests: Manifests) -> None:
         assert manifests.one("PodDisruptionBudget")["spec"]["maxUnavailable"] == 1
 
 
@@ -350,7 +354,7 @@ def test_the_gateway_routes_to_the_service_s_port() -> None:
     assert (ref["kind"], ref["name"]) == ("GRPCRoute", route["metadata"]["name"])
 
 
-def test_no_gateway_cuts_a_stream() -> None:
+def test_gateway_has_no_stream_timeout() -> None:
     timeouts = INSTALLATIONS["from outside"]().one("BackendTrafficPolicy")["spec"]["timeout"]
     assert timeouts["http"] == {"requestTimeout": "0s", "maxStreamDuration": "0s"}
 

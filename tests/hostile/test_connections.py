@@ -96,7 +96,7 @@ def test_open_calls_of_a_connection_are_bounded(limited: ServerProcess) -> None:
 
 
 @pytest.mark.usefixtures("held")
-def test_rapid_resets(limited: ServerProcess) -> None:
+def test_rapid_resets_use_bounded_memory(limited: ServerProcess) -> None:
     with RawPeer(limited.address) as peer:
         deadline = time.monotonic() + 3
         while time.monotonic() < deadline and not peer.closed:
@@ -129,7 +129,7 @@ LONG_HEADER = b"\x40\x03x-a\x7f\x99\x07" + b"y" * 1000
     ids=["window updates of one byte", "pings", "settings", "headers without an end"],
 )
 @pytest.mark.usefixtures("held")
-def test_floods_of_frames(limited: ServerProcess, flood: bytes) -> None:
+def test_floods_of_frames_use_bounded_memory(limited: ServerProcess, flood: bytes) -> None:
     with RawPeer(limited.address, reads=False) as peer:
         peer._socket.settimeout(0.2)
         deadline = time.monotonic() + 2
@@ -138,7 +138,7 @@ def test_floods_of_frames(limited: ServerProcess, flood: bytes) -> None:
 
 
 @pytest.mark.usefixtures("held")
-def test_half_sent_messages(limited: ServerProcess) -> None:
+def test_half_sent_messages_use_bounded_memory(limited: ServerProcess) -> None:
     size = 4 * 2**20 - 100
     with ExitStack() as stack:
         for _ in range(20):
@@ -148,7 +148,7 @@ def test_half_sent_messages(limited: ServerProcess) -> None:
 
 
 @pytest.mark.usefixtures("held")
-def test_readers_that_never_read(limited: ServerProcess) -> None:
+def test_readers_that_never_read_use_bounded_memory(limited: ServerProcess) -> None:
     with ExitStack() as stack:
         for _ in range(CONNECTIONS // 2):
             peer = stack.enter_context(RawPeer(limited.address, window=0))

@@ -105,7 +105,9 @@ def test_implementations_come_from_an_allow_list(folder: Path, changes: dict[str
         ({"distributed_config": {"tp_size": 2}}, "distributed_config selects"),
     ],
 )
-def test_keys_that_choose_code_or_files(folder: Path, changes: dict[str, Any], found: str) -> None:
+def test_keys_that_choose_code_or_files_are_refused(
+    folder: Path, changes: dict[str, Any], found: str
+) -> None:
     describe(folder, **changes)
     assert found in refusal(folder)
 
@@ -355,7 +357,9 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS.values(), ids=list(BOMBS))
-def test_bombs(folder: Path, bomb: Callable[[Path], str]) -> None:
+def test_folders_with_impossible_sizes_are_refused(
+    folder: Path, bomb: Callable[[Path], str]
+) -> None:
     expected = bomb(folder)
     assert expected in refusal(folder)
 

@@ -39,7 +39,7 @@ def count(file: ReservedFile, series: int) -> None:
     assert [file.read_value(f"series {i}")[0] for i in range(series)] == list(range(series))
 
 
-def test_every_page_is_on_the_disk_and_a_replacement_continues(tmp_path: Path) -> None:
+def test_metrics_are_written_to_disk_and_continued_by_a_replacement(tmp_path: Path) -> None:
     path = tmp_path / "counter_1.db"
     series = RESERVED_BYTES // 20  # more than were reserved at first
     with closing(ReservedFile(str(path))) as file:
@@ -50,7 +50,7 @@ def test_every_page_is_on_the_disk_and_a_replacement_continues(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("small_files")
-def test_without_space_it_counts_in_memory_and_says_so_once(
+def test_without_disk_space_metrics_stay_in_memory_and_are_logged_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in ("counter_1.db", "histogram_1.db"):
@@ -61,7 +61,7 @@ def test_without_space_it_counts_in_memory_and_says_so_once(
     assert "no space for counter_1.db" in record.getMessage()
 
 
-def test_a_disk_that_fills_up_later_ends_nothing(
+def test_disk_that_fills_up_later_ends_no_process(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, request: pytest.FixtureRequest
 ) -> None:
     with closing(ReservedFile(str(tmp_path / "counter_1.db"))) as file:

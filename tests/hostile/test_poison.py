@@ -122,7 +122,7 @@ async def seen(stub: Any) -> tuple[float, bytes]:
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
-async def test_a_failed_request_teaches_nothing(
+async def test_failed_request_does_not_change_estimates(
     demo: Loaded, stub: Any, stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await seen(stub)
@@ -150,7 +150,7 @@ class Overestimated(Pace):
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
-async def test_a_failed_request_is_charged_what_it_used(
+async def test_failed_request_is_charged_its_device_time(
     demo: Loaded, stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It no longer counts as open, and its estimate is given back."""

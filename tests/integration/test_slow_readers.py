@@ -34,7 +34,7 @@ def stalled(channel: grpc.Channel, server: ServerProcess) -> Iterator[Any]:
     wait_until_idle(server)
 
 
-def test_others_are_served_while_a_reader_stalls(
+def test_other_callers_are_served_while_a_reader_stalls(
     server: ServerProcess, stub: Stub, stalled: Any
 ) -> None:
     """The device runs other requests after the stalled one is suspended."""
@@ -44,7 +44,7 @@ def test_others_are_served_while_a_reader_stalls(
     assert stalled.is_active()
 
 
-def test_a_stalled_stream_costs_bounded_memory(
+def test_stalled_stream_uses_bounded_memory(
     server: ServerProcess, channel: grpc.Channel, stub: Stub
 ) -> None:
     list(stub.Trace(SHORT))

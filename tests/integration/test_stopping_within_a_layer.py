@@ -88,7 +88,9 @@ CASES = {
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
 @pytest.mark.parametrize("where", CASES)
-async def test_it_stops_before_the_next_layer(demo: Loaded, where: str, how: str) -> None:
+async def test_cancelled_request_stops_before_the_next_layer(
+    demo: Loaded, where: str, how: str
+) -> None:
     holding, method, request, first = CASES[where]
     async with served(demo) as stub:
         with holding(demo) as held:

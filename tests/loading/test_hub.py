@@ -43,7 +43,7 @@ def test_another_revision_is_refused(cached: Path) -> None:
         load(ModelSource("tiny", "someone/tiny", "other"))
 
 
-def test_weights_that_were_never_fetched_are_missed(cached: Path) -> None:
+def test_missing_weights_of_a_cached_model_are_reported(cached: Path) -> None:
     (cached / "model.safetensors").unlink()
     with pytest.raises(ModelFailed, match=r"no file named model\.safetensors"):
         load(ModelSource("tiny", "someone/tiny"))

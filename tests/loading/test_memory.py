@@ -74,7 +74,7 @@ def test_a_model_that_does_not_fit_is_refused_with_both_figures(tmp_path: Path) 
     assert "found 200.0 MiB on cpu" in reason
 
 
-def test_what_is_kept_later_counts_before_loading_and_the_refusal_names_it(tmp_path: Path) -> None:
+def test_caches_count_before_loading_and_are_named_in_the_refusal(tmp_path: Path) -> None:
     source = replace(saved(TIED, tmp_path / "model"), row_cache_bytes=2**16)
     need = memory_needed(skeleton(TIED, torch.float32), source.chunk_bytes, source.row_cache_bytes)
     assert load(replace(source, limits={"cpu": need.total})).provenance.device == "cpu"
@@ -87,7 +87,7 @@ def test_what_is_kept_later_counts_before_loading_and_the_refusal_names_it(tmp_p
 
 @pytest.mark.parametrize("limit", [2**16, 2**40], ids=["limited", "all rows"])
 @pytest.mark.parametrize("case", [TIED, UNTIED, MIXTURE], ids=lambda case: case.id)
-def test_what_is_kept_stays_below_the_estimate(case: Case, limit: int, tmp_path: Path) -> None:
+def test_caches_stay_below_their_estimate(case: Case, limit: int, tmp_path: Path) -> None:
     """Full, and not far below."""
     source = saved(case, tmp_path / "model")
     need = memory_needed(skeleton(case, torch.float32), 1000, limit)
@@ -106,7 +106,7 @@ def test_a_gpu_keeps_no_rows_and_no_index() -> None:
     assert need.on("cuda:0") == MemoryNeed(need.weights, need.lens, need.work)
 
 
-def test_what_is_free_is_the_limit_without_a_setting(tmp_path: Path) -> None:
+def test_free_memory_is_the_limit_by_default(tmp_path: Path) -> None:
     free = available("cpu", {})
     assert free is not None
     assert 2**28 < free < 2**50
@@ -120,7 +120,7 @@ def test_a_split_that_needs_the_disk_needs_a_folder(tmp_path: Path) -> None:
     assert "disk" in load(replace(source, offload_dir=tmp_path)).provenance.device
 
 
-def test_auto_keeps_whole_what_fits(tmp_path: Path) -> None:
+def test_auto_does_not_split_a_model_that_fits(tmp_path: Path) -> None:
     source = replace(saved(TIED, tmp_path / "model"), device="auto", offload_dir=tmp_path)
     if not torch.cuda.is_available():
         assert load(source).provenance.device == "cpu"
@@ -149,7 +149,7 @@ VERSIONS = {
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_free_memory_is_what_the_tightest_cgroup_leaves(version: int, tmp_path: Path) -> None:
+def test_free_memory_is_limited_by_the_tightest_cgroup(version: int, tmp_path: Path) -> None:
     own, folder, (limit, used, inactive), none = VERSIONS[version]
     mapped = psutil.Process().memory_info().shared
     (tmp_path / "own").write_text(own)
@@ -177,13 +177,13 @@ def test_a_container_sees_its_own_cgroup_at_the_top(version: int, tmp_path: Path
     assert total_memory("cpu", own_groups(tmp_path, tmp_path / "own")) == 3_000_000
 
 
-def test_without_cgroups_the_machine_bounds_memory(tmp_path: Path) -> None:
+def test_without_cgroups_free_memory_is_that_of_the_machine(tmp_path: Path) -> None:
     groups = own_groups(tmp_path, tmp_path / "absent")
     assert total_memory("cpu", groups) == psutil.virtual_memory().total
     assert 0 < free_memory(groups) < psutil.virtual_memory().available
 
 
-def test_a_limit_of_the_process_bounds_its_memory() -> None:
+def test_ulimit_of_the_process_limits_free_memory() -> None:
     """`ulimit -v` and `ulimit -d`."""
     program = (
         "import resource, sys; from januslens_server.models.device_memory import free_memory;"
@@ -199,7 +199,7 @@ def test_a_limit_of_the_process_bounds_its_memory() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_s_memory_is_known_by_kind() -> None:
+def test_gpu_memory_is_reported_by_kind() -> None:
     assert watched_devices("auto")[:2] == ["cpu", "cuda:0"]
     before = used_bytes("cuda:0", "allocated")
     kept = torch.zeros(2**20, device="cuda:0")
@@ -208,6 +208,6 @@ def test_a_gpu_s_memory_is_known_by_kind() -> None:
     assert 0 < used_bytes("cuda:0", "available") < used_bytes("cuda:0", "total")
 
 
-def test_a_cpu_server_leaves_gpus_alone() -> None:
+def test_cpu_server_does_not_initialise_gpus() -> None:
     """Asking a GPU for its memory takes some of it."""
     assert watched_devices("cpu") == ["cpu"]

@@ -51,13 +51,13 @@ def break_weights(source: ModelSource) -> None:
 @pytest.mark.parametrize(
     "method", ["bitsandbytes", "gptq", "awq", "fp8", "mxfp4", "compressed-tensors"]
 )
-def test_quantised_checkpoints(source: ModelSource, method: str) -> None:
+def test_quantised_checkpoints_are_refused(source: ModelSource, method: str) -> None:
     describe(source, quantization_config={"quant_method": method, "bits": 4})
     break_weights(source)
     assert f"quantised by {method}" in refusal(source)
 
 
-def test_quantised_weights_that_nothing_describes(source: ModelSource) -> None:
+def test_quantised_weights_without_a_configuration_are_refused(source: ModelSource) -> None:
     path = Path(source.location) / WEIGHTS
     tensors = load_file(path)
     name = "transformer.h.0.mlp.c_fc.weight"
@@ -65,7 +65,7 @@ def test_quantised_weights_that_nothing_describes(source: ModelSource) -> None:
     assert f"got {name} in F8_E4M3" in refusal(source)
 
 
-def test_encoder_decoders(tmp_path: Path) -> None:
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "t5", d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=20
     )
@@ -81,13 +81,15 @@ def test_encoder_decoders(tmp_path: Path) -> None:
         ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "got BertForMaskedLM"),
     ],
 )
-def test_models_of_other_tasks(source: ModelSource, described: dict[str, Any], found: str) -> None:
+def test_models_of_other_tasks_are_refused(
+    source: ModelSource, described: dict[str, Any], found: str
+) -> None:
     describe(source, **described)
     break_weights(source)
     assert f"expected a causal language model, {found}" in refusal(source)
 
 
-def test_code_of_its_own_is_never_run(source: ModelSource) -> None:
+def test_code_of_a_model_is_never_run(source: ModelSource) -> None:
     describe(source, model_type="novel", auto_map={"AutoConfig": "code.NovelConfig"})
     ran = Path(source.location) / "ran"
     code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"
@@ -101,17 +103,17 @@ def test_known_families_that_also_bring_code_are_served_without_it(source: Model
     assert load(source).provenance.architecture == "GPT2LMHeadModel"
 
 
-def test_an_unknown_family(source: ModelSource) -> None:
+def test_unknown_model_type_is_refused(source: ModelSource) -> None:
     describe(source, model_type="novel")
     assert "novel" in refusal(source)
 
 
-def test_no_description(source: ModelSource) -> None:
+def test_folder_without_config_is_refused(source: ModelSource) -> None:
     (Path(source.location) / "config.json").unlink()
     assert "expected a model with a config.json" in refusal(source)
 
 
-def test_a_description_that_is_no_json(source: ModelSource) -> None:
+def test_config_that_is_not_json_is_refused(source: ModelSource) -> None:
     (Path(source.location) / "config.json").write_text("{")
     assert "not a valid JSON file" in refusal(source)
 
@@ -211,7 +213,7 @@ BREAKAGES = (
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES, ids=lambda b: b.__name__)
-def test_broken_folders(source: ModelSource, breakage: Callable[[Path], str]) -> None:
+def test_broken_folders_are_refused(source: ModelSource, breakage: Callable[[Path], str]) -> None:
     expected = breakage(Path(source.location))
     reason = refusal(source)
     assert reason.startswith(source.location)
@@ -219,18 +221,18 @@ def test_broken_folders(source: ModelSource, breakage: Callable[[Path], str]) ->
 
 
 @pytest.mark.parametrize("location", ["nobody/nothing", "no/such/folder", "~/nowhere"])
-def test_neither_a_folder_nor_a_model_of_the_hub(location: str) -> None:
+def test_path_that_is_neither_folder_nor_hub_id_is_refused(location: str) -> None:
     reason = refusal(ModelSource("absent", location))
     assert f"{location}: expected a local folder or a model of the hub, found neither" in reason
 
 
-def test_a_device_that_is_not_there(source: ModelSource) -> None:
+def test_unavailable_device_is_refused(source: ModelSource) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     assert "expected a CUDA device, found none" in refusal(replace(source, device="cuda"))
 
 
-def test_weights_that_the_model_does_not_need_are_no_reason_to_refuse(source: ModelSource) -> None:
+def test_unneeded_weights_are_accepted(source: ModelSource) -> None:
     path = Path(source.location) / WEIGHTS
     tensors = load_file(path) | {
         "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
@@ -278,7 +280,7 @@ def test_a_single_weights_file_is_preferred_to_an_index_as_in_transformers(
         (ValueError("first\nsecond"), "first"),
     ],
 )
-def test_failed_look_ups_are_put_in_words(error: Exception, line: str) -> None:
+def test_failed_look_ups_of_transformers_are_explained(error: Exception, line: str) -> None:
     assert one_line(error).startswith(line)
 
 

@@ -83,7 +83,7 @@ def test_each_has_its_own_state_and_numbers(sources: list[ModelSource]) -> None:
     assert len({model.provenance.revision for model in served}) == 3
 
 
-def test_nothing_of_a_failed_model_stays_in_memory(sources: list[ModelSource]) -> None:
+def test_memory_of_a_failed_model_is_released(sources: list[ModelSource]) -> None:
     loaded: list[weakref.ref[torch.nn.Module]] = []
     alive: list[int] = []
 

@@ -97,7 +97,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(BY_ID[name], CHOSEN[name], tmp_path_factory.mktemp("pair"))
 
 
-def test_weights_stand_on_both_or_on_disk_alone(pair: Pair) -> None:
+def test_weights_are_placed_on_both_devices_or_on_disk_only(pair: Pair) -> None:
     placed = pair.split.provenance.device
     assert placed == ("disk" if CHOSEN[pair.case.id] == 0.0 else "cpu, disk")
     assert any(p.device.type == "meta" for p in pair.split.network.parameters())
@@ -157,7 +157,7 @@ def test_edits_are_the_same(pair: Pair, edit: ForwardShift | DescentStep) -> Non
         pair.assert_same(resolve_preview_edit, preview_edit, spec)
 
 
-def test_nothing_of_the_disks_weights_stays_in_memory(pair: Pair) -> None:
+def test_weights_on_disk_are_not_kept_in_memory(pair: Pair) -> None:
     before = placed_on_meta(pair.split)
     pair.assert_same(resolve_trace, trace, TraceSpec(prompt=pair.ids))
     pair.assert_same(

@@ -79,7 +79,7 @@ def test_a_target_is_one_token_with_its_own_space(kind: str, target: str) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_targets_spaces_are_neither_more_nor_fewer(kind: str) -> None:
+def test_spaces_of_a_target_are_unchanged(kind: str) -> None:
     for target in ("  Tokyo", " Tokyo is", "Tokyo Japan"):
         if kind == "splitting" and "  " in target:
             continue  # Metaspace's own split has no piece for two
@@ -87,7 +87,7 @@ def test_a_targets_spaces_are_neither_more_nor_fewer(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_prompt_starts_with_what_the_tokenizer_puts_there_and_ends_with_its_text(
+def test_prompt_gets_leading_special_tokens_and_no_trailing_ones(
     kind: str,
 ) -> None:
     prompt = texts(KINDS[kind], "Japan is", as_prompt=True)
@@ -102,12 +102,12 @@ def test_a_prompt_is_tokenized_as_its_model_was_trained() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_that_a_text_spells_out_stay(kind: str) -> None:
+def test_special_tokens_spelled_in_a_text_are_kept(kind: str) -> None:
     prompt = KINDS[kind].encode_prompt("Japan</s>")
     assert (prompt[-1].text, prompt[-1].start, prompt[-1].end) == ("</s>", 5, 9)
 
 
-def test_a_byte_that_is_no_text_keeps_its_byte() -> None:
+def test_token_of_an_incomplete_character_keeps_its_byte() -> None:
     for kind in ("first", "byte-level"):
         *_, first, second, third = KINDS[kind].encode_continuation(" \u20ac")
         assert [t.raw for t in (first, second, third)] == [b"\xe2", b"\x82", b"\xac"]
@@ -122,7 +122,7 @@ def test_a_byte_that_is_no_text_keeps_its_byte() -> None:
         ("\U0001f5fc Tokyo", [(0, 1)] * 4 + [(1, 7)]),  # one character of four bytes
     ],
 )
-def test_spans_are_characters_of_the_prompt_as_it_came(
+def test_spans_refer_to_characters_of_the_original_prompt(
     prompt: str, spans: list[tuple[int, int]]
 ) -> None:
     tokenizer = byte_level(False, SPACED)
@@ -131,24 +131,24 @@ def test_spans_are_characters_of_the_prompt_as_it_came(
     assert [(token.start, token.end) for token in tokens] == spans
 
 
-def test_word_pieces_read_as_running_text() -> None:
+def test_word_pieces_are_shown_as_running_text() -> None:
     own = vocabulary(word_piece(["tokyo", "##ite", ","]))
     assert texts(own, " Tokyoite,", as_prompt=False) == [" tokyo", "ite", " ,"]
     assert texts(own, "Tokyo", as_prompt=True) == ["<s>", " tokyo"]
 
 
-def test_a_words_end_reads_as_its_space() -> None:
+def test_end_of_word_marker_is_shown_as_a_space() -> None:
     tokenizer = Tokenizer(models.BPE({"to": 0, "kyo</w>": 1}, []))
     tokenizer.decoder = decoders.BPEDecoder("</w>")
     own = vocabulary(tokenizer)
     assert [own.token(i).text for i in (0, 1)] == ["to", "kyo "]
 
 
-def test_without_a_decoder_pieces_stand_for_themselves() -> None:
+def test_without_a_decoder_pieces_are_shown_unchanged() -> None:
     assert texts(vocabulary(bare(WORDS)), "Tokyo is", as_prompt=True) == ["<s>", "Tokyo", "is"]
 
 
-def test_added_tokens_are_what_they_spell() -> None:
+def test_text_of_an_added_token_is_its_content() -> None:
     for kind in (byte_level(False, SPACED), sentencepiece("first", MARKED)):
         kind.add_tokens([AddedToken("<think>", normalized=False)])
         kind.add_special_tokens(["<|caf\u00e9|>"])
@@ -180,7 +180,7 @@ def test_literal_text_never_becomes_a_control_token(kind: str, text: str) -> Non
         assert covered >= {i for i, char in enumerate(text) if char != " "}
 
 
-def test_literal_text_reads_undeclared_markup_as_characters_and_keeps_other_added_words() -> None:
+def test_literal_text_splits_undeclared_markup_and_keeps_other_added_words() -> None:
     for kind in (byte_level(False, SPACED), sentencepiece("first", MARKED)):
         kind.add_tokens([AddedToken("<think>", normalized=False), AddedToken("    ")])
         own = vocabulary(kind)
@@ -225,7 +225,7 @@ def test_no_added_token_is_put_before_a_text_that_begins_with_it(text: str, ids:
     assert texts(own, text, as_prompt=True) == ids
 
 
-def test_special_tokens_are_added_whatever_letters_a_tokenizer_knows() -> None:
+def test_special_tokens_are_added_for_any_alphabet_of_the_tokenizer() -> None:
     tokenizer = Tokenizer(models.BPE({"\u0434": 0, "\u0430": 1}, []))
     tokenizer.add_special_tokens(["<s>", "</s>"])
     own = Vocabulary(with_template(tokenizer, ["<s>"], ["</s>"]))
@@ -241,7 +241,7 @@ def test_special_tokens_are_added_whatever_letters_a_tokenizer_knows() -> None:
         (normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Lowercase()]), "<S>"),
     ],
 )
-def test_literal_text_that_normalises_to_a_control_token_is_no_control_token(
+def test_literal_text_that_normalises_to_a_control_token_is_read_as_characters(
     normalizer: normalizers.Normalizer, text: str
 ) -> None:
     for tokenizer in (bare(["[INST]"]), sentencepiece("never", ["s"])):
@@ -312,7 +312,7 @@ def test_ids_beyond_the_tokenizers_own_are_empty() -> None:
     assert (token.raw, token.text) == (b"", "")
 
 
-def test_lengths_of_training_neither_cut_nor_fill() -> None:
+def test_truncation_and_padding_settings_of_training_are_ignored() -> None:
     tokenizer = bare(WORDS)
     tokenizer.enable_truncation(2)
     tokenizer.enable_padding(length=9)
@@ -329,7 +329,7 @@ def test_a_prompt_of_no_tokens_is_refused() -> None:
             read_prompt(model, text)
 
 
-def test_a_target_of_several_tokens_is_refused_by_their_texts() -> None:
+def test_target_of_several_tokens_is_refused_with_a_list_of_them() -> None:
     view = resident(GPT2).view  # of fewer tokens than the tokenizer
     view = replace(view, facts=replace(view.facts, vocab_size=1000))
     model = replace(resident(GPT2), vocabulary=KINDS["first"], view=view)
@@ -338,7 +338,7 @@ def test_a_target_of_several_tokens_is_refused_by_their_texts() -> None:
         read_single_target(model, " Tokyo is", "target")
 
 
-def test_a_token_that_only_the_tokenizer_has_is_refused() -> None:
+def test_token_beyond_the_embedding_is_refused() -> None:
     size = resident(GPT2).view.facts.vocab_size
     tokenizer = bare([*WORDS, *(f"w{i}" for i in range(size))])
     own = Vocabulary(tokenizer)

@@ -128,7 +128,7 @@ def test_a_preview_shows_before_and_after(client: Client) -> None:
     assert "script" not in seen.tags
 
 
-def test_lists_show_themselves(client: Client, trace: Trace) -> None:
+def test_lists_have_html_displays(client: Client, trace: Trace) -> None:
     (model,) = read(client.list_models()).rows[1:]
     assert model[:3] == ["demo", "READY", "GPT2LMHeadModel"]
     tokens = read(client.tokenize("<b> Japan")).rows
@@ -177,7 +177,7 @@ class Whole(HTMLParser):
         self.text += data
 
 
-def test_ink_is_readable_on_every_ground() -> None:
+def test_text_has_contrast_on_every_background() -> None:
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
@@ -191,7 +191,7 @@ def test_ink_is_readable_on_every_ground() -> None:
         assert (high + 0.05) / (low + 0.05) >= 4.5
 
 
-def test_results_are_one_line_elsewhere(trace: Trace, gradient: Gradient) -> None:
+def test_repr_of_results_is_one_line(trace: Trace, gradient: Gradient) -> None:
     assert repr(trace) == (
         f"<Trace of {PROMPT!r} at 7: 4 layers, {len(trace.node_list)} nodes, "
         f"{len(trace.edge_list)} edges>"

@@ -32,7 +32,7 @@ def shown(cell: NotebookNode) -> str:
     return "".join(texts)
 
 
-def test_its_saved_outputs_are_what_it_shows(fresh: NotebookNode) -> None:
+def test_saved_outputs_equal_those_of_a_new_run(fresh: NotebookNode) -> None:
     for before, now in zip_longest(saved().cells, tidied(fresh).cells):
         assert before.source == now.source
         expected, found = shown(before), shown(now)
@@ -43,14 +43,14 @@ def test_its_saved_outputs_are_what_it_shows(fresh: NotebookNode) -> None:
         )
 
 
-def test_every_cell_was_saved_with_what_it_shows() -> None:
+def test_every_cell_has_its_saved_output() -> None:
     silent = ("client.close()", "import os")
     for cell in saved().cells:
         if cell.cell_type == "code" and not cell.source.startswith(silent):
             assert bool(cell.outputs) != (UNSAVED in cell.metadata.get("tags", ())), cell.source
 
 
-def test_it_shows_tables_without_any_script() -> None:
+def test_displayed_tables_contain_no_script() -> None:
     tables = [shown(cell) for cell in saved().cells if 'class="januslens"' in shown(cell)]
     assert len(tables) >= 9
     assert not any("<script" in table for table in tables)

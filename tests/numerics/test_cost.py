@@ -220,7 +220,7 @@ def test_seconds_of_a_long_edit_count_its_components(model: ResidentModel, pace:
     assert_near(model, PreviewEditSpec(prompt, (5,), DescentStep((), (), 0.1)), pace)
 
 
-def test_what_a_search_for_neurons_holds_between_chunks_is_bounded() -> None:
+def test_memory_of_find_neurons_between_chunks_is_bounded() -> None:
     model = load(embedded_source())
     lens = replace(model.view.lens, chunk_bytes=100 * 4 * model.view.facts.vocab_size)
     model = replace(model, view=replace(model.view, lens=lens))

@@ -41,7 +41,7 @@ def edits() -> list[Edit]:
     return sample_edits(stride=40)
 
 
-def test_the_target_stands_at_the_promoted_end(demo: ResidentModel, edits: list[Edit]) -> None:
+def test_target_is_at_the_promoted_end(demo: ResidentModel, edits: list[Edit]) -> None:
     """Normalised rank of the target in FF2's VJP at the last position: 1 is the very bottom."""
     ranks: dict[int, list[float]] = {}
     for edit in edits:

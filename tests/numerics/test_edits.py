@@ -56,7 +56,7 @@ ATTENTION_NAMES = ("attn.", "attention.")
     [((), MLP_NAMES), ((*ATTENTION, MatrixKind.FF1, MatrixKind.FF2), MLP_NAMES + ATTENTION_NAMES)],
     ids=["mlp", "all"],
 )
-def test_a_descent_step_is_what_sgd_on_a_copy_does(
+def test_descent_step_equals_sgd_on_a_copy(
     name: str, kinds: tuple[MatrixKind, ...], pieces: tuple[str, ...], load_example: LoadExample
 ) -> None:
     loaded = load_example(name)
@@ -124,7 +124,7 @@ def second_matrix(network: Any, layer: int) -> nn.Module:
     raise LookupError(f"expected an MLP with a second matrix, got {block.mlp}")
 
 
-def test_previews_leave_the_resident_weights_and_modules_alone(load_example: LoadExample) -> None:
+def test_previews_do_not_change_resident_weights_or_modules(load_example: LoadExample) -> None:
     resident = load_example("gpt2").resident
     weights = {name: p.clone() for name, p in resident.network.named_parameters()}
     spec = PreviewEditSpec((1, 2, 3), (4,), DescentStep((), (), 0.5))

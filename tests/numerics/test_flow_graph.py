@@ -78,7 +78,7 @@ def check(found: Traced, oracle: PromptOracle, selection: Selection) -> None:
 
 @pytest.mark.parametrize(("selection", "positions"), PLACES)
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_graph_is_the_reference(
+def test_graph_equals_the_reference(
     name: str,
     selection: Selection,
     positions: tuple[int, ...],
@@ -180,9 +180,7 @@ def test_attention_is_eager_attention(name: str, load_example: LoadExample) -> N
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_other_stands_only_where_something_is_left_out(
-    name: str, trace_example: TraceExample
-) -> None:
+def test_other_exists_only_if_parts_are_left_out(name: str, trace_example: TraceExample) -> None:
     everything = trace_example(name, EVERYTHING, LAST)
     assert not [i for i, found in everything.nodes.items() if found.node.kind is NodeKind.OTHER]
     small = trace_example(name, SMALL, EVERYWHERE)
@@ -200,7 +198,7 @@ def test_shortest_and_longest_prompts(name: str, length: int, load_example: Load
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_no_prompt_leaves_a_trace_in_the_next(name: str, load_example: LoadExample) -> None:
+def test_results_do_not_depend_on_earlier_prompts(name: str, load_example: LoadExample) -> None:
     loaded = load_example(name)
     for length in (6, 3):
         ids = prompt(name, length)
@@ -220,9 +218,7 @@ def test_layers_that_are_not_neighbours(
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_contributions_go_to_the_target_that_is_asked_for(
-    name: str, load_example: LoadExample
-) -> None:
+def test_contributions_refer_to_the_requested_target(name: str, load_example: LoadExample) -> None:
     loaded, ids, target = load_example(name), prompt(name, LENGTH), 7
     spec = TraceSpec(tuple(ids), target=(target,), selection=SMALL, include_logit_contribution=True)
     found = run_trace(loaded.resident, spec)

@@ -172,7 +172,7 @@ def test_only_the_predicting_positions_reach_the_last_block(
 
 @pytest.mark.parametrize("kind", LensKind)
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_factors_are_read_as_the_reference_reads_them(
+def test_projections_of_factors_equal_the_reference(
     name: str, kind: LensKind, load_example: LoadExample
 ) -> None:
     """The side of the residual basis: top, bottom, and ranks of targets and own answer."""
@@ -218,7 +218,7 @@ def assert_sides(matrix: GradientMatrix) -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_descent_promotes_what_stands_at_the_bottom(name: str, load_example: LoadExample) -> None:
+def test_descent_promotes_tokens_at_the_bottom(name: str, load_example: LoadExample) -> None:
     """One plain SGD step on a copy, and the last layer's FF2 read at the predicting position."""
     loaded, ids, target = load_example(name), prompt(name, LENGTH), 7
     edited = copy.deepcopy(loaded.network)

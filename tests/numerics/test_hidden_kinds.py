@@ -86,7 +86,7 @@ def test_shown_nodes_and_edges_are_those_of_the_whole_trace(
         assert all(a == pytest.approx(b, rel=1e-5, abs=1e-6) for a, b in numbers)
 
 
-def test_the_residual_stream_alone_takes_no_attention_apart(
+def test_residual_stream_alone_needs_no_attention_parts(
     model: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def computed(_row: HeadRow) -> torch.Tensor:

@@ -57,7 +57,7 @@ def model_logits(loaded: Loaded, ids: Sequence[int]) -> Tensor:
     [(LensKind.FINAL_NORM, None), (LensKind.NORMALIZED, 7), (LensKind.RAW, 7)],
 )
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_readings_are_the_reference(
+def test_projections_equal_the_reference(
     name: str, kind: LensKind, target: int | None, load_example: LoadExample
 ) -> None:
     """Readings of the reference's own vectors: capture and lens are checked at once."""
@@ -97,7 +97,9 @@ def test_targets_are_reported_throughout(name: str, load_example: LoadExample) -
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_lens_of_the_last_block_is_the_model(name: str, load_example: LoadExample) -> None:
+def test_lens_of_the_last_block_equals_the_models_logits(
+    name: str, load_example: LoadExample
+) -> None:
     loaded, ids = load_example(name), prompt(name, LENGTH)
     found = traced(loaded, ids, LensKind.FINAL_NORM, target=7)
     logits = model_logits(loaded, ids)
@@ -117,7 +119,7 @@ def test_lens_of_the_last_block_is_the_model(name: str, load_example: LoadExampl
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_whole_vocabulary_of_the_last_block_is_the_model(
+def test_all_logits_of_the_last_block_equal_the_models(
     name: str, load_example: LoadExample
 ) -> None:
     """Every logit, not only the listed ones."""
@@ -172,7 +174,7 @@ def test_entropy_over_a_wide_vocabulary(spread: float) -> None:
     assert np.abs(table.entropy_bits - wanted.numpy()).max() <= 5e-5
 
 
-def test_a_peaked_reading_has_no_entropy_and_no_nan(load_example: LoadExample) -> None:
+def test_peaked_distribution_has_zero_entropy_and_no_nan(load_example: LoadExample) -> None:
     """Probabilities that underflow to 0 contribute 0 log 0 = 0."""
     loaded = load_example("gpt2")
     direction = loaded.reference.unembedding[[7]].float() * 1e4

@@ -47,7 +47,7 @@ def suppression(logits: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("log_odds", [-20.0, -12.0, -5.0, 0.0, 5.0, 12.0, 150.0])
-def test_suppression_of_what_is_unlikely_and_of_what_is_sure(log_odds: float) -> None:
+def test_suppression_of_unlikely_and_of_certain_tokens(log_odds: float) -> None:
     logits = random_logits(2)
     suppressed = sorted(set(SUPPRESSED))
     kept = [token for token in range(VOCABULARY) if token not in suppressed]
@@ -65,7 +65,7 @@ def test_negative_log_likelihood_of_several_targets() -> None:
     assert_same(negative_log_likelihood((5, 9, 5)), written_out, random_logits(6))
 
 
-def test_logit_difference_is_what_descent_lowers() -> None:
+def test_descent_lowers_the_logit_difference() -> None:
     """The loss is the other's lead: a step against its gradient helps the preferred."""
     logits = random_logits(2)
     assert_same(logit_difference(5, 9), lambda x: x[-1, 9] - x[-1, 5], logits)

@@ -17,7 +17,7 @@ def test_every_reference_has_an_adapter_and_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_reference_is_the_model(name: str, load_example: LoadExample) -> None:
+def test_reference_equals_the_hugging_face_model(name: str, load_example: LoadExample) -> None:
     loaded, ids = load_example(name), prompt(name, 13)
     with torch.no_grad():
         out = loaded.network(
@@ -38,7 +38,7 @@ def test_reference_is_the_model(name: str, load_example: LoadExample) -> None:
         )
 
 
-def test_yarn_example_rotates_and_stretches(load_example: LoadExample) -> None:
+def test_yarn_example_rotates_and_scales(load_example: LoadExample) -> None:
     """M M^T is not the identity there: the transpose is not the inverse."""
     block = load_example("llama_yarn").reference.blocks[0]
     matrix = block.rotation(5, 8)

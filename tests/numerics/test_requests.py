@@ -35,7 +35,7 @@ def test_a_repeated_request_gives_the_same_records(name: str, load_example: Load
     assert same(first.events, run_trace(resident, spec).events)
 
 
-def test_the_comparison_sees_a_difference(load_example: LoadExample) -> None:
+def test_comparison_detects_a_difference(load_example: LoadExample) -> None:
     resident = load_example("gpt2").resident
     spec = spec_of(prompt("gpt2", LENGTH))
     first, second = (run_trace(resident, replace(spec, target=(token,))).events for token in (7, 8))
@@ -99,7 +99,9 @@ SHOWN = frozenset({NodeKind.HEAD_OUTPUT, NodeKind.ATTENTION_CONCAT, NodeKind.BLO
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gptj", "llama_grouped"])
-def test_node_kinds_hide_and_change_nothing(name: str, load_example: LoadExample) -> None:
+def test_node_kinds_hide_nodes_without_changing_others(
+    name: str, load_example: LoadExample
+) -> None:
     resident, ids = load_example(name).resident, prompt(name, LENGTH)
     asked = spec_of(ids, positions=(0, 3, -1), overlap_k=5)
     whole = run_trace(resident, asked)
@@ -133,7 +135,7 @@ def test_overlap_is_the_share_of_common_tokens(
     assert scored > len(found.header.layers) * 10
 
 
-def test_overlap_does_not_widen_what_is_listed(load_example: LoadExample) -> None:
+def test_overlap_does_not_lengthen_the_token_lists(load_example: LoadExample) -> None:
     resident, ids = load_example("gpt2").resident, prompt("gpt2", LENGTH)
     found = run_trace(resident, spec_of(ids, overlap_k=9, lens=LensSpec(top_k=2, bottom_k=1)))
     assert found.table.top_ids.shape[1] == 2
@@ -142,7 +144,7 @@ def test_overlap_does_not_widen_what_is_listed(load_example: LoadExample) -> Non
     assert all(edge.overlap is None for edge in unasked.edges.values())
 
 
-def test_what_is_not_asked_for_is_not_sent(load_example: LoadExample) -> None:
+def test_unrequested_fields_are_not_sent(load_example: LoadExample) -> None:
     found = run_trace(load_example("gpt2").resident, TraceSpec(tuple(prompt("gpt2", LENGTH))))
     assert all(graph.vectors is None for graph in found.graphs)
     assert all(edge.logit_contribution is None for edge in found.edges.values())

@@ -78,7 +78,9 @@ def fresh(model: ResidentModel) -> ResidentModel:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_grouped"])
-def test_a_step_of_each_in_turn(name: str, load_example: LoadExample) -> None:
+def test_requests_in_alternating_steps_give_unchanged_results(
+    name: str, load_example: LoadExample
+) -> None:
     resident = load_example(name).resident
     asked = requests(name)
     alone = {kind: list(request(fresh(resident))) for kind, request in asked.items()}

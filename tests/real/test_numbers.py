@@ -62,7 +62,7 @@ def test_self_check_holds(published: Published) -> None:
 
 
 @pytest.mark.parametrize("text", PROMPTS)
-def test_residual_stream_reads_as_the_hidden_states_of_transformers(
+def test_residual_stream_equals_the_hidden_states_of_transformers(
     published: Published, text: str
 ) -> None:
     ids = published.ids(text)
@@ -123,7 +123,7 @@ def test_factors_multiply_to_the_gradients_of_autograd(
     published.plain.zero_grad()
 
 
-def test_smollm2_knows_where_the_eiffel_tower_is() -> None:
+def test_smollm2_predicts_the_city_of_the_eiffel_tower() -> None:
     """The fact enters the last position's residual stream in the upper layers only."""
     model = load(ModelSource("smollm2", str(SMOLLM)))
     spec = TraceSpec(

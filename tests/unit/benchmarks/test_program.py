@@ -28,7 +28,7 @@ def test_the_tables_rows_are_measured_and_written(tmp_path: Path) -> None:
     assert all(row["reached"] in {True, False} for row in written["rows"] if row["goal"])
 
 
-def test_a_goal_is_a_most_or_a_least() -> None:
+def test_goals_are_upper_or_lower_bounds() -> None:
     assert Row("", 1.2, "x", 1.25, "").reached is True
     assert Row("", 1.3, "x", 1.25, "").reached is False
     assert Row("", 1.3, "x", 1.25, "", at_least=True).reached is True
@@ -36,7 +36,7 @@ def test_a_goal_is_a_most_or_a_least() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_its_program_says_so() -> None:
+def test_gpu_benchmark_without_a_gpu_exits_with_a_message() -> None:
     done = CliRunner().invoke(gpu.main, [])
     assert (done.exit_code, done.output.strip()) == (2, "needs a GPU: torch finds no CUDA device")
 

@@ -60,7 +60,7 @@ def every_tap(model: Model) -> dict[tuple[int, End], Tap]:
     return {(i, end): Tap(block(model, i), end) for i in range(3) for end in End}
 
 
-def test_the_tensors_are_what_passes(model: Model, x: torch.Tensor) -> None:
+def test_captured_tensors_equal_those_of_the_model(model: Model, x: torch.Tensor) -> None:
     taps = every_tap(model)
     with capturing(taps) as captured:
         output = model(x)
@@ -77,7 +77,7 @@ def test_capture_changes_no_result(model: Model, x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("columns", [range(2, 5), (0, 5, 3)], ids=["a run", "scattered"])
-def test_columns_of_a_fused_map(
+def test_columns_of_a_fused_map_are_sliced(
     model: Model, x: torch.Tensor, columns: range | tuple[int, ...]
 ) -> None:
     linear = block(model, 1).linear
@@ -88,7 +88,7 @@ def test_columns_of_a_fused_map(
     assert torch.equal(captured["some"], captured["all"][..., list(columns)])
 
 
-def test_gradients_reach_what_was_captured(model: Model, x: torch.Tensor) -> None:
+def test_gradients_reach_captured_tensors(model: Model, x: torch.Tensor) -> None:
     taps = every_tap(model)
     with capturing(taps) as captured:
         output = model(x)
@@ -143,7 +143,7 @@ def fail_at_a_tap(model: Model, x: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     "fail", [fail_in_the_model, fail_in_the_checkpoint, fail_in_the_body, fail_at_a_tap]
 )
-def test_no_hook_outlives_a_failure(
+def test_hooks_are_removed_after_a_failure(
     model: Model, x: torch.Tensor, fail: Callable[[Model, torch.Tensor], None]
 ) -> None:
     before = model(x)
@@ -153,7 +153,7 @@ def test_no_hook_outlives_a_failure(
     assert torch.equal(model(x), before)
 
 
-def test_no_hook_outlives_a_success(model: Model, x: torch.Tensor) -> None:
+def test_hooks_are_removed_after_a_success(model: Model, x: torch.Tensor) -> None:
     with capturing(every_tap(model), lambda: None, model.blocks):
         assert hooks(model) == 9
         model(x)

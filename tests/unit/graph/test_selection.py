@@ -14,11 +14,13 @@ SCORES = torch.tensor([2.0, -1.0, 5.0, 2.0, -3.0, -1.0])
     ("count", "expected"),
     [(1, [2]), (3, [2, 0, 3]), (0, [2, 0, 3, 1, 5, 4]), (99, [2, 0, 3, 1, 5, 4])],
 )
-def test_largest_first_and_the_lower_index_among_equals(count: int, expected: list[int]) -> None:
+def test_largest_values_come_first_and_ties_are_ordered_by_index(
+    count: int, expected: list[int]
+) -> None:
     assert largest(SCORES, count).tolist() == expected
 
 
-def test_rows_are_picked_by_themselves() -> None:
+def test_rows_are_selected_independently() -> None:
     rows = torch.stack([SCORES, -SCORES])
     assert largest(rows, 2).tolist() == [[2, 0], [4, 1]]
 
@@ -34,11 +36,13 @@ def test_rows_are_picked_by_themselves() -> None:
         (99, 99, [2, 0, 3, 1, 5, 4]),
     ],
 )
-def test_extremes_never_repeat(top: int, bottom: int, expected: list[int]) -> None:
+def test_top_and_bottom_selections_do_not_overlap(
+    top: int, bottom: int, expected: list[int]
+) -> None:
     assert extremes(SCORES, top, bottom).tolist() == expected
 
 
-def test_every_part_is_either_picked_or_left_out() -> None:
+def test_every_part_is_either_selected_or_in_other() -> None:
     picked = extremes(SCORES, 2, 1)
     rest = left_out(len(SCORES), picked)
     assert sorted([*picked.tolist(), *rest.nonzero()[:, 0].tolist()]) == list(range(len(SCORES)))

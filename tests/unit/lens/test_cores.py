@@ -43,7 +43,7 @@ def test_results_come_in_order_from_threads_that_compute_alone() -> None:
 
 
 @pytest.mark.usefixtures("several_cores")
-def test_a_core_that_is_busy_elsewhere_leaves_its_pieces_to_the_others() -> None:
+def test_pieces_of_a_busy_core_go_to_the_others() -> None:
     release = threading.Event()
 
     def work(item: int) -> str:
@@ -58,7 +58,7 @@ def test_a_core_that_is_busy_elsewhere_leaves_its_pieces_to_the_others() -> None
 
 
 @pytest.mark.usefixtures("several_cores")
-def test_errors_and_the_callers_mode_pass() -> None:
+def test_errors_and_inference_mode_are_passed_on() -> None:
     def failing(item: int) -> int:
         if item == 2:
             raise ValueError("the third")

@@ -33,7 +33,7 @@ def test_a_size_is_the_norm_of_its_outer_product() -> None:
     torch.testing.assert_close(sizes(INPUTS, VJPS).float(), torch.stack(expected))
 
 
-def test_equals_come_by_position_and_zeros_last() -> None:
+def test_equal_components_are_ordered_by_position_and_zeros_last() -> None:
     assert largest_first(INPUTS, VJPS, 0).tolist() == [0, 1, 3, 2]
     assert largest_first(INPUTS, VJPS, 2).tolist() == [0, 1]
     assert largest_first(INPUTS, VJPS, 99).tolist() == [0, 1, 3, 2]
@@ -56,7 +56,7 @@ def test_entries_are_the_largest_by_magnitude_with_their_signs() -> None:
     assert largest_entries(vectors, 99)[0].shape == (2, 4)
 
 
-def test_reconstruction_sees_one_wrong_element() -> None:
+def test_reconstruction_error_detects_one_wrong_element() -> None:
     gradient = dense(INPUTS, VJPS).float()
     assert reconstruction_error(INPUTS, VJPS, gradient) == 0.0
     size = float(gradient.norm())
@@ -82,7 +82,7 @@ def test_singular_triples_are_those_of_the_dense_gradient(rank: int) -> None:
         torch.testing.assert_close(basis @ basis.T, eye)
 
 
-def test_the_input_side_points_where_the_inputs_do() -> None:
+def test_sign_of_singular_vectors_follows_the_inputs() -> None:
     for sign in (1.0, -1.0):
         found = spectrum(sign * INPUTS, VJPS, 2)
         assert (found.inputs @ (sign * INPUTS.double().sum(0)) >= 0).all()

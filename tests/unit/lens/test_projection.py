@@ -141,7 +141,7 @@ def test_every_size_of_vocabulary_and_list(vocab: int, count: int) -> None:
     ],
     ids=str,
 )
-def test_what_stands_between_the_product_and_the_reading(case: Case) -> None:
+def test_logit_scale_and_soft_cap_are_applied(case: Case) -> None:
     targets = case.targets(1)
     spec = LensSpec(kind=LensKind.RAW)
     check(project(case.head(), case.vectors(), spec, targets), case, 5, 5, targets)
@@ -149,7 +149,7 @@ def test_what_stands_between_the_product_and_the_reading(case: Case) -> None:
 
 @pytest.mark.parametrize("chunk_bytes", [1, 4 * 5_003 * 3, 2**30])
 @pytest.mark.parametrize("cached_bytes", [1, 4 * 5_003 * 2, 2**30])
-def test_chunks_are_not_to_be_seen(
+def test_results_do_not_depend_on_the_chunk_size(
     chunk_bytes: int, cached_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row at a time, some, or all: for the product and for the reading."""
@@ -176,7 +176,7 @@ def test_rows_that_are_zero_are_marked() -> None:
     assert table.projected.tolist() == [i != 4 for i in range(len(vectors))]
 
 
-def test_no_more_than_a_chunk_of_logits_is_held() -> None:
+def test_at_most_one_chunk_of_logits_is_in_memory() -> None:
     """The bound on a request's memory."""
     rows_at_once = []
 

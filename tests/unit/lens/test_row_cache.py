@@ -77,7 +77,7 @@ def test_the_numbers_are_those_of_the_rows_without_a_cache(
         assert_same(ours, project(head, vectors[picked], SPEC, wanted), bits=False)
 
 
-def test_the_bits_do_not_depend_on_what_was_asked_before(
+def test_results_are_bit_identical_for_any_earlier_requests(
     head: LensHead, vectors: torch.Tensor
 ) -> None:
     picked, wanted = list(range(0, 150, 3)), targets(50)
@@ -107,7 +107,7 @@ def test_another_target_of_a_kept_row_is_exact(head: LensHead, vectors: torch.Te
     np.testing.assert_array_equal(table.target_ranks, expected.numpy())
 
 
-def test_zeros_have_no_reading(head: LensHead) -> None:
+def test_zero_rows_have_no_projection(head: LensHead) -> None:
     table = cache_of(head).project(torch.zeros(2, WIDTH), ["zero", None], SPEC, targets(2))
     assert table.projected.tolist() == [False, False]
 
@@ -117,7 +117,7 @@ def test_zeros_have_no_reading(head: LensHead) -> None:
     [LensSpec(17, 3), LensSpec(3, 17), LensSpec(5, 5, LensKind.NORMALIZED)],
     ids=str,
 )
-def test_what_is_not_kept_is_computed(
+def test_rows_that_are_not_cached_are_computed(
     head: LensHead, vectors: torch.Tensor, spec: LensSpec
 ) -> None:
     cache = cache_of(head)
@@ -126,7 +126,7 @@ def test_what_is_not_kept_is_computed(
     assert_same(ours, project(head, vectors, spec, targets(COUNT)), bits=True)
 
 
-def test_no_more_is_kept_than_may_be(head: LensHead, vectors: torch.Tensor) -> None:
+def test_cache_stays_within_its_size(head: LensHead, vectors: torch.Tensor) -> None:
     cache = cache_of(head, rows=3 * ROWS)
     for start in range(0, COUNT, 30):
         part = slice(start, start + 30)
@@ -136,14 +136,14 @@ def test_no_more_is_kept_than_may_be(head: LensHead, vectors: torch.Tensor) -> N
     assert {cache._keys[slot] for slot in cache._slots.values()} == set(cache._slots)
 
 
-def test_nothing_is_kept_where_nothing_may_be(head: LensHead, vectors: torch.Tensor) -> None:
+def test_cache_of_size_zero_keeps_no_rows(head: LensHead, vectors: torch.Tensor) -> None:
     cache = RowCache(head, limit=4 * VOCAB * (ROWS - 1), rows=10**6)
     assert not cache.usable
     ours = cache.project(vectors, KEYS, SPEC, targets(COUNT))
     assert_same(ours, project(head, vectors, SPEC, targets(COUNT)), bits=True)
 
 
-def test_nothing_is_kept_where_rows_depend_on_those_beside_them(head: LensHead) -> None:
+def test_cache_is_off_if_rows_depend_on_other_rows(head: LensHead) -> None:
     class Unsteady(LensHead):
         def logits(self, prepared: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
             logits = super().logits(prepared, out)

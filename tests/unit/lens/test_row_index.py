@@ -36,7 +36,7 @@ def test_ranks_count_strictly_larger_logits() -> None:
     assert listing(rows, 1, suppressed=False) == [(0, 0), (1, 1)]
 
 
-def test_from_the_bottom_they_count_strictly_smaller_ones() -> None:
+def test_ranks_from_the_bottom_count_strictly_smaller_logits() -> None:
     rows = index(depth=5)
     assert listing(rows, 3, suppressed=True) == [(0, 3), (1, 1)]
     assert listing(rows, 0, suppressed=True) == [(0, 0)]
@@ -59,12 +59,12 @@ def test_the_rank_from_the_top_counts_equal_logits_beyond_the_list() -> None:
     assert read.target_ranks.flatten().tolist() == [2]
 
 
-def test_what_is_deeper_than_the_index_is_not_found() -> None:
+def test_tokens_below_the_depth_of_the_index_are_not_found() -> None:
     assert listing(index(depth=2), 4, suppressed=False) == []
     assert listing(index(depth=2), 5, suppressed=False) == []
 
 
-def test_chunks_make_no_difference() -> None:
+def test_index_does_not_depend_on_the_chunk_size() -> None:
     whole, parts = index(chunk_bytes=2**20), index(chunk_bytes=1)
     for name, column in vars(whole).items():
         assert torch.allclose(column, vars(parts)[name], equal_nan=True), name

@@ -46,7 +46,7 @@ def test_logits_are_the_product_in_float64(
     assert (logits(of, vectors).double() - wanted).abs().sum() <= 2e-6 * max(1, wanted.numel())
 
 
-def test_what_is_packed_is_a_copy_and_single_rows_are_the_models_own() -> None:
+def test_packed_matrix_is_a_copy_and_single_rows_come_from_the_model() -> None:
     matrix = weight(200, torch.float16)
     of = Unembedding(matrix)
     before = logits(of, torch.eye(WIDTH))
@@ -57,7 +57,7 @@ def test_what_is_packed_is_a_copy_and_single_rows_are_the_models_own() -> None:
 
 
 @pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
-def test_a_rows_logits_do_not_depend_on_the_rows_beside_it() -> None:
+def test_logits_of_a_row_do_not_depend_on_other_rows() -> None:
     """What the row cache measures of each model, and what packed products give."""
     of = Unembedding(weight(2 * FEWEST_TOKENS))
     vectors = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(2))
@@ -116,7 +116,7 @@ class OtherMeaning:
 
 
 @pytest.mark.parametrize("operators", [NoOperators(), OtherArguments(), OtherMeaning()])
-def test_operators_that_are_not_what_we_know_are_not_used(
+def test_changed_private_operators_are_not_used(
     operators: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "_OPERATIONS", operators)

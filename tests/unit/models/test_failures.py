@@ -26,7 +26,7 @@ async def outcome(worker: DeviceWorker, size: int) -> list[int]:
     return [item async for item in buffer.items()]
 
 
-async def test_a_request_that_needs_too_much_fails_alone() -> None:
+async def test_out_of_memory_request_does_not_affect_others() -> None:
     worker = DeviceWorker(4, service_error)
     with pytest.raises(OutOfMemory, match="no memory left"):
         await outcome(worker, 1 << 60)

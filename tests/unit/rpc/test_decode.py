@@ -52,7 +52,7 @@ def test_an_unset_gradient_has_the_contracts_defaults() -> None:
     assert (spec.learning_rate, spec.subject, spec.verify) == (None, None, False)
 
 
-def test_zero_is_not_unset() -> None:
+def test_zero_is_distinguished_from_unset() -> None:
     """0 lists no tokens, takes all parts, sends all components."""
     selection = trace_pb2.Selection(heads=0, bottom_neurons=0)
     spec = trace_spec(

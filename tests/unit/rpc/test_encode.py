@@ -59,7 +59,7 @@ def present(message: Any) -> set[str]:
     return {field.name for field, _ in message.ListFields()}
 
 
-def test_nothing_is_one_empty_piece() -> None:
+def test_empty_list_is_one_empty_message() -> None:
     """A layer of which nothing is shown still ends with a message."""
     assert cut([], 100) == [trace_pb2.LayerGraph()]
 
@@ -82,7 +82,7 @@ def test_pieces_keep_the_order_and_end_at_the_limit(limit: int) -> None:
     assert limit < 10**6 or len(bodies) == 1
 
 
-def test_a_text_comes_in_the_piece_that_first_needs_it() -> None:
+def test_text_is_sent_in_the_message_that_first_uses_it() -> None:
     known: set[int] = set()
     for body in cut([("n", [i, i + 1, i]) for i in range(50)], 60):
         brought = [message.id for message in body.tokens]
@@ -103,7 +103,7 @@ def test_texts_count_towards_the_limit() -> None:
     assert [len(body.nodes) for body in bodies] == [3] * 6 + [2]
 
 
-def test_what_a_prompt_brought_is_not_brought_again() -> None:
+def test_texts_of_the_prompt_are_not_sent_again() -> None:
     texts = TokenTexts(token)
     assert [message.id for message in texts.of_prompt([token(3), token(3)])] == [3, 3]
     assert [message.id for message in texts.texts([5, 3, 4, 5])] == [5, 4]
@@ -168,11 +168,11 @@ def test_a_large_layer_is_cut_with_its_end_in_the_last_message() -> None:
         assert all({edge.source, edge.target} <= sent for edge in message.layer.edges)
 
 
-def test_a_layer_that_goes_on_has_no_last_message() -> None:
+def test_unfinished_layer_has_no_last_message() -> None:
     assert not any(message.layer.last for message in encoded(layer(3, last=False)))
 
 
-def test_a_node_has_what_applies_and_nothing_else() -> None:
+def test_only_applicable_fields_of_a_node_are_set() -> None:
     (message,) = encoded(layer(3))
     first, second, third = message.layer.nodes
     assert first.id == "L3/p7/MLP_VALUE/n0"

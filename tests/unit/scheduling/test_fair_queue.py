@@ -36,7 +36,7 @@ def test_equal_callers_take_turns_in_order_of_arrival() -> None:
     assert served(queue) == ["a1", "b1", "c1", "a2", "b2", "a3"]
 
 
-def test_callers_without_charges_take_turns_too() -> None:
+def test_callers_without_charges_take_turns() -> None:
     assert served(queue_of("a1", "a2", "b1", "b2"), 0.0) == ["a1", "b1", "a2", "b2"]
 
 
@@ -50,7 +50,7 @@ def test_a_caller_of_cheap_requests_gets_more_of_them() -> None:
     assert "".join(order) == "abbbabbbbbb"
 
 
-def test_idling_is_no_credit() -> None:
+def test_idle_callers_earn_no_credit() -> None:
     queue = queue_of("a1", "b1")
     served(queue)
     for i in range(10):
@@ -62,7 +62,7 @@ def test_idling_is_no_credit() -> None:
     assert served(queue) == ["b0", "a9", "b1", "b2"]
 
 
-def test_an_item_can_go_first_or_away() -> None:
+def test_item_can_be_put_first_or_removed() -> None:
     queue = queue_of("a1", "a2", "a3", "b1")
     queue.add("a", "a0", first=True)
     queue.remove("a", "a2")
@@ -73,7 +73,7 @@ def test_an_item_can_go_first_or_away() -> None:
     assert served(queue) == ["a0", "a1", "a3"]
 
 
-def test_shares_are_equal_over_any_stretch_in_which_callers_wait() -> None:
+def test_shares_are_equal_whenever_both_callers_wait() -> None:
     """Within the largest request of each, however long requests are (Goyal et al., theorem 1)."""
     draw = random.Random(7)
     queue: FairQueue[str] = FairQueue()
@@ -89,7 +89,7 @@ def test_shares_are_equal_over_any_stretch_in_which_callers_wait() -> None:
         assert max(had.values()) - min(had.values()) <= 2 * largest
 
 
-def test_callers_who_left_are_forgotten() -> None:
+def test_callers_without_items_are_removed() -> None:
     queue: FairQueue[str] = FairQueue()
     for i in range(1000):
         queue.add(f"{i}", f"{i}")

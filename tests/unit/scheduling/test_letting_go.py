@@ -45,7 +45,7 @@ async def test_a_cancelled_request_is_closed_on_the_devices_thread(worker: Devic
     assert closed_by == ["device-worker"]
 
 
-async def test_a_reader_that_leaves_during_a_step_strands_nothing(worker: DeviceWorker) -> None:
+async def test_request_is_released_if_its_reader_leaves_during_a_step(worker: DeviceWorker) -> None:
     """The step fills the buffer after its reader has gone: nobody would ever resume it."""
     stepping, left, request = threading.Event(), threading.Event(), QueuedRequest(None)
 
@@ -62,7 +62,7 @@ async def test_a_reader_that_leaves_during_a_step_strands_nothing(worker: Device
     assert await idle(worker)
 
 
-async def test_nothing_of_an_ended_request_stays(worker: DeviceWorker) -> None:
+async def test_data_of_a_finished_request_is_released(worker: DeviceWorker) -> None:
     """Neither what it computed with nor what nobody read, though no other request follows."""
     held: list[weakref.ref[Tensor]] = []
 
@@ -92,7 +92,7 @@ async def test_nothing_of_an_ended_request_stays(worker: DeviceWorker) -> None:
         gc.enable()
 
 
-async def test_nothing_of_a_failed_request_stays(worker: DeviceWorker) -> None:
+async def test_data_of_a_failed_request_is_released(worker: DeviceWorker) -> None:
     """An error's traceback holds every frame it passed through, and their tensors."""
     held: list[weakref.ref[Tensor]] = []
 

@@ -7,7 +7,7 @@ from januslens_server.scheduling.job import QueuedRequest
 
 
 @pytest.mark.parametrize("seconds", [None, 60.0])
-def test_a_request_with_time_left_goes_on(seconds: float | None) -> None:
+def test_request_before_its_deadline_continues(seconds: float | None) -> None:
     QueuedRequest(seconds).check()
 
 

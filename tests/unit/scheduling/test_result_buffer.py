@@ -44,7 +44,7 @@ async def test_items_cross_from_another_thread() -> None:
     assert [item async for item in buffer.items()] == list(range(1000))
 
 
-async def test_an_error_comes_after_what_was_put() -> None:
+async def test_error_is_raised_after_the_items_put_before_it() -> None:
     buffer = buffer_of(1, 2)
     buffer.close(ValueError("late"))
     items = buffer.items()
@@ -53,7 +53,7 @@ async def test_an_error_comes_after_what_was_put() -> None:
         await anext(items)
 
 
-async def test_a_producer_with_room_is_not_held_up() -> None:
+async def test_producer_with_room_does_not_wait() -> None:
     assert not buffer_of(4, 5).when_drained(pytest.fail)
 
 
@@ -69,7 +69,7 @@ async def test_a_full_buffer_calls_once_there_is_room() -> None:
     await items.aclose()  # type: ignore[attr-defined]  # the annotation says less than it is
 
 
-async def test_it_calls_no_more_than_once() -> None:
+async def test_callback_is_called_at_most_once() -> None:
     buffer = buffer_of(6, 6, 6)
     calls: list[None] = []
     assert buffer.when_drained(lambda: calls.append(None))
@@ -78,7 +78,7 @@ async def test_it_calls_no_more_than_once() -> None:
     assert len(calls) == 1
 
 
-async def test_a_reader_that_leaves_wakes_the_producer_and_keeps_it_awake() -> None:
+async def test_producer_no_longer_waits_after_the_reader_left() -> None:
     buffer = buffer_of(20)
     resumed = threading.Event()
     assert buffer.when_drained(resumed.set)
@@ -88,7 +88,7 @@ async def test_a_reader_that_leaves_wakes_the_producer_and_keeps_it_awake() -> N
     assert not buffer.when_drained(pytest.fail)
 
 
-def test_a_producer_survives_its_readers_loop() -> None:
+def test_producer_continues_after_the_readers_loop_closed() -> None:
     """The server may be gone before the device's thread has noticed."""
 
     async def left_behind() -> ResultBuffer[int]:

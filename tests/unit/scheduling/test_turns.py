@@ -24,7 +24,7 @@ async def waiting(turns: Turns, caller: str, held: int, working: int = 0) -> Job
     return job
 
 
-async def test_one_that_has_started_goes_before_its_callers_others(turns: Turns) -> None:
+async def test_started_request_precedes_others_of_its_caller(turns: Turns) -> None:
     first, second = [await waiting(turns, "a", 1) for _ in range(2)]
     assert turns.take() is first
     turns.add(first)
@@ -32,7 +32,7 @@ async def test_one_that_has_started_goes_before_its_callers_others(turns: Turns)
     assert turns.started == 2
 
 
-async def test_it_gives_way_to_another_caller_once_it_has_had_its_time(turns: Turns) -> None:
+async def test_request_yields_to_another_caller_after_its_time_slice(turns: Turns) -> None:
     long = await waiting(turns, "a", 1)
     turns.take()
     assert not turns.gives_way(long, 10 * QUANTUM)  # nobody waits
@@ -44,7 +44,7 @@ async def test_it_gives_way_to_another_caller_once_it_has_had_its_time(turns: Tu
     assert turns.gives_way(long, QUANTUM)
 
 
-async def test_it_goes_on_before_one_whose_caller_has_had_as_much(turns: Turns) -> None:
+async def test_suspended_request_precedes_callers_with_equal_use(turns: Turns) -> None:
     mine, other = await waiting(turns, "a", 1), await waiting(turns, "b", 1)
     turns.charge(other, 2 * QUANTUM)
     assert turns.take() is mine
@@ -54,7 +54,9 @@ async def test_it_goes_on_before_one_whose_caller_has_had_as_much(turns: Turns) 
     assert turns.gives_way(mine, 3 * QUANTUM)
 
 
-async def test_what_has_started_leaves_room_or_nobody_starts(turns: Turns) -> None:
+async def test_request_does_not_yield_to_one_that_does_not_fit_beside_it(
+    turns: Turns,
+) -> None:
     long, large = await waiting(turns, "a", 6), await waiting(turns, "b", 6)
     turns.take()
     turns.charge(long, 1.0)
@@ -63,7 +65,7 @@ async def test_what_has_started_leaves_room_or_nobody_starts(turns: Turns) -> No
     assert turns.take() is large
 
 
-async def test_what_a_step_works_with_is_free_between_steps(turns: Turns) -> None:
+async def test_working_memory_of_a_step_is_free_between_steps(turns: Turns) -> None:
     """Only one computes at a time; but whichever it is, it needs room."""
     first = await waiting(turns, "a", 2, working=7)
     assert turns.take() is first
@@ -81,7 +83,7 @@ async def test_what_a_step_works_with_is_free_between_steps(turns: Turns) -> Non
     assert turns.take() is larger
 
 
-async def test_a_large_one_is_not_overtaken_for_ever(turns: Turns) -> None:
+async def test_large_request_is_not_overtaken_forever(turns: Turns) -> None:
     """Who is next and finds no room keeps those behind it from starting, but not from going on."""
     long = await waiting(turns, "a", 6)
     turns.take()
@@ -95,7 +97,7 @@ async def test_a_large_one_is_not_overtaken_for_ever(turns: Turns) -> None:
     assert [turns.take(), turns.take()] == [large, small]
 
 
-async def test_none_starts_while_requests_that_wait_for_readers_hold_the_memory(
+async def test_no_request_starts_while_requests_waiting_for_readers_hold_the_memory(
     turns: Turns,
 ) -> None:
     at_its_reader, next_one = await waiting(turns, "a", 9), await waiting(turns, "b", 9)
@@ -119,14 +121,14 @@ async def test_a_request_starts_only_if_its_memory_is_free_now() -> None:
     assert turns.take() is large
 
 
-async def test_a_request_that_does_not_fit_alone_is_given_up(turns: Turns) -> None:
+async def test_request_that_does_not_fit_alone_fails(turns: Turns) -> None:
     larger = await waiting(turns, "a", 5, working=6)
     assert turns.take() is None
     assert turns.take_unstartable() is larger
     assert (len(turns), turns.started) == (0, 0)
 
 
-async def test_together_they_never_hold_more_than_the_bound() -> None:
+async def test_started_requests_never_hold_more_than_the_limit() -> None:
     """Whatever comes, as long as every reader reads."""
     turns, running, held = Turns(lambda _needed: MEMORY), None, set[Job]()
     for job in [await waiting(turns, "abcde"[i % 5], 1 + i * 7 % MEMORY) for i in range(200)]:

@@ -54,7 +54,7 @@ async def test_results_come_in_order(worker: DeviceWorker) -> None:
     assert await all_of(submitted(worker, job(*items))) == items
 
 
-async def test_an_unread_request_is_set_aside_for_others(worker: DeviceWorker) -> None:
+async def test_request_with_a_stalled_reader_is_suspended_for_others(worker: DeviceWorker) -> None:
     long = submitted(worker, job(*[6] * 10))
     assert await all_of(submitted(worker, job(1, 2))) == [1, 2]
     assert worker.unfinished == 1
@@ -90,13 +90,13 @@ async def test_a_request_that_resumes_goes_first(worker: DeviceWorker) -> None:
     assert ran == ["early", "early", "late", "late"]
 
 
-async def test_many_slow_readers_all_get_everything(worker: DeviceWorker) -> None:
+async def test_many_slow_readers_receive_all_results(worker: DeviceWorker) -> None:
     buffers = [submitted(worker, job(*[7] * 50)) for _ in range(8)]
     assert await asyncio.gather(*map(all_of, buffers)) == [[7] * 50] * 8
     assert await idle(worker)
 
 
-async def test_an_error_belongs_to_its_request_alone(worker: DeviceWorker) -> None:
+async def test_error_ends_only_its_own_request(worker: DeviceWorker) -> None:
     def failing(_check_cancelled: CancelCheck) -> Iterator[int]:
         yield 1
         raise ValueError("mine")
@@ -108,7 +108,7 @@ async def test_an_error_belongs_to_its_request_alone(worker: DeviceWorker) -> No
     assert await idle(worker)
 
 
-async def test_an_error_is_told_in_the_services_terms() -> None:
+async def test_worker_translates_errors() -> None:
     def failing(_check_cancelled: CancelCheck) -> Iterator[int]:
         yield 1
         raise MemoryError("no room")
@@ -154,7 +154,7 @@ async def test_a_request_that_ended_in_the_queue_never_computes(
 
 
 @pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "deadline"])
-async def test_a_waiting_request_that_is_withdrawn_leaves_at_once(
+async def test_cancelled_waiting_request_leaves_the_queue_at_once(
     worker: DeviceWorker, cancelled: bool
 ) -> None:
     """While the device still computes for another."""
@@ -169,7 +169,7 @@ async def test_a_waiting_request_that_is_withdrawn_leaves_at_once(
     assert await all_of(running) == [1]
 
 
-async def test_a_request_set_aside_that_is_withdrawn_leaves_between_two_steps(
+async def test_cancelled_suspended_request_is_closed_between_two_steps(
     worker: DeviceWorker,
 ) -> None:
     """It holds memory: it does not wait until whatever runs has ended."""
@@ -243,7 +243,7 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("short_turns")
-async def test_a_long_request_gives_way_and_goes_on(worker: DeviceWorker) -> None:
+async def test_long_request_is_suspended_and_resumed(worker: DeviceWorker) -> None:
     """It ends only when the other caller's has: without turns neither ever would."""
     ran, other_ended = list[str](), threading.Event()
     long = submitted(worker, stepping(ran, "a", until=other_ended), QueuedRequest(None, "a"))
@@ -267,7 +267,7 @@ async def test_one_callers_requests_run_one_after_the_other(worker: DeviceWorker
 
 @pytest.mark.usefixtures("short_turns")
 @pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "deadline"])
-async def test_a_request_that_ends_while_others_have_their_turn_is_closed_at_once(
+async def test_suspended_request_that_ends_is_closed_during_other_requests(
     worker: DeviceWorker, cancelled: bool
 ) -> None:
     closed, other_ends = list[str](), threading.Event()
@@ -295,7 +295,7 @@ async def test_a_request_that_ends_while_others_have_their_turn_is_closed_at_onc
 
 
 @pytest.mark.usefixtures("short_turns")
-async def test_what_takes_turns_stays_within_the_memory() -> None:
+async def test_requests_taking_turns_stay_within_the_memory() -> None:
     """Of three callers' long requests two have room: the third starts when one has ended."""
     worker, ran = DeviceWorker(max_waiting=8, free=lambda _needed: 10), list[str]()
     ends = {name: threading.Event() for name in "abc"}
@@ -328,7 +328,7 @@ async def test_two_requests_that_fit_alone_but_not_together_run_one_after_the_ot
     assert [await all_of(first), await all_of(second)] == [[1], [2]]
 
 
-async def test_a_request_for_which_memory_ran_out_may_try_again() -> None:
+async def test_out_of_memory_request_gets_retry_info() -> None:
     free = 10.0
     worker, gate = DeviceWorker(max_waiting=8, free=lambda _needed: free), threading.Event()
     first = submitted(worker, gated(gate, 1), QueuedRequest(None, "a", Cost(1.0, 8, held=8)))
@@ -346,7 +346,7 @@ async def test_a_request_for_which_memory_ran_out_may_try_again() -> None:
 
 
 @pytest.mark.usefixtures("short_turns")
-async def test_a_lost_device_is_told_to_those_set_aside(worker: DeviceWorker) -> None:
+async def test_lost_device_ends_suspended_requests(worker: DeviceWorker) -> None:
     ran = list[str]()
 
     def losing(_check_cancelled: CancelCheck) -> Iterator[int]:
@@ -364,7 +364,7 @@ async def test_a_lost_device_is_told_to_those_set_aside(worker: DeviceWorker) ->
 
 
 @pytest.mark.usefixtures("short_turns")
-async def test_a_draining_worker_lets_those_set_aside_finish(worker: DeviceWorker) -> None:
+async def test_draining_worker_finishes_suspended_requests(worker: DeviceWorker) -> None:
     ran = list[str]()
     buffers = [submitted(worker, stepping(ran, name), QueuedRequest(None, name)) for name in "ab"]
     worker.refuse_new()
@@ -385,7 +385,7 @@ async def test_a_full_queue_refuses_at_once() -> None:
     assert await all_of(submitted(worker, job(1))) == [1]
 
 
-async def test_a_full_queue_says_when_it_should_be_empty() -> None:
+async def test_full_queue_returns_retry_info() -> None:
     worker, gate = DeviceWorker(max_waiting=2), threading.Event()
     for seconds in (2.0, 3.0, 4.5):
         submitted(worker, gated(gate, 1), QueuedRequest(None, cost=Cost(seconds)))
@@ -396,7 +396,7 @@ async def test_a_full_queue_says_when_it_should_be_empty() -> None:
     assert await idle(worker)
 
 
-async def test_a_full_queue_makes_room_for_who_waits_with_less() -> None:
+async def test_full_queue_replaces_a_request_of_the_caller_with_most_places() -> None:
     worker, gate = DeviceWorker(max_waiting=3), threading.Event()
     first = submitted(worker, gated(gate, 1), QueuedRequest(None, "many"))
     many = [submitted(worker, job(2), QueuedRequest(None, "many")) for _ in range(3)]
@@ -411,7 +411,7 @@ async def test_a_full_queue_makes_room_for_who_waits_with_less() -> None:
     assert [await all_of(buffer) for buffer in (first, many[0], *few)] == [[1], [2], [3], [3]]
 
 
-async def test_what_is_over_takes_no_place_in_a_full_queue() -> None:
+async def test_ended_requests_take_no_place_in_a_full_queue() -> None:
     worker, gate = DeviceWorker(max_waiting=1), threading.Event()
     submitted(worker, gated(gate, 1))
     late = submitted(worker, job(2), QueuedRequest(0.0))
@@ -422,7 +422,9 @@ async def test_what_is_over_takes_no_place_in_a_full_queue() -> None:
     assert await all_of(timely) == [3]
 
 
-async def test_a_draining_worker_finishes_and_takes_nothing_new(worker: DeviceWorker) -> None:
+async def test_draining_worker_finishes_its_requests_and_refuses_new_ones(
+    worker: DeviceWorker,
+) -> None:
     gate = threading.Event()
     running = submitted(worker, gated(gate, 1, 2))
     worker.refuse_new()
