@@ -236,8 +236,8 @@ def test_the_gradient_previews_edits() -> None:
         "--preview", "--lr", "0.001", "--shift", "3", "--eta", "0.15", "--probe", "Japan is",
     )  # fmt: skip
     assert result.exit_code == 0
-    assert "What a step of learning rate 0.001 would do" in result.stdout
-    shifted = result.stdout[result.stdout.index("What a forward-pass shift of layer 3 by 0.15") :]
+    assert "Effect of a descent step with learning rate 0.001" in result.stdout
+    shifted = result.stdout[result.stdout.index("Effect of a forward shift of layer 3 by 0.15") :]
     assert re.search(r"the edited one +␣Paris .* ␣Tokyo → ␣Paris", shifted)
     assert "Japan is" in shifted
 

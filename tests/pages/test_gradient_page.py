@@ -23,7 +23,7 @@ from tests.support.axe import serious_findings
 from tests.support.server import ServerProcess
 
 KINDS = ["FF1", "FF2", "Q", "K", "V", "O"]
-SHIFT = "What a forward-pass shift would do"
+SHIFT = "Effect of a forward shift"
 
 
 @pytest.fixture(scope="module")
@@ -445,7 +445,7 @@ def test_command_writes_the_page(server_address: str, tmp_path: Path) -> None:
     assert result.exit_code == 0
     html = path.read_text(encoding="utf-8")
     assert len(html.encode()) < 1_500_000
-    assert 'data-stream="preview:What a forward-pass shift of layer 3 by 0.24 would do"' in html
+    assert 'data-stream="preview:Effect of a forward shift of layer 3 by 0.24"' in html
     blocks = [part.split("<")[0] for part in html.split('data-stream="gradient">')[1:]]
     first = json.loads(zlib.decompress(base64.b64decode(blocks[0])))
     assert first["header"]["promptTokens"][3]["text"] == " Japan"

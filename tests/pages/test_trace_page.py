@@ -282,7 +282,7 @@ def test_search_finds_every_matching_node(tab: Page, demo: Traced) -> None:
         )
     }
     expect(tab.locator(".found h2")).to_have_text(
-        f"“Tokyo” is in the readings of {len(saying)} nodes"
+        f"{len(saying)} nodes have “Tokyo” among their tokens"
     )
     tab.keyboard.press("Tab")
     first = tab.locator(".found .node-link").first

@@ -178,10 +178,10 @@ def _edits(preview: bool, shift: int | None, eta: float, asked: dict[str, Any]) 
         if not rate:
             context = click.get_current_context()
             raise click.UsageError("--preview needs --lr (the learning rate of the step)", context)
-        title = f"What a step of learning rate {rate:g} would do"
+        title = f"Effect of a descent step with learning rate {rate:g}"
         edits[title] = DescentStep(rate, asked["matrices"], asked["layers"])
     if shift is not None:
-        title = f"What a forward-pass shift of layer {shift} by {eta:g} would do"
+        title = f"Effect of a forward shift of layer {shift} by {eta:g}"
         edits[title] = ForwardShift(shift, eta)
     return edits
 

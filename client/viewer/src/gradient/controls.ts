@@ -78,7 +78,7 @@ export const KEYS = [
   ['← → ↑ ↓', 'move to the nearest cell'],
   ['Enter', 'select the focused cell'],
   ['Esc', 'clear selection and search'],
-  ['e', 'switch between both ends, top and bottom'],
+  ['e', 'show top and bottom tokens, top only, or bottom only'],
   ['/', 'search for a token'],
   ['?', 'show this help'],
 ] as const

@@ -52,7 +52,7 @@ function whereLine({ matrix, position }: Component, model: GradientModel): HTMLE
 }
 
 function listTitle(end: string, promoted: boolean, known: string): string {
-  if (known === '') return `${end} tokens of x, the input that a step imprints`
+  if (known === '') return `${end} tokens of x, the input`
   return `${end} tokens of δ, ${promoted ? 'promoted' : 'suppressed'} by a descent step`
 }
 
@@ -78,7 +78,7 @@ function measures(component: Component, model: GradientModel): HTMLElement {
   }
   if (component.reading) rows.push(['entropy', `${measure(component.reading.entropyBits)} bits`])
   const { matrix } = component
-  rows.push([`whole gradient [${matrix.dIn}, ${matrix.dOut}]`, measure(matrix.norm)])
+  rows.push([`norm of the gradient [${matrix.dIn}, ${matrix.dOut}]`, measure(matrix.norm)])
   rows.push(['components shown', `${matrix.components.length} of ${matrix.count}`])
   const shown = rows.map(([name, value]) =>
     element('div', {}, element('dt', {}, name), element('dd', {}, value)),

@@ -13,7 +13,7 @@ import { columnsIn, type Group, GUTTER } from '../presentation/svg'
 import { at, count, decimals, measure } from '../presentation/wording'
 import type { HeatCell, HeatColumn, HeatMap, Legend, Line } from './heatmap'
 
-// The heat maps: what a step imprints, where it shifts the output, and the target's rank.
+// The heat maps: the tokens of inputs and VJPs, and the target's rank.
 
 const SEGMENT = 144 // px; fits the longest name
 
@@ -165,7 +165,7 @@ function linesOf(component: Component, ends: string): Line[] {
   const line = (mark: string, end: 'TOP' | 'BOTTOM', text: string | undefined) => ({
     mark,
     text: text ?? '—',
-    strong: promoted === end || (promoted === '' && end === 'TOP'),
+    strong: promoted === end,
   })
   const top = line('▲', 'TOP', component.reading?.top[0]?.token.label)
   const bottom = line('▼', 'BOTTOM', component.reading?.bottom[0]?.token.label)

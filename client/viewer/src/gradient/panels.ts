@@ -36,10 +36,10 @@ export class MapPanels {
     private readonly model: GradientModel,
     private readonly state: GradientState,
   ) {
-    this.shift = this.panel('shift', 'Shift: which way a step moves what is written')
-    this.imprint = this.panel('imprint', 'Imprint: what a step writes into what reads')
-    this.rank = this.panel('rank', 'The target’s rank')
-    this.segments = this.panel('rank', 'By segment of the prompt')
+    this.shift = this.panel('shift', 'Tokens of the VJP δ by layer and position')
+    this.imprint = this.panel('imprint', 'Tokens of the input x by layer and position')
+    this.rank = this.panel('rank', 'Rank of the target by layer and position')
+    this.segments = this.panel('rank', 'Means by segment of the prompt')
     // Its cells take no focus, so the panel itself must: the keyboard can then scroll it.
     this.segments.picture.node()?.parentElement?.setAttribute('tabindex', '0')
     this.targets = choice('Target', [], (value) => state.set({ target: value }))
@@ -52,8 +52,8 @@ export class MapPanels {
   }
 
   draw(shown: Shown): void {
-    this.drawFactors(this.shift, 'shift', 'shifts what it writes, δ', shown)
-    this.drawFactors(this.imprint, 'imprint', 'is imprinted with what it reads, x', shown)
+    this.drawFactors(this.shift, 'shift', 'tokens of δ, the gradient of its output', shown)
+    this.drawFactors(this.imprint, 'imprint', 'tokens of x, its input', shown)
     this.drawRanks(shown)
     this.drawSegments()
   }
@@ -63,7 +63,7 @@ export class MapPanels {
     panel.box.hidden = kind === ''
     if (kind === '') return
     setOptions(panel.kinds, this.model.kinds(key === 'shift' ? 'VJP' : 'INPUT'), kind)
-    panel.title.replaceChildren(`${kind} ${text}`)
+    panel.title.replaceChildren(`${kind}: ${text}`)
     const legend = normLegend(largestNorm(this.model, kind))
     this.show(panel, factorMap(this.model, kind, shown), legend)
     if (shown.scrolls) scrollTo(panel, shown.selected)
@@ -79,8 +79,8 @@ export class MapPanels {
     this.rank.title.replaceChildren(
       'Rank of ',
       tokenText(token?.label ?? ''),
-      ` in ${kind}’s ${side}`,
-      end === 'BOTTOM' ? ': a descent step promotes the bottom, the last ranks' : '',
+      ` in ${side} of ${kind}`,
+      end === 'BOTTOM' ? '; a descent step promotes the tokens that rank last' : '',
     )
     this.targets.hidden = this.model.targets.length < 2
     const text = this.model.targets.map((t, i) => [String(i), t.label] as const)
@@ -101,7 +101,7 @@ export class MapPanels {
     if (!known) return
     setOptions(this.segments.kinds, this.allKinds(), kind)
     this.segments.title.replaceChildren(
-      `${kind} by segment of the prompt: means of |δ| and of the target’s rank`,
+      `${kind}: mean |δ| and mean rank of the target by segment of the prompt`,
     )
     this.show(this.segments, segmentMap(this.model, kind))
   }

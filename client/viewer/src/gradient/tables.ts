@@ -65,11 +65,11 @@ export function neuronTable(model: GradientModel, kind: string): HTMLElement[] {
           neuron.after ? tokens(neuron.after) : '—',
         ]),
     )
-  const row = kind === 'FF2' ? 'rows' : 'columns'
+  const row = kind === 'FF2' ? 'row' : 'column'
   return section(
-    `Neurons of ${kind} that a step moves most`,
-    `The top tokens of its ${row} before the step, of the change by itself, and after the step.`,
-    ['layer', 'neuron', '|change|', 'before', 'the change', 'after'],
+    `Neurons of ${kind} that a descent step changes most`,
+    `Top tokens of each neuron’s ${row} before the step, of the change alone, and after the step.`,
+    ['layer', 'neuron', '|change|', 'before', 'change', 'after'],
     rows,
   )
 }
@@ -102,7 +102,7 @@ export function spectrumTable(model: GradientModel, kind: string): HTMLElement[]
     )
   return section(
     `Spectrum of ${kind}’s gradient`,
-    'Explained: of the squared Frobenius norm. A direction’s sign is arbitrary, so both ends count.',
+    'Explained is the share of the squared Frobenius norm. The sign of a singular vector is arbitrary, so both ends are shown.',
     ['layer', 'singular value', 'explained', 'one end', 'the other end'],
     rows,
   )
@@ -115,8 +115,8 @@ export function verificationLine(model: GradientModel): HTMLElement[] {
   const error = Math.max(...checks.map((check) => check.error))
   const tolerance = Math.min(...checks.map((check) => check.tolerance))
   const text =
-    `${checks.length} matrices compared with autograd’s dense gradient: the largest relative ` +
-    `error is ${measure(error)}, allowed is ${measure(tolerance)}.`
+    `${checks.length} matrices compared with autograd’s dense gradients: largest relative error ` +
+    `${measure(error)}, tolerance ${measure(tolerance)}.`
   return [element('p', { class: 'quiet verification' }, text)]
 }
 
@@ -142,7 +142,7 @@ export function previewTable(title: string, message: PreviewEditResponse): HTMLE
   const effects = [...(message.edited ? [message.edited] : []), ...(message.probes ?? [])]
   return section(
     title,
-    'The target’s probability and rank, and the model’s prediction, before and after; the model itself stays as it is.',
+    'The target’s probability and rank and the model’s prediction before and after the edit. The model on the server does not change.',
     ['prompt', 'target', 'before', 'after', 'rank', 'prediction', 'KL, bits'],
     effects.map(row),
   )

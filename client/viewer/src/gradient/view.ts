@@ -252,11 +252,11 @@ export function fillHeader(heading: HTMLElement, model: GradientModel, position:
 function story(model: GradientModel): HTMLElement {
   const story = element('p', { class: 'story' }, ...rendered(lossSentence(model)))
   story.append(
-    ' A descent step adds −learning rate · xᵀδ to the matrix: inputs like x then get an output ',
-    'shifted against δ. ▲ marks top tokens, ▼ bottom tokens; the tokens that a step promotes are bold.',
+    ' A descent step adds −η · xᵀδ to a matrix, where η is the learning rate: for inputs similar to x, ',
+    'the output moves along −δ. ▲ marks top tokens, ▼ bottom tokens; tokens that the step promotes are bold.',
   )
   if (model.skipped.length > 0) {
-    story.append(` This architecture has no ${model.skipped.join(', ')}.`)
+    story.append(` This model has no ${model.skipped.join(', ')}.`)
   }
   return story
 }

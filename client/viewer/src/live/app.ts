@@ -92,8 +92,7 @@ class LivePage {
   private open(view: 'trace' | 'gradient', question: Question, beside?: Panel): void {
     const complete = view === 'gradient' && question.target === '' ? undefined : question
     if (!complete) {
-      this.error.textContent =
-        'a gradient needs a target: enter the text that the model should learn'
+      this.error.textContent = 'no target: enter the text that the model should learn'
       return
     }
     this.error.textContent = ''
@@ -136,14 +135,14 @@ export class Form {
   readonly model = choice('Model', [], () => {})
   private readonly prompt = this.promptField()
   private readonly target = field('target', 'Target', 'the model’s own prediction')
-  private readonly layers = field('layers', 'Layers', 'all; or 0-3,7')
-  private readonly positions = field('positions', 'Positions', 'the last; all; or -1,3')
-  private readonly heads = field('heads', 'Heads', '10; 0 = all')
+  private readonly layers = field('layers', 'Layers', 'all, or 0-3,7')
+  private readonly positions = field('positions', 'Positions', 'the last, all, or -1,3')
+  private readonly heads = field('heads', 'Heads', '10, or 0 for all')
   private readonly subject = field('subject', 'Subject', 'part of the prompt')
   private readonly neurons = field('neurons', 'Neurons', '0')
   private readonly spectrum = field('spectrum', 'Singular values', '0')
-  private readonly rate = field('rate', 'Learning rate', 'only the direction')
-  private readonly probes = field('probes', 'Probes', 'other prompts; split by |')
+  private readonly rate = field('rate', 'Learning rate', 'direction only')
+  private readonly probes = field('probes', 'Probes', 'other prompts, separated by |')
   private readonly lens = choice('Lens', LENSES, () => {})
   private readonly matrices = MATRICES.map((kind, i) => checkbox(kind, i < 2))
 

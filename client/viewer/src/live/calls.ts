@@ -159,8 +159,8 @@ export function previewRequest(
 
 export function editTitle({ kind, strength, layer }: EditQuestion): string {
   return kind === 'shift'
-    ? `What a forward-pass shift of layer ${layer} by ${strength} would do`
-    : `What a step of learning rate ${strength} would do`
+    ? `Effect of a forward shift of layer ${layer} by ${strength}`
+    : `Effect of a descent step with learning rate ${strength}`
 }
 
 function target({ target, clickedTarget }: Question): Json {

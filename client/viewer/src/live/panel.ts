@@ -247,8 +247,8 @@ export function addEdits(panel: Panel, layers: number, watched: () => string[]):
 }
 
 const EDITS = [
-  ['shift', 'forward-pass shift by η'],
-  ['descent', 'descent step of rate'],
+  ['shift', 'forward shift by η'],
+  ['descent', 'descent step with learning rate'],
 ] as const
 
 async function show(panel: Panel, edit: EditQuestion, probes: readonly string[]): Promise<void> {

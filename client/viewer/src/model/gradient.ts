@@ -47,7 +47,7 @@ export interface Matrix {
   expert: number | undefined
   dIn: number
   dOut: number
-  /** The factor that is projected: the input x, which a step imprints, or the VJP δ, which shifts the output. */
+  /** The factor that is projected: the input x or the VJP δ. */
   side: 'INPUT' | 'VJP'
   /** The end of the ranking that a descent step promotes; '' for inputs. */
   promoted: 'TOP' | 'BOTTOM' | ''

@@ -158,13 +158,13 @@ export function provenanceLine(provenance: ProvenanceMessage, complete: boolean)
     `januslens ${versions?.januslens ?? ''}`,
   ]
   const line = element('p', { class: 'provenance' }, text.filter(Boolean).join(' · '))
-  if (!complete) line.append(element('strong', { class: 'incomplete' }, ' · not complete'))
+  if (!complete) line.append(element('strong', { class: 'incomplete' }, ' · incomplete'))
   return line
 }
 
 /** A token that becomes the target when clicked. */
 export function targetButton(token: Token): HTMLElement {
-  const what = `token ${token.id}: use it as the target`
+  const what = `Use token ${token.id} as the target`
   const attributes = {
     type: 'button',
     class: 'target-choice',

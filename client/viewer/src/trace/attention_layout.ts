@@ -62,11 +62,11 @@ export function placeAttention(
     [...text, ...shownShare(kept)],
     [
       [columns.query, 'query'],
-      [columns.source, 'reads'],
-      [columns.key, 'its key'],
+      [columns.source, 'source'],
+      [columns.key, 'key'],
       [columns.weight + (WEIGHT - 6) / 2, 'attention', 'middle'],
-      [columns.value, 'its value'],
-      [columns.output, 'the head writes'],
+      [columns.value, 'value'],
+      [columns.output, 'head output'],
     ],
   )
   const extra = extraHeight(block, shown, filter, at.bar)
@@ -252,8 +252,8 @@ export function placeOutputRows(
   const largest = Math.max(...all.map(({ node }) => Math.abs(finite(node.activation))), 1e-9)
   detail.text(columns.weight - 12, top + ROW / 2, 'row of W_O', 'column', 'end')
   detail.text(columns.weight + WEIGHT / 2 - 3, top + ROW / 2, 'activation', 'column', 'middle')
-  detail.text(columns.value, top + ROW / 2, 'it writes', 'column')
-  detail.text(columns.output, top + ROW / 2, 'of attention’s result', 'column')
+  detail.text(columns.value, top + ROW / 2, 'tokens', 'column')
+  detail.text(columns.output, top + ROW / 2, 'share', 'column')
   row.outputRows.forEach(({ node, share }, i) => {
     const y = top + (i + 1) * ROW
     const middle = y + ROW / 2

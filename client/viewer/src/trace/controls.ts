@@ -195,7 +195,7 @@ export const KEYS = [
   ['Enter', 'select or expand the focused element'],
   ['Esc', 'clear selection, search and path'],
   ['[', 'select the strongest source'],
-  [']', 'select the node that it is part of'],
+  [']', 'select the sum that it is part of'],
   ['p', 'pin or unpin the selected node'],
   ['f', 'show or hide the strongest path'],
   ['/', 'search for a token'],

@@ -38,7 +38,9 @@ export class HeadMatrix {
   ) {
     const picture = this.svg.node() as SVGSVGElement
     this.element = element('section', { class: 'overview-box' }, picture)
-    this.svg.attr('role', 'grid').attr('aria-label', 'Attention heads, layers upwards')
+    this.svg
+      .attr('role', 'grid')
+      .attr('aria-label', 'Attention heads by layer, first layer at the bottom')
     picture.addEventListener('click', (event) => {
       const id = idOf(event)
       if (id) (event.ctrlKey || event.metaKey ? actions.pin : actions.open)(id)

@@ -66,11 +66,11 @@ function foundList(found: readonly Found[], query: string, graph: FlowGraph): HT
         `${nodeName(node, graph.prompt)} at ${at(node.position, graph.prompt)}`,
       ),
     )
-  const title = `“${query}” is in the readings of ${count(found.length)} nodes`
+  const title = `${count(found.length)} ${found.length === 1 ? 'node has' : 'nodes have'} “${query}” among their tokens`
   if (found.length > SHOWN) {
     lines.push(element('p', { class: 'quiet' }, `and ${found.length - SHOWN} more`))
   }
-  const note = 'position among the top (▴) or bottom (▾) tokens'
+  const note = 'place among the top (▴) or bottom (▾) tokens, from 0'
   return section('found', title, note, lines)
 }
 
@@ -115,7 +115,11 @@ export function nodeFacts(node: GraphNode, graph: FlowGraph): HTMLElement {
     facts.append(scoredList('Bottom tokens', reading.bottom, targetId(node, graph)))
   } else {
     facts.append(
-      element('p', { class: 'quiet' }, 'No reading: this node concatenates others, or is zero.'),
+      element(
+        'p',
+        { class: 'quiet' },
+        'No tokens: this node concatenates other nodes, or is zero.',
+      ),
     )
   }
   facts.append(normEffect(node, graph), connections(node, graph))
@@ -127,7 +131,7 @@ export function nodeHeading(node: GraphNode, graph: FlowGraph): HTMLElement[] {
   const flipped = isFlipped(node)
   const shown = shownToken(node, flipped)
   const dot = element('i', { class: `dot bin-${binOf(node, graph, flipped)}` })
-  const text = flipped ? '▾ negative factor: it promotes the bottom tokens' : ''
+  const text = flipped ? '▾ negative activation: promotes the bottom tokens' : ''
   const heading = element('h2', {}, dot, tokenText(shown?.token.label ?? '—'))
   const where = element('p', { class: 'where' }, nodeName(node, graph.prompt))
   if (node.kind !== 'BLOCK_INPUT') where.append(`, at ${at(node.position, graph.prompt)}`)
@@ -202,15 +206,15 @@ function without(some: Reading, others: Reading): string[] {
 function connections(node: GraphNode, graph: FlowGraph): HTMLElement {
   const list = element('div', { class: 'node-links' })
   const parts = graph.partsOf(node.id)
-  if (parts.length > 0) list.append(element('h3', {}, 'Made of'))
+  if (parts.length > 0) list.append(element('h3', {}, 'Parts'))
   for (const { node: part, edge } of parts.slice(0, SHOWN_PARTS)) {
     list.append(nodeLink(part, edge.share === undefined ? '' : percent(edge.share), graph))
   }
   if (parts.length > SHOWN_PARTS) {
-    list.append(element('p', { class: 'quiet' }, `and ${parts.length - SHOWN_PARTS} smaller`))
+    list.append(element('p', { class: 'quiet' }, `and ${parts.length - SHOWN_PARTS} smaller parts`))
   }
   const onward = graph.edgesFrom(node.id).filter((edge) => graph.node(edge.target))
-  if (onward.length > 0) list.append(element('h3', {}, 'Goes into'))
+  if (onward.length > 0) list.append(element('h3', {}, 'Contributes to'))
   for (const edge of onward.slice(0, SHOWN_PARTS)) {
     const sum = graph.node(edge.target)
     if (sum) list.append(nodeLink(sum, edge.share === undefined ? '' : percent(edge.share), graph))

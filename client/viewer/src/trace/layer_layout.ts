@@ -173,10 +173,10 @@ export function placeMlp(
     [...text, ...shownShare(kept)],
     [
       [columns.name, 'neuron'],
-      [columns.key, gated ? 'its gate' : 'its key'],
-      ...(gated ? [[columns.up, 'its up'] as const] : []),
+      [columns.key, gated ? 'gate' : 'key'],
+      ...(gated ? [[columns.up, 'up'] as const] : []),
       [columns.activation + ACTIVATION / 2, 'activation', 'middle'],
-      [columns.value, 'its value'],
+      [columns.value, 'value'],
     ],
   )
   const rows: Stacked[] = []

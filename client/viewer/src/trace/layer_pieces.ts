@@ -197,7 +197,7 @@ export function heading(
   const reads = block.input?.reading?.top[0]?.token.label
   const x = at.x + PAD + title.length * 8.6 + 14
   const room = at.width - PAD - OUTPUT - 12 - (x - at.x)
-  if (reads !== undefined) detail.text(x, at.y + 17.5, `reads ${reads}`, 'quiet', 'start', room)
+  if (reads !== undefined) detail.text(x, at.y + 17.5, `input ${reads}`, 'quiet', 'start', room)
   const line = facts.filter(Boolean).join(' · ')
   detail.text(at.x + PAD, at.y + 35, line, 'quiet', 'start', at.width - 2 * PAD - OUTPUT)
   for (const [left, name, anchor] of columns) {
@@ -216,7 +216,7 @@ export function summary(block: Block<Row>, shown: number, all: number | undefine
 }
 
 export function shownShare(kept: number): string[] {
-  return kept < 0.9995 ? [`${Math.round(kept * 100)} % of these shown`] : []
+  return kept < 0.9995 ? [`rows with ${Math.round(kept * 100)} % of the share shown`] : []
 }
 
 /** Places the rows of the remainder and the bias; returns the new bottom. */

@@ -36,7 +36,9 @@ export class Overview {
   ) {
     const picture = this.svg.node() as SVGSVGElement
     this.element = element('section', { class: 'overview-box' }, picture)
-    this.svg.attr('role', 'grid').attr('aria-label', 'Residual stream by token, layers upwards')
+    this.svg
+      .attr('role', 'grid')
+      .attr('aria-label', 'Residual stream by token and layer, first layer at the bottom')
     picture.addEventListener('click', (event) => this.clicked(event))
     picture.addEventListener('pointermove', (event) => this.hovered(event))
     picture.addEventListener('pointerleave', () => this.tooltip.hide())

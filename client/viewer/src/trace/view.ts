@@ -245,7 +245,7 @@ export function fillHeader(heading: HTMLElement, graph: FlowGraph, position: num
 function story(graph: FlowGraph, position: number): HTMLElement {
   const sentences = graph.complete
     ? traceSentences(graph, position)
-    : [targetSentence(graph, position) ?? [], ['The trace is not complete.']]
+    : [targetSentence(graph, position) ?? [], ['The trace is incomplete.']]
   const parts = sentences.flatMap((sentence) => [...rendered(sentence), ' '])
   return element('p', { class: 'story' }, ...parts)
 }
