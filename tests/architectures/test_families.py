@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from januslens_server.models.adapters import ADAPTERS
-from januslens_server.models.adapters.parts import run_eagerly
+from januslens_server.models.adapters.modules import run_eagerly
 from januslens_server.models.views import Mlp
 from tests.architectures.cases import CASES, CONTEXT, FAMILIES, MEASURED, Case
 from tests.architectures.measures import MEASURES, Measure

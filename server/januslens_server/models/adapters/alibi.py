@@ -13,7 +13,7 @@ from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 from januslens_server.capture import End, Tap
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import HeadMap, Scoring
-from januslens_server.models.adapters.parts import (
+from januslens_server.models.adapters.modules import (
     by_head,
     consecutive,
     facts,

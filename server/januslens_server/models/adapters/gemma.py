@@ -17,7 +17,7 @@ from januslens_server.models.adapters.llama import (
     post_norm_block,
     pre_norm_block,
 )
-from januslens_server.models.adapters.parts import lens, rotation, run_eagerly
+from januslens_server.models.adapters.modules import lens, rotation, run_eagerly
 from januslens_server.models.views import Block, ModelView
 
 

@@ -13,7 +13,7 @@ from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import Scoring
 from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead
-from januslens_server.models.adapters.parts import (
+from januslens_server.models.adapters.modules import (
     by_head,
     facts,
     layer_norm,

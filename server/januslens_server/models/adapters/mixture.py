@@ -18,7 +18,7 @@ from januslens_server.models.adapters.llama import (
     llama_like,
     pre_norm_block,
 )
-from januslens_server.models.adapters.parts import rms_head_map, spanning_head_map
+from januslens_server.models.adapters.modules import rms_head_map, spanning_head_map
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Block, ModelView
 

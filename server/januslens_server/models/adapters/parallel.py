@@ -22,7 +22,7 @@ from januslens_server.models.adapters.llama import (
     parallel_block,
     pre_norm_block,
 )
-from januslens_server.models.adapters.parts import layer_norm, lens, linear
+from januslens_server.models.adapters.modules import layer_norm, lens, linear
 from januslens_server.models.views import Block, Mlp, ModelView
 
 
