@@ -18,11 +18,11 @@ from tests.support.calls import prompt, refused
 from tests.support.server import ServerProcess, running_server
 
 BROKEN = {
-    "absent": (model_folders.without_weights, "no file named model.safetensors"),
+    "absent": (model_folders.without_weights, "file 'model.safetensors' is missing"),
     "truncated": (model_folders.truncated, "incomplete metadata"),
     "lacking": (model_folders.lacking_one_weight, "h.2.mlp.c_fc.weight"),
     "nan": (model_folders.with_nan, "transformer.h.2.mlp.c_fc.weight"),
-    "pickled": (model_folders.pickled, "no file named model.safetensors"),
+    "pickled": (model_folders.pickled, "file 'model.safetensors' is missing"),
 }
 
 Model = models_pb2.Model
@@ -75,7 +75,7 @@ def test_a_broken_model_is_refused_with_its_reason(
         answer = refused(channel, method, request)
         assert answer.code is grpc.StatusCode.FAILED_PRECONDITION
         assert (answer.reason, answer.info.domain) == ("MODEL_FAILED", "januslens")
-        assert answer.text == f"{name} cannot be served: {reason}"
+        assert answer.text == f"model {name!r} cannot be served: {reason}"
         assert answer.retry_after is None
 
 

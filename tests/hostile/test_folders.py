@@ -206,7 +206,7 @@ def nested_counts(folder: Path) -> str:
 
 def named_labels(folder: Path) -> str:
     describe(folder, id2label={str(i): "x" * 20 for i in range(200_000)})
-    return "config.json is too large: expected at most"
+    return "'config.json' is too large: expected at most"
 
 
 def wide(folder: Path) -> str:
@@ -226,7 +226,7 @@ def nested(folder: Path) -> str:
 
 def no_object(folder: Path) -> str:
     (folder / "config.json").write_text("[]")
-    return "expected an object in config.json"
+    return "config.json holds a list: expected an object"
 
 
 def no_positions(folder: Path) -> str:
@@ -244,7 +244,7 @@ def unprintable(folder: Path) -> str:
 
 def no_layers(folder: Path) -> str:
     describe(folder, n_layer=0)
-    return "expected at least one layer"
+    return "describes a model without layers: expected at least one"
 
 
 def header(folder: Path, size: int, text: bytes) -> None:
@@ -286,7 +286,7 @@ def fifo(name: str) -> Callable[[Path], str]:
     def bomb(folder: Path) -> str:
         (folder / name).unlink(missing_ok=True)
         os.mkfifo(folder / name)
-        return f"expected a regular file, got {name}" if name != "config.json" else "config.json"
+        return f"{name!r} is not a regular file" if name != "config.json" else "config.json"
 
     return bomb
 
@@ -294,7 +294,7 @@ def fifo(name: str) -> Callable[[Path], str]:
 def device(folder: Path) -> str:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to("/dev/zero")
-    return "tokenizer.json is a link out of the folder, to /dev/zero"
+    return "'tokenizer.json' is a link out of the folder, to /dev/zero"
 
 
 def link(name: str) -> Callable[[Path], str]:
@@ -302,14 +302,14 @@ def link(name: str) -> Callable[[Path], str]:
         outside = folder.parent / name
         shutil.move(folder / name, outside)
         (folder / name).symlink_to(outside)
-        return f"{name} is a link out of the folder"
+        return f"{name!r} is a link out of the folder"
 
     return bomb
 
 
 def merges_of_a_gigabyte(folder: Path) -> str:
     os.truncate(folder / "tokenizer.json", 2**30)
-    return "tokenizer.json is too large: expected at most"
+    return "'tokenizer.json' is too large: expected at most"
 
 
 def index(name: object) -> Callable[[Path], str]:
@@ -471,7 +471,7 @@ def test_weights_of_half_the_size_are_not_allocated(folder: Path) -> None:
     found = load_file(path)
     found["transformer.ln_f.weight"] = torch.ones(3)
     save_file(found, path, {"format": "pt"})
-    assert "of shape [128], got [3]" in refusal(folder)
+    assert "has shape [3]: expected [128]" in refusal(folder)
 
 
 def test_the_other_model_serves_beside_a_hostile_one(tmp_path: Path) -> None:

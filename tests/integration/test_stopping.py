@@ -95,7 +95,7 @@ def test_a_loading_model_is_unavailable(loading: ServerProcess) -> None:
             assert answer.code is grpc.StatusCode.UNAVAILABLE
             assert (answer.reason, answer.info.domain) == ("MODEL_LOADING", "januslens")
             assert answer.retry_after is not None
-            assert answer.text == "slow is still loading"
+            assert answer.text == "model 'slow' is still loading"
 
 
 def test_unavailable_calls_can_be_repeated_elsewhere(loading: ServerProcess) -> None:

@@ -82,7 +82,7 @@ def test_caches_count_before_loading_and_are_named_in_the_refusal(tmp_path: Path
         ModelFailed, match=r"row cache 0\.1 MiB, neuron index \d\.\d MiB\), found"
     ) as at:
         load(replace(source, limits={"cpu": need.total - 1}))
-    assert f"not enough memory: expected {need}, found" in str(at.value)
+    assert f"not enough memory: the model needs {need}, found" in str(at.value)
 
 
 @pytest.mark.parametrize("limit", [2**16, 2**40], ids=["limited", "all rows"])

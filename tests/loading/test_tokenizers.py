@@ -540,5 +540,5 @@ def test_files_that_do_not_say_how_texts_are_split_are_refused(
     gpt2_files(folder, tokenizer_class=tokenizer_class)
     if missing:
         (folder / missing).unlink()
-    with pytest.raises(ModelFailed, match=r"expected tokenizer\.json, found none"):
+    with pytest.raises(ModelFailed, match=r"tokenizer\.json is missing"):
         load(ModelSource("model", str(folder)))

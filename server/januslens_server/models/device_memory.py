@@ -78,7 +78,7 @@ def _free(device: torch.device) -> int:
     if device.type != "cuda":
         return free_memory()
     if not torch.cuda.is_available():
-        raise ModelFailed("expected a CUDA device, found none that torch can use")
+        raise ModelFailed("no CUDA device found that torch can use")
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 

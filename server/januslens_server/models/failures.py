@@ -29,9 +29,7 @@ def check_weights(network: nn.Module) -> None:
     ]
     if broken:
         more = ", ..." if len(broken) > LISTED else ""
-        raise ModelFailed(
-            f"expected finite weights, got infinity or NaN in {', '.join(broken[:LISTED])}{more}"
-        )
+        raise ModelFailed(f"weights are infinite or NaN in {', '.join(broken[:LISTED])}{more}")
 
 
 def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:

@@ -257,14 +257,14 @@ def attention_error(
 
 
 def check_lengths(
-    model: PreTrainedModel, view: ModelView, reader: Callable[[PreTrainedModel], ModelView]
+    model: PreTrainedModel, view: ModelView, adapter: Callable[[PreTrainedModel], ModelView]
 ) -> None:
     """Check that an adapter maps the attention correctly beyond every length.
 
     Args:
         model: The model.
         view: Its view.
-        reader: The adapter that built the view; it also maps the miniatures.
+        adapter: The adapter that built the view; it also maps the miniatures.
 
     Raises:
         ModelFailed: The attention of a miniature is not reproduced. The error names the first
@@ -277,7 +277,7 @@ def check_lengths(
 
     def unlike(shortened: Sequence[Length]) -> int | None:
         small = miniature(model, facts.n_heads, facts.n_kv_heads, facts.d_head, shortened)
-        return first_mismatch(small, reader(small))
+        return first_mismatch(small, adapter(small))
 
     layer = unlike(lengths)
     if layer is not None:

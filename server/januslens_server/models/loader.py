@@ -174,14 +174,14 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     is_local = local.is_dir()
     folder = local if is_local else _fetched(location, revision, DESCRIPTIONS)
     if not (folder / "config.json").is_file():
-        raise ModelFailed("expected a model with a config.json, found none")
+        raise ModelFailed("config.json is missing: expected a model folder of transformers")
     check_folder(folder)
     _refuse_custom_code(read_json(folder / "config.json"))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     compute_attention_with_torch(config)
     _refuse_other_tasks(config)
     if not any(any(folder.glob(name)) for name in TOKENIZERS):
-        raise ModelFailed("expected a tokenizer (tokenizer.json), found none")
+        raise ModelFailed("the tokenizer is missing: expected tokenizer.json")
     names = _weight_files(folder)
     if not is_local:
         _fetched(location, revision, names)
@@ -197,31 +197,32 @@ def _fetched(location: str, revision: str | None, files: Sequence[str]) -> Path:
         with online():
             return Path(snapshot_download(location, revision=revision, allow_patterns=list(files)))
     except (OSError, HFValidationError) as error:
-        wanted = "a local folder or a model of the hub"
-        raise ModelFailed(f"expected {wanted}, found neither: {one_line(error)}") from error
+        raise ModelFailed(
+            f"neither a local folder nor a model of the hub: {one_line(error)}"
+        ) from error
 
 
 def _refuse_custom_code(described: Mapping[str, Any]) -> None:
     family = described.get("model_type")
     if described.get("auto_map") and family not in CONFIG_MAPPING:
         raise ModelFailed(
-            f"architecture {family!r} needs custom code, which is never run; expected one that "
-            "transformers includes"
+            f"architecture {family!r} needs custom code, which is never run: expected an "
+            "architecture that transformers includes"
         )
 
 
 def _refuse_other_tasks(config: PreTrainedConfig) -> None:
     found = config.model_type
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelFailed(f"expected a decoder-only model, got an encoder-decoder: {found}")
+        raise ModelFailed(f"{found!r} is an encoder-decoder: expected a decoder-only model")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelFailed(f"expected a causal language model, got {found}")
+        raise ModelFailed(f"{found!r} is not a causal language model")
     if config.get_text_config().num_hidden_layers < 1:
-        raise ModelFailed("expected at least one layer, got none")
+        raise ModelFailed("config.json describes a model without layers: expected at least one")
     causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
     for name in config.architectures or ():
         if "For" in name and not name.endswith("ForCausalLM") and name not in causal:
-            raise ModelFailed(f"expected a causal language model, got {name}")
+            raise ModelFailed(f"{name!r} is not a causal language model")
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -231,7 +232,7 @@ def _weight_files(folder: Path) -> list[str]:
     if index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict):
-            raise ModelFailed(f"expected a weight_map in {index.name}, found none")
+            raise ModelFailed(f"{index.name} has no weight_map: expected the file of each tensor")
         listed = check_file_names(list(names.values()), index.name)
     return [SAFE_WEIGHTS_NAME] if (folder / SAFE_WEIGHTS_NAME).is_file() else listed
 
@@ -243,10 +244,12 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
     """
     if not (folder / name).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
-        unread = f" ({pickles[0]} is a pickle, which is never read)" if pickles else ""
+        advice = ""
+        if pickles:
+            advice = f"; {pickles[0]!r} is a pickle, which is never read: convert it to safetensors"
         if (folder / ADAPTER).exists():
-            unread = f" ({ADAPTER} describes an adapter: merge it into the model's weights)"
-        raise ModelFailed(f"expected weights in safetensors, found no file named {name}{unread}")
+            advice = f"; {ADAPTER} describes an adapter: merge it into the model's weights"
+        raise ModelFailed(f"file {name!r} is missing: expected weights in safetensors{advice}")
     check_header(folder / name)
     stored: dict[str, int] = {}
     try:
@@ -255,12 +258,14 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
                 tensor = file.get_slice(key)
                 kind = tensor.get_dtype()
                 if key.endswith(("weight", "_proj")) and kind not in FLOATS:
-                    raise ModelFailed(f"expected weights in float formats, got {key} in {kind}")
+                    raise ModelFailed(
+                        f"tensor {key!r} is stored as {kind}: expected {', '.join(sorted(FLOATS))}"
+                    )
                 stored[key] = math.prod(tensor.get_shape())
     except safetensors.SafetensorError as error:
         size = (folder / name).stat().st_size
         raise ModelFailed(
-            f"{name} is not a valid safetensors file of {size} bytes: {error}"
+            f"{name!r} is not a valid safetensors file of {size} bytes: {error}"
         ) from error
     return stored
 
@@ -283,7 +288,7 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
     )
     network, found = loaded
     for key, stored, expected in sorted(found["mismatched_keys"]):
-        raise ModelFailed(f"expected {key} of shape {list(expected)}, got {list(stored)}")
+        raise ModelFailed(f"tensor {key!r} has shape {list(stored)}: expected {list(expected)}")
     if missing := sorted(found["missing_keys"]):  # transformers initialises them at random
         others = sorted(found["unexpected_keys"])
         raise ModelFailed(

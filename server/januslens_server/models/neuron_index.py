@@ -113,17 +113,17 @@ def _check(rows: int, depth: int, vocab: int, tensors: Mapping[str, torch.Tensor
         "entropy_bits": (torch.float32, (rows,)),
     }
     if tensors.keys() != expected.keys():
-        raise ValueError(f"expected tensors {sorted(expected)}, got {sorted(tensors)}")
+        raise ValueError(f"it has tensors {sorted(tensors)}: expected {sorted(expected)}")
     for name, (kind, shape) in expected.items():
         found = tensors[name]
         if found.dtype is not kind or found.shape != shape:
             raise ValueError(
-                f"expected {name} as {kind} {list(shape)}, got {found.dtype} {list(found.shape)}"
+                f"{name} is {found.dtype} {list(found.shape)}: expected {kind} {list(shape)}"
             )
         if kind is torch.int32 and bool(((found < 0) | (found >= vocab)).any()):
-            raise ValueError(f"expected ids and ranks from 0 to {vocab - 1} in {name}")
+            raise ValueError(f"{name} is out of range: expected 0 to {vocab - 1}")
         if kind is torch.float32 and not bool(found[tensors["projected"]].isfinite().all()):
-            raise ValueError(f"expected finite numbers in {name}")
+            raise ValueError(f"{name} is infinite or NaN")
 
 
 def _depth(facts: ModelFacts) -> int:

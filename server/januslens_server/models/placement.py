@@ -180,7 +180,7 @@ def _accelerate_name(device: str) -> str | int:
 def _too_large(need: MemoryNeed, room: Mapping[str, int]) -> str:
     found = ", ".join(f"{readable_size(free)} on {name}" for name, free in room.items())
     return (
-        f"not enough memory: expected {need}, found {found}; "
+        f"not enough memory: the model needs {need}, found {found}; "
         "use a smaller data type or a larger device"
     )
 

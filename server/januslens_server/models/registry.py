@@ -79,8 +79,8 @@ class Registry:
     def _admit(self, model: ResidentModel, guarantees: Sequence[Guarantee]) -> None:
         broken = [g for g in guarantees if not g.held]
         reason = "; ".join(
-            f"self-check {g.name}: expected an error of at most {g.tolerance:g}, "
-            f"measured {g.measured_error:.3g}"
+            f"self-check {g.name} failed: error {g.measured_error:.3g}, "
+            f"expected at most {g.tolerance:g}"
             for g in broken
         )
         if not broken:
@@ -135,13 +135,14 @@ class Registry:
             raise ModelNotFound(f"unknown model {name!r}: expected one of {_listed(offered)}")
         status = statuses[name]
         if status.state is ModelState.LOADING:
-            raise ModelLoading(f"{name} is still loading")
+            raise ModelLoading(f"model {name!r} is still loading")
         if status.state is ModelState.FAILED:
-            raise ModelFailed(f"{name} cannot be served: {status.reason}")
+            raise ModelFailed(f"model {name!r} cannot be served: {status.reason}")
         model = resident[name]
         if revision and revision != model.provenance.revision:
             raise ModelNotFound(
-                f"unknown revision {revision!r} of {name}: expected {model.provenance.revision}"
+                f"unknown revision {revision!r} of model {name!r}: expected "
+                f"{model.provenance.revision!r}"
             )
         return model
 

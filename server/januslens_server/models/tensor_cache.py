@@ -107,14 +107,14 @@ def _opened(path: Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError("expected a regular file")
+        raise ValueError("it is not a regular file")
     return os.fdopen(descriptor, "rb")
 
 
 def _content(file: BinaryIO, largest: int) -> bytes:
     content = file.read(largest + 1)
     if len(content) > largest:
-        raise ValueError(f"expected at most {largest} bytes")
+        raise ValueError(f"it is larger than {largest} bytes")
     return content
 
 
@@ -122,7 +122,7 @@ def _parsed(content: bytes, about: Mapping[str, str], check: Check) -> Tensors:
     header = int.from_bytes(content[:8], "little")
     described = json.loads(content[8 : 8 + header])
     if not isinstance(described, dict):
-        raise ValueError("expected a header that is an object")  # noqa: TRY004 - of a file
+        raise ValueError("its header is not an object")  # noqa: TRY004 - of a file
     tensors = load(content)
     check(tensors)
     if described.get("__metadata__") != dict(about) | {DIGEST: _digest(tensors)}:

@@ -104,7 +104,7 @@ def _gpt2_tokenizer(
     known = kind in GPT2_CLASSES if kind else family in GPT2_FAMILIES
     if not (known and vocab.is_file() and merges.is_file()):
         raise ModelFailed(
-            "expected tokenizer.json, found none; without it, only vocab.json and merges.txt of a "
+            "tokenizer.json is missing: without it, only vocab.json and merges.txt of a "
             f"GPT2Tokenizer are read, not the files of {kind or family}; add the tokenizer.json "
             "that the tokenizer's save_pretrained writes"
         )

@@ -141,22 +141,24 @@ def _check_entry(entry: Path, root: Path) -> None:
     target = entry.resolve()
     if not target.is_relative_to(root):
         raise ModelFailed(
-            f"{entry.name} is a link out of the folder, to {target}; copy the file into the folder"
+            f"{entry.name!r} is a link out of the folder, to {target}; copy the file into it"
         )
     try:
         status = target.stat()
     except FileNotFoundError:  # a dangling link counts as a missing file
         return
     if DISTRIBUTED.fullmatch(entry.name):
-        raise ModelFailed(f"expected whole weights, got {entry.name} of a distributed checkpoint")
+        raise ModelFailed(
+            f"{entry.name!r} belongs to a distributed checkpoint: expected whole weights"
+        )
     if stat.S_ISDIR(status.st_mode):
         return
     if not stat.S_ISREG(status.st_mode):
-        raise ModelFailed(f"expected a regular file, got {entry.name}, which is not one")
+        raise ModelFailed(f"{entry.name!r} is not a regular file")
     limit = CONFIGURATION_BYTES if entry.name == CONFIGURATION else DESCRIPTION_BYTES
     if entry.suffix in DESCRIPTIONS and status.st_size > limit:
         raise ModelFailed(
-            f"{entry.name} is too large: expected at most {limit} bytes, got {status.st_size}"
+            f"{entry.name!r} is too large: expected at most {limit} bytes, got {status.st_size}"
         )
 
 
@@ -168,7 +170,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
         reason = str(error).split("\n", 1)[0]
         raise ModelFailed(f"{path.name} is not a valid JSON file: {reason}") from error
     if not isinstance(found, dict):
-        raise ModelFailed(f"expected an object in {path.name}, got a {type(found).__name__}")
+        raise ModelFailed(f"{path.name} holds a {type(found).__name__}: expected an object")
     return found
 
 
@@ -196,15 +198,15 @@ def _check_key(name: str, key: str, value: object) -> None:
     if key in {"quantization_config", "compression_config"}:
         method = value.get("quant_method") if isinstance(value, Mapping) else None
         raise ModelFailed(
-            f"expected weights in float32, bfloat16 or float16, got a checkpoint quantised by "
-            f"{method or 'an unnamed method'}; serve the checkpoint that it was made from"
+            f"the checkpoint is quantised by {method or 'an unnamed method'}: expected weights in "
+            "float32, bfloat16 or float16; serve the checkpoint that it was made from"
         )
     if key in REFUSED_KEYS:
         raise ModelFailed(
             f"{name}: {key} selects {REFUSED_KEYS[key]}, which is not supported; remove the key"
         )
     if key in FRACTIONS and isinstance(value, int | float) and not 0 < value <= 1:
-        raise ModelFailed(f"{name}: {key} is {value}: expected a number between 0 and 1")
+        raise ModelFailed(f"{name}: invalid {key} {value}: expected a number above 0, at most 1")
     if key in ALLOWED_IMPLEMENTATIONS:
         allowed = ALLOWED_IMPLEMENTATIONS[key]
         chosen = value.values() if isinstance(value, Mapping) else [value]
@@ -252,9 +254,9 @@ def check_file_names(names: Sequence[object], index: str) -> list[str]:
     """Return the sorted weights files of an index; refuse any but safetensors in the folder."""
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
-            raise ModelFailed(f"expected file names in {index}, got {name!r}")
+            raise ModelFailed(f"{index} lists {name!r}: expected names of files in the folder")
         if not name.endswith(".safetensors"):
-            raise ModelFailed(f"expected weights in safetensors, got {name!r} in {index}")
+            raise ModelFailed(f"{index} lists {name!r}: expected safetensors files")
     return sorted({str(name) for name in names})
 
 
@@ -264,7 +266,7 @@ def check_header(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
     if size > HEADER_BYTES:
         raise ModelFailed(
-            f"{path.name} is not a valid safetensors file of {path.stat().st_size} bytes: "
+            f"{path.name!r} is not a valid safetensors file of {path.stat().st_size} bytes: "
             f"its header claims {size} bytes"
         )
 
@@ -273,7 +275,7 @@ def check_header(path: Path) -> None:
 def limited_construction(n_tensors: int) -> Iterator[None]:
     """Stop building a model with far more modules and parameters than the weights have tensors."""
     if n_tensors > MAX_TENSORS:
-        raise ModelFailed(f"expected at most {MAX_TENSORS} tensors, got {n_tensors}")
+        raise ModelFailed(f"too many tensors: expected at most {MAX_TENSORS}, got {n_tensors}")
     limit, parts = PER_TENSOR * n_tensors + FIXED, 0
     deadline = time.monotonic() + CONSTRUCTION_SECONDS
 

@@ -39,7 +39,7 @@ def states(registry: Registry) -> dict[str, ModelState]:
 def test_models_are_loading_at_first() -> None:
     waiting = registry(DEMO, ABSENT)
     assert set(states(waiting).values()) == {ModelState.LOADING}
-    with pytest.raises(ModelLoading, match="demo is still loading"):
+    with pytest.raises(ModelLoading, match="model 'demo' is still loading"):
         waiting.get("demo")
 
 
@@ -50,7 +50,7 @@ def test_failed_model_does_not_affect_the_others() -> None:
     assert seen == [("absent", ModelState.FAILED), ("demo", ModelState.READY)]
     assert states(loaded) == dict(seen)
     assert loaded.get("demo").name == "demo"
-    with pytest.raises(ModelFailed, match="absent cannot be served: /nowhere"):
+    with pytest.raises(ModelFailed, match="model 'absent' cannot be served: /nowhere"):
         loaded.get("absent")
 
 
@@ -71,7 +71,9 @@ def test_exception_in_the_self_check_fails_only_that_model() -> None:
 def test_broken_guarantee_fails_the_model(error: float) -> None:
     loaded = registry(DEMO, guarantees=[HELD, Guarantee("broken", error, 1.0)])
     loaded.load_all()
-    with pytest.raises(ModelFailed, match=r"self-check broken: .* at most 1, measured"):
+    with pytest.raises(
+        ModelFailed, match=r"self-check broken failed: error .*, expected at most 1"
+    ):
         loaded.get("demo")
     (status,) = loaded.statuses()
     assert [guarantee.held for guarantee in status.guarantees] == [True, False]
@@ -85,7 +87,7 @@ def test_get_checks_name_and_revision() -> None:
     assert loaded.get("demo", model.provenance.revision) is model
     with pytest.raises(ModelNotFound, match="unknown model 'Demo': expected one of demo"):
         loaded.get("Demo")
-    with pytest.raises(ModelNotFound, match=r"unknown revision 'main' of demo: expected "):
+    with pytest.raises(ModelNotFound, match=r"unknown revision 'main' of model 'demo': expected "):
         loaded.get("demo", "main")
 
 

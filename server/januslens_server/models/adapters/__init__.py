@@ -46,17 +46,17 @@ ADAPTERS: dict[str, Callable[[PreTrainedModel], ModelView]] = {
 def view_of(model: PreTrainedModel) -> ModelView:
     """Map a model's modules to the parts of a transformer.
 
-    A family without an adapter is read by its structure.
+    The structure of a family without an adapter is observed in a forward pass.
 
     Raises:
         ModelFailed: A part is missing, a parameter belongs to no known part, or the attention
             beyond a length that the configuration names is not reproduced.
     """
-    reader = ADAPTERS.get(model.config.model_type)
-    if reader is None:
+    adapter = ADAPTERS.get(model.config.model_type)
+    if adapter is None:
         view = automatic.view(model)
     else:
-        view = reader(model)
+        view = adapter(model)
         check_lengths(model, view, _of_any_type)
     check_parameters(model, view)
     return view

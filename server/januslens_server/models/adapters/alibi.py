@@ -73,13 +73,11 @@ def bloom(model: PreTrainedModel) -> ModelView:
 def _refuse_bloom_variants(config: Any) -> None:
     if config.apply_residual_connection_post_layernorm:
         raise ModelFailed(
-            "expected a BLOOM whose residual is the sum of what its blocks write, got "
-            "apply_residual_connection_post_layernorm"
+            "apply_residual_connection_post_layernorm is on: expected a BLOOM whose residual is "
+            "the sum of its blocks' results"
         )
     if config.slow_but_exact and config.pretraining_tp > 1:
-        raise ModelFailed(
-            "expected a BLOOM with whole matrix products, got slow_but_exact; set it to false"
-        )
+        raise ModelFailed("slow_but_exact is on: expected whole matrix products; set it to false")
 
 
 def _bloom_block(module: Any, scoring: Scoring) -> Block:
@@ -175,7 +173,7 @@ def falcon(model: PreTrainedModel) -> ModelView:
     """
     config: Any = model.config
     if config.alibi and config._attn_implementation == "eager":  # noqa: SLF001 - no public reader
-        raise ModelFailed("expected SDPA attention for a Falcon with ALiBi, got eager attention")
+        raise ModelFailed("the attention of a Falcon with ALiBi is eager: expected SDPA")
     decoder: Any = model.transformer
     return ModelView(
         embedding=decoder.word_embeddings,

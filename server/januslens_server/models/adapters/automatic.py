@@ -59,7 +59,7 @@ RotationOfLength = Callable[[int], Rotation] | None
 
 
 @dataclass(frozen=True)
-class Reading:
+class AttentionVariant:
     """A candidate for how a layer's attention works.
 
     `window` is the field with the window's length, or None. `rotation` is an index into the layer's
@@ -105,25 +105,25 @@ def _view(model: PreTrainedModel) -> ModelView:
     structure = Structure(model)
     lengths = lengths_of(model.config)
     if lengths:
-        readings = _readings_beyond(model, structure, lengths)
+        variants = _variants_beyond(model, structure, lengths)
     else:
-        readings = structure.readings(observed_ids(model), [], COARSE, best=True)
-    return structure.view(readings)
+        variants = structure.variants(observed_ids(model), [], COARSE, best=True)
+    return structure.view(variants)
 
 
-def _readings_beyond(
+def _variants_beyond(
     model: PreTrainedModel, structure: Structure, lengths: list[Length]
-) -> list[Reading]:
-    """Find the readings that reproduce attention at every position of a miniature."""
+) -> list[AttentionVariant]:
+    """Find the variants that reproduce attention at every position of a miniature."""
     attention = structure.first_block.attention
     d_head = structure.query_width // attention.n_heads
     small = miniature(model, attention.n_heads, attention.n_kv_heads, d_head, lengths)
     ids = prompt_of(small)
-    return Structure(small).readings(ids, lengths_of(small.config), TOLERANCE, best=False)
+    return Structure(small).variants(ids, lengths_of(small.config), TOLERANCE, best=False)
 
 
 class Structure:
-    """A decoder's structure from an observed pass: everything that does not depend on a reading."""
+    """A decoder's structure from an observed pass: everything that does not depend on a variant."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Observe a forward pass and find the blocks. Raises `ModelFailed` if one is missing."""
@@ -147,29 +147,29 @@ class Structure:
     @property
     def first_block(self) -> Block:
         """The first block, without a window or a rotation."""
-        return self._block(0, Reading(None, 0))
+        return self._block(0, AttentionVariant(None, 0))
 
-    def readings(
+    def variants(
         self, ids: torch.Tensor, lengths: list[Length], tolerance: float, *, best: bool
-    ) -> list[Reading]:
-        """Find the reading of each layer that reproduces the captured attention.
+    ) -> list[AttentionVariant]:
+        """Find the variant of each layer that reproduces the captured attention.
 
         With `best`, the one with the smallest error at the last position of `ids` `[1, pos]`, else
         the first within `tolerance` at every position.
 
         Raises:
-            ModelFailed: No reading is within the tolerance.
+            ModelFailed: No variant is within the tolerance.
         """
         last = ids.shape[1] - 1
         positions = [last] if best else list(range(last, -1, -1))
-        plain = [self._block(i, Reading(None, 0)) for i in range(len(self._modules))]
+        plain = [self._block(i, AttentionVariant(None, 0)) for i in range(len(self._modules))]
         captured = captured_layers(self._model, ids, plain)
         return [
-            self._reading(layer, captured[layer], lengths, positions, tolerance, best)
+            self._variant(layer, captured[layer], lengths, positions, tolerance, best)
             for layer in range(len(self._modules))
         ]
 
-    def _reading(
+    def _variant(
         self,
         layer: int,
         captured: dict[str, torch.Tensor],
@@ -177,14 +177,14 @@ class Structure:
         positions: list[int],
         tolerance: float,
         best: bool,
-    ) -> Reading:
-        errors: dict[Reading, float] = {}
-        for reading in self._candidates(layer, lengths):
-            block = self._block(layer, reading)
-            errors[reading] = attention_error(block, captured, positions, tolerance)
-            if not best and errors[reading] <= tolerance:
-                return reading
-        found = min(errors, key=lambda reading: errors[reading])
+    ) -> AttentionVariant:
+        errors: dict[AttentionVariant, float] = {}
+        for variant in self._candidates(layer, lengths):
+            block = self._block(layer, variant)
+            errors[variant] = attention_error(block, captured, positions, tolerance)
+            if not best and errors[variant] <= tolerance:
+                return variant
+        found = min(errors, key=lambda variant: errors[variant])
         if errors[found] <= tolerance:
             return found
         named = ", ".join(length.name for length in lengths)
@@ -194,36 +194,36 @@ class Structure:
             + (f"; the configuration sets {named}" if named else "")
         )
 
-    def _candidates(self, layer: int, lengths: list[Length]) -> Iterator[Reading]:
+    def _candidates(self, layer: int, lengths: list[Length]) -> Iterator[AttentionVariant]:
         windows = [None, *lengths]
         rotations_of_layer = range(len(self._rotations(layer)))
         capped = [False] if self.settings.soft_cap is None else [True, False]
         scaled = [False] if self.settings.query_scaling is None else [True, False]
         for one in product(windows, rotations_of_layer, capped, scaled):
-            yield Reading(*one)
+            yield AttentionVariant(*one)
 
     def _rotations(self, layer: int) -> list[RotationOfLength]:
         kinds = getattr(self._config, "layer_types", None)
         kind = None if kinds is None else kinds[layer]
         return rotations(self._model, self._modules, layer, kind)
 
-    def _block(self, layer: int, reading: Reading) -> Block:
-        window = None if reading.window is None else reading.window.of_layer(layer)
-        rotation = self._rotations(layer)[reading.rotation]
+    def _block(self, layer: int, variant: AttentionVariant) -> Block:
+        window = None if variant.window is None else variant.window.of_layer(layer)
+        rotation = self._rotations(layer)[variant.rotation]
         settings = replace(
             self.settings,
-            soft_cap=self.settings.soft_cap if reading.capped else None,
-            query_scaling=self.settings.query_scaling if reading.scaled else None,
+            soft_cap=self.settings.soft_cap if variant.capped else None,
+            query_scaling=self.settings.query_scaling if variant.scaled else None,
         )
         return self._finders[layer].block(settings, rotation, window)
 
-    def view(self, readings: list[Reading]) -> ModelView:
+    def view(self, variants: list[AttentionVariant]) -> ModelView:
         """Build the view. Lengths of windows are looked up in this model's configuration."""
         own = {length.path: length for length in lengths_of(self._config)}
         blocks = []
-        for layer, reading in enumerate(readings):
-            window = None if reading.window is None else own[reading.window.path]
-            blocks.append(self._block(layer, replace(reading, window=window)))
+        for layer, variant in enumerate(variants):
+            window = None if variant.window is None else own[variant.window.path]
+            blocks.append(self._block(layer, replace(variant, window=window)))
         return ModelView(
             embedding=self._embedding,
             blocks=tuple(blocks),
@@ -237,8 +237,8 @@ def _required(config: Any, name: str) -> int:
     value = getattr(config, name, None)
     if not isinstance(value, int):
         raise ModelFailed(
-            f"expected a decoder with attention, whose configuration has {name}; "
-            f"{config.model_type} has none"
+            f"the configuration of {config.model_type} has no {name}: expected a decoder with "
+            "attention"
         )
     return value
 
@@ -281,7 +281,9 @@ def _facts(
 def _embedding(module: Any, what: str) -> Any:
     """Return an input or output embedding. Raises `ModelFailed` for another kind of module."""
     if not isinstance(module, nn.Embedding | nn.Linear):
-        raise ModelFailed(f"expected an {what}, got {type(module).__name__}")
+        raise ModelFailed(
+            f"the {what} is a {type(module).__name__}: expected an Embedding or a Linear"
+        )
     return module
 
 
@@ -295,7 +297,7 @@ def _blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, list[nn.Module]
         and len({type(block) for block in module}) == 1
     ]
     if len(lists) != 1:
-        raise ModelFailed(f"expected one list of {n_layers} equal blocks, found {len(lists)}")
+        raise ModelFailed(f"found {len(lists)} lists of {n_layers} equal blocks: expected one")
     return lists[0]
 
 
@@ -308,7 +310,7 @@ def _lens(config: Any, head: Any, observed: ObservedPass, last_block: nn.Module)
         if is_norm(call.module) and block is not None and same_memory(call.input, block.output)
     ]
     if len(norms) != 1:
-        raise ModelFailed(f"expected one norm after the last block, found {len(norms)}")
+        raise ModelFailed(f"found {len(norms)} norms after the last block: expected one")
     bias = None if head.bias is None else head.bias.detach().float()
     return LensHead(
         final_norm=read_norm(norms[0]),

@@ -41,7 +41,7 @@ def refuse_bidirectional(config: Any) -> None:
     """Raise `ModelFailed` if positions attend to later ones."""
     if getattr(config, "use_bidirectional_attention", False):
         raise ModelFailed(
-            f"expected a {config.model_type} with causal attention, got bidirectional attention"
+            f"the attention of this {config.model_type} is bidirectional: expected causal attention"
         )
 
 

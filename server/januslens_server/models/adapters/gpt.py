@@ -39,7 +39,7 @@ def gpt2(model: PreTrainedModel) -> ModelView:
     """
     config: Any = model.config
     if config.add_cross_attention:
-        raise ModelFailed("expected a decoder-only GPT-2, got one with cross-attention")
+        raise ModelFailed("this GPT-2 has cross-attention: expected a decoder-only model")
     transformer: Any = model.transformer
     scaled_as_usual = config.scale_attn_weights and not config.scale_attn_by_inverse_layer_idx
     if not scaled_as_usual and not hasattr(transformer.h[0].attn, "scaling"):
@@ -242,9 +242,9 @@ def opt(model: PreTrainedModel) -> ModelView:
     decoder: Any = model.model.decoder
     if not config.do_layer_norm_before or decoder.final_layer_norm is None:
         raise ModelFailed(
-            "expected an OPT with norms before its sublayers and a final norm, got "
             f"do_layer_norm_before={config.do_layer_norm_before} and "
-            f"_remove_final_layer_norm={config._remove_final_layer_norm}"  # noqa: SLF001
+            f"_remove_final_layer_norm={config._remove_final_layer_norm}: "  # noqa: SLF001
+            "expected an OPT with norms before its sublayers and a final norm"
         )
     return ModelView(
         embedding=decoder.embed_tokens,

@@ -107,7 +107,7 @@ def read_norm(call: ModuleCall) -> Norm:
             norm = Norm(multiplier, offset, epsilon(module), centred)
             if _gives(norm, call):
                 return norm
-    raise ModelFailed(f"expected {call.name} to be a LayerNorm or RMSNorm, got neither")
+    raise ModelFailed(f"{call.name} computes neither a LayerNorm nor an RMSNorm")
 
 
 def epsilon(module: nn.Module) -> float:
@@ -116,7 +116,7 @@ def epsilon(module: nn.Module) -> float:
         value = getattr(module, name, None)
         if isinstance(value, float):
             return value
-    raise ModelFailed(f"expected {type(module).__name__} to have an epsilon, found none")
+    raise ModelFailed(f"{type(module).__name__} has no epsilon under a known name")
 
 
 def _gives(norm: Norm, call: ModuleCall) -> bool:
@@ -155,7 +155,7 @@ class BlockFinder:
         self._calls = observed.inside(name)
         block = observed.of(module)
         if block is None:
-            raise ModelFailed(f"expected {name} to be called, it was not")
+            raise ModelFailed(f"{name} is not called in a forward pass")
         self._input = block.input
         linears = [e for e in self._calls if isinstance(e.module, nn.Linear | Conv1D)]
         self._attention, self._mlp = self._split(linears)
@@ -193,12 +193,12 @@ class BlockFinder:
         """Split linear maps into query, key, value and output, and the MLP's two or three maps."""
         if len(linears) not in {6, 7}:
             raise ModelFailed(
-                f"expected {self._name} to have 6 or 7 linear maps (query, key, value, output, "
-                f"and an MLP's 2 or 3), got {len(linears)}: {[e.name for e in linears]}"
+                f"{self._name} has {len(linears)} linear maps: expected 6 or 7 (query, key, value, "
+                f"output, and an MLP's 2 or 3), got {[e.name for e in linears]}"
             )
         attention, mlp = list(linears[:4]), list(linears[4:])
         if not all(same_memory(e.input, attention[0].input) for e in attention[1:3]):
-            raise ModelFailed(f"expected query, key and value of {self._name} to share an input")
+            raise ModelFailed(f"query, key and value of {self._name} have different inputs")
         return attention, mlp
 
     def _read_attention(
@@ -252,7 +252,7 @@ class BlockFinder:
                     return one, other
                 if same_memory(call.input, other.output):
                     return other, one
-        raise ModelFailed(f"expected an activation after one of {one.name}, {other.name}")
+        raise ModelFailed(f"no activation follows {one.name} or {other.name}: expected a gated MLP")
 
     def _head_map(self, call: ModuleCall, d_head: int) -> HeadMap:
         """Map the norm that reads a query's or key's linear result, if there is one."""
@@ -298,6 +298,6 @@ def _head_norm(call: ModuleCall, d_head: int, *, spans_heads: bool) -> HeadNorm:
     """Map a norm of queries or keys."""
     norm = read_norm(call)
     if spans_heads and (norm.centred or norm.bias is not None):
-        raise ModelFailed(f"expected {call.name}, a norm over all heads, to be an RMSNorm")
+        raise ModelFailed(f"{call.name}, a norm over all heads, is not an RMSNorm")
     weight = norm.weight.unflatten(0, (-1, d_head)) if spans_heads else norm.weight
     return HeadNorm(weight, epsilon(call.module), norm.centred, spans_heads, norm.bias)
