@@ -1,4 +1,4 @@
-"""What every row of the table is measured with: a server, a client, and the same model at hand."""
+"""Fixtures of every benchmark row: a server, a client, and the same model in this process."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def bench(
 
 
 def machine(threads: int) -> str:
-    """What the figures were measured on."""
+    """The machine and versions of a measurement."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{_processor()}, {threads} threads, torch {torch.__version__}"

@@ -1,4 +1,4 @@
-"""What the arithmetic takes: plain Hugging Face passes and one plain product of all rows."""
+"""Time of the arithmetic alone: plain Hugging Face passes and one plain product of all rows."""
 
 from __future__ import annotations
 

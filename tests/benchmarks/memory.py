@@ -1,4 +1,4 @@
-"""What a process holds in memory, read from Linux."""
+"""Memory of a process, read from Linux."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int) -> Sec
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """What one run takes, with all that it has left to a GPU."""
+    """Time one run, including its work on a GPU."""
     _finish_on_device()
     started = time.perf_counter()
     action()

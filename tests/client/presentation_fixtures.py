@@ -233,7 +233,7 @@ def without_ranks() -> trace_pb2.LayerGraph:
 
 
 def after_a_gap() -> trace_pb2.LayerGraph:
-    """The same layer as layer 5, whose input is the output of layer 4."""
+    """Return the layer as layer 5, whose input is the output of layer 4."""
     layer = messages.layer()
     layer.layer = 5
     renamed = {}

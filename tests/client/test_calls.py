@@ -1,4 +1,4 @@
-"""What the clients make of servers that misbehave, hang or want a token."""
+"""Calls of both clients to servers that misbehave, hang or require a token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a token looks like where a person reads it."""
+"""Display of tokens in terminals and pages."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What clients in any language rely on, checked through raw stubs."""
+"""Tests of the contract for clients in any language, through raw stubs."""

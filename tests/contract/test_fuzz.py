@@ -230,7 +230,7 @@ def test_any_request_is_served_or_refused(channel: grpc.Channel, method: str) ->
 
 
 def answer(call: Any, method: str) -> list[Message]:
-    """What came before the call's status."""
+    """The responses received before the call's status."""
     if not methods()[method].server_streaming:
         return [] if call.exception() else [call.result()]
     try:

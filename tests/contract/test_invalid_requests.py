@@ -56,7 +56,7 @@ def neurons(**fields: Any) -> neurons_pb2.FindNeuronsRequest:
 
 
 def inputs(method: str, request: Callable[..., Message]) -> list[Case]:
-    """What every request that runs a prompt refuses."""
+    """Invalid fields of every request that runs a prompt."""
     return [
         (method, "empty prompt", lambda _: request(input=prompt("")), "input.prompt"),
         (method, "no input", lambda _: request(input=Input()), "input.prompt"),

@@ -1,4 +1,4 @@
-"""What holds of every stream: numbers, sizes, order, texts once, and the same bytes again."""
+"""Rules of every stream: sequence numbers, sizes, order, texts sent once, and equal bytes."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def messages(
 
 @pytest.fixture(scope="module")
 def protos() -> Files:
-    """What the .proto files say, by file name."""
+    """Descriptors of the .proto files, by file name."""
     built = buf("build", "--as-file-descriptor-set", "-o", "-")
     assert built.returncode == 0, built.stderr.decode()
     files = descriptor_pb2.FileDescriptorSet.FromString(built.stdout).file
@@ -62,7 +62,7 @@ def protos() -> Files:
 
 @pytest.fixture(scope="module")
 def stubs() -> Files:
-    """What the committed stubs say, by file name."""
+    """Descriptors of the committed stubs, by file name."""
     files = {}
     for module in pkgutil.iter_modules(januslens.v1.__path__):
         if module.name.endswith("_pb2"):

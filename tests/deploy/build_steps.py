@@ -83,7 +83,7 @@ def python_of_the_base(folder: Path) -> dict[str, str]:
 
 
 def build_stage() -> list[Instruction]:
-    """What stands between the two FROMs."""
+    """The instructions between the two FROM lines."""
     found = image.instructions()
     first, second = (i for i, instruction in enumerate(found) if instruction.keyword == "FROM")
     return found[first + 1 : second]

@@ -22,7 +22,7 @@ exec setpriv --bounding-set=-all --inh-caps=-all --ambient-caps=-all --no-new-pr
 
 
 def confined(scratch: Path) -> list[str]:
-    """What to put before a command; the empty list where this machine cannot confine it."""
+    """Return the prefix of a confined command; empty if this machine cannot confine it."""
     scratch.mkdir(exist_ok=True)
     return _command(scratch) if can_confine(scratch) else []
 

@@ -33,12 +33,12 @@ def end_image() -> list[Instruction]:
 
 
 def values(keyword: str) -> list[str]:
-    """What stands behind each `keyword` of the last stage."""
+    """Return the arguments of each `keyword` instruction of the last stage."""
     return [item.rest for item in end_image() if item.keyword == keyword]
 
 
 def value(keyword: str) -> str:
-    """What stands behind the only `keyword` of the last stage."""
+    """Return the arguments of the only `keyword` instruction of the last stage."""
     (found,) = values(keyword)
     return found
 

@@ -104,7 +104,7 @@ def kubectl() -> str:
 
 
 def rendered(folder: Path) -> Manifests:
-    """What a folder with a kustomization stands for."""
+    """Return the resources that a kustomization folder renders to."""
     return _parsed(_kustomized(folder))
 
 

@@ -42,7 +42,7 @@ def manifests(request: pytest.FixtureRequest) -> Manifests:
 def settings(
     manifests: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> ServerSettings:
-    """What the server makes of the container's arguments, variables and mounted files."""
+    """The settings that the server reads from the container's arguments, variables and files."""
     return settings_of(manifests, tmp_path, monkeypatch)
 
 

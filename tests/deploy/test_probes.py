@@ -52,7 +52,7 @@ def running_pod(
 
 
 class Probes:
-    """What the kubelet asks a pod, as often as we like."""
+    """The kubelet's probes of a pod, run on demand."""
 
     def __init__(self, manifests: Manifests, channel: grpc.Channel) -> None:
         self._container = manifests.container

@@ -41,7 +41,7 @@ def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 def outcome(
     folder: Path, rules: dict[str, Any], alert: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """What `promtool test rules` says of the cases, all or an alert's, with these rules."""
+    """Return the output of `promtool test rules` for all cases, or for those of one alert."""
     cases = yaml.safe_load(CASES.read_text())
     cases["tests"] = [case for case in cases["tests"] if alert in str(case["alert_rule_test"])]
     (folder / "rules.yaml").write_text(yaml.safe_dump(rules, width=1000))

@@ -444,7 +444,7 @@ def test_links_within_the_hubs_cache_are_followed(tmp_path: Path) -> None:
 
 
 def sharded(folder: Path) -> Path:
-    """The same weights in two files with an index."""
+    """Split the weights into two files with an index."""
     weights = load_file(folder / WEIGHTS)
     names = sorted(weights)
     index: dict[str, str] = {}

@@ -26,7 +26,7 @@ def never_warned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """As on a full disk, no file can take as much as is reserved."""
+    """Simulate a full disk: no file can be as large as the reserved size."""
     kept = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (RESERVED_BYTES // 2, kept[1]))
     yield

@@ -55,7 +55,7 @@ class Access:
         return started(self.channel, method, request, metadata=bearer(token), timeout=30)
 
     def models(self, caller: str) -> list[str]:
-        """What ListModels shows."""
+        """The names that ListModels returns."""
         answer = self.started("ListModels", LIST, self.tokens[caller]).result()
         return [model.name for model in answer.models]
 

@@ -1,4 +1,4 @@
-"""What a model takes, what a device has, and the refusal where that is less."""
+"""Estimated memory of models, free memory of devices, and refusal of models that do not fit."""
 
 from __future__ import annotations
 

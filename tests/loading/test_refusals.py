@@ -1,4 +1,4 @@
-"""What cannot be served exactly is refused before its weights are read, in one readable line."""
+"""Models that cannot be served exactly are refused in one line, before their weights are read."""
 
 from __future__ import annotations
 

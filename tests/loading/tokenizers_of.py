@@ -15,7 +15,7 @@ SPECIAL = ["<s>", "</s>", UNKNOWN]
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """As a model's own, with `<s>` before and `</s>` behind a text."""
+    """A tokenizer that adds `<s>` before and `</s>` after a text."""
     tokenizer.add_special_tokens(["<s>", "</s>"])
     return Vocabulary(with_template(tokenizer, ["<s>"], ["</s>"]))
 

@@ -1,4 +1,4 @@
-"""What results show in a notebook: their numbers, and models' texts as nothing but text."""
+"""Displays of results in a notebook: correct numbers, and texts of models without markup."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def factorised(
 
 
 def losses(name: str, ids: Sequence[int]) -> tuple[LossSpec, Loss]:
-    """What is asked of the server, and the same as a function of a plain model."""
+    """A loss as the request states it, and as a function of a plain model."""
     if name == "nll":
         return NegativeLogLikelihood((7,)), nll(ids, [7])
     if name == "several targets":
@@ -241,7 +241,7 @@ def test_descent_promotes_tokens_at_the_bottom(name: str, load_example: LoadExam
 def test_a_step_on_the_factors_alone_promotes_the_target(
     name: str, load_example: LoadExample
 ) -> None:
-    """What the product claims: FF2 of the last layer, moved by `-lr x^T delta`."""
+    """FF2 of the last layer, changed by `-lr x^T delta`, makes the target more probable."""
     loaded, ids, target = load_example(name), prompt(name, LENGTH), 7
     found = factorised(loaded, ids, NegativeLogLikelihood((target,)))
     step = found.outer_products((2, MatrixKind.FF2))

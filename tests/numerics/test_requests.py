@@ -1,4 +1,4 @@
-"""What must stay equal from one request to the next, and the form of every stream."""
+"""Equal results of equal requests, and the order of every stream."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_thousand_mixed_requests_change_nothing(load_example: LoadExample) -> 
 
 
 class StopError(Exception):
-    """What a cancelled request's check_cancelled raises."""
+    """Raised by the check_cancelled of a cancelled request."""
 
 
 @pytest.mark.parametrize("which", range(6))

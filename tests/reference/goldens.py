@@ -62,7 +62,7 @@ def load_golden_model(folder: Path, family: str, to: Path) -> Loaded:
 
 
 def assert_same_ids(found: list[int], wanted: list[int], probabilities: list[float]) -> None:
-    """The same list, but for neighbours whose probabilities tie."""
+    """Require equal lists, except for the order of neighbours with equal probabilities."""
     if found == wanted:
         return
     assert sorted(found) == sorted(wanted)

@@ -70,7 +70,7 @@ class PromptOracle:
         self.targets = dict(enumerate(self.logits.argmax(-1).tolist())) | dict(targets or {})
 
     def constant(self, position: int) -> float:
-        """What norm bias and head bias give the target's logit."""
+        """The contribution of norm bias and head bias to the target's logit."""
         norm, zero = self.model.final_norm, torch.zeros(self.residual.shape[1]).double()
         bias = zero if norm.bias is None else norm.bias
         return float(self.model.unembed(bias)[self.targets[position]])

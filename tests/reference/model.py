@@ -39,7 +39,7 @@ class ReferenceNorm:
     centred: bool
 
     def scale(self, x: Tensor) -> Tensor:
-        """What the norm divides by, `[..., 1]`."""
+        """The divisor of the norm, `[..., 1]`."""
         x = self.centre(x)
         return (x.square().mean(-1, keepdim=True) + self.eps).sqrt()
 

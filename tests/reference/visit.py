@@ -134,7 +134,7 @@ class VisitNodes:
         }
 
     def is_ours_alone(self, kind: NodeKind) -> bool:
-        """What the recording program does not show."""
+        """Whether the recording program omits this kind of node."""
         gate = {NodeKind.MLP_KEY} if self.family == "llama" else set()
         unknown = {NodeKind.OTHER, NodeKind.FINAL_NORM, NodeKind.PREDICTION} | gate
         wrong = {NodeKind.ATTENTION_NEURON} if self.output_is_wrong else set()

@@ -99,7 +99,7 @@ def started(channel: grpc.Channel, method: str, request: Message, **options: Any
 
 
 def refusal(call: Any) -> Refusal:
-    """What a failed call brought."""
+    """Status, details and metadata of a failed call."""
     headers = dict(call.initial_metadata() or ())
     trailers = dict(call.trailing_metadata() or ())
     packed = trailers.get("grpc-status-details-bin", b"")

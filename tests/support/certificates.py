@@ -20,12 +20,12 @@ class ServerFiles:
 
     @property
     def flags(self) -> list[str]:
-        """What encrypts."""
+        """The settings for TLS."""
         return ["--tls-certificate", str(self.certificate), "--tls-key", str(self.key)]
 
     @property
     def mutual_flags(self) -> list[str]:
-        """What also asks callers for a certificate."""
+        """The settings for mutual TLS."""
         return [*self.flags, "--tls-client-ca", str(self.client_ca)]
 
 

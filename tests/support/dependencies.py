@@ -1,4 +1,4 @@
-"""What the product needs at run time, by its own metadata; as a program it prints the list."""
+"""Run-time dependencies from the package's metadata; run as a program, it prints the list."""
 
 from __future__ import annotations
 

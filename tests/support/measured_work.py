@@ -1,4 +1,4 @@
-"""What a computation really took: operations, the largest memory, processor time."""
+"""Measure a computation: operations, peak memory, processor time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a server's process holds."""
+"""Memory and resources of a server's process."""
 
 from __future__ import annotations
 

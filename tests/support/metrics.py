@@ -31,13 +31,13 @@ def sample(server: ServerProcess, name: str, **labels: str) -> float:
 
 
 def rpc_labels(method: str) -> dict[str, str]:
-    """What tells a method's samples from those of others."""
+    """The labels that select the samples of a method."""
     kind = "server_stream" if methods()[method].server_streaming else "unary"
     return {"grpc_type": kind, "grpc_service": SERVICE, "grpc_method": method}
 
 
 def unfinished(server: ServerProcess) -> float:
-    """Requests that wait, run or are set aside for their readers."""
+    """Requests that wait, run or are suspended for their readers."""
     # One scrape: between two, a request may go from waiting to running.
     values = {f.name: f.samples[0].value for f in page(server) if f.name in UNFINISHED}
     return sum(values.values())

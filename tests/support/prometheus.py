@@ -36,7 +36,7 @@ class Prometheus:
         return samples
 
     def targets(self) -> list[dict[str, Any]]:
-        """What is scraped, with the last error of each."""
+        """The scraped targets, each with its last error."""
         found: list[dict[str, Any]] = self._get("/api/v1/targets")["data"]["activeTargets"]
         return found
 

@@ -39,7 +39,7 @@ class LivePage:
 
     @property
     def address(self) -> str:
-        """What a person opens."""
+        """The address that a user opens in the browser."""
         return f"{self.origin}/#token={self.token}"
 
     @contextmanager

@@ -16,7 +16,7 @@ from tests.benchmarks.timing import interleaved
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """What the client sees, against a plain forward pass and one product of the same rows."""
+    """Client time compared with a plain forward pass and one product of the same rows."""
     ids = bench.shape.tokens(bench.shape.prompt)
     floors, spec = bench.floors, TraceSpec(ids, include_logit_contribution=True)
     layers = run_trace(bench.model, spec)

@@ -1,4 +1,4 @@
-"""What requests add to the memory of a server that has just loaded its model."""
+"""Memory that requests add to a server that has just loaded its model."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_a_projection_that_is_cancelled_keeps_only_finished_rows(
 def test_rows_whose_computation_failed_are_computed_again(
     head: LensHead, vectors: torch.Tensor
 ) -> None:
-    """As where the device had no memory left."""
+    """Simulates a device without free memory."""
 
     class Failing(LensHead):
         def prepare(self, vectors: torch.Tensor, kind: LensKind) -> torch.Tensor:

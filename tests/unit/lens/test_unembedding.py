@@ -58,7 +58,7 @@ def test_packed_matrix_is_a_copy_and_single_rows_come_from_the_model() -> None:
 
 @pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
 def test_logits_of_a_row_do_not_depend_on_other_rows() -> None:
-    """What the row cache measures of each model, and what packed products give."""
+    """The row cache requires this of each model, and measures it; packed products satisfy it."""
     of = Unembedding(weight(2 * FEWEST_TOKENS))
     vectors = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(2))
     whole = logits(of, vectors)

@@ -174,7 +174,7 @@ def test_a_tensor_becomes_float32_rows(
 
 
 def test_the_callers_bytes_are_copied() -> None:
-    """What runs later must not depend on a message that may be gone."""
+    """A request runs later, when its message may have been freed."""
     tensor = common_pb2.Tensor(
         data_type=common_pb2.DATA_TYPE_FLOAT32, shape=[4], data=ONES.tobytes()
     )

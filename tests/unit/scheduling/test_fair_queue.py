@@ -18,7 +18,7 @@ def queue_of(*items: str) -> FairQueue[str]:
 
 
 def served(queue: FairQueue[str], seconds: float = 1.0) -> list[str]:
-    """What comes, each item charged with as many seconds."""
+    """Return the items in the order served, charging each with its seconds."""
     order = []
     while len(queue):
         item = queue.pop()
