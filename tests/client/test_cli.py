@@ -22,6 +22,7 @@ from januslens.cli.lookups import neurons as neurons_command
 from januslens.cli.lookups import project as project_command
 from januslens.cli.options import interruptible, layer_list, matrix_list, position_list
 from januslens.cli.program import januslens
+from januslens.cli.tables import file_size
 from januslens.cli.trace import trace as trace_command
 from tests.client.messages import trace_stream
 from tests.client.scripted import Script, serving
@@ -200,13 +201,33 @@ def test_another_target_and_another_prompt() -> None:
 
 
 @pytest.mark.usefixtures("demo")
+def test_rows_limit_every_table_of_a_gradient() -> None:
+    options = ("--target", " Paris", "--subject", " Japan", "--neurons", "3", "--spectrum", "2")
+    result = run("gradient", PROMPT, *options, "--matrices", "ff2", "--rows", "1")
+    assert result.exit_code == 0
+    sections = result.stdout.split("\n\n")[1:]
+    for section in sections:
+        rows = re.findall(r"^ +\d+  .*|^L\d+ neuron.*|^FF2 +\d.*", section, re.MULTILINE)
+        assert len(rows) == 1, section
+    assert len(sections) == 5
+    assert "the 1 of 4 layers with the strongest components, --rows for more" in " ".join(
+        result.stdout.split()
+    )
+
+
+def test_file_sizes_are_in_powers_of_1024() -> None:
+    sizes = [file_size(count) for count in (0, 1023, 1024, 1536 * 1024, 3 * 2**30)]
+    assert sizes == ["0 bytes", "1023 bytes", "1.0 KiB", "1.5 MiB", "3.0 GiB"]
+
+
+@pytest.mark.usefixtures("demo")
 def test_gradient_output_names_the_promoted_end() -> None:
     result = run("gradient", PROMPT, "--target", " Paris", "--verify", "--subject", " Japan")
     assert result.exit_code == 0
     text = result.stdout
     assert "the model predicts ␣Tokyo" in text
     imprint, shift = text.index("Imprint: what a step writes"), text.index("Shift: which way")
-    assert imprint < shift
+    assert shift < imprint
     assert "↑ promoted by a descent step, the bottom of δ's ranking" in text
     assert "so it promotes the bottom" in text
     assert "↑␣Paris" in text[shift:]
@@ -224,7 +245,7 @@ def test_the_gradient_shows_neurons_and_spectrum() -> None:
         "--spectrum", "1", "--matrices", "ff2", "--layers", "3", "--rows", "1",
     )  # fmt: skip
     assert result.exit_code == 0
-    assert "The neurons of FF2 that a step moves most" in result.stdout
+    assert "The neurons of FF2 that a step changes most" in result.stdout
     assert "Spectrum of FF2's gradient" in result.stdout
     assert "Imprint" not in result.stdout
 

@@ -196,21 +196,35 @@ def _followed(stream: EventStream[GradientEvent, Gradient], progress: Steps) -> 
 _ENDS = {End.TOP: "top", End.BOTTOM: "bottom"}
 
 
-def factor_picture(gradient: Gradient, matrices: Sequence[Matrix], width: int) -> Group:
-    """Layers upward, positions across: what is imprinted, or which way the model shifts."""
+def factor_picture(gradient: Gradient, matrices: Sequence[Matrix], rows: int, width: int) -> Group:
+    """Layers upward, positions across: what is imprinted, or which way the model shifts.
+
+    The `rows` layers with the strongest components are shown.
+    """
     title, note = _headings(matrices[0])
-    largest = max((_strength(m, c) for m in matrices for c in m.components), default=0.0)
+    strongest: dict[int, float] = {}
+    for matrix in matrices:
+        norms = [_strength(matrix, component) for component in matrix.components]
+        strongest[matrix.layer] = max([strongest.get(matrix.layer, 0.0), *norms])
+    shown = sorted(strongest, key=strongest.__getitem__, reverse=True)[:rows]
+    largest = max(strongest.values(), default=0.0)
+    note += _left_out(len(shown), len(strongest), "layers with the strongest components")
     cells = {
         (matrix.layer, component.position): _cell(
             matrix, component, gradient.header.targets, largest
         )
         for matrix in matrices
+        if matrix.layer in shown
         for component in reversed(matrix.components)  # experts: the largest one is shown
     }
     grids: list[RenderableType] = []
     for grid in position_grids(gradient.prompt_tokens, cells, width):
         grids += [grid, Text("")]
     return Group(Text(f"\n{title}", "bold"), *grids[:-1], Text(note, "dim"))
+
+
+def _left_out(shown: int, total: int, which: str) -> str:
+    return "" if shown == total else f"; the {shown} of {total} {which}, --rows for more"
 
 
 def _headings(matrix: Matrix) -> tuple[str, str]:
@@ -306,52 +320,60 @@ def _readings(component: Component, side: Side, sought: Sequence[Token]) -> list
 _EXTRA_TOKENS = 3
 
 
-def neuron_changes(matrices: Sequence[Matrix], sought: Sequence[Token]) -> Group:
-    """The neurons that a step moves most: before, the change, after."""
+def neuron_changes(matrices: Sequence[Matrix], sought: Sequence[Token], rows: int) -> Group:
+    """The neurons that a step changes most: their tokens before, of the change, and after."""
     grid = table("neuron", ">|change|", "before", "the change", "after")
-    for matrix in matrices:
-        for neuron in matrix.neurons:
-            grid.add_row(
-                Text(f"L{matrix.layer} neuron {neuron.neuron}"),
-                size_cell(neuron.change_norm),
-                _top(neuron.before, sought),
-                _top(neuron.change, sought),
-                _top(neuron.after, sought),
-            )
-    return section(f"The neurons of {matrices[0].kind} that a step moves most", grid)
+    found = [(matrix, neuron) for matrix in matrices for neuron in matrix.neurons]
+    for matrix, neuron in sorted(found, key=lambda pair: -pair[1].change_norm)[:rows]:
+        expert = "" if matrix.expert is None else f" expert {matrix.expert}"
+        grid.add_row(
+            Text(f"L{matrix.layer}{expert} neuron {neuron.neuron}"),
+            size_cell(neuron.change_norm),
+            _top(neuron.before, sought),
+            _top(neuron.change, sought),
+            _top(neuron.after, sought),
+        )
+    return section(f"The neurons of {matrices[0].kind} that a step changes most", grid)
 
 
-def spectrum_section(matrices: Sequence[Matrix], sought: Sequence[Token]) -> Group:
-    """Singular values with what both ends of their directions say."""
+def spectrum_section(matrices: Sequence[Matrix], sought: Sequence[Token], rows: int) -> Group:
+    """The largest singular values, with the tokens at both ends of their directions."""
     grid = table(">layer", ">singular value", ">explained", "one end", "the other")
-    for matrix in matrices:
-        for singular in matrix.spectrum:
-            read = singular.projection
-            grid.add_row(
-                str(matrix.layer),
-                size_cell(singular.value),
-                percent_cell(singular.explained),
-                tokens_cell(read.top_tokens[:_EXTRA_TOKENS] if read else (), sought),
-                tokens_cell(read.bottom_tokens[:_EXTRA_TOKENS] if read else (), sought),
-            )
+    found = [(matrix, singular) for matrix in matrices for singular in matrix.spectrum]
+    for matrix, singular in sorted(found, key=lambda pair: -pair[1].value)[:rows]:
+        read = singular.projection
+        grid.add_row(
+            str(matrix.layer),
+            size_cell(singular.value),
+            percent_cell(singular.explained),
+            tokens_cell(read.top_tokens[:_EXTRA_TOKENS] if read else (), sought),
+            tokens_cell(read.bottom_tokens[:_EXTRA_TOKENS] if read else (), sought),
+        )
     note = "explained: of the squared Frobenius norm; a direction's sign is arbitrary"
     return section(f"Spectrum of {matrices[0].kind}'s gradient", grid, note)
 
 
-def segments_section(gradient: Gradient) -> Group:
-    """The paper's figures as a table: norm and rank by segment of the prompt and by layer."""
+def segments_section(gradient: Gradient, limit: int) -> Group:
+    """The paper's figures as a table: norm and rank by segment of the prompt and by layer.
+
+    The `limit` matrices with the largest mean norm in a segment are shown.
+    """
+    largest: dict[tuple[str, int], float] = {}
     rows: dict[tuple[str, int], dict[str, Text]] = {}
     for row in gradient.segments:
         cell = Text.assemble(size_cell(row.mean_vjp_norm), (f"  {row.mean_target_rank:.0f}", "dim"))
         unread = row.mean_vjp_norm == 0
-        rows.setdefault((str(row.kind), row.layer), {})[row.segment] = (
-            Text("·", "dim") if unread else cell
-        )
+        matrix = (str(row.kind), row.layer)
+        largest[matrix] = max(largest.get(matrix, 0.0), row.mean_vjp_norm)
+        rows.setdefault(matrix, {})[row.segment] = Text("·", "dim") if unread else cell
     segments = list(dict.fromkeys(row.segment for row in gradient.segments))
     grid = table("matrix", ">layer", *(f">{segment.replace('_', ' ')}" for segment in segments))
-    for (kind, layer), cells in sorted(rows.items(), key=lambda item: (item[0][0], -item[0][1])):
+    shown = sorted(rows, key=largest.__getitem__, reverse=True)[:limit]
+    for kind, layer in sorted(shown, key=lambda matrix: (matrix[0], -matrix[1])):
+        cells = rows[kind, layer]
         grid.add_row(kind, str(layer), *(cells.get(segment, Text("")) for segment in segments))
     note = "each cell: |δ| and the target's rank in the projected factor, means over the segment"
+    note += _left_out(len(shown), len(rows), "matrices with the largest |δ|")
     return section("By segment of the prompt", grid, note)
 
 
@@ -407,30 +429,32 @@ def show_gradient(gradient: Gradient, console: Console, rows: int) -> None:
     """Print a gradient: both sides as in the paper's figures, then the requested tables."""
     lines = heading(gradient.prompt_tokens, gradient.provenance)
     loss = presentation.loss_sentence(gradient, likelihood=True)
-    lines.add_row("loss", sentence(loss, gradient.header.targets))
+    lines.add_row("target", sentence(loss, gradient.header.targets))
     lines.add_row("step", Text(_STEP, "dim"))
     console.print(lines)
     for kind in _kinds(gradient):
         matrices = gradient.of_kind(kind)
-        console.print(factor_picture(gradient, matrices, console.width))
+        console.print(factor_picture(gradient, matrices, rows, console.width))
         console.print(components_section(gradient, matrices, rows))
-        _show_extras(matrices, console, gradient)
+        _show_extras(matrices, console, gradient, rows)
     if gradient.segments:
-        console.print(segments_section(gradient))
+        console.print(segments_section(gradient, rows))
     if skipped := gradient.header.skipped:
         console.print(Text(f"not in this architecture: {', '.join(skipped)}", style="dim"))
 
 
 def _kinds(gradient: Gradient) -> list[MatrixKind]:
-    """Inputs before VJPs: what is imprinted, then where it shifts."""
+    """VJPs before inputs: first the tokens that a step promotes, then what it imprints."""
     sides = {matrix.kind: matrix.projected_side for matrix in gradient.matrices}
-    return sorted(sides, key=lambda kind: (sides[kind] is Side.VJP, list(MatrixKind).index(kind)))
+    return sorted(sides, key=lambda kind: (sides[kind] is Side.INPUT, list(MatrixKind).index(kind)))
 
 
-def _show_extras(matrices: Sequence[Matrix], console: Console, gradient: Gradient) -> None:
+def _show_extras(
+    matrices: Sequence[Matrix], console: Console, gradient: Gradient, rows: int
+) -> None:
     if any(matrix.neurons for matrix in matrices):
-        console.print(neuron_changes(matrices, gradient.header.targets))
+        console.print(neuron_changes(matrices, gradient.header.targets, rows))
     if any(matrix.spectrum for matrix in matrices):
-        console.print(spectrum_section(matrices, gradient.header.targets))
+        console.print(spectrum_section(matrices, gradient.header.targets, rows))
     if any(matrix.verification for matrix in matrices):
         console.print(verification_line(matrices))

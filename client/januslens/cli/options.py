@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 
 from januslens._connection import DEFAULT_ADDRESS
 from januslens.arguments import Text
-from januslens.cli.tables import console, cost_table
+from januslens.cli.tables import console, cost_table, file_size
 from januslens.client import Client
 from januslens.errors import JanuslensError
 from januslens.results.exports import json_line
@@ -284,7 +284,7 @@ def write_page(path: Path, page: str) -> None:
         path.write_text(page, encoding="utf-8")
     except OSError as error:
         raise click.FileError(str(path), error.strerror) from error
-    click.echo(f"wrote {path} ({len(page.encode()) / 1e3:.0f} kB)", err=True)
+    click.echo(f"wrote {path} ({file_size(len(page.encode()))})", err=True)
 
 
 def not_both(as_json: bool, page: Path | None) -> None:

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, Group, JustifyMethod, RenderableType
-from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -221,14 +220,24 @@ def _numbered_tokens(prompt: Sequence[Token]) -> Text:
     return Text("  ").join(pieces)
 
 
+def file_size(count: int) -> str:
+    """`512 bytes`, `20.1 KiB`, `1.5 GiB`: in the server's units, powers of 1024."""
+    size, unit = float(count), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
 def cost_table(cost: CostEstimate) -> Table:
     """One row a figure, the verdict last."""
     grid = Table.grid(padding=(0, 2))
     rows = {
         "device": f"{cost.seconds:.3g} s",
         "operations": f"up to {cost.flops:.3g}",
-        "memory": f"up to {decimal(cost.device_bytes)} beside the weights",
-        "answer": f"up to {decimal(cost.stream_bytes)}",
+        "memory": f"up to {file_size(cost.device_bytes)} beside the weights",
+        "answer": f"up to {file_size(cost.stream_bytes)}",
         "projections": f"up to {presentation.count(cost.projected_vectors)}",
     }
     for name, figure in rows.items():
