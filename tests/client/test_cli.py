@@ -292,7 +292,7 @@ def test_the_neurons_that_write_a_token() -> None:
     assert len(answer["neurons"]) == 1
     several = run("neurons", "Tokyo Paris")
     assert several.exit_code == 1
-    assert "expected one token, got" in several.stderr
+    assert "expected a single token" in several.stderr
 
 
 @pytest.mark.usefixtures("demo")

@@ -58,7 +58,7 @@ def test_a_longer_one_is_refused_by_its_path(
     unit = "entries" if field.is_repeated else "bytes"
     assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
     assert answer.fields == [path(way)]
-    assert answer.text == f"{path(way)}: expected at most {limit} {unit}, got {limit + 1}"
+    assert answer.text == f"{path(way)}: too long: expected at most {limit} {unit}, got {limit + 1}"
 
 
 def fill(message: Any, way: list[Any], length: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -87,8 +88,8 @@ def inputs(method: str, request: Callable[..., Message]) -> list[Case]:
         ),
         (method, "layer", lambda m: request(layers=[0, m.n_layers]), "layers"),
         (method, "lens", lambda _: request(lens=99), "lens"),
-        (method, "top_k", lambda _: request(top_k=2**31), "top_k"),
-        (method, "bottom_k", lambda _: request(bottom_k=2**31), "bottom_k"),
+        (method, "top_k", lambda _: request(top_k=1001), "top_k"),
+        (method, "bottom_k", lambda _: request(bottom_k=1001), "bottom_k"),
     ]
 
 
@@ -226,6 +227,9 @@ CASES = [
     *OTHER,
 ]
 
+# What to do, where no range of values can be given.
+REMEDIES = "(leave|remove|request|send|set|shorten|use)"
+
 
 @pytest.mark.parametrize(
     ("method", "request_of", "field"),
@@ -245,14 +249,14 @@ def test_is_refused_by_field(
     assert refusal.info.domain == "januslens"
     assert refusal.fields == [field]
     assert refusal.retry_after is None
-    assert refusal.text.startswith(f"{field}: expected ")
+    assert re.match(rf"{re.escape(field)}: (?!expected).*(expected|; {REMEDIES} )", refusal.text)
 
 
 def test_a_target_of_several_tokens_is_refused_with_their_list(channel: grpc.Channel) -> None:
     refusal = refused(channel, "Trace", trace(target=Target(text=" Paris Tokyo")))
     assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
     assert refusal.fields == ["target"]
-    assert "expected one token, got 2" in refusal.text
+    assert "got 2 tokens, " in refusal.text
     assert "' Paris'" in refusal.text
     assert "' Tokyo'" in refusal.text
 

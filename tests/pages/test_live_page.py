@@ -257,7 +257,9 @@ def test_server_errors_are_shown(live: Page) -> None:
     live.get_by_role("button", name="Trace", exact=True).click()
     answer, _ = panel(live)
     state(answer, "failed")
-    expect(answer.get_by_role("status").first).to_contain_text("expected 0 to 3 for demo, got 99")
+    expect(answer.get_by_role("status").first).to_contain_text(
+        "demo has no layer 99; expected 0 to 3"
+    )
 
 
 def test_axe_reports_nothing_serious(live: Page) -> None:

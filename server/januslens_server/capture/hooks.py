@@ -80,7 +80,7 @@ def nth_tensor(values: Any, named: Mapping[str, Any] | None = None, n: int = 0) 
     passed = (values,) if isinstance(values, torch.Tensor) else (*values, *(named or {}).values())
     tensors = [value for value in passed if isinstance(value, torch.Tensor)]
     if n >= len(tensors):
-        raise TypeError(f"expected a module that passes {n + 1} tensors, got {len(tensors)}")
+        raise TypeError(f"module passes {len(tensors)} tensors; expected at least {n + 1}")
     return tensors[n]
 
 

@@ -35,7 +35,7 @@ class DenseMlp:
     def row(self, acts: LayerActivations, position: int) -> MlpRow:
         """The captured activations with the rows that they multiply."""
         if acts.neurons is None:
-            raise ValueError("expected captured neurons of a dense MLP, got none")
+            raise ValueError("no neurons captured; expected those of a dense MLP")
         activations = acts.neurons[acts.row(position)].float()
         terms = WeightedRows(activations, self.ff2, self.row_norms, self.bias)
         return MlpRow(terms, self.ff1, self.up)
@@ -75,7 +75,7 @@ class ExpertMlp:
         Recomputed from the MLP's input: the model's own kernels keep no neurons to capture.
         """
         if acts.routing is None:
-            raise ValueError("expected a captured routing of a mixture of experts, got none")
+            raise ValueError("no routing captured; expected that of a mixture of experts")
         row = acts.row(position)
         x = acts.mlp_input[row].float()
         ids = acts.routing.experts[row].tolist()

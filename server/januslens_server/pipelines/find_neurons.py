@@ -41,7 +41,10 @@ def find_neurons(
         yield from model.neurons.reading(layer)
     hits = _joined([_of_layer(model, layer, token, spec.suppressed) for layer in layers])
     if spec.start and spec.start >= len(hits.ranks):
-        raise InvalidRequest("page_token", "expected the token of an earlier answer")
+        raise InvalidRequest(
+            "page_token",
+            "page_token was not issued for this list; request the first page without one",
+        )
     page = _order(hits, spec.suppressed)[spec.start : spec.start + spec.count]
     rows = torch.from_numpy(page)
     shown = Readings(**{name: column[rows] for name, column in vars(hits.readings).items()})

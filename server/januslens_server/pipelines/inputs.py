@@ -51,7 +51,7 @@ def read_prompt(
         check_ids(model, prompt, field)
         tokens = [model.vocabulary.token(token_id) for token_id in prompt]
     if not tokens:
-        raise InvalidRequest(field, "expected at least one token, got none")
+        raise InvalidRequest(field, "no tokens given; send at least one")
     if len(tokens) > limit:
         raise _too_long(field, limit, f"{len(tokens)}")
     return tokens
@@ -71,7 +71,9 @@ def _prompt_tokens(model: ResidentModel, prompt: Text, limit: int, field: str) -
 
 
 def _too_long(field: str, limit: int, got: str) -> InvalidRequest:
-    return InvalidRequest(field, f"expected at most {limit} tokens, got {got}; shorten the text")
+    return InvalidRequest(
+        field, f"too many tokens: expected at most {limit}, got {got}; shorten the text"
+    )
 
 
 def read_target(model: ResidentModel, target: Target, field: str) -> tuple[int, ...]:
@@ -95,7 +97,7 @@ def read_target(model: ResidentModel, target: Target, field: str) -> tuple[int, 
         check_ids(model, target, f"{field}.token_ids.ids")
         ids = target
     if not ids:
-        raise InvalidRequest(field, "expected at least one token, got none")
+        raise InvalidRequest(field, "no tokens given; send at least one")
     return ids
 
 
@@ -106,7 +108,7 @@ def read_single_target(model: ResidentModel, target: Target, field: str) -> int:
         shown = ids[:LISTED]
         listed = ", ".join(f"{i} {model.vocabulary.token(i).text!r}" for i in shown)
         listed += ", ..." if len(shown) < len(ids) else ""
-        raise InvalidRequest(field, f"expected one token, got {len(ids)}: {listed}")
+        raise InvalidRequest(field, f"got {len(ids)} tokens, {listed}; expected a single token")
     return ids[0]
 
 
@@ -122,14 +124,15 @@ def read_positions(positions: Sequence[int], every: bool, length: int) -> tuple[
     """Query positions in ascending order, each once; negative ones count from the end."""
     if every and positions:
         raise InvalidRequest(
-            "all_positions", "expected either positions or all_positions, got both"
+            "all_positions", "positions and all_positions are both set; set only one of them"
         )
     if every:
         return tuple(range(length))
     for position in positions:
         if not -length <= position < length:
             raise InvalidRequest(
-                "positions", f"expected {-length} to {length - 1} for this prompt, got {position}"
+                "positions",
+                f"position {position} is outside the prompt; expected {-length} to {length - 1}",
             )
     return tuple(sorted({position % length for position in positions})) or (length - 1,)
 
@@ -138,7 +141,7 @@ def _within(values: Iterable[int], size: int, field: str, name: str) -> tuple[in
     chosen = sorted(set(values))
     for value in chosen:
         if not 0 <= value < size:
-            raise InvalidRequest(field, f"expected 0 to {size - 1} for {name}, got {value}")
+            raise InvalidRequest(field, f"{name} has no layer {value}; expected 0 to {size - 1}")
     return tuple(chosen)
 
 
@@ -149,8 +152,8 @@ def _known(model: ResidentModel, tokens: list[Token], field: str) -> list[Token]
         if token.id >= size:
             raise InvalidRequest(
                 field,
-                f"expected a text of the {size} tokens of {model.name}, got {token.text!r}, which "
-                f"only its tokenizer has ({token.id}); leave it out",
+                f"token {token.text!r} ({token.id}) is known to the tokenizer of {model.name} but "
+                f"not to the model, which has {size} tokens; remove it",
             )
     return tokens
 
@@ -162,7 +165,7 @@ def check_ids(model: ResidentModel, ids: Sequence[int], field: str) -> None:
         if not 0 <= token_id < size:
             raise InvalidRequest(
                 f"{field}[{i}]",
-                f"expected a token id below {size} for {model.name}, got {token_id}",
+                f"unknown token id {token_id}; expected 0 to {size - 1} for {model.name}",
             )
 
 
@@ -190,7 +193,9 @@ def choose_matrices(
     kinds = tuple(kind for kind in unique if kind in present)
     if not kinds:
         names = ", ".join(kind.name for kind in sorted(present))
-        raise InvalidRequest(field, f"expected some of {names} for {model.name}")
+        raise InvalidRequest(
+            field, f"{model.name} has none of these matrices; expected some of {names}"
+        )
     return MatrixChoice(kinds, tuple(kind for kind in unique if kind not in present))
 
 
@@ -242,13 +247,14 @@ def _read_suppressed(model: ResidentModel, loss: KlDivergence) -> tuple[int, ...
     check_ids(model, loss.suppressed, field)
     if len(loss.suppressed) > MAX_SUPPRESSED:
         raise InvalidRequest(
-            field, f"expected at most {MAX_SUPPRESSED} token ids, got {len(loss.suppressed)}"
+            field,
+            f"too many token ids: expected at most {MAX_SUPPRESSED}, got {len(loss.suppressed)}",
         )
     if not loss.suppressed:
-        raise InvalidRequest(field, "expected at least one token id, got none")
+        raise InvalidRequest(field, "no token ids given; send at least one")
     if len(set(loss.suppressed)) >= model.view.facts.vocab_size:
         raise InvalidRequest(
-            field, "expected to leave at least one token, got the whole vocabulary"
+            field, "the whole vocabulary is suppressed; leave out at least one token"
         )
     return tuple(dict.fromkeys(loss.suppressed))
 
@@ -267,7 +273,7 @@ def read_segments(
     if not 0 <= span.start < span.end <= len(tokens):
         raise InvalidRequest(
             "subject.span",
-            f"expected 0 <= start < end <= {len(tokens)}, got {span.start} to {span.end}",
+            f"invalid span {span.start} to {span.end}; expected 0 <= start < end <= {len(tokens)}",
         )
     return segment_positions(span.start, span.end, len(tokens))
 

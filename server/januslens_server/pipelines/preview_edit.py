@@ -13,10 +13,10 @@ from januslens_server.capture.hooks import rows
 from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
 from januslens_server.lens.backward_lens import negative_log_likelihood
 from januslens_server.lens.head import LensHead
-from januslens_server.models.matrices import Linear, MatrixKey, read_parameter
+from januslens_server.models.matrices import MatrixKey, read_parameter
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward, forward
-from januslens_server.pipelines.resolve import ResolvedPreviewEdit, Watched
+from januslens_server.pipelines.resolve import ResolvedPreviewEdit, Watched, single_ff2
 from januslens_server.results import EditPreview, Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec
 
@@ -100,12 +100,14 @@ def _shift(
 ) -> dict[MatrixKey, LowRank]:
     """`FF2 += eta x_p^T e_t`: the paper's edit from the forward pass alone (section 7)."""
     model, ids = request.model, request.watched[0].ids
-    linear = _linear(model, shift)
+    linear = single_ff2(model, shift.layer)
     embeddings = read_parameter(model.view.embedding, "weight")
     width = model.view.facts.d_model
     if embeddings.shape[1] != width:  # OPT may project them
         raise InvalidRequest(
-            "shift", f"expected embeddings of width {width} to shift by, got {embeddings.shape[1]}"
+            "shift",
+            f"embeddings of {model.name} have width {embeddings.shape[1]}, which is not its "
+            f"d_model {width}; use descent",
         )
     with torch.inference_mode(), capturing({"x": linear.input}) as captured:
         forward(model, ids, (), check_cancelled, scored=(len(ids) - 1,))
@@ -113,14 +115,6 @@ def _shift(
     embedding = embeddings[request.targets[0]].to(model.device).float()
     change = LowRank(x, shift.eta * embedding[None])
     return {(shift.layer, MatrixKind.FF2, None): change}
-
-
-def _linear(model: ResidentModel, shift: ForwardShift) -> Linear:
-    """The layer's FF2, which is one matrix: resolving has refused layers of experts."""
-    linear = model.view.blocks[shift.layer].matrices[MatrixKind.FF2]
-    if not isinstance(linear, Linear):
-        raise TypeError(f"layer {shift.layer} has experts")
-    return linear
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ def project_vectors(
     model, spec = request.model, request.spec
     vectors = torch.tensor(spec.vectors, device=model.device)
     if not bool(vectors.isfinite().all()):
-        raise InvalidRequest("vectors.data", "expected finite numbers, got infinity or NaN")
+        raise InvalidRequest("vectors.data", "vectors contain infinity or NaN; send finite numbers")
     targets = None
     if request.target is not None:
         targets = torch.full((len(vectors), 1), request.target, device=model.device)

@@ -153,7 +153,8 @@ def resolve_project(model: ResidentModel, spec: ProjectSpec) -> ResolvedProject:
     d_model = model.view.facts.d_model
     if spec.vectors.shape[1] != d_model:
         raise InvalidRequest(
-            "vectors.shape", f"expected [n, {d_model}] for {model.name}, got {spec.vectors.shape}"
+            "vectors.shape",
+            f"vectors have width {spec.vectors.shape[1]}; expected {d_model} for {model.name}",
         )
     target = None if spec.target is None else read_single_target(model, spec.target, "target")
     return ResolvedProject(model, spec, target)
@@ -187,14 +188,23 @@ def _edited(model: ResidentModel, spec: PreviewEditSpec) -> list[tuple[int, Matr
         layers = read_layers(model, edit.layers, "descent.layers")
         kinds = choose_matrices(model, edit.matrices, "descent.matrices").kinds
         return layer_matrices(model, layers, kinds)
-    n_layers = model.view.facts.n_layers
-    if edit.layer >= n_layers:
-        raise InvalidRequest("shift.layer", f"expected 0 to {n_layers - 1}, got {edit.layer}")
-    if not isinstance(model.view.blocks[edit.layer].matrices[MatrixKind.FF2], Linear):
-        raise InvalidRequest(
-            "shift.layer", f"expected a layer with one FF2, got the experts of layer {edit.layer}"
-        )
+    single_ff2(model, edit.layer)
     return [(edit.layer, MatrixKind.FF2)]
+
+
+def single_ff2(model: ResidentModel, layer: int) -> Linear:
+    """The FF2 matrix that a shift edits; raises `InvalidRequest` if the layer has not just one."""
+    n_layers = model.view.facts.n_layers
+    if layer >= n_layers:
+        raise InvalidRequest(
+            "shift.layer", f"{model.name} has no layer {layer}; expected 0 to {n_layers - 1}"
+        )
+    linear = model.view.blocks[layer].matrices[MatrixKind.FF2]
+    if not isinstance(linear, Linear):
+        raise InvalidRequest(
+            "shift.layer", f"layer {layer} has experts; expected a layer with a single FF2 matrix"
+        )
+    return linear
 
 
 def resolve_find_neurons(model: ResidentModel, spec: FindNeuronsSpec) -> ResolvedFindNeurons:

@@ -111,7 +111,8 @@ def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
     listed = len(vectors) * (lens.top_k + lens.bottom_k)
     if listed > MAX_LISTED:
         raise InvalidRequest(
-            "vectors", f"expected at most {MAX_LISTED} listed tokens in all, got {listed}"
+            "vectors",
+            f"too many tokens listed: expected at most {MAX_LISTED} over all vectors, got {listed}",
         )
     return ProjectSpec(
         vectors=vectors,
@@ -124,16 +125,23 @@ def _matrix(tensor: common_pb2.Tensor) -> Vectors:
     """A tensor `[n, d_model]`, or `[d_model]` for a single vector, as float32."""
     kind = _TENSOR_TYPES.get(tensor.data_type)
     if kind is None:
-        raise InvalidRequest("vectors.data_type", "expected FLOAT32, FLOAT16 or BFLOAT16")
+        raise InvalidRequest(
+            "vectors.data_type", "unsupported data type; expected FLOAT32, FLOAT16 or BFLOAT16"
+        )
     shape = tuple(tensor.shape)
     if len(shape) not in {1, 2} or min(shape) < 1:
-        raise InvalidRequest("vectors.shape", f"expected [n, d_model], got {list(shape)}")
+        raise InvalidRequest("vectors.shape", f"invalid shape {list(shape)}; expected [n, d_model]")
     size = math.prod(shape) * np.dtype(kind).itemsize
     if len(tensor.data) != size:
-        raise InvalidRequest("vectors.data", f"expected {size} bytes, got {len(tensor.data)}")
+        raise InvalidRequest(
+            "vectors.data",
+            f"wrong length: expected {size} bytes for this shape, got {len(tensor.data)}",
+        )
     values = np.frombuffer(tensor.data, dtype=kind).reshape(-1, shape[-1])
     if len(values) > MAX_VECTORS:
-        raise InvalidRequest("vectors", f"expected at most {MAX_VECTORS}, got {len(values)}")
+        raise InvalidRequest(
+            "vectors", f"too many vectors: expected at most {MAX_VECTORS}, got {len(values)}"
+        )
     if tensor.data_type == common_pb2.DATA_TYPE_BFLOAT16:
         values = (values.astype("<u4") << 16).view("<f4")  # bfloat16 is the upper half of float32
     return values.astype(np.float32)
@@ -174,12 +182,12 @@ def _edit(request: edits_pb2.PreviewEditRequest) -> DescentStep | ForwardShift:
         )
     if which == "shift":
         return ForwardShift(request.shift.layer, _strength(request.shift.eta, "shift.eta"))
-    raise InvalidRequest("edit", "expected descent or shift, got neither")
+    raise InvalidRequest("edit", "no edit given; expected descent or shift")
 
 
 def _strength(value: float, field: str) -> float:
     if not math.isfinite(value) or value == 0:
-        raise InvalidRequest(field, f"expected a finite number other than 0, got {value}")
+        raise InvalidRequest(field, f"invalid value {value}; expected a finite number other than 0")
     return value
 
 
@@ -203,7 +211,7 @@ def _input(message: common_pb2.Input, field: str = "input") -> Prompt:
 def _target(message: common_pb2.Target, field: str) -> Target:
     which = message.WhichOneof("target")
     if which is None:
-        raise InvalidRequest(field, "expected text or token_ids, got neither")
+        raise InvalidRequest(field, "no target given; expected text or token_ids")
     if which == "text":
         return Text(message.text, literal=True) if message.literal else message.text
     _refuse_for_ids(message, ("literal",), field)
@@ -233,14 +241,14 @@ def _learning_rate(request: gradient_lens_pb2.GradientLensRequest) -> float | No
     if not request.HasField("learning_rate"):
         return None
     if not math.isfinite(request.learning_rate):
-        expected = f"expected a finite number, got {request.learning_rate}"
+        expected = f"invalid value {request.learning_rate}; expected a finite number"
         raise InvalidRequest("learning_rate", expected)
     return request.learning_rate
 
 
 def _tokens(count: int, field: str) -> int:
     if count > MAX_TOKENS:
-        raise InvalidRequest(field, f"expected at most {MAX_TOKENS}, got {count}")
+        raise InvalidRequest(field, f"too many tokens: expected at most {MAX_TOKENS}, got {count}")
     return count
 
 
@@ -259,13 +267,13 @@ def _loss(request: gradient_lens_pb2.GradientLensRequest) -> LossSpec:
         )
     if which == "kl":
         return KlDivergence(tuple(request.kl.suppressed.ids))
-    raise InvalidRequest("loss", "expected nll, logit_difference or kl, got none")
+    raise InvalidRequest("loss", "no loss given; expected nll, logit_difference or kl")
 
 
 def _subject(message: gradient_lens_pb2.Subject) -> str | Span:
     which = message.WhichOneof("subject")
     if which is None:
-        raise InvalidRequest("subject", "expected text or span, got neither")
+        raise InvalidRequest("subject", "no subject given; expected text or span")
     return message.text if which == "text" else Span(message.span.start, message.span.end)
 
 
@@ -278,7 +286,7 @@ def _enum(kind: type[Kind], value: int, field: str) -> Kind:
         return kind(value)
     except ValueError as error:
         names = ", ".join(kind.__members__)
-        raise InvalidRequest(field, f"expected one of {names}, got number {value}") from error
+        raise InvalidRequest(field, f"unknown value {value}; expected one of {names}") from error
 
 
 KIB, MIB = 2**10, 2**20
@@ -339,7 +347,7 @@ def _check(field: Any, value: Any, limit: int, where: str) -> None:
     else:
         length, unit = len(value.encode() if isinstance(value, str) else value), "bytes"
     if length > limit:
-        raise InvalidRequest(where, f"expected at most {limit} {unit}, got {length}")
+        raise InvalidRequest(where, f"too long: expected at most {limit} {unit}, got {length}")
 
 
 def _messages(field: Any, value: Any) -> Iterable[Message]:
@@ -378,5 +386,8 @@ def page_start(token: str, listed: str, total: int | None = None) -> int:
     issued = _TOKEN.fullmatch(token)
     start = int(issued[1]) if issued and issued[2] == listed else None
     if start is None or (total is not None and start >= total):
-        raise InvalidRequest("page_token", "expected the token of an earlier answer")
+        raise InvalidRequest(
+            "page_token",
+            "page_token was not issued for this list; request the first page without one",
+        )
     return start

@@ -107,7 +107,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("Tokenize", context) as call:
             model = self._model(request.model)
             if not request.text:
-                raise InvalidRequest("text", "expected at least one character")
+                raise InvalidRequest("text", "text is empty; send at least one character")
             answer = await asyncio.to_thread(_tokenized, model.vocabulary, request)
             call.note(model=model.name, tokens=len(answer.tokens))
             return call.answered(answer)
@@ -190,7 +190,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         if which == "gradient_lens":
             model, spec = self._differentiated(request.gradient_lens)
             return model, partial(resolve_gradient_lens, model, spec)
-        raise InvalidRequest("request", "expected trace or gradient_lens")
+        raise InvalidRequest("request", "no request given; expected trace or gradient_lens")
 
     def _traced(self, request: trace_pb2.TraceRequest) -> tuple[ResidentModel, TraceSpec]:
         return self._model(request.model, request.revision), decode.trace_spec(request)
@@ -238,6 +238,6 @@ def _tokenized(
         tokens = encode(request.text, literal=request.literal, at_most=MAX_TOKENIZED)
     except TooManyTokens as error:
         raise InvalidRequest(
-            "text", f"expected at most {MAX_TOKENIZED} tokens, got more; split the text"
+            "text", f"too many tokens: expected at most {MAX_TOKENIZED}; split the text"
         ) from error
     return models_pb2.TokenizeResponse(tokens=map(token_message, tokens))
