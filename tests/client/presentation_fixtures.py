@@ -147,7 +147,8 @@ def traces() -> Iterator[tuple[str, list[trace_pb2.TraceResponse]]]:
     yield "no source has a position", stream_of(without_sources())
     yield "a contribution is not finite", stream_of(with_contribution(float("nan")))
     yield "the target has no rank", stream_of(without_ranks())
-    yield "the trace begins above the first layer", stream_of(after_a_gap())
+    yield "the trace begins above the first layer", stream_of(moved(5))
+    yield "the target falls from the first rank and returns in a second layer", two_layers()
 
 
 def stream_of(layer: trace_pb2.LayerGraph, target: int = 2) -> list[trace_pb2.TraceResponse]:
@@ -232,22 +233,46 @@ def without_ranks() -> trace_pb2.LayerGraph:
     return layer
 
 
-def after_a_gap() -> trace_pb2.LayerGraph:
-    """Return the layer as layer 5, whose input is the output of layer 4."""
+def moved(number: int) -> trace_pb2.LayerGraph:
+    """Return the layer moved up, whose input is the output of the layer below."""
     layer = messages.layer()
-    layer.layer = 5
+    layer.layer = number
+    below = f"L{number - 1}/p1/BLOCK_OUTPUT"
     renamed = {}
     for node in layer.nodes:
-        own = "L4/p1/BLOCK_OUTPUT" if "BLOCK_INPUT" in node.id else node.id.replace("L0/", "L5/")
+        moved_id = node.id.replace("L0/", f"L{number}/")
+        own = below if "BLOCK_INPUT" in node.id else moved_id
         renamed[node.id] = own
         if "BLOCK_INPUT" in node.id:
             node.kind = trace_pb2.NODE_KIND_BLOCK_OUTPUT
         node.id = own
         if own.startswith("L"):
-            node.layer = 4 if own.startswith("L4/") else 5
+            node.layer = number - 1 if own == below else number
     for edge in layer.edges:
         edge.source, edge.target = renamed[edge.source], renamed[edge.target]
     return layer
+
+
+def two_layers() -> list[trace_pb2.TraceResponse]:
+    """Two layers; the head and the neuron that add most are in the lower one."""
+    lower, upper = messages.layer(), moved(1)
+    after = ("FINAL_NORM", "PREDICTION")
+    kept = [node for node in lower.nodes if not node.id.endswith(after)]
+    ids = {node.id for node in kept}
+    edges = [edge for edge in lower.edges if {edge.source, edge.target} <= ids]
+    del lower.nodes[:], lower.edges[:]
+    lower.nodes.extend(kept)
+    lower.edges.extend(edges)
+    above = [node for node in upper.nodes if node.id not in ids]
+    del upper.nodes[:]
+    upper.nodes.extend(above)
+    for edge in upper.edges:
+        if edge.HasField("logit_contribution"):
+            edge.logit_contribution /= 2
+    header = messages.trace_header()
+    header.tokens.extend(messages.tokens(2, 3))
+    header.layers[:] = [0, 1]
+    return messages.trace_stream(header, lower, upper, messages.trace_summary())
 
 
 def trace_case(case: str, stream: list[trace_pb2.TraceResponse]) -> dict[str, Any]:
