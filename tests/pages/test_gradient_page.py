@@ -375,13 +375,13 @@ def test_axe_reports_nothing_serious(tab: Page, page: str, scheme: str) -> None:
 def test_narrow_window_does_not_scroll_sideways(tab: Page, page: str) -> None:
     tab.goto(page)
     tab.set_viewport_size({"width": 700, "height": 900})
-    tab.wait_for_timeout(100)
-    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    tab.wait_for_function("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_narrow_picture_scrolls_to_the_selection(tab: Page, deep: Shown) -> None:
     tab.set_viewport_size({"width": 480, "height": 900})
     tab.goto(deep.url)
+    tab.wait_for_selector("html[data-ready=complete]", state="attached")
     chosen = tab.locator(".chip.painted.selected").first
     box = chosen.bounding_box()
     assert box

@@ -45,7 +45,15 @@ def opened(tab: Page, page: Traced, state: str = "") -> Page:
 
 def changed(tab: Page, state: str) -> None:
     """Put another state into the address, as a link to it would."""
-    tab.evaluate("state => { location.hash = state }", state)
+    tab.evaluate(
+        """state => new Promise(drawn => {
+          const before = location.hash
+          addEventListener('hashchange', () => drawn(), { once: true })
+          location.hash = state
+          if (location.hash === before) drawn()
+        })""",
+        state,
+    )
 
 
 def chip(tab: Page, node_id: str) -> Locator:
@@ -412,9 +420,7 @@ def test_nothing_overflows_the_window(tab: Page, large: Traced, width: int) -> N
     opened(tab, large)
     tab.set_viewport_size({"width": width, "height": 900})
     expect(tab.locator("svg.overview")).to_be_visible()
-    tab.wait_for_timeout(150)  # it is drawn anew when its size is seen to have changed
-    overflow = "document.documentElement.scrollWidth - window.innerWidth"
-    assert tab.evaluate(overflow) <= 0
+    tab.wait_for_function("document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_hostile_tokens_are_text(tab: Page, large: Traced) -> None:
