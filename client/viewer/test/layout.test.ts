@@ -30,6 +30,17 @@ for (const [positions, selected] of [
   })
 }
 
+test('the selected column of a long prompt is wider than the other labelled ones', () => {
+  const { columns } = layout(100, layers, 50, 1100, 214)
+  const others = columns.filter((c) => c.labelled && c.position !== 50).map((c) => c.width)
+  assert.ok((columns[50]?.width ?? 0) > 1.4 * Math.max(...others))
+})
+
+test('thirty layers have cells of fourteen pixels', () => {
+  const thirty = Array.from({ length: 30 }, (_, i) => i)
+  assert.ok(layout(10, thirty, 9, 1100, 214).cellHeight >= 14)
+})
+
 test('layers go upward from the embedding', () => {
   const { rows } = layout(8, layers, 7, 1100, 214)
   assert.deepEqual(

@@ -1,6 +1,7 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
 import { cut, fromBase64, visible } from '../src/model/tokens'
+import { at } from '../src/presentation/wording'
 import cases from './labels.json'
 
 for (const { text, raw, shown } of cases as { text: string; raw?: string; shown: string }[]) {
@@ -13,4 +14,11 @@ test('a label is cut between graphemes, never inside one', () => {
   assert.equal(cut('abcdef', 4), 'abc…')
   assert.equal(cut('abcd', 4), 'abcd')
   assert.equal(cut('e\u0301e\u0301e\u0301', 2), 'e\u0301…')
+})
+
+test('a right-to-left token is isolated within other text', () => {
+  const prompt = ['مدينة', 'שלום', '␣of'].map((label, id) => ({ id, text: label, label }))
+  assert.equal(at(0, prompt), '\u2068مدينة\u2069 (0)')
+  assert.equal(at(1, prompt), '\u2068שלום\u2069 (1)')
+  assert.equal(at(2, prompt), '␣of (2)')
 })

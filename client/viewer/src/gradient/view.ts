@@ -99,7 +99,7 @@ export class GradientView {
   ) {
     this.panels = new MapPanels(this.model, this.state)
     parts.header.prepend(this.heading)
-    parts.main.append(this.panels.element, this.previews, this.tables)
+    parts.main.append(this.previews, this.panels.element, this.tables)
     const help = helpDialog(KEYS)
     const commands = {
       help: () => help.showModal(),

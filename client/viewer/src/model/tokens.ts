@@ -46,6 +46,13 @@ export function cut(label: string, length: number): string {
   return pieces.length <= length ? label : `${pieces.slice(0, length - 1).join('')}…`
 }
 
+const RIGHT_TO_LEFT = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]/
+
+/** The label for use within other text: isolated if it is right-to-left, so that it does not reorder it. */
+export function isolated(label: string): string {
+  return RIGHT_TO_LEFT.test(label) ? `\u2068${label}\u2069` : label
+}
+
 /** A vocabulary entry and its label. */
 export interface Token {
   id: number

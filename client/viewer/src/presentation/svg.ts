@@ -132,19 +132,22 @@ export function columnsIn(
   return lens(positions, selected, left, room)
 }
 
-/** Up to ten labelled columns around the selected one; the rest are narrow, as a heat map. */
+const SELECTED = 1.6 // width of the selected column relative to other labelled ones
+
+/** Up to ten labelled columns around the selected one, which is wider; the rest are narrow, as a heat map. */
 function lens(positions: number, selected: number, left: number, room: number): Column[] {
   const shown = Math.max(3, Math.min(LENS, Math.floor((room * 0.8) / NARROWEST_LABEL)))
-  const others = Math.min(room * 0.3, (positions - shown) * 16)
-  const wide = Math.min(84, (room - others - 2 * GAP) / shown)
-  const narrow = Math.min(20, (room - wide * shown - 2 * GAP) / (positions - shown))
+  const others = Math.min(room * 0.24, (positions - shown) * 16)
+  const wide = Math.min(84, (room - others - 2 * GAP) / (shown + SELECTED - 1))
+  const taken = wide * (shown + SELECTED - 1) + 2 * GAP
+  const narrow = Math.min(20, (room - taken) / (positions - shown))
   const first = Math.max(0, Math.min(positions - shown, selected - Math.floor(shown * 0.7)))
   const columns: Column[] = []
   let x = left
   for (let position = 0; position < positions; position++) {
     const labelled = position >= first && position < first + shown
     if (position > 0 && (position === first || position === first + shown)) x += GAP
-    const pitch = labelled ? wide : narrow
+    const pitch = position === selected ? wide * SELECTED : labelled ? wide : narrow
     const gap = labelled ? Math.min(GAP, 6) : Math.min(2, narrow * 0.2)
     columns.push({ position, x, width: pitch - gap, labelled })
     x += pitch

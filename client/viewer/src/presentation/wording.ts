@@ -1,5 +1,5 @@
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
-import type { Token } from '../model/tokens'
+import { isolated, type Token } from '../model/tokens'
 
 // Number formats and names, the same as in the client's `_presentation.py` except that pages have the
 // typographic minus and apostrophe; tests/fixtures/presentation/ holds both sides to it.
@@ -127,7 +127,7 @@ export function numbered({ layer, head, expert, neuron }: GraphNode): string {
 /** `␣Japan (3)`: the token at a position, and the position. */
 export function at(position: number, prompt: readonly Token[]): string {
   const token = prompt[position]
-  return token ? `${token.label} (${position})` : `(${position})`
+  return token ? `${isolated(token.label)} (${position})` : `(${position})`
 }
 
 /** A description for screen readers: name, position, top token, rank of the target. */

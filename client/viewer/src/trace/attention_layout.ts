@@ -39,7 +39,7 @@ export interface Columns {
 const SOURCE = 78
 export const WEIGHT = 56
 const SHARE = 50
-const RIBBONS = 74
+const RIBBONS = 56
 const GAP = 8 // between heads
 const FRAME = 8 // above and below a head's lines
 

@@ -2,7 +2,7 @@ import { select } from 'd3-selection'
 import { finite } from '../contract'
 import type { FlowGraph } from '../model/flow_graph'
 import type { SelectionFlow } from '../model/graph_queries'
-import { cut } from '../model/tokens'
+import { cut, isolated } from '../model/tokens'
 import { chipClass, type Marks, shownToken } from '../presentation/colours'
 import { charactersIn, defineHatches, groupNamed, type Svg, setClasses } from '../presentation/svg'
 import { nodeSentence } from '../presentation/wording'
@@ -211,8 +211,11 @@ function drawChips(svg: Svg, detail: Detail, graph: FlowGraph): void {
 }
 
 function chipText(chip: Chip): string {
-  const label = chip.text ?? shownToken(chip.node, chip.flipped)?.token.label ?? '—'
-  return cut(chip.flipped ? `▾${label}` : label, charactersIn(chip.width - 11))
+  const room = charactersIn(chip.width - 11)
+  // A count of hidden rows is shown without its unit rather than truncated.
+  if (chip.text) return chip.text.length <= room ? chip.text : chip.text.replace(/ more$/, '')
+  const label = shownToken(chip.node, chip.flipped)?.token.label ?? '—'
+  return cut(chip.flipped ? `▾${isolated(label)}` : label, room)
 }
 
 // A selection, a search or a path changes classes and the coloured part of the ribbons.

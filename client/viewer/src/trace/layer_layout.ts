@@ -39,7 +39,8 @@ export function detailLayout(
   const detail = new Detail(width)
   const both = !filter.hidden.has('attention') && !filter.hidden.has('mlp')
   const beside = both && width >= WIDE
-  const left = beside ? Math.round((width - GAP) * 0.6) : width
+  const gated = model.mlp.rows.some((row) => row.up) // has a third column of chips
+  const left = beside ? Math.round((width - GAP) * (gated ? 0.55 : 0.6)) : width
   const bar = beside ? mlpHeight(model, filter) : 0
   const attention = filter.hidden.has('attention')
     ? undefined
@@ -149,7 +150,7 @@ interface Columns {
 const NAME = 44
 const ACTIVATION = 66
 const SHARE = 50
-const RIBBONS = 74
+const RIBBONS = 56
 
 export function placeMlp(
   detail: Detail,

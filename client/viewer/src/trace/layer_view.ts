@@ -65,9 +65,10 @@ export class Details {
   }
 
   private table(position: number, layers: readonly number[]): HTMLElement {
-    const nodes = [...this.graph.nodes.values()].filter(
-      (node) => node.position === position && layers.includes(this.graph.layerOf(node)),
-    )
+    const after = ({ kind }: GraphNode) => (kind === 'FINAL_NORM' || kind === 'PREDICTION' ? 1 : 0)
+    const nodes = [...this.graph.nodes.values()]
+      .filter((node) => node.position === position && layers.includes(this.graph.layerOf(node)))
+      .sort((a, b) => after(a) - after(b) || this.graph.layerOf(a) - this.graph.layerOf(b))
     const title = `Nodes of layer ${layers.join(', ')} at ${atPosition(position, this.graph.prompt)}`
     const scroller = element('div', { class: 'scroller' }, nodeTable(nodes, this.graph))
     return element('div', {}, element('h2', {}, title), scroller)

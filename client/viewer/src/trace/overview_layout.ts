@@ -81,7 +81,7 @@ export function headLayout(
 }
 
 function rowPitch(layers: number): number {
-  return Math.max(18, Math.min(54, Math.round(620 / (layers + 1))))
+  return Math.max(24, Math.min(54, Math.round(620 / (layers + 1))))
 }
 
 function lastEdge(columns: readonly Column[]): number {

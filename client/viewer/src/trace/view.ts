@@ -214,7 +214,10 @@ export class TraceView {
     const unpin = target.closest<HTMLElement>('[data-unpin]')?.dataset.unpin
     const id = target.closest<HTMLElement>('[data-id]')?.dataset.id
     if (unpin) this.pin(unpin)
-    else if (id) this.select(id)
+    else if (id) {
+      this.select(id)
+      this.details.reveal(id)
+    }
   }
 
   private keepFocus(): void {
