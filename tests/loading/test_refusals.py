@@ -118,6 +118,12 @@ def test_config_that_is_not_json_is_refused(source: ModelSource) -> None:
     assert "not a valid JSON file" in refusal(source)
 
 
+def test_folder_with_only_a_gguf_file_names_the_conversion(source: ModelSource) -> None:
+    folder = Path(source.location)
+    (folder / "config.json").rename(folder / "weights.gguf")
+    assert "'weights.gguf' is a GGUF file: convert it to safetensors" in refusal(source)
+
+
 def without_file(folder: Path) -> str:
     (folder / WEIGHTS).unlink()
     return f"file {WEIGHTS!r} is missing: expected weights in safetensors"

@@ -151,6 +151,7 @@ WRONG_FLAGS = {
     "no location": (["--model", "a"], "'a': expected NAME=PATH_OR_HUB_ID[@REVISION]"),
     "no name": (["--model", "=b"], "'=b': expected NAME=PATH_OR_HUB_ID[@REVISION]"),
     "no folder": (["--model", "a=./absent"], "expected a model folder with config.json"),
+    "GGUF file": (["--model", "a=model.gguf"], "convert the file to a folder with safetensors"),
     "no home": (["--model", "a=~/absent"], "'a=~/absent': expected a model folder"),
     "no cache size": (["--cache-size", "some"], "'some': expected a size such as 10GiB"),
     "no size": (["--max-memory", "cpu=lots"], "'cpu=lots': expected DEVICE=SIZE"),

@@ -174,7 +174,11 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     is_local = local.is_dir()
     folder = local if is_local else _fetched(location, revision, DESCRIPTIONS)
     if not (folder / "config.json").is_file():
-        raise ModelFailed("config.json is missing: expected a model folder of transformers")
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        advice = f"; {files[0]!r} is a GGUF file: convert it to safetensors" if files else ""
+        raise ModelFailed(
+            f"config.json is missing: expected a model folder of transformers{advice}"
+        )
     check_folder(folder)
     _refuse_custom_code(read_json(folder / "config.json"))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
