@@ -21,7 +21,8 @@ The tree, with the `reason` or the gRPC status of each::
     |-- DeadlineExceeded        DEADLINE_PASSED
     |-- Cancelled               REQUEST_CANCELLED
     |-- Aborted                 ABORTED
-    |   `-- ReaderStalled       READER_STALLED: the stream was read too slowly
+    |   |-- ReaderStalled       READER_STALLED: the stream was read too slowly
+    |   `-- RequestStalled      REQUEST_STALLED: the request was sent too slowly
     |-- Unauthenticated         UNAUTHENTICATED
     |-- PermissionDenied        PERMISSION_DENIED
     |-- Unimplemented           UNIMPLEMENTED: the server does not offer the call
@@ -205,6 +206,10 @@ class ReaderStalled(Aborted):
     """The stream was not read for longer than the server waits."""
 
 
+class RequestStalled(Aborted):
+    """The request did not reach the server in time."""
+
+
 class Unauthenticated(JanuslensError):
     """The token is missing, unknown or expired."""
 
@@ -259,6 +264,7 @@ BY_REASON: Mapping[str, type[JanuslensError]] = {
     "DEADLINE_PASSED": DeadlineExceeded,
     "REQUEST_CANCELLED": Cancelled,
     "READER_STALLED": ReaderStalled,
+    "REQUEST_STALLED": RequestStalled,
     "INTERNAL": InternalError,
     "STREAM_INTERRUPTED": StreamInterrupted,
     "PROTOCOL_VIOLATION": ProtocolViolation,

@@ -180,3 +180,9 @@ class ReaderStalled(IntrospectionError):
     """The caller did not read its stream in time."""
 
     reason = "READER_STALLED"
+
+
+class RequestStalled(IntrospectionError):
+    """The caller did not send the whole request in time."""
+
+    reason = "REQUEST_STALLED"

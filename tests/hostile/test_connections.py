@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from januslens.v1 import models_pb2, service_pb2_grpc
+from januslens_server.rpc.reception import AT_ONCE, OF_ONE_CALLER
 from tests.hostile.raw_peer import RawPeer
 from tests.support.calls import SERVICE
 from tests.support.memory import open_files, resident_bytes
@@ -23,6 +24,8 @@ CONNECTIONS, STREAMS = 40, 20
 METHOD = SERVICE + "Tokenize"
 # Resident memory that an attack may add, with what the allocator keeps.
 MEMORY = 200 * 2**20
+# The messages that are received at once, and as much again of the allocator and of windows.
+HALF_SENT_MEMORY = 2 * AT_ONCE * 4 * 2**20
 # Health answers within 50 ms on an idle machine; tests share theirs.
 HEALTH_SECONDS = 2.0
 
@@ -139,12 +142,51 @@ def test_floods_of_frames_use_bounded_memory(limited: ServerProcess, flood: byte
 
 @pytest.mark.usefixtures("held")
 def test_half_sent_messages_use_bounded_memory(limited: ServerProcess) -> None:
-    size = 4 * 2**20 - 100
+    """Only the few that the server receives at once may take their whole size."""
+    before = resident_bytes(limited)
     with ExitStack() as stack:
-        for _ in range(20):
+        for _ in range(CONNECTIONS // 4):
             peer = stack.enter_context(RawPeer(limited.address, reads=False))
-            stream = peer.headers(METHOD)
-            peer.send(stream, b"\0" + size.to_bytes(4, "big") + bytes(size - 1000))
+            for _ in range(STREAMS // 2):
+                send_most(peer, peer.headers(METHOD))
+        assert resident_bytes(limited) - before < HALF_SENT_MEMORY
+
+
+def test_a_half_sent_message_is_refused_while_others_wait(limited: ServerProcess) -> None:
+    with ExitStack() as stack:
+        peer = stack.enter_context(RawPeer(limited.address))
+        streams = [peer.headers(METHOD) for _ in range(OF_ONE_CALLER + 1)]
+        for stream in streams:
+            send_most(peer, stream)
+        trailers = peer.ended(streams[0], seconds=30)
+        assert trailers is not None
+        assert trailers["grpc-status"] == str(grpc.StatusCode.ABORTED.value[0])
+        assert trailers["grpc-message"].startswith("the request was not received within 2 s")
+
+
+def test_half_sent_messages_of_one_address_do_not_delay_another(limited: ServerProcess) -> None:
+    with ExitStack() as stack:
+        peer = stack.enter_context(RawPeer(limited.address, source="127.0.0.9"))
+        for _ in range(2 * OF_ONE_CALLER):
+            send_most(peer, peer.headers(METHOD))
+        channel = stack.enter_context(grpc.insecure_channel(limited.address))
+        served(channel)
+
+
+def test_a_call_without_a_message_is_refused(limited: ServerProcess) -> None:
+    with RawPeer(limited.address) as peer:
+        stream = peer.headers(METHOD, end=True)
+        peer.flush()
+        trailers = peer.ended(stream)
+        assert trailers is not None
+        assert trailers["grpc-status"] == str(grpc.StatusCode.INVALID_ARGUMENT.value[0])
+
+
+def send_most(peer: RawPeer, stream: int, seconds: float = 0.1) -> None:
+    """Send as much of a message of 4 MiB as the server takes, never its end."""
+    size = 4 * 2**20 - 100
+    with suppress(TimeoutError):
+        peer.send(stream, b"\0" + size.to_bytes(4, "big") + bytes(size - 1000), seconds=seconds)
 
 
 @pytest.mark.usefixtures("held")

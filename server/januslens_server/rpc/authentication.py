@@ -1,4 +1,4 @@
-"""Authenticate callers and check scopes and rates, before a request is parsed."""
+"""Authenticate callers and check scopes and rates, before a request is received."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCHEME = "bearer "
 class Authentication(grpc.aio.ServerInterceptor):
     """Finds the caller of every RPC except health checks, and refuses those without permission.
 
-    Refused requests are not parsed. Admitted ones count against the caller's quotas.
+    Refused requests are not received. Admitted ones count against the caller's quotas.
     """
 
     def __init__(self, directory: Directory, quotas: QuotaBook) -> None:
@@ -52,16 +52,16 @@ class Authentication(grpc.aio.ServerInterceptor):
         return _like(handler, self._counted(service, name, caller, handler))
 
     def _counted(self, service: str, name: str, caller: Caller, handler: Any) -> Any:
-        answer = handler.unary_stream or handler.unary_unary
+        answer = handler.stream_stream or handler.stream_unary
 
-        async def counted(request: Any, context: Context) -> Any:
+        async def counted(messages: object, context: Context) -> Any:
             with ExitStack() as open_request:
                 try:
                     open_request.enter_context(self._quotas.request(caller))
                 except QuotaSpent as spent:
                     async with Call(name, context, service):
                         raise spent from None
-                return await answer(request, context)
+                return await answer(messages, context)
 
         return counted
 
@@ -76,18 +76,16 @@ def _token(details: grpc.HandlerCallDetails) -> str | None:
 def _refusing(service: str, name: str, error: IntrospectionError, handler: Any) -> Any:
     """A handler of the same kind that ends every call with `error`."""
 
-    async def refuse(_request: Any, context: Context) -> None:
+    async def refuse(_messages: object, context: Context) -> None:
         async with Call(name, context, service):
             raise error
 
-    return _like(handler, refuse, parsed=False)
+    return _like(handler, refuse)
 
 
-def _like(handler: Any, answer: Any, *, parsed: bool = True) -> Any:
-    """A handler of the same kind that calls `answer`, with raw bytes unless `parsed`."""
-    parse = handler.request_deserializer if parsed else None
-    if handler.request_streaming:
-        return grpc.stream_stream_rpc_method_handler(answer, parse)
+def _like(handler: Any, answer: Any) -> Any:
+    """A handler of the same kind that calls `answer`. `WireFormat` has made all of them streams."""
+    make = grpc.stream_unary_rpc_method_handler
     if handler.response_streaming:
-        return grpc.unary_stream_rpc_method_handler(answer, parse, handler.response_serializer)
-    return grpc.unary_unary_rpc_method_handler(answer, parse, handler.response_serializer)
+        make = grpc.stream_stream_rpc_method_handler
+    return make(answer, handler.request_deserializer, handler.response_serializer)

@@ -44,4 +44,7 @@ def server_options(limits: PeerLimits | None = None, *, share_port: bool = False
         # RECV, this key does not.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
+        # Core would enlarge the windows of fast peers, and hold that much of a request before
+        # anything asks for it.
+        ("grpc.http2.bdp_probe", 0),
     ]

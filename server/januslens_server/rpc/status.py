@@ -34,6 +34,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.RequestCancelled: grpc.StatusCode.CANCELLED,
     errors.ReaderStalled: grpc.StatusCode.ABORTED,
+    errors.RequestStalled: grpc.StatusCode.ABORTED,
 }
 
 

@@ -1,4 +1,4 @@
-"""Parse requests and serialize responses; reject malformed and oversized requests."""
+"""Receive and parse requests and serialize responses; reject malformed and oversized requests."""
 
 from __future__ import annotations
 
@@ -8,72 +8,80 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from januslens_server.errors import InvalidRequest
-from januslens_server.rpc.call import SERVICE_NAME, Call, Context, Serializer, measured
+from januslens_server.errors import IntrospectionError, InvalidRequest
+from januslens_server.rpc.call import (
+    SERVICE_NAME,
+    Call,
+    Context,
+    Serializer,
+    caller_name,
+    measured,
+)
 from januslens_server.rpc.decode import check_bounds
+from januslens_server.rpc.reception import Receptions
 
 Deserializer = Callable[[bytes], Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
 
-_MALFORMED = object()
-
 
 class WireFormat(grpc.aio.ServerInterceptor):
-    """Parses and serializes messages in place of gRPC.
+    """Receives, parses and serializes messages in place of gRPC.
 
     Malformed requests end with INVALID_ARGUMENT; gRPC itself would show the parser's error.
-    Responses are serialized deterministically: equal messages are equal bytes.
+    Requests are received within bounds (`rpc.reception`). Responses are serialized
+    deterministically: equal messages are equal bytes.
     """
+
+    def __init__(self) -> None:
+        """Create one for each server; its bounds hold for all calls of the server."""
+        self._receptions = Receptions()
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The method's handler, with our parser and serializer."""
+        """The method's handler, which receives its one message itself."""
         handler = await continuation(details)
         if handler is None or handler.request_streaming:
             return handler
         service, _, name = details.method[1:].partition("/")
-        parse = _tolerant(handler.request_deserializer)
         serialize: Serializer = serialized
         if service == SERVICE_NAME:
             serialize = measured(serialized, name)
+        answer = self._received(service, name, handler)
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(
-                _refusing(service, name, handler.unary_stream), parse, serialize
-            )
-        return grpc.unary_unary_rpc_method_handler(
-            _refusing(service, name, handler.unary_unary), parse, serialize
-        )
+            return grpc.stream_stream_rpc_method_handler(answer, None, serialize)
+        return grpc.stream_unary_rpc_method_handler(answer, None, serialize)
+
+    def _received(self, service: str, name: str, handler: Any) -> Any:
+        answer: Behaviour = handler.unary_stream or handler.unary_unary
+        parse: Deserializer = handler.request_deserializer
+
+        async def received(_messages: object, context: Context) -> Any:
+            try:
+                message = await self._receptions.receive(context, caller_name(context))
+                request = _parsed(name, parse, message)
+            except IntrospectionError as error:
+                async with Call(name, context, service):
+                    raise error from None
+            return await answer(request, context)
+
+        return received
 
 
-def _tolerant(parse: Deserializer) -> Deserializer:
-    def tolerant(received: bytes) -> Any:
-        try:
-            return parse(received)
-        except DecodeError:
-            return _MALFORMED
-
-    return tolerant
-
-
-def _check(name: str, request: Any) -> None:
-    if request is _MALFORMED:
-        raise InvalidRequest("request", f"malformed message; expected a request of {name}")
+def _parsed(name: str, parse: Deserializer, message: bytes | None) -> Any:
+    """The request; raises `InvalidRequest` if it is malformed or longer than its bounds."""
+    if message is None:
+        raise InvalidRequest("request", f"no message; expected a request of {name}")
+    try:
+        request = parse(message)
+    except DecodeError:
+        raise InvalidRequest(
+            "request", f"malformed message; expected a request of {name}"
+        ) from None
     check_bounds(request)
-
-
-def _refusing(service: str, name: str, answer: Behaviour) -> Any:
-    async def refusing(request: Any, context: Context) -> Any:
-        try:
-            _check(name, request)
-        except InvalidRequest as error:
-            async with Call(name, context, service):
-                raise error from None
-        return await answer(request, context)
-
-    return refusing
+    return request
 
 
 def serialized(message: Message | bytes) -> bytes:
