@@ -1,4 +1,10 @@
-"""The mathematics of the Backward Lens (Katz et al., 2024): losses, gradient factors, segments."""
+"""The mathematics of the Backward Lens (Katz et al., 2024): losses, gradient factors, segments.
+
+The gradient of a weight matrix is a sum of outer products (section 4.1, eq. 8):
+`dL/dW = sum_i x_i^T delta_i` over positions i, where x_i is the input of the linear map and delta_i
+the VJP at its output. Norms, singular values and the changes of single neurons (section 5) are
+computed from these factors. Only `reconstruction_error` forms a matrix `[d_in, d_out]`.
+"""
 
 from __future__ import annotations
 
@@ -182,8 +188,8 @@ def segment_positions(
 ) -> dict[Segment, list[int]]:
     """Positions of each segment of a prompt of `length` tokens; `subject_end` is excluded.
 
-    What stands first in this list wins: the last token, the subject's last, the rest of the
-    subject, the first token. Segments without a position are left out.
+    A position gets the first segment that applies: the last token, the subject's last, the rest of
+    the subject, the first token. Segments without a position are left out.
     """
     segments: dict[Segment, list[int]] = {}
     for position in range(length):

@@ -124,7 +124,7 @@ class LensHead:
         return self.final_norm.pull_back(rows, at=residual)
 
     def attribution_constant(self, targets: torch.Tensor) -> torch.Tensor:
-        """The part `[n]` of the targets' logits that norm bias and head bias give."""
+        """The part `[n]` of the targets' logits that comes from the biases of norm and head."""
         constant = torch.zeros(targets.shape, device=self.unembedding.device)
         if self.final_norm.bias is not None:
             constant = constant + self.unembedding.rows(targets) @ self.final_norm.bias

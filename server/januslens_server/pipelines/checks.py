@@ -1,4 +1,4 @@
-"""What must hold for a trace to be trusted, measured on that very trace."""
+"""Check the numbers of a trace: lens against logits, shares, and logit contributions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 
 
 class TraceChecks:
-    """Watches the flows of one trace, before anything of them is hidden."""
+    """Accumulates the checks of one trace over its flows, including nodes that are not sent."""
 
     def __init__(
         self,

@@ -50,6 +50,6 @@ def read(
     targets: torch.Tensor | None,
     check_cancelled: CancelCheck,
 ) -> ProjectionTable:
-    """As `lens.projection.project`, counted."""
+    """Call `lens.projection.project`, and count the vectors in the metrics."""
     telemetry.VECTORS_PROJECTED.inc(len(vectors))
     return project(head, vectors, spec, targets, check_cancelled)

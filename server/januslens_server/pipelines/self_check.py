@@ -1,4 +1,8 @@
-"""Check a model on its own weights before it is served."""
+"""Check a model on its own weights before it is served.
+
+In half precision, rounding can hide a missing part of a block. So each block also runs on a float32
+copy of its weights, on the inputs that it has in the model's own pass.
+"""
 
 from __future__ import annotations
 

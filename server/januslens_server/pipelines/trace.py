@@ -52,7 +52,7 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
             with clock.stage("check"):
                 checks.see(piece.flows)
         nodes, edges = nodes + len(graph.nodes), edges + len(graph.edges)
-        # Before this one is encoded: both need the interpreter, and a projection hardly does.
+        # Build the next piece before this one is encoded: both hold the interpreter lock.
         piece = next(pieces, None)
         yield graph
     whole = spec.include_logit_contribution and len(layers) == model.view.facts.n_layers

@@ -1,4 +1,4 @@
-"""What a request is expected to cost, and whether that is more than one may ask for."""
+"""Estimate the cost of requests, and refuse those above a limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from januslens_server.results import Cost
 # How much one finished request moves the running average of measured to expected seconds.
 LEARNING_RATE = 0.1
 
-# Shorter ones say more of the machine's other work than of the model's pace.
+# Seconds; shorter requests measure other work on the machine rather than the model's pace.
 SHORTEST_LESSON = 0.001
 
 # One request counts as at most so many times slower or faster than expected, and all of them
@@ -79,14 +79,14 @@ class Admission:
         return estimate
 
     async def estimate(self, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
-        """As `admit`, whatever the limits."""
+        """Resolve and estimate a request without checking the limits."""
         request, demand = await asyncio.to_thread(_counted, resolve)
         pace, correction = self._paces[request.model.name], self._corrections[_key(request)]
         seconds = pace.seconds(demand) * correction
         return Estimate(request, demand, Cost(seconds, demand.memory, demand.stream, demand.held))
 
     def exceeded(self, cost: Cost) -> Iterator[LimitExceeded]:
-        """The limits that it is above."""
+        """One error for each limit that the cost exceeds."""
         limits = self._limits
         if cost.seconds > limits.seconds:
             yield LimitExceeded(

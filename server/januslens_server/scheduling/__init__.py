@@ -1,1 +1,1 @@
-"""One compute thread per device, and what stands between it and the event loop."""
+"""Run requests on one compute thread per device, and pass results to the event loop."""

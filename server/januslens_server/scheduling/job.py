@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 
 class ResultBuffer(Generic[T]):
-    """Results on their way to one reader. `full` tells the producer to let others go first."""
+    """Results of a request that its reader has not taken yet, with a limit on their bytes."""
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
         """Hold about `limit` bytes as `size` counts them. Must be made on the reader's loop."""
@@ -144,7 +144,7 @@ class ResultBuffer(Generic[T]):
 
 @dataclass(eq=False)
 class Job:
-    """Its steps, where their results go, and whose it is.
+    """A request on the device: its steps, the buffer of its results, and its admission record.
 
     Between two steps it may be set aside. A step gives a result, or None if it has none yet.
     """
@@ -156,7 +156,7 @@ class Job:
 
     @property
     def caller(self) -> str:
-        """Whose account it is charged to."""
+        """Name of the caller that device time is charged to."""
         return self.request.caller
 
     @property

@@ -14,8 +14,8 @@ T = TypeVar("T")
 class FairQueue(Generic[T]):
     """Waiting items by caller; the caller who has had the least of the device is next.
 
-    Every caller has an account of the seconds it was charged. Who comes back with nothing waiting
-    starts at the level of the caller served last: idling is no credit, and waiting no loss. This is
+    Every caller has an account of the seconds it was charged. A caller without waiting items
+    restarts at the level of the caller served last, so idle time earns no credit. This is
     start-time fair queueing (Goyal, Vin & Cheng 1996), charged with what was really used. Not
     thread-safe.
     """
@@ -68,7 +68,7 @@ class FairQueue(Generic[T]):
         self._tidy(caller)
 
     def charge(self, caller: str, seconds: float) -> None:
-        """The caller has had the device for so long."""
+        """Charge a caller for seconds of the device."""
         self._accounts[caller] = max(self._accounts.get(caller, 0.0), self._level) + seconds
 
     def has_had_less(self, caller: str, than: str) -> bool:
@@ -152,11 +152,11 @@ class Turns:
         return max(self._free_before, self._free(needed)) if self._started else self._free(needed)
 
     def ended(self, job: Job) -> None:
-        """What it held is free."""
+        """Mark a job as ended, so that its memory counts as free."""
         self._started.discard(job)
 
     def charge(self, job: Job, seconds: float) -> None:
-        """It has had the device for so long."""
+        """Charge the caller of a job for seconds of the device."""
         self._ready.charge(job.caller, seconds)
 
     def gives_way(self, job: Job, seconds: float) -> bool:

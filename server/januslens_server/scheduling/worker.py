@@ -60,7 +60,7 @@ class DeviceWorker:
         """Admit up to `max_waiting` requests beyond the one that runs.
 
         `free` measures the bytes that are free on the device, given how many a request needs.
-        `translate` says in the service's terms what a request failed of; `on_loss` is called by the
+        `translate` says in the service's terms why a request failed; `on_loss` is called by the
         thread, once, if that was the end of the device.
         """
         self._max_waiting = max_waiting
@@ -132,7 +132,7 @@ class DeviceWorker:
                 self._let_go(job)
 
     def refuse_new(self) -> None:
-        """From now on admit nothing."""
+        """Refuse all further requests with `ServerDraining`."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -217,7 +217,7 @@ class DeviceWorker:
             self._on_loss()
 
     def _step(self, job: Job) -> None:
-        """Compute one step, and hand over what came of it."""
+        """Compute one step and put its result, if any, into the buffer."""
         result = self._charged(job)
         if result is not None:
             job.buffer.put(result)

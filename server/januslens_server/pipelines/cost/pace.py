@@ -1,4 +1,4 @@
-"""How fast a model computes here: measured once when it is loaded."""
+"""Measure the speed of a model on its device, once, when it is loaded."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Pace:
     per_vector: float
 
     def seconds(self, demand: Demand) -> float:
-        """What the demand should take of the device, with nothing else running."""
+        """Estimated seconds of the device for a demand, with nothing else running."""
         return (
             demand.passes * self.per_pass
             + demand.flops * self.per_flop
