@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -268,7 +269,13 @@ def test_very_large_timeout_means_no_limit(seconds: float) -> None:
 
 @pytest.mark.parametrize(
     ("timeout", "error"),
-    [(float("nan"), ValueError), (-1, ValueError), ("1", TypeError), (True, TypeError)],
+    [
+        (timedelta(seconds=1), TypeError),
+        (float("nan"), ValueError),
+        (-1, ValueError),
+        ("1", TypeError),
+        (True, TypeError),
+    ],
 )
 def test_invalid_timeout_is_refused(timeout: Any, error: type[Exception]) -> None:
     for client_type in (Client, AsyncClient):

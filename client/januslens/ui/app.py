@@ -220,7 +220,7 @@ def _trace(streams: Streams) -> str:
 def _gradient(streams: Streams) -> str:
     previews = {
         name.removeprefix(_PREVIEW): EditPreview.from_message(
-            Parse(lines[0], edits_pb2.PreviewEditResponse())
+            Parse(lines[0], edits_pb2.PreviewEditResponse(), ignore_unknown_fields=True)
         )
         for name, lines in streams.items()
         if name.startswith(_PREVIEW)
