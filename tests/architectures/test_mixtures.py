@@ -231,7 +231,7 @@ def next_token(network: Any, case: Case) -> Tensor:
 
 def test_forward_shift_of_a_mixture_is_refused() -> None:
     spec = PreviewEditSpec((1, 2, 3), (TARGET,), ForwardShift(0, 0.2))
-    with pytest.raises(InvalidRequest, match="the experts of layer 0"):
+    with pytest.raises(InvalidRequest, match="layer 0 has experts"):
         list(preview_edit(resolve_preview_edit(resident(MIXTURES[0]), spec), lambda: None))
 
 

@@ -75,7 +75,7 @@ def test_panel_names_are_unique() -> None:
 
 
 def test_the_runbook_names_existing_panels() -> None:
-    text = OPERATIONS.read_text().partition("## Size")[2]
+    text = OPERATIONS.read_text().partition("## Plan the size")[2]
     named = re.findall(r"(?<!\*)\*([A-Z][^*]+)\*(?!\*)", text)
     titles = {panel["title"] for panel in panels()}
     assert {" ".join(name.split()) for name in named} <= titles

@@ -147,9 +147,9 @@ def test_projections_are_the_same(pair: Pair) -> None:
 @pytest.mark.parametrize("edit", [ForwardShift(1, 0.5), DescentStep((), (), 0.1)])
 def test_edits_are_the_same(pair: Pair, edit: ForwardShift | DescentStep) -> None:
     spec = PreviewEditSpec(pair.ids, (5,), edit)
-    refused = {"opt-projected": "width 32 to shift by, got 16"}
+    refused = {"opt-projected": "width 16, which is not its d_model 32"}
     if pair.whole.view.facts.n_experts:
-        refused[pair.case.id] = "the experts of layer 1"
+        refused[pair.case.id] = "layer 1 has experts"
     if isinstance(edit, ForwardShift) and pair.case.id in refused:
         with pytest.raises(InvalidRequest, match=refused[pair.case.id]):
             list(preview_edit(resolve_preview_edit(pair.split, spec), lambda: None))

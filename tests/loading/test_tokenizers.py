@@ -325,7 +325,7 @@ def test_a_prompt_of_no_tokens_is_refused() -> None:
     tokenizer = Vocabulary(bare(WORDS))
     model = replace(resident(GPT2), vocabulary=tokenizer)
     for text in ("", "  "):
-        with pytest.raises(InvalidRequest, match="at least one token"):
+        with pytest.raises(InvalidRequest, match="no tokens given"):
             read_prompt(model, text)
 
 
@@ -344,7 +344,7 @@ def test_token_beyond_the_embedding_is_refused() -> None:
     own = Vocabulary(tokenizer)
     model = replace(resident(GPT2), vocabulary=own)
     beyond = f"w{size - 1}"
-    with pytest.raises(InvalidRequest, match=f"of the {size} tokens .* got '{beyond}'"):
+    with pytest.raises(InvalidRequest, match=f"'{beyond}' .* which has {size} tokens"):
         read_prompt(model, f"Tokyo is {beyond}")
     with pytest.raises(InvalidRequest, match=beyond):
         read_single_target(model, beyond, "target")
