@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2
 
 from januslens.v1 import models_pb2, service_pb2_grpc
 from januslens_server.rpc.reception import AT_ONCE, OF_ONE_CALLER
-from tests.hostile.raw_peer import RawPeer
+from tests.hostile.raw_peer import HEALTH, RawPeer
 from tests.support.calls import SERVICE
 from tests.support.memory import open_files, resident_bytes
 from tests.support.server import ServerProcess, running_server
@@ -170,6 +170,21 @@ def test_half_sent_messages_of_one_address_do_not_delay_another(limited: ServerP
         for _ in range(2 * OF_ONE_CALLER):
             send_most(peer, peer.headers(METHOD))
         channel = stack.enter_context(grpc.insecure_channel(limited.address))
+        served(channel)
+
+
+def test_half_sent_health_checks_from_many_addresses_do_not_delay_health(
+    limited: ServerProcess,
+) -> None:
+    """More stalled checks than requests are received at once, each of an address of its own."""
+    with ExitStack() as stack:
+        channel = stack.enter_context(grpc.insecure_channel(limited.address))
+        served(channel)
+        for number in range(CONNECTIONS // 2):
+            peer = stack.enter_context(RawPeer(limited.address, source=f"127.0.1.{number + 1}"))
+            for _ in range(STREAMS // 2):
+                stream = peer.headers(HEALTH + "Check")
+                peer.send(stream, b"\0" + (10_000).to_bytes(4, "big") + b"x")
         served(channel)
 
 

@@ -3,13 +3,14 @@
 gRPC's core collects a message in memory as soon as something asks for it, up to 4 MiB for each open
 call. `Receptions` decides when to ask: few messages are collected at once, a peer that stops in the
 middle of one loses its place, and a call that waits holds no more than its HTTP/2 window, since
-`rpc.options` keeps core from enlarging windows on its own.
+`rpc.options` keeps core from enlarging windows on its own. Health checks do not wait: they are
+small, so each has one second.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
@@ -19,82 +20,111 @@ from januslens_server.rpc.call import Context
 
 # Messages that are collected at once: in all, and for one caller.
 AT_ONCE, OF_ONE_CALLER = 16, 8
-# Calls of one caller that may wait for a place.
-WAITING = 256
-# Seconds that a message may take while other calls wait for a place, and if none do.
+# Calls that may wait to be received, in all and of one caller. Core holds up to 64 KiB of each.
+WAITING, WAITING_OF_ONE_CALLER = 4000, 1000
+# Seconds that a message may take while other calls wait for its place, and if none do.
 SHORT_SECONDS, LONG_SECONDS = 2.0, 20.0
+# Seconds that a health check may take to arrive.
+HEALTH_SECONDS = 1.0
+
+
+async def receive_health_check(context: Context) -> bytes | None:
+    """Receive the message of a health check, without waiting for other calls.
+
+    Returns None if the peer ended the call without one. Raises `RequestStalled` if the message is
+    not complete in time.
+    """
+    return await _read(context, HEALTH_SECONDS, HEALTH_SECONDS, lambda: False)
 
 
 class Receptions:
-    """The messages that a server is receiving."""
+    """The messages that a server is receiving, apart from health checks."""
 
     def __init__(self) -> None:
         """Nothing is being received."""
-        self._places = asyncio.Semaphore(AT_ONCE)
-        self._callers: dict[str, _CallerPlaces] = {}
-        self._waiting = 0
+        self._places = _Places(AT_ONCE)
+        self._callers: dict[str, _Places] = {}
+        self._calls = 0
 
     async def receive(self, context: Context, caller: str) -> bytes | None:
         """Receive the one message of a call; None if the peer ended the call without one.
 
-        Raises `QueueFull` if too many calls of the caller wait to be received, and `RequestStalled`
-        if the message is not complete in time.
+        Raises `QueueFull` if too many calls wait to be received, and `RequestStalled` if the
+        message is not complete in time.
         """
-        async with self._place(caller):
-            reading = asyncio.ensure_future(context.read())
-            try:
-                await self._completed(reading)
-            finally:
-                reading.cancel()  # without effect on one that is finished
-                reading.add_done_callback(_forget)
-        message = reading.result()
-        return None if message is grpc.aio.EOF else message
+        async with self._place(caller) as own:
+            return await _read(
+                context,
+                SHORT_SECONDS,
+                LONG_SECONDS,
+                lambda: own.waiting > 0 or self._places.waiting > 0,
+            )
 
     @asynccontextmanager
-    async def _place(self, caller: str) -> AsyncIterator[None]:
-        own = self._callers.setdefault(caller, _CallerPlaces())
-        if own.waiting >= WAITING:
-            raise QueueFull(
-                f"{WAITING} requests of this caller are waiting to be received; try again", 1.0
-            )
-        own.calls += 1
-        own.waiting += 1
-        self._waiting += 1
-        arrived = False
+    async def _place(self, caller: str) -> AsyncIterator[_Places]:
+        """Wait for one of the caller's places, then for one of the server's."""
+        own = self._callers.get(caller) or _Places(OF_ONE_CALLER)
+        if own.waiting >= WAITING_OF_ONE_CALLER or self._calls >= AT_ONCE + WAITING:
+            raise QueueFull("too many requests are waiting to be received; try again", 1.0)
+        self._callers[caller] = own
+        self._calls += 1
         try:
-            async with own.places, self._places:
-                arrived = True
-                own.waiting -= 1
-                self._waiting -= 1
-                yield
+            async with own.one(), self._places.one():
+                yield own
         finally:
-            if not arrived:
-                own.waiting -= 1
-                self._waiting -= 1
-            own.calls -= 1
-            if not own.calls:
-                del self._callers[caller]
-
-    async def _completed(self, reading: asyncio.Future[bytes]) -> None:
-        """Wait until the message is complete."""
-        seconds = 0.0
-        while seconds < LONG_SECONDS:
-            finished, _ = await asyncio.wait({reading}, timeout=SHORT_SECONDS)
-            if finished:
-                return
-            seconds += SHORT_SECONDS
-            if self._waiting:
-                break
-        raise RequestStalled(f"the request was not received within {seconds:g} s; send it faster")
+            self._calls -= 1
+            if own.unused:
+                self._callers.pop(caller, None)
 
 
-class _CallerPlaces:
-    """The places of one caller; `calls` hold one or wait, `waiting` of them wait."""
+class _Places:
+    """A number of places, and how many calls are `waiting` for one."""
 
-    def __init__(self) -> None:
-        self.places = asyncio.Semaphore(OF_ONE_CALLER)
-        self.calls = 0
+    def __init__(self, number: int) -> None:
+        self._free = asyncio.Semaphore(number)
+        self._used = 0
         self.waiting = 0
+
+    @property
+    def unused(self) -> bool:
+        """Whether no call has a place or waits for one."""
+        return self._used == 0 and self.waiting == 0
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """Wait for a place and hold it."""
+        self.waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.waiting -= 1
+        self._used += 1
+        try:
+            yield
+        finally:
+            self._used -= 1
+            self._free.release()
+
+
+async def _read(
+    context: Context, step: float, longest: float, wanted: Callable[[], bool]
+) -> bytes | None:
+    """Read one message within `longest` seconds; every `step`, give up if the place is `wanted`."""
+    reading = asyncio.ensure_future(context.read())
+    seconds = 0.0
+    try:
+        while not reading.done():
+            if seconds >= longest or (seconds > 0 and wanted()):
+                raise RequestStalled(
+                    f"the request was not received within {seconds:g} s; send it faster"
+                )
+            await asyncio.wait({reading}, timeout=step)
+            seconds += step
+    finally:
+        reading.cancel()  # without effect on one that is finished
+        reading.add_done_callback(_forget)
+    message = reading.result()
+    return None if message is grpc.aio.EOF else message
 
 
 def _forget(reading: asyncio.Future[bytes]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health
 
 from januslens_server.errors import IntrospectionError, InvalidRequest
 from januslens_server.rpc.call import (
@@ -18,7 +19,7 @@ from januslens_server.rpc.call import (
     measured,
 )
 from januslens_server.rpc.decode import check_bounds
-from januslens_server.rpc.reception import Receptions
+from januslens_server.rpc.reception import Receptions, receive_health_check
 
 Deserializer = Callable[[bytes], Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -60,7 +61,10 @@ class WireFormat(grpc.aio.ServerInterceptor):
 
         async def received(_messages: object, context: Context) -> Any:
             try:
-                message = await self._receptions.receive(context, caller_name(context))
+                if service == health.SERVICE_NAME:
+                    message = await receive_health_check(context)
+                else:
+                    message = await self._receptions.receive(context, caller_name(context))
                 request = _parsed(name, parse, message)
             except IntrospectionError as error:
                 async with Call(name, context, service):
