@@ -711,8 +711,9 @@ class Client:
 
         Args:
             prompt: The prompt to edit the model for, as text or token ids.
-            target: The desired answer: text, in which a leading space counts, one token id or
-                several. The first token is reported.
+            target: The answer that the edit makes more likely: text, in which a leading space
+                counts, one token id or several. Ranks and probabilities are reported for its first
+                token.
             edit: A `DescentStep` or a `ForwardShift`.
             probes: Other prompts to report before and after the edit.
             model: The model's name; may be empty if only one is loaded.

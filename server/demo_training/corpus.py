@@ -114,7 +114,10 @@ def name_pairs(*, held_out: bool) -> tuple[tuple[str, str], ...]:
 
 
 def indirect_object_prompts(count: int, seed: int) -> list[Prompt]:
-    """`count` sentences about ordered pairs of names that are not in the corpus."""
+    """Return `count` prompts in which one person gives another an object.
+
+    The corpus contains each of the names, but none of these ordered pairs of names.
+    """
     rng = random.Random(seed)
     pairs = name_pairs(held_out=True)
     return [_indirect_object(rng, pairs) for _ in range(count)]

@@ -174,7 +174,7 @@ class SegmentRow:
 
 @dataclass(frozen=True)
 class GradientSummary:
-    """A GradientLens's last event: without it the stream was cut.
+    """The last event of a GradientLens; a stream without one is incomplete.
 
     Attributes:
         matrices: How many matrices were sent.

@@ -231,7 +231,7 @@ class FoundNeurons:
     def from_messages(
         cls, pages: Sequence[neurons_pb2.FindNeuronsResponse], *, suppressed: bool
     ) -> FoundNeurons:
-        """Read the pages of one request, at least one."""
+        """Build the result from the pages of one request; there is at least one page."""
         first = pages[0]
         tokens = TokenTable(token for page in pages for token in page.tokens)
         hits = (hit for page in pages for hit in page.neurons)

@@ -25,7 +25,10 @@ class Bucket:
         self._at = now()
 
     def fill(self, per_minute: float, least: float = 0.0) -> None:
-        """Add the allowance since the last call, up to one minute's worth or `least`."""
+        """Add the allowance for the time since the last call.
+
+        The level rises no higher than one minute's allowance or `least`, whichever is larger.
+        """
         now, full = self._now(), max(per_minute, least)
         fresh = self._limit == 0.0
         self._level = full if fresh else self._level + (now - self._at) * per_minute / MINUTE
@@ -33,7 +36,7 @@ class Bucket:
         self._limit, self._at = per_minute, now
 
     def wait_for(self, amount: float) -> float:
-        """Seconds until `amount` is available; 0 if it is now."""
+        """Seconds until `amount` is available; 0 if it already is."""
         return max(0.0, amount - self._level) * MINUTE / self._limit
 
     def take(self, amount: float) -> None:
@@ -42,10 +45,10 @@ class Bucket:
 
 
 class QuotaBook:
-    """Usage by caller name; reloading the callers' file does not reset it."""
+    """Usage of the quotas by caller name; reloading the callers' file does not reset it."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        """`now` in seconds."""
+        """`now` returns a time in seconds that never decreases."""
         self._open: defaultdict[str, int] = defaultdict(int)
         self._requests: defaultdict[str, Bucket] = defaultdict(lambda: Bucket(now))
         self._seconds: defaultdict[str, Bucket] = defaultdict(lambda: Bucket(now))
@@ -85,8 +88,9 @@ class QuotaBook:
     def charge(self, caller: Caller, seconds: float) -> None:
         """Charge the estimated device seconds of a request.
 
-        A caller with any allowance left may exceed it and then waits longer; otherwise a request
-        above one minute's allowance could never run. Raises `QuotaSpent` if none is left.
+        A caller that has any allowance left may exceed it, and then waits longer for the
+        next request. Without this rule, a request above one minute's allowance could never run.
+        Raises `QuotaSpent` if no allowance is left.
         """
         limit = caller.quotas.device_seconds_per_minute
         if limit is None:
@@ -98,6 +102,6 @@ class QuotaBook:
         bucket.take(seconds)
 
     def settle(self, caller: Caller, expected: float, used: float) -> None:
-        """Replace the estimated device seconds by those really used."""
+        """Replace a request's estimated device seconds by its measured ones."""
         if caller.quotas.device_seconds_per_minute is not None:
             self._seconds[caller.name].take(used - expected)

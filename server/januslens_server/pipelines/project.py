@@ -1,4 +1,4 @@
-"""Project: the caller's own vectors (probes, dictionary features) through a model's lens."""
+"""Project the caller's own vectors, such as probes or dictionary features, to the vocabulary."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from januslens_server.results import ProjectionTable
 def project_vectors(
     request: ResolvedProject, check_cancelled: CancelCheck
 ) -> Iterator[ProjectionTable]:
-    """Yield one table for all vectors.
+    """Yield one table with the projections of all vectors.
 
-    Raises `InvalidRequest` if they are not finite or so large that their readings are not, and
-    whatever `check_cancelled` raises, before every chunk of vectors that is projected.
+    `check_cancelled` is called before each chunk of vectors; what it raises ends the request.
+    Raises `InvalidRequest` if vectors, or their projections, contain infinity or NaN.
     """
     model, spec = request.model, request.spec
     vectors = torch.tensor(spec.vectors, device=model.device)

@@ -121,7 +121,7 @@ class SegmentRow:
 
 @dataclass(frozen=True)
 class GradientSummary:
-    """Last event of a GradientLens; a stream without one was cut."""
+    """Last event of a GradientLens; a stream without one is incomplete."""
 
     matrices: int
     times: Sequence[StageTime]

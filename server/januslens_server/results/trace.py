@@ -125,7 +125,7 @@ class LayerGraph:
 
 @dataclass(frozen=True)
 class TraceSummary:
-    """Last event of a Trace; a stream without one was cut."""
+    """Last event of a Trace; a stream without one is incomplete."""
 
     nodes: int
     edges: int

@@ -20,9 +20,10 @@ SCHEME = "bearer "
 
 
 class Authentication(grpc.aio.ServerInterceptor):
-    """Finds the caller of every RPC except health checks, and refuses those without permission.
+    """Identifies the caller of each RPC and refuses calls that the caller may not make.
 
-    Refused requests are not received. Admitted ones count against the caller's quotas.
+    Health checks need no caller. The message of a refused request is not received. Admitted
+    requests count against the caller's quotas.
     """
 
     def __init__(self, directory: Directory, quotas: QuotaBook) -> None:

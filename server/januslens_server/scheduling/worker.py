@@ -160,7 +160,7 @@ class DeviceWorker:
         self._end(newest[crowd], refusal)
 
     def _retry_after(self) -> float:
-        """Seconds after which what is admitted now should have been served."""
+        """Estimated seconds until all requests that are admitted now have been served."""
         expected = sum(job.remaining for job in self._unfinished)
         return min(max(expected, SOONEST_RETRY), LATEST_RETRY)
 

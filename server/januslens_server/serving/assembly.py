@@ -111,7 +111,7 @@ class Assembly:
             self._background.append(self._loop.create_task(self._callers.watch()))
 
     def _free_memory(self, needed: float) -> float:
-        """Bytes that requests may take of the device, but for what row caches will grow by."""
+        """Bytes of device memory for requests, less what row caches will still need."""
         later = self.registry.bytes_cached_later() if self._device == "cpu" else 0
         return free_for_requests(self._device, needed + later) - later
 

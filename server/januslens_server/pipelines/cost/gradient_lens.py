@@ -28,9 +28,10 @@ COMPONENT_BYTES = 48 + 8 * ENTRIES
 
 @dataclass(frozen=True)
 class MatrixSizes:
-    """How many gradients there are, and the sum of their widths `d_in + d_out` and products.
+    """Count and sizes of the matrices whose gradients a request computes.
 
-    `lowest` is the lowest layer that has one.
+    `widths` is the sum of `d_in + d_out` over the matrices, `weights` the sum of `d_in * d_out`,
+    and `lowest` the lowest layer that has such a matrix.
     """
 
     count: int

@@ -163,7 +163,7 @@ def projections(table: ProjectionTable) -> list[Any]:
 
 
 def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
-    """Which weights computed a result, where and with what."""
+    """Encode which model, revision, device and library versions computed a result."""
     return common_pb2.Provenance(
         model=provenance.model,
         revision=provenance.revision,
@@ -176,7 +176,7 @@ def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
 
 
 def sizes_message(facts: ModelFacts) -> common_pb2.ModelSizes:
-    """What ranks and layers are read against."""
+    """Encode the model's sizes, which clients need to interpret ranks and layer numbers."""
     return common_pb2.ModelSizes(
         n_layers=facts.n_layers,
         n_heads=facts.n_heads,
