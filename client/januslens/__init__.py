@@ -1,6 +1,6 @@
-"""See a language model's forward and backward passes in its vocabulary.
+"""Project a language model's forward and backward passes to its vocabulary.
 
-The client of the Januslens server; it needs no torch::
+This is the client of the Januslens server. It does not need torch::
 
     import januslens
 
@@ -10,7 +10,7 @@ The client of the Januslens server; it needs no torch::
             print(f"{part.logit_contribution:+.2f}", part.node)
 """
 
-from januslens import _notebook as _notebook  # registers what notebooks show
+from januslens import _notebook as _notebook  # registers the HTML of results for notebooks
 from januslens._connection import ResponseHook
 from januslens.aio import AsyncClient, AsyncEventStream
 from januslens.arguments import (

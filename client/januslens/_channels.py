@@ -1,8 +1,7 @@
-"""gRPC channels of both clients, and the responses of a running stream.
+"""The gRPC channels of both clients, and the responses of a running stream.
 
-This module holds what differs between the synchronous and the asynchronous client by more than
-`await`: event loops, cancellation and waiting. Everything else is in `aio.py`, from which
-`client.py` is generated.
+The synchronous client is generated from `aio.py` by removing `await`. This module has the parts
+for which that is not enough: event loops, cancellation and waiting.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from januslens.v1.service_pb2_grpc import IntrospectionServiceStub
 
 
 class _Responses(Protocol):
-    """grpc's object of a running stream."""
+    """The methods that this module uses of gRPC's object for a running stream."""
 
     def __next__(self) -> Any: ...
     def cancel(self) -> object: ...
@@ -30,7 +29,7 @@ class _Responses(Protocol):
 class Responses:
     """The responses of a running stream, for one thread at a time.
 
-    Iteration ends once `cancel` was called, by any thread.
+    Iteration ends when any thread calls `cancel`.
     """
 
     def __init__(self, call: _Responses) -> None:
@@ -49,7 +48,7 @@ class Responses:
             raise
 
     def cancel(self) -> None:
-        """Cancel the call if it still runs; the server stops computing."""
+        """Cancel the call if it is still running; the server stops computing."""
         self._cancelled = True
         self._call.cancel()
 
@@ -87,7 +86,7 @@ class Channel:
 
 
 class _AsyncResponses(Protocol):
-    """grpc's object of a running asynchronous stream."""
+    """The methods that this module uses of gRPC's object for a running asynchronous stream."""
 
     def __aiter__(self) -> AsyncIterator[Any]: ...
     def cancel(self) -> bool: ...
@@ -96,7 +95,7 @@ class _AsyncResponses(Protocol):
 class AsyncResponses:
     """The responses of a running asynchronous stream.
 
-    Iteration ends once `cancel` was called. Dropping the last reference cancels the call.
+    Iteration ends when `cancel` is called. Dropping the last reference cancels the call.
     """
 
     def __init__(self, call: _AsyncResponses) -> None:
@@ -117,23 +116,24 @@ class AsyncResponses:
             raise
 
     def cancel(self) -> None:
-        """Cancel the call if it still runs; the server stops computing."""
+        """Cancel the call if it is still running; the server stops computing."""
         self._cancelled = True
         self._call.cancel()
 
     def __del__(self) -> None:
-        """Cancel the call: grpc keeps its own object of a running call alive.
+        """Cancel the call, because gRPC keeps its own object of a running call alive.
 
-        Any thread may run this, at any time, but calls belong to the thread of their event loop.
+        Python may run this method in any thread. The call must be cancelled in the thread of its
+        event loop.
         """
         if self._cancelled or self._loop.is_closed():
             return
-        with suppress(RuntimeError):  # the loop was closed in this moment
+        with suppress(RuntimeError):  # the loop was closed meanwhile
             self._loop.call_soon_threadsafe(self._call.cancel)
 
 
 class AsyncChannel:
-    """The connections of an asynchronous client: one for each event loop that uses it."""
+    """The connections of an asynchronous client: one for each event loop."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

@@ -1,4 +1,4 @@
-"""Connections of both clients: address, credentials, timeouts, and errors of failed calls."""
+"""The settings of a connection, and the exceptions for failed calls, of both clients."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from januslens.errors import JanuslensError, StreamInterrupted
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
-# gRPC's servers end connections that ping more often than every five minutes without sending.
+# gRPC servers close a connection that sends pings more often than every five minutes without data.
 _KEEPALIVE_MS = 360_000
 
-# Calls go round the addresses that a name stands for. One that no server has begun to serve is
-# repeated, after the pause that the server asked for or else a growing one; with a server's first
-# headers gRPC takes it for begun and repeats it no more.
+# If the name has several addresses, gRPC uses them in turn. It retries a call until it receives
+# headers, which the server sends when it admits the request. It waits as long as the server asked
+# for, or else longer each time.
 SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
     "methodConfig": [
@@ -47,9 +47,9 @@ SERVICE_CONFIG = {
 }
 
 _CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
-    # A connection stays with one process of a server: each client has one of its own.
+    # Give each client a connection of its own; a connection stays with one process of the server.
     ("grpc.use_local_subchannel_pool", 1),
-    # gRPC would look for a lost server less and less often, after a while every two minutes.
+    # By default gRPC tries to reconnect less and less often, in the end every two minutes.
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
@@ -62,15 +62,15 @@ ResponseHook = Callable[[Message], object]
 
 @dataclass(frozen=True)
 class Connection:
-    """Where to, with what, for how long.
+    """The settings of a client's connection.
 
     Attributes:
-        address: `host:port`, or any name that gRPC resolves.
-        token: Sent as `authorization: Bearer ...`; None = none.
-        timeout: Seconds for calls that don't say; None = no limit.
-        credentials: Of an encrypted channel; None = plain text.
-        resume: Ask another replica for what a lost one had begun and not finished.
-        on_response: Sees every response message before it is read.
+        address: `host:port`, or any name that gRPC can resolve.
+        token: Bearer token, sent in the `authorization` metadata; None = no token.
+        timeout: Maximum seconds for calls without a timeout; None = no limit.
+        credentials: The channel credentials for TLS; None = no encryption.
+        resume: Resume interrupted calls on another replica.
+        on_response: Called with every response message on arrival.
     """
 
     address: str
@@ -91,32 +91,32 @@ class Connection:
 
     @property
     def channel_options(self) -> Sequence[tuple[str, int | str]]:
-        """The channel's options. A loopback address is never reached through an HTTP proxy.
+        """The options of the gRPC channel, which disable HTTP proxies for loopback addresses.
 
         gRPC sends calls to the proxy that `http_proxy` and similar variables name, unless
-        `no_proxy` lists the host. No proxy can reach this machine's loopback, and the call
-        carries the token.
+        `no_proxy` lists the host. A proxy cannot reach the loopback interface of this machine,
+        but would receive the token.
         """
         if is_loopback(self.address):
             return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0))
         return _CHANNEL_OPTIONS
 
     def seen(self, response: Message) -> None:
-        """Show a response to whoever asked to see them."""
+        """Pass a response to `on_response`, if it is set."""
         if self.on_response is not None:
             self.on_response(response)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One call, to be found by its id here and in the server's log."""
+    """One attempt of a call, identified by its request id here and in the server's log."""
 
     connection: Connection
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """What goes with the request."""
+        """The metadata of the request: its id, and the token if there is one."""
         entries = (("x-request-id", self.request_id),)
         if self.connection.token is None:
             return entries
@@ -128,7 +128,7 @@ class Attempt:
         partial: object = None,
         interrupted: type[StreamInterrupted] | None = None,
     ) -> JanuslensError:
-        """The exception for this call's failure; `partial` is the received part of a stream."""
+        """Return the exception for a failed call; `partial` is the received part of a stream."""
         address = self.connection.address
         return exception_from(call, self.request_id, address, partial, interrupted)
 
@@ -140,10 +140,10 @@ def channel_credentials(
     client_certificate: tuple[str | Path, str | Path] | None,
     credentials: grpc.ChannelCredentials | None,
 ) -> grpc.ChannelCredentials | None:
-    """How to encrypt; None = not at all.
+    """Return the channel credentials for these arguments; None = no encryption.
 
     Raises:
-        ValueError: Both credentials and files to make them of.
+        ValueError: Both credentials and certificate files were given.
         OSError: A file cannot be read.
     """
     files = root_certificates is not None or client_certificate is not None
@@ -162,12 +162,12 @@ def channel_credentials(
     )
 
 
-# gRPC overflows with timeouts of centuries; some thirty years are as good as none.
+# Seconds, about 30 years. gRPC overflows with timeouts of centuries.
 _LONGEST_TIMEOUT = 1e9
 
 
 def checked_timeout(timeout: Any) -> float | None:
-    """A timeout in seconds, None for no limit: infinity and anything above thirty years.
+    """Return the timeout in seconds. None means no limit, as does a timeout above thirty years.
 
     Raises:
         TypeError: The timeout is not a number.
@@ -183,7 +183,7 @@ def checked_timeout(timeout: Any) -> float | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether every host of a gRPC address, e.g. `dns:///localhost:50051`, is this machine."""
+    """Whether all hosts of a gRPC address, such as `dns:///localhost:50051`, are loopback."""
     scheme, separator, rest = address.partition(":")
     listed = separator and scheme in {"dns", "ipv4", "ipv6", "passthrough"}
     targets = unquote(rest if listed else address).rpartition("/")[2].split(",")
@@ -191,7 +191,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _host(target: str) -> str:
-    """`host` of `host:port`, `[host]:port` or `host`."""
+    """Return the host of an address `host:port`, `[host]:port` or `host`."""
     if target.startswith("["):
         return target[1:].partition("]")[0]
     return target.partition(":")[0] if target.count(":") == 1 else target
@@ -203,7 +203,7 @@ def _is_loopback_host(host: str) -> bool:
         return True
     try:
         parsed = ipaddress.ip_address(name)
-    except ValueError:  # a name
+    except ValueError:  # a host name
         return False
     return parsed.is_loopback or parsed.is_unspecified
 
@@ -212,7 +212,7 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 _REQUEST_ID = "x-request-id"
 
-# gRPC's words for an answer that is HTTP's and not gRPC's.
+# How gRPC describes a response that comes from an HTTP proxy.
 _BAD_GATEWAY = re.compile(r"http2 header with status: 50[24]")
 
 _LOST = {
@@ -223,28 +223,28 @@ _LOST = {
 
 
 class FailedCall(Protocol):
-    """What grpc's sync and async errors have in common."""
+    """The methods that gRPC's synchronous and asynchronous errors have in common."""
 
     def code(self) -> grpc.StatusCode:
-        """The status."""
+        """The status code."""
 
     def details(self) -> str | None:
-        """Its message."""
+        """The message of the status."""
 
     def initial_metadata(self) -> Iterable[Any] | None:
-        """What the server sent first, as pairs."""
+        """The initial metadata as pairs, or None."""
 
     def trailing_metadata(self) -> Iterable[Any] | None:
-        """What the server sent last, as pairs."""
+        """The trailing metadata as pairs, or None."""
 
 
 def was_cut(call: FailedCall) -> bool:
-    """Whether the server or the way to it was lost after the server had begun to answer.
+    """Whether the connection broke after the server had begun to serve the call.
 
-    What the server itself says carries details; what proxies and gRPC say of a broken connection
-    does not. A server's first headers say that it has begun: before them gRPC repeats the call.
-    A proxy that lost the server before these answers 502 or 504 in its place, with headers of its
-    own, which gRPC takes for the server's; it may have begun.
+    Errors of the server carry details. Errors of proxies and of gRPC about a broken connection do
+    not. The server has begun when it has sent headers; until then gRPC retries the call. A proxy
+    that loses its connection to the server answers 502 or 504 with headers of its own, which gRPC
+    treats like the server's. Such calls count as begun, because they may be.
     """
     if not _broken(call):
         return False
@@ -255,7 +255,7 @@ def was_cut(call: FailedCall) -> bool:
 def _broken(call: FailedCall) -> bool:
     if _packed_details(call):
         return False
-    # Cancelled by a proxy, not by us.
+    # A proxy cancelled the call, not the client.
     reset = call.code() is grpc.StatusCode.CANCELLED and "RST_STREAM" in (call.details() or "")
     return reset or call.code() in _LOST
 
@@ -267,10 +267,10 @@ def exception_from(
     partial: object = None,
     interrupted: type[errors.StreamInterrupted] | None = None,
 ) -> errors.JanuslensError:
-    """The typed exception for a failed call, with every detail that the server gave.
+    """Return the typed exception for a failed call, with all details that the server sent.
 
-    A stream of which something has come, or that the server had begun, is `interrupted` where the
-    connection broke.
+    If the connection broke, and the server had begun to serve the stream or a part of it has
+    arrived, the exception has the type `interrupted`.
     """
     details = _error_details(call, request_id)
     begun = was_cut(call)
@@ -316,7 +316,7 @@ def _error_details(call: FailedCall, request_id: str) -> errors.ErrorDetails:
 
 
 def _unpacked(packed: Iterable[Any], kind: type[MessageT]) -> MessageT | None:
-    """The detail of this kind; a status carries at most one of each."""
+    """Return the detail of this type; a status has at most one of each type."""
     for detail in packed:
         message = kind()
         if detail.Unpack(message):
@@ -325,9 +325,9 @@ def _unpacked(packed: Iterable[Any], kind: type[MessageT]) -> MessageT | None:
 
 
 def _packed_details(call: FailedCall) -> Sequence[Any]:
-    """The details of the google.rpc.Status in the trailing metadata; none if it is not readable.
+    """Return the details of the google.rpc.Status in the trailing metadata.
 
-    A proxy may have changed the status, its text or the details; the status itself still holds.
+    There are no details if the status cannot be read, for example because a proxy changed it.
     """
     try:
         status = rpc_status.from_call(call)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 Child: TypeAlias = "Element | str"
 
-# Colours come from the notebook's own theme; only heat-map cells bring ground and ink of their own.
-# Notebooks have styles for tables; the class twice outweighs them.
+# Colours come from the notebook's theme, except those of heat-map cells. The class name is repeated
+# in the selectors so that they take precedence over the notebook's own styles for tables.
 _STYLE = """
 .januslens{font:13px/1.45 system-ui,sans-serif;max-width:100%;overflow-x:auto}
 .januslens p{margin:2px 0}
@@ -38,7 +38,7 @@ overflow:hidden;text-overflow:ellipsis}
 
 
 def element(tag: str, *children: Child, classes: str = "", **attributes: str) -> Element:
-    """An element with its children in order, texts among them."""
+    """Build an element. Its children are elements and texts, in order."""
     made = Element(tag, {"class": classes} if classes else {}, **attributes)
     for child in children:
         if isinstance(child, Element):
@@ -51,13 +51,13 @@ def element(tag: str, *children: Child, classes: str = "", **attributes: str) ->
 
 
 def document(*children: Child) -> str:
-    """The HTML that a notebook shows."""
+    """Build the HTML that a notebook shows."""
     whole = element("div", element("style", _STYLE), *children, classes="januslens")
     return tostring(whole, encoding="unicode", method="html")
 
 
 def table(caption: str, headings: Iterable[str], rows: Iterable[Iterable[Child]]) -> Element:
-    """A table; a heading that starts with `>` belongs to a column of numbers."""
+    """Build a table. The columns of headings that start with `>` are right-aligned."""
     headings = list(headings)
     classes = ["n" if heading.startswith(">") else "" for heading in headings]
     head = (
@@ -83,17 +83,17 @@ def _cell(child: Child, kind: str) -> Element:
 
 
 def literal(text: str, classes: str = "") -> Element:
-    """Text of the user's or the model's own, kept from turning what stands around it."""
+    """Text from the user or the model, with its writing direction isolated."""
     shown = "".join(char if unicodedata.category(char)[0] != "C" else " " for char in text)
     return element("bdi", shown, classes=classes)
 
 
 def note(text: str) -> Element:
-    """What the columns above mean."""
+    """A note below a table, which explains its columns."""
     return element("p", text, classes="d")
 
 
-# By the bin of the target's rank.
+# Background colour by the bin of the target's rank.
 _RANK_COLOURS: dict[str, presentation.Rgb] = {
     "top": (11, 79, 138),
     "< 10": (61, 134, 189),
@@ -107,7 +107,7 @@ _BAR = 90
 
 
 def tokens(found: Iterable[Token], sought: Collection[Token] = ()) -> Element:
-    """Several tokens, those that are sought emphasised."""
+    """Tokens in a row; those in `sought` are emphasised."""
     ids = {token.id for token in sought}
     shown: list[Child] = []
     for token in found:
@@ -116,12 +116,12 @@ def tokens(found: Iterable[Token], sought: Collection[Token] = ()) -> Element:
 
 
 def rank(value: float | None) -> str:
-    """A rank, 0 being the top; a mean of ranks is rounded."""
+    """A rank, rounded if it is a mean of ranks; empty without one."""
     return "" if value is None else f"{value:.0f}"
 
 
 def probability_bar(value: float | None) -> Child:
-    """A probability and a bar as long as it."""
+    """A probability with a bar of proportional length; empty without one."""
     if value is None:
         return ""
     bar = element("span", classes="b", style=f"width:{round(value * _BAR)}px")
@@ -129,24 +129,24 @@ def probability_bar(value: float | None) -> Child:
 
 
 def signed(value: float | None) -> str:
-    """A number that adds or subtracts, or nothing."""
+    """A number with its sign; empty without one."""
     return "" if value is None else presentation.signed(value)
 
 
 def percent(share: float | None) -> str:
-    """A signed share of a sum, or nothing."""
+    """A share of a sum in percent, with its sign; empty without one."""
     return "" if share is None else presentation.percent(share)
 
 
 def rank_cell(lines: Sequence[Child], value: int | None, vocabulary: int) -> Element:
-    """A heat-map cell in the colour of a rank's bin."""
+    """A heat-map cell, coloured by the bin of a rank."""
     if value is None:
         return element("td", *lines, classes="h")
     return _coloured(lines, _RANK_COLOURS[presentation.rank_bin(value, vocabulary or None)])
 
 
 def norm_cell(lines: Sequence[Child], value: float, largest: float) -> Element:
-    """A heat-map cell on a square-root scale from nothing to the largest norm."""
+    """A heat-map cell, coloured on a square-root scale from 0 to the largest norm."""
     return _coloured(lines, presentation.norm_colour(value, largest))
 
 
@@ -158,7 +158,7 @@ def _coloured(lines: Sequence[Child], colour: presentation.Rgb) -> Element:
 
 
 def heading(kind: str, prompt: Sequence[Token], provenance: Provenance) -> Element:
-    """The result's name, the prompt's tokens and which weights read them."""
+    """A heading with the name of the result, the tokens of the prompt, and the model."""
     return element(
         "div",
         element("p", element("b", f"{kind} "), tokens(prompt)),
@@ -167,7 +167,7 @@ def heading(kind: str, prompt: Sequence[Token], provenance: Provenance) -> Eleme
 
 
 def cut(complete: bool) -> list[Element]:
-    """A line that says so where a stream was cut."""
+    """A line that marks the result as incomplete; nothing if it is complete."""
     return (
         []
         if complete
@@ -176,6 +176,6 @@ def cut(complete: bool) -> list[Element]:
 
 
 def sentence(parts: presentation.Sentence, emphasised: Collection[Token] = ()) -> Element:
-    """A sentence whose tokens are kept apart from its text, some of them emphasised."""
+    """A sentence of texts and tokens; the tokens in `emphasised` are emphasised."""
     children = [part if isinstance(part, str) else tokens([part], emphasised) for part in parts]
     return element("p", *children)

@@ -25,7 +25,7 @@ _POSITIONS = 12
 
 @notebook_html.register
 def trace_html(trace: Trace) -> str:
-    """The residual stream over the layers, and what brought the target."""
+    """The residual stream over the layers, and the parts that contribute most to the target."""
     parts: list[Element] = [heading("Trace", trace.prompt_tokens, trace.provenance)]
     if len(trace.targets) > 1:
         parts.append(_residual_grid(trace))
@@ -42,7 +42,7 @@ def trace_html(trace: Trace) -> str:
 
 @notebook_html.register
 def layer_html(layer: LayerGraph) -> str:
-    """One layer: its heads and its neurons, largest share first."""
+    """One layer: its heads and neurons, largest share first."""
     positions = sorted({node.position for node in layer.node_list if node.position is not None})
     parts = [element("p", element("b", f"Layer {layer.layer}"))]
     for position in positions[-1:]:
@@ -53,7 +53,7 @@ def layer_html(layer: LayerGraph) -> str:
 
 
 def _residual_grid(trace: Trace) -> Element:
-    """Layers upward, positions across: the top token, coloured by the target's rank."""
+    """A grid of layers (rows) and positions: the top token, coloured by the target's rank."""
     positions = [target.position for target in trace.targets][-_POSITIONS:]
     found = {
         (node.layer, node.position): node
@@ -135,7 +135,7 @@ def _shares(title: str, parts: Iterable[Part]) -> Element:
 
 @notebook_html.register
 def gradient_html(gradient: Gradient) -> str:
-    """What a step imprints and which way it shifts, layer by layer and position by position."""
+    """The tokens that a step imprints or shifts towards, by layer and position."""
     header = gradient.header
     kinds = dict.fromkeys(matrix.kind for matrix in gradient.matrices)
     order = list(MatrixKind)
@@ -185,7 +185,7 @@ def _factor_grid(gradient: Gradient, kind: MatrixKind) -> Element:
     matrices = gradient.of_kind(kind)
     imprint = matrices[0].projected_side is Side.INPUT
     positions = list(range(len(gradient.prompt_tokens)))[-_POSITIONS:]
-    # Of several experts' components at one position the largest stands for all.
+    # If several experts have components at a position, only the largest is shown.
     found = {
         (matrix.layer, part.position): part
         for matrix in matrices
@@ -225,7 +225,7 @@ def _factor_cell(component: Component | None, imprint: bool, largest: float) -> 
 
 
 def _marked(component: Component) -> list[Child]:
-    """Both ends as on the gradient's page, the one that a descent step promotes emphasised."""
+    """Top and bottom tokens; those that a descent step promotes are emphasised."""
     return [
         element("span", mark, cells.tokens(end[:1], component.promoted[:1]))
         for mark, end in zip(("▲ ", "▼ "), _ends(component), strict=True)
@@ -239,7 +239,7 @@ def _ends(component: Component) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
 
 @notebook_html.register
 def preview_html(preview: EditPreview) -> str:
-    """One row a prompt, before and after."""
+    """One row per prompt, with the figures before and after the edit."""
     rows = (
         (
             literal(effect.label) if effect.label else "the edited prompt",
@@ -266,7 +266,7 @@ def preview_html(preview: EditPreview) -> str:
 
 @notebook_html.register
 def neurons_html(found: FoundNeurons) -> str:
-    """One row a neuron."""
+    """One row per neuron."""
     verb = "suppress" if found.suppressed else "promote"
     rows = (
         (
@@ -291,7 +291,7 @@ def _neuron_tokens(value: Projection, suppressed: bool) -> tuple[Token, ...]:
 
 @notebook_html.register
 def projections_html(projections: Projections) -> str:
-    """One row a vector."""
+    """One row per vector."""
     rows = (
         (
             str(row),
@@ -308,7 +308,7 @@ def projections_html(projections: Projections) -> str:
 
 @notebook_html.register
 def tokens_html(tokens: Tokens) -> str:
-    """One row a token."""
+    """One row per token."""
     rows = (
         (str(place), str(token.id), literal(str(token)), literal(token.raw.hex(" ")))
         for place, token in enumerate(tokens)
@@ -318,7 +318,7 @@ def tokens_html(tokens: Tokens) -> str:
 
 @notebook_html.register
 def models_html(models: Models) -> str:
-    """One row a model: its state, sizes and what its self-check found."""
+    """One row per model: its state, its sizes and the results of its self-check."""
     headings = (
         "model",
         "state",
@@ -356,19 +356,19 @@ def _model_row(model: Model) -> tuple[Child, ...]:
 
 @notebook_html.register
 def projection_html(projection: Projection) -> str:
-    """One row."""
+    """A table of one row."""
     return projections_html(Projections([projection]))
 
 
 @notebook_html.register
 def model_html(model: Model) -> str:
-    """One row."""
+    """A table of one row."""
     return models_html(Models([model]))
 
 
 @notebook_html.register
 def frame_html(page: PageFrame) -> str:
-    """A page in a frame of its own."""
+    """A page in an iframe."""
     frame = element(
         "iframe",
         srcdoc=page.html,

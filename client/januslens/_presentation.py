@@ -1,7 +1,7 @@
-"""How results are put into words and figures: number formats, names, sentences, colours and steps.
+"""Format results for people: numbers, names, sentences, colours and steps.
 
-The command and the notebook take them from here. The pages are written in TypeScript and have the
-same rules; tests/fixtures/presentation/ holds both to them.
+The command and the notebook use this module. The pages implement the same rules in TypeScript;
+tests/fixtures/presentation/ tests both implementations.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ NOT_FINITE = "not finite"
 
 
 def probability(value: float) -> str:
-    """`0.992`, `0.001`, `8e-10`: three decimals, or one digit where those would show zero."""
+    """Format a probability: three decimals, or one digit if those are zero: `0.992`, `8e-10`."""
     if not math.isfinite(value):
         return NOT_FINITE
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.0e}"
 
 
 def signed(value: float) -> str:
-    """`+1.50`, `-0.25`, `+1.23e+06`: two decimals below a million; a rounded zero is `+0.00`."""
+    """Format a number with its sign, below a million with two decimals: `+1.50`, `+1.23e+06`."""
     if abs(value) >= _LARGE or math.isnan(value):
         return f"{'+' if value > 0 else ''}{measure(value)}" if math.isfinite(value) else NOT_FINITE
     rounded = f"{value:+.2f}"
@@ -43,7 +43,7 @@ def signed(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """`43 %`, `-3.1 %`, `0.05 %`: a share of a sum, with more decimals the smaller it is."""
+    """Format a share of a sum; smaller ones have more decimals: `43 %`, `-3.1 %`, `0.05 %`."""
     if not math.isfinite(share):
         return NOT_FINITE
     size = abs(100 * share)
@@ -56,7 +56,7 @@ def percent(share: float) -> str:
 
 
 def measure(value: float, digits: int = 3) -> str:
-    """`21.7`, `1230`, `0.0526`, `6.05e-05`: a norm or other figure in `digits` significant ones."""
+    """Format a norm or another figure with `digits` significant digits: `21.7`, `6.05e-05`."""
     if not math.isfinite(value):
         return NOT_FINITE
     scientific = f"{value:.{digits - 1}e}"
@@ -69,11 +69,11 @@ def measure(value: float, digits: int = 3) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
 
 
-_LARGE = 1e6  # from here on figures are in scientific notation
+_LARGE = 1e6  # larger figures are in scientific notation
 
 
 def count(value: int) -> str:
-    """`50 257`: a whole number with thin spaces between thousands."""
+    """Format a whole number with thin spaces between thousands: `50 257`."""
     return f"{value:,}".replace(",", "\u2009")
 
 
@@ -83,10 +83,10 @@ RANK_BINS = ("top", "< 10", "< 100", "< 1k", "middle", "last 1k", "last 100")
 
 
 def rank_bin(rank: int | None, vocabulary: int | None = None) -> str:
-    """The bin of a rank, 0 being the top; `middle` if there is no rank.
+    """Return the name of a rank's bin; `middle` if there is no rank.
 
-    A small vocabulary has no middle: there a rank belongs to the nearer end. Without a vocabulary's
-    size there is no far end.
+    A small vocabulary has no middle bin, so a rank belongs to the nearer end. If the size of the
+    vocabulary is unknown, the bins of the last ranks are not used.
     """
     if rank is None:
         return "middle"
@@ -108,17 +108,17 @@ _NORM_COLOURS: tuple[Rgb, ...] = (
 
 
 def norm_part(norm: float, largest: float) -> float:
-    """Where a norm stands on the square-root scale from 0 to the largest one, 0 to 1."""
+    """Return a norm's place, 0 to 1, on a square-root scale from 0 to the largest norm."""
     return math.sqrt(min(1.0, max(0.0, norm / largest))) if largest > 0 else 0.0
 
 
 def norm_colour(norm: float, largest: float) -> Rgb:
-    """The colour of a norm on a light background, from cream to plum."""
+    """Return the background colour of a norm, from cream to plum."""
     place = norm_part(norm, largest) * (len(_NORM_COLOURS) - 1)
     below = min(int(place), len(_NORM_COLOURS) - 2)
     low, high = _NORM_COLOURS[below], _NORM_COLOURS[below + 1]
     red, green, blue = (
-        # Rounded half up, as JavaScript does.
+        # Round half up, as JavaScript does.
         math.floor(a + (b - a) * (place - below) + 0.5)
         for a, b in zip(low, high, strict=True)
     )
@@ -126,7 +126,7 @@ def norm_colour(norm: float, largest: float) -> Rgb:
 
 
 def ink_on(colour: Rgb) -> Rgb:
-    """Black or white, whichever has more contrast (WCAG 2.2, relative luminance)."""
+    """Return black or white, whichever has more contrast (WCAG 2.2, relative luminance)."""
     red, green, blue = (_linear(part / 255) for part in colour)
     luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
     black = (luminance + 0.05) ** 2 > 1.05 * 0.05
@@ -172,7 +172,7 @@ NODE_NAMES = {
 
 
 def node_name(node: Node, prompt: Sequence[Token]) -> str:
-    """`L2 head 3 value of ␣Japan (3)`; the node's own position is left out."""
+    """Name a node without its query position, for example `L2 head 3 value of ␣Japan (3)`."""
     parts = [_numbered(node), NODE_NAMES.get(node.kind, str(node.kind).lower())]
     source = node.position if node.kind is NodeKind.BLOCK_INPUT else node.source_position
     if source is not None:
@@ -181,7 +181,7 @@ def node_name(node: Node, prompt: Sequence[Token]) -> str:
 
 
 def _numbered(node: Node) -> str:
-    """`L2 head 3` or `L2 expert 1 neuron 7`."""
+    """Name a head or neuron: `L2 head 3` or `L2 expert 1 neuron 7`."""
     parts = [] if node.layer is None else [f"L{node.layer}"]
     for name, number in (("head", node.head), ("expert", node.expert), ("neuron", node.neuron)):
         if number is not None:
@@ -190,12 +190,12 @@ def _numbered(node: Node) -> str:
 
 
 def token_at(position: int, prompt: Sequence[Token]) -> str:
-    """`␣Japan (3)`: the prompt's token at a position, and the position."""
+    """Name a token of the prompt with its position: `␣Japan (3)`."""
     return f"{prompt[position]} ({position})" if position < len(prompt) else f"({position})"
 
 
 def model_name(provenance: Provenance) -> str:
-    """Name, architecture, data type, device and the revision's first 12 characters."""
+    """Describe a model: name, architecture, data type, device, 12 characters of the revision."""
     return (
         f"{provenance.model} ({provenance.architecture}, {provenance.data_type} on "
         f"{provenance.device}), revision {provenance.revision[:12]}"
@@ -203,7 +203,7 @@ def model_name(provenance: Provenance) -> str:
 
 
 def written_tokens(node: Node) -> tuple[Token, ...]:
-    """The tokens that a node writes: its top ones, or its bottom ones if its factor is negative."""
+    """Return the tokens that a node promotes: its bottom tokens if its factor is negative."""
     if node.projection is None:
         return ()
     negative = (node.activation or 0.0) < 0
@@ -212,17 +212,17 @@ def written_tokens(node: Node) -> tuple[Token, ...]:
 
 # ---- Sentences --------------------------------------------------------------------------------
 
-# Texts and tokens in order; a renderer may emphasise tokens. `plain` is the sentence as text.
+# Texts and tokens in order. Renderers may emphasise the tokens; `plain` returns only the text.
 Sentence = tuple["str | Token", ...]
 
 
 def plain(sentence: Sentence) -> str:
-    """The sentence as text, spaces and controls of tokens made visible."""
+    """Return the sentence as text, with visible signs for spaces and controls in tokens."""
     return "".join(str(part) for part in sentence)
 
 
 def trace_sentences(trace: Trace, target: PositionTarget) -> list[Sentence]:
-    """The target, from which layer on it ranks first, and the head and neuron that add most."""
+    """State the target, the layer from which it ranks first, and its strongest head and neuron."""
     sentences = [target_sentence(trace, target), (emergence_sentence(trace, target),)]
     for parts in (trace.heads(target.position), trace.neurons(target.position)):
         added = [part for part in parts if _is_finite(part.logit_contribution)]
@@ -233,7 +233,7 @@ def trace_sentences(trace: Trace, target: PositionTarget) -> list[Sentence]:
 
 
 def target_sentence(trace: Trace, target: PositionTarget) -> Sentence:
-    """The target's rank and probability, and what the model predicts.
+    """State the target's rank and probability, and the model's prediction.
 
     For example "␣Paris after ␣of (7): rank 3, probability 0.020; the model predicts ␣Tokyo."
     """
@@ -246,7 +246,7 @@ def target_sentence(trace: Trace, target: PositionTarget) -> Sentence:
 
 
 def emergence_sentence(trace: Trace, target: PositionTarget) -> str:
-    """From which step of the residual stream onwards the target ranks first, or its best rank."""
+    """State from which residual onwards the target ranks first, or else its best rank."""
     ranked = [(step, _rank(step)) for step in all_residual_steps(trace, target.position)]
     steps = [step for step, rank in ranked if rank is not None]
     ranks = [rank for _, rank in ranked if rank is not None]
@@ -267,7 +267,7 @@ def _contribution_sentence(trace: Trace, part: Part) -> str:
     text = (
         f"{_numbered(part.node)} adds most: {signed(part.logit_contribution or 0.0)} to its logit"
     )
-    # The remainder of the sources has attention too, but no position.
+    # OTHER stands for several sources, so it has attention but no position.
     sources = [
         (source.node.source_position, source.attention)
         for source in trace.parts_of(part.node)
@@ -285,12 +285,12 @@ def _is_finite(value: float | None) -> bool:
 
 
 def loss_sentence(gradient: Gradient, *, likelihood: bool = False) -> Sentence:
-    """The loss, its targets and what the model predicts.
+    """State the loss, its targets and the model's prediction.
 
     For example "Loss 1.25 for ␣c, probability 0.287; the model predicts ␣d."
 
-    Only a negative log likelihood corresponds to a probability. A gradient does not name its loss,
-    so the caller sets `likelihood`.
+    Only a negative log likelihood corresponds to a probability. A gradient does not record which
+    loss it has, so the caller sets `likelihood`.
     """
     sentence: list[str | Token] = [f"Loss {measure(gradient.loss, 4)}"]
     if gradient.header.targets:
@@ -309,9 +309,9 @@ class ResidualStep:
 
     Attributes:
         name: What was added, or `input` for a residual that no traced block made.
-        place: Where that is, for a sentence: `the embedding`, `layer 3's attention`.
-        node: The residual.
-        added: The part that was added last, with its edge.
+        place: The step's name in a sentence: `the embedding`, `layer 3's attention`.
+        node: The residual after the step.
+        added: The added part with its edge; None for `input`.
     """
 
     name: str
@@ -321,16 +321,16 @@ class ResidualStep:
 
 
 def all_residual_steps(trace: Trace, position: int) -> Iterator[ResidualStep]:
-    """The residual steps of all layers at one position, upwards."""
+    """Return the residual steps of all layers at one position, lowest layer first."""
     for layer in trace.layers:
         yield from residual_steps(trace, layer, position)
 
 
 def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[ResidualStep]:
-    """The layer's input, unless the step before made it, then after attention, after the MLP.
+    """Return the residual steps of one layer: input, after attention, after the MLP.
 
-    Blocks whose attention and MLP are parallel, and traces without the residual between them, have
-    one step for both.
+    The input is left out if it is the last step of the layer below. Attention and MLP are one step
+    if they are parallel, or if the trace does not have the residual between them.
     """
     mids = layer.nodes_of(NodeKind.RESIDUAL_MID, position)
     outputs = layer.nodes_of(NodeKind.BLOCK_OUTPUT, position)
@@ -353,17 +353,17 @@ _WITHOUT_READING = {NodeKind.ATTENTION_CONCAT, NodeKind.FINAL_NORM}
 
 @dataclass(frozen=True, slots=True)
 class PathStep:
-    """One line of a path: its name, and the part that it ends with."""
+    """One line of a path: its name, and the last part on that line."""
 
     name: str
     part: Part
 
 
 def path_steps(trace: Trace, path: Sequence[Part]) -> Iterator[PathStep]:
-    """The lines of a path back from the prediction, as `trace.path_to_target()` gives it.
+    """Return the lines of a path from the prediction back, as of `trace.path_to_target()`.
 
-    Residuals in a row are one line: nothing but the stream itself carried the token there. Nodes
-    that say nothing of their own are left out.
+    Consecutive residuals are one line, because no head or neuron is between them. The kinds
+    ATTENTION_CONCAT and FINAL_NORM are left out.
     """
     shown = [part for part in path if part.node.kind not in _WITHOUT_READING]
     for in_stream, run in groupby(shown, lambda part: part.node.kind in _RESIDUALS):

@@ -1,7 +1,7 @@
-"""Request messages from the arguments of a client's methods.
+"""Build request messages from the arguments of a client's methods.
 
-Arguments that no server could accept raise ValueError or TypeError. What depends on the model, such
-as its number of layers, is left to the server.
+Arguments that no server could accept raise ValueError or TypeError. The server checks what depends
+on the model, such as layer numbers.
 """
 
 from __future__ import annotations
@@ -98,7 +98,10 @@ def _selection(
 
 
 def _kinds(kinds: Iterable[NodeKind | str] | None) -> list[NodeKind]:
-    """None = all; an empty list would mean that too, and surely was not meant."""
+    """Resolve node kinds. None becomes an empty list, which the server reads as all kinds.
+
+    An empty list of the caller is refused, because it probably does not mean all kinds.
+    """
     if kinds is None:
         return []
     named = [NodeKind.of(kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)]
@@ -115,13 +118,12 @@ _ATTENTION = (
     NodeKind.HEAD_OUTPUT,
     NodeKind.MEMORY_VALUE,
 )
-_HEADS = 3  # of each cell, with the one source that each attends to most
+_HEADS = 3  # heads per cell, each with the source that it attends to most
 
-# A cell is one layer at one position. Up to so many, a cell also brings its strongest heads; up to
-# so many, the steps between residuals; above, the earliest positions are left out.
-_CELLS_WITH_HEADS = 300
-_CELLS_WITH_STEPS = 1_000
-_CELLS = 5_000
+# A cell is one layer at one position. Overviews with few cells show more of each cell.
+_CELLS_WITH_HEADS = 300  # up to here, the strongest heads
+_CELLS_WITH_STEPS = 1_000  # up to here, the steps between residuals
+_CELLS = 5_000  # beyond, the earliest positions are left out
 
 
 def overview_request(

@@ -1,11 +1,12 @@
-"""Resume interrupted calls on another replica, if the client has `resume=True`.
+"""Resume interrupted calls on another replica if the client has `resume=True`.
 
-gRPC retries a call until a server has sent headers, that is, until it has been admitted. After that
-nothing is retried silently: an interrupted call raises an exception or, with `resume=True`, is
-repeated under a new request id, with a warning of the logger `januslens`. A stream is repeated only
-for its missing layers, and its messages are joined with those received before: pieces of a layer or
-matrix are held until it is complete, duplicates are dropped, each token's text is kept once, and
-`sequence` continues.
+gRPC retries a call until it receives the server's headers, that is, until the call is admitted.
+If an admitted call is interrupted, it raises an exception or, with `resume=True`, is repeated with
+a new request id, and the logger `januslens` writes a warning.
+
+A repeated stream requests only the missing layers. Its messages are joined to those received
+before: the parts of a layer or matrix are held until it is complete, duplicates are dropped, the
+text of each token is kept once, and `sequence` continues.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ PartT = TypeVar("PartT", bound=Any)
 
 
 class DifferentAnswer(Exception):
-    """The other replica has other weights, prompt tokens or targets."""
+    """The other replica gives a different result: other weights, prompt tokens or targets."""
 
 
 class Splice(ABC, Generic[RequestT, PartT]):
@@ -54,7 +55,7 @@ class Splice(ABC, Generic[RequestT, PartT]):
                 given = self._take_header(response)
             case "summary":
                 given = [self._sum_up(response)]
-            case None:  # an event of a newer server's
+            case None:  # an event that only newer servers send
                 given = [response]
             case _:
                 given = self._take_part(response)
@@ -65,11 +66,11 @@ class Splice(ABC, Generic[RequestT, PartT]):
 
     @abstractmethod
     def rest(self) -> RequestT:
-        """Return the request for the missing part, and discard incomplete pieces."""
+        """Return the request for the missing part; discard incomplete layers and matrices."""
 
     @abstractmethod
     def _take_part(self, response: PartT) -> list[PartT]:
-        """Take a layer or matrix, or a piece of one."""
+        """Take a message with a layer or matrix, or with a part of one."""
 
     @abstractmethod
     def _sum_up(self, response: PartT) -> PartT:
@@ -122,11 +123,12 @@ def replace_all(field: Any, values: list[Any]) -> None:
 
 
 class TraceSplice(Splice[trace_pb2.TraceRequest, trace_pb2.TraceResponse]):
-    """Requests the missing layers.
+    """Splice of a Trace; requests the missing layers.
 
-    A trace that begins above layer 0 includes the input of its first layer. It equals the output of
-    the layer below, which has arrived already, so it is dropped. If the layer below was not
-    requested, the last received layer is requested again and dropped, which gives the GAP edge.
+    A repeated trace begins with the input of its first layer. This vector has already been
+    received as the output of the layer below, so it is dropped. If the layer below was not
+    requested, the trace needs a GAP edge to its first missing layer. To obtain it, the last
+    received layer is requested again, and then dropped.
     """
 
     def __init__(self, request: trace_pb2.TraceRequest) -> None:
@@ -136,14 +138,14 @@ class TraceSplice(Splice[trace_pb2.TraceRequest, trace_pb2.TraceResponse]):
         self._edges = 0
 
     def rest(self) -> trace_pb2.TraceRequest:
-        """Request the missing layers, of the same revision and for the same target."""
+        """Return a request for the missing layers, with the same revision and target."""
         request = self._pinned_request()
         if self._header is None:
             return request
         targets = set(self._targets(self._header))
         if not request.HasField("target") and len(targets) == 1:
             request.target.token_ids.ids.extend(targets)
-        # The checks cover all requested layers, so they need all of them again.
+        # The checks cover all requested layers, so all of them must be computed again.
         whole = request.include_checks or not self._layers
         replace_all(request.layers, list(self._header.layers) if whole else self._missing())
         return request
@@ -185,7 +187,7 @@ _Key = tuple[int, int, int | None]
 class GradientSplice(
     Splice[gradient_lens_pb2.GradientLensRequest, gradient_lens_pb2.GradientLensResponse]
 ):
-    """Requests the missing layers and the incomplete one.
+    """Splice of a GradientLens; requests the missing layers and the incomplete one.
 
     Only the server knows which matrices a layer has, so matrices of the incomplete layer that have
     arrived are dropped. The table of segments covers all matrices, so a request with a subject is
@@ -197,7 +199,7 @@ class GradientSplice(
         self._matrices: list[_Key] = []
 
     def rest(self) -> gradient_lens_pb2.GradientLensRequest:
-        """Request the incomplete layer and those below it, of the same revision."""
+        """Return a request for the incomplete layer and those below it, with the same revision."""
         request = self._pinned_request()
         if self._matrices and not request.HasField("subject"):
             incomplete = self._matrices[-1][0]
@@ -239,13 +241,13 @@ SPLICES: Mapping[str, Callable[[Any], Splice[Any, Any]]] = {
 
 logger = logging.getLogger("januslens")
 
-# The maximum number of failed attempts in a row without a new message. The first retry follows at
-# once, the others after 1, 2 and 4 seconds, so that a restarting server can answer.
+# Maximum number of consecutive failed attempts without a new message. The first retry follows at
+# once, the others after 1, 2 and 4 seconds, which gives a server time to restart.
 MAX_FRUITLESS_ATTEMPTS = 4
 
 
 class ResumableCall:
-    """A call, which may take several attempts if the client has `resume=True`."""
+    """A call, which may need several attempts if the client has `resume=True`."""
 
     def __init__(
         self, connection: Connection, method: str, request: Message, timeout: float | None
@@ -299,7 +301,7 @@ class ResumableCall:
 
 
 class ResumableStream(ResumableCall, Generic[EventT, ResultT]):
-    """A streaming call; the messages of its attempts are joined to one stream."""
+    """A streaming call; the messages of its attempts are joined into one stream."""
 
     def __init__(
         self,
@@ -319,8 +321,8 @@ class ResumableStream(ResumableCall, Generic[EventT, ResultT]):
         """Take the next message; return the events that it completes.
 
         Raises:
-            ProtocolViolation: It is not the next message, or does not continue the one before.
-            StreamInterrupted: Another replica gives a different answer.
+            ProtocolViolation: The message is out of order, or does not continue the one before.
+            StreamInterrupted: Another replica gives a different result.
         """
         if response.sequence != self._due:
             raise self._assembler.violation(
@@ -366,7 +368,7 @@ class ResumableStream(ResumableCall, Generic[EventT, ResultT]):
         interrupted = isinstance(failure, StreamInterrupted)
         if interrupted:
             self.interruptions.append(cast("StreamInterrupted", failure))
-        # Once interrupted, a call also waits for a replica to become available.
+        # An interrupted call also waits until a replica is available.
         waiting = bool(self.interruptions) and isinstance(failure, Unavailable)
         if self._splice is None or not (interrupted or waiting) or not self._may_retry:
             raise failure from error

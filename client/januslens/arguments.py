@@ -1,7 +1,7 @@
-"""The arguments of requests, as Python values and as messages.
+"""The arguments of requests as Python values, and their conversion to messages.
 
-An argument that no server could accept raises ValueError or TypeError. What depends on the model,
-e.g. a layer that it does not have, is left to the server.
+An argument that no server could accept raises ValueError or TypeError. The server checks what
+depends on the model, such as layer numbers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2
 class Text:
     """A prompt or target as text, with control over special and control tokens.
 
-    Pass it wherever a prompt or a target is taken, for example
-    `client.trace(Text("<|user|>Hi", literal=True))`. A plain string is `Text(string)`.
+    Pass it in place of a prompt or target string, for example
+    `client.trace(Text("<|user|>Hi", literal=True))`. A plain string means `Text(string)`.
 
     Attributes:
         text: The text.
-        special_tokens: Add the tokens that the tokenizer puts before a prompt (a BOS token, for
-            example), unless the text begins with them. Targets never get any.
-        literal: Read the characters as characters, even where they spell a control token.
+        special_tokens: Add the tokens that the tokenizer puts before a prompt, such as BOS, unless
+            the text already begins with them. Targets never get special tokens.
+        literal: Read characters that spell a control token as ordinary text.
     """
 
     text: str
@@ -47,13 +47,13 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def input_message(prompt: Prompt) -> common_pb2.Input:
-    """A prompt: text gets the tokenizer's special tokens, ids are taken as they are.
+    """Build the message for a prompt; texts get special tokens, token ids are used as they are.
 
     Raises:
-        TypeError: It is neither text nor ids.
-        ValueError: There are no ids, or one is negative.
+        TypeError: The prompt is neither a text nor token ids.
+        ValueError: There are no token ids, or one is negative.
     """
-    if isinstance(prompt, str):  # an empty one may still get a special token from the tokenizer
+    if isinstance(prompt, str):  # may be empty: the tokenizer may add BOS
         return common_pb2.Input(prompt=prompt)
     if isinstance(prompt, Text):
         return common_pb2.Input(
@@ -65,11 +65,11 @@ def input_message(prompt: Prompt) -> common_pb2.Input:
 
 
 def target_message(target: TargetLike, name: str = "the target") -> common_pb2.Target:
-    """A target: in a text a leading space counts; an int is one token id.
+    """Build the message for a target: a text, whose leading space counts, or token ids.
 
     Raises:
-        TypeError: It is neither text nor ids.
-        ValueError: It is empty, or an id is negative.
+        TypeError: The target is neither a text nor token ids.
+        ValueError: The target is empty, or a token id is negative.
     """
     if isinstance(target, str):
         _require_some(target, name)
@@ -81,11 +81,11 @@ def target_message(target: TargetLike, name: str = "the target") -> common_pb2.T
 
 
 def token_ids(ids: Iterable[int], name: str) -> common_pb2.TokenIds:
-    """Token ids, at least one.
+    """Build the message for one or more token ids.
 
     Raises:
-        TypeError: One is no integer.
-        ValueError: There are none, or one is negative.
+        TypeError: A token id is not an integer.
+        ValueError: There are no token ids, or one is negative.
     """
     listed = [count(token_id, f"{name}'s token ids") for token_id in _several(ids, name)]
     _require_some(listed, name)
@@ -93,10 +93,10 @@ def token_ids(ids: Iterable[int], name: str) -> common_pb2.TokenIds:
 
 
 def subject_message(subject: SubjectLike) -> gradient_lens_pb2.Subject:
-    """A subject: text of the prompt, or token positions `(start, end)`, end excluded.
+    """Build the message for a subject: a text, or positions `(start, end)`, end excluded.
 
     Raises:
-        ValueError: The text is empty, or the positions are no span.
+        ValueError: The text is empty, or the positions are not 0 <= start < end.
     """
     if isinstance(subject, str):
         if not subject:
@@ -109,11 +109,13 @@ def subject_message(subject: SubjectLike) -> gradient_lens_pb2.Subject:
 
 
 def layer_numbers(layers: Layers | None) -> list[int]:
-    """Layers from 0; None = all. A slice needs an end: only the server knows how many there are.
+    """Return layer numbers, sorted; an empty list (from None) means all layers.
+
+    A slice needs an end, because only the server knows the number of layers.
 
     Raises:
-        TypeError: One is no integer.
-        ValueError: There are none, one is negative, or a slice has no end.
+        TypeError: A layer is not an integer.
+        ValueError: There are no layers, one is negative, or a slice has no end.
     """
     if layers is None:
         return []
@@ -127,11 +129,13 @@ def layer_numbers(layers: Layers | None) -> list[int]:
 
 
 def position_numbers(positions: Positions | None) -> tuple[list[int], bool]:
-    """Query positions (negative from the end) and whether all are meant; None = the last one.
+    """Return the query positions, and whether all positions are requested.
+
+    Negative positions count from the end. None, for the last position, gives an empty list.
 
     Raises:
-        TypeError: One is no integer.
-        ValueError: There are none, one is beyond 32 bits, or a text is not "all".
+        TypeError: A position is not an integer.
+        ValueError: There are no positions, one exceeds 32 bits, or a text is not "all".
     """
     if positions is None:
         return [], False
@@ -146,31 +150,31 @@ def position_numbers(positions: Positions | None) -> tuple[list[int], bool]:
 
 
 def optional_count(value: int | None, name: str) -> int | None:
-    """How many of something, or None to leave it to the server.
+    """Check a count that may be None, which means the server's default.
 
     Raises:
-        TypeError: It is no integer.
-        ValueError: It is negative.
+        TypeError: The value is not an integer.
+        ValueError: The value is negative or exceeds 32 bits.
     """
     return None if value is None else count(value, name)
 
 
 def count(value: int, name: str) -> int:
-    """How many of something, or which one.
+    """Check a count or an index.
 
     Raises:
-        TypeError: It is no integer.
-        ValueError: It is negative.
+        TypeError: The value is not an integer.
+        ValueError: The value is negative or exceeds 32 bits.
     """
     return _bounded(value, name, 0, _UINT32)
 
 
 def finite_number(value: Any, name: str) -> float:
-    """A number that float32, in which it travels, can hold.
+    """Check a number that is sent as float32.
 
     Raises:
-        TypeError: It is not a number.
-        ValueError: It is infinite, NaN or too large.
+        TypeError: The value is not a number.
+        ValueError: The value is infinite, NaN or too large for float32.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -180,11 +184,11 @@ def finite_number(value: Any, name: str) -> float:
 
 
 def step_size(value: Any, name: str) -> float:
-    """The strength of an edit: a finite number other than 0.
+    """Check the strength of an edit: a finite number other than 0.
 
     Raises:
-        TypeError: It is not a number.
-        ValueError: It is infinite, NaN, too large, or 0 in float32.
+        TypeError: The value is not a number.
+        ValueError: The value is infinite, NaN, too large, or 0 in float32.
     """
     if np.float32(finite_number(value, name)) == 0:
         raise ValueError(f"{name} must not be 0 in float32, got {value}")
@@ -192,7 +196,7 @@ def step_size(value: Any, name: str) -> float:
 
 
 def _bounded(value: Any, name: str, low: int, high: int) -> int:
-    """`value` as an int; numpy's integers are welcome, True and 1.0 are not."""
+    """Return `value` as an int; accept numpy's integers, but not bools and floats."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"expected integers for {name}; got {value!r}")
     if not low <= value < high:
@@ -201,7 +205,7 @@ def _bounded(value: Any, name: str, low: int, high: int) -> int:
 
 
 def _several(values: Any, name: str) -> Iterable[Any]:
-    """One value as several, several as they are."""
+    """Return the values; a single integer becomes a list of one."""
     if isinstance(values, (int, np.integer)):
         return [values]
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
@@ -216,9 +220,9 @@ def _require_some(values: Sequence[object], name: str) -> None:
 
 @dataclass(frozen=True)
 class NegativeLogLikelihood:
-    """`-log p(target | prompt)` in nats; several target tokens are summed, teacher-forced.
+    """`-log p(target | prompt)` in nats; for several target tokens the sum, with teacher forcing.
 
-    The paper's loss, and what `gradient_lens(prompt, target)` means.
+    This is the loss of the Backward Lens paper, and that of `gradient_lens(prompt, target)`.
     """
 
     target: TargetLike
@@ -234,7 +238,7 @@ class LogitDifference:
 
 @dataclass(frozen=True)
 class KlDivergence:
-    """`KL(p without the suppressed tokens, renormalised || p)`, the first argument held fixed."""
+    """`KL(q || p)`, where q is p without the suppressed tokens, renormalised and held fixed."""
 
     suppressed: Sequence[int]
 
@@ -243,10 +247,10 @@ Loss = NegativeLogLikelihood | LogitDifference | KlDivergence
 
 
 def set_loss(request: gradient_lens_pb2.GradientLensRequest, loss: Loss) -> None:
-    """Put a loss into a request.
+    """Set the loss of a request.
 
     Raises:
-        TypeError: It is none of the three.
+        TypeError: The loss has none of the three types.
         ValueError: A target or the suppressed tokens are empty.
     """
     match loss:
@@ -267,10 +271,12 @@ def set_loss(request: gradient_lens_pb2.GradientLensRequest, loss: Loss) -> None
 def matrix_numbers(
     kinds: Iterable[MatrixKind | str] | None,
 ) -> list[gradient_lens_pb2.MatrixKind.ValueType]:
-    """None = FF1 and FF2; an empty list would mean that too, and surely was not meant.
+    """Return the numbers of matrix kinds; an empty list (from None) means FF1 and FF2.
+
+    An empty list of the caller is refused, because it probably does not mean FF1 and FF2.
 
     Raises:
-        ValueError: There are none, or there is no such kind.
+        ValueError: The list is empty, or there is no such kind.
     """
     if kinds is None:
         return []
@@ -280,18 +286,18 @@ def matrix_numbers(
     return [MATRIX_KINDS.number(MatrixKind.of(kind)) for kind in named]
 
 
-# Characters that fit into a label, however many bytes they take.
+# Maximum number of characters of a label.
 LABEL = 1024
 
 
 @dataclass(frozen=True)
 class DescentStep:
-    """`W -= learning_rate * dL/dW`, L being the target's negative log-likelihood.
+    """A descent step `W -= learning_rate * dL/dW`; L is the target's negative log likelihood.
 
     Attributes:
-        learning_rate: Length of the step.
-        matrices: Kinds to change; None = FF1 and FF2.
-        layers: Blocks to change; None = all.
+        learning_rate: The factor of the gradient.
+        matrices: Kinds of matrices to change; None = FF1 and FF2.
+        layers: Layers to change; None = all.
     """
 
     learning_rate: float
@@ -301,13 +307,14 @@ class DescentStep:
 
 @dataclass(frozen=True)
 class ForwardShift:
-    """`FF2 += eta x^T e` in one layer, from the forward pass alone (Backward Lens, section 7).
+    """A forward shift `FF2 += eta x^T e` in one layer (Backward Lens, section 7).
 
-    x is FF2's input at the last position, e the input embedding of the target's first token.
+    x is the input of FF2 at the last position, and e the input embedding of the target's first
+    token. No backward pass is needed.
 
     Attributes:
-        layer: The block to change.
-        eta: The strength; the paper uses 0.24 for layer 35 of GPT2-xl.
+        layer: The layer to change.
+        eta: The strength of the edit; the paper uses 0.24 for layer 35 of GPT2-xl.
     """
 
     layer: int
@@ -319,12 +326,12 @@ Edit = DescentStep | ForwardShift
 
 @dataclass(frozen=True)
 class Probe:
-    """A prompt to look at before and after the edit: a paraphrase, a neighbouring fact.
+    """A prompt to report before and after an edit, such as a paraphrase or a neighbouring fact.
 
     Attributes:
         prompt: The prompt.
-        target: The token to watch; None = the edit's target.
-        label: A name that comes back with its effect.
+        target: The token whose rank and probability are reported; None = the edit's target.
+        label: A name, repeated in the result.
     """
 
     prompt: Prompt
@@ -333,11 +340,11 @@ class Probe:
 
 
 def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:
-    """Put an edit into a request.
+    """Set the edit of a request.
 
     Raises:
-        TypeError: It is neither of the two.
-        ValueError: Its layers or matrices are impossible.
+        TypeError: The edit has neither of the two types, or a field has a wrong type.
+        ValueError: A field has a value that no server accepts.
     """
     match edit:
         case DescentStep(learning_rate, matrices, layers):
@@ -352,7 +359,7 @@ def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:
 
 
 def probe_message(probe: Probe | str) -> edits_pb2.Probe:
-    """A probe; a prompt alone is its own label, as far as labels go."""
+    """Build the message for a probe; the label of a plain prompt is its own beginning."""
     if isinstance(probe, str):
         probe = Probe(probe, label=probe[:LABEL])
     return edits_pb2.Probe(

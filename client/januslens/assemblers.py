@@ -1,8 +1,8 @@
 """Assemble the messages of a stream into a result, and read recorded streams.
 
-A stream is complete only with its summary; `sequence` counts 0, 1, 2 ...; a layer or a matrix may
-span several messages, the last of which is marked; a token's text comes once, with the first
-message that needs it.
+Messages are numbered from 0 in `sequence`. A layer or a matrix may span several messages, the last
+of which is marked. The text of a token is sent once, in the first message that needs it. A stream
+without its summary is incomplete.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sequenced(Protocol):
 
     @property
     def sequence(self) -> int:
-        """Its place in the stream, from 0."""
+        """The number of the message in its stream, from 0."""
 
 
 ResponseT = TypeVar("ResponseT", bound=Sequenced)
@@ -42,7 +42,7 @@ ResultT = TypeVar("ResultT")
 
 
 class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
-    """Takes a stream's messages one by one and gives back what they complete."""
+    """Takes the messages of a stream one by one, and returns each event when it is complete."""
 
     interrupted: ClassVar[type[StreamInterrupted]]
 
@@ -52,10 +52,10 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
         self.request_id = ""
 
     def feed(self, response: ResponseT) -> EventT | None:
-        """Take the next message; return the event that it completes, if it does.
+        """Take the next message; return the event that it completes, or None.
 
         Raises:
-            ProtocolViolation: It is not the next message, or does not continue the one before.
+            ProtocolViolation: The message is out of order, or does not continue the one before.
         """
         due = len(self.responses)
         if response.sequence != due:
@@ -64,11 +64,11 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
         return self._read(response)
 
     def result(self) -> ResultT:
-        """The whole.
+        """Return the whole result.
 
         Raises:
-            StreamInterrupted: The summary has not come; `partial` holds what has.
-            ProtocolViolation: The summary came, but no header.
+            StreamInterrupted: The summary is missing; `partial` has what was received.
+            ProtocolViolation: The header is missing.
         """
         if not self.complete:
             raise self.interruption()
@@ -78,19 +78,19 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
         return whole
 
     def interruption(self, text: str | None = None) -> StreamInterrupted:
-        """The error to raise where the stream ends before its summary."""
+        """Return the error for a stream that ends before its summary."""
         details = ErrorDetails("DATA_LOSS", "STREAM_INTERRUPTED", self.request_id, retry_after=0.0)
         came = f"the stream ended after {len(self.responses)} messages, without its summary"
         return self.interrupted(text or came, details, self.partial())
 
     def violation(self, text: str) -> ProtocolViolation:
-        """The error for a stream that violates the contract."""
+        """Return the error for a stream that violates the contract."""
         details = ErrorDetails("DATA_LOSS", "PROTOCOL_VIOLATION", self.request_id)
         return ProtocolViolation(text, details, self.partial())
 
     @abstractmethod
     def partial(self) -> ResultT | None:
-        """The received part of the result; None before the header."""
+        """Return the received part of the result; None before the header."""
 
     @property
     @abstractmethod
@@ -99,7 +99,7 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
 
     @abstractmethod
     def _read(self, response: ResponseT) -> EventT | None:
-        """Read a message that is in its place; None if it completes nothing, or is unknown."""
+        """Read a message that is in order; return None if it does not complete an event."""
 
 
 TraceEvent = TraceHeader | LayerGraph | TraceSummary
@@ -118,10 +118,10 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
         self._pending: trace_pb2.LayerGraph | None = None
 
     def partial(self) -> Trace | None:
-        """The layers that are complete so far; None before the header."""
+        """Return the layers that are complete so far; None before the header."""
         if self._header is None:
             return None
-        # Read again at the end: a target's text may have come with a later layer.
+        # Read the header again: the text of a target may have arrived with a layer.
         header = TraceHeader.from_message(self._header, self.tokens)
         return Trace.from_parts(header, self._layers, self._summary, self.responses)
 
@@ -138,7 +138,7 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
                 return self._read_layer(response.layer)
             case "summary":
                 return self._read_summary(response.summary)
-            case _:  # an event of a newer server's
+            case _:  # an event that only newer servers send
                 return None
 
     def _read_header(self, message: trace_pb2.TraceHeader) -> TraceHeader:
@@ -187,10 +187,10 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
         self._pending: gradient_lens_pb2.GradientMatrix | None = None
 
     def partial(self) -> Gradient | None:
-        """The matrices that are complete so far; None before the header."""
+        """Return the matrices that are complete so far; None before the header."""
         if self._header is None:
             return None
-        # Read again at the end: a target's text may have come with a later matrix.
+        # Read the header again: the text of a target may have arrived with a matrix.
         header = GradientHeader.from_message(self._header, self.tokens)
         return Gradient.from_parts(header, self._matrices, self._summary, self.responses)
 
@@ -207,7 +207,7 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
                 return self._read_matrix(response.matrix)
             case "summary":
                 return self._read_summary(response.summary)
-            case _:  # an event of a newer server's
+            case _:  # an event that only newer servers send
                 return None
 
     def _read_header(self, message: gradient_lens_pb2.GradientHeader) -> GradientHeader:
@@ -246,14 +246,14 @@ def _which(message: gradient_lens_pb2.GradientMatrix) -> str:
 
 
 def read_trace(lines: Iterable[str]) -> Trace:
-    """The trace of a recorded stream, e.g. an open file: one message a line.
+    """Read a trace from a recorded stream, for example an open file with one message per line.
 
     Fields that this version of the contract does not have are ignored.
 
     Raises:
-        StreamInterrupted: The recording has no summary; its `partial` is what there is.
+        StreamInterrupted: The recording has no summary; `partial` has what was recorded.
         ProtocolViolation: A message is missing.
-        google.protobuf.json_format.ParseError: A line is no message of a Trace.
+        google.protobuf.json_format.ParseError: A line is not a message of a Trace.
     """
     assembler = TraceAssembler()
     for line in lines:
@@ -262,14 +262,14 @@ def read_trace(lines: Iterable[str]) -> Trace:
 
 
 def read_gradient(lines: Iterable[str]) -> Gradient:
-    """The gradient of a recorded stream, e.g. an open file: one message a line.
+    """Read a gradient from a recorded stream, for example an open file with one message per line.
 
     Fields that this version of the contract does not have are ignored.
 
     Raises:
-        StreamInterrupted: The recording has no summary; its `partial` is what there is.
+        StreamInterrupted: The recording has no summary; `partial` has what was recorded.
         ProtocolViolation: A message is missing.
-        google.protobuf.json_format.ParseError: A line is no message of a GradientLens.
+        google.protobuf.json_format.ParseError: A line is not a message of a GradientLens.
     """
     assembler = GradientAssembler()
     for line in lines:

@@ -60,7 +60,7 @@ from januslens.v1 import cost_pb2, models_pb2, neurons_pb2
 
 
 class EventStream(Generic[EventT, ResultT]):
-    """The events of a stream: the header, each layer or matrix when complete, the summary.
+    """The events of a stream: the header, each layer or matrix when it is complete, the summary.
 
     Iterate over it, or call `result()` for the whole result. Closing it, leaving its context or
     dropping the last reference to it cancels the call if it is still running.
@@ -142,22 +142,22 @@ class EventStream(Generic[EventT, ResultT]):
 class Client:
     """A synchronous client of a Januslens server.
 
-    Close it, or use it as a context manager. Event loops may share it; it has a connection for
-    each.
+    Close it, or use it as a context manager.
+    Threads may share it.
 
     Args:
         address: `host:port` of the server, or a name that gRPC resolves, such as
             `dns:///januslens-headless:50051`; calls are balanced over all of its addresses.
-        token: Bearer token, sent as `authorization: Bearer ...`; readable on the network without
-            TLS.
-        timeout: Maximum seconds for calls without a timeout of their own; None = no limit.
+        token: Bearer token, sent as `authorization: Bearer ...`. Without TLS, others on the network
+            can read it.
+        timeout: Maximum seconds for calls that are made without a timeout; None = no limit.
         secure: Use TLS with the system's root certificates.
         root_certificates: Use TLS with the root certificates in this PEM file.
         client_certificate: Use mutual TLS with the certificate and the private key in these two PEM
             files.
-        credentials: Use these channel credentials, e.g. of `grpc.ssl_channel_credentials`.
+        credentials: Use these channel credentials, such as those of `grpc.ssl_channel_credentials`.
         resume: Resume interrupted calls on another replica instead of raising an exception.
-        on_response: Called with every response message on arrival, e.g. to record it.
+        on_response: Called with every response message on arrival, for example to record it.
 
     Raises:
         TypeError: The timeout is not a number.
@@ -441,11 +441,11 @@ class Client:
     ) -> Trace:
         """Trace the residual stream around a trace: all positions, with few nodes at each.
 
-        The result is meant for `trace.to_html(overview)`. It has the same model, prompt and layers
-        as the trace, and the same target, unless the trace has several: then the target is the
-        model's own next token at each position. Nodes that are in both traces are equal. Short
-        prompts include the strongest heads; in very long prompts, the earliest positions are left
-        out.
+        Pass the result to `trace.to_html(overview)`. It has the same model, prompt and layers as
+        the trace. It also has the same target if the trace has only one; otherwise the target is
+        the model's own next token at each position. Nodes that are in both traces are equal.
+        Overviews of short prompts include the strongest heads. Those of very long prompts leave
+        out the earliest positions.
 
         Args:
             trace: The trace to surround.
@@ -503,9 +503,9 @@ class Client:
             components: Maximum factor pairs per matrix, largest first; None = the server's default,
                 0 = all, which the dense gradient needs.
             spectrum: Number of singular values and directions per matrix.
-            neurons: Number of neurons per matrix, those that a step changes most.
-            learning_rate: Learning rate of that step; None = report only the direction of the
-                change.
+            neurons: Number of neurons per matrix, largest change by a descent step first.
+            learning_rate: Learning rate of the descent step; None = report only the direction of
+                the change.
             subject: The subject of the prompt, as text or as token positions `(start, end)`; adds
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
@@ -581,9 +581,9 @@ class Client:
             components: Maximum factor pairs per matrix, largest first; None = the server's default,
                 0 = all, which the dense gradient needs.
             spectrum: Number of singular values and directions per matrix.
-            neurons: Number of neurons per matrix, those that a step changes most.
-            learning_rate: Learning rate of that step; None = report only the direction of the
-                change.
+            neurons: Number of neurons per matrix, largest change by a descent step first.
+            learning_rate: Learning rate of the descent step; None = report only the direction of
+                the change.
             subject: The subject of the prompt, as text or as token positions `(start, end)`; adds
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
@@ -659,9 +659,9 @@ class Client:
             components: Maximum factor pairs per matrix, largest first; None = the server's default,
                 0 = all, which the dense gradient needs.
             spectrum: Number of singular values and directions per matrix.
-            neurons: Number of neurons per matrix, those that a step changes most.
-            learning_rate: Learning rate of that step; None = report only the direction of the
-                change.
+            neurons: Number of neurons per matrix, largest change by a descent step first.
+            learning_rate: Learning rate of the descent step; None = report only the direction of
+                the change.
             subject: The subject of the prompt, as text or as token positions `(start, end)`; adds
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
@@ -839,9 +839,8 @@ class Client:
 
         Args:
             text: The text.
-            special_tokens: Tokenize it like a prompt, with the tokenizer's special tokens, not like
-                a target.
-            literal: Read its characters as characters, even where they spell a control token.
+            special_tokens: Add the tokenizer's special tokens, as in a prompt. Targets have none.
+            literal: Read characters that spell a control token as ordinary text.
             model: The model's name; may be empty if only one is loaded.
             timeout: Maximum seconds for the call; None = the client's.
 

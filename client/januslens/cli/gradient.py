@@ -152,7 +152,7 @@ def gradient(  # noqa: PLR0913 - an option each
         show_estimate(client.estimate_gradient_lens, as_json, prompt, asked)
         return
     edits = _edits(preview, shift, eta, asked)
-    with usage_errors():  # the other options are named as the verb's arguments
+    with usage_errors():  # the other options have the names of the method's arguments
         stream = client.stream_gradient_lens(prompt, **asked)
     with stream, steps("gradients") as progress:
         result = _followed(stream, progress)
@@ -171,7 +171,7 @@ def gradient(  # noqa: PLR0913 - an option each
 
 
 def _edits(preview: bool, shift: int | None, eta: float, asked: dict[str, Any]) -> dict[str, Edit]:
-    """The edits to preview, by title."""
+    """Return the edits to preview, by title."""
     edits: dict[str, Edit] = {}
     if preview:
         rate = asked["learning_rate"]
@@ -197,9 +197,9 @@ _ENDS = {End.TOP: "top", End.BOTTOM: "bottom"}
 
 
 def factor_picture(gradient: Gradient, matrices: Sequence[Matrix], rows: int, width: int) -> Group:
-    """Layers upward, positions across: what is imprinted, or which way the model shifts.
+    """A grid of layers and positions: tokens that a descent step imprints, or shifts towards.
 
-    The `rows` layers with the strongest components are shown.
+    It has the `rows` layers with the strongest components.
     """
     title, note = _headings(matrices[0])
     strongest: dict[int, float] = {}
@@ -215,7 +215,7 @@ def factor_picture(gradient: Gradient, matrices: Sequence[Matrix], rows: int, wi
         )
         for matrix in matrices
         if matrix.layer in shown
-        for component in reversed(matrix.components)  # experts: the largest one is shown
+        for component in reversed(matrix.components)  # the largest of several experts is set last
     }
     grids: list[RenderableType] = []
     for grid in position_grids(gradient.prompt_tokens, cells, width):
@@ -252,7 +252,7 @@ def _rows(kind: MatrixKind) -> str:
 def _cell(matrix: Matrix, component: Component, sought: Sequence[Token], largest: float) -> Text:
     read = component.projection
     if component.size == 0 or read is None:
-        return Text("·", "dim")  # no gradient arrives there
+        return Text("·", "dim")  # the VJP is zero
     if matrix.projected_side is Side.INPUT:
         lines = [_marked("", read.top_tokens[:1], sought)]
     else:
@@ -276,7 +276,7 @@ _COMPONENT_TOKENS = 4
 
 
 def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int) -> Group:
-    """One row a component, largest first: where it is, how large, and what it says."""
+    """One row per component, largest first: its place, its size and its tokens."""
     kind, side = matrices[0].kind, matrices[0].projected_side
     readings = ["imprints"] if side is Side.INPUT else ["promotes", "suppresses"]
     grid = table(">layer", "position", ">|x|", ">|δ|", ">size", *readings, ">target's rank")
@@ -321,7 +321,7 @@ _EXTRA_TOKENS = 3
 
 
 def neuron_changes(matrices: Sequence[Matrix], sought: Sequence[Token], rows: int) -> Group:
-    """The neurons that a step changes most: their tokens before, of the change, and after."""
+    """The neurons that a step changes most: tokens before, of the change, and after."""
     grid = table("neuron", ">|change|", "before", "the change", "after")
     found = [(matrix, neuron) for matrix in matrices for neuron in matrix.neurons]
     for matrix, neuron in sorted(found, key=lambda pair: -pair[1].change_norm)[:rows]:
@@ -337,7 +337,7 @@ def neuron_changes(matrices: Sequence[Matrix], sought: Sequence[Token], rows: in
 
 
 def spectrum_section(matrices: Sequence[Matrix], sought: Sequence[Token], rows: int) -> Group:
-    """The largest singular values, with the tokens at both ends of their directions."""
+    """The largest singular values, with the top and bottom tokens of their vectors."""
     grid = table(">layer", ">singular value", ">explained", "one end", "the other")
     found = [(matrix, singular) for matrix in matrices for singular in matrix.spectrum]
     for matrix, singular in sorted(found, key=lambda pair: -pair[1].value)[:rows]:
@@ -354,9 +354,9 @@ def spectrum_section(matrices: Sequence[Matrix], sought: Sequence[Token], rows: 
 
 
 def segments_section(gradient: Gradient, limit: int) -> Group:
-    """The paper's figures as a table: norm and rank by segment of the prompt and by layer.
+    """Norm and rank by segment and layer, as in figures 5 and 6 of Backward Lens.
 
-    The `limit` matrices with the largest mean norm in a segment are shown.
+    The table has the `limit` matrices with the largest mean norm in a segment.
     """
     largest: dict[tuple[str, int], float] = {}
     rows: dict[tuple[str, int], dict[str, Text]] = {}
@@ -378,7 +378,7 @@ def segments_section(gradient: Gradient, limit: int) -> Group:
 
 
 def verification_line(matrices: Sequence[Matrix]) -> Text:
-    """The largest error of the factorisation against autograd's dense gradient."""
+    """The largest difference between the factors and autograd's dense gradient."""
     checks = [matrix.verification for matrix in matrices if matrix.verification]
     worst = max(checks, key=lambda check: check.relative_error)
     held = worst.relative_error <= worst.tolerance
@@ -394,7 +394,7 @@ def _top(read: Projection | None, sought: Sequence[Token]) -> Text:
 
 
 def preview_section(preview: EditPreview, title: str) -> Group:
-    """One row a prompt: the target's probability and rank, and the prediction, then and now."""
+    """One row per prompt: target and prediction before and after the edit."""
     grid = table("prompt", "target", "probability", "rank", "prediction", ">KL, bits")
     for effect in (preview.edited, *preview.probes):
         grid.add_row(*_effect_row(effect))
@@ -426,7 +426,7 @@ _STEP = (
 
 
 def show_gradient(gradient: Gradient, console: Console, rows: int) -> None:
-    """Print a gradient: both sides as in the paper's figures, then the requested tables."""
+    """Print a gradient: for each kind of matrix a picture, components and requested tables."""
     lines = heading(gradient.prompt_tokens, gradient.provenance)
     loss = presentation.loss_sentence(gradient, likelihood=True)
     lines.add_row("target", sentence(loss, gradient.header.targets))
@@ -444,7 +444,7 @@ def show_gradient(gradient: Gradient, console: Console, rows: int) -> None:
 
 
 def _kinds(gradient: Gradient) -> list[MatrixKind]:
-    """VJPs before inputs: first the tokens that a step promotes, then what it imprints."""
+    """Return the kinds: first those with projected VJPs, then those with projected inputs."""
     sides = {matrix.kind: matrix.projected_side for matrix in gradient.matrices}
     return sorted(sides, key=lambda kind: (sides[kind] is Side.INPUT, list(MatrixKind).index(kind)))
 

@@ -84,7 +84,7 @@ def _sizes(model: Model) -> tuple[int, ...]:
 
 
 def _checks(model: Model) -> Text:
-    """How many guarantees the self-check found held, and by name which did not."""
+    """The number of guarantees that the self-check confirmed, or the names of those that failed."""
     broken = [guarantee.name for guarantee in model.guarantees if not guarantee.held]
     if broken:
         return Text(f"failed: {', '.join(broken)}", "red")
@@ -118,7 +118,7 @@ _NEURON_TOKENS = 5
 
 
 def show_found_neurons(found: FoundNeurons, out: Console) -> None:
-    """The token, how many neurons write it, and one row for each of the best."""
+    """Print the token, the number of its neurons, and one row for each of the best neurons."""
     lines = labelled()
     lines.add_row("token", Text(f"{found.token} ({found.token.id})"))
     lines.add_row("model", Text(presentation.model_name(found.provenance), "dim"))
@@ -160,7 +160,7 @@ def _neuron_row(hit: NeuronHit, found: FoundNeurons) -> list[Text]:
 
 
 @click.command()
-@click.argument("written", metavar="TOKEN")  # --token is another
+@click.argument("written", metavar="TOKEN")  # `token` is the name of the option --token
 @click.option("--suppressed", is_flag=True, help="Show neurons that suppress TOKEN instead.")
 @click.option("--layers", callback=layer_list, help="Layers, for example 0-3,7; default: all.")
 @click.option(
@@ -181,7 +181,7 @@ def neurons(client: Client, as_json: bool, /, *, written: str, **asked: Any) -> 
     with (
         usage_errors(),
         steps("searching the neurons"),
-    ):  # options are named as the verb's arguments
+    ):  # the options have the names of the method's arguments
         found = client.find_neurons(written, **asked)
     if not as_json:
         show_found_neurons(found, console())
@@ -207,17 +207,17 @@ def project(
 
     FILE is .npy or .safetensors, with the shape [d_model] or [n, d_model].
     """
-    with usage_errors():  # the other options are named as the verb's arguments
+    with usage_errors():  # the other options have the names of the method's arguments
         found = client.project(read_vectors(file, name), **asked)
     if not as_json:
         console().print(_projections_table(found))
 
 
 def read_vectors(file: Path, name: str | None) -> NDArray[np.generic]:
-    """The array of a .npy file, or one tensor of a .safetensors file.
+    """Read the array of a .npy file, or one tensor of a .safetensors file.
 
     Raises:
-        ValueError: It is neither, or which tensor is meant is not clear.
+        ValueError: The file has another type, or several tensors and none of them is `name`.
     """
     if file.suffix == ".npy":
         array: NDArray[np.generic] = np.load(file, allow_pickle=False)

@@ -1,4 +1,4 @@
-"""Options that several commands share: connection, lists, pages, estimates; and Ctrl-C."""
+"""Options that several commands share, and the handling of Ctrl-C."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from januslens.results.models import CostEstimate
 def interruptible(cancel: Callable[[], object]) -> Iterator[None]:
     """Let the first Ctrl-C call `cancel` and end the block with `KeyboardInterrupt`.
 
-    Python raises it wherever the main thread is, and inside gRPC's compiled code it is at times
-    swallowed. So a thread of its own cancels as well: then the call fails, and that is the end.
+    Python raises `KeyboardInterrupt` in the main thread, but gRPC's compiled code may swallow it.
+    So another thread also calls `cancel`: then the call fails, which ends the block.
     """
     interrupt = signal.getsignal(signal.SIGINT)
     if not callable(interrupt) or threading.current_thread() is not threading.main_thread():
-        yield  # whoever runs us handles the signal
+        yield  # the embedding program handles the signal
         return
     interrupted = threading.Event()
 
@@ -67,7 +67,7 @@ lens_option = click.option(
 
 
 class Number(click.types.FloatParamType):
-    """A number of at least `minimum`: never NaN, and infinite only where that is allowed."""
+    """A number of at least `minimum`; NaN is refused, and so is infinity unless `infinite`."""
 
     def __init__(self, minimum: float | None = None, *, infinite: bool = False) -> None:
         self._minimum = minimum
@@ -76,7 +76,7 @@ class Number(click.types.FloatParamType):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
-        """The value as a float."""
+        """Return the value as a float."""
         number = float(super().convert(value, param, ctx))
         if math.isnan(number) or (math.isinf(number) and not self._infinite):
             self.fail(f"{value!r} is not a finite number.", param, ctx)
@@ -89,7 +89,7 @@ _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
 def prompt_argument(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the argument PROMPT and the options that say how to tokenize it."""
+    """Add the argument PROMPT and the options for tokenizing it to a command."""
 
     @functools.wraps(command)
     def run(*args: Any, prompt: str, no_special_tokens: bool, literal: bool, **kwargs: Any) -> None:
@@ -112,7 +112,7 @@ def prompt_argument(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def layer_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
-    """`0-3,7` as [0, 1, 2, 3, 7]: numbers and ranges, both ends included."""
+    """Parse numbers and ranges, both ends included: `0-3,7` is [0, 1, 2, 3, 7]."""
     if value is None:
         return None
     layers: list[int] = []
@@ -127,7 +127,7 @@ def layer_list(_ctx: click.Context, _param: click.Parameter, value: str | None) 
 def position_list(
     _ctx: click.Context, _param: click.Parameter, value: str | None
 ) -> list[int] | Literal["all"] | None:
-    """`-1,3` as [-1, 3], or `all`."""
+    """Parse positions: `-1,3` is [-1, 3]; `all` is returned unchanged."""
     if value is None or value == "all":
         return value  # type: ignore[return-value]  # mypy does not narrow by equality
     try:
@@ -140,7 +140,7 @@ def position_list(
 def matrix_list(
     _ctx: click.Context, _param: click.Parameter, value: str | None
 ) -> list[MatrixKind] | None:
-    """`ff1,ff2` as the two kinds."""
+    """Parse kinds of matrices, such as `ff1,ff2`."""
     if value is None:
         return None
     try:
@@ -153,9 +153,9 @@ P = ParamSpec("P")
 
 _FILE = click.Path(exists=True, dir_okay=False)
 
-# The options that are a client's arguments as they are.
+# Options with the same name and value as an argument of the client.
 _CONNECTION = ("token", "secure", "root_certificates", "resume", "timeout")
-# A client's arguments, by name.
+# The client's arguments by name.
 Connection = dict[str, Any]
 
 _CONNECTION_OPTIONS = (
@@ -206,7 +206,7 @@ model_option = click.option(
 
 
 def with_connection(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options by which it reaches its server, as a client's arguments."""
+    """Add the connection options to a command, which receives them as arguments of a client."""
 
     @functools.wraps(command)
     def run(
@@ -227,9 +227,10 @@ def with_connection(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callable[..., None]:
-    """Give a command a client of the server that its options name.
+    """Add the connection options and --json to a command, which receives a connected client.
 
-    The command also learns whether it is to print JSON; the client then does so by itself.
+    The command also receives whether --json is set. If so, the client prints every response, and
+    the command prints nothing.
     """
 
     @functools.wraps(command)
@@ -259,7 +260,7 @@ def _print_json(message: Message) -> None:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Report arguments that the client refuses before sending as wrong usage."""
+    """Report a TypeError or ValueError of the client's arguments as a usage error."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -275,7 +276,7 @@ page_option = click.option(
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page, and say so beside the answer.
+    """Write a page, and print its path and size to standard error.
 
     Raises:
         click.FileError: The file cannot be written.
@@ -288,7 +289,7 @@ def write_page(path: Path, page: str) -> None:
 
 
 def not_both(as_json: bool, page: Path | None) -> None:
-    """Refuse a page beside JSON: a page asks for more than the stream that JSON records.
+    """Refuse --json together with --html, which needs further requests.
 
     Raises:
         click.UsageError: Both were given.
@@ -306,7 +307,7 @@ estimate_option = click.option(
 def show_estimate(
     ask: Callable[..., CostEstimate], as_json: bool, prompt: Text, asked: Mapping[str, Any]
 ) -> None:
-    """Ask with the options that are named as the verb's arguments, and print the answer."""
+    """Request an estimate with the options in `asked`, and print it."""
     with usage_errors():
         cost = ask(prompt, **asked)
     if not as_json:

@@ -1,4 +1,4 @@
-"""The command's root: its subcommands, and how it ends."""
+"""The `januslens` command: its subcommands, error messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ _UNREACHED = "is januslens-server running there? Name it with --server or JANUSL
 
 
 class Program(click.Group):
-    """Ends with 0, or says in one line why not: 1 failed, 2 wrong usage, 130 interrupted."""
+    """Exits with 0, or with a one-line error: 1 = failed, 2 = wrong usage, 130 = interrupted."""
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Run, and turn every expected exception into an exit status."""
+        """Run the command; report expected exceptions by a message and an exit status."""
         _accept_any_token()
         extra["standalone_mode"] = False
         try:
@@ -80,7 +80,7 @@ class Program(click.Group):
 
 
 def _accept_any_token() -> None:
-    """A terminal without Unicode shows escapes in place of the characters it cannot show."""
+    """Print escapes for characters that the terminal's encoding does not have."""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")

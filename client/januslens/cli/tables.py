@@ -22,13 +22,13 @@ _WIDTH_OF_FILES = 110
 
 
 def console() -> Console:
-    """Standard output: a terminal as wide as it is, anything else wide enough for a table."""
+    """Return a console for standard output, with a fixed width if it is not a terminal."""
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_FILES
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def table(*headings: str) -> Table:
-    """An empty table; a heading that starts with `>` belongs to a column of numbers."""
+    """Return an empty table. The columns of headings that start with `>` are right-aligned."""
     grid = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -43,7 +43,7 @@ def table(*headings: str) -> Table:
 
 
 def section(title: str, grid: Table, note: str = "") -> Group:
-    """A table below its title and above what its columns mean, with a line before it all."""
+    """A table with its title above and a note on its columns below, after an empty line."""
     parts: list[RenderableType] = [Text(f"\n{title}", "bold"), grid]
     if note:
         parts.append(Text(note, "dim"))
@@ -51,24 +51,24 @@ def section(title: str, grid: Table, note: str = "") -> Group:
 
 
 class Steps:
-    """A bar of steps done, on standard error."""
+    """A progress bar on standard error."""
 
     def __init__(self, progress: Progress, task: TaskID) -> None:
         self._progress = progress
         self._task = task
 
     def of(self, total: int) -> None:
-        """How many steps there will be."""
+        """Set the total number of steps."""
         self._progress.update(self._task, total=total)
 
     def done(self, what: str) -> None:
-        """One more step is done."""
+        """Advance the bar by one step."""
         self._progress.update(self._task, description=what, advance=1)
 
 
 @contextmanager
 def steps(what: str) -> Iterator[Steps]:
-    """Show progress while something runs, if a person watches standard error."""
+    """Show a progress bar while the block runs, if standard error is a terminal."""
     errors = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(30), TimeElapsedColumn())
     with Progress(
@@ -82,12 +82,12 @@ _RANK_STYLES = {"top": "bold green", "< 10": "green", "< 100": "cyan", "< 1k": "
 
 
 def token_cell(token: Token | None, style: str = "") -> Text:
-    """One token with its spaces and controls visible."""
+    """One token, with visible signs for spaces and control characters."""
     return Text(str(token) if token else "", style, no_wrap=True, overflow="ellipsis")
 
 
 def tokens_cell(tokens: Iterable[Token], sought: Sequence[Token] = (), style: str = "") -> Text:
-    """Several tokens, those that are sought emphasised."""
+    """Several tokens; those in `sought` are emphasised."""
     cell = Text(no_wrap=True, overflow="ellipsis", style=style)
     for token in tokens:
         found = any(token.id == one.id for one in sought)
@@ -98,7 +98,7 @@ def tokens_cell(tokens: Iterable[Token], sought: Sequence[Token] = (), style: st
 
 
 def rank_cell(rank: int | None) -> Text:
-    """A rank, 0 being the top, in the colour of its bin."""
+    """A rank in the colour of its bin."""
     if rank is None:
         return Text("")
     style = _RANK_STYLES.get(presentation.rank_bin(rank), "dim")
@@ -106,31 +106,31 @@ def rank_cell(rank: int | None) -> Text:
 
 
 def probability_cell(probability: float | None) -> Text:
-    """A probability with as many digits as tell it from 0 and from 1."""
+    """A probability; small ones have an exponent."""
     if probability is None:
         return Text("")
     return Text(presentation.probability(probability))
 
 
 def percent_cell(share: float | None) -> Text:
-    """A signed share of a sum in percent."""
+    """A share of a sum in percent, with its sign."""
     return Text("" if share is None else presentation.percent(share))
 
 
 def signed_cell(value: float | None) -> Text:
-    """A number that adds or subtracts."""
+    """A number with its sign, red if negative."""
     if value is None:
         return Text("")
     return Text(presentation.signed(value), "red" if value < -0.005 else "")
 
 
 def size_cell(value: float) -> Text:
-    """A norm: three digits, whatever its magnitude."""
+    """A norm with three significant digits."""
     return Text(presentation.measure(value))
 
 
 def level_cell(value: float, largest: float) -> Text:
-    """A norm after a block as high as its square root is among others up to `largest`."""
+    """A norm after a bar, whose height is on a square-root scale from 0 to `largest`."""
     level = round(presentation.norm_part(value, largest) * (len(_LEVELS) - 1))
     return Text(f"{_LEVELS[level]}{presentation.measure(value)}")
 
@@ -143,7 +143,7 @@ Cells = Mapping[tuple[int, int], Text]
 
 
 def position_grids(prompt: Sequence[Token], cells: Cells, width: int) -> Iterator[Table]:
-    """Tables of the `cells` by (layer, position), each with as many positions as fit."""
+    """Arrange `cells`, keyed by (layer, position), in tables with as many positions as fit."""
     layers = sorted({layer for layer, _ in cells}, reverse=True)
     runs, widest = _fitting(_column_widths(prompt, cells), width)
     for positions in runs:
@@ -159,7 +159,7 @@ def position_grids(prompt: Sequence[Token], cells: Cells, width: int) -> Iterato
 
 
 def _column_widths(prompt: Sequence[Token], cells: Cells) -> dict[int, int]:
-    """What each position's column would need."""
+    """Return the width that the column of each position needs."""
     widths: dict[int, int] = {}
     for (_, position), cell in sorted(cells.items(), key=lambda item: item[0][1]):
         known = widths.get(position, cell_len(_position_heading(position, prompt).plain))
@@ -168,7 +168,10 @@ def _column_widths(prompt: Sequence[Token], cells: Cells) -> dict[int, int]:
 
 
 def _fitting(needed: Mapping[int, int], width: int) -> tuple[list[list[int]], int]:
-    """Runs of positions no wider than `width`, and how wide a column may be: one run if it can."""
+    """Split positions into runs that fit in `width`; also return the maximum width of a column.
+
+    Narrower columns are used if that gives a single run.
+    """
     for widest in _WIDTHS:
         runs = _position_runs(needed, width, widest)
         if len(runs) == 1:
@@ -190,7 +193,7 @@ def _position_runs(needed: Mapping[int, int], width: int, widest: int) -> list[l
 
 
 def measured(cell: Text) -> int:
-    """Terminal columns of the cell's longest line."""
+    """Return the number of terminal columns of the cell's longest line."""
     return max((cell_len(line) for line in cell.plain.split("\n")), default=0)
 
 
@@ -200,7 +203,7 @@ def _position_heading(position: int, prompt: Sequence[Token]) -> Text:
 
 
 def heading(prompt: Sequence[Token], provenance: Provenance) -> Table:
-    """The prompt's tokens, numbered by position, and which weights read them."""
+    """The prompt's tokens, numbered by position, and the model."""
     lines = labelled()
     lines.add_row("prompt", _numbered_tokens(prompt))
     lines.add_row("model", Text(presentation.model_name(provenance), "dim"))
@@ -208,7 +211,7 @@ def heading(prompt: Sequence[Token], provenance: Provenance) -> Table:
 
 
 def labelled() -> Table:
-    """Lines to be added: a label, and a text that may wrap beside it."""
+    """An empty grid for lines with a label and a text, which may wrap."""
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", min_width=6)
     grid.add_column()
@@ -221,7 +224,7 @@ def _numbered_tokens(prompt: Sequence[Token]) -> Text:
 
 
 def file_size(count: int) -> str:
-    """`512 bytes`, `20.1 KiB`, `1.5 GiB`: in the server's units, powers of 1024."""
+    """Format a size in powers of 1024: `512 bytes`, `20.1 KiB`, `1.5 GiB`."""
     size, unit = float(count), "bytes"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
@@ -231,7 +234,7 @@ def file_size(count: int) -> str:
 
 
 def cost_table(cost: CostEstimate) -> Table:
-    """One row a figure, the verdict last."""
+    """One row per figure; the last row says whether the request would be admitted."""
     grid = Table.grid(padding=(0, 2))
     rows = {
         "device": f"{cost.seconds:.3g} s",
@@ -250,7 +253,7 @@ def cost_table(cost: CostEstimate) -> Table:
 
 
 def sentence(parts: presentation.Sentence, emphasised: Sequence[Token]) -> Text:
-    """A sentence, some of its tokens emphasised."""
+    """A sentence; the tokens in `emphasised` are emphasised."""
     line = Text()
     for part in parts:
         found = not isinstance(part, str) and any(part.id == token.id for token in emphasised)

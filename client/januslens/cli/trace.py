@@ -109,7 +109,7 @@ def trace(
     if estimate:
         show_estimate(client.estimate_trace, as_json, prompt, asked)
         return
-    with usage_errors():  # the other options are named as the verb's arguments
+    with usage_errors():  # the other options have the names of the method's arguments
         stream = client.stream_trace(prompt, **asked)
     with stream, steps("tracing") as progress:
         result = _followed(stream, progress)
@@ -120,7 +120,7 @@ def trace(
 
 
 def _overview(client: Client, result: Trace, asked: dict[str, Any]) -> Trace | None:
-    """The residual stream at the other positions; None if the trace has all positions."""
+    """Request the overview of a trace; None if the trace has all positions."""
     if len(result.targets) == len(result.prompt_tokens):
         return None
     return client.trace_overview(result, lens=asked["lens"], top_k=asked["top_k"] or 3)
@@ -136,7 +136,7 @@ def _followed(stream: EventStream[TraceEvent, Trace], progress: Steps) -> Trace:
 
 
 def story(trace: Trace, target: PositionTarget) -> Table:
-    """The target, from where on it ranks first, and which head and neuron add most to it."""
+    """Sentences about the target, the layer from which it ranks first, and its strongest parts."""
     lines = labelled()
     label = "target"
     for parts in presentation.trace_sentences(trace, target):
@@ -151,7 +151,7 @@ _RESIDUAL_TOKENS = 3
 
 
 def emergence(trace: Trace, position: int) -> Group:
-    """One row a residual: its top tokens, the target's rank and probability, what was added."""
+    """One row per residual: top tokens, the target's rank and probability, the added logit."""
     target = trace.target(position).target
     grid = table(">layer", "residual", "top tokens", ">rank", "probability", ">logit")
     for layer in trace.layers:
@@ -191,7 +191,7 @@ _HEAD_TOKENS = 4
 def heads_section(
     trace: Trace, heads: Sequence[Part], title: str, sought: Sequence[Token]
 ) -> Group:
-    """One row a head: contribution, share, sources with their attention, and its top tokens."""
+    """One row per head: contribution, share, sources with their attention, and top tokens."""
     grid = table(">logit", ">share", "head", "reads", "brings")
     for part in heads:
         read = part.node.projection
@@ -207,7 +207,7 @@ def heads_section(
 
 
 def _sources(trace: Trace, head: Part) -> Text:
-    """Where the head looked, most attended first."""
+    """The sources of a head, largest attention first."""
     memories = [
         part for part in trace.parts_of(head.node) if part.node.kind is NodeKind.MEMORY_VALUE
     ]
@@ -230,7 +230,7 @@ _NEURON_TOKENS = 5
 
 
 def neurons_section(neurons: Sequence[Part], title: str, sought: Sequence[Token]) -> Group:
-    """One row a neuron: contribution, share, activation and the tokens of its value row."""
+    """One row per neuron: contribution, share, activation, and the tokens of its row of FF2."""
     grid = table(">logit", ">share", "neuron", ">activation", "writes")
     for part in neurons:
         grid.add_row(
@@ -253,9 +253,9 @@ _PATH_TOKENS = 3
 
 
 def path_section(trace: Trace, path: Sequence[Part], sought: Sequence[Token]) -> Group:
-    """One row a step back: what the row above is mostly made of, and what that says.
+    """One row per step back: the strongest part of the row above, and its top tokens.
 
-    Residuals in a row are one step: nothing but the stream itself carried the token there.
+    Consecutive residuals are one step.
     """
     grid = table("", "made of", ">share", ">logit", "says")
     for step in presentation.path_steps(trace, path):
@@ -283,7 +283,7 @@ _IN_FULL = 3
 
 
 def show_trace(trace: Trace, console: Console, rows: int, details: bool) -> None:
-    """Print a trace; of many positions a picture first, then the last ones in full."""
+    """Print a trace: for several positions a grid, then the last positions in full."""
     console.print(heading(trace.prompt_tokens, trace.provenance))
     if len(trace.targets) > 1:
         _show_picture(trace, console)
@@ -328,7 +328,7 @@ def _show_position(
 
 
 def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: int) -> None:
-    """Every layer in turn, as the paper's figure shows it."""
+    """Print the heads and neurons of every layer."""
     sought: Sequence[Token] = [target.target]
     for layer in trace.layers:
         heads, neurons = layer.heads(target.position), layer.neurons(target.position)
@@ -339,7 +339,7 @@ def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: i
 
 
 def _to_first_source(path: Sequence[Part]) -> Sequence[Part]:
-    """The path as far as the first token that a head took something from."""
+    """Return the path up to the first source position."""
     for i, part in enumerate(path):
         if part.node.kind is NodeKind.MEMORY_VALUE:
             return path[: i + 1]
@@ -347,7 +347,7 @@ def _to_first_source(path: Sequence[Part]) -> Sequence[Part]:
 
 
 def _strongest(parts: Sequence[Part]) -> list[Part]:
-    """By what each adds to the target's logit; without that, by share."""
+    """Sort parts by contribution to the target's logit, or by share without contributions."""
     return sorted(parts, key=_strength, reverse=True)
 
 

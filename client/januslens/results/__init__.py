@@ -1,1 +1,1 @@
-"""What calls return: frozen records with the questions that one asks them."""
+"""The results of calls: frozen records with methods that query and export them."""

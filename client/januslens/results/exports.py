@@ -1,4 +1,4 @@
-"""Results in other forms: frames, graphs, files, JSON lines, and HTML."""
+"""Convert results to pandas frames, networkx graphs, safetensors files, JSON lines and HTML."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 
 @singledispatch
 def notebook_html(result: Any) -> str:
-    """The HTML that a notebook shows for a result."""
+    """Return the HTML that a notebook shows for a result."""
     raise TypeError(f"no notebook HTML for {type(result).__name__}")
 
 
 @singledispatch
 def page_html(result: Any, beside: Any) -> str:
-    """A result, and what is shown beside it, as one interactive HTML file."""
+    """Return an interactive HTML file with a result and, beside it, an overview or previews."""
     raise TypeError(f"no page for {type(result).__name__} and {type(beside).__name__}")
 
 
 @dataclass(frozen=True)
 class PageFrame:
-    """A page that a notebook shows where it is the result of a cell.
+    """A page as the result of a notebook's cell.
 
-    It has a frame of its own, from which its script cannot reach the notebook.
+    The notebook shows it in an iframe, from which its script cannot access the notebook.
 
     Attributes:
-        html: The page, as a file would hold it.
+        html: The HTML file.
         height: Height of the frame in pixels.
     """
 
@@ -58,31 +58,31 @@ class PageFrame:
 
 
 def require(library: str, extra: str, purpose: str) -> Any:
-    """Import `library`, or say which extra of this distribution brings it.
+    """Import an optional library.
 
     Raises:
-        ImportError: It is not installed.
+        ImportError: The library is not installed; the message names the extra that installs it.
     """
     try:
         return importlib.import_module(library)
     except ModuleNotFoundError as error:
         if error.name != library.partition(".")[0]:
-            raise  # the library is there, but broken
+            raise  # the library is installed, but broken
         message = f"{purpose} needs {library}: pip install 'januslens[{extra}]'"
         raise ModuleNotFoundError(message, name=error.name) from error
 
 
 def json_line(message: Message) -> str:
-    """One message as one line, without its line break.
+    """Return a message as one line of JSON, without a line break.
 
-    Keys are sorted: protobuf leaves the order of a map's entries open, and equal messages should
-    give equal lines.
+    Keys are sorted so that equal messages give equal lines; protobuf does not define the order of
+    map entries.
     """
     return MessageToJson(message, indent=None, sort_keys=True)
 
 
 def json_lines(messages: Iterable[Message]) -> Iterator[str]:
-    """Each message as one line."""
+    """Return each message as one line of JSON."""
     return map(json_line, messages)
 
 
@@ -120,7 +120,7 @@ _EDGE_FIELDS = (
 
 
 def node_frame(nodes: Iterable[Node]) -> pd.DataFrame:
-    """One row per node, indexed by id; absent values are `pd.NA`, NaN or None."""
+    """Return a frame with one row per node; absent values are `pd.NA`, NaN or None."""
     pandas = require("pandas", "analysis", "a frame of nodes")
     rows = [_node_row(node) for node in nodes]
     columns = [*_NODE_FIELDS, *_projection_row(None)]
@@ -129,7 +129,7 @@ def node_frame(nodes: Iterable[Node]) -> pd.DataFrame:
 
 
 def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:
-    """One row per edge."""
+    """Return a frame with one row per edge."""
     pandas = require("pandas", "analysis", "a frame of edges")
     rows = [_edge_row(edge) for edge in edges]
     frame: pd.DataFrame = pandas.DataFrame(rows, columns=list(_EDGE_FIELDS))
@@ -140,17 +140,17 @@ def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:
 def directed_graph(
     known: Mapping[str, Node], nodes: Iterable[Node], edges: Iterable[Edge]
 ) -> nx.MultiDiGraph[str]:
-    """Node ids with attributes; two nodes may be joined by edges of several kinds (the key).
+    """Return a graph of node ids; the key of an edge is its kind.
 
-    Attributes are numbers and strings, so that networkx's GraphML, GEXF and JSON writers accept
-    them: lists of tokens are JSON, and characters that XML cannot hold are escaped.
+    Attributes are numbers and strings, as networkx's GraphML, GEXF and JSON writers require. Lists
+    of tokens are JSON strings, and characters that XML cannot hold are escaped.
     """
     networkx = require("networkx", "analysis", "a graph")
     graph: nx.MultiDiGraph[str] = networkx.MultiDiGraph()
     for node in nodes:
         graph.add_node(node.id, **_present(_node_row(node), without="id"))
     for edge in edges:
-        if edge.source not in graph:  # an earlier layer's output, in the view of one layer
+        if edge.source not in graph:  # in the graph of one layer: the output of an earlier layer
             graph.add_node(edge.source, **_present(_node_row(known[edge.source]), without="id"))
         attributes = _present(_edge_row(edge), without="source target")
         graph.add_edge(edge.source, edge.target, key=str(edge.kind), **attributes)
@@ -163,7 +163,7 @@ def _node_row(node: Node) -> dict[str, Any]:
 
 
 def _projection_row(node: Node | None) -> dict[str, Any]:
-    """The reading of a node; every column is there, whether the node has one or not."""
+    """Return the columns of a node's projection; without a projection they are None."""
     read = node.projection if node else None
     return {
         "top_token": read.top[0].token.text if read and read.top else None,
@@ -197,17 +197,17 @@ def _attribute(value: Any) -> Any:
     return xml_text(value) if isinstance(value, str) else value
 
 
-# What XML 1.0 forbids, and the carriage return, which its readers turn into a line feed.
+# Characters that XML 1.0 forbids, and the carriage return, which XML parsers turn into a line feed.
 _NOT_XML = re.compile("[^\\t\\n\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
 
 
 def xml_text(text: str) -> str:
-    """`text` with the characters that XML cannot hold as `<U+XXXX>`."""
+    """Escape the characters that XML cannot hold as `<U+XXXX>`."""
     return _NOT_XML.sub(lambda found: f"<U+{ord(found[0]):04X}>", text)
 
 
 def component_frame(matrices: Iterable[Matrix], prompt_tokens: Sequence[Token]) -> pd.DataFrame:
-    """One row per component; `token` is missing if the prompt's tokens are unknown."""
+    """Return a frame with one row per component; `token` is None if the prompt is unknown."""
     pandas = require("pandas", "analysis", "a frame of components")
     rows = [
         _component_row(matrix, component, prompt_tokens)
@@ -279,7 +279,7 @@ _NEURON_COLUMNS = [
 
 
 def neuron_frame(neurons: Iterable[NeuronHit]) -> pd.DataFrame:
-    """One row per neuron; `expert` is missing if the MLP has no experts."""
+    """Return a frame with one row per neuron; `expert` is missing if the MLP has no experts."""
     pandas = require("pandas", "analysis", "a frame of neurons")
     frame: pd.DataFrame = pandas.DataFrame(
         [_neuron_row(hit) for hit in neurons], columns=_NEURON_COLUMNS

@@ -1,4 +1,4 @@
-"""Gradient lenses, and previews of the edits that follow from them."""
+"""Results of gradient lenses and of edit previews."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class Effect:
     """The next-token distribution of one prompt, before and after an edit.
 
     Attributes:
-        label: The probe's; empty for the prompt that was edited.
-        target: The token watched.
-        probability_before: Its probability without the edit.
-        probability_after: Its probability with it.
-        rank_before: How many tokens were likelier; 0 = it was the prediction.
-        rank_after: How many tokens are likelier with the edit.
+        label: The label of the probe; empty for the edited prompt.
+        target: The token whose probability and rank are reported.
+        probability_before: The target's probability without the edit.
+        probability_after: The target's probability with the edit.
+        rank_before: The target's rank without the edit; 0 = most likely.
+        rank_after: The target's rank with the edit.
         predicted_before: The model's prediction without the edit.
-        predicted_after: The model's prediction with it.
-        kl_bits: `KL(before || after)` of the whole distribution.
+        predicted_after: The model's prediction with the edit.
+        kl_bits: `KL(before || after)` of the whole distribution, in bits.
     """
 
     label: str
@@ -47,7 +47,7 @@ class Effect:
 
     @classmethod
     def from_message(cls, message: edits_pb2.Effect, tokens: TokenTable) -> Effect:
-        """Read one effect, the texts of its tokens from `tokens`."""
+        """Read one effect; `tokens` has the texts of its tokens."""
         return cls(
             label=message.label,
             target=tokens[message.target_token_id],
@@ -63,11 +63,11 @@ class Effect:
 
 @dataclass(frozen=True)
 class EditPreview:
-    """What an edit would do to its own prompt and to others.
+    """The effects of an edit on its own prompt and on the probes.
 
     Attributes:
-        edited: On the prompt that the edit is made for.
-        probes: On the probes, in the order they were given.
+        edited: The effect on the edited prompt.
+        probes: The effects on the probes, in the order of the request.
         provenance: The model's revision, data type, device and library versions.
         response: The message that it was read from.
     """
@@ -95,15 +95,15 @@ class EditPreview:
 
 @dataclass(frozen=True)
 class GradientHeader:
-    """What was differentiated; the first event of a gradient's stream.
+    """Prompt, loss and targets of a gradient; the first event of its stream.
 
     Attributes:
         request_id: Id of the call, as in the server's log.
         provenance: The model's revision, data type, device and library versions.
         sizes: The model's layers, heads, neurons and tokens.
-        prompt_tokens: Every token that the model read: the prompt and, with teacher forcing, all
-            target tokens except the last.
-        loss: Value of the loss: in nats, for a logit difference in logits.
+        prompt_tokens: The model's input: the prompt and, with teacher forcing, all target tokens
+            except the last.
+        loss: Value of the loss, in nats; that of a logit difference is in logits.
         targets: The tokens of the loss, whose ranks the components report: the target tokens in
             order, or `preferred` and `other`, or the suppressed tokens.
         predicted: The model's own prediction after the prompt.
@@ -125,7 +125,7 @@ class GradientHeader:
     def from_message(
         cls, message: gradient_lens_pb2.GradientHeader, tokens: TokenTable
     ) -> GradientHeader:
-        """Read the header, the texts of the targets from `tokens`."""
+        """Read the header; `tokens` has the texts of the targets."""
         return cls(
             request_id=message.request_id,
             provenance=Provenance.from_message(message.provenance),
@@ -141,15 +141,15 @@ class GradientHeader:
 
 @dataclass(frozen=True)
 class SegmentRow:
-    """One segment of the prompt in one matrix (Backward Lens's figures of norms and ranks).
+    """Norms and ranks of one matrix over a segment of the prompt (Backward Lens, section 6).
 
     Attributes:
         segment: `first_token`, `subject`, `last_subject_token`, `rest` or `last_token`.
-        layer: The block.
+        layer: The layer.
         kind: The matrix.
         mean_vjp_norm: Mean length of the VJPs at the segment's positions.
-        mean_target_rank: Mean rank of the target in their projections.
-        positions: How many positions the segment has.
+        mean_target_rank: Mean rank of the first target in the projected factor.
+        positions: Number of positions in the segment.
     """
 
     segment: str
@@ -177,9 +177,9 @@ class GradientSummary:
     """The last event of a GradientLens; a stream without one is incomplete.
 
     Attributes:
-        matrices: How many matrices were sent.
+        matrices: Number of matrices sent.
         times: Seconds by stage on the server.
-        segments: Norms and ranks by segment, where a subject was given.
+        segments: Norms and ranks by segment; empty without a subject.
     """
 
     matrices: int
@@ -198,13 +198,13 @@ class GradientSummary:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Gradient:
-    """What a GradientLens found (Backward Lens; Katz, Belinkov, Geva & Wolf, 2024).
+    """The gradient of a prompt as factors (Backward Lens; Katz, Belinkov, Geva & Wolf, 2024).
 
     Attributes:
         header: Prompt, loss, targets and provenance.
         matrices: The gradients, from the last layer down.
-        summary: Counts, times and segments; None if the stream was cut.
-        responses: The messages that it was read from.
+        summary: Counts, times and segments; None if the stream was interrupted.
+        responses: The messages that this result was read from.
     """
 
     header: GradientHeader
@@ -214,12 +214,12 @@ class Gradient:
 
     @property
     def loss(self) -> float:
-        """The loss in nats (a logit difference in logits)."""
+        """The loss in nats; that of a logit difference is in logits."""
         return self.header.loss
 
     @property
     def prompt_tokens(self) -> tuple[Token, ...]:
-        """Every token that the model read, teacher-forced target tokens included."""
+        """The model's input, including teacher-forced target tokens."""
         return self.header.prompt_tokens
 
     @property
@@ -233,7 +233,7 @@ class Gradient:
         return self.summary.segments if self.summary else ()
 
     def matrix(self, layer: int, kind: MatrixKind | str, expert: int | None = None) -> Matrix:
-        """One matrix's gradient.
+        """Return the gradient of one matrix.
 
         Raises:
             ValueError: There is no such kind.
@@ -247,7 +247,7 @@ class Gradient:
         raise KeyError(f"expected one of {here}; got layer {layer}, {wanted}, expert {expert}")
 
     def of_kind(self, kind: MatrixKind | str) -> list[Matrix]:
-        """All layers' gradients of one kind, from the last layer down.
+        """Return the gradients of one kind of matrix in all layers, from the last layer down.
 
         Raises:
             ValueError: There is no such kind.
@@ -256,11 +256,11 @@ class Gradient:
         return [matrix for matrix in self.matrices if matrix.kind is wanted]
 
     def to_pandas(self) -> pd.DataFrame:
-        """A data frame with one row per component of every matrix. Requires pandas."""
+        """Return a data frame with one row per component of every matrix. Requires pandas."""
         return exports.component_frame(self.matrices, self.prompt_tokens)
 
     def save(self, path: str | Path) -> None:
-        """Write all factors to a safetensors file, as `Matrix.save` does. Needs safetensors.
+        """Write all factors to a safetensors file, as `Matrix.save` does. Requires safetensors.
 
         The metadata of the file name the model and the prompt.
 
@@ -279,7 +279,7 @@ class Gradient:
         }
 
     def __repr__(self) -> str:
-        """One line: it may hold thousands of projections."""
+        """A one-line description, because the gradient may have thousands of projections."""
         prompt = "".join(token.text for token in self.prompt_tokens)
         return f"<Gradient on {prompt!r}: loss {self.loss:.4g}, {len(self.matrices)} matrices>"
 
@@ -288,21 +288,21 @@ class Gradient:
         return notebook_html(self)
 
     def to_json_lines(self) -> Iterable[str]:
-        """The stream as canonical protobuf JSON, one message a line: what `--json` prints."""
+        """Return the stream as canonical protobuf JSON, one message per line, like `--json`."""
         return json_lines(self.responses)
 
     def to_html(self, previews: Mapping[str, EditPreview] | None = None) -> str:
-        """This gradient as a page: one HTML file that needs no network.
+        """Return this gradient as a page: one HTML file that needs no network.
 
         Args:
-            previews: What edits would do, from `client.preview_edit`, each under its title.
+            previews: Results of `client.preview_edit` to show on the page, by title.
         """
         return page_html(self, previews or {})
 
     def show(
         self, previews: Mapping[str, EditPreview] | None = None, *, height: int = 800
     ) -> PageFrame:
-        """The page of `to_html`, as the result of a notebook's cell; `height` in pixels."""
+        """Show the page of `to_html` in a notebook; `height` is in pixels."""
         return PageFrame(self.to_html(previews), height)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Nodes and edges of the flow graph, and queries on a set of them."""
+"""Nodes and edges of the flow graph, and queries on them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ class Node:
         kind: Kind of the vector.
         layer: Layer, from 0; None outside the blocks.
         position: The query position.
-        head: Query head; None for kinds that are not of one head.
+        head: Query head; None for kinds that do not belong to a head.
         source_position: Source position of a memory key or value.
         neuron: Neuron of the MLP, or row of W_O.
         expert: Expert of the neuron, in a mixture of experts.
         norm: Euclidean norm of the vector.
-        activation: Factor of the vector in its sum; set for neurons.
-        projection: Projection of the vector; None for exact zeros and ATTENTION_CONCAT.
+        activation: The neuron's activation, which multiplies the vector in its sum; None for
+            other kinds.
+        projection: Projection of the vector; None for zero vectors and ATTENTION_CONCAT.
         vector: The vector `[d_model]`, if requested.
     """
 
@@ -57,7 +58,7 @@ class Node:
 
     @classmethod
     def from_message(cls, message: trace_pb2.Node, tokens: TokenTable) -> Node:
-        """Read one node, the texts of its projection from `tokens`."""
+        """Read one node; `tokens` has the texts of its projection."""
         has = message.HasField
         return cls(
             id=message.id,
@@ -77,7 +78,7 @@ class Node:
         )
 
     def __str__(self) -> str:
-        """Its id and its top tokens."""
+        """The node's id and its top tokens."""
         return f"{self.id}: {self.projection}" if self.projection else self.id
 
 
@@ -88,12 +89,12 @@ class Edge:
     Attributes:
         source: Id of the source node.
         target: Id of the target node.
-        kind: PART if the source is a part of a sum; otherwise how the target follows from it.
+        kind: PART if the source is a summand of the target; docs/semantics.md has the other kinds.
         weight: A norm, an attention probability or an activation, in the model's own units.
         share: `<part, sum> / ||sum||^2`, signed; the shares of one sum add up to 1.
         attention: The attention probability of a memory value.
         logit_contribution: Direct effect of the part on the target's logit, if requested.
-        overlap: Fraction of top tokens that both ends share (VISIT's intersection score).
+        overlap: Fraction of top tokens that source and target share (VISIT's intersection score).
     """
 
     source: str
@@ -121,7 +122,7 @@ class Edge:
 
 
 def _given(message: Message, field: str, value: ValueT) -> ValueT | None:
-    """`value` where the field is set: a zero that was sent is not an absent one."""
+    """Return `value` if the field is set, else None; a zero may have been sent."""
     return value if message.HasField(field) else None
 
 
@@ -157,7 +158,7 @@ class KnownNodes(Mapping[str, Node]):
     """Nodes of several layers by id; later layers are searched first and parsed when needed."""
 
     def __init__(self, layers: Iterable[Sequence[Node]]) -> None:
-        """The nodes of each layer, in ascending order."""
+        """`layers` has the nodes of each layer, lowest layer first."""
         self._layers = tuple(layers)[::-1]
         self._read: dict[int, dict[str, Node]] = {}
 
@@ -187,12 +188,12 @@ class KnownNodes(Mapping[str, Node]):
 class GraphView:
     """Nodes and edges, with queries on them.
 
-    `nodes` and `edges` hold the same as `node_list` and `edge_list`, as pandas frames.
+    `nodes` and `edges` are pandas frames of `node_list` and `edge_list`.
 
     Attributes:
-        node_list: Every node here, in the order it was sent; read when it is first looked at.
-        edge_list: Every edge here, in the order it was sent; likewise.
-        known_nodes: By id, the nodes that the edges refer to, those of earlier layers included.
+        node_list: All nodes in the order of the stream, parsed on first access.
+        edge_list: All edges in the order of the stream, parsed on first access.
+        known_nodes: The nodes by id, including nodes of earlier layers that edges refer to.
     """
 
     node_list: Sequence[Node] = field(repr=False)
@@ -207,15 +208,15 @@ class GraphView:
         return incoming
 
     def node(self, node_id: str) -> Node:
-        """The node of this id.
+        """Return the node with this id.
 
         Raises:
-            KeyError: There is none here: its layer or position was not traced, or it is hidden.
+            KeyError: There is no such node; its layer or position was not traced, or it is hidden.
         """
         return self.known_nodes[node_id]
 
     def nodes_of(self, kind: NodeKind | str, position: int | None = None) -> list[Node]:
-        """The nodes of one kind, at one position or at all.
+        """Return the nodes of one kind, at one position or at all positions.
 
         Raises:
             ValueError: There is no such kind.
@@ -228,23 +229,23 @@ class GraphView:
         ]
 
     def edges_into(self, node: Node | str) -> list[Edge]:
-        """Every edge into a node (or the node of an id), in the order they were sent."""
+        """Return all edges into a node, given as a node or an id, in the order of the stream."""
         return list(self._incoming.get(node if isinstance(node, str) else node.id, ()))
 
     def parts_of(self, node: Node | str) -> list[Part]:
-        """The parts that add up to a node (or the node of an id), largest |share| first.
+        """Return the parts that add up to a node (given as a node or an id), largest |share| first.
 
-        Their shares add to 1. Empty for a node that is no sum.
+        The shares add up to 1. The list is empty if the node is not a sum.
         """
         edges = (edge for edge in self.edges_into(node) if edge.kind is EdgeKind.PART)
         return _by_share(Part(self.known_nodes[edge.source], edge) for edge in edges)
 
     def heads(self, position: int | None = None) -> list[Part]:
-        """The attention heads' outputs with their share of the heads together, largest first."""
+        """Return the heads' outputs with their shares of the sum of all heads, largest first."""
         return self._parts_of_kind(NodeKind.HEAD_OUTPUT, position)
 
     def neurons(self, position: int | None = None) -> list[Part]:
-        """The MLP's value rows with their share of the MLP's result, largest first."""
+        """Return the MLP's neurons with their shares of the MLP's result, largest first."""
         return self._parts_of_kind(NodeKind.MLP_VALUE, position)
 
     def _parts_of_kind(self, kind: NodeKind, position: int | None) -> list[Part]:
@@ -262,12 +263,12 @@ class GraphView:
         return exports.edge_frame(self.edge_list)
 
     def to_networkx(self) -> nx.MultiDiGraph[str]:
-        """A directed graph of node ids. Needs networkx.
+        """Return a directed graph of node ids. Requires networkx.
 
-        Attributes are the records' fields as numbers and strings, which networkx can write as
-        GraphML, GEXF and JSON: lists of tokens are JSON strings, and characters that XML cannot
-        hold are escaped as `<U+XXXX>`. Edges of several kinds may join two nodes; the kind is the
-        edge's key.
+        Attributes of nodes and edges are numbers and strings, so networkx can write the graph as
+        GraphML, GEXF and JSON. Lists of tokens are JSON strings, and characters that XML cannot
+        hold are escaped as `<U+XXXX>`. Two nodes may have edges of several kinds; the kind is the
+        key of the edge.
         """
         return exports.directed_graph(self.known_nodes, self.node_list, self.edge_list)
 

@@ -1,4 +1,4 @@
-"""The contract's enumerations as strings: they print, sort and compare as what they say."""
+"""The enumerations of the contract as Python string enumerations."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from januslens.v1 import gradient_lens_pb2, lens_pb2, trace_pb2
 
 
 class Kind(StrEnum):
-    """An enumeration of the contract, its members without the prefix of the .proto file."""
+    """An enumeration of the contract; members lack the prefix that they have in the .proto file."""
 
     @classmethod
     def of(cls, name: str) -> Self:
-        """The member of this name, whatever its case.
+        """Return the member with this name, in upper or lower case.
 
         Raises:
-            ValueError: There is none; the message lists all.
+            ValueError: There is no such member; the message lists all members.
         """
         try:
             return cls[name.upper()]
@@ -94,7 +94,7 @@ class MatrixKind(Kind):
 
 
 class Lens(Kind):
-    """How a vector is brought into the vocabulary."""
+    """Variants of the logit lens; docs/semantics.md defines them."""
 
     UNSPECIFIED = "UNSPECIFIED"
     FINAL_NORM = "FINAL_NORM"
@@ -103,7 +103,7 @@ class Lens(Kind):
 
 
 class Side(Kind):
-    """Which factor of a gradient lives in the residual basis and is projected."""
+    """The factor of a gradient that is in the residual basis and is projected."""
 
     UNSPECIFIED = "UNSPECIFIED"
     INPUT = "INPUT"
@@ -111,7 +111,7 @@ class Side(Kind):
 
 
 class End(Kind):
-    """Where in a projection the tokens stand that a descent step promotes."""
+    """The end of a projection with the tokens that a descent step promotes."""
 
     UNSPECIFIED = "UNSPECIFIED"
     TOP = "TOP"
@@ -119,22 +119,22 @@ class End(Kind):
 
 
 class Numbering(Generic[KindT, NumberT]):
-    """The numbers that the contract gives to the members of a kind."""
+    """Converts between the members of a kind and the enum numbers of the contract."""
 
     def __init__(
         self, kind: type[KindT], items: Iterable[tuple[str, NumberT]], prefix: str
     ) -> None:
-        """`items` are a generated enum's; their names start with `prefix`."""
+        """`items` are those of a generated enum, with names that start with `prefix`."""
         short = {name.removeprefix(prefix): number for name, number in items}
         self._numbers = {member: short[member.name] for member in kind if member.name in short}
         self._members: dict[int, KindT] = {n: member for member, n in self._numbers.items()}
 
     def member(self, number: int) -> KindT:
-        """The member; UNSPECIFIED (number 0) for one that only a newer server knows."""
+        """Return the member; UNSPECIFIED (number 0) for numbers of a newer contract."""
         return self._members.get(number) or self._members[0]
 
     def number(self, member: KindT) -> NumberT:
-        """What to send for a member."""
+        """Return the enum number of a member."""
         return self._numbers[member]
 
 

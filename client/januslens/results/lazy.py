@@ -15,10 +15,10 @@ RecordT = TypeVar("RecordT")
 
 
 class LazySequence(Sequence[RecordT]):
-    """As a tuple of records, to which it is equal: its length is known, the rest read at need."""
+    """Lazily parsed sequence of records; compares equal to a tuple."""
 
     def __init__(self, count: int, read: Callable[[], Iterable[RecordT]]) -> None:
-        """`read` gives the `count` records, once."""
+        """`read` returns the `count` records; it is called at most once."""
         self._count = count
         self._read = read
 
@@ -26,7 +26,7 @@ class LazySequence(Sequence[RecordT]):
     def of(
         cls, messages: Collection[MessageT], read: Callable[[MessageT], RecordT]
     ) -> LazySequence[RecordT]:
-        """One record for each message."""
+        """Create a sequence with one record per message."""
         return cls(len(messages), lambda: map(read, messages))
 
     @cached_property
@@ -34,7 +34,7 @@ class LazySequence(Sequence[RecordT]):
         return tuple(self._read())
 
     def __len__(self) -> int:
-        """Known without reading any."""
+        """The number of records; does not parse them."""
         return self._count
 
     @overload
@@ -44,27 +44,27 @@ class LazySequence(Sequence[RecordT]):
     def __getitem__(self, index: slice) -> tuple[RecordT, ...]: ...
 
     def __getitem__(self, index: int | slice) -> RecordT | tuple[RecordT, ...]:
-        """A record, or a tuple of some."""
+        """A record, or for a slice a tuple of records."""
         return self._records[index]
 
     def __iter__(self) -> Iterator[RecordT]:
-        """The records in the order they were sent."""
+        """Iterate over the records in the order of the stream."""
         return iter(self._records)
 
     def __eq__(self, other: object) -> bool:
-        """Whether these are the same records, in a tuple or here."""
+        """Whether the other sequence or tuple has equal records."""
         if isinstance(other, LazySequence):
             return self._records == other._records
         return self._records == other
 
     def __hash__(self) -> int:
-        """A tuple's."""
+        """The hash of the tuple of records."""
         return hash(self._records)
 
     def __repr__(self) -> str:
-        """A tuple's."""
+        """The representation of the tuple of records."""
         return repr(self._records)
 
     def __reduce__(self) -> tuple[type[tuple[RecordT, ...]], tuple[tuple[RecordT, ...]]]:
-        """A copy, or what is stored, is the tuple."""
+        """Copy and pickle as the tuple of records."""
         return tuple, (self._records,)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One coordinate of a factor: a neuron, or head * d_head + dimension."""
+    """One coordinate of a factor; its index is a neuron, or `head * d_head + dimension`."""
 
     index: int
     value: float
@@ -41,10 +41,10 @@ class Component:
     Attributes:
         position: The position i, an index into the gradient's `prompt_tokens`.
         input_norm: Norm of x_i, the input of the matrix.
-        vjp_norm: Norm of delta_i, the gradient of the loss with respect to its output.
-        size: Product of both norms: the Frobenius norm of the component.
+        vjp_norm: Norm of delta_i, the gradient of the loss with respect to the matrix's output.
+        size: Frobenius norm of the component, the product of both norms.
         promoted_end: The end of `projection` with the tokens that a descent step promotes.
-        projection: Projection of the factor in the residual basis; None if it is zero.
+        projection: Projection of the factor that is in the residual basis; None if it is zero.
         predicted_rank: Rank of the model's own prediction in this projection.
         target_ranks: Rank of each target token in this projection; 0 = top.
         other_side: The largest entries of the other factor.
@@ -68,7 +68,7 @@ class Component:
     def from_message(
         cls, message: gradient_lens_pb2.Component, promoted_end: End, tokens: TokenTable
     ) -> Component:
-        """Read one component, the texts of its projection from `tokens`."""
+        """Read one component; `tokens` has the texts of its projection."""
         has = message.HasField
         return cls(
             position=message.position,
@@ -103,7 +103,7 @@ class Component:
         return self.projection.bottom_tokens if at_top else self.projection.top_tokens
 
     def factors(self) -> tuple[Floats, Floats]:
-        """x_i `[d_in]` and delta_i `[d_out]` in float32.
+        """Return x_i `[d_in]` and delta_i `[d_out]` in float32.
 
         Raises:
             ValueError: The gradient was requested without factors.
@@ -113,7 +113,7 @@ class Component:
         return self.input.float32(), self.vjp.float32()
 
     def outer(self) -> Floats:
-        """This component as a matrix `[d_in, d_out]`.
+        """Return this component as a matrix `[d_in, d_out]`.
 
         Raises:
             ValueError: The gradient was requested without factors.
@@ -123,7 +123,7 @@ class Component:
 
 @dataclass(frozen=True, slots=True)
 class Singular:
-    """One singular value of a gradient with its vectors; their common sign is arbitrary.
+    """One singular value of a gradient with its two vectors, which share an arbitrary sign.
 
     Attributes:
         value: The singular value.
@@ -150,14 +150,14 @@ class Singular:
 
 @dataclass(frozen=True, slots=True)
 class NeuronChange:
-    """A neuron's key or value before a step, the step's change, and after.
+    """The effect of a descent step on one neuron's row or column of a matrix.
 
     Attributes:
-        neuron: Its index.
-        change_norm: Length of the change, learning rate included where one was given.
-        before: The row or column as it is.
-        change: What the step adds.
-        after: Their sum; None without a learning rate.
+        neuron: Index of the neuron.
+        change_norm: Norm of the change; without a learning rate, that of a step with rate 1.
+        before: Projection of the row or column before the step.
+        change: Projection of the change.
+        after: Projection of the row or column after the step; None without a learning rate.
     """
 
     neuron: int
@@ -183,7 +183,7 @@ class NeuronChange:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """How far the sum of the outer products is from autograd's gradient."""
+    """Relative difference between the sum of outer products and autograd's gradient."""
 
     relative_error: float
     tolerance: float
@@ -203,14 +203,14 @@ class Matrix:
     """`dL/dW = sum_i x_i^T delta_i` of one weight `W: [d_in, d_out]`.
 
     Attributes:
-        layer: Its block.
+        layer: Layer of the matrix.
         kind: Kind of the matrix.
         expert: Expert of the matrix; None without experts.
-        d_in: Number of rows.
-        d_out: Number of columns.
+        d_in: Number of rows of W.
+        d_out: Number of columns of W.
         projected_side: The factor that is projected.
         promoted_end: The end of the projections with the tokens that a descent step promotes.
-        components: At most the requested number of components, largest first.
+        components: The largest components, up to the requested number, largest first.
         component_count: Number of components of the whole gradient.
         frobenius_norm: Norm of the whole gradient, including components that were not sent.
         spectrum: The largest singular values with their vectors, if requested.
@@ -234,7 +234,7 @@ class Matrix:
 
     @classmethod
     def from_message(cls, message: gradient_lens_pb2.GradientMatrix, tokens: TokenTable) -> Matrix:
-        """Read one whole matrix, the texts of its projections from `tokens`."""
+        """Read one whole matrix; `tokens` has the texts of its projections."""
         end = ENDS.member(message.promoted_end)
         return cls(
             layer=message.layer,
@@ -260,12 +260,12 @@ class Matrix:
 
     @property
     def name(self) -> str:
-        """`L3.FF2`, or `L3.e1.FF2` for an expert's."""
+        """The matrix's name, for example `L3.FF2`, or `L3.e1.FF2` in expert 1."""
         expert = "" if self.expert is None else f"e{self.expert}."
         return f"L{self.layer}.{expert}{self.kind}"
 
     def factors(self) -> tuple[Floats, Floats]:
-        """The inputs `[components, d_in]` and the VJPs `[components, d_out]` in float32.
+        """Return the inputs `[components, d_in]` and the VJPs `[components, d_out]` in float32.
 
         Raises:
             ValueError: The gradient was requested without factors.
@@ -276,10 +276,10 @@ class Matrix:
         return np.stack(inputs), np.stack(vjps)
 
     def gradient(self) -> Floats:
-        """The dense gradient `[d_in, d_out]`.
+        """Return the dense gradient `[d_in, d_out]`.
 
         Raises:
-            ValueError: The gradient was made without factors, or without all components.
+            ValueError: The gradient was requested without factors, or without all components.
         """
         inputs, vjps = self.factors()
         if len(self.components) < self.component_count:
@@ -292,7 +292,7 @@ class Matrix:
         return dense
 
     def __repr__(self) -> str:
-        """One line: it may hold thousands of projections."""
+        """A one-line description, because the matrix may have thousands of projections."""
         parts = f"{len(self.components)} of {self.component_count} components"
         return f"<Matrix {self.name} [{self.d_in}, {self.d_out}]: {parts}>"
 
@@ -301,13 +301,13 @@ class Matrix:
         return notebook_html(self)
 
     def to_pandas(self) -> pd.DataFrame:
-        """A data frame with one row per component. Requires pandas."""
+        """Return a data frame with one row per component. Requires pandas."""
         return exports.component_frame([self], ())
 
     def save(self, path: str | Path) -> None:
-        """Write the factors to a safetensors file. Needs safetensors.
+        """Write the factors to a safetensors file. Requires safetensors.
 
-        It holds `L3.FF2.input` `[components, d_in]`, `L3.FF2.vjp` `[components, d_out]` and
+        The file has `L3.FF2.input` `[components, d_in]`, `L3.FF2.vjp` `[components, d_out]` and
         `L3.FF2.position` `[components]`.
 
         Raises:

@@ -11,16 +11,16 @@ from januslens.v1 import common_pb2, cost_pb2, models_pb2
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which weights computed a result, where and with what.
+    """The model, device and library versions that computed a result.
 
     Attributes:
-        model: Its name at this server.
+        model: The model's name on this server.
         revision: The hub's commit, or a hash of a local folder's weights.
         architecture: The model class, e.g. `GPT2LMHeadModel`.
-        data_type: What the weights are held in.
-        device: Where they are.
+        data_type: Data type of the weights.
+        device: Device of the weights.
         attention: The attention implementation.
-        versions: Library name to version.
+        versions: Versions of the libraries, by name.
     """
 
     model: str
@@ -47,14 +47,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of the model, against which ranks and layers are read.
+    """Sizes of the model, for interpreting ranks, layers, heads and neurons.
 
     Attributes:
-        n_layers: Transformer blocks.
-        n_heads: Query heads of each attention.
-        d_mlp: Neurons of one MLP, or of one expert.
-        vocab_size: Tokens that the unembedding knows: ranks lie below it.
-        d_head: Width of one head: ATTENTION_NEURON i belongs to head `i // d_head`.
+        n_layers: Number of layers.
+        n_heads: Number of query heads per layer.
+        d_mlp: Number of neurons of one MLP, or of one expert.
+        vocab_size: Number of rows of the unembedding; ranks are below it.
+        d_head: Width of one head; ATTENTION_NEURON i belongs to head `i // d_head`.
     """
 
     n_layers: int
@@ -90,7 +90,7 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Guarantee:
-    """One property of a model, as measured (docs/guarantees.md says how)."""
+    """A measured property of a model, with its tolerance (see docs/guarantees.md)."""
 
     name: str
     measured_error: float
@@ -108,20 +108,20 @@ class Model:
     """One configured model.
 
     Attributes:
-        name: What requests call it.
+        name: The model's name in requests.
         state: `LOADING`, `READY` or `FAILED`.
-        state_reason: Why, where it failed.
-        provenance: Its revision, architecture, data type and device.
-        n_layers: Number of blocks.
-        n_heads: Attention heads of a block.
-        n_kv_heads: Key and value heads of a block.
+        state_reason: Why the model failed; empty in other states.
+        provenance: The model's revision, architecture, data type and device.
+        n_layers: Number of layers.
+        n_heads: Number of query heads per layer.
+        n_kv_heads: Number of key-value heads per layer.
         d_model: Width of the residual stream.
         d_head: Width of a head.
-        d_mlp: Neurons of a block's MLP (of one expert).
-        n_experts: Experts of a block; 0 = a plain MLP.
-        vocab_size: Rows of the unembedding.
-        max_positions: The longest prompt.
-        guarantees: What the self-check at load measured.
+        d_mlp: Number of neurons of one MLP, or of one expert.
+        n_experts: Number of experts per layer; 0 = a plain MLP.
+        vocab_size: Number of rows of the unembedding.
+        max_positions: Maximum length of a prompt, in tokens.
+        guarantees: Results of the self-check at load.
     """
 
     name: str
@@ -161,7 +161,7 @@ class Model:
 
     @property
     def ready(self) -> bool:
-        """Whether requests for it are answered."""
+        """Whether the model serves requests."""
         return self.state == "READY"
 
     def _repr_html_(self) -> str:
@@ -179,15 +179,15 @@ class Models(list[Model]):
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """What a server expects a request to take, and whether it would admit it.
+    """The estimated cost of a request, and whether the server would admit it.
 
     Attributes:
-        seconds: Of the device, with nothing else running; usually within a factor of two.
-        projected_vectors: Vectors that would go through the lens, at most.
-        flops: Floating-point operations, at most.
-        device_bytes: Bytes on the device beside the weights, at most.
-        stream_bytes: Bytes of the whole answer, at most.
-        admissible: Whether the server would admit the request, were it idle.
+        seconds: Device time if nothing else runs, usually within a factor of two.
+        projected_vectors: Maximum number of vectors that are projected.
+        flops: Maximum number of floating-point operations.
+        device_bytes: Maximum memory on the device, without the weights.
+        stream_bytes: Maximum size of all response messages.
+        admissible: Whether an idle server would admit the request.
         limit_exceeded: The limit that the request exceeds: a setting of the server, or
             `free_memory`; empty if admissible.
     """

@@ -1,4 +1,4 @@
-"""Tokens, how they are displayed, and the table of their texts that a stream fills."""
+"""Tokens, their display, and the table of token texts of a stream."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from januslens.v1 import common_pb2
 
 OPEN_BOX = "␣"
 _VISIBLE = {" ": OPEN_BOX, "\n": "⏎", "\r": "␍", "\t": "⇥"}
-# Controls, formats (zero-width, bidi), surrogates, private use, unassigned, other separators.
+# Control, format (zero-width, bidi), surrogate, private-use, unassigned and separator characters.
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl", "Zp"}
 _REPLACEMENT = "\ufffd"
 _DOTTED_CIRCLE = "◌"
 
 
 def visible(text: str, raw: bytes = b"") -> str:
-    """`text` with everything made visible that a terminal would hide or obey.
+    """Replace the characters that a terminal would not show.
 
-    A space becomes an open box, a newline and a tab arrows, other controls, bidi marks and
-    zero-width characters `<U+XXXX>`, and bytes that are no text by themselves `<0xE6>`.
+    A space becomes an open box, and newlines and tabs become arrows. Other control characters, bidi
+    marks and zero-width characters become `<U+XXXX>`. If `raw` is not valid UTF-8, its bytes are
+    shown as `<0xE6>`.
     """
     if _REPLACEMENT in text and raw and not _is_text(raw):
         return "".join(f"<0x{byte:02X}>" for byte in raw)
@@ -51,10 +52,10 @@ class Token:
 
     Attributes:
         id: The vocabulary id.
-        text: What it decodes to by itself; lossy where its bytes are only part of a character.
-        raw: Its bytes.
-        start: First character in the text it was read from; None outside a text.
-        end: One past its last character there.
+        text: The token decoded on its own; has U+FFFD if the token is only part of a character.
+        raw: The bytes of the token.
+        start: Index of its first character in the tokenized text; None for other tokens.
+        end: Index after its last character in the tokenized text; None for other tokens.
     """
 
     id: int
@@ -75,7 +76,7 @@ class Token:
         )
 
     def __str__(self) -> str:
-        """The text with spaces and controls made visible; `#id` where there is no text."""
+        """The text with visible signs for spaces and control characters; `#id` without a text."""
         return visible(self.text, self.raw) or f"#{self.id}"
 
 
@@ -88,7 +89,7 @@ class Tokens(list[Token]):
 
 
 class TokenTable:
-    """Texts by token id, as a stream has sent them so far: each text comes only once."""
+    """Tokens by id, collected from the messages of a stream, which sends each text once."""
 
     def __init__(self, tokens: Iterable[common_pb2.Token] = ()) -> None:
         self._sent = [tokens]
@@ -96,14 +97,14 @@ class TokenTable:
         self._tokens: dict[int, Token] = {}
 
     def add(self, tokens: Iterable[common_pb2.Token]) -> None:
-        """Learn the texts that came with a message; they are read when one is looked for."""
+        """Add the tokens of a message; they are parsed on the next lookup."""
         self._sent.append(tokens)
 
     def __getitem__(self, token_id: int) -> Token:
-        """The token; one without text if none has been sent for it."""
+        """The token with this id; its text is empty if it has not been received."""
         came = len(self._sent)
         for tokens in self._sent[self._read : came]:
             self._tokens.update((t.id, Token(t.id, t.text, t.raw)) for t in tokens)
-        self._read = came  # only now: another thread may look for one meanwhile
+        self._read = came  # last, because other threads may look up tokens meanwhile
         found = self._tokens.get(token_id)
         return Token(token_id, "") if found is None else found

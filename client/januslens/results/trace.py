@@ -18,7 +18,7 @@ from januslens.v1 import trace_pb2
 
 @dataclass(frozen=True)
 class PositionTarget:
-    """The target at one position, and its place in the model's prediction there.
+    """The target at one position, with its rank and probability in the model's prediction.
 
     Attributes:
         position: The query position.
@@ -27,8 +27,8 @@ class PositionTarget:
         target_probability: Probability of the target in the prediction.
         target_rank: Rank of the target in the prediction; 0 = it is the prediction.
         target_logit: Logit of the target.
-        constant_logit_contribution: Contribution of the final norm's and the head's bias; with
-            all other contributions it adds up to the target's logit before any soft-cap.
+        constant_logit_contribution: Contribution of the biases of the final norm and the head. With
+            all other contributions it adds up to the target's logit before the soft-cap.
     """
 
     position: int
@@ -41,7 +41,7 @@ class PositionTarget:
 
     @classmethod
     def from_message(cls, message: trace_pb2.PositionTarget, tokens: TokenTable) -> PositionTarget:
-        """Read one target, its texts from `tokens`."""
+        """Read one target; `tokens` has its texts."""
         return cls(
             position=message.position,
             target=tokens[message.target_token_id],
@@ -55,7 +55,7 @@ class PositionTarget:
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What is traced; the first event of a trace's stream.
+    """Prompt, layers and targets of a trace; the first event of its stream.
 
     Attributes:
         request_id: Id of the call, as in the server's log.
@@ -88,14 +88,14 @@ class TraceHeader:
 
 @dataclass(frozen=True)
 class TraceSummary:
-    """The last event of a complete trace's stream.
+    """The last event of a Trace; a stream without one is incomplete.
 
     Attributes:
         nodes: Number of nodes sent.
         edges: Number of edges sent.
         times: Seconds by stage on the server.
         checks: Results of the checks; empty unless requested.
-        constant_logit_contribution: The constant of the traced position, if there is only one.
+        constant_logit_contribution: That of `PositionTarget`, if only one position is traced.
     """
 
     nodes: int
@@ -126,7 +126,7 @@ class LayerGraph(GraphView):
     layer: int
 
     def __repr__(self) -> str:
-        """One line: it may hold thousands of nodes."""
+        """A one-line description, because there may be thousands of nodes."""
         counts = f"{len(self.node_list)} nodes, {len(self.edge_list)} edges"
         return f"<LayerGraph of layer {self.layer}: {counts}>"
 
@@ -138,7 +138,7 @@ class LayerGraph(GraphView):
     def from_message(
         cls, message: trace_pb2.LayerGraph, tokens: TokenTable, earlier: Sequence[LayerGraph]
     ) -> LayerGraph:
-        """One whole layer, whose edges may come from nodes of `earlier` ones."""
+        """Read one whole layer; its edges may come from nodes of `earlier` layers."""
         nodes = LazySequence.of(message.nodes, lambda node: Node.from_message(node, tokens))
         return cls(
             layer=message.layer,
@@ -150,15 +150,15 @@ class LayerGraph(GraphView):
 
 @dataclass(frozen=True, slots=True)
 class NormEffect:
-    """What a norm did to the top tokens of a vector.
+    """How a norm changes the top tokens of a vector (VISIT, section 5.2).
 
     Attributes:
-        before: The node that the norm reads.
-        after: The node that it makes.
-        removed: Top tokens before that are not among the top after, best first.
-        kept: Top tokens before that are, best first.
-        added: Top tokens after that were not among the top before, best first.
-        overlap: Share of the top tokens kept: VISIT's intersection score.
+        before: The node before the norm.
+        after: The node after the norm.
+        removed: Top tokens of `before` that are not top tokens of `after`, best first.
+        kept: Top tokens of both, best first.
+        added: Top tokens of `after` that are not top tokens of `before`, best first.
+        overlap: Fraction of the top tokens that are kept (VISIT's intersection score).
     """
 
     before: Node
@@ -170,7 +170,7 @@ class NormEffect:
 
 
 def norm_effects(graph: GraphView) -> list[NormEffect]:
-    """The effect of every norm between two nodes that both have a projection."""
+    """Return the effect of each norm between two nodes with projections."""
     return list(_effects(graph))
 
 
@@ -197,17 +197,18 @@ def _effect(
     )
 
 
-# A remainder or a constant explains nothing further.
+# Paths avoid remainders and constants, from which they could not continue.
 _DEAD_ENDS = {NodeKind.OTHER, NodeKind.ATTENTION_BIAS, NodeKind.MLP_BIAS}
 _ATTENTION_RESULTS = {NodeKind.ATTENTION_SUM, NodeKind.ATTENTION_OUTPUT}
 
 
 def strongest_path(graph: GraphView, start: str) -> tuple[Part, ...]:
-    """From the node `start` back along the strongest edges, until nothing leads on.
+    """Follow the strongest edges back from the node `start`.
 
-    At a sum the path takes the part that adds most to the target's logit (without logit
-    contributions, the one of largest |share|), at attention's result the heads together, and
-    elsewhere the edge of the largest weight. A step's edge, if it has one, enters the step before.
+    At a sum, the path continues with the part that contributes most to the target's logit, or with
+    the largest |share| if there are no logit contributions. From attention's output it continues
+    with the sum of the heads, elsewhere along the edge with the largest weight. The edge of each
+    step leads into the node of the step before; the step to the sum of the heads has no edge.
 
     Raises:
         KeyError: There is no such node.
@@ -227,7 +228,7 @@ def _step_back(graph: GraphView, node: Node) -> Part | None:
 
 
 def _heads_together(graph: GraphView, node: Node) -> Node | None:
-    """Attention's result has two partitions; the heads say what was attended to, W_O's rows not."""
+    """Return the sum of the heads, which unlike the rows of W_O leads to source positions."""
     wanted = f"L{node.layer}/p{node.position}/{NodeKind.ATTENTION_CONCAT}"
     return graph.known_nodes.get(wanted)
 
@@ -246,7 +247,7 @@ def _finite(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else 0.0
 
 
-# The finest parts that still partition the residual stream, each once.
+# The smallest parts that add up to the residual stream, without counting anything twice.
 _COMPONENTS = {
     NodeKind.BLOCK_INPUT,
     NodeKind.HEAD_OUTPUT,
@@ -264,8 +265,8 @@ class Trace(GraphView):
     Attributes:
         header: Prompt, targets and provenance.
         layers: The requested layers, ascending.
-        summary: Counts, times and checks; None if the stream was interrupted.
-        responses: The messages that it was read from.
+        summary: Counts, times and check results; None if the stream was interrupted.
+        responses: The messages that this result was read from.
     """
 
     header: TraceHeader
@@ -296,7 +297,7 @@ class Trace(GraphView):
 
     @property
     def prompt_tokens(self) -> tuple[Token, ...]:
-        """The prompt as the model read it."""
+        """The prompt's tokens, one per position."""
         return self.header.prompt_tokens
 
     @property
@@ -310,7 +311,7 @@ class Trace(GraphView):
         return self.header.provenance
 
     def layer(self, number: int) -> LayerGraph:
-        """One layer.
+        """Return one layer.
 
         Raises:
             KeyError: The layer was not traced.
@@ -322,7 +323,7 @@ class Trace(GraphView):
         raise KeyError(f"expected one of the traced layers {traced}; got {number}")
 
     def target(self, position: int | None = None) -> PositionTarget:
-        """The target at a position; by default at the last one traced.
+        """Return the target at a position, by default the last traced position.
 
         Raises:
             KeyError: The position was not traced.
@@ -334,12 +335,13 @@ class Trace(GraphView):
         return by_position[wanted]
 
     def path_to_target(self, position: int | None = None) -> tuple[Part, ...]:
-        """The strongest chain from the prediction back to the first block's input.
+        """Return the strongest path from the prediction back to the input of the first block.
 
-        Without the last layer, the path starts at the output of the last layer received.
+        If the model's last layer was not traced, the path starts at the output of the last
+        traced layer.
 
         Raises:
-            KeyError: The position was not traced, or no layer has arrived.
+            KeyError: The position was not traced, or the trace has no layers.
         """
         at = self.target(position).position
         ends = (NodeKind.PREDICTION, NodeKind.FINAL_NORM, NodeKind.BLOCK_OUTPUT)
@@ -349,14 +351,14 @@ class Trace(GraphView):
         raise KeyError(f"expected the trace to have an output at position {at}")
 
     def contributions(self, position: int | None = None) -> list[Part]:
-        """The components by what each adds to the target's logit, largest first.
+        """Return the components by their contribution to the target's logit, largest first.
 
-        Components are the embedding, heads, neurons, biases and the rest of each sum: every
-        summand of the residual stream once. Over all layers they and the target's
-        `constant_logit_contribution` add up to its logit.
+        The components are the embedding, heads, neurons, biases, and the rest of each sum. Each
+        summand of the residual stream is listed once. If all layers are traced, the contributions
+        and the `constant_logit_contribution` add up to the target's logit before the soft-cap.
 
         Raises:
-            ValueError: The trace was made without logit contributions.
+            ValueError: The trace was requested without logit contributions.
             KeyError: The position was not traced.
         """
         at = self.target(position).position
@@ -375,11 +377,11 @@ class Trace(GraphView):
                 yield Part(source, edge)
 
     def norm_effects(self) -> list[NormEffect]:
-        """What every norm removed and added among the top tokens."""
+        """Return which top tokens each norm removed and added."""
         return norm_effects(self)
 
     def __repr__(self) -> str:
-        """One line: it may hold thousands of nodes."""
+        """A one-line description, because there may be thousands of nodes."""
         prompt = "".join(token.text for token in self.prompt_tokens)
         positions = ", ".join(str(target.position) for target in self.targets)
         return (
@@ -392,18 +394,18 @@ class Trace(GraphView):
         return notebook_html(self)
 
     def show(self, overview: Trace | None = None, *, height: int = 800) -> PageFrame:
-        """The page of `to_html`, as the result of a notebook's cell; `height` in pixels."""
+        """Show the page of `to_html` in a notebook; `height` is in pixels."""
         return PageFrame(self.to_html(overview), height)
 
     def to_json_lines(self) -> Iterable[str]:
-        """The stream as canonical protobuf JSON, one message a line: what `--json` prints."""
+        """Return the stream as canonical protobuf JSON, one message per line, like `--json`."""
         return json_lines(self.responses)
 
     def to_html(self, overview: Trace | None = None) -> str:
-        """This trace as a page: one HTML file that needs no network.
+        """Return this trace as a page: one HTML file that needs no network.
 
         Args:
-            overview: What `client.trace_overview(trace)` gave: the residual stream at the other
-                positions too. Without it the page shows the positions of this trace.
+            overview: The result of `client.trace_overview(trace)`, with the residual stream at all
+                positions. Without it, the page shows only the positions of this trace.
         """
         return page_html(self, overview)

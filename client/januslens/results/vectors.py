@@ -1,4 +1,4 @@
-"""Vectors and their projections into the vocabulary, and neurons found by them."""
+"""Tensors, projections of vectors to the vocabulary, and the results of FindNeurons."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LITTLE_ENDIAN: dict[int, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Numbers as the server sent them: little-endian, row-major.
+    """A tensor as the server sent it, little-endian and row-major.
 
     Attributes:
         data_type: `float32`, `float16`, `bfloat16` or `int64`.
@@ -49,10 +49,10 @@ class Tensor:
         return cls(name.removeprefix("DATA_TYPE_").lower(), tuple(message.shape), message.data)
 
     def numpy(self) -> NDArray[np.generic]:
-        """A copy as an array; bfloat16, which numpy does not know, becomes float32.
+        """Return a copy as an array; bfloat16 becomes float32, because numpy does not support it.
 
         Raises:
-            ValueError: The data type is unknown, or the bytes don't fill the shape.
+            ValueError: The data type is unknown, or the bytes do not match the shape.
         """
         code = common_pb2.DataType.Value(f"DATA_TYPE_{self.data_type.upper()}")
         if code not in _LITTLE_ENDIAN:
@@ -64,15 +64,15 @@ class Tensor:
         return array.astype(array.dtype.newbyteorder("="))
 
     def float32(self) -> Floats:
-        """The same numbers in float32."""
+        """Return a copy in float32."""
         return self.numpy().astype(np.float32)
 
 
 def tensor_message(vectors: ArrayLike) -> common_pb2.Tensor:
-    """`vectors` as a message: float16 stays, every other real type becomes float32.
+    """Return the message for vectors; all real types except float16 become float32.
 
     Raises:
-        TypeError: They are not real numbers.
+        TypeError: The vectors are not real numbers.
     """
     array = np.asarray(vectors)
     if array.dtype.kind not in "fiu":
@@ -80,7 +80,7 @@ def tensor_message(vectors: ArrayLike) -> common_pb2.Tensor:
     if array.dtype == np.float16:
         code, kept = common_pb2.DATA_TYPE_FLOAT16, array.astype("<f2")
     else:
-        with np.errstate(over="ignore"):  # what overflows becomes infinite
+        with np.errstate(over="ignore"):  # overflow becomes infinity
             code, kept = common_pb2.DATA_TYPE_FLOAT32, array.astype("<f4")
     return common_pb2.Tensor(data_type=code, shape=kept.shape, data=kept.tobytes())
 
@@ -101,7 +101,7 @@ class Projection:
         top: The tokens with the largest logits, largest first.
         bottom: The tokens with the smallest logits, smallest first.
         entropy_bits: Entropy of the whole distribution.
-        target_rank: How many tokens have a larger logit than the target: 0 = it is the top one.
+        target_rank: Number of tokens with a larger logit than the target; 0 = top.
         target_probability: The target's probability.
         target_logit: The target's logit.
     """
@@ -115,7 +115,7 @@ class Projection:
 
     @classmethod
     def from_message(cls, message: lens_pb2.Projection, tokens: TokenTable) -> Projection:
-        """Read one projection, its texts from `tokens`."""
+        """Read one projection; `tokens` has its texts."""
         has = message.HasField
         return cls(
             _scores(message.top_token_ids, message.top_probabilities, message.top_logits, tokens),
@@ -133,12 +133,12 @@ class Projection:
 
     @property
     def top_tokens(self) -> tuple[Token, ...]:
-        """The tokens of `top` alone."""
+        """The tokens of `top`, without their scores."""
         return tuple(score.token for score in self.top)
 
     @property
     def bottom_tokens(self) -> tuple[Token, ...]:
-        """The tokens of `bottom` alone."""
+        """The tokens of `bottom`, without their scores."""
         return tuple(score.token for score in self.bottom)
 
     def __str__(self) -> str:
@@ -151,7 +151,7 @@ class Projection:
 
 
 class Projections(list[Projection]):
-    """One projection a vector, in the order of the vectors."""
+    """One projection per vector, in the order of the vectors."""
 
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""
@@ -167,14 +167,14 @@ def _scores(
 
 @dataclass(frozen=True, slots=True)
 class NeuronHit:
-    """A neuron whose value, its row of FF2, promotes or suppresses the token.
+    """A neuron that promotes or suppresses the token through its value, a row of FF2.
 
     Attributes:
-        layer: Its block, from 0.
-        neuron: The neuron, from 0; in a mixture of experts, within its expert.
-        expert: The expert of the neuron; None if the MLP has no experts.
-        rank: Rank of the token in the value, from the requested end; 0 = first.
-        logit: Logit of the token in the value.
+        layer: Layer of the neuron, from 0.
+        neuron: Index of the neuron, from 0; in a mixture of experts, within its expert.
+        expert: Expert of the neuron; None if the MLP has no experts.
+        rank: Rank of the token in the value's projection, counted from the requested end.
+        logit: Logit of the token in the value's projection.
         value: Projection of the value, with the requested token as its target.
     """
 
@@ -187,7 +187,7 @@ class NeuronHit:
 
     @classmethod
     def from_message(cls, message: neurons_pb2.NeuronHit, tokens: TokenTable) -> NeuronHit:
-        """Read one neuron, the texts of its tokens from `tokens`."""
+        """Read one neuron; `tokens` has the texts of its tokens."""
         return cls(
             layer=message.layer,
             neuron=message.neuron,
@@ -198,21 +198,21 @@ class NeuronHit:
         )
 
     def __str__(self) -> str:
-        """`L3 neuron 297`, or `L3 expert 2 neuron 297`."""
+        """The neuron's name, for example `L3 neuron 297` or `L3 expert 2 neuron 297`."""
         expert = "" if self.expert is None else f" expert {self.expert}"
         return f"L{self.layer}{expert} neuron {self.neuron}"
 
 
 @dataclass(frozen=True)
 class FoundNeurons:
-    """The neurons whose values promote or suppress a token, sorted by its rank, then its logit.
+    """The neurons that promote or suppress a token, sorted by the token's rank, then its logit.
 
     Attributes:
         token: The requested token.
         suppressed: True if the neurons suppress the token, False if they promote it.
-        neurons: At most the requested number of neurons, the best first.
-        total: Number of neurons in which the token's rank is below `depth`.
-        depth: Number of tokens that the server's index has for each value.
+        neurons: The best neurons, up to the requested number, best first.
+        total: Number of neurons for which the token's rank is below `depth`.
+        depth: Number of tokens per neuron in the server's index.
         provenance: The model's revision, data type, device and library versions.
     """
 
@@ -245,5 +245,5 @@ class FoundNeurons:
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """A data frame with one row per neuron, in the same order."""
+        """Return a data frame with one row per neuron, in the same order. Requires pandas."""
         return neuron_frame(self.neurons)

@@ -144,13 +144,13 @@ def _text(prompt: Sequence[Token]) -> str:
 
 @page_html.register
 def page_of_trace(trace: Trace, overview: Trace | None) -> str:
-    """A trace, and the residual stream around it, as one page."""
+    """Return the page of a trace and its overview."""
     around = overview.responses if overview else ()
     return trace_page(trace.responses, around, trace.prompt_tokens)
 
 
 @page_html.register
 def page_of_gradient(gradient: Gradient, previews: Mapping[str, EditPreview]) -> str:
-    """A gradient, and previews of edits by their titles, as one page."""
+    """Return the page of a gradient and previews of edits, by title."""
     effects = {title: preview.response for title, preview in previews.items()}
     return gradient_page(gradient.responses, effects, gradient.prompt_tokens)
