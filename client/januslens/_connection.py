@@ -20,6 +20,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from januslens import errors
+from januslens.arguments import checked_text
 from januslens.errors import JanuslensError, StreamInterrupted
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -57,6 +58,9 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.keepalive_timeout_ms", 20_000),
 )
 
+# What gRPC accepts in metadata.
+_PRINTABLE = re.compile(r"[ -~]*")
+
 ResponseHook = Callable[[Message], object]
 
 
@@ -79,6 +83,18 @@ class Connection:
     credentials: grpc.ChannelCredentials | None
     resume: bool
     on_response: ResponseHook | None
+
+    def __post_init__(self) -> None:
+        """Check what cannot be sent.
+
+        Raises:
+            TypeError: The address or token is not text, or the timeout is not a number.
+            ValueError: The address or token holds invalid characters, or the timeout is negative.
+        """
+        checked_text(self.address, "address")
+        checked_timeout(self.timeout)
+        if self.token is not None and not _PRINTABLE.fullmatch(checked_text(self.token, "token")):
+            raise ValueError("invalid token; expected printable ASCII characters")
 
     def seconds(self, timeout: float | None) -> float | None:
         """The call's own timeout in seconds, else the client's; None = no limit.
@@ -149,7 +165,7 @@ def channel_credentials(
     files = root_certificates is not None or client_certificate is not None
     if credentials is not None:
         if files:
-            raise ValueError("expected credentials or certificate files; got both")
+            raise ValueError("credentials and certificate files are both given; give one")
         return credentials
     if not (secure or files):
         return None
@@ -176,9 +192,9 @@ def checked_timeout(timeout: Any) -> float | None:
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float, np.integer, np.floating)):
-        raise TypeError(f"timeout must be a number of seconds or None, got {timeout!r}")
+        raise TypeError(f"invalid timeout {timeout!r}; expected a number of seconds, or None")
     if math.isnan(timeout) or timeout < 0:
-        raise ValueError(f"timeout must be 0 or more seconds, or None for no limit; got {timeout}")
+        raise ValueError(f"invalid timeout {timeout}; expected 0 or more seconds, or None")
     return float(timeout) if timeout < _LONGEST_TIMEOUT else None
 
 

@@ -21,6 +21,7 @@ from januslens.arguments import (
     Prompt,
     SubjectLike,
     TargetLike,
+    checked_text,
     count,
     finite_number,
     input_message,
@@ -64,8 +65,8 @@ def trace_request(  # noqa: PLR0913 - by keyword
     """Build the request of `AsyncClient.trace`, which documents the arguments and the errors."""
     numbers, all_positions = position_numbers(positions)
     return trace_pb2.TraceRequest(
-        model=model,
-        revision=revision,
+        model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
         input=input_message(prompt),
         target=None if target is None else target_message(target),
         layers=layer_numbers(layers),
@@ -106,7 +107,7 @@ def _kinds(kinds: Iterable[NodeKind | str] | None) -> list[NodeKind]:
         return []
     named = [NodeKind.of(kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)]
     if not named:
-        raise ValueError("expected at least one kind for node_kinds; got none")
+        raise ValueError("node_kinds is empty; give at least one kind, or None for all")
     return named
 
 
@@ -176,8 +177,8 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
 ) -> gradient_lens_pb2.GradientLensRequest:
     """Build the request of `AsyncClient.gradient_lens`."""
     request = gradient_lens_pb2.GradientLensRequest(
-        model=model,
-        revision=revision,
+        model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
         input=input_message(prompt),
         matrices=matrix_numbers(matrices),
         layers=layer_numbers(layers),
@@ -203,8 +204,9 @@ def _one_loss(target: TargetLike | None, loss: Loss | None) -> Loss:
         return NegativeLogLikelihood(target)
     if target is None and loss is not None:
         return loss
-    given = "neither" if loss is None else "both"
-    raise ValueError(f"expected either a target or a loss; got {given}")
+    if loss is None:
+        raise ValueError("no target and no loss given; give one of them")
+    raise ValueError("target and loss are both given; give only one of them")
 
 
 def project_request(
@@ -219,12 +221,14 @@ def project_request(
     """Build the request of `AsyncClient.project`."""
     rows = np.asarray(vectors)
     if rows.ndim not in (1, 2) or rows.size == 0:
-        raise ValueError(f"expected vectors of shape [d_model] or [n, d_model]; got {rows.shape}")
+        raise ValueError(
+            f"invalid vectors of shape {rows.shape}; expected [d_model] or [n, d_model]"
+        )
     sent = tensor_message(np.atleast_2d(rows))
     if not np.isfinite(Tensor.from_message(sent).float32()).all():
-        raise ValueError("vectors must be finite in float32; they hold infinity or NaN")
+        raise ValueError("vectors contain infinity or NaN in float32; give finite numbers")
     return lens_pb2.ProjectRequest(
-        model=model,
+        model=checked_text(model, "model"),
         vectors=sent,
         lens=LENSES.number(Lens.of(lens)),
         target=None if target is None else target_message(target),
@@ -244,8 +248,8 @@ def preview_edit_request(
 ) -> edits_pb2.PreviewEditRequest:
     """Build the request of `AsyncClient.preview_edit`."""
     request = edits_pb2.PreviewEditRequest(
-        model=model,
-        revision=revision,
+        model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
         input=input_message(prompt),
         target=target_message(target),
         probes=[probe_message(probe) for probe in probes],
@@ -269,11 +273,11 @@ def find_neurons_request(
 ) -> neurons_pb2.FindNeuronsRequest:
     """Build the first request of `AsyncClient.find_neurons`."""
     if optional_count(limit, "limit") == 0:
-        raise ValueError("limit must be at least 1, or None; got 0")
+        raise ValueError("invalid limit 0; expected at least 1, or None for no limit")
     return neurons_pb2.FindNeuronsRequest(
-        model=model,
-        revision=revision,
-        token=target_message(token, "the token"),
+        model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
+        token=target_message(token, "token"),
         suppressed=suppressed,
         layers=layer_numbers(layers),
         page_size=_page_size(limit),

@@ -97,7 +97,7 @@ class Splice(ABC, Generic[RequestT, PartT]):
         ):
             expected, got = read(self._header), read(header)
             if expected != got:
-                raise DifferentAnswer(f"the other replica has {what} {got}; expected {expected}")
+                raise DifferentAnswer(f"the other replica has {what} {got}, not {expected}")
 
     def _unnamed(self, tokens: Iterable[common_pb2.Token]) -> list[common_pb2.Token]:
         """Return the tokens whose texts are not in the joined stream yet."""
@@ -324,10 +324,7 @@ class ResumableStream(ResumableCall, Generic[EventT, ResultT]):
             ProtocolViolation: The message is out of order, or does not continue the one before.
             StreamInterrupted: Another replica gives a different result.
         """
-        if response.sequence != self._due:
-            raise self._assembler.violation(
-                f"expected message {self._due} of the stream; got {response.sequence}"
-            )
+        self._assembler.check_sequence(response, self._due)
         self._due += 1
         events = (self._read(message) for message in self._joined(response))
         return [event for event in events if event is not None]

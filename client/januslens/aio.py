@@ -18,7 +18,6 @@ from januslens._connection import (
     Connection,
     ResponseHook,
     channel_credentials,
-    checked_timeout,
 )
 from januslens._requests import (
     find_neurons_request,
@@ -39,6 +38,7 @@ from januslens.arguments import (
     Prompt,
     SubjectLike,
     TargetLike,
+    checked_text,
 )
 from januslens.assemblers import (
     Assembler,
@@ -184,7 +184,6 @@ class AsyncClient:
             client_certificate=client_certificate,
             credentials=credentials,
         )
-        checked_timeout(timeout)
         self._connection = Connection(address, token, timeout, encryption, resume, on_response)
         self._channel = AsyncChannel(self._connection)
 
@@ -845,10 +844,15 @@ class AsyncClient:
             timeout: Maximum seconds for the call; None = the client's.
 
         Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
             JanuslensError: The call failed; `januslens.errors` has the types.
         """
         request = models_pb2.TokenizeRequest(
-            model=model, text=text, with_special_tokens=special_tokens, literal=literal
+            model=checked_text(model, "model"),
+            text=checked_text(text, "text"),
+            with_special_tokens=special_tokens,
+            literal=literal,
         )
         response = await self._send("Tokenize", request, timeout)
         return Tokens(Token.from_message(token) for token in response.tokens)

@@ -54,17 +54,18 @@ def input_message(prompt: Prompt) -> common_pb2.Input:
         ValueError: There are no token ids, or one is negative.
     """
     if isinstance(prompt, str):  # may be empty: the tokenizer may add BOS
-        return common_pb2.Input(prompt=prompt)
+        return common_pb2.Input(prompt=checked_text(prompt, "prompt"))
     if isinstance(prompt, Text):
         return common_pb2.Input(
-            prompt=prompt.text,
+            prompt=checked_text(prompt.text, "prompt"),
             add_special_tokens=None if prompt.special_tokens else False,
             literal=prompt.literal,
         )
-    return common_pb2.Input(token_ids=token_ids(prompt, "the prompt"))
+    ids = _several(prompt, "prompt", "text or token ids")
+    return common_pb2.Input(token_ids=token_ids(ids, "prompt"))
 
 
-def target_message(target: TargetLike, name: str = "the target") -> common_pb2.Target:
+def target_message(target: TargetLike, name: str = "target") -> common_pb2.Target:
     """Build the message for a target: a text, whose leading space counts, or token ids.
 
     Raises:
@@ -72,12 +73,14 @@ def target_message(target: TargetLike, name: str = "the target") -> common_pb2.T
         ValueError: The target is empty, or a token id is negative.
     """
     if isinstance(target, str):
-        _require_some(target, name)
-        return common_pb2.Target(text=target)
+        _require_some(target, name, "character")
+        return common_pb2.Target(text=checked_text(target, name))
     if isinstance(target, Text):
-        _require_some(target.text, name)
-        return common_pb2.Target(text=target.text, literal=target.literal)
-    return common_pb2.Target(token_ids=token_ids(_several(target, name), name))
+        _require_some(target.text, name, "character")
+        text = checked_text(target.text, name)
+        return common_pb2.Target(text=text, literal=target.literal)
+    ids = _several(target, name, "text or token ids")
+    return common_pb2.Target(token_ids=token_ids(ids, name))
 
 
 def token_ids(ids: Iterable[int], name: str) -> common_pb2.TokenIds:
@@ -87,8 +90,10 @@ def token_ids(ids: Iterable[int], name: str) -> common_pb2.TokenIds:
         TypeError: A token id is not an integer.
         ValueError: There are no token ids, or one is negative.
     """
-    listed = [count(token_id, f"{name}'s token ids") for token_id in _several(ids, name)]
-    _require_some(listed, name)
+    listed = [
+        count(token_id, f"token ids of {name}") for token_id in _several(ids, name, "token ids")
+    ]
+    _require_some(listed, name, "token id")
     return common_pb2.TokenIds(ids=listed)
 
 
@@ -100,12 +105,29 @@ def subject_message(subject: SubjectLike) -> gradient_lens_pb2.Subject:
     """
     if isinstance(subject, str):
         if not subject:
-            raise ValueError("expected some text for the subject; got none")
-        return gradient_lens_pb2.Subject(text=subject)
+            raise ValueError("subject is empty; give a part of the prompt")
+        return gradient_lens_pb2.Subject(text=checked_text(subject, "subject"))
     start, end = (subject.start, subject.stop) if isinstance(subject, range) else subject
     if not 0 <= start < end:
-        raise ValueError(f"expected a subject of positions 0 <= start < end; got {start}, {end}")
+        raise ValueError(f"invalid subject {start}, {end}; expected positions 0 <= start < end")
     return gradient_lens_pb2.Subject(span=gradient_lens_pb2.Span(start=start, end=end))
+
+
+def checked_text(text: Any, name: str) -> str:
+    """Return the text if protobuf can hold it.
+
+    Raises:
+        TypeError: `text` is not a string.
+        ValueError: `text` contains a lone surrogate, which Python makes of invalid UTF-8.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"invalid {name} of type {type(text).__name__}; expected str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        wrong = f"character {error.start} is the lone surrogate {text[error.start]!r}"
+        raise ValueError(f"invalid {name}: {wrong}; expected valid Unicode") from None
+    return text
 
 
 def layer_numbers(layers: Layers | None) -> list[int]:
@@ -121,7 +143,7 @@ def layer_numbers(layers: Layers | None) -> list[int]:
         return []
     if isinstance(layers, slice):
         if layers.stop is None or min(layers.start or 0, layers.stop, layers.step or 1) < 0:
-            raise ValueError(f"expected a slice of layers like slice(0, 4); got {layers}")
+            raise ValueError(f"invalid layers {layers}; expected a slice such as slice(0, 4)")
         layers = range(layers.start or 0, layers.stop, layers.step or 1)
     numbers = [count(layer, "layers") for layer in _several(layers, "layers")]
     _require_some(numbers, "layers")
@@ -141,7 +163,7 @@ def position_numbers(positions: Positions | None) -> tuple[list[int], bool]:
         return [], False
     if isinstance(positions, str):
         if positions != "all":
-            raise ValueError(f'expected positions as integers or "all"; got {positions!r}')
+            raise ValueError(f'invalid positions {positions!r}; expected integers or "all"')
         return [], True
     listed = _several(positions, "positions")
     numbers = [_bounded(position, "positions", -_INT32, _INT32) for position in listed]
@@ -177,9 +199,9 @@ def finite_number(value: Any, name: str) -> float:
         ValueError: The value is infinite, NaN or too large for float32.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+        raise TypeError(f"invalid {name} {value!r}; expected a number")
     if not abs(float(value)) <= _FLOAT32_MAX:
-        raise ValueError(f"{name} must be a finite number in float32, got {value}")
+        raise ValueError(f"invalid {name} {value}; expected a finite number in float32")
     return float(value)
 
 
@@ -191,31 +213,31 @@ def step_size(value: Any, name: str) -> float:
         ValueError: The value is infinite, NaN, too large, or 0 in float32.
     """
     if np.float32(finite_number(value, name)) == 0:
-        raise ValueError(f"{name} must not be 0 in float32, got {value}")
+        raise ValueError(f"invalid {name} {value}; expected a number other than 0 in float32")
     return float(value)
 
 
 def _bounded(value: Any, name: str, low: int, high: int) -> int:
     """Return `value` as an int; accept numpy's integers, but not bools and floats."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"expected integers for {name}; got {value!r}")
+        raise TypeError(f"invalid {name}: {value!r} is not an integer")
     if not low <= value < high:
-        raise ValueError(f"expected {name} from {low} to {high - 1}; got {value}")
+        raise ValueError(f"invalid {name}: {value} is not between {low} and {high - 1}")
     return int(value)
 
 
-def _several(values: Any, name: str) -> Iterable[Any]:
+def _several(values: Any, name: str, wanted: str = "integers") -> Iterable[Any]:
     """Return the values; a single integer becomes a list of one."""
     if isinstance(values, (int, np.integer)):
         return [values]
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
-        raise TypeError(f"expected integers for {name}; got {values!r}")
+        raise TypeError(f"invalid {name} {values!r}; expected {wanted}")
     return values
 
 
-def _require_some(values: Sequence[object], name: str) -> None:
+def _require_some(values: Sequence[object], name: str, unit: str = "entry") -> None:
     if not values:
-        raise ValueError(f"nothing given for {name}; expected at least one entry")
+        raise ValueError(f"{name} is empty; give at least one {unit}")
 
 
 @dataclass(frozen=True)
@@ -263,8 +285,8 @@ def set_loss(request: gradient_lens_pb2.GradientLensRequest, loss: Loss) -> None
             request.kl.suppressed.CopyFrom(token_ids(suppressed, "suppressed"))
         case _:
             raise TypeError(
-                "expected a NegativeLogLikelihood, LogitDifference or KlDivergence; "
-                f"got {type(loss).__name__}"
+                f"invalid loss of type {type(loss).__name__}; "
+                "expected a NegativeLogLikelihood, LogitDifference or KlDivergence"
             )
 
 
@@ -282,7 +304,7 @@ def matrix_numbers(
         return []
     named = [kinds] if isinstance(kinds, str) else list(kinds)
     if not named:
-        raise ValueError("expected at least one kind for matrices; got none")
+        raise ValueError("matrices is empty; give at least one kind, or None for FF1 and FF2")
     return [MATRIX_KINDS.number(MatrixKind.of(kind)) for kind in named]
 
 
@@ -355,7 +377,10 @@ def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:
             request.shift.layer = count(layer, "layer")
             request.shift.eta = step_size(eta, "eta")
         case _:
-            raise TypeError(f"expected a DescentStep or a ForwardShift; got {type(edit).__name__}")
+            raise TypeError(
+                f"invalid edit of type {type(edit).__name__}; "
+                "expected a DescentStep or a ForwardShift"
+            )
 
 
 def probe_message(probe: Probe | str) -> edits_pb2.Probe:
@@ -363,7 +388,7 @@ def probe_message(probe: Probe | str) -> edits_pb2.Probe:
     if isinstance(probe, str):
         probe = Probe(probe, label=probe[:LABEL])
     return edits_pb2.Probe(
-        label=probe.label,
         input=input_message(probe.prompt),
+        label=checked_text(probe.label, "label"),
         target=None if probe.target is None else target_message(probe.target),
     )

@@ -22,7 +22,7 @@ from januslens.errors import (
 )
 from januslens.results.gradient import Gradient, GradientHeader, GradientSummary
 from januslens.results.kinds import MATRIX_KINDS
-from januslens.results.matrices import Matrix
+from januslens.results.matrices import Matrix, matrix_name
 from januslens.results.tokens import TokenTable
 from januslens.results.trace import LayerGraph, Trace, TraceHeader, TraceSummary
 from januslens.v1 import gradient_lens_pb2, trace_pb2
@@ -57,9 +57,7 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
         Raises:
             ProtocolViolation: The message is out of order, or does not continue the one before.
         """
-        due = len(self.responses)
-        if response.sequence != due:
-            raise self.violation(f"expected message {due} of the stream; got {response.sequence}")
+        self.check_sequence(response, len(self.responses))
         self.responses.append(response)
         return self._read(response)
 
@@ -74,7 +72,7 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
             raise self.interruption()
         whole = self.partial()
         if whole is None:
-            raise self.violation("expected a header before the summary; got none")
+            raise self.violation("the stream has a summary but no header")
         return whole
 
     def interruption(self, text: str | None = None) -> StreamInterrupted:
@@ -82,6 +80,15 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
         details = ErrorDetails("DATA_LOSS", "STREAM_INTERRUPTED", self.request_id, retry_after=0.0)
         came = f"the stream ended after {len(self.responses)} messages, without its summary"
         return self.interrupted(text or came, details, self.partial())
+
+    def check_sequence(self, response: ResponseT, due: int) -> None:
+        """Check that a message is the next one of its stream.
+
+        Raises:
+            ProtocolViolation: It is not.
+        """
+        if (number := response.sequence) != due:
+            raise self.violation(f"unexpected message {number} of the stream; expected {due}")
 
     def violation(self, text: str) -> ProtocolViolation:
         """Return the error for a stream that violates the contract."""
@@ -154,7 +161,7 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
             self._pending = trace_pb2.LayerGraph()
         elif self._pending.layer != message.layer:
             raise self.violation(
-                f"expected the rest of layer {self._pending.layer}; got layer {message.layer}"
+                f"layer {message.layer} began before the end of layer {self._pending.layer}"
             )
         self._pending.MergeFrom(message)
         if not message.last:
@@ -166,7 +173,7 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
 
     def _read_summary(self, message: trace_pb2.TraceSummary) -> TraceSummary:
         if self._pending is not None:
-            raise self.violation(f"expected the rest of layer {self._pending.layer}; got the end")
+            raise self.violation(f"the stream ended before the end of layer {self._pending.layer}")
         self._summary = TraceSummary.from_message(message)
         return self._summary
 
@@ -223,7 +230,7 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
             self._pending = gradient_lens_pb2.GradientMatrix()
         elif _which(self._pending) != _which(message):
             raise self.violation(
-                f"expected the rest of {_which(self._pending)}; got {_which(message)}"
+                f"{_which(message)} began before the end of {_which(self._pending)}"
             )
         self._pending.MergeFrom(message)
         if not message.last:
@@ -235,14 +242,14 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
 
     def _read_summary(self, message: gradient_lens_pb2.GradientSummary) -> GradientSummary:
         if self._pending is not None:
-            raise self.violation(f"expected the rest of {_which(self._pending)}; got the end")
+            raise self.violation(f"the stream ended before the end of {_which(self._pending)}")
         self._summary = GradientSummary.from_message(message)
         return self._summary
 
 
 def _which(message: gradient_lens_pb2.GradientMatrix) -> str:
-    expert = f".e{message.expert}" if message.HasField("expert") else ""
-    return f"L{message.layer}{expert}.{MATRIX_KINDS.member(message.kind)}"
+    expert = message.expert if message.HasField("expert") else None
+    return matrix_name(message.layer, MATRIX_KINDS.member(message.kind), expert)
 
 
 def read_trace(lines: Iterable[str]) -> Trace:

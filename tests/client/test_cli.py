@@ -57,12 +57,15 @@ def test_layers_and_positions_are_parsed_from_lists_and_ranges() -> None:
     [
         (["trace"], "Missing argument 'PROMPT'"),
         (["gradient", "x"], "Missing option '--target'"),
-        (["trace", "x", "--layers", "3-1"], "layers like 0-3,7"),
-        (["trace", "x", "--layers", "-1"], "layers like 0-3,7"),
-        (["trace", "x", "--positions", "last"], "positions like -1,3 or all"),
+        (["trace", "x", "--layers", "3-1"], "is not a list of layers such as 0-3,7"),
+        (["trace", "x", "--layers", "-1"], "is not a list of layers such as 0-3,7"),
+        (
+            ["trace", "x", "--positions", "last"],
+            "is neither a list of positions such as -1,3 nor 'all'",
+        ),
         (["trace", "x", "--lens", "sharp"], "'sharp' is not one of"),
         (["trace", "x", "--heads", "-1"], "not in the range"),
-        (["trace", "x", "--target", ""], "nothing given for the target"),
+        (["trace", "x", "--target", ""], "target is empty; give at least one character"),
         (["gradient", "x", "--target", "y", "--matrices", "ff3"], "FF1"),
         (["gradient", "x", "--target", "y", "--preview"], "--preview needs --lr"),
         (["trace", "x", "--colour", "red"], "No such option"),
@@ -73,7 +76,7 @@ def test_layers_and_positions_are_parsed_from_lists_and_ranges() -> None:
         (["introspect"], "No such command"),
         (["project", "absent.npy"], "does not exist"),
         (["neurons", "x", "--limit", "0"], "not in the range"),
-        (["neurons", ""], "nothing given for the token"),
+        (["neurons", ""], "token is empty; give at least one character"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_one_line_with_a_hint(
@@ -144,7 +147,7 @@ def test_page_of_all_positions_needs_no_overview_request(tmp_path: Path) -> None
 def test_a_page_and_json_exclude_each_other(tmp_path: Path) -> None:
     result = run("trace", PROMPT, "--json", "--html", str(tmp_path / "trace.html"))
     assert result.exit_code == 2
-    assert "expected --json or --html; got both" in result.stderr
+    assert "--json and --html are both given; give only one of them" in result.stderr
 
 
 @pytest.mark.usefixtures("demo")
@@ -306,7 +309,7 @@ def test_vectors_from_files(tmp_path: Path) -> None:
     assert from_npy.stdout == named.stdout
     unnamed = run("project", str(tmp_path / "v.safetensors"))
     assert unnamed.exit_code == 2
-    assert "--name to be one of other, probe" in unnamed.stderr
+    assert "v.safetensors has 2 tensors; choose one with --name: other, probe" in unnamed.stderr
     (tmp_path / "v.txt").write_text("1 2")
     assert run("project", str(tmp_path / "v.txt")).exit_code == 2
 

@@ -101,7 +101,7 @@ def test_requested_extras_are_in_the_result(gradient: Gradient) -> None:
 def test_matrices_by_kind_and_by_name(gradient: Gradient) -> None:
     assert [matrix.name for matrix in gradient.of_kind("FF2")] == ["L1.FF2"]
     assert with_matrix(_of_expert(3)).name == "L1.e3.FF2"
-    with pytest.raises(KeyError, match=r"one of L1\.FF2, L1\.FF1; got layer 0, Q"):
+    with pytest.raises(KeyError, match=r"no matrix L0\.Q; expected one of L1\.FF2, L1\.FF1"):
         gradient.matrix(0, "Q")
 
 

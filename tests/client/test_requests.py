@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from januslens import (
+    Client,
     DescentStep,
     ForwardShift,
     KlDivergence,
@@ -17,6 +18,7 @@ from januslens import (
     MatrixKind,
     NodeKind,
     Probe,
+    Text,
     _requests,
 )
 from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
@@ -149,49 +151,77 @@ def test_vectors_travel_as_rows() -> None:
 @pytest.mark.parametrize(
     ("ask", "error", "message"),
     [
-        (lambda: trace([]), ValueError, "nothing given for the prompt"),
-        (lambda: trace([-1]), ValueError, "from 0"),
-        (lambda: trace([1.0]), TypeError, "integers for the prompt"),
-        (lambda: trace(b"x"), TypeError, "integers for the prompt"),
-        (lambda: trace("x", ""), ValueError, "nothing given for the target"),
-        (lambda: trace("x", True), TypeError, "integers for the target"),
-        (lambda: trace("x", layers=[]), ValueError, "nothing given for layers"),
-        (lambda: trace("x", layers=-1), ValueError, "layers from 0"),
-        (lambda: trace("x", layers="0"), TypeError, "integers for layers"),
-        (lambda: trace("x", layers=slice(1, None)), ValueError, "a slice of layers"),
-        (lambda: trace("x", layers=slice(-2, 4)), ValueError, "a slice of layers"),
+        (lambda: trace([]), ValueError, "prompt is empty"),
+        (lambda: trace([-1]), ValueError, "token ids of prompt: -1 is not between 0 and"),
+        (lambda: trace([1.0]), TypeError, "token ids of prompt: 1.0 is not an integer"),
+        (lambda: trace(b"x"), TypeError, "invalid prompt b'x'; expected text or token ids"),
+        (lambda: trace("x", ""), ValueError, "target is empty"),
+        (lambda: trace("x", True), TypeError, "token ids of target: True is not an integer"),
+        (lambda: trace("x", layers=[]), ValueError, "layers is empty"),
+        (lambda: trace("x", layers=-1), ValueError, "layers: -1 is not between 0 and"),
+        (lambda: trace("x", layers="0"), TypeError, "invalid layers '0'; expected integers"),
+        (
+            lambda: trace("x", layers=slice(1, None)),
+            ValueError,
+            r"expected a slice such as slice\(0, 4\)",
+        ),
+        (
+            lambda: trace("x", layers=slice(-2, 4)),
+            ValueError,
+            r"expected a slice such as slice\(0, 4\)",
+        ),
         (lambda: trace("x", positions="last"), ValueError, 'or "all"'),
-        (lambda: trace("x", positions=[2**31]), ValueError, "positions from"),
-        (lambda: trace("x", heads=-1), ValueError, "heads from 0"),
-        (lambda: trace("x", top_k=2.5), TypeError, "integers for top_k"),
+        (lambda: trace("x", positions=[2**31]), ValueError, "positions: 2147483648 is not between"),
+        (lambda: trace("x", heads=-1), ValueError, "heads: -1 is not"),
+        (lambda: trace("x", top_k=2.5), TypeError, "top_k: 2.5 is not an integer"),
         (lambda: trace("x", lens="sharp"), ValueError, "FINAL_NORM"),
         (lambda: trace("x", node_kinds=[]), ValueError, "at least one kind"),
-        (lambda: gradient("x"), ValueError, "either a target or a loss; got neither"),
-        (lambda: gradient("x", " c", loss=KlDivergence([1])), ValueError, "got both"),
+        (lambda: gradient("x"), ValueError, "no target and no loss given"),
+        (
+            lambda: gradient("x", " c", loss=KlDivergence([1])),
+            ValueError,
+            "target and loss are both given",
+        ),
         (lambda: gradient("x", loss="nll"), TypeError, "LogitDifference"),
         (lambda: gradient("x", loss=KlDivergence([])), ValueError, "suppressed"),
         (lambda: gradient("x", " c", matrices=[]), ValueError, "at least one kind"),
-        (lambda: gradient("x", " c", subject=""), ValueError, "text for the subject"),
+        (lambda: gradient("x", " c", subject=""), ValueError, "subject is empty"),
         (lambda: gradient("x", " c", subject=(2, 2)), ValueError, "start < end"),
-        (lambda: gradient("x", " c", neurons=-1), ValueError, "neurons from 0"),
-        (lambda: preview("x", "", ForwardShift(0, 1)), ValueError, "nothing given for the target"),
+        (lambda: gradient("x", " c", neurons=-1), ValueError, "neurons: -1 is not"),
+        (lambda: preview("x", "", ForwardShift(0, 1)), ValueError, "target is empty"),
         (lambda: preview("x", " c", 0.1), TypeError, "a DescentStep or a ForwardShift"),
-        (lambda: preview("x", " c", ForwardShift(-1, 1)), ValueError, "layer from 0"),
+        (
+            lambda: preview("x", " c", ForwardShift(-1, 1)),
+            ValueError,
+            "layer: -1 is not between 0 and",
+        ),
         (lambda: preview("x", " c", DescentStep(1, [])), ValueError, "at least one kind"),
         (
             lambda: preview("x", " c", DescentStep(NAN)),
             ValueError,
-            "learning_rate must be a finite",
+            "invalid learning_rate nan; expected a finite number",
         ),
-        (lambda: preview("x", " c", DescentStep(0.0)), ValueError, "learning_rate must not be 0"),
-        (lambda: preview("x", " c", ForwardShift(0, INF)), ValueError, "eta must be a finite"),
-        (lambda: preview("x", " c", ForwardShift(0, 1e-60)), ValueError, "eta must not be 0"),
-        (lambda: preview("x", " c", ForwardShift(0, True)), TypeError, "eta must be a number"),
-        (lambda: gradient("x", " c", learning_rate=NAN), ValueError, "learning_rate must be a fin"),
+        (lambda: preview("x", " c", DescentStep(0.0)), ValueError, "invalid learning_rate 0.0"),
+        (lambda: preview("x", " c", ForwardShift(0, INF)), ValueError, "invalid eta inf"),
+        (
+            lambda: preview("x", " c", ForwardShift(0, 1e-60)),
+            ValueError,
+            "a number other than 0",
+        ),
+        (
+            lambda: preview("x", " c", ForwardShift(0, True)),
+            TypeError,
+            "invalid eta True; expected",
+        ),
+        (lambda: gradient("x", " c", learning_rate=NAN), ValueError, "invalid learning_rate nan"),
         (lambda: gradient("x", " c", learning_rate=1e39), ValueError, "finite number in float32"),
-        (lambda: project([1.0, NAN]), ValueError, "finite in float32"),
-        (lambda: project([1.0, 1e39]), ValueError, "finite in float32"),
-        (lambda: project(np.array([INF], np.float16)), ValueError, "finite in float32"),
+        (lambda: project([1.0, NAN]), ValueError, "infinity or NaN in float32"),
+        (lambda: project([1.0, 1e39]), ValueError, "infinity or NaN in float32"),
+        (
+            lambda: project(np.array([INF], np.float16)),
+            ValueError,
+            "infinity or NaN in float32",
+        ),
         (lambda: project(np.zeros((1, 1, 1))), ValueError, r"\[n, d_model\]"),
         (lambda: project([]), ValueError, r"\[n, d_model\]"),
         (lambda: project(["x"]), TypeError, "real numbers"),
@@ -202,3 +232,43 @@ def test_invalid_arguments_are_refused_before_sending(
 ) -> None:
     with pytest.raises(error, match=message):
         ask()
+
+
+LONE_SURROGATE = "a\udcff"  # what Python makes of an argument that is not UTF-8
+
+
+@pytest.mark.parametrize(
+    ("name", "ask"),
+    [
+        ("prompt", trace),
+        ("prompt", lambda text: trace(Text(text))),
+        ("target", lambda text: trace("x", text)),
+        ("target", lambda text: trace("x", Text(text))),
+        ("preferred", lambda text: gradient("x", loss=LogitDifference(text, " c"))),
+        ("subject", lambda text: gradient("x", " c", subject=text)),
+        ("prompt", lambda text: preview("x", " c", ForwardShift(0, 1), probes=[text])),
+        (
+            "label",
+            lambda text: preview("x", " c", ForwardShift(0, 1), probes=[Probe("y", label=text)]),
+        ),
+        ("token", _requests.find_neurons_request),
+        ("model", lambda text: trace("x", model=text)),
+        ("revision", lambda text: gradient("x", " c", revision=text)),
+        ("address", Client),
+        ("token", lambda text: Client(token=text)),
+    ],
+)
+def test_lone_surrogates_are_refused_with_their_position(
+    name: str, ask: Callable[[str], object]
+) -> None:
+    message = rf"invalid {name}: character 1 is the lone surrogate '\\udcff'; expected valid"
+    with pytest.raises(ValueError, match=message):
+        ask(LONE_SURROGATE)
+
+
+@pytest.mark.parametrize("token", ["ä", "line\n", "\0"])
+def test_tokens_that_metadata_cannot_hold_are_refused_unseen(token: str) -> None:
+    with pytest.raises(ValueError, match=r"^invalid token; expected printable ASCII characters$"):
+        Client(token=token)
+    with pytest.raises(TypeError, match=r"^invalid token of type bytes; expected str$"):
+        Client(token=token.encode())  # type: ignore[arg-type]  # as a careless caller would

@@ -119,20 +119,20 @@ def test_an_empty_stream_is_interrupted_without_partial() -> None:
 
 def test_a_missing_message_is_a_violation() -> None:
     header, _, summary = trace_stream()
-    with pytest.raises(ProtocolViolation, match="expected message 1 of the stream; got 2"):
+    with pytest.raises(ProtocolViolation, match="unexpected message 2 of the stream; expected 1"):
         assembled_trace([header, summary])
 
 
 def test_a_repeated_message_is_a_violation() -> None:
     header = trace_stream()[0]
-    with pytest.raises(ProtocolViolation, match="expected message 1 of the stream; got 0"):
+    with pytest.raises(ProtocolViolation, match="unexpected message 0 of the stream; expected 1"):
         assembled_trace([header, header])
 
 
 def test_interleaved_layers_are_a_violation() -> None:
     other = trace_pb2.LayerGraph(layer=1, last=True)
     stream = trace_stream(messages.trace_header(), messages.layer(last=False), other)
-    with pytest.raises(ProtocolViolation, match="the rest of layer 0; got layer 1"):
+    with pytest.raises(ProtocolViolation, match="layer 1 began before the end of layer 0"):
         assembled_trace(stream)
 
 
@@ -143,12 +143,12 @@ def test_a_summary_in_the_middle_of_a_matrix_is_a_violation() -> None:
     )
     assembler.feed(stream[0])
     assembler.feed(stream[1])
-    with pytest.raises(ProtocolViolation, match=r"the rest of L1\.FF2; got the end"):
+    with pytest.raises(ProtocolViolation, match=r"the stream ended before the end of L1\.FF2"):
         assembler.feed(stream[2])
 
 
 def test_a_summary_without_a_header_is_a_violation() -> None:
-    with pytest.raises(ProtocolViolation, match="a header before the summary"):
+    with pytest.raises(ProtocolViolation, match="a summary but no header"):
         assembled_trace(trace_stream(messages.trace_summary()))
 
 

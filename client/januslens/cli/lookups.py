@@ -223,12 +223,15 @@ def read_vectors(file: Path, name: str | None) -> NDArray[np.generic]:
         array: NDArray[np.generic] = np.load(file, allow_pickle=False)
         return array
     if file.suffix != ".safetensors":
-        raise ValueError(f"expected a .npy or .safetensors file; got {file.name}")
+        raise ValueError(f"unsupported file {file.name!r}; expected .npy or .safetensors")
     safetensors = require("safetensors.numpy", "analysis", "reading safetensors")
     tensors: dict[str, NDArray[np.generic]] = safetensors.load_file(file)
-    wanted = next(iter(tensors)) if name is None and len(tensors) == 1 else name
+    known = ", ".join(sorted(tensors)) or "none"
+    if name is None and len(tensors) != 1:
+        raise ValueError(f"{file.name} has {len(tensors)} tensors; choose one with --name: {known}")
+    wanted = next(iter(tensors)) if name is None else name
     if wanted not in tensors:
-        raise ValueError(f"expected --name to be one of {', '.join(sorted(tensors))}; got {name}")
+        raise ValueError(f"{file.name} has no tensor {name!r}; expected one of {known}")
     return tensors[wanted]
 
 

@@ -119,7 +119,7 @@ def layer_list(_ctx: click.Context, _param: click.Parameter, value: str | None) 
     for piece in value.split(","):
         match = _RANGE.fullmatch(piece.strip())
         if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise click.BadParameter(f"expected layers like 0-3,7; got {value!r}")
+            raise click.BadParameter(f"{value!r} is not a list of layers such as 0-3,7.")
         layers += range(int(match[1]), int(match[2] or match[1]) + 1)
     return layers
 
@@ -133,7 +133,7 @@ def position_list(
     try:
         return [int(piece) for piece in value.split(",")]
     except ValueError:
-        message = f"expected positions like -1,3 or all; got {value!r}"
+        message = f"{value!r} is neither a list of positions such as -1,3 nor 'all'."
         raise click.BadParameter(message) from None
 
 
@@ -249,7 +249,8 @@ def _pair(certificate: str | None, key: str | None) -> tuple[str, str] | None:
     if certificate is None and key is None:
         return None
     if certificate is None or key is None:
-        message = "expected --client-certificate and --client-key together; got one of them"
+        missing = "--client-key" if key is None else "--client-certificate"
+        message = f"{missing} is missing; --client-certificate and --client-key belong together"
         raise click.UsageError(message, click.get_current_context())
     return certificate, key
 
@@ -295,7 +296,7 @@ def not_both(as_json: bool, page: Path | None) -> None:
         click.UsageError: Both were given.
     """
     if as_json and page:
-        message = "expected --json or --html; got both"
+        message = "--json and --html are both given; give only one of them"
         raise click.UsageError(message, click.get_current_context())
 
 

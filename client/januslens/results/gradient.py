@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from januslens.results import exports
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.kinds import MATRIX_KINDS, MatrixKind
-from januslens.results.matrices import Matrix
+from januslens.results.matrices import Matrix, matrix_name
 from januslens.results.models import ModelSizes, Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import edits_pb2, gradient_lens_pb2
@@ -244,7 +244,8 @@ class Gradient:
             if (matrix.layer, matrix.kind, matrix.expert) == (layer, wanted, expert):
                 return matrix
         here = ", ".join(matrix.name for matrix in self.matrices)
-        raise KeyError(f"expected one of {here}; got layer {layer}, {wanted}, expert {expert}")
+        name = matrix_name(layer, wanted, expert)
+        raise KeyError(f"the gradient has no matrix {name}; expected one of {here}")
 
     def of_kind(self, kind: MatrixKind | str) -> list[Matrix]:
         """Return the gradients of one kind of matrix in all layers, from the last layer down.

@@ -22,8 +22,8 @@ class Kind(StrEnum):
         try:
             return cls[name.upper()]
         except KeyError:
-            known = ", ".join(member.name for member in cls)
-            raise ValueError(f"expected one of {known}; got {name!r}") from None
+            known = ", ".join(member.name for member in cls if member.name != "UNSPECIFIED")
+            raise ValueError(f"unknown value {name!r}; expected one of {known}") from None
 
 
 KindT = TypeVar("KindT", bound=Kind)

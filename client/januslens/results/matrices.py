@@ -194,6 +194,11 @@ class Verification:
         return cls(message.relative_error, message.tolerance)
 
 
+def matrix_name(layer: int, kind: MatrixKind, expert: int | None) -> str:
+    """Name a matrix, for example `L3.FF2`, or `L3.e1.FF2` in expert 1."""
+    return f"L{layer}.{kind}" if expert is None else f"L{layer}.e{expert}.{kind}"
+
+
 def _read(present: bool, message: lens_pb2.Projection, tokens: TokenTable) -> Projection | None:
     return Projection.from_message(message, tokens) if present else None
 
@@ -261,8 +266,7 @@ class Matrix:
     @property
     def name(self) -> str:
         """The matrix's name, for example `L3.FF2`, or `L3.e1.FF2` in expert 1."""
-        expert = "" if self.expert is None else f"e{self.expert}."
-        return f"L{self.layer}.{expert}{self.kind}"
+        return matrix_name(self.layer, self.kind, self.expert)
 
     def factors(self) -> tuple[Floats, Floats]:
         """Return the inputs `[components, d_in]` and the VJPs `[components, d_out]` in float32.
@@ -284,9 +288,8 @@ class Matrix:
         inputs, vjps = self.factors()
         if len(self.components) < self.component_count:
             raise ValueError(
-                f"{self.name} has only the {len(self.components)} largest of "
-                f"{self.component_count} components; the dense gradient needs all of "
-                "them: request components=0"
+                f"{self.name} has only {len(self.components)} of {self.component_count} "
+                "components; request all of them with components=0"
             )
         dense: Floats = inputs.T @ vjps
         return dense

@@ -320,7 +320,7 @@ class Trace(GraphView):
             if layer.layer == number:
                 return layer
         traced = ", ".join(str(layer.layer) for layer in self.layers)
-        raise KeyError(f"expected one of the traced layers {traced}; got {number}")
+        raise KeyError(f"layer {number} is not in the trace; expected one of {traced or 'none'}")
 
     def target(self, position: int | None = None) -> PositionTarget:
         """Return the target at a position, by default the last traced position.
@@ -331,7 +331,8 @@ class Trace(GraphView):
         by_position = {target.position: target for target in self.targets}
         wanted = max(by_position) if position is None else position
         if wanted not in by_position:
-            raise KeyError(f"expected one of the positions {sorted(by_position)}; got {position}")
+            known = ", ".join(map(str, sorted(by_position)))
+            raise KeyError(f"position {position} was not traced; expected one of {known}")
         return by_position[wanted]
 
     def path_to_target(self, position: int | None = None) -> tuple[Part, ...]:
@@ -348,7 +349,7 @@ class Trace(GraphView):
         for kind in ends:
             if nodes := self.nodes_of(kind, at):
                 return strongest_path(self, nodes[-1].id)
-        raise KeyError(f"expected the trace to have an output at position {at}")
+        raise KeyError(f"the trace has no output of a layer at position {at}")
 
     def contributions(self, position: int | None = None) -> list[Part]:
         """Return the components by their contribution to the target's logit, largest first.
@@ -364,7 +365,9 @@ class Trace(GraphView):
         at = self.target(position).position
         parts = list(self._components(at))
         if not parts:
-            raise ValueError("no logit contributions here: trace with logit_contribution=True")
+            raise ValueError(
+                "the trace has no logit contributions; request them with logit_contribution=True"
+            )
         return sorted(parts, key=lambda part: -(part.logit_contribution or 0.0))
 
     def _components(self, position: int) -> Iterator[Part]:

@@ -56,7 +56,7 @@ class Tensor:
         """
         code = common_pb2.DataType.Value(f"DATA_TYPE_{self.data_type.upper()}")
         if code not in _LITTLE_ENDIAN:
-            raise ValueError(f"expected a tensor of a known data type, got {self.data_type!r}")
+            raise ValueError(f"unknown data type {self.data_type!r} of a tensor; update the client")
         array = np.frombuffer(self.data, dtype=_LITTLE_ENDIAN[code]).reshape(self.shape)
         if code == common_pb2.DATA_TYPE_BFLOAT16:
             # bfloat16 is the upper half of a float32.
@@ -76,7 +76,7 @@ def tensor_message(vectors: ArrayLike) -> common_pb2.Tensor:
     """
     array = np.asarray(vectors)
     if array.dtype.kind not in "fiu":
-        raise TypeError(f"expected real numbers, got an array of {array.dtype}")
+        raise TypeError(f"invalid data type {array.dtype} of an array; expected real numbers")
     if array.dtype == np.float16:
         code, kept = common_pb2.DATA_TYPE_FLOAT16, array.astype("<f2")
     else:
