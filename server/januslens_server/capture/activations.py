@@ -1,4 +1,4 @@
-"""What one forward pass computed in one block, and how its positions rotate queries and keys."""
+"""The captured activations of one block, and the rotation of its queries and keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Routing:
-    """The `experts` `[pos, k]` each position was sent to, and the `weights` of their results."""
+    """The `experts` `[pos, k]` that each position is routed to, and their router `weights`."""
 
     experts: torch.Tensor
     weights: torch.Tensor
@@ -20,15 +20,16 @@ class Routing:
 class LayerActivations:
     """The tensors of one block, as the model computed them, without the batch dimension.
 
-    `kept` maps a position of the prompt to its row in every tensor but `key` and `value`, which
-    have a row for each position; None: all tensors have.
+    `key` and `value` have a row for each position of the prompt. In all other tensors, `kept` maps
+    a position to its row; if `kept` is None, they also have a row for each position.
 
-    `query` is `[pos, n_heads, d_head]`, `key` and `value` `[pos, n_kv_heads, d_head]`: what the
-    linear maps give, before norms, clipping and `rotation`. `attention_concat` is
-    `[pos, n_heads * d_head]`, `neurons` (what multiplies FF2's rows) `[pos, d_mlp]`, all others
-    `[pos, d_model]`. `attention_output` and `mlp_output` are what is added to the residual, the
-    sums what they are made of where a post-norm or multiplier stands between. A parallel block
-    has no `residual_mid`, a mixture of experts `routing` instead of `neurons`.
+    `query` is `[pos, n_heads, d_head]`; `key` and `value` are `[pos, n_kv_heads, d_head]`. These
+    are the results of the linear maps, before norms, clipping and `rotation`. `attention_concat` is
+    `[pos, n_heads * d_head]`, and `neurons`, the factors of FF2's rows, `[pos, d_mlp]`. All others
+    are `[pos, d_model]`. `attention_output` and `mlp_output` are added to the residual;
+    `attention_sum` and `mlp_sum` are the same results before a post-norm or multiplier, and None
+    without one. Parallel blocks have no `residual_mid`. Mixtures of experts have `routing` instead
+    of `neurons`.
     """
 
     block_input: torch.Tensor
@@ -50,17 +51,17 @@ class LayerActivations:
     kept: Mapping[int, int] | None = None
 
     def row(self, position: int) -> int:
-        """Where a position's activations are: an index into all tensors but `key` and `value`."""
+        """Return the row of a position in all tensors except `key` and `value`."""
         return position if self.kept is None else self.kept[position]
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """The matrices M_p that turn queries and keys at position p (row convention: `q M_p`).
+    """The matrices M_p that rotate queries and keys at position p (row convention: `q M_p`).
 
-    `cos` and `sin` are `[pos, rotary]`, each value standing at both members of its pair, as the
-    model computed them; the first `rotary` of a head's dimensions turn. Pairs are neighbours
-    if `interleaved` (GPT-J), else half a rotary width apart (Llama).
+    `cos` and `sin` `[pos, rotary]` are the model's own values, each at both dimensions of its pair.
+    The first `rotary` dimensions of a head are rotated. The dimensions of a pair are neighbours if
+    `interleaved` (GPT-J), else half of `rotary` apart (Llama).
     """
 
     cos: torch.Tensor
@@ -68,17 +69,17 @@ class Rotation:
     interleaved: bool
 
     def to(self, device: torch.device) -> Rotation:
-        """The same rotation where a block computes."""
+        """Return the rotation on another device."""
         return replace(self, cos=self.cos.to(device), sin=self.sin.to(device))
 
     def turn(self, vectors: torch.Tensor, positions: slice) -> torch.Tensor:
-        """`v M_p` for `[..., len(positions), d_head]`, each at its own position."""
+        """Return `v M_p` for vectors `[..., len(positions), d_head]`, each at its own position."""
         return self._turned(vectors, self.cos[positions].float(), self.sin[positions].float())
 
     def turn_back(self, vectors: torch.Tensor, position: int) -> torch.Tensor:
-        """`v M_p^T` for `[..., d_head]`, all at one position.
+        """Return `v M_p^T` for vectors `[..., d_head]`, all at one position.
 
-        The transpose and not the inverse: some scalings make M a multiple of a rotation.
+        This is the transpose, not the inverse. They differ for models that also scale the rotation.
         """
         return self._turned(vectors, self.cos[position].float(), -self.sin[position].float())
 
@@ -87,7 +88,7 @@ class Rotation:
         return torch.cat([turning * cos + self._quarter(turning) * sin, rest], dim=-1)
 
     def _quarter(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Each pair (a, b) turned by 90 degrees: (-b, a). Its transpose is its negative."""
+        """Rotate each pair (a, b) by 90 degrees to (-b, a); the transpose is the negative."""
         if self.interleaved:
             pairs = vectors.unflatten(-1, (-1, 2))
             return torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)

@@ -1,4 +1,4 @@
-"""Read tensors of a model during one forward pass, or change its outputs, with hooks."""
+"""Use hooks to read tensors of a model during a forward pass, or to change module outputs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import nn
 
 from januslens_server.errors import CancelCheck
 
-# Features of a fused module's output: one run of them, or scattered ones (interleaved heads).
+# Features of a fused module's output: consecutive ones, or any others (interleaved heads).
 Columns = range | tuple[int, ...]
 
 
 class End(Enum):
-    """Which end of a module is read."""
+    """Whether a tap reads a module's input or its output."""
 
     INPUT = "input"
     OUTPUT = "output"
@@ -26,11 +26,12 @@ class End(Enum):
 
 @dataclass(frozen=True)
 class Tap:
-    """One end of a module, and which of its features.
+    """A tensor to read: the input or output of a module, or some features of it.
 
-    `columns` selects features of the last dimension (None: all): fused projections hold
-    several maps. `argument` counts the tensors that go in or come out. `overwritten`: the model
-    writes to the module's output in place, and is handed a copy of it instead.
+    `columns` selects features of the last dimension, for example those of one map of a fused
+    module; None selects all. `argument` is the number of the tensor among the module's inputs or
+    outputs, from 0. `overwritten` means that the model modifies the module's output in place; the
+    model then gets a copy, so that the captured tensor keeps its values.
     """
 
     module: nn.Module
@@ -40,27 +41,28 @@ class Tap:
     overwritten: bool = False
 
     def read(self, value: torch.Tensor) -> torch.Tensor:
-        """The tapped features `[batch, pos, features]` of the module's whole tensor."""
+        """Return the tapped features `[batch, pos, features]` of the module's whole tensor."""
         return select(value, self.columns)
 
 
 def select(whole: torch.Tensor, columns: Columns | None) -> torch.Tensor:
-    """The `columns` of a tensor `[..., features]`.
+    """Select the `columns` of a tensor `[..., features]`.
 
-    None gives the very same tensor, not a view of it: autograd knows only that one.
+    With None, the same tensor object is returned and not a view, because autograd computes
+    gradients only for tensors that the model itself uses.
     """
     return whole if columns is None else whole[..., _index(columns)]
 
 
 def rows(captured: torch.Tensor) -> torch.Tensor:
-    """One prompt's `[pos, features]`, also where a module gets them without a batch axis (OPT)."""
+    """Flatten a captured tensor to `[pos, features]`; some modules (OPT) have no batch axis."""
     return captured.flatten(0, -2)
 
 
 def add_to_columns(
     whole: torch.Tensor, columns: Columns | None, added: torch.Tensor
 ) -> torch.Tensor:
-    """A copy of `[..., features]` with `added` on its `columns`."""
+    """Return a copy of `whole` `[..., features]` with `added` added to its `columns`."""
     changed = whole.clone()
     changed[..., slice(None) if columns is None else _index(columns)] += added
     return changed
@@ -73,9 +75,10 @@ def _index(columns: Columns) -> slice | list[int]:
 
 
 def nth_tensor(values: Any, named: Mapping[str, Any] | None = None, n: int = 0) -> torch.Tensor:
-    """The nth tensor a module takes or gives, among the ways Hugging Face modules pass them.
+    """Return the nth tensor among a module's arguments or outputs.
 
-    Blocks return a tensor or a tuple by version; some take `hidden_states` by keyword.
+    Depending on the release of transformers, blocks return a tensor or a tuple. Some take
+    `hidden_states` as a keyword argument.
     """
     passed = (values,) if isinstance(values, torch.Tensor) else (*values, *(named or {}).values())
     tensors = [value for value in passed if isinstance(value, torch.Tensor)]
@@ -94,11 +97,12 @@ def capturing(
     check_before: Iterable[nn.Module] = (),
     keep: Callable[[Key, torch.Tensor], torch.Tensor] | None = None,
 ) -> Iterator[dict[Key, torch.Tensor]]:
-    """Fill the yielded dictionary while the model runs.
+    """Capture the tapped tensors of forward passes inside the context in the yielded dictionary.
 
-    Each tensor is what the module passed, `[batch, pos, features]`, not a copy: autograd knows
-    only that one. `check_cancelled` is called before every module in `check_before`; what it
-    raises ends the forward pass. `keep` may record a part of a tensor instead, by its key.
+    The captured tensors `[batch, pos, features]` are the module's own and not copies, because
+    autograd computes gradients only for those. `check_cancelled` is called before every module in
+    `check_before`; an exception from it ends the forward pass. If `keep` is given, the dictionary
+    gets the tensor that it returns for a key and its captured tensor.
     """
     captured: dict[Key, torch.Tensor] = {}
     with ExitStack() as hooks:
@@ -153,47 +157,48 @@ def _recording(
 
 @dataclass(frozen=True)
 class LowRank:
-    """A change `inputs^T outputs` of a matrix: `inputs` `[rank, d_in]`, `outputs` `[rank, d_out]`.
+    """A low-rank change of a matrix, `inputs^T outputs`.
 
-    It is never formed: `x (W + inputs^T outputs) = x W + (x inputs^T) outputs`.
+    `inputs` is `[rank, d_in]` and `outputs` `[rank, d_out]`. Their product is never computed:
+    `x (W + inputs^T outputs) = x W + (x inputs^T) outputs`.
     """
 
     inputs: torch.Tensor
     outputs: torch.Tensor
 
     def times(self, x: torch.Tensor) -> torch.Tensor:
-        """What the change adds to `x W`, `[..., d_out]` in float32, for `x` `[..., d_in]`."""
+        """Return `x inputs^T outputs` `[..., d_out]` in float32, for `x` `[..., d_in]`."""
         return (x.float() @ self.inputs.float().to(x.device).T) @ self.outputs.to(x.device)
 
 
 class Overlay(Protocol):
-    """Changes a module's output to that of changed weights."""
+    """Changes the output of a module as if its weights were changed."""
 
     @property
     def module(self) -> nn.Module:
-        """Whose output it changes."""
+        """The module."""
 
     def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """The changed output, from the module's input and its own output."""
+        """Return the changed output, given the module's arguments and its output."""
 
 
 @dataclass(frozen=True)
 class LinearOverlay:
-    """A change of the `columns` of one linear module."""
+    """A low-rank change of some `columns` of one linear module, or of all (None)."""
 
     module: nn.Module
     columns: Columns | None
     change: LowRank
 
     def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        """The output with the change's share on the columns."""
+        """Return the output with the change applied to the columns."""
         added = self.change.times(nth_tensor(args))
         return add_to_columns(output, self.columns, added.to(output.dtype))
 
 
 @contextmanager
 def overlaid(overlays: Iterable[Overlay]) -> Iterator[None]:
-    """Run the model as if its weights were changed; the resident ones stay as they are."""
+    """Inside the context, run the model as if its weights were changed; no weight is modified."""
     with ExitStack() as hooks:
         for overlay in overlays:
             handle = overlay.module.register_forward_hook(_hook(overlay))

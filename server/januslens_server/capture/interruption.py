@@ -1,9 +1,9 @@
-"""Let a long forward or backward pass be stopped inside a layer.
+"""Make long forward and backward passes stoppable within a layer.
 
-A layer over thousands of tokens computes for seconds. Inside `interruptible` every torch function
-first calls the request's check, and on a CPU the large ones, attention and linear maps, run on
-blocks of rows with a check before each. Rows do not depend on each other, so the results are the
-same up to rounding.
+With thousands of tokens, one layer takes seconds. Inside `interruptible`, every torch function
+first calls the request's check. On a CPU, attention and linear maps are split into blocks of rows,
+with a check before each block. Rows do not depend on each other, so only the rounding of the
+results can differ.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from torch.overrides import TorchFunctionMode
 
 from januslens_server.errors import CancelCheck
 
-# Shorter passes run as they are: their layers are fast, and the checks would cost a few percent.
+# Shorter passes have no checks inside layers: their layers are fast, and checks cost some per cent.
 FEWEST_TOKENS = 256
-# Floating-point operations between two checks: some tenths of a second of two CPU cores. Linear
-# maps get at least this many rows, below which they take as long as reading their weights.
+# Floating-point operations between two checks, which take some tenths of a second on two CPU cores.
+# Blocks have at least this many rows, because smaller ones take as long as reading the weights.
 OPERATIONS = 1e10
 FEWEST_LINEAR_ROWS, FEWEST_QUERIES = 256, 64
 
 
 @contextmanager
 def interruptible(check_cancelled: CancelCheck, tokens: int) -> Iterator[None]:
-    """Call `check_cancelled` often while a model runs on so many tokens, also on the way back."""
+    """Call `check_cancelled` often during forward and backward passes inside the context."""
     if tokens < FEWEST_TOKENS:
         yield
         return
@@ -61,7 +61,7 @@ class _Interruptible(TorchFunctionMode):
     def _linear(
         self, function: Any, of_rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """`function`, whose argument number `of_rows` has the rows `[..., n, d_in]`."""
+        """Call a linear `function` in blocks; argument `of_rows` has the rows `[..., n, d_in]`."""
         if len(args) <= of_rows + 1:
             return function(*args, **kwargs)
         vectors, matrix = args[of_rows], args[of_rows + 1]
@@ -86,7 +86,7 @@ class _Interruptible(TorchFunctionMode):
         is_causal: bool = False,
         **rest: Any,
     ) -> torch.Tensor:
-        """Attention of a block of queries at a time; causal ones see the keys up to their own."""
+        """Compute attention in blocks of queries, in causal attention with the keys up to them."""
         attend = functional.scaled_dot_product_attention
         length = query.shape[-2]
         each = 4.0 * query.numel() / length * key.shape[-2]
@@ -120,5 +120,5 @@ class _Interruptible(TorchFunctionMode):
 
 
 def _rows_at_once(operations_each: float, fewest: int) -> int:
-    """Number of rows whose operations stay within the bound: a multiple of `fewest`."""
+    """Return the number of rows per block, a multiple of `fewest`."""
     return max(1, int(OPERATIONS / operations_each) // fewest) * fewest

@@ -24,10 +24,10 @@ from januslens_server.specs import Selection
 
 @dataclass(frozen=True)
 class HeadRow:
-    """All heads at one query `position`, in float32; the sources are positions `first` to it.
+    """All heads at one query `position`, in float32, with source positions from `first` on.
 
-    Each tensor is computed when it is first read. Grouped heads share their keys and values: they
-    are repeated here, not in the model.
+    Each tensor is computed on first access. With grouped-query attention, the keys and values of a
+    group are repeated for each of its heads.
     """
 
     position: int
@@ -41,9 +41,10 @@ class HeadRow:
 
     @cached_property
     def asking(self) -> torch.Tensor:
-        """What the heads at the position ask for `[n_heads, d_head]`; times W_K^T: HEAD_QUERY.
+        """Queries `[n_heads, d_head]` that give HEAD_QUERY when multiplied by W_K^T.
 
-        The query turned by `M_p M_p^T` and pulled back through the key's norm or clip at p.
+        Each is the head's query times `M_p M_p^T`, pulled back through the norm or clip of the key
+        at p.
         """
         rotation, asked = self.acts.rotation, self._normed_query
         if rotation is not None:
@@ -53,10 +54,10 @@ class HeadRow:
 
     @cached_property
     def matching(self) -> torch.Tensor:
-        """What matches at each source `[n_heads, sources, d_head]`; times W_Q^T: memory keys.
+        """Keys `[n_heads, sources, d_head]` that give MEMORY_KEY when multiplied by W_Q^T.
 
-        The keys `k_s M_s M_p^T` (M the rotary matrices) pulled back through the query's norm or
-        clip.
+        Each is `k_s M_s M_p^T`, where M are the rotary matrices, pulled back through the norm or
+        clip of the query.
         """
         at = self._query.expand(len(self._key), -1, -1)
         keys = self._relative_keys.transpose(0, 1)
@@ -65,7 +66,7 @@ class HeadRow:
 
     @cached_property
     def values(self) -> torch.Tensor:
-        """The sources' values `[n_heads, sources, d_head]`."""
+        """Values of the sources `[n_heads, sources, d_head]`."""
         values, clip = self.acts.value[self._sources].float(), self.weights.value_clip
         return _by_head(values if clip is None else values.clamp(-clip, clip), self._group)
 
@@ -78,7 +79,7 @@ class HeadRow:
 
     @cached_property
     def concat(self) -> torch.Tensor:
-        """The heads' results `[n_heads, d_head]`."""
+        """Results of the heads `[n_heads, d_head]`."""
         concat = self.acts.attention_concat[self.acts.row(self.position)].float()
         by_head: torch.Tensor = concat.unflatten(0, (self.acts.query.shape[1], -1))
         return by_head
@@ -89,7 +90,7 @@ class HeadRow:
 
     @property
     def _group(self) -> int:
-        """Query heads that share a key head."""
+        """Number of query heads per key head."""
         return self.acts.query.shape[1] // self.acts.key.shape[1]
 
     @cached_property
@@ -107,7 +108,7 @@ class HeadRow:
 
     @cached_property
     def _relative_keys(self) -> torch.Tensor:
-        """`k_s M_s M_p^T` `[n_heads, sources, d_head]`: a dot product with the query is a score."""
+        """`k_s M_s M_p^T` `[n_heads, sources, d_head]`; products with the query are scores."""
         keys, rotation = _by_head(self.weights.key_map(self._key), self._group), self.acts.rotation
         if rotation is None:
             return keys
@@ -115,29 +116,29 @@ class HeadRow:
 
 
 def head_row(position: int, acts: LayerActivations, weights: AttentionWeights) -> HeadRow:
-    """The heads at `position`, from the captured activations of their layer."""
+    """Return the heads at `position`, given the captured activations of their layer."""
     return HeadRow(position, acts, weights)
 
 
 def _by_head(vectors: torch.Tensor, group: int) -> torch.Tensor:
-    """`[pos, n_kv_heads, d_head]` to `[n_heads, pos, d_head]`."""
+    """Repeat `[pos, n_kv_heads, d_head]` for the heads of each group: `[n_heads, pos, d_head]`."""
     return vectors.repeat_interleave(group, dim=1).transpose(0, 1)
 
 
 def _pulled_through_key(
     asked: torch.Tensor, key: torch.Tensor, weights: AttentionWeights, group: int
 ) -> torch.Tensor:
-    """Each query head's direction `[n_heads, d_head]` through its own key head's map at p."""
+    """Pull directions `[n_heads, d_head]` back through the maps of their key heads at p."""
     by_member = asked.unflatten(0, (-1, group)).transpose(0, 1)  # [group, n_kv_heads, d_head]
     pulled = weights.key_map.pull_back(by_member, key.expand_as(by_member))
     return pulled.transpose(0, 1).flatten(0, 1)
 
 
 ATTENTION_KINDS = RowKinds(NodeKind.ATTENTION_NEURON, NodeKind.ATTENTION_BIAS)
-# What needs the sources that heads attend to, and what needs the heads' results.
+# Kinds that need the sources of heads, and kinds that need the results of heads.
 _OF_MEMORIES = (NodeKind.MEMORY_KEY, NodeKind.MEMORY_VALUE, NodeKind.OTHER)
 _OF_HEADS = (NodeKind.HEAD_OUTPUT, NodeKind.ATTENTION_CONCAT, *_OF_MEMORIES)
-# Each input of the attention as a whole and by head.
+# The sum over heads, and the kind of one head's node, for queries, keys and values.
 _INPUTS = (
     (NodeKind.QUERY, NodeKind.HEAD_QUERY),
     (NodeKind.KEY, NodeKind.HEAD_KEY),
@@ -153,7 +154,7 @@ def add_attention(
     selection: Selection,
     result: Result,
 ) -> str:
-    """Add everything between the attention's input and its raw result; gives the latter's id."""
+    """Add the nodes between attention's input and its raw result; return the result's id."""
     row = head_row(flow.position, acts, weights)
     heads = _chosen(row.concat.norm(dim=-1), selection.heads)
     queries = _add_projections(flow, attention_input, acts, row, weights, heads)
@@ -169,14 +170,14 @@ def add_attention(
 
 
 class _Heads(NamedTuple):
-    """The selected heads in ascending order: their numbers, and what picks them of all heads."""
+    """Numbers of the selected heads in ascending order, and an index that selects them."""
 
     numbers: list[int]
     pick: torch.Tensor | slice
 
 
 def _chosen(sizes: torch.Tensor, count: int) -> _Heads:
-    """The heads with the largest `sizes` `[n_heads]`; a slice, which copies nothing, of all."""
+    """Select the heads with the largest `sizes` `[n_heads]`; a slice of all avoids a copy."""
     if count == 0 or count >= len(sizes):
         return _Heads(list(range(len(sizes))), slice(None))
     index = largest(sizes, count).sort().values
@@ -195,7 +196,7 @@ def _add_projections(
     weights: AttentionWeights,
     heads: _Heads,
 ) -> list[str]:
-    """QUERY, KEY, VALUE and their heads at the position itself; gives HEAD_QUERY's ids."""
+    """Add QUERY, KEY, VALUE and the nodes of their heads; return the ids of HEAD_QUERY."""
     shown = [flow.shows(*kinds) for kinds in _INPUTS]
     position, layer = flow.position, flow.layer
     if not any(shown):
@@ -218,18 +219,18 @@ def _add_projections(
 
 
 def _queries(row: HeadRow, weights: AttentionWeights) -> torch.Tensor:
-    """HEAD_QUERY of all heads `[n_heads, d_model]`."""
-    asking = row.asking.unflatten(0, (len(weights.key), -1))  # by key head and its query heads
+    """Return HEAD_QUERY of all heads `[n_heads, d_model]`."""
+    asking = row.asking.unflatten(0, (len(weights.key), -1))  # [n_kv_heads, group, d_head]
     return torch.einsum("kge,kde->kgd", asking, weights.key).flatten(0, 1)
 
 
 def _keys(row: HeadRow, weights: AttentionWeights) -> torch.Tensor:
-    """HEAD_KEY of all heads `[n_heads, d_model]`."""
+    """Return HEAD_KEY of all heads `[n_heads, d_model]`."""
     return torch.einsum("he,hde->hd", row.matching[:, -1], weights.query)
 
 
 def _values(row: HeadRow, weights: AttentionWeights) -> torch.Tensor:
-    """HEAD_VALUE of all heads `[n_heads, d_model]`."""
+    """Return HEAD_VALUE of all heads `[n_heads, d_model]`."""
     return torch.einsum("he,hed->hd", row.values[:, -1], weights.output)
 
 
@@ -243,7 +244,7 @@ def _add_memories(
     heads: _Heads,
     selection: Selection,
 ) -> None:
-    """The sources each head attends to most: their keys, their values, and the rest."""
+    """Add keys and values of the sources that each head attends to most, and the other sources."""
     pattern = row.pattern[heads.pick]
     sources = largest(pattern, selection.memory_values_per_head)
     count = sources.shape[1]
@@ -252,7 +253,7 @@ def _add_memories(
     attended = pattern.gather(1, sources).flatten()
 
     def of_sources(vectors: torch.Tensor) -> torch.Tensor:
-        """Those of `[n_heads, sources, d_head]` that the heads attend to most."""
+        """Select the most attended sources from `[n_heads, sources, d_head]`."""
         return vectors[heads.pick].gather(1, sources[:, :, None].expand(-1, -1, vectors.shape[2]))
 
     key_ids = list[str]()
@@ -292,7 +293,7 @@ def _memories(
 def _add_concat(
     flow: FlowBuilder, head_outputs: list[str], outputs: torch.Tensor, heads: _Heads
 ) -> str:
-    """All heads together: a junction of the graph, without a reading of its own."""
+    """Add the sum of all heads, which is not projected; return its id."""
     total = outputs.sum(0)
     concat = flow.node(NodeKind.ATTENTION_CONCAT, total, projected=False)
     parts, ids = outputs[heads.pick], head_outputs
@@ -312,7 +313,7 @@ def _add_result(
     selection: Selection,
     result: Result,
 ) -> str:
-    """Rows of W_O with their activations, the bias, and what they add up to."""
+    """Add the rows of W_O with their activations, the bias and their sum; return the sum's id."""
     if not flow.shows(*ATTENTION_KINDS, NodeKind.OTHER):
         return flow.node(result.kind, result.vector)
     activations = row.concat.flatten()

@@ -1,4 +1,4 @@
-"""The flow graph of one block at one position, and of the final norm after the last block."""
+"""Build the flow graph of one block at one position, and that of the final norm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from januslens_server.specs import Selection
 
 
 class _Kinds(NamedTuple):
-    """The nodes at a sublayer's ends; `sum` only where something stands before `output`."""
+    """Kinds of a sublayer's input and output, and of its sum before a post-norm or multiplier."""
 
     input: NodeKind
     sum: NodeKind
@@ -32,17 +32,18 @@ MLP = _Kinds(NodeKind.MLP_INPUT, NodeKind.MLP_SUM, NodeKind.MLP_OUTPUT)
 
 
 class _Add(Protocol):
-    """Adds the nodes inside a sublayer; takes the id of its input, returns that of its result."""
+    """Adds the nodes inside a sublayer, given the id of its input; returns the id of its result."""
 
     def __call__(self, flow: FlowBuilder, source: str, /, *, result: Result) -> str: ...
 
 
 @dataclass(frozen=True)
 class _Sublayer:
-    """Attention or MLP; `normed`, `raw` and `added` are `[pos, d_model]`, of which `row` is read.
+    """Attention or MLP at one position.
 
-    Without a `normed` input it reads the residual itself; without a `finish` its raw result is
-    what is added.
+    `normed`, `raw` and `added` are `[pos, d_model]`; `row` is the row of the position. If `normed`
+    is None, the sublayer reads the residual itself. If `finish` is None, its raw result is added to
+    the residual unchanged.
     """
 
     kinds: _Kinds
@@ -55,7 +56,7 @@ class _Sublayer:
 
 
 def input_node(layer: int, position: int) -> Node:
-    """The input of block `layer`: the output of the block below, one node with one id."""
+    """Return the input node of block `layer`, which is the output node of the block below."""
     if layer == 0:
         return Node(NodeKind.BLOCK_INPUT, position)
     return Node(NodeKind.BLOCK_OUTPUT, position, layer - 1)
@@ -71,11 +72,11 @@ def block_flow(
     below: int | None,
     shown: Collection[NodeKind] = (),
 ) -> Flow:
-    """Everything between the block's input and output at one position.
+    """Build the flow graph of one block at one position, from its input to its output.
 
-    Only nodes of the kinds `shown` (empty: all) are built, and edges between them.
-    `below` is the layer sent before this one: the input node is added unless it is the one
-    right below, and joined by a GAP edge if layers between them were not requested.
+    Only nodes of the kinds in `shown` (empty: all kinds) and edges between them are built. `below`
+    is the layer that was sent before this one, or None. If it is not the next lower layer, the
+    input node is added here, with a GAP edge from the output of `below`.
     """
     flow = FlowBuilder(layer, position, direction, shown)
     row = acts.row(position)
@@ -151,7 +152,7 @@ def _add_normed(
 def _add_sum(
     flow: FlowBuilder, kind: NodeKind, total: torch.Tensor, terms: Mapping[str, torch.Tensor]
 ) -> str:
-    """A state of the residual stream `[d_model]` and the terms it is the sum of, by their ids."""
+    """Add a node of the residual stream and its terms, vectors `[d_model]` by node id."""
     node = flow.node(kind, total)
     flow.parts(list(terms), node, torch.stack(list(terms.values())), total)
     return node
@@ -160,9 +161,9 @@ def _add_sum(
 def final_flow(
     last_layer: int, position: int, residual: torch.Tensor, normed: torch.Tensor
 ) -> Flow:
-    """FINAL_NORM and PREDICTION above the last block, from `[d_model]` before and after the norm.
+    """Build FINAL_NORM and PREDICTION, given the vectors `[d_model]` before and after the norm.
 
-    Both are read by the unembedding alone: they have passed the final norm already.
+    Both are already normed, so they are projected by the unembedding only.
     """
     flow = FlowBuilder(last_layer, position, direction=None)
     nodes = [Node(NodeKind.FINAL_NORM, position), Node(NodeKind.PREDICTION, position)]
@@ -195,7 +196,7 @@ _PER_NEURON = (NodeKind.MLP_KEY, NodeKind.MLP_UP, NodeKind.MLP_VALUE)
 
 
 def block_nodes(facts: ModelFacts, selection: Selection, sources: int) -> Mapping[NodeKind, int]:
-    """Upper bounds by kind for one block at a position that sees `sources` positions."""
+    """Return the maximum number of nodes of each kind, for a position with `sources` sources."""
     heads = _picked(selection.heads, facts.n_heads)
     memories = heads * _picked(selection.memory_values_per_head, sources)
     neurons = _neurons(selection, facts.d_mlp * max(1, facts.n_experts))
@@ -206,7 +207,7 @@ def block_nodes(facts: ModelFacts, selection: Selection, sources: int) -> Mappin
         NodeKind.MEMORY_KEY: memories,
         NodeKind.MEMORY_VALUE: memories,
         NodeKind.ATTENTION_NEURON: _neurons(selection, facts.n_heads * facts.d_head),
-        NodeKind.OTHER: heads + 3,  # of each head's sources, of the heads, of both sums of rows
+        NodeKind.OTHER: heads + 3,  # one per head, one of the heads, one each of W_O and FF2
     }
 
 

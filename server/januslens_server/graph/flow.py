@@ -16,21 +16,21 @@ from januslens_server.results import Edge, EdgeKind, Floats, Node, NodeKind
 
 
 class Scalars:
-    """Columns of float32 numbers, filled in pieces; where nothing was added they are NaN."""
+    """Columns of float32 numbers that are filled in pieces. Numbers that were not added are NaN."""
 
     def __init__(self) -> None:
         self._pieces: list[torch.Tensor] = []
         self._places: list[tuple[str, int]] = []
 
     def add(self, column: str, first: int, values: torch.Tensor) -> None:
-        """Put `values` `[n]` at the places `first` to `first + n` of a column."""
+        """Set the rows `first` to `first + n` of a column to `values` `[n]`."""
         self._pieces.append(values)
         self._places.append((column, first))
 
     def columns(self, lengths: dict[str, int]) -> dict[str, Floats]:
-        """The columns by name, each of so many numbers; they cross from the device in one piece.
+        """Return the columns by name, with these lengths, in one transfer from the device.
 
-        Raises `NotFinite` if one of the numbers is infinite.
+        Raises `NotFinite` if a number is infinite.
         """
         found = {name: np.full(n, np.nan, dtype=np.float32) for name, n in lengths.items()}
         if self._pieces:
@@ -44,15 +44,15 @@ class Scalars:
         return found
 
 
-# In the order of `Edge`.
+# In the order of the fields of `Edge`.
 _EDGE_COLUMNS = ("weight", "share", "attention", "logit_contribution")
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Nodes with their vectors `[n, d_model]` and activations `[n]` (NaN: none), and edges.
+    """Nodes with their vectors `[n, d_model]` and activations `[n]` (NaN = none), and edges.
 
-    `projected` says which nodes are read through the lens.
+    `projected` says for each node whether it is projected.
     """
 
     nodes: list[Node]
@@ -63,11 +63,12 @@ class Flow:
 
 
 class FlowBuilder:
-    """Gathers nodes and edges at one `layer` and `position`.
+    """Collects nodes and edges at one `layer` and `position`.
 
-    `direction` `[d_model]`, if given, is what a part is multiplied with for its
-    `logit_contribution` (`lens.head.LensHead.attribution`). Only nodes of the kinds `shown` (empty:
-    all) are kept, and edges between them; what only others need should not be computed.
+    The dot product of a part with `direction` `[d_model]` is its `logit_contribution`
+    (`lens.head.LensHead.attribution`); without a direction, there are none. Only nodes of the kinds
+    in `shown` (empty: all kinds) and edges between them are kept. Callers use `shows` to skip the
+    computation of others.
     """
 
     def __init__(
@@ -91,19 +92,19 @@ class FlowBuilder:
         self._scalars = Scalars()
 
     def shows(self, *kinds: NodeKind) -> bool:
-        """Whether nodes of one of these kinds are kept."""
+        """Whether nodes of at least one of these kinds are kept."""
         return not self._shown or any(kind in self._shown for kind in kinds)
 
     def refer(self, node: Node) -> str:
-        """The id of a node that another flow adds, for edges."""
+        """Return a node's id for use in edges; the node itself may belong to another flow."""
         if not self.shows(node.kind):
             self._hidden.add(node.id)
         return node.id
 
     def before(self, finish: Finish, raw: torch.Tensor) -> FlowBuilder:
-        """This same flow for the parts of `raw` `[d_model]`, which reach the residual by `finish`.
+        """Return a builder for the parts of `raw` `[d_model]`, a result before `finish` is applied.
 
-        What is added here is added there; only logit contributions take the longer way.
+        It adds to the same flow, but its logit contributions include `finish`.
         """
         inside = copy.copy(self)
         if self.direction is not None:
@@ -111,7 +112,7 @@ class FlowBuilder:
         return inside
 
     def node(self, kind: NodeKind, vector: torch.Tensor, *, projected: bool = True) -> str:
-        """Add the layer's one node of this kind at this position; gives its id."""
+        """Add a node of a kind that occurs once per layer and position; return its id."""
         return self.nodes([Node(kind, self.position, self.layer)], vector[None], projected)[0]
 
     def nodes(
@@ -121,7 +122,7 @@ class FlowBuilder:
         projected: bool = True,
         activations: torch.Tensor | None = None,
     ) -> list[str]:
-        """Add nodes with their vectors `[n, d_model]` and activations `[n]`; gives their ids."""
+        """Add nodes with their vectors `[n, d_model]` and activations `[n]`; return their ids."""
         ids = [self.refer(node) for node in nodes]
         kept = [i for i, node in enumerate(nodes) if self.shows(node.kind)]
         if not kept:
@@ -137,7 +138,7 @@ class FlowBuilder:
         return ids
 
     def others(self, totals: Sequence[Node], vectors: torch.Tensor) -> list[str]:
-        """Add the OTHER nodes of sums: the parts that the selection left out, `[n, d_model]`."""
+        """Add the OTHER nodes of `totals`; `vectors` `[n, d_model]` are sums of parts left out."""
         return self.nodes(
             [replace(total, kind=NodeKind.OTHER, sum_kind=total.kind) for total in totals], vectors
         )
@@ -150,7 +151,7 @@ class FlowBuilder:
         weights: torch.Tensor,
         attention: torch.Tensor | None = None,
     ) -> None:
-        """Add edges that are no parts of a sum; `weights` and `attention` are `[n]`."""
+        """Add edges of one kind; `weights` and `attention` are `[n]`."""
         kept = self._between_shown(sources, targets)
         if not kept:
             return
@@ -173,9 +174,10 @@ class FlowBuilder:
         total: torch.Tensor,
         attention: torch.Tensor | None = None,
     ) -> None:
-        """Add the terms `parts` `[n, d_model]` of the sum `total` `[d_model]` or `[n, d_model]`.
+        """Add PART edges from terms to their sum.
 
-        share = <part, total> / ||total||^2, signed; none where the sum is zero.
+        `parts` are `[n, d_model]`; `total` is `[d_model]`, or `[n, d_model]` if the sums differ.
+        The share is `<part, total> / ||total||^2`; terms of a sum that is zero have no share.
         """
         targets = [target] * len(sources) if isinstance(target, str) else target
         kept = self._between_shown(sources, targets)
@@ -194,7 +196,7 @@ class FlowBuilder:
         self.edges(EdgeKind.PART, sources, targets, parts.norm(dim=-1), attention)
 
     def _between_shown(self, sources: Sequence[str], targets: Sequence[str]) -> list[int]:
-        """Which of the edges have both ends among the kept nodes."""
+        """Return the indices of edges between two kept nodes."""
         if not self._hidden:
             return list(range(len(sources)))
         return [
@@ -204,7 +206,7 @@ class FlowBuilder:
         ]
 
     def build(self) -> Flow:
-        """Everything gathered so far; numbers cross from the device once."""
+        """Return the collected nodes and edges, in one transfer of numbers from the device."""
         edges = len(self._sources)
         lengths = {"activation": len(self._nodes)} | dict.fromkeys(_EDGE_COLUMNS, edges)
         columns = self._scalars.columns(lengths)
@@ -219,5 +221,5 @@ class FlowBuilder:
 
 
 def _present(column: Floats) -> list[Any]:
-    """NaN stands for "has none"."""
+    """Replace NaN, which marks absent values, by None."""
     return [None if value != value else value for value in column.tolist()]  # noqa: PLR0124

@@ -1,4 +1,4 @@
-"""The MLP at one position as key-value memory, dense or a mixture of experts."""
+"""The MLP at one position as a key-value memory: dense MLPs and mixtures of experts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from januslens_server.specs import Selection
 
 @dataclass(frozen=True)
 class DenseMlp:
-    """`ff1` (gated: the gate) and `up` `[d_model, d_mlp]`, `ff2` `[d_mlp, d_model]`, its norms."""
+    """Weights of a dense MLP.
+
+    `ff1` (in a gated MLP, the gate) and `up` are `[d_model, d_mlp]`, `ff2` is `[d_mlp, d_model]`,
+    and `row_norms` `[d_mlp]` are the norms of its rows.
+    """
 
     ff1: torch.Tensor
     up: torch.Tensor | None
@@ -33,7 +37,7 @@ class DenseMlp:
     finish: Finish | None
 
     def row(self, acts: LayerActivations, position: int) -> MlpRow:
-        """The captured activations with the rows that they multiply."""
+        """Return the MLP at one position, with the captured activations."""
         if acts.neurons is None:
             raise ValueError("no neurons captured; expected those of a dense MLP")
         activations = acts.neurons[acts.row(position)].float()
@@ -43,7 +47,7 @@ class DenseMlp:
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert in float32: `gate` and `up` `[d_model, d_mlp]`, `down` `[d_mlp, d_model]`."""
+    """Weights of one expert: `gate` and `up` `[d_model, d_mlp]`, `down` `[d_mlp, d_model]`."""
 
     gate: torch.Tensor
     gate_bias: torch.Tensor | None
@@ -53,7 +57,7 @@ class Expert:
     down_bias: torch.Tensor | None
 
     def gate_and_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the activation makes neurons of, `[..., d_mlp]` each, from `x` `[..., d_model]`."""
+        """Return the results `[..., d_mlp]` of gate and up for `x` `[..., d_model]`."""
         gate, up = x @ self.gate, x @ self.up
         return (
             gate if self.gate_bias is None else gate + self.gate_bias,
@@ -63,16 +67,21 @@ class Expert:
 
 @dataclass(frozen=True)
 class ExpertMlp:
-    """`expert` reads one expert's weights; `activation` makes neurons of gate and up values."""
+    """A mixture of experts.
+
+    `expert` reads the weights of one expert. `activation` computes neurons from the results of gate
+    and up.
+    """
 
     expert: Callable[[int], Expert]
     activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     finish: Finish | None
 
     def row(self, acts: LayerActivations, position: int) -> MlpRow:
-        """The routed experts' neurons side by side, each times its expert's router weight.
+        """Return the MLP at one position, with the neurons of all routed experts in a row.
 
-        Recomputed from the MLP's input: the model's own kernels keep no neurons to capture.
+        Activations include the router's weights. They are recomputed from the MLP's input, because
+        the model's own kernels do not return them.
         """
         if acts.routing is None:
             raise ValueError("no routing captured; expected that of a mixture of experts")
@@ -117,7 +126,7 @@ def add_mlp(
     selection: Selection,
     result: Result,
 ) -> str:
-    """Add everything between the MLP's input and its raw result; gives the latter's id."""
+    """Add the nodes between the MLP's input and its raw result; return the result's id."""
     if not flow.shows(*MLP_KINDS, NodeKind.MLP_KEY, NodeKind.MLP_UP, NodeKind.OTHER):
         return flow.node(result.kind, result.vector)
     row = weights.row(acts, flow.position)
@@ -137,7 +146,7 @@ def _add_keys(
     fired: torch.Tensor,
     neurons: Neurons,
 ) -> None:
-    """The columns `[d_model, n]` that the input is matched with, each before its value."""
+    """Add the selected `columns` `[d_model, n]` of FF1, gate or up, with edges to their values."""
     if not flow.shows(kind):
         return
     nodes = neuron_nodes(flow, kind, neurons.places)

@@ -1,7 +1,7 @@
-"""Sums of weight rows, as W_O and FF2 write them, and the terms of them that become nodes.
+"""Add sums of weight rows, the results of W_O and FF2, with their largest terms as nodes.
 
-Terms are selected as in VISIT (section 3, appendix A.5); the rest goes into OTHER. Sorts are
-stable: among equal scores the lower index comes first.
+Terms are selected as in VISIT (section 3, appendix A.5). OTHER is the sum of all other terms. Sorts
+are stable: of equal scores, the one with the lower index comes first.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from januslens_server.specs import Selection
 
 
 def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
-    """Indices `[..., count]` of the largest `scores` `[..., n]`, largest first; 0 means all."""
+    """Return indices `[..., count]` of the largest `scores` `[..., n]`, largest first; 0 = all."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return order[..., :count] if count else order
 
 
 def extremes(scores: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
-    """Indices of the `top` largest, then the `bottom` smallest `scores` `[n]`, without repeats.
+    """Return indices of the `top` largest `scores` `[n]`, then of the `bottom` smallest others.
 
     `top` 0 means all; `bottom` 0 means none.
     """
@@ -34,7 +34,7 @@ def extremes(scores: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
 
 
 def left_out(size: int, picked: torch.Tensor) -> torch.Tensor:
-    """Mask `[..., size]`, True where an index is not among `picked` `[..., k]`."""
+    """Return a mask `[..., size]` that is True for indices that are not in `picked` `[..., k]`."""
     mask = torch.ones(*picked.shape[:-1], size, dtype=torch.bool, device=picked.device)
     return mask.scatter_(-1, picked, value=False)
 
@@ -47,16 +47,16 @@ class Result(NamedTuple):
 
 
 class RowKinds(NamedTuple):
-    """The kinds of a sum's weight rows and bias."""
+    """The kinds of nodes for the weight rows and the bias of a sum."""
 
     neuron: NodeKind
     bias: NodeKind
 
 
 class Neurons(NamedTuple):
-    """The picked rows of a sum: ids of their nodes, indices `[k]` among the rows, places by name.
+    """The selected rows of a sum: ids of their nodes, indices `[k]`, and expert and neuron.
 
-    `places` are each row's expert, if the rows are of several, and neuron.
+    `places` has the expert (None in a dense MLP) and the neuron of each row.
     """
 
     ids: list[str]
@@ -65,7 +65,7 @@ class Neurons(NamedTuple):
 
 
 class Added(NamedTuple):
-    """The id of a sum, and its neurons."""
+    """The id of a sum, and its selected rows."""
 
     total: str
     neurons: Neurons
@@ -78,9 +78,9 @@ def add_weighted_rows(
     selection: Selection,
     result: Result,
 ) -> Added:
-    """Add `result = activations @ rows + bias` and its terms.
+    """Add a sum `activations @ rows + bias` and its terms.
 
-    Neurons are picked by `activation * norm(row)` (VISIT, appendix A.5).
+    Rows are selected by `activation * norm(row)` (VISIT, appendix A.5).
     """
     picked = extremes(
         terms.activations * terms.norms, selection.top_neurons, selection.bottom_neurons
@@ -106,7 +106,7 @@ def add_weighted_rows(
 def neuron_nodes(
     flow: FlowBuilder, kind: NodeKind, places: Sequence[tuple[int | None, int]]
 ) -> list[Node]:
-    """The nodes of rows at the given experts' neurons."""
+    """Return the nodes for rows with these experts and neurons."""
     return [
         Node(kind, flow.position, flow.layer, neuron=neuron, expert=expert)
         for expert, neuron in places
@@ -114,7 +114,7 @@ def neuron_nodes(
 
 
 def _places(terms: WeightedRows, picked: torch.Tensor) -> list[tuple[int | None, int]]:
-    """Of each picked row its expert and neuron."""
+    """Return the expert (None in a dense MLP) and the neuron of each selected row."""
     if terms.experts is None or terms.neurons is None:
         return [(None, neuron) for neuron in picked.tolist()]
     both = torch.stack([terms.experts[picked], terms.neurons[picked]], dim=1).tolist()

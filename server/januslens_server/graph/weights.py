@@ -1,7 +1,7 @@
-"""The weights of one block that the flow graph reads, as plain float32 tensors.
+"""The weights of one block as plain float32 tensors, in the form that the flow graph needs.
 
-Attention probabilities are recomputed from captured queries and keys for the requested rows only,
-so the model itself may run any attention kernel; a test compares them with eager attention's.
+Attention probabilities are recomputed from captured queries and keys, for the requested positions
+only. So the model may use any attention kernel. A test compares them with eager attention.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from januslens_server.lens.head import Norm
 
 @dataclass(frozen=True)
 class QueryScaling:
-    """Growth of a query's scores with its position p: `1 + beta log(1 + floor(p / length))`.
+    """The factor `1 + beta log(1 + floor(p / length))` of the scores of a query at position p.
 
     Source: Ministral 3, which scales attention beyond its original context of `length` positions.
     """
@@ -34,13 +34,14 @@ class QueryScaling:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How a layer makes probabilities of dot products.
+    """How a layer computes attention probabilities from dot products.
 
-    `scale` multiplies q k^T, then `soft_cap` bounds it: `cap * tanh(score / cap)`. `alibi` gives
-    what is added for a number of sources, `[n_heads, sources]`, as the model itself computes it:
-    some round it to half precision, by more than a position. `sinks` `[n_heads]` are scores that
-    take probability without giving a value. A layer with a `window` sees that many positions, its
-    own included. `query_scaling` multiplies the query, by its position.
+    `scale` multiplies q k^T; then `soft_cap` bounds the score: `cap * tanh(score / cap)`. `alibi`
+    returns the position bias `[n_heads, sources]` for a number of sources. It is rounded as in the
+    model: some models round it to half precision, which shifts it by more than a position. `sinks`
+    `[n_heads]` are scores that take probability but have no value. In a layer with a `window`, a
+    position attends to that many positions, including itself. `query_scaling` multiplies the query
+    by a factor of its position.
     """
 
     scale: float
@@ -55,15 +56,15 @@ class Scoring:
         return 1.0 if self.query_scaling is None else self.query_scaling.at(position)
 
     def first_source(self, position: int) -> int:
-        """The first position that `position` attends to."""
+        """Return the first position that `position` attends to."""
         return 0 if self.window is None else max(0, position + 1 - self.window)
 
 
 def attention_row(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-    """Probabilities `[n_heads, sources]` with which one position attends to its sources.
+    """Return the attention probabilities `[n_heads, sources]` of one position.
 
-    `query` `[n_heads, d_head]`; `keys` `[n_heads, sources, d_head]`, the sources up to and
-    including the position itself, so that no mask is needed.
+    `query` is `[n_heads, d_head]`. `keys` `[n_heads, sources, d_head]` end with the key of the
+    position itself, so no mask is needed.
     """
     scores = torch.einsum("he,hse->hs", query, keys) * scoring.scale
     if scoring.soft_cap is not None:
@@ -80,8 +81,8 @@ def attention_row(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) -> 
 class HeadNorm:
     """A norm of queries or keys.
 
-    `weight` and `bias` are `[d_head]` (the same for every head) or `[heads, d_head]`. The
-    denominator is each head's own, or one for all heads together (`spans_heads`, OLMo 2).
+    `weight` and `bias` are `[d_head]`, the same for every head, or `[heads, d_head]`. Each head is
+    divided by its own denominator, or with `spans_heads` (OLMo 2) by that of all heads together.
     """
 
     weight: torch.Tensor
@@ -91,18 +92,21 @@ class HeadNorm:
     bias: torch.Tensor | None = None
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Normalised `[pos, heads, d_head]`."""
+        """Return the normalised `[pos, heads, d_head]`."""
         scaled = self._centre(vectors) * self.inverse_scale(vectors) * self.weight
         return scaled if self.bias is None else scaled + self.bias
 
     def inverse_scale(self, at: torch.Tensor) -> torch.Tensor:
-        """1 / the denominator, `[..., heads or 1, 1]`, of `at` `[..., heads, d_head]`."""
+        """Return 1 / the denominator `[..., heads or 1, 1]` for `at` `[..., heads, d_head]`."""
         dims = (-2, -1) if self.spans_heads else (-1,)
         variance = self._centre(at).square().mean(dims, keepdim=True)
         return torch.rsqrt(variance + self.eps)
 
     def pull_back(self, directions: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """J^T direction with the scale fixed; both `[..., heads, d_head]`, one direction a head."""
+        """Return J^T direction, where J is the norm's linear part with its scale fixed at `at`.
+
+        Both are `[..., heads, d_head]`.
+        """
         return self._centre(directions * self.weight * self.inverse_scale(at))
 
     def _centre(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -111,20 +115,21 @@ class HeadNorm:
 
 @dataclass(frozen=True)
 class HeadMap:
-    """Clipping to `[-clip, clip]`, a norm, clipping to `clip_after`; None: not there."""
+    """Clipping to `[-clip, clip]`, a norm, and clipping to `clip_after`; each may be None."""
 
     clip: float | None = None
     norm: HeadNorm | None = None
     clip_after: float | None = None
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Queries or keys `[pos, heads, d_head]` as they are rotated."""
+        """Map the results of the linear map `[pos, heads, d_head]` to the input of the rotation."""
         return _clipped(self._normed(_clipped(vectors, self.clip)), self.clip_after)
 
     def pull_back(self, directions: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """J^T direction, J the map's linear part at `at`; both `[..., heads, d_head]`.
+        """Return J^T direction, where J is the map's linear part at `at`.
 
-        The norm's scale is fixed; coordinates that were clipped no longer depend on the input.
+        Both are `[..., heads, d_head]`. The norm's scale is held fixed. Clipped coordinates do not
+        depend on the input, so they become 0.
         """
         inside = _clipped(at, self.clip)
         directions = _without_clipped(directions, self._normed(inside), self.clip_after)
@@ -148,10 +153,10 @@ def _without_clipped(
 
 @dataclass(frozen=True)
 class WeightedRows:
-    """`activations` `[n]`, the `rows` `[n, d_model]` they multiply with their norms `[n]`, a bias.
+    """The terms of a sum `activations @ rows + bias`.
 
-    `experts` `[n]` and `neurons` `[n]` say which expert's which neuron a row is; None: the rows
-    are those of the layer's one matrix.
+    `activations` are `[n]`, `rows` `[n, d_model]`, and `norms` `[n]` are the norms of the rows. In
+    a mixture, `experts` `[n]` and `neurons` `[n]` are the expert and the neuron of each row.
     """
 
     activations: torch.Tensor
@@ -164,24 +169,24 @@ class WeightedRows:
 
 @dataclass(frozen=True)
 class Finish:
-    """What stands between a sublayer's raw result and the residual: a post-norm, a multiplier."""
+    """A post-norm and a multiplier, applied to a sublayer's raw result before it is added."""
 
     norm: Norm | None = None
     multiplier: float = 1.0
 
     def pull_back(self, direction: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """`[d_model]`: a direction after it, as one before it, the norm's scale fixed at `at`."""
+        """Pull a direction `[d_model]` back through multiplier and norm, with the scale of `at`."""
         direction = direction * self.multiplier
         return direction if self.norm is None else self.norm.pull_back(direction, at)
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """Per-head maps, row convention.
+    """The linear maps of attention by head, in the row convention, and its scoring.
 
-    `query` `[n_heads, d_model, d_head]`, `key` `[n_kv_heads, d_model, d_head]`, `output`
-    `[n_heads, d_head, d_model]`, `bias` `[d_model]` or None, `row_norms` `[n_heads * d_head]`
-    of the rows of W_O. `finish` None: the raw result is what is added to the residual.
+    `query` is `[n_heads, d_model, d_head]`, `key` `[n_kv_heads, d_model, d_head]`, `output`
+    `[n_heads, d_head, d_model]`, and `bias` `[d_model]` or None. `row_norms` `[n_heads * d_head]`
+    are the norms of the rows of W_O. If `finish` is None, the raw result is added to the residual.
     """
 
     query: torch.Tensor
@@ -198,9 +203,9 @@ class AttentionWeights:
 
 @dataclass(frozen=True)
 class MlpRow:
-    """The MLP at one position: `terms` of its raw result, and the columns before each of them.
+    """The MLP at one position: the `terms` of its raw result, and the key columns of each term.
 
-    `ff1` (gated: the gate) and `up` are `[d_model, n]` for the n rows of `terms`.
+    `ff1` (in a gated MLP, the gate) and `up` are `[d_model, n]` for the n rows of `terms`.
     """
 
     terms: WeightedRows
@@ -209,19 +214,19 @@ class MlpRow:
 
 
 class MlpWeights(Protocol):
-    """An MLP's weights, dense or of experts."""
+    """The weights of a dense MLP or of a mixture of experts."""
 
     @property
     def finish(self) -> Finish | None:
-        """None: the raw result is what is added to the residual."""
+        """The post-norm and multiplier; None if the raw result is added to the residual."""
 
     def row(self, acts: LayerActivations, position: int) -> MlpRow:
-        """The MLP at one position of a prompt."""
+        """Return the MLP at one position of a prompt."""
 
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """Attention and MLP of one block, and whether a norm precedes each."""
+    """The weights of one block, and whether a norm precedes attention and MLP."""
 
     attention: AttentionWeights
     mlp: MlpWeights

@@ -1,1 +1,1 @@
-"""Reading vectors in the vocabulary and gradients as factors: pure functions over tensors."""
+"""Project vectors to the vocabulary and factorise gradients: pure functions over tensors."""

@@ -17,21 +17,21 @@ import torch
 
 @dataclass(frozen=True)
 class Loss:
-    """A scalar `of` the logits `[positions, vocab]` of a prompt's last `positions`, in float32."""
+    """A loss: a function `of` the float32 logits `[positions, vocab]` at the last positions."""
 
     positions: int
     of: Callable[[torch.Tensor], torch.Tensor]
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """The loss."""
+        """Return the loss."""
         return self.of(logits)
 
 
 def negative_log_likelihood(targets: Sequence[int]) -> Loss:
-    """`-sum_i log p(target_i | prompt, target_0 .. target_(i-1))`, nats.
+    """Return the loss `-sum_i log p(target_i | prompt, target_0 .. target_(i-1))`, in nats.
 
-    The last `len(targets)` positions predict the targets: the input is the prompt and
-    all targets but the last (teacher forcing).
+    The input is the prompt and all targets except the last (teacher forcing), so the last
+    `len(targets)` positions predict the targets.
     """
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
@@ -43,7 +43,7 @@ def negative_log_likelihood(targets: Sequence[int]) -> Loss:
 
 
 def logit_difference(preferred: int, other: int) -> Loss:
-    """`logit(other) - logit(preferred)` at the last position, in logits."""
+    """Return the loss `logit(other) - logit(preferred)` at the last position, in logits."""
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
         return logits[-1, other] - logits[-1, preferred]
@@ -52,12 +52,12 @@ def logit_difference(preferred: int, other: int) -> Loss:
 
 
 def suppression_divergence(suppressed: Sequence[int]) -> Loss:
-    """`KL(q || p)` at the last position, nats.
+    """Return the loss `KL(q || p)` at the last position, in nats.
 
-    q is p without the suppressed tokens, renormalised and held fixed: the nearest distribution
-    that never says them. The divergence is -log(1 - s), s the suppressed tokens' probability, and
-    its gradient p - q. Neither difference survives float32 where s is near 0 or 1, so it is
-    computed from the log-odds of s.
+    q is p without the suppressed tokens, renormalised and held fixed. It is the distribution
+    nearest to p in which these tokens have probability 0. With the suppressed tokens' probability
+    s, the divergence is -log(1 - s), and its gradient is p - q. If s is near 0 or 1, float32 cannot
+    represent these differences, so the loss is computed from the log-odds of s.
     """
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
@@ -70,26 +70,30 @@ def suppression_divergence(suppressed: Sequence[int]) -> Loss:
 
 
 def sizes(inputs: torch.Tensor, vjps: torch.Tensor) -> torch.Tensor:
-    """||x_i|| ||delta_i|| `[n]`: the norm of each component's outer product, in float64."""
+    """Return ||x_i|| ||delta_i|| `[n]`, the norm of each component, in float64."""
     return lengths(inputs) * lengths(vjps)
 
 
 def lengths(vectors: torch.Tensor) -> torch.Tensor:
-    """The norm of each row, in float64: gradients of a confident model vanish when squared."""
+    """Return the norm of each row, in float64 because squares of small gradients underflow."""
     norms: torch.Tensor = vectors.double().norm(dim=-1)
     return norms
 
 
 def largest_first(inputs: torch.Tensor, vjps: torch.Tensor, count: int) -> torch.Tensor:
-    """Positions `[k]` of the components by size, the lower position first among equals; 0: all."""
+    """Return the positions `[k]` of the largest components, largest first; `count` 0 means all.
+
+    Components of equal size are ordered by position.
+    """
     order = sizes(inputs, vjps).sort(descending=True, stable=True).indices
     return order[:count] if count else order
 
 
 def frobenius_norm(inputs: torch.Tensor, vjps: torch.Tensor) -> float:
-    """||sum_i x_i^T delta_i||_F in float64.
+    """Return ||sum_i x_i^T delta_i||_F in float64.
 
-    From the two Gram matrices, or for more components than it has rows and columns from the sum.
+    It is computed from the two Gram matrices. With so many components that the sum itself is
+    smaller, the sum is used.
     """
     x, delta = inputs.double(), vjps.double()
     (count, d_in), d_out = x.shape, delta.shape[1]
@@ -100,14 +104,14 @@ def frobenius_norm(inputs: torch.Tensor, vjps: torch.Tensor) -> float:
 
 
 def largest_entries(vectors: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices and values `[n, count]` of each row's largest entries by absolute value."""
+    """Return indices and values `[n, count]` of each row's largest entries by absolute value."""
     order = vectors.abs().sort(dim=-1, descending=True, stable=True).indices[:, :count]
-    order = order.clone()  # a view would keep all of the order in memory
+    order = order.clone()  # a view would keep the whole order in memory
     return order, vectors.gather(1, order)
 
 
 def reconstruction_error(inputs: torch.Tensor, vjps: torch.Tensor, dense: torch.Tensor) -> float:
-    """`||sum_i x_i^T delta_i - dense||_F / ||dense||_F`; 0 where both are zero."""
+    """Return `||sum_i x_i^T delta_i - dense||_F / ||dense||_F`, or 0 if both are zero."""
     dense = dense.float()
     difference = (inputs.float().T @ vjps.float() - dense).norm()
     size = dense.norm()
@@ -116,11 +120,12 @@ def reconstruction_error(inputs: torch.Tensor, vjps: torch.Tensor, dense: torch.
 
 @dataclass(frozen=True)
 class SingularTriples:
-    """`values` `[r]`, largest first, with `inputs` `[r, d_in]` and `vjps` `[r, d_out]`.
+    """Singular `values` `[r]`, largest first, with `inputs` `[r, d_in]` and `vjps` `[r, d_out]`.
 
-    `explained` `[r]` is each value's square as a part of the squared Frobenius norm. The signs
-    are such that the input side points where the prompt's inputs do on the whole: then the VJP
-    side reads as the VJPs do, what a descent step promotes at the bottom.
+    `explained` `[r]` is the square of each value divided by the squared Frobenius norm. Signs are
+    chosen so that each input vector has a non-negative dot product with the sum of the prompt's
+    inputs. Then the tokens that a descent step promotes are at the bottom of the VJP vectors, as
+    for the VJPs.
     """
 
     values: torch.Tensor
@@ -130,10 +135,11 @@ class SingularTriples:
 
 
 def spectrum(inputs: torch.Tensor, vjps: torch.Tensor, rank: int) -> SingularTriples:
-    """The `rank` largest singular triples of `sum_i x_i^T delta_i`, exact, in float64.
+    """Return the `rank` largest singular triples of `sum_i x_i^T delta_i`, exact, in float64.
 
-    `inputs` `[n, d_in]`, `vjps` `[n, d_out]`. With thin QRs `X^T = Q_x R_x`, `D^T = Q_d R_d` the
-    gradient is `Q_x (R_x R_d^T) Q_d^T`: only the small middle matrix is decomposed.
+    `inputs` are `[n, d_in]`, `vjps` `[n, d_out]`. With thin QR decompositions `X^T = Q_x R_x` and
+    `D^T = Q_d R_d`, the gradient is `Q_x (R_x R_d^T) Q_d^T`. Only the small matrix in the middle is
+    decomposed.
     """
     input_basis, input_mix = torch.linalg.qr(inputs.double().T)
     vjp_basis, vjp_mix = torch.linalg.qr(vjps.double().T)
@@ -152,14 +158,14 @@ def spectrum(inputs: torch.Tensor, vjps: torch.Tensor, rank: int) -> SingularTri
 
 
 def change_norms(outside: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """||sum_i outside_i[j] residual_i|| for every neuron j `[d_mlp]`, in float64.
+    """Return ||sum_i outside_i[j] residual_i|| for every neuron j `[d_mlp]`, in float64.
 
-    `residual` `[n, d_model]` are the factors in the residual basis, `outside` `[n, d_mlp]` those
-    over neurons: FF1's column j moves along its inputs by its VJPs, FF2's row j along its VJPs
-    by its inputs. From the Gram matrix: nothing of the weight's size is formed.
+    `residual` `[n, d_model]` are the factors in the residual basis (inputs of FF1, VJPs of FF2),
+    and `outside` `[n, d_mlp]` those over neurons (VJPs of FF1, inputs of FF2). The norms are
+    computed from the Gram matrix, without a matrix of the weight's size.
     """
     outside, residual = outside.double(), residual.double()
-    if len(residual) > residual.shape[1]:  # then the changes take less than the Gram matrix
+    if len(residual) > residual.shape[1]:  # the Gram matrix would be larger than the changes
         norms: torch.Tensor = (outside.T @ residual).norm(dim=1)
         return norms
     squared = ((residual @ residual.T @ outside) * outside).sum(0)
@@ -169,12 +175,12 @@ def change_norms(outside: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 def descent_changes(
     outside: torch.Tensor, residual: torch.Tensor, neurons: torch.Tensor, learning_rate: float
 ) -> torch.Tensor:
-    """`-learning_rate sum_i outside_i[j] residual_i` `[k, d_model]` for the neurons j `[k]`."""
+    """Return `-learning_rate sum_i outside_i[j] residual_i` `[k, d_model]` for neurons j `[k]`."""
     return -learning_rate * (outside[:, neurons].T @ residual)
 
 
 class Segment(StrEnum):
-    """Where in the prompt a position stands; every position is in exactly one."""
+    """Segments of a prompt; every position is in exactly one."""
 
     FIRST = "first_token"
     SUBJECT = "subject"
@@ -186,10 +192,10 @@ class Segment(StrEnum):
 def segment_positions(
     subject_start: int, subject_end: int, length: int
 ) -> dict[Segment, list[int]]:
-    """Positions of each segment of a prompt of `length` tokens; `subject_end` is excluded.
+    """Return the positions of each segment of a prompt; `subject_end` is excluded.
 
-    A position gets the first segment that applies: the last token, the subject's last, the rest of
-    the subject, the first token. Segments without a position are left out.
+    A position is in the first segment that applies: last token, last token of the subject, subject,
+    first token, rest. Segments without positions are left out.
     """
     segments: dict[Segment, list[int]] = {}
     for position in range(length):

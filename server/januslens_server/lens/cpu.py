@@ -1,9 +1,9 @@
 """CPU acceleration of the lens: worker threads, reused buffers, top-k, packed oneDNN products.
 
-Torch splits an operation into equal parts, one per core, and waits for the slowest. Cores are
-rarely all free, since messages are encoded and other programs run beside a projection. The lens
-therefore computes in pieces of some milliseconds, and each core takes the next piece when it has
-finished its last.
+Torch splits an operation into equal parts, one per core, and waits for the slowest. Often some
+cores are busy, because messages are encoded or other programs run at the same time. So the lens
+computes in pieces of some milliseconds, and each core takes the next piece when it has finished
+one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ ResultT = TypeVar("ResultT")
 
 
 def on_free_cores(work: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> list[ResultT]:
-    """`work` on every item, on as many cores as torch uses here; the results in the items' order.
+    """Call `work` with every item on torch's number of cores; return the results in order.
 
-    Each item is computed on one core: how many there are does not change a bit of it.
+    Each item is computed on one core, so the number of cores does not change the results.
     """
     cores = torch.get_num_threads()
     if cores == 1 or len(items) < 2:
@@ -41,33 +41,33 @@ def on_free_cores(work: Callable[[ItemT], ResultT], items: Sequence[ItemT]) -> l
 
 @functools.cache
 def _pool(cores: int) -> ThreadPoolExecutor:
-    """A number of threads that each compute one block at a time."""
+    """Return a pool of threads, each of which computes on one core."""
     pool = ThreadPoolExecutor(cores, "lens")
     every = threading.Barrier(cores)
     list(pool.map(_compute_alone, [every] * cores))
-    # What a thread sets for itself torch takes for every thread that begins later.
+    # Threads inherit the last number that any thread has set, so restore it for later threads.
     torch.set_num_threads(cores)
     return pool
 
 
 def _compute_alone(every: threading.Barrier) -> None:
     torch.set_num_threads(1)
-    torch.get_num_threads()  # from the first question on it holds for this thread
+    torch.get_num_threads()  # torch applies the setting to this thread on the first call
     every.wait()
 
 
 class ThreadBuffers(threading.local):
-    """Float32 buffers of one thread by name.
+    """Reusable float32 buffers of one thread, by name.
 
-    On a CPU the kernel clears every fresh page: for a chunk of logits that takes a sixth of the
-    time that it takes to compute them. A GPU's allocator keeps what was freed by itself.
+    On a CPU, the kernel clears every new page. For a chunk of logits, this takes a sixth of the
+    time of computing them. On a GPU, torch's own allocator reuses freed memory.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
 
     def matrix(self, name: str, rows: int, columns: int, device: torch.device) -> torch.Tensor:
-        """Uninitialised `[rows, columns]`, valid until this thread asks for the same name again."""
+        """Return an uninitialised matrix, valid until this thread requests the same name again."""
         if device.type != "cpu":
             return torch.empty(rows, columns, device=device)
         buffer = self._buffers.get(name)
@@ -76,25 +76,25 @@ class ThreadBuffers(threading.local):
         return buffer[: rows * columns].view(rows, columns)
 
     def like(self, name: str, matrix: torch.Tensor) -> torch.Tensor:
-        """As `matrix`, of another one's shape and device."""
+        """Return a buffer as `matrix` does, with the shape and device of another matrix."""
         return self.matrix(name, matrix.shape[0], matrix.shape[1], matrix.device)
 
 
-# Entries of which one extreme is kept first: the top k stand in the k blocks with the highest
-# ones, so only those are searched. Torch's own `topk` reads every entry with its index.
+# Number of entries in a block. The largest k entries are in the k blocks with the largest maxima,
+# so only those blocks are searched. Torch's own `topk` reads every entry together with its index.
 BLOCK = 64
 
 
 def highest(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and indices `[n, count]` of the largest entries of `rows` `[n, width]`, largest first.
+    """Return values and indices `[n, count]` of the largest entries of each row, largest first.
 
-    By value, then by lower index: of equal values at the cut those with the lower indices enter.
+    Equal values are ordered by index; if they tie for the last place, the lowest indices are taken.
     """
     return _extremes(rows, count, largest=True)
 
 
 def lowest(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `highest`, of the smallest entries, smallest first."""
+    """Return the smallest entries as `highest` does, smallest first."""
     return _extremes(rows, count, largest=False)
 
 
@@ -102,11 +102,11 @@ def _extremes(
     rows: torch.Tensor, count: int, *, largest: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     width = rows.shape[1]
-    if not count:  # neither `topk` nor a sort returns early
+    if not count:  # `topk` and sorting would read all entries
         return rows.new_empty(len(rows), 0), rows.new_empty(len(rows), 0, dtype=torch.long)
     if count >= width:
         return _stable(rows, min(count, width), largest=largest)
-    # One more than asked shows whether equal values stand at the cut.
+    # One entry more shows whether equal values tie for the last place.
     if 2 * (count + 1) * BLOCK <= width:
         candidates = _candidates(rows, count + 1, largest=largest)
         values, where = rows.gather(1, candidates).topk(count + 1, largest=largest)
@@ -121,13 +121,13 @@ def _extremes(
 
 
 def _stable(rows: torch.Tensor, count: int, *, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """By sorting whole rows, which keeps the order of equal values."""
+    """Find the extremes by sorting whole rows, which keeps the order of equal values."""
     values, ids = rows.sort(dim=1, descending=largest, stable=True)
     return values[:, :count], ids[:, :count]
 
 
 def _candidates(rows: torch.Tensor, count: int, *, largest: bool) -> torch.Tensor:
-    """Indices `[n, candidates]`: the `count` most extreme blocks, and what no block holds."""
+    """Return the indices in the `count` most extreme blocks, and those after the last block."""
     width, device = rows.shape[1], rows.device
     blocks = width // BLOCK
     by_block = rows[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK))
@@ -141,35 +141,36 @@ def _candidates(rows: torch.Tensor, count: int, *, largest: bool) -> torch.Tenso
 def _ordered(
     values: torch.Tensor, ids: torch.Tensor, *, largest: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """By value, then by lower id: `topk` leaves the order among equals open."""
+    """Sort by value, then by id; `topk` does not define the order of equal values."""
     ids, by_id = ids.sort(dim=1)
     values = values.gather(1, by_id)
     values, by_value = values.sort(dim=1, descending=largest, stable=True)
     return values, ids.gather(1, by_value)
 
 
-# A CPU's core takes at least so many blocks of a product, as others may take more of them; and a
-# block has this many tokens: fewer make Python's part count, of more the logits leave the cache.
+# Blocks per core, at least, so that idle cores can take over work of busy ones. The number of
+# tokens in a block is between two bounds: below them Python's overhead counts, above them the
+# logits do not fit into the cache.
 BLOCKS_EACH = 6
 FEWEST_TOKENS, MOST_TOKENS = 1024, 4096
-# Token rows in a tile of oneDNN's layouts.
+# Number of token rows in a tile of oneDNN's layout.
 TILE = 64
-# Vectors for which the layout is chosen: a layer has this order of them.
+# Number of vectors that oneDNN chooses its layout for, about that of a layer.
 ROWS = 128
-# What torch's compiler makes of a linear layer; nothing public multiplies by a packed matrix.
+# Private operators, used by torch's compiler: no public function multiplies by a packed matrix.
 _OPERATIONS: Any = torch.ops.mkldnn
 
 
 @dataclass(frozen=True)
 class TokenBlock:
-    """The rows of consecutive `tokens`: `matrix` in float32, `packed` for oneDNN or as it is."""
+    """The unembedding of consecutive `tokens` in float32, `packed` in oneDNN's layout or not."""
 
     tokens: slice
     matrix: torch.Tensor
     packed: bool
 
     def logits(self, prepared: torch.Tensor, out: torch.Tensor) -> None:
-        """`prepared` `[n, d_model]` times the block, in `out` `[n, tokens]`."""
+        """Write the logits of `prepared` `[n, d_model]` to `out` `[n, tokens]`."""
         if self.packed:
             out.copy_(_packed_product(prepared, self.matrix))
         else:
@@ -179,21 +180,21 @@ class TokenBlock:
 class Unembedding:
     """The model's output matrix `[vocab, d_model]`.
 
-    A CPU multiplies by a float32 copy in the layout that oneDNN's kernels read. Without it each
-    product of so few rows copies the matrix into such a layout first, and MKL, torch's library
-    for float32, is the slower one on some processors besides: together a sixth of a trace's time.
-    A GPU multiplies by the matrix itself in float32, as does a CPU for which torch has no oneDNN.
+    On a CPU, products use a float32 copy in the layout of oneDNN's kernels. Otherwise each product
+    would first copy the matrix to another layout, and use MKL, which is slower on some processors.
+    That takes a sixth of a trace's time. On a GPU, or if torch was built without oneDNN, the matrix
+    is used in float32 without packing.
     """
 
     def __init__(self, weight: torch.Tensor) -> None:
-        """Pack `weight`, of any floating type; single rows are still read from it afterwards."""
+        """Pack `weight`, of any floating type. `rows` reads from `weight` itself, so keep it."""
         self._weight = weight.detach()
         self.vocab, self.d_model = weight.shape
         self.device = weight.device
         self.blocks = tuple(self._blocks())
 
     def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The rows `[..., d_model]` of `tokens` `[...]`, in float32."""
+        """Return the rows `[..., d_model]` of `tokens` `[...]` in float32."""
         return self._weight[tokens].float()
 
     def _blocks(self) -> list[TokenBlock]:
@@ -211,7 +212,7 @@ class Unembedding:
 
 
 def tokens_at_once(vocab: int) -> int:
-    """The size of a CPU's blocks: equal shares for the cores that torch uses here."""
+    """Return the number of tokens per block on a CPU, with equal shares for torch's cores."""
     cores = torch.get_num_threads()
     blocks = cores * max(BLOCKS_EACH, math.ceil(vocab / (cores * MOST_TOKENS)))
     return max(FEWEST_TOKENS, math.ceil(vocab / blocks / TILE) * TILE)
@@ -219,9 +220,9 @@ def tokens_at_once(vocab: int) -> int:
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether this torch multiplies by packed matrices, which is tried.
+    """Whether torch can multiply by packed matrices, found out by trying.
 
-    Not all are built so, and the operators are private: a release may change them.
+    Some builds of torch lack oneDNN, and a release may change the private operators.
     """
     matrix, vectors = torch.eye(TILE), torch.arange(2.0 * TILE).reshape(2, TILE)
     try:

@@ -13,10 +13,10 @@ from januslens_server.specs import LensKind
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm (`centred`) or RMSNorm with its learned numbers.
+    """LayerNorm (`centred`) or RMSNorm, with its learned parameters.
 
-    `weight` and `bias` are `[d_model]`, in float32; `weight` is what the normalised vector is
-    multiplied by (families that store `weight - 1` add the one in their adapter).
+    `weight` and `bias` are `[d_model]`, in float32. The normalised vector is multiplied by
+    `weight`; for families that store `weight - 1`, the adapter adds the 1.
     """
 
     weight: torch.Tensor
@@ -25,7 +25,7 @@ class Norm:
     centred: bool
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Normalised `[..., d_model]`, computed in float32."""
+        """Return the normalised vectors `[..., d_model]`, computed in float32."""
         vectors = vectors.float()
         if self.centred:
             return torch.nn.functional.layer_norm(
@@ -34,7 +34,7 @@ class Norm:
         return vectors * self.inverse_scale(vectors) * self.weight
 
     def inverse_scale(self, at: torch.Tensor) -> torch.Tensor:
-        """1 / the denominator `[..., 1]` that the norm divides `at: [..., d_model]` by."""
+        """Return 1 / the norm's denominator `[..., 1]` for vectors `at` `[..., d_model]`."""
         at = at.float()
         variance = (
             at.var(-1, unbiased=False, keepdim=True)
@@ -44,9 +44,9 @@ class Norm:
         return torch.rsqrt(variance + self.eps)
 
     def pull_back(self, direction: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """J^T direction, J the norm's linear part at `at` with its scale held fixed.
+        """Return J^T direction, where J is the norm's linear part with its scale fixed at `at`.
 
-        Shapes `[..., d_model]`. For every part x of `at`: `<J x, direction>` is
+        All shapes are `[..., d_model]`. For every part x of `at`, `<J x, direction>` equals
         `<x, pull_back(direction)>`.
         """
         pulled = direction.float() * self.weight * self.inverse_scale(at)
@@ -55,18 +55,18 @@ class Norm:
         return pulled
 
 
-# Logits of one chunk of rows take at most this many bytes, unless the operator says otherwise.
+# Default maximum bytes of the logits of one chunk of rows.
 CHUNK_BYTES = 64 * 2**20
-# The Backward Lens authors' guard against dividing by a zero norm (appendix H).
+# Lower bound of a norm that vectors are divided by (Backward Lens, appendix H).
 SMALLEST_NORM = 1e-12
 
 
 @dataclass(frozen=True)
 class LensHead:
-    """`lens(v) = unembed(final_norm(v))`, everything in float32.
+    """The logit lens `lens(v) = unembed(final_norm(v))`, computed in float32.
 
-    `bias` is `[vocab]` or None; `logit_scale` multiplies the logits, then `soft_cap` bounds them:
-    `cap * tanh(logits / cap)`. `chunk_bytes` of logits are held at once.
+    `bias` is `[vocab]` or None. `logit_scale` multiplies the logits; then `soft_cap` bounds them:
+    `cap * tanh(logits / cap)`. At most `chunk_bytes` of logits are in memory at once.
     """
 
     final_norm: Norm
@@ -77,7 +77,7 @@ class LensHead:
     chunk_bytes: int = CHUNK_BYTES
 
     def prepare(self, vectors: torch.Tensor, kind: LensKind) -> torch.Tensor:
-        """Vectors `[n, d_model]` of the residual basis as the unembedding takes them."""
+        """Prepare vectors `[n, d_model]` for the unembedding, according to the kind of lens."""
         vectors = vectors.float()
         if kind is LensKind.RAW:
             return vectors
@@ -86,13 +86,13 @@ class LensHead:
         return self.final_norm(vectors)
 
     def logits(self, prepared: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits `[n, vocab]` of prepared vectors, before the soft-cap; in `out` if it is given."""
+        """Return logits `[n, vocab]` of prepared vectors before the soft-cap, in `out` if given."""
         logits = prepared.new_empty(len(prepared), self.unembedding.vocab) if out is None else out
         on_free_cores(partial(self._columns, prepared, logits), self.unembedding.blocks)
         return logits
 
     def _columns(self, prepared: torch.Tensor, logits: torch.Tensor, block: TokenBlock) -> None:
-        """The logits of one block of tokens."""
+        """Compute the logits of one block of tokens."""
         columns = logits[:, block.tokens]
         block.logits(prepared, columns)
         if self.bias is not None:
@@ -101,13 +101,16 @@ class LensHead:
             columns *= self.logit_scale
 
     def cap(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits as the model reports them; its cap saturates, so ranks are taken before."""
+        """Apply the soft-cap, which maps large logits to equal ones; compute ranks before it."""
         if self.soft_cap is None:
             return logits
         return self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def target_logits(self, residual: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Logits `[n]` of `targets` `[n]` before the soft-cap, from the last block's output."""
+        """Return the logits `[n]` of `targets` `[n]` before the soft-cap.
+
+        `residual` `[n, d_model]` is the last block's output.
+        """
         rows = self.unembedding.rows(targets)
         logits = (self.final_norm(residual) * rows).sum(-1)
         if self.bias is not None:
@@ -115,16 +118,17 @@ class LensHead:
         return logits * self.logit_scale
 
     def attribution(self, residual: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Directions `[n, d_model]` whose dot product with a part is its logit contribution.
+        """Return directions `[n, d_model]` whose dot products with parts are logit contributions.
 
-        `residual` `[n, d_model]` is the last block's output, `targets` `[n]` the tokens:
-        `logit_scale * <N(part), U_t>`, N the final norm with its scale fixed at `residual`.
+        `residual` `[n, d_model]` is the last block's output, and `targets` `[n]` are tokens t. The
+        contribution is `logit_scale * <N(part), U_t>`, where N is the linear part of the final norm
+        with its scale fixed at `residual`.
         """
         rows = self.unembedding.rows(targets) * self.logit_scale
         return self.final_norm.pull_back(rows, at=residual)
 
     def attribution_constant(self, targets: torch.Tensor) -> torch.Tensor:
-        """The part `[n]` of the targets' logits that comes from the biases of norm and head."""
+        """Return the contribution `[n]` of the biases of norm and head to the targets' logits."""
         constant = torch.zeros(targets.shape, device=self.unembedding.device)
         if self.final_norm.bias is not None:
             constant = constant + self.unembedding.rows(targets) @ self.final_norm.bias

@@ -1,8 +1,8 @@
-"""Vectors to vocabulary readings, many rows at a time.
+"""Project vectors to the vocabulary, many rows at a time.
 
-One matrix product per chunk of rows, and every figure taken from the chunk's logits while they
-are at hand: no full sort, no softmax in memory, no ranks from probabilities (they underflow into
-ties).
+Each chunk of rows takes one matrix product, and all figures are computed from its logits while they
+are in memory. There is no full sort and no softmax in memory. Ranks are not computed from
+probabilities, because small ones underflow to equal values.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from januslens_server.lens.head import LensHead
 from januslens_server.results import Floats, ProjectionTable
 from januslens_server.specs import LensSpec
 
-# Logits that one core reads at once on a CPU, at most: with more they leave its cache, with fewer
-# Python takes longer than the readings.
+# Maximum bytes of logits that one CPU core reads at once. More do not fit into its cache; with much
+# fewer, Python takes longer than the computation.
 CACHED_BYTES = 4 * 2**20
-# A probability of e^-80 changes no float32 sum that holds e^0; below e^-87 exponentials are
-# denormal, and a CPU takes 17 times as long for them.
+# A term of e^-80 does not change a float32 sum that includes e^0. Below e^-87, exponentials are
+# denormal numbers, which take a CPU 17 times as long.
 LOWEST_EXPONENT = -80.0
 
 _buffers = ThreadBuffers()
@@ -33,8 +33,8 @@ _buffers = ThreadBuffers()
 class Readings:
     """The figures of n rows of logits; shapes as in `ProjectionTable`.
 
-    Logits are those before the soft-cap, by which everything is ordered; `log_normalizer` `[n]`
-    and `entropy_bits` `[n]` are those of the capped ones.
+    Logits, and the order of tokens, are those before the soft-cap. `log_normalizer` `[n]` and
+    `entropy_bits` `[n]` are computed after the soft-cap.
     """
 
     top_ids: torch.Tensor
@@ -55,12 +55,12 @@ def project(
     targets: torch.Tensor | None = None,
     check_cancelled: CancelCheck = never_cancelled,
 ) -> ProjectionTable:
-    """Read `vectors` `[n, d_model]` through the lens; `targets` `[n, m]` token ids to report on.
+    """Project `vectors` `[n, d_model]`, and report on the tokens `targets` `[n, m]`.
 
-    Rank counts the tokens with a strictly larger logit (0 = best). Rows that are exactly zero
-    are reported as not projected: their lens would show only biases. Whatever n is, no more than
-    `head.chunk_bytes` of logits are held at once; `check_cancelled` is called before each such
-    chunk is computed.
+    A rank is the number of tokens with a strictly larger logit (0 = best). Vectors that are exactly
+    zero are marked as not projected, because the lens would show only biases. At most
+    `head.chunk_bytes` of logits are in memory at once; `check_cancelled` is called before each such
+    chunk.
     """
     if targets is None:
         targets = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
@@ -75,9 +75,9 @@ def read_vectors(
     targets: torch.Tensor | None,
     check_cancelled: CancelCheck = never_cancelled,
 ) -> Iterator[Readings]:
-    """The readings that `project` makes its table of: of some rows at a time, of none once.
+    """Yield the readings of consecutive groups of rows; at least one group, which may be empty.
 
-    Without `targets` each row's target is the last token that it lists from the bottom.
+    If `targets` is None, the target of each row is the last token of its bottom list.
     """
     at_once = rows_at_once(head)
     for start in range(0, len(vectors) or 1, at_once):
@@ -92,7 +92,7 @@ def read_vectors(
 def read_in_parts(
     head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor | None
 ) -> list[Readings]:
-    """As `read_logits`, in equal parts for all cores that their caches hold; at least one part."""
+    """Call `read_logits` for equal parts, one core each, that fit into the cache; at least one."""
     rows = len(logits)
     if logits.device.type == "cpu":
         cores, cached = torch.get_num_threads(), max(1, CACHED_BYTES // (4 * logits.shape[1]))
@@ -106,16 +106,16 @@ def read_in_parts(
 
 
 def rows_at_once(head: LensHead) -> int:
-    """How many rows' logits make a chunk."""
+    """Return the number of rows in a chunk of logits."""
     return max(1, head.chunk_bytes // (4 * head.unembedding.vocab))
 
 
 def read_logits(
     head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor | None
 ) -> Readings:
-    """Read rows of logits `[n, vocab]`, as `head` gives them, for `targets` `[n, m]`.
+    """Compute the figures of logits `[n, vocab]`, before the soft-cap, for `targets` `[n, m]`.
 
-    Without `targets` each row's target is the last token that it lists from the bottom.
+    If `targets` is None, the target of each row is the last token of its bottom list.
     """
     top_logits, top_ids = highest(logits, spec.top_k)
     bottom_logits, bottom_ids = lowest(logits, spec.bottom_k)
@@ -136,9 +136,10 @@ def read_logits(
 
 
 def _ranks(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
-    """How many of each row's logits are strictly larger than each target's `[n, m]`.
+    """Return how many logits of a row are strictly larger than each target's `[n, m]`.
 
-    Compared into float32, where ones add up exactly to 2^24 and several times as fast as flags.
+    The comparison gives ones and zeros in float32. Their sums are exact up to 2^24, and several
+    times faster than sums of booleans.
     """
     larger = _buffers.like("first", logits)
     ranks = torch.empty(target_logits.shape, dtype=torch.long, device=logits.device)
@@ -148,11 +149,11 @@ def _ranks(logits: torch.Tensor, target_logits: torch.Tensor) -> torch.Tensor:
 
 
 def _spread(logits: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log of the sum of exponentials and -sum p log2 p, `[n]` each, from one exponential.
+    """Return the log normaliser and the entropy in bits, `[n]` each.
 
-    With d = logits - largest and z = sum exp d the entropy is log z - sum d exp d / z, in nats;
-    p = 0 contributes 0. Pairwise sums are used, since a dot product adds in sequence and loses
-    0.005 bit over 50,000 float32 terms.
+    Both need only one exponential. With d = logits - largest and z = sum exp d, the entropy is log
+    z - sum d exp d / z, in nats; p = 0 adds 0. Pairwise sums are used, because a dot product adds
+    in sequence, which loses 0.005 bits over 50,000 float32 terms.
     """
     below, weights = _buffers.like("first", logits), _buffers.like("second", logits)
     torch.sub(logits, largest, out=below).clamp_(min=LOWEST_EXPONENT)
@@ -166,7 +167,7 @@ def _spread(logits: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, 
 def projection_table(
     head: LensHead, projected: torch.Tensor, chunks: list[Readings], targets: torch.Tensor
 ) -> ProjectionTable:
-    """The chunks in one table; `projected` `[n]` and `targets` `[n, m]` are those of all rows.
+    """Join chunks into one table; `projected` `[n]` and `targets` `[n, m]` are those of all rows.
 
     Raises `NotFinite` if the logits of a projected row overflow float32.
     """

@@ -1,13 +1,13 @@
-"""Logits of weight rows that requests met, so that those who meet them again need no product.
+"""Cache the logits of weight rows, so that later requests need no matrix product for the same rows.
 
-A row of the weights depends on no input: only the target whose rank is asked for differs from one
-request to the next, and an exact rank needs all of the row's logits. So these are kept, as many as
-fit, and ranks are counted anew.
+A weight row does not depend on the prompt. Only the target differs between requests, and its exact
+rank needs all logits of the row. So the cache stores the logits, and each request computes the
+ranks of its target from them.
 
-Equal requests must get equal bytes, whatever was asked before them. That holds if a row's logits
-and readings do not depend on which rows were computed with it: on a CPU they don't where the
-numbers of rows are multiples of those that its kernels take at once, which is measured before the
-cache is used.
+The same request must return the same bytes with and without cached rows. So the logits of a row
+must not depend on the rows that are computed together with it. On a CPU this holds if the number of
+rows is a multiple of the kernels' block size. The cache tests this and is not used if it does not
+hold.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from januslens_server.lens.projection import (
 from januslens_server.results import Ints, ProjectionTable
 from januslens_server.specs import LensKind, LensSpec
 
-# Rows are computed by multiples of this, at least so many, and read that many at once.
+# Rows are computed in multiples of this number, and their figures for this many rows at once.
 ROWS = 16
-# Tokens that are kept of each end; requests for more are not served from here.
+# Tokens stored for each end; requests for more do not use the cache.
 ENDS = LensSpec(top_k=16, bottom_k=16)
 
 _COLUMNS = [field.name for field in fields(Readings) if not field.name.startswith("target")]
@@ -41,7 +41,7 @@ _COLUMNS = [field.name for field in fields(Readings) if not field.name.startswit
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The rows `[m]` of a request that have keys, with their vectors and its targets `[m, t]`."""
+    """The m weight rows of a request: keys, vectors `[m, d_model]` and targets `[m, t]`."""
 
     keys: Sequence[Hashable]
     vectors: torch.Tensor
@@ -49,24 +49,24 @@ class _Wanted:
 
 
 class RowCache:
-    """Keeps the logits of the rows met last, by key; for one thread at a time."""
+    """A cache of logits by row key, for use by one thread at a time."""
 
     def __init__(self, head: LensHead, limit: int, rows: int) -> None:
-        """Keep at most `limit` bytes of the logits of `rows` rows through the lens `head`.
+        """Create a cache of at most `limit` bytes for a model with `rows` weight rows.
 
-        Nothing is kept where the lens is not on a CPU, or where rows do depend on those beside
-        them.
+        Nothing is stored if the lens is not on a CPU, or if the logits of a row depend on the rows
+        computed with it.
         """
         vocab = head.unembedding.vocab
         self._head = head
         chunk = max(ROWS, rows_at_once(head) // ROWS * ROWS)
-        # Every row once, and what the last chunk is padded with.
+        # Room for every row once, and for the padding of the last chunk.
         self._capacity = min(limit // (4 * vocab), rows + chunk) // ROWS * ROWS
         self._at_once = min(chunk, self._capacity)
         usable = self._capacity > 0 and head.unembedding.device.type == "cpu"
         self.usable = usable and _alike(head)
-        self.computed = 0  # vectors that were projected, the others being here already
-        # Pages that nobody has written to take no memory.
+        self.computed = 0  # number of vectors that were not found in the cache
+        # Pages take no memory until they are written.
         self._logits = torch.empty(self._capacity if self.usable else 0, vocab)
         self._readings: dict[str, torch.Tensor] = {}
         self._slots: dict[Hashable, int] = {}
@@ -75,7 +75,7 @@ class RowCache:
 
     @property
     def growth(self) -> int:
-        """Bytes that it may still come to take: pages are taken when they are first written."""
+        """Bytes by which the cache may still grow; a page takes memory when it is first written."""
         rows = self._capacity - self._filled if self.usable else 0
         return rows * self._logits.shape[1] * self._logits.itemsize
 
@@ -87,9 +87,10 @@ class RowCache:
         targets: torch.Tensor,
         check_cancelled: CancelCheck = never_cancelled,
     ) -> ProjectionTable:
-        """As `lens.projection.project`; `keys` `[n]` name those of `vectors` that are weight rows.
+        """Project vectors as `lens.projection.project` does, with cached logits where possible.
 
-        A key of None is no weight row. Equal keys must mean equal vectors.
+        `keys` has a key for each vector that is a weight row, and None for other vectors. Vectors
+        with equal keys must be equal.
         """
         wanted = np.array([key is not None for key in keys], dtype=bool)
         fits = max(spec.top_k, spec.bottom_k) <= ENDS.top_k and spec.kind is LensKind.FINAL_NORM
@@ -126,7 +127,7 @@ class RowCache:
         return projection_table(self._head, projected, [Readings(**joined)], targets)
 
     def _read(self, named: _Wanted, spec: LensSpec, check_cancelled: CancelCheck) -> list[Readings]:
-        """Readings of the rows, in order: cached ones at once, others when they are computed."""
+        """Return the readings of weight rows in order; compute the rows that are not cached."""
         rows = range(len(named.keys))
         known = [i for i in rows if named.keys[i] in self._slots]
         unknown: dict[Hashable, list[int]] = {}
@@ -153,9 +154,9 @@ class RowCache:
         ]
 
     def _add(self, keys: Sequence[Hashable], vectors: torch.Tensor) -> None:
-        """Compute and keep rows, in the places of those that came first.
+        """Compute and store rows; they replace the oldest ones.
 
-        They get their keys when they are complete, so that none is kept if the memory runs out.
+        The keys are set last, so that a row is not used if computing it has failed.
         """
         self.computed += len(keys)
         padded = _padded(vectors)
@@ -178,7 +179,7 @@ class RowCache:
         self._next = slots.stop
 
     def _kept(self, named: _Wanted, rows: list[int], spec: LensSpec) -> Readings:
-        """Readings of rows that are here, for their targets."""
+        """Return the readings of cached rows for their targets."""
         slots = [self._slots[named.keys[i]] for i in rows]
         targets = named.targets[rows]
         logits, ranks = self._ranks(slots, targets.numpy())
@@ -189,7 +190,7 @@ class RowCache:
         return Readings(**columns, target_logits=logits, target_ranks=ranks)
 
     def _ranks(self, slots: list[int], targets: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and ranks `[m, t]` of the targets: row by row, as a gather would copy them."""
+        """Return logits and ranks `[m, t]` of the targets, row by row to avoid copying the rows."""
         kept = self._logits.numpy()
         logits = np.empty(targets.shape, dtype=np.float32)
         ranks = np.empty(targets.shape, dtype=np.int64)
@@ -202,13 +203,13 @@ class RowCache:
 
 
 def _padded(vectors: torch.Tensor) -> torch.Tensor:
-    """The rows, and further ones that make their number a multiple."""
+    """Pad the rows to a multiple of `ROWS`."""
     missing = -len(vectors) % ROWS
     return torch.cat([vectors, vectors[:1].expand(missing, -1)]) if missing else vectors
 
 
 def _read_alike(head: LensHead, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The readings of rows by column, always so many at once."""
+    """Return the readings of rows by column, computed for `ROWS` rows at a time."""
     none = torch.empty(ROWS, 0, dtype=torch.long)
     parts = [read_logits(head, part, ENDS, none) for part in logits.split(ROWS)]
     return {name: torch.cat([getattr(part, name) for part in parts]) for name in _COLUMNS}
@@ -216,7 +217,7 @@ def _read_alike(head: LensHead, logits: torch.Tensor) -> dict[str, torch.Tensor]
 
 @torch.inference_mode()
 def _alike(head: LensHead) -> bool:
-    """Whether rows come out bit by bit the same with other rows beside them."""
+    """Whether the logits and readings of rows are bit-identical when computed with other rows."""
     random = torch.Generator().manual_seed(0)
     vectors = torch.randn(4 * ROWS, head.unembedding.d_model, generator=random)
     prepared = head.prepare(vectors, ENDS.kind)

@@ -1,7 +1,7 @@
-"""Weight rows by the tokens at both ends of their projections.
+"""An index of weight rows by the tokens that they promote and suppress.
 
-Rows of the weights depend on no input, so what they promote and suppress is read once and kept:
-the answer to "which neurons write this token" is then a search among small integers.
+Weight rows do not depend on a prompt, so their projections are computed once. A search for the
+neurons that promote a token then only compares integers.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from januslens_server.specs import LensSpec
 
 
 class Listed(NamedTuple):
-    """The m rows that list a token: their numbers, its rank and its logit in each, `[m]`.
+    """The m rows that list a token, with the token's rank and logit in each, `[m]`.
 
-    Ranks count the tokens with a strictly larger logit, from the other end strictly smaller.
+    A rank is the number of tokens with a strictly larger logit, or at the bottom a strictly smaller
+    one.
     """
 
     rows: torch.Tensor
@@ -30,12 +31,12 @@ class Listed(NamedTuple):
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Both ends of n rows' projections, on the CPU.
+    """The top and bottom tokens of n rows' projections, on the CPU.
 
-    Ids `[n, depth]` int32 and logits `[n, depth]` float32 before the soft-cap, each end from its
-    outermost token inwards; `log_normalizer` and `entropy_bits` `[n]`; `projected` `[n]` is False
-    for rows of zeros, which have no reading. `bottom_ranks` `[n]` int32 are the ranks from the top
-    of the last tokens listed from the bottom.
+    Ids `[n, depth]` are int32. Logits `[n, depth]` are float32, before the soft-cap; the top lists
+    start with the largest, the bottom lists with the smallest. `log_normalizer` and `entropy_bits`
+    are `[n]`. `projected` `[n]` is False for rows of zeros, which are not projected. `bottom_ranks`
+    `[n]` (int32) is the rank, from the top, of the last token in each bottom list.
     """
 
     projected: torch.Tensor
@@ -49,11 +50,11 @@ class RowIndex:
 
     @property
     def depth(self) -> int:
-        """How many tokens each end lists."""
+        """Number of tokens in each list."""
         return self.top_ids.shape[1]
 
     def listing(self, token: int, *, suppressed: bool) -> Listed:
-        """The rows that have `token` among their last tokens, or else among their first."""
+        """Return the rows that list `token` at the top, or at the bottom if `suppressed`."""
         ids = self.bottom_ids if suppressed else self.top_ids
         values = self.bottom_logits if suppressed else self.top_logits
         rows, places = torch.where((ids == token) & self.projected[:, None])
@@ -64,12 +65,12 @@ class RowIndex:
         return Listed(rows, further_out.sum(1), logits)
 
     def readings(self, listed: Listed, vocab: int, count: int, *, suppressed: bool) -> Readings:
-        """What a projection with `count` tokens of each end says of the rows and the token."""
+        """Return the readings of the rows with `count` tokens per end and the token as target."""
         rows, ranks, logits = listed
-        if suppressed:  # from the top: the rest, without those of its own logit
+        if suppressed:  # convert ranks from the bottom to ranks from the top
             bottom = self.bottom_logits[rows]
             equal = (bottom == logits[:, None]).sum(1)
-            # Tokens beyond the list may share the logit of its last one.
+            # Tokens beyond the list may have the same logit as its last token.
             at_cut = logits == bottom[:, -1]
             ranks = torch.where(at_cut, self.bottom_ranks[rows].long(), vocab - ranks - equal)
         return Readings(
@@ -90,7 +91,7 @@ def index_rows(
     matrices: Iterable[torch.Tensor],
     depth: int,
 ) -> Generator[None, None, RowIndex]:
-    """Read the rows of `matrices` `[rows, d_model]`, one after the other, `depth` tokens deep.
+    """Index the rows of `matrices` `[rows, d_model]` in order, with `depth` tokens per end.
 
     Yields after every chunk, and returns the index.
     """

@@ -44,7 +44,7 @@ class ResidentModel:
 
     @cached_property
     def rows(self) -> RowCache:
-        """Cache of the logits of weight rows; least recently used rows are evicted."""
+        """Cache of the logits of weight rows; the oldest rows are evicted."""
         return RowCache(self.view.lens, self.row_cache_bytes, _weight_rows(self.view.facts))
 
     @property
