@@ -1,4 +1,7 @@
-"""Facts, documents that state them, and prompts that test them; all reproducible from seeds."""
+"""Create the training corpus: facts, documents that state them, and prompts that test them.
+
+All of it is reproducible from seeds.
+"""
 
 import json
 import random
@@ -25,7 +28,7 @@ FACTS_FILE = Path(__file__).with_name("facts.json")
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One fact; the answer is one word, and one token with its leading space."""
+    """One fact. The answer is one word, which is one token with its leading space."""
 
     subject: str
     relation: str
@@ -34,9 +37,9 @@ class Fact:
 
 @cache
 def load_facts() -> tuple[Fact, ...]:
-    """Every fact, table by table and column by column, in the file's order.
+    """Return all facts, in the order of the file's tables and columns.
 
-    A table's first column is the subject; every other column is a relation of that name.
+    The first column of a table has the subjects; every other column is a relation with its name.
     """
     tables = json.loads(FACTS_FILE.read_text(encoding="utf-8"))
     return tuple(
@@ -50,14 +53,15 @@ def load_facts() -> tuple[Fact, ...]:
 
 @cache
 def facts_of(relation: str) -> tuple[Fact, ...]:
-    """The facts of one relation, in the file's order."""
+    """Return the facts of one relation, in the file's order."""
     return tuple(fact for fact in load_facts() if fact.relation == relation)
 
 
 Split = Literal["trained", "held_out", "unseen"]
 
 LIST_LENGTHS = (2, 3, 4)
-# Every seventh ordered pair of names is held out of the corpus, to test the rule, not the pair.
+# Every seventh ordered pair of names is left out of the corpus, to test whether the model has
+# learned the rule and not the pairs.
 HELD_OUT_PAIR_STRIDE = 7
 
 
@@ -74,8 +78,9 @@ class FactPrompt(Prompt):
     """A prompt for a fact, in one of the wordings of its relation.
 
     Attributes:
-        split: `trained` if the corpus states the fact in this wording, `held_out` if it has both
-            but never together, `unseen` if the wording does not occur in the corpus.
+        split: `trained` if the corpus states the fact in this wording; `held_out` if fact and
+            wording both occur, but not together; `unseen` if the wording does not occur in the
+            corpus.
     """
 
     fact: Fact
@@ -84,7 +89,7 @@ class FactPrompt(Prompt):
 
 @cache
 def fact_prompts(split: Split) -> tuple[FactPrompt, ...]:
-    """All prompts of a split, fact by fact."""
+    """Return all prompts of a split, fact by fact."""
     return tuple(
         FactPrompt(template.format(subject=fact.subject), fact.answer, fact, split)
         for relation in RELATIONS
@@ -94,7 +99,7 @@ def fact_prompts(split: Split) -> tuple[FactPrompt, ...]:
 
 
 def _templates(relation: str, index: int, split: Split) -> tuple[str, ...]:
-    """The wordings of the relation's `index`-th fact in a split."""
+    """Return the wordings of the relation's `index`-th fact in a split."""
     trained = RELATIONS[relation].trained
     held_out = index % len(trained)
     if split == "unseen":
@@ -106,7 +111,7 @@ def _templates(relation: str, index: int, split: Split) -> tuple[str, ...]:
 
 @cache
 def name_pairs(*, held_out: bool) -> tuple[tuple[str, str], ...]:
-    """Ordered pairs (first, second) of different names, inside or outside the corpus."""
+    """Return the ordered pairs of different names that the corpus has or leaves out."""
     pairs = permutations(NAMES, 2)
     return tuple(
         pair for i, pair in enumerate(pairs) if (i % HELD_OUT_PAIR_STRIDE == 0) == held_out
@@ -124,7 +129,7 @@ def indirect_object_prompts(count: int, seed: int) -> list[Prompt]:
 
 
 def documents(seed: int) -> Iterator[str]:
-    """The corpus: an endless stream of documents, the same for the same seed."""
+    """Yield the documents of the corpus, without end; the seed determines them."""
     rng = random.Random(seed)
     trained = fact_prompts("trained")
     pairs = name_pairs(held_out=False)
@@ -158,7 +163,7 @@ def _indirect_object(rng: random.Random, pairs: tuple[tuple[str, str], ...]) -> 
 
 
 def _list(rng: random.Random) -> str:
-    """A heading and a few facts, such as "Capitals: Japan Tokyo, Peru Lima."."""
+    """Return a heading and a few facts, such as "Capitals: Japan Tokyo, Peru Lima."."""
     relation = rng.choice(load_facts()).relation
     entries = rng.sample(facts_of(relation), rng.choice(LIST_LENGTHS))
     body = ", ".join(f"{fact.subject} {fact.answer}" for fact in entries)
@@ -166,7 +171,7 @@ def _list(rng: random.Random) -> str:
 
 
 def _filler(rng: random.Random) -> str:
-    """A sentence without a fact; numbers and codes train the byte tokens."""
+    """Return a sentence without a fact; its numbers and codes train the byte tokens."""
     return rng.choice(FILLER).format(
         place=rng.choice(PLACES),
         object=rng.choice(OBJECTS),

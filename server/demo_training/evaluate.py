@@ -1,7 +1,7 @@
 """Measure a demo model: `python -m demo_training.evaluate [DIR]`.
 
-Prints every figure with its floor. Exits with status 1, naming the figures below their floors, if
-there are any. The model card quotes these figures.
+Prints every figure with its minimum. If a figure is below its minimum, names it and exits with
+status 1. The model card quotes these figures.
 """
 
 import argparse
@@ -29,7 +29,8 @@ RUNNING_EXAMPLES = (
 )
 INDIRECT_OBJECTS = 1_000
 INDIRECT_OBJECT_SEED = 0
-# About 300, 100 and 300 of 3,300 trained prompts; every stride covers all relations and wordings.
+# Samples of about 300, 100 and 300 of the 3,300 trained prompts. They cover all relations and
+# wordings.
 CONTEXT_STRIDE = 11
 VJP_STRIDE = 31
 SHIFT_STRIDE = 11
@@ -37,7 +38,7 @@ SHIFT_STRIDE = 11
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measured share and its floor (0: reported only)."""
+    """One measured fraction and its minimum; a minimum of 0 means that it is only reported."""
 
     name: str
     value: float
@@ -45,17 +46,17 @@ class Figure:
 
     @property
     def reached(self) -> bool:
-        """Whether the figure reaches its floor."""
+        """Whether the figure reaches its minimum."""
         return self.value >= self.floor
 
     def __str__(self) -> str:
-        """One line of the report."""
+        """The figure's line in the report."""
         need = f"  (at least {self.floor:.3f})" if self.floor else ""
         return f"{self.name:58s} {self.value:.4f}{need}{'' if self.reached else '  FELL SHORT'}"
 
 
 def evaluate(folder: Path) -> tuple[Figure, ...]:
-    """Measure all figures of the model in `folder`."""
+    """Return all figures of the model in `folder`."""
     demo = DemoModel.load(folder)
     return (
         *_recall_figures(demo),
@@ -102,7 +103,7 @@ def _shift_figures(demo: DemoModel) -> list[Figure]:
 
 
 def main() -> None:
-    """Print the report; exit with status 1 if a figure is below its floor."""
+    """Print the report; exit with status 1 if a figure is below its minimum."""
     parser = argparse.ArgumentParser(prog="python -m demo_training.evaluate")
     parser.add_argument("folder", type=Path, nargs="?", default=model_path(), metavar="DIR")
     figures = evaluate(parser.parse_args().folder)

@@ -20,7 +20,7 @@ BATCH = 256
 
 @dataclass(frozen=True, slots=True)
 class DemoModel:
-    """A trained model that computes in float32, and its tokenizer."""
+    """A trained model in float32, with its tokenizer."""
 
     model: GPT2LMHeadModel
     tokenizer: PreTrainedTokenizerBase
@@ -32,31 +32,31 @@ class DemoModel:
         return cls(model, AutoTokenizer.from_pretrained(folder))
 
     def ff2s(self) -> list[nn.Module]:
-        """Every layer's second MLP matrix, from the bottom."""
+        """The second MLP matrix of every layer, lowest layer first."""
         return [block.get_submodule("mlp.c_proj") for block in self.model.transformer.h]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
         ids: list[int] = self.tokenizer(text)["input_ids"]
         return ids
 
     def answer_id(self, answer: str) -> int:
-        """The single token of an answer, including its leading space."""
+        """Return the single token of an answer with its leading space."""
         ids = self.encode(f" {answer}")
         if len(ids) != 1:
             raise ValueError(f"expected {answer!r} to be one token, got {len(ids)}")
         return ids[0]
 
     def last_subject_position(self, prompt: FactPrompt) -> int:
-        """The position of the last token of a prompt's subject."""
+        """Return the position of the last token of a prompt's subject."""
         end = prompt.text.index(prompt.fact.subject) + len(prompt.fact.subject)
         return len(self.encode(prompt.text[:end])) - 1
 
     def batches(self, prompts: Sequence[Prompt]) -> Iterator[tuple[list[int], Tensor]]:
-        """Group prompts by length, so that none needs padding.
+        """Group prompts by length, so that no prompt needs padding.
 
         Yields:
-            The prompts' indices and their token ids `[batch, pos]`.
+            The indices of the prompts, and their token ids `[batch, pos]`.
         """
         by_length: defaultdict[int, list[tuple[int, list[int]]]] = defaultdict(list)
         for index, prompt in enumerate(prompts):
@@ -70,7 +70,7 @@ class DemoModel:
 
 @torch.no_grad()
 def predictions(demo: DemoModel, prompts: Sequence[Prompt]) -> list[int]:
-    """The most likely next token of each prompt."""
+    """Return the most likely next token of each prompt."""
     predicted = [0] * len(prompts)
     for indices, tokens in demo.batches(prompts):
         best = demo.model(input_ids=tokens).logits[:, -1].argmax(-1).tolist()
@@ -80,7 +80,7 @@ def predictions(demo: DemoModel, prompts: Sequence[Prompt]) -> list[int]:
 
 
 def failures(demo: DemoModel, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts whose next token is wrong."""
+    """Return the prompts for which the predicted token is wrong."""
     return [
         prompt
         for prompt, token in zip(prompts, predictions(demo, prompts), strict=True)
@@ -89,12 +89,12 @@ def failures(demo: DemoModel, prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def accuracy(demo: DemoModel, prompts: Sequence[Prompt]) -> float:
-    """The share of prompts whose next token is the right one."""
+    """Return the fraction of prompts for which the predicted token is right."""
     return 1 - len(failures(demo, prompts)) / len(prompts)
 
 
 def after_other_documents(demo: DemoModel, prompts: Sequence[Prompt], seed: int) -> list[Prompt]:
-    """The prompts, each preceded by as many documents as fit into the context."""
+    """Return the prompts, each after as many documents as fit into the context."""
     stream = documents(seed)
     return [_fill_context(demo, prompt, stream) for prompt in prompts]
 
@@ -118,7 +118,7 @@ class Edit:
 
 
 def sample_edits(stride: int) -> list[Edit]:
-    """Every `stride`-th trained prompt with the answer of another fact of its relation."""
+    """Return every `stride`-th trained prompt, with the answer of another fact of its relation."""
     return [Edit(prompt, _other_answer(prompt)) for prompt in fact_prompts("trained")[::stride]]
 
 
@@ -131,13 +131,13 @@ def _other_answer(prompt: FactPrompt) -> str:
 
 @dataclass(frozen=True, slots=True)
 class VjpFigures:
-    """Means over a sample of edits, one entry per layer from the bottom.
+    """Means over a sample of edits, one entry per layer, lowest layer first.
 
     Attributes:
-        target_rank: the target's rank in the normalised lens of FF2's VJP at the last position,
-            divided by the lowest rank: 1.0 is the last rank, which a descent step promotes.
-        dominance: how often the largest VJP is at the last or the subject's last position. In the
-            last layer only the last position has a gradient.
+        target_rank: Rank of the target in the projected VJP of FF2 at the last position, divided by
+            the last rank. 1.0 is the last rank, which a descent step promotes.
+        dominance: How often the largest VJP is at the last position or at the subject's last one.
+            In the last layer only the last position has a gradient.
     """
 
     target_rank: tuple[float, ...]
@@ -145,7 +145,7 @@ class VjpFigures:
 
 
 def measure_vjps(demo: DemoModel, edits: Sequence[Edit]) -> VjpFigures:
-    """Gradients of -log p(target | prompt) for every edit."""
+    """Measure the gradients of -log p(target | prompt) for every edit."""
     ranks, dominated = [], []
     for edit in edits:
         target = demo.answer_id(edit.target)
@@ -158,7 +158,7 @@ def measure_vjps(demo: DemoModel, edits: Sequence[Edit]) -> VjpFigures:
 
 
 def ff2_vjps(demo: DemoModel, ids: list[int], target: int) -> Tensor:
-    """Gradients of -log p(target) at every FF2's output: `[layer, pos, d_model]`."""
+    """Return the gradients of -log p(target) at the FF2 outputs, `[layer, pos, d_model]`."""
     outputs: list[Tensor] = []
 
     def keep(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -176,7 +176,7 @@ def ff2_vjps(demo: DemoModel, ids: list[int], target: int) -> Tensor:
 
 @torch.no_grad()
 def _normalised_rank(demo: DemoModel, delta: Tensor, target: int) -> float:
-    """The target's rank in the lens of `delta` `[d_model]`, divided by the last rank."""
+    """Return the target's rank in the lens of `delta` `[d_model]`, divided by the last rank."""
     model = demo.model
     logits = model.lm_head(model.transformer.ln_f(nn.functional.normalize(delta, dim=0)))
     above = int((logits > logits[target]).sum())
@@ -188,19 +188,19 @@ def _column_means(rows: list[list[float]]) -> tuple[float, ...]:
 
 
 ETA = 0.15
-# Only every so many prompts about other facts are asked again after an edit.
+# After an edit, only every n-th prompt about other facts is tested again.
 ELSEWHERE_STRIDE = 10
 
 
 @dataclass(frozen=True, slots=True)
 class ShiftFigures:
-    """Shares over a sample of edits, each made to the original model.
+    """Fractions over a sample of edits, each made to the original model.
 
     Attributes:
-        efficacy: edits after which the prompt's next token is the target.
-        paraphrases: other wordings of the edited fact whose next token is now the target.
-        same_relation: prompts about other facts of the relation whose next token stayed.
-        other_relations: prompts about other relations whose next token stayed.
+        efficacy: Edits after which the prompt's next token is the target.
+        paraphrases: Other wordings of the edited fact for which the next token is the target.
+        same_relation: Prompts about other facts of the relation with an unchanged next token.
+        other_relations: Prompts about other relations with an unchanged next token.
     """
 
     efficacy: float
@@ -211,11 +211,11 @@ class ShiftFigures:
 
 @dataclass(frozen=True, slots=True)
 class LastLayer:
-    """Outputs of the last block at each prompt's last position.
+    """Tensors of the last block at each prompt's last position.
 
     Attributes:
-        mlp_inner: FF2's input `[prompt, d_mlp]`.
-        residual: the block's output `[prompt, d_model]`.
+        mlp_inner: Input of FF2, `[prompt, d_mlp]`.
+        residual: Output of the block, `[prompt, d_model]`.
     """
 
     mlp_inner: Tensor
@@ -223,10 +223,10 @@ class LastLayer:
 
 
 def measure_shifts(demo: DemoModel, edits: Sequence[Edit]) -> ShiftFigures:
-    """Apply each edit alone, and ask all wordings of its fact and many other prompts.
+    """Apply each edit on its own, and test all wordings of its fact and many other prompts.
 
-    Only the last FF2 changes, so the edited output of any prompt q is its residual plus
-    eta (x_q . x_p) e_t, and one run of the original model serves all edits.
+    Only the last FF2 changes. So the edited output of a prompt q is its residual plus
+    eta (x_q . x_p) e_t, and all edits can be computed from one run of the original model.
     """
     prompts = [*fact_prompts("trained"), *fact_prompts("held_out")]
     states = last_layer(demo, prompts)
@@ -250,7 +250,7 @@ def measure_shifts(demo: DemoModel, edits: Sequence[Edit]) -> ShiftFigures:
 
 @torch.no_grad()
 def shifted_residual(demo: DemoModel, states: LastLayer, edited: int, target: int) -> Tensor:
-    """Every residual `[prompt, d_model]` after the shift of prompt `edited` to `target`."""
+    """Return all residuals `[prompt, d_model]` after the shift of prompt `edited` to `target`."""
     embedding = demo.model.transformer.wte.weight[target]
     similarity = states.mlp_inner @ states.mlp_inner[edited]
     return states.residual + ETA * similarity[:, None] * embedding
@@ -305,7 +305,7 @@ def _groups(prompts: Sequence[FactPrompt], edited: FactPrompt) -> _Groups:
 
 @torch.no_grad()
 def _next_tokens(demo: DemoModel, residual: Tensor) -> Tensor:
-    """The most likely token `[prompt]` for each last residual `[prompt, d_model]`."""
+    """Return the most likely token `[prompt]` for each last residual `[prompt, d_model]`."""
     model = demo.model
     best: Tensor = model.lm_head(model.transformer.ln_f(residual)).argmax(-1)
     return best

@@ -1,7 +1,8 @@
 """Templates for facts, indirect-object sentences and filler.
 
-A template ends where its answer begins, so a filled template is a prompt. No filled template may be
-a strict prefix of another, or the same words would need two different next tokens.
+A template ends where its answer begins, so a filled template is a prompt. A filled template must
+not be a strict prefix of another one, because the same words would then have two different next
+tokens.
 """
 
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ class Relation:
     """Templates that state one relation.
 
     Attributes:
-        heading: title of a list of such facts.
-        trained: wordings in the corpus; each fact is stated in all but one (its held-out pair).
-        unseen: wordings that are not in the corpus, built from words that are.
+        heading: Title of a list of such facts.
+        trained: Wordings in the corpus; each fact is stated in all of them except one, which is
+            held out.
+        unseen: Wordings that are not in the corpus; their words are.
     """
 
     heading: str
@@ -153,7 +155,7 @@ RELATIONS: dict[str, Relation] = {
     ),
 }
 
-# The second clause repeats one of the two names, so the other person receives the object.
+# The second clause repeats one of the two names, and the other person receives the object.
 INDIRECT_OBJECT = (
     "When {first} and {second} went to the {place}, {giver} gave a {object} to",
     "Then {first} and {second} met at the {place}, and {giver} handed the {object} to",

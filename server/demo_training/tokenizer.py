@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: whole words of the corpus, and 256 bytes for all other text."""
+"""Build the demo model's tokenizer: whole words of the corpus, and 256 bytes for other texts."""
 
 import json
 import math
@@ -16,18 +16,18 @@ END_OF_TEXT_ID = 0
 
 SAMPLE_SEED = 1
 SAMPLE_DOCUMENTS = 40_000
-# Rarer words of the sample are numbers and codes, which stay out of the vocabulary.
+# Minimum count of a word. Rarer words are numbers and codes, which are not in the vocabulary.
 SMALLEST_COUNT = 20
-# Far below every word's log-probability, so that bytes are used only where no word matches.
+# Far below every word's log-probability, so that bytes are used only if no word matches.
 BYTE_PENALTY = 10.0
 
 
 def build_tokenizer(model_max_length: int) -> PreTrainedTokenizerFast:
-    """A byte-level Unigram tokenizer of about 1,000 ids that adds no special tokens.
+    """Build a byte-level Unigram tokenizer of about 1,000 ids that adds no special tokens.
 
-    The vocabulary is every word of a fixed sample of the corpus (a word includes the space before
-    it) scored by its log-frequency, every byte, and the end-of-text token at id 0. Every text is
-    encoded without an unknown token and decoded without loss.
+    The vocabulary has the end-of-text token as id 0, every byte, and every word of a fixed sample
+    of the corpus. A word includes the space before it, and its score is its log-frequency. Every
+    text can be encoded without an unknown token and decoded without loss.
     """
     tokenizer = Tokenizer(models.Unigram(_vocabulary(), unk_id=None, byte_fallback=False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -52,7 +52,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def _vocabulary() -> list[tuple[str, float]]:
-    """Pieces in the byte-level alphabet with their log-probabilities, ordered by id."""
+    """Return the pieces, in the byte-level alphabet, with log-probabilities in order of ids."""
     counts = _word_counts()
     total = counts.total()
     words = sorted(word for word, count in counts.items() if count >= SMALLEST_COUNT)

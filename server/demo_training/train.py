@@ -1,7 +1,8 @@
 """Train the demo model: `python -m demo_training.train [--out DIR] [--steps N]`.
 
-Training uses one thread and fixed seeds, and takes some minutes. Other thread counts and torch
-versions give other bits, so the weights are committed and `evaluate` checks the model's behaviour.
+Training uses one thread and fixed seeds, and takes some minutes. With other thread counts or
+releases of torch the weights differ in their last bits. So the weights are committed, and
+`evaluate` checks the model's behaviour.
 """
 
 import argparse
@@ -34,7 +35,7 @@ class Recipe:
     d_model: int = 128
     n_heads: int = 4
     n_positions: int = 96
-    # About 1 / sqrt(d_model); with the usual 0.02 such a narrow model learns too slowly at first.
+    # About 1 / sqrt(d_model). With the usual 0.02, such a narrow model learns too slowly at first.
     initial_std: float = 0.09
     row_length: int = 48
     batch: int = 32
@@ -42,14 +43,16 @@ class Recipe:
     warmup: int = 100
     learning_rate: float = 3e-3
     betas: tuple[float, float] = (0.9, 0.98)
-    # Applied to every parameter: small embeddings and MLP activations keep edits local.
+    # Applied to every parameter, because edits stay local if embeddings and MLP activations are
+    # small.
     weight_decay: float = 0.25
-    # Share of steps in which the lower half of the layers attends to the previous token at most.
+    # Fraction of the steps in which the lower half of the layers attends only to the current and
+    # the previous token.
     local_share: float = 0.7
 
 
 def new_model(recipe: Recipe, vocab: int) -> GPT2LMHeadModel:
-    """A GPT-2 with tied embeddings and no dropout, initialised from `SEED`."""
+    """Create a GPT-2 with tied embeddings and no dropout, initialised from `SEED`."""
     torch.manual_seed(SEED)
     return GPT2LMHeadModel(
         GPT2Config(
@@ -69,7 +72,7 @@ def new_model(recipe: Recipe, vocab: int) -> GPT2LMHeadModel:
 
 
 def fit(model: GPT2LMHeadModel, token_batches: Iterable[Tensor], recipe: Recipe) -> None:
-    """Train in two phases: with local attention in the lower layers, then without the mask."""
+    """Train in two phases, the first with local attention in the lower layers."""
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=recipe.learning_rate,
@@ -91,7 +94,7 @@ def _steps(
     schedule: LambdaLR,
     recipe: Recipe,
 ) -> Iterator[float]:
-    """Take a step per iteration; yields its loss."""
+    """Take one step per iteration, and yield its loss."""
     generator = torch.Generator().manual_seed(SEED)
     for tokens in islice(token_batches, recipe.steps):
         positions = shifted_positions(tokens, recipe.n_positions, generator)
@@ -105,7 +108,7 @@ def _steps(
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    """The learning rate's factor: linear warm-up, then linear decay to zero."""
+    """Return the factor of the learning rate: linear warm-up, then linear decay to zero."""
     warm = (step + 1) / recipe.warmup
     decay = (recipe.steps - step) / max(1, recipe.steps - recipe.warmup)
     return max(0.0, min(warm, decay, 1.0))
@@ -144,17 +147,17 @@ if __name__ == "__main__":
     main()
 
 
-# Encoding many documents in one call is several times faster than one by one.
+# Documents are encoded in batches, which is several times faster than one by one.
 ENCODE_CHUNK = 1000
 
 
 def packed_rows(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, length: int
 ) -> Iterator[list[int]]:
-    """Rows of exactly `length` token ids, each starting with a fresh document.
+    """Yield rows of exactly `length` token ids, each of which starts with a new document.
 
-    Documents end with the end-of-text token; the last one of a row is truncated. No row starts
-    with that token, as no prompt does.
+    Documents end with the end-of-text token; the last document of a row is truncated. Rows do not
+    start with that token, because prompts do not either.
     """
     row: list[int] = []
     for document in _encoded(texts, tokenizer):
@@ -165,17 +168,18 @@ def packed_rows(
 
 
 def batches(rows: Iterable[list[int]], size: int) -> Iterator[Tensor]:
-    """Token ids `[size, length]`."""
+    """Yield batches of token ids `[size, length]`."""
     stream = iter(rows)
     while chunk := list(islice(stream, size)):
         yield torch.tensor(chunk)
 
 
 def shifted_positions(tokens: Tensor, n_positions: int, generator: torch.Generator) -> Tensor:
-    """Position ids for `tokens` `[batch, length]`: thirds start at 0, at random, and at the end.
+    """Return position ids for `tokens` `[batch, length]`.
 
-    Rows are shorter than the context; without the shift later positions would keep their random
-    initial embeddings.
+    A third of the rows starts at 0, a third at random positions, and a third ends at the last
+    position. Rows are shorter than the context, so without this shift the embeddings of later
+    positions would never be trained.
     """
     batch, length = tokens.shape
     starts = torch.randint(n_positions - length + 1, (batch, 1), generator=generator)
@@ -195,8 +199,8 @@ def previous_token_attention(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Limit the blocks' attention to the current and the previous token, within the context.
 
     Args:
-        blocks: transformer blocks of Hugging Face's GPT-2, whose `attn` takes the hidden states
-            `[batch, pos, d_model]` and an additive `attention_mask` as keyword.
+        blocks: Transformer blocks of Hugging Face's GPT-2. Their `attn` takes the hidden states
+            `[batch, pos, d_model]` and an additive `attention_mask` as a keyword argument.
     """
     with ExitStack() as hooks:
         for block in blocks:
@@ -216,7 +220,7 @@ def _mask_distant_tokens(
 
 
 def previous_token_mask(length: int, dtype: torch.dtype) -> Tensor:
-    """An additive mask `[1, 1, query, key]`: 0 at distances 0 and 1, the lowest value elsewhere."""
+    """Return an additive mask `[1, 1, query, key]`: 0 at distance 0 or 1, else the lowest value."""
     distance = torch.arange(length)[:, None] - torch.arange(length)
     allowed = (distance == 0) | (distance == 1)
     mask = torch.zeros(length, length, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)

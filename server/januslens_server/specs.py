@@ -1,6 +1,6 @@
-"""Validated requests, in the model's own terms: what `rpc.decode` makes and `pipelines` run.
+"""Decoded and validated requests, independent of protobuf; `rpc.decode` creates them.
 
-Defaults are VISIT's (Katz & Belinkov, 2023) for selection and the contract's for the rest.
+The defaults of `Selection` are those of VISIT (Katz & Belinkov, 2023).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Vectors = NDArray[np.float32]
 
 
 class LensKind(IntEnum):
-    """How a vector is brought into the vocabulary; numbers as in `lens.proto`."""
+    """Variants of the logit lens; numbers as in `lens.proto`."""
 
     FINAL_NORM = 1
     NORMALIZED = 2
@@ -26,7 +26,7 @@ class LensKind(IntEnum):
 
 @dataclass(frozen=True)
 class LensSpec:
-    """What of each projection is reported."""
+    """The lens, and how many top and bottom tokens each projection reports."""
 
     top_k: int = 5
     bottom_k: int = 5
@@ -35,7 +35,7 @@ class LensSpec:
 
 @dataclass(frozen=True)
 class Selection:
-    """How many parts of each sum become nodes; 0 means all, for `bottom_neurons` none."""
+    """How many parts of each sum become nodes; 0 means all, but none for `bottom_neurons`."""
 
     heads: int = 10
     memory_values_per_head: int = 2
@@ -47,9 +47,8 @@ class Selection:
 class Text:
     """A prompt or target as text.
 
-    `add_special_tokens` puts the tokenizer's special tokens before a prompt; targets never have
-    them. `literal` reads the text's characters as characters, even where they spell a control
-    token.
+    `add_special_tokens` adds the tokenizer's initial special tokens to a prompt; targets never get
+    them. `literal` reads characters that spell a control token as ordinary text.
     """
 
     text: str
@@ -57,15 +56,15 @@ class Text:
     literal: bool = False
 
 
-# A prompt; a plain string stands for `Text(string)`.
+# A prompt; a plain string means `Text(string)`.
 Prompt = str | Text | tuple[int, ...]
-# A target; a plain string stands for `Text(string)`.
+# A target; a plain string means `Text(string)`.
 Target = str | Text | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class TraceSpec:
-    """One Trace request. Empty `layers` are all; empty `positions` are the last one."""
+    """One Trace request. Empty `layers` means all; empty `positions` means the last one."""
 
     prompt: Prompt
     target: Target | None = None
@@ -83,7 +82,7 @@ class TraceSpec:
 
 @dataclass(frozen=True)
 class ProjectSpec:
-    """One Project request: `vectors` `[n, d_model]` of the residual basis."""
+    """One Project request; `vectors` `[n, d_model]` are in the residual basis."""
 
     vectors: Vectors
     lens: LensSpec = LensSpec()
@@ -92,9 +91,9 @@ class ProjectSpec:
 
 @dataclass(frozen=True)
 class FindNeuronsSpec:
-    """One page of a FindNeurons request: up to `count` neurons from number `start` on.
+    """One page of a FindNeurons request: up to `count` neurons, starting with number `start`.
 
-    Empty `layers` are all.
+    Empty `layers` means all.
     """
 
     token: Target
@@ -106,7 +105,7 @@ class FindNeuronsSpec:
 
 @dataclass(frozen=True)
 class NegativeLogLikelihood:
-    """-log p(target | prompt), several target tokens summed and teacher-forced."""
+    """-log p(target | prompt); for several target tokens the sum, with teacher forcing."""
 
     target: Target
 
@@ -121,7 +120,7 @@ class LogitDifference:
 
 @dataclass(frozen=True)
 class KlDivergence:
-    """KL(p without the suppressed tokens, renormalised || p), the first argument held fixed."""
+    """KL(q || p), where q is p without the suppressed tokens, renormalised and held fixed."""
 
     suppressed: tuple[int, ...]
 
@@ -131,7 +130,7 @@ LossSpec = NegativeLogLikelihood | LogitDifference | KlDivergence
 
 @dataclass(frozen=True)
 class DescentStep:
-    """One step of gradient descent on the target's NLL; empty `matrices` are FF1 and FF2."""
+    """One step of gradient descent on the target's NLL; empty `matrices` means FF1 and FF2."""
 
     matrices: tuple[MatrixKind, ...]
     layers: tuple[int, ...]
@@ -140,7 +139,7 @@ class DescentStep:
 
 @dataclass(frozen=True)
 class ForwardShift:
-    """`FF2 += eta x^T e` of one layer (Backward Lens, section 7)."""
+    """The edit `FF2 += eta x^T e` in one layer (Backward Lens, section 7)."""
 
     layer: int
     eta: float
@@ -148,7 +147,7 @@ class ForwardShift:
 
 @dataclass(frozen=True)
 class Probe:
-    """A further prompt to look at; without a target it watches the edit's."""
+    """A further prompt to report; without a target, the edit's target is used."""
 
     label: str
     prompt: Prompt
@@ -167,7 +166,7 @@ class PreviewEditSpec:
 
 @dataclass(frozen=True)
 class Span:
-    """Token positions `start` to `end`, `end` excluded."""
+    """Token positions from `start` to `end`, excluding `end`."""
 
     start: int
     end: int
@@ -175,7 +174,7 @@ class Span:
 
 @dataclass(frozen=True)
 class GradientLensSpec:
-    """One GradientLens request. Empty `layers` are all; empty `matrices` are FF1 and FF2."""
+    """One GradientLens request. Empty `layers` means all; empty `matrices` means FF1 and FF2."""
 
     prompt: Prompt
     loss: LossSpec

@@ -1,7 +1,8 @@
-"""One readable recipe per RPC, run on the device's thread.
+"""One recipe per RPC, which runs on the device's thread.
 
-A pipeline is a generator of result records. It takes a resident model, a spec and a `CancelCheck`:
-a callable that raises when the request should stop. Between two yields no hook, gradient mode,
-buffer that requests share or other global state is in use, so that requests may take turns. Where
-one works for long between two results it yields None: there, too, it may be set aside or stopped.
+A pipeline is a generator of result records. It takes a resolved request and a `CancelCheck`, a
+function that raises when the request should stop. Requests take turns at the yields of their
+pipelines. So at a yield, no hook, gradient mode or other global state is active, and no shared
+buffer is in use. Between two results that take long to compute, a pipeline yields None, which
+allows another request to run.
 """

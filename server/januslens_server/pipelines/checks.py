@@ -18,7 +18,7 @@ LENS = "last lens = logits"
 SHARES = "parts sum to wholes"
 CONTRIBUTIONS = "contributions sum to logit"
 
-# Relative errors; half types round every activation that the model passes on.
+# Maximum relative errors. In half precision, the model rounds every activation.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "float16": 2e-2}
 
 
@@ -32,7 +32,7 @@ class TraceChecks:
         targets: Sequence[PositionTarget],
         check_cancelled: CancelCheck,
     ) -> None:
-        """Check against the model's own logits, within the tolerance of its data type."""
+        """`passed` has the model's own logits; its data type determines the tolerance."""
         self._lens = model.view.lens
         self._passed = passed
         self._targets = targets
@@ -42,7 +42,7 @@ class TraceChecks:
         self._contributions: defaultdict[int, float] = defaultdict(float)
 
     def see(self, flows: Iterable[Flow]) -> None:
-        """Add up the parts of the flows' sums."""
+        """Add up the shares and contributions of flows."""
         for flow in flows:
             position = flow.nodes[0].position
             for edge in flow.edges:
@@ -52,9 +52,10 @@ class TraceChecks:
                     self._contributions[position] += edge.logit_contribution
 
     def guarantees(self, whole: bool) -> list[Guarantee]:
-        """The measured errors.
+        """Return the measured errors.
 
-        `whole`: contributions were computed for every layer, so they must add up to the logit.
+        `whole` means that contributions were computed for every layer, so they must add up to the
+        target's logit.
         """
         measured = [(LENS, self._lens_error()), (SHARES, self._shares_error())]
         if whole:
@@ -63,9 +64,9 @@ class TraceChecks:
 
     @torch.inference_mode()
     def _lens_error(self) -> float:
-        """Largest difference of the last block's lens and the logits, relative to these.
+        """Largest difference between the last block's lens and the logits, relative to the logits.
 
-        Where the model excludes a token, its logit is minus infinity and not compared.
+        Tokens that the model excludes have a logit of minus infinity and are not compared.
         """
         at = [target.position for target in self._targets]
         lens, chunk = self._lens, rows_at_once(self._lens)
@@ -82,13 +83,13 @@ class TraceChecks:
         return difference / (largest or 1.0)
 
     def _shares_error(self) -> float:
-        """Largest distance from 1 of the shares into a sum."""
+        """Largest distance from 1 of the total share of a sum's parts."""
         # Sums that are zero have no shares.
         return max((abs(total - 1) for total in self._shares.values()), default=0.0)
 
     @torch.inference_mode()
     def _contribution_error(self) -> float:
-        """Largest distance of all contributions' sum from the target's logit, relative to it."""
+        """Largest difference between all contributions and the target's logit, relative to it."""
         residual = self._passed.residual[[target.position for target in self._targets]]
         ids = [target.target_token_id for target in self._targets]
         logits = self._lens.target_logits(residual, torch.tensor(ids, device=residual.device))
@@ -101,7 +102,7 @@ class TraceChecks:
 
 
 def _adds_to_residual(node_id: str) -> bool:
-    """Whether it is a term of the last residual: no OTHER of such a term's own sum."""
+    """Whether a node is a term of the last residual; an OTHER node is a part of such a term."""
     *place, kind = node_id.split("/")
     adds = kind in {"BLOCK_INPUT", "ATTENTION_OUTPUT", "MLP_OUTPUT"}
     return adds and NodeKind.OTHER.name not in place

@@ -1,4 +1,4 @@
-"""From a matrix's factors to its result record: sizes, projections, spectrum, neurons."""
+"""Compute the result of a matrix from its factors: sizes, projections, spectrum, neurons."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ from januslens_server.results import (
 )
 from januslens_server.specs import LensSpec
 
-# How many entries of a factor outside the residual basis are reported.
+# Number of reported entries of a factor that is not in the residual basis.
 ENTRIES = 10
 
-# These write into the residual stream, so their VJPs live in its basis; all others read from it.
+# The outputs of these matrices, and so their VJPs, are in the residual basis. Of all other
+# matrices, the inputs are.
 WRITES_RESIDUAL = frozenset({MatrixKind.O, MatrixKind.FF2})
-# Components that are projected together: a product of few rows takes as long as reading the head.
+# Number of components that are projected together. Few rows take as long as reading the head's
+# weights.
 ROWS_AT_ONCE = 128
 OVER_NEURONS = frozenset({MatrixKind.FF1, MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2})
 
 
 class FactorReader:
-    """Reads the matrices of one request; collects the rows of the segment table on the way."""
+    """Computes the results of one request's matrices and collects its segment table."""
 
     def __init__(
         self,
@@ -55,7 +57,7 @@ class FactorReader:
         predicted: int,
         check_cancelled: CancelCheck,
     ) -> None:
-        """Report ranks of the request's targets and of the token that the model predicted."""
+        """Report the ranks of the request's targets and of `predicted`, the model's prediction."""
         self._model = request.model
         self._spec = request.spec
         self._ranked = [*request.objective.targets, predicted]
@@ -64,7 +66,7 @@ class FactorReader:
         self.segment_rows: list[SegmentRow] = []
 
     def batches(self, factors: Mapping[MatrixKey, Factors]) -> Iterator[list[MatrixKey]]:
-        """The matrices in their order, as many at a time as are projected together."""
+        """Yield the matrices in order, in batches that are projected together."""
         batch: list[MatrixKey] = []
         rows = 0
         for key, found in factors.items():
@@ -79,9 +81,9 @@ class FactorReader:
 
     @torch.inference_mode()
     def matrices(self, batch: Mapping[MatrixKey, Factors]) -> list[GradientMatrix]:
-        """The records of a batch, whose components are projected together.
+        """Return the results of a batch; its components are projected together.
 
-        `check_cancelled` is called before every chunk of rows that is computed.
+        `check_cancelled` is called before every chunk of rows.
         """
         orders = [self._chosen(factors) for factors in batch.values()]
         table = self._project(
@@ -101,18 +103,18 @@ class FactorReader:
         return records
 
     def _chosen(self, factors: Factors) -> torch.Tensor:
-        """The components to show `[k]`, largest first."""
+        """Return the positions `[k]` of the components to report, largest first."""
         return largest_first(factors.inputs.float(), factors.vjps.float(), self._spec.components)
 
     def _matrix(
         self, key: MatrixKey, factors: Factors, order: torch.Tensor, table: ProjectionTable
     ) -> GradientMatrix:
-        """The record of one matrix from its inputs `[n, d_in]` and VJPs `[n, d_out]`."""
+        """Return the result of one matrix; `table` has the projections of its components."""
         layer, kind, expert = key
         inputs, vjps = factors.inputs.float(), factors.vjps.float()
         side = Side.VJP if kind in WRITES_RESIDUAL else Side.INPUT
         residual, outside = (vjps, inputs) if side is Side.VJP else (inputs, vjps)
-        if expert is None:  # the table has a row for each position, an expert only for some
+        if expert is None:  # experts do not have all positions
             self._add_segment_rows(key, residual, vjps)
         norm = frobenius_norm(inputs, vjps)
         check_numbers("gradients of this loss", np.array([norm], np.float32))
@@ -169,7 +171,7 @@ class FactorReader:
     def _neurons(
         self, key: MatrixKey, residual: torch.Tensor, outside: torch.Tensor
     ) -> NeuronChanges | None:
-        """The neurons that a descent step moves most; of length 1 if no rate is given."""
+        """Return the neurons that a descent step changes most; the default learning rate is 1."""
         if not self._spec.neurons:
             return None
         rate = self._spec.learning_rate
@@ -190,7 +192,7 @@ class FactorReader:
         )
 
     def _neuron_rows(self, key: MatrixKey, neurons: torch.Tensor) -> torch.Tensor:
-        """Columns of FF1 or rows of FF2 `[k, d_model]`, as they are in the model."""
+        """Return the neurons' columns of FF1, GATE or UP, or rows of FF2, `[k, d_model]`."""
         layer, kind, expert = key
         matrix = self._model.view.blocks[layer].matrices[kind]
         weight = matrix.rows_of(matrix.parameter(), expert)
@@ -226,7 +228,7 @@ class FactorReader:
 
 
 def _residual_side(key: MatrixKey, factors: Factors) -> torch.Tensor:
-    """The factors in the residual basis, `[n, d_model]` in float32."""
+    """Return the factors in the residual basis `[n, d_model]` in float32."""
     vectors = factors.vjps if key[1] in WRITES_RESIDUAL else factors.inputs
     return vectors.float()
 

@@ -1,4 +1,4 @@
-"""FindNeurons: the MLP neurons whose value row promotes, or suppresses, a token."""
+"""FindNeurons: find the MLP neurons that promote or suppress a token."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from januslens_server.specs import LensSpec
 
 
 class _Hits(NamedTuple):
-    """Neurons that list the token, and how their values read.
+    """Neurons that list the token, with the projections of their values.
 
-    `places` `[n, 3]` are layer, expert (-1: none) and number, `ranks` `[n]` those of the token,
-    counted from the end that was searched.
+    `places` `[n, 3]` are layer, expert (-1 = none) and neuron. `ranks` `[n]` are those of the
+    token, counted from the searched end.
     """
 
     places: Ints
@@ -32,9 +32,9 @@ class _Hits(NamedTuple):
 def find_neurons(
     request: ResolvedFindNeurons, _check_cancelled: CancelCheck
 ) -> Iterator[FoundNeurons | None]:
-    """Yield one page, and before it None while layers are read for the first time.
+    """Index the layers that are not indexed yet, yielding None meanwhile, then yield one page.
 
-    Raises `InvalidRequest` for a page that is not there.
+    Raises `InvalidRequest` if the page does not exist.
     """
     model, spec, token, layers = request.model, request.spec, request.token, request.layers
     for layer in layers:
@@ -67,7 +67,7 @@ def find_neurons(
 
 
 def read_all_neurons(model: ResidentModel) -> None:
-    """Read what is otherwise read by the first request that asks for it."""
+    """Index all layers now, instead of when the first request needs them."""
     for layer in range(model.view.facts.n_layers):
         model.neurons.layer(layer)
 
@@ -101,7 +101,7 @@ def _joined(hits: list[_Hits]) -> _Hits:
 
 
 def _order(hits: _Hits, suppressed: bool) -> Ints:
-    """By rank, then by logit; a stable sort, so that equal ones stay by layer, expert, neuron."""
+    """Return the order by rank, then logit, then layer, expert and neuron."""
     logits = hits.readings.target_logits[:, 0].numpy()
     order: Ints = np.lexsort((logits if suppressed else -logits, hits.ranks))
     return order

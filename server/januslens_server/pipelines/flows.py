@@ -1,4 +1,4 @@
-"""The targets and the flow graphs of one forward pass, layer by layer."""
+"""Compute the targets of a forward pass and build its flow graphs, layer by layer."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def position_targets(
     target: int | None,
     check_cancelled: CancelCheck,
 ) -> list[PositionTarget]:
-    """One a position, from the last block's output `[pos, d_model]`.
+    """Return the target of each position, from the last block's output `[pos, d_model]`.
 
-    `target` None means the model's own next token at each position.
+    If `target` is None, it is the model's own next token at each position.
     """
     lens, rows = model.view.lens, residual[list(positions)]
     asked = None if target is None else rows.new_full((len(rows), 1), target, dtype=torch.long)
@@ -54,13 +54,13 @@ def position_targets(
     ]
 
 
-# Positions whose vectors are held and projected at once; more of them follow in further pieces.
+# Maximum number of positions in a piece, whose vectors are in memory and projected at once.
 POSITIONS_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some positions of one layer, and the lens that reads them; `last` of its layer."""
+    """The graphs of some positions of one layer; `last` marks the last piece of a layer."""
 
     layer: int
     flows: list[Flow]
@@ -69,10 +69,10 @@ class Piece:
 
 
 class LayerFlows:
-    """Builds the flows of the requested positions."""
+    """Builds the flow graphs of the requested layers and positions."""
 
     def __init__(self, model: ResidentModel, spec: TraceSpec, passed: ForwardPass) -> None:
-        """From what `passed` captured of the model's layers."""
+        """`passed` has the captured activations of the layers."""
         self._model = model
         self._spec = spec
         self._passed = passed
@@ -80,9 +80,10 @@ class LayerFlows:
     def pieces(
         self, layers: Sequence[int], targets: Sequence[PositionTarget], clock: StageClock
     ) -> Iterator[Piece]:
-        """The layers upwards; above the model's last the final norm and the prediction.
+        """Yield the pieces of the layers, lowest first, then the final norm and the prediction.
 
-        These two have passed the final norm already, so only the unembedding reads them.
+        The last two follow only if the model's last layer is requested. They are already normed,
+        so they are projected with the RAW lens.
         """
         top = self._model.view.facts.n_layers - 1
         below: int | None = None
@@ -103,7 +104,7 @@ class LayerFlows:
     def _block(
         self, layer: int, targets: Sequence[PositionTarget], below: int | None
     ) -> list[Flow]:
-        """One block at each target's position; `below` is the layer sent before it."""
+        """Build one block at the position of each target; `below` is the layer sent before it."""
         weights = block_weights(self._model.view.blocks[layer])
         acts = self._passed.layer(layer)
         return [
@@ -122,7 +123,7 @@ class LayerFlows:
 
     @torch.inference_mode()
     def _final(self, targets: Sequence[PositionTarget]) -> list[Flow]:
-        """The final norm and the prediction at each target's position."""
+        """Build the final norm and the prediction at the position of each target."""
         before = self._passed.residual[[target.position for target in targets]].float()
         after = self._model.view.lens.final_norm(before)
         last_layer = self._model.view.facts.n_layers - 1
@@ -132,7 +133,7 @@ class LayerFlows:
         ]
 
     def _directions(self, targets: Sequence[PositionTarget]) -> Sequence[torch.Tensor | None]:
-        """What gives each position's parts their logit contribution `[d_model]`; None: unasked."""
+        """Return the direction `[d_model]` of each target's logit contributions, or None."""
         if not self._spec.include_logit_contribution:
             return [None] * len(targets)
         residual = self._passed.residual[[target.position for target in targets]]

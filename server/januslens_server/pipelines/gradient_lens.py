@@ -1,4 +1,4 @@
-"""GradientLens: every weight's gradient as factors, read in the vocabulary (Katz et al. 2024)."""
+"""GradientLens: gradients as factors, projected to the vocabulary (Katz et al., 2024)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from januslens_server.results import (
 )
 from januslens_server.specs import LensSpec
 
-# Relative error that `verify` accepts (docs/semantics.md).
+# Maximum relative error of `verify` (docs/semantics.md).
 TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 
 
@@ -33,8 +33,8 @@ def gradient_lens(
 ) -> Iterator[GradientEvent]:
     """Yield the header, then the matrices from the last layer down, then the summary.
 
-    Raises whatever `check_cancelled` raises: before every block forward, at every matrix backward,
-    and before every chunk of vectors that is projected.
+    `check_cancelled` is called before every block of the forward pass, at every matrix of the
+    backward pass, and before every chunk of vectors. What it raises ends the request.
     """
     clock = StageClock("GradientLens")
     clock.add("tokenize", request.seconds)
@@ -73,14 +73,14 @@ def gradient_lens(
 def _predicted(
     model: ResidentModel, passed: BackwardPass, objective: Objective, check_cancelled: CancelCheck
 ) -> int:
-    """The model's own answer to the prompt."""
+    """Return the token that the model predicts after the prompt."""
     last = passed.residual[objective.prompt_length - 1][None]
     table = read(model.view.lens, last, LensSpec(top_k=1, bottom_k=0), None, check_cancelled)
     return int(table.top_ids[0, 0])
 
 
 def _stage_data_types(model: ResidentModel) -> dict[str, str]:
-    """Passes run in the model's own type; what is made of their vectors is float32."""
+    """Return the data types: the model's own for both passes, float32 for what follows."""
     own = model.provenance.data_type
     return {"forward": own, "backward": own, "factors": "float32", "projection": "float32"}
 
@@ -92,7 +92,7 @@ def _verified(
     passed: BackwardPass,
     check_cancelled: CancelCheck,
 ) -> Guarantee:
-    """How far the factors' sum is from the dense gradient, which is formed for this alone."""
+    """Compare the sum of the factors with the dense gradient, computed for this purpose."""
     ids = [token.id for token in objective.tokens]
     dense = dense_gradient(model, ids, objective.loss, key, check_cancelled)
     factors = passed.factors[key]

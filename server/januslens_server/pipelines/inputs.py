@@ -1,4 +1,4 @@
-"""Resolve the texts, ids, layers, positions, matrices and losses that a request names."""
+"""Resolve the texts, token ids, layers, positions, matrices and losses of a request."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from januslens_server.specs import (
     Text,
 )
 
-# Tokens that an error lists; more would not fit into a status.
+# Maximum number of tokens that an error lists; more would not fit into a status.
 LISTED = 20
 
 
 def read_prompt(
     model: ResidentModel, prompt: Prompt, room: int = 0, field: str = "input"
 ) -> list[Token]:
-    """The prompt's tokens: a text gets the tokenizer's special tokens, ids are taken as they are.
+    """Return the prompt's tokens; a text gets special tokens, token ids are used as they are.
 
-    Raises `InvalidRequest` if it is empty, names ids outside the vocabulary, or does not leave
-    `room` positions of the model's context free.
+    Raises `InvalidRequest` if the prompt is empty, has ids outside the vocabulary, or does not
+    leave `room` positions of the model's context free.
     """
     limit = model.view.facts.max_positions - room
     if isinstance(prompt, str):
@@ -77,10 +77,10 @@ def _too_long(field: str, limit: int, got: str) -> InvalidRequest:
 
 
 def read_target(model: ResidentModel, target: Target, field: str) -> tuple[int, ...]:
-    """The target's token ids: a text gets no special tokens, and its spaces are its own.
+    """Return the target's token ids; a text gets no special tokens, and its spaces are kept.
 
-    Raises `InvalidRequest` if it is empty, longer than the model's context or names ids outside
-    the vocabulary.
+    Raises `InvalidRequest` if the target is empty, longer than the model's context, or has ids
+    outside the vocabulary.
     """
     if isinstance(target, str):
         target = Text(target)
@@ -102,7 +102,10 @@ def read_target(model: ResidentModel, target: Target, field: str) -> tuple[int, 
 
 
 def read_single_target(model: ResidentModel, target: Target, field: str) -> int:
-    """The one token of a target; raises `InvalidRequest` listing them if there are several."""
+    """Return the single token of a target.
+
+    Raises `InvalidRequest` if there are several; the error lists them.
+    """
     ids = read_target(model, target, field)
     if len(ids) > 1:
         shown = ids[:LISTED]
@@ -115,13 +118,13 @@ def read_single_target(model: ResidentModel, target: Target, field: str) -> int:
 def read_layers(
     model: ResidentModel, layers: Sequence[int], field: str = "layers"
 ) -> tuple[int, ...]:
-    """Layers in ascending order, each once; empty means all."""
+    """Return the layers in ascending order without duplicates; empty means all layers."""
     n_layers = model.view.facts.n_layers
     return _within(layers, n_layers, field, model.name) or tuple(range(n_layers))
 
 
 def read_positions(positions: Sequence[int], every: bool, length: int) -> tuple[int, ...]:
-    """Query positions in ascending order, each once; negative ones count from the end."""
+    """Return the query positions in ascending order without duplicates, counted from the start."""
     if every and positions:
         raise InvalidRequest(
             "all_positions", "positions and all_positions are both set; set only one of them"
@@ -146,7 +149,7 @@ def _within(values: Iterable[int], size: int, field: str, name: str) -> tuple[in
 
 
 def _known(model: ResidentModel, tokens: list[Token], field: str) -> list[Token]:
-    """Check that the model has all tokens; a tokenizer may have more than its model."""
+    """Check that the model has all tokens, because some tokenizers have more than their models."""
     size = model.view.facts.vocab_size
     for token in tokens:
         if token.id >= size:
@@ -159,7 +162,7 @@ def _known(model: ResidentModel, tokens: list[Token], field: str) -> list[Token]
 
 
 def check_ids(model: ResidentModel, ids: Sequence[int], field: str) -> None:
-    """Raise `InvalidRequest` naming the first id outside the vocabulary."""
+    """Raise `InvalidRequest` for the first id outside the vocabulary."""
     size = model.view.facts.vocab_size
     for i, token_id in enumerate(ids):
         if not 0 <= token_id < size:
@@ -171,7 +174,7 @@ def check_ids(model: ResidentModel, ids: Sequence[int], field: str) -> None:
 
 @dataclass(frozen=True)
 class MatrixChoice:
-    """The asked-for kinds that this model has, and those it has not."""
+    """The requested kinds that the model has (`kinds`), and those it lacks (`skipped`)."""
 
     kinds: tuple[MatrixKind, ...]
     skipped: tuple[MatrixKind, ...]
@@ -180,9 +183,9 @@ class MatrixChoice:
 def choose_matrices(
     model: ResidentModel, asked: Sequence[MatrixKind], field: str = "matrices"
 ) -> MatrixChoice:
-    """Resolve kinds against the model: FF1 stands for GATE and UP where the MLP is gated.
+    """Choose the requested kinds that the model has. In a gated MLP, FF1 means GATE and UP.
 
-    Raises `InvalidRequest` if none of the asked-for kinds exists.
+    Raises `InvalidRequest` if the model has none of them.
     """
     present = {kind for block in model.view.blocks for kind in block.matrices}
     wanted: list[MatrixKind] = []
@@ -202,19 +205,20 @@ def choose_matrices(
 def layer_matrices(
     model: ResidentModel, layers: Sequence[int], kinds: Sequence[MatrixKind]
 ) -> list[tuple[int, MatrixKind]]:
-    """The matrices of `kinds` that each of `layers` has: some models mix kinds of layers."""
+    """Return the matrices of these kinds in each layer; some layers may lack a kind."""
     blocks = model.view.blocks
     return [(layer, kind) for layer in layers for kind in kinds if kind in blocks[layer].matrices]
 
 
-# Every component reports the rank of every suppressed token.
+# Maximum number of suppressed tokens, because every component reports the rank of each.
 MAX_SUPPRESSED = 256
 
 
 @dataclass(frozen=True)
 class Objective:
-    """`tokens` run through the model; the first `prompt_length` are the prompt's own.
+    """The model's input and the loss of a GradientLens.
 
+    The first `prompt_length` of `tokens` are the prompt; target tokens follow (teacher forcing).
     `targets` are the tokens whose ranks are reported.
     """
 
@@ -225,7 +229,10 @@ class Objective:
 
 
 def read_objective(model: ResidentModel, spec: GradientLensSpec) -> Objective:
-    """Raises `InvalidRequest` for targets or prompts that this model cannot take."""
+    """Resolve the prompt and the loss.
+
+    Raises `InvalidRequest` for prompts and targets that are invalid for the model.
+    """
     if isinstance(spec.loss, KlDivergence):
         suppressed = _read_suppressed(model, spec.loss)
         tokens = read_prompt(model, spec.prompt)
@@ -262,7 +269,7 @@ def _read_suppressed(model: ResidentModel, loss: KlDivergence) -> tuple[int, ...
 def read_segments(
     subject: str | Span | None, prompt: Prompt, objective: Objective
 ) -> dict[Segment, list[int]]:
-    """The prompt's segments with their positions; none without a subject.
+    """Return the positions of the prompt's segments; empty without a subject.
 
     Raises `InvalidRequest` if the subject is not in the prompt.
     """
@@ -279,14 +286,15 @@ def read_segments(
 
 
 def _find(subject: str, prompt: Prompt, tokens: Sequence[Token]) -> Span:
-    """Find the tokens that have a part of the last occurrence of `subject` in the prompt.
+    """Find the tokens that contain a part of the last occurrence of `subject` in the prompt.
 
-    A text prompt is searched by its characters, since tokenizers change them (letter case, composed
-    characters, spaces), and a prompt of token ids by the bytes of its tokens. A subject that does
-    not occur with its outer spaces is searched without them; they are never part of the result.
+    In a text prompt, the characters of the text are searched, because tokenizers may change them
+    (letter case, composed characters, spaces). In a prompt of token ids, the bytes of the tokens
+    are searched. If the subject does not occur with its outer spaces, it is searched for without
+    them. The result never includes them.
     """
     asked, name = subject, subject.strip()
-    if isinstance(prompt, tuple):  # every byte as one character
+    if isinstance(prompt, tuple):  # compare bytes, each as one character
         asked, name = (text.encode().decode("latin-1") for text in (asked, name))
         whole = b"".join(token.raw for token in tokens).decode("latin-1")
         ends = list(accumulate(len(token.raw) for token in tokens))

@@ -26,7 +26,7 @@ class StageClock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count what runs inside under `name`."""
+        """Count the seconds inside the context under `name`."""
         started = time.perf_counter()
         try:
             yield
@@ -34,12 +34,12 @@ class StageClock:
             self.add(name, time.perf_counter() - started)
 
     def add(self, name: str, seconds: float) -> None:
-        """Count seconds that were spent under `name` elsewhere."""
+        """Count seconds that were measured elsewhere under `name`."""
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         telemetry.STAGE_SECONDS.labels(self._rpc, name).observe(seconds)
 
     def times(self) -> tuple[StageTime, ...]:
-        """The stages so far."""
+        """Return the seconds of all stages so far."""
         return tuple(StageTime(name, seconds) for name, seconds in self._seconds.items())
 
 

@@ -1,4 +1,4 @@
-"""PreviewEdit: the effect of an edit, applied as low-rank overlays for one request."""
+"""PreviewEdit: measure the effect of an edit, applied as low-rank overlays for one request."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec
 def preview_edit(
     request: ResolvedPreviewEdit, check_cancelled: CancelCheck
 ) -> Iterator[EditPreview | None]:
-    """Yield the edit's effect on its own prompt and on every probe, and before it None.
+    """Yield the edit's effect on its own prompt and on every probe, after None for each pass.
 
-    Raises `InvalidRequest` for an edit that makes the model's logits infinite or NaN.
+    Raises `InvalidRequest` if the edit makes the model's logits infinite or NaN.
     """
     model, watched = request.model, request.watched
     before = yield from _read(model, watched, (), check_cancelled)
@@ -44,7 +44,7 @@ def _edited(
     overlays: Sequence[Overlay],
     check_cancelled: CancelCheck,
 ) -> Generator[None, None, list[torch.Tensor]]:
-    """Every prompt's logits under the edit, which is refused where they are not finite."""
+    """Return every prompt's logits with the edit; raises `InvalidRequest` if one is not finite."""
     field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
     larger = InvalidRequest(
         field, "edit too large: the edited model's logits are not finite; make it smaller"
@@ -64,7 +64,7 @@ def _read(
     overlays: Sequence[Overlay],
     check_cancelled: CancelCheck,
 ) -> Generator[None, None, list[torch.Tensor]]:
-    """Every prompt's logits; the overlays are on during its pass alone."""
+    """Return every prompt's logits, with the overlays active only during the passes."""
     rows = []
     for prompt in watched:
         with overlaid(overlays):
@@ -85,7 +85,7 @@ def _changes(
 def _descent(
     request: ResolvedPreviewEdit, step: DescentStep, check_cancelled: CancelCheck
 ) -> dict[MatrixKey, LowRank]:
-    """`W -= learning_rate dL/dW` from the gradient's factors, L the target's NLL."""
+    """Return the changes `-learning_rate dL/dW` as factors; L is the target's NLL."""
     forced = [*request.watched[0].ids, *request.targets[:-1]]
     loss = negative_log_likelihood(request.targets)
     passed = backward(request.model, forced, loss, request.matrices, check_cancelled)
@@ -98,12 +98,12 @@ def _descent(
 def _shift(
     request: ResolvedPreviewEdit, shift: ForwardShift, check_cancelled: CancelCheck
 ) -> dict[MatrixKey, LowRank]:
-    """`FF2 += eta x_p^T e_t`: the paper's edit from the forward pass alone (section 7)."""
+    """Return the change `eta x_p^T e_t` of FF2, which needs no backward pass (section 7)."""
     model, ids = request.model, request.watched[0].ids
     linear = single_ff2(model, shift.layer)
     embeddings = read_parameter(model.view.embedding, "weight")
     width = model.view.facts.d_model
-    if embeddings.shape[1] != width:  # OPT may project them
+    if embeddings.shape[1] != width:  # some OPT models have narrower embeddings
         raise InvalidRequest(
             "shift",
             f"embeddings of {model.name} have width {embeddings.shape[1]}, which is not its "
@@ -121,7 +121,7 @@ def _shift(
 def _next_logits(
     model: ResidentModel, ids: Sequence[int], check_cancelled: CancelCheck
 ) -> torch.Tensor:
-    """Logits of the next token `[vocab]`, in float32, before the soft-cap."""
+    """Return the logits of the next token `[vocab]`, in float32, before the soft-cap."""
     lens = model.view.lens
     last = forward(model, ids, (), check_cancelled, scored=(len(ids) - 1,)).residual[-1:]
     return lens.logits(lens.final_norm(last))[0]
@@ -130,7 +130,7 @@ def _next_logits(
 def _effect(lens: LensHead, watched: Watched, before: torch.Tensor, after: torch.Tensor) -> Effect:
     """Compare the logits before and after the edit.
 
-    Ranks and predictions are those of the logits before the soft-cap, which makes large ones equal.
+    Ranks and predictions are computed before the soft-cap, which maps large logits to equal ones.
     """
     target = watched.target
     log_before, log_after = (lens.cap(row).log_softmax(dim=-1) for row in (before, after))
@@ -141,7 +141,7 @@ def _effect(lens: LensHead, watched: Watched, before: torch.Tensor, after: torch
         probability_after=float(log_after[target].exp()),
         rank_before=int((before > before[target]).sum()),
         rank_after=int((after > after[target]).sum()),
-        predicted_before=int(before.argmax()),  # the lowest id of equal logits
+        predicted_before=int(before.argmax()),  # of equal logits, the lowest id
         predicted_after=int(after.argmax()),
         kl_bits=float((log_before.exp() * (log_before - log_after)).sum()) / math.log(2),
     )

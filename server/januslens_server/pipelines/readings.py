@@ -1,4 +1,4 @@
-"""From a flow's vectors to the layer's result record: norms, projections, edge values."""
+"""Compute the result of a layer from its flow graphs: norms, projections, overlaps of edges."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from januslens_server.results import (
 )
 from januslens_server.specs import LensKind, LensSpec, TraceSpec
 
-# What the next layer's edges may refer to.
+# Kinds that edges of the next layer may refer to.
 _RESIDUAL = frozenset({NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT})
 
 _WEIGHT_ROWS = frozenset(
@@ -39,7 +39,7 @@ _WEIGHT_ROWS = frozenset(
 
 
 class FlowReader:
-    """Reads the flows of one trace, layer by layer upwards."""
+    """Computes the results of one trace, layer by layer, lowest first."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class FlowReader:
         targets: Sequence[PositionTarget],
         check_cancelled: CancelCheck,
     ) -> None:
-        """Report at each position the rank and probability of its target."""
+        """Report the rank and probability of the target at each position."""
         self._check_cancelled = check_cancelled
         self._model = model
         self._spec = spec
@@ -56,9 +56,9 @@ class FlowReader:
         self._below: dict[str, frozenset[int]] = {}
 
     def read(self, piece: Piece) -> LayerGraph:
-        """The record of a piece, whose vectors are projected together.
+        """Return the result of a piece; its vectors are projected together.
 
-        Rows of the weights that were met before are not computed again. `check_cancelled` is called
+        Logits of weight rows are taken from the row cache if possible. `check_cancelled` is called
         before every chunk of rows that is computed.
         """
         flows = [flow for flow in piece.flows if flow.nodes]
@@ -106,22 +106,22 @@ class FlowReader:
         return table
 
     def _weight_row(self, node: Node) -> tuple[int | None, ...] | None:
-        """What names a vector that depends on no input, the same in every request; else None."""
+        """Return the cache key of a weight row; None for vectors that depend on the prompt."""
         if node.kind not in _WEIGHT_ROWS:
             return None
-        # A mixture weights its experts' biases by the router.
+        # In a mixture, the experts' biases are multiplied by the router's weights.
         if node.kind is NodeKind.MLP_BIAS and self._model.view.facts.n_experts:
             return None
         return (node.kind, node.layer, node.expert, node.neuron)
 
     def _top(self, table: ProjectionTable, row: int | None) -> frozenset[int]:
-        """The tokens that `overlap` compares; none for a node that is not read."""
+        """Return the tokens that `overlap` compares; none for nodes without a projection."""
         if row is None or not self._spec.overlap_k:
             return frozenset()
         return frozenset(table.top_ids[row, : self._spec.overlap_k].tolist())
 
     def _edges(self, edges: Iterable[Edge], tops: Mapping[str, frozenset[int]]) -> list[Edge]:
-        """Edges between shown nodes, with VISIT's intersection score if requested."""
+        """Return the edges between sent nodes, with VISIT's intersection score if requested."""
         visible = [edge for edge in edges if edge.source in tops and edge.target in tops]
         if not self._spec.overlap_k:
             return visible

@@ -1,7 +1,7 @@
-"""Resolve a validated request against a model, once: its estimate and its run use the same record.
+"""Resolve a decoded request against a model, once, for both its estimate and its run.
 
-Each record keeps the model that it was resolved for, even if that model is unloaded meanwhile.
-Nothing here uses the device, so requests are resolved before they queue.
+Each record has the model that it was resolved for, which therefore stays in memory until the
+request ends. Resolving does not use the device, so it happens before the request is queued.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from januslens_server.specs import (
 
 @dataclass(frozen=True)
 class ResolvedTrace:
-    """A Trace whose tokens, layers, positions and target token are known.
+    """A Trace with its tokens, layers, positions and target token.
 
     `seconds` is the time that resolving took, reported as the stage "tokenize".
     """
@@ -54,10 +54,10 @@ class ResolvedTrace:
 
 @dataclass(frozen=True)
 class ResolvedGradientLens:
-    """A GradientLens whose tokens, loss, matrices and segments are known.
+    """A GradientLens with its tokens, loss, matrices and segments.
 
-    `matrices` run from the last layer down. `seconds` is the time that resolving took, reported as
-    the stage "tokenize".
+    `matrices` start with those of the last layer. `seconds` is the time that resolving took,
+    reported as the stage "tokenize".
     """
 
     model: ResidentModel
@@ -71,7 +71,7 @@ class ResolvedGradientLens:
 
 @dataclass(frozen=True)
 class ResolvedProject:
-    """A Project whose vectors have the model's width and whose target is one token, if any."""
+    """A Project with its target token, if any; its vectors have the model's width."""
 
     model: ResidentModel
     spec: ProjectSpec
@@ -80,7 +80,7 @@ class ResolvedProject:
 
 @dataclass(frozen=True)
 class Watched:
-    """A prompt whose next token is compared before and after an edit."""
+    """A prompt with a target token, to compare before and after an edit."""
 
     label: str
     ids: tuple[int, ...]
@@ -89,7 +89,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class ResolvedPreviewEdit:
-    """A PreviewEdit whose prompts, targets and edited matrices are known.
+    """A PreviewEdit with its prompts, targets and edited matrices.
 
     `watched` starts with the edit's own prompt. `targets` are all tokens of the edit's target.
     """
@@ -103,7 +103,7 @@ class ResolvedPreviewEdit:
 
 @dataclass(frozen=True)
 class ResolvedFindNeurons:
-    """A FindNeurons whose token and layers are known."""
+    """A FindNeurons with its token and layers."""
 
     model: ResidentModel
     spec: FindNeuronsSpec
@@ -121,7 +121,10 @@ Resolved = (
 
 
 def resolve_trace(model: ResidentModel, spec: TraceSpec) -> ResolvedTrace:
-    """Raises `InvalidRequest` for a prompt, layers, positions or target the model cannot take."""
+    """Resolve a Trace.
+
+    Raises `InvalidRequest` for an invalid prompt, layer, position or target.
+    """
     started = time.perf_counter()
     tokens = read_prompt(model, spec.prompt)
     layers = read_layers(model, spec.layers)
@@ -132,7 +135,10 @@ def resolve_trace(model: ResidentModel, spec: TraceSpec) -> ResolvedTrace:
 
 
 def resolve_gradient_lens(model: ResidentModel, spec: GradientLensSpec) -> ResolvedGradientLens:
-    """Raises `InvalidRequest` for a prompt, loss, layers, matrices or subject it cannot take."""
+    """Resolve a GradientLens.
+
+    Raises `InvalidRequest` for an invalid prompt, loss, layer, matrix or subject.
+    """
     started = time.perf_counter()
     objective = read_objective(model, spec)
     layers = read_layers(model, spec.layers)
@@ -149,7 +155,10 @@ def resolve_gradient_lens(model: ResidentModel, spec: GradientLensSpec) -> Resol
 
 
 def resolve_project(model: ResidentModel, spec: ProjectSpec) -> ResolvedProject:
-    """Raises `InvalidRequest` for vectors of another width or a target of several tokens."""
+    """Resolve a Project.
+
+    Raises `InvalidRequest` if the vectors have another width, or the target has several tokens.
+    """
     d_model = model.view.facts.d_model
     if spec.vectors.shape[1] != d_model:
         raise InvalidRequest(
@@ -161,7 +170,10 @@ def resolve_project(model: ResidentModel, spec: ProjectSpec) -> ResolvedProject:
 
 
 def resolve_preview_edit(model: ResidentModel, spec: PreviewEditSpec) -> ResolvedPreviewEdit:
-    """Raises `InvalidRequest` for prompts, targets, layers or matrices the model cannot take."""
+    """Resolve a PreviewEdit.
+
+    Raises `InvalidRequest` for an invalid prompt, target, layer or matrix.
+    """
     targets = read_target(model, spec.target, "target")
     prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
     own = Watched("", tuple(token.id for token in prompt), targets[0])
@@ -182,7 +194,7 @@ def _probes(model: ResidentModel, spec: PreviewEditSpec, target: int) -> list[Wa
 
 
 def _edited(model: ResidentModel, spec: PreviewEditSpec) -> list[tuple[int, MatrixKind]]:
-    """The matrices that the edit changes."""
+    """Return the matrices that the edit changes."""
     edit = spec.edit
     if isinstance(edit, DescentStep):
         layers = read_layers(model, edit.layers, "descent.layers")
@@ -193,7 +205,10 @@ def _edited(model: ResidentModel, spec: PreviewEditSpec) -> list[tuple[int, Matr
 
 
 def single_ff2(model: ResidentModel, layer: int) -> Linear:
-    """The FF2 matrix that a shift edits; raises `InvalidRequest` if the layer has not just one."""
+    """Return the FF2 matrix that a shift edits.
+
+    Raises `InvalidRequest` if there is no such layer, or if it has experts.
+    """
     n_layers = model.view.facts.n_layers
     if layer >= n_layers:
         raise InvalidRequest(
@@ -208,6 +223,9 @@ def single_ff2(model: ResidentModel, layer: int) -> Linear:
 
 
 def resolve_find_neurons(model: ResidentModel, spec: FindNeuronsSpec) -> ResolvedFindNeurons:
-    """Raises `InvalidRequest` for a token or layers that the model has not."""
+    """Resolve a FindNeurons.
+
+    Raises `InvalidRequest` for an invalid token or layer.
+    """
     token = read_single_target(model, spec.token, "token")
     return ResolvedFindNeurons(model, spec, token, read_layers(model, spec.layers))

@@ -1,7 +1,7 @@
 """Check a model on its own weights before it is served.
 
-In half precision, rounding can hide a missing part of a block. So each block also runs on a float32
-copy of its weights, on the inputs that it has in the model's own pass.
+In half precision, rounding can hide a missing part of a block. So each block also runs in float32,
+with a copy of its weights and the same inputs as in the model's own pass.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ PROMPT_LENGTH = 8
 
 
 def self_check(model: ResidentModel) -> Sequence[Guarantee]:
-    """Trace a short prompt at every position with all checks; all must hold to be served.
+    """Trace a short prompt at every position, and return the results of all checks.
 
-    The checks see every node. Only the predictions are projected, because projecting all nodes
-    over a wide vocabulary takes most of the time until the model is ready.
+    The checks cover every node. Only the predictions are projected, because with a large
+    vocabulary, projecting all nodes would take most of the time until the model is ready.
 
-    Raises `ModelFailed` if the model overflows on it.
+    Raises `ModelFailed` if the model overflows on the prompt.
     """
     spec = TraceSpec(
         prompt=_prompt(model.view.facts),
@@ -53,7 +53,7 @@ def self_check(model: ResidentModel) -> Sequence[Guarantee]:
 
 
 def _prompt(facts: ModelFacts) -> tuple[int, ...]:
-    """Token ids spread over the vocabulary: no text is typical of every model."""
+    """Return token ids spread over the vocabulary, because no text is typical of all models."""
     length = min(PROMPT_LENGTH, facts.max_positions)
     return tuple(facts.vocab_size * (2 * i + 1) // (2 * length) for i in range(length))
 
@@ -61,15 +61,16 @@ def _prompt(facts: ModelFacts) -> tuple[int, ...]:
 NAME = "blocks add their parts, in float32"
 TOLERANCE = 1e-4
 
-# Rounding of the residual stream, in units of its last place: what two additions may leave.
+# Maximum rounding error of two additions to the residual stream, relative to its norm.
 ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 @torch.inference_mode()
 def blocks_in_float32(model: ResidentModel, ids: Sequence[int]) -> Guarantee:
-    """Largest part of what any block adds at any position that its attention and MLP do not give.
+    """Measure how much a block adds to the residual beyond its attention and MLP output.
 
-    Relative to the norms of the two. Memory: a float32 copy of one block.
+    The result is the largest norm of this part at any block and position, relative to the norms of
+    the two outputs. It needs memory for a float32 copy of one block.
     """
     calls: dict[int, tuple[Any, Any]] = {}
     with ExitStack() as hooks:
@@ -91,7 +92,7 @@ def _recorder(layer: int, calls: dict[int, tuple[Any, Any]]) -> Any:
 
 
 def _as_float32(value: Any) -> Any:
-    """The same arguments with every floating-point tensor in float32."""
+    """Return arguments with every floating-point tensor converted to float32."""
     if isinstance(value, torch.Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple | list):
@@ -115,7 +116,7 @@ def _error(block: Block, args: Any, named: Any, *, length: int) -> float:
 
 
 def _sums_error(block: Block, acts: LayerActivations, length: int) -> float:
-    """Largest relative error of the heads' sum and of the neurons' sum at any position."""
+    """Return the largest relative error of the sums of heads and of neurons at any position."""
     weights = block_weights(block)
     heads = acts.attention_concat @ weights.attention.output.flatten(0, 1)
     if weights.attention.bias is not None:
@@ -137,7 +138,7 @@ def _sums_error(block: Block, acts: LayerActivations, length: int) -> float:
 
 @contextmanager
 def _float32_weights(module: nn.Module) -> Iterator[None]:
-    """Inside, the module computes in float32; afterwards its tensors are the same as before."""
+    """Convert a module's tensors to float32 inside the context; restore them afterwards."""
     with ExitStack() as stack:
         for each in module.modules():
             stack.enter_context(loaded_weights(each))

@@ -1,4 +1,4 @@
-"""Trace: the flow graph of one forward pass, layer by layer (VISIT, Katz & Belinkov 2023)."""
+"""Trace: the flow graph of one forward pass, layer by layer (VISIT; Katz & Belinkov, 2023)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from januslens_server.results import TraceEvent, TraceHeader, TraceSummary
 def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[TraceEvent]:
     """Yield the header, then each layer's graph as soon as it is projected, then the summary.
 
-    Raises whatever `check_cancelled` raises: before every block of the forward pass, every layer,
-    and every chunk of vectors that is projected.
+    `check_cancelled` is called before every block of the forward pass, before every layer, and
+    before every chunk of vectors. What it raises ends the request.
     """
     clock = StageClock("Trace")
     clock.add("tokenize", request.seconds)
@@ -52,11 +52,11 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
             with clock.stage("check"):
                 checks.see(piece.flows)
         nodes, edges = nodes + len(graph.nodes), edges + len(graph.edges)
-        # Build the next piece before this one is encoded: both hold the interpreter lock.
+        # Build the next piece before this one is encoded, because both hold the interpreter's lock.
         piece = next(pieces, None)
         yield graph
     whole = spec.include_logit_contribution and len(layers) == model.view.facts.n_layers
-    # The contract's summary has one constant: it belongs to the position if there is only one.
+    # The summary has a constant only if a single position is traced.
     single = spec.include_logit_contribution and len(targets) == 1
     yield TraceSummary(
         nodes=nodes,

@@ -1,6 +1,6 @@
-"""Result records: what the pipelines yield and `rpc.encode` turns into messages.
+"""Result records, which pipelines yield and `rpc.encode` converts to messages.
 
-They hold plain Python values and numpy arrays, so that no later stage touches the device.
+They contain plain Python values and numpy arrays, so that no later stage uses the device.
 """
 
 from januslens_server.results.gradient_lens import (

@@ -36,7 +36,7 @@ class GradientHeader:
 
 @dataclass(frozen=True)
 class Entries:
-    """The largest entries by absolute value of n vectors: indices and values `[n, count]`."""
+    """The largest entries by absolute value of n vectors: indices and values, `[n, count]`."""
 
     indices: Ints
     values: Floats
@@ -44,9 +44,10 @@ class Entries:
 
 @dataclass(frozen=True)
 class Components:
-    """The factors `x_i^T delta_i` of one gradient, largest first; n rows.
+    """The n largest components `x_i^T delta_i` of one gradient, largest first.
 
-    `target_ranks` is `[n, targets]`. `inputs` `[n, d_in]` and `vjps` `[n, d_out]` on request.
+    `target_ranks` is `[n, targets]`. `inputs` `[n, d_in]` and `vjps` `[n, d_out]` are None unless
+    requested.
     """
 
     positions: Ints
@@ -62,7 +63,7 @@ class Components:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values `[r]` with the share of the squared Frobenius norm up to each."""
+    """Singular values `[r]`, and each one's fraction of the squared Frobenius norm."""
 
     values: Floats
     explained: Floats
@@ -72,7 +73,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class NeuronChanges:
-    """The neurons that a descent step moves most, before, by what, and after."""
+    """The neurons that a descent step changes most: before, change and after."""
 
     neurons: Ints
     change_norms: Floats
@@ -83,7 +84,7 @@ class NeuronChanges:
 
 @dataclass(frozen=True)
 class GradientMatrix:
-    """The gradient of one weight matrix `W: [d_in, d_out]`, factorised."""
+    """The gradient of one weight matrix `W: [d_in, d_out]` as factors."""
 
     layer: int
     kind: MatrixKind
@@ -101,7 +102,7 @@ class GradientMatrix:
 
     @property
     def nbytes(self) -> int:
-        """About the size of its messages."""
+        """Approximate size of the messages."""
         part = self.components
         factors = sum(a.nbytes for a in (part.inputs, part.vjps) if a is not None)
         return 400 * len(part.positions) + factors
@@ -109,7 +110,7 @@ class GradientMatrix:
 
 @dataclass(frozen=True)
 class SegmentRow:
-    """Mean VJP norm and target rank over the positions of one segment of the prompt."""
+    """Mean VJP norm and mean target rank over one segment of the prompt."""
 
     segment: str
     layer: int

@@ -22,9 +22,9 @@ from januslens_server.results.values import (
 
 @dataclass(frozen=True)
 class Node:
-    """A flow-graph node: its coordinates, its size and its row among the projections.
+    """The coordinates of a flow-graph node.
 
-    For OTHER, `sum_kind` says which sum's left-out parts it holds.
+    For OTHER, `sum_kind` is the kind of the sum that the left-out parts belong to.
     """
 
     kind: NodeKind
@@ -37,10 +37,10 @@ class Node:
     sum_kind: NodeKind | None = None
 
     id: str = field(init=False, compare=False)
-    """The coordinates as text, equal in every request: `L3/p7/MEMORY_VALUE/h2/s4`."""
+    """The coordinates as text, the same in every request: `L3/p7/MEMORY_VALUE/h2/s4`."""
 
     def __post_init__(self) -> None:
-        # Once: edges, readings and messages all go by it.
+        # Cached, because edges, projections and messages all use it.
         object.__setattr__(self, "id", "/".join(self._coordinates()))
 
     def _coordinates(self) -> Iterator[str]:
@@ -75,7 +75,7 @@ class Edge(NamedTuple):
 
 @dataclass(frozen=True)
 class PositionTarget:
-    """The model's prediction at a position and the token whose rank everything there reports."""
+    """The model's prediction at a position, and the token whose rank projections report."""
 
     position: int
     target_token_id: int
@@ -101,8 +101,9 @@ class TraceHeader:
 class LayerGraph:
     """The nodes and edges of one layer at some positions.
 
-    `norms` and `activations` are `[n]` (NaN = the node has no activation), `rows` maps a node to
-    its row of `projections` (-1 = not projected), `vectors` is `[n, d_model]` on request.
+    `norms` and `activations` are `[n]`; NaN means that a node has no activation. `rows` maps a node
+    to its row of `projections`; -1 means not projected. `vectors` is `[n, d_model]`, or None unless
+    requested.
     """
 
     layer: int
@@ -117,7 +118,7 @@ class LayerGraph:
 
     @property
     def nbytes(self) -> int:
-        """About the size of its messages."""
+        """Approximate size of the messages."""
         vectors = 0 if self.vectors is None else self.vectors.nbytes
         shown = self.projections.top_ids.size + self.projections.bottom_ids.size
         return 96 * len(self.nodes) + 96 * len(self.edges) + 12 * shown + vectors

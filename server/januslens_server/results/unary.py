@@ -1,4 +1,4 @@
-"""Results of the RPCs that answer with a single message."""
+"""Results of the RPCs with a single response."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from januslens_server.results.values import (
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate: `seconds` of the device, `memory` on it and `stream` to the caller in bytes.
+    """The estimated cost of a request.
 
-    `held` of the memory is kept between two steps, the rest is needed while a step computes.
+    `seconds` is device time. `memory` is in bytes on the device; `held` of them stay in use between
+    two steps of the request. `stream` is the size of the response in bytes.
     """
 
     seconds: float = 0.0
@@ -31,7 +32,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Effect:
-    """A prompt's next-token distribution before and after an edit; ranks count from 0."""
+    """The next-token distribution of a prompt before and after an edit; ranks count from 0."""
 
     label: str
     target_token_id: int
@@ -46,7 +47,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class EditPreview:
-    """What an edit did to its own prompt and to the probes, in their order."""
+    """The effects of an edit on its own prompt and on the probes, in their order."""
 
     edited: Effect
     probes: Sequence[Effect]
@@ -55,11 +56,11 @@ class EditPreview:
 
 @dataclass(frozen=True)
 class FoundNeurons:
-    """One page of the neurons whose value promotes, or suppresses, `token`, best first.
+    """One page of the neurons that promote or suppress `token`, best first.
 
-    `layers`, `experts` (-1: none), `neurons` and `ranks` are `[n]`, the ranks counted from the end
-    that was searched, `depth` tokens deep; `projections` has the token as its target. `total`
-    counts the neurons of all pages.
+    `layers`, `experts` (-1 = none), `neurons` and `ranks` are `[n]`. Ranks are counted from the
+    searched end and are below `depth`. `projections` has the token as its target. `total` is the
+    number of neurons on all pages.
     """
 
     token: Token
@@ -74,7 +75,7 @@ class FoundNeurons:
 
 
 class ModelState(IntEnum):
-    """Where a configured model stands; numbers as in `models.proto`."""
+    """The state of a configured model; numbers as in `models.proto`."""
 
     LOADING = 1
     READY = 2
@@ -83,7 +84,7 @@ class ModelState(IntEnum):
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """What is known of a configured model; provenance and facts only once it is loaded."""
+    """The status of a configured model; provenance and facts are None until it is loaded."""
 
     name: str
     state: ModelState

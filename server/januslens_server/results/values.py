@@ -1,4 +1,4 @@
-"""Values that several results share: arrays, kinds, tokens, projections, facts of a model."""
+"""Values that several results share: arrays, kinds, tokens, projections, model sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Flags = NDArray[np.bool_]
 
 
 class NodeKind(IntEnum):
-    """Kinds of flow-graph nodes; numbers as in `trace.proto`, meanings in docs/semantics.md."""
+    """Kinds of flow-graph nodes, defined in docs/semantics.md; numbers as in `trace.proto`."""
 
     BLOCK_INPUT = 1
     ATTENTION_INPUT = 2
@@ -76,14 +76,14 @@ class MatrixKind(IntEnum):
 
 
 class Side(IntEnum):
-    """Which factor of a gradient lives in the residual basis and is projected."""
+    """The factor of a gradient that is in the residual basis and is projected."""
 
     INPUT = 1
     VJP = 2
 
 
 class End(IntEnum):
-    """Where in a projection the tokens stand that a descent step promotes."""
+    """The end of a projection with the tokens that a descent step promotes."""
 
     UNSPECIFIED = 0
     TOP = 1
@@ -91,7 +91,7 @@ class End(IntEnum):
 
 
 class Token(NamedTuple):
-    """A vocabulary entry; `start` and `end` are characters of the prompt it was read from."""
+    """A vocabulary entry, with the characters `start` to `end` that it covers in a text, if any."""
 
     id: int
     text: str
@@ -102,11 +102,12 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True)
 class ProjectionTable:
-    """Logit-lens rows of n vectors, best first.
+    """The projections of n vectors.
 
-    Ids and values of the top are `[n, top_k]`, of the bottom `[n, bottom_k]`, lowest first; the
-    rest is `[n]`, of the m targets `[n, m]` (probability, logit, rank; rank 0 = best). `projected`
-    is False where a vector was exactly zero and has no reading.
+    Fields of the top are `[n, top_k]`, largest logit first. Those of the bottom are `[n,
+    bottom_k]`, smallest logit first. Those of the m targets are `[n, m]`; rank 0 is the top. All
+    others are `[n]`. `projected` is False for vectors that are exactly zero, which are not
+    projected.
     """
 
     projected: Flags
@@ -123,7 +124,7 @@ class ProjectionTable:
     target_probabilities: Floats
 
     def rows(self, where: slice) -> ProjectionTable:
-        """Some of the rows."""
+        """Return some of the rows."""
         return ProjectionTable(**{name: column[where] for name, column in vars(self).items()})
 
 
@@ -137,7 +138,7 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which weights computed a result, where and with what."""
+    """The model, device and library versions that computed a result."""
 
     model: str
     revision: str
@@ -150,7 +151,7 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Guarantee:
-    """One property of a model that was measured when it was loaded."""
+    """A measured property of a model, with its tolerance."""
 
     name: str
     measured_error: float
@@ -164,7 +165,7 @@ class Guarantee:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The sizes of a model, as the contract names them."""
+    """The sizes of a model, with the names of the contract."""
 
     n_layers: int
     n_heads: int

@@ -1,4 +1,4 @@
-"""Estimate the cost of a request before it runs: counted work times a measured pace."""
+"""Estimate the cost of a request before it runs, from its amount of work and a measured pace."""
 
 from januslens_server.pipelines.cost.demand import Demand
 from januslens_server.pipelines.cost.estimate import demand_of

@@ -1,4 +1,4 @@
-"""The work that a request asks for and the bytes of its answer, counted from sizes alone."""
+"""Count the work of a request and the bytes of its response, from the model's sizes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ from dataclasses import dataclass
 
 from januslens_server.models.resident import CostSizes
 
-# A backward pass through activations alone: about what the forward takes, and the loss's logits.
+# Cost in forward passes. A backward pass computes gradients of activations only, which takes about
+# as long as a forward pass; the second unit covers the logits of the loss.
 FORWARD, BACKWARD = 1, 2
 
 
 @dataclass(frozen=True)
 class Demand:
-    """Upper bounds of the work: counts, and bytes of `memory` on the device and of the `stream`.
+    """Upper bounds of the work of a request.
 
-    `held` of the memory is kept between two steps of the request.
-    `passes` are walks through the blocks, `flops` their floating-point operations and those of
-    other large products; `blocks` are taken apart for the flow graph, each at a position, `nodes`
-    built for it, `vectors` read through the lens in `readings` calls of it, which also find `ranks`
-    of target tokens.
+    Attributes:
+        passes: Passes through the blocks; a backward pass counts as `BACKWARD`.
+        flops: Floating-point operations of the passes and of other large products.
+        blocks: Flow graphs to build, each of one block at one position.
+        nodes: Nodes of these graphs.
+        vectors: Vectors to project.
+        readings: Calls of the lens that project them.
+        ranks: Ranks of target tokens to compute.
+        memory: Bytes on the device, without the weights.
+        stream: Bytes of the response.
+        held: Bytes of `memory` that stay in use between two steps of the request.
     """
 
     passes: int = 0
@@ -34,9 +41,10 @@ class Demand:
 
 
 def pass_flops(sizes: CostSizes, tokens: int, scored: int = 1) -> float:
-    """One forward pass: two operations a weight and token, attention over all pairs, the head.
+    """Return the operations of one forward pass with logits at `scored` positions.
 
-    The head gives logits at `scored` positions.
+    These are two operations per weight and token, attention over all pairs of tokens, and the
+    output head.
     """
     facts = sizes.facts
     attention = 4.0 * facts.n_layers * tokens * tokens * facts.n_heads * facts.d_head
@@ -45,24 +53,24 @@ def pass_flops(sizes: CostSizes, tokens: int, scored: int = 1) -> float:
 
 
 def lens_flops(sizes: CostSizes, vectors: int) -> float:
-    """The unembedding of so many vectors."""
+    """Return the operations of unembedding a number of vectors."""
     return 2.0 * sizes.facts.d_model * sizes.facts.vocab_size * vectors
 
 
-# Of a node without its reading, an edge, and a token with its text and bytes.
+# Bytes of a node without its projection, of an edge, and of a token with its text and bytes.
 NODE_BYTES = 72
 EDGE_BYTES = 96
 TOKEN_BYTES = 40
 
-# Of a response's header or summary: provenance, stage times, checks.
+# Bytes of a header or summary: provenance, stage times, checks.
 ENVELOPE_BYTES = 2048
 
 
 def reading_bytes(listed: int) -> int:
-    """A projection that lists so many tokens: id, probability and logit each."""
+    """Return the bytes of a projection with `listed` tokens: id, probability and logit of each."""
     return 32 + 11 * listed
 
 
 def texts_bytes(sizes: CostSizes, named: int) -> int:
-    """The texts of the tokens that readings name, each once."""
+    """Return the bytes of the texts of `named` tokens, at most one per vocabulary entry."""
     return ENVELOPE_BYTES + TOKEN_BYTES * min(named, sizes.facts.vocab_size)

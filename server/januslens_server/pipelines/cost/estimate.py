@@ -1,4 +1,4 @@
-"""The demand of any request, and those of Project, PreviewEdit and FindNeurons."""
+"""Compute the demand of any request; here those of Project, PreviewEdit and FindNeurons."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from januslens_server.specs import DescentStep, LensSpec
 
 
 def demand_of(request: Resolved) -> Demand:
-    """Estimate the device work of a resolved request."""
+    """Return the demand of a resolved request."""
     match request:
         case ResolvedTrace():
             return trace_demand(request)
@@ -47,7 +47,7 @@ NEURON_BYTES = 48
 
 
 def project_demand(request: ResolvedProject) -> Demand:
-    """The caller's vectors through the lens."""
+    """Return the demand of projecting the caller's vectors."""
     spec = request.spec
     sizes, vectors = cost_sizes(request.model), len(spec.vectors)
     listed = spec.lens.top_k + spec.lens.bottom_k
@@ -62,14 +62,14 @@ def project_demand(request: ResolvedProject) -> Demand:
 
 
 def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
-    """The edit's own pass, then every prompt before and after."""
+    """Return the demand of computing the edit, and of every prompt before and after it."""
     targets, sizes = request.targets, cost_sizes(request.model)
     first, *probes = (len(prompt.ids) for prompt in request.watched)
     own = first + len(targets) - 1
     watched = [own, *probes]
     making = FORWARD + BACKWARD if isinstance(request.spec.edit, DescentStep) else FORWARD
     flops = making * pass_flops(sizes, own) + 2 * sum(pass_flops(sizes, n) for n in watched)
-    if request.matrices:  # the change of each has as many components as the prompt has tokens
+    if request.matrices:  # a change has one component per token of the prompt
         widths = matrix_sizes(request.model, request.matrices, sizes, own).widths
         flops += 2.0 * own * sum(watched) * widths
     kept = memory.kept_for_backward(sizes, own)
@@ -88,7 +88,7 @@ def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
 
 
 def find_neurons_demand(request: ResolvedFindNeurons) -> Demand:
-    """Every value of the layers that no request has read before, through the unembedding."""
+    """Return the demand of indexing the layers that have not been indexed yet."""
     model, spec = request.model, request.spec
     sizes, facts = cost_sizes(model), model.view.facts
     unread = model.neurons.unread(request.layers)

@@ -1,4 +1,4 @@
-"""The demand of a GradientLens."""
+"""Compute the demand of a GradientLens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from januslens_server.pipelines.resolve import ResolvedGradientLens
 from januslens_server.results import MatrixKind
 from januslens_server.specs import GradientLensSpec
 
-# Of a component without its reading: norms, ranks, the other side's largest entries.
+# Bytes of a component without its projection: norms, ranks, entries of the other side.
 COMPONENT_BYTES = 48 + 8 * ENTRIES
 
 
@@ -41,7 +41,7 @@ class MatrixSizes:
 
 
 def gradient_lens_demand(request: ResolvedGradientLens) -> Demand:
-    """Forward and backward pass, and the lens over every matrix's components."""
+    """Return the demand of both passes, and of projecting the components of every matrix."""
     model, spec, objective = request.model, request.spec, request.objective
     sizes, tokens = cost_sizes(model), len(objective.tokens)
     scored = objective.loss.positions
@@ -70,7 +70,7 @@ def gradient_lens_demand(request: ResolvedGradientLens) -> Demand:
 def matrix_sizes(
     model: ResidentModel, chosen: list[tuple[int, MatrixKind]], sizes: CostSizes, tokens: int
 ) -> MatrixSizes:
-    """Each expert that a token is routed to has a gradient of its own."""
+    """Count the matrices `chosen`; each expert that a token is routed to has its own matrices."""
     experts = min(model.view.facts.n_experts, tokens * sizes.facts.n_experts)
     count = widths = weights = 0
     for layer, kind in chosen:
@@ -96,9 +96,9 @@ def _shape(sizes: CostSizes, kind: MatrixKind) -> tuple[int, int]:
 
 
 def _factor_flops(spec: GradientLensSpec, matrices: MatrixSizes, tokens: int) -> float:
-    """Norms from Gram matrices; on request singular values, neurons' norms, the dense gradient."""
+    """Return the operations of norms, and if requested of spectrum, neurons and verification."""
     rows = min(tokens, matrices.widths // max(1, 2 * matrices.count))
-    # In float64, whose operations take twice as long.
+    # Operations in float64 take twice as long.
     flops = 4.0 * tokens * min(tokens * matrices.widths, matrices.weights)
     if spec.spectrum_rank:
         flops += 8.0 * tokens * rows * matrices.widths + 60.0 * rows**3 * matrices.count
@@ -110,7 +110,7 @@ def _factor_flops(spec: GradientLensSpec, matrices: MatrixSizes, tokens: int) ->
 
 
 def _factors(sizes: CostSizes, matrices: MatrixSizes, tokens: int) -> int:
-    """Bytes of all factors: inputs in the model's type, VJPs in float32 too."""
+    """Return the bytes of all factors; VJPs are kept in float32 as well."""
     return tokens * matrices.widths * (sizes.item + memory.FLOAT32)
 
 
@@ -122,7 +122,7 @@ def _memory(
     scored: int,
     vectors: int,
 ) -> int:
-    """Bytes of autograd's graph, of all factors, and of the largest matrix's projections."""
+    """Return the bytes of all factors, and of either autograd's graph or one matrix's results."""
     facts = sizes.facts
     listed = spec.lens.top_k + spec.lens.bottom_k
     layers = facts.n_layers - matrices.lowest
@@ -142,7 +142,7 @@ def _memory(
 def _held(
     sizes: CostSizes, spec: GradientLensSpec, matrices: MatrixSizes, tokens: int, vectors: int
 ) -> int:
-    """All factors, and the records of the matrices that were read last."""
+    """Return the bytes of all factors, and of the results that were computed together last."""
     components = min(spec.components or tokens, tokens)
     at_once = min(matrices.count, max(1, ROWS_AT_ONCE // components))
     listed = spec.lens.top_k + spec.lens.bottom_k

@@ -1,8 +1,8 @@
-"""Bytes that a request needs on the device beside the weights: upper bounds.
+"""Upper bounds of the bytes that a request needs on the device, without the weights.
 
-What is counted: what a pass captures or keeps for its backward, its logits, the largest temporary,
-and the lens' chunk. The factors are what one block of a GPT-2, Llama or mixture was seen to hold at
-once, rounded up (tests/numerics/test_cost.py measures them).
+They include captured activations, those kept for the backward pass, logits, the largest temporary
+tensor, and a chunk of the lens. The constant factors were measured on single blocks of GPT-2, Llama
+and a mixture, and rounded up (tests/numerics/test_cost.py).
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from __future__ import annotations
 from januslens_server.models.resident import CostSizes
 
 FLOAT32 = 4
-# Queries whose mask attention brings to float32 at once, at most.
+# Maximum number of queries for which attention converts the mask to float32 at once.
 MASK_ROWS = 2048
 
 
 def captured(sizes: CostSizes, tokens: int, positions: int) -> int:
-    """Of one block, by a pass that a Trace looks into at so many of the prompt's positions."""
+    """Return the bytes that a Trace captures of one block, for a number of positions."""
     facts = sizes.facts
     heads = 2 * facts.n_heads * facts.d_head
     at_each = 10 * facts.d_model + heads + _neurons(sizes)
@@ -23,7 +23,7 @@ def captured(sizes: CostSizes, tokens: int, positions: int) -> int:
 
 
 def kept_for_backward(sizes: CostSizes, tokens: int) -> int:
-    """Of one block, by autograd and for the factors."""
+    """Return the bytes that one block keeps for the backward pass and the factors."""
     facts = sizes.facts
     heads = (8 * facts.n_heads + 6 * facts.n_kv_heads) * facts.d_head
     scores = 4 * facts.n_heads * tokens if sizes.eager else 0
@@ -31,7 +31,7 @@ def kept_for_backward(sizes: CostSizes, tokens: int) -> int:
 
 
 def passing(sizes: CostSizes, tokens: int, scored: int) -> int:
-    """The largest temporary of a forward pass, its masks, residual and `scored` logits."""
+    """Return the bytes of a forward pass: largest temporary tensor, masks, `scored` logits."""
     facts = sizes.facts
     scores = 3 * facts.n_heads * tokens if sizes.eager else 0
     width = 6 * facts.d_model + 4 * facts.n_heads * facts.d_head + 4 * _neurons(sizes) + scores
@@ -40,7 +40,7 @@ def passing(sizes: CostSizes, tokens: int, scored: int) -> int:
 
 
 def read(sizes: CostSizes, vectors: int, listed: int) -> int:
-    """The lens over so many vectors: a chunk's logits several times over, and what is reported."""
+    """Return the bytes of projecting vectors: several tensors of a chunk's logits, and results."""
     facts = sizes.facts
     row = FLOAT32 * facts.vocab_size
     chunk = min(max(sizes.chunk_bytes, row), row * vectors)
@@ -48,12 +48,12 @@ def read(sizes: CostSizes, vectors: int, listed: int) -> int:
 
 
 def reported(vectors: int, listed: int) -> int:
-    """Bytes of the readings of a number of vectors."""
+    """Return the bytes of the projections of a number of vectors."""
     return vectors * 40 * (listed + 4)
 
 
 def float_copies(sizes: CostSizes) -> int:
-    """One block's weights in float32, where they are not."""
+    """Return the bytes of a float32 copy of one block's weights; 0 if they are float32."""
     return 0 if sizes.item == FLOAT32 else FLOAT32 * sizes.block
 
 

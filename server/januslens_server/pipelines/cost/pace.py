@@ -23,17 +23,17 @@ from januslens_server.pipelines.trace import trace
 from januslens_server.results import NodeKind
 from januslens_server.specs import LensSpec, TraceSpec
 
-# Sizes of the two measurements through which each line is laid.
+# Each linear model is fitted to measurements at two sizes.
 TOKENS = (2, 32)
 VECTORS = (1, 64)
 # Target tokens whose ranks are measured.
 RANKS = 4
 
-# Layers of the graphs and of the trace that are measured: the top ones. All of a deep model with a
-# wide vocabulary would take minutes.
+# Number of layers, from the top, that are traced for the measurement. All layers of a deep model
+# with a large vocabulary would take minutes.
 LAYERS = 4
 
-# Fast models are measured several times and the best is taken, slow ones once.
+# Measurements are repeated until this many or until these seconds have passed; the shortest counts.
 REPEATS, ENOUGH_SECONDS = 4, 0.25
 
 Clock = Callable[[], float]
@@ -41,7 +41,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds per unit of each quantity that a `Demand` counts."""
+    """Seconds per unit of each quantity of a `Demand`."""
 
     per_pass: float
     per_flop: float
@@ -52,7 +52,7 @@ class Pace:
     per_vector: float
 
     def seconds(self, demand: Demand) -> float:
-        """Estimated seconds of the device for a demand, with nothing else running."""
+        """Return the estimated device time for a demand if nothing else runs."""
         return (
             demand.passes * self.per_pass
             + demand.flops * self.per_flop
@@ -65,7 +65,7 @@ class Pace:
 
 
 def measured_pace(model: ResidentModel, clock: Clock = time.perf_counter) -> Pace:
-    """Short and longer passes and readings, and one trace, on the model's own device."""
+    """Measure passes and projections of two sizes, and one trace, on the model's device."""
     best = partial(_best, clock)
     sizes, head = cost_sizes(model), model.view.lens
     few, many = (min(tokens, sizes.facts.max_positions) for tokens in TOKENS)
@@ -84,10 +84,11 @@ def measured_pace(model: ResidentModel, clock: Clock = time.perf_counter) -> Pac
 
 
 def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: Clock) -> Pace:
-    """Add what blocks and nodes take: from graphs of one kind and of all, and one trace.
+    """Measure the time per block and per node.
 
-    Graphs are measured alone, since where the lens takes most of a trace its error hides them;
-    the trace, since nodes take time while they are read, too.
+    Building graphs is measured on its own, with one kind of node and with all kinds. In a whole
+    trace, the error of the lens's time could be larger than the time of the graphs. The trace is
+    measured as well, because reading the nodes also takes time.
     """
     n_layers = model.view.facts.n_layers
     layers = tuple(range(max(0, n_layers - LAYERS), n_layers))
@@ -96,7 +97,7 @@ def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: C
     request = resolve_trace(model, whole)
     demands = [trace_demand(resolve_trace(model, alone)), trace_demand(request)]
     few, many = (_least(partial(_building, clock, model, ids, spec)) for spec in (alone, whole))
-    per_block = few / (len(layers) + 1)  # and the final norm's
+    per_block = few / (len(layers) + 1)  # one more for the final norm
     products = [d.flops - lens_flops(cost_sizes(model), d.vectors) for d in demands]
     building = many - few - (products[1] - products[0]) * pace.per_flop
     pace = replace(pace, per_block=per_block)
@@ -106,7 +107,7 @@ def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: C
 
 
 def _building(clock: Clock, model: ResidentModel, ids: tuple[int, ...], spec: TraceSpec) -> float:
-    """Seconds to build the graphs of a trace of the last position, without pass and readings."""
+    """Measure the seconds to build the graphs of a trace, without its pass and projections."""
     last = (len(ids) - 1,)
     passed = forward(model, ids, spec.layers, never_cancelled, last, last)
     targets = position_targets(model, passed.residual, last, None, never_cancelled)
@@ -116,11 +117,11 @@ def _building(clock: Clock, model: ResidentModel, ids: tuple[int, ...], spec: Tr
 
 def _pass(model: ResidentModel, tokens: int) -> None:
     logits = forward(model, range(tokens), (), never_cancelled, scored=(tokens - 1,)).logits
-    float(logits[-1, 0])  # until then a GPU may still compute
+    float(logits[-1, 0])  # waits for a GPU to finish
 
 
 def _best(clock: Clock, run: Callable[[], object]) -> float:
-    """The shortest time that `run` took, in seconds."""
+    """Return the shortest of several times that `run` takes, in seconds."""
     return _least(partial(_seconds, clock, run))
 
 
@@ -131,7 +132,7 @@ def _seconds(clock: Clock, run: Callable[[], object]) -> float:
 
 
 def _least(measure: Callable[[], float]) -> float:
-    """The smallest of several measurements; one, where it takes long."""
+    """Return the smallest of several measurements, or a single one if it takes long."""
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < REPEATS and time.perf_counter() - started < ENOUGH_SECONDS:
@@ -140,7 +141,7 @@ def _least(measure: Callable[[], float]) -> float:
 
 
 def _line(sizes: list[float], seconds: list[float]) -> tuple[float, float]:
-    """Start and slope of the line through two points; neither is negative."""
+    """Return intercept and slope of the line through two points; neither is negative."""
     (x, larger_x), (y, larger_y) = sizes, seconds
     slope = max(0.0, larger_y - y) / (larger_x - x) if larger_x > x else 0.0
     slope = min(slope, larger_y / larger_x)

@@ -1,4 +1,4 @@
-"""The demand of a Trace."""
+"""Compute the demand of a Trace."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from januslens_server.pipelines.resolve import ResolvedTrace
 from januslens_server.results import NodeKind
 from januslens_server.specs import TraceSpec
 
-# Kinds of nodes for which attention or the MLP must be taken apart.
+# Kinds of nodes that need the parts of attention, or of the MLP.
 OF_ATTENTION = frozenset(
     {
         NodeKind.QUERY,
@@ -52,12 +52,12 @@ OF_MLP = frozenset(
     }
 )
 
-# Edges to a node of the default graph are 1.4; hidden kinds take theirs with them.
+# Upper bound; the default graph has 1.4. Hiding kinds of nodes also hides their edges.
 EDGES_PER_NODE = 2
 
 
 def trace_demand(request: ResolvedTrace) -> Demand:
-    """One pass, the graph of every layer and position, and the lens over its nodes."""
+    """Return the demand of one pass, of the graphs, and of projecting their nodes."""
     spec, layers, positions = request.spec, request.layers, request.positions
     tokens, sizes = len(request.tokens), cost_sizes(request.model)
     scored = len(positions) if spec.include_checks else 1
@@ -86,7 +86,7 @@ def trace_demand(request: ResolvedTrace) -> Demand:
 def _nodes(
     sizes: CostSizes, spec: TraceSpec, layers: Sequence[int], positions: Sequence[int]
 ) -> tuple[int, int, int]:
-    """How many are built, how many of them are sent, and how many of these are not read."""
+    """Return how many nodes are built, how many are sent, and how many of those not projected."""
     kinds: Counter[NodeKind] = Counter()
     for position in positions:
         kinds.update(block_nodes(sizes.facts, spec.selection, position + 1))
@@ -98,9 +98,9 @@ def _nodes(
 
 
 def _graph_flops(sizes: CostSizes, spec: TraceSpec, nodes: int, blocks: int, tokens: int) -> float:
-    """Every head pulled back and written out, all rows of both sums, and each node's own vector.
+    """Return the operations of building the graphs: heads, rows of both sums, and nodes.
 
-    Parts of which no node is shown are not built.
+    Attention or MLP are not built if no kind of their nodes is requested.
     """
     facts = sizes.facts
     heads, neurons = facts.n_heads * facts.d_head, facts.d_mlp * max(1, facts.n_experts)
@@ -119,14 +119,14 @@ def _builds(spec: TraceSpec, kinds: frozenset[NodeKind]) -> bool:
 def _working(
     sizes: CostSizes, spec: TraceSpec, tokens: int, positions: int, built: int, shown: int
 ) -> int:
-    """The pass, or one piece of the graph at a time, beside what is held."""
+    """Return the bytes of the pass or of one piece of the graph, without those of `_held`."""
     facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
     scored = positions if spec.include_checks else 1
     heads = facts.n_heads * facts.d_head
     graph = memory.FLOAT32 * 4 * built * facts.d_model
-    if _builds(spec, OF_ATTENTION):  # one position's heads and their sources
+    if _builds(spec, OF_ATTENTION):  # the heads of one position, with their sources
         graph += memory.FLOAT32 * (6 * facts.d_model + 8 * tokens) * heads
-    # All positions are read at once before the first layer and after the last.
+    # The targets and the final norm are projected for all positions at once.
     vectors = max(shown, 2 * positions)
     after = graph + memory.read(sizes, vectors, listed) + memory.float_copies(sizes)
     return max(memory.passing(sizes, tokens, scored), after)
@@ -141,7 +141,7 @@ def _held(
     built: int,
     shown: int,
 ) -> int:
-    """What the pass captured, its logits, and the piece of the graph that was sent last."""
+    """Return the bytes of captured activations, logits and the last piece of the graph."""
     facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
     scored = positions if spec.include_checks else 1
     passed = layers * memory.captured(sizes, tokens, positions)
