@@ -24,7 +24,7 @@ The class tree::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 # Raises `RequestCancelled` or `DeadlinePassed` if the request that computes should stop. Long
@@ -40,6 +40,20 @@ class IntrospectionError(Exception):
     """Base class; its text is shown to the caller, and `reason` is stable across releases."""
 
     reason = "INTROSPECTION_ERROR"
+
+
+def readable_size(count: float) -> str:
+    """Format a number of bytes in powers of 1024: `512 B`, `20.1 KiB`, `1.50 GiB`."""
+    for unit, power, digits in (("GiB", 30, 2), ("MiB", 20, 1), ("KiB", 10, 1)):
+        if count >= 2**power:
+            return f"{count / 2**power:.{digits}f} {unit}"
+    return f"{count:.0f} B"
+
+
+def shortlist(names: Sequence[str], shown: int = 3) -> str:
+    """Join the first names, and count the others: `a, b, c and 2 more`."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 @dataclass(frozen=True)
@@ -162,6 +176,12 @@ class NotFinite(IntrospectionError):
     """The model's activations or logits for this prompt are infinite or NaN."""
 
     reason = "NOT_FINITE"
+
+    def __init__(self, problem: str, advice: str = "", model_advice: str = "") -> None:
+        """`advice` is how to change the request, `model_advice` how to serve the model."""
+        alternatives = ", or ".join(filter(None, [advice, model_advice]))
+        super().__init__(f"{problem}; {alternatives}" if alternatives else problem)
+        self.problem, self.model_advice = problem, model_advice
 
 
 class DeadlinePassed(IntrospectionError):

@@ -220,7 +220,7 @@ def test_rows_limit_every_table_of_a_gradient() -> None:
 
 def test_file_sizes_are_in_powers_of_1024() -> None:
     sizes = [file_size(count) for count in (0, 1023, 1024, 1536 * 1024, 3 * 2**30)]
-    assert sizes == ["0 bytes", "1023 bytes", "1.0 KiB", "1.5 MiB", "3.0 GiB"]
+    assert sizes == ["0 B", "1023 B", "1.0 KiB", "1.5 MiB", "3.0 GiB"]
 
 
 @pytest.mark.usefixtures("demo")

@@ -109,7 +109,7 @@ def test_malformed_message_is_refused_without_quoting_it(
     answer = refusal(raw_call(channel, method, b"\xff\xff\xff"))
     assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
     assert answer.reason == "INVALID_REQUEST"
-    assert answer.text == f"request: malformed message; expected a request of {method}"
+    assert answer.text == f"request: message is not a valid {method} request"
 
 
 def test_an_unknown_method_is_unimplemented(channel: grpc.Channel) -> None:

@@ -106,11 +106,11 @@ def test_request_over_a_limit_is_refused_with_both_figures(
     assert (answer.reason, answer.info.domain) == ("LIMIT_EXCEEDED", "januslens")
     assert answer.retry_after is None  # asking again would not help
     shown = {
-        "max_request_seconds": f"limit 0.01 s of the device ({limit});",
-        "max_request_memory": f"limit {20 * 2**20} bytes on the device ({limit});",
-        "max_request_stream": f"limit {10**7} bytes of answer ({limit});",
+        "max_request_seconds": f"limit 0.01 s of device time ({limit});",
+        "max_request_memory": f"limit 20.0 MiB on the device ({limit});",
+        "max_request_stream": f"limit 9.5 MiB for the response ({limit});",
     }
     assert shown[limit] in answer.text
     if limit == "max_request_stream":
-        assert f"estimated at up to {found.stream_bytes}, limit" in answer.text
+        assert f"estimated at up to {found.stream_bytes / 2**20:.1f} MiB, limit" in answer.text
     assert (found.admissible, found.limit_exceeded) == (False, limit)

@@ -92,7 +92,7 @@ HUB = "someone/kernels"
 def test_implementations_come_from_an_allow_list(folder: Path, changes: dict[str, Any]) -> None:
     describe(folder, **changes)
     assert "_implementation" in (reason := refusal(folder))
-    assert "must be" in reason
+    assert ": expected " in reason
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_no_kernel_is_fetched_where_the_package_is_installed(tmp_path: Path) -> 
 def layers(count: int) -> Callable[[Path], str]:
     def bomb(folder: Path) -> str:
         describe(folder, n_layer=count)
-        return "n_layer is too large" if count > 10_000 else "the weights hold 52 tensors"
+        return "n_layer is too large" if count > 10_000 else "the weights hold only 52 tensors"
 
     return bomb
 
@@ -253,7 +253,7 @@ def header(folder: Path, size: int, text: bytes) -> None:
 
 def header_of_gigabytes(folder: Path) -> str:
     header(folder, 4 * 2**30, b"{}")
-    return "its header claims 4294967296 bytes"
+    return "it has 10 bytes, but a header of 4294967296 bytes"
 
 
 def tensors(**entries: list[int]) -> Callable[[Path], str]:
@@ -279,7 +279,7 @@ def one_tensor_too_large(folder: Path) -> str:
     text = json.dumps({name: {"dtype": "F32", "shape": [end // 4], "data_offsets": [0, end]}})
     header(folder, len(text), text.encode())
     os.truncate(folder / WEIGHTS, 8 + len(text) + end)
-    return f"the tensor {name} alone holds {end // 4}"
+    return f"the tensor {name!r} alone holds {end // 4}"
 
 
 def fifo(name: str) -> Callable[[Path], str]:

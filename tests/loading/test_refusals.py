@@ -137,13 +137,13 @@ def pickled(folder: Path) -> str:
 
 def pointer(folder: Path) -> str:
     (folder / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    return f"{WEIGHTS!r} is not a valid safetensors file of 56 bytes"
+    return f"{WEIGHTS!r} is not a valid safetensors file: it has 56 bytes"
 
 
 def cut(folder: Path) -> str:
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:-8])
-    return f"not a valid safetensors file of {len(whole) - 8} bytes"
+    return f"({len(whole) - 8} bytes) is not a valid safetensors file"
 
 
 def without_shard(folder: Path) -> str:
@@ -171,14 +171,14 @@ def lacking_one(folder: Path) -> str:
     tensors = load_file(folder / WEIGHTS)
     del tensors["transformer.ln_f.weight"]
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    return "no weights for 1 parameters: transformer.ln_f.weight"
+    return "the checkpoint has no weights for transformer.ln_f.weight"
 
 
 def with_an_unmerged_adapter(folder: Path) -> str:
     tensors = load_file(folder / WEIGHTS)
     tensors["transformer.h.1.mlp.c_fc.lora_A.weight"] = torch.ones(2, 32)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    return "1 weights that the configuration has no place for: transformer.h.1.mlp.c_fc.lora_A"
+    return "weights that config.json does not describe: transformer.h.1.mlp.c_fc.lora_A"
 
 
 def with_other_names(folder: Path) -> str:
@@ -186,7 +186,7 @@ def with_other_names(folder: Path) -> str:
     save_file(
         {f"module.{key}": t for key, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"}
     )
-    return "; it has others: module.lm_head.weight"
+    return "; it has unknown weights: module.lm_head.weight"
 
 
 def with_numbered_weights_of_no_layer(folder: Path) -> str:
@@ -194,7 +194,7 @@ def with_numbered_weights_of_no_layer(folder: Path) -> str:
     tensors = load_file(folder / WEIGHTS)
     tensors["prompt_encoder.7.weight"] = torch.ones(2, 32)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
-    return "1 weights that the configuration has no place for: prompt_encoder.7.weight"
+    return "weights that config.json does not describe: prompt_encoder.7.weight"
 
 
 def without_tokenizer(folder: Path) -> str:
@@ -235,7 +235,7 @@ def test_path_that_is_neither_folder_nor_hub_id_is_refused(location: str) -> Non
 def test_unavailable_device_is_refused(source: ModelSource) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
-    assert "no CUDA device found" in refusal(replace(source, device="cuda"))
+    assert "torch finds no usable CUDA device" in refusal(replace(source, device="cuda"))
 
 
 def test_unneeded_weights_are_accepted(source: ModelSource) -> None:
@@ -258,7 +258,7 @@ def test_biases_without_a_place_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "model" / WEIGHTS
     key = f"model.layers.0.self_attn.{name}.bias"
     save_file(load_file(path) | {key: torch.ones(32)}, path, {"format": "pt"})
-    assert f"has no place for: {key}" in refusal(source)
+    assert f"does not describe: {key}" in refusal(source)
 
 
 def test_a_single_weights_file_is_preferred_to_an_index_as_in_transformers(

@@ -147,7 +147,7 @@ def test_projections_are_the_same(pair: Pair) -> None:
 @pytest.mark.parametrize("edit", [ForwardShift(1, 0.5), DescentStep((), (), 0.1)])
 def test_edits_are_the_same(pair: Pair, edit: ForwardShift | DescentStep) -> None:
     spec = PreviewEditSpec(pair.ids, (5,), edit)
-    refused = {"opt-projected": "width 16, which is not its d_model 32"}
+    refused = {"opt-projected": "width 16; expected its d_model 32"}
     if pair.whole.view.facts.n_experts:
         refused[pair.case.id] = "layer 1 has experts"
     if isinstance(edit, ForwardShift) and pair.case.id in refused:

@@ -224,13 +224,13 @@ def _numbered_tokens(prompt: Sequence[Token]) -> Text:
 
 
 def file_size(count: int) -> str:
-    """Format a size in powers of 1024: `512 bytes`, `20.1 KiB`, `1.5 GiB`."""
-    size, unit = float(count), "bytes"
+    """Format a size in powers of 1024: `512 B`, `20.1 KiB`, `1.5 GiB`."""
+    size, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
             break
         size, unit = size / 1024, larger
-    return f"{count} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def cost_table(cost: CostEstimate) -> Table:

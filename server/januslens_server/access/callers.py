@@ -105,7 +105,7 @@ class Caller(_Entry):
     def _check_rpcs(cls, rpcs: frozenset[str], info: ValidationInfo) -> frozenset[str]:
         known = (info.context or {}).get("rpcs", rpcs)
         if unknown := sorted(rpcs - set(known)):
-            raise ValueError(f"unknown RPC {unknown[0]!r}, expected {', '.join(known)}")
+            raise ValueError(f"unknown RPC {unknown[0]!r}; expected one of {', '.join(known)}")
         return rpcs
 
     def may_use(self, model: str) -> bool:

@@ -119,7 +119,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     if not isinstance(values, dict):
-        raise click.UsageError(f"{path}: expected settings by name, got {values!r}")
+        raise click.UsageError(f"{path}: invalid content {values!r}; expected settings by name")
     known = ServerSettings.model_fields
     if unknown := [name for name in values if name not in known]:
         raise click.UsageError(
@@ -149,7 +149,9 @@ def _print_token(_ctx: click.Context, _param: click.Parameter, name: str | None)
     if name is None:
         return
     if not NAME.fullmatch(name):
-        raise click.BadParameter(f"expected 1 to 64 letters, digits, _ . : -, got {name!r}")
+        raise click.BadParameter(
+            f"invalid name {name!r}; expected 1 to 64 letters, digits, _ . : -"
+        )
     token = new_token()
     entry = {"callers": [{"name": name, "tokens": [{"sha256": token_hash(token).hex()}]}]}
     click.echo(token)

@@ -36,7 +36,9 @@ class Scalars:
         if self._pieces:
             flat = torch.cat(self._pieces).cpu().numpy()
             if np.isinf(flat).any():
-                raise NotFinite("activations on this prompt are too large: float32 overflows")
+                raise NotFinite(
+                    "activations are too large: float32 overflows", "use another prompt"
+                )
             start = 0
             for (name, first), piece in zip(self._places, self._pieces, strict=True):
                 found[name][first : first + len(piece)] = flat[start : start + len(piece)]

@@ -41,11 +41,6 @@ def available(device: str, limits: Mapping[str, int]) -> int:
     return _free(torch.device(device)) if limit is None else limit
 
 
-def readable_size(count: int) -> str:
-    """Format a number of bytes in MiB or GiB."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
 def free_for_requests(device: str, needed: float = 0) -> float:
     """Bytes that requests may still take on a device, after subtracting a reserve.
 
@@ -78,7 +73,7 @@ def _free(device: torch.device) -> int:
     if device.type != "cuda":
         return free_memory()
     if not torch.cuda.is_available():
-        raise ModelFailed("no CUDA device found that torch can use")
+        raise ModelFailed("torch finds no usable CUDA device")
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept
 

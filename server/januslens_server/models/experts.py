@@ -119,7 +119,7 @@ class ExpertMatrices:
     def number(self, expert: int | None) -> int:
         """Return the expert of a `MatrixKey`. Raises `ValueError` if it is None."""
         if expert is None:
-            raise ValueError("the number of the expert is missing")
+            raise ValueError("the expert's number is missing")
         return expert
 
     def parameter(self) -> torch.Tensor:

@@ -8,12 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from januslens_server.errors import DeviceLost, ModelFailed, NotFinite, OutOfMemory
+from januslens_server.errors import DeviceLost, ModelFailed, NotFinite, OutOfMemory, shortlist
 from januslens_server.models.matrices import read_parameter
 from januslens_server.results import Floats
-
-# Number of parameters that an error lists.
-LISTED = 3
 
 # In the message of the plain RuntimeError that torch's CPU allocator raises.
 CPU_ALLOCATOR = "DefaultCPUAllocator: "
@@ -28,8 +25,7 @@ def check_weights(network: nn.Module) -> None:
         if not _finite(read_parameter(module, name))
     ]
     if broken:
-        more = ", ..." if len(broken) > LISTED else ""
-        raise ModelFailed(f"weights are infinite or NaN in {', '.join(broken[:LISTED])}{more}")
+        raise ModelFailed(f"weights are infinite or NaN in {shortlist(broken)}")
 
 
 def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
@@ -40,8 +36,9 @@ def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
     """
     if not _finite(residual) or not bool((logits.amax(-1) < torch.inf).all()):
         raise NotFinite(
-            "the model's activations are infinite or NaN on this prompt; use another prompt"
-            + _advice(residual.dtype)
+            "the model's activations are infinite or NaN",
+            "use another prompt",
+            _advice(residual.dtype),
         )
 
 
@@ -50,8 +47,9 @@ def check_gradients(vjps: Iterable[torch.Tensor]) -> None:
     for vjp in vjps:
         if not _finite(vjp):
             raise NotFinite(
-                "the gradients of this loss are infinite or NaN; use another loss"
-                + _advice(vjp.dtype)
+                "the gradients of this loss are infinite or NaN",
+                "use another loss",
+                _advice(vjp.dtype),
             )
 
 
@@ -70,7 +68,7 @@ def _advice(data_type: torch.dtype) -> str:
     """Advice for a model that is served in half precision."""
     if data_type in (torch.float16, torch.bfloat16):
         name = str(data_type).removeprefix("torch.")
-        return f", or serve the model with --data-type float32 instead of {name}"
+        return f"serve the model with --data-type float32 instead of {name}"
     return ""
 
 
@@ -99,7 +97,7 @@ def service_error(error: Exception, works: Callable[[], bool] = devices_work) ->
     exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if exhausted or (isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)):
         return OutOfMemory(
-            "the device had no memory left for this request; ask for fewer layers, positions or "
+            "the device had no memory left for this request; request fewer layers, positions or "
             "parts, or try again when the server is less busy"
         )
     if isinstance(error, torch.AcceleratorError) and not works():

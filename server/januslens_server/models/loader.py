@@ -32,7 +32,7 @@ from transformers import logging as transformers_logging
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from januslens_server.errors import ModelFailed
+from januslens_server.errors import ModelFailed, shortlist
 from januslens_server.lens.head import CHUNK_BYTES
 from januslens_server.models.adapters import view_of
 from januslens_server.models.failures import check_weights
@@ -269,7 +269,7 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
     except safetensors.SafetensorError as error:
         size = (folder / name).stat().st_size
         raise ModelFailed(
-            f"{name!r} is not a valid safetensors file of {size} bytes: {error}"
+            f"{name!r} ({size} bytes) is not a valid safetensors file: {error}"
         ) from error
     return stored
 
@@ -296,13 +296,13 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
     if missing := sorted(found["missing_keys"]):  # transformers initialises them at random
         others = sorted(found["unexpected_keys"])
         raise ModelFailed(
-            f"the checkpoint has no weights for {len(missing)} parameters: {', '.join(missing[:3])}"
-            + (f"; it has others: {', '.join(others[:3])}" if others else "")
+            f"the checkpoint has no weights for {shortlist(missing)}"
+            + (f"; it has unknown weights: {shortlist(others)}" if others else "")
         )
     if unused := _unused(network, found["unexpected_keys"]):
         raise ModelFailed(
-            f"the checkpoint holds {len(unused)} weights that the configuration has no place for: "
-            f"{', '.join(unused[:3])}; correct config.json, or merge or remove these weights"
+            f"the checkpoint has weights that config.json does not describe: {shortlist(unused)}; "
+            "correct config.json, or merge or remove these weights"
         )
     network.requires_grad_(requires_grad=False)
     frozen: PreTrainedModel = network.eval()

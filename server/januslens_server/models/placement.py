@@ -11,9 +11,9 @@ from accelerate import infer_auto_device_map
 from torch import nn
 from transformers import PreTrainedModel
 
-from januslens_server.errors import ModelFailed
+from januslens_server.errors import ModelFailed, readable_size
 from januslens_server.lens.row_cache import ROWS
-from januslens_server.models.device_memory import available, readable_size
+from januslens_server.models.device_memory import available
 from januslens_server.models.neuron_index import DEPTH, ENTRY_BYTES, INDEX_BYTES, ROW_BYTES
 
 # The value of `device` that splits a model over the machine's devices.
@@ -180,7 +180,7 @@ def _accelerate_name(device: str) -> str | int:
 def _too_large(need: MemoryNeed, room: Mapping[str, int]) -> str:
     found = ", ".join(f"{readable_size(free)} on {name}" for name, free in room.items())
     return (
-        f"not enough memory: the model needs {need}, found {found}; "
+        f"not enough memory: the model needs {need}, but only {found} is available; "
         "use a smaller data type or a larger device"
     )
 

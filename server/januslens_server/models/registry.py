@@ -71,7 +71,7 @@ class Registry:
             return
         except Exception as error:  # a hostile folder can break transformers anywhere
             logger.debug("model %s broke in its self-check", source.name, exc_info=True)
-            reason = f"{source.location}: the self-check cannot run: {one_line(error)}"
+            reason = f"{source.location}: self-check failed: {one_line(error)}"
             self._set(ModelStatus(source.name, ModelState.FAILED, reason))
             return
         self._admit(model, guarantees)

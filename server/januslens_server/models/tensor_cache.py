@@ -23,6 +23,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 
+from januslens_server.errors import readable_size
+
 logger = logging.getLogger(__name__)
 
 DIGEST = "sha256"
@@ -59,7 +61,7 @@ class TensorCache:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            logger.warning("cache file %s is not used, tensors are computed again: %s", path, error)
+            logger.warning("cannot use cache file %s, computing its tensors again: %s", path, error)
             return None
         return tensors
 
@@ -68,7 +70,9 @@ class TensorCache:
         path = self._path(about)
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > self.limit:
-            logger.warning("cache file %s is not written: %d bytes exceed the limit", path, size)
+            logger.warning(
+                "cache file %s is not written: its %s exceed the limit", path, readable_size(size)
+            )
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,7 @@ def _opened(path: Path) -> BinaryIO:
 def _content(file: BinaryIO, largest: int) -> bytes:
     content = file.read(largest + 1)
     if len(content) > largest:
-        raise ValueError(f"it is larger than {largest} bytes")
+        raise ValueError(f"it is larger than {readable_size(largest)}")
     return content
 
 
@@ -126,7 +130,7 @@ def _parsed(content: bytes, about: Mapping[str, str], check: Check) -> Tensors:
     tensors = load(content)
     check(tensors)
     if described.get("__metadata__") != dict(about) | {DIGEST: _digest(tensors)}:
-        raise ValueError("its description or digest differs from what it should hold")
+        raise ValueError("its description or digest does not match")
     return tensors
 
 

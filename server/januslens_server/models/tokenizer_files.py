@@ -104,9 +104,8 @@ def _gpt2_tokenizer(
     known = kind in GPT2_CLASSES if kind else family in GPT2_FAMILIES
     if not (known and vocab.is_file() and merges.is_file()):
         raise ModelFailed(
-            "tokenizer.json is missing: without it, only vocab.json and merges.txt of a "
-            f"GPT2Tokenizer are read, not the files of {kind or family}; add the tokenizer.json "
-            "that the tokenizer's save_pretrained writes"
+            f"tokenizer.json is missing, and the other tokenizer files of {kind or family} cannot "
+            "be read; add the tokenizer.json that the tokenizer's save_pretrained writes"
         )
     tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     prefixed = bool(config.get("add_prefix_space", False))

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules import module as registration
 from transformers import PreTrainedConfig
 
-from januslens_server.errors import ModelFailed
+from januslens_server.errors import ModelFailed, readable_size
 from januslens_server.results import ModelFacts
 
 MIB = 2**20
@@ -158,7 +158,8 @@ def _check_entry(entry: Path, root: Path) -> None:
     limit = CONFIGURATION_BYTES if entry.name == CONFIGURATION else DESCRIPTION_BYTES
     if entry.suffix in DESCRIPTIONS and status.st_size > limit:
         raise ModelFailed(
-            f"{entry.name!r} is too large: expected at most {limit} bytes, got {status.st_size}"
+            f"{entry.name!r} is too large: expected at most {readable_size(limit)}, "
+            f"got {readable_size(status.st_size)}"
         )
 
 
@@ -212,7 +213,7 @@ def _check_key(name: str, key: str, value: object) -> None:
         chosen = value.values() if isinstance(value, Mapping) else [value]
         if refused := [c for c in chosen if c and (not isinstance(c, str) or c not in allowed)]:
             served = " or ".join(sorted(allowed - REPLACED_ATTENTION))
-            raise ModelFailed(f"{name}: {key} must be {served}, got {refused[0]!r}; remove the key")
+            raise ModelFailed(f"{name}: invalid {key} {refused[0]!r}: expected {served}; remove it")
 
 
 def _text_of(error: Exception) -> str:
@@ -266,8 +267,8 @@ def check_header(path: Path) -> None:
         size = int.from_bytes(file.read(8), "little")
     if size > HEADER_BYTES:
         raise ModelFailed(
-            f"{path.name!r} is not a valid safetensors file of {path.stat().st_size} bytes: "
-            f"its header claims {size} bytes"
+            f"{path.name!r} is not a valid safetensors file: it has {path.stat().st_size} bytes, "
+            f"but a header of {size} bytes"
         )
 
 
@@ -284,8 +285,8 @@ def limited_construction(n_tensors: int) -> Iterator[None]:
         parts += 1
         if parts > limit or time.monotonic() > deadline:
             raise ModelFailed(
-                f"{CONFIGURATION} describes a model of more than {parts - 1} parts, the weights "
-                f"hold {n_tensors} tensors"
+                f"{CONFIGURATION} describes a model of more than {parts - 1} modules and "
+                f"parameters, but the weights hold only {n_tensors} tensors"
             )
 
     hooks = [
@@ -303,8 +304,8 @@ def check_facts(facts: ModelFacts) -> None:
     """Refuse heads of size zero, and contexts that are empty or too long for a request."""
     if facts.d_head < 1:
         raise ModelFailed(
-            f"{CONFIGURATION} gives {facts.n_heads} heads to {facts.d_model} dimensions: expected "
-            "heads of at least one dimension"
+            f"{CONFIGURATION} splits {facts.d_model} dimensions among {facts.n_heads} heads: "
+            "expected at least one dimension per head"
         )
     if not 0 < facts.max_positions <= MAX_POSITIONS:
         raise ModelFailed(
@@ -322,16 +323,17 @@ def check_sizes(skeleton: nn.Module, stored: Mapping[str, int]) -> None:
     described, held = sum(p.numel() for p in skeleton.parameters()), sum(stored.values())
     if described > MAX_EXCESS * held + MIB:
         raise ModelFailed(
-            f"{CONFIGURATION} describes {described} parameters, the weights hold {held}"
+            f"{CONFIGURATION} describes {described} parameters, but the weights hold only {held}"
         )
     computed = sum(buffer.numel() for buffer in skeleton.buffers())
     if computed > MAX_COMPUTED + MAX_EXCESS * held:
         raise ModelFailed(
-            f"{CONFIGURATION} describes {computed} computed values, the weights hold {held}"
+            f"{CONFIGURATION} describes {computed} values in buffers, but the weights hold only "
+            f"{held}"
         )
     name, largest = max(stored.items(), key=lambda entry: entry[1], default=("", 0))
     if largest > described + MIB:
         raise ModelFailed(
-            f"{CONFIGURATION} describes {described} parameters, the tensor {name} alone holds "
-            f"{largest}"
+            f"{CONFIGURATION} describes {described} parameters, but the tensor {name!r} alone "
+            f"holds {largest}"
         )

@@ -20,15 +20,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.capture import LinearOverlay, LowRank, Overlay, Rotation, Tap
-from januslens_server.errors import ModelFailed
+from januslens_server.errors import ModelFailed, shortlist
 from januslens_server.graph.weights import Finish, HeadMap, Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.experts import ExpertChanges, ExpertMatrices, ExpertOverlay, Experts
 from januslens_server.models.matrices import Linear, MatrixKey
 from januslens_server.results import MatrixKind, ModelFacts
-
-# Number of parameters that an error lists.
-LISTED = 3
 
 # Tokens of the pass that shows which parts of a block are called.
 PROMPT_LENGTH = 6
@@ -157,11 +154,10 @@ def check_parameters(network: PreTrainedModel, view: ModelView) -> None:
         unread = [(name, parameter) for name, parameter in unread if id(parameter) not in unused]
     if unread:
         names = {id(parameter): name for name, parameter in network.named_parameters()}
-        listed = [names.get(id(parameter), name) for name, parameter in unread[:LISTED]]
-        more = ", ..." if len(unread) > LISTED else ""
+        listed = [names.get(id(parameter), name) for name, parameter in unread]
         raise ModelFailed(
-            f"{len(unread)} parameters of the blocks belong to no known part: "
-            f"{', '.join(listed)}{more}"
+            f"unknown parameters in the blocks: {shortlist(listed)}; expected those of attention, "
+            "MLP and norms"
         )
 
 

@@ -111,7 +111,7 @@ def read_single_target(model: ResidentModel, target: Target, field: str) -> int:
         shown = ids[:LISTED]
         listed = ", ".join(f"{i} {model.vocabulary.token(i).text!r}" for i in shown)
         listed += ", ..." if len(shown) < len(ids) else ""
-        raise InvalidRequest(field, f"got {len(ids)} tokens, {listed}; expected a single token")
+        raise InvalidRequest(field, f"{len(ids)} tokens given ({listed}); expected a single token")
     return ids[0]
 
 
@@ -155,8 +155,8 @@ def _known(model: ResidentModel, tokens: list[Token], field: str) -> list[Token]
         if token.id >= size:
             raise InvalidRequest(
                 field,
-                f"token {token.text!r} ({token.id}) is known to the tokenizer of {model.name} but "
-                f"not to the model, which has {size} tokens; remove it",
+                f"token {token.text!r} has id {token.id}, which is outside the vocabulary of "
+                f"{model.name}; expected 0 to {size - 1}; remove it from the text",
             )
     return tokens
 

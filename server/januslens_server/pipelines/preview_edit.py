@@ -106,7 +106,7 @@ def _shift(
     if embeddings.shape[1] != width:  # some OPT models have narrower embeddings
         raise InvalidRequest(
             "shift",
-            f"embeddings of {model.name} have width {embeddings.shape[1]}, which is not its "
+            f"the embeddings of {model.name} have width {embeddings.shape[1]}; expected its "
             f"d_model {width}; use descent",
         )
     with torch.inference_mode(), capturing({"x": linear.input}) as captured:

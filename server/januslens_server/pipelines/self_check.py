@@ -47,7 +47,8 @@ def self_check(model: ResidentModel) -> Sequence[Guarantee]:
         *_, summary = trace(resolve_trace(model, spec), never_cancelled)
         in_float32 = blocks_in_float32(model, _prompt(model.view.facts))
     except NotFinite as error:
-        raise ModelFailed(f"self-check: {error}") from error
+        advice = f"; {error.model_advice}" if error.model_advice else ""
+        raise ModelFailed(f"self-check failed: {error.problem}{advice}") from error
     checks = summary.checks if isinstance(summary, TraceSummary) else ()
     return [*checks, in_float32]
 

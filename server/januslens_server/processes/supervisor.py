@@ -113,8 +113,8 @@ class ProcessGroup:
         if found != self._models:
             await child.end(KILL_AFTER)
             raise OSError(
-                f"cannot serve: process {number} has loaded {_names(found)}, expected "
-                f"{_names(self._models)} as in the other processes; use fewer --processes"
+                f"cannot serve: process {number} loaded {_names(found)}, but the other processes "
+                f"loaded {_names(self._models)}; use fewer --processes"
             )
         return child
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from januslens_server.errors import LimitExceeded
+from januslens_server.errors import LimitExceeded, readable_size
 from januslens_server.pipelines.cost import Demand, Pace, demand_of
 from januslens_server.pipelines.resolve import Resolved
 from januslens_server.results import Cost
@@ -91,21 +91,15 @@ class Admission:
         if cost.seconds > limits.seconds:
             yield LimitExceeded(
                 "max_request_seconds",
-                f"{limits.seconds:g} s of the device",
+                f"{limits.seconds:g} s of device time",
                 f"{cost.seconds:.3g} s",
             )
         if limits.memory is not None and cost.memory > limits.memory:
-            yield LimitExceeded(
-                "max_request_memory", f"{limits.memory} bytes on the device", f"up to {cost.memory}"
-            )
+            yield _larger("max_request_memory", cost.memory, limits.memory, "on the device")
         elif cost.memory > (free := self._free(cost.memory)):
-            yield LimitExceeded(
-                "free_memory", f"{max(0, int(free))} bytes on the device", f"up to {cost.memory}"
-            )
+            yield _larger("free_memory", cost.memory, max(0, free), "on the device")
         if cost.stream > limits.stream:
-            yield LimitExceeded(
-                "max_request_stream", f"{limits.stream} bytes of answer", f"up to {cost.stream}"
-            )
+            yield _larger("max_request_stream", cost.stream, limits.stream, "for the response")
 
     def learn(self, request: Resolved, cost: Cost, seconds: float) -> None:
         """Take into account that a request of this `cost` took so many seconds of the device."""
@@ -127,3 +121,11 @@ def _counted(resolve: Callable[[], ResolvedT]) -> tuple[ResolvedT, Demand]:
 
 def _key(request: Resolved) -> tuple[str, type[Resolved]]:
     return request.model.name, type(request)
+
+
+def _larger(limit: str, needed: float, allowed: float, of: str) -> LimitExceeded:
+    """Return the error for a size above its limit, in bytes where rounding hides the difference."""
+    sizes = readable_size(needed), readable_size(allowed)
+    if sizes[0] == sizes[1]:
+        sizes = f"{needed:.0f} bytes", f"{allowed:.0f} bytes"
+    return LimitExceeded(limit, f"{sizes[1]} {of}", f"up to {sizes[0]}")

@@ -77,13 +77,11 @@ class WireFormat(grpc.aio.ServerInterceptor):
 def _parsed(name: str, parse: Deserializer, message: bytes | None) -> Any:
     """The request; raises `InvalidRequest` if it is malformed or longer than its bounds."""
     if message is None:
-        raise InvalidRequest("request", f"no message; expected a request of {name}")
+        raise InvalidRequest("request", f"no request message received; send one {name} request")
     try:
         request = parse(message)
     except DecodeError:
-        raise InvalidRequest(
-            "request", f"malformed message; expected a request of {name}"
-        ) from None
+        raise InvalidRequest("request", f"message is not a valid {name} request") from None
     check_bounds(request)
     return request
 

@@ -15,7 +15,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from januslens_server import telemetry
-from januslens_server.errors import CancelCheck, DeviceLost, OutOfMemory, QueueFull, ServerDraining
+from januslens_server.errors import (
+    CancelCheck,
+    DeviceLost,
+    OutOfMemory,
+    QueueFull,
+    ServerDraining,
+    readable_size,
+)
 from januslens_server.scheduling.job import Job, QueuedRequest, ResultBuffer
 from januslens_server.scheduling.turns import Turns
 
@@ -31,8 +38,9 @@ MEMORY_SECONDS = 0.2
 
 def _no_memory(job: Job) -> OutOfMemory:
     return OutOfMemory(
-        f"the device has less memory free than the {job.held + job.working} bytes that this "
-        "request is estimated to need; try again, or ask for fewer tokens, layers or positions"
+        "not enough free memory on the device: this request is estimated to need "
+        f"{readable_size(job.held + job.working)}; try again, or request fewer tokens, layers or "
+        "positions"
     )
 
 

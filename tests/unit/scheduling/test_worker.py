@@ -338,7 +338,7 @@ async def test_out_of_memory_request_gets_retry_info() -> None:
     free = 5.0  # another program took it
     gate.set()
     assert await all_of(first) == [1]
-    with pytest.raises(OutOfMemory, match="8 bytes") as refused:
+    with pytest.raises(OutOfMemory, match="estimated to need 8 B;") as refused:
         await all_of(second)
     assert refused.value.retry_after > 0
     free = 10.0

@@ -73,11 +73,11 @@ def bloom(model: PreTrainedModel) -> ModelView:
 def _refuse_bloom_variants(config: Any) -> None:
     if config.apply_residual_connection_post_layernorm:
         raise ModelFailed(
-            "apply_residual_connection_post_layernorm is on: expected a BLOOM whose residual is "
-            "the sum of its blocks' results"
+            "apply_residual_connection_post_layernorm is true: expected false, with a residual "
+            "stream that is the sum of the blocks' outputs"
         )
     if config.slow_but_exact and config.pretraining_tp > 1:
-        raise ModelFailed("slow_but_exact is on: expected whole matrix products; set it to false")
+        raise ModelFailed("slow_but_exact is true: expected false, with whole matrix products")
 
 
 def _bloom_block(module: Any, scoring: Scoring) -> Block:
@@ -113,8 +113,8 @@ def mpt(model: PreTrainedModel) -> ModelView:
     decoder: Any = model.transformer
     if config.n_heads * config.max_seq_len > MPT_BIASES:
         raise ModelFailed(
-            f"max_seq_len is too large: expected at most {MPT_BIASES // config.n_heads}, got "
-            f"{config.max_seq_len}"
+            f"max_seq_len {config.max_seq_len} is too large: expected at most "
+            f"{MPT_BIASES // config.n_heads}"
         )
 
     def alibi(length: int) -> torch.Tensor:

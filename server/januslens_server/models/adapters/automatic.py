@@ -189,8 +189,8 @@ class Structure:
             return found
         named = ", ".join(length.name for length in lengths)
         raise ModelFailed(
-            f"cannot reproduce the attention of layer {layer} from its queries and keys, relative "
-            f"error {errors[found]:.2g}: the model computes its scores in an unknown way"
+            f"cannot reproduce the attention of layer {layer} from its queries and keys (relative "
+            f"error {errors[found]:.2g}): the model computes its scores in an unknown way"
             + (f"; the configuration sets {named}" if named else "")
         )
 

@@ -112,11 +112,12 @@ def read_norm(call: ModuleCall) -> Norm:
 
 def epsilon(module: nn.Module) -> float:
     """Return a norm's epsilon, which families name differently."""
-    for name in ("eps", "variance_epsilon", "epsilon", "norm_eps"):
+    names = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+    for name in names:
         value = getattr(module, name, None)
         if isinstance(value, float):
             return value
-    raise ModelFailed(f"{type(module).__name__} has no epsilon under a known name")
+    raise ModelFailed(f"{type(module).__name__} has no epsilon: expected it as {', '.join(names)}")
 
 
 def _gives(norm: Norm, call: ModuleCall) -> bool:
@@ -192,9 +193,10 @@ class BlockFinder:
     def _split(self, linears: Sequence[ModuleCall]) -> tuple[list[ModuleCall], list[ModuleCall]]:
         """Split linear maps into query, key, value and output, and the MLP's two or three maps."""
         if len(linears) not in {6, 7}:
+            found = ", ".join(linear.name for linear in linears)
             raise ModelFailed(
-                f"{self._name} has {len(linears)} linear maps: expected 6 or 7 (query, key, value, "
-                f"output, and an MLP's 2 or 3), got {[e.name for e in linears]}"
+                f"{self._name} has {len(linears)} linear maps ({found}): expected 6 or 7, for "
+                "query, key, value, output and the MLP's two or three"
             )
         attention, mlp = list(linears[:4]), list(linears[4:])
         if not all(same_memory(e.input, attention[0].input) for e in attention[1:3]):
@@ -298,6 +300,6 @@ def _head_norm(call: ModuleCall, d_head: int, *, spans_heads: bool) -> HeadNorm:
     """Map a norm of queries or keys."""
     norm = read_norm(call)
     if spans_heads and (norm.centred or norm.bias is not None):
-        raise ModelFailed(f"{call.name}, a norm over all heads, is not an RMSNorm")
+        raise ModelFailed(f"{call.name} is not an RMSNorm: expected one for a norm over all heads")
     weight = norm.weight.unflatten(0, (-1, d_head)) if spans_heads else norm.weight
     return HeadNorm(weight, epsilon(call.module), norm.centred, spans_heads, norm.bias)
