@@ -1,1 +1,1 @@
-"""Januslens server: looks forward and backward through causal language models."""
+"""The Januslens server: projects forward and backward passes of language models."""

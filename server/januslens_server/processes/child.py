@@ -1,4 +1,4 @@
-"""A child process: the supervisor's handle on it, their messages, and its entry point."""
+"""A child process: the supervisor's handle, the messages between them, and the entry point."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from januslens_server.config import ServerSettings
 from januslens_server.logs import configure_logging
 from januslens_server.processes.metric_files import count_in
 
-# gRPC and torch run threads, which do not survive a fork.
+# Start new interpreters, because the threads of gRPC and torch do not survive a fork.
 CONTEXT = multiprocessing.get_context("spawn")
 
 
 class ChildEnded(Exception):
-    """A child process ended before it served."""
+    """A child process ended before it accepted calls."""
 
     def __init__(self, number: int, status: int) -> None:
         """`status` is the exit status as a shell reports it."""
@@ -54,16 +54,16 @@ class ChildProcess:
         return self._listening.done() and not self._ended.done()
 
     async def loaded(self) -> dict[str, bool]:
-        """Wait for its models: by name, whether each is ready. Raises `ChildEnded`."""
+        """Wait until all models are loaded; return whether each is ready. Raises `ChildEnded`."""
         return await asyncio.shield(self._loaded)
 
     async def open(self) -> None:
-        """Let it open the port, and wait until it listens. Raises `ChildEnded`."""
+        """Let the process open the port, and wait until it listens. Raises `ChildEnded`."""
         self.send(Command.OPEN)
         await asyncio.shield(self._listening)
 
     async def ended(self) -> int:
-        """Wait for its exit status; 128 + N if signal N ended it."""
+        """Wait for the exit status of the process; 128 + N if signal N ended it."""
         return await asyncio.shield(self._ended)
 
     def send(self, command: Command) -> None:
@@ -72,7 +72,7 @@ class ChildProcess:
             self._pipe.send(command)
 
     async def end(self, seconds: float) -> bool:
-        """Send SIGTERM, and SIGKILL after `seconds`; returns whether it ended by itself."""
+        """Send SIGTERM, and after `seconds` SIGKILL; return whether SIGTERM was enough."""
         self._process.terminate()
         try:
             await asyncio.wait_for(self.ended(), seconds)
@@ -83,13 +83,13 @@ class ChildProcess:
         return True
 
     def _follow(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Receive its messages until it ends; runs in a thread."""
+        """Receive messages until the process ends; runs in a thread."""
         with suppress(EOFError, OSError):
             while True:
                 loop.call_soon_threadsafe(self._receive, self._pipe.recv())
         self._process.join()
         code = self._process.exitcode or 0
-        with suppress(RuntimeError):  # the supervisor has ended, too
+        with suppress(RuntimeError):  # the supervisor has ended as well
             loop.call_soon_threadsafe(self._end, 128 - code if code < 0 else code)
 
     def _receive(self, message: Loaded | Listening) -> None:
@@ -103,24 +103,24 @@ class ChildProcess:
         for awaited in (self._loaded, self._listening):
             if not awaited.done():
                 awaited.set_exception(ChildEnded(self.number, status))
-                awaited.exception()  # mark it as retrieved: nobody may be waiting
+                awaited.exception()  # marks the exception as retrieved, even if nothing awaits it
         self._ended.set_result(status)
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Sent by a child when its models are loaded: by name, whether each is ready."""
+    """Message of a child: its models are loaded; `models` says whether each is ready."""
 
     models: dict[str, bool]
 
 
 @dataclass(frozen=True)
 class Listening:
-    """Sent by a child when it has opened the port."""
+    """Message of a child: it has opened the port."""
 
 
 class Command(Enum):
-    """Sent to a child; the supervisor ends it with SIGTERM."""
+    """Commands to a child. To end a child, the supervisor sends SIGTERM instead."""
 
     OPEN = auto()  # open the port
     RELOAD = auto()  # read the callers' file again
@@ -128,12 +128,12 @@ class Command(Enum):
 
 def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection) -> None:
     """Entry point of a child process."""
-    # Ctrl-C in a terminal reaches every process; the supervisor decides what to do.
+    # Ctrl-C in a terminal signals every process. Ignore it here, because the supervisor handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     configure_logging(settings.log_level, settings.log_format, number)
     count_in(folder, number)
     spans.configure()
     from januslens_server.processes.child_server import serve_as_child  # noqa: PLC0415 - imports metrics
-    from januslens_server.serving.process import run_process  # noqa: PLC0415 - likewise
+    from januslens_server.serving.process import run_process  # noqa: PLC0415 - imports metrics
 
     run_process(serve_as_child(settings, pipe, folder))

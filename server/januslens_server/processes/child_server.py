@@ -1,4 +1,4 @@
-"""Serve in a child process: load the models, wait for the command to open the port, serve."""
+"""Serve in a child process: load models, open the port on command, and serve."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ DEVICE_LOST = 1
 
 
 async def serve_as_child(settings: ServerSettings, pipe: Connection, folder: Path) -> int:
-    """Serve until SIGTERM or until the device is lost, and drain; returns the exit status.
+    """Serve until SIGTERM or until the device is lost, then drain; return the exit status.
 
-    Raises `OSError` if it cannot serve.
+    Raises `OSError` if serving is not possible.
     """
     assembly = Assembly(settings)
     opened = _follow_supervisor(pipe, folder, assembly)
@@ -32,7 +32,7 @@ async def serve_as_child(settings: ServerSettings, pipe: Connection, folder: Pat
     stopped = asyncio.create_task(assembly.stop.wait())
     await asyncio.wait({served, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if served.done():
-        served.result()  # raises what kept it from serving
+        served.result()  # raises the error, if any
     served.cancel()
     written.cancel()
     await assembly.drain()
@@ -42,7 +42,7 @@ async def serve_as_child(settings: ServerSettings, pipe: Connection, folder: Pat
 async def _serve(
     assembly: Assembly, settings: ServerSettings, pipe: Connection, opened: asyncio.Event
 ) -> None:
-    """Load, open the port on command, and return when the device is lost."""
+    """Wait for the models, open the port on command, and return when the device is lost."""
     await assembly.loaded.wait()
     statuses = assembly.registry.statuses()
     pipe.send(Loaded({status.name: status.state is ModelState.READY for status in statuses}))
@@ -55,7 +55,10 @@ async def _serve(
 
 
 def _follow_supervisor(pipe: Connection, folder: Path, assembly: Assembly) -> asyncio.Event:
-    """Act on the supervisor's commands, and exit with it; returns the event that `OPEN` sets."""
+    """Follow the supervisor's commands in a thread; return the event that `OPEN` sets.
+
+    If the supervisor ends, this process exits.
+    """
     opened, loop = asyncio.Event(), asyncio.get_running_loop()
     actions = {Command.OPEN: opened.set, Command.RELOAD: assembly.reload_callers}
 
@@ -63,7 +66,7 @@ def _follow_supervisor(pipe: Connection, folder: Path, assembly: Assembly) -> as
         try:
             while True:
                 loop.call_soon_threadsafe(actions[pipe.recv()])
-        except (EOFError, OSError):  # the supervisor was killed, so it cannot remove the folder
+        except (EOFError, OSError):  # the supervisor was killed and could not remove the folder
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
 

@@ -1,8 +1,9 @@
-"""Files that a child process counts its metrics in, with their space reserved.
+"""Reserve disk space for the files in which child processes count their metrics.
 
-prometheus_client maps sparse files into memory. If the disk fills up, the next write to a page
-without space ends the process with SIGBUS. Here every page is reserved before it is mapped; without
-space a process counts in its own memory, which the metrics page does not show, and says so once.
+prometheus_client maps sparse files into memory. If the disk is full, a write to a page without disk
+space ends the process with SIGBUS. So this module reserves every page before it is mapped. If there
+is no space, the process counts in its own memory instead and logs a warning. The metrics page does
+not include these counts.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from prometheus_client.mmap_dict import MmapedDict
 
 logger = logging.getLogger(__name__)
 
-# Reserved at once, for each of a process's five files: more than all series take.
+# Bytes reserved for each of the five files of a process, which is more than all series need.
 RESERVED_BYTES = 2**20
 
-_Dict: Any = MmapedDict  # untyped, as shipped
+_Dict: Any = MmapedDict  # prometheus_client has no type annotations
 
 
-class ReservedFile(_Dict):  # type: ignore[misc]  # likewise
-    """A file of counted values whose pages exist on the disk before they are written to."""
+class ReservedFile(_Dict):  # type: ignore[misc]  # the base class has no annotations
+    """A file of metric values with disk space reserved for every page."""
 
     _warned = False
     _m: Any
@@ -34,7 +35,7 @@ class ReservedFile(_Dict):  # type: ignore[misc]  # likewise
     _capacity: int
 
     def __init__(self, filename: str, read_mode: bool = False) -> None:
-        """Open or create the file. Without space, count in memory."""
+        """Open or create the file; if the disk has no space, count in memory."""
         self.shown = True
         try:
             if not read_mode:
@@ -44,7 +45,7 @@ class ReservedFile(_Dict):  # type: ignore[misc]  # likewise
             self._count_unseen(filename, error)
 
     def _init_value(self, key: str) -> None:
-        """Make room for one more series, then add it."""
+        """Add a series, after making room for it."""
         needed = self._used + len(key.encode()) + 64
         capacity = self._capacity
         while needed > capacity:
@@ -67,7 +68,7 @@ class ReservedFile(_Dict):  # type: ignore[misc]  # likewise
         self._capacity = capacity
 
     def _count_unseen(self, filename: str, error: OSError) -> None:
-        """Start empty, in memory of this process alone."""
+        """Count from zero in this process's own memory."""
         self._f, self._fname = None, filename
         self._positions: dict[str, int] = {}
         self._warn(error)
@@ -89,23 +90,24 @@ class ReservedFile(_Dict):  # type: ignore[misc]  # likewise
 
 
 def _reserve(filename: str, size: int) -> None:
-    """Extend the file to `size` bytes that exist. Raises `OSError` where there is no space."""
+    """Extend the file to `size` bytes with disk space. Raises `OSError` if there is no space."""
     descriptor = os.open(filename, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError:
         if os.fstat(descriptor).st_size == 0:
-            Path(filename).unlink()  # readers take an empty file for a broken one
+            Path(filename).unlink()  # readers would report an empty file as broken
         raise
     finally:
         os.close(descriptor)
 
 
 def count_in(folder: Path, number: int) -> None:
-    """Keep this process's metrics in files of this number; a replacement continues them.
+    """Count this process's metrics in files with this number.
 
-    Call it before any metric is declared.
+    A process that replaces it continues the counts. Call this function before any metric is
+    declared.
     """
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
-    setattr(values, "MmapedDict", ReservedFile)  # noqa: B010 - what MultiProcessValue opens
-    values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]  # as shipped
+    setattr(values, "MmapedDict", ReservedFile)  # noqa: B010 - the class that MultiProcessValue uses
+    values.ValueClass = values.MultiProcessValue(lambda: number)  # type: ignore[no-untyped-call]  # no annotations

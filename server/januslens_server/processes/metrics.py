@@ -14,22 +14,22 @@ from januslens_server import telemetry
 
 
 class AllProcesses(Collector):
-    """Adds up the metrics that running and former processes have written to files."""
+    """Collects the metrics of running and ended processes from their files."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` holds the files."""
-        self._files = MultiProcessCollector(None, str(folder))  # type: ignore[no-untyped-call]  # as shipped
+        """`folder` has the files."""
+        self._files = MultiProcessCollector(None, str(folder))  # type: ignore[no-untyped-call]  # no annotations
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics, with memory combined by kind."""
-        for metric in self._files.collect():  # type: ignore[no-untyped-call]  # as shipped
+        """Yield the metrics, with the memory of all processes combined."""
+        for metric in self._files.collect():  # type: ignore[no-untyped-call]  # no annotations
             yield (
                 _combined_memory(metric) if metric.name == telemetry.DEVICE_MEMORY_NAME else metric
             )
 
 
 def _combined_memory(memory: Metric) -> Metric:
-    """Sum what processes use; keep one value of what each reports for the whole machine."""
+    """Sum kinds of memory that belong to processes; of others, take the smallest value."""
     seen = defaultdict[tuple[str, str], list[float]](list)
     for sample in memory.samples:
         seen[sample.labels["device"], sample.labels["kind"]].append(sample.value)
@@ -41,12 +41,12 @@ def _combined_memory(memory: Metric) -> Metric:
 
 
 def registry(folder: Path) -> CollectorRegistry:
-    """The registry of the metrics page."""
+    """Return the registry of the metrics page."""
     found = CollectorRegistry()
     found.register(AllProcesses(folder))
     return found
 
 
 def forget(folder: Path, number: int) -> None:
-    """Drop the gauges of a process that has ended; its counters stay."""
-    mark_process_dead(number, str(folder))  # type: ignore[no-untyped-call]  # as shipped
+    """Remove the gauges of a process that has ended; its counters are kept."""
+    mark_process_dead(number, str(folder))  # type: ignore[no-untyped-call]  # no annotations

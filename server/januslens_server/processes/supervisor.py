@@ -1,4 +1,4 @@
-"""Start the processes that share a port, combine their health, and replace those that end."""
+"""Start processes that share a port, combine their health, and replace processes that end."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from januslens_server.serving.process import handle_signals
 logger = logging.getLogger("januslens_server")
 
 
-# Seconds before an ended process is started again; doubled after each failed start.
+# Seconds before a process that has ended is started again; doubled after each failed start.
 MIN_RESTART_DELAY, MAX_RESTART_DELAY = 1.0, 60.0
-# Seconds after the grace period when a draining process is killed.
+# Seconds from the end of the grace period until a draining process is killed.
 KILL_AFTER = 15.0
 
 
 async def supervise(settings: ServerSettings) -> int:
-    """Serve with several processes until SIGTERM or SIGINT; returns the exit status.
+    """Serve with several processes until SIGTERM or SIGINT; return the exit status.
 
     Raises `OSError` if a port is not available.
     """
@@ -52,14 +52,14 @@ async def _supervise(settings: ServerSettings, folder: Path) -> int:
     finally:
         health.drain()
         served.cancel()
-        await asyncio.wait({served})  # from now on no process is started
+        await asyncio.wait({served})  # after this, no process is started
         await group.end()
         if health_server is not None:
             await health_server.stop(0)
 
 
 def _status(served: asyncio.Task[None]) -> int:
-    """0 after a signal, else the status of the process that could not serve."""
+    """Return 0 after a signal, else the status of the process that could not serve."""
     if not served.done():
         return 0
     error = served.exception()
@@ -73,12 +73,12 @@ def _status(served: asyncio.Task[None]) -> int:
 class ProcessGroup:
     """The configured number of child processes, and their combined health.
 
-    They load one after another, so that each sees the memory that the earlier ones have left and
-    is measured on idle cores.
+    The processes load one after another, so that each sees the memory that the others have left,
+    and its pace is measured on idle cores.
     """
 
     def __init__(self, settings: ServerSettings, folder: Path, health: Health) -> None:
-        """`settings` hold the actual port; the processes write metrics to `folder`."""
+        """`settings` has the reserved port; the processes write metrics to `folder`."""
         self._settings = settings
         self._folder = folder
         self._health = health
@@ -87,9 +87,9 @@ class ProcessGroup:
         self._starting = asyncio.Lock()
 
     async def serve(self) -> None:
-        """Start all processes, open the port, and replace processes that end, forever.
+        """Start all processes and open the port, then replace processes that end, forever.
 
-        Raises `ChildEnded` or `OSError` if not all of them can serve.
+        Raises `ChildEnded` or `OSError` if a process cannot serve at the start.
         """
         numbers = range(1, self._settings.processes + 1)
         for number in numbers:
@@ -105,7 +105,7 @@ class ProcessGroup:
                 keepers.create_task(self._keep(number))
 
     async def _loaded(self, number: int) -> ChildProcess:
-        """Start a process and wait for its models, which must equal those of the others."""
+        """Start a process and wait for its models, which must be those of the other processes."""
         child = self._children[number] = ChildProcess(number, self._settings, self._folder)
         found = await child.loaded()
         if self._models is None:
@@ -139,7 +139,7 @@ class ProcessGroup:
             )
 
     async def _replaced(self, number: int) -> bool:
-        """Start a replacement; returns whether it serves."""
+        """Start a replacement; return whether it serves."""
         async with self._starting:
             try:
                 child = await self._loaded(number)
@@ -147,7 +147,7 @@ class ProcessGroup:
             except ChildEnded:
                 return False
             except OSError as error:
-                logger.error("%s", error)  # noqa: TRY400 - one line says it all
+                logger.error("%s", error)  # noqa: TRY400 - the message is enough
                 return False
         self.update_health()
         logger.info("process %d serves again", number)
@@ -167,12 +167,12 @@ class ProcessGroup:
         ]
 
     def reload_callers(self) -> None:
-        """Let every process read the callers' file again."""
+        """Make every process read the callers' file again."""
         for child in self._children.values():
             child.send(Command.RELOAD)
 
     async def end(self) -> None:
-        """Drain and end all processes, without replacing them."""
+        """Drain and end all processes."""
         seconds = self._settings.grace_seconds + KILL_AFTER
         children = list(self._children.values())
         ended = await asyncio.gather(*(child.end(seconds) for child in children))

@@ -1,5 +1,5 @@
-"""The gRPC service: decode a request, run its pipeline, encode the results, map errors to statuses.
+"""The gRPC service: decode requests, run pipelines, encode results, map errors to statuses.
 
-A request passes `authentication`, `wire` and `service`, which calls `decode`, `admission`,
-`streaming` and `encode`; `call` accompanies it from its first byte to its status.
+A request passes through `authentication`, `wire` and `service`, which uses `decode`, `admission`,
+`streaming` and `encode`. `call` has the request's id, log line, metrics and status.
 """

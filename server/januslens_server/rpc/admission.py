@@ -13,22 +13,23 @@ from januslens_server.pipelines.cost import Demand, Pace, demand_of
 from januslens_server.pipelines.resolve import Resolved
 from januslens_server.results import Cost
 
-# How much one finished request moves the running average of measured to expected seconds.
+# Weight of one request in the running average of measured seconds relative to expected seconds.
 LEARNING_RATE = 0.1
 
-# Seconds; shorter requests measure other work on the machine rather than the model's pace.
+# In seconds. Shorter requests are not used, because other work on the machine affects them too
+# much.
 SHORTEST_LESSON = 0.001
 
-# One request counts as at most so many times slower or faster than expected, and all of them
-# together move estimates by at most so much: no caller's requests mislead those of others.
+# Maximum factor of one request, and of the correction of estimates. They limit how much the
+# requests of one caller can change the estimates for others.
 LARGEST_LESSON, LARGEST_CORRECTION = 100.0, 30.0
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may cost: seconds of the device, bytes on it, bytes of the stream.
+    """Maximum cost of one request: device seconds, bytes on the device, bytes of the stream.
 
-    Without a limit of its own, memory is bounded by what is free.
+    If `memory` is None, the limit is the free memory.
     """
 
     seconds: float
@@ -41,7 +42,7 @@ ResolvedT = TypeVar("ResolvedT", bound=Resolved)
 
 @dataclass(frozen=True)
 class Estimate(Generic[ResolvedT]):
-    """A resolved request, its demand, and its expected cost on the device that it will run on."""
+    """A resolved request, its demand, and its expected cost on its device."""
 
     request: ResolvedT
     demand: Demand
@@ -49,19 +50,20 @@ class Estimate(Generic[ResolvedT]):
 
 
 class Admission:
-    """Estimates requests before they queue, and learns from those that ran.
+    """Estimates the cost of requests before they queue, and corrects estimates by measured times.
 
-    Seconds are the demand at the model's pace, times a running average of how far earlier estimates
-    of the same model and RPC were off. Before anything was learned they are within a factor of
-    three of what an idle machine takes (tests/numerics/test_cost.py), usually of two.
+    Seconds are computed from the demand and the model's pace. They are multiplied by a correction:
+    the running average of measured time relative to estimated time, per model and RPC. Without
+    correction, estimates are within a factor of three of the time on an idle machine, and usually
+    within a factor of two (tests/numerics/test_cost.py).
     """
 
     def __init__(
         self, limits: Limits, paces: Mapping[str, Pace], free: Callable[[float], float]
     ) -> None:
-        """`paces` by model's name; models join it when they are loaded.
+        """`paces` gets an entry for each model when it is loaded.
 
-        `free` gives the bytes that a request may need if it runs alone, given how many it needs.
+        `free` returns the bytes that a request may use if it runs alone, given how many it needs.
         """
         self._limits = limits
         self._free = free
@@ -69,9 +71,9 @@ class Admission:
         self._corrections: dict[tuple[str, type[Resolved]], float] = defaultdict(lambda: 1.0)
 
     async def admit(self, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
-        """Resolve a request beside the event loop, which tokenizes its prompts, and estimate it.
+        """Resolve and estimate a request, and check the limits.
 
-        Raises `InvalidRequest` as `resolve` does, `LimitExceeded` above a limit.
+        Raises `InvalidRequest` as `resolve` does, and `LimitExceeded` above a limit.
         """
         estimate = await self.estimate(resolve)
         for error in self.exceeded(estimate.cost):
@@ -79,14 +81,14 @@ class Admission:
         return estimate
 
     async def estimate(self, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
-        """Resolve and estimate a request without checking the limits."""
+        """Resolve and estimate a request, in a thread because resolving tokenizes prompts."""
         request, demand = await asyncio.to_thread(_counted, resolve)
         pace, correction = self._paces[request.model.name], self._corrections[_key(request)]
         seconds = pace.seconds(demand) * correction
         return Estimate(request, demand, Cost(seconds, demand.memory, demand.stream, demand.held))
 
     def exceeded(self, cost: Cost) -> Iterator[LimitExceeded]:
-        """One error for each limit that the cost exceeds."""
+        """Yield an error for each limit that the cost exceeds."""
         limits = self._limits
         if cost.seconds > limits.seconds:
             yield LimitExceeded(
@@ -102,7 +104,7 @@ class Admission:
             yield _larger("max_request_stream", cost.stream, limits.stream, "for the response")
 
     def learn(self, request: Resolved, cost: Cost, seconds: float) -> None:
-        """Take into account that a request of this `cost` took so many seconds of the device."""
+        """Correct later estimates by the measured device seconds of a request."""
         if min(cost.seconds, seconds) > SHORTEST_LESSON:
             ratio = _within(seconds / cost.seconds, LARGEST_LESSON) ** LEARNING_RATE
             key = _key(request)

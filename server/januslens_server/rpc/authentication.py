@@ -27,7 +27,7 @@ class Authentication(grpc.aio.ServerInterceptor):
     """
 
     def __init__(self, directory: Directory, quotas: QuotaBook) -> None:
-        """`directory` finds callers by token; `quotas` tracks what each has used."""
+        """`directory` finds callers by token; `quotas` tracks their usage."""
         self._directory = directory
         self._quotas = quotas
 
@@ -36,7 +36,7 @@ class Authentication(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The method's handler, or one that refuses the call with the reason."""
+        """Return the method's handler, or one that refuses the call with the reason."""
         handler = await continuation(details)
         service, _, name = details.method.lstrip("/").partition("/")
         if handler is None or service == health.SERVICE_NAME:
@@ -75,7 +75,7 @@ def _token(details: grpc.HandlerCallDetails) -> str | None:
 
 
 def _refusing(service: str, name: str, error: IntrospectionError, handler: Any) -> Any:
-    """A handler of the same kind that ends every call with `error`."""
+    """Return a handler of the same kind that ends every call with `error`."""
 
     async def refuse(_messages: object, context: Context) -> None:
         async with Call(name, context, service):
@@ -85,7 +85,10 @@ def _refusing(service: str, name: str, error: IntrospectionError, handler: Any) 
 
 
 def _like(handler: Any, answer: Any) -> Any:
-    """A handler of the same kind that calls `answer`. `WireFormat` has made all of them streams."""
+    """Return a handler of the same kind that calls `answer`.
+
+    The requests of all handlers are streams, because `WireFormat` has replaced the handlers.
+    """
     make = grpc.stream_unary_rpc_method_handler
     if handler.response_streaming:
         make = grpc.stream_stream_rpc_method_handler

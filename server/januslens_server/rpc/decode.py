@@ -1,4 +1,4 @@
-"""Read requests: the sizes of their fields, their page tokens, and messages as specs."""
+"""Decode requests: convert messages to specs, check field sizes, and handle page tokens."""
 
 from __future__ import annotations
 
@@ -54,21 +54,22 @@ _TENSOR_TYPES: dict[int, str] = {
 Kind = TypeVar("Kind", bound=IntEnum)
 Lensed = trace_pb2.TraceRequest | gradient_lens_pb2.GradientLensRequest | lens_pb2.ProjectRequest
 
-# Tokens at either end of a projection: one node must fit into a message.
+# Maximum number of tokens per end of a projection, so that a node fits into a message.
 MAX_TOKENS = 1000
 
-# Vectors of one Project request, and tokens that they list together: all readings and the tokens'
-# texts must fit into one answer.
+# Maximum number of vectors of a Project request, and of tokens that they list together, so that the
+# response fits into a message.
 MAX_VECTORS = 4096
 MAX_LISTED = 65_536
 
-# Neurons of one FindNeurons page: the ten thousand tokens that a thousand name fit into a message.
+# Default and maximum number of neurons on a page. 1000 neurons list 10,000 tokens, which fit into a
+# message.
 NEURONS = 20
 MAX_NEURONS = 1000
 
 
 def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
-    """Raises `InvalidRequest` naming the field that cannot be served."""
+    """Decode a Trace request. Raises `InvalidRequest` for invalid fields."""
     return TraceSpec(
         prompt=_input(request.input),
         target=_target(request.target, "target") if request.HasField("target") else None,
@@ -86,7 +87,7 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
 
 
 def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> GradientLensSpec:
-    """Raises `InvalidRequest` naming the field that cannot be served."""
+    """Decode a GradientLens request. Raises `InvalidRequest` for invalid fields."""
     defaults = GradientLensSpec("", NegativeLogLikelihood(""))
     components = request.components if request.HasField("components") else defaults.components
     return GradientLensSpec(
@@ -106,7 +107,7 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
 
 
 def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
-    """Raises `InvalidRequest` naming the field that cannot be served."""
+    """Decode a Project request. Raises `InvalidRequest` for invalid fields."""
     vectors, lens = _matrix(request.vectors), _lens(request)
     listed = len(vectors) * (lens.top_k + lens.bottom_k)
     if listed > MAX_LISTED:
@@ -122,7 +123,7 @@ def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
 
 
 def _matrix(tensor: common_pb2.Tensor) -> Vectors:
-    """A tensor `[n, d_model]`, or `[d_model]` for a single vector, as float32."""
+    """Decode a tensor `[n, d_model]` or `[d_model]` to float32 `[n, d_model]`."""
     kind = _TENSOR_TYPES.get(tensor.data_type)
     if kind is None:
         raise InvalidRequest(
@@ -148,7 +149,7 @@ def _matrix(tensor: common_pb2.Tensor) -> Vectors:
 
 
 def preview_edit_spec(request: edits_pb2.PreviewEditRequest) -> PreviewEditSpec:
-    """Raises `InvalidRequest` naming the field that cannot be served."""
+    """Decode a PreviewEdit request. Raises `InvalidRequest` for invalid fields."""
     return PreviewEditSpec(
         prompt=_input(request.input),
         target=_target(request.target, "target"),
@@ -158,9 +159,9 @@ def preview_edit_spec(request: edits_pb2.PreviewEditRequest) -> PreviewEditSpec:
 
 
 def find_neurons_spec(request: neurons_pb2.FindNeuronsRequest, start: int) -> FindNeuronsSpec:
-    """`start` is the neuron that the page begins with.
+    """Decode a FindNeurons request; `start` is the number of the page's first neuron.
 
-    Raises `InvalidRequest` naming the field that cannot be served.
+    Raises `InvalidRequest` for invalid fields.
     """
     return FindNeuronsSpec(
         token=_target(request.token, "token"),
@@ -219,7 +220,7 @@ def _target(message: common_pb2.Target, field: str) -> Target:
 
 
 def _refuse_for_ids(message: Message, names: Iterable[str], field: str) -> None:
-    """Options of texts mean nothing for token ids."""
+    """Refuse options that apply to texts only."""
     for name in names:
         if getattr(message, name):
             expected = f"{name} applies to text only; leave it unset beside token_ids"
@@ -291,8 +292,9 @@ def _enum(kind: type[Kind], value: int, field: str) -> Kind:
 
 KIB, MIB = 2**10, 2**20
 
-# By message and field: bytes of a text in UTF-8, bytes, or entries of a list. A field of a request
-# that is not here fails a test (tests/contract/test_bounds.py). docs/api.md has the table too.
+# Maximum sizes of fields: bytes of strings (in UTF-8) and bytes fields, entries of repeated fields.
+# A test (tests/contract/test_bounds.py) fails for fields that are missing here. docs/api.md has the
+# same table.
 BOUNDS: dict[str, int] = {
     "DescentStep.layers": 4 * KIB,
     "DescentStep.matrices": 64,
@@ -325,8 +327,8 @@ BOUNDS: dict[str, int] = {
     "TraceRequest.revision": 256,
 }
 
-# Tokens of one Tokenize. Their one answer is serialised on the event loop, where it must not hold
-# up other calls for long.
+# Maximum number of tokens of a Tokenize. The response is serialised in the event loop, which must
+# not delay other calls for long.
 MAX_TOKENIZED = 32 * KIB
 
 
@@ -356,14 +358,14 @@ def _messages(field: Any, value: Any) -> Iterable[Message]:
     return value if field.is_repeated else (value,)
 
 
-# The list of the configured models.
+# Name of the list of models, in page tokens.
 MODELS = "models"
 
 _TOKEN = re.compile(r"([1-9][0-9]{0,8})\.(\w+)", re.ASCII)
 
 
 def neurons_list(request: neurons_pb2.FindNeuronsRequest, revision: str) -> str:
-    """What tells the neurons that a request lists from others, whatever its pages' size."""
+    """Return a hash that identifies a list of neurons, whatever the size of its pages."""
     asked = neurons_pb2.FindNeuronsRequest(
         token=request.token, suppressed=request.suppressed, layers=request.layers
     )
@@ -372,14 +374,14 @@ def neurons_list(request: neurons_pb2.FindNeuronsRequest, revision: str) -> str:
 
 
 def page_token(start: int, listed: str, total: int) -> str:
-    """The token of the page that begins with entry `start` of `total`; empty behind the last."""
+    """Return the token of the page that starts at entry `start`; empty if there is none."""
     return f"{start}.{listed}" if start < total else ""
 
 
 def page_start(token: str, listed: str, total: int | None = None) -> int:
-    """The entry that a page begins with.
+    """Return the number of the first entry of a page.
 
-    Raises `InvalidRequest` for a token that was not issued for this list, or lies behind `total`.
+    Raises `InvalidRequest` for a token that was not issued for this list, or is not below `total`.
     """
     if not token:
         return 0

@@ -1,8 +1,8 @@
 """The standard health service: liveness, readiness, and one service name per model.
 
-Anyone who reaches the port may call it without a token, so nothing that a caller does here can
-delay another caller or the server: a status changes without waiting for any watcher, and the
-number of watchers is bounded.
+Anyone who reaches the port may call it without a token. So callers must not be able to delay other
+callers or the server: statuses change without waiting for watchers, and the number of watchers is
+limited.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
-# How many Watch calls may be open at once; a client needs one per connection and service.
+# Maximum number of open Watch calls; a client needs one per connection and service.
 MAX_WATCHES = 1000
-# A watcher that does not read a status for this long is cut off.
+# Seconds after which a Watch call is aborted if its caller does not read a status.
 STALL_SECONDS = 60.0
-# Longest service name in bytes, as for models' names in the service's own requests.
+# Maximum bytes of a service name, as of a model's name in requests.
 MAX_NAME_BYTES = 256
-# Largest request on the health port: a name and its framing.
+# Maximum bytes of a request on the health port: a name and its framing.
 MAX_REQUEST_BYTES = 1024
 
 
@@ -50,7 +50,7 @@ class Health(health_pb2_grpc.HealthServicer):
     def __init__(
         self, max_watches: int = MAX_WATCHES, stall_seconds: float = STALL_SECONDS
     ) -> None:
-        """Allow `max_watches` open Watch calls, at most half of them from one address."""
+        """Allow `max_watches` open Watch calls, and half as many from one address."""
         self._max_watches = max_watches
         self._stall_seconds = stall_seconds
         self._statuses: dict[str, Any] = {ALIVE: SERVING}
@@ -59,10 +59,10 @@ class Health(health_pb2_grpc.HealthServicer):
         self._draining = False
 
     def update(self, statuses: Sequence[ModelStatus]) -> None:
-        """Follow the models' states.
+        """Set the statuses from the models' states.
 
-        The server is ready once every configured model is READY or FAILED and at least one is
-        READY. After `drain` this has no effect.
+        The server is ready when every configured model is READY or FAILED, and at least one is
+        READY. After `drain` this method has no effect.
         """
         if self._draining:
             return
@@ -76,7 +76,7 @@ class Health(health_pb2_grpc.HealthServicer):
     def drain(self) -> None:
         """Report NOT_SERVING for every service from now on.
 
-        For a server that stops, and for one whose device is lost: only a new process can serve.
+        Called when the server stops, or when the device is lost, which only a new process can use.
         """
         self._draining = True
         self._statuses = dict.fromkeys(self._statuses, NOT_SERVING)
@@ -90,17 +90,17 @@ class Health(health_pb2_grpc.HealthServicer):
     async def Check(
         self, request: health_pb2.HealthCheckRequest, context: Context
     ) -> health_pb2.HealthCheckResponse:
-        """The status of one service; NOT_FOUND for an unknown one."""
+        """Return the status of one service; NOT_FOUND if it is unknown."""
         await _check_name(request.service, context)
         if request.service not in self._statuses:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"unknown service {request.service!r}")
         return health_pb2.HealthCheckResponse(status=self._statuses[request.service])
 
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
-        """The status of one service now and after every change; SERVICE_UNKNOWN until it exists.
+        """Send the status of one service now and after every change.
 
-        Ends with RESOURCE_EXHAUSTED if too many watches are open, and with ABORTED if the caller
-        does not read.
+        The status of an unknown service is SERVICE_UNKNOWN. The call ends with RESOURCE_EXHAUSTED
+        if too many watches are open, and with ABORTED if the caller does not read.
         """
         await _check_name(request.service, context)
         try:
@@ -111,11 +111,11 @@ class Health(health_pb2_grpc.HealthServicer):
         except ReaderStalled:
             await context.abort(grpc.StatusCode.ABORTED, "the status was not read in time")
         except RequestCancelled:
-            return  # the connection broke, so nobody receives a status
+            return  # the connection broke, so the status cannot be sent
 
     @contextmanager
     def _counted(self, address: str) -> Iterator[None]:
-        """Raise `_TooManyWatches` beyond the limits, else count the call while it is open."""
+        """Count the call while it is open. Raises `_TooManyWatches` above the limits."""
         each = max(1, self._max_watches // 2)
         if self._watches.total() >= self._max_watches or self._watches[address] >= each:
             raise _TooManyWatches(
@@ -155,7 +155,7 @@ async def _check_name(service: str, context: Context) -> None:
 
 
 def is_ready(statuses: Sequence[ModelStatus]) -> bool:
-    """Whether no model is loading any more and at least one can be served."""
+    """Whether all models have been loaded or have failed, and at least one is ready."""
     states = {status.state for status in statuses}
     return ModelState.READY in states and ModelState.LOADING not in states
 

@@ -1,4 +1,4 @@
-"""Options of gRPC's core for every server, and the limits on what its peers may hold."""
+"""Options of gRPC's core, and limits on connections and calls."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 Options = list[tuple[str, int]]
 
-# A peer that says nothing for this long after it has connected is dropped.
+# A peer that sends nothing for this long after connecting is disconnected.
 HANDSHAKE_SECONDS = 20
 # A connection without calls is closed after this time; clients connect again when they need to.
 IDLE_SECONDS = 600
-# After a minute of silence the server pings; a peer that does not answer is gone.
+# The server sends a ping after a minute without data; a peer that does not reply is disconnected.
 PING_AFTER_SECONDS, PING_ANSWER_SECONDS = 60, 20
 
 
 @dataclass(frozen=True)
 class PeerLimits:
-    """Limits of one server: open `connections`, and open calls (`streams`) of each.
+    """Maximum number of open `connections`, and of open calls (`streams`) of each.
 
-    A connection beyond the limit is closed at once; clients delay calls beyond theirs.
+    A connection above the limit is closed at once. Clients delay calls above the limit.
     """
 
     connections: int = 1000
@@ -26,10 +26,10 @@ class PeerLimits:
 
 
 def server_options(limits: PeerLimits | None = None, *, share_port: bool = False) -> Options:
-    """The options of one server.
+    """Return the options of one server.
 
-    `share_port` lets processes of this user that ask for it listen on the same port. Without it, a
-    second server on the port would silently share its calls.
+    With `share_port`, processes of this user can listen on the same port. Otherwise it is disabled,
+    because a second server could take over some of the calls unnoticed.
     """
     limits = limits or PeerLimits()
     return [
@@ -40,11 +40,11 @@ def server_options(limits: PeerLimits | None = None, *, share_port: bool = False
         ("grpc.max_connection_idle_ms", 1000 * IDLE_SECONDS),
         ("grpc.keepalive_time_ms", 1000 * PING_AFTER_SECONDS),
         ("grpc.keepalive_timeout_ms", 1000 * PING_ANSWER_SECONDS),
-        # Idle connections survive clients' pings every 10 s. The name of core's constant contains
-        # RECV, this key does not.
+        # Allows clients to send a ping every 10 s on idle connections. The name of core's constant
+        # contains RECV, but this key does not.
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Core would enlarge the windows of fast peers, and hold that much of a request before
-        # anything asks for it.
+        # Otherwise core enlarges the windows of fast peers, and stores that much of a request
+        # before the server reads it.
         ("grpc.http2.bdp_probe", 0),
     ]

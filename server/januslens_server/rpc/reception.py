@@ -18,9 +18,10 @@ import grpc
 from januslens_server.errors import QueueFull, RequestStalled
 from januslens_server.rpc.call import Context
 
-# Messages that are collected at once: in all, and for one caller.
+# Maximum number of messages that are received at once: in total, and of one caller.
 AT_ONCE, OF_ONE_CALLER = 16, 8
-# Calls that may wait to be received, in all and of one caller. Core holds up to 64 KiB of each.
+# Maximum number of calls that wait to be received: in total, and of one caller. gRPC's core stores
+# up to 64 KiB of each.
 WAITING, WAITING_OF_ONE_CALLER = 4000, 1000
 # Seconds that a message may take while other calls wait for its place, and if none do.
 SHORT_SECONDS, LONG_SECONDS = 2.0, 20.0

@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 def drop_failed_writes(record: logging.LogRecord) -> bool:
-    """Log at DEBUG, not ERROR, when gRPC itself fails to write to a peer that has left.
+    """Log gRPC's failures to write to a disconnected peer as DEBUG instead of ERROR.
 
-    Any peer can cause that as often as it likes. gRPC writes unary responses and final statuses
-    after our handlers have returned, so there is no place in them to catch the error. Errors with
-    a frame of this package in their traceback are ours and stay in the log.
+    Any peer can cause such failures at any rate. gRPC writes unary responses and final statuses
+    after our handlers have returned, so the handlers cannot catch the errors. Errors with a frame
+    of this package in their traceback are still logged as ERROR.
     """
     error = record.exc_info[1] if record.exc_info else None
     if not isinstance(error, grpc.aio.InternalError) or _is_ours(error):
@@ -56,11 +56,12 @@ def build_server(
     share_port: bool = False,
     peers: PeerLimits | None = None,
 ) -> grpc.aio.Server:
-    """Build a server with introspection, health and reflection; it does not listen yet.
+    """Build a server with introspection, health and reflection, which does not listen yet.
 
     Connections older than `max_connection_age` seconds accept no new calls and finish running ones.
-    `directory` finds callers by token and `quotas` tracks their usage; without them everyone may
-    call everything. `share_port` lets several processes of one user listen on the same port.
+    `directory` finds callers by token, and `quotas` tracks their usage; without them, all callers
+    may call everything. With `share_port`, several processes of one user can listen on the same
+    port.
     """
     create_series()
     logging.getLogger(GRPC_LOGGER).addFilter(drop_failed_writes)

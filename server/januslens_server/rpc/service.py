@@ -1,6 +1,6 @@
 """The RPCs of IntrospectionService.
 
-Every handler takes the same steps: open a `Call`, decode the request, run it, encode the answer.
+All handlers have the same steps: open a `Call`, decode the request, run it, encode the response.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Pipeline = Callable[[ResolvedT, CancelCheck], Iterator[Result | None]]
 
 
 class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
-    """The RPCs of `service.proto`, where their effects and errors are documented."""
+    """The RPCs of `service.proto`, which documents their effects and errors."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         quotas: QuotaBook | None = None,
         log_prompts: bool = False,
     ) -> None:
-        """Serve the models of `registry` on `device`, within `admission`'s limits and `quotas`."""
+        """Serve the models of `registry` on `device`, limited by `admission` and `quotas`."""
         self._quotas = quotas or QuotaBook()
         self._log_prompts = log_prompts
         self._registry = registry
@@ -88,7 +88,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def ListModels(
         self, request: models_pb2.ListModelsRequest, context: Context
     ) -> models_pb2.ListModelsResponse:
-        """The models that the caller may use, sorted by name, with their states."""
+        """Return the models that the caller may use, sorted by name, with their states."""
         async with Call("ListModels", context) as call:
             usable = filter(lambda s: current_caller().may_use(s.name), self._registry.statuses())
             statuses = sorted(usable, key=lambda status: status.name)
@@ -103,7 +103,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def Tokenize(
         self, request: models_pb2.TokenizeRequest, context: Context
     ) -> models_pb2.TokenizeResponse:
-        """The tokens of a text; does not use the device."""
+        """Return the tokens of a text, without using the device."""
         async with Call("Tokenize", context) as call:
             model = self._model(request.model)
             if not request.text:
@@ -133,7 +133,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             results: AsyncGenerator[TraceEvent] = self._run(call, model, spec, resolve_trace, trace)
             await self._device.write(results, encoder.encode, call)
 
-    async def GradientLens(  # type: ignore[override]  # as above
+    async def GradientLens(  # type: ignore[override]  # as for Trace
         self, request: gradient_lens_pb2.GradientLensRequest, context: Context
     ) -> None:
         """Stream the factors of a loss's gradients, from the last layer down."""
@@ -148,7 +148,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def PreviewEdit(
         self, request: edits_pb2.PreviewEditRequest, context: Context
     ) -> edits_pb2.PreviewEditResponse:
-        """The effects of an edit, which applies to this request only."""
+        """Return the effects of an edit, which applies to this request only."""
         async with Call("PreviewEdit", context) as call:
             model = self._model(request.model, request.revision)
             spec = decode.preview_edit_spec(request)
@@ -159,7 +159,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def FindNeurons(
         self, request: neurons_pb2.FindNeuronsRequest, context: Context
     ) -> neurons_pb2.FindNeuronsResponse:
-        """One page of the neurons that promote or suppress a token."""
+        """Return one page of the neurons that promote or suppress a token."""
         async with Call("FindNeurons", context) as call:
             model = self._model(request.model, request.revision)
             listed = neurons_list(request, model.provenance.revision)
@@ -172,7 +172,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def EstimateCost(
         self, request: cost_pb2.EstimateCostRequest, context: Context
     ) -> cost_pb2.EstimateCostResponse:
-        """The estimated cost of a request; does not use the device."""
+        """Return the estimated cost of a request, without using the device."""
         async with Call("EstimateCost", context) as call:
             model, resolve = self._estimated(request)
             call.note(model=model.name)
@@ -231,7 +231,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
 def _tokenized(
     vocabulary: Vocabulary, request: models_pb2.TokenizeRequest
 ) -> models_pb2.TokenizeResponse:
-    """The whole answer, made on a thread of its own: its messages take longer than the tokens."""
+    """Tokenize a text and create the response; runs in a thread, because both may take long."""
     as_prompt = request.with_special_tokens
     encode = vocabulary.encode_prompt if as_prompt else vocabulary.encode_continuation
     try:

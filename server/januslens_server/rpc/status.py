@@ -12,11 +12,11 @@ from januslens_server import errors
 
 DOMAIN = "januslens"
 
-# Longest error text in bytes. Clients reject more than 8 KiB of metadata, which holds the text
-# three times, once percent-encoded; a longer text would lose the whole status.
+# Maximum bytes of an error's text. The metadata has the text three times, once percent-encoded, and
+# clients reject the whole status if the metadata exceeds 8 KiB.
 TEXT_BYTES = 1000
 
-# An error takes the code of the nearest class along its bases.
+# An error has the code of its class, or of the nearest base class.
 STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -39,9 +39,9 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
 
 
 def status_of(error: Exception, request_id: str) -> grpc.Status:
-    """The status of an error, with its details among the trailing metadata.
+    """Return the status of an error, with its details in the trailing metadata.
 
-    An exception outside our error classes becomes INTERNAL and shows the request id only.
+    Other exceptions become INTERNAL, with a text that has only the request id.
     """
     status: grpc.Status = rpc_status.to_status(_message_of(error, request_id))
     return status
@@ -93,12 +93,12 @@ def _quota_details(error: errors.TryLater) -> list[Message]:
 
 
 def milliseconds(seconds: float) -> int:
-    """Retry delays as they are sent."""
+    """Convert a retry delay to milliseconds."""
     return round(1000 * seconds)
 
 
 def shortened(text: str, limit: int = TEXT_BYTES) -> str:
-    """The text, cut to its first `limit` bytes of UTF-8 and an ellipsis if it is longer."""
-    encoded = text.encode(errors="replace")  # paths may hold lone surrogates, which UTF-8 lacks
+    """Cut a text to `limit` bytes of UTF-8 and an ellipsis if it is longer."""
+    encoded = text.encode(errors="replace")  # paths may have lone surrogates, which UTF-8 lacks
     cut = len(encoded) > limit
     return encoded[:limit].decode(errors="ignore") + (" ..." if cut else "")

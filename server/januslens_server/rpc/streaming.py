@@ -18,7 +18,7 @@ from januslens_server.rpc.wire import serialized
 from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
 
-# Bytes of results that may wait for the reader of a stream before its pipeline is set aside.
+# Bytes of results in the buffer of a stream, above which its pipeline pauses.
 BUFFER_BYTES = 4 * 2**20
 
 Result = TypeVar("Result")
@@ -53,9 +53,9 @@ class DeviceStreams:
     async def results(
         self, run: Run[Result], request: QueuedRequest, admitted: Callable[[], Awaitable[None]]
     ) -> AsyncGenerator[Result]:
-        """The results of a pipeline, which is cancelled if this iterator is closed early.
+        """Run a pipeline and yield its results; closing the iterator cancels the pipeline.
 
-        `admitted` is awaited when the request has been queued.
+        `admitted` is awaited when the request is in the queue.
         """
         buffer: ResultBuffer[Result] = ResultBuffer(BUFFER_BYTES, _bytes)
         self._worker.submit(run, buffer, request)
@@ -96,7 +96,7 @@ class DeviceStreams:
 
 
 class StreamMeter:
-    """Measures how long each message of a stream takes to write, and when the first was sent."""
+    """Measures how long the messages of a stream take to write, and when the first is sent."""
 
     def __init__(self, method: str, started: float) -> None:
         """`started` is the start of the call, by `time.perf_counter`."""
@@ -106,7 +106,7 @@ class StreamMeter:
 
     @contextmanager
     def message(self) -> Iterator[None]:
-        """Measure the write of one message, also if it fails."""
+        """Measure the write of one message, even if it fails."""
         with telemetry.WRITE_STALL_SECONDS.time():
             yield
         if not self._any:
@@ -121,13 +121,13 @@ async def write_within(context: Context, message: bytes, seconds: float) -> None
     Raises `ReaderStalled` if the caller does not take it within `seconds`, `RequestCancelled` if
     the connection breaks.
     """
-    # Not `wait_for`: cancelled, a blocked write fails with an error of its own, which would
-    # take the place of our cancellation.
+    # `wait_for` does not work here: if a blocked write is cancelled, it raises an error of its own,
+    # which would replace the cancellation.
     write = asyncio.ensure_future(context.write(message))
     try:
         finished, _ = await asyncio.wait({write}, timeout=seconds)
     finally:
-        write.cancel()  # without effect on one that is finished
+        write.cancel()  # has no effect on a finished write
         write.add_done_callback(_forget)
     if not finished:
         raise ReaderStalled(

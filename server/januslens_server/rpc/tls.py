@@ -18,12 +18,13 @@ Stamp = Sequence[tuple[int, int, int]]
 class CertificateFiles:
     """The server's certificate, its key and, for mutual TLS, the client authorities.
 
-    Every new connection uses the current files; open connections keep theirs. While certificate
-    and key do not match, such as between two writes, the last matching pair stays in use.
+    New connections use the current files; open connections keep their certificate. While
+    certificate and key do not match, for example between two writes, the last matching pair is
+    used.
     """
 
     def __init__(self, certificate: Path, key: Path, client_ca: Path | None) -> None:
-        """Paths of PEM files; without `client_ca` callers need no certificate."""
+        """All paths are those of PEM files; without `client_ca`, callers need no certificate."""
         self._certificate = certificate
         self._key = key
         self._client_ca = client_ca
@@ -31,7 +32,7 @@ class CertificateFiles:
         self._seen: Stamp = ()
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Credentials that follow the files. Raises `OSError` if they are invalid."""
+        """Return credentials that follow the files. Raises `OSError` if the files are invalid."""
         self._seen = self._stamp()
         return grpc.dynamic_ssl_server_credentials(
             self._read(),
@@ -40,7 +41,7 @@ class CertificateFiles:
         )
 
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """The configuration for a new connection; None if the files have not changed."""
+        """Return the configuration for a new connection; None if the files have not changed."""
         with self._lock:
             try:
                 stamp = self._stamp()
@@ -55,7 +56,7 @@ class CertificateFiles:
         return fresh
 
     def _stamp(self) -> Stamp:
-        """Times, sizes and inodes: a path may be a link that now points to another file."""
+        """Return times, sizes and inodes; a path may be a link that now points to another file."""
         found = [path.stat() for path in self._paths]
         return [(stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in found]
 
@@ -73,7 +74,8 @@ class CertificateFiles:
     def _check(self) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            # An empty password makes an encrypted key an error instead of a prompt on the terminal.
+            # With an empty password, an encrypted key causes an error instead of a prompt on the
+            # terminal.
             context.load_cert_chain(self._certificate, self._key, password="")
         except ssl.SSLError as error:
             raise OSError(f"{self._certificate} and {self._key}: {_reason(error)}") from error

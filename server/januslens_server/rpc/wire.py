@@ -42,7 +42,7 @@ class WireFormat(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The method's handler, which receives its one message itself."""
+        """Return a handler that receives and parses the request message itself."""
         handler = await continuation(details)
         if handler is None or handler.request_streaming:
             return handler
@@ -75,7 +75,7 @@ class WireFormat(grpc.aio.ServerInterceptor):
 
 
 def _parsed(name: str, parse: Deserializer, message: bytes | None) -> Any:
-    """The request; raises `InvalidRequest` if it is malformed or longer than its bounds."""
+    """Parse the request. Raises `InvalidRequest` if it is malformed or a field is too long."""
     if message is None:
         raise InvalidRequest("request", f"no request message received; send one {name} request")
     try:

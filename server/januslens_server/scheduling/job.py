@@ -1,4 +1,4 @@
-"""A request on a device's thread: its request, its steps, and the queue of its results."""
+"""A job on a device's thread: its request, its steps, and the buffer of its results."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ FREE = Cost()
 class QueuedRequest:
     """The caller, cost, deadline and cancellation of one request, from admission to its end.
 
-    The compute thread checks it before every step. gRPC's own cancellation flags cannot be polled
-    from another thread, so this keeps an event of its own.
+    The compute thread checks it before every step. It has its own event for cancellation, because
+    gRPC's cannot be read from another thread.
     """
 
     def __init__(self, seconds: float | None, caller: str = ANONYMOUS, cost: Cost = FREE) -> None:
-        """Expire after `seconds`, the time until the caller's deadline; None means no deadline."""
+        """`seconds` is the time until the caller's deadline; None means no deadline."""
         self.caller = caller
         self.cost = cost
-        self.waited: float | None = None  # seconds until its first turn
-        self.spent = 0.0  # seconds of the device so far
+        self.waited: float | None = None  # seconds from admission to the first step
+        self.spent = 0.0  # device seconds used so far
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._cancelled = threading.Event()
 
@@ -39,7 +39,7 @@ class QueuedRequest:
 
     @property
     def failure(self) -> RequestCancelled | DeadlinePassed | None:
-        """Why the request should stop; None while it may go on."""
+        """The error for which the request should stop; None if it may continue."""
         if self._cancelled.is_set():
             return RequestCancelled("the caller cancelled the request")
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -55,17 +55,20 @@ class QueuedRequest:
             if failure is not None:
                 raise failure
         finally:
-            del failure  # a traceback's frame that names its error keeps both alive
+            del failure  # breaks the reference cycle of error, traceback and frame
 
 
 T = TypeVar("T")
 
 
 class ResultBuffer(Generic[T]):
-    """Results of a request that its reader has not taken yet, with a limit on their bytes."""
+    """Results that have been computed but not read yet, with a limit on their bytes."""
 
     def __init__(self, limit: int, size: Callable[[T], int]) -> None:
-        """Hold about `limit` bytes as `size` counts them. Must be made on the reader's loop."""
+        """Limit the results to about `limit` bytes, as `size` counts them.
+
+        Must be created in the reader's event loop.
+        """
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[tuple[T, int] | None] = asyncio.Queue()
         self._size = size
@@ -77,7 +80,7 @@ class ResultBuffer(Generic[T]):
         self._abandoned = False
 
     def put(self, item: T) -> None:
-        """Producer: hand over an item; never blocks. Without a reader it is dropped."""
+        """Add an item without blocking; drop it if the reader has left. For the producer."""
         size = self._size(item)
         with self._lock:
             if self._abandoned:
@@ -86,7 +89,7 @@ class ResultBuffer(Generic[T]):
         self._send((item, size))
 
     def close(self, error: Exception | None = None) -> None:
-        """Producer: nothing more comes; the reader sees `error` after what was put."""
+        """Mark the end; the reader gets all items, then `error`, if any. For the producer."""
         with self._lock:
             if self._abandoned:
                 return
@@ -94,12 +97,13 @@ class ResultBuffer(Generic[T]):
         self._send(None)
 
     def _send(self, entry: tuple[T, int] | None) -> None:
-        # A loop that is closed raises, and has no reader left: the server is gone.
+        # A closed loop raises RuntimeError. It has no reader any more, because the server has
+        # ended.
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._items.put_nowait, entry)
 
     def when_drained(self, resume: Callable[[], None]) -> bool:
-        """Producer: if full, call `resume` once there is room; gives whether it will be called."""
+        """If full, return True and call `resume` when there is room. For the producer."""
         with self._lock:
             if self._held < self._limit:
                 return False
@@ -112,7 +116,7 @@ class ResultBuffer(Generic[T]):
             item, size = entry
             yield item
             self._release(size)
-        # An error keeps alive what it passed through, tensors too: here nothing may keep it.
+        # An error's traceback refers to tensors, so do not keep a reference to the error.
         error, self._error = self._error, None
         try:
             if error is not None:
@@ -121,7 +125,7 @@ class ResultBuffer(Generic[T]):
             del error
 
     def abandon(self) -> None:
-        """Reader: gone; let a producer that waits for room find out, and none wait again."""
+        """Discard all items, and let a waiting producer continue. For a reader that leaves."""
         with self._lock:
             self._abandoned = True
             self._held = 0
@@ -146,7 +150,8 @@ class ResultBuffer(Generic[T]):
 class Job:
     """A request on the device: its steps, the buffer of its results, and its admission record.
 
-    Between two steps it may be set aside. A step gives a result, or None if it has none yet.
+    Other requests may run between two of its steps. A step returns a result, or None if there is
+    none yet.
     """
 
     steps: Iterator[Any]
@@ -161,20 +166,20 @@ class Job:
 
     @property
     def held(self) -> int:
-        """Bytes of the device that it may keep between two steps, once it has started."""
+        """Bytes on the device that stay in use between two steps, once the job has started."""
         return self.request.cost.held
 
     @property
     def working(self) -> int:
-        """Further bytes that it may need during a step."""
+        """Further bytes that a step may need."""
         return self.request.cost.memory - self.request.cost.held
 
     @property
     def remaining(self) -> float:
-        """Seconds of the device that are still expected."""
+        """Device seconds that the job is still expected to need."""
         return max(0.0, self.request.cost.seconds - self.request.spent)
 
     def close(self) -> None:
         """Release everything that the computation used."""
-        if isinstance(self.steps, Generator):  # one that was stopped between two steps
+        if isinstance(self.steps, Generator):  # stopped between two steps
             self.steps.close()

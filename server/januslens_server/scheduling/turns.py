@@ -12,12 +12,11 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Waiting items by caller; the caller who has had the least of the device is next.
+    """Waiting items by caller; the caller with the least device time is next.
 
-    Every caller has an account of the seconds it was charged. A caller without waiting items
-    restarts at the level of the caller served last, so idle time earns no credit. This is
-    start-time fair queueing (Goyal, Vin & Cheng 1996), charged with what was really used. Not
-    thread-safe.
+    Every caller has an account of the seconds that it was charged. A caller without waiting items
+    restarts at the account of the caller served last, so idle time earns no credit. This is
+    start-time fair queueing (Goyal, Vin & Cheng, 1996) with measured times. Not thread-safe.
     """
 
     def __init__(self) -> None:
@@ -34,7 +33,7 @@ class FairQueue(Generic[T]):
         return sum(map(len, self._waiting.values()))
 
     def add(self, caller: str, item: T, *, first: bool = False) -> None:
-        """Put an item behind the caller's others, or before them."""
+        """Add an item after the caller's other items, or with `first` before them."""
         if caller not in self._waiting:
             self._waiting[caller] = deque()
             self._accounts[caller] = max(self._accounts.get(caller, 0.0), self._level)
@@ -42,42 +41,42 @@ class FairQueue(Generic[T]):
         (items.appendleft if first else items.append)(item)
 
     def in_order(self) -> list[str]:
-        """The callers, the next one first; among equal ones the one who has waited longest."""
+        """Return the callers, the next one first; of equal callers, the one waiting longest."""
         return sorted(self._waiting, key=self._accounts.__getitem__)
 
     def first(self, caller: str) -> T:
-        """A waiting caller's next item."""
+        """Return the next item of a waiting caller."""
         return self._waiting[caller][0]
 
     def pop(self, caller: str | None = None) -> T:
-        """Take out the next item, or if a caller is given, that one's."""
+        """Remove and return the next item, or the next item of a given caller."""
         if caller is None:
             caller = self.in_order()[0]
         self._level = max(self._level, self._accounts[caller])
         item = self._waiting[caller].popleft()
         if self._waiting[caller]:
-            # To the end of the order, so that equals take turns.
+            # Move to the end of the order, so that callers with equal accounts take turns.
             self._waiting[caller] = self._waiting.pop(caller)
         self._tidy(caller)
         return item
 
     def remove(self, caller: str, item: T) -> None:
-        """Take an item out; raises `ValueError` if it does not wait."""
+        """Remove an item; raises `ValueError` if it is not waiting."""
         items = self._waiting.get(caller, deque())
         items.remove(item)
         self._tidy(caller)
 
     def charge(self, caller: str, seconds: float) -> None:
-        """Charge a caller for seconds of the device."""
+        """Charge device seconds to a caller."""
         self._accounts[caller] = max(self._accounts.get(caller, 0.0), self._level) + seconds
 
     def has_had_less(self, caller: str, than: str) -> bool:
-        """Whether `caller` should have the device rather than the other."""
+        """Whether `caller` has had less device time than the other."""
         account = self._accounts.get(caller, self._level)
         return account < self._accounts.get(than, self._level)
 
     def _tidy(self, caller: str) -> None:
-        """Forget callers who have nothing waiting and would start at the level anyway."""
+        """Drop callers without waiting items whose accounts would restart anyway."""
         if not self._waiting.get(caller):
             self._waiting.pop(caller, None)
         idle = [name for name in self._accounts if name not in self._waiting]
@@ -86,23 +85,24 @@ class FairQueue(Generic[T]):
                 del self._accounts[name]
 
 
-# Seconds that a request keeps the device before it gives way: short ones are never interrupted.
+# Seconds of device time after which a request may be interrupted for another caller.
 QUANTUM = 0.1
 
 
 class Turns:
-    """Requests that could compute at once: fairly between callers, within a bound of memory.
+    """Chooses among the requests that are ready to run, fairly and within the device's memory.
 
-    What has started holds memory until it ends. So another starts only if its own estimate is free
-    now, and if all that have started fit together, as estimated, into what was free before the
-    first of them: what they hold, and what the largest of them works with. While the next one
-    waits for memory, none behind it starts. Not thread-safe.
+    A request that has started uses memory until it ends. Another one starts on two conditions: its
+    estimated memory is free now, and the estimates of all started requests together fit into the
+    memory that was free before the first of them. Together they need what each holds between steps,
+    plus the largest need of one step. While the next request waits for memory, no later one starts.
+    Not thread-safe.
     """
 
     def __init__(self, free: Callable[[float], float]) -> None:
-        """`free` measures the bytes that are free on the device, if so many are needed."""
+        """`free` returns the free bytes on the device, given how many are needed."""
         self._free = free
-        self._free_before = 0.0  # bytes, when last nothing had started
+        self._free_before = 0.0  # free bytes before the first started request
         self._ready: FairQueue[Job] = FairQueue()
         self._started: set[Job] = set()
 
@@ -115,25 +115,25 @@ class Turns:
 
     @property
     def started(self) -> int:
-        """How many have had a turn and have not ended."""
+        """Number of requests that have started and not ended."""
         return len(self._started)
 
     def has_started(self, job: Job) -> bool:
-        """Whether it is one of them."""
+        """Whether a request has started and not ended."""
         return job in self._started
 
     def add(self, job: Job) -> None:
-        """Let a request wait; one that has started goes before its caller's others."""
+        """Add a waiting request; one that has started goes before its caller's other requests."""
         self._ready.add(job.caller, job, first=job in self._started)
 
     def remove(self, job: Job) -> None:
-        """Take out one that waits."""
+        """Remove a waiting request."""
         self._ready.remove(job.caller, job)
 
     def take(self) -> Job | None:
-        """The next one, which from now on holds its memory until it has `ended`.
+        """Remove and return the next request, which counts as started until `ended` is called.
 
-        None: all that could come next must wait for memory.
+        Returns None if the next request must wait for memory.
         """
         job = self._next()
         if job is None:
@@ -142,13 +142,13 @@ class Turns:
         return self._ready.pop(job.caller)
 
     def take_unstartable(self) -> Job | None:
-        """The next one, if no other holds memory and it still does not fit: it cannot run now."""
+        """Remove and return a request that lacks memory although no other request has started."""
         if self._started or not len(self._ready):
             return None
         return self._ready.pop()
 
     def fits_alone(self, needed: float) -> float:
-        """Bytes that a request may need if it runs while nothing else does."""
+        """Return the bytes that a request may need if it runs alone."""
         return max(self._free_before, self._free(needed)) if self._started else self._free(needed)
 
     def ended(self, job: Job) -> None:
@@ -156,18 +156,18 @@ class Turns:
         self._started.discard(job)
 
     def charge(self, job: Job, seconds: float) -> None:
-        """Charge the caller of a job for seconds of the device."""
+        """Charge device seconds to the caller of a job."""
         self._ready.charge(job.caller, seconds)
 
     def gives_way(self, job: Job, seconds: float) -> bool:
-        """Whether a request that has run for this long should pause for another caller's."""
+        """Whether a request should pause for another caller after running for `seconds`."""
         if seconds < QUANTUM:
             return False
         following = self._next()
         return following is not None and self._ready.has_had_less(following.caller, job.caller)
 
     def _next(self) -> Job | None:
-        """The first in order that has started or has room to; None: no one has."""
+        """Return the next request that has started or has room to start; None if there is none."""
         one_may_start = True
         for caller in self._ready.in_order():
             job = self._ready.first(caller)

@@ -1,8 +1,7 @@
-"""The one thread that computes on a device.
+"""Run requests on the single thread that computes on a device.
 
-Requests are generators. One runs until it ends, its reader has fallen behind, or it has had its
-time and another caller's is due (`Turns`). Then it is set aside between two steps, with the device
-free for the next.
+Requests are generators. A request runs until it ends, its buffer is full, or another caller's
+request is due (`Turns`). In the last two cases it pauses between two steps.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from januslens_server.scheduling.turns import Turns
 
 T = TypeVar("T")
 
-# RetryInfo for a full queue is its expected length, within these bounds, in seconds.
+# Bounds of the retry delay for a full queue, in seconds.
 SOONEST_RETRY, LATEST_RETRY = 0.1, 60.0
 
 
-# While requests wait for memory, it is measured again at least this often, in seconds.
+# Seconds between two measurements of free memory while requests wait for it.
 MEMORY_SECONDS = 0.2
 
 
@@ -53,9 +52,10 @@ def _nothing() -> None:
 
 
 class DeviceWorker:
-    """Runs a step of one admitted request at a time, fairly between callers.
+    """Runs the steps of admitted requests, one at a time and fairly between callers.
 
-    A request that resumes goes before the caller's others: it was here earlier and holds memory.
+    A request that continues goes before its caller's other requests, because it was admitted
+    earlier and uses memory.
     """
 
     def __init__(
@@ -65,11 +65,11 @@ class DeviceWorker:
         on_loss: Callable[[], None] = _nothing,
         free: Callable[[float], float] = lambda _needed: math.inf,
     ) -> None:
-        """Admit up to `max_waiting` requests beyond the one that runs.
+        """Admit up to `max_waiting` requests in addition to the running one.
 
-        `free` measures the bytes that are free on the device, given how many a request needs.
-        `translate` says in the service's terms why a request failed; `on_loss` is called by the
-        thread, once, if that was the end of the device.
+        `translate` converts exceptions of computations to errors of the service. `on_loss` is
+        called once, in the worker's thread, if the device is lost. `free` returns the free bytes on
+        the device, given how many a request needs.
         """
         self._max_waiting = max_waiting
         self._translate = translate
@@ -77,7 +77,7 @@ class DeviceWorker:
         self._lost = False
         self._turns = Turns(free)
         self._unfinished: set[Job] = set()
-        self._left: deque[Job] = deque()  # started, and to be closed by the thread
+        self._left: deque[Job] = deque()  # started jobs that the thread must close
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="device-worker", daemon=True)
@@ -85,18 +85,18 @@ class DeviceWorker:
 
     @property
     def unfinished(self) -> int:
-        """Requests admitted and not yet ended: waiting, running, or set aside."""
+        """Number of requests that have not ended: waiting, running or paused."""
         return len(self._unfinished)
 
     @property
     def waiting(self) -> int:
-        """Requests admitted that have not had a turn yet."""
+        """Number of requests that have not started."""
         with self._changed:
             return len(self._unfinished) - self._turns.started
 
     @property
     def in_flight(self) -> int:
-        """Requests that run or are set aside."""
+        """Number of requests that run or are paused."""
         with self._changed:
             return self._turns.started
 
@@ -111,13 +111,13 @@ class DeviceWorker:
         buffer: ResultBuffer[T],
         request: QueuedRequest,
     ) -> None:
-        """Admit a request; its results and its error go to `buffer`.
+        """Admit a request; its results and its error are put into `buffer`.
 
-        `run` is handed the request's check, to call wherever it can stop early. Where it has no
-        result yet but may be set aside, it yields None.
+        `run` gets the request's check, and calls it wherever it can stop early. It yields None
+        where it can pause without a result.
 
-        Raises `QueueFull` at once if too many wait, `ServerDraining` if nothing new is taken,
-        `DeviceLost` once that happened.
+        Raises `QueueFull` if too many requests wait, `ServerDraining` after `refuse_new`, and
+        `DeviceLost` if the device is lost.
         """
         with self._changed:
             if self._lost:
@@ -132,7 +132,7 @@ class DeviceWorker:
             self._changed.notify_all()
 
     def withdraw(self, request: QueuedRequest) -> None:
-        """The caller is gone: what waits ends now, what runs when it next calls its check."""
+        """Cancel a request; it ends now if it is waiting, otherwise at its next check."""
         request.cancel()
         with self._changed:
             for job in [job for job in self._turns if job.request is request]:
@@ -174,11 +174,11 @@ class DeviceWorker:
 
     def _run(self) -> None:
         while True:
-            # No name keeps a job here: what an ended one had captured is freed at once.
+            # The job has no name here, so that an ended job's tensors are freed at once.
             self._advance(self._next())
 
     def _next(self) -> Job:
-        """The job to go on with; waits until there is one that has the memory it needs."""
+        """Wait for a job that can run, and return it."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._left or len(self._turns)))
@@ -187,14 +187,14 @@ class DeviceWorker:
                 if (job := self._turns.take()) is not None:
                     return job
                 refused = self._turns.take_unstartable()
-                if refused is None:  # something that has started will end, and free memory
+                if refused is None:  # wait until a started request frees memory
                     self._changed.wait(MEMORY_SECONDS)
                     continue
             self._end(refused, refused.request.failure or _no_memory(refused))
             del refused
 
     def _advance(self, job: Job) -> None:
-        """Run one request until it ends, or must let its reader catch up or others compute."""
+        """Run one request until it ends, its buffer is full, or another request is due."""
         began = time.monotonic()
         try:
             while True:
@@ -207,7 +207,7 @@ class DeviceWorker:
                     return
         except StopIteration:
             self._end(job, None)
-        except Exception as error:  # noqa: BLE001 - whatever it is belongs to this request alone
+        except Exception as error:  # noqa: BLE001 - any error ends only this request
             self._fail(job, self._translate(error))
 
     def _check(self, job: Job) -> None:
@@ -221,7 +221,7 @@ class DeviceWorker:
             with self._changed:
                 self._lost = True
         self._end(job, error)
-        if lost_now:  # what waits is told so by `_check`, each in its turn
+        if lost_now:  # `_check` ends all other requests
             self._on_loss()
 
     def _step(self, job: Job) -> None:
@@ -231,7 +231,7 @@ class DeviceWorker:
             job.buffer.put(result)
 
     def _charged(self, job: Job) -> Any:
-        """What the job's next step gives; its caller is charged for it."""
+        """Compute the job's next step, and charge its caller for the time."""
         began = time.monotonic()
         if job.request.waited is None:
             job.request.waited = began - job.admitted
@@ -246,7 +246,7 @@ class DeviceWorker:
                 self._turns.charge(job, seconds)
 
     def _set_aside(self, job: Job, seconds: float) -> bool:
-        """Let another caller's request run if one is due and this one has had its time."""
+        """Pause this request if another caller's request is due; return whether it is paused."""
         with self._changed:
             if job.request.failure or not self._turns.gives_way(job, seconds):
                 return False
@@ -254,7 +254,7 @@ class DeviceWorker:
             return True
 
     def _close_those_who_left(self) -> None:
-        """Close suspended requests that were cancelled, without waiting for their turn."""
+        """Close paused requests that were cancelled, without waiting for their turn."""
         while self._left:
             job = self._left.popleft()
             self._end(job, job.request.failure)
@@ -268,7 +268,7 @@ class DeviceWorker:
             self._changed.notify_all()
 
     def _let_go(self, job: Job) -> None:
-        """End a request that does not run; a started one is closed by the device's thread alone."""
+        """End a request that does not run; the device's thread closes it if it has started."""
         if self._turns.has_started(job):
             self._left.append(job)
             self._changed.notify_all()

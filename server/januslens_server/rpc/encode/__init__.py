@@ -1,4 +1,4 @@
-"""Result records to messages of at most 1 MiB, so that no client limit needs raising."""
+"""Encode results as messages of at most 1 MiB, which is within the default limits of clients."""
 
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
 from januslens_server.rpc.encode.messages import (

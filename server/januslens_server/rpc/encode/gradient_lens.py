@@ -1,4 +1,4 @@
-"""The events of a GradientLens as messages."""
+"""Encode the events of a GradientLens as messages."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ MatrixPieces = Pieces[gradient_lens_pb2.GradientMatrix]
 
 
 class GradientLensEncoder:
-    """Encodes one stream: numbers its messages and sends every token's text once."""
+    """Encodes one stream; numbers its messages and sends the text of each token once."""
 
     def __init__(self, request_id: str, read_token: ReadToken) -> None:
-        """`read_token` looks a vocabulary id up."""
+        """`read_token` returns the token with a vocabulary id."""
         self._request_id = request_id
         self._texts = TokenTexts(read_token)
         self._sequence = itertools.count()
 
     def encode(self, event: GradientEvent) -> Iterator[Response]:
-        """The messages of one event, in the order in which they must be sent."""
+        """Yield the messages of one event, in the order in which they must be sent."""
         if isinstance(event, GradientHeader):
             yield Response(sequence=next(self._sequence), header=self._header(event))
         elif isinstance(event, GradientSummary):
@@ -66,7 +66,7 @@ class GradientLensEncoder:
         )
 
     def _matrix(self, matrix: GradientMatrix) -> list[Response]:
-        """What says which matrix it is stands in every piece, the verification in the last one."""
+        """Encode a matrix; every message identifies it, and the last one has the verification."""
         responses: list[Response] = []
 
         def new() -> gradient_lens_pb2.GradientMatrix:

@@ -1,4 +1,4 @@
-"""Messages of the RPCs that answer once, and those that the streams share."""
+"""Encode the responses of unary RPCs, and messages that several RPCs share."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ from januslens_server.results import (
 )
 from januslens_server.rpc.admission import Estimate
 
-# Half of the contract's 1 MiB: the last part, its token texts and the envelope come on top.
+# A message is full at half of the contract's 1 MiB, which leaves room for the last part, the texts
+# of its tokens and the envelope.
 PIECE_BYTES = 512 * 1024
-# Messages of vocabulary entries that are kept, of some 200 bytes each.
+# Maximum number of cached messages of vocabulary entries, about 200 bytes each.
 ENTRIES = 2**16
-# A part's tag and length beside its own bytes.
+# Bytes of a part's tag and length.
 FRAME_BYTES = 8
 
 if TYPE_CHECKING:
@@ -43,58 +44,58 @@ ReadToken = Callable[[int], Token]
 
 
 class Body(Protocol):
-    """A message that brings the texts of the tokens that it names."""
+    """A message with the texts of tokens that its stream has not sent before."""
 
     @property
     def tokens(self) -> RepeatedCompositeFieldContainer[common_pb2.Token]:
-        """Vocabulary entries that no earlier message brought."""
+        """Vocabulary entries that no earlier message has."""
 
 
 BodyT = TypeVar("BodyT", bound=Body)
 
 
 class Entry(NamedTuple):
-    """A vocabulary entry as it is sent, and its size in a message in bytes."""
+    """A vocabulary entry as a message, and its size in bytes inside another message."""
 
     message: common_pb2.Token
     size: int
 
 
 class TokenTexts:
-    """Gives each token's text once: in the message that first needs it."""
+    """Returns the text of each token once, for the message that needs it first."""
 
     def __init__(self, read_token: ReadToken) -> None:
-        """`read_token` looks a vocabulary id up."""
+        """`read_token` returns the token with a vocabulary id."""
         self._read_token = read_token
         self._sent: set[int] = set()
 
     def of_prompt(self, tokens: Iterable[Token]) -> list[common_pb2.Token]:
-        """Tokens of a prompt, with their texts."""
+        """Return the tokens of a prompt, with their texts."""
         messages = [token_message(token) for token in tokens]
         self._sent.update(message.id for message in messages)
         return messages
 
     def texts(self, ids: Iterable[int]) -> list[common_pb2.Token]:
-        """Those of `ids` that no earlier message brought."""
+        """Return the tokens of `ids` that no earlier message has."""
         return [entry.message for entry in self.entries(ids)]
 
     def entries(self, ids: Iterable[int]) -> list[Entry]:
-        """As `texts`, with their sizes."""
+        """Return the tokens as `texts` does, with their sizes."""
         unsent = [i for i in ids if i not in self._sent]
         self._sent.update(unsent)
         return [_entry(self._read_token(i)) for i in dict.fromkeys(unsent)]
 
 
 class Pieces(Generic[BodyT]):
-    """Bodies of messages, filled one after the other with parts that would be too much for one.
+    """Distributes parts over as many messages as needed.
 
-    Each brings the texts of the tokens that it is the first to name.
+    Each message has the texts of the tokens that no earlier message has.
     """
 
     def __init__(
         self, new: Callable[[], BodyT], texts: TokenTexts, limit: int = PIECE_BYTES
     ) -> None:
-        """`new` begins a body: the first at once, another when one has come to `limit` bytes."""
+        """`new` creates a message; another one is created when a message reaches `limit` bytes."""
         self._new = new
         self._texts = texts
         self._limit = limit
@@ -102,20 +103,20 @@ class Pieces(Generic[BodyT]):
         self._size = 0
 
     def body(self) -> BodyT:
-        """Where the next part belongs."""
+        """Return the message to add the next part to."""
         if self._size >= self._limit:
             self._body, self._size = self._new(), 0
         return self._body
 
     def added(self, part: Message, token_ids: Sequence[int] = ()) -> None:
-        """Count a part that was put into the body, and bring the texts of its tokens."""
+        """Count a part that was added to the message, and add the texts of its tokens."""
         self._size += part.ByteSize() + FRAME_BYTES
         if token_ids and (entries := self._texts.entries(token_ids)):
             self._body.tokens.extend([entry.message for entry in entries])
             self._size += sum([entry.size for entry in entries])
 
 
-# Streams name the same entries again and again; a message joins another one as a copy.
+# Cached, because streams contain the same entries many times. A message is copied into its parent.
 @lru_cache(ENTRIES)
 def _entry(token: Token) -> Entry:
     message = token_message(token)
@@ -123,25 +124,25 @@ def _entry(token: Token) -> Entry:
 
 
 def token_message(token: Token) -> common_pb2.Token:
-    """A token with its bytes and, if it was read from a text, its characters."""
+    """Encode a token with its bytes and, if it belongs to a text, its characters."""
     return common_pb2.Token(
         id=token.id, text=token.text, raw=token.raw, start=token.start, end=token.end
     )
 
 
 def named_tokens(table: ProjectionTable) -> list[list[int]]:
-    """The token ids that each row's message names; none for rows that were not projected."""
+    """Return the token ids of each row's projection; none for rows that are not projected."""
     ids = np.concatenate([table.top_ids, table.bottom_ids], axis=1).tolist()
     return [row if told else [] for row, told in zip(ids, table.projected.tolist(), strict=True)]
 
 
 def projections(table: ProjectionTable) -> list[Any]:
-    """One a row, reporting its first target; None for rows that were not projected.
+    """Return the fields of each row's `Projection`, for its first target; None if not projected.
 
-    As the fields of a `Projection`, from which the message that has it makes it in its own place:
-    two thirds of the time that a message and its copy take.
+    The fields are passed to the constructor of the message that contains the projection. Compared
+    with creating a message and copying it, this takes two thirds of the time.
     """
-    # Whole columns become Python lists at once: element-wise numpy access dominates otherwise.
+    # Convert whole columns to lists, because access to single elements of numpy arrays is slow.
     columns: dict[str, NDArray[Any]] = {
         "top_token_ids": table.top_ids,
         "top_probabilities": table.top_probabilities,
@@ -187,7 +188,7 @@ def sizes_message(facts: ModelFacts) -> common_pb2.ModelSizes:
 
 
 def guarantee_messages(guarantees: Iterable[Guarantee]) -> list[common_pb2.Guarantee]:
-    """Measured properties of a model with their tolerances."""
+    """Encode measured properties of a model."""
     return [
         common_pb2.Guarantee(
             name=g.name, measured_error=g.measured_error, tolerance=g.tolerance, held=g.held
@@ -197,12 +198,12 @@ def guarantee_messages(guarantees: Iterable[Guarantee]) -> list[common_pb2.Guara
 
 
 def time_messages(times: Iterable[StageTime]) -> list[common_pb2.StageTime]:
-    """Seconds by stage."""
+    """Encode the seconds of each stage."""
     return [common_pb2.StageTime(stage=time.stage, seconds=time.seconds) for time in times]
 
 
 def tensor_message(array: Floats) -> common_pb2.Tensor:
-    """A float32 array, little-endian and row-major."""
+    """Encode a float32 array, little-endian and row-major."""
     return common_pb2.Tensor(
         data_type=common_pb2.DATA_TYPE_FLOAT32,
         shape=array.shape,
@@ -211,7 +212,7 @@ def tensor_message(array: Floats) -> common_pb2.Tensor:
 
 
 def model_message(status: ModelStatus) -> models_pb2.Model:
-    """Sizes and provenance only once the model is loaded."""
+    """Encode a model's status; sizes and provenance are set when the model is loaded."""
     message = models_pb2.Model(
         name=status.name,
         state=models_pb2.Model.State.ValueType(status.state),
@@ -227,7 +228,7 @@ def model_message(status: ModelStatus) -> models_pb2.Model:
 def estimate_message(
     estimate: Estimate[Any], exceeded: Iterable[LimitExceeded]
 ) -> cost_pb2.EstimateCostResponse:
-    """Encode an estimate; `exceeded` are the limits that it exceeds."""
+    """Encode an estimate; `exceeded` are the errors for the limits that it exceeds."""
     limit = next((error.limit for error in exceeded), "")
     return cost_pb2.EstimateCostResponse(
         projected_vectors=estimate.demand.vectors,
@@ -243,7 +244,7 @@ def estimate_message(
 def project_response(
     table: ProjectionTable, provenance: Provenance, read_token: ReadToken
 ) -> lens_pb2.ProjectResponse:
-    """One projection a vector, empty for a zero vector, and the texts of all tokens named."""
+    """Encode one projection per vector, empty for a zero vector, and the texts of all tokens."""
     read: list[Any] = [projection or {} for projection in projections(table)]
     return lens_pb2.ProjectResponse(
         projections=read,
@@ -255,7 +256,7 @@ def project_response(
 def preview_edit_response(
     preview: EditPreview, read_token: ReadToken
 ) -> edits_pb2.PreviewEditResponse:
-    """Effects, and the texts of every token that they name."""
+    """Encode the effects of an edit, and the texts of all tokens."""
     named = {
         token_id
         for effect in (preview.edited, *preview.probes)
@@ -276,7 +277,7 @@ def _effect(effect: Effect) -> edits_pb2.Effect:
 def find_neurons_response(
     found: FoundNeurons, next_page_token: str, read_token: ReadToken
 ) -> neurons_pb2.FindNeuronsResponse:
-    """One page, with the texts of every token that it names."""
+    """Encode one page of neurons, and the texts of all tokens."""
     named = chain([found.token.id], *named_tokens(found.projections))
     return neurons_pb2.FindNeuronsResponse(
         neurons=_hits(found),

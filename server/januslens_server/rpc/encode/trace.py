@@ -1,4 +1,4 @@
-"""The events of a Trace as messages."""
+"""Encode the events of a Trace as messages."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from januslens_server.rpc.encode.messages import (
 
 
 class TraceEncoder:
-    """Encodes one stream: numbers its messages and sends every token's text once."""
+    """Encodes one stream; numbers its messages and sends the text of each token once."""
 
     def __init__(self, request_id: str, read_token: ReadToken) -> None:
-        """`read_token` looks a vocabulary id up."""
+        """`read_token` returns the token with a vocabulary id."""
         self._request_id = request_id
         self._texts = TokenTexts(read_token)
         self._sequence = itertools.count()
 
     def encode(self, event: TraceEvent) -> Iterator[trace_pb2.TraceResponse]:
-        """The messages of one event, in the order in which they must be sent."""
+        """Yield the messages of one event, in the order in which they must be sent."""
         if isinstance(event, TraceHeader):
             yield trace_pb2.TraceResponse(sequence=next(self._sequence), header=self._header(event))
         elif isinstance(event, TraceSummary):
@@ -62,7 +62,7 @@ class TraceEncoder:
         )
 
     def _layer(self, graph: LayerGraph) -> list[trace_pb2.TraceResponse]:
-        """Nodes, then edges: an edge never comes before its ends."""
+        """Encode a layer, nodes first, so that no edge is sent before its nodes."""
         responses: list[trace_pb2.TraceResponse] = []
 
         def new() -> trace_pb2.LayerGraph:
