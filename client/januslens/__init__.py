@@ -14,6 +14,7 @@ from januslens import _notebook as _notebook  # registers the HTML of results fo
 from januslens._connection import ResponseHook
 from januslens.aio import AsyncClient, AsyncEventStream
 from januslens.arguments import (
+    Chat,
     DescentStep,
     Edit,
     ForwardShift,
@@ -21,6 +22,7 @@ from januslens.arguments import (
     Layers,
     LogitDifference,
     Loss,
+    Messages,
     NegativeLogLikelihood,
     Positions,
     Probe,
@@ -47,6 +49,7 @@ from januslens.errors import (
     ModelFailed,
     ModelLoading,
     ModelNotFound,
+    NoChatTemplate,
     NotFinite,
     NotFound,
     OutOfMemory,
@@ -118,6 +121,7 @@ __all__ = [
     "AsyncClient",
     "AsyncEventStream",
     "Cancelled",
+    "Chat",
     "Client",
     "Component",
     "CostEstimate",
@@ -156,6 +160,7 @@ __all__ = [
     "Loss",
     "Matrix",
     "MatrixKind",
+    "Messages",
     "Model",
     "ModelFailed",
     "ModelLoading",
@@ -165,6 +170,7 @@ __all__ = [
     "NegativeLogLikelihood",
     "NeuronChange",
     "NeuronHit",
+    "NoChatTemplate",
     "Node",
     "NodeKind",
     "NormEffect",

@@ -15,12 +15,14 @@ from januslens.arguments import (
     Edit,
     Layers,
     Loss,
+    Messages,
     NegativeLogLikelihood,
     Positions,
     Probe,
     Prompt,
     SubjectLike,
     TargetLike,
+    chat_message,
     checked_text,
     count,
     finite_number,
@@ -38,13 +40,14 @@ from januslens.arguments import (
 from januslens.results.kinds import LENSES, NODE_KINDS, Lens, MatrixKind, NodeKind
 from januslens.results.trace import Trace
 from januslens.results.vectors import Tensor, tensor_message
-from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, neurons_pb2, trace_pb2
+from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, models_pb2, neurons_pb2, trace_pb2
 
 
 def trace_request(  # noqa: PLR0913 - by keyword
-    prompt: Prompt,
+    prompt: Prompt | None = None,
     target: TargetLike | None = None,
     *,
+    messages: Messages | None = None,
     layers: Layers | None = None,
     positions: Positions | None = None,
     heads: int | None = None,
@@ -67,7 +70,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
     return trace_pb2.TraceRequest(
         model=checked_text(model, "model"),
         revision=checked_text(revision, "revision"),
-        input=input_message(prompt),
+        input=input_message(prompt, messages),
         target=None if target is None else target_message(target),
         layers=layer_numbers(layers),
         positions=numbers,
@@ -156,9 +159,10 @@ def _overview_kinds(cells: int) -> tuple[NodeKind, ...]:
 
 
 def gradient_lens_request(  # noqa: PLR0913 - by keyword
-    prompt: Prompt,
+    prompt: Prompt | None = None,
     target: TargetLike | None = None,
     *,
+    messages: Messages | None = None,
     loss: Loss | None = None,
     matrices: Iterable[MatrixKind | str] | None = None,
     layers: Layers | None = None,
@@ -179,7 +183,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
     request = gradient_lens_pb2.GradientLensRequest(
         model=checked_text(model, "model"),
         revision=checked_text(revision, "revision"),
-        input=input_message(prompt),
+        input=input_message(prompt, messages),
         matrices=matrix_numbers(matrices),
         layers=layer_numbers(layers),
         top_k=optional_count(top_k, "top_k"),
@@ -301,3 +305,25 @@ def next_page_request(
 
 def _page_size(left: int | None) -> int:
     return _PAGE if left is None else min(left, _PAGE)
+
+
+def tokenize_request(
+    text: str | None = None,
+    *,
+    messages: Messages | None = None,
+    special_tokens: bool = False,
+    literal: bool = False,
+    model: str = "",
+) -> models_pb2.TokenizeRequest:
+    """Build the request of `AsyncClient.tokenize`."""
+    if (text is None) == (messages is None):
+        raise ValueError("give either a text or messages")
+    if messages is not None and (special_tokens or literal):
+        raise ValueError("special_tokens and literal do not apply to messages; leave them out")
+    return models_pb2.TokenizeRequest(
+        model=checked_text(model, "model"),
+        text=checked_text(text or "", "text"),
+        with_special_tokens=special_tokens,
+        literal=literal,
+        chat=None if messages is None else chat_message(messages),
+    )

@@ -6,7 +6,7 @@ depends on the model, such as layer numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,7 +35,26 @@ class Text:
     literal: bool = False
 
 
-Prompt = str | Text | Sequence[int]
+@dataclass(frozen=True)
+class Chat:
+    """A conversation, rendered by the chat template of the model's tokenizer.
+
+    Pass it in place of a prompt, or as `messages`, for example
+    `client.trace(messages=[{"role": "user", "content": "Hi"}])`. A plain list of messages means
+    `Chat(messages)`.
+
+    Attributes:
+        messages: Messages with `role` and `content`, in order. Control tokens in contents are
+            ordinary text.
+        continue_final_message: The model continues the last message instead of beginning the next.
+    """
+
+    messages: Sequence[Mapping[str, str]]
+    continue_final_message: bool = False
+
+
+Messages = Chat | Sequence[Mapping[str, str]]
+Prompt = str | Text | Chat | Sequence[int]
 TargetLike = str | Text | int | Sequence[int]
 Layers = int | slice | Iterable[int]
 Positions = int | Iterable[int] | Literal["all"]
@@ -46,13 +65,22 @@ _INT32 = 2**31
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-def input_message(prompt: Prompt) -> common_pb2.Input:
+def input_message(prompt: Prompt | None, messages: Messages | None = None) -> common_pb2.Input:
     """Build the message for a prompt; texts get special tokens, token ids are used as they are.
 
     Raises:
-        TypeError: The prompt is neither a text nor token ids.
-        ValueError: There are no token ids, or one is negative.
+        TypeError: The prompt is neither a text nor token ids nor a conversation.
+        ValueError: There are no token ids or messages, a token id is negative, or `prompt` and
+            `messages` are both given or both missing.
     """
+    if messages is not None:
+        if prompt is not None:
+            raise ValueError("prompt and messages are both given; give only one of them")
+        return common_pb2.Input(chat=chat_message(messages))
+    if prompt is None:
+        raise ValueError("no prompt and no messages given; give one of them")
+    if isinstance(prompt, Chat):
+        return common_pb2.Input(chat=chat_message(prompt))
     if isinstance(prompt, str):  # may be empty: the tokenizer may add BOS
         return common_pb2.Input(prompt=checked_text(prompt, "prompt"))
     if isinstance(prompt, Text):
@@ -63,6 +91,32 @@ def input_message(prompt: Prompt) -> common_pb2.Input:
         )
     ids = _several(prompt, "prompt", "text or token ids")
     return common_pb2.Input(token_ids=token_ids(ids, "prompt"))
+
+
+_MESSAGE_KEYS = {"role", "content"}
+
+
+def chat_message(messages: Messages) -> common_pb2.Chat:
+    """Build the message for a conversation.
+
+    Raises:
+        TypeError: The messages are not a list of mappings from `role` and `content` to texts.
+        ValueError: There are no messages, or one has other keys.
+    """
+    chat = messages if isinstance(messages, Chat) else Chat(messages)
+    if isinstance(chat.messages, (str, bytes, Mapping)) or not isinstance(chat.messages, Iterable):
+        raise TypeError(f"invalid messages {chat.messages!r}; expected a list of messages")
+    built = common_pb2.Chat(continue_final_message=chat.continue_final_message)
+    for i, message in enumerate(chat.messages):
+        name = f"messages[{i}]"
+        if not isinstance(message, Mapping):
+            raise TypeError(f"invalid {name} {message!r}; expected a mapping with role and content")
+        if set(message) != _MESSAGE_KEYS:
+            raise ValueError(f"{name} has the keys {sorted(message)}; expected role and content")
+        role, content = (checked_text(message[key], f"{name}.{key}") for key in ("role", "content"))
+        built.messages.add(role=role, content=content)
+    _require_some(built.messages, "messages", "message")
+    return built
 
 
 def target_message(target: TargetLike, name: str = "target") -> common_pb2.Target:

@@ -26,6 +26,7 @@ from januslens._requests import (
     overview_request,
     preview_edit_request,
     project_request,
+    tokenize_request,
     trace_request,
 )
 from januslens._resuming import ResumableCall, ResumableStream
@@ -33,12 +34,12 @@ from januslens.arguments import (
     Edit,
     Layers,
     Loss,
+    Messages,
     Positions,
     Probe,
     Prompt,
     SubjectLike,
     TargetLike,
-    checked_text,
 )
 from januslens.assemblers import (
     Assembler,
@@ -189,9 +190,10 @@ class Client:
 
     def trace(  # noqa: PLR0913 - by keyword
         self,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
         target: TargetLike | None = None,
         *,
+        messages: Messages | None = None,
         layers: Layers | None = None,
         positions: Positions | None = None,
         heads: int | None = None,
@@ -217,6 +219,8 @@ class Client:
             target: The token whose rank every projection reports: text of one token, in which a
                 leading space counts, or a token id. None = the model's own next token at each
                 position.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
             layers: Layers to send, from 0; None = all.
             positions: Query positions, negative from the end, or `"all"`; None = the last one.
             heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
@@ -248,6 +252,7 @@ class Client:
         stream = self.stream_trace(
             prompt,
             target,
+            messages=messages,
             layers=layers,
             positions=positions,
             heads=heads,
@@ -271,9 +276,10 @@ class Client:
 
     def stream_trace(  # noqa: PLR0913 - by keyword
         self,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
         target: TargetLike | None = None,
         *,
+        messages: Messages | None = None,
         layers: Layers | None = None,
         positions: Positions | None = None,
         heads: int | None = None,
@@ -299,6 +305,8 @@ class Client:
             target: The token whose rank every projection reports: text of one token, in which a
                 leading space counts, or a token id. None = the model's own next token at each
                 position.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
             layers: Layers to send, from 0; None = all.
             positions: Query positions, negative from the end, or `"all"`; None = the last one.
             heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
@@ -332,6 +340,7 @@ class Client:
         request = trace_request(
             prompt,
             target,
+            messages=messages,
             layers=layers,
             positions=positions,
             heads=heads,
@@ -353,9 +362,10 @@ class Client:
 
     def estimate_trace(  # noqa: PLR0913 - by keyword
         self,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
         target: TargetLike | None = None,
         *,
+        messages: Messages | None = None,
         layers: Layers | None = None,
         positions: Positions | None = None,
         heads: int | None = None,
@@ -381,6 +391,8 @@ class Client:
             target: The token whose rank every projection reports: text of one token, in which a
                 leading space counts, or a token id. None = the model's own next token at each
                 position.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
             layers: Layers to send, from 0; None = all.
             positions: Query positions, negative from the end, or `"all"`; None = the last one.
             heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
@@ -411,6 +423,7 @@ class Client:
         request = trace_request(
             prompt,
             target,
+            messages=messages,
             layers=layers,
             positions=positions,
             heads=heads,
@@ -464,9 +477,10 @@ class Client:
 
     def gradient_lens(  # noqa: PLR0913 - by keyword
         self,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
         target: TargetLike | None = None,
         *,
+        messages: Messages | None = None,
         loss: Loss | None = None,
         matrices: Iterable[MatrixKind | str] | None = None,
         layers: Layers | None = None,
@@ -492,6 +506,8 @@ class Client:
             prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
             target: The target of the loss `-log p(target | prompt)`: text, in which a leading space
                 counts, one token id or several. Pass either `target` or `loss`.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
             loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
             matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
                 and UP.
@@ -522,6 +538,7 @@ class Client:
         stream = self.stream_gradient_lens(
             prompt,
             target,
+            messages=messages,
             loss=loss,
             matrices=matrices,
             layers=layers,
@@ -544,9 +561,10 @@ class Client:
 
     def stream_gradient_lens(  # noqa: PLR0913 - by keyword
         self,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
         target: TargetLike | None = None,
         *,
+        messages: Messages | None = None,
         loss: Loss | None = None,
         matrices: Iterable[MatrixKind | str] | None = None,
         layers: Layers | None = None,
@@ -570,6 +588,8 @@ class Client:
             prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
             target: The target of the loss `-log p(target | prompt)`: text, in which a leading space
                 counts, one token id or several. Pass either `target` or `loss`.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
             loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
             matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
                 and UP.
@@ -602,6 +622,7 @@ class Client:
         request = gradient_lens_request(
             prompt,
             target,
+            messages=messages,
             loss=loss,
             matrices=matrices,
             layers=layers,
@@ -622,9 +643,10 @@ class Client:
 
     def estimate_gradient_lens(  # noqa: PLR0913 - by keyword
         self,
-        prompt: Prompt,
+        prompt: Prompt | None = None,
         target: TargetLike | None = None,
         *,
+        messages: Messages | None = None,
         loss: Loss | None = None,
         matrices: Iterable[MatrixKind | str] | None = None,
         layers: Layers | None = None,
@@ -648,6 +670,8 @@ class Client:
             prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
             target: The target of the loss `-log p(target | prompt)`: text, in which a leading space
                 counts, one token id or several. Pass either `target` or `loss`.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
             loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
             matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
                 and UP.
@@ -677,6 +701,7 @@ class Client:
         request = gradient_lens_request(
             prompt,
             target,
+            messages=messages,
             loss=loss,
             matrices=matrices,
             layers=layers,
@@ -827,17 +852,20 @@ class Client:
 
     def tokenize(
         self,
-        text: str,
+        text: str | None = None,
         *,
+        messages: Messages | None = None,
         special_tokens: bool = False,
         literal: bool = False,
         model: str = "",
         timeout: float | None = None,
     ) -> Tokens:
-        """Tokenize a text, and return the characters that each token covers.
+        """Tokenize a text or a conversation, and return the characters that each token covers.
 
         Args:
             text: The text.
+            messages: A conversation instead of a text: messages with `role` and `content`, or a
+                `Chat`. Tokens of contents have the index of their message.
             special_tokens: Add the tokenizer's special tokens, as in a prompt. Targets have none.
             literal: Read characters that spell a control token as ordinary text.
             model: The model's name; may be empty if only one is loaded.
@@ -848,11 +876,8 @@ class Client:
             ValueError: An argument has a value that no server accepts.
             JanuslensError: The call failed; `januslens.errors` has the types.
         """
-        request = models_pb2.TokenizeRequest(
-            model=checked_text(model, "model"),
-            text=checked_text(text, "text"),
-            with_special_tokens=special_tokens,
-            literal=literal,
+        request = tokenize_request(
+            text, messages=messages, special_tokens=special_tokens, literal=literal, model=model
         )
         response = self._send("Tokenize", request, timeout)
         return Tokens(Token.from_message(token) for token in response.tokens)

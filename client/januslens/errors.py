@@ -8,6 +8,7 @@ The tree, with the `reason` or the gRPC status of each::
     |   `-- ModelNotFound       MODEL_NOT_FOUND
     |-- FailedPrecondition      FAILED_PRECONDITION
     |   |-- ModelFailed         MODEL_FAILED: it did not load, or failed its self-check
+    |   |-- NoChatTemplate      NO_CHAT_TEMPLATE: send the conversation as text
     |   `-- NotFinite           NOT_FINITE: the model overflows on this prompt
     |-- Unavailable             UNAVAILABLE: no server answered
     |   |-- ModelLoading        MODEL_LOADING
@@ -150,6 +151,10 @@ class ModelFailed(FailedPrecondition):
     """The model did not load, or did not pass its self-check."""
 
 
+class NoChatTemplate(FailedPrecondition):
+    """The model's tokenizer has no chat template, or one that the server cannot use."""
+
+
 class NotFinite(FailedPrecondition):
     """The model's activations or gradients for this prompt are infinite or NaN."""
 
@@ -253,6 +258,7 @@ BY_REASON: Mapping[str, type[JanuslensError]] = {
     "UNAUTHENTICATED": Unauthenticated,
     "PERMISSION_DENIED": PermissionDenied,
     "MODEL_FAILED": ModelFailed,
+    "NO_CHAT_TEMPLATE": NoChatTemplate,
     "MODEL_LOADING": ModelLoading,
     "SERVER_DRAINING": ServerDraining,
     "LIMIT_EXCEEDED": LimitExceeded,

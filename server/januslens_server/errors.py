@@ -9,6 +9,7 @@ The class tree::
     |-- Unauthenticated         no valid token
     |-- PermissionDenied        outside the caller's scope
     |-- ModelFailed             the model did not load or failed its self-check
+    |-- NoChatTemplate          the tokenizer has no usable chat template
     |-- TryLater                the request may be repeated unchanged
     |   |-- ModelLoading
     |   |-- ServerDraining
@@ -111,6 +112,12 @@ class ModelFailed(IntrospectionError):
     """The model did not load or failed its self-check."""
 
     reason = "MODEL_FAILED"
+
+
+class NoChatTemplate(IntrospectionError):
+    """The model's tokenizer has no chat template, or one that the server cannot render."""
+
+    reason = "NO_CHAT_TEMPLATE"
 
 
 class TryLater(IntrospectionError):

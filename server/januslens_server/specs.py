@@ -56,8 +56,33 @@ class Text:
     literal: bool = False
 
 
+@dataclass(frozen=True)
+class ChatMessage:
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as a prompt: the model continues the last message or begins the next one."""
+
+    messages: tuple[ChatMessage, ...]
+    continue_final_message: bool = False
+
+
 # A prompt; a plain string means `Text(string)`.
-Prompt = str | Text | tuple[int, ...]
+Prompt = str | Text | Chat | tuple[int, ...]
+
+
+def loggable(prompt: Prompt) -> object:
+    """Return a prompt as a value for the log."""
+    if isinstance(prompt, Chat):
+        return [(message.role, message.content) for message in prompt.messages]
+    return prompt.text if isinstance(prompt, Text) else prompt
+
+
 # A target; a plain string means `Text(string)`.
 Target = str | Text | tuple[int, ...]
 

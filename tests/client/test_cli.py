@@ -120,7 +120,7 @@ def test_every_option_is_an_argument_of_the_verb(
 
     connection = {"server", "token", "secure", "timeout", "as_json", "resume"}
     connection |= {"root_certificates", "client_certificate", "client_key"}
-    connection |= {"literal", "no_special_tokens"}  # parts of the prompt
+    connection |= {"literal", "no_special_tokens", "system", "user", "assistant"}  # of the prompt
     options = {parameter.name for parameter in command.params} - own - connection
     assert options <= set(inspect.signature(verb).parameters)  # type: ignore[arg-type]
 

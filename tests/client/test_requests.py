@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from januslens import (
+    Chat,
     Client,
     DescentStep,
     ForwardShift,
@@ -49,6 +50,39 @@ def test_text_and_token_ids_are_distinguished() -> None:
     assert list(trace("x", 7).target.token_ids.ids) == [7]
     assert list(trace("x", np.int64(7)).target.token_ids.ids) == [7]
     assert list(trace(np.array([1, 2]), [7]).input.token_ids.ids) == [1, 2]
+
+
+def test_messages_are_sent_as_a_chat_wherever_a_prompt_is_taken() -> None:
+    said = [{"role": "user", "content": "Hi"}]
+    request = trace(messages=said)
+    assert [(m.role, m.content) for m in request.input.chat.messages] == [("user", "Hi")]
+    assert request.input.WhichOneof("input") == "chat"
+    assert trace(Chat(said)) == request
+    assert gradient(messages=said, target="x").input == request.input
+    assert preview(Chat(said), "x", ForwardShift(0, 1.0)).input == request.input
+    continued = trace(messages=Chat(said, continue_final_message=True))
+    assert continued.input.chat.continue_final_message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "messages", "error", "words"),
+    [
+        (None, None, ValueError, "no prompt and no messages given"),
+        ("x", [{"role": "user", "content": "y"}], ValueError, "both given"),
+        (None, [], ValueError, "messages is empty"),
+        (None, "Hi", TypeError, "expected a list of messages"),
+        (None, ["Hi"], TypeError, r"messages\[0\]"),
+        (None, [{"role": "user"}], ValueError, "expected role and content"),
+        (None, [{"role": "user", "content": "y", "name": "z"}], ValueError, "expected role"),
+        (None, [{"role": "user", "content": ["y"]}], TypeError, r"messages\[0\]\.content"),
+        (None, [{"role": "user", "content": "\udc80"}], ValueError, "lone surrogate"),
+    ],
+)
+def test_invalid_messages_are_refused_before_they_are_sent(
+    prompt: object, messages: object, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        trace(prompt, messages=messages)
 
 
 def test_empty_prompt_is_sent_to_the_server() -> None:

@@ -24,6 +24,7 @@ ANSWERS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.FAILED_PRECONDITION,  # a conversation: the demo has no chat template
     grpc.StatusCode.UNIMPLEMENTED,
 }
 

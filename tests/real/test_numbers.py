@@ -11,13 +11,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from januslens_server.models.chat import ChatTemplate
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import LayerGraph, MatrixKind, NodeKind, TraceHeader, TraceSummary
-from januslens_server.specs import GradientLensSpec, LensSpec, NegativeLogLikelihood, TraceSpec
+from januslens_server.specs import (
+    Chat,
+    ChatMessage,
+    GradientLensSpec,
+    LensSpec,
+    NegativeLogLikelihood,
+    TraceSpec,
+)
 from tests.real.checkpoints import GEMMA, SMOLLM
 from tests.reference.gradients import log_probabilities, run_gradient
 
@@ -55,6 +64,43 @@ def published(request: pytest.FixtureRequest) -> Published:
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     return Published(folder, load(ModelSource(folder.name, str(folder))), plain.eval())
+
+
+# In the form of the model's published template.
+GEMMA_TURNS = """{{ bos_token }}{% for message in messages -%}
+{% set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+{{ '<start_of_turn>' + role + '\n' + (message['content'] | trim) + '<end_of_turn>\n' }}
+{%- endfor -%}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
+SAID = ["Where is the Eiffel Tower?", "In Paris.\n\n", "  Grüße 👋🏽, `x < y` \n and היום?"]
+
+
+@pytest.mark.parametrize("continues", [False, True])
+def test_conversations_have_the_ids_of_transformers(published: Published, continues: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(published.folder)
+    vocabulary = published.resident.vocabulary
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = GEMMA_TURNS
+        template = ChatTemplate(GEMMA_TURNS, {"bos_token": tokenizer.bos_token})
+        vocabulary = Vocabulary(tokenizer.backend_tokenizer, chat=template)
+    said = [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(SAID[:2] if continues else SAID)
+    ]
+    ids = tokenizer.apply_chat_template(
+        said,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        return_dict=False,
+    )
+    chat = Chat(tuple(ChatMessage(**message) for message in said), continues)
+    tokens = vocabulary.encode_chat(chat)
+    assert [token.id for token in tokens] == ids
+    control = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    markup = "".join(tokenizer.convert_ids_to_tokens([i for i in ids if i in control]))
+    spelled = Chat((ChatMessage("user", markup),))
+    inside = [token for token in vocabulary.encode_chat(spelled) if token.message == 0]
+    assert b"".join(token.raw for token in inside).decode() == markup
+    assert not {token.id for token in inside} & control
 
 
 def test_self_check_holds(published: Published) -> None:

@@ -131,7 +131,7 @@ def gradient(  # noqa: PLR0913 - an option each
     as_json: bool,
     /,
     *,
-    prompt: arguments.Text,
+    prompt: arguments.Text | arguments.Chat,
     rows: int,
     preview: bool,
     shift: int | None,
@@ -158,7 +158,8 @@ def gradient(  # noqa: PLR0913 - an option each
         result = _followed(stream, progress)
     if not as_json:
         show_gradient(result, console(), rows)
-    watched = [Probe(replace(prompt, text=probe), label=probe) for probe in probes]
+    plain = arguments.Text("") if isinstance(prompt, arguments.Chat) else prompt
+    watched = [Probe(replace(plain, text=probe), label=probe) for probe in probes]
     previews: dict[str, EditPreview] = {}
     for title, edit in edits.items():
         previews[title] = client.preview_edit(

@@ -13,12 +13,15 @@ from rich.table import Table
 from rich.text import Text
 
 from januslens import _presentation as presentation
+from januslens.arguments import Chat
 from januslens.cli.options import (
     COUNT,
+    given,
     layer_list,
     lens_option,
     model_option,
     usage_errors,
+    with_chat,
     with_client,
 )
 from januslens.cli.tables import (
@@ -92,25 +95,37 @@ def _checks(model: Model) -> Text:
 
 
 @click.command()
-@click.argument("text")
+@click.argument("text", required=False)
 @click.option(
     "--special-tokens", is_flag=True, help="Read TEXT as a prompt, with tokens such as BOS."
 )
 @click.option("--literal", is_flag=True, help="Read control tokens in TEXT as ordinary text.")
 @model_option
 @with_client
+@with_chat
 def tokenize(
-    client: Client, as_json: bool, /, *, text: str, special_tokens: bool, literal: bool, model: str
+    client: Client, as_json: bool, /, *, text: str | None, chat: Chat | None, **options: Any
 ) -> None:
-    """Show the tokens of TEXT, by position."""
+    """Show the tokens of TEXT or of a conversation, by position."""
+    given(text, chat, "TEXT")
     with usage_errors():
-        tokens = client.tokenize(text, special_tokens=special_tokens, literal=literal, model=model)
+        tokens = client.tokenize(text, messages=chat, **options)
     if as_json:
         return
-    grid = table(">position", ">id", "token", "bytes", ">characters")
+    columns = [">position", ">id", "token", "bytes", ">characters"]
+    grid = table(*columns, *([] if chat is None else [">message"]))
     for position, token in enumerate(tokens):
         characters = "" if token.start is None else f"{token.start}-{token.end}"
-        grid.add_row(str(position), str(token.id), Text(str(token)), token.raw.hex(" "), characters)
+        cells: list[str | Text] = [
+            str(position),
+            str(token.id),
+            Text(str(token)),
+            token.raw.hex(" "),
+            characters,
+        ]
+        if chat is not None:
+            cells.append("" if token.message is None else str(token.message))
+        grid.add_row(*cells)
     console().print(grid)
 
 

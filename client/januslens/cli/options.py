@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import FrameType
-from typing import Any, Concatenate, Literal, ParamSpec
+from typing import IO, Any, Concatenate, Literal, ParamSpec
 
 import click
 from google.protobuf.message import Message
 
 from januslens._connection import DEFAULT_ADDRESS
-from januslens.arguments import Text
+from januslens.arguments import Chat, Prompt, Text
 from januslens.cli.tables import console, cost_table, file_size
 from januslens.client import Client
 from januslens.errors import JanuslensError
@@ -88,14 +90,125 @@ class Number(click.types.FloatParamType):
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
-def prompt_argument(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the argument PROMPT and the options for tokenizing it to a command."""
+_CHAT_OPTIONS = (
+    click.option("--system", metavar="TEXT", help="System message of a conversation."),
+    click.option(
+        "--user",
+        metavar="TEXT",
+        multiple=True,
+        help="User message of a conversation, instead of PROMPT (repeatable).",
+    ),
+    click.option(
+        "--assistant",
+        metavar="TEXT",
+        multiple=True,
+        help="Answer to the --user at the same place; the model continues the last one if no "
+        "--user follows (repeatable).",
+    ),
+    click.option(
+        "--messages",
+        type=click.File(encoding="utf-8"),
+        metavar="FILE",
+        help="Conversation as a JSON list of objects with role and content; - = standard input.",
+    ),
+)
+
+
+def with_chat(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options of a conversation to a command, which receives it as `chat`, or None."""
 
     @functools.wraps(command)
-    def run(*args: Any, prompt: str, no_special_tokens: bool, literal: bool, **kwargs: Any) -> None:
-        command(*args, prompt=Text(prompt, not no_special_tokens, literal), **kwargs)
+    def run(
+        *args: Any,
+        system: str | None,
+        user: tuple[str, ...],
+        assistant: tuple[str, ...],
+        messages: IO[str] | None,
+        **kwargs: Any,
+    ) -> None:
+        chat = _turns(system, user, assistant)
+        if messages is not None:
+            if chat is not None:
+                raise click.UsageError(
+                    "--messages is given beside --system, --user or --assistant; give only one",
+                    click.get_current_context(),
+                )
+            chat = _read_messages(messages)
+        command(*args, chat=chat, **kwargs)
 
     decorated: Callable[..., None] = run
+    for option in reversed(_CHAT_OPTIONS):
+        decorated = option(decorated)
+    return decorated
+
+
+def _turns(system: str | None, user: Sequence[str], assistant: Sequence[str]) -> Chat | None:
+    """Alternate the messages of the user and the answers."""
+    if not (user or assistant):
+        if system is not None:
+            message = "--system is given without --user; give both"
+            raise click.UsageError(message, click.get_current_context())
+        return None
+    if not len(user) - 1 <= len(assistant) <= len(user):
+        raise click.UsageError(
+            f"got {len(user)} --user and {len(assistant)} --assistant; expected them to alternate",
+            click.get_current_context(),
+        )
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for asked, answer in zip_longest(user, assistant):
+        messages.append({"role": "user", "content": asked})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+    return Chat(messages, continue_final_message=len(assistant) == len(user))
+
+
+def _read_messages(file: IO[str]) -> Chat:
+    """Read a conversation; a file that is no JSON list is a usage error."""
+    try:
+        messages = json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        message = f"{file.name} is not valid JSON: {error}"
+        raise click.UsageError(message, click.get_current_context()) from error
+    if not isinstance(messages, list):
+        message = f"{file.name} is not a list of messages; expected objects with role and content"
+        raise click.UsageError(message, click.get_current_context())
+    return Chat(messages)
+
+
+def given(text: str | None, chat: Chat | None, name: str) -> None:
+    """Refuse a text together with a conversation, and neither of them.
+
+    Raises:
+        click.UsageError: Both or none were given.
+    """
+    if text is None and chat is None:
+        message = f"Missing argument '{name}'; give it, or a conversation with --user"
+        raise click.UsageError(message, click.get_current_context())
+    if text is not None and chat is not None:
+        message = f"{name} and a conversation are both given; give only one of them"
+        raise click.UsageError(message, click.get_current_context())
+
+
+def prompt_argument(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the argument PROMPT, the options for tokenizing it, and those of a conversation."""
+
+    @functools.wraps(command)
+    def run(
+        *args: Any,
+        prompt: str | None,
+        chat: Chat | None,
+        no_special_tokens: bool,
+        literal: bool,
+        **kwargs: Any,
+    ) -> None:
+        given(prompt, chat, "PROMPT")
+        if chat is not None and (no_special_tokens or literal):
+            message = "--no-special-tokens and --literal do not apply to conversations"
+            raise click.UsageError(message, click.get_current_context())
+        text = Text(prompt or "", not no_special_tokens, literal)
+        command(*args, prompt=chat or text, **kwargs)
+
+    decorated = with_chat(run)
     for option in (
         click.option(
             "--literal", is_flag=True, help="Read control tokens in PROMPT as ordinary text."
@@ -105,7 +218,7 @@ def prompt_argument(command: Callable[..., None]) -> Callable[..., None]:
             is_flag=True,
             help="Do not add special tokens such as BOS to PROMPT.",
         ),
-        click.argument("prompt"),
+        click.argument("prompt", required=False),
     ):
         decorated = option(decorated)
     return decorated
@@ -306,7 +419,7 @@ estimate_option = click.option(
 
 
 def show_estimate(
-    ask: Callable[..., CostEstimate], as_json: bool, prompt: Text, asked: Mapping[str, Any]
+    ask: Callable[..., CostEstimate], as_json: bool, prompt: Prompt, asked: Mapping[str, Any]
 ) -> None:
     """Request an estimate with the options in `asked`, and print it."""
     with usage_errors():

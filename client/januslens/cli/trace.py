@@ -93,7 +93,7 @@ def trace(
     as_json: bool,
     /,
     *,
-    prompt: arguments.Text,
+    prompt: arguments.Prompt,
     rows: int,
     details: bool,
     html: Path | None,

@@ -56,6 +56,8 @@ class Token:
         raw: The bytes of the token.
         start: Index of its first character in the tokenized text; None for other tokens.
         end: Index after its last character in the tokenized text; None for other tokens.
+        message: Index of the message of a conversation whose content the token has a part of;
+            `start` and `end` are then characters of that content. None for other tokens.
     """
 
     id: int
@@ -63,6 +65,7 @@ class Token:
     raw: bytes = b""
     start: int | None = None
     end: int | None = None
+    message: int | None = None
 
     @classmethod
     def from_message(cls, message: common_pb2.Token) -> Token:
@@ -73,6 +76,7 @@ class Token:
             message.raw,
             message.start if message.HasField("start") else None,
             message.end if message.HasField("end") else None,
+            message.message if message.HasField("message") else None,
         )
 
     def __str__(self) -> str:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19januslens/v1/common.proto\x12\x0cjanuslens.v1\"P\n\x06Tensor\x12)\n\tdata_type\x18\x01 \x01(\x0e\x32\x16.januslens.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x98\x01\n\x05Input\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.januslens.v1.TokenIdsH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x0f\n\x07literal\x18\x05 \x01(\x08\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"`\n\x06Target\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.januslens.v1.TokenIdsH\x00\x12\x0f\n\x07literal\x18\x03 \x01(\x08\x42\x08\n\x06target\"f\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0b\n\x03raw\x18\x03 \x01(\x0c\x12\x12\n\x05start\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_end\"\xf6\x01\n\nProvenance\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x11\n\tdata_type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x11\n\tattention\x18\x06 \x01(\t\x12\x38\n\x08versions\x18\x07 \x03(\x0b\x32&.januslens.v1.Provenance.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x08\x10\tR\nbatch_size\"b\n\nModelSizes\x12\x10\n\x08n_layers\x18\x01 \x01(\r\x12\x0f\n\x07n_heads\x18\x02 \x01(\r\x12\r\n\x05\x64_mlp\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0e\n\x06\x64_head\x18\x05 \x01(\r\"+\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"R\n\tGuarantee\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0emeasured_error\x18\x02 \x01(\x02\x12\x11\n\ttolerance\x18\x03 \x01(\x02\x12\x0c\n\x04held\x18\x04 \x01(\x08*\x80\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19januslens/v1/common.proto\x12\x0cjanuslens.v1\"P\n\x06Tensor\x12)\n\tdata_type\x18\x01 \x01(\x0e\x32\x16.januslens.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xbc\x01\n\x05Input\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.januslens.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.januslens.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x0f\n\x07literal\x18\x05 \x01(\x08\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"S\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.januslens.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"`\n\x06Target\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.januslens.v1.TokenIdsH\x00\x12\x0f\n\x07literal\x18\x03 \x01(\x08\x42\x08\n\x06target\"\x88\x01\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0b\n\x03raw\x18\x03 \x01(\x0c\x12\x12\n\x05start\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x07message\x18\x06 \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_endB\n\n\x08_message\"\xf6\x01\n\nProvenance\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x11\n\tdata_type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x11\n\tattention\x18\x06 \x01(\t\x12\x38\n\x08versions\x18\x07 \x03(\x0b\x32&.januslens.v1.Provenance.VersionsEntry\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x08\x10\tR\nbatch_size\"b\n\nModelSizes\x12\x10\n\x08n_layers\x18\x01 \x01(\r\x12\x0f\n\x07n_heads\x18\x02 \x01(\r\x12\r\n\x05\x64_mlp\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0e\n\x06\x64_head\x18\x05 \x01(\r\"+\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"R\n\tGuarantee\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0emeasured_error\x18\x02 \x01(\x02\x12\x11\n\ttolerance\x18\x03 \x01(\x02\x12\x0c\n\x04held\x18\x04 \x01(\x08*\x80\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,26 +33,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PROVENANCE_VERSIONSENTRY']._loaded_options = None
   _globals['_PROVENANCE_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_DATATYPE']._serialized_start=986
-  _globals['_DATATYPE']._serialized_end=1114
+  _globals['_DATATYPE']._serialized_start=1188
+  _globals['_DATATYPE']._serialized_end=1316
   _globals['_TENSOR']._serialized_start=43
   _globals['_TENSOR']._serialized_end=123
   _globals['_TOKENIDS']._serialized_start=125
   _globals['_TOKENIDS']._serialized_end=148
   _globals['_INPUT']._serialized_start=151
-  _globals['_INPUT']._serialized_end=303
-  _globals['_TARGET']._serialized_start=305
-  _globals['_TARGET']._serialized_end=401
-  _globals['_TOKEN']._serialized_start=403
-  _globals['_TOKEN']._serialized_end=505
-  _globals['_PROVENANCE']._serialized_start=508
-  _globals['_PROVENANCE']._serialized_end=754
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=689
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=736
-  _globals['_MODELSIZES']._serialized_start=756
-  _globals['_MODELSIZES']._serialized_end=854
-  _globals['_STAGETIME']._serialized_start=856
-  _globals['_STAGETIME']._serialized_end=899
-  _globals['_GUARANTEE']._serialized_start=901
-  _globals['_GUARANTEE']._serialized_end=983
+  _globals['_INPUT']._serialized_end=339
+  _globals['_CHAT']._serialized_start=341
+  _globals['_CHAT']._serialized_end=424
+  _globals['_CHATMESSAGE']._serialized_start=426
+  _globals['_CHATMESSAGE']._serialized_end=470
+  _globals['_TARGET']._serialized_start=472
+  _globals['_TARGET']._serialized_end=568
+  _globals['_TOKEN']._serialized_start=571
+  _globals['_TOKEN']._serialized_end=707
+  _globals['_PROVENANCE']._serialized_start=710
+  _globals['_PROVENANCE']._serialized_end=956
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=891
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=938
+  _globals['_MODELSIZES']._serialized_start=958
+  _globals['_MODELSIZES']._serialized_end=1056
+  _globals['_STAGETIME']._serialized_start=1058
+  _globals['_STAGETIME']._serialized_end=1101
+  _globals['_GUARANTEE']._serialized_start=1103
+  _globals['_GUARANTEE']._serialized_end=1185
 # @@protoc_insertion_point(module_scope)

@@ -183,7 +183,7 @@ Global___Model: _TypeAlias = Model  # noqa: Y015
 
 @_typing.final
 class TokenizeRequest(_message.Message):
-    """Requests the tokens of a text."""
+    """Requests the tokens of a text or of a conversation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -191,16 +191,23 @@ class TokenizeRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     WITH_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     LITERAL_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has."""
     text: _builtins.str
-    """The text. INVALID_ARGUMENT if it is empty."""
+    """The text. INVALID_ARGUMENT if it is empty and there is no `chat`."""
     with_special_tokens: _builtins.bool
     """True: tokenize the text as a prompt, with the tokenizer's special tokens. False: tokenize it as
     a target, like `Target.text`.
     """
     literal: _builtins.bool
     """True: tokenize control tokens as ordinary text, like `Input.literal` and `Target.literal`."""
+    @_builtins.property
+    def chat(self) -> _common_pb2.Chat:
+        """A conversation, tokenized as `Input.chat`. INVALID_ARGUMENT for any other field beside it but
+        `model`.
+        """
+
     def __init__(
         self,
         *,
@@ -208,10 +215,11 @@ class TokenizeRequest(_message.Message):
         text: _builtins.str = ...,
         with_special_tokens: _builtins.bool = ...,
         literal: _builtins.bool = ...,
+        chat: _common_pb2.Chat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["literal", b"literal", "model", b"model", "text", b"text", "with_special_tokens", b"with_special_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "literal", b"literal", "model", b"model", "text", b"text", "with_special_tokens", b"with_special_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -219,7 +227,7 @@ Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
 
 @_typing.final
 class TokenizeResponse(_message.Message):
-    """The tokens of the text."""
+    """The tokens of the text or conversation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -120,8 +120,9 @@ class IntrospectionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Tokenize(self, request, context):
-        """Tokenizes a text: ids, texts and character spans. Never waits for a device. INVALID_ARGUMENT
-        for an empty text.
+        """Tokenizes a text or a conversation: ids, texts and character spans. Never waits for a device.
+        INVALID_ARGUMENT for an empty text; FAILED_PRECONDITION for a conversation if the tokenizer has
+        no usable chat template.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

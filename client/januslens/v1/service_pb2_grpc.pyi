@@ -57,8 +57,9 @@ class IntrospectionServiceStub:
     device. INVALID_ARGUMENT for an unknown page token.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_models_pb2.TokenizeRequest, _models_pb2.TokenizeResponse]
-    """Tokenizes a text: ids, texts and character spans. Never waits for a device. INVALID_ARGUMENT
-    for an empty text.
+    """Tokenizes a text or a conversation: ids, texts and character spans. Never waits for a device.
+    INVALID_ARGUMENT for an empty text; FAILED_PRECONDITION for a conversation if the tokenizer has
+    no usable chat template.
     """
     Project: _grpc.UnaryUnaryMultiCallable[_lens_pb2.ProjectRequest, _lens_pb2.ProjectResponse]
     """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
@@ -115,8 +116,9 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     device. INVALID_ARGUMENT for an unknown page token.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_models_pb2.TokenizeRequest, _models_pb2.TokenizeResponse]  # type: ignore[assignment]
-    """Tokenizes a text: ids, texts and character spans. Never waits for a device. INVALID_ARGUMENT
-    for an empty text.
+    """Tokenizes a text or a conversation: ids, texts and character spans. Never waits for a device.
+    INVALID_ARGUMENT for an empty text; FAILED_PRECONDITION for a conversation if the tokenizer has
+    no usable chat template.
     """
     Project: _aio.UnaryUnaryMultiCallable[_lens_pb2.ProjectRequest, _lens_pb2.ProjectResponse]  # type: ignore[assignment]
     """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
@@ -182,8 +184,9 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _models_pb2.TokenizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_models_pb2.TokenizeResponse, _abc.Awaitable[_models_pb2.TokenizeResponse]]:
-        """Tokenizes a text: ids, texts and character spans. Never waits for a device. INVALID_ARGUMENT
-        for an empty text.
+        """Tokenizes a text or a conversation: ids, texts and character spans. Never waits for a device.
+        INVALID_ARGUMENT for an empty text; FAILED_PRECONDITION for a conversation if the tokenizer has
+        no usable chat template.
         """
 
     @_abc_1.abstractmethod

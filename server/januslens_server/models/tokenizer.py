@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Encoding, Tokenizer, models
 
+from januslens_server.models.chat import ChatTemplate, Content, Rendered
 from januslens_server.results import Token
+from januslens_server.specs import Chat
 
 # Maximum number of cached vocabulary entries, of about 200 bytes each.
 ENTRIES = 2**16
@@ -40,11 +42,17 @@ class _Encoded(NamedTuple):
 class Vocabulary:
     """Encode texts for one model and decode its tokens, with a cache that all requests share."""
 
-    def __init__(self, tokenizer: Tokenizer, control: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        control: Iterable[str] = (),
+        chat: ChatTemplate | None = None,
+    ) -> None:
         """Wrap a tokenizer.
 
         `control` holds texts of control tokens that are in its vocabulary but not added tokens.
         """
+        self._chat = chat or ChatTemplate(None, {})
         self._prompts = tokenizer
         self._prompts.no_truncation()  # tokenizer.json may contain the settings of training
         self._prompts.no_padding()
@@ -92,6 +100,62 @@ class Vocabulary:
         if at_most is not None and len(encoded.ids) > at_most:
             raise TooManyTokens
         return self._tokens(encoded)
+
+    def encode_chat(
+        self, chat: Chat, *, field: str = "chat", at_most: int | None = None
+    ) -> list[Token]:
+        """Tokenize a conversation as the chat template renders it.
+
+        The ids are those of transformers' `apply_chat_template`, unless a content spells control
+        tokens: these are ordinary characters here.
+
+        Raises:
+            InvalidRequest: The messages are invalid; `field` is the path of the conversation.
+            NoChatTemplate: The chat template is missing or cannot be used.
+            TooManyTokens: The conversation has more than `at_most` tokens.
+        """
+        rendered = self._chat.render(chat, self._control.values(), field)
+        if at_most is not None:
+            _refuse_long(self._prompts, rendered.text, at_most)
+        encoded = self._encode_rendered(rendered, at_most)
+        if at_most is not None and len(encoded.ids) > at_most:
+            raise TooManyTokens
+        return _with_messages(self._tokens(encoded), rendered.contents)
+
+    def _encode_rendered(self, rendered: Rendered, at_most: int | None) -> _Encoded:
+        """Encode a rendered conversation, with control tokens only in the template's own text.
+
+        These are found where all contents are replaced by other words. If the contents add none,
+        the text is encoded as it is. Otherwise the texts between them are encoded as literal ones.
+        """
+        text, hidden = rendered.text, _without_contents(rendered)
+        whole, shown = _encoded(self._prompts, [text, hidden])
+        markup = self._control_spans(hidden, shown)
+        if self._control_spans(text, whole) == markup:
+            return whole
+        joined = _Encoded([], [])
+        behind = 0
+        for token_id, (start, end) in [*markup, (None, (len(text), len(text)))]:
+            if between := text[behind:start]:
+                tokenizer = self._continuations if behind else self._literal_prompts
+                part = self._encode(tokenizer, between, at_most, literal=True)
+                joined.ids.extend(part.ids)
+                joined.spans.extend((first + behind, last + behind) for first, last in part.spans)
+            if token_id is not None:
+                joined.ids.append(token_id)
+                joined.spans.append((start, end))
+            behind = end
+        return joined
+
+    def _control_spans(
+        self, text: str, encoded: _Encoded
+    ) -> list[tuple[int | None, tuple[int, int]]]:
+        """The control tokens and bytes that the text spells, with their characters."""
+        return [
+            (token_id, span)
+            for token_id, span in zip(*encoded, strict=True)
+            if self._spells(text[slice(*span)].strip(), token_id)
+        ]
 
     def encode_continuation(
         self, text: str, *, literal: bool = False, at_most: int | None = None
@@ -173,6 +237,40 @@ def _encoded(tokenizer: Tokenizer, texts: list[str]) -> list[_Encoded]:
     """Tokenize as a batch, because only batches release the interpreter's lock."""
     encodings: list[Encoding] = tokenizer.encode_batch(texts, add_special_tokens=False)
     return [_Encoded(list(encoding.ids), list(encoding.offsets)) for encoding in encodings]
+
+
+def _without_contents(rendered: Rendered) -> str:
+    """The text with an x for every character of a content that is not a space."""
+    pieces: list[str] = []
+    behind = 0
+    for content in rendered.contents:
+        pieces.append(rendered.text[behind : content.start])
+        pieces.append(_NO_SPACE.sub("x", rendered.text[content.start : content.end]))
+        behind = content.end
+    return "".join([*pieces, rendered.text[behind:]])
+
+
+_NO_SPACE = re.compile(r"\S")
+
+
+def _with_messages(tokens: list[Token], contents: list[Content]) -> list[Token]:
+    """Give tokens with a part of a content its message, and characters of that content."""
+    following = iter([*contents, None])
+    content = next(following)
+    found = []
+    for token in tokens:
+        start, end = token.start or 0, token.end or 0
+        while content is not None and content.end <= start:
+            content = next(following)
+        if content is None or content.start >= end or start == end:
+            found.append(token._replace(start=None, end=None))
+            continue
+        first = last = None
+        if content.offset is not None:
+            first = max(start - content.start, 0) + content.offset
+            last = min(end, content.end) - content.start + content.offset
+        found.append(token._replace(start=first, end=last, message=content.message))
+    return found
 
 
 def _refuse_long(tokenizer: Tokenizer, text: str, at_most: int) -> None:

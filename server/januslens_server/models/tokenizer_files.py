@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from januslens_server.errors import ModelFailed
+from januslens_server.models.chat import MAX_TEMPLATE, ChatTemplate
 from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.models.vetting import read_json
 
@@ -51,7 +52,28 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         _add_listed_tokens(tokenizer, listed)
     else:
         tokenizer = _gpt2_tokenizer(folder, {**GPT2_SPECIAL, **config, **special_tokens}, listed)
-    return Vocabulary(tokenizer, named)
+    return Vocabulary(tokenizer, named, _chat_template(folder, {**config, **special_tokens}))
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
+    """Read the chat template as transformers finds it, with the special tokens by their names.
+
+    Raises `ModelFailed` if it is too long or no text.
+    """
+    file = folder / "chat_template.jinja"
+    source = file.read_text() if file.is_file() else config.get("chat_template")
+    if isinstance(source, list):  # several by name
+        named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
+        source = named.get("default")
+    if source is not None and not (isinstance(source, str) and len(source) <= MAX_TEMPLATE):
+        raise ModelFailed(f"invalid chat template; expected at most {MAX_TEMPLATE} characters")
+    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+    variables = {
+        key: _added_token(token, special=True).content
+        for key, token in tokens.items()
+        if _is_token(token)
+    }
+    return ChatTemplate(source, variables)
 
 
 def _named_tokens(described: Mapping[str, Any]) -> Iterator[AddedToken]:

@@ -19,6 +19,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokenizer import TooManyTokens
 from januslens_server.results import MatrixKind, Token
 from januslens_server.specs import (
+    Chat,
     GradientLensSpec,
     KlDivergence,
     LogitDifference,
@@ -37,6 +38,8 @@ def read_prompt(
 ) -> list[Token]:
     """Return the prompt's tokens; a text gets special tokens, token ids are used as they are.
 
+    A conversation is rendered by the tokenizer's chat template.
+
     Raises `InvalidRequest` if the prompt is empty, has ids outside the vocabulary, or does not
     leave `room` positions of the model's context free.
     """
@@ -46,6 +49,9 @@ def read_prompt(
     if isinstance(prompt, Text):
         field += ".prompt"
         tokens = _prompt_tokens(model, prompt, limit, field)
+    elif isinstance(prompt, Chat):
+        field += ".chat"
+        tokens = _chat_tokens(model, prompt, limit, field)
     else:
         field += ".token_ids.ids"
         check_ids(model, prompt, field)
@@ -65,6 +71,14 @@ def _prompt_tokens(model: ResidentModel, prompt: Text, limit: int, field: str) -
             literal=prompt.literal,
             at_most=limit,
         )
+    except TooManyTokens as error:
+        raise _too_long(field, limit, "more") from error
+    return _known(model, tokens, field)
+
+
+def _chat_tokens(model: ResidentModel, chat: Chat, limit: int, field: str) -> list[Token]:
+    try:
+        tokens = model.vocabulary.encode_chat(chat, field=field, at_most=limit)
     except TooManyTokens as error:
         raise _too_long(field, limit, "more") from error
     return _known(model, tokens, field)
@@ -289,12 +303,12 @@ def _find(subject: str, prompt: Prompt, tokens: Sequence[Token]) -> Span:
     """Find the tokens that contain a part of the last occurrence of `subject` in the prompt.
 
     In a text prompt, the characters of the text are searched, because tokenizers may change them
-    (letter case, composed characters, spaces). In a prompt of token ids, the bytes of the tokens
-    are searched. If the subject does not occur with its outer spaces, it is searched for without
-    them. The result never includes them.
+    (letter case, composed characters, spaces). In a conversation or a prompt of token ids, the
+    bytes of the tokens are searched. If the subject does not occur with its outer spaces, it is
+    searched for without them. The result never includes them.
     """
     asked, name = subject, subject.strip()
-    if isinstance(prompt, tuple):  # compare bytes, each as one character
+    if isinstance(prompt, (tuple, Chat)):  # compare bytes, each as one character
         asked, name = (text.encode().decode("latin-1") for text in (asked, name))
         whole = b"".join(token.raw for token in tokens).decode("latin-1")
         ends = list(accumulate(len(token.raw) for token in tokens))

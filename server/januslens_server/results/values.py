@@ -91,13 +91,17 @@ class End(IntEnum):
 
 
 class Token(NamedTuple):
-    """A vocabulary entry, with the characters `start` to `end` that it covers in a text, if any."""
+    """A vocabulary entry, with the characters `start` to `end` that it covers in a text, if any.
+
+    In a conversation these are characters of the content of the message with index `message`.
+    """
 
     id: int
     text: str
     raw: bytes
     start: int | None = None
     end: int | None = None
+    message: int | None = None
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from januslens.v1 import (
 from januslens_server.errors import InvalidRequest
 from januslens_server.results import MatrixKind, NodeKind
 from januslens_server.specs import (
+    Chat,
+    ChatMessage,
     DescentStep,
     FindNeuronsSpec,
     ForwardShift,
@@ -200,12 +202,16 @@ def _probe(message: edits_pb2.Probe, field: str) -> Probe:
 
 
 def _input(message: common_pb2.Input, field: str = "input") -> Prompt:
-    if message.WhichOneof("input") != "token_ids":
+    which = message.WhichOneof("input")
+    if which == "chat":
+        refuse_beside(message, ("add_special_tokens", "literal"), which, f"{field}.")
+        return chat(message.chat)
+    if which != "token_ids":
         without = message.HasField("add_special_tokens") and not message.add_special_tokens
         if without or message.literal:
             return Text(message.prompt, not without, message.literal)
         return message.prompt
-    _refuse_for_ids(message, ("add_special_tokens", "literal"), field)
+    refuse_beside(message, ("add_special_tokens", "literal"), which, f"{field}.")
     return tuple(message.token_ids.ids)
 
 
@@ -215,16 +221,25 @@ def _target(message: common_pb2.Target, field: str) -> Target:
         raise InvalidRequest(field, "no target given; expected text or token_ids")
     if which == "text":
         return Text(message.text, literal=True) if message.literal else message.text
-    _refuse_for_ids(message, ("literal",), field)
+    refuse_beside(message, ("literal",), which, f"{field}.")
     return tuple(message.token_ids.ids)
 
 
-def _refuse_for_ids(message: Message, names: Iterable[str], field: str) -> None:
-    """Refuse options that apply to texts only."""
+def chat(message: common_pb2.Chat) -> Chat:
+    """Return the conversation that a message holds."""
+    messages = tuple(ChatMessage(said.role, said.content) for said in message.messages)
+    return Chat(messages, message.continue_final_message)
+
+
+def refuse_beside(message: Message, names: Iterable[str], which: str, path: str = "") -> None:
+    """Refuse options that apply to texts only; `which` is what the message has instead.
+
+    Raises `InvalidRequest` for the first of `names` that is set.
+    """
     for name in names:
         if getattr(message, name):
-            expected = f"{name} applies to text only; leave it unset beside token_ids"
-            raise InvalidRequest(f"{field}.{name}", expected)
+            expected = f"{name} applies to text only; leave it unset beside {which}"
+            raise InvalidRequest(f"{path}{name}", expected)
 
 
 def _lens(request: Lensed) -> LensSpec:
@@ -296,6 +311,9 @@ KIB, MIB = 2**10, 2**20
 # A test (tests/contract/test_bounds.py) fails for fields that are missing here. docs/api.md has the
 # same table.
 BOUNDS: dict[str, int] = {
+    "Chat.messages": 1024,
+    "ChatMessage.content": MIB,
+    "ChatMessage.role": 64,
     "DescentStep.layers": 4 * KIB,
     "DescentStep.matrices": 64,
     "FindNeuronsRequest.layers": 4 * KIB,

@@ -56,7 +56,7 @@ from januslens_server.rpc.encode import (
     token_message,
 )
 from januslens_server.rpc.streaming import DeviceStreams
-from januslens_server.specs import GradientLensSpec, Text, TraceSpec
+from januslens_server.specs import GradientLensSpec, TraceSpec, loggable
 
 Result = TypeVar("Result")
 SpecT = TypeVar("SpecT")
@@ -103,10 +103,10 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     async def Tokenize(
         self, request: models_pb2.TokenizeRequest, context: Context
     ) -> models_pb2.TokenizeResponse:
-        """Return the tokens of a text, without using the device."""
+        """Return the tokens of a text or a conversation, without using the device."""
         async with Call("Tokenize", context) as call:
             model = self._model(request.model)
-            if not request.text:
+            if not (request.text or request.HasField("chat")):
                 raise InvalidRequest("text", "text is empty; send at least one character")
             answer = await asyncio.to_thread(_tokenized, model.vocabulary, request)
             call.note(model=model.name, tokens=len(answer.tokens))
@@ -212,7 +212,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         call.note(model=model.name)
         if self._log_prompts and hasattr(spec, "prompt"):
             prompt = spec.prompt
-            call.note(prompt=prompt.text if isinstance(prompt, Text) else prompt)
+            call.note(prompt=loggable(prompt))
         estimate = await self._admission.admit(partial(resolve, model, spec))
         request, cost = estimate.request, estimate.cost
         self._quotas.charge(current_caller(), cost.seconds)
@@ -232,12 +232,18 @@ def _tokenized(
     vocabulary: Vocabulary, request: models_pb2.TokenizeRequest
 ) -> models_pb2.TokenizeResponse:
     """Tokenize a text and create the response; runs in a thread, because both may take long."""
-    as_prompt = request.with_special_tokens
-    encode = vocabulary.encode_prompt if as_prompt else vocabulary.encode_continuation
+    field = "chat" if request.HasField("chat") else "text"
     try:
-        tokens = encode(request.text, literal=request.literal, at_most=MAX_TOKENIZED)
+        if field == "chat":
+            decode.refuse_beside(request, ("text", "with_special_tokens", "literal"), field)
+            chat = decode.chat(request.chat)
+            tokens = vocabulary.encode_chat(chat, at_most=MAX_TOKENIZED)
+        else:
+            as_prompt = request.with_special_tokens
+            encode = vocabulary.encode_prompt if as_prompt else vocabulary.encode_continuation
+            tokens = encode(request.text, literal=request.literal, at_most=MAX_TOKENIZED)
     except TooManyTokens as error:
         raise InvalidRequest(
-            "text", f"too many tokens: expected at most {MAX_TOKENIZED}; split the text"
+            field, f"too many tokens: expected at most {MAX_TOKENIZED}; split the {field}"
         ) from error
     return models_pb2.TokenizeResponse(tokens=map(token_message, tokens))

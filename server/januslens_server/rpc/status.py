@@ -24,6 +24,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NoChatTemplate: grpc.StatusCode.FAILED_PRECONDITION,
     errors.ModelLoading: grpc.StatusCode.UNAVAILABLE,
     errors.ServerDraining: grpc.StatusCode.UNAVAILABLE,
     errors.QueueFull: grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -126,7 +126,12 @@ def _entry(token: Token) -> Entry:
 def token_message(token: Token) -> common_pb2.Token:
     """Encode a token with its bytes and, if it belongs to a text, its characters."""
     return common_pb2.Token(
-        id=token.id, text=token.text, raw=token.raw, start=token.start, end=token.end
+        id=token.id,
+        text=token.text,
+        raw=token.raw,
+        start=token.start,
+        end=token.end,
+        message=token.message,
     )
 
 

@@ -1,0 +1,236 @@
+"""Render conversations with a tokenizer's chat template, and find the contents in the text."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from januslens_server.errors import InvalidRequest, NoChatTemplate
+from januslens_server.models import chat_sandbox
+from januslens_server.specs import Chat
+
+# Roles are part of the template's text, so they must not be able to spell a control token.
+ROLE = re.compile(r"[\w.-]{1,64}", re.ASCII)
+
+# Maximum number of characters of a template. Published ones have up to 30,000.
+MAX_TEMPLATE = 2**20
+
+# Seconds after which a rendering is ended. Usual ones take a tenth of a second.
+SECONDS = 10.0
+
+# Longest reason of a template that an error quotes, in characters.
+MAX_REASON = 300
+
+# Characters for private use, of which a rendering needs two per message and one more.
+_PRIVATE = range(0xF0000, 0x10FFFE)
+
+
+class Content(NamedTuple):
+    """Characters `start` to `end` of a rendered text that are content of `message`.
+
+    `offset` is the index of the first one in the content; None if the template changed them.
+    """
+
+    start: int
+    end: int
+    message: int
+    offset: int | None
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text; `contents` are in ascending order and do not overlap."""
+
+    text: str
+    contents: list[Content]
+
+
+class ChatTemplate:
+    """A chat template of a model folder. It is compiled and run in a process with limits."""
+
+    def __init__(self, source: str | None, variables: Mapping[str, str]) -> None:
+        """`variables` are the special tokens that templates name, such as `bos_token`."""
+        self._source = source
+        self._variables = dict(variables)
+
+    def render(self, chat: Chat, control: Iterable[str], field: str) -> Rendered:
+        """Render a conversation.
+
+        Every content is marked by characters for private use, so that it is found in the text
+        whatever it says. `control` holds the texts of control tokens: the template does not see
+        them in contents, since templates such as Qwen3's cut contents there.
+
+        Raises:
+            InvalidRequest: There are no messages, a role is invalid, or the template refuses them.
+            NoChatTemplate: There is no template, or it is broken or exceeds the limits.
+        """
+        _check(chat, field)
+        if self._source is None:
+            raise NoChatTemplate(
+                "the tokenizer has no chat template; send the conversation as a text with the "
+                "model's own markup"
+            )
+        marks = _Marks(self._source, chat, control, field)
+        text = self._run(marks.messages(chat), chat.continue_final_message, field)
+        if chat.continue_final_message:
+            text = marks.before_continuation(text, field)
+        return marks.read(text, chat, field)
+
+    def _run(self, messages: list[dict[str, str]], continues: bool, field: str) -> str:
+        variables: dict[str, Any] = self._variables | {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": not continues,
+        }
+        request = json.dumps({"template": self._source, "variables": variables})
+        program = Path(chat_sandbox.__file__)
+        try:
+            done = subprocess.run(  # noqa: S603 - this file of ours, with a fixed command
+                [sys.executable, "-I", program],
+                input=request.encode(),
+                capture_output=True,
+                timeout=SECONDS,
+                check=True,
+            )
+        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+            raise _unusable("it takes too much time or memory") from error
+        answer = json.loads(done.stdout)
+        if reason := answer.get("unusable"):
+            raise _unusable(reason)
+        if "refused" in answer:
+            reason = _shortened(answer["refused"])
+            raise InvalidRequest(field, f"the chat template refuses these messages: {reason}")
+        text: str = answer["text"]
+        return text
+
+
+def _unusable(reason: str) -> NoChatTemplate:
+    return NoChatTemplate(f"the chat template of the model cannot be used: {_shortened(reason)}")
+
+
+def _shortened(reason: str) -> str:
+    line = " ".join(reason.split())
+    return line if len(line) <= MAX_REASON else line[:MAX_REASON] + " ..."
+
+
+def _check(chat: Chat, field: str) -> None:
+    if not chat.messages:
+        raise InvalidRequest(f"{field}.messages", "no messages given; send at least one")
+    for i, message in enumerate(chat.messages):
+        if not ROLE.fullmatch(message.role):
+            raise InvalidRequest(
+                f"{field}.messages[{i}].role",
+                f"invalid role {message.role!r}; expected letters, digits, '_', '-' and '.'",
+            )
+
+
+class _Marks:
+    """Characters that mark the beginning and the end of each content, and break control tokens.
+
+    None of them occurs in the template or in a content. Spaces at both ends of a content stay
+    outside, because templates strip them.
+    """
+
+    def __init__(self, source: str, chat: Chat, control: Iterable[str], field: str) -> None:
+        used = set(source).union(*(message.content for message in chat.messages))
+        unused = (chr(code) for code in _PRIVATE if chr(code) not in used)
+        marks = list(islice(unused, 2 * len(chat.messages) + 1))
+        if len(marks) < 2 * len(chat.messages) + 1:
+            raise InvalidRequest(
+                f"{field}.messages", "the contents use all characters for private use; remove some"
+            )
+        self._break, *self._ends = marks
+        names = sorted({name for name in control if len(name) > 1}, key=len, reverse=True)
+        anywhere = "|".join(map(re.escape, names))
+        self._control = re.compile(f"(?=(?:{anywhere}))(.)", re.DOTALL) if names else None
+
+    def messages(self, chat: Chat) -> list[dict[str, str]]:
+        """The messages with marks."""
+        last = len(chat.messages) - 1
+        marked = []
+        for i, message in enumerate(chat.messages):
+            content = message.content
+            if self._control is not None:
+                content = self._control.sub(rf"\g<1>{self._break}", content)
+            before, inside, after = _stripped(content)
+            first, end = self._ends[2 * i : 2 * i + 2]
+            if chat.continue_final_message and i == last:
+                # As transformers: a space after the mark shows whether spaces are kept.
+                content = f"{before}{first}{inside}{after}{end} "
+            elif inside:
+                content = f"{before}{first}{inside}{end}{after}"
+            marked.append({"role": message.role, "content": content})
+        return marked
+
+    def before_continuation(self, text: str, field: str) -> str:
+        """The text up to the end of the last content, which the model continues."""
+        end = self._ends[-1]
+        if end not in text:
+            raise InvalidRequest(
+                f"{field}.continue_final_message",
+                "the chat template leaves out the last message; expected one that it shows",
+            )
+        said, _, rest = text.rpartition(end)
+        return (said if rest.startswith(" ") else said.rstrip()) + end
+
+    def read(self, text: str, chat: Chat, field: str) -> Rendered:
+        """Remove the marks, and return where the contents are."""
+        numbers = {mark: i for i, mark in enumerate(self._ends)}
+        pieces = re.split(f"([{''.join(self._ends)}])", text.replace(self._break, ""))
+        contents: list[Content] = []
+        length = 0
+        opened: tuple[int, int] | None = None  # the message, and where its content begins
+        for piece in pieces:
+            number = numbers.get(piece)
+            if number is None:
+                length += len(piece)
+            elif opened is None and number % 2 == 0:
+                opened = number // 2, length
+            elif opened is not None and number == 2 * opened[0] + 1:
+                contents.append(Content(opened[1], length, opened[0], None))
+                opened = None
+            else:
+                raise _cut(field, number // 2)
+        if opened is not None:
+            raise _cut(field, opened[0])
+        whole = "".join(piece for piece in pieces if piece not in numbers)
+        return Rendered(whole, list(_placed(whole, contents, chat)))
+
+
+def _cut(field: str, message: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"{field}.messages[{message}].content",
+        "the chat template cuts this content into parts; send the conversation as a text with the "
+        "model's own markup",
+    )
+
+
+def _stripped(content: str) -> tuple[str, str, str]:
+    """Spaces before a content, the content without them, and spaces after it."""
+    rest = content.lstrip()
+    inside = rest.rstrip()
+    return content[: len(content) - len(rest)], inside, rest[len(inside) :]
+
+
+def _placed(text: str, contents: Iterable[Content], chat: Chat) -> Iterator[Content]:
+    """Add the spaces around each content that the template kept, and the index in the content."""
+    behind = 0
+    for start, end, message, _ in contents:
+        before, inside, after = _stripped(chat.messages[message].content)
+        offset = len(before) if text[start:end].rstrip() == inside else None
+        if offset is not None:
+            first = start - len(before)
+            if first >= behind and text[first:start] == before:
+                start, offset = first, 0  # noqa: PLW2901 - the same content, now whole
+            if text[end : end + len(after)] == after:
+                end += len(after)  # noqa: PLW2901 - as above
+        behind = end
+        yield Content(start, end, message, offset)

@@ -1,0 +1,124 @@
+"""Render a chat template: a program that `models.chat` runs in a process of its own.
+
+A chat template is a program of the model's folder, which may be hostile. jinja2's sandbox keeps it
+from Python's objects but not from computing for ever, so this process has limits of its own, and
+its parent ends it after a time. Standard input has the template and its variables as JSON, standard
+output the result as JSON: the `text`, why the template `refused` the messages, or why it is
+`unusable`.
+
+The environment has the names that transformers gives to templates
+(https://huggingface.co/docs/transformers/chat_templating_writing), because they are written for it.
+This file imports neither torch nor the server, so that it starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+MEMORY_BYTES = 512 * 2**20
+CPU_SECONDS = 2
+# Maximum number of characters of a rendered conversation.
+MAX_RENDERED = 16 * 2**20
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant says, for training; the text is its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 reads it from the class
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+class _Namespace(Namespace):
+    """jinja2's namespace without private attributes, which would reach Python's objects."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot have the attribute {name!r}")
+        super().__setitem__(name, value)
+
+
+class _Dict:
+    """The function `dict`, without the attributes of the class."""
+
+    def __call__(self, *args: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*args, **named)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def _to_json(  # transformers' filter: jinja2's own escapes HTML
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)  # noqa: DTZ005 - transformers' local time
+
+
+def rendered(template: str, variables: dict[str, Any]) -> str:
+    """Render a template; raises what jinja2 and the template raise."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "dict": _Dict(),
+        "namespace": _Namespace,
+        "raise_exception": _raise,
+        "strftime_now": _now,
+    }
+    pieces: list[str] = []
+    left = MAX_RENDERED
+    for piece in environment.from_string(template).generate(variables):
+        left -= len(piece)
+        if left < 0:
+            raise MemoryError
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def main() -> None:
+    """Answer the one request of this process."""
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    request = json.load(sys.stdin)
+    try:
+        answer = {"text": rendered(request["template"], request["variables"])}
+    except (jinja2.exceptions.TemplateSyntaxError, jinja2.exceptions.SecurityError) as error:
+        answer = {"unusable": str(error)}
+    except jinja2.exceptions.TemplateError as error:
+        answer = {"refused": str(error)}
+    except MemoryError:
+        answer = {"unusable": "it needs too much memory"}
+    except Exception as error:  # noqa: BLE001 - a template can raise anything
+        answer = {"unusable": f"{type(error).__name__}: {error}"}
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
