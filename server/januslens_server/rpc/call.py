@@ -49,9 +49,9 @@ MessageT = TypeVar("MessageT", bound=Message)
 Context = grpc.aio.ServicerContext[Any, Any]
 
 REQUEST_ID_KEY = "x-request-id"
-# Milliseconds after which a client's gRPC may repeat the call.
+# Metadata key: milliseconds after which a client's gRPC may repeat the call.
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
-# Caller name where neither token, certificate nor address is known.
+# The name of a caller without token, certificate and address.
 UNKNOWN = "unknown"
 
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
@@ -61,11 +61,11 @@ _CURRENT_CALLER: ContextVar[Caller] = ContextVar("current_caller", default=ANYON
 class Call:
     """One RPC, as an async context manager around its handler.
 
-    On exit the call is counted, timed and logged, and an exception ends it with the status that
+    On exit the call is counted, timed and logged. An exception ends the call with the status that
     `rpc.status` maps it to.
 
-    A client's gRPC repeats calls that end with UNAVAILABLE, but only before it has received
-    headers. So headers are sent when the request is admitted, and never with UNAVAILABLE.
+    A client's gRPC repeats calls that end with UNAVAILABLE, but only until it has received headers.
+    So headers are sent when the request is admitted, and they are not sent with UNAVAILABLE.
     """
 
     def __init__(self, method: str, context: Context, service: str = SERVICE_NAME) -> None:
@@ -81,24 +81,20 @@ class Call:
         self._notes: dict[str, Any] = {}
         self._queued: QueuedRequest | None = None
 
+    async def __aenter__(self) -> Self:
+        telemetry.STARTED.labels(*self._labels).inc()
+        metadata = self.context.invocation_metadata() or ()
+        self._span = spans.start_span(self._service, self.method, metadata)
+        return self
+
     def queued_request(self, cost: Cost) -> QueuedRequest:
-        """Create the record with which this call's request waits for the device."""
+        """Create the record of this call's request in the device's queue."""
         self._queued = QueuedRequest(self.context.time_remaining(), self.caller, cost)
         return self._queued
 
     def note(self, **fields: Any) -> None:
         """Add fields to the call's log line."""
         self._notes.update(fields)
-
-    def sent(self, size: int) -> None:
-        """Count a sent message of `size` bytes, for the log line."""
-        self._notes["messages"] = self._notes.get("messages", 0) + 1
-        self._notes["bytes"] = self._notes.get("bytes", 0) + size
-
-    def answered(self, message: MessageT) -> MessageT:
-        """Count the only message of a unary call; returns it."""
-        self.sent(message.ByteSize())
-        return message
 
     async def send_headers(self) -> None:
         """Send the initial metadata, once; clients do not repeat the call after that."""
@@ -107,11 +103,15 @@ class Call:
             with _broken_connection_cancels():
                 await self.context.send_initial_metadata(((REQUEST_ID_KEY, self.request_id),))
 
-    async def __aenter__(self) -> Self:
-        telemetry.STARTED.labels(*self._labels).inc()
-        metadata = self.context.invocation_metadata() or ()
-        self._span = spans.start_span(self._service, self.method, metadata)
-        return self
+    def sent(self, size: int) -> None:
+        """Count a sent message of `size` bytes, for the log line."""
+        self._notes["messages"] = self._notes.get("messages", 0) + 1
+        self._notes["bytes"] = self._notes.get("bytes", 0) + size
+
+    def answered(self, message: MessageT) -> MessageT:
+        """Count the only message of a unary call, and return it."""
+        self.sent(message.ByteSize())
+        return message
 
     async def __aexit__(
         self,
@@ -124,7 +124,7 @@ class Call:
             self._end(grpc.StatusCode.OK)
         elif isinstance(error, Exception):
             await self._abort(error)
-        else:  # asyncio cancelled the handler: the caller is gone, and no status can reach it
+        else:  # asyncio cancelled the handler because the caller has disconnected
             expired = self.context.time_remaining() == 0
             self._end(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
 
@@ -168,27 +168,25 @@ class Call:
         return fields | self._notes
 
 
-def current_caller() -> Caller:
-    """The authenticated caller of the RPC that this task handles."""
-    return _CURRENT_CALLER.get()
-
-
-def set_current_caller(caller: Caller) -> None:
-    """Set the caller of the RPC that this task handles."""
-    _CURRENT_CALLER.set(caller)
+def _request_id(context: Context) -> str:
+    """Return the caller's request id if it is safe to log, else a new one."""
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _SAFE_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
 
 
 def caller_name(context: Context) -> str:
-    """The caller's name, for logs and for sharing the device fairly.
+    """Return the caller's name, for logs and for sharing the device fairly.
 
-    It comes from the caller's token, else from its certificate, else it is the caller's address
-    without port.
+    It is the name of the token's caller, else the common name in the client certificate, else the
+    address without port.
     """
     return current_caller().name or _certificate_name(context) or address_of(context)
 
 
 def _certificate_name(context: Context) -> str | None:
-    """The common name of the verified client certificate, if it is safe to log."""
+    """Return the common name of the verified client certificate, if it is safe to log."""
     for name in (context.auth_context() or {}).get("x509_common_name", ()):
         if NAME.fullmatch(name.decode(errors="replace")):
             return name.decode()
@@ -196,7 +194,7 @@ def _certificate_name(context: Context) -> str | None:
 
 
 def address_of(context: Context) -> str:
-    """The address that a call comes from, without its port."""
+    """Return the address of the caller, without its port."""
     transport, _, address = (context.peer() or "").partition(":")
     if transport == "ipv4":
         return address.rpartition(":")[0]
@@ -206,12 +204,22 @@ def address_of(context: Context) -> str:
     return transport or UNKNOWN
 
 
+def current_caller() -> Caller:
+    """Return the authenticated caller of the RPC that this task handles."""
+    return _CURRENT_CALLER.get()
+
+
+def set_current_caller(caller: Caller) -> None:
+    """Set the caller of the RPC that this task handles."""
+    _CURRENT_CALLER.set(caller)
+
+
 @contextmanager
 def _broken_connection_cancels() -> Iterator[None]:
-    """End the handler as cancelled where there is no connection left to write to.
+    """End the handler as cancelled if a write fails because the connection broke.
 
-    gRPC raises an error of its own for a write to a caller that has gone, and would log it with a
-    traceback if it left the handler.
+    gRPC raises its own error for such a write, and would log it with a traceback if it left the
+    handler.
     """
     try:
         yield
@@ -219,16 +227,8 @@ def _broken_connection_cancels() -> Iterator[None]:
         raise asyncio.CancelledError("the connection to the caller broke") from error
 
 
-def _request_id(context: Context) -> str:
-    """The caller's request id if it is safe to log, else a new one."""
-    for key, value in context.invocation_metadata() or ():
-        if key == REQUEST_ID_KEY and isinstance(value, str) and _SAFE_ID.fullmatch(value):
-            return value
-    return uuid.uuid4().hex
-
-
 def result_sizes(result: object) -> dict[str, Any]:
-    """Sizes of a result and seconds by stage, for the call's log line; empty for most results."""
+    """Return the sizes of a result for the log line, and its seconds by stage, if it has any."""
     sizes: dict[str, Any] = {}
     match result:
         case TraceHeader() | GradientHeader():
@@ -251,13 +251,13 @@ def _stages(times: Sequence[StageTime]) -> dict[str, float]:
 
 
 def rpc_labels(service: str, method: str) -> tuple[str, str, str]:
-    """Values of `grpc_type`, `grpc_service` and `grpc_method`, as in go-grpc-prometheus."""
+    """Return the labels `grpc_type`, `grpc_service`, `grpc_method`, as in go-grpc-prometheus."""
     streams = service == SERVICE_NAME and method in _STREAMS
     return "server_stream" if streams else "unary", service, method
 
 
 def create_series() -> None:
-    """Create every metric series at 0; rates miss the step from an absent series to 1."""
+    """Create every metric series at 0, because rates miss the step from no series to 1."""
     for method in SERVICE.methods_by_name:
         labels = rpc_labels(SERVICE_NAME, method)
         telemetry.STARTED.labels(*labels)
