@@ -49,7 +49,7 @@ def layer_html(layer: LayerGraph) -> str:
         where = f"at position {position}"
         parts.append(_shares(f"Heads {where}", layer.heads(position)[:_ROWS]))
         parts.append(_shares(f"Neurons {where}", layer.neurons(position)[:_ROWS]))
-    return document(*parts, note("share: of all heads, or of the MLP's result"))
+    return document(*parts, note("share: of the layer's heads, or of the MLP's output"))
 
 
 def _residual_grid(trace: Trace) -> Element:
@@ -70,7 +70,7 @@ def _residual_grid(trace: Trace) -> Element:
         )
 
     made = table(
-        "The residual stream after each layer",
+        "Residual stream after each layer",
         [
             ">layer",
             *(presentation.token_at(position, trace.prompt_tokens) for position in positions),
@@ -87,7 +87,7 @@ def _residual_grid(trace: Trace) -> Element:
 def _emergence(trace: Trace, target: PositionTarget) -> Element:
     rows = (row for layer in trace.layers for row in _residual_rows(trace, layer, target))
     headings = (">layer", "residual", "top tokens", ">rank", "probability", ">logit")
-    return table(f"How {target.target} emerges", headings, rows)
+    return table(f"{target.target} in the residual stream, layer by layer", headings, rows)
 
 
 def _residual_rows(
@@ -117,7 +117,7 @@ def _contributions(trace: Trace) -> Element:
         )
         for part in trace.contributions()[:_ROWS]
     )
-    return table("What adds most to its logit", (">logit", "part", "says"), rows)
+    return table("Largest contributions to its logit", (">logit", "node", "top tokens"), rows)
 
 
 def _shares(title: str, parts: Iterable[Part]) -> Element:
@@ -130,12 +130,12 @@ def _shares(title: str, parts: Iterable[Part]) -> Element:
         )
         for part in parts
     )
-    return table(title, (">share", ">logit", "part", "says"), rows)
+    return table(title, (">share", ">logit", "node", "top tokens"), rows)
 
 
 @notebook_html.register
 def gradient_html(gradient: Gradient) -> str:
-    """The tokens that a step imprints or shifts towards, by layer and position."""
+    """The tokens of the inputs or VJPs, by layer and position."""
     header = gradient.header
     kinds = dict.fromkeys(matrix.kind for matrix in gradient.matrices)
     order = list(MatrixKind)
@@ -153,7 +153,7 @@ def gradient_html(gradient: Gradient) -> str:
 def matrix_html(matrix: Matrix) -> str:
     """One matrix: its largest components."""
     imprint = matrix.projected_side is Side.INPUT
-    readings = ("imprints",) if imprint else ("promotes", "suppresses")
+    readings = ("top tokens of x",) if imprint else ("promotes", "suppresses")
     rows = (_component_row(component, imprint) for component in matrix.components[:_ROWS])
     shown = min(len(matrix.components), _ROWS)
     return document(
@@ -194,7 +194,7 @@ def _factor_grid(gradient: Gradient, kind: MatrixKind) -> Element:
     largest = max((part.vjp_norm for part in found.values()), default=0.0)
     layers = sorted({matrix.layer for matrix in matrices}, reverse=True)
     made = table(
-        f"{kind}: " + ("what a step imprints" if imprint else "which way a step shifts"),
+        presentation.factor_title(matrices[0]),
         [
             ">layer",
             *(presentation.token_at(position, gradient.prompt_tokens) for position in positions),
@@ -259,8 +259,8 @@ def preview_html(preview: EditPreview) -> str:
     )
     headings = ("prompt", "target", "before", "after", ">rank", "prediction", ">KL, bits")
     return document(
-        table("What the edit would do", headings, rows),
-        note("before, after: the target's probability; KL: how far the whole distribution moves"),
+        table("Edit preview", headings, rows),
+        note("before, after: the target's probability; KL: divergence between both predictions"),
     )
 
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from januslens.results.kinds import NodeKind
+from januslens.results.kinds import NodeKind, Side
 
 if TYPE_CHECKING:
     from januslens.results.gradient import Gradient
     from januslens.results.graph import Node, Part
+    from januslens.results.matrices import Matrix
     from januslens.results.models import Provenance
     from januslens.results.tokens import Token
     from januslens.results.trace import LayerGraph, PositionTarget, Trace
@@ -298,6 +299,13 @@ def loss_sentence(gradient: Gradient, *, likelihood: bool = False) -> Sentence:
     if likelihood:
         sentence.append(f", probability {probability(math.exp(-gradient.loss))}")
     return (*sentence, "; the model predicts ", gradient.header.predicted, ".")
+
+
+def factor_title(matrix: Matrix) -> str:
+    """Title a matrix's projected factors, for example `FF1: tokens of x, its input`."""
+    if matrix.projected_side is Side.INPUT:
+        return f"{matrix.kind}: tokens of x, its input"
+    return f"{matrix.kind}: tokens of δ, the gradient of its output"
 
 
 # ---- Steps through a trace --------------------------------------------------------------------

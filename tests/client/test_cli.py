@@ -165,14 +165,14 @@ def test_the_trace_shows_where_tokyo_comes_from() -> None:
     assert re.search(r"target +␣Tokyo after ␣of \(7\): the model's own prediction", text)
     assert re.search(r"Ranked first from layer \d's (attention|MLP) onwards", text)
     assert re.search(r"L\d head \d adds most: \+[\d.]+ to its logit, reading ␣Japan \(3\)", text)
-    emergence = text[text.index("How ␣Tokyo comes to") : text.index("The heads that")]
+    emergence = text[text.index("␣Tokyo in the residual stream") : text.index("Heads that")]
     ranks = [int(rank) for rank in re.findall(r"  (\d+)  (?:0\.\d{3}|\de-\d\d)", emergence)]
     assert len(ranks) == 9
     assert ranks[0] > 100
     assert ranks[-1] == 0
     assert re.search(r"\+[\d.]+ +[\d.]+ % +L\d head \d +␣Japan \(3\) 0\.\d\d", text)
     assert re.search(r"\+[\d.]+ +[\d.]+ % +L\d neuron \d+ +\+[\d.]+ +\S", text)
-    assert "The strongest way back" in text
+    assert "Strongest path back from the prediction" in text
     assert max(len(line) for line in text.splitlines()) <= 110
 
 
@@ -180,7 +180,7 @@ def test_the_trace_shows_where_tokyo_comes_from() -> None:
 def test_the_trace_in_detail_shows_every_layer() -> None:
     result = run("trace", PROMPT, "--details", "--rows", "2", "--layers", "2-3")
     assert result.exit_code == 0
-    for title in ("Layer 2: what attention brings", "Layer 3: what the MLP recalls"):
+    for title in ("Layer 2: attention heads", "Layer 3: MLP neurons"):
         assert title in result.stdout
     assert "Layer 1:" not in result.stdout
 
@@ -189,8 +189,8 @@ def test_the_trace_in_detail_shows_every_layer() -> None:
 def test_many_positions_are_shown_as_a_heat_map_first() -> None:
     result = run("trace", PROMPT, "--positions", "all", "--rows", "1")
     assert result.exit_code == 0
-    assert "The residual stream after each layer" in result.stdout
-    assert result.stdout.count("How ") == 3
+    assert "Residual stream after each layer" in result.stdout
+    assert result.stdout.count("in the residual stream, layer by layer") == 3
 
 
 @pytest.mark.usefixtures("demo")
@@ -213,7 +213,7 @@ def test_rows_limit_every_table_of_a_gradient() -> None:
         rows = re.findall(r"^ +\d+  .*|^L\d+ neuron.*|^FF2 +\d.*", section, re.MULTILINE)
         assert len(rows) == 1, section
     assert len(sections) == 5
-    assert "the 1 of 4 layers with the strongest components, --rows for more" in " ".join(
+    assert "shows the 1 of 4 layers with the largest components (see --rows)" in " ".join(
         result.stdout.split()
     )
 
@@ -229,9 +229,9 @@ def test_gradient_output_names_the_promoted_end() -> None:
     assert result.exit_code == 0
     text = result.stdout
     assert "the model predicts ␣Tokyo" in text
-    imprint, shift = text.index("Imprint: what a step writes"), text.index("Shift: which way")
+    imprint, shift = text.index("FF1: tokens of x"), text.index("FF2: tokens of δ")
     assert shift < imprint
-    assert "↑ promoted by a descent step, the bottom of δ's ranking" in text
+    assert "↑ the token that a descent step promotes most (the bottom token of δ)" in text
     assert "so it promotes the bottom" in text
     assert "↑␣Paris" in text[shift:]
     assert "↓␣" in text[shift:]
@@ -250,7 +250,7 @@ def test_the_gradient_shows_neurons_and_spectrum() -> None:
     assert result.exit_code == 0
     assert "The neurons of FF2 that a step changes most" in result.stdout
     assert "Spectrum of FF2's gradient" in result.stdout
-    assert "Imprint" not in result.stdout
+    assert "tokens of x" not in result.stdout
 
 
 @pytest.mark.usefixtures("demo")
@@ -262,7 +262,7 @@ def test_the_gradient_previews_edits() -> None:
     assert result.exit_code == 0
     assert "Effect of a descent step with learning rate 0.001" in result.stdout
     shifted = result.stdout[result.stdout.index("Effect of a forward shift of layer 3 by 0.15") :]
-    assert re.search(r"the edited one +␣Paris .* ␣Tokyo → ␣Paris", shifted)
+    assert re.search(r"the edited prompt +␣Paris .* ␣Tokyo → ␣Paris", shifted)
     assert "Japan is" in shifted
 
 
@@ -281,9 +281,10 @@ def test_the_neurons_that_write_a_token() -> None:
     result = run("neurons", " Tokyo", "--limit", "3", "--layers", "2-3")
     assert result.exit_code == 0
     assert re.search(
-        r"found +\d+ neurons have it among the top 64 tokens of their value, 3 shown", result.stdout
+        r"found +\d+ neurons have it among the top 64 tokens of the value vector, 3 shown",
+        result.stdout,
     )
-    assert "The neurons that promote ␣Tokyo" in result.stdout
+    assert "Neurons that promote ␣Tokyo" in result.stdout
     rows = re.findall(r"^ *(\d+)  \+\d\.\d\d  L[23] neuron \d+ ", result.stdout, re.MULTILINE)
     assert len(rows) == 3
     assert [int(rank) for rank in rows] == sorted(int(rank) for rank in rows)
@@ -333,7 +334,7 @@ def test_estimate_prints_the_cost_without_running(command: str) -> None:
     shown = run(*asked).stdout
     for row in (
         r"^device +\d.* s *$",
-        r"^memory +up to \d.* beside the weights *$",
+        r"^memory +up to \d.* in addition to the weights *$",
         "would be admitted",
     ):
         assert re.search(row, shown, re.MULTILINE)

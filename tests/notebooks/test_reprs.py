@@ -80,7 +80,7 @@ def test_a_trace_shows_how_its_target_emerges(trace: Trace) -> None:
 
 def test_a_trace_shows_what_adds_most(trace: Trace) -> None:
     best = trace.contributions()[0]
-    assert ["logit", "part", "says"] in read(trace).rows
+    assert ["logit", "node", "top tokens"] in read(trace).rows
     assert f"{best.logit_contribution:+.2f}" in [row[0] for row in read(trace).rows]
 
 

@@ -62,7 +62,7 @@ from januslens.results.vectors import Projection
 @click.option(
     "--matrices",
     callback=matrix_list,
-    help="Matrices, for example q,k,v,o; default: ff1 (gate,up if gated) and ff2.",
+    help="Matrices, for example q,k,v,o; default: ff1,ff2, or gate,up,ff2 in a gated MLP.",
 )
 @model_option
 @click.option(
@@ -143,7 +143,7 @@ def gradient(  # noqa: PLR0913 - an option each
 ) -> None:
     """Show what a gradient step towards --target changes.
 
-    Reads the gradient of each weight matrix in the vocabulary, as the Backward Lens does. With
+    Project the gradient of each weight matrix to the vocabulary, as the Backward Lens does. With
     --preview or --shift, also shows the probabilities before and after the edit, for PROMPT and
     for every --probe. The model's weights are not changed.
     """
@@ -209,7 +209,7 @@ def factor_picture(gradient: Gradient, matrices: Sequence[Matrix], rows: int, wi
         strongest[matrix.layer] = max([strongest.get(matrix.layer, 0.0), *norms])
     shown = sorted(strongest, key=strongest.__getitem__, reverse=True)[:rows]
     largest = max(strongest.values(), default=0.0)
-    note += _left_out(len(shown), len(strongest), "layers with the strongest components")
+    note += _left_out(len(shown), len(strongest), "layers with the largest components")
     cells = {
         (matrix.layer, component.position): _cell(
             matrix, component, gradient.header.targets, largest
@@ -225,21 +225,23 @@ def factor_picture(gradient: Gradient, matrices: Sequence[Matrix], rows: int, wi
 
 
 def _left_out(shown: int, total: int, which: str) -> str:
-    return "" if shown == total else f"; the {shown} of {total} {which}, --rows for more"
+    return "" if shown == total else f"; shows the {shown} of {total} {which} (see --rows)"
 
 
 def _headings(matrix: Matrix) -> tuple[str, str]:
+    title = presentation.factor_title(matrix)
     if matrix.projected_side is Side.INPUT:
-        return (
-            f"Imprint: what a step writes into {_rows(matrix.kind)}",
-            "each cell: the top token of the input x there, and the component's size |x||δ|",
+        note = (
+            "each cell: the top token of x and the component's size |x||δ|; a descent step "
+            f"imprints x in {_rows(matrix.kind)}"
         )
+        return title, note
     end = _ENDS.get(matrix.promoted_end, "")
     note = (
-        f"each cell: ↑ promoted by a descent step, the {end} of δ's ranking; ↓ suppressed, its "
-        "other end; and |δ|"
+        f"each cell: ↑ the token that a descent step promotes most (the {end} token of δ), ↓ the "
+        "token that it suppresses most, and |δ|"
     )
-    return f"Shift: which way a step moves what {matrix.kind} writes", note
+    return title, note
 
 
 def _strength(matrix: Matrix, component: Component) -> float:
@@ -279,7 +281,7 @@ _COMPONENT_TOKENS = 4
 def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int) -> Group:
     """One row per component, largest first: its place, its size and its tokens."""
     kind, side = matrices[0].kind, matrices[0].projected_side
-    readings = ["imprints"] if side is Side.INPUT else ["promotes", "suppresses"]
+    readings = ["top tokens of x"] if side is Side.INPUT else ["promotes", "suppresses"]
     grid = table(">layer", "position", ">|x|", ">|δ|", ">size", *readings, ">target's rank")
     for matrix, component in _largest(matrices, rows):
         grid.add_row(
@@ -296,10 +298,11 @@ def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int
 
 def _note(matrix: Matrix) -> str:
     if matrix.projected_side is Side.INPUT:
-        return "size = |x||δ|, the component's Frobenius norm; rank in x, 0 being the top"
+        return "size: |x||δ|, the component's Frobenius norm; rank: in x, 0 is the top"
     end = matrix.promoted_end.lower()
     return (
-        f"size = |x||δ|; rank in δ, 0 being the top: descent subtracts δ, so it promotes the {end}"
+        "size: |x||δ|; rank: in δ, 0 is the top; a descent step subtracts δ, so it promotes the "
+        f"{end}"
     )
 
 
@@ -323,7 +326,7 @@ _EXTRA_TOKENS = 3
 
 def neuron_changes(matrices: Sequence[Matrix], sought: Sequence[Token], rows: int) -> Group:
     """The neurons that a step changes most: tokens before, of the change, and after."""
-    grid = table("neuron", ">|change|", "before", "the change", "after")
+    grid = table("neuron", ">|change|", "before", "change", "after")
     found = [(matrix, neuron) for matrix in matrices for neuron in matrix.neurons]
     for matrix, neuron in sorted(found, key=lambda pair: -pair[1].change_norm)[:rows]:
         expert = "" if matrix.expert is None else f" expert {matrix.expert}"
@@ -339,7 +342,7 @@ def neuron_changes(matrices: Sequence[Matrix], sought: Sequence[Token], rows: in
 
 def spectrum_section(matrices: Sequence[Matrix], sought: Sequence[Token], rows: int) -> Group:
     """The largest singular values, with the top and bottom tokens of their vectors."""
-    grid = table(">layer", ">singular value", ">explained", "one end", "the other")
+    grid = table(">layer", ">singular value", ">explained", "one end", "the other end")
     found = [(matrix, singular) for matrix in matrices for singular in matrix.spectrum]
     for matrix, singular in sorted(found, key=lambda pair: -pair[1].value)[:rows]:
         read = singular.projection
@@ -350,7 +353,9 @@ def spectrum_section(matrices: Sequence[Matrix], sought: Sequence[Token], rows: 
             tokens_cell(read.top_tokens[:_EXTRA_TOKENS] if read else (), sought),
             tokens_cell(read.bottom_tokens[:_EXTRA_TOKENS] if read else (), sought),
         )
-    note = "explained: of the squared Frobenius norm; a direction's sign is arbitrary"
+    note = (
+        "explained: share of the squared Frobenius norm; the sign of a singular vector is arbitrary"
+    )
     return section(f"Spectrum of {matrices[0].kind}'s gradient", grid, note)
 
 
@@ -373,7 +378,7 @@ def segments_section(gradient: Gradient, limit: int) -> Group:
     for kind, layer in sorted(shown, key=lambda matrix: (matrix[0], -matrix[1])):
         cells = rows[kind, layer]
         grid.add_row(kind, str(layer), *(cells.get(segment, Text("")) for segment in segments))
-    note = "each cell: |δ| and the target's rank in the projected factor, means over the segment"
+    note = "each cell: means of |δ| and of the target's rank in the projected factor"
     note += _left_out(len(shown), len(rows), "matrices with the largest |δ|")
     return section("By segment of the prompt", grid, note)
 
@@ -399,7 +404,7 @@ def preview_section(preview: EditPreview, title: str) -> Group:
     grid = table("prompt", "target", "probability", "rank", "prediction", ">KL, bits")
     for effect in (preview.edited, *preview.probes):
         grid.add_row(*_effect_row(effect))
-    note = "each before → after; KL: how far the whole distribution moves"
+    note = "before → after the edit; KL: divergence between both predictions"
     return section(title, grid, note)
 
 
@@ -407,7 +412,7 @@ def _effect_row(effect: Effect) -> list[Text]:
     before = probability_cell(effect.probability_before)
     after = probability_cell(effect.probability_after)
     return [
-        Text(effect.label or "the edited one", no_wrap=True, overflow="ellipsis"),
+        Text(effect.label or "the edited prompt", no_wrap=True, overflow="ellipsis"),
         token_cell(effect.target),
         _change(before, after),
         _change(rank_cell(effect.rank_before), rank_cell(effect.rank_after)),
@@ -421,8 +426,8 @@ def _change(before: Text, after: Text) -> Text:
 
 
 _STEP = (
-    "of gradient descent: each matrix W, y = x W, changes by -lr Σ xᵀδ over the positions; it "
-    "imprints the inputs x and shifts the outputs against their VJPs δ"
+    "gradient descent changes each matrix W (y = x W) by -lr Σ xᵀδ, summed over positions; x is "
+    "the input, and δ the gradient of the loss with respect to the output (VJP)"
 )
 
 

@@ -97,7 +97,7 @@ def _checks(model: Model) -> Text:
 @click.command()
 @click.argument("text", required=False)
 @click.option(
-    "--special-tokens", is_flag=True, help="Read TEXT as a prompt, with tokens such as BOS."
+    "--special-tokens", is_flag=True, help="Add special tokens such as BOS, as to a prompt."
 )
 @click.option("--literal", is_flag=True, help="Read control tokens in TEXT as ordinary text.")
 @model_option
@@ -149,12 +149,12 @@ def _found(found: FoundNeurons) -> str:
     counted = "1 neuron has" if found.total == 1 else f"{found.total} neurons have"
     end = "bottom" if found.suppressed else "top"
     shown = "" if len(found.neurons) == found.total else f", {len(found.neurons)} shown"
-    return f"{counted} it among the {end} {found.depth} tokens of their value{shown}"
+    return f"{counted} it among the {end} {found.depth} tokens of the value vector{shown}"
 
 
 def _title(found: FoundNeurons) -> str:
     verb = "suppress" if found.suppressed else "promote"
-    return f"The neurons that {verb} {found.token}"
+    return f"Neurons that {verb} {found.token}"
 
 
 def _neurons_table(found: FoundNeurons) -> Table:
@@ -218,7 +218,7 @@ def neurons(client: Client, as_json: bool, /, *, written: str, **asked: Any) -> 
 def project(
     client: Client, as_json: bool, /, *, file: Path, name: str | None, **asked: Any
 ) -> None:
-    """Read the vectors in FILE in the vocabulary.
+    """Project the vectors in FILE to the vocabulary.
 
     FILE is .npy or .safetensors, with the shape [d_model] or [n, d_model].
     """

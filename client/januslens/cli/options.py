@@ -64,7 +64,7 @@ lens_option = click.option(
     type=click.Choice([lens.lower() for lens in Lens if lens is not Lens.UNSPECIFIED]),
     default="final_norm",
     show_default=True,
-    help="How vectors are read in the vocabulary.",
+    help="Normalization of vectors before they are projected to the vocabulary.",
 )
 
 

@@ -101,7 +101,7 @@ def _fail(message: str, hint: str, status: int) -> NoReturn:
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="januslens", message="%(package)s %(version)s")
 def januslens() -> None:
-    """Read a language model's forward and backward passes in its vocabulary."""
+    """Show a language model's forward and backward passes in its vocabulary."""
 
 
 for command in (trace, gradient, neurons, project, tokenize, models, ui):

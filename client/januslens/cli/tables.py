@@ -239,8 +239,8 @@ def cost_table(cost: CostEstimate) -> Table:
     rows = {
         "device": f"{cost.seconds:.3g} s",
         "operations": f"up to {cost.flops:.3g}",
-        "memory": f"up to {file_size(cost.device_bytes)} beside the weights",
-        "answer": f"up to {file_size(cost.stream_bytes)}",
+        "memory": f"up to {file_size(cost.device_bytes)} in addition to the weights",
+        "response": f"up to {file_size(cost.stream_bytes)}",
         "projections": f"up to {presentation.count(cost.projected_vectors)}",
     }
     for name, figure in rows.items():

@@ -102,8 +102,8 @@ def trace(
 ) -> None:
     """Show how the model computes its next token after PROMPT.
 
-    Prints how the target's rank changes along the residual stream, and which heads and neurons
-    contribute most to it: a summary of the VISIT flow graph.
+    Print how the target's rank changes along the residual stream, and which heads and neurons
+    contribute most to its logit, as a summary of the VISIT flow graph.
     """
     not_both(as_json, html)
     if estimate:
@@ -159,10 +159,9 @@ def emergence(trace: Trace, position: int) -> Group:
             label = f"{layer.layer}" if i == 0 else ""
             grid.add_row(label, step.name, *_reading(step.node, step.added, [target]))
     return section(
-        f"How {target} comes to its final rank, layer by layer",
+        f"{target} in the residual stream, layer by layer",
         grid,
-        f"rank and probability of {target}, rank 0 being the top; logit: what the step adds to "
-        "its logit directly",
+        f"rank 0 is the top; logit: what the step adds directly to the logit of {target}",
     )
 
 
@@ -192,7 +191,7 @@ def heads_section(
     trace: Trace, heads: Sequence[Part], title: str, sought: Sequence[Token]
 ) -> Group:
     """One row per head: contribution, share, sources with their attention, and top tokens."""
-    grid = table(">logit", ">share", "head", "reads", "brings")
+    grid = table(">logit", ">share", "head", "attends to", "writes")
     for part in heads:
         read = part.node.projection
         grid.add_row(
@@ -202,7 +201,10 @@ def heads_section(
             _sources(trace, part),
             tokens_cell(read.top_tokens[:_HEAD_TOKENS], sought) if read else Text(""),
         )
-    note = "share: of all heads of its layer; reads: source token (position) and attention"
+    note = (
+        "share: of the heads of the layer; attends to: source token (position) with its attention; "
+        "writes: top tokens of the head's output"
+    )
     return section(title, grid, note)
 
 
@@ -240,7 +242,10 @@ def neurons_section(neurons: Sequence[Part], title: str, sought: Sequence[Token]
             signed_cell(part.node.activation),
             tokens_cell(presentation.written_tokens(part.node)[:_NEURON_TOKENS], sought),
         )
-    note = "share: of its MLP's result; where the activation is negative, the row's bottom tokens"
+    note = (
+        "share: of the MLP's output; writes: top tokens of the neuron's row of FF2, or its bottom "
+        "tokens if the activation is negative"
+    )
     return section(title, grid, note)
 
 
@@ -257,13 +262,13 @@ def path_section(trace: Trace, path: Sequence[Part], sought: Sequence[Token]) ->
 
     Consecutive residuals are one step.
     """
-    grid = table("", "made of", ">share", ">logit", "says")
+    grid = table("", "node", ">share", ">logit", "top tokens")
     for step in presentation.path_steps(trace, path):
         grid.add_row(*_path_row(step, sought))
     return section(
-        "The strongest way back",
+        "Strongest path back from the prediction",
         grid,
-        "share and logit: of the step's last part in the sum above it",
+        "share and logit: what the node, or the last of several residuals, adds to the row above",
     )
 
 
@@ -292,10 +297,10 @@ def show_trace(trace: Trace, console: Console, rows: int, details: bool) -> None
 
 
 def _show_picture(trace: Trace, console: Console) -> None:
-    console.print(Text("\nThe residual stream after each layer", "bold"))
+    console.print(Text("\nResidual stream after each layer", "bold"))
     for grid in position_grids(trace.prompt_tokens, _top_tokens(trace), console.width):
         console.print(grid, "")
-    note = "each cell: the top token, green where it is the target of its position"
+    note = "each cell: the top token, green if it is the target of its position"
     console.print(Text(note, "dim"))
 
 
@@ -318,11 +323,11 @@ def _show_position(
     if details:
         _show_layers(trace, target, console, rows)
     else:
-        brought = f"that brought {target.target}, strongest first"
+        added = f"that add most to the logit of {target.target}"
         heads = _strongest(trace.heads(target.position))[:rows]
-        console.print(heads_section(trace, heads, f"The heads {brought}", sought))
+        console.print(heads_section(trace, heads, f"Heads {added}", sought))
         neurons = _strongest(trace.neurons(target.position))[:rows]
-        console.print(neurons_section(neurons, f"The neurons {brought}", sought))
+        console.print(neurons_section(neurons, f"Neurons {added}", sought))
     path = trace.path_to_target(target.position)
     console.print(path_section(trace, path if details else _to_first_source(path), sought))
 
@@ -332,9 +337,9 @@ def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: i
     sought: Sequence[Token] = [target.target]
     for layer in trace.layers:
         heads, neurons = layer.heads(target.position), layer.neurons(target.position)
-        title = f"Layer {layer.layer}: what attention brings"
+        title = f"Layer {layer.layer}: attention heads"
         console.print(heads_section(trace, heads[:rows], title, sought))
-        title = f"Layer {layer.layer}: what the MLP recalls"
+        title = f"Layer {layer.layer}: MLP neurons"
         console.print(neurons_section(neurons[:rows], title, sought))
 
 

@@ -172,7 +172,7 @@ _OTHER_OPTIONS: tuple[click.Parameter, ...] = (
         expose_value=False,
         is_eager=True,
         callback=_print_token,
-        help="Print a new token for a caller, and its --callers entry on standard error, and exit.",
+        help="Print a new token for a caller, and its --callers entry on standard error.",
     ),
     click.Option(["--print-config"], is_flag=True, help="Print the settings as YAML and exit."),
     click.Option(

@@ -145,7 +145,7 @@ class ServerSettings(BaseSettings):
         None, "Certificate authorities (PEM) for client certificates (mutual TLS).", "FILE"
     )
     health_port: Port | None = _setting(
-        None, "Also serve health checks, and nothing else, in plaintext on this port.", "INTEGER"
+        None, "Open an extra plaintext port that serves only health checks.", "INTEGER"
     )
     callers: FilePath | None = _setting(
         None,
@@ -168,11 +168,11 @@ class ServerSettings(BaseSettings):
         "TEXT",
     )
     data_type: Literal["auto", "float32", "bfloat16", "float16"] = _setting(
-        "auto", "Data type of weights; auto uses the checkpoint's own, and float32 on a CPU."
+        "auto", "Data type of weights; auto = float32 on a CPU, otherwise the checkpoint's own."
     )
     max_memory: Limits = _setting(
         (),
-        "Memory that one model may use on a device (repeatable); default: the free memory.",
+        "Maximum memory of one model on a device (repeatable); default: the free memory.",
         "DEVICE=SIZE",
     )
     offload_dir: Folder | None = _setting(
@@ -205,7 +205,7 @@ class ServerSettings(BaseSettings):
         ge=1,
     )
     chunk_bytes: Size = _setting(
-        "64MiB", "Maximum memory for logits computed at once, for any request.", "SIZE"
+        "64MiB", "Maximum memory for the logits that a request computes at once.", "SIZE"
     )
 
     # Requests
@@ -232,7 +232,7 @@ class ServerSettings(BaseSettings):
     )
     max_connection_age_seconds: float | None = _setting(
         None,
-        "Close connections of this age after their running calls, so that clients resolve again.",
+        "Close a connection of this age when its running calls end; the client reconnects.",
         "SECONDS",
         ge=1,
     )
@@ -244,7 +244,7 @@ class ServerSettings(BaseSettings):
         256, "Maximum open calls of one connection; clients delay further ones.", "INTEGER", ge=1
     )
     max_watches: int = _setting(
-        1000, "Maximum open health watches, half of them from one address.", "INTEGER", ge=1
+        1000, "Maximum open health watches; one address may open half of them.", "INTEGER", ge=1
     )
 
     # Logs
