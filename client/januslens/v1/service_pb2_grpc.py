@@ -150,8 +150,8 @@ class IntrospectionServiceServicer(object):
 
     def GradientLens(self, request, context):
         """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
-        products, from the last layer to the first: the inputs that a descent step would imprint and
-        the directions in which it would shift (Backward Lens). The model does not change. Errors as
+        products, from the last layer to the first: the inputs, which a descent step imprints, and
+        the VJPs, against which it shifts the outputs (Backward Lens). The model does not change. Errors as
         for Trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

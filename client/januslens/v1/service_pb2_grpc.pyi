@@ -75,8 +75,8 @@ class IntrospectionServiceStub:
     """
     GradientLens: _grpc.UnaryStreamMultiCallable[_gradient_lens_pb2.GradientLensRequest, _gradient_lens_pb2.GradientLensResponse]
     """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
-    products, from the last layer to the first: the inputs that a descent step would imprint and
-    the directions in which it would shift (Backward Lens). The model does not change. Errors as
+    products, from the last layer to the first: the inputs, which a descent step imprints, and
+    the VJPs, against which it shifts the outputs (Backward Lens). The model does not change. Errors as
     for Trace.
     """
     PreviewEdit: _grpc.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]
@@ -134,8 +134,8 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     """
     GradientLens: _aio.UnaryStreamMultiCallable[_gradient_lens_pb2.GradientLensRequest, _gradient_lens_pb2.GradientLensResponse]  # type: ignore[assignment]
     """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
-    products, from the last layer to the first: the inputs that a descent step would imprint and
-    the directions in which it would shift (Backward Lens). The model does not change. Errors as
+    products, from the last layer to the first: the inputs, which a descent step imprints, and
+    the VJPs, against which it shifts the outputs (Backward Lens). The model does not change. Errors as
     for Trace.
     """
     PreviewEdit: _aio.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]  # type: ignore[assignment]
@@ -220,8 +220,8 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gradient_lens_pb2.GradientLensResponse], _abc.AsyncIterator[_gradient_lens_pb2.GradientLensResponse]]:
         """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
-        products, from the last layer to the first: the inputs that a descent step would imprint and
-        the directions in which it would shift (Backward Lens). The model does not change. Errors as
+        products, from the last layer to the first: the inputs, which a descent step imprints, and
+        the VJPs, against which it shifts the outputs (Backward Lens). The model does not change. Errors as
         for Trace.
         """
 
