@@ -201,6 +201,8 @@ def checked_timeout(timeout: Any) -> float | None:
 def is_loopback(address: str) -> bool:
     """Whether all hosts of a gRPC address, such as `dns:///localhost:50051`, are loopback."""
     scheme, separator, rest = address.partition(":")
+    if separator and scheme in {"unix", "unix-abstract"}:
+        return True
     listed = separator and scheme in {"dns", "ipv4", "ipv6", "passthrough"}
     targets = unquote(rest if listed else address).rpartition("/")[2].split(",")
     return all(_is_loopback_host(_host(target)) for target in targets)

@@ -61,8 +61,8 @@ class Script:
 
 
 @contextmanager
-def serving(script: Script) -> Iterator[str]:
-    """Serve a script on a free port; gives the address."""
+def serving(script: Script, address: str = "127.0.0.1:0") -> Iterator[str]:
+    """Serve a script, by default on a free port; gives the address."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Trace": grpc.unary_stream_rpc_method_handler(
             script.trace,
@@ -82,10 +82,10 @@ def serving(script: Script) -> Iterator[str]:
     }
     server = grpc.server(futures.ThreadPoolExecutor(4))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = server.add_insecure_port(address)
     server.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield address.removesuffix(":0") + f":{port}" if address.endswith(":0") else address
     finally:
         script.left.set()
         server.stop(None).wait()

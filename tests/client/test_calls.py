@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent import futures
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from januslens import (
     AsyncClient,
+    Cancelled,
     Client,
     DeadlineExceeded,
+    EventStream,
     LayerGraph,
     StreamInterrupted,
     Trace,
+    TraceEvent,
+    TraceHeader,
     Unavailable,
     Unimplemented,
 )
@@ -239,6 +249,73 @@ def test_a_dropped_stream_of_the_synchronous_client_is_cancelled() -> None:
         assert script.left.wait(10)
 
 
+def reading(stream: EventStream[TraceEvent, Trace], until: threading.Event) -> Iterator[TraceEvent]:
+    """Read a stream's events; set `until` after the first of a layer."""
+    for event in stream:
+        yield event
+        if isinstance(event, LayerGraph):
+            until.set()
+
+
+def test_closing_a_stream_in_another_thread_ends_its_iteration() -> None:
+    script, read = Script(responses=trace_stream()[:2], hangs=True), threading.Event()
+    with (
+        serving(script) as address,
+        Client(address) as client,
+        futures.ThreadPoolExecutor(1) as pool,
+    ):
+        stream = client.stream_trace("a b")
+        events = pool.submit(lambda: list(reading(stream, read)))
+        assert read.wait(10)
+        stream.close()
+        assert [type(event) for event in events.result(10)] == [TraceHeader, LayerGraph]
+        assert script.left.wait(10)
+
+
+def test_closing_a_client_in_another_thread_cancels_its_streams() -> None:
+    script, read = Script(responses=trace_stream()[:2], hangs=True), threading.Event()
+    with serving(script) as address, futures.ThreadPoolExecutor(1) as pool:
+        client = Client(address)
+        stream = client.stream_trace("a b")
+        events = pool.submit(lambda: list(reading(stream, read)))
+        assert read.wait(10)
+        client.close()
+        with pytest.raises(Cancelled):
+            events.result(10)
+        assert script.left.wait(10)
+
+
+FORKING = """
+import os, sys
+from januslens import Client
+
+client = Client(sys.argv[1])
+for _ in range(2):  # before and after the parent's first call
+    child = os.fork()
+    names = [model.name for model in client.list_models(timeout=30)]
+    if child == 0:
+        os._exit(0 if names == ["a", "b"] else 1)
+    assert names == ["a", "b"]
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_client_works_in_a_forked_process_and_in_its_parent() -> None:
+    with serving(Script(pages=PAGES)) as address:
+        subprocess.run([sys.executable, "-c", FORKING, address], check=True, timeout=100)
+
+
+async def test_both_clients_reach_a_server_on_a_unix_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    with serving(Script(pages=PAGES), f"unix:{tmp_path}/s") as address:
+        with Client(address) as client:
+            assert [model.name for model in client.list_models()] == ["a", "b"]
+        async with AsyncClient(address) as client:
+            assert await names_from(client) == ["a", "b"]
+
+
 def test_one_asynchronous_client_serves_one_event_loop_after_another() -> None:
     with serving(Script(pages=PAGES)) as address:
         client = AsyncClient(address)
@@ -301,6 +378,9 @@ def test_invalid_timeout_is_refused(timeout: Any, error: type[Exception]) -> Non
         "ipv4:127.0.0.1:1,127.0.0.2:2",
         "ipv6:[::1]:50051",
         "ipv6:%5B::1%5D:50051",
+        "unix:/run/januslens.sock",
+        "unix:///run/januslens.sock",
+        "unix-abstract:januslens",
     ],
 )
 def test_a_loopback_address_is_never_reached_through_a_proxy(address: str) -> None:
