@@ -1,4 +1,4 @@
-"""Records are read from their messages when somebody looks at them, and are a tuple then."""
+"""Tests of sequences whose records are parsed from messages on first access."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from januslens.v1 import common_pb2, trace_pb2
 
 
 def counted(numbers: list[int], seen: list[int]) -> LazySequence[int]:
-    """Squares, of which `seen` tells which have been computed."""
+    """Return a sequence of squares; `seen` gets each number when its square is computed."""
 
     def square(number: int) -> int:
         seen.append(number)
@@ -27,25 +27,25 @@ def counted(numbers: list[int], seen: list[int]) -> LazySequence[int]:
 
 def test_records_are_parsed_once_on_first_access() -> None:
     seen: list[int] = []
-    late = counted([1, 2, 3], seen)
-    assert (len(late), bool(late), seen) == (3, True, [])
-    assert (late[1], late[-1], late[1:], list(late)) == (4, 9, (4, 9), [1, 4, 9])
+    lazy = counted([1, 2, 3], seen)
+    assert (len(lazy), bool(lazy), seen) == (3, True, [])
+    assert (lazy[1], lazy[-1], lazy[1:], list(lazy)) == (4, 9, (4, 9), [1, 4, 9])
     assert seen == [1, 2, 3]
     assert not counted([], seen)
 
 
 def test_lazy_sequence_equals_and_pickles_as_a_tuple() -> None:
-    late = counted([1, 2], [])
-    assert late == (1, 4)
-    assert late == (1, 4)
-    assert late == counted([1, 2], [])
-    assert late != (1, 5)
-    assert hash(late) == hash((1, 4))
-    assert repr(late) == "(1, 4)"
-    assert pickle.loads(pickle.dumps(late)) == (1, 4)  # noqa: S301 - our own bytes
-    assert isinstance(copy.deepcopy(late), tuple)
-    assert 4 in late
-    assert (*late, 5) == (1, 4, 5)
+    lazy = counted([1, 2], [])
+    assert lazy == (1, 4)
+    assert lazy == (1, 4)
+    assert lazy == counted([1, 2], [])
+    assert lazy != (1, 5)
+    assert hash(lazy) == hash((1, 4))
+    assert repr(lazy) == "(1, 4)"
+    assert pickle.loads(pickle.dumps(lazy)) == (1, 4)  # noqa: S301 - our own bytes
+    assert isinstance(copy.deepcopy(lazy), tuple)
+    assert 4 in lazy
+    assert (*lazy, 5) == (1, 4, 5)
 
 
 def layer(number: int, *ids: str) -> trace_pb2.LayerGraph:
