@@ -20,6 +20,18 @@ from tests.support.ui import LivePage, live_page
 
 LONG = "The capital of Japan is the city of Tokyo. " * 8  # with every part, some seconds
 
+# Runs in every frame. After each change of the page it records the highest layer that is drawn, so
+# that tests can check the order of arrival afterwards, at any speed of the machine.
+RECORD_LAYERS = """
+window.drawnLayers = [];
+new MutationObserver(() => {
+  const cells = document.querySelectorAll('.overview .cell[data-id^="L"]');
+  const layers = Array.from(cells, (cell) => parseInt(cell.dataset.id.slice(1), 10));
+  const highest = Math.max(...layers);
+  if (layers.length && highest !== window.drawnLayers.at(-1)) window.drawnLayers.push(highest);
+}).observe(document, { childList: true, subtree: true });
+"""
+
 
 @pytest.fixture(scope="module")
 def running(server_address: str) -> Iterator[LivePage]:
@@ -50,6 +62,7 @@ def deep(browser: Browser, running_deep: LivePage) -> Iterator[Page]:
 @contextmanager
 def opened(browser: Browser, running: LivePage, model: str) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1600, "height": 1000}, accept_downloads=True)
+    context.add_init_script(RECORD_LAYERS)
     page = context.new_page()
     page.set_default_timeout(60_000)
     complaints: list[str] = []
@@ -68,6 +81,12 @@ def panel(live: Page, number: int = 0) -> tuple[Locator, FrameLocator]:
     """An answer's panel and the page within it."""
     found = live.locator(".answer-panel").nth(number)
     return found, found.frame_locator("iframe")
+
+
+def drawn_layers(live: Page) -> list[int]:
+    """The highest layer of the first answer after each of its drawings, in their order."""
+    layers: list[int] = live.frames[1].evaluate("window.drawnLayers")
+    return layers
 
 
 def state(panel: Locator, wanted: str) -> None:
@@ -107,14 +126,16 @@ def test_layers_appear_while_streaming_and_cancel_stops_the_trace(
     answer, page = panel(live)
     last = page.locator('.overview .cell[data-id^="L0/"]').first
     expect(last).to_be_attached(timeout=60_000)
-    state(answer, "running")
     assert unfinished(server) >= 1
-    assert page.locator('.overview .cell[data-id^="L3/"]').count() == 0
     place = last.bounding_box()
     answer.get_by_role("button", name="Cancel").click()
     state(answer, "cancelled")
     wait_until_idle(server)
     assert last.bounding_box() == place
+    layers = drawn_layers(live)
+    assert layers[0] == 0
+    assert layers == sorted(layers)
+    assert page.locator('.overview .cell[data-id^="L3/"]').count() == 0
     expect(answer.get_by_role("button", name="Cancel")).to_have_count(0)
 
 
@@ -125,10 +146,10 @@ def test_twelve_layers_arrive_in_order_and_equal_the_client_result(
     deep.get_by_label("Prompt").fill(prompt)  # line breaks and all
     deep.get_by_label("Prompt").press("Enter")
     answer, page = panel(deep)
-    expect(page.locator('.overview .cell[data-id^="L0/"]').first).to_be_attached(timeout=60_000)
-    state(answer, "running")
-    assert page.locator(f'.overview .cell[data-id^="L{LAYERS - 1}/"]').count() == 0
     state(answer, "done")
+    layers = drawn_layers(deep)
+    assert layers == sorted(layers)
+    assert layers[0] < layers[-1] == LAYERS - 1
     with januslens.Client(random_server.address) as client:
         trace = client.trace(prompt, model="random")
     own = [node for node in trace.nodes_of("BLOCK_OUTPUT") if node.layer is not None]
@@ -250,7 +271,8 @@ def test_edit_preview_is_in_the_saved_page(
 
 def test_server_errors_are_shown(live: Page) -> None:
     live.get_by_role("button", name="Gradient", exact=True).click()
-    assert live.locator(".answer-panel").count() == 0  # the prompt is missing
+    expect(live.get_by_label("Prompt")).to_be_focused()  # the prompt is missing
+    assert live.locator(".answer-panel").count() == 0
     live.get_by_label("Prompt").fill(PROMPT)
     live.get_by_text("more", exact=True).click()
     live.get_by_label("Layers").fill("99")
