@@ -1,8 +1,8 @@
-"""The quick start that `make demo` runs: start a server, ask two questions about one prompt, stop.
+"""The quick start of `make demo`: start a server, run two commands on one prompt, and stop it.
 
 It starts `januslens-server` on free loopback ports, waits until it is ready, runs `januslens trace`
-and `januslens gradient`, and always stops the server. The example is that of the papers: a fact,
-and a counterfactual whose gradient is projected onto the vocabulary.
+and `januslens gradient`, and always stops the server. The example is from the papers: a fact, and
+the projected gradient of a counterfactual.
 """
 
 import signal
@@ -31,7 +31,7 @@ SCRIPTS = Path(sysconfig.get_path("scripts"))
 
 
 def main() -> int:
-    """Run the quick start; returns the first exit status that is not zero."""
+    """Run the quick start; return the first exit status that is not zero."""
     signal.signal(signal.SIGTERM, _leave)
     try:
         with _running_server() as address:
@@ -78,7 +78,7 @@ def _as_typed(arguments: list[str]) -> str:
 def _running_server() -> Iterator[str]:
     """Start a server, yield its address when it is ready, and stop it at the end."""
     port, metrics_port = _free_ports(2)
-    # Info lines would appear between the answers; warnings and errors are still shown.
+    # Show only warnings and errors, because info lines would appear between the results.
     flags = ["--port", str(port), "--metrics-port", str(metrics_port), "--log-level", "warning"]
     server = subprocess.Popen([SCRIPTS / "januslens-server", *flags])
     try:

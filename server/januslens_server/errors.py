@@ -28,13 +28,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# Raises `RequestCancelled` or `DeadlinePassed` if the request that computes should stop. Long
-# computations take one and call it often.
+# A function that raises `RequestCancelled` or `DeadlinePassed` if the running request should stop.
+# Long computations have it as an argument and call it often.
 CancelCheck = Callable[[], None]
 
 
 def never_cancelled() -> None:
-    """The `CancelCheck` of a computation that always runs to its end."""
+    """A `CancelCheck` that never raises."""
 
 
 class IntrospectionError(Exception):
@@ -71,7 +71,7 @@ class InvalidRequest(IntrospectionError):
     reason = "INVALID_REQUEST"
 
     def __init__(self, field: str, description: str) -> None:
-        """`field` is the path of the request field, `description` what is wrong and expected."""
+        """`description` says what is wrong with the request field with the path `field`."""
         super().__init__(f"{field}: {description}")
         self.violations = (FieldViolation(field, description),)
 

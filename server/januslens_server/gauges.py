@@ -1,7 +1,7 @@
-"""Gauges of the server's state: read at each scrape, or written at intervals.
+"""Gauges of the server's state.
 
-With several processes, the supervisor answers scrapes from files, so each process writes its gauges
-to files at intervals.
+A single process updates them at each scrape. With several processes, the supervisor answers scrapes
+from files, so each process writes its gauges to files at intervals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _shown: dict[Gauge, Reading] = {}
 
 
 def read_at_scrapes() -> None:
-    """Read the gauges at every scrape."""
+    """Update the gauges at every scrape."""
     for gauge, read in _shown.items():
         gauge.set_function(read)
 

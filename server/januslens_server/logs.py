@@ -20,7 +20,7 @@ _IN_MESSAGE = ("method", "status")
 
 
 def configure_logging(level: str, form: str, process: int | None = None) -> None:
-    """Log to standard error in the format `form`; `process` numbers one of several processes."""
+    """Log to standard error in the format `form`; `process` is this process's number, if any."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -71,7 +71,7 @@ def _text() -> list[Processor]:
 
 
 def _for_people(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Drop fields that the message contains; round durations to a tenth of a millisecond."""
+    """Remove fields that the message contains, and round durations to a tenth of a millisecond."""
     event["level"] = event["level"].upper()
     return {
         name: round(value, 4) if isinstance(value, float) else value
@@ -98,7 +98,7 @@ def escape(text: str) -> str:
 
 
 def _shown(value: object) -> str:
-    """A field's value as text: quoted if it has spaces, a mapping as `name:value,...`."""
+    """Format a field's value: quoted if it has spaces, and a mapping as `name:value,...`."""
     if isinstance(value, dict):
         return ",".join(f"{name}:{_shown(part)}" for name, part in value.items())
     if isinstance(value, float):

@@ -1,7 +1,7 @@
 """OpenTelemetry spans of RPCs, exported if `OTEL_EXPORTER_OTLP_ENDPOINT` is set.
 
-The SDK reads its own variables (`OTEL_*`). We create the spans ourselves, since the available gRPC
-instrumentation expects streaming handlers to be generators, and ours write.
+The SDK reads its own variables (`OTEL_*`). This module creates the spans itself, because the
+available instrumentation of gRPC supports only streaming handlers that are generators.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-# Codes that mark a server span as failed, by OpenTelemetry's semantic conventions for gRPC; the
-# other codes report a fault of the caller.
+# Status codes that mark a server span as failed, by OpenTelemetry's semantic conventions for gRPC.
+# The other codes are errors of the caller.
 ERRORS = {"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"}
 
 _provider: TracerProvider | None = None

@@ -11,15 +11,15 @@ import asyncio
 import prometheus_client
 from prometheus_client import Counter, Gauge, Histogram
 
-# `_created` series would double the page, and Prometheus does not use them.
+# Disable `_created` series, which would double the page; Prometheus does not use them.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # as shipped
 
-# Requests take from a millisecond to minutes.
+# Buckets for requests, which take from a millisecond to minutes.
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-# Parts of requests start at tens of microseconds.
+# Buckets for parts of requests, which take from tens of microseconds.
 PART_BUCKETS = (0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5, 30)
 
-# The names and labels of go-grpc-prometheus, for which dashboards and alerts exist.
+# These have the names and labels of go-grpc-prometheus, which existing dashboards and alerts use.
 _RPC = ("grpc_type", "grpc_service", "grpc_method")
 STARTED = Counter("grpc_server_started", "RPCs started.", _RPC)
 HANDLED = Counter("grpc_server_handled", "RPCs completed, by status.", [*_RPC, "grpc_code"])
@@ -72,7 +72,7 @@ WRITE_STALL_SECONDS = Histogram(
     buckets=PART_BUCKETS,
 )
 
-# With several processes, the maximum: 1 if it holds for any of them.
+# With several processes, the maximum over the processes: 1 if it is 1 in any of them.
 READY = Gauge(
     "januslens_ready",
     "1 while the health service januslens.ready is SERVING.",
@@ -103,7 +103,7 @@ LOOP_LAG_INTERVAL = 0.25
 
 
 async def watch_event_loop() -> None:
-    """Measure forever how late the loop wakes, which delays every health check and write."""
+    """Measure, forever, how late the event loop wakes; all health checks and writes are as late."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + LOOP_LAG_INTERVAL

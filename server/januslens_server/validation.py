@@ -1,4 +1,4 @@
-"""Read YAML files that people write, and report what is wrong with them in one line per error."""
+"""Read YAML files that people write, and report each error in one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 from pydantic_core import ErrorDetails
 
-# What was expected, by pydantic's error type; its own messages are for Python programmers.
+# What was expected, by pydantic's error type. These texts replace pydantic's own messages, which
+# are written for Python programmers.
 _EXPECTED = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
@@ -37,10 +38,10 @@ _EXPECTED = {
 
 
 def load_yaml(path: Path) -> Any:
-    """The content of a YAML file.
+    """Return the content of a YAML file.
 
     Raises `OSError` if the file cannot be read, and `ValueError` with one line if it is not YAML.
-    The line never quotes the file, which may hold secrets.
+    The line does not quote the file, because it may contain secrets.
     """
     try:
         return yaml.safe_load(path.read_text())
@@ -53,7 +54,7 @@ def load_yaml(path: Path) -> Any:
 
 
 def expectation(error: ErrorDetails) -> str:
-    """What was expected instead of the value, such as `expected at most 65535`."""
+    """Describe what was expected instead of a value, such as `expected at most 65535`."""
     template = _EXPECTED.get(error["type"])
     if template is not None:
         return f"expected {template.format_map(error.get('ctx', {}))}"
@@ -61,6 +62,6 @@ def expectation(error: ErrorDetails) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'port'?`, or an empty string if no known name is similar."""
+    """Return `; did you mean 'port'?`, or an empty string if no known name is similar."""
     nearest = get_close_matches(name, list(known), n=1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""

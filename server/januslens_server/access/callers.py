@@ -1,7 +1,8 @@
-"""Callers, as the operator describes them in the callers' file; docs/operations.md shows one.
+"""Read the callers' file, which docs/operations.md describes.
 
-Tokens have 256 random bits and are stored as SHA-256 hashes. One round of hashing is enough: there
-is no dictionary to try. Unknown field names are refused, since a misspelt scope would grant all.
+Tokens have 256 random bits and are stored as SHA-256 hashes. One round of hashing is enough,
+because random tokens cannot be guessed from a dictionary. Unknown field names are refused, because
+a misspelt scope would permit everything.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from pydantic_core import ErrorDetails
 
 from januslens_server.validation import expectation, load_yaml, suggestion
 
-# Names appear in logs unescaped.
+# Characters that are safe in logs without escaping.
 NAME = re.compile(r"[\w.:-]{1,64}", re.ASCII)
-# Scanners for leaked secrets find tokens by this prefix.
+# Prefix by which scanners for leaked secrets find tokens.
 TOKEN_PREFIX = "januslens_"  # noqa: S105 - not a secret
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
-# Values of these fields may be quoted in errors; anywhere else somebody may have pasted a token.
+# Errors may quote values of these fields. Other values are not quoted, because they may be tokens.
 _QUOTABLE = {"name", "models", "rpcs", "quotas"}
 
 
@@ -61,7 +62,7 @@ def _not_a_timestamp(value: Any) -> Any:
 
 
 def _in_utc(moment: datetime) -> datetime:
-    """A time without a zone is UTC, a date its first moment."""
+    """Convert to UTC: times without a zone are UTC, and a date is its first moment."""
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
@@ -77,7 +78,7 @@ class _Entry(BaseModel):
 
 
 class TokenHash(_Entry):
-    """SHA-256 of a bearer token; the token is refused from `expires` on."""
+    """SHA-256 hash of a bearer token, which is invalid from `expires` on."""
 
     sha256: Sha256
     expires: Moment | None = None
@@ -92,7 +93,7 @@ class Quotas(_Entry):
 
 
 class Caller(_Entry):
-    """A caller, its tokens and what it may use; `models` and `rpcs` of None mean all."""
+    """A caller with its tokens, scopes and quotas; `models` or `rpcs` None means all."""
 
     name: Name
     tokens: tuple[TokenHash, ...]
@@ -117,7 +118,7 @@ class Caller(_Entry):
         return self.rpcs is None or rpc in self.rpcs
 
 
-# The caller of every request to a server without a callers' file.
+# The caller of all requests if there is no callers' file.
 ANYONE = Caller.model_construct(name="", tokens=())
 
 
@@ -136,10 +137,10 @@ class _File(_Entry):
 
 
 def read_callers(path: Path, rpcs: Collection[str]) -> tuple[Caller, ...]:
-    """Read the callers' file; `rpcs` are the names that scopes may list.
+    """Read the callers' file; `rpcs` are the names that scopes may contain.
 
-    Raises `OSError` if the file cannot be read, and `ValueError` with one line per error, each
-    naming the place in the file, such as `callers.yaml: callers[0].name ...`.
+    Raises `OSError` if the file cannot be read, and `ValueError` with one line per error. Each line
+    names the place in the file, such as `callers.yaml: callers[0].name ...`.
     """
     content = load_yaml(path)
     try:
@@ -170,17 +171,17 @@ def _one_line(error: ErrorDetails) -> str:
 
 
 def new_token() -> str:
-    """A new random token."""
+    """Create a random token."""
     return TOKEN_PREFIX + secrets.token_urlsafe(32)
 
 
 def token_hash(token: str) -> bytes:
-    """SHA-256 of a token, as callers' files store it."""
+    """Return the SHA-256 hash of a token, as in a callers' file."""
     return hashlib.sha256(token.encode()).digest()
 
 
 def find_token(token: str, callers: Iterable[Caller]) -> tuple[Caller, TokenHash] | None:
-    """The caller who has this token; compares with every token, in constant time."""
+    """Return the caller with this token, after comparing with every token in constant time."""
     wanted = token_hash(token)
     found = None
     for caller in callers:

@@ -1,4 +1,4 @@
-"""Find the caller of a token, in a callers' file that may change while the server runs."""
+"""Find callers by token, in a callers' file that is reloaded when it changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from januslens_server.errors import Unauthenticated
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two looks at the callers' file.
+# Seconds between two checks of the callers' file.
 CHECK_INTERVAL = 1.0
 
 
@@ -22,21 +22,21 @@ class Directory(Protocol):
     """Finds callers by their tokens."""
 
     def caller(self, token: str | None) -> Caller:
-        """The caller of a token. Raises `Unauthenticated` if there is none."""
+        """Return the caller with this token. Raises `Unauthenticated` if there is none."""
 
 
 class OpenDirectory:
-    """Accepts every request: the server has no callers' file."""
+    """Accepts every request, for a server without a callers' file."""
 
     def caller(self, _token: str | None) -> Caller:
-        """`ANYONE`."""
+        """Return `ANYONE`."""
         return ANYONE
 
 
 class CallersFile:
-    """The callers of a file, which is read again when it changes.
+    """The callers of a file, which is reloaded when it changes.
 
-    While the file is invalid, the callers last read from it stay valid and errors are logged.
+    While the file is invalid, the last valid callers are used, and the errors are logged.
     """
 
     def __init__(self, path: Path, rpcs: Collection[str]) -> None:
@@ -47,7 +47,7 @@ class CallersFile:
         self._callers = read_callers(path, rpcs)
 
     def caller(self, token: str | None) -> Caller:
-        """The caller of a token. Raises `Unauthenticated` if there is none."""
+        """Return the caller with this token. Raises `Unauthenticated` if there is none."""
         if not token:
             raise Unauthenticated(
                 "missing bearer token; send the metadata 'authorization: Bearer <token>'"
@@ -73,7 +73,7 @@ class CallersFile:
         try:
             changed = self._read_stamp() != self._stamp
         except OSError:
-            changed = True  # the file is gone; reading it logs why
+            changed = True  # the file does not exist; reading it logs the error
         if changed:
             self.reload()
 

@@ -1,4 +1,4 @@
-"""Read the server's settings: the only code that looks at flags, environment and the settings file.
+"""Read the server's settings from flags, environment and the settings file.
 
 A setting is taken from its flag, else from `JANUSLENS_<NAME>`, else from the YAML file named by
 `--config`, else from its default.

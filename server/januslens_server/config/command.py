@@ -1,4 +1,4 @@
-"""The command line of `januslens-server`: collect flags, environment and file, report errors."""
+"""The command line of `januslens-server`: read flags, environment and file, and report errors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from januslens_server.config.settings import ENVIRONMENT_PREFIX, ServerSettings,
 from januslens_server.validation import expectation, load_yaml, suggestion
 
 PROGRAM = "januslens-server"
-# Variables with our prefix that the `januslens` client reads.
+# Variables with the same prefix that belong to the `januslens` client.
 CLIENT_VARIABLES = {"JANUSLENS_SERVER", "JANUSLENS_TOKEN", "JANUSLENS_ROOT_CERTIFICATES"}
 
 
 def settings_command() -> click.Command:
-    """The `januslens-server` command, with its options in the order of docs/operations.md."""
+    """Create the `januslens-server` command, with options in the order of docs/operations.md."""
     return click.Command(
         PROGRAM,
         params=[*(_option(*item) for item in ServerSettings.model_fields.items()), *_OTHER_OPTIONS],
@@ -37,7 +37,7 @@ def settings_command() -> click.Command:
 
 
 def read_settings(arguments: Sequence[str] | None = None) -> ServerSettings:
-    """Settings from `arguments` (default: the command line), environment and file.
+    """Read the settings from `arguments` (default: the command line), environment and file.
 
     Exits with status 0 after `--help`, `--version` and `--print-config`, and with status 2 and one
     line per error on standard error if a setting is invalid.
@@ -59,7 +59,7 @@ def read_settings(arguments: Sequence[str] | None = None) -> ServerSettings:
 
 
 def unknown_variable_warnings() -> Iterator[str]:
-    """A message for each environment variable with our prefix that is not a setting."""
+    """Return a warning for each environment variable with our prefix that is not a setting."""
     names = [*ServerSettings.model_fields, "config"]
     known = {f"{ENVIRONMENT_PREFIX}{name.upper()}" for name in names}
     for name in sorted(os.environ):
@@ -68,7 +68,7 @@ def unknown_variable_warnings() -> Iterator[str]:
 
 
 def _option(name: str, field: FieldInfo) -> click.Option:
-    """The flag of one setting; its value stays text, which pydantic reads."""
+    """Create the flag of one setting; pydantic parses its text."""
     repeatable = get_origin(field.annotation) is tuple
     shown = "" if field.default in (None, False, ()) else f"  [default: {field.default}]"
     return click.Option(
@@ -83,7 +83,7 @@ def _option(name: str, field: FieldInfo) -> click.Option:
 
 
 def flag_of(name: str) -> str:
-    """The command-line flag of a setting."""
+    """Return the command-line flag of a setting."""
     return "--model" if name == "models" else f"--{name.replace('_', '-')}"
 
 
@@ -130,7 +130,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _origin(location: tuple[int | str, ...], flags: dict[str, Any], config: Path | None) -> str:
-    """The flag, variable or place in the file that an invalid value came from."""
+    """Return the flag, variable or place in the file that an invalid value comes from."""
     name = str(location[0]) if location else ""
     if not name or name in flags:
         return flag_of(name)
@@ -145,7 +145,7 @@ def _one_line(origin: str, error: Any) -> str:
 
 
 def _print_token(_ctx: click.Context, _param: click.Parameter, name: str | None) -> None:
-    """Print a new token on standard output, its entry in the callers' file on standard error."""
+    """Print a new token to standard output, and its entry in the callers' file to stderr."""
     if name is None:
         return
     if not NAME.fullmatch(name):

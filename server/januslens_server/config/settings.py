@@ -102,7 +102,7 @@ def _check_device(device: str) -> str:
 
 
 def _split(value: Any) -> Any:
-    """Entries separated by spaces, as an environment variable holds them."""
+    """Split the entries of an environment variable, which are separated by spaces."""
     return value.split() if isinstance(value, str) else value
 
 
@@ -117,7 +117,7 @@ Limits = Annotated[tuple[Limit, ...], NoDecode, BeforeValidator(_split)]
 
 
 def _setting(default: Any, help_text: str, metavar: str | None = None, **rules: Any) -> Any:
-    """A setting's default, help text, placeholder in `--help`, and pydantic's rules for it."""
+    """Declare a setting: default, help text, placeholder in `--help`, and pydantic's rules."""
     return Field(default, description=help_text, json_schema_extra={"metavar": metavar}, **rules)
 
 
@@ -265,7 +265,7 @@ class ServerSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - not a source of ours
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags, then environment, then the file's content, which `from_file` hands over."""
+        """Read flags, then the environment, then the file, whose content `from_file` passes."""
         flags = init_settings()
         content = flags.pop("from_file", {})
         return (
@@ -313,5 +313,5 @@ def _is_loopback(host: str) -> bool:
 
 
 def as_yaml(settings: ServerSettings) -> str:
-    """The settings as a file that `--config` reads."""
+    """Return the settings in the format of the file for `--config`."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)

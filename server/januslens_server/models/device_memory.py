@@ -1,4 +1,4 @@
-"""How much memory the devices have, and how much of it is left."""
+"""Measure the total and the free memory of devices."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ OWN_CGROUPS = Path("/proc/self/cgroup")
 # cgroup version 1 reports a larger number if there is no limit.
 UNLIMITED = 2**60
 
-# Memory that requests leave free, for what is not estimated (messages, the interpreter, losses of
-# the allocator): a 16th of the device's memory within these bounds.
+# Requests leave a 16th of the device's memory free, within these bounds, for memory that is not
+# estimated: messages, the interpreter, and fragmentation of the allocator.
 RESERVED = 16
 SMALLEST_RESERVE, LARGEST_RESERVE = 64 * 2**20, 2**30
 
@@ -33,7 +33,7 @@ KINDS = {
 
 
 def available(device: str, limits: Mapping[str, int]) -> int:
-    """Bytes that a model may take: the operator's limit for the device, else what is free.
+    """Return the bytes that a model may use: the operator's limit, or else the free memory.
 
     Raises `ModelFailed` for a CUDA device that torch cannot use.
     """
@@ -175,7 +175,7 @@ def watched_devices(configured: str) -> list[str]:
 
 
 def kinds(device: str) -> tuple[str, ...]:
-    """The kinds of memory that `used_bytes` accepts for a device."""
+    """Return the kinds of memory that `used_bytes` accepts for a device."""
     return KINDS[torch.device(device).type]
 
 

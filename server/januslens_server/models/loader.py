@@ -70,8 +70,8 @@ TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 
-# Stored tensors that no next token's logit depends on: what the model computes itself, and heads
-# that predict further tokens.
+# Stored tensors without effect on the logits of the next token: those that the model computes
+# itself, and heads that predict further tokens.
 NOT_IN_OUTPUT = re.compile(r"inv_freq$|masked_bias$|position_ids$|(^|\.)mtp[._]")
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class ModelSource:
         revision: Branch, tag or commit on the hub.
         device: A device; `auto` splits a model over the machine's devices and `offload_dir`.
         data_type: A key of `DATA_TYPES`, or `auto`.
-        limits: Maximum bytes by device; without a limit, what is free.
+        limits: Maximum bytes by device; devices without a limit use their free memory.
         offload_dir: Folder for weights that fit on no device.
         cache: Cache for tensors that are computed once per model.
         row_cache_bytes: Maximum bytes of cached logits of weight rows.

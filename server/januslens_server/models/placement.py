@@ -1,4 +1,4 @@
-"""How much memory a model takes, and on which devices its weights are placed."""
+"""Estimate the memory of a model, and choose the devices for its weights."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def place(
         need: Its memory, from `memory_needed`.
         device: One device for the whole model. `auto` uses one GPU if the model fits, else all
             GPUs, the CPU and the disk.
-        limits: Maximum bytes by device; without a limit, what is free.
+        limits: Maximum bytes by device; devices without a limit use their free memory.
         offload_dir: Folder for weights on disk, or None.
 
     Raises:

@@ -206,9 +206,9 @@ def _vjps(
 
 @contextmanager
 def _leaf_below(model: ResidentModel, layer: int) -> Iterator[None]:
-    """Let the input of a block require a gradient, which no frozen parameter does.
+    """Make the input of a block require a gradient, because all parameters are frozen.
 
-    Autograd then stores nothing of the layers below.
+    Autograd then stores no tensors of the layers below.
     """
 
     def after_embedding(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:

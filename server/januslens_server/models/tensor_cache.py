@@ -51,7 +51,7 @@ class TensorCache:
     def read(self, about: Mapping[str, str], largest: int, check: Check) -> Tensors | None:
         """Return the tensors written with exactly this description, or None.
 
-        A file larger than `largest` bytes, or whose tensors fail `check`, is not used.
+        A file is not used if it is larger than `largest` bytes or its tensors fail `check`.
         """
         path = self._path(about)
         try:

@@ -97,7 +97,7 @@ MAX_POSITIONS = 2**31 - 1
 # Longest text of an error that quotes a folder, in characters.
 MAX_REASON = 1000
 
-# A name that the text of an error quotes.
+# A quoted name in the text of an error.
 QUOTED = re.compile(r"'([\w.]+)'")
 
 logger = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 
 def check_keys(name: str, described: object, counted: str = "") -> None:
-    """Refuse keys that select code, and counts that are too large, at any depth of a file.
+    """Refuse keys that select code and counts that are too large, at any depth of a file.
 
     `name` is the file's name, `described` its content, and `counted` the key of a list of counts.
     """
@@ -230,7 +230,7 @@ def _text_of(error: Exception) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, as one printable line of at most `MAX_REASON` characters.
+    """Return an error's text as one printable line of at most `MAX_REASON` characters.
 
     Errors quote names from the folder, which may hold line ends and lone surrogates or be of any
     length. Advice on further lines is left out, unless the first one only announces it. A failed

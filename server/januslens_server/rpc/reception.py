@@ -1,10 +1,10 @@
 """Receive requests within bounds on memory, however slowly their peers send them.
 
-gRPC's core collects a message in memory as soon as something asks for it, up to 4 MiB for each open
-call. `Receptions` decides when to ask: few messages are collected at once, a peer that stops in the
-middle of one loses its place, and a call that waits holds no more than its HTTP/2 window, since
-`rpc.options` keeps core from enlarging windows on its own. Health checks do not wait: they are
-small, so each has one second.
+When a handler reads a call's message, gRPC's core collects it in memory, up to 4 MiB per call. So
+`Receptions` decides when messages are read. Few are received at once, and a peer that stops in the
+middle of a message loses its place. A waiting call uses no more memory than its HTTP/2 window,
+because `rpc.options` keeps core from enlarging windows. Health checks do not wait, because they are
+small; each must arrive within one second.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ AT_ONCE, OF_ONE_CALLER = 16, 8
 # Maximum number of calls that wait to be received: in total, and of one caller. gRPC's core stores
 # up to 64 KiB of each.
 WAITING, WAITING_OF_ONE_CALLER = 4000, 1000
-# Seconds that a message may take while other calls wait for its place, and if none do.
+# Seconds within which a message must arrive if other calls wait for its place, and if none do.
 SHORT_SECONDS, LONG_SECONDS = 2.0, 20.0
-# Seconds that a health check may take to arrive.
+# Seconds within which a health check must arrive.
 HEALTH_SECONDS = 1.0
 
 
@@ -42,7 +42,7 @@ class Receptions:
     """The messages that a server is receiving, apart from health checks."""
 
     def __init__(self) -> None:
-        """Nothing is being received."""
+        """Start without any message being received."""
         self._places = _Places(AT_ONCE)
         self._callers: dict[str, _Places] = {}
         self._calls = 0
@@ -79,7 +79,7 @@ class Receptions:
 
 
 class _Places:
-    """A number of places, and how many calls are `waiting` for one."""
+    """A limited number of places; `waiting` is the number of calls that wait for one."""
 
     def __init__(self, number: int) -> None:
         self._free = asyncio.Semaphore(number)
@@ -93,7 +93,7 @@ class _Places:
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[None]:
-        """Wait for a place and hold it."""
+        """Wait for a place, and occupy it inside the context."""
         self.waiting += 1
         try:
             await self._free.acquire()
@@ -122,7 +122,7 @@ async def _read(
             await asyncio.wait({reading}, timeout=step)
             seconds += step
     finally:
-        reading.cancel()  # without effect on one that is finished
+        reading.cancel()  # has no effect on a finished read
         reading.add_done_callback(_forget)
     message = reading.result()
     return None if message is grpc.aio.EOF else message

@@ -58,14 +58,14 @@ async def serve(settings: ServerSettings) -> None:
 
 
 class Assembly:
-    """A server without ports: device thread, models, health and the gRPC service over them.
+    """A server without ports: the gRPC service with its models, device thread and health.
 
     `stop` is set by SIGTERM and SIGINT, `loaded` when all models are loaded or have failed, `lost`
     when the device has failed for good.
     """
 
     def __init__(self, settings: ServerSettings) -> None:
-        """Call it in the event loop that will serve.
+        """Must be called in the event loop that will serve.
 
         Raises `OSError` if the device is not available or the callers' file is invalid.
         """
@@ -116,7 +116,7 @@ class Assembly:
         return free_for_requests(self._device, needed + later) - later
 
     def announce(self) -> None:
-        """Show the models' states in health and metrics, from now on."""
+        """Report the models' states in health and metrics from now on."""
         self._announced = True
         statuses = self.registry.statuses()
         for status in statuses:
@@ -133,7 +133,7 @@ class Assembly:
         self._loop.call_soon_threadsafe(self.loaded.set)
 
     def _observe(self, status: ModelStatus) -> None:
-        """Log and show a model's new state; called by the loading thread."""
+        """Log and report a model's new state; called by the loading thread."""
         log_state(status)
         gauges.show_model(status)
         self._loop.call_soon_threadsafe(self._update)
@@ -214,7 +214,7 @@ def sources(settings: ServerSettings) -> list[ModelSource]:
 
 
 def check_with(paces: dict[str, Pace], *, index_neurons: bool) -> SelfCheck:
-    """The self-check that a model must pass before it is served; stores its pace in `paces`."""
+    """Return a function that checks a model before it is served and stores its pace in `paces`."""
 
     def check(model: ResidentModel) -> Sequence[Guarantee]:
         guarantees = self_check(model)
@@ -250,9 +250,10 @@ logger = logging.getLogger("januslens_server")
 def on_device_lost(
     health: Health, loop: asyncio.AbstractEventLoop, lost: asyncio.Event
 ) -> Callable[[], None]:
-    """A callback for the device thread: report NOT_SERVING, and set `lost`.
+    """Return a callback for the device thread, which reports NOT_SERVING and sets `lost`.
 
-    Only a new process can use the device again; health makes the orchestrator start one.
+    Only a new process can use the device again. The orchestrator starts one because of the health
+    status.
     """
 
     def report() -> None:
@@ -271,8 +272,8 @@ async def finish(server: grpc.aio.Server, streams: DeviceStreams, grace: float) 
     logger.info("draining %d requests within %g s", streams.unfinished, grace)
     finished = await streams.wait_finished(grace)
     logger.info("drained" if finished else "grace period over; aborting the remaining requests")
-    # gRPC logs and prints a traceback for every call that it aborts, including health watches. Our
-    # log handler keeps the original stream.
+    # gRPC prints and logs a traceback for every call that it aborts, including health watches. So
+    # discard the standard error stream; our log handler keeps the original one.
     logging.getLogger("grpc").setLevel(logging.CRITICAL)
     sys.stderr = io.StringIO()
     # Leave a second for the last statuses to arrive.

@@ -20,7 +20,7 @@ logger = logging.getLogger("januslens_server")
 async def listen(
     server: grpc.aio.Server, health: Health, settings: ServerSettings
 ) -> grpc.aio.Server | None:
-    """Open all ports; returns the server of the health port, if configured.
+    """Open all ports; return the server of the health port, or None if there is none.
 
     Raises `OSError` if a port is not available.
     """
@@ -42,7 +42,7 @@ def listen_for_metrics(settings: ServerSettings, shown: CollectorRegistry = REGI
 
 
 def add_port(server: grpc.aio.Server, settings: ServerSettings) -> int:
-    """Bind the gRPC port, with TLS if configured; returns its number."""
+    """Bind the gRPC port, with TLS if configured; return its number."""
     address = f"{settings.host}:{settings.port}"
     certificate, key = settings.tls_certificate, settings.tls_key
     if certificate is None or key is None:
@@ -55,7 +55,7 @@ def add_port(server: grpc.aio.Server, settings: ServerSettings) -> int:
 
 
 async def listen_for_health(health: Health, settings: ServerSettings) -> grpc.aio.Server | None:
-    """Open the plaintext health port; returns its server, or None if not configured."""
+    """Open the plaintext health port; return its server, or None if not configured."""
     if settings.health_port is None:
         return None
     check_port_free(settings.host, settings.health_port)
@@ -67,9 +67,9 @@ async def listen_for_health(health: Health, settings: ServerSettings) -> grpc.ai
 
 
 def check_port_free(host: str, port: int) -> None:
-    """Raise `OSError` with one readable line if a port is not available.
+    """Raise `OSError` with a one-line message if a port is not available.
 
-    Without this check gRPC's core would log lines of its own.
+    Without this check, gRPC's core would log several lines instead.
     """
     try:
         socket.create_server(_address(host, port), family=_family(host)).close()
@@ -79,21 +79,21 @@ def check_port_free(host: str, port: int) -> None:
 
 @contextmanager
 def reserve_port(host: str, port: int) -> Iterator[int]:
-    """Reserve a port for the processes of this server, and no other; yields its number.
+    """Reserve a port for the processes of this server only, and yield its number.
 
     Sockets of one user share a port if all of them set SO_REUSEPORT. This socket binds before it
     sets the option, so that binding fails if another server has the port. It never listens, so all
     connections go to the processes.
     """
     with socket.socket(_family(host)) as holder:
-        # Allow binding while closed connections of an earlier server linger ...
+        # Allow binding while closed connections of an earlier server still exist,
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             holder.bind(_address(host, port))
         except OSError as error:
             address = f"{host}:{port}"
             raise OSError(f"cannot serve: {error.strerror} (on {address})") from error
-        # ... but do not let another socket bind by the same option.
+        # but do not let another socket bind with the same option.
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         yield holder.getsockname()[1]

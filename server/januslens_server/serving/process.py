@@ -1,4 +1,4 @@
-"""The life of a process: run to an exit status, and react to signals."""
+"""Run a process until its exit status, and handle signals."""
 
 from __future__ import annotations
 

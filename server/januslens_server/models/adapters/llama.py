@@ -1,4 +1,4 @@
-"""Llama and the families that grew out of it.
+"""Llama and the families that are derived from it.
 
 `llama_like` maps what they share: a decoder of `layers` with `self_attn` and `mlp`, rotary
 positions from one `rotary_emb`, grouped key-value heads, and Hugging Face's usual names for sizes.
