@@ -316,8 +316,10 @@ def tokenize_request(
     model: str = "",
 ) -> models_pb2.TokenizeRequest:
     """Build the request of `AsyncClient.tokenize`."""
-    if (text is None) == (messages is None):
-        raise ValueError("give either a text or messages")
+    if text is None and messages is None:
+        raise ValueError("no text and no messages given; give one of them")
+    if text is not None and messages is not None:
+        raise ValueError("text and messages are both given; give only one of them")
     if messages is not None and (special_tokens or literal):
         raise ValueError("special_tokens and literal do not apply to messages; leave them out")
     return models_pb2.TokenizeRequest(

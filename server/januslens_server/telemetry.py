@@ -31,9 +31,7 @@ HANDLING_SECONDS = Histogram(
     buckets=REQUEST_BUCKETS,
 )
 
-REJECTED = Counter(
-    "januslens_rejected", "RPCs ended with an error of the service, by reason.", ["reason"]
-)
+REJECTED = Counter("januslens_rejected", "RPCs that ended with an error, by reason.", ["reason"])
 QUEUE_DEPTH = Gauge(
     "januslens_queue_depth",
     "Requests waiting for their first turn on the device.",
@@ -68,7 +66,7 @@ FIRST_MESSAGE_SECONDS = Histogram(
 STREAM_BYTES = Counter("januslens_stream_bytes", "Bytes of messages sent.", ["grpc_method"])
 WRITE_STALL_SECONDS = Histogram(
     "januslens_write_stall_seconds",
-    "Seconds from the write of a stream's message until its reader has room for it.",
+    "Seconds that a stream's message waits for its client to read.",
     buckets=PART_BUCKETS,
 )
 
@@ -95,7 +93,7 @@ DEVICE_MEMORY = Gauge(
 )
 LOOP_LAG_SECONDS = Histogram(
     "januslens_event_loop_lag_seconds",
-    "Seconds by which the event loop woke late.",
+    "Delay of the event loop in seconds.",
     buckets=PART_BUCKETS,
 )
 

@@ -136,7 +136,7 @@ def test_an_adapter_beside_whole_weights_is_ignored_with_a_warning(
     save_file({"lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
     served = load(ModelSource("demo", str(folder))).network.state_dict()
     assert all(torch.equal(served[name], plain[name]) for name in plain)
-    assert "adapter_config.json is ignored" in caplog.text
+    assert "adapter_config.json: the folder also has the whole weights" in caplog.text
 
 
 def test_an_adapter_alone_is_refused(folder: Path) -> None:

@@ -297,4 +297,4 @@ def test_an_invalid_file_ends_the_server_with_one_line(tmp_path: Path) -> None:
     )
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line == f"januslens-server: cannot serve: {path}: callers: expected a list"
+    assert line == f"januslens-server: cannot serve: {path}: invalid callers: expected a list"

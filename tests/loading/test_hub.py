@@ -39,7 +39,7 @@ def test_a_cached_model_is_served_at_its_commit(cached: Path, revision: str | No
 
 def test_another_revision_is_refused(cached: Path) -> None:
     assert cached.is_dir()
-    with pytest.raises(ModelFailed, match="neither a local folder nor a model of the hub"):
+    with pytest.raises(ModelFailed, match="not found: expected a folder or the id of a hub model"):
         load(ModelSource("tiny", "someone/tiny", "other"))
 
 

@@ -229,7 +229,7 @@ def test_broken_folders_are_refused(source: ModelSource, breakage: Callable[[Pat
 @pytest.mark.parametrize("location", ["nobody/nothing", "no/such/folder", "~/nowhere"])
 def test_path_that_is_neither_folder_nor_hub_id_is_refused(location: str) -> None:
     reason = refusal(ModelSource("absent", location))
-    assert f"{location}: neither a local folder nor a model of the hub" in reason
+    assert f"{location}: not found: expected a folder or the id of a hub model" in reason
 
 
 def test_unavailable_device_is_refused(source: ModelSource) -> None:

@@ -102,8 +102,8 @@ _CHAT_OPTIONS = (
         "--assistant",
         metavar="TEXT",
         multiple=True,
-        help="Answer to the --user at the same place; the model continues the last one if no "
-        "--user follows (repeatable).",
+        help="Answer to the --user option with the same number (repeatable); the model continues "
+        "the last one if no --user follows.",
     ),
     click.option(
         "--messages",
@@ -130,7 +130,7 @@ def with_chat(command: Callable[..., None]) -> Callable[..., None]:
         if messages is not None:
             if chat is not None:
                 raise click.UsageError(
-                    "--messages is given beside --system, --user or --assistant; give only one",
+                    "--messages is given with --system, --user or --assistant; give only one",
                     click.get_current_context(),
                 )
             chat = _read_messages(messages)

@@ -167,7 +167,7 @@ def _one_line(error: ErrorDetails) -> str:
         return f"{where} is not a known field{suggestion(str(location[-1]), known)}"
     quotable = len(location) > 2 and location[2] in _QUOTABLE  # callers, its number, the field
     value = f" {error['input']!r}" if quotable else ""
-    return f"{where}{value}: {expectation(error)}"
+    return f"invalid {where}{value}: {expectation(error)}"
 
 
 def new_token() -> str:

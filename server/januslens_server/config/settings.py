@@ -179,7 +179,7 @@ class ServerSettings(BaseSettings):
         None, "With --device auto: folder for weights that do not fit in memory.", "DIRECTORY"
     )
     cache_dir: Folder | None = _setting(
-        None, "Folder for results computed once per model, reused after a restart.", "DIRECTORY"
+        None, "Folder that caches results computed once per model across restarts.", "DIRECTORY"
     )
     cache_size: Size = _setting(
         "10GiB", "Maximum size of --cache-dir; least recently used entries are evicted.", "SIZE"

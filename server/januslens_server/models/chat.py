@@ -145,7 +145,8 @@ class _Marks:
         marks = list(islice(unused, 2 * len(chat.messages) + 1))
         if len(marks) < 2 * len(chat.messages) + 1:
             raise InvalidRequest(
-                f"{field}.messages", "the contents use all characters for private use; remove some"
+                f"{field}.messages",
+                "the messages use all private-use characters; remove some",
             )
         self._break, *self._ends = marks
         names = sorted({name for name in control if len(name) > 1}, key=len, reverse=True)
@@ -176,7 +177,7 @@ class _Marks:
         if end not in text:
             raise InvalidRequest(
                 f"{field}.continue_final_message",
-                "the chat template leaves out the last message; expected one that it shows",
+                "the chat template omits the last message; send a message that it includes",
             )
         said, _, rest = text.rpartition(end)
         return (said if rest.startswith(" ") else said.rstrip()) + end

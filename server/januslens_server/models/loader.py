@@ -202,7 +202,7 @@ def _fetched(location: str, revision: str | None, files: Sequence[str]) -> Path:
             return Path(snapshot_download(location, revision=revision, allow_patterns=list(files)))
     except (OSError, HFValidationError) as error:
         raise ModelFailed(
-            f"neither a local folder nor a model of the hub: {one_line(error)}"
+            f"not found: expected a folder or the id of a hub model ({one_line(error)})"
         ) from error
 
 
@@ -346,7 +346,7 @@ def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dt
     devices = list(dict.fromkeys(str(device) for device in device_map.values()))
     computing = next((device for device in devices if device not in {"cpu", DISK}), "cpu")
     need = need.on(computing)
-    logger.info("model %s takes about %s on %s", source.name, need, ", ".join(devices))
+    logger.info("model %s needs about %s on %s", source.name, need, ", ".join(devices))
     return device_map
 
 

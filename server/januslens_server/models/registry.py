@@ -152,7 +152,7 @@ def _only(names: list[str]) -> str:
         return names[0]
     if not names:
         raise PermissionDenied("no model is permitted for this caller")
-    raise InvalidRequest("model", f"no model named: expected one of {_listed(names)}")
+    raise InvalidRequest("model", f"no model given: expected one of {_listed(names)}")
 
 
 def _listed(names: list[str]) -> str:

@@ -123,7 +123,9 @@ def check_folder(folder: Path) -> None:
     for entry in sorted(folder.iterdir()):
         _check_entry(entry, root)
     if (folder / ADAPTER).exists():
-        logger.warning("%s is ignored: the whole weights beside it are served", folder / ADAPTER)
+        logger.warning(
+            "ignoring %s: the folder also has the whole weights, which are served", folder / ADAPTER
+        )
     for name in CONFIGURATIONS:
         if (folder / name).is_file():
             check_keys(name, read_json(folder / name))

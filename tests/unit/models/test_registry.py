@@ -92,7 +92,7 @@ def test_get_checks_name_and_revision() -> None:
 
 
 def test_empty_name_means_the_only_model() -> None:
-    with pytest.raises(InvalidRequest, match="no model named: expected one of demo, absent"):
+    with pytest.raises(InvalidRequest, match="no model given: expected one of demo, absent"):
         registry(DEMO, ABSENT).get("")
 
 
