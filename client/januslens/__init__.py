@@ -68,6 +68,7 @@ from januslens.errors import (
     Unavailable,
     Unimplemented,
 )
+from januslens.results.comparison import EdgeDifference, NodeDifference, TraceComparison
 from januslens.results.exports import PageFrame
 from januslens.results.gradient import (
     EditPreview,
@@ -129,6 +130,7 @@ __all__ = [
     "DescentStep",
     "DeviceLost",
     "Edge",
+    "EdgeDifference",
     "EdgeKind",
     "Edit",
     "EditPreview",
@@ -172,6 +174,7 @@ __all__ = [
     "NeuronHit",
     "NoChatTemplate",
     "Node",
+    "NodeDifference",
     "NodeKind",
     "NormEffect",
     "NotFinite",
@@ -209,6 +212,7 @@ __all__ = [
     "TokenScore",
     "Tokens",
     "Trace",
+    "TraceComparison",
     "TraceEvent",
     "TraceHeader",
     "TraceInterrupted",

@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element
 from januslens import _html as cells
 from januslens import _presentation as presentation
 from januslens._html import Child, cut, document, element, heading, literal, note, table
+from januslens.results.comparison import TraceComparison
 from januslens.results.exports import PageFrame, notebook_html
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.graph import Part
@@ -50,6 +51,53 @@ def layer_html(layer: LayerGraph) -> str:
         parts.append(_shares(f"Heads {where}", layer.heads(position)[:_ROWS]))
         parts.append(_shares(f"Neurons {where}", layer.neurons(position)[:_ROWS]))
     return document(*parts, note("share: of the layer's heads, or of the MLP's output"))
+
+
+@notebook_html.register
+def comparison_html(comparison: TraceComparison) -> str:
+    """The residual stream of two traces, and the contributions that differ most."""
+    before, after = comparison.before, comparison.after
+    parts = [
+        heading("Trace", before.prompt_tokens, before.provenance),
+        heading("Compared with", after.prompt_tokens, after.provenance),
+        table(
+            "Residual stream at the last position",
+            (">layer", "before", "after", ">rank", "probability before", "probability after"),
+            _compared_residuals(comparison),
+        ),
+    ]
+    edges = comparison.edge_list
+    if any(edge.contribution_difference is not None for edge in edges):
+        parts.append(_compared_contributions(comparison))
+    return document(*parts, note("nodes and edges are pandas frames"))
+
+
+def _compared_residuals(comparison: TraceComparison) -> Iterator[Iterable[Child]]:
+    at = comparison.before.target().position if comparison.before.targets else None
+    for pair in comparison.node_list:
+        before, after = pair.before.projection, pair.after.projection
+        wanted = pair.before.kind is NodeKind.BLOCK_OUTPUT and pair.before.position == at
+        if wanted and before and after:
+            yield (
+                str(pair.before.layer),
+                cells.tokens(before.top_tokens[:_TOKENS]),
+                cells.tokens(after.top_tokens[:_TOKENS]),
+                f"{before.target_rank} → {after.target_rank}",
+                cells.probability_bar(before.target_probability),
+                cells.probability_bar(after.target_probability),
+            )
+
+
+def _compared_contributions(comparison: TraceComparison) -> Element:
+    rows = (
+        (
+            cells.signed(edge.before.logit_contribution),
+            cells.signed(edge.after.logit_contribution),
+            literal(edge.before.source),
+        )
+        for edge in comparison.changed_contributions()[:_ROWS]
+    )
+    return table("Contributions that differ most", (">logit before", ">after", "node"), rows)
 
 
 def _residual_grid(trace: Trace) -> Element:

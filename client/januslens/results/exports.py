@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import networkx as nx
     import pandas as pd
 
+    from januslens.results.comparison import EdgeDifference, NodeDifference
     from januslens.results.graph import Edge, Node
     from januslens.results.matrices import Component, Matrix
     from januslens.results.tokens import Token
@@ -135,6 +136,53 @@ def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:
     frame: pd.DataFrame = pandas.DataFrame(rows, columns=list(_EDGE_FIELDS))
     measured = ["weight", "share", "attention", "logit_contribution", "overlap"]
     return frame.astype(dict.fromkeys(measured, "float64"))
+
+
+_COMPARED_NODES = (
+    "norm",
+    "activation",
+    "top_token",
+    "top_probability",
+    "entropy_bits",
+    "target_rank",
+    "target_probability",
+    "target_logit",
+)
+_COMPARED_EDGES = ("weight", "share", "attention", "logit_contribution", "overlap")
+
+
+def node_differences_frame(nodes: Iterable[NodeDifference]) -> pd.DataFrame:
+    """Return a frame with one row per node of two traces; figures have `_before` and `_after`."""
+    pandas = require("pandas", "analysis", "a frame of nodes")
+    named = _NODE_FIELDS[: _NODE_FIELDS.index("norm")]
+    columns = [*named, *_before_and_after(_COMPARED_NODES)]
+    rows = []
+    for node in nodes:
+        before, after = _node_row(node.before), _node_row(node.after)
+        figures = [row[name] for name in _COMPARED_NODES for row in (before, after)]
+        rows.append([*(before[name] for name in named), *figures])
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=columns).set_index("id")
+    counts = {column: "Int64" for column in columns if column.split("_before")[0] in _COUNTS}
+    counts |= {column: "Int64" for column in columns if column.split("_after")[0] in _COUNTS}
+    measures = dict.fromkeys(_before_and_after(_MEASURES), "float64")
+    return frame.astype(counts | measures)
+
+
+def edge_differences_frame(edges: Iterable[EdgeDifference]) -> pd.DataFrame:
+    """Return a frame with one row per edge of two traces; figures have `_before` and `_after`."""
+    pandas = require("pandas", "analysis", "a frame of edges")
+    rows = []
+    for edge in edges:
+        before, after = _edge_row(edge.before), _edge_row(edge.after)
+        figures = [row[name] for name in _COMPARED_EDGES for row in (before, after)]
+        rows.append([before["source"], before["target"], before["kind"], *figures])
+    columns = ["source", "target", "kind", *_before_and_after(_COMPARED_EDGES)]
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=columns)
+    return frame.astype(dict.fromkeys(_before_and_after(_COMPARED_EDGES), "float64"))
+
+
+def _before_and_after(names: Iterable[str]) -> list[str]:
+    return [f"{name}_{when}" for name in names for when in ("before", "after")]
 
 
 def directed_graph(

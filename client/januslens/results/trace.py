@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
+from januslens.results.comparison import TraceComparison, compare_traces
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part
 from januslens.results.kinds import EdgeKind, NodeKind
@@ -382,6 +383,24 @@ class Trace(GraphView):
     def norm_effects(self) -> list[NormEffect]:
         """Return which top tokens each norm removed and added."""
         return norm_effects(self)
+
+    def compare(
+        self, other: Trace, *, positions: Mapping[int, int] | None = None
+    ) -> TraceComparison:
+        """Compare this trace with another one of the same prompt, or of a similar one.
+
+        The other trace may be of another model, of another revision, or of a pass with
+        interventions. Nodes are aligned by their ids.
+
+        Args:
+            other: The other trace.
+            positions: For another prompt: the position of `other` for each position of this trace.
+                Nodes at other positions are left out. None = positions are the same.
+
+        Raises:
+            ValueError: The prompts have different lengths, and there are no positions.
+        """
+        return compare_traces(self, other, positions)
 
     def __repr__(self) -> str:
         """A one-line description, because there may be thousands of nodes."""

@@ -1,0 +1,205 @@
+"""Compare two traces node by node and edge by edge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from januslens.results import exports
+from januslens.results.exports import notebook_html
+from januslens.results.graph import Edge, Node
+from januslens.results.tokens import Token
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from januslens.results.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDifference:
+    """The same node in two traces.
+
+    Attributes:
+        before: The node in the trace that is compared.
+        after: The node in the other trace.
+    """
+
+    before: Node
+    after: Node
+
+    @property
+    def top_before(self) -> Token | None:
+        """The top token in the trace that is compared; None without a projection."""
+        return _top(self.before)
+
+    @property
+    def top_after(self) -> Token | None:
+        """The top token in the other trace; None without a projection."""
+        return _top(self.after)
+
+    @property
+    def norm_ratio(self) -> float | None:
+        """Norm in the other trace, divided by the norm in this one; None if that is zero."""
+        return self.after.norm / self.before.norm if self.before.norm else None
+
+    @property
+    def probability_difference(self) -> float | None:
+        """Difference of the target's probabilities, other trace minus this one."""
+        before, after = self.before.projection, self.after.projection
+        return _difference(
+            before.target_probability if before else None,
+            after.target_probability if after else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeDifference:
+    """The same edge in two traces; differences are other trace minus this one.
+
+    Attributes:
+        before: The edge in the trace that is compared.
+        after: The edge in the other trace.
+    """
+
+    before: Edge
+    after: Edge
+
+    @property
+    def contribution_difference(self) -> float | None:
+        """Difference of the contributions to the target's logit; None if not requested."""
+        return _difference(self.before.logit_contribution, self.after.logit_contribution)
+
+    @property
+    def share_difference(self) -> float | None:
+        """Difference of the shares; None for edges that are not parts."""
+        return _difference(self.before.share, self.after.share)
+
+
+@dataclass(frozen=True, repr=False)
+class TraceComparison:
+    """Two traces, with the nodes and edges that both have.
+
+    Ranks, probabilities and contributions refer to the target of each trace. Request both traces
+    with the same target to compare them.
+
+    Attributes:
+        before: The trace that is compared.
+        after: The other trace.
+        node_list: The nodes of both traces, in the order of `before`.
+        edge_list: The edges of both traces, in the order of `before`.
+        only_before: Ids of the nodes that only `before` has.
+        only_after: Ids of the nodes that only `after` has, in its own coordinates.
+    """
+
+    before: Trace = field(repr=False)
+    after: Trace = field(repr=False)
+    node_list: tuple[NodeDifference, ...]
+    edge_list: tuple[EdgeDifference, ...]
+    only_before: tuple[str, ...]
+    only_after: tuple[str, ...]
+
+    @cached_property
+    def nodes(self) -> pd.DataFrame:
+        """A data frame with one row per node, indexed by the id in `before`. Requires pandas."""
+        return exports.node_differences_frame(self.node_list)
+
+    @cached_property
+    def edges(self) -> pd.DataFrame:
+        """A data frame with one row per edge. Requires pandas."""
+        return exports.edge_differences_frame(self.edge_list)
+
+    def changed_contributions(self) -> list[EdgeDifference]:
+        """Return the edges whose contributions to the target's logit differ, most different first.
+
+        Raises:
+            ValueError: A trace was requested without logit contributions.
+        """
+        found = [edge for edge in self.edge_list if edge.contribution_difference is not None]
+        if not found:
+            raise ValueError(
+                "the traces have no logit contributions; request them with logit_contribution=True"
+            )
+        return sorted(found, key=lambda edge: -abs(edge.contribution_difference or 0.0))
+
+    def __repr__(self) -> str:
+        """A one-line description, because there may be thousands of nodes."""
+        return (
+            f"<TraceComparison: {len(self.node_list)} nodes and {len(self.edge_list)} edges of "
+            f"both, {len(self.only_before)} nodes only before, {len(self.only_after)} only after>"
+        )
+
+    def _repr_html_(self) -> str:
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
+
+
+def compare_traces(
+    before: Trace, after: Trace, positions: Mapping[int, int] | None
+) -> TraceComparison:
+    """Align the nodes and edges of two traces; `Trace.compare` documents the arguments."""
+    lengths = len(before.prompt_tokens), len(after.prompt_tokens)
+    if positions is None and lengths[0] != lengths[1]:
+        raise ValueError(
+            f"the prompts have {lengths[0]} and {lengths[1]} tokens; give the positions to "
+            "compare, as a mapping from positions of this trace to positions of the other"
+        )
+    aligned = _Positions(positions)
+    nodes_after = {node.id: node for node in after.node_list}
+    edges_after = {(edge.source, edge.target, edge.kind): edge for edge in after.edge_list}
+    nodes, only_before, met = [], [], set()
+    for node in before.node_list:
+        other = aligned.node_id(node.id)
+        if other in nodes_after:
+            met.add(other)
+            nodes.append(NodeDifference(node, nodes_after[other]))
+        else:
+            only_before.append(node.id)
+    return TraceComparison(
+        before=before,
+        after=after,
+        node_list=tuple(nodes),
+        edge_list=tuple(_edges(before, aligned, edges_after)),
+        only_before=tuple(only_before),
+        only_after=tuple(node_id for node_id in nodes_after if node_id not in met),
+    )
+
+
+def _edges(
+    before: Trace, aligned: _Positions, edges_after: Mapping[Any, Edge]
+) -> Iterator[EdgeDifference]:
+    for edge in before.edge_list:
+        ends = aligned.node_id(edge.source), aligned.node_id(edge.target)
+        if (found := edges_after.get((*ends, edge.kind))) is not None:
+            yield EdgeDifference(edge, found)
+
+
+class _Positions:
+    """Translates the positions in node ids to those of another prompt."""
+
+    _COORDINATE = re.compile(r"(?<![^/])([ps])(\d+)(?![^/])")
+
+    def __init__(self, positions: Mapping[int, int] | None) -> None:
+        """`positions` maps positions to those of the other prompt; None = they are the same."""
+        self._positions = positions
+
+    def node_id(self, node_id: str) -> str | None:
+        """Return the id in the other trace; None if it names a position that is not mapped."""
+        if self._positions is None:
+            return node_id
+        named = {int(number) for _letter, number in self._COORDINATE.findall(node_id)}
+        if not named <= set(self._positions):
+            return None
+        mapped = self._positions
+        return self._COORDINATE.sub(lambda found: f"{found[1]}{mapped[int(found[2])]}", node_id)
+
+
+def _top(node: Node) -> Token | None:
+    return node.projection.top[0].token if node.projection and node.projection.top else None
+
+
+def _difference(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before

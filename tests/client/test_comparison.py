@@ -1,0 +1,106 @@
+"""Compare traces of the demo; the expected figures are those of the two traces themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from januslens import Client, Trace
+
+JAPAN = "The capital of Japan is the city of"
+PERU = "The capital of Peru is the city of"
+LONGER = "Yes. The capital of Japan is the city of"
+
+
+@pytest.fixture(scope="module")
+def client(server_address: str) -> Iterator[Client]:
+    with Client(server_address) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def japan(client: Client) -> Trace:
+    return client.trace(JAPAN, " Tokyo", layers=[0, 3])
+
+
+@pytest.fixture(scope="module")
+def peru(client: Client) -> Trace:
+    return client.trace(PERU, " Tokyo", layers=[0, 3])
+
+
+def test_a_trace_does_not_differ_from_itself(japan: Trace) -> None:
+    same = japan.compare(japan)
+    assert [node.before.id for node in same.node_list] == [node.id for node in japan.node_list]
+    assert len(same.edge_list) == len(japan.edge_list)
+    assert (same.only_before, same.only_after) == ((), ())
+    assert {node.probability_difference for node in same.node_list} <= {0.0, None}
+    assert {edge.contribution_difference for edge in same.edge_list} <= {0.0, None}
+
+
+def test_differences_are_those_of_the_figures_of_both_traces(japan: Trace, peru: Trace) -> None:
+    compared = japan.compare(peru)
+    last = japan.nodes_of("BLOCK_OUTPUT")[-1].id
+    (pair,) = (node for node in compared.node_list if node.before.id == last)
+    before, after = japan.node(last).projection, peru.node(last).projection
+    assert before is not None
+    assert after is not None
+    assert before.target_probability is not None
+    assert after.target_probability is not None
+    assert pair.probability_difference == after.target_probability - before.target_probability < 0
+    assert (pair.top_before, pair.top_after) == (before.top[0].token, after.top[0].token)
+    assert pair.norm_ratio == peru.node(last).norm / japan.node(last).norm
+    most = compared.changed_contributions()[0]
+    assert most.before.source == most.after.source
+    assert (most.before.logit_contribution or 0) + (most.contribution_difference or 0) == (
+        pytest.approx(most.after.logit_contribution)
+    )
+    assert set(compared.only_before).isdisjoint(node.id for node in peru.node_list)
+    assert set(compared.only_after).isdisjoint(node.id for node in japan.node_list)
+
+
+def test_positions_of_a_longer_prompt_are_mapped(client: Client, japan: Trace) -> None:
+    longer = client.trace(LONGER, " Tokyo", layers=[0, 3])
+    shift = len(longer.prompt_tokens) - len(japan.prompt_tokens)
+    with pytest.raises(ValueError, match="tokens; give the positions to compare"):
+        japan.compare(longer)
+    positions = {p: p + shift for p in range(len(japan.prompt_tokens))}
+    compared = japan.compare(longer, positions=positions)
+    assert len(compared.node_list) > 50
+    for pair in compared.node_list:
+        assert pair.before.position is not None
+        assert pair.after.position == pair.before.position + shift
+        if pair.before.source_position is not None:
+            assert pair.after.source_position == pair.before.source_position + shift
+        assert (pair.before.kind, pair.before.head, pair.before.neuron) == (
+            pair.after.kind,
+            pair.after.head,
+            pair.after.neuron,
+        )
+    assert japan.compare(longer, positions={}).node_list == ()
+
+
+def test_frames_have_the_figures_of_both_traces(japan: Trace, peru: Trace) -> None:
+    compared = japan.compare(peru)
+    frame = compared.nodes
+    for when, trace in (("before", japan), ("after", peru)):
+        expected = trace.nodes.loc[frame.index]
+        assert (frame[f"norm_{when}"] == expected["norm"]).all()
+        assert frame[f"target_rank_{when}"].equals(expected["target_rank"])
+        assert frame[f"top_token_{when}"].dropna().tolist() == (
+            expected["top_token"].dropna().tolist()
+        )
+    edges = compared.edges
+    assert len(edges) == len(compared.edge_list)
+    assert edges["share_after"].dropna().tolist() == (
+        [e.after.share for e in compared.edge_list if e.after.share is not None]
+    )
+
+
+def test_notebooks_show_both_prompts_and_the_changed_contributions(
+    japan: Trace, peru: Trace
+) -> None:
+    shown = japan.compare(peru)._repr_html_()
+    assert "Japan" in shown
+    assert "Peru" in shown
+    assert "Contributions that differ most" in shown
