@@ -45,7 +45,7 @@ class PreviewEditRequest(_message.Message):
 
     @_builtins.property
     def target(self) -> _common_pb2.Target:
-        """Target of the edit; required. Of several tokens the first is reported."""
+        """Target of the edit; required. If it has several tokens, the first is reported."""
 
     @_builtins.property
     def descent(self) -> Global___DescentStep:
@@ -90,7 +90,7 @@ class DescentStep(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     LEARNING_RATE_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
-    """Length of the step. INVALID_ARGUMENT for 0."""
+    """Factor of the gradient. INVALID_ARGUMENT for 0."""
     @_builtins.property
     def matrices(self) -> _containers.RepeatedScalarFieldContainer[_gradient_lens_pb2.MatrixKind.ValueType]:
         """Matrices to change; empty = FF1 and FF2."""
@@ -159,7 +159,9 @@ class Probe(_message.Message):
 
     @_builtins.property
     def target(self) -> _common_pb2.Target:
-        """Token to report; unset = the target of the edit. Of several tokens the first is reported."""
+        """Token to report; unset = the target of the edit. If it has several tokens, the first is
+        reported.
+        """
 
     def __init__(
         self,
@@ -238,17 +240,17 @@ class Effect(_message.Message):
     target_token_id: _builtins.int
     """The reported token."""
     probability_before: _builtins.float
-    """Its probability before."""
+    """Probability of this token before the edit."""
     probability_after: _builtins.float
-    """Its probability after."""
+    """Probability of this token after the edit."""
     rank_before: _builtins.int
-    """Number of tokens with a larger probability before; 0 = it was the prediction."""
+    """Rank of this token before the edit: the number of tokens with a larger probability."""
     rank_after: _builtins.int
-    """Number of tokens with a larger probability after."""
+    """Rank of this token after the edit."""
     predicted_before: _builtins.int
-    """The model's prediction before."""
+    """The model's prediction before the edit."""
     predicted_after: _builtins.int
-    """The model's prediction after."""
+    """The model's prediction after the edit."""
     kl_bits: _builtins.float
     """KL(before || after) of the whole next-token distribution, in bits."""
     def __init__(

@@ -80,7 +80,9 @@ class _SideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Side.ValueType],
     SIDE_INPUT: _Side.ValueType  # 1
     """x, the input of the matrix, which a descent step imprints: Q, K, V, FF1, GATE and UP."""
     SIDE_VJP: _Side.ValueType  # 2
-    """delta, the VJP at the output of the matrix, against which a descent step shifts it: O and FF2."""
+    """delta, the VJP at the output of the matrix. A descent step shifts the output against it: O and
+    FF2.
+    """
 
 class Side(_Side, metaclass=_SideEnumTypeWrapper):
     """A factor of the gradient."""
@@ -90,7 +92,9 @@ SIDE_UNSPECIFIED: Side.ValueType  # 0
 SIDE_INPUT: Side.ValueType  # 1
 """x, the input of the matrix, which a descent step imprints: Q, K, V, FF1, GATE and UP."""
 SIDE_VJP: Side.ValueType  # 2
-"""delta, the VJP at the output of the matrix, against which a descent step shifts it: O and FF2."""
+"""delta, the VJP at the output of the matrix. A descent step shifts the output against it: O and
+FF2.
+"""
 Global___Side: _TypeAlias = Side  # noqa: Y015
 
 class _End:
@@ -100,7 +104,7 @@ class _End:
 class _EndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_End.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     END_UNSPECIFIED: _End.ValueType  # 0
-    """Neither end. A descent step imprints inputs; it promotes none of their tokens."""
+    """Neither end: the inputs are projected, and a descent step does not promote their tokens."""
     END_TOP: _End.ValueType  # 1
     """The largest logits."""
     END_BOTTOM: _End.ValueType  # 2
@@ -110,7 +114,7 @@ class End(_End, metaclass=_EndEnumTypeWrapper):
     """An end of a ranking."""
 
 END_UNSPECIFIED: End.ValueType  # 0
-"""Neither end. A descent step imprints inputs; it promotes none of their tokens."""
+"""Neither end: the inputs are projected, and a descent step does not promote their tokens."""
 END_TOP: End.ValueType  # 1
 """The largest logits."""
 END_BOTTOM: End.ValueType  # 2
@@ -445,7 +449,7 @@ Global___GradientLensResponse: _TypeAlias = GradientLensResponse  # noqa: Y015
 
 @_typing.final
 class GradientHeader(_message.Message):
-    """What was differentiated. Sent after the forward pass."""
+    """Prompt, loss and targets of a gradient. Sent after the passes."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -482,7 +486,7 @@ class GradientHeader(_message.Message):
     request_id: _builtins.str
     """Id of the request, as in the metadata, in errors and in the server's log."""
     loss: _builtins.float
-    """Value of the loss: in nats, for LogitDifference in logits."""
+    """Value of the loss in nats; that of LogitDifference is in logits."""
     predicted_token_id: _builtins.int
     """The model's prediction after the prompt."""
     @_builtins.property
@@ -491,14 +495,14 @@ class GradientHeader(_message.Message):
 
     @_builtins.property
     def prompt_tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
-        """Every token that the model read, one per position: the prompt and, with teacher forcing, all
-        target tokens except the last.
+        """The model's input, one token per position: the prompt and, with teacher forcing, all target
+        tokens except the last.
         """
 
     @_builtins.property
     def target_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens of the loss, whose ranks each component reports: the target tokens in order; `preferred`
-        and `other`; or the suppressed tokens, each once.
+        """Tokens of the loss. Each component reports their ranks. They are the target tokens in order,
+        `preferred` and `other`, or the suppressed tokens without duplicates.
         """
 
     @_builtins.property
@@ -578,7 +582,7 @@ class GradientMatrix(_message.Message):
     projected_side: Global___Side.ValueType
     """The factor that is in the residual basis and is projected."""
     promoted_end: Global___End.ValueType
-    """The end of the projections that has the tokens which a descent step promotes."""
+    """The end of the projections with the tokens that a descent step promotes."""
     frobenius_norm: _builtins.float
     """Frobenius norm of the whole gradient, including components that were not sent."""
     last: _builtins.bool

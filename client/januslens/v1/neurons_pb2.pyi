@@ -22,9 +22,9 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class FindNeuronsRequest(_message.Message):
-    """Requests the neurons whose value, their row of FF2, promotes a token. The result depends on the
-    weights only; no forward pass is run. The server indexes the values of a layer at the first
-    request for it, which can take minutes for a large model; later requests are fast.
+    """Requests the neurons that promote a token through their value, a row of FF2. The result depends
+    on the weights only; no forward pass is run. At the first request for a layer, the server indexes
+    its values, which can take minutes for a large model. Later requests are fast.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -94,8 +94,8 @@ class FindNeuronsResponse(_message.Message):
     """Id of the requested token."""
     depth: _builtins.int
     """Number of tokens that the index has for each value, from the requested end. All pages together
-    list every neuron whose `rank` is below it. If several tokens tie for the last place of a
-    value, it is unspecified which of them the index has.
+    list every neuron with a `rank` below this number. If several tokens tie for the last place of
+    a value, it is unspecified which of them the index has.
     """
     total: _builtins.int
     """Number of neurons on all pages together."""

@@ -39,8 +39,8 @@ class IntrospectionServiceStub(object):
     included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
     unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
     model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
-    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
-    the server creates one.
+    it could not be loaded. The server returns the request id of the metadata `x-request-id`, or
+    creates one if there is none.
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
@@ -103,8 +103,8 @@ class IntrospectionServiceServicer(object):
     included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
     unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
     model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
-    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
-    the server creates one.
+    it could not be loaded. The server returns the request id of the metadata `x-request-id`, or
+    creates one if there is none.
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
@@ -150,9 +150,9 @@ class IntrospectionServiceServicer(object):
 
     def GradientLens(self, request, context):
         """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
-        products, from the last layer to the first: the inputs, which a descent step imprints, and
-        the VJPs, against which it shifts the outputs (Backward Lens). The model does not change. Errors as
-        for Trace.
+        products, from the last layer to the first (Backward Lens). Their factors are the inputs, which
+        a descent step imprints, and the VJPs, against which it shifts the outputs. The model does not
+        change. Errors as for Trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -167,7 +167,7 @@ class IntrospectionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FindNeurons(self, request, context):
-        """Finds the neurons whose value, their row of FF2, promotes or suppresses a token.
+        """Finds the neurons that promote or suppress a token through their value, a row of FF2.
         INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -242,8 +242,8 @@ class IntrospectionService(object):
     included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
     unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
     model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
-    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
-    the server creates one.
+    it could not be loaded. The server returns the request id of the metadata `x-request-id`, or
+    creates one if there is none.
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except

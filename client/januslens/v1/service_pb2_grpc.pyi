@@ -40,8 +40,8 @@ class IntrospectionServiceStub:
     included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
     unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
     model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
-    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
-    the server creates one.
+    it could not be loaded. The server returns the request id of the metadata `x-request-id`, or
+    creates one if there is none.
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
@@ -75,16 +75,16 @@ class IntrospectionServiceStub:
     """
     GradientLens: _grpc.UnaryStreamMultiCallable[_gradient_lens_pb2.GradientLensRequest, _gradient_lens_pb2.GradientLensResponse]
     """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
-    products, from the last layer to the first: the inputs, which a descent step imprints, and
-    the VJPs, against which it shifts the outputs (Backward Lens). The model does not change. Errors as
-    for Trace.
+    products, from the last layer to the first (Backward Lens). Their factors are the inputs, which
+    a descent step imprints, and the VJPs, against which it shifts the outputs. The model does not
+    change. Errors as for Trace.
     """
     PreviewEdit: _grpc.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]
     """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
     request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
     """
     FindNeurons: _grpc.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]
-    """Finds the neurons whose value, their row of FF2, promotes or suppresses a token.
+    """Finds the neurons that promote or suppress a token through their value, a row of FF2.
     INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
     """
     EstimateCost: _grpc.UnaryUnaryMultiCallable[_cost_pb2.EstimateCostRequest, _cost_pb2.EstimateCostResponse]
@@ -102,8 +102,8 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
     unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
     model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
-    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
-    the server creates one.
+    it could not be loaded. The server returns the request id of the metadata `x-request-id`, or
+    creates one if there is none.
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
@@ -134,16 +134,16 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     """
     GradientLens: _aio.UnaryStreamMultiCallable[_gradient_lens_pb2.GradientLensRequest, _gradient_lens_pb2.GradientLensResponse]  # type: ignore[assignment]
     """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
-    products, from the last layer to the first: the inputs, which a descent step imprints, and
-    the VJPs, against which it shifts the outputs (Backward Lens). The model does not change. Errors as
-    for Trace.
+    products, from the last layer to the first (Backward Lens). Their factors are the inputs, which
+    a descent step imprints, and the VJPs, against which it shifts the outputs. The model does not
+    change. Errors as for Trace.
     """
     PreviewEdit: _aio.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]  # type: ignore[assignment]
     """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
     request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
     """
     FindNeurons: _aio.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]  # type: ignore[assignment]
-    """Finds the neurons whose value, their row of FF2, promotes or suppresses a token.
+    """Finds the neurons that promote or suppress a token through their value, a row of FF2.
     INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
     """
     EstimateCost: _aio.UnaryUnaryMultiCallable[_cost_pb2.EstimateCostRequest, _cost_pb2.EstimateCostResponse]  # type: ignore[assignment]
@@ -160,8 +160,8 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
     included if the same request may succeed later: with UNAVAILABLE, and with RESOURCE_EXHAUSTED
     unless the request itself exceeds a limit. Every RPC that names a model returns NOT_FOUND if the
     model does not exist, UNAVAILABLE while it loads or the server drains, and FAILED_PRECONDITION if
-    it could not be loaded. The request id in the metadata `x-request-id` is returned; without one,
-    the server creates one.
+    it could not be loaded. The server returns the request id of the metadata `x-request-id`, or
+    creates one if there is none.
 
     A stream is complete only if it has its summary. No message is larger than 1 MiB, so gRPC's
     default limits are enough. The same request on the same revision returns the same bytes, except
@@ -220,9 +220,9 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_gradient_lens_pb2.GradientLensResponse], _abc.AsyncIterator[_gradient_lens_pb2.GradientLensResponse]]:
         """Runs the prompt forward and backward and streams the gradient of each matrix as a sum of outer
-        products, from the last layer to the first: the inputs, which a descent step imprints, and
-        the VJPs, against which it shifts the outputs (Backward Lens). The model does not change. Errors as
-        for Trace.
+        products, from the last layer to the first (Backward Lens). Their factors are the inputs, which
+        a descent step imprints, and the VJPs, against which it shifts the outputs. The model does not
+        change. Errors as for Trace.
         """
 
     @_abc_1.abstractmethod
@@ -241,7 +241,7 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _neurons_pb2.FindNeuronsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_neurons_pb2.FindNeuronsResponse, _abc.Awaitable[_neurons_pb2.FindNeuronsResponse]]:
-        """Finds the neurons whose value, their row of FF2, promotes or suppresses a token.
+        """Finds the neurons that promote or suppress a token through their value, a row of FF2.
         INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
         """
 

@@ -44,8 +44,8 @@ class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.Val
     NODE_KIND_VALUE: _NodeKind.ValueType  # 5
     """Sum of HEAD_VALUE over all heads."""
     NODE_KIND_HEAD_QUERY: _NodeKind.ValueType  # 6
-    """Query of one head at p, pulled back to the attention input: the gradient of its
-    dot product with a key, with respect to the input of that key.
+    """Query of one head at p, pulled back to the attention input. This is the gradient of its dot
+    product with a key, with respect to the input of the key.
     """
     NODE_KIND_HEAD_KEY: _NodeKind.ValueType  # 7
     """Key of one head at p, pulled back to the attention input: MEMORY_KEY with s = p."""
@@ -74,7 +74,7 @@ class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.Val
     NODE_KIND_MLP_INPUT: _NodeKind.ValueType  # 18
     """Input of the linear maps of the MLP. Absent if no norm precedes them."""
     NODE_KIND_MLP_KEY: _NodeKind.ValueType  # 19
-    """Column of FF1 (in a gated MLP of the gate): the direction that the neuron responds to."""
+    """Column of FF1, or in a gated MLP of the gate: the direction that the neuron responds to."""
     NODE_KIND_MLP_UP: _NodeKind.ValueType  # 20
     """Column of the up matrix; gated MLPs only."""
     NODE_KIND_MLP_VALUE: _NodeKind.ValueType  # 21
@@ -123,8 +123,8 @@ NODE_KIND_KEY: NodeKind.ValueType  # 4
 NODE_KIND_VALUE: NodeKind.ValueType  # 5
 """Sum of HEAD_VALUE over all heads."""
 NODE_KIND_HEAD_QUERY: NodeKind.ValueType  # 6
-"""Query of one head at p, pulled back to the attention input: the gradient of its
-dot product with a key, with respect to the input of that key.
+"""Query of one head at p, pulled back to the attention input. This is the gradient of its dot
+product with a key, with respect to the input of the key.
 """
 NODE_KIND_HEAD_KEY: NodeKind.ValueType  # 7
 """Key of one head at p, pulled back to the attention input: MEMORY_KEY with s = p."""
@@ -153,7 +153,7 @@ NODE_KIND_RESIDUAL_MID: NodeKind.ValueType  # 17
 NODE_KIND_MLP_INPUT: NodeKind.ValueType  # 18
 """Input of the linear maps of the MLP. Absent if no norm precedes them."""
 NODE_KIND_MLP_KEY: NodeKind.ValueType  # 19
-"""Column of FF1 (in a gated MLP of the gate): the direction that the neuron responds to."""
+"""Column of FF1, or in a gated MLP of the gate: the direction that the neuron responds to."""
 NODE_KIND_MLP_UP: NodeKind.ValueType  # 20
 """Column of the up matrix; gated MLPs only."""
 NODE_KIND_MLP_VALUE: NodeKind.ValueType  # 21
@@ -283,7 +283,9 @@ class TraceRequest(_message.Message):
     `overlap`, at most 1000.
     """
     include_checks: _builtins.bool
-    """True: run the self-check's measurements on this request and send their results in the summary."""
+    """True: measure the checks of docs/semantics.md on this request, and send the results in the
+    summary.
+    """
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """The prompt; required."""
@@ -448,7 +450,7 @@ Global___TraceResponse: _TypeAlias = TraceResponse  # noqa: Y015
 
 @_typing.final
 class TraceHeader(_message.Message):
-    """What is traced. Sent after the forward pass."""
+    """Prompt, layers and targets of a trace. Sent after the forward pass."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -506,7 +508,7 @@ Global___TraceHeader: _TypeAlias = TraceHeader  # noqa: Y015
 
 @_typing.final
 class PositionTarget(_message.Message):
-    """The target at one position, and its place in the model's prediction there."""
+    """The target at one position, with its rank and probability in the model's prediction."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
