@@ -35,6 +35,10 @@ SOONEST_RETRY, LATEST_RETRY = 0.1, 60.0
 MEMORY_SECONDS = 0.2
 
 
+def _draining() -> ServerDraining:
+    return ServerDraining("the server is shutting down; ask another replica")
+
+
 def _no_memory(job: Job) -> OutOfMemory:
     return OutOfMemory(
         "not enough free memory on the device: this request is estimated to need "
@@ -123,7 +127,7 @@ class DeviceWorker:
             if self._lost:
                 raise DeviceLost
             if self._stopping:
-                raise ServerDraining("the server is shutting down; ask another replica")
+                raise _draining()
             if len(self._unfinished) > self._max_waiting:
                 self._make_room(request.caller)
             job = Job(run(request.check), buffer, request)
@@ -140,9 +144,12 @@ class DeviceWorker:
                 self._let_go(job)
 
     def refuse_new(self) -> None:
-        """Refuse all further requests with `ServerDraining`."""
+        """Refuse requests that have not started, now and from now on, with `ServerDraining`."""
         with self._changed:
             self._stopping = True
+            for job in [job for job in self._turns if not self._turns.has_started(job)]:
+                self._turns.remove(job)
+                self._end(job, _draining())
             self._changed.notify_all()
 
     def _make_room(self, caller: str) -> None:

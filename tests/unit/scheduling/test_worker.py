@@ -365,10 +365,26 @@ async def test_lost_device_ends_suspended_requests(worker: DeviceWorker) -> None
 
 @pytest.mark.usefixtures("short_turns")
 async def test_draining_worker_finishes_suspended_requests(worker: DeviceWorker) -> None:
-    ran = list[str]()
-    buffers = [submitted(worker, stepping(ran, name), QueuedRequest(None, name)) for name in "ab"]
+    ran, gate = list[str](), threading.Event()
+    held = submitted(worker, stepping(ran, "a", until=gate), QueuedRequest(None, "a"))
+    other = submitted(worker, stepping(ran, "b", until=gate), QueuedRequest(None, "b"))
+    await come_true(lambda: {"a", "b"} <= set(ran))
     worker.refuse_new()
-    assert [await all_of(buffer) for buffer in buffers] == [[1], [1]]
+    gate.set()
+    assert [await all_of(buffer) for buffer in (held, other)] == [[1], [1]]
+    assert await idle(worker)
+
+
+async def test_draining_worker_refuses_waiting_requests_at_once(worker: DeviceWorker) -> None:
+    gate = threading.Event()
+    running = submitted(worker, gated(gate, 1))
+    await come_true(lambda: worker.in_flight == 1)
+    waiting = submitted(worker, job(2))
+    worker.refuse_new()
+    with pytest.raises(ServerDraining, match="ask another replica"):
+        await all_of(waiting)
+    gate.set()
+    assert await all_of(running) == [1]
     assert await idle(worker)
 
 
@@ -427,6 +443,7 @@ async def test_draining_worker_finishes_its_requests_and_refuses_new_ones(
 ) -> None:
     gate = threading.Event()
     running = submitted(worker, gated(gate, 1, 2))
+    await come_true(lambda: worker.in_flight == 1)
     worker.refuse_new()
     with pytest.raises(ServerDraining):
         submitted(worker, job(1))
