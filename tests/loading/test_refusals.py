@@ -226,10 +226,25 @@ def test_broken_folders_are_refused(source: ModelSource, breakage: Callable[[Pat
     assert expected in reason
 
 
-@pytest.mark.parametrize("location", ["nobody/nothing", "no/such/folder", "~/nowhere"])
+@pytest.mark.parametrize("location", ["nobody/nothing", "no/such/folder"])
 def test_path_that_is_neither_folder_nor_hub_id_is_refused(location: str) -> None:
     reason = refusal(ModelSource("absent", location))
     assert f"{location}: not found: expected a folder or the id of a hub model" in reason
+
+
+@pytest.mark.parametrize("location", ["./absent", "/absent/folder", "~/nowhere"])
+def test_path_without_a_folder_is_refused_without_asking_the_hub(
+    location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object, **__: object) -> str:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("januslens_server.models.loader.snapshot_download", asked)
+    assert f"{location}: the folder does not exist" in refusal(ModelSource("absent", location))
+
+
+def test_gguf_file_is_refused_with_the_conversion() -> None:
+    assert "convert the file to a folder with safetensors" in refusal(ModelSource("a", "a.gguf"))
 
 
 def test_unavailable_device_is_refused(source: ModelSource) -> None:

@@ -69,16 +69,6 @@ def test_models_from_flags_environment_and_file(
     assert read_settings(["--config", str(file)]).models == (b, a)
 
 
-def test_a_model_path_may_start_with_a_tilde(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "gpt2").mkdir()
-    (tmp_path / "gpt2" / "config.json").touch()
-    (model,) = read_settings(["--model", "a=~/gpt2"]).models
-    assert model.location == str(tmp_path / "gpt2")
-
-
 ODD = [
     "--host=0.0.0.0",
     "--insecure",
@@ -150,9 +140,6 @@ WRONG_FLAGS = {
     ),
     "no location": (["--model", "a"], "'a': expected NAME=PATH_OR_HUB_ID[@REVISION]"),
     "no name": (["--model", "=b"], "'=b': expected NAME=PATH_OR_HUB_ID[@REVISION]"),
-    "no folder": (["--model", "a=./absent"], "expected a model folder with config.json"),
-    "GGUF file": (["--model", "a=model.gguf"], "convert the file to a folder with safetensors"),
-    "no home": (["--model", "a=~/absent"], "'a=~/absent': expected a model folder"),
     "no cache size": (["--cache-size", "some"], "'some': expected a size such as 10GiB"),
     "no size": (["--max-memory", "cpu=lots"], "'cpu=lots': expected DEVICE=SIZE"),
     "name twice": (["--model", "a=x/y", "--model", "a=x/z"], "model name 'a' is used twice"),

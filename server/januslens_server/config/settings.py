@@ -76,13 +76,6 @@ def _to_model(value: Any) -> ModelLocation:
     location, _, revision = rest.partition("@")
     if not (isinstance(value, str) and name and location):
         raise ValueError("expected NAME=PATH_OR_HUB_ID[@REVISION]")
-    if location.endswith(".gguf"):
-        raise ValueError("GGUF files are not read: convert the file to a folder with safetensors")
-    if location.startswith((".", "/", "~")):  # a path, not a hub id
-        folder = Path(location).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ValueError("expected a model folder with config.json")
-        location = str(folder)
     return ModelLocation(name, location, revision or None)
 
 

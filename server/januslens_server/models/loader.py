@@ -172,6 +172,10 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     """
     local = Path(location).expanduser()
     is_local = local.is_dir()
+    if local.suffix == ".gguf":
+        raise ModelFailed("GGUF files are not read; convert the file to a folder with safetensors")
+    if not is_local and location.startswith((".", "/", "~")):  # a path, not a hub id
+        raise ModelFailed("the folder does not exist; expected a model folder with config.json")
     folder = local if is_local else _fetched(location, revision, DESCRIPTIONS)
     if not (folder / "config.json").is_file():
         files = sorted(path.name for path in folder.glob("*.gguf"))
