@@ -78,10 +78,13 @@ class Manifests:
         """
         found = {}
         for variable in self.container["env"]:
+            source = variable.get("valueFrom", {})
+            if source.get("secretKeyRef", {}).get("optional"):
+                continue  # the Secret need not exist
             if "value" in variable:
                 value = str(variable["value"])
             else:
-                assert variable["valueFrom"]["resourceFieldRef"] == {"resource": "limits.cpu"}
+                assert source["resourceFieldRef"] == {"resource": "limits.cpu"}
                 value = str(self.container["resources"]["limits"]["cpu"])
             for path, folder in mounted.items():
                 value = value.replace(path, str(folder))
@@ -152,7 +155,7 @@ OVERLAYS = ("demo", "production")
 COMBINATIONS = {
     "several GPUs": ("gpu", "several-gpus", "weights"),
     "from the hub": ("hub", "autoscaling"),
-    "from outside": ("tls", "auth", "gateway", "gateway-envoy"),
+    "from outside": ("tls", "auth", "gateway", "gateway-tls", "gateway-envoy"),
 }
 INSTALLATIONS: dict[str, Callable[[], Manifests]] = {
     "base": base,

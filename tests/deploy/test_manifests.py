@@ -356,7 +356,11 @@ def test_the_gateway_routes_to_the_service_s_port() -> None:
 
 def test_gateway_has_no_stream_timeout() -> None:
     timeouts = INSTALLATIONS["from outside"]().one("BackendTrafficPolicy")["spec"]["timeout"]
-    assert timeouts["http"] == {"requestTimeout": "0s", "maxStreamDuration": "0s"}
+    assert timeouts["http"] == {
+        "requestTimeout": "0s",
+        "maxStreamDuration": "0s",
+        "streamIdleTimeout": "0s",
+    }
 
 
 def test_the_components_do_not_depend_on_their_order() -> None:
