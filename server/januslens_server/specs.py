@@ -24,6 +24,27 @@ class LensKind(IntEnum):
     RAW = 3
 
 
+class Site(IntEnum):
+    """Places of a forward pass whose tensors can be read; numbers as in `sites.proto`."""
+
+    EMBEDDING = 1
+    ATTENTION_INPUT = 2
+    QUERY = 3
+    KEY = 4
+    VALUE = 5
+    ATTENTION_PATTERN = 6
+    HEAD_RESULT = 7
+    ATTENTION_OUTPUT = 8
+    RESIDUAL_MID = 9
+    MLP_INPUT = 10
+    NEURONS = 11
+    ROUTER = 12
+    MLP_OUTPUT = 13
+    BLOCK_OUTPUT = 14
+    FINAL_NORM = 15
+    LOGITS = 16
+
+
 @dataclass(frozen=True)
 class LensSpec:
     """The lens, and how many top and bottom tokens each projection reports."""
@@ -103,6 +124,21 @@ class TraceSpec:
     include_logit_contribution: bool = False
     overlap_k: int = 0
     include_checks: bool = False
+
+
+@dataclass(frozen=True)
+class ActivationsSpec:
+    """One Activations request.
+
+    Empty `layers` means every layer that has the site; empty `positions` and `heads` mean all.
+    """
+
+    prompt: Prompt
+    sites: tuple[Site, ...]
+    layers: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    float32: bool = False
 
 
 @dataclass(frozen=True)

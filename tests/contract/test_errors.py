@@ -11,6 +11,7 @@ import pytest
 from google.protobuf.message import Message
 
 from januslens.v1 import (
+    activations_pb2,
     cost_pb2,
     edits_pb2,
     gradient_lens_pb2,
@@ -40,6 +41,7 @@ NAMING_A_MODEL: list[tuple[str, Message]] = [
     ("Trace", trace_pb2.TraceRequest(model="nobody")),
     ("GradientLens", gradient_lens_pb2.GradientLensRequest(model="nobody")),
     ("PreviewEdit", edits_pb2.PreviewEditRequest(model="nobody")),
+    ("Activations", activations_pb2.ActivationsRequest(model="nobody")),
     ("FindNeurons", neurons_pb2.FindNeuronsRequest(model="nobody")),
     (
         "EstimateCost",
@@ -51,6 +53,7 @@ ASKING_FOR_A_REVISION: list[tuple[str, Message]] = [
     ("Trace", trace_pb2.TraceRequest(revision="main")),
     ("GradientLens", gradient_lens_pb2.GradientLensRequest(revision="main")),
     ("PreviewEdit", edits_pb2.PreviewEditRequest(revision="main")),
+    ("Activations", activations_pb2.ActivationsRequest(revision="main")),
     ("FindNeurons", neurons_pb2.FindNeuronsRequest(revision="main")),
 ]
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from januslens.v1 import (
+    activations_pb2,
     common_pb2,
     edits_pb2,
     gradient_lens_pb2,
@@ -161,6 +162,18 @@ PROJECTS = message(
     lens_pb2.ProjectRequest, {"vectors": TENSORS}, model=MODEL, target=TARGET, **READING
 )
 
+ACTIVATIONS = message(
+    activations_pb2.ActivationsRequest,
+    {"input": INPUT},
+    model=MODEL,
+    revision=REVISION,
+    sites=st.lists(often(st.integers(1, 16), st.integers(-1, 30)), min_size=1, max_size=4),
+    layers=LAYERS,
+    positions=LAYERS,
+    data_type=often(st.integers(0, 1), st.integers(-1, 9)),
+    heads=st.lists(often(st.integers(0, 3), UINT32), max_size=2),
+)
+
 EDIT: Fields = {
     "descent": message(
         edits_pb2.DescentStep, {"learning_rate": STEP}, matrices=MATRICES, layers=LAYERS
@@ -190,6 +203,7 @@ REQUESTS: dict[str, st.SearchStrategy[Any]] = {
     "GradientLens": st.sampled_from(list(LOSSES)).flatmap(gradients),
     "Project": PROJECTS,
     "PreviewEdit": st.sampled_from(list(EDIT)).flatmap(edits),
+    "Activations": ACTIVATIONS,
     "Tokenize": TOKENIZE,
     "ListModels": LIST,
 }

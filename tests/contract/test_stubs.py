@@ -124,6 +124,7 @@ def test_service_offers_exactly_the_published_methods() -> None:
         "Trace": ("TraceRequest", "TraceResponse", True),
         "GradientLens": ("GradientLensRequest", "GradientLensResponse", True),
         "PreviewEdit": ("PreviewEditRequest", "PreviewEditResponse", False),
+        "Activations": ("ActivationsRequest", "ActivationsResponse", True),
         "FindNeurons": ("FindNeuronsRequest", "FindNeuronsResponse", False),
         "EstimateCost": ("EstimateCostRequest", "EstimateCostResponse", False),
     }

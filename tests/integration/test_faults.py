@@ -12,7 +12,15 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2
 
-from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
+from januslens.v1 import (
+    activations_pb2,
+    common_pb2,
+    edits_pb2,
+    gradient_lens_pb2,
+    lens_pb2,
+    sites_pb2,
+    trace_pb2,
+)
 from januslens_server.models.failures import service_error
 from januslens_server.results import ModelState, ModelStatus
 from januslens_server.rpc.health import Health
@@ -29,6 +37,9 @@ REQUESTS: dict[str, Any] = {
     ),
     "PreviewEdit": edits_pb2.PreviewEditRequest(
         input=PROMPT, target=PARIS, descent=edits_pb2.DescentStep(learning_rate=0.1)
+    ),
+    "Activations": activations_pb2.ActivationsRequest(
+        input=PROMPT, sites=[sites_pb2.SITE_BLOCK_OUTPUT]
     ),
 }
 BLOCK = "transformer.h.2"

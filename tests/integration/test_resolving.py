@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from januslens.v1 import (
+    activations_pb2,
     common_pb2,
     cost_pb2,
     edits_pb2,
     gradient_lens_pb2,
     neurons_pb2,
+    sites_pb2,
     trace_pb2,
 )
 from januslens_server.models.tokenizer import Vocabulary
@@ -41,6 +43,12 @@ REQUESTS: dict[str, tuple[Any, list[str]]] = {
             probes=[edits_pb2.Probe(input=prompt("Japan"))],
         ),
         [PROMPT, " Paris", "Japan"],
+    ),
+    "Activations": (
+        activations_pb2.ActivationsRequest(
+            input=prompt(PROMPT), sites=[sites_pb2.SITE_HEAD_RESULT], heads=[1]
+        ),
+        [PROMPT],
     ),
     "FindNeurons": (neurons_pb2.FindNeuronsRequest(token=TARGET, page_size=5), [" Paris"]),
     "EstimateCost": (cost_pb2.EstimateCostRequest(trace=TRACE), [PROMPT, " Paris"]),

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from januslens.v1 import activations_pb2 as januslens_dot_v1_dot_activations__pb2
 from januslens.v1 import cost_pb2 as januslens_dot_v1_dot_cost__pb2
 from januslens.v1 import edits_pb2 as januslens_dot_v1_dot_edits__pb2
 from januslens.v1 import gradient_lens_pb2 as januslens_dot_v1_dot_gradient__lens__pb2
@@ -82,6 +83,11 @@ class IntrospectionServiceStub(object):
                 '/januslens.v1.IntrospectionService/PreviewEdit',
                 request_serializer=januslens_dot_v1_dot_edits__pb2.PreviewEditRequest.SerializeToString,
                 response_deserializer=januslens_dot_v1_dot_edits__pb2.PreviewEditResponse.FromString,
+                _registered_method=True)
+        self.Activations = channel.unary_stream(
+                '/januslens.v1.IntrospectionService/Activations',
+                request_serializer=januslens_dot_v1_dot_activations__pb2.ActivationsRequest.SerializeToString,
+                response_deserializer=januslens_dot_v1_dot_activations__pb2.ActivationsResponse.FromString,
                 _registered_method=True)
         self.FindNeurons = channel.unary_unary(
                 '/januslens.v1.IntrospectionService/FindNeurons',
@@ -166,6 +172,14 @@ class IntrospectionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Activations(self, request, context):
+        """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
+        values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FindNeurons(self, request, context):
         """Finds the neurons that promote or suppress a token through their value, a row of FF2.
         INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
@@ -215,6 +229,11 @@ def add_IntrospectionServiceServicer_to_server(servicer, server):
                     servicer.PreviewEdit,
                     request_deserializer=januslens_dot_v1_dot_edits__pb2.PreviewEditRequest.FromString,
                     response_serializer=januslens_dot_v1_dot_edits__pb2.PreviewEditResponse.SerializeToString,
+            ),
+            'Activations': grpc.unary_stream_rpc_method_handler(
+                    servicer.Activations,
+                    request_deserializer=januslens_dot_v1_dot_activations__pb2.ActivationsRequest.FromString,
+                    response_serializer=januslens_dot_v1_dot_activations__pb2.ActivationsResponse.SerializeToString,
             ),
             'FindNeurons': grpc.unary_unary_rpc_method_handler(
                     servicer.FindNeurons,
@@ -402,6 +421,33 @@ class IntrospectionService(object):
             '/januslens.v1.IntrospectionService/PreviewEdit',
             januslens_dot_v1_dot_edits__pb2.PreviewEditRequest.SerializeToString,
             januslens_dot_v1_dot_edits__pb2.PreviewEditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Activations(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/januslens.v1.IntrospectionService/Activations',
+            januslens_dot_v1_dot_activations__pb2.ActivationsRequest.SerializeToString,
+            januslens_dot_v1_dot_activations__pb2.ActivationsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from januslens.v1 import activations_pb2 as _activations_pb2
 from januslens.v1 import cost_pb2 as _cost_pb2
 from januslens.v1 import edits_pb2 as _edits_pb2
 from januslens.v1 import gradient_lens_pb2 as _gradient_lens_pb2
@@ -83,6 +84,10 @@ class IntrospectionServiceStub:
     """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
     request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
     """
+    Activations: _grpc.UnaryStreamMultiCallable[_activations_pb2.ActivationsRequest, _activations_pb2.ActivationsResponse]
+    """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
+    values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+    """
     FindNeurons: _grpc.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]
     """Finds the neurons that promote or suppress a token through their value, a row of FF2.
     INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
@@ -141,6 +146,10 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     PreviewEdit: _aio.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]  # type: ignore[assignment]
     """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
     request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+    """
+    Activations: _aio.UnaryStreamMultiCallable[_activations_pb2.ActivationsRequest, _activations_pb2.ActivationsResponse]  # type: ignore[assignment]
+    """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
+    values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
     """
     FindNeurons: _aio.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]  # type: ignore[assignment]
     """Finds the neurons that promote or suppress a token through their value, a row of FF2.
@@ -233,6 +242,16 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_edits_pb2.PreviewEditResponse, _abc.Awaitable[_edits_pb2.PreviewEditResponse]]:
         """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
         request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+        """
+
+    @_abc_1.abstractmethod
+    def Activations(
+        self,
+        request: _activations_pb2.ActivationsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_activations_pb2.ActivationsResponse], _abc.AsyncIterator[_activations_pb2.ActivationsResponse]]:
+        """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
+        values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
         """
 
     @_abc_1.abstractmethod

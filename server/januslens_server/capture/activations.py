@@ -72,7 +72,7 @@ class Rotation:
         """Return the rotation on another device."""
         return replace(self, cos=self.cos.to(device), sin=self.sin.to(device))
 
-    def turn(self, vectors: torch.Tensor, positions: slice) -> torch.Tensor:
+    def turn(self, vectors: torch.Tensor, positions: slice | torch.Tensor) -> torch.Tensor:
         """Return `v M_p` for vectors `[..., len(positions), d_head]`, each at its own position."""
         return self._turned(vectors, self.cos[positions].float(), self.sin[positions].float())
 

@@ -31,7 +31,8 @@ class Tap:
     `columns` selects features of the last dimension, for example those of one map of a fused
     module; None selects all. `argument` is the number of the tensor among the module's inputs or
     outputs, from 0. `overwritten` means that the model modifies the module's output in place; the
-    model then gets a copy, so that the captured tensor keeps its values.
+    model then gets a copy, so that the captured tensor keeps its values. `heads_first` means that
+    the tensor is `[batch, heads, pos, d_head]`; it is read as `[batch, pos, heads, d_head]`.
     """
 
     module: nn.Module
@@ -39,10 +40,11 @@ class Tap:
     columns: Columns | None = None
     argument: int = 0
     overwritten: bool = False
+    heads_first: bool = False
 
     def read(self, value: torch.Tensor) -> torch.Tensor:
         """Return the tapped features `[batch, pos, features]` of the module's whole tensor."""
-        return select(value, self.columns)
+        return select(value.transpose(1, 2) if self.heads_first else value, self.columns)
 
 
 def select(whole: torch.Tensor, columns: Columns | None) -> torch.Tensor:

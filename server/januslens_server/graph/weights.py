@@ -7,13 +7,13 @@ only. So the model may use any attention kernel. A test compares them with eager
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from januslens_server.capture import LayerActivations
+from januslens_server.capture import LayerActivations, Rotation
 from januslens_server.lens.head import Norm
 
 
@@ -75,6 +75,43 @@ def attention_row(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) -> 
         return scores.softmax(dim=-1)
     with_sinks = torch.cat([scores, scoring.sinks[:, None].float()], dim=-1)
     return with_sinks.softmax(dim=-1)[:, :-1]
+
+
+def attention_patterns(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: Sequence[int],
+    rotation: Rotation | None,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """Return the attention probabilities `[pos, n_heads, sources]` of some positions, in float32.
+
+    `query` `[pos, n_heads, d_head]` has a row for each of the `positions`, `key` `[sources,
+    n_kv_heads, d_head]` one for each source; both are before rotation.
+    """
+    at = torch.tensor(positions, device=query.device)
+    queries, keys = query.float().transpose(0, 1), key.float().transpose(0, 1)
+    if scoring.query_scaling is not None:
+        factors = [scoring.scale_of_query(position) for position in positions]
+        queries = queries * queries.new_tensor(factors)[:, None]
+    if rotation is not None:
+        queries = rotation.turn(queries, at)
+        keys = rotation.turn(keys, slice(keys.shape[1]))
+    keys = keys.repeat_interleave(len(queries) // len(keys), dim=0)
+    scores = queries @ keys.transpose(1, 2) * scoring.scale
+    if scoring.soft_cap is not None:
+        scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
+    if scoring.alibi is not None:
+        scores = scores + scoring.alibi(keys.shape[1]).to(scores)[:, None]
+    sources = torch.arange(keys.shape[1], device=query.device)
+    hidden = sources > at[:, None]
+    if scoring.window is not None:
+        hidden |= sources <= at[:, None] - scoring.window
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if scoring.sinks is not None:
+        sinks = scoring.sinks.float()[:, None, None].expand(-1, len(positions), 1)
+        scores = torch.cat([scores, sinks.to(scores.device)], dim=-1)
+    return scores.softmax(dim=-1)[..., : keys.shape[1]].transpose(0, 1)
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,13 @@ class Experts:
     `block` is the whole MLP. `module` has the parameters `gate_up_proj` and `down_proj`
     `[n_experts, ...]`; its arguments are the hidden states `[pos, d_model]`, the experts `[pos, k]`
     and their weights `[pos, k]`. `gate` and `up` are column ranges of the fused projection.
-    `stored_as_rows`, `finish` and `added` are as in `Linear` and `Mlp`.
+    `router` returns the router's logits first. `stored_as_rows`, `finish` and `added` are as in
+    `Linear` and `Mlp`.
     """
 
     block: nn.Module
     module: nn.Module
+    router: nn.Module
     stored_as_rows: bool
     gate: Columns
     up: Columns

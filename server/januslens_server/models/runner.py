@@ -19,6 +19,7 @@ from januslens_server.models.failures import check_gradients, check_pass
 from januslens_server.models.graph_inputs import kept_rows, layer_activations, layer_taps
 from januslens_server.models.matrices import Factors, MatrixKey, loaded_weights
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.sites import SiteKey, site_tap
 from januslens_server.models.views import Block
 from januslens_server.results import MatrixKind
 
@@ -63,6 +64,40 @@ class BackwardPass:
     loss: float
     factors: dict[MatrixKey, Factors]
     residual: torch.Tensor
+
+
+@torch.inference_mode()
+def read_sites(
+    model: ResidentModel,
+    ids: Sequence[int],
+    rows_of: Mapping[SiteKey, Sequence[int]],
+    scored: Sequence[int],
+    check_cancelled: CancelCheck,
+) -> tuple[dict[SiteKey, torch.Tensor], torch.Tensor]:
+    """Run a prompt and return values of sites `[rows, ...]`, and logits `[scored, vocab]`.
+
+    `rows_of` has the positions to keep of each site, which `site_tap` must know.
+
+    Raises:
+        NotFinite: The last residual or the logits are infinite or NaN.
+    """
+    sites = {key: site_tap(model, key) for key in rows_of}
+
+    def keep(key: SiteKey, tapped: torch.Tensor) -> torch.Tensor:
+        values = sites[key].values(tapped)
+        at = torch.tensor(rows_of[key], device=values.device)
+        return values.index_select(0, at)  # a copy, because models change some tensors in place
+
+    modules = [block.module for block in model.view.blocks]
+    last = Tap(model.view.blocks[-1].module, End.OUTPUT)
+    taps = {key: site.tap for key, site in sites.items()}
+    with (
+        capturing({"residual": last}) as residual,
+        capturing(taps, check_cancelled, modules, keep) as values,
+    ):
+        logits = _run(model, ids, scored, check_cancelled)[0]
+    check_pass(rows(residual["residual"]), logits)
+    return values, logits
 
 
 @torch.inference_mode()

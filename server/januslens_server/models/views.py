@@ -39,9 +39,9 @@ class Attention:
     """The attention of one block.
 
     `rotation` returns the rotary matrices for a prompt's length. `query_map` and `key_map` are
-    applied between the linear maps and the rotation; values are clipped to `value_clip`. `finish`
-    is applied to the result before it is added to the residual; `added` is the tap of a post-norm's
-    output.
+    applied between the linear maps and the rotation; `query_norm` and `key_norm` are the taps of
+    their norms' outputs. Values are clipped to `value_clip`. `finish` is applied to the result
+    before it is added to the residual; `added` is the tap of a post-norm's output.
     """
 
     query: Linear
@@ -54,6 +54,8 @@ class Attention:
     rotation: Callable[[int], Rotation] | None = None
     query_map: HeadMap = field(default_factory=HeadMap)
     key_map: HeadMap = field(default_factory=HeadMap)
+    query_norm: Tap | None = None
+    key_norm: Tap | None = None
     value_clip: float | None = None
     finish: Finish | None = None
     added: Tap | None = None
@@ -118,12 +120,16 @@ class Block:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A whole model: its input embedding, blocks, lens and sizes."""
+    """A whole model: its input embedding, blocks, lens and sizes.
+
+    `normed` is the tap of the final norm's output; None means the output head's input.
+    """
 
     embedding: nn.Module
     blocks: tuple[Block, ...]
     lens: LensHead
     facts: ModelFacts
+    normed: Tap | None = None
 
     def overlays(self, changes: Mapping[MatrixKey, LowRank]) -> list[Overlay]:
         """Overlays that apply changes of matrices: one per linear map, one per layer of experts."""

@@ -16,6 +16,15 @@ from januslens_server.lens.backward_lens import (
     suppression_divergence,
 )
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.sites import (
+    AFTER_LAYERS,
+    BEFORE_LAYERS,
+    SITES_WITH_HEADS,
+    SiteKey,
+    site_keys,
+    site_shape,
+    sites_of_layer,
+)
 from januslens_server.models.tokenizer import TooManyTokens
 from januslens_server.results import MatrixKind, Token
 from januslens_server.specs import (
@@ -24,6 +33,7 @@ from januslens_server.specs import (
     KlDivergence,
     LogitDifference,
     Prompt,
+    Site,
     Span,
     Target,
     Text,
@@ -152,6 +162,59 @@ def read_positions(positions: Sequence[int], every: bool, length: int) -> tuple[
                 f"position {position} is outside the prompt; expected {-length} to {length - 1}",
             )
     return tuple(sorted({position % length for position in positions})) or (length - 1,)
+
+
+def read_sites_of(
+    model: ResidentModel, sites: Sequence[Site], layers: Sequence[int]
+) -> tuple[SiteKey, ...]:
+    """Return the requested sites of the requested layers, in the order of the pass.
+
+    Empty `layers` means every layer that has the site.
+
+    Raises `InvalidRequest` if a requested layer does not have a site.
+    """
+    if not sites:
+        raise InvalidRequest("sites", "no sites given; send at least one")
+    asked = read_layers(model, layers)
+    keys: set[SiteKey] = set()
+    for i, site in enumerate(sites):
+        found = site_keys(model, site, asked)
+        lacking = set(asked if layers or not found else ()) - {layer for layer, _ in found}
+        if lacking and site not in BEFORE_LAYERS + AFTER_LAYERS:
+            raise missing_site(model, site, min(lacking), f"sites[{i}]")
+        keys.update(found)
+    return tuple(sorted(keys))
+
+
+def missing_site(model: ResidentModel, site: Site, layer: int, field: str) -> InvalidRequest:
+    """Return the error for a layer that does not have a site, with the sites that it has."""
+    present = ", ".join(site.name for site in sites_of_layer(model, layer))
+    return InvalidRequest(
+        field, f"layer {layer} of {model.name} has no {site.name}; expected one of {present}"
+    )
+
+
+def read_heads(
+    model: ResidentModel, heads: Sequence[int], keys: Iterable[SiteKey], length: int
+) -> tuple[int, ...]:
+    """Return the heads in ascending order without duplicates; empty means all.
+
+    Raises `InvalidRequest` if a site with heads does not have one of them, or if no site has heads.
+    """
+    if not heads:
+        return ()
+    shapes = {key: site_shape(model, key, length) for key in keys}
+    counts = {site: shape[0] for (_, site), shape in shapes.items() if len(shape) == 2}
+    if not counts:
+        names = ", ".join(site.name for site in SITES_WITH_HEADS)
+        raise InvalidRequest("heads", f"none of the sites has heads; expected one of {names}")
+    for site, count in counts.items():
+        for head in heads:
+            if head >= count:
+                raise InvalidRequest(
+                    "heads", f"{site.name} has no head {head}; expected 0 to {count - 1}"
+                )
+    return tuple(sorted(set(heads)))
 
 
 def _within(values: Iterable[int], size: int, field: str, name: str) -> tuple[int, ...]:

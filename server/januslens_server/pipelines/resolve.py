@@ -7,26 +7,32 @@ request ends. Resolving does not use the device, so it happens before the reques
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from januslens_server.errors import InvalidRequest
 from januslens_server.lens.backward_lens import Segment
 from januslens_server.models.matrices import Linear
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.sites import SiteKey, site_shape
 from januslens_server.pipelines.inputs import (
     Objective,
     choose_matrices,
     layer_matrices,
+    read_heads,
     read_layers,
     read_objective,
     read_positions,
     read_prompt,
     read_segments,
     read_single_target,
+    read_sites_of,
     read_target,
 )
 from januslens_server.results import MatrixKind, Token
 from januslens_server.specs import (
+    ActivationsSpec,
     DescentStep,
     FindNeuronsSpec,
     GradientLensSpec,
@@ -111,8 +117,27 @@ class ResolvedFindNeurons:
     layers: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class ResolvedActivations:
+    """An Activations request with its tokens, positions and heads.
+
+    `keys` are the sites of layers to read, in the order of the pass; `sizes` has the number of
+    values that each sends per position. `seconds` is as in `ResolvedTrace`.
+    """
+
+    model: ResidentModel
+    spec: ActivationsSpec
+    tokens: list[Token]
+    positions: tuple[int, ...]
+    keys: tuple[SiteKey, ...]
+    sizes: Mapping[SiteKey, int]
+    heads: tuple[int, ...]
+    seconds: float
+
+
 Resolved = (
     ResolvedTrace
+    | ResolvedActivations
     | ResolvedGradientLens
     | ResolvedProject
     | ResolvedPreviewEdit
@@ -132,6 +157,26 @@ def resolve_trace(model: ResidentModel, spec: TraceSpec) -> ResolvedTrace:
     target = None if spec.target is None else read_single_target(model, spec.target, "target")
     seconds = time.perf_counter() - started
     return ResolvedTrace(model, spec, tokens, layers, positions, target, seconds)
+
+
+def resolve_activations(model: ResidentModel, spec: ActivationsSpec) -> ResolvedActivations:
+    """Resolve an Activations request.
+
+    Raises `InvalidRequest` for an invalid prompt, position or head, and for a site that a requested
+    layer does not have.
+    """
+    started = time.perf_counter()
+    tokens = read_prompt(model, spec.prompt)
+    positions = read_positions(spec.positions, not spec.positions, len(tokens))
+    keys = read_sites_of(model, spec.sites, spec.layers)
+    heads = read_heads(model, spec.heads, keys, len(tokens))
+    sizes = {}
+    for key in keys:
+        shape = site_shape(model, key, len(tokens))
+        whole = prod(shape)
+        sizes[key] = whole // shape[0] * len(heads) if heads and len(shape) == 2 else whole
+    seconds = time.perf_counter() - started
+    return ResolvedActivations(model, spec, tokens, positions, keys, sizes, heads, seconds)
 
 
 def resolve_gradient_lens(model: ResidentModel, spec: GradientLensSpec) -> ResolvedGradientLens:

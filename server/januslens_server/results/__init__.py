@@ -3,6 +3,12 @@
 They contain plain Python values and numpy arrays, so that no later stage uses the device.
 """
 
+from januslens_server.results.activations import (
+    ActivationsEvent,
+    ActivationsHeader,
+    ActivationsSummary,
+    SiteValues,
+)
 from januslens_server.results.gradient_lens import (
     Components,
     Entries,
@@ -49,6 +55,9 @@ from januslens_server.results.values import (
 )
 
 __all__ = [
+    "ActivationsEvent",
+    "ActivationsHeader",
+    "ActivationsSummary",
     "Components",
     "Cost",
     "Edge",
@@ -79,6 +88,7 @@ __all__ = [
     "Provenance",
     "SegmentRow",
     "Side",
+    "SiteValues",
     "Spectrum",
     "StageTime",
     "Token",

@@ -21,6 +21,8 @@ from januslens_server import spans, telemetry
 from januslens_server.access.callers import ANYONE, NAME, Caller
 from januslens_server.errors import IntrospectionError, TryLater
 from januslens_server.results import (
+    ActivationsHeader,
+    ActivationsSummary,
     Cost,
     EditPreview,
     FoundNeurons,
@@ -231,12 +233,14 @@ def result_sizes(result: object) -> dict[str, Any]:
     """Return the sizes of a result for the log line, and its seconds by stage, if it has any."""
     sizes: dict[str, Any] = {}
     match result:
-        case TraceHeader() | GradientHeader():
+        case TraceHeader() | GradientHeader() | ActivationsHeader():
             sizes = {"tokens": len(result.prompt_tokens)}
         case TraceSummary():
             sizes = {"nodes": result.nodes, "edges": result.edges, "stages": _stages(result.times)}
         case GradientSummary():
             sizes = {"matrices": result.matrices, "stages": _stages(result.times)}
+        case ActivationsSummary():
+            sizes = {"stages": _stages(result.times)}
         case EditPreview():
             sizes = {"prompts": 1 + len(result.probes)}
         case FoundNeurons():

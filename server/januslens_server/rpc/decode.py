@@ -13,6 +13,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from januslens.v1 import (
+    activations_pb2,
     common_pb2,
     edits_pb2,
     gradient_lens_pb2,
@@ -23,6 +24,7 @@ from januslens.v1 import (
 from januslens_server.errors import InvalidRequest
 from januslens_server.results import MatrixKind, NodeKind
 from januslens_server.specs import (
+    ActivationsSpec,
     Chat,
     ChatMessage,
     DescentStep,
@@ -40,6 +42,7 @@ from januslens_server.specs import (
     ProjectSpec,
     Prompt,
     Selection,
+    Site,
     Span,
     Target,
     Text,
@@ -105,6 +108,22 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
         subject=_subject(request.subject) if request.HasField("subject") else None,
         include_factors=request.include_factors,
         verify=request.verify,
+    )
+
+
+def activations_spec(request: activations_pb2.ActivationsRequest) -> ActivationsSpec:
+    """Decode an Activations request. Raises `InvalidRequest` for invalid fields."""
+    if request.data_type not in (common_pb2.DATA_TYPE_UNSPECIFIED, common_pb2.DATA_TYPE_FLOAT32):
+        raise InvalidRequest(
+            "data_type", "unsupported data type; expected FLOAT32, or none for the model's own"
+        )
+    return ActivationsSpec(
+        prompt=_input(request.input),
+        sites=tuple(_enums(Site, request.sites, "sites")),
+        layers=tuple(request.layers),
+        positions=tuple(request.positions),
+        heads=tuple(request.heads),
+        float32=request.data_type == common_pb2.DATA_TYPE_FLOAT32,
     )
 
 
@@ -311,6 +330,12 @@ KIB, MIB = 2**10, 2**20
 # A test (tests/contract/test_bounds.py) fails for fields that are missing here. docs/api.md has the
 # same table.
 BOUNDS: dict[str, int] = {
+    "ActivationsRequest.heads": 4 * KIB,
+    "ActivationsRequest.layers": 4 * KIB,
+    "ActivationsRequest.model": 256,
+    "ActivationsRequest.positions": 64 * KIB,
+    "ActivationsRequest.revision": 256,
+    "ActivationsRequest.sites": 64,
     "Chat.messages": 1024,
     "ChatMessage.content": MIB,
     "ChatMessage.role": 64,

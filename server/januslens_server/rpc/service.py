@@ -12,6 +12,7 @@ from functools import partial
 from typing import TypeVar
 
 from januslens.v1 import (
+    activations_pb2,
     cost_pb2,
     edits_pb2,
     gradient_lens_pb2,
@@ -26,13 +27,16 @@ from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokenizer import TooManyTokens, Vocabulary
+from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.resolve import (
+    ResolvedActivations,
     ResolvedGradientLens,
     ResolvedTrace,
+    resolve_activations,
     resolve_find_neurons,
     resolve_gradient_lens,
     resolve_preview_edit,
@@ -40,12 +44,13 @@ from januslens_server.pipelines.resolve import (
     resolve_trace,
 )
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import GradientEvent, TraceEvent
+from januslens_server.results import ActivationsEvent, GradientEvent, TraceEvent
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission, ResolvedT
 from januslens_server.rpc.call import Call, Context, current_caller, result_sizes
 from januslens_server.rpc.decode import MAX_TOKENIZED, MODELS, neurons_list, page_start, page_token
 from januslens_server.rpc.encode import (
+    ActivationsEncoder,
     GradientLensEncoder,
     TraceEncoder,
     estimate_message,
@@ -56,7 +61,7 @@ from januslens_server.rpc.encode import (
     token_message,
 )
 from januslens_server.rpc.streaming import DeviceStreams
-from januslens_server.specs import GradientLensSpec, TraceSpec, loggable
+from januslens_server.specs import ActivationsSpec, GradientLensSpec, TraceSpec, loggable
 
 Result = TypeVar("Result")
 SpecT = TypeVar("SpecT")
@@ -145,6 +150,18 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             )
             await self._device.write(results, encoder.encode, call)
 
+    async def Activations(  # type: ignore[override]  # as for Trace
+        self, request: activations_pb2.ActivationsRequest, context: Context
+    ) -> None:
+        """Stream tensors of a forward pass, by layer and site."""
+        async with Call("Activations", context) as call:
+            model, spec = self._read(request)
+            encoder = ActivationsEncoder(call.request_id)
+            results: AsyncGenerator[ActivationsEvent] = self._run(
+                call, model, spec, resolve_activations, activations
+            )
+            await self._device.write(results, encoder.encode, call)
+
     async def PreviewEdit(
         self, request: edits_pb2.PreviewEditRequest, context: Context
     ) -> edits_pb2.PreviewEditResponse:
@@ -182,7 +199,9 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
 
     def _estimated(
         self, request: cost_pb2.EstimateCostRequest
-    ) -> tuple[ResidentModel, Callable[[], ResolvedTrace | ResolvedGradientLens]]:
+    ) -> tuple[
+        ResidentModel, Callable[[], ResolvedTrace | ResolvedGradientLens | ResolvedActivations]
+    ]:
         which = request.WhichOneof("request")
         if which == "trace":
             model, trace_spec = self._traced(request.trace)
@@ -190,7 +209,17 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         if which == "gradient_lens":
             model, spec = self._differentiated(request.gradient_lens)
             return model, partial(resolve_gradient_lens, model, spec)
-        raise InvalidRequest("request", "no request given; expected trace or gradient_lens")
+        if which == "activations":
+            model, read_spec = self._read(request.activations)
+            return model, partial(resolve_activations, model, read_spec)
+        raise InvalidRequest(
+            "request", "no request given; expected trace, gradient_lens or activations"
+        )
+
+    def _read(
+        self, request: activations_pb2.ActivationsRequest
+    ) -> tuple[ResidentModel, ActivationsSpec]:
+        return self._model(request.model, request.revision), decode.activations_spec(request)
 
     def _traced(self, request: trace_pb2.TraceRequest) -> tuple[ResidentModel, TraceSpec]:
         return self._model(request.model, request.revision), decode.trace_spec(request)

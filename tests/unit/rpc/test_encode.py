@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from januslens.v1 import trace_pb2
+from januslens.v1 import common_pb2, trace_pb2
 from januslens_server.results import (
     Edge,
     EdgeKind,
@@ -16,9 +16,10 @@ from januslens_server.results import (
     Node,
     NodeKind,
     ProjectionTable,
+    SiteValues,
     Token,
 )
-from januslens_server.rpc.encode import TraceEncoder
+from januslens_server.rpc.encode import ActivationsEncoder, TraceEncoder
 from januslens_server.rpc.encode.messages import (
     FRAME_BYTES,
     PIECE_BYTES,
@@ -202,3 +203,22 @@ def test_a_node_id_is_its_coordinates() -> None:
         Node(NodeKind.MLP_VALUE, 7, 3, neuron=911, expert=2).id: "L3/p7/MLP_VALUE/e2/n911",
     }
     assert all(made == expected for made, expected in ids.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "item"),
+    [("float32", common_pb2.DATA_TYPE_FLOAT32, 4), ("bfloat16", common_pb2.DATA_TYPE_BFLOAT16, 2)],
+)
+def test_large_site_values_span_messages_of_at_most_1_mib(name: str, code: int, item: int) -> None:
+    data = np.arange(3 * 2**20, dtype=np.int64).astype(np.uint8)
+    event = SiteValues(14, 2, (5, len(data) // item), 8, name, data)
+    messages = list(ActivationsEncoder("id").encode(event))
+    assert max(message.ByteSize() for message in messages) <= 2**20
+    assert b"".join(message.tensor.piece.data for message in messages) == data.tobytes()
+    offset = 8
+    for message in messages:
+        assert message.tensor.offset == offset
+        assert message.tensor.piece.data_type == code
+        (count,) = message.tensor.piece.shape
+        assert count * item == len(message.tensor.piece.data)
+        offset += count

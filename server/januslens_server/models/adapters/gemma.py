@@ -17,7 +17,7 @@ from januslens_server.models.adapters.llama import (
     post_norm_block,
     pre_norm_block,
 )
-from januslens_server.models.adapters.modules import lens, rotation, run_eagerly
+from januslens_server.models.adapters.modules import lens, norm_tap, rotation, run_eagerly
 from januslens_server.models.views import Block, ModelView
 
 
@@ -124,6 +124,8 @@ def _gemma3(model: PreTrainedModel, decoder: Any, head: LensHead) -> ModelView:
             rotation=rotations[config.layer_types[layer.number]],
             query_map=gemma_head_map(attn.q_norm),
             key_map=gemma_head_map(attn.k_norm),
+            query_norm=norm_tap(attn.q_norm, heads_first=True),
+            key_norm=norm_tap(attn.k_norm, heads_first=True),
         )
         return post_norm_block(layer, normed, gemma_norm, pre_norms=True)
 

@@ -251,6 +251,7 @@ def opt(model: PreTrainedModel) -> ModelView:
         blocks=tuple(_opt_block(module, config) for module in decoder.layers),
         lens=_opt_lens(model, decoder),
         facts=facts(model, d_mlp=config.ffn_dim, max_positions=config.max_position_embeddings),
+        normed=None if decoder.project_out is None else Tap(decoder.project_out, End.INPUT),
     )
 
 

@@ -23,6 +23,7 @@ from januslens_server.models.adapters.modules import (
     layer_norm,
     lens,
     linear,
+    norm_tap,
     rms_head_map,
     rms_norm,
     rotation,
@@ -218,6 +219,8 @@ def _qwen3_block(layer: Layer) -> Block:
         attention(layer, window=layer.window),
         query_map=rms_head_map(attn.q_norm),
         key_map=rms_head_map(attn.k_norm),
+        query_norm=norm_tap(attn.q_norm),
+        key_norm=norm_tap(attn.k_norm),
     )
     return pre_norm_block(layer, normed)
 
@@ -361,5 +364,7 @@ def _olmo2_block(layer: Layer) -> Block:
         attention(layer),
         query_map=spanning_head_map(attn.q_norm, attn.head_dim),
         key_map=spanning_head_map(attn.k_norm, attn.head_dim),
+        query_norm=norm_tap(attn.q_norm),
+        key_norm=norm_tap(attn.k_norm),
     )
     return post_norm_block(layer, normed, rms_norm, pre_norms=False)

@@ -18,7 +18,7 @@ from januslens_server.models.adapters.llama import (
     llama_like,
     pre_norm_block,
 )
-from januslens_server.models.adapters.modules import rms_head_map, spanning_head_map
+from januslens_server.models.adapters.modules import norm_tap, rms_head_map, spanning_head_map
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Block, ModelView
 
@@ -37,6 +37,7 @@ def gated_experts(mlp: Any) -> Experts:
     return Experts(
         block=mlp,
         module=experts,
+        router=mlp.gate,
         stored_as_rows=False,
         gate=range(width),
         up=range(width, 2 * width),
@@ -85,6 +86,8 @@ def _qwen3_moe_block(layer: Layer) -> Block:
         attention(layer, window=window),
         query_map=rms_head_map(attn.q_norm),
         key_map=rms_head_map(attn.k_norm),
+        query_norm=norm_tap(attn.q_norm),
+        key_norm=norm_tap(attn.k_norm),
     )
     mixed = hasattr(mlp, "experts")
     return pre_norm_block(layer, normed, gated_experts(mlp) if mixed else gated_mlp(mlp))
@@ -113,6 +116,8 @@ def _olmoe_block(layer: Layer) -> Block:
         value_clip=clip,
         query_map=spanning_head_map(attn.q_norm, attn.head_dim, clip),
         key_map=spanning_head_map(attn.k_norm, attn.head_dim, clip),
+        query_norm=norm_tap(attn.q_norm),
+        key_norm=norm_tap(attn.k_norm),
     )
     return pre_norm_block(layer, normed, gated_experts(layer.module.mlp))
 
@@ -156,6 +161,7 @@ def _gpt_oss_experts(mlp: Any) -> Experts:
     return Experts(
         block=mlp,
         module=experts,
+        router=mlp.router,
         stored_as_rows=True,
         gate=range(0, width, 2),
         up=range(1, width, 2),

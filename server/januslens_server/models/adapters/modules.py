@@ -74,6 +74,11 @@ def spanning_head_map(module: Any, d_head: int, clip_after: float | None = None)
     return HeadMap(norm=HeadNorm(weight, norm.eps, spans_heads=True), clip_after=clip_after)
 
 
+def norm_tap(module: nn.Module, *, heads_first: bool = False) -> Tap:
+    """Return the tap of the output of a norm of queries or keys."""
+    return Tap(module, End.OUTPUT, heads_first=heads_first)
+
+
 def with_post_norm(sublayer: Sublayer, module: nn.Module, norm: Norm) -> Sublayer:
     """Add a post-norm to a sublayer: its `module`, and its weights as `norm`."""
     return replace(sublayer, finish=Finish(norm), added=Tap(module, End.OUTPUT))

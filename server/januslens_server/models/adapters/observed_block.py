@@ -231,6 +231,8 @@ class BlockFinder:
             rotation=rotation,
             query_map=self._head_map(self._attention[0], d_head),
             key_map=self._head_map(self._attention[1], d_head),
+            query_norm=self._norm_tap(self._attention[0]),
+            key_norm=self._norm_tap(self._attention[1]),
             finish=finish,
             added=added,
         )
@@ -258,11 +260,23 @@ class BlockFinder:
 
     def _head_map(self, call: ModuleCall, d_head: int) -> HeadMap:
         """Map the norm that reads a query's or key's linear result, if there is one."""
-        for norm in self._norms():
-            if same_memory(norm.input, call.output):
-                spans = norm.module.get_parameter("weight").numel() != d_head
-                return HeadMap(norm=_head_norm(norm, d_head, spans_heads=spans))
-        return HeadMap()
+        norm = self._norm_of(call)
+        if norm is None:
+            return HeadMap()
+        spans = norm.module.get_parameter("weight").numel() != d_head
+        return HeadMap(norm=_head_norm(norm, d_head, spans_heads=spans))
+
+    def _norm_tap(self, call: ModuleCall) -> Tap | None:
+        """Return the tap of that norm's output. Strides show if heads come before positions."""
+        norm = self._norm_of(call)
+        if norm is None:
+            return None
+        given = norm.input
+        heads_first = given.dim() == 4 and given.stride(1) < given.stride(2)
+        return Tap(norm.module, End.OUTPUT, heads_first=heads_first)
+
+    def _norm_of(self, call: ModuleCall) -> ModuleCall | None:
+        return next((e for e in self._norms() if same_memory(e.input, call.output)), None)
 
     def _finish(
         self, settings: BlockSettings, result: ModuleCall

@@ -22,7 +22,7 @@ from januslens_server.models.adapters.llama import (
     parallel_block,
     pre_norm_block,
 )
-from januslens_server.models.adapters.modules import layer_norm, lens, linear
+from januslens_server.models.adapters.modules import layer_norm, lens, linear, norm_tap
 from januslens_server.models.views import Block, Mlp, ModelView
 
 
@@ -46,7 +46,11 @@ def _cohere_block(layer: Layer) -> Block:
     rotary = attention(layer)
     if layer.config.use_qk_norm:
         rotary = replace(
-            rotary, query_map=_cohere_head_map(attn.q_norm), key_map=_cohere_head_map(attn.k_norm)
+            rotary,
+            query_map=_cohere_head_map(attn.q_norm),
+            key_map=_cohere_head_map(attn.k_norm),
+            query_norm=norm_tap(attn.q_norm),
+            key_norm=norm_tap(attn.k_norm),
         )
     return parallel_block(layer, rotary, gated_mlp(layer.module.mlp))
 
@@ -80,6 +84,8 @@ def _phi_block(layer: Layer) -> Block:
             rotary,
             query_map=_phi_head_map(attn.q_layernorm),
             key_map=_phi_head_map(attn.k_layernorm),
+            query_norm=norm_tap(attn.q_layernorm, heads_first=True),
+            key_norm=norm_tap(attn.k_layernorm, heads_first=True),
         )
     return parallel_block(layer, rotary, Mlp(ff1=linear(mlp.fc1), ff2=linear(mlp.fc2)))
 
@@ -110,6 +116,8 @@ def _stablelm_block(layer: Layer) -> Block:
             rotary,
             query_map=_stablelm_head_map(attn.q_layernorm),
             key_map=_stablelm_head_map(attn.k_layernorm),
+            query_norm=norm_tap(attn.q_layernorm, heads_first=True),
+            key_norm=norm_tap(attn.k_layernorm, heads_first=True),
         )
     if layer.config.use_parallel_residual:
         return parallel_block(layer, rotary, gated_mlp(layer.module.mlp))

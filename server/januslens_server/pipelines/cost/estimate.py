@@ -5,6 +5,7 @@ from __future__ import annotations
 from januslens_server.models.neuron_index import ENTRY_BYTES, ROW_BYTES
 from januslens_server.models.resident import cost_sizes
 from januslens_server.pipelines.cost import memory
+from januslens_server.pipelines.cost.activations import activations_demand
 from januslens_server.pipelines.cost.demand import (
     BACKWARD,
     FORWARD,
@@ -18,6 +19,7 @@ from januslens_server.pipelines.cost.gradient_lens import gradient_lens_demand, 
 from januslens_server.pipelines.cost.trace import trace_demand
 from januslens_server.pipelines.resolve import (
     Resolved,
+    ResolvedActivations,
     ResolvedFindNeurons,
     ResolvedGradientLens,
     ResolvedPreviewEdit,
@@ -32,6 +34,8 @@ def demand_of(request: Resolved) -> Demand:
     match request:
         case ResolvedTrace():
             return trace_demand(request)
+        case ResolvedActivations():
+            return activations_demand(request)
         case ResolvedGradientLens():
             return gradient_lens_demand(request)
         case ResolvedProject():

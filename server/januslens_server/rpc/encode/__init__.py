@@ -1,5 +1,6 @@
 """Encode results as messages of at most 1 MiB, which is within the default limits of clients."""
 
+from januslens_server.rpc.encode.activations import ActivationsEncoder
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
 from januslens_server.rpc.encode.messages import (
     estimate_message,
@@ -12,6 +13,7 @@ from januslens_server.rpc.encode.messages import (
 from januslens_server.rpc.encode.trace import TraceEncoder
 
 __all__ = [
+    "ActivationsEncoder",
     "GradientLensEncoder",
     "TraceEncoder",
     "estimate_message",
