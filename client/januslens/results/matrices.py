@@ -36,7 +36,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """`x_i^T delta_i`, the part of a gradient from one position (Backward Lens, section 4).
+    """The part of a gradient from one position, `x_i^T delta_i` (Backward Lens, section 4).
 
     Attributes:
         position: The position i, an index into the gradient's `prompt_tokens`.
@@ -205,7 +205,7 @@ def _read(present: bool, message: lens_pb2.Projection, tokens: TokenTable) -> Pr
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Matrix:
-    """`dL/dW = sum_i x_i^T delta_i` of one weight `W: [d_in, d_out]`.
+    """The gradient of one matrix `W: [d_in, d_out]`, `dL/dW = sum_i x_i^T delta_i`.
 
     Attributes:
         layer: Layer of the matrix.

@@ -104,7 +104,7 @@ class ExpertMatrices:
 
     @property
     def whole(self) -> Tap:
-        """Tap of the MLP's output, whose VJPs the factors are computed from."""
+        """Tap of the MLP's output; the factors are computed from its VJPs."""
         return self.experts.output
 
     @property

@@ -212,7 +212,7 @@ def _draw(parameter: nn.Parameter) -> None:
 
 
 def prompt_of(network: PreTrainedModel) -> torch.Tensor:
-    """Token ids `[1, pos]` for a miniature; neighbouring ids differ."""
+    """Return token ids `[1, pos]` for a miniature; neighbouring ids differ."""
     vocab_size = network.get_input_embeddings().get_parameter("weight").shape[0]
     return (torch.arange(PROMPT_LENGTH) * 7 + 3)[None] % vocab_size
 

@@ -85,7 +85,7 @@ class Linear:
 
     @property
     def whole(self) -> Tap:
-        """Tap of the module's whole output, whose VJPs `factors` takes."""
+        """Tap of the module's whole output; `factors` takes its VJPs."""
         return Tap(self.module, End.OUTPUT, overwritten=self.overwritten)
 
     @property

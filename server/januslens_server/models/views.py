@@ -230,7 +230,7 @@ def _of_experts(experts: Experts, module: nn.Module, name: str, parameter: nn.Pa
 
 
 def _is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation function; neurons are captured after it."""
+    """Whether a module is an activation function."""
     return type(module).__module__ == ACTIVATIONS or isinstance(module, nn.PReLU)
 
 

@@ -25,7 +25,7 @@ class ChildEnded(Exception):
     """A child process ended before it accepted calls."""
 
     def __init__(self, number: int, status: int) -> None:
-        """`status` is the exit status as a shell reports it."""
+        """`status` is the exit status of the process; 128 + N if signal N ended it."""
         super().__init__(f"process {number} ended with status {status} before it served")
         self.status = status
 

@@ -61,7 +61,7 @@ class Node:
 
 
 class Edge(NamedTuple):
-    """A flow-graph edge between two node ids; absent values are None."""
+    """A flow-graph edge from the node `source` to the node `target`; absent values are None."""
 
     source: str
     target: str

@@ -95,7 +95,7 @@ class Pieces(Generic[BodyT]):
     def __init__(
         self, new: Callable[[], BodyT], texts: TokenTexts, limit: int = PIECE_BYTES
     ) -> None:
-        """`new` creates a message; another one is created when a message reaches `limit` bytes."""
+        """`new` creates a message; it is called again when a message reaches `limit` bytes."""
         self._new = new
         self._texts = texts
         self._limit = limit
