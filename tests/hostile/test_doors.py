@@ -7,13 +7,18 @@ Read from its source: a release that adds one fails here until it has been looke
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 import transformers
 
-from januslens_server.models.vetting import ALLOWED_IMPLEMENTATIONS, REFUSED_KEYS
+from januslens_server.models.vetting import ALLOWED_IMPLEMENTATIONS, DESCRIPTIONS, REFUSED_KEYS
+from tests.support.model_folders import healthy
 
 ROOT = Path(transformers.__file__).parent
 # What runs between a folder and a model: everything else is of one family, or is never called.
@@ -156,6 +161,72 @@ KNOWN_CALLS = """
     utils/hub.py: list_repo_templates calls hf_api().snapshot_download
     utils/peft_utils.py: find_adapter_config_file calls cached_file
 """
+
+
+# Files that transformers' code names. Those with a suffix of `DESCRIPTIONS` are checked before any
+# file is opened. The others hold code or weights, and are opened by no code that a load reaches.
+KNOWN_FILES = frozenset(
+    """
+    adapter_config.json adapter_model.bin adapter_model.safetensors added_tokens.json
+    audio_tokenizer_config.json bpe.codes byte_maps.json chat_template.jinja
+    chat_template.json config.json dict.txt emoji.json
+    entity_vocab.json generation_config.json language_model.model merges.txt model.safetensors
+    model.safetensors.index.json modelcard.json normalizer.json preprocessor_config.json
+    processor_config.json prophetnet.tokenizer pytorch_model.bin pytorch_model.bin.index.json
+    requirements.txt
+    sentencepiece.bpe.model sentencepiece.model source.spm special_tokens_map.json spiece.model
+    spm.model spm_char.model target.spm target_vocab.json tekken.json tiktoken.model tokenizer.json
+    tokenizer.model tokenizer_config.json video_preprocessor_config.json vocab-src.json
+    vocab-tgt.json vocab.json vocab.txt word_pronunciation.json word_shape.json
+    """.split()
+)
+UNCHECKED = {".bin", ".safetensors"}
+FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.(bin|bpe|codes|jinja|json|model|safetensors|spm|txt)")
+
+
+def files_named() -> Iterator[str]:
+    """The files of tokenizers of all families, and those that the loading code names."""
+    for path in ROOT.glob("models/*/tokenization_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VOCAB_FILES_NAMES":
+                yield from texts([value for value in ast.walk(node.value) if is_file_name(value)])
+    for module in (*LOADERS, "utils/__init__.py", "utils/hub.py"):
+        tree = ast.parse((ROOT / module).read_text())
+        yield from texts([value for value in ast.walk(tree) if is_file_name(value)])
+
+
+def is_file_name(node: ast.AST) -> TypeGuard[ast.Constant]:
+    return isinstance(node, ast.Constant) and FILE_NAME.fullmatch(str(node.value)) is not None
+
+
+def test_every_file_that_transformers_names_is_known_and_checked() -> None:
+    found = set(files_named())
+    assert found <= KNOWN_FILES, (
+        f"decide how models/vetting.py checks {sorted(found - KNOWN_FILES)}"
+    )
+    assert {"tokenizer.json", "spiece.model", "added_tokens.json", "bpe.codes"} <= found
+    assert {Path(name).suffix for name in KNOWN_FILES} <= DESCRIPTIONS | UNCHECKED
+
+
+def test_loading_opens_only_checked_files(tmp_path: Path) -> None:
+    """Python reports every file that it opens, also for transformers."""
+    folder = healthy(tmp_path / "model")
+    for name in KNOWN_FILES:
+        if not (folder / name).exists() and not name.endswith(".index.json"):
+            (folder / name).write_text("{}")
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from januslens_server.models.loader import ModelSource, load\n"
+        "opened = set()\n"
+        "sys.addaudithook(lambda event, args: event == 'open' and opened.add(str(args[0])))\n"
+        f"load(ModelSource('demo', {str(folder)!r}))\n"
+        f"print(*(Path(n).name for n in opened if n.startswith({str(folder)!r})))\n"
+    )
+    run = [sys.executable, "-c", program]
+    opened = set(subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
+    assert {"config.json", "tokenizer.json", "special_tokens_map.json"} <= opened
+    assert {Path(name).suffix for name in opened} <= DESCRIPTIONS | {".safetensors"}
 
 
 @pytest.mark.parametrize("module", LOADERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -22,8 +23,12 @@ from safetensors.torch import load_file, save_file
 
 from januslens.v1 import models_pb2, service_pb2_grpc, trace_pb2
 from januslens_server.demo import model_path
+from januslens_server.errors import InvalidRequest
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.registry import Registry
+from januslens_server.models.tokenizer import TokenizerFailed
+from januslens_server.models.tokenizer_files import read_vocabulary
+from januslens_server.pipelines.inputs import read_prompt
 from januslens_server.pipelines.self_check import self_check
 from januslens_server.results import ModelState, ModelStatus
 from tests.architectures.cases import Case
@@ -322,6 +327,137 @@ def index(name: object) -> Callable[[Path], str]:
     return bomb
 
 
+def sparse(name: str) -> Callable[[Path], str]:
+    """A file that claims a gigabyte and takes no space on disk."""
+
+    def bomb(folder: Path) -> str:
+        (folder / name).touch()
+        os.truncate(folder / name, 2**30)
+        return f"{name!r} is too large: expected at most"
+
+    return bomb
+
+
+def content(name: str, text: str, expected: str, times: int = 1) -> Callable[[Path], str]:
+    def bomb(folder: Path) -> str:
+        (folder / name).write_text(text * times)
+        return expected
+
+    return bomb
+
+
+def many_added_tokens(folder: Path) -> str:
+    described = json.loads((folder / "tokenizer.json").read_text())
+    token = described["added_tokens"][0]
+    described["added_tokens"] = [token | {"id": i, "content": f"<{i}>"} for i in range(60_000)]
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    return "tokenizer.json has too many added tokens: expected at most 50000, got 60000"
+
+
+def step(expected: str, **changes: Any) -> Callable[[Path], str]:
+    def bomb(folder: Path) -> str:
+        describe(folder, "tokenizer.json", **changes)
+        return expected
+
+    return bomb
+
+
+def gpt2_tokenizer(vocab: str, merges: str, expected: str, times: int = 1) -> Callable[[Path], str]:
+    """A folder whose tokenizer is described by `vocab.json` and `merges.txt`."""
+
+    def bomb(folder: Path) -> str:
+        (folder / "tokenizer.json").unlink()
+        describe(folder, "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+        (folder / "vocab.json").write_text(vocab * times)
+        (folder / "merges.txt").write_text(merges * times)
+        return expected
+
+    return bomb
+
+
+NAMED_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+VOCAB, MERGES = '{"a": 0, "b": 1, "ab": 2}', "#version: 0.2\na b\n"
+TOO_MANY = " has too many entries: expected at most"
+LONGER = " makes texts more than 16 times longer"
+DOUBLING = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+INSERTING = {"type": "Replace", "pattern": {"Regex": "(?=a)"}, "content": "a"}
+A = {"Sequence": {"id": "A", "type_id": 0}}
+CHARACTERS = base64.b64encode(bytes(4) + b"x" * 1000).decode()
+TOKENIZER_BOMBS = {
+    **{f"gigabyte of {name}": sparse(name) for name in NAMED_FILES},
+    "wrong type of added tokens": content("added_tokens.json", '{"a": [1]}', "invalid list of"),
+    "added tokens without texts": content(
+        "tokenizer_config.json", '{"added_tokens_decoder": {"7": {}}}', "invalid list of added"
+    ),
+    "list for special tokens": content("special_tokens_map.json", "[]", "holds a list"),
+    "nested special tokens": content(
+        "special_tokens_map.json", '{"a":' * 100_000, "is not a valid JSON file"
+    ),
+    "10^6 lists": content("tokenizer_config.json", "[],", TOO_MANY, 10**6),
+    "60,000 added tokens": many_added_tokens,
+    "endless text of an added token": content(
+        "tokenizer_config.json",
+        json.dumps({"added_tokens_decoder": {"7": {"content": "x" * (3 * 2**20)}}}),
+        "the texts of added tokens are too long",
+    ),
+    "10^7 entries in tokenizer.json": content("tokenizer.json", "0,", TOO_MANY, 10**7),
+    "nested tokenizer.json": content("tokenizer.json", '{"a":' * 10**5, "not a valid JSON file"),
+    "repeated keys": content(
+        "tokenizer.json", '{"normalizer": null, "normalizer": null}', "repeats a key"
+    ),
+    "tokenizer.json without a model": content("tokenizer.json", "{}", "odel"),
+    "words of any length": step(
+        "max_input_chars_per_word is too large", model={"max_input_chars_per_word": 10**9}
+    ),
+    "normalizer of a megabyte": step(
+        "normalizer is too long",
+        normalizer={"type": "Replace", "pattern": {"String": " "}, "content": "x" * 2**20},
+    ),
+    "normalizer that doubles": step(
+        "normalizer" + LONGER, normalizer={"type": "Sequence", "normalizers": [DOUBLING] * 24}
+    ),
+    "normalizer that inserts": step(
+        "normalizer" + LONGER, normalizer={"type": "Sequence", "normalizers": [INSERTING] * 24}
+    ),
+    "normalizer that prepends": step(
+        "normalizer" + LONGER, normalizer={"type": "Prepend", "prepend": "x" * 1000}
+    ),
+    "normalizer with a table": step(
+        "normalizer" + LONGER,
+        normalizer={"type": "Precompiled", "precompiled_charsmap": CHARACTERS},
+    ),
+    "template that repeats the text": step(
+        "post_processor" + LONGER,
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [A] * 100,
+            "pair": [A],
+            "special_tokens": {},
+        },
+    ),
+    "decoder that doubles": step(
+        "decoder" + LONGER, decoder={"type": "Sequence", "decoders": [DOUBLING] * 24}
+    ),
+    "10^7 entries in vocab.json": gpt2_tokenizer('"":1,', "", f"vocab.json{TOO_MANY}", 10**7),
+    "nested vocab.json": gpt2_tokenizer('{"a":' * 10**5, MERGES, "recursion limit exceeded"),
+    "wrong types in vocab.json": gpt2_tokenizer('{"a": "b"}', MERGES, "out of vocabulary"),
+    "10^7 merges": gpt2_tokenizer("", "a b\n", f"merges.txt{TOO_MANY}", 10**7),
+    "wrong merges": gpt2_tokenizer(VOCAB, "a b c d\n", "invalid at line 1"),
+}
+
+
 BOMBS = {
     "10^4 layers": layers(10**4),
     "10^5 layers": layers(10**5),
@@ -342,7 +478,6 @@ BOMBS = {
     "offsets backwards": tensors(a=[64, 0]),
     "one tensor of 1 GiB": one_tensor_too_large,
     "FIFO for config.json": fifo("config.json"),
-    "FIFO for tokenizer.json": fifo("tokenizer.json"),
     "FIFO for weights": fifo(WEIGHTS),
     "FIFO beside the weights": fifo("other.safetensors"),
     "device": device,
@@ -353,6 +488,8 @@ BOMBS = {
     "index with an absolute path": index("/etc/passwd"),
     "index of a pickle": index("pytorch_model.bin"),
     "index with no name": index(7),
+    **{f"FIFO for {name}": fifo(name) for name in NAMED_FILES},
+    **TOKENIZER_BOMBS,
 }
 
 
@@ -362,6 +499,32 @@ def test_folders_with_impossible_sizes_are_refused(
 ) -> None:
     expected = bomb(folder)
     assert expected in refusal(folder)
+
+
+def test_a_pattern_that_backtracks_without_end_fails_only_its_requests(folder: Path) -> None:
+    """The library panics then, with an exception that would end the thread."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    describe(folder, "tokenizer.json", pre_tokenizer=split | {"invert": False})
+    vocabulary = read_vocabulary(folder)
+    assert vocabulary.encode_prompt("Japan")
+    with pytest.raises(TokenizerFailed, match="retry-limit"):
+        vocabulary.encode_prompt("a" * 50 + "b")
+    with pytest.raises(TokenizerFailed, match="retry-limit"):
+        vocabulary.encode_continuation("a" * 50 + "b")
+    model = load(ModelSource("hostile", str(folder)))
+    with pytest.raises(InvalidRequest, match="tokenizer failed"):
+        read_prompt(model, "a" * 50 + "b")
+
+
+def test_many_listed_tokens_are_added_in_seconds(folder: Path) -> None:
+    """The library takes time with the number of added tokens whenever it adds some."""
+    size = read_vocabulary(folder)._prompts.get_vocab_size()
+    listed = {str(size + i): {"content": f"<added{i}>"} for i in range(20_000)}
+    describe(folder, "tokenizer_config.json", added_tokens_decoder=listed)
+    began = time.monotonic()
+    (token,) = read_vocabulary(folder).encode_prompt("<added19999>", add_special_tokens=False)
+    assert token.id == size + 19_999
+    assert time.monotonic() - began < SECONDS
 
 
 def rotations(**changes: Any) -> dict[str, Any]:

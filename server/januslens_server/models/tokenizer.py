@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -30,6 +31,25 @@ CERTAIN = 2
 
 class TooManyTokens(ValueError):
     """A text has more tokens than the caller allows."""
+
+
+class TokenizerFailed(ValueError):
+    """The `tokenizers` library gave up on a text or a file."""
+
+
+@contextmanager
+def reported_failures() -> Iterator[None]:
+    """Raise `TokenizerFailed` for errors and panics of the `tokenizers` library.
+
+    Its errors are of the class `Exception` itself. It panics where a pattern backtracks too often,
+    for example; the exception of a panic does not derive from `Exception` and would end the thread.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise TokenizerFailed(str(error)) from error
 
 
 class _Encoded(NamedTuple):
@@ -70,6 +90,7 @@ class Vocabulary:
     def _continuations(self) -> Tokenizer:
         return _literal(_without_added_spaces(self._prompts))
 
+    @reported_failures()
     def encode_prompt(
         self,
         text: str,
@@ -89,6 +110,7 @@ class Vocabulary:
             at_most: Maximum number of tokens.
 
         Raises:
+            TokenizerFailed: The tokenizer gave up on the text.
             TooManyTokens: The text has more than `at_most` tokens.
         """
         tokenizer = self._literal_prompts if literal else self._prompts
@@ -101,6 +123,7 @@ class Vocabulary:
             raise TooManyTokens
         return self._tokens(encoded)
 
+    @reported_failures()
     def encode_chat(
         self, chat: Chat, *, field: str = "chat", at_most: int | None = None
     ) -> list[Token]:
@@ -112,6 +135,7 @@ class Vocabulary:
         Raises:
             InvalidRequest: The messages are invalid; `field` is the path of the conversation.
             NoChatTemplate: The chat template is missing or cannot be used.
+            TokenizerFailed: The tokenizer gave up on the text.
             TooManyTokens: The conversation has more than `at_most` tokens.
         """
         rendered = self._chat.render(chat, self._control.values(), field)
@@ -157,6 +181,7 @@ class Vocabulary:
             if self._spells(text[slice(*span)].strip(), token_id)
         ]
 
+    @reported_failures()
     def encode_continuation(
         self, text: str, *, literal: bool = False, at_most: int | None = None
     ) -> list[Token]:
@@ -166,6 +191,7 @@ class Vocabulary:
         encoded as that token. In a longer text, control tokens are encoded as ordinary characters.
 
         Raises:
+            TokenizerFailed: The tokenizer gave up on the text.
             TooManyTokens: The text has more than `at_most` tokens.
         """
         if not literal and (found := [i for i, name in self._control.items() if name == text]):
@@ -227,6 +253,7 @@ class Vocabulary:
             for token_id, (start, end) in zip(*encoded, strict=True)
         ]
 
+    @reported_failures()
     def _decode(self, token_id: int, start: int | None = None, end: int | None = None) -> Token:
         """Decode one vocabulary entry, with its character span in a text, if any."""
         raw = self._pieces.raw(token_id)

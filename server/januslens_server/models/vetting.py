@@ -26,20 +26,35 @@ from transformers import PreTrainedConfig
 from januslens_server.errors import ModelFailed, readable_size
 from januslens_server.results import ModelFacts
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 
 CONFIGURATION = "config.json"
 # Maximum bytes of files that are parsed as a whole. Published configurations have about 10 KiB,
 # the largest tokenizers 35 MiB, indices of thousands of shards a few MiB.
 CONFIGURATION_BYTES = 4 * MIB
 DESCRIPTION_BYTES = 64 * MIB
+# Maximum entries in such a file. Each takes up to 500 bytes of memory once it is parsed. The index
+# of 200,000 tensors has as many entries, the largest published tokenizer.json 1.3 million.
+MAX_ENTRIES, MAX_VOCABULARY_ENTRIES = 1_000_000, 3_000_000
 # Maximum bytes of a weights file's header; 100,000 tensors take about 12 MiB.
 HEADER_BYTES = 32 * MIB
 MAX_TENSORS = 200_000
 
 # Suffixes of files that transformers or tokenizers parse.
-DESCRIPTIONS = frozenset({".json", ".txt", ".model", ".tiktoken", ".jinja", ".bpe"})
+DESCRIPTIONS = frozenset(
+    {".bpe", ".codes", ".jinja", ".json", ".model", ".spm", ".tiktoken", ".tokenizer", ".txt"}
+)
 CONFIGURATIONS = (CONFIGURATION, "generation_config.json", "tokenizer_config.json")
+# These have at most `CONFIGURATION_BYTES`, all other files with these suffixes `DESCRIPTION_BYTES`.
+SMALL_FILES = frozenset(
+    {
+        *CONFIGURATIONS,
+        "added_tokens.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "special_tokens_map.json",
+    }
+)
 
 # Implementations of attention and experts that use torch only. Other values name packages or
 # repositories with kernels, which transformers would import or download.
@@ -157,7 +172,7 @@ def _check_entry(entry: Path, root: Path) -> None:
         return
     if not stat.S_ISREG(status.st_mode):
         raise ModelFailed(f"{entry.name!r} is not a regular file")
-    limit = CONFIGURATION_BYTES if entry.name == CONFIGURATION else DESCRIPTION_BYTES
+    limit = CONFIGURATION_BYTES if entry.name in SMALL_FILES else DESCRIPTION_BYTES
     if entry.suffix in DESCRIPTIONS and status.st_size > limit:
         raise ModelFailed(
             f"{entry.name!r} is too large: expected at most {readable_size(limit)}, "
@@ -167,6 +182,7 @@ def _check_entry(entry: Path, root: Path) -> None:
 
 def read_json(path: Path) -> Mapping[str, Any]:
     """Read the JSON object in a file that passed `check_folder`."""
+    check_entries(path, MAX_ENTRIES)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -175,6 +191,21 @@ def read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(found, dict):
         raise ModelFailed(f"{path.name} holds a {type(found).__name__}: expected an object")
     return found
+
+
+def check_entries(path: Path, limit: int) -> None:
+    """Refuse a file with too many entries, before it is parsed.
+
+    Every entry of JSON begins behind a comma or a bracket, every entry of another file on a line of
+    its own.
+    """
+    content = path.read_bytes()
+    marks = (b",", b"[", b"{") if path.suffix == ".json" else (b"\n",)
+    found = sum(map(content.count, marks))
+    if found > limit:
+        raise ModelFailed(
+            f"{path.name} has too many entries: expected at most {limit}, got {found}"
+        )
 
 
 def check_keys(name: str, described: object, counted: str = "") -> None:

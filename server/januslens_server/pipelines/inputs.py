@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -25,7 +26,7 @@ from januslens_server.models.sites import (
     site_shape,
     sites_of_layer,
 )
-from januslens_server.models.tokenizer import TooManyTokens
+from januslens_server.models.tokenizer import TokenizerFailed, TooManyTokens
 from januslens_server.results import MatrixKind, Token
 from januslens_server.specs import (
     Chat,
@@ -74,24 +75,31 @@ def read_prompt(
 
 
 def _prompt_tokens(model: ResidentModel, prompt: Text, limit: int, field: str) -> list[Token]:
-    try:
+    with _tokenizing(field, limit):
         tokens = model.vocabulary.encode_prompt(
             prompt.text,
             add_special_tokens=prompt.add_special_tokens,
             literal=prompt.literal,
             at_most=limit,
         )
-    except TooManyTokens as error:
-        raise _too_long(field, limit, "more") from error
     return _known(model, tokens, field)
 
 
 def _chat_tokens(model: ResidentModel, chat: Chat, limit: int, field: str) -> list[Token]:
-    try:
+    with _tokenizing(field, limit):
         tokens = model.vocabulary.encode_chat(chat, field=field, at_most=limit)
+    return _known(model, tokens, field)
+
+
+@contextmanager
+def _tokenizing(field: str, limit: int) -> Iterator[None]:
+    """Raise `InvalidRequest` if the text of `field` has too many tokens, or cannot be tokenized."""
+    try:
+        yield
     except TooManyTokens as error:
         raise _too_long(field, limit, "more") from error
-    return _known(model, tokens, field)
+    except TokenizerFailed as error:
+        raise InvalidRequest(field, f"the tokenizer failed: {error}; send another text") from error
 
 
 def _too_long(field: str, limit: int, got: str) -> InvalidRequest:
@@ -110,12 +118,10 @@ def read_target(model: ResidentModel, target: Target, field: str) -> tuple[int, 
         target = Text(target)
     if isinstance(target, Text):
         limit = model.view.facts.max_positions
-        try:
+        with _tokenizing(field, limit):
             tokens = model.vocabulary.encode_continuation(
                 target.text, literal=target.literal, at_most=limit
             )
-        except TooManyTokens as error:
-            raise _too_long(field, limit, "more") from error
         ids = tuple(token.id for token in _known(model, tokens, field))
     else:
         check_ids(model, target, f"{field}.token_ids.ids")

@@ -26,7 +26,7 @@ from januslens_server.access.quotas import QuotaBook
 from januslens_server.errors import CancelCheck, InvalidRequest
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.tokenizer import TooManyTokens, Vocabulary
+from januslens_server.models.tokenizer import TokenizerFailed, TooManyTokens, Vocabulary
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.gradient_lens import gradient_lens
@@ -275,4 +275,6 @@ def _tokenized(
         raise InvalidRequest(
             field, f"too many tokens: expected at most {MAX_TOKENIZED}; split the {field}"
         ) from error
+    except TokenizerFailed as error:
+        raise InvalidRequest("text", f"the tokenizer failed: {error}; send another text") from error
     return models_pb2.TokenizeResponse(tokens=map(token_message, tokens))
