@@ -77,6 +77,12 @@ def test_layers_and_positions_are_parsed_from_lists_and_ranges() -> None:
         (["project", "absent.npy"], "does not exist"),
         (["neurons", "x", "--limit", "0"], "not in the range"),
         (["neurons", ""], "token is empty; give at least one character"),
+        (["models", "--token", "ä"], "invalid token; expected printable ASCII characters"),
+        (["ui", "--token", "ä"], "invalid token; expected printable ASCII characters"),
+        (["models", "--server", "a\udcff"], "invalid address: character 1 is the lone surrogate"),
+        (["trace", "a\udcff"], "invalid prompt: character 1 is the lone surrogate"),
+        (["trace", "x", "--client-key", __file__], "--client-certificate is missing"),
+        (["project", __file__], "unsupported file 'test_cli.py'; expected .npy or .safetensors"),
     ],
 )
 def test_wrong_usage_exits_with_2_and_one_line_with_a_hint(

@@ -349,10 +349,9 @@ def with_client(command: Callable[Concatenate[Client, bool, P], None]) -> Callab
     @functools.wraps(command)
     def run(connection: Connection, as_json: bool, *args: P.args, **kwargs: P.kwargs) -> None:
         hook = _print_json if as_json else None
-        with (
-            Client(**connection, on_response=hook) as client,
-            interruptible(client.close),
-        ):
+        with usage_errors():
+            opened = Client(**connection, on_response=hook)
+        with opened as client, interruptible(client.close):
             command(client, as_json, *args, **kwargs)
 
     return with_connection(_json_option(run))

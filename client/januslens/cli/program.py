@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any, NoReturn
 
 import click
@@ -44,8 +43,9 @@ def ui(connection: Connection, /, *, host: str, port: int, expose: bool, opened:
             click.launch(address)
 
     with usage_errors():
+        gateway = Gateway(**connection)  # here, where invalid options end the command
         try:
-            serve(partial(Gateway, **connection), host, port, exposed=expose, announce=announce)
+            serve(lambda: gateway, host, port, exposed=expose, announce=announce)
         except OSError as error:
             raise click.ClickException(f"cannot listen on {host}:{port}: {error}") from error
 

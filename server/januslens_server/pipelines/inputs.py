@@ -280,7 +280,7 @@ def choose_matrices(
     if not kinds:
         names = ", ".join(kind.name for kind in sorted(present))
         raise InvalidRequest(
-            field, f"{model.name} has none of these matrices; expected some of {names}"
+            field, f"{model.name} has none of these matrices; expected at least one of {names}"
         )
     return MatrixChoice(kinds, tuple(kind for kind in unique if kind not in present))
 
