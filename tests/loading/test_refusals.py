@@ -44,7 +44,7 @@ def describe(source: ModelSource, **changes: Any) -> None:
 
 
 def break_weights(source: ModelSource) -> None:
-    """So that whoever reads them fails otherwise than expected."""
+    """Break the weights so that reading them raises an unexpected error."""
     (Path(source.location) / WEIGHTS).write_bytes(b"no weights")
 
 

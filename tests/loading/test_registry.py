@@ -41,7 +41,7 @@ def states(registry: Registry) -> dict[str, ModelState]:
 
 
 def unobserved(_status: ModelStatus) -> None:
-    """Tell nobody."""
+    """Report nothing."""
 
 
 def test_one_serves_while_the_next_loads(sources: list[ModelSource]) -> None:

@@ -54,7 +54,7 @@ def live(browser: Browser, running: LivePage) -> Iterator[Page]:
 
 @pytest.fixture
 def deep(browser: Browser, running_deep: LivePage) -> Iterator[Page]:
-    """Likewise, of the model with twelve layers and 50,257 tokens."""
+    """The opened page, as `live`, for the model with twelve layers and 50,257 tokens."""
     with opened(browser, running_deep, "random") as page:
         yield page
 

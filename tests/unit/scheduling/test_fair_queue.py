@@ -1,4 +1,4 @@
-"""Whose request is next: whoever has had the least of the device."""
+"""Tests of the fair queue: the caller with the least device time is next."""
 
 from __future__ import annotations
 
