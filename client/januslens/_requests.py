@@ -62,6 +62,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
     logit_contribution: bool = True,
     overlap_k: int | None = None,
     checks: bool = False,
+    projections: bool | None = None,
     model: str = "",
     revision: str = "",
 ) -> trace_pb2.TraceRequest:
@@ -84,6 +85,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
         include_logit_contribution=logit_contribution,
         overlap_k=optional_count(overlap_k, "overlap_k"),
         include_checks=checks,
+        include_projections=projections,
     )
 
 

@@ -208,6 +208,7 @@ class AsyncClient:
         logit_contribution: bool = True,
         overlap_k: int | None = None,
         checks: bool = False,
+        projections: bool | None = None,
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -239,6 +240,8 @@ class AsyncClient:
             logit_contribution: Send each part's contribution to the target's logit.
             overlap_k: Send each edge's intersection score, computed on this many top tokens.
             checks: Repeat the model's self-check on this request and report it in the summary.
+            projections: Project the nodes to the vocabulary, which takes most of the time of a
+                trace; None = yes, unless `top_k` and `bottom_k` are 0.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -267,6 +270,7 @@ class AsyncClient:
             logit_contribution=logit_contribution,
             overlap_k=overlap_k,
             checks=checks,
+            projections=projections,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -294,6 +298,7 @@ class AsyncClient:
         logit_contribution: bool = True,
         overlap_k: int | None = None,
         checks: bool = False,
+        projections: bool | None = None,
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -325,6 +330,8 @@ class AsyncClient:
             logit_contribution: Send each part's contribution to the target's logit.
             overlap_k: Send each edge's intersection score, computed on this many top tokens.
             checks: Repeat the model's self-check on this request and report it in the summary.
+            projections: Project the nodes to the vocabulary, which takes most of the time of a
+                trace; None = yes, unless `top_k` and `bottom_k` are 0.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -355,6 +362,7 @@ class AsyncClient:
             logit_contribution=logit_contribution,
             overlap_k=overlap_k,
             checks=checks,
+            projections=projections,
             model=model,
             revision=revision,
         )
@@ -380,6 +388,7 @@ class AsyncClient:
         logit_contribution: bool = True,
         overlap_k: int | None = None,
         checks: bool = False,
+        projections: bool | None = None,
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -411,6 +420,8 @@ class AsyncClient:
             logit_contribution: Send each part's contribution to the target's logit.
             overlap_k: Send each edge's intersection score, computed on this many top tokens.
             checks: Repeat the model's self-check on this request and report it in the summary.
+            projections: Project the nodes to the vocabulary, which takes most of the time of a
+                trace; None = yes, unless `top_k` and `bottom_k` are 0.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -438,6 +449,7 @@ class AsyncClient:
             logit_contribution=logit_contribution,
             overlap_k=overlap_k,
             checks=checks,
+            projections=projections,
             model=model,
             revision=revision,
         )

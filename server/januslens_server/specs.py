@@ -124,6 +124,12 @@ class TraceSpec:
     include_logit_contribution: bool = False
     overlap_k: int = 0
     include_checks: bool = False
+    include_projections: bool = True
+
+    @property
+    def keeps_vectors(self) -> bool:
+        """Whether the nodes' vectors are needed, and not only their norms."""
+        return self.include_projections or self.include_vectors
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,13 @@ SPECS: dict[str, TraceSpec | GradientLensSpec] = {
         node_kinds=frozenset({NodeKind.MLP_VALUE}),
         selection=Selection(top_neurons=0, bottom_neurons=0),
     ),
+    "no projections of all neurons": TraceSpec(
+        ids(8),
+        node_kinds=frozenset({NodeKind.MLP_VALUE, NodeKind.MLP_OUTPUT, NodeKind.HEAD_OUTPUT}),
+        selection=Selection(heads=0, top_neurons=0, bottom_neurons=0),
+        include_logit_contribution=True,
+        include_projections=False,
+    ),
     "heads": TraceSpec(
         ids(8),
         all_positions=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from januslens_server.graph.attention import HeadRow
 from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.readings import FlowReader
 from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import LayerGraph, NodeKind
@@ -84,6 +86,31 @@ def test_shown_nodes_and_edges_are_those_of_the_whole_trace(
     for found, wanted in zip(edges, between, strict=True):
         numbers = [(a, b) for a, b in zip(found[3:], wanted[3:], strict=True) if b is not None]
         assert all(a == pytest.approx(b, rel=1e-5, abs=1e-6) for a, b in numbers)
+
+
+@pytest.mark.parametrize("kinds", [set[NodeKind](), {NodeKind.MLP_VALUE, NodeKind.MLP_OUTPUT}])
+def test_trace_without_projections_projects_no_node_and_keeps_its_numbers(
+    model: ResidentModel, monkeypatch: pytest.MonkeyPatch, kinds: set[NodeKind]
+) -> None:
+    asked = replace(spec(kinds), include_vectors=False, overlap_k=0)
+    read = layers(model, asked)
+
+    def projected(*_arguments: object, **_named: object) -> None:
+        raise AssertionError("nodes of a trace without projections were projected")
+
+    monkeypatch.setattr(FlowReader, "_project", projected)
+    alone = layers(model, replace(asked, include_projections=False))
+    for found, expected in zip(alone, read, strict=True):
+        assert [node.id for node in found.nodes] == [node.id for node in expected.nodes]
+        assert (found.rows == -1).all()
+        np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-5)
+        assert np.array_equal(found.activations, expected.activations, equal_nan=True)
+        assert found.edges == expected.edges
+
+
+def layers(model: ResidentModel, asked: TraceSpec) -> list[LayerGraph]:
+    events = trace(resolve_trace(model, asked), lambda: None)
+    return [event for event in events if isinstance(event, LayerGraph)]
 
 
 def test_residual_stream_alone_needs_no_attention_parts(

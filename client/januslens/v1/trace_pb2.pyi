@@ -254,6 +254,7 @@ class TraceRequest(_message.Message):
     INCLUDE_LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     OVERLAP_K_FIELD_NUMBER: _builtins.int
     INCLUDE_CHECKS_FIELD_NUMBER: _builtins.int
+    INCLUDE_PROJECTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -285,6 +286,11 @@ class TraceRequest(_message.Message):
     include_checks: _builtins.bool
     """True: measure the checks of docs/semantics.md on this request, and send the results in the
     summary.
+    """
+    include_projections: _builtins.bool
+    """Whether nodes have projections; unset = true, unless `top_k` and `bottom_k` are 0 and
+    `overlap_k` is not set. False saves most of the time of a trace. INVALID_ARGUMENT for false
+    together with `overlap_k`, which compares projections.
     """
     @_builtins.property
     def input(self) -> _common_pb2.Input:
@@ -335,19 +341,24 @@ class TraceRequest(_message.Message):
         include_logit_contribution: _builtins.bool = ...,
         overlap_k: _builtins.int | None = ...,
         include_checks: _builtins.bool = ...,
+        include_projections: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "input", b"input", "overlap_k", b"overlap_k", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "include_projections", b"include_projections", "input", b"input", "overlap_k", b"overlap_k", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "bottom_k", b"bottom_k", "include_checks", b"include_checks", "include_logit_contribution", b"include_logit_contribution", "include_vectors", b"include_vectors", "input", b"input", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "bottom_k", b"bottom_k", "include_checks", b"include_checks", "include_logit_contribution", b"include_logit_contribution", "include_projections", b"include_projections", "include_vectors", b"include_vectors", "input", b"input", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015
+    _WhichOneofReturnType__include_projections: _TypeAlias = _typing.Literal["include_projections"]  # noqa: Y015
+    _WhichOneofArgType__include_projections: _TypeAlias = _typing.Literal["_include_projections", b"_include_projections"]  # noqa: Y015
     _WhichOneofReturnType__overlap_k: _TypeAlias = _typing.Literal["overlap_k"]  # noqa: Y015
     _WhichOneofArgType__overlap_k: _TypeAlias = _typing.Literal["_overlap_k", b"_overlap_k"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bottom_k) -> _WhichOneofReturnType__bottom_k | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__include_projections) -> _WhichOneofReturnType__include_projections | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__overlap_k) -> _WhichOneofReturnType__overlap_k | None: ...
     @_typing.overload
@@ -640,7 +651,9 @@ class Node(_message.Message):
     """Factor of the vector in its sum; set for neurons."""
     @_builtins.property
     def projection(self) -> _lens_pb2.Projection:
-        """Projection of the vector; unset for ATTENTION_CONCAT and exact zeros."""
+        """Projection of the vector; unset for ATTENTION_CONCAT and exact zeros, and in a trace without
+        projections.
+        """
 
     @_builtins.property
     def vector(self) -> _common_pb2.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -63,23 +63,19 @@ def input_node(layer: int, position: int) -> Node:
 
 
 def block_flow(
-    layer: int,
-    position: int,
+    flow: FlowBuilder,
     acts: LayerActivations,
     weights: BlockWeights,
     selection: Selection,
-    direction: torch.Tensor | None,
     below: int | None,
-    shown: Collection[NodeKind] = (),
 ) -> Flow:
     """Build the flow graph of one block at one position, from its input to its output.
 
-    Only nodes of the kinds in `shown` (empty: all kinds) and edges between them are built. `below`
-    is the layer that was sent before this one, or None. If it is not the next lower layer, the
-    input node is added here, with a GAP edge from the output of `below`.
+    The nodes are added to `flow`, whose layer and position are the block's. `below` is the layer
+    that was sent before this one, or None. If it is not the next lower layer, the input node is
+    added here, with a GAP edge from the output of `below`.
     """
-    flow = FlowBuilder(layer, position, direction, shown)
-    row = acts.row(position)
+    row = acts.row(flow.position)
     residual = acts.block_input[row].float()
     source = _add_input(flow, residual, below)
     attention = _Sublayer(
@@ -144,6 +140,8 @@ def _add_sublayer(
 def _add_normed(
     flow: FlowBuilder, kind: NodeKind, source: str, before: torch.Tensor, after: torch.Tensor
 ) -> str:
+    if not flow.shows(kind):
+        return flow.refer(Node(kind, flow.position, flow.layer))
     node = flow.node(kind, after.float())
     flow.edges(EdgeKind.NORM, [source], [node], before.norm()[None])
     return node
@@ -153,6 +151,8 @@ def _add_sum(
     flow: FlowBuilder, kind: NodeKind, total: torch.Tensor, terms: Mapping[str, torch.Tensor]
 ) -> str:
     """Add a node of the residual stream and its terms, vectors `[d_model]` by node id."""
+    if not flow.shows(kind):
+        return flow.refer(Node(kind, flow.position, flow.layer))
     node = flow.node(kind, total)
     flow.parts(list(terms), node, torch.stack(list(terms.values())), total)
     return node

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from januslens_server.errors import NotFinite
-from januslens_server.graph.weights import Finish
+from januslens_server.graph.weights import Finish, WeightedRows
 from januslens_server.results import Edge, EdgeKind, Floats, Node, NodeKind
 
 
@@ -52,13 +52,15 @@ _EDGE_COLUMNS = ("weight", "share", "attention", "logit_contribution")
 
 @dataclass(frozen=True)
 class Flow:
-    """Nodes with their vectors `[n, d_model]` and activations `[n]` (NaN = none), and edges.
+    """Nodes with their vectors `[n, d_model]`, norms and activations `[n]` (NaN = none), and edges.
 
-    `projected` says for each node whether it is projected.
+    `vectors` has no rows if the builder does not keep vectors. `projected` says for each node
+    whether it is projected.
     """
 
     nodes: list[Node]
     vectors: torch.Tensor
+    norms: torch.Tensor
     activations: Floats
     projected: list[bool]
     edges: list[Edge]
@@ -70,7 +72,7 @@ class FlowBuilder:
     The dot product of a part with `direction` `[d_model]` is its `logit_contribution`
     (`lens.head.LensHead.attribution`); without a direction, there are none. Only nodes of the kinds
     in `shown` (empty: all kinds) and edges between them are kept. Callers use `shows` to skip the
-    computation of others.
+    computation of others. Without `keeps_vectors`, only the norms of vectors are kept.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class FlowBuilder:
         position: int,
         direction: torch.Tensor | None,
         shown: Collection[NodeKind] = (),
+        keeps_vectors: bool = True,
     ) -> None:
         self.layer = layer
         self.position = position
@@ -86,7 +89,9 @@ class FlowBuilder:
         self._shown = shown
         self._hidden: set[str] = set()
         self._nodes: list[Node] = []
+        self._keeps_vectors = keeps_vectors
         self._vectors: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
         self._projected: list[bool] = []
         self._sources: list[str] = []
         self._targets: list[str] = []
@@ -123,8 +128,12 @@ class FlowBuilder:
         vectors: torch.Tensor,
         projected: bool = True,
         activations: torch.Tensor | None = None,
+        norms: torch.Tensor | None = None,
     ) -> list[str]:
-        """Add nodes with their vectors `[n, d_model]` and activations `[n]`; return their ids."""
+        """Add nodes with their vectors `[n, d_model]` and activations `[n]`; return their ids.
+
+        `norms` `[n]` are the norms of the vectors, if they are known.
+        """
         ids = [self.refer(node) for node in nodes]
         kept = [i for i, node in enumerate(nodes) if self.shows(node.kind)]
         if not kept:
@@ -132,10 +141,13 @@ class FlowBuilder:
         if len(kept) < len(nodes):
             nodes, vectors = [nodes[i] for i in kept], vectors[kept]
             activations = None if activations is None else activations[kept]
+            norms = None if norms is None else norms[kept]
         if activations is not None:
             self._scalars.add("activation", len(self._nodes), activations)
         self._nodes += nodes
-        self._vectors.append(vectors)
+        self._norms.append(vectors.norm(dim=-1) if norms is None else norms)
+        if self._keeps_vectors:
+            self._vectors.append(vectors)
         self._projected += [projected] * len(nodes)
         return ids
 
@@ -189,13 +201,34 @@ class FlowBuilder:
             sources, targets = [sources[i] for i in kept], [targets[i] for i in kept]
             parts, total = parts[kept], total if total.dim() == 1 else total[kept]
             attention = None if attention is None else attention[kept]
-        size = total.square().sum(-1)
-        shares = torch.where(size > 0, (parts * total).sum(-1) / size, torch.nan)
-        self._scalars.add("share", len(self._sources), shares)
+        self._add_shares((parts * total).sum(-1), total)
         if self.direction is not None:
-            contributions = parts @ self.direction
-            self._scalars.add("logit_contribution", len(self._sources), contributions)
+            self._add_contributions(parts @ self.direction)
         self.edges(EdgeKind.PART, sources, targets, parts.norm(dim=-1), attention)
+
+    def weighted_parts(
+        self, sources: Sequence[str], target: str, terms: WeightedRows, total: torch.Tensor
+    ) -> None:
+        """Add the terms `activations[i] * rows[i]` of the sum `total` `[d_model]`, as `parts` does.
+
+        The terms themselves are not formed.
+        """
+        if not self._between_shown(sources[:1], [target]):
+            return
+        self._add_shares(terms.activations * (terms.rows @ total), total)
+        if self.direction is not None:
+            self._add_contributions(terms.activations * (terms.rows @ self.direction))
+        targets, norms = [target] * len(sources), terms.activations.abs() * terms.norms
+        self.edges(EdgeKind.PART, sources, targets, norms)
+
+    def _add_shares(self, products: torch.Tensor, total: torch.Tensor) -> None:
+        """Set the shares of the next edges, given the dot products of parts and total."""
+        size = total.square().sum(-1)
+        shares = torch.where(size > 0, products / size, torch.nan)
+        self._scalars.add("share", len(self._sources), shares)
+
+    def _add_contributions(self, contributions: torch.Tensor) -> None:
+        self._scalars.add("logit_contribution", len(self._sources), contributions)
 
     def _between_shown(self, sources: Sequence[str], targets: Sequence[str]) -> list[int]:
         """Return the indices of edges between two kept nodes."""
@@ -216,6 +249,7 @@ class FlowBuilder:
         return Flow(
             nodes=self._nodes,
             vectors=torch.cat(self._vectors) if self._vectors else torch.empty(0, 0),
+            norms=torch.cat(self._norms) if self._norms else torch.empty(0),
             activations=columns["activation"],
             projected=self._projected,
             edges=list(map(Edge, self._sources, self._targets, self._kinds, *values)),

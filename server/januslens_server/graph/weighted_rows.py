@@ -7,6 +7,7 @@ are stable: of equal scores, the one with the lower index comes first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -85,12 +86,19 @@ def add_weighted_rows(
     picked = extremes(
         terms.activations * terms.norms, selection.top_neurons, selection.bottom_neurons
     )
-    rows, weights = terms.rows[picked], terms.activations[picked]
+    shown = replace(
+        terms,
+        activations=terms.activations[picked],
+        rows=terms.rows[picked],
+        norms=terms.norms[picked],
+    )
     places = _places(terms, picked)
     nodes = neuron_nodes(flow, kinds.neuron, places)
-    neurons = Neurons(flow.nodes(nodes, rows, activations=weights), picked, places)
+    ids = flow.nodes(nodes, shown.rows, activations=shown.activations, norms=shown.norms)
+    neurons = Neurons(ids, picked, places)
     total = flow.node(result.kind, result.vector)
-    ids, parts = list(neurons.ids), [weights[:, None] * rows]
+    flow.weighted_parts(neurons.ids, total, shown, result.vector)
+    ids, parts = list[str](), list[torch.Tensor]()
     if len(picked) < len(terms.activations) and flow.shows(NodeKind.OTHER):
         kept = left_out(len(terms.activations), picked)
         rest = (torch.where(kept, terms.activations, 0.0) @ terms.rows)[None]
@@ -99,7 +107,8 @@ def add_weighted_rows(
     if terms.bias is not None:
         ids.append(flow.node(kinds.bias, terms.bias))
         parts.append(terms.bias[None])
-    flow.parts(ids, total, torch.cat(parts), result.vector)
+    if parts:
+        flow.parts(ids, total, torch.cat(parts), result.vector)
     return Added(total, neurons)
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from januslens_server.errors import CancelCheck
-from januslens_server.graph.block_flow import block_flow, final_flow
-from januslens_server.graph.flow import Flow
+from januslens_server.graph.block_flow import block_flow, block_nodes, final_flow
+from januslens_server.graph.flow import Flow, FlowBuilder
 from januslens_server.models.graph_inputs import block_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import ForwardPass
 from januslens_server.pipelines.metrics import StageClock, read
-from januslens_server.results import PositionTarget
+from januslens_server.results import ModelFacts, PositionTarget
 from januslens_server.specs import LensKind, LensSpec, TraceSpec
 
 
@@ -54,8 +54,19 @@ def position_targets(
     ]
 
 
-# Maximum number of positions in a piece, whose vectors are in memory and projected at once.
+# Number of positions in a piece, whose vectors are in memory and projected at once. If few nodes
+# are built at each position, a piece has more positions, until it has about `NODES_AT_ONCE` nodes,
+# because projecting a few vectors takes as long as reading the unembedding from memory.
 POSITIONS_AT_ONCE = 8
+NODES_AT_ONCE = 512
+
+
+def positions_at_once(spec: TraceSpec, facts: ModelFacts, tokens: int) -> int:
+    """Return how many positions of a prompt of so many tokens make a piece."""
+    counts = block_nodes(facts, spec.selection, tokens)
+    shown = spec.node_kinds if spec.node_kinds and not spec.include_checks else counts.keys()
+    nodes = sum(counts.get(kind, 0) for kind in shown)
+    return max(POSITIONS_AT_ONCE, NODES_AT_ONCE // max(1, nodes))
 
 
 @dataclass(frozen=True)
@@ -87,9 +98,11 @@ class LayerFlows:
         """
         top = self._model.view.facts.n_layers - 1
         below: int | None = None
+        facts, tokens = self._model.view.facts, len(self._passed.residual)
+        at_once = positions_at_once(self._spec, facts, tokens)
         for layer in layers:
-            for start in range(0, len(targets), POSITIONS_AT_ONCE):
-                chunk = targets[start : start + POSITIONS_AT_ONCE]
+            for start in range(0, len(targets), at_once):
+                chunk = targets[start : start + at_once]
                 with clock.stage("graph"):
                     flows = self._block(layer, chunk, below)
                 if chunk[-1] is targets[-1]:
@@ -109,14 +122,17 @@ class LayerFlows:
         acts = self._passed.layer(layer)
         return [
             block_flow(
-                layer,
-                target.position,
+                FlowBuilder(
+                    layer,
+                    target.position,
+                    None if direction is None else direction.to(acts.block_output.device),
+                    () if self._spec.include_checks else self._spec.node_kinds,
+                    self._spec.keeps_vectors,
+                ),
                 acts,
                 weights,
                 self._spec.selection,
-                None if direction is None else direction.to(acts.block_output.device),
                 below,
-                () if self._spec.include_checks else self._spec.node_kinds,
             )
             for target, direction in zip(targets, self._directions(targets), strict=True)
         ]

@@ -64,13 +64,17 @@ class FlowReader:
         flows = [flow for flow in piece.flows if flow.nodes]
         nodes = [node for flow in flows for node in flow.nodes]
         projected = [flag for flow in flows for flag in flow.projected]
-        none = torch.empty(0, self._model.view.facts.d_model)
-        vectors = torch.cat([flow.vectors for flow in flows] or [none]).to(self._model.device)
-        norms = vectors.norm(dim=-1).cpu().numpy()
-        check_numbers("activations on this prompt", norms)
+        found = torch.cat([flow.norms for flow in flows] or [torch.empty(0)]).cpu().numpy()
+        check_numbers("activations on this prompt", found)
+        vectors = torch.empty(0, self._model.view.facts.d_model)
+        if flows and self._spec.keeps_vectors:
+            vectors = torch.cat([flow.vectors for flow in flows])
+        vectors = vectors.to(self._model.device)
         shown = [i for i, node in enumerate(nodes) if self._shows(node.kind)]
-        read = [i for i in shown if projected[i]]
-        table = self._project(vectors[read], [nodes[i] for i in read], piece.lens)
+        read = [i for i in shown if projected[i]] if self._spec.include_projections else []
+        table = _no_projections()
+        if self._spec.include_projections:
+            table = self._project(vectors[read], [nodes[i] for i in read], piece.lens)
         row_of = {i: row for row, i in enumerate(read) if table.projected[row]}
         tops = {nodes[i].id: self._top(table, row_of.get(i)) for i in shown}
         edges = self._edges((edge for flow in flows for edge in flow.edges), self._below | tops)
@@ -79,7 +83,7 @@ class FlowReader:
         return LayerGraph(
             layer=piece.layer,
             nodes=[nodes[i] for i in shown],
-            norms=norms[shown],
+            norms=found[shown],
             activations=np.concatenate(activations)[shown],
             rows=np.array([row_of.get(i, -1) for i in shown], dtype=np.int64),
             projections=_trimmed(table, self._spec.lens.top_k),
@@ -126,6 +130,25 @@ class FlowReader:
         if not self._spec.overlap_k:
             return visible
         return [_overlapping(edge, tops[edge.source], tops[edge.target]) for edge in visible]
+
+
+def _no_projections() -> ProjectionTable:
+    """Return a table without rows."""
+    ids, numbers = np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)
+    return ProjectionTable(
+        projected=np.empty(0, np.bool_),
+        top_ids=ids,
+        top_logits=numbers,
+        top_probabilities=numbers,
+        bottom_ids=ids,
+        bottom_logits=numbers,
+        bottom_probabilities=numbers,
+        entropy_bits=np.empty(0, np.float32),
+        target_ids=ids,
+        target_ranks=ids,
+        target_logits=numbers,
+        target_probabilities=numbers,
+    )
 
 
 def _overlapping(edge: Edge, source: frozenset[int], target: frozenset[int]) -> Edge:

@@ -88,7 +88,22 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         include_logit_contribution=request.include_logit_contribution,
         overlap_k=_tokens(request.overlap_k, "overlap_k"),
         include_checks=request.include_checks,
+        include_projections=_projects(request),
     )
+
+
+def _projects(request: trace_pb2.TraceRequest) -> bool:
+    """Return whether nodes are projected; by default, if a list or `overlap_k` is requested."""
+    if not request.HasField("include_projections"):
+        listed = _lens(request)
+        return bool(listed.top_k or listed.bottom_k or request.overlap_k)
+    if request.overlap_k and not request.include_projections:
+        raise InvalidRequest(
+            "overlap_k",
+            "overlap_k compares projections, but include_projections is false; leave one of them "
+            "unset",
+        )
+    return request.include_projections
 
 
 def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> GradientLensSpec:

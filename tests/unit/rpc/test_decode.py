@@ -13,6 +13,7 @@ import pytest
 from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, trace_pb2
 from januslens.v1.common_pb2 import Input, Target, TokenIds
 from januslens_server import specs
+from januslens_server.errors import InvalidRequest
 from januslens_server.results import MatrixKind, NodeKind
 from januslens_server.rpc.decode import (
     gradient_lens_spec,
@@ -32,6 +33,30 @@ def gradient(**fields: Any) -> specs.GradientLensSpec:
     return gradient_lens_spec(
         gradient_lens_pb2.GradientLensRequest(**{"input": PROMPT, "nll": NLL, **fields})
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "projects"),
+    [
+        ({}, True),
+        ({"top_k": 0}, True),
+        ({"top_k": 0, "bottom_k": 0}, False),
+        ({"top_k": 0, "bottom_k": 0, "overlap_k": 3}, True),
+        ({"top_k": 0, "bottom_k": 0, "include_projections": True}, True),
+        ({"include_projections": False}, False),
+    ],
+)
+def test_trace_projects_nodes_only_if_something_of_a_projection_is_requested(
+    fields: dict[str, Any], projects: bool
+) -> None:
+    request = trace_pb2.TraceRequest(input=PROMPT, **fields)
+    assert trace_spec(request).include_projections is projects
+
+
+def test_overlap_without_projections_is_refused() -> None:
+    request = trace_pb2.TraceRequest(input=PROMPT, include_projections=False, overlap_k=3)
+    with pytest.raises(InvalidRequest, match="overlap_k compares projections"):
+        trace_spec(request)
 
 
 def test_an_unset_trace_has_the_contracts_defaults() -> None:

@@ -19,7 +19,7 @@ from januslens_server.pipelines.cost.demand import (
     reading_bytes,
     texts_bytes,
 )
-from januslens_server.pipelines.flows import POSITIONS_AT_ONCE
+from januslens_server.pipelines.flows import POSITIONS_AT_ONCE, positions_at_once
 from januslens_server.pipelines.resolve import ResolvedTrace
 from januslens_server.results import NodeKind
 from januslens_server.specs import TraceSpec
@@ -52,8 +52,18 @@ OF_MLP = frozenset(
     }
 )
 
-# Upper bound; the default graph has 1.4. Hiding kinds of nodes also hides their edges.
+# States of one block and position whose vectors are built even if only their norms are sent.
+STATES = 16
+
+# Upper bound; the default graph has 1.4. Without nodes that have edges to several others, each node
+# is at most a part of one sum.
 EDGES_PER_NODE = 2
+OF_EDGES = frozenset(
+    {NodeKind.MEMORY_KEY, NodeKind.ATTENTION_CONCAT, NodeKind.MLP_KEY, NodeKind.MLP_UP}
+)
+
+# Bytes of a node's norm, activation and row.
+NUMBERS = 16
 
 
 def trace_demand(request: ResolvedTrace) -> Demand:
@@ -63,9 +73,11 @@ def trace_demand(request: ResolvedTrace) -> Demand:
     scored = len(positions) if spec.include_checks else 1
     built, shown, junctions = _nodes(sizes, spec, layers, positions)
     blocks = len(layers) * len(positions)
-    pieces = math.ceil(len(positions) / POSITIONS_AT_ONCE) * len(layers) + 1
-    vectors = shown - junctions + 3 * len(positions)
-    at_once = [min(POSITIONS_AT_ONCE, len(positions)) * n // blocks + 1 for n in (built, shown)]
+    most = positions_at_once(spec, sizes.facts, tokens)
+    pieces = math.ceil(len(positions) / most) * len(layers) + 1
+    read = shown - junctions if spec.include_projections else 0
+    vectors = read + 3 * len(positions)
+    at_once = [min(most, len(positions)) * n // blocks + 1 for n in (built, shown)]
     return Demand(
         passes=1,
         flops=pass_flops(sizes, tokens, scored)
@@ -113,7 +125,11 @@ def _graph_flops(sizes: CostSizes, spec: TraceSpec, nodes: int, blocks: int, tok
 
 
 def _builds(spec: TraceSpec, kinds: frozenset[NodeKind]) -> bool:
-    return spec.include_checks or not spec.node_kinds or not kinds.isdisjoint(spec.node_kinds)
+    return spec.include_checks or _shows(spec, kinds)
+
+
+def _shows(spec: TraceSpec, kinds: frozenset[NodeKind]) -> bool:
+    return not spec.node_kinds or not kinds.isdisjoint(spec.node_kinds)
 
 
 def _working(
@@ -123,11 +139,11 @@ def _working(
     facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
     scored = positions if spec.include_checks else 1
     heads = facts.n_heads * facts.d_head
-    graph = memory.FLOAT32 * 4 * built * facts.d_model
+    graph = memory.FLOAT32 * 4 * _formed(spec, built, positions) * facts.d_model
     if _builds(spec, OF_ATTENTION):  # the heads of one position, with their sources
         graph += memory.FLOAT32 * (6 * facts.d_model + 8 * tokens) * heads
     # The targets and the final norm are projected for all positions at once.
-    vectors = max(shown, 2 * positions)
+    vectors = max(shown if spec.include_projections else 0, 2 * positions)
     after = graph + memory.read(sizes, vectors, listed) + memory.float_copies(sizes)
     return max(memory.passing(sizes, tokens, scored), after)
 
@@ -146,17 +162,27 @@ def _held(
     scored = positions if spec.include_checks else 1
     passed = layers * memory.captured(sizes, tokens, positions)
     passed += sizes.item * (scored * facts.vocab_size + tokens * facts.d_model)
-    vectors = built + (shown if spec.include_vectors else 0)
+    vectors = _formed(spec, built, positions) + (shown if spec.include_vectors else 0)
     return (
         passed
         + 2 * memory.FLOAT32 * vectors * facts.d_model
-        + memory.reported(shown, max(listed, spec.overlap_k))
+        + (memory.reported(shown, max(listed, spec.overlap_k)) if spec.include_projections else 0)
+        + NUMBERS * shown
     )
+
+
+def _formed(spec: TraceSpec, built: int, positions: int) -> int:
+    """Return how many of the nodes built at once have their vectors in memory."""
+    if spec.include_projections or spec.include_vectors or spec.include_checks:
+        return built
+    return min(built, STATES * min(positions, POSITIONS_AT_ONCE))
 
 
 def _stream(sizes: CostSizes, spec: TraceSpec, tokens: int, nodes: int, positions: int) -> int:
     listed = spec.lens.top_k + spec.lens.bottom_k
     vector = memory.FLOAT32 * sizes.facts.d_model + 16 if spec.include_vectors else 0
-    each = NODE_BYTES + reading_bytes(listed) + vector + EDGES_PER_NODE * EDGE_BYTES
+    reading = reading_bytes(listed) if spec.include_projections else 0
+    edges = EDGES_PER_NODE if _shows(spec, OF_EDGES) else 1
+    each = NODE_BYTES + reading + vector + edges * EDGE_BYTES
     head = tokens * TOKEN_BYTES + positions * 3 * TOKEN_BYTES
     return head + nodes * each + texts_bytes(sizes, nodes * listed)
