@@ -25,8 +25,9 @@ from januslens.errors import JanuslensError, StreamInterrupted
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
-# gRPC servers close a connection that sends pings more often than every five minutes without data.
-_KEEPALIVE_MS = 360_000
+# A call may wait for minutes without data. Load balancers end such connections, some after 240 s.
+# The server accepts pings every ten seconds.
+_KEEPALIVE_MS = 120_000
 
 # If the name has several addresses, gRPC uses them in turn. It retries a call until it receives
 # headers, which the server sends when it admits the request. It waits as long as the server asked
@@ -306,8 +307,23 @@ def exception_from(
 def _message(call: FailedCall, details: errors.ErrorDetails, address: str) -> str:
     text = call.details() or call.code().name
     if call.code() is grpc.StatusCode.UNAVAILABLE and not details.reason:
-        return f"no answer from {address}: {text}"
+        return f"no answer from {address}: {text}{_tls_advice(text)}"
     return text
+
+
+# What gRPC reports when one end uses TLS and the other does not, or does not trust it.
+_TLS_ADVICE = {
+    "WRONG_VERSION_NUMBER": "the server does not use TLS; connect without it",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not trusted; give its authority",
+    "Socket closed": "the server may require TLS",
+}
+
+
+def _tls_advice(text: str) -> str:
+    """Explain a failed connection whose cause is probably TLS; empty for other causes."""
+    if "connections to all backends failing" not in text:
+        return ""
+    return next((f" ({advice})" for sign, advice in _TLS_ADVICE.items() if sign in text), "")
 
 
 def _error_details(call: FailedCall, request_id: str) -> errors.ErrorDetails:

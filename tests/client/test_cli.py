@@ -159,8 +159,11 @@ def test_a_page_and_json_exclude_each_other(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("demo")
 def test_a_page_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     result = run("trace", PROMPT, "--html", str(tmp_path / "nowhere" / "trace.html"))
-    assert result.exit_code == 1
-    assert "nowhere" in result.stderr
+    assert result.exit_code == 2
+    assert "nowhere' does not exist" in result.stderr
+    full = run("trace", PROMPT, "--html", "/dev/full")
+    assert full.exit_code == 1
+    assert "No space left on device" in full.stderr
 
 
 @pytest.mark.usefixtures("demo")
@@ -317,6 +320,10 @@ def test_vectors_from_files(tmp_path: Path) -> None:
     unnamed = run("project", str(tmp_path / "v.safetensors"))
     assert unnamed.exit_code == 2
     assert "v.safetensors has 2 tensors; choose one with --name: other, probe" in unnamed.stderr
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    refused = run("project", str(tmp_path / "objects.npy"))
+    assert refused.exit_code == 2
+    assert "objects.npy holds no array of numbers" in refused.stderr
     (tmp_path / "v.txt").write_text("1 2")
     assert run("project", str(tmp_path / "v.txt")).exit_code == 2
 

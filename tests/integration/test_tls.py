@@ -16,6 +16,7 @@ import trustme
 from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import januslens
 from januslens.v1 import models_pb2, service_pb2_grpc
 from januslens_server.config import read_settings
 from januslens_server.serving.assembly import serve
@@ -49,6 +50,28 @@ def mutual(files: ServerFiles) -> Iterator[ServerProcess]:
     """A server with mutual TLS and a plaintext health port."""
     with running_server(*files.mutual_flags, "--health-port", "0") as server:
         yield server
+
+
+@pytest.fixture
+def secured(files: ServerFiles) -> Iterator[ServerProcess]:
+    with running_server(*files.flags) as server:
+        yield server
+
+
+def test_client_explains_a_connection_that_fails_because_of_tls(
+    secured: ServerProcess, server: ServerProcess
+) -> None:
+    trusting_others = grpc.ssl_channel_credentials(trustme.CA().cert_pem.bytes())
+    for address, credentials, advice in (
+        (secured.address, None, "the server may require TLS"),
+        (secured.address, trusting_others, "certificate is not trusted; give its authority"),
+        (server.address, trusting_others, "the server does not use TLS"),
+    ):
+        with (
+            januslens.Client(address, credentials=credentials, timeout=60) as client,
+            pytest.raises(januslens.Unavailable, match=advice),
+        ):
+            client.tokenize("The capital")
 
 
 def tokenize(address: str, credentials: grpc.ChannelCredentials | None) -> int:

@@ -235,7 +235,11 @@ def read_vectors(file: Path, name: str | None) -> NDArray[np.generic]:
         ValueError: The file has another type, or several tensors and none of them is `name`.
     """
     if file.suffix == ".npy":
-        array: NDArray[np.generic] = np.load(file, allow_pickle=False)
+        with file.open("rb") as stream:
+            try:
+                array: NDArray[np.generic] = np.lib.format.read_array(stream, allow_pickle=False)
+            except ValueError as error:
+                raise ValueError(f"{file.name} holds no array of numbers") from error
         return array
     if file.suffix != ".safetensors":
         raise ValueError(f"unsupported file {file.name!r}; expected .npy or .safetensors")

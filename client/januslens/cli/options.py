@@ -380,9 +380,19 @@ def usage_errors() -> Iterator[None]:
         raise click.UsageError(str(error), click.get_current_context()) from error
 
 
+def _in_existing_folder(
+    _context: click.Context, _option: click.Parameter, path: Path | None
+) -> Path | None:
+    """Refuse a file without a folder before the result is computed."""
+    if path is not None and not path.parent.is_dir():
+        raise click.BadParameter(f"the folder {str(path.parent)!r} does not exist")
+    return path
+
+
 page_option = click.option(
     "--html",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    callback=_in_existing_folder,
     metavar="FILE",
     help="Also write the result as a self-contained HTML page.",
 )
