@@ -65,6 +65,11 @@ def start_span(service: str, method: str, metadata: Iterable[tuple[str, Any]]) -
     )
 
 
+def trace_id(span: Span) -> str:
+    """Return the id of a span's trace as 32 hexadecimal digits, to find it from a log line."""
+    return f"{span.get_span_context().trace_id:032x}"
+
+
 def end_span(span: Span | None, code: str, number: int, fields: Mapping[str, Any]) -> None:
     """End a call's span with its status and the fields of its log line."""
     if span is None:

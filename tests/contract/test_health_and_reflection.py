@@ -16,7 +16,7 @@ from tests.support.calls import methods
 SERVING = health_pb2.HealthCheckResponse.SERVING
 
 
-@pytest.mark.parametrize("service", ["", "januslens.ready", "demo"])
+@pytest.mark.parametrize("service", ["", "januslens.ready", "januslens.all-ready", "demo"])
 def test_a_ready_server_is_serving(channel: grpc.Channel, service: str) -> None:
     stub: Any = health_pb2_grpc.HealthStub(channel)
     assert stub.Check(health_pb2.HealthCheckRequest(service=service)).status == SERVING

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -147,3 +148,14 @@ async def test_a_watcher_gets_every_change_and_unknown_services_once_they_exist(
         statuses.append((await watch.read()).status)
         assert statuses == [3, 2, 1, 2]  # SERVICE_UNKNOWN, NOT_SERVING, SERVING, NOT_SERVING
         watch.cancel()
+
+
+async def test_all_ready_needs_every_model() -> None:
+    health = Health()
+    failed = ModelStatus("broken", ModelState.FAILED)
+    async with served(health) as address, grpc.aio.insecure_channel(address) as channel:
+        asking: Any = health_pb2_grpc.HealthStub(channel)
+        for other, expected in ((ModelState.FAILED, 2), (ModelState.READY, 1)):
+            health.update([ModelStatus("good", ModelState.READY), replace(failed, state=other)])
+            assert (await asking.Check(asked("januslens.ready"))).status == 1
+            assert (await asking.Check(asked("januslens.all-ready"))).status == expected

@@ -76,6 +76,7 @@ def test_calls_are_children_of_the_callers_spans() -> None:
         seconds = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
         assert 0 < facts["januslens.stages.forward"] < facts["januslens.device_seconds"] < seconds
         assert not any("Japan" in str(value) for value in facts.values())
+        assert f"trace_id={TRACE_ID}" in server.log
 
         refused(channel, "Tokenize", models_pb2.TokenizeRequest(model="nobody", text="x"))
         _, span = collector.spans.get(timeout=30)

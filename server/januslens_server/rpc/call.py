@@ -165,6 +165,8 @@ class Call:
             "status": code.name,
             "seconds": seconds,
         }
+        if self._span is not None:
+            fields["trace_id"] = spans.trace_id(self._span)
         if self._queued is not None:
             fields |= {"queue_seconds": self._queued.waited, "device_seconds": self._queued.spent}
         return fields | self._notes

@@ -26,6 +26,7 @@ from januslens_server.rpc.wire import WireFormat, serialized
 
 ALIVE = ""
 READY = "januslens.ready"
+ALL_READY = "januslens.all-ready"
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -62,13 +63,14 @@ class Health(health_pb2_grpc.HealthServicer):
         """Set the statuses from the models' states.
 
         The server is ready when every configured model is READY or FAILED, and at least one is
-        READY. After `drain` this method has no effect.
+        READY; all are ready when every model is READY. After `drain` this method has no effect.
         """
         if self._draining:
             return
         ready = is_ready(statuses)
         serving = {status.name: status.state is ModelState.READY for status in statuses}
-        for name, holds in (serving | {ALIVE: True, READY: ready}).items():
+        own = {ALIVE: True, READY: ready, ALL_READY: bool(serving) and all(serving.values())}
+        for name, holds in (serving | own).items():
             self._statuses[name] = SERVING if holds else NOT_SERVING
         telemetry.READY.set(ready)
         self._notify()
