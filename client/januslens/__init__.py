@@ -31,10 +31,17 @@ from januslens.arguments import (
     TargetLike,
     Text,
 )
-from januslens.assemblers import GradientEvent, TraceEvent, read_gradient, read_trace
+from januslens.assemblers import (
+    ActivationsEvent,
+    GradientEvent,
+    TraceEvent,
+    read_gradient,
+    read_trace,
+)
 from januslens.client import Client, EventStream
 from januslens.errors import (
     Aborted,
+    ActivationsInterrupted,
     Cancelled,
     DeadlineExceeded,
     DeviceLost,
@@ -68,6 +75,12 @@ from januslens.errors import (
     Unavailable,
     Unimplemented,
 )
+from januslens.results.activations import (
+    Activations,
+    ActivationsHeader,
+    ActivationsSummary,
+    SiteTensor,
+)
 from januslens.results.comparison import EdgeDifference, NodeDifference, TraceComparison
 from januslens.results.exports import PageFrame
 from januslens.results.gradient import (
@@ -79,7 +92,7 @@ from januslens.results.gradient import (
     SegmentRow,
 )
 from januslens.results.graph import Edge, Node, Part
-from januslens.results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side
+from januslens.results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side, Site
 from januslens.results.matrices import (
     Component,
     Entry,
@@ -119,6 +132,11 @@ from januslens.viewer import html as _pages  # noqa: F401 - registers the pages
 
 __all__ = [
     "Aborted",
+    "Activations",
+    "ActivationsEvent",
+    "ActivationsHeader",
+    "ActivationsInterrupted",
+    "ActivationsSummary",
     "AsyncClient",
     "AsyncEventStream",
     "Cancelled",
@@ -202,6 +220,8 @@ __all__ = [
     "ServerDraining",
     "Side",
     "Singular",
+    "Site",
+    "SiteTensor",
     "StageTime",
     "StreamInterrupted",
     "SubjectLike",

@@ -8,11 +8,12 @@ from xml.etree.ElementTree import Element
 from januslens import _html as cells
 from januslens import _presentation as presentation
 from januslens._html import Child, cut, document, element, heading, literal, note, table
+from januslens.results.activations import Activations, SiteTensor
 from januslens.results.comparison import TraceComparison
 from januslens.results.exports import PageFrame, notebook_html
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.graph import Part
-from januslens.results.kinds import MatrixKind, NodeKind, Side
+from januslens.results.kinds import MatrixKind, NodeKind, Side, Site
 from januslens.results.matrices import Component, Matrix
 from januslens.results.models import Model, Models
 from januslens.results.tokens import Token, Tokens
@@ -51,6 +52,32 @@ def layer_html(layer: LayerGraph) -> str:
         parts.append(_shares(f"Heads {where}", layer.heads(position)[:_ROWS]))
         parts.append(_shares(f"Neurons {where}", layer.neurons(position)[:_ROWS]))
     return document(*parts, note("share: of the layer's heads, or of the MLP's output"))
+
+
+@notebook_html.register
+def activations_html(activations: Activations) -> str:
+    """One row per site: its layers, dimensions and data type."""
+    sites: dict[Site, list[SiteTensor]] = {}
+    for tensor in activations.tensors:
+        sites.setdefault(tensor.site, []).append(tensor)
+    rows = (
+        (
+            str(site),
+            ", ".join(str(tensor.layer) for tensor in found if tensor.layer is not None),
+            ", ".join(
+                f"{name} {size}"
+                for name, size in zip(found[0].dimensions, found[0].tensor.shape, strict=True)
+            ),
+            found[0].tensor.data_type,
+        )
+        for site, found in sites.items()
+    )
+    return document(
+        heading("Activations", activations.prompt_tokens, activations.provenance),
+        table("Tensors", ("site", "layers", "dimensions", "data type"), rows),
+        *cut(activations.summary is not None),
+        note("array(site, layer) is a numpy array; save() writes a safetensors file"),
+    )
 
 
 @notebook_html.register

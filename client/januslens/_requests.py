@@ -26,6 +26,7 @@ from januslens.arguments import (
     checked_text,
     count,
     finite_number,
+    index_numbers,
     input_message,
     layer_numbers,
     matrix_numbers,
@@ -37,10 +38,19 @@ from januslens.arguments import (
     subject_message,
     target_message,
 )
-from januslens.results.kinds import LENSES, NODE_KINDS, Lens, MatrixKind, NodeKind
+from januslens.results.kinds import LENSES, NODE_KINDS, SITES, Lens, MatrixKind, NodeKind, Site
 from januslens.results.trace import Trace
 from januslens.results.vectors import Tensor, tensor_message
-from januslens.v1 import edits_pb2, gradient_lens_pb2, lens_pb2, models_pb2, neurons_pb2, trace_pb2
+from januslens.v1 import (
+    activations_pb2,
+    common_pb2,
+    edits_pb2,
+    gradient_lens_pb2,
+    lens_pb2,
+    models_pb2,
+    neurons_pb2,
+    trace_pb2,
+)
 
 
 def trace_request(  # noqa: PLR0913 - by keyword
@@ -213,6 +223,34 @@ def _one_loss(target: TargetLike | None, loss: Loss | None) -> Loss:
     if loss is None:
         raise ValueError("no target and no loss given; give one of them")
     raise ValueError("target and loss are both given; give only one of them")
+
+
+def activations_request(  # noqa: PLR0913 - by keyword
+    prompt: Prompt | None = None,
+    *,
+    messages: Messages | None = None,
+    sites: Site | str | Iterable[Site | str] = Site.BLOCK_OUTPUT,
+    layers: Layers | None = None,
+    positions: Positions | None = None,
+    heads: int | Iterable[int] | None = None,
+    float32: bool = False,
+    model: str = "",
+    revision: str = "",
+) -> activations_pb2.ActivationsRequest:
+    """Build the request of `AsyncClient.activations`."""
+    named = [Site.of(site) for site in ([sites] if isinstance(sites, str) else sites)]
+    if not named:
+        raise ValueError("sites is empty; give at least one site")
+    return activations_pb2.ActivationsRequest(
+        model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
+        input=input_message(prompt, messages),
+        sites=[SITES.number(site) for site in named],
+        layers=layer_numbers(layers),
+        positions=position_numbers(positions)[0],
+        heads=index_numbers(heads, "heads"),
+        data_type=common_pb2.DATA_TYPE_FLOAT32 if float32 else common_pb2.DATA_TYPE_UNSPECIFIED,
+    )
 
 
 def project_request(

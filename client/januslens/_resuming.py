@@ -4,14 +4,15 @@ gRPC retries a call until it receives the server's headers, that is, until the c
 If an admitted call is interrupted, it raises an exception or, with `resume=True`, is repeated with
 a new request id, and the logger `januslens` writes a warning.
 
-A repeated stream requests only the missing layers. Its messages are joined to those received
-before: the parts of a layer or matrix are held until it is complete, duplicates are dropped, the
-text of each token is kept once, and `sequence` continues.
+A repeated Trace or GradientLens requests only the missing layers. Its messages are joined to those
+received before: the parts of a layer, matrix or tensor are held until it is complete, duplicates
+are dropped, the text of each token is kept once, and `sequence` continues.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,8 @@ from google.protobuf.message import Message
 from januslens._connection import Attempt, Connection, FailedCall, was_cut
 from januslens.assemblers import Assembler, EventT, ResultT
 from januslens.errors import JanuslensError, StreamInterrupted, Unavailable
-from januslens.v1 import common_pb2, gradient_lens_pb2, trace_pb2
+from januslens.results.activations import tensor_name
+from januslens.v1 import activations_pb2, common_pb2, gradient_lens_pb2, trace_pb2
 
 RequestT = TypeVar("RequestT", bound=Message)
 PartT = TypeVar("PartT", bound=Any)
@@ -86,7 +88,7 @@ class Splice(ABC, Generic[RequestT, PartT]):
             return []
         self._header = response.header
         self._named.update(token.id for token in response.header.prompt_tokens)
-        self._named.update(token.id for token in response.header.tokens)
+        self._named.update(token.id for token in getattr(response.header, "tokens", ()))
         return [response]
 
     def _compare(self, header: Any) -> None:
@@ -234,9 +236,52 @@ class GradientSplice(
         return list(header.target_token_ids)
 
 
+class ActivationsSplice(
+    Splice[activations_pb2.ActivationsRequest, activations_pb2.ActivationsResponse]
+):
+    """Splice of Activations; requests all tensors again and drops those received before.
+
+    The server chooses the layers that have a site, so the client does not know what is missing.
+    """
+
+    def __init__(self, request: activations_pb2.ActivationsRequest) -> None:
+        super().__init__(request)
+        self._whole: set[str] = set()
+        self._messages = 0
+
+    def rest(self) -> activations_pb2.ActivationsRequest:
+        """Return the whole request, with the same revision."""
+        return self._pinned_request()
+
+    def _take_part(
+        self, response: activations_pb2.ActivationsResponse
+    ) -> list[activations_pb2.ActivationsResponse]:
+        tensor = response.tensor
+        name = tensor_name(tensor)
+        if name in self._whole:
+            return []
+        self._held.append(response)
+        if tensor.offset + math.prod(tensor.piece.shape) < math.prod(tensor.shape):
+            return []
+        pieces, self._held = self._held, []
+        self._whole.add(name)
+        self._messages += len(pieces)
+        return pieces
+
+    def _sum_up(
+        self, response: activations_pb2.ActivationsResponse
+    ) -> activations_pb2.ActivationsResponse:
+        response.summary.messages = self._messages
+        return response
+
+    def _targets(self, _header: Any) -> list[int]:
+        return []
+
+
 SPLICES: Mapping[str, Callable[[Any], Splice[Any, Any]]] = {
     "Trace": TraceSplice,
     "GradientLens": GradientSplice,
+    "Activations": ActivationsSplice,
 }
 
 logger = logging.getLogger("januslens")

@@ -199,8 +199,20 @@ def layer_numbers(layers: Layers | None) -> list[int]:
         if layers.stop is None or min(layers.start or 0, layers.stop, layers.step or 1) < 0:
             raise ValueError(f"invalid layers {layers}; expected a slice such as slice(0, 4)")
         layers = range(layers.start or 0, layers.stop, layers.step or 1)
-    numbers = [count(layer, "layers") for layer in _several(layers, "layers")]
-    _require_some(numbers, "layers")
+    return index_numbers(layers, "layers")
+
+
+def index_numbers(indices: int | Iterable[int] | None, name: str) -> list[int]:
+    """Return indices such as heads, sorted; an empty list (from None) means all of them.
+
+    Raises:
+        TypeError: An index is not an integer.
+        ValueError: There are no indices, or one is negative.
+    """
+    if indices is None:
+        return []
+    numbers = [count(index, name) for index in _several(indices, name)]
+    _require_some(numbers, name)
     return sorted(set(numbers))
 
 

@@ -7,6 +7,7 @@ without its summary is incomplete.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import ClassVar, Generic, Protocol, TypeVar
@@ -14,18 +15,26 @@ from typing import ClassVar, Generic, Protocol, TypeVar
 from google.protobuf.json_format import Parse
 
 from januslens.errors import (
+    ActivationsInterrupted,
     ErrorDetails,
     GradientInterrupted,
     ProtocolViolation,
     StreamInterrupted,
     TraceInterrupted,
 )
+from januslens.results.activations import (
+    Activations,
+    ActivationsHeader,
+    ActivationsSummary,
+    SiteTensor,
+    tensor_name,
+)
 from januslens.results.gradient import Gradient, GradientHeader, GradientSummary
 from januslens.results.kinds import MATRIX_KINDS
 from januslens.results.matrices import Matrix, matrix_name
 from januslens.results.tokens import TokenTable
 from januslens.results.trace import LayerGraph, Trace, TraceHeader, TraceSummary
-from januslens.v1 import gradient_lens_pb2, trace_pb2
+from januslens.v1 import activations_pb2, gradient_lens_pb2, streams_pb2, trace_pb2
 
 
 class Sequenced(Protocol):
@@ -47,7 +56,7 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
     interrupted: ClassVar[type[StreamInterrupted]]
 
     def __init__(self) -> None:
-        self.responses: list[ResponseT] = []
+        self.received = 0
         self.tokens = TokenTable()
         self.request_id = ""
 
@@ -57,8 +66,8 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
         Raises:
             ProtocolViolation: The message is out of order, or does not continue the one before.
         """
-        self.check_sequence(response, len(self.responses))
-        self.responses.append(response)
+        self.check_sequence(response, self.received)
+        self.received += 1
         return self._read(response)
 
     def result(self) -> ResultT:
@@ -78,7 +87,7 @@ class Assembler(ABC, Generic[ResponseT, EventT, ResultT]):
     def interruption(self, text: str | None = None) -> StreamInterrupted:
         """Return the error for a stream that ends before its summary."""
         details = ErrorDetails("DATA_LOSS", "STREAM_INTERRUPTED", self.request_id, retry_after=0.0)
-        came = f"the stream ended after {len(self.responses)} messages, without its summary"
+        came = f"the stream ended after {self.received} messages, without its summary"
         return self.interrupted(text or came, details, self.partial())
 
     def check_sequence(self, response: ResponseT, due: int) -> None:
@@ -119,6 +128,7 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.responses: list[trace_pb2.TraceResponse] = []
         self._header: trace_pb2.TraceHeader | None = None
         self._layers: list[LayerGraph] = []
         self._summary: TraceSummary | None = None
@@ -138,6 +148,7 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
         return self._summary is not None
 
     def _read(self, response: trace_pb2.TraceResponse) -> TraceEvent | None:
+        self.responses.append(response)
         match response.WhichOneof("event"):
             case "header":
                 return self._read_header(response.header)
@@ -188,6 +199,7 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
 
     def __init__(self) -> None:
         super().__init__()
+        self.responses: list[gradient_lens_pb2.GradientLensResponse] = []
         self._header: gradient_lens_pb2.GradientHeader | None = None
         self._matrices: list[Matrix] = []
         self._summary: GradientSummary | None = None
@@ -207,6 +219,7 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
         return self._summary is not None
 
     def _read(self, response: gradient_lens_pb2.GradientLensResponse) -> GradientEvent | None:
+        self.responses.append(response)
         match response.WhichOneof("event"):
             case "header":
                 return self._read_header(response.header)
@@ -250,6 +263,77 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
 def _which(message: gradient_lens_pb2.GradientMatrix) -> str:
     expert = message.expert if message.HasField("expert") else None
     return matrix_name(message.layer, MATRIX_KINDS.member(message.kind), expert)
+
+
+ActivationsEvent = ActivationsHeader | SiteTensor | ActivationsSummary
+
+
+class ActivationsAssembler(
+    Assembler[activations_pb2.ActivationsResponse, ActivationsEvent, Activations]
+):
+    """Joins the messages of a stream of activations into its header, tensors and summary.
+
+    The messages themselves are not kept, because they would double the memory.
+    """
+
+    interrupted = ActivationsInterrupted
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._header: ActivationsHeader | None = None
+        self._tensors: list[SiteTensor] = []
+        self._summary: ActivationsSummary | None = None
+        self._pending: activations_pb2.SiteTensor | None = None
+        self._pieces: list[bytes] = []
+        self._due = 0
+
+    def partial(self) -> Activations | None:
+        """Return the tensors that are complete so far; None before the header."""
+        if self._header is None:
+            return None
+        return Activations.from_parts(self._header, self._tensors, self._summary)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the summary has been received."""
+        return self._summary is not None
+
+    def _read(self, response: activations_pb2.ActivationsResponse) -> ActivationsEvent | None:
+        match response.WhichOneof("event"):
+            case "header":
+                self._header = ActivationsHeader.from_message(response.header)
+                self.request_id = response.header.request_id
+                return self._header
+            case "tensor":
+                return self._read_piece(response.tensor)
+            case "summary":
+                return self._read_summary(response.summary)
+            case _:  # an event that only newer servers send
+                return None
+
+    def _read_piece(self, message: activations_pb2.SiteTensor) -> SiteTensor | None:
+        if self._pending is None:
+            self._pending = message
+        expected, got = tensor_name(self._pending), tensor_name(message)
+        if (got, message.offset) != (expected, self._due):
+            raise self.violation(
+                f"unexpected element {message.offset} of {got}; expected {self._due} of {expected}"
+            )
+        self._pieces.append(message.piece.data)
+        self._due += math.prod(message.piece.shape)
+        if self._due < math.prod(message.shape):
+            return None
+        whole = SiteTensor.from_message(message, b"".join(self._pieces))
+        self._pending, self._pieces, self._due = None, [], 0
+        self._tensors.append(whole)
+        return whole
+
+    def _read_summary(self, message: streams_pb2.StreamSummary) -> ActivationsSummary:
+        if self._pending is not None:
+            name = tensor_name(self._pending)
+            raise self.violation(f"the stream ended before the end of {name}")
+        self._summary = ActivationsSummary.from_message(message)
+        return self._summary
 
 
 def read_trace(lines: Iterable[str]) -> Trace:

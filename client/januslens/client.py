@@ -20,6 +20,7 @@ from januslens._connection import (
     channel_credentials,
 )
 from januslens._requests import (
+    activations_request,
     find_neurons_request,
     gradient_lens_request,
     next_page_request,
@@ -42,6 +43,8 @@ from januslens.arguments import (
     TargetLike,
 )
 from januslens.assemblers import (
+    ActivationsAssembler,
+    ActivationsEvent,
     Assembler,
     EventT,
     GradientAssembler,
@@ -51,8 +54,9 @@ from januslens.assemblers import (
     TraceEvent,
 )
 from januslens.errors import StreamInterrupted
+from januslens.results.activations import Activations
 from januslens.results.gradient import EditPreview, Gradient
-from januslens.results.kinds import Lens, MatrixKind, NodeKind
+from januslens.results.kinds import Lens, MatrixKind, NodeKind, Site
 from januslens.results.models import CostEstimate, Model, Models
 from januslens.results.tokens import Token, Tokens, TokenTable
 from januslens.results.trace import Trace
@@ -731,6 +735,156 @@ class Client:
             revision=revision,
         )
         return self._estimate(cost_pb2.EstimateCostRequest(gradient_lens=request), timeout)
+
+    def activations(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        sites: Site | str | Iterable[Site | str] = Site.BLOCK_OUTPUT,
+        layers: Layers | None = None,
+        positions: Positions | None = None,
+        heads: int | Iterable[int] | None = None,
+        float32: bool = False,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> Activations:
+        """Read tensors of the forward pass, bit for bit those of the model.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
+            sites: The sites to read, such as `["HEAD_RESULT", "BLOCK_OUTPUT"]`.
+            layers: Layers to read, from 0; None = every layer that has the site.
+            positions: Positions to read, negative from the end; None or `"all"` = all of them.
+            heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
+                key-value heads.
+            float32: Convert the values to float32. By default they have the model's data type.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            ActivationsInterrupted: The stream was interrupted; `partial` has the tensors received.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        stream = self.stream_activations(
+            prompt,
+            messages=messages,
+            sites=sites,
+            layers=layers,
+            positions=positions,
+            heads=heads,
+            float32=float32,
+            model=model,
+            revision=revision,
+            timeout=timeout,
+        )
+        with stream:
+            return stream.result()
+
+    def stream_activations(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        sites: Site | str | Iterable[Site | str] = Site.BLOCK_OUTPUT,
+        layers: Layers | None = None,
+        positions: Positions | None = None,
+        heads: int | Iterable[int] | None = None,
+        float32: bool = False,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> EventStream[ActivationsEvent, Activations]:
+        """Read tensors as in `activations`, and receive each one when it is complete.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
+            sites: The sites to read, such as `["HEAD_RESULT", "BLOCK_OUTPUT"]`.
+            layers: Layers to read, from 0; None = every layer that has the site.
+            positions: Positions to read, negative from the end; None or `"all"` = all of them.
+            heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
+                key-value heads.
+            float32: Convert the values to float32. By default they have the model's data type.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Returns:
+            A stream of the header, the tensors and the summary. Use it as a context manager.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: While iterating: the call failed; `partial` has the tensors received.
+        """
+        request = activations_request(
+            prompt,
+            messages=messages,
+            sites=sites,
+            layers=layers,
+            positions=positions,
+            heads=heads,
+            float32=float32,
+            model=model,
+            revision=revision,
+        )
+        return self._stream("Activations", request, timeout, ActivationsAssembler())
+
+    def estimate_activations(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        sites: Site | str | Iterable[Site | str] = Site.BLOCK_OUTPUT,
+        layers: Layers | None = None,
+        positions: Positions | None = None,
+        heads: int | Iterable[int] | None = None,
+        float32: bool = False,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> CostEstimate:
+        """Estimate the cost of `activations` with the same arguments, without running it.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
+            sites: The sites to read, such as `["HEAD_RESULT", "BLOCK_OUTPUT"]`.
+            layers: Layers to read, from 0; None = every layer that has the site.
+            positions: Positions to read, negative from the end; None or `"all"` = all of them.
+            heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
+                key-value heads.
+            float32: Convert the values to float32. By default they have the model's data type.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = activations_request(
+            prompt,
+            messages=messages,
+            sites=sites,
+            layers=layers,
+            positions=positions,
+            heads=heads,
+            float32=float32,
+            model=model,
+            revision=revision,
+        )
+        return self._estimate(cost_pb2.EstimateCostRequest(activations=request), timeout)
 
     def preview_edit(
         self,

@@ -30,7 +30,8 @@ The tree, with the `reason` or the gRPC status of each::
     |-- InternalError           INTERNAL: a bug; report the request id
     |-- StreamInterrupted       the stream ended before its summary; `partial` has what arrived
     |   |-- TraceInterrupted
-    |   `-- GradientInterrupted
+    |   |-- GradientInterrupted
+    |   `-- ActivationsInterrupted
     `-- ProtocolViolation       the stream breaks the contract; report the request id
 
 Arguments that no server could accept raise ValueError or TypeError before anything is sent.
@@ -245,6 +246,10 @@ class TraceInterrupted(StreamInterrupted):
 
 class GradientInterrupted(StreamInterrupted):
     """A gradient lens was interrupted; `partial` is a `Gradient` of the matrices received."""
+
+
+class ActivationsInterrupted(StreamInterrupted):
+    """A stream of activations was interrupted; `partial` has the whole tensors received."""
 
 
 class ProtocolViolation(JanuslensError):

@@ -9,9 +9,16 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from januslens._resuming import DifferentAnswer, GradientSplice, TraceSplice
-from januslens.assemblers import GradientAssembler, TraceAssembler
-from januslens.v1 import common_pb2, gradient_lens_pb2, service_pb2_grpc, trace_pb2
+from januslens._resuming import ActivationsSplice, DifferentAnswer, GradientSplice, TraceSplice
+from januslens.assemblers import ActivationsAssembler, GradientAssembler, TraceAssembler
+from januslens.v1 import (
+    activations_pb2,
+    common_pb2,
+    gradient_lens_pb2,
+    service_pb2_grpc,
+    sites_pb2,
+    trace_pb2,
+)
 from tests.support.calls import long_trace, prompt, timeless
 
 JAPAN = prompt("The capital of Japan is the city of")
@@ -51,11 +58,22 @@ GRADIENTS = {
     ),
 }
 
+ACTIVATIONS = {
+    "tensors of several pieces": activations_pb2.ActivationsRequest(
+        input=common_pb2.Input(token_ids=common_pb2.TokenIds(ids=range(400, 464))),
+        sites=[sites_pb2.SITE_EMBEDDING, sites_pb2.SITE_KEY, sites_pb2.SITE_LOGITS],
+    ),
+}
+
 CASES: dict[str, tuple[str, Any, Any, Message]] = {
     **{f"trace, {k}": ("Trace", TraceSplice, TraceAssembler, r) for k, r in TRACES.items()},
     **{
         f"gradient, {k}": ("GradientLens", GradientSplice, GradientAssembler, r)
         for k, r in GRADIENTS.items()
+    },
+    **{
+        f"activations, {k}": ("Activations", ActivationsSplice, ActivationsAssembler, r)
+        for k, r in ACTIVATIONS.items()
     },
 }
 

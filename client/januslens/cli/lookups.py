@@ -1,4 +1,4 @@
-"""The commands `models`, `tokenize`, `neurons` and `project`."""
+"""The commands `models`, `tokenize`, `neurons`, `project` and `activations`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,25 @@ from rich.table import Table
 from rich.text import Text
 
 from januslens import _presentation as presentation
-from januslens.arguments import Chat
+from januslens.arguments import Chat, Prompt
 from januslens.cli.options import (
     COUNT,
+    estimate_option,
     given,
     layer_list,
     lens_option,
     model_option,
+    position_list,
+    prompt_argument,
+    show_estimate,
     usage_errors,
     with_chat,
     with_client,
 )
 from januslens.cli.tables import (
     console,
+    file_size,
+    heading,
     labelled,
     rank_cell,
     section,
@@ -35,7 +41,9 @@ from januslens.cli.tables import (
     tokens_cell,
 )
 from januslens.client import Client
+from januslens.results.activations import Activations
 from januslens.results.exports import require
+from januslens.results.kinds import Site
 from januslens.results.models import Model
 from januslens.results.vectors import FoundNeurons, NeuronHit, Projection
 
@@ -58,8 +66,8 @@ def models(client: Client, as_json: bool) -> None:
 
 def _models_table(models: list[Model]) -> Table:
     grid = table("name", "state", "architecture", "weights", "revision", ">layers", ">heads")
-    for heading in ("width", "neurons", "tokens", "context"):
-        grid.add_column(heading, justify="right")
+    for column in ("width", "neurons", "tokens", "context"):
+        grid.add_column(column, justify="right")
     grid.add_column("checks")
     for model in models:
         provenance = model.provenance
@@ -264,4 +272,74 @@ def _projections_table(projections: list[Projection]) -> Table:
             Text(f"{read.entropy_bits:.2f}"),
             rank_cell(read.target_rank),
         )
+    return grid
+
+
+@click.command()
+@click.option(
+    "--site",
+    "sites",
+    multiple=True,
+    default=["BLOCK_OUTPUT"],
+    show_default=True,
+    type=click.Choice([site.name for site in Site][1:], case_sensitive=False),
+    help="Place in the forward pass to read (repeatable).",
+)
+@click.option(
+    "--layers",
+    callback=layer_list,
+    help="Layers, for example 0-3,7; default: all that have the site.",
+)
+@click.option(
+    "--positions", callback=position_list, help="Positions, for example -1,3; default: all."
+)
+@click.option("--heads", callback=layer_list, help="Heads, for example 0-3,7; default: all.")
+@click.option("--float32", is_flag=True, help="Convert the values to float32.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write the tensors to this safetensors file.",
+)
+@model_option
+@estimate_option
+@with_client
+@prompt_argument
+def activations(
+    client: Client,
+    as_json: bool,
+    /,
+    *,
+    prompt: Prompt,
+    out: Path | None,
+    estimate: bool,
+    **asked: Any,
+) -> None:
+    """Read tensors of the model's forward pass on PROMPT.
+
+    Print the shape of each tensor, and write the values with --out.
+    """
+    if estimate:
+        show_estimate(client.estimate_activations, as_json, prompt, asked)
+        return
+    with usage_errors():  # the other options have the names of the method's arguments
+        stream = client.stream_activations(prompt, **asked)
+    with stream, steps("reading"):
+        found = stream.result()
+    if not as_json:
+        console().print(heading(found.prompt_tokens, found.provenance))
+        console().print(_tensors_table(found))
+    if out:
+        try:
+            found.save(out)
+        except OSError as error:
+            raise click.FileError(str(out), error.strerror) from error
+        click.echo(f"wrote {out} ({file_size(out.stat().st_size)})", err=True)
+
+
+def _tensors_table(found: Activations) -> Table:
+    grid = table("tensor", "dimensions", "shape", "data type")
+    for tensor in found.tensors:
+        shape = ", ".join(str(size) for size in tensor.tensor.shape)
+        grid.add_row(tensor.name, ", ".join(tensor.dimensions), shape, tensor.tensor.data_type)
     return grid

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from januslens.cli.gradient import gradient
-from januslens.cli.lookups import models, neurons, project, tokenize
+from januslens.cli.lookups import activations, models, neurons, project, tokenize
 from januslens.cli.options import Connection, usage_errors, with_connection
 from januslens.cli.trace import trace
 from januslens.errors import JanuslensError, Unavailable
@@ -104,5 +104,5 @@ def januslens() -> None:
     """Show a language model's forward and backward passes in its vocabulary."""
 
 
-for command in (trace, gradient, neurons, project, tokenize, models, ui):
+for command in (trace, gradient, activations, neurons, project, tokenize, models, ui):
     januslens.add_command(command)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from januslens.results.graph import Edge, Node
     from januslens.results.matrices import Component, Matrix
     from januslens.results.tokens import Token
-    from januslens.results.vectors import NeuronHit
+    from januslens.results.vectors import NeuronHit, Tensor
 
 
 @singledispatch
@@ -347,6 +347,49 @@ def _neuron_row(hit: NeuronHit) -> list[Any]:
         [token.text for token in hit.value.bottom_tokens],
         hit.value.entropy_bits,
     ]
+
+
+def tensor_frame(
+    values: NDArray[Any], dimensions: Sequence[str], positions: Sequence[int]
+) -> pd.DataFrame:
+    """Return a frame of `values`; its columns are the elements of the last dimension."""
+    pandas = require("pandas", "analysis", "a frame of activations")
+    inner = [range(size) for size in values.shape[1:-1]]
+    rows = pandas.MultiIndex.from_product([positions, *inner], names=dimensions[:-1])
+    if not inner:
+        rows = pandas.Index(positions, name=dimensions[0])
+    columns = pandas.RangeIndex(values.shape[-1], name=dimensions[-1])
+    flat = values.reshape(-1, values.shape[-1])
+    frame: pd.DataFrame = pandas.DataFrame(flat, index=rows, columns=columns)
+    return frame
+
+
+_SAFETENSORS_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64"}
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors to a safetensors file in their own data types.
+
+    The library cannot write bfloat16 from numpy. The format is the length of a JSON header as 64
+    bits, little-endian, then the header and the elements of all tensors.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + len(tensor.data)
+        header[name] = {
+            "dtype": _SAFETENSORS_TYPES[tensor.data_type],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8
+    with Path(path).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors.values():
+            file.write(tensor.data)
 
 
 def save_factors(matrices: Iterable[Matrix], path: str | Path, metadata: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from enum import StrEnum
 from typing import Generic, Self, TypeVar
 
-from januslens.v1 import gradient_lens_pb2, lens_pb2, trace_pb2
+from januslens.v1 import gradient_lens_pb2, lens_pb2, sites_pb2, trace_pb2
 
 
 class Kind(StrEnum):
@@ -102,6 +102,28 @@ class Lens(Kind):
     RAW = "RAW"
 
 
+class Site(Kind):
+    """Places in the forward pass whose tensors are read; docs/semantics.md defines each."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    EMBEDDING = "EMBEDDING"
+    ATTENTION_INPUT = "ATTENTION_INPUT"
+    QUERY = "QUERY"
+    KEY = "KEY"
+    VALUE = "VALUE"
+    ATTENTION_PATTERN = "ATTENTION_PATTERN"
+    HEAD_RESULT = "HEAD_RESULT"
+    ATTENTION_OUTPUT = "ATTENTION_OUTPUT"
+    RESIDUAL_MID = "RESIDUAL_MID"
+    MLP_INPUT = "MLP_INPUT"
+    NEURONS = "NEURONS"
+    ROUTER = "ROUTER"
+    MLP_OUTPUT = "MLP_OUTPUT"
+    BLOCK_OUTPUT = "BLOCK_OUTPUT"
+    FINAL_NORM = "FINAL_NORM"
+    LOGITS = "LOGITS"
+
+
 class Side(Kind):
     """The factor of a gradient that is in the residual basis and is projected."""
 
@@ -142,5 +164,6 @@ NODE_KINDS = Numbering(NodeKind, trace_pb2.NodeKind.items(), "NODE_KIND_")
 EDGE_KINDS = Numbering(EdgeKind, trace_pb2.EdgeKind.items(), "EDGE_KIND_")
 MATRIX_KINDS = Numbering(MatrixKind, gradient_lens_pb2.MatrixKind.items(), "MATRIX_KIND_")
 LENSES = Numbering(Lens, lens_pb2.Lens.items(), "LENS_")
+SITES = Numbering(Site, sites_pb2.Site.items(), "SITE_")
 SIDES = Numbering(Side, gradient_lens_pb2.Side.items(), "SIDE_")
 ENDS = Numbering(End, gradient_lens_pb2.End.items(), "END_")

@@ -39,6 +39,10 @@ class ForwardingAssembler(Assembler[Any, Message, list[Any]]):
 
     interrupted = StreamInterrupted
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.responses: list[Any] = []
+
     def partial(self) -> list[Any]:
         """Return the messages received so far."""
         return self.responses
@@ -49,6 +53,7 @@ class ForwardingAssembler(Assembler[Any, Message, list[Any]]):
         return bool(self.responses) and self.responses[-1].WhichOneof("event") == "summary"
 
     def _read(self, response: Any) -> Message:
+        self.responses.append(response)
         message: Message = response
         return message
 
