@@ -243,6 +243,19 @@ def test_references_of_the_pod_exist(manifests: Manifests) -> None:
     assert mounted == {volume["name"] for volume in spec["volumes"]}
 
 
+def test_the_cache_folder_is_a_volume_with_room_for_it(
+    manifests: Manifests, settings: ServerSettings
+) -> None:
+    if settings.cache_dir is not None:
+        (mount,) = (
+            mount
+            for mount in manifests.container["volumeMounts"]
+            if mount["mountPath"] == str(settings.cache_dir)
+        )
+        (volume,) = (v for v in manifests.pod["spec"]["volumes"] if v["name"] == mount["name"])
+        assert int(volume["emptyDir"]["sizeLimit"].removesuffix("Gi")) * 2**30 > settings.cache_size
+
+
 def test_only_scratch_volumes_are_writable(manifests: Manifests) -> None:
     scratch = {v["name"] for v in manifests.pod["spec"]["volumes"] if "emptyDir" in v}
     for mount in manifests.container["volumeMounts"]:
