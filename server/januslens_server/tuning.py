@@ -20,10 +20,13 @@ SWITCH_SECONDS = 0.001
 # Bytes from which glibc maps a block of its own, which returns to the system when it is freed. By
 # default this grows to 32 MiB as blocks are freed: then activations of long prompts fragment the
 # heap, and a pass of 3,000 tokens through Gemma 3 270M grew the process by 960 MB instead of 200.
-# The price is a page fault for each page of the lens' products: some 0.3 of 3.3 s of processor time
-# for a trace through GPT-2 small. With 4 MiB there are few, but requests that fit are refused.
+# Each new mapping takes a page fault per page, so the lens computes its products in smaller blocks
+# (`lens.cpu.PRODUCT_BYTES`), which the heap reuses.
 MAPPED_BYTES = 2**20
-M_MMAP_THRESHOLD = -3  # in glibc's malloc.h
+# Bytes of free memory at the end of a heap that glibc keeps. With its default of 128 KiB it would
+# return the block of one product to the system before the next one needs it.
+KEPT_BYTES = 4 * 2**20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
 
 
 def limit_spinning() -> None:
@@ -33,11 +36,13 @@ def limit_spinning() -> None:
 
 
 def map_large_blocks() -> None:
-    """Fix glibc's mapping threshold, unless the environment tunes it; do nothing without glibc."""
-    tuned = "MALLOC_MMAP_THRESHOLD_" in os.environ or "GLIBC_TUNABLES" in os.environ
+    """Fix glibc's thresholds, unless the environment tunes them; do nothing without glibc."""
+    names = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"}
+    tuned = bool(names & os.environ.keys())
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None and not tuned:
         set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
+        set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def shorten_switch_interval() -> None:

@@ -149,10 +149,14 @@ def _ordered(
 
 
 # Blocks per core, at least, so that idle cores can take over work of busy ones. The number of
-# tokens in a block is between two bounds: below them Python's overhead counts, above them the
-# logits do not fit into the cache.
+# tokens in a block is between two bounds: below them Python's overhead counts, above them a product
+# has few rows.
 BLOCKS_EACH = 6
-FEWEST_TOKENS, MOST_TOKENS = 1024, 4096
+FEWEST_TOKENS, MOST_TOKENS = 1024, 2048
+# Maximum bytes of one product. OneDNN allocates its result: below `tuning.MAPPED_BYTES` the memory
+# is reused, above it the system clears every page of every product. It also fits into the cache
+# from which the product is copied.
+PRODUCT_BYTES = 15 * 2**16
 # Number of token rows in a tile of oneDNN's layout.
 TILE = 64
 # Number of vectors that oneDNN chooses its layout for, about that of a layer.
@@ -171,10 +175,12 @@ class TokenBlock:
 
     def logits(self, prepared: torch.Tensor, out: torch.Tensor) -> None:
         """Write the logits of `prepared` `[n, d_model]` to `out` `[n, tokens]`."""
-        if self.packed:
-            out.copy_(_packed_product(prepared, self.matrix))
-        else:
+        if not self.packed:
             torch.mm(prepared, self.matrix.T, out=out)
+            return
+        rows = rows_per_product(len(prepared), out.shape[1])
+        for vectors, logits in zip(prepared.split(rows), out.split(rows), strict=True):
+            logits.copy_(_packed_product(vectors, self.matrix))
 
 
 class Unembedding:
@@ -216,6 +222,12 @@ def tokens_at_once(vocab: int) -> int:
     cores = torch.get_num_threads()
     blocks = cores * max(BLOCKS_EACH, math.ceil(vocab / (cores * MOST_TOKENS)))
     return max(FEWEST_TOKENS, math.ceil(vocab / blocks / TILE) * TILE)
+
+
+def rows_per_product(rows: int, tokens: int) -> int:
+    """Return the rows of each of the fewest equal parts with at most `PRODUCT_BYTES` of logits."""
+    parts = math.ceil(rows * tokens * 4 / PRODUCT_BYTES)
+    return math.ceil(rows / parts) if parts else 1
 
 
 @functools.cache

@@ -9,10 +9,13 @@ from januslens_server.lens import cpu
 from januslens_server.lens.cpu import (
     FEWEST_TOKENS,
     MOST_TOKENS,
+    PRODUCT_BYTES,
     Unembedding,
     has_onednn,
+    rows_per_product,
     tokens_at_once,
 )
+from januslens_server.tuning import MAPPED_BYTES
 
 WIDTH = 24
 
@@ -64,6 +67,24 @@ def test_logits_of_a_row_do_not_depend_on_other_rows() -> None:
     whole = logits(of, vectors)
     for first, last in ((0, 2), (3, 20), (17, 64)):
         assert logits(of, vectors[first:last]).equal(whole[first:last])
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this torch has no oneDNN")
+def test_logits_of_several_products_equal_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Unembedding(weight(FEWEST_TOKENS))
+    vectors = torch.randn(97, WIDTH, generator=torch.Generator().manual_seed(3))
+    whole = logits(of, vectors)
+    monkeypatch.setattr(cpu, "PRODUCT_BYTES", 20 * 4 * FEWEST_TOKENS)
+    assert rows_per_product(len(vectors), FEWEST_TOKENS) == 20
+    assert logits(of, vectors).equal(whole)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 111, 333, 5000])
+@pytest.mark.parametrize("tokens", [1, FEWEST_TOKENS, MOST_TOKENS])
+def test_products_fit_into_blocks_that_the_heap_reuses(rows: int, tokens: int) -> None:
+    at_once = rows_per_product(rows, tokens)
+    assert at_once >= 1
+    assert 4 * at_once * tokens <= PRODUCT_BYTES < MAPPED_BYTES
 
 
 @pytest.mark.parametrize("cores", [1, 2, 3, 8, 64])
