@@ -103,7 +103,7 @@ def test_family_without_an_adapter_is_mapped_exactly(case: Case) -> None:
     ("family", "settings", "missing"),
     [
         ("hunyuan_v1_dense", {"head_dim": 8}, "cannot reproduce the attention of layer 0"),
-        ("persimmon", {}, "linear maps: expected 6 or 7"),
+        ("persimmon", {}, "expected 6 or 7, for query"),
         ("olmo", {}, "found 0 norms after the last block: expected one"),
         ("mamba", {}, "num_attention_heads|expected"),
         ("gemma4_unified_text", {}, "is unknown: 'head_dim' is a per-layer attribute"),

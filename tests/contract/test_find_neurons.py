@@ -149,4 +149,4 @@ def test_a_page_token_of_another_request_is_refused(
 def test_text_of_several_tokens_is_refused_with_a_list_of_them(channel: grpc.Channel) -> None:
     answer = refused(channel, "FindNeurons", Request(token=Target(text=" Paris Tokyo")))
     assert answer.fields == ["token"]
-    assert "got 2 tokens, " in answer.text
+    assert "2 tokens given (" in answer.text

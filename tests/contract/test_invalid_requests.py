@@ -256,7 +256,7 @@ def test_a_target_of_several_tokens_is_refused_with_their_list(channel: grpc.Cha
     refusal = refused(channel, "Trace", trace(target=Target(text=" Paris Tokyo")))
     assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
     assert refusal.fields == ["target"]
-    assert "got 2 tokens, " in refusal.text
+    assert "2 tokens given (" in refusal.text
     assert "' Paris'" in refusal.text
     assert "' Tokyo'" in refusal.text
 
