@@ -22,7 +22,7 @@ SUBSTITUTIONS = (
     ),
     ("An asynchronous client", "A synchronous client"),
     ("Event loops may share it; it has a connection for each", "Threads may share it"),
-    ("Async(Channel|Client|EventStream)", r"\1"),
+    ("Async(Channel|Client|EventStream|Generation)", r"\1"),
     ("StopAsyncIteration", "StopIteration"),
     ("__a(enter|exit|iter|next)__", r"__\1__"),
     ("anext", "next"),

@@ -12,7 +12,7 @@ This is the client of the Januslens server. It does not need torch::
 
 from januslens import _notebook as _notebook  # registers the HTML of results for notebooks
 from januslens._connection import ResponseHook
-from januslens.aio import AsyncClient, AsyncEventStream
+from januslens.aio import AsyncClient, AsyncEventStream, AsyncGeneration
 from januslens.arguments import (
     Chat,
     DescentStep,
@@ -33,12 +33,13 @@ from januslens.arguments import (
 )
 from januslens.assemblers import (
     ActivationsEvent,
+    GenerationEvent,
     GradientEvent,
     TraceEvent,
     read_gradient,
     read_trace,
 )
-from januslens.client import Client, EventStream
+from januslens.client import Client, EventStream, Generation
 from januslens.errors import (
     Aborted,
     ActivationsInterrupted,
@@ -48,6 +49,7 @@ from januslens.errors import (
     ErrorDetails,
     FailedPrecondition,
     FieldViolation,
+    GenerationInterrupted,
     GradientInterrupted,
     InternalError,
     InvalidRequest,
@@ -83,6 +85,13 @@ from januslens.results.activations import (
 )
 from januslens.results.comparison import EdgeDifference, NodeDifference, TraceComparison
 from januslens.results.exports import PageFrame
+from januslens.results.generation import (
+    GeneratedText,
+    GeneratedToken,
+    GenerationHeader,
+    GenerationSummary,
+    LayerOutcome,
+)
 from januslens.results.gradient import (
     EditPreview,
     Effect,
@@ -139,6 +148,7 @@ __all__ = [
     "ActivationsSummary",
     "AsyncClient",
     "AsyncEventStream",
+    "AsyncGeneration",
     "Cancelled",
     "Chat",
     "Client",
@@ -162,6 +172,13 @@ __all__ = [
     "Floats",
     "ForwardShift",
     "FoundNeurons",
+    "GeneratedText",
+    "GeneratedToken",
+    "Generation",
+    "GenerationEvent",
+    "GenerationHeader",
+    "GenerationInterrupted",
+    "GenerationSummary",
     "Gradient",
     "GradientEvent",
     "GradientHeader",
@@ -173,6 +190,7 @@ __all__ = [
     "JanuslensError",
     "KlDivergence",
     "LayerGraph",
+    "LayerOutcome",
     "Layers",
     "Lens",
     "LimitExceeded",

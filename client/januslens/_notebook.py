@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from xml.etree.ElementTree import Element
 
@@ -11,6 +12,7 @@ from januslens._html import Child, cut, document, element, heading, literal, not
 from januslens.results.activations import Activations, SiteTensor
 from januslens.results.comparison import TraceComparison
 from januslens.results.exports import PageFrame, notebook_html
+from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.graph import Part
 from januslens.results.kinds import MatrixKind, NodeKind, Side, Site
@@ -336,6 +338,29 @@ def preview_html(preview: EditPreview) -> str:
     return document(
         table("Edit preview", headings, rows),
         note("before, after: the target's probability; KL: divergence between both predictions"),
+    )
+
+
+_ALTERNATIVES = 3
+
+
+@notebook_html.register
+def generated_html(text: GeneratedText) -> str:
+    """One row per token."""
+    rows = (
+        (
+            literal(str(made.token)),
+            cells.probability_bar(math.exp(made.log_probability)),
+            f"{made.entropy_bits:.2f}",
+            "" if made.decided is None else str(made.decided),
+            cells.tokens([token for token, _ in made.top[:_ALTERNATIVES]], [made.token]),
+        )
+        for made in text
+    )
+    headings = ("token", "probability", ">entropy, bits", ">layer", "most likely")
+    return document(
+        table("Generated text", headings, rows),
+        note("layer: the one from which on every layer read predicts the token"),
     )
 
 

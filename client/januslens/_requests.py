@@ -7,6 +7,7 @@ on the model, such as layer numbers.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -22,6 +23,7 @@ from januslens.arguments import (
     Prompt,
     SubjectLike,
     TargetLike,
+    bounded_number,
     chat_message,
     checked_text,
     count,
@@ -45,6 +47,7 @@ from januslens.v1 import (
     activations_pb2,
     common_pb2,
     edits_pb2,
+    generation_pb2,
     gradient_lens_pb2,
     lens_pb2,
     models_pb2,
@@ -250,6 +253,51 @@ def activations_request(  # noqa: PLR0913 - by keyword
         positions=position_numbers(positions)[0],
         heads=index_numbers(heads, "heads"),
         data_type=common_pb2.DATA_TYPE_FLOAT32 if float32 else common_pb2.DATA_TYPE_UNSPECIFIED,
+    )
+
+
+def generate_request(  # noqa: PLR0913 - by keyword
+    prompt: Prompt | None = None,
+    *,
+    messages: Messages | None = None,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.0,
+    sample_top_k: int = 0,
+    top_p: float = 0.0,
+    seed: int = 0,
+    stop: str | Iterable[str] = (),
+    top_k: int | None = None,
+    layers: Layers | Literal["all"] | None = None,
+    layer_top_k: int | None = None,
+    model: str = "",
+    revision: str = "",
+) -> generation_pb2.GenerateRequest:
+    """Build the request of `AsyncClient.generate`."""
+    if optional_count(max_new_tokens, "max_new_tokens") == 0:
+        raise ValueError("invalid max_new_tokens 0; expected at least 1")
+    texts = [stop] if isinstance(stop, str) else list(stop)
+    if "" in texts:
+        raise ValueError("a stop text is empty; give at least one character")
+    reading = None
+    if layers is not None:
+        numbers = [] if isinstance(layers, str) and layers == "all" else layer_numbers(layers)
+        reading = generation_pb2.LayerReading(
+            layers=numbers, top_k=optional_count(layer_top_k, "layer_top_k")
+        )
+    return generation_pb2.GenerateRequest(
+        model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
+        input=input_message(prompt, messages),
+        max_new_tokens=max_new_tokens,
+        sampling=generation_pb2.Sampling(
+            temperature=bounded_number(temperature, "temperature"),
+            top_k=count(sample_top_k, "sample_top_k"),
+            top_p=bounded_number(top_p, "top_p", 1.0),
+            seed=count(seed, "seed", 2**64),
+        ),
+        stop=[checked_text(text, "stop") for text in texts],
+        top_k=optional_count(top_k, "top_k"),
+        reading=reading,
     )
 
 

@@ -25,7 +25,7 @@ from januslens._connection import Attempt, Connection, FailedCall, was_cut
 from januslens.assemblers import Assembler, EventT, ResultT
 from januslens.errors import JanuslensError, StreamInterrupted, Unavailable
 from januslens.results.activations import tensor_name
-from januslens.v1 import activations_pb2, common_pb2, gradient_lens_pb2, trace_pb2
+from januslens.v1 import activations_pb2, common_pb2, generation_pb2, gradient_lens_pb2, trace_pb2
 
 RequestT = TypeVar("RequestT", bound=Message)
 PartT = TypeVar("PartT", bound=Any)
@@ -278,9 +278,58 @@ class ActivationsSplice(
         return []
 
 
+class GenerateSplice(Splice[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]):
+    """Splice of a Generate; repeats it from the prompt, since a seed draws the same tokens again.
+
+    The tokens that have been received are compared and dropped.
+    """
+
+    def __init__(self, request: generation_pb2.GenerateRequest) -> None:
+        super().__init__(request)
+        self._ids: list[int] = []
+        self._repeated = 0
+
+    def rest(self) -> generation_pb2.GenerateRequest:
+        """Return the same request with the same revision."""
+        self._repeated = 0
+        return self._pinned_request()
+
+    def _take_header(
+        self, response: generation_pb2.GenerateResponse
+    ) -> list[generation_pb2.GenerateResponse]:
+        if self._header is not None:
+            self._compare(response.header)
+            return []
+        self._header = response.header
+        self._named.update(token.id for token in response.header.prompt_tokens)
+        return [response]
+
+    def _take_part(
+        self, response: generation_pb2.GenerateResponse
+    ) -> list[generation_pb2.GenerateResponse]:
+        number, drawn = self._repeated, response.generated.token.id
+        self._repeated += 1
+        if number < len(self._ids):
+            if drawn != self._ids[number]:
+                raise DifferentAnswer(
+                    f"the other replica generates token {drawn}, not {self._ids[number]}"
+                )
+            return []
+        self._ids.append(drawn)
+        replace_all(response.tokens, self._unnamed(response.tokens))
+        return [response]
+
+    def _sum_up(self, response: generation_pb2.GenerateResponse) -> generation_pb2.GenerateResponse:
+        return response
+
+    def _targets(self, header: Any) -> list[int]:  # noqa: ARG002 - a generation has none
+        return []
+
+
 SPLICES: Mapping[str, Callable[[Any], Splice[Any, Any]]] = {
     "Trace": TraceSplice,
     "GradientLens": GradientSplice,
+    "Generate": GenerateSplice,
     "Activations": ActivationsSplice,
 }
 

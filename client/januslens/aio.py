@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self
+from typing import Any, Generic, Literal, Self
 
 import grpc
 from google.protobuf.message import Message
@@ -22,6 +24,7 @@ from januslens._connection import (
 from januslens._requests import (
     activations_request,
     find_neurons_request,
+    generate_request,
     gradient_lens_request,
     next_page_request,
     overview_request,
@@ -47,6 +50,8 @@ from januslens.assemblers import (
     ActivationsEvent,
     Assembler,
     EventT,
+    GenerateAssembler,
+    GenerationEvent,
     GradientAssembler,
     GradientEvent,
     ResultT,
@@ -55,6 +60,7 @@ from januslens.assemblers import (
 )
 from januslens.errors import StreamInterrupted
 from januslens.results.activations import Activations
+from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.kinds import Lens, MatrixKind, NodeKind, Site
 from januslens.results.models import CostEstimate, Model, Models
@@ -142,6 +148,53 @@ class AsyncEventStream(Generic[EventT, ResultT]):
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+@dataclass(frozen=True)
+class AsyncGeneration(GeneratedText):
+    """A generated text, with methods that explain its tokens."""
+
+    client: AsyncClient = field(repr=False, compare=False)
+
+    async def trace(
+        self, token: int = -1, target: TargetLike | None = None, **options: Any
+    ) -> Trace:
+        """Trace the forward pass that predicted a generated token.
+
+        Args:
+            token: Number of the generated token, from 0, or negative from the end.
+            target: The token whose rank every projection reports; None = the generated token.
+            options: Further arguments of `AsyncClient.trace`.
+
+        Raises:
+            IndexError: There is no such token.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        ids = self.ids_before(token)
+        wanted = self.tokens[token].token.id if target is None else target
+        return await self.client.trace(ids, wanted, **self._pinned(), **options)
+
+    async def gradient(
+        self, token: int = -1, target: TargetLike | None = None, **options: Any
+    ) -> Gradient:
+        """Compute the gradients of a generated token's loss, or of another token in its place.
+
+        Args:
+            token: Number of the generated token, from 0, or negative from the end.
+            target: The target of the loss; None = the generated token.
+            options: Further arguments of `AsyncClient.gradient_lens`.
+
+        Raises:
+            IndexError: There is no such token.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        ids = self.ids_before(token)
+        wanted = self.tokens[token].token.id if target is None else target
+        return await self.client.gradient_lens(ids, wanted, **self._pinned(), **options)
+
+    def _pinned(self) -> dict[str, Any]:
+        """Name the model and revision that generated the text."""
+        return {"model": self.provenance.model, "revision": self.provenance.revision}
 
 
 class AsyncClient:
@@ -885,6 +938,196 @@ class AsyncClient:
             revision=revision,
         )
         return await self._estimate(cost_pb2.EstimateCostRequest(activations=request), timeout)
+
+    async def generate(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        sample_top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Iterable[str] = (),
+        top_k: int | None = None,
+        layers: Layers | Literal["all"] | None = None,
+        layer_top_k: int | None = None,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> AsyncGeneration:
+        """Continue a prompt, and report what the model and its layers predicted at each step.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
+            max_new_tokens: Maximum number of tokens; None = the server's default.
+            temperature: Divides the logits before a token is drawn; 0 = take the most likely token.
+            sample_top_k: Number of most likely tokens to draw from; 0 = all.
+            top_p: Draw from the fewest most likely tokens whose probabilities add up to at least
+                this; 0 = all.
+            seed: Seed of the draws; the same seed draws the same tokens.
+            stop: Text or texts that end the generation; the last token completes the text.
+            top_k: Most likely tokens to list at each step; None = the server's default, 0 = none.
+            layers: Layers whose output is read at each step, from 0, or `"all"`; None = none.
+            layer_top_k: Most likely tokens to list per layer; None = the server's default, 0 =
+                none.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            GenerationInterrupted: The stream was interrupted; `partial` has the tokens received.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        stream = self.stream_generate(
+            prompt,
+            messages=messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            sample_top_k=sample_top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            top_k=top_k,
+            layers=layers,
+            layer_top_k=layer_top_k,
+            model=model,
+            revision=revision,
+            timeout=timeout,
+        )
+        async with stream:
+            return await stream.result()
+
+    def stream_generate(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        sample_top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Iterable[str] = (),
+        top_k: int | None = None,
+        layers: Layers | Literal["all"] | None = None,
+        layer_top_k: int | None = None,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> AsyncEventStream[GenerationEvent, AsyncGeneration]:
+        """Continue a prompt as in `generate`, and receive each token when it is generated.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
+            max_new_tokens: Maximum number of tokens; None = the server's default.
+            temperature: Divides the logits before a token is drawn; 0 = take the most likely token.
+            sample_top_k: Number of most likely tokens to draw from; 0 = all.
+            top_p: Draw from the fewest most likely tokens whose probabilities add up to at least
+                this; 0 = all.
+            seed: Seed of the draws; the same seed draws the same tokens.
+            stop: Text or texts that end the generation; the last token completes the text.
+            top_k: Most likely tokens to list at each step; None = the server's default, 0 = none.
+            layers: Layers whose output is read at each step, from 0, or `"all"`; None = none.
+            layer_top_k: Most likely tokens to list per layer; None = the server's default, 0 =
+                none.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Returns:
+            A stream of the header, the tokens and the summary. Use it as a context manager.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: While iterating: the call failed; `partial` has the tokens received.
+        """
+        request = generate_request(
+            prompt,
+            messages=messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            sample_top_k=sample_top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            top_k=top_k,
+            layers=layers,
+            layer_top_k=layer_top_k,
+            model=model,
+            revision=revision,
+        )
+        assembler = GenerateAssembler(partial(AsyncGeneration, client=self))
+        return self._stream("Generate", request, timeout, assembler)
+
+    async def estimate_generate(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        sample_top_k: int = 0,
+        top_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Iterable[str] = (),
+        top_k: int | None = None,
+        layers: Layers | Literal["all"] | None = None,
+        layer_top_k: int | None = None,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> CostEstimate:
+        """Estimate the cost of `generate` with the same arguments, without running it.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
+            max_new_tokens: Maximum number of tokens; None = the server's default.
+            temperature: Divides the logits before a token is drawn; 0 = take the most likely token.
+            sample_top_k: Number of most likely tokens to draw from; 0 = all.
+            top_p: Draw from the fewest most likely tokens whose probabilities add up to at least
+                this; 0 = all.
+            seed: Seed of the draws; the same seed draws the same tokens.
+            stop: Text or texts that end the generation; the last token completes the text.
+            top_k: Most likely tokens to list at each step; None = the server's default, 0 = none.
+            layers: Layers whose output is read at each step, from 0, or `"all"`; None = none.
+            layer_top_k: Most likely tokens to list per layer; None = the server's default, 0 =
+                none.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = generate_request(
+            prompt,
+            messages=messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            sample_top_k=sample_top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            top_k=top_k,
+            layers=layers,
+            layer_top_k=layer_top_k,
+            model=model,
+            revision=revision,
+        )
+        return await self._estimate(cost_pb2.EstimateCostRequest(generate=request), timeout)
 
     async def preview_edit(
         self,

@@ -247,14 +247,14 @@ def optional_count(value: int | None, name: str) -> int | None:
     return None if value is None else count(value, name)
 
 
-def count(value: int, name: str) -> int:
-    """Check a count or an index.
+def count(value: int, name: str, end: int = _UINT32) -> int:
+    """Check a count or an index, which must be below `end`.
 
     Raises:
         TypeError: The value is not an integer.
-        ValueError: The value is negative or exceeds 32 bits.
+        ValueError: The value is negative or too large.
     """
-    return _bounded(value, name, 0, _UINT32)
+    return _bounded(value, name, 0, end)
 
 
 def finite_number(value: Any, name: str) -> float:
@@ -269,6 +269,20 @@ def finite_number(value: Any, name: str) -> float:
     if not abs(float(value)) <= _FLOAT32_MAX:
         raise ValueError(f"invalid {name} {value}; expected a finite number in float32")
     return float(value)
+
+
+def bounded_number(value: Any, name: str, largest: float = _FLOAT32_MAX) -> float:
+    """Check a number from 0 to `largest`, which is sent as float32.
+
+    Raises:
+        TypeError: The value is not a number.
+        ValueError: The value is NaN, negative or too large.
+    """
+    number = finite_number(value, name)
+    if not 0 <= number <= largest:
+        upper = "" if largest == _FLOAT32_MAX else f" and at most {largest:g}"
+        raise ValueError(f"invalid {name} {value}; expected a number of at least 0{upper}")
+    return number
 
 
 def step_size(value: Any, name: str) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 from google.protobuf.json_format import Parse
@@ -17,6 +17,7 @@ from google.protobuf.json_format import Parse
 from januslens.errors import (
     ActivationsInterrupted,
     ErrorDetails,
+    GenerationInterrupted,
     GradientInterrupted,
     ProtocolViolation,
     StreamInterrupted,
@@ -29,12 +30,18 @@ from januslens.results.activations import (
     SiteTensor,
     tensor_name,
 )
+from januslens.results.generation import (
+    GeneratedText,
+    GeneratedToken,
+    GenerationHeader,
+    GenerationSummary,
+)
 from januslens.results.gradient import Gradient, GradientHeader, GradientSummary
 from januslens.results.kinds import MATRIX_KINDS
 from januslens.results.matrices import Matrix, matrix_name
 from januslens.results.tokens import TokenTable
 from januslens.results.trace import LayerGraph, Trace, TraceHeader, TraceSummary
-from januslens.v1 import activations_pb2, gradient_lens_pb2, streams_pb2, trace_pb2
+from januslens.v1 import activations_pb2, generation_pb2, gradient_lens_pb2, streams_pb2, trace_pb2
 
 
 class Sequenced(Protocol):
@@ -334,6 +341,59 @@ class ActivationsAssembler(
             raise self.violation(f"the stream ended before the end of {name}")
         self._summary = ActivationsSummary.from_message(message)
         return self._summary
+
+
+GenerationEvent = GenerationHeader | GeneratedToken | GenerationSummary
+
+GeneratedT = TypeVar("GeneratedT", bound=GeneratedText)
+
+
+class GenerateAssembler(
+    Assembler[generation_pb2.GenerateResponse, GenerationEvent, GeneratedT], Generic[GeneratedT]
+):
+    """Joins the messages of a Generate into its header, tokens and summary."""
+
+    interrupted = GenerationInterrupted
+
+    def __init__(self, make: Callable[..., GeneratedT]) -> None:
+        """`make` takes the fields of a `GeneratedText`."""
+        super().__init__()
+        self.responses: list[generation_pb2.GenerateResponse] = []
+        self._make = make
+        self._header: GenerationHeader | None = None
+        self._generated: list[GeneratedToken] = []
+        self._summary: GenerationSummary | None = None
+
+    def partial(self) -> GeneratedT | None:
+        """Return the tokens received so far; None before the header."""
+        if self._header is None:
+            return None
+        parts: Sequence[GeneratedToken] = tuple(self._generated)
+        return self._make(self._header, parts, self._summary, tuple(self.responses))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the summary has been received."""
+        return self._summary is not None
+
+    def _read(self, response: generation_pb2.GenerateResponse) -> GenerationEvent | None:
+        self.responses.append(response)
+        self.tokens.add(response.tokens)
+        match response.WhichOneof("event"):
+            case "header":
+                self.request_id = response.header.request_id
+                self.tokens.add(response.header.prompt_tokens)
+                self._header = GenerationHeader.from_message(response.header)
+                return self._header
+            case "generated":
+                token = GeneratedToken.from_message(response.generated, self.tokens)
+                self._generated.append(token)
+                return token
+            case "summary":
+                self._summary = GenerationSummary.from_message(response.summary)
+                return self._summary
+            case _:  # an event that only newer servers send
+                return None
 
 
 def read_trace(lines: Iterable[str]) -> Trace:

@@ -31,7 +31,8 @@ The tree, with the `reason` or the gRPC status of each::
     |-- StreamInterrupted       the stream ended before its summary; `partial` has what arrived
     |   |-- TraceInterrupted
     |   |-- GradientInterrupted
-    |   `-- ActivationsInterrupted
+    |   |-- ActivationsInterrupted
+    |   `-- GenerationInterrupted
     `-- ProtocolViolation       the stream breaks the contract; report the request id
 
 Arguments that no server could accept raise ValueError or TypeError before anything is sent.
@@ -250,6 +251,10 @@ class GradientInterrupted(StreamInterrupted):
 
 class ActivationsInterrupted(StreamInterrupted):
     """A stream of activations was interrupted; `partial` has the whole tensors received."""
+
+
+class GenerationInterrupted(StreamInterrupted):
+    """A generation was interrupted; `partial` has the tokens received."""
 
 
 class ProtocolViolation(JanuslensError):

@@ -171,6 +171,36 @@ class FindNeuronsSpec:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; a temperature of 0 means greedily, 0 elsewhere means no restriction."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class LayerReading:
+    """The layers to read at each step, and the tokens to list of each; empty `layers` means all."""
+
+    layers: tuple[int, ...] = ()
+    top_k: int = 1
+
+
+@dataclass(frozen=True)
+class GenerateSpec:
+    """A Generate request; without a `reading` no layer is read."""
+
+    prompt: Prompt
+    max_new_tokens: int = 64
+    sampling: Sampling = Sampling()
+    stop: tuple[str, ...] = ()
+    top_k: int = 5
+    reading: LayerReading | None = None
+
+
+@dataclass(frozen=True)
 class NegativeLogLikelihood:
     """-log p(target | prompt); for several target tokens the sum, with teacher forcing."""
 

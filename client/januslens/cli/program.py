@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
+from januslens.cli.generate import generate
 from januslens.cli.gradient import gradient
 from januslens.cli.lookups import activations, models, neurons, project, tokenize
 from januslens.cli.options import Connection, usage_errors, with_connection
@@ -104,5 +105,5 @@ def januslens() -> None:
     """Show a language model's forward and backward passes in its vocabulary."""
 
 
-for command in (trace, gradient, activations, neurons, project, tokenize, models, ui):
+for command in (trace, gradient, generate, activations, neurons, project, tokenize, models, ui):
     januslens.add_command(command)

@@ -6,6 +6,7 @@ import warnings
 from januslens.v1 import activations_pb2 as januslens_dot_v1_dot_activations__pb2
 from januslens.v1 import cost_pb2 as januslens_dot_v1_dot_cost__pb2
 from januslens.v1 import edits_pb2 as januslens_dot_v1_dot_edits__pb2
+from januslens.v1 import generation_pb2 as januslens_dot_v1_dot_generation__pb2
 from januslens.v1 import gradient_lens_pb2 as januslens_dot_v1_dot_gradient__lens__pb2
 from januslens.v1 import lens_pb2 as januslens_dot_v1_dot_lens__pb2
 from januslens.v1 import models_pb2 as januslens_dot_v1_dot_models__pb2
@@ -78,6 +79,11 @@ class IntrospectionServiceStub(object):
                 '/januslens.v1.IntrospectionService/GradientLens',
                 request_serializer=januslens_dot_v1_dot_gradient__lens__pb2.GradientLensRequest.SerializeToString,
                 response_deserializer=januslens_dot_v1_dot_gradient__lens__pb2.GradientLensResponse.FromString,
+                _registered_method=True)
+        self.Generate = channel.unary_stream(
+                '/januslens.v1.IntrospectionService/Generate',
+                request_serializer=januslens_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
+                response_deserializer=januslens_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
                 _registered_method=True)
         self.PreviewEdit = channel.unary_unary(
                 '/januslens.v1.IntrospectionService/PreviewEdit',
@@ -164,6 +170,15 @@ class IntrospectionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Generate(self, request, context):
+        """Continues the prompt and streams each token when it is generated, with its probability and, on
+        request, what every layer predicts in its place. The model does not change. Errors as for
+        Trace; UNIMPLEMENTED on a server without this RPC.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def PreviewEdit(self, request, context):
         """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
         request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
@@ -224,6 +239,11 @@ def add_IntrospectionServiceServicer_to_server(servicer, server):
                     servicer.GradientLens,
                     request_deserializer=januslens_dot_v1_dot_gradient__lens__pb2.GradientLensRequest.FromString,
                     response_serializer=januslens_dot_v1_dot_gradient__lens__pb2.GradientLensResponse.SerializeToString,
+            ),
+            'Generate': grpc.unary_stream_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=januslens_dot_v1_dot_generation__pb2.GenerateRequest.FromString,
+                    response_serializer=januslens_dot_v1_dot_generation__pb2.GenerateResponse.SerializeToString,
             ),
             'PreviewEdit': grpc.unary_unary_rpc_method_handler(
                     servicer.PreviewEdit,
@@ -394,6 +414,33 @@ class IntrospectionService(object):
             '/januslens.v1.IntrospectionService/GradientLens',
             januslens_dot_v1_dot_gradient__lens__pb2.GradientLensRequest.SerializeToString,
             januslens_dot_v1_dot_gradient__lens__pb2.GradientLensResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/januslens.v1.IntrospectionService/Generate',
+            januslens_dot_v1_dot_generation__pb2.GenerateRequest.SerializeToString,
+            januslens_dot_v1_dot_generation__pb2.GenerateResponse.FromString,
             options,
             channel_credentials,
             insecure,

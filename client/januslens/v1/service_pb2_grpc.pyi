@@ -8,6 +8,7 @@ from grpc import aio as _aio
 from januslens.v1 import activations_pb2 as _activations_pb2
 from januslens.v1 import cost_pb2 as _cost_pb2
 from januslens.v1 import edits_pb2 as _edits_pb2
+from januslens.v1 import generation_pb2 as _generation_pb2
 from januslens.v1 import gradient_lens_pb2 as _gradient_lens_pb2
 from januslens.v1 import lens_pb2 as _lens_pb2
 from januslens.v1 import models_pb2 as _models_pb2
@@ -80,6 +81,11 @@ class IntrospectionServiceStub:
     a descent step imprints, and the VJPs, against which it shifts the outputs. The model does not
     change. Errors as for Trace.
     """
+    Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
+    """Continues the prompt and streams each token when it is generated, with its probability and, on
+    request, what every layer predicts in its place. The model does not change. Errors as for
+    Trace; UNIMPLEMENTED on a server without this RPC.
+    """
     PreviewEdit: _grpc.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]
     """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
     request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
@@ -142,6 +148,11 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     products, from the last layer to the first (Backward Lens). Their factors are the inputs, which
     a descent step imprints, and the VJPs, against which it shifts the outputs. The model does not
     change. Errors as for Trace.
+    """
+    Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
+    """Continues the prompt and streams each token when it is generated, with its probability and, on
+    request, what every layer predicts in its place. The model does not change. Errors as for
+    Trace; UNIMPLEMENTED on a server without this RPC.
     """
     PreviewEdit: _aio.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]  # type: ignore[assignment]
     """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
@@ -232,6 +243,17 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         products, from the last layer to the first (Backward Lens). Their factors are the inputs, which
         a descent step imprints, and the VJPs, against which it shifts the outputs. The model does not
         change. Errors as for Trace.
+        """
+
+    @_abc_1.abstractmethod
+    def Generate(
+        self,
+        request: _generation_pb2.GenerateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
+        """Continues the prompt and streams each token when it is generated, with its probability and, on
+        request, what every layer predicts in its place. The model does not change. Errors as for
+        Trace; UNIMPLEMENTED on a server without this RPC.
         """
 
     @_abc_1.abstractmethod

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from januslens.v1 import common_pb2 as januslens_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/streams.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\"\x8f\x01\n\x0cStreamHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12*\n\rprompt_tokens\x18\x03 \x03(\x0b\x32\x13.januslens.v1.Token\x12\x11\n\tpositions\x18\x04 \x03(\r\"I\n\rStreamSummary\x12\x10\n\x08messages\x18\x01 \x01(\x04\x12&\n\x05times\x18\x02 \x03(\x0b\x32\x17.januslens.v1.StageTimeb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/streams.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\"\x8f\x01\n\x0cStreamHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12*\n\rprompt_tokens\x18\x03 \x03(\x0b\x32\x13.januslens.v1.Token\x12\x11\n\tpositions\x18\x04 \x03(\r\"`\n\rStreamSummary\x12\x10\n\x08messages\x18\x01 \x01(\x04\x12&\n\x05times\x18\x02 \x03(\x0b\x32\x17.januslens.v1.StageTime\x12\x15\n\rfinish_reason\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,5 +35,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMHEADER']._serialized_start=72
   _globals['_STREAMHEADER']._serialized_end=215
   _globals['_STREAMSUMMARY']._serialized_start=217
-  _globals['_STREAMSUMMARY']._serialized_end=290
+  _globals['_STREAMSUMMARY']._serialized_end=313
 # @@protoc_insertion_point(module_scope)

@@ -67,8 +67,13 @@ class StreamSummary(_message.Message):
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     TIMES_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
     messages: _builtins.int
     """Number of messages between the header and the summary."""
+    finish_reason: _builtins.str
+    """Why the generation ended: `end_of_sequence`, `stop_text`, `max_new_tokens`, or `max_positions`
+    if the model's context is full; Generate only.
+    """
     @_builtins.property
     def times(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.StageTime]:
         """Seconds by stage."""
@@ -78,10 +83,11 @@ class StreamSummary(_message.Message):
         *,
         messages: _builtins.int = ...,
         times: _abc.Iterable[_common_pb2.StageTime] | None = ...,
+        finish_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "times", b"times"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "messages", b"messages", "times", b"times"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

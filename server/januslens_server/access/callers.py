@@ -90,6 +90,7 @@ class Quotas(_Entry):
     requests_per_minute: Rate | None = None
     concurrent: Count | None = None
     device_seconds_per_minute: Rate | None = None
+    generated_tokens_per_minute: Rate | None = None
 
 
 class Caller(_Entry):

@@ -52,6 +52,7 @@ class QuotaBook:
         self._open: defaultdict[str, int] = defaultdict(int)
         self._requests: defaultdict[str, Bucket] = defaultdict(lambda: Bucket(now))
         self._seconds: defaultdict[str, Bucket] = defaultdict(lambda: Bucket(now))
+        self._generated: defaultdict[str, Bucket] = defaultdict(lambda: Bucket(now))
 
     @contextmanager
     def request(self, caller: Caller) -> Iterator[None]:
@@ -85,23 +86,30 @@ class QuotaBook:
             raise QuotaSpent(caller.name, f"{limit:g} requests a minute", wait)
         bucket.take(1.0)
 
-    def charge(self, caller: Caller, seconds: float) -> None:
-        """Charge the estimated device seconds of a request.
+    def charge(self, caller: Caller, seconds: float, generated: int = 0) -> None:
+        """Charge the estimated device seconds of a request and the tokens that it may generate.
 
         A caller that has any allowance left may exceed it, and then waits longer for the
         next request. Without this rule, a request above one minute's allowance could never run.
         Raises `QuotaSpent` if no allowance is left.
         """
-        limit = caller.quotas.device_seconds_per_minute
-        if limit is None:
-            return
-        bucket = self._seconds[caller.name]
-        bucket.fill(limit)
-        if (wait := bucket.wait_for(0.0)) > 0:
-            raise QuotaSpent(caller.name, f"{limit:g} device seconds a minute", wait)
-        bucket.take(seconds)
+        quotas, name = caller.quotas, caller.name
+        if (limit := quotas.device_seconds_per_minute) is not None:
+            _require_some(self._seconds[name], caller, limit, "device seconds")
+        if (limit := quotas.generated_tokens_per_minute) is not None and generated:
+            _require_some(self._generated[name], caller, limit, "generated tokens")
+        self.settle(caller, seconds, generated)
 
-    def settle(self, caller: Caller, expected: float, used: float) -> None:
-        """Replace a request's estimated device seconds by its measured ones."""
+    def settle(self, caller: Caller, seconds: float, generated: int = 0) -> None:
+        """Charge the differences between a request's actual figures and those charged before."""
         if caller.quotas.device_seconds_per_minute is not None:
-            self._seconds[caller.name].take(used - expected)
+            self._seconds[caller.name].take(seconds)
+        if caller.quotas.generated_tokens_per_minute is not None:
+            self._generated[caller.name].take(generated)
+
+
+def _require_some(bucket: Bucket, caller: Caller, limit: float, what: str) -> None:
+    """Raise `QuotaSpent` if nothing is left in the bucket."""
+    bucket.fill(limit)
+    if (wait := bucket.wait_for(0.0)) > 0:
+        raise QuotaSpent(caller.name, f"{limit:g} {what} a minute", wait)

@@ -146,7 +146,18 @@ def load(source: ModelSource) -> ResidentModel:
         provenance=_provenance(source, checkpoint, network),
         cache=source.cache,
         row_cache_bytes=source.row_cache_bytes,
+        end_ids=_end_ids(checkpoint.folder, network),
     )
+
+
+def _end_ids(folder: Path, network: PreTrainedModel) -> frozenset[int]:
+    """Return the ids of `eos_token_id` in generation_config.json, or else in the configuration."""
+    file = folder / "generation_config.json"
+    found = read_json(file).get("eos_token_id") if file.is_file() else None
+    if found is None:
+        found = getattr(network.config.get_text_config(), "eos_token_id", None)
+    listed = found if isinstance(found, list) else [found]
+    return frozenset(token_id for token_id in listed if type(token_id) is int)
 
 
 @dataclass(frozen=True)

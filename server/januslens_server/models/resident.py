@@ -26,7 +26,7 @@ class ResidentModel:
     """A loaded model: weights (frozen, in evaluation mode), view, vocabulary and provenance.
 
     `cache` stores tensors that are computed once per model, for later servers. `row_cache_bytes` is
-    the maximum size of `rows`.
+    the maximum size of `rows`. A generation ends after a token of `end_ids`.
     """
 
     name: str
@@ -36,6 +36,7 @@ class ResidentModel:
     provenance: Provenance
     cache: TensorCache | None = None
     row_cache_bytes: int = ROW_CACHE_BYTES
+    end_ids: frozenset[int] = frozenset()
 
     @cached_property
     def neurons(self) -> NeuronIndex:

@@ -219,7 +219,7 @@ def dense_gradient(
         weight = matrix.parameter()
         name = next(name for name, p in model.network.named_parameters() if p is weight)
         alias = weight.detach().requires_grad_()
-        with _head_at(model, scored, len(ids)), interruptible(check_cancelled, len(ids)):
+        with head_at(model, scored, len(ids)), interruptible(check_cancelled, len(ids)):
             logits = torch.func.functional_call(
                 model.network,
                 {name: alias},
@@ -268,7 +268,7 @@ def _leaf_below(model: ResidentModel, layer: int) -> Iterator[None]:
 
 
 @contextmanager
-def _head_at(model: ResidentModel, positions: Sequence[int], length: int) -> Iterator[None]:
+def head_at(model: ResidentModel, positions: Sequence[int], length: int) -> Iterator[None]:
     """Compute logits only at these positions of a prompt of `length` tokens."""
     if len(positions) == length:
         yield
@@ -290,7 +290,7 @@ def _run(
 ) -> torch.Tensor:
     """Run the model and return logits `[1, scored, vocab]`."""
     telemetry.TOKENS.labels(model.name).inc(len(ids))
-    with _head_at(model, scored, len(ids)), interruptible(check_cancelled, len(ids)):
+    with head_at(model, scored, len(ids)), interruptible(check_cancelled, len(ids)):
         logits: torch.Tensor = model.network(input_ids=_batch(model, ids), use_cache=False).logits
     return logits
 

@@ -35,6 +35,7 @@ from januslens_server.specs import (
     ActivationsSpec,
     DescentStep,
     FindNeuronsSpec,
+    GenerateSpec,
     GradientLensSpec,
     PreviewEditSpec,
     ProjectSpec,
@@ -135,6 +136,22 @@ class ResolvedActivations:
     seconds: float
 
 
+@dataclass(frozen=True)
+class ResolvedGenerate:
+    """A Generate with resolved tokens and layers.
+
+    At most `max_new_tokens` are generated, which the model's context has positions for. `seconds`
+    is the time that resolving took.
+    """
+
+    model: ResidentModel
+    spec: GenerateSpec
+    tokens: list[Token]
+    layers: tuple[int, ...]
+    max_new_tokens: int
+    seconds: float
+
+
 Resolved = (
     ResolvedTrace
     | ResolvedActivations
@@ -142,6 +159,7 @@ Resolved = (
     | ResolvedProject
     | ResolvedPreviewEdit
     | ResolvedFindNeurons
+    | ResolvedGenerate
 )
 
 
@@ -274,3 +292,16 @@ def resolve_find_neurons(model: ResidentModel, spec: FindNeuronsSpec) -> Resolve
     """
     token = read_single_target(model, spec.token, "token")
     return ResolvedFindNeurons(model, spec, token, read_layers(model, spec.layers))
+
+
+def resolve_generate(model: ResidentModel, spec: GenerateSpec) -> ResolvedGenerate:
+    """Raise `InvalidRequest` for a prompt or layers that the model cannot take."""
+    started = time.perf_counter()
+    tokens = read_prompt(model, spec.prompt)
+    # The last token is not fed to the model, so it needs no position.
+    room = model.view.facts.max_positions - len(tokens) + 1
+    layers: tuple[int, ...] = ()
+    if spec.reading is not None:
+        layers = read_layers(model, spec.reading.layers, "reading.layers")
+    seconds = time.perf_counter() - started
+    return ResolvedGenerate(model, spec, tokens, layers, min(spec.max_new_tokens, room), seconds)

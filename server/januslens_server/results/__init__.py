@@ -9,6 +9,14 @@ from januslens_server.results.activations import (
     ActivationsSummary,
     SiteValues,
 )
+from januslens_server.results.generation import (
+    FinishReason,
+    GeneratedToken,
+    GenerationEvent,
+    GenerationHeader,
+    GenerationSummary,
+    LayerOutcome,
+)
 from januslens_server.results.gradient_lens import (
     Components,
     Entries,
@@ -66,9 +74,14 @@ __all__ = [
     "Effect",
     "End",
     "Entries",
+    "FinishReason",
     "Flags",
     "Floats",
     "FoundNeurons",
+    "GeneratedToken",
+    "GenerationEvent",
+    "GenerationHeader",
+    "GenerationSummary",
     "GradientEvent",
     "GradientHeader",
     "GradientMatrix",
@@ -76,6 +89,7 @@ __all__ = [
     "Guarantee",
     "Ints",
     "LayerGraph",
+    "LayerOutcome",
     "MatrixKind",
     "ModelFacts",
     "ModelState",

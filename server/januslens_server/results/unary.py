@@ -22,12 +22,14 @@ class Cost:
 
     `seconds` is device time. `memory` is in bytes on the device; `held` of them stay in use between
     two steps of the request. `stream` is the size of the response in bytes.
+    `generated` is the number of tokens to generate.
     """
 
     seconds: float = 0.0
     memory: int = 0
     stream: int = 0
     held: int = 0
+    generated: int = 0
 
 
 @dataclass(frozen=True)

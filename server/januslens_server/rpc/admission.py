@@ -85,7 +85,8 @@ class Admission:
         request, demand = await asyncio.to_thread(_counted, resolve)
         pace, correction = self._paces[request.model.name], self._corrections[_key(request)]
         seconds = pace.seconds(demand) * correction
-        return Estimate(request, demand, Cost(seconds, demand.memory, demand.stream, demand.held))
+        cost = Cost(seconds, demand.memory, demand.stream, demand.held, demand.generated)
+        return Estimate(request, demand, cost)
 
     def exceeded(self, cost: Cost) -> Iterator[LimitExceeded]:
         """Yield an error for each limit that the cost exceeds."""

@@ -26,6 +26,8 @@ from januslens_server.results import (
     Cost,
     EditPreview,
     FoundNeurons,
+    GenerationHeader,
+    GenerationSummary,
     GradientHeader,
     GradientSummary,
     ProjectionTable,
@@ -235,7 +237,7 @@ def result_sizes(result: object) -> dict[str, Any]:
     """Return the sizes of a result for the log line, and its seconds by stage, if it has any."""
     sizes: dict[str, Any] = {}
     match result:
-        case TraceHeader() | GradientHeader() | ActivationsHeader():
+        case TraceHeader() | GradientHeader() | ActivationsHeader() | GenerationHeader():
             sizes = {"tokens": len(result.prompt_tokens)}
         case TraceSummary():
             sizes = {"nodes": result.nodes, "edges": result.edges, "stages": _stages(result.times)}
@@ -243,6 +245,8 @@ def result_sizes(result: object) -> dict[str, Any]:
             sizes = {"matrices": result.matrices, "stages": _stages(result.times)}
         case ActivationsSummary():
             sizes = {"stages": _stages(result.times)}
+        case GenerationSummary():
+            sizes = {"generated": result.generated, "stages": _stages(result.times)}
         case EditPreview():
             sizes = {"prompts": 1 + len(result.probes)}
         case FoundNeurons():

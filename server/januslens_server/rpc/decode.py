@@ -16,6 +16,7 @@ from januslens.v1 import (
     activations_pb2,
     common_pb2,
     edits_pb2,
+    generation_pb2,
     gradient_lens_pb2,
     lens_pb2,
     neurons_pb2,
@@ -30,8 +31,10 @@ from januslens_server.specs import (
     DescentStep,
     FindNeuronsSpec,
     ForwardShift,
+    GenerateSpec,
     GradientLensSpec,
     KlDivergence,
+    LayerReading,
     LensKind,
     LensSpec,
     LogitDifference,
@@ -41,6 +44,7 @@ from januslens_server.specs import (
     Probe,
     ProjectSpec,
     Prompt,
+    Sampling,
     Selection,
     Site,
     Span,
@@ -140,6 +144,56 @@ def activations_spec(request: activations_pb2.ActivationsRequest) -> Activations
         heads=tuple(request.heads),
         float32=request.data_type == common_pb2.DATA_TYPE_FLOAT32,
     )
+
+
+# Bytes of one text that ends a generation.
+MAX_STOP_BYTES = 1024
+# Tokens listed for each layer at each step of a generation: a step must fit into one message.
+MAX_READ = 100
+
+
+def generate_spec(request: generation_pb2.GenerateRequest) -> GenerateSpec:
+    """Raise `InvalidRequest` with the field of an invalid value."""
+    defaults = GenerateSpec("")
+    count = request.max_new_tokens if request.HasField("max_new_tokens") else None
+    if count == 0:
+        raise InvalidRequest("max_new_tokens", "invalid value 0; expected at least 1")
+    for i, text in enumerate(request.stop):
+        if not 0 < (length := len(text.encode())) <= MAX_STOP_BYTES:
+            raise InvalidRequest(
+                f"stop[{i}]",
+                f"invalid text of {length} bytes; expected 1 to {MAX_STOP_BYTES} bytes",
+            )
+    return GenerateSpec(
+        prompt=_input(request.input),
+        max_new_tokens=count or defaults.max_new_tokens,
+        sampling=_sampling(request.sampling),
+        stop=tuple(request.stop),
+        top_k=_tokens(request.top_k, "top_k") if request.HasField("top_k") else defaults.top_k,
+        reading=_reading(request.reading) if request.HasField("reading") else None,
+    )
+
+
+def _sampling(message: generation_pb2.Sampling) -> Sampling:
+    if not 0 <= message.temperature < math.inf:
+        raise InvalidRequest(
+            "sampling.temperature",
+            f"invalid value {message.temperature}; expected a finite number of at least 0",
+        )
+    if not 0 <= message.top_p <= 1:
+        raise InvalidRequest(
+            "sampling.top_p", f"invalid value {message.top_p}; expected a number from 0 to 1"
+        )
+    return Sampling(message.temperature, message.top_k, message.top_p, message.seed)
+
+
+def _reading(message: generation_pb2.LayerReading) -> LayerReading:
+    top_k = message.top_k if message.HasField("top_k") else LayerReading().top_k
+    if top_k > MAX_READ:
+        raise InvalidRequest(
+            "reading.top_k", f"too many tokens: expected at most {MAX_READ}, got {top_k}"
+        )
+    return LayerReading(tuple(message.layers), top_k)
 
 
 def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
@@ -360,11 +414,15 @@ BOUNDS: dict[str, int] = {
     "FindNeuronsRequest.model": 256,
     "FindNeuronsRequest.page_token": 256,
     "FindNeuronsRequest.revision": 256,
+    "GenerateRequest.model": 256,
+    "GenerateRequest.revision": 256,
+    "GenerateRequest.stop": 16,
     "GradientLensRequest.layers": 4 * KIB,
     "GradientLensRequest.matrices": 64,
     "GradientLensRequest.model": 256,
     "GradientLensRequest.revision": 256,
     "Input.prompt": MIB,
+    "LayerReading.layers": 4 * KIB,
     "ListModelsRequest.page_token": 256,
     "PreviewEditRequest.model": 256,
     "PreviewEditRequest.probes": 64,

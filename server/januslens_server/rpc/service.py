@@ -15,6 +15,7 @@ from januslens.v1 import (
     activations_pb2,
     cost_pb2,
     edits_pb2,
+    generation_pb2,
     gradient_lens_pb2,
     lens_pb2,
     models_pb2,
@@ -29,28 +30,35 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokenizer import TokenizerFailed, TooManyTokens, Vocabulary
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.find_neurons import find_neurons
+from januslens_server.pipelines.generate import generate
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.resolve import (
-    ResolvedActivations,
-    ResolvedGradientLens,
-    ResolvedTrace,
+    Resolved,
     resolve_activations,
     resolve_find_neurons,
+    resolve_generate,
     resolve_gradient_lens,
     resolve_preview_edit,
     resolve_project,
     resolve_trace,
 )
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import ActivationsEvent, GradientEvent, TraceEvent
+from januslens_server.results import (
+    ActivationsEvent,
+    GeneratedToken,
+    GenerationEvent,
+    GradientEvent,
+    TraceEvent,
+)
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission, ResolvedT
 from januslens_server.rpc.call import Call, Context, current_caller, result_sizes
 from januslens_server.rpc.decode import MAX_TOKENIZED, MODELS, neurons_list, page_start, page_token
 from januslens_server.rpc.encode import (
     ActivationsEncoder,
+    GenerateEncoder,
     GradientLensEncoder,
     TraceEncoder,
     estimate_message,
@@ -162,6 +170,19 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             )
             await self._device.write(results, encoder.encode, call)
 
+    async def Generate(  # type: ignore[override]  # as above
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> None:
+        """Stream the tokens that continue a prompt."""
+        async with Call("Generate", context) as call:
+            model = self._model(request.model, request.revision)
+            spec = decode.generate_spec(request)
+            encoder = GenerateEncoder(call.request_id, model.vocabulary.token)
+            results: AsyncGenerator[GenerationEvent] = self._run(
+                call, model, spec, resolve_generate, generate
+            )
+            await self._device.write(results, encoder.encode, call)
+
     async def PreviewEdit(
         self, request: edits_pb2.PreviewEditRequest, context: Context
     ) -> edits_pb2.PreviewEditResponse:
@@ -199,9 +220,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
 
     def _estimated(
         self, request: cost_pb2.EstimateCostRequest
-    ) -> tuple[
-        ResidentModel, Callable[[], ResolvedTrace | ResolvedGradientLens | ResolvedActivations]
-    ]:
+    ) -> tuple[ResidentModel, Callable[[], Resolved]]:
         which = request.WhichOneof("request")
         if which == "trace":
             model, trace_spec = self._traced(request.trace)
@@ -209,11 +228,15 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         if which == "gradient_lens":
             model, spec = self._differentiated(request.gradient_lens)
             return model, partial(resolve_gradient_lens, model, spec)
+        if which == "generate":
+            model = self._model(request.generate.model, request.generate.revision)
+            return model, partial(resolve_generate, model, decode.generate_spec(request.generate))
         if which == "activations":
             model, read_spec = self._read(request.activations)
             return model, partial(resolve_activations, model, read_spec)
         raise InvalidRequest(
-            "request", "no request given; expected trace, gradient_lens or activations"
+            "request",
+            "no request given; expected trace, gradient_lens, generate or activations",
         )
 
     def _read(
@@ -244,16 +267,20 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             call.note(prompt=loggable(prompt))
         estimate = await self._admission.admit(partial(resolve, model, spec))
         request, cost = estimate.request, estimate.cost
-        self._quotas.charge(current_caller(), cost.seconds)
+        self._quotas.charge(current_caller(), cost.seconds, cost.generated)
         queued = call.queued_request(cost)
+        generated = 0
         run = partial(pipeline, request)
         try:
             async with aclosing(self._device.results(run, queued, call.send_headers)) as results:
                 async for result in results:
                     call.note(**result_sizes(result))
+                    generated += isinstance(result, GeneratedToken)
                     yield result
         finally:
-            self._quotas.settle(current_caller(), cost.seconds, queued.spent)
+            self._quotas.settle(
+                current_caller(), queued.spent - cost.seconds, generated - cost.generated
+            )
         self._admission.learn(request, cost, queued.spent)
 
 

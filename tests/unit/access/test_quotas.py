@@ -108,7 +108,7 @@ def test_device_seconds_are_charged_as_estimated_and_corrected(
     with pytest.raises(QuotaSpent) as spent:
         book.charge(caller, 1)
     assert spent.value.retry_after == pytest.approx(40)  # 20 s of debt at half a second a second
-    book.settle(caller, expected=50, used=10)
+    book.settle(caller, -40)
     book.charge(caller, 19)
     book.charge(caller, 2)
     clock.seconds += 1
@@ -116,6 +116,21 @@ def test_device_seconds_are_charged_as_estimated_and_corrected(
         book.charge(caller, 1)
     clock.seconds += 2
     book.charge(caller, 1)
+
+
+def test_generated_tokens_are_charged_as_requested_and_corrected(
+    book: QuotaBook, clock: Clock
+) -> None:
+    caller = ada(generated_tokens_per_minute=60)
+    book.charge(caller, 5.0, 100)
+    with pytest.raises(QuotaSpent, match="60 generated tokens a minute") as spent:
+        book.charge(caller, 5.0, 1)
+    assert spent.value.retry_after == pytest.approx(40)  # 40 tokens of debt at one a second
+    book.charge(caller, 5.0)  # requests that generate nothing are not affected
+    book.settle(caller, 0.0, -90)
+    book.charge(caller, 5.0, 50)
+    clock.seconds += 1
+    book.charge(caller, 5.0, 1)
 
 
 def test_a_changed_quota_keeps_the_usage(book: QuotaBook) -> None:

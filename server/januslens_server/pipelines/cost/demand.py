@@ -26,6 +26,7 @@ class Demand:
         memory: Bytes on the device, without the weights.
         stream: Bytes of the response.
         held: Bytes of `memory` that stay in use between two steps of the request.
+        generated: Tokens to generate.
     """
 
     passes: int = 0
@@ -38,6 +39,7 @@ class Demand:
     memory: int = 0
     stream: int = 0
     held: int = 0
+    generated: int = 0
 
 
 def pass_flops(sizes: CostSizes, tokens: int, scored: int = 1) -> float:

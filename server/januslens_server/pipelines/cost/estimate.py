@@ -15,12 +15,14 @@ from januslens_server.pipelines.cost.demand import (
     reading_bytes,
     texts_bytes,
 )
+from januslens_server.pipelines.cost.generate import generate_demand
 from januslens_server.pipelines.cost.gradient_lens import gradient_lens_demand, matrix_sizes
 from januslens_server.pipelines.cost.trace import trace_demand
 from januslens_server.pipelines.resolve import (
     Resolved,
     ResolvedActivations,
     ResolvedFindNeurons,
+    ResolvedGenerate,
     ResolvedGradientLens,
     ResolvedPreviewEdit,
     ResolvedProject,
@@ -29,7 +31,7 @@ from januslens_server.pipelines.resolve import (
 from januslens_server.specs import DescentStep, LensSpec
 
 
-def demand_of(request: Resolved) -> Demand:
+def demand_of(request: Resolved) -> Demand:  # noqa: PLR0911 - one for each RPC
     """Return the demand of a resolved request."""
     match request:
         case ResolvedTrace():
@@ -44,6 +46,8 @@ def demand_of(request: Resolved) -> Demand:
             return preview_edit_demand(request)
         case ResolvedFindNeurons():
             return find_neurons_demand(request)
+        case ResolvedGenerate():
+            return generate_demand(request)
 
 
 EFFECT_BYTES = 128

@@ -1,6 +1,7 @@
 """Encode results as messages of at most 1 MiB, which is within the default limits of clients."""
 
 from januslens_server.rpc.encode.activations import ActivationsEncoder
+from januslens_server.rpc.encode.generation import GenerateEncoder
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
 from januslens_server.rpc.encode.messages import (
     estimate_message,
@@ -14,6 +15,7 @@ from januslens_server.rpc.encode.trace import TraceEncoder
 
 __all__ = [
     "ActivationsEncoder",
+    "GenerateEncoder",
     "GradientLensEncoder",
     "TraceEncoder",
     "estimate_message",

@@ -1,0 +1,105 @@
+"""Run a model token by token with its key-value cache, and draw tokens from its logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from januslens_server import telemetry
+from januslens_server.capture import End, Tap, capturing, interruptible
+from januslens_server.capture.hooks import rows
+from januslens_server.errors import CancelCheck
+from januslens_server.models.failures import check_pass
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.runner import head_at
+from januslens_server.specs import Sampling
+
+
+class Decoder:
+    """A sequence that grows by tokens. The cache of its keys and values is freed with it.
+
+    Between two calls no hook is left on the model, so that other requests may run.
+    """
+
+    def __init__(self, model: ResidentModel, layers: Sequence[int], check: CancelCheck) -> None:
+        """Read the outputs of `layers`; `check` is called before every block and may raise."""
+        self._model = model
+        self._check = check
+        blocks = model.view.blocks
+        last = len(blocks) - 1
+        self._layers = layers
+        self._taps = {i: Tap(blocks[i].module, End.OUTPUT) for i in {*layers, last}}
+        self._last = last
+        self._cache: Any = None
+        # The argument's name before transformers 5.2x, and since.
+        named = inspect.signature(model.network.forward).parameters
+        self._argument = "cache" if "cache" in named else "past_key_values"
+
+    @torch.inference_mode()
+    def feed(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append tokens; return the next token's logits `[vocab]` and the layers' outputs.
+
+        Both are at the last position. The outputs are `[layers, d_model]`. Logits are the model's
+        own, in float32.
+
+        Raises:
+            NotFinite: The residual or the logits are infinite or NaN.
+        """
+        model = self._model
+        telemetry.TOKENS.labels(model.name).inc(len(ids))
+        modules = [block.module for block in model.view.blocks]
+        with (
+            capturing(self._taps, self._check, modules, _last_row) as outputs,
+            head_at(model, (len(ids) - 1,), len(ids)),
+            interruptible(self._check, len(ids)),
+        ):
+            passed: Any = model.network(
+                input_ids=torch.tensor([ids], device=model.device),
+                use_cache=True,
+                **{self._argument: self._cache},
+            )
+        self._cache = passed[self._argument]
+        logits: torch.Tensor = passed.logits[0, -1:]
+        check_pass(outputs[self._last].to(model.device), logits)
+        read = [outputs[layer].to(model.device) for layer in self._layers]
+        width = model.view.facts.d_model
+        return logits[0].float(), torch.cat(read) if read else logits.new_empty(0, width)
+
+
+def _last_row(_layer: int, output: torch.Tensor) -> torch.Tensor:
+    """Return the last position `[1, d_model]` as a copy, so that the others are freed."""
+    return rows(output)[-1:].clone()
+
+
+class Sampler:
+    """Draws tokens from logits, as a function of a seed.
+
+    Uniform numbers come from numpy's PCG64. Each draw takes one, and finds the token at that place
+    of the cumulative distribution.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        self._uniform = np.random.Generator(np.random.PCG64(sampling.seed))
+
+    def draw(self, logits: torch.Tensor) -> int:
+        """Return a token id, given the logits `[vocab]` of all tokens."""
+        sampling = self._sampling
+        if sampling.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits.double() / sampling.temperature
+        ids = None
+        if 0 < sampling.top_k < len(scaled):
+            scaled, ids = scaled.topk(sampling.top_k)
+        elif 0 < sampling.top_p < 1:
+            scaled, ids = scaled.sort(descending=True, stable=True)
+        cumulative = scaled.softmax(-1).cumsum(-1).cpu().numpy()
+        if 0 < sampling.top_p < 1:  # the fewest that reach top_p
+            cumulative = cumulative[: int(np.searchsorted(cumulative, sampling.top_p)) + 1]
+        place = self._uniform.random() * cumulative[-1]
+        index = min(int(np.searchsorted(cumulative, place, side="right")), len(cumulative) - 1)
+        return index if ids is None else int(ids[index])

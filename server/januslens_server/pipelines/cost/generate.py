@@ -1,0 +1,48 @@
+"""Compute the demand of a Generate."""
+
+from __future__ import annotations
+
+from januslens_server.models.resident import cost_sizes
+from januslens_server.pipelines.cost import memory
+from januslens_server.pipelines.cost.demand import (
+    TOKEN_BYTES,
+    Demand,
+    lens_flops,
+    pass_flops,
+    reading_bytes,
+    texts_bytes,
+)
+from januslens_server.pipelines.resolve import ResolvedGenerate
+
+
+def generate_demand(request: ResolvedGenerate) -> Demand:
+    """Return the demand of the prompt's pass, of one pass per new token, and of the readings."""
+    spec, sizes = request.spec, cost_sizes(request.model)
+    facts, prompt, new = sizes.facts, len(request.tokens), request.max_new_tokens
+    listed = 0 if spec.reading is None else spec.reading.top_k
+    vectors = new * len(request.layers)
+    # Keys and values at all positions; a growing cache is copied, one layer at a time.
+    position = 2 * facts.n_kv_heads * facts.d_head * sizes.item
+    cache = (facts.n_layers + 2) * position * (prompt + new)
+    single = pass_flops(sizes, 1)
+    # Each new token also attends to all positions before it.
+    attended = 4.0 * facts.n_layers * facts.n_heads * facts.d_head * new * (prompt + new)
+    step = memory.FLOAT32 * 6 * facts.vocab_size + memory.read(sizes, len(request.layers), listed)
+    named = new * (1 + spec.top_k + listed * len(request.layers))
+    return Demand(
+        passes=new,
+        flops=pass_flops(sizes, prompt)
+        + (new - 1) * single
+        + attended
+        + lens_flops(sizes, vectors),
+        vectors=vectors,
+        readings=new if request.layers else 0,
+        ranks=vectors,
+        memory=cache + memory.passing(sizes, prompt, 1) + step,
+        stream=TOKEN_BYTES * prompt
+        + new * (64 + reading_bytes(spec.top_k))
+        + vectors * (16 + 4 * listed)
+        + texts_bytes(sizes, named),
+        held=cache,
+        generated=new,
+    )

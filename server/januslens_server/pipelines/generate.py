@@ -1,0 +1,129 @@
+"""Generate: continue a prompt token by token, and read the layers at each step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from januslens_server.errors import CancelCheck
+from januslens_server.lens.cpu import highest
+from januslens_server.models.decoding import Decoder, Sampler
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.metrics import StageClock, read
+from januslens_server.pipelines.resolve import ResolvedGenerate
+from januslens_server.results import (
+    FinishReason,
+    GeneratedToken,
+    GenerationEvent,
+    GenerationHeader,
+    GenerationSummary,
+    LayerOutcome,
+)
+from januslens_server.specs import LensSpec
+
+
+def generate(request: ResolvedGenerate, check_cancelled: CancelCheck) -> Iterator[GenerationEvent]:
+    """Yield the header, then each token when it is drawn, then the summary.
+
+    Raises whatever `check_cancelled` raises, which is called before every block of every pass.
+    """
+    clock = StageClock("Generate")
+    clock.add("tokenize", request.seconds)
+    model, spec = request.model, request.spec
+    yield GenerationHeader(model.provenance, request.tokens)
+
+    decoder, sampler = Decoder(model, request.layers, check_cancelled), Sampler(spec.sampling)
+    stop = _StopTexts(spec.stop)
+    lens = LensSpec(top_k=0 if spec.reading is None else spec.reading.top_k, bottom_k=0)
+    ids: Sequence[int] = [token.id for token in request.tokens]
+    generated, finished = 0, None
+    while finished is None:
+        with clock.stage("generate" if generated else "forward"):
+            logits, outputs = decoder.feed(ids)
+            chosen = sampler.draw(logits)
+        with clock.stage("project"):
+            layers = _layers(model, request.layers, outputs, chosen, lens, check_cancelled)
+            token = _token(model, logits, chosen, spec.top_k, layers)
+        ids = [chosen]
+        generated += 1
+        finished = _finished(request, chosen, stop.completed_by(token.token.raw), generated)
+        yield token
+    yield GenerationSummary(generated, clock.times(), finished)
+
+
+def _finished(
+    request: ResolvedGenerate, chosen: int, stopped: bool, generated: int
+) -> FinishReason | None:
+    """Return why the generation ends after a token, or None."""
+    if chosen in request.model.end_ids:
+        return FinishReason.END_OF_SEQUENCE
+    if stopped:
+        return FinishReason.STOP_TEXT
+    if generated < request.max_new_tokens:
+        return None
+    full = request.max_new_tokens < request.spec.max_new_tokens
+    return FinishReason.MAX_POSITIONS if full else FinishReason.MAX_NEW_TOKENS
+
+
+class _StopTexts:
+    """Finds texts in the bytes of a growing text."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = [text.encode() for text in texts]
+        self._longest = max(map(len, self._texts), default=0)
+        self._tail = b""
+
+    def completed_by(self, added: bytes) -> bool:
+        """Append bytes; return whether the text now contains one of the texts."""
+        text = self._tail + added
+        self._tail = text[max(0, len(text) - self._longest + 1) :] if self._longest else b""
+        return any(sought in text for sought in self._texts)
+
+
+def _token(
+    model: ResidentModel,
+    logits: torch.Tensor,
+    chosen: int,
+    top_k: int,
+    layers: Sequence[LayerOutcome],
+) -> GeneratedToken:
+    """Return a token with the figures of the distribution that `logits` `[vocab]` give."""
+    log_probabilities = logits.log_softmax(-1)
+    probabilities = log_probabilities.exp()
+    # A token that the model excludes has the logit minus infinity, and adds 0 to the entropy.
+    nats = -torch.where(probabilities > 0, probabilities * log_probabilities, 0.0).sum()
+    _, top_ids = highest(logits[None], top_k)
+    return GeneratedToken(
+        token=model.vocabulary.token(chosen),
+        log_probability=float(log_probabilities[chosen]),
+        entropy_bits=float(nats) / math.log(2),
+        top_ids=top_ids[0].tolist(),
+        top_probabilities=probabilities[top_ids[0]].tolist(),
+        layers=layers,
+    )
+
+
+def _layers(
+    model: ResidentModel,
+    layers: Sequence[int],
+    outputs: torch.Tensor,
+    chosen: int,
+    lens: LensSpec,
+    check_cancelled: CancelCheck,
+) -> list[LayerOutcome]:
+    """Project the outputs `[layers, d_model]` of layers, and report on the chosen token."""
+    if not layers:
+        return []
+    targets = torch.full((len(layers), 1), chosen, device=outputs.device)
+    table = read(model.view.lens, outputs, lens, targets, check_cancelled)
+    return [
+        LayerOutcome(
+            layer=layer,
+            rank=int(table.target_ranks[i, 0]),
+            probability=float(table.target_probabilities[i, 0]),
+            top_ids=table.top_ids[i].tolist(),
+        )
+        for i, layer in enumerate(layers)
+    ]

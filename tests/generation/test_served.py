@@ -1,0 +1,167 @@
+"""Generate through the wire: the client's results, errors, resuming, fairness, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import grpc
+import pytest
+from click.testing import CliRunner
+
+import januslens
+from januslens.cli.program import januslens as command
+from januslens.v1 import common_pb2, generation_pb2, service_pb2_grpc
+
+PROMPT = "The capital of Japan is the city of"
+
+
+@pytest.fixture
+def client(server_address: str) -> januslens.Client:
+    return januslens.Client(server_address)
+
+
+def test_generation_has_text_probabilities_and_layers(client: januslens.Client) -> None:
+    made = client.generate(PROMPT, layers="all", top_k=3)
+    assert made.text == " Tokyo."
+    assert made.finish_reason == "end_of_sequence"
+    assert len(made) == 3
+    assert [token.id for token in made.prompt_tokens] == made.ids_before(0)
+    first = made.tokens[0]
+    assert first.top[0][0].text == " Tokyo"
+    assert math.exp(first.log_probability) == pytest.approx(first.top[0][1], abs=1e-6)
+    assert [read.layer for read in first.layers] == [0, 1, 2, 3]
+    last = first.layers[-1]
+    assert (last.rank, last.top[0].text) == (0, " Tokyo")
+    assert last.probability == pytest.approx(first.top[0][1], abs=1e-4)
+    ranked = [read.layer for read in first.layers if read.rank == 0]
+    assert first.decided in ranked
+    assert all(read.rank == 0 for read in first.layers if read.layer >= (first.decided or 0))
+
+
+def test_frame_has_one_row_per_token(client: januslens.Client) -> None:
+    frame = client.generate(PROMPT, layers=[0, 3]).to_pandas()
+    assert list(frame["token"]) == [" Tokyo", ".", "<|endoftext|>"]
+    assert {"log_probability", "entropy_bits", "decided", "rank_0", "rank_3"} <= set(frame.columns)
+    assert "decided" not in client.generate(PROMPT).to_pandas()
+
+
+def test_trace_and_gradient_of_a_generated_token(client: januslens.Client) -> None:
+    made = client.generate(PROMPT, layers=[3])
+    trace = made.trace(1, layers=[3])
+    target = trace.target()
+    assert target.target.text == "."
+    assert target.position == len(made.prompt_tokens)
+    reported = made.tokens[1].log_probability
+    assert math.log(target.target_probability) == pytest.approx(reported, abs=1e-4)
+    other = made.trace(0, " Paris", layers=[3]).target()
+    assert other.target.text == " Paris"
+    gradient = made.gradient(0, layers=[3])
+    assert gradient.loss == pytest.approx(-made.tokens[0].log_probability, abs=1e-4)
+    assert made.trace(layers=[3]).target().target.text == "<|endoftext|>"
+    with pytest.raises(IndexError, match="no generated token 3"):
+        made.trace(3)
+
+
+async def test_asynchronous_generation_explains_its_tokens(server_address: str) -> None:
+    async with januslens.AsyncClient(server_address) as client:
+        made = await client.generate(PROMPT)
+        trace = await made.trace(0, layers=[3])
+        assert trace.target().target.text == " Tokyo"
+
+
+def test_estimate_names_the_cost(client: januslens.Client) -> None:
+    few = client.estimate_generate(PROMPT, max_new_tokens=2)
+    many = client.estimate_generate(PROMPT, max_new_tokens=60, layers="all")
+    assert few.admissible
+    assert many.flops > few.flops
+    assert many.projected_vectors == 60 * 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"sampling": generation_pb2.Sampling(temperature=-1)}, "sampling.temperature"),
+        ({"sampling": generation_pb2.Sampling(temperature=math.nan)}, "sampling.temperature"),
+        ({"sampling": generation_pb2.Sampling(temperature=math.inf)}, "sampling.temperature"),
+        ({"sampling": generation_pb2.Sampling(top_p=1.5)}, "sampling.top_p"),
+        ({"sampling": generation_pb2.Sampling(top_p=math.nan)}, "sampling.top_p"),
+        ({"stop": ["x", ""]}, "stop[1]"),
+        ({"stop": ["x" * 1025]}, "stop[0]"),
+        ({"top_k": 1001}, "top_k"),
+        ({"reading": generation_pb2.LayerReading(layers=[4])}, "reading.layers"),
+        ({"reading": generation_pb2.LayerReading(top_k=101)}, "reading.top_k"),
+    ],
+)
+def test_invalid_field_is_refused_by_name(
+    server_address: str, fields: dict[str, object], field: str
+) -> None:
+    request = generation_pb2.GenerateRequest(
+        input=common_pb2.Input(prompt="Japan"),
+        **fields,  # type: ignore[arg-type]
+    )
+    with grpc.insecure_channel(server_address) as channel:
+        stub = service_pb2_grpc.IntrospectionServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as refused:
+            list(stub.Generate(request))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(refused.value.details()).startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"max_new_tokens": 0}, ValueError),
+        ({"temperature": -1.0}, ValueError),
+        ({"temperature": "hot"}, TypeError),
+        ({"top_p": 1.5}, ValueError),
+        ({"seed": 2**64}, ValueError),
+        ({"stop": ["x", ""]}, ValueError),
+        ({"layers": []}, ValueError),
+    ],
+)
+def test_invalid_argument_is_refused_before_it_is_sent(
+    client: januslens.Client, options: dict[str, object], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        client.generate("x", **options)  # type: ignore[arg-type]
+
+
+def test_interrupted_generation_has_the_tokens_received(client: januslens.Client) -> None:
+    with client.stream_generate(PROMPT) as stream:
+        for event in stream:
+            if isinstance(event, januslens.GeneratedToken):
+                break
+        stream.close()
+        with pytest.raises(januslens.GenerationInterrupted) as cut:
+            stream.result()
+    assert isinstance(cut.value.partial, januslens.Generation)
+    assert cut.value.partial.text == " Tokyo"
+
+
+def test_command_prints_the_text_and_the_deciding_layers(server_address: str) -> None:
+    arguments = ["generate", PROMPT, "--server", server_address]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    text, *rest = result.stdout.splitlines()
+    plain = "".join(c for c in text if c not in "⁰¹²³⁴⁵⁶⁷⁸⁹")
+    assert plain == " Tokyo.<|endoftext|>"
+    assert text != plain
+    assert any("the model ended the text" in line for line in rest)
+
+
+def test_command_prints_json_lines(server_address: str) -> None:
+    arguments = ["generate", PROMPT, "--server", server_address, "--json", "--layers", "none"]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert "header" in lines[0]
+    assert lines[1]["generated"]["token"]["text"] == " Tokyo"
+    assert lines[-1]["summary"]["finishReason"] == "end_of_sequence"
+
+
+def test_command_estimates(server_address: str) -> None:
+    arguments = ["generate", PROMPT, "--server", server_address, "--estimate"]
+    result = CliRunner().invoke(command, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "Tokyo" not in result.stdout
