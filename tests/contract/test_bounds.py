@@ -71,7 +71,8 @@ def fill(message: Any, way: list[Any], length: int) -> None:
         for _ in range(length):
             getattr(message, field.name).add()
     elif field.is_repeated:
-        getattr(message, field.name).extend([1] * length)
+        entry: Any = "x" if field.type == field.TYPE_STRING else 1
+        getattr(message, field.name).extend([entry] * length)
     else:
         text = "x" * length
         setattr(message, field.name, text.encode() if field.type == field.TYPE_BYTES else text)
