@@ -125,11 +125,86 @@ class TraceSpec:
     overlap_k: int = 0
     include_checks: bool = False
     include_projections: bool = True
+    interventions: tuple[InterventionSpec, ...] = ()
 
     @property
     def keeps_vectors(self) -> bool:
         """Whether the nodes' vectors are needed, and not only their norms."""
         return self.include_projections or self.include_vectors
+
+
+@dataclass(frozen=True)
+class Zero:
+    """The values become 0."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The values are multiplied."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class SetTo:
+    """The values become `values`, of the site's shape at one position or at each of several."""
+
+    values: Vectors
+
+
+@dataclass(frozen=True)
+class Add:
+    """`coefficient * vector` is added; the vector is shaped as in `SetTo`."""
+
+    vector: Vectors
+    coefficient: float = 1.0
+
+
+@dataclass(frozen=True)
+class PatchFrom:
+    """The values become those of another prompt's pass; empty `positions` means the same ones."""
+
+    prompt: Prompt
+    positions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class MeanOver:
+    """The values become the mean over the passes of other prompts."""
+
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Normally distributed noise is added."""
+
+    standard_deviation: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class BlockSources:
+    """The sources are hidden from the queries."""
+
+
+Operation = Zero | Scale | SetTo | Add | PatchFrom | MeanOver | Noise | BlockSources
+
+
+@dataclass(frozen=True)
+class InterventionSpec:
+    """One change of a forward pass. Empty `layers` means every layer that has the site.
+
+    Other empty fields mean all. `neurons` applies to NEURONS and `sources` to ATTENTION_PATTERN.
+    """
+
+    site: Site
+    operation: Operation
+    layers: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    heads: tuple[int, ...] = ()
+    neurons: tuple[int, ...] = ()
+    sources: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +220,7 @@ class ActivationsSpec:
     positions: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     float32: bool = False
+    interventions: tuple[InterventionSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -285,3 +361,4 @@ class GradientLensSpec:
     subject: str | Span | None = None
     include_factors: bool = False
     verify: bool = False
+    interventions: tuple[InterventionSpec, ...] = ()

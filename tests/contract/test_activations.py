@@ -12,9 +12,11 @@ from januslens.v1 import (
     activations_pb2,
     common_pb2,
     cost_pb2,
+    interventions_pb2,
     models_pb2,
     service_pb2_grpc,
     sites_pb2,
+    trace_pb2,
 )
 from tests.support.calls import prompt, refused, timeless, token_ids
 
@@ -112,3 +114,82 @@ def test_invalid_fields_are_named(channel: grpc.Channel, fields: dict[str, Any],
     assert answer.fields == [path]
     estimated = cost_pb2.EstimateCostRequest(activations=request)
     assert refused(channel, "EstimateCost", estimated).text == answer.text
+
+
+def tensor(*values: float, shape: list[int] | None = None) -> common_pb2.Tensor:
+    return common_pb2.Tensor(
+        data_type=common_pb2.DATA_TYPE_FLOAT32,
+        shape=[len(values)] if shape is None else shape,
+        data=np.array(values, "<f4").tobytes(),
+    )
+
+
+JAPAN = prompt("The capital of Japan is the city of")
+OPERATIONS: dict[str, Any] = {
+    "zero": True,
+    "scale": 0.5,
+    "set": tensor(*[1.0] * 128),
+    "add": interventions_pb2.Addition(vector=tensor(*[1.0] * 128), coefficient=2.0),
+    "patch": interventions_pb2.Patch(input=prompt("The capital of Peru is the city of")),
+    "mean_over": interventions_pb2.MeanOver(inputs=[prompt("Japan is"), prompt("Peru is the")]),
+    "noise": interventions_pb2.Noise(standard_deviation=1.0, seed=3),
+    "block": True,
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_each_operation_changes_the_logits(stub: Stub, operation: str) -> None:
+    where = {"positions": [-1], "source_positions": [1]} if operation == "block" else {}
+    pattern, stream = sites_pb2.SITE_ATTENTION_PATTERN, sites_pb2.SITE_BLOCK_OUTPUT
+    change = interventions_pb2.Intervention(
+        site=pattern if operation == "block" else stream,
+        layers=[1],
+        **where | {operation: OPERATIONS[operation]},
+    )
+    request = Request(input=JAPAN, sites=[sites_pb2.SITE_LOGITS], positions=[-1])
+    before = values(list(stub.Activations(request)))
+    request.interventions.add().CopyFrom(change)
+    after = values(list(stub.Activations(request)))
+    again = values(list(stub.Activations(request)))
+    (key,) = before
+    assert not np.array_equal(before[key], after[key])
+    np.testing.assert_array_equal(after[key], again[key])
+
+
+@pytest.mark.parametrize(
+    ("fields", "path"),
+    [
+        ({}, ""),
+        ({"zero": False}, ".zero"),
+        ({"site": 99, "zero": True}, ".site"),
+        ({"scale": float("nan")}, ".scale"),
+        ({"set": tensor(1.0, shape=[2**40, 2**40])}, ".set.data"),
+        ({"set": tensor(1.0, shape=[-1])}, ".set.shape"),
+        ({"set": tensor(1.0, shape=[])}, ".set.shape"),
+        ({"set": tensor(*[float("inf")] * 128)}, ".set.data"),
+        ({"set": tensor(1.0)}, ".set.shape"),
+        ({"add": interventions_pb2.Addition(vector=tensor(float("nan")))}, ".add.vector.data"),
+        (
+            {"add": interventions_pb2.Addition(coefficient=float("inf"), vector=tensor(1.0))},
+            ".add.coefficient",
+        ),
+        ({"noise": interventions_pb2.Noise(standard_deviation=-1.0)}, ".noise.standard_deviation"),
+        ({"patch": interventions_pb2.Patch()}, ".patch.input.prompt"),
+        ({"patch": interventions_pb2.Patch(input=prompt("Japan"))}, ".patch.input"),
+        ({"mean_over": interventions_pb2.MeanOver()}, ".mean_over.inputs"),
+        (
+            {"site": sites_pb2.SITE_ATTENTION_PATTERN, "block": True},
+            ".source_positions",
+        ),
+    ],
+    ids=str,
+)
+def test_invalid_interventions_are_named(
+    channel: grpc.Channel, fields: dict[str, Any], path: str
+) -> None:
+    whole: dict[str, Any] = {"site": sites_pb2.SITE_BLOCK_OUTPUT} | fields
+    change = interventions_pb2.Intervention(**whole)
+    request = trace_pb2.TraceRequest(input=JAPAN, interventions=[change])
+    answer = refused(channel, "Trace", request)
+    assert answer.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert answer.fields == [f"interventions[0]{path}"]

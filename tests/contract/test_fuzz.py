@@ -19,6 +19,7 @@ from januslens.v1 import (
     common_pb2,
     edits_pb2,
     gradient_lens_pb2,
+    interventions_pb2,
     lens_pb2,
     models_pb2,
     trace_pb2,
@@ -162,6 +163,33 @@ PROJECTS = message(
     lens_pb2.ProjectRequest, {"vectors": TENSORS}, model=MODEL, target=TARGET, **READING
 )
 
+NEAR = st.lists(st.integers(-3, 2), max_size=2)
+INTERVENTIONS = st.lists(
+    st.sampled_from(
+        [
+            {"zero": st.just(True)},
+            {"scale": STEP},
+            {"set": TENSORS},
+            {"add": message(interventions_pb2.Addition, {"vector": TENSORS}, coefficient=STEP)},
+            {"patch": message(interventions_pb2.Patch, {"input": INPUT}, positions=NEAR)},
+            {"mean_over": message(interventions_pb2.MeanOver, inputs=st.lists(INPUT, max_size=2))},
+            {"noise": message(interventions_pb2.Noise, standard_deviation=STEP, seed=UINT32)},
+            {"block": st.just(True)},
+        ]
+    ).flatmap(
+        lambda operation: message(
+            interventions_pb2.Intervention,
+            {"site": often(st.integers(1, 16), st.integers(-1, 30)), **operation},
+            layers=LAYERS,
+            positions=NEAR,
+            heads=st.lists(often(st.integers(0, 3), UINT32), max_size=2),
+            neurons=st.lists(COUNT, max_size=2),
+            source_positions=NEAR,
+        )
+    ),
+    max_size=2,
+)
+
 ACTIVATIONS = message(
     activations_pb2.ActivationsRequest,
     {"input": INPUT},
@@ -169,8 +197,9 @@ ACTIVATIONS = message(
     revision=REVISION,
     sites=st.lists(often(st.integers(1, 16), st.integers(-1, 30)), min_size=1, max_size=4),
     layers=LAYERS,
-    positions=LAYERS,
+    positions=NEAR,
     data_type=often(st.integers(0, 1), st.integers(-1, 9)),
+    interventions=INTERVENTIONS,
     heads=st.lists(often(st.integers(0, 3), UINT32), max_size=2),
 )
 

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from januslens.v1 import common_pb2 as _common_pb2
+from januslens.v1 import interventions_pb2 as _interventions_pb2
 from januslens.v1 import sites_pb2 as _sites_pb2
 from januslens.v1 import streams_pb2 as _streams_pb2
 import builtins as _builtins
@@ -34,6 +35,7 @@ class ActivationsRequest(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
     DATA_TYPE_FIELD_NUMBER: _builtins.int
+    INTERVENTIONS_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
@@ -60,6 +62,10 @@ class ActivationsRequest(_message.Message):
         """Positions to read, from 0, or negative from the end; empty = all."""
 
     @_builtins.property
+    def interventions(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.Intervention]:
+        """Changes of the forward pass that is read."""
+
+    @_builtins.property
     def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Heads to read at sites with heads, from 0; empty = all. KEY and VALUE have key-value heads.
         INVALID_ARGUMENT if no requested site has heads.
@@ -75,11 +81,12 @@ class ActivationsRequest(_message.Message):
         layers: _abc.Iterable[_builtins.int] | None = ...,
         positions: _abc.Iterable[_builtins.int] | None = ...,
         data_type: _common_pb2.DataType.ValueType = ...,
+        interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
         heads: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "heads", b"heads", "input", b"input", "layers", b"layers", "model", b"model", "positions", b"positions", "revision", b"revision", "sites", b"sites"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "heads", b"heads", "input", b"input", "interventions", b"interventions", "layers", b"layers", "model", b"model", "positions", b"positions", "revision", b"revision", "sites", b"sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

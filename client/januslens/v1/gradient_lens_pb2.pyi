@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from januslens.v1 import common_pb2 as _common_pb2
+from januslens.v1 import interventions_pb2 as _interventions_pb2
 from januslens.v1 import lens_pb2 as _lens_pb2
 import builtins as _builtins
 import sys
@@ -147,6 +148,7 @@ class GradientLensRequest(_message.Message):
     SUBJECT_FIELD_NUMBER: _builtins.int
     INCLUDE_FACTORS_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
+    INTERVENTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -211,6 +213,12 @@ class GradientLensRequest(_message.Message):
     def subject(self) -> Global___Subject:
         """Subject of the prompt, which adds the table of segments to the summary; unset = no table."""
 
+    @_builtins.property
+    def interventions(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.Intervention]:
+        """Changes of the forward pass. The gradients are those of the changed pass, with respect to the
+        results of the matrices before any change.
+        """
+
     def __init__(
         self,
         *,
@@ -232,10 +240,11 @@ class GradientLensRequest(_message.Message):
         subject: Global___Subject | None = ...,
         include_factors: _builtins.bool = ...,
         verify: _builtins.bool = ...,
+        interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "input", b"input", "kl", b"kl", "learning_rate", b"learning_rate", "logit_difference", b"logit_difference", "loss", b"loss", "nll", b"nll", "subject", b"subject", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "include_factors", b"include_factors", "input", b"input", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "include_factors", b"include_factors", "input", b"input", "interventions", b"interventions", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015

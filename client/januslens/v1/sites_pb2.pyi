@@ -60,7 +60,8 @@ class _SiteEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Site.ValueType],
     """The model's own logits, [vocab_size]. Have no layer."""
 
 class Site(_Site, metaclass=_SiteEnumTypeWrapper):
-    """A place in the forward pass whose tensor can be read. Shapes are those of one position;
+    """A place in the forward pass whose tensor can be read, and mostly also changed. Shapes are those of
+    one position;
     docs/semantics.md defines each site.
     """
 

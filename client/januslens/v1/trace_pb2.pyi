@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from januslens.v1 import common_pb2 as _common_pb2
+from januslens.v1 import interventions_pb2 as _interventions_pb2
 from januslens.v1 import lens_pb2 as _lens_pb2
 import builtins as _builtins
 import sys
@@ -255,6 +256,7 @@ class TraceRequest(_message.Message):
     OVERLAP_K_FIELD_NUMBER: _builtins.int
     INCLUDE_CHECKS_FIELD_NUMBER: _builtins.int
     INCLUDE_PROJECTIONS_FIELD_NUMBER: _builtins.int
+    INTERVENTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -322,6 +324,12 @@ class TraceRequest(_message.Message):
     def node_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___NodeKind.ValueType]:
         """Node kinds to send; empty = all. Other nodes and their edges are left out; sums do not change."""
 
+    @_builtins.property
+    def interventions(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.Intervention]:
+        """Changes of the forward pass. The graph is that of the changed pass; what an intervention put in
+        place of parts is included in OTHER nodes.
+        """
+
     def __init__(
         self,
         *,
@@ -342,10 +350,11 @@ class TraceRequest(_message.Message):
         overlap_k: _builtins.int | None = ...,
         include_checks: _builtins.bool = ...,
         include_projections: _builtins.bool | None = ...,
+        interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "include_projections", b"include_projections", "input", b"input", "overlap_k", b"overlap_k", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "bottom_k", b"bottom_k", "include_checks", b"include_checks", "include_logit_contribution", b"include_logit_contribution", "include_projections", b"include_projections", "include_vectors", b"include_vectors", "input", b"input", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "bottom_k", b"bottom_k", "include_checks", b"include_checks", "include_logit_contribution", b"include_logit_contribution", "include_projections", b"include_projections", "include_vectors", b"include_vectors", "input", b"input", "interventions", b"interventions", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015

@@ -1,6 +1,6 @@
 """Capture a model's activations during a forward pass: taps, hooks and the captured tensors."""
 
-from januslens_server.capture.activations import LayerActivations, Rotation, Routing
+from januslens_server.capture.activations import HiddenSources, LayerActivations, Rotation, Routing
 from januslens_server.capture.hooks import (
     End,
     LinearOverlay,
@@ -9,11 +9,13 @@ from januslens_server.capture.hooks import (
     Tap,
     capturing,
     overlaid,
+    rewriting,
 )
 from januslens_server.capture.interruption import interruptible
 
 __all__ = [
     "End",
+    "HiddenSources",
     "LayerActivations",
     "LinearOverlay",
     "LowRank",
@@ -24,4 +26,5 @@ __all__ = [
     "capturing",
     "interruptible",
     "overlaid",
+    "rewriting",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +14,32 @@ class Routing:
 
     experts: torch.Tensor
     weights: torch.Tensor
+
+
+@dataclass(frozen=True)
+class HiddenSources:
+    """Sources that an intervention hides from queries, in one layer.
+
+    Each entry has heads, query positions and source positions; None means all heads.
+    """
+
+    entries: tuple[tuple[Sequence[int] | None, frozenset[int], Sequence[int]], ...]
+
+    def mask(
+        self, positions: Sequence[int], n_heads: int, n_sources: int, device: torch.device
+    ) -> torch.Tensor:
+        """Return a mask `[len(positions), n_heads, n_sources]`, True for hidden sources."""
+        hidden = torch.zeros(len(positions), n_heads, n_sources, dtype=torch.bool, device=device)
+        for heads, queries, sources in self.entries:
+            index = (
+                [i for i, position in enumerate(positions) if position in queries],
+                range(n_heads) if heads is None else heads,
+                [source for source in sources if source < n_sources],
+            )
+            numbers = (torch.tensor(list(at), dtype=torch.long, device=device) for at in index)
+            rows, units, columns = numbers
+            hidden[rows[:, None, None], units[:, None], columns] = True
+        return hidden
 
 
 @dataclass(frozen=True)
@@ -30,6 +56,10 @@ class LayerActivations:
     `attention_sum` and `mlp_sum` are the same results before a post-norm or multiplier, and None
     without one. Parallel blocks have no `residual_mid`. Mixtures of experts have `routing` instead
     of `neurons`.
+
+    Interventions set the last fields. `mapped_query` and `mapped_key` are what enters the rotation,
+    if it is not the norm of `query` and `key`. `replaced` has the names of sites whose values are
+    not the model's own.
     """
 
     block_input: torch.Tensor
@@ -49,6 +79,10 @@ class LayerActivations:
     attention_sum: torch.Tensor | None = None
     mlp_sum: torch.Tensor | None = None
     kept: Mapping[int, int] | None = None
+    mapped_query: torch.Tensor | None = None
+    mapped_key: torch.Tensor | None = None
+    hidden_sources: HiddenSources | None = None
+    replaced: frozenset[str] = frozenset()
 
     def row(self, position: int) -> int:
         """Return the row of a position in all tensors except `key` and `value`."""

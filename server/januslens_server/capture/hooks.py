@@ -46,6 +46,14 @@ class Tap:
         """Return the tapped features `[batch, pos, features]` of the module's whole tensor."""
         return select(value.transpose(1, 2) if self.heads_first else value, self.columns)
 
+    def write(self, value: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Return the module's whole tensor with other tapped `features`, shaped as `read` does."""
+        if self.columns is not None:
+            changed = (value.transpose(1, 2) if self.heads_first else value).clone()
+            changed[..., _index(self.columns)] = features
+            features = changed
+        return features.transpose(1, 2) if self.heads_first else features
+
 
 def select(whole: torch.Tensor, columns: Columns | None) -> torch.Tensor:
     """Select the `columns` of a tensor `[..., features]`.
@@ -151,6 +159,74 @@ def _recording(
         handle = tap.module.register_forward_pre_hook(before, with_kwargs=True)
     else:
         handle = tap.module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def rewriting(
+    tap: Tap, rewrite: Callable[[torch.Tensor], torch.Tensor], *, in_place: bool = False
+) -> Iterator[None]:
+    """Inside the context, replace the tapped features `[batch, pos, ...]` by `rewrite` of them.
+
+    `in_place` changes the tensor itself, for one that the model also uses under another name.
+    """
+
+    def changed(whole: torch.Tensor) -> torch.Tensor:
+        return tap.write(whole, rewrite(tap.read(whole)))
+
+    def before(
+        _module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        whole = nth_tensor(args, named, tap.argument)
+        new = changed(whole)
+        if in_place:
+            whole.copy_(new)
+            return args, named
+        return (
+            tuple(new if value is whole else value for value in args),
+            {name: new if value is whole else value for name, value in named.items()},
+        )
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
+        whole = nth_tensor(output, n=tap.argument)
+        new = changed(whole)
+        if isinstance(output, torch.Tensor):
+            return new
+        return type(output)([new if value is whole else value for value in output])
+
+    if tap.end is End.INPUT:
+        handle = tap.module.register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = tap.module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def rewriting_result(
+    module: nn.Module, rewrite: Callable[[nn.Module, tuple[Any, ...], Any], Any]
+) -> Iterator[None]:
+    """Inside the context, replace whatever a module returns by `rewrite(module, args, output)`."""
+    handle = module.register_forward_hook(rewrite)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def seeing(tap: Tap, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Inside the context, pass the tapped features of a module's output to `see`."""
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        see(tap.read(nth_tensor(output, n=tap.argument)))
+
+    handle = tap.module.register_forward_hook(after)
     try:
         yield
     finally:

@@ -75,7 +75,7 @@ class HeadRow:
         """Attention probabilities `[n_heads, sources]`."""
         scoring = self.weights.scoring
         query = self._normed_query * scoring.scale_of_query(self.position)
-        return attention_row(query, self._relative_keys, scoring)
+        return attention_row(query, self._relative_keys, scoring, self._hidden)
 
     @cached_property
     def concat(self) -> torch.Tensor:
@@ -83,6 +83,15 @@ class HeadRow:
         concat = self.acts.attention_concat[self.acts.row(self.position)].float()
         by_head: torch.Tensor = concat.unflatten(0, (self.acts.query.shape[1], -1))
         return by_head
+
+    @property
+    def _hidden(self) -> torch.Tensor | None:
+        """Sources that an intervention hides `[n_heads, sources]`, or None."""
+        if self.acts.hidden_sources is None:
+            return None
+        n_heads, device = self.acts.query.shape[1], self.acts.query.device
+        mask = self.acts.hidden_sources.mask([self.position], n_heads, self.position + 1, device)
+        return mask[0, :, self.first :]
 
     @property
     def _sources(self) -> slice:
@@ -99,6 +108,8 @@ class HeadRow:
 
     @cached_property
     def _normed_query(self) -> torch.Tensor:
+        if self.acts.mapped_query is not None:
+            return self.acts.mapped_query[self.acts.row(self.position)].float()
         normed: torch.Tensor = self.weights.query_map(self._query)
         return normed
 
@@ -109,7 +120,11 @@ class HeadRow:
     @cached_property
     def _relative_keys(self) -> torch.Tensor:
         """`k_s M_s M_p^T` `[n_heads, sources, d_head]`; products with the query are scores."""
-        keys, rotation = _by_head(self.weights.key_map(self._key), self._group), self.acts.rotation
+        if self.acts.mapped_key is not None:
+            mapped = self.acts.mapped_key[self._sources].float()
+        else:
+            mapped = self.weights.key_map(self._key)
+        keys, rotation = _by_head(mapped, self._group), self.acts.rotation
         if rotation is None:
             return keys
         return rotation.turn_back(rotation.turn(keys, self._sources), self.position)
@@ -272,9 +287,14 @@ def _add_memories(
         whole = totals.repeat_interleave(count, dim=0)
         written = [output for output in head_outputs for _ in range(count)]
         flow.parts(value_ids, written, attended[:, None] * values, whole, attended)
-    if count < pattern.shape[1] and flow.shows(NodeKind.OTHER):
+    replaced = "HEAD_RESULT" in row.acts.replaced
+    if (replaced or count < pattern.shape[1]) and flow.shows(NodeKind.OTHER):
         rest = torch.where(left_out(pattern.shape[1], sources), pattern, 0.0)
-        mixed = torch.einsum("ks,kse->ke", rest, row.values[heads.pick])
+        if replaced:  # OTHER is also what an intervention put in place of the sources' values
+            shown = torch.einsum("ks,kse->ke", pattern - rest, row.values[heads.pick])
+            mixed = row.concat[heads.pick] - shown
+        else:
+            mixed = torch.einsum("ks,kse->ke", rest, row.values[heads.pick])
         left = torch.einsum("ke,ked->kd", mixed, maps)
         others = flow.others(_heads(flow, NodeKind.HEAD_OUTPUT, heads), left)
         flow.parts(others, head_outputs, left, totals, rest.sum(1))
@@ -318,7 +338,8 @@ def _add_result(
         return flow.node(result.kind, result.vector)
     activations = row.concat.flatten()
     terms = WeightedRows(activations, weights.output.flatten(0, 1), weights.row_norms, weights.bias)
-    added = add_weighted_rows(flow, terms, ATTENTION_KINDS, selection, result)
+    replaced = "ATTENTION_OUTPUT" in row.acts.replaced
+    added = add_weighted_rows(flow, terms, ATTENTION_KINDS, selection, result, replaced=replaced)
     neurons = added.neurons
     sources = [concat] * len(neurons.ids)
     flow.edges(EdgeKind.ACTIVATE, sources, neurons.ids, activations[neurons.picked])

@@ -91,7 +91,8 @@ def block_flow(
     terms = {source: residual, attended: attention.added[row].float()}
     if acts.residual_mid is not None:
         middle = acts.residual_mid[row].float()
-        source, residual = _add_sum(flow, NodeKind.RESIDUAL_MID, middle, terms), middle
+        source = _add_sum(flow, NodeKind.RESIDUAL_MID, middle, terms, acts.replaced)
+        residual = middle
         terms = {source: middle}
     mlp = _Sublayer(
         kinds=MLP,
@@ -103,7 +104,8 @@ def block_flow(
         add=partial(add_mlp, acts=acts, weights=weights.mlp, selection=selection),
     )
     terms[_add_sublayer(flow, source, residual, mlp)] = mlp.added[row].float()
-    _add_sum(flow, NodeKind.BLOCK_OUTPUT, acts.block_output[row].float(), terms)
+    total = acts.block_output[row].float()
+    _add_sum(flow, NodeKind.BLOCK_OUTPUT, total, terms, acts.replaced)
     return flow.build()
 
 
@@ -148,13 +150,25 @@ def _add_normed(
 
 
 def _add_sum(
-    flow: FlowBuilder, kind: NodeKind, total: torch.Tensor, terms: Mapping[str, torch.Tensor]
+    flow: FlowBuilder,
+    kind: NodeKind,
+    total: torch.Tensor,
+    terms: Mapping[str, torch.Tensor],
+    replaced: frozenset[str],
 ) -> str:
-    """Add a node of the residual stream and its terms, vectors `[d_model]` by node id."""
+    """Add a node of the residual stream and its terms, vectors `[d_model]` by node id.
+
+    If an intervention replaced the sum, OTHER is the sum without its terms.
+    """
     if not flow.shows(kind):
         return flow.refer(Node(kind, flow.position, flow.layer))
     node = flow.node(kind, total)
-    flow.parts(list(terms), node, torch.stack(list(terms.values())), total)
+    ids, parts = list(terms), torch.stack(list(terms.values()))
+    if kind.name in replaced and flow.shows(NodeKind.OTHER):
+        rest = (total - parts.sum(0))[None]
+        ids += flow.others([Node(kind, flow.position, flow.layer)], rest)
+        parts = torch.cat([parts, rest])
+    flow.parts(ids, node, parts, total)
     return node
 
 
@@ -207,7 +221,8 @@ def block_nodes(facts: ModelFacts, selection: Selection, sources: int) -> Mappin
         NodeKind.MEMORY_KEY: memories,
         NodeKind.MEMORY_VALUE: memories,
         NodeKind.ATTENTION_NEURON: _neurons(selection, facts.n_heads * facts.d_head),
-        NodeKind.OTHER: heads + 3,  # one per head, one of the heads, one each of W_O and FF2
+        # One per head, one of the heads, one each of W_O and FF2, and of replaced residuals.
+        NodeKind.OTHER: heads + 5,
     }
 
 

@@ -130,7 +130,8 @@ def add_mlp(
     if not flow.shows(*MLP_KINDS, NodeKind.MLP_KEY, NodeKind.MLP_UP, NodeKind.OTHER):
         return flow.node(result.kind, result.vector)
     row = weights.row(acts, flow.position)
-    added = add_weighted_rows(flow, row.terms, MLP_KINDS, selection, result)
+    replaced = "MLP_OUTPUT" in acts.replaced
+    added = add_weighted_rows(flow, row.terms, MLP_KINDS, selection, result, replaced=replaced)
     fired = row.terms.activations[added.neurons.picked]
     _add_keys(flow, NodeKind.MLP_KEY, mlp_input, row.ff1, fired, added.neurons)
     if row.up is not None:

@@ -78,10 +78,13 @@ def add_weighted_rows(
     kinds: RowKinds,
     selection: Selection,
     result: Result,
+    *,
+    replaced: bool = False,
 ) -> Added:
     """Add a sum `activations @ rows + bias` and its terms.
 
-    Rows are selected by `activation * norm(row)` (VISIT, appendix A.5).
+    Rows are selected by `activation * norm(row)` (VISIT, appendix A.5). `replaced` means that an
+    intervention changed the sum; OTHER is then the sum without the other nodes.
     """
     picked = extremes(
         terms.activations * terms.norms, selection.top_neurons, selection.bottom_neurons
@@ -99,9 +102,13 @@ def add_weighted_rows(
     total = flow.node(result.kind, result.vector)
     flow.weighted_parts(neurons.ids, total, shown, result.vector)
     ids, parts = list[str](), list[torch.Tensor]()
-    if len(picked) < len(terms.activations) and flow.shows(NodeKind.OTHER):
-        kept = left_out(len(terms.activations), picked)
-        rest = (torch.where(kept, terms.activations, 0.0) @ terms.rows)[None]
+    if (replaced or len(picked) < len(terms.activations)) and flow.shows(NodeKind.OTHER):
+        if replaced:
+            bias = 0.0 if terms.bias is None else terms.bias
+            rest = (result.vector - shown.activations @ shown.rows - bias)[None]
+        else:
+            kept = left_out(len(terms.activations), picked)
+            rest = (torch.where(kept, terms.activations, 0.0) @ terms.rows)[None]
         ids += flow.others([Node(result.kind, flow.position, flow.layer)], rest)
         parts.append(rest)
     if terms.bias is not None:

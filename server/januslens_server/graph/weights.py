@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from januslens_server.capture import LayerActivations, Rotation
+from januslens_server.capture import HiddenSources, LayerActivations, Rotation
 from januslens_server.lens.head import Norm
 
 
@@ -60,17 +60,25 @@ class Scoring:
         return 0 if self.window is None else max(0, position + 1 - self.window)
 
 
-def attention_row(query: torch.Tensor, keys: torch.Tensor, scoring: Scoring) -> torch.Tensor:
+def attention_row(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    scoring: Scoring,
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the attention probabilities `[n_heads, sources]` of one position.
 
     `query` is `[n_heads, d_head]`. `keys` `[n_heads, sources, d_head]` end with the key of the
-    position itself, so no mask is needed.
+    position itself, so no causal mask is needed. `hidden` `[n_heads, sources]` marks sources that
+    an intervention hides.
     """
     scores = torch.einsum("he,hse->hs", query, keys) * scoring.scale
     if scoring.soft_cap is not None:
         scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
     if scoring.alibi is not None:
         scores = scores + scoring.alibi(keys.shape[1]).to(scores)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -torch.inf)
     if scoring.sinks is None:
         return scores.softmax(dim=-1)
     with_sinks = torch.cat([scores, scoring.sinks[:, None].float()], dim=-1)
@@ -83,6 +91,7 @@ def attention_patterns(
     positions: Sequence[int],
     rotation: Rotation | None,
     scoring: Scoring,
+    hidden_sources: HiddenSources | None = None,
 ) -> torch.Tensor:
     """Return the attention probabilities `[pos, n_heads, sources]` of some positions, in float32.
 
@@ -108,6 +117,9 @@ def attention_patterns(
     if scoring.window is not None:
         hidden |= sources <= at[:, None] - scoring.window
     scores = scores.masked_fill(hidden, -torch.inf)
+    if hidden_sources is not None:
+        mask = hidden_sources.mask(positions, len(scores), len(sources), scores.device)
+        scores = scores.masked_fill(mask.transpose(0, 1), -torch.inf)
     if scoring.sinks is not None:
         sinks = scoring.sinks.float()[:, None, None].expand(-1, len(positions), 1)
         scores = torch.cat([scores, sinks.to(scores.device)], dim=-1)

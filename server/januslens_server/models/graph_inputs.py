@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from januslens_server.capture import End, LayerActivations, Routing, Tap
+from januslens_server.capture import End, HiddenSources, LayerActivations, Routing, Tap
 from januslens_server.capture.hooks import rows
 from januslens_server.graph.mlp import DenseMlp
 from januslens_server.graph.weights import AttentionWeights, BlockWeights
@@ -79,7 +79,7 @@ def kept_rows(name: str, captured: torch.Tensor, positions: Sequence[int]) -> to
     tensor only the positions themselves are needed. Rows that are not selected are freed.
     """
     captured = rows(captured)
-    if name not in ("key", "value"):
+    if name not in ("key", "value", "mapped_key"):
         whole = len(positions) == len(captured)
         return captured if whole else captured[torch.tensor(positions, device=captured.device)]
     part = captured[: positions[-1] + 1]
@@ -92,10 +92,13 @@ def layer_activations(
     captured: Mapping[str, torch.Tensor],
     length: int,
     positions: Sequence[int] | None = None,
+    hidden_sources: HiddenSources | None = None,
+    replaced: frozenset[str] = frozenset(),
 ) -> LayerActivations:
     """A block's activations, from the tensors captured for a prompt of `length` tokens.
 
-    `positions` are those passed to `kept_rows`, None for all. All tensors are moved to the device
+    `positions` are those passed to `kept_rows`, None for all. `hidden_sources` and `replaced` are
+    those of the pass's interventions. All tensors are moved to the device
     where the block computes, since its input may be on another one.
     """
     attention = block.attention
@@ -105,9 +108,10 @@ def layer_activations(
     if isinstance(block.mlp, Experts):  # routing has no batch dimension
         routing = Routing(named.pop("expert_ids"), named.pop("expert_weights"))
     named = {name: rows(tensor) for name, tensor in named.items()}
-    for name in ("query", "key", "value"):
-        heads = attention.n_heads if name == "query" else attention.n_kv_heads
-        named[name] = named[name].unflatten(-1, (heads, -1))
+    for name in ("query", "key", "value", "mapped_query", "mapped_key"):
+        if name in named:
+            heads = attention.n_heads if name.endswith("query") else attention.n_kv_heads
+            named[name] = named[name].unflatten(-1, (heads, -1))
     for name, finish in (("attention", attention.finish), ("mlp", block.mlp.finish)):
         if finish is None:
             named[f"{name}_output"] = named.pop(f"{name}_sum")
@@ -115,4 +119,11 @@ def layer_activations(
             named[f"{name}_output"] = named[f"{name}_sum"] * finish.multiplier
     rotation = None if attention.rotation is None else attention.rotation(length).to(device)
     kept = None if positions is None else {p: row for row, p in enumerate(positions)}
-    return LayerActivations(routing=routing, rotation=rotation, kept=kept, **named)
+    return LayerActivations(
+        routing=routing,
+        rotation=rotation,
+        kept=kept,
+        hidden_sources=hidden_sources,
+        replaced=replaced,
+        **named,
+    )

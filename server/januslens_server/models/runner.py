@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,26 @@ from januslens_server.errors import CancelCheck
 from januslens_server.lens.backward_lens import Loss
 from januslens_server.models.failures import check_gradients, check_pass
 from januslens_server.models.graph_inputs import kept_rows, layer_activations, layer_taps
+from januslens_server.models.interventions import (
+    Intervention,
+    Interventions,
+    Source,
+)
 from januslens_server.models.matrices import Factors, MatrixKey, loaded_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import SiteKey, site_tap
 from januslens_server.models.views import Block
 from januslens_server.results import MatrixKind
+from januslens_server.specs import Site
 
 # float16 gradients below 6e-8 become 0. Scaling the loss by a power of two, which divides out
 # exactly, preserves them. The largest VJPs measured are a factor of 18 below float16's maximum
 # (docs/semantics.md).
 LOSS_SCALE = {torch.float16: 1024.0}
+
+
+# Fields of `LayerActivations` with what enters the rotation, where interventions changed it.
+MAPPED = {"mapped_query": Site.QUERY, "mapped_key": Site.KEY}
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,18 @@ class ForwardPass:
     _blocks: Sequence[Block]
     _captured: dict[int, dict[str, torch.Tensor]]
     _positions: Sequence[int]
+    _interventions: Interventions | None = None
 
     def layer(self, layer: int) -> LayerActivations:
         """The activations of a captured layer at the captured positions."""
+        changes = self._interventions
         return layer_activations(
-            self._blocks[layer], self._captured[layer], len(self.residual), self._positions
+            self._blocks[layer],
+            self._captured[layer],
+            len(self.residual),
+            self._positions,
+            changes.hidden_sources(layer) if changes else None,
+            frozenset(site.name for site in changes.sites(layer)) if changes else frozenset(),
         )
 
     def release(self, layer: int) -> None:
@@ -73,6 +90,7 @@ def read_sites(
     rows_of: Mapping[SiteKey, Sequence[int]],
     scored: Sequence[int],
     check_cancelled: CancelCheck,
+    interventions: Interventions | None = None,
 ) -> tuple[dict[SiteKey, torch.Tensor], torch.Tensor]:
     """Run a prompt and return values of sites `[rows, ...]`, and logits `[scored, vocab]`.
 
@@ -92,6 +110,7 @@ def read_sites(
     last = Tap(model.view.blocks[-1].module, End.OUTPUT)
     taps = {key: site.tap for key, site in sites.items()}
     with (
+        _changed(interventions),
         capturing({"residual": last}) as residual,
         capturing(taps, check_cancelled, modules, keep) as values,
     ):
@@ -108,6 +127,7 @@ def forward(
     check_cancelled: CancelCheck,
     positions: Sequence[int] | None = None,
     scored: Sequence[int] | None = None,
+    interventions: Interventions | None = None,
 ) -> ForwardPass:
     """Run a prompt and capture activations.
 
@@ -118,6 +138,7 @@ def forward(
         check_cancelled: Called before every block and inside long ones; may raise to stop.
         positions: Positions to capture, in ascending order; None for all.
         scored: Positions to compute logits at; None for all.
+        interventions: Changes of the pass, if any.
 
     Raises:
         NotFinite: The last residual or the logits are infinite or NaN.
@@ -130,18 +151,28 @@ def forward(
     taps = {(i, name): tap for i in captured for name, tap in layer_taps(blocks[i]).items()}
     taps[-1, "residual"] = Tap(blocks[-1].module, End.OUTPUT)
 
+    mapped = {
+        (layer, name): site_tap(model, (layer, site))
+        for layer in captured
+        for name, site in MAPPED.items()
+        if interventions and site in interventions.sites(layer)
+    }
+    taps |= {key: site.tap for key, site in mapped.items()}
+
     def keep(key: tuple[int, str], tensor: torch.Tensor) -> torch.Tensor:
         layer, name = key
+        if key in mapped:
+            tensor = mapped[key].values(tensor).flatten(1)
         return tensor if layer < 0 else kept_rows(name, tensor, positions)
 
     modules = [block.module for block in blocks]
-    with capturing(taps, check_cancelled, modules, keep) as tensors:
+    with _changed(interventions), capturing(taps, check_cancelled, modules, keep) as tensors:
         logits = _run(model, ids, scored, check_cancelled)[0]
     residual = rows(tensors.pop((-1, "residual"))).to(model.device)
     check_pass(residual, logits)
     for (layer, name), tensor in tensors.items():
         captured[layer][name] = tensor
-    return ForwardPass(residual, logits, blocks, captured, positions)
+    return ForwardPass(residual, logits, blocks, captured, positions, interventions)
 
 
 def backward(
@@ -150,6 +181,7 @@ def backward(
     loss: Loss,
     matrices: Iterable[tuple[int, MatrixKind]],
     check_cancelled: CancelCheck,
+    interventions: Interventions | None = None,
 ) -> BackwardPass:
     """Run a prompt forward and backward, and return the factors of matrices' gradients.
 
@@ -163,6 +195,8 @@ def backward(
         matrices: Layer and kind of each requested matrix.
         check_cancelled: Called at every block of both passes and inside long ones; may raise to
             stop.
+        interventions: Changes of the pass, if any. Gradients are those of the changed pass, with
+            respect to the modules' outputs before any change.
 
     Raises:
         NotFinite: The residual, the logits or a gradient are infinite or NaN.
@@ -170,11 +204,17 @@ def backward(
     blocks = model.view.blocks
     sources = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
     lowest = min((layer for layer, _ in sources), default=0)
-    taps = {tap: tap for source in sources.values() for tap in source.taps}
+    wanted = {source.whole for source in sources.values()}
+    taps = {tap: tap for source in sources.values() for tap in source.taps if tap not in wanted}
     outputs = [Tap(block.module, End.OUTPUT) for block in blocks[lowest:]]
     taps |= {tap: tap for tap in outputs}
     modules = [block.module for block in blocks]
-    with torch.enable_grad(), capturing(taps, check_cancelled, modules) as captured:
+    with (
+        torch.enable_grad(),
+        capturing({tap: tap for tap in wanted}) as own,  # before interventions change them
+        _changed(interventions),
+        capturing(taps, check_cancelled, modules) as captured,
+    ):
         with _leaf_below(model, lowest):
             scored = range(len(ids))[-loss.positions :]
             logits = _run(model, ids, scored, check_cancelled)[0].float()
@@ -182,10 +222,10 @@ def backward(
         check_pass(residual, logits.detach())
         value = loss(logits)
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
-        wanted = {source.whole for source in sources.values()}
-        for tap in {*outputs, *wanted}:
-            captured[tap].register_hook(lambda _gradient: check_cancelled())
-        vjps = _vjps(value * scale, wanted, captured)
+        for tensor in (*own.values(), *(captured[tap] for tap in outputs)):
+            if tensor.requires_grad:
+                tensor.register_hook(lambda _gradient: check_cancelled())
+        vjps = _vjps(value * scale, own)
     check_gradients([value.detach(), *vjps.values()])
     factors = {
         (layer, kind, expert): found.to(model.device)
@@ -201,6 +241,7 @@ def dense_gradient(
     loss: Loss,
     key: MatrixKey,
     check_cancelled: CancelCheck,
+    interventions: Interventions | None = None,
 ) -> torch.Tensor:
     """Compute dL/dW `[d_in, d_out]` of one matrix in float32, by autograd on the weight itself.
 
@@ -214,6 +255,7 @@ def dense_gradient(
     with (
         loaded_weights(matrix.module),
         torch.enable_grad(),
+        _changed(interventions),
         capturing({}, check_cancelled, modules),
     ):
         weight = matrix.parameter()
@@ -226,17 +268,70 @@ def dense_gradient(
                 kwargs={"input_ids": _batch(model, ids), "use_cache": False},
             ).logits
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
-        (gradient,) = torch.autograd.grad(loss(logits[0].float()) * scale, [alias])
+        (gradient,) = _gradients(loss(logits[0].float()) * scale, [alias])
     return matrix.rows_of(gradient, expert).to(model.device).float() / scale
 
 
-def _vjps(
-    value: torch.Tensor, taps: set[Tap], captured: Mapping[Tap, torch.Tensor]
-) -> dict[Tap, torch.Tensor]:
-    """Compute dL/dy `[pos, d_out]` of every tapped output."""
-    ordered = list(taps)
-    gradients = torch.autograd.grad(value, [captured[tap] for tap in ordered])
-    return {tap: rows(gradient) for tap, gradient in zip(ordered, gradients, strict=True)}
+def _vjps(value: torch.Tensor, outputs: Mapping[Tap, torch.Tensor]) -> dict[Tap, torch.Tensor]:
+    """Compute dL/dy `[pos, d_out]` of every tapped output; 0 where L does not depend on it."""
+    gradients = _gradients(value, list(outputs.values()))
+    return {tap: rows(gradient) for tap, gradient in zip(outputs, gradients, strict=True)}
+
+
+def _gradients(value: torch.Tensor, at: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    if not value.requires_grad:  # interventions cut every path
+        return [torch.zeros_like(tensor) for tensor in at]
+    return torch.autograd.grad(value, at, allow_unused=True, materialize_grads=True)
+
+
+def _changed(interventions: Interventions | None) -> AbstractContextManager[None]:
+    return interventions.active() if interventions else nullcontext()
+
+
+def prepared(
+    model: ResidentModel,
+    interventions: Sequence[Intervention],
+    length: int,
+    check_cancelled: CancelCheck,
+) -> Interventions | None:
+    """Run the prompts that interventions take values from, each once.
+
+    Returns the changes of a pass over a prompt of `length` tokens, or None if there are none.
+    """
+    if not interventions:
+        return None
+    needed: dict[tuple[int, ...], dict[SiteKey, set[int]]] = {}
+    for intervention in interventions:
+        for source in intervention.sources:
+            for key in intervention.keys:
+                rows_of = needed.setdefault(source.ids, {})
+                rows_of.setdefault(key, set()).update(source.positions)
+    found: dict[tuple[tuple[int, ...], SiteKey], tuple[list[int], torch.Tensor]] = {}
+    for ids, wanted in needed.items():
+        at = {key: sorted(positions) for key, positions in wanted.items()}
+        values, _ = read_sites(model, ids, at, (len(ids) - 1,), check_cancelled)
+        found |= {(ids, key): (at[key], values[key]) for key in at}
+
+    def rows_from(source: Source, key: SiteKey) -> torch.Tensor:
+        positions, values = found[source.ids, key]
+        return values[[positions.index(position) for position in source.positions]]
+
+    taken: dict[tuple[int, SiteKey], torch.Tensor] = {}
+    for number, intervention in enumerate(interventions):
+        for key in intervention.keys if intervention.sources else ():
+            taken[number, key] = _mean(
+                intervention, [rows_from(source, key) for source in intervention.sources]
+            )
+    return Interventions(model, interventions, length, taken)
+
+
+def _mean(intervention: Intervention, values: list[torch.Tensor]) -> torch.Tensor:
+    """Return the mean of the sources' values `[pos or 1, ...]`, over the units that change."""
+    if intervention.over_positions:
+        whole = torch.cat(values).float().mean(0, keepdim=True)
+    else:
+        whole = values[0] if len(values) == 1 else torch.stack(values).float().mean(0)
+    return whole if intervention.units is None else whole[:, list(intervention.units)]
 
 
 @contextmanager

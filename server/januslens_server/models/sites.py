@@ -24,6 +24,7 @@ SiteKey = tuple[int, Site]
 
 BEFORE_LAYERS = (Site.EMBEDDING,)
 AFTER_LAYERS = (Site.FINAL_NORM, Site.LOGITS)
+READ_ONLY = (Site.ATTENTION_INPUT, Site.MLP_INPUT, *AFTER_LAYERS)
 SITES_WITH_HEADS = (
     Site.QUERY,
     Site.KEY,
@@ -52,6 +53,18 @@ class SiteTap:
         if self.clip is not None:
             values = values.clamp(-self.clip, self.clip)
         return values if self.multiplier == 1.0 else values * self.multiplier
+
+    def replaced(self, tapped: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Return the tapped tensor that has the `new` values, shaped as `tapped`.
+
+        Where a value stays the same, the tapped tensor does so bit for bit.
+        """
+        if self.clip is None and self.multiplier == 1.0:
+            return new.reshape(tapped.shape)
+        raw = tapped.reshape(new.shape)
+        return torch.where(new == self.values(tapped), raw, new / self.multiplier).reshape(
+            tapped.shape
+        )
 
 
 def site_shape(model: ResidentModel, key: SiteKey, length: int) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ import torch
 
 from januslens_server.errors import CancelCheck
 from januslens_server.graph.weights import attention_patterns
-from januslens_server.models.runner import read_sites
+from januslens_server.models.interventions import hidden_sources
+from januslens_server.models.runner import prepared, read_sites
 from januslens_server.models.sites import AFTER_LAYERS, BEFORE_LAYERS, SiteKey
 from januslens_server.pipelines.metrics import StageClock
 from januslens_server.pipelines.resolve import ResolvedActivations
@@ -44,7 +45,8 @@ def activations(
         scored = (
             positions if any(site is Site.LOGITS for _, site in request.keys) else (len(ids) - 1,)
         )
-        values, logits = read_sites(model, ids, wanted, scored, check_cancelled)
+        changes = prepared(model, request.interventions, len(ids), check_cancelled)
+        values, logits = read_sites(model, ids, wanted, scored, check_cancelled, changes)
     yield ActivationsHeader(model.provenance, request.tokens, positions)
     for key in request.keys:
         for piece in _pieces(request, key, values, logits):
@@ -119,4 +121,11 @@ def _pattern(request: ResolvedActivations, layer: int, values: Values, rows: sli
     if attention.rotation is not None:
         rotation = attention.rotation(len(request.tokens)).to(query.device)
     positions = request.positions[rows]
-    return attention_patterns(query[rows], key, positions, rotation, attention.scoring)
+    return attention_patterns(
+        query[rows],
+        key,
+        positions,
+        rotation,
+        attention.scoring,
+        hidden_sources(request.interventions, layer),
+    )

@@ -102,7 +102,11 @@ class TraceChecks:
 
 
 def _adds_to_residual(node_id: str) -> bool:
-    """Whether a node is a term of the last residual; an OTHER node is a part of such a term."""
+    """Whether a node is a term of the last residual.
+
+    An OTHER node is a part of such a term, or what an intervention added to the residual itself.
+    """
     *place, kind = node_id.split("/")
-    adds = kind in {"BLOCK_INPUT", "ATTENTION_OUTPUT", "MLP_OUTPUT"}
-    return adds and NodeKind.OTHER.name not in place
+    if NodeKind.OTHER.name in place:
+        return kind in {"RESIDUAL_MID", "BLOCK_OUTPUT"}
+    return kind in {"BLOCK_INPUT", "ATTENTION_OUTPUT", "MLP_OUTPUT"}

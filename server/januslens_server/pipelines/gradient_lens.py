@@ -9,9 +9,10 @@ import torch
 
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.backward_lens import reconstruction_error
+from januslens_server.models.interventions import Interventions
 from januslens_server.models.matrices import MatrixKey
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.runner import BackwardPass, backward, dense_gradient
+from januslens_server.models.runner import BackwardPass, backward, dense_gradient, prepared
 from januslens_server.pipelines.factor_readings import FactorReader
 from januslens_server.pipelines.inputs import Objective
 from januslens_server.pipelines.metrics import StageClock, read
@@ -41,7 +42,8 @@ def gradient_lens(
     model, objective = request.model, request.objective
     with clock.stage("backward"):
         ids = [token.id for token in objective.tokens]
-        passed = backward(model, ids, objective.loss, request.matrices, check_cancelled)
+        changes = prepared(model, request.interventions, len(ids), check_cancelled)
+        passed = backward(model, ids, objective.loss, request.matrices, check_cancelled, changes)
         predicted = _predicted(model, passed, objective, check_cancelled)
     yield GradientHeader(
         provenance=model.provenance,
@@ -64,7 +66,7 @@ def gradient_lens(
                 continue
             check_cancelled()
             with clock.stage("verify"):
-                verified = _verified(model, objective, key, passed, check_cancelled)
+                verified = _verified(model, objective, key, passed, changes, check_cancelled)
             yield replace(matrix, verification=verified)
     yield GradientSummary(len(passed.factors), clock.times(), reader.segment_rows)
 
@@ -90,11 +92,12 @@ def _verified(
     objective: Objective,
     key: MatrixKey,
     passed: BackwardPass,
+    changes: Interventions | None,
     check_cancelled: CancelCheck,
 ) -> Guarantee:
     """Compare the sum of the factors with the dense gradient, computed for this purpose."""
     ids = [token.id for token in objective.tokens]
-    dense = dense_gradient(model, ids, objective.loss, key, check_cancelled)
+    dense = dense_gradient(model, ids, objective.loss, key, check_cancelled, changes)
     factors = passed.factors[key]
     error = reconstruction_error(factors.inputs, factors.vjps, dense)
     return Guarantee("factors = dense gradient", error, TOLERANCES[model.provenance.data_type])

@@ -13,6 +13,7 @@ from math import prod
 
 from januslens_server.errors import InvalidRequest
 from januslens_server.lens.backward_lens import Segment
+from januslens_server.models.interventions import Intervention
 from januslens_server.models.matrices import Linear
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import SiteKey, site_shape
@@ -30,6 +31,7 @@ from januslens_server.pipelines.inputs import (
     read_sites_of,
     read_target,
 )
+from januslens_server.pipelines.interventions import read_interventions
 from januslens_server.results import MatrixKind, Token
 from januslens_server.specs import (
     ActivationsSpec,
@@ -56,6 +58,7 @@ class ResolvedTrace:
     layers: tuple[int, ...]
     positions: tuple[int, ...]
     target: int | None
+    interventions: tuple[Intervention, ...]
     seconds: float
 
 
@@ -73,6 +76,7 @@ class ResolvedGradientLens:
     matrices: list[tuple[int, MatrixKind]]
     skipped: tuple[MatrixKind, ...]
     segments: dict[Segment, list[int]]
+    interventions: tuple[Intervention, ...]
     seconds: float
 
 
@@ -133,6 +137,7 @@ class ResolvedActivations:
     keys: tuple[SiteKey, ...]
     sizes: Mapping[SiteKey, int]
     heads: tuple[int, ...]
+    interventions: tuple[Intervention, ...]
     seconds: float
 
 
@@ -173,8 +178,9 @@ def resolve_trace(model: ResidentModel, spec: TraceSpec) -> ResolvedTrace:
     layers = read_layers(model, spec.layers)
     positions = read_positions(spec.positions, spec.all_positions, len(tokens))
     target = None if spec.target is None else read_single_target(model, spec.target, "target")
+    interventions = read_interventions(model, spec.interventions, len(tokens))
     seconds = time.perf_counter() - started
-    return ResolvedTrace(model, spec, tokens, layers, positions, target, seconds)
+    return ResolvedTrace(model, spec, tokens, layers, positions, target, interventions, seconds)
 
 
 def resolve_activations(model: ResidentModel, spec: ActivationsSpec) -> ResolvedActivations:
@@ -193,8 +199,17 @@ def resolve_activations(model: ResidentModel, spec: ActivationsSpec) -> Resolved
         shape = site_shape(model, key, len(tokens))
         whole = prod(shape)
         sizes[key] = whole // shape[0] * len(heads) if heads and len(shape) == 2 else whole
-    seconds = time.perf_counter() - started
-    return ResolvedActivations(model, spec, tokens, positions, keys, sizes, heads, seconds)
+    return ResolvedActivations(
+        model=model,
+        spec=spec,
+        tokens=tokens,
+        positions=positions,
+        keys=keys,
+        sizes=sizes,
+        heads=heads,
+        interventions=read_interventions(model, spec.interventions, len(tokens)),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def resolve_gradient_lens(model: ResidentModel, spec: GradientLensSpec) -> ResolvedGradientLens:
@@ -213,6 +228,9 @@ def resolve_gradient_lens(model: ResidentModel, spec: GradientLensSpec) -> Resol
         matrices=layer_matrices(model, layers[::-1], choice.kinds),
         skipped=choice.skipped,
         segments=read_segments(spec.subject, spec.prompt, objective),
+        interventions=read_interventions(
+            model, spec.interventions, len(objective.tokens), objective.prompt_length
+        ),
         seconds=time.perf_counter() - started,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from januslens_server.errors import CancelCheck
-from januslens_server.models.runner import forward
+from januslens_server.models.runner import forward, prepared
 from januslens_server.pipelines.checks import TraceChecks
 from januslens_server.pipelines.flows import LayerFlows, position_targets
 from januslens_server.pipelines.metrics import StageClock
@@ -25,6 +25,7 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
     model, spec, tokens = request.model, request.spec, request.tokens
     layers, positions = request.layers, request.positions
     with clock.stage("forward"):
+        changes = prepared(model, request.interventions, len(tokens), check_cancelled)
         passed = forward(
             model,
             [token.id for token in tokens],
@@ -32,6 +33,7 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
             check_cancelled,
             positions,
             positions if spec.include_checks else positions[-1:],
+            changes,
         )
         targets = position_targets(
             model, passed.residual, positions, request.target, check_cancelled

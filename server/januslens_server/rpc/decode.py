@@ -18,6 +18,7 @@ from januslens.v1 import (
     edits_pb2,
     generation_pb2,
     gradient_lens_pb2,
+    interventions_pb2,
     lens_pb2,
     neurons_pb2,
     trace_pb2,
@@ -26,6 +27,8 @@ from januslens_server.errors import InvalidRequest
 from januslens_server.results import MatrixKind, NodeKind
 from januslens_server.specs import (
     ActivationsSpec,
+    Add,
+    BlockSources,
     Chat,
     ChatMessage,
     DescentStep,
@@ -33,25 +36,33 @@ from januslens_server.specs import (
     ForwardShift,
     GenerateSpec,
     GradientLensSpec,
+    InterventionSpec,
     KlDivergence,
     LayerReading,
     LensKind,
     LensSpec,
     LogitDifference,
     LossSpec,
+    MeanOver,
     NegativeLogLikelihood,
+    Noise,
+    Operation,
+    PatchFrom,
     PreviewEditSpec,
     Probe,
     ProjectSpec,
     Prompt,
     Sampling,
+    Scale,
     Selection,
+    SetTo,
     Site,
     Span,
     Target,
     Text,
     TraceSpec,
     Vectors,
+    Zero,
 )
 
 _TENSOR_TYPES: dict[int, str] = {
@@ -93,6 +104,7 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         overlap_k=_tokens(request.overlap_k, "overlap_k"),
         include_checks=request.include_checks,
         include_projections=_projects(request),
+        interventions=_interventions(request.interventions),
     )
 
 
@@ -127,6 +139,7 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
         subject=_subject(request.subject) if request.HasField("subject") else None,
         include_factors=request.include_factors,
         verify=request.verify,
+        interventions=_interventions(request.interventions),
     )
 
 
@@ -143,6 +156,7 @@ def activations_spec(request: activations_pb2.ActivationsRequest) -> Activations
         positions=tuple(request.positions),
         heads=tuple(request.heads),
         float32=request.data_type == common_pb2.DATA_TYPE_FLOAT32,
+        interventions=_interventions(request.interventions),
     )
 
 
@@ -196,6 +210,77 @@ def _reading(message: generation_pb2.LayerReading) -> LayerReading:
     return LayerReading(tuple(message.layers), top_k)
 
 
+def _interventions(
+    messages: Iterable[interventions_pb2.Intervention],
+) -> tuple[InterventionSpec, ...]:
+    return tuple(
+        InterventionSpec(
+            site=_enum(Site, message.site, f"interventions[{i}].site"),
+            operation=_operation(message, f"interventions[{i}]"),
+            layers=tuple(message.layers),
+            positions=tuple(message.positions),
+            heads=tuple(message.heads),
+            neurons=tuple(message.neurons),
+            sources=tuple(message.source_positions),
+        )
+        for i, message in enumerate(messages)
+    )
+
+
+def _operation(message: interventions_pb2.Intervention, field: str) -> Operation:
+    which = message.WhichOneof("operation")
+    operation: Operation
+    match which:
+        case "zero" | "block":
+            if not getattr(message, which):
+                raise InvalidRequest(f"{field}.{which}", "invalid value false; expected true")
+            operation = Zero() if which == "zero" else BlockSources()
+        case "scale":
+            operation = Scale(_finite(message.scale, f"{field}.scale"))
+        case "set":
+            operation = SetTo(_values(message.set, f"{field}.set"))
+        case "add":
+            added = message.add
+            coefficient = added.coefficient if added.HasField("coefficient") else 1.0
+            operation = Add(
+                _values(added.vector, f"{field}.add.vector"),
+                _finite(coefficient, f"{field}.add.coefficient"),
+            )
+        case "patch":
+            prompt = _input(message.patch.input, f"{field}.patch.input")
+            operation = PatchFrom(prompt, tuple(message.patch.positions))
+        case "mean_over":
+            inputs = f"{field}.mean_over.inputs"
+            prompts = enumerate(message.mean_over.inputs)
+            operation = MeanOver(tuple(_input(prompt, f"{inputs}[{i}]") for i, prompt in prompts))
+        case "noise":
+            deviation = f"{field}.noise.standard_deviation"
+            if _finite(message.noise.standard_deviation, deviation) < 0:
+                raise InvalidRequest(deviation, "negative value; expected at least 0")
+            operation = Noise(message.noise.standard_deviation, message.noise.seed)
+        case _:
+            raise InvalidRequest(
+                field,
+                "no operation given; expected zero, scale, set, add, patch, mean_over, noise or "
+                "block",
+            )
+    return operation
+
+
+def _finite(value: float, field: str) -> float:
+    if not math.isfinite(value):
+        raise InvalidRequest(field, f"invalid value {value}; expected a finite number")
+    return value
+
+
+def _values(tensor: common_pb2.Tensor, field: str) -> Vectors:
+    """Decode a tensor of any shape to float32. Raises `InvalidRequest` for infinity and NaN."""
+    values = _tensor(tensor, field)
+    if not np.isfinite(values).all():
+        raise InvalidRequest(f"{field}.data", "infinite or NaN value; expected finite numbers")
+    return values
+
+
 def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
     """Decode a Project request. Raises `InvalidRequest` for invalid fields."""
     vectors, lens = _matrix(request.vectors), _lens(request)
@@ -214,25 +299,37 @@ def project_spec(request: lens_pb2.ProjectRequest) -> ProjectSpec:
 
 def _matrix(tensor: common_pb2.Tensor) -> Vectors:
     """Decode a tensor `[n, d_model]` or `[d_model]` to float32 `[n, d_model]`."""
-    kind = _TENSOR_TYPES.get(tensor.data_type)
-    if kind is None:
-        raise InvalidRequest(
-            "vectors.data_type", "unsupported data type; expected FLOAT32, FLOAT16 or BFLOAT16"
-        )
     shape = tuple(tensor.shape)
-    if len(shape) not in {1, 2} or min(shape) < 1:
+    if tensor.data_type in _TENSOR_TYPES and (len(shape) not in {1, 2} or min(shape) < 1):
         raise InvalidRequest("vectors.shape", f"invalid shape {list(shape)}; expected [n, d_model]")
-    size = math.prod(shape) * np.dtype(kind).itemsize
-    if len(tensor.data) != size:
-        raise InvalidRequest(
-            "vectors.data",
-            f"wrong length: expected {size} bytes for this shape, got {len(tensor.data)}",
-        )
-    values = np.frombuffer(tensor.data, dtype=kind).reshape(-1, shape[-1])
+    values = _tensor(tensor, "vectors")
+    values = values.reshape(-1, values.shape[-1])
     if len(values) > MAX_VECTORS:
         raise InvalidRequest(
             "vectors", f"too many vectors: expected at most {MAX_VECTORS}, got {len(values)}"
         )
+    return values
+
+
+def _tensor(tensor: common_pb2.Tensor, field: str) -> Vectors:
+    """Decode a tensor to float32."""
+    kind = _TENSOR_TYPES.get(tensor.data_type)
+    if kind is None:
+        raise InvalidRequest(
+            f"{field}.data_type", "unsupported data type; expected FLOAT32, FLOAT16 or BFLOAT16"
+        )
+    shape = tuple(tensor.shape)
+    if min(shape, default=1) < 1:
+        raise InvalidRequest(
+            f"{field}.shape", f"invalid shape {list(shape)}; expected sizes above 0"
+        )
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    if len(tensor.data) != size:
+        raise InvalidRequest(
+            f"{field}.data",
+            f"wrong length: expected {size} bytes for this shape, got {len(tensor.data)}",
+        )
+    values = np.frombuffer(tensor.data, dtype=kind).reshape(shape)
     if tensor.data_type == common_pb2.DATA_TYPE_BFLOAT16:
         values = (values.astype("<u4") << 16).view("<f4")  # bfloat16 is the upper half of float32
     return values.astype(np.float32)
@@ -400,6 +497,7 @@ KIB, MIB = 2**10, 2**20
 # same table.
 BOUNDS: dict[str, int] = {
     "ActivationsRequest.heads": 4 * KIB,
+    "ActivationsRequest.interventions": 256,
     "ActivationsRequest.layers": 4 * KIB,
     "ActivationsRequest.model": 256,
     "ActivationsRequest.positions": 64 * KIB,
@@ -417,13 +515,21 @@ BOUNDS: dict[str, int] = {
     "GenerateRequest.model": 256,
     "GenerateRequest.revision": 256,
     "GenerateRequest.stop": 16,
+    "GradientLensRequest.interventions": 256,
     "GradientLensRequest.layers": 4 * KIB,
     "GradientLensRequest.matrices": 64,
     "GradientLensRequest.model": 256,
     "GradientLensRequest.revision": 256,
     "Input.prompt": MIB,
     "LayerReading.layers": 4 * KIB,
+    "Intervention.heads": 4 * KIB,
+    "Intervention.layers": 4 * KIB,
+    "Intervention.neurons": 64 * KIB,
+    "Intervention.positions": 64 * KIB,
+    "Intervention.source_positions": 64 * KIB,
     "ListModelsRequest.page_token": 256,
+    "MeanOver.inputs": 64,
+    "Patch.positions": 64 * KIB,
     "PreviewEditRequest.model": 256,
     "PreviewEditRequest.probes": 64,
     "PreviewEditRequest.revision": 256,
@@ -436,6 +542,7 @@ BOUNDS: dict[str, int] = {
     "TokenIds.ids": MIB,
     "TokenizeRequest.model": 256,
     "TokenizeRequest.text": 128 * KIB,
+    "TraceRequest.interventions": 256,
     "TraceRequest.layers": 4 * KIB,
     "TraceRequest.model": 256,
     "TraceRequest.node_kinds": 64,

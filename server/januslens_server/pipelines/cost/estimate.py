@@ -17,6 +17,7 @@ from januslens_server.pipelines.cost.demand import (
 )
 from januslens_server.pipelines.cost.generate import generate_demand
 from januslens_server.pipelines.cost.gradient_lens import gradient_lens_demand, matrix_sizes
+from januslens_server.pipelines.cost.interventions import with_interventions
 from januslens_server.pipelines.cost.trace import trace_demand
 from januslens_server.pipelines.resolve import (
     Resolved,
@@ -35,11 +36,14 @@ def demand_of(request: Resolved) -> Demand:  # noqa: PLR0911 - one for each RPC
     """Return the demand of a resolved request."""
     match request:
         case ResolvedTrace():
-            return trace_demand(request)
+            own, tokens = trace_demand(request), len(request.tokens)
+            return with_interventions(own, request.model, request.interventions, tokens)
         case ResolvedActivations():
-            return activations_demand(request)
+            own, tokens = activations_demand(request), len(request.tokens)
+            return with_interventions(own, request.model, request.interventions, tokens)
         case ResolvedGradientLens():
-            return gradient_lens_demand(request)
+            own, tokens = gradient_lens_demand(request), len(request.objective.tokens)
+            return with_interventions(own, request.model, request.interventions, tokens)
         case ResolvedProject():
             return project_demand(request)
         case ResolvedPreviewEdit():

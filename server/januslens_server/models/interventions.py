@@ -1,0 +1,226 @@
+"""Interventions: change sites of a forward pass with hooks, for one request only.
+
+No weight changes. A pass runs inside `Interventions.active`, which hooks the modules that hold the
+sites. To hide sources from attention, the results of the affected heads are computed again from
+queries, keys and values, because fused kernels take no such mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from januslens_server.capture import HiddenSources, rewriting
+from januslens_server.capture.hooks import rewriting_result, seeing
+from januslens_server.graph.weights import attention_patterns
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.sites import SiteKey, SiteTap, site_tap
+from januslens_server.specs import Add, Noise, Operation, Scale, SetTo, Site, Zero
+
+
+@dataclass(frozen=True)
+class Source:
+    """Another prompt whose pass gives values: its `ids`, and the `positions` that are read."""
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A change of some sites of a model, resolved for one prompt.
+
+    `positions` are those to change, in the order of the request. `units` are heads or neurons; None
+    means all. `sources` are the prompts of a patch or mean. The values of `sources` are averaged;
+    with `over_positions`, also over their positions. `hidden` are the source positions to block.
+    """
+
+    keys: tuple[SiteKey, ...]
+    positions: tuple[int, ...]
+    units: tuple[int, ...] | None
+    operation: Operation
+    sources: tuple[Source, ...] = ()
+    over_positions: bool = False
+    hidden: tuple[int, ...] = ()
+
+
+def hidden_sources(interventions: Sequence[Intervention], layer: int) -> HiddenSources | None:
+    """Return the sources that interventions hide in a layer, or None."""
+    entries = tuple(
+        (found.units, frozenset(found.positions), found.hidden)
+        for found in interventions
+        if found.hidden and (layer, Site.ATTENTION_PATTERN) in found.keys
+    )
+    return HiddenSources(entries) if entries else None
+
+
+# Values `[positions, units, ...]` or `[positions, ...]` of the sources of an intervention.
+SourceValues = Mapping[tuple[int, SiteKey], torch.Tensor]
+
+
+class Interventions:
+    """The changes of one pass over a prompt of `length` tokens."""
+
+    def __init__(
+        self,
+        model: ResidentModel,
+        interventions: Sequence[Intervention],
+        length: int,
+        taken: SourceValues,
+    ) -> None:
+        """`taken` has the values that patches and means put in, by number of the intervention."""
+        self._model = model
+        self._interventions = interventions
+        self._length = length
+        self._taken = taken
+        self._by_key: dict[SiteKey, list[tuple[int, Intervention]]] = {}
+        for number, intervention in enumerate(interventions):
+            for key in intervention.keys:
+                self._by_key.setdefault(key, []).append((number, intervention))
+
+    def __bool__(self) -> bool:
+        """Whether anything changes."""
+        return bool(self._by_key)
+
+    def sites(self, layer: int) -> frozenset[Site]:
+        """Return the sites that change in a layer."""
+        return frozenset(site for at, site in self._by_key if at == layer)
+
+    def hidden_sources(self, layer: int) -> HiddenSources | None:
+        """Return the sources that are hidden in a layer, or None."""
+        return hidden_sources(self._interventions, layer)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside the context, forward passes of the model are changed."""
+        with ExitStack() as hooks:
+            for key in sorted(self._by_key):  # hooks of one module run in the order of the sites
+                layer, site = key
+                if site is Site.ATTENTION_PATTERN:
+                    self._hide(hooks, layer)
+                elif site is Site.ROUTER:
+                    router = site_tap(self._model, key).tap.module
+                    hooks.enter_context(rewriting_result(router, partial(self._rerouted, key)))
+                else:
+                    found = site_tap(self._model, key)
+                    rewrite = partial(self._rewritten, key, found)
+                    in_place = site is Site.RESIDUAL_MID
+                    hooks.enter_context(rewriting(found.tap, rewrite, in_place=in_place))
+            yield
+
+    def _rewritten(self, key: SiteKey, site: SiteTap, tapped: torch.Tensor) -> torch.Tensor:
+        return site.replaced(tapped, self._changed(key, site.values(tapped)))
+
+    def _rerouted(self, key: SiteKey, router: Any, args: tuple[Any, ...], output: Any) -> Any:
+        """Run a router again with changed logits in place of the result of its linear map."""
+        with _LinearResult(self._changed(key, output[0])):
+            return router.forward(*args)
+
+    def _changed(self, key: SiteKey, values: torch.Tensor) -> torch.Tensor:
+        for number, intervention in self._by_key[key]:
+            values = self._applied(intervention, self._taken.get((number, key)), values)
+        return values
+
+    def _applied(
+        self, intervention: Intervention, taken: torch.Tensor | None, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a copy of `values` `[pos, ...]` with one intervention applied."""
+        index = [torch.tensor(intervention.positions, device=values.device)]
+        if intervention.units is not None:
+            index[0] = index[0][:, None]
+            index.append(torch.tensor(intervention.units, device=values.device))
+        changed = values.clone()
+        old = values[tuple(index)]
+        changed[tuple(index)] = self._result(intervention, taken, index, old, values)
+        return changed
+
+    def _result(
+        self,
+        intervention: Intervention,
+        taken: torch.Tensor | None,
+        index: list[torch.Tensor],
+        old: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        match intervention.operation:
+            case Zero():
+                return torch.zeros_like(old)
+            case Scale(factor):
+                new = old.float() * factor
+            case SetTo(array):
+                new = torch.from_numpy(array).to(old.device)
+            case Add(array, coefficient):
+                new = old.float() + coefficient * torch.from_numpy(array).to(old.device)
+            case Noise(deviation, seed):
+                generator = torch.Generator().manual_seed(seed)
+                drawn = torch.randn(values.shape, generator=generator).to(old.device)
+                new = old.float() + deviation * drawn[tuple(index)]
+            case _:
+                if taken is None:
+                    raise ValueError("no values of another pass; expected those of a patch or mean")
+                new = taken.to(old.device)
+        return new.to(old.dtype).expand_as(old)
+
+    def _hide(self, hooks: ExitStack, layer: int) -> None:
+        """Compute the results of heads again, without the sources that are hidden from them."""
+        seen: dict[Site, torch.Tensor] = {}
+
+        def see(site: Site, found: SiteTap, tapped: torch.Tensor) -> None:
+            seen[site] = found.values(tapped)
+
+        for site in (Site.QUERY, Site.KEY, Site.VALUE):
+            found = site_tap(self._model, (layer, site))
+            hooks.enter_context(seeing(found.tap, partial(see, site, found)))
+        result = site_tap(self._model, (layer, Site.HEAD_RESULT))
+        rewrite = partial(self._without_hidden, layer, seen, result)
+        hooks.enter_context(rewriting(result.tap, rewrite))
+
+    def _without_hidden(
+        self, layer: int, seen: Mapping[Site, torch.Tensor], site: SiteTap, tapped: torch.Tensor
+    ) -> torch.Tensor:
+        hidden = self.hidden_sources(layer)
+        if hidden is None:
+            return tapped
+        attention = self._model.view.blocks[layer].attention
+        results = site.values(tapped)
+        positions = sorted({position for _, queries, _ in hidden.entries for position in queries})
+        query, key, value = seen[Site.QUERY], seen[Site.KEY], seen[Site.VALUE]
+        rotation = None
+        if attention.rotation is not None:
+            rotation = attention.rotation(self._length).to(query.device)
+        pattern = attention_patterns(
+            query[positions], key, positions, rotation, attention.scoring, hidden
+        )
+        values = value.float().repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
+        mixed = torch.einsum("phs,she->phe", pattern, values).to(results.dtype)
+        mask = hidden.mask(positions, pattern.shape[1], pattern.shape[2], pattern.device)
+        affected = mask.any(-1)[:, :, None]
+        changed = results.clone()
+        changed[positions] = torch.where(affected, mixed, results[positions])
+        return site.replaced(tapped, changed)
+
+
+class _LinearResult(TorchFunctionMode):
+    """Replaces the result of linear maps inside the context."""
+
+    def __init__(self, result: torch.Tensor) -> None:
+        super().__init__()
+        self._result = result
+
+    def __torch_function__(
+        self,
+        function: Any,
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function is functional.linear:
+            return self._result
+        return function(*args, **(kwargs or {}))

@@ -1,0 +1,265 @@
+"""Resolve the interventions of a request against a model and a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from januslens_server.errors import InvalidRequest
+from januslens_server.models.interventions import Intervention, Source
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.sites import (
+    AFTER_LAYERS,
+    BEFORE_LAYERS,
+    READ_ONLY,
+    SITES_WITH_HEADS,
+    SiteKey,
+    site_keys,
+    site_shape,
+)
+from januslens_server.pipelines.inputs import missing_site, read_layers, read_prompt
+from januslens_server.specs import (
+    Add,
+    BlockSources,
+    InterventionSpec,
+    MeanOver,
+    PatchFrom,
+    Prompt,
+    SetTo,
+    Site,
+    Vectors,
+)
+
+
+def read_interventions(
+    model: ResidentModel,
+    specs: Sequence[InterventionSpec],
+    length: int,
+    prompt_length: int | None = None,
+    field: str = "interventions",
+) -> tuple[Intervention, ...]:
+    """Resolve interventions for a pass over `length` tokens.
+
+    Negative positions count from the end of the first `prompt_length` tokens, by default of all.
+
+    Raises `InvalidRequest` with the path of the field for sites, layers, positions, heads, shapes
+    and prompts that do not fit.
+    """
+    resolved = tuple(
+        _Reader(model, spec, length, prompt_length or length, f"{field}[{i}]").read()
+        for i, spec in enumerate(specs)
+    )
+    _check_sources_left(model, resolved, field)
+    return resolved
+
+
+class _Reader:
+    """Resolves one intervention; `field` is its path in the request."""
+
+    def __init__(
+        self,
+        model: ResidentModel,
+        spec: InterventionSpec,
+        length: int,
+        prompt_length: int,
+        field: str,
+    ) -> None:
+        self._model = model
+        self._spec = spec
+        self._length = length
+        self._prompt_length = prompt_length
+        self._field = field
+
+    def read(self) -> Intervention:
+        spec = self._spec
+        keys = self._keys()
+        positions = self._positions(spec.positions, "positions")
+        resolved = Intervention(
+            keys=keys,
+            positions=positions or tuple(range(self._length)),
+            units=self._units(keys),
+            operation=spec.operation,
+        )
+        match spec.operation:
+            case SetTo(values):
+                self._check_shape(resolved, values, "set")
+            case Add(vector, _):
+                self._check_shape(resolved, vector, "add.vector")
+            case PatchFrom(prompt, at):
+                return replace(resolved, sources=(self._patch(resolved, prompt, at),))
+            case MeanOver(prompts):
+                return self._mean(resolved, prompts)
+            case BlockSources():
+                hidden = self._positions(spec.sources, "source_positions")
+                return replace(resolved, hidden=hidden or tuple(range(self._length)))
+        return resolved
+
+    def _keys(self) -> tuple[SiteKey, ...]:
+        site, layers = self._spec.site, self._spec.layers
+        if site in READ_ONLY:
+            names = ", ".join(other.name for other in Site if other not in READ_ONLY)
+            raise self._invalid("site", f"{site.name} can only be read; expected one of {names}")
+        blocked = isinstance(self._spec.operation, BlockSources)
+        if blocked != (site is Site.ATTENTION_PATTERN):
+            raise self._invalid(
+                "block" if blocked else "site",
+                "block applies to ATTENTION_PATTERN, which has no other operation",
+            )
+        if site in BEFORE_LAYERS + AFTER_LAYERS and layers:
+            raise self._invalid("layers", f"{site.name} has no layer; leave layers empty")
+        asked = read_layers(self._model, layers, f"{self._field}.layers")
+        keys = site_keys(self._model, site, asked)
+        lacking = set(asked) - {layer for layer, _ in keys}
+        if lacking and site not in BEFORE_LAYERS and (layers or not keys):
+            raise missing_site(self._model, site, min(lacking), f"{self._field}.site")
+        return tuple(keys)
+
+    def _positions(self, positions: Sequence[int], name: str) -> tuple[int, ...]:
+        """Return positions counted from the start, in the order of the request."""
+        if name == "source_positions" and self._spec.site is not Site.ATTENTION_PATTERN:
+            raise self._invalid(name, "only ATTENTION_PATTERN has sources; leave it empty")
+        return _counted(
+            positions, self._prompt_length, self._length, f"{self._field}.{name}", "the prompt"
+        )
+
+    def _units(self, keys: Sequence[SiteKey]) -> tuple[int, ...] | None:
+        """Return the heads or neurons to change, or None for all."""
+        spec = self._spec
+        if spec.sources and spec.site is not Site.ATTENTION_PATTERN:
+            raise self._invalid(
+                "source_positions", "only ATTENTION_PATTERN has sources; leave it empty"
+            )
+        if spec.heads and spec.site not in SITES_WITH_HEADS:
+            raise self._invalid("heads", f"{spec.site.name} has no heads; leave heads empty")
+        if spec.neurons and spec.site is not Site.NEURONS:
+            raise self._invalid("neurons", "only NEURONS has neurons; leave neurons empty")
+        chosen, name = (spec.heads, "heads") if spec.heads else (spec.neurons, "neurons")
+        if not chosen:
+            return None
+        count = min(site_shape(self._model, key, self._length)[0] for key in keys)
+        for unit in chosen:
+            if unit >= count:
+                raise self._invalid(
+                    name, f"{spec.site.name} has no {name[:-1]} {unit}; expected 0 to {count - 1}"
+                )
+        if len(set(chosen)) < len(chosen):
+            raise self._invalid(name, f"{name} are repeated; send each once")
+        return chosen
+
+    def _check_shape(self, resolved: Intervention, values: Vectors, name: str) -> None:
+        """Check that a tensor has the site's shape, at one position or at each of several."""
+        for key in resolved.keys:
+            shape = site_shape(self._model, key, self._length)
+            if resolved.units is not None:
+                shape = (len(resolved.units), *shape[1:])
+            each = (len(resolved.positions), *shape)
+            if values.shape not in (shape, each):
+                raise self._invalid(
+                    f"{name}.shape",
+                    f"the tensor has shape {list(values.shape)}; expected {list(shape)}, or "
+                    f"{list(each)} for {len(resolved.positions)} positions of {key[1].name}",
+                )
+
+    def _patch(self, resolved: Intervention, prompt: Prompt, at: Sequence[int]) -> Source:
+        field = f"{self._field}.patch"
+        tokens = read_prompt(self._model, prompt, field=f"{field}.input")
+        length = len(tokens)
+        positions = _counted(at, length, length, f"{field}.positions", "the other prompt")
+        if positions and len(positions) != len(resolved.positions):
+            raise InvalidRequest(
+                f"{field}.positions",
+                f"{len(positions)} positions given for {len(resolved.positions)} positions to "
+                "change; send as many",
+            )
+        if not positions and not self._spec.positions and length != self._length:
+            raise InvalidRequest(
+                f"{field}.input",
+                f"the other prompt has {length} tokens and this one {self._length}; name the "
+                "positions of both",
+            )
+        positions = positions or resolved.positions
+        if max(positions) >= length:
+            raise InvalidRequest(
+                f"{field}.input",
+                f"the other prompt has {length} tokens and no position {max(positions)}; name its "
+                "positions",
+            )
+        return Source(tuple(token.id for token in tokens), positions)
+
+    def _mean(self, resolved: Intervention, prompts: Sequence[Prompt]) -> Intervention:
+        field = f"{self._field}.mean_over.inputs"
+        if not prompts:
+            raise InvalidRequest(field, "no prompts given; send at least one")
+        read = [
+            tuple(token.id for token in read_prompt(self._model, prompt, field=f"{field}[{i}]"))
+            for i, prompt in enumerate(prompts)
+        ]
+        if all(len(ids) == self._length for ids in read):
+            return replace(resolved, sources=tuple(Source(ids, resolved.positions) for ids in read))
+        for i, ids in enumerate(read):
+            if len(ids) < 2:
+                raise InvalidRequest(
+                    f"{field}[{i}]",
+                    "the mean leaves out first positions; expected at least 2 tokens",
+                )
+        sources = tuple(Source(ids, tuple(range(1, len(ids)))) for ids in read)
+        return replace(resolved, sources=sources, over_positions=True)
+
+    def _invalid(self, name: str, description: str) -> InvalidRequest:
+        return InvalidRequest(f"{self._field}.{name}", description)
+
+
+def _counted(
+    positions: Sequence[int], prompt_length: int, length: int, field: str, of: str
+) -> tuple[int, ...]:
+    """Return positions counted from the start; negative ones count from `prompt_length`."""
+    for position in positions:
+        if not -prompt_length <= position < length:
+            raise InvalidRequest(
+                field,
+                f"position {position} is outside {of}; expected {-prompt_length} to {length - 1}",
+            )
+    counted = tuple(p + prompt_length if p < 0 else p for p in positions)
+    if len(set(counted)) < len(counted):
+        raise InvalidRequest(field, "positions are repeated; send each once")
+    return counted
+
+
+def _check_sources_left(
+    model: ResidentModel, interventions: Sequence[Intervention], field: str
+) -> None:
+    """Raise `InvalidRequest` if a query position would have no source left in a head."""
+    blocks = {i: found for i, found in enumerate(interventions) if found.hidden}
+    length = 1 + max((max(found.positions) for found in blocks.values()), default=-1)
+
+    @cache
+    def hidden_below(together: frozenset[int]) -> NDArray[np.int64]:
+        """Numbers of hidden sources below each position, from 0 to `length`."""
+        hidden = np.zeros(length + 1, dtype=np.int64)
+        for i in together:
+            hidden[[source + 1 for source in blocks[i].hidden if source < length]] = 1
+        return hidden.cumsum()
+
+    for layer, block in enumerate(model.view.blocks):
+        here = {i for i, found in blocks.items() if (layer, Site.ATTENTION_PATTERN) in found.keys}
+        for head in range(block.attention.n_heads):
+            of_head = [
+                i for i in here if blocks[i].units is None or head in (blocks[i].units or ())
+            ]
+            at: dict[int, set[int]] = {}
+            for i in of_head:
+                for position in blocks[i].positions:
+                    at.setdefault(position, set()).add(i)
+            for position, together in at.items():
+                first = block.attention.scoring.first_source(position)
+                below = hidden_below(frozenset(together))
+                if below[position + 1] - below[first] == position + 1 - first:
+                    raise InvalidRequest(
+                        f"{field}[{max(together)}].source_positions",
+                        f"position {position} would have no source left in layer {layer}, "
+                        f"head {head}; leave at least one",
+                    )
