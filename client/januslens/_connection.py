@@ -263,7 +263,8 @@ def was_cut(call: FailedCall) -> bool:
     Errors of the server carry details. Errors of proxies and of gRPC about a broken connection do
     not. The server has begun when it has sent headers; until then gRPC retries the call. A proxy
     that loses its connection to the server answers 502 or 504 with headers of its own, which gRPC
-    treats like the server's. Such calls count as begun, because they may be.
+    treats like the server's. Such calls count as begun, because the server may have begun to serve
+    them.
     """
     if not _broken(call):
         return False

@@ -72,7 +72,7 @@ class ErrorDetails:
         field_violations: The request fields that were refused.
         quota_violations: The limits that were exceeded.
         retry_after: Seconds after which the same call may succeed; None = do not repeat it.
-        metadata: Further figures, by the names in docs/errors.md.
+        metadata: Further details by name; docs/errors.md lists the names.
     """
 
     code: str
@@ -129,7 +129,7 @@ class JanuslensError(Exception):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Further figures, by the names in docs/errors.md."""
+        """Further details by name; docs/errors.md lists the names."""
         return self.details.metadata
 
 
@@ -162,7 +162,7 @@ class NotFinite(FailedPrecondition):
 
 
 class Unavailable(JanuslensError):
-    """No server answered, or it asks to retry after `retry_after` seconds."""
+    """No server answered, or the server asks for a retry after `retry_after` seconds."""
 
 
 class ModelLoading(Unavailable):

@@ -101,7 +101,7 @@ LOOP_LAG_INTERVAL = 0.25
 
 
 async def watch_event_loop() -> None:
-    """Measure, forever, how late the event loop wakes; all health checks and writes are as late."""
+    """Measure continuously how late the event loop wakes, which delays health checks and writes."""
     loop = asyncio.get_running_loop()
     while True:
         due = loop.time() + LOOP_LAG_INTERVAL

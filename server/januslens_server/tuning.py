@@ -1,4 +1,4 @@
-"""Tuning of the whole process: threads, interpreter, memory; each entry with its figure."""
+"""Process-wide tuning of threads, interpreter and memory, with the measured effect of each."""
 
 from __future__ import annotations
 

@@ -299,7 +299,7 @@ def fifo(name: str) -> Callable[[Path], str]:
 def device(folder: Path) -> str:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.json").symlink_to("/dev/zero")
-    return "'tokenizer.json' is a link out of the folder, to /dev/zero"
+    return "'tokenizer.json' links to /dev/zero, outside the folder"
 
 
 def link(name: str) -> Callable[[Path], str]:

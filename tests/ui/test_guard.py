@@ -74,8 +74,8 @@ def run(*arguments: str) -> Result:
     ("host", "text"),
     [
         ("192.0.2.1", "192.0.2.1 is not loopback"),
-        (WILDCARD, "0.0.0.0 stands for all"),
-        ("::", ":: stands for all"),
+        (WILDCARD, "0.0.0.0 is a wildcard address"),
+        ("::", ":: is a wildcard address"),
     ],
 )
 def test_host_outside_loopback_is_rejected(host: str, text: str) -> None:
@@ -88,7 +88,7 @@ def test_expose_allows_one_address_but_no_wildcard() -> None:
     result = run("--host", "192.0.2.1", "--port", "0", "--expose")  # reserved for documentation
     assert (result.exit_code, "cannot listen on 192.0.2.1" in result.stderr) == (1, True)
     result = run("--host", WILDCARD, "--port", "0", "--expose")
-    assert (result.exit_code, "stands for all" in result.stderr) == (2, True)
+    assert (result.exit_code, "is a wildcard address" in result.stderr) == (2, True)
 
 
 def test_port_in_use_is_named_in_the_error(page: LivePage) -> None:

@@ -181,9 +181,9 @@ def test_serving_beyond_loopback_requires_tls_and_authentication(
 ) -> None:
     tls = ["--tls-certificate", pem, "--tls-key", pem]
     public = ["--host", "0.0.0.0"]  # noqa: S104 - which is what this is about
-    said = "requires --callers or --tls-client-ca; --insecure"
+    said = "requires --callers or --tls-client-ca; to serve without them, pass --insecure"
     assert said in complaint([*public, *tls], capsys)
-    said = "requires --tls-certificate and --tls-key; --insecure"
+    said = "requires --tls-certificate and --tls-key; to serve without them, pass --insecure"
     assert said in complaint([*public, "--callers", pem], capsys)
     for known in (["--callers", pem], ["--tls-client-ca", pem]):
         assert not read_settings([*public, *tls, *known]).insecure

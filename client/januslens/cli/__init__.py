@@ -9,7 +9,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command; a client installed without its tables says how to get them."""
+    """Run the command, or print how to install its libraries if they are missing."""
     try:
         program = importlib.import_module("januslens.cli.program")
     except ModuleNotFoundError as error:

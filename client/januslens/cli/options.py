@@ -143,7 +143,7 @@ def with_chat(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _turns(system: str | None, user: Sequence[str], assistant: Sequence[str]) -> Chat | None:
-    """Alternate the messages of the user and the answers."""
+    """Return the messages of user and assistant in alternating order."""
     if not (user or assistant):
         if system is not None:
             message = "--system is given without --user; give both"
@@ -163,7 +163,7 @@ def _turns(system: str | None, user: Sequence[str], assistant: Sequence[str]) ->
 
 
 def _read_messages(file: IO[str]) -> Chat:
-    """Read a conversation; a file that is no JSON list is a usage error."""
+    """Read a conversation; a file that does not hold a JSON list is a usage error."""
     try:
         messages = json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -176,7 +176,7 @@ def _read_messages(file: IO[str]) -> Chat:
 
 
 def given(text: str | None, chat: Chat | None, name: str) -> None:
-    """Refuse a text together with a conversation, and neither of them.
+    """Require a text or a conversation, and not both.
 
     Raises:
         click.UsageError: Both or none were given.

@@ -81,7 +81,7 @@ class Program(click.Group):
 
 
 def _accept_any_token() -> None:
-    """Print escapes for characters that the terminal's encoding does not have."""
+    """Print escapes for characters that the terminal's encoding cannot represent."""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="backslashreplace")

@@ -56,8 +56,8 @@ class Token:
         raw: The bytes of the token.
         start: Index of its first character in the tokenized text; None for other tokens.
         end: Index after its last character in the tokenized text; None for other tokens.
-        message: Index of the message of a conversation whose content the token has a part of;
-            `start` and `end` are then characters of that content. None for other tokens.
+        message: In a conversation, the index of the message whose content includes the token;
+            `start` and `end` then count characters of that content. None for other tokens.
     """
 
     id: int

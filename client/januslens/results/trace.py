@@ -395,10 +395,10 @@ class Trace(GraphView):
         Args:
             other: The other trace.
             positions: For another prompt: the position of `other` for each position of this trace.
-                Nodes at other positions are left out. None = positions are the same.
+                Nodes at other positions are left out. None = the positions are the same.
 
         Raises:
-            ValueError: The prompts have different lengths, and there are no positions.
+            ValueError: The prompts have different lengths, and `positions` is None.
         """
         return compare_traces(self, other, positions)
 

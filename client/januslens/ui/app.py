@@ -136,7 +136,7 @@ def serve(
 def _listener(host: str, port: int, exposed: bool) -> socket.socket:
     family, address = _resolved(host, port)
     if address.is_unspecified:
-        raise ValueError(f"{host} stands for all addresses of this machine; expected one address")
+        raise ValueError(f"{host} is a wildcard address; expected a single address")
     if not (address.is_loopback or exposed):
         raise ValueError(f"{host} is not loopback; allow other machines with --expose")
     return socket.create_server((str(address), port), family=family)

@@ -292,7 +292,7 @@ class ServerSettings(BaseSettings):
             missing.append("--callers or --tls-client-ca")
         raise ValueError(
             f"serving beyond loopback on {self.host!r} requires {', and '.join(missing)}; "
-            "--insecure allows it without"
+            "to serve without them, pass --insecure"
         )
 
 

@@ -185,7 +185,7 @@ def add_attention(
 
 
 class _Heads(NamedTuple):
-    """Numbers of the selected heads in ascending order, and an index that selects them."""
+    """The selected heads in ascending order, and an index that selects them in a tensor."""
 
     numbers: list[int]
     pick: torch.Tensor | slice

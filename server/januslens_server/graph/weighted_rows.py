@@ -1,7 +1,7 @@
-"""Add sums of weight rows, the results of W_O and FF2, with their largest terms as nodes.
+"""Add the results of W_O and FF2, which sum weight rows, and their largest terms as nodes.
 
 Terms are selected as in VISIT (section 3, appendix A.5). OTHER is the sum of all other terms. Sorts
-are stable: of equal scores, the one with the lower index comes first.
+are stable: ties are broken by the lower index.
 """
 
 from __future__ import annotations

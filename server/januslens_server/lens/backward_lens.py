@@ -17,7 +17,7 @@ import torch
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss: a function `of` the float32 logits `[positions, vocab]` at the last positions."""
+    """A loss, which `of` computes from the float32 logits `[positions, vocab]` at the end."""
 
     positions: int
     of: Callable[[torch.Tensor], torch.Tensor]
@@ -92,7 +92,7 @@ def largest_first(inputs: torch.Tensor, vjps: torch.Tensor, count: int) -> torch
 def frobenius_norm(inputs: torch.Tensor, vjps: torch.Tensor) -> float:
     """Return ||sum_i x_i^T delta_i||_F in float64.
 
-    It is computed from the two Gram matrices. With so many components that the sum itself is
+    It is computed from the two Gram matrices. If there are so many components that the dense sum is
     smaller, the sum is used.
     """
     x, delta = inputs.double(), vjps.double()

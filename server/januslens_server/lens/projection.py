@@ -92,7 +92,7 @@ def read_vectors(
 def read_in_parts(
     head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor | None
 ) -> list[Readings]:
-    """Call `read_logits` for equal parts, one core each, that fit into the cache; at least one."""
+    """Call `read_logits` on equal parts that fit into the CPU's cache, each on one core."""
     rows = len(logits)
     if logits.device.type == "cpu":
         cores, cached = torch.get_num_threads(), max(1, CACHED_BYTES // (4 * logits.shape[1]))

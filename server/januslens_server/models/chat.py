@@ -63,9 +63,10 @@ class ChatTemplate:
     def render(self, chat: Chat, control: Iterable[str], field: str) -> Rendered:
         """Render a conversation.
 
-        Every content is marked by characters for private use, so that it is found in the text
-        whatever it says. `control` holds the texts of control tokens: the template does not see
-        them in contents, since templates such as Qwen3's cut contents there.
+        Every content is surrounded by private-use characters, so that it can be found in the
+        rendered text. `control` holds the texts of control tokens. They are hidden from the
+        template where a content spells them, because templates such as Qwen3's split contents at
+        them.
 
         Raises:
             InvalidRequest: There are no messages, a role is invalid, or the template refuses them.
@@ -209,7 +210,7 @@ class _Marks:
 def _cut(field: str, message: int) -> InvalidRequest:
     return InvalidRequest(
         f"{field}.messages[{message}].content",
-        "the chat template cuts this content into parts; send the conversation as a text with the "
+        "the chat template splits this content; send the conversation as a text with the "
         "model's own markup",
     )
 

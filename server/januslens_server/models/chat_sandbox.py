@@ -1,14 +1,15 @@
-"""Render a chat template: a program that `models.chat` runs in a process of its own.
+"""Render a chat template: a program that `models.chat` runs in a separate process.
 
-A chat template is a program of the model's folder, which may be hostile. jinja2's sandbox keeps it
-from Python's objects but not from computing for ever, so this process has limits of its own, and
-its parent ends it after a time. Standard input has the template and its variables as JSON, standard
-output the result as JSON: the `text`, why the template `refused` the messages, or why it is
-`unusable`.
+A chat template is a program in the model's folder, which may be hostile. jinja2's sandbox denies it
+access to Python's objects but does not limit its running time. So this process sets limits for
+itself, and its parent kills it after a timeout. Standard input has the template and its variables
+as JSON, standard output the result as JSON: the `text`, why the template `refused` the messages, or
+why it is `unusable`.
 
 The environment has the names that transformers gives to templates
-(https://huggingface.co/docs/transformers/chat_templating_writing), because they are written for it.
-This file imports neither torch nor the server, so that it starts in a fraction of a second.
+(https://huggingface.co/docs/transformers/chat_templating_writing), because templates are written
+for transformers. This file imports neither torch nor the server, so that it starts in a fraction of
+a second.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MAX_RENDERED = 16 * 2**20
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, for training; the text is its body."""
+    """`{% generation %}` marks the assistant's text for training; only its body is rendered."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 reads it from the class
 
@@ -44,7 +45,7 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """jinja2's namespace without private attributes, which would reach Python's objects."""
+    """jinja2's namespace without private attributes, which give access to Python's objects."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

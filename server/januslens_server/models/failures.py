@@ -29,10 +29,10 @@ def check_weights(network: nn.Module) -> None:
 
 
 def check_pass(residual: torch.Tensor, logits: torch.Tensor) -> None:
-    """Raise `NotFinite` if the last residual `[pos, d_model]` or the logits `[pos, vocab]` are not.
+    """Raise `NotFinite` unless the last residual `[pos, d_model]` and the logits are finite.
 
     An overflow in an earlier layer stays in the residual stream, so checking its end is enough.
-    Logits may be minus infinity, by which some models exclude tokens.
+    Logits `[pos, vocab]` may be minus infinity, because some models exclude tokens with them.
     """
     if not _finite(residual) or not bool((logits.amax(-1) < torch.inf).all()):
         raise NotFinite(
@@ -73,7 +73,7 @@ def _advice(data_type: torch.dtype) -> str:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    """Whether all values are finite, from the extremes: this needs no tensor of the same size."""
+    """Whether all values are finite; checks only the extremes, which needs no large tensor."""
     if not tensor.numel():
         return True
     return bool(torch.stack(torch.aminmax(tensor.detach())).isfinite().all())

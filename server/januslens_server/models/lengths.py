@@ -149,8 +149,8 @@ def miniature(
             reasons.append(str(error).split("\n", maxsplit=1)[0])
     names = ", ".join(length.name for length in lengths)
     raise ModelFailed(
-        f"cannot check the attention beyond {names} of the configuration: a small model of the "
-        f"family could not be built ({reasons[0]})"
+        f"cannot check the attention of prompts longer than {names}: a small model of the family "
+        f"could not be built ({reasons[0]})"
     )
 
 
@@ -284,8 +284,8 @@ def check_lengths(
         one = next((length for length in lengths if unlike([length]) is not None), None)
         names = ", ".join(length.name for length in (lengths if one is None else [one]))
         raise ModelFailed(
-            f"cannot reproduce the attention of layer {layer} beyond {names} of the configuration: "
-            "the model uses it in an unknown way"
+            f"cannot reproduce the attention of layer {layer} for prompts longer than {names}: the "
+            "model uses this setting in an unknown way"
         )
 
 

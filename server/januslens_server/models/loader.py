@@ -259,7 +259,7 @@ def _weight_files(folder: Path) -> list[str]:
 def _read_header(folder: Path, name: str) -> dict[str, int]:
     """Return the number of values of every tensor in a weights file.
 
-    Refuses a file that is missing, truncated, or has weights in other than float formats.
+    Refuses a file that is missing, truncated, or has weights that are not floating-point.
     """
     if not (folder / name).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))

@@ -34,15 +34,15 @@ class TooManyTokens(ValueError):
 
 
 class TokenizerFailed(ValueError):
-    """The `tokenizers` library gave up on a text or a file."""
+    """The `tokenizers` library failed on a text or a file."""
 
 
 @contextmanager
 def reported_failures() -> Iterator[None]:
     """Raise `TokenizerFailed` for errors and panics of the `tokenizers` library.
 
-    Its errors are of the class `Exception` itself. It panics where a pattern backtracks too often,
-    for example; the exception of a panic does not derive from `Exception` and would end the thread.
+    The library raises plain `Exception`. It can also panic, for example if a pattern backtracks too
+    often. The exception of a panic does not derive from `Exception` and would end the thread.
     """
     try:
         yield
@@ -110,7 +110,7 @@ class Vocabulary:
             at_most: Maximum number of tokens.
 
         Raises:
-            TokenizerFailed: The tokenizer gave up on the text.
+            TokenizerFailed: The tokenizer failed on the text.
             TooManyTokens: The text has more than `at_most` tokens.
         """
         tokenizer = self._literal_prompts if literal else self._prompts
@@ -135,7 +135,7 @@ class Vocabulary:
         Raises:
             InvalidRequest: The messages are invalid; `field` is the path of the conversation.
             NoChatTemplate: The chat template is missing or cannot be used.
-            TokenizerFailed: The tokenizer gave up on the text.
+            TokenizerFailed: The tokenizer failed on the text.
             TooManyTokens: The conversation has more than `at_most` tokens.
         """
         rendered = self._chat.render(chat, self._control.values(), field)
@@ -149,8 +149,9 @@ class Vocabulary:
     def _encode_rendered(self, rendered: Rendered, at_most: int | None) -> _Encoded:
         """Encode a rendered conversation, with control tokens only in the template's own text.
 
-        These are found where all contents are replaced by other words. If the contents add none,
-        the text is encoded as it is. Otherwise the texts between them are encoded as literal ones.
+        To find these tokens, all contents are replaced by other words. If the contents add no
+        control tokens, the text is encoded as it is. Otherwise the texts between the template's
+        control tokens are encoded as literal texts.
         """
         text, hidden = rendered.text, _without_contents(rendered)
         whole, shown = _encoded(self._prompts, [text, hidden])
@@ -191,7 +192,7 @@ class Vocabulary:
         encoded as that token. In a longer text, control tokens are encoded as ordinary characters.
 
         Raises:
-            TokenizerFailed: The tokenizer gave up on the text.
+            TokenizerFailed: The tokenizer failed on the text.
             TooManyTokens: The text has more than `at_most` tokens.
         """
         if not literal and (found := [i for i, name in self._control.items() if name == text]):
@@ -439,7 +440,7 @@ class _Pieces:
         self._verbatim = {i for i, t in added.items() if t.special or self._is_byte_level}
 
     def raw(self, token_id: int) -> bytes:
-        """Bytes of one token; empty for an id beyond the tokenizer's, which a padded head has."""
+        """Bytes of one token; empty for an id that only a padded output head has."""
         piece = self._tokenizer.id_to_token(token_id)
         if piece is None:
             return b""
@@ -452,7 +453,7 @@ class _Pieces:
         return self._in_text(piece).encode()
 
     def _in_text(self, piece: str) -> str:
-        """Decode a piece as inside a text, with its space, if any."""
+        """Decode a piece as it appears inside a text, including its space, if any."""
         if self._suffix and piece.endswith(self._suffix):  # a word's end is followed by a space
             return piece.removesuffix(self._suffix) + " "
         decoder = self._tokenizer.decoder

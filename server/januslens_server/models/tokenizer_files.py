@@ -116,7 +116,7 @@ def _check_tokenizer(file: Path) -> None:
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object; `tokenizers` would read another of its repeated keys than this module."""
+    """Build an object without repeated keys, which `tokenizers` reads differently from Python."""
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ModelFailed("tokenizer.json repeats a key in an object")
@@ -143,7 +143,7 @@ def _check_added(name: str, tokens: object, kind: type) -> None:
 
 
 def _check_step(name: str, step: object) -> None:
-    """Refuse a step that is described at great length, or that makes texts much longer."""
+    """Refuse a step whose description is too long, or that makes texts much longer."""
     tables = [part["precompiled_charsmap"] for part in _parts(step) if _has_table(part)]
     size = len(json.dumps(step)) - sum(map(len, tables))
     if size > MAX_STEP or max(map(len, tables), default=0) > MAX_TABLE:
@@ -187,9 +187,10 @@ def _growth(part: Mapping[str, Any]) -> float:
 
 
 def _longest_mapped(table: str) -> int:
-    """The most bytes into which SentencePiece's table of characters turns one.
+    """The maximum number of bytes to which SentencePiece's character map expands one character.
 
-    The table begins with the size of a tree of characters; texts that end with NUL follow the tree.
+    The map begins with the size of a trie of characters; after the trie come texts that end with
+    NUL.
     """
     try:
         content = base64.b64decode(table)
@@ -202,7 +203,7 @@ def _longest_mapped(table: str) -> int:
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
     """Read the chat template as transformers finds it, with the special tokens by their names.
 
-    Raises `ModelFailed` if it is too long or no text.
+    Raises `ModelFailed` if it is too long or not a string.
     """
     file = folder / "chat_template.jinja"
     source = file.read_text() if file.is_file() else config.get("chat_template")

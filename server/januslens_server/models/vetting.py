@@ -158,7 +158,7 @@ def _check_entry(entry: Path, root: Path) -> None:
     target = entry.resolve()
     if not target.is_relative_to(root):
         raise ModelFailed(
-            f"{entry.name!r} is a link out of the folder, to {target}; copy the file into it"
+            f"{entry.name!r} links to {target}, outside the folder; copy the file into the folder"
         )
     try:
         status = target.stat()
@@ -196,8 +196,8 @@ def read_json(path: Path) -> Mapping[str, Any]:
 def check_entries(path: Path, limit: int) -> None:
     """Refuse a file with too many entries, before it is parsed.
 
-    Every entry of JSON begins behind a comma or a bracket, every entry of another file on a line of
-    its own.
+    An entry of a JSON file begins after a comma or a bracket, an entry of another file on its own
+    line.
     """
     content = path.read_bytes()
     marks = (b",", b"[", b"{") if path.suffix == ".json" else (b"\n",)
@@ -250,7 +250,7 @@ def _check_key(name: str, key: str, value: object) -> None:
 
 
 def _text_of(error: Exception) -> str:
-    """Return an error's text, in which Python's failed look-ups are put in words."""
+    """Return an error's text; describe Python's failed look-ups in words."""
     if isinstance(error, AttributeError):
         quoted = QUOTED.findall(str(error))
         name = error.name or (quoted[0] if quoted else "field")
@@ -276,7 +276,7 @@ def one_line(error: Exception) -> str:
 
 
 def compute_attention_with_torch(config: PreTrainedConfig) -> None:
-    """Let transformers choose the attention wherever a configuration names another package's."""
+    """Let transformers choose the attention if a configuration names that of another package."""
     parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
     for part in parts:
         chosen = getattr(part, "_attn_implementation", None)

@@ -1,9 +1,9 @@
 """The parts of a causal language model, independent of its architecture family.
 
 Adapters, one function per architecture family, build a `ModelView`; nothing else depends on module
-names. `check_parameters` refuses a model with a parameter that no part includes: routed experts
-beside a shared one, a gate, an adapter. Their results would be missing from every sum. Parameters
-of activation functions and of parts that a forward pass never calls add nothing of their own.
+names. `check_parameters` refuses a model with a parameter that no part includes, such as that of a
+shared expert, a gate or an adapter. Its results would be missing from every sum. Parameters of
+activation functions and of parts that a forward pass never calls add nothing of their own.
 
 Row convention: a linear map is `y = x W + b` with `W: [d_in, d_out]`.
 """
@@ -169,10 +169,10 @@ def check_parameters(network: PreTrainedModel, view: ModelView) -> None:
 
 @torch.inference_mode()
 def _unused_parts(network: PreTrainedModel, view: ModelView) -> set[int]:
-    """The ids of parameters in children of blocks of which a forward pass calls no module.
+    """Return the ids of parameters in children of blocks that a forward pass never calls.
 
-    Cross-attention is such a child where a decoder runs without an encoder. A part that is skipped
-    inside a child that does run (an expert that no token is routed to) is not.
+    For example, a decoder without an encoder never calls its cross-attention. A skipped module
+    inside a child that does run, such as an expert that no token is routed to, is not unused.
     """
     children = [child for block in view.blocks for child in block.module.children()]
     called: set[nn.Module] = set()

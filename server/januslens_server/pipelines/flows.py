@@ -62,7 +62,7 @@ NODES_AT_ONCE = 512
 
 
 def positions_at_once(spec: TraceSpec, facts: ModelFacts, tokens: int) -> int:
-    """Return how many positions of a prompt of so many tokens make a piece."""
+    """Return the number of positions in a piece, given the length of the prompt."""
     counts = block_nodes(facts, spec.selection, tokens)
     shown = spec.node_kinds if spec.node_kinds and not spec.include_checks else counts.keys()
     nodes = sum(counts.get(kind, 0) for kind in shown)

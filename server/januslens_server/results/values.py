@@ -169,7 +169,7 @@ class Guarantee:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The sizes of a model, with the names of the contract."""
+    """The sizes of a model; the names are those of the contract."""
 
     n_layers: int
     n_heads: int

@@ -78,7 +78,8 @@ class Health(health_pb2_grpc.HealthServicer):
     def drain(self) -> None:
         """Report NOT_SERVING for every service from now on.
 
-        Called when the server stops, or when the device is lost, which only a new process can use.
+        Called when the server stops, or when the device is lost, because only a new process can use
+        it again.
         """
         self._draining = True
         self._statuses = dict.fromkeys(self._statuses, NOT_SERVING)

@@ -42,7 +42,7 @@ class Receptions:
     """The messages that a server is receiving, apart from health checks."""
 
     def __init__(self) -> None:
-        """Start without any message being received."""
+        """Start with no message being received."""
         self._places = _Places(AT_ONCE)
         self._callers: dict[str, _Places] = {}
         self._calls = 0

@@ -99,7 +99,7 @@ def milliseconds(seconds: float) -> int:
 
 
 def shortened(text: str, limit: int = TEXT_BYTES) -> str:
-    """Cut a text to `limit` bytes of UTF-8 and an ellipsis if it is longer."""
+    """Truncate a text that is longer than `limit` bytes of UTF-8, and add an ellipsis."""
     encoded = text.encode(errors="replace")  # paths may have lone surrogates, which UTF-8 lacks
     cut = len(encoded) > limit
     return encoded[:limit].decode(errors="ignore") + (" ..." if cut else "")

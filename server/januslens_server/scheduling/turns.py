@@ -25,7 +25,7 @@ class FairQueue(Generic[T]):
         self._level = 0.0
 
     def __iter__(self) -> Iterator[T]:
-        """All that wait, each caller's in order."""
+        """All waiting items, those of each caller in order."""
         for items in self._waiting.values():
             yield from items
 
@@ -107,7 +107,7 @@ class Turns:
         self._started: set[Job] = set()
 
     def __iter__(self) -> Iterator[Job]:
-        """All that wait for a turn, each caller's in order."""
+        """All requests that wait for a turn, those of each caller in order."""
         return iter(self._ready)
 
     def __len__(self) -> int:

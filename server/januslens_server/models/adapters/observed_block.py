@@ -127,7 +127,7 @@ def _gives(norm: Norm, call: ModuleCall) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm: it has one weight vector and is named so."""
+    """Whether a module is a norm: it has one weight vector, and its class is named a norm."""
     weight = getattr(module, "weight", None)
     named = "norm" in type(module).__name__.lower()
     return named and isinstance(weight, torch.Tensor) and weight.dim() == 1

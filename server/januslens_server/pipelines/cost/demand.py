@@ -55,7 +55,7 @@ def pass_flops(sizes: CostSizes, tokens: int, scored: int = 1) -> float:
 
 
 def lens_flops(sizes: CostSizes, vectors: int) -> float:
-    """Return the operations of unembedding a number of vectors."""
+    """Return the floating-point operations of unembedding this many vectors."""
     return 2.0 * sizes.facts.d_model * sizes.facts.vocab_size * vectors
 
 

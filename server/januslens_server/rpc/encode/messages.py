@@ -44,7 +44,7 @@ ReadToken = Callable[[int], Token]
 
 
 class Body(Protocol):
-    """A message with the texts of tokens that its stream has not sent before."""
+    """A message with the texts of those tokens that its stream has not sent before."""
 
     @property
     def tokens(self) -> RepeatedCompositeFieldContainer[common_pb2.Token]:
