@@ -193,8 +193,8 @@ MEASURES = (
     ),
     Measure(
         "shares",
-        "distance from 1 of the shares into every sum, at every layer and position, and the "
-        "checks that the trace itself reports",
+        "difference from 1 of the total share of the parts of each sum, at every layer and "
+        "position, and the checks that the trace itself reports",
         shares,
         1e-5,
     ),
