@@ -125,6 +125,7 @@ def test_service_offers_exactly_the_published_methods() -> None:
         "GradientLens": ("GradientLensRequest", "GradientLensResponse", True),
         "PreviewEdit": ("PreviewEditRequest", "PreviewEditResponse", False),
         "Activations": ("ActivationsRequest", "ActivationsResponse", True),
+        "Generate": ("GenerateRequest", "GenerateResponse", True),
         "FindNeurons": ("FindNeuronsRequest", "FindNeuronsResponse", False),
         "EstimateCost": ("EstimateCostRequest", "EstimateCostResponse", False),
     }
