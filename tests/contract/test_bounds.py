@@ -11,8 +11,21 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from januslens_server.rpc.decode import BOUNDS
-from tests.support.calls import methods, refused
+from januslens.v1 import common_pb2, edits_pb2, trace_pb2
+from januslens_server.errors import InvalidRequest
+from januslens_server.rpc.decode import BOUNDS, check_counts
+from tests.support.calls import SERVICE, methods, refused
+
+
+def nested(number: int, content: bytes) -> bytes:
+    """A field of bytes or of a message, as protobuf encodes it."""
+    size, length = len(content), bytearray()
+    while size > 127:
+        length.append(size & 127 | 128)
+        size >>= 7
+    tag = [number << 3 | 2] if number < 16 else [(number << 3 | 2) & 127 | 128, number >> 4]
+    return bytes([*tag, *length, size]) + content
+
 
 API = Path(__file__).parents[2] / "docs" / "api.md"
 
@@ -97,3 +110,56 @@ def test_the_page_has_every_bound() -> None:
         for name in re.findall(r"`(\S+)`", names)
     }
     assert listed == BOUNDS
+
+
+CHAT = common_pb2.Input.DESCRIPTOR.fields_by_name["chat"].number
+MESSAGES = common_pb2.Chat.DESCRIPTOR.fields_by_name["messages"].number
+PROBES = edits_pb2.PreviewEditRequest.DESCRIPTOR.fields_by_name["probes"].number
+EMPTY = [
+    (edits_pb2.PreviewEditRequest, "probes", b""),
+    (edits_pb2.PreviewEditRequest, "input", b""),
+    (trace_pb2.TraceRequest, "layers", None),
+    (trace_pb2.TraceRequest, "input", nested(CHAT, nested(MESSAGES, b"") * 2_000_000)),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "content"), EMPTY, ids=["probes", "input", "layers", "chat"]
+)
+def test_requests_with_very_many_fields_are_refused_before_they_are_parsed(
+    channel: grpc.Channel, kind: Any, field: str, content: bytes | None
+) -> None:
+    """Two million empty messages in 4 MiB would take 128 MiB and hold up other calls."""
+    number = kind.DESCRIPTOR.fields_by_name[field].number
+    one = bytes([number << 3, 0]) if content is None else nested(number, content)
+    encoded = one * ((4 * 2**20 - 1000) // len(one))
+    with pytest.raises(InvalidRequest, match="too many fields; expected at most 5000"):
+        check_counts(kind.DESCRIPTOR, encoded)
+    method = kind.DESCRIPTOR.name.removesuffix("Request")
+    call: Any = channel.unary_stream(SERVICE + method)
+    with pytest.raises(grpc.RpcError, match="too many fields"):
+        list(call(encoded))
+
+
+def test_large_requests_within_all_bounds_are_not_refused_for_their_fields() -> None:
+    ids = common_pb2.TokenIds(ids=range(2**20))
+    probes = [edits_pb2.Probe(label="x" * 4096)] * 64
+    chat = common_pb2.Chat(messages=[common_pb2.ChatMessage(role="user", content="x" * 100)] * 1024)
+    for request in (
+        trace_pb2.TraceRequest(
+            input=common_pb2.Input(token_ids=ids), positions=range(2**16), layers=range(4096)
+        ),
+        edits_pb2.PreviewEditRequest(input=common_pb2.Input(chat=chat), probes=probes),
+    ):
+        check_counts(request.DESCRIPTOR, request.SerializeToString())
+
+
+def test_counting_reads_encoded_fields_as_protobuf_does() -> None:
+    """Fields of every wire type before the many: a wrong length would end the count early."""
+    many = nested(PROBES, b"") * 100_000
+    fixed = b"\xf9\x07" + bytes(8) + b"\xfd\x07" + bytes(4) + b"\xf8\x07\xff\xff\x01"
+    encoded = fixed + nested(127, bytes(300)) + many
+    request = edits_pb2.PreviewEditRequest.FromString(encoded)
+    assert len(request.probes) == 100_000
+    with pytest.raises(InvalidRequest, match="too many fields"):
+        check_counts(request.DESCRIPTOR, encoded)

@@ -13,9 +13,9 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2
 
-from januslens.v1 import models_pb2, service_pb2_grpc
+from januslens.v1 import common_pb2, models_pb2, service_pb2_grpc, trace_pb2
 from januslens_server.rpc.reception import AT_ONCE, OF_ONE_CALLER
-from tests.hostile.raw_peer import HEALTH, RawPeer
+from tests.hostile.raw_peer import HEALTH, RawPeer, framed
 from tests.support.calls import SERVICE
 from tests.support.memory import open_files, resident_bytes
 from tests.support.server import ServerProcess, running_server
@@ -26,6 +26,8 @@ METHOD = SERVICE + "Tokenize"
 MEMORY = 200 * 2**20
 # The messages that are received at once, and as much again of the allocator and of windows.
 HALF_SENT_MEMORY = 2 * AT_ONCE * 4 * 2**20
+# One message of the eight that one address may have received, as bytes, parsed and decoded.
+WHOLE_MEMORY = OF_ONE_CALLER * 64 * 2**20
 # Health answers within 50 ms on an idle machine; tests share theirs.
 HEALTH_SECONDS = 2.0
 
@@ -211,3 +213,23 @@ def test_readers_that_never_read_use_bounded_memory(limited: ServerProcess) -> N
             peer = stack.enter_context(RawPeer(limited.address, window=0))
             for _ in range(STREAMS // 2):
                 peer.call(METHOD, models_pb2.TokenizeRequest(text="Japan"))
+
+
+def test_whole_large_requests_use_bounded_memory_and_do_not_delay_another_address(
+    limited: ServerProcess,
+) -> None:
+    """Each has a million token ids, which take nine times the memory once they are decoded."""
+    ids = common_pb2.TokenIds(ids=[1] * (2**20))
+    request = trace_pb2.TraceRequest(input=common_pb2.Input(token_ids=ids))
+    before = resident_bytes(limited)
+    with ExitStack() as stack:
+        for _ in range(2):
+            peer = stack.enter_context(RawPeer(limited.address, source="127.0.0.9"))
+            for _ in range(OF_ONE_CALLER // 2):
+                stream = peer.headers(SERVICE + "Trace")
+                with suppress(TimeoutError):
+                    peer.send(stream, framed(request.SerializeToString()), end=True, seconds=0.5)
+        channel = stack.enter_context(grpc.insecure_channel(limited.address))
+        served(channel)
+        assert resident_bytes(limited) - before < WHOLE_MEMORY
+    assert "Traceback" not in limited.log

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from januslens_server.errors import LimitExceeded, readable_size
 from januslens_server.pipelines.cost import Demand, Pace, demand_of
 from januslens_server.pipelines.resolve import Resolved
 from januslens_server.results import Cost
+from januslens_server.rpc.places import PREPARATION
 
 # Weight of one request in the running average of measured seconds relative to expected seconds.
 LEARNING_RATE = 0.1
@@ -70,19 +71,19 @@ class Admission:
         self._paces = paces
         self._corrections: dict[tuple[str, type[Resolved]], float] = defaultdict(lambda: 1.0)
 
-    async def admit(self, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
+    async def admit(self, model: str, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
         """Resolve and estimate a request, and check the limits.
 
         Raises `InvalidRequest` as `resolve` does, and `LimitExceeded` above a limit.
         """
-        estimate = await self.estimate(resolve)
+        estimate = await self.estimate(model, resolve)
         for error in self.exceeded(estimate.cost):
             raise error
         return estimate
 
-    async def estimate(self, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
+    async def estimate(self, model: str, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
         """Resolve and estimate a request, in a thread because resolving tokenizes prompts."""
-        request, demand = await asyncio.to_thread(_counted, resolve)
+        request, demand = await PREPARATION.run(model, partial(_counted, resolve))
         pace, correction = self._paces[request.model.name], self._corrections[_key(request)]
         seconds = pace.seconds(demand) * correction
         cost = Cost(seconds, demand.memory, demand.stream, demand.held, demand.generated)

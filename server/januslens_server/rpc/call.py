@@ -35,6 +35,7 @@ from januslens_server.results import (
     TraceHeader,
     TraceSummary,
 )
+from januslens_server.rpc.places import leave_places
 from januslens_server.rpc.status import STATUS, milliseconds, status_of
 from januslens_server.scheduling.job import QueuedRequest
 
@@ -123,6 +124,7 @@ class Call:
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
+        leave_places()
         if error is None:
             await self.send_headers()
             self._end(grpc.StatusCode.OK)

@@ -1,8 +1,9 @@
 """Receive requests within bounds on memory, however slowly their peers send them.
 
 When a handler reads a call's message, gRPC's core collects it in memory, up to 4 MiB per call. So
-`Receptions` decides when messages are read. Few are received at once, and a peer that stops in the
-middle of a message loses its place. A waiting call uses no more memory than its HTTP/2 window,
+`Receptions` decides when messages are read. Few requests are received and prepared at once: a
+request keeps its place until it is parsed, tokenized and admitted. A peer that stops in the middle
+of a message loses its place. A waiting call uses no more memory than its HTTP/2 window,
 because `rpc.options` keeps core from enlarging windows. Health checks do not wait, because they are
 small; each must arrive within one second.
 """
@@ -10,15 +11,16 @@ small; each must arrive within one second.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 
 import grpc
 
 from januslens_server.errors import QueueFull, RequestStalled
 from januslens_server.rpc.call import Context
+from januslens_server.rpc.places import FairPlaces, PlacesByName, hold_places
 
-# Maximum number of messages that are received at once: in total, and of one caller.
+# Maximum number of requests that are received and prepared at once: in total, and of one caller.
 AT_ONCE, OF_ONE_CALLER = 16, 8
 # Maximum number of calls that wait to be received: in total, and of one caller. gRPC's core stores
 # up to 64 KiB of each.
@@ -39,72 +41,39 @@ async def receive_health_check(context: Context) -> bytes | None:
 
 
 class Receptions:
-    """The messages that a server is receiving, apart from health checks."""
+    """The requests that a server is receiving and preparing, apart from health checks."""
 
     def __init__(self) -> None:
-        """Start with no message being received."""
-        self._places = _Places(AT_ONCE)
-        self._callers: dict[str, _Places] = {}
+        """Start with no request being received."""
+        self._places = FairPlaces(AT_ONCE)
+        self._callers = PlacesByName(OF_ONE_CALLER)
         self._calls = 0
 
-    async def receive(self, context: Context, caller: str) -> bytes | None:
+    async def receive(self, context: Context, caller: str, held: ExitStack) -> bytes | None:
         """Receive the one message of a call; None if the peer ended the call without one.
+
+        The call keeps its place until `held` is closed, or `leave_places` is called in its task.
 
         Raises `QueueFull` if too many calls wait to be received, and `RequestStalled` if the
         message is not complete in time.
         """
-        async with self._place(caller) as own:
-            return await _read(
-                context,
-                SHORT_SECONDS,
-                LONG_SECONDS,
-                lambda: own.waiting > 0 or self._places.waiting > 0,
-            )
-
-    @asynccontextmanager
-    async def _place(self, caller: str) -> AsyncIterator[_Places]:
-        """Wait for one of the caller's places, then for one of the server's."""
-        own = self._callers.get(caller) or _Places(OF_ONE_CALLER)
+        own = self._callers.of(caller, held)
         if own.waiting >= WAITING_OF_ONE_CALLER or self._calls >= AT_ONCE + WAITING:
             raise QueueFull("too many requests are waiting to be received; try again", 1.0)
-        self._callers[caller] = own
         self._calls += 1
-        try:
-            async with own.one(), self._places.one():
-                yield own
-        finally:
-            self._calls -= 1
-            if own.unused:
-                self._callers.pop(caller, None)
+        held.callback(self._leave)
+        await own.take(held)
+        await self._places.take(caller, held)
+        hold_places(caller, held)
+        return await _read(
+            context,
+            SHORT_SECONDS,
+            LONG_SECONDS,
+            lambda: own.waiting > 0 or self._places.waiting > 0,
+        )
 
-
-class _Places:
-    """A limited number of places; `waiting` is the number of calls that wait for one."""
-
-    def __init__(self, number: int) -> None:
-        self._free = asyncio.Semaphore(number)
-        self._used = 0
-        self.waiting = 0
-
-    @property
-    def unused(self) -> bool:
-        """Whether no call has a place or waits for one."""
-        return self._used == 0 and self.waiting == 0
-
-    @asynccontextmanager
-    async def one(self) -> AsyncIterator[None]:
-        """Wait for a place, and occupy it inside the context."""
-        self.waiting += 1
-        try:
-            await self._free.acquire()
-        finally:
-            self.waiting -= 1
-        self._used += 1
-        try:
-            yield
-        finally:
-            self._used -= 1
-            self._free.release()
+    def _leave(self) -> None:
+        self._calls -= 1
 
 
 async def _read(

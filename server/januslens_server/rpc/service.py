@@ -5,7 +5,6 @@ All handlers have the same steps: open a `Call`, decode the request, run it, enc
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from functools import partial
@@ -68,6 +67,7 @@ from januslens_server.rpc.encode import (
     project_response,
     token_message,
 )
+from januslens_server.rpc.places import PREPARATION, leave_places
 from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.specs import ActivationsSpec, GradientLensSpec, TraceSpec, loggable
 
@@ -121,7 +121,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             model = self._model(request.model)
             if not (request.text or request.HasField("chat")):
                 raise InvalidRequest("text", "text is empty; send at least one character")
-            answer = await asyncio.to_thread(_tokenized, model.vocabulary, request)
+            tokenize = partial(_tokenized, model.vocabulary, request)
+            answer = await PREPARATION.run(model.name, tokenize)
             call.note(model=model.name, tokens=len(answer.tokens))
             return call.answered(answer)
 
@@ -214,7 +215,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("EstimateCost", context) as call:
             model, resolve = self._estimated(request)
             call.note(model=model.name)
-            estimate = await self._admission.estimate(resolve)
+            estimate = await self._admission.estimate(model.name, resolve)
             exceeded = self._admission.exceeded(estimate.cost)
             return call.answered(estimate_message(estimate, exceeded))
 
@@ -265,7 +266,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         if self._log_prompts and hasattr(spec, "prompt"):
             prompt = spec.prompt
             call.note(prompt=loggable(prompt))
-        estimate = await self._admission.admit(partial(resolve, model, spec))
+        estimate = await self._admission.admit(model.name, partial(resolve, model, spec))
+        leave_places()
         request, cost = estimate.request, estimate.cost
         self._quotas.charge(current_caller(), cost.seconds, cost.generated)
         queued = call.queued_request(cost)
@@ -303,5 +305,5 @@ def _tokenized(
             field, f"too many tokens: expected at most {MAX_TOKENIZED}; split the {field}"
         ) from error
     except TokenizerFailed as error:
-        raise InvalidRequest("text", f"the tokenizer failed: {error}; send another text") from error
+        raise InvalidRequest(field, f"the tokenizer failed: {error}; send another text") from error
     return models_pb2.TokenizeResponse(tokens=map(token_message, tokens))

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing, contextmanager
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -14,6 +15,7 @@ from google.protobuf.message import Message
 from januslens_server import telemetry
 from januslens_server.errors import CancelCheck, ReaderStalled, RequestCancelled
 from januslens_server.rpc.call import Call, Context
+from januslens_server.rpc.places import ENCODING
 from januslens_server.rpc.wire import serialized
 from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
@@ -89,7 +91,8 @@ class DeviceStreams:
         meter = StreamMeter(call.method, call.started)
         async with aclosing(results):
             async for result in results:
-                for message in await asyncio.to_thread(_serialized, encode, result):
+                work = partial(_serialized, encode, result)
+                for message in await ENCODING.run(call.request_id, work):
                     with meter.message():
                         await write_within(call.context, message, self._stall_seconds)
                     call.sent(len(message))

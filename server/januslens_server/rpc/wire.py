@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -11,6 +12,7 @@ from grpc_health.v1 import health
 
 from januslens_server.errors import IntrospectionError, InvalidRequest
 from januslens_server.rpc.call import (
+    SERVICE,
     SERVICE_NAME,
     Call,
     Context,
@@ -18,7 +20,7 @@ from januslens_server.rpc.call import (
     caller_name,
     measured,
 )
-from januslens_server.rpc.decode import check_bounds
+from januslens_server.rpc.decode import check_bounds, check_counts
 from januslens_server.rpc.reception import Receptions, receive_health_check
 
 Deserializer = Callable[[bytes], Any]
@@ -60,16 +62,20 @@ class WireFormat(grpc.aio.ServerInterceptor):
         parse: Deserializer = handler.request_deserializer
 
         async def received(_messages: object, context: Context) -> Any:
-            try:
-                if service == health.SERVICE_NAME:
-                    message = await receive_health_check(context)
-                else:
-                    message = await self._receptions.receive(context, caller_name(context))
-                request = _parsed(name, parse, message)
-            except IntrospectionError as error:
-                async with Call(name, context, service):
-                    raise error from None
-            return await answer(request, context)
+            with ExitStack() as held:
+                try:
+                    if service == health.SERVICE_NAME:
+                        message = await receive_health_check(context)
+                    else:
+                        caller = caller_name(context)
+                        message = await self._receptions.receive(context, caller, held)
+                    request = _parsed(name, parse, message)
+                    del message
+                except IntrospectionError as error:
+                    held.close()
+                    async with Call(name, context, service):
+                        raise error from None
+                return await answer(request, context)
 
         return received
 
@@ -78,6 +84,9 @@ def _parsed(name: str, parse: Deserializer, message: bytes | None) -> Any:
     """Parse the request. Raises `InvalidRequest` if it is malformed or a field is too long."""
     if message is None:
         raise InvalidRequest("request", f"no request message received; send one {name} request")
+    method = SERVICE.methods_by_name.get(name)
+    if method is not None:
+        check_counts(method.input_type, message)
     try:
         request = parse(message)
     except DecodeError:
