@@ -159,6 +159,10 @@ _INPUTS = (
     (NodeKind.KEY, NodeKind.HEAD_KEY),
     (NodeKind.VALUE, NodeKind.HEAD_VALUE),
 )
+# Kinds of the nodes inside attention.
+IN_ATTENTION = frozenset(
+    {*_OF_HEADS, *ATTENTION_KINDS, *(kind for kinds in _INPUTS for kind in kinds)}
+)
 
 
 def add_attention(
@@ -170,6 +174,8 @@ def add_attention(
     result: Result,
 ) -> str:
     """Add the nodes between attention's input and its raw result; return the result's id."""
+    if not flow.shows(*IN_ATTENTION):
+        return flow.node(result.kind, result.vector)
     row = head_row(flow.position, acts, weights)
     heads = _chosen(row.concat.norm(dim=-1), selection.heads)
     queries = _add_projections(flow, attention_input, acts, row, weights, heads)

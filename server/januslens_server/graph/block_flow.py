@@ -10,9 +10,9 @@ from typing import NamedTuple, Protocol
 import torch
 
 from januslens_server.capture import LayerActivations
-from januslens_server.graph.attention import add_attention
+from januslens_server.graph.attention import IN_ATTENTION, add_attention
 from januslens_server.graph.flow import Flow, FlowBuilder
-from januslens_server.graph.mlp import add_mlp
+from januslens_server.graph.mlp import IN_MLP, add_mlp
 from januslens_server.graph.weighted_rows import Result
 from januslens_server.graph.weights import BlockWeights, Finish
 from januslens_server.results import EdgeKind, ModelFacts, Node, NodeKind
@@ -47,6 +47,7 @@ class _Sublayer:
     """
 
     kinds: _Kinds
+    inside: frozenset[NodeKind]
     normed: torch.Tensor | None
     raw: torch.Tensor | None
     row: int
@@ -80,6 +81,7 @@ def block_flow(
     source = _add_input(flow, residual, below)
     attention = _Sublayer(
         kinds=ATTENTION,
+        inside=IN_ATTENTION,
         row=row,
         normed=acts.attention_input if weights.attention_prenorm else None,
         raw=acts.attention_sum,
@@ -96,6 +98,7 @@ def block_flow(
         terms = {source: middle}
     mlp = _Sublayer(
         kinds=MLP,
+        inside=IN_MLP,
         row=row,
         normed=acts.mlp_input if weights.mlp_prenorm else None,
         raw=acts.mlp_sum,
@@ -125,6 +128,8 @@ def _add_sublayer(
 ) -> str:
     """Add norm, sublayer and output; return the id of the output."""
     at, kinds = sublayer.row, sublayer.kinds
+    if not flow.shows(*kinds, *sublayer.inside):
+        return flow.refer(Node(kinds.output, flow.position, flow.layer))
     if sublayer.normed is not None:
         source = _add_normed(flow, kinds.input, source, residual, sublayer.normed[at])
     added = Result(kinds.output, sublayer.added[at].float())
@@ -162,9 +167,12 @@ def _add_sum(
     """
     if not flow.shows(kind):
         return flow.refer(Node(kind, flow.position, flow.layer))
-    node = flow.node(kind, total)
-    ids, parts = list(terms), torch.stack(list(terms.values()))
-    if kind.name in replaced and flow.shows(NodeKind.OTHER):
+    node, ids = flow.node(kind, total), list(terms)
+    changed = kind.name in replaced and flow.shows(NodeKind.OTHER)
+    if not changed and not flow.shows_edges(ids, [node] * len(ids)):
+        return node
+    parts = torch.stack(list(terms.values()))
+    if changed:
         rest = (total - parts.sum(0))[None]
         ids += flow.others([Node(kind, flow.position, flow.layer)], rest)
         parts = torch.cat([parts, rest])

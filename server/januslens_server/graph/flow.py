@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -86,10 +88,10 @@ class FlowBuilder:
         self.layer = layer
         self.position = position
         self.direction = direction
-        self._shown = shown
+        self._shown = frozenset(shown)
         self._hidden: set[str] = set()
         self._nodes: list[Node] = []
-        self._keeps_vectors = keeps_vectors
+        self.keeps_vectors = keeps_vectors
         self._vectors: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._projected: list[bool] = []
@@ -100,7 +102,7 @@ class FlowBuilder:
 
     def shows(self, *kinds: NodeKind) -> bool:
         """Whether nodes of at least one of these kinds are kept."""
-        return not self._shown or any(kind in self._shown for kind in kinds)
+        return not self._shown or not self._shown.isdisjoint(kinds)
 
     def refer(self, node: Node) -> str:
         """Return a node's id for use in edges; the node itself may belong to another flow."""
@@ -120,34 +122,43 @@ class FlowBuilder:
 
     def node(self, kind: NodeKind, vector: torch.Tensor, *, projected: bool = True) -> str:
         """Add a node of a kind that occurs once per layer and position; return its id."""
+        if not self.shows(kind):
+            return self.refer(Node(kind, self.position, self.layer))
         return self.nodes([Node(kind, self.position, self.layer)], vector[None], projected)[0]
 
     def nodes(
         self,
         nodes: Sequence[Node],
-        vectors: torch.Tensor,
+        vectors: torch.Tensor | None,
         projected: bool = True,
         activations: torch.Tensor | None = None,
         norms: torch.Tensor | None = None,
     ) -> list[str]:
         """Add nodes with their vectors `[n, d_model]` and activations `[n]`; return their ids.
 
-        `norms` `[n]` are the norms of the vectors, if they are known.
+        `norms` `[n]` are the norms of the vectors, if they are known. Then `vectors` may be None,
+        unless the flow keeps vectors.
         """
-        ids = [self.refer(node) for node in nodes]
-        kept = [i for i, node in enumerate(nodes) if self.shows(node.kind)]
-        if not kept:
-            return ids
-        if len(kept) < len(nodes):
-            nodes, vectors = [nodes[i] for i in kept], vectors[kept]
+        ids = [node.id for node in nodes]
+        kinds = {node.kind for node in nodes}
+        if not all(self.shows(kind) for kind in kinds):
+            kept = [i for i, node in enumerate(nodes) if self.shows(node.kind)]
+            self._hidden.update(node.id for node in nodes if not self.shows(node.kind))
+            nodes, vectors = [nodes[i] for i in kept], None if vectors is None else vectors[kept]
             activations = None if activations is None else activations[kept]
             norms = None if norms is None else norms[kept]
+        if not nodes:
+            return ids
         if activations is not None:
             self._scalars.add("activation", len(self._nodes), activations)
         self._nodes += nodes
-        self._norms.append(vectors.norm(dim=-1) if norms is None else norms)
-        if self._keeps_vectors:
+        if vectors is not None and self.keeps_vectors:
             self._vectors.append(vectors)
+        if norms is None:
+            if vectors is None:
+                raise ValueError("nodes have neither vectors nor norms; expected one of them")
+            norms = vectors.norm(dim=-1)
+        self._norms.append(norms)
         self._projected += [projected] * len(nodes)
         return ids
 
@@ -207,18 +218,30 @@ class FlowBuilder:
         self.edges(EdgeKind.PART, sources, targets, parts.norm(dim=-1), attention)
 
     def weighted_parts(
-        self, sources: Sequence[str], target: str, terms: WeightedRows, total: torch.Tensor
+        self,
+        sources: Sequence[str],
+        target: str,
+        terms: WeightedRows,
+        picked: torch.Tensor,
+        total: torch.Tensor,
     ) -> None:
         """Add the terms `activations[i] * rows[i]` of the sum `total` `[d_model]`, as `parts` does.
 
-        The terms themselves are not formed.
+        `picked` `[n]` has the indices of the terms. The terms themselves are not computed.
         """
         if not self._between_shown(sources[:1], [target]):
             return
-        self._add_shares(terms.activations * (terms.rows @ total), total)
+        activations = terms.activations[picked]
+        every = len(picked) == len(terms.rows)  # then the rows need not be copied
+
+        def products(vector: torch.Tensor) -> torch.Tensor:
+            rows = (terms.rows @ vector)[picked] if every else terms.rows[picked] @ vector
+            return activations * rows
+
+        self._add_shares(products(total), total)
         if self.direction is not None:
-            self._add_contributions(terms.activations * (terms.rows @ self.direction))
-        targets, norms = [target] * len(sources), terms.activations.abs() * terms.norms
+            self._add_contributions(products(self.direction))
+        targets, norms = [target] * len(sources), activations.abs() * terms.norms[picked]
         self.edges(EdgeKind.PART, sources, targets, norms)
 
     def _add_shares(self, products: torch.Tensor, total: torch.Tensor) -> None:
@@ -229,6 +252,10 @@ class FlowBuilder:
 
     def _add_contributions(self, contributions: torch.Tensor) -> None:
         self._scalars.add("logit_contribution", len(self._sources), contributions)
+
+    def shows_edges(self, sources: Sequence[str], targets: Sequence[str]) -> bool:
+        """Return whether at least one of these edges is kept."""
+        return bool(self._between_shown(sources, targets))
 
     def _between_shown(self, sources: Sequence[str], targets: Sequence[str]) -> list[int]:
         """Return the indices of edges between two kept nodes."""
@@ -252,10 +279,21 @@ class FlowBuilder:
             norms=torch.cat(self._norms) if self._norms else torch.empty(0),
             activations=columns["activation"],
             projected=self._projected,
-            edges=list(map(Edge, self._sources, self._targets, self._kinds, *values)),
+            edges=self._edges(values),
         )
+
+    def _edges(self, values: Iterable[list[Any]]) -> list[Edge]:
+        """Return the edges with these columns, built without a Python call for each of them."""
+        fields = zip(self._sources, self._targets, self._kinds, *values, repeat(None))
+        return list(map(partial(tuple.__new__, Edge), fields))
 
 
 def _present(column: Floats) -> list[Any]:
     """Replace NaN, which marks absent values, by None."""
-    return [None if value != value else value for value in column.tolist()]  # noqa: PLR0124
+    absent = np.isnan(column)
+    if absent.all():
+        return [None] * len(column)
+    values: list[Any] = column.tolist()
+    for i in np.flatnonzero(absent).tolist():
+        values[i] = None
+    return values

@@ -116,6 +116,8 @@ def _weighted_bias(experts: list[Expert], weights: torch.Tensor) -> torch.Tensor
 
 
 MLP_KINDS = RowKinds(NodeKind.MLP_VALUE, NodeKind.MLP_BIAS)
+# Kinds of the nodes inside an MLP.
+IN_MLP = frozenset({*MLP_KINDS, NodeKind.MLP_KEY, NodeKind.MLP_UP, NodeKind.OTHER})
 
 
 def add_mlp(
@@ -127,7 +129,7 @@ def add_mlp(
     result: Result,
 ) -> str:
     """Add the nodes between the MLP's input and its raw result; return the result's id."""
-    if not flow.shows(*MLP_KINDS, NodeKind.MLP_KEY, NodeKind.MLP_UP, NodeKind.OTHER):
+    if not flow.shows(*IN_MLP):
         return flow.node(result.kind, result.vector)
     row = weights.row(acts, flow.position)
     replaced = "MLP_OUTPUT" in acts.replaced

@@ -7,7 +7,6 @@ are stable: ties are broken by the lower index.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -89,23 +88,22 @@ def add_weighted_rows(
     picked = extremes(
         terms.activations * terms.norms, selection.top_neurons, selection.bottom_neurons
     )
-    shown = replace(
-        terms,
+    places = _places(terms, picked)
+    ids = flow.nodes(
+        neuron_nodes(flow, kinds.neuron, places),
+        terms.rows[picked] if flow.keeps_vectors else None,
         activations=terms.activations[picked],
-        rows=terms.rows[picked],
         norms=terms.norms[picked],
     )
-    places = _places(terms, picked)
-    nodes = neuron_nodes(flow, kinds.neuron, places)
-    ids = flow.nodes(nodes, shown.rows, activations=shown.activations, norms=shown.norms)
     neurons = Neurons(ids, picked, places)
     total = flow.node(result.kind, result.vector)
-    flow.weighted_parts(neurons.ids, total, shown, result.vector)
+    flow.weighted_parts(neurons.ids, total, terms, picked, result.vector)
     ids, parts = list[str](), list[torch.Tensor]()
     if (replaced or len(picked) < len(terms.activations)) and flow.shows(NodeKind.OTHER):
         if replaced:
             bias = 0.0 if terms.bias is None else terms.bias
-            rest = (result.vector - shown.activations @ shown.rows - bias)[None]
+            taken = terms.activations[picked] @ terms.rows[picked]
+            rest = (result.vector - taken - bias)[None]
         else:
             kept = left_out(len(terms.activations), picked)
             rest = (torch.where(kept, terms.activations, 0.0) @ terms.rows)[None]
@@ -124,7 +122,7 @@ def neuron_nodes(
 ) -> list[Node]:
     """Return the nodes for rows with these experts and neurons."""
     return [
-        Node(kind, flow.position, flow.layer, neuron=neuron, expert=expert)
+        Node(kind, flow.position, flow.layer, None, None, neuron, expert)
         for expert, neuron in places
     ]
 

@@ -26,6 +26,8 @@ from januslens_server.specs import LensKind, LensSpec, TraceSpec
 # Kinds that edges of the next layer may refer to.
 _RESIDUAL = frozenset({NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT})
 
+_NO_TOKENS = frozenset[int]()
+
 _WEIGHT_ROWS = frozenset(
     {
         NodeKind.ATTENTION_NEURON,
@@ -75,17 +77,22 @@ class FlowReader:
         table = _no_projections()
         if self._spec.include_projections:
             table = self._project(vectors[read], [nodes[i] for i in read], piece.lens)
-        row_of = {i: row for row, i in enumerate(read) if table.projected[row]}
-        tops = {nodes[i].id: self._top(table, row_of.get(i)) for i in shown}
+        rows = np.full(len(nodes), -1, np.int64)
+        kept = np.flatnonzero(table.projected)
+        rows[np.array(read, np.int64)[kept]] = kept
+        sent = [nodes[i] for i in shown]
+        tops = dict.fromkeys((node.id for node in sent), _NO_TOKENS)
+        if self._spec.overlap_k:
+            tops = {nodes[i].id: self._top(table, int(rows[i])) for i in shown}
         edges = self._edges((edge for flow in flows for edge in flow.edges), self._below | tops)
-        self._below |= {nodes[i].id: tops[nodes[i].id] for i in shown if nodes[i].kind in _RESIDUAL}
+        self._below |= {node.id: tops[node.id] for node in sent if node.kind in _RESIDUAL}
         activations = [flow.activations for flow in flows] or [np.empty(0, np.float32)]
         return LayerGraph(
             layer=piece.layer,
-            nodes=[nodes[i] for i in shown],
+            nodes=sent,
             norms=found[shown],
             activations=np.concatenate(activations)[shown],
-            rows=np.array([row_of.get(i, -1) for i in shown], dtype=np.int64),
+            rows=rows[shown],
             projections=_trimmed(table, self._spec.lens.top_k),
             edges=edges,
             last=piece.last,
@@ -118,10 +125,10 @@ class FlowReader:
             return None
         return (node.kind, node.layer, node.expert, node.neuron)
 
-    def _top(self, table: ProjectionTable, row: int | None) -> frozenset[int]:
+    def _top(self, table: ProjectionTable, row: int) -> frozenset[int]:
         """Return the tokens that `overlap` compares; none for nodes without a projection."""
-        if row is None or not self._spec.overlap_k:
-            return frozenset()
+        if row < 0:
+            return _NO_TOKENS
         return frozenset(table.top_ids[row, : self._spec.overlap_k].tolist())
 
     def _edges(self, edges: Iterable[Edge], tops: Mapping[str, frozenset[int]]) -> list[Edge]:

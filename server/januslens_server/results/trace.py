@@ -19,6 +19,8 @@ from januslens_server.results.values import (
     Token,
 )
 
+_NAMES = {kind: kind.name for kind in NodeKind}  # an enum's own `name` is slow
+
 
 @dataclass(slots=True)  # not frozen: traces make tens of thousands, and that triples the time
 class Node:
@@ -41,11 +43,11 @@ class Node:
 
     def __post_init__(self) -> None:
         # Built once, because edges, projections and messages all use it.
-        text = f"p{self.position}/{self.kind.name}"
+        text = f"p{self.position}/{_NAMES[self.kind]}"
         if self.layer is not None:
             text = f"L{self.layer}/{text}"
         if self.sum_kind is not None:
-            text += f"/{self.sum_kind.name}"
+            text += f"/{_NAMES[self.sum_kind]}"
         if self.head is not None:
             text += f"/h{self.head}"
         if self.source_position is not None:
