@@ -56,6 +56,8 @@ STAGE_SECONDS = Histogram(
 )
 TOKENS = Counter("januslens_tokens", "Tokens run through forward passes.", ["model"])
 VECTORS_PROJECTED = Counter("januslens_vectors_projected", "Vectors projected through the lens.")
+ROW_CACHE_HITS = Counter("januslens_row_cache_hits", "Weight rows found in the row cache.")
+ROW_CACHE_MISSES = Counter("januslens_row_cache_misses", "Weight rows not in the row cache.")
 
 FIRST_MESSAGE_SECONDS = Histogram(
     "januslens_first_message_seconds",

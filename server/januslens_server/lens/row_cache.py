@@ -8,11 +8,17 @@ The same request must return the same bytes with and without cached rows. So the
 must not depend on the rows that are computed together with it. On a CPU this holds if the number of
 rows is a multiple of the kernels' block size. The cache tests this and is not used if it does not
 hold.
+
+If a request needs more rows than the cache can store, replacing the oldest or the least recently
+used rows would replace each row before it is needed again. So stored rows are only replaced by rows
+that have been used more often (TinyLFU; Einziger, Friedman and Manes, 2017). Other new rows are
+computed in a small window at the end of the cache, where they replace each other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -35,6 +41,9 @@ from januslens_server.specs import LensKind, LensSpec
 ROWS = 16
 # Tokens stored for each end; requests for more do not use the cache.
 ENDS = LensSpec(top_k=16, bottom_k=16)
+
+# Counts of uses are halved when rows were used this many times on average.
+USES = 8
 
 _COLUMNS = [field.name for field in fields(Readings) if not field.name.startswith("target")]
 
@@ -60,23 +69,29 @@ class RowCache:
         vocab = head.unembedding.vocab
         self._head = head
         chunk = max(ROWS, rows_at_once(head) // ROWS * ROWS)
-        # Room for every row once, and for the padding of the last chunk.
-        self._capacity = min(limit // (4 * vocab), rows + chunk) // ROWS * ROWS
-        self._at_once = min(chunk, self._capacity)
+        # Room for every row once, for the padding of the last chunk, and for the window.
+        self._capacity = min(limit // (4 * vocab), rows + 2 * chunk) // ROWS * ROWS
+        self._at_once = min(chunk, max(ROWS, self._capacity // 4 // ROWS * ROWS), self._capacity)
+        self._window = self._capacity - self._at_once  # the first slot of the window
         usable = self._capacity > 0 and head.unembedding.device.type == "cpu"
         self.usable = usable and _alike(head)
         self.computed = 0  # number of vectors that were not found in the cache
+        self.found = 0  # number of weight rows that were found in the cache
+        self.missed = 0  # number of weight rows that were not
         # Pages take no memory until they are written.
         self._logits = torch.empty(self._capacity if self.usable else 0, vocab)
         self._readings: dict[str, torch.Tensor] = {}
         self._slots: dict[Hashable, int] = {}
         self._keys: list[Hashable] = [None] * self._capacity
-        self._next = self._filled = 0
+        self._next = self._filled = self._filled_window = 0
+        self._uses = Counter[Hashable]()
+        self._counted = 0
 
     @property
     def growth(self) -> int:
         """Bytes by which the cache may still grow; a page takes memory when it is first written."""
-        rows = self._capacity - self._filled if self.usable else 0
+        filled = self._filled + self._filled_window
+        rows = self._capacity - filled if self.usable else 0
         return rows * self._logits.shape[1] * self._logits.itemsize
 
     def project(
@@ -128,6 +143,7 @@ class RowCache:
 
     def _read(self, named: _Wanted, spec: LensSpec, check_cancelled: CancelCheck) -> list[Readings]:
         """Return the readings of weight rows in order; compute the rows that are not cached."""
+        self._count(set(named.keys))
         rows = range(len(named.keys))
         known = [i for i in rows if named.keys[i] in self._slots]
         unknown: dict[Hashable, list[int]] = {}
@@ -136,6 +152,8 @@ class RowCache:
                 unknown.setdefault(named.keys[i], []).append(i)
         order, parts = known, [self._kept(named, known, spec)] if known else []
         keys = list(unknown)
+        self.found += len(known)
+        self.missed += len(keys)
         for start in range(0, len(keys), self._at_once):
             check_cancelled()
             fresh = keys[start : start + self._at_once]
@@ -154,19 +172,16 @@ class RowCache:
         ]
 
     def _add(self, keys: Sequence[Hashable], vectors: torch.Tensor) -> None:
-        """Compute and store rows; they replace the oldest ones.
+        """Compute and store rows.
 
         The keys are set last, so that a row is not used if computing it has failed.
         """
         self.computed += len(keys)
         padded = _padded(vectors)
-        if self._next + len(padded) > self._capacity:
-            self._next = 0
-        slots = range(self._next, self._next + len(padded))
+        slots = self._place(keys, len(padded))
         for slot in slots:
             self._slots.pop(self._keys[slot], None)
             self._keys[slot] = None
-        self._filled = max(self._filled, slots.stop)
         logits = self._logits[slots.start : slots.stop]
         self._head.logits(self._head.prepare(padded, ENDS.kind), out=logits)
         for name, column in _read_alike(self._head, logits).items():
@@ -176,7 +191,31 @@ class RowCache:
             self._readings[name][slots.start : slots.stop] = column
         for slot, key in zip(slots, keys, strict=False):
             self._slots[key], self._keys[slot] = slot, key
-        self._next = slots.stop
+
+    def _place(self, keys: Sequence[Hashable], count: int) -> range:
+        """Return `count` slots for new rows: those of less used rows, or else of the window."""
+        first = self._next if self._next + count <= self._window else 0
+        slots = range(first, first + count)
+        if slots.stop <= self._window:
+            self._next = slots.stop  # other slots are compared next time
+            stored = [key for key in self._keys[first : slots.stop] if key is not None]
+            # One more use each: in a sequence that repeats, new rows have just been counted again.
+            if self._used(keys) > self._used(stored) + len(stored):
+                self._filled = max(self._filled, slots.stop)
+                return slots
+        self._filled_window = max(self._filled_window, count)
+        return range(self._window, self._window + count)
+
+    def _used(self, keys: Sequence[Hashable]) -> int:
+        return sum(self._uses[key] for key in keys)
+
+    def _count(self, keys: Set[Hashable]) -> None:
+        """Count a use of each row; all counts are halved from time to time to forget old uses."""
+        self._uses.update(keys)
+        self._counted += len(keys)
+        if self._counted > USES * len(self._uses):
+            self._uses = Counter({key: n // 2 for key, n in self._uses.items() if n > 1})
+            self._counted = 0
 
     def _kept(self, named: _Wanted, rows: list[int], spec: LensSpec) -> Readings:
         """Return the readings of cached rows for their targets."""

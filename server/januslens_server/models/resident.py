@@ -45,7 +45,7 @@ class ResidentModel:
 
     @cached_property
     def rows(self) -> RowCache:
-        """Cache of the logits of weight rows; the oldest rows are evicted."""
+        """Cache of the logits of the weight rows that are used most often."""
         return RowCache(self.view.lens, self.row_cache_bytes, _weight_rows(self.view.facts))
 
     @property

@@ -111,9 +111,11 @@ class FlowReader:
         ids = torch.tensor(targets, dtype=torch.long, device=vectors.device).reshape(-1, 1)
         keys = [self._weight_row(node) for node in nodes]
         rows = self._model.rows
-        before = rows.computed
+        before, found, missed = rows.computed, rows.found, rows.missed
         table = rows.project(vectors, keys, widest, ids, self._check_cancelled)
         telemetry.VECTORS_PROJECTED.inc(rows.computed - before)
+        telemetry.ROW_CACHE_HITS.inc(rows.found - found)
+        telemetry.ROW_CACHE_MISSES.inc(rows.missed - missed)
         return table
 
     def _weight_row(self, node: Node) -> tuple[int | None, ...] | None:

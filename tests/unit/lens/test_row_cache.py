@@ -193,3 +193,37 @@ def test_rows_whose_computation_failed_are_computed_again(
     fail = False
     again = cache.project(vectors, KEYS, SPEC, targets(COUNT))
     assert_same(again, cache_of(head).project(vectors, KEYS, SPEC, targets(COUNT)), bits=True)
+
+
+def pass_over(cache: RowCache, vectors: torch.Tensor, each: int = 20) -> int:
+    """Project all rows, a few at once, as the layers of a trace; return how many were found."""
+    before = cache.found
+    for start in range(0, COUNT, each):
+        part = slice(start, start + each)
+        cache.project(vectors[part], KEYS[part], SPEC, targets(each))
+    return cache.found - before
+
+
+def test_repeated_pass_over_more_rows_than_fit_finds_most_of_those_that_fit(
+    head: LensHead, vectors: torch.Tensor
+) -> None:
+    cache = cache_of(head, rows=160)  # 200 rows are needed
+    assert pass_over(cache, vectors) == 0
+    for _ in range(30):
+        assert pass_over(cache, vectors) >= 60
+    assert cache.found + cache.missed == 31 * COUNT
+
+
+def test_rows_used_repeatedly_replace_those_of_earlier_passes(
+    head: LensHead, vectors: torch.Tensor
+) -> None:
+    cache = cache_of(head, rows=160)
+    for _ in range(3):
+        pass_over(cache, vectors)
+    others: list[Hashable] = [f"other {i}" for i in range(80)]
+    for turn in range(12):
+        before = cache.found
+        for start in range(0, 80, 20):
+            part = slice(start, start + 20)
+            cache.project(vectors[part], others[part], SPEC, targets(20, turn))
+    assert cache.found - before >= 60
