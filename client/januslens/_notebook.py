@@ -360,7 +360,7 @@ def generated_html(text: GeneratedText) -> str:
     headings = ("token", "probability", ">entropy, bits", ">layer", "most likely")
     return document(
         table("Generated text", headings, rows),
-        note("layer: the one from which on every layer read predicts the token"),
+        note("layer: the first one read from which the token remains the prediction"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Tiny configurations of every family that enable what is off by default."""
+"""Tiny configurations of every family; together they enable every option that is off by default."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ ALTERNATING = ["sliding_attention", "full_attention"]
 class Case:
     """One configuration of a family: `settings` added to the common sizes.
 
-    `attention` is the implementation of the plain model, `length` the prompt's.
+    `attention` is the attention implementation of the plain model, `length` the length of the
+    prompt.
     """
 
     family: str

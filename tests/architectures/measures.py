@@ -38,7 +38,7 @@ ADDED_TO_RESIDUAL = (NodeKind.BLOCK_INPUT, NodeKind.ATTENTION_OUTPUT, NodeKind.M
 
 @dataclass(frozen=True)
 class Traced:
-    """Trace a prompt with every node and edge."""
+    """A trace of a prompt with every node and edge."""
 
     nodes: Mapping[str, Node]
     vectors: Mapping[str, Tensor]
@@ -261,4 +261,4 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 
 
 def _go_on() -> None:
-    """Never cancel."""
+    """A cancellation check that never cancels."""

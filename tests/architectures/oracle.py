@@ -41,7 +41,7 @@ def attentions(case: Case) -> list[Tensor]:
 
 
 def gradients(case: Case, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """dL/dparameter for every parameter that the loss depends on, by its name."""
+    """dL/dparameter by name, for every parameter that the loss depends on."""
     network = plain(case)
     parameters = dict(network.named_parameters())
     value = loss(network(torch.tensor([case.prompt]), use_cache=False).logits[0])
@@ -53,9 +53,10 @@ def gradients(case: Case, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]
 
 @dataclass
 class QueriesAndKeys:
-    """One layer's queries and keys `[heads, pos, d_head]` as their dot product is taken.
+    """Queries and keys `[heads, pos, d_head]` of one layer, as they enter the dot product.
 
-    They hang on the attention input as two leaves `[1, pos, d_model]`; the norms' scales are fixed.
+    They are computed from the attention input, given as two leaves `[1, pos, d_model]`. The scales
+    of the norms are fixed.
     """
 
     query_input: Tensor
@@ -64,7 +65,7 @@ class QueriesAndKeys:
     key: Tensor | None = None
 
     def dot(self, head: int, position: int, source: int) -> tuple[Tensor, Tensor]:
-        """q k^T of one pair; the key is that of the head's group."""
+        """q k^T of one query head and one source, with the key of the head's group."""
         if self.query is None or self.key is None:
             raise ValueError("expected an attention that was seen, got none")
         group = self.query.shape[0] // self.key.shape[0]
@@ -77,7 +78,7 @@ class QueriesAndKeys:
         return found[0, position]
 
     def head_query(self, head: int, position: int) -> Tensor:
-        """The same of the key's side, both at one position."""
+        """The gradient of q k^T with respect to the key's attention input, at one position."""
         query, key = self.dot(head, position, position)
         (found,) = torch.autograd.grad(query.detach() @ key, self.key_input, retain_graph=True)
         return found[0, position]
@@ -112,14 +113,14 @@ def _attentions(case: Case, network: Any) -> list[Any]:
 
 
 class _Seen:
-    """Record calls of attention modules by identity."""
+    """Records calls of attention modules by identity."""
 
     def __init__(self) -> None:
         self.layers: dict[int, QueriesAndKeys] = {}
 
     @contextmanager
     def leaves(self, attention: Any) -> Iterator[None]:
-        """Put leaves at the inputs of the query's and the key's linear map."""
+        """Put leaves at the inputs of the linear maps of query and key."""
         fused = next(
             (getattr(attention, name) for name in _FUSED if hasattr(attention, name)), None
         )
@@ -143,7 +144,7 @@ class _Seen:
 
     @contextmanager
     def watching(self, case: Case, network: Any, attentions: Sequence[Any]) -> Iterator[None]:
-        """See queries and keys where the family hands them to its attention."""
+        """Record the queries and keys that the family passes to its attention function."""
         modeling = sys.modules[type(network).__module__]
         with ExitStack() as patches:
             if case.family in _FROM_FUSED:
@@ -213,7 +214,7 @@ _FROM_FUSED = {"bloom": _bloom, "falcon": _falcon, "mpt": _mpt}
 
 @contextmanager
 def _scales_fixed() -> Iterator[None]:
-    """Let no gradient flow through the norms' denominators."""
+    """Detach the norms' denominators from the graph."""
     rsqrt = torch.rsqrt
 
     def fixed_rsqrt(x: Tensor) -> Tensor:

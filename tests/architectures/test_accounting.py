@@ -52,7 +52,7 @@ def test_unknown_parameter_is_refused_by_name(case: Case) -> None:
 
 
 def test_unused_part_of_a_called_module_is_refused() -> None:
-    """A part of the MLP that no token of one pass reaches, as an expert that is not chosen."""
+    """No token of the pass reaches this part, as with an expert that is not chosen."""
     model = resident(CASES[0])
     mlp: Any = model.view.blocks[1].module.mlp
     mlp.skipped = nn.Linear(32, 32)
@@ -64,7 +64,7 @@ def test_unused_part_of_a_called_module_is_refused() -> None:
 
 
 def test_cross_attention_that_is_called_is_refused() -> None:
-    """A decoder whose cross-attention is called, as with an encoder."""
+    """The decoder calls its cross-attention, as it does with an encoder."""
     model = resident(next(case for case in WITHOUT_ADAPTER if case.family == "mbart"))
 
     def call(module: Any, _args: Any, _output: Any) -> None:
@@ -80,7 +80,7 @@ def test_cross_attention_that_is_called_is_refused() -> None:
 
 
 def test_fused_projection_with_an_unread_column_is_refused() -> None:
-    """Phi-3's `gate_up_proj` with a column that no linear map covers."""
+    """No linear map covers one column of Phi-3's `gate_up_proj`."""
     model = resident(next(case for case in CASES if case.id == "phi3-grouped, window"))
     block = model.view.blocks[0]
     assert isinstance(block.mlp, Mlp)

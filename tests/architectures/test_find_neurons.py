@@ -100,13 +100,13 @@ def places(found: FoundNeurons) -> list[Place]:
 
 
 def before(logits: Tensor, suppressed: bool) -> Tensor:
-    """Return the tokens beyond a token at the searched end."""
+    """Return the tokens that are ranked before a token at the searched end."""
     return logits < logits[TOKEN] if suppressed else logits > logits[TOKEN]
 
 
 @torch.no_grad()
 def read_values(case: Case) -> Iterator[tuple[Place, Tensor]]:
-    """Return each neuron's layer, index and logits `[vocab]` of its value, before a soft-cap."""
+    """Return the layer, the index and the value's logits `[vocab]` of each neuron."""
     network = plain(case)
     scale = {"cohere": "logit_scale"}.get(case.family)
     divisor = {"granite": "logits_scaling"}.get(case.family)

@@ -1,7 +1,7 @@
-"""Test the hooks with which activations and interventions are compared, on every family.
+"""Test the hooks that provide the expected values of activations and interventions.
 
-The expected values are the outputs of plain Hugging Face models, those of models with other
-weights, and identities that hold in every transformer.
+Their results are compared with the outputs of plain Hugging Face models, with models that have
+other weights, and with identities that hold in every transformer.
 """
 
 from __future__ import annotations

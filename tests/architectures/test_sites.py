@@ -31,7 +31,7 @@ TORCH = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.b
 def read(
     case: Case, *sites: Site, data_type: torch.dtype = torch.float32, **options: Any
 ) -> dict[tuple[int | None, Site], Tensor]:
-    """The values of sites, put together from the pieces of a stream."""
+    """Return the values of sites, assembled from the pieces of a stream."""
     spec = ActivationsSpec(tuple(case.prompt), sites, **options)
     request = resolve_activations(resident(case, data_type), spec)
     parts: dict[tuple[int | None, Site], list[SiteValues]] = {}

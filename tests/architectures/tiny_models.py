@@ -67,7 +67,7 @@ def _parameters(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Paramet
 
 
 def _drawn(module: nn.Module, name: str, shape: torch.Size) -> torch.Tensor:
-    """Draw weights without zero biases or norms of one, and scores and logits of a few units."""
+    """Draw weights without zero biases or unit norms; scores and logits are of a few units."""
     noise = torch.randn(shape)
     if isinstance(module, nn.Embedding):
         return noise

@@ -1,4 +1,4 @@
-"""The goals in time and memory, measured against plain passes and products on this machine."""
+"""Benchmarks of time and memory, relative to plain passes and products on the same machine."""
 
 from januslens_server.tuning import limit_spinning
 

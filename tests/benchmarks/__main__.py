@@ -1,8 +1,9 @@
-"""`python -m tests.benchmarks`: every goal of the table on this machine's CPU, in one run.
+"""Run all CPU benchmarks on this machine: `python -m tests.benchmarks`.
 
-A random model of GPT-2 small's shape is made, loaded here and served over loopback by a process of
-its own. Floors and ours take turns; the figures are medians. A row's module has a function
-`measure` that takes a `Bench`; `ROWS` lists them in the order in which they run.
+A random model with the shape of GPT-2 small is created, loaded in this process, and served over
+loopback by another process. Floors and measurements alternate, and the figures are medians. The
+module of a row has a function `measure` that takes a `Bench`; `ROWS` lists the modules in the order
+in which they run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ ROWS = {
     help="Folder of the model and the JSON.",
 )
 def main(names: Sequence[str], rounds: int, threads: int, tiny: bool, out: Path) -> None:
-    """Measure, print, write."""
+    """Measure, print the table, and write the results to a file."""
     rows: list[Row] = []
     with bench(TINY if tiny else GPT2_SMALL, out / "models", rounds, threads) as measured:
         for name in names or ROWS:

@@ -26,12 +26,11 @@ DATA_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Bench:
-    """One model, served over loopback by a process of its own and loaded here for its floors.
+    """One model, served over loopback by another process, and loaded in this one for its floors.
 
-    Both keep nothing from one request to the next: a repeated trace is as cold as the first.
-    `flags` start another such server, without `COLD`.
-
-    `server` reads the other process's memory; `rounds` is how often things take turns.
+    Neither keeps anything between requests, so a repeated trace is as cold as the first. `flags`
+    are those with which to start a similar server, without `COLD`. `server` measures the memory of
+    the other process; `rounds` is the number of alternating rounds.
     """
 
     shape: Shape
@@ -52,7 +51,7 @@ def bench(
     device: str = "cpu",
     data_type: str = "float32",
 ) -> Iterator[Bench]:
-    """Build and load the model here, and serve it with as many `threads` as run here."""
+    """Create and load the model, and serve it with the same number of `threads` as this process."""
     torch.set_num_threads(threads)
     path = build(shape, folder, DATA_TYPES[data_type])
     where = ("--device", device, "--data-type", data_type)
@@ -68,7 +67,7 @@ def bench(
 
 
 def machine(threads: int) -> str:
-    """The machine and versions of a measurement."""
+    """Describe the machine and the library versions of a measurement."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     return f"{_processor()}, {threads} threads, torch {torch.__version__}"

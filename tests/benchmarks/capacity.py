@@ -1,9 +1,9 @@
-"""What requests cost and how long they wait: `python -m tests.benchmarks.capacity [demo] [gpt2]`.
+"""Measure cost and waiting time of requests: `python -m tests.benchmarks.capacity [demo] [gpt2]`.
 
-For each model every kind of request alone: seconds of the device by stage, messages and bytes, from
-the server's own metrics. Then the scheduler under loads that come by chance: its mean wait, and
-beside it what the queue of docs/scaling.md predicts. There the requests sleep, which takes no core
-from whoever makes them.
+For each model, every kind of request is measured alone: device seconds by stage, messages and
+bytes, from the server's own metrics. Then the scheduler runs under random load, and its mean
+waiting time is compared with the prediction of the queueing model in docs/scaling.md. The requests
+of this load sleep, so they do not take a core from the process that creates them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SEED = 1
 
 
 def gpt2_sized(folder: Path) -> Path:
-    """A model of GPT-2 small's shape, with the demo's tokenizer and random weights."""
+    """Create a model with the shape of GPT-2 small, the demo's tokenizer and random weights."""
     AutoModelForCausalLM.from_config(GPT2Config()).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(model_path() / name, folder)
@@ -58,7 +58,7 @@ def gpt2_sized(folder: Path) -> Path:
 
 
 def requests(model: str) -> dict[str, tuple[str, Message]]:
-    """Kinds of requests by what they are called here."""
+    """Return the kinds of requests by name."""
     said, many = prompt(SENTENCE), prompt(" ".join([SENTENCE] * 4))
     loss = gradient_lens_pb2.NegativeLogLikelihood(target=common_pb2.Target(text=" Paris"))
     return {
@@ -76,7 +76,7 @@ def requests(model: str) -> dict[str, tuple[str, Message]]:
 
 
 def samples(server: ServerProcess) -> dict[str, float]:
-    """The sums over all labels, and of the stages each by itself."""
+    """Return the sums of the metrics over all labels, and those of each stage."""
     found: dict[str, float] = {}
     for family in page(server):
         for sample in family.samples:
@@ -90,25 +90,25 @@ def samples(server: ServerProcess) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Growth:
-    """How the server's counters grew over some requests."""
+    """The increase of the server's counters over some requests."""
 
     before: Samples
     after: Samples
     requests: int
 
     def each(self, name: str) -> float:
-        """By one request."""
+        """Return the increase per request."""
         return (self.after[name] - self.before.get(name, 0.0)) / self.requests
 
     def stages(self) -> str:
-        """Milliseconds of every stage of one request."""
+        """Return the milliseconds of every stage of one request."""
         prefix = "januslens_stage_seconds_sum "
         spent = {n.removeprefix(prefix): self.each(n) for n in self.after if n.startswith(prefix)}
         return ", ".join(f"{name} {1e3 * s:.1f}" for name, s in spent.items() if s > 5e-5)
 
 
 def grown(server: ServerProcess, count: int, run: Callable[[], object]) -> Growth:
-    """Run something that makes `count` requests."""
+    """Run `count` requests and return the increase of the counters."""
     wait_until_idle(server)
     before = samples(server)
     run()
@@ -117,7 +117,7 @@ def grown(server: ServerProcess, count: int, run: Callable[[], object]) -> Growt
 
 
 def repeat(channel: grpc.Channel, method: str, request: Message, times: int) -> None:
-    """One request after the other, each read to its end."""
+    """Send requests one after the other, and read each to its end."""
     for _ in range(times):
         call = started(channel, method, request)
         list(call) if methods()[method].server_streaming else call.result()
@@ -125,7 +125,7 @@ def repeat(channel: grpc.Channel, method: str, request: Message, times: int) -> 
 
 @dataclass(frozen=True)
 class Served:
-    """When a request came, how long it waited and how long it had the device."""
+    """The arrival time, waiting time and device time of a request."""
 
     came: float
     waited: float
@@ -133,7 +133,7 @@ class Served:
 
 
 async def served(seconds: Sequence[float], rate: float) -> list[Served]:
-    """Requests of these lengths, by chance `rate` a second, through the real scheduler."""
+    """Send requests of these durations through the scheduler at random times, `rate` per second."""
     chance = random.Random(SEED)
     worker = DeviceWorker(max_waiting=len(seconds))
     running, due = [], time.monotonic()
@@ -158,7 +158,7 @@ async def _through(worker: DeviceWorker, seconds: float) -> Served:
 
 
 def predicted_wait(found: Sequence[Served]) -> tuple[float, float]:
-    """Utilisation and mean wait by Pollaczek and Khinchine, from the requests' own times."""
+    """Return the utilisation and the mean wait, by Pollaczek and Khinchine, of measured times."""
     rate = len(found) / (found[-1].came - found[0].came)
     busy = rate * fmean(one.seconds for one in found)
     squares = fmean(one.seconds**2 for one in found)
@@ -168,7 +168,7 @@ def predicted_wait(found: Sequence[Served]) -> tuple[float, float]:
 def simulated_wait(found: Sequence[Served]) -> float:
     """Mean wait of these arrivals in a first-come, first-served queue (Lindley's recursion).
 
-    Unlike the formula, it applies to these particular arrivals, however few they are.
+    Unlike the formula, it applies to this sequence of arrivals, even if it is short.
     """
     free, waits = 0.0, []
     for one in found:
@@ -178,7 +178,7 @@ def simulated_wait(found: Sequence[Served]) -> float:
 
 
 def costs(server: ServerProcess, model: str, console: Console) -> None:
-    """Each kind of request alone."""
+    """Print the cost of each kind of request, measured alone."""
     table = Table("request", "device ms", "by stage, ms", "messages", "KiB", "tokens", title=model)
     with grpc.insecure_channel(server.address) as channel:
         for name, (method, request) in requests(model).items():
@@ -199,7 +199,7 @@ def costs(server: ServerProcess, model: str, console: Console) -> None:
 
 
 def waits(console: Console) -> None:
-    """Mean waits of equal requests, and of a mixture with a long one in a hundred."""
+    """Print the mean waits of equal requests, and of a mixture with one long request in 100."""
     columns = ("requests", "device busy", "mean wait, ms", "simulated, ms", "formula, ms")
     table = Table(*columns)
     chance = random.Random(SEED)
@@ -214,7 +214,7 @@ def waits(console: Console) -> None:
 
 
 def wait_until_loaded(server: ServerProcess) -> None:
-    """A model of GPT-2's size takes longer on a CPU than tests wait."""
+    """Wait longer than tests do, because a model of GPT-2's size loads slowly on a CPU."""
     deadline = time.monotonic() + LOADING_SECONDS
     while "INFO januslens_server: ready" not in server.log:
         if server.process.poll() is not None or time.monotonic() > deadline:
@@ -223,7 +223,7 @@ def wait_until_loaded(server: ServerProcess) -> None:
 
 
 def main() -> None:
-    """What every model that was named costs, and the scheduler's waits."""
+    """Print the costs of every named model, and the scheduler's waits."""
     console = Console(width=160)
     with tempfile.TemporaryDirectory() as folder:
         for model in sys.argv[1:] or REPEATS:

@@ -1,4 +1,4 @@
-"""The recipes run in this process, without a server: what the engine alone takes."""
+"""Run the pipelines in this process, without a server, to measure the engine alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, Trac
 
 
 def run_trace(model: ResidentModel, spec: TraceSpec) -> list[LayerGraph]:
-    """The layers of one Trace."""
+    """Run a Trace and return its layers."""
     return [
         event
         for event in trace(resolve_trace(model, spec), _go_on)
@@ -22,16 +22,16 @@ def run_trace(model: ResidentModel, spec: TraceSpec) -> list[LayerGraph]:
 
 
 def run_gradient(model: ResidentModel, ids: Sequence[int], target: int) -> list[GradientMatrix]:
-    """FF1 (gated: GATE and UP) and FF2 of all layers."""
+    """Run a GradientLens of FF1 (gated: GATE and UP) and FF2 in all layers."""
     spec = GradientLensSpec(tuple(ids), NegativeLogLikelihood((target,)), components=0)
     events = gradient_lens(resolve_gradient_lens(model, spec), _go_on)
     return [event for event in events if isinstance(event, GradientMatrix)]
 
 
 def projected_rows(layers: Sequence[LayerGraph]) -> int:
-    """How many vectors a trace took to the vocabulary."""
+    """Return the number of vectors that a trace projected."""
     return sum(len(layer.projections.projected) for layer in layers)
 
 
 def _go_on() -> None:
-    """Nobody cancels a benchmark."""
+    """A cancellation check that never cancels."""

@@ -1,4 +1,4 @@
-"""Time of the arithmetic alone: plain Hugging Face passes and one plain product of all rows."""
+"""Measure the arithmetic alone: plain Hugging Face passes, and one product of all rows."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from januslens_server.models.resident import ResidentModel
 
 
 class Floors:
-    """Runs the floors of one model; each is what a reader would write, without hooks."""
+    """Runs the floors of one model, each written without hooks, as in a plain script."""
 
     def __init__(self, model: ResidentModel) -> None:
         self._model = model
 
     @cached_property
     def _unembedding(self) -> torch.Tensor:
-        """In float32, as the lens reads; a copy of half types, made only where it is multiplied."""
+        """Return the unembedding in float32, as the lens uses it; copies half types on demand."""
         weight: torch.Tensor = self._model.network.get_output_embeddings().get_parameter("weight")
         return weight.detach().float()
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[int]) -> torch.Tensor:
-        """The logits `[pos, vocab]` of one prompt."""
+        """Return the logits `[pos, vocab]` of one prompt."""
         logits: torch.Tensor = self._model.network(
             input_ids=self._batch(ids), use_cache=False
         ).logits[0]
         return logits
 
     def backward(self, ids: Sequence[int], target: int) -> torch.Tensor:
-        """Forward, and a backward pass that reaches the embedding's output and no weight."""
+        """Run a forward pass, and a backward pass to the embedding's output, without weights."""
         network = self._model.network
         with torch.no_grad():
             embedded = network.get_input_embeddings()(self._batch(ids))
@@ -43,11 +43,11 @@ class Floors:
 
     @torch.inference_mode()
     def product(self, rows: torch.Tensor) -> torch.Tensor:
-        """The logits of `rows` `[n, d_model]` in one product."""
+        """Return the logits of `rows` `[n, d_model]` in one product."""
         return rows @ self._unembedding.T
 
     def rows(self, count: int) -> torch.Tensor:
-        """Vectors to project, `[count, d_model]`."""
+        """Return vectors to project, `[count, d_model]`."""
         head = self._unembedding
         random = torch.Generator(head.device).manual_seed(0)
         return torch.randn(count, head.shape[1], generator=random, device=head.device)

@@ -1,7 +1,7 @@
-"""`python -m tests.benchmarks.gpu`: the goals of one GPU, on Llama-2-7B's shape in bfloat16.
+"""Run the GPU benchmarks with Llama-2-7B's shape in bfloat16: `python -m tests.benchmarks.gpu`.
 
-Makes the random model (13.5 GB under `--out`), serves it from the GPU and runs it here as well: the
-GPU must hold it twice. Without a GPU it says so and ends with 2.
+Creates a random model (13.5 GB in `--out`), serves it from the GPU and also loads it in this
+process, so the GPU must hold it twice. Without a GPU, prints an error and exits with status 2.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TARGET = 7
 @click.option("--rounds", default=10, show_default=True, help="Turns that each thing takes.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/bench"))
 def main(rounds: int, out: Path) -> None:
-    """Measure, print, write."""
+    """Measure, print the table, and write the results to a file."""
     if not torch.cuda.is_available():
         click.echo("needs a GPU: torch finds no CUDA device", err=True)
         raise SystemExit(2)
@@ -39,7 +39,7 @@ def main(rounds: int, out: Path) -> None:
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """Engine times in milliseconds, and beside them what the client sees."""
+    """Return the engine's times in milliseconds, and those that the client observes."""
     ids, floors = bench.shape.tokens(bench.shape.prompt), bench.floors
     spec = TraceSpec(ids, include_logit_contribution=True)
     taken = interleaved(

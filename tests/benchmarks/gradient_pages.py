@@ -1,4 +1,4 @@
-"""How quickly a gradient's page shows itself and answers; see `tests.benchmarks.pages`."""
+"""Measure how quickly a gradient's page draws and responds; see `tests.benchmarks.pages`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ KINDS = ["FF1", "FF2", "Q", "K", "V", "O"]
 def page(
     client: januslens.Client, path: Path, prompt: str | list[int], target: str | list[int]
 ) -> Path:
-    """A gradient's page with six matrices a layer, neurons and spectra."""
+    """Return a gradient's page with six matrices per layer, neurons and spectra."""
     gradient = client.gradient_lens(
         prompt, target, matrices=KINDS, components=0, neurons=2, learning_rate=1e-3, spectrum=2
     )
@@ -37,17 +37,17 @@ def page(
 
 
 def demo(client: januslens.Client, folder: Path) -> Path:
-    """The running example."""
+    """Return the page of the running example."""
     return page(client, folder / "gradient-demo.html", PROMPT, " Paris")
 
 
 def large(client: januslens.Client, folder: Path) -> Path:
-    """Fourteen positions of the random model of twelve layers."""
+    """Return the page of fourteen positions of a random model with twelve layers."""
     return page(client, folder / "gradient-large.html", list(range(300, 314)), [500])
 
 
 def measured(browser: Browser, path: Path) -> list[float]:
-    """Milliseconds of the first drawing and of each interaction."""
+    """Return the milliseconds of the first drawing and of each interaction."""
     tab = browser.new_page(viewport={"width": 1440, "height": 900})
     tab.goto(path.as_uri())
     tab.wait_for_selector("html[data-ready=complete]", state="attached")
@@ -59,7 +59,7 @@ def measured(browser: Browser, path: Path) -> list[float]:
 
 
 def table(browser: Browser, pages: dict[str, Path]) -> Table:
-    """One row a page."""
+    """Return a table with one row per page."""
     made = Table("ms, gradient", "kB", "first drawing", *INTERACTIONS)
     for name, path in pages.items():
         size = path.stat().st_size / 1e3

@@ -1,4 +1,4 @@
-"""How soon a layer that has arrived is seen on the live page; see `tests.benchmarks.pages`."""
+"""Measure how soon the live page shows a layer that has arrived; see `tests.benchmarks.pages`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ASKED = {"trace": "Trace", "gradient": "Gradient"}
 
 
 def table(browser: Browser, live: LivePage, prompt: str, target: str) -> Table:
-    """One row a question: from a message's arrival in the browser to the frame that shows it."""
+    """Return one row per request: the time from a message's arrival to the frame that shows it."""
     made = Table("ms, live", "messages", "median", "longest", "whole answer")
     for view, words in ASKED.items():
         took, whole = measured(browser, live, words, prompt, target)
@@ -47,7 +47,7 @@ def table(browser: Browser, live: LivePage, prompt: str, target: str) -> Table:
 def measured(
     browser: Browser, live: LivePage, words: str, prompt: str, target: str
 ) -> tuple[list[float], float]:
-    """Milliseconds for each layer or matrix, and from the click to the end."""
+    """Return the milliseconds for each layer or matrix, and from the click to the end."""
     tab = browser.new_page(viewport={"width": 1440, "height": 900})
     tab.add_init_script(OBSERVE)
     tab.goto(live.address)

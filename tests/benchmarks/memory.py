@@ -1,4 +1,4 @@
-"""Memory of a process, read from Linux."""
+"""Measure the memory of a process, as Linux reports it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        """Now."""
+        """The resident memory now."""
         return self._read("VmRSS")
 
     def peak(self, action: Callable[[], object]) -> int:
-        """The most that the process held while `action` ran."""
+        """Return the peak memory of the process while `action` runs."""
         (self._folder / "clear_refs").write_text("5")  # forgets the peak so far
         action()
         return self._read("VmHWM")

@@ -1,11 +1,12 @@
-"""How quickly pages show themselves and answer: `python -m tests.benchmarks.pages`.
+"""Measure how quickly pages draw and respond: `python -m tests.benchmarks.pages`.
 
-In a headless Chromium that draws in software: the first drawing, counted from the navigation; each
-interaction from the change of state to the next frame; real clicks from the press of the button to
-the next frame, as the browser's Event Timing has them (to 8 ms); and what one move of the pointer
-costs the page's main thread, style, layout and painting included. The traces are those of the
-tests: the demo, twelve layers of a random model with 50,257 tokens at one position, four layers of
-the demo at twenty positions.
+The browser is a headless Chromium with software rendering. Measured are the first drawing, from the
+navigation on; each interaction, from the change of state to the next frame; clicks, from the press
+of the button to the next frame, by the browser's Event Timing (rounded to 8 ms); and the time of
+the main thread for one move of the pointer, including style, layout and painting.
+
+The traces are those of the tests: the demo; twelve layers of a random model with 50,257 tokens at
+one position; four layers of the demo at twenty positions.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ OBSERVE = """() => {
 
 
 def main() -> None:
-    """Make the pages, measure them, print milliseconds."""
+    """Create the pages, measure them, and print the milliseconds."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=FLAGS)
         for table in tables(browser, Path(folder)):
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def tables(browser: Browser, folder: Path) -> Iterator[Table]:
-    """Traces, gradients, the live page."""
+    """Return the tables of traces, gradients and the live page."""
     model = random_gpt2(folder / "model")
     with running_server() as server, januslens.Client(server.address) as client:
         demo = traced(client, folder / "demo.html", PROMPT)
@@ -76,7 +77,7 @@ def tables(browser: Browser, folder: Path) -> Iterator[Table]:
 
 
 def of_traces(browser: Browser, pages: dict[str, Traced]) -> Table:
-    """One row a page."""
+    """Return a table with one row per page."""
     table = Table("ms, trace", "kB", "first drawing", *INTERACTIONS, *CLICKS, "hover")
     for name, page in pages.items():
         size = page.path.stat().st_size / 1e3
@@ -86,7 +87,7 @@ def of_traces(browser: Browser, pages: dict[str, Traced]) -> Table:
 
 
 def measured(browser: Browser, page: Traced) -> list[float]:
-    """Milliseconds of the first drawing and of each interaction."""
+    """Return the milliseconds of the first drawing and of each interaction."""
     tab = browser.new_page(viewport={"width": 1440, "height": 900})
     tab.goto(page.url)
     tab.wait_for_selector("html[data-ready=complete]", state="attached")
@@ -99,7 +100,7 @@ def measured(browser: Browser, page: Traced) -> list[float]:
 
 
 def clicks(tab: Page, page: Traced) -> list[float]:
-    """Milliseconds from each click to the frame that answers it."""
+    """Return the milliseconds from each click to the frame that responds to it."""
     afresh(tab, page)
     tab.evaluate(OBSERVE)
     found: list[float] = []
@@ -111,7 +112,7 @@ def clicks(tab: Page, page: Traced) -> list[float]:
 
 
 def hover(tab: Page, page: Traced) -> float:
-    """Milliseconds of the main thread for a move of the pointer from one chip to another."""
+    """Return the milliseconds of the main thread for a move of the pointer between two chips."""
     afresh(tab, page)
     boxes = [chip.bounding_box() for chip in tab.locator("svg.detail .chip").all()[:MOVES]]
     devtools = tab.context.new_cdp_session(tab)
@@ -130,7 +131,7 @@ def hover(tab: Page, page: Traced) -> float:
 
 
 def afresh(tab: Page, page: Traced) -> None:
-    """The page as it opens, at its last layer."""
+    """Load the page anew, at its last layer."""
     tab.goto("about:blank")
     tab.goto(page.url)
     tab.wait_for_selector("html[data-ready=complete]", state="attached")

@@ -1,8 +1,8 @@
-"""How far half-precision gradients are from float32: `python -m tests.benchmarks.precision`.
+"""Measure the error of gradients in half precision: `python -m tests.benchmarks.precision`.
 
-For each data type the relative error of every matrix's gradient, `||G - G_32|| / ||G_32||`, over
-prompts of the embedded model, and the part of it that rounding the weights alone makes (the rounded
-weights run in float32). What is left is the price of computing in that type.
+For each data type, prints the relative error of every matrix's gradient, `||G - G_32|| / ||G_32||`,
+over prompts of the embedded model. It also prints the part of the error that is due to rounding the
+weights, measured with the rounded weights in float32. The rest is due to computing in that type.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUESTIONS = (
 
 @dataclass(frozen=True)
 class Errors:
-    """Relative errors over matrices and questions, and VJP entries that became zero."""
+    """Relative errors over matrices and prompts, and VJP entries that became zero."""
 
     largest: float
     mean: float
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def gradients(model: ResidentModel) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each matrix's dense gradient and VJPs, in the order of questions and matrices."""
+    """Return each matrix's dense gradient and VJPs, in the order of prompts and matrices."""
     layers = range(model.view.facts.n_layers)
     for prompt, target in QUESTIONS:
         ids = [token.id for token in model.vocabulary.encode_prompt(prompt)]
@@ -73,7 +73,7 @@ def compare(
     found: Iterator[tuple[torch.Tensor, torch.Tensor]],
     exact: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> Errors:
-    """Errors of gradients against the float32 model's."""
+    """Return the errors of gradients relative to those of the float32 model."""
     errors, vanished = [], 0
     for (gradient, vjps), (true_gradient, true_vjps) in zip(found, exact, strict=True):
         errors.append(float((gradient - true_gradient).norm() / true_gradient.norm()))
@@ -82,7 +82,7 @@ def compare(
 
 
 def add_row(table: Table, name: str, errors: Errors) -> None:
-    """One data type's line."""
+    """Add the row of one data type."""
     table.add_row(name, f"{errors.largest:.1%}", f"{errors.mean:.2%}", str(errors.vanished))
 
 

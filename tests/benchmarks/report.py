@@ -1,4 +1,4 @@
-"""The rows of the table: on a terminal, and as JSON."""
+"""Report the rows of the table on a terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Row:
-    """One goal: what was measured, the most (or, `at_least`, the least) that it should be.
+    """One benchmark: the measured figure and its goal, a maximum or (`at_least`) a minimum.
 
-    `floor` says what `measured` is a ratio of, or what it is beside; `seconds` are the medians
-    that it was made of. Without a `goal` the figure is reported for its own sake.
+    `floor` names what `measured` is relative to or compared with; `seconds` are the medians from
+    which it was computed. A row without a `goal` is only reported.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """None: there is nothing to reach."""
+        """Whether the goal is reached; None without a goal."""
         if self.goal is None:
             return None
         return self.measured >= self.goal if self.at_least else self.measured <= self.goal
@@ -49,7 +49,7 @@ def show(rows: Sequence[Row], machine: str) -> None:
 
 
 def write(rows: Sequence[Row], machine: str, path: Path) -> None:
-    """Write everything as JSON."""
+    """Write all rows as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shown = [asdict(row) | {"reached": row.reached} for row in rows]
     path.write_text(json.dumps({"machine": machine, "rows": shown}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Models of the benchmarks: real architectures of real sizes with random weights, made here."""
+"""Create the models of the benchmarks: real architectures and sizes, with random weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from transformers import (
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes, and the prompts that it is measured with: their lengths in tokens."""
+    """The sizes of a model, and the lengths in tokens of the prompts that it is measured with."""
 
     name: str
     layers: int
@@ -34,7 +34,7 @@ class Shape:
     gated_width: int | None = None
 
     def tokens(self, length: int) -> tuple[int, ...]:
-        """A prompt of ids spread over the vocabulary."""
+        """Return a prompt of ids that are spread over the vocabulary."""
         return tuple(self.vocab * (2 * i + 1) // (2 * length) for i in range(length))
 
 
@@ -44,7 +44,7 @@ TINY = Shape("tiny GPT-2", 2, 32, 4, 2_000, prompt=6, long_prompt=10)
 
 
 def build(shape: Shape, folder: Path, data_type: torch.dtype = torch.float32) -> Path:
-    """The model's folder under `folder`, as `--model` takes it; made unless it is there."""
+    """Return the model's folder in `folder`, for `--model`; create it if it does not exist."""
     name = f"{shape.name} {data_type}".lower().replace(" ", "-")
     path = folder / name
     if not (path / "tokenizer.json").is_file():

@@ -1,4 +1,4 @@
-"""Times of several things side by side: in turns, so that whatever else happens meets them all."""
+"""Time several actions in alternation, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Seconds = dict[str, float]
 
 
 def interleaved(actions: Mapping[str, Callable[[], object]], rounds: int) -> Seconds:
-    """The median seconds of each action over `rounds` turns, after one that does not count."""
+    """Return the median seconds of each action over `rounds` rounds, after one warm-up round."""
     for action in actions.values():
         action()
     taken: dict[str, list[float]] = {name: [] for name in actions}

@@ -1,7 +1,7 @@
-"""Small hand-made streams: every number in them is one that a test can compute by itself.
+"""Small streams written by hand, whose numbers a test can verify by mental arithmetic.
 
-The trace: one block at position 1 of the prompt "a b", target " c". Its attention writes (3, 0),
-its MLP (0, 4), onto an input of (1, 0), so that the block's output is (4, 4).
+The trace has one block at position 1 of the prompt "a b", with target " c". Attention writes (3, 0)
+and the MLP (0, 4) onto an input of (1, 0), so the block's output is (4, 4).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def float_tensor(values: Sequence[float]) -> common_pb2.Tensor:
 def node(
     node_id: str, kind: str, top: Sequence[int] = (), rank: int | None = None, **fields: object
 ) -> trace_pb2.Node:
-    """A node at position 1; `kind` without its prefix, coordinates from the id's layer."""
+    """Return a node at position 1; `kind` has no prefix, and coordinates are in the id's layer."""
     message = trace_pb2.Node(
         id=node_id,
         kind=trace_pb2.NodeKind.Value(f"NODE_KIND_{kind}"),
@@ -211,7 +211,7 @@ TraceEvents = trace_pb2.TraceHeader | trace_pb2.LayerGraph | trace_pb2.TraceSumm
 
 
 def trace_stream(*events: TraceEvents) -> list[trace_pb2.TraceResponse]:
-    """These events, or a whole trace, as numbered responses."""
+    """Return these events, or a whole trace, as numbered responses."""
     responses = []
     for sequence, event in enumerate(events or (trace_header(), layer(), trace_summary())):
         response = trace_pb2.TraceResponse(sequence=sequence)
@@ -273,7 +273,7 @@ def matrix(
 
 
 def input_matrix() -> gradient_lens_pb2.GradientMatrix:
-    """FF1 of layer 1 with everything that can be asked for beside the components."""
+    """Return FF1 of layer 1 with everything that can be requested besides the components."""
     message = matrix()
     message.kind = gradient_lens_pb2.MATRIX_KIND_FF1
     message.projected_side = gradient_lens_pb2.SIDE_INPUT
@@ -312,7 +312,7 @@ GradientEvents = (
 
 
 def gradient_stream(*events: GradientEvents) -> list[gradient_lens_pb2.GradientLensResponse]:
-    """These events, or a whole gradient of two matrices, as numbered responses."""
+    """Return these events, or a whole gradient of two matrices, as numbered responses."""
     whole = (gradient_header(), matrix(), input_matrix(), gradient_summary())
     responses = []
     for sequence, event in enumerate(events or whole):

@@ -1,4 +1,4 @@
-"""A gRPC server that says what a test tells it to, for what the real one never does."""
+"""A gRPC server that sends scripted responses, including ones that the real server never sends."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Script:
 
 @contextmanager
 def serving(script: Script, address: str = "127.0.0.1:0") -> Iterator[str]:
-    """Serve a script, by default on a free port; gives the address."""
+    """Serve a script, by default on a free port, and yield the address."""
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
         "Trace": grpc.unary_stream_rpc_method_handler(
             script.trace,

@@ -1,4 +1,4 @@
-"""The command as its user meets it."""
+"""Run the `januslens` command against a real server."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(*arguments: str, **environment: str) -> Result:
 
 @pytest.fixture
 def demo(server_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real server, where the command looks for one."""
+    """A real server at the command's default address."""
     monkeypatch.setenv("JANUSLENS_SERVER", server_address)
 
 

@@ -1,4 +1,4 @@
-"""The guide's examples run."""
+"""Run the examples of docs/client.md."""
 
 from __future__ import annotations
 

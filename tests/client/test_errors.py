@@ -1,4 +1,4 @@
-"""From a failed call to the exception that describes it."""
+"""Test which exception a failed call raises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DETAILS = "grpc-status-details-bin"
 
 @dataclass(frozen=True)
 class Failure:
-    """A failed call as gRPC presents it."""
+    """A failed call, with gRPC's interface."""
 
     status: grpc.StatusCode
     message: str | None = "something happened"
@@ -145,7 +145,7 @@ def test_unknown_model_raises_model_not_found() -> None:
 
 
 def documented_reasons() -> dict[str, str]:
-    """The reasons of docs/errors.md with their statuses."""
+    """Return the reasons in docs/errors.md with their statuses."""
     page = (Path(__file__).parents[2] / "docs" / "errors.md").read_text()
     return dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", page, re.MULTILINE))
 

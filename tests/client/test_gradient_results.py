@@ -1,4 +1,4 @@
-"""Questions to a gradient whose answers were computed by hand (see messages.py)."""
+"""Test the queries of a gradient against results computed by hand (see messages.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our enumerations and the contract's are the same."""
+"""The client's enumerations equal those of the contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formats, names and sentences, against texts written by hand; fixtures that have not drifted."""
+"""Compare formats, names and sentences with texts written by hand; check the fixtures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every name that a public signature mentions can be imported from `januslens`."""
+"""Every name in a public signature can be imported from `januslens`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFINED = [
 
 @cache
 def imported_from(module: str) -> dict[str, str]:
-    """The module that each imported name of a module comes from."""
+    """Return the module from which each imported name of a module comes."""
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     sources: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -34,7 +34,7 @@ def imported_from(module: str) -> dict[str, str]:
 
 
 def written(made: object) -> Iterator[tuple[str, str]]:
-    """Annotations as written, each with the module that wrote it."""
+    """Return the annotations in the source, each with the module that contains it."""
     if inspect.isfunction(made):
         yield from ((made.__module__, text) for text in made.__annotations__.values())
         return
@@ -55,7 +55,7 @@ def written(made: object) -> Iterator[tuple[str, str]]:
 
 
 def own_names(made: object) -> set[str]:
-    """The names of this package that the signatures of a class or function mention."""
+    """Return the names of this package in the signatures of a class or function."""
     found = set()
     for module, text in written(made):
         for node in ast.walk(ast.parse(getattr(text, "__forward_arg__", text))):

@@ -1,4 +1,4 @@
-"""From Python arguments to request messages."""
+"""Test the conversion of Python arguments to request messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stream that is cut anywhere and goes on elsewhere is the stream that was never cut."""
+"""A stream that is interrupted anywhere and resumed equals the uninterrupted stream."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def copied(response: Any) -> Any:
 
 
 def parts(messages: Sequence[Any]) -> list[bytes]:
-    """The stream but for ids and times, to the byte: however it was cut into messages."""
+    """Return the stream's content as bytes, without ids, times and the division into messages."""
     whole: list[Any] = []
     open_part: Any = None
     for message in messages:
@@ -112,7 +112,7 @@ def parts(messages: Sequence[Any]) -> list[bytes]:
 
 
 def cuts(count: int) -> list[int]:
-    """Messages that came before the cut: every number, or five of them."""
+    """Return the numbers of messages to receive before the interruption: all, or five of them."""
     return sorted({round(i * (count - 1) / 4) for i in range(5)} if count > 10 else range(count))
 
 

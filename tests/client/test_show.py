@@ -1,4 +1,4 @@
-"""Sentences about a trace, from streams made by hand."""
+"""Test the sentences about a trace, on streams written by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.client.messages import trace_stream
 
 
 def told(*hidden: str) -> str:
-    """The sentences about the trace, without the nodes of some kinds."""
+    """Return the sentences about the trace, without the nodes of some kinds."""
     layer = messages.layer()
     kept = [node for node in layer.nodes if not node.id.endswith(hidden)]
     ids = {node.id for node in kept}

@@ -1,4 +1,4 @@
-"""Putting streams together, message by message."""
+"""Test the assembly of streams, message by message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers as bytes and back."""
+"""Test the conversion of numbers to bytes and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Display of tokens in terminals and pages."""
+"""Test how tokens are displayed in terminals and pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Questions to a trace whose answers were computed by hand (see messages.py)."""
+"""Test the queries of a trace against results computed by hand (see messages.py)."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ AWKWARD = "".join(map(chr, [*range(0x21), 0x7F, 0x85, 0xFFFE, 0xFFFF, 0x1F600]))
 
 
 def awkward_trace() -> Trace:
-    """The trace with a token that holds what XML forbids, on top everywhere."""
+    """Return the trace with a token that XML forbids as the top token of every node."""
     assembler = TraceAssembler()
     for response in trace_stream():
         assembler.feed(response)

@@ -1,4 +1,4 @@
-"""Both clients against the real server with the embedded demo."""
+"""Test both clients against the real server with the embedded model."""
 
 from __future__ import annotations
 

@@ -23,6 +23,6 @@ def stub(channel: grpc.Channel) -> service_pb2_grpc.IntrospectionServiceStub:
 
 @pytest.fixture(scope="session")
 def demo(stub: service_pb2_grpc.IntrospectionServiceStub) -> models_pb2.Model:
-    """The embedded model as the server describes it."""
+    """The embedded model as ListModels describes it."""
     (model,) = stub.ListModels(models_pb2.ListModelsRequest()).models
     return model

@@ -26,7 +26,7 @@ LONG = token_ids(*range(300, 390))
 
 
 def values(stream: list[activations_pb2.ActivationsResponse]) -> dict[tuple[int, int], np.ndarray]:
-    """The float32 tensors of a stream by site and layer, after checks of their pieces."""
+    """Return the float32 tensors of a stream by site and layer, after checking their pieces."""
     found: dict[tuple[int, int], np.ndarray] = {}
     for message in stream[1:-1]:
         tensor = message.tensor

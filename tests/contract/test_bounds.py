@@ -1,4 +1,4 @@
-"""Every text, every list and all bytes of a request have a bound, which holds and is documented."""
+"""Every text, list and byte field of a request has a documented limit, which is enforced."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ API = Path(__file__).parents[2] / "docs" / "api.md"
 
 
 def bounded(message: Any, seen: frozenset[str] = frozenset()) -> Iterator[tuple[str, list[Any]]]:
-    """Every field of a message and of those inside it that can be long, with the way to it."""
+    """Return every field that can be long, in a message and those inside it, with its path."""
     if message.name in seen:
         return
     for field in message.fields:
@@ -75,7 +75,7 @@ def test_a_longer_one_is_refused_by_its_path(
 
 
 def fill(message: Any, way: list[Any], length: int) -> None:
-    """Give the field at the end of the way this length."""
+    """Set the field at the end of the path to a value of this length."""
     field, *further = way
     if further:
         inside = getattr(message, field.name)

@@ -1,4 +1,4 @@
-"""The rows of the error table that a healthy server can show, and what every error carries."""
+"""Test the rows of the error table that a healthy server can produce, and the common details."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_request_id_is_echoed_in_header_and_error(channel: grpc.Channel, reque
     "request_id", ["", "A" * 129, "two words", "line%0abreak", "<script>", "a/b", "x;y"]
 )
 def test_an_unsafe_request_id_is_replaced(channel: grpc.Channel, request_id: str) -> None:
-    """It goes into logs and pages as it is."""
+    """The id is written to logs and pages."""
     answer = refused(channel, "Tokenize", EMPTY_TEXT, request_id=request_id)
     assert answer.request_id is not None
     assert re.fullmatch("[0-9a-f]{32}", answer.request_id)
@@ -177,7 +177,7 @@ def test_the_log_names_the_call_and_no_prompt(channel: grpc.Channel, server: Ser
 
 
 def raw_call(channel: grpc.Channel, method: str, request: bytes) -> Any:
-    """A call of bytes that must fail, finished."""
+    """Make a call with raw bytes that must fail, and wait until it ends."""
     method_of: Any = (
         channel.unary_stream if methods()[method].server_streaming else channel.unary_unary
     )

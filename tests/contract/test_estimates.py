@@ -1,4 +1,4 @@
-"""EstimateCost: what a request would take, refused as the request itself would be."""
+"""EstimateCost: the cost of a request, and the same errors as from the request itself."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ TIGHT = {
 
 @pytest.fixture(scope="module", params=TIGHT)
 def limited(request: pytest.FixtureRequest) -> Iterator[tuple[ServerProcess, str]]:
-    """A server with one tight limit, and its name."""
+    """A server with one low limit, and the name of the limit."""
     limit = request.param
     with running_server(f"--{limit.replace('_', '-')}", TIGHT[limit]) as server:
         yield server, limit

@@ -1,4 +1,4 @@
-"""FindNeurons over the wire: its pages, and what each neuron is said to write."""
+"""FindNeurons over the wire: its pages, and the projection of each neuron."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_neuron_projection_equals_that_in_a_trace(stub: Stub, suppressed: bool) 
 
 
 def assert_equal(ours: lens_pb2.Projection, theirs: lens_pb2.Projection) -> None:
-    """Other rows in the same matrix product may change the last bits, not more."""
+    """Compare up to the last bits, which depend on the other rows of the matrix product."""
     assert ours.target_rank == theirs.target_rank
     for name in ("top", "bottom"):
         assert getattr(ours, f"{name}_token_ids") == getattr(theirs, f"{name}_token_ids")

@@ -1,4 +1,4 @@
-"""Whatever a request holds, the server answers it or says what is wrong, and stays healthy."""
+"""The server answers every request or returns a clear error, and stays healthy."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ D_MODEL = 128
 def message(
     kind: type[MessageT], needed: Fields | None = None, /, **fields: st.SearchStrategy[Any]
 ) -> st.SearchStrategy[MessageT]:
-    """Messages with what is `needed` and any subset of the other fields."""
+    """Return messages with the `needed` fields and any subset of the others."""
     return st.fixed_dictionaries(needed or {}, optional=fields).map(lambda chosen: kind(**chosen))
 
 
 def often(usual: st.SearchStrategy[Any], rare: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    """Mostly what can be served: else every example would end at its first field."""
+    """Draw mostly valid values; otherwise every example would end at its first field."""
     return st.integers(0, 29).flatmap(lambda n: usual if n else rare)
 
 
@@ -140,7 +140,7 @@ def gradients(name: str) -> st.SearchStrategy[Message]:
 
 
 def vectors_of(values: list[float]) -> common_pb2.Tensor:
-    """Vectors of the right width that repeat a few values, whatever these are."""
+    """Return vectors of the right width that repeat a few arbitrary values."""
     repeated = [values[i % len(values)] for i in range(2 * D_MODEL)]
     return common_pb2.Tensor(
         data_type=common_pb2.DATA_TYPE_FLOAT32,
@@ -273,7 +273,7 @@ def test_any_request_is_served_or_refused(channel: grpc.Channel, method: str) ->
 
 
 def answer(call: Any, method: str) -> list[Message]:
-    """The responses received before the call's status."""
+    """Return the responses received before the call's status."""
     if not methods()[method].server_streaming:
         return [] if call.exception() else [call.result()]
     try:
@@ -283,7 +283,7 @@ def answer(call: Any, method: str) -> list[Message]:
 
 
 def floats(message: Message) -> Iterator[float]:
-    """Every floating-point number of a message, wherever it stands."""
+    """Return every floating-point number of a message, at any depth."""
     for field, value in message.ListFields():
         values = value if field.is_repeated else [value]
         if field.message_type is not None and field.message_type.GetOptions().map_entry:

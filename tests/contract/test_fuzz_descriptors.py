@@ -1,7 +1,7 @@
-"""Requests made from the contract's own description, with no idea of what makes sense.
+"""Requests generated from the contract's descriptors, whether or not they make sense.
 
-`test_fuzz` sends what is mostly served; this sends whatever can be written, to every RPC there is,
-and bytes that may be no message at all.
+`test_fuzz` sends mostly valid requests. This module sends arbitrary requests to every RPC, and
+bytes that may not be a message at all.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SCALARS: dict[str, st.SearchStrategy[Any]] = {
 
 @cache
 def messages(descriptor: Any) -> st.SearchStrategy[Message]:
-    """Any message of a kind: each field set or not, at most one of each oneof."""
+    """Return arbitrary messages of a type: each field set or not, at most one field per oneof."""
     fields = {field.name: values(field) for field in descriptor.fields}
     kind = descriptor._concrete_class
     return st.fixed_dictionaries({}, optional=fields).map(lambda chosen: kind(**chosen))
@@ -114,7 +114,7 @@ def test_random_bytes_are_served_or_refused(channel: grpc.Channel, method: str) 
 
 
 def outcome(call: Any, method: str) -> None:
-    """Wait until it has ended."""
+    """Wait until the call has ended."""
     try:
         list(call) if methods()[method].server_streaming else call.result()
     except grpc.RpcError:

@@ -1,4 +1,4 @@
-"""grpc.health.v1 and server reflection beside the service."""
+"""Test grpc.health.v1 and server reflection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A field that cannot be served is INVALID_ARGUMENT, with its path and what was expected."""
+"""An invalid field is INVALID_ARGUMENT, with the field's path and what was expected."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def neurons(**fields: Any) -> neurons_pb2.FindNeuronsRequest:
 
 
 def inputs(method: str, request: Callable[..., Message]) -> list[Case]:
-    """Invalid fields of every request that runs a prompt."""
+    """Return invalid fields of every request that runs a prompt."""
     return [
         (method, "empty prompt", lambda _: request(input=prompt("")), "input.prompt"),
         (method, "no input", lambda _: request(input=Input()), "input.prompt"),
@@ -263,7 +263,7 @@ def test_a_target_of_several_tokens_is_refused_with_their_list(channel: grpc.Cha
 
 @pytest.mark.parametrize("word", [" Paris", " Zürich", "鷗"])
 def test_a_refusal_that_quotes_megabytes_still_arrives(channel: grpc.Channel, word: str) -> None:
-    """Clients drop a status whose metadata exceeds their limit, and with it what went wrong."""
+    """Clients drop a status whose metadata exceeds their limit, and lose its details."""
     subject = gradient_lens_pb2.Subject(text=word * 5_000)
     refusal = refused(channel, "GradientLens", gradient(subject=subject))
     assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT

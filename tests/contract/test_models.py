@@ -1,4 +1,4 @@
-"""Several models on one server: one serves whatever became of the others."""
+"""Several models on one server: the others are served if one fails."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_a_page_token_that_was_not_issued_is_refused(channel: grpc.Channel, toke
 
 
 def test_the_revision_is_a_hash_of_the_weights(models: dict[str, Model]) -> None:
-    """Equal weights are the same revision, wherever they lie and whatever they are called."""
+    """Equal weights have the same revision, whatever the path and the name of the model."""
     weights = (model_path() / model_folders.WEIGHTS).read_bytes()
     expected = sha256(sha256(weights).digest()).hexdigest()
     assert models["well"].provenance.revision == expected

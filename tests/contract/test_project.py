@@ -1,4 +1,4 @@
-"""Project reads a caller's vectors exactly as Trace reads its own."""
+"""Project gives the same results for a caller's vectors as Trace for its own."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_projection_of_a_node_vector_equals_the_traces(
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
-    """Other vectors in the same matrix product may change the last bits, not more."""
+    """Compare up to the last bits, which depend on the other vectors of the matrix product."""
     assert ours.target_rank == theirs.target_rank
     assert list(ours.top_token_ids) == list(theirs.top_token_ids)
     assert list(ours.bottom_token_ids) == list(theirs.bottom_token_ids)

@@ -1,4 +1,4 @@
-"""Equal requests get equal bytes, whatever the server has kept of others in between."""
+"""Equal requests return equal bytes, whatever other requests the server has run in between."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ Streamed = Callable[[str, str], list[Any]]
 
 @pytest.fixture(scope="module")
 def streamed(stub: Stub) -> Streamed:
-    """The whole stream of a request above, asked for once."""
+    """The whole stream of one of the requests above, requested once."""
 
     @cache
     def messages(method: str, name: str) -> list[Any]:
@@ -122,7 +122,7 @@ def test_header_sizes_equal_those_of_list_models(stream: list[Any], demo: models
 
 
 def test_token_text_is_sent_once_no_later_than_its_first_use(stream: list[Any]) -> None:
-    """In a header, the prompt's own tokens bring theirs."""
+    """The prompt's own tokens contain their texts."""
     known: set[int] = {token.id for token in stream[0].header.prompt_tokens}
     for message in stream[:-1]:
         event = getattr(message, message.WhichOneof("event"))
@@ -172,7 +172,7 @@ def test_a_matrix_ends_once_with_its_last_message(
 
 
 def assert_ends_once(groups: Sequence[Any], lasts: Sequence[bool]) -> None:
-    """Groups are contiguous and ascend by their first part, each closed by its last message."""
+    """Check that groups are contiguous, ascend by their first part, and end with `last`."""
     for group, following, last in zip(groups, [*groups[1:], None], lasts, strict=True):
         assert last == (group != following)
     closed = [group for group, last in zip(groups, lasts, strict=True) if last]
@@ -201,7 +201,7 @@ def test_the_summary_counts_what_was_sent(trace: list[trace_pb2.TraceResponse]) 
 
 
 def test_a_large_layer_and_a_large_matrix_span_several_messages(streamed: Streamed) -> None:
-    """Else the tests above would say little."""
+    """Otherwise the tests above would not cover several messages."""
     layers = [message.layer.layer for message in streamed("Trace", "everything")[1:-1]]
     assert layers.count(1) > 3
     matrices = [message.matrix for message in streamed("GradientLens", "everything")[1:-1]]
@@ -270,7 +270,7 @@ def test_node_has_the_same_id_and_projection_in_any_request(stub: Stub, streamed
 
 
 def test_equal_messages_serialise_to_equal_bytes(channel: grpc.Channel, streamed: Streamed) -> None:
-    """Maps too, whose entries protobuf sends in an order of the process's own."""
+    """This includes maps, whose entries protobuf sends in an order that differs by process."""
     call: Any = channel.unary_stream(
         "/januslens.v1.IntrospectionService/Trace",
         request_serializer=trace_pb2.TraceRequest.SerializeToString,

@@ -1,4 +1,4 @@
-"""The committed stubs, the .proto files and the published shape of the contract agree."""
+"""The committed stubs, the .proto files and the published form of the contract agree."""
 
 import importlib
 import pkgutil
@@ -34,7 +34,7 @@ def buf(*arguments: str) -> subprocess.CompletedProcess[bytes]:
 
 
 def normalised(file: descriptor_pb2.FileDescriptorProto) -> descriptor_pb2.FileDescriptorProto:
-    """Without what only one of the two compilers writes down: comments and derived JSON names."""
+    """Remove what only one of the two compilers writes: comments and derived JSON names."""
     file.ClearField("source_code_info")
     file.DiscardUnknownFields()
     for message in messages(file.message_type):
@@ -94,7 +94,7 @@ def test_contract_is_commented_and_linted() -> None:
 
 
 def test_lint_rejects_an_element_without_a_comment(tmp_path: Path) -> None:
-    """The check above would pass on a bare contract if the rules were ever relaxed."""
+    """If the lint rules were relaxed, the check above would pass without comments."""
     bare = tmp_path / "protos" / "januslens" / "v1" / "bare.proto"
     bare.parent.mkdir(parents=True)
     bare.write_text(
@@ -141,7 +141,7 @@ def test_service_offers_exactly_the_published_methods() -> None:
     ids=["NodeKind", "EdgeKind", "MatrixKind"],
 )
 def test_enum_numbers_are_unchanged(kinds: EnumDescriptor, published: str) -> None:
-    """Node ids are spelt with these names, and stored traces hold these numbers."""
+    """Node ids contain the names, and stored traces the numbers."""
     numbers = {value.name.partition("_KIND_")[2]: value.number for value in kinds.values}
     assert numbers == {
         name: number for number, name in enumerate(["UNSPECIFIED", *published.split()])

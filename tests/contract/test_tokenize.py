@@ -1,4 +1,4 @@
-"""Tokenize: what each token is, and where in the text it stands."""
+"""Tokenize: the tokens of a text, and the characters that each covers."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Runs the image's build as far as it goes without an engine: `python -m tests.deploy.build_steps`.
+"""Run the steps of the image's build without a container engine.
 
-The build stage's own instructions, in their order, in an empty folder, with a fresh virtual
-environment in the place of the base image's Python; then the image's entry point and its health
-check, from what was installed. The base image itself, its users and the end stage's RUN are not
-tried.
+`python -m tests.deploy.build_steps` runs the instructions of the build stage in order, in an empty
+folder, with a fresh virtual environment in place of the base image's Python. Then it runs the
+image's entry point and health check with what was installed. It does not cover the base image, its
+users, and the RUN instructions of the last stage.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Stage:
         self.folder = self.root
 
     def run(self, instruction: Instruction) -> None:
-        """Do one instruction; `FROM` and `ARG` are done by who made this."""
+        """Run one instruction; the caller handles `FROM` and `ARG`."""
         match instruction.keyword:
             case "ENV":
                 pairs = (pair.split("=", 1) for pair in instruction.rest.split())
@@ -71,7 +71,7 @@ class Stage:
 
 
 def python_of_the_base(folder: Path) -> dict[str, str]:
-    """A Python with pip first on the path, as in the base image; gives the variables."""
+    """Yield variables with a Python and pip first on the path, as in the base image."""
     venv.create(folder, with_pip=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VIRTUAL_ENV")}
     # Empty: the default index's build of torch. The named backends have indexes of their own.
@@ -83,14 +83,14 @@ def python_of_the_base(folder: Path) -> dict[str, str]:
 
 
 def build_stage() -> list[Instruction]:
-    """The instructions between the two FROM lines."""
+    """Return the instructions between the two FROM lines."""
     found = image.instructions()
     first, second = (i for i, instruction in enumerate(found) if instruction.keyword == "FROM")
     return found[first + 1 : second]
 
 
 def check_what_runs(environment: Path) -> None:
-    """The entry point serves, the health check agrees, and nothing of the build is in."""
+    """Check that the entry point serves, the health check agrees, and no build tool is left."""
     programs = {path.name for path in (environment / "bin").iterdir()}
     assert not programs & set(BUILD_TOOLS), programs & set(BUILD_TOOLS)
     (entry,) = json.loads(image.value("ENTRYPOINT"))
@@ -113,7 +113,7 @@ def check_what_runs(environment: Path) -> None:
 
 
 def main() -> None:
-    """Build, then run what was built."""
+    """Build, then run the result."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         stage = Stage(root / "root", python_of_the_base(root / "base"))

@@ -1,6 +1,6 @@
-"""A process as a container confines it: nothing writable but its scratch, no privileges.
+"""Run a process with a container's restrictions: read-only files and no privileges.
 
-It takes Linux and root, which CI has; elsewhere processes run unconfined.
+This needs Linux and root, which CI has; elsewhere processes run without restrictions.
 """
 
 from __future__ import annotations

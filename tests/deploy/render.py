@@ -1,6 +1,6 @@
-"""Writes every installation's manifests into a folder: `python -m tests.deploy.render FOLDER`.
+"""Write the manifests of every installation to a folder: `python -m tests.deploy.render FOLDER`.
 
-Not the base, which takes its namespace from an overlay.
+The base is left out, because an overlay sets its namespace.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from tests.deploy.manifests import INSTALLATIONS
 
 
 def main() -> None:
-    """One file for each installation."""
+    """Write one file for each installation."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, make in INSTALLATIONS.items():

@@ -20,7 +20,7 @@ UNMODELLED = {"definition", "titleFormat", "textFormat"}
 
 
 def lost(written: Any, read: Any, path: str = "") -> Iterator[str]:
-    """The fields that did not come back as they were written."""
+    """Return the fields that are not the same after parsing and writing them again."""
     if isinstance(written, dict) and isinstance(read, dict):
         for name, value in written.items():
             if name not in UNMODELLED:

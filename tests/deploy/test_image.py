@@ -26,7 +26,7 @@ def base() -> Manifests:
 
 
 def in_repository(path: str) -> Path:
-    """The file of the repository that stands at `path` in the image."""
+    """Return the file of the repository at `path` in the image."""
     (source,) = (source for source, destination in image.copied() if destination == path)
     return ROOT / source
 

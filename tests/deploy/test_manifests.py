@@ -42,7 +42,7 @@ def manifests(request: pytest.FixtureRequest) -> Manifests:
 def settings(
     manifests: Manifests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> ServerSettings:
-    """The settings that the server reads from the container's arguments, variables and files."""
+    """Return the settings that the server reads from the container's arguments and files."""
     return settings_of(manifests, tmp_path, monkeypatch)
 
 
@@ -64,7 +64,7 @@ def settings_of(
 
 
 def _invent_models(manifests: Manifests, mounted: str, folder: Path) -> None:
-    """Folders for the models that the settings name, which then name them there."""
+    """Create folders for the models in the settings, and put their paths there."""
     for key, text in manifests.settings["data"].items():
         manifests.settings["data"][key] = text.replace(f"={mounted}/", f"={folder}/")
         for line in text.splitlines():
@@ -151,7 +151,7 @@ def test_one_service_balances_and_one_resolves_to_pods(manifests: Manifests) -> 
 def test_service_ports_declare_their_protocol(
     manifests: Manifests, settings: ServerSettings
 ) -> None:
-    """A gateway that takes TLS for plaintext, or plaintext for HTTP/1, gets no answer."""
+    """A gateway that assumes TLS for plaintext, or HTTP/1 for HTTP/2, gets no answer."""
     speaks = "kubernetes.io/h2c" if settings.tls_certificate is None else "https"
     for service in manifests.of_kind("Service"):
         (grpc,) = (port for port in service["spec"]["ports"] if port["name"] == "grpc")
@@ -197,7 +197,7 @@ def test_a_pod_on_a_cpu_has_memory_for_the_largest_request(
 def test_connection_age_lets_balancing_clients_find_new_pods(
     manifests: Manifests, settings: ServerSettings
 ) -> None:
-    """And before a rollout can have replaced all the pods that they know."""
+    """Connections end before a rollout can have replaced all the pods that clients know."""
     assert settings.max_connection_age_seconds is not None
     headless = manifests.named("Service", "januslens-headless")["spec"]
     assert headless.get("publishNotReadyAddresses", False) is False
@@ -309,7 +309,7 @@ def test_downloads_are_allowed_only_with_the_hub_component(manifests: Manifests)
 def test_service_links_are_disabled(
     manifests: Manifests, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Kubernetes would name the Service `januslens` by a variable that means our port."""
+    """For the Service `januslens`, Kubernetes would set the variable of the port setting."""
     assert manifests.pod["spec"]["enableServiceLinks"] is False
     monkeypatch.setenv("JANUSLENS_PORT", "tcp://10.0.0.1:50051")
     with pytest.raises(SystemExit):
@@ -323,7 +323,7 @@ def test_requested_resources_do_not_exceed_limits(manifests: Manifests) -> None:
 
 
 class TestProduction:
-    """What an operator can rely on where callers are others."""
+    """The production overlay does not trust its callers."""
 
     @pytest.fixture
     def manifests(self) -> Manifests:

@@ -15,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "operations.md"
 
 
 def rows(first_heading: str) -> list[list[str]]:
-    """The cells of the table whose first column is headed so, without backquotes."""
+    """Return the cells of the table with this heading in the first column, without backquotes."""
     lines = PAGE.read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first_heading} |"))
     table = []

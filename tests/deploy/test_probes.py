@@ -1,4 +1,4 @@
-"""The pod's very command line, variables, files and confinement, and what its probes see."""
+"""Run the pod's own command line with its variables, files and restrictions, and its probes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KUBELET_TIMEOUT = 1  # seconds, where a probe gives none
 def running_pod(
     manifests: Manifests, folder: Path, secrets: dict[str, Path]
 ) -> Iterator[ServerProcess]:
-    """The container's process, from the moment its ports are open."""
+    """Start the container's process, and yield it when its ports are open."""
     environment = manifests.environment(secrets)
     scratch = folder / "scratch"
     flags = [*manifests.arguments(folder), *LOOPBACK]
@@ -64,7 +64,7 @@ class Probes:
         return status
 
     def watch(self, probe: str) -> Iterator[int]:
-        """Every state from now on: no change between two questions is missed."""
+        """Yield every state from now on, including those between two requests."""
         return (answer.status for answer in self._stub.Watch(self._request(probe), timeout=60))
 
     def _request(self, probe: str) -> health_pb2.HealthCheckRequest:

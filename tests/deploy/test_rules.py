@@ -21,7 +21,7 @@ NEVER = {"==": "== 7", ">": "> 1e9", "<": "< 0"}
 
 
 def spec() -> dict[str, Any]:
-    """The PrometheusRule's groups, as Prometheus itself reads them from a file."""
+    """The PrometheusRule's groups, in the format of Prometheus' own rule files."""
     found: dict[str, Any] = with_components("monitoring").one("PrometheusRule")["spec"]
     return found
 

@@ -31,7 +31,7 @@ QUIET = {"Requests by status, without OK"}
 
 @dataclass(frozen=True)
 class Observed:
-    """Prometheus after the load, and the page that it read last."""
+    """Prometheus after the load, and the last metrics page that it scraped."""
 
     prometheus: Prometheus
     page: str
@@ -39,7 +39,7 @@ class Observed:
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
-    """A server of its own, so that every figure is this load's."""
+    """A separate server, so that all figures are from this load only."""
     folder = tmp_path_factory.mktemp("prometheus")
     with running_server() as server:
         address = server.metrics_url.removeprefix("http://").removesuffix("/metrics")
@@ -50,7 +50,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
 
 
 def _load(server: ServerProcess, prometheus: Prometheus) -> None:
-    """Every kind of call, four at a time, for as long as some scrapes take."""
+    """Send every kind of call, four at a time, for the duration of some scrapes."""
     over = threading.Event()
     with ThreadPoolExecutor(4) as pool:
         callers = [pool.submit(_call_until, over, server.address) for _ in range(4)]
@@ -63,7 +63,7 @@ def _load(server: ServerProcess, prometheus: Prometheus) -> None:
 
 
 def _wait_for_scrapes(prometheus: Prometheus) -> None:
-    """Prometheus takes five seconds to learn of its targets."""
+    """Wait for the scrapes; Prometheus needs five seconds to discover its targets."""
     deadline = time.monotonic() + 60
     while True:
         counted = prometheus.query("count_over_time(up[1m])")
@@ -95,7 +95,7 @@ def _call_until(over: threading.Event, address: str) -> None:
 
 
 def names(expression: str) -> set[str]:
-    """The metrics that an expression asks for; recorded ones have colons."""
+    """Return the metrics in an expression; names of recorded ones contain colons."""
     return set(OURS.findall(re.sub(r"\w+:[\w:]+", "", expression)))
 
 

@@ -105,7 +105,7 @@ def generate(
 
 
 class _Typist:
-    """Prints tokens as they come. Characters may span tokens, so it decodes their bytes."""
+    """Prints tokens as they arrive. Characters may span tokens, so it decodes their bytes."""
 
     def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -115,7 +115,7 @@ class _Typist:
         """Print the characters that a token completes, and the layer that decided it."""
         text = "".join(c if c in " \n" else visible(c) for c in self._decode(made.token.raw))
         layer = "" if made.decided is None else str(made.decided).translate(_SUPERSCRIPTS)
-        # Not wrapped, because the console does not know the column where it is.
+        # Not wrapped, because the console does not know the current column.
         self._console.print(Text(text), Text(layer, "dim"), sep="", end="", soft_wrap=True)
 
 
@@ -126,6 +126,6 @@ def _show_summary(result: Generation) -> None:
     end = _ENDS.get(result.finish_reason, result.finish_reason)
     lines.add_row("tokens", Text(f"{len(result)}; {end}"))
     if any(made.layers for made in result):
-        lines.add_row("numbers", Text("layer from which on every layer read predicts the token"))
+        lines.add_row("numbers", Text("first layer from which the token remains the prediction"))
     out.print("\n")
     out.print(lines)

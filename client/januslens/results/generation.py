@@ -100,7 +100,7 @@ class GeneratedToken:
 
     @property
     def decided(self) -> int | None:
-        """The layer from which on all layers read predict the token; None if the last does not."""
+        """The first layer read from which the token remains the prediction, or None."""
         found = None
         for read in reversed(self.layers):
             if read.rank > 0:

@@ -20,7 +20,7 @@ from januslens_server.specs import Sampling
 
 
 class Decoder:
-    """A sequence that grows by tokens. The cache of its keys and values is freed with it.
+    """A growing sequence of tokens, with its key-value cache, which is freed with it.
 
     Between two calls no hook is left on the model, so that other requests may run.
     """
@@ -35,7 +35,7 @@ class Decoder:
         self._taps = {i: Tap(blocks[i].module, End.OUTPUT) for i in {*layers, last}}
         self._last = last
         self._cache: Any = None
-        # The argument's name before transformers 5.2x, and since.
+        # The argument's name depends on the release of transformers.
         named = inspect.signature(model.network.forward).parameters
         self._argument = "cache" if "cache" in named else "past_key_values"
 

@@ -27,7 +27,7 @@ from januslens_server.specs import Add, Noise, Operation, Scale, SetTo, Site, Ze
 
 @dataclass(frozen=True)
 class Source:
-    """Another prompt whose pass gives values: its `ids`, and the `positions` that are read."""
+    """Another prompt whose pass provides values: its `ids`, and the `positions` that are read."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -75,7 +75,7 @@ class Interventions:
         length: int,
         taken: SourceValues,
     ) -> None:
-        """`taken` has the values that patches and means put in, by number of the intervention."""
+        """`taken` has the values that patches and means insert, by number of the intervention."""
         self._model = model
         self._interventions = interventions
         self._length = length
@@ -86,7 +86,7 @@ class Interventions:
                 self._by_key.setdefault(key, []).append((number, intervention))
 
     def __bool__(self) -> bool:
-        """Whether anything changes."""
+        """Whether the pass is changed at all."""
         return bool(self._by_key)
 
     def sites(self, layer: int) -> frozenset[Site]:
@@ -169,7 +169,7 @@ class Interventions:
         return new.to(old.dtype).expand_as(old)
 
     def _hide(self, hooks: ExitStack, layer: int) -> None:
-        """Compute the results of heads again, without the sources that are hidden from them."""
+        """Recompute the results of heads, without the sources that are hidden from them."""
         seen: dict[Site, torch.Tensor] = {}
 
         def see(site: Site, found: SiteTap, tapped: torch.Tensor) -> None:

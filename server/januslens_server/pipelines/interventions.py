@@ -204,7 +204,7 @@ class _Reader:
             if len(ids) < 2:
                 raise InvalidRequest(
                     f"{field}[{i}]",
-                    "the mean leaves out first positions; expected at least 2 tokens",
+                    "the mean leaves out the first position; expected at least 2 tokens",
                 )
         sources = tuple(Source(ids, tuple(range(1, len(ids)))) for ids in read)
         return replace(resolved, sources=sources, over_positions=True)
@@ -238,7 +238,7 @@ def _check_sources_left(
 
     @cache
     def hidden_below(together: frozenset[int]) -> NDArray[np.int64]:
-        """Numbers of hidden sources below each position, from 0 to `length`."""
+        """The number of hidden sources below each position, from 0 to `length`."""
         hidden = np.zeros(length + 1, dtype=np.int64)
         for i in together:
             hidden[[source + 1 for source in blocks[i].hidden if source < length]] = 1

@@ -1,1 +1,1 @@
-"""The rows of the table, a module each: `measure` takes a `Bench` and yields rows."""
+"""The rows of the table, one module each: `measure` takes a `Bench` and yields rows."""

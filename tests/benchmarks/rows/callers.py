@@ -1,9 +1,10 @@
-"""Many callers against one at a time, on the demo.
+"""Measure many callers compared with a single one, on the demo.
 
-One caller asks a server of one process, and the better of one core and of all cores counts; many
-ask that server, and one with a process for each core. They take turns. A caller sends its next
-trace when the last one has ended, so that with many of them no queue is ever empty; meanwhile
-health is asked twenty times a second. Client and servers share the machine's cores.
+The single caller uses a server of one process, and the better result of one core and of all cores
+counts. Many callers use the same server, and one with a process per core. The measurements
+alternate. A caller sends its next trace when the last one has ended, so with many callers the queue
+is never empty. Meanwhile, health is checked twenty times a second. Clients and servers share the
+cores of the machine.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 @dataclass
 class Load:
-    """What one number of callers met in `seconds`: latencies and health's, in seconds."""
+    """The latencies of traces and of health checks, in seconds, with one number of callers."""
 
     seconds: float
     traces: list[float] = field(default_factory=list)
@@ -60,12 +61,12 @@ class Load:
 
     @property
     def throughput(self) -> float:
-        """Traces a second."""
+        """Traces per second."""
         return len(self.traces) / self.seconds
 
 
 async def loaded(address: str, callers: int, seconds: float) -> Load:
-    """Let so many callers ask for a while; what they get while they begin does not count."""
+    """Let this many callers send traces for a while; results of the warm-up are not counted."""
     found = Load(seconds)
     began = time.perf_counter() + SETTLING
     async with asyncio.TaskGroup() as tasks:
@@ -98,7 +99,7 @@ async def _health(address: str, found: Load, began: float) -> None:
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """Throughput as a ratio of one caller's; the rest is reported beside it."""
+    """Yield the throughput relative to that of one caller, and further figures without a goal."""
     turns: dict[Turn, list[Load]] = {turn: [] for turn in TURNS}
     with ExitStack() as running:
         servers = {flags: running.enter_context(running_server(*flags)) for flags in SERVERS}
@@ -125,6 +126,6 @@ def _rows(name: str, loads: Sequence[Load], one: float, goal: float | None) -> I
 
 
 def percentile(share: float, values: Iterable[float]) -> float:
-    """The value that this share of all do not exceed."""
+    """Return the value that this fraction of the values do not exceed."""
     ordered = sorted(values)
     return ordered[int(share * (len(ordered) - 1))]

@@ -13,7 +13,7 @@ TARGET = 7
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """Every position's factor is projected, as the paper does."""
+    """Measure with the factors of every position projected, as in the paper."""
     ids, floors = bench.shape.tokens(bench.shape.prompt), bench.floors
     matrices = run_gradient(bench.model, ids, TARGET)
     count = sum(len(matrix.components.positions) for matrix in matrices)

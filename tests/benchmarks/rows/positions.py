@@ -1,4 +1,4 @@
-"""Trace of every position of a long prompt: time for each projected row, and memory."""
+"""Trace every position of a long prompt: time per projected row, and memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.benchmarks.timing import interleaved
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """All positions once, beside turns of the last one alone, both as the client sees them."""
+    """Alternate between all positions and the last one alone, as the client observes them."""
     ids, client = bench.shape.tokens(bench.shape.long_prompt), bench.client
     taken = interleaved({"one position": lambda: client.trace(ids)}, bench.rounds)
     one = taken["one position"] / _projected(client.trace(ids).layers)

@@ -1,4 +1,4 @@
-"""Trace of the last position in all layers: cold, its first message, and what the wire adds."""
+"""Trace the last position in all layers: cold time, first message, and overhead of the wire."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def measure(bench: Bench) -> Iterator[Row]:
 
 
 def _until_first_layer(client: januslens.Client, ids: tuple[int, ...]) -> float:
-    """Seconds until the first layer is here, of a whole trace.
+    """Return the seconds until the first layer arrives, and read the rest of the trace.
 
-    One that was cut would be computed on for a while, and take its cores from what comes next.
+    The server would continue to compute a cancelled trace for a while, which would slow down the
+    next measurement.
     """
     started, seconds = time.perf_counter(), math.nan
     with client.stream_trace(ids) as stream:

@@ -1,4 +1,4 @@
-"""Trace where the logits of weight rows are at hand from the same request before."""
+"""Trace with the logits of weight rows cached by the same earlier request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OTHER_TARGET = 7
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """Against the floor of a cold trace: forward and one product of all its rows."""
+    """Compare with the floor of a cold trace: a forward pass, and one product of all its rows."""
     ids, floors = bench.shape.tokens(bench.shape.prompt), bench.floors
     rows = floors.rows(projected_rows(run_trace(bench.model, TraceSpec(ids))))
     with (

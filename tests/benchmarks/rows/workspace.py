@@ -1,4 +1,4 @@
-"""Memory that requests add to a server that has just loaded its model."""
+"""Measure the memory that requests add to a server that has just loaded its model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GOAL = 150.0
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """Must run first: later the server keeps what earlier requests made it take."""
+    """Must run first, because the server keeps memory that earlier requests allocated."""
     ids, client, server = bench.shape.tokens(bench.shape.prompt), bench.client, bench.server
     loaded = server.resident
     beside = f"the loaded server's {loaded / MIB:.0f} MiB"

@@ -1,4 +1,4 @@
-"""Writes the operators' schemas anew, from pydantic models that follow their CRDs.
+"""Generate the operators' schemas again, from pydantic models that follow their CRDs.
 
 Run it in an environment with the two packages that README.md names; the project needs neither.
 """
@@ -18,7 +18,7 @@ PROSE = ("description", "title", "default", "examples")
 
 
 def closed(schema: Any) -> Any:
-    """The structure alone, in which fields without a definition are errors, as in an API server."""
+    """Return the structure alone, in which undefined fields are errors, as in an API server."""
     if isinstance(schema, list):
         return [closed(item) for item in schema]
     if not isinstance(schema, dict):
@@ -36,7 +36,7 @@ def closed(schema: Any) -> Any:
 
 
 def _without_null(schema: dict[str, Any]) -> Any:
-    """pydantic's optional fields may be null; an API server's may only be absent."""
+    """Disallow null: optional fields of pydantic accept it, but an API server does not."""
     kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
     if set(schema) != {"anyOf"}:
         return schema
@@ -44,7 +44,7 @@ def _without_null(schema: dict[str, Any]) -> Any:
 
 
 def referred(part: Any, definitions: dict[str, Any]) -> set[str]:
-    """The definitions that `part` leads to."""
+    """Return the definitions that `part` refers to, directly or not."""
     names: set[str] = set()
     waiting = [part]
     while waiting:
@@ -61,7 +61,7 @@ def referred(part: Any, definitions: dict[str, Any]) -> set[str]:
 
 
 def main() -> None:
-    """One file for each kind, beside this script."""
+    """Write one file per kind to the folder of this script."""
     for model in MODELS:
         schema = closed(model.model_json_schema(by_alias=True))
         schema["properties"]["metadata"] = {"type": "object"}
