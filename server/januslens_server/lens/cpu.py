@@ -115,9 +115,23 @@ def _extremes(
         values, ids = rows.topk(count + 1, largest=largest)
     tied = (values[:, count - 1] == values[:, count]).nonzero()[:, 0]
     values, ids = _ordered(values[:, :count], ids[:, :count], largest=largest)
-    if len(tied):
-        values[tied], ids[tied] = _stable(rows[tied], count, largest=largest)
+    for i in tied.tolist():
+        values[i], ids[i] = _lowest_of_tied(rows[i], values[i], ids[i])
     return values, ids
+
+
+def _lowest_of_tied(
+    row: torch.Tensor, values: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return extremes of a row whose last value occurs more often, with its lowest indices.
+
+    There is no sort of the row: all logits of a vector of zeros are equal, and such vectors are
+    frequent among gradients.
+    """
+    clear = ids[values != values[-1]]
+    tied = (row == values[-1]).nonzero()[: len(ids) - len(clear), 0]
+    ids = torch.cat([clear, tied])
+    return row[ids], ids
 
 
 def _stable(rows: torch.Tensor, count: int, *, largest: bool) -> tuple[torch.Tensor, torch.Tensor]:
