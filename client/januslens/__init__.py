@@ -77,6 +77,7 @@ from januslens.errors import (
     Unavailable,
     Unimplemented,
 )
+from januslens.interventions import Intervention
 from januslens.results.activations import (
     Activations,
     ActivationsHeader,
@@ -119,6 +120,7 @@ from januslens.results.models import (
     Provenance,
     StageTime,
 )
+from januslens.results.sweep import Outcome, Sweep
 from januslens.results.tokens import Token, Tokens
 from januslens.results.trace import (
     LayerGraph,
@@ -186,6 +188,7 @@ __all__ = [
     "GradientSummary",
     "Guarantee",
     "InternalError",
+    "Intervention",
     "InvalidRequest",
     "JanuslensError",
     "KlDivergence",
@@ -216,6 +219,7 @@ __all__ = [
     "NotFinite",
     "NotFound",
     "OutOfMemory",
+    "Outcome",
     "PageFrame",
     "Part",
     "PermissionDenied",
@@ -243,6 +247,7 @@ __all__ = [
     "StageTime",
     "StreamInterrupted",
     "SubjectLike",
+    "Sweep",
     "TargetLike",
     "Tensor",
     "Text",

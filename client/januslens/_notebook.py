@@ -18,6 +18,7 @@ from januslens.results.graph import Part
 from januslens.results.kinds import MatrixKind, NodeKind, Side, Site
 from januslens.results.matrices import Component, Matrix
 from januslens.results.models import Model, Models
+from januslens.results.sweep import Sweep
 from januslens.results.tokens import Token, Tokens
 from januslens.results.trace import LayerGraph, PositionTarget, Trace
 from januslens.results.vectors import FoundNeurons, Projection, Projections
@@ -80,6 +81,24 @@ def activations_html(activations: Activations) -> str:
         *cut(activations.summary is not None),
         note("array(site, layer) is a numpy array; save() writes a safetensors file"),
     )
+
+
+@notebook_html.register
+def sweep_html(sweep: Sweep) -> str:
+    """The change of the logit by layer (rows) and column, coloured by its size."""
+    effects = sweep.logit_effects
+    largest = float(abs(effects).max())
+
+    def cell(value: float) -> Element:
+        return cells.norm_cell([presentation.signed(value)], abs(value), largest)
+
+    by_layer = list(zip(sweep.layers, effects.tolist(), strict=True))
+    rows: Iterable[list[Child]] = (
+        [str(layer), *map(cell, row)] for layer, row in reversed(by_layer)
+    )
+    made = table(sweep.heading, [">layer", *sweep.labels], rows)
+    made.set("class", "m")
+    return document(made, note("to_pandas() has the probabilities; largest() the largest changes"))
 
 
 @notebook_html.register

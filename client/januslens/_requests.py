@@ -40,6 +40,7 @@ from januslens.arguments import (
     subject_message,
     target_message,
 )
+from januslens.interventions import Intervention, intervention_messages
 from januslens.results.kinds import LENSES, NODE_KINDS, SITES, Lens, MatrixKind, NodeKind, Site
 from januslens.results.trace import Trace
 from januslens.results.vectors import Tensor, tensor_message
@@ -76,6 +77,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
     overlap_k: int | None = None,
     checks: bool = False,
     projections: bool | None = None,
+    interventions: Iterable[Intervention] = (),
     model: str = "",
     revision: str = "",
 ) -> trace_pb2.TraceRequest:
@@ -98,6 +100,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
         include_logit_contribution=logit_contribution,
         overlap_k=optional_count(overlap_k, "overlap_k"),
         include_checks=checks,
+        interventions=intervention_messages(interventions),
         include_projections=projections,
     )
 
@@ -191,6 +194,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
     subject: SubjectLike | None = None,
     factors: bool = False,
     verify: bool = False,
+    interventions: Iterable[Intervention] = (),
     model: str = "",
     revision: str = "",
 ) -> gradient_lens_pb2.GradientLensRequest:
@@ -213,6 +217,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
         subject=None if subject is None else subject_message(subject),
         include_factors=factors,
         verify=verify,
+        interventions=intervention_messages(interventions),
     )
     set_loss(request, _one_loss(target, loss))
     return request
@@ -237,6 +242,7 @@ def activations_request(  # noqa: PLR0913 - by keyword
     positions: Positions | None = None,
     heads: int | Iterable[int] | None = None,
     float32: bool = False,
+    interventions: Iterable[Intervention] = (),
     model: str = "",
     revision: str = "",
 ) -> activations_pb2.ActivationsRequest:
@@ -252,6 +258,7 @@ def activations_request(  # noqa: PLR0913 - by keyword
         layers=layer_numbers(layers),
         positions=position_numbers(positions)[0],
         heads=index_numbers(heads, "heads"),
+        interventions=intervention_messages(interventions),
         data_type=common_pb2.DATA_TYPE_FLOAT32 if float32 else common_pb2.DATA_TYPE_UNSPECIFIED,
     )
 

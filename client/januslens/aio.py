@@ -59,6 +59,7 @@ from januslens.assemblers import (
     TraceEvent,
 )
 from januslens.errors import StreamInterrupted
+from januslens.interventions import Intervention
 from januslens.results.activations import Activations
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
@@ -266,6 +267,7 @@ class AsyncClient:
         overlap_k: int | None = None,
         checks: bool = False,
         projections: bool | None = None,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -299,6 +301,7 @@ class AsyncClient:
             checks: Repeat the model's self-check on this request and report it in the summary.
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -328,6 +331,7 @@ class AsyncClient:
             overlap_k=overlap_k,
             checks=checks,
             projections=projections,
+            interventions=interventions,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -356,6 +360,7 @@ class AsyncClient:
         overlap_k: int | None = None,
         checks: bool = False,
         projections: bool | None = None,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -389,6 +394,7 @@ class AsyncClient:
             checks: Repeat the model's self-check on this request and report it in the summary.
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -420,6 +426,7 @@ class AsyncClient:
             overlap_k=overlap_k,
             checks=checks,
             projections=projections,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -446,6 +453,7 @@ class AsyncClient:
         overlap_k: int | None = None,
         checks: bool = False,
         projections: bool | None = None,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -479,6 +487,7 @@ class AsyncClient:
             checks: Repeat the model's self-check on this request and report it in the summary.
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -507,6 +516,7 @@ class AsyncClient:
             overlap_k=overlap_k,
             checks=checks,
             projections=projections,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -563,6 +573,7 @@ class AsyncClient:
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -594,6 +605,7 @@ class AsyncClient:
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
             verify: Compare each matrix with autograd's dense gradient.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -621,6 +633,7 @@ class AsyncClient:
             subject=subject,
             factors=factors,
             verify=verify,
+            interventions=interventions,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -647,6 +660,7 @@ class AsyncClient:
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -676,6 +690,7 @@ class AsyncClient:
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
             verify: Compare each matrix with autograd's dense gradient.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -705,6 +720,7 @@ class AsyncClient:
             subject=subject,
             factors=factors,
             verify=verify,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -729,6 +745,7 @@ class AsyncClient:
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -758,6 +775,7 @@ class AsyncClient:
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
             verify: Compare each matrix with autograd's dense gradient.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -784,6 +802,7 @@ class AsyncClient:
             subject=subject,
             factors=factors,
             verify=verify,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -799,6 +818,7 @@ class AsyncClient:
         positions: Positions | None = None,
         heads: int | Iterable[int] | None = None,
         float32: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -815,6 +835,7 @@ class AsyncClient:
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
             float32: Convert the values to float32. By default they have the model's data type.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -833,6 +854,7 @@ class AsyncClient:
             positions=positions,
             heads=heads,
             float32=float32,
+            interventions=interventions,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -850,6 +872,7 @@ class AsyncClient:
         positions: Positions | None = None,
         heads: int | Iterable[int] | None = None,
         float32: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -866,6 +889,7 @@ class AsyncClient:
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
             float32: Convert the values to float32. By default they have the model's data type.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -886,6 +910,7 @@ class AsyncClient:
             positions=positions,
             heads=heads,
             float32=float32,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -901,6 +926,7 @@ class AsyncClient:
         positions: Positions | None = None,
         heads: int | Iterable[int] | None = None,
         float32: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -917,6 +943,7 @@ class AsyncClient:
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
             float32: Convert the values to float32. By default they have the model's data type.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -934,6 +961,7 @@ class AsyncClient:
             positions=positions,
             heads=heads,
             float32=float32,
+            interventions=interventions,
             model=model,
             revision=revision,
         )

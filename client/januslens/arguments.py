@@ -89,7 +89,7 @@ def input_message(prompt: Prompt | None, messages: Messages | None = None) -> co
             add_special_tokens=None if prompt.special_tokens else False,
             literal=prompt.literal,
         )
-    ids = _several(prompt, "prompt", "text or token ids")
+    ids = several(prompt, "prompt", "text or token ids")
     return common_pb2.Input(token_ids=token_ids(ids, "prompt"))
 
 
@@ -133,7 +133,7 @@ def target_message(target: TargetLike, name: str = "target") -> common_pb2.Targe
         _require_some(target.text, name, "character")
         text = checked_text(target.text, name)
         return common_pb2.Target(text=text, literal=target.literal)
-    ids = _several(target, name, "text or token ids")
+    ids = several(target, name, "text or token ids")
     return common_pb2.Target(token_ids=token_ids(ids, name))
 
 
@@ -145,7 +145,7 @@ def token_ids(ids: Iterable[int], name: str) -> common_pb2.TokenIds:
         ValueError: There are no token ids, or one is negative.
     """
     listed = [
-        count(token_id, f"token ids of {name}") for token_id in _several(ids, name, "token ids")
+        count(token_id, f"token ids of {name}") for token_id in several(ids, name, "token ids")
     ]
     _require_some(listed, name, "token id")
     return common_pb2.TokenIds(ids=listed)
@@ -211,7 +211,7 @@ def index_numbers(indices: int | Iterable[int] | None, name: str) -> list[int]:
     """
     if indices is None:
         return []
-    numbers = [count(index, name) for index in _several(indices, name)]
+    numbers = [count(index, name) for index in several(indices, name)]
     _require_some(numbers, name)
     return sorted(set(numbers))
 
@@ -231,7 +231,7 @@ def position_numbers(positions: Positions | None) -> tuple[list[int], bool]:
         if positions != "all":
             raise ValueError(f'invalid positions {positions!r}; expected integers or "all"')
         return [], True
-    listed = _several(positions, "positions")
+    listed = several(positions, "positions")
     numbers = [_bounded(position, "positions", -_INT32, _INT32) for position in listed]
     _require_some(numbers, "positions")
     return list(dict.fromkeys(numbers)), False
@@ -306,7 +306,7 @@ def _bounded(value: Any, name: str, low: int, high: int) -> int:
     return int(value)
 
 
-def _several(values: Any, name: str, wanted: str = "integers") -> Iterable[Any]:
+def several(values: Any, name: str, wanted: str = "integers") -> Iterable[Any]:
     """Return the values; a single integer becomes a list of one."""
     if isinstance(values, (int, np.integer)):
         return [values]

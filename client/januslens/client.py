@@ -59,6 +59,7 @@ from januslens.assemblers import (
     TraceEvent,
 )
 from januslens.errors import StreamInterrupted
+from januslens.interventions import Intervention
 from januslens.results.activations import Activations
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
@@ -264,6 +265,7 @@ class Client:
         overlap_k: int | None = None,
         checks: bool = False,
         projections: bool | None = None,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -297,6 +299,7 @@ class Client:
             checks: Repeat the model's self-check on this request and report it in the summary.
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -326,6 +329,7 @@ class Client:
             overlap_k=overlap_k,
             checks=checks,
             projections=projections,
+            interventions=interventions,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -354,6 +358,7 @@ class Client:
         overlap_k: int | None = None,
         checks: bool = False,
         projections: bool | None = None,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -387,6 +392,7 @@ class Client:
             checks: Repeat the model's self-check on this request and report it in the summary.
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -418,6 +424,7 @@ class Client:
             overlap_k=overlap_k,
             checks=checks,
             projections=projections,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -444,6 +451,7 @@ class Client:
         overlap_k: int | None = None,
         checks: bool = False,
         projections: bool | None = None,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -477,6 +485,7 @@ class Client:
             checks: Repeat the model's self-check on this request and report it in the summary.
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -505,6 +514,7 @@ class Client:
             overlap_k=overlap_k,
             checks=checks,
             projections=projections,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -561,6 +571,7 @@ class Client:
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -592,6 +603,7 @@ class Client:
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
             verify: Compare each matrix with autograd's dense gradient.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -619,6 +631,7 @@ class Client:
             subject=subject,
             factors=factors,
             verify=verify,
+            interventions=interventions,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -645,6 +658,7 @@ class Client:
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -674,6 +688,7 @@ class Client:
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
             verify: Compare each matrix with autograd's dense gradient.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -703,6 +718,7 @@ class Client:
             subject=subject,
             factors=factors,
             verify=verify,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -727,6 +743,7 @@ class Client:
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -756,6 +773,7 @@ class Client:
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
             verify: Compare each matrix with autograd's dense gradient.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -782,6 +800,7 @@ class Client:
             subject=subject,
             factors=factors,
             verify=verify,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -797,6 +816,7 @@ class Client:
         positions: Positions | None = None,
         heads: int | Iterable[int] | None = None,
         float32: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -813,6 +833,7 @@ class Client:
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
             float32: Convert the values to float32. By default they have the model's data type.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -831,6 +852,7 @@ class Client:
             positions=positions,
             heads=heads,
             float32=float32,
+            interventions=interventions,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -848,6 +870,7 @@ class Client:
         positions: Positions | None = None,
         heads: int | Iterable[int] | None = None,
         float32: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -864,6 +887,7 @@ class Client:
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
             float32: Convert the values to float32. By default they have the model's data type.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -884,6 +908,7 @@ class Client:
             positions=positions,
             heads=heads,
             float32=float32,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -899,6 +924,7 @@ class Client:
         positions: Positions | None = None,
         heads: int | Iterable[int] | None = None,
         float32: bool = False,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -915,6 +941,7 @@ class Client:
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
             float32: Convert the values to float32. By default they have the model's data type.
+            interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -932,6 +959,7 @@ class Client:
             positions=positions,
             heads=heads,
             float32=float32,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
