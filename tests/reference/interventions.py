@@ -271,7 +271,6 @@ class HookedModel:
         found = FAMILIES[self.network.config.model_type]
         self.family = found if isinstance(found, Family) else found(self.config)
         self.blocks: Any = self.network.get_submodule(self.family.blocks)
-        self._clip = self._without_clipping()
         self._multiplier = self._without_residual_multiplier()
 
     def run(self, ids: Sequence[int], changes: Sequence[Change] = ()) -> Values:
@@ -371,24 +370,15 @@ class HookedModel:
             hooks.callback(getattr(attention, name).register_forward_hook(heads).remove)
 
     def _clamp(self, out: Tensor) -> None:
-        if self._clip:
-            out.clamp_(-self._clip, self._clip)
+        """Clip what is seen; attention clips once more what a change puts in."""
+        if clip := getattr(self.config, "clip_qkv", None) or _clip_of_mpt(self.config):
+            out.clamp_(-clip, clip)
 
     @property
     def _n_heads(self) -> int:
         names = ("num_attention_heads", "n_head", "n_heads", "num_heads")
         found: int = next(getattr(self.config, n) for n in names if hasattr(self.config, n))
         return found
-
-    def _without_clipping(self) -> float | None:
-        """Clip in the hooks instead of in attention, so that a change is not clipped."""
-        clip: float | None = getattr(self.config, "clip_qkv", None)
-        self.config.clip_qkv = None
-        for module in self.network.modules():
-            if vars(module).get("clip_qkv"):
-                clip = vars(module)["clip_qkv"]
-                vars(module)["clip_qkv"] = None
-        return clip
 
     def _without_residual_multiplier(self) -> float:
         """Multiply in the hooks, so that the output of a sublayer is what is added."""
@@ -446,6 +436,10 @@ def _experts_output(experts: Any, neurons: Tensor, chosen: Tensor, weights: Tens
     of_chosen = out.gather(1, chosen[..., None].expand(-1, -1, out.shape[-1]))
     total: Tensor = (of_chosen * weights[..., None]).sum(1)
     return total
+
+
+def _clip_of_mpt(config: Any) -> float | None:
+    return config.attn_config.clip_qkv if config.model_type == "mpt" else None
 
 
 _FUSED = ("query_key_value", "qkv_proj", "Wqkv", "c_attn")
