@@ -15,12 +15,14 @@ from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.cost import Demand, Pace, demand_of, measured_pace
 from januslens_server.pipelines.find_neurons import find_neurons
+from januslens_server.pipelines.generate import generate
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.resolve import (
     Resolved,
     resolve_find_neurons,
+    resolve_generate,
     resolve_gradient_lens,
     resolve_preview_edit,
     resolve_project,
@@ -28,11 +30,13 @@ from januslens_server.pipelines.resolve import (
 )
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import LayerGraph, MatrixKind, NodeKind
-from januslens_server.rpc.encode import GradientLensEncoder, TraceEncoder
+from januslens_server.rpc.encode import GenerateEncoder, GradientLensEncoder, TraceEncoder
 from januslens_server.specs import (
     DescentStep,
     FindNeuronsSpec,
+    GenerateSpec,
     GradientLensSpec,
+    LayerReading,
     LensSpec,
     NegativeLogLikelihood,
     PreviewEditSpec,
@@ -59,7 +63,7 @@ def ids(length: int) -> tuple[int, ...]:
 
 
 NLL = NegativeLogLikelihood((5,))
-SPECS: dict[str, TraceSpec | GradientLensSpec] = {
+SPECS: dict[str, TraceSpec | GradientLensSpec | GenerateSpec] = {
     "trace": TraceSpec(ids(8)),
     "one layer": TraceSpec(ids(8), layers=(0,)),
     "a longer prompt": TraceSpec(ids(30)),
@@ -103,12 +107,15 @@ SPECS: dict[str, TraceSpec | GradientLensSpec] = {
     ),
     "spectrum and neurons": GradientLensSpec(ids(25), NLL, spectrum_rank=5, neurons=10),
     "verified": GradientLensSpec(ids(8), NLL, verify=True),
+    "generation": GenerateSpec(ids(8), 16),
+    "generation with readings": GenerateSpec(ids(8), 16, reading=LayerReading(top_k=3)),
 }
-Spec = TraceSpec | GradientLensSpec | PreviewEditSpec | ProjectSpec
+Spec = TraceSpec | GradientLensSpec | GenerateSpec | PreviewEditSpec | ProjectSpec
 # How a spec is resolved, and what runs it.
 PIPELINES: dict[type, tuple[Callable[..., Resolved], Callable[..., Iterator[Any]]]] = {
     TraceSpec: (resolve_trace, trace),
     GradientLensSpec: (resolve_gradient_lens, gradient_lens),
+    GenerateSpec: (resolve_generate, generate),
     PreviewEditSpec: (resolve_preview_edit, preview_edit),
     ProjectSpec: (resolve_project, project_vectors),
 }
@@ -141,7 +148,8 @@ def model(request: pytest.FixtureRequest) -> ResidentModel:
     else:
         loaded = resident(WIDE if name == "wide" else case(name))
     # What rows a trace met before is the server's memory, and work that a request may be spared.
-    return replace(loaded, row_cache_bytes=0)
+    # A generation that ends early would be far below its estimate.
+    return replace(loaded, row_cache_bytes=0, end_ids=frozenset())
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +173,8 @@ def run(model: ResidentModel, spec: Spec) -> list[Any]:
 
 def streamed(model: ResidentModel, spec: Spec) -> int:
     """Bytes of the messages."""
-    make = TraceEncoder if isinstance(spec, TraceSpec) else GradientLensEncoder
-    encoder: Any = make("x" * 32, model.vocabulary.token)
+    encoders = {TraceSpec: TraceEncoder, GradientLensSpec: GradientLensEncoder}
+    encoder: Any = encoders.get(type(spec), GenerateEncoder)("x" * 32, model.vocabulary.token)
     return sum(m.ByteSize() for event in run(model, spec) for m in encoder.encode(event))
 
 
@@ -183,7 +191,7 @@ def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
         "held": asked.held / held_memory(steps(model, spec)),
     }
     # torch's counter cannot follow a backward pass through experts.
-    if isinstance(spec, TraceSpec) or not model.view.facts.n_experts:
+    if not isinstance(spec, GradientLensSpec) or not model.view.facts.n_experts:
         found["flops"] = asked.flops / operations(lambda: run(model, spec))
     loosest = LOOSEST | ({"memory": WIDE_MEMORY} if model.name == WIDE.id else {})
     assert all(1 <= ratio <= loosest[figure] for figure, ratio in found.items()), found

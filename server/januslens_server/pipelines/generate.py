@@ -20,6 +20,7 @@ from januslens_server.results import (
     GenerationHeader,
     GenerationSummary,
     LayerOutcome,
+    Token,
 )
 from januslens_server.specs import LensSpec
 
@@ -36,30 +37,43 @@ def generate(request: ResolvedGenerate, check_cancelled: CancelCheck) -> Iterato
 
     decoder, sampler = Decoder(model, request.layers, check_cancelled), Sampler(spec.sampling)
     stop = _StopTexts(spec.stop)
-    lens = LensSpec(top_k=0 if spec.reading is None else spec.reading.top_k, bottom_k=0)
     ids: Sequence[int] = [token.id for token in request.tokens]
     generated, finished = 0, None
     while finished is None:
-        with clock.stage("generate" if generated else "forward"):
-            logits, outputs = decoder.feed(ids)
-            chosen = sampler.draw(logits)
-        with clock.stage("project"):
-            layers = _layers(model, request.layers, outputs, chosen, lens, check_cancelled)
-            token = _token(model, logits, chosen, spec.top_k, layers)
-        ids = [chosen]
+        made = _step(request, decoder, sampler, ids, clock, check_cancelled)
+        ids = [made.token.id]
         generated += 1
-        finished = _finished(request, chosen, stop.completed_by(token.token.raw), generated)
-        yield token
+        finished = _finished(request, made.token, stop, generated)
+        yield made
     yield GenerationSummary(generated, clock.times(), finished)
 
 
+def _step(
+    request: ResolvedGenerate,
+    decoder: Decoder,
+    sampler: Sampler,
+    ids: Sequence[int],
+    clock: StageClock,
+    check_cancelled: CancelCheck,
+) -> GeneratedToken:
+    """Feed tokens and draw the next one. Between two steps only the cache is kept."""
+    model, spec = request.model, request.spec
+    with clock.stage("forward" if len(ids) > 1 else "generate"):
+        logits, outputs = decoder.feed(ids)
+        chosen = sampler.draw(logits)
+    with clock.stage("project"):
+        lens = LensSpec(top_k=0 if spec.reading is None else spec.reading.top_k, bottom_k=0)
+        layers = _layers(model, request.layers, outputs, chosen, lens, check_cancelled)
+        return _token(model, logits, chosen, spec.top_k, layers)
+
+
 def _finished(
-    request: ResolvedGenerate, chosen: int, stopped: bool, generated: int
+    request: ResolvedGenerate, token: Token, stop: _StopTexts, generated: int
 ) -> FinishReason | None:
     """Return why the generation ends after a token, or None."""
-    if chosen in request.model.end_ids:
+    if token.id in request.model.end_ids:
         return FinishReason.END_OF_SEQUENCE
-    if stopped:
+    if stop.completed_by(token.raw):
         return FinishReason.STOP_TEXT
     if generated < request.max_new_tokens:
         return None
