@@ -184,7 +184,8 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
         self._pending.MergeFrom(message)
         if not message.last:
             return None
-        layer = LayerGraph.from_message(self._pending, self.tokens, self._layers)
+        length = 0 if self._header is None else len(self._header.prompt_tokens)
+        layer = LayerGraph.from_message(self._pending, self.tokens, self._layers, length)
         self._pending = None
         self._layers.append(layer)
         return layer

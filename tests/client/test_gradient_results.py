@@ -105,6 +105,18 @@ def test_matrices_by_kind_and_by_name(gradient: Gradient) -> None:
         gradient.matrix(0, "Q")
 
 
+def test_ff1_of_a_gated_mlp_is_gate_and_up() -> None:
+    gate, up = messages.matrix(), messages.matrix()
+    gate.kind = gradient_lens_pb2.MATRIX_KIND_GATE
+    up.kind = gradient_lens_pb2.MATRIX_KIND_UP
+    header, summary = messages.gradient_header(), messages.gradient_summary()
+    gradient = assembled(gradient_stream(header, gate, up, summary))
+    assert gradient.of_kind("FF1") == list(gradient.matrices)
+    assert [matrix.name for matrix in gradient.of_kind("UP")] == ["L1.UP"]
+    with pytest.raises(KeyError, match="in a gated MLP, FF1 is GATE and UP"):
+        gradient.matrix(1, "FF1")
+
+
 def _of_expert(expert: int) -> gradient_lens_pb2.GradientMatrix:
     message = messages.matrix()
     message.expert = expert

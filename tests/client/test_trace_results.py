@@ -117,6 +117,28 @@ def test_unrequested_contributions_raise_a_clear_error() -> None:
         assembler.result().contributions()
 
 
+def test_contributions_of_parts_without_their_sums_name_the_kinds_to_request() -> None:
+    hidden = messages.layer()
+    del hidden.edges[:]
+    assembler = TraceAssembler()
+    for response in trace_stream(messages.trace_header(), hidden, messages.trace_summary()):
+        assembler.feed(response)
+    with pytest.raises(ValueError, match="HEAD_OUTPUT with ATTENTION_CONCAT"):
+        assembler.result().contributions()
+
+
+def test_negative_positions_count_from_the_end_of_the_prompt(
+    trace: Trace, layer: LayerGraph
+) -> None:
+    last = len(trace.prompt_tokens) - 1
+    assert trace.target(-1) == trace.target(last)
+    assert trace.nodes_of("MLP_VALUE", -1) == trace.nodes_of("MLP_VALUE", last) != []
+    assert layer.neurons(-1) == layer.neurons(last) != []
+    assert trace.contributions(-1) == trace.contributions(last)
+    with pytest.raises(KeyError, match="position -9 was not traced"):
+        trace.target(-9)
+
+
 def test_path_follows_the_largest_contributions(trace: Trace) -> None:
     # BLOCK_OUTPUT's two parts add 1.75 each: the first one sent wins, the residual.
     assert [part.node.id for part in trace.path_to_target()] == [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from januslens.results import exports
 from januslens.results.exports import notebook_html
 from januslens.results.graph import Edge, Node
+from januslens.results.kinds import EdgeKind, NodeKind
 from januslens.results.tokens import Token
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class TraceComparison:
     Attributes:
         before: The trace that is compared.
         after: The other trace.
-        node_list: The nodes of both traces, in the order of `before`.
+        node_list: The nodes of both traces, in the order of `before`. An OTHER node is only among
+            them if it is the sum of the same parts in both.
         edge_list: The edges of both traces, in the order of `before`.
         only_before: Ids of the nodes that only `before` has.
         only_after: Ids of the nodes that only `after` has, in its own coordinates.
@@ -148,12 +150,14 @@ def compare_traces(
             "compare, as a mapping from positions of this trace to positions of the other"
         )
     aligned = _Positions(positions)
+    unlike = _other_members(before, aligned) ^ _other_members(after, _Positions(None))
+    differing = {node_id for node_id, _members in unlike}
     nodes_after = {node.id: node for node in after.node_list}
     edges_after = {(edge.source, edge.target, edge.kind): edge for edge in after.edge_list}
     nodes, only_before, met = [], [], set()
     for node in before.node_list:
         other = aligned.node_id(node.id)
-        if other in nodes_after:
+        if other in nodes_after and other not in differing:
             met.add(other)
             nodes.append(NodeDifference(node, nodes_after[other]))
         else:
@@ -162,19 +166,40 @@ def compare_traces(
         before=before,
         after=after,
         node_list=tuple(nodes),
-        edge_list=tuple(_edges(before, aligned, edges_after)),
+        edge_list=tuple(_edges(before, aligned, edges_after, differing)),
         only_before=tuple(only_before),
         only_after=tuple(node_id for node_id in nodes_after if node_id not in met),
     )
 
 
 def _edges(
-    before: Trace, aligned: _Positions, edges_after: Mapping[Any, Edge]
+    before: Trace, aligned: _Positions, edges_after: Mapping[Any, Edge], differing: Set[str | None]
 ) -> Iterator[EdgeDifference]:
     for edge in before.edge_list:
         ends = aligned.node_id(edge.source), aligned.node_id(edge.target)
+        if ends[0] in differing:
+            continue
         if (found := edges_after.get((*ends, edge.kind))) is not None:
             yield EdgeDifference(edge, found)
+
+
+# Parts that are never left out of a sum.
+_ALWAYS_PARTS = frozenset({NodeKind.OTHER, NodeKind.ATTENTION_BIAS, NodeKind.MLP_BIAS})
+
+
+def _other_members(trace: Trace, aligned: _Positions) -> set[tuple[str | None, Hashable]]:
+    """Return each OTHER node, by its id in the other trace, with what determines its members.
+
+    OTHER is the sum of the parts that are not sent, so its members are the same in two traces if
+    the same parts were sent. If none were sent, the members are unknown and equal to no others.
+    """
+    members: set[tuple[str | None, Hashable]] = set()
+    sums = {edge.source: edge.target for edge in trace.edge_list if edge.kind is EdgeKind.PART}
+    for node in trace.nodes_of(NodeKind.OTHER):
+        parts = trace.parts_of(sums[node.id]) if node.id in sums else []
+        sent = {aligned.node_id(p.node.id) for p in parts if p.node.kind not in _ALWAYS_PARTS}
+        members.add((aligned.node_id(node.id), frozenset(sent) if sent else id(trace)))
+    return members
 
 
 class _Positions:

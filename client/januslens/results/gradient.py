@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+# The matrices that a request's FF1 means in a gated MLP.
+_GATED = frozenset({MatrixKind.GATE, MatrixKind.UP})
+
+
 @dataclass(frozen=True)
 class Effect:
     """The next-token distribution of one prompt, before and after an edit.
@@ -245,16 +249,23 @@ class Gradient:
                 return matrix
         here = ", ".join(matrix.name for matrix in self.matrices)
         name = matrix_name(layer, wanted, expert)
-        raise KeyError(f"the gradient has no matrix {name}; expected one of {here}")
+        gated = wanted is MatrixKind.FF1 and any(m.kind in _GATED for m in self.matrices)
+        hint = "; in a gated MLP, FF1 is GATE and UP" if gated else ""
+        raise KeyError(f"the gradient has no matrix {name}; expected one of {here}{hint}")
 
     def of_kind(self, kind: MatrixKind | str) -> list[Matrix]:
         """Return the gradients of one kind of matrix in all layers, from the last layer down.
+
+        In a gated MLP, FF1 means GATE and UP, as in a request.
 
         Raises:
             ValueError: There is no such kind.
         """
         wanted = MatrixKind.of(kind)
-        return [matrix for matrix in self.matrices if matrix.kind is wanted]
+        found = [matrix for matrix in self.matrices if matrix.kind is wanted]
+        if not found and wanted is MatrixKind.FF1:
+            return [matrix for matrix in self.matrices if matrix.kind in _GATED]
+        return found
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with one row per component of every matrix. Requires pandas."""

@@ -194,11 +194,13 @@ class GraphView:
         node_list: All nodes in the order of the stream, parsed on first access.
         edge_list: All edges in the order of the stream, parsed on first access.
         known_nodes: The nodes by id, including nodes of earlier layers that edges refer to.
+        prompt_length: Number of tokens of the prompt.
     """
 
     node_list: Sequence[Node] = field(repr=False)
     edge_list: Sequence[Edge] = field(repr=False)
     known_nodes: Mapping[str, Node] = field(repr=False, compare=False)
+    prompt_length: int = field(default=0, repr=False, compare=False)
 
     @cached_property
     def _incoming(self) -> dict[str, list[Edge]]:
@@ -218,15 +220,19 @@ class GraphView:
     def nodes_of(self, kind: NodeKind | str, position: int | None = None) -> list[Node]:
         """Return the nodes of one kind, at one position or at all positions.
 
+        A negative position counts from the end of the prompt, as in a request.
+
         Raises:
             ValueError: There is no such kind.
         """
-        wanted = NodeKind.of(kind)
+        wanted, at = NodeKind.of(kind), self._from_start(position)
         return [
-            node
-            for node in self.node_list
-            if node.kind is wanted and position in (None, node.position)
+            node for node in self.node_list if node.kind is wanted and at in (None, node.position)
         ]
+
+    def _from_start(self, position: int | None) -> int | None:
+        """Return a position counted from 0, given one that may be negative, or None."""
+        return position + self.prompt_length if position is not None and position < 0 else position
 
     def edges_into(self, node: Node | str) -> list[Edge]:
         """Return all edges into a node, given as a node or an id, in the order of the stream."""
@@ -241,11 +247,20 @@ class GraphView:
         return _by_share(Part(self.known_nodes[edge.source], edge) for edge in edges)
 
     def heads(self, position: int | None = None) -> list[Part]:
-        """Return the heads' outputs with their shares of the sum of all heads, largest first."""
+        """Return the heads' outputs with their shares of the sum of all heads, largest first.
+
+        The share is None if the sum, ATTENTION_CONCAT, is hidden. Shares at different positions or
+        layers are fractions of different sums.
+        """
         return self._parts_of_kind(NodeKind.HEAD_OUTPUT, position)
 
     def neurons(self, position: int | None = None) -> list[Part]:
-        """Return the MLP's neurons with their shares of the MLP's result, largest first."""
+        """Return the MLP's neurons with their shares of the MLP's result, largest first.
+
+        These are the strongest of the neurons that the selection of the request has picked. The
+        share is None if the sum, MLP_OUTPUT or MLP_SUM, is hidden. Shares at different positions or
+        layers are fractions of different sums.
+        """
         return self._parts_of_kind(NodeKind.MLP_VALUE, position)
 
     def _parts_of_kind(self, kind: NodeKind, position: int | None) -> list[Part]:

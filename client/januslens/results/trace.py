@@ -137,7 +137,11 @@ class LayerGraph(GraphView):
 
     @classmethod
     def from_message(
-        cls, message: trace_pb2.LayerGraph, tokens: TokenTable, earlier: Sequence[LayerGraph]
+        cls,
+        message: trace_pb2.LayerGraph,
+        tokens: TokenTable,
+        earlier: Sequence[LayerGraph],
+        prompt_length: int = 0,
     ) -> LayerGraph:
         """Read one whole layer; its edges may come from nodes of `earlier` layers."""
         nodes = LazySequence.of(message.nodes, lambda node: Node.from_message(node, tokens))
@@ -146,6 +150,7 @@ class LayerGraph(GraphView):
             node_list=nodes,
             edge_list=LazySequence.of(message.edges, Edge.from_message),
             known_nodes=KnownNodes([*(layer.node_list for layer in earlier), nodes]),
+            prompt_length=prompt_length,
         )
 
 
@@ -294,6 +299,7 @@ class Trace(GraphView):
             node_list=LazySequence(sum(map(len, nodes)), lambda: chain.from_iterable(nodes)),
             edge_list=LazySequence(sum(map(len, edges)), lambda: chain.from_iterable(edges)),
             known_nodes=KnownNodes(nodes),
+            prompt_length=len(header.prompt_tokens),
         )
 
     @property
@@ -326,11 +332,13 @@ class Trace(GraphView):
     def target(self, position: int | None = None) -> PositionTarget:
         """Return the target at a position, by default the last traced position.
 
+        A negative position counts from the end of the prompt, as in a request.
+
         Raises:
             KeyError: The position was not traced.
         """
         by_position = {target.position: target for target in self.targets}
-        wanted = max(by_position) if position is None else position
+        wanted = max(by_position) if position is None else self._from_start(position)
         if wanted not in by_position:
             known = ", ".join(map(str, sorted(by_position)))
             raise KeyError(f"position {position} was not traced; expected one of {known}")
@@ -360,11 +368,17 @@ class Trace(GraphView):
         and the `constant_logit_contribution` add up to the target's logit before the soft-cap.
 
         Raises:
-            ValueError: The trace was requested without logit contributions.
+            ValueError: The trace was requested without logit contributions, or without the parts
+                or the sums that have them.
             KeyError: The position was not traced.
         """
         at = self.target(position).position
         parts = list(self._components(at))
+        if not parts and not any(edge.kind is EdgeKind.PART for edge in self.edge_list):
+            raise ValueError(
+                "the trace has no parts of sums; expected node_kinds to have parts together with "
+                "their sums, such as HEAD_OUTPUT with ATTENTION_CONCAT, MLP_VALUE with MLP_OUTPUT"
+            )
         if not parts:
             raise ValueError(
                 "the trace has no logit contributions; request them with logit_contribution=True"
