@@ -224,6 +224,40 @@ class ActivationsSpec:
 
 
 @dataclass(frozen=True)
+class SweepSpec:
+    """Experiments that split `template` along the chosen axes."""
+
+    template: InterventionSpec
+    by_layer: bool = False
+    by_position: bool = False
+    by_unit: bool = False
+    by_source: bool = False
+    layer_window: int = 1
+
+
+@dataclass(frozen=True)
+class ExperimentSpec:
+    """Interventions that hold in one and the same pass."""
+
+    label: str
+    interventions: tuple[InterventionSpec, ...]
+
+
+@dataclass(frozen=True)
+class InterveneSpec:
+    """One Intervene request. Empty `positions` means the last one."""
+
+    prompt: Prompt
+    target: Target | None = None
+    other: Target | None = None
+    experiments: tuple[ExperimentSpec, ...] = ()
+    sweep: SweepSpec | None = None
+    always: tuple[InterventionSpec, ...] = ()
+    positions: tuple[int, ...] = ()
+    top_k: int = 5
+
+
+@dataclass(frozen=True)
 class ProjectSpec:
     """One Project request; `vectors` `[n, d_model]` are in the residual basis."""
 

@@ -15,6 +15,7 @@ from januslens.v1 import (
     cost_pb2,
     edits_pb2,
     gradient_lens_pb2,
+    intervene_pb2,
     lens_pb2,
     models_pb2,
     neurons_pb2,
@@ -42,6 +43,7 @@ NAMING_A_MODEL: list[tuple[str, Message]] = [
     ("GradientLens", gradient_lens_pb2.GradientLensRequest(model="nobody")),
     ("PreviewEdit", edits_pb2.PreviewEditRequest(model="nobody")),
     ("Activations", activations_pb2.ActivationsRequest(model="nobody")),
+    ("Intervene", intervene_pb2.InterveneRequest(model="nobody")),
     ("FindNeurons", neurons_pb2.FindNeuronsRequest(model="nobody")),
     (
         "EstimateCost",
@@ -54,6 +56,7 @@ ASKING_FOR_A_REVISION: list[tuple[str, Message]] = [
     ("GradientLens", gradient_lens_pb2.GradientLensRequest(revision="main")),
     ("PreviewEdit", edits_pb2.PreviewEditRequest(revision="main")),
     ("Activations", activations_pb2.ActivationsRequest(revision="main")),
+    ("Intervene", intervene_pb2.InterveneRequest(revision="main")),
     ("FindNeurons", neurons_pb2.FindNeuronsRequest(revision="main")),
 ]
 

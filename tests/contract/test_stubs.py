@@ -126,6 +126,7 @@ def test_service_offers_exactly_the_published_methods() -> None:
         "PreviewEdit": ("PreviewEditRequest", "PreviewEditResponse", False),
         "Activations": ("ActivationsRequest", "ActivationsResponse", True),
         "Generate": ("GenerateRequest", "GenerateResponse", True),
+        "Intervene": ("InterveneRequest", "InterveneResponse", True),
         "FindNeurons": ("FindNeuronsRequest", "FindNeuronsResponse", False),
         "EstimateCost": ("EstimateCostRequest", "EstimateCostResponse", False),
     }

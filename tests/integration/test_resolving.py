@@ -13,6 +13,8 @@ from januslens.v1 import (
     cost_pb2,
     edits_pb2,
     gradient_lens_pb2,
+    intervene_pb2,
+    interventions_pb2,
     neurons_pb2,
     sites_pb2,
     trace_pb2,
@@ -23,6 +25,7 @@ from tests.support.calls import prompt
 from tests.support.in_process import Loaded, loaded, served
 
 PROMPT = "The capital of Japan is the city of"
+OTHER = "The capital of Peru is the city of"
 TARGET = common_pb2.Target(text=" Paris")
 TRACE = trace_pb2.TraceRequest(input=prompt(PROMPT), target=TARGET)
 
@@ -49,6 +52,22 @@ REQUESTS: dict[str, tuple[Any, list[str]]] = {
             input=prompt(PROMPT), sites=[sites_pb2.SITE_HEAD_RESULT], heads=[1]
         ),
         [PROMPT],
+    ),
+    "Intervene": (
+        intervene_pb2.InterveneRequest(
+            input=prompt(PROMPT),
+            target=TARGET,
+            sweep=intervene_pb2.Sweep(
+                template=interventions_pb2.Intervention(
+                    site=sites_pb2.SITE_BLOCK_OUTPUT,
+                    patch=interventions_pb2.Patch(
+                        input=prompt("The capital of Peru is the city of")
+                    ),
+                ),
+                by_layer=True,
+            ),
+        ),
+        [PROMPT, " Paris", OTHER],
     ),
     "FindNeurons": (neurons_pb2.FindNeuronsRequest(token=TARGET, page_size=5), [" Paris"]),
     "EstimateCost": (cost_pb2.EstimateCostRequest(trace=TRACE), [PROMPT, " Paris"]),

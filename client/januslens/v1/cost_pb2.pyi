@@ -8,6 +8,7 @@ from google.protobuf import message as _message
 from januslens.v1 import activations_pb2 as _activations_pb2
 from januslens.v1 import generation_pb2 as _generation_pb2
 from januslens.v1 import gradient_lens_pb2 as _gradient_lens_pb2
+from januslens.v1 import intervene_pb2 as _intervene_pb2
 from januslens.v1 import trace_pb2 as _trace_pb2
 import builtins as _builtins
 import sys
@@ -29,6 +30,7 @@ class EstimateCostRequest(_message.Message):
     TRACE_FIELD_NUMBER: _builtins.int
     GRADIENT_LENS_FIELD_NUMBER: _builtins.int
     ACTIVATIONS_FIELD_NUMBER: _builtins.int
+    INTERVENE_FIELD_NUMBER: _builtins.int
     GENERATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def trace(self) -> _trace_pb2.TraceRequest:
@@ -43,6 +45,10 @@ class EstimateCostRequest(_message.Message):
         """Activations."""
 
     @_builtins.property
+    def intervene(self) -> _intervene_pb2.InterveneRequest:
+        """An Intervene request."""
+
+    @_builtins.property
     def generate(self) -> _generation_pb2.GenerateRequest:
         """A generation; the estimate is that of the largest number of tokens."""
 
@@ -52,13 +58,14 @@ class EstimateCostRequest(_message.Message):
         trace: _trace_pb2.TraceRequest | None = ...,
         gradient_lens: _gradient_lens_pb2.GradientLensRequest | None = ...,
         activations: _activations_pb2.ActivationsRequest | None = ...,
+        intervene: _intervene_pb2.InterveneRequest | None = ...,
         generate: _generation_pb2.GenerateRequest | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "generate", b"generate", "gradient_lens", b"gradient_lens", "request", b"request", "trace", b"trace"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "generate", b"generate", "gradient_lens", b"gradient_lens", "intervene", b"intervene", "request", b"request", "trace", b"trace"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "generate", b"generate", "gradient_lens", b"gradient_lens", "request", b"request", "trace", b"trace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activations", b"activations", "generate", b"generate", "gradient_lens", b"gradient_lens", "intervene", b"intervene", "request", b"request", "trace", b"trace"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["trace", "gradient_lens", "activations", "generate"]  # noqa: Y015
+    _WhichOneofReturnType_request: _TypeAlias = _typing.Literal["trace", "gradient_lens", "activations", "intervene", "generate"]  # noqa: Y015
     _WhichOneofArgType_request: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_request) -> _WhichOneofReturnType_request | None: ...
 

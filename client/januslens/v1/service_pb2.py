@@ -27,19 +27,20 @@ from januslens.v1 import cost_pb2 as januslens_dot_v1_dot_cost__pb2
 from januslens.v1 import edits_pb2 as januslens_dot_v1_dot_edits__pb2
 from januslens.v1 import generation_pb2 as januslens_dot_v1_dot_generation__pb2
 from januslens.v1 import gradient_lens_pb2 as januslens_dot_v1_dot_gradient__lens__pb2
+from januslens.v1 import intervene_pb2 as januslens_dot_v1_dot_intervene__pb2
 from januslens.v1 import lens_pb2 as januslens_dot_v1_dot_lens__pb2
 from januslens.v1 import models_pb2 as januslens_dot_v1_dot_models__pb2
 from januslens.v1 import neurons_pb2 as januslens_dot_v1_dot_neurons__pb2
 from januslens.v1 import trace_pb2 as januslens_dot_v1_dot_trace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/service.proto\x12\x0cjanuslens.v1\x1a\x1ejanuslens/v1/activations.proto\x1a\x17januslens/v1/cost.proto\x1a\x18januslens/v1/edits.proto\x1a\x1djanuslens/v1/generation.proto\x1a januslens/v1/gradient_lens.proto\x1a\x17januslens/v1/lens.proto\x1a\x19januslens/v1/models.proto\x1a\x1ajanuslens/v1/neurons.proto\x1a\x18januslens/v1/trace.proto2\xb9\x06\n\x14IntrospectionService\x12O\n\nListModels\x12\x1f.januslens.v1.ListModelsRequest\x1a .januslens.v1.ListModelsResponse\x12I\n\x08Tokenize\x12\x1d.januslens.v1.TokenizeRequest\x1a\x1e.januslens.v1.TokenizeResponse\x12\x46\n\x07Project\x12\x1c.januslens.v1.ProjectRequest\x1a\x1d.januslens.v1.ProjectResponse\x12\x42\n\x05Trace\x12\x1a.januslens.v1.TraceRequest\x1a\x1b.januslens.v1.TraceResponse0\x01\x12W\n\x0cGradientLens\x12!.januslens.v1.GradientLensRequest\x1a\".januslens.v1.GradientLensResponse0\x01\x12K\n\x08Generate\x12\x1d.januslens.v1.GenerateRequest\x1a\x1e.januslens.v1.GenerateResponse0\x01\x12R\n\x0bPreviewEdit\x12 .januslens.v1.PreviewEditRequest\x1a!.januslens.v1.PreviewEditResponse\x12T\n\x0b\x41\x63tivations\x12 .januslens.v1.ActivationsRequest\x1a!.januslens.v1.ActivationsResponse0\x01\x12R\n\x0b\x46indNeurons\x12 .januslens.v1.FindNeuronsRequest\x1a!.januslens.v1.FindNeuronsResponse\x12U\n\x0c\x45stimateCost\x12!.januslens.v1.EstimateCostRequest\x1a\".januslens.v1.EstimateCostResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/service.proto\x12\x0cjanuslens.v1\x1a\x1ejanuslens/v1/activations.proto\x1a\x17januslens/v1/cost.proto\x1a\x18januslens/v1/edits.proto\x1a\x1djanuslens/v1/generation.proto\x1a januslens/v1/gradient_lens.proto\x1a\x1cjanuslens/v1/intervene.proto\x1a\x17januslens/v1/lens.proto\x1a\x19januslens/v1/models.proto\x1a\x1ajanuslens/v1/neurons.proto\x1a\x18januslens/v1/trace.proto2\x89\x07\n\x14IntrospectionService\x12O\n\nListModels\x12\x1f.januslens.v1.ListModelsRequest\x1a .januslens.v1.ListModelsResponse\x12I\n\x08Tokenize\x12\x1d.januslens.v1.TokenizeRequest\x1a\x1e.januslens.v1.TokenizeResponse\x12\x46\n\x07Project\x12\x1c.januslens.v1.ProjectRequest\x1a\x1d.januslens.v1.ProjectResponse\x12\x42\n\x05Trace\x12\x1a.januslens.v1.TraceRequest\x1a\x1b.januslens.v1.TraceResponse0\x01\x12W\n\x0cGradientLens\x12!.januslens.v1.GradientLensRequest\x1a\".januslens.v1.GradientLensResponse0\x01\x12K\n\x08Generate\x12\x1d.januslens.v1.GenerateRequest\x1a\x1e.januslens.v1.GenerateResponse0\x01\x12R\n\x0bPreviewEdit\x12 .januslens.v1.PreviewEditRequest\x1a!.januslens.v1.PreviewEditResponse\x12T\n\x0b\x41\x63tivations\x12 .januslens.v1.ActivationsRequest\x1a!.januslens.v1.ActivationsResponse0\x01\x12N\n\tIntervene\x12\x1e.januslens.v1.InterveneRequest\x1a\x1f.januslens.v1.InterveneResponse0\x01\x12R\n\x0b\x46indNeurons\x12 .januslens.v1.FindNeuronsRequest\x1a!.januslens.v1.FindNeuronsResponse\x12U\n\x0c\x45stimateCost\x12!.januslens.v1.EstimateCostRequest\x1a\".januslens.v1.EstimateCostResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'januslens.v1.service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_INTROSPECTIONSERVICE']._serialized_start=299
-  _globals['_INTROSPECTIONSERVICE']._serialized_end=1124
+  _globals['_INTROSPECTIONSERVICE']._serialized_start=329
+  _globals['_INTROSPECTIONSERVICE']._serialized_end=1234
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from januslens.v1 import cost_pb2 as januslens_dot_v1_dot_cost__pb2
 from januslens.v1 import edits_pb2 as januslens_dot_v1_dot_edits__pb2
 from januslens.v1 import generation_pb2 as januslens_dot_v1_dot_generation__pb2
 from januslens.v1 import gradient_lens_pb2 as januslens_dot_v1_dot_gradient__lens__pb2
+from januslens.v1 import intervene_pb2 as januslens_dot_v1_dot_intervene__pb2
 from januslens.v1 import lens_pb2 as januslens_dot_v1_dot_lens__pb2
 from januslens.v1 import models_pb2 as januslens_dot_v1_dot_models__pb2
 from januslens.v1 import neurons_pb2 as januslens_dot_v1_dot_neurons__pb2
@@ -94,6 +95,11 @@ class IntrospectionServiceStub(object):
                 '/januslens.v1.IntrospectionService/Activations',
                 request_serializer=januslens_dot_v1_dot_activations__pb2.ActivationsRequest.SerializeToString,
                 response_deserializer=januslens_dot_v1_dot_activations__pb2.ActivationsResponse.FromString,
+                _registered_method=True)
+        self.Intervene = channel.unary_stream(
+                '/januslens.v1.IntrospectionService/Intervene',
+                request_serializer=januslens_dot_v1_dot_intervene__pb2.InterveneRequest.SerializeToString,
+                response_deserializer=januslens_dot_v1_dot_intervene__pb2.InterveneResponse.FromString,
                 _registered_method=True)
         self.FindNeurons = channel.unary_unary(
                 '/januslens.v1.IntrospectionService/FindNeurons',
@@ -195,6 +201,15 @@ class IntrospectionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Intervene(self, request, context):
+        """Runs the prompt once without and many times with interventions, and streams what each experiment
+        does to the prediction. The model does not change. Errors as for Trace; UNIMPLEMENTED on a
+        server without this RPC.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FindNeurons(self, request, context):
         """Finds the neurons that promote or suppress a token through their value, a row of FF2.
         INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
@@ -254,6 +269,11 @@ def add_IntrospectionServiceServicer_to_server(servicer, server):
                     servicer.Activations,
                     request_deserializer=januslens_dot_v1_dot_activations__pb2.ActivationsRequest.FromString,
                     response_serializer=januslens_dot_v1_dot_activations__pb2.ActivationsResponse.SerializeToString,
+            ),
+            'Intervene': grpc.unary_stream_rpc_method_handler(
+                    servicer.Intervene,
+                    request_deserializer=januslens_dot_v1_dot_intervene__pb2.InterveneRequest.FromString,
+                    response_serializer=januslens_dot_v1_dot_intervene__pb2.InterveneResponse.SerializeToString,
             ),
             'FindNeurons': grpc.unary_unary_rpc_method_handler(
                     servicer.FindNeurons,
@@ -495,6 +515,33 @@ class IntrospectionService(object):
             '/januslens.v1.IntrospectionService/Activations',
             januslens_dot_v1_dot_activations__pb2.ActivationsRequest.SerializeToString,
             januslens_dot_v1_dot_activations__pb2.ActivationsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Intervene(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/januslens.v1.IntrospectionService/Intervene',
+            januslens_dot_v1_dot_intervene__pb2.InterveneRequest.SerializeToString,
+            januslens_dot_v1_dot_intervene__pb2.InterveneResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -10,6 +10,7 @@ from januslens.v1 import cost_pb2 as _cost_pb2
 from januslens.v1 import edits_pb2 as _edits_pb2
 from januslens.v1 import generation_pb2 as _generation_pb2
 from januslens.v1 import gradient_lens_pb2 as _gradient_lens_pb2
+from januslens.v1 import intervene_pb2 as _intervene_pb2
 from januslens.v1 import lens_pb2 as _lens_pb2
 from januslens.v1 import models_pb2 as _models_pb2
 from januslens.v1 import neurons_pb2 as _neurons_pb2
@@ -94,6 +95,11 @@ class IntrospectionServiceStub:
     """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
     values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
     """
+    Intervene: _grpc.UnaryStreamMultiCallable[_intervene_pb2.InterveneRequest, _intervene_pb2.InterveneResponse]
+    """Runs the prompt once without and many times with interventions, and streams what each experiment
+    does to the prediction. The model does not change. Errors as for Trace; UNIMPLEMENTED on a
+    server without this RPC.
+    """
     FindNeurons: _grpc.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]
     """Finds the neurons that promote or suppress a token through their value, a row of FF2.
     INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
@@ -161,6 +167,11 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     Activations: _aio.UnaryStreamMultiCallable[_activations_pb2.ActivationsRequest, _activations_pb2.ActivationsResponse]  # type: ignore[assignment]
     """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
     values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+    """
+    Intervene: _aio.UnaryStreamMultiCallable[_intervene_pb2.InterveneRequest, _intervene_pb2.InterveneResponse]  # type: ignore[assignment]
+    """Runs the prompt once without and many times with interventions, and streams what each experiment
+    does to the prediction. The model does not change. Errors as for Trace; UNIMPLEMENTED on a
+    server without this RPC.
     """
     FindNeurons: _aio.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]  # type: ignore[assignment]
     """Finds the neurons that promote or suppress a token through their value, a row of FF2.
@@ -274,6 +285,17 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_activations_pb2.ActivationsResponse], _abc.AsyncIterator[_activations_pb2.ActivationsResponse]]:
         """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
         values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+        """
+
+    @_abc_1.abstractmethod
+    def Intervene(
+        self,
+        request: _intervene_pb2.InterveneRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_intervene_pb2.InterveneResponse], _abc.AsyncIterator[_intervene_pb2.InterveneResponse]]:
+        """Runs the prompt once without and many times with interventions, and streams what each experiment
+        does to the prediction. The model does not change. Errors as for Trace; UNIMPLEMENTED on a
+        server without this RPC.
         """
 
     @_abc_1.abstractmethod

@@ -29,8 +29,15 @@ class StreamHeader(_message.Message):
     PROVENANCE_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    EXPERIMENTS_FIELD_NUMBER: _builtins.int
+    EXPERIMENTS_AT_ONCE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, as in the metadata, in errors and in the server's log."""
+    experiments: _builtins.int
+    """Number of experiments, each of which gets an effect; Intervene only."""
+    experiments_at_once: _builtins.int
+    """Largest number of experiments that ran together as a batch; Intervene only."""
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
         """The model."""
@@ -43,6 +50,10 @@ class StreamHeader(_message.Message):
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The positions that are reported, from 0, ascending; Activations only."""
 
+    @_builtins.property
+    def before(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outcome]:
+        """The predictions without any intervention, one per position that is read; Intervene only."""
+
     def __init__(
         self,
         *,
@@ -50,14 +61,77 @@ class StreamHeader(_message.Message):
         provenance: _common_pb2.Provenance | None = ...,
         prompt_tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
         positions: _abc.Iterable[_builtins.int] | None = ...,
+        before: _abc.Iterable[Global___Outcome] | None = ...,
+        experiments: _builtins.int = ...,
+        experiments_at_once: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["positions", b"positions", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "experiments", b"experiments", "experiments_at_once", b"experiments_at_once", "positions", b"positions", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamHeader: _TypeAlias = StreamHeader  # noqa: Y015
+
+@_typing.final
+class Outcome(_message.Message):
+    """The prediction at one position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    TARGET_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TARGET_PROBABILITY_FIELD_NUMBER: _builtins.int
+    TARGET_LOGIT_FIELD_NUMBER: _builtins.int
+    TARGET_RANK_FIELD_NUMBER: _builtins.int
+    LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    KL_NATS_FIELD_NUMBER: _builtins.int
+    TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOP_PROBABILITIES_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """The position."""
+    target_token_id: _builtins.int
+    """The target: the requested token, or the model's own prediction without interventions."""
+    target_probability: _builtins.float
+    """Its probability."""
+    target_logit: _builtins.float
+    """Its logit."""
+    target_rank: _builtins.int
+    """Number of tokens with a larger logit; 0 = it is the prediction."""
+    logit_difference: _builtins.float
+    """Logit of the target minus that of `InterveneRequest.other`; unset without one."""
+    kl_nats: _builtins.float
+    """KL(before || after) of the whole next-token distribution, in nats; 0 in a header."""
+    @_builtins.property
+    def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The most probable tokens, most probable first."""
+
+    @_builtins.property
+    def top_probabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their probabilities."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        target_token_id: _builtins.int = ...,
+        target_probability: _builtins.float = ...,
+        target_logit: _builtins.float = ...,
+        target_rank: _builtins.int = ...,
+        logit_difference: _builtins.float | None = ...,
+        kl_nats: _builtins.float = ...,
+        top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        top_probabilities: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "logit_difference", b"logit_difference"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "kl_nats", b"kl_nats", "logit_difference", b"logit_difference", "position", b"position", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "target_token_id", b"target_token_id", "top_probabilities", b"top_probabilities", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logit_difference: _TypeAlias = _typing.Literal["logit_difference"]  # noqa: Y015
+    _WhichOneofArgType__logit_difference: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logit_difference) -> _WhichOneofReturnType__logit_difference | None: ...
+
+Global___Outcome: _TypeAlias = Outcome  # noqa: Y015
 
 @_typing.final
 class StreamSummary(_message.Message):

@@ -25,6 +25,16 @@ class HiddenSources:
 
     entries: tuple[tuple[Sequence[int] | None, frozenset[int], Sequence[int]], ...]
 
+    def of_copy(self, number: int, length: int) -> HiddenSources:
+        """Return the sources of one of several copies of a prompt of `length` tokens."""
+        first = number * length
+        return HiddenSources(
+            tuple(
+                (heads, frozenset(p - first for p in queries if first <= p < first + length), s)
+                for heads, queries, s in self.entries
+            )
+        )
+
     def mask(
         self, positions: Sequence[int], n_heads: int, n_sources: int, device: torch.device
     ) -> torch.Tensor:

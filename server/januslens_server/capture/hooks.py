@@ -220,6 +220,20 @@ def rewriting_result(
 
 
 @contextmanager
+def returning(module: nn.Module, see: Callable[[Any], None]) -> Iterator[None]:
+    """Inside the context, pass whatever a module returns to `see`."""
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        see(output)
+
+    handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def seeing(tap: Tap, see: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """Inside the context, pass the tapped features of a module's output to `see`."""
 

@@ -74,8 +74,13 @@ class Interventions:
         interventions: Sequence[Intervention],
         length: int,
         taken: SourceValues,
+        from_layer: int = -1,
     ) -> None:
-        """`taken` has the values that patches and means insert, by number of the intervention."""
+        """Change layers from `from_layer` on. The pass may run several copies of the prompt.
+
+        Positions then count through all copies. `taken` has the values that patches and means
+        insert, by number of the intervention.
+        """
         self._model = model
         self._interventions = interventions
         self._length = length
@@ -83,6 +88,8 @@ class Interventions:
         self._by_key: dict[SiteKey, list[tuple[int, Intervention]]] = {}
         for number, intervention in enumerate(interventions):
             for key in intervention.keys:
+                if key[0] < from_layer:
+                    continue
                 self._by_key.setdefault(key, []).append((number, intervention))
 
     def __bool__(self) -> bool:
@@ -160,8 +167,9 @@ class Interventions:
                 new = old.float() + coefficient * torch.from_numpy(array).to(old.device)
             case Noise(deviation, seed):
                 generator = torch.Generator().manual_seed(seed)
-                drawn = torch.randn(values.shape, generator=generator).to(old.device)
-                new = old.float() + deviation * drawn[tuple(index)]
+                shape = (self._length, *values.shape[1:])
+                drawn = torch.randn(shape, generator=generator).to(old.device)
+                new = old.float() + deviation * drawn[(index[0] % self._length, *index[1:])]
             case _:
                 if taken is None:
                     raise ValueError("no values of another pass; expected those of a patch or mean")
@@ -190,20 +198,25 @@ class Interventions:
             return tapped
         attention = self._model.view.blocks[layer].attention
         results = site.values(tapped)
-        positions = sorted({position for _, queries, _ in hidden.entries for position in queries})
-        query, key, value = seen[Site.QUERY], seen[Site.KEY], seen[Site.VALUE]
         rotation = None
         if attention.rotation is not None:
-            rotation = attention.rotation(self._length).to(query.device)
-        pattern = attention_patterns(
-            query[positions], key, positions, rotation, attention.scoring, hidden
-        )
-        values = value.float().repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
-        mixed = torch.einsum("phs,she->phe", pattern, values).to(results.dtype)
-        mask = hidden.mask(positions, pattern.shape[1], pattern.shape[2], pattern.device)
-        affected = mask.any(-1)[:, :, None]
+            rotation = attention.rotation(self._length).to(results.device)
         changed = results.clone()
-        changed[positions] = torch.where(affected, mixed, results[positions])
+        for copy in range(len(results) // self._length):
+            own = hidden.of_copy(copy, self._length)
+            positions = sorted({p for _, queries, _ in own.entries for p in queries})
+            if not positions:
+                continue
+            rows = slice(copy * self._length, (copy + 1) * self._length)
+            query, key, value = (seen[s][rows] for s in (Site.QUERY, Site.KEY, Site.VALUE))
+            pattern = attention_patterns(
+                query[positions], key, positions, rotation, attention.scoring, own
+            )
+            values = value.float().repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
+            mixed = torch.einsum("phs,she->phe", pattern, values).to(results.dtype)
+            mask = own.mask(positions, pattern.shape[1], pattern.shape[2], pattern.device)
+            at = [rows.start + position for position in positions]
+            changed[at] = torch.where(mask.any(-1)[:, :, None], mixed, results[at])
         return site.replaced(tapped, changed)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from januslens_server import telemetry
 from januslens_server.capture import End, LayerActivations, Tap, capturing, interruptible
-from januslens_server.capture.hooks import rows
+from januslens_server.capture.hooks import nth_tensor, returning, rows
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.backward_lens import Loss
 from januslens_server.models.failures import check_gradients, check_pass
@@ -117,6 +117,85 @@ def read_sites(
         logits = _run(model, ids, scored, check_cancelled)[0]
     check_pass(rows(residual["residual"]), logits)
     return values, logits
+
+
+@torch.inference_mode()
+def block_outputs(
+    model: ResidentModel,
+    ids: Sequence[int],
+    interventions: Interventions | None,
+    scored: Sequence[int],
+    check_cancelled: CancelCheck,
+) -> tuple[list[Any], torch.Tensor]:
+    """Run a prompt; return what each block returns, and logits `[scored, vocab]`.
+
+    Raises:
+        NotFinite: The last residual or the logits are infinite or NaN.
+    """
+    blocks = [block.module for block in model.view.blocks]
+    outputs: list[Any] = []
+    with _changed(interventions), capturing({}, check_cancelled, blocks), ExitStack() as hooks:
+        for block in blocks:
+            hooks.enter_context(returning(block, outputs.append))
+        logits = _run(model, ids, scored, check_cancelled)[0]
+    check_pass(rows(nth_tensor(outputs[-1])), logits)
+    return outputs, logits
+
+
+@torch.inference_mode()
+def copies(
+    model: ResidentModel,
+    ids: Sequence[int],
+    count: int,
+    interventions: Interventions,
+    lowest: int,
+    outputs: Sequence[Any],
+    scored: Sequence[int],
+    check_cancelled: CancelCheck,
+) -> torch.Tensor:
+    """Run `count` copies of a prompt as a batch; return logits `[count, scored, vocab]`.
+
+    Blocks below the `lowest` do not run; the result of the last of them is in `outputs`, which
+    are those of `block_outputs`.
+
+    Raises:
+        NotFinite: The last residual or the logits of a copy are infinite or NaN.
+    """
+    blocks = [block.module for block in model.view.blocks]
+    telemetry.TOKENS.labels(model.name).inc(count * len(ids))
+    batch = torch.tensor([ids], device=model.device).expand(count, -1)
+    last = Tap(blocks[-1], End.OUTPUT)
+    with (
+        _skipped(blocks[:lowest], outputs[lowest - 1], count),
+        interventions.active(),
+        capturing({"residual": last}, check_cancelled, blocks) as captured,
+        head_at(model, scored, len(ids)),
+        interruptible(check_cancelled, count * len(ids)),
+    ):
+        logits: torch.Tensor = model.network(input_ids=batch, use_cache=False).logits
+    check_pass(rows(captured["residual"]), logits.flatten(0, 1))
+    return logits
+
+
+@contextmanager
+def _skipped(blocks: Sequence[nn.Module], output: Any, count: int) -> Iterator[None]:
+    """Replace blocks by a function that returns a known output for each copy of the prompt."""
+    residual = nth_tensor(output).expand(count, -1, -1)
+
+    def known(*_args: Any, **_named: Any) -> Any:
+        return residual if isinstance(output, torch.Tensor) else (residual, *output[1:])
+
+    before = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = known
+    try:
+        yield
+    finally:
+        for block, forward_before in zip(blocks, before, strict=True):
+            if forward_before is None:
+                del block.forward
+            else:
+                block.forward = forward_before
 
 
 @torch.inference_mode()
@@ -300,6 +379,14 @@ def prepared(
     """
     if not interventions:
         return None
+    taken = taken_values(model, interventions, check_cancelled)
+    return Interventions(model, interventions, length, taken)
+
+
+def taken_values(
+    model: ResidentModel, interventions: Sequence[Intervention], check_cancelled: CancelCheck
+) -> dict[tuple[int, SiteKey], torch.Tensor]:
+    """Return the values that interventions take from other prompts, by number and site."""
     needed: dict[tuple[int, ...], dict[SiteKey, set[int]]] = {}
     for intervention in interventions:
         for source in intervention.sources:
@@ -322,7 +409,7 @@ def prepared(
             taken[number, key] = _mean(
                 intervention, [rows_from(source, key) for source in intervention.sources]
             )
-    return Interventions(model, interventions, length, taken)
+    return taken
 
 
 def _mean(intervention: Intervention, values: list[torch.Tensor]) -> torch.Tensor:

@@ -41,6 +41,8 @@ def read_interventions(
     length: int,
     prompt_length: int | None = None,
     field: str = "interventions",
+    *,
+    numbered: bool = True,
 ) -> tuple[Intervention, ...]:
     """Resolve interventions for a pass over `length` tokens.
 
@@ -50,7 +52,9 @@ def read_interventions(
     and prompts that do not fit.
     """
     resolved = tuple(
-        _Reader(model, spec, length, prompt_length or length, f"{field}[{i}]").read()
+        _Reader(
+            model, spec, length, prompt_length or length, f"{field}[{i}]" if numbered else field
+        ).read()
         for i, spec in enumerate(specs)
     )
     _check_sources_left(model, resolved, field)

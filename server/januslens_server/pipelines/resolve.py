@@ -17,6 +17,7 @@ from januslens_server.models.interventions import Intervention
 from januslens_server.models.matrices import Linear
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import SiteKey, site_shape
+from januslens_server.pipelines.experiments import Experiment, read_experiments
 from januslens_server.pipelines.inputs import (
     Objective,
     choose_matrices,
@@ -39,6 +40,7 @@ from januslens_server.specs import (
     FindNeuronsSpec,
     GenerateSpec,
     GradientLensSpec,
+    InterveneSpec,
     PreviewEditSpec,
     ProjectSpec,
     TraceSpec,
@@ -157,8 +159,28 @@ class ResolvedGenerate:
     seconds: float
 
 
+@dataclass(frozen=True)
+class ResolvedIntervene:
+    """An Intervene with its tokens, positions, targets and experiments.
+
+    At most `at_once` experiments run as a batch. `seconds` is as in `ResolvedTrace`.
+    """
+
+    model: ResidentModel
+    spec: InterveneSpec
+    tokens: list[Token]
+    positions: tuple[int, ...]
+    target: int | None
+    other: int | None
+    always: tuple[Intervention, ...]
+    experiments: list[Experiment]
+    at_once: int
+    seconds: float
+
+
 Resolved = (
     ResolvedTrace
+    | ResolvedIntervene
     | ResolvedActivations
     | ResolvedGradientLens
     | ResolvedProject
@@ -208,6 +230,37 @@ def resolve_activations(model: ResidentModel, spec: ActivationsSpec) -> Resolved
         sizes=sizes,
         heads=heads,
         interventions=read_interventions(model, spec.interventions, len(tokens)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+# Tokens of a batch of experiments, and its logits; more would take memory and save no time.
+BATCH_TOKENS, BATCH_LOGITS = 1024, 2**24
+
+
+def resolve_intervene(model: ResidentModel, spec: InterveneSpec) -> ResolvedIntervene:
+    """Resolve an Intervene.
+
+    Raises `InvalidRequest` for an invalid prompt, target, position, intervention or sweep.
+    """
+    started = time.perf_counter()
+    tokens = read_prompt(model, spec.prompt)
+    target, other = (
+        None if asked is None else read_single_target(model, asked, field)
+        for asked, field in ((spec.target, "target"), (spec.other, "other"))
+    )
+    positions = read_positions(spec.positions, False, len(tokens))
+    logits = len(positions) * model.view.facts.vocab_size
+    return ResolvedIntervene(
+        model=model,
+        spec=spec,
+        tokens=tokens,
+        positions=positions,
+        target=target,
+        other=other,
+        always=read_interventions(model, spec.always, len(tokens), field="always"),
+        experiments=read_experiments(model, spec, len(tokens)),
+        at_once=max(1, min(BATCH_TOKENS // len(tokens), BATCH_LOGITS // logits)),
         seconds=time.perf_counter() - started,
     )
 

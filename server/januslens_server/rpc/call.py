@@ -30,6 +30,8 @@ from januslens_server.results import (
     GenerationSummary,
     GradientHeader,
     GradientSummary,
+    InterveneHeader,
+    InterveneSummary,
     ProjectionTable,
     StageTime,
     TraceHeader,
@@ -239,13 +241,19 @@ def result_sizes(result: object) -> dict[str, Any]:
     """Return the sizes of a result for the log line, and its seconds by stage, if it has any."""
     sizes: dict[str, Any] = {}
     match result:
-        case TraceHeader() | GradientHeader() | ActivationsHeader() | GenerationHeader():
+        case (
+            TraceHeader()
+            | GradientHeader()
+            | ActivationsHeader()
+            | GenerationHeader()
+            | InterveneHeader()
+        ):
             sizes = {"tokens": len(result.prompt_tokens)}
         case TraceSummary():
             sizes = {"nodes": result.nodes, "edges": result.edges, "stages": _stages(result.times)}
         case GradientSummary():
             sizes = {"matrices": result.matrices, "stages": _stages(result.times)}
-        case ActivationsSummary():
+        case ActivationsSummary() | InterveneSummary():
             sizes = {"stages": _stages(result.times)}
         case GenerationSummary():
             sizes = {"generated": result.generated, "stages": _stages(result.times)}

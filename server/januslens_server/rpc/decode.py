@@ -20,6 +20,7 @@ from januslens.v1 import (
     edits_pb2,
     generation_pb2,
     gradient_lens_pb2,
+    intervene_pb2,
     interventions_pb2,
     lens_pb2,
     neurons_pb2,
@@ -34,10 +35,12 @@ from januslens_server.specs import (
     Chat,
     ChatMessage,
     DescentStep,
+    ExperimentSpec,
     FindNeuronsSpec,
     ForwardShift,
     GenerateSpec,
     GradientLensSpec,
+    InterveneSpec,
     InterventionSpec,
     KlDivergence,
     LayerReading,
@@ -60,6 +63,7 @@ from januslens_server.specs import (
     SetTo,
     Site,
     Span,
+    SweepSpec,
     Target,
     Text,
     TraceSpec,
@@ -212,20 +216,55 @@ def _reading(message: generation_pb2.LayerReading) -> LayerReading:
     return LayerReading(tuple(message.layers), top_k)
 
 
-def _interventions(
-    messages: Iterable[interventions_pb2.Intervention],
-) -> tuple[InterventionSpec, ...]:
-    return tuple(
-        InterventionSpec(
-            site=_enum(Site, message.site, f"interventions[{i}].site"),
-            operation=_operation(message, f"interventions[{i}]"),
-            layers=tuple(message.layers),
-            positions=tuple(message.positions),
-            heads=tuple(message.heads),
-            neurons=tuple(message.neurons),
-            sources=tuple(message.source_positions),
+def intervene_spec(request: intervene_pb2.InterveneRequest) -> InterveneSpec:
+    """Decode an Intervene request. Raises `InvalidRequest` for invalid fields."""
+    top_k = request.top_k if request.HasField("top_k") else 5
+    if top_k > MAX_READ:
+        raise InvalidRequest("top_k", f"too many tokens: expected at most {MAX_READ}, got {top_k}")
+    experiments = (
+        ExperimentSpec(
+            message.label, _interventions(message.interventions, f"experiments[{i}].interventions")
         )
-        for i, message in enumerate(messages)
+        for i, message in enumerate(request.experiments)
+    )
+    return InterveneSpec(
+        prompt=_input(request.input),
+        target=_target(request.target, "target") if request.HasField("target") else None,
+        other=_target(request.other, "other") if request.HasField("other") else None,
+        experiments=tuple(experiments),
+        sweep=_sweep(request.sweep) if request.HasField("sweep") else None,
+        always=_interventions(request.always, "always"),
+        positions=tuple(request.positions),
+        top_k=top_k,
+    )
+
+
+def _sweep(message: intervene_pb2.Sweep) -> SweepSpec:
+    return SweepSpec(
+        template=_intervention(message.template, "sweep.template"),
+        by_layer=message.by_layer,
+        by_position=message.by_position,
+        by_unit=message.by_head or message.by_neuron,
+        by_source=message.by_source,
+        layer_window=message.layer_window if message.HasField("layer_window") else 1,
+    )
+
+
+def _interventions(
+    messages: Iterable[interventions_pb2.Intervention], field: str = "interventions"
+) -> tuple[InterventionSpec, ...]:
+    return tuple(_intervention(message, f"{field}[{i}]") for i, message in enumerate(messages))
+
+
+def _intervention(message: interventions_pb2.Intervention, field: str) -> InterventionSpec:
+    return InterventionSpec(
+        site=_enum(Site, message.site, f"{field}.site"),
+        operation=_operation(message, field),
+        layers=tuple(message.layers),
+        positions=tuple(message.positions),
+        heads=tuple(message.heads),
+        neurons=tuple(message.neurons),
+        sources=tuple(message.source_positions),
     )
 
 
@@ -524,6 +563,13 @@ BOUNDS: dict[str, int] = {
     "GradientLensRequest.revision": 256,
     "Input.prompt": MIB,
     "LayerReading.layers": 4 * KIB,
+    "Experiment.interventions": 256,
+    "Experiment.label": 4 * KIB,
+    "InterveneRequest.always": 256,
+    "InterveneRequest.experiments": 16 * KIB,
+    "InterveneRequest.model": 256,
+    "InterveneRequest.positions": 64 * KIB,
+    "InterveneRequest.revision": 256,
     "Intervention.heads": 4 * KIB,
     "Intervention.layers": 4 * KIB,
     "Intervention.neurons": 64 * KIB,

@@ -16,6 +16,7 @@ from januslens.v1 import (
     edits_pb2,
     generation_pb2,
     gradient_lens_pb2,
+    intervene_pb2,
     lens_pb2,
     models_pb2,
     neurons_pb2,
@@ -31,6 +32,7 @@ from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.generate import generate
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.intervene import intervene
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.resolve import (
@@ -39,6 +41,7 @@ from januslens_server.pipelines.resolve import (
     resolve_find_neurons,
     resolve_generate,
     resolve_gradient_lens,
+    resolve_intervene,
     resolve_preview_edit,
     resolve_project,
     resolve_trace,
@@ -49,6 +52,7 @@ from januslens_server.results import (
     GeneratedToken,
     GenerationEvent,
     GradientEvent,
+    InterveneEvent,
     TraceEvent,
 )
 from januslens_server.rpc import decode
@@ -59,6 +63,7 @@ from januslens_server.rpc.encode import (
     ActivationsEncoder,
     GenerateEncoder,
     GradientLensEncoder,
+    InterveneEncoder,
     TraceEncoder,
     estimate_message,
     find_neurons_response,
@@ -69,7 +74,13 @@ from januslens_server.rpc.encode import (
 )
 from januslens_server.rpc.places import PREPARATION, leave_places
 from januslens_server.rpc.streaming import DeviceStreams
-from januslens_server.specs import ActivationsSpec, GradientLensSpec, TraceSpec, loggable
+from januslens_server.specs import (
+    ActivationsSpec,
+    GradientLensSpec,
+    InterveneSpec,
+    TraceSpec,
+    loggable,
+)
 
 Result = TypeVar("Result")
 SpecT = TypeVar("SpecT")
@@ -184,6 +195,18 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             )
             await self._device.write(results, encoder.encode, call)
 
+    async def Intervene(  # type: ignore[override]  # as for Trace
+        self, request: intervene_pb2.InterveneRequest, context: Context
+    ) -> None:
+        """Stream the effects of experiments on the prediction."""
+        async with Call("Intervene", context) as call:
+            model, spec = self._experimented(request)
+            encoder = InterveneEncoder(call.request_id, model.vocabulary.token)
+            results: AsyncGenerator[InterveneEvent] = self._run(
+                call, model, spec, resolve_intervene, intervene
+            )
+            await self._device.write(results, encoder.encode, call)
+
     async def PreviewEdit(
         self, request: edits_pb2.PreviewEditRequest, context: Context
     ) -> edits_pb2.PreviewEditResponse:
@@ -235,15 +258,23 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         if which == "activations":
             model, read_spec = self._read(request.activations)
             return model, partial(resolve_activations, model, read_spec)
+        if which == "intervene":
+            model, intervene_spec = self._experimented(request.intervene)
+            return model, partial(resolve_intervene, model, intervene_spec)
         raise InvalidRequest(
             "request",
-            "no request given; expected trace, gradient_lens, generate or activations",
+            "no request given; expected trace, gradient_lens, generate, activations or intervene",
         )
 
     def _read(
         self, request: activations_pb2.ActivationsRequest
     ) -> tuple[ResidentModel, ActivationsSpec]:
         return self._model(request.model, request.revision), decode.activations_spec(request)
+
+    def _experimented(
+        self, request: intervene_pb2.InterveneRequest
+    ) -> tuple[ResidentModel, InterveneSpec]:
+        return self._model(request.model, request.revision), decode.intervene_spec(request)
 
     def _traced(self, request: trace_pb2.TraceRequest) -> tuple[ResidentModel, TraceSpec]:
         return self._model(request.model, request.revision), decode.trace_spec(request)

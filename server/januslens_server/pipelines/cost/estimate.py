@@ -17,6 +17,7 @@ from januslens_server.pipelines.cost.demand import (
 )
 from januslens_server.pipelines.cost.generate import generate_demand
 from januslens_server.pipelines.cost.gradient_lens import gradient_lens_demand, matrix_sizes
+from januslens_server.pipelines.cost.intervene import intervene_demand
 from januslens_server.pipelines.cost.interventions import with_interventions
 from januslens_server.pipelines.cost.trace import trace_demand
 from januslens_server.pipelines.resolve import (
@@ -25,6 +26,7 @@ from januslens_server.pipelines.resolve import (
     ResolvedFindNeurons,
     ResolvedGenerate,
     ResolvedGradientLens,
+    ResolvedIntervene,
     ResolvedPreviewEdit,
     ResolvedProject,
     ResolvedTrace,
@@ -44,6 +46,8 @@ def demand_of(request: Resolved) -> Demand:  # noqa: PLR0911 - one for each RPC
         case ResolvedGradientLens():
             own, tokens = gradient_lens_demand(request), len(request.objective.tokens)
             return with_interventions(own, request.model, request.interventions, tokens)
+        case ResolvedIntervene():
+            return intervene_demand(request)
         case ResolvedProject():
             return project_demand(request)
         case ResolvedPreviewEdit():

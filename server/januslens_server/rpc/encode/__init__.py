@@ -3,6 +3,7 @@
 from januslens_server.rpc.encode.activations import ActivationsEncoder
 from januslens_server.rpc.encode.generation import GenerateEncoder
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
+from januslens_server.rpc.encode.intervene import InterveneEncoder
 from januslens_server.rpc.encode.messages import (
     estimate_message,
     find_neurons_response,
@@ -17,6 +18,7 @@ __all__ = [
     "ActivationsEncoder",
     "GenerateEncoder",
     "GradientLensEncoder",
+    "InterveneEncoder",
     "TraceEncoder",
     "estimate_message",
     "find_neurons_response",

@@ -1,0 +1,150 @@
+"""Resolve the experiments of an Intervene request: those by hand, then those of its sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+from januslens_server.errors import InvalidRequest
+from januslens_server.models.interventions import Intervention
+from januslens_server.models.resident import ResidentModel
+from januslens_server.models.sites import SITES_WITH_HEADS, site_shape
+from januslens_server.pipelines.interventions import read_interventions
+from januslens_server.results import Coordinates
+from januslens_server.specs import Add, InterveneSpec, SetTo, Site, SweepSpec, Vectors
+
+MAX_EXPERIMENTS = 16_384
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Interventions that hold in one pass, with the label or the place in the sweep."""
+
+    label: str
+    coordinates: Coordinates
+    interventions: tuple[Intervention, ...]
+
+    @property
+    def lowest(self) -> int:
+        """The lowest layer that changes, -1 for EMBEDDING, or a large number if none does."""
+        return min((key[0] for i in self.interventions for key in i.keys), default=2**31)
+
+
+def read_experiments(model: ResidentModel, spec: InterveneSpec, length: int) -> list[Experiment]:
+    """Resolve all experiments for a prompt of `length` tokens.
+
+    Raises `InvalidRequest` for interventions that do not fit, and for too many or no experiments.
+    """
+    experiments = [
+        Experiment(
+            experiment.label,
+            Coordinates(),
+            read_interventions(
+                model,
+                experiment.interventions,
+                length,
+                field=f"experiments[{i}].interventions",
+            ),
+        )
+        for i, experiment in enumerate(spec.experiments)
+    ]
+    if spec.sweep is not None:
+        experiments += _swept(model, spec.sweep, length, MAX_EXPERIMENTS - len(experiments))
+    if not experiments:
+        raise InvalidRequest("experiments", "no experiments given; send some, or a sweep")
+    return experiments
+
+
+def _swept(model: ResidentModel, sweep: SweepSpec, length: int, at_most: int) -> list[Experiment]:
+    _check_axes(sweep)
+    (template,) = read_interventions(
+        model, (sweep.template,), length, field="sweep.template", numbered=False
+    )
+    units = template.units
+    if units is None and sweep.by_unit:
+        units = tuple(range(site_shape(model, template.keys[0], length)[0]))
+    keys = template.keys
+    axes: list[Sequence[int | None]] = [
+        range(len(keys)) if sweep.by_layer else [None],
+        range(len(template.positions)) if sweep.by_position else [None],
+        range(len(units or ())) if sweep.by_unit else [None],
+        template.hidden if sweep.by_source else [None],
+    ]
+    count = len(axes[0]) * len(axes[1]) * len(axes[2]) * len(axes[3])
+    if count > at_most:
+        raise InvalidRequest(
+            "sweep",
+            f"too many experiments: expected at most {MAX_EXPERIMENTS}, got "
+            f"{MAX_EXPERIMENTS - at_most + count}; split fewer axes, or name layers, positions or "
+            "heads",
+        )
+    whole = replace(template, units=units)
+    return list(_split(whole, sweep, axes))
+
+
+def _check_axes(sweep: SweepSpec) -> None:
+    site = sweep.template.site
+    if sweep.by_unit and site not in (*SITES_WITH_HEADS, Site.NEURONS):
+        raise InvalidRequest("sweep", f"{site.name} has neither heads nor neurons to split by")
+    if sweep.by_source and site is not Site.ATTENTION_PATTERN:
+        raise InvalidRequest("sweep.by_source", f"{site.name} has no sources to split by")
+    if sweep.layer_window < 1 or (sweep.layer_window > 1 and not sweep.by_layer):
+        raise InvalidRequest(
+            "sweep.layer_window", "expected a number of layers above 0, together with by_layer"
+        )
+
+
+def _split(
+    whole: Intervention, sweep: SweepSpec, axes: Sequence[Sequence[int | None]]
+) -> Iterator[Experiment]:
+    unit = "neuron" if sweep.template.site is Site.NEURONS else "head"
+    before, after = (sweep.layer_window - 1) // 2, sweep.layer_window // 2 + 1
+    for key, place, at_unit, source in product(*axes):
+        part, at = whole, Coordinates()
+        if key is not None:
+            keys = whole.keys[max(0, key - before) : key + after]
+            part, at = replace(part, keys=keys), replace(at, layer=max(0, whole.keys[key][0]))
+        if place is not None:
+            at = replace(at, position=whole.positions[place])
+            part = _at_position(part, place)
+        if at_unit is not None and whole.units is not None:
+            at = replace(at, **{unit: whole.units[at_unit]})
+            part = _at_unit(part, at_unit)
+        if source is not None:
+            at, part = replace(at, source_position=source), replace(part, hidden=(source,))
+        yield Experiment("", at, (part,))
+
+
+def _at_position(part: Intervention, place: int) -> Intervention:
+    sources = part.sources
+    if sources and not part.over_positions:
+        sources = tuple(replace(s, positions=(s.positions[place],)) for s in sources)
+    operation = part.operation
+    if isinstance(operation, SetTo):
+        operation = SetTo(_row(operation.values, place, part))
+    elif isinstance(operation, Add):
+        operation = replace(operation, vector=_row(operation.vector, place, part))
+    positions = (part.positions[place],)
+    return replace(part, positions=positions, sources=sources, operation=operation)
+
+
+def _row(values: Vectors, place: int, part: Intervention) -> Vectors:
+    """Return the values of one position of a tensor that may have one row for each."""
+    return values[place][None] if values.ndim > _dimensions(part) else values
+
+
+def _at_unit(part: Intervention, number: int) -> Intervention:
+    units = None if part.units is None else (part.units[number],)
+    operation = part.operation
+    axis = -_dimensions(part)
+    if isinstance(operation, SetTo):
+        operation = SetTo(operation.values.take([number], axis=axis))
+    elif isinstance(operation, Add):
+        operation = replace(operation, vector=operation.vector.take([number], axis=axis))
+    return replace(part, units=units, operation=operation)
+
+
+def _dimensions(part: Intervention) -> int:
+    """Return the number of dimensions of the site's shape at one position."""
+    return 2 if part.keys[0][1] in SITES_WITH_HEADS else 1
