@@ -31,14 +31,14 @@ PREFIX = struct.Struct(">BI")
 
 
 def framed(message: bytes) -> bytes:
-    """A message as gRPC sends it."""
+    """Return a message in gRPC's framing."""
     return PREFIX.pack(0, len(message)) + message
 
 
 class RawPeer:
-    """One connection, whose streams and windows are the test's to choose.
+    """One connection, whose streams and windows the test controls.
 
-    Data is acknowledged only with `reads`; `window` is what each stream may receive unread.
+    Data is acknowledged only with `reads`; `window` is the size of each stream's receive window.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class RawPeer:
     def headers(
         self, method: str, *more: tuple[str, str], end: bool = False, token: str | None = None
     ) -> int:
-        """Open a stream for an RPC; gives its number."""
+        """Open a stream for an RPC; return its number."""
         stream: int = self.http2.get_next_available_stream_id()
         fields = [
             (":method", "POST"),
@@ -96,13 +96,13 @@ class RawPeer:
         return stream
 
     def call(self, method: str, request: Message, token: str | None = None) -> int:
-        """Start an RPC with its whole request, however large; gives its stream."""
+        """Start an RPC with its whole request of any size; return its stream."""
         stream = self.headers(method, token=token)
         self.send(stream, framed(request.SerializeToString()), end=True)
         return stream
 
     def send(self, stream: int, data: bytes, *, end: bool = False, seconds: float = 10) -> None:
-        """Send data as fast as the server takes it."""
+        """Send data as fast as the server accepts it."""
         deadline = time.monotonic() + seconds
         while data:
             room = min(
@@ -119,18 +119,18 @@ class RawPeer:
         self.flush()
 
     def flush(self) -> None:
-        """Put on the wire what has been prepared."""
+        """Send what has been prepared."""
         self.raw(self.http2.data_to_send())
 
     def raw(self, data: bytes) -> None:
-        """Put any bytes on the wire; a connection that the server has closed takes none."""
+        """Send any bytes; does nothing if the server has closed the connection."""
         try:
             self._socket.sendall(data)
         except OSError:
             self.closed = True
 
     def pump(self, seconds: float) -> None:
-        """Take what the server sends for so long."""
+        """Receive from the server for this long."""
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0 and not self.closed:
             if self._decrypted() or select.select([self._socket], [], [], left)[0]:
@@ -141,7 +141,7 @@ class RawPeer:
         return isinstance(self._socket, ssl.SSLSocket) and self._socket.pending() > 0
 
     def wait(self, stream: int, size: int = 1, seconds: float = 5) -> bytes:
-        """What the stream has received, once that is `size` bytes; fewer when it is too slow."""
+        """Return what the stream has received, once that is `size` bytes; less on a timeout."""
         deadline = time.monotonic() + seconds
         while len(self.received[stream]) < size and time.monotonic() < deadline:
             if self.closed or stream in self.trailers:
@@ -150,7 +150,7 @@ class RawPeer:
         return self.received[stream]
 
     def ended(self, stream: int, seconds: float = 5) -> dict[str, str] | None:
-        """The stream's trailers; None if it is still open, or was reset."""
+        """Return the stream's trailers; None if it is still open, or was reset."""
         deadline = time.monotonic() + seconds
         while stream not in self.trailers | dict.fromkeys(self.reset):
             if self.closed or time.monotonic() > deadline:

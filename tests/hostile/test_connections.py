@@ -45,7 +45,7 @@ def threads(server: ServerProcess) -> int:
 
 @pytest.fixture
 def held(limited: ServerProcess) -> Iterator[None]:
-    """Others are served during and after the attack, and what it held is bounded."""
+    """Check that others are served during and after the attack, and that its memory is bounded."""
     with grpc.insecure_channel(limited.address) as channel:
         served(channel)
         memory, files, running = resident_bytes(limited), open_files(limited), threads(limited)
@@ -144,7 +144,7 @@ def test_floods_of_frames_use_bounded_memory(limited: ServerProcess, flood: byte
 
 @pytest.mark.usefixtures("held")
 def test_half_sent_messages_use_bounded_memory(limited: ServerProcess) -> None:
-    """Only the few that the server receives at once may take their whole size."""
+    """Only the few that are received at once may use memory for a whole message."""
     before = resident_bytes(limited)
     with ExitStack() as stack:
         for _ in range(CONNECTIONS // 4):
@@ -178,7 +178,7 @@ def test_half_sent_messages_of_one_address_do_not_delay_another(limited: ServerP
 def test_half_sent_health_checks_from_many_addresses_do_not_delay_health(
     limited: ServerProcess,
 ) -> None:
-    """More stalled checks than requests are received at once, each of an address of its own."""
+    """More checks stall than requests are received at once, each from another address."""
     with ExitStack() as stack:
         channel = stack.enter_context(grpc.insecure_channel(limited.address))
         served(channel)
@@ -200,7 +200,7 @@ def test_a_call_without_a_message_is_refused(limited: ServerProcess) -> None:
 
 
 def send_most(peer: RawPeer, stream: int, seconds: float = 0.1) -> None:
-    """Send as much of a message of 4 MiB as the server takes, never its end."""
+    """Send as much of a message of 4 MiB as the server accepts, but not its end."""
     size = 4 * 2**20 - 100
     with suppress(TimeoutError):
         peer.send(stream, b"\0" + size.to_bytes(4, "big") + bytes(size - 1000), seconds=seconds)

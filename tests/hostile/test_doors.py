@@ -1,7 +1,7 @@
 """The places where transformers lets a folder's data choose files, code or downloads.
 
-Read from its source: a release that adds one fails here until it has been looked at, and either
-`models/vetting.py` refuses the key or it is listed below as harmless.
+They are found in its source. If a release adds one, a test fails until someone has reviewed it, and
+either `models/vetting.py` refuses the key or the list below marks it as harmless.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ DICTIONARIES = {"adapter_config", "config_dict", "init_kwargs", "tokenizer_confi
 
 
 def keys_read(tree: ast.AST) -> Iterator[str]:
-    """The keys that a source looks for in a configuration, as text."""
+    """Return the keys that a source reads from a configuration, as text."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and len(node.args) > 0:
             name, arguments = ast.unparse(node.func), node.args
@@ -107,7 +107,7 @@ def texts(nodes: list[ast.expr]) -> Iterator[str]:
 
 
 def dangerous_calls(tree: ast.AST, inside: str = "") -> Iterator[str]:
-    """`function: call` for every dangerous one."""
+    """Return `function: call` for every dangerous call."""
     for node in ast.iter_child_nodes(tree):
         named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         if isinstance(node, ast.Call):
@@ -185,7 +185,7 @@ FILE_NAME = re.compile(r"[\w-]+(\.[\w-]+)*\.(bin|bpe|codes|jinja|json|model|safe
 
 
 def files_named() -> Iterator[str]:
-    """The files of tokenizers of all families, and those that the loading code names."""
+    """Return the files of tokenizers of all families, and those named in the loading code."""
     for path in ROOT.glob("models/*/tokenization_*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VOCAB_FILES_NAMES":
@@ -209,7 +209,7 @@ def test_every_file_that_transformers_names_is_known_and_checked() -> None:
 
 
 def test_loading_opens_only_checked_files(tmp_path: Path) -> None:
-    """Python reports every file that it opens, also for transformers."""
+    """Python reports every file that it opens, including those that transformers opens."""
     folder = healthy(tmp_path / "model")
     for name in KNOWN_FILES:
         if not (folder / name).exists() and not name.endswith(".index.json"):
@@ -245,7 +245,7 @@ def test_every_call_that_imports_or_fetches_is_known(module: str) -> None:
 
 
 def test_reviewed_lists_match_the_transformers_release() -> None:
-    """An empty scan would pass: the doors that are known must be found."""
+    """The scan must find all known places, because an empty scan would pass."""
     sources = {module: ast.parse((ROOT / module).read_text()) for module in LOADERS}
     keys = {key for source in sources.values() for key in keys_read(source)}
     assert {"auto_map", "configuration_files", "fusion_config", "transformers_weights"} <= keys

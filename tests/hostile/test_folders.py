@@ -1,4 +1,4 @@
-"""Folders that would have code run, files read or memory taken are FAILED before any of it."""
+"""Folders that would run code, read files or use up memory are FAILED before they can do so."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def status_of(folder: Path) -> ModelStatus:
-    """How a server finds the folder when it loads it."""
+    """Return the status of a model after the server has loaded this folder."""
     registry = Registry([ModelSource("hostile", str(folder))], self_check, lambda _: None)
     registry.load_all()
     (status,) = registry.statuses()
@@ -56,7 +56,7 @@ def status_of(folder: Path) -> ModelStatus:
 
 
 def refusal(folder: Path) -> str:
-    """The one line with which a folder is FAILED, in bounded time and memory."""
+    """Return the one line with which a folder is FAILED, in bounded time and memory."""
     kept = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, kept[1]))
@@ -119,7 +119,7 @@ def test_keys_that_choose_code_or_files_are_refused(
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_attention_of_other_packages_is_computed_by_torch(folder: Path, name: str) -> None:
-    """Models are published with the name that their training used."""
+    """Models are published with the name of the implementation used for training."""
     describe(folder, _attn_implementation=name)
     status = status_of(folder)
     assert (status.state, status.reason) == (ModelState.READY, "")
@@ -164,7 +164,7 @@ def __getattr__(_name): return Anything
 
 
 def test_no_kernel_is_fetched_where_the_package_is_installed(tmp_path: Path) -> None:
-    """A stand-in for `kernels`, of a release that transformers accepts, reports every request."""
+    """A stand-in for `kernels`, with a version that transformers accepts, reports every request."""
     from transformers.utils import import_utils
 
     release = getattr(import_utils, "KERNELS_MIN_VERSION", "0.18.2")
@@ -279,7 +279,7 @@ def tensors(**entries: list[int]) -> Callable[[Path], str]:
 
 
 def one_tensor_too_large(folder: Path) -> str:
-    """A sparse file whose one tensor takes 1 GiB once it is read."""
+    """Write a sparse file whose only tensor takes 1 GiB when it is read."""
     name, end = "transformer.wte.weight", 2**30
     text = json.dumps({name: {"dtype": "F32", "shape": [end // 4], "data_offsets": [0, end]}})
     header(folder, len(text), text.encode())
@@ -328,7 +328,7 @@ def index(name: object) -> Callable[[Path], str]:
 
 
 def sparse(name: str) -> Callable[[Path], str]:
-    """A file that claims a gigabyte and takes no space on disk."""
+    """Write a file of a gigabyte that takes no space on disk."""
 
     def bomb(folder: Path) -> str:
         (folder / name).touch()
@@ -502,7 +502,7 @@ def test_folders_with_impossible_sizes_are_refused(
 
 
 def test_a_pattern_that_backtracks_without_end_fails_only_its_requests(folder: Path) -> None:
-    """The library panics then, with an exception that would end the thread."""
+    """The library panics, with an exception that would end the thread."""
     split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
     describe(folder, "tokenizer.json", pre_tokenizer=split | {"invert": False})
     vocabulary = read_vocabulary(folder)
@@ -517,7 +517,7 @@ def test_a_pattern_that_backtracks_without_end_fails_only_its_requests(folder: P
 
 
 def test_many_listed_tokens_are_added_in_seconds(folder: Path) -> None:
-    """The library takes time with the number of added tokens whenever it adds some."""
+    """Each time it adds tokens, the library takes time for all tokens added before."""
     size = read_vocabulary(folder)._prompts.get_vocab_size()
     listed = {str(size + i): {"content": f"<added{i}>"} for i in range(20_000)}
     describe(folder, "tokenizer_config.json", added_tokens_decoder=listed)
@@ -621,7 +621,7 @@ def sharded(folder: Path) -> Path:
 
 
 def test_a_tokenizer_of_30_megabytes_is_read(folder: Path) -> None:
-    """The largest vocabularies that are published, a quarter of a million entries, take as much."""
+    """The largest published vocabularies have a quarter of a million entries and this size."""
     path = folder / "tokenizer.json"
     described = json.loads(path.read_text())
     path.write_text(json.dumps(described) + " " * (30 * 2**20))
@@ -629,7 +629,7 @@ def test_a_tokenizer_of_30_megabytes_is_read(folder: Path) -> None:
 
 
 def test_weights_of_half_the_size_are_not_allocated(folder: Path) -> None:
-    """Within the factor, the first wrong shape is named as before."""
+    """Up to the factor, the error still names the first wrong shape."""
     path = folder / WEIGHTS
     found = load_file(path)
     found["transformer.ln_f.weight"] = torch.ones(3)

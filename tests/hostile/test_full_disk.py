@@ -1,4 +1,4 @@
-"""A full temporary folder costs metrics, never a process."""
+"""A full temporary folder makes metrics incomplete, but ends no process."""
 
 from __future__ import annotations
 

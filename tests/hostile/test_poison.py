@@ -115,7 +115,7 @@ STAGES = [
 
 
 async def seen(stub: Any) -> tuple[float, bytes]:
-    """What the server has learned, as callers see it: an estimate, and the neuron index."""
+    """Return the state that callers can observe: an estimate, and the neuron index."""
     estimate = await stub.EstimateCost(cost_pb2.EstimateCostRequest(trace=TRACE))
     found = await stub.FindNeurons(NEURONS)
     return estimate.seconds, found.SerializeToString(deterministic=True)
@@ -143,7 +143,7 @@ async def test_a_failed_request_changes_no_later_result(
 
 
 class Overestimated(Pace):
-    """A thousand times the time that a request takes."""
+    """Estimates a thousand times the real time of a request."""
 
     def seconds(self, demand: Demand) -> float:
         return 1000 * super().seconds(demand)

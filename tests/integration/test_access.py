@@ -34,7 +34,7 @@ LIST = models_pb2.ListModelsRequest()
 
 @dataclass
 class Access:
-    """A server with two models, `one` and `two`, its file of callers and their tokens."""
+    """A server with two models, `one` and `two`, its callers' file and their tokens."""
 
     server: ServerProcess
     channel: grpc.Channel
@@ -42,7 +42,7 @@ class Access:
     tokens: dict[str, str]
 
     def write(self, **callers: dict[str, Any]) -> None:
-        """Grant what is given, by caller."""
+        """Write the file with these callers and their permissions."""
         replace(self.path, granted(self.tokens, callers).encode())
 
     def refused(self, method: str, request: Message, token: str | None) -> Refusal:
@@ -55,7 +55,7 @@ class Access:
         return started(self.channel, method, request, metadata=bearer(token), timeout=30)
 
     def models(self, caller: str) -> list[str]:
-        """The names that ListModels returns."""
+        """Return the names that ListModels returns."""
         answer = self.started("ListModels", LIST, self.tokens[caller]).result()
         return [model.name for model in answer.models]
 
@@ -143,7 +143,7 @@ def test_an_rpc_outside_the_scope_is_denied(access: Access) -> None:
 
 
 def test_a_model_outside_the_scope_is_denied_and_hidden(access: Access) -> None:
-    """Whether another model exists is not to be told."""
+    """The error does not reveal whether the model exists."""
     for name in ("two", "three"):
         request = models_pb2.TokenizeRequest(model=name, text="Japan")
         answer = access.refused("Tokenize", request, access.tokens["ada"])

@@ -1,4 +1,4 @@
-"""Estimates of seconds follow what finished requests took, by model and RPC."""
+"""Estimated seconds follow the measured time of finished requests, by model and RPC."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def demo() -> Loaded:
 
 
 def misjudged(demo: Loaded, factor: float) -> Loaded:
-    """The demo, taken to be so many times as slow as it is."""
+    """The demo, with a pace that is too slow by this factor."""
     slower = Pace(*(factor * seconds for seconds in astuple(demo.paces["demo"])))
     return Loaded(demo.registry, {"demo": slower})
 
@@ -40,7 +40,7 @@ async def seconds(stub: Any, **request: Any) -> float:
 
 
 async def traced(stub: Any) -> float:
-    """A trace, and what it really took of the device."""
+    """Run a trace and return its device seconds."""
     before = telemetry.BUSY_SECONDS._value.get()
     assert [message async for message in stub.Trace(TRACE)]
     return float(telemetry.BUSY_SECONDS._value.get() - before)
@@ -62,7 +62,7 @@ async def test_finished_requests_correct_a_wrong_pace(demo: Loaded, factor: floa
 
 
 async def test_one_request_moves_the_estimate_by_a_tenth(demo: Loaded) -> None:
-    """In proportion: what a single slow one took does not decide."""
+    """A single slow request has little effect."""
     async with served(misjudged(demo, 8.0)) as stub:
         first = await seconds(stub, trace=TRACE)
         taken = await traced(stub)

@@ -34,7 +34,7 @@ def demo() -> Loaded:
 
 
 class Held:
-    """Notes the layers that are reached, and holds the device in the first until it may go on."""
+    """Records the layers that are reached, and blocks the device in the first until released."""
 
     def __init__(self) -> None:
         self.layers: list[int] = []
@@ -62,7 +62,7 @@ def held_forward(demo: Loaded) -> Iterator[Held]:
 
 @contextmanager
 def held_backward(demo: Loaded) -> Iterator[Held]:
-    """At the gradient of each layer's input to FF2, right below the captured output."""
+    """Block at the gradient of each layer's input to FF2, right below the captured output."""
     held = Held()
 
     def hook(layer: int, tensor: torch.Tensor) -> None:

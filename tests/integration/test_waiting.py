@@ -20,7 +20,7 @@ SHORT = trace_pb2.TraceRequest(input=prompt("Japan"), layers=[0])
 
 @pytest.fixture
 def running(server: ServerProcess, channel: grpc.Channel) -> Iterator[Any]:
-    """A trace of many seconds that is read as it comes, so that it keeps the device."""
+    """A trace of many seconds, which is read as it arrives and so keeps the device busy."""
     wait_until_idle(server)
     call = started(channel, "Trace", long_trace(60))
     next(call)

@@ -1,4 +1,4 @@
-"""Ordinary model folders, made of tiny random models."""
+"""Model folders of tiny random models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.reference.examples import TOKENIZER
 
 
 def saved(case: Case, folder: Path) -> ModelSource:
-    """The case's model with a tokenizer, as transformers writes them, on the CPU."""
+    """Save the case's model on the CPU with a tokenizer, as transformers does."""
     plain(case).save_pretrained(folder)
     for file in TOKENIZER.iterdir():
         shutil.copy(file, folder)
@@ -31,7 +31,7 @@ def weight_bytes(case: Case) -> int:
 
 
 def room_for(case: Case, part: float) -> dict[str, int]:
-    """Limits under which the CPU takes about a `part` of the model's weights."""
+    """Return limits under which the CPU holds about a `part` of the model's weights."""
     with torch.device("meta"):
         skeleton: Any = AutoModelForCausalLM.from_config(case.config(), dtype=torch.float32)
     beside = memory_needed(skeleton, CHUNK_BYTES, ROW_CACHE_BYTES).beside_weights

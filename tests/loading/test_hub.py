@@ -19,7 +19,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The snapshot of `someone/tiny`, branch `main`, in a cache of its own."""
+    """Yield the snapshot of branch `main` of `someone/tiny` in a separate cache."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--someone--tiny"
     snapshot = repository / "snapshots" / COMMIT

@@ -172,7 +172,7 @@ def test_free_memory_is_limited_by_the_tightest_cgroup(version: int, tmp_path: P
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_container_sees_its_own_cgroup_at_the_top(version: int, tmp_path: Path) -> None:
-    """The path names folders of the host, which are not there."""
+    """The path names folders of the host, which do not exist in the container."""
     own, folder, (limit, *_), _ = VERSIONS[version]
     (tmp_path / "own").write_text(own)
     top = tmp_path / folder.parent.parent
@@ -212,5 +212,5 @@ def test_gpu_memory_is_reported_by_kind() -> None:
 
 
 def test_cpu_server_does_not_initialise_gpus() -> None:
-    """Asking a GPU for its memory takes some of it."""
+    """Reading a GPU's memory would use some of it."""
     assert watched_devices("cpu") == ["cpu"]

@@ -190,7 +190,7 @@ def with_other_names(folder: Path) -> str:
 
 
 def with_numbered_weights_of_no_layer(folder: Path) -> str:
-    """A number larger than any layer's, in a list that is not the model's."""
+    """Add a number above those of all layers, in a list that is not the model's."""
     tensors = load_file(folder / WEIGHTS)
     tensors["prompt_encoder.7.weight"] = torch.ones(2, 32)
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})

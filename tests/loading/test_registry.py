@@ -1,4 +1,4 @@
-"""Several models: loaded behind those that serve, each in a state of its own."""
+"""Several models: each has its own state, and they load while others are served."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def states(registry: Registry) -> dict[str, ModelState]:
 
 
 def unobserved(_status: ModelStatus) -> None:
-    """Report nothing."""
+    """Ignore changes of state."""
 
 
 def test_one_serves_while_the_next_loads(sources: list[ModelSource]) -> None:

@@ -1,4 +1,4 @@
-"""A model split between devices gives the very numbers of the whole one."""
+"""A model that is split over devices gives the same numbers as the whole model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Pair:
 
 
 def assert_same_figures(one: Any, other: Any) -> None:
-    """Field by field. Sums over experts may round otherwise where weights lie otherwise."""
+    """Compare field by field; sums over experts may be rounded differently on another device."""
     if is_dataclass(one):
         for field in fields(one):
             if field.name not in DIFFERS:

@@ -47,7 +47,7 @@ GPT2 = next(case for case in CASES if case.id == "gpt2-plain")
 
 
 def spacing_kinds() -> dict[str, Vocabulary]:
-    """Tokenizers that tell a word with a space from one without."""
+    """Return tokenizers that distinguish a word with a space from one without."""
     stripping = sentencepiece("always", MARKED)
     stripping.normalizer = normalizers.Strip()
     splitting = sentencepiece("always", MARKED)
@@ -385,7 +385,7 @@ SAMPLES = ("in 2023", "Cafe\u0301", "DON'T  stop\n\n10:30", " \u6771\u4eac ", "T
 
 
 def as_stored(pre_tokenizer: str, normalizer: str) -> Tokenizer:
-    """A byte-level tokenizer with merges over digits and some steps before them."""
+    """Return a byte-level tokenizer with merges of digits and with these steps."""
     tokenizer = byte_level(False, ["2023", "Tokyo", " Tokyo", "10", "Don"])
     level = tokenizer.pre_tokenizer
     tokenizer.pre_tokenizer = {
@@ -487,7 +487,7 @@ def test_tokens_that_added_tokens_json_lists_are_added(folder: Path) -> None:
 
 
 def gpt2_files(folder: Path, **described: object) -> None:
-    """The files of a tokenizer that was saved before there was a `tokenizer.json`."""
+    """Write the files of a GPT-2 tokenizer that was saved before `tokenizer.json` existed."""
     trained = byte_level(False, [*SPACED, "2023", "don", "</s>"])
     for old in (*folder.glob("tokenizer*"), *folder.glob("*tokens*"), *folder.glob("merges*")):
         old.unlink()

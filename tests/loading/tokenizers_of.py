@@ -1,4 +1,4 @@
-"""Small tokenizers of every kind that causal models come with."""
+"""Small tokenizers of every kind that causal models use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SPECIAL = ["<s>", "</s>", UNKNOWN]
 
 
 def vocabulary(tokenizer: Tokenizer) -> Vocabulary:
-    """A tokenizer that adds `<s>` before and `</s>` after a text."""
+    """Return a tokenizer that adds `<s>` before and `</s>` after a text."""
     tokenizer.add_special_tokens(["<s>", "</s>"])
     return Vocabulary(with_template(tokenizer, ["<s>"], ["</s>"]))
 
 
 def with_template(tokenizer: Tokenizer, before: list[str], behind: list[str]) -> Tokenizer:
-    """The tokenizer with these tokens around a text."""
+    """Return the tokenizer with these tokens around a text."""
     tokenizer.post_processor = processors.TemplateProcessing(
         single=" ".join([*before, "$A", *behind]),
         special_tokens=[(name, tokenizer.token_to_id(name)) for name in before + behind],
@@ -30,7 +30,7 @@ def with_template(tokenizer: Tokenizer, before: list[str], behind: list[str]) ->
 
 
 def sentencepiece(scheme: str, words: Sequence[str]) -> Tokenizer:
-    """Unigram over whole words, as SentencePiece trains it, spaces as marks, bytes for the rest."""
+    """Return a Unigram model of whole words, as SentencePiece trains it, with byte fallback."""
     pieces = [*SPECIAL, *BYTES, SPACE, 2 * SPACE, *words, *sorted(set("".join(words)))]
     scores = [(piece, -float(len(piece) == 1)) for piece in dict.fromkeys(pieces)]
     tokenizer = Tokenizer(models.Unigram(scores, unk_id=2, byte_fallback=True))
@@ -46,7 +46,7 @@ def sentencepiece(scheme: str, words: Sequence[str]) -> Tokenizer:
 
 
 def byte_level(add_prefix_space: bool, words: Sequence[str]) -> Tokenizer:
-    """Byte-level BPE that knows all bytes and, by merges from the left, some words."""
+    """Return a byte-level BPE tokenizer with all bytes and, by merges from the left, some words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     written = [split.pre_tokenize_str(word)[0][0] for word in words]
@@ -59,7 +59,7 @@ def byte_level(add_prefix_space: bool, words: Sequence[str]) -> Tokenizer:
 
 
 def word_piece(words: Sequence[str]) -> Tokenizer:
-    """BERT's: lower case, no spaces, `##` before what continues a word."""
+    """Return BERT's kind: lower case, no spaces, `##` before a piece that continues a word."""
     entries = {entry: i for i, entry in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordPiece(entries, unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
@@ -69,7 +69,7 @@ def word_piece(words: Sequence[str]) -> Tokenizer:
 
 
 def bare(words: Sequence[str]) -> Tokenizer:
-    """Words between spaces, without any decoder."""
+    """Return a tokenizer of words between spaces, without a decoder."""
     entries = {entry: i for i, entry in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(entries, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

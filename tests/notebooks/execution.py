@@ -1,7 +1,7 @@
-"""Executing the example notebook against a server; `make notebook` writes what it shows.
+"""Execute the example notebook against a server; `make notebook` saves its outputs.
 
-As a program: `python -m tests.notebooks.execution` starts the server with the embedded model,
-executes the notebook and saves it.
+`python -m tests.notebooks.execution` starts a server with the embedded model, executes the notebook
+and saves it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ UNSAVED = "unsaved"
 
 
 def saved() -> NotebookNode:
-    """The notebook as it is in the repository."""
+    """Return the notebook in the repository."""
     notebook: NotebookNode = nbformat.read(NOTEBOOK, as_version=4)
     return notebook
 
@@ -48,7 +48,7 @@ def executed(address: str) -> NotebookNode:
 
 
 def tidied(notebook: NotebookNode) -> NotebookNode:
-    """Without what differs from run to run, or would swell the file."""
+    """Remove outputs that differ between runs, or that would make the file large."""
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
@@ -64,7 +64,7 @@ def tidied(notebook: NotebookNode) -> NotebookNode:
 
 
 def main() -> None:
-    """Execute and save."""
+    """Execute and save the notebook."""
     with running_server() as server:
         nbformat.write(tidied(executed(server.address)), NOTEBOOK)
 

@@ -19,7 +19,7 @@ VOID = {"br"}
 
 
 class Read(HTMLParser):
-    """The rows of tables as texts, every tag seen, and whether all were closed in order."""
+    """Parses HTML: rows of tables as texts, all tags, and whether they were closed in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ def test_hostile_tokens_are_text(text: str, shown: str) -> None:
 
 
 class Whole(HTMLParser):
-    """All text of a page."""
+    """Collects all text of a page."""
 
     def __init__(self, html: str) -> None:
         super().__init__()

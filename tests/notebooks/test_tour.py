@@ -1,4 +1,4 @@
-"""The example notebook runs, and shows what its saved outputs say."""
+"""The example notebook runs, and its outputs equal the saved ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fresh(server_address: str) -> NotebookNode:
 
 
 def shown(cell: NotebookNode) -> str:
-    """A cell's outputs as text: HTML of ours, printed lines."""
+    """Return the text of a cell's outputs: our HTML, and printed lines."""
     texts = []
     for output in cell.get("outputs", ()):
         data: Any = output.get("data", {})

@@ -1,4 +1,4 @@
-"""The examples, each built and loaded once in a session."""
+"""The examples, each built and loaded once per session."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimates against what requests really took: operations, memory, bytes, processor time."""
+"""Compare estimates with measured operations, memory, bytes and processor time."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def run(model: ResidentModel, spec: Spec) -> list[Any]:
 
 
 def streamed(model: ResidentModel, spec: Spec) -> int:
-    """Bytes of the messages."""
+    """Return the bytes of the messages."""
     encoders = {TraceSpec: TraceEncoder, GradientLensSpec: GradientLensEncoder}
     encoder: Any = encoders.get(type(spec), GenerateEncoder)("x" * 32, model.vocabulary.token)
     return sum(m.ByteSize() for event in run(model, spec) for m in encoder.encode(event))
@@ -207,10 +207,10 @@ def test_a_traces_vectors_and_nodes_are_bounded(model: ResidentModel, name: str)
 
 
 def assert_near(model: ResidentModel, spec: Spec, pace: Pace) -> None:
-    """Compare the estimate with this thread's own processor time.
+    """Compare the estimate with the processor time of this thread.
 
-    A busy machine slows that too, through its caches and clock. Where the estimate is far off, the
-    model's pace is therefore measured again right beside the request, a few times.
+    A busy machine also affects this time, through its caches and clock. So if the estimate is far
+    off, the pace of the model is measured again right after the request, up to a few times.
     """
     ratios: list[float] = []
     run(model, spec)

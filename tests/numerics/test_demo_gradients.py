@@ -1,6 +1,6 @@
-"""What the Backward Lens paper reports of large models, on `demo` and through our own pipelines.
+"""Results that the Backward Lens paper reports of large models hold for `demo`.
 
-Counterfactual targets: another answer of the same relation, half the table of facts away.
+Targets are counterfactual: the answer of another fact of the relation, half the table away.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def edits() -> list[Edit]:
 
 
 def test_target_is_at_the_promoted_end(demo: ResidentModel, edits: list[Edit]) -> None:
-    """Normalised rank of the target in FF2's VJP at the last position: 1 is the very bottom."""
+    """The normalised rank of the target in FF2's VJP at the last position; 1 is the bottom."""
     ranks: dict[int, list[float]] = {}
     for edit in edits:
         spec = GradientLensSpec(
@@ -66,7 +66,7 @@ def test_target_is_at_the_promoted_end(demo: ResidentModel, edits: list[Edit]) -
 def test_the_last_and_the_last_subject_position_dominate(
     demo: ResidentModel, edits: list[Edit]
 ) -> None:
-    """In every layer the largest mean VJP norm of a segment is one of the two."""
+    """In every layer, one of these two segments has the largest mean VJP norm."""
     dominated = []
     for edit in edits:
         spec = GradientLensSpec(
@@ -87,7 +87,7 @@ def test_the_last_and_the_last_subject_position_dominate(
 def test_the_forward_shift_edits_one_fact_and_spares_others(
     demo: ResidentModel, edits: list[Edit]
 ) -> None:
-    """The edit of section 7 in the last layer: mostly works, mostly spares other relations."""
+    """The edit of section 7 in the last layer mostly succeeds and mostly spares other relations."""
     worked, spared = [], []
     for edit, other in zip(edits, edits[1:] + edits[:1], strict=True):
         if edit.prompt.fact.relation == other.prompt.fact.relation:

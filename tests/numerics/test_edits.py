@@ -1,4 +1,4 @@
-"""PreviewEdit against really editing a copy of the model."""
+"""Compare PreviewEdit with an edited copy of the model."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_forward_shift_is_the_papers_update_of_one_matrix(
 
 
 def second_matrix(network: Any, layer: int) -> nn.Module:
-    """FF2 by the name that each family gives it."""
+    """Return FF2, which each family names differently."""
     body = getattr(network, "transformer", None)
     block = network.model.layers[layer] if body is None else body.h[layer]
     for name in ("c_proj", "down_proj", "fc_out"):

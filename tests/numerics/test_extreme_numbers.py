@@ -1,4 +1,4 @@
-"""Numbers that float32 cannot square are refused or computed correctly, never passed on."""
+"""Numbers whose squares overflow float32 are refused or computed correctly."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LLAMA = next(case for case in CASES if case.id.startswith("llama-"))
 
 
 def never() -> None:
-    """No request is cancelled."""
+    """A cancellation check that never cancels."""
 
 
 def scaled(name: str, factor: float) -> ResidentModel:
-    """A Llama whose embeddings are multiplied, so that its residual stream has that size."""
+    """Return a Llama whose embeddings, and so its residual stream, are multiplied."""
     case = replace(LLAMA, name=f"{LLAMA.name} {name}")
     with torch.no_grad():
         plain(case).get_input_embeddings().weight.mul_(factor)
@@ -80,7 +80,7 @@ def test_a_learning_rate_that_overflows_is_refused() -> None:
 
 
 def with_head(name: str, factor: float, data_type: torch.dtype = torch.float32) -> ResidentModel:
-    """A Llama whose unembedding is multiplied, so that its logits have that size."""
+    """Return a Llama whose unembedding, and so its logits, are multiplied."""
     case = replace(LLAMA, name=f"{LLAMA.name} {name}")
     with torch.no_grad():
         plain(case).get_output_embeddings().weight.mul_(factor)

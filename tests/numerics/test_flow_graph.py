@@ -1,4 +1,4 @@
-"""Every node and edge of a trace against the float64 reference, on every example."""
+"""Compare every node and edge of a trace with the float64 reference, for every example."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ TraceExample = Callable[[str, Selection, tuple[int, ...]], Traced]
 
 @pytest.fixture(scope="module")
 def trace_example(load_example: LoadExample) -> TraceExample:
-    """A trace of an example's prompt, run once however many tests look at it."""
+    """Trace an example's prompt, once for all tests."""
 
     @cache
     def run(name: str, selection: Selection, positions: tuple[int, ...]) -> Traced:
@@ -60,7 +60,7 @@ def trace_example(load_example: LoadExample) -> TraceExample:
 
 
 def check(found: Traced, oracle: PromptOracle, selection: Selection) -> None:
-    """Everything that the trace shows is what the reference computes."""
+    """Compare everything in the trace with the reference."""
     positions = [target.position for target in found.header.targets]
     expected = expected_graph(oracle, found.header.layers, positions, selection)
     errors = GraphErrors()
@@ -94,7 +94,7 @@ def test_graph_equals_the_reference(
 def test_shares_add_up(
     name: str, selection: Selection, positions: tuple[int, ...], trace_example: TraceExample
 ) -> None:
-    """Into every sum, OTHER included; a sum of zero has no shares at all."""
+    """This holds for every sum, OTHER included; a sum of zero has no shares."""
     found = trace_example(name, selection, positions)
     totals: defaultdict[str, float] = defaultdict(float)
     sums = set()
@@ -109,7 +109,7 @@ def test_shares_add_up(
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_parts_add_up_to_the_block(name: str, trace_example: TraceExample) -> None:
-    """The block's input, what attention adds and what the MLP adds are its output."""
+    """The block's input, attention's output and the MLP's output add up to the block's output."""
     found = trace_example(name, SMALL, EVERYWHERE)
     for position in range(LENGTH):
         source = f"p{position}/BLOCK_INPUT"
@@ -161,7 +161,7 @@ def test_parts_refine_the_contribution_of_their_sum(name: str, trace_example: Tr
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_attention_is_eager_attention(name: str, load_example: LoadExample) -> None:
-    """The server runs any kernel and recomputes the rows; eager attention shows its own."""
+    """The server recomputes the rows; eager attention returns its own."""
     loaded, ids = load_example(name), prompt(name, LENGTH)
     with torch.no_grad():
         out = loaded.network(input_ids=torch.tensor([ids]), output_attentions=True)

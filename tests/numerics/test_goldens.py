@@ -1,4 +1,7 @@
-"""The papers' own programs, recorded: graphs, gradients, steps and shifts (goldens/README.md)."""
+"""Compare with graphs, gradients, steps and shifts recorded from the papers' programs.
+
+See goldens/README.md.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Spectrum, neuron changes, segments and verify against dense gradients of a plain model."""
+"""Compare spectrum, neuron changes, segments and verify with dense gradients of a plain model."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def assert_singular(
     residual: np.ndarray[Any, Any],
     other: np.ndarray[Any, Any],
 ) -> None:
-    """A singular pair up to its common sign: the entries of one side give the sign of both."""
+    """Compare a singular pair up to its common sign, which the entries of one side determine."""
     found = matrix.spectrum
     assert found is not None
     indices, entries = found.other_side.indices[i], found.other_side.values[i]

@@ -1,4 +1,4 @@
-"""Factorised gradients against autograd's dense gradients of a fresh, plain model."""
+"""Compare factorised gradients with autograd's dense gradients of a plain model."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def factorised(
 
 
 def losses(name: str, ids: Sequence[int]) -> tuple[LossSpec, Loss]:
-    """A loss as the request states it, and as a function of a plain model."""
+    """Return a loss as in the request, and as a function of a plain model."""
     if name == "nll":
         return NegativeLogLikelihood((7,)), nll(ids, [7])
     if name == "several targets":
@@ -89,7 +89,7 @@ def test_outer_products_are_the_dense_gradient(
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_one_token_prompt(name: str, load_example: LoadExample) -> None:
-    """A single component; queries and keys of a single position have no gradient."""
+    """There is a single component; queries and keys of a single position have no gradient."""
     loaded, ids = load_example(name), prompt(name, 1)
     found = factorised(loaded, ids, NegativeLogLikelihood((7,)))
     dense = dense_gradients(loaded.network, nll(ids, [7]))
@@ -155,7 +155,7 @@ def test_matrices_come_from_the_last_layer_down(name: str, load_example: LoadExa
 def test_only_the_predicting_positions_reach_the_last_block(
     name: str, loss: str, load_example: LoadExample
 ) -> None:
-    """But for keys and values, which later positions read."""
+    """Keys and values are exceptions, because later positions read them."""
     loaded, ids = load_example(name), prompt(name, LENGTH)
     asked, _ = losses(loss, ids)
     targets = 1 if loss == "nll" else 3
@@ -175,7 +175,7 @@ def test_only_the_predicting_positions_reach_the_last_block(
 def test_projections_of_factors_equal_the_reference(
     name: str, kind: LensKind, load_example: LoadExample
 ) -> None:
-    """The side of the residual basis: top, bottom, and ranks of targets and own answer."""
+    """Top and bottom tokens, and the ranks of the targets and the prediction, are compared."""
     loaded, ids = load_example(name), prompt(name, LENGTH)
     found = factorised(loaded, ids, losses("several targets", ids)[0], kind)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def assert_sides(matrix: GradientMatrix) -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_descent_promotes_tokens_at_the_bottom(name: str, load_example: LoadExample) -> None:
-    """One plain SGD step on a copy, and the last layer's FF2 read at the predicting position."""
+    """After one SGD step on a copy, the last FF2's output is read at the predicting position."""
     loaded, ids, target = load_example(name), prompt(name, LENGTH), 7
     edited = copy.deepcopy(loaded.network)
     before = log_probabilities(edited, ids)[target]
@@ -241,7 +241,7 @@ def test_descent_promotes_tokens_at_the_bottom(name: str, load_example: LoadExam
 def test_a_step_on_the_factors_alone_promotes_the_target(
     name: str, load_example: LoadExample
 ) -> None:
-    """FF2 of the last layer, changed by `-lr x^T delta`, makes the target more probable."""
+    """After `-lr x^T delta` is added to the last FF2, the target is more probable."""
     loaded, ids, target = load_example(name), prompt(name, LENGTH), 7
     found = factorised(loaded, ids, NegativeLogLikelihood((target,)))
     step = found.outer_products((2, MatrixKind.FF2))

@@ -1,4 +1,4 @@
-"""A trace of some node kinds is the whole trace without the others."""
+"""A trace of some node kinds equals the whole trace without the other kinds."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def spec(kinds: set[NodeKind]) -> TraceSpec:
 
 
 def contents(model: ResidentModel, kinds: set[NodeKind]) -> tuple[dict[str, Any], list[Any]]:
-    """Vectors and activations by node, and the edges."""
+    """Return vectors and activations by node, and the edges."""
     nodes, edges = dict[str, Any](), list[Any]()
     for event in trace(resolve_trace(model, spec(kinds)), lambda: None):
         if isinstance(event, LayerGraph):

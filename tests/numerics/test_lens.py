@@ -1,4 +1,4 @@
-"""Readings in the vocabulary against naive float64 softmaxes and the model's own logits."""
+"""Compare projections with naive float64 softmaxes and with the model's own logits."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def traced(loaded: Loaded, ids: Sequence[int], kind: LensKind, target: int | Non
 
 
 def projected(found: Traced, top: bool) -> dict[str, int]:
-    """Rows by id of the nodes above the final norm (`top`) or below it."""
+    """Return rows by id of the nodes above the final norm (`top`) or below it."""
     return {
         node_id: node.row
         for node_id, node in found.nodes.items()
@@ -60,7 +60,7 @@ def model_logits(loaded: Loaded, ids: Sequence[int]) -> Tensor:
 def test_projections_equal_the_reference(
     name: str, kind: LensKind, target: int | None, load_example: LoadExample
 ) -> None:
-    """Readings of the reference's own vectors: capture and lens are checked at once."""
+    """The vectors are the reference's own, so capture and lens are both checked."""
     loaded, ids = load_example(name), prompt(name, LENGTH)
     found = traced(loaded, ids, kind, target)
     oracle = PromptOracle(loaded.reference, ids)
@@ -82,7 +82,7 @@ def test_projections_equal_the_reference(
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_targets_are_reported_throughout(name: str, load_example: LoadExample) -> None:
-    """The asked-for token, by default the model's own next token at each position."""
+    """The target is the requested token, or the model's own next token at each position."""
     loaded, ids = load_example(name), prompt(name, LENGTH)
     own = model_logits(loaded, ids).argmax(-1).tolist()
     for target, wanted in ((None, own), (7, [7] * LENGTH)):
@@ -122,7 +122,7 @@ def test_lens_of_the_last_block_equals_the_models_logits(
 def test_all_logits_of_the_last_block_equal_the_models(
     name: str, load_example: LoadExample
 ) -> None:
-    """Every logit, not only the listed ones."""
+    """All logits are compared, not only those in the lists."""
     loaded, ids = load_example(name), prompt(name, LENGTH)
     lens = LensSpec(top_k=VOCABULARY, bottom_k=0)
     spec = TraceSpec(tuple(ids), lens=lens, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT}))
@@ -144,7 +144,7 @@ def test_all_logits_of_the_last_block_equal_the_models(
 def test_own_vectors_from_tiny_to_large(
     name: str, kind: LensKind, load_example: LoadExample
 ) -> None:
-    """Scaled from VJPs near the norm's epsilon up to late residuals; zeros have no reading."""
+    """Sizes range from VJPs near the norm's epsilon to late residuals; zeros are not projected."""
     loaded = load_example(name)
     width = loaded.reference.unembedding.shape[1]
     random = torch.Generator().manual_seed(0)
@@ -164,7 +164,7 @@ def test_own_vectors_from_tiny_to_large(
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 5.0, 50.0])
 def test_entropy_over_a_wide_vocabulary(spread: float) -> None:
-    """Rounding must not add up with the vocabulary: near uniform, every term rounds alike."""
+    """Rounding errors must not add up: near a uniform distribution all terms round alike."""
     random = torch.Generator().manual_seed(0)
     unembedding = torch.randn(50_257, 8, generator=random) * spread
     vectors = torch.randn(5, 8, generator=random)

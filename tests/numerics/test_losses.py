@@ -1,4 +1,4 @@
-"""Losses and their gradients at the logits against the formulas, written out in float64."""
+"""Compare losses and their gradients at the logits with the formulas in float64."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def random_logits(positions: int) -> Tensor:
 
 
 def suppression(logits: Tensor) -> Tensor:
-    """KL(q || p) term by term, q a constant."""
+    """KL(q || p) term by term; q is constant."""
     p = logits[-1].softmax(0)
     q = p.detach().clone()
     q[list(SUPPRESSED)] = 0
@@ -66,7 +66,7 @@ def test_negative_log_likelihood_of_several_targets() -> None:
 
 
 def test_descent_lowers_the_logit_difference() -> None:
-    """The loss is the other's lead: a step against its gradient helps the preferred."""
+    """The loss is the lead of the other token, so a descent step helps the preferred one."""
     logits = random_logits(2)
     assert_same(logit_difference(5, 9), lambda x: x[-1, 9] - x[-1, 5], logits)
     _, gradient = value_and_gradient(logit_difference(5, 9), logits)

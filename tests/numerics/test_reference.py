@@ -1,4 +1,4 @@
-"""The reference itself: its float64 forward pass is what plain Hugging Face computes."""
+"""The float64 forward pass of the reference equals that of plain Hugging Face models."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_reference_equals_the_hugging_face_model(name: str, load_example: LoadEx
 
 
 def test_yarn_example_rotates_and_scales(load_example: LoadExample) -> None:
-    """M M^T is not the identity there: the transpose is not the inverse."""
+    """In this example M M^T is not the identity, so the transpose is not the inverse."""
     block = load_example("llama_yarn").reference.blocks[0]
     matrix = block.rotation(5, 8)
     product = matrix @ matrix.T

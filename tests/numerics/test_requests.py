@@ -1,4 +1,4 @@
-"""Equal results of equal requests, and the order of every stream."""
+"""Equal requests return equal results; the order of every stream."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_comparison_detects_a_difference(load_example: LoadExample) -> None:
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_positions_name_the_same_nodes_however_asked(name: str, load_example: LoadExample) -> None:
-    """0, -1 and all: ids are equal, and so are vectors but for the order of float32 sums."""
+    """For 0, -1 and all, ids are equal, and so are vectors, up to the order of float32 sums."""
     resident, ids = load_example(name).resident, prompt(name, LENGTH)
     everywhere = run_trace(resident, spec_of(ids, all_positions=True))
     for asked, position in ((-1, LENGTH - 1), (-LENGTH, 0), (4, 4)):

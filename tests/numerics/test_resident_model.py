@@ -1,4 +1,4 @@
-"""Requests of every sort leave the resident model as it was: bits, flags and hooks."""
+"""Requests of every kind leave the resident model unchanged: weights, flags and hooks."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_mixed_requests_change_nothing(name: str, load_example: LoadExample) -> 
 
 
 def test_a_thousand_mixed_requests_change_nothing(load_example: LoadExample) -> None:
-    """Traces, gradients of every loss and previews of edits, in turn, on one resident model."""
+    """Traces, gradients of every loss and previews of edits alternate on one resident model."""
     resident = load_example("llama_grouped").resident
     before = bits(resident)
     edits = (DescentStep((), (), 0.1), ForwardShift(1, 0.3))
@@ -118,7 +118,7 @@ class StopError(Exception):
 def test_requests_stopped_anywhere_change_nothing(
     name: str, which: int, load_example: LoadExample
 ) -> None:
-    """In the forward pass, in the backward pass and between results."""
+    """They are stopped in the forward pass, in the backward pass and between results."""
     resident, ids = load_example(name).resident, tuple(prompt(name, 4))
     before = bits(resident)
     for last in (0, 1, 2, 3, 5):
@@ -145,7 +145,7 @@ def finished(resident: ResidentModel, ids: tuple[int, ...], which: int, last: in
 
 
 def test_a_request_that_is_dropped_changes_nothing(load_example: LoadExample) -> None:
-    """Its reader went away after the header."""
+    """The reader leaves after the header."""
     resident, ids = load_example("gpt2").resident, tuple(prompt("gpt2", 4))
     before = bits(resident)
     for request in requests(resident, ids, lambda: None):

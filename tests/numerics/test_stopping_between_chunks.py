@@ -1,4 +1,4 @@
-"""A cancelled request stops before the next chunk of rows that is multiplied by the unembedding."""
+"""A cancelled request stops before the next chunk of rows is multiplied by the unembedding."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Request = Callable[[ResidentModel, CancelCheck], Iterator[object]]
 
 
 class Recorded(LensHead):
-    """A lens that notes the rows of every product with the unembedding."""
+    """A lens that records the rows of every product with the unembedding."""
 
     events: list[str]
     rows: list[int]
@@ -55,7 +55,7 @@ class Recorded(LensHead):
 
 
 class Run:
-    """One request to a model that has answered none, which is cancelled at the n-th check."""
+    """One request to a fresh model, which is cancelled at the n-th check."""
 
     def __init__(self, resident: ResidentModel, request: Request, stop_at: int | None) -> None:
         self.events: list[str] = []
@@ -72,7 +72,7 @@ class Run:
             self.cancelled = True
 
     def _model(self, resident: ResidentModel) -> ResidentModel:
-        """One whose chunks are of one row, or of as few as the row cache computes at once."""
+        """A model whose chunks have one row, or as few as the row cache computes at once."""
         settings = vars(resident.view.lens) | {"chunk_bytes": 1}
         lens = Recorded(**settings)
         vars(lens).update(events=self.events, rows=self.rows)
@@ -135,7 +135,7 @@ def test_a_cancelled_request_stops_before_the_next_chunk(
 
 
 def test_find_neurons_can_be_stopped_after_every_chunk(load_example: LoadExample) -> None:
-    """Requests read a layer together, so that the check is left to who takes the next step."""
+    """Requests share the reading of a layer, so the request that takes the next step checks."""
     products: list[int] = []
 
     def request(model: ResidentModel, check: CancelCheck) -> Iterator[object]:

@@ -1,4 +1,4 @@
-"""Subjects are found among the characters of the prompt, whatever the tokenizer makes of them."""
+"""Subjects are found by the characters of the prompt, for every kind of tokenizer."""
 
 from __future__ import annotations
 

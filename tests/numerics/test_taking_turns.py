@@ -1,4 +1,4 @@
-"""Requests that are set aside for one another get what they get alone, to the bit."""
+"""Requests that pause for each other get bit-identical results to those of requests alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def go_on() -> None:
 
 
 def requests(name: str) -> dict[str, Request]:
-    """One of every pipeline, each of several steps."""
+    """One request of every pipeline, each with several steps."""
     ids = tuple(prompt(name, 12))
     probes = (Probe("", ids[:5], None), Probe("", ids[3:], None))
     loss = NegativeLogLikelihood((7,))
@@ -71,7 +71,7 @@ def requests(name: str) -> dict[str, Request]:
 
 
 def fresh(model: ResidentModel) -> ResidentModel:
-    """One that has not been asked anything, and reads its neurons 20 at a time."""
+    """A model without earlier requests, which indexes 20 neurons at a time."""
     lens = model.view.lens
     chunk_bytes = 20 * 4 * lens.unembedding.vocab
     return replace(model, view=replace(model.view, lens=replace(lens, chunk_bytes=chunk_bytes)))

@@ -1,4 +1,4 @@
-"""Equal logits: one prediction everywhere, the lowest id, as `argmax` gives it."""
+"""With equal logits there is one prediction everywhere: the lowest id, as `argmax` returns."""
 
 from __future__ import annotations
 

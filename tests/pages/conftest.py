@@ -36,7 +36,7 @@ FLAGS = [
 
 
 def chromium() -> str:
-    """The system's browser; without one the tests fail, for pages are shown in nothing less."""
+    """The path of the system's browser; without one, the tests fail."""
     executable = shutil.which("chromium") or shutil.which("google-chrome")
     if executable is None:
         pytest.fail("expected chromium to look at the pages with; install it (apt-get, brew, ...)")
@@ -53,7 +53,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def tab(browser: Browser) -> Iterator[Page]:
-    """A page to load a file into; the test fails if it logs anything or asks for anything."""
+    """A page to load a file into; the test fails if it logs or requests anything."""
     context = browser.new_context(viewport={"width": 1440, "height": 900})
     page = context.new_page()
     complaints: list[str] = []
@@ -78,7 +78,7 @@ def tab(browser: Browser) -> Iterator[Page]:
 
 @dataclass(frozen=True)
 class Traced:
-    """A trace with its surroundings, and the file of its page."""
+    """A trace with its overview, and the file of its page."""
 
     trace: januslens.Trace
     overview: januslens.Trace
@@ -89,7 +89,7 @@ class Traced:
         return self.path.as_uri()
 
     def node(self, node_id: str) -> januslens.Node:
-        """Of the trace, or of what surrounds it."""
+        """Return a node of the trace or of its overview."""
         return {**self.overview.known_nodes, **self.trace.known_nodes}[node_id]
 
 
@@ -109,7 +109,7 @@ def demo(server_address: str, tmp_path_factory: pytest.TempPathFactory) -> Trace
 
 @pytest.fixture(scope="session")
 def wide(server_address: str, tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    """Four layers at twenty positions, all of them in full."""
+    """Four layers at twenty positions, with all parts."""
     with januslens.Client(server_address) as client:
         path = tmp_path_factory.mktemp("pages") / "wide.html"
         return traced(client, path, list(range(300, 320)), positions="all")
@@ -117,7 +117,7 @@ def wide(server_address: str, tmp_path_factory: pytest.TempPathFactory) -> Trace
 
 @pytest.fixture(scope="session")
 def random_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """Serves `random`, twelve layers deep with 50,257 tokens, and `mixture`, of experts."""
+    """Serves `random`, with twelve layers and 50,257 tokens, and `mixture`, with experts."""
     folder = tmp_path_factory.mktemp("random")
     models = {
         "random": random_gpt2(folder / "random"),
@@ -130,13 +130,13 @@ def random_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPr
 
 @pytest.fixture(scope="session")
 def large(random_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Traced:
-    """Twelve layers, 50,257 tokens, and a prompt of what could break a page."""
+    """Twelve layers, 50,257 tokens, and a prompt of tokens that could break a page."""
     with januslens.Client(random_server.address) as client:
         path = tmp_path_factory.mktemp("pages") / "large.html"
         return traced(client, path, hostile_prompt(client), model="random")
 
 
 def hostile_prompt(client: januslens.Client) -> list[int]:
-    """Tokens of `random` that could break a page."""
+    """Return tokens of `random` that could break a page."""
     texts = [client.tokenize(text, model="random")[:2] for text in HOSTILE]
     return [token.id for tokens in texts for token in tokens]

@@ -1,4 +1,4 @@
-"""Models as deep, and with as many tokens, as real ones, but narrow: quick to run."""
+"""Models with the depth and vocabulary of real ones, but narrow, so that they run quickly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOSTILE = [
 
 
 def random_gpt2(folder: Path) -> Path:
-    """Save it with a tokenizer of made-up words, the hostile ones among them."""
+    """Save a GPT-2 with a tokenizer of made-up words, including hostile ones."""
     config = GPT2Config(
         vocab_size=VOCABULARY, n_layer=LAYERS, n_embd=48, n_head=12, n_positions=128
     )
@@ -45,7 +45,7 @@ def random_gpt2(folder: Path) -> Path:
 
 
 def random_mixtral(folder: Path) -> Path:
-    """A mixture of four experts, two at each position; saved likewise."""
+    """Save a mixture of four experts, two per position, with the same tokenizer."""
     config = MixtralConfig(
         vocab_size=VOCABULARY,
         num_hidden_layers=3,
@@ -74,7 +74,7 @@ def _saved(model: PreTrainedModel, blocks: str, folder: Path) -> Path:
 
 @cache
 def _tokenizer() -> Tokenizer:
-    """Byte-level BPE: all bytes, and the words by merges from the left."""
+    """Return byte-level BPE with all bytes, and with the words by merges from the left."""
     drawn = random.Random(0)
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     entries = {entry: i for i, entry in enumerate(sorted(split.alphabet()))}

@@ -1,4 +1,4 @@
-"""What axe-core finds in the pages."""
+"""axe-core finds no serious problem in the pages."""
 
 from __future__ import annotations
 

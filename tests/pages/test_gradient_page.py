@@ -81,18 +81,18 @@ def asked(server: ServerProcess, path: Path, model: str) -> Shown:
 
 @pytest.fixture(scope="module")
 def deep(random_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """Of twelve layers and 50,257 tokens."""
+    """A gradient with twelve layers and 50,257 tokens."""
     return asked(random_server, tmp_path_factory.mktemp("gradient") / "deep.html", "random")
 
 
 @pytest.fixture(scope="module")
 def mixture(random_server: ServerProcess, tmp_path_factory: pytest.TempPathFactory) -> Shown:
-    """Of four experts, two at each position."""
+    """A gradient of four experts, two per position."""
     return asked(random_server, tmp_path_factory.mktemp("gradient") / "mixture.html", "mixture")
 
 
 def cells(tab: Page, kind: str) -> dict[str, str]:
-    """The texts of a heat map's cells by the ids of their components."""
+    """Return the texts of a heat map's cells by the ids of their components."""
     found: dict[str, str] = tab.evaluate(
         """kind => Object.fromEntries(Array.from(
             document.querySelectorAll(`.chip.painted[data-id$="/${kind}"]`),
@@ -189,7 +189,7 @@ def test_click_selects_and_fills_the_inspector(
 def test_token_click_shows_a_command_for_that_target(
     tab: Page, page: str, server_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The command works as it is shown."""
+    """The command is run as shown."""
     tab.goto(page)
     tab.locator('.chip.painted[data-id="L3/p7/FF2"]').click()
     tab.locator(".inspector").get_by_role("button", name="␣Kazakh").click()
@@ -245,7 +245,7 @@ def test_requested_tables_are_shown(
 
 
 def shown_ranks(tab: Page, kind: str) -> dict[str, str]:
-    """The rank picture's cells by the ids of their components."""
+    """Return the cells of the rank picture by the ids of their components."""
     found: dict[str, str] = tab.evaluate(
         """kind => Object.fromEntries(Array.from(
             document.querySelectorAll(`.chip:not(.painted)[data-id$="/${kind}"]`),
@@ -300,7 +300,7 @@ def test_twelve_layers_draw_and_respond_within_bounds(tab: Page, deep: Shown) ->
 
 
 def test_selection_redraws_only_two_cells(tab: Page, deep: Shown) -> None:
-    """Why it is quick: of the cells of each picture the selected one and the one before change."""
+    """In each picture, only the selected cell and the one selected before change."""
     tab.goto(deep.url)
     tab.wait_for_selector("html[data-ready=complete]", state="attached")
     tab.evaluate("""() => {
@@ -341,7 +341,7 @@ def test_search_finds_every_reading_of_a_token(
 
 
 def test_experts_are_shown_separately(tab: Page, mixture: Shown) -> None:
-    """At each place the larger component, or the one of a chosen expert."""
+    """Each cell shows the largest component of all experts, or that of a chosen expert."""
     tab.goto(mixture.url)
     expect(tab.locator(".chip.painted").first).to_be_visible()
     matrices = mixture.gradient.of_kind("FF2")

@@ -47,7 +47,7 @@ def running_deep(random_server: ServerProcess) -> Iterator[LivePage]:
 
 @pytest.fixture
 def live(browser: Browser, running: LivePage) -> Iterator[Page]:
-    """The opened page; the test fails if it logs anything or asks anyone but its own server."""
+    """The opened page; the test fails if it logs anything or sends requests to another server."""
     with opened(browser, running, "demo") as page:
         yield page
 
@@ -78,13 +78,13 @@ def opened(browser: Browser, running: LivePage, model: str) -> Iterator[Page]:
 
 
 def panel(live: Page, number: int = 0) -> tuple[Locator, FrameLocator]:
-    """An answer's panel and the page within it."""
+    """Return the panel of a result, and the page in it."""
     found = live.locator(".answer-panel").nth(number)
     return found, found.frame_locator("iframe")
 
 
 def drawn_layers(live: Page) -> list[int]:
-    """The highest layer of the first answer after each of its drawings, in their order."""
+    """Return the highest layer of the first result after each drawing, in order."""
     layers: list[int] = live.frames[1].evaluate("window.drawnLayers")
     return layers
 

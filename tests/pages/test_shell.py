@@ -1,4 +1,4 @@
-"""A page's file: whole in itself, and nothing in it can reach out or be taken for markup."""
+"""A page's file is self-contained; its data can neither send requests nor act as markup."""
 
 from __future__ import annotations
 

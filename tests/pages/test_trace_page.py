@@ -18,7 +18,7 @@ VALUE = "L3/p7/MEMORY_VALUE/h2/s3"
 
 
 def numbers(node: januslens.Node) -> dict[str, str]:
-    """A node's numbers as a page shows them."""
+    """Return the numbers of a node as a page shows them."""
     assert node.projection
     return {
         "its probability": _probability(node.projection.target_probability or 0),
@@ -37,14 +37,14 @@ def _signed(value: float) -> str:
 
 
 def opened(tab: Page, page: Traced, state: str = "") -> Page:
-    """Load a page in a state, whole."""
+    """Load a page in a state, and wait until it is drawn."""
     tab.goto(f"{page.url}#{state}")
     tab.wait_for_selector("html[data-ready=complete]", state="attached")
     return tab
 
 
 def changed(tab: Page, state: str) -> None:
-    """Put another state into the address, as a link to it would."""
+    """Set another state in the address, as a link does."""
     tab.evaluate(
         """state => new Promise(drawn => {
           const before = location.hash
@@ -61,7 +61,7 @@ def chip(tab: Page, node_id: str) -> Locator:
 
 
 def facts(tab: Page) -> dict[str, str]:
-    """The numbers in the inspector, by name."""
+    """Return the numbers in the inspector by name."""
     rows = tab.locator(".facts .measures div").all()
     return {r.locator("dt").inner_text(): r.locator("dd").inner_text() for r in rows}
 
@@ -251,7 +251,7 @@ def test_head_matrix_equals_the_contributions(
 
 
 def test_selection_flows_through_the_layers(tab: Page, demo: Traced) -> None:
-    """Up: how much of the residual it is. Down: how much of it a part is, as shares multiply."""
+    """Above the node, widths are its share of the residual, below it the parts' shares of it."""
     head = "L2/p7/HEAD_OUTPUT/h3"
     opened(tab, demo, f"layers=2,3&sel={head}")
     bias = share(demo, "L2/p7/ATTENTION_BIAS")
@@ -269,7 +269,7 @@ def test_selection_flows_through_the_layers(tab: Page, demo: Traced) -> None:
 
 
 def share(page: Traced, node_id: str) -> float:
-    """Of the sum that the node enters."""
+    """The share of the node in its sum."""
     return next(
         edge.share or 0
         for edge in page.trace.edge_list
@@ -470,7 +470,7 @@ def test_exported_picture_includes_unlabelled_columns(
 
 
 def test_selection_does_not_move_elements(tab: Page, demo: Traced) -> None:
-    """Why it is quick: classes change, and neither place nor text of anything in the pictures."""
+    """Only classes change, and neither the place nor the text of an element."""
     opened(tab, demo, "layers=3")
     tab.evaluate("""() => {
       window.touched = new Set()

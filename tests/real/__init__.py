@@ -1,1 +1,1 @@
-"""Published checkpoints: what a random or embedded model cannot show. Run by `make real`."""
+"""Tests on published checkpoints, run by `make real`."""

@@ -14,7 +14,7 @@ SMOLLM, GEMMA = FOLDER / "smollm2", FOLDER / "gemma3"
 
 
 def parts(pattern: str) -> list[Path]:
-    """Installed files of a pattern, in the order of their names."""
+    """Return the installed files that match a pattern, in the order of their names."""
     found = sorted(PACKAGES.glob(pattern))
     if not found:
         raise SystemExit(f"no file {pattern!r} in {PACKAGES}; run make real")
@@ -40,7 +40,7 @@ def converted(target: Path, file: Path) -> None:
 
 
 def joined(name: str, pattern: str) -> Path:
-    """One file of the parts that its packages hold."""
+    """Join the parts of a file that are in several packages."""
     whole = FOLDER / name
     if not whole.exists():
         partial = whole.with_suffix(".partial")
@@ -52,7 +52,7 @@ def joined(name: str, pattern: str) -> Path:
 
 
 def main() -> None:
-    """Prepare both checkpoints; what is there already is kept."""
+    """Prepare both checkpoints; existing ones are kept."""
     (smollm,) = parts("**/SmolLM2-135M-Instruct.Q4_1.gguf")
     converted(SMOLLM, smollm)
     converted(GEMMA, joined("gemma3.gguf", "**/*.gguf.part[0-9]*"))

@@ -39,14 +39,14 @@ def server() -> Iterator[ServerProcess]:
 
 
 def request(tokens: int, caller: int = 0) -> trace_pb2.TraceRequest:
-    """The residual stream at the last position: most of the memory is taken by the pass."""
+    """Return a request for the residual at the last position; the pass uses most of its memory."""
     made = trace_pb2.TraceRequest(node_kinds=[trace_pb2.NODE_KIND_BLOCK_OUTPUT])
     made.input.token_ids.ids.extend(2 + (7 * i + caller) % 1000 for i in range(tokens))
     return made
 
 
 def longest_admitted(stub: Stub, most: int) -> int:
-    """Number of tokens, to 64, of the longest prompt that the estimate calls admissible."""
+    """Return the length in tokens, up to 64 too low, of the longest admissible prompt."""
     low, high = 1, most
     while high - low > 64:
         middle = (low + high) // 2
@@ -56,7 +56,7 @@ def longest_admitted(stub: Stub, most: int) -> int:
 
 
 def code(server: ServerProcess, tokens: int, caller: int) -> grpc.StatusCode:
-    """How a trace ended: OK with the residual stream of all layers, or refused."""
+    """Return the status of a trace, which is either complete or refused."""
     with grpc.insecure_channel(server.address) as channel:
         try:
             answers = list(Stub(channel).Trace(request(tokens, caller), timeout=ANSWER_SECONDS))
@@ -68,7 +68,7 @@ def code(server: ServerProcess, tokens: int, caller: int) -> grpc.StatusCode:
 
 
 def together(server: ServerProcess, tokens: int) -> Counter[grpc.StatusCode]:
-    """How the traces of all callers ended, sent at once; prints it."""
+    """Send the traces of all callers at once; print and return their statuses."""
     started = time.monotonic()
     with ThreadPoolExecutor(CALLERS) as pool:
         codes = Counter(pool.map(lambda caller: code(server, tokens, caller), range(CALLERS)))

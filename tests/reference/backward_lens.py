@@ -34,8 +34,11 @@ FUSED = (MatrixKind.Q, MatrixKind.K, MatrixKind.V)
 
 @dataclass
 class BackwardErrors:
-    """How much was compared, and the largest differences: of factors relative to the largest row,
-    of norms relative to at least 1, of listed probabilities relative."""
+    """The amount compared, and the largest differences.
+
+    Differences of factors are relative to the largest row, those of norms to at least 1, those of
+    listed probabilities to the probability.
+    """
 
     matrices: int = 0
     rows: int = 0
@@ -62,7 +65,7 @@ def spec_of(golden: Golden, lens: LensKind) -> GradientLensSpec:
 
 
 def recorded(golden: Golden) -> Iterator[tuple[int, MatrixKind, Record, Floats, Floats]]:
-    """Layer, kind, record and the factors x and delta of every matrix; fused ones apart."""
+    """Return layer, kind, record and the factors x and delta of every matrix; split fused ones."""
     up = MatrixKind.UP if golden.data["arch"] == "llama" else MatrixKind.FF1
     kinds = SEPARATE | {"ff1": up}
     for layer in golden.data["layers"]:
@@ -83,9 +86,9 @@ def compare(
     reference: ReferenceModel,
     errors: BackwardErrors,
 ) -> None:
-    """Raises AssertionError for ids, ranks, targets or answers that are not the recorded ones.
+    """Compare; raises AssertionError if ids, ranks, targets or predictions differ.
 
-    `reference` tells which ranks are ties that float32 cannot tell apart.
+    `reference` identifies ranks that are ties in float32.
     """
     data = golden.data
     assert found.header.target_token_ids == (data["target_id"],)
@@ -149,7 +152,7 @@ def _compare_ranks(
     reference: ReferenceModel,
     errors: BackwardErrors,
 ) -> None:
-    """Of the target and of the model's own answer."""
+    """Compare the ranks of the target and of the model's own prediction."""
     part = matrix.components
     vectors = part.vjps if matrix.projected_side is Side.VJP else part.inputs
     assert vectors is not None

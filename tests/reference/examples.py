@@ -33,7 +33,7 @@ TOKENIZER = Path(__file__).parents[1] / "numerics" / "goldens" / "tokenizer"
 
 @dataclass(frozen=True)
 class Example:
-    """A named configuration, the seed of its weights, and what is changed about these."""
+    """A named configuration, the seed of its weights, and the changes of these weights."""
 
     name: str
     config: Callable[[], PretrainedConfig]
@@ -41,7 +41,7 @@ class Example:
     change: Callable[[Any], None] | None = None
 
     def build(self) -> Any:
-        """A float32 model with eager attention, in which no bias is zero and no norm is one."""
+        """Build a float32 model with eager attention; no bias is zero and no norm weight is one."""
         torch.manual_seed(self.seed)
         model: Any = AutoModelForCausalLM.from_config(self.config(), attn_implementation="eager")
         for name, parameter in model.named_parameters():
@@ -57,7 +57,7 @@ class Example:
         return model.eval()
 
     def save(self, folder: Path) -> Path:
-        """Write the model as an ordinary folder, with a tokenizer of as many ids."""
+        """Write the model as a model folder, with a tokenizer of as many ids."""
         target = folder / self.name
         self.build().save_pretrained(target)
         for file in TOKENIZER.iterdir():
@@ -66,7 +66,7 @@ class Example:
 
 
 def prompt(name: str, length: int) -> list[int]:
-    """Token ids that differ from example to example."""
+    """Return token ids that differ between examples."""
     random = torch.Generator().manual_seed(100 + EXAMPLES[name].seed)
     return torch.randint(1, VOCABULARY, (length,), generator=random).tolist()
 
@@ -119,7 +119,7 @@ def _common() -> dict[str, Any]:
 
 
 def silence(model: Any) -> None:
-    """Layer 1's attention writes nothing at all, and its MLP's bias is zero."""
+    """Make layer 1's attention write nothing, and set its MLP's bias to zero."""
     block = model.transformer.h[1]
     with torch.no_grad():
         for parameter in (block.attn.c_proj.weight, block.attn.c_proj.bias, block.mlp.c_proj.bias):
@@ -164,7 +164,7 @@ EXAMPLES = {
 
 @dataclass(frozen=True)
 class Loaded:
-    """One model three times; `network` is an instance of its own, with eager attention."""
+    """One model, loaded three times; `network` is a separate instance with eager attention."""
 
     resident: ResidentModel
     network: Any
@@ -175,7 +175,7 @@ LoadExample = Callable[[str], Loaded]
 
 
 def load_example_in(folder: Path, name: str) -> Loaded:
-    """Save the example as an ordinary folder and load it as the server does."""
+    """Save the example as a model folder, and load it as the server does."""
     example = EXAMPLES[name]
     resident = load(ModelSource(name, str(example.save(folder))))
     network = example.build()

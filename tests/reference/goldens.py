@@ -27,7 +27,7 @@ TIE = 1e-5
 
 @dataclass(frozen=True)
 class Golden:
-    """One recorded call: its figures, and its arrays by name."""
+    """One recorded call: its numbers, and its arrays by name."""
 
     name: str
     data: dict[str, Any]
@@ -50,7 +50,7 @@ def read_golden(folder: Path, name: str) -> Golden:
 
 
 def load_golden_model(folder: Path, family: str, to: Path) -> Loaded:
-    """Lay the family's weights beside the tokenizer that all of them share, and load them."""
+    """Put the family's weights beside the tokenizer that all families share, and load them."""
     target = to / family
     target.mkdir()
     for file in (*(folder / family).iterdir(), *(folder / "tokenizer").iterdir()):
@@ -62,7 +62,7 @@ def load_golden_model(folder: Path, family: str, to: Path) -> Loaded:
 
 
 def assert_same_ids(found: list[int], wanted: list[int], probabilities: list[float]) -> None:
-    """Require equal lists, except for the order of neighbours with equal probabilities."""
+    """Require equal lists, except that neighbours with equal probabilities may be swapped."""
     if found == wanted:
         return
     assert sorted(found) == sorted(wanted)

@@ -56,12 +56,12 @@ _NAMES: dict[str, dict[MatrixKind, str]] = {
 
 
 def kinds_of(network: Any) -> set[MatrixKind]:
-    """The kinds of matrices that the family has."""
+    """Return the kinds of matrices that the family has."""
     return set(_NAMES[network.config.model_type])
 
 
 def blocks_of(network: Any) -> nn.ModuleList:
-    """The blocks, in order."""
+    """Return the blocks in order."""
     body = network.base_model
     blocks: nn.ModuleList = body.layers if hasattr(body, "layers") else body.h
     return blocks
@@ -86,7 +86,7 @@ def dense_gradients(network: Any, loss: Loss) -> dict[Key, Tensor]:
 
 
 def nll(prompt: Sequence[int], targets: Sequence[int]) -> Loss:
-    """Each target after its own prefix, run by itself: the slow formula of teacher forcing."""
+    """Return the loss, with each target run separately after its own prefix."""
 
     def loss(network: Any) -> Tensor:
         total = torch.zeros(())
@@ -108,9 +108,9 @@ def logit_difference(prompt: Sequence[int], preferred: int, other: int) -> Loss:
 
 
 def suppression(prompt: Sequence[int], suppressed: Sequence[int]) -> Loss:
-    """KL(q || p): q is p without the suppressed tokens, renormalised, a constant.
+    """KL(q || p): q is p without the suppressed tokens, renormalised and constant.
 
-    In float64 from the logits on: q and p differ by little.
+    Computed in float64 from the logits on, because q and p differ little.
     """
 
     def loss(network: Any) -> Tensor:
@@ -136,7 +136,7 @@ def log_probabilities(network: Any, ids: Sequence[int]) -> Tensor:
 
 
 class Factorised:
-    """The server's answer: header, matrices by layer and kind in the order sent, summary."""
+    """The server's result: header, matrices by layer and kind in the order sent, summary."""
 
     def __init__(self, events: Sequence[GradientEvent]) -> None:
         header, *matrices, summary = events
@@ -151,7 +151,7 @@ class Factorised:
         assert len(self.matrices) == len(matrices) == summary.matrices
 
     def outer_products(self, key: Key) -> Tensor:
-        """Sum of x_i^T delta_i `[d_in, d_out]` in float64 from the raw factors."""
+        """Return the sum of x_i^T delta_i `[d_in, d_out]` in float64."""
         part = self.matrices[key].components
         assert part.inputs is not None
         assert part.vjps is not None

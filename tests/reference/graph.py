@@ -21,7 +21,7 @@ EdgeKey = tuple[str, str, EdgeKind]
 
 @dataclass(frozen=True)
 class ExpectedNode:
-    """`vector` `[d]`; a neuron's `activation`; junctions are not `projected`."""
+    """`vector` is `[d]`; only neurons have an `activation`; junctions are not `projected`."""
 
     vector: Tensor
     activation: float | None = None
@@ -30,7 +30,7 @@ class ExpectedNode:
 
 @dataclass(frozen=True)
 class ExpectedEdge:
-    """`share` and `logit_contribution` belong to parts of a sum only."""
+    """An edge; only parts of a sum have `share` and `logit_contribution`."""
 
     weight: float
     share: float | None = None
@@ -57,12 +57,12 @@ class ExpectedGraph:
 
 
 class PromptOracle:
-    """One prompt's forward pass, and what a part of it adds to its target's logit."""
+    """The forward pass of one prompt, and the contribution of a part to its target's logit."""
 
     def __init__(
         self, model: ReferenceModel, ids: Sequence[int], targets: Mapping[int, int] | None = None
     ) -> None:
-        """`targets` are the tokens by position that contributions go to, else the predictions."""
+        """`targets` are the tokens of contributions by position; None means the predictions."""
         self.model, self.length = model, len(ids)
         self.passes = model.run(ids)
         self.residual = self.passes[-1].block_output
@@ -76,7 +76,7 @@ class PromptOracle:
         return float(self.model.unembed(bias)[self.targets[position]])
 
     def contribution(self, part: Tensor, position: int) -> float:
-        """<N(part), U_t>, N the final norm's linear part with its scale at this position."""
+        """<N(part), U_t>; N is the final norm's linear part with its scale at this position."""
         norm = self.model.final_norm
         scale = norm.scale(self.residual[position])
         row = self.model.unembedding[self.targets[position]]
@@ -88,12 +88,12 @@ def add_up(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def ranked(scores: Mapping[int, float]) -> list[int]:
-    """Keys by score, largest first; the lower one among equals."""
+    """Return the keys by score, largest first; ties are broken by the lower key."""
     return sorted(scores, key=lambda key: (-scores[key], key))
 
 
 def extremes(scores: Mapping[int, float], selection: Selection) -> list[int]:
-    """VISIT's neurons: the largest scores (0: all), then the smallest, each once."""
+    """Return VISIT's neurons: the largest scores (0: all), then the smallest, each once."""
     top = ranked(scores)[: selection.top_neurons or len(scores)]
     smallest = sorted(scores, key=lambda key: (scores[key], key))[: selection.bottom_neurons]
     return top + [i for i in smallest if i not in set(top)]
@@ -139,7 +139,7 @@ class BlockOracle:
         )
 
     def add(self, below: int | None) -> None:
-        """The residual stream, with attention and MLP hung into it."""
+        """Add the residual stream, with attention and MLP."""
         residual = self.at(self.passed.block_input)
         source = self._input(residual, below)
         attention_input = self._normed("ATTENTION_INPUT", source, residual)
@@ -193,7 +193,7 @@ class BlockOracle:
         return self._neurons(concat)
 
     def _projections(self, attention_input: str, kept: Sequence[int]) -> dict[int, str]:
-        """QUERY, KEY, VALUE and those of the kept heads; gives the ids of HEAD_QUERY."""
+        """Add QUERY, KEY, VALUE and those of the kept heads; return the ids of HEAD_QUERY."""
         p, heads = self.position, range(self.block.n_heads)
         vectors = {
             "QUERY": {h: self.pull_back_query(h) for h in heads},
@@ -210,14 +210,14 @@ class BlockOracle:
         return {head: self.name(f"HEAD_QUERY/h{head}") for head in kept}
 
     def pull_back_key(self, head: int, source: int) -> Tensor:
-        """MEMORY_KEY: the gradient of q k for this source with respect to the querying input."""
+        """MEMORY_KEY: the gradient of q k for this source with respect to the query's input."""
         x = self.at(self.passed.attention_input).clone().requires_grad_()
         query = self.block.asked(head, x, self.position, self.oracle.length)
         score = query @ self.passed.keys[head, source]
         return torch.autograd.grad(score, x)[0]
 
     def pull_back_query(self, head: int) -> Tensor:
-        """HEAD_QUERY: the gradient of q k at s = p with respect to the input that the key reads."""
+        """HEAD_QUERY: the gradient of q k at s = p with respect to the key's input."""
         x = self.at(self.passed.attention_input).clone().requires_grad_()
         key = self.block.offered(head, x, self.position, self.oracle.length)
         score = self.passed.queries[head, self.position] @ key
@@ -257,7 +257,7 @@ class BlockOracle:
         return concat
 
     def _neurons(self, concat: str) -> str:
-        """ATTENTION_NEURON, OTHER and ATTENTION_BIAS into ATTENTION_OUTPUT."""
+        """Add ATTENTION_NEURON, OTHER and ATTENTION_BIAS to ATTENTION_OUTPUT."""
         z, output = self.at(self.passed.concat), self.block.output
         name = self.node("ATTENTION_OUTPUT", self.at(self.passed.attention_output))
         for i in self._rows("ATTENTION", z, output.weight, output.bias, name):
@@ -282,7 +282,7 @@ class BlockOracle:
     def _rows(
         self, sublayer: str, activations: Tensor, rows: Tensor, bias: Tensor | None, target: str
     ) -> list[int]:
-        """The terms of `activations @ rows + bias`; gives the neurons that have nodes."""
+        """Add the terms of `activations @ rows + bias`; return the neurons that have nodes."""
         kind = {"ATTENTION": NodeKind.ATTENTION_NEURON, "MLP": NodeKind.MLP_VALUE}[sublayer].name
         total = self.graph.nodes[target].vector
         scores = dict(enumerate((activations * rows.norm(dim=1)).tolist()))
@@ -315,7 +315,7 @@ def expected_graph(
 
 
 def _add_top(oracle: PromptOracle, graph: ExpectedGraph, position: int) -> None:
-    """FINAL_NORM and PREDICTION, the same vector: what the unembedding takes."""
+    """Add FINAL_NORM and PREDICTION, which have the same vector, the unembedding's input."""
     residual = oracle.residual[position]
     normed = oracle.model.final_norm(residual)
     source = f"L{len(oracle.passes) - 1}/p{position}/BLOCK_OUTPUT"

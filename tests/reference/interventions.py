@@ -217,7 +217,7 @@ class Change:
         return site == self.site and (layer is None or not self.layers or layer in self.layers)
 
     def index(self, values: Tensor) -> tuple[Tensor, ...]:
-        """The indices of the selected values in `values` `[T, ...]`."""
+        """Return the indices of the selected values in `values` `[T, ...]`."""
         wanted = (self.positions, self.heads, self.sources)
         chosen = (
             torch.tensor(list(indices) or range(size))
@@ -226,7 +226,7 @@ class Change:
         return torch.meshgrid(*chosen, indexing="ij")
 
     def apply(self, key: Key, values: Tensor) -> None:
-        """Change `values` `[T, ...]` in place; of a pattern `[T, H, S]` the chosen sources."""
+        """Change `values` `[T, ...]` in place; of a pattern `[T, H, S]`, the selected sources."""
         index = self.index(values)
         values[index] = self.operation(key, values[index])
 
@@ -253,7 +253,7 @@ def block() -> Callable[[Key, Tensor], Tensor]:
 
 
 def take_from(other: Values, chosen: Change) -> Callable[[Key, Tensor], Tensor]:
-    """Values of another pass at the positions and heads of `chosen`."""
+    """Return values of another pass at the positions and heads of `chosen`."""
     return lambda key, values: other[key][chosen.index(other[key])].to(values.dtype)
 
 
@@ -390,7 +390,7 @@ class HookedModel:
 
 
 class _Visit:
-    """One pass: the changes to apply, and the values seen."""
+    """One pass: the changes to apply, and the values that were read."""
 
     def __init__(self, changes: Sequence[Change], length: int) -> None:
         self.changes = changes
@@ -407,7 +407,7 @@ class _Visit:
 
 
 def _routing(config: Any, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, weights and ids of the chosen experts."""
+    """Return logits, weights and ids of the chosen experts."""
     if config.model_type == "gpt_oss":
         top, chosen = logits.topk(config.num_experts_per_tok)
         return logits, top.softmax(-1), chosen
@@ -418,7 +418,7 @@ def _routing(config: Any, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _experts_neurons(experts: Any, x: Tensor) -> Tensor:
-    """What enters the second linear map of every expert, `[T, experts, neurons]`."""
+    """Return the input of every expert's second linear map, `[T, experts, neurons]`."""
     if hasattr(experts, "gate_up_proj_bias"):
         both = torch.einsum("td,edm->tem", x, experts.gate_up_proj) + experts.gate_up_proj_bias
         gated: Tensor = experts._apply_gate(both)
@@ -446,7 +446,7 @@ _FUSED = ("query_key_value", "qkv_proj", "Wqkv", "c_attn")
 
 
 def _parts(config: Any, mixed: Tensor, n_heads: int) -> dict[str, Tensor]:
-    """Views of the query, key and value `[T, H, e]` of a fused linear map."""
+    """Return views of query, key and value `[T, H, e]` of a fused linear map."""
     kind, size = config.model_type, config.hidden_size // n_heads
     sites = ("QUERY", "KEY", "VALUE")
     if kind in ("gpt2", "mpt"):
@@ -476,7 +476,7 @@ def _parts(config: Any, mixed: Tensor, n_heads: int) -> dict[str, Tensor]:
 
 
 def _by_head(out: Tensor, size: int, length: int) -> Tensor:
-    """A view `[T, H, e]` of what a linear map or the norm of queries or keys returns."""
+    """Return a view `[T, H, e]` of the result of a linear map, or of a norm of queries or keys."""
     if out.ndim == 3:
         by_head: Tensor = out[0].unflatten(-1, (-1, size))
         return by_head
@@ -519,13 +519,13 @@ def _on_output(
 
 
 def _rows(tensor: Tensor, length: int) -> Tensor:
-    """A view `[T, d]` of `[1, T, d]` or `[T, d]`."""
+    """Return a view `[T, d]` of `[1, T, d]` or `[T, d]`."""
     return tensor.view(length, -1)
 
 
 @contextmanager
 def _softmax_seen(visit: _Visit) -> Iterator[None]:
-    """See the scores and probabilities of attention, whose softmax alone has four dimensions."""
+    """Read attention's scores and probabilities, from the only softmax with four dimensions."""
     softmax, fused = functional.softmax, functional.scaled_dot_product_attention
 
     def seen(scores: Tensor, *args: Any, **named: Any) -> Tensor:

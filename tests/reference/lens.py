@@ -1,7 +1,7 @@
 """The logit lens in float64: textbook softmax and full sorts, compared with the server's tables.
 
-Where two float64 logits differ by less than float32 resolves, either order is accepted; everywhere
-else ids and ranks must be equal.
+Where two float64 logits differ by less than float32 can represent, either order is accepted;
+elsewhere ids and ranks must be equal.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Readings:
 
 
 def read(model: ReferenceModel, vectors: Tensor, kind: LensKind = LensKind.FINAL_NORM) -> Readings:
-    """Vectors `[n, d]` through final norm, unembedding and softmax."""
+    """Apply final norm, unembedding and softmax to vectors `[n, d]`."""
     if kind is LensKind.NORMALIZED:
         vectors = vectors / vectors.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
     if kind is not LensKind.RAW:
@@ -43,9 +43,12 @@ def softmax(logits: Tensor) -> Readings:
 
 @dataclass
 class ReadingErrors:
-    """The largest differences met, relative to the row's largest logit or, of probabilities and
-    bits, to 1 if that is larger: what float32 resolves is relative to the logits. `rows` counts
-    readings, `swaps` the ids that stand at another's place and the ranks that are off."""
+    """The largest differences.
+
+    Those of logits are relative to the row's largest logit, and those of probabilities and bits to
+    the larger of that logit and 1, because the precision of float32 is relative to the logits.
+    `rows` counts readings, and `swaps` the ids in another place and the ranks that differ.
+    """
 
     logit: float = 0.0
     probability: float = 0.0
@@ -97,11 +100,11 @@ class ReadingErrors:
 
 
 def largest(values: Tensor) -> float:
-    """The largest value, 0 for none; NaN is no number to hide."""
+    """Return the largest value, 0 for none; NaN stays NaN."""
     assert not values.isnan().any()
     return float(values.max()) if values.numel() else 0.0
 
 
 def rows_of(table: ProjectionTable, rows: Ints) -> ProjectionTable:
-    """The given rows of a table."""
+    """Return the given rows of a table."""
     return ProjectionTable(**{name: column[rows] for name, column in vars(table).items()})

@@ -1,8 +1,9 @@
-"""A float64 forward pass, written from docs/semantics.md, on weights of plain Hugging Face models.
+"""A float64 forward pass, written from docs/semantics.md, with weights of plain transformers.
 
-Explicit matrices and loops: no hooks and none of the server's code. Rows are vectors: a linear map
-is `y = x W + b`. Sizes in shapes: T positions, H heads, e dimensions of a head, d dimensions of the
-residual, m neurons, V tokens. `reference_of` reads a model's weights, by family.
+It uses explicit matrices and loops, no hooks, and none of the server's code. Vectors are rows: a
+linear map is `y = x W + b`. Sizes in shapes: T positions, H heads, e dimensions of a head, d
+dimensions of the residual, m neurons, V tokens. `reference_of` reads the weights of a model of any
+family.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class ReferenceNorm:
 class ReferenceBlock:
     """One block. `rotations` `[T, e, e]` are the rotary matrices: q_p becomes `q_p M_p`.
 
-    `up` is set where the MLP is gated; then `ff1` is the gate. In a `parallel` block attention and
-    MLP both read the one norm of the block's input.
+    In a gated MLP, `up` is set and `ff1` is the gate. In a `parallel` block, attention and MLP both
+    read the only norm of the block's input.
     """
 
     attention_norm: ReferenceNorm
@@ -81,33 +82,33 @@ class ReferenceBlock:
     activation: Callable[[Tensor], Tensor]
 
     def kv_head(self, head: int) -> int:
-        """Which key and value head a query head shares."""
+        """The key-value head that a query head uses."""
         return head // (self.n_heads // self.n_kv_heads)
 
     def rotation(self, position: int, length: int) -> Tensor:
-        """M_p `[e, e]`; the identity where the layer has none."""
+        """M_p `[e, e]`; the identity if the layer has no rotation."""
         size = self.query.weight.shape[1] // self.n_heads
         if self.rotations is None:
             return torch.eye(size, dtype=torch.float64)
         return self.rotations(length)[position]
 
     def columns(self, head: int, of: Affine, heads: int) -> Affine:
-        """One head's columns of a projection."""
+        """The columns of one head in a projection."""
         size = of.weight.shape[1] // heads
         part = slice(head * size, (head + 1) * size)
         return Affine(of.weight[:, part], None if of.bias is None else of.bias[part])
 
     def asked(self, head: int, x: Tensor, position: int, length: int) -> Tensor:
-        """q of one head, as it enters the dot product, from the attention input `[d]` at p."""
+        """The rotated q of one head at p, from the attention input `[d]`."""
         return self.columns(head, self.query, self.n_heads)(x) @ self.rotation(position, length)
 
     def offered(self, head: int, x: Tensor, position: int, length: int) -> Tensor:
-        """k for one query head, likewise."""
+        """The rotated k of one query head, from the attention input."""
         key = self.columns(self.kv_head(head), self.key, self.n_kv_heads)
         return key(x) @ self.rotation(position, length)
 
     def held(self, head: int, x: Tensor) -> Tensor:
-        """v for one query head from the attention input `[..., d]`."""
+        """v of one query head, from the attention input `[..., d]`."""
         return self.columns(self.kv_head(head), self.value, self.n_kv_heads)(x)
 
     def output_rows(self, head: int) -> Tensor:
@@ -123,9 +124,11 @@ class ReferenceBlock:
 
 @dataclass(frozen=True)
 class BlockPass:
-    """What one block computed: residual states and inputs `[T, d]`, `keys`, `queries` and
-    `values` `[H, T, e]` (the first two rotated), `pattern` `[H, T, T]`, `concat` `[T, H e]`,
-    `neurons` `[T, m]`."""
+    """The tensors of one block.
+
+    Residual states and inputs are `[T, d]`; `keys`, `queries` and `values` `[H, T, e]` (the first
+    two rotated); `pattern` `[H, T, T]`; `concat` `[T, H e]`; `neurons` `[T, m]`.
+    """
 
     block_input: Tensor
     attention_input: Tensor
@@ -154,7 +157,7 @@ class ReferenceModel:
     head_bias: Tensor | None
 
     def run(self, ids: Sequence[int]) -> list[BlockPass]:
-        """The whole forward pass."""
+        """Run the whole forward pass."""
         x = self.tokens[list(ids)]
         if self.places is not None:
             x = x + self.places[: len(ids)]
@@ -208,7 +211,7 @@ def run_block(block: ReferenceBlock, x: Tensor) -> BlockPass:
 
 
 def attention_pattern(block: ReferenceBlock, queries: Tensor, keys: Tensor) -> Tensor:
-    """Naive softmax over the sources of each position."""
+    """Return a naive softmax over the sources of each position."""
     length = queries.shape[1]
     pattern = torch.zeros(block.n_heads, length, length, dtype=torch.float64)
     for p in range(length):
@@ -220,7 +223,7 @@ def attention_pattern(block: ReferenceBlock, queries: Tensor, keys: Tensor) -> T
 
 
 def reference_of(network: Any) -> ReferenceModel:
-    """The float64 reference of a model of any family in `FAMILIES`."""
+    """Return the float64 reference of a model of any family in `FAMILIES`."""
     return FAMILIES[network.config.model_type](network)
 
 
@@ -234,12 +237,12 @@ def linear(module: Any) -> Affine:
 
 
 def conv1d(module: Any) -> Affine:
-    """transformers' Conv1D, which stores `[d_in, d_out]`."""
+    """Map transformers' Conv1D, which stores `[d_in, d_out]`."""
     return Affine(exact(module.weight), exact(module.bias))
 
 
 def thirds(fused: Any) -> tuple[Affine, Affine, Affine]:
-    """GPT-2's query, key and value, columns of one Conv1D."""
+    """Split the columns of one Conv1D into GPT-2's query, key and value."""
     weights, biases = exact(fused.weight).chunk(3, dim=1), exact(fused.bias).chunk(3)
     query, key, value = (Affine(w, b) for w, b in zip(weights, biases, strict=True))
     return query, key, value
@@ -363,7 +366,7 @@ def gptj(network: Any) -> ReferenceModel:
 
 
 def _neighbours_rotated(body: Any, attention: Any, length: int) -> Tensor:
-    """Dimensions 2i and 2i + 1 turn together, up to `rotary_dim`; the others stay."""
+    """Rotate dimensions 2i and 2i + 1 as a pair, up to `rotary_dim`."""
     holder = getattr(body, "rotary_emb", attention)  # transformers 5.24 moved the table
     sin, cos = exact(holder.embed_positions[:length]).chunk(2, dim=-1)
     matrices = torch.eye(attention.head_dim, dtype=torch.float64).repeat(length, 1, 1)
@@ -407,7 +410,7 @@ def llama(network: Any) -> ReferenceModel:
 
 
 def _halves_rotated(body: Any, length: int) -> Tensor:
-    """Dimensions i and i + e/2 turn together."""
+    """Rotate dimensions i and i + e/2 as a pair."""
     cos, sin = body.rotary_emb(torch.zeros(1, length, 1), torch.arange(length)[None])
     cos, sin = exact(cos[0]), exact(sin[0])
     size = cos.shape[1]
@@ -424,7 +427,7 @@ def _turn(
     cos: tuple[Tensor, Tensor],
     sin: tuple[Tensor, Tensor],
 ) -> None:
-    """y_i = x_i cos_i - x_j sin_i, y_j = x_j cos_j + x_i sin_j, for rows `y = x M`."""
+    """Rotate pairs: y_i = x_i cos_i - x_j sin_i, y_j = x_j cos_j + x_i sin_j, with `y = x M`."""
     i, j = pair
     matrices[:, i, i], matrices[:, j, i] = cos[0], -sin[0]
     matrices[:, j, j], matrices[:, i, j] = cos[1], sin[1]

@@ -31,7 +31,7 @@ from tests.reference.lens import largest
 
 @dataclass(frozen=True)
 class TracedNode:
-    """A node with its own row of its message's table, None where it is not projected."""
+    """A node with its own row of its message's table, None if it is not projected."""
 
     node: Node
     norm: float
@@ -42,7 +42,7 @@ class TracedNode:
 
 @dataclass(frozen=True)
 class Traced:
-    """All events of one stream, checked to have the stream's form."""
+    """All events of one stream, after checks of the stream's form."""
 
     events: Sequence[TraceEvent]
 
@@ -93,7 +93,7 @@ class Traced:
 
     @cached_property
     def table(self) -> ProjectionTable:
-        """The projections of all messages as one table."""
+        """Return the projections of all messages as one table."""
         tables = [graph.projections for graph in self.graphs]
         columns = {
             name: np.concatenate([getattr(table, name) for table in tables])
@@ -118,8 +118,11 @@ def run_project(model: ResidentModel, spec: ProjectSpec) -> ProjectionTable:
 
 @dataclass
 class GraphErrors:
-    """The largest differences: of vectors and contributions relative to their size, of shares and
-    probabilities absolute, of weights and activations relative to at least 1."""
+    """The largest differences.
+
+    Those of vectors and contributions are relative to their size, those of shares and probabilities
+    absolute, and those of weights and activations relative to at least 1.
+    """
 
     vector: float = 0.0
     norm: float = 0.0
@@ -132,7 +135,7 @@ class GraphErrors:
     edges: int = 0
 
     def add(self, traced: Traced, expected: ExpectedGraph) -> None:
-        """Compare; raises AssertionError where nodes or edges are not the expected ones."""
+        """Compare; raises AssertionError if nodes or edges differ from the expected ones."""
         assert traced.nodes.keys() == expected.nodes.keys()
         assert traced.edges.keys() == expected.edges.keys()
         for node_id, wanted in expected.nodes.items():
@@ -170,7 +173,7 @@ def _relative(found: float, wanted: float) -> float:
 
 
 def _difference(found: float | None, wanted: float | None) -> float:
-    """0 if both are absent; they must be present together."""
+    """Return the difference; 0 if both are absent. Either both are present or neither is."""
     if found is None or wanted is None:
         assert found is wanted
         return 0.0

@@ -51,8 +51,11 @@ ROTARY = {"llama", "gptj"}
 
 @dataclass
 class VisitErrors:
-    """How much was compared, and the largest differences: `vector`, `norm`, `probability`,
-    `activation` and `weight` relative, the last to at least 1, `entropy_bits` absolute."""
+    """The amount compared, and the largest differences.
+
+    `vector`, `norm`, `probability`, `activation` and `weight` are relative, `weight` to at least 1;
+    `entropy_bits` is absolute.
+    """
 
     nodes: int = 0
     readings: int = 0
@@ -72,7 +75,7 @@ class VisitErrors:
 
 
 def spec_of(golden: Golden) -> TraceSpec:
-    """The request that shows the same graph."""
+    """Return the request that gives the same graph."""
     config = golden.data["config"]
     return TraceSpec(
         tuple(golden.data["input_ids"]),
@@ -90,7 +93,7 @@ def spec_of(golden: Golden) -> TraceSpec:
 
 
 class VisitNodes:
-    """The ids that a recorded graph's nodes have with us."""
+    """Translates the nodes of a recorded graph to our ids."""
 
     def __init__(self, golden: Golden) -> None:
         self.golden, self.family = golden, golden.data["arch"]
@@ -100,7 +103,7 @@ class VisitNodes:
         self.output_is_wrong = golden.data["variant"] == "as_shipped"
 
     def id(self, node: Record, kind: str = "") -> str:
-        """Our id of a recorded node; `kind` says which of QUERY, KEY, VALUE."""
+        """Return our id of a recorded node; `kind` is QUERY, KEY or VALUE."""
         if node["kind"] == "block_input":
             before = f"L{node['layer'] - 1}/p{self.position}/BLOCK_OUTPUT"
             return before if node["layer"] else f"p{self.position}/BLOCK_INPUT"
@@ -110,7 +113,7 @@ class VisitNodes:
         return f"L{node['layer']}/p{self.position}/{rest}"
 
     def readings(self) -> Iterator[tuple[str, Record]]:
-        """Our ids with the readings that they must show."""
+        """Return our ids with the readings that their nodes must have."""
         for node in self.nodes:
             if node["kind"] in {"qkv_full", "head_qkv"}:
                 for letter, kind in (("q", "QUERY"), ("k", "KEY"), ("v", "VALUE")):
@@ -125,7 +128,7 @@ class VisitNodes:
         return kind not in {"concat_heads"} | LEFT_OUT | wrong | rotated
 
     def ids(self) -> set[str]:
-        """Every node that we must show, and no other, but for those in `is_ours_alone`."""
+        """Return the ids that our graph must have, except for the kinds of `is_ours_alone`."""
         return {
             self.id(node, kind)
             for node in self.nodes
@@ -142,7 +145,7 @@ class VisitNodes:
 
 
 def compare_nodes(golden: Golden, traced: Traced, errors: VisitErrors) -> None:
-    """Node set, readings, vectors, activations; raises AssertionError for ids and ranks."""
+    """Compare nodes, readings, vectors and activations; AssertionError if ids or ranks differ."""
     visit = VisitNodes(golden)
     shared = {i for i, n in traced.nodes.items() if not visit.is_ours_alone(n.node.kind)}
     neurons = {i for i in visit.ids() if "/ATTENTION_NEURON/" in i and visit.output_is_wrong}
@@ -198,9 +201,10 @@ FLOOR = 0.51
 
 @dataclass(frozen=True)
 class Expected:
-    """An edge of ours, the size of its weight and by how much rounding moved that.
+    """An edge of our graph, its expected weight, and the effect of rounding on the weight.
 
-    A weight of None is not recorded; `at_most` marks one that was raised to the drawn minimum.
+    A weight of None was not recorded; `at_most` marks a weight that was raised to the drawn
+    minimum.
     """
 
     key: EdgeKey
@@ -210,7 +214,7 @@ class Expected:
 
 
 class VisitEdges:
-    """Translates recorded edges; those of left-out nodes have no counterpart."""
+    """Translates recorded edges, except for those of nodes without a counterpart."""
 
     def __init__(self, golden: Golden) -> None:
         self.visit = VisitNodes(golden)
@@ -256,7 +260,7 @@ class VisitEdges:
         yield Expected(self._key(source, target, EdgeKind.NORM), weight)
 
     def _first_norm(self, edge: Record, source: Record, target: Record) -> Iterator[Expected]:
-        """In a parallel block both sublayers read the one norm."""
+        """In a parallel block both sublayers read the same norm."""
         yield from self._norm(edge, source, target)
         if target["kind"] == "block_input_after_LN":
             mlp_input = {"kind": "mlp_input", "layer": target["layer"]}
@@ -269,7 +273,7 @@ class VisitEdges:
             yield Expected((start, end, EdgeKind.PROJECT), edge["w"])
 
     def _splits(self, _edge: Record, source: Record, target: Record) -> Iterator[Expected]:
-        """The width is that of the query alone; every part has its own recorded norm."""
+        """The width is that of the query alone; each part has its own recorded norm."""
         for letter, kind in (("q", "QUERY"), ("k", "KEY"), ("v", "VALUE")):
             start, end = self.visit.id(source, kind), self.visit.id(target, kind)
             record = target[letter].get("corrected", target[letter])
@@ -297,7 +301,7 @@ class VisitEdges:
             yield Expected(key, edge["w"] / factor, rounding, at_most=edge["w"] <= FLOOR)
 
     def _fired(self, _edge: Record, source: Record, target: Record) -> Iterator[Expected]:
-        """An input and what it activates; the width is a constant."""
+        """Return the edges from an input to the neurons that it activates, of constant width."""
         key = self._key(source, target, EdgeKind.ACTIVATE)
         yield Expected(key, abs(target["act"]), rounding=1e-5)
 
@@ -307,7 +311,7 @@ class VisitEdges:
 
 
 def compare_edges(golden: Golden, traced: Traced, errors: VisitErrors) -> None:
-    """Edge set and weights; raises AssertionError where an edge is missing or too many."""
+    """Compare edges and weights; raises AssertionError if an edge is missing or unexpected."""
     visit = VisitNodes(golden)
     shared = {
         key: edge

@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here is `soak`: deselected unless it is asked for (pyproject.toml)."""
+    """Mark everything here as `soak`, which pyproject.toml deselects by default."""
     for item in items:
         if FOLDER in item.path.parents:
             item.add_marker(pytest.mark.soak)
@@ -21,6 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def soaked() -> Iterator[ServerProcess]:
-    """The real server with the embedded demo, READY."""
+    """A real server with the embedded model, READY."""
     with running_server() as process:
         yield process

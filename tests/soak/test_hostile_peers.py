@@ -46,7 +46,7 @@ OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 @dataclass
 class Target:
-    """A server, and how a caller who is entitled to it connects."""
+    """A server, and how an authorised caller connects to it."""
 
     name: str
     server: ServerProcess
@@ -80,7 +80,7 @@ class Target:
         return members(self.server) or [self.server.process.pid]
 
     def held(self) -> tuple[int, int, int]:
-        """Resident bytes, descriptors and threads of all processes that serve."""
+        """Return resident bytes, descriptors and threads of all processes that serve."""
         roots = [Path("/proc") / str(pid) for pid in self.processes()]
         pages = sum(int((root / "statm").read_text().split()[1]) for root in roots)
         files, threads = (
@@ -173,7 +173,7 @@ def readers_that_never_read(target: Target) -> None:
 
 
 def unary_flood(target: Target) -> None:
-    """A hundred calls at a time, with a wrong token where there are tokens, beside a stream."""
+    """Keep a hundred calls open, with a wrong token if tokens are used, beside a stream."""
     stop = threading.Event()
     metadata = () if target.token is None else (("authorization", "Bearer wrong"),)
 
@@ -214,7 +214,7 @@ ATTACKS = {
 
 
 def check_health(address: str, ready: Event, stop: Event, found: Queue[list[float]]) -> None:
-    """Seconds of every health check until `stop`; in a process of its own."""
+    """Record the seconds of every health check until `stop`; runs in a separate process."""
     taken = []
     with grpc.insecure_channel(address) as channel:
         check: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
@@ -229,7 +229,7 @@ def check_health(address: str, ready: Event, stop: Event, found: Queue[list[floa
 
 @contextmanager
 def health_checked(address: str) -> Iterator[list[float]]:
-    """Check health while the block runs; the list holds the seconds afterwards."""
+    """Check health while the block runs; afterwards the list has the seconds."""
     context, taken = multiprocessing.get_context("spawn"), list[float]()
     ready, stop, found = context.Event(), context.Event(), context.Queue()
     checking = context.Process(target=check_health, args=(address, ready, stop, found))
@@ -274,7 +274,7 @@ def test_health_and_other_callers_are_served_during_an_attack(
 
 
 def served(target: Target) -> None:
-    """The server answers a caller with a new connection."""
+    """Check that the server answers a caller on a new connection."""
     with target.channel() as channel:
         call = started(
             channel,

@@ -27,7 +27,7 @@ LIMIT = 3 * 2**30
 
 
 def hostile_folders(root: Path) -> dict[str, Path]:
-    """Every bomb, and every impossible length and rotation, by a model's name."""
+    """Return every hostile folder by the name of its model."""
     folders: dict[str, Path] = {}
     for i, bomb in enumerate(BOMBS.values()):
         folder = folders[f"bomb-{i}"] = healthy(root / str(i) / "model")

@@ -19,7 +19,7 @@ KEEPALIVE = (
 
 
 def test_an_idle_connection_survives_its_own_pings(soaked: ServerProcess) -> None:
-    """A server that minds them answers with GOAWAY, too_many_pings, and the channel starts anew."""
+    """A server that rejects pings sends GOAWAY, too_many_pings, and the channel reconnects."""
     states: list[grpc.ChannelConnectivity] = []
     with grpc.insecure_channel(soaked.address, KEEPALIVE) as channel:
         stub = service_pb2_grpc.IntrospectionServiceStub(channel)

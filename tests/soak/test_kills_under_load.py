@@ -1,6 +1,6 @@
 """Three servers, one killed every few seconds under load: no request is lost.
 
-Callers resume. What they get is compared, to the byte, with what one server says when left alone.
+Callers resume. Their results are compared byte by byte with those of a server that is not killed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ KINDS: list[Ask] = [short_trace, long_trace, gradient, tokens, vectors]
 
 
 class Cuts:
-    """How often streams were cut and went on, and under which ids."""
+    """The number of interruptions and resumptions, and their request ids."""
 
     ids: list[str]
 
@@ -118,7 +118,7 @@ def test_no_request_is_lost_and_every_interruption_is_reported(
 def loaded(
     replicas: Replicas, address: str, expected: dict[str, Any]
 ) -> tuple[Counter[str], list[object], int]:
-    """Callers ask as fast as they can while one server after the other is killed and replaced."""
+    """Send requests without pause while the servers are killed and replaced one after the other."""
     stop = threading.Event()
     served: Counter[str] = Counter()
     lost: list[object] = []

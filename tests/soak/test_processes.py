@@ -23,7 +23,7 @@ TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"))
 
 
 def test_processes_with_different_models_do_not_serve(tmp_path: Path) -> None:
-    """Memory that is enough for one of them is the usual reason; a file that goes shows it here."""
+    """The usual reason is memory that is enough for only one; here a file disappears."""
     folder = healthy(tmp_path / "model")
     with running_server("--processes", "2", "--model", f"a={folder}", until="READY") as server:
         (folder / WEIGHTS).unlink()

@@ -51,7 +51,7 @@ async def answered(stub: Any, method: str, request: Any) -> list[bytes]:
 
 
 async def given_up(stub: Any, method: str, request: Any, after: float) -> None:
-    """Cancelled while it waits, computes or is written; some are through before."""
+    """Cancel a request while it waits, computes or is written; some have finished before."""
     call = getattr(stub, method)(request, timeout=60)
     await asyncio.sleep(after)
     call.cancel()

@@ -1,4 +1,4 @@
-"""axe-core on a page: what would keep someone from using it."""
+"""Run axe-core on a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ AXE = Path(__file__).parents[2] / "client/viewer/node_modules/axe-core/axe.min.j
 
 
 def serious_findings(page: Page) -> list[str]:
-    """The rules of serious or critical impact that the page breaks, and where."""
+    """Return the rules of serious or critical impact that the page breaks, and where."""
     if not AXE.exists():
         pytest.skip("axe-core comes with the viewer's npm packages: make check-viewer")
     # Past the policy of the page, as the tools of a person in front of it are.

@@ -1,4 +1,4 @@
-"""Raw calls, as a client in any language makes them, and how the server refused them."""
+"""Raw calls, as a client in any language makes them, and their errors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Detail = TypeVar("Detail", bound=Message)
 
 
 def methods() -> dict[str, Any]:
-    """The service's methods by name, as their descriptors."""
+    """Return the descriptors of the service's methods by name."""
     service = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"]
     return {method.name: method for method in service.methods}
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A call that did not end well: status, details by type, and the id in its headers."""
+    """A failed call: its status, details by type, and the id in its headers."""
 
     code: grpc.StatusCode
     text: str
@@ -34,7 +34,7 @@ class Refusal:
     request_id: str | None
 
     def detail(self, kind: type[Detail]) -> Detail | None:
-        """The status's detail of this kind."""
+        """Return the status's detail of this type."""
         for packed in self.status.details:
             found = kind()
             if packed.Unpack(found):
@@ -43,13 +43,13 @@ class Refusal:
 
     @property
     def reason(self) -> str:
-        """The ErrorInfo's reason."""
+        """The reason of the ErrorInfo."""
         reason: str = self.info.reason
         return reason
 
     @property
     def info(self) -> Any:
-        """The ErrorInfo; fails where there is none."""
+        """The ErrorInfo; fails if there is none."""
         info = self.detail(error_details_pb2.ErrorInfo)
         if info is None:
             raise LookupError(f"expected ErrorInfo in {self}")
@@ -57,13 +57,13 @@ class Refusal:
 
     @property
     def fields(self) -> list[str]:
-        """The refused fields' paths."""
+        """The paths of the refused fields."""
         found = self.detail(error_details_pb2.BadRequest)
         return [] if found is None else [v.field for v in found.field_violations]
 
     @property
     def retry_after(self) -> float | None:
-        """RetryInfo's seconds; None where the request is not to be repeated."""
+        """The seconds of the RetryInfo; None if the request must not be repeated."""
         found = self.detail(error_details_pb2.RetryInfo)
         if found is None:
             return None
@@ -79,7 +79,7 @@ def refused(
     request_id: str | None = None,
     timeout: float = DEADLINE,
 ) -> Refusal:
-    """Make a call that must fail."""
+    """Make a call that must fail, and return its error."""
     metadata = () if request_id is None else ((REQUEST_ID, request_id),)
     call = started(channel, method, request, metadata=metadata, timeout=timeout)
     try:
@@ -90,7 +90,7 @@ def refused(
 
 
 def started(channel: grpc.Channel, method: str, request: Message, **options: Any) -> Any:
-    """The call, running: its results, status and metadata."""
+    """Start a call; return its results, status and metadata."""
     stub = service_pb2_grpc.IntrospectionServiceStub(channel)
     multicallable = getattr(stub, method)
     if methods()[method].server_streaming:
@@ -99,7 +99,7 @@ def started(channel: grpc.Channel, method: str, request: Message, **options: Any
 
 
 def refusal(call: Any) -> Refusal:
-    """Status, details and metadata of a failed call."""
+    """Return status, details and metadata of a failed call."""
     headers = dict(call.initial_metadata() or ())
     trailers = dict(call.trailing_metadata() or ())
     packed = trailers.get("grpc-status-details-bin", b"")
@@ -108,7 +108,7 @@ def refusal(call: Any) -> Refusal:
 
 
 def timeless(message: Message) -> bytes:
-    """A message's bytes without what differs by design: times and ids."""
+    """Return a message's bytes without times and ids, which differ by design."""
     copy: Any = type(message)()
     copy.CopyFrom(message)
     event = copy.WhichOneof("event") if "event" in copy.DESCRIPTOR.oneofs_by_name else None
@@ -121,17 +121,17 @@ def timeless(message: Message) -> bytes:
 
 
 def prompt(text: str) -> common_pb2.Input:
-    """A text to run."""
+    """Return an input with this text."""
     return common_pb2.Input(prompt=text)
 
 
 def token_ids(*ids: int) -> common_pb2.Input:
-    """Tokens to run."""
+    """Return an input with these token ids."""
     return common_pb2.Input(token_ids=common_pb2.TokenIds(ids=ids))
 
 
 def long_trace(n_positions: int) -> trace_pb2.TraceRequest:
-    """A Trace of every part with its vector: several MB for each position of the demo."""
+    """Return a Trace of every part with its vector: several MB per position of the demo."""
     return trace_pb2.TraceRequest(
         input=token_ids(*range(300, 300 + n_positions)),
         all_positions=True,

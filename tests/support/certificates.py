@@ -1,4 +1,4 @@
-"""Certificates of an authority that lives as long as a test."""
+"""Certificates of an authority that exists for one test."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class ServerFiles:
 
     @property
     def flags(self) -> list[str]:
-        """The settings for TLS."""
+        """The flags for TLS."""
         return ["--tls-certificate", str(self.certificate), "--tls-key", str(self.key)]
 
     @property
     def mutual_flags(self) -> list[str]:
-        """The settings for mutual TLS."""
+        """The flags for mutual TLS."""
         return [*self.flags, "--tls-client-ca", str(self.client_ca)]
 
 
 def server_files(authority: trustme.CA, folder: Path) -> ServerFiles:
-    """A certificate for loopback, written into `folder`."""
+    """Write a certificate for loopback into `folder`."""
     files = ServerFiles(folder / "tls.crt", folder / "tls.key", folder / "ca.crt")
     authority.cert_pem.write_to_path(str(files.client_ca))
     replace_certificate(files, authority)
@@ -38,31 +38,31 @@ def server_files(authority: trustme.CA, folder: Path) -> ServerFiles:
 
 
 def replace_certificate(files: ServerFiles, authority: trustme.CA) -> None:
-    """Another certificate in the same files, each replaced in one step, one after the other."""
+    """Replace certificate and key in the same files, one after the other, each atomically."""
     issued = authority.issue_cert("127.0.0.1", "localhost")
     replace(files.key, issued.private_key_pem.bytes())
     replace(files.certificate, b"".join(pem.bytes() for pem in issued.cert_chain_pems))
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Put a new file in the place of an old one: who reads sees the one or the other."""
+    """Replace a file atomically: readers see the old content or the new one."""
     fresh = path.with_suffix(".new")
     fresh.write_bytes(content)
     os.replace(fresh, path)  # noqa: PTH105 - Path.replace reads as if the text were replaced
 
 
 def trusting(*authorities: trustme.CA) -> grpc.ChannelCredentials:
-    """A client's, that knows the server by these."""
+    """Return credentials of a client that trusts these authorities."""
     return grpc.ssl_channel_credentials(roots(*authorities))
 
 
 def showing(authority: trustme.CA, name: str, issuer: trustme.CA) -> grpc.ChannelCredentials:
-    """A client's, that shows a certificate of its own from `issuer`."""
+    """Return credentials of a client with its own certificate from `issuer`."""
     own = issuer.issue_cert(name, common_name=name)
     chain = b"".join(pem.bytes() for pem in own.cert_chain_pems)
     return grpc.ssl_channel_credentials(roots(authority), own.private_key_pem.bytes(), chain)
 
 
 def roots(*authorities: trustme.CA) -> bytes:
-    """Their certificates, as one file holds them."""
+    """Return these certificates in one file's format."""
     return b"".join(authority.cert_pem.bytes() for authority in authorities)

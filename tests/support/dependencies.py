@@ -14,7 +14,7 @@ SHIPPED = ("server", "cli", "analysis")
 
 
 def required() -> list[Requirement]:
-    """The requirements of the client and of every extra that users install."""
+    """Return the requirements of the client and of every extra that users install."""
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *(line for name in SHIPPED for line in extras[name])]
@@ -22,7 +22,7 @@ def required() -> list[Requirement]:
 
 
 def installed() -> set[str]:
-    """The names of all that comes with them here, by their own requirements."""
+    """Return the names of all packages that these requirements need here, directly or not."""
     names: set[str] = set()
     waiting = [requirement.name for requirement in required()]
     while waiting:

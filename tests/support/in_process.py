@@ -1,4 +1,4 @@
-"""A server within the test's own process, so that its model and its device can be broken."""
+"""A server in the test's own process, so that tests can make its model and device fail."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ GENEROUS = Limits(seconds=600.0, memory=2**40, stream=2**40)
 
 @dataclass(frozen=True)
 class Loaded:
-    """The embedded model, resident, and what is known of its pace."""
+    """The embedded model, loaded, with its pace."""
 
     registry: Registry
     paces: dict[str, Pace]
@@ -52,7 +52,7 @@ def loaded() -> Loaded:
 
 @dataclass(frozen=True)
 class OneCaller:
-    """Takes every request for one of the same caller's."""
+    """Attributes every request to the same caller."""
 
     known: Caller
 
@@ -70,9 +70,9 @@ async def served(
     caller: Caller | None = None,
     quotas: QuotaBook | None = None,
 ) -> AsyncIterator[Any]:
-    """A stub of a server on loopback; at the end nothing may be left of any request.
+    """Yield the stub of a server on loopback; check at the end that no request is left.
 
-    All requests are of `caller`, whose use is counted in `quotas`.
+    All requests are from `caller`, and count against `quotas`.
     """
     worker = DeviceWorker(max_waiting, translate, on_loss)
     streams = DeviceStreams(worker, stall_seconds=60)
@@ -94,7 +94,7 @@ async def served(
 
 @contextmanager
 def broken(module: nn.Module, fail: Callable[..., Any]) -> Iterator[None]:
-    """A module after which `fail` is called whenever it runs; its result replaces the module's."""
+    """Call `fail` whenever a module has run; its return value replaces the module's output."""
     handle = module.register_forward_hook(fail)
     try:
         yield
@@ -103,7 +103,7 @@ def broken(module: nn.Module, fail: Callable[..., Any]) -> Iterator[None]:
 
 
 async def refused(call: Any) -> Refusal:
-    """How a call, of one answer or a stream, was refused."""
+    """Return the error of a unary or streaming call."""
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await (_all_of(call) if hasattr(call, "__aiter__") else call)
     error = caught.value
@@ -118,7 +118,7 @@ async def _all_of(stream: Any) -> list[Any]:
 
 
 def hooks_of(network: nn.Module) -> int:
-    """Hooks that are on at this moment."""
+    """Return the hooks that are registered now."""
     return sum(
         len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.modules()
     )

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of the storages that come to be inside, at their highest."""
+    """The peak size in bytes of the storages that are created inside the context."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -39,7 +39,7 @@ class PeakMemory(TorchDispatchMode):
 
     @property
     def alive(self) -> int:
-        """At this moment."""
+        """Return the bytes in use now."""
         return sum(self._alive.values())
 
     @staticmethod
@@ -50,7 +50,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_memory(run: Callable[[], object]) -> int:
-    """Bytes that were alive at once, beside what was there before."""
+    """Return the peak of the bytes in use, without those in use before."""
     with PeakMemory() as memory:
         run()
     peak: int = memory.peak
@@ -58,7 +58,7 @@ def peak_memory(run: Callable[[], object]) -> int:
 
 
 def held_memory(steps: Iterator[object]) -> int:
-    """Bytes that were alive between two steps at their highest."""
+    """Return the peak of the bytes in use between two steps."""
     held = 0
     with PeakMemory() as memory:
         for _ in steps:
@@ -67,7 +67,7 @@ def held_memory(steps: Iterator[object]) -> int:
 
 
 def operations(run: Callable[[], object]) -> float:
-    """Floating-point operations of its matrix products and attention."""
+    """Return the floating-point operations of its matrix products and attention."""
     packed = {torch.ops.mkldnn._linear_pointwise: _packed_product}
     with FlopCounterMode(display=False, custom_mapping=packed) as counter:
         run()
@@ -75,7 +75,7 @@ def operations(run: Callable[[], object]) -> float:
 
 
 def processor_seconds(run: Callable[[], object], repeats: int = 2) -> float:
-    """This thread's own time at its best, whatever else the machine does."""
+    """Return the best processor time of this thread over several runs."""
     times = []
     for _ in range(repeats):
         began = time.thread_time()
@@ -85,5 +85,5 @@ def processor_seconds(run: Callable[[], object], repeats: int = 2) -> float:
 
 
 def _packed_product(vectors: torch.Size, matrix: torch.Size, *_: object, **__: object) -> int:
-    """Operations of a product with a packed matrix, which torch's own counter does not know."""
+    """Return the operations of a product with a packed matrix, which torch does not count."""
     return 2 * vectors.numel() * matrix[0]

@@ -1,4 +1,4 @@
-"""The processes of a server that has several, as the operating system knows them."""
+"""The processes of a server with several processes, as the operating system lists them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SERVED_BY = re.compile(r" process=(\d+)")
 
 
 def members(server: ServerProcess) -> list[int]:
-    """The ids of the processes that serve, oldest first."""
+    """Return the ids of the processes that serve, oldest first."""
     running = [entry for entry in PROC.iterdir() if entry.name.isdigit()]
     children = [entry for entry in running if _status(entry)[1:] == [str(server.process.pid)]]
     # multiprocessing has one beside them, which tracks resources.
@@ -23,7 +23,7 @@ def members(server: ServerProcess) -> list[int]:
 
 
 def _status(entry: Path) -> list[str]:
-    """State and parent; nothing of a process that is gone."""
+    """Return the state and the parent; empty for a process that does not exist."""
     try:
         return (entry / "stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
@@ -31,7 +31,7 @@ def _status(entry: Path) -> list[str]:
 
 
 def wait_until_gone(ids: Sequence[int], seconds: float) -> None:
-    """Until none of these processes runs; fails if one does after `seconds`."""
+    """Wait until none of these processes runs; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while running := [i for i in ids if _status(PROC / str(i))[:1] not in ([], ["Z"])]:
         if time.monotonic() > deadline:
@@ -40,7 +40,7 @@ def wait_until_gone(ids: Sequence[int], seconds: float) -> None:
 
 
 def served_by(server: ServerProcess, request_id: str) -> int:
-    """The number of the process that has logged this request."""
+    """Return the number of the process that logged this request."""
     server.wait_for(f" id={request_id} ")
     (line,) = (line for line in server.lines if f" id={request_id} " in line)
     match = SERVED_BY.search(line)

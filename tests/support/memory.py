@@ -10,11 +10,11 @@ PAGE = 4096
 
 
 def resident_bytes(server: ServerProcess) -> int:
-    """Of its process, shared libraries included."""
+    """Return the resident memory of a process, including shared libraries."""
     pages = Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]
     return int(pages) * PAGE
 
 
 def open_files(server: ServerProcess) -> int:
-    """Descriptors: sockets, files, pipes."""
+    """Return the number of open descriptors: sockets, files, pipes."""
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))

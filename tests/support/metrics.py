@@ -16,13 +16,13 @@ UNFINISHED = ("januslens_queue_depth", "januslens_in_flight")
 
 
 def page(server: ServerProcess) -> list[Metric]:
-    """Every family of samples."""
+    """Return every family of samples."""
     with urlopen(server.metrics_url, timeout=10) as answer:  # noqa: S310 - the server's own, http
         return list(text_string_to_metric_families(answer.read().decode()))
 
 
 def sample(server: ServerProcess, name: str, **labels: str) -> float:
-    """One sample; 0 where nothing has been counted under these labels yet."""
+    """Return one sample; 0 if nothing has been counted with these labels."""
     for family in page(server):
         for found in family.samples:
             if found.name == name and found.labels == labels:
@@ -31,20 +31,20 @@ def sample(server: ServerProcess, name: str, **labels: str) -> float:
 
 
 def rpc_labels(method: str) -> dict[str, str]:
-    """The labels that select the samples of a method."""
+    """Return the labels that select the samples of a method."""
     kind = "server_stream" if methods()[method].server_streaming else "unary"
     return {"grpc_type": kind, "grpc_service": SERVICE, "grpc_method": method}
 
 
 def unfinished(server: ServerProcess) -> float:
-    """Requests that wait, run or are suspended for their readers."""
+    """Return the number of requests that wait, run or are suspended."""
     # One scrape: between two, a request may go from waiting to running.
     values = {f.name: f.samples[0].value for f in page(server) if f.name in UNFINISHED}
     return sum(values.values())
 
 
 def wait_until_idle(server: ServerProcess, seconds: float = 10) -> None:
-    """Until nothing is left of any request; fails if something is after `seconds`."""
+    """Wait until no request is unfinished; fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while count := unfinished(server):
         if time.monotonic() > deadline:

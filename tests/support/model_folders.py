@@ -1,4 +1,4 @@
-"""Model folders in every state, made of the embedded demo."""
+"""Model folders in various states, made from the embedded demo."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ WEIGHTS = "model.safetensors"
 
 
 def healthy(folder: Path) -> Path:
-    """A copy of the demo."""
+    """Return a copy of the demo."""
     shutil.copytree(model_path(), folder)
     return folder
 
 
 def without_weights(folder: Path) -> Path:
-    """The demo without its weights file."""
+    """Return the demo without its weights file."""
     (healthy(folder) / WEIGHTS).unlink()
     return folder
 
 
 def truncated(folder: Path) -> Path:
-    """The demo with half of its weights file."""
+    """Return the demo with half of its weights file."""
     weights = healthy(folder) / WEIGHTS
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     return folder
 
 
 def lacking_one_weight(folder: Path) -> Path:
-    """The demo without one matrix: transformers alone would draw it at random."""
+    """Return the demo without one matrix, which transformers alone would draw at random."""
     weights = healthy(folder) / WEIGHTS
     tensors = load_file(weights)
     del tensors["transformer.h.2.mlp.c_fc.weight"]
@@ -44,7 +44,7 @@ def lacking_one_weight(folder: Path) -> Path:
 
 
 def with_nan(folder: Path) -> Path:
-    """The demo with one weight that is no number."""
+    """Return the demo with one weight that is NaN."""
     weights = healthy(folder) / WEIGHTS
     tensors = load_file(weights)
     tensors["transformer.h.2.mlp.c_fc.weight"][0, 0] = torch.nan
@@ -53,7 +53,7 @@ def with_nan(folder: Path) -> Path:
 
 
 def in_float32(folder: Path) -> Path:
-    """The demo in the data type in which a CPU computes, twice as large."""
+    """Return the demo in float32, the type that a CPU computes in, at twice the size."""
     weights = healthy(folder) / WEIGHTS
     tensors = {name: tensor.float() for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
@@ -61,7 +61,7 @@ def in_float32(folder: Path) -> Path:
 
 
 def pickled(folder: Path) -> Path:
-    """The demo with its weights as a pickle, which is never read."""
+    """Return the demo with its weights as a pickle, which is never read."""
     weights = healthy(folder) / WEIGHTS
     torch.save(load_file(weights), folder / "pytorch_model.bin")
     weights.unlink()
@@ -69,14 +69,14 @@ def pickled(folder: Path) -> Path:
 
 
 def with_configuration(folder: Path, **changes: Any) -> Path:
-    """The demo with some configuration that its weights don't fit."""
+    """Return the demo with a configuration that does not fit its weights."""
     path = healthy(folder) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return folder
 
 
 def slow_to_load(folder: Path, n_layers: int = 1000) -> Path:
-    """A folder whose thousand tiny layers take many seconds to load."""
+    """Return a folder with a thousand tiny layers, which takes many seconds to load."""
     with_configuration(folder, n_layer=n_layers, n_embd=8, n_head=1)
     widths = {128, 384, 512}
     small = {

@@ -1,4 +1,4 @@
-"""A real Prometheus that scrapes servers of a test, as the deployment's scrapes pods."""
+"""A real Prometheus that scrapes servers of a test as it scrapes pods in a deployment."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ STOP_SECONDS = 10
 
 @dataclass(frozen=True)
 class Prometheus:
-    """A running one, by its address."""
+    """A running Prometheus, with its address."""
 
     url: str
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The samples that an expression has now; fails where it is not understood."""
+        """Return the current samples of an expression; fails if it is invalid."""
         answer = self._get("/api/v1/query", query=expression)
         samples: list[dict[str, Any]] = answer["data"]["result"]
         return samples
 
     def targets(self) -> list[dict[str, Any]]:
-        """The scraped targets, each with its last error."""
+        """Return the scraped targets, each with its last error."""
         found: list[dict[str, Any]] = self._get("/api/v1/targets")["data"]["activeTargets"]
         return found
 
     def rules(self) -> list[dict[str, Any]]:
-        """Every rule with its health and last error."""
+        """Return every rule with its health and last error."""
         groups = self._get("/api/v1/rules")["data"]["groups"]
         return [rule for group in groups for rule in group["rules"]]
 
@@ -55,7 +55,7 @@ class Prometheus:
 def running_prometheus(
     folder: Path, scraped: Mapping[str, str], rules: Mapping[str, Any]
 ) -> Iterator[Prometheus]:
-    """Scrape `scraped` (addresses by pod) every second, with the labels that the operator gives."""
+    """Scrape `scraped` (addresses by pod) each second, with the labels of the operator."""
     program = shutil.which("prometheus")
     assert program is not None, "expected Debian's package prometheus, found none"
     (folder / "rules.yaml").write_text(yaml.safe_dump(dict(rules), width=1000))
@@ -96,7 +96,7 @@ def _configuration(scraped: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _free_port() -> int:
-    """Prometheus cannot pick one by itself."""
+    """Return a free port, because Prometheus cannot choose one."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     return port

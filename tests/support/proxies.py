@@ -1,4 +1,4 @@
-"""Real proxies in front of several servers: Debian's nginx and haproxy, as processes of a test."""
+"""Real proxies in front of several servers: Debian's nginx and haproxy, run by a test."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def haproxy(ports: Sequence[int], port: int, folder: Path) -> list[str]:
 
 
 def needed(program: str) -> str:
-    """Where it is, or what to install."""
+    """Return the program's path, or fail with what to install."""
     found = shutil.which(program) or shutil.which(program, path="/usr/sbin")
     if found is None:
         raise LookupError(f"expected {program}: apt-get install nginx-light haproxy")

@@ -1,4 +1,4 @@
-"""Clients in processes of their own, to be killed."""
+"""Clients in separate processes, which tests kill."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for _ in stream:
 
 @contextmanager
 def reader(address: str, messages: int, then: str) -> Iterator[None]:
-    """A client that has read some messages of a long stream, and is killed at the end."""
+    """Yield a client that has read some messages of a long stream; kill it at the end."""
     client = subprocess.Popen(
         tethered([sys.executable, "-c", READER, address, str(messages), then]),
         cwd=ROOT,

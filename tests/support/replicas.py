@@ -1,4 +1,4 @@
-"""Several servers that a client goes round, to be killed and started again."""
+"""Several servers for a balancing client, which tests kill and restart."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.server import ServerProcess, start_server
 
 
 class Replicas:
-    """Servers of the embedded demo, each on a port that it keeps through its lives."""
+    """Servers of the embedded demo, each with a port that it keeps across restarts."""
 
     def __init__(self, count: int, flags: Sequence[str] = ()) -> None:
         self.ports = free_ports(count)
@@ -22,7 +22,7 @@ class Replicas:
 
     @property
     def address(self) -> str:
-        """All of them, as one name that gRPC resolves."""
+        """One name for all servers, which gRPC resolves."""
         return "ipv4:" + ",".join(f"127.0.0.1:{port}" for port in self.ports)
 
     def _started(self, port: int) -> ServerProcess:
@@ -30,22 +30,22 @@ class Replicas:
         return start_server(flags)
 
     def kill(self, number: int) -> None:
-        """End one at once, as the kernel does when memory is short."""
+        """Kill one server, as the kernel does when memory is exhausted."""
         process = self.servers[number].process
         process.kill()
         process.wait()
 
     def start(self, number: int) -> None:
-        """Start one again; it is not waited for."""
+        """Start one server again, without waiting for it."""
         self.servers[number] = self._started(self.ports[number])
 
     def serving(self, method: str) -> int:
-        """The one that has begun a call of this method and not ended it."""
+        """Return the server with an open call of this method."""
         (number,) = (i for i, s in enumerate(self.servers) if alive(s) and open_calls(s, method))
         return number
 
     def stop(self) -> None:
-        """End all of them."""
+        """End all servers."""
         for server in self.servers:
             if alive(server):
                 server.process.kill()
@@ -53,7 +53,7 @@ class Replicas:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, each different."""
+    """Return different ports that are not in use."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [open_socket.getsockname()[1] for open_socket in sockets]
     for open_socket in sockets:
@@ -66,7 +66,7 @@ def alive(server: ServerProcess) -> bool:
 
 
 def open_calls(server: ServerProcess, method: str) -> float:
-    """Calls of a method that have begun and not ended."""
+    """Return the number of calls of a method that have begun and not ended."""
     counts = {"grpc_server_started_total": 0.0, "grpc_server_handled_total": 0.0}
     for family in page(server):
         for found in family.samples:
@@ -77,7 +77,7 @@ def open_calls(server: ServerProcess, method: str) -> float:
 
 @contextmanager
 def running_replicas(count: int, *flags: str) -> Iterator[Replicas]:
-    """Start them, wait until all are ready, end them at the end."""
+    """Start the servers, wait until all are ready, and end them at the end."""
     replicas = Replicas(count, flags)
     try:
         yield replicas

@@ -1,4 +1,4 @@
-"""The results of a pipeline that is run by itself."""
+"""Results of a pipeline that is run without a server."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 
 def only(results: Iterator[T | None]) -> T:
-    """Its one result, without the points at which a server could have set it aside."""
+    """Return its only result, without the points at which a server could pause it."""
     (result,) = [result for result in results if result is not None]
     return result
 
 
 def same(a: Any, b: Any) -> bool:
-    """Bit by bit; NaN equals NaN. Times are what a run took, not what it found."""
+    """Compare bit by bit; NaN equals NaN. Times are not compared."""
     if isinstance(a, np.ndarray):
         return bool(a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
     if isinstance(a, TraceSummary | GradientSummary):

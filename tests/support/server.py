@@ -1,4 +1,4 @@
-"""The real server as a process of its own, as an operator starts it."""
+"""Run the real server as a separate process, as an operator starts it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROGRAM = (sys.executable, "-m", "januslens_server")
 
 @dataclass
 class ServerProcess:
-    """A running server: where it serves and what it has logged so far."""
+    """A running server, with its addresses and its log so far."""
 
     process: subprocess.Popen[str]
     lines: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class ServerProcess:
         return match.group(1)
 
     def wait_for(self, text: str, seconds: float = START_SECONDS) -> None:
-        """Until a log line has `text`; fails with the log if the server ends or is too slow."""
+        """Wait for a log line with `text`; fails with the log if the server ends or is too slow."""
         deadline = time.monotonic() + seconds
         while text not in self.log:
             if self.process.poll() is not None or time.monotonic() > deadline:
@@ -68,9 +68,10 @@ def running_server(
     program: Sequence[str] = PROGRAM,
     seconds: float = START_SECONDS,
 ) -> Iterator[ServerProcess]:
-    """Start the server on free ports, wait until it has logged `until`, end it at the end.
+    """Start the server on free ports, wait until it logs `until`, and end it at the end.
 
-    `environment` adds to this process's; `within` is a command that runs the server's `program`.
+    `environment` adds to that of this process; `within` is a command that runs the server's
+    `program`.
     """
     arguments = ["--port", "0", "--metrics-port", "0", *flags]
     server = start_server(arguments, environment, [*within, *program])
@@ -92,7 +93,7 @@ def start_server(
     environment: Mapping[str, str] | None = None,
     program: Sequence[str] = PROGRAM,
 ) -> ServerProcess:
-    """Start the server, which ends with this thread; its log is read as long as it runs."""
+    """Start the server, which ends with this thread, and read its log while it runs."""
     # One thread: the same sums in the same order in every run, beside a busy test process.
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that ends."""
+"""Start processes that end with their parent, even if it is killed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 def tethered(command: Sequence[str]) -> list[str]:
-    """The command so that Linux kills it when the thread that starts it has ended.
+    """Extend a command so that Linux kills it when the thread that started it ends.
 
-    A killed test or benchmark unwinds nothing, and its servers would compute on beside whatever
-    runs next. Elsewhere than on Linux the command is as it was.
+    A test or benchmark that is killed runs no cleanup, so its servers would compete with the next
+    run. On other systems the command is unchanged.
     """
     if sys.platform != "linux":
         return [*command]

@@ -1,4 +1,4 @@
-"""`januslens ui` as a process of its own, and plain HTTP requests to it."""
+"""Run `januslens ui` as a separate process, and send plain HTTP requests to it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SECONDS = 60
 
 @dataclass(frozen=True)
 class LivePage:
-    """A running `januslens ui`: where it listens and what its calls must carry."""
+    """A running `januslens ui`, with its port and access token."""
 
     process: subprocess.Popen[str]
     host: str
@@ -46,7 +46,7 @@ class LivePage:
     def request(
         self, method: str, path: str, body: str | bytes = b"", headers: Mapping[str, str] = {}
     ) -> Iterator[HTTPResponse]:
-        """One request with these headers, its body unread; hangs up at the end."""
+        """Send one request with these headers, yield its unread response, then disconnect."""
         content = body.encode() if isinstance(body, str) else body
         with closing(HTTPConnection(self.host, self.port, timeout=SECONDS)) as connection:
             connection.request(method, path, content, dict(headers))
@@ -54,19 +54,19 @@ class LivePage:
                 yield answer
 
     def call(self, method: str, request: Message) -> AbstractContextManager[HTTPResponse]:
-        """One call of the contract, as the page makes it; its lines unread."""
+        """Call an RPC as the page does; yield the unread lines."""
         body = MessageToJson(request)
         return self.request("POST", f"/api/{method}", body, {TOKEN: self.token})
 
     def lines(self, method: str, request: Message) -> list[dict[str, Any]]:
-        """Every line of one call's answer."""
+        """Return all lines of the response to one call."""
         with self.call(method, request) as answer:
             return [json.loads(line) for line in answer]
 
 
 @contextmanager
 def live_page(server_address: str) -> Iterator[LivePage]:
-    """Start the page on a free port against a server; interrupt it at the end."""
+    """Start the page on a free port for a server; interrupt it at the end."""
     arguments = ["ui", "--port", "0", "--server", server_address]
     process = subprocess.Popen(
         tethered([sys.executable, "-c", "from januslens.cli import main; main()", *arguments]),

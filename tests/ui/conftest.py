@@ -1,4 +1,4 @@
-"""One live page against the session's server."""
+"""One live page for the session's server."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from tests.support.ui import LivePage, live_page
 
 @pytest.fixture(scope="session")
 def page(server_address: str) -> Iterator[LivePage]:
-    """`januslens ui`, running."""
+    """A running `januslens ui`."""
     with live_page(server_address) as started:
         yield started

@@ -262,7 +262,7 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def complaint(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """The line with which the server ends."""
+    """Return the line with which the server exits."""
     with pytest.raises(SystemExit) as ended:
         read_settings(flags)
     assert ended.value.code == 2

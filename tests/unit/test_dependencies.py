@@ -16,7 +16,7 @@ REFUSED = re.compile(r"\bA?GPL|Affero|Commercial|Proprietary")
 
 
 def licence(name: str) -> str:
-    """Licence texts from every metadata field that may hold one."""
+    """Return the licence texts of every metadata field that may have one."""
     metadata = distribution(name).metadata
     said = [text[:100] for key in ("License-Expression", "License") for text in _all(metadata, key)]
     said += [text for text in _all(metadata, "Classifier") if text.startswith("License")]

@@ -40,7 +40,7 @@ COMMON_FIELDS = {"model", "revision", "input"}  # explained once for all RPCs
 
 
 def section(page: Path, title: str) -> str:
-    """The text below a heading, up to the next one of its level or above."""
+    """Return the text below a heading, up to the next heading of its level or above."""
     match = re.search(
         rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |^#{{1,2}} |\Z)",
         page.read_text(),
@@ -51,7 +51,7 @@ def section(page: Path, title: str) -> str:
 
 
 def first_cells(text: str) -> set[str]:
-    """The words in the first column of the tables in `text`."""
+    """Return the words in the first column of the tables in `text`."""
     return {
         word
         for cell in re.findall(r"^\| ([^|]+)\|", text, re.MULTILINE)
@@ -124,7 +124,7 @@ def test_checks_and_tolerances_equal_the_servers() -> None:
 
 
 def exponents(text: str) -> str:
-    """Numbers like 1e-4 as Python prints them."""
+    """Return numbers such as 1e-4 as Python prints them."""
     return re.sub(r"(\de-)(\d)\b", r"\g<1>0\2", text)
 
 
@@ -136,7 +136,7 @@ def test_every_listed_architecture_has_an_adapter() -> None:
 
 @pytest.fixture
 def helps(capsys: pytest.CaptureFixture[str]) -> dict[str, set[str]]:
-    """The flags that each command's `--help` lists."""
+    """Return the flags in each command's `--help`."""
     shown = {
         f"januslens {name}": CliRunner().invoke(januslens, [name, "--help"]).output
         for name in januslens.list_commands(click.Context(januslens))
@@ -172,7 +172,7 @@ def test_make_targets_in_the_readme_exist() -> None:
 
 
 def anchors(page: Path) -> Iterable[str]:
-    """The names that GitHub gives to a page's headings."""
+    """Return the names that GitHub gives to a page's headings."""
     outside = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for heading in re.findall(r"^#+ (.+)$", outside, re.MULTILINE):
         yield re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
@@ -208,7 +208,7 @@ def test_python_examples_in_the_readme_run(
 
 @pytest.mark.parametrize("command", ["trace", "gradient"])
 def test_output_in_the_readme_equals_the_commands(command: str, server_address: str) -> None:
-    """Titles, columns and notes; figures and tokens may differ in the last digit."""
+    """Titles, columns and notes must be equal; figures and tokens may differ in the last digit."""
     block = re.search(
         rf'^```\n\$ januslens ({command} "(.+?)".*?)\n(.*?)^```',
         README.read_text(),
@@ -224,5 +224,5 @@ def test_output_in_the_readme_equals_the_commands(command: str, server_address: 
 
 
 def words(text: str) -> list[str]:
-    """Lines with single spaces: columns are as wide as what they hold."""
+    """Return lines with single spaces, because the width of columns depends on their content."""
     return [" ".join(line.split()) for line in text.splitlines()]

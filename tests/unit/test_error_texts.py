@@ -1,4 +1,4 @@
-"""Sizes and lists of names in errors, and the advice that comes with a failed computation."""
+"""Sizes and lists of names in errors, and the advice in errors of failed computations."""
 
 from __future__ import annotations
 

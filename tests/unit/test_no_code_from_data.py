@@ -22,7 +22,7 @@ FLAGS = {"allow_pickle", "shell", "trust_remote_code"}
 
 
 def violations(tree: ast.AST) -> Iterator[int]:
-    """Lines that call a function of `CALLS`, or pass one of `FLAGS` as anything but False."""
+    """Return lines that call a function of `CALLS`, or pass one of `FLAGS` other than False."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue

@@ -13,7 +13,7 @@ NAMED = {name for _, tests in ROWS for name in re.findall(r"`([^`]+)`", tests)}
 
 
 def functions(path: Path) -> set[str]:
-    """The names of a module's tests."""
+    """Return the names of a module's tests."""
     body = ast.parse(path.read_text()).body
     kinds = ast.FunctionDef | ast.AsyncFunctionDef
     return {node.name for node in body if isinstance(node, kinds)}

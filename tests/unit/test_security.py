@@ -15,7 +15,7 @@ ROWS = [
 
 
 def named(cell: str) -> list[Path]:
-    """The files of a cell; a name without a folder is in that of the name before it."""
+    """Return the files of a cell; a name without a folder is in the folder of the last name."""
     found: list[Path] = []
     for name in re.findall(r"`([^`]+\.py|tests/[^`]+/)`", cell):
         path = Path(name)

@@ -37,7 +37,7 @@ def test_a_server_ends_with_the_program_that_started_it(how: signal.Signals) -> 
 
 
 def runs(pid: int) -> bool:
-    """Whether it is there, and not only waiting for someone to read its status."""
+    """Whether the process runs and is not a zombie."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:

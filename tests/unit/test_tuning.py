@@ -54,7 +54,7 @@ command.main()
 
 @pytest.fixture
 def four_threads() -> Iterator[None]:
-    """Torch's own thread count."""
+    """Set torch's thread count to 4, and restore it after the test."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     yield

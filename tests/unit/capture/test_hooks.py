@@ -1,4 +1,4 @@
-"""Capture: the very tensors that pass, and no hook left behind, whatever happens."""
+"""Capture returns the tensors of the pass themselves, and leaves no hooks, even after errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from januslens_server.capture import End, Tap, capturing
 
 
 class Block(nn.Module):
-    """Passes its stream by keyword and gives a tuple, as some families do."""
+    """Passes its residual by keyword and returns a tuple, as some families do."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which parts of a sum become nodes."""
+"""Test which parts of a sum become nodes."""
 
 from __future__ import annotations
 

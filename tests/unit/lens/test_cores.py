@@ -1,4 +1,4 @@
-"""Work on the cores that are free: in order, alike on any number of them, one thread each."""
+"""Work on free cores: results in order, independent of the number of cores, one thread each."""
 
 from __future__ import annotations
 

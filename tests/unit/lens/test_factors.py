@@ -1,4 +1,4 @@
-"""Factorised gradients at the edges: ties, zeros, ranks above what there is."""
+"""Edge cases of factorised gradients: ties, zeros, and more values requested than exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VJPS = torch.tensor([[0.0, 1.0, 0.0], [3.0, 0.0, 4.0], [1.0, 1.0, 1.0], [0.0, 0.
 
 
 def dense(inputs: torch.Tensor, vjps: torch.Tensor) -> torch.Tensor:
-    """The gradient itself, one outer product after the other."""
+    """Return the gradient as a sum of outer products."""
     total = torch.zeros(inputs.shape[1], vjps.shape[1], dtype=torch.float64)
     for x, delta in zip(inputs.double(), vjps.double(), strict=True):
         total += torch.outer(x, delta)

@@ -1,4 +1,4 @@
-"""The projection's one pass against the plain formulas, where rows, chunks and ties meet."""
+"""Compare projections with plain formulas, at the limits of rows and chunks and with ties."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCABULARIES = (1, 3, 64, 129, 700, 5_003)
 
 @dataclass(frozen=True)
 class Case:
-    """A head of small whole numbers: its logits are exact in float32, and many are equal."""
+    """An output head of small integers; its logits are exact in float32, and many are equal."""
 
     vocab: int
     rows: int = 9
@@ -71,7 +71,7 @@ class Case:
 
 
 def check(table: ProjectionTable, case: Case, top_k: int, bottom_k: int, targets: Tensor) -> None:
-    """Everything that the table says, by the definitions of docs/semantics.md."""
+    """Compare everything in the table with the definitions of docs/semantics.md."""
     logits = case.logits()
     probabilities = case.capped(logits).softmax(1)
     check_list(table.top_ids, table.top_logits, table.top_probabilities, case, top_k, largest=True)
@@ -105,7 +105,7 @@ def check_list(
     *,
     largest: bool,
 ) -> None:
-    """The list holds the k extreme values, by value before the cap and then by lower id."""
+    """Check that the list has the k extreme values, by value before the cap, then by lower id."""
     logits = case.logits()
     count = min(count, case.vocab)
     sign = -1 if largest else 1
@@ -152,7 +152,7 @@ def test_logit_scale_and_soft_cap_are_applied(case: Case) -> None:
 def test_results_do_not_depend_on_the_chunk_size(
     chunk_bytes: int, cached_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One row at a time, some, or all: for the product and for the reading."""
+    """Chunks have one row, several, or all, for the product and for the figures."""
     monkeypatch.setattr(projection, "CACHED_BYTES", cached_bytes)
     case = Case(5_003, rows=11)
     targets = case.targets(3)
@@ -177,7 +177,7 @@ def test_rows_that_are_zero_are_marked() -> None:
 
 
 def test_at_most_one_chunk_of_logits_is_in_memory() -> None:
-    """The bound on a request's memory."""
+    """This bounds the memory of a request."""
     rows_at_once = []
 
     class Watched(LensHead):

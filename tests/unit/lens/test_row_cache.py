@@ -1,4 +1,4 @@
-"""The rows that are kept: the same numbers as without them, the same bits whatever came before."""
+"""Projections with cached rows are bit-identical to those without, whatever was cached before."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def assert_same(ours: ProjectionTable, theirs: ProjectionTable, *, bits: bool) -
 
 
 def some(picked: Sequence[int], named: float) -> list[Hashable]:
-    """Keys of the picked rows; the others are no weight rows."""
+    """Return the keys of the picked rows, and None for rows that are not weight rows."""
     random = np.random.default_rng(len(picked))
     return [KEYS[i] if random.random() < named else None for i in picked]
 
@@ -157,7 +157,7 @@ def test_cache_is_off_if_rows_depend_on_other_rows(head: LensHead) -> None:
 def test_a_projection_that_is_cancelled_keeps_only_finished_rows(
     head: LensHead, vectors: torch.Tensor
 ) -> None:
-    """The check comes before every chunk, and what follows gets the bits it gets without it."""
+    """The check is called before every chunk; later projections get the same bits."""
     cache, calls = cache_of(head), 0
 
     def check() -> None:

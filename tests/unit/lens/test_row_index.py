@@ -1,4 +1,4 @@
-"""The search in an index of rows, on rows whose order anyone can see."""
+"""Search an index of rows whose order is easy to see."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VOCAB = 6
 
 
 def index(depth: int = 3, chunk_bytes: int = 4 * VOCAB) -> RowIndex:
-    """Rows with the logits [0, 5, 4, 4, 1, 2] and [9, 8, 7, 7, 7, 6], and one of zeros."""
+    """Index rows with the logits [0, 5, 4, 4, 1, 2] and [9, 8, 7, 7, 7, 6], and a row of zeros."""
     logits = torch.tensor([[0.0, 5.0, 4.0, 4.0, 1.0, 2.0], [9.0, 8.0, 7.0, 7.0, 7.0, 6.0]])
     matrices = [torch.cat([logits, torch.zeros(1, VOCAB)])]
     reading = index_rows(head(chunk_bytes), matrices, depth)
@@ -25,7 +25,7 @@ def index(depth: int = 3, chunk_bytes: int = 4 * VOCAB) -> RowIndex:
 
 
 def head(chunk_bytes: int = 4 * VOCAB) -> LensHead:
-    """One whose logits are the prepared vector, up to its length."""
+    """Return a head whose logits are the prepared vector, up to its length."""
     norm = Norm(torch.ones(VOCAB), None, 0.0, centred=False)
     return LensHead(norm, Unembedding(torch.eye(VOCAB)), chunk_bytes=chunk_bytes)
 
@@ -71,6 +71,6 @@ def test_index_does_not_depend_on_the_chunk_size() -> None:
 
 
 def listing(rows: RowIndex, token: int, *, suppressed: bool) -> list[tuple[int, int]]:
-    """The rows with the token's rank in each."""
+    """Return the rows with the token's rank in each."""
     listed = rows.listing(token, suppressed=suppressed)
     return list(zip(listed.rows.tolist(), listed.ranks.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""The output matrix in blocks of tokens: packed or as it is, of any floating type and size."""
+"""The output matrix in blocks of tokens, packed or not, of all floating types and sizes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weight(vocab: int, data_type: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def logits(of: Unembedding, vectors: torch.Tensor) -> torch.Tensor:
-    """Block by block into one matrix, whose rows are not contiguous in a block."""
+    """Compute block by block into one matrix, so rows of a block are not contiguous."""
     out = torch.full((len(vectors), of.vocab), torch.nan)
     for block in of.blocks:
         block.logits(vectors, out[:, block.tokens])
@@ -120,14 +120,14 @@ class NoOperators:
 
 
 class OtherArguments:
-    """A torch whose operators take other arguments, as a release's may."""
+    """A torch whose operators take other arguments, as in a future release."""
 
     def _reorder_linear_weight(self) -> None:
-        """Fails at any argument."""
+        """Fail for any argument."""
 
 
 class OtherMeaning:
-    """A torch whose operators do something else."""
+    """A torch whose operators compute something else."""
 
     def _reorder_linear_weight(self, matrix: torch.Tensor, _rows: int) -> torch.Tensor:
         return matrix

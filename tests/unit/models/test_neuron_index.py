@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> TensorCache:
 
 @pytest.fixture
 def no_reading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Return a function after whose call no row may be computed."""
+    """Return a function after which computing a row fails the test."""
 
     def refuse(*_: object) -> None:
         raise LookupError("expected the rows from the cache, got them read")
@@ -154,7 +154,7 @@ def test_forged_file_with_a_valid_digest_is_computed_again(
 
 @pytest.fixture
 def in_chunks(demo: ResidentModel) -> ResidentModel:
-    """The demo, whose layers of 512 neurons are computed 64 at a time."""
+    """The demo, whose layers of 512 neurons are indexed 64 at a time."""
     lens = demo.view.lens
     chunk_bytes = 64 * 4 * lens.unembedding.vocab
     return replace(demo, view=replace(demo.view, lens=replace(lens, chunk_bytes=chunk_bytes)))
@@ -176,7 +176,7 @@ def test_cancelled_request_stops_indexing_and_keeps_finished_layers(
 def test_requests_taking_turns_compute_each_chunk_once(
     in_chunks: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also if one is cancelled early; results are the same as for one request."""
+    """This holds if one is cancelled early, too, and results are those of a single request."""
     chunks = []
 
     def counting(head: LensHead, vectors: torch.Tensor, *rest: Any) -> Iterator[Readings]:
@@ -209,7 +209,7 @@ def test_indexed_neurons_count_as_projected_vectors(demo: ResidentModel) -> None
 def test_failed_indexing_starts_again(
     in_chunks: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Even while another request waits for the same layer."""
+    """This holds while another request waits for the same layer, too."""
     index = NeuronIndex(in_chunks.view, in_chunks.provenance)
     failing, waiting = index.reading(0), index.reading(0)
     next(waiting)

@@ -1,6 +1,6 @@
-"""Requests to specs: the contract's defaults, and every field where it belongs.
+"""Convert requests to specs: the contract's defaults, and every field in its place.
 
-What is refused, and by which field, is tested through the wire in tests/contract.
+Refused fields are tested over the wire in tests/contract.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def test_an_unset_gradient_has_the_contracts_defaults() -> None:
 
 
 def test_zero_is_distinguished_from_unset() -> None:
-    """0 lists no tokens, takes all parts, sends all components."""
+    """0 means no tokens, all parts and all components."""
     selection = trace_pb2.Selection(heads=0, bottom_neurons=0)
     spec = trace_spec(
         trace_pb2.TraceRequest(input=PROMPT, top_k=0, bottom_k=0, selection=selection)

@@ -42,7 +42,7 @@ Named = tuple[str, list[int]]
 def cut(
     nodes: Sequence[Named], limit: int, read_token: ReadToken = token
 ) -> list[trace_pb2.LayerGraph]:
-    """Nodes by name, each with the tokens that it names, in as many bodies as they need."""
+    """Return nodes by name, each with its tokens, in as many bodies as needed."""
     bodies: list[trace_pb2.LayerGraph] = []
 
     def new() -> trace_pb2.LayerGraph:
@@ -56,18 +56,18 @@ def cut(
 
 
 def present(message: Any) -> set[str]:
-    """The fields that are set."""
+    """Return the fields that are set."""
     return {field.name for field, _ in message.ListFields()}
 
 
 def test_empty_list_is_one_empty_message() -> None:
-    """A layer of which nothing is shown still ends with a message."""
+    """A layer without visible nodes still ends with a message."""
     assert cut([], 100) == [trace_pb2.LayerGraph()]
 
 
 @pytest.mark.parametrize("limit", [1, 30, 100, 1000, 10**6])
 def test_pieces_keep_the_order_and_end_at_the_limit(limit: int) -> None:
-    """With its last part a piece comes to the limit, and not before."""
+    """A piece is closed by the part that reaches the limit."""
     nodes = [("n" * (i % 17), [i, i + 1, i // 2]) for i in range(100)]
     bodies = cut(nodes, limit)
     assert [node.id for body in bodies for node in body.nodes] == [name for name, _ in nodes]
@@ -95,7 +95,7 @@ def test_text_is_sent_in_the_message_that_first_uses_it() -> None:
 
 
 def test_texts_count_towards_the_limit() -> None:
-    """Short nodes may name long tokens."""
+    """Small nodes may list long tokens."""
 
     def long_token(token_id: int) -> Token:
         return Token(token_id, "x" * 1000, b"x" * 1000)
@@ -132,7 +132,7 @@ def table(n: int, projected: bool = True) -> ProjectionTable:
 
 
 def layer(n: int, *, last: bool = True) -> LayerGraph:
-    """n MLP neurons in a row, each joined to the one before."""
+    """Return n MLP neurons, each with an edge from the one before."""
     nodes = [Node(NodeKind.MLP_VALUE, 7, 3, neuron=i) for i in range(n)]
     return LayerGraph(
         layer=3,

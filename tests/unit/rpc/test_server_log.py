@@ -1,4 +1,4 @@
-"""Which of gRPC's own errors reach the log."""
+"""Test which of gRPC's own errors are logged."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def detail(status: status_pb2.Status, kind: type[Any]) -> Any:
 
 
 def sent(error: Exception) -> status_pb2.Status:
-    """The google.rpc.Status in the trailing metadata of an error's status."""
+    """Return the google.rpc.Status in the trailing metadata of an error's status."""
     status = status_of(error, "id-1")
     ((key, value),) = status.trailing_metadata
     assert key == "grpc-status-details-bin"
@@ -62,7 +62,7 @@ def code_of(status: status_pb2.Status) -> grpc.StatusCode:
 
 
 def documented() -> dict[str, tuple[str, str]]:
-    """Status and details by reason, as the page has them."""
+    """Return status and details by reason, as in docs/errors.md."""
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|[^|]*\|([^|]*)\|", PAGE.read_text(), re.MULTILINE)
     return {reason: (status, details.strip("` ")) for reason, status, details in rows}
 

@@ -1,4 +1,4 @@
-"""Small requests for a worker, and what became of them."""
+"""Small requests for a worker, and their results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[[CancelCheck], Iterator[int | None]]
 
 
 def job(*items: int) -> Run:
-    """A request that yields `items`, each as many bytes as it says."""
+    """A request that yields `items`, each of which is its own size in bytes."""
 
     def run(_check_cancelled: CancelCheck) -> Iterator[int]:
         yield from items

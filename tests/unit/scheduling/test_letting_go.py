@@ -1,4 +1,4 @@
-"""A request that ended, however it ended, is let go of: closed, counted down and freed."""
+"""A request that has ended for any reason is closed, no longer counted, and freed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from januslens_server.scheduling.worker import DeviceWorker
 
 
 class Tensor:
-    """Something that would fill the device's memory."""
+    """Stands for a tensor in the device's memory."""
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ async def test_a_cancelled_request_is_closed_on_the_devices_thread(worker: Devic
 
 
 async def test_request_is_released_if_its_reader_leaves_during_a_step(worker: DeviceWorker) -> None:
-    """The step fills the buffer after its reader has gone: nobody would ever resume it."""
+    """The step fills the buffer after the reader has left, so nothing would resume the request."""
     stepping, left, request = threading.Event(), threading.Event(), QueuedRequest(None)
 
     def run(_check_cancelled: CancelCheck) -> Iterator[int]:
@@ -63,7 +63,7 @@ async def test_request_is_released_if_its_reader_leaves_during_a_step(worker: De
 
 
 async def test_data_of_a_finished_request_is_released(worker: DeviceWorker) -> None:
-    """Neither what it computed with nor what nobody read, though no other request follows."""
+    """Its tensors and unread results are freed, even if no other request follows."""
     held: list[weakref.ref[Tensor]] = []
 
     def run(_check_cancelled: CancelCheck) -> Iterator[Tensor]:
@@ -93,7 +93,7 @@ async def test_data_of_a_finished_request_is_released(worker: DeviceWorker) -> N
 
 
 async def test_data_of_a_failed_request_is_released(worker: DeviceWorker) -> None:
-    """An error's traceback holds every frame it passed through, and their tensors."""
+    """The traceback of an error refers to all its frames, and to their tensors."""
     held: list[weakref.ref[Tensor]] = []
 
     def run(_check_cancelled: CancelCheck) -> Iterator[int]:

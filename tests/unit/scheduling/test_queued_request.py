@@ -1,4 +1,4 @@
-"""Whether a request should go on."""
+"""Test when a request should stop."""
 
 import pytest
 

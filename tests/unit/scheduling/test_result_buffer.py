@@ -1,4 +1,4 @@
-"""From the compute thread to the event loop: order, errors, and the bound on bytes."""
+"""Pass results from the compute thread to the event loop: order, errors, limit on bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LIMIT = 10
 
 
 def buffer_of(*items: int) -> ResultBuffer[int]:
-    """An buffer that holds `items`, each as many bytes as it says."""
+    """Return a buffer that contains `items`, each of which is its own size in bytes."""
     buffer: ResultBuffer[int] = ResultBuffer(LIMIT, lambda item: item)
     for item in items:
         buffer.put(item)
@@ -21,7 +21,7 @@ def buffer_of(*items: int) -> ResultBuffer[int]:
 
 
 async def read(buffer: ResultBuffer[int], count: int) -> list[int]:
-    """The next items, and the release of all but the last of them."""
+    """Return the next items; all but the last are released."""
     items = buffer.items()
     return [await anext(items) for _ in range(count)]
 
@@ -89,7 +89,7 @@ async def test_producer_no_longer_waits_after_the_reader_left() -> None:
 
 
 def test_producer_continues_after_the_readers_loop_closed() -> None:
-    """The server may be gone before the device's thread has noticed."""
+    """The server may have ended before the device's thread notices it."""
 
     async def left_behind() -> ResultBuffer[int]:
         return buffer_of()

@@ -1,4 +1,4 @@
-"""Who starts, who goes on and who gives way, when memory is bounded."""
+"""Test which request starts, continues or pauses if memory is limited."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def turns() -> Turns:
 
 
 async def waiting(turns: Turns, caller: str, held: int, working: int = 0) -> Job:
-    """A request that is estimated at so many bytes and waits for its first turn."""
+    """A request with this estimate of bytes, which waits for its first turn."""
     request = QueuedRequest(None, caller, Cost(1.0, memory=held + working, held=held))
     job = Job(iter(()), ResultBuffer(1, lambda _: 1), request)
     turns.add(job)
@@ -66,7 +66,7 @@ async def test_request_does_not_yield_to_one_that_does_not_fit_beside_it(
 
 
 async def test_working_memory_of_a_step_is_free_between_steps(turns: Turns) -> None:
-    """Only one computes at a time; but whichever it is, it needs room."""
+    """Only one request computes at a time, and each of them needs room for its step."""
     first = await waiting(turns, "a", 2, working=7)
     assert turns.take() is first
     turns.charge(first, 1.0)
@@ -84,7 +84,7 @@ async def test_working_memory_of_a_step_is_free_between_steps(turns: Turns) -> N
 
 
 async def test_large_request_is_not_overtaken_forever(turns: Turns) -> None:
-    """Who is next and finds no room keeps those behind it from starting, but not from going on."""
+    """While the next request has no room, later ones do not start, but started ones continue."""
     long = await waiting(turns, "a", 6)
     turns.take()
     turns.charge(long, 3.0)
@@ -109,7 +109,7 @@ async def test_no_request_starts_while_requests_waiting_for_readers_hold_the_mem
 
 
 async def test_a_request_starts_only_if_its_memory_is_free_now() -> None:
-    """Whatever was free before: other programs may have taken it."""
+    """Other programs may have taken memory that was free before."""
     free = 10.0
     turns = Turns(lambda _needed: free)
     small, large = await waiting(turns, "a", 2), await waiting(turns, "b", 2, working=5)
@@ -129,7 +129,7 @@ async def test_request_that_does_not_fit_alone_fails(turns: Turns) -> None:
 
 
 async def test_started_requests_never_hold_more_than_the_limit() -> None:
-    """Whatever comes, as long as every reader reads."""
+    """This holds for any sequence of requests whose readers read."""
     turns, running, held = Turns(lambda _needed: MEMORY), None, set[Job]()
     for job in [await waiting(turns, "abcde"[i % 5], 1 + i * 7 % MEMORY) for i in range(200)]:
         running = running or turns.take()

@@ -1,4 +1,4 @@
-"""The one thread that computes: order, taking turns, isolation and limits."""
+"""The compute thread: order, turns, isolation and limits."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def test_request_with_a_stalled_reader_is_suspended_for_others(worker: Dev
 
 
 async def test_a_request_that_resumes_goes_first(worker: DeviceWorker) -> None:
-    """It was here earlier, and holds the memory."""
+    """It was admitted earlier, and uses memory."""
     gate, began, ran = threading.Event(), threading.Event(), list[str]()
 
     def noting(name: str) -> Run:
@@ -157,7 +157,7 @@ async def test_a_request_that_ended_in_the_queue_never_computes(
 async def test_cancelled_waiting_request_leaves_the_queue_at_once(
     worker: DeviceWorker, cancelled: bool
 ) -> None:
-    """While the device still computes for another."""
+    """The device still computes for another request."""
     gate, request = threading.Event(), QueuedRequest(None if cancelled else 0.0)
     running = submitted(worker, gated(gate, 1))
     waiting = submitted(worker, job(2), request)
@@ -172,7 +172,7 @@ async def test_cancelled_waiting_request_leaves_the_queue_at_once(
 async def test_cancelled_suspended_request_is_closed_between_two_steps(
     worker: DeviceWorker,
 ) -> None:
-    """It holds memory: it does not wait until whatever runs has ended."""
+    """It uses memory, so it does not wait for the running request to end."""
     request, stepping, gate = QueuedRequest(None), threading.Event(), threading.Event()
 
     def long(_check_cancelled: CancelCheck) -> Iterator[int]:
@@ -195,7 +195,7 @@ async def test_cancelled_suspended_request_is_closed_between_two_steps(
 
 
 async def test_callers_take_turns(worker: DeviceWorker) -> None:
-    """One with many requests does not hold up one with few."""
+    """A caller with many requests does not delay one with few."""
     gate, ran = threading.Event(), list[str]()
 
     def noting(name: str) -> Run:
@@ -217,7 +217,7 @@ async def test_callers_take_turns(worker: DeviceWorker) -> None:
 
 
 def stepping(ran: list[str], name: str, *, until: threading.Event | None = None) -> Run:
-    """A request of short steps without results, that ends with one: after 20 or on an event."""
+    """A request of short steps without results, which ends after 20 or on an event."""
 
     def run(_check_cancelled: CancelCheck) -> Iterator[int | None]:
         steps = 0
@@ -232,7 +232,7 @@ def stepping(ran: list[str], name: str, *, until: threading.Event | None = None)
 
 
 async def come_true(condition: Callable[[], bool]) -> None:
-    """Until it holds; the test's timeout ends it otherwise."""
+    """Wait until a condition holds; otherwise the test's timeout applies."""
     while not condition():  # noqa: ASYNC110 - the device's thread has no event for it
         await asyncio.sleep(0.01)
 
@@ -244,7 +244,7 @@ def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("short_turns")
 async def test_long_request_is_suspended_and_resumed(worker: DeviceWorker) -> None:
-    """It ends only when the other caller's has: without turns neither ever would."""
+    """It ends only after the other caller's request, so without turns neither would end."""
     ran, other_ended = list[str](), threading.Event()
     long = submitted(worker, stepping(ran, "a", until=other_ended), QueuedRequest(None, "a"))
     short = submitted(worker, stepping(ran, "b"), QueuedRequest(None, "b"))
@@ -296,7 +296,7 @@ async def test_suspended_request_that_ends_is_closed_during_other_requests(
 
 @pytest.mark.usefixtures("short_turns")
 async def test_requests_taking_turns_stay_within_the_memory() -> None:
-    """Of three callers' long requests two have room: the third starts when one has ended."""
+    """There is room for two of three long requests; the third starts when one ends."""
     worker, ran = DeviceWorker(max_waiting=8, free=lambda _needed: 10), list[str]()
     ends = {name: threading.Event() for name in "abc"}
     buffers = {

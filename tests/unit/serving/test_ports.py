@@ -1,4 +1,4 @@
-"""Checking and reserving ports, with real sockets."""
+"""Check and reserve ports, with real sockets."""
 
 from __future__ import annotations
 
