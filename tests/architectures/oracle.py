@@ -97,7 +97,7 @@ def queries_and_keys(case: Case) -> list[QueriesAndKeys]:
     return [seen.layers[id(attention)] for attention in attentions]
 
 
-# Where the attention of a block stands, and which linear maps take its input.
+# The attention module of a block, and the linear maps that read its input.
 _ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
 _FUSED = ("query_key_value", "qkv_proj", "Wqkv", "c_attn")
 

@@ -23,7 +23,8 @@ from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood, Trac
 from tests.architectures.cases import CASES, WITHOUT_ADAPTER, Case
 from tests.architectures.tiny_models import plain, resident
 
-# What the automatic adapter says it needs: separate maps, one rotation, norms with weights.
+# What the automatic adapter requires, according to its errors: separate maps, one rotation, norms
+# with weights.
 READABLE = {
     "cohere",
     "gemma",

@@ -21,8 +21,8 @@ from tests.support.results import only
 TOKEN = 7
 EVERY_ONE = 10**6
 
-# Biased and not, centred norms and not, gated, capped, scaled, behind post-norms, of experts,
-# without an adapter.
+# With and without biases and centred norms; gated, capped, scaled, with post-norms, with experts,
+# and without an adapter.
 CHOSEN = [
     "bloom-power of two",
     "cohere-biased",

@@ -2,5 +2,5 @@
 
 from januslens_server.tuning import limit_spinning
 
-# As the server does, before torch is imported: floors and ours wait alike.
+# As in the server, set this before torch is imported, so that threads wait alike in both.
 limit_spinning()

@@ -19,7 +19,7 @@ from tests.benchmarks.report import Row, show, write
 from tests.benchmarks.rows import callers, gradient_lens, positions, trace, warm, workspace
 from tests.benchmarks.shapes import GPT2_SMALL, TINY
 
-# The first one measures memory that later ones leave taken.
+# The first row measures memory, which later rows leave allocated.
 ROWS = {
     "workspace": workspace.measure,
     "trace": trace.measure,

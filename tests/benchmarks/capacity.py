@@ -41,7 +41,7 @@ Samples = Mapping[str, float]
 SENTENCE = "The capital of Japan is the city of Tokyo and"
 REPEATS = {"demo": 10, "gpt2": 1}
 SLOW = {("gpt2", "Trace, all positions")}  # minutes on a CPU
-# Of requests that sleep: how many, how long, and how much of the device they ask for.
+# Requests that sleep: their number, their duration, and the utilisation of the device.
 REQUESTS = 1500
 EQUAL, SHORT, LONG = 0.008, 0.005, 0.25
 UTILISATIONS = (0.5, 0.7, 0.9)

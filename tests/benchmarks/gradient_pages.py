@@ -10,7 +10,7 @@ from rich.table import Table
 import januslens
 from tests.pages.conftest import ELAPSED, PROMPT
 
-# Each changes what the one before it left, so that one thing at a time is drawn anew.
+# Each one changes the state that the previous one left, so that each draws a single change.
 INTERACTIONS = {
     "select": "sel=L2/p7/FF2",
     "inputs of Q": "sel=L2/p7/FF2&imprint=Q",

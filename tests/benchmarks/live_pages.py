@@ -10,8 +10,8 @@ from rich.table import Table
 
 from tests.support.ui import LivePage
 
-# In the page: when each message was first read (what stands around a trace comes after it). In the
-# answer's frame: when the picture with it was drawn.
+# The page records when each message was first read (the overview comes after the trace). The
+# result's frame records when the picture with it was drawn.
 OBSERVE = """(() => {
   const now = () => performance.timeOrigin + performance.now()
   if (window === window.top) {

@@ -41,7 +41,7 @@ CLICKS = {
     "click a cell": "svg.overview .cell[data-id] >> nth=6",  # of another layer, maybe position
 }
 MOVES = 40
-# Collects how long each event took until what it changed was seen.
+# Collects the time from each event to the frame that shows its effect.
 OBSERVE = """() => {
   window.took = []
   new PerformanceObserver((list) => {

@@ -57,7 +57,7 @@ from tests.client import messages
 FOLDER = Path(__file__).parents[1] / "fixtures" / "presentation"
 
 TIES = [0.0625, 0.1875, 0.125, 0.375, 1.125, 1.375]
-# The last ones lie halfway between two texts, which take the even digit.
+# The last values are halfway between two texts and are rounded to the even digit.
 FIGURES = [0.0, 1.0, 12.345, 0.992, 0.0526, 0.005, 0.0005, 0.00049, 6.05e-05, 8.3e-10, *TIES]
 SHARES = [
     0.0,

@@ -140,7 +140,7 @@ def test_negative_positions_count_from_the_end_of_the_prompt(
 
 
 def test_path_follows_the_largest_contributions(trace: Trace) -> None:
-    # BLOCK_OUTPUT's two parts add 1.75 each: the first one sent wins, the residual.
+    # The two parts of BLOCK_OUTPUT add 1.75 each, so the one sent first is chosen: the residual.
     assert [part.node.id for part in trace.path_to_target()] == [
         "p1/PREDICTION",
         "p1/FINAL_NORM",
@@ -237,7 +237,7 @@ def test_the_graph(trace: Trace) -> None:
     assert edge["share"] == 0.5
 
 
-# Every character of the first two planes' ends, the controls, and half of a surrogate pair.
+# The characters at the ends of the first two planes, the controls, and half of a surrogate pair.
 AWKWARD = "".join(map(chr, [*range(0x21), 0x7F, 0x85, 0xFFFE, 0xFFFF, 0x1F600])) + '<&>"\ud800'
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.support.calls import SERVICE, methods, refusal, started
 
-# What a healthy server may say of a request, whatever it holds.
+# The statuses that a healthy server may return for any request.
 ANSWERS = {
     grpc.StatusCode.OK,
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -48,7 +48,7 @@ SCALARS: dict[str, st.SearchStrategy[Any]] = {
     "uint64": st.integers(0, 2**64 - 1),
     "int32": st.integers(-4, 4) | st.integers(-(2**31), 2**31 - 1),
     "int64": st.integers(-(2**63), 2**63 - 1) | st.integers(0, 4),
-    # Numbers that the enum does not have are kept by proto3 and reach the server.
+    # proto3 keeps numbers that the enum does not have, so they reach the server.
     "enum": st.integers(-1, 30) | st.integers(-(2**31), 2**31 - 1),
 }
 
@@ -106,7 +106,7 @@ def test_random_bytes_are_served_or_refused(channel: grpc.Channel, method: str) 
         )
         outcome(call, method)
         assert call.code() in ANSWERS, call.details()
-        # No parser's words: what is not understood is not quoted.
+        # The error contains no text of the parser, and does not quote the message.
         assert "Error parsing" not in (call.details() or "")
 
     check()

@@ -227,7 +227,7 @@ CASES = [
     *OTHER,
 ]
 
-# What to do, where no range of values can be given.
+# The advice in errors that cannot give a range of values.
 REMEDIES = "(leave|remove|request|send|set|shorten|use)"
 
 

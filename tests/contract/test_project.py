@@ -15,7 +15,7 @@ Stub = service_pb2_grpc.IntrospectionServiceStub
 Vectors = NDArray[np.float32]
 
 PROMPT = "The capital of Japan is the city of"
-# Read by the unembedding alone: they have passed the final norm already.
+# Projected by the unembedding only, because they have already passed the final norm.
 NORMED = {trace_pb2.NODE_KIND_FINAL_NORM, trace_pb2.NODE_KIND_PREDICTION}
 
 

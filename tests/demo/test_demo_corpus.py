@@ -69,7 +69,7 @@ def test_no_prompt_is_a_strict_prefix_of_another() -> None:
         prompt.text for split in ("trained", "held_out", "unseen") for prompt in fact_prompts(split)
     }
     texts |= {prompt.text for prompt in indirect_object_prompts(1_000, seed=0)}
-    # In sorted order a prefix stands directly before some text that it begins.
+    # In sorted order, a prefix is directly before a text that begins with it.
     assert not [(one, two) for one, two in pairwise(sorted(texts)) if two.startswith(one)]
 
 

@@ -74,7 +74,7 @@ def test_masked_layers_attend_to_one_previous_token_each(implementation: str) ->
     changed[0, 3] = 50
     with previous_token_attention(model.transformer.h), torch.no_grad():
         differs = model(tokens).logits != model(changed).logits
-    # Two layers of one token each: position 3 is felt at 3, 4 and 5, and no further.
+    # Two layers of one token each: position 3 affects positions 3, 4 and 5 only.
     assert differs.any(dim=-1)[0].tolist() == [False] * 3 + [True] * 3 + [False] * 2
 
 

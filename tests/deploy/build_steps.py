@@ -74,9 +74,9 @@ def python_of_the_base(folder: Path) -> dict[str, str]:
     """Yield variables with a Python and pip first on the path, as in the base image."""
     venv.create(folder, with_pip=True)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VIRTUAL_ENV")}
-    # Empty: the default index's build of torch. The named backends have indexes of their own.
+    # Empty means torch's build from the default index. Named backends have separate indexes.
     kept |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "TORCH_BACKEND": ""}
-    # uv reads no configuration of pip's, which may name wheels that lie on this machine.
+    # uv does not read pip's configuration, which may name wheels on this machine.
     command = [str(folder / "bin" / "pip"), "config", "get", "global.find-links"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return kept | ({"UV_FIND_LINKS": found.stdout.strip()} if found.returncode == 0 else {})

@@ -11,7 +11,7 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-# Mounts of its own, all read-only but one fresh folder; then no way back to any privilege.
+# Use a separate mount namespace, read-only except for one new folder; then drop all privileges.
 _SCRIPT = """
 set -e
 scratch=$1; shift

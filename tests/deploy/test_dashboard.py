@@ -15,7 +15,7 @@ from tests.deploy.dashboard import dashboard, panels
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 
-# What Grafana writes itself and its models do not have.
+# Fields that Grafana writes and that its models do not have.
 UNMODELLED = {"definition", "titleFormat", "textFormat"}
 
 

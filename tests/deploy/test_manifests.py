@@ -26,7 +26,7 @@ from tests.deploy.manifests import (
 from januslens_server.config import ServerSettings, read_settings
 from januslens_server.rpc import health
 
-# The oldest with the sleeping preStop on by default, some between, the newest that is known.
+# The oldest version that enables the sleeping preStop by default, some in between, the newest.
 KUBERNETES = ["1.30", "1.32", "1.34", kubernetes_validate.latest_version()]
 OPERATORS = {path.stem: path for path in (Path(__file__).parent / "schemas").glob("*.json")}
 LAST_STATUSES = 1.0  # seconds, as in `serving._finish`

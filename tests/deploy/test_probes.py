@@ -79,7 +79,7 @@ def test_a_pod_is_alive_then_ready_then_drained(tmp_path: Path) -> None:
         grpc.insecure_channel(pod.address) as channel,
     ):
         probes = Probes(manifests, channel)
-        # While models load as later: a pod that loads is not to be restarted.
+        # This also holds while models load, because a loading pod must not be restarted.
         assert probes.ask("livenessProbe") == SERVING
         readiness = probes.watch("readinessProbe")
         loading = list(takewhile(lambda status: status != SERVING, readiness))

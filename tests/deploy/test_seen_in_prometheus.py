@@ -25,7 +25,7 @@ from januslens.v1 import common_pb2, gradient_lens_pb2, lens_pb2, models_pb2, tr
 
 SCRAPES = 5
 OURS = re.compile(r"\b(?:grpc_server|januslens)_\w+")
-# Nothing of these happens to a server that is well: no answer is the right one.
+# These never occur on a healthy server, so an empty result is correct.
 QUIET = {"Requests by status, without OK"}
 
 

@@ -26,7 +26,7 @@ from h2.events import (
 from h2.settings import SettingCodes, Settings
 
 HEALTH = "/grpc.health.v1.Health/"
-# gRPC's frame around a message: not compressed, then the length.
+# gRPC's frame of a message: a flag (not compressed), then the length.
 PREFIX = struct.Struct(">BI")
 
 

@@ -22,13 +22,13 @@ from tests.support.server import ServerProcess, running_server
 
 CONNECTIONS, STREAMS = 40, 20
 METHOD = SERVICE + "Tokenize"
-# Resident memory that an attack may add, with what the allocator keeps.
+# Resident memory that an attack may add, including memory that the allocator keeps.
 MEMORY = 200 * 2**20
-# The messages that are received at once, and as much again of the allocator and of windows.
+# The messages that are received at once, and the same amount for allocator and windows.
 HALF_SENT_MEMORY = 2 * AT_ONCE * 4 * 2**20
-# One message of the eight that one address may have received, as bytes, parsed and decoded.
+# One of the eight messages that one address may send at once, as bytes, parsed and decoded.
 WHOLE_MEMORY = OF_ONE_CALLER * 64 * 2**20
-# Health answers within 50 ms on an idle machine; tests share theirs.
+# Health responds within 50 ms on an idle machine; tests share the machine with others.
 HEALTH_SECONDS = 2.0
 
 
@@ -90,7 +90,7 @@ def test_idle_connections_are_bounded_and_leave_the_health_port_free(
 def test_open_calls_of_a_connection_are_bounded(limited: ServerProcess) -> None:
     with RawPeer(limited.address) as peer:
         assert peer.http2.remote_settings.max_concurrent_streams == STREAMS
-        # A peer that ignores the setting has its further calls refused.
+        # Further calls of a peer that ignores the setting are refused.
         peer.http2.remote_settings.max_concurrent_streams = 10**6
         peer.http2.remote_settings.acknowledge()
         for _ in range(50 * STREAMS):

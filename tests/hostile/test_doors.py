@@ -21,7 +21,7 @@ from januslens_server.models.vetting import ALLOWED_IMPLEMENTATIONS, DESCRIPTION
 from tests.support.model_folders import healthy
 
 ROOT = Path(transformers.__file__).parent
-# What runs between a folder and a model: everything else is of one family, or is never called.
+# The modules that load a model from a folder. All others belong to one family or are not called.
 LOADERS = (
     "configuration_utils.py",
     "core_model_loading.py",
@@ -44,7 +44,7 @@ LOADERS = (
     "utils/hub.py",
     "utils/peft_utils.py",
 )
-# Functions that import, fetch, open or unpickle what they are told to.
+# Functions that import, fetch, open or unpickle what their arguments name.
 DANGEROUS = {
     "cached_file",
     "cached_files",
@@ -77,8 +77,8 @@ HARMLESS_KEYS = frozenset(
     vision_config vocab_size
     """.split()
 )
-# Kept shut otherwise: code only with `trust_remote_code`, which is never on; adapters' files are
-# refused by name.
+# Blocked in another way: code needs `trust_remote_code`, which is never on, and files of adapters
+# are refused by name.
 SHUT_KEYS = frozenset({"auto_map", "base_model_name_or_path", "peft_type"})
 DICTIONARIES = {"adapter_config", "config_dict", "init_kwargs", "tokenizer_config"}
 
@@ -118,8 +118,8 @@ def dangerous_calls(tree: ast.AST, inside: str = "") -> Iterator[str]:
         yield from dangerous_calls(node, getattr(node, "name", "") if named else inside)
 
 
-# Each is behind `trust_remote_code`, the `kernels` package or `peft`, or reads a file of the folder
-# under a fixed name.
+# Each needs `trust_remote_code`, the `kernels` package or `peft`, or reads a file of the folder
+# with a fixed name.
 KNOWN_CALLS = """
     configuration_utils.py: _get_config_dict calls cached_file
     dynamic_module_utils.py: check_imports calls importlib.import_module
@@ -164,7 +164,7 @@ KNOWN_CALLS = """
 
 
 # Files that transformers' code names. Those with a suffix of `DESCRIPTIONS` are checked before any
-# file is opened. The others hold code or weights, and are opened by no code that a load reaches.
+# file is opened. The others contain code or weights, and no code that a load calls opens them.
 KNOWN_FILES = frozenset(
     """
     adapter_config.json adapter_model.bin adapter_model.safetensors added_tokens.json

@@ -37,7 +37,7 @@ from tests.support.calls import prompt
 from tests.support.model_folders import WEIGHTS, healthy, with_configuration
 from tests.support.server import running_server
 
-# Beside what is resident: one load may take that much address space.
+# Address space that a load may use, in addition to the resident memory.
 MEMORY = 4 * 2**30
 SECONDS = 60
 

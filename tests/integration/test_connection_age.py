@@ -12,7 +12,7 @@ from januslens.v1 import models_pb2
 from tests.support.calls import started
 from tests.support.server import running_server
 
-# gRPC spreads ages by a tenth, so that connections of one moment do not all end in another.
+# gRPC varies ages by a tenth, so that connections opened together do not end together.
 AGE, LATEST = 1.0, 5.0
 
 

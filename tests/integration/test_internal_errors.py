@@ -40,7 +40,7 @@ async def test_an_unexpected_exception_is_internal_and_shows_its_id_only(
             with caplog.at_level(logging.ERROR):
                 answer = await refused(getattr(stub, method)(request))
             assert hooks_of(demo.network) == 1  # the one that fails
-        # Nothing of the failure stays: the next result is the one before, to the bit.
+        # The failure leaves nothing behind: the next result is bit-identical to the one before.
         assert [timeless(m) async for m in getattr(stub, method)(request)] == before
     assert answer.code is grpc.StatusCode.INTERNAL
     assert (answer.reason, answer.info.domain) == ("INTERNAL", "januslens")

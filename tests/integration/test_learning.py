@@ -19,7 +19,7 @@ NLL = gradient_lens_pb2.GradientLensRequest(
     input=TRACE.input,
     nll=gradient_lens_pb2.NegativeLogLikelihood(target=common_pb2.Target(text=" Paris")),
 )
-# A tenth of an error's logarithm goes with each request: of eightfold, 1.3-fold is left.
+# Each request reduces the logarithm of the error by a tenth, so a factor of 8 becomes 1.3.
 LESSONS = 20
 
 

@@ -26,9 +26,10 @@ from tests.support.metrics import sample
 from tests.support.replicas import Replicas, running_replicas
 
 IDS = list(range(300, 312))
-# Seconds of work for the demo, so that there is time to kill the server in.
+# A request that takes the demo seconds, so that there is time to kill the server.
 MUCH: dict[str, Any] = {"positions": "all", "overlap_k": 500, "top_k": 2, "bottom_k": 0}
-# More than the buffers on the way hold: the server cannot have ended when the first part is read.
+# More than the buffers in between hold, so the request is still running when the first part is
+# read.
 LEARN: dict[str, Any] = {
     "matrices": ["q", "k", "v", "o", "ff1", "ff2"],
     "components": 0,

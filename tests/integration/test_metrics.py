@@ -17,7 +17,7 @@ from tests.support.server import ServerProcess
 
 OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is"), layers=[0, 1])
-# What depends on no prompt, and may be kept from an earlier trace.
+# Kinds of nodes that do not depend on the prompt, and may be cached from an earlier trace.
 WEIGHT_ROWS = {
     trace_pb2.NODE_KIND_ATTENTION_NEURON,
     trace_pb2.NODE_KIND_ATTENTION_BIAS,

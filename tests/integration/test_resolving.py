@@ -29,7 +29,7 @@ OTHER = "The capital of Peru is the city of"
 TARGET = common_pb2.Target(text=" Paris")
 TRACE = trace_pb2.TraceRequest(input=prompt(PROMPT), target=TARGET)
 
-# Requests by RPC, and the texts that each of them names.
+# Requests by RPC, and the texts in each of them.
 REQUESTS: dict[str, tuple[Any, list[str]]] = {
     "Trace": (TRACE, [PROMPT, " Paris"]),
     "GradientLens": (

@@ -35,7 +35,7 @@ def test_a_stream_in_flight_is_finished_while_new_calls_are_refused() -> None:
         server.process.terminate()
         assert next(states) == NOT_SERVING
         assert_refuses_new(channel)
-        # Everything is computed; the results wait for a slow reader.
+        # All results are computed, and wait for a slow reader.
         wait_until_idle(server)
         time.sleep(1.5)
         messages += stream

@@ -103,7 +103,7 @@ async def test_cancelled_request_stops_before_the_next_layer(
             await reading  # the caller is told at once, while the device still computes
             await asyncio.sleep(0.1)
             held.released.set()
-            # `served` waits until nothing is unfinished, and no hook of ours is on.
+            # `served` waits until no request is unfinished and none of our hooks is registered.
             await asyncio.sleep(0.3)
         assert held.layers == [first]
     expected = grpc.StatusCode.CANCELLED if how == "cancel" else grpc.StatusCode.DEADLINE_EXCEEDED

@@ -24,8 +24,8 @@ PLAIN = (
     "{{ message['content'] }}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant]\n{% endif %}"
 )
-# In the manner of published ones: the system message joins the first turn, contents are stripped,
-# and a content would be cut at a control token.
+# Like published templates: the system message joins the first turn, contents are stripped,
+# and contents are split at control tokens.
 ELABORATE = """
 {%- set ns = namespace(system='') -%}
 {%- if messages[0].role == 'system' -%}

@@ -157,7 +157,7 @@ def test_text_of_an_added_token_is_its_content() -> None:
         assert [text.strip() for text in shown[1:]] == ["Tokyo", "<think>", "<|caf\u00e9|>"]
 
 
-# Every kind of tokenizer, those included whose model holds control tokens as ordinary pieces.
+# Every kind of tokenizer, including those whose model has control tokens as ordinary pieces.
 LITERAL_KINDS = {
     **KINDS,
     "word pieces": vocabulary(word_piece(["[INST]", "<s>", "japan"])),

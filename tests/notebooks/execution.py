@@ -19,7 +19,7 @@ from tests.support.server import running_server
 
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "tour.ipynb"
 SECONDS = 120
-# Cells with this tag show what would swell a file: their outputs are not saved.
+# Outputs of cells with this tag are not saved, because they would make the file large.
 UNSAVED = "unsaved"
 
 
@@ -36,7 +36,7 @@ def executed(address: str) -> NotebookNode:
         CellExecutionError: A cell failed.
     """
     notebook = saved()
-    # A folder of its own: for the sockets, and as IPython's, so that no one's start-up files run.
+    # A separate folder for the sockets and for IPython, so that no start-up files of the user run.
     with (
         TemporaryDirectory() as folder,
         patch.dict(os.environ, {"JANUSLENS_SERVER": address, "IPYTHONDIR": folder}),

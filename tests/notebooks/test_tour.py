@@ -11,7 +11,7 @@ from nbformat import NotebookNode
 
 from tests.notebooks.execution import UNSAVED, executed, saved, tidied
 
-# Colours are made of figures, whose last digits differ between machines.
+# Colours are computed from figures whose last digits differ between machines.
 STYLE = re.compile(r' style="[^"]*"')
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e-?\d+)?")
 

@@ -49,9 +49,9 @@ from tests.architectures.cases import MEASURED, Case
 from tests.architectures.tiny_models import resident
 from tests.support.measured_work import held_memory, operations, peak_memory, processor_seconds
 
-# How far above the truth an upper bound may be, and how far off the seconds.
-# Buffers that the lens keeps for later requests are estimated for each, and measured for the first
-# alone: where the vocabulary is wide they are most of the memory.
+# Maximum ratio of an upper bound to the actual value, and of estimated to actual seconds.
+# Buffers that the lens keeps for later requests are part of every estimate, but only the first
+# request allocates them. With a large vocabulary they are most of the memory.
 WIDE_MEMORY = 60.0
 LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 6.0, "held": 10.0}
 SECONDS = 3.0
@@ -111,7 +111,7 @@ SPECS: dict[str, TraceSpec | GradientLensSpec | GenerateSpec] = {
     "generation with readings": GenerateSpec(ids(8), 16, reading=LayerReading(top_k=3)),
 }
 Spec = TraceSpec | GradientLensSpec | GenerateSpec | PreviewEditSpec | ProjectSpec
-# How a spec is resolved, and what runs it.
+# The functions that resolve and run each kind of spec.
 PIPELINES: dict[type, tuple[Callable[..., Resolved], Callable[..., Iterator[Any]]]] = {
     TraceSpec: (resolve_trace, trace),
     GradientLensSpec: (resolve_gradient_lens, gradient_lens),
@@ -121,7 +121,7 @@ PIPELINES: dict[type, tuple[Callable[..., Resolved], Callable[..., Iterator[Any]
 }
 
 
-# The vocabulary is so large beside the model that the lens takes nearly all of a trace's time.
+# The vocabulary is so large compared with the model that the lens takes nearly all the time.
 WIDE = Case(
     "llama",
     "wide",
@@ -147,7 +147,7 @@ def model(request: pytest.FixtureRequest) -> ResidentModel:
         loaded = load(embedded_source())
     else:
         loaded = resident(WIDE if name == "wide" else case(name))
-    # What rows a trace met before is the server's memory, and work that a request may be spared.
+    # Cached rows are part of the server's memory, and save work that the estimate includes.
     # A generation that ends early would be far below its estimate.
     return replace(loaded, row_cache_bytes=0, end_ids=frozenset())
 
@@ -187,10 +187,10 @@ def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
     found = {
         "memory": asked.memory / peak_memory(lambda: run(model, spec)),
         "stream": asked.stream / streamed(model, spec),
-        # After the run before it: buffers that all requests of a thread share are there now.
+        # The previous run has allocated the buffers that all requests of a thread share.
         "held": asked.held / held_memory(steps(model, spec)),
     }
-    # torch's counter cannot follow a backward pass through experts.
+    # torch's counter does not support a backward pass through experts.
     if not isinstance(spec, GradientLensSpec) or not model.view.facts.n_experts:
         found["flops"] = asked.flops / operations(lambda: run(model, spec))
     loosest = LOOSEST | ({"memory": WIDE_MEMORY} if model.name == WIDE.id else {})

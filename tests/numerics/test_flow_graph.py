@@ -185,7 +185,7 @@ def test_other_exists_only_if_parts_are_left_out(name: str, trace_example: Trace
     assert not [i for i, found in everything.nodes.items() if found.node.kind is NodeKind.OTHER]
     small = trace_example(name, SMALL, EVERYWHERE)
     left = {i for i, found in small.nodes.items() if found.node.kind is NodeKind.OTHER}
-    # The first position attends to itself alone: its heads leave nothing out.
+    # The first position attends only to itself, so its heads leave nothing out.
     assert not [i for i in left if "/p0/OTHER/HEAD_OUTPUT" in i]
     assert [i for i in left if f"/p{LENGTH - 1}/OTHER/HEAD_OUTPUT" in i]
 

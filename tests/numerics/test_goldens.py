@@ -57,18 +57,18 @@ def test_recorded_graph(name: str, load_model: LoadModel) -> None:
     compare_nodes(golden, traced, errors)
     compare_edges(golden, traced, errors)
     assert errors.vector <= 2e-5
-    # Recorded with six digits.
+    # The recording has six digits.
     assert errors.norm <= 1e-5
     assert errors.probability <= 1e-4
     assert errors.entropy_bits <= 2e-5
     assert errors.activation <= 2e-5
     assert errors.weight <= 1e-5
 
-    # What the recording has wrong or not at all is held against the reference.
+    # Vectors that are wrong or missing in the recording are compared with the reference.
     oracle = PromptOracle(loaded.reference, golden.data["input_ids"])
     missing = GraphErrors()
     missing.add(traced, expected_graph(oracle, spec.layers, spec.positions, spec.selection))
-    # The least sources of unscaled attention: what is left out of it may be 1e-6 of its sum.
+    # In unscaled attention, the parts left out may be as small as 1e-6 of the sum.
     assert missing.vector <= 2e-4
     assert missing.share <= 2e-5
     assert missing.attention <= 2e-5

@@ -135,7 +135,8 @@ def test_neuron_changes_are_columns_and_rows_of_the_dense_gradient(
         logits = change @ unembedding.T + (0 if bias is None else bias)
         assert found.change.top_ids.tolist() == logits.topk(5).indices.tolist()
         assert found.after is not None
-        # RAW is linear: before + change = after, up to the bias that each reading has once.
+        # RAW is linear: before + change = after, up to the bias, which each projection contains
+        # once.
         before, moved, after = (
             table.target_logits[:, 0] for table in (found.before, found.change, found.after)
         )

@@ -22,7 +22,7 @@ from tests.reference.traces import Traced, run_project, run_trace
 LENGTH = 8
 POSITIONS = (3, LENGTH - 1)
 SMALL = Selection(heads=2, memory_values_per_head=2, top_neurons=3, bottom_neurons=2)
-# What the final norm has passed already is read by the unembedding alone.
+# Vectors after the final norm are projected by the unembedding only.
 TOP = frozenset({NodeKind.FINAL_NORM, NodeKind.PREDICTION})
 
 
@@ -72,11 +72,11 @@ def test_projections_equal_the_reference(
         readings = read(loaded.reference, vectors, LensKind.RAW if top else kind)
         errors.add(readings, rows_of(found.table, np.array(list(rows.values()))))
     assert errors.rows > 35 * len(POSITIONS) * len(found.header.layers)
-    # As exact as the vectors (test_flow_graph); the lens alone is held closer below.
+    # The tolerance is that of the vectors (test_flow_graph); a test below is stricter.
     assert errors.logit <= 3e-5
     assert errors.probability <= 2e-6
     assert errors.entropy_bits <= 5e-5
-    # Ids and ranks in another order than float64's, all of them within float32's resolution.
+    # Ids and ranks that are ordered differently in float64, where float32 cannot distinguish them.
     assert errors.swaps <= errors.rows // 200
 
 
@@ -184,5 +184,5 @@ def test_peaked_distribution_has_zero_entropy_and_no_nan(load_example: LoadExamp
     assert table.entropy_bits[0] == pytest.approx(0.0, abs=1e-6)
     assert table.bottom_probabilities[0].tolist() == [0.0] * 5
     readings: Readings = read(loaded.reference, direction.double(), LensKind.RAW)
-    # From logits: among underflowed probabilities all ranks would be the same.
+    # Ranks come from logits, because underflowed probabilities would all be equal.
     assert table.target_ranks[0, 0] == int((readings.logits[0] > readings.logits[0, 8]).sum())

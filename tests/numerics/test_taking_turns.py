@@ -86,7 +86,7 @@ def test_requests_in_alternating_steps_give_unchanged_results(
     alone = {kind: list(request(fresh(resident))) for kind, request in asked.items()}
     assert min(map(len, alone.values())) >= 6
     shared = fresh(resident)
-    # Twice each, so that one of a kind is amidst its steps when the other takes one.
+    # Each twice, so that two requests of a kind alternate their steps.
     running = {(kind, i): asked[kind](shared) for i in range(2) for kind in asked}
     found: dict[tuple[str, int], list[object]] = {key: [] for key in running}
     while running:

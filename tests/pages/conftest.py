@@ -43,7 +43,7 @@ def chromium() -> str:
     return executable
 
 
-# Not for the whole session: as long as it lives no asynchronous test can run in this thread.
+# Not for the whole session, because no asynchronous test can run in this thread meanwhile.
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     """Chromium without a window."""

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 LAYERS, VOCABULARY = 12, 50_257
-# What a page could be broken with: markup, right-to-left, zero-width, joined emoji, controls.
+# Texts that could break a page: markup, right-to-left, zero-width, joined emoji, controls.
 HOSTILE = [
     "<b>bold</b>",
     "<script>alert(1)</script>",

@@ -86,7 +86,7 @@ def test_longest_admitted_prompt_of_eight_callers_leaves_the_server_alive(
         print(f"\nlongest admitted prompt under {LIMIT >> 20} MiB: {tokens} tokens")
         assert 500 < tokens < 7000  # the limit admits long prompts, and it is what ends them
         assert code(server, tokens, 0) is OK
-        # Connections and what the first pass left take memory: some callers may be refused.
+        # Connections and the remains of the first pass use memory, so some callers may be refused.
         at_limit = together(server, longest_admitted(stub, tokens))
         assert at_limit.keys() <= {OK, grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert at_limit[OK] > 0

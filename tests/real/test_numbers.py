@@ -66,7 +66,7 @@ def published(request: pytest.FixtureRequest) -> Published:
     return Published(folder, load(ModelSource(folder.name, str(folder))), plain.eval())
 
 
-# In the form of the model's published template.
+# The format is that of the model's published template.
 GEMMA_TURNS = """{{ bos_token }}{% for message in messages -%}
 {% set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
 {{ '<start_of_turn>' + role + '\n' + (message['content'] | trim) + '<end_of_turn>\n' }}
@@ -123,7 +123,7 @@ def test_residual_stream_equals_the_hidden_states_of_transformers(
     assert [token.id for token in header.prompt_tokens] == ids
     with torch.inference_mode():
         passed = published.plain(torch.tensor([ids]), output_hidden_states=True)
-        # The last hidden state has passed the final norm already, the others have not.
+        # The last hidden state is after the final norm, the others are not.
         norm, head = published.plain.model.norm, published.plain.lm_head
         states = [norm(state[0, -1]) for state in passed.hidden_states[1:-1]]
         expected = [head(state) for state in (*states, passed.hidden_states[-1][0, -1])]

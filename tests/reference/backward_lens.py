@@ -18,10 +18,10 @@ from tests.reference.model import ReferenceModel
 
 Record = dict[str, Any]
 
-# Logits that float32 cannot tell apart, relative to the row's largest.
+# Difference of logits, relative to the largest of the row, that float32 cannot represent.
 TIE = 1e-7
 
-# The recording program takes llama's up map for FF1 and does not observe the gate.
+# The recording program uses Llama's up map as FF1 and does not record the gate.
 SEPARATE = {
     "q": MatrixKind.Q,
     "k": MatrixKind.K,

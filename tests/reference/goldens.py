@@ -21,7 +21,7 @@ GOLDENS = TOKENIZER.parent
 FAMILIES = ("gpt2", "llama", "gpt_neo", "gptj")
 VOCABULARY = 1000
 
-# Relative difference of two listed probabilities at which either order is right.
+# Relative difference of two listed probabilities below which either order is accepted.
 TIE = 1e-5
 
 

@@ -25,7 +25,7 @@ Loss = Callable[[Any], Tensor]
 
 _SEPARATE = {MatrixKind.Q: "q_proj", MatrixKind.K: "k_proj", MatrixKind.V: "v_proj"}
 
-# Where a block keeps its matrices, by family; a kind that shares a module has that module's third.
+# The modules of a block's matrices, by family; a kind in a fused module is a third of it.
 _NAMES: dict[str, dict[MatrixKind, str]] = {
     "gpt2": dict.fromkeys(_SEPARATE, "attn.c_attn")
     | {

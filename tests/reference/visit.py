@@ -22,7 +22,7 @@ from tests.reference.traces import Traced
 
 Record = dict[str, Any]
 
-# What follows layer and position in our id; `kind` is one of QUERY, KEY, VALUE.
+# The part of our id after layer and position; `kind` is one of QUERY, KEY, VALUE.
 NAMES = {
     "attn_input": "ATTENTION_INPUT",
     "block_input_after_LN": "ATTENTION_INPUT",
@@ -43,7 +43,7 @@ NAMES = {
     "mlp_value": "MLP_VALUE/n{neuron}",
     "mlp_bias2": "MLP_BIAS",
 }
-# The program knows no gate: its key is the up map's column.
+# The program does not support gates: its key is the column of the up map.
 GATED_NAMES = NAMES | {"mlp_key": "MLP_UP/n{neuron}"}
 LEFT_OUT = {"mlp_bias1"}
 ROTARY = {"llama", "gptj"}
@@ -99,7 +99,7 @@ class VisitNodes:
         self.golden, self.family = golden, golden.data["arch"]
         self.position = golden.data["position"]
         self.nodes: list[Record] = golden.data["nodes"]
-        # Recorded once with W_O transposed: nothing that goes through it is right there.
+        # One recording has W_O transposed, so everything computed with W_O is wrong in it.
         self.output_is_wrong = golden.data["variant"] == "as_shipped"
 
     def id(self, node: Record, kind: str = "") -> str:
@@ -193,9 +193,9 @@ def relative(found: Any, wanted: Any) -> float:
     return float(np.max(np.abs(np.asarray(found) - wanted) / np.abs(wanted)))
 
 
-# Widths are made of figures that were rounded to three decimals first.
+# Widths are computed from figures rounded to three decimals.
 ROUNDING = 1e-3
-# The least width that the program draws.
+# The minimum width that the program draws.
 FLOOR = 0.51
 
 

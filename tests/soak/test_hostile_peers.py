@@ -36,10 +36,10 @@ from tests.support.server import ServerProcess, running_server
 CONNECTIONS, STREAMS = 60, 20
 LIMITS = ("--max-connections", str(CONNECTIONS), "--max-streams", str(STREAMS))
 SECONDS = 4.0
-# What one attack may add to the memory of each process: streams that nobody reads hold some 11 MiB
-# each in queues and gRPC's buffers.
+# Memory that one attack may add to each process: an unread stream holds some 11 MiB in queues and
+# gRPC's buffers.
 MEMORY = 50 * 16 * 2**20
-# Health answers within 50 ms on an idle machine; here the attackers use the same cores.
+# Health responds within 50 ms on an idle machine; here the attackers use the same cores.
 MEDIAN_SECONDS, LONGEST_SECONDS = 0.25, 5.0
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 

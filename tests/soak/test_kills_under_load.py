@@ -25,7 +25,7 @@ pytestmark = pytest.mark.soak
 
 SECONDS = 60.0
 BETWEEN_KILLS = 4.0
-# On a slow machine servers take long to come back, and fewer can be killed in a minute.
+# On a slow machine servers restart slowly, so fewer can be killed in a minute.
 KILLS, AT_MOST = 8, 180.0
 CALLERS = 3
 

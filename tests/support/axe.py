@@ -15,7 +15,7 @@ def serious_findings(page: Page) -> list[str]:
     """Return the rules of serious or critical impact that the page breaks, and where."""
     if not AXE.exists():
         pytest.skip("axe-core comes with the viewer's npm packages: make check-viewer")
-    # Past the policy of the page, as the tools of a person in front of it are.
+    # Bypass the page's Content-Security-Policy, as browser tools do.
     page.evaluate(AXE.read_text(encoding="utf-8"))
     found: dict[str, Any] = page.evaluate("() => axe.run()")
     return [

@@ -17,7 +17,7 @@ def members(server: ServerProcess) -> list[int]:
     """Return the ids of the processes that serve, oldest first."""
     running = [entry for entry in PROC.iterdir() if entry.name.isdigit()]
     children = [entry for entry in running if _status(entry)[1:] == [str(server.process.pid)]]
-    # multiprocessing has one beside them, which tracks resources.
+    # multiprocessing starts one more process, which tracks resources.
     serving = [child for child in children if b"spawn_main" in (child / "cmdline").read_bytes()]
     return sorted(int(child.name) for child in serving)
 

@@ -38,7 +38,7 @@ def rpc_labels(method: str) -> dict[str, str]:
 
 def unfinished(server: ServerProcess) -> float:
     """Return the number of requests that wait, run or are suspended."""
-    # One scrape: between two, a request may go from waiting to running.
+    # Use a single scrape, because a request may start between two.
     values = {f.name: f.samples[0].value for f in page(server) if f.name in UNFINISHED}
     return sum(values.values())
 

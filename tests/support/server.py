@@ -94,7 +94,7 @@ def start_server(
     program: Sequence[str] = PROGRAM,
 ) -> ServerProcess:
     """Start the server, which ends with this thread, and read its log while it runs."""
-    # One thread: the same sums in the same order in every run, beside a busy test process.
+    # One thread adds in the same order in every run, and leaves cores to the test process.
     fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         tethered([*program, *arguments]),

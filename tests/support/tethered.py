@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-# Asks the kernel for the signal, and becomes the command: prctl(PR_SET_PDEATHSIG, SIGKILL).
+# Requests the signal from the kernel with prctl(PR_SET_PDEATHSIG, SIGKILL), then runs the command.
 _TETHER = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, 9)

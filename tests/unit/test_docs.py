@@ -33,7 +33,7 @@ SERVING = "Serve a model of your own"
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"]
-# Lines of a command's output that depend on weights and machine, or were shortened.
+# Lines of a command's output that depend on the weights or the machine, or were shortened.
 FIGURES = re.compile(r"\d\.\d|\d\d|\.\.\.|─")
 EXTERNAL_FLAGS = {"--extra-index-url", "--index-url"}  # pip's, in the installation section
 COMMON_FIELDS = {"model", "revision", "input"}  # explained once for all RPCs

@@ -108,7 +108,7 @@ from januslens.results.vectors import Projection
 @click.option(
     "--preview",
     is_flag=True,
-    help="Preview a descent step of --lr on the chosen matrices and layers.",
+    help="Preview a descent step with the learning rate --lr on the chosen matrices and layers.",
 )
 @click.option(
     "--shift", type=COUNT, metavar="LAYER", help="Preview a forward-pass shift in this layer."
@@ -144,7 +144,7 @@ def gradient(  # noqa: PLR0913 - an option each
     """Show what a gradient step towards --target changes.
 
     Project the gradient of each weight matrix to the vocabulary, as the Backward Lens does. With
-    --preview or --shift, also shows the probabilities before and after the edit, for PROMPT and
+    --preview or --shift, also show the probabilities before and after the edit, for PROMPT and
     for every --probe. The model's weights are not changed.
     """
     not_both(as_json, html)

@@ -172,7 +172,9 @@ class ServerSettings(BaseSettings):
         None, "With --device auto: folder for weights that do not fit in memory.", "DIRECTORY"
     )
     cache_dir: Folder | None = _setting(
-        None, "Folder that caches results computed once per model across restarts.", "DIRECTORY"
+        None,
+        "Folder for results that are computed once per model and reused after a restart.",
+        "DIRECTORY",
     )
     cache_size: Size = _setting(
         "10GiB", "Maximum size of --cache-dir; least recently used entries are evicted.", "SIZE"

@@ -106,7 +106,7 @@ class Interventions:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Inside the context, forward passes of the model are changed."""
+        """Change the forward passes of the model inside the context."""
         with ExitStack() as hooks:
             for key in sorted(self._by_key):  # hooks of one module run in the order of the sites
                 layer, site = key

@@ -166,7 +166,7 @@ def _check_entry(entry: Path, root: Path) -> None:
         return
     if DISTRIBUTED.fullmatch(entry.name):
         raise ModelFailed(
-            f"{entry.name!r} belongs to a distributed checkpoint: expected whole weights"
+            f"{entry.name!r} belongs to a distributed checkpoint: expected whole tensors"
         )
     if stat.S_ISDIR(status.st_mode):
         return

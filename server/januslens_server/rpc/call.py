@@ -277,7 +277,7 @@ def rpc_labels(service: str, method: str) -> tuple[str, str, str]:
 
 
 def create_series() -> None:
-    """Create every metric series at 0, because rates miss the step from no series to 1."""
+    """Create every metric series at 0, because rates miss the first sample of a series."""
     for method in SERVICE.methods_by_name:
         labels = rpc_labels(SERVICE_NAME, method)
         telemetry.STARTED.labels(*labels)

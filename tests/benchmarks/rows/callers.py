@@ -32,7 +32,7 @@ CALLERS = 32
 ONE_CORE, ALL_CORES = ("--threads", "1"), ("--threads", str(CORES))
 PROCESSES = ("--processes", str(CORES), "--threads", "1")
 SERVERS = tuple(dict.fromkeys((ONE_CORE, ALL_CORES, PROCESSES)))
-# A server by its flags, and how many ask it.
+# The flags of a server, and the number of its callers.
 Turn = tuple[tuple[str, ...], int]
 TURNS: tuple[Turn, ...] = (
     *((flags, 1) for flags in dict.fromkeys((ONE_CORE, ALL_CORES))),
@@ -47,7 +47,7 @@ PROMPTS = (
     "The capital of Peru is the city of",
     "When Mary and John went to the store, John gave a drink to",
 )
-# Connections of their own, as callers on several machines have them.
+# Separate connections, as for callers on several machines.
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 

@@ -1,4 +1,4 @@
-"""Work on free cores: results in order, independent of the number of cores, one thread each."""
+"""Results of work on free cores are in order, and do not depend on the number of cores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def several_cores() -> Iterator[None]:
 
 @pytest.mark.usefixtures("several_cores")
 def test_results_come_in_order_from_threads_that_compute_alone() -> None:
-    # All meet: so each is computed by a thread of its own.
+    # The barrier is passed only if each item is computed by a separate thread.
     meeting = threading.Barrier(CORES, timeout=30)
 
     def work(item: int) -> tuple[int, str, int]:

@@ -18,9 +18,9 @@ from januslens_server.results import ProjectionTable
 from januslens_server.specs import LensKind, LensSpec
 
 D_MODEL = 16
-# Of a probability, in float32, with logits up to about 50.
+# Tolerance of a probability in float32, with logits up to about 50.
 RESOLUTION = 4e-6
-# One block of candidates and less, no whole number of blocks, and many of them.
+# Less than one block of candidates, one block, a fractional number of blocks, and many blocks.
 VOCABULARIES = (1, 3, 64, 129, 700, 5_003)
 
 

@@ -176,7 +176,7 @@ def test_cancelled_request_stops_indexing_and_keeps_finished_layers(
 def test_requests_taking_turns_compute_each_chunk_once(
     in_chunks: ResidentModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """This holds if one is cancelled early, too, and results are those of a single request."""
+    """One of them may be cancelled early; results equal those of a single request."""
     chunks = []
 
     def counting(head: LensHead, vectors: torch.Tensor, *rest: Any) -> Iterator[Readings]:

@@ -121,7 +121,8 @@ def test_a_long_text_is_cut_between_characters(text: str) -> None:
     assert len(status.message.encode()) <= TEXT_BYTES + len(" ...")
     assert status.message.endswith(" ...")
     assert set(status.message.removesuffix(" ...")) <= {text[0], "?"}
-    # Twice in the details and once, percent-encoded, beside them: 8 KiB are what clients take.
+    # Each text is sent three times: twice in the details, once percent-encoded; clients accept 8
+    # KiB.
     named = sent(errors.InvalidRequest("field", text))
     assert len(named.SerializeToString()) * 4 / 3 + 3 * len(named.message.encode()) < 8000
 

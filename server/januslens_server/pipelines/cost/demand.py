@@ -43,7 +43,7 @@ class Demand:
 
 
 def pass_flops(sizes: CostSizes, tokens: int, scored: int = 1) -> float:
-    """Return the operations of one forward pass with logits at `scored` positions.
+    """Return the floating-point operations of one forward pass with logits at `scored` positions.
 
     These are two operations per weight and token, attention over all pairs of tokens, and the
     output head.
