@@ -1,4 +1,4 @@
-"""Run the examples of docs/client.md."""
+"""Run the examples of docs/client.md and docs/experiments.md."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 GUIDE = Path(__file__).parents[2] / "docs" / "client.md"
+EXPERIMENTS = GUIDE.with_name("experiments.md")
 EXAMPLE = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 DEFAULT = "127.0.0.1:50051"
 
@@ -31,3 +32,26 @@ def test_every_example_of_the_guide_runs(
     assert "␣Tokyo" in printed
     assert "BOTTOM" in printed
     assert "layers" in printed  # the field that the last example gets wrong
+
+
+MEASURED = re.compile(
+    r"^```python\n((?:(?!^```).)*)^```\n\n```text\n(.*?)^```", re.MULTILINE | re.DOTALL
+)
+NUMBER = re.compile(r"[-+]?\d+\.\d+")
+
+
+def test_experiments_print_the_documented_effects(
+    server_address: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = MEASURED.findall(EXPERIMENTS.read_text())
+    assert len(examples) == len(EXAMPLE.findall(EXPERIMENTS.read_text())) == 5
+    names: dict[str, object] = {"__name__": "experiments"}
+    for example, documented in examples:
+        code = compile(example.replace(DEFAULT, server_address), EXPERIMENTS.name, "exec")
+        exec(code, names)  # noqa: S102 - our own documentation
+        printed = capsys.readouterr().out
+        assert NUMBER.sub("", printed).split() == NUMBER.sub("", documented).split()
+        expected = [float(number) for number in NUMBER.findall(documented)]
+        assert [float(number) for number in NUMBER.findall(printed)] == pytest.approx(
+            expected, abs=0.05
+        )
