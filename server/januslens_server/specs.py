@@ -237,7 +237,7 @@ class SweepSpec:
 
 @dataclass(frozen=True)
 class ExperimentSpec:
-    """Interventions that hold in one and the same pass."""
+    """Interventions that apply to the same pass."""
 
     label: str
     interventions: tuple[InterventionSpec, ...]

@@ -56,9 +56,17 @@ def _layers(
     help="Temperature of the draws; 0 = always take the most likely token.",
 )
 @click.option(
-    "--sample-top-k", type=COUNT, default=0, help="Draw from this many tokens; default: all."
+    "--sample-top-k",
+    type=COUNT,
+    default=0,
+    help="Draw from this many of the most likely tokens; default: all.",
 )
-@click.option("--top-p", type=Number(0.0), default=0.0, help="Draw from this much probability.")
+@click.option(
+    "--top-p",
+    type=Number(0.0),
+    default=0.0,
+    help="Draw from the most likely tokens that add up to this probability; default: all.",
+)
 @click.option("--seed", type=COUNT, default=0, show_default=True, help="Seed of the draws.")
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="Text that ends the generation (repeatable)."
@@ -85,8 +93,8 @@ def generate(
 ) -> None:
     """Continue PROMPT, and show when each token became the model's prediction.
 
-    Prints the text as it is generated. The number after a token is the layer from which on every
-    layer predicts it.
+    Print the text as it is generated. The number after a token is the first layer from which it
+    remains the prediction.
     """
     asked |= {"top_k": 0, "layer_top_k": 0} if not as_json else {}
     if estimate:

@@ -24,7 +24,7 @@ class Outcome:
 
     Attributes:
         probability: The target's probability.
-        logit: The target's logit, or its difference to that of the other token.
+        logit: The target's logit, or its difference from that of the other token.
     """
 
     probability: float
@@ -45,7 +45,8 @@ class Sweep:
         axis: What the columns are: `head`, `position` or `source`.
         labels: A label for each column.
         probabilities: The target's probability, `[layers, columns]`.
-        logits: The target's logit, or the difference to that of the other token, of this shape.
+        logits: The target's logit, or its difference from that of the other token, of the same
+        shape.
     """
 
     title: str

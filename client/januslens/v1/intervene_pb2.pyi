@@ -73,8 +73,8 @@ class InterveneRequest(_message.Message):
 
     @_builtins.property
     def always(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.Intervention]:
-        """Interventions that hold in every experiment, before its own. They do not hold in the prediction
-        of the header.
+        """Interventions that apply to every experiment, before its own, but not to the
+        prediction of the header.
         """
 
     @_builtins.property
@@ -107,7 +107,7 @@ Global___InterveneRequest: _TypeAlias = InterveneRequest  # noqa: Y015
 
 @_typing.final
 class Experiment(_message.Message):
-    """Interventions that hold in one and the same pass."""
+    """Interventions that apply to the same pass."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -221,7 +221,7 @@ def rewriting_result(
 
 @contextmanager
 def returning(module: nn.Module, see: Callable[[Any], None]) -> Iterator[None]:
-    """Inside the context, pass whatever a module returns to `see`."""
+    """Pass every output of a module to `see` inside the context."""
 
     def after(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         see(output)

@@ -1,4 +1,4 @@
-"""Resolve the experiments of an Intervene request: those by hand, then those of its sweep."""
+"""Resolve the experiments of an Intervene request: those listed, then those of its sweep."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_EXPERIMENTS = 16_384
 
 @dataclass(frozen=True)
 class Experiment:
-    """Interventions that hold in one pass, with the label or the place in the sweep."""
+    """Interventions that apply to one pass, with the label or the place in the sweep."""
 
     label: str
     coordinates: Coordinates
