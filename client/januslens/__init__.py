@@ -87,6 +87,7 @@ from januslens.results.activations import (
 from januslens.results.comparison import EdgeDifference, NodeDifference, TraceComparison
 from januslens.results.exports import PageFrame
 from januslens.results.generation import (
+    Explanation,
     GeneratedText,
     GeneratedToken,
     GenerationHeader,
@@ -169,6 +170,7 @@ __all__ = [
     "Entry",
     "ErrorDetails",
     "EventStream",
+    "Explanation",
     "FailedPrecondition",
     "FieldViolation",
     "Floats",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from januslens._requests import (
 )
 from januslens._resuming import ResumableCall, ResumableStream
 from januslens.arguments import (
+    Chat,
     Edit,
     Layers,
     Loss,
@@ -44,6 +45,7 @@ from januslens.arguments import (
     Prompt,
     SubjectLike,
     TargetLike,
+    Text,
 )
 from januslens.assemblers import (
     ActivationsAssembler,
@@ -61,7 +63,13 @@ from januslens.assemblers import (
 from januslens.errors import StreamInterrupted
 from januslens.interventions import Intervention
 from januslens.results.activations import Activations
-from januslens.results.generation import GeneratedText
+from januslens.results.generation import (
+    Explanation,
+    GeneratedText,
+    check_completion,
+    listed_logarithm,
+    logarithm,
+)
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.kinds import Lens, MatrixKind, NodeKind, Site
 from januslens.results.models import CostEstimate, Model, Models
@@ -69,6 +77,9 @@ from januslens.results.tokens import Token, Tokens, TokenTable
 from januslens.results.trace import Trace
 from januslens.results.vectors import FoundNeurons, Projection, Projections
 from januslens.v1 import cost_pb2, models_pb2, neurons_pb2
+
+# Tokens that `explain` lists at each position, the most that a server lists.
+LISTED = 1000
 
 
 class EventStream(Generic[EventT, ResultT]):
@@ -163,7 +174,7 @@ class Generation(GeneratedText):
         Args:
             token: Number of the generated token, from 0, or negative from the end.
             target: The token whose rank every projection reports; None = the generated token.
-            options: Further arguments of `Client.trace`.
+            options: Further arguments of `trace`.
 
         Raises:
             IndexError: There is no such token.
@@ -181,7 +192,7 @@ class Generation(GeneratedText):
         Args:
             token: Number of the generated token, from 0, or negative from the end.
             target: The target of the loss; None = the generated token.
-            options: Further arguments of `Client.gradient_lens`.
+            options: Further arguments of `gradient_lens`.
 
         Raises:
             IndexError: There is no such token.
@@ -1154,6 +1165,81 @@ class Client:
             revision=revision,
         )
         return self._estimate(cost_pb2.EstimateCostRequest(generate=request), timeout)
+
+    def explain(
+        self,
+        prompt: Prompt | Messages,
+        completion: str | Sequence[int],
+        *,
+        token: int = -1,
+        log_probabilities: Sequence[float] = (),
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+        **options: Any,
+    ) -> Explanation:
+        """Trace a token of a text that another system generated, for example a logged answer.
+
+        Args:
+            prompt: The prompt, as text, token ids, a list of messages or a `Chat`.
+            completion: The text that followed it, or its token ids, which are more reliable.
+            token: Number of the token to trace, from 0, or negative from the end.
+            log_probabilities: Natural logarithms of the tokens' probabilities that the other system
+                reported, to compare with.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for each of the calls; None = the client's.
+            options: Further arguments of `trace`.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts, or there are not as many
+                log-probabilities as tokens.
+            IndexError: There is no such token.
+            JanuslensError: A call failed; `januslens.errors` has the types.
+        """
+        named: dict[str, Any] = {"model": model, "timeout": timeout}
+        before = self._prompt_ids(prompt, named)
+        said = completion
+        if isinstance(said, str):
+            said = [found.id for found in self.tokenize(said, literal=True, **named)]
+        check_completion(said, token, log_probabilities)
+        ids, first, named["revision"] = [*before, *said], len(before) - 1, revision
+        kinds = [NodeKind.PREDICTION]
+        predictions = self.trace(
+            ids,
+            positions=range(first, first + len(said)),
+            node_kinds=kinds,
+            top_k=LISTED,
+            bottom_k=0,
+            **named,
+        )
+        own = []
+        for i, token_id in enumerate(said):
+            found = listed_logarithm(predictions, first + i, token_id)
+            if found is None:  # not among the most likely tokens
+                one = self.trace(
+                    ids[: first + 1 + i], token_id, node_kinds=kinds, top_k=0, bottom_k=0, **named
+                )
+                found = logarithm(one.target().target_probability)
+            own.append(found)
+        number = token % len(said)
+        trace = self.trace(ids[: first + 1 + number], said[number], **named, **options)
+        tokens = Tokens(predictions.prompt_tokens[len(before) :])
+        return Explanation(trace, number, tokens, tuple(own), tuple(log_probabilities))
+
+    def _prompt_ids(self, prompt: Prompt | Messages, named: dict[str, Any]) -> list[int]:
+        """Return the token ids of a prompt."""
+        if isinstance(prompt, (str, Text)):
+            text = prompt if isinstance(prompt, Text) else Text(prompt)
+            if not text.special_tokens:
+                raise ValueError("special_tokens=False is not supported here; give token ids")
+            tokens = self.tokenize(text.text, special_tokens=True, literal=text.literal, **named)
+            return [token.id for token in tokens]
+        if isinstance(prompt, Chat) or isinstance(next(iter(prompt), None), Mapping):
+            messages = prompt if isinstance(prompt, Chat) else Chat(list(prompt))  # type: ignore[arg-type]  # mappings
+            return [token.id for token in self.tokenize(messages=messages, **named)]
+        return list(prompt)  # type: ignore[arg-type]  # ids
 
     def preview_edit(
         self,

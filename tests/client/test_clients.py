@@ -31,6 +31,7 @@ VERBS = [
     "stream_activations",
     "estimate_activations",
     "generate",
+    "explain",
     "stream_generate",
     "estimate_generate",
 ]

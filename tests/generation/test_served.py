@@ -63,6 +63,31 @@ def test_trace_and_gradient_of_a_generated_token(client: januslens.Client) -> No
         made.trace(3)
 
 
+def test_explanation_of_a_logged_text_has_its_trace_and_largest_difference(
+    client: januslens.Client,
+) -> None:
+    made = client.generate(PROMPT, temperature=3.0, seed=5, max_new_tokens=4)
+    ids = [token.token.id for token in made]
+    reported = [token.log_probability for token in made]
+    found = client.explain(PROMPT, ids, token=1, log_probabilities=reported, layers=[3])
+    assert list(found.log_probabilities) == pytest.approx(reported, abs=1e-4)
+    assert found.largest_difference is not None
+    assert found.largest_difference < 1e-4
+    assert [token.id for token in found.tokens] == ids
+    assert found.trace.target().target.id == ids[1]
+    assert found.trace.target().position == len(made.prompt_tokens)
+    wrong = client.explain(made.ids_before(0), ids, log_probabilities=[0.5 - r for r in reported])
+    assert wrong.largest_difference is not None
+    assert wrong.largest_difference > 0.5
+    assert client.explain(PROMPT, " Tokyo.").largest_difference is None
+    with pytest.raises(ValueError, match="expected 4, one per token"):
+        client.explain(PROMPT, ids, log_probabilities=[0.0])
+    with pytest.raises(IndexError, match="no token 4"):
+        client.explain(PROMPT, ids, token=4)
+    with pytest.raises(ValueError, match="completion is empty"):
+        client.explain(PROMPT, [])
+
+
 async def test_asynchronous_generation_explains_its_tokens(server_address: str) -> None:
     async with januslens.AsyncClient(server_address) as client:
         made = await client.generate(PROMPT)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from januslens.results.exports import json_lines, notebook_html, require
+from januslens.results.kinds import NodeKind
 from januslens.results.models import Provenance, StageTime
-from januslens.results.tokens import Token, TokenTable
+from januslens.results.tokens import Token, Tokens, TokenTable
+from januslens.results.trace import Trace
 from januslens.v1 import generation_pb2, streams_pb2
 
 if TYPE_CHECKING:
@@ -220,3 +223,63 @@ def _row(made: GeneratedToken) -> dict[str, object]:
         row["decided"] = made.decided
         row |= {f"rank_{read.layer}": read.rank for read in made.layers}
     return row
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The trace of one token of a text that another system generated, and how well it is repeated.
+
+    Attributes:
+        trace: The forward pass that predicts the token.
+        token: Number of the token in the completion, from 0.
+        tokens: The tokens of the completion.
+        log_probabilities: Natural logarithms of their probabilities in this model.
+        reported: The logarithms that the other system reported; empty if they are unknown.
+    """
+
+    trace: Trace
+    token: int
+    tokens: Tokens
+    log_probabilities: tuple[float, ...]
+    reported: tuple[float, ...] = ()
+
+    @property
+    def largest_difference(self) -> float | None:
+        """Largest difference of `log_probabilities` from `reported`; None without them.
+
+        A large difference means that the other system ran another model, prompt or precision.
+        """
+        if not self.reported:
+            return None
+        pairs = zip(self.log_probabilities, self.reported, strict=True)
+        return max(abs(own - other) for own, other in pairs)
+
+
+def check_completion(ids: Sequence[int], token: int, reported: Sequence[float]) -> None:
+    """Check the arguments of an explanation.
+
+    Raises:
+        ValueError: There are no tokens, or not as many log-probabilities as tokens.
+        IndexError: There is no such token.
+    """
+    if not ids:
+        raise ValueError("completion is empty; give at least one token")
+    if reported and len(reported) != len(ids):
+        raise ValueError(
+            f"got {len(reported)} log_probabilities; expected {len(ids)}, one per token"
+        )
+    if not -len(ids) <= token < len(ids):
+        raise IndexError(f"no token {token}; expected {-len(ids)} to {len(ids) - 1}")
+
+
+def listed_logarithm(predictions: Trace, position: int, token_id: int) -> float | None:
+    """Return the log-probability of a token at a position; None if it is not listed there."""
+    (node,) = predictions.nodes_of(NodeKind.PREDICTION, position=position)
+    listed = node.projection.top if node.projection else ()
+    found = [score.probability for score in listed if score.token.id == token_id]
+    return logarithm(found[0]) if found else None
+
+
+def logarithm(probability: float) -> float:
+    """Return the natural logarithm; minus infinity for 0."""
+    return math.log(probability) if probability > 0 else -math.inf
