@@ -25,11 +25,17 @@ from tests.deploy.manifests import (
 
 from januslens_server.config import ServerSettings, read_settings
 from januslens_server.rpc import health
+from januslens_server.rpc.reception import AT_ONCE, WAITING
 
 # The oldest version that enables the sleeping preStop by default, some in between, the newest.
 KUBERNETES = ["1.30", "1.32", "1.34", kubernetes_validate.latest_version()]
 OPERATORS = {path.stem: path for path in (Path(__file__).parent / "schemas").glob("*.json")}
 LAST_STATUSES = 1.0  # seconds, as in `serving._finish`
+# What gRPC's core stores of a connection, and of a call that waits to be received: its window.
+CONNECTION_BYTES, WINDOW_BYTES = 100 * 2**10, 64 * 2**10
+# A request of 4 MiB and its 262,144 token ids as Python's numbers; a request with vectors in half
+# precision, which wait for the device in full precision, and its message.
+RECEIVED_BYTES, QUEUED_BYTES = 14 * 2**20, 12 * 2**20
 PROCESS_BYTES = 2**29  # of the process with the embedded model; test_probes.py holds it to that
 
 
@@ -192,6 +198,22 @@ def test_a_pod_on_a_cpu_has_memory_for_the_largest_request(
     if settings.device == "cpu":
         assert settings.max_request_memory is not None
         assert limit >= PROCESS_BYTES + settings.row_cache + settings.max_request_memory
+
+
+def test_a_pod_has_memory_for_what_peers_can_make_the_server_store(
+    manifests: Manifests, settings: ServerSettings
+) -> None:
+    """Beside the process and the largest request: nobody can have the pod killed by its limit."""
+    waiting = min(WAITING, settings.max_connections * settings.max_streams)
+    peers = (
+        settings.max_connections * CONNECTION_BYTES
+        + waiting * WINDOW_BYTES
+        + AT_ONCE * RECEIVED_BYTES
+        + settings.max_waiting * QUEUED_BYTES
+    )
+    on_cpu = settings.row_cache + (settings.max_request_memory or 0)
+    needed = PROCESS_BYTES + peers + (on_cpu if settings.device == "cpu" else 0)
+    assert memory_bytes(manifests) >= needed
 
 
 def test_connection_age_lets_balancing_clients_find_new_pods(

@@ -587,7 +587,7 @@ BOUNDS: dict[str, int] = {
     "Target.text": 64 * KIB,
     "Tensor.data": 4 * MIB,
     "Tensor.shape": 8,
-    "TokenIds.ids": MIB,
+    "TokenIds.ids": 256 * KIB,
     "TokenizeRequest.model": 256,
     "TokenizeRequest.text": 128 * KIB,
     "TraceRequest.interventions": 256,
