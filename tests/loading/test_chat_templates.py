@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,14 @@ def test_conversation_with_too_many_tokens_is_refused(tmp_path: Path) -> None:
         "{{ 1 / 0 }}",
         "{% include 'config.json' %}",
         "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "{{ 10 ** (10 ** 8) }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ messages | tojson(indent=10**8) }}",
+        "{{ raise_exception('x' * 10**7) }}",
+        "{{ lipsum(n=10**7) }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{% for a in range(9999) %}{{ 'x' * 1000 }}{% endfor %}",
+        "{{ cycler.__init__.__globals__ }}",
     ],
 )
 def test_hostile_template_is_ended_and_refused(template: str) -> None:
@@ -227,6 +236,19 @@ def test_hostile_template_is_ended_and_refused(template: str) -> None:
         vocabulary.render(conversation("Hi"), (), "chat")
     assert len(str(refused.value)) < 500
     assert "\n" not in str(refused.value)
+
+
+def test_reason_of_a_template_takes_no_memory_of_the_server() -> None:
+    """The error is cut in the process of the template: JSON of it would take six times as much."""
+    template = chat.ChatTemplate("{{ raise_exception('\\x00' * 3 * 10**7) }}", {})
+    tracemalloc.start()
+    try:
+        with pytest.raises((NoChatTemplate, InvalidRequest)):
+            template.render(conversation("Hi"), (), "chat")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * 2**20
 
 
 def test_errors_of_templates_are_shortened(tmp_path: Path) -> None:

@@ -27,10 +27,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-MEMORY_BYTES = 512 * 2**20
-CPU_SECONDS = 2
-# Maximum number of characters of a rendered conversation.
-MAX_RENDERED = 16 * 2**20
+MEMORY_BYTES = 256 * 2**20
+CPU_SECONDS = 1
+# Maximum number of characters of a rendered conversation. A request has at most 4 MiB.
+MAX_RENDERED = 8 * 2**20
+# Characters of a reason that are kept. A template can raise an error of any length.
+MAX_REASON = 1000
 
 
 class _Generation(Extension):
@@ -111,13 +113,13 @@ def main() -> None:
     try:
         answer = {"text": rendered(request["template"], request["variables"])}
     except (jinja2.exceptions.TemplateSyntaxError, jinja2.exceptions.SecurityError) as error:
-        answer = {"unusable": str(error)}
+        answer = {"unusable": str(error)[:MAX_REASON]}
     except jinja2.exceptions.TemplateError as error:
-        answer = {"refused": str(error)}
+        answer = {"refused": str(error)[:MAX_REASON]}
     except MemoryError:
         answer = {"unusable": "it needs too much memory"}
     except Exception as error:  # noqa: BLE001 - a template can raise anything
-        answer = {"unusable": f"{type(error).__name__}: {error}"}
+        answer = {"unusable": f"{type(error).__name__}: {str(error)[:MAX_REASON]}"}
     json.dump(answer, sys.stdout)
 
 
