@@ -135,7 +135,7 @@ def test_template_sees_no_control_token_in_a_content(tmp_path: Path) -> None:
 def test_content_that_the_template_cuts_is_refused(tmp_path: Path) -> None:
     template = "{% for m in messages %}{{ m.content.split('|')[-1] }}{% endfor %}"
     vocabulary = read_vocabulary(folder_with(tmp_path / "model", template))
-    with pytest.raises(InvalidRequest, match=r"chat\.messages\[0\]\.content: .* cuts"):
+    with pytest.raises(InvalidRequest, match=r"chat\.messages\[0\]\.content: .* splits"):
         vocabulary.encode_chat(conversation("a|b"))
 
 
