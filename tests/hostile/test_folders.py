@@ -307,7 +307,7 @@ def link(name: str) -> Callable[[Path], str]:
         outside = folder.parent / name
         shutil.move(folder / name, outside)
         (folder / name).symlink_to(outside)
-        return f"{name!r} is a link out of the folder"
+        return f"{name!r} links to "
 
     return bomb
 
