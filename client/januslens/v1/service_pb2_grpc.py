@@ -148,7 +148,7 @@ class IntrospectionServiceServicer(object):
 
     def Project(self, request, context):
         """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
-        have the width of the residual basis; UNIMPLEMENTED on a server without this RPC.
+        have the width of the residual basis.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -179,7 +179,7 @@ class IntrospectionServiceServicer(object):
     def Generate(self, request, context):
         """Continues the prompt and streams each token when it is generated, with its probability and, on
         request, what every layer predicts in its place. The model does not change. Errors as for
-        Trace; UNIMPLEMENTED on a server without this RPC.
+        Trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -187,7 +187,7 @@ class IntrospectionServiceServicer(object):
 
     def PreviewEdit(self, request, context):
         """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
-        request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+        request only. Errors as for Trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,7 +195,7 @@ class IntrospectionServiceServicer(object):
 
     def Activations(self, request, context):
         """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
-        values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+        values, bit for bit. Errors as for Trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -203,8 +203,7 @@ class IntrospectionServiceServicer(object):
 
     def Intervene(self, request, context):
         """Runs the prompt once without and many times with interventions, and streams what each experiment
-        does to the prediction. The model does not change. Errors as for Trace; UNIMPLEMENTED on a
-        server without this RPC.
+        does to the prediction. The model does not change. Errors as for Trace.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,7 +211,7 @@ class IntrospectionServiceServicer(object):
 
     def FindNeurons(self, request, context):
         """Finds the neurons that promote or suppress a token through their value, a row of FF2.
-        INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
+        INVALID_ARGUMENT for several tokens.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -220,8 +219,7 @@ class IntrospectionServiceServicer(object):
 
     def EstimateCost(self, request, context):
         """Estimates the cost of a request and compares it with the limits of the server, without running
-        it. An invalid request gets the same errors as when it is run; UNIMPLEMENTED on a server
-        without this RPC.
+        it. An invalid request gets the same errors as when it is run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

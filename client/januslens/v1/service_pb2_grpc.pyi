@@ -66,7 +66,7 @@ class IntrospectionServiceStub:
     """
     Project: _grpc.UnaryUnaryMultiCallable[_lens_pb2.ProjectRequest, _lens_pb2.ProjectResponse]
     """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
-    have the width of the residual basis; UNIMPLEMENTED on a server without this RPC.
+    have the width of the residual basis.
     """
     Trace: _grpc.UnaryStreamMultiCallable[_trace_pb2.TraceRequest, _trace_pb2.TraceResponse]
     """Runs the prompt once and streams the flow graph of the forward pass, layer by layer: the
@@ -85,29 +85,27 @@ class IntrospectionServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
     """Continues the prompt and streams each token when it is generated, with its probability and, on
     request, what every layer predicts in its place. The model does not change. Errors as for
-    Trace; UNIMPLEMENTED on a server without this RPC.
+    Trace.
     """
     PreviewEdit: _grpc.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]
     """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
-    request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+    request only. Errors as for Trace.
     """
     Activations: _grpc.UnaryStreamMultiCallable[_activations_pb2.ActivationsRequest, _activations_pb2.ActivationsResponse]
     """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
-    values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+    values, bit for bit. Errors as for Trace.
     """
     Intervene: _grpc.UnaryStreamMultiCallable[_intervene_pb2.InterveneRequest, _intervene_pb2.InterveneResponse]
     """Runs the prompt once without and many times with interventions, and streams what each experiment
-    does to the prediction. The model does not change. Errors as for Trace; UNIMPLEMENTED on a
-    server without this RPC.
+    does to the prediction. The model does not change. Errors as for Trace.
     """
     FindNeurons: _grpc.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]
     """Finds the neurons that promote or suppress a token through their value, a row of FF2.
-    INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
+    INVALID_ARGUMENT for several tokens.
     """
     EstimateCost: _grpc.UnaryUnaryMultiCallable[_cost_pb2.EstimateCostRequest, _cost_pb2.EstimateCostResponse]
     """Estimates the cost of a request and compares it with the limits of the server, without running
-    it. An invalid request gets the same errors as when it is run; UNIMPLEMENTED on a server
-    without this RPC.
+    it. An invalid request gets the same errors as when it is run.
     """
 
 @_typing.type_check_only
@@ -139,7 +137,7 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     """
     Project: _aio.UnaryUnaryMultiCallable[_lens_pb2.ProjectRequest, _lens_pb2.ProjectResponse]  # type: ignore[assignment]
     """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
-    have the width of the residual basis; UNIMPLEMENTED on a server without this RPC.
+    have the width of the residual basis.
     """
     Trace: _aio.UnaryStreamMultiCallable[_trace_pb2.TraceRequest, _trace_pb2.TraceResponse]  # type: ignore[assignment]
     """Runs the prompt once and streams the flow graph of the forward pass, layer by layer: the
@@ -158,29 +156,27 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues the prompt and streams each token when it is generated, with its probability and, on
     request, what every layer predicts in its place. The model does not change. Errors as for
-    Trace; UNIMPLEMENTED on a server without this RPC.
+    Trace.
     """
     PreviewEdit: _aio.UnaryUnaryMultiCallable[_edits_pb2.PreviewEditRequest, _edits_pb2.PreviewEditResponse]  # type: ignore[assignment]
     """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
-    request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+    request only. Errors as for Trace.
     """
     Activations: _aio.UnaryStreamMultiCallable[_activations_pb2.ActivationsRequest, _activations_pb2.ActivationsResponse]  # type: ignore[assignment]
     """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
-    values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+    values, bit for bit. Errors as for Trace.
     """
     Intervene: _aio.UnaryStreamMultiCallable[_intervene_pb2.InterveneRequest, _intervene_pb2.InterveneResponse]  # type: ignore[assignment]
     """Runs the prompt once without and many times with interventions, and streams what each experiment
-    does to the prediction. The model does not change. Errors as for Trace; UNIMPLEMENTED on a
-    server without this RPC.
+    does to the prediction. The model does not change. Errors as for Trace.
     """
     FindNeurons: _aio.UnaryUnaryMultiCallable[_neurons_pb2.FindNeuronsRequest, _neurons_pb2.FindNeuronsResponse]  # type: ignore[assignment]
     """Finds the neurons that promote or suppress a token through their value, a row of FF2.
-    INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
+    INVALID_ARGUMENT for several tokens.
     """
     EstimateCost: _aio.UnaryUnaryMultiCallable[_cost_pb2.EstimateCostRequest, _cost_pb2.EstimateCostResponse]  # type: ignore[assignment]
     """Estimates the cost of a request and compares it with the limits of the server, without running
-    it. An invalid request gets the same errors as when it is run; UNIMPLEMENTED on a server
-    without this RPC.
+    it. An invalid request gets the same errors as when it is run.
     """
 
 class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -227,7 +223,7 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_lens_pb2.ProjectResponse, _abc.Awaitable[_lens_pb2.ProjectResponse]]:
         """Projects the caller's own vectors onto the vocabulary. INVALID_ARGUMENT for vectors that do not
-        have the width of the residual basis; UNIMPLEMENTED on a server without this RPC.
+        have the width of the residual basis.
         """
 
     @_abc_1.abstractmethod
@@ -264,7 +260,7 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
         """Continues the prompt and streams each token when it is generated, with its probability and, on
         request, what every layer predicts in its place. The model does not change. Errors as for
-        Trace; UNIMPLEMENTED on a server without this RPC.
+        Trace.
         """
 
     @_abc_1.abstractmethod
@@ -274,7 +270,7 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_edits_pb2.PreviewEditResponse, _abc.Awaitable[_edits_pb2.PreviewEditResponse]]:
         """Reports the effect of an edit on a prompt and on other prompts. The edit applies to this
-        request only. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+        request only. Errors as for Trace.
         """
 
     @_abc_1.abstractmethod
@@ -284,7 +280,7 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_activations_pb2.ActivationsResponse], _abc.AsyncIterator[_activations_pb2.ActivationsResponse]]:
         """Runs the prompt once and streams tensors of the forward pass, by layer and site: the model's own
-        values, bit for bit. Errors as for Trace; UNIMPLEMENTED on a server without this RPC.
+        values, bit for bit. Errors as for Trace.
         """
 
     @_abc_1.abstractmethod
@@ -294,8 +290,7 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_intervene_pb2.InterveneResponse], _abc.AsyncIterator[_intervene_pb2.InterveneResponse]]:
         """Runs the prompt once without and many times with interventions, and streams what each experiment
-        does to the prediction. The model does not change. Errors as for Trace; UNIMPLEMENTED on a
-        server without this RPC.
+        does to the prediction. The model does not change. Errors as for Trace.
         """
 
     @_abc_1.abstractmethod
@@ -305,7 +300,7 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_neurons_pb2.FindNeuronsResponse, _abc.Awaitable[_neurons_pb2.FindNeuronsResponse]]:
         """Finds the neurons that promote or suppress a token through their value, a row of FF2.
-        INVALID_ARGUMENT for several tokens; UNIMPLEMENTED on a server without this RPC.
+        INVALID_ARGUMENT for several tokens.
         """
 
     @_abc_1.abstractmethod
@@ -315,8 +310,7 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_cost_pb2.EstimateCostResponse, _abc.Awaitable[_cost_pb2.EstimateCostResponse]]:
         """Estimates the cost of a request and compares it with the limits of the server, without running
-        it. An invalid request gets the same errors as when it is run; UNIMPLEMENTED on a server
-        without this RPC.
+        it. An invalid request gets the same errors as when it is run.
         """
 
 def add_IntrospectionServiceServicer_to_server(servicer: IntrospectionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
