@@ -17,7 +17,7 @@ from tests.support.tethered import tethered
 SERVING = re.compile(r"serving on (\S+:\d+)")
 HEALTH = re.compile(r"health on (\S+:\d+)")
 METRICS = re.compile(r"metrics on (http://\S+/metrics)")
-START_SECONDS = 60
+START_SECONDS = 120
 PROGRAM = (sys.executable, "-m", "januslens_server")
 
 
