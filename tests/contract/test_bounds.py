@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from januslens.v1 import common_pb2, edits_pb2, trace_pb2
+from januslens.v1 import common_pb2, edits_pb2, intervene_pb2, interventions_pb2, trace_pb2
 from januslens_server.errors import InvalidRequest
 from januslens_server.rpc.decode import BOUNDS, check_counts
 from tests.support.calls import SERVICE, methods, refused
@@ -133,7 +133,7 @@ def test_requests_with_very_many_fields_are_refused_before_they_are_parsed(
     number = kind.DESCRIPTOR.fields_by_name[field].number
     one = bytes([number << 3, 0]) if content is None else nested(number, content)
     encoded = one * ((4 * 2**20 - 1000) // len(one))
-    with pytest.raises(InvalidRequest, match="too many fields; expected at most 5000"):
+    with pytest.raises(InvalidRequest, match="too many fields; expected at most 100000"):
         check_counts(kind.DESCRIPTOR, encoded)
     method = kind.DESCRIPTOR.name.removesuffix("Request")
     call: Any = channel.unary_stream(SERVICE + method)
@@ -145,7 +145,10 @@ def test_large_requests_within_all_bounds_are_not_refused_for_their_fields() -> 
     ids = common_pb2.TokenIds(ids=range(2**18))
     probes = [edits_pb2.Probe(label="x" * 4096)] * 64
     chat = common_pb2.Chat(messages=[common_pb2.ChatMessage(role="user", content="x" * 100)] * 1024)
+    zero = interventions_pb2.Intervention(layers=[1], positions=[0, 1])
+    experiment = intervene_pb2.Experiment(label="layer 1", interventions=[zero])
     for request in (
+        intervene_pb2.InterveneRequest(experiments=[experiment] * 2**14),
         trace_pb2.TraceRequest(
             input=common_pb2.Input(token_ids=ids), positions=range(2**16), layers=range(4096)
         ),
@@ -156,10 +159,10 @@ def test_large_requests_within_all_bounds_are_not_refused_for_their_fields() -> 
 
 def test_counting_reads_encoded_fields_as_protobuf_does() -> None:
     """Fields of every wire type before the many: a wrong length would end the count early."""
-    many = nested(PROBES, b"") * 100_000
+    many = nested(PROBES, b"") * 200_000
     fixed = b"\xf9\x07" + bytes(8) + b"\xfd\x07" + bytes(4) + b"\xf8\x07\xff\xff\x01"
     encoded = fixed + nested(127, bytes(300)) + many
     request = edits_pb2.PreviewEditRequest.FromString(encoded)
-    assert len(request.probes) == 100_000
+    assert len(request.probes) == 200_000
     with pytest.raises(InvalidRequest, match="too many fields"):
         check_counts(request.DESCRIPTOR, encoded)

@@ -603,9 +603,9 @@ BOUNDS: dict[str, int] = {
 MAX_TOKENIZED = 32 * KIB
 
 
-# Maximum number of fields and messages in messages that contain lists of messages. The lists of
-# numbers in them count once, unless a client encodes each number separately.
-MAX_FIELDS = 5_000
+# Maximum number of fields and messages in messages that contain lists of messages: six for each of
+# 16,384 experiments. Lists of numbers count once, unless a client encodes each number separately.
+MAX_FIELDS = 100_000
 # Shorter requests are not counted: parsing them takes a millisecond at most.
 COUNTED_BYTES = 64 * KIB
 
