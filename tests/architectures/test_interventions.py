@@ -14,6 +14,7 @@ from januslens_server.errors import InvalidRequest, never_cancelled
 from januslens_server.models.sites import READ_ONLY, sites_of_layer
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.interventions import read_interventions
 from januslens_server.pipelines.resolve import (
     resolve_activations,
     resolve_gradient_lens,
@@ -320,3 +321,72 @@ def test_sources_hidden_by_several_interventions_are_counted_together() -> None:
     second = at(Site.ATTENTION_PATTERN, BlockSources(), positions=(2, 3), sources=(2,))
     with pytest.raises(InvalidRequest, match=r"interventions\[1\].*position 2 .* head 1"):
         logits(LLAMA, first, second)
+
+
+def test_adding_nothing_keeps_negative_zeros() -> None:
+    negative = at(Site.NEURONS, Scale(-0.0), layers=(0,))
+    expected = bits(neurons(LLAMA, negative))
+    assert expected.any()
+    for operation in (Add(np.zeros(shape_of(LLAMA, Site.NEURONS), np.float32)), Noise(0.0, 1)):
+        added = at(Site.NEURONS, operation, layers=(0,))
+        assert torch.equal(bits(neurons(LLAMA, negative, added)), expected), operation
+
+
+def neurons(case: Case, *interventions: InterventionSpec) -> Tensor:
+    spec = ActivationsSpec(
+        tuple(case.prompt), (Site.NEURONS,), layers=(0,), interventions=interventions
+    )
+    events = list(activations(resolve_activations(resident(case), spec), never_cancelled))
+    return joined([event for event in events if isinstance(event, SiteValues)])
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.int32)
+
+
+WINDOWED = next(case for case in CASES if case.family == "mistral")
+
+
+@pytest.mark.parametrize("case", [LLAMA, WINDOWED], ids=lambda case: case.id)
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_are_refused_exactly_if_a_query_has_no_source_left(case: Case, seed: int) -> None:
+    model, draw = resident(case), np.random.default_rng(seed)
+    length, n_layers = len(case.prompt), model.view.facts.n_layers
+    n_heads = model.view.blocks[0].attention.n_heads
+
+    def some(count: int, share: float) -> tuple[int, ...]:
+        return tuple(int(i) for i in np.flatnonzero(draw.random(count) < share))
+
+    blocks = [
+        at(
+            Site.ATTENTION_PATTERN,
+            BlockSources(),
+            layers=some(n_layers, 0.5),
+            positions=some(length, 0.25) or (length - 1,),
+            heads=some(n_heads, 0.5),
+            sources=some(length, 0.3) or (0,),
+        )
+        for _ in range(3)
+    ]
+
+    def everything(chosen: tuple[int, ...], count: int) -> tuple[int, ...]:
+        return chosen or tuple(range(count))
+
+    refused = False
+    for layer, block_view in enumerate(model.view.blocks):
+        for head, position in np.ndindex(n_heads, length):
+            first = block_view.attention.scoring.first_source(position)
+            left = set(range(first, position + 1))
+            for found in blocks:
+                if (
+                    layer in everything(found.layers, n_layers)
+                    and head in everything(found.heads, n_heads)
+                    and position in everything(found.positions, length)
+                ):
+                    left -= set(found.sources)
+            refused |= not left
+    if refused:
+        with pytest.raises(InvalidRequest, match="no source left"):
+            read_interventions(model, blocks, length)
+    else:
+        assert len(read_interventions(model, blocks, length)) == len(blocks)

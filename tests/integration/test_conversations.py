@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 import januslens
 from januslens.cli.program import januslens as command
+from januslens.interventions import mean_over, patch
 from januslens.v1 import common_pb2, models_pb2, service_pb2_grpc
 from tests.loading.test_chat_templates import (
     END,
@@ -154,3 +155,25 @@ def test_other_fields_beside_a_chat_are_refused(address: str, name: str) -> None
             stub.Tokenize(request)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert str(refused.value.details()).startswith(f"{name}: ")
+
+
+def test_interventions_take_values_from_a_limited_number_of_conversations(
+    client: januslens.Client,
+) -> None:
+    def means(different: int) -> list[januslens.Intervention]:
+        asked = [
+            januslens.Chat([{"role": "user", "content": f"Question {i % different}"}])
+            for i in range(64)
+        ]
+        return [mean_over(asked, "EMBEDDING")] * 3
+
+    assert client.estimate_activations("Tokyo", interventions=means(2)).flops > 0
+    with pytest.raises(januslens.InvalidRequest, match="too many conversations") as caught:
+        client.estimate_activations(
+            "Tokyo",
+            interventions=[
+                *means(64),
+                patch("EMBEDDING", source=januslens.Chat(MESSAGES), positions=0),
+            ],
+        )
+    assert caught.value.field_violations[0].field.endswith("interventions[3].patch.input.chat")

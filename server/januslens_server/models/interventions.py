@@ -174,7 +174,10 @@ class Interventions:
                 if taken is None:
                     raise ValueError("no values of another pass; expected those of a patch or mean")
                 new = taken.to(old.device)
-        return new.to(old.dtype).expand_as(old)
+        new = new.to(old.dtype).expand_as(old)
+        if isinstance(intervention.operation, Add | Noise):  # -0.0 plus 0.0 would be 0.0
+            return torch.where(new == old, old, new)
+        return new
 
     def _hide(self, hooks: ExitStack, layer: int) -> None:
         """Recompute the results of heads, without the sources that are hidden from them."""

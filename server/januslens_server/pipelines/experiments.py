@@ -10,7 +10,7 @@ from januslens_server.errors import InvalidRequest
 from januslens_server.models.interventions import Intervention
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import SITES_WITH_HEADS, site_shape
-from januslens_server.pipelines.interventions import read_interventions
+from januslens_server.pipelines.interventions import OtherPrompts, read_interventions
 from januslens_server.results import Coordinates
 from januslens_server.specs import Add, InterveneSpec, SetTo, Site, SweepSpec, Vectors
 
@@ -36,6 +36,7 @@ def read_experiments(model: ResidentModel, spec: InterveneSpec, length: int) -> 
 
     Raises `InvalidRequest` for interventions that do not fit, and for too many or no experiments.
     """
+    others = OtherPrompts(model)
     experiments = [
         Experiment(
             experiment.label,
@@ -45,6 +46,7 @@ def read_experiments(model: ResidentModel, spec: InterveneSpec, length: int) -> 
                 experiment.interventions,
                 length,
                 field=f"experiments[{i}].interventions",
+                others=others,
             ),
         )
         for i, experiment in enumerate(spec.experiments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from januslens_server.errors import InvalidRequest
+from januslens_server.graph.weights import Scoring
 from januslens_server.models.interventions import Intervention, Source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import (
@@ -25,6 +26,7 @@ from januslens_server.pipelines.inputs import missing_site, read_layers, read_pr
 from januslens_server.specs import (
     Add,
     BlockSources,
+    Chat,
     InterventionSpec,
     MeanOver,
     PatchFrom,
@@ -33,6 +35,36 @@ from januslens_server.specs import (
     Site,
     Vectors,
 )
+
+# Maximum number of conversations that interventions take values from. Each one runs the chat
+# template in a process of its own.
+MAX_CONVERSATIONS = 64
+
+
+class OtherPrompts:
+    """The other prompts of a request, each of which is tokenized once."""
+
+    def __init__(self, model: ResidentModel) -> None:
+        self._model = model
+        self._ids: dict[Prompt, tuple[int, ...]] = {}
+
+    def ids(self, prompt: Prompt, field: str) -> tuple[int, ...]:
+        """Return the token ids of a prompt.
+
+        Raises `InvalidRequest` for an invalid prompt, and for more than `MAX_CONVERSATIONS`
+        different conversations.
+        """
+        if prompt not in self._ids:
+            read = sum(isinstance(known, Chat) for known in self._ids)
+            if isinstance(prompt, Chat) and read >= MAX_CONVERSATIONS:
+                raise InvalidRequest(
+                    f"{field}.chat",
+                    f"too many conversations: expected at most {MAX_CONVERSATIONS} different ones "
+                    "in all interventions; send some as token ids",
+                )
+            tokens = read_prompt(self._model, prompt, field=field)
+            self._ids[prompt] = tuple(token.id for token in tokens)
+        return self._ids[prompt]
 
 
 def read_interventions(
@@ -43,17 +75,25 @@ def read_interventions(
     field: str = "interventions",
     *,
     numbered: bool = True,
+    others: OtherPrompts | None = None,
 ) -> tuple[Intervention, ...]:
     """Resolve interventions for a pass over `length` tokens.
 
     Negative positions count from the end of the first `prompt_length` tokens, by default of all.
+    `others` has prompts that the request has already named.
 
     Raises `InvalidRequest` with the path of the field for sites, layers, positions, heads, shapes
     and prompts that do not fit.
     """
+    others = others or OtherPrompts(model)
     resolved = tuple(
         _Reader(
-            model, spec, length, prompt_length or length, f"{field}[{i}]" if numbered else field
+            model,
+            spec,
+            length,
+            prompt_length or length,
+            f"{field}[{i}]" if numbered else field,
+            others,
         ).read()
         for i, spec in enumerate(specs)
     )
@@ -71,7 +111,9 @@ class _Reader:
         length: int,
         prompt_length: int,
         field: str,
+        others: OtherPrompts,
     ) -> None:
+        self._others = others
         self._model = model
         self._spec = spec
         self._length = length
@@ -170,8 +212,8 @@ class _Reader:
 
     def _patch(self, resolved: Intervention, prompt: Prompt, at: Sequence[int]) -> Source:
         field = f"{self._field}.patch"
-        tokens = read_prompt(self._model, prompt, field=f"{field}.input")
-        length = len(tokens)
+        ids = self._others.ids(prompt, f"{field}.input")
+        length = len(ids)
         positions = _counted(at, length, length, f"{field}.positions", "the other prompt")
         if positions and len(positions) != len(resolved.positions):
             raise InvalidRequest(
@@ -192,16 +234,13 @@ class _Reader:
                 f"the other prompt has {length} tokens and no position {max(positions)}; name its "
                 "positions",
             )
-        return Source(tuple(token.id for token in tokens), positions)
+        return Source(ids, positions)
 
     def _mean(self, resolved: Intervention, prompts: Sequence[Prompt]) -> Intervention:
         field = f"{self._field}.mean_over.inputs"
         if not prompts:
             raise InvalidRequest(field, "no prompts given; send at least one")
-        read = [
-            tuple(token.id for token in read_prompt(self._model, prompt, field=f"{field}[{i}]"))
-            for i, prompt in enumerate(prompts)
-        ]
+        read = [self._others.ids(prompt, f"{field}[{i}]") for i, prompt in enumerate(prompts)]
         if all(len(ids) == self._length for ids in read):
             return replace(resolved, sources=tuple(Source(ids, resolved.positions) for ids in read))
         for i, ids in enumerate(read):
@@ -238,32 +277,52 @@ def _check_sources_left(
 ) -> None:
     """Raise `InvalidRequest` if a query position would have no source left in a head."""
     blocks = {i: found for i, found in enumerate(interventions) if found.hidden}
-    length = 1 + max((max(found.positions) for found in blocks.values()), default=-1)
+    checked: set[tuple[frozenset[int], int | None]] = set()
+    for layer, block in enumerate(model.view.blocks):
+        here = [i for i, found in blocks.items() if (layer, Site.ATTENTION_PATTERN) in found.keys]
+        scoring = block.attention.scoring
+        for head in range(block.attention.n_heads if here else 0):
+            chosen = frozenset(i for i in here if head in (blocks[i].units or (head,)))
+            if (chosen, scoring.window) in checked:
+                continue
+            checked.add((chosen, scoring.window))
+            for position, last in _without_sources([(i, blocks[i]) for i in chosen], scoring):
+                raise InvalidRequest(
+                    f"{field}[{last}].source_positions",
+                    f"position {position} would have no source left in layer {layer}, "
+                    f"head {head}; leave at least one",
+                )
+
+
+def _without_sources(
+    blocks: Sequence[tuple[int, Intervention]], scoring: Scoring
+) -> Iterator[tuple[int, int]]:
+    """Yield the query positions that have no source left, with the last block that hides one.
+
+    All blocks together, wherever they apply, hide at least as much as those of one position. So
+    only the positions without a source in this union are examined one by one.
+    """
+    length = 1 + max((max(found.positions) for _, found in blocks), default=-1)
 
     @cache
     def hidden_below(together: frozenset[int]) -> NDArray[np.int64]:
-        """The number of hidden sources below each position, from 0 to `length`."""
+        """Numbers of hidden sources below each position, from 0 to `length`."""
         hidden = np.zeros(length + 1, dtype=np.int64)
-        for i in together:
-            hidden[[source + 1 for source in blocks[i].hidden if source < length]] = 1
+        for i, found in blocks:
+            if i in together:
+                hidden[[source + 1 for source in found.hidden if source < length]] = 1
         return hidden.cumsum()
 
-    for layer, block in enumerate(model.view.blocks):
-        here = {i for i, found in blocks.items() if (layer, Site.ATTENTION_PATTERN) in found.keys}
-        for head in range(block.attention.n_heads):
-            of_head = [
-                i for i in here if blocks[i].units is None or head in (blocks[i].units or ())
-            ]
-            at: dict[int, set[int]] = {}
-            for i in of_head:
-                for position in blocks[i].positions:
-                    at.setdefault(position, set()).add(i)
-            for position, together in at.items():
-                first = block.attention.scoring.first_source(position)
-                below = hidden_below(frozenset(together))
-                if below[position + 1] - below[first] == position + 1 - first:
-                    raise InvalidRequest(
-                        f"{field}[{max(together)}].source_positions",
-                        f"position {position} would have no source left in layer {layer}, "
-                        f"head {head}; leave at least one",
-                    )
+    def nothing_left(position: int, together: frozenset[int]) -> bool:
+        first, below = scoring.first_source(position), hidden_below(together)
+        return bool(below[position + 1] - below[first] == position + 1 - first)
+
+    everywhere = frozenset(i for i, _ in blocks)
+    suspects = {position for position in range(length) if nothing_left(position, everywhere)}
+    at: dict[int, set[int]] = {}
+    for i, found in blocks:
+        for position in suspects.intersection(found.positions):
+            at.setdefault(position, set()).add(i)
+    for position, together in sorted(at.items()):
+        if nothing_left(position, frozenset(together)):
+            yield position, max(together)
