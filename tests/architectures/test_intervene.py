@@ -144,8 +144,8 @@ def test_a_layer_window_changes_its_neighbours_as_well() -> None:
     sweep = SweepSpec(template, by_layer=True, layer_window=2)
     spec = InterveneSpec(tuple(LLAMA.prompt), target=(TARGET,), other=(OTHER,), sweep=sweep)
     _, effects = run(LLAMA, spec)
-    assert_alone(LLAMA, effects[0], at(Site.MLP_OUTPUT, Zero(), layers=(0, 1)))
-    assert_alone(LLAMA, effects[1], at(Site.MLP_OUTPUT, Zero(), layers=(1,)))
+    assert_alone(LLAMA, effects[0], at(Site.MLP_OUTPUT, Zero(), layers=(0,)))
+    assert_alone(LLAMA, effects[1], at(Site.MLP_OUTPUT, Zero(), layers=(0, 1)))
 
 
 def test_the_target_is_the_prediction_before_if_none_is_named() -> None:

@@ -101,7 +101,7 @@ def _split(
     whole: Intervention, sweep: SweepSpec, axes: Sequence[Sequence[int | None]]
 ) -> Iterator[Experiment]:
     unit = "neuron" if sweep.template.site is Site.NEURONS else "head"
-    before, after = (sweep.layer_window - 1) // 2, sweep.layer_window // 2 + 1
+    before, after = sweep.layer_window // 2, (sweep.layer_window + 1) // 2
     for key, place, at_unit, source in product(*axes):
         part, at = whole, Coordinates()
         if key is not None:
