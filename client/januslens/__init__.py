@@ -35,6 +35,7 @@ from januslens.assemblers import (
     ActivationsEvent,
     GenerationEvent,
     GradientEvent,
+    InterveneEvent,
     TraceEvent,
     read_gradient,
     read_trace,
@@ -52,6 +53,7 @@ from januslens.errors import (
     GenerationInterrupted,
     GradientInterrupted,
     InternalError,
+    InterveneInterrupted,
     InvalidRequest,
     JanuslensError,
     LimitExceeded,
@@ -77,7 +79,7 @@ from januslens.errors import (
     Unavailable,
     Unimplemented,
 )
-from januslens.interventions import Intervention
+from januslens.interventions import Experiment, Intervention, SweepOver
 from januslens.results.activations import (
     Activations,
     ActivationsHeader,
@@ -103,6 +105,13 @@ from januslens.results.gradient import (
     SegmentRow,
 )
 from januslens.results.graph import Edge, Node, Part
+from januslens.results.intervene import (
+    InterveneHeader,
+    InterveneSummary,
+    InterventionEffect,
+    InterventionEffects,
+    Prediction,
+)
 from januslens.results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side, Site
 from januslens.results.matrices import (
     Component,
@@ -170,6 +179,7 @@ __all__ = [
     "Entry",
     "ErrorDetails",
     "EventStream",
+    "Experiment",
     "Explanation",
     "FailedPrecondition",
     "FieldViolation",
@@ -190,7 +200,13 @@ __all__ = [
     "GradientSummary",
     "Guarantee",
     "InternalError",
+    "InterveneEvent",
+    "InterveneHeader",
+    "InterveneInterrupted",
+    "InterveneSummary",
     "Intervention",
+    "InterventionEffect",
+    "InterventionEffects",
     "InvalidRequest",
     "JanuslensError",
     "KlDivergence",
@@ -227,6 +243,7 @@ __all__ = [
     "PermissionDenied",
     "PositionTarget",
     "Positions",
+    "Prediction",
     "Probe",
     "Projection",
     "Projections",
@@ -250,6 +267,7 @@ __all__ = [
     "StreamInterrupted",
     "SubjectLike",
     "Sweep",
+    "SweepOver",
     "TargetLike",
     "Tensor",
     "Text",

@@ -40,7 +40,14 @@ from januslens.arguments import (
     subject_message,
     target_message,
 )
-from januslens.interventions import Intervention, intervention_messages
+from januslens.interventions import (
+    Experiment,
+    Intervention,
+    SweepOver,
+    experiment_message,
+    intervention_messages,
+    sweep_message,
+)
 from januslens.results.kinds import LENSES, NODE_KINDS, SITES, Lens, MatrixKind, NodeKind, Site
 from januslens.results.trace import Trace
 from januslens.results.vectors import Tensor, tensor_message
@@ -50,6 +57,7 @@ from januslens.v1 import (
     edits_pb2,
     generation_pb2,
     gradient_lens_pb2,
+    intervene_pb2,
     lens_pb2,
     models_pb2,
     neurons_pb2,
@@ -260,6 +268,43 @@ def activations_request(  # noqa: PLR0913 - by keyword
         heads=index_numbers(heads, "heads"),
         interventions=intervention_messages(interventions),
         data_type=common_pb2.DATA_TYPE_FLOAT32 if float32 else common_pb2.DATA_TYPE_UNSPECIFIED,
+    )
+
+
+def intervene_request(  # noqa: PLR0913 - by keyword
+    prompt: Prompt | None = None,
+    *,
+    messages: Messages | None = None,
+    target: TargetLike | None = None,
+    other: TargetLike | None = None,
+    experiments: Iterable[Experiment | Intervention] = (),
+    sweep: SweepOver | None = None,
+    always: Iterable[Intervention] = (),
+    positions: int | Iterable[int] | None = None,
+    top_k: int | None = None,
+    model: str = "",
+    revision: str = "",
+) -> intervene_pb2.InterveneRequest:
+    """Build the request of `AsyncClient.intervene`."""
+    if isinstance(experiments, Experiment | Intervention):
+        experiments = [experiments]
+    listed = [experiment_message(experiment) for experiment in experiments]
+    if not listed and sweep is None:
+        raise ValueError("no experiments and no sweep given; give at least one of them")
+    numbers, everywhere = position_numbers(positions)
+    if everywhere:
+        raise ValueError('invalid positions "all"; expected integers')
+    return intervene_pb2.InterveneRequest(
+        model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
+        input=input_message(prompt, messages),
+        target=None if target is None else target_message(target),
+        other=None if other is None else target_message(other, "other"),
+        experiments=listed,
+        sweep=None if sweep is None else sweep_message(sweep),
+        always=intervention_messages(always),
+        positions=numbers,
+        top_k=optional_count(top_k, "top_k"),
     )
 
 

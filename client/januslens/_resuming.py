@@ -25,7 +25,14 @@ from januslens._connection import Attempt, Connection, FailedCall, was_cut
 from januslens.assemblers import Assembler, EventT, ResultT
 from januslens.errors import JanuslensError, StreamInterrupted, Unavailable
 from januslens.results.activations import tensor_name
-from januslens.v1 import activations_pb2, common_pb2, generation_pb2, gradient_lens_pb2, trace_pb2
+from januslens.v1 import (
+    activations_pb2,
+    common_pb2,
+    generation_pb2,
+    gradient_lens_pb2,
+    intervene_pb2,
+    trace_pb2,
+)
 
 RequestT = TypeVar("RequestT", bound=Message)
 PartT = TypeVar("PartT", bound=Any)
@@ -278,6 +285,49 @@ class ActivationsSplice(
         return []
 
 
+class InterveneSplice(Splice[intervene_pb2.InterveneRequest, intervene_pb2.InterveneResponse]):
+    """Splice of Intervene; requests all experiments again and drops the effects received before.
+
+    The server numbers the experiments of a sweep, so a request for a part would renumber them.
+    """
+
+    def __init__(self, request: intervene_pb2.InterveneRequest) -> None:
+        super().__init__(request)
+        self._experiments: set[int] = set()
+        self._texts: list[common_pb2.Token] = []
+
+    def rest(self) -> intervene_pb2.InterveneRequest:
+        """Return the whole request, with the same revision."""
+        return self._pinned_request()
+
+    def _take_header(
+        self, response: intervene_pb2.InterveneResponse
+    ) -> list[intervene_pb2.InterveneResponse]:
+        given = super()._take_header(response)
+        if given:
+            self._named.update(token.id for token in response.tokens)
+        else:
+            self._texts.extend(response.tokens)
+        return given
+
+    def _take_part(
+        self, response: intervene_pb2.InterveneResponse
+    ) -> list[intervene_pb2.InterveneResponse]:
+        self._texts.extend(response.tokens)
+        if response.effect.experiment in self._experiments:
+            return []
+        self._experiments.add(response.effect.experiment)
+        texts, self._texts = self._texts, []
+        replace_all(response.tokens, self._unnamed(texts))
+        return [response]
+
+    def _sum_up(self, response: intervene_pb2.InterveneResponse) -> intervene_pb2.InterveneResponse:
+        return response
+
+    def _targets(self, header: Any) -> list[int]:
+        return [outcome.target_token_id for outcome in header.before]
+
+
 class GenerateSplice(Splice[generation_pb2.GenerateRequest, generation_pb2.GenerateResponse]):
     """Splice of a Generate; repeats it from the prompt, since a seed draws the same tokens again.
 
@@ -331,6 +381,7 @@ SPLICES: Mapping[str, Callable[[Any], Splice[Any, Any]]] = {
     "GradientLens": GradientSplice,
     "Generate": GenerateSplice,
     "Activations": ActivationsSplice,
+    "Intervene": InterveneSplice,
 }
 
 logger = logging.getLogger("januslens")

@@ -19,6 +19,7 @@ from januslens.errors import (
     ErrorDetails,
     GenerationInterrupted,
     GradientInterrupted,
+    InterveneInterrupted,
     ProtocolViolation,
     StreamInterrupted,
     TraceInterrupted,
@@ -37,11 +38,24 @@ from januslens.results.generation import (
     GenerationSummary,
 )
 from januslens.results.gradient import Gradient, GradientHeader, GradientSummary
+from januslens.results.intervene import (
+    InterveneHeader,
+    InterveneSummary,
+    InterventionEffect,
+    InterventionEffects,
+)
 from januslens.results.kinds import MATRIX_KINDS
 from januslens.results.matrices import Matrix, matrix_name
 from januslens.results.tokens import TokenTable
 from januslens.results.trace import LayerGraph, Trace, TraceHeader, TraceSummary
-from januslens.v1 import activations_pb2, generation_pb2, gradient_lens_pb2, streams_pb2, trace_pb2
+from januslens.v1 import (
+    activations_pb2,
+    generation_pb2,
+    gradient_lens_pb2,
+    intervene_pb2,
+    streams_pb2,
+    trace_pb2,
+)
 
 
 class Sequenced(Protocol):
@@ -342,6 +356,53 @@ class ActivationsAssembler(
             raise self.violation(f"the stream ended before the end of {name}")
         self._summary = ActivationsSummary.from_message(message)
         return self._summary
+
+
+InterveneEvent = InterveneHeader | InterventionEffect | InterveneSummary
+
+
+class InterveneAssembler(
+    Assembler[intervene_pb2.InterveneResponse, InterveneEvent, InterventionEffects]
+):
+    """Joins the messages of an Intervene into its header, effects and summary."""
+
+    interrupted = InterveneInterrupted
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._header: InterveneHeader | None = None
+        self._effects: list[InterventionEffect] = []
+        self._summary: InterveneSummary | None = None
+
+    def partial(self) -> InterventionEffects | None:
+        """Return the effects received so far, by number; None before the header."""
+        if self._header is None:
+            return None
+        ordered = sorted(self._effects, key=lambda effect: effect.experiment)
+        return InterventionEffects(self._header, tuple(ordered), self._summary)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the summary has been received."""
+        return self._summary is not None
+
+    def _read(self, response: intervene_pb2.InterveneResponse) -> InterveneEvent | None:
+        self.tokens.add(response.tokens)
+        match response.WhichOneof("event"):
+            case "header":
+                self.request_id = response.header.request_id
+                self.tokens.add(response.header.prompt_tokens)
+                self._header = InterveneHeader.from_message(response.header, self.tokens)
+                return self._header
+            case "effect":
+                effect = InterventionEffect.from_message(response.effect, self.tokens)
+                self._effects.append(effect)
+                return effect
+            case "summary":
+                self._summary = InterveneSummary.from_message(response.summary)
+                return self._summary
+            case _:  # an event that only newer servers send
+                return None
 
 
 GenerationEvent = GenerationHeader | GeneratedToken | GenerationSummary

@@ -26,6 +26,7 @@ from januslens._requests import (
     find_neurons_request,
     generate_request,
     gradient_lens_request,
+    intervene_request,
     next_page_request,
     overview_request,
     preview_edit_request,
@@ -56,12 +57,14 @@ from januslens.assemblers import (
     GenerationEvent,
     GradientAssembler,
     GradientEvent,
+    InterveneAssembler,
+    InterveneEvent,
     ResultT,
     TraceAssembler,
     TraceEvent,
 )
 from januslens.errors import StreamInterrupted
-from januslens.interventions import Intervention
+from januslens.interventions import Experiment, Intervention, SweepOver
 from januslens.results.activations import Activations
 from januslens.results.generation import (
     Explanation,
@@ -71,6 +74,7 @@ from januslens.results.generation import (
     logarithm,
 )
 from januslens.results.gradient import EditPreview, Gradient
+from januslens.results.intervene import InterventionEffects
 from januslens.results.kinds import Lens, MatrixKind, NodeKind, Site
 from januslens.results.models import CostEstimate, Model, Models
 from januslens.results.tokens import Token, Tokens, TokenTable
@@ -975,6 +979,188 @@ class Client:
             revision=revision,
         )
         return self._estimate(cost_pb2.EstimateCostRequest(activations=request), timeout)
+
+    def intervene(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        target: TargetLike | None = None,
+        other: TargetLike | None = None,
+        experiments: Iterable[Experiment | Intervention] = (),
+        sweep: SweepOver | None = None,
+        always: Iterable[Intervention] = (),
+        positions: int | Iterable[int] | None = None,
+        top_k: int | None = None,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> InterventionEffects:
+        """Measure the effects of many experiments, each a changed forward pass, in one request.
+
+        With `resume=True` of the client, an interrupted stream is requested again as a whole, and
+        the effects received before are kept.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
+            target: The token whose probability is reported, as text, in which a leading space
+                counts, or as an id; None = the model's own prediction without interventions.
+            other: A second token; the difference of both logits is reported.
+            experiments: Experiments, or interventions that are experiments by themselves.
+            sweep: Further experiments: an intervention split by layer, position, head, neuron or
+                source. There may be 16,384 experiments in all.
+            always: Interventions of every experiment, before its own, but not of the header.
+            positions: Positions where the prediction is read, negative from the end; None = the
+                last.
+            top_k: Number of tokens to list in each prediction, at most 100; None = 5.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Returns:
+            The predictions without interventions, and the effects by number of the experiment.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            InterveneInterrupted: The stream was interrupted; `partial` has the effects received.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        stream = self.stream_intervene(
+            prompt,
+            messages=messages,
+            target=target,
+            other=other,
+            experiments=experiments,
+            sweep=sweep,
+            always=always,
+            positions=positions,
+            top_k=top_k,
+            model=model,
+            revision=revision,
+            timeout=timeout,
+        )
+        with stream:
+            return stream.result()
+
+    def stream_intervene(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        target: TargetLike | None = None,
+        other: TargetLike | None = None,
+        experiments: Iterable[Experiment | Intervention] = (),
+        sweep: SweepOver | None = None,
+        always: Iterable[Intervention] = (),
+        positions: int | Iterable[int] | None = None,
+        top_k: int | None = None,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> EventStream[InterveneEvent, InterventionEffects]:
+        """Measure effects as in `intervene`, and receive each one when it is known.
+
+        Experiments that change lower layers run first, so their numbers may not ascend.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
+            target: The token whose probability is reported, as text, in which a leading space
+                counts, or as an id; None = the model's own prediction without interventions.
+            other: A second token; the difference of both logits is reported.
+            experiments: Experiments, or interventions that are experiments by themselves.
+            sweep: Further experiments: an intervention split by layer, position, head, neuron or
+                source. There may be 16,384 experiments in all.
+            always: Interventions of every experiment, before its own, but not of the header.
+            positions: Positions where the prediction is read, negative from the end; None = the
+                last.
+            top_k: Number of tokens to list in each prediction, at most 100; None = 5.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the whole stream; None = the client's.
+
+        Returns:
+            A stream of the header, the effects and the summary. Use it as a context manager.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: While iterating: the call failed; `partial` has the effects received.
+        """
+        request = intervene_request(
+            prompt,
+            messages=messages,
+            target=target,
+            other=other,
+            experiments=experiments,
+            sweep=sweep,
+            always=always,
+            positions=positions,
+            top_k=top_k,
+            model=model,
+            revision=revision,
+        )
+        return self._stream("Intervene", request, timeout, InterveneAssembler())
+
+    def estimate_intervene(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt | None = None,
+        *,
+        messages: Messages | None = None,
+        target: TargetLike | None = None,
+        other: TargetLike | None = None,
+        experiments: Iterable[Experiment | Intervention] = (),
+        sweep: SweepOver | None = None,
+        always: Iterable[Intervention] = (),
+        positions: int | Iterable[int] | None = None,
+        top_k: int | None = None,
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> CostEstimate:
+        """Estimate the cost of `intervene` with the same arguments, without running it.
+
+        Args:
+            prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+                `Chat`.
+            target: The token whose probability is reported, as text, in which a leading space
+                counts, or as an id; None = the model's own prediction without interventions.
+            other: A second token; the difference of both logits is reported.
+            experiments: Experiments, or interventions that are experiments by themselves.
+            sweep: Further experiments: an intervention split by layer, position, head, neuron or
+                source. There may be 16,384 experiments in all.
+            always: Interventions of every experiment, before its own, but not of the header.
+            positions: Positions where the prediction is read, negative from the end; None = the
+                last.
+            top_k: Number of tokens to list in each prediction, at most 100; None = 5.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = intervene_request(
+            prompt,
+            messages=messages,
+            target=target,
+            other=other,
+            experiments=experiments,
+            sweep=sweep,
+            always=always,
+            positions=positions,
+            top_k=top_k,
+            model=model,
+            revision=revision,
+        )
+        return self._estimate(cost_pb2.EstimateCostRequest(intervene=request), timeout)
 
     def generate(  # noqa: PLR0913 - by keyword
         self,

@@ -32,6 +32,7 @@ The tree, with the `reason` or the gRPC status of each::
     |   |-- TraceInterrupted
     |   |-- GradientInterrupted
     |   |-- ActivationsInterrupted
+    |   |-- InterveneInterrupted
     |   `-- GenerationInterrupted
     `-- ProtocolViolation       the stream breaks the contract; report the request id
 
@@ -251,6 +252,10 @@ class GradientInterrupted(StreamInterrupted):
 
 class ActivationsInterrupted(StreamInterrupted):
     """A stream of activations was interrupted; `partial` has the whole tensors received."""
+
+
+class InterveneInterrupted(StreamInterrupted):
+    """A stream of effects was interrupted; `partial` has the effects received."""
 
 
 class GenerationInterrupted(StreamInterrupted):

@@ -1,6 +1,7 @@
 """Interventions: changes of a forward pass, for one request only.
 
-Pass them as `interventions` to `client.trace`, `client.gradient_lens` and `client.activations`::
+Pass them as `interventions` to `client.trace`, `client.gradient_lens` and `client.activations`, or
+in experiments to `client.intervene`, which measures the effect of each::
 
     from januslens.interventions import patch, steer, zero
 
@@ -23,6 +24,7 @@ from januslens.arguments import (
     Layers,
     Positions,
     Prompt,
+    checked_text,
     count,
     finite_number,
     input_message,
@@ -32,7 +34,7 @@ from januslens.arguments import (
 )
 from januslens.results.kinds import SITES, Site
 from januslens.results.vectors import tensor_message
-from januslens.v1 import interventions_pb2
+from januslens.v1 import intervene_pb2, interventions_pb2
 
 Units = int | Iterable[int | tuple[int, int]]
 """Heads or neurons: numbers, or pairs `(layer, number)`."""
@@ -48,6 +50,37 @@ class Intervention:
     """
 
     messages: tuple[interventions_pb2.Intervention, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Interventions that apply to the same pass; `client.intervene` reports their effect.
+
+    Attributes:
+        interventions: The interventions; none = only those of `always`.
+        label: Label that is returned with the effect.
+    """
+
+    interventions: Iterable[Intervention] = ()
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class SweepOver:
+    """One experiment for each part of an intervention, split along the given axes.
+
+    For example, `SweepOver(zero("HEAD_RESULT"), by=["layer", "head"])` zeroes each head by itself.
+
+    Attributes:
+        template: The whole intervention. Its heads or neurons are numbers, not pairs.
+        by: The axes: `layer`, `position`, `head`, `neuron` or `source`, one or several of them.
+        layer_window: Number of layers that change together around the layer of each experiment,
+            within those of the template. An even window has one more layer below than above.
+    """
+
+    template: Intervention
+    by: str | Iterable[str]
+    layer_window: int = 1
 
 
 def zero(
@@ -290,6 +323,52 @@ def intervention_messages(
                 "januslens.interventions, for example zero(heads=[(9, 6)])"
             )
     return [message for intervention in given for message in intervention.messages]
+
+
+def experiment_message(experiment: Experiment | Intervention) -> intervene_pb2.Experiment:
+    """Build the message of one experiment; an intervention is an experiment without a label.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(experiment, Intervention):
+        experiment = Experiment([experiment])
+    if not isinstance(experiment, Experiment):
+        raise TypeError(
+            f"invalid experiment {experiment!r}; expected an Experiment or an intervention"
+        )
+    return intervene_pb2.Experiment(
+        label=checked_text(experiment.label, "label"),
+        interventions=intervention_messages(experiment.interventions),
+    )
+
+
+_AXES = ("layer", "position", "head", "neuron", "source")
+
+
+def sweep_message(sweep: SweepOver) -> intervene_pb2.Sweep:
+    """Build the message of a sweep.
+
+    Raises:
+        TypeError: An argument has an invalid type.
+        ValueError: There are no axes, one is unknown, or the template names heads by layer.
+    """
+    if not isinstance(sweep, SweepOver):
+        raise TypeError(f"invalid sweep {sweep!r}; expected a SweepOver")
+    messages = intervention_messages([sweep.template])
+    if len(messages) != 1:
+        raise ValueError(
+            "the template of the sweep has heads or neurons in several layers; "
+            "give numbers instead of pairs, and layers"
+        )
+    axes = [sweep.by] if isinstance(sweep.by, str) else list(sweep.by)
+    if not axes or not set(axes) <= set(_AXES):
+        raise ValueError(f"invalid by {axes}; expected one or several of {', '.join(_AXES)}")
+    return intervene_pb2.Sweep(
+        template=messages[0],
+        layer_window=count(sweep.layer_window, "layer_window"),
+        **{f"by_{axis}": True for axis in axes},
+    )
 
 
 def _at(

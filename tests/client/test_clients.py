@@ -30,6 +30,9 @@ VERBS = [
     "activations",
     "stream_activations",
     "estimate_activations",
+    "intervene",
+    "stream_intervene",
+    "estimate_intervene",
     "generate",
     "explain",
     "stream_generate",
@@ -82,7 +85,7 @@ def test_every_method_is_defined_in_the_clients_source(verb: str) -> None:
     assert source.lstrip().startswith(f"def {verb}(")
 
 
-@pytest.mark.parametrize("call", ["trace", "gradient_lens", "generate"])
+@pytest.mark.parametrize("call", ["trace", "gradient_lens", "intervene", "generate"])
 def test_streams_and_estimates_document_the_arguments_of_the_whole_call(call: str) -> None:
     def arguments(verb: str) -> str:
         documented = inspect.getdoc(getattr(Client, verb)) or ""

@@ -9,12 +9,25 @@ import grpc
 import pytest
 from google.protobuf.message import Message
 
-from januslens._resuming import ActivationsSplice, DifferentAnswer, GradientSplice, TraceSplice
-from januslens.assemblers import ActivationsAssembler, GradientAssembler, TraceAssembler
+from januslens._resuming import (
+    ActivationsSplice,
+    DifferentAnswer,
+    GradientSplice,
+    InterveneSplice,
+    TraceSplice,
+)
+from januslens.assemblers import (
+    ActivationsAssembler,
+    GradientAssembler,
+    InterveneAssembler,
+    TraceAssembler,
+)
 from januslens.v1 import (
     activations_pb2,
     common_pb2,
     gradient_lens_pb2,
+    intervene_pb2,
+    interventions_pb2,
     service_pb2_grpc,
     sites_pb2,
     trace_pb2,
@@ -65,6 +78,17 @@ ACTIVATIONS = {
     ),
 }
 
+INTERVENTIONS = {
+    "a sweep over heads": intervene_pb2.InterveneRequest(
+        input=JAPAN,
+        sweep=intervene_pb2.Sweep(
+            template=interventions_pb2.Intervention(site=sites_pb2.SITE_HEAD_RESULT, zero=True),
+            by_layer=True,
+            by_head=True,
+        ),
+    ),
+}
+
 CASES: dict[str, tuple[str, Any, Any, Message]] = {
     **{f"trace, {k}": ("Trace", TraceSplice, TraceAssembler, r) for k, r in TRACES.items()},
     **{
@@ -74,6 +98,10 @@ CASES: dict[str, tuple[str, Any, Any, Message]] = {
     **{
         f"activations, {k}": ("Activations", ActivationsSplice, ActivationsAssembler, r)
         for k, r in ACTIVATIONS.items()
+    },
+    **{
+        f"intervene, {k}": ("Intervene", InterveneSplice, InterveneAssembler, r)
+        for k, r in INTERVENTIONS.items()
     },
 }
 

@@ -1,0 +1,227 @@
+"""The effects of experiments, each a changed forward pass, on the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from januslens.results import exports
+from januslens.results.models import Provenance, StageTime
+from januslens.results.tokens import Token, TokenTable
+from januslens.v1 import intervene_pb2, streams_pb2
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The prediction at one position of one pass.
+
+    Attributes:
+        position: The position.
+        target: The requested target, or the model's own prediction without interventions.
+        probability: The target's probability.
+        logit: The target's logit.
+        rank: Number of tokens with a larger logit than the target; 0 = it is the prediction.
+        logit_difference: The target's logit minus that of the other token; None without one.
+        kl_nats: `KL(before || after)` of the whole distribution, in nats; 0 in a header.
+        top: The most probable tokens with their probabilities, most probable first.
+    """
+
+    position: int
+    target: Token
+    probability: float
+    logit: float
+    rank: int
+    logit_difference: float | None
+    kl_nats: float
+    top: tuple[tuple[Token, float], ...]
+
+    @classmethod
+    def from_message(cls, message: streams_pb2.Outcome, tokens: TokenTable) -> Prediction:
+        """Read one prediction; `tokens` has the texts of its tokens."""
+        difference = message.logit_difference if message.HasField("logit_difference") else None
+        named = (tokens[token_id] for token_id in message.top_token_ids)
+        return cls(
+            position=message.position,
+            target=tokens[message.target_token_id],
+            probability=message.target_probability,
+            logit=message.target_logit,
+            rank=message.target_rank,
+            logit_difference=difference,
+            kl_nats=message.kl_nats,
+            top=tuple(zip(named, message.top_probabilities, strict=True)),
+        )
+
+
+@dataclass(frozen=True)
+class InterveneHeader:
+    """Prompt and predictions without interventions; the first event of a stream of effects.
+
+    Attributes:
+        request_id: Id of the call, as in the server's log.
+        provenance: The model's revision, data type, device and library versions.
+        prompt_tokens: The prompt's tokens, one per position.
+        positions: The positions where the prediction is read, ascending.
+        before: The predictions without interventions, one per position that is read.
+        experiments: Number of experiments, each of which gets an effect.
+        experiments_at_once: Largest number of experiments that run together as a batch.
+    """
+
+    request_id: str
+    provenance: Provenance
+    prompt_tokens: tuple[Token, ...]
+    positions: tuple[int, ...]
+    before: tuple[Prediction, ...]
+    experiments: int
+    experiments_at_once: int
+
+    @classmethod
+    def from_message(cls, message: streams_pb2.StreamHeader, tokens: TokenTable) -> InterveneHeader:
+        """Read the header; `tokens` has the texts of its predictions."""
+        return cls(
+            request_id=message.request_id,
+            provenance=Provenance.from_message(message.provenance),
+            prompt_tokens=tuple(Token.from_message(token) for token in message.prompt_tokens),
+            positions=tuple(message.positions),
+            before=_predictions(message.before, tokens),
+            experiments=message.experiments,
+            experiments_at_once=message.experiments_at_once,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InterventionEffect:
+    """The effect of one experiment.
+
+    Attributes:
+        experiment: Number of the experiment, from 0; those of a sweep follow those listed.
+        label: Label of the experiment; empty in a sweep.
+        layer: Layer of a sweep by layer, otherwise None.
+        position: Position of a sweep by position, otherwise None.
+        head: Head of a sweep by head, otherwise None.
+        neuron: Neuron of a sweep by neuron, otherwise None.
+        source_position: Source position of a sweep by source, otherwise None.
+        after: The predictions under the interventions, one per position that is read.
+    """
+
+    experiment: int
+    label: str
+    layer: int | None
+    position: int | None
+    head: int | None
+    neuron: int | None
+    source_position: int | None
+    after: tuple[Prediction, ...]
+
+    @classmethod
+    def from_message(
+        cls, message: intervene_pb2.InterventionEffect, tokens: TokenTable
+    ) -> InterventionEffect:
+        """Read one effect; `tokens` has the texts of its tokens."""
+        return cls(
+            experiment=message.experiment,
+            label=message.label,
+            layer=message.layer if message.HasField("layer") else None,
+            position=message.position if message.HasField("position") else None,
+            head=message.head if message.HasField("head") else None,
+            neuron=message.neuron if message.HasField("neuron") else None,
+            source_position=(
+                message.source_position if message.HasField("source_position") else None
+            ),
+            after=_predictions(message.after, tokens),
+        )
+
+
+def _predictions(
+    messages: Iterable[streams_pb2.Outcome], tokens: TokenTable
+) -> tuple[Prediction, ...]:
+    return tuple(Prediction.from_message(message, tokens) for message in messages)
+
+
+@dataclass(frozen=True)
+class InterveneSummary:
+    """The last event of a stream of effects; a stream without one is incomplete.
+
+    Attributes:
+        times: Seconds by stage on the server.
+    """
+
+    times: tuple[StageTime, ...]
+
+    @classmethod
+    def from_message(cls, message: streams_pb2.StreamSummary) -> InterveneSummary:
+        """Read the summary."""
+        return cls(times=tuple(StageTime.from_message(time) for time in message.times))
+
+
+@dataclass(frozen=True, repr=False)
+class InterventionEffects:
+    """The effects of several experiments on the prediction of one prompt.
+
+    Attributes:
+        header: Prompt, predictions without interventions, and provenance.
+        effects: The effects by number of the experiment.
+        summary: Times; None if the stream was interrupted.
+    """
+
+    header: InterveneHeader
+    effects: tuple[InterventionEffect, ...]
+    summary: InterveneSummary | None
+
+    @property
+    def prompt_tokens(self) -> tuple[Token, ...]:
+        """The prompt's tokens, one per position."""
+        return self.header.prompt_tokens
+
+    @property
+    def before(self) -> tuple[Prediction, ...]:
+        """The predictions without interventions, one per position that is read."""
+        return self.header.before
+
+    @property
+    def provenance(self) -> Provenance:
+        """The model's revision, data type, device and library versions."""
+        return self.header.provenance
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with one row per experiment and position read. Requires pandas.
+
+        Columns for coordinates that no experiment has are left out. The `_effect` columns are
+        differences to the prediction without interventions.
+        """
+        pandas = exports.require("pandas", "analysis", "a frame of effects")
+        frame: pd.DataFrame = pandas.DataFrame(list(self._rows()))
+        absent = [name for name in _COORDINATES if name in frame and frame[name].isna().all()]
+        present = [name for name in _COORDINATES if name in frame and name not in absent]
+        return frame.drop(columns=absent).astype(dict.fromkeys(present, "Int64"))
+
+    def _rows(self) -> Iterator[dict[str, object]]:
+        for effect in self.effects:
+            place = {name: getattr(effect, name) for name in _COORDINATES}
+            for before, after in zip(self.before, effect.after, strict=True):
+                yield {
+                    "experiment": effect.experiment,
+                    "label": effect.label,
+                    **place,
+                    "read_position": after.position,
+                    "target": after.target.text,
+                    "probability": after.probability,
+                    "probability_effect": after.probability - before.probability,
+                    "logit": after.logit,
+                    "logit_effect": after.logit - before.logit,
+                    "rank": after.rank,
+                    "logit_difference": after.logit_difference,
+                    "kl_nats": after.kl_nats,
+                    "predicted": after.top[0][0].text if after.top else None,
+                }
+
+    def __repr__(self) -> str:
+        """A one-line description, because there may be many effects."""
+        prompt = "".join(token.text for token in self.prompt_tokens)
+        return f"<InterventionEffects on {prompt!r}: {len(self.effects)} experiments>"
+
+
+_COORDINATES = ("layer", "position", "head", "neuron", "source_position")
