@@ -21,6 +21,9 @@ from tests.support.calls import prompt, refused, timeless
 Stub = service_pb2_grpc.IntrospectionServiceStub
 Request = intervene_pb2.InterveneRequest
 JAPAN = prompt("The capital of Japan is the city of")
+HIDE_ALL = interventions_pb2.Intervention(
+    site=sites_pb2.SITE_ATTENTION_PATTERN, block=True, positions=[-1], source_positions=range(8)
+)
 HEADS = interventions_pb2.Intervention(site=sites_pb2.SITE_HEAD_RESULT, zero=True)
 
 
@@ -58,6 +61,12 @@ def test_a_sweep_over_heads_has_an_effect_for_each(stub: Stub, demo: models_pb2.
     assert again == [timeless(message) for message in stream]
 
 
+def test_a_sweep_by_source_may_cover_every_source(stub: Stub) -> None:
+    stream = list(stub.Intervene(Request(input=JAPAN, sweep=sweep(HIDE_ALL, by_source=True))))
+    places = {message.effect.source_position for message in stream[1:-1]}
+    assert places == set(range(8))
+
+
 def test_estimate_bounds_the_stream(stub: Stub) -> None:
     request = Request(input=JAPAN, sweep=sweep(by_layer=True, by_head=True, by_position=True))
     estimate = stub.EstimateCost(cost_pb2.EstimateCostRequest(intervene=request))
@@ -73,6 +82,7 @@ def test_estimate_bounds_the_stream(stub: Stub) -> None:
         ({"sweep": intervene_pb2.Sweep()}, "sweep.template.site"),
         ({"sweep": sweep(layer_window=0)}, "sweep.layer_window"),
         ({"sweep": sweep(by_source=True)}, "sweep.by_source"),
+        ({"sweep": sweep(HIDE_ALL, by_layer=True)}, "sweep.template.source_positions"),
         ({"sweep": sweep(), "top_k": 101}, "top_k"),
         ({"sweep": sweep(), "positions": [99]}, "positions"),
         ({"sweep": sweep(), "target": common_pb2.Target(text="one two three four")}, "target"),

@@ -10,7 +10,11 @@ from januslens_server.errors import InvalidRequest
 from januslens_server.models.interventions import Intervention
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import SITES_WITH_HEADS, site_shape
-from januslens_server.pipelines.interventions import OtherPrompts, read_interventions
+from januslens_server.pipelines.interventions import (
+    OtherPrompts,
+    check_sources_left,
+    read_interventions,
+)
 from januslens_server.results import Coordinates
 from januslens_server.specs import Add, InterveneSpec, SetTo, Site, SweepSpec, Vectors
 
@@ -63,6 +67,10 @@ def _swept(model: ResidentModel, sweep: SweepSpec, length: int, at_most: int) ->
     (template,) = read_interventions(
         model, (sweep.template,), length, field="sweep.template", numbered=False
     )
+    hidden = [(source,) for source in template.hidden] if sweep.by_source else [template.hidden]
+    for sources in hidden:
+        part = replace(template, hidden=sources)
+        check_sources_left(model, [part], "sweep.template", numbered=False)
     units = template.units
     if units is None and sweep.by_unit:
         units = tuple(range(site_shape(model, template.keys[0], length)[0]))

@@ -80,7 +80,8 @@ def read_interventions(
     """Resolve interventions for a pass over `length` tokens.
 
     Negative positions count from the end of the first `prompt_length` tokens, by default of all.
-    `others` has prompts that the request has already named.
+    `others` has prompts that the request has already named. The template of a sweep is not
+    `numbered`; whether it leaves a source depends on how it is split.
 
     Raises `InvalidRequest` with the path of the field for sites, layers, positions, heads, shapes
     and prompts that do not fit.
@@ -97,7 +98,8 @@ def read_interventions(
         ).read()
         for i, spec in enumerate(specs)
     )
-    _check_sources_left(model, resolved, field)
+    if numbered:
+        check_sources_left(model, resolved, field)
     return resolved
 
 
@@ -272,8 +274,12 @@ def _counted(
     return counted
 
 
-def _check_sources_left(
-    model: ResidentModel, interventions: Sequence[Intervention], field: str
+def check_sources_left(
+    model: ResidentModel,
+    interventions: Sequence[Intervention],
+    field: str,
+    *,
+    numbered: bool = True,
 ) -> None:
     """Raise `InvalidRequest` if a query position would have no source left in a head."""
     blocks = {i: found for i, found in enumerate(interventions) if found.hidden}
@@ -288,7 +294,9 @@ def _check_sources_left(
             checked.add((chosen, scoring.window))
             for position, last in _without_sources([(i, blocks[i]) for i in chosen], scoring):
                 raise InvalidRequest(
-                    f"{field}[{last}].source_positions",
+                    f"{field}[{last}].source_positions"
+                    if numbered
+                    else f"{field}.source_positions",
                     f"position {position} would have no source left in layer {layer}, "
                     f"head {head}; leave at least one",
                 )
