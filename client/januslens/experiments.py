@@ -1,7 +1,8 @@
 """The classic causal experiments, as sweeps of interventions.
 
-Each function runs one forward pass per measured value, so a sweep over all heads of a model with 12
-layers of 12 heads makes 144 requests. It returns the change of the target's probability and logit::
+Each function sends one Intervene request, in which the server runs one forward pass per measured
+value. A sweep that exceeds the server's limits is sent in several requests. The functions return
+the target's probability and logit in each pass::
 
     from januslens.experiments import causal_trace, head_knockouts
 
@@ -12,12 +13,21 @@ layers of 12 heads makes 144 requests. It returns the change of the target's pro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import product
 
 import numpy as np
 
 from januslens.client import Client
-from januslens.interventions import Intervention, knock_out_attention, noise, patch, zero
+from januslens.errors import LimitExceeded
+from januslens.interventions import (
+    Experiment,
+    Intervention,
+    SweepOver,
+    knock_out_attention,
+    noise,
+    patch,
+    zero,
+)
+from januslens.results.intervene import InterventionEffects, Prediction
 from januslens.results.kinds import Site
 from januslens.results.sweep import Outcome, Sweep
 from januslens.results.tokens import Token
@@ -57,7 +67,7 @@ def head_knockouts(
         "head",
         heads,
         [f"head {head}" for head in heads],
-        lambda layer, head: [zero(heads=[(layer, head)], positions=where)],
+        lambda heads: zero(heads=heads, positions=where),
     )
 
 
@@ -87,7 +97,8 @@ def causal_trace(  # noqa: PLR0913 - by keyword
         standard_deviation: That of the noise; None = three times that of the values of the
             prompt's embeddings.
         seed: Seed of the noise.
-        window: Number of layers around each layer that are restored together.
+        window: Number of layers around each layer that are restored together; an even number has
+            one more layer below than above.
         model: The model's name; may be empty if only one is loaded.
 
     Returns:
@@ -107,10 +118,8 @@ def causal_trace(  # noqa: PLR0913 - by keyword
         "position",
         range(len(measure.tokens)),
         [str(token) for token in measure.tokens],
-        lambda layer, position: [
-            corrupted,
-            patch(site, source=prompt, layers=measure.window(layer, window), positions=position),
-        ],
+        lambda positions: patch(site, source=prompt, positions=positions),
+        window=window,
         always=[corrupted],
     )
 
@@ -155,7 +164,7 @@ def activation_patching(
         "position",
         range(length),
         [str(token) for token in measure.tokens],
-        lambda layer, position: [patch(site, source=clean, layers=layer, positions=position)],
+        lambda positions: patch(site, source=clean, positions=positions),
     )
 
 
@@ -168,7 +177,8 @@ def attention_knockouts(
         client: A connected client.
         prompt: The prompt; the prediction at its last position is measured.
         target: Text of the token that is measured, in which a leading space counts.
-        window: Number of layers around each layer in which the position is hidden.
+        window: Number of layers around each layer in which the position is hidden; an even number
+            has one more layer below than above.
         model: The model's name; may be empty if only one is loaded.
 
     Returns:
@@ -184,10 +194,13 @@ def attention_knockouts(
         "source",
         range(len(measure.tokens)),
         [str(token) for token in measure.tokens],
-        lambda layer, source: [
-            knock_out_attention(sources=source, layers=measure.window(layer, window), positions=-1)
-        ],
+        lambda sources: knock_out_attention(sources=sources, positions=-1),
+        window=window,
     )
+
+
+# The most experiments that one request may have.
+_MAX_EXPERIMENTS = 16_384
 
 
 class _Measure:
@@ -213,30 +226,69 @@ class _Measure:
         axis: str,
         columns: Sequence[int],
         labels: Sequence[str],
-        experiment: Callable[[int, int], list[Intervention]],
+        template: Callable[[Sequence[int]], Intervention],
+        *,
+        window: int = 1,
         always: Sequence[Intervention] = (),
     ) -> Sweep:
-        """Measure `experiment(layer, column)` for all layers and columns.
+        """Measure the parts of `template(columns)` by layer and column.
 
         The results are compared with the pass under the interventions `always`.
         """
-        layers = range(self._n_layers)
-        found = [
-            self._outcome(experiment(layer, column)) for layer, column in product(layers, columns)
+
+        def request(some: Sequence[int]) -> InterventionEffects:
+            return self._client.intervene(
+                self._prompt,
+                target=self._target.id,
+                other=None if self._other is None else self._other.id,
+                experiments=[Experiment()],
+                sweep=SweepOver(template(some), by=["layer", axis], layer_window=window),
+                always=always,
+                top_k=1,
+                model=self._model,
+            )
+
+        limit = max(1, (_MAX_EXPERIMENTS - 1) // self._n_layers)
+        parts = self._parts(columns, request, limit)
+        outcomes = [[self._outcome(e.after[0]) for e in part.effects] for part in parts]
+        layers = sorted({e.layer for e in parts[0].effects if e.layer is not None})
+        # The first experiment of each request has no interventions of its own.
+        values = [
+            np.array([(one.probability, one.logit) for one in part[1:]]).reshape(len(layers), -1, 2)
+            for part in outcomes
         ]
-        shape = len(layers), len(columns)
+        table = np.concatenate(values, axis=1)
         return Sweep(
             title=title,
             target=self._target,
             other=self._other,
-            before=self._outcome(always),
+            before=outcomes[0][0],
             layers=tuple(layers),
             columns=tuple(columns),
             axis=axis,
             labels=tuple(labels),
-            probabilities=np.array([one.probability for one in found]).reshape(shape),
-            logits=np.array([one.logit for one in found]).reshape(shape),
+            probabilities=table[:, :, 0],
+            logits=table[:, :, 1],
         )
+
+    def _parts(
+        self,
+        columns: Sequence[int],
+        request: Callable[[Sequence[int]], InterventionEffects],
+        limit: int,
+    ) -> list[InterventionEffects]:
+        """Request up to `limit` columns at once, and fewer if the server refuses them."""
+        if len(columns) <= limit:
+            try:
+                return [request(columns)]
+            except LimitExceeded:
+                if len(columns) == 1:
+                    raise
+        half = (len(columns) + 1) // 2
+        return [
+            *self._parts(columns[:half], request, limit),
+            *self._parts(columns[half:], request, limit),
+        ]
 
     def positions_of(self, subject: str) -> list[int]:
         """Return the positions of the tokens that overlap a part of the prompt."""
@@ -253,25 +305,9 @@ class _Measure:
             and token.end > start
         ]
 
-    def window(self, layer: int, size: int) -> list[int]:
-        """Return the layers of a window around a layer, cut at the first and the last layer."""
-        first = layer - size // 2
-        return [i for i in range(first, first + size) if 0 <= i < self._n_layers]
-
-    def _outcome(self, interventions: Sequence[Intervention]) -> Outcome:
-        read = self._client.activations(
-            self._prompt,
-            sites=Site.LOGITS,
-            positions=-1,
-            float32=True,
-            interventions=interventions,
-            model=self._model,
-        )
-        logits = read.array(Site.LOGITS)[0].astype(np.float64)
-        logit, exponentials = logits[self._target.id], np.exp(logits - logits.max())
-        minus = 0.0 if self._other is None else logits[self._other.id]
-        probability = exponentials[self._target.id] / exponentials.sum()
-        return Outcome(probability=float(probability), logit=float(logit - minus))
+    def _outcome(self, after: Prediction) -> Outcome:
+        logit = after.logit if after.logit_difference is None else after.logit_difference
+        return Outcome(probability=after.probability, logit=logit)
 
     def _one_token(self, text: str) -> Token:
         tokens = self._client.tokenize(text, model=self._model)
