@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from januslens import Client
+from januslens import Client, experiments
 from januslens.experiments import (
     activation_patching,
     attention_knockouts,
@@ -113,6 +113,16 @@ def test_sweeps_are_shown_as_tables(client: Client) -> None:
     assert frame.index.names == ["layer", "head"]
     assert frame["logit_effect"].tolist() == sweep.logit_effects.ravel().tolist()
     assert "Heads zeroed" in sweep._repr_html_()
+
+
+def test_sweeps_of_several_requests_equal_those_of_one(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = activation_patching(client, JAPAN, PERU, " Tokyo", " Paris")
+    monkeypatch.setattr(experiments, "_MAX_EXPERIMENTS", 4 * 3 + 1)  # three positions each
+    split = activation_patching(client, JAPAN, PERU, " Tokyo", " Paris")
+    np.testing.assert_allclose(split.logits, whole.logits, atol=1e-3)
+    np.testing.assert_allclose(split.probabilities, whole.probabilities, atol=1e-4)
 
 
 def test_targets_and_subjects_must_fit_the_prompt(client: Client) -> None:
