@@ -51,8 +51,9 @@ from tests.support.measured_work import held_memory, operations, peak_memory, pr
 
 # Maximum ratio of an upper bound to the actual value, and of estimated to actual seconds.
 # Buffers that the lens keeps for later requests are part of every estimate, but only the first
-# request allocates them. With a large vocabulary they are most of the memory.
-WIDE_MEMORY = 60.0
+# request allocates them. With a large vocabulary they are most of the memory, since products of the
+# lens are split.
+WIDE_MEMORY = 120.0
 LOOSEST = {"flops": 4.0, "memory": 8.0, "stream": 6.0, "held": 10.0}
 SECONDS = 3.0
 ATTEMPTS = 10

@@ -31,7 +31,7 @@ def test_an_error_at_start_of_one_process_ends_all(tmp_path: Path) -> None:
 
 def test_health_reports_loading_and_a_killed_supervisor_ends_all() -> None:
     flags = ("--processes", "2", "--health-port", "0")
-    with running_server(*flags, until="model demo takes") as server:
+    with running_server(*flags, until="model demo needs") as server:
         with grpc.insecure_channel(server.health_address) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)
             for service, status in (("", SERVING), ("januslens.ready", NOT_SERVING)):
