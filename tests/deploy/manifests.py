@@ -78,13 +78,10 @@ class Manifests:
         """
         found = {}
         for variable in self.container["env"]:
-            source = variable.get("valueFrom", {})
-            if source.get("secretKeyRef", {}).get("optional"):
-                continue  # the Secret need not exist
             if "value" in variable:
                 value = str(variable["value"])
             else:
-                assert source["resourceFieldRef"] == {"resource": "limits.cpu"}
+                assert variable["valueFrom"]["resourceFieldRef"] == {"resource": "limits.cpu"}
                 value = str(self.container["resources"]["limits"]["cpu"])
             for path, folder in mounted.items():
                 value = value.replace(path, str(folder))
