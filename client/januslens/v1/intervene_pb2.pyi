@@ -160,7 +160,8 @@ class Sweep(_message.Message):
     """True: one experiment per source position."""
     layer_window: _builtins.int
     """Number of layers that change together, centred on the layer of the experiment, within those of
-    the template; unset = 1. Applies with `by_layer`.
+    the template; an even number has one more layer below than above. Unset = 1. Applies with
+    `by_layer`.
     """
     @_builtins.property
     def template(self) -> _interventions_pb2.Intervention:
