@@ -80,7 +80,7 @@ def test_requests_beyond_the_grace_period_are_aborted() -> None:
 def loading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server whose only model takes many seconds to load."""
     folder = slow_to_load(tmp_path_factory.mktemp("models") / "slow")
-    with running_server("--model", f"slow={folder}", until="metrics on") as server:
+    with running_server("--model", f"slow={folder}", until="serving on") as server:
         yield server
 
 
