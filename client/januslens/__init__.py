@@ -56,6 +56,7 @@ from januslens.errors import (
     InterveneInterrupted,
     InvalidRequest,
     JanuslensError,
+    LaunchError,
     LimitExceeded,
     ModelFailed,
     ModelLoading,
@@ -80,6 +81,7 @@ from januslens.errors import (
     Unimplemented,
 )
 from januslens.interventions import Experiment, Intervention, SweepOver
+from januslens.launching import LaunchedClient, launch
 from januslens.results.activations import (
     Activations,
     ActivationsHeader,
@@ -210,6 +212,8 @@ __all__ = [
     "InvalidRequest",
     "JanuslensError",
     "KlDivergence",
+    "LaunchError",
+    "LaunchedClient",
     "LayerGraph",
     "LayerOutcome",
     "Layers",
@@ -284,6 +288,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "Verification",
+    "launch",
     "read_gradient",
     "read_trace",
 ]
