@@ -380,7 +380,7 @@ def prepared(
     if not interventions:
         return None
     taken = taken_values(model, interventions, check_cancelled)
-    return Interventions(model, interventions, length, taken)
+    return Interventions(model, interventions, length, taken, check_cancelled)
 
 
 def taken_values(
