@@ -100,7 +100,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
             space counts, or a token id. None = the model's own next token at each position.
         messages: A conversation instead of a prompt: messages with `role` and `content`, or a
             `Chat`.
-        layers: Layers to send, from 0; None = all.
+        layers: Layers to send, from 0 or negative from the last; None = all.
         positions: Query positions, negative from the end, or `"all"`; None = the last one.
         heads: Maximum heads per layer, largest norm first; None = the server's default, 0 = all.
         memory_values: Maximum source positions per head, largest attention first; None = the
@@ -250,7 +250,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
         loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
         matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE and
             UP.
-        layers: Layers to send, from 0; None = all.
+        layers: Layers to send, from 0 or negative from the last; None = all.
         top_k: Most likely tokens per projection; None = the server's default, 0 = none.
         bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
         lens: `FINAL_NORM`, `NORMALIZED` (for very small VJPs, as in the paper) or `RAW`.
@@ -322,7 +322,8 @@ def activations_request(  # noqa: PLR0913 - by keyword
         messages: A conversation instead of a prompt: messages with `role` and `content`, or a
             `Chat`.
         sites: The sites to read, such as `["HEAD_RESULT", "BLOCK_OUTPUT"]`.
-        layers: Layers to read, from 0; None = every layer that has the site.
+        layers: Layers to read, from 0 or negative from the last; None = every layer that
+            has the site.
         positions: Positions to read, negative from the end; None or `"all"` = all of them.
         heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have key-value
             heads.

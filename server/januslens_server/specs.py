@@ -330,6 +330,7 @@ class KlDivergence:
     """KL(q || p), where q is p without the suppressed tokens, renormalised and held fixed."""
 
     suppressed: tuple[int, ...]
+    tokens: tuple[Target, ...] = ()
 
 
 LossSpec = NegativeLogLikelihood | LogitDifference | KlDivergence

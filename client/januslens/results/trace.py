@@ -318,11 +318,12 @@ class Trace(GraphView):
         return self.header.provenance
 
     def layer(self, number: int) -> LayerGraph:
-        """Return one layer.
+        """Return one layer; a negative number counts from the last layer of the model.
 
         Raises:
             KeyError: The layer was not traced.
         """
+        number += self.header.sizes.n_layers if number < 0 else 0
         for layer in self.layers:
             if layer.layer == number:
                 return layer

@@ -306,8 +306,9 @@ class TraceRequest(_message.Message):
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers to send, from 0; empty = all. Each is sent once, in ascending order. GAP edges connect
-        layers that are not adjacent. INVALID_ARGUMENT for a layer at or above n_layers.
+        """Layers to send, from 0, or negative from the last; empty = all. Each is sent once, in ascending
+        order. GAP edges connect layers that are not adjacent. INVALID_ARGUMENT for a layer outside the
+        model.
         """
 
     @_builtins.property

@@ -334,20 +334,16 @@ def _edited(model: ResidentModel, spec: PreviewEditSpec) -> list[tuple[int, Matr
         layers = read_layers(model, edit.layers, "descent.layers")
         kinds = choose_matrices(model, edit.matrices, "descent.matrices").kinds
         return layer_matrices(model, layers, kinds)
-    single_ff2(model, edit.layer)
-    return [(edit.layer, MatrixKind.FF2)]
+    (layer,) = read_layers(model, (edit.layer,), "shift.layer")
+    single_ff2(model, layer)
+    return [(layer, MatrixKind.FF2)]
 
 
 def single_ff2(model: ResidentModel, layer: int) -> Linear:
     """Return the FF2 matrix that a shift edits.
 
-    Raises `InvalidRequest` if there is no such layer, or if it has experts.
+    Raises `InvalidRequest` if the layer has experts.
     """
-    n_layers = model.view.facts.n_layers
-    if layer >= n_layers:
-        raise InvalidRequest(
-            "shift.layer", f"{model.name} has no layer {layer}; expected 0 to {n_layers - 1}"
-        )
     linear = model.view.blocks[layer].matrices[MatrixKind.FF2]
     if not isinstance(linear, Linear):
         raise InvalidRequest(

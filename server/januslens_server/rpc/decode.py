@@ -432,6 +432,8 @@ def _input(message: common_pb2.Input, field: str = "input") -> Prompt:
     if which == "chat":
         refuse_beside(message, ("add_special_tokens", "literal"), which, f"{field}.")
         return chat(message.chat)
+    if which is None:
+        raise InvalidRequest(field, "no prompt given; expected prompt, token_ids or chat")
     if which != "token_ids":
         without = message.HasField("add_special_tokens") and not message.add_special_tokens
         if without or message.literal:
@@ -508,7 +510,11 @@ def _loss(request: gradient_lens_pb2.GradientLensRequest) -> LossSpec:
             other=_target(request.logit_difference.other, "logit_difference.other"),
         )
     if which == "kl":
-        return KlDivergence(tuple(request.kl.suppressed.ids))
+        tokens = enumerate(request.kl.tokens)
+        return KlDivergence(
+            tuple(request.kl.suppressed.ids),
+            tuple(_target(token, f"kl.tokens[{i}]") for i, token in tokens),
+        )
     raise InvalidRequest("loss", "no loss given; expected nll, logit_difference or kl")
 
 
@@ -562,6 +568,7 @@ BOUNDS: dict[str, int] = {
     "GradientLensRequest.model": 256,
     "GradientLensRequest.revision": 256,
     "Input.prompt": MIB,
+    "KlDivergence.tokens": 256,
     "LayerReading.layers": 4 * KIB,
     "Experiment.interventions": 256,
     "Experiment.label": 4 * KIB,
