@@ -294,7 +294,7 @@ class Client(Lenses, Passes):
         Args:
             token: Text of one token, in which a leading space counts, or a token id.
             suppressed: Find the neurons that suppress the token instead.
-            layers: Layers to search, from 0; None = all.
+            layers: Layers to search, from 0 or negative from the last; None = all.
             limit: Maximum number of neurons, best rank first; None = all.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.

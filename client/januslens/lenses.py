@@ -69,7 +69,7 @@ class Lenses(Calls):
                 position.
             messages: A conversation instead of a prompt: messages with `role` and `content`, or a
                 `Chat`.
-            layers: Layers to send, from 0; None = all.
+            layers: Layers to send, from 0 or negative from the last; None = all.
             positions: Query positions, negative from the end, or `"all"`; None = the last one.
             heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
                 all.
@@ -162,7 +162,7 @@ class Lenses(Calls):
                 position.
             messages: A conversation instead of a prompt: messages with `role` and `content`, or a
                 `Chat`.
-            layers: Layers to send, from 0; None = all.
+            layers: Layers to send, from 0 or negative from the last; None = all.
             positions: Query positions, negative from the end, or `"all"`; None = the last one.
             heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
                 all.
@@ -255,7 +255,7 @@ class Lenses(Calls):
                 position.
             messages: A conversation instead of a prompt: messages with `role` and `content`, or a
                 `Chat`.
-            layers: Layers to send, from 0; None = all.
+            layers: Layers to send, from 0 or negative from the last; None = all.
             positions: Query positions, negative from the end, or `"all"`; None = the last one.
             heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
                 all.
@@ -347,7 +347,7 @@ class Lenses(Calls):
             loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
             matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
                 and UP.
-            layers: Layers to send, from 0; None = all.
+            layers: Layers to send, from 0 or negative from the last; None = all.
             top_k: Most likely tokens per projection; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
             lens: `FINAL_NORM`, `NORMALIZED` (for very small VJPs, as in the paper) or `RAW`.
@@ -432,7 +432,7 @@ class Lenses(Calls):
             loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
             matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
                 and UP.
-            layers: Layers to send, from 0; None = all.
+            layers: Layers to send, from 0 or negative from the last; None = all.
             top_k: Most likely tokens per projection; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
             lens: `FINAL_NORM`, `NORMALIZED` (for very small VJPs, as in the paper) or `RAW`.
@@ -517,7 +517,7 @@ class Lenses(Calls):
             loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
             matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
                 and UP.
-            layers: Layers to send, from 0; None = all.
+            layers: Layers to send, from 0 or negative from the last; None = all.
             top_k: Most likely tokens per projection; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
             lens: `FINAL_NORM`, `NORMALIZED` (for very small VJPs, as in the paper) or `RAW`.

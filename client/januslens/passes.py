@@ -68,7 +68,8 @@ class Passes(Calls):
             messages: A conversation instead of a prompt: messages with `role` and `content`, or a
                 `Chat`.
             sites: The sites to read, such as `["HEAD_RESULT", "BLOCK_OUTPUT"]`.
-            layers: Layers to read, from 0; None = every layer that has the site.
+            layers: Layers to read, from 0 or negative from the last; None = every layer that has
+                the site.
             positions: Positions to read, negative from the end; None or `"all"` = all of them.
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
@@ -122,7 +123,8 @@ class Passes(Calls):
             messages: A conversation instead of a prompt: messages with `role` and `content`, or a
                 `Chat`.
             sites: The sites to read, such as `["HEAD_RESULT", "BLOCK_OUTPUT"]`.
-            layers: Layers to read, from 0; None = every layer that has the site.
+            layers: Layers to read, from 0 or negative from the last; None = every layer that has
+                the site.
             positions: Positions to read, negative from the end; None or `"all"` = all of them.
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
@@ -176,7 +178,8 @@ class Passes(Calls):
             messages: A conversation instead of a prompt: messages with `role` and `content`, or a
                 `Chat`.
             sites: The sites to read, such as `["HEAD_RESULT", "BLOCK_OUTPUT"]`.
-            layers: Layers to read, from 0; None = every layer that has the site.
+            layers: Layers to read, from 0 or negative from the last; None = every layer that has
+                the site.
             positions: Positions to read, negative from the end; None or `"all"` = all of them.
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
