@@ -16,7 +16,7 @@ OTHER_TARGET = 7
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """Compare with a cold trace, and with its floor: a forward pass, and one product of its rows."""
+    """Compare with a cold trace, and with its floor: a forward pass and one product of all rows."""
     ids, floors = bench.shape.tokens(bench.shape.prompt), bench.floors
     rows = floors.rows(projected_rows(run_trace(bench.model, TraceSpec(ids))))
     with (
