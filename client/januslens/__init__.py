@@ -80,7 +80,27 @@ from januslens.errors import (
     Unavailable,
     Unimplemented,
 )
-from januslens.interventions import Experiment, Intervention, SweepOver
+from januslens.experiments import (
+    activation_patching,
+    attention_knockouts,
+    causal_trace,
+    head_knockouts,
+)
+from januslens.interventions import (
+    Experiment,
+    Intervention,
+    SweepOver,
+    Units,
+    add,
+    knock_out_attention,
+    mean_over,
+    noise,
+    patch,
+    scale,
+    set_value,
+    steer,
+    zero,
+)
 from januslens.launching import LaunchedClient, launch
 from januslens.results.activations import (
     Activations,
@@ -287,8 +307,22 @@ __all__ = [
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
+    "Units",
     "Verification",
+    "activation_patching",
+    "add",
+    "attention_knockouts",
+    "causal_trace",
+    "head_knockouts",
+    "knock_out_attention",
     "launch",
+    "mean_over",
+    "noise",
+    "patch",
     "read_gradient",
     "read_trace",
+    "scale",
+    "set_value",
+    "steer",
+    "zero",
 ]

@@ -3,7 +3,7 @@
 Pass them as `interventions` to `client.trace`, `client.gradient_lens` and `client.activations`, or
 in experiments to `client.intervene`, which measures the effect of each::
 
-    from januslens.interventions import patch, steer, zero
+    from januslens import patch, steer, zero
 
     client.trace(prompt, interventions=[zero(heads=[(9, 6)]), steer(3, direction, 4.0)])
 
