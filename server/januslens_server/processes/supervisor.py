@@ -97,9 +97,7 @@ class ProcessGroup:
         await asyncio.gather(*(child.open() for child in self._children.values()))
         self.update_health()
         where = f"{self._settings.host}:{self._settings.port}"
-        logger.info(
-            "serving on %s with %d processes", where, len(numbers), extra={"address": where}
-        )
+        logger.info("serving on %s with %d processes", where, len(numbers))
         if is_ready(self._statuses()):
             logger.info("ready")
         async with asyncio.TaskGroup() as keepers:

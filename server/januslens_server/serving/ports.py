@@ -29,8 +29,7 @@ async def listen(
     listen_for_metrics(settings)
     health_server = await listen_for_health(health, settings)
     await server.start()
-    address = f"{settings.host}:{port}"
-    logger.info("serving on %s", address, extra={"address": address})
+    logger.info("serving on %s:%d", settings.host, port)
     return health_server
 
 
