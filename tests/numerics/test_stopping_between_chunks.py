@@ -60,10 +60,11 @@ class Run:
     def __init__(self, resident: ResidentModel, request: Request, stop_at: int | None) -> None:
         self.events: list[str] = []
         self.rows: list[int] = []
-        self._stop_at = stop_at
+        self._stop_at, self._checks = stop_at, 0
         model = self._model(resident)
         self.events.clear()
         self.rows.clear()
+        self._checks = 0
         self.cancelled = False
         try:
             for _ in request(model, self._check):
@@ -82,7 +83,8 @@ class Run:
 
     def _check(self) -> None:
         self.events.append(CHECK)
-        if self.events.count(CHECK) == self._stop_at:
+        self._checks += 1
+        if self._checks == self._stop_at:
             raise RequestCancelled("cancelled")
 
 

@@ -90,7 +90,8 @@ class Traced:
 
     def node(self, node_id: str) -> januslens.Node:
         """Return a node of the trace or of its overview."""
-        return {**self.overview.known_nodes, **self.trace.known_nodes}[node_id]
+        traced = self.trace.known_nodes
+        return traced[node_id] if node_id in traced else self.overview.known_nodes[node_id]
 
 
 def traced(client: januslens.Client, path: Path, prompt: str | list[int], **asked: Any) -> Traced:
