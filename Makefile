@@ -72,7 +72,7 @@ check: $(SETUP) check-stubs check-viewer ## Check lint, formatting, types, impor
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python client/unasync.py --check
+	$(BIN)/python client/generate.py --check
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
 
@@ -95,8 +95,8 @@ check-stubs: $(STUBS_SETUP)
 	@diff -r -x __init__.py -x __pycache__ $(FRESH_STUBS)/januslens/v1 $(STUBS) \
 		|| { echo "The stubs differ from protos/: run 'make stubs' and commit the result." >&2; exit 1; }
 
-client: $(SETUP) ## Regenerate the synchronous client from the asynchronous one
-	$(BIN)/python client/unasync.py
+client: $(SETUP) ## Regenerate the streaming methods and the synchronous client
+	$(BIN)/python client/generate.py
 
 viewer: $(VIEWER_SETUP) ## Rebuild the pages from client/viewer/
 	npm --prefix $(VIEWER) run --silent format

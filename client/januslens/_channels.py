@@ -1,7 +1,7 @@
 """The gRPC channels of both clients, and the responses of a running stream.
 
-The synchronous client is generated from `aio.py` by removing `await`. This module has the parts
-for which that is not enough: event loops, cancellation and waiting.
+The synchronous client is generated from the asynchronous one by removing `await`. This module has
+the parts for which that is not enough: event loops, cancellation and waiting.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Build request messages from the arguments of a client's methods.
 
+The arguments of the streaming calls are declared and documented here only; client/generate.py
+writes the methods of the clients that take them (`make client`).
+
 Arguments that no server could accept raise ValueError or TypeError. The server checks what depends
 on the model, such as layer numbers.
 """
@@ -86,13 +89,40 @@ def trace_request(  # noqa: PLR0913 - by keyword
     checks: bool = False,
     projections: bool | None = None,
     interventions: Iterable[Intervention] = (),
-    other: TargetLike | None = None,
-    attribution: bool = False,
-    gradients: bool = False,
     model: str = "",
     revision: str = "",
 ) -> trace_pb2.TraceRequest:
-    """Build the request of `AsyncClient.trace`, which documents the arguments and the errors."""
+    """Build the request of `trace`.
+
+    Args:
+        prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+        target: The token whose rank every projection reports: text of one token, in which a leading
+            space counts, or a token id. None = the model's own next token at each position.
+        messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+            `Chat`.
+        layers: Layers to send, from 0 or negative from the last; None = all.
+        positions: Query positions, negative from the end, or `"all"`; None = the last one.
+        heads: Maximum heads per layer, largest norm first; None = the server's default, 0 = all.
+        memory_values: Maximum source positions per head, largest attention first; None = the
+            server's default, 0 = all.
+        top_neurons: Maximum neurons per MLP, largest activation times norm first; None = the
+            server's default, 0 = all.
+        bottom_neurons: Maximum neurons per MLP, most negative first; None = the server's default, 0
+            = none.
+        top_k: Most likely tokens per projection; None = the server's default, 0 = none.
+        bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
+        lens: `FINAL_NORM`, `NORMALIZED` (scale each vector to length 1 first) or `RAW`.
+        node_kinds: Node kinds to send; None = all. Hiding nodes does not change any sum.
+        vectors: Send the vectors of the nodes.
+        logit_contribution: Send each part's contribution to the target's logit.
+        overlap_k: Send each edge's intersection score, computed on this many top tokens.
+        checks: Repeat the model's self-check on this request and report it in the summary.
+        projections: Project the nodes to the vocabulary, which takes most of the time of a trace;
+            None = yes, unless `top_k` and `bottom_k` are 0.
+        interventions: Changes of the forward pass, made by `januslens.interventions`.
+        model: The model's name; may be empty if only one is loaded.
+        revision: The expected revision; any other is refused. Empty = any.
+    """
     numbers, all_positions = position_numbers(positions)
     return trace_pb2.TraceRequest(
         model=checked_text(model, "model"),
@@ -113,9 +143,6 @@ def trace_request(  # noqa: PLR0913 - by keyword
         include_checks=checks,
         interventions=intervention_messages(interventions),
         include_projections=projections,
-        other=None if other is None else target_message(other, "other"),
-        include_attribution=attribution,
-        include_gradients=gradients,
     )
 
 
@@ -212,7 +239,35 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
     model: str = "",
     revision: str = "",
 ) -> gradient_lens_pb2.GradientLensRequest:
-    """Build the request of `AsyncClient.gradient_lens`."""
+    """Build the request of `gradient_lens`.
+
+    Args:
+        prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+        target: The target of the loss `-log p(target | prompt)`: text, in which a leading space
+            counts, one token id or several. Pass either `target` or `loss`.
+        messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+            `Chat`.
+        loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
+        matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE and
+            UP.
+        layers: Layers to send, from 0 or negative from the last; None = all.
+        top_k: Most likely tokens per projection; None = the server's default, 0 = none.
+        bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
+        lens: `FINAL_NORM`, `NORMALIZED` (for very small VJPs, as in the paper) or `RAW`.
+        components: Maximum factor pairs per matrix, largest first; None = the server's default, 0 =
+            all, which the dense gradient needs.
+        spectrum: Number of singular values and directions per matrix.
+        neurons: Number of neurons per matrix, largest change by a descent step first.
+        learning_rate: Learning rate of the descent step; None = report only the direction of the
+            change.
+        subject: The subject of the prompt, as text or as token positions `(start, end)`; adds norms
+            and ranks by segment.
+        factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
+        verify: Compare each matrix with autograd's dense gradient.
+        interventions: Changes of the forward pass, made by `januslens.interventions`.
+        model: The model's name; may be empty if only one is loaded.
+        revision: The expected revision; any other is refused. Empty = any.
+    """
     request = gradient_lens_pb2.GradientLensRequest(
         model=checked_text(model, "model"),
         revision=checked_text(revision, "revision"),
@@ -260,7 +315,23 @@ def activations_request(  # noqa: PLR0913 - by keyword
     model: str = "",
     revision: str = "",
 ) -> activations_pb2.ActivationsRequest:
-    """Build the request of `AsyncClient.activations`."""
+    """Build the request of `activations`.
+
+    Args:
+        prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+        messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+            `Chat`.
+        sites: The sites to read, such as `["HEAD_RESULT", "BLOCK_OUTPUT"]`.
+        layers: Layers to read, from 0 or negative from the last; None = every layer that
+            has the site.
+        positions: Positions to read, negative from the end; None or `"all"` = all of them.
+        heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have key-value
+            heads.
+        float32: Convert the values to float32. By default they have the model's data type.
+        interventions: Changes of the forward pass, made by `januslens.interventions`.
+        model: The model's name; may be empty if only one is loaded.
+        revision: The expected revision; any other is refused. Empty = any.
+    """
     named = [Site.of(site) for site in ([sites] if isinstance(sites, str) else sites)]
     if not named:
         raise ValueError("sites is empty; give at least one site")
@@ -291,7 +362,24 @@ def intervene_request(  # noqa: PLR0913 - by keyword
     model: str = "",
     revision: str = "",
 ) -> intervene_pb2.InterveneRequest:
-    """Build the request of `AsyncClient.intervene`."""
+    """Build the request of `intervene`.
+
+    Args:
+        prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+        messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+            `Chat`.
+        target: The token whose probability is reported, as text, in which a leading space counts,
+            or as an id; None = the model's own prediction without interventions.
+        other: A second token; the difference of both logits is reported.
+        experiments: Experiments, or interventions that are experiments by themselves.
+        sweep: Further experiments: an intervention split by layer, position, head, neuron or
+            source. There may be 16,384 experiments in all.
+        always: Interventions of every experiment, before its own, but not of the header.
+        positions: Positions where the prediction is read, negative from the end; None = the last.
+        top_k: Number of tokens to list in each prediction, at most 100; None = 5.
+        model: The model's name; may be empty if only one is loaded.
+        revision: The expected revision; any other is refused. Empty = any.
+    """
     if isinstance(experiments, Experiment | Intervention):
         experiments = [experiments]
     listed = [experiment_message(experiment) for experiment in experiments]
@@ -330,7 +418,25 @@ def generate_request(  # noqa: PLR0913 - by keyword
     model: str = "",
     revision: str = "",
 ) -> generation_pb2.GenerateRequest:
-    """Build the request of `AsyncClient.generate`."""
+    """Build the request of `generate`.
+
+    Args:
+        prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+        messages: A conversation instead of a prompt: messages with `role` and `content`, or a
+            `Chat`.
+        max_new_tokens: Maximum number of tokens; None = the server's default.
+        temperature: Divides the logits before a token is drawn; 0 = take the most likely token.
+        sample_top_k: Number of most likely tokens to draw from; 0 = all.
+        top_p: Draw from the fewest most likely tokens whose probabilities add up to at least this;
+            0 = all.
+        seed: Seed of the draws; the same seed draws the same tokens.
+        stop: Text or texts that end the generation; the last token completes the text.
+        top_k: Most likely tokens to list at each step; None = the server's default, 0 = none.
+        layers: Layers whose output is read at each step, from 0, or `"all"`; None = none.
+        layer_top_k: Most likely tokens to list per layer; None = the server's default, 0 = none.
+        model: The model's name; may be empty if only one is loaded.
+        revision: The expected revision; any other is refused. Empty = any.
+    """
     if optional_count(max_new_tokens, "max_new_tokens") == 0:
         raise ValueError("invalid max_new_tokens 0; expected at least 1")
     texts = [stop] if isinstance(stop, str) else list(stop)

@@ -187,19 +187,32 @@ def checked_text(text: Any, name: str) -> str:
 def layer_numbers(layers: Layers | None) -> list[int]:
     """Return layer numbers, sorted; an empty list (from None) means all layers.
 
-    A slice needs an end, because only the server knows the number of layers.
+    Negative layers count from the last one. A slice must not cross from one way of counting to the
+    other, because only the server knows the number of layers.
 
     Raises:
         TypeError: A layer is not an integer.
-        ValueError: There are no layers, one is negative, or a slice has no end.
+        ValueError: There are no layers, one exceeds 32 bits, or a slice is invalid.
     """
     if layers is None:
         return []
     if isinstance(layers, slice):
-        if layers.stop is None or min(layers.start or 0, layers.stop, layers.step or 1) < 0:
-            raise ValueError(f"invalid layers {layers}; expected a slice such as slice(0, 4)")
-        layers = range(layers.start or 0, layers.stop, layers.step or 1)
-    return index_numbers(layers, "layers")
+        layers = _layer_range(layers)
+    listed = several(layers, "layers")
+    numbers = [_bounded(layer, "layers", -_INT32, _INT32) for layer in listed]
+    _require_some(numbers, "layers")
+    return sorted(set(numbers))
+
+
+def _layer_range(layers: slice) -> range:
+    """Return the layers of a slice such as `slice(0, 4)` or `slice(-4, None)`."""
+    start, step = layers.start or 0, layers.step or 1
+    end = 0 if layers.stop is None and start < 0 else layers.stop
+    if end is None or step < 1 or (start < 0) != (end < 0 or layers.stop is None):
+        raise ValueError(
+            f"invalid layers {layers}; expected a slice such as slice(0, 4) or slice(-4, None)"
+        )
+    return range(start, end, step)
 
 
 def index_numbers(indices: int | Iterable[int] | None, name: str) -> list[int]:
@@ -340,9 +353,13 @@ class LogitDifference:
 
 @dataclass(frozen=True)
 class KlDivergence:
-    """`KL(q || p)`, where q is p without the suppressed tokens, renormalised and held fixed."""
+    """`KL(q || p)`, where q is p without the suppressed tokens, renormalised and held fixed.
 
-    suppressed: Sequence[int]
+    Attributes:
+        suppressed: Ids or texts of the tokens to suppress; each text is one token.
+    """
+
+    suppressed: str | Text | Sequence[int | str | Text]
 
 
 Loss = NegativeLogLikelihood | LogitDifference | KlDivergence
@@ -362,7 +379,12 @@ def set_loss(request: gradient_lens_pb2.GradientLensRequest, loss: Loss) -> None
             request.logit_difference.preferred.CopyFrom(target_message(preferred, "preferred"))
             request.logit_difference.other.CopyFrom(target_message(other, "other"))
         case KlDivergence(suppressed):
-            request.kl.suppressed.CopyFrom(token_ids(suppressed, "suppressed"))
+            tokens = [suppressed] if isinstance(suppressed, (str, Text)) else list(suppressed)
+            _require_some(tokens, "suppressed", "token")
+            texts = [token for token in tokens if isinstance(token, (str, Text))]
+            request.kl.tokens.extend(target_message(text, "suppressed") for text in texts)
+            if ids := [token for token in tokens if not isinstance(token, (str, Text))]:
+                request.kl.suppressed.CopyFrom(token_ids(ids, "suppressed"))
         case _:
             raise TypeError(
                 f"invalid loss of type {type(loss).__name__}; "
@@ -454,7 +476,7 @@ def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:
             request.descent.matrices.extend(matrix_numbers(matrices))
             request.descent.layers.extend(layer_numbers(layers))
         case ForwardShift(layer, eta):
-            request.shift.layer = count(layer, "layer")
+            request.shift.layer = _bounded(layer, "layer", -_INT32, _INT32)
             request.shift.eta = step_size(eta, "eta")
         case _:
             raise TypeError(

@@ -37,6 +37,7 @@ The tree, with the `reason` or the gRPC status of each::
     `-- ProtocolViolation       the stream breaks the contract; report the request id
 
 Arguments that no server could accept raise ValueError or TypeError before anything is sent.
+`januslens.launch` raises LaunchError.
 """
 
 from __future__ import annotations
@@ -306,3 +307,7 @@ BY_STATUS: Mapping[str, type[JanuslensError]] = {
     "PERMISSION_DENIED": PermissionDenied,
     "UNIMPLEMENTED": Unimplemented,
 }
+
+
+class LaunchError(RuntimeError):
+    """The server that `januslens.launch` started ended, or its models did not load."""

@@ -3,7 +3,7 @@
 Pass them as `interventions` to `client.trace`, `client.gradient_lens` and `client.activations`, or
 in experiments to `client.intervene`, which measures the effect of each::
 
-    from januslens.interventions import patch, steer, zero
+    from januslens import patch, steer, zero
 
     client.trace(prompt, interventions=[zero(heads=[(9, 6)]), steer(3, direction, 4.0)])
 
@@ -95,7 +95,7 @@ def zero(
 
     Args:
         site: The site; None = HEAD_RESULT for heads, NEURONS for neurons.
-        layers: Layers, from 0; None = every layer that has the site.
+        layers: Layers, from 0 or negative from the last; None = every layer that has the site.
         positions: Positions, negative from the end; None or `"all"` = all.
         heads: Heads, or pairs `(layer, head)`; None = all.
         neurons: Neurons, or pairs `(layer, neuron)`; None = all.
@@ -142,7 +142,7 @@ def set_value(
         value: An array of the site's shape at one position, over the given heads or neurons, or
             one such array per position.
         site: The site; None = HEAD_RESULT for heads, NEURONS for neurons.
-        layers: Layers, from 0; None = every layer that has the site.
+        layers: Layers, from 0 or negative from the last; None = every layer that has the site.
         positions: Positions, negative from the end; None or `"all"` = all.
         heads: Heads, or pairs `(layer, head)`; None = all.
         neurons: Neurons, or pairs `(layer, neuron)`; None = all.
@@ -207,7 +207,7 @@ def patch(
     Args:
         site: The site.
         source: The other prompt; its pass is not changed.
-        layers: Layers, from 0; None = every layer that has the site.
+        layers: Layers, from 0 or negative from the last; None = every layer that has the site.
         positions: Positions, negative from the end; None or `"all"` = all.
         source_positions: Positions of the other prompt, one for each of `positions`; None = the
             same. Needed if the prompts have different lengths, unless `positions` are given.
@@ -292,7 +292,7 @@ def knock_out_attention(
 
     Args:
         sources: The source positions that are hidden, negative from the end.
-        layers: Layers, from 0; None = all.
+        layers: Layers, from 0 or negative from the last; None = all.
         positions: The query positions that they are hidden from, negative from the end; None or
             `"all"` = all.
         heads: Heads, or pairs `(layer, head)`; None = all.

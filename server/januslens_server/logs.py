@@ -16,7 +16,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 FORMATS = ("text", "json")
 
 # Fields that text lines leave out, since their message contains them.
-_IN_MESSAGE = ("method", "status")
+_IN_MESSAGE = ("method", "status", "address")
 
 
 def configure_logging(level: str, form: str, process: int | None = None) -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from januslens_server.errors import never_cancelled
+from januslens_server.errors import RequestCancelled, never_cancelled
+from januslens_server.models import interventions
+from januslens_server.models.interventions import Interventions
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.resolve import resolve_activations
 from januslens_server.results import SiteValues
@@ -63,6 +65,7 @@ CHANGED = [
     Site.MLP_OUTPUT,
     Site.BLOCK_OUTPUT,
 ]
+LLAMA = next(case for case in CASES if case.id == "llama-grouped")
 WITH_HEADS = {Site.QUERY, Site.KEY, Site.VALUE, Site.HEAD_RESULT}
 POSITIONS = (6, 3)  # not ascending: values and source positions belong to them in this order
 SOURCE_POSITIONS = (2, 7)
@@ -75,8 +78,8 @@ def other_prompts(case: Case) -> list[list[int]]:
     return [[(token * k + 3) % VOCABULARY for token in case.prompt] for k in (7, 11)]
 
 
-def logits(case: Case, *interventions: InterventionSpec) -> Tensor:
-    spec = ActivationsSpec(tuple(case.prompt), (Site.LOGITS,), interventions=interventions)
+def logits(case: Case, *changes: InterventionSpec) -> Tensor:
+    spec = ActivationsSpec(tuple(case.prompt), (Site.LOGITS,), interventions=changes)
     events = activations(resolve_activations(resident(case), spec), never_cancelled)
     return joined([event for event in events if isinstance(event, SiteValues)])
 
@@ -142,3 +145,42 @@ def assert_near(found: Tensor, expected: Tensor, what: object) -> None:
     torch.testing.assert_close(
         found, expected, rtol=1e-3, atol=2e-4, msg=lambda text: f"{what}: {text}"
     )
+
+
+def test_cancelled_request_stops_between_two_interventions(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws, randn = [], torch.randn
+
+    def counted(*shape: Any, **options: Any) -> Tensor:
+        draws.append(shape)
+        return randn(*shape, **options)
+
+    def check() -> None:
+        if draws:
+            raise RequestCancelled("the caller cancelled the request")
+
+    monkeypatch.setattr(torch, "randn", counted)
+    noises = tuple(InterventionSpec(Site.NEURONS, Noise(0.1, seed), (1,)) for seed in range(16))
+    spec = ActivationsSpec(tuple(LLAMA.prompt), (Site.LOGITS,), interventions=noises)
+    with pytest.raises(RequestCancelled):
+        list(activations(resolve_activations(resident(LLAMA), spec), check))
+    assert len(draws) == 1
+
+
+def test_noise_drawn_in_blocks_is_that_of_the_whole_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interventions, "DRAWN_AT_ONCE", 100)
+    for length, positions in ((9, (8, 2)), (47, (46, 0, 31)), (100, (99, 0, 40, 41)), (99, (3,))):
+        changes = Interventions(resident(LLAMA), [], length, {}, never_cancelled)
+        whole = torch.randn(length, 5, generator=torch.Generator().manual_seed(3))
+        drawn = changes._drawn(3, positions, torch.Size([5]))
+        assert torch.equal(drawn, whole[list(positions)])
+
+
+def test_hidden_sources_in_blocks_of_queries_equal_all_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    block = InterventionSpec(
+        Site.ATTENTION_PATTERN, BlockSources(), positions=(3, 5, 8), sources=(2,)
+    )
+    whole = logits(LLAMA, block)
+    monkeypatch.setattr(interventions, "PATTERN_AT_ONCE", 1)
+    assert_near(logits(LLAMA, block), whole, block)

@@ -58,7 +58,7 @@ def test_layers_and_positions_are_parsed_from_lists_and_ranges() -> None:
         (["trace"], "Missing argument 'PROMPT'"),
         (["gradient", "x"], "Missing option '--target'"),
         (["trace", "x", "--layers", "3-1"], "is not a list of layers such as 0-3,7"),
-        (["trace", "x", "--layers", "-1"], "is not a list of layers such as 0-3,7"),
+        (["trace", "x", "--layers", "-3--1"], "is not a list of layers such as 0-3,7"),
         (
             ["trace", "x", "--positions", "last"],
             "is neither a list of positions such as -1,3 nor 'all'",

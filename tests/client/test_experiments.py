@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,11 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from januslens import Client, experiments
-from januslens.experiments import (
+from januslens import (
+    AsyncClient,
+    Client,
+    Sweep,
     activation_patching,
     attention_knockouts,
     causal_trace,
+    experiments,
     head_knockouts,
 )
 from januslens_server.demo import model_path
@@ -130,3 +134,29 @@ def test_targets_and_subjects_must_fit_the_prompt(client: Client) -> None:
         head_knockouts(client, JAPAN, " Tokyo Paris")
     with pytest.raises(ValueError, match="is not in the prompt"):
         causal_trace(client, JAPAN, " Tokyo", "Peru")
+
+
+def test_asynchronous_clients_get_the_same_sweeps(client: Client, server_address: str) -> None:
+    async def sweeps() -> list[Sweep]:
+        async with AsyncClient(server_address) as other:
+            return [
+                await causal_trace(other, JAPAN, subject="Japan"),
+                await activation_patching(other, JAPAN, PERU),
+            ]
+
+    expected = [
+        causal_trace(client, JAPAN, " Tokyo", "Japan"),
+        activation_patching(client, JAPAN, PERU, " Tokyo"),
+    ]
+    for found, sweep in zip(asyncio.run(sweeps()), expected, strict=True):
+        assert (found.target, found.labels, found.before) == (
+            sweep.target,
+            sweep.labels,
+            sweep.before,
+        )
+        np.testing.assert_array_equal(found.logits, sweep.logits)
+
+
+def test_other_clients_are_refused() -> None:
+    with pytest.raises(TypeError, match="expected a Client or an AsyncClient"):
+        head_knockouts("127.0.0.1:50051", JAPAN)  # type: ignore[call-overload]

@@ -98,6 +98,9 @@ def test_empty_prompt_is_sent_to_the_server() -> None:
         (range(2, 4), [2, 3]),
         (slice(2), [0, 1]),
         (slice(0, 6, 2), [0, 2, 4]),
+        (-1, [-1]),
+        (slice(-3, -1), [-3, -2]),
+        (slice(-2, None), [-2, -1]),
         (np.arange(2), [0, 1]),
         ((n for n in (1, 0)), [0, 1]),
     ],
@@ -149,6 +152,9 @@ def test_the_other_losses() -> None:
     assert difference.preferred.text == " c"
     assert list(difference.other.token_ids.ids) == [4]
     assert list(gradient("x", loss=KlDivergence([3, 4])).kl.suppressed.ids) == [3, 4]
+    divergence = gradient("x", loss=KlDivergence([" c", 4])).kl
+    assert (list(divergence.suppressed.ids), divergence.tokens[0].text) == ([4], " c")
+    assert gradient("x", loss=KlDivergence(" c")).kl.tokens[0].text == " c"
 
 
 @pytest.mark.parametrize("subject", [(1, 3), range(1, 3)])
@@ -192,7 +198,7 @@ def test_vectors_travel_as_rows() -> None:
         (lambda: trace("x", ""), ValueError, "target is empty"),
         (lambda: trace("x", True), TypeError, "token ids of target: True is not an integer"),
         (lambda: trace("x", layers=[]), ValueError, "layers is empty"),
-        (lambda: trace("x", layers=-1), ValueError, "layers: -1 is not between 0 and"),
+        (lambda: trace("x", layers=2**31), ValueError, "layers: 2147483648 is not between"),
         (lambda: trace("x", layers="0"), TypeError, "invalid layers '0'; expected integers"),
         (
             lambda: trace("x", layers=slice(1, None)),
@@ -225,9 +231,9 @@ def test_vectors_travel_as_rows() -> None:
         (lambda: preview("x", "", ForwardShift(0, 1)), ValueError, "target is empty"),
         (lambda: preview("x", " c", 0.1), TypeError, "a DescentStep or a ForwardShift"),
         (
-            lambda: preview("x", " c", ForwardShift(-1, 1)),
+            lambda: preview("x", " c", ForwardShift(2**31, 1)),
             ValueError,
-            "layer: -1 is not between 0 and",
+            "layer: 2147483648 is not between",
         ),
         (lambda: preview("x", " c", DescentStep(1, [])), ValueError, "at least one kind"),
         (

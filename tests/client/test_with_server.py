@@ -68,22 +68,6 @@ def test_the_contributions_and_the_constant_are_the_logit(trace: Trace) -> None:
     assert total + target.constant_logit_contribution == expected
 
 
-def test_attributions_and_gradients_are_columns_and_order_the_parts(client: Client) -> None:
-    trace = client.trace(PROMPT, attribution=True, gradients=True, other=" London", layers=[0, 3])
-    assert trace.header.other is not None
-    assert trace.header.other.text == " London"
-    parts = trace.contributions(by="attribution")
-    effects = [part.attribution or 0.0 for part in parts]
-    assert effects == sorted(effects, reverse=True)
-    assert trace.edges["attribution"].notna().equals(trace.edges["kind"] == "PART")
-    state = trace.nodes_of("BLOCK_OUTPUT")[-1]
-    assert state.gradient is not None
-    assert state.gradient.top
-    assert trace.nodes.loc[state.id, "gradient_norm"] == state.gradient_norm
-    with pytest.raises(ValueError, match="unknown effect 'share'"):
-        trace.contributions(by="share")  # type: ignore[arg-type]
-
-
 def test_the_strongest_head_reads_the_country(trace: Trace) -> None:
     head = max(trace.heads(), key=lambda part: part.logit_contribution or 0.0)
     source = max(trace.parts_of(head.node), key=lambda p: (p.edge and p.edge.attention) or 0.0)
@@ -218,6 +202,34 @@ def test_other_losses(client: Client, trace: Trace) -> None:
     assert " Tokyo" in [token.text for token in suppressed]
 
 
+def test_negative_layers_count_from_the_last_one(client: Client, trace: Trace) -> None:
+    assert client.trace(PROMPT, layers=[-1]).node_list == client.trace(PROMPT, layers=[3]).node_list
+    assert trace.layer(-1) is trace.layer(3)
+    last = client.gradient_lens(PROMPT, " Tokyo", layers=slice(-1, None), matrices=["FF2"])
+    assert last.matrix(-1, "FF2").name == f"L{LAYERS - 1}.FF2"
+    shifts = [
+        client.preview_edit(PROMPT, " Paris", januslens.ForwardShift(layer, 0.1)).edited
+        for layer in (-1, LAYERS - 1)
+    ]
+    assert shifts[0] == shifts[1]
+
+
+def test_tokens_to_suppress_are_ids_or_texts(client: Client, trace: Trace) -> None:
+    tokyo = trace.target().target.id
+    by_id, by_text = (
+        client.gradient_lens(PROMPT, loss=januslens.KlDivergence(tokens), layers=[3])
+        for tokens in ([tokyo], " Tokyo")
+    )
+    assert by_text.header.targets == by_id.header.targets
+    assert by_text.loss == by_id.loss
+
+
+def test_an_empty_prompt_is_the_bos_token(client: Client) -> None:
+    trace = client.trace("", layers=[0])
+    assert [token.text for token in trace.prompt_tokens] == ["<|endoftext|>"]
+    assert trace.target().predicted == client.trace([0], layers=[0]).target().predicted
+
+
 def test_previewed_edit_does_not_change_the_model(client: Client, trace: Trace) -> None:
     shift = januslens.ForwardShift(LAYERS - 1, eta=0.15)
     preview = client.preview_edit(PROMPT, " Paris", shift, probes=["The capital of Peru is"])
@@ -240,7 +252,7 @@ def test_a_step_raises_its_target(client: Client) -> None:
     [
         (PROMPT, {"model": "absent"}, januslens.ModelNotFound, None),
         (PROMPT, {"revision": "absent"}, januslens.ModelNotFound, None),
-        ("", {}, januslens.InvalidRequest, "input"),
+        (januslens.Text("", special_tokens=False), {}, januslens.InvalidRequest, "input"),
         ([2**31], {}, januslens.InvalidRequest, "input"),
         (PROMPT, {"layers": [LAYERS]}, januslens.InvalidRequest, "layers"),
         (PROMPT, {"positions": [99]}, januslens.InvalidRequest, "positions"),
@@ -250,7 +262,7 @@ def test_a_step_raises_its_target(client: Client) -> None:
 )
 def test_refused_request_raises_a_typed_error_with_the_field(
     client: Client,
-    prompt: str | list[int],
+    prompt: str | januslens.Text | list[int],
     options: dict[str, str | list[int]],
     error: type[januslens.JanuslensError],
     field: str | None,

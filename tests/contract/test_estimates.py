@@ -50,7 +50,7 @@ def test_larger_requests_have_larger_estimates(stub: Stub) -> None:
     [
         (trace_pb2.TraceRequest(model="nobody"), "MODEL_NOT_FOUND"),
         (trace_pb2.TraceRequest(revision="other"), "MODEL_NOT_FOUND"),
-        (trace_pb2.TraceRequest(input=prompt("")), "INVALID_REQUEST"),
+        (trace_pb2.TraceRequest(), "INVALID_REQUEST"),
         (trace_pb2.TraceRequest(input=token_ids(5000)), "INVALID_REQUEST"),
         (trace_pb2.TraceRequest(input=prompt("Japan"), layers=[99]), "INVALID_REQUEST"),
         (trace_pb2.TraceRequest(input=prompt("Japan"), positions=[99]), "INVALID_REQUEST"),

@@ -53,10 +53,11 @@ def often(usual: st.SearchStrategy[Any], rare: st.SearchStrategy[Any]) -> st.Sea
 
 
 UINT32 = st.integers(0, 2**32 - 1)
+INT32 = st.integers(-(2**31), 2**31 - 1)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 IDS = st.lists(often(st.integers(0, VOCABULARY - 1), UINT32), min_size=1, max_size=6)
 TOKEN_IDS = message(common_pb2.TokenIds, {"ids": IDS})
-LAYERS = st.lists(often(st.integers(0, 3), UINT32), max_size=3)
+LAYERS = st.lists(often(st.integers(-3, 3), INT32), max_size=3)
 COUNT = often(st.integers(0, 20), UINT32)
 NUMBER = st.floats(width=32)
 STEP = often(st.floats(-1, 1, width=32), NUMBER)
@@ -76,7 +77,7 @@ TARGET = often(
     ),
     message(common_pb2.Target, token_ids=TOKEN_IDS) | message(common_pb2.Target, text=TEXT),
 )
-LENS = often(st.integers(0, 3), st.integers(-(2**31), 2**31 - 1))
+LENS = often(st.integers(0, 3), INT32)
 READING = {"top_k": COUNT, "bottom_k": COUNT, "lens": LENS}
 MATRICES = st.lists(often(st.integers(1, 8), st.integers(-1, 99)), max_size=4)
 
@@ -99,9 +100,6 @@ TRACES = message(
     node_kinds=st.lists(often(st.integers(1, 28), st.integers(-1, 99)), max_size=4),
     include_vectors=st.booleans(),
     include_logit_contribution=st.booleans(),
-    include_attribution=st.booleans(),
-    include_gradients=st.booleans(),
-    other=TARGET,
     overlap_k=COUNT,
     **READING,
 )
@@ -111,7 +109,11 @@ LOSSES: Fields = {
     "logit_difference": message(
         gradient_lens_pb2.LogitDifference, {"preferred": TARGET, "other": TARGET}
     ),
-    "kl": message(gradient_lens_pb2.KlDivergence, {"suppressed": TOKEN_IDS}),
+    "kl": message(
+        gradient_lens_pb2.KlDivergence,
+        {"suppressed": TOKEN_IDS},
+        tokens=st.lists(TARGET, max_size=2),
+    ),
 }
 
 SUBJECT = st.one_of(
@@ -210,7 +212,7 @@ EDIT: Fields = {
     "descent": message(
         edits_pb2.DescentStep, {"learning_rate": STEP}, matrices=MATRICES, layers=LAYERS
     ),
-    "shift": message(edits_pb2.ForwardShift, {"eta": STEP}, layer=often(st.integers(0, 3), UINT32)),
+    "shift": message(edits_pb2.ForwardShift, {"eta": STEP}, layer=often(st.integers(-3, 3), INT32)),
 }
 
 

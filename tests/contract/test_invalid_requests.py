@@ -59,8 +59,13 @@ def neurons(**fields: Any) -> neurons_pb2.FindNeuronsRequest:
 def inputs(method: str, request: Callable[..., Message]) -> list[Case]:
     """Return invalid fields of every request that runs a prompt."""
     return [
-        (method, "empty prompt", lambda _: request(input=prompt("")), "input.prompt"),
-        (method, "no input", lambda _: request(input=Input()), "input.prompt"),
+        (
+            method,
+            "empty prompt without special tokens",
+            lambda _: request(input=Input(prompt="", add_special_tokens=False)),
+            "input.prompt",
+        ),
+        (method, "no input", lambda _: request(input=Input()), "input"),
         (method, "no ids", lambda _: request(input=token_ids()), "input.token_ids.ids"),
         (
             method,
@@ -87,6 +92,7 @@ def inputs(method: str, request: Callable[..., Message]) -> list[Case]:
             "input.prompt",
         ),
         (method, "layer", lambda m: request(layers=[0, m.n_layers]), "layers"),
+        (method, "negative layer", lambda m: request(layers=[-1 - m.n_layers]), "layers"),
         (method, "lens", lambda _: request(lens=99), "lens"),
         (method, "top_k", lambda _: request(top_k=1001), "top_k"),
         (method, "bottom_k", lambda _: request(bottom_k=1001), "bottom_k"),
@@ -147,6 +153,14 @@ GRADIENT: list[Case] = [
             kl=gradient_lens_pb2.KlDivergence(suppressed=TokenIds(ids=range(m.vocab_size)))
         ),
         "kl.suppressed.ids",
+    ),
+    (
+        "GradientLens",
+        "suppressed text of several tokens",
+        lambda _: gradient(
+            kl=gradient_lens_pb2.KlDivergence(tokens=[PARIS, Target(text=" Paris Tokyo")])
+        ),
+        "kl.tokens[1]",
     ),
     ("GradientLens", "kind unknown", lambda _: gradient(matrices=[2, 99]), "matrices[1]"),
     (

@@ -87,7 +87,7 @@ class Number(click.types.FloatParamType):
         return number
 
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d+)(?:-(\d+))?|(-\d+)")
 
 
 _CHAT_OPTIONS = (
@@ -225,15 +225,17 @@ def prompt_argument(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def layer_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int] | None:
-    """Parse numbers and ranges, both ends included: `0-3,7` is [0, 1, 2, 3, 7]."""
+    """Parse numbers and ranges, both ends included: `0-3,7,-1` is [0, 1, 2, 3, 7, -1]."""
     if value is None:
         return None
     layers: list[int] = []
     for piece in value.split(","):
         match = _RANGE.fullmatch(piece.strip())
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise click.BadParameter(f"{value!r} is not a list of layers such as 0-3,7.")
-        layers += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = (0, -1) if match is None else (match[1] or match[3], match[2])
+        first, last = int(first), int(last or first)
+        if last < first:
+            raise click.BadParameter(f"{value!r} is not a list of layers such as 0-3,7 or -1.")
+        layers += range(first, last + 1)
     return layers
 
 

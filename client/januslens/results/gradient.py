@@ -237,13 +237,14 @@ class Gradient:
         return self.summary.segments if self.summary else ()
 
     def matrix(self, layer: int, kind: MatrixKind | str, expert: int | None = None) -> Matrix:
-        """Return the gradient of one matrix.
+        """Return the gradient of one matrix; a negative layer counts from the last one.
 
         Raises:
             ValueError: There is no such kind.
             KeyError: The matrix was not requested, or the architecture does not have it.
         """
         wanted = MatrixKind.of(kind)
+        layer += self.header.sizes.n_layers if layer < 0 else 0
         for matrix in self.matrices:
             if (matrix.layer, matrix.kind, matrix.expert) == (layer, wanted, expert):
                 return matrix

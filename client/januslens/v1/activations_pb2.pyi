@@ -55,7 +55,7 @@ class ActivationsRequest(_message.Message):
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers to read, from 0; empty = every layer that has the site."""
+        """Layers to read, from 0, or negative from the last; empty = every layer that has the site."""
 
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

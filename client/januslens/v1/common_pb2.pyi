@@ -111,7 +111,7 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class Input(_message.Message):
-    """The prompt. INVALID_ARGUMENT if it is empty or longer than Model.max_positions tokens."""
+    """The prompt. INVALID_ARGUMENT if it has no tokens or more than Model.max_positions."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -121,7 +121,9 @@ class Input(_message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     LITERAL_FIELD_NUMBER: _builtins.int
     prompt: _builtins.str
-    """Text. Special tokens that mark the end of a text are not added, since the model continues it."""
+    """Text. Special tokens that mark the end of a text are not added, since the model continues it.
+    An empty text is the tokenizer's BOS token, if it has one and special tokens are added.
+    """
     add_special_tokens: _builtins.bool
     """Whether to add the tokenizer's special tokens, such as BOS, before `prompt`; unset = true. They
     are not added to a text that already begins with them. INVALID_ARGUMENT for true together with

@@ -97,7 +97,7 @@ class DescentStep(_message.Message):
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers to change, from 0; empty = all."""
+        """Layers to change, from 0, or negative from the last; empty = all."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class ForwardShift(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     ETA_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
-    """The layer to change, from 0."""
+    """The layer to change, from 0, or negative from the last."""
     eta: _builtins.float
     """Strength; the paper uses 0.24 for layer 35 of GPT2-xl. INVALID_ARGUMENT for 0."""
     def __init__(

@@ -145,7 +145,9 @@ class LayerReading(_message.Message):
     """Number of most likely tokens to list for each layer; unset = 1, 0 = none, at most 100."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers, from 0; empty = all. INVALID_ARGUMENT for a layer at or above n_layers."""
+        """Layers, from 0, or negative from the last; empty = all. INVALID_ARGUMENT for a layer outside the
+        model.
+        """
 
     def __init__(
         self,

@@ -205,8 +205,8 @@ class GradientLensRequest(_message.Message):
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers to send, from 0; empty = all. The last layer is sent first. INVALID_ARGUMENT for a layer
-        at or above n_layers.
+        """Layers to send, from 0, or negative from the last; empty = all. The last layer is sent first.
+        INVALID_ARGUMENT for a layer outside the model.
         """
 
     @_builtins.property
@@ -337,18 +337,24 @@ class KlDivergence(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SUPPRESSED_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def suppressed(self) -> _common_pb2.TokenIds:
-        """Tokens to suppress; required, 1 to 256."""
+        """Ids of the tokens to suppress. Together with `tokens`, 1 to 256."""
+
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Target]:
+        """Further tokens to suppress, as texts or ids of one token each."""
 
     def __init__(
         self,
         *,
         suppressed: _common_pb2.TokenIds | None = ...,
+        tokens: _abc.Iterable[_common_pb2.Target] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["suppressed", b"suppressed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["suppressed", b"suppressed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["suppressed", b"suppressed", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

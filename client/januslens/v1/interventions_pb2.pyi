@@ -58,8 +58,8 @@ class Intervention(_message.Message):
     """
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers, from 0; empty = every layer that has the site. INVALID_ARGUMENT for a layer that does
-        not have it.
+        """Layers, from 0, or negative from the last; empty = every layer that has the site.
+        INVALID_ARGUMENT for a layer that does not have it.
         """
 
     @_builtins.property

@@ -54,7 +54,7 @@ class FindNeuronsRequest(_message.Message):
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers to search, from 0; empty = all."""
+        """Layers to search, from 0, or negative from the last; empty = all."""
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -16,6 +17,9 @@ class Routing:
     weights: torch.Tensor
 
 
+Entry = tuple[Sequence[int] | None, frozenset[int], Sequence[int]]
+
+
 @dataclass(frozen=True)
 class HiddenSources:
     """Sources that an intervention hides from queries, in one layer.
@@ -23,31 +27,39 @@ class HiddenSources:
     Each entry has heads, query positions and source positions; None means all heads.
     """
 
-    entries: tuple[tuple[Sequence[int] | None, frozenset[int], Sequence[int]], ...]
+    entries: tuple[Entry, ...]
 
-    def of_copy(self, number: int, length: int) -> HiddenSources:
-        """Return the sources of one of several copies of a prompt of `length` tokens."""
-        first = number * length
-        return HiddenSources(
-            tuple(
-                (heads, frozenset(p - first for p in queries if first <= p < first + length), s)
-                for heads, queries, s in self.entries
-            )
-        )
+    @cached_property
+    def _columns(self) -> list[torch.Tensor]:
+        """The source positions of each entry."""
+        return [torch.tensor(sources, dtype=torch.long) for _, _, sources in self.entries]
+
+    def by_copy(self, length: int) -> dict[int, HiddenSources]:
+        """Return the sources of each of several copies of a prompt of `length` tokens.
+
+        Copies without hidden sources are left out.
+        """
+        found: dict[int, list[Entry]] = {}
+        for heads, queries, sources in self.entries:
+            copies: dict[int, set[int]] = {}
+            for query in queries:
+                copies.setdefault(query // length, set()).add(query % length)
+            for copy, own in copies.items():
+                found.setdefault(copy, []).append((heads, frozenset(own), sources))
+        return {copy: HiddenSources(tuple(entries)) for copy, entries in found.items()}
 
     def mask(
         self, positions: Sequence[int], n_heads: int, n_sources: int, device: torch.device
     ) -> torch.Tensor:
         """Return a mask `[len(positions), n_heads, n_sources]`, True for hidden sources."""
         hidden = torch.zeros(len(positions), n_heads, n_sources, dtype=torch.bool, device=device)
-        for heads, queries, sources in self.entries:
-            index = (
-                [i for i, position in enumerate(positions) if position in queries],
-                range(n_heads) if heads is None else heads,
-                [source for source in sources if source < n_sources],
-            )
-            numbers = (torch.tensor(list(at), dtype=torch.long, device=device) for at in index)
-            rows, units, columns = numbers
+        for (heads, queries, _), sources in zip(self.entries, self._columns, strict=True):
+            at = [i for i, position in enumerate(positions) if position in queries]
+            if not at:
+                continue
+            rows = torch.tensor(at, device=device)
+            units = torch.tensor(range(n_heads) if heads is None else heads, device=device)
+            columns = sources[sources < n_sources].to(device)
             hidden[rows[:, None, None], units[:, None], columns] = True
         return hidden
 
@@ -66,9 +78,6 @@ class LayerActivations:
     `attention_sum` and `mlp_sum` are the same results before a post-norm or multiplier, and None
     without one. Parallel blocks have no `residual_mid`. Mixtures of experts have `routing` instead
     of `neurons`.
-
-    `gradients` are those of the sums of the residual stream after a backward pass, by the name of
-    their field.
 
     Interventions set the last fields. `mapped_query` and `mapped_key` are what enters the rotation,
     if it is not the norm of `query` and `key`. `replaced` has the names of sites whose values are
@@ -92,7 +101,6 @@ class LayerActivations:
     attention_sum: torch.Tensor | None = None
     mlp_sum: torch.Tensor | None = None
     kept: Mapping[int, int] | None = None
-    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mapped_query: torch.Tensor | None = None
     mapped_key: torch.Tensor | None = None
     hidden_sources: HiddenSources | None = None

@@ -225,6 +225,9 @@ class ServerSettings(BaseSettings):
     grace_seconds: float = _setting(
         30.0, "Time that running requests get to finish after SIGTERM.", "SECONDS", ge=0
     )
+    stop_with_input: bool = _setting(
+        False, "Stop when standard input ends, as it does when the process at its other end ends."
+    )
     max_connection_age_seconds: float | None = _setting(
         None,
         "Close a connection of this age when its running calls end; the client reconnects.",

@@ -17,7 +17,7 @@ from januslens_server.errors import CancelCheck, NotFinite, never_cancelled
 from januslens_server.lens.cpu import ThreadBuffers, highest, lowest, on_free_cores
 from januslens_server.lens.head import LensHead
 from januslens_server.results import Floats, ProjectionTable
-from januslens_server.specs import LensSpec
+from januslens_server.specs import LensKind, LensSpec
 
 # Maximum bytes of logits that one CPU core reads at once. More do not fit into its cache; with much
 # fewer, Python takes longer than the computation.
@@ -82,11 +82,16 @@ def read_vectors(
     at_once = rows_at_once(head)
     for start in range(0, len(vectors) or 1, at_once):
         check_cancelled()
-        prepared = head.prepare(vectors[start : start + at_once], spec.kind)
-        logits = _buffers.matrix("logits", len(prepared), head.unembedding.vocab, vectors.device)
-        head.logits(prepared, out=logits)
+        logits = compute_logits(head, vectors[start : start + at_once], spec.kind)
         part = None if targets is None else targets[start : start + at_once]
         yield from read_in_parts(head, logits, spec, part)
+
+
+def compute_logits(head: LensHead, vectors: torch.Tensor, kind: LensKind) -> torch.Tensor:
+    """Return logits `[n, vocab]` before the soft-cap, valid until this thread calls it again."""
+    prepared = head.prepare(vectors, kind)
+    logits = _buffers.matrix("logits", len(prepared), head.unembedding.vocab, vectors.device)
+    return head.logits(prepared, out=logits)
 
 
 def read_in_parts(

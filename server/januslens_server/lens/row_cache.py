@@ -9,16 +9,17 @@ must not depend on the rows that are computed together with it. On a CPU this ho
 rows is a multiple of the kernels' block size. The cache tests this and is not used if it does not
 hold.
 
-If a request needs more rows than the cache can store, replacing the oldest or the least recently
-used rows would replace each row before it is needed again. So stored rows are only replaced by rows
-that have been used more often (TinyLFU; Einziger, Friedman and Manes, 2017). Other new rows are
-computed in a small window at the end of the cache, where they replace each other.
+Every row is stored while there is room. If a request needs more rows than the cache can store,
+replacing the oldest or the least recently used rows would replace each row before it is needed
+again. So in a full cache a stored row is only replaced by one that has been used more often
+(TinyLFU; Einziger, Friedman and Manes, 2017). Other rows are computed, but not stored.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -28,6 +29,7 @@ from januslens_server.errors import CancelCheck, never_cancelled
 from januslens_server.lens.head import LensHead
 from januslens_server.lens.projection import (
     Readings,
+    compute_logits,
     project,
     projection_table,
     read_logits,
@@ -68,11 +70,8 @@ class RowCache:
         """
         vocab = head.unembedding.vocab
         self._head = head
-        chunk = max(ROWS, rows_at_once(head) // ROWS * ROWS)
-        # Room for every row once, for the padding of the last chunk, and for the window.
-        self._capacity = min(limit // (4 * vocab), rows + 2 * chunk) // ROWS * ROWS
-        self._at_once = min(chunk, max(ROWS, self._capacity // 4 // ROWS * ROWS), self._capacity)
-        self._window = self._capacity - self._at_once  # the first slot of the window
+        self._capacity = min(limit // (4 * vocab), rows)
+        self._at_once = max(ROWS, rows_at_once(head) // ROWS * ROWS)
         usable = self._capacity > 0 and head.unembedding.device.type == "cpu"
         self.usable = usable and _alike(head)
         self.computed = 0  # number of vectors that were not found in the cache
@@ -82,17 +81,14 @@ class RowCache:
         self._logits = torch.empty(self._capacity if self.usable else 0, vocab)
         self._readings: dict[str, torch.Tensor] = {}
         self._slots: dict[Hashable, int] = {}
-        self._keys: list[Hashable] = [None] * self._capacity
-        self._next = self._filled = self._filled_window = 0
+        self._filled = 0
         self._uses = Counter[Hashable]()
         self._counted = 0
 
     @property
     def growth(self) -> int:
         """Bytes by which the cache may still grow; a page takes memory when it is first written."""
-        filled = self._filled + self._filled_window
-        rows = self._capacity - filled if self.usable else 0
-        return rows * self._logits.shape[1] * self._logits.itemsize
+        return (len(self._logits) - self._filled) * self._logits.shape[1] * self._logits.itemsize
 
     def project(
         self,
@@ -156,11 +152,9 @@ class RowCache:
         self.missed += len(keys)
         for start in range(0, len(keys), self._at_once):
             check_cancelled()
-            fresh = keys[start : start + self._at_once]
-            self._add(fresh, named.vectors[[unknown[key][0] for key in fresh]])
-            added = [i for key in fresh for i in unknown[key]]
-            parts.append(self._kept(named, added, spec))
-            order = order + added
+            fresh = {key: unknown[key] for key in keys[start : start + self._at_once]}
+            parts.append(self._computed(named, fresh, spec))
+            order = order + [i for rows in fresh.values() for i in rows]
         back = torch.tensor(order).argsort()
         return [
             Readings(
@@ -171,43 +165,51 @@ class RowCache:
             )
         ]
 
-    def _add(self, keys: Sequence[Hashable], vectors: torch.Tensor) -> None:
-        """Compute and store rows.
+    def _kept(self, named: _Wanted, rows: list[int], spec: LensSpec) -> Readings:
+        """Return the readings of cached rows for their targets."""
+        slots = [self._slots[named.keys[i]] for i in rows]
+        return _of_targets(self._logits, self._readings, slots, named.targets[rows], spec)
 
-        The keys are set last, so that a row is not used if computing it has failed.
-        """
-        self.computed += len(keys)
-        padded = _padded(vectors)
-        slots = self._place(keys, len(padded))
-        for slot in slots:
-            self._slots.pop(self._keys[slot], None)
-            self._keys[slot] = None
-        logits = self._logits[slots.start : slots.stop]
-        self._head.logits(self._head.prepare(padded, ENDS.kind), out=logits)
-        for name, column in _read_alike(self._head, logits).items():
+    def _computed(
+        self, named: _Wanted, fresh: Mapping[Hashable, list[int]], spec: LensSpec
+    ) -> Readings:
+        """Compute rows, given the indices of each, and store them; return their readings."""
+        self.computed += len(fresh)
+        vectors = _padded(named.vectors[[rows[0] for rows in fresh.values()]])
+        logits = compute_logits(self._head, vectors, ENDS.kind)
+        columns = _read_alike(self._head, logits)
+        self._store(list(fresh), logits, columns)
+        places = [place for place, rows in enumerate(fresh.values()) for _ in rows]
+        targets = named.targets[[i for rows in fresh.values() for i in rows]]
+        return _of_targets(logits, columns, places, targets, spec)
+
+    def _store(
+        self, keys: list[Hashable], logits: torch.Tensor, columns: dict[str, torch.Tensor]
+    ) -> None:
+        """Store those of the rows that fit, or that have been used more often than stored rows."""
+        for name, column in columns.items():
             if name not in self._readings:
-                shape = (self._capacity, *column.shape[1:])
-                self._readings[name] = column.new_empty(shape)
-            self._readings[name][slots.start : slots.stop] = column
-        for slot, key in zip(slots, keys, strict=False):
-            self._slots[key], self._keys[slot] = slot, key
+                self._readings[name] = column.new_empty(len(self._logits), *column.shape[1:])
+        for place, slot in self._places(keys):
+            self._logits[slot] = logits[place]
+            for name, column in columns.items():
+                self._readings[name][slot] = column[place]
+            self._slots[keys[place]] = slot
 
-    def _place(self, keys: Sequence[Hashable], count: int) -> range:
-        """Return `count` slots for new rows: those of less used rows, or else of the window."""
-        first = self._next if self._next + count <= self._window else 0
-        slots = range(first, first + count)
-        if slots.stop <= self._window:
-            self._next = slots.stop  # other slots are compared next time
-            stored = [key for key in self._keys[first : slots.stop] if key is not None]
-            # One more use each: in a sequence that repeats, new rows have just been counted again.
-            if self._used(keys) > self._used(stored) + len(stored):
-                self._filled = max(self._filled, slots.stop)
-                return slots
-        self._filled_window = max(self._filled_window, count)
-        return range(self._window, self._window + count)
-
-    def _used(self, keys: Sequence[Hashable]) -> int:
-        return sum(self._uses[key] for key in keys)
+    def _places(self, keys: Sequence[Hashable]) -> Iterator[tuple[int, int]]:
+        """Yield the index of each row to store with its slot, and forget the row stored there."""
+        free = min(len(keys), len(self._logits) - self._filled)
+        for place in range(free):
+            self._filled += 1
+            yield place, self._filled - 1
+        uses = self._uses
+        rest = sorted(range(free, len(keys)), key=lambda place: -uses[keys[place]])
+        stored = heapq.nsmallest(len(rest), self._slots, key=uses.__getitem__)
+        for place, old in zip(rest, stored, strict=False):
+            # One use more: in a sequence that repeats, new rows have just been counted again.
+            if uses[keys[place]] <= uses[old] + 1:
+                return
+            yield place, self._slots.pop(old)
 
     def _count(self, keys: Set[Hashable]) -> None:
         """Count a use of each row; all counts are halved from time to time to forget old uses."""
@@ -217,28 +219,36 @@ class RowCache:
             self._uses = Counter({key: n // 2 for key, n in self._uses.items() if n > 1})
             self._counted = 0
 
-    def _kept(self, named: _Wanted, rows: list[int], spec: LensSpec) -> Readings:
-        """Return the readings of cached rows for their targets."""
-        slots = [self._slots[named.keys[i]] for i in rows]
-        targets = named.targets[rows]
-        logits, ranks = self._ranks(slots, targets.numpy())
-        columns = {name: column[slots] for name, column in self._readings.items()}
-        for end, count in (("top", spec.top_k), ("bottom", spec.bottom_k)):
-            for name in (f"{end}_ids", f"{end}_logits"):
-                columns[name] = columns[name][:, :count]
-        return Readings(**columns, target_logits=logits, target_ranks=ranks)
 
-    def _ranks(self, slots: list[int], targets: Ints) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits and ranks `[m, t]` of the targets, row by row to avoid copying the rows."""
-        kept = self._logits.numpy()
-        logits = np.empty(targets.shape, dtype=np.float32)
-        ranks = np.empty(targets.shape, dtype=np.int64)
-        for i, (slot, ids) in enumerate(zip(slots, targets.tolist(), strict=True)):
-            row = kept[slot]
-            for j, token in enumerate(ids):
-                logits[i, j] = row[token]
-                ranks[i, j] = np.count_nonzero(row > row[token])
-        return torch.from_numpy(logits), torch.from_numpy(ranks)
+def _of_targets(
+    logits: torch.Tensor,
+    columns: Mapping[str, torch.Tensor],
+    places: list[int],
+    targets: torch.Tensor,
+    spec: LensSpec,
+) -> Readings:
+    """Return the readings of the rows at `places`, each for its targets `[m, t]`."""
+    read = {name: column[places] for name, column in columns.items()}
+    for end, count in (("top", spec.top_k), ("bottom", spec.bottom_k)):
+        for name in (f"{end}_ids", f"{end}_logits"):
+            read[name] = read[name][:, :count]
+    target_logits, ranks = _ranks(logits, places, targets.numpy())
+    return Readings(**read, target_logits=target_logits, target_ranks=ranks)
+
+
+def _ranks(
+    logits: torch.Tensor, places: list[int], targets: Ints
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits and ranks `[m, t]` of the targets, row by row to avoid copying the rows."""
+    every = logits.numpy()
+    found = np.empty(targets.shape, dtype=np.float32)
+    ranks = np.empty(targets.shape, dtype=np.int64)
+    for i, (place, ids) in enumerate(zip(places, targets.tolist(), strict=True)):
+        row = every[place]
+        for j, token in enumerate(ids):
+            found[i, j] = row[token]
+            ranks[i, j] = np.count_nonzero(row > row[token])
+    return torch.from_numpy(found), torch.from_numpy(ranks)
 
 
 def _padded(vectors: torch.Tensor) -> torch.Tensor:

@@ -19,10 +19,16 @@ from torch.overrides import TorchFunctionMode
 
 from januslens_server.capture import HiddenSources, rewriting
 from januslens_server.capture.hooks import rewriting_result, seeing
+from januslens_server.errors import CancelCheck
 from januslens_server.graph.weights import attention_patterns
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import SiteKey, SiteTap, site_tap
 from januslens_server.specs import Add, Noise, Operation, Scale, SetTo, Site, Zero
+
+# Normal values that are drawn at once, and attention probabilities that are computed at once.
+DRAWN_AT_ONCE, PATTERN_AT_ONCE = 2**22, 2**24
+# torch draws normal values in groups of this many, and an incomplete last group differently.
+ROUND = 16
 
 
 @dataclass(frozen=True)
@@ -74,17 +80,20 @@ class Interventions:
         interventions: Sequence[Intervention],
         length: int,
         taken: SourceValues,
+        check_cancelled: CancelCheck,
         from_layer: int = -1,
     ) -> None:
         """Change layers from `from_layer` on. The pass may run several copies of the prompt.
 
         Positions then count through all copies. `taken` has the values that patches and means
-        insert, by number of the intervention.
+        insert, by number of the intervention. `check_cancelled` is called before each change of a
+        site, and may raise to stop the pass.
         """
         self._model = model
         self._interventions = interventions
         self._length = length
         self._taken = taken
+        self._check_cancelled = check_cancelled
         self._by_key: dict[SiteKey, list[tuple[int, Intervention]]] = {}
         for number, intervention in enumerate(interventions):
             for key in intervention.keys:
@@ -131,21 +140,18 @@ class Interventions:
             return router.forward(*args)
 
     def _changed(self, key: SiteKey, values: torch.Tensor) -> torch.Tensor:
-        for number, intervention in self._by_key[key]:
-            values = self._applied(intervention, self._taken.get((number, key)), values)
-        return values
-
-    def _applied(
-        self, intervention: Intervention, taken: torch.Tensor | None, values: torch.Tensor
-    ) -> torch.Tensor:
-        """Return a copy of `values` `[pos, ...]` with one intervention applied."""
-        index = [torch.tensor(intervention.positions, device=values.device)]
-        if intervention.units is not None:
-            index[0] = index[0][:, None]
-            index.append(torch.tensor(intervention.units, device=values.device))
+        """Return a copy of `values` `[pos, ...]` with all interventions on a site applied."""
         changed = values.clone()
-        old = values[tuple(index)]
-        changed[tuple(index)] = self._result(intervention, taken, index, old, values)
+        for number, intervention in self._by_key[key]:
+            self._check_cancelled()
+            index = [torch.tensor(intervention.positions, device=values.device)]
+            if intervention.units is not None:
+                index[0] = index[0][:, None]
+                index.append(torch.tensor(intervention.units, device=values.device))
+            old = changed[tuple(index)]
+            taken = self._taken.get((number, key))
+            shape = changed.shape[1:]
+            changed[tuple(index)] = self._result(intervention, taken, index, old, shape)
         return changed
 
     def _result(
@@ -154,7 +160,7 @@ class Interventions:
         taken: torch.Tensor | None,
         index: list[torch.Tensor],
         old: torch.Tensor,
-        values: torch.Tensor,
+        shape: torch.Size,
     ) -> torch.Tensor:
         match intervention.operation:
             case Zero():
@@ -166,10 +172,8 @@ class Interventions:
             case Add(array, coefficient):
                 new = old.float() + coefficient * torch.from_numpy(array).to(old.device)
             case Noise(deviation, seed):
-                generator = torch.Generator().manual_seed(seed)
-                shape = (self._length, *values.shape[1:])
-                drawn = torch.randn(shape, generator=generator).to(old.device)
-                new = old.float() + deviation * drawn[(index[0] % self._length, *index[1:])]
+                drawn = self._drawn(seed, intervention.positions, shape).to(old.device)
+                new = old.float() + deviation * (drawn if len(index) == 1 else drawn[:, index[1]])
             case _:
                 if taken is None:
                     raise ValueError("no values of another pass; expected those of a patch or mean")
@@ -178,6 +182,28 @@ class Interventions:
         if isinstance(intervention.operation, Add | Noise):  # -0.0 plus 0.0 would be 0.0
             return torch.where(new == old, old, new)
         return new
+
+    def _drawn(self, seed: int, positions: Sequence[int], shape: torch.Size) -> torch.Tensor:
+        """Return the rows `[pos, *shape]` of normal noise for a whole prompt.
+
+        Equal to rows of `torch.randn` for all positions, but drawn in blocks of rows up to the last
+        one that is needed.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        wanted = torch.tensor(positions) % self._length
+        last = ROUND * (int(wanted.max()) // ROUND + 1)
+        rows = max(1, DRAWN_AT_ONCE // shape.numel() // ROUND) * ROUND
+        found = torch.empty(len(wanted), *shape)
+        end = 0
+        while end < min(last, self._length):
+            self._check_cancelled()
+            start, end = end, min(end + rows, last)
+            if self._length - end < ROUND:
+                end = self._length
+            drawn = torch.randn(end - start, *shape, generator=generator)
+            inside = (wanted >= start) & (wanted < end)
+            found[inside] = drawn[wanted[inside] - start]
+        return found
 
     def _hide(self, hooks: ExitStack, layer: int) -> None:
         """Recompute the results of heads, without the sources that are hidden from them."""
@@ -205,21 +231,22 @@ class Interventions:
         if attention.rotation is not None:
             rotation = attention.rotation(self._length).to(results.device)
         changed = results.clone()
-        for copy in range(len(results) // self._length):
-            own = hidden.of_copy(copy, self._length)
-            positions = sorted({p for _, queries, _ in own.entries for p in queries})
-            if not positions:
-                continue
+        at_once = max(1, PATTERN_AT_ONCE // (attention.n_heads * self._length))
+        for copy, own in hidden.by_copy(self._length).items():
             rows = slice(copy * self._length, (copy + 1) * self._length)
             query, key, value = (seen[s][rows] for s in (Site.QUERY, Site.KEY, Site.VALUE))
-            pattern = attention_patterns(
-                query[positions], key, positions, rotation, attention.scoring, own
-            )
-            values = value.float().repeat_interleave(pattern.shape[1] // value.shape[1], dim=1)
-            mixed = torch.einsum("phs,she->phe", pattern, values).to(results.dtype)
-            mask = own.mask(positions, pattern.shape[1], pattern.shape[2], pattern.device)
-            at = [rows.start + position for position in positions]
-            changed[at] = torch.where(mask.any(-1)[:, :, None], mixed, results[at])
+            values = value.float().repeat_interleave(attention.n_heads // value.shape[1], dim=1)
+            affected = sorted({p for _, queries, _ in own.entries for p in queries})
+            for first in range(0, len(affected), at_once):
+                self._check_cancelled()
+                positions = affected[first : first + at_once]
+                pattern = attention_patterns(
+                    query[positions], key, positions, rotation, attention.scoring, own
+                )
+                mixed = torch.einsum("phs,she->phe", pattern, values).to(results.dtype)
+                mask = own.mask(positions, pattern.shape[1], pattern.shape[2], pattern.device)
+                at = [rows.start + position for position in positions]
+                changed[at] = torch.where(mask.any(-1)[:, :, None], mixed, results[at])
         return site.replaced(tapped, changed)
 
 

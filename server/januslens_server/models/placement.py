@@ -12,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.errors import ModelFailed, readable_size
-from januslens_server.lens.row_cache import ROWS
 from januslens_server.models.device_memory import available
 from januslens_server.models.neuron_index import DEPTH, ENTRY_BYTES, INDEX_BYTES, ROW_BYTES
 
@@ -82,7 +81,7 @@ def memory_needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: 
     in float32: for half types they keep a copy of the output head, and copy one block's weights at
     a time. For float32 only a CPU copies the head, into another layout.
     """
-    rows, neurons = _kept(skeleton, chunk_bytes, row_cache_bytes)
+    rows, neurons = _kept(skeleton, row_cache_bytes)
     tensors = [*skeleton.parameters(), *skeleton.buffers()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     work = CHUNKS_AT_WORK * chunk_bytes
@@ -95,7 +94,7 @@ def memory_needed(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: 
     return MemoryNeed(weights, head, work + block, 0, rows, neurons)
 
 
-def _kept(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> tuple[int, int]:
+def _kept(skeleton: PreTrainedModel, row_cache_bytes: int) -> tuple[int, int]:
     """Upper bounds of the bytes of a full row cache and a full neuron index.
 
     The widths are not known before an adapter runs. So all values of the blocks' matrices count as
@@ -105,7 +104,7 @@ def _kept(skeleton: PreTrainedModel, chunk_bytes: int, row_cache_bytes: int) -> 
     lists = (module for module in skeleton.modules() if isinstance(module, nn.ModuleList))
     in_blocks = {parameter for blocks in lists for parameter in blocks.parameters()}
     rows = sum(parameter.numel() for parameter in in_blocks) // d_model
-    logits = torch.float32.itemsize * vocab * rows + max(chunk_bytes, ROWS * 4 * vocab)
+    logits = torch.float32.itemsize * vocab * rows
     neurons = rows // 2
     index = min(INDEX_BYTES, neurons * ENTRY_BYTES * min(DEPTH, vocab)) + neurons * ROW_BYTES
     return min(row_cache_bytes, logits), index

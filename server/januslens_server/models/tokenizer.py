@@ -67,10 +67,12 @@ class Vocabulary:
         tokenizer: Tokenizer,
         control: Iterable[str] = (),
         chat: ChatTemplate | None = None,
+        bos: str | None = None,
     ) -> None:
         """Wrap a tokenizer.
 
         `control` holds texts of control tokens that are in its vocabulary but not added tokens.
+        `bos` is the text of the token that begins a text, if the tokenizer has one.
         """
         self._chat = chat or ChatTemplate(None, {})
         self._prompts = tokenizer
@@ -79,6 +81,7 @@ class Vocabulary:
         self._pieces = _Pieces(self._prompts)
         self._control = _control_tokens(tokenizer, control)
         self._prefix = _prefix(tokenizer)
+        self._bos = None if bos is None else tokenizer.token_to_id(bos)
         # Every stream contains hundreds of tokens, many of them repeatedly.
         self.token = lru_cache(ENTRIES)(self._decode)
 
@@ -105,7 +108,8 @@ class Vocabulary:
             text: The prompt.
             add_special_tokens: Prepend the tokenizer's initial special tokens, for example BOS,
                 except those that the text begins with. Final special tokens are never added,
-                because the model continues the prompt.
+                because the model continues the prompt. An empty text becomes BOS, as in
+                transformers' `generate`, also if the tokenizer does not prepend it.
             literal: Tokenize control tokens in the text as ordinary characters.
             at_most: Maximum number of tokens.
 
@@ -118,6 +122,8 @@ class Vocabulary:
         if add_special_tokens:
             first = encoded.ids[0] if encoded.ids and not literal else None
             added = self._prefix[: self._prefix.index(first) if first in self._prefix else None]
+            if not text and not added and self._bos is not None:
+                added = [self._bos]
             encoded = _Encoded(added + encoded.ids, [(0, 0)] * len(added) + encoded.spans)
         if at_most is not None and len(encoded.ids) > at_most:
             raise TooManyTokens

@@ -85,8 +85,12 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         else:
             defaults = {**GPT2_SPECIAL, **config, **special_tokens}
             tokenizer = _gpt2_tokenizer(folder, defaults, listed)
-        chat = _chat_template(folder, {**config, **special_tokens})
-        return Vocabulary(tokenizer, named, chat)
+        special = {**config, **special_tokens}
+        if not file.is_file():
+            special = {**GPT2_SPECIAL, **special}
+        bos: Any = special.get("bos_token")
+        text = _added_token(bos, special=True).content if _is_token(bos) else None
+        return Vocabulary(tokenizer, named, _chat_template(folder, special), text)
 
 
 def _check_tokenizer(file: Path) -> None:

@@ -148,9 +148,19 @@ def read_single_target(model: ResidentModel, target: Target, field: str) -> int:
 def read_layers(
     model: ResidentModel, layers: Sequence[int], field: str = "layers"
 ) -> tuple[int, ...]:
-    """Return the layers in ascending order without duplicates; empty means all layers."""
+    """Return the layers in ascending order without duplicates; empty means all layers.
+
+    Negative layers count from the last one.
+
+    Raises `InvalidRequest` for a layer that the model does not have.
+    """
     n_layers = model.view.facts.n_layers
-    return _within(layers, n_layers, field, model.name) or tuple(range(n_layers))
+    for layer in layers:
+        if not -n_layers <= layer < n_layers:
+            raise InvalidRequest(
+                field, f"{model.name} has no layer {layer}; expected {-n_layers} to {n_layers - 1}"
+            )
+    return tuple(sorted({layer % n_layers for layer in layers})) or tuple(range(n_layers))
 
 
 def read_positions(positions: Sequence[int], every: bool, length: int) -> tuple[int, ...]:
@@ -221,14 +231,6 @@ def read_heads(
                     "heads", f"{site.name} has no head {head}; expected 0 to {count - 1}"
                 )
     return tuple(sorted(set(heads)))
-
-
-def _within(values: Iterable[int], size: int, field: str, name: str) -> tuple[int, ...]:
-    chosen = sorted(set(values))
-    for value in chosen:
-        if not 0 <= value < size:
-            raise InvalidRequest(field, f"{name} has no layer {value}; expected 0 to {size - 1}")
-    return tuple(chosen)
 
 
 def _known(model: ResidentModel, tokens: list[Token], field: str) -> list[Token]:
@@ -335,18 +337,22 @@ def read_objective(model: ResidentModel, spec: GradientLensSpec) -> Objective:
 def _read_suppressed(model: ResidentModel, loss: KlDivergence) -> tuple[int, ...]:
     field = "kl.suppressed.ids"
     check_ids(model, loss.suppressed, field)
-    if len(loss.suppressed) > MAX_SUPPRESSED:
+    count = len(loss.suppressed) + len(loss.tokens)
+    if count > MAX_SUPPRESSED:
         raise InvalidRequest(
-            field,
-            f"too many token ids: expected at most {MAX_SUPPRESSED}, got {len(loss.suppressed)}",
+            field, f"too many tokens: expected at most {MAX_SUPPRESSED}, got {count}"
         )
-    if not loss.suppressed:
-        raise InvalidRequest(field, "no token ids given; send at least one")
-    if len(set(loss.suppressed)) >= model.view.facts.vocab_size:
+    if not count:
+        raise InvalidRequest(field, "no tokens given; send at least one")
+    named = (
+        read_single_target(model, token, f"kl.tokens[{i}]") for i, token in enumerate(loss.tokens)
+    )
+    suppressed = tuple(dict.fromkeys((*loss.suppressed, *named)))
+    if len(suppressed) >= model.view.facts.vocab_size:
         raise InvalidRequest(
             field, "the whole vocabulary is suppressed; leave out at least one token"
         )
-    return tuple(dict.fromkeys(loss.suppressed))
+    return suppressed
 
 
 def read_segments(

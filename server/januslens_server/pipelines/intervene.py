@@ -62,7 +62,7 @@ def intervene(
     yield None
     for lowest, numbered in batches(request):
         with clock.stage("experiments"):
-            changes = _together(request, lowest, numbered, taken, len(ids))
+            changes = _together(request, lowest, numbered, taken, len(ids), check_cancelled)
             count = len(numbered)
             logits = copies(model, ids, count, changes, lowest, outputs, positions, check_cancelled)
             effects = [
@@ -91,12 +91,14 @@ def _together(
     numbered: Sequence[tuple[int, Experiment]],
     taken: Taken,
     length: int,
+    check_cancelled: CancelCheck,
 ) -> Interventions:
     """Return the changes of a batch: each experiment changes its own copy of the prompt."""
     first = _first_numbers(request)
     changes: list[Intervention] = []
     values: dict[tuple[int, SiteKey], torch.Tensor] = {}
     for copy, (number, experiment) in enumerate(numbered):
+        check_cancelled()
         sources = list(enumerate(request.always))
         sources += list(enumerate(experiment.interventions, first[number]))
         for source, intervention in sources:
@@ -106,7 +108,7 @@ def _together(
             changes.append(replace(intervention, positions=shifted))
     # With the embedding changed, or only it, the first block's input changes too.
     start = -1 if lowest == 0 else lowest
-    return Interventions(request.model, changes, length, values, start)
+    return Interventions(request.model, changes, length, values, check_cancelled, start)
 
 
 def _first_numbers(request: ResolvedIntervene) -> list[int]:

@@ -100,7 +100,8 @@ def _shift(
 ) -> dict[MatrixKey, LowRank]:
     """Return the change `eta x_p^T e_t` of FF2, which needs no backward pass (section 7)."""
     model, ids = request.model, request.watched[0].ids
-    linear = single_ff2(model, shift.layer)
+    ((layer, _),) = request.matrices
+    linear = single_ff2(model, layer)
     embeddings = read_parameter(model.view.embedding, "weight")
     width = model.view.facts.d_model
     if embeddings.shape[1] != width:  # some OPT models have narrower embeddings
@@ -114,7 +115,7 @@ def _shift(
     x = rows(captured["x"])[-1:].to(model.device).float()
     embedding = embeddings[request.targets[0]].to(model.device).float()
     change = LowRank(x, shift.eta * embedding[None])
-    return {(shift.layer, MatrixKind.FF2, None): change}
+    return {(layer, MatrixKind.FF2, None): change}
 
 
 @torch.inference_mode()

@@ -49,7 +49,7 @@ from januslens_server.specs import (
 
 @dataclass(frozen=True)
 class ResolvedTrace:
-    """A Trace with its tokens, layers, positions, target and second token.
+    """A Trace with its tokens, layers, positions and target token.
 
     `seconds` is the time that resolving took, reported as the stage "tokenize".
     """
@@ -60,7 +60,6 @@ class ResolvedTrace:
     layers: tuple[int, ...]
     positions: tuple[int, ...]
     target: int | None
-    other: int | None
     interventions: tuple[Intervention, ...]
     seconds: float
 
@@ -200,30 +199,10 @@ def resolve_trace(model: ResidentModel, spec: TraceSpec) -> ResolvedTrace:
     tokens = read_prompt(model, spec.prompt)
     layers = read_layers(model, spec.layers)
     positions = read_positions(spec.positions, spec.all_positions, len(tokens))
-    target, other = _single_targets(model, spec)
+    target = None if spec.target is None else read_single_target(model, spec.target, "target")
     interventions = read_interventions(model, spec.interventions, len(tokens))
-    return ResolvedTrace(
-        model=model,
-        spec=spec,
-        tokens=tokens,
-        layers=layers,
-        positions=positions,
-        target=target,
-        other=other,
-        interventions=interventions,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _single_targets(
-    model: ResidentModel, spec: TraceSpec | InterveneSpec
-) -> tuple[int | None, int | None]:
-    """Return the target and the second token; None where the request has none."""
-    target, other = (
-        None if asked is None else read_single_target(model, asked, field)
-        for asked, field in ((spec.target, "target"), (spec.other, "other"))
-    )
-    return target, other
+    seconds = time.perf_counter() - started
+    return ResolvedTrace(model, spec, tokens, layers, positions, target, interventions, seconds)
 
 
 def resolve_activations(model: ResidentModel, spec: ActivationsSpec) -> ResolvedActivations:
@@ -266,7 +245,10 @@ def resolve_intervene(model: ResidentModel, spec: InterveneSpec) -> ResolvedInte
     """
     started = time.perf_counter()
     tokens = read_prompt(model, spec.prompt)
-    target, other = _single_targets(model, spec)
+    target, other = (
+        None if asked is None else read_single_target(model, asked, field)
+        for asked, field in ((spec.target, "target"), (spec.other, "other"))
+    )
     positions = read_positions(spec.positions, False, len(tokens))
     logits = len(positions) * model.view.facts.vocab_size
     return ResolvedIntervene(
@@ -352,20 +334,16 @@ def _edited(model: ResidentModel, spec: PreviewEditSpec) -> list[tuple[int, Matr
         layers = read_layers(model, edit.layers, "descent.layers")
         kinds = choose_matrices(model, edit.matrices, "descent.matrices").kinds
         return layer_matrices(model, layers, kinds)
-    single_ff2(model, edit.layer)
-    return [(edit.layer, MatrixKind.FF2)]
+    (layer,) = read_layers(model, (edit.layer,), "shift.layer")
+    single_ff2(model, layer)
+    return [(layer, MatrixKind.FF2)]
 
 
 def single_ff2(model: ResidentModel, layer: int) -> Linear:
     """Return the FF2 matrix that a shift edits.
 
-    Raises `InvalidRequest` if there is no such layer, or if it has experts.
+    Raises `InvalidRequest` if the layer has experts.
     """
-    n_layers = model.view.facts.n_layers
-    if layer >= n_layers:
-        raise InvalidRequest(
-            "shift.layer", f"{model.name} has no layer {layer}; expected 0 to {n_layers - 1}"
-        )
     linear = model.view.blocks[layer].matrices[MatrixKind.FF2]
     if not isinstance(linear, Linear):
         raise InvalidRequest(

@@ -97,7 +97,9 @@ class ProcessGroup:
         await asyncio.gather(*(child.open() for child in self._children.values()))
         self.update_health()
         where = f"{self._settings.host}:{self._settings.port}"
-        logger.info("serving on %s with %d processes", where, len(numbers))
+        logger.info(
+            "serving on %s with %d processes", where, len(numbers), extra={"address": where}
+        )
         if is_ready(self._statuses()):
             logger.info("ready")
         async with asyncio.TaskGroup() as keepers:

@@ -39,7 +39,6 @@ from januslens_server.results.intervene import (
 )
 from januslens_server.results.trace import (
     Edge,
-    Gradients,
     LayerGraph,
     Node,
     PositionTarget,
@@ -99,7 +98,6 @@ __all__ = [
     "GradientHeader",
     "GradientMatrix",
     "GradientSummary",
-    "Gradients",
     "Guarantee",
     "InterveneEvent",
     "InterveneHeader",

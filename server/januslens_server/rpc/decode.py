@@ -111,23 +111,14 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         include_checks=request.include_checks,
         include_projections=_projects(request),
         interventions=_interventions(request.interventions),
-        other=_target(request.other, "other") if request.HasField("other") else None,
-        include_attribution=request.include_attribution,
-        include_gradients=request.include_gradients,
     )
 
 
 def _projects(request: trace_pb2.TraceRequest) -> bool:
-    """Return whether nodes are projected; by default, if anything is requested that needs it."""
+    """Return whether nodes are projected; by default, if a list or `overlap_k` is requested."""
     if not request.HasField("include_projections"):
-        listed, needed = _lens(request), request.overlap_k or request.include_gradients
-        return bool(listed.top_k or listed.bottom_k or needed)
-    if request.include_gradients and not request.include_projections:
-        raise InvalidRequest(
-            "include_gradients",
-            "include_gradients projects gradients, but include_projections is false; leave one of "
-            "them unset",
-        )
+        listed = _lens(request)
+        return bool(listed.top_k or listed.bottom_k or request.overlap_k)
     if request.overlap_k and not request.include_projections:
         raise InvalidRequest(
             "overlap_k",
@@ -441,6 +432,8 @@ def _input(message: common_pb2.Input, field: str = "input") -> Prompt:
     if which == "chat":
         refuse_beside(message, ("add_special_tokens", "literal"), which, f"{field}.")
         return chat(message.chat)
+    if which is None:
+        raise InvalidRequest(field, "no prompt given; expected prompt, token_ids or chat")
     if which != "token_ids":
         without = message.HasField("add_special_tokens") and not message.add_special_tokens
         if without or message.literal:
@@ -517,7 +510,11 @@ def _loss(request: gradient_lens_pb2.GradientLensRequest) -> LossSpec:
             other=_target(request.logit_difference.other, "logit_difference.other"),
         )
     if which == "kl":
-        return KlDivergence(tuple(request.kl.suppressed.ids))
+        tokens = enumerate(request.kl.tokens)
+        return KlDivergence(
+            tuple(request.kl.suppressed.ids),
+            tuple(_target(token, f"kl.tokens[{i}]") for i, token in tokens),
+        )
     raise InvalidRequest("loss", "no loss given; expected nll, logit_difference or kl")
 
 
@@ -571,6 +568,7 @@ BOUNDS: dict[str, int] = {
     "GradientLensRequest.model": 256,
     "GradientLensRequest.revision": 256,
     "Input.prompt": MIB,
+    "KlDivergence.tokens": 256,
     "LayerReading.layers": 4 * KIB,
     "Experiment.interventions": 256,
     "Experiment.label": 4 * KIB,

@@ -29,7 +29,8 @@ async def listen(
     listen_for_metrics(settings)
     health_server = await listen_for_health(health, settings)
     await server.start()
-    logger.info("serving on %s:%d", settings.host, port)
+    address = f"{settings.host}:{port}"
+    logger.info("serving on %s", address, extra={"address": address})
     return health_server
 
 

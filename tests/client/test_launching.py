@@ -1,0 +1,85 @@
+"""`januslens.launch`: a server of one's own, which ends with the process that started it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import januslens
+
+PROMPT = "The capital of Japan is the city of"
+
+LAUNCH_AND_DIE = """
+import os, signal
+import januslens
+client = januslens.launch(progress=None)
+print(client.address, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+START_WITHOUT_STRUCTLOG = """
+import sys
+sys.modules["structlog"] = None
+from januslens_server.__main__ import main
+main()
+"""
+
+
+def test_launch_serves_the_demo_model_until_the_client_closes() -> None:
+    steps: list[str] = []
+    with januslens.launch(progress=steps.append, max_waiting=3) as client:
+        assert client.trace(PROMPT).target().predicted.text == " Tokyo"
+        with januslens.Client(client.address) as other:
+            assert [model.name for model in other.list_models()] == ["demo"]
+        address = client.address
+    assert is_closed(address)
+    assert steps[0] == "starting the server"
+    assert steps[-1].startswith(f"ready on {address} after ")
+
+
+def test_the_server_stops_when_the_launching_process_is_killed() -> None:
+    launched = subprocess.run(
+        [sys.executable, "-c", LAUNCH_AND_DIE], check=False, capture_output=True, text=True
+    )
+    assert launched.returncode == -signal.SIGKILL, launched.stderr
+    address = launched.stdout.strip()
+    deadline = time.monotonic() + 60
+    while not is_closed(address):
+        assert time.monotonic() < deadline, f"{address} is still open"
+        time.sleep(0.1)
+
+
+def test_a_model_that_does_not_load_is_reported_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(januslens.LaunchError, match=r"broken: .*config.json"):
+        januslens.launch(f"broken={tmp_path}", progress=None)
+
+
+def test_an_unknown_setting_is_reported_with_the_message_of_the_server() -> None:
+    with pytest.raises(januslens.LaunchError, match="No such option '--devce'"):
+        januslens.launch(devce="cpu", progress=None)
+
+
+def test_a_server_without_its_libraries_says_how_to_install_them() -> None:
+    started = subprocess.run(
+        [sys.executable, "-c", START_WITHOUT_STRUCTLOG],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert started.returncode == 1
+    assert started.stderr == "januslens-server needs structlog: pip install 'januslens[server]'\n"
+
+
+def is_closed(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port))).close()
+    except ConnectionRefusedError:
+        return True
+    return False
