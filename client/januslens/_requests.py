@@ -89,6 +89,9 @@ def trace_request(  # noqa: PLR0913 - by keyword
     checks: bool = False,
     projections: bool | None = None,
     interventions: Iterable[Intervention] = (),
+    other: TargetLike | None = None,
+    attribution: bool = False,
+    gradients: bool = False,
     model: str = "",
     revision: str = "",
 ) -> trace_pb2.TraceRequest:
@@ -120,6 +123,11 @@ def trace_request(  # noqa: PLR0913 - by keyword
         projections: Project the nodes to the vocabulary, which takes most of the time of a trace;
             None = yes, unless `top_k` and `bottom_k` are 0.
         interventions: Changes of the forward pass, made by `januslens.interventions`.
+        other: A second token: logit contributions and attributions are those of the difference
+            between the target's logit and this token's logit.
+        attribution: Send each part's first-order effect on the target's logit at the last position
+            of the trace, and the norms of the states' gradients. This takes a backward pass.
+        gradients: Send the gradients of the states, projected to the vocabulary.
         model: The model's name; may be empty if only one is loaded.
         revision: The expected revision; any other is refused. Empty = any.
     """
@@ -143,6 +151,9 @@ def trace_request(  # noqa: PLR0913 - by keyword
         include_checks=checks,
         interventions=intervention_messages(interventions),
         include_projections=projections,
+        other=None if other is None else target_message(other, "other"),
+        include_attribution=attribution,
+        include_gradients=gradients,
     )
 
 

@@ -56,6 +56,9 @@ class Lenses(Calls):
         checks: bool = False,
         projections: bool | None = None,
         interventions: Iterable[Intervention] = (),
+        other: TargetLike | None = None,
+        attribution: bool = False,
+        gradients: bool = False,
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -90,6 +93,12 @@ class Lenses(Calls):
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
+            other: A second token: logit contributions and attributions are those of the difference
+                between the target's logit and this token's logit.
+            attribution: Send each part's first-order effect on the target's logit at the last
+                position of the trace, and the norms of the states' gradients. This takes a backward
+                pass.
+            gradients: Send the gradients of the states, projected to the vocabulary.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -120,6 +129,9 @@ class Lenses(Calls):
             checks=checks,
             projections=projections,
             interventions=interventions,
+            other=other,
+            attribution=attribution,
+            gradients=gradients,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -149,6 +161,9 @@ class Lenses(Calls):
         checks: bool = False,
         projections: bool | None = None,
         interventions: Iterable[Intervention] = (),
+        other: TargetLike | None = None,
+        attribution: bool = False,
+        gradients: bool = False,
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -183,6 +198,12 @@ class Lenses(Calls):
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
+            other: A second token: logit contributions and attributions are those of the difference
+                between the target's logit and this token's logit.
+            attribution: Send each part's first-order effect on the target's logit at the last
+                position of the trace, and the norms of the states' gradients. This takes a backward
+                pass.
+            gradients: Send the gradients of the states, projected to the vocabulary.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -215,6 +236,9 @@ class Lenses(Calls):
             checks=checks,
             projections=projections,
             interventions=interventions,
+            other=other,
+            attribution=attribution,
+            gradients=gradients,
             model=model,
             revision=revision,
         )
@@ -242,6 +266,9 @@ class Lenses(Calls):
         checks: bool = False,
         projections: bool | None = None,
         interventions: Iterable[Intervention] = (),
+        other: TargetLike | None = None,
+        attribution: bool = False,
+        gradients: bool = False,
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -276,6 +303,12 @@ class Lenses(Calls):
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
+            other: A second token: logit contributions and attributions are those of the difference
+                between the target's logit and this token's logit.
+            attribution: Send each part's first-order effect on the target's logit at the last
+                position of the trace, and the norms of the states' gradients. This takes a backward
+                pass.
+            gradients: Send the gradients of the states, projected to the vocabulary.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -305,6 +338,9 @@ class Lenses(Calls):
             checks=checks,
             projections=projections,
             interventions=interventions,
+            other=other,
+            attribution=attribution,
+            gradients=gradients,
             model=model,
             revision=revision,
         )

@@ -126,6 +126,14 @@ class TraceSpec:
     include_checks: bool = False
     include_projections: bool = True
     interventions: tuple[InterventionSpec, ...] = ()
+    other: Target | None = None
+    include_attribution: bool = False
+    include_gradients: bool = False
+
+    @property
+    def differentiates(self) -> bool:
+        """Whether the trace needs a backward pass."""
+        return self.include_attribution or self.include_gradients
 
     @property
     def keeps_vectors(self) -> bool:

@@ -68,6 +68,22 @@ def test_the_contributions_and_the_constant_are_the_logit(trace: Trace) -> None:
     assert total + target.constant_logit_contribution == expected
 
 
+def test_attributions_and_gradients_are_columns_and_order_the_parts(client: Client) -> None:
+    trace = client.trace(PROMPT, attribution=True, gradients=True, other=" London", layers=[0, 3])
+    assert trace.header.other is not None
+    assert trace.header.other.text == " London"
+    parts = trace.contributions(by="attribution")
+    effects = [part.attribution or 0.0 for part in parts]
+    assert effects == sorted(effects, reverse=True)
+    assert trace.edges["attribution"].notna().equals(trace.edges["kind"] == "PART")
+    state = trace.nodes_of("BLOCK_OUTPUT")[-1]
+    assert state.gradient is not None
+    assert state.gradient.top
+    assert trace.nodes.loc[state.id, "gradient_norm"] == state.gradient_norm
+    with pytest.raises(ValueError, match="unknown effect 'share'"):
+        trace.contributions(by="share")  # type: ignore[arg-type]
+
+
 def test_the_strongest_head_reads_the_country(trace: Trace) -> None:
     head = max(trace.heads(), key=lambda part: part.logit_contribution or 0.0)
     source = max(trace.parts_of(head.node), key=lambda p: (p.edge and p.edge.attention) or 0.0)

@@ -100,6 +100,9 @@ TRACES = message(
     node_kinds=st.lists(often(st.integers(1, 28), st.integers(-1, 99)), max_size=4),
     include_vectors=st.booleans(),
     include_logit_contribution=st.booleans(),
+    include_attribution=st.booleans(),
+    include_gradients=st.booleans(),
+    other=TARGET,
     overlap_k=COUNT,
     **READING,
 )

@@ -79,6 +79,9 @@ SPECS: dict[str, TraceSpec | GradientLensSpec | GenerateSpec] = {
         ids(4), all_positions=True, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT})
     ),
     "long lists": TraceSpec(ids(8), lens=LensSpec(100, 100)),
+    "attributions and gradients": TraceSpec(
+        ids(8), include_attribution=True, include_gradients=True
+    ),
     "no lists": TraceSpec(ids(8), lens=LensSpec(0, 0)),
     "no lists of all neurons": TraceSpec(
         ids(8),

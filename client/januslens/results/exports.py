@@ -91,6 +91,7 @@ _COUNTS = ("layer", "position", "head", "source_position", "neuron", "expert", "
 _MEASURES = (
     "norm",
     "activation",
+    "gradient_norm",
     "top_probability",
     "entropy_bits",
     "target_probability",
@@ -107,6 +108,7 @@ _NODE_FIELDS = (
     "expert",
     "norm",
     "activation",
+    "gradient_norm",
 )
 _EDGE_FIELDS = (
     "source",
@@ -117,6 +119,7 @@ _EDGE_FIELDS = (
     "attention",
     "logit_contribution",
     "overlap",
+    "attribution",
 )
 
 
@@ -134,13 +137,14 @@ def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:
     pandas = require("pandas", "analysis", "a frame of edges")
     rows = [_edge_row(edge) for edge in edges]
     frame: pd.DataFrame = pandas.DataFrame(rows, columns=list(_EDGE_FIELDS))
-    measured = ["weight", "share", "attention", "logit_contribution", "overlap"]
+    measured = [name for name in _EDGE_FIELDS if name not in ("source", "target", "kind")]
     return frame.astype(dict.fromkeys(measured, "float64"))
 
 
 _COMPARED_NODES = (
     "norm",
     "activation",
+    "gradient_norm",
     "top_token",
     "top_probability",
     "entropy_bits",
@@ -148,7 +152,14 @@ _COMPARED_NODES = (
     "target_probability",
     "target_logit",
 )
-_COMPARED_EDGES = ("weight", "share", "attention", "logit_contribution", "overlap")
+_COMPARED_EDGES = (
+    "weight",
+    "share",
+    "attention",
+    "logit_contribution",
+    "overlap",
+    "attribution",
+)
 
 
 def node_differences_frame(nodes: Iterable[NodeDifference]) -> pd.DataFrame:

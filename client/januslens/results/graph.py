@@ -41,6 +41,9 @@ class Node:
             other kinds.
         projection: Projection of the vector; None for zero vectors and ATTENTION_CONCAT.
         vector: The vector `[d_model]`, if requested.
+        gradient_norm: Norm of the gradient of the target's logit with respect to this vector; set
+            for the residual stream and for what attention and MLP add to it, if requested.
+        gradient: Projection of that gradient, if requested.
     """
 
     id: str
@@ -55,6 +58,8 @@ class Node:
     activation: float | None
     projection: Projection | None
     vector: Tensor | None
+    gradient_norm: float | None = None
+    gradient: Projection | None = None
 
     @classmethod
     def from_message(cls, message: trace_pb2.Node, tokens: TokenTable) -> Node:
@@ -75,6 +80,8 @@ class Node:
             if has("projection")
             else None,
             vector=Tensor.from_message(message.vector) if has("vector") else None,
+            gradient_norm=_given(message, "gradient_norm", message.gradient_norm),
+            gradient=Projection.from_message(message.gradient, tokens) if has("gradient") else None,
         )
 
     def __str__(self) -> str:
@@ -95,6 +102,8 @@ class Edge:
         attention: The attention probability of a memory value.
         logit_contribution: Direct effect of the part on the target's logit, if requested.
         overlap: Fraction of top tokens that source and target share (VISIT's intersection score).
+        attribution: First-order effect of the part on the target's logit through all paths, if
+            requested: the derivative of the logit when only this part is scaled.
     """
 
     source: str
@@ -105,6 +114,7 @@ class Edge:
     attention: float | None
     logit_contribution: float | None
     overlap: float | None
+    attribution: float | None = None
 
     @classmethod
     def from_message(cls, message: trace_pb2.Edge) -> Edge:
@@ -118,6 +128,7 @@ class Edge:
             attention=_given(message, "attention", message.attention),
             logit_contribution=_given(message, "logit_contribution", message.logit_contribution),
             overlap=_given(message, "overlap", message.overlap),
+            attribution=_given(message, "attribution", message.attribution),
         )
 
 
@@ -142,6 +153,11 @@ class Part:
     def logit_contribution(self) -> float | None:
         """Direct effect of the part on the target's logit, if requested."""
         return self.edge.logit_contribution if self.edge else None
+
+    @property
+    def attribution(self) -> float | None:
+        """First-order effect of the part on the target's logit on all paths, if requested."""
+        return self.edge.attribution if self.edge else None
 
     @property
     def attention(self) -> float | None:

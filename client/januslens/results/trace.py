@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Literal
 
 from januslens.results.comparison import TraceComparison, compare_traces
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
@@ -29,7 +30,9 @@ class PositionTarget:
         target_rank: Rank of the target in the prediction; 0 = it is the prediction.
         target_logit: Logit of the target.
         constant_logit_contribution: Contribution of the biases of the final norm and the head. With
-            all other contributions it adds up to the target's logit before the soft-cap.
+            all other contributions it adds up to the target's logit before the soft-cap, or with a
+            second token to the logit difference.
+        logit_difference: The target's logit minus that of the second token, if there is one.
     """
 
     position: int
@@ -39,6 +42,7 @@ class PositionTarget:
     target_rank: int
     target_logit: float
     constant_logit_contribution: float
+    logit_difference: float | None = None
 
     @classmethod
     def from_message(cls, message: trace_pb2.PositionTarget, tokens: TokenTable) -> PositionTarget:
@@ -51,6 +55,9 @@ class PositionTarget:
             target_rank=message.target_rank,
             target_logit=message.target_logit,
             constant_logit_contribution=message.constant_logit_contribution,
+            logit_difference=message.logit_difference
+            if message.HasField("logit_difference")
+            else None,
         )
 
 
@@ -65,6 +72,7 @@ class TraceHeader:
         prompt_tokens: The prompt's tokens, one per position.
         layers: The layers that the stream sends, ascending.
         targets: The target of each traced position.
+        other: The second token of a logit difference, if requested.
     """
 
     request_id: str
@@ -73,6 +81,7 @@ class TraceHeader:
     prompt_tokens: tuple[Token, ...]
     layers: tuple[int, ...]
     targets: tuple[PositionTarget, ...]
+    other: Token | None = None
 
     @classmethod
     def from_message(cls, message: trace_pb2.TraceHeader, tokens: TokenTable) -> TraceHeader:
@@ -84,6 +93,7 @@ class TraceHeader:
             prompt_tokens=tuple(Token.from_message(t) for t in message.prompt_tokens),
             layers=tuple(message.layers),
             targets=tuple(PositionTarget.from_message(t, tokens) for t in message.targets),
+            other=tokens[message.other_token_id] if message.HasField("other_token_id") else None,
         )
 
 
@@ -361,20 +371,33 @@ class Trace(GraphView):
                 return strongest_path(self, nodes[-1].id)
         raise KeyError(f"the trace has no output of a layer at position {at}")
 
-    def contributions(self, position: int | None = None) -> list[Part]:
-        """Return the components by their contribution to the target's logit, largest first.
+    def contributions(
+        self,
+        position: int | None = None,
+        by: Literal["logit_contribution", "attribution"] = "logit_contribution",
+    ) -> list[Part]:
+        """Return the components by their effect on the target's logit, largest first.
 
         The components are the embedding, heads, neurons, biases, and the rest of each sum. Each
         summand of the residual stream is listed once. If all layers are traced, the contributions
         and the `constant_logit_contribution` add up to the target's logit before the soft-cap.
 
+        Args:
+            position: Position of the components, by default the last traced one.
+            by: `logit_contribution`, the direct effect, or `attribution`, the first-order effect on
+                the logit at the last traced position through all paths.
+
         Raises:
-            ValueError: The trace was requested without logit contributions, or without the parts
-                or the sums that have them.
+            ValueError: The trace was requested without these effects, or without the parts or the
+                sums that have them, or `by` is neither of the two.
             KeyError: The position was not traced.
         """
         at = self.target(position).position
-        parts = list(self._components(at))
+        if by not in ("logit_contribution", "attribution"):
+            raise ValueError(
+                f"unknown effect {by!r}; expected 'logit_contribution' or 'attribution'"
+            )
+        parts = [part for part in self._components(at) if getattr(part, by) is not None]
         if not parts and not any(edge.kind is EdgeKind.PART for edge in self.edge_list):
             raise ValueError(
                 "the trace has no parts of sums; expected node_kinds to have parts together with "
@@ -382,13 +405,13 @@ class Trace(GraphView):
             )
         if not parts:
             raise ValueError(
-                "the trace has no logit contributions; request them with logit_contribution=True"
+                f"the trace has no {by.replace('_', ' ')}s; request them with {by}=True"
             )
-        return sorted(parts, key=lambda part: -(part.logit_contribution or 0.0))
+        return sorted(parts, key=lambda part: -(getattr(part, by) or 0.0))
 
     def _components(self, position: int) -> Iterator[Part]:
         for edge in self.edge_list:
-            if edge.logit_contribution is None:
+            if edge.kind is not EdgeKind.PART:
                 continue
             source, target = self.node(edge.source), self.node(edge.target)
             rest = source.kind is NodeKind.OTHER and target.kind in _SUMS_OF_COMPONENTS

@@ -257,6 +257,9 @@ class TraceRequest(_message.Message):
     INCLUDE_CHECKS_FIELD_NUMBER: _builtins.int
     INCLUDE_PROJECTIONS_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
+    OTHER_FIELD_NUMBER: _builtins.int
+    INCLUDE_ATTRIBUTION_FIELD_NUMBER: _builtins.int
+    INCLUDE_GRADIENTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -280,7 +283,9 @@ class TraceRequest(_message.Message):
     server.
     """
     include_logit_contribution: _builtins.bool
-    """True: also send the direct contribution of each part to the target's logit."""
+    """True: also send the direct contribution of each part to the target's logit. With `other`, to the
+    difference of both logits.
+    """
     overlap_k: _builtins.int
     """Number of top tokens that `Edge.overlap` compares (VISIT's intersection score); unset or 0 = no
     `overlap`, at most 1000.
@@ -293,6 +298,16 @@ class TraceRequest(_message.Message):
     """Whether nodes have projections; unset = true, unless `top_k` and `bottom_k` are 0 and
     `overlap_k` is not set. False saves most of the time of a trace. INVALID_ARGUMENT for false
     together with `overlap_k`, which compares projections.
+    """
+    include_attribution: _builtins.bool
+    """True: also send `Edge.attribution`, the first-order effect of each part on the logit (or with
+    `other`, on the difference) at the last position of the trace, and `Node.gradient_norm`. This
+    takes a backward pass.
+    """
+    include_gradients: _builtins.bool
+    """True: also send `Node.gradient`, the gradients of the states projected to the vocabulary, and
+    `Node.gradient_norm`. This takes a backward pass. INVALID_ARGUMENT if `include_projections` is
+    false.
     """
     @_builtins.property
     def input(self) -> _common_pb2.Input:
@@ -331,6 +346,12 @@ class TraceRequest(_message.Message):
         place of parts is included in OTHER nodes.
         """
 
+    @_builtins.property
+    def other(self) -> _common_pb2.Target:
+        """A second token: logit contributions and attributions are those of the target's logit minus this
+        token's logit. INVALID_ARGUMENT for several tokens.
+        """
+
     def __init__(
         self,
         *,
@@ -352,10 +373,13 @@ class TraceRequest(_message.Message):
         include_checks: _builtins.bool = ...,
         include_projections: _builtins.bool | None = ...,
         interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
+        other: _common_pb2.Target | None = ...,
+        include_attribution: _builtins.bool = ...,
+        include_gradients: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "include_projections", b"include_projections", "input", b"input", "overlap_k", b"overlap_k", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "include_projections", b"include_projections", "input", b"input", "other", b"other", "overlap_k", b"overlap_k", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "bottom_k", b"bottom_k", "include_checks", b"include_checks", "include_logit_contribution", b"include_logit_contribution", "include_projections", b"include_projections", "include_vectors", b"include_vectors", "input", b"input", "interventions", b"interventions", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "bottom_k", b"bottom_k", "include_attribution", b"include_attribution", "include_checks", b"include_checks", "include_gradients", b"include_gradients", "include_logit_contribution", b"include_logit_contribution", "include_projections", b"include_projections", "include_vectors", b"include_vectors", "input", b"input", "interventions", b"interventions", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "other", b"other", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015
@@ -482,8 +506,11 @@ class TraceHeader(_message.Message):
     TARGETS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
+    OTHER_TOKEN_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, as in the metadata, in errors and in the server's log."""
+    other_token_id: _builtins.int
+    """The second token of a logit difference; set with `TraceRequest.other`."""
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
         """The model."""
@@ -518,12 +545,15 @@ class TraceHeader(_message.Message):
         targets: _abc.Iterable[Global___PositionTarget] | None = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
         sizes: _common_pb2.ModelSizes | None = ...,
+        other_token_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "sizes", b"sizes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id", "other_token_id", b"other_token_id", "provenance", b"provenance", "sizes", b"sizes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "sizes", b"sizes", "targets", b"targets", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id", "layers", b"layers", "other_token_id", b"other_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "sizes", b"sizes", "targets", b"targets", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__other_token_id: _TypeAlias = _typing.Literal["other_token_id"]  # noqa: Y015
+    _WhichOneofArgType__other_token_id: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__other_token_id) -> _WhichOneofReturnType__other_token_id | None: ...
 
 Global___TraceHeader: _TypeAlias = TraceHeader  # noqa: Y015
 
@@ -540,6 +570,7 @@ class PositionTarget(_message.Message):
     TARGET_RANK_FIELD_NUMBER: _builtins.int
     TARGET_LOGIT_FIELD_NUMBER: _builtins.int
     CONSTANT_LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
+    LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Position in the prompt."""
     target_token_id: _builtins.int
@@ -554,7 +585,12 @@ class PositionTarget(_message.Message):
     """Logit of the target; after the soft-cap if the model has one."""
     constant_logit_contribution: _builtins.float
     """Contribution of the biases of final norm and head to the target's logit. Together with the
-    contributions of the nodes at this position it adds up to the logit before the soft-cap.
+    contributions of the nodes at this position it adds up to the logit before the soft-cap, or with
+    `TraceRequest.other` to the difference of both.
+    """
+    logit_difference: _builtins.float
+    """The target's logit minus that of the other token; after the soft-cap if the model has one. Set
+    with `TraceRequest.other`.
     """
     def __init__(
         self,
@@ -566,12 +602,15 @@ class PositionTarget(_message.Message):
         target_rank: _builtins.int = ...,
         target_logit: _builtins.float = ...,
         constant_logit_contribution: _builtins.float = ...,
+        logit_difference: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "logit_difference", b"logit_difference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["constant_logit_contribution", b"constant_logit_contribution", "position", b"position", "predicted_token_id", b"predicted_token_id", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "target_token_id", b"target_token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "constant_logit_contribution", b"constant_logit_contribution", "logit_difference", b"logit_difference", "position", b"position", "predicted_token_id", b"predicted_token_id", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "target_token_id", b"target_token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logit_difference: _TypeAlias = _typing.Literal["logit_difference"]  # noqa: Y015
+    _WhichOneofArgType__logit_difference: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logit_difference) -> _WhichOneofReturnType__logit_difference | None: ...
 
 Global___PositionTarget: _TypeAlias = PositionTarget  # noqa: Y015
 
@@ -637,6 +676,8 @@ class Node(_message.Message):
     ACTIVATION_FIELD_NUMBER: _builtins.int
     PROJECTION_FIELD_NUMBER: _builtins.int
     VECTOR_FIELD_NUMBER: _builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: _builtins.int
+    GRADIENT_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, made of the coordinates, for example `L3/p7/HEAD_OUTPUT/h2`, `L3/p7/MEMORY_VALUE/h2/s4` or
     `L3/p7/MLP_VALUE/n911`. It is the same in every request and on every server.
@@ -659,6 +700,11 @@ class Node(_message.Message):
     """Euclidean norm of the vector."""
     activation: _builtins.float
     """Factor of the vector in its sum; set for neurons."""
+    gradient_norm: _builtins.float
+    """Euclidean norm of the gradient of the target's logit, or of the logit difference, at the last
+    position of the trace. Set with `include_attribution` or `include_gradients` for the states:
+    BLOCK_INPUT, RESIDUAL_MID and BLOCK_OUTPUT, and the sums and outputs of attention and MLP.
+    """
     @_builtins.property
     def projection(self) -> _lens_pb2.Projection:
         """Projection of the vector; unset for ATTENTION_CONCAT and exact zeros, and in a trace without
@@ -668,6 +714,12 @@ class Node(_message.Message):
     @_builtins.property
     def vector(self) -> _common_pb2.Tensor:
         """The vector, [d_model] in float32; set with `include_vectors`."""
+
+    @_builtins.property
+    def gradient(self) -> _lens_pb2.Projection:
+        """Projection of this gradient, by the lens of the request; set with `include_gradients` for the
+        same nodes, except where the gradient is exactly zero.
+        """
 
     def __init__(
         self,
@@ -684,15 +736,19 @@ class Node(_message.Message):
         activation: _builtins.float | None = ...,
         projection: _lens_pb2.Projection | None = ...,
         vector: _common_pb2.Tensor | None = ...,
+        gradient_norm: _builtins.float | None = ...,
+        gradient: _lens_pb2.Projection | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_expert", b"_expert", "_head", b"_head", "_layer", b"_layer", "_neuron", b"_neuron", "_position", b"_position", "_source_position", b"_source_position", "activation", b"activation", "expert", b"expert", "head", b"head", "layer", b"layer", "neuron", b"neuron", "position", b"position", "projection", b"projection", "source_position", b"source_position", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_expert", b"_expert", "_gradient_norm", b"_gradient_norm", "_head", b"_head", "_layer", b"_layer", "_neuron", b"_neuron", "_position", b"_position", "_source_position", b"_source_position", "activation", b"activation", "expert", b"expert", "gradient", b"gradient", "gradient_norm", b"gradient_norm", "head", b"head", "layer", b"layer", "neuron", b"neuron", "position", b"position", "projection", b"projection", "source_position", b"source_position", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_expert", b"_expert", "_head", b"_head", "_layer", b"_layer", "_neuron", b"_neuron", "_position", b"_position", "_source_position", b"_source_position", "activation", b"activation", "expert", b"expert", "head", b"head", "id", b"id", "kind", b"kind", "layer", b"layer", "neuron", b"neuron", "norm", b"norm", "position", b"position", "projection", b"projection", "source_position", b"source_position", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_expert", b"_expert", "_gradient_norm", b"_gradient_norm", "_head", b"_head", "_layer", b"_layer", "_neuron", b"_neuron", "_position", b"_position", "_source_position", b"_source_position", "activation", b"activation", "expert", b"expert", "gradient", b"gradient", "gradient_norm", b"gradient_norm", "head", b"head", "id", b"id", "kind", b"kind", "layer", b"layer", "neuron", b"neuron", "norm", b"norm", "position", b"position", "projection", b"projection", "source_position", b"source_position", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activation: _TypeAlias = _typing.Literal["activation"]  # noqa: Y015
     _WhichOneofArgType__activation: _TypeAlias = _typing.Literal["_activation", b"_activation"]  # noqa: Y015
     _WhichOneofReturnType__expert: _TypeAlias = _typing.Literal["expert"]  # noqa: Y015
     _WhichOneofArgType__expert: _TypeAlias = _typing.Literal["_expert", b"_expert"]  # noqa: Y015
+    _WhichOneofReturnType__gradient_norm: _TypeAlias = _typing.Literal["gradient_norm"]  # noqa: Y015
+    _WhichOneofArgType__gradient_norm: _TypeAlias = _typing.Literal["_gradient_norm", b"_gradient_norm"]  # noqa: Y015
     _WhichOneofReturnType__head: _TypeAlias = _typing.Literal["head"]  # noqa: Y015
     _WhichOneofArgType__head: _TypeAlias = _typing.Literal["_head", b"_head"]  # noqa: Y015
     _WhichOneofReturnType__layer: _TypeAlias = _typing.Literal["layer"]  # noqa: Y015
@@ -707,6 +763,8 @@ class Node(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__activation) -> _WhichOneofReturnType__activation | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__expert) -> _WhichOneofReturnType__expert | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gradient_norm) -> _WhichOneofReturnType__gradient_norm | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__head) -> _WhichOneofReturnType__head | None: ...
     @_typing.overload
@@ -734,6 +792,7 @@ class Edge(_message.Message):
     ATTENTION_FIELD_NUMBER: _builtins.int
     LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     OVERLAP_FIELD_NUMBER: _builtins.int
+    ATTRIBUTION_FIELD_NUMBER: _builtins.int
     source: _builtins.str
     """Id of the source node."""
     target: _builtins.str
@@ -759,6 +818,12 @@ class Edge(_message.Message):
     """Number of tokens that are in the top `overlap_k` of both ends, divided by `overlap_k`: 0 to 1;
     set with `overlap_k`, if both ends have a projection.
     """
+    attribution: _builtins.float
+    """First-order effect of the part, on all paths: <gradient of the sum, part>, where the gradient is
+    that of the target's logit, or of the logit difference, at the last position of the trace. This
+    is the derivative of the logit when only this part is scaled. Set for PART edges with
+    `include_attribution`.
+    """
     def __init__(
         self,
         *,
@@ -770,13 +835,16 @@ class Edge(_message.Message):
         attention: _builtins.float | None = ...,
         logit_contribution: _builtins.float | None = ...,
         overlap: _builtins.float | None = ...,
+        attribution: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_logit_contribution", b"_logit_contribution", "_overlap", b"_overlap", "_share", b"_share", "attention", b"attention", "logit_contribution", b"logit_contribution", "overlap", b"overlap", "share", b"share"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_attribution", b"_attribution", "_logit_contribution", b"_logit_contribution", "_overlap", b"_overlap", "_share", b"_share", "attention", b"attention", "attribution", b"attribution", "logit_contribution", b"logit_contribution", "overlap", b"overlap", "share", b"share"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_logit_contribution", b"_logit_contribution", "_overlap", b"_overlap", "_share", b"_share", "attention", b"attention", "kind", b"kind", "logit_contribution", b"logit_contribution", "overlap", b"overlap", "share", b"share", "source", b"source", "target", b"target", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_attention", b"_attention", "_attribution", b"_attribution", "_logit_contribution", b"_logit_contribution", "_overlap", b"_overlap", "_share", b"_share", "attention", b"attention", "attribution", b"attribution", "kind", b"kind", "logit_contribution", b"logit_contribution", "overlap", b"overlap", "share", b"share", "source", b"source", "target", b"target", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__attention: _TypeAlias = _typing.Literal["attention"]  # noqa: Y015
     _WhichOneofArgType__attention: _TypeAlias = _typing.Literal["_attention", b"_attention"]  # noqa: Y015
+    _WhichOneofReturnType__attribution: _TypeAlias = _typing.Literal["attribution"]  # noqa: Y015
+    _WhichOneofArgType__attribution: _TypeAlias = _typing.Literal["_attribution", b"_attribution"]  # noqa: Y015
     _WhichOneofReturnType__logit_contribution: _TypeAlias = _typing.Literal["logit_contribution"]  # noqa: Y015
     _WhichOneofArgType__logit_contribution: _TypeAlias = _typing.Literal["_logit_contribution", b"_logit_contribution"]  # noqa: Y015
     _WhichOneofReturnType__overlap: _TypeAlias = _typing.Literal["overlap"]  # noqa: Y015
@@ -785,6 +853,8 @@ class Edge(_message.Message):
     _WhichOneofArgType__share: _TypeAlias = _typing.Literal["_share", b"_share"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__attention) -> _WhichOneofReturnType__attention | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__attribution) -> _WhichOneofReturnType__attribution | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__logit_contribution) -> _WhichOneofReturnType__logit_contribution | None: ...
     @_typing.overload

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -79,6 +79,9 @@ class LayerActivations:
     without one. Parallel blocks have no `residual_mid`. Mixtures of experts have `routing` instead
     of `neurons`.
 
+    `gradients` are those of the sums of the residual stream after a backward pass, by the name of
+    their field.
+
     Interventions set the last fields. `mapped_query` and `mapped_key` are what enters the rotation,
     if it is not the norm of `query` and `key`. `replaced` has the names of sites whose values are
     not the model's own.
@@ -101,6 +104,7 @@ class LayerActivations:
     attention_sum: torch.Tensor | None = None
     mlp_sum: torch.Tensor | None = None
     kept: Mapping[int, int] | None = None
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mapped_query: torch.Tensor | None = None
     mapped_key: torch.Tensor | None = None
     hidden_sources: HiddenSources | None = None

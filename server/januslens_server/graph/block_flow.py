@@ -43,7 +43,8 @@ class _Sublayer:
 
     `normed`, `raw` and `added` are `[pos, d_model]`; `row` is the row of the position. If `normed`
     is None, the sublayer reads the residual itself. If `finish` is None, its raw result is added to
-    the residual unchanged.
+    the residual unchanged. The gradients `[d_model]` of `raw` and `added` are None without a
+    backward pass.
     """
 
     kinds: _Kinds
@@ -54,6 +55,8 @@ class _Sublayer:
     added: torch.Tensor
     finish: Finish | None
     add: _Add
+    sum_gradient: torch.Tensor | None
+    added_gradient: torch.Tensor | None
 
 
 def input_node(layer: int, position: int) -> Node:
@@ -77,8 +80,9 @@ def block_flow(
     added here, with a GAP edge from the output of `below`.
     """
     row = acts.row(flow.position)
+    gradients = {name: found[row] for name, found in acts.gradients.items()}
     residual = acts.block_input[row].float()
-    source = _add_input(flow, residual, below)
+    source = _add_input(flow.toward(gradients.get("block_input")), residual, below)
     attention = _Sublayer(
         kinds=ATTENTION,
         inside=IN_ATTENTION,
@@ -88,12 +92,15 @@ def block_flow(
         added=acts.attention_output,
         finish=weights.attention.finish,
         add=partial(add_attention, acts=acts, weights=weights.attention, selection=selection),
+        sum_gradient=gradients.get("attention_sum"),
+        added_gradient=gradients.get("attention_output"),
     )
     attended = _add_sublayer(flow, source, residual, attention)
     terms = {source: residual, attended: attention.added[row].float()}
     if acts.residual_mid is not None:
         middle = acts.residual_mid[row].float()
-        source = _add_sum(flow, NodeKind.RESIDUAL_MID, middle, terms, acts.replaced)
+        inside = flow.toward(gradients.get("residual_mid"))
+        source = _add_sum(inside, NodeKind.RESIDUAL_MID, middle, terms, acts.replaced)
         residual = middle
         terms = {source: middle}
     mlp = _Sublayer(
@@ -105,10 +112,13 @@ def block_flow(
         added=acts.mlp_output,
         finish=weights.mlp.finish,
         add=partial(add_mlp, acts=acts, weights=weights.mlp, selection=selection),
+        sum_gradient=gradients.get("mlp_sum"),
+        added_gradient=gradients.get("mlp_output"),
     )
     terms[_add_sublayer(flow, source, residual, mlp)] = mlp.added[row].float()
     total = acts.block_output[row].float()
-    _add_sum(flow, NodeKind.BLOCK_OUTPUT, total, terms, acts.replaced)
+    inside = flow.toward(gradients.get("block_output"))
+    _add_sum(inside, NodeKind.BLOCK_OUTPUT, total, terms, acts.replaced)
     return flow.build()
 
 
@@ -133,12 +143,13 @@ def _add_sublayer(
     if sublayer.normed is not None:
         source = _add_normed(flow, kinds.input, source, residual, sublayer.normed[at])
     added = Result(kinds.output, sublayer.added[at].float())
+    whole = flow.toward(sublayer.added_gradient)
     if sublayer.finish is None or sublayer.raw is None:
-        return sublayer.add(flow, source, result=added)
+        return sublayer.add(whole, source, result=added)
     raw = Result(kinds.sum, sublayer.raw[at].float())
-    inside = flow.before(sublayer.finish, raw.vector)
+    inside = flow.before(sublayer.finish, raw.vector).toward(sublayer.sum_gradient)
     total = sublayer.add(inside, source, result=raw)
-    output = flow.node(added.kind, added.vector)
+    output = whole.node(added.kind, added.vector)
     kind = EdgeKind.SCALE if sublayer.finish.norm is None else EdgeKind.NORM
     flow.edges(kind, [total], [output], raw.vector.norm()[None])
     return output

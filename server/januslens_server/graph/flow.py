@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
@@ -49,7 +49,20 @@ class Scalars:
 
 
 # In the order of the fields of `Edge`.
-_EDGE_COLUMNS = ("weight", "share", "attention", "logit_contribution")
+_EDGE_COLUMNS = ("weight", "share", "attention", "logit_contribution", "attribution")
+
+# Kinds whose gradient is reported: the residual stream, and what sublayers add to it.
+STATES = frozenset(
+    {
+        NodeKind.BLOCK_INPUT,
+        NodeKind.ATTENTION_SUM,
+        NodeKind.ATTENTION_OUTPUT,
+        NodeKind.RESIDUAL_MID,
+        NodeKind.MLP_SUM,
+        NodeKind.MLP_OUTPUT,
+        NodeKind.BLOCK_OUTPUT,
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,8 @@ class Flow:
     """Nodes with their vectors `[n, d_model]`, norms and activations `[n]` (NaN = none), and edges.
 
     `vectors` has no rows if the builder does not keep vectors. `projected` says for each node
-    whether it is projected.
+    whether it is projected. `gradients` `[m, d_model]` are those of the m nodes with the indices
+    `states`.
     """
 
     nodes: list[Node]
@@ -66,15 +80,18 @@ class Flow:
     activations: Floats
     projected: list[bool]
     edges: list[Edge]
+    states: list[int]
+    gradients: torch.Tensor
 
 
 class FlowBuilder:
     """Collects nodes and edges at one `layer` and `position`.
 
     The dot product of a part with `direction` `[d_model]` is its `logit_contribution`
-    (`lens.head.LensHead.attribution`); without a direction, there are none. Only nodes of the kinds
-    in `shown` (empty: all kinds) and edges between them are kept. Callers use `shows` to skip the
-    computation of others. Without `keeps_vectors`, only the norms of vectors are kept.
+    (`lens.head.LensHead.attribution`); without a direction, there are none. Its dot product with
+    `gradient` `[d_model]` is its `attribution`; `toward` sets the gradient of a sum. Only nodes of
+    the kinds in `shown` (empty: all kinds) and edges between them are kept. Callers use `shows` to
+    skip the computation of others. Without `keeps_vectors`, only the norms of vectors are kept.
     """
 
     def __init__(
@@ -88,6 +105,7 @@ class FlowBuilder:
         self.layer = layer
         self.position = position
         self.direction = direction
+        self.gradient: torch.Tensor | None = None
         self._shown = frozenset(shown)
         self._hidden: set[str] = set()
         self._nodes: list[Node] = []
@@ -95,6 +113,8 @@ class FlowBuilder:
         self._vectors: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._projected: list[bool] = []
+        self._states: list[int] = []
+        self._gradients: list[torch.Tensor] = []
         self._sources: list[str] = []
         self._targets: list[str] = []
         self._kinds: list[EdgeKind] = []
@@ -109,6 +129,16 @@ class FlowBuilder:
         if not self.shows(node.kind):
             self._hidden.add(node.id)
         return node.id
+
+    def toward(self, gradient: torch.Tensor | None) -> FlowBuilder:
+        """Return a builder for a sum with this gradient `[d_model]`, which adds to the same flow.
+
+        Attributions of the sum's parts are dot products with the gradient. States get it as their
+        own gradient.
+        """
+        inside = copy.copy(self)
+        inside.gradient = gradient
+        return inside
 
     def before(self, finish: Finish, raw: torch.Tensor) -> FlowBuilder:
         """Return a builder for the parts of `raw` `[d_model]`, a result before `finish` is applied.
@@ -149,6 +179,10 @@ class FlowBuilder:
             norms = None if norms is None else norms[kept]
         if not nodes:
             return ids
+        if self.gradient is not None:
+            states = [i for i, node in enumerate(nodes, len(self._nodes)) if node.kind in STATES]
+            self._states += states
+            self._gradients += [self.gradient] * len(states)
         if activations is not None:
             self._scalars.add("activation", len(self._nodes), activations)
         self._nodes += nodes
@@ -213,8 +247,7 @@ class FlowBuilder:
             parts, total = parts[kept], total if total.dim() == 1 else total[kept]
             attention = None if attention is None else attention[kept]
         self._add_shares((parts * total).sum(-1), total)
-        if self.direction is not None:
-            self._add_contributions(parts @ self.direction)
+        self._add_effects(lambda vector: parts @ vector)
         self.edges(EdgeKind.PART, sources, targets, parts.norm(dim=-1), attention)
 
     def weighted_parts(
@@ -239,8 +272,7 @@ class FlowBuilder:
             return activations * rows
 
         self._add_shares(products(total), total)
-        if self.direction is not None:
-            self._add_contributions(products(self.direction))
+        self._add_effects(products)
         targets, norms = [target] * len(sources), activations.abs() * terms.norms[picked]
         self.edges(EdgeKind.PART, sources, targets, norms)
 
@@ -250,8 +282,14 @@ class FlowBuilder:
         shares = torch.where(size > 0, products / size, torch.nan)
         self._scalars.add("share", len(self._sources), shares)
 
-    def _add_contributions(self, contributions: torch.Tensor) -> None:
-        self._scalars.add("logit_contribution", len(self._sources), contributions)
+    def _add_effects(self, products: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Set the effects of the next edges, given the products of their parts with a vector."""
+        for name, vector in (
+            ("logit_contribution", self.direction),
+            ("attribution", self.gradient),
+        ):
+            if vector is not None:
+                self._scalars.add(name, len(self._sources), products(vector))
 
     def shows_edges(self, sources: Sequence[str], targets: Sequence[str]) -> bool:
         """Return whether at least one of these edges is kept."""
@@ -280,6 +318,8 @@ class FlowBuilder:
             activations=columns["activation"],
             projected=self._projected,
             edges=self._edges(values),
+            states=self._states,
+            gradients=torch.stack(self._gradients) if self._gradients else torch.empty(0, 0),
         )
 
     def _edges(self, values: Iterable[list[Any]]) -> list[Edge]:

@@ -72,6 +72,35 @@ def layer_taps(block: Block) -> dict[str, Tap]:
     return taps | block.mlp.taps | present
 
 
+_SUMS = frozenset(
+    {
+        "block_input",
+        "attention_sum",
+        "attention_output",
+        "residual_mid",
+        "mlp_sum",
+        "mlp_output",
+        "block_output",
+    }
+)
+
+
+def sum_taps(block: Block) -> dict[str, Tap]:
+    """Taps of the sums of a block's residual stream, by field name of `LayerActivations`."""
+    return {name: tap for name, tap in layer_taps(block).items() if name in _SUMS}
+
+
+def sum_gradients(block: Block, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the gradients of a block's sums, from those of the tensors of `sum_taps`."""
+    named = {name: gradient.float() for name, gradient in found.items()}
+    for name, finish in (("attention", block.attention.finish), ("mlp", block.mlp.finish)):
+        if finish is None:
+            named[f"{name}_output"] = named.pop(f"{name}_sum")
+        elif finish.norm is None:
+            named[f"{name}_output"] = named[f"{name}_sum"] / finish.multiplier
+    return named
+
+
 def kept_rows(name: str, captured: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
     """Select the rows of a captured tensor `[pos, features]` that these positions need.
 
@@ -94,12 +123,13 @@ def layer_activations(
     positions: Sequence[int] | None = None,
     hidden_sources: HiddenSources | None = None,
     replaced: frozenset[str] = frozenset(),
+    gradients: Mapping[str, torch.Tensor] | None = None,
 ) -> LayerActivations:
     """A block's activations, from the tensors captured for a prompt of `length` tokens.
 
     `positions` are those passed to `kept_rows`, None for all. `hidden_sources` and `replaced` are
-    those of the pass's interventions. All tensors are moved to the device
-    where the block computes, since its input may be on another one.
+    those of the pass's interventions, `gradients` those of `sum_gradients`. All tensors are moved
+    to the device where the block computes, since its input may be on another one.
     """
     attention = block.attention
     device = captured["block_output"].device
@@ -123,6 +153,7 @@ def layer_activations(
         routing=routing,
         rotation=rotation,
         kept=kept,
+        gradients={name: found.to(device) for name, found in (gradients or {}).items()},
         hidden_sources=hidden_sources,
         replaced=replaced,
         **named,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from januslens_server.capture.hooks import nth_tensor, returning, rows
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.backward_lens import Loss
 from januslens_server.models.failures import check_gradients, check_pass
-from januslens_server.models.graph_inputs import kept_rows, layer_activations, layer_taps
+from januslens_server.models.graph_inputs import (
+    kept_rows,
+    layer_activations,
+    layer_taps,
+    sum_gradients,
+    sum_taps,
+)
 from januslens_server.models.interventions import (
     Intervention,
     Interventions,
@@ -53,6 +59,7 @@ class ForwardPass:
     _captured: dict[int, dict[str, torch.Tensor]]
     _positions: Sequence[int]
     _interventions: Interventions | None = None
+    _gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def layer(self, layer: int) -> LayerActivations:
         """The activations of a captured layer at the captured positions."""
@@ -64,11 +71,13 @@ class ForwardPass:
             self._positions,
             changes.hidden_sources(layer) if changes else None,
             frozenset(site.name for site in changes.sites(layer)) if changes else frozenset(),
+            self._gradients.get(layer),
         )
 
     def release(self, layer: int) -> None:
         """Free the captured tensors of a layer."""
         self._captured.pop(layer, None)
+        self._gradients.pop(layer, None)
 
 
 @dataclass(frozen=True)
@@ -222,6 +231,79 @@ def forward(
     Raises:
         NotFinite: The last residual or the logits are infinite or NaN.
     """
+    with _changed(interventions):
+        return _captured_pass(model, ids, layers, check_cancelled, positions, scored, interventions)
+
+
+# The number that a backward pass differentiates: a function of the last block's output `[pos,
+# d_model]` and of the logits `[scored, vocab]` in float32.
+Score = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def differentiated(
+    model: ResidentModel,
+    ids: Sequence[int],
+    layers: Iterable[int],
+    score: Score,
+    check_cancelled: CancelCheck,
+    positions: Sequence[int],
+    scored: Sequence[int],
+    interventions: Interventions | None = None,
+) -> ForwardPass:
+    """Run a prompt as `forward` does, and a backward pass that adds the gradients of all sums.
+
+    The sums are those of the residual stream in the captured layers, after any change. `score`
+    gets a residual without a gradient.
+
+    Raises:
+        NotFinite: The residual, the logits or a gradient are infinite or NaN.
+    """
+    blocks = model.view.blocks
+    layers = tuple(layers)
+    taps = {(i, name): tap for i in layers for name, tap in sum_taps(blocks[i]).items()}
+
+    def keep(_key: tuple[int, str], tensor: torch.Tensor) -> torch.Tensor:
+        # An intervention may have replaced the sum by a tensor that does not require a gradient.
+        if not tensor.requires_grad:
+            tensor.requires_grad_()
+        tensor.register_hook(lambda _gradient: check_cancelled())
+        return tensor
+
+    with torch.enable_grad(), ExitStack() as hooks:
+        hooks.enter_context(_leaf_below(model, min(layers)))
+        hooks.enter_context(_changed(interventions))
+        sums = hooks.enter_context(capturing(taps, None, (), keep))
+        passed = _captured_pass(
+            model, ids, layers, check_cancelled, positions, scored, interventions
+        )
+        value = score(passed.residual, passed.logits.float())
+        scale = LOSS_SCALE.get(model.network.dtype, 1.0)
+        found = _gradients(value * scale, list(sums.values()))
+    check_gradients([value.detach(), *found])
+    at = torch.tensor(positions)
+    gradients: dict[int, dict[str, torch.Tensor]] = {layer: {} for layer in layers}
+    for (layer, name), gradient in zip(sums, found, strict=True):
+        gradients[layer][name] = rows(gradient)[at.to(gradient.device)].float() / scale
+    return replace(
+        passed,
+        logits=passed.logits.detach(),
+        _gradients={i: sum_gradients(blocks[i], found) for i, found in gradients.items()},
+    )
+
+
+def _captured_pass(
+    model: ResidentModel,
+    ids: Sequence[int],
+    layers: Iterable[int],
+    check_cancelled: CancelCheck,
+    positions: Sequence[int] | None,
+    scored: Sequence[int] | None,
+    interventions: Interventions | None,
+) -> ForwardPass:
+    """Run a prompt and capture activations as `forward` does; only logits have a gradient.
+
+    The `interventions` are active already.
+    """
     blocks = model.view.blocks
     everywhere = range(len(ids))
     positions = everywhere if positions is None else positions
@@ -240,15 +322,16 @@ def forward(
 
     def keep(key: tuple[int, str], tensor: torch.Tensor) -> torch.Tensor:
         layer, name = key
+        tensor = tensor.detach()
         if key in mapped:
             tensor = mapped[key].values(tensor).flatten(1)
         return tensor if layer < 0 else kept_rows(name, tensor, positions)
 
     modules = [block.module for block in blocks]
-    with _changed(interventions), capturing(taps, check_cancelled, modules, keep) as tensors:
+    with capturing(taps, check_cancelled, modules, keep) as tensors:
         logits = _run(model, ids, scored, check_cancelled)[0]
     residual = rows(tensors.pop((-1, "residual"))).to(model.device)
-    check_pass(residual, logits)
+    check_pass(residual, logits.detach())
     for (layer, name), tensor in tensors.items():
         captured[layer][name] = tensor
     return ForwardPass(residual, logits, blocks, captured, positions, interventions)
@@ -428,15 +511,19 @@ def _leaf_below(model: ResidentModel, layer: int) -> Iterator[None]:
     Autograd then stores no tensors of the layers below.
     """
 
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        # A copy, because the operations counter of torch fails if a module's input is a leaf.
+        return tensor.detach().requires_grad_().clone()
+
     def after_embedding(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.detach().requires_grad_()
+        return leaf(output)
 
     def before_block(
         _module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
-            return (args[0].detach().requires_grad_(), *args[1:]), named
-        return args, named | {"hidden_states": named["hidden_states"].detach().requires_grad_()}
+            return (leaf(args[0]), *args[1:]), named
+        return args, named | {"hidden_states": leaf(named["hidden_states"])}
 
     if layer == 0:
         handle = model.view.embedding.register_forward_hook(after_embedding)

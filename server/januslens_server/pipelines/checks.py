@@ -30,12 +30,17 @@ class TraceChecks:
         model: ResidentModel,
         passed: ForwardPass,
         targets: Sequence[PositionTarget],
+        other: int | None,
         check_cancelled: CancelCheck,
     ) -> None:
-        """`passed` has the model's own logits; its data type determines the tolerance."""
+        """`passed` has the model's own logits; the model's data type determines the tolerance.
+
+        `other` is the second token of a logit difference.
+        """
         self._lens = model.view.lens
         self._passed = passed
         self._targets = targets
+        self._other = other
         self._check_cancelled = check_cancelled
         self._tolerance = TOLERANCES[model.provenance.data_type]
         self._shares: defaultdict[str, float] = defaultdict(float)
@@ -92,7 +97,11 @@ class TraceChecks:
         """Largest difference between all contributions and the target's logit, relative to it."""
         residual = self._passed.residual[[target.position for target in self._targets]]
         ids = [target.target_token_id for target in self._targets]
-        logits = self._lens.target_logits(residual, torch.tensor(ids, device=residual.device))
+        tokens = torch.tensor(ids, device=residual.device)
+        logits = self._lens.target_logits(residual, tokens)
+        if self._other is not None:
+            others = torch.full_like(tokens, self._other)
+            logits = logits - self._lens.target_logits(residual, others)
         errors = [
             abs(self._contributions[target.position] + target.constant_logit_contribution - logit)
             / max(abs(logit), 1.0)

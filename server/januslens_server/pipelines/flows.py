@@ -25,10 +25,12 @@ def position_targets(
     positions: Sequence[int],
     target: int | None,
     check_cancelled: CancelCheck,
+    other: int | None = None,
 ) -> list[PositionTarget]:
     """Return the target of each position, from the last block's output `[pos, d_model]`.
 
-    If `target` is None, it is the model's own next token at each position.
+    If `target` is None, it is the model's own next token at each position. `other` is the second
+    token of a logit difference.
     """
     lens, rows = model.view.lens, residual[list(positions)]
     asked = None if target is None else rows.new_full((len(rows), 1), target, dtype=torch.long)
@@ -40,6 +42,13 @@ def position_targets(
     logits = table.top_logits if own else table.target_logits
     probabilities = table.top_probabilities if own else table.target_probabilities
     constants = lens.attribution_constant(torch.tensor(ids, device=rows.device))
+    differences: list[float | None] = [None] * len(rows)
+    if other is not None:
+        others = rows.new_full((len(rows),), other, dtype=torch.long)
+        constants = constants - lens.attribution_constant(others)
+        differences = (
+            logits[:, 0] - lens.cap(lens.target_logits(rows, others)).cpu().numpy()
+        ).tolist()
     return [
         PositionTarget(
             position=position,
@@ -49,6 +58,7 @@ def position_targets(
             target_rank=ranks[i],
             target_logit=float(logits[i, 0]),
             constant_logit_contribution=float(constants[i]),
+            logit_difference=differences[i],
         )
         for i, position in enumerate(positions)
     ]
@@ -82,11 +92,14 @@ class Piece:
 class LayerFlows:
     """Builds the flow graphs of the requested layers and positions."""
 
-    def __init__(self, model: ResidentModel, spec: TraceSpec, passed: ForwardPass) -> None:
-        """`passed` has the captured activations of the layers."""
+    def __init__(
+        self, model: ResidentModel, spec: TraceSpec, passed: ForwardPass, other: int | None
+    ) -> None:
+        """`passed` has the captured activations of the layers; `other` is that of the request."""
         self._model = model
         self._spec = spec
         self._passed = passed
+        self._other = other
 
     def pieces(
         self, layers: Sequence[int], targets: Sequence[PositionTarget], clock: StageClock
@@ -155,4 +168,10 @@ class LayerFlows:
         residual = self._passed.residual[[target.position for target in targets]]
         ids = [target.target_token_id for target in targets]
         tokens = torch.tensor(ids, device=residual.device)
-        return self._model.view.lens.attribution(residual, tokens).unbind()
+        lens = self._model.view.lens
+        directions = lens.attribution(residual, tokens)
+        if self._other is not None:
+            directions = directions - lens.attribution(
+                residual, torch.full_like(tokens, self._other)
+            )
+        return directions.unbind()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 
 import numpy as np
 import torch
 
 from januslens_server import telemetry
 from januslens_server.errors import CancelCheck
+from januslens_server.graph.flow import Flow
 from januslens_server.models.failures import check_numbers
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.flows import Piece
+from januslens_server.pipelines.metrics import read
 from januslens_server.results import (
     Edge,
+    Gradients,
     LayerGraph,
     Node,
     NodeKind,
@@ -73,13 +77,13 @@ class FlowReader:
             vectors = torch.cat([flow.vectors for flow in flows])
         vectors = vectors.to(self._model.device)
         shown = [i for i, node in enumerate(nodes) if self._shows(node.kind)]
-        read = [i for i in shown if projected[i]] if self._spec.include_projections else []
+        asked = [i for i in shown if projected[i]] if self._spec.include_projections else []
         table = _no_projections()
         if self._spec.include_projections:
-            table = self._project(vectors[read], [nodes[i] for i in read], piece.lens)
+            table = self._project(vectors[asked], [nodes[i] for i in asked], piece.lens)
         rows = np.full(len(nodes), -1, np.int64)
         kept = np.flatnonzero(table.projected)
-        rows[np.array(read, np.int64)[kept]] = kept
+        rows[np.array(asked, np.int64)[kept]] = kept
         sent = [nodes[i] for i in shown]
         tops = dict.fromkeys((node.id for node in sent), _NO_TOKENS)
         if self._spec.overlap_k:
@@ -97,7 +101,34 @@ class FlowReader:
             edges=edges,
             last=piece.last,
             vectors=vectors[shown].cpu().numpy() if self._spec.include_vectors else None,
+            gradients=self._gradients(flows, shown) if self._spec.differentiates else None,
         )
+
+    def _gradients(self, flows: Sequence[Flow], shown: Sequence[int]) -> Gradients:
+        """Return the gradients of the sent states, projected if the request asks for it."""
+        starts = accumulate((len(flow.nodes) for flow in flows), initial=0)
+        found = {
+            start + state: gradient
+            for start, flow in zip(starts, flows, strict=False)
+            for state, gradient in zip(flow.states, flow.gradients, strict=True)
+        }
+        states = [(i, found[number]) for i, number in enumerate(shown) if number in found]
+        norms = np.full(len(shown), np.nan, np.float32)
+        rows = np.full(len(shown), -1, np.int64)
+        table = _no_projections()
+        if states:
+            at = [i for i, _ in states]
+            vectors = torch.stack([gradient for _, gradient in states]).to(self._model.device)
+            norms[at] = vectors.norm(dim=-1).cpu().numpy()
+            if self._spec.include_gradients:
+                lens = self._spec.lens
+                # A trace has the gradients of the logit at its last position only.
+                last = self._targets[max(self._targets)]
+                targets = torch.full((len(vectors), 1), last, device=vectors.device)
+                table = read(self._model.view.lens, vectors, lens, targets, self._check_cancelled)
+                kept = np.flatnonzero(table.projected)
+                rows[np.array(at)[kept]] = kept
+        return Gradients(norms, rows, table)
 
     def _shows(self, kind: NodeKind) -> bool:
         return not self._spec.node_kinds or kind in self._spec.node_kinds

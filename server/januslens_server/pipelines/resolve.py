@@ -49,7 +49,7 @@ from januslens_server.specs import (
 
 @dataclass(frozen=True)
 class ResolvedTrace:
-    """A Trace with its tokens, layers, positions and target token.
+    """A Trace with its tokens, layers, positions, target and second token.
 
     `seconds` is the time that resolving took, reported as the stage "tokenize".
     """
@@ -60,6 +60,7 @@ class ResolvedTrace:
     layers: tuple[int, ...]
     positions: tuple[int, ...]
     target: int | None
+    other: int | None
     interventions: tuple[Intervention, ...]
     seconds: float
 
@@ -199,10 +200,30 @@ def resolve_trace(model: ResidentModel, spec: TraceSpec) -> ResolvedTrace:
     tokens = read_prompt(model, spec.prompt)
     layers = read_layers(model, spec.layers)
     positions = read_positions(spec.positions, spec.all_positions, len(tokens))
-    target = None if spec.target is None else read_single_target(model, spec.target, "target")
+    target, other = _single_targets(model, spec)
     interventions = read_interventions(model, spec.interventions, len(tokens))
-    seconds = time.perf_counter() - started
-    return ResolvedTrace(model, spec, tokens, layers, positions, target, interventions, seconds)
+    return ResolvedTrace(
+        model=model,
+        spec=spec,
+        tokens=tokens,
+        layers=layers,
+        positions=positions,
+        target=target,
+        other=other,
+        interventions=interventions,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _single_targets(
+    model: ResidentModel, spec: TraceSpec | InterveneSpec
+) -> tuple[int | None, int | None]:
+    """Return the target and the second token; None where the request has none."""
+    target, other = (
+        None if asked is None else read_single_target(model, asked, field)
+        for asked, field in ((spec.target, "target"), (spec.other, "other"))
+    )
+    return target, other
 
 
 def resolve_activations(model: ResidentModel, spec: ActivationsSpec) -> ResolvedActivations:
@@ -245,10 +266,7 @@ def resolve_intervene(model: ResidentModel, spec: InterveneSpec) -> ResolvedInte
     """
     started = time.perf_counter()
     tokens = read_prompt(model, spec.prompt)
-    target, other = (
-        None if asked is None else read_single_target(model, asked, field)
-        for asked, field in ((spec.target, "target"), (spec.other, "other"))
-    )
+    target, other = _single_targets(model, spec)
     positions = read_positions(spec.positions, False, len(tokens))
     logits = len(positions) * model.view.facts.vocab_size
     return ResolvedIntervene(

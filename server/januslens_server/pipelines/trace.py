@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from januslens_server.errors import CancelCheck
-from januslens_server.models.runner import forward, prepared
+from januslens_server.models.runner import ForwardPass, differentiated, forward, prepared
 from januslens_server.pipelines.checks import TraceChecks
 from januslens_server.pipelines.flows import LayerFlows, position_targets
 from januslens_server.pipelines.metrics import StageClock
 from januslens_server.pipelines.readings import FlowReader
 from januslens_server.pipelines.resolve import ResolvedTrace
-from januslens_server.results import TraceEvent, TraceHeader, TraceSummary
+from januslens_server.results import PositionTarget, TraceEvent, TraceHeader, TraceSummary
 
 
 def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[TraceEvent]:
@@ -23,26 +25,14 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
     clock = StageClock("Trace")
     clock.add("tokenize", request.seconds)
     model, spec, tokens = request.model, request.spec, request.tokens
-    layers, positions = request.layers, request.positions
-    with clock.stage("forward"):
-        changes = prepared(model, request.interventions, len(tokens), check_cancelled)
-        passed = forward(
-            model,
-            [token.id for token in tokens],
-            layers,
-            check_cancelled,
-            positions,
-            positions if spec.include_checks else positions[-1:],
-            changes,
-        )
-        targets = position_targets(
-            model, passed.residual, positions, request.target, check_cancelled
-        )
-    yield TraceHeader(model.provenance, model.view.facts, tokens, layers, targets)
+    layers = request.layers
+    with clock.stage("backward" if spec.differentiates else "forward"):
+        passed, targets = _passed(request, check_cancelled)
+    yield TraceHeader(model.provenance, model.view.facts, tokens, layers, targets, request.other)
 
-    flows = LayerFlows(model, spec, passed)
+    flows = LayerFlows(model, spec, passed, request.other)
     reader = FlowReader(model, spec, targets, check_cancelled)
-    checks = TraceChecks(model, passed, targets, check_cancelled)
+    checks = TraceChecks(model, passed, targets, request.other, check_cancelled)
     nodes = edges = 0
     pieces = flows.pieces(layers, targets, clock)
     piece = next(pieces, None)
@@ -67,3 +57,37 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
         checks=checks.guarantees(whole) if spec.include_checks else (),
         constant_logit_contribution=targets[0].constant_logit_contribution if single else None,
     )
+
+
+def _passed(
+    request: ResolvedTrace, check_cancelled: CancelCheck
+) -> tuple[ForwardPass, list[PositionTarget]]:
+    """Run the prompt, and if requested the backward pass; return the targets of all positions."""
+    model, spec, positions = request.model, request.spec, request.positions
+    ids = [token.id for token in request.tokens]
+    scored = positions if spec.include_checks else positions[-1:]
+    changes = prepared(model, request.interventions, len(ids), check_cancelled)
+    targets: list[PositionTarget] = []
+
+    def choose(residual: torch.Tensor) -> None:
+        targets.extend(
+            position_targets(
+                model, residual, positions, request.target, check_cancelled, request.other
+            )
+        )
+
+    def score(residual: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logit, or the logit difference, that attributions explain."""
+        choose(residual)
+        last = logits[-1]
+        value = last[targets[-1].target_token_id]
+        return value if request.other is None else value - last[request.other]
+
+    if spec.differentiates:
+        passed = differentiated(
+            model, ids, request.layers, score, check_cancelled, positions, scored, changes
+        )
+    else:
+        passed = forward(model, ids, request.layers, check_cancelled, positions, scored, changes)
+        choose(passed.residual)
+    return passed, targets

@@ -39,6 +39,7 @@ from januslens_server.results.intervene import (
 )
 from januslens_server.results.trace import (
     Edge,
+    Gradients,
     LayerGraph,
     Node,
     PositionTarget,
@@ -98,6 +99,7 @@ __all__ = [
     "GradientHeader",
     "GradientMatrix",
     "GradientSummary",
+    "Gradients",
     "Guarantee",
     "InterveneEvent",
     "InterveneHeader",

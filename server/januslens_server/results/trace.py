@@ -69,12 +69,16 @@ class Edge(NamedTuple):
     share: float | None = None
     attention: float | None = None
     logit_contribution: float | None = None
+    attribution: float | None = None
     overlap: float | None = None
 
 
 @dataclass(frozen=True)
 class PositionTarget:
-    """The model's prediction at a position, and the token whose rank projections report."""
+    """The model's prediction at a position, and the token whose rank projections report.
+
+    With a second token, `logit_difference` is the target's logit minus that token's logit.
+    """
 
     position: int
     target_token_id: int
@@ -83,6 +87,7 @@ class PositionTarget:
     target_rank: int
     target_logit: float
     constant_logit_contribution: float
+    logit_difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,20 @@ class TraceHeader:
     prompt_tokens: Sequence[Token]
     layers: Sequence[int]
     targets: Sequence[PositionTarget]
+    other: int | None = None
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of a layer's states.
+
+    `norms` is `[n]` over the nodes of the layer; NaN means that the node has no gradient. `rows`
+    maps a node to its row of `projections`; -1 means not projected.
+    """
+
+    norms: Floats
+    rows: Ints
+    projections: ProjectionTable
 
 
 @dataclass(frozen=True)
@@ -114,12 +133,14 @@ class LayerGraph:
     edges: Sequence[Edge]
     last: bool
     vectors: Floats | None = None
+    gradients: Gradients | None = None
 
     @property
     def nbytes(self) -> int:
         """Approximate size of the messages."""
         vectors = 0 if self.vectors is None else self.vectors.nbytes
-        shown = self.projections.top_ids.size + self.projections.bottom_ids.size
+        tables = [self.projections] + ([self.gradients.projections] if self.gradients else [])
+        shown = sum(table.top_ids.size + table.bottom_ids.size for table in tables)
         return 96 * len(self.nodes) + 96 * len(self.edges) + 12 * shown + vectors
 
 

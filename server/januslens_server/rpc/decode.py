@@ -111,14 +111,23 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         include_checks=request.include_checks,
         include_projections=_projects(request),
         interventions=_interventions(request.interventions),
+        other=_target(request.other, "other") if request.HasField("other") else None,
+        include_attribution=request.include_attribution,
+        include_gradients=request.include_gradients,
     )
 
 
 def _projects(request: trace_pb2.TraceRequest) -> bool:
-    """Return whether nodes are projected; by default, if a list or `overlap_k` is requested."""
+    """Return whether nodes are projected; by default, if anything is requested that needs it."""
     if not request.HasField("include_projections"):
-        listed = _lens(request)
-        return bool(listed.top_k or listed.bottom_k or request.overlap_k)
+        listed, needed = _lens(request), request.overlap_k or request.include_gradients
+        return bool(listed.top_k or listed.bottom_k or needed)
+    if request.include_gradients and not request.include_projections:
+        raise InvalidRequest(
+            "include_gradients",
+            "include_gradients projects gradients, but include_projections is false; leave one of "
+            "them unset",
+        )
     if request.overlap_k and not request.include_projections:
         raise InvalidRequest(
             "overlap_k",

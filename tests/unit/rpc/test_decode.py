@@ -107,6 +107,9 @@ def test_every_field_of_a_trace_arrives() -> None:
             include_vectors=True,
             include_logit_contribution=True,
             overlap_k=8,
+            other=common_pb2.Target(token_ids=TokenIds(ids=[6])),
+            include_attribution=True,
+            include_gradients=True,
         )
     )
     assert spec == specs.TraceSpec(
@@ -121,7 +124,18 @@ def test_every_field_of_a_trace_arrives() -> None:
         include_vectors=True,
         include_logit_contribution=True,
         overlap_k=8,
+        other=(6,),
+        include_attribution=True,
+        include_gradients=True,
     )
+
+
+def test_gradients_of_states_need_projections() -> None:
+    request = trace_pb2.TraceRequest(input=PROMPT, include_gradients=True, top_k=0, bottom_k=0)
+    assert trace_spec(request).include_projections
+    request.include_projections = False
+    with pytest.raises(InvalidRequest, match="include_gradients projects gradients"):
+        trace_spec(request)
 
 
 def test_every_field_of_a_gradient_arrives() -> None:

@@ -111,7 +111,7 @@ def _building(clock: Clock, model: ResidentModel, ids: tuple[int, ...], spec: Tr
     last = (len(ids) - 1,)
     passed = forward(model, ids, spec.layers, never_cancelled, last, last)
     targets = position_targets(model, passed.residual, last, None, never_cancelled)
-    pieces = LayerFlows(model, spec, passed).pieces(spec.layers, targets, StageClock("Trace"))
+    pieces = LayerFlows(model, spec, passed, None).pieces(spec.layers, targets, StageClock("Trace"))
     return _seconds(clock, lambda: deque(pieces, 0))
 
 

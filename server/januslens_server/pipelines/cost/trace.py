@@ -7,10 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from januslens_server.graph.block_flow import block_nodes
+from januslens_server.graph.flow import STATES as STATES_WITH_GRADIENT
 from januslens_server.models.resident import CostSizes, cost_sizes
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
+    BACKWARD,
     EDGE_BYTES,
+    FORWARD,
     NODE_BYTES,
     TOKEN_BYTES,
     Demand,
@@ -76,21 +79,27 @@ def trace_demand(request: ResolvedTrace) -> Demand:
     most = positions_at_once(spec, sizes.facts, tokens)
     pieces = math.ceil(len(positions) / most) * len(layers) + 1
     read = shown - junctions if spec.include_projections else 0
-    vectors = read + 3 * len(positions)
+    states = _states(spec, blocks)
+    vectors = read + states + 3 * len(positions)
+    passes = FORWARD + (BACKWARD if spec.differentiates else 0)
     at_once = [min(most, len(positions)) * n // blocks + 1 for n in (built, shown)]
     return Demand(
-        passes=1,
-        flops=pass_flops(sizes, tokens, scored)
+        passes=passes,
+        flops=passes * pass_flops(sizes, tokens, scored)
         + lens_flops(sizes, vectors)
         + _graph_flops(sizes, spec, built, blocks, tokens),
         blocks=blocks,
         nodes=built,
         vectors=vectors,
-        readings=pieces + 2,
+        readings=pieces + 2 + (pieces if states else 0),
         ranks=vectors,
         memory=_held(sizes, spec, tokens, len(layers), len(positions), *at_once)
-        + _working(sizes, spec, tokens, len(positions), *at_once),
-        stream=_stream(sizes, spec, tokens, shown, len(positions)),
+        + max(
+            _working(sizes, spec, tokens, len(positions), *at_once),
+            _backward(sizes, spec, tokens, layers, scored),
+        ),
+        stream=_stream(sizes, spec, tokens, shown, len(positions))
+        + states * reading_bytes(spec.lens.top_k + spec.lens.bottom_k),
         held=_held(sizes, spec, tokens, len(layers), len(positions), *at_once),
     )
 
@@ -107,6 +116,25 @@ def _nodes(
     shown = {k: count for k, count in counts.items() if not spec.node_kinds or k in spec.node_kinds}
     built = counts if spec.include_checks else shown
     return sum(built.values()), sum(shown.values()), shown.get(NodeKind.ATTENTION_CONCAT, 0)
+
+
+def _states(spec: TraceSpec, blocks: int) -> int:
+    """Return how many gradients of states are projected."""
+    if not spec.include_gradients:
+        return 0
+    sent = STATES_WITH_GRADIENT & spec.node_kinds if spec.node_kinds else STATES_WITH_GRADIENT
+    return blocks * len(sent)
+
+
+def _backward(
+    sizes: CostSizes, spec: TraceSpec, tokens: int, layers: Sequence[int], scored: int
+) -> int:
+    """Return the bytes of autograd's graph from the lowest layer on, and of both passes."""
+    if not spec.differentiates:
+        return 0
+    kept = (sizes.facts.n_layers - layers[0]) * memory.kept_for_backward(sizes, tokens)
+    logits = 6 * memory.FLOAT32 * scored * sizes.facts.vocab_size
+    return kept + logits + memory.passing(sizes, tokens, scored)
 
 
 def _graph_flops(sizes: CostSizes, spec: TraceSpec, nodes: int, blocks: int, tokens: int) -> float:
@@ -162,6 +190,9 @@ def _held(
     scored = positions if spec.include_checks else 1
     passed = layers * memory.captured(sizes, tokens, positions)
     passed += sizes.item * (scored * facts.vocab_size + tokens * facts.d_model)
+    if spec.differentiates:
+        gradients = len(STATES_WITH_GRADIENT) * positions * facts.d_model
+        passed += memory.FLOAT32 * layers * gradients
     vectors = _formed(spec, built, positions) + (shown if spec.include_vectors else 0)
     return (
         passed

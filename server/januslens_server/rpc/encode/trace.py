@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from itertools import chain
 
-from januslens.v1 import trace_pb2
+from januslens.v1 import lens_pb2, trace_pb2
 from januslens_server.results import (
+    Gradients,
     LayerGraph,
     PositionTarget,
     TraceEvent,
@@ -55,10 +57,16 @@ class TraceEncoder:
             layers=header.layers,
             targets=[_target(target) for target in header.targets],
             tokens=self._texts.texts(
-                token_id
-                for target in header.targets
-                for token_id in (target.target_token_id, target.predicted_token_id)
+                chain(
+                    (
+                        token_id
+                        for target in header.targets
+                        for token_id in (target.target_token_id, target.predicted_token_id)
+                    ),
+                    () if header.other is None else (header.other,),
+                )
             ),
+            other_token_id=header.other,
         )
 
     def _layer(self, graph: LayerGraph) -> list[trace_pb2.TraceResponse]:
@@ -80,6 +88,7 @@ class TraceEncoder:
 
 def _add_nodes(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
     read, named = projections(graph.projections), named_tokens(graph.projections)
+    gradients = None if graph.gradients is None else _StateGradients(graph.gradients)
     columns = zip(
         graph.nodes,
         graph.norms.tolist(),
@@ -102,7 +111,29 @@ def _add_nodes(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
             projection=None if row < 0 else read[row],
             vector=None if graph.vectors is None else tensor_message(graph.vectors[i]),
         )
-        pieces.added(added, () if row < 0 else named[row])
+        tokens = () if row < 0 else named[row]
+        if gradients is not None:
+            tokens = [*tokens, *gradients.add(i, added)]
+        pieces.added(added, tokens)
+
+
+class _StateGradients:
+    """Adds the gradients of a layer's states to their messages."""
+
+    def __init__(self, gradients: Gradients) -> None:
+        self._norms, self._rows = gradients.norms.tolist(), gradients.rows.tolist()
+        self._read = projections(gradients.projections)
+        self._named = named_tokens(gradients.projections)
+
+    def add(self, i: int, message: trace_pb2.Node) -> list[int]:
+        """Set the gradient of node `i`; return the tokens that its projection names."""
+        norm, row = self._norms[i], self._rows[i]
+        if not math.isnan(norm):
+            message.gradient_norm = norm
+        if row < 0:
+            return []
+        message.gradient.MergeFrom(lens_pb2.Projection(**self._read[row]))
+        return self._named[row]
 
 
 def _add_edges(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
@@ -115,6 +146,7 @@ def _add_edges(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
             share=edge.share,
             attention=edge.attention,
             logit_contribution=edge.logit_contribution,
+            attribution=edge.attribution,
             overlap=edge.overlap,
         )
         pieces.added(added)
@@ -129,6 +161,7 @@ def _target(target: PositionTarget) -> trace_pb2.PositionTarget:
         target_rank=target.target_rank,
         target_logit=target.target_logit,
         constant_logit_contribution=target.constant_logit_contribution,
+        logit_difference=target.logit_difference,
     )
 
 
