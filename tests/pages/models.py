@@ -18,6 +18,10 @@ from transformers import (
 )
 
 LAYERS, VOCABULARY = 12, 50_257
+TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
 # Texts that could break a page: markup, right-to-left, zero-width, joined emoji, controls.
 HOSTILE = [
     "<b>bold</b>",
@@ -68,7 +72,8 @@ def _saved(model: PreTrainedModel, blocks: str, folder: Path) -> Path:
             if parameter.dim() >= 2 and name.startswith(blocks):
                 parameter.mul_(8)  # else every block does next to nothing
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=_tokenizer()).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer(), chat_template=TEMPLATE)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

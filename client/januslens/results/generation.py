@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from januslens.results.exports import json_lines, notebook_html, require
+from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html, require
 from januslens.results.kinds import NodeKind
 from januslens.results.models import Provenance, StageTime
 from januslens.results.tokens import Token, Tokens, TokenTable
@@ -205,6 +205,21 @@ class GeneratedText:
     def to_json_lines(self) -> Iterator[str]:
         """Return the messages as JSON, one line each."""
         return json_lines(self.responses)
+
+    def to_html(self, others: Mapping[str, GeneratedText] | None = None) -> str:
+        """Return this text as a page: one HTML file that needs no network.
+
+        Args:
+            others: Texts to show beside this one, by title, for example what the model generates
+                under interventions. The page marks where they differ from this text.
+        """
+        return page_html(self, others or {})
+
+    def show(
+        self, others: Mapping[str, GeneratedText] | None = None, *, height: int = 600
+    ) -> PageFrame:
+        """Show the page of `to_html` in a notebook; `height` is in pixels."""
+        return PageFrame(self.to_html(others), height)
 
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""

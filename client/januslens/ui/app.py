@@ -11,7 +11,7 @@ import ipaddress
 import json
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Literal, TypedDict
 
@@ -26,10 +26,12 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from januslens.assemblers import GenerateAssembler, GradientAssembler
 from januslens.errors import JanuslensError
+from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview
-from januslens.ui.rpc_proxy import Gateway, forward, forward_overview, parse_gradient, parse_trace
-from januslens.v1 import edits_pb2
+from januslens.ui.rpc_proxy import Gateway, forward, forward_overview, parse, parse_trace
+from januslens.v1 import edits_pb2, generation_pb2, gradient_lens_pb2
 from januslens.viewer.html import page
 
 TOKEN_HEADER = "x-januslens-token"  # noqa: S105 - the header's name
@@ -82,9 +84,10 @@ class Guard:
         return ""
 
 
-VIEWS: tuple[Literal["trace", "gradient"], ...] = ("trace", "gradient")
+ResultView = Literal["trace", "gradient", "generation"]
 
 _PREVIEW = "preview:"
+_VARIANT = "generation:"
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _STOP_SECONDS = 2  # for open streams when the server stops
 
@@ -167,9 +170,8 @@ def application(connect: Callable[[], Gateway], hosts: Iterable[str], token: str
     return Starlette(
         routes=[
             Route("/", live_page),
-            *(Route(f"/frame/{view}", frame(view)) for view in VIEWS),
-            Route("/page/trace", saved_trace, methods=["POST"]),
-            Route("/page/gradient", saved_gradient, methods=["POST"]),
+            *(Route(f"/frame/{view}", frame(view)) for view in _SAVED),
+            *(Route(f"/page/{view}", saved(view), methods=["POST"]) for view in _SAVED),
             Route("/api/overview", forward_overview, methods=["POST"]),
             Route("/api/{method}", forward, methods=["POST"]),
         ],
@@ -186,7 +188,7 @@ async def live_page(_request: Request) -> Response:
     return HTMLResponse(page("live", "Januslens", {}))
 
 
-def frame(view: Literal["trace", "gradient"]) -> Callable[[Request], Response]:
+def frame(view: ResultView) -> Callable[[Request], Response]:
     """Return a handler for the empty page of a view, which the live page fills."""
 
     def empty(_request: Request) -> Response:
@@ -195,21 +197,16 @@ def frame(view: Literal["trace", "gradient"]) -> Callable[[Request], Response]:
     return empty
 
 
-async def saved_trace(request: Request) -> Response:
-    """Return a trace's page for saving, from the JSON lines of its streams."""
-    return await _saved(request, _trace)
+def saved(view: ResultView) -> Callable[[Request], Awaitable[Response]]:
+    """Return a handler for saving a result as a page, from the JSON lines of its streams."""
 
+    async def page_of(request: Request) -> Response:
+        try:
+            return HTMLResponse(_SAVED[view](json.loads(await request.body())))
+        except (ValueError, TypeError, KeyError, ParseError, JanuslensError) as error:
+            return PlainTextResponse(f"invalid result: {error}; expected its JSON lines", 400)
 
-async def saved_gradient(request: Request) -> Response:
-    """Return a gradient's page for saving, from the JSON lines of its streams."""
-    return await _saved(request, _gradient)
-
-
-async def _saved(request: Request, render: Callable[[Streams], str]) -> Response:
-    try:
-        return HTMLResponse(render(json.loads(await request.body())))
-    except (ValueError, TypeError, KeyError, ParseError, JanuslensError) as error:
-        return PlainTextResponse(f"invalid result: {error}; expected its JSON lines", 400)
+    return page_of
 
 
 def _trace(streams: Streams) -> str:
@@ -225,4 +222,25 @@ def _gradient(streams: Streams) -> str:
         for name, lines in streams.items()
         if name.startswith(_PREVIEW)
     }
-    return parse_gradient(streams["gradient"]).to_html(previews)
+    response = gradient_lens_pb2.GradientLensResponse
+    return parse(streams["gradient"], GradientAssembler(), response).to_html(previews)
+
+
+def _generation(streams: Streams) -> str:
+    others = {
+        name.removeprefix(_VARIANT): _generated(lines)
+        for name, lines in streams.items()
+        if name.startswith(_VARIANT)
+    }
+    return _generated(streams["generation"]).to_html(others)
+
+
+def _generated(lines: list[str]) -> GeneratedText:
+    return parse(lines, GenerateAssembler(GeneratedText), generation_pb2.GenerateResponse)
+
+
+_SAVED: dict[ResultView, Callable[[Streams], str]] = {
+    "trace": _trace,
+    "gradient": _gradient,
+    "generation": _generation,
+}

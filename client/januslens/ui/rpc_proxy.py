@@ -7,7 +7,7 @@ If the call fails, the last line is `{"error": {...}}`.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -20,13 +20,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from januslens._requests import overview_request
 from januslens.aio import AsyncClient, AsyncEventStream
-from januslens.assemblers import Assembler, GradientAssembler, TraceAssembler
+from januslens.assemblers import Assembler, TraceAssembler
 from januslens.errors import JanuslensError, StreamInterrupted
 from januslens.results.exports import json_line
-from januslens.results.gradient import Gradient
 from januslens.results.trace import Trace
-from januslens.v1 import gradient_lens_pb2, service_pb2, trace_pb2
+from januslens.v1 import service_pb2, trace_pb2
 
+MessageT = TypeVar("MessageT", bound=Any)
 ResultT = TypeVar("ResultT")
 
 _METHODS: dict[str, MethodDescriptor] = dict(
@@ -100,36 +100,25 @@ async def forward_overview(request: Request) -> Response:
 
 
 def parse_trace(lines: Iterable[str]) -> Trace:
-    """Parse the JSON lines of a trace, which may be incomplete. Unknown fields are ignored.
+    """Parse the JSON lines of a trace; see `parse`."""
+    return parse(lines, TraceAssembler(), trace_pb2.TraceResponse)
+
+
+def parse(
+    lines: Iterable[str],
+    assembler: Assembler[MessageT, Any, ResultT],
+    response: Callable[[], MessageT],
+) -> ResultT:
+    """Parse the JSON lines of a stream, which may be incomplete. Unknown fields are ignored.
 
     Raises:
         ValueError: The header is missing.
         ProtocolViolation: A message is missing.
-        google.protobuf.json_format.ParseError: A line is not a TraceResponse.
+        google.protobuf.json_format.ParseError: A line is not such a response.
     """
-    assembler = TraceAssembler()
     for line in lines:
-        assembler.feed(Parse(line, trace_pb2.TraceResponse(), ignore_unknown_fields=True))
-    return _with_header(assembler.partial())
-
-
-def parse_gradient(lines: Iterable[str]) -> Gradient:
-    """Parse the JSON lines of a gradient, which may be incomplete. Unknown fields are ignored.
-
-    Raises:
-        ValueError: The header is missing.
-        ProtocolViolation: A message is missing.
-        google.protobuf.json_format.ParseError: A line is not a GradientLensResponse.
-    """
-    assembler = GradientAssembler()
-    for line in lines:
-        assembler.feed(
-            Parse(line, gradient_lens_pb2.GradientLensResponse(), ignore_unknown_fields=True)
-        )
-    return _with_header(assembler.partial())
-
-
-def _with_header(result: ResultT | None) -> ResultT:
+        assembler.feed(Parse(line, response(), ignore_unknown_fields=True))
+    result = assembler.partial()
     if result is None:
         raise ValueError("the stream has no header")
     return result

@@ -1,4 +1,4 @@
-"""Render traces and gradients as HTML pages.
+"""Render results as HTML pages.
 
 A page is one file with its program, its style and the messages of the result. Its
 Content-Security-Policy forbids all network access: scripts and styles are allowed by hash, images
@@ -21,12 +21,13 @@ from typing import Literal
 from google.protobuf.message import Message
 
 from januslens.results.exports import json_line, page_html
+from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.tokens import OPEN_BOX, Token
 from januslens.results.trace import Trace
 from januslens.v1 import edits_pb2, gradient_lens_pb2, trace_pb2
 
-View = Literal["trace", "gradient", "live"]
+View = Literal["trace", "gradient", "generation", "live"]
 
 _PAGE = """\
 <!doctype html>
@@ -154,3 +155,11 @@ def page_of_gradient(gradient: Gradient, previews: Mapping[str, EditPreview]) ->
     """Return the page of a gradient and previews of edits, by title."""
     effects = {title: preview.response for title, preview in previews.items()}
     return gradient_page(gradient.responses, effects, gradient.prompt_tokens)
+
+
+@page_html.register
+def page_of_generation(generation: GeneratedText, others: Mapping[str, GeneratedText]) -> str:
+    """Return the page of a generated text and others beside it, by title."""
+    beside = {f"generation:{title}": other.responses for title, other in others.items()}
+    title = f"{_text(generation.prompt_tokens)}, generation · Januslens"
+    return page("generation", title, {"generation": generation.responses, **beside})

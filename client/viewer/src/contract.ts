@@ -7,6 +7,7 @@ export interface TokenMessage {
   raw?: string
   start?: number
   end?: number
+  message?: number
 }
 
 export interface ProjectionMessage {
@@ -213,6 +214,76 @@ export interface EffectMessage {
 export interface PreviewEditResponse {
   edited?: EffectMessage
   probes?: EffectMessage[]
+  tokens?: TokenMessage[]
+}
+
+// Generate and Intervene.
+
+export interface StreamHeaderMessage {
+  requestId?: string
+  provenance?: ProvenanceMessage
+  promptTokens?: TokenMessage[]
+  before?: OutcomeMessage[]
+  experiments?: number
+}
+
+export interface StreamSummaryMessage {
+  times?: StageTimeMessage[]
+  finishReason?: string
+}
+
+export interface LayerOutcomeMessage {
+  layer?: number
+  rank?: number
+  probability?: Float
+  topTokenIds?: number[]
+}
+
+export interface GeneratedTokenMessage {
+  token?: TokenMessage
+  logProbability?: Float
+  entropyBits?: Float
+  topTokenIds?: number[]
+  topProbabilities?: Float[]
+  layers?: LayerOutcomeMessage[]
+}
+
+export interface GenerateResponse {
+  sequence?: string
+  header?: StreamHeaderMessage
+  generated?: GeneratedTokenMessage
+  summary?: StreamSummaryMessage
+  tokens?: TokenMessage[]
+}
+
+export interface OutcomeMessage {
+  position?: number
+  targetTokenId?: number
+  targetProbability?: Float
+  targetLogit?: Float
+  targetRank?: number
+  logitDifference?: Float
+  klNats?: Float
+  topTokenIds?: number[]
+  topProbabilities?: Float[]
+}
+
+export interface InterventionEffectMessage {
+  experiment?: number
+  label?: string
+  layer?: number
+  position?: number
+  head?: number
+  neuron?: number
+  sourcePosition?: number
+  after?: OutcomeMessage[]
+}
+
+export interface InterveneResponse {
+  sequence?: string
+  header?: StreamHeaderMessage
+  effect?: InterventionEffectMessage
+  summary?: StreamSummaryMessage
   tokens?: TokenMessage[]
 }
 

@@ -1,4 +1,5 @@
 import { pageDescription } from './browser/streams'
+import { generationPage } from './generation/view'
 import { gradientPage } from './gradient/view'
 import { livePage } from './live/app'
 import { tracePage } from './trace/view'
@@ -6,6 +7,7 @@ import { tracePage } from './trace/view'
 const VIEWS: Record<string, () => Promise<void>> = {
   trace: tracePage,
   gradient: gradientPage,
+  generation: generationPage,
   live: livePage,
 }
 

@@ -3,10 +3,10 @@ import { readdirSync, readFileSync } from 'node:fs'
 import { dirname, join, relative } from 'node:path'
 import { test } from 'node:test'
 
-// Each module imports only from its own folder and from those before it. The three views are
+// Each module imports only from its own folder and from those before it. The views are
 // independent of each other.
 const FOLDERS = ['contract', 'model', 'presentation', 'browser', 'views', 'main']
-const VIEWS = ['trace', 'gradient', 'live']
+const VIEWS = ['trace', 'gradient', 'generation', 'live']
 const SRC = join(process.cwd(), 'src')
 
 function modules(): string[] {

@@ -7,7 +7,7 @@ import type { Theme } from './shell'
 
 /** The contents of the page's `januslens-page` element. */
 export interface PageDescription {
-  view: 'trace' | 'gradient' | 'live'
+  view: 'trace' | 'gradient' | 'generation' | 'live'
   /** Whether the parent page posts the streams; otherwise they are embedded. */
   live?: boolean
   title: string
@@ -82,6 +82,15 @@ export interface FrameOutput {
   at?: Coordinates
   /** The user chose this token as the target. */
   target?: Token
+  /** The user selected a generated token. */
+  generated?: GeneratedChoice
+}
+
+/** A generated token, and the ids and the text before it. */
+export interface GeneratedChoice {
+  ids: number[]
+  text: string
+  token: Token
 }
 
 /** Coordinates shared by traces and gradients of the same prompt. */

@@ -1,7 +1,22 @@
 import { HashState, setTheme, type Theme } from '../browser/shell'
 import { button, choice, element, THEMES } from '../presentation/elements'
-import { CallError, callOnce, keepToken, type Question } from './calls'
+import { CallError, callOnce, keepToken } from './calls'
+import { Examples } from './examples'
+import { Form } from './form'
+import { History } from './history'
 import { addEdits, Panel, type PanelActions } from './panel'
+import {
+  chatOf,
+  InvalidQuestion,
+  messagesOf,
+  QUESTION,
+  type Question,
+  sameInput,
+  titleOf,
+  VIEWS,
+  viewOf,
+  withTarget,
+} from './question'
 
 interface ModelMessage {
   name?: string
@@ -15,45 +30,70 @@ export async function livePage(): Promise<void> {
   keepToken()
   const page = new LivePage()
   await page.listModels()
+  page.begin()
 }
 
+const STATE = { theme: '', ...QUESTION } as const
+const FIELDS = Object.keys(QUESTION) as (keyof Question)[]
+const READY = 'STATE_READY'
+const REFRESH = 1000 // ms between lists of the models while one is loading
+
 class LivePage {
-  private readonly state = new HashState({ theme: '' })
+  private readonly state = new HashState<keyof typeof STATE>(STATE)
   private readonly models = new Map<string, ModelMessage>()
   private readonly panels: Panel[] = []
   private readonly answers = element('main', { class: 'answers' })
   private readonly error = element('p', { class: 'error', role: 'alert' })
-  private readonly form = new Form({
-    trace: (question) => this.open('trace', question),
-    gradient: (question) => this.open('gradient', question),
-  })
+  private readonly current = new CurrentResult()
+  private readonly examples = new Examples((question) => this.ask(question))
+  private readonly history = new History((question) => this.ask(question))
+  private readonly form = new Form({ ask: (question) => this.ask(question) })
   private readonly actions: PanelActions = {
     selectionMoved: (from, place) => {
       for (const panel of this.panels) {
-        if (panel !== from && samePrompt(panel.question, from.question))
+        if (panel !== from && sameInput(panel.question, from.question))
           panel.frame.post({ select: place })
       }
     },
-    compare: ({ view, question }) =>
-      this.open(view === 'trace' ? 'gradient' : 'trace', {
-        ...this.form.question(),
-        ...samePromptAs(question),
-      }),
+    beside: ({ view, question }, other) => {
+      const { model, prompt, chat, ids, target, targetId } = question
+      const asked = { ...this.form.question(other), model, prompt, chat, ids }
+      // The target of a chosen token belongs to its ids; otherwise the form has the newer one.
+      const kept = ids !== '' || view === 'gradient' ? { target, targetId } : {}
+      this.ask({ ...asked, ...kept })
+    },
     targetChosen: (from, target) => {
       if (!target.text.includes('\ufffd')) this.form.setTarget(target.text)
-      const question = { ...from.question, target: target.text, clickedTarget: target }
-      this.open(from.view, question, from)
+      this.open(withTarget(from.question, target), { after: from })
     },
-    closed: (panel) => {
-      this.panels.splice(this.panels.indexOf(panel), 1)
+    generatedChosen: (from, { ids, text, token }) => {
+      const { model, layers, heads, lens } = from.question
+      const asked = { ...QUESTION, ask: 'trace', model, prompt: text, ids: ids.join(',') }
+      const question = withTarget({ ...asked, layers, heads, lens }, token)
+      from.follower = this.open(question, { after: from, instead: from.follower })
     },
+    continued: ({ question }, text) => {
+      const messages = messagesOf(question)
+      const last = messages.at(-1)
+      if (!last) {
+        this.form.show({ ...question, prompt: question.prompt + text })
+        return
+      }
+      if (last.role === 'assistant') last.content += text
+      else messages.push({ role: 'assistant', content: text })
+      this.form.show({ ...question, chat: chatOf([...messages, { role: 'user', content: '' }]) })
+    },
+    progressed: (panel) => this.current.follow(panel),
+    closed: (panel) => this.forget(panel),
   }
 
   constructor() {
     const header = element('header', { class: 'page-header live' })
     const theme = choice('Theme', THEMES, (value) => this.state.set({ theme: value }))
-    header.append(element('h1', {}, 'Januslens'), this.form.element, theme, this.error)
-    document.body.append(header, this.answers)
+    const side = element('div', { class: 'header-side' }, theme, this.history.element)
+    header.append(element('h1', {}, 'Januslens'), this.form.element, side)
+    this.form.status.append(this.current.element, this.error)
+    document.body.append(header, this.examples.element, this.answers)
     const applyTheme = () => {
       theme.value = this.theme()
       setTheme(this.theme())
@@ -67,190 +107,114 @@ class LivePage {
     return this.state.get('theme') as Theme
   }
 
+  /** Shows the question of the page's address, and asks it. */
+  begin(): void {
+    const question = Object.fromEntries(FIELDS.map((field) => [field, this.state.get(field)]))
+    if (viewOf(question as Question)) this.ask(question as Question)
+  }
+
+  /** Lists the models, again and again while one of them is loading. */
   async listModels(): Promise<void> {
     try {
       const { models = [] } = await callOnce<{ models?: ModelMessage[] }>('ListModels', {})
+      this.models.clear()
       for (const model of models) this.models.set(model.name ?? '', model)
-      this.form.model.replaceChildren(
-        ...models.map(({ name = '', state = '' }) => {
-          const ready = state === 'STATE_READY'
-          const text = ready ? name : `${name} (${state.replace('STATE_', '').toLowerCase()})`
-          const option = element('option', { value: name }, text)
-          option.disabled = !ready
-          return option
-        }),
-      )
-      const ready = models.find(({ state }) => state === 'STATE_READY')
-      this.form.model.value = ready?.name ?? ''
+      this.showModels(models)
+      if (models.some(({ state }) => state === 'STATE_LOADING'))
+        setTimeout(() => void this.listModels(), REFRESH)
     } catch (error) {
       if (!(error instanceof CallError)) throw error
       this.error.textContent = error.message
     }
   }
 
-  /** Sends a request; its panel is appended, or placed after another. */
-  private open(view: 'trace' | 'gradient', question: Question, beside?: Panel): void {
-    const complete = view === 'gradient' && question.target === '' ? undefined : question
-    if (!complete) {
-      this.error.textContent = 'no target: enter the text that the model should learn'
-      return
+  private showModels(models: readonly ModelMessage[]): void {
+    const { model } = this.form
+    const chosen = model.value || this.state.get('model')
+    model.replaceChildren(
+      ...models.map(({ name = '', state = '' }) => {
+        const ready = state === READY
+        const text = ready ? name : `${name} (${state.replace('STATE_', '').toLowerCase()})`
+        const option = element('option', { value: name }, text)
+        option.disabled = !ready
+        return option
+      }),
+    )
+    const ready = models.filter(({ state }) => state === READY)
+    const kept = ready.find(({ name }) => name === chosen) ?? ready[0]
+    model.value = kept?.name ?? ''
+  }
+
+  /** Asks a question, and keeps it in the form, in the address and in the history. */
+  private ask(asked: Question): void {
+    const question = { ...asked, model: asked.model || this.form.model.value }
+    const view = viewOf(question)
+    if (!view) return
+    try {
+      this.error.textContent = ''
+      VIEWS[view].request(question) // throws if the question cannot be sent
+      if (question.ids === '') this.form.show(question)
+      this.state.set(question)
+      this.history.add(question)
+      this.open(question)
+    } catch (error) {
+      if (!(error instanceof InvalidQuestion)) throw error
+      this.error.textContent = error.message
     }
-    this.error.textContent = ''
-    const panel = new Panel(view, complete, this.actions)
+  }
+
+  /** Sends a request; its panel comes first, after another one, or instead of another one. */
+  private open(question: Question, place: { after?: Panel; instead?: Panel | undefined } = {}) {
+    const view = viewOf(question) ?? 'trace'
+    const panel = new Panel(view, question, this.actions)
     panel.frame.post({ theme: this.theme() })
     this.panels.push(panel)
+    this.examples.element.hidden = true
     const layers = this.models.get(question.model)?.nLayers ?? 1
     if (view === 'gradient') addEdits(panel, layers, () => this.form.probePrompts())
-    if (beside) beside.element.after(panel.element)
+    if (place.instead?.element.isConnected) {
+      place.instead.stop()
+      place.instead.element.replaceWith(panel.element)
+      this.forget(place.instead)
+    } else if (place.after) place.after.element.after(panel.element)
     else this.answers.append(panel.element)
+    panel.element.scrollIntoView({ block: 'nearest' })
     void panel.run()
+    return panel
+  }
+
+  private forget(panel: Panel): void {
+    this.panels.splice(this.panels.indexOf(panel), 1)
+    this.current.forget(panel)
   }
 }
 
-function samePrompt(a: Question, b: Question): boolean {
-  return a.prompt === b.prompt && a.model === b.model
-}
+/** The progress of the newest result beside the question, with a button that stops it. */
+class CurrentResult {
+  readonly element = element('p', { class: 'current' })
+  private readonly text = element('span', {})
+  private readonly stop = button('Cancel', 'Stop the computation of the newest result', () =>
+    this.panel?.stop(),
+  )
+  private panel: Panel | undefined
 
-/** The prompt and model of a question; the target is taken from the form. */
-function samePromptAs({ prompt, model }: Question): Partial<Question> {
-  return { prompt, model }
-}
-
-/** Actions of the form. */
-export interface FormActions {
-  trace: (question: Question) => void
-  gradient: (question: Question) => void
-}
-
-const MATRICES = ['FF1', 'FF2', 'Q', 'K', 'V', 'O']
-const LENSES = [
-  ['FINAL_NORM', 'final norm'],
-  ['NORMALIZED', 'normalized'],
-  ['RAW', 'raw'],
-] as const
-
-/** The form: prompt, target and model, and further options under "more". */
-export class Form {
-  readonly element = element('form', { class: 'ask', 'aria-label': 'Ask' })
-  readonly model = choice('Model', [], () => {})
-  private readonly prompt = this.promptField()
-  private readonly target = field('target', 'Target', 'the model’s own prediction')
-  private readonly layers = field('layers', 'Layers', 'all, or 0-3,7')
-  private readonly positions = field('positions', 'Positions', 'the last, all, or -1,3')
-  private readonly heads = field('heads', 'Heads', '10, or 0 for all')
-  private readonly subject = field('subject', 'Subject', 'part of the prompt')
-  private readonly neurons = field('neurons', 'Neurons', '0')
-  private readonly spectrum = field('spectrum', 'Singular values', '0')
-  private readonly rate = field('rate', 'Learning rate', 'direction only')
-  private readonly probes = field('probes', 'Probes', 'other prompts, separated by |')
-  private readonly lens = choice('Lens', LENSES, () => {})
-  private readonly matrices = MATRICES.map((kind, i) => checkbox(kind, i < 2))
-
-  constructor(private readonly starts: FormActions) {
-    const trace = button('Trace', 'Show which heads and neurons produce the answer', () => {})
-    trace.type = 'submit'
-    trace.classList.add('primary')
-    const gradient = button(
-      'Gradient',
-      'Show what a training step towards the target changes',
-      () => this.start('gradient'),
-    )
-    this.element.append(
-      element('div', { class: 'ask-row' }, this.prompt, this.target),
-      element('div', { class: 'ask-row' }, this.model, trace, gradient, this.more()),
-    )
-    this.element.addEventListener('submit', (event) => {
-      event.preventDefault()
-      this.start('trace')
-    })
+  constructor() {
+    this.element.append(this.text, this.stop)
+    this.element.hidden = true
   }
 
-  question(): Question {
-    return {
-      model: this.model.value,
-      prompt: value(this.prompt),
-      target: value(this.target),
-      layers: value(this.layers),
-      positions: value(this.positions),
-      heads: value(this.heads),
-      lens: this.lens.value,
-      matrices: this.matrices.flatMap(({ box, kind }) => (box.checked ? [kind] : [])),
-      subject: value(this.subject),
-      neurons: value(this.neurons),
-      spectrum: value(this.spectrum),
-      rate: value(this.rate),
-    }
+  /** Shows the progress of a panel, unless a newer one is shown. */
+  follow(panel: Panel): void {
+    if (panel.state === 'waiting') this.panel = panel
+    if (panel !== this.panel) return
+    const running = panel.state === 'waiting' || panel.state === 'running'
+    this.element.hidden = false
+    this.element.dataset.state = panel.state
+    this.text.textContent = `${titleOf(panel.question)}: ${panel.progress}`
+    this.stop.disabled = !running // not hidden, so that the page below does not move
   }
 
-  /** Sets the text of the target field. */
-  setTarget(text: string): void {
-    const input = this.target.querySelector('input')
-    if (input) input.value = text
+  forget(panel: Panel): void {
+    if (panel === this.panel) this.element.hidden = true
   }
-
-  /** Further prompts to evaluate in an edit preview. */
-  probePrompts(): string[] {
-    return value(this.probes)
-      .split('|')
-      .map((probe) => probe.trim())
-      .filter((probe) => probe !== '')
-  }
-
-  /** A multi-line field: Enter submits, Shift-Enter inserts a line break. */
-  private promptField(): HTMLLabelElement {
-    const text = element('textarea', {
-      name: 'prompt',
-      placeholder: 'The capital of Japan is the city of',
-      autocomplete: 'off',
-      spellcheck: 'false',
-      rows: '1',
-      required: '',
-      title: 'Enter starts a trace; Shift-Enter inserts a line break',
-    })
-    text.addEventListener('keydown', (event) => {
-      if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return
-      event.preventDefault()
-      this.element.requestSubmit()
-    })
-    return element('label', { class: 'field prompt' }, element('span', {}, 'Prompt'), text)
-  }
-
-  private start(what: keyof FormActions): void {
-    const input = this.target.querySelector('input')
-    input?.setCustomValidity(
-      what === 'gradient' && input.value === ''
-        ? 'Enter the text that the model should learn.'
-        : '',
-    )
-    if (this.element.reportValidity()) this.starts[what](this.question())
-    input?.setCustomValidity('')
-  }
-
-  private more(): HTMLElement {
-    const matrices = element('fieldset', { class: 'matrices' }, element('legend', {}, 'Matrices'))
-    matrices.append(...this.matrices.map(({ label }) => label))
-    return element(
-      'details',
-      { class: 'more' },
-      element('summary', {}, 'more'),
-      element('div', { class: 'ask-row' }, this.layers, this.positions, this.heads, this.lens),
-      element('div', { class: 'ask-row' }, matrices, this.subject),
-      element('div', { class: 'ask-row' }, this.neurons, this.spectrum, this.rate, this.probes),
-    )
-  }
-}
-
-function field(name: string, text: string, placeholder: string): HTMLLabelElement {
-  const input = element('input', { name, placeholder, autocomplete: 'off', spellcheck: 'false' })
-  return element('label', { class: `field ${name}` }, element('span', {}, text), input)
-}
-
-function value(label: HTMLLabelElement): string {
-  return label.querySelector<HTMLInputElement | HTMLTextAreaElement>('input, textarea')?.value ?? ''
-}
-
-function checkbox(kind: string, checked: boolean) {
-  const box = element('input', { type: 'checkbox', name: kind })
-  box.checked = checked
-  return { kind, box, label: element('label', {}, box, kind) }
 }

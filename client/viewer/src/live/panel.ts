@@ -1,28 +1,29 @@
 import { save } from '../browser/export'
-import type { Coordinates, FrameInput, FrameOutput } from '../browser/streams'
-import { type Token, visible } from '../model/tokens'
+import type { Coordinates, FrameInput, FrameOutput, GeneratedChoice } from '../browser/streams'
+import type { GenerateResponse } from '../contract'
+import { Generation } from '../model/generation'
+import type { Token } from '../model/tokens'
 import { button, choice, element } from '../presentation/elements'
+import { CallError, call, callOnce, savedPage } from './calls'
 import {
-  CallError,
-  call,
-  callOnce,
   type EditQuestion,
   editTitle,
-  gradientRequest,
+  InvalidQuestion,
   previewRequest,
+  promptOf,
   type Question,
-  savedPage,
-  traceRequest,
-} from './calls'
+  titleOf,
+  VIEWS,
+  type View,
+} from './question'
 
 // A panel of the live page: one question, its progress, and a frame with its result.
-
-type View = 'trace' | 'gradient'
 
 interface Progress {
   header?: { layers?: number[]; requestId?: string }
   layer?: { layer?: number; last?: boolean }
   matrix?: { layer?: number; kind?: string; last?: boolean }
+  generated?: object
   summary?: object
 }
 
@@ -31,8 +32,14 @@ export interface PanelActions {
   selectionMoved: (from: Panel, place: Coordinates) => void
   /** The user chose another target for the same question. */
   targetChosen: (from: Panel, target: Token) => void
-  /** The user wants the other view of the same prompt. */
-  compare: (panel: Panel) => void
+  /** The user selected a generated token. */
+  generatedChosen: (from: Panel, choice: GeneratedChoice) => void
+  /** The user wants another view of the same prompt. */
+  beside: (panel: Panel, view: View) => void
+  /** The user wants to go on from the generated text. */
+  continued: (panel: Panel, text: string) => void
+  /** The progress has changed. */
+  progressed: (panel: Panel) => void
   closed: (panel: Panel) => void
 }
 
@@ -41,25 +48,23 @@ export class Panel {
   readonly bar = element('div', { class: 'panel-bar' })
   readonly streams: Record<string, string[]> = {}
   readonly frame: Frame
+  /** The panel that shows the trace of the generated token selected last. */
+  follower: Panel | undefined
   private readonly status = element('span', { class: 'status', role: 'status' })
   private readonly controller = new AbortController()
-  private readonly cancel = button('Cancel', 'Stop the computation on the server', () =>
-    this.stop(),
-  )
+  private readonly cancel: HTMLButtonElement
+  private received = 0
 
   constructor(
     readonly view: View,
     readonly question: Question,
     private readonly actions: PanelActions,
   ) {
-    const text = `${view === 'trace' ? 'Trace' : 'Gradient'} of “${question.prompt}”`
-    const target = question.clickedTarget?.label ?? visible(question.target)
-    const title = target ? `${text} → ${target}` : text
-    this.frame = new Frame(view, title, ({ at, target: chosen }) => {
-      if (at) actions.selectionMoved(this, at)
-      if (chosen) actions.targetChosen(this, chosen)
-    })
+    const title = titleOf(question)
+    this.frame = new Frame(view, title, (news) => this.reported(news))
     this.element.setAttribute('aria-label', title)
+    const name = view === 'generation' ? 'Stop' : 'Cancel'
+    this.cancel = button(name, 'Stop the computation on the server', () => this.stop())
     const head = element(
       'div',
       { class: 'panel-head' },
@@ -70,13 +75,24 @@ export class Panel {
     this.element.append(element('div', { class: 'panel-top' }, head, this.bar), this.frame.element)
   }
 
+  /** The state: waiting, running, done, failed or cancelled. */
+  get state(): string {
+    return this.element.dataset.state ?? ''
+  }
+
+  /** The progress in words. */
+  get progress(): string {
+    return this.status.textContent ?? ''
+  }
+
   /** Sends the question and passes the messages to the frame as they arrive. */
   async run(): Promise<void> {
     const started = performance.now()
     this.setStatus('waiting', 'waiting for the server')
     try {
       await this.stream()
-      this.setStatus('done', `done in ${((performance.now() - started) / 1000).toFixed(1)} s`)
+      const seconds = (performance.now() - started) / 1000
+      this.setStatus('done', `${this.count()}done in ${seconds.toFixed(1)} s`)
     } catch (error) {
       this.failed(error)
     }
@@ -96,16 +112,21 @@ export class Panel {
     this.frame.post({ stream, message })
   }
 
+  private reported({ at, target, generated }: FrameOutput): void {
+    if (at) this.actions.selectionMoved(this, at)
+    if (target) this.actions.targetChosen(this, target)
+    if (generated) this.actions.generatedChosen(this, generated)
+  }
+
   private async stream(): Promise<void> {
     const { signal } = this.controller
-    const trace = this.view === 'trace'
-    const request = trace ? traceRequest(this.question) : gradientRequest(this.question)
+    const { method, request } = VIEWS[this.view]
     let around: Promise<void> | undefined
-    for await (const line of call(trace ? 'Trace' : 'GradientLens', request, signal)) {
+    for await (const line of call(method, request(this.question), signal)) {
       const message = JSON.parse(line) as Progress
       this.take(this.view, line, message)
-      this.progress(message)
-      if (trace && message.header) {
+      this.follow(message)
+      if (this.view === 'trace' && message.header) {
         around = this.requestOverview(line)
         around.catch(() => {}) // awaited below, unless the trace itself fails first
       }
@@ -116,25 +137,34 @@ export class Panel {
 
   /** Requests the residual stream at the other positions. */
   private async requestOverview(header: string): Promise<void> {
-    const question = { header, lens: this.question.lens }
+    const question = { header, lens: this.question.lens || 'FINAL_NORM' }
     for await (const line of call('overview', question, this.controller.signal)) {
       this.take('overview', line)
     }
   }
 
-  private progress(message: Progress): void {
-    const { layer, matrix, header } = message
+  private follow(message: Progress): void {
+    const { layer, matrix, header, generated } = message
     if (header) this.setStatus('running', 'forward pass finished')
     if (layer?.last) this.setStatus('running', `layer ${layer.layer ?? 0} received`)
     if (matrix?.last) {
       const kind = matrix.kind?.replace('MATRIX_KIND_', '') ?? ''
       this.setStatus('running', `layer ${matrix.layer ?? 0} ${kind} received`)
     }
+    if (generated) {
+      this.received++
+      this.setStatus('running', `${this.count()}generating …`)
+    }
+  }
+
+  private count(): string {
+    if (this.received === 0) return ''
+    return `${this.received} ${this.received === 1 ? 'token' : 'tokens'}, `
   }
 
   private failed(error: unknown): void {
     if (this.controller.signal.aborted) {
-      this.setStatus('cancelled', 'cancelled')
+      this.setStatus('cancelled', `${this.count()}${this.received > 0 ? 'stopped' : 'cancelled'}`)
       return
     }
     if (!(error instanceof CallError)) throw error
@@ -145,6 +175,7 @@ export class Panel {
   private setStatus(state: string, text: string): void {
     this.element.dataset.state = state
     this.status.textContent = text
+    this.actions.progressed(this)
   }
 
   private close(): void {
@@ -154,14 +185,30 @@ export class Panel {
   }
 
   private buttons(): HTMLElement[] {
-    const other = this.view === 'trace' ? 'Gradient' : 'Trace'
-    return [
-      button(`${other} beside it`, 'Run it on the same prompt, beside this result', () =>
-        this.actions.compare(this),
-      ),
+    const made = [
       button('Save page', 'Save this result as one HTML file', () => void this.savePage()),
       button('JSON', 'Save the messages as JSON lines', () => this.saveLines()),
     ]
+    if (this.view === 'generation') {
+      const go = () => this.actions.continued(this, this.generatedText())
+      return [button('Continue', 'Put the generated text into the question', go), ...made]
+    }
+    const other = this.view === 'trace' ? 'gradient' : 'trace'
+    const name = `${VIEWS[other].name} beside it`
+    return [
+      button(name, 'Run it on the same prompt, beside this result', () =>
+        this.actions.beside(this, other),
+      ),
+      ...made,
+    ]
+  }
+
+  private generatedText(): string {
+    const generation = new Generation()
+    for (const line of this.streams.generation ?? []) {
+      generation.feed(JSON.parse(line) as GenerateResponse)
+    }
+    return generation.text()
   }
 
   private async savePage(): Promise<void> {
@@ -174,7 +221,7 @@ export class Panel {
   }
 
   private name(): string {
-    return `${this.question.prompt}-${this.view}`.replace(/[^\p{L}\p{N}]+/gu, '-')
+    return `${promptOf(this.question)}-${this.view}`.replace(/[^\p{L}\p{N}]+/gu, '-')
   }
 }
 
@@ -185,7 +232,7 @@ export class Frame {
   private waiting: FrameInput[] | undefined = []
 
   constructor(
-    view: 'trace' | 'gradient',
+    view: View,
     title: string,
     private readonly onReport: (news: FrameOutput) => void,
   ) {
@@ -234,12 +281,12 @@ export function addEdits(panel: Panel, layers: number, watched: () => string[]):
   const preview = button('Preview edit', 'Show what the edit changes in the prediction', () => {
     const edit: EditQuestion = {
       kind: kind.value as EditQuestion['kind'],
-      strength: Number(strength.value),
+      strength: strength.value,
       layer: Number(layer.value),
     }
     said.textContent = ''
     show(panel, edit, watched()).catch((error: unknown) => {
-      if (!(error instanceof CallError)) throw error
+      if (!(error instanceof CallError || error instanceof InvalidQuestion)) throw error
       said.textContent = error.message
     })
   })

@@ -1,0 +1,279 @@
+import { button, choice, element, setPressed, toggle } from '../presentation/elements'
+import { chatOf, type Message, messagesOf, QUESTION, type Question } from './question'
+
+// The form: a prompt or a conversation, the target and the model, and further options under "more".
+
+/** Actions of the form. */
+export interface FormActions {
+  ask: (question: Question) => void
+}
+
+const MATRICES = ['FF1', 'FF2', 'Q', 'K', 'V', 'O']
+const LENSES = [
+  ['', 'final norm'],
+  ['NORMALIZED', 'normalized'],
+  ['RAW', 'raw'],
+] as const
+
+type Field = keyof Question
+
+export class Form {
+  readonly element = element('form', { class: 'ask', 'aria-label': 'Ask' })
+  readonly model = choice('Model', [], () => {})
+  /** Progress of the newest result, and errors. */
+  readonly status = element('div', { class: 'ask-status' })
+  private readonly chat = new ChatBox(() => this.element.requestSubmit())
+  private readonly prompt = promptField(() => this.element.requestSubmit())
+  private readonly fields = new Map<Field, HTMLLabelElement>()
+  private readonly probes = field('probes', 'Probes', 'other prompts, separated by |')
+  private readonly lens = choice('Lens', LENSES, () => {})
+  private readonly matrices = MATRICES.map((kind, i) => checkbox(kind, i < 2))
+  private readonly modes = [
+    toggle('Prompt', 'Ask about a text that the model continues', () => this.setChatting(false)),
+    toggle('Chat', 'Ask about a conversation', () => this.setChatting(true)),
+  ] as const
+  private chatting = false
+
+  constructor(private readonly actions: FormActions) {
+    const trace = button('Trace', 'Show which heads and neurons produce the next token', () => {})
+    trace.type = 'submit'
+    trace.classList.add('primary')
+    const input = element('div', { class: 'ask-input' }, this.prompt, this.chat.element)
+    const modes = element('div', { class: 'group modes', role: 'group', 'aria-label': 'Input' })
+    modes.append(...this.modes)
+    const target = this.field('target', 'Target', 'the model’s own prediction')
+    this.element.append(
+      element('div', { class: 'ask-row first' }, modes, input, target),
+      element(
+        'div',
+        { class: 'ask-row' },
+        this.model,
+        trace,
+        button('Generate', 'Let the model continue, and show when each layer decides', () =>
+          this.start('generation'),
+        ),
+        button('Gradient', 'Show what a training step towards the target changes', () =>
+          this.start('gradient'),
+        ),
+        this.more(),
+      ),
+      this.status,
+    )
+    this.element.addEventListener('submit', (event) => {
+      event.preventDefault()
+      this.start('trace')
+    })
+    this.setChatting(false)
+  }
+
+  /** The question in the form, for one kind of result. */
+  question(ask: string): Question {
+    const texts = [...this.fields].map(([name, label]) => [name, value(label)])
+    const chat = this.chatting ? { chat: chatOf(this.chat.messages()) } : {}
+    const matrices = this.matrices.flatMap(({ box, kind }) => (box.checked ? [kind] : []))
+    return {
+      ...QUESTION,
+      ...Object.fromEntries(texts),
+      ask,
+      model: this.model.value,
+      prompt: this.chatting ? '' : value(this.prompt),
+      ...chat,
+      lens: this.lens.value,
+      matrices: matrices.join(',') === 'FF1,FF2' ? '' : matrices.join(','),
+    }
+  }
+
+  /** Shows a question. */
+  show(question: Question): void {
+    if (question.model !== '') this.model.value = question.model
+    for (const [name, label] of this.fields) setValue(label, question[name])
+    setValue(this.prompt, question.prompt)
+    this.lens.value = question.lens
+    const kinds = (question.matrices || 'FF1,FF2').split(',')
+    for (const { box, kind } of this.matrices) box.checked = kinds.includes(kind)
+    const messages = messagesOf(question)
+    this.setChatting(messages.length > 0)
+    if (messages.length > 0) this.chat.set(messages)
+  }
+
+  /** Sets the text of the target field. */
+  setTarget(text: string): void {
+    const label = this.fields.get('target')
+    if (label) setValue(label, text)
+  }
+
+  /** Further prompts to evaluate in an edit preview. */
+  probePrompts(): string[] {
+    return value(this.probes)
+      .split('|')
+      .map((probe) => probe.trim())
+      .filter((probe) => probe !== '')
+  }
+
+  /** Shows the conversation instead of the prompt, or the prompt. */
+  private setChatting(chatting: boolean): void {
+    this.chatting = chatting
+    setPressed(this.modes[0], !chatting)
+    setPressed(this.modes[1], chatting)
+    const shown = chatting ? this.chat.element : this.prompt
+    for (const one of [this.prompt, this.chat.element]) one.hidden = one !== shown
+    const text = this.prompt.querySelector('textarea')
+    if (text) text.required = !chatting
+    this.chat.setRequired(chatting)
+  }
+
+  private start(ask: string): void {
+    const input = this.fields.get('target')?.querySelector('input')
+    const missing = ask === 'gradient' && input?.value === ''
+    input?.setCustomValidity(missing ? 'Enter the text that the model should learn.' : '')
+    if (this.element.reportValidity()) this.actions.ask(this.question(ask))
+    input?.setCustomValidity('')
+  }
+
+  private field(name: Field, text: string, placeholder: string): HTMLLabelElement {
+    const made = field(name, text, placeholder)
+    this.fields.set(name, made)
+    return made
+  }
+
+  private more(): HTMLElement {
+    const matrices = element('fieldset', { class: 'matrices' }, element('legend', {}, 'Matrices'))
+    matrices.append(...this.matrices.map(({ label }) => label))
+    const row = (name: string, ...controls: HTMLElement[]) =>
+      element(
+        'div',
+        { class: 'ask-row' },
+        element('span', { class: 'row-name' }, name),
+        ...controls,
+      )
+    return element(
+      'details',
+      { class: 'more' },
+      element('summary', {}, 'more'),
+      row(
+        'Trace',
+        this.field('layers', 'Layers', 'all, or 0-3,7'),
+        this.field('positions', 'Positions', 'the last, all, or -1,3'),
+        this.field('heads', 'Heads', '10, or 0 for all'),
+        this.lens,
+      ),
+      row(
+        'Generate',
+        this.field('tokens', 'Tokens', 'at most 64'),
+        this.field('temperature', 'Temperature', '0: most likely'),
+        this.field('seed', 'Seed', '0'),
+        this.field('stop', 'Stop text', 'none'),
+      ),
+      row(
+        'Gradient',
+        matrices,
+        this.field('subject', 'Subject', 'part of the prompt'),
+        this.field('neurons', 'Neurons', '0'),
+        this.field('spectrum', 'Singular values', '0'),
+        this.field('rate', 'Learning rate', 'direction only'),
+        this.probes,
+      ),
+    )
+  }
+}
+
+/** The messages of a conversation, with their roles. */
+class ChatBox {
+  readonly element = element('div', { class: 'chat', role: 'group', 'aria-label': 'Conversation' })
+  private readonly rows = element('ol', { class: 'messages' })
+
+  constructor(private readonly submit: () => void) {
+    const add = button('Add message', 'Add a message to the conversation', () => {
+      const last = this.messages().at(-1)?.role
+      this.append({ role: last === 'user' ? 'assistant' : 'user', content: '' }).focus()
+    })
+    this.element.append(this.rows, add)
+    this.append({ role: 'user', content: '' })
+  }
+
+  messages(): Message[] {
+    return [...this.rows.children].map((row) => ({
+      role: row.querySelector('select')?.value ?? '',
+      content: row.querySelector('textarea')?.value ?? '',
+    }))
+  }
+
+  set(messages: readonly Message[]): void {
+    this.rows.replaceChildren()
+    for (const message of messages) this.append(message)
+  }
+
+  /** Whether the first message must have a text. */
+  setRequired(required: boolean): void {
+    const [first] = this.rows.querySelectorAll('textarea')
+    if (first) first.required = required
+  }
+
+  private append({ role, content }: Message): HTMLTextAreaElement {
+    const roles = ['system', 'user', 'assistant']
+    if (!roles.includes(role)) roles.push(role)
+    const select = choice(
+      'Role',
+      roles.map((name) => [name, name] as const),
+      () => row.setAttribute('data-role', select.value),
+    )
+    select.value = role
+    const text = textArea(this.submit)
+    text.setAttribute('aria-label', 'Message')
+    text.value = content
+    const remove = button('×', 'Remove this message', () => {
+      if (this.rows.children.length > 1) row.remove()
+      else text.value = ''
+    })
+    const row = element('li', { class: 'message', 'data-role': role }, select, text, remove)
+    this.rows.append(row)
+    return text
+  }
+}
+
+/** A multi-line field: Enter submits, Shift-Enter inserts a line break. */
+function textArea(submit: () => void): HTMLTextAreaElement {
+  const text = element('textarea', {
+    autocomplete: 'off',
+    spellcheck: 'false',
+    rows: '1',
+    title: 'Enter starts a trace; Shift-Enter inserts a line break',
+  })
+  text.addEventListener('keydown', (event) => {
+    if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return
+    event.preventDefault()
+    submit()
+  })
+  return text
+}
+
+function promptField(submit: () => void): HTMLLabelElement {
+  const text = textArea(submit)
+  text.name = 'prompt'
+  text.placeholder = 'The capital of Japan is the city of'
+  return element('label', { class: 'field prompt' }, element('span', {}, 'Prompt'), text)
+}
+
+function field(name: string, text: string, placeholder: string): HTMLLabelElement {
+  const input = element('input', { name, placeholder, autocomplete: 'off', spellcheck: 'false' })
+  return element('label', { class: `field ${name}` }, element('span', {}, text), input)
+}
+
+function control(label: HTMLLabelElement): HTMLInputElement | HTMLTextAreaElement | null {
+  return label.querySelector('input, textarea')
+}
+
+function value(label: HTMLLabelElement): string {
+  return control(label)?.value ?? ''
+}
+
+function setValue(label: HTMLLabelElement, text: string): void {
+  const found = control(label)
+  if (found) found.value = text
+}
+
+function checkbox(kind: string, checked: boolean) {
+  const box = element('input', { type: 'checkbox', name: kind })
+  box.checked = checked
+  return { kind, box, label: element('label', {}, box, kind) }
+}
