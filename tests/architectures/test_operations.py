@@ -148,6 +148,7 @@ def assert_near(found: Tensor, expected: Tensor, what: object) -> None:
 
 
 def test_cancelled_request_stops_between_two_interventions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = resident(LLAMA)
     draws, randn = [], torch.randn
 
     def counted(*shape: Any, **options: Any) -> Tensor:
@@ -162,7 +163,7 @@ def test_cancelled_request_stops_between_two_interventions(monkeypatch: pytest.M
     noises = tuple(InterventionSpec(Site.NEURONS, Noise(0.1, seed), (1,)) for seed in range(16))
     spec = ActivationsSpec(tuple(LLAMA.prompt), (Site.LOGITS,), interventions=noises)
     with pytest.raises(RequestCancelled):
-        list(activations(resolve_activations(resident(LLAMA), spec), check))
+        list(activations(resolve_activations(model, spec), check))
     assert len(draws) == 1
 
 
@@ -178,9 +179,8 @@ def test_noise_drawn_in_blocks_is_that_of_the_whole_prompt(monkeypatch: pytest.M
 def test_hidden_sources_in_blocks_of_queries_equal_all_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    block = InterventionSpec(
-        Site.ATTENTION_PATTERN, BlockSources(), positions=(3, 5, 8), sources=(2,)
-    )
-    whole = logits(LLAMA, block)
+    place = Site.ATTENTION_PATTERN, BlockSources()
+    hide = InterventionSpec(*place, positions=(3, 5, 8), sources=(2,))
+    whole = logits(LLAMA, hide)
     monkeypatch.setattr(interventions, "PATTERN_AT_ONCE", 1)
-    assert_near(logits(LLAMA, block), whole, block)
+    assert_near(logits(LLAMA, hide), whole, hide)
