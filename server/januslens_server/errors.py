@@ -5,6 +5,7 @@ The class tree::
     IntrospectionError
     |-- InvalidRequest          the request must be changed
     |-- LimitExceeded           the estimated cost is above a limit
+    |   `-- PreparationTooLong  resolving the texts and interventions takes too long
     |-- ModelNotFound           no model of this name and revision
     |-- Unauthenticated         no valid token
     |-- PermissionDenied        outside the caller's scope
@@ -88,6 +89,19 @@ class LimitExceeded(IntrospectionError):
             "request fewer layers, positions, parts or components"
         )
         self.limit = limit
+
+
+class PreparationTooLong(LimitExceeded):
+    """Resolving the texts, conversations and interventions of the request takes too long."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` is the limit."""
+        IntrospectionError.__init__(
+            self,
+            f"request too large: preparing it took more than {seconds:g} s; "
+            "send fewer texts, conversations or interventions",
+        )
+        self.limit = "preparation_seconds"
 
 
 class ModelNotFound(IntrospectionError):

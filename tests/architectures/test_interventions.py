@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from januslens_server.pipelines.interventions import read_interventions
 from januslens_server.pipelines.resolve import (
     resolve_activations,
     resolve_gradient_lens,
+    resolve_intervene,
     resolve_trace,
 )
 from januslens_server.pipelines.trace import trace
@@ -32,7 +35,9 @@ from januslens_server.specs import (
     ActivationsSpec,
     Add,
     BlockSources,
+    ExperimentSpec,
     GradientLensSpec,
+    InterveneSpec,
     InterventionSpec,
     MeanOver,
     NegativeLogLikelihood,
@@ -43,6 +48,7 @@ from januslens_server.specs import (
     Selection,
     SetTo,
     Site,
+    SweepSpec,
     TraceSpec,
     Zero,
 )
@@ -274,7 +280,7 @@ def test_a_plain_pass_after_an_intervention_equals_the_one_before() -> None:
         (at(Site.ATTENTION_PATTERN, Zero()), "site: block applies to ATTENTION_PATTERN"),
         (at(Site.QUERY, BlockSources()), "block: block applies to ATTENTION_PATTERN"),
         (at(Site.EMBEDDING, Zero(), layers=(0,)), "layers: EMBEDDING has no layer"),
-        (at(Site.QUERY, Zero(), layers=(2,)), "layers: .* has no layer 2; expected 0 to 1"),
+        (at(Site.QUERY, Zero(), layers=(2,)), "layers: .* has no layer 2; expected -2 to 1"),
         (at(Site.QUERY, Zero(), positions=(9,)), "positions: position 9 is outside the prompt"),
         (at(Site.QUERY, Zero(), positions=(8, -1)), "positions: positions are repeated"),
         (at(Site.KEY, Zero(), heads=(2,)), "heads: KEY has no head 2; expected 0 to 1"),
@@ -347,46 +353,78 @@ def bits(values: Tensor) -> Tensor:
 WINDOWED = next(case for case in CASES if case.family == "mistral")
 
 
-@pytest.mark.parametrize("case", [LLAMA, WINDOWED], ids=lambda case: case.id)
-@pytest.mark.parametrize("seed", range(20))
-def test_blocks_are_refused_exactly_if_a_query_has_no_source_left(case: Case, seed: int) -> None:
+def random_blocks(case: Case, seed: int) -> list[InterventionSpec]:
     model, draw = resident(case), np.random.default_rng(seed)
-    length, n_layers = len(case.prompt), model.view.facts.n_layers
-    n_heads = model.view.blocks[0].attention.n_heads
+    length = len(case.prompt)
 
     def some(count: int, share: float) -> tuple[int, ...]:
         return tuple(int(i) for i in np.flatnonzero(draw.random(count) < share))
 
-    blocks = [
+    return [
         at(
             Site.ATTENTION_PATTERN,
             BlockSources(),
-            layers=some(n_layers, 0.5),
+            layers=some(model.view.facts.n_layers, 0.5),
             positions=some(length, 0.25) or (length - 1,),
-            heads=some(n_heads, 0.5),
+            heads=some(model.view.blocks[0].attention.n_heads, 0.5),
             sources=some(length, 0.3) or (0,),
         )
         for _ in range(3)
     ]
 
-    def everything(chosen: tuple[int, ...], count: int) -> tuple[int, ...]:
-        return chosen or tuple(range(count))
 
-    refused = False
-    for layer, block_view in enumerate(model.view.blocks):
-        for head, position in np.ndindex(n_heads, length):
-            first = block_view.attention.scoring.first_source(position)
-            left = set(range(first, position + 1))
-            for found in blocks:
-                if (
-                    layer in everything(found.layers, n_layers)
-                    and head in everything(found.heads, n_heads)
-                    and position in everything(found.positions, length)
-                ):
-                    left -= set(found.sources)
-            refused |= not left
-    if refused:
+def leaves_no_source(case: Case, blocks: list[InterventionSpec]) -> bool:
+    """Whether the blocks together hide all sources of a query position in a head."""
+    model = resident(case)
+    layers, length = range(model.view.facts.n_layers), len(case.prompt)
+    heads = range(model.view.blocks[0].attention.n_heads)
+    for layer, head, position in product(layers, heads, range(length)):
+        first = model.view.blocks[layer].attention.scoring.first_source(position)
+        left = set(range(first, position + 1))
+        for found in blocks:
+            if (
+                layer in (found.layers or layers)
+                and head in (found.heads or heads)
+                and position in (found.positions or range(length))
+            ):
+                left -= set(found.sources)
+        if not left:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("case", [LLAMA, WINDOWED], ids=lambda case: case.id)
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_are_refused_exactly_if_a_query_has_no_source_left(case: Case, seed: int) -> None:
+    model, blocks = resident(case), random_blocks(case, seed)
+    length = len(case.prompt)
+    if leaves_no_source(case, blocks):
         with pytest.raises(InvalidRequest, match="no source left"):
             read_interventions(model, blocks, length)
     else:
         assert len(read_interventions(model, blocks, length)) == len(blocks)
+
+
+@pytest.mark.parametrize("case", [LLAMA, WINDOWED], ids=lambda case: case.id)
+@pytest.mark.parametrize("seed", range(20))
+def test_blocks_of_all_and_of_one_experiment_are_counted_together(case: Case, seed: int) -> None:
+    always, own, swept = ([block] for block in random_blocks(case, seed))
+    sweep = SweepSpec(swept[0], by_source=True, by_layer=True)
+    listed = InterveneSpec(
+        tuple(case.prompt), always=tuple(always), experiments=(ExperimentSpec("", tuple(own)),)
+    )
+    split = InterveneSpec(tuple(case.prompt), always=tuple(always), sweep=sweep)
+    alone = leaves_no_source(case, always)
+    single = [replace(swept[0], sources=(source,)) for source in swept[0].sources]
+    expected = {
+        "experiments[0].interventions[0]": leaves_no_source(case, always + own),
+        "sweep.template": any(leaves_no_source(case, [*always, one]) for one in single),
+    }
+    for spec, (field, refused) in zip((listed, split), expected.items(), strict=True):
+        if refused:
+            where = "always[0]" if alone else field
+            with pytest.raises(InvalidRequest, match="no source left") as error:
+                resolve_intervene(resident(case), spec)
+            assert error.value.violations[0].field == f"{where}.source_positions"
+        else:
+            assert resolve_intervene(resident(case), spec).experiments

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import grpc
 import pytest
 
 from januslens.v1 import (
@@ -20,7 +23,9 @@ from januslens.v1 import (
     trace_pb2,
 )
 from januslens_server.models.tokenizer import Vocabulary
+from januslens_server.pipelines.resolve import resolve_preview_edit
 from januslens_server.results import Token
+from januslens_server.rpc import admission
 from tests.support.calls import prompt
 from tests.support.in_process import Loaded, loaded, served
 
@@ -108,3 +113,59 @@ async def test_each_text_of_a_request_is_tokenized_once(
         else:
             await call
     assert sorted(tokenized) == sorted(texts)
+
+
+PROBES = edits_pb2.PreviewEditRequest(
+    input=prompt(PROMPT),
+    target=TARGET,
+    shift=edits_pb2.ForwardShift(layer=1, eta=0.1),
+    probes=[edits_pb2.Probe(input=prompt(f"Japan {i}")) for i in range(64)],
+)
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+async def test_stopped_request_tokenizes_no_further_text(
+    demo: Loaded, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    texts: list[str] = []
+    reached, released, ended = threading.Event(), threading.Event(), threading.Event()
+    encode = Vocabulary.encode_prompt
+
+    def held(self: Vocabulary, text: str, **options: Any) -> list[Token]:
+        texts.append(text)
+        if len(texts) == 3:
+            reached.set()
+            assert released.wait(30)
+        return encode(self, text, **options)
+
+    def resolved(*args: Any) -> Any:
+        try:
+            return resolve_preview_edit(*args)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(Vocabulary, "encode_prompt", held)
+    monkeypatch.setattr("januslens_server.rpc.service.resolve_preview_edit", resolved)
+    async with served(demo) as stub:
+        call: Any = stub.PreviewEdit(PROBES, timeout=2 if how == "deadline" else 60)
+        assert await asyncio.to_thread(reached.wait, 30)
+        if how == "cancel":
+            call.cancel()
+        # Wait for the server to notice, which the caller does at once.
+        while (code := await call.code()) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        released.set()
+        assert await asyncio.to_thread(ended.wait, 30)
+    assert code in (grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED)
+    assert len(texts) == 3
+
+
+async def test_request_that_takes_long_to_prepare_is_refused(
+    demo: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admission, "PREPARATION_SECONDS", 0.0)
+    async with served(demo) as stub:
+        with pytest.raises(grpc.aio.AioRpcError, match="preparing it took more than 0 s") as error:
+            await stub.PreviewEdit(PROBES)
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

@@ -8,10 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from transformers import AutoTokenizer
 
-from januslens_server.errors import InvalidRequest, ModelFailed, NoChatTemplate
+from januslens_server.errors import (
+    InvalidRequest,
+    ModelFailed,
+    NoChatTemplate,
+    RequestCancelled,
+)
 from januslens_server.models import chat
 from januslens_server.models.tokenizer import TooManyTokens, Vocabulary
 from januslens_server.models.tokenizer_files import read_vocabulary
@@ -236,6 +242,23 @@ def test_hostile_template_is_ended_and_refused(template: str) -> None:
         vocabulary.render(conversation("Hi"), (), "chat")
     assert len(str(refused.value)) < 500
     assert "\n" not in str(refused.value)
+
+
+def test_cancelled_rendering_ends_its_process() -> None:
+    endless = chat.ChatTemplate(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {}
+    )
+    checks = []
+
+    def check() -> None:
+        checks.append(psutil.Process().children())
+        if len(checks) > 1:
+            raise RequestCancelled("the caller cancelled the request")
+
+    with pytest.raises(RequestCancelled):
+        endless.render(conversation("Hi"), (), "chat", check)
+    (process,) = checks[-1]
+    assert not process.is_running()
 
 
 def test_reason_of_a_template_takes_no_memory_of_the_server() -> None:

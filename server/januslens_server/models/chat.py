@@ -6,13 +6,14 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from januslens_server.errors import InvalidRequest, NoChatTemplate
+from januslens_server.errors import CancelCheck, InvalidRequest, NoChatTemplate, never_cancelled
 from januslens_server.models import chat_sandbox
 from januslens_server.specs import Chat
 
@@ -22,8 +23,10 @@ ROLE = re.compile(r"[\w.-]{1,64}", re.ASCII)
 # Maximum number of characters of a template. Published ones have up to 30,000.
 MAX_TEMPLATE = 2**20
 
-# Seconds after which a rendering is ended. Usual ones take a tenth of a second.
-SECONDS = 10.0
+# Seconds after which a rendering is ended, and between two checks for cancellation. Usual
+# renderings take a tenth of a second.
+SECONDS, CHECK_SECONDS = 5.0, 0.1
+_TOO_MUCH = "it takes too much time or memory"
 
 # Longest reason of a template that an error quotes, in characters.
 MAX_REASON = 300
@@ -60,8 +63,14 @@ class ChatTemplate:
         self._source = source
         self._variables = dict(variables)
 
-    def render(self, chat: Chat, control: Iterable[str], field: str) -> Rendered:
-        """Render a conversation.
+    def render(
+        self,
+        chat: Chat,
+        control: Iterable[str],
+        field: str,
+        check_cancelled: CancelCheck = never_cancelled,
+    ) -> Rendered:
+        """Render a conversation. `check_cancelled` is called until the template has run.
 
         Every content is surrounded by private-use characters, so that it can be found in the
         rendered text. `control` holds the texts of control tokens. They are hidden from the
@@ -79,12 +88,18 @@ class ChatTemplate:
                 "model's own markup"
             )
         marks = _Marks(self._source, chat, control, field)
-        text = self._run(marks.messages(chat), chat.continue_final_message, field)
+        text = self._run(marks.messages(chat), chat.continue_final_message, field, check_cancelled)
         if chat.continue_final_message:
             text = marks.before_continuation(text, field)
         return marks.read(text, chat, field)
 
-    def _run(self, messages: list[dict[str, str]], continues: bool, field: str) -> str:
+    def _run(
+        self,
+        messages: list[dict[str, str]],
+        continues: bool,
+        field: str,
+        check_cancelled: CancelCheck,
+    ) -> str:
         variables: dict[str, Any] = self._variables | {
             "messages": messages,
             "tools": None,
@@ -92,18 +107,7 @@ class ChatTemplate:
             "add_generation_prompt": not continues,
         }
         request = json.dumps({"template": self._source, "variables": variables})
-        program = Path(chat_sandbox.__file__)
-        try:
-            done = subprocess.run(  # noqa: S603 - this file of ours, with a fixed command
-                [sys.executable, "-I", program],
-                input=request.encode(),
-                capture_output=True,
-                timeout=SECONDS,
-                check=True,
-            )
-        except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
-            raise _unusable("it takes too much time or memory") from error
-        answer = json.loads(done.stdout)
+        answer = json.loads(_in_sandbox(request.encode(), check_cancelled))
         if reason := answer.get("unusable"):
             raise _unusable(reason)
         if "refused" in answer:
@@ -111,6 +115,34 @@ class ChatTemplate:
             raise InvalidRequest(field, f"the chat template refuses these messages: {reason}")
         text: str = answer["text"]
         return text
+
+
+def _in_sandbox(request: bytes, check_cancelled: CancelCheck) -> bytes:
+    """Run the sandbox on a request; return what it writes. The process never outlives the call."""
+    program = Path(chat_sandbox.__file__)
+    with subprocess.Popen(  # noqa: S603 - this file of ours, with a fixed command
+        [sys.executable, "-I", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            deadline = time.monotonic() + SECONDS
+            rest: bytes | None = request
+            while True:
+                check_cancelled()
+                try:
+                    written, _ = process.communicate(rest, timeout=CHECK_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    rest = None  # the next call sends what is left
+                    if time.monotonic() > deadline:
+                        raise _unusable(_TOO_MUCH) from None
+        finally:
+            process.kill()
+        if process.returncode != 0:
+            raise _unusable(_TOO_MUCH)
+    return written
 
 
 def _unusable(reason: str) -> NoChatTemplate:

@@ -15,6 +15,7 @@ a second.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 from datetime import datetime
@@ -29,6 +30,8 @@ from jinja2.utils import Namespace
 
 MEMORY_BYTES = 256 * 2**20
 CPU_SECONDS = 1
+# Lowers the priority, so that templates which compute for long delay the server less.
+NICE = 5
 # Maximum number of characters of a rendered conversation. A request has at most 4 MiB.
 MAX_RENDERED = 8 * 2**20
 # Characters of a reason that are kept. A template can raise an error of any length.
@@ -109,6 +112,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    os.nice(NICE)
     request = json.load(sys.stdin)
     try:
         answer = {"text": rendered(request["template"], request["variables"])}

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Encoding, Tokenizer, models
 
+from januslens_server.errors import CancelCheck, never_cancelled
 from januslens_server.models.chat import ChatTemplate, Content, Rendered
 from januslens_server.results import Token
 from januslens_server.specs import Chat
@@ -131,9 +132,16 @@ class Vocabulary:
 
     @reported_failures()
     def encode_chat(
-        self, chat: Chat, *, field: str = "chat", at_most: int | None = None
+        self,
+        chat: Chat,
+        *,
+        field: str = "chat",
+        at_most: int | None = None,
+        check_cancelled: CancelCheck = never_cancelled,
     ) -> list[Token]:
         """Tokenize a conversation as the chat template renders it.
+
+        `check_cancelled` is called often while the template runs.
 
         The ids are those of transformers' `apply_chat_template`, unless a content spells control
         tokens: these are ordinary characters here.
@@ -144,7 +152,7 @@ class Vocabulary:
             TokenizerFailed: The tokenizer failed on the text.
             TooManyTokens: The conversation has more than `at_most` tokens.
         """
-        rendered = self._chat.render(chat, self._control.values(), field)
+        rendered = self._chat.render(chat, self._control.values(), field, check_cancelled)
         if at_most is not None:
             _refuse_long(self._prompts, rendered.text, at_most)
         encoded = self._encode_rendered(rendered, at_most)

@@ -10,9 +10,10 @@ from januslens_server.errors import InvalidRequest
 from januslens_server.models.interventions import Intervention
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import SITES_WITH_HEADS, site_shape
+from januslens_server.pipelines.hidden_sources import Block, blocks_of, check_sources_left
 from januslens_server.pipelines.interventions import (
     OtherPrompts,
-    check_sources_left,
+    numbered_blocks,
     read_interventions,
 )
 from januslens_server.results import Coordinates
@@ -35,42 +36,50 @@ class Experiment:
         return min((key[0] for i in self.interventions for key in i.keys), default=2**31)
 
 
-def read_experiments(model: ResidentModel, spec: InterveneSpec, length: int) -> list[Experiment]:
+def read_experiments(
+    model: ResidentModel,
+    spec: InterveneSpec,
+    length: int,
+    always: Sequence[Intervention],
+    others: OtherPrompts,
+) -> list[Experiment]:
     """Resolve all experiments for a prompt of `length` tokens.
+
+    `always` are interventions that apply together with each experiment.
 
     Raises `InvalidRequest` for interventions that do not fit, and for too many or no experiments.
     """
-    others = OtherPrompts(model)
-    experiments = [
-        Experiment(
-            experiment.label,
-            Coordinates(),
-            read_interventions(
-                model,
-                experiment.interventions,
-                length,
-                field=f"experiments[{i}].interventions",
-                others=others,
-            ),
+    blocks = numbered_blocks(always, "always")
+    experiments = []
+    for i, experiment in enumerate(spec.experiments):
+        field = f"experiments[{i}].interventions"
+        own = read_interventions(
+            model, experiment.interventions, length, field=field, others=others
         )
-        for i, experiment in enumerate(spec.experiments)
-    ]
+        if blocks:
+            hiding = numbered_blocks(own, field)
+            check_sources_left(model, hiding, others.check_cancelled, blocks)
+        experiments.append(Experiment(experiment.label, Coordinates(), own))
     if spec.sweep is not None:
-        experiments += _swept(model, spec.sweep, length, MAX_EXPERIMENTS - len(experiments))
+        room = MAX_EXPERIMENTS - len(experiments)
+        experiments += _swept(model, spec.sweep, length, room, blocks, others)
     if not experiments:
         raise InvalidRequest("experiments", "no experiments given; send some, or a sweep")
     return experiments
 
 
-def _swept(model: ResidentModel, sweep: SweepSpec, length: int, at_most: int) -> list[Experiment]:
+def _swept(
+    model: ResidentModel,
+    sweep: SweepSpec,
+    length: int,
+    at_most: int,
+    always: Sequence[Block],
+    others: OtherPrompts,
+) -> list[Experiment]:
     _check_axes(sweep)
     (template,) = read_interventions(
-        model, (sweep.template,), length, field="sweep.template", numbered=False
+        model, (sweep.template,), length, field="sweep.template", numbered=False, others=others
     )
-    hidden = [(source,) for source in template.hidden] if sweep.by_source else [template.hidden]
-    for sources in hidden:
-        part = replace(template, hidden=sources)
-        check_sources_left(model, [part], "sweep.template", numbered=False)
     units = template.units
     if units is None and sweep.by_unit:
         units = tuple(range(site_shape(model, template.keys[0], length)[0]))
@@ -89,8 +98,17 @@ def _swept(model: ResidentModel, sweep: SweepSpec, length: int, at_most: int) ->
             f"{MAX_EXPERIMENTS - at_most + count}; split fewer axes, or name layers, positions or "
             "heads",
         )
+    # Each head of a layer and position is in an experiment, with all sources or one of them.
+    hidden = [(source,) for source in template.hidden] if sweep.by_source else [template.hidden]
+    for sources in hidden:
+        part = blocks_of([("sweep.template", replace(template, hidden=sources))])
+        check_sources_left(model, part, others.check_cancelled, always)
     whole = replace(template, units=units)
-    return list(_split(whole, sweep, axes))
+    experiments = []
+    for experiment in _split(whole, sweep, axes):
+        others.check_cancelled()
+        experiments.append(experiment)
+    return experiments
 
 
 def _check_axes(sweep: SweepSpec) -> None:

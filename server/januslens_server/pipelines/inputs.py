@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
-from januslens_server.errors import InvalidRequest
+from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
 from januslens_server.lens.backward_lens import (
     Loss,
     Segment,
@@ -45,15 +45,21 @@ LISTED = 20
 
 
 def read_prompt(
-    model: ResidentModel, prompt: Prompt, room: int = 0, field: str = "input"
+    model: ResidentModel,
+    prompt: Prompt,
+    room: int = 0,
+    field: str = "input",
+    check_cancelled: CancelCheck = never_cancelled,
 ) -> list[Token]:
     """Return the prompt's tokens; a text gets special tokens, token ids are used as they are.
 
-    A conversation is rendered by the tokenizer's chat template.
+    A conversation is rendered by the tokenizer's chat template. `check_cancelled` is called before
+    the prompt is tokenized, and while its template runs.
 
     Raises `InvalidRequest` if the prompt is empty, has ids outside the vocabulary, or does not
     leave `room` positions of the model's context free.
     """
+    check_cancelled()
     limit = model.view.facts.max_positions - room
     if isinstance(prompt, str):
         prompt = Text(prompt)
@@ -62,9 +68,11 @@ def read_prompt(
         tokens = _prompt_tokens(model, prompt, limit, field)
     elif isinstance(prompt, Chat):
         field += ".chat"
-        tokens = _chat_tokens(model, prompt, limit, field)
+        tokens = _chat_tokens(model, prompt, limit, field, check_cancelled)
     else:
         field += ".token_ids.ids"
+        if len(prompt) > limit:
+            raise _too_long(field, limit, f"{len(prompt)}")
         check_ids(model, prompt, field)
         tokens = [model.vocabulary.token(token_id) for token_id in prompt]
     if not tokens:
@@ -85,9 +93,13 @@ def _prompt_tokens(model: ResidentModel, prompt: Text, limit: int, field: str) -
     return _known(model, tokens, field)
 
 
-def _chat_tokens(model: ResidentModel, chat: Chat, limit: int, field: str) -> list[Token]:
+def _chat_tokens(
+    model: ResidentModel, chat: Chat, limit: int, field: str, check_cancelled: CancelCheck
+) -> list[Token]:
     with _tokenizing(field, limit):
-        tokens = model.vocabulary.encode_chat(chat, field=field, at_most=limit)
+        tokens = model.vocabulary.encode_chat(
+            chat, field=field, at_most=limit, check_cancelled=check_cancelled
+        )
     return _known(model, tokens, field)
 
 
@@ -124,6 +136,8 @@ def read_target(model: ResidentModel, target: Target, field: str) -> tuple[int, 
             )
         ids = tuple(token.id for token in _known(model, tokens, field))
     else:
+        if len(target) > (limit := model.view.facts.max_positions):
+            raise _too_long(f"{field}.token_ids.ids", limit, f"{len(target)}")
         check_ids(model, target, f"{field}.token_ids.ids")
         ids = target
     if not ids:
@@ -313,23 +327,26 @@ class Objective:
     loss: Loss
 
 
-def read_objective(model: ResidentModel, spec: GradientLensSpec) -> Objective:
+def read_objective(
+    model: ResidentModel, spec: GradientLensSpec, check_cancelled: CancelCheck = never_cancelled
+) -> Objective:
     """Resolve the prompt and the loss.
 
     Raises `InvalidRequest` for prompts and targets that are invalid for the model.
     """
     if isinstance(spec.loss, KlDivergence):
         suppressed = _read_suppressed(model, spec.loss)
-        tokens = read_prompt(model, spec.prompt)
+        tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
         return Objective(tokens, len(tokens), suppressed, suppression_divergence(suppressed))
     if isinstance(spec.loss, LogitDifference):
         preferred = read_single_target(model, spec.loss.preferred, "logit_difference.preferred")
         other = read_single_target(model, spec.loss.other, "logit_difference.other")
-        tokens = read_prompt(model, spec.prompt)
+        tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
         loss = logit_difference(preferred, other)
         return Objective(tokens, len(tokens), (preferred, other), loss)
     targets = read_target(model, spec.loss.target, "nll.target")
-    prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
+    room = len(targets) - 1
+    prompt = read_prompt(model, spec.prompt, room, check_cancelled=check_cancelled)
     forced = [model.vocabulary.token(token_id) for token_id in targets[:-1]]
     return Objective(prompt + forced, len(prompt), targets, negative_log_likelihood(targets))
 

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 
-import numpy as np
-from numpy.typing import NDArray
-
-from januslens_server.errors import InvalidRequest
-from januslens_server.graph.weights import Scoring
+from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
 from januslens_server.models.interventions import Intervention, Source
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import (
@@ -22,6 +17,7 @@ from januslens_server.models.sites import (
     site_keys,
     site_shape,
 )
+from januslens_server.pipelines.hidden_sources import Block, blocks_of, check_sources_left
 from januslens_server.pipelines.inputs import missing_site, read_layers, read_prompt
 from januslens_server.specs import (
     Add,
@@ -44,8 +40,12 @@ MAX_CONVERSATIONS = 64
 class OtherPrompts:
     """The other prompts of a request, each of which is tokenized once."""
 
-    def __init__(self, model: ResidentModel) -> None:
+    def __init__(
+        self, model: ResidentModel, check_cancelled: CancelCheck = never_cancelled
+    ) -> None:
+        """`check_cancelled` is called before each prompt and each intervention."""
         self._model = model
+        self.check_cancelled = check_cancelled
         self._ids: dict[Prompt, tuple[int, ...]] = {}
 
     def ids(self, prompt: Prompt, field: str) -> tuple[int, ...]:
@@ -62,7 +62,9 @@ class OtherPrompts:
                     f"too many conversations: expected at most {MAX_CONVERSATIONS} different ones "
                     "in all interventions; send some as token ids",
                 )
-            tokens = read_prompt(self._model, prompt, field=field)
+            tokens = read_prompt(
+                self._model, prompt, field=field, check_cancelled=self.check_cancelled
+            )
             self._ids[prompt] = tuple(token.id for token in tokens)
         return self._ids[prompt]
 
@@ -87,20 +89,19 @@ def read_interventions(
     and prompts that do not fit.
     """
     others = others or OtherPrompts(model)
-    resolved = tuple(
-        _Reader(
-            model,
-            spec,
-            length,
-            prompt_length or length,
-            f"{field}[{i}]" if numbered else field,
-            others,
-        ).read()
-        for i, spec in enumerate(specs)
-    )
+    resolved = []
+    for i, spec in enumerate(specs):
+        others.check_cancelled()
+        path = f"{field}[{i}]" if numbered else field
+        resolved.append(_Reader(model, spec, length, prompt_length or length, path, others).read())
     if numbered:
-        check_sources_left(model, resolved, field)
-    return resolved
+        check_sources_left(model, numbered_blocks(resolved, field), others.check_cancelled)
+    return tuple(resolved)
+
+
+def numbered_blocks(interventions: Sequence[Intervention], field: str) -> list[Block]:
+    """Return the interventions of a list `field` that hide sources."""
+    return blocks_of((f"{field}[{i}]", found) for i, found in enumerate(interventions))
 
 
 class _Reader:
@@ -272,65 +273,3 @@ def _counted(
     if len(set(counted)) < len(counted):
         raise InvalidRequest(field, "positions are repeated; send each once")
     return counted
-
-
-def check_sources_left(
-    model: ResidentModel,
-    interventions: Sequence[Intervention],
-    field: str,
-    *,
-    numbered: bool = True,
-) -> None:
-    """Raise `InvalidRequest` if a query position would have no source left in a head."""
-    blocks = {i: found for i, found in enumerate(interventions) if found.hidden}
-    checked: set[tuple[frozenset[int], int | None]] = set()
-    for layer, block in enumerate(model.view.blocks):
-        here = [i for i, found in blocks.items() if (layer, Site.ATTENTION_PATTERN) in found.keys]
-        scoring = block.attention.scoring
-        for head in range(block.attention.n_heads if here else 0):
-            chosen = frozenset(i for i in here if head in (blocks[i].units or (head,)))
-            if (chosen, scoring.window) in checked:
-                continue
-            checked.add((chosen, scoring.window))
-            for position, last in _without_sources([(i, blocks[i]) for i in chosen], scoring):
-                raise InvalidRequest(
-                    f"{field}[{last}].source_positions"
-                    if numbered
-                    else f"{field}.source_positions",
-                    f"position {position} would have no source left in layer {layer}, "
-                    f"head {head}; leave at least one",
-                )
-
-
-def _without_sources(
-    blocks: Sequence[tuple[int, Intervention]], scoring: Scoring
-) -> Iterator[tuple[int, int]]:
-    """Yield the query positions that have no source left, with the last block that hides one.
-
-    All blocks together, wherever they apply, hide at least as much as those of one position. So
-    only the positions without a source in this union are examined one by one.
-    """
-    length = 1 + max((max(found.positions) for _, found in blocks), default=-1)
-
-    @cache
-    def hidden_below(together: frozenset[int]) -> NDArray[np.int64]:
-        """Numbers of hidden sources below each position, from 0 to `length`."""
-        hidden = np.zeros(length + 1, dtype=np.int64)
-        for i, found in blocks:
-            if i in together:
-                hidden[[source + 1 for source in found.hidden if source < length]] = 1
-        return hidden.cumsum()
-
-    def nothing_left(position: int, together: frozenset[int]) -> bool:
-        first, below = scoring.first_source(position), hidden_below(together)
-        return bool(below[position + 1] - below[first] == position + 1 - first)
-
-    everywhere = frozenset(i for i, _ in blocks)
-    suspects = {position for position in range(length) if nothing_left(position, everywhere)}
-    at: dict[int, set[int]] = {}
-    for i, found in blocks:
-        for position in suspects.intersection(found.positions):
-            at.setdefault(position, set()).add(i)
-    for position, together in sorted(at.items()):
-        if nothing_left(position, frozenset(together)):
-            yield position, max(together)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from januslens_server.errors import InvalidRequest
+from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
 from januslens_server.lens.backward_lens import Segment
 from januslens_server.models.interventions import Intervention
 from januslens_server.models.matrices import Linear
@@ -32,7 +32,7 @@ from januslens_server.pipelines.inputs import (
     read_sites_of,
     read_target,
 )
-from januslens_server.pipelines.interventions import read_interventions
+from januslens_server.pipelines.interventions import OtherPrompts, read_interventions
 from januslens_server.results import MatrixKind, Token
 from januslens_server.specs import (
     ActivationsSpec,
@@ -191,17 +191,20 @@ Resolved = (
 )
 
 
-def resolve_trace(model: ResidentModel, spec: TraceSpec) -> ResolvedTrace:
+def resolve_trace(
+    model: ResidentModel, spec: TraceSpec, check_cancelled: CancelCheck = never_cancelled
+) -> ResolvedTrace:
     """Resolve a Trace.
 
     Raises `InvalidRequest` for an invalid prompt, layer, position or target.
     """
     started = time.perf_counter()
-    tokens = read_prompt(model, spec.prompt)
+    tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
     layers = read_layers(model, spec.layers)
     positions = read_positions(spec.positions, spec.all_positions, len(tokens))
     target, other = _single_targets(model, spec)
-    interventions = read_interventions(model, spec.interventions, len(tokens))
+    others = OtherPrompts(model, check_cancelled)
+    interventions = read_interventions(model, spec.interventions, len(tokens), others=others)
     return ResolvedTrace(
         model=model,
         spec=spec,
@@ -226,14 +229,16 @@ def _single_targets(
     return target, other
 
 
-def resolve_activations(model: ResidentModel, spec: ActivationsSpec) -> ResolvedActivations:
+def resolve_activations(
+    model: ResidentModel, spec: ActivationsSpec, check_cancelled: CancelCheck = never_cancelled
+) -> ResolvedActivations:
     """Resolve an Activations request.
 
     Raises `InvalidRequest` for an invalid prompt, position or head, and for a site that a requested
     layer does not have.
     """
     started = time.perf_counter()
-    tokens = read_prompt(model, spec.prompt)
+    tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
     positions = read_positions(spec.positions, not spec.positions, len(tokens))
     keys = read_sites_of(model, spec.sites, spec.layers)
     heads = read_heads(model, spec.heads, keys, len(tokens))
@@ -250,7 +255,12 @@ def resolve_activations(model: ResidentModel, spec: ActivationsSpec) -> Resolved
         keys=keys,
         sizes=sizes,
         heads=heads,
-        interventions=read_interventions(model, spec.interventions, len(tokens)),
+        interventions=read_interventions(
+            model,
+            spec.interventions,
+            len(tokens),
+            others=OtherPrompts(model, check_cancelled),
+        ),
         seconds=time.perf_counter() - started,
     )
 
@@ -259,16 +269,20 @@ def resolve_activations(model: ResidentModel, spec: ActivationsSpec) -> Resolved
 BATCH_TOKENS, BATCH_LOGITS = 1024, 2**24
 
 
-def resolve_intervene(model: ResidentModel, spec: InterveneSpec) -> ResolvedIntervene:
+def resolve_intervene(
+    model: ResidentModel, spec: InterveneSpec, check_cancelled: CancelCheck = never_cancelled
+) -> ResolvedIntervene:
     """Resolve an Intervene.
 
     Raises `InvalidRequest` for an invalid prompt, target, position, intervention or sweep.
     """
     started = time.perf_counter()
-    tokens = read_prompt(model, spec.prompt)
+    tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
     target, other = _single_targets(model, spec)
     positions = read_positions(spec.positions, False, len(tokens))
     logits = len(positions) * model.view.facts.vocab_size
+    others = OtherPrompts(model, check_cancelled)
+    always = read_interventions(model, spec.always, len(tokens), field="always", others=others)
     return ResolvedIntervene(
         model=model,
         spec=spec,
@@ -276,20 +290,22 @@ def resolve_intervene(model: ResidentModel, spec: InterveneSpec) -> ResolvedInte
         positions=positions,
         target=target,
         other=other,
-        always=read_interventions(model, spec.always, len(tokens), field="always"),
-        experiments=read_experiments(model, spec, len(tokens)),
+        always=always,
+        experiments=read_experiments(model, spec, len(tokens), always, others),
         at_once=max(1, min(BATCH_TOKENS // len(tokens), BATCH_LOGITS // logits)),
         seconds=time.perf_counter() - started,
     )
 
 
-def resolve_gradient_lens(model: ResidentModel, spec: GradientLensSpec) -> ResolvedGradientLens:
+def resolve_gradient_lens(
+    model: ResidentModel, spec: GradientLensSpec, check_cancelled: CancelCheck = never_cancelled
+) -> ResolvedGradientLens:
     """Resolve a GradientLens.
 
     Raises `InvalidRequest` for an invalid prompt, loss, layer, matrix or subject.
     """
     started = time.perf_counter()
-    objective = read_objective(model, spec)
+    objective = read_objective(model, spec, check_cancelled)
     layers = read_layers(model, spec.layers)
     choice = choose_matrices(model, spec.matrices)
     return ResolvedGradientLens(
@@ -300,17 +316,24 @@ def resolve_gradient_lens(model: ResidentModel, spec: GradientLensSpec) -> Resol
         skipped=choice.skipped,
         segments=read_segments(spec.subject, spec.prompt, objective),
         interventions=read_interventions(
-            model, spec.interventions, len(objective.tokens), objective.prompt_length
+            model,
+            spec.interventions,
+            len(objective.tokens),
+            objective.prompt_length,
+            others=OtherPrompts(model, check_cancelled),
         ),
         seconds=time.perf_counter() - started,
     )
 
 
-def resolve_project(model: ResidentModel, spec: ProjectSpec) -> ResolvedProject:
+def resolve_project(
+    model: ResidentModel, spec: ProjectSpec, check_cancelled: CancelCheck = never_cancelled
+) -> ResolvedProject:
     """Resolve a Project.
 
     Raises `InvalidRequest` if the vectors have another width, or the target has several tokens.
     """
+    check_cancelled()
     d_model = model.view.facts.d_model
     if spec.vectors.shape[1] != d_model:
         raise InvalidRequest(
@@ -321,23 +344,30 @@ def resolve_project(model: ResidentModel, spec: ProjectSpec) -> ResolvedProject:
     return ResolvedProject(model, spec, target)
 
 
-def resolve_preview_edit(model: ResidentModel, spec: PreviewEditSpec) -> ResolvedPreviewEdit:
+def resolve_preview_edit(
+    model: ResidentModel, spec: PreviewEditSpec, check_cancelled: CancelCheck = never_cancelled
+) -> ResolvedPreviewEdit:
     """Resolve a PreviewEdit.
 
     Raises `InvalidRequest` for an invalid prompt, target, layer or matrix.
     """
     targets = read_target(model, spec.target, "target")
-    prompt = read_prompt(model, spec.prompt, room=len(targets) - 1)
+    room = len(targets) - 1
+    prompt = read_prompt(model, spec.prompt, room, check_cancelled=check_cancelled)
     own = Watched("", tuple(token.id for token in prompt), targets[0])
-    watched = [own, *_probes(model, spec, targets[0])]
+    watched = [own, *_probes(model, spec, targets[0], check_cancelled)]
     return ResolvedPreviewEdit(model, spec, targets, watched, _edited(model, spec))
 
 
-def _probes(model: ResidentModel, spec: PreviewEditSpec, target: int) -> list[Watched]:
+def _probes(
+    model: ResidentModel, spec: PreviewEditSpec, target: int, check_cancelled: CancelCheck
+) -> list[Watched]:
     watched = []
     for i, probe in enumerate(spec.probes):
         field = f"probes[{i}]"
-        tokens = read_prompt(model, probe.prompt, field=f"{field}.input")
+        tokens = read_prompt(
+            model, probe.prompt, field=f"{field}.input", check_cancelled=check_cancelled
+        )
         token = target
         if probe.target is not None:
             token = read_target(model, probe.target, f"{field}.target")[0]
@@ -370,19 +400,24 @@ def single_ff2(model: ResidentModel, layer: int) -> Linear:
     return linear
 
 
-def resolve_find_neurons(model: ResidentModel, spec: FindNeuronsSpec) -> ResolvedFindNeurons:
+def resolve_find_neurons(
+    model: ResidentModel, spec: FindNeuronsSpec, check_cancelled: CancelCheck = never_cancelled
+) -> ResolvedFindNeurons:
     """Resolve a FindNeurons.
 
     Raises `InvalidRequest` for an invalid token or layer.
     """
+    check_cancelled()
     token = read_single_target(model, spec.token, "token")
     return ResolvedFindNeurons(model, spec, token, read_layers(model, spec.layers))
 
 
-def resolve_generate(model: ResidentModel, spec: GenerateSpec) -> ResolvedGenerate:
+def resolve_generate(
+    model: ResidentModel, spec: GenerateSpec, check_cancelled: CancelCheck = never_cancelled
+) -> ResolvedGenerate:
     """Raise `InvalidRequest` for a prompt or layers that the model cannot take."""
     started = time.perf_counter()
-    tokens = read_prompt(model, spec.prompt)
+    tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
     # The last token is not fed to the model, so it needs no position.
     room = model.view.facts.max_positions - len(tokens) + 1
     layers: tuple[int, ...] = ()

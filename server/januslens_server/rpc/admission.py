@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
-from januslens_server.errors import LimitExceeded, readable_size
+from januslens_server.errors import CancelCheck, LimitExceeded, PreparationTooLong, readable_size
 from januslens_server.pipelines.cost import Demand, Pace, demand_of
 from januslens_server.pipelines.resolve import Resolved
 from januslens_server.results import Cost
 from januslens_server.rpc.places import PREPARATION
+
+# Maximum seconds in which the texts and interventions of a request are resolved, once a thread is
+# free.
+PREPARATION_SECONDS = 30.0
 
 # Weight of one request in the running average of measured seconds relative to expected seconds.
 LEARNING_RATE = 0.1
@@ -39,6 +44,7 @@ class Limits:
 
 
 ResolvedT = TypeVar("ResolvedT", bound=Resolved)
+Resolve = Callable[[CancelCheck], ResolvedT]
 
 
 @dataclass(frozen=True)
@@ -71,22 +77,31 @@ class Admission:
         self._paces = paces
         self._corrections: dict[tuple[str, type[Resolved]], float] = defaultdict(lambda: 1.0)
 
-    async def admit(self, model: str, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
+    async def admit(
+        self, model: str, resolve: Resolve[ResolvedT], seconds: float | None
+    ) -> Estimate[ResolvedT]:
         """Resolve and estimate a request, and check the limits.
 
         Raises `InvalidRequest` as `resolve` does, and `LimitExceeded` above a limit.
         """
-        estimate = await self.estimate(model, resolve)
+        estimate = await self.estimate(model, resolve, seconds)
         for error in self.exceeded(estimate.cost):
             raise error
         return estimate
 
-    async def estimate(self, model: str, resolve: Callable[[], ResolvedT]) -> Estimate[ResolvedT]:
-        """Resolve and estimate a request, in a thread because resolving tokenizes prompts."""
-        request, demand = await PREPARATION.run(model, partial(_counted, resolve))
+    async def estimate(
+        self, model: str, resolve: Resolve[ResolvedT], seconds: float | None
+    ) -> Estimate[ResolvedT]:
+        """Resolve and estimate a request, in a thread because resolving tokenizes prompts.
+
+        `seconds` is the time until the caller's deadline. Resolving stops there, when the call is
+        cancelled, and after `PREPARATION_SECONDS`.
+        """
+        counted = partial(_counted, resolve)
+        request, demand = await PREPARATION.run_cancellable(model, counted, seconds)
         pace, correction = self._paces[request.model.name], self._corrections[_key(request)]
-        seconds = pace.seconds(demand) * correction
-        cost = Cost(seconds, demand.memory, demand.stream, demand.held, demand.generated)
+        expected = pace.seconds(demand) * correction
+        cost = Cost(expected, demand.memory, demand.stream, demand.held, demand.generated)
         return Estimate(request, demand, cost)
 
     def exceeded(self, cost: Cost) -> Iterator[LimitExceeded]:
@@ -118,8 +133,15 @@ def _within(ratio: float, factor: float) -> float:
     return min(max(ratio, 1 / factor), factor)
 
 
-def _counted(resolve: Callable[[], ResolvedT]) -> tuple[ResolvedT, Demand]:
-    request = resolve()
+def _counted(resolve: Resolve[ResolvedT], check_cancelled: CancelCheck) -> tuple[ResolvedT, Demand]:
+    longest = time.monotonic() + PREPARATION_SECONDS
+
+    def check() -> None:
+        check_cancelled()
+        if time.monotonic() > longest:
+            raise PreparationTooLong(PREPARATION_SECONDS)
+
+    request = resolve(check)
     return request, demand_of(request)
 
 

@@ -14,7 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from contextvars import ContextVar, copy_context
+from functools import partial
 from typing import NamedTuple, TypeVar
+
+from januslens_server.errors import CancelCheck
+from januslens_server.scheduling.job import Cancellation
 
 Result = TypeVar("Result")
 
@@ -161,6 +165,20 @@ class Threads:
 
         job.add_done_callback(leave)
         return await asyncio.wrap_future(job)
+
+    async def run_cancellable(
+        self, model: str, work: Callable[[CancelCheck], Result], seconds: float | None
+    ) -> Result:
+        """Run `work` with a check that raises when the call is cancelled.
+
+        It also raises after `seconds`, the time until the caller's deadline, if there is one.
+        """
+        stop = Cancellation(seconds)
+        try:
+            return await self.run(model, partial(work, stop.check))
+        except asyncio.CancelledError:
+            stop.cancel()
+            raise
 
 
 _NUMBER = max(4, os.cpu_count() or 1)

@@ -133,7 +133,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             if not (request.text or request.HasField("chat")):
                 raise InvalidRequest("text", "text is empty; send at least one character")
             tokenize = partial(_tokenized, model.vocabulary, request)
-            answer = await PREPARATION.run(model.name, tokenize)
+            left = context.time_remaining()
+            answer = await PREPARATION.run_cancellable(model.name, tokenize, left)
             call.note(model=model.name, tokens=len(answer.tokens))
             return call.answered(answer)
 
@@ -238,13 +239,14 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         async with Call("EstimateCost", context) as call:
             model, resolve = self._estimated(request)
             call.note(model=model.name)
-            estimate = await self._admission.estimate(model.name, resolve)
+            left = context.time_remaining()
+            estimate = await self._admission.estimate(model.name, resolve, left)
             exceeded = self._admission.exceeded(estimate.cost)
             return call.answered(estimate_message(estimate, exceeded))
 
     def _estimated(
         self, request: cost_pb2.EstimateCostRequest
-    ) -> tuple[ResidentModel, Callable[[], Resolved]]:
+    ) -> tuple[ResidentModel, Callable[[CancelCheck], Resolved]]:
         which = request.WhichOneof("request")
         if which == "trace":
             model, trace_spec = self._traced(request.trace)
@@ -289,7 +291,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         call: Call,
         model: ResidentModel,
         spec: SpecT,
-        resolve: Callable[[ResidentModel, SpecT], ResolvedT],
+        resolve: Callable[[ResidentModel, SpecT, CancelCheck], ResolvedT],
         pipeline: Pipeline[ResolvedT, Result],
     ) -> AsyncGenerator[Result]:
         """Resolve and admit a request, run its pipeline on the device, and yield the results."""
@@ -297,7 +299,9 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         if self._log_prompts and hasattr(spec, "prompt"):
             prompt = spec.prompt
             call.note(prompt=loggable(prompt))
-        estimate = await self._admission.admit(model.name, partial(resolve, model, spec))
+        resolving = partial(resolve, model, spec)
+        left = call.context.time_remaining()
+        estimate = await self._admission.admit(model.name, resolving, left)
         leave_places()
         request, cost = estimate.request, estimate.cost
         self._quotas.charge(current_caller(), cost.seconds, cost.generated)
@@ -318,7 +322,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
 
 
 def _tokenized(
-    vocabulary: Vocabulary, request: models_pb2.TokenizeRequest
+    vocabulary: Vocabulary, request: models_pb2.TokenizeRequest, check_cancelled: CancelCheck
 ) -> models_pb2.TokenizeResponse:
     """Tokenize a text and create the response; runs in a thread, because both may take long."""
     field = "chat" if request.HasField("chat") else "text"
@@ -326,7 +330,9 @@ def _tokenized(
         if field == "chat":
             decode.refuse_beside(request, ("text", "with_special_tokens", "literal"), field)
             chat = decode.chat(request.chat)
-            tokens = vocabulary.encode_chat(chat, at_most=MAX_TOKENIZED)
+            tokens = vocabulary.encode_chat(
+                chat, at_most=MAX_TOKENIZED, check_cancelled=check_cancelled
+            )
         else:
             as_prompt = request.with_special_tokens
             encode = vocabulary.encode_prompt if as_prompt else vocabulary.encode_continuation

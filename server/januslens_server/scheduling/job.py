@@ -17,19 +17,14 @@ ANONYMOUS = "anonymous"
 FREE = Cost()
 
 
-class QueuedRequest:
-    """The caller, cost, deadline and cancellation of one request, from admission to its end.
+class Cancellation:
+    """The deadline and the cancellation of a request, for work in other threads.
 
-    The compute thread checks it before every step. It has its own event for cancellation, because
-    gRPC's cannot be read from another thread.
+    It has its own event, because gRPC's cannot be read from another thread.
     """
 
-    def __init__(self, seconds: float | None, caller: str = ANONYMOUS, cost: Cost = FREE) -> None:
+    def __init__(self, seconds: float | None) -> None:
         """`seconds` is the time until the caller's deadline; None means no deadline."""
-        self.caller = caller
-        self.cost = cost
-        self.waited: float | None = None  # seconds from admission to the first step
-        self.spent = 0.0  # device seconds used so far
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._cancelled = threading.Event()
 
@@ -56,6 +51,21 @@ class QueuedRequest:
                 raise failure
         finally:
             del failure  # breaks the reference cycle of error, traceback and frame
+
+
+class QueuedRequest(Cancellation):
+    """The caller, cost, deadline and cancellation of one request, from admission to its end.
+
+    The compute thread checks it before every step.
+    """
+
+    def __init__(self, seconds: float | None, caller: str = ANONYMOUS, cost: Cost = FREE) -> None:
+        """`seconds` is the time until the caller's deadline; None means no deadline."""
+        super().__init__(seconds)
+        self.caller = caller
+        self.cost = cost
+        self.waited: float | None = None  # seconds from admission to the first step
+        self.spent = 0.0  # device seconds used so far
 
 
 T = TypeVar("T")
