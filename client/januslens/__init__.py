@@ -37,6 +37,7 @@ from januslens.assemblers import (
     GradientEvent,
     InterveneEvent,
     TraceEvent,
+    read_effects,
     read_gradient,
     read_trace,
 )
@@ -127,6 +128,7 @@ from januslens.results.gradient import (
     SegmentRow,
 )
 from januslens.results.graph import Edge, Node, Part
+from januslens.results.heat_map import HeatMap
 from januslens.results.intervene import (
     InterveneHeader,
     InterveneSummary,
@@ -221,6 +223,7 @@ __all__ = [
     "GradientInterrupted",
     "GradientSummary",
     "Guarantee",
+    "HeatMap",
     "InternalError",
     "InterveneEvent",
     "InterveneHeader",
@@ -319,6 +322,7 @@ __all__ = [
     "mean_over",
     "noise",
     "patch",
+    "read_effects",
     "read_gradient",
     "read_trace",
     "scale",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -148,6 +149,14 @@ def rank_cell(lines: Sequence[Child], value: int | None, vocabulary: int) -> Ele
 def norm_cell(lines: Sequence[Child], value: float, largest: float) -> Element:
     """A heat-map cell, coloured on a square-root scale from 0 to the largest norm."""
     return _coloured(lines, presentation.norm_colour(value, largest))
+
+
+def change_cell(value: float, largest: float) -> Element:
+    """A heat-map cell with a change: blue for decreases, red for increases; empty for NaN."""
+    if math.isnan(value):
+        return element("td", classes="h")
+    colour = presentation.change_colour(value, largest)
+    return _coloured([presentation.signed(value)], colour)
 
 
 def _coloured(lines: Sequence[Child], colour: presentation.Rgb) -> Element:

@@ -15,6 +15,8 @@ from januslens.results.exports import PageFrame, notebook_html
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.graph import Part
+from januslens.results.heat_map import HeatMap
+from januslens.results.intervene import InterventionEffect, InterventionEffects
 from januslens.results.kinds import MatrixKind, NodeKind, Side, Site
 from januslens.results.matrices import Component, Matrix
 from januslens.results.models import Model, Models
@@ -85,20 +87,68 @@ def activations_html(activations: Activations) -> str:
 
 @notebook_html.register
 def sweep_html(sweep: Sweep) -> str:
-    """The change of the logit by layer (rows) and column, coloured by its size."""
-    effects = sweep.logit_effects
-    largest = float(abs(effects).max())
-
-    def cell(value: float) -> Element:
-        return cells.norm_cell([presentation.signed(value)], abs(value), largest)
-
-    by_layer = list(zip(sweep.layers, effects.tolist(), strict=True))
-    rows: Iterable[list[Child]] = (
-        [str(layer), *map(cell, row)] for layer, row in reversed(by_layer)
+    """The change of the logit by layer (rows) and column."""
+    return document(
+        _heat_map(sweep.heat_map()),
+        note("blue: decrease, red: increase; to_pandas() has the probabilities"),
     )
-    made = table(sweep.heading, [">layer", *sweep.labels], rows)
+
+
+@notebook_html.register
+def heat_map_html(found: HeatMap) -> str:
+    """The figures by row and column."""
+    return document(_heat_map(found), note("blue: decrease, red: increase"))
+
+
+def _heat_map(found: HeatMap) -> Element:
+    """A table with a coloured cell for each figure."""
+    rows: Iterable[list[Child]] = (
+        [label.removeprefix("layer"), *(cells.change_cell(value, found.largest) for value in row)]
+        for label, row in found.printed_rows()
+    )
+    made = table(found.title, [f">{found.row_axis}", *found.columns], rows)
     made.set("class", "m")
-    return document(made, note("to_pandas() has the probabilities; largest() the largest changes"))
+    return made
+
+
+_MAPS = 8
+
+
+@notebook_html.register
+def effects_html(effects: InterventionEffects) -> str:
+    """The experiments that were listed, and the sweep as heat maps."""
+    parts = [heading("Effects", effects.prompt_tokens, effects.provenance)]
+    for before in effects.before:
+        found = presentation.prediction_sentence(before, effects.prompt_tokens)
+        parts.append(cells.sentence(found, [before.target]))
+    listed = [effect for effect in effects.effects if not effect.coordinates]
+    if listed:
+        rows = (row for effect in listed for row in _effect_rows(effects, effect))
+        headings = (">number", "label", "target", "before", "after", ">rank", ">logit", ">KL, nats")
+        parts.append(table("Experiments", (*headings, "prediction"), rows))
+    maps = effects.heat_maps()
+    parts += map(_heat_map, maps[:_MAPS])
+    if len(maps) > _MAPS:
+        parts.append(note(f"{len(maps) - _MAPS} more maps in heat_maps()"))
+    hint = "blue: decrease, red: increase; to_pandas() and to_xarray() have all figures"
+    return document(*parts, *cut(effects.summary is not None), note(hint))
+
+
+def _effect_rows(
+    effects: InterventionEffects, effect: InterventionEffect
+) -> Iterator[Iterable[Child]]:
+    for before, after in zip(effects.before, effect.after, strict=True):
+        yield (
+            str(effect.experiment),
+            literal(effect.label),
+            cells.tokens([after.target]),
+            cells.probability_bar(before.probability),
+            cells.probability_bar(after.probability),
+            f"{before.rank} → {after.rank}",
+            cells.signed(after.logit - before.logit),
+            presentation.measure(after.kl_nats),
+            cells.tokens([token for token, _ in after.top[:1]], [after.target]),
+        )
 
 
 @notebook_html.register

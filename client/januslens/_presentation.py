@@ -17,6 +17,7 @@ from januslens.results.kinds import NodeKind, Side
 if TYPE_CHECKING:
     from januslens.results.gradient import Gradient
     from januslens.results.graph import Node, Part
+    from januslens.results.intervene import Prediction
     from januslens.results.matrices import Matrix
     from januslens.results.models import Provenance
     from januslens.results.tokens import Token
@@ -122,6 +123,25 @@ def norm_colour(norm: float, largest: float) -> Rgb:
         # Round half up, as JavaScript does.
         math.floor(a + (b - a) * (place - below) + 0.5)
         for a, b in zip(low, high, strict=True)
+    )
+    return red, green, blue
+
+
+# From decreases to increases, and a neutral colour between them.
+_DECREASE: Rgb = (32, 92, 156)
+_NEUTRAL: Rgb = (247, 246, 243)
+_INCREASE: Rgb = (172, 62, 28)
+
+
+def change_colour(change: float, largest: float) -> Rgb:
+    """Return the background colour of a change: blue for decreases, red for increases.
+
+    The scale is that of norms, from 0 to the largest absolute change.
+    """
+    place = norm_part(abs(change), largest)
+    end = _DECREASE if change < 0 else _INCREASE
+    red, green, blue = (
+        round(low + (high - low) * place) for low, high in zip(_NEUTRAL, end, strict=True)
     )
     return red, green, blue
 
@@ -244,6 +264,18 @@ def target_sentence(trace: Trace, target: PositionTarget) -> Sentence:
         return target.target, f"{place}the model's own prediction, {figure}."
     ranked = f"{place}rank {target.target_rank}, {figure}; the model predicts "
     return target.target, ranked, target.predicted, "."
+
+
+def prediction_sentence(before: Prediction, prompt: Sequence[Token]) -> Sentence:
+    """State the target's rank and probability in the pass without interventions."""
+    place = f" after {token_at(before.position, prompt)}: "
+    figure = f"probability {probability(before.probability)}"
+    if before.logit_difference is not None:
+        figure += f", logit difference {signed(before.logit_difference)}"
+    if before.rank == 0:
+        return before.target, f"{place}the model's own prediction, {figure}."
+    end: Sentence = ("; the model predicts ", before.top[0][0], ".") if before.top else (".",)
+    return before.target, f"{place}rank {before.rank}, {figure}", *end
 
 
 def emergence_sentence(trace: Trace, target: PositionTarget) -> str:

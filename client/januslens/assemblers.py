@@ -370,6 +370,7 @@ class InterveneAssembler(
 
     def __init__(self) -> None:
         super().__init__()
+        self.responses: list[intervene_pb2.InterveneResponse] = []
         self._header: InterveneHeader | None = None
         self._effects: list[InterventionEffect] = []
         self._summary: InterveneSummary | None = None
@@ -379,7 +380,9 @@ class InterveneAssembler(
         if self._header is None:
             return None
         ordered = sorted(self._effects, key=lambda effect: effect.experiment)
-        return InterventionEffects(self._header, tuple(ordered), self._summary)
+        return InterventionEffects(
+            self._header, tuple(ordered), self._summary, tuple(self.responses)
+        )
 
     @property
     def complete(self) -> bool:
@@ -387,6 +390,7 @@ class InterveneAssembler(
         return self._summary is not None
 
     def _read(self, response: intervene_pb2.InterveneResponse) -> InterveneEvent | None:
+        self.responses.append(response)
         self.tokens.add(response.tokens)
         match response.WhichOneof("event"):
             case "header":
@@ -489,4 +493,20 @@ def read_gradient(lines: Iterable[str]) -> Gradient:
         assembler.feed(
             Parse(line, gradient_lens_pb2.GradientLensResponse(), ignore_unknown_fields=True)
         )
+    return assembler.result()
+
+
+def read_effects(lines: Iterable[str]) -> InterventionEffects:
+    """Read effects from a recorded stream, for example an open file with one message per line.
+
+    Fields that this version of the contract does not have are ignored.
+
+    Raises:
+        StreamInterrupted: The recording has no summary; `partial` has what was recorded.
+        ProtocolViolation: A message is missing.
+        google.protobuf.json_format.ParseError: A line is not a message of an Intervene.
+    """
+    assembler = InterveneAssembler()
+    for line in lines:
+        assembler.feed(Parse(line, intervene_pb2.InterveneResponse(), ignore_unknown_fields=True))
     return assembler.result()

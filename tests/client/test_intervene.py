@@ -20,6 +20,7 @@ from januslens import (
     InterventionEffects,
     InvalidRequest,
     SweepOver,
+    read_effects,
 )
 from januslens.interventions import noise, patch, zero
 
@@ -165,3 +166,67 @@ def test_invalid_experiments_are_refused(client: Client) -> None:
         client.intervene(PROMPT, experiments=["zero"])  # type: ignore[list-item]
     with pytest.raises(InvalidRequest, match="BLOCK_OUTPUT has neither heads nor neurons"):
         client.intervene(PROMPT, sweep=SweepOver(zero("BLOCK_OUTPUT"), by="head"))
+
+
+def test_heat_maps_have_the_change_of_each_experiment(by_head: InterventionEffects) -> None:
+    (found,) = by_head.heat_maps()
+    assert (found.rows, found.columns) == (
+        ("layer   1", "layer   3"),
+        ("head 0", "head 1", "head 2", "head 3"),
+    )
+    (before,) = by_head.before
+    for effect, value in zip(by_head.effects, found.values.ravel(), strict=True):
+        (after,) = effect.after
+        assert after.logit_difference is not None
+        assert before.logit_difference is not None
+        assert value == after.logit_difference - before.logit_difference
+    assert found.largest == abs(found.values).max()
+    (probabilities,) = by_head.heat_maps("probability", -1)
+    assert probabilities.values[1, 2] == by_head.effects[6].after[0].probability - (
+        before.probability
+    )
+    with pytest.raises(ValueError, match="expected one of logit, probability"):
+        by_head.heat_maps("rank")
+    with pytest.raises(ValueError, match=r"position 3 was not read; expected one of \[7\]"):
+        by_head.heat_maps(position=3)
+
+
+def test_sweeps_over_one_or_three_axes_have_maps(client: Client) -> None:
+    by_one = client.intervene(PROMPT, sweep=SweepOver(zero("MLP_OUTPUT", layers=[0, 3]), "layer"))
+    (row,) = by_one.heat_maps()
+    assert (row.rows, row.columns) == (("",), ("layer   0", "layer   3"))
+    template = zero("HEAD_RESULT", layers=[1, 3], heads=[0, 2], positions=[3, 7])
+    by_three = client.intervene(
+        PROMPT,
+        experiments=[Experiment(label="nothing")],
+        sweep=SweepOver(template, ["layer", "position", "head"]),
+    )
+    maps = by_three.heat_maps()
+    assert [found.title.split(", ")[1] for found in maps] == ["3 ␣Japan", "7 ␣of"]
+    frame = by_three.to_pandas().set_index(["layer", "position", "head"])["logit_effect"]
+    assert maps[1].values[0, 1] == frame[1, 7, 2]
+    arrays = by_three.to_xarray()
+    assert dict(arrays.sizes) == {"layer": 2, "position": 2, "head": 2, "read_position": 1}
+    found = arrays["logit_effect"].sel(layer=1, position=7, head=2).item()
+    assert found == pytest.approx(frame[1, 7, 2])
+    assert by_three._repr_html_().count("<table") == 3
+
+
+def test_effects_are_read_back_from_json_lines(by_head: InterventionEffects) -> None:
+    lines = list(by_head.to_json_lines())
+    assert len(lines) == 10
+    assert read_effects(lines) == by_head
+
+
+def test_notebooks_show_heat_maps_and_listed_experiments(
+    client: Client, by_head: InterventionEffects
+) -> None:
+    shown = by_head._repr_html_()
+    (found,) = by_head.heat_maps()
+    assert "change of the logit difference of ␣Tokyo" in shown
+    assert shown.count('class="h"') == 8
+    assert f">{found.values[1, 2]:+.2f}<" in shown
+    listed = client.intervene(PROMPT, experiments=[Experiment([zero("QUERY")], label="no <query>")])
+    assert "no &lt;query&gt;" in listed._repr_html_()
+    assert listed.heat_maps() == []
+    assert listed.to_xarray()["logit"].dims == ("experiment", "read_position")

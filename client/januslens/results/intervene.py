@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from januslens.results import exports
+from januslens.results.exports import json_lines, notebook_html
+from januslens.results.heat_map import HeatMap
 from januslens.results.models import Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import intervene_pb2, streams_pb2
 
 if TYPE_CHECKING:
     import pandas as pd
+    import xarray as xr
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +122,12 @@ class InterventionEffect:
     source_position: int | None
     after: tuple[Prediction, ...]
 
+    @property
+    def coordinates(self) -> dict[str, int]:
+        """The coordinates in the sweep, by the names of the attributes; empty if it was listed."""
+        found = ((name, getattr(self, name)) for name in _COORDINATES)
+        return {name: value for name, value in found if value is not None}
+
     @classmethod
     def from_message(
         cls, message: intervene_pb2.InterventionEffect, tokens: TokenTable
@@ -165,11 +177,13 @@ class InterventionEffects:
         header: Prompt, predictions without interventions, and provenance.
         effects: The effects by number of the experiment.
         summary: Times; None if the stream was interrupted.
+        responses: The messages that this result was read from.
     """
 
     header: InterveneHeader
     effects: tuple[InterventionEffect, ...]
     summary: InterveneSummary | None
+    responses: tuple[intervene_pb2.InterveneResponse, ...] = field(repr=False, compare=False)
 
     @property
     def prompt_tokens(self) -> tuple[Token, ...]:
@@ -186,6 +200,81 @@ class InterventionEffects:
         """The model's revision, data type, device and library versions."""
         return self.header.provenance
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes of the sweep, such as `("layer", "head")`; empty without a sweep."""
+        swept = next((effect for effect in self.effects if effect.coordinates), None)
+        return () if swept is None else tuple(swept.coordinates)
+
+    def heat_maps(self, figure: str | None = None, position: int | None = None) -> list[HeatMap]:
+        """Return the effects of the sweep by two of its axes.
+
+        The rows are the layers if the sweep has them. A sweep with more than two axes gives one map
+        for each value of the others; a sweep with one axis gives a map with one row.
+
+        Args:
+            figure: `logit`, `probability`, `logit_difference` or `kl_nats`; None = the logit
+                difference if there is another token, otherwise the logit. The values are
+                differences to the prediction without interventions.
+            position: Position where the prediction is read; None = the last one that was read.
+
+        Raises:
+            ValueError: There is no such figure, or the position was not read.
+        """
+        figure = figure or ("logit" if self.before[-1].logit_difference is None else _DIFFERENCE)
+        if figure not in _FIGURES:
+            raise ValueError(f"unknown figure {figure!r}; expected one of {', '.join(_FIGURES)}")
+        at = -1 if position is None else self._read_at(position)
+        before = self.before[at]
+        values: dict[tuple[int, ...], float] = {}
+        for effect in self.effects:
+            if found := effect.coordinates:
+                values[tuple(found.values())] = _change(before, effect.after[at], figure)
+        if not values:
+            return []
+        places = [sorted(set(places)) for places in zip(*values, strict=True)]
+        axes = self.axes if len(self.axes) > 1 else ("", *self.axes)
+        places = places if len(places) > 1 else [[-1], *places]
+        return [
+            self._heat_map(values, axes, places, fixed, f"{_FIGURES[figure]} of {before.target}")
+            for fixed in product(*places[1:-1])
+        ]
+
+    def _read_at(self, position: int) -> int:
+        read = self.header.positions
+        wanted = position if position >= 0 else position + len(self.prompt_tokens)
+        if wanted not in read:
+            raise ValueError(f"position {position} was not read; expected one of {list(read)}")
+        return read.index(wanted)
+
+    def _heat_map(
+        self,
+        values: dict[tuple[int, ...], float],
+        axes: tuple[str, ...],
+        places: list[list[int]],
+        fixed: tuple[int, ...],
+        title: str,
+    ) -> HeatMap:
+        """Return the map of the first and last axis, at the given places of the axes between."""
+        rows, columns = places[0], places[-1]
+        table = [[(row, *fixed, column) for column in columns] for row in rows]
+        found = [[values.get(_known(place, axes), np.nan) for place in row] for row in table]
+        where = (self._label(a, p) for a, p in zip(axes[1:-1], fixed, strict=True))
+        return HeatMap(
+            title=", ".join([title, *where]),
+            row_axis=axes[0],
+            rows=tuple(self._label(axes[0], row) for row in rows),
+            column_axis=axes[-1],
+            columns=tuple(self._label(axes[-1], column) for column in columns),
+            values=np.array(found),
+        )
+
+    def _label(self, axis: str, place: int) -> str:
+        """Name a coordinate: positions by number and token."""
+        if axis in ("position", "source_position"):
+            return f"{place} {self.prompt_tokens[place]}"
+        return f"{axis} {place:>3}" if axis == "layer" else f"{axis} {place}" if axis else ""
+
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with one row per experiment and position read. Requires pandas.
 
@@ -198,7 +287,29 @@ class InterventionEffects:
         present = [name for name in _COORDINATES if name in frame and name not in absent]
         return frame.drop(columns=absent).astype(dict.fromkeys(present, "Int64"))
 
-    def _rows(self) -> Iterator[dict[str, object]]:
+    def to_xarray(self) -> xr.Dataset:
+        """Return the figures as arrays with named dimensions. Requires xarray.
+
+        The dimensions are the axes of the sweep, or `experiment` without a sweep, followed by
+        `read_position`. Experiments that were listed beside a sweep are left out.
+        """
+        exports.require("xarray", "analysis", "a dataset of effects")
+        axes = list(self.axes)
+        frame = self.to_pandas()
+        if axes:
+            frame = frame[frame[axes[0]].notna()].astype(dict.fromkeys(axes, "int64"))
+        index = [*(axes or ["experiment"]), "read_position"]
+        left_out = {"label", "target", "predicted", "experiment"} - set(index)
+        made: xr.Dataset = frame.drop(columns=[*left_out]).set_index(index).to_xarray()
+        if not axes:
+            made = made.assign_coords(label=("experiment", [one.label for one in self.effects]))
+        return made
+
+    def to_json_lines(self) -> Iterable[str]:
+        """Return each message of the stream as one line of JSON; `read_effects` reads them."""
+        return json_lines(self.responses)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
         for effect in self.effects:
             place = {name: getattr(effect, name) for name in _COORDINATES}
             for before, after in zip(self.before, effect.after, strict=True):
@@ -214,6 +325,7 @@ class InterventionEffects:
                     "logit_effect": after.logit - before.logit,
                     "rank": after.rank,
                     "logit_difference": after.logit_difference,
+                    "logit_difference_effect": _change(before, after, _DIFFERENCE),
                     "kl_nats": after.kl_nats,
                     "predicted": after.top[0][0].text if after.top else None,
                 }
@@ -223,5 +335,27 @@ class InterventionEffects:
         prompt = "".join(token.text for token in self.prompt_tokens)
         return f"<InterventionEffects on {prompt!r}: {len(self.effects)} experiments>"
 
+    def _repr_html_(self) -> str:
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
+
 
 _COORDINATES = ("layer", "position", "head", "neuron", "source_position")
+_DIFFERENCE = "logit_difference"
+_FIGURES = {
+    "logit": "change of the logit",
+    "probability": "change of the probability",
+    _DIFFERENCE: "change of the logit difference",
+    "kl_nats": "KL divergence in nats",
+}
+
+
+def _change(before: Prediction, after: Prediction, figure: str) -> float:
+    """Return after minus before; NaN if the figure was not requested."""
+    first, second = getattr(before, figure), getattr(after, figure)
+    return np.nan if first is None or second is None else float(second - first)
+
+
+def _known(place: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
+    """Return the coordinates, without the row of a map that has no axis for its rows."""
+    return place if axes[0] else place[1:]

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from januslens.results import exports
 from januslens.results.exports import notebook_html
+from januslens.results.heat_map import HeatMap
 from januslens.results.tokens import Token
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_LABEL = 8  # characters of a column in print
 
 
 @dataclass(frozen=True)
@@ -94,15 +93,20 @@ class Sweep:
         )
         return frame
 
+    def heat_map(self) -> HeatMap:
+        """Return the changes of the logit with their labels."""
+        return HeatMap(
+            title=self.heading,
+            row_axis="layer",
+            rows=tuple(f"layer {layer:>3}" for layer in self.layers),
+            column_axis=self.axis,
+            columns=self.labels,
+            values=self.logit_effects,
+        )
+
     def __str__(self) -> str:
         """The changes of the logit as a table, last layer first."""
-        labels = [label[:_LABEL].rjust(_LABEL) for label in self.labels]
-        lines = [self.heading]
-        for layer, row in reversed(list(zip(self.layers, self.logit_effects, strict=True))):
-            numbers = " ".join(f"{value:+.2f}".rjust(_LABEL) for value in row)
-            lines.append(f"layer {layer:>3}  {numbers}")
-        lines.append(" " * 11 + " ".join(labels))
-        return "\n".join(lines)
+        return str(self.heat_map())
 
     @property
     def heading(self) -> str:

@@ -1,0 +1,63 @@
+"""Figures by two axes, such as the effects of a sweep by layer and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from januslens.results.exports import notebook_html
+
+_LABEL = 8  # characters of a column in print
+
+
+@dataclass(frozen=True, eq=False)
+class HeatMap:
+    """Figures by row and column, with their labels. Layers are printed from the last to the first.
+
+    Attributes:
+        title: What the figures are.
+        row_axis: What the rows are, such as `layer`.
+        rows: A label for each row.
+        column_axis: What the columns are, such as `head`.
+        columns: A label for each column.
+        values: The figures, `[rows, columns]`; NaN where there is none.
+    """
+
+    title: str
+    row_axis: str
+    rows: tuple[str, ...]
+    column_axis: str
+    columns: tuple[str, ...]
+    values: NDArray[np.float64]
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute value; 0 without any."""
+        found = np.abs(self.values[~np.isnan(self.values)])
+        return float(found.max(initial=0.0))
+
+    def printed_rows(self) -> list[tuple[str, list[float]]]:
+        """Return the rows in the order in which they are printed, each with its label."""
+        rows = list(zip(self.rows, self.values.tolist(), strict=True))
+        return rows[::-1] if self.row_axis == "layer" else rows
+
+    def __str__(self) -> str:
+        """The figures as a table."""
+        widest = max(map(len, self.rows), default=0)
+        lines = [self.title]
+        for label, row in self.printed_rows():
+            numbers = " ".join(_number(value).rjust(_LABEL) for value in row)
+            lines.append(f"{label.ljust(widest)}  {numbers}".rstrip())
+        columns = " ".join(label[:_LABEL].rjust(_LABEL) for label in self.columns)
+        lines.append(" " * (widest + 2) + columns)
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The HTML that a notebook shows."""
+        return notebook_html(self)
+
+
+def _number(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:+.2f}"
