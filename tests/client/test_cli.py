@@ -16,7 +16,16 @@ import pytest
 from click.testing import CliRunner, Result
 from safetensors.numpy import save_file
 
-from januslens import Cancelled, Client, ErrorDetails, read_gradient, read_trace
+from januslens import (
+    Cancelled,
+    Client,
+    ErrorDetails,
+    head_knockouts,
+    read_effects,
+    read_gradient,
+    read_trace,
+    zero,
+)
 from januslens.cli.gradient import gradient as gradient_command
 from januslens.cli.lookups import neurons as neurons_command
 from januslens.cli.lookups import project as project_command
@@ -428,3 +437,54 @@ def test_a_terminal_without_unicode_gets_escapes() -> None:
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert b"\\u2423" in done.stdout
+
+
+@pytest.mark.usefixtures("demo")
+def test_intervene_prints_a_heat_map_of_a_sweep(server_address: str) -> None:
+    found = run("intervene", PROMPT, "--zero", "--sweep", "layer,head", "--target", " Tokyo")
+    with Client(server_address) as client:
+        sweep = head_knockouts(client, PROMPT, " Tokyo")
+    lines = found.stdout.splitlines()
+    start = lines.index("change of the logit of ␣Tokyo")
+    printed = [[float(cell) for cell in line.split()[2:]] for line in lines[start + 3 :]]
+    assert printed == pytest.approx(sweep.logit_effects[::-1], abs=0.011)
+
+
+@pytest.mark.usefixtures("demo")
+def test_intervene_lists_experiments_with_their_labels(server_address: str) -> None:
+    found = run("intervene", PROMPT, "--zero-heads", "3.0,3.1", "--zero-neurons", "2.7")
+    with Client(server_address) as client:
+        heads = client.intervene(PROMPT, experiments=[zero(heads=[(3, 0), (3, 1)])])
+    (line,) = (line for line in found.stdout.splitlines() if "without head 3.0, 3.1" in line)
+    effect = heads.effects[0].after[0].logit - heads.before[0].logit
+    assert float(line.split()[6]) == pytest.approx(effect, abs=0.011)
+    assert "without neuron 2.7" in found.stdout
+
+
+@pytest.mark.usefixtures("demo")
+def test_intervene_prints_json_and_estimates() -> None:
+    change = ["--patch-from", PROMPT, "--corrupt", "3", "--sweep", "layer,position"]
+    lines = run("intervene", PROMPT, *change, "--json").stdout.splitlines()
+    effects = read_effects(lines)
+    assert effects.effects[0].label == "noise alone"
+    assert effects.axes == ("layer", "position")
+    restored = effects.effects[-1].after[0]  # the last position after the last layer
+    assert restored.logit == pytest.approx(effects.before[0].logit, abs=1e-3)
+    assert "would be admitted" in run("intervene", PROMPT, *change, "--estimate").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "give --zero-heads, or a change such as --zero"),
+        (["--zero", "--scale", "2"], "--zero and --scale are given; give only one of them"),
+        (["--sweep", "layer"], "--sweep has nothing to split"),
+        (["--zero", "--sweep", "lines"], "is not a list of layer, position"),
+        (["--zero-heads", "3"], "is not a list of layer.number such as 9.6,9.9"),
+        (["--hide", "2", "--site", "QUERY"], "--hide takes no --site"),
+        (["--zero", "--figure", "logit_difference"], "needs --other"),
+    ],
+)
+def test_intervene_refuses_changes_that_do_not_fit(arguments: list[str], words: str) -> None:
+    found = run("intervene", PROMPT, *arguments)
+    assert (found.exit_code, words in " ".join(found.stderr.split())) == (2, True)

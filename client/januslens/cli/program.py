@@ -9,6 +9,7 @@ import click
 
 from januslens.cli.generate import generate
 from januslens.cli.gradient import gradient
+from januslens.cli.intervene import intervene
 from januslens.cli.lookups import activations, models, neurons, project, tokenize
 from januslens.cli.options import Connection, usage_errors, with_connection
 from januslens.cli.trace import trace
@@ -105,5 +106,16 @@ def januslens() -> None:
     """Show a language model's forward and backward passes in its vocabulary."""
 
 
-for command in (trace, gradient, generate, activations, neurons, project, tokenize, models, ui):
+for command in (
+    trace,
+    gradient,
+    intervene,
+    generate,
+    activations,
+    neurons,
+    project,
+    tokenize,
+    models,
+    ui,
+):
     januslens.add_command(command)

@@ -1,0 +1,375 @@
+"""The command `januslens intervene`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import click
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from januslens import _presentation as presentation
+from januslens.arguments import Prompt
+from januslens.assemblers import InterveneEvent
+from januslens.cli.options import (
+    COUNT,
+    Number,
+    estimate_option,
+    layer_list,
+    model_option,
+    position_list,
+    prompt_argument,
+    show_estimate,
+    usage_errors,
+    with_client,
+)
+from januslens.cli.tables import (
+    Steps,
+    console,
+    heading,
+    labelled,
+    probability_cell,
+    section,
+    sentence,
+    signed_cell,
+    size_cell,
+    steps,
+    table,
+    tokens_cell,
+)
+from januslens.client import Client, EventStream
+from januslens.interventions import (
+    Experiment,
+    Intervention,
+    SweepOver,
+    knock_out_attention,
+    mean_over,
+    noise,
+    patch,
+    scale,
+    zero,
+)
+from januslens.results.heat_map import HeatMap
+from januslens.results.intervene import (
+    InterveneHeader,
+    InterventionEffect,
+    InterventionEffects,
+)
+from januslens.results.kinds import Site
+
+_UNIT = re.compile(r"(\d+)\.(\d+)")
+_AXES = ("layer", "position", "head", "neuron", "source")
+
+
+def _pairs(
+    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+) -> list[list[tuple[int, int]]]:
+    """Parse lists of layer.number: `9.6,9.9` is [(9, 6), (9, 9)]."""
+    found = []
+    for value in values:
+        matches = [_UNIT.fullmatch(piece.strip()) for piece in value.split(",")]
+        if not all(matches):
+            raise click.BadParameter(f"{value!r} is not a list of layer.number such as 9.6,9.9.")
+        found.append([(int(match[1]), int(match[2])) for match in matches if match])
+    return found
+
+
+def _axes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[str] | None:
+    """Parse the axes of a sweep, such as `layer,head`."""
+    if value is None:
+        return None
+    axes = [piece.strip().lower() for piece in value.split(",")]
+    if not set(axes) <= set(_AXES):
+        raise click.BadParameter(f"{value!r} is not a list of {', '.join(_AXES)}.")
+    return axes
+
+
+@click.command()
+@click.option(
+    "--target",
+    help="Token that is measured, for example ' Paris' with its space; default: the prediction.",
+)
+@click.option("--other", help="Token whose logit is subtracted from that of the target.")
+@click.option(
+    "--zero-heads",
+    multiple=True,
+    callback=_pairs,
+    metavar="LAYER.HEAD,...",
+    help="Experiment: zero these heads together, for example 9.6,9.9 (repeatable).",
+)
+@click.option(
+    "--zero-neurons",
+    multiple=True,
+    callback=_pairs,
+    metavar="LAYER.NEURON,...",
+    help="Experiment: zero these neurons together (repeatable).",
+)
+@click.option("--zero", "zeroed", is_flag=True, help="Zero the values at --site.")
+@click.option("--scale", "factor", type=Number(), metavar="FACTOR", help="Scale them.")
+@click.option("--patch-from", metavar="PROMPT", help="Replace them by those of this prompt.")
+@click.option(
+    "--mean-over",
+    "averaged",
+    multiple=True,
+    metavar="PROMPT",
+    help="Replace them by their mean over these prompts (repeatable).",
+)
+@click.option(
+    "--hide",
+    callback=position_list,
+    metavar="POSITIONS",
+    help="Hide these source positions, or all in turn with --sweep source, from attention.",
+)
+@click.option(
+    "--site",
+    type=click.Choice([site.name for site in Site][1:], case_sensitive=False),
+    help="Place that is changed; default: HEAD_RESULT for heads, NEURONS for neurons, otherwise "
+    "BLOCK_OUTPUT.",
+)
+@click.option("--layers", callback=layer_list, help="Layers, for example 0-3,7; default: all.")
+@click.option(
+    "--positions", callback=position_list, help="Positions, for example -1,3; default: all."
+)
+@click.option("--heads", callback=layer_list, help="Heads, for example 0-3,7; default: all.")
+@click.option("--neurons", callback=layer_list, help="Neurons, for example 0-3,7; default: all.")
+@click.option(
+    "--sweep",
+    callback=_axes,
+    metavar="AXES",
+    help="One experiment for each layer, position, head, neuron or source, for example layer,head.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Layers around each layer of the sweep that change together.",
+)
+@click.option(
+    "--corrupt",
+    callback=position_list,
+    metavar="POSITIONS",
+    help="In every experiment, first add noise to the embeddings at these positions.",
+)
+@click.option(
+    "--noise",
+    "deviation",
+    type=Number(0.0),
+    default=0.5,
+    show_default=True,
+    help="Standard deviation of the noise of --corrupt.",
+)
+@click.option("--seed", type=COUNT, default=0, show_default=True, help="Seed of the noise.")
+@click.option(
+    "--figure",
+    type=click.Choice(["logit", "probability", "logit_difference", "kl_nats"]),
+    help="Figure in the heat map; default: logit_difference with --other, otherwise logit.",
+)
+@model_option
+@estimate_option
+@with_client
+@prompt_argument
+def intervene(
+    client: Client,
+    as_json: bool,
+    /,
+    *,
+    prompt: Prompt,
+    figure: str | None,
+    estimate: bool,
+    target: str | None,
+    other: str | None,
+    model: str,
+    **change: Any,
+) -> None:
+    """Measure how changes of the forward pass on PROMPT change the prediction.
+
+    Give experiments with --zero-heads and --zero-neurons, or one change (--zero, --scale,
+    --patch-from, --mean-over or --hide) of a --site, which --sweep splits into experiments. For
+    example, head knock-outs are --zero --sweep layer,head, and activation patching is --patch-from
+    CLEAN --sweep layer,position.
+    """
+    if figure == "logit_difference" and other is None:
+        message = "--figure logit_difference needs --other"
+        raise click.UsageError(message, click.get_current_context())
+    with usage_errors():
+        asked = _experiments(**change) | {"target": target, "other": other, "model": model}
+    if estimate:
+        show_estimate(client.estimate_intervene, as_json, prompt, asked)
+        return
+    with usage_errors():
+        stream = client.stream_intervene(prompt, **asked)
+    with stream, steps("experiments") as progress:
+        found = _followed(stream, progress)
+    if not as_json:
+        show_effects(found, console(), figure)
+
+
+def _followed(
+    stream: EventStream[InterveneEvent, InterventionEffects], progress: Steps
+) -> InterventionEffects:
+    for event in stream:
+        if isinstance(event, InterveneHeader):
+            progress.of(event.experiments)
+        elif isinstance(event, InterventionEffect):
+            progress.done(f"experiment {event.experiment}")
+    return stream.result()
+
+
+def _experiments(
+    *,
+    zero_heads: list[list[tuple[int, int]]],
+    zero_neurons: list[list[tuple[int, int]]],
+    sweep: list[str] | None,
+    window: int,
+    corrupt: Any,
+    deviation: float,
+    seed: int,
+    **change: Any,
+) -> dict[str, Any]:
+    """Return the arguments `experiments`, `sweep` and `always` of `Client.intervene`."""
+    always = [] if corrupt is None else [noise(deviation, seed=seed, positions=corrupt)]
+    listed = [
+        Experiment([zero(heads=pairs, positions=change["positions"])], _named("head", pairs))
+        for pairs in zero_heads
+    ]
+    listed += [
+        Experiment([zero(neurons=pairs, positions=change["positions"])], _named("neuron", pairs))
+        for pairs in zero_neurons
+    ]
+    if always:
+        listed.append(Experiment(label="noise alone"))
+    made = _change(sweep or (), **change)
+    if made is None:
+        if sweep:
+            raise ValueError("--sweep has nothing to split; give a change such as --zero")
+        if not zero_heads and not zero_neurons:
+            raise ValueError("no experiments given; give --zero-heads, or a change such as --zero")
+        return {"experiments": listed, "always": always}
+    if not sweep:
+        return {"experiments": [*listed, Experiment([made])], "always": always}
+    return {"experiments": listed, "sweep": SweepOver(made, sweep, window), "always": always}
+
+
+def _named(unit: str, pairs: Sequence[tuple[int, int]]) -> str:
+    return f"without {unit} " + ", ".join(f"{layer}.{number}" for layer, number in pairs)
+
+
+def _change(
+    sweep: Sequence[str],
+    *,
+    zeroed: bool,
+    factor: float | None,
+    patch_from: str | None,
+    averaged: tuple[str, ...],
+    hide: Any,
+    site: str | None,
+    **place: Any,
+) -> Intervention | None:
+    """Return the change that the options describe; None without one."""
+    given = {
+        "--zero": zeroed,
+        "--scale": factor is not None,
+        "--patch-from": patch_from is not None,
+        "--mean-over": bool(averaged),
+        "--hide": hide is not None,
+    }
+    names = [name for name, is_given in given.items() if is_given]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} are given; give only one of them")
+    if hide is not None:
+        if site is not None or place.pop("neurons") is not None:
+            raise ValueError("--hide takes no --site and no --neurons; it changes attention")
+        return knock_out_attention(sources=hide, **place)
+    at = site or _default_site(sweep, place["heads"], place["neurons"])
+    if patch_from is not None:
+        return patch(at, source=patch_from, **place)
+    if averaged:
+        return mean_over(averaged, at, **place)
+    if factor is not None:
+        return scale(factor, at, **place)
+    return zero(at, **place) if zeroed else None
+
+
+def _default_site(sweep: Sequence[str], heads: object, neurons: object) -> Site:
+    if heads is not None or "head" in sweep:
+        return Site.HEAD_RESULT
+    return Site.NEURONS if neurons is not None or "neuron" in sweep else Site.BLOCK_OUTPUT
+
+
+_MAPS = 8
+
+
+def show_effects(found: InterventionEffects, out: Console, figure: str | None = None) -> None:
+    """Print the prediction without interventions, the listed experiments and the heat maps."""
+    out.print(heading(found.prompt_tokens, found.provenance))
+    lines = labelled()
+    for before in found.before:
+        parts = presentation.prediction_sentence(before, found.prompt_tokens)
+        lines.add_row("target", sentence(parts, [before.target]))
+    out.print(lines)
+    if any(not effect.coordinates for effect in found.effects):
+        out.print(section("Experiments", _listed(found), "logit: its change; KL: in nats"))
+    maps = found.heat_maps(figure)
+    for one in maps[:_MAPS]:
+        out.print(_heat_map(one, out.width))
+    if len(maps) > _MAPS:
+        out.print(Text(f"\n{len(maps) - _MAPS} more maps; --json prints all effects", "dim"))
+
+
+def _listed(found: InterventionEffects) -> Table:
+    difference = found.before[0].logit_difference is not None
+    grid = table("experiment", ">probability", ">rank", ">difference" if difference else ">logit")
+    grid.add_column("KL", justify="right")
+    grid.add_column("prediction")
+    for effect in found.effects:
+        if effect.coordinates:
+            continue
+        for before, after in zip(found.before, effect.after, strict=True):
+            change = after.logit - before.logit
+            if after.logit_difference is not None and before.logit_difference is not None:
+                change = after.logit_difference - before.logit_difference
+            grid.add_row(
+                Text(effect.label or f"experiment {effect.experiment}"),
+                probability_cell(after.probability),
+                Text(str(after.rank)),
+                signed_cell(change),
+                size_cell(after.kl_nats),
+                tokens_cell([token for token, _ in after.top[:1]], [after.target]),
+            )
+    return grid
+
+
+_WIDEST = 11  # of a column
+
+
+def _heat_map(found: HeatMap, width: int) -> Group:
+    """Print a heat map in as many tables as the width of the terminal needs."""
+    labels = [label[:_WIDEST] for label in found.columns]
+    column = max((len(label) for label in labels), default=0)
+    column = max(column, 6) + 1
+    margin = max((len(label) for label in found.rows), default=0) + 1
+    at_once = max(1, (width - margin) // column)
+    parts: list[Table] = []
+    for start in range(0, len(labels), at_once):
+        shown = slice(start, start + at_once)
+        grid = table("", *(f">{label}" for label in labels[shown]))
+        for label, row in found.printed_rows():
+            grid.add_row(Text(label), *(_cell(value, found.largest) for value in row[shown]))
+        parts.append(grid)
+    return Group(*(section("" if i else found.title, grid) for i, grid in enumerate(parts)))
+
+
+def _cell(value: float, largest: float) -> Text:
+    """A change on its colour, which terminals without colours leave out."""
+    if math.isnan(value):  # no experiment
+        return Text("")
+    colour = presentation.change_colour(value, largest)
+    ink = presentation.ink_on(colour)
+    return Text(
+        presentation.signed(value), f"#{bytes(ink).hex()} on #{bytes(colour).hex()}", no_wrap=True
+    )
