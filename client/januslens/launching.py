@@ -101,6 +101,7 @@ def launch(
     except BaseException:
         server.stop()
         raise
+    server.log.pass_on()
     report(f"ready on {address} after {time.monotonic() - started:.0f} s")
     return client
 
@@ -173,28 +174,28 @@ class _LocalServer:
             errors="replace",
             start_new_session=True,
         )
-        self._log = _Log()
+        self.log = _Log()
         if self._process.stderr is not None:
             reader = threading.Thread(
-                target=self._log.read, args=(self._process.stderr,), daemon=True
+                target=self.log.read, args=(self._process.stderr,), daemon=True
             )
             reader.start()
 
     def wait_for_address(self, deadline: float) -> str:
         """Return the address once the server has logged it."""
-        while not self._log.changed.wait(_POLL_SECONDS):
+        while not self.log.changed.wait(_POLL_SECONDS):
             self.check_running()
             if time.monotonic() > deadline:
-                raise LaunchError(f"the server did not start in time; its log:\n{self._log.text}")
+                raise LaunchError(f"the server did not start in time; its log:\n{self.log.text}")
         self.check_running()
-        return self._log.address
+        return self.log.address
 
     def check_running(self) -> None:
         """Raise `LaunchError` with the end of the log if the process has ended."""
         status = self._process.poll()
         if status is not None:
-            self._log.ended.wait(_STOP_SECONDS)
-            raise LaunchError(f"the server ended with status {status}:\n{self._log.text}")
+            self.log.ended.wait(_STOP_SECONDS)
+            raise LaunchError(f"the server ended with status {status}:\n{self.log.text}")
 
     def stop(self) -> None:
         """Stop the process, at first politely."""
@@ -215,14 +216,16 @@ class _Log:
         self.address = ""
         self.changed = threading.Event()
         self.ended = threading.Event()
+        self._lock = threading.Lock()
         self._lines: deque[str] = deque(maxlen=_QUOTED_LINES)
+        self._warnings: list[tuple[int, str]] | None = []  # until they are passed on
 
     @property
     def text(self) -> str:
         return "\n".join(self._lines)
 
     def read(self, stream: IO[str]) -> None:
-        """Read the log until it ends; pass warnings and errors on to `logging`."""
+        """Read the log until it ends."""
         with stream:
             for line in stream:
                 self._take(line.rstrip("\n"))
@@ -242,4 +245,18 @@ class _Log:
             self.changed.set()
         level = logging.getLevelName(str(entry.get("level", "info")).upper())
         if isinstance(level, int) and level >= logging.WARNING:
+            with self._lock:
+                if self._warnings is not None:
+                    self._warnings.append((level, message))
+                    return
+            logger.log(level, "%s", message)
+
+    def pass_on(self) -> None:
+        """Pass warnings and errors on to `logging`, the earlier ones now.
+
+        They are held until the launch succeeds, because an error of the launch quotes them.
+        """
+        with self._lock:
+            held, self._warnings = self._warnings or [], None
+        for level, message in held:
             logger.log(level, "%s", message)

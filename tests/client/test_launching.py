@@ -1,4 +1,4 @@
-"""`januslens.launch`: a server of one's own, which ends with the process that started it."""
+"""`januslens.launch`, a server that ends with the process that started it, and `doctor`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import januslens
+from januslens.cli.program import januslens as program
 
 PROMPT = "The capital of Japan is the city of"
 
@@ -83,3 +86,28 @@ def is_closed(address: str) -> bool:
     except ConnectionRefusedError:
         return True
     return False
+
+
+def test_doctor_shows_libraries_devices_and_models() -> None:
+    done = CliRunner().invoke(program, ["doctor", "demo=/no/such/folder"])
+    assert done.exit_code == 1
+    lines = done.output.splitlines()
+    assert lines[0].startswith(f"januslens {metadata.version('januslens')}, Python 3.")
+    assert "  extra server: installed" in lines
+    assert any(line.startswith("  cpu: ") for line in lines)
+    assert lines[-1].startswith("model not loaded: demo: /no/such/folder: ")
+
+
+def test_doctor_names_missing_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = metadata.version
+
+    def version(name: str) -> str:
+        if name == "torch":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    done = CliRunner().invoke(program, ["doctor", "some-model"])
+    assert done.exit_code == 1
+    assert "  extra server: missing torch; pip install 'januslens[server]'" in done.output
+    assert done.output.endswith("models are not checked: the extra server is not installed\n")

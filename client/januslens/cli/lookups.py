@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,14 @@ def models(client: Client, as_json: bool) -> None:
     if as_json:
         return
     out = console()
-    out.print(_models_table(found))
+    out.print(models_table(found))
     for model in found:
         if model.state_reason:
             out.print(f"{model.name}: {model.state_reason}")
 
 
-def _models_table(models: list[Model]) -> Table:
+def models_table(models: Sequence[Model]) -> Table:
+    """Return one row per model: state, sizes and self-checks."""
     grid = table("name", "state", "architecture", "weights", "revision", ">layers", ">heads")
     for column in ("width", "neurons", "tokens", "context"):
         grid.add_column(column, justify="right")

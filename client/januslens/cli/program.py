@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
+from januslens.cli.doctor import doctor
 from januslens.cli.generate import generate
 from januslens.cli.gradient import gradient
 from januslens.cli.intervene import intervene
@@ -117,5 +118,6 @@ for command in (
     tokenize,
     models,
     ui,
+    doctor,
 ):
     januslens.add_command(command)
