@@ -136,7 +136,7 @@ from januslens.results.intervene import (
     InterventionEffects,
     Prediction,
 )
-from januslens.results.kinds import EdgeKind, End, Lens, MatrixKind, NodeKind, Side, Site
+from januslens.results.kinds import Criterion, EdgeKind, End, Lens, MatrixKind, NodeKind, Side, Site
 from januslens.results.matrices import (
     Component,
     Entry,
@@ -190,6 +190,7 @@ __all__ = [
     "Client",
     "Component",
     "CostEstimate",
+    "Criterion",
     "DeadlineExceeded",
     "DescentStep",
     "DeviceLost",

@@ -51,7 +51,17 @@ from januslens.interventions import (
     intervention_messages,
     sweep_message,
 )
-from januslens.results.kinds import LENSES, NODE_KINDS, SITES, Lens, MatrixKind, NodeKind, Site
+from januslens.results.kinds import (
+    CRITERIA,
+    LENSES,
+    NODE_KINDS,
+    SITES,
+    Criterion,
+    Lens,
+    MatrixKind,
+    NodeKind,
+    Site,
+)
 from januslens.results.trace import Trace
 from januslens.results.vectors import Tensor, tensor_message
 from januslens.v1 import (
@@ -89,6 +99,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
     checks: bool = False,
     projections: bool | None = None,
     interventions: Iterable[Intervention] = (),
+    select_by: Criterion | str | None = None,
     other: TargetLike | None = None,
     attribution: bool = False,
     gradients: bool = False,
@@ -105,13 +116,13 @@ def trace_request(  # noqa: PLR0913 - by keyword
             `Chat`.
         layers: Layers to send, from 0 or negative from the last; None = all.
         positions: Query positions, negative from the end, or `"all"`; None = the last one.
-        heads: Maximum heads per layer, largest norm first; None = the server's default, 0 = all.
-        memory_values: Maximum source positions per head, largest attention first; None = the
+        heads: Maximum heads per layer, largest score first; None = the server's default, 0 = all.
+        memory_values: Maximum source positions per head, largest score first; None = the
             server's default, 0 = all.
-        top_neurons: Maximum neurons per MLP, largest activation times norm first; None = the
-            server's default, 0 = all.
-        bottom_neurons: Maximum neurons per MLP, most negative first; None = the server's default, 0
-            = none.
+        top_neurons: Maximum neurons per MLP, largest score first; None = the server's default, 0 =
+            all.
+        bottom_neurons: Maximum neurons per MLP, smallest score first; None = the server's default,
+            0 = none.
         top_k: Most likely tokens per projection; None = the server's default, 0 = none.
         bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
         lens: `FINAL_NORM`, `NORMALIZED` (scale each vector to length 1 first) or `RAW`.
@@ -123,6 +134,9 @@ def trace_request(  # noqa: PLR0913 - by keyword
         projections: Project the nodes to the vocabulary, which takes most of the time of a trace;
             None = yes, unless `top_k` and `bottom_k` are 0.
         interventions: Changes of the forward pass, made by `januslens.interventions`.
+        select_by: Score by which heads, sources and neurons are selected: `VISIT` (norm, attention,
+            and activation times norm), `CONTRIBUTION` to the target's logit, or `ATTRIBUTION`; None
+            = the server's default, `VISIT`.
         other: A second token: logit contributions and attributions are those of the difference
             between the target's logit and this token's logit.
         attribution: Send each part's first-order effect on the target's logit at the last position
@@ -140,7 +154,7 @@ def trace_request(  # noqa: PLR0913 - by keyword
         layers=layer_numbers(layers),
         positions=numbers,
         all_positions=all_positions,
-        selection=_selection(heads, memory_values, top_neurons, bottom_neurons),
+        selection=_selection(heads, memory_values, top_neurons, bottom_neurons, select_by),
         top_k=optional_count(top_k, "top_k"),
         bottom_k=optional_count(bottom_k, "bottom_k"),
         lens=LENSES.number(Lens.of(lens)),
@@ -162,12 +176,14 @@ def _selection(
     memory_values: int | None,
     top_neurons: int | None,
     bottom_neurons: int | None,
+    by: Criterion | str | None,
 ) -> trace_pb2.Selection:
     return trace_pb2.Selection(
         heads=optional_count(heads, "heads"),
         memory_values_per_head=optional_count(memory_values, "memory_values"),
         top_neurons=optional_count(top_neurons, "top_neurons"),
         bottom_neurons=optional_count(bottom_neurons, "bottom_neurons"),
+        by=CRITERIA.number(Criterion.UNSPECIFIED if by is None else Criterion.of(by)),
     )
 
 

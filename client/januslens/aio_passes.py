@@ -33,7 +33,9 @@ from januslens.interventions import (
 )
 from januslens.results.activations import Activations
 from januslens.results.intervene import InterventionEffects
-from januslens.results.kinds import Site
+from januslens.results.kinds import (
+    Site,
+)
 from januslens.results.models import CostEstimate
 from januslens.v1 import (
     cost_pb2,

@@ -23,7 +23,12 @@ from januslens.interventions import (
     Intervention,
 )
 from januslens.results.gradient import Gradient
-from januslens.results.kinds import Lens, MatrixKind, NodeKind
+from januslens.results.kinds import (
+    Criterion,
+    Lens,
+    MatrixKind,
+    NodeKind,
+)
 from januslens.results.models import CostEstimate
 from januslens.results.trace import Trace
 from januslens.v1 import (
@@ -56,6 +61,7 @@ class Lenses(Calls):
         checks: bool = False,
         projections: bool | None = None,
         interventions: Iterable[Intervention] = (),
+        select_by: Criterion | str | None = None,
         other: TargetLike | None = None,
         attribution: bool = False,
         gradients: bool = False,
@@ -74,13 +80,13 @@ class Lenses(Calls):
                 `Chat`.
             layers: Layers to send, from 0 or negative from the last; None = all.
             positions: Query positions, negative from the end, or `"all"`; None = the last one.
-            heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
+            heads: Maximum heads per layer, largest score first; None = the server's default, 0 =
                 all.
-            memory_values: Maximum source positions per head, largest attention first; None = the
+            memory_values: Maximum source positions per head, largest score first; None = the
                 server's default, 0 = all.
-            top_neurons: Maximum neurons per MLP, largest activation times norm first; None = the
-                server's default, 0 = all.
-            bottom_neurons: Maximum neurons per MLP, most negative first; None = the server's
+            top_neurons: Maximum neurons per MLP, largest score first; None = the server's default,
+                0 = all.
+            bottom_neurons: Maximum neurons per MLP, smallest score first; None = the server's
                 default, 0 = none.
             top_k: Most likely tokens per projection; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
@@ -93,6 +99,9 @@ class Lenses(Calls):
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
+            select_by: Score by which heads, sources and neurons are selected: `VISIT` (norm,
+                attention, and activation times norm), `CONTRIBUTION` to the target's logit, or
+                `ATTRIBUTION`; None = the server's default, `VISIT`.
             other: A second token: logit contributions and attributions are those of the difference
                 between the target's logit and this token's logit.
             attribution: Send each part's first-order effect on the target's logit at the last
@@ -129,6 +138,7 @@ class Lenses(Calls):
             checks=checks,
             projections=projections,
             interventions=interventions,
+            select_by=select_by,
             other=other,
             attribution=attribution,
             gradients=gradients,
@@ -161,6 +171,7 @@ class Lenses(Calls):
         checks: bool = False,
         projections: bool | None = None,
         interventions: Iterable[Intervention] = (),
+        select_by: Criterion | str | None = None,
         other: TargetLike | None = None,
         attribution: bool = False,
         gradients: bool = False,
@@ -179,13 +190,13 @@ class Lenses(Calls):
                 `Chat`.
             layers: Layers to send, from 0 or negative from the last; None = all.
             positions: Query positions, negative from the end, or `"all"`; None = the last one.
-            heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
+            heads: Maximum heads per layer, largest score first; None = the server's default, 0 =
                 all.
-            memory_values: Maximum source positions per head, largest attention first; None = the
+            memory_values: Maximum source positions per head, largest score first; None = the
                 server's default, 0 = all.
-            top_neurons: Maximum neurons per MLP, largest activation times norm first; None = the
-                server's default, 0 = all.
-            bottom_neurons: Maximum neurons per MLP, most negative first; None = the server's
+            top_neurons: Maximum neurons per MLP, largest score first; None = the server's default,
+                0 = all.
+            bottom_neurons: Maximum neurons per MLP, smallest score first; None = the server's
                 default, 0 = none.
             top_k: Most likely tokens per projection; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
@@ -198,6 +209,9 @@ class Lenses(Calls):
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
+            select_by: Score by which heads, sources and neurons are selected: `VISIT` (norm,
+                attention, and activation times norm), `CONTRIBUTION` to the target's logit, or
+                `ATTRIBUTION`; None = the server's default, `VISIT`.
             other: A second token: logit contributions and attributions are those of the difference
                 between the target's logit and this token's logit.
             attribution: Send each part's first-order effect on the target's logit at the last
@@ -236,6 +250,7 @@ class Lenses(Calls):
             checks=checks,
             projections=projections,
             interventions=interventions,
+            select_by=select_by,
             other=other,
             attribution=attribution,
             gradients=gradients,
@@ -266,6 +281,7 @@ class Lenses(Calls):
         checks: bool = False,
         projections: bool | None = None,
         interventions: Iterable[Intervention] = (),
+        select_by: Criterion | str | None = None,
         other: TargetLike | None = None,
         attribution: bool = False,
         gradients: bool = False,
@@ -284,13 +300,13 @@ class Lenses(Calls):
                 `Chat`.
             layers: Layers to send, from 0 or negative from the last; None = all.
             positions: Query positions, negative from the end, or `"all"`; None = the last one.
-            heads: Maximum heads per layer, largest norm first; None = the server's default, 0 =
+            heads: Maximum heads per layer, largest score first; None = the server's default, 0 =
                 all.
-            memory_values: Maximum source positions per head, largest attention first; None = the
+            memory_values: Maximum source positions per head, largest score first; None = the
                 server's default, 0 = all.
-            top_neurons: Maximum neurons per MLP, largest activation times norm first; None = the
-                server's default, 0 = all.
-            bottom_neurons: Maximum neurons per MLP, most negative first; None = the server's
+            top_neurons: Maximum neurons per MLP, largest score first; None = the server's default,
+                0 = all.
+            bottom_neurons: Maximum neurons per MLP, smallest score first; None = the server's
                 default, 0 = none.
             top_k: Most likely tokens per projection; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
@@ -303,6 +319,9 @@ class Lenses(Calls):
             projections: Project the nodes to the vocabulary, which takes most of the time of a
                 trace; None = yes, unless `top_k` and `bottom_k` are 0.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
+            select_by: Score by which heads, sources and neurons are selected: `VISIT` (norm,
+                attention, and activation times norm), `CONTRIBUTION` to the target's logit, or
+                `ATTRIBUTION`; None = the server's default, `VISIT`.
             other: A second token: logit contributions and attributions are those of the difference
                 between the target's logit and this token's logit.
             attribution: Send each part's first-order effect on the target's logit at the last
@@ -338,6 +357,7 @@ class Lenses(Calls):
             checks=checks,
             projections=projections,
             interventions=interventions,
+            select_by=select_by,
             other=other,
             attribution=attribution,
             gradients=gradients,

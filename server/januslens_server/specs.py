@@ -54,14 +54,26 @@ class LensSpec:
     kind: LensKind = LensKind.FINAL_NORM
 
 
+class Criterion(IntEnum):
+    """Scores by which parts are selected; numbers as in `trace.proto`."""
+
+    VISIT = 1
+    CONTRIBUTION = 2
+    ATTRIBUTION = 3
+
+
 @dataclass(frozen=True)
 class Selection:
-    """How many parts of each sum become nodes; 0 means all, but none for `bottom_neurons`."""
+    """How many parts of each sum become nodes, and by which score.
+
+    0 means all, but none for `bottom_neurons`.
+    """
 
     heads: int = 10
     memory_values_per_head: int = 2
     top_neurons: int = 18
     bottom_neurons: int = 7
+    by: Criterion = Criterion.VISIT
 
 
 @dataclass(frozen=True)
@@ -131,9 +143,19 @@ class TraceSpec:
     include_gradients: bool = False
 
     @property
+    def contributes(self) -> bool:
+        """Whether parts have logit contributions."""
+        return self.include_logit_contribution or self.selection.by is Criterion.CONTRIBUTION
+
+    @property
+    def attributes(self) -> bool:
+        """Whether parts have attributions."""
+        return self.include_attribution or self.selection.by is Criterion.ATTRIBUTION
+
+    @property
     def differentiates(self) -> bool:
         """Whether the trace needs a backward pass."""
-        return self.include_attribution or self.include_gradients
+        return self.attributes or self.include_gradients
 
     @property
     def keeps_vectors(self) -> bool:

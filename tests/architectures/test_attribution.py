@@ -13,6 +13,7 @@ from torch import Tensor
 from januslens_server.errors import InvalidRequest
 from januslens_server.results import EdgeKind
 from januslens_server.specs import (
+    Criterion,
     InterventionSpec,
     LensKind,
     LensSpec,
@@ -82,7 +83,7 @@ def added(vector: Tensor, values: Tensor, step: float) -> Tensor:
     return values + step * vector
 
 
-def close(expected: float) -> Any:
+def close(expected: float | list[float]) -> Any:
     return pytest.approx(expected, rel=RELATIVE, abs=ABSOLUTE)
 
 
@@ -126,8 +127,9 @@ def test_attribution_is_the_derivative_when_one_part_is_scaled(case: Case) -> No
 
 
 CASE = {case.family: case for case in HOOKED}
+SOME = ("gpt2-plain", "gemma2-multi-head, biased", "gpt_neox-parallel", "mixtral-window")
 some_families = pytest.mark.parametrize(
-    "case", [CASE[name] for name in ("gpt2", "gemma2", "gpt_neox", "mixtral")], ids=str
+    "case", [case for case in HOOKED if case.id in SOME], ids=lambda case: case.id
 )
 
 
@@ -219,6 +221,77 @@ def test_states_above_a_replaced_layer_keep_their_gradients() -> None:
         return float(last[TARGET] - last[OTHER])
 
     assert above == pytest.approx((result(1 + STEP) - result(1 - STEP)) / (2 * STEP), abs=1e-4)
+
+
+@some_families
+def test_parts_are_selected_by_their_direct_contribution(case: Case) -> None:
+    """Contributions of all neurons and heads, from a plain model's hooks and final norm."""
+    by = Selection(2, 1, 4, 3, by=Criterion.CONTRIBUTION)
+    found = traced(case, selection=by, include_attribution=False)
+    everything = traced(case, include_attribution=False, include_logit_contribution=True)
+    assert found.header.selected_by == Criterion.CONTRIBUTION
+    hooked = HookedModel(plain(case))
+    values = hooked.run(case.prompt)
+    last = len(hooked.blocks) - 1
+    for position in PLACES:
+        for layer in range(last + 1):
+            at = f"L{layer}/p{position}"
+            scores = {
+                edge.source: edge.logit_contribution or 0.0
+                for edge in everything.edges.values()
+                if edge.source.startswith(f"{at}/MLP_VALUE/")
+            }
+            if case.family == "gpt2":  # independent of the server's own contributions
+                rows = values["NEURONS", layer][position, :, None] * ff2(hooked, layer)
+                own = direct_effects(hooked, values["BLOCK_OUTPUT", last][position], rows)
+                assert [scores[f"{at}/MLP_VALUE/n{i}"] for i in range(len(own))] == close(own)
+            ranked = sorted(scores, key=lambda name: -scores[name])
+            picked = [name for name in found.nodes if name.startswith(f"{at}/MLP_VALUE/")]
+            assert set(picked) == {*ranked[:4], *ranked[-3:]}
+            assert_largest(found, everything, f"{at}/HEAD_OUTPUT/", 2)
+            for head in (name for name in found.nodes if name.startswith(f"{at}/HEAD_OUTPUT/")):
+                number = head.rsplit("/", 1)[-1]
+                assert_largest(found, everything, f"{at}/MEMORY_VALUE/{number}/", 1)
+
+
+def direct_effects(hooked: HookedModel, residual: Tensor, vectors: Tensor) -> list[float]:
+    """The logit difference along vectors `[n, d]`, with the scale of the final LayerNorm fixed."""
+    norm = hooked.network.get_submodule(hooked.family.final_norm)
+    scale = residual.var(unbiased=False).add(norm.eps).sqrt()
+    unembedding = hooked.network.get_output_embeddings().weight.detach()
+    centred = vectors - vectors.mean(-1, keepdim=True)
+    normed = centred / scale * norm.weight.detach()
+    products: list[float] = (normed @ (unembedding[TARGET] - unembedding[OTHER])).tolist()
+    return products
+
+
+def ff2(hooked: HookedModel, layer: int) -> Tensor:
+    weight: Tensor = hooked.blocks[layer].mlp.c_proj.weight.detach()
+    return weight
+
+
+def assert_largest(found: Traced, everything: Traced, prefix: str, count: int) -> None:
+    scores = {
+        edge.source: edge.logit_contribution or 0.0
+        for edge in everything.edges.values()
+        if edge.source.startswith(prefix) and edge.kind is EdgeKind.PART
+    }
+    ranked = sorted(scores, key=lambda name: -scores[name])
+    assert {name for name in found.nodes if name.startswith(prefix)} == set(ranked[:count])
+
+
+def test_parts_are_selected_by_attribution() -> None:
+    case = CASE["gemma2"]
+    everything = attributions(traced(case))
+    found = traced(
+        case, selection=Selection(1, 1, 3, 0, by=Criterion.ATTRIBUTION), include_attribution=False
+    )
+    scores = {source: value for (source, _), value in everything.items() if "/MLP_VALUE/" in source}
+    for layer in (0, 1):
+        at = f"L{layer}/p8/MLP_VALUE/"
+        ranked = sorted((name for name in scores if name.startswith(at)), key=lambda n: -scores[n])
+        assert {name for name in found.nodes if name.startswith(at)} == set(ranked[:3])
+    assert attributions(found)
 
 
 @some_families

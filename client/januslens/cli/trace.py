@@ -78,9 +78,18 @@ from januslens.results.trace import LayerGraph, PositionTarget, Trace, TraceHead
 @click.option(
     "--top-neurons",
     type=COUNT,
-    help="Most positive neurons per layer; 0 = all; default: 18.",
+    help="Neurons per layer with the largest score; 0 = all; default: 18.",
 )
-@click.option("--bottom-neurons", type=COUNT, help="Most negative neurons per layer; default: 7.")
+@click.option(
+    "--bottom-neurons", type=COUNT, help="Neurons per layer with the smallest score; default: 7."
+)
+@click.option(
+    "--select-by",
+    type=click.Choice(["visit", "contribution", "attribution"]),
+    default="contribution",
+    show_default=True,
+    help="Score by which heads, sources and neurons are selected.",
+)
 @click.option("--top-k", type=COUNT, help="Most likely tokens per vector; default: 5.")
 @click.option("--bottom-k", type=COUNT, help="Least likely tokens per vector; default: 5.")
 @lens_option

@@ -102,6 +102,15 @@ class Lens(Kind):
     RAW = "RAW"
 
 
+class Criterion(Kind):
+    """Scores by which heads, sources and neurons are selected; docs/semantics.md defines them."""
+
+    UNSPECIFIED = "UNSPECIFIED"
+    VISIT = "VISIT"
+    CONTRIBUTION = "CONTRIBUTION"
+    ATTRIBUTION = "ATTRIBUTION"
+
+
 class Site(Kind):
     """Places in the forward pass whose tensors are read; docs/semantics.md defines each."""
 
@@ -163,6 +172,7 @@ class Numbering(Generic[KindT, NumberT]):
 NODE_KINDS = Numbering(NodeKind, trace_pb2.NodeKind.items(), "NODE_KIND_")
 EDGE_KINDS = Numbering(EdgeKind, trace_pb2.EdgeKind.items(), "EDGE_KIND_")
 MATRIX_KINDS = Numbering(MatrixKind, gradient_lens_pb2.MatrixKind.items(), "MATRIX_KIND_")
+CRITERIA = Numbering(Criterion, trace_pb2.SelectionCriterion.items(), "SELECTION_CRITERION_")
 LENSES = Numbering(Lens, lens_pb2.Lens.items(), "LENS_")
 SITES = Numbering(Site, sites_pb2.Site.items(), "SITE_")
 SIDES = Numbering(Side, gradient_lens_pb2.Side.items(), "SIDE_")

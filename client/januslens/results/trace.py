@@ -11,7 +11,7 @@ from typing import Literal
 from januslens.results.comparison import TraceComparison, compare_traces
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part
-from januslens.results.kinds import EdgeKind, NodeKind
+from januslens.results.kinds import CRITERIA, Criterion, EdgeKind, NodeKind
 from januslens.results.lazy import LazySequence
 from januslens.results.models import Guarantee, ModelSizes, Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
@@ -73,6 +73,7 @@ class TraceHeader:
         layers: The layers that the stream sends, ascending.
         targets: The target of each traced position.
         other: The second token of a logit difference, if requested.
+        selected_by: The score by which heads, sources and neurons were selected.
     """
 
     request_id: str
@@ -82,6 +83,7 @@ class TraceHeader:
     layers: tuple[int, ...]
     targets: tuple[PositionTarget, ...]
     other: Token | None = None
+    selected_by: Criterion = Criterion.UNSPECIFIED
 
     @classmethod
     def from_message(cls, message: trace_pb2.TraceHeader, tokens: TokenTable) -> TraceHeader:
@@ -94,6 +96,7 @@ class TraceHeader:
             layers=tuple(message.layers),
             targets=tuple(PositionTarget.from_message(t, tokens) for t in message.targets),
             other=tokens[message.other_token_id] if message.HasField("other_token_id") else None,
+            selected_by=CRITERIA.member(message.selected_by),
         )
 
 

@@ -22,6 +22,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _SelectionCriterion:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SelectionCriterionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SelectionCriterion.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SELECTION_CRITERION_UNSPECIFIED: _SelectionCriterion.ValueType  # 0
+    """SELECTION_CRITERION_VISIT."""
+    SELECTION_CRITERION_VISIT: _SelectionCriterion.ValueType  # 1
+    """VISIT's: the norm of a head's slice of the concatenation, the attention probability of a source,
+    and the activation of a neuron times the norm of its row.
+    """
+    SELECTION_CRITERION_CONTRIBUTION: _SelectionCriterion.ValueType  # 2
+    """The part's contribution to the target's logit. Implies `include_logit_contribution`."""
+    SELECTION_CRITERION_ATTRIBUTION: _SelectionCriterion.ValueType  # 3
+    """The part's attribution. Implies `include_attribution`."""
+
+class SelectionCriterion(_SelectionCriterion, metaclass=_SelectionCriterionEnumTypeWrapper):
+    """The score by which parts are selected. Scores are signed."""
+
+SELECTION_CRITERION_UNSPECIFIED: SelectionCriterion.ValueType  # 0
+"""SELECTION_CRITERION_VISIT."""
+SELECTION_CRITERION_VISIT: SelectionCriterion.ValueType  # 1
+"""VISIT's: the norm of a head's slice of the concatenation, the attention probability of a source,
+and the activation of a neuron times the norm of its row.
+"""
+SELECTION_CRITERION_CONTRIBUTION: SelectionCriterion.ValueType  # 2
+"""The part's contribution to the target's logit. Implies `include_logit_contribution`."""
+SELECTION_CRITERION_ATTRIBUTION: SelectionCriterion.ValueType  # 3
+"""The part's attribution. Implies `include_attribution`."""
+Global___SelectionCriterion: _TypeAlias = SelectionCriterion  # noqa: Y015
+
 class _NodeKind:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -402,7 +434,7 @@ Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
 
 @_typing.final
 class Selection(_message.Message):
-    """VISIT's selection: how many parts of each sum become nodes. 0 = all, unless stated otherwise."""
+    """How many parts of each sum become nodes, and which. 0 = all, unless stated otherwise."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -410,16 +442,17 @@ class Selection(_message.Message):
     MEMORY_VALUES_PER_HEAD_FIELD_NUMBER: _builtins.int
     TOP_NEURONS_FIELD_NUMBER: _builtins.int
     BOTTOM_NEURONS_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
     heads: _builtins.int
-    """Heads per layer and position, those with the largest norm of their slice of the concatenation;
-    unset = 10.
-    """
+    """Heads per layer and position, those with the largest score; unset = 10."""
     memory_values_per_head: _builtins.int
-    """Source positions per selected head, those with the largest attention probability; unset = 2."""
+    """Source positions per selected head, those with the largest score; unset = 2."""
     top_neurons: _builtins.int
-    """Number of neurons with the largest activation times row norm; unset = 18."""
+    """Number of neurons with the largest score; unset = 18."""
     bottom_neurons: _builtins.int
-    """Number of neurons with the smallest activation times row norm; unset = 7, 0 = none."""
+    """Number of neurons with the smallest score; unset = 7, 0 = none."""
+    by: Global___SelectionCriterion.ValueType
+    """Score of the parts; unspecified = SELECTION_CRITERION_VISIT."""
     def __init__(
         self,
         *,
@@ -427,10 +460,11 @@ class Selection(_message.Message):
         memory_values_per_head: _builtins.int | None = ...,
         top_neurons: _builtins.int | None = ...,
         bottom_neurons: _builtins.int | None = ...,
+        by: Global___SelectionCriterion.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons", "_heads", b"_heads", "_memory_values_per_head", b"_memory_values_per_head", "_top_neurons", b"_top_neurons", "bottom_neurons", b"bottom_neurons", "heads", b"heads", "memory_values_per_head", b"memory_values_per_head", "top_neurons", b"top_neurons"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons", "_heads", b"_heads", "_memory_values_per_head", b"_memory_values_per_head", "_top_neurons", b"_top_neurons", "bottom_neurons", b"bottom_neurons", "heads", b"heads", "memory_values_per_head", b"memory_values_per_head", "top_neurons", b"top_neurons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons", "_heads", b"_heads", "_memory_values_per_head", b"_memory_values_per_head", "_top_neurons", b"_top_neurons", "bottom_neurons", b"bottom_neurons", "by", b"by", "heads", b"heads", "memory_values_per_head", b"memory_values_per_head", "top_neurons", b"top_neurons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_neurons: _TypeAlias = _typing.Literal["bottom_neurons"]  # noqa: Y015
     _WhichOneofArgType__bottom_neurons: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons"]  # noqa: Y015
@@ -507,10 +541,13 @@ class TraceHeader(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
     OTHER_TOKEN_ID_FIELD_NUMBER: _builtins.int
+    SELECTED_BY_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, as in the metadata, in errors and in the server's log."""
     other_token_id: _builtins.int
     """The second token of a logit difference; set with `TraceRequest.other`."""
+    selected_by: Global___SelectionCriterion.ValueType
+    """The score by which heads, sources and neurons were selected."""
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
         """The model."""
@@ -546,10 +583,11 @@ class TraceHeader(_message.Message):
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
         sizes: _common_pb2.ModelSizes | None = ...,
         other_token_id: _builtins.int | None = ...,
+        selected_by: Global___SelectionCriterion.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id", "other_token_id", b"other_token_id", "provenance", b"provenance", "sizes", b"sizes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id", "layers", b"layers", "other_token_id", b"other_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "sizes", b"sizes", "targets", b"targets", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id", "layers", b"layers", "other_token_id", b"other_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "selected_by", b"selected_by", "sizes", b"sizes", "targets", b"targets", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__other_token_id: _TypeAlias = _typing.Literal["other_token_id"]  # noqa: Y015
     _WhichOneofArgType__other_token_id: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id"]  # noqa: Y015

@@ -177,7 +177,11 @@ def add_attention(
     if not flow.shows(*IN_ATTENTION):
         return flow.node(result.kind, result.vector)
     row = head_row(flow.position, acts, weights)
-    heads = _chosen(row.concat.norm(dim=-1), selection.heads)
+    effect = flow.effect(selection.by)
+    # Products of what a head writes with the effect are products of its values with this [h, e].
+    within = None if effect is None else weights.output @ effect
+    scores = row.concat.norm(dim=-1) if within is None else (row.concat * within).sum(-1)
+    heads = _chosen(scores, selection.heads)
     queries = _add_projections(flow, attention_input, acts, row, weights, heads)
     if not flow.shows(*_OF_HEADS):
         concat = flow.refer(Node(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer))
@@ -185,7 +189,12 @@ def add_attention(
     outputs = torch.einsum("he,hed->hd", row.concat, weights.output)
     head_outputs = flow.nodes(_heads(flow, NodeKind.HEAD_OUTPUT, heads), outputs[heads.pick])
     if flow.shows(*_OF_MEMORIES):
-        _add_memories(flow, queries, head_outputs, outputs, row, weights, heads, selection)
+        pattern = row.pattern[heads.pick]
+        if within is not None:
+            products = torch.einsum("kse,ke->ks", row.values[heads.pick], within[heads.pick])
+            pattern = pattern * products
+        sources = largest(pattern, selection.memory_values_per_head)
+        _add_memories(flow, queries, head_outputs, outputs, row, weights, heads, sources)
     concat = _add_concat(flow, head_outputs, outputs, heads)
     return _add_result(flow, concat, row, weights, selection, result)
 
@@ -263,11 +272,10 @@ def _add_memories(
     row: HeadRow,
     weights: AttentionWeights,
     heads: _Heads,
-    selection: Selection,
+    sources: torch.Tensor,
 ) -> None:
-    """Add keys and values of the sources that each head attends to most, and the other sources."""
+    """Add keys and values of the selected `sources` `[heads, count]`, and the other sources."""
     pattern = row.pattern[heads.pick]
-    sources = largest(pattern, selection.memory_values_per_head)
     count = sources.shape[1]
     maps = weights.output[heads.pick]
     places = (row.first + sources).tolist()

@@ -15,6 +15,7 @@ import torch
 from januslens_server.errors import NotFinite
 from januslens_server.graph.weights import Finish, WeightedRows
 from januslens_server.results import Edge, EdgeKind, Floats, Node, NodeKind
+from januslens_server.specs import Criterion
 
 
 class Scalars:
@@ -91,7 +92,8 @@ class FlowBuilder:
     (`lens.head.LensHead.attribution`); without a direction, there are none. Its dot product with
     `gradient` `[d_model]` is its `attribution`; `toward` sets the gradient of a sum. Only nodes of
     the kinds in `shown` (empty: all kinds) and edges between them are kept. Callers use `shows` to
-    skip the computation of others. Without `keeps_vectors`, only the norms of vectors are kept.
+    skip the computation of others. Without `keeps_vectors`, only the norms of vectors are kept;
+    without `attributes`, gradients are those of states only.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class FlowBuilder:
         direction: torch.Tensor | None,
         shown: Collection[NodeKind] = (),
         keeps_vectors: bool = True,
+        attributes: bool = False,
     ) -> None:
         self.layer = layer
         self.position = position
@@ -110,6 +113,7 @@ class FlowBuilder:
         self._hidden: set[str] = set()
         self._nodes: list[Node] = []
         self.keeps_vectors = keeps_vectors
+        self._attributes = attributes
         self._vectors: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._projected: list[bool] = []
@@ -139,6 +143,15 @@ class FlowBuilder:
         inside = copy.copy(self)
         inside.gradient = gradient
         return inside
+
+    def effect(self, by: Criterion) -> torch.Tensor | None:
+        """Return the vector `[d_model]` whose products with parts are their scores.
+
+        None means that parts are selected by VISIT's own scores.
+        """
+        if by is Criterion.VISIT:
+            return None
+        return self.direction if by is Criterion.CONTRIBUTION else self.gradient
 
     def before(self, finish: Finish, raw: torch.Tensor) -> FlowBuilder:
         """Return a builder for the parts of `raw` `[d_model]`, a result before `finish` is applied.
@@ -286,7 +299,7 @@ class FlowBuilder:
         """Set the effects of the next edges, given the products of their parts with a vector."""
         for name, vector in (
             ("logit_contribution", self.direction),
-            ("attribution", self.gradient),
+            ("attribution", self.gradient if self._attributes else None),
         ):
             if vector is not None:
                 self._scalars.add(name, len(self._sources), products(vector))

@@ -82,12 +82,13 @@ def add_weighted_rows(
 ) -> Added:
     """Add a sum `activations @ rows + bias` and its terms.
 
-    Rows are selected by `activation * norm(row)` (VISIT, appendix A.5). `replaced` means that an
-    intervention changed the sum; OTHER is then the sum without the other nodes.
+    Rows are selected by `activation * norm(row)` (VISIT, appendix A.5), or by their effect.
+    `replaced` means that an intervention changed the sum; OTHER is then the sum without the other
+    nodes.
     """
-    picked = extremes(
-        terms.activations * terms.norms, selection.top_neurons, selection.bottom_neurons
-    )
+    effect = flow.effect(selection.by)
+    scores = terms.activations * (terms.norms if effect is None else terms.rows @ effect)
+    picked = extremes(scores, selection.top_neurons, selection.bottom_neurons)
     places = _places(terms, picked)
     ids = flow.nodes(
         neuron_nodes(flow, kinds.neuron, places),

@@ -141,6 +141,7 @@ class LayerFlows:
                     None if direction is None else direction.to(acts.block_output.device),
                     () if self._spec.include_checks else self._spec.node_kinds,
                     self._spec.keeps_vectors,
+                    self._spec.attributes,
                 ),
                 acts,
                 weights,
@@ -163,7 +164,7 @@ class LayerFlows:
 
     def _directions(self, targets: Sequence[PositionTarget]) -> Sequence[torch.Tensor | None]:
         """Return the direction `[d_model]` of each target's logit contributions, or None."""
-        if not self._spec.include_logit_contribution:
+        if not self._spec.contributes:
             return [None] * len(targets)
         residual = self._passed.residual[[target.position for target in targets]]
         ids = [target.target_token_id for target in targets]

@@ -28,7 +28,15 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
     layers = request.layers
     with clock.stage("backward" if spec.differentiates else "forward"):
         passed, targets = _passed(request, check_cancelled)
-    yield TraceHeader(model.provenance, model.view.facts, tokens, layers, targets, request.other)
+    yield TraceHeader(
+        provenance=model.provenance,
+        facts=model.view.facts,
+        prompt_tokens=tokens,
+        layers=layers,
+        targets=targets,
+        selected_by=spec.selection.by,
+        other=request.other,
+    )
 
     flows = LayerFlows(model, spec, passed, request.other)
     reader = FlowReader(model, spec, targets, check_cancelled)
@@ -47,9 +55,9 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
         # Build the next piece before this one is encoded, because both hold the interpreter's lock.
         piece = next(pieces, None)
         yield graph
-    whole = spec.include_logit_contribution and len(layers) == model.view.facts.n_layers
+    whole = spec.contributes and len(layers) == model.view.facts.n_layers
     # The summary has a constant only if a single position is traced.
-    single = spec.include_logit_contribution and len(targets) == 1
+    single = spec.contributes and len(targets) == 1
     yield TraceSummary(
         nodes=nodes,
         edges=edges,

@@ -99,6 +99,7 @@ class TraceHeader:
     prompt_tokens: Sequence[Token]
     layers: Sequence[int]
     targets: Sequence[PositionTarget]
+    selected_by: int
     other: int | None = None
 
 

@@ -34,6 +34,7 @@ from januslens_server.specs import (
     BlockSources,
     Chat,
     ChatMessage,
+    Criterion,
     DescentStep,
     ExperimentSpec,
     FindNeuronsSpec,
@@ -506,7 +507,9 @@ def _tokens(count: int, field: str) -> int:
 
 
 def _selection(message: trace_pb2.Selection) -> Selection:
-    return Selection(**{descriptor.name: value for descriptor, value in message.ListFields()})
+    counts = {descriptor.name: value for descriptor, value in message.ListFields()}
+    by = _enum(Criterion, counts.pop("by", Criterion.VISIT), "selection.by")
+    return Selection(**counts, by=by)
 
 
 def _loss(request: gradient_lens_pb2.GradientLensRequest) -> LossSpec:

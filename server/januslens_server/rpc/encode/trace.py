@@ -67,6 +67,7 @@ class TraceEncoder:
                 )
             ),
             other_token_id=header.other,
+            selected_by=trace_pb2.SelectionCriterion.ValueType(header.selected_by),
         )
 
     def _layer(self, graph: LayerGraph) -> list[trace_pb2.TraceResponse]:
