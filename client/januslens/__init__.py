@@ -110,6 +110,7 @@ from januslens.results.activations import (
     SiteTensor,
 )
 from januslens.results.comparison import EdgeDifference, NodeDifference, TraceComparison
+from januslens.results.contributions import ContributionTree
 from januslens.results.exports import PageFrame
 from januslens.results.generation import (
     Explanation,
@@ -189,6 +190,7 @@ __all__ = [
     "Chat",
     "Client",
     "Component",
+    "ContributionTree",
     "CostEstimate",
     "Criterion",
     "DeadlineExceeded",

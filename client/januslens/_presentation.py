@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING
 
 from januslens.results.kinds import NodeKind, Side
 
 if TYPE_CHECKING:
+    from januslens.results.contributions import ContributionTree
     from januslens.results.gradient import Gradient
     from januslens.results.graph import Node, Part
     from januslens.results.intervene import Prediction
@@ -387,31 +387,30 @@ def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[R
         yield ResidualStep(f"+ {name}", f"layer {layer.layer}'s {name}", node, added)
 
 
-_RESIDUALS = {NodeKind.RESIDUAL_MID, NodeKind.BLOCK_OUTPUT}
-_WITHOUT_READING = {NodeKind.ATTENTION_CONCAT, NodeKind.FINAL_NORM}
-
-
 @dataclass(frozen=True, slots=True)
-class PathStep:
-    """One line of a path: its name, and the last part on that line."""
+class ContributionLine:
+    """One line of a contribution tree.
 
-    name: str
-    part: Part
-
-
-def path_steps(trace: Trace, path: Sequence[Part]) -> Iterator[PathStep]:
-    """Return the lines of a path from the prediction back, as of `trace.path_to_target()`.
-
-    Consecutive residuals are one line, because no head or neuron is between them. The kinds
-    ATTENTION_CONCAT and FINAL_NORM are left out.
+    Attributes:
+        depth: 0 for the root.
+        name: The name of the node, or `rest`.
+        contribution: The contribution to the target's logit.
+        part: The node's part of the tree; None for a rest.
     """
-    shown = [part for part in path if part.node.kind not in _WITHOUT_READING]
-    for in_stream, run in groupby(shown, lambda part: part.node.kind in _RESIDUALS):
-        parts = list(run)
-        if in_stream and len(parts) > 1:
-            last, first = parts[0].node.layer, parts[-1].node.layer
-            span = f"residual stream, L{last} to L{first}"
-            yield PathStep(f"L{last}'s residual stream" if last == first else span, parts[-1])
-        else:
-            for part in parts:
-                yield PathStep(node_name(part.node, trace.prompt_tokens), part)
+
+    depth: int
+    name: str
+    contribution: float
+    part: ContributionTree | None
+
+
+def contribution_lines(
+    tree: ContributionTree, prompt: Sequence[Token], depth: int = 0
+) -> Iterator[ContributionLine]:
+    """Return the lines of `trace.why()`; the rest of a node follows its listed parts."""
+    name = node_name(tree.node, prompt) if depth else f"logit, from {node_name(tree.node, prompt)}"
+    yield ContributionLine(depth, name, tree.contribution, tree)
+    for part in tree.parts:
+        yield from contribution_lines(part, prompt, depth + 1)
+    if tree.parts:
+        yield ContributionLine(depth + 1, "rest", tree.rest, None)

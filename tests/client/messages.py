@@ -175,6 +175,7 @@ def trace_header() -> trace_pb2.TraceHeader:
     return trace_pb2.TraceHeader(
         request_id="r1",
         provenance=common_pb2.Provenance(model="tiny", revision="0123", versions={"torch": "2"}),
+        sizes=common_pb2.ModelSizes(n_layers=1),
         prompt_tokens=prompt_tokens(),
         layers=[0],
         targets=[

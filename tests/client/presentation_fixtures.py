@@ -25,8 +25,8 @@ traces.json, a list of:
     position: the query position that the rest is about
     sentences: the sentences about the target, in order, as text
     residual_steps: `{"name", "place", "node"}` of each step of the residual stream, upwards
-    path: ids of the nodes from the prediction back, as `Trace.path_to_target` gives them
-    path_steps: `{"name", "node"}` of each line that the path is shown as
+    contributions: `[depth, name, contribution]` of each line of `Trace.why()`; empty without
+        contributions
     node_names: name by node id, for every node
 
 gradients.json, a list of:
@@ -279,7 +279,6 @@ def trace_case(case: str, stream: list[trace_pb2.TraceResponse]) -> dict[str, An
     trace = assembled(TraceAssembler(), stream)
     assert isinstance(trace, Trace)
     target = trace.target()
-    path = trace.path_to_target()
     return {
         "case": case,
         "stream": as_json(stream),
@@ -291,15 +290,20 @@ def trace_case(case: str, stream: list[trace_pb2.TraceResponse]) -> dict[str, An
             {"name": step.name, "place": step.place, "node": step.node.id}
             for step in presentation.all_residual_steps(trace, target.position)
         ],
-        "path": [part.node.id for part in path],
-        "path_steps": [
-            {"name": step.name, "node": step.part.node.id}
-            for step in presentation.path_steps(trace, path)
-        ],
+        "contributions": contributions(trace),
         "node_names": {
             node.id: presentation.node_name(node, trace.prompt_tokens) for node in trace.node_list
         },
     }
+
+
+def contributions(trace: Trace) -> list[list[Any]]:
+    try:
+        tree = trace.why()
+    except ValueError:
+        return []
+    lines = presentation.contribution_lines(tree, trace.prompt_tokens)
+    return [[line.depth, line.name, presentation.signed(line.contribution)] for line in lines]
 
 
 def gradients() -> Iterator[tuple[str, list[Any]]]:

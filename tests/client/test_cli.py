@@ -190,7 +190,7 @@ def test_the_trace_shows_where_tokyo_comes_from() -> None:
     assert ranks[-1] == 0
     assert re.search(r"\+[\d.]+ +[\d.]+ % +L\d head \d +␣Japan \(3\) 0\.\d\d", text)
     assert re.search(r"\+[\d.]+ +[\d.]+ % +L\d neuron \d+ +\+[\d.]+ +\S", text)
-    assert "Strongest path back from the prediction" in text
+    assert "Where the logit comes from" in text
     assert max(len(line) for line in text.splitlines()) <= 110
 
 

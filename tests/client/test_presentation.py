@@ -143,14 +143,22 @@ def test_sentences_of_a_trace_match_the_fixture() -> None:
     )
 
 
-def test_path_joins_residuals_and_omits_nodes_without_projection() -> None:
+def test_contribution_tree_lists_the_rest_of_each_node_after_its_parts() -> None:
     case = fixtures.files()["traces.json"][0]
-    assert [step["name"] for step in case["path_steps"]] == [
-        "prediction",
-        "L0's residual stream",
-        "L0 attention's result",
-        "L0 head 0 output",
-        "L0 head 0 value of a (0)",
+    assert case["contributions"] == [
+        [0, "logit, from L0 residual after the block", "+4.00"],
+        [1, "L0 MLP's result", "+1.75"],
+        [2, "L0 neuron 7 value", "+2.00"],
+        [2, "L0 neuron 8 value", "+0.25"],
+        [2, "rest", "-0.50"],
+        [1, "L0 attention's result", "+1.25"],
+        [2, "L0 head 0 output", "+1.50"],
+        [3, "L0 head 0 value of a (0)", "+1.50"],
+        [3, "rest", "+0.00"],
+        [2, "L0 head 1 output", "-0.25"],
+        [2, "rest", "+0.00"],
+        [1, "embedding of \u2423b (1)", "+0.50"],
+        [1, "rest", "+0.50"],
     ]
 
 

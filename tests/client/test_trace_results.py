@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import pytest
 
-from januslens import LayerGraph, NodeKind, Token, TokenScore, Trace, read_trace
+from januslens import ContributionTree, LayerGraph, NodeKind, Token, TokenScore, Trace, read_trace
 from januslens.assemblers import TraceAssembler
+from januslens.v1 import trace_pb2
 from tests.client import messages
 from tests.client.messages import trace_stream
 
@@ -139,45 +139,72 @@ def test_negative_positions_count_from_the_end_of_the_prompt(
         trace.target(-9)
 
 
-def test_path_follows_the_largest_contributions(trace: Trace) -> None:
-    # The two parts of BLOCK_OUTPUT add 1.75 each, so the one sent first is chosen: the residual.
-    assert [part.node.id for part in trace.path_to_target()] == [
-        "p1/PREDICTION",
-        "p1/FINAL_NORM",
-        "L0/p1/BLOCK_OUTPUT",
-        "L0/p1/RESIDUAL_MID",
-        "L0/p1/ATTENTION_OUTPUT",
-        "L0/p1/ATTENTION_CONCAT",
-        "L0/p1/HEAD_OUTPUT/h0",
-        "L0/p1/MEMORY_VALUE/h0/s0",
+def _lines(tree: ContributionTree) -> list[tuple[int, str, float, float]]:
+    return [(depth, part.node.id, part.contribution, part.rest) for depth, part in tree.lines()]
+
+
+def test_contribution_tree_divides_the_logit_into_sublayers_heads_and_sources(trace: Trace) -> None:
+    # The rest of the logit is the constant, that of the MLP is OTHER.
+    assert _lines(trace.why()) == [
+        (0, "L0/p1/BLOCK_OUTPUT", 4.0, 0.5),
+        (1, "L0/p1/MLP_OUTPUT", 1.75, -0.5),
+        (2, "L0/p1/MLP_VALUE/n7", 2.0, 2.0),
+        (2, "L0/p1/MLP_VALUE/n8", 0.25, 0.25),
+        (1, "L0/p1/ATTENTION_OUTPUT", 1.25, 0.0),
+        (2, "L0/p1/HEAD_OUTPUT/h0", 1.5, 0.0),
+        (3, "L0/p1/MEMORY_VALUE/h0/s0", 1.5, 1.5),
+        (2, "L0/p1/HEAD_OUTPUT/h1", -0.25, -0.25),
+        (1, "p1/BLOCK_INPUT", 0.5, 0.5),
+    ]
+    assert trace.why().find("L0/p1/MEMORY_VALUE/h0/s0").attention == 0.75
+
+
+def test_contribution_tree_lists_the_largest_contributions_with_what_contains_them(
+    trace: Trace,
+) -> None:
+    # Neuron 7 adds most, then the MLP that contains it; head 0 needs attention, so it is left out.
+    assert _lines(trace.why(at_most=2)) == [
+        (0, "L0/p1/BLOCK_OUTPUT", 4.0, 2.25),
+        (1, "L0/p1/MLP_OUTPUT", 1.75, -0.25),
+        (2, "L0/p1/MLP_VALUE/n7", 2.0, 2.0),
+    ]
+    assert _lines(trace.why(at_most=0)) == [(0, "L0/p1/BLOCK_OUTPUT", 4.0, 4.0)]
+
+
+def test_contribution_tree_lists_large_heads_that_cancel() -> None:
+    # Head 1 cancels head 0 but for 0.25, which hides both from a comparison of sublayers.
+    cancelling = messages.layer()
+    values = {
+        ("L0/p1/HEAD_OUTPUT/h0", "L0/p1/ATTENTION_CONCAT"): 8.0,
+        ("L0/p1/HEAD_OUTPUT/h1", "L0/p1/ATTENTION_CONCAT"): -7.75,
+        ("L0/p1/ATTENTION_OUTPUT", "L0/p1/RESIDUAL_MID"): 0.25,
+        ("L0/p1/RESIDUAL_MID", "L0/p1/BLOCK_OUTPUT"): 0.75,
+    }
+    for edge in cancelling.edges:
+        if (edge.source, edge.target) in values:
+            edge.logit_contribution = values[edge.source, edge.target]
+    tree = _assembled(cancelling).why(at_most=3)
+    assert _lines(tree) == [
+        (0, "L0/p1/BLOCK_OUTPUT", 3.0, 2.75),
+        (1, "L0/p1/ATTENTION_OUTPUT", 0.25, 0.0),
+        (2, "L0/p1/HEAD_OUTPUT/h0", 8.0, 8.0),
+        (2, "L0/p1/HEAD_OUTPUT/h1", -7.75, -7.75),
     ]
 
 
-def test_without_logit_contributions_the_path_follows_shares() -> None:
+def test_contribution_tree_without_contributions_names_what_to_request() -> None:
     bare = messages.layer()
     for edge in bare.edges:
         edge.ClearField("logit_contribution")
-        if edge.target == "L0/p1/BLOCK_OUTPUT":
-            edge.share = 0.75 if edge.source == "L0/p1/MLP_OUTPUT" else 0.25
+    with pytest.raises(ValueError, match="logit_contribution=True"):
+        _assembled(bare).why()
+
+
+def _assembled(layer: trace_pb2.LayerGraph) -> Trace:
     assembler = TraceAssembler()
-    for response in trace_stream(messages.trace_header(), bare, messages.trace_summary()):
+    for response in trace_stream(messages.trace_header(), layer, messages.trace_summary()):
         assembler.feed(response)
-    path = [part.node.id for part in assembler.result().path_to_target(1)]
-    assert path[3:8] == [
-        "L0/p1/MLP_OUTPUT",
-        "L0/p1/MLP_VALUE/n7",
-        "L0/p1/MLP_KEY/n7",
-        "L0/p1/MLP_INPUT",
-        "L0/p1/RESIDUAL_MID",
-    ]
-
-
-def test_steps_of_the_path_are_connected(trace: Trace) -> None:
-    path = trace.path_to_target()
-    assert path[0].edge is None
-    for before, step in pairwise(path):
-        if step.edge is not None:
-            assert (step.edge.source, step.edge.target) == (step.node.id, before.node.id)
+    return assembler.result()
 
 
 def test_norm_effects_list_removed_and_added_tokens(trace: Trace) -> None:

@@ -92,10 +92,15 @@ def test_the_strongest_head_reads_the_country(trace: Trace) -> None:
     assert trace.prompt_tokens[position].text == " Japan"
 
 
-def test_the_path_leads_from_the_prediction_to_the_embedding(trace: Trace) -> None:
-    path = trace.path_to_target()
-    assert path[0].node.kind is januslens.NodeKind.PREDICTION
-    assert path[-1].node.kind is januslens.NodeKind.BLOCK_INPUT
+def test_contribution_tree_adds_up_to_the_logit_and_reads_the_country(trace: Trace) -> None:
+    tree = trace.why()
+    assert tree.contribution == pytest.approx(trace.target().target_logit, rel=1e-4)
+    for _, node in tree.lines():
+        total = sum(part.contribution for part in node.parts) + node.rest
+        assert total == pytest.approx(node.contribution, rel=1e-9)
+    sources = [node for _, node in tree.lines() if node.node.kind == "MEMORY_VALUE"]
+    strongest = max(sources, key=lambda source: source.contribution)
+    assert trace.prompt_tokens[strongest.node.source_position or 0].text == " Japan"
 
 
 def test_every_norm_has_an_effect(trace: Trace) -> None:
@@ -120,7 +125,9 @@ def test_some_layers_at_some_positions(client: Client) -> None:
     assert [layer.layer for layer in trace.layers] == [1, 3]
     assert [target.position for target in trace.targets] == [3, 7]
     assert trace.edges["kind"].eq("GAP").sum() == 2
-    assert trace.path_to_target(3)[0].node.position == 3
+    tree = trace.why(3)
+    assert tree.node.id == "L3/p3/BLOCK_OUTPUT"
+    assert "L2/p3/BLOCK_OUTPUT" in [part.node.id for part in trace.why(3, at_most=99).parts]
 
 
 def test_projected_node_vector_equals_the_traces_projection(client: Client) -> None:

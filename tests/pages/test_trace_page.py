@@ -330,19 +330,24 @@ def test_pinned_nodes_are_compared(tab: Page, demo: Traced) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "large"])
-def test_path_has_the_lines_of_the_client(
+def test_contribution_tree_has_the_lines_of_the_client(
     tab: Page, name: str, request: pytest.FixtureRequest
 ) -> None:
     page: Traced = request.getfixturevalue(name)
     opened(tab, page)
     tab.keyboard.press("f")
-    steps = tab.locator(".path .node-link").all()
-    expected = list(presentation.path_steps(page.trace, page.trace.path_to_target()))
-    assert [step.get_attribute("data-id") for step in steps] == [
-        step.part.node.id for step in expected
+    lines = list(presentation.contribution_lines(page.trace.why(), page.trace.prompt_tokens))
+    links = tab.locator(".path .node-link").all()
+    listed = [line for line in lines if line.part]
+    assert [link.get_attribute("data-id") for link in links] == [
+        line.part.node.id for line in listed if line.part
     ]
-    names = [step.locator(".what").inner_text().replace("\u2019", "'") for step in steps]
-    assert names == [step.name for step in expected]
+    names = [link.locator(".what").inner_text().replace("\u2019", "'") for link in links]
+    assert names == [line.name for line in listed]
+    rests = [text.replace("\u2212", "-") for text in tab.locator(".path .rest").all_inner_texts()]
+    assert rests == [
+        f"{presentation.signed(line.contribution)} rest" for line in lines if not line.part
+    ]
 
 
 def test_page_works_with_the_keyboard_alone(tab: Page, demo: Traced) -> None:

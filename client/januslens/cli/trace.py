@@ -47,6 +47,7 @@ from januslens.cli.tables import (
     tokens_cell,
 )
 from januslens.client import Client, EventStream
+from januslens.results.contributions import ContributionTree
 from januslens.results.graph import Node, Part
 from januslens.results.kinds import NodeKind
 from januslens.results.tokens import Token
@@ -263,34 +264,29 @@ def _neuron_name(node: Node) -> str:
     return f"L{node.layer}{expert} neuron {node.neuron}"
 
 
-_PATH_TOKENS = 3
+_TREE_TOKENS = 3
 
 
-def path_section(trace: Trace, path: Sequence[Part], sought: Sequence[Token]) -> Group:
-    """One row per step back: the strongest part of the row above, and its top tokens.
-
-    Consecutive residuals are one step.
-    """
-    grid = table("", "node", ">share", ">logit", "top tokens")
-    for step in presentation.path_steps(trace, path):
-        grid.add_row(*_path_row(step, sought))
+def contribution_section(
+    tree: ContributionTree, prompt: Sequence[Token], sought: Sequence[Token]
+) -> Group:
+    """One row per node of the tree: contribution, name, attention, and the tokens it writes."""
+    grid = table(">logit", "node", ">attention", "writes")
+    for line in presentation.contribution_lines(tree, prompt):
+        part = line.part
+        attention = None if part is None else part.attention
+        tokens = () if part is None else presentation.written_tokens(part.node)[:_TREE_TOKENS]
+        grid.add_row(
+            signed_cell(line.contribution),
+            Text("  " * line.depth + line.name, "" if part else "dim"),
+            Text("" if attention is None else f"{attention:.2f}"),
+            tokens_cell(tokens, sought),
+        )
     return section(
-        "Strongest path back from the prediction",
+        "Where the logit comes from",
         grid,
-        "share and logit: what the node, or the last of several residuals, adds to the row above",
+        "logit: direct contribution, the sum of the indented rows below; rest: parts not listed",
     )
-
-
-def _path_row(step: presentation.PathStep, sought: Sequence[Token]) -> list[Text]:
-    part = step.part
-    read = part.node.projection
-    return [
-        Text("" if part.node.kind is NodeKind.PREDICTION else "←"),
-        Text(step.name),
-        percent_cell(part.share),
-        signed_cell(part.logit_contribution),
-        tokens_cell(read.top_tokens[:_PATH_TOKENS], sought) if read else Text(""),
-    ]
 
 
 _IN_FULL = 3
@@ -337,8 +333,7 @@ def _show_position(
         console.print(heads_section(trace, heads, f"Heads {added}", sought))
         neurons = _strongest(trace.neurons(target.position))[:rows]
         console.print(neurons_section(neurons, f"Neurons {added}", sought))
-    path = trace.path_to_target(target.position)
-    console.print(path_section(trace, path if details else _to_first_source(path), sought))
+    _show_contributions(trace, target, console, 3 * rows if details else rows)
 
 
 def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: int) -> None:
@@ -352,12 +347,14 @@ def _show_layers(trace: Trace, target: PositionTarget, console: Console, rows: i
         console.print(neurons_section(neurons[:rows], title, sought))
 
 
-def _to_first_source(path: Sequence[Part]) -> Sequence[Part]:
-    """Return the path up to the first source position."""
-    for i, part in enumerate(path):
-        if part.node.kind is NodeKind.MEMORY_VALUE:
-            return path[: i + 1]
-    return path
+def _show_contributions(
+    trace: Trace, target: PositionTarget, console: Console, at_most: int
+) -> None:
+    try:
+        tree = trace.why(target.position, at_most=at_most)
+    except ValueError:  # requested without contributions, or without the residual stream
+        return
+    console.print(contribution_section(tree, trace.prompt_tokens, [target.target]))
 
 
 def _strongest(parts: Sequence[Part]) -> list[Part]:

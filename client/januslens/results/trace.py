@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal
 
 from januslens.results.comparison import TraceComparison, compare_traces
+from januslens.results.contributions import ContributionTree, contribution_tree
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part
 from januslens.results.kinds import CRITERIA, Criterion, EdgeKind, NodeKind
@@ -216,56 +216,6 @@ def _effect(
     )
 
 
-# Paths avoid remainders and constants, from which they could not continue.
-_DEAD_ENDS = {NodeKind.OTHER, NodeKind.ATTENTION_BIAS, NodeKind.MLP_BIAS}
-_ATTENTION_RESULTS = {NodeKind.ATTENTION_SUM, NodeKind.ATTENTION_OUTPUT}
-
-
-def strongest_path(graph: GraphView, start: str) -> tuple[Part, ...]:
-    """Follow the strongest edges back from the node `start`.
-
-    At a sum, the path continues with the part that contributes most to the target's logit, or with
-    the largest |share| if there are no logit contributions. From attention's output it continues
-    with the sum of the heads, elsewhere along the edge with the largest weight. The edge of each
-    step leads into the node of the step before; the step to the sum of the heads has no edge.
-
-    Raises:
-        KeyError: There is no such node.
-    """
-    path = [Part(graph.node(start), None)]
-    while step := _step_back(graph, path[-1].node):
-        path.append(step)
-    return tuple(path)
-
-
-def _step_back(graph: GraphView, node: Node) -> Part | None:
-    if node.kind in _ATTENTION_RESULTS and (heads := _heads_together(graph, node)):
-        return Part(heads, None)
-    edges = [e for e in graph.edges_into(node) if graph.node(e.source).kind not in _DEAD_ENDS]
-    edge = _strongest(edges)
-    return Part(graph.node(edge.source), edge) if edge else None
-
-
-def _heads_together(graph: GraphView, node: Node) -> Node | None:
-    """Return the sum of the heads, which unlike the rows of W_O leads to source positions."""
-    wanted = f"L{node.layer}/p{node.position}/{NodeKind.ATTENTION_CONCAT}"
-    return graph.known_nodes.get(wanted)
-
-
-def _strongest(edges: list[Edge]) -> Edge | None:
-    parts = [edge for edge in edges if edge.kind is EdgeKind.PART]
-    if parts and all(part.logit_contribution is not None for part in parts):
-        return max(parts, key=lambda part: _finite(part.logit_contribution))
-    if parts:
-        return max(parts, key=lambda part: abs(_finite(part.share)))
-    return max(edges, key=lambda edge: abs(_finite(edge.weight)), default=None)
-
-
-def _finite(value: float | None) -> float:
-    """A number for comparisons: 0 if it is missing or not finite."""
-    return value if value is not None and math.isfinite(value) else 0.0
-
-
 # The smallest parts that add up to the residual stream, without counting anything twice.
 _COMPONENTS = {
     NodeKind.BLOCK_INPUT,
@@ -358,21 +308,37 @@ class Trace(GraphView):
             raise KeyError(f"position {position} was not traced; expected one of {known}")
         return by_position[wanted]
 
-    def path_to_target(self, position: int | None = None) -> tuple[Part, ...]:
-        """Return the strongest path from the prediction back to the input of the first block.
+    def why(self, position: int | None = None, *, at_most: int = 16) -> ContributionTree:
+        """Return which parts of the pass add up to the target's logit, as a tree.
 
-        If the model's last layer was not traced, the path starts at the output of the last
-        traced layer.
+        The tree leads from the logit to the results of attention and MLP in all layers, to heads
+        and neurons, and to the source positions that the heads read. Nodes are listed in the order
+        of their absolute contributions, and the contributions of all others are summed up in the
+        `rest` of the node that they are part of. If the model's last layer was not traced, the tree
+        is that of the residual stream after the last traced layer.
+
+        Args:
+            position: The query position, negative from the end; None = the last traced one.
+            at_most: Maximum number of nodes to list.
 
         Raises:
-            KeyError: The position was not traced, or the trace has no layers.
+            ValueError: The trace was requested without logit contributions, or without the parts of
+                the residual stream.
+            KeyError: The position was not traced.
         """
-        at = self.target(position).position
-        ends = (NodeKind.PREDICTION, NodeKind.FINAL_NORM, NodeKind.BLOCK_OUTPUT)
-        for kind in ends:
-            if nodes := self.nodes_of(kind, at):
-                return strongest_path(self, nodes[-1].id)
-        raise KeyError(f"the trace has no output of a layer at position {at}")
+        target = self.target(position)
+        outputs = self.nodes_of(NodeKind.BLOCK_OUTPUT, target.position)
+        own = [node for node in outputs if node.layer == self.layers[-1].layer]
+        at_end = self.layers and self.layers[-1].layer == self.header.sizes.n_layers - 1
+        constant = target.constant_logit_contribution if at_end else 0.0
+        tree = contribution_tree(self, own[0], constant, at_most) if own else None
+        if tree is None:
+            raise ValueError(
+                "the trace has no contributions to the residual stream; request it with "
+                "logit_contribution=True, and with node_kinds that include BLOCK_OUTPUT, "
+                "RESIDUAL_MID, ATTENTION_OUTPUT and MLP_OUTPUT"
+            )
+        return tree
 
     def contributions(
         self,

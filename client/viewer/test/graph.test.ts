@@ -3,8 +3,8 @@ import { test } from 'node:test'
 import { FlowGraph } from '../src/model/flow_graph'
 import {
   answerAppears,
+  contributionTree,
   mostAttended,
-  pathToTarget,
   search,
   selectionFlow,
   strongestDestination,
@@ -58,17 +58,18 @@ test('the answer appears where its rank becomes and stays 0', () => {
   assert.equal(answer?.place, 'layer 0’s attention')
 })
 
-test('the path follows logits at sums, and the heads at attention', () => {
+test('the contribution tree lists the largest contributions with what contains them', () => {
+  const tree = contributionTree(graph(), 1, 4)
   assert.deepEqual(
-    pathToTarget(graph(), 1).map(({ node }) => node.id),
+    tree?.parts.map(({ node }) => node.id),
+    ['L0/p1/ATTENTION_OUTPUT'],
+  )
+  const heads = tree?.parts[0]?.parts ?? []
+  assert.deepEqual(
+    heads.map(({ node, contribution, parts }) => [node.head, contribution, parts.length]),
     [
-      'L0/p1/BLOCK_OUTPUT',
-      'L0/p1/RESIDUAL_MID',
-      'L0/p1/ATTENTION_OUTPUT',
-      'L0/p1/ATTENTION_CONCAT',
-      'L0/p1/HEAD_OUTPUT/h3',
-      'L0/p1/MEMORY_VALUE/h3/s0',
-      'L0/p1/MEMORY_KEY/h3/s0',
+      [3, 2.75, 1],
+      [0, 0.5, 0],
     ],
   )
 })

@@ -5,9 +5,14 @@ import { test } from 'node:test'
 import type { GradientResponse, TraceResponse } from '../src/contract'
 import { FlowGraph } from '../src/model/flow_graph'
 import { GradientModel } from '../src/model/gradient'
-import { pathToTarget, residualSteps } from '../src/model/graph_queries'
+import { contributionTree, residualSteps } from '../src/model/graph_queries'
 import { BINS, normPaint, rankBin } from '../src/presentation/colours'
-import { lossSentence, pathSteps, plain, traceSentences } from '../src/presentation/sentences'
+import {
+  contributionLines,
+  lossSentence,
+  plain,
+  traceSentences,
+} from '../src/presentation/sentences'
 import {
   count,
   measure,
@@ -82,8 +87,7 @@ interface TraceCase {
   position: number
   sentences: string[]
   residual_steps: { name: string; place: string; node: string }[]
-  path: string[]
-  path_steps: { name: string; node: string }[]
+  contributions: [number, string, string][]
   node_names: Record<string, string>
 }
 
@@ -102,16 +106,15 @@ for (const expected of fixture<TraceCase[]>('traces')) {
       }),
       expected.residual_steps,
     )
-    const path = pathToTarget(graph, position)
+    const tree = contributionTree(graph, position, 16)
+    const lines = tree ? contributionLines(tree, graph.prompt) : []
     assert.deepEqual(
-      path.map(({ node }) => node.id),
-      expected.path,
-    )
-    assert.deepEqual(
-      pathSteps(path, graph.prompt).map(({ name, step }) => {
-        return { name: ascii(name), node: step.node.id }
-      }),
-      expected.path_steps,
+      lines.map(({ depth, name, contribution }) => [
+        depth,
+        ascii(name),
+        ascii(signed(contribution)),
+      ]),
+      expected.contributions,
     )
     const names = [...graph.nodes.values()].map((node) => [
       node.id,

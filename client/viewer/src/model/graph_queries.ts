@@ -1,5 +1,5 @@
 import { finite } from '../contract'
-import type { FlowGraph, GraphEdge, GraphNode } from './flow_graph'
+import type { FlowGraph, GraphEdge, GraphNode, Part } from './flow_graph'
 import { matcher, type Token } from './tokens'
 
 /** The residual stream after one addition to it. */
@@ -89,11 +89,11 @@ export function mostAttended(
   return most
 }
 
-// Paths: the strongest source, the strongest destination, the strongest path to the target.
+// The strongest source and destination of a node, and the contribution tree of a target.
 
 /** The source that contributes most to a node. */
 export function strongestSource(graph: FlowGraph, id: string): GraphNode | undefined {
-  return stepBack(graph, id)?.node
+  return stepBack(graph, id)
 }
 
 export function strongestDestination(graph: FlowGraph, id: string): GraphNode | undefined {
@@ -102,56 +102,123 @@ export function strongestDestination(graph: FlowGraph, id: string): GraphNode | 
   return part && graph.node(part.target)
 }
 
-/** One step of a path, and its edge into the previous step. */
-export interface Step {
+/** A node of a contribution tree; `contribution` is the sum of those of `parts` and of `rest`. */
+export interface ContributionTree {
   node: GraphNode
-  edge: GraphEdge | undefined
+  contribution: number
+  attention: number | undefined
+  parts: ContributionTree[]
+  rest: number
 }
 
-const ENDS = ['PREDICTION', 'FINAL_NORM', 'BLOCK_OUTPUT']
-// A path does not continue through a remainder or a constant.
-const DEAD_ENDS = new Set(['OTHER', 'ATTENTION_BIAS', 'MLP_BIAS'])
+const RESIDUALS = new Set(['RESIDUAL_MID', 'BLOCK_OUTPUT'])
+// The nodes whose parts are the parts of a sublayer's result.
+const SUMS: Record<string, string[]> = {
+  ATTENTION_OUTPUT: ['ATTENTION_SUM', 'ATTENTION_CONCAT'],
+  MLP_OUTPUT: ['MLP_SUM'],
+}
+const LISTED = new Set(['HEAD_OUTPUT', 'ATTENTION_BIAS', 'MEMORY_VALUE', 'MLP_VALUE', 'MLP_BIAS'])
 
 /**
- * The strongest path from a position's prediction back to the embedding, as
- * `trace.path_to_target()` returns it. At a sum the path takes the part that adds most to the
- * target's logit (the largest share, if contributions are missing), at attention's output the
- * concatenated heads, elsewhere the edge of largest weight.
+ * The parts that add up to the logit of a position's target, as `trace.why()` returns them. The
+ * largest contributions are listed, with the nodes that they are parts of. Undefined if the trace
+ * has no contributions to the residual stream.
  */
-export function pathToTarget(graph: FlowGraph, position: number): Step[] {
-  const start = lastOutput(graph, position)
-  if (!start) return []
-  const path: Step[] = [{ node: start, edge: undefined }]
-  for (let step = stepBack(graph, start.id); step; step = stepBack(graph, step.node.id)) {
-    path.push(step)
+export function contributionTree(
+  graph: FlowGraph,
+  position: number,
+  atMost: number,
+): ContributionTree | undefined {
+  const top = Math.max(...graph.layers)
+  const residual = graph.at(top, position, 'BLOCK_OUTPUT')
+  if (!residual) return undefined
+  const own = graph.partsOf(residual.id)
+  if (own.length === 0 || own.some(({ edge }) => !contributes(edge))) return undefined
+  const constant =
+    top + 1 === graph.sizes.nLayers
+      ? (graph.targets.get(position)?.constantLogitContribution ?? 0)
+      : 0
+  const logit = own.reduce((sum, { edge }) => sum + finite(edge.logitContribution), constant)
+  const whole = treeOf(graph, residual, logit, undefined, summands(graph, residual.id))
+  const listed = new Set([residual.id])
+  const bySize = paths(whole).sort((a, b) => contributionSize(b) - contributionSize(a))
+  for (const path of bySize) {
+    const added = new Set([...listed, ...path.map(({ node }) => node.id)])
+    if (added.size > atMost + 1) break
+    for (const id of added) listed.add(id)
   }
-  return path
+  return onlyListed(whole, listed)
 }
 
-function lastOutput(graph: FlowGraph, position: number): GraphNode | undefined {
-  for (const kind of ENDS) {
-    let last: GraphNode | undefined
-    for (const node of graph.nodes.values()) {
-      if (node.kind === kind && node.position === position) last = node
-    }
-    if (last) return last
-  }
-  return undefined
+function contributionSize(path: readonly ContributionTree[]): number {
+  return Math.abs(path.at(-1)?.contribution ?? 0)
 }
 
-function stepBack(graph: FlowGraph, id: string): Step | undefined {
+/** The ways from the root to each node below it. */
+function paths({ parts }: ContributionTree): ContributionTree[][] {
+  return parts.flatMap((part) => [[part], ...paths(part).map((path) => [part, ...path])])
+}
+
+function treeOf(
+  graph: FlowGraph,
+  node: GraphNode,
+  contribution: number,
+  attention: number | undefined,
+  of: readonly Part[],
+): ContributionTree {
+  const parts = of
+    .filter(({ edge }) => contributes(edge))
+    .map(({ node: part, edge }) => {
+      const value = finite(edge.logitContribution)
+      return treeOf(graph, part, value, edge.attention, listedParts(graph, part))
+    })
+  parts.sort((a, b) => b.contribution - a.contribution)
+  return withRest({ node, contribution, attention, parts, rest: 0 })
+}
+
+function onlyListed(whole: ContributionTree, ids: ReadonlySet<string>): ContributionTree {
+  const parts = whole.parts.filter(({ node }) => ids.has(node.id))
+  return withRest({ ...whole, parts: parts.map((part) => onlyListed(part, ids)) })
+}
+
+function withRest(tree: ContributionTree): ContributionTree {
+  const listed = tree.parts.reduce((sum, part) => sum + part.contribution, 0)
+  return { ...tree, rest: tree.contribution - listed }
+}
+
+/** The parts of the residual stream; residuals with parts of their own are divided. */
+function summands(graph: FlowGraph, id: string): Part[] {
+  return graph.partsOf(id).flatMap((part) => {
+    const divided = RESIDUALS.has(part.node.kind) && graph.partsOf(part.node.id).length > 0
+    return divided ? summands(graph, part.node.id) : [part]
+  })
+}
+
+/** The parts of a sublayer's result or of a head that a tree lists. */
+function listedParts(graph: FlowGraph, { id, kind, layer, position }: GraphNode): Part[] {
+  const sums = [id, ...(SUMS[kind] ?? []).map((sum) => `L${layer}/p${position}/${sum}`)]
+  return sums.flatMap((sum) => graph.partsOf(sum)).filter(({ node }) => LISTED.has(node.kind))
+}
+
+function contributes(edge: GraphEdge): boolean {
+  return edge.logitContribution !== undefined && Number.isFinite(edge.logitContribution)
+}
+
+// A step back does not end at a remainder or a constant.
+const DEAD_ENDS = new Set(['OTHER', 'ATTENTION_BIAS', 'MLP_BIAS'])
+
+function stepBack(graph: FlowGraph, id: string): GraphNode | undefined {
   const node = graph.node(id)
   if (node?.kind === 'ATTENTION_SUM' || node?.kind === 'ATTENTION_OUTPUT') {
     const heads = graph.at(node.layer ?? 0, node.position, 'ATTENTION_CONCAT')
-    if (heads) return { node: heads, edge: undefined }
+    if (heads) return heads
   }
   const edges = graph.edgesInto(id).filter((edge) => {
     const source = graph.node(edge.source)
     return source && !DEAD_ENDS.has(source.kind)
   })
   const edge = strongest(edges)
-  const source = edge && graph.node(edge.source)
-  return source && { node: source, edge }
+  return edge && graph.node(edge.source)
 }
 
 function strongest(edges: readonly GraphEdge[]): GraphEdge | undefined {

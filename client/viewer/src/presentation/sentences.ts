@@ -2,10 +2,10 @@ import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import type { GradientModel } from '../model/gradient'
 import {
   answerAppears,
+  type ContributionTree,
   mostAttended,
   type RankedStep,
   rankedSteps,
-  type Step,
   topContributor,
 } from '../model/graph_queries'
 import type { Token } from '../model/tokens'
@@ -95,43 +95,27 @@ export function lossSentence({ loss, targets, predicted }: GradientModel): Sente
   return [`Loss ${measure(loss, 4)}`, ...of, ...prediction, '.']
 }
 
-const RESIDUALS = ['RESIDUAL_MID', 'BLOCK_OUTPUT']
-const WITHOUT_READING = ['ATTENTION_CONCAT', 'FINAL_NORM']
-
-/** One line of a path: its name, and the step that it ends with. */
-export interface PathStep {
+/** One line of a contribution tree; a rest has no part. */
+export interface ContributionLine {
+  depth: number
   name: string
-  step: Step
+  contribution: number
+  part: ContributionTree | undefined
 }
 
-/**
- * The lines of a path back from the prediction. Residuals in a row are one line, because only the
- * residual stream connects them; nodes without a reading of their own are left out.
- */
-export function pathSteps(path: readonly Step[], prompt: readonly Token[]): PathStep[] {
-  const lines: PathStep[] = []
-  let run: Step[] = [] // residuals in a row
-  const endRun = () => {
-    const [first, last] = [run[0], run.at(-1)]
-    if (first && last) lines.push({ name: streamName(first.node, last.node, prompt), step: last })
-    run = []
-  }
-  for (const step of path) {
-    const { kind } = step.node
-    if (WITHOUT_READING.includes(kind)) continue
-    if (RESIDUALS.includes(kind)) {
-      run.push(step)
-      continue
-    }
-    endRun()
-    lines.push({ name: nodeName(step.node, prompt), step })
-  }
-  endRun()
-  return lines
-}
-
-function streamName(first: GraphNode, last: GraphNode, prompt: readonly Token[]): string {
-  if (first === last) return nodeName(first, prompt)
-  if (first.layer === last.layer) return `L${first.layer}’s residual stream`
-  return `residual stream, L${first.layer} to L${last.layer}`
+/** The lines of a contribution tree; the rest of a node follows its listed parts. */
+export function contributionLines(
+  tree: ContributionTree,
+  prompt: readonly Token[],
+  depth = 0,
+): ContributionLine[] {
+  const own = nodeName(tree.node, prompt)
+  const name = depth ? own : `logit, from ${own}`
+  const lines = tree.parts.flatMap((part) => contributionLines(part, prompt, depth + 1))
+  const rest = { depth: depth + 1, name: 'rest', contribution: tree.rest, part: undefined }
+  return [
+    { depth, name, contribution: tree.contribution, part: tree },
+    ...lines,
+    ...(lines.length > 0 ? [rest] : []),
+  ]
 }

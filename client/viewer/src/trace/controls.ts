@@ -37,7 +37,7 @@ export const TRACE_STATE = {
   min: '',
   /** Only parts that add (+) or subtract (-). */
   sign: '',
-  /** 1 = the strongest path to the target is shown. */
+  /** 1 = the contribution tree of the target is shown. */
   path: '',
   /** The view below the overview: the picture ('') or `table`. */
   view: '',
@@ -121,8 +121,8 @@ const KINDS = [
 export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands): () => void {
   const search = searchBox((q) => state.set({ q }))
   const path = toggle(
-    'Show path',
-    'Highlight the strongest path from the target back to the embedding',
+    'Show why',
+    'List and highlight the parts that contribute most to the target’s logit',
     () => flip(state, 'path'),
   )
   const maps = MAPS.map(([map, text, title]) => ({
@@ -193,11 +193,11 @@ export function flipIn(state: TraceState, key: TraceKey, entry: string): void {
 export const KEYS = [
   ['← → ↑ ↓', 'move to the nearest element'],
   ['Enter', 'select or expand the focused element'],
-  ['Esc', 'clear selection, search and path'],
+  ['Esc', 'clear selection, search and contributions'],
   ['[', 'select the strongest source'],
   [']', 'select the sum that it is part of'],
   ['p', 'pin or unpin the selected node'],
-  ['f', 'show or hide the strongest path'],
+  ['f', 'show or hide where the logit comes from'],
   ['/', 'search for a token'],
   ['h', 'switch between heads and residual stream'],
   ['t', 'switch between table and picture'],

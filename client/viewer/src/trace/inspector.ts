@@ -1,8 +1,8 @@
 import type { FlowGraph, GraphEdge, GraphNode, Reading } from '../model/flow_graph'
-import type { Found, Step } from '../model/graph_queries'
+import type { ContributionTree, Found } from '../model/graph_queries'
 import { binOf, isFlipped, shownToken } from '../presentation/colours'
 import { element, scoredList, tokenText } from '../presentation/elements'
-import { pathSteps } from '../presentation/sentences'
+import { contributionLines } from '../presentation/sentences'
 import {
   at,
   count,
@@ -22,7 +22,7 @@ const SHOWN = 60
 interface Shown {
   position: number
   found: readonly Found[]
-  path: readonly Step[] | undefined
+  tree: ContributionTree | undefined
 }
 
 export function fillInspector(
@@ -34,7 +34,7 @@ export function fillInspector(
   const sections: HTMLElement[] = []
   const query = state.get('q').trim()
   if (query !== '') sections.push(foundList(shown.found, query, graph))
-  if (shown.path) sections.push(pathList(shown.path, graph))
+  if (shown.tree) sections.push(contributionList(shown.tree, graph))
   const pinned = state.list('pin').flatMap((id) => graph.node(id) ?? [])
   const selected = graph.node(state.get('sel'))
   if (pinned.length > 0) {
@@ -74,16 +74,16 @@ function foundList(found: readonly Found[], query: string, graph: FlowGraph): HT
   return section('found', title, note, lines)
 }
 
-function pathList(path: readonly Step[], graph: FlowGraph): HTMLElement {
-  const lines = pathSteps(path, graph.prompt).map(({ name, step: { node, edge } }) => {
-    const logit = edge?.logitContribution
-    const share = edge?.share
-    const number = logit !== undefined ? signed(logit) : share !== undefined ? percent(share) : ''
-    return nodeLink(node, number, graph, name)
+function contributionList(tree: ContributionTree, graph: FlowGraph): HTMLElement {
+  const lines = contributionLines(tree, graph.prompt).map(({ depth, name, contribution, part }) => {
+    const line = part
+      ? nodeLink(part.node, signed(contribution), graph, name)
+      : element('p', { class: 'rest quiet' }, `${signed(contribution)} ${name}`)
+    line.style.marginLeft = `${depth}em`
+    return line
   })
-  const note =
-    'from the prediction back to the embedding, with each step’s contribution to the logit'
-  return section('path', 'Strongest path', note, lines)
+  const note = 'direct contributions to the logit; each is the sum of the indented ones below it'
+  return section('path', 'Where the logit comes from', note, lines)
 }
 
 function section(

@@ -17,7 +17,13 @@ import {
 import { listenForTargetChoice, type PageContents } from '../browser/target_choice'
 import type { TraceResponse } from '../contract'
 import { FlowGraph } from '../model/flow_graph'
-import { answerAppears, type Found, pathToTarget, type Step, search } from '../model/graph_queries'
+import {
+  answerAppears,
+  type ContributionTree,
+  contributionTree,
+  type Found,
+  search,
+} from '../model/graph_queries'
 import type { Marks } from '../presentation/colours'
 import {
   element,
@@ -67,6 +73,8 @@ async function replay(view: TraceView, stream: AsyncGenerator<TraceResponse>): P
   }
 }
 
+// Nodes of a contribution tree; the same number as in `trace.why()`.
+const LISTED = 16
 const KEYS_OF_MARKS = ['sel', 'pin', 'q', 'path'] as const
 const NARROWEST = 640 // px; narrower windows scroll
 const REDRAW_INTERVAL = 120 // ms between drawings while messages arrive
@@ -146,15 +154,15 @@ export class TraceView {
     if (graph.layers.size === 0) return
     const position = this.position()
     const found = search(graph, state.get('q'))
-    const path = state.get('path') === '' ? undefined : pathToTarget(graph, position)
-    const marks = this.marks(found, path)
+    const tree = state.get('path') ? contributionTree(graph, position, LISTED) : undefined
+    const marks = this.marks(found, tree)
     if (this.headerChanges.changed(position, graph.version))
       fillHeader(this.heading, graph, position)
     const above = state.get('map') === 'heads' ? this.heads : this.overview
     for (const map of [this.overview, this.heads]) map.element.hidden = map !== above
     above.draw(width, position, marks, this.layers())
     this.details.draw(width, position, marks, this.layers())
-    fillInspector(this.parts.aside, graph, state, { position, found, path })
+    fillInspector(this.parts.aside, graph, state, { position, found, tree })
     this.keepFocus()
     this.drawn = performance.now()
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
@@ -198,14 +206,14 @@ export class TraceView {
     this.state.set({ layers: next.join(',') })
   }
 
-  private marks(found: readonly Found[], path: readonly Step[] | undefined): Marks {
+  private marks(found: readonly Found[], tree: ContributionTree | undefined): Marks {
     const searching = this.state.get('q').trim() !== ''
     return {
       key: KEYS_OF_MARKS.map((key) => this.state.get(key)).join(' '),
       selected: this.state.get('sel'),
       pinned: new Set(this.state.list('pin')),
       found: searching ? new Set(found.map(({ node }) => node.id)) : undefined,
-      path: path && new Set(path.map(({ node }) => node.id)),
+      path: tree && new Set(ids(tree)),
     }
   }
 
@@ -251,4 +259,9 @@ function story(graph: FlowGraph, position: number): HTMLElement {
     : [targetSentence(graph, position) ?? [], ['The trace is incomplete.']]
   const parts = sentences.flatMap((sentence) => [...rendered(sentence), ' '])
   return element('p', { class: 'story' }, ...parts)
+}
+
+/** The ids of all nodes of a tree. */
+function ids({ node, parts }: ContributionTree): string[] {
+  return [node.id, ...parts.flatMap(ids)]
 }
