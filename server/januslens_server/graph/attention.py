@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from januslens_server.graph.weighted_rows import (
     left_out,
 )
 from januslens_server.graph.weights import AttentionWeights, WeightedRows, attention_row
-from januslens_server.results import EdgeKind, Node, NodeKind
+from januslens_server.results import EdgeKind, NodeKind, NodeRun
 from januslens_server.specs import Selection
 
 
@@ -184,10 +185,10 @@ def add_attention(
     heads = _chosen(scores, selection.heads)
     queries = _add_projections(flow, attention_input, acts, row, weights, heads)
     if not flow.shows(*_OF_HEADS):
-        concat = flow.refer(Node(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer))
+        concat = flow.refer(NodeRun(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer))[0]
         return _add_result(flow, concat, row, weights, selection, result)
     outputs = torch.einsum("he,hed->hd", row.concat, weights.output)
-    head_outputs = flow.nodes(_heads(flow, NodeKind.HEAD_OUTPUT, heads), outputs[heads.pick])
+    head_outputs = flow.nodes([_heads(flow, NodeKind.HEAD_OUTPUT, heads)], outputs[heads.pick])
     if flow.shows(*_OF_MEMORIES):
         pattern = row.pattern[heads.pick]
         if within is not None:
@@ -214,8 +215,8 @@ def _chosen(sizes: torch.Tensor, count: int) -> _Heads:
     return _Heads(index.tolist(), index)
 
 
-def _heads(flow: FlowBuilder, kind: NodeKind, heads: _Heads) -> list[Node]:
-    return [Node(kind, flow.position, flow.layer, head=head) for head in heads.numbers]
+def _heads(flow: FlowBuilder, kind: NodeKind, heads: _Heads) -> NodeRun:
+    return NodeRun(kind, flow.position, flow.layer, heads=heads.numbers)
 
 
 def _add_projections(
@@ -230,7 +231,7 @@ def _add_projections(
     shown = [flow.shows(*kinds) for kinds in _INPUTS]
     position, layer = flow.position, flow.layer
     if not any(shown):
-        return [flow.refer(node) for node in _heads(flow, NodeKind.HEAD_QUERY, heads)]
+        return flow.refer(_heads(flow, NodeKind.HEAD_QUERY, heads))
     pulled = torch.stack(
         [
             pull(row, weights) if wanted else torch.zeros_like(weights.output[:, 0])
@@ -238,11 +239,11 @@ def _add_projections(
         ]
     )
     wholes = [whole for whole, _ in _INPUTS]
-    whole_ids = flow.nodes([Node(kind, position, layer) for kind in wholes], pulled.sum(1))
+    whole_ids = flow.nodes([NodeRun(kind, position, layer) for kind in wholes], pulled.sum(1))
     size = acts.attention_input[acts.row(position)].float().norm().expand(3)
     flow.edges(EdgeKind.PROJECT, [attention_input] * 3, whole_ids, size)
     vectors = pulled[:, heads.pick].flatten(0, 1)
-    ids = flow.nodes([node for _, kind in _INPUTS for node in _heads(flow, kind, heads)], vectors)
+    ids = flow.nodes([_heads(flow, kind, heads) for _, kind in _INPUTS], vectors)
     split = [whole for whole in whole_ids for _ in heads.numbers]
     flow.edges(EdgeKind.SPLIT, split, ids, vectors.norm(dim=-1))
     return ids[: len(heads.numbers)]
@@ -289,13 +290,13 @@ def _add_memories(
     if flow.shows(NodeKind.MEMORY_KEY):
         matching, queries = of_sources(row.matching), weights.query[heads.pick]
         keys = torch.einsum("kse,kde->ksd", matching, queries).flatten(0, 1)
-        key_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_KEY, heads, places), keys)
+        key_ids = flow.nodes([_memories(flow, NodeKind.MEMORY_KEY, heads, places)], keys)
         asked = [query for query in head_queries for _ in range(count)]
         flow.edges(EdgeKind.ATTEND, asked, key_ids, attended, attended)
     totals = outputs[heads.pick]
     if flow.shows(NodeKind.MEMORY_VALUE):
         values = torch.einsum("kse,ked->ksd", of_sources(row.values), maps).flatten(0, 1)
-        value_ids = flow.nodes(_memories(flow, NodeKind.MEMORY_VALUE, heads, places), values)
+        value_ids = flow.nodes([_memories(flow, NodeKind.MEMORY_VALUE, heads, places)], values)
         if key_ids:
             flow.edges(EdgeKind.RECALL, key_ids, value_ids, attended, attended)
         whole = totals.repeat_interleave(count, dim=0)
@@ -314,14 +315,14 @@ def _add_memories(
         flow.parts(others, head_outputs, left, totals, rest.sum(1))
 
 
-def _memories(
-    flow: FlowBuilder, kind: NodeKind, heads: _Heads, places: list[list[int]]
-) -> list[Node]:
-    return [
-        Node(kind, flow.position, flow.layer, head=head, source_position=source)
-        for head, sources in zip(heads.numbers, places, strict=True)
-        for source in sources
-    ]
+def _memories(flow: FlowBuilder, kind: NodeKind, heads: _Heads, places: list[list[int]]) -> NodeRun:
+    return NodeRun(
+        kind,
+        flow.position,
+        flow.layer,
+        heads=[head for head, at in zip(heads.numbers, places, strict=True) for _ in at],
+        source_positions=list(chain.from_iterable(places)),
+    )
 
 
 def _add_concat(
@@ -333,8 +334,8 @@ def _add_concat(
     parts, ids = outputs[heads.pick], head_outputs
     if isinstance(heads.pick, torch.Tensor) and flow.shows(NodeKind.OTHER):
         rest = outputs[left_out(len(outputs), heads.pick)].sum(0, keepdim=True)
-        junction = Node(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer)
-        parts, ids = torch.cat([parts, rest]), [*ids, *flow.others([junction], rest)]
+        junction = NodeRun(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer)
+        parts, ids = torch.cat([parts, rest]), [*ids, *flow.others(junction, rest)]
     flow.parts(ids, concat, parts, total)
     return concat
 

@@ -15,7 +15,7 @@ from januslens_server.graph.flow import Flow, FlowBuilder
 from januslens_server.graph.mlp import IN_MLP, add_mlp
 from januslens_server.graph.weighted_rows import Result
 from januslens_server.graph.weights import BlockWeights, Finish
-from januslens_server.results import EdgeKind, ModelFacts, Node, NodeKind
+from januslens_server.results import EdgeKind, ModelFacts, NodeKind, NodeRun
 from januslens_server.specs import Selection
 
 
@@ -59,11 +59,11 @@ class _Sublayer:
     added_gradient: torch.Tensor | None
 
 
-def input_node(layer: int, position: int) -> Node:
+def input_node(layer: int, position: int) -> NodeRun:
     """Return the input node of block `layer`, which is the output node of the block below."""
     if layer == 0:
-        return Node(NodeKind.BLOCK_INPUT, position)
-    return Node(NodeKind.BLOCK_OUTPUT, position, layer - 1)
+        return NodeRun(NodeKind.BLOCK_INPUT, position)
+    return NodeRun(NodeKind.BLOCK_OUTPUT, position, layer - 1)
 
 
 def block_flow(
@@ -125,12 +125,12 @@ def block_flow(
 def _add_input(flow: FlowBuilder, residual: torch.Tensor, below: int | None) -> str:
     node = input_node(flow.layer, flow.position)
     if below is not None and below == flow.layer - 1:
-        return flow.refer(node)
-    flow.nodes([node], residual[None])
+        return flow.refer(node)[0]
+    ids = flow.nodes([node], residual[None])
     if below is not None:
-        before = Node(NodeKind.BLOCK_OUTPUT, flow.position, below)
-        flow.edges(EdgeKind.GAP, [flow.refer(before)], [node.id], residual.norm()[None])
-    return node.id
+        before = NodeRun(NodeKind.BLOCK_OUTPUT, flow.position, below)
+        flow.edges(EdgeKind.GAP, flow.refer(before), ids, residual.norm()[None])
+    return ids[0]
 
 
 def _add_sublayer(
@@ -139,7 +139,7 @@ def _add_sublayer(
     """Add norm, sublayer and output; return the id of the output."""
     at, kinds = sublayer.row, sublayer.kinds
     if not flow.shows(*kinds, *sublayer.inside):
-        return flow.refer(Node(kinds.output, flow.position, flow.layer))
+        return flow.refer(NodeRun(kinds.output, flow.position, flow.layer))[0]
     if sublayer.normed is not None:
         source = _add_normed(flow, kinds.input, source, residual, sublayer.normed[at])
     added = Result(kinds.output, sublayer.added[at].float())
@@ -159,7 +159,7 @@ def _add_normed(
     flow: FlowBuilder, kind: NodeKind, source: str, before: torch.Tensor, after: torch.Tensor
 ) -> str:
     if not flow.shows(kind):
-        return flow.refer(Node(kind, flow.position, flow.layer))
+        return flow.refer(NodeRun(kind, flow.position, flow.layer))[0]
     node = flow.node(kind, after.float())
     flow.edges(EdgeKind.NORM, [source], [node], before.norm()[None])
     return node
@@ -177,7 +177,7 @@ def _add_sum(
     If an intervention replaced the sum, OTHER is the sum without its terms.
     """
     if not flow.shows(kind):
-        return flow.refer(Node(kind, flow.position, flow.layer))
+        return flow.refer(NodeRun(kind, flow.position, flow.layer))[0]
     node, ids = flow.node(kind, total), list(terms)
     changed = kind.name in replaced and flow.shows(NodeKind.OTHER)
     if not changed and not flow.shows_edges(ids, [node] * len(ids)):
@@ -185,7 +185,7 @@ def _add_sum(
     parts = torch.stack(list(terms.values()))
     if changed:
         rest = (total - parts.sum(0))[None]
-        ids += flow.others([Node(kind, flow.position, flow.layer)], rest)
+        ids += flow.others(NodeRun(kind, flow.position, flow.layer), rest)
         parts = torch.cat([parts, rest])
     flow.parts(ids, node, parts, total)
     return node
@@ -199,10 +199,10 @@ def final_flow(
     Both are already normed, so they are projected by the unembedding only.
     """
     flow = FlowBuilder(last_layer, position, direction=None)
-    nodes = [Node(NodeKind.FINAL_NORM, position), Node(NodeKind.PREDICTION, position)]
+    nodes = [NodeRun(NodeKind.FINAL_NORM, position), NodeRun(NodeKind.PREDICTION, position)]
     norm, prediction = flow.nodes(nodes, torch.stack([normed, normed]))
-    below = Node(NodeKind.BLOCK_OUTPUT, position, last_layer)
-    flow.edges(EdgeKind.NORM, [below.id], [norm], residual.norm()[None])
+    below = NodeRun(NodeKind.BLOCK_OUTPUT, position, last_layer)
+    flow.edges(EdgeKind.NORM, below.ids, [norm], residual.norm()[None])
     flow.edges(EdgeKind.PROJECT, [norm], [prediction], normed.norm()[None])
     return flow.build()
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import repeat
-from typing import Any
 
 import numpy as np
 import torch
 
 from januslens_server.errors import NotFinite
 from januslens_server.graph.weights import Finish, WeightedRows
-from januslens_server.results import Edge, EdgeKind, Floats, Node, NodeKind
+from januslens_server.results import (
+    EdgeKind,
+    Edges,
+    Flags,
+    Floats,
+    NodeKind,
+    NodeRun,
+    Nodes,
+    coordinates,
+)
 from januslens_server.specs import Criterion
 
 
@@ -49,7 +55,6 @@ class Scalars:
         return found
 
 
-# In the order of the fields of `Edge`.
 _EDGE_COLUMNS = ("weight", "share", "attention", "logit_contribution", "attribution")
 
 # Kinds whose gradient is reported: the residual stream, and what sublayers add to it.
@@ -75,12 +80,12 @@ class Flow:
     `states`.
     """
 
-    nodes: list[Node]
+    nodes: Nodes
     vectors: torch.Tensor
     norms: torch.Tensor
     activations: Floats
-    projected: list[bool]
-    edges: list[Edge]
+    projected: Flags
+    edges: Edges
     states: list[int]
     gradients: torch.Tensor
 
@@ -111,7 +116,8 @@ class FlowBuilder:
         self.gradient: torch.Tensor | None = None
         self._shown = frozenset(shown)
         self._hidden: set[str] = set()
-        self._nodes: list[Node] = []
+        self._runs: list[NodeRun] = []
+        self._ids: list[str] = []
         self.keeps_vectors = keeps_vectors
         self._attributes = attributes
         self._vectors: list[torch.Tensor] = []
@@ -121,18 +127,18 @@ class FlowBuilder:
         self._gradients: list[torch.Tensor] = []
         self._sources: list[str] = []
         self._targets: list[str] = []
-        self._kinds: list[EdgeKind] = []
+        self._kinds: list[int] = []
         self._scalars = Scalars()
 
     def shows(self, *kinds: NodeKind) -> bool:
         """Whether nodes of at least one of these kinds are kept."""
         return not self._shown or not self._shown.isdisjoint(kinds)
 
-    def refer(self, node: Node) -> str:
-        """Return a node's id for use in edges; the node itself may belong to another flow."""
-        if not self.shows(node.kind):
-            self._hidden.add(node.id)
-        return node.id
+    def refer(self, run: NodeRun) -> list[str]:
+        """Return the ids of nodes for use in edges; the nodes may belong to another flow."""
+        if not self.shows(run.kind):
+            self._hidden.update(run.ids)
+        return run.ids
 
     def toward(self, gradient: torch.Tensor | None) -> FlowBuilder:
         """Return a builder for a sum with this gradient `[d_model]`, which adds to the same flow.
@@ -166,12 +172,12 @@ class FlowBuilder:
     def node(self, kind: NodeKind, vector: torch.Tensor, *, projected: bool = True) -> str:
         """Add a node of a kind that occurs once per layer and position; return its id."""
         if not self.shows(kind):
-            return self.refer(Node(kind, self.position, self.layer))
-        return self.nodes([Node(kind, self.position, self.layer)], vector[None], projected)[0]
+            return self.refer(NodeRun(kind, self.position, self.layer))[0]
+        return self.nodes([NodeRun(kind, self.position, self.layer)], vector[None], projected)[0]
 
     def nodes(
         self,
-        nodes: Sequence[Node],
+        runs: Sequence[NodeRun],
         vectors: torch.Tensor | None,
         projected: bool = True,
         activations: torch.Tensor | None = None,
@@ -182,23 +188,28 @@ class FlowBuilder:
         `norms` `[n]` are the norms of the vectors, if they are known. Then `vectors` may be None,
         unless the flow keeps vectors.
         """
-        ids = [node.id for node in nodes]
-        kinds = {node.kind for node in nodes}
-        if not all(self.shows(kind) for kind in kinds):
-            kept = [i for i, node in enumerate(nodes) if self.shows(node.kind)]
-            self._hidden.update(node.id for node in nodes if not self.shows(node.kind))
-            nodes, vectors = [nodes[i] for i in kept], None if vectors is None else vectors[kept]
+        ids = [node_id for run in runs for node_id in run.ids]
+        shown = [run for run in runs if self.shows(run.kind)]
+        if len(shown) < len(runs):
+            flags = [self.shows(run.kind) for run in runs for _ in run.ids]
+            kept = [i for i, flag in enumerate(flags) if flag]
+            self._hidden.update(ids[i] for i, flag in enumerate(flags) if not flag)
+            vectors = None if vectors is None else vectors[kept]
             activations = None if activations is None else activations[kept]
             norms = None if norms is None else norms[kept]
-        if not nodes:
+        if not shown:
             return ids
         if self.gradient is not None:
-            states = [i for i, node in enumerate(nodes, len(self._nodes)) if node.kind in STATES]
+            kinds = (run.kind for run in shown for _ in run.ids)
+            states = [i for i, kind in enumerate(kinds, len(self._ids)) if kind in STATES]
             self._states += states
             self._gradients += [self.gradient] * len(states)
         if activations is not None:
-            self._scalars.add("activation", len(self._nodes), activations)
-        self._nodes += nodes
+            self._scalars.add("activation", len(self._ids), activations)
+        self._runs += shown
+        for run in shown:
+            self._ids += run.ids
+            self._projected += [projected] * len(run.ids)
         if vectors is not None and self.keeps_vectors:
             self._vectors.append(vectors)
         if norms is None:
@@ -206,14 +217,11 @@ class FlowBuilder:
                 raise ValueError("nodes have neither vectors nor norms; expected one of them")
             norms = vectors.norm(dim=-1)
         self._norms.append(norms)
-        self._projected += [projected] * len(nodes)
         return ids
 
-    def others(self, totals: Sequence[Node], vectors: torch.Tensor) -> list[str]:
+    def others(self, totals: NodeRun, vectors: torch.Tensor) -> list[str]:
         """Add the OTHER nodes of `totals`; `vectors` `[n, d_model]` are sums of parts left out."""
-        return self.nodes(
-            [replace(total, kind=NodeKind.OTHER, sum_kind=total.kind) for total in totals], vectors
-        )
+        return self.nodes([replace(totals, kind=NodeKind.OTHER, sum_kind=totals.kind)], vectors)
 
     def edges(
         self,
@@ -236,7 +244,7 @@ class FlowBuilder:
             self._scalars.add("attention", len(self._sources), attention)
         self._sources += sources
         self._targets += targets
-        self._kinds += [kind] * len(sources)
+        self._kinds += [int(kind)] * len(sources)
 
     def parts(
         self,
@@ -308,10 +316,10 @@ class FlowBuilder:
         """Return whether at least one of these edges is kept."""
         return bool(self._between_shown(sources, targets))
 
-    def _between_shown(self, sources: Sequence[str], targets: Sequence[str]) -> list[int]:
+    def _between_shown(self, sources: Sequence[str], targets: Sequence[str]) -> Sequence[int]:
         """Return the indices of edges between two kept nodes."""
-        if not self._hidden:
-            return list(range(len(sources)))
+        if self._hidden.isdisjoint(sources) and self._hidden.isdisjoint(targets):
+            return range(len(sources))
         return [
             i
             for i, ends in enumerate(zip(sources, targets, strict=True))
@@ -321,32 +329,25 @@ class FlowBuilder:
     def build(self) -> Flow:
         """Return the collected nodes and edges, in one transfer of numbers from the device."""
         edges = len(self._sources)
-        lengths = {"activation": len(self._nodes)} | dict.fromkeys(_EDGE_COLUMNS, edges)
+        lengths = {"activation": len(self._ids)} | dict.fromkeys(_EDGE_COLUMNS, edges)
         columns = self._scalars.columns(lengths)
-        values = (_present(columns[name]) for name in _EDGE_COLUMNS)
         return Flow(
-            nodes=self._nodes,
+            nodes=Nodes(self._ids, coordinates(self._runs)),
             vectors=torch.cat(self._vectors) if self._vectors else torch.empty(0, 0),
             norms=torch.cat(self._norms) if self._norms else torch.empty(0),
             activations=columns["activation"],
-            projected=self._projected,
-            edges=self._edges(values),
+            projected=np.array(self._projected, np.bool_),
+            edges=Edges(
+                self._sources,
+                self._targets,
+                np.array(self._kinds, np.int64),
+                weights=columns["weight"],
+                shares=columns["share"],
+                attention=columns["attention"],
+                logit_contributions=columns["logit_contribution"],
+                attributions=columns["attribution"],
+                overlaps=np.full(edges, np.nan),
+            ),
             states=self._states,
             gradients=torch.stack(self._gradients) if self._gradients else torch.empty(0, 0),
         )
-
-    def _edges(self, values: Iterable[list[Any]]) -> list[Edge]:
-        """Return the edges with these columns, built without a Python call for each of them."""
-        fields = zip(self._sources, self._targets, self._kinds, *values, repeat(None))
-        return list(map(partial(tuple.__new__, Edge), fields))
-
-
-def _present(column: Floats) -> list[Any]:
-    """Replace NaN, which marks absent values, by None."""
-    absent = np.isnan(column)
-    if absent.all():
-        return [None] * len(column)
-    values: list[Any] = column.tolist()
-    for i in np.flatnonzero(absent).tolist():
-        values[i] = None
-    return values

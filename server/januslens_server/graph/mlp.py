@@ -152,7 +152,7 @@ def _add_keys(
     """Add the selected `columns` `[d_model, n]` of FF1, gate or up, with edges to their values."""
     if not flow.shows(kind):
         return
-    nodes = neuron_nodes(flow, kind, neurons.places)
-    keys = flow.nodes(nodes, columns[:, neurons.picked].T, activations=fired)
+    nodes = neuron_nodes(flow, kind, neurons.numbers, neurons.experts)
+    keys = flow.nodes([nodes], columns[:, neurons.picked].T, activations=fired)
     flow.edges(EdgeKind.ACTIVATE, [mlp_input] * len(keys), keys, fired)
     flow.edges(EdgeKind.ACTIVATE, keys, neurons.ids, fired)

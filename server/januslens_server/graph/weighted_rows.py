@@ -6,14 +6,13 @@ are stable: ties are broken by the lower index.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from januslens_server.graph.flow import FlowBuilder
 from januslens_server.graph.weights import WeightedRows
-from januslens_server.results import Node, NodeKind
+from januslens_server.results import NodeKind, NodeRun
 from januslens_server.specs import Selection
 
 
@@ -56,12 +55,13 @@ class RowKinds(NamedTuple):
 class Neurons(NamedTuple):
     """The selected rows of a sum: ids of their nodes, indices `[k]`, and expert and neuron.
 
-    `places` has the expert (None in a dense MLP) and the neuron of each row.
+    `experts` is None in a dense MLP.
     """
 
     ids: list[str]
     picked: torch.Tensor
-    places: list[tuple[int | None, int]]
+    numbers: list[int]
+    experts: list[int] | None
 
 
 class Added(NamedTuple):
@@ -89,14 +89,15 @@ def add_weighted_rows(
     effect = flow.effect(selection.by)
     scores = terms.activations * (terms.norms if effect is None else terms.rows @ effect)
     picked = extremes(scores, selection.top_neurons, selection.bottom_neurons)
-    places = _places(terms, picked)
+    numbers = (picked if terms.neurons is None else terms.neurons[picked]).tolist()
+    experts = None if terms.experts is None else terms.experts[picked].tolist()
     ids = flow.nodes(
-        neuron_nodes(flow, kinds.neuron, places),
+        [neuron_nodes(flow, kinds.neuron, numbers, experts)],
         terms.rows[picked] if flow.keeps_vectors else None,
         activations=terms.activations[picked],
         norms=terms.norms[picked],
     )
-    neurons = Neurons(ids, picked, places)
+    neurons = Neurons(ids, picked, numbers, experts)
     total = flow.node(result.kind, result.vector)
     flow.weighted_parts(neurons.ids, total, terms, picked, result.vector)
     ids, parts = list[str](), list[torch.Tensor]()
@@ -108,7 +109,7 @@ def add_weighted_rows(
         else:
             kept = left_out(len(terms.activations), picked)
             rest = (torch.where(kept, terms.activations, 0.0) @ terms.rows)[None]
-        ids += flow.others([Node(result.kind, flow.position, flow.layer)], rest)
+        ids += flow.others(NodeRun(result.kind, flow.position, flow.layer), rest)
         parts.append(rest)
     if terms.bias is not None:
         ids.append(flow.node(kinds.bias, terms.bias))
@@ -119,18 +120,7 @@ def add_weighted_rows(
 
 
 def neuron_nodes(
-    flow: FlowBuilder, kind: NodeKind, places: Sequence[tuple[int | None, int]]
-) -> list[Node]:
-    """Return the nodes for rows with these experts and neurons."""
-    return [
-        Node(kind, flow.position, flow.layer, None, None, neuron, expert)
-        for expert, neuron in places
-    ]
-
-
-def _places(terms: WeightedRows, picked: torch.Tensor) -> list[tuple[int | None, int]]:
-    """Return the expert (None in a dense MLP) and the neuron of each selected row."""
-    if terms.experts is None or terms.neurons is None:
-        return [(None, neuron) for neuron in picked.tolist()]
-    both = torch.stack([terms.experts[picked], terms.neurons[picked]], dim=1).tolist()
-    return [(expert, neuron) for expert, neuron in both]
+    flow: FlowBuilder, kind: NodeKind, neurons: list[int], experts: list[int] | None
+) -> NodeRun:
+    """Return the nodes for rows with these neurons and experts (None in a dense MLP)."""
+    return NodeRun(kind, flow.position, flow.layer, neurons=neurons, experts=experts)

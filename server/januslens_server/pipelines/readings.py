@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
 
@@ -17,18 +17,20 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.flows import Piece
 from januslens_server.pipelines.metrics import read
 from januslens_server.results import (
-    Edge,
+    Edges,
     Gradients,
+    Ints,
     LayerGraph,
-    Node,
+    NodeColumn,
     NodeKind,
+    Nodes,
     PositionTarget,
     ProjectionTable,
 )
 from januslens_server.specs import LensKind, LensSpec, TraceSpec
 
 # Kinds that edges of the next layer may refer to.
-_RESIDUAL = frozenset({NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT})
+_RESIDUAL = [int(NodeKind.BLOCK_INPUT), int(NodeKind.BLOCK_OUTPUT)]
 
 _NO_TOKENS = frozenset[int]()
 
@@ -68,28 +70,25 @@ class FlowReader:
         before every chunk of rows that is computed.
         """
         flows = [flow for flow in piece.flows if flow.nodes]
-        nodes = [node for flow in flows for node in flow.nodes]
-        projected = [flag for flow in flows for flag in flow.projected]
+        nodes = Nodes.joined([flow.nodes for flow in flows])
         found = torch.cat([flow.norms for flow in flows] or [torch.empty(0)]).cpu().numpy()
         check_numbers("activations on this prompt", found)
         vectors = torch.empty(0, self._model.view.facts.d_model)
         if flows and self._spec.keeps_vectors:
             vectors = torch.cat([flow.vectors for flow in flows])
         vectors = vectors.to(self._model.device)
-        shown = [i for i, node in enumerate(nodes) if self._shows(node.kind)]
-        asked = [i for i in shown if projected[i]] if self._spec.include_projections else []
-        table = _no_projections()
+        shown = self._shown(nodes)
+        table, rows = _no_projections(), np.full(len(nodes), -1, np.int64)
         if self._spec.include_projections:
-            table = self._project(vectors[asked], [nodes[i] for i in asked], piece.lens)
-        rows = np.full(len(nodes), -1, np.int64)
-        kept = np.flatnonzero(table.projected)
-        rows[np.array(asked, np.int64)[kept]] = kept
-        sent = [nodes[i] for i in shown]
-        tops = dict.fromkeys((node.id for node in sent), _NO_TOKENS)
+            projected = np.concatenate([np.empty(0, np.bool_), *(flow.projected for flow in flows)])
+            asked = shown[projected[shown]]
+            table = self._project(vectors[asked], nodes.rows(asked), piece.lens)
+            kept = np.flatnonzero(table.projected)
+            rows[asked[kept]] = kept
+        sent = nodes.rows(shown)
+        edges = self._edges(Edges.joined([flow.edges for flow in flows]), sent)
         if self._spec.overlap_k:
-            tops = {nodes[i].id: self._top(table, int(rows[i])) for i in shown}
-        edges = self._edges((edge for flow in flows for edge in flow.edges), self._below | tops)
-        self._below |= {node.id: tops[node.id] for node in sent if node.kind in _RESIDUAL}
+            edges = self._with_overlaps(edges, sent, table, rows[shown])
         activations = [flow.activations for flow in flows] or [np.empty(0, np.float32)]
         return LayerGraph(
             layer=piece.layer,
@@ -101,7 +100,7 @@ class FlowReader:
             edges=edges,
             last=piece.last,
             vectors=vectors[shown].cpu().numpy() if self._spec.include_vectors else None,
-            gradients=self._gradients(flows, shown) if self._spec.differentiates else None,
+            gradients=self._gradients(flows, shown.tolist()) if self._spec.differentiates else None,
         )
 
     def _gradients(self, flows: Sequence[Flow], shown: Sequence[int]) -> Gradients:
@@ -130,46 +129,63 @@ class FlowReader:
                 rows[np.array(at)[kept]] = kept
         return Gradients(norms, rows, table)
 
-    def _shows(self, kind: NodeKind) -> bool:
-        return not self._spec.node_kinds or kind in self._spec.node_kinds
+    def _shown(self, nodes: Nodes) -> Ints:
+        """Return the indices of the nodes to send."""
+        if not self._spec.node_kinds:
+            return np.arange(len(nodes))
+        kinds = nodes.column(NodeColumn.KIND)
+        return np.flatnonzero(np.isin(kinds, [int(kind) for kind in self._spec.node_kinds]))
 
-    def _project(
-        self, vectors: torch.Tensor, nodes: Sequence[Node], kind: LensKind
-    ) -> ProjectionTable:
+    def _project(self, vectors: torch.Tensor, nodes: Nodes, kind: LensKind) -> ProjectionTable:
         lens = self._spec.lens
         widest = LensSpec(max(lens.top_k, self._spec.overlap_k), lens.bottom_k, kind)
-        targets = [[self._targets[node.position]] for node in nodes]
+        targets = [[self._targets[at]] for at in nodes.column(NodeColumn.POSITION).tolist()]
         ids = torch.tensor(targets, dtype=torch.long, device=vectors.device).reshape(-1, 1)
-        keys = [self._weight_row(node) for node in nodes]
         rows = self._model.rows
         before, found, missed = rows.computed, rows.found, rows.missed
+        keys = self._weight_rows(nodes)
         table = rows.project(vectors, keys, widest, ids, self._check_cancelled)
         telemetry.VECTORS_PROJECTED.inc(rows.computed - before)
         telemetry.ROW_CACHE_HITS.inc(rows.found - found)
         telemetry.ROW_CACHE_MISSES.inc(rows.missed - missed)
         return table
 
-    def _weight_row(self, node: Node) -> tuple[int | None, ...] | None:
-        """Return the cache key of a weight row; None for vectors that depend on the prompt."""
-        if node.kind not in _WEIGHT_ROWS:
-            return None
+    def _weight_rows(self, nodes: Nodes) -> list[tuple[int, ...] | None]:
+        """Return the cache keys of weight rows; None for vectors that depend on the prompt."""
+        kinds = set(_WEIGHT_ROWS)
         # In a mixture, the experts' biases are multiplied by the router's weights.
-        if node.kind is NodeKind.MLP_BIAS and self._model.view.facts.n_experts:
-            return None
-        return (node.kind, node.layer, node.expert, node.neuron)
+        if self._model.view.facts.n_experts:
+            kinds.discard(NodeKind.MLP_BIAS)
+        columns = [NodeColumn.KIND, NodeColumn.LAYER, NodeColumn.EXPERT, NodeColumn.NEURON]
+        keys = map(tuple, nodes.coordinates[:, columns].tolist())
+        return [key if key[0] in kinds else None for key in keys]
 
-    def _top(self, table: ProjectionTable, row: int) -> frozenset[int]:
-        """Return the tokens that `overlap` compares; none for nodes without a projection."""
-        if row < 0:
-            return _NO_TOKENS
-        return frozenset(table.top_ids[row, : self._spec.overlap_k].tolist())
+    def _edges(self, edges: Edges, sent: Nodes) -> Edges:
+        """Return the edges between sent nodes, and remember the ends of later edges."""
+        known = self._below.keys() | sent.ids
+        if not (known.issuperset(edges.sources) and known.issuperset(edges.targets)):
+            ends = zip(edges.sources, edges.targets, strict=True)
+            kept = [i for i, (source, target) in enumerate(ends) if {source, target} <= known]
+            edges = edges.rows(np.array(kept, np.int64))
+        for i in np.flatnonzero(np.isin(sent.column(NodeColumn.KIND), _RESIDUAL)).tolist():
+            self._below[sent.ids[i]] = _NO_TOKENS
+        return edges
 
-    def _edges(self, edges: Iterable[Edge], tops: Mapping[str, frozenset[int]]) -> list[Edge]:
-        """Return the edges between sent nodes, with VISIT's intersection score if requested."""
-        visible = [edge for edge in edges if edge.source in tops and edge.target in tops]
-        if not self._spec.overlap_k:
-            return visible
-        return [_overlapping(edge, tops[edge.source], tops[edge.target]) for edge in visible]
+    def _with_overlaps(
+        self, edges: Edges, sent: Nodes, table: ProjectionTable, rows: Ints
+    ) -> Edges:
+        """Set VISIT's intersection score of edges whose ends are both projected."""
+        tops = self._below | {
+            node_id: frozenset(table.top_ids[row, : self._spec.overlap_k].tolist())
+            if row >= 0
+            else _NO_TOKENS
+            for node_id, row in zip(sent.ids, rows.tolist(), strict=True)
+        }
+        self._below = {node_id: tops[node_id] for node_id in self._below}
+        ends = zip(edges.sources, edges.targets, strict=True)
+        pairs = ((tops[source], tops[target]) for source, target in ends)
+        overlaps = [len(a & b) / len(a) if a and b else np.nan for a, b in pairs]
+        return replace(edges, overlaps=np.array(overlaps, np.float64))
 
 
 def _no_projections() -> ProjectionTable:
@@ -189,12 +205,6 @@ def _no_projections() -> ProjectionTable:
         target_logits=numbers,
         target_probabilities=numbers,
     )
-
-
-def _overlapping(edge: Edge, source: frozenset[int], target: frozenset[int]) -> Edge:
-    if not source or not target:
-        return edge
-    return edge._replace(overlap=len(source & target) / len(source))
 
 
 def _trimmed(table: ProjectionTable, top_k: int) -> ProjectionTable:

@@ -39,13 +39,18 @@ from januslens_server.results.intervene import (
 )
 from januslens_server.results.trace import (
     Edge,
+    Edges,
     Gradients,
     LayerGraph,
     Node,
+    NodeColumn,
+    NodeRun,
+    Nodes,
     PositionTarget,
     TraceEvent,
     TraceHeader,
     TraceSummary,
+    coordinates,
 )
 from januslens_server.results.unary import (
     Cost,
@@ -81,6 +86,7 @@ __all__ = [
     "Cost",
     "Edge",
     "EdgeKind",
+    "Edges",
     "EditPreview",
     "Effect",
     "End",
@@ -113,7 +119,10 @@ __all__ = [
     "ModelStatus",
     "NeuronChanges",
     "Node",
+    "NodeColumn",
     "NodeKind",
+    "NodeRun",
+    "Nodes",
     "Outcome",
     "PositionTarget",
     "ProjectionTable",
@@ -127,4 +136,5 @@ __all__ = [
     "TraceEvent",
     "TraceHeader",
     "TraceSummary",
+    "coordinates",
 ]

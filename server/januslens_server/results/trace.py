@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from enum import IntEnum
+from itertools import repeat
+from typing import Any, NamedTuple, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from januslens_server.results.values import (
     EdgeKind,
@@ -22,7 +27,7 @@ from januslens_server.results.values import (
 _NAMES = {kind: kind.name for kind in NodeKind}  # an enum's own `name` is slow
 
 
-@dataclass(slots=True)  # not frozen: traces make tens of thousands, and that triples the time
+@dataclass(slots=True)  # not frozen: that triples the time to create one
 class Node:
     """The coordinates of a flow-graph node.
 
@@ -42,12 +47,7 @@ class Node:
     """The coordinates as text, the same in every request: `L3/p7/MEMORY_VALUE/h2/s4`."""
 
     def __post_init__(self) -> None:
-        # Built once, because edges, projections and messages all use it.
-        text = f"p{self.position}/{_NAMES[self.kind]}"
-        if self.layer is not None:
-            text = f"L{self.layer}/{text}"
-        if self.sum_kind is not None:
-            text += f"/{_NAMES[self.sum_kind]}"
+        text = _common_text(self.kind, self.position, self.layer, self.sum_kind)
         if self.head is not None:
             text += f"/h{self.head}"
         if self.source_position is not None:
@@ -57,6 +57,139 @@ class Node:
         if self.neuron is not None:
             text += f"/n{self.neuron}"
         self.id = text
+
+
+def _common_text(
+    kind: NodeKind, position: int, layer: int | None, sum_kind: NodeKind | None
+) -> str:
+    text = f"p{position}/{_NAMES[kind]}"
+    if layer is not None:
+        text = f"L{layer}/{text}"
+    return text if sum_kind is None else f"{text}/{_NAMES[sum_kind]}"
+
+
+@dataclass(slots=True)
+class NodeRun:
+    """Nodes of one kind, layer and position, which differ in the other coordinates.
+
+    The lists have one entry for each node; None means that the nodes do not have the coordinate.
+    Without any list, the run is a single node.
+    """
+
+    kind: NodeKind
+    position: int
+    layer: int | None = None
+    heads: Sequence[int] | None = None
+    source_positions: Sequence[int] | None = None
+    neurons: Sequence[int] | None = None
+    experts: Sequence[int] | None = None
+    sum_kind: NodeKind | None = None
+
+    ids: list[str] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        text = _common_text(self.kind, self.position, self.layer, self.sum_kind)
+        lists = {
+            "h": self.heads,
+            "s": self.source_positions,
+            "e": self.experts,
+            "n": self.neurons,
+        }
+        given = {letter: values for letter, values in lists.items() if values is not None}
+        ids = [text]
+        for i, (letter, values) in enumerate(given.items()):
+            before = ids if i else repeat(text, len(values))
+            ids = [f"{start}/{letter}{value}" for start, value in zip(before, values, strict=True)]
+        self.ids = ids
+
+
+class NodeColumn(IntEnum):
+    """Columns of `Nodes.coordinates`, in the order of the fields of `Node`."""
+
+    KIND = 0
+    POSITION = 1
+    LAYER = 2
+    HEAD = 3
+    SOURCE_POSITION = 4
+    NEURON = 5
+    EXPERT = 6
+    SUM_KIND = 7
+
+
+class Nodes(Sequence[Node]):
+    """Nodes as columns: `ids`, and `coordinates` `[n, 8]` by `NodeColumn`, where -1 means absent.
+
+    A trace may have tens of thousands of nodes, so a `Node` is only created when it is read.
+    """
+
+    def __init__(self, ids: list[str], coordinates: Ints) -> None:
+        self.ids = ids
+        self.coordinates = coordinates
+
+    @classmethod
+    def joined(cls, parts: Sequence[Nodes]) -> Nodes:
+        """Return the nodes of all parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        empty = np.empty((0, len(NodeColumn)), np.int64)
+        ids = [node_id for part in parts for node_id in part.ids]
+        return cls(ids, np.concatenate([empty, *(part.coordinates for part in parts)]))
+
+    def rows(self, kept: Ints) -> Nodes:
+        """Return the nodes with these indices."""
+        if len(kept) == len(self):
+            return self
+        return Nodes([self.ids[i] for i in kept.tolist()], self.coordinates[kept])
+
+    def column(self, column: NodeColumn) -> Ints:
+        """Return one coordinate of all nodes."""
+        return self.coordinates[:, column]
+
+    def __len__(self) -> int:
+        """Return the number of nodes."""
+        return len(self.ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Node: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Node]: ...
+    def __getitem__(self, index: int | slice) -> Node | list[Node]:
+        """Return one node, or a list of nodes."""
+        if isinstance(index, slice):
+            return [_node(row) for row in self.coordinates[index].tolist()]
+        return _node(self.coordinates[index].tolist())
+
+    def __iter__(self) -> Iterator[Node]:
+        """Yield each node."""
+        return map(_node, self.coordinates.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the nodes are equal, and in the same order."""
+        return isinstance(other, Nodes) and np.array_equal(self.coordinates, other.coordinates)
+
+    __hash__ = None  # type: ignore[assignment]  # as for every type with an own `__eq__`
+
+
+def coordinates(runs: Sequence[NodeRun]) -> Ints:
+    """Return the coordinates `[n, 8]` of the nodes of all runs, in order."""
+    found = np.full((sum(len(run.ids) for run in runs), len(NodeColumn)), -1, np.int64)
+    first = 0
+    for run in runs:
+        rows = found[first : first + len(run.ids)]
+        first += len(run.ids)
+        places = (run.heads, run.source_positions, run.neurons, run.experts)
+        values = (run.kind, run.position, run.layer, *places, run.sum_kind)
+        for column, value in enumerate(values):
+            if value is not None:
+                rows[:, column] = value
+    return found
+
+
+def _node(row: list[int]) -> Node:
+    kind, position, *places, sum_kind = row
+    layer, head, source_position, neuron, expert = (None if i < 0 else i for i in places)
+    of_sum = None if sum_kind < 0 else NodeKind(sum_kind)
+    return Node(NodeKind(kind), position, layer, head, source_position, neuron, expert, of_sum)
 
 
 class Edge(NamedTuple):
@@ -71,6 +204,87 @@ class Edge(NamedTuple):
     logit_contribution: float | None = None
     attribution: float | None = None
     overlap: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Edges(Sequence[Edge]):
+    """Edges as columns `[n]`; NaN means absent. An `Edge` is only created when it is read."""
+
+    sources: list[str]
+    targets: list[str]
+    kinds: Ints
+    weights: Floats
+    shares: Floats
+    attention: Floats
+    logit_contributions: Floats
+    attributions: Floats
+    overlaps: NDArray[np.float64]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Edges]) -> Edges:
+        """Return the edges of all parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            [end for part in parts for end in part.sources],
+            [end for part in parts for end in part.targets],
+            np.concatenate([np.empty(0, np.int64), *(part.kinds for part in parts)]),
+            *(
+                np.concatenate([_NO_FLOATS, *(getattr(part, name) for part in parts)])
+                for name in _EDGE_FLOATS
+            ),
+        )
+
+    def rows(self, kept: Ints) -> Edges:
+        """Return the edges with these indices."""
+        where = kept.tolist()
+        return Edges(
+            [self.sources[i] for i in where],
+            [self.targets[i] for i in where],
+            self.kinds[kept],
+            *(getattr(self, name)[kept] for name in _EDGE_FLOATS),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of edges."""
+        return len(self.sources)
+
+    @overload
+    def __getitem__(self, index: int) -> Edge: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Edge]: ...
+    def __getitem__(self, index: int | slice) -> Edge | list[Edge]:
+        """Return one edge, or a list of edges."""
+        where = np.arange(len(self))[index]
+        found = list(self.rows(np.atleast_1d(where)))
+        return found if isinstance(index, slice) else found[0]
+
+    def __iter__(self) -> Iterator[Edge]:
+        """Yield each edge."""
+        columns = (_present(getattr(self, name)) for name in _EDGE_FLOATS)
+        kinds = map(EdgeKind, self.kinds.tolist())
+        return map(Edge, self.sources, self.targets, kinds, *columns)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the edges are equal, and in the same order."""
+        return isinstance(other, Edges) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # as for every type with an own `__eq__`
+
+
+_NO_FLOATS = np.empty(0, np.float32)
+_EDGE_FLOATS = ("weights", "shares", "attention", "logit_contributions", "attributions", "overlaps")
+
+
+def _present(column: NDArray[Any]) -> list[Any]:
+    """Replace NaN, which marks absent values, by None."""
+    absent = np.isnan(column)
+    if absent.all():
+        return [None] * len(column)
+    values: list[Any] = column.tolist()
+    for i in np.flatnonzero(absent).tolist():
+        values[i] = None
+    return values
 
 
 @dataclass(frozen=True)
@@ -126,12 +340,12 @@ class LayerGraph:
     """
 
     layer: int
-    nodes: Sequence[Node]
+    nodes: Nodes
     norms: Floats
     activations: Floats
     rows: Ints
     projections: ProjectionTable
-    edges: Sequence[Edge]
+    edges: Edges
     last: bool
     vectors: Floats | None = None
     gradients: Gradients | None = None

@@ -127,7 +127,7 @@ class ProjectionTable:
     target_logits: Floats
     target_probabilities: Floats
 
-    def rows(self, where: slice) -> ProjectionTable:
+    def rows(self, where: slice | Ints) -> ProjectionTable:
         """Return some of the rows."""
         return ProjectionTable(**{name: column[where] for name, column in vars(self).items()})
 

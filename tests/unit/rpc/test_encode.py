@@ -10,14 +10,17 @@ import pytest
 
 from januslens.v1 import common_pb2, trace_pb2
 from januslens_server.results import (
-    Edge,
     EdgeKind,
+    Edges,
     LayerGraph,
     Node,
     NodeKind,
+    NodeRun,
+    Nodes,
     ProjectionTable,
     SiteValues,
     Token,
+    coordinates,
 )
 from januslens_server.rpc.encode import ActivationsEncoder, TraceEncoder
 from januslens_server.rpc.encode.messages import (
@@ -133,18 +136,26 @@ def table(n: int, projected: bool = True) -> ProjectionTable:
 
 def layer(n: int, *, last: bool = True) -> LayerGraph:
     """Return n MLP neurons, each with an edge from the one before."""
-    nodes = [Node(NodeKind.MLP_VALUE, 7, 3, neuron=i) for i in range(n)]
+    run = NodeRun(NodeKind.MLP_VALUE, 7, 3, neurons=range(n))
+    absent = np.full(n - 1, np.nan, np.float32)
     return LayerGraph(
         layer=3,
-        nodes=nodes,
+        nodes=Nodes(run.ids, coordinates([run])),
         norms=np.arange(n, dtype=np.float32),
         activations=np.where(np.arange(n) % 2, np.nan, 1.5).astype(np.float32),
         rows=np.arange(n) - 1,
         projections=table(n - 1),
-        edges=[
-            Edge(a.id, b.id, EdgeKind.PART, weight=2.0, share=None if i else 0.5)
-            for i, (a, b) in enumerate(zip(nodes[1:], nodes, strict=False))
-        ],
+        edges=Edges(
+            sources=run.ids[1:],
+            targets=run.ids[:-1],
+            kinds=np.full(n - 1, EdgeKind.PART, np.int64),
+            weights=np.full(n - 1, 2.0, np.float32),
+            shares=np.where(np.arange(n - 1) == 0, 0.5, np.nan).astype(np.float32),
+            attention=absent,
+            logit_contributions=absent,
+            attributions=absent,
+            overlaps=absent.astype(np.float64),
+        ),
         last=last,
         vectors=np.ones((n, D_MODEL), dtype=np.float32),
     )

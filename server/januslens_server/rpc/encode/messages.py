@@ -20,6 +20,7 @@ from januslens_server.results import (
     Floats,
     FoundNeurons,
     Guarantee,
+    Ints,
     ModelFacts,
     ModelStatus,
     ProjectionTable,
@@ -28,12 +29,14 @@ from januslens_server.results import (
     Token,
 )
 from januslens_server.rpc.admission import Estimate
+from januslens_server.rpc.encode.columns import Columns, Parts
 
 # A message is full at half of the contract's 1 MiB, which leaves room for the last part, the texts
 # of its tokens and the envelope.
 PIECE_BYTES = 512 * 1024
 # Maximum number of cached messages of vocabulary entries, about 200 bytes each.
 ENTRIES = 2**16
+NO_IDS = np.empty(0, np.int64)
 # Bytes of a part's tag and length.
 FRAME_BYTES = 8
 
@@ -49,6 +52,9 @@ class Body(Protocol):
     @property
     def tokens(self) -> RepeatedCompositeFieldContainer[common_pb2.Token]:
         """Vocabulary entries that no earlier message has."""
+
+    def MergeFromString(self, serialized: bytes) -> int:
+        """Add the fields of an encoded message."""
 
 
 BodyT = TypeVar("BodyT", bound=Body)
@@ -115,6 +121,35 @@ class Pieces(Generic[BodyT]):
             self._body.tokens.extend([entry.message for entry in entries])
             self._size += sum([entry.size for entry in entries])
 
+    def extend(self, parts: Parts, token_ids: Ints = NO_IDS, users: Ints = NO_IDS) -> None:
+        """Add encoded parts, and the texts of their tokens.
+
+        `token_ids` `[m]` are tokens, and `users` `[m]` the indices of the parts that have them, in
+        ascending order.
+        """
+        first = _first_uses(token_ids, users)
+        entries = self._texts.entries(first)
+        needed_by = np.array([first[entry.message.id] for entry in entries], np.int64)
+        sizes = parts.sizes + FRAME_BYTES
+        np.add.at(sizes, needed_by, [entry.size for entry in entries])
+        ends, start = sizes.cumsum(), 0
+        while start < len(ends):
+            body, before = self.body(), int(ends[start - 1]) if start else 0
+            full = int(np.searchsorted(ends, before + self._limit - self._size))
+            stop = min(full + 1, len(ends))
+            body.MergeFromString(parts.between(start, stop))
+            least, most = np.searchsorted(needed_by, [start, stop])
+            body.tokens.extend([entry.message for entry in entries[least:most]])
+            self._size += int(ends[stop - 1]) - before
+            start = stop
+
+
+def _first_uses(token_ids: Ints, users: Ints) -> dict[int, int]:
+    """Return the first user of each token, in the order of `token_ids`; both are `[m]`."""
+    ids, first = np.unique(token_ids, return_index=True)
+    order = first.argsort()
+    return dict(zip(ids[order].tolist(), users[first[order]].tolist(), strict=True))
+
 
 # Cached, because streams contain the same entries many times. A message is copied into its parent.
 @lru_cache(ENTRIES)
@@ -168,6 +203,21 @@ def projections(table: ProjectionTable) -> list[Any]:
     ]
 
 
+def projection_columns(table: ProjectionTable) -> Columns:
+    """Encode each row of a table as a `Projection` for its first target."""
+    columns = Columns(lens_pb2.Projection, len(table.projected))
+    for end in ("top", "bottom"):
+        columns.unsigned_lists(f"{end}_token_ids", getattr(table, f"{end}_ids"))
+        columns.float_lists(f"{end}_probabilities", getattr(table, f"{end}_probabilities"))
+        columns.float_lists(f"{end}_logits", getattr(table, f"{end}_logits"))
+    columns.floats("entropy_bits", table.entropy_bits)
+    if table.target_ids.shape[1]:
+        columns.unsigned("target_rank", table.target_ranks[:, 0])
+        columns.floats("target_probability", table.target_probabilities[:, 0])
+        columns.floats("target_logit", table.target_logits[:, 0])
+    return columns
+
+
 def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
     """Encode which model, revision, device and library versions computed a result."""
     return common_pb2.Provenance(
@@ -214,6 +264,16 @@ def tensor_message(array: Floats) -> common_pb2.Tensor:
         shape=array.shape,
         data=np.ascontiguousarray(array, dtype="<f4").tobytes(),
     )
+
+
+def tensor_columns(array: Floats) -> Columns:
+    """Encode each row of `array` `[n, d]` as a `Tensor`, as `tensor_message` does."""
+    count, width = array.shape
+    columns = Columns(common_pb2.Tensor, count)
+    columns.unsigned("data_type", np.full(count, common_pb2.DATA_TYPE_FLOAT32))
+    columns.unsigned_lists("shape", np.full((count, 1), width))
+    columns.float_lists("data", array)
+    return columns
 
 
 def model_message(status: ModelStatus) -> models_pb2.Model:

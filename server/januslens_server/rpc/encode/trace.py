@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
+from typing import NamedTuple
 
-from januslens.v1 import lens_pb2, trace_pb2
+import numpy as np
+
+from januslens.v1 import trace_pb2
 from januslens_server.results import (
-    Gradients,
+    Ints,
     LayerGraph,
+    NodeColumn,
     PositionTarget,
+    ProjectionTable,
     TraceEvent,
     TraceHeader,
     TraceSummary,
 )
+from januslens_server.rpc.encode.columns import Columns, Parts
 from januslens_server.rpc.encode.messages import (
     Pieces,
     ReadToken,
     TokenTexts,
     guarantee_messages,
-    named_tokens,
-    projections,
+    projection_columns,
     provenance_message,
     sizes_message,
-    tensor_message,
+    tensor_columns,
     time_messages,
 )
+
+# Nodes are encoded in groups of about this many bytes, which fit into a CPU's cache.
+COLUMN_BYTES = 2**20
+
+_COORDINATES = {
+    "kind": NodeColumn.KIND,
+    "layer": NodeColumn.LAYER,
+    "position": NodeColumn.POSITION,
+    "head": NodeColumn.HEAD,
+    "source_position": NodeColumn.SOURCE_POSITION,
+    "neuron": NodeColumn.NEURON,
+    "expert": NodeColumn.EXPERT,
+}
 
 
 class TraceEncoder:
@@ -88,69 +105,83 @@ class TraceEncoder:
 
 
 def _add_nodes(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
-    read, named = projections(graph.projections), named_tokens(graph.projections)
-    gradients = None if graph.gradients is None else _StateGradients(graph.gradients)
-    columns = zip(
-        graph.nodes,
-        graph.norms.tolist(),
-        graph.activations.tolist(),
-        graph.rows.tolist(),
-        strict=True,
-    )
-    for i, (node, norm, activation, row) in enumerate(columns):
-        added = pieces.body().nodes.add(
-            id=node.id,
-            kind=trace_pb2.NodeKind.ValueType(node.kind),
-            layer=node.layer,
-            position=node.position,
-            head=node.head,
-            source_position=node.source_position,
-            neuron=node.neuron,
-            expert=node.expert,
-            norm=norm,
-            activation=None if math.isnan(activation) else activation,
-            projection=None if row < 0 else read[row],
-            vector=None if graph.vectors is None else tensor_message(graph.vectors[i]),
-        )
-        tokens = () if row < 0 else named[row]
-        if gradients is not None:
-            tokens = [*tokens, *gradients.add(i, added)]
-        pieces.added(added, tokens)
+    listed = graph.projections.top_ids.shape[1] + graph.projections.bottom_ids.shape[1]
+    at_once = max(1, COLUMN_BYTES // _node_bytes(graph, listed))
+    for start in range(0, len(graph.nodes), at_once):
+        part = slice(start, start + at_once)
+        read = {"projection": _Read(graph.projections, graph.rows[part])}
+        if graph.gradients is not None:
+            gradients = graph.gradients
+            read["gradient"] = _Read(gradients.projections, gradients.rows[part])
+        parts = Parts(trace_pb2.LayerGraph, "nodes", _nodes(graph, part, read))
+        ids = np.concatenate([each.token_ids().ravel() for each in read.values()])
+        users = np.concatenate([each.users() for each in read.values()])
+        order = users.argsort(kind="stable")
+        pieces.extend(parts, ids[order], users[order])
 
 
-class _StateGradients:
-    """Adds the gradients of a layer's states to their messages."""
+class _Read(NamedTuple):
+    """A table of projections, and the row of each node; -1 means not projected."""
 
-    def __init__(self, gradients: Gradients) -> None:
-        self._norms, self._rows = gradients.norms.tolist(), gradients.rows.tolist()
-        self._read = projections(gradients.projections)
-        self._named = named_tokens(gradients.projections)
+    table: ProjectionTable
+    rows: Ints
 
-    def add(self, i: int, message: trace_pb2.Node) -> list[int]:
-        """Set the gradient of node `i`; return the tokens that its projection names."""
-        norm, row = self._norms[i], self._rows[i]
-        if not math.isnan(norm):
-            message.gradient_norm = norm
-        if row < 0:
-            return []
-        message.gradient.MergeFrom(lens_pb2.Projection(**self._read[row]))
-        return self._named[row]
+    def token_ids(self) -> Ints:
+        """Return the tokens of the nodes that are projected."""
+        rows = self.rows[self.rows >= 0]
+        return np.concatenate([self.table.top_ids[rows], self.table.bottom_ids[rows]], axis=1)
+
+    def users(self) -> Ints:
+        """Return the index of the node of each token."""
+        listed = self.table.top_ids.shape[1] + self.table.bottom_ids.shape[1]
+        return np.flatnonzero(self.rows >= 0).repeat(listed)
+
+
+def _nodes(graph: LayerGraph, part: slice, read: Mapping[str, _Read]) -> Columns:
+    """Encode some nodes, with their projections by the name of the field."""
+    ids = graph.nodes.ids[part]
+    nodes = Columns(trace_pb2.Node, len(ids))
+    nodes.texts("id", ids)
+    for name, column in _COORDINATES.items():
+        values = graph.nodes.column(column)[part]
+        nodes.unsigned(name, values, values >= 0)
+    nodes.floats("norm", graph.norms[part])
+    numbers = {"activation": graph.activations[part]}
+    if graph.gradients is not None:
+        numbers["gradient_norm"] = graph.gradients.norms[part]
+    for name, found in numbers.items():
+        nodes.floats(name, found, ~np.isnan(found))
+    for name, (table, rows) in read.items():
+        if (rows >= 0).any():
+            projections = projection_columns(table.rows(rows.clip(0))).cells()
+            nodes.delimited(name, projections, rows >= 0)
+    if graph.vectors is not None:
+        nodes.delimited("vector", tensor_columns(graph.vectors[part]).cells())
+    return nodes
+
+
+def _node_bytes(graph: LayerGraph, listed: int) -> int:
+    """Return about the bytes of a node."""
+    width = 0 if graph.vectors is None else 4 * graph.vectors.shape[1]
+    return 128 + 16 * listed + width
 
 
 def _add_edges(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
-    for edge in graph.edges:
-        added = pieces.body().edges.add(
-            source=edge.source,
-            target=edge.target,
-            kind=trace_pb2.EdgeKind.ValueType(edge.kind),
-            weight=edge.weight,
-            share=edge.share,
-            attention=edge.attention,
-            logit_contribution=edge.logit_contribution,
-            attribution=edge.attribution,
-            overlap=edge.overlap,
-        )
-        pieces.added(added)
+    edges = graph.edges
+    columns = Columns(trace_pb2.Edge, len(edges))
+    columns.texts("source", edges.sources)
+    columns.texts("target", edges.targets)
+    columns.unsigned("kind", edges.kinds)
+    for name, values in (
+        ("weight", edges.weights),
+        ("share", edges.shares),
+        ("attention", edges.attention),
+        ("logit_contribution", edges.logit_contributions),
+        ("attribution", edges.attributions),
+        ("overlap", edges.overlaps),
+    ):
+        columns.floats(name, values, ~np.isnan(values))
+    pieces.extend(Parts(trace_pb2.LayerGraph, "edges", columns))
 
 
 def _target(target: PositionTarget) -> trace_pb2.PositionTarget:
