@@ -526,6 +526,7 @@ def preview_edit_request(
     edit: Edit,
     *,
     probes: Iterable[Probe | str] = (),
+    interventions: Iterable[Intervention] = (),
     model: str = "",
     revision: str = "",
 ) -> edits_pb2.PreviewEditRequest:
@@ -536,6 +537,7 @@ def preview_edit_request(
         input=input_message(prompt),
         target=target_message(target),
         probes=[probe_message(probe) for probe in probes],
+        interventions=intervention_messages(interventions),
     )
     set_edit(request, edit)
     return request

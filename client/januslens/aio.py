@@ -23,6 +23,7 @@ from januslens.aio_lenses import AsyncLenses
 from januslens.aio_passes import AsyncPasses
 from januslens.arguments import Chat, Edit, Layers, Messages, Probe, Prompt, TargetLike, Text
 from januslens.assemblers import TraceAssembler
+from januslens.interventions import Intervention
 from januslens.results.generation import Explanation, check_completion, listed_logarithm, logarithm
 from januslens.results.gradient import EditPreview
 from januslens.results.kinds import Lens, NodeKind
@@ -201,6 +202,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
         edit: Edit,
         *,
         probes: Iterable[Probe | str] = (),
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -214,6 +216,8 @@ class AsyncClient(AsyncLenses, AsyncPasses):
                 token.
             edit: A `DescentStep` or a `ForwardShift`.
             probes: Other prompts to report before and after the edit.
+            interventions: Changes of every forward pass, also of the one that the edit is computed
+                from, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -228,6 +232,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
             target,
             edit,
             probes=probes,
+            interventions=interventions,
             model=model,
             revision=revision,
         )

@@ -21,6 +21,7 @@ from januslens._requests import (
 from januslens.arguments import Chat, Edit, Layers, Messages, Probe, Prompt, TargetLike, Text
 from januslens.assemblers import TraceAssembler
 from januslens.calls import EventStream, Generation
+from januslens.interventions import Intervention
 from januslens.lenses import Lenses
 from januslens.passes import Passes
 from januslens.results.generation import Explanation, check_completion, listed_logarithm, logarithm
@@ -199,6 +200,7 @@ class Client(Lenses, Passes):
         edit: Edit,
         *,
         probes: Iterable[Probe | str] = (),
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -212,6 +214,8 @@ class Client(Lenses, Passes):
                 token.
             edit: A `DescentStep` or a `ForwardShift`.
             probes: Other prompts to report before and after the edit.
+            interventions: Changes of every forward pass, also of the one that the edit is computed
+                from, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -226,6 +230,7 @@ class Client(Lenses, Passes):
             target,
             edit,
             probes=probes,
+            interventions=interventions,
             model=model,
             revision=revision,
         )

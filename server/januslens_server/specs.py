@@ -400,6 +400,7 @@ class PreviewEditSpec:
     target: Target
     edit: DescentStep | ForwardShift
     probes: tuple[Probe, ...] = ()
+    interventions: tuple[InterventionSpec, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from januslens_server.errors import InvalidRequest
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.resolve import resolve_preview_edit
 from januslens_server.results import EditPreview, Effect, MatrixKind
-from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec, Probe
+from januslens_server.specs import (
+    DescentStep,
+    ForwardShift,
+    InterventionSpec,
+    PreviewEditSpec,
+    Probe,
+    Site,
+    Zero,
+)
 from tests.reference.examples import EXAMPLES, LoadExample, prompt
 from tests.support.results import only
 
@@ -135,3 +146,61 @@ def test_previews_do_not_change_resident_weights_or_modules(load_example: LoadEx
         assert not parameter.requires_grad, name
         assert parameter.grad is None, name
     assert not any(module._forward_hooks for module in resident.network.modules())
+
+
+@contextmanager
+def zeroed(network: Any, positions: list[int]) -> Iterator[None]:
+    """Zero what the MLP of layer 0 adds at these positions."""
+
+    def zero(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        kept = torch.ones(output.shape[1], 1)
+        kept[positions] = 0
+        return output * kept
+
+    handle = network.transformer.h[0].mlp.register_forward_hook(zero)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_interventions_change_the_edit_and_the_passes_before_and_after(
+    load_example: LoadExample,
+) -> None:
+    loaded = load_example("gpt2")
+    ids, probe, targets, rate = prompt("gpt2", 7), prompt("gpt2", 9)[3:], (17, 5), 0.02
+    edited = copy.deepcopy(loaded.network)
+    with zeroed(edited, [6, 2]):
+        log_p = edited(torch.tensor([[*ids, targets[0]]])).logits[0].log_softmax(-1)
+        (-log_p[-2, targets[0]] - log_p[-1, targets[1]]).backward()
+    with torch.no_grad():
+        for name, parameter in edited.named_parameters():
+            if is_weight_of(name, MLP_NAMES):
+                parameter.sub_(rate * parameter.grad)
+    spec = PreviewEditSpec(
+        prompt=tuple(ids),
+        target=targets,
+        edit=DescentStep((), (), rate),
+        probes=(Probe("other", tuple(probe), None),),
+        interventions=(InterventionSpec(Site.MLP_OUTPUT, Zero(), layers=(0,), positions=(-1, 2)),),
+    )
+    found = preview(loaded.resident, spec)
+    for tokens, effect in ((ids, found.edited), (probe, found.probes[0])):
+        at = [len(tokens) - 1, 2]
+        with zeroed(loaded.network, at), zeroed(edited, at):
+            before, after = (next_token(network, tokens) for network in (loaded.network, edited))
+        assert_effect(effect, before, after, targets[0])
+
+
+def test_position_that_a_probe_lacks_is_refused_with_the_probe(load_example: LoadExample) -> None:
+    loaded = load_example("gpt2")
+    zero = InterventionSpec(Site.MLP_OUTPUT, Zero(), positions=(6,))
+    spec = PreviewEditSpec(
+        prompt=tuple(prompt("gpt2", 7)),
+        target=(17,),
+        edit=DescentStep((), (), 0.1),
+        probes=(Probe("", (3, 4), None),),
+        interventions=(zero,),
+    )
+    with pytest.raises(InvalidRequest, match=r"on probes\[0\]: position 6 is outside the prompt"):
+        preview(loaded.resident, spec)

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from januslens.v1 import common_pb2 as _common_pb2
 from januslens.v1 import gradient_lens_pb2 as _gradient_lens_pb2
+from januslens.v1 import interventions_pb2 as _interventions_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -35,6 +36,7 @@ class PreviewEditRequest(_message.Message):
     DESCENT_FIELD_NUMBER: _builtins.int
     SHIFT_FIELD_NUMBER: _builtins.int
     PROBES_FIELD_NUMBER: _builtins.int
+    INTERVENTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has."""
     revision: _builtins.str
@@ -59,6 +61,12 @@ class PreviewEditRequest(_message.Message):
     def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Probe]:
         """Other prompts to measure before and after the edit, such as paraphrases; at most 64."""
 
+    @_builtins.property
+    def interventions(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.Intervention]:
+        """Changes of every forward pass of this request: those before and after the edit, and the one that
+        the edit is computed from. In each prompt, negative positions count from the end of that prompt.
+        """
+
     def __init__(
         self,
         *,
@@ -69,10 +77,11 @@ class PreviewEditRequest(_message.Message):
         descent: Global___DescentStep | None = ...,
         shift: Global___ForwardShift | None = ...,
         probes: _abc.Iterable[Global___Probe] | None = ...,
+        interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["descent", b"descent", "edit", b"edit", "input", b"input", "shift", b"shift", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["descent", b"descent", "edit", b"edit", "input", b"input", "model", b"model", "probes", b"probes", "revision", b"revision", "shift", b"shift", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descent", b"descent", "edit", b"edit", "input", b"input", "interventions", b"interventions", "model", b"model", "probes", b"probes", "revision", b"revision", "shift", b"shift", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_edit: _TypeAlias = _typing.Literal["descent", "shift"]  # noqa: Y015
     _WhichOneofArgType_edit: _TypeAlias = _typing.Literal["edit", b"edit"]  # noqa: Y015

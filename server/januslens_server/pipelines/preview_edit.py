@@ -13,9 +13,10 @@ from januslens_server.capture.hooks import rows
 from januslens_server.errors import CancelCheck, InvalidRequest, NotFinite
 from januslens_server.lens.backward_lens import negative_log_likelihood
 from januslens_server.lens.head import LensHead
+from januslens_server.models.interventions import Interventions
 from januslens_server.models.matrices import MatrixKey, read_parameter
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.runner import backward, forward
+from januslens_server.models.runner import backward, forward, prepared
 from januslens_server.pipelines.resolve import ResolvedPreviewEdit, Watched, single_ff2
 from januslens_server.results import EditPreview, Effect, MatrixKind
 from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec
@@ -29,20 +30,22 @@ def preview_edit(
     Raises `InvalidRequest` if the edit makes the model's logits infinite or NaN.
     """
     model, watched = request.model, request.watched
-    before = yield from _read(model, watched, (), check_cancelled)
+    # Patches and means take their values from the model without the edit.
+    changes = [
+        prepared(model, prompt.interventions, len(prompt.ids), check_cancelled)
+        for prompt in watched
+    ]
+    before = yield from _read(model, watched, changes, (), check_cancelled)
     overlays = model.view.overlays(_changes(request, check_cancelled))
-    after = yield from _edited(model, request.spec, watched, overlays, check_cancelled)
+    reading = _read(model, watched, changes, overlays, check_cancelled)
+    after = yield from _edited(request.spec, reading)
     effect = partial(_effect, model.view.lens)
     edited, *probes = map(effect, watched, before, after)
     yield EditPreview(edited, probes, model.provenance)
 
 
 def _edited(
-    model: ResidentModel,
-    spec: PreviewEditSpec,
-    watched: Sequence[Watched],
-    overlays: Sequence[Overlay],
-    check_cancelled: CancelCheck,
+    spec: PreviewEditSpec, reading: Generator[None, None, list[torch.Tensor]]
 ) -> Generator[None, None, list[torch.Tensor]]:
     """Return every prompt's logits with the edit; raises `InvalidRequest` if one is not finite."""
     field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
@@ -50,7 +53,7 @@ def _edited(
         field, "edit too large: the edited model's logits are not finite; make it smaller"
     )
     try:
-        rows = yield from _read(model, watched, overlays, check_cancelled)
+        rows = yield from reading
     except NotFinite as error:
         raise larger from error
     if not all(bool(row.isfinite().all()) for row in rows):
@@ -61,14 +64,15 @@ def _edited(
 def _read(
     model: ResidentModel,
     watched: Sequence[Watched],
+    changes: Sequence[Interventions | None],
     overlays: Sequence[Overlay],
     check_cancelled: CancelCheck,
 ) -> Generator[None, None, list[torch.Tensor]]:
     """Return every prompt's logits, with the overlays active only during the passes."""
     rows = []
-    for prompt in watched:
+    for prompt, changed in zip(watched, changes, strict=True):
         with overlaid(overlays):
-            rows.append(_next_logits(model, prompt.ids, check_cancelled))
+            rows.append(_next_logits(model, prompt.ids, changed, check_cancelled))
         yield
     return rows
 
@@ -88,7 +92,9 @@ def _descent(
     """Return the changes `-learning_rate dL/dW` as factors; L is the target's NLL."""
     forced = [*request.watched[0].ids, *request.targets[:-1]]
     loss = negative_log_likelihood(request.targets)
-    passed = backward(request.model, forced, loss, request.matrices, check_cancelled)
+    model, matrices = request.model, request.matrices
+    changes = prepared(model, request.interventions, len(forced), check_cancelled)
+    passed = backward(model, forced, loss, matrices, check_cancelled, changes)
     return {
         key: LowRank(found.inputs, -step.learning_rate * found.vjps)
         for key, found in passed.factors.items()
@@ -111,7 +117,9 @@ def _shift(
             f"d_model {width}; use descent",
         )
     with torch.inference_mode(), capturing({"x": linear.input}) as captured:
-        forward(model, ids, (), check_cancelled, scored=(len(ids) - 1,))
+        changes = prepared(model, request.watched[0].interventions, len(ids), check_cancelled)
+        last = (len(ids) - 1,)
+        forward(model, ids, (), check_cancelled, scored=last, interventions=changes)
     x = rows(captured["x"])[-1:].to(model.device).float()
     embedding = embeddings[request.targets[0]].to(model.device).float()
     change = LowRank(x, shift.eta * embedding[None])
@@ -120,12 +128,17 @@ def _shift(
 
 @torch.inference_mode()
 def _next_logits(
-    model: ResidentModel, ids: Sequence[int], check_cancelled: CancelCheck
+    model: ResidentModel,
+    ids: Sequence[int],
+    changes: Interventions | None,
+    check_cancelled: CancelCheck,
 ) -> torch.Tensor:
     """Return the logits of the next token `[vocab]`, in float32, before the soft-cap."""
     lens = model.view.lens
-    last = forward(model, ids, (), check_cancelled, scored=(len(ids) - 1,)).residual[-1:]
-    return lens.logits(lens.final_norm(last))[0]
+    last = (len(ids) - 1,)
+    passed = forward(model, ids, (), check_cancelled, scored=last, interventions=changes)
+    last_residual = passed.residual[-1:]
+    return lens.logits(lens.final_norm(last_residual))[0]
 
 
 def _effect(lens: LensHead, watched: Watched, before: torch.Tensor, after: torch.Tensor) -> Effect:

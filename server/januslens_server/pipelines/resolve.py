@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
@@ -94,11 +94,12 @@ class ResolvedProject:
 
 @dataclass(frozen=True)
 class Watched:
-    """A prompt with a target token, to compare before and after an edit."""
+    """A prompt with a target token, to compare before and after an edit, under interventions."""
 
     label: str
     ids: tuple[int, ...]
     target: int
+    interventions: tuple[Intervention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class ResolvedPreviewEdit:
     """A PreviewEdit with its prompts, targets and edited matrices.
 
     `watched` starts with the edit's own prompt. `targets` are all tokens of the edit's target.
+    `interventions` are those of the pass that the edit is computed from, whose tokens are the
+    prompt and all but the last of the `targets`.
     """
 
     model: ResidentModel
@@ -113,6 +116,7 @@ class ResolvedPreviewEdit:
     targets: tuple[int, ...]
     watched: list[Watched]
     matrices: list[tuple[int, MatrixKind]]
+    interventions: tuple[Intervention, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -349,14 +353,35 @@ def resolve_preview_edit(
 ) -> ResolvedPreviewEdit:
     """Resolve a PreviewEdit.
 
-    Raises `InvalidRequest` for an invalid prompt, target, layer or matrix.
+    Raises `InvalidRequest` for an invalid prompt, target, layer, matrix or intervention.
     """
     targets = read_target(model, spec.target, "target")
+    others = OtherPrompts(model, check_cancelled)
     room = len(targets) - 1
     prompt = read_prompt(model, spec.prompt, room, check_cancelled=check_cancelled)
     own = Watched("", tuple(token.id for token in prompt), targets[0])
-    watched = [own, *_probes(model, spec, targets[0], check_cancelled)]
-    return ResolvedPreviewEdit(model, spec, targets, watched, _edited(model, spec))
+    forced = read_interventions(
+        model, spec.interventions, len(prompt) + room, len(prompt), others=others
+    )
+    watched = [
+        replace(each, interventions=_interventions_on(model, spec, i, len(each.ids), others))
+        for i, each in enumerate((own, *_probes(model, spec, targets[0], check_cancelled)))
+    ]
+    return ResolvedPreviewEdit(model, spec, targets, watched, _edited(model, spec), forced)
+
+
+def _interventions_on(
+    model: ResidentModel, spec: PreviewEditSpec, number: int, length: int, others: OtherPrompts
+) -> tuple[Intervention, ...]:
+    """Resolve the interventions for a prompt: 0 is that of the edit, probes follow."""
+    try:
+        return read_interventions(model, spec.interventions, length, others=others)
+    except InvalidRequest as error:
+        if number == 0:
+            raise
+        (violation,) = error.violations
+        description = f"on probes[{number - 1}]: {violation.description}"
+        raise InvalidRequest(violation.field, description) from error
 
 
 def _probes(

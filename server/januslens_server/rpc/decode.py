@@ -393,6 +393,7 @@ def preview_edit_spec(request: edits_pb2.PreviewEditRequest) -> PreviewEditSpec:
         target=_target(request.target, "target"),
         edit=_edit(request),
         probes=tuple(_probe(probe, f"probes[{i}]") for i, probe in enumerate(request.probes)),
+        interventions=_interventions(request.interventions),
     )
 
 
@@ -598,6 +599,7 @@ BOUNDS: dict[str, int] = {
     "MeanOver.inputs": 64,
     "Patch.positions": 64 * KIB,
     "PreviewEditRequest.model": 256,
+    "PreviewEditRequest.interventions": 256,
     "PreviewEditRequest.probes": 64,
     "PreviewEditRequest.revision": 256,
     "Probe.label": 4 * KIB,

@@ -89,8 +89,10 @@ def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
         widths = matrix_sizes(request.model, request.matrices, sizes, own).widths
         flops += 2.0 * own * sum(watched) * widths
     kept = memory.kept_for_backward(sizes, own)
+    changes = [(prompt.interventions, len(prompt.ids)) for prompt in request.watched]
+    changes.append((request.interventions, own))
     read = 2 * len(watched) * memory.FLOAT32 * sizes.facts.vocab_size
-    return Demand(
+    demand = Demand(
         passes=making + 2 * len(watched),
         flops=flops,
         memory=sizes.facts.n_layers * kept
@@ -101,6 +103,9 @@ def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
         readings=2 * len(watched),
         vectors=2 * len(watched),
     )
+    for found, tokens in changes:
+        demand = with_interventions(demand, request.model, found, tokens)
+    return demand
 
 
 def find_neurons_demand(request: ResolvedFindNeurons) -> Demand:
