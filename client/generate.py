@@ -149,7 +149,8 @@ PASSES = (
         interrupted="GenerationInterrupted",
         result="AsyncGeneration",
         event="GenerationEvent",
-        assembler='GenerateAssembler(partial(AsyncGeneration, client=cast("AsyncClient", self)))',
+        assembler='GenerateAssembler(partial(AsyncGeneration, client=cast("AsyncClient", self), '
+        "changes=tuple(request.interventions)))",
     ),
 )
 

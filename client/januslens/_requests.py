@@ -442,6 +442,7 @@ def generate_request(  # noqa: PLR0913 - by keyword
     top_k: int | None = None,
     layers: Layers | Literal["all"] | None = None,
     layer_top_k: int | None = None,
+    interventions: Iterable[Intervention] = (),
     model: str = "",
     revision: str = "",
 ) -> generation_pb2.GenerateRequest:
@@ -461,6 +462,8 @@ def generate_request(  # noqa: PLR0913 - by keyword
         top_k: Most likely tokens to list at each step; None = the server's default, 0 = none.
         layers: Layers whose output is read at each step, from 0, or `"all"`; None = none.
         layer_top_k: Most likely tokens to list per layer; None = the server's default, 0 = none.
+        interventions: Changes of the forward passes, made by `januslens.interventions`. Those
+            without positions also apply to every generated token.
         model: The model's name; may be empty if only one is loaded.
         revision: The expected revision; any other is refused. Empty = any.
     """
@@ -489,6 +492,7 @@ def generate_request(  # noqa: PLR0913 - by keyword
         stop=[checked_text(text, "stop") for text in texts],
         top_k=optional_count(top_k, "top_k"),
         reading=reading,
+        interventions=intervention_messages(interventions),
     )
 
 

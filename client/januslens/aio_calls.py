@@ -19,11 +19,12 @@ from januslens._resuming import ResumableCall, ResumableStream
 from januslens.arguments import TargetLike
 from januslens.assemblers import Assembler, EventT, ResultT
 from januslens.errors import StreamInterrupted
+from januslens.interventions import Intervention, counted_from_start
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import Gradient
 from januslens.results.models import CostEstimate
 from januslens.results.trace import Trace
-from januslens.v1 import cost_pb2
+from januslens.v1 import cost_pb2, interventions_pb2
 
 if TYPE_CHECKING:
     from januslens.aio import AsyncClient
@@ -166,6 +167,7 @@ class AsyncGeneration(GeneratedText):
     """A generated text, with methods that explain its tokens."""
 
     client: AsyncClient = field(repr=False, compare=False)
+    changes: tuple[interventions_pb2.Intervention, ...] = field(repr=False, compare=False)
 
     async def trace(
         self, token: int = -1, target: TargetLike | None = None, **options: Any
@@ -175,7 +177,8 @@ class AsyncGeneration(GeneratedText):
         Args:
             token: Number of the generated token, from 0, or negative from the end.
             target: The token whose rank every projection reports; None = the generated token.
-            options: Further arguments of `trace`.
+            options: Further arguments of `trace`; by default, the pass has the interventions of the
+                generation.
 
         Raises:
             IndexError: There is no such token.
@@ -183,7 +186,7 @@ class AsyncGeneration(GeneratedText):
         """
         ids = self.ids_before(token)
         wanted = self.tokens[token].token.id if target is None else target
-        return await self.client.trace(ids, wanted, **self._pinned(), **options)
+        return await self.client.trace(ids, wanted, **self._same_pass() | options)
 
     async def gradient(
         self, token: int = -1, target: TargetLike | None = None, **options: Any
@@ -193,7 +196,8 @@ class AsyncGeneration(GeneratedText):
         Args:
             token: Number of the generated token, from 0, or negative from the end.
             target: The target of the loss; None = the generated token.
-            options: Further arguments of `gradient_lens`.
+            options: Further arguments of `gradient_lens`; by default, the pass has the
+                interventions of the generation.
 
         Raises:
             IndexError: There is no such token.
@@ -201,8 +205,13 @@ class AsyncGeneration(GeneratedText):
         """
         ids = self.ids_before(token)
         wanted = self.tokens[token].token.id if target is None else target
-        return await self.client.gradient_lens(ids, wanted, **self._pinned(), **options)
+        return await self.client.gradient_lens(ids, wanted, **self._same_pass() | options)
 
-    def _pinned(self) -> dict[str, Any]:
-        """Name the model and revision that generated the text."""
-        return {"model": self.provenance.model, "revision": self.provenance.revision}
+    def _same_pass(self) -> dict[str, Any]:
+        """Name the model and revision that generated the text, and the interventions."""
+        changes = Intervention(self.changes)
+        return {
+            "model": self.provenance.model,
+            "revision": self.provenance.revision,
+            "interventions": [counted_from_start(changes, len(self.prompt_tokens))],
+        }

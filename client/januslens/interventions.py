@@ -1,7 +1,7 @@
 """Interventions: changes of a forward pass, for one request only.
 
-Pass them as `interventions` to `client.trace`, `client.gradient_lens` and `client.activations`, or
-in experiments to `client.intervene`, which measures the effect of each::
+Pass them as `interventions` to `client.trace`, `client.gradient_lens`, `client.activations` and
+`client.generate`, or in experiments to `client.intervene`, which measures the effect of each::
 
     from januslens import patch, steer, zero
 
@@ -10,7 +10,8 @@ in experiments to `client.intervene`, which measures the effect of each::
 A site is a place in the forward pass, such as `HEAD_RESULT`; docs/semantics.md defines each.
 Layers, positions, heads and neurons say which values are changed; None means all of them. Heads and
 neurons are numbers, or pairs `(layer, number)`, which name their layers as well. All interventions
-of a request hold in the same pass. At one site, they apply in the given order.
+of a request hold in the same pass. At one site, they apply in the given order. In `generate`,
+positions are those of the prompt; None also means every generated token.
 """
 
 from __future__ import annotations
@@ -323,6 +324,18 @@ def intervention_messages(
                 "januslens.interventions, for example zero(heads=[(9, 6)])"
             )
     return [message for intervention in given for message in intervention.messages]
+
+
+def counted_from_start(intervention: Intervention, length: int) -> Intervention:
+    """Return the same change of a prompt of `length` tokens, without negative positions."""
+    messages = []
+    for message in intervention.messages:
+        counted = interventions_pb2.Intervention()
+        counted.CopyFrom(message)
+        for positions in (counted.positions, counted.source_positions):
+            positions[:] = [p + length if p < 0 else p for p in positions]
+        messages.append(counted)
+    return Intervention(tuple(messages))
 
 
 def experiment_message(experiment: Experiment | Intervention) -> intervene_pb2.Experiment:

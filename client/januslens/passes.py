@@ -406,6 +406,7 @@ class Passes(Calls):
         top_k: int | None = None,
         layers: Layers | Literal["all"] | None = None,
         layer_top_k: int | None = None,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -427,6 +428,8 @@ class Passes(Calls):
             layers: Layers whose output is read at each step, from 0, or `"all"`; None = none.
             layer_top_k: Most likely tokens to list per layer; None = the server's default, 0 =
                 none.
+            interventions: Changes of the forward passes, made by `januslens.interventions`. Those
+                without positions also apply to every generated token.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -449,6 +452,7 @@ class Passes(Calls):
             top_k=top_k,
             layers=layers,
             layer_top_k=layer_top_k,
+            interventions=interventions,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -470,6 +474,7 @@ class Passes(Calls):
         top_k: int | None = None,
         layers: Layers | Literal["all"] | None = None,
         layer_top_k: int | None = None,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -491,6 +496,8 @@ class Passes(Calls):
             layers: Layers whose output is read at each step, from 0, or `"all"`; None = none.
             layer_top_k: Most likely tokens to list per layer; None = the server's default, 0 =
                 none.
+            interventions: Changes of the forward passes, made by `januslens.interventions`. Those
+                without positions also apply to every generated token.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -515,6 +522,7 @@ class Passes(Calls):
             top_k=top_k,
             layers=layers,
             layer_top_k=layer_top_k,
+            interventions=interventions,
             model=model,
             revision=revision,
         )
@@ -522,7 +530,13 @@ class Passes(Calls):
             "Generate",
             request,
             timeout,
-            GenerateAssembler(partial(Generation, client=cast("Client", self))),
+            GenerateAssembler(
+                partial(
+                    Generation,
+                    client=cast("Client", self),
+                    changes=tuple(request.interventions),
+                )
+            ),
         )
 
     def estimate_generate(
@@ -539,6 +553,7 @@ class Passes(Calls):
         top_k: int | None = None,
         layers: Layers | Literal["all"] | None = None,
         layer_top_k: int | None = None,
+        interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -560,6 +575,8 @@ class Passes(Calls):
             layers: Layers whose output is read at each step, from 0, or `"all"`; None = none.
             layer_top_k: Most likely tokens to list per layer; None = the server's default, 0 =
                 none.
+            interventions: Changes of the forward passes, made by `januslens.interventions`. Those
+                without positions also apply to every generated token.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -581,6 +598,7 @@ class Passes(Calls):
             top_k=top_k,
             layers=layers,
             layer_top_k=layer_top_k,
+            interventions=interventions,
             model=model,
             revision=revision,
         )

@@ -338,6 +338,7 @@ class GenerateSpec:
     stop: tuple[str, ...] = ()
     top_k: int = 5
     reading: LayerReading | None = None
+    interventions: tuple[InterventionSpec, ...] = ()
 
 
 @dataclass(frozen=True)

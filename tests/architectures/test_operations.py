@@ -172,7 +172,7 @@ def test_noise_drawn_in_blocks_is_that_of_the_whole_prompt(monkeypatch: pytest.M
     for length, positions in ((9, (8, 2)), (47, (46, 0, 31)), (100, (99, 0, 40, 41)), (99, (3,))):
         changes = Interventions(resident(LLAMA), [], length, {}, never_cancelled)
         whole = torch.randn(length, 5, generator=torch.Generator().manual_seed(3))
-        drawn = changes._drawn(3, positions, torch.Size([5]))
+        drawn = changes._drawn(torch.Generator().manual_seed(3), positions, torch.Size([5]))
         assert torch.equal(drawn, whole[list(positions)])
 
 

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import januslens
 from januslens.cli.program import januslens as command
+from januslens.interventions import zero
 from januslens.v1 import common_pb2, generation_pb2, service_pb2_grpc
 
 PROMPT = "The capital of Japan is the city of"
@@ -151,6 +152,27 @@ def test_invalid_argument_is_refused_before_it_is_sent(
 ) -> None:
     with pytest.raises(error):
         client.generate("x", **options)  # type: ignore[arg-type]
+
+
+def test_interventions_change_the_answer_and_the_traces_of_its_tokens(
+    client: januslens.Client,
+) -> None:
+    knocked_out = [zero("MLP_OUTPUT", layers=0), zero(heads=[(0, 1)], positions=[-1, -3])]
+    plain, changed = client.generate(PROMPT), client.generate(PROMPT, interventions=knocked_out)
+    assert changed.text != plain.text
+    for number, made in enumerate(changed):
+        traced = changed.trace(number, layers=[3]).target()
+        assert traced.target == made.token
+        assert math.log(traced.target_probability) == pytest.approx(made.log_probability, abs=1e-4)
+        assert changed.gradient(number, layers=[3]).loss == pytest.approx(
+            -made.log_probability, abs=1e-4
+        )
+    unchanged = changed.trace(0, layers=[3], interventions=()).target()
+    assert math.log(unchanged.target_probability) != pytest.approx(
+        changed.tokens[0].log_probability
+    )
+    estimate = client.estimate_generate(PROMPT, interventions=knocked_out)
+    assert estimate.admissible
 
 
 def test_interrupted_generation_has_the_tokens_received(client: januslens.Client) -> None:

@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from januslens.v1 import common_pb2 as januslens_dot_v1_dot_common__pb2
+from januslens.v1 import interventions_pb2 as januslens_dot_v1_dot_interventions__pb2
 from januslens.v1 import streams_pb2 as januslens_dot_v1_dot_streams__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1djanuslens/v1/generation.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a\x1ajanuslens/v1/streams.proto\"\x89\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\"\n\x05input\x18\x03 \x01(\x0b\x32\x13.januslens.v1.Input\x12\x1b\n\x0emax_new_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.januslens.v1.Sampling\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x01\x88\x01\x01\x12+\n\x07reading\x18\x08 \x01(\x0b\x32\x1a.januslens.v1.LayerReadingB\x11\n\x0f_max_new_tokensB\x08\n\x06_top_k\"K\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"<\n\x0cLayerReading\x12\x0e\n\x06layers\x18\x01 \x03(\x05\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_top_k\"\xe3\x01\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12,\n\x06header\x18\x02 \x01(\x0b\x32\x1a.januslens.v1.StreamHeaderH\x00\x12\x31\n\tgenerated\x18\x03 \x01(\x0b\x32\x1c.januslens.v1.GeneratedTokenH\x00\x12.\n\x07summary\x18\x04 \x01(\x0b\x32\x1b.januslens.v1.StreamSummaryH\x00\x12#\n\x06tokens\x18\x05 \x03(\x0b\x32\x13.januslens.v1.TokenB\x07\n\x05\x65vent\"\xc1\x01\n\x0eGeneratedToken\x12\"\n\x05token\x18\x01 \x01(\x0b\x32\x13.januslens.v1.Token\x12\x17\n\x0flog_probability\x18\x02 \x01(\x02\x12\x14\n\x0c\x65ntropy_bits\x18\x03 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x19\n\x11top_probabilities\x18\x05 \x03(\x02\x12*\n\x06layers\x18\x06 \x03(\x0b\x32\x1a.januslens.v1.LayerOutcome\"W\n\x0cLayerOutcome\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x04 \x03(\rB\x1cP\x01Z\x18januslens/v1;januslensv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1djanuslens/v1/generation.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a januslens/v1/interventions.proto\x1a\x1ajanuslens/v1/streams.proto\"\xbc\x02\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\"\n\x05input\x18\x03 \x01(\x0b\x32\x13.januslens.v1.Input\x12\x1b\n\x0emax_new_tokens\x18\x04 \x01(\rH\x00\x88\x01\x01\x12(\n\x08sampling\x18\x05 \x01(\x0b\x32\x16.januslens.v1.Sampling\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x12\n\x05top_k\x18\x07 \x01(\rH\x01\x88\x01\x01\x12+\n\x07reading\x18\x08 \x01(\x0b\x32\x1a.januslens.v1.LayerReading\x12\x31\n\rinterventions\x18\t \x03(\x0b\x32\x1a.januslens.v1.InterventionB\x11\n\x0f_max_new_tokensB\x08\n\x06_top_k\"K\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\x0c\n\x04seed\x18\x04 \x01(\x04\"<\n\x0cLayerReading\x12\x0e\n\x06layers\x18\x01 \x03(\x05\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x00\x88\x01\x01\x42\x08\n\x06_top_k\"\xe3\x01\n\x10GenerateResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12,\n\x06header\x18\x02 \x01(\x0b\x32\x1a.januslens.v1.StreamHeaderH\x00\x12\x31\n\tgenerated\x18\x03 \x01(\x0b\x32\x1c.januslens.v1.GeneratedTokenH\x00\x12.\n\x07summary\x18\x04 \x01(\x0b\x32\x1b.januslens.v1.StreamSummaryH\x00\x12#\n\x06tokens\x18\x05 \x03(\x0b\x32\x13.januslens.v1.TokenB\x07\n\x05\x65vent\"\xc1\x01\n\x0eGeneratedToken\x12\"\n\x05token\x18\x01 \x01(\x0b\x32\x13.januslens.v1.Token\x12\x17\n\x0flog_probability\x18\x02 \x01(\x02\x12\x14\n\x0c\x65ntropy_bits\x18\x03 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x04 \x03(\r\x12\x19\n\x11top_probabilities\x18\x05 \x03(\x02\x12*\n\x06layers\x18\x06 \x03(\x0b\x32\x1a.januslens.v1.LayerOutcome\"W\n\x0cLayerOutcome\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x13\n\x0bprobability\x18\x03 \x01(\x02\x12\x15\n\rtop_token_ids\x18\x04 \x03(\rB\x1cP\x01Z\x18januslens/v1;januslensv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,16 +35,16 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'januslens.v1.generation_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1'
-  _globals['_GENERATEREQUEST']._serialized_start=103
-  _globals['_GENERATEREQUEST']._serialized_end=368
-  _globals['_SAMPLING']._serialized_start=370
-  _globals['_SAMPLING']._serialized_end=445
-  _globals['_LAYERREADING']._serialized_start=447
-  _globals['_LAYERREADING']._serialized_end=507
-  _globals['_GENERATERESPONSE']._serialized_start=510
-  _globals['_GENERATERESPONSE']._serialized_end=737
-  _globals['_GENERATEDTOKEN']._serialized_start=740
-  _globals['_GENERATEDTOKEN']._serialized_end=933
-  _globals['_LAYEROUTCOME']._serialized_start=935
-  _globals['_LAYEROUTCOME']._serialized_end=1022
+  _globals['_GENERATEREQUEST']._serialized_start=137
+  _globals['_GENERATEREQUEST']._serialized_end=453
+  _globals['_SAMPLING']._serialized_start=455
+  _globals['_SAMPLING']._serialized_end=530
+  _globals['_LAYERREADING']._serialized_start=532
+  _globals['_LAYERREADING']._serialized_end=592
+  _globals['_GENERATERESPONSE']._serialized_start=595
+  _globals['_GENERATERESPONSE']._serialized_end=822
+  _globals['_GENERATEDTOKEN']._serialized_start=825
+  _globals['_GENERATEDTOKEN']._serialized_end=1018
+  _globals['_LAYEROUTCOME']._serialized_start=1020
+  _globals['_LAYEROUTCOME']._serialized_end=1107
 # @@protoc_insertion_point(module_scope)

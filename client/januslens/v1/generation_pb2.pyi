@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from januslens.v1 import common_pb2 as _common_pb2
+from januslens.v1 import interventions_pb2 as _interventions_pb2
 from januslens.v1 import streams_pb2 as _streams_pb2
 import builtins as _builtins
 import sys
@@ -34,6 +35,7 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     READING_FIELD_NUMBER: _builtins.int
+    INTERVENTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -64,6 +66,13 @@ class GenerateRequest(_message.Message):
     def reading(self) -> Global___LayerReading:
         """Set: also read the residual stream at each step, layer by layer."""
 
+    @_builtins.property
+    def interventions(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.Intervention]:
+        """Changes of the forward passes. An intervention with positions applies to these positions of the
+        prompt. One without positions applies to all of the prompt and to every generated token, as in
+        steering.
+        """
+
     def __init__(
         self,
         *,
@@ -75,10 +84,11 @@ class GenerateRequest(_message.Message):
         stop: _abc.Iterable[_builtins.str] | None = ...,
         top_k: _builtins.int | None = ...,
         reading: Global___LayerReading | None = ...,
+        interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_top_k", b"_top_k", "input", b"input", "max_new_tokens", b"max_new_tokens", "reading", b"reading", "sampling", b"sampling", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_top_k", b"_top_k", "input", b"input", "max_new_tokens", b"max_new_tokens", "model", b"model", "reading", b"reading", "revision", b"revision", "sampling", b"sampling", "stop", b"stop", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens", "_top_k", b"_top_k", "input", b"input", "interventions", b"interventions", "max_new_tokens", b"max_new_tokens", "model", b"model", "reading", b"reading", "revision", b"revision", "sampling", b"sampling", "stop", b"stop", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_new_tokens: _TypeAlias = _typing.Literal["max_new_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_new_tokens: _TypeAlias = _typing.Literal["_max_new_tokens", b"_max_new_tokens"]  # noqa: Y015

@@ -64,7 +64,9 @@ class Intervention(_message.Message):
 
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Positions, from 0, or negative from the end of the prompt; empty = all."""
+        """Positions, from 0, or negative from the end of the prompt; empty = all, and in Generate also
+        those of the generated tokens.
+        """
 
     @_builtins.property
     def heads(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -177,7 +179,8 @@ class Patch(_message.Message):
     @_builtins.property
     def positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Positions of the other prompt, one for each of `Intervention.positions`; empty = the same
-        positions. INVALID_ARGUMENT if the prompts have different lengths and neither names positions.
+        positions. INVALID_ARGUMENT if the prompts have different lengths and neither names positions,
+        and in Generate if `Intervention.positions` are empty.
         """
 
     def __init__(
@@ -204,8 +207,8 @@ class MeanOver(_message.Message):
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Input]:
         """The prompts; at least one, at most 64. If all have as many tokens as the prompt of the request,
-        the mean is taken for each position. Otherwise it is taken over all their positions except the
-        first.
+        the mean is taken for each position. Otherwise, and in Generate without positions, it is taken
+        over all their positions except the first.
         """
 
     def __init__(
@@ -225,7 +228,7 @@ Global___MeanOver: _TypeAlias = MeanOver  # noqa: Y015
 class Noise(_message.Message):
     """Normally distributed noise. torch's generator on the CPU, seeded anew for each layer, draws a
     float32 tensor for all positions of the prompt in the site's shape. So the noise of one value
-    does not depend on what else is changed.
+    does not depend on what else is changed. Each generated token takes the generator's next draw.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,9 @@ from januslens_server.capture import End, Tap, capturing, interruptible
 from januslens_server.capture.hooks import rows
 from januslens_server.errors import CancelCheck
 from januslens_server.models.failures import check_pass
+from januslens_server.models.interventions import Interventions
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.runner import head_at
+from januslens_server.models.runner import changed, head_at
 from januslens_server.specs import Sampling
 
 
@@ -25,9 +26,20 @@ class Decoder:
     Between two calls no hook is left on the model, so that other requests may run.
     """
 
-    def __init__(self, model: ResidentModel, layers: Sequence[int], check: CancelCheck) -> None:
-        """Read the outputs of `layers`; `check` is called before every block and may raise."""
+    def __init__(
+        self,
+        model: ResidentModel,
+        layers: Sequence[int],
+        check: CancelCheck,
+        changes: Callable[[int, int], Interventions | None] = lambda _start, _length: None,
+    ) -> None:
+        """Read the outputs of `layers`; `check` is called before every block and may raise.
+
+        `changes` returns the interventions of a pass, given its first position and its length.
+        """
         self._model = model
+        self._changes = changes
+        self._length = 0
         self._check = check
         blocks = model.view.blocks
         last = len(blocks) - 1
@@ -53,6 +65,7 @@ class Decoder:
         telemetry.TOKENS.labels(model.name).inc(len(ids))
         modules = [block.module for block in model.view.blocks]
         with (
+            changed(self._changes(self._length, len(ids))),
             capturing(self._taps, self._check, modules, _last_row) as outputs,
             head_at(model, (len(ids) - 1,), len(ids)),
             interruptible(self._check, len(ids)),
@@ -63,6 +76,7 @@ class Decoder:
                 **{self._argument: self._cache},
             )
         self._cache = passed[self._argument]
+        self._length += len(ids)
         logits: torch.Tensor = passed.logits[0, -1:]
         check_pass(outputs[self._last].to(model.device), logits)
         read = [outputs[layer].to(model.device) for layer in self._layers]

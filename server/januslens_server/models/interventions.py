@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,7 @@ class Intervention:
     `positions` are those to change, in the order of the request. `units` are heads or neurons; None
     means all. `sources` are the prompts of a patch or mean. The values of `sources` are averaged;
     with `over_positions`, also over their positions. `hidden` are the source positions to block.
+    `throughout` means that the tokens which are generated after the prompt change as well.
     """
 
     keys: tuple[SiteKey, ...]
@@ -55,6 +56,13 @@ class Intervention:
     sources: tuple[Source, ...] = ()
     over_positions: bool = False
     hidden: tuple[int, ...] = ()
+    throughout: bool = False
+
+    def in_pass(self, start: int, length: int) -> Intervention:
+        """Return the change of a generation's pass over `length` tokens from position `start`."""
+        if self.throughout:
+            return replace(self, positions=tuple(range(start, start + length)))
+        return self if start == 0 else replace(self, positions=())
 
 
 def hidden_sources(interventions: Sequence[Intervention], layer: int) -> HiddenSources | None:
@@ -71,8 +79,20 @@ def hidden_sources(interventions: Sequence[Intervention], layer: int) -> HiddenS
 SourceValues = Mapping[tuple[int, SiteKey], torch.Tensor]
 
 
+@dataclass
+class GenerationState:
+    """What the interventions of a generation keep between its passes.
+
+    `noise` has the generator of each intervention and site, `seen` the keys and values of all
+    positions so far in layers where sources are hidden from generated tokens.
+    """
+
+    noise: dict[tuple[int, SiteKey], torch.Generator] = field(default_factory=dict)
+    seen: dict[SiteKey, torch.Tensor] = field(default_factory=dict)
+
+
 class Interventions:
-    """The changes of one pass over a prompt of `length` tokens."""
+    """The changes of one pass over `length` tokens of a prompt or of a generation."""
 
     def __init__(
         self,
@@ -82,21 +102,26 @@ class Interventions:
         taken: SourceValues,
         check_cancelled: CancelCheck,
         from_layer: int = -1,
+        start: int = 0,
+        state: GenerationState | None = None,
     ) -> None:
         """Change layers from `from_layer` on. The pass may run several copies of the prompt.
 
         Positions then count through all copies. `taken` has the values that patches and means
         insert, by number of the intervention. `check_cancelled` is called before each change of a
-        site, and may raise to stop the pass.
+        site, and may raise to stop the pass. The passes of a generation share a `state`; `start` is
+        the position of the first token of the pass.
         """
         self._model = model
         self._interventions = interventions
         self._length = length
         self._taken = taken
+        self._start = start
+        self._state = state
         self._check_cancelled = check_cancelled
         self._by_key: dict[SiteKey, list[tuple[int, Intervention]]] = {}
         for number, intervention in enumerate(interventions):
-            for key in intervention.keys:
+            for key in intervention.keys if intervention.positions else ():
                 if key[0] < from_layer:
                     continue
                 self._by_key.setdefault(key, []).append((number, intervention))
@@ -144,24 +169,23 @@ class Interventions:
         changed = values.clone()
         for number, intervention in self._by_key[key]:
             self._check_cancelled()
-            index = [torch.tensor(intervention.positions, device=values.device)]
+            index = [torch.tensor(intervention.positions, device=values.device) - self._start]
             if intervention.units is not None:
                 index[0] = index[0][:, None]
                 index.append(torch.tensor(intervention.units, device=values.device))
             old = changed[tuple(index)]
-            taken = self._taken.get((number, key))
-            shape = changed.shape[1:]
-            changed[tuple(index)] = self._result(intervention, taken, index, old, shape)
+            changed[tuple(index)] = self._result(number, key, index, old, changed.shape[1:])
         return changed
 
     def _result(
         self,
-        intervention: Intervention,
-        taken: torch.Tensor | None,
+        number: int,
+        key: SiteKey,
         index: list[torch.Tensor],
         old: torch.Tensor,
         shape: torch.Size,
     ) -> torch.Tensor:
+        intervention, taken = self._interventions[number], self._taken.get((number, key))
         match intervention.operation:
             case Zero():
                 return torch.zeros_like(old)
@@ -172,7 +196,8 @@ class Interventions:
             case Add(array, coefficient):
                 new = old.float() + coefficient * torch.from_numpy(array).to(old.device)
             case Noise(deviation, seed):
-                drawn = self._drawn(seed, intervention.positions, shape).to(old.device)
+                generator = self._generator(number, key, seed)
+                drawn = self._drawn(generator, intervention.positions, shape).to(old.device)
                 new = old.float() + deviation * (drawn if len(index) == 1 else drawn[:, index[1]])
             case _:
                 if taken is None:
@@ -183,14 +208,23 @@ class Interventions:
             return torch.where(new == old, old, new)
         return new
 
-    def _drawn(self, seed: int, positions: Sequence[int], shape: torch.Size) -> torch.Tensor:
-        """Return the rows `[pos, *shape]` of normal noise for a whole prompt.
+    def _generator(self, number: int, key: SiteKey, seed: int) -> torch.Generator:
+        """Return a new generator, or in a generated token's pass that of the pass before."""
+        if self._state is None:
+            return torch.Generator().manual_seed(seed)
+        if self._start == 0:
+            self._state.noise[number, key] = torch.Generator().manual_seed(seed)
+        return self._state.noise[number, key]
+
+    def _drawn(
+        self, generator: torch.Generator, positions: Sequence[int], shape: torch.Size
+    ) -> torch.Tensor:
+        """Return the rows `[pos, *shape]` of normal noise for a whole pass.
 
         Equal to rows of `torch.randn` for all positions, but drawn in blocks of rows up to the last
         one that is needed.
         """
-        generator = torch.Generator().manual_seed(seed)
-        wanted = torch.tensor(positions) % self._length
+        wanted = (torch.tensor(positions) - self._start) % self._length
         last = ROUND * (int(wanted.max()) // ROUND + 1)
         rows = max(1, DRAWN_AT_ONCE // shape.numel() // ROUND) * ROUND
         found = torch.empty(len(wanted), *shape)
@@ -229,25 +263,40 @@ class Interventions:
         results = site.values(tapped)
         rotation = None
         if attention.rotation is not None:
-            rotation = attention.rotation(self._length).to(results.device)
+            rotation = attention.rotation(self._start + self._length).to(results.device)
         changed = results.clone()
-        at_once = max(1, PATTERN_AT_ONCE // (attention.n_heads * self._length))
-        for copy, own in hidden.by_copy(self._length).items():
+        sources = self._start + self._length
+        at_once = max(1, PATTERN_AT_ONCE // (attention.n_heads * sources))
+        for copy, own in hidden.by_copy(sources).items():
             rows = slice(copy * self._length, (copy + 1) * self._length)
-            query, key, value = (seen[s][rows] for s in (Site.QUERY, Site.KEY, Site.VALUE))
+            query = seen[Site.QUERY][rows]
+            key, value = (
+                self._from_first(layer, site, seen[site][rows]) for site in (Site.KEY, Site.VALUE)
+            )
             values = value.float().repeat_interleave(attention.n_heads // value.shape[1], dim=1)
             affected = sorted({p for _, queries, _ in own.entries for p in queries})
             for first in range(0, len(affected), at_once):
                 self._check_cancelled()
                 positions = affected[first : first + at_once]
+                at = [position - self._start for position in positions]
                 pattern = attention_patterns(
-                    query[positions], key, positions, rotation, attention.scoring, own
+                    query[at], key, positions, rotation, attention.scoring, own
                 )
                 mixed = torch.einsum("phs,she->phe", pattern, values).to(results.dtype)
                 mask = own.mask(positions, pattern.shape[1], pattern.shape[2], pattern.device)
-                at = [rows.start + position for position in positions]
+                at = [rows.start + row for row in at]
                 changed[at] = torch.where(mask.any(-1)[:, :, None], mixed, results[at])
         return site.replaced(tapped, changed)
+
+    def _from_first(self, layer: int, site: Site, values: torch.Tensor) -> torch.Tensor:
+        """Return the keys or values of all positions so far, given those of this pass."""
+        state, blocks = self._state, self._by_key[layer, Site.ATTENTION_PATTERN]
+        if state is None or not any(found.throughout for _, found in blocks):
+            return values
+        if self._start:
+            values = torch.cat([state.seen[layer, site], values])
+        state.seen[layer, site] = values
+        return values
 
 
 class _LinearResult(TorchFunctionMode):

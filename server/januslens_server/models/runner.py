@@ -24,6 +24,7 @@ from januslens_server.models.graph_inputs import (
     sum_taps,
 )
 from januslens_server.models.interventions import (
+    GenerationState,
     Intervention,
     Interventions,
     Source,
@@ -119,7 +120,7 @@ def read_sites(
     last = Tap(model.view.blocks[-1].module, End.OUTPUT)
     taps = {key: site.tap for key, site in sites.items()}
     with (
-        _changed(interventions),
+        changed(interventions),
         capturing({"residual": last}) as residual,
         capturing(taps, check_cancelled, modules, keep) as values,
     ):
@@ -143,7 +144,7 @@ def block_outputs(
     """
     blocks = [block.module for block in model.view.blocks]
     outputs: list[Any] = []
-    with _changed(interventions), capturing({}, check_cancelled, blocks), ExitStack() as hooks:
+    with changed(interventions), capturing({}, check_cancelled, blocks), ExitStack() as hooks:
         for block in blocks:
             hooks.enter_context(returning(block, outputs.append))
         logits = _run(model, ids, scored, check_cancelled)[0]
@@ -231,7 +232,7 @@ def forward(
     Raises:
         NotFinite: The last residual or the logits are infinite or NaN.
     """
-    with _changed(interventions):
+    with changed(interventions):
         return _captured_pass(model, ids, layers, check_cancelled, positions, scored, interventions)
 
 
@@ -271,7 +272,7 @@ def differentiated(
 
     with torch.enable_grad(), ExitStack() as hooks:
         hooks.enter_context(_leaf_below(model, min(layers)))
-        hooks.enter_context(_changed(interventions))
+        hooks.enter_context(changed(interventions))
         sums = hooks.enter_context(capturing(taps, None, (), keep))
         passed = _captured_pass(
             model, ids, layers, check_cancelled, positions, scored, interventions
@@ -374,7 +375,7 @@ def backward(
     with (
         torch.enable_grad(),
         capturing({tap: tap for tap in wanted}) as own,  # before interventions change them
-        _changed(interventions),
+        changed(interventions),
         capturing(taps, check_cancelled, modules) as captured,
     ):
         with _leaf_below(model, lowest):
@@ -417,7 +418,7 @@ def dense_gradient(
     with (
         loaded_weights(matrix.module),
         torch.enable_grad(),
-        _changed(interventions),
+        changed(interventions),
         capturing({}, check_cancelled, modules),
     ):
         weight = matrix.parameter()
@@ -446,7 +447,8 @@ def _gradients(value: torch.Tensor, at: list[torch.Tensor]) -> Sequence[torch.Te
     return torch.autograd.grad(value, at, allow_unused=True, materialize_grads=True)
 
 
-def _changed(interventions: Interventions | None) -> AbstractContextManager[None]:
+def changed(interventions: Interventions | None) -> AbstractContextManager[None]:
+    """Change the forward passes inside the context, if there are interventions."""
     return interventions.active() if interventions else nullcontext()
 
 
@@ -464,6 +466,27 @@ def prepared(
         return None
     taken = taken_values(model, interventions, check_cancelled)
     return Interventions(model, interventions, length, taken, check_cancelled)
+
+
+def generation_changes(
+    model: ResidentModel,
+    interventions: Sequence[Intervention],
+    check_cancelled: CancelCheck,
+) -> Callable[[int, int], Interventions | None]:
+    """Run the prompts that interventions take values from, each once.
+
+    Returns a function from the first position and the length of a generation's pass to its changes.
+    """
+    taken = taken_values(model, interventions, check_cancelled)
+    state = GenerationState()
+
+    def changes(start: int, length: int) -> Interventions | None:
+        if not interventions:
+            return None
+        here = [found.in_pass(start, length) for found in interventions]
+        return Interventions(model, here, length, taken, check_cancelled, start=start, state=state)
+
+    return changes
 
 
 def taken_values(

@@ -11,6 +11,7 @@ from januslens_server.errors import CancelCheck
 from januslens_server.lens.cpu import highest
 from januslens_server.models.decoding import Decoder, Sampler
 from januslens_server.models.resident import ResidentModel
+from januslens_server.models.runner import generation_changes
 from januslens_server.pipelines.metrics import StageClock, read
 from januslens_server.pipelines.resolve import ResolvedGenerate
 from januslens_server.results import (
@@ -35,9 +36,12 @@ def generate(request: ResolvedGenerate, check_cancelled: CancelCheck) -> Iterato
     model, spec = request.model, request.spec
     yield GenerationHeader(model.provenance, request.tokens)
 
-    decoder, sampler = Decoder(model, request.layers, check_cancelled), Sampler(spec.sampling)
-    stop = _StopTexts(spec.stop)
     ids: Sequence[int] = [token.id for token in request.tokens]
+    with clock.stage("sources"):
+        changes = generation_changes(model, request.interventions, check_cancelled)
+    decoder = Decoder(model, request.layers, check_cancelled, changes)
+    sampler = Sampler(spec.sampling)
+    stop = _StopTexts(spec.stop)
     generated, finished = 0, None
     while finished is None:
         made = _step(request, decoder, sampler, ids, clock, check_cancelled)

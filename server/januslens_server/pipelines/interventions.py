@@ -78,12 +78,14 @@ def read_interventions(
     *,
     numbered: bool = True,
     others: OtherPrompts | None = None,
+    generating: bool = False,
 ) -> tuple[Intervention, ...]:
     """Resolve interventions for a pass over `length` tokens.
 
     Negative positions count from the end of the first `prompt_length` tokens, by default of all.
     `others` has prompts that the request has already named. The template of a sweep is not
-    `numbered`; whether it leaves a source depends on how it is split.
+    `numbered`; whether it leaves a source depends on how it is split. With `generating`, those
+    without positions also apply to the tokens that are generated after the prompt.
 
     Raises `InvalidRequest` with the path of the field for sites, layers, positions, heads, shapes
     and prompts that do not fit.
@@ -93,7 +95,8 @@ def read_interventions(
     for i, spec in enumerate(specs):
         others.check_cancelled()
         path = f"{field}[{i}]" if numbered else field
-        resolved.append(_Reader(model, spec, length, prompt_length or length, path, others).read())
+        reader = _Reader(model, spec, length, prompt_length or length, path, others, generating)
+        resolved.append(reader.read())
     if numbered:
         check_sources_left(model, numbered_blocks(resolved, field), others.check_cancelled)
     return tuple(resolved)
@@ -115,8 +118,10 @@ class _Reader:
         prompt_length: int,
         field: str,
         others: OtherPrompts,
+        generating: bool,
     ) -> None:
         self._others = others
+        self._throughout = generating and not spec.positions
         self._model = model
         self._spec = spec
         self._length = length
@@ -132,6 +137,7 @@ class _Reader:
             positions=positions or tuple(range(self._length)),
             units=self._units(keys),
             operation=spec.operation,
+            throughout=self._throughout,
         )
         match spec.operation:
             case SetTo(values):
@@ -206,6 +212,12 @@ class _Reader:
             if resolved.units is not None:
                 shape = (len(resolved.units), *shape[1:])
             each = (len(resolved.positions), *shape)
+            if values.shape == each and self._throughout:
+                raise self._invalid(
+                    f"{name}.shape",
+                    f"the tensor has values for {len(resolved.positions)} positions, but generated "
+                    f"tokens change as well; send shape {list(shape)}, or name the positions",
+                )
             if values.shape not in (shape, each):
                 raise self._invalid(
                     f"{name}.shape",
@@ -215,6 +227,11 @@ class _Reader:
 
     def _patch(self, resolved: Intervention, prompt: Prompt, at: Sequence[int]) -> Source:
         field = f"{self._field}.patch"
+        if self._throughout:
+            raise self._invalid(
+                "positions",
+                "the other prompt has no values for generated tokens; name positions of the prompt",
+            )
         ids = self._others.ids(prompt, f"{field}.input")
         length = len(ids)
         positions = _counted(at, length, length, f"{field}.positions", "the other prompt")
@@ -244,7 +261,7 @@ class _Reader:
         if not prompts:
             raise InvalidRequest(field, "no prompts given; send at least one")
         read = [self._others.ids(prompt, f"{field}[{i}]") for i, prompt in enumerate(prompts)]
-        if all(len(ids) == self._length for ids in read):
+        if all(len(ids) == self._length for ids in read) and not self._throughout:
             return replace(resolved, sources=tuple(Source(ids, resolved.positions) for ids in read))
         for i, ids in enumerate(read):
             if len(ids) < 2:

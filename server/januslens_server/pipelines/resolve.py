@@ -161,6 +161,7 @@ class ResolvedGenerate:
     tokens: list[Token]
     layers: tuple[int, ...]
     max_new_tokens: int
+    interventions: tuple[Intervention, ...]
     seconds: float
 
 
@@ -440,7 +441,10 @@ def resolve_find_neurons(
 def resolve_generate(
     model: ResidentModel, spec: GenerateSpec, check_cancelled: CancelCheck = never_cancelled
 ) -> ResolvedGenerate:
-    """Raise `InvalidRequest` for a prompt or layers that the model cannot take."""
+    """Resolve a Generate.
+
+    Raises `InvalidRequest` for an invalid prompt, layer or intervention.
+    """
     started = time.perf_counter()
     tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
     # The last token is not fed to the model, so it needs no position.
@@ -448,5 +452,18 @@ def resolve_generate(
     layers: tuple[int, ...] = ()
     if spec.reading is not None:
         layers = read_layers(model, spec.reading.layers, "reading.layers")
-    seconds = time.perf_counter() - started
-    return ResolvedGenerate(model, spec, tokens, layers, min(spec.max_new_tokens, room), seconds)
+    return ResolvedGenerate(
+        model=model,
+        spec=spec,
+        tokens=tokens,
+        layers=layers,
+        max_new_tokens=min(spec.max_new_tokens, room),
+        interventions=read_interventions(
+            model,
+            spec.interventions,
+            len(tokens),
+            others=OtherPrompts(model, check_cancelled),
+            generating=True,
+        ),
+        seconds=time.perf_counter() - started,
+    )

@@ -201,6 +201,7 @@ def generate_spec(request: generation_pb2.GenerateRequest) -> GenerateSpec:
         stop=tuple(request.stop),
         top_k=_tokens(request.top_k, "top_k") if request.HasField("top_k") else defaults.top_k,
         reading=_reading(request.reading) if request.HasField("reading") else None,
+        interventions=_interventions(request.interventions),
     )
 
 
@@ -572,6 +573,7 @@ BOUNDS: dict[str, int] = {
     "FindNeuronsRequest.model": 256,
     "FindNeuronsRequest.page_token": 256,
     "FindNeuronsRequest.revision": 256,
+    "GenerateRequest.interventions": 256,
     "GenerateRequest.model": 256,
     "GenerateRequest.revision": 256,
     "GenerateRequest.stop": 16,

@@ -12,7 +12,9 @@ from januslens_server.pipelines.cost.demand import (
     reading_bytes,
     texts_bytes,
 )
+from januslens_server.pipelines.cost.interventions import with_interventions
 from januslens_server.pipelines.resolve import ResolvedGenerate
+from januslens_server.specs import Site
 
 
 def generate_demand(request: ResolvedGenerate) -> Demand:
@@ -29,11 +31,24 @@ def generate_demand(request: ResolvedGenerate) -> Demand:
     attended = 4.0 * facts.n_layers * facts.n_heads * facts.d_head * new * (prompt + new)
     step = memory.FLOAT32 * 6 * facts.vocab_size + memory.read(sizes, len(request.layers), listed)
     named = new * (1 + spec.top_k + listed * len(request.layers))
-    return Demand(
+    # Layers that hide sources from generated tokens keep their keys and values once more, and each
+    # step computes their attention again in float32.
+    hiding = {
+        layer
+        for found in request.interventions
+        for layer, site in found.keys
+        if site is Site.ATTENTION_PATTERN and found.throughout
+    }
+    cache += len(hiding) * position * (prompt + new)
+    again = 4.0 * len(hiding) * facts.n_heads * facts.d_head * new * (prompt + new)
+    if hiding:
+        step += 4 * memory.FLOAT32 * facts.n_heads * (facts.d_head + 1) * (prompt + new)
+    own = Demand(
         passes=new,
         flops=pass_flops(sizes, prompt)
         + (new - 1) * single
         + attended
+        + again
         + lens_flops(sizes, vectors),
         vectors=vectors,
         readings=new if request.layers else 0,
@@ -46,3 +61,4 @@ def generate_demand(request: ResolvedGenerate) -> Demand:
         held=cache,
         generated=new,
     )
+    return with_interventions(own, request.model, request.interventions, prompt)
