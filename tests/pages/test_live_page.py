@@ -11,6 +11,7 @@ import pytest
 from playwright.sync_api import Browser, FrameLocator, Locator, Page, expect
 
 import januslens
+from januslens.interventions import zero
 from tests.pages.conftest import PROMPT
 from tests.pages.models import HOSTILE, LAYERS
 from tests.support.axe import serious_findings
@@ -378,6 +379,48 @@ def test_clicked_token_of_a_generation_is_traced(
     alone.locator(".said-token").nth(1).click()
     expect(alone.locator(".inspector .where")).to_have_text(f"token 1 of {len(generation)}")
     context.close()
+
+
+def test_knocked_out_head_is_measured_beside_its_contribution(
+    live: Page, server_address: str, browser: Browser, tmp_path: Path
+) -> None:
+    live.get_by_label("Prompt", exact=True).fill(PROMPT)
+    live.get_by_role("button", name="Trace", exact=True).click()
+    answer, page = panel(live)
+    state(answer, "done")
+    with januslens.Client(server_address) as client:
+        trace = client.trace(PROMPT)
+        part = next(part for part in trace.contributions() if part.node.kind == "HEAD_OUTPUT")
+        head = (part.node.layer or 0, part.node.head or 0)
+        here, everywhere = zero(heads=[head], positions=-1), zero(heads=[head])
+        effects = client.intervene(PROMPT, experiments=[here, everywhere])
+    page.get_by_role("button", name="heads", exact=True).click()
+    node = part.node.id
+    page.locator(f'.heads .cells [data-id="{node}"]').click()
+    page.get_by_role("button", name="Knock out").click()
+    before = effects.before[0].logit
+    added = [before - effect.after[0].logit for effect in effects.effects]
+    shown = page.locator(".knock-out")
+    expect(shown).to_contain_text("measured everywhere")
+    expect(shown.get_by_role("row").first).to_contain_text(_signed(part.logit_contribution or 0))
+    for i, value in enumerate(added):
+        expect(
+            shown.get_by_role("row").filter(has_text=("measured here", "measured everywhere")[i])
+        ).to_contain_text(_signed(value))
+    assert serious_findings(live) == []
+    with live.expect_download() as download:
+        answer.get_by_role("button", name="Save page").click()
+    kept = tmp_path / "kept.html"
+    download.value.save_as(kept)
+    context = browser.new_context(offline=True)
+    alone = context.new_page()
+    alone.goto(f"{kept.as_uri()}#sel={node}")
+    expect(alone.locator(".knock-out")).to_contain_text(_signed(added[1]))
+    context.close()
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
 # Stops the generation while its first token is shown, at any speed of the machine.

@@ -31,8 +31,8 @@ from januslens.errors import JanuslensError
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview
 from januslens.ui.rpc_proxy import Gateway, forward, forward_overview, parse, parse_trace
-from januslens.v1 import edits_pb2, generation_pb2, gradient_lens_pb2
-from januslens.viewer.html import page
+from januslens.v1 import edits_pb2, generation_pb2, gradient_lens_pb2, intervene_pb2
+from januslens.viewer.html import page, trace_page
 
 TOKEN_HEADER = "x-januslens-token"  # noqa: S105 - the header's name
 _OPEN = ("GET", "HEAD")  # the empty pages contain no data
@@ -88,6 +88,7 @@ ResultView = Literal["trace", "gradient", "generation"]
 
 _PREVIEW = "preview:"
 _VARIANT = "generation:"
+_KNOCK_OUT = "knock-out:"
 _LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 _STOP_SECONDS = 2  # for open streams when the server stops
 
@@ -210,8 +211,18 @@ def saved(view: ResultView) -> Callable[[Request], Awaitable[Response]]:
 
 
 def _trace(streams: Streams) -> str:
+    trace = parse_trace(streams["trace"])
     overview = streams.get("overview")
-    return parse_trace(streams["trace"]).to_html(parse_trace(overview) if overview else None)
+    around = parse_trace(overview).responses if overview else ()
+    response = intervene_pb2.InterveneResponse
+    knock_outs = {
+        name.removeprefix(_KNOCK_OUT): [
+            Parse(line, response(), ignore_unknown_fields=True) for line in lines
+        ]
+        for name, lines in streams.items()
+        if name.startswith(_KNOCK_OUT)
+    }
+    return trace_page(trace.responses, around, trace.prompt_tokens, knock_outs)
 
 
 def _gradient(streams: Streams) -> str:

@@ -55,6 +55,7 @@ def trace_page(
     responses: Iterable[trace_pb2.TraceResponse],
     overview: Iterable[trace_pb2.TraceResponse],
     prompt: Sequence[Token],
+    knock_outs: Mapping[str, Iterable[Message]] | None = None,
 ) -> str:
     """Return the page of a trace.
 
@@ -62,8 +63,10 @@ def trace_page(
         responses: The messages of the trace.
         overview: The messages of its overview, which may be empty.
         prompt: The prompt's tokens, for the title.
+        knock_outs: Messages of Intervene for nodes that were set to zero, by node id.
     """
-    streams = {"trace": responses, "overview": overview}
+    measured = {f"knock-out:{node}": messages for node, messages in (knock_outs or {}).items()}
+    streams = {"trace": responses, "overview": overview, **measured}
     return page("trace", f"{_text(prompt)} · Januslens", streams)
 
 

@@ -78,6 +78,7 @@ export interface EdgeMessage {
   share?: Float
   attention?: Float
   logitContribution?: Float
+  attribution?: Float
   overlap?: Float
 }
 

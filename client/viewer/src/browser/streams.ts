@@ -84,6 +84,15 @@ export interface FrameOutput {
   target?: Token
   /** The user selected a generated token. */
   generated?: GeneratedChoice
+  /** The user asks what the prediction at a position is without a part. */
+  knockOut?: KnockOutChoice
+}
+
+/** A part of the pass by the id of its node, and the prediction to measure. */
+export interface KnockOutChoice {
+  id: string
+  position: number
+  targetId: number
 }
 
 /** A generated token, and the ids and the text before it. */

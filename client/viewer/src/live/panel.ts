@@ -1,5 +1,11 @@
 import { save } from '../browser/export'
-import type { Coordinates, FrameInput, FrameOutput, GeneratedChoice } from '../browser/streams'
+import type {
+  Coordinates,
+  FrameInput,
+  FrameOutput,
+  GeneratedChoice,
+  KnockOutChoice,
+} from '../browser/streams'
 import type { GenerateResponse } from '../contract'
 import { Generation } from '../model/generation'
 import type { Token } from '../model/tokens'
@@ -9,6 +15,7 @@ import {
   type EditQuestion,
   editTitle,
   InvalidQuestion,
+  knockOutRequest,
   previewRequest,
   promptOf,
   type Question,
@@ -112,10 +119,27 @@ export class Panel {
     this.frame.post({ stream, message })
   }
 
-  private reported({ at, target, generated }: FrameOutput): void {
+  private reported({ at, target, generated, knockOut }: FrameOutput): void {
     if (at) this.actions.selectionMoved(this, at)
     if (target) this.actions.targetChosen(this, target)
     if (generated) this.actions.generatedChosen(this, generated)
+    if (knockOut) void this.measure(knockOut)
+  }
+
+  /** Measures the prediction without a part, and posts the result to the frame. */
+  private async measure(choice: KnockOutChoice): Promise<void> {
+    const { id } = choice
+    const lines: string[] = []
+    const post = (message: object) => this.frame.post({ stream: 'knock-outs', message })
+    try {
+      for await (const line of call('Intervene', knockOutRequest(this.question, choice)))
+        lines.push(line)
+      this.streams[`knock-out:${id}`] = lines
+      post({ id, responses: lines.map((line) => JSON.parse(line)) })
+    } catch (error) {
+      if (!(error instanceof CallError || error instanceof InvalidQuestion)) throw error
+      post({ id, note: error.message })
+    }
   }
 
   private async stream(): Promise<void> {

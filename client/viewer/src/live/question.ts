@@ -1,3 +1,4 @@
+import type { KnockOutChoice } from '../browser/streams'
 import { interventionOf, partName } from '../model/knock_out'
 import type { Token } from '../model/tokens'
 import { visible } from '../model/tokens'
@@ -118,6 +119,8 @@ function traceRequest(question: Question): Json {
     ...(heads === '' ? {} : { selection: { heads: natural('Heads', heads) } }),
     ...(question.without === '' ? {} : { interventions: [interventionOf(question.without)] }),
     includeLogitContribution: true,
+    // Attributions are those of the last position only.
+    ...(question.positions.trim() === '' ? { includeAttribution: true } : {}),
   }
 }
 
@@ -147,6 +150,29 @@ function generateRequest(question: Question): Json {
     },
     ...(stop === '' ? {} : { stop: [stop] }),
     reading: { layers: integers('Layers', layers), topK: 3 },
+  }
+}
+
+/** Measures the prediction without a part, at its own position and at every position. */
+export function knockOutRequest(
+  question: Question,
+  { id, position, targetId }: KnockOutChoice,
+): Json {
+  if (question.without !== '') {
+    throw new InvalidQuestion('this trace is itself without a part; knock out in the plain trace')
+  }
+  const everywhere = interventionOf(id.replace(/\/p\d+/, ''))
+  const attention = id.includes('/MEMORY_VALUE/') // its source is at one position
+  return {
+    model: question.model,
+    input: inputOf(question),
+    target: { tokenIds: { ids: [targetId] } },
+    positions: [position],
+    topK: 1,
+    experiments: [
+      { label: 'here', interventions: [interventionOf(id)] },
+      ...(attention ? [] : [{ label: 'everywhere', interventions: [everywhere] }]),
+    ],
   }
 }
 

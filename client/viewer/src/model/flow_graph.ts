@@ -52,6 +52,7 @@ export interface GraphEdge {
   share: number | undefined
   attention: number | undefined
   logitContribution: number | undefined
+  attribution: number | undefined
   overlap: number | undefined
 }
 
@@ -95,6 +96,7 @@ export function edgeOf(message: EdgeMessage): GraphEdge {
     share: optional(message.share),
     attention: optional(message.attention),
     logitContribution: optional(message.logitContribution),
+    attribution: optional(message.attribution),
     overlap: optional(message.overlap),
   }
 }

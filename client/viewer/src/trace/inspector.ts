@@ -23,6 +23,8 @@ interface Shown {
   position: number
   found: readonly Found[]
   tree: ContributionTree | undefined
+  /** The measured effect of a node. */
+  knockOut: (node: GraphNode) => HTMLElement | undefined
 }
 
 export function fillInspector(
@@ -42,7 +44,7 @@ export function fillInspector(
     sections.push(comparison([...pinned, ...others], graph))
   }
   const node = selected ?? defaultNode(graph, shown.position)
-  if (node) sections.push(nodeFacts(node, graph))
+  if (node) sections.push(nodeFacts(node, graph, shown.knockOut(node)))
   aside.replaceChildren(...sections)
 }
 
@@ -106,9 +108,14 @@ function section(
 const SHOWN_PARTS = 8
 
 /** All facts about a node. */
-export function nodeFacts(node: GraphNode, graph: FlowGraph): HTMLElement {
+export function nodeFacts(
+  node: GraphNode,
+  graph: FlowGraph,
+  knockOut?: HTMLElement | undefined,
+): HTMLElement {
   const facts = element('section', { class: 'facts', 'data-node': node.id })
   facts.append(...nodeHeading(node, graph), measures(node, graph))
+  if (knockOut) facts.append(knockOut)
   const { reading } = node
   if (reading) {
     facts.append(scoredList('Top tokens', reading.top, targetId(node, graph)))
@@ -159,6 +166,9 @@ export function nodeNumbers(node: GraphNode, graph: FlowGraph): [string, string]
   if (part?.share !== undefined) numbers.push(['share of its sum', percent(part.share)])
   if (part?.logitContribution !== undefined) {
     numbers.push(['adds to the logit', signed(part.logitContribution)])
+  }
+  if (part?.attribution !== undefined) {
+    numbers.push(['attribution', signed(part.attribution)])
   }
   if (part?.attention !== undefined) numbers.push(['attention', decimals(part.attention, 3)])
   if (node.activation !== undefined) numbers.push(['activation', measure(node.activation)])

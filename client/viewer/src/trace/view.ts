@@ -13,10 +13,11 @@ import {
   messages,
   pageDescription,
   reportToParent,
+  streamNames,
 } from '../browser/streams'
 import { listenForTargetChoice, type PageContents } from '../browser/target_choice'
-import type { TraceResponse } from '../contract'
-import { FlowGraph } from '../model/flow_graph'
+import type { InterveneResponse, TraceResponse } from '../contract'
+import { FlowGraph, type GraphNode } from '../model/flow_graph'
 import {
   answerAppears,
   type ContributionTree,
@@ -38,6 +39,7 @@ import { setTabStop } from '../presentation/svg'
 import { flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
 import { HeadMatrix } from './heads'
 import { fillInspector } from './inspector'
+import { type KnockOut, KnockOuts } from './knock_out'
 import { Details } from './layer_view'
 import { Overview } from './overview'
 
@@ -53,6 +55,7 @@ export async function tracePage(): Promise<void> {
     if (node?.layer !== undefined)
       reportToParent({ at: { layer: node.layer, position: node.position } })
   })
+  void showKnockOuts(view)
   const detail = messages<TraceResponse>('trace')
   const header = await detail.next() // first, since it lists the positions that were traced in full
   if (!header.done) view.feed(header.value)
@@ -73,6 +76,21 @@ async function replay(view: TraceView, stream: AsyncGenerator<TraceResponse>): P
   }
 }
 
+const KNOCK_OUT = 'knock-out:'
+
+/** Adds measured knock-outs: those embedded in a saved page, or those that the live page posts. */
+async function showKnockOuts(view: TraceView): Promise<void> {
+  if (isLive()) {
+    for await (const measured of messages<KnockOut>('knock-outs')) view.knockOuts.add(measured)
+    return
+  }
+  for (const stream of streamNames().filter((name) => name.startsWith(KNOCK_OUT))) {
+    const responses: InterveneResponse[] = []
+    for await (const response of messages<InterveneResponse>(stream)) responses.push(response)
+    view.knockOuts.add({ id: stream.slice(KNOCK_OUT.length), responses })
+  }
+}
+
 // Nodes of a contribution tree; the same number as in `trace.why()`.
 const LISTED = 16
 const KEYS_OF_MARKS = ['sel', 'pin', 'q', 'path'] as const
@@ -83,6 +101,7 @@ const REDRAW_INTERVAL = 120 // ms between drawings while messages arrive
 export class TraceView {
   readonly graph = new FlowGraph()
   readonly state = traceState()
+  readonly knockOuts = new KnockOuts(() => this.draw())
   private readonly tooltip = new Tooltip()
   private readonly overview: Overview
   private readonly heads: HeadMatrix
@@ -162,7 +181,8 @@ export class TraceView {
     for (const map of [this.overview, this.heads]) map.element.hidden = map !== above
     above.draw(width, position, marks, this.layers())
     this.details.draw(width, position, marks, this.layers())
-    fillInspector(this.parts.aside, graph, state, { position, found, tree })
+    const knockOut = (node: GraphNode) => this.knockOuts.section(node, graph)
+    fillInspector(this.parts.aside, graph, state, { position, found, tree, knockOut })
     this.keepFocus()
     this.drawn = performance.now()
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
