@@ -111,6 +111,19 @@ def test_notebooks_show_both_prompts_and_the_changed_contributions(
     assert "Contributions that differ most" in shown
 
 
+def test_comparisons_print_the_contributions_that_differ_most(japan: Trace, peru: Trace) -> None:
+    compared = japan.compare(peru)
+    lines = str(compared).splitlines()
+    assert lines[0] == "Contributions to the logit of ␣Tokyo that differ most"
+    for line, edge in zip(lines[2:-1], compared.changed_contributions(), strict=False):
+        before, after, change, node = line.split()
+        assert node == edge.before.source
+        assert float(before) == pytest.approx(edge.before.logit_contribution, abs=0.006)
+        assert float(after) == pytest.approx(edge.after.logit_contribution, abs=0.006)
+        assert float(change) == pytest.approx(edge.contribution_difference, abs=0.006)
+    assert len(lines) == 13
+
+
 def test_other_is_compared_only_if_it_sums_the_same_parts(client: Client, japan: Trace) -> None:
     fewer = client.trace(JAPAN, " Tokyo", layers=[0, 3], top_neurons=5)
     compared = japan.compare(fewer)

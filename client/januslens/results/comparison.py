@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from januslens.results.trace import Trace
 
 
+_ROWS = 10  # of the printed table
+
+
 @dataclass(frozen=True, slots=True)
 class NodeDifference:
     """The same node in two traces.
@@ -126,6 +129,28 @@ class TraceComparison:
                 "the traces have no logit contributions; request them with logit_contribution=True"
             )
         return sorted(found, key=lambda edge: -abs(edge.contribution_difference or 0.0))
+
+    def __str__(self) -> str:
+        """The contributions that differ most, as a table; one line without contributions."""
+        found = [edge for edge in self.edge_list if edge.contribution_difference is not None]
+        if not found:
+            return repr(self)
+        target = self.before.target().target if self.before.targets else "target"
+        lines = [
+            f"Contributions to the logit of {target} that differ most",
+            f"{'before':>9} {'after':>9} {'change':>9}  node",
+        ]
+        for edge in self.changed_contributions()[:_ROWS]:
+            figures = (
+                edge.before.logit_contribution,
+                edge.after.logit_contribution,
+                edge.contribution_difference,
+            )
+            numbers = " ".join(f"{figure or 0.0:+9.2f}" for figure in figures)
+            lines.append(f"{numbers}  {edge.before.source}")
+        alone = len(self.only_before), len(self.only_after)
+        lines.append(f"{alone[0]} nodes only before, {alone[1]} only after")
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         """A one-line description, because there may be thousands of nodes."""
