@@ -44,7 +44,7 @@ def test_experiments_print_the_documented_effects(
     server_address: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     examples = MEASURED.findall(EXPERIMENTS.read_text())
-    assert len(examples) == len(EXAMPLE.findall(EXPERIMENTS.read_text())) == 5
+    assert len(examples) == len(EXAMPLE.findall(EXPERIMENTS.read_text())) == 6
     names: dict[str, object] = {"__name__": "experiments"}
     for example, documented in examples:
         code = compile(example.replace(DEFAULT, server_address), EXPERIMENTS.name, "exec")
