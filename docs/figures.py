@@ -422,7 +422,8 @@ def estimates() -> None:
             heading = f"{title}: {NAMES[kind]}"
             at = 10 + column * 250, 44 + row * 170
             chart(drawing, *at, heading, layers, curves, (-1, 1), "layer")
-        legend(drawing, 10, 18, curves)
+        if row == 0:
+            legend(drawing, 10, 18, curves)
         described = "Correlation of two estimates with measured effects, by kind and layer"
         drawing.save("estimates", described)
 
