@@ -13,17 +13,21 @@ import pytest
 from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.cost import Demand, Pace, demand_of, measured_pace
 from januslens_server.pipelines.find_neurons import find_neurons
 from januslens_server.pipelines.generate import generate
 from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.intervene import intervene
 from januslens_server.pipelines.preview_edit import preview_edit
 from januslens_server.pipelines.project import project_vectors
 from januslens_server.pipelines.resolve import (
     Resolved,
+    resolve_activations,
     resolve_find_neurons,
     resolve_generate,
     resolve_gradient_lens,
+    resolve_intervene,
     resolve_preview_edit,
     resolve_project,
     resolve_trace,
@@ -32,17 +36,24 @@ from januslens_server.pipelines.trace import trace
 from januslens_server.results import LayerGraph, MatrixKind, NodeKind
 from januslens_server.rpc.encode import GenerateEncoder, GradientLensEncoder, TraceEncoder
 from januslens_server.specs import (
+    ActivationsSpec,
+    BlockSources,
     DescentStep,
     FindNeuronsSpec,
     GenerateSpec,
     GradientLensSpec,
+    InterveneSpec,
+    InterventionSpec,
     LayerReading,
     LensSpec,
     NegativeLogLikelihood,
+    Noise,
     PreviewEditSpec,
     Probe,
     ProjectSpec,
     Selection,
+    Site,
+    SweepSpec,
     TraceSpec,
 )
 from tests.architectures.cases import MEASURED, Case
@@ -117,7 +128,15 @@ SPECS: dict[str, TraceSpec | GradientLensSpec | GenerateSpec] = {
     "generation": GenerateSpec(ids(8), 16),
     "generation with readings": GenerateSpec(ids(8), 16, reading=LayerReading(top_k=3)),
 }
-Spec = TraceSpec | GradientLensSpec | GenerateSpec | PreviewEditSpec | ProjectSpec
+Spec = (
+    TraceSpec
+    | GradientLensSpec
+    | GenerateSpec
+    | PreviewEditSpec
+    | ProjectSpec
+    | ActivationsSpec
+    | InterveneSpec
+)
 # The functions that resolve and run each kind of spec.
 PIPELINES: dict[type, tuple[Callable[..., Resolved], Callable[..., Iterator[Any]]]] = {
     TraceSpec: (resolve_trace, trace),
@@ -125,6 +144,8 @@ PIPELINES: dict[type, tuple[Callable[..., Resolved], Callable[..., Iterator[Any]
     GenerateSpec: (resolve_generate, generate),
     PreviewEditSpec: (resolve_preview_edit, preview_edit),
     ProjectSpec: (resolve_project, project_vectors),
+    ActivationsSpec: (resolve_activations, activations),
+    InterveneSpec: (resolve_intervene, intervene),
 }
 
 
@@ -235,6 +256,28 @@ def assert_near(model: ResidentModel, spec: Spec, pace: Pace) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_seconds_are_near_the_processors_own(model: ResidentModel, pace: Pace, name: str) -> None:
     assert_near(model, SPECS[name], pace)
+
+
+NOISES = tuple(InterventionSpec(Site.BLOCK_OUTPUT, Noise(0.1, seed)) for seed in range(64))
+BLOCK = InterventionSpec(Site.ATTENTION_PATTERN, BlockSources(), positions=(8, 9), sources=(3,))
+CHANGED: dict[str, TraceSpec | GradientLensSpec | ActivationsSpec | InterveneSpec] = {
+    "noises": ActivationsSpec(ids(30), (Site.LOGITS,), positions=(-1,), interventions=NOISES),
+    "traced noises": TraceSpec(ids(30), layers=(0,), interventions=NOISES),
+    "gradient of noises": GradientLensSpec(ids(30), NLL, layers=(0,), interventions=NOISES),
+    "sweep": InterveneSpec(
+        ids(12), always=NOISES[:8], sweep=SweepSpec(BLOCK, by_layer=True, by_position=True)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_interventions_are_part_of_the_estimate(
+    model: ResidentModel, pace: Pace, name: str
+) -> None:
+    """Noise takes most of the time of these passes."""
+    spec = CHANGED[name]
+    assert demand(model, spec).memory >= peak_memory(lambda: run(model, spec))
+    assert_near(model, spec, pace)
 
 
 def test_seconds_of_a_long_edit_count_its_components(model: ResidentModel, pace: Pace) -> None:

@@ -157,14 +157,14 @@ class Interventions:
             yield
 
     def _rewritten(self, key: SiteKey, site: SiteTap, tapped: torch.Tensor) -> torch.Tensor:
-        return site.replaced(tapped, self._changed(key, site.values(tapped)))
+        return site.replaced(tapped, self.changed(key, site.values(tapped)))
 
     def _rerouted(self, key: SiteKey, router: Any, args: tuple[Any, ...], output: Any) -> Any:
         """Run a router again with changed logits in place of the result of its linear map."""
-        with _LinearResult(self._changed(key, output[0])):
+        with _LinearResult(self.changed(key, output[0])):
             return router.forward(*args)
 
-    def _changed(self, key: SiteKey, values: torch.Tensor) -> torch.Tensor:
+    def changed(self, key: SiteKey, values: torch.Tensor) -> torch.Tensor:
         """Return a copy of `values` `[pos, ...]` with all interventions on a site applied."""
         changed = values.clone()
         for number, intervention in self._by_key[key]:

@@ -106,9 +106,13 @@ def _together(
             for key in intervention.keys if intervention.sources else ():
                 values[len(changes), key] = taken[source, key]
             changes.append(replace(intervention, positions=shifted))
-    # With the embedding changed, or only it, the first block's input changes too.
-    start = -1 if lowest == 0 else lowest
+    start = first_changed(lowest)
     return Interventions(request.model, changes, length, values, check_cancelled, start)
+
+
+def first_changed(lowest: int) -> int:
+    """Return the first layer that a batch changes; -1 is the input of the first block."""
+    return -1 if lowest == 0 else lowest
 
 
 def _first_numbers(request: ResolvedIntervene) -> list[int]:

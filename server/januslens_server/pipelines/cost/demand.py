@@ -27,6 +27,9 @@ class Demand:
         stream: Bytes of the response.
         held: Bytes of `memory` that stay in use between two steps of the request.
         generated: Tokens to generate.
+        changes: Changes of single sites by interventions.
+        changed: Values that interventions change or copy.
+        drawn: Normal values that are drawn for noise.
     """
 
     passes: int = 0
@@ -40,6 +43,9 @@ class Demand:
     stream: int = 0
     held: int = 0
     generated: int = 0
+    changes: int = 0
+    changed: int = 0
+    drawn: int = 0
 
 
 def pass_flops(sizes: CostSizes, tokens: int, scored: int = 1) -> float:

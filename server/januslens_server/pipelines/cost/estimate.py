@@ -45,7 +45,8 @@ def demand_of(request: Resolved) -> Demand:  # noqa: PLR0911 - one for each RPC
             return with_interventions(own, request.model, request.interventions, tokens)
         case ResolvedGradientLens():
             own, tokens = gradient_lens_demand(request), len(request.objective.tokens)
-            return with_interventions(own, request.model, request.interventions, tokens)
+            changes = request.interventions
+            return with_interventions(own, request.model, changes, tokens, backward=True)
         case ResolvedIntervene():
             return intervene_demand(request)
         case ResolvedProject():

@@ -12,6 +12,7 @@ import torch
 
 from januslens_server.errors import never_cancelled
 from januslens_server.lens.projection import project
+from januslens_server.models.interventions import Intervention, Interventions
 from januslens_server.models.resident import ResidentModel, cost_sizes
 from januslens_server.models.runner import forward
 from januslens_server.pipelines.cost.demand import Demand, lens_flops, pass_flops
@@ -21,11 +22,13 @@ from januslens_server.pipelines.metrics import StageClock
 from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import NodeKind
-from januslens_server.specs import LensSpec, TraceSpec
+from januslens_server.specs import LensSpec, Noise, Operation, Scale, Site, TraceSpec
 
 # Each linear model is fitted to measurements at two sizes.
 TOKENS = (2, 32)
 VECTORS = (1, 64)
+# Values of a site that interventions change.
+CHANGED = (2**10, 2**19)
 # Target tokens whose ranks are measured.
 RANKS = 4
 
@@ -50,6 +53,9 @@ class Pace:
     per_reading: float
     per_rank: float
     per_vector: float
+    per_change: float = 0.0
+    per_changed: float = 0.0
+    per_drawn: float = 0.0
 
     def seconds(self, demand: Demand) -> float:
         """Return the estimated device time for a demand if nothing else runs."""
@@ -61,6 +67,9 @@ class Pace:
             + demand.readings * self.per_reading
             + demand.ranks * self.per_rank
             + demand.vectors * self.per_vector
+            + demand.changes * self.per_change
+            + demand.changed * self.per_changed
+            + demand.drawn * self.per_drawn
         )
 
 
@@ -80,7 +89,29 @@ def measured_pace(model: ResidentModel, clock: Clock = time.perf_counter) -> Pac
     ranked = best(partial(project, head, rows[1], LensSpec(), targets))
     per_rank = max(0.0, ranked - times[1]) / targets.numel()
     without_graph = Pace(per_pass, per_flop, 0.0, 0.0, per_reading, per_rank, per_vector)
-    return _with_graph(model, without_graph, tuple(range(few)), clock)
+    pace = _with_graph(model, without_graph, tuple(range(few)), clock)
+    return _with_changes(model, pace, clock)
+
+
+def _with_changes(model: ResidentModel, pace: Pace, clock: Clock) -> Pace:
+    """Measure the time per change of a site, per changed value, and per value of noise."""
+    width = model.view.facts.d_model
+    few, many = (max(1, values // width) for values in CHANGED)
+    small, large = (_best(clock, partial(_change, model, n, Scale(0.5))) for n in (few, many))
+    # A site is copied before its values change.
+    per_change, per_changed = _line([2.0 * few * width, 2.0 * many * width], [small, large])
+    noisy = _best(clock, partial(_change, model, many, Noise(0.5, 1)))
+    per_drawn = max(0.0, noisy - large) / (many * width)
+    return replace(pace, per_change=per_change, per_changed=per_changed, per_drawn=per_drawn)
+
+
+def _change(model: ResidentModel, positions: int, operation: Operation) -> None:
+    """Apply an intervention to a site of a prompt that has this many positions."""
+    key = (0, Site.BLOCK_OUTPUT)
+    found = Intervention((key,), tuple(range(positions)), None, operation)
+    changes = Interventions(model, [found], positions, {}, never_cancelled)
+    values = torch.ones(positions, model.view.facts.d_model, device=model.device)
+    float(changes.changed(key, values)[-1, 0])  # waits for a GPU to finish
 
 
 def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: Clock) -> Pace:
