@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, FrameLocator, Locator, Page, expect
 
 import januslens
-from januslens.interventions import zero
+from januslens.interventions import SweepOver, zero
 from tests.pages.conftest import PROMPT
 from tests.pages.models import HOSTILE, LAYERS
 from tests.support.axe import serious_findings
@@ -423,6 +423,67 @@ def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
 
 
+def test_knocked_out_heads_are_a_heat_map(
+    live: Page, server_address: str, browser: Browser, tmp_path: Path
+) -> None:
+    live.get_by_label("Prompt", exact=True).fill(PROMPT)
+    live.get_by_role("button", name="Which heads matter?").click()
+    answer, page = panel(live)
+    state(answer, "done")
+    with januslens.Client(server_address) as client:
+        sweep = SweepOver(zero("HEAD_RESULT"), by=["layer", "head"])
+        effects = client.intervene(PROMPT, sweep=sweep)
+    before = effects.before[0].logit
+    changes = {
+        f"L{effect.layer}|head {effect.head}": effect.after[0].logit - before
+        for effect in effects.effects
+    }
+    for place, change in changes.items():
+        expect(page.locator(f'.heat [data-id="{place}"] .line-0')).to_have_text(_signed(change))
+    strongest = max(changes, key=lambda place: abs(changes[place]))
+    expect(page.locator(".facts")).to_have_attribute("data-node", strongest)
+    assert serious_findings(live) == []
+    page.locator(f'.heat [data-id="{strongest}"]').focus()
+    for key in ("ArrowDown", "ArrowUp"):
+        page.locator(".heat :focus").press(key)
+    page.locator(".heat :focus").press("Enter")
+    expect(page.locator(".facts")).to_have_attribute("data-node", strongest)
+    path = tmp_path / "effects.html"
+    path.write_text(effects.to_html(), encoding="utf-8")
+    context = browser.new_context(offline=True)
+    alone = context.new_page()
+    alone.goto(f"{path.as_uri()}#measure=kl")
+    largest = max(effects.effects, key=lambda effect: effect.after[0].kl_nats)
+    cell = alone.locator(f'.heat [data-id="L{largest.layer}|head {largest.head}"]')
+    expect(cell.locator(".line-0")).to_have_text(f"{largest.after[0].kl_nats:.3f}")
+    context.close()
+    page.get_by_role("button", name="Generate without it").click()
+    both, texts = panel(live, 1)
+    state(both, "done")
+    layer, head = map(int, re.findall(r"\d+", strongest))
+    with januslens.Client(server_address) as client:
+        removed = zero(heads=[(layer, head)])
+        plain, changed = (
+            client.generate(PROMPT, interventions=interventions)
+            for interventions in ([], [removed])
+        )
+    for i, generation in enumerate((plain, changed)):
+        expect(texts.locator(".said-answer").nth(i).locator(".said-token .token")).to_have_text(
+            [str(made.token) for made in generation.tokens]
+        )
+    expect(texts.locator(".said-answer h2").nth(1)).to_contain_text(f"L{layer} head {head}")
+    texts.locator(".said-answer").nth(1).locator(".said-token").first.click()
+    followed, _ = panel(live, 2)
+    state(followed, "done")
+    expect(followed.get_by_role("heading").first).to_contain_text(f"without L{layer} head {head}")
+    page.get_by_role("button", name="Trace without it").click()
+    without, traced = panel(live, 3)
+    state(without, "done")
+    expect(without.get_by_role("heading").first).to_contain_text("without L")
+    effect = max(effects.effects, key=lambda effect: abs(effect.after[0].logit - before))
+    expect(traced.locator(".story")).to_contain_text(f"{effect.after[0].probability:.3f}")
+
+
 # Stops the generation while its first token is shown, at any speed of the machine.
 STOP_EARLY = """
 new MutationObserver((_, observer) => {
@@ -437,6 +498,7 @@ new MutationObserver((_, observer) => {
 
 def test_stopped_conversation_can_be_continued(deep: Page, random_server: ServerProcess) -> None:
     deep.get_by_role("button", name="Chat").click()
+    expect(deep.get_by_label("Prompt", exact=True)).to_be_hidden()
     deep.get_by_label("Role").select_option("system")
     deep.get_by_label("Message").fill("aeioul")
     deep.get_by_role("button", name="Add message").click()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from januslens.results import exports
-from januslens.results.exports import json_lines, notebook_html
+from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.heat_map import HeatMap
 from januslens.results.models import Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
@@ -308,6 +308,18 @@ class InterventionEffects:
     def to_json_lines(self) -> Iterable[str]:
         """Return each message of the stream as one line of JSON; `read_effects` reads them."""
         return json_lines(self.responses)
+
+    def to_html(self) -> str:
+        """Return these effects as a page: a heat map in one HTML file that needs no network.
+
+        Rows are layers, and columns are the other axis of the sweep. The page has the prediction at
+        the last position that was read.
+        """
+        return page_html(self, None)
+
+    def show(self, *, height: int = 700) -> PageFrame:
+        """Show the page of `to_html` in a notebook; `height` is in pixels."""
+        return PageFrame(self.to_html(), height)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         for effect in self.effects:

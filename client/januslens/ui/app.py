@@ -26,7 +26,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from januslens.assemblers import GenerateAssembler, GradientAssembler
+from januslens.assemblers import GenerateAssembler, GradientAssembler, InterveneAssembler
 from januslens.errors import JanuslensError
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview
@@ -84,7 +84,7 @@ class Guard:
         return ""
 
 
-ResultView = Literal["trace", "gradient", "generation"]
+ResultView = Literal["trace", "gradient", "generation", "effects"]
 
 _PREVIEW = "preview:"
 _VARIANT = "generation:"
@@ -250,8 +250,14 @@ def _generated(lines: list[str]) -> GeneratedText:
     return parse(lines, GenerateAssembler(GeneratedText), generation_pb2.GenerateResponse)
 
 
+def _effects(streams: Streams) -> str:
+    response = intervene_pb2.InterveneResponse
+    return parse(streams["effects"], InterveneAssembler(), response).to_html()
+
+
 _SAVED: dict[ResultView, Callable[[Streams], str]] = {
     "trace": _trace,
     "gradient": _gradient,
     "generation": _generation,
+    "effects": _effects,
 }

@@ -23,11 +23,12 @@ from google.protobuf.message import Message
 from januslens.results.exports import json_line, page_html
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
+from januslens.results.intervene import InterventionEffects
 from januslens.results.tokens import OPEN_BOX, Token
 from januslens.results.trace import Trace
 from januslens.v1 import edits_pb2, gradient_lens_pb2, trace_pb2
 
-View = Literal["trace", "gradient", "generation", "live"]
+View = Literal["trace", "gradient", "generation", "effects", "live"]
 
 _PAGE = """\
 <!doctype html>
@@ -166,3 +167,10 @@ def page_of_generation(generation: GeneratedText, others: Mapping[str, Generated
     beside = {f"generation:{title}": other.responses for title, other in others.items()}
     title = f"{_text(generation.prompt_tokens)}, generation · Januslens"
     return page("generation", title, {"generation": generation.responses, **beside})
+
+
+@page_html.register
+def page_of_effects(effects: InterventionEffects, _beside: None) -> str:
+    """Return the page of the effects of experiments."""
+    title = f"{_text(effects.prompt_tokens)}, effects · Januslens"
+    return page("effects", title, {"effects": effects.responses})

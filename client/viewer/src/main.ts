@@ -1,4 +1,5 @@
 import { pageDescription } from './browser/streams'
+import { effectsPage } from './effects/view'
 import { generationPage } from './generation/view'
 import { gradientPage } from './gradient/view'
 import { livePage } from './live/app'
@@ -8,6 +9,7 @@ const VIEWS: Record<string, () => Promise<void>> = {
   trace: tracePage,
   gradient: gradientPage,
   generation: generationPage,
+  effects: effectsPage,
   live: livePage,
 }
 

@@ -6,7 +6,7 @@ import { test } from 'node:test'
 // Each module imports only from its own folder and from those before it. The views are
 // independent of each other.
 const FOLDERS = ['contract', 'model', 'presentation', 'browser', 'views', 'main']
-const VIEWS = ['trace', 'gradient', 'generation', 'live']
+const VIEWS = ['trace', 'gradient', 'generation', 'effects', 'live']
 const SRC = join(process.cwd(), 'src')
 
 function modules(): string[] {

@@ -7,7 +7,7 @@ import type { Theme } from './shell'
 
 /** The contents of the page's `januslens-page` element. */
 export interface PageDescription {
-  view: 'trace' | 'gradient' | 'generation' | 'live'
+  view: 'trace' | 'gradient' | 'generation' | 'effects' | 'live'
   /** Whether the parent page posts the streams; otherwise they are embedded. */
   live?: boolean
   title: string
@@ -86,6 +86,18 @@ export interface FrameOutput {
   generated?: GeneratedChoice
   /** The user asks what the prediction at a position is without a part. */
   knockOut?: KnockOutChoice
+  /** The user asks for a trace without the part that an experiment of a sweep removed. */
+  removed?: Removed
+  /** The user asks for a generation without the part of this node. */
+  regenerate?: string
+}
+
+/** The coordinates of an experiment; those that the sweep does not have are undefined. */
+export interface Removed {
+  view: 'trace' | 'generation'
+  layer: number | undefined
+  head: number | undefined
+  position: number | undefined
 }
 
 /** A part of the pass by the id of its node, and the prediction to measure. */
@@ -100,6 +112,8 @@ export interface GeneratedChoice {
   ids: number[]
   text: string
   token: Token
+  /** Whether it was generated under the interventions of the question. */
+  changed: boolean
 }
 
 /** Coordinates shared by traces and gradients of the same prompt. */

@@ -25,7 +25,7 @@ import {
   Tooltip,
   tokenText,
 } from '../presentation/elements'
-import { count, decimals, measure, probability } from '../presentation/wording'
+import { count, measure, probability, signed } from '../presentation/wording'
 
 // The page of a generation: the tokens as they are made, each above a strip of layers.
 
@@ -197,9 +197,10 @@ export class GenerationView {
     const chosen = this.chosen()
     if (!chosen) return
     const { generation } = chosen.answer
+    const changed = chosen.answer !== this.answers[0]
     const { made, k } = chosen
     const [ids, text] = [generation.idsBefore(k), generation.textBefore(k)]
-    reportToParent({ generated: { ids, text, token: made.token } })
+    reportToParent({ generated: { ids, text, token: made.token, changed } })
     this.parts.live.textContent = `${made.token.label}, ${probability(Math.exp(made.logProbability))}`
   }
 
@@ -331,7 +332,7 @@ function tokenFacts(made: GeneratedToken, k: number, { generation }: Answer): HT
   const decided = decidedAt(made)
   const figures: [string, string][] = [
     ['probability', probability(Math.exp(made.logProbability))],
-    ['log-probability', decimals(made.logProbability, 3)],
+    ['log-probability', signed(made.logProbability, 3)],
     ['entropy', `${measure(made.entropyBits)} bits`],
     ['predicted from', decided === undefined ? 'no layer on' : `layer ${decided} on`],
   ]

@@ -9,9 +9,9 @@ import {
 } from '../model/gradient'
 import type { Token } from '../model/tokens'
 import { BINS, normPaint, normSteps, rankBin } from '../presentation/colours'
+import type { HeatCell, HeatColumn, HeatMap, Legend, Line } from '../presentation/heatmap'
 import { columnsIn, type Group, GUTTER } from '../presentation/svg'
 import { at, count, decimals, measure } from '../presentation/wording'
-import type { HeatCell, HeatColumn, HeatMap, Legend, Line } from './heatmap'
 
 // The heat maps: the tokens of inputs and VJPs, and the target's rank.
 

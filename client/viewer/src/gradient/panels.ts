@@ -1,8 +1,8 @@
 import type { GradientModel } from '../model/gradient'
 import { choice, element, tokenText } from '../presentation/elements'
+import { drawHeatMap, type HeatMap, heatPicture, type Legend } from '../presentation/heatmap'
 import { needsRedraw, type Svg } from '../presentation/svg'
 import type { GradientKey, GradientState } from './controls'
-import { drawHeatMap, type HeatMap, heatPicture, type Legend } from './heatmap'
 import {
   factorMap,
   largestNorm,

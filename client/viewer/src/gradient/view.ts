@@ -29,10 +29,10 @@ import {
   Tooltip,
   tokenText,
 } from '../presentation/elements'
+import { narrowest } from '../presentation/heatmap'
 import { lossSentence, rendered } from '../presentation/sentences'
 import { setTabStop } from '../presentation/svg'
 import { gradientState, KEYS, listenToKeys, toolbar } from './controls'
-import { narrowest } from './heatmap'
 import { componentTooltip, fillFacts } from './inspector'
 import type { Shown } from './maps'
 import { MapPanels } from './panels'

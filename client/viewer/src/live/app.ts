@@ -1,4 +1,5 @@
 import { HashState, setTheme, type Theme } from '../browser/shell'
+import { everywhere } from '../model/knock_out'
 import { button, choice, element, THEMES } from '../presentation/elements'
 import { CallError, callOnce, keepToken } from './calls'
 import { Examples } from './examples'
@@ -38,6 +39,17 @@ const FIELDS = Object.keys(QUESTION) as (keyof Question)[]
 const READY = 'STATE_READY'
 const REFRESH = 1000 // ms between lists of the models while one is loading
 
+/** The fields that say which tokens a question is about. */
+function inputFields({ model, prompt, chat, ids }: Question): Partial<Question> {
+  return { model, prompt, chat, ids }
+}
+
+/** Where a panel goes: after another one, or instead of another one; otherwise it is the last. */
+interface Place {
+  after?: Panel | undefined
+  instead?: Panel | undefined
+}
+
 class LivePage {
   private readonly state = new HashState<keyof typeof STATE>(STATE)
   private readonly models = new Map<string, ModelMessage>()
@@ -56,8 +68,8 @@ class LivePage {
       }
     },
     beside: ({ view, question }, other) => {
-      const { model, prompt, chat, ids, target, targetId } = question
-      const asked = { ...this.form.question(other), model, prompt, chat, ids }
+      const { ids, target, targetId } = question
+      const asked = { ...this.form.question(other), ...inputFields(question) }
       // The target of a chosen token belongs to its ids; otherwise the form has the newer one.
       const kept = ids !== '' || view === 'gradient' ? { target, targetId } : {}
       this.ask({ ...asked, ...kept })
@@ -66,10 +78,11 @@ class LivePage {
       if (!target.text.includes('\ufffd')) this.form.setTarget(target.text)
       this.open(withTarget(from.question, target), { after: from })
     },
-    generatedChosen: (from, { ids, text, token }) => {
+    generatedChosen: (from, { ids, text, token, changed }) => {
       const { model, layers, heads, lens } = from.question
       const asked = { ...QUESTION, ask: 'trace', model, prompt: text, ids: ids.join(',') }
-      const question = withTarget({ ...asked, layers, heads, lens }, token)
+      const without = changed ? from.question.without : ''
+      const question = withTarget({ ...asked, layers, heads, lens, without }, token)
       from.follower = this.open(question, { after: from, instead: from.follower })
     },
     continued: ({ question }, text) => {
@@ -83,6 +96,20 @@ class LivePage {
       else messages.push({ role: 'assistant', content: text })
       this.form.show({ ...question, chat: chatOf([...messages, { role: 'user', content: '' }]) })
     },
+    removed: (from, view, part) => {
+      if (view === 'trace') {
+        this.ask({ ...from.question, ask: 'trace', without: part, sweep: '' })
+        return
+      }
+      // The trace of a generated token belongs to the generation beside it, which is repeated.
+      const generation = this.panels.find(({ follower }) => follower === from)
+      const { question } = generation ?? from
+      const asked = { ...this.form.question(view), ...inputFields(question) }
+      const { tokens, temperature, seed, stop } = generation ? question : asked
+      const sampling = { tokens, temperature, seed, stop }
+      this.ask({ ...asked, ...sampling, target: '', without: everywhere(part) })
+    },
+    sweptOver: (from, sweep) => this.ask({ ...from.question, sweep }, { instead: from }),
     progressed: (panel) => this.current.follow(panel),
     closed: (panel) => this.forget(panel),
   }
@@ -113,19 +140,24 @@ class LivePage {
     if (viewOf(question as Question)) this.ask(question as Question)
   }
 
-  /** Lists the models, again and again while one of them is loading. */
+  /** Lists the models, again while one of them is loading or the server is unavailable. */
   async listModels(): Promise<void> {
     try {
       const { models = [] } = await callOnce<{ models?: ModelMessage[] }>('ListModels', {})
+      this.error.textContent = ''
       this.models.clear()
       for (const model of models) this.models.set(model.name ?? '', model)
       this.showModels(models)
-      if (models.some(({ state }) => state === 'STATE_LOADING'))
-        setTimeout(() => void this.listModels(), REFRESH)
+      if (models.some(({ state }) => state === 'STATE_LOADING')) this.listModelsLater()
     } catch (error) {
       if (!(error instanceof CallError)) throw error
       this.error.textContent = error.message
+      if (error.details.code === 'UNAVAILABLE') this.listModelsLater()
     }
+  }
+
+  private listModelsLater(): void {
+    setTimeout(() => void this.listModels(), REFRESH)
   }
 
   private showModels(models: readonly ModelMessage[]): void {
@@ -146,7 +178,7 @@ class LivePage {
   }
 
   /** Asks a question, and keeps it in the form, in the address and in the history. */
-  private ask(asked: Question): void {
+  private ask(asked: Question, place: Place = {}): void {
     const question = { ...asked, model: asked.model || this.form.model.value }
     const view = viewOf(question)
     if (!view) return
@@ -156,7 +188,7 @@ class LivePage {
       if (question.ids === '') this.form.show(question)
       this.state.set(question)
       this.history.add(question)
-      this.open(question)
+      this.open(question, place)
     } catch (error) {
       if (!(error instanceof InvalidQuestion)) throw error
       this.error.textContent = error.message
@@ -164,7 +196,7 @@ class LivePage {
   }
 
   /** Sends a request; its panel comes first, after another one, or instead of another one. */
-  private open(question: Question, place: { after?: Panel; instead?: Panel | undefined } = {}) {
+  private open(question: Question, place: Place = {}): Panel {
     const view = viewOf(question) ?? 'trace'
     const panel = new Panel(view, question, this.actions)
     panel.frame.post({ theme: this.theme() })

@@ -15,9 +15,9 @@ const EXAMPLES: readonly { title: string; text: string; question: Partial<Questi
     question: { ask: 'generation', prompt: 'The capital of France is', tokens: '24' },
   },
   {
-    title: 'Teach it something else',
-    text: 'What does a training step towards another target change?',
-    question: { ask: 'gradient', prompt: 'The capital of Japan is the city of', target: ' Paris' },
+    title: 'Knock out every head',
+    text: 'Which heads does the answer depend on?',
+    question: { ask: 'effects', prompt: 'The capital of Japan is the city of' },
   },
 ]
 

@@ -52,6 +52,9 @@ export class Form {
         button('Generate', 'Let the model continue, and show when each layer decides', () =>
           this.start('generation'),
         ),
+        button('Which heads matter?', 'Measure the prediction without each head', () =>
+          this.start('effects'),
+        ),
         button('Gradient', 'Show what a training step towards the target changes', () =>
           this.start('gradient'),
         ),

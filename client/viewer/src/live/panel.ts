@@ -12,6 +12,7 @@ import type { Token } from '../model/tokens'
 import { button, choice, element } from '../presentation/elements'
 import { CallError, call, callOnce, savedPage } from './calls'
 import {
+  changedGeneration,
   type EditQuestion,
   editTitle,
   InvalidQuestion,
@@ -19,6 +20,8 @@ import {
   previewRequest,
   promptOf,
   type Question,
+  removedPart,
+  SWEEPS,
   titleOf,
   VIEWS,
   type View,
@@ -27,10 +30,11 @@ import {
 // A panel of the live page: one question, its progress, and a frame with its result.
 
 interface Progress {
-  header?: { layers?: number[]; requestId?: string }
+  header?: { layers?: number[]; requestId?: string; experiments?: number }
   layer?: { layer?: number; last?: boolean }
   matrix?: { layer?: number; kind?: string; last?: boolean }
   generated?: object
+  effect?: object
   summary?: object
 }
 
@@ -45,6 +49,10 @@ export interface PanelActions {
   beside: (panel: Panel, view: View) => void
   /** The user wants to go on from the generated text. */
   continued: (panel: Panel, text: string) => void
+  /** The user wants a trace or a generation without a part. */
+  removed: (panel: Panel, view: View, part: string) => void
+  /** The user wants another sweep of the same prompt. */
+  sweptOver: (panel: Panel, sweep: string) => void
   /** The progress has changed. */
   progressed: (panel: Panel) => void
   closed: (panel: Panel) => void
@@ -61,6 +69,7 @@ export class Panel {
   private readonly controller = new AbortController()
   private readonly cancel: HTMLButtonElement
   private received = 0
+  private experiments = 0
 
   constructor(
     readonly view: View,
@@ -119,10 +128,12 @@ export class Panel {
     this.frame.post({ stream, message })
   }
 
-  private reported({ at, target, generated, knockOut }: FrameOutput): void {
+  private reported({ at, target, generated, knockOut, removed, regenerate }: FrameOutput): void {
     if (at) this.actions.selectionMoved(this, at)
     if (target) this.actions.targetChosen(this, target)
     if (generated) this.actions.generatedChosen(this, generated)
+    if (removed) this.actions.removed(this, removed.view, removedPart(this.question, removed))
+    if (regenerate) this.actions.removed(this, 'generation', regenerate)
     if (knockOut) void this.measure(knockOut)
   }
 
@@ -156,7 +167,21 @@ export class Panel {
       }
     }
     this.frame.post({ stream: this.view, end: true })
+    if (this.view === 'generation' && this.question.without !== '') await this.streamChanged()
     await around
+  }
+
+  /** Generates without the part that the question leaves out, beside the plain generation. */
+  private async streamChanged(): Promise<void> {
+    const { title, request } = changedGeneration(this.question)
+    const stream = `generation:${title}`
+    this.frame.post({ stream: 'variants', message: { stream, title } })
+    for await (const line of call('Generate', request, this.controller.signal)) {
+      const message = JSON.parse(line) as Progress
+      this.take(stream, line, message)
+      this.follow(message)
+    }
+    this.frame.post({ stream, end: true })
   }
 
   /** Requests the residual stream at the other positions. */
@@ -168,21 +193,23 @@ export class Panel {
   }
 
   private follow(message: Progress): void {
-    const { layer, matrix, header, generated } = message
+    const { layer, matrix, header, generated, effect } = message
+    if (header?.experiments) this.experiments = header.experiments
     if (header) this.setStatus('running', 'forward pass finished')
     if (layer?.last) this.setStatus('running', `layer ${layer.layer ?? 0} received`)
     if (matrix?.last) {
       const kind = matrix.kind?.replace('MATRIX_KIND_', '') ?? ''
       this.setStatus('running', `layer ${matrix.layer ?? 0} ${kind} received`)
     }
-    if (generated) {
+    if (generated || effect) {
       this.received++
-      this.setStatus('running', `${this.count()}generating …`)
+      this.setStatus('running', `${this.count()}${generated ? 'generating' : 'measuring'} …`)
     }
   }
 
   private count(): string {
     if (this.received === 0) return ''
+    if (this.view === 'effects') return `${this.received} of ${this.experiments} experiments, `
     return `${this.received} ${this.received === 1 ? 'token' : 'tokens'}, `
   }
 
@@ -216,6 +243,12 @@ export class Panel {
     if (this.view === 'generation') {
       const go = () => this.actions.continued(this, this.generatedText())
       return [button('Continue', 'Put the generated text into the question', go), ...made]
+    }
+    if (this.view === 'effects') {
+      const sweeps = Object.entries(SWEEPS).map(([key, { name }]) => [key, name] as const)
+      const sweep = choice('Sweep', sweeps, (key) => this.actions.sweptOver(this, key))
+      sweep.value = this.question.sweep
+      return [sweep, ...made]
     }
     const other = this.view === 'trace' ? 'gradient' : 'trace'
     const name = `${VIEWS[other].name} beside it`

@@ -1,5 +1,5 @@
-import type { KnockOutChoice } from '../browser/streams'
-import { interventionOf, partName } from '../model/knock_out'
+import type { KnockOutChoice, Removed } from '../browser/streams'
+import { everywhere, interventionOf, partName } from '../model/knock_out'
 import type { Token } from '../model/tokens'
 import { visible } from '../model/tokens'
 
@@ -23,6 +23,8 @@ export const QUESTION = {
   targetId: '',
   /** A part of the pass that is set to zero: see `interventionOf`. */
   without: '',
+  /** What a sweep removes: see `SWEEPS`. */
+  sweep: '',
   layers: '',
   positions: '',
   heads: '',
@@ -41,13 +43,14 @@ export const QUESTION = {
 export type Question = Record<keyof typeof QUESTION, string>
 
 /** A kind of result. */
-export type View = 'trace' | 'gradient' | 'generation'
+export type View = 'trace' | 'gradient' | 'generation' | 'effects'
 
 /** The name of each view, and the RPC that computes it. */
 export const VIEWS: Record<View, { name: string; method: string; request: typeof traceRequest }> = {
   trace: { name: 'Trace', method: 'Trace', request: traceRequest },
   gradient: { name: 'Gradient', method: 'GradientLens', request: gradientRequest },
   generation: { name: 'Generation', method: 'Generate', request: generateRequest },
+  effects: { name: 'Effects', method: 'Intervene', request: effectsRequest },
 }
 
 export function viewOf(question: Question): View | undefined {
@@ -91,11 +94,13 @@ export function promptOf(question: Question): string {
 /** The heading of a result. */
 export function titleOf(question: Question): string {
   const view = viewOf(question)
-  const name = view ? VIEWS[view].name : ''
+  const swept = SWEEPS[question.sweep]?.name ?? ''
+  const name = view === 'effects' ? `Effect of ${swept}` : view ? VIEWS[view].name : ''
   const target = question.targetId ? question.target : visible(question.target)
   const arrow = target && view !== 'generation' ? ` → ${target}` : ''
   const without = question.without ? `, without ${partName(question.without)}` : ''
-  return `${name} of “${promptOf(question)}”${arrow}${without}`
+  const on = view === 'effects' ? 'on' : 'of'
+  return `${name} ${on} “${promptOf(question)}”${arrow}${without}`
 }
 
 /** The question whose target is a token that the user clicked. */
@@ -153,6 +158,48 @@ function generateRequest(question: Question): Json {
   }
 }
 
+/** Sweeps over all parts of one kind: the parts, the axes, and the node that removes the same. */
+export const SWEEPS: Record<string, { name: string; site: string; axes: Json; node: string }> = {
+  '': {
+    name: 'each head',
+    site: 'SITE_HEAD_RESULT',
+    axes: { byLayer: true, byHead: true },
+    node: 'HEAD_OUTPUT',
+  },
+  attention: {
+    name: 'attention by layer and position',
+    site: 'SITE_ATTENTION_OUTPUT',
+    axes: { byLayer: true, byPosition: true },
+    node: 'ATTENTION_OUTPUT',
+  },
+  mlp: {
+    name: 'MLP by layer and position',
+    site: 'SITE_MLP_OUTPUT',
+    axes: { byLayer: true, byPosition: true },
+    node: 'MLP_OUTPUT',
+  },
+}
+
+/** Measures the prediction without each part of a kind. */
+function effectsRequest(question: Question): Json {
+  const sweep = SWEEPS[question.sweep]
+  if (!sweep) throw new InvalidQuestion(`unknown sweep “${question.sweep}”`)
+  const layers = integers('Layers', question.layers)
+  return {
+    model: question.model,
+    input: inputOf(question),
+    ...targetOf(question),
+    sweep: { template: { site: sweep.site, layers, zero: true }, ...sweep.axes },
+  }
+}
+
+/** The part that an experiment of a sweep removed, as in `interventionOf`. */
+export function removedPart(question: Question, { layer, head, position }: Removed): string {
+  const at = position === undefined ? '' : `/p${position}`
+  const unit = head === undefined ? '' : `/h${head}`
+  return `L${layer}${at}/${SWEEPS[question.sweep]?.node}${unit}`
+}
+
 /** Measures the prediction without a part, at its own position and at every position. */
 export function knockOutRequest(
   question: Question,
@@ -161,7 +208,7 @@ export function knockOutRequest(
   if (question.without !== '') {
     throw new InvalidQuestion('this trace is itself without a part; knock out in the plain trace')
   }
-  const everywhere = interventionOf(id.replace(/\/p\d+/, ''))
+  const all = interventionOf(everywhere(id))
   const attention = id.includes('/MEMORY_VALUE/') // its source is at one position
   return {
     model: question.model,
@@ -171,9 +218,16 @@ export function knockOutRequest(
     topK: 1,
     experiments: [
       { label: 'here', interventions: [interventionOf(id)] },
-      ...(attention ? [] : [{ label: 'everywhere', interventions: [everywhere] }]),
+      ...(attention ? [] : [{ label: 'everywhere', interventions: [all] }]),
     ],
   }
+}
+
+/** The generation without a part, beside the plain one. */
+export function changedGeneration(question: Question): { title: string; request: Json } {
+  const { without } = question
+  const request = { ...generateRequest(question), interventions: [interventionOf(without)] }
+  return { title: `Without ${partName(without)}`, request }
 }
 
 export interface EditQuestion {

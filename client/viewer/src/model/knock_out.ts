@@ -53,6 +53,11 @@ export function interventionOf(part: string): Record<string, unknown> | undefine
   return undefined
 }
 
+/** The same part at every position. */
+export function everywhere(part: string): string {
+  return part.replace(/\/p\d+/, '')
+}
+
 /** `L3 head 2`, for titles. */
 export function partName(part: string): string {
   const place = placeOf(part)

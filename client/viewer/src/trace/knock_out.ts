@@ -36,7 +36,7 @@ export class KnockOuts {
     if (!known && !isLive()) return undefined
     const section = element('section', { class: 'knock-out' })
     if (known?.responses) {
-      section.append(...effects(known.responses, node, graph))
+      section.append(...effects(known.responses, node, graph), ...regenerate(node))
       return section
     }
     const what = 'Set this part to zero, and measure the prediction again'
@@ -46,9 +46,22 @@ export class KnockOuts {
         knockOut: { id: node.id, position: node.position, targetId: target.id },
       })
     })
-    section.append(ask, ' ', element('span', { class: 'quiet', role: 'status' }, known?.note ?? ''))
+    section.append(
+      ask,
+      ' ',
+      ...regenerate(node),
+      ' ',
+      element('span', { class: 'quiet', role: 'status' }, known?.note ?? ''),
+    )
     return section
   }
+}
+
+/** The button that generates without the part; a source of attention cannot be hidden everywhere. */
+function regenerate(node: GraphNode): HTMLElement[] {
+  if (!isLive() || node.kind === 'MEMORY_VALUE') return []
+  const what = 'Let the model continue with and without this part'
+  return [button('Generate without it', what, () => reportToParent({ regenerate: node.id }))]
 }
 
 /** What the part adds to the target's logit, by its direct contribution and as measured. */

@@ -1,6 +1,6 @@
 import { create, type Selection, select } from 'd3-selection'
 import { cut } from '../model/tokens'
-import type { Paint } from '../presentation/colours'
+import type { Paint } from './colours'
 import {
   CHARACTER,
   charactersIn,
@@ -9,7 +9,7 @@ import {
   groupNamed,
   needsRedraw,
   type Svg,
-} from '../presentation/svg'
+} from './svg'
 
 // A heat map with one or two lines of text per cell.
 
