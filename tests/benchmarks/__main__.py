@@ -2,8 +2,8 @@
 
 A random model with the shape of GPT-2 small is created, loaded in this process, and served over
 loopback by another process. Floors and measurements alternate, and the figures are medians. The
-module of a row has a function `measure` that takes a `Bench`; `ROWS` lists the modules in the order
-in which they run.
+module of a row has a function `measure` that takes a `Bench`; `ROWS` and `GENERATION` list the
+modules in the order in which they run. Generation is measured on a model of SmolLM2's shape.
 """
 
 from __future__ import annotations
@@ -16,8 +16,16 @@ import click
 
 from tests.benchmarks.bench import bench, machine
 from tests.benchmarks.report import Row, show, write
-from tests.benchmarks.rows import callers, gradient_lens, positions, trace, warm, workspace
-from tests.benchmarks.shapes import GPT2_SMALL, TINY
+from tests.benchmarks.rows import (
+    callers,
+    generate,
+    gradient_lens,
+    positions,
+    trace,
+    warm,
+    workspace,
+)
+from tests.benchmarks.shapes import GPT2_SMALL, SMOLLM2_135M, TINY
 
 # The first row measures memory, which later rows leave allocated.
 ROWS = {
@@ -28,10 +36,14 @@ ROWS = {
     "positions": positions.measure,
     "callers": callers.measure,
 }
+# Rows that are measured on a model of SmolLM2's shape.
+GENERATION = {"generate": generate.measure}
 
 
 @click.command(help="Measure the goals of docs/performance.md on this machine's CPU.")
-@click.option("--rows", "names", type=click.Choice(list(ROWS)), multiple=True, help="Only these.")
+@click.option(
+    "--rows", "names", type=click.Choice([*ROWS, *GENERATION]), multiple=True, help="Only these."
+)
 @click.option("--rounds", default=5, show_default=True, help="Turns that each thing takes.")
 @click.option("--threads", default=os.cpu_count() or 1, show_default=True, help="Cores to use.")
 @click.option("--tiny", is_flag=True, help="A model of two small layers: to see that it runs.")
@@ -45,10 +57,14 @@ ROWS = {
 def main(names: Sequence[str], rounds: int, threads: int, tiny: bool, out: Path) -> None:
     """Measure, print the table, and write the results to a file."""
     rows: list[Row] = []
-    with bench(TINY if tiny else GPT2_SMALL, out / "models", rounds, threads) as measured:
-        for name in names or ROWS:
-            click.echo(f"measuring {name} ...", err=True)
-            rows += ROWS[name](measured)
+    for shape, measures in ((GPT2_SMALL, ROWS), (SMOLLM2_135M, GENERATION)):
+        wanted = [name for name in names or measures if name in measures]
+        if not wanted:
+            continue
+        with bench(TINY if tiny else shape, out / "models", rounds, threads) as measured:
+            for name in wanted:
+                click.echo(f"measuring {name} ...", err=True)
+                rows += measures[name](measured)
     show(rows, machine(threads))
     write(rows, machine(threads), out / "bench.json")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -29,6 +30,19 @@ class Floors:
             input_ids=self._batch(ids), use_cache=False
         ).logits[0]
         return logits
+
+    def generate(self, ids: Sequence[int], new: int) -> None:
+        """Continue a prompt greedily by `new` tokens, as transformers does."""
+        batch = self._batch(ids)
+        network: Any = self._model.network
+        network.generate(
+            batch,
+            attention_mask=torch.ones_like(batch),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+        )
 
     def backward(self, ids: Sequence[int], target: int) -> torch.Tensor:
         """Run a forward pass, and a backward pass to the embedding's output, without weights."""

@@ -32,6 +32,8 @@ class Shape:
     prompt: int
     long_prompt: int
     gated_width: int | None = None
+    kv_heads: int | None = None
+    tied: bool = False
 
     def tokens(self, length: int) -> tuple[int, ...]:
         """Return a prompt of ids that are spread over the vocabulary."""
@@ -39,6 +41,9 @@ class Shape:
 
 
 GPT2_SMALL = Shape("GPT-2 small", 12, 768, 12, 50_257, prompt=16, long_prompt=128)
+SMOLLM2_135M = Shape(
+    "SmolLM2-135M", 30, 576, 9, 49_152, 16, 128, gated_width=1536, kv_heads=3, tied=True
+)
 LLAMA_2_7B = Shape("Llama-2-7B", 32, 4096, 32, 32_000, 32, 128, gated_width=11_008)
 TINY = Shape("tiny GPT-2", 2, 32, 4, 2_000, prompt=6, long_prompt=10)
 
@@ -78,6 +83,8 @@ def _config(shape: Shape) -> PreTrainedConfig:
         intermediate_size=shape.gated_width,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied,
         bos_token_id=0,
         eos_token_id=0,
     )
