@@ -11,20 +11,31 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from januslens_server.errors import never_cancelled
 from januslens_server.models.chat import ChatTemplate
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tokenizer import Vocabulary
-from januslens_server.pipelines.resolve import resolve_trace
+from januslens_server.pipelines.generate import generate
+from januslens_server.pipelines.resolve import resolve_generate, resolve_trace
 from januslens_server.pipelines.self_check import self_check
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import LayerGraph, MatrixKind, NodeKind, TraceHeader, TraceSummary
+from januslens_server.results import (
+    GeneratedToken,
+    LayerGraph,
+    MatrixKind,
+    NodeKind,
+    TraceHeader,
+    TraceSummary,
+)
 from januslens_server.specs import (
     Chat,
     ChatMessage,
+    GenerateSpec,
     GradientLensSpec,
     LensSpec,
     NegativeLogLikelihood,
+    Sampling,
     TraceSpec,
 )
 from tests.real.checkpoints import GEMMA, SMOLLM
@@ -41,6 +52,7 @@ PROMPTS = [
     "Grüße aus München 👋🏽, היום",
 ]
 TOP = 5
+GREEDY = Sampling()
 LENS = 1e-4  # of the largest logit
 GRADIENTS = 5e-4  # float32 passes of these models differ as much between attention kernels
 
@@ -183,3 +195,30 @@ def test_smollm2_predicts_the_city_of_the_eiffel_tower() -> None:
     assert ranks[-1] == 0
     probability = float(blocks[-1].projections.target_probabilities[blocks[-1].rows[0], 0])
     assert math.isclose(probability, 0.702, abs_tol=0.005)
+
+
+def test_greedy_ids_equal_those_of_transformers(published: Published) -> None:
+    for text in (EIFFEL, PROMPTS[3]):
+        ids = published.ids(text)
+        batch = torch.tensor([ids])
+        with torch.inference_mode():
+            said = published.plain.generate(
+                batch, attention_mask=torch.ones_like(batch), max_new_tokens=24, do_sample=False
+            )
+        assert generated(published, ids, 24) == said[0, len(ids) :].tolist(), text
+
+
+def test_draws_repeat_with_the_seed(published: Published) -> None:
+    ids = published.ids(EIFFEL)
+    first, again, other = (
+        generated(published, ids, 12, Sampling(1.5, seed=seed)) for seed in (5, 5, 6)
+    )
+    assert first == again != other
+
+
+def generated(
+    published: Published, ids: list[int], new: int, sampling: Sampling = GREEDY
+) -> list[int]:
+    spec = GenerateSpec(tuple(ids), new, sampling)
+    events = generate(resolve_generate(published.resident, spec), never_cancelled)
+    return [event.token.id for event in events if isinstance(event, GeneratedToken)]
