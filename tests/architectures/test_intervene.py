@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,16 +20,27 @@ from januslens_server.specs import (
     InterveneSpec,
     InterventionSpec,
     Noise,
+    Operation,
     PatchFrom,
     Scale,
     SetTo,
     Site,
     SweepSpec,
+    TraceSpec,
     Zero,
 )
 from tests.architectures.cases import Case
-from tests.architectures.test_interventions import LLAMA, OTHER_PROMPT, at, every_family, logits
+from tests.architectures.test_interventions import (
+    LLAMA,
+    OTHER_PROMPT,
+    at,
+    every_family,
+    logits,
+    shape_of,
+    writable,
+)
 from tests.architectures.tiny_models import resident
+from tests.reference.traces import run_trace
 
 TARGET, OTHER = 7, 11
 ONES = np.ones(32, np.float32)
@@ -158,14 +171,44 @@ def test_the_target_is_the_prediction_before_if_none_is_named() -> None:
     assert (before.target_rank, before.logit_difference) == (0, None)
 
 
-def test_weights_and_blocks_stay_as_they_are() -> None:
-    network = resident(LLAMA).network
+def mixed_experiments(case: Case, count: int) -> list[ExperimentSpec]:
+    """Experiments of every operation, over all sites, layers and positions."""
+    shapes = {site: shape_of(case, site) for site in writable(case)}
+    experiments = []
+    for number in range(count):
+        site = list(shapes)[number % len(shapes)]
+        ones = np.ones(shapes[site], np.float32)
+        operations = (Zero(), Scale(-1.5), SetTo(ones), Add(ones, 0.3), Noise(0.5, number))
+        operation: Operation = (*operations, PatchFrom(OTHER_PROMPT))[number % 6]
+        where: dict[str, Any] = {"positions": (number % len(case.prompt),)}
+        if site is not Site.EMBEDDING:
+            where["layers"] = (number // 6 % 2,)
+        changes = [at(site, operation, **where)]
+        if number % 4 == 0:
+            hidden = {"positions": (8,), "sources": (number % 8,), "layers": (1,)}
+            changes.append(at(Site.ATTENTION_PATTERN, BlockSources(), **hidden))
+        experiments.append(ExperimentSpec("", tuple(changes)))
+    return experiments
+
+
+def test_thousand_experiments_leave_weights_and_traces_as_they_were() -> None:
+    case = LLAMA
+    network = resident(case).network
     weights = {name: parameter.clone() for name, parameter in network.named_parameters()}
-    before = logits(LLAMA)
-    sweep = SweepSpec(at(Site.NEURONS, Scale(2.0)), by_layer=True, by_unit=True, by_position=True)
-    run(LLAMA, InterveneSpec(tuple(LLAMA.prompt), sweep=sweep))
-    assert torch.equal(logits(LLAMA), before)
-    assert not any("forward" in vars(block.module) for block in resident(LLAMA).view.blocks)
+    plain_trace = TraceSpec(tuple(case.prompt), include_vectors=True)
+    before = run_trace(resident(case), plain_trace)
+    experiments = mixed_experiments(case, 1000)
+    for first in range(0, 1000, 500):  # a trace between two requests
+        part = tuple(experiments[first : first + 500])
+        run(case, InterveneSpec(tuple(case.prompt), experiments=part))
+        between = run_trace(resident(case), plain_trace)
+        assert between.edges == before.edges
+        for old, new in zip(before.graphs, between.graphs, strict=True):
+            assert old.vectors is not None
+            assert new.vectors is not None
+            assert old.vectors.tobytes() == new.vectors.tobytes()
+            assert old.projections.top_logits.tobytes() == new.projections.top_logits.tobytes()
+    assert not any("forward" in vars(block.module) for block in resident(case).view.blocks)
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, weights[name])
 

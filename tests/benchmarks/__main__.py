@@ -18,6 +18,7 @@ from tests.benchmarks.bench import bench, machine
 from tests.benchmarks.report import Row, show, write
 from tests.benchmarks.rows import (
     callers,
+    experiments,
     generate,
     gradient_lens,
     positions,
@@ -34,6 +35,7 @@ ROWS = {
     "warm": warm.measure,
     "gradient": gradient_lens.measure,
     "positions": positions.measure,
+    "experiments": experiments.measure,
     "callers": callers.measure,
 }
 # Rows that are measured on a model of SmolLM2's shape.

@@ -19,6 +19,7 @@ from januslens.v1 import (
     common_pb2,
     edits_pb2,
     gradient_lens_pb2,
+    intervene_pb2,
     interventions_pb2,
     lens_pb2,
     models_pb2,
@@ -96,6 +97,7 @@ TRACES = message(
         memory_values_per_head=COUNT,
         top_neurons=often(st.integers(1, 20), UINT32),
         bottom_neurons=COUNT,
+        by=often(st.integers(0, 3), st.integers(-1, 9)),
     ),
     node_kinds=st.lists(often(st.integers(1, 28), st.integers(-1, 99)), max_size=4),
     include_vectors=st.booleans(),
@@ -172,31 +174,69 @@ PROJECTS = message(
 )
 
 NEAR = st.lists(st.integers(-3, 2), max_size=2)
-INTERVENTIONS = st.lists(
-    st.sampled_from(
-        [
-            {"zero": st.just(True)},
-            {"scale": STEP},
-            {"set": TENSORS},
-            {"add": message(interventions_pb2.Addition, {"vector": TENSORS}, coefficient=STEP)},
-            {"patch": message(interventions_pb2.Patch, {"input": INPUT}, positions=NEAR)},
-            {"mean_over": message(interventions_pb2.MeanOver, inputs=st.lists(INPUT, max_size=2))},
-            {"noise": message(interventions_pb2.Noise, standard_deviation=STEP, seed=UINT32)},
-            {"block": st.just(True)},
-        ]
-    ).flatmap(
-        lambda operation: message(
-            interventions_pb2.Intervention,
-            {"site": often(st.integers(1, 16), st.integers(-1, 30)), **operation},
-            layers=LAYERS,
-            positions=NEAR,
-            heads=st.lists(often(st.integers(0, 3), UINT32), max_size=2),
-            neurons=st.lists(COUNT, max_size=2),
-            source_positions=NEAR,
-        )
-    ),
-    max_size=2,
+INTERVENTION = st.sampled_from(
+    [
+        {"zero": st.just(True)},
+        {"scale": STEP},
+        {"set": TENSORS},
+        {"add": message(interventions_pb2.Addition, {"vector": TENSORS}, coefficient=STEP)},
+        {"patch": message(interventions_pb2.Patch, {"input": INPUT}, positions=NEAR)},
+        {"mean_over": message(interventions_pb2.MeanOver, inputs=st.lists(INPUT, max_size=2))},
+        {"noise": message(interventions_pb2.Noise, standard_deviation=STEP, seed=UINT32)},
+        {"block": st.just(True)},
+    ]
+).flatmap(
+    lambda operation: message(
+        interventions_pb2.Intervention,
+        {"site": often(st.integers(1, 16), st.integers(-1, 30)), **operation},
+        layers=LAYERS,
+        positions=NEAR,
+        heads=st.lists(often(st.integers(0, 3), UINT32), max_size=2),
+        neurons=st.lists(COUNT, max_size=2),
+        source_positions=NEAR,
+    )
 )
+INTERVENTIONS = st.lists(INTERVENTION, max_size=2)
+
+# Most of any interventions fit no prompt, so that an experiment also draws from those that do.
+FITTING = message(
+    interventions_pb2.Intervention,
+    {"site": st.sampled_from([7, 8, 9, 11, 13, 14]), "scale": st.floats(-1, 1, width=32)},
+    layers=st.lists(st.integers(-3, 3), max_size=2, unique_by=lambda layer: layer % 4),
+    positions=st.sampled_from([[], [-1], [0]]),
+)
+EXPERIMENT = message(
+    intervene_pb2.Experiment,
+    {"interventions": st.lists(often(FITTING, INTERVENTION), max_size=2)},
+    label=often(st.just(""), TEXT),
+)
+SWEEP = message(
+    intervene_pb2.Sweep,
+    {"template": often(FITTING, INTERVENTION), "by_layer": st.just(True)},
+    by_position=st.booleans(),
+    by_head=often(st.just(False), st.just(True)),
+    by_source=often(st.just(False), st.just(True)),
+    layer_window=often(st.integers(1, 3), UINT32),
+)
+CHANGES: Fields = {
+    "experiments": st.lists(EXPERIMENT, min_size=1, max_size=3),
+    "sweep": SWEEP,
+}
+
+
+def experiments(name: str) -> st.SearchStrategy[Message]:
+    return message(
+        intervene_pb2.InterveneRequest,
+        {"input": INPUT, name: CHANGES[name]},
+        model=MODEL,
+        revision=REVISION,
+        target=TARGET,
+        other=TARGET,
+        always=st.lists(often(FITTING, INTERVENTION), max_size=1),
+        positions=NEAR,
+        top_k=COUNT,
+    )
+
 
 ACTIVATIONS = message(
     activations_pb2.ActivationsRequest,
@@ -227,6 +267,7 @@ def edits(name: str) -> st.SearchStrategy[Message]:
         model=MODEL,
         revision=REVISION,
         probes=st.lists(probes, max_size=2),
+        interventions=INTERVENTIONS,
     )
 
 
@@ -241,6 +282,7 @@ REQUESTS: dict[str, st.SearchStrategy[Any]] = {
     "Project": PROJECTS,
     "PreviewEdit": st.sampled_from(list(EDIT)).flatmap(edits),
     "Activations": ACTIVATIONS,
+    "Intervene": st.sampled_from(list(CHANGES)).flatmap(experiments),
     "Tokenize": TOKENIZE,
     "ListModels": LIST,
 }
