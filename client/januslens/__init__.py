@@ -149,6 +149,7 @@ from januslens.results.matrices import (
 from januslens.results.models import (
     CostEstimate,
     Guarantee,
+    LayerLevel,
     Model,
     Models,
     ModelSizes,
@@ -241,6 +242,7 @@ __all__ = [
     "LaunchError",
     "LaunchedClient",
     "LayerGraph",
+    "LayerLevel",
     "LayerOutcome",
     "Layers",
     "Lens",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from januslens.results.graph import Node, Part
     from januslens.results.intervene import Prediction
     from januslens.results.matrices import Matrix
-    from januslens.results.models import Provenance
+    from januslens.results.models import LayerLevel, Provenance
     from januslens.results.tokens import Token
     from januslens.results.trace import LayerGraph, PositionTarget, Trace
 
@@ -77,6 +77,36 @@ _LARGE = 1e6  # larger figures are in scientific notation
 def count(value: int) -> str:
     """Format a whole number with thin spaces between thousands: `50 257`."""
     return f"{value:,}".replace(",", "\u2009")
+
+
+# ---- Levels -----------------------------------------------------------------------------------
+
+
+def level_sentences(levels: Sequence[LayerLevel]) -> list[str]:
+    """Say of layers below the level PARTS that only their residual stream is shown, and why.
+
+    Layers with the same reason share a sentence: `layers 0 to 3, 5: residual stream only (...)`.
+    """
+    layers: dict[str, list[int]] = {}
+    for found in levels:
+        if found.level != "PARTS":
+            layers.setdefault(found.reason, []).append(found.layer)
+    return [
+        f"layer{'s' if len(each) > 1 else ''} {_ranges(each)}: residual stream only ({reason})"
+        for reason, each in layers.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Format ascending numbers, three or more consecutive ones as a range: `0 to 3, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    texts = (f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return ", ".join(texts)
 
 
 # ---- Bins and colours -------------------------------------------------------------------------

@@ -128,6 +128,10 @@ class ModelFailed(IntrospectionError):
     reason = "MODEL_FAILED"
 
 
+class WrongResults(ModelFailed):
+    """The installed libraries compute wrong results for this model."""
+
+
 class NoChatTemplate(IntrospectionError):
     """The model's tokenizer has no chat template, or one that the server cannot render."""
 

@@ -35,7 +35,7 @@ def test_every_adapter_has_a_case() -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_facts_match_the_weights_shapes(case: Case) -> None:
     model = resident(case)
-    facts, block = model.view.facts, model.view.blocks[0]
+    facts, block = model.view.facts, model.view.parts(0)
     assert len(model.view.blocks) == facts.n_layers
     assert block.attention.query.weight.shape == (facts.d_model, facts.n_heads * facts.d_head)
     for linear in (block.attention.key, block.attention.value):

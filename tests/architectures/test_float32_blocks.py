@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from januslens_server.pipelines.self_check import blocks_in_float32, self_check
+from januslens_server.pipelines.self_check import block_errors, self_check
 from tests.architectures.cases import CASES, MIXTURES, Case
 from tests.architectures.tiny_models import resident
 
@@ -18,8 +18,9 @@ SOME = [*CASES[::6], *MIXTURES[::2]]
 def test_block_parts_add_up_and_weights_stay_unchanged(case: Case) -> None:
     model = resident(case, torch.bfloat16)
     before = {name: t.data_ptr() for name, t in model.network.state_dict().items()}
-    guarantee = blocks_in_float32(model, case.prompt)
-    assert guarantee.measured_error <= 1e-5
+    errors = block_errors(model, case.prompt)
+    assert list(errors) == list(range(model.view.facts.n_layers))
+    assert max(errors.values()) <= 1e-5
     after = model.network.state_dict()
     assert {name: t.data_ptr() for name, t in after.items()} == before
     assert {t.dtype for t in after.values() if t.is_floating_point()} == {torch.bfloat16}

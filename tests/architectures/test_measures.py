@@ -19,7 +19,7 @@ Change = Callable[[ModelView], ModelView]
 
 
 def in_blocks(change: Callable[[Block], Block]) -> Change:
-    return lambda view: replace(view, blocks=tuple(change(block) for block in view.blocks))
+    return lambda view: replace(view, blocks=tuple(change(block) for block in view.known.values()))
 
 
 def in_attention(change: Callable[[Attention], Attention]) -> Change:
@@ -54,7 +54,7 @@ def not_copied(block: Block) -> Block:
 
 
 def rotated_as_the_first(view: ModelView) -> ModelView:
-    rotation = view.blocks[0].attention.rotation
+    rotation = view.parts(0).attention.rotation
     return in_attention(lambda own: replace(own, rotation=rotation))(view)
 
 

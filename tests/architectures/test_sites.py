@@ -76,7 +76,7 @@ def test_residual_stream_equals_hidden_states_bit_for_bit(case: Case) -> None:
 def test_sublayers_add_up_to_the_residual_stream(case: Case) -> None:
     residual = read(case, Site.EMBEDDING)[None, Site.EMBEDDING]
     found = read(case, Site.ATTENTION_OUTPUT, Site.MLP_OUTPUT, Site.BLOCK_OUTPUT)
-    for layer, block in enumerate(resident(case).view.blocks):
+    for layer, block in resident(case).view.known.items():
         attention, mlp = found[layer, Site.ATTENTION_OUTPUT], found[layer, Site.MLP_OUTPUT]
         if block.residual_mid is None:
             with pytest.raises(InvalidRequest, match=f"layer {layer} of .* has no RESIDUAL_MID"):
@@ -111,7 +111,7 @@ def test_patterns_mix_values_to_head_results(case: Case) -> None:
 @every_case
 def test_neurons_are_the_input_of_the_last_map(case: Case) -> None:
     model = resident(case)
-    for layer, block in enumerate(model.view.blocks):
+    for layer, block in model.view.known.items():
         if isinstance(block.mlp, Experts):
             assert Site.NEURONS not in sites_of_layer(model, layer)
             continue

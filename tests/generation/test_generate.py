@@ -19,7 +19,7 @@ from januslens_server.models.runner import forward
 from januslens_server.pipelines.cost import demand_of
 from januslens_server.pipelines.generate import generate
 from januslens_server.pipelines.resolve import resolve_generate
-from januslens_server.pipelines.self_check import self_check
+from januslens_server.pipelines.self_check import checked
 from januslens_server.results import (
     FinishReason,
     GeneratedToken,
@@ -34,7 +34,7 @@ PROMPT = "The capital of Japan is the city of"
 
 @pytest.fixture(scope="module")
 def demo() -> ResidentModel:
-    registry = Registry([embedded_source()], self_check, lambda _: None)
+    registry = Registry([embedded_source()], checked, lambda _: None)
     registry.load_all()
     return registry.get("demo")
 

@@ -29,7 +29,7 @@ from januslens_server.models.registry import Registry
 from januslens_server.models.tokenizer import TokenizerFailed
 from januslens_server.models.tokenizer_files import read_vocabulary
 from januslens_server.pipelines.inputs import read_prompt
-from januslens_server.pipelines.self_check import self_check
+from januslens_server.pipelines.self_check import checked
 from januslens_server.results import ModelState, ModelStatus
 from tests.architectures.cases import Case
 from tests.loading.folders import saved
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 def status_of(folder: Path) -> ModelStatus:
     """Return the status of a model after the server has loaded this folder."""
-    registry = Registry([ModelSource("hostile", str(folder))], self_check, lambda _: None)
+    registry = Registry([ModelSource("hostile", str(folder))], checked, lambda _: None)
     registry.load_all()
     (status,) = registry.statuses()
     return status

@@ -17,7 +17,7 @@ from januslens_server.models.loader import ModelSource
 from januslens_server.models.registry import Registry
 from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.resolve import resolve_trace
-from januslens_server.pipelines.self_check import self_check
+from januslens_server.pipelines.self_check import checked
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import Guarantee, ModelState, ModelStatus, TraceSummary
 from januslens_server.specs import TraceSpec
@@ -47,11 +47,11 @@ def unobserved(_status: ModelStatus) -> None:
 def test_one_serves_while_the_next_loads(sources: list[ModelSource]) -> None:
     reached, go_on = threading.Event(), threading.Event()
 
-    def slow_check(model: ResidentModel) -> Sequence[Guarantee]:
+    def slow_check(model: ResidentModel) -> tuple[ResidentModel, Sequence[Guarantee]]:
         if model.name == "llama":
             reached.set()
             assert go_on.wait(30)
-        return self_check(model)
+        return checked(model)
 
     registry = Registry(sources[:2], slow_check, unobserved)
     with pytest.raises(ModelLoading):
@@ -73,7 +73,7 @@ def test_one_serves_while_the_next_loads(sources: list[ModelSource]) -> None:
 def test_each_has_its_own_state_and_numbers(sources: list[ModelSource]) -> None:
     broken = ModelSource("broken", str(Path(sources[0].location) / "absent"))
     tight = replace(sources[2], name="tight", limits={"cpu": 1})
-    registry = Registry([sources[0], broken, tight, *sources[1:]], self_check, unobserved)
+    registry = Registry([sources[0], broken, tight, *sources[1:]], checked, unobserved)
     registry.load_all()
     failed = {name for name, state in states(registry).items() if state is ModelState.FAILED}
     assert failed == {"broken", "tight"}
@@ -87,7 +87,7 @@ def test_memory_of_a_failed_model_is_released(sources: list[ModelSource]) -> Non
     loaded: list[weakref.ref[torch.nn.Module]] = []
     alive: list[int] = []
 
-    def failing(model: ResidentModel) -> Sequence[Guarantee]:
+    def failing(model: ResidentModel) -> tuple[ResidentModel, Sequence[Guarantee]]:
         gc.collect()
         alive.append(sum(network() is not None for network in loaded))
         loaded.append(weakref.ref(model.network))

@@ -20,7 +20,7 @@ from januslens_server.access.quotas import QuotaBook
 from januslens_server.models.failures import service_error
 from januslens_server.models.registry import Registry, embedded_source
 from januslens_server.pipelines.cost import Pace, measured_pace
-from januslens_server.pipelines.self_check import self_check
+from januslens_server.pipelines.self_check import checked
 from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.health import Health
 from januslens_server.rpc.server import build_server
@@ -45,7 +45,7 @@ class Loaded:
 
 
 def loaded() -> Loaded:
-    registry = Registry([embedded_source()], self_check, lambda _: None)
+    registry = Registry([embedded_source()], checked, lambda _: None)
     registry.load_all()
     return Loaded(registry, {"demo": measured_pace(registry.get("demo"))})
 

@@ -445,6 +445,8 @@ def show_gradient(gradient: Gradient, console: Console, rows: int) -> None:
         _show_extras(matrices, console, gradient, rows)
     if gradient.segments:
         console.print(segments_section(gradient, rows))
+    for limit in presentation.level_sentences(gradient.header.limited_layers):
+        console.print(Text(limit, style="dim"))
     if skipped := gradient.header.skipped:
         console.print(Text(f"not in this architecture: {', '.join(skipped)}", style="dim"))
 

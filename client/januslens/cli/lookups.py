@@ -63,6 +63,8 @@ def models(client: Client, as_json: bool) -> None:
     for model in found:
         if model.state_reason:
             out.print(f"{model.name}: {model.state_reason}")
+        for limit in presentation.level_sentences(model.levels):
+            out.print(f"{model.name}: {limit}", markup=False)
 
 
 def models_table(models: Sequence[Model]) -> Table:

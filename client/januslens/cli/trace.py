@@ -295,6 +295,8 @@ _IN_FULL = 3
 def show_trace(trace: Trace, console: Console, rows: int, details: bool) -> None:
     """Print a trace: for several positions a grid, then the last positions in full."""
     console.print(heading(trace.prompt_tokens, trace.provenance))
+    for limit in presentation.level_sentences(trace.header.limited_layers):
+        console.print(Text(limit, "dim"))
     if len(trace.targets) > 1:
         _show_picture(trace, console)
     for target in trace.targets[-_IN_FULL:]:

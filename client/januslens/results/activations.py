@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from januslens.results import exports
 from januslens.results.exports import notebook_html
 from januslens.results.kinds import SITES, Site
-from januslens.results.models import Provenance, StageTime
+from januslens.results.models import LayerLevel, Provenance, StageTime
 from januslens.results.tokens import Token
 from januslens.results.vectors import Tensor
 from januslens.v1 import activations_pb2, common_pb2, streams_pb2
@@ -31,12 +31,14 @@ class ActivationsHeader:
         provenance: The model's revision, data type, device and library versions.
         prompt_tokens: The prompt's tokens, one per position.
         positions: The positions that are read, ascending.
+        limited_layers: The layers that lack a requested site, and why.
     """
 
     request_id: str
     provenance: Provenance
     prompt_tokens: tuple[Token, ...]
     positions: tuple[int, ...]
+    limited_layers: tuple[LayerLevel, ...] = ()
 
     @classmethod
     def from_message(cls, message: streams_pb2.StreamHeader) -> ActivationsHeader:
@@ -46,6 +48,9 @@ class ActivationsHeader:
             provenance=Provenance.from_message(message.provenance),
             prompt_tokens=tuple(Token.from_message(token) for token in message.prompt_tokens),
             positions=tuple(message.positions),
+            limited_layers=tuple(
+                LayerLevel.from_message(level) for level in message.limited_layers
+            ),
         )
 
 

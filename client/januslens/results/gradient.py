@@ -11,7 +11,7 @@ from januslens.results import exports
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.kinds import MATRIX_KINDS, MatrixKind
 from januslens.results.matrices import Matrix, matrix_name
-from januslens.results.models import ModelSizes, Provenance, StageTime
+from januslens.results.models import LayerLevel, ModelSizes, Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import edits_pb2, gradient_lens_pb2
 
@@ -113,6 +113,7 @@ class GradientHeader:
         predicted: The model's own prediction after the prompt.
         skipped: Requested kinds that this architecture does not have.
         stage_data_types: Data type of each stage, e.g. `{"backward": "bfloat16"}`.
+        limited_layers: The requested layers whose parts are not all shown, and why.
     """
 
     request_id: str
@@ -124,6 +125,7 @@ class GradientHeader:
     predicted: Token
     skipped: tuple[MatrixKind, ...]
     stage_data_types: Mapping[str, str]
+    limited_layers: tuple[LayerLevel, ...] = ()
 
     @classmethod
     def from_message(
@@ -140,6 +142,9 @@ class GradientHeader:
             predicted=tokens[message.predicted_token_id],
             skipped=tuple(MATRIX_KINDS.member(kind) for kind in message.skipped),
             stage_data_types=dict(message.stage_data_types),
+            limited_layers=tuple(
+                LayerLevel.from_message(level) for level in message.limited_layers
+            ),
         )
 
 

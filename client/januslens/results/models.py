@@ -76,6 +76,27 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
+class LayerLevel:
+    """How much of a layer can be shown.
+
+    Attributes:
+        layer: The layer, from 0.
+        level: `STREAM` for the residual stream before and after the block, `PARTS` for all parts.
+        reason: Why the level is below `PARTS`; empty otherwise.
+    """
+
+    layer: int
+    level: str
+    reason: str
+
+    @classmethod
+    def from_message(cls, message: common_pb2.LayerLevel) -> LayerLevel:
+        """Read one level."""
+        name = common_pb2.Level.Name(message.level).removeprefix("LEVEL_")
+        return cls(message.layer, name, message.reason)
+
+
+@dataclass(frozen=True)
 class StageTime:
     """Seconds that one stage of a request took on the server."""
 
@@ -113,15 +134,16 @@ class Model:
         state_reason: Why the model failed; empty in other states.
         provenance: The model's revision, architecture, data type and device.
         n_layers: Number of layers.
-        n_heads: Number of query heads per layer.
+        n_heads: Number of query heads per layer; 0 = no layer shows heads.
         n_kv_heads: Number of key-value heads per layer.
         d_model: Width of the residual stream.
         d_head: Width of a head.
-        d_mlp: Number of neurons of one MLP, or of one expert.
+        d_mlp: Number of neurons of one MLP, or of one expert; 0 = no layer shows neurons.
         n_experts: Number of experts per layer; 0 = a plain MLP.
         vocab_size: Number of rows of the unembedding.
         max_positions: Maximum length of a prompt, in tokens.
         guarantees: Results of the self-check at load.
+        levels: How much of each layer can be shown.
     """
 
     name: str
@@ -138,6 +160,7 @@ class Model:
     vocab_size: int
     max_positions: int
     guarantees: tuple[Guarantee, ...]
+    levels: tuple[LayerLevel, ...] = ()
 
     @classmethod
     def from_message(cls, message: models_pb2.Model) -> Model:
@@ -157,6 +180,7 @@ class Model:
             vocab_size=message.vocab_size,
             max_positions=message.max_positions,
             guarantees=tuple(Guarantee.from_message(g) for g in message.guarantees),
+            levels=tuple(LayerLevel.from_message(level) for level in message.levels),
         )
 
     @property

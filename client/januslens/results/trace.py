@@ -13,7 +13,7 @@ from januslens.results.exports import PageFrame, json_lines, notebook_html, page
 from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part
 from januslens.results.kinds import CRITERIA, Criterion, EdgeKind, NodeKind
 from januslens.results.lazy import LazySequence
-from januslens.results.models import Guarantee, ModelSizes, Provenance, StageTime
+from januslens.results.models import Guarantee, LayerLevel, ModelSizes, Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import trace_pb2
 
@@ -74,6 +74,7 @@ class TraceHeader:
         targets: The target of each traced position.
         other: The second token of a logit difference, if requested.
         selected_by: The score by which heads, sources and neurons were selected.
+        limited_layers: The requested layers whose parts are not all shown, and why.
     """
 
     request_id: str
@@ -84,6 +85,7 @@ class TraceHeader:
     targets: tuple[PositionTarget, ...]
     other: Token | None = None
     selected_by: Criterion = Criterion.UNSPECIFIED
+    limited_layers: tuple[LayerLevel, ...] = ()
 
     @classmethod
     def from_message(cls, message: trace_pb2.TraceHeader, tokens: TokenTable) -> TraceHeader:
@@ -97,6 +99,9 @@ class TraceHeader:
             targets=tuple(PositionTarget.from_message(t, tokens) for t in message.targets),
             other=tokens[message.other_token_id] if message.HasField("other_token_id") else None,
             selected_by=CRITERIA.member(message.selected_by),
+            limited_layers=tuple(
+                LayerLevel.from_message(level) for level in message.limited_layers
+            ),
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from januslens.results.exports import neuron_frame, notebook_html
-from januslens.results.models import Provenance
+from januslens.results.models import LayerLevel, Provenance
 from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import common_pb2, lens_pb2, neurons_pb2
 
@@ -214,6 +214,7 @@ class FoundNeurons:
         total: Number of neurons for which the token's rank is below `depth`.
         depth: Number of tokens per neuron in the server's index.
         provenance: The model's revision, data type, device and library versions.
+        limited_layers: The searched layers whose neurons are unknown, and why.
     """
 
     token: Token
@@ -222,6 +223,7 @@ class FoundNeurons:
     total: int
     depth: int
     provenance: Provenance
+    limited_layers: tuple[LayerLevel, ...] = ()
 
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""
@@ -242,6 +244,7 @@ class FoundNeurons:
             total=first.total,
             depth=first.depth,
             provenance=Provenance.from_message(first.provenance),
+            limited_layers=tuple(LayerLevel.from_message(each) for each in first.limited_layers),
         )
 
     def to_pandas(self) -> pd.DataFrame:

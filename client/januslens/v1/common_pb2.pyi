@@ -51,6 +51,38 @@ DATA_TYPE_INT64: DataType.ValueType  # 4
 """Two's complement, 64 bits."""
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
 
+class _Level:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _LevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Level.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    LEVEL_UNSPECIFIED: _Level.ValueType  # 0
+    """Never sent."""
+    LEVEL_STREAM: _Level.ValueType  # 1
+    """The residual stream before and after the block: its nodes, its lens, its activations, and
+    interventions on it.
+    """
+    LEVEL_PARTS: _Level.ValueType  # 3
+    """All parts of the block: attention with heads and sources, MLP with neurons or experts, and the
+    gradients of its matrices.
+    """
+
+class Level(_Level, metaclass=_LevelEnumTypeWrapper):
+    """How much of a layer can be shown."""
+
+LEVEL_UNSPECIFIED: Level.ValueType  # 0
+"""Never sent."""
+LEVEL_STREAM: Level.ValueType  # 1
+"""The residual stream before and after the block: its nodes, its lens, its activations, and
+interventions on it.
+"""
+LEVEL_PARTS: Level.ValueType  # 3
+"""All parts of the block: attention with heads and sources, MLP with neurons or experts, and the
+gradients of its matrices.
+"""
+Global___Level: _TypeAlias = Level  # noqa: Y015
+
 @_typing.final
 class Tensor(_message.Message):
     """A dense array."""
@@ -405,9 +437,9 @@ class ModelSizes(_message.Message):
     n_layers: _builtins.int
     """Number of transformer blocks."""
     n_heads: _builtins.int
-    """Query heads of each attention."""
+    """Query heads of each attention; 0 = no layer shows heads."""
     d_mlp: _builtins.int
-    """Neurons of one MLP, or of one expert."""
+    """Neurons of one MLP, or of one expert; 0 = no layer shows neurons."""
     vocab_size: _builtins.int
     """Number of tokens in the unembedding; every rank is below it."""
     d_head: _builtins.int
@@ -430,6 +462,36 @@ class ModelSizes(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelSizes: _TypeAlias = ModelSizes  # noqa: Y015
+
+@_typing.final
+class LayerLevel(_message.Message):
+    """The level of one layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    LEVEL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """The layer, from 0."""
+    level: Global___Level.ValueType
+    """How much of it can be shown."""
+    reason: _builtins.str
+    """Human-readable reason of a level below LEVEL_PARTS; empty otherwise."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        level: Global___Level.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "level", b"level", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerLevel: _TypeAlias = LayerLevel  # noqa: Y015
 
 @_typing.final
 class StageTime(_message.Message):

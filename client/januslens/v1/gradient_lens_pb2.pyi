@@ -498,6 +498,7 @@ class GradientHeader(_message.Message):
     STAGE_DATA_TYPES_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
+    LIMITED_LAYERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, as in the metadata, in errors and in the server's log."""
     loss: _builtins.float
@@ -538,6 +539,10 @@ class GradientHeader(_message.Message):
     def sizes(self) -> _common_pb2.ModelSizes:
         """The model's sizes."""
 
+    @_builtins.property
+    def limited_layers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LayerLevel]:
+        """The requested layers that are below LEVEL_PARTS; those of LEVEL_STREAM have no matrices."""
+
     def __init__(
         self,
         *,
@@ -551,10 +556,11 @@ class GradientHeader(_message.Message):
         stage_data_types: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
         sizes: _common_pb2.ModelSizes | None = ...,
+        limited_layers: _abc.Iterable[_common_pb2.LayerLevel] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "sizes", b"sizes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "sizes", b"sizes", "skipped", b"skipped", "stage_data_types", b"stage_data_types", "target_token_ids", b"target_token_ids", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["limited_layers", b"limited_layers", "loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "sizes", b"sizes", "skipped", b"skipped", "stage_data_types", b"stage_data_types", "target_token_ids", b"target_token_ids", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

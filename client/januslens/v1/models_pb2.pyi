@@ -123,6 +123,7 @@ class Model(_message.Message):
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
     MAX_POSITIONS_FIELD_NUMBER: _builtins.int
     GUARANTEES_FIELD_NUMBER: _builtins.int
+    LEVELS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that requests use."""
     state: Global___Model.State.ValueType
@@ -132,7 +133,7 @@ class Model(_message.Message):
     n_layers: _builtins.int
     """Number of transformer blocks."""
     n_heads: _builtins.int
-    """Query heads of each attention."""
+    """Query heads of each attention; 0 = no layer shows heads."""
     n_kv_heads: _builtins.int
     """Key and value heads of each attention: fewer than `n_heads` with grouped-query attention."""
     d_model: _builtins.int
@@ -140,13 +141,13 @@ class Model(_message.Message):
     d_head: _builtins.int
     """Width of one head."""
     d_mlp: _builtins.int
-    """Neurons of one MLP, or of one expert."""
+    """Neurons of one MLP, or of one expert; 0 = no layer shows neurons."""
     n_experts: _builtins.int
     """Experts of a mixture; 0 = the MLPs are dense."""
     vocab_size: _builtins.int
     """Number of tokens in the unembedding; valid token ids are below it."""
     max_positions: _builtins.int
-    """Longest input in tokens."""
+    """Longest input in tokens; 2147483647 = the configuration sets no limit."""
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
         """Revision, architecture, data type and versions; set when the model is READY."""
@@ -154,6 +155,10 @@ class Model(_message.Message):
     @_builtins.property
     def guarantees(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Guarantee]:
         """Results of the self-check at load."""
+
+    @_builtins.property
+    def levels(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LayerLevel]:
+        """The level of each layer, in order; set when the model is READY."""
 
     def __init__(
         self,
@@ -172,10 +177,11 @@ class Model(_message.Message):
         vocab_size: _builtins.int = ...,
         max_positions: _builtins.int = ...,
         guarantees: _abc.Iterable[_common_pb2.Guarantee] | None = ...,
+        levels: _abc.Iterable[_common_pb2.LayerLevel] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_head", b"d_head", "d_mlp", b"d_mlp", "d_model", b"d_model", "guarantees", b"guarantees", "max_positions", b"max_positions", "n_experts", b"n_experts", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "provenance", b"provenance", "state", b"state", "state_reason", b"state_reason", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_head", b"d_head", "d_mlp", b"d_mlp", "d_model", b"d_model", "guarantees", b"guarantees", "levels", b"levels", "max_positions", b"max_positions", "n_experts", b"n_experts", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "provenance", b"provenance", "state", b"state", "state_reason", b"state_reason", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

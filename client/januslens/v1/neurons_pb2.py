@@ -26,7 +26,7 @@ from januslens.v1 import common_pb2 as januslens_dot_v1_dot_common__pb2
 from januslens.v1 import lens_pb2 as januslens_dot_v1_dot_lens__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/neurons.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a\x17januslens/v1/lens.proto\"\xa5\x01\n\x12\x46indNeuronsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05token\x18\x02 \x01(\x0b\x32\x14.januslens.v1.Target\x12\x12\n\nsuppressed\x18\x03 \x01(\x08\x12\x0e\n\x06layers\x18\x04 \x03(\x05\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x12\n\npage_token\x18\x06 \x01(\t\x12\x10\n\x08revision\x18\x07 \x01(\t\"\xdb\x01\n\x13\x46indNeuronsResponse\x12(\n\x07neurons\x18\x01 \x03(\x0b\x32\x17.januslens.v1.NeuronHit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12#\n\x06tokens\x18\x03 \x03(\x0b\x32\x13.januslens.v1.Token\x12\x10\n\x08token_id\x18\x04 \x01(\r\x12\r\n\x05\x64\x65pth\x18\x05 \x01(\r\x12\r\n\x05total\x18\x06 \x01(\r\x12,\n\nprovenance\x18\x07 \x01(\x0b\x32\x18.januslens.v1.Provenance\"\x90\x01\n\tNeuronHit\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06neuron\x18\x02 \x01(\r\x12\x13\n\x06\x65xpert\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05logit\x18\x05 \x01(\x02\x12\'\n\x05value\x18\x06 \x01(\x0b\x32\x18.januslens.v1.ProjectionB\t\n\x07_expertB\x1cP\x01Z\x18januslens/v1;januslensv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/neurons.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a\x17januslens/v1/lens.proto\"\xa5\x01\n\x12\x46indNeuronsRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12#\n\x05token\x18\x02 \x01(\x0b\x32\x14.januslens.v1.Target\x12\x12\n\nsuppressed\x18\x03 \x01(\x08\x12\x0e\n\x06layers\x18\x04 \x03(\x05\x12\x11\n\tpage_size\x18\x05 \x01(\r\x12\x12\n\npage_token\x18\x06 \x01(\t\x12\x10\n\x08revision\x18\x07 \x01(\t\"\x8d\x02\n\x13\x46indNeuronsResponse\x12(\n\x07neurons\x18\x01 \x03(\x0b\x32\x17.januslens.v1.NeuronHit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12#\n\x06tokens\x18\x03 \x03(\x0b\x32\x13.januslens.v1.Token\x12\x10\n\x08token_id\x18\x04 \x01(\r\x12\r\n\x05\x64\x65pth\x18\x05 \x01(\r\x12\r\n\x05total\x18\x06 \x01(\r\x12,\n\nprovenance\x18\x07 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12\x30\n\x0elimited_layers\x18\x08 \x03(\x0b\x32\x18.januslens.v1.LayerLevel\"\x90\x01\n\tNeuronHit\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06neuron\x18\x02 \x01(\r\x12\x13\n\x06\x65xpert\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\r\n\x05logit\x18\x05 \x01(\x02\x12\'\n\x05value\x18\x06 \x01(\x0b\x32\x18.januslens.v1.ProjectionB\t\n\x07_expertB\x1cP\x01Z\x18januslens/v1;januslensv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,7 +37,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FINDNEURONSREQUEST']._serialized_start=97
   _globals['_FINDNEURONSREQUEST']._serialized_end=262
   _globals['_FINDNEURONSRESPONSE']._serialized_start=265
-  _globals['_FINDNEURONSRESPONSE']._serialized_end=484
-  _globals['_NEURONHIT']._serialized_start=487
-  _globals['_NEURONHIT']._serialized_end=631
+  _globals['_FINDNEURONSRESPONSE']._serialized_end=534
+  _globals['_NEURONHIT']._serialized_start=537
+  _globals['_NEURONHIT']._serialized_end=681
 # @@protoc_insertion_point(module_scope)

@@ -88,6 +88,7 @@ class FindNeuronsResponse(_message.Message):
     DEPTH_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
+    LIMITED_LAYERS_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Token for the next page; empty on the last page."""
     token_id: _builtins.int
@@ -113,6 +114,10 @@ class FindNeuronsResponse(_message.Message):
     def provenance(self) -> _common_pb2.Provenance:
         """The model."""
 
+    @_builtins.property
+    def limited_layers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LayerLevel]:
+        """The searched layers that are below LEVEL_PARTS, whose neurons are unknown."""
+
     def __init__(
         self,
         *,
@@ -123,10 +128,11 @@ class FindNeuronsResponse(_message.Message):
         depth: _builtins.int = ...,
         total: _builtins.int = ...,
         provenance: _common_pb2.Provenance | None = ...,
+        limited_layers: _abc.Iterable[_common_pb2.LayerLevel] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "neurons", b"neurons", "next_page_token", b"next_page_token", "provenance", b"provenance", "token_id", b"token_id", "tokens", b"tokens", "total", b"total"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "limited_layers", b"limited_layers", "neurons", b"neurons", "next_page_token", b"next_page_token", "provenance", b"provenance", "token_id", b"token_id", "tokens", b"tokens", "total", b"total"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

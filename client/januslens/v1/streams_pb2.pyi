@@ -32,6 +32,7 @@ class StreamHeader(_message.Message):
     BEFORE_FIELD_NUMBER: _builtins.int
     EXPERIMENTS_FIELD_NUMBER: _builtins.int
     EXPERIMENTS_AT_ONCE_FIELD_NUMBER: _builtins.int
+    LIMITED_LAYERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, as in the metadata, in errors and in the server's log."""
     experiments: _builtins.int
@@ -54,6 +55,12 @@ class StreamHeader(_message.Message):
     def before(self) -> _containers.RepeatedCompositeFieldContainer[Global___Outcome]:
         """The predictions without any intervention, one per position that is read; Intervene only."""
 
+    @_builtins.property
+    def limited_layers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LayerLevel]:
+        """The requested layers that lack a requested site because they are below LEVEL_PARTS; Activations
+        only. A layer that the request names must have all sites.
+        """
+
     def __init__(
         self,
         *,
@@ -64,10 +71,11 @@ class StreamHeader(_message.Message):
         before: _abc.Iterable[Global___Outcome] | None = ...,
         experiments: _builtins.int = ...,
         experiments_at_once: _builtins.int = ...,
+        limited_layers: _abc.Iterable[_common_pb2.LayerLevel] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "experiments", b"experiments", "experiments_at_once", b"experiments_at_once", "positions", b"positions", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "experiments", b"experiments", "experiments_at_once", b"experiments_at_once", "limited_layers", b"limited_layers", "positions", b"positions", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -370,7 +370,9 @@ class TraceRequest(_message.Message):
 
     @_builtins.property
     def node_kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___NodeKind.ValueType]:
-        """Node kinds to send; empty = all. Other nodes and their edges are left out; sums do not change."""
+        """Node kinds to send; empty = all. Other nodes and their edges are left out; sums do not change.
+        INVALID_ARGUMENT if the level of a layer in `layers`, or of every layer, is too low for a kind.
+        """
 
     @_builtins.property
     def interventions(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.Intervention]:
@@ -542,6 +544,7 @@ class TraceHeader(_message.Message):
     SIZES_FIELD_NUMBER: _builtins.int
     OTHER_TOKEN_ID_FIELD_NUMBER: _builtins.int
     SELECTED_BY_FIELD_NUMBER: _builtins.int
+    LIMITED_LAYERS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, as in the metadata, in errors and in the server's log."""
     other_token_id: _builtins.int
@@ -572,6 +575,12 @@ class TraceHeader(_message.Message):
     def sizes(self) -> _common_pb2.ModelSizes:
         """The model's sizes."""
 
+    @_builtins.property
+    def limited_layers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LayerLevel]:
+        """The requested layers that are below LEVEL_PARTS. Of a layer of LEVEL_STREAM, the nodes are
+        BLOCK_INPUT or BLOCK_OUTPUT, and OTHER for everything that the block adds.
+        """
+
     def __init__(
         self,
         *,
@@ -584,10 +593,11 @@ class TraceHeader(_message.Message):
         sizes: _common_pb2.ModelSizes | None = ...,
         other_token_id: _builtins.int | None = ...,
         selected_by: Global___SelectionCriterion.ValueType = ...,
+        limited_layers: _abc.Iterable[_common_pb2.LayerLevel] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id", "other_token_id", b"other_token_id", "provenance", b"provenance", "sizes", b"sizes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id", "layers", b"layers", "other_token_id", b"other_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "selected_by", b"selected_by", "sizes", b"sizes", "targets", b"targets", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id", "layers", b"layers", "limited_layers", b"limited_layers", "other_token_id", b"other_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "selected_by", b"selected_by", "sizes", b"sizes", "targets", b"targets", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__other_token_id: _TypeAlias = _typing.Literal["other_token_id"]  # noqa: Y015
     _WhichOneofArgType__other_token_id: _TypeAlias = _typing.Literal["_other_token_id", b"_other_token_id"]  # noqa: Y015

@@ -1,6 +1,12 @@
 """Capture a model's activations during a forward pass: taps, hooks and the captured tensors."""
 
-from januslens_server.capture.activations import HiddenSources, LayerActivations, Rotation, Routing
+from januslens_server.capture.activations import (
+    HiddenSources,
+    LayerActivations,
+    Rotation,
+    Routing,
+    StreamActivations,
+)
 from januslens_server.capture.hooks import (
     End,
     LinearOverlay,
@@ -22,6 +28,7 @@ __all__ = [
     "Overlay",
     "Rotation",
     "Routing",
+    "StreamActivations",
     "Tap",
     "capturing",
     "interruptible",

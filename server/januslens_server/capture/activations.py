@@ -65,6 +65,24 @@ class HiddenSources:
 
 
 @dataclass(frozen=True)
+class StreamActivations:
+    """The residual stream `[pos, d_model]` before and after one block.
+
+    `kept`, `gradients` and `replaced` are as in `LayerActivations`.
+    """
+
+    block_input: torch.Tensor
+    block_output: torch.Tensor
+    kept: Mapping[int, int] | None = None
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    replaced: frozenset[str] = frozenset()
+
+    def row(self, position: int) -> int:
+        """Return the row of a position in both tensors."""
+        return position if self.kept is None else self.kept[position]
+
+
+@dataclass(frozen=True)
 class LayerActivations:
     """The tensors of one block, as the model computed them, without the batch dimension.
 

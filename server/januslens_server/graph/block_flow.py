@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from januslens_server.capture import LayerActivations
+from januslens_server.capture import LayerActivations, StreamActivations
 from januslens_server.graph.attention import IN_ATTENTION, add_attention
 from januslens_server.graph.flow import Flow, FlowBuilder
 from januslens_server.graph.mlp import IN_MLP, add_mlp
@@ -119,6 +119,24 @@ def block_flow(
     total = acts.block_output[row].float()
     inside = flow.toward(gradients.get("block_output"))
     _add_sum(inside, NodeKind.BLOCK_OUTPUT, total, terms, acts.replaced)
+    return flow.build()
+
+
+def stream_flow(flow: FlowBuilder, acts: StreamActivations, below: int | None) -> Flow:
+    """Build the flow graph of a block without known parts: its input, its output, and OTHER.
+
+    OTHER is all that the block adds to the residual stream, and what an intervention adds to its
+    output. `below` is as in `block_flow`.
+    """
+    row = acts.row(flow.position)
+    gradients = {name: found[row] for name, found in acts.gradients.items()}
+    residual, total = acts.block_input[row].float(), acts.block_output[row].float()
+    source = _add_input(flow.toward(gradients.get("block_input")), residual, below)
+    whole = flow.toward(gradients.get("block_output"))
+    output = whole.node(NodeKind.BLOCK_OUTPUT, total)
+    added = total - residual
+    (other,) = whole.others(NodeRun(NodeKind.BLOCK_OUTPUT, flow.position, flow.layer), added[None])
+    whole.parts([source, other], output, torch.stack([residual, added]), total)
     return flow.build()
 
 
@@ -243,6 +261,12 @@ def block_nodes(facts: ModelFacts, selection: Selection, sources: int) -> Mappin
         # One per head, one of the heads, one each of W_O and FF2, and of replaced residuals.
         NodeKind.OTHER: heads + 5,
     }
+
+
+# The number of nodes of each kind at one position of a block without known parts.
+STREAM_NODES = {NodeKind.BLOCK_INPUT: 1, NodeKind.OTHER: 1, NodeKind.BLOCK_OUTPUT: 1}
+# The kinds of nodes that every model shows.
+STREAM_KINDS = frozenset({*STREAM_NODES, NodeKind.FINAL_NORM, NodeKind.PREDICTION})
 
 
 def _neurons(selection: Selection, width: int) -> int:

@@ -55,6 +55,20 @@ class Norm:
         return pulled
 
 
+@dataclass(frozen=True)
+class NoNorm(Norm):
+    """The identity, for models whose head reads the last block's output itself."""
+
+    @classmethod
+    def of_width(cls, width: int, device: torch.device) -> NoNorm:
+        """Return the identity on vectors `[..., width]`."""
+        return cls(torch.ones(width, device=device), None, eps=0.0, centred=False)
+
+    def inverse_scale(self, at: torch.Tensor) -> torch.Tensor:
+        """Return ones `[..., 1]`."""
+        return torch.ones_like(at[..., :1], dtype=torch.float32)
+
+
 # Default maximum bytes of the logits of one chunk of rows.
 CHUNK_BYTES = 64 * 2**20
 # Lower bound of a norm that vectors are divided by (Backward Lens, appendix H).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +22,8 @@ from januslens_server.specs import Sampling
 class Decoder:
     """A growing sequence of tokens, with its key-value cache, which is freed with it.
 
+    A model without a cache runs the whole sequence again for each token.
+
     Between two calls no hook is left on the model, so that other requests may run.
     """
 
@@ -39,7 +40,6 @@ class Decoder:
         """
         self._model = model
         self._changes = changes
-        self._length = 0
         self._check = check
         blocks = model.view.blocks
         last = len(blocks) - 1
@@ -47,9 +47,8 @@ class Decoder:
         self._taps = {i: Tap(blocks[i].module, End.OUTPUT) for i in {*layers, last}}
         self._last = last
         self._cache: Any = None
-        # The argument's name depends on the release of transformers.
-        named = inspect.signature(model.network.forward).parameters
-        self._argument = "cache" if "cache" in named else "past_key_values"
+        self._argument = model.view.cache_argument
+        self._ids: list[int] = []
 
     @torch.inference_mode()
     def feed(self, ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,21 +61,23 @@ class Decoder:
             NotFinite: The residual or the logits are infinite or NaN.
         """
         model = self._model
-        telemetry.TOKENS.labels(model.name).inc(len(ids))
         modules = [block.module for block in model.view.blocks]
+        self._ids += ids
+        cached = self._argument is not None
+        fed = ids if cached else self._ids
+        telemetry.TOKENS.labels(model.name).inc(len(fed))
+        named = {self._argument: self._cache} if self._argument is not None else {}
         with (
-            changed(self._changes(self._length, len(ids))),
+            changed(self._changes(len(self._ids) - len(fed), len(fed))),
             capturing(self._taps, self._check, modules, _last_row) as outputs,
-            head_at(model, (len(ids) - 1,), len(ids)),
-            interruptible(self._check, len(ids)),
+            head_at(model, (len(fed) - 1,), len(fed)),
+            interruptible(self._check, len(fed)),
         ):
             passed: Any = model.network(
-                input_ids=torch.tensor([ids], device=model.device),
-                use_cache=True,
-                **{self._argument: self._cache},
+                input_ids=torch.tensor([fed], device=model.device), use_cache=cached, **named
             )
-        self._cache = passed[self._argument]
-        self._length += len(ids)
+        if self._argument is not None:
+            self._cache = passed[self._argument]
         logits: torch.Tensor = passed.logits[0, -1:]
         check_pass(outputs[self._last].to(model.device), logits)
         read = [outputs[layer].to(model.device) for layer in self._layers]

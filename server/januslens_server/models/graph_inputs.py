@@ -6,12 +6,19 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from januslens_server.capture import End, HiddenSources, LayerActivations, Routing, Tap
+from januslens_server.capture import (
+    End,
+    HiddenSources,
+    LayerActivations,
+    Routing,
+    StreamActivations,
+    Tap,
+)
 from januslens_server.capture.hooks import rows
 from januslens_server.graph.mlp import DenseMlp
 from januslens_server.graph.weights import AttentionWeights, BlockWeights
 from januslens_server.models.experts import Experts
-from januslens_server.models.views import Block, Mlp
+from januslens_server.models.views import Block, CoarseBlock, Mlp
 
 
 def block_weights(block: Block) -> BlockWeights:
@@ -50,18 +57,22 @@ def _dense(mlp: Mlp) -> DenseMlp:
     )
 
 
-def layer_taps(block: Block) -> dict[str, Tap]:
-    """Taps that a forward pass captures of a block, by field name of `LayerActivations`."""
+def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
+    """Taps that a forward pass captures of a block, by field name of its activations."""
+    stream = {
+        "block_input": Tap(block.module, End.INPUT),
+        "block_output": Tap(block.module, End.OUTPUT),
+    }
+    if isinstance(block, CoarseBlock):
+        return stream
     attention = block.attention
     taps = {
-        "block_input": Tap(block.module, End.INPUT),
         "attention_input": attention.query.input,
         "query": attention.query.output,
         "key": attention.key.output,
         "value": attention.value.output,
         "attention_concat": attention.output.input,
         "attention_sum": attention.output.output,
-        "block_output": Tap(block.module, End.OUTPUT),
     }
     optional = {
         "residual_mid": block.residual_mid,
@@ -69,7 +80,7 @@ def layer_taps(block: Block) -> dict[str, Tap]:
         "mlp_output": block.mlp.added,
     }
     present = {name: tap for name, tap in optional.items() if tap is not None}
-    return taps | block.mlp.taps | present
+    return stream | taps | block.mlp.taps | present
 
 
 _SUMS = frozenset(
@@ -85,14 +96,18 @@ _SUMS = frozenset(
 )
 
 
-def sum_taps(block: Block) -> dict[str, Tap]:
-    """Taps of the sums of a block's residual stream, by field name of `LayerActivations`."""
+def sum_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
+    """Taps of the sums of a block's residual stream, by field name of its activations."""
     return {name: tap for name, tap in layer_taps(block).items() if name in _SUMS}
 
 
-def sum_gradients(block: Block, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def sum_gradients(
+    block: Block | CoarseBlock, found: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """Return the gradients of a block's sums, from those of the tensors of `sum_taps`."""
     named = {name: gradient.float() for name, gradient in found.items()}
+    if isinstance(block, CoarseBlock):
+        return named
     for name, finish in (("attention", block.attention.finish), ("mlp", block.mlp.finish)):
         if finish is None:
             named[f"{name}_output"] = named.pop(f"{name}_sum")
@@ -114,6 +129,20 @@ def kept_rows(name: str, captured: torch.Tensor, positions: Sequence[int]) -> to
     part = captured[: positions[-1] + 1]
     owns_memory = part.untyped_storage().nbytes() == part.numel() * part.element_size()
     return part if owns_memory else part.clone()
+
+
+def stream_activations(
+    captured: Mapping[str, torch.Tensor],
+    positions: Sequence[int] | None = None,
+    replaced: frozenset[str] = frozenset(),
+    gradients: Mapping[str, torch.Tensor] | None = None,
+) -> StreamActivations:
+    """The residual stream around a block, from captured tensors; as `layer_activations`."""
+    output = rows(captured["block_output"])
+    before = rows(captured["block_input"]).to(output.device)
+    kept = None if positions is None else {p: row for row, p in enumerate(positions)}
+    own = {name: found.to(output.device) for name, found in (gradients or {}).items()}
+    return StreamActivations(before, output, kept, own, replaced)
 
 
 def layer_activations(

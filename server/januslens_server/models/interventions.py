@@ -259,7 +259,7 @@ class Interventions:
         hidden = self.hidden_sources(layer)
         if hidden is None:
             return tapped
-        attention = self._model.view.blocks[layer].attention
+        attention = self._model.view.parts(layer).attention
         results = site.values(tapped)
         rotation = None
         if attention.rotation is not None:

@@ -292,8 +292,8 @@ def check_lengths(
 def first_mismatch(network: PreTrainedModel, view: ModelView) -> int | None:
     """Return the first layer whose attention is not reproduced at every position, or None."""
     positions = range(PROMPT_LENGTH - 1, -1, -1)
-    layers = captured_layers(network, prompt_of(network), view.blocks)
-    for layer, (block, captured) in enumerate(zip(view.blocks, layers, strict=True)):
+    layers = captured_layers(network, prompt_of(network), view.known.values())
+    for (layer, block), captured in zip(view.known.items(), layers, strict=True):
         if not attention_error(block, captured, positions, TOLERANCE) <= TOLERANCE:
             return layer
     return None

@@ -76,7 +76,7 @@ class NeuronIndex:
     def _kept(self, layer: int) -> RowIndex | None:
         if self._cache is None:
             return None
-        rows = sum(len(matrix) for matrix in _value_rows(self._view.blocks[layer]))
+        rows = sum(len(matrix) for matrix in _value_rows(self._view.parts(layer)))
         largest = rows * (ENTRY_BYTES * self.depth + ROW_BYTES) + HEADER_BYTES
         check = partial(_check, rows, self.depth, self._view.facts.vocab_size)
         tensors = self._cache.read(self._named(layer), largest, check)
@@ -87,7 +87,7 @@ class NeuronIndex:
         try:
             index = self._kept(layer)
             if index is None:
-                matrices = _value_rows(self._view.blocks[layer])
+                matrices = _value_rows(self._view.parts(layer))
                 index = yield from index_rows(self._view.lens, matrices, self.depth)
                 telemetry.VECTORS_PROJECTED.inc(len(index.projected))
                 if self._cache is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from januslens_server.demo import model_path
 from januslens_server.errors import (
@@ -22,7 +23,8 @@ from januslens_server.results import Guarantee, ModelState, ModelStatus
 
 logger = logging.getLogger(__name__)
 
-SelfCheck = Callable[[ResidentModel], Sequence[Guarantee]]
+# Returns the model, possibly with fewer known parts, and the results of its checks.
+SelfCheck = Callable[[ResidentModel], tuple[ResidentModel, Sequence[Guarantee]]]
 Observer = Callable[[ModelStatus], None]
 Scope = Callable[[str], bool]
 
@@ -65,7 +67,7 @@ class Registry:
         """Load one model. If it fails, nothing of it stays in memory."""
         try:
             model = load(source)
-            guarantees = self._check(model)
+            model, guarantees = self._check(model)
         except ModelFailed as error:
             self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
             return
@@ -78,17 +80,14 @@ class Registry:
 
     def _admit(self, model: ResidentModel, guarantees: Sequence[Guarantee]) -> None:
         broken = [g for g in guarantees if not g.held]
-        reason = "; ".join(
-            f"self-check {g.name} failed: error {g.measured_error:.3g}, "
-            f"expected at most {g.tolerance:g}"
-            for g in broken
-        )
+        reason = "; ".join(guarantee.failure for guarantee in broken)
         if not broken:
             with self._lock:
                 self._resident[model.name] = model
         state = ModelState.FAILED if broken else ModelState.READY
         facts, provenance = model.view.facts, model.provenance
-        self._set(ModelStatus(model.name, state, reason, provenance, facts, guarantees))
+        status = ModelStatus(model.name, state, reason, provenance, facts, guarantees)
+        self._set(replace(status, levels=model.view.levels))
 
     def _set(self, status: ModelStatus) -> None:
         with self._lock:

@@ -14,7 +14,7 @@ from januslens_server.models.experts import Experts
 from januslens_server.models.neuron_index import NeuronIndex
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokenizer import Vocabulary
-from januslens_server.models.views import ModelView
+from januslens_server.models.views import Block, CoarseBlock, ModelView
 from januslens_server.results import ModelFacts, Provenance
 
 # Bytes of logits of weight rows that are cached for later traces, on the CPU.
@@ -77,6 +77,7 @@ class CostSizes:
         facts: The model's sizes, with `n_experts` as the experts per token; 0 for dense models.
         passed: Number of weights in all blocks that one token uses.
         block: Number of weights of the largest block.
+        widest: Largest width of a matrix in a block without known parts; 0 if there is none.
         item: Bytes of an element of an activation.
         eager: Whether attention is computed eagerly, with a matrix of scores.
         chunk_bytes: Bytes of logits that are computed at once.
@@ -85,6 +86,7 @@ class CostSizes:
     facts: ModelFacts
     passed: int
     block: int
+    widest: int
     item: int
     eager: bool
     chunk_bytes: int
@@ -95,18 +97,22 @@ def cost_sizes(model: ResidentModel) -> CostSizes:
     facts, network = model.view.facts, model.network
     configuration: Any = network.config.get_text_config()
     routed = min(facts.n_experts, getattr(configuration, "num_experts_per_tok", facts.n_experts))
-    passed = largest = 0
+    passed = largest = widest = 0
     for block in model.view.blocks:
         whole = sum(p.numel() for p in block.module.parameters())
         experts = 0
-        if isinstance(block.mlp, Experts):
+        if isinstance(block, Block) and isinstance(block.mlp, Experts):
             experts = sum(p.numel() for p in block.mlp.module.parameters())
         passed += whole - experts + experts * routed // max(1, facts.n_experts)
         largest = max(largest, whole)
+        if isinstance(block, CoarseBlock):
+            matrices = (p for p in block.module.parameters() if p.dim() > 1)
+            widest = max(widest, *(max(p.shape[-2:]) for p in matrices))
     return CostSizes(
         facts=replace(facts, n_experts=routed),
         passed=passed,
         block=largest,
+        widest=widest,
         item=torch.empty(0, dtype=network.dtype).element_size(),
         eager=model.provenance.attention == "eager",
         chunk_bytes=model.view.lens.chunk_bytes,

@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from januslens_server import telemetry
-from januslens_server.capture import End, LayerActivations, Tap, capturing, interruptible
+from januslens_server.capture import (
+    End,
+    LayerActivations,
+    StreamActivations,
+    Tap,
+    capturing,
+    interruptible,
+)
 from januslens_server.capture.hooks import nth_tensor, returning, rows
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.backward_lens import Loss
@@ -20,6 +27,7 @@ from januslens_server.models.graph_inputs import (
     kept_rows,
     layer_activations,
     layer_taps,
+    stream_activations,
     sum_gradients,
     sum_taps,
 )
@@ -32,7 +40,7 @@ from januslens_server.models.interventions import (
 from januslens_server.models.matrices import Factors, MatrixKey, loaded_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import SiteKey, site_tap
-from januslens_server.models.views import Block
+from januslens_server.models.views import Block, CoarseBlock
 from januslens_server.results import MatrixKind
 from januslens_server.specs import Site
 
@@ -56,24 +64,42 @@ class ForwardPass:
 
     residual: torch.Tensor
     logits: torch.Tensor
-    _blocks: Sequence[Block]
+    _blocks: Sequence[Block | CoarseBlock]
     _captured: dict[int, dict[str, torch.Tensor]]
     _positions: Sequence[int]
     _interventions: Interventions | None = None
     _gradients: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
 
     def layer(self, layer: int) -> LayerActivations:
-        """The activations of a captured layer at the captured positions."""
-        changes = self._interventions
+        """The activations of a captured layer at the captured positions.
+
+        Raises `TypeError` if its parts are unknown; `stream` has what was captured.
+        """
+        changes, block = self._interventions, self._blocks[layer]
+        if isinstance(block, CoarseBlock):
+            raise TypeError(f"layer {layer} has no known parts: expected a call of stream")
         return layer_activations(
-            self._blocks[layer],
+            block,
             self._captured[layer],
             len(self.residual),
             self._positions,
             changes.hidden_sources(layer) if changes else None,
-            frozenset(site.name for site in changes.sites(layer)) if changes else frozenset(),
+            self._replaced(layer),
             self._gradients.get(layer),
         )
+
+    def stream(self, layer: int) -> StreamActivations:
+        """The residual stream around a captured layer at the captured positions."""
+        return stream_activations(
+            self._captured[layer],
+            self._positions,
+            self._replaced(layer),
+            self._gradients.get(layer),
+        )
+
+    def _replaced(self, layer: int) -> frozenset[str]:
+        changes = self._interventions
+        return frozenset(site.name for site in changes.sites(layer)) if changes else frozenset()
 
     def release(self, layer: int) -> None:
         """Free the captured tensors of a layer."""

@@ -16,7 +16,7 @@ from januslens_server.graph.weights import Finish
 from januslens_server.models.experts import Experts
 from januslens_server.models.matrices import Linear
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.views import Attention, Block, Mlp
+from januslens_server.models.views import Attention, Block, CoarseBlock, Mlp
 from januslens_server.specs import Site
 
 # A site in a layer; the layer of EMBEDDING is -1, that of FINAL_NORM and LOGITS `n_layers`.
@@ -74,7 +74,7 @@ def site_shape(model: ResidentModel, key: SiteKey, length: int) -> tuple[int, ..
     """
     layer, site = key
     if site is Site.ATTENTION_PATTERN:
-        return model.view.blocks[layer].attention.n_heads, length
+        return model.view.parts(layer).attention.n_heads, length
     if site is Site.LOGITS:
         return (model.view.facts.vocab_size,)
     return site_tap(model, key).shape
@@ -99,7 +99,9 @@ def site_tap(model: ResidentModel, key: SiteKey) -> SiteTap:
 def sites_of_layer(model: ResidentModel, layer: int) -> tuple[Site, ...]:
     """Return the sites that a layer has, in the order of the pass."""
     block = model.view.blocks[layer]
-    return tuple(sorted({*_block_taps(block, model.view.facts.d_model), Site.ATTENTION_PATTERN}))
+    taps = _block_taps(block, model.view.facts.d_model)
+    pattern = () if isinstance(block, CoarseBlock) else (Site.ATTENTION_PATTERN,)
+    return tuple(sorted({*taps, *pattern}))
 
 
 def site_keys(model: ResidentModel, site: Site, layers: Sequence[int]) -> list[SiteKey]:
@@ -111,8 +113,12 @@ def site_keys(model: ResidentModel, site: Site, layers: Sequence[int]) -> list[S
     return [(layer, site) for layer in layers if site in sites_of_layer(model, layer)]
 
 
-def _block_taps(block: Block, d_model: int) -> dict[Site, SiteTap]:
-    attention, mlp, residual = block.attention, block.mlp, (d_model,)
+def _block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]:
+    residual = (d_model,)
+    output = {Site.BLOCK_OUTPUT: SiteTap(Tap(block.module, End.OUTPUT), residual)}
+    if isinstance(block, CoarseBlock):
+        return output
+    attention, mlp = block.attention, block.mlp
     taps = {
         Site.ATTENTION_INPUT: SiteTap(attention.query.input, residual),
         Site.QUERY: _query_or_key(attention, attention.query),
@@ -124,8 +130,7 @@ def _block_taps(block: Block, d_model: int) -> dict[Site, SiteTap]:
         Site.ATTENTION_OUTPUT: _added(
             attention.output.output, attention.finish, attention.added, residual
         ),
-        Site.BLOCK_OUTPUT: SiteTap(Tap(block.module, End.OUTPUT), residual),
-    }
+    } | output
     if block.residual_mid is not None:
         taps[Site.RESIDUAL_MID] = SiteTap(block.residual_mid, residual)
     return taps | (

@@ -335,7 +335,7 @@ def limited_construction(n_tensors: int) -> Iterator[None]:
 
 def check_facts(facts: ModelFacts) -> None:
     """Refuse heads of size zero, and contexts that are empty or too long for a request."""
-    if facts.d_head < 1:
+    if facts.n_heads and facts.d_head < 1:
         raise ModelFailed(
             f"{CONFIGURATION} splits {facts.d_model} dimensions among {facts.n_heads} heads: "
             "expected at least one dimension per head"

@@ -1,18 +1,20 @@
 """The parts of a causal language model, independent of its architecture family.
 
 Adapters, one function per architecture family, build a `ModelView`; nothing else depends on module
-names. `check_parameters` refuses a model with a parameter that no part includes, such as that of a
-shared expert, a gate or an adapter. Its results would be missing from every sum. Parameters of
-activation functions and of parts that a forward pass never calls add nothing of their own.
+names. Of a block whose parts are unknown, a `CoarseBlock`, only the residual stream is shown.
+`without_unread_parameters` makes such a block of one with a parameter that no part includes, such
+as that of a shared expert, a gate or an adapter. Its results would be missing from every sum.
+Parameters of activation functions and of parts that a forward pass never calls add nothing of their
+own.
 
 Row convention: a linear map is `y = x W + b` with `W: [d_in, d_out]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -20,12 +22,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.capture import LinearOverlay, LowRank, Overlay, Rotation, Tap
-from januslens_server.errors import ModelFailed, shortlist
+from januslens_server.errors import shortlist
 from januslens_server.graph.weights import Finish, HeadMap, Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.experts import ExpertChanges, ExpertMatrices, ExpertOverlay, Experts
 from januslens_server.models.matrices import Linear, MatrixKey
-from januslens_server.results import MatrixKind, ModelFacts
+from januslens_server.results import LayerLevel, Level, MatrixKind, ModelFacts
 
 # Tokens of the pass that shows which parts of a block are called.
 PROMPT_LENGTH = 6
@@ -119,17 +121,79 @@ class Block:
 
 
 @dataclass(frozen=True)
+class CoarseBlock:
+    """A block without known parts: only the residual stream before and after it is shown.
+
+    `reason` says which part of the block is unknown.
+    """
+
+    module: nn.Module
+    reason: str
+
+    @property
+    def matrices(self) -> dict[MatrixKind, Linear | ExpertMatrices]:
+        """Weight matrices by kind: none is known."""
+        return {}
+
+
+@dataclass(frozen=True)
 class ModelView:
     """A whole model: its input embedding, blocks, lens and sizes.
 
     `normed` is the tap of the final norm's output; None means the output head's input.
+    `cache_argument` is the argument of the model's `forward` that continues a sequence; None means
+    that every token needs a pass over the whole sequence.
     """
 
     embedding: nn.Module
-    blocks: tuple[Block, ...]
+    blocks: tuple[Block | CoarseBlock, ...]
     lens: LensHead
     facts: ModelFacts
     normed: Tap | None = None
+    cache_argument: str | None = "past_key_values"
+
+    @property
+    def known(self) -> dict[int, Block]:
+        """The blocks whose parts are known, by layer."""
+        return {i: block for i, block in enumerate(self.blocks) if isinstance(block, Block)}
+
+    def parts(self, layer: int) -> Block:
+        """Return the parts of a layer. Raises `KeyError` if they are unknown."""
+        block = self.blocks[layer]
+        if isinstance(block, CoarseBlock):
+            raise KeyError(layer)
+        return block
+
+    def level(self, layer: int) -> LayerLevel:
+        """Return the level of a layer, and why it is not PARTS."""
+        block = self.blocks[layer]
+        if isinstance(block, CoarseBlock):
+            return LayerLevel(layer, Level.STREAM, block.reason)
+        return LayerLevel(layer, Level.PARTS)
+
+    @property
+    def levels(self) -> tuple[LayerLevel, ...]:
+        """The level of every layer."""
+        return tuple(self.level(layer) for layer in range(len(self.blocks)))
+
+    def limited(self, layers: Iterable[int]) -> tuple[LayerLevel, ...]:
+        """Return the levels of those of the `layers` whose parts are not all shown."""
+        levels = (self.level(layer) for layer in layers)
+        return tuple(found for found in levels if found.level is not Level.PARTS)
+
+    def coarsened(self, reasons: Mapping[int, str]) -> ModelView:
+        """Return a view that shows only the residual stream of some layers.
+
+        `reasons` has the reason for each of those layers.
+        """
+        blocks = tuple(
+            CoarseBlock(block.module, reasons[i])
+            if i in reasons and isinstance(block, Block)
+            else block
+            for i, block in enumerate(self.blocks)
+        )
+        coarse = replace(self, blocks=blocks)
+        return coarse if coarse.known else replace(coarse, facts=without_parts(self.facts))
 
     def overlays(self, changes: Mapping[MatrixKey, LowRank]) -> list[Overlay]:
         """Overlays that apply changes of matrices: one per linear map, one per layer of experts."""
@@ -143,28 +207,36 @@ class ModelView:
             else:
                 overlays.append(LinearOverlay(matrix.module, matrix.columns, change))
         for layer, expert_changes in of_experts.items():
-            mlp = self.blocks[layer].mlp
-            if isinstance(mlp, Experts):
-                overlays.append(ExpertOverlay(mlp, expert_changes))
+            block = self.blocks[layer]
+            if isinstance(block, Block) and isinstance(block.mlp, Experts):
+                overlays.append(ExpertOverlay(block.mlp, expert_changes))
         return overlays
 
 
-def check_parameters(network: PreTrainedModel, view: ModelView) -> None:
-    """Raise `ModelFailed` if a block has parameters that no part of the view includes.
+def without_parts(facts: ModelFacts) -> ModelFacts:
+    """Return the sizes of a model none of whose layers shows its parts."""
+    return replace(facts, n_heads=0, n_kv_heads=0, d_head=0, d_mlp=0, n_experts=0)
+
+
+def without_unread_parameters(network: PreTrainedModel, view: ModelView) -> ModelView:
+    """Return a view without the parts of blocks that have parameters outside of all parts.
 
     Runs a short forward pass if there are any, to see which parts of a block are never called.
     """
-    unread = [found for block in view.blocks for found in _unread(block)]
-    if unread:
-        unused = _unused_parts(network, view)
-        unread = [(name, parameter) for name, parameter in unread if id(parameter) not in unused]
-    if unread:
-        names = {id(parameter): name for name, parameter in network.named_parameters()}
-        listed = [names.get(id(parameter), name) for name, parameter in unread]
-        raise ModelFailed(
-            f"unknown parameters in the blocks: {shortlist(listed)}; expected those of attention, "
-            "MLP and norms"
-        )
+    unread = {i: found for i, block in view.known.items() if (found := list(_unread(block)))}
+    if not unread:
+        return view
+    unused = _unused_parts(network, view)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    reasons: dict[int, str] = {}
+    for layer, found in unread.items():
+        used = [(name, p) for name, p in found if id(p) not in unused]
+        if used:
+            listed = shortlist([names.get(id(p), name) for name, p in used])
+            reasons[layer] = (
+                f"unknown parameters: {listed}; expected those of attention, MLP and norms"
+            )
+    return view.coarsened(reasons) if reasons else view
 
 
 @torch.inference_mode()

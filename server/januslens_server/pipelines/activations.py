@@ -47,7 +47,7 @@ def activations(
         )
         changes = prepared(model, request.interventions, len(ids), check_cancelled)
         values, logits = read_sites(model, ids, wanted, scored, check_cancelled, changes)
-    yield ActivationsHeader(model.provenance, request.tokens, positions)
+    yield ActivationsHeader(model.provenance, request.tokens, positions, request.limited_layers)
     for key in request.keys:
         for piece in _pieces(request, key, values, logits):
             check_cancelled()
@@ -115,7 +115,7 @@ def _piece(
 
 
 def _pattern(request: ResolvedActivations, layer: int, values: Values, rows: slice) -> torch.Tensor:
-    attention = request.model.view.blocks[layer].attention
+    attention = request.model.view.parts(layer).attention
     query, key = values[layer, Site.QUERY], values[layer, Site.KEY]
     rotation = None
     if attention.rotation is not None:

@@ -63,12 +63,13 @@ def find_neurons(
         depth=model.neurons.depth,
         total=len(hits.ranks),
         provenance=model.provenance,
+        limited_layers=request.limited_layers,
     )
 
 
 def read_all_neurons(model: ResidentModel) -> None:
     """Index all layers now, instead of when the first request needs them."""
-    for layer in range(model.view.facts.n_layers):
+    for layer in model.view.known:
         model.neurons.layer(layer)
 
 
@@ -78,7 +79,7 @@ def _of_layer(model: ResidentModel, layer: int, token: int, suppressed: bool) ->
     listed = index.listing(token, suppressed=suppressed)
     rows = listed.rows.numpy()
     layers, none = np.full_like(rows, layer), np.full_like(rows, -1)
-    of_experts = isinstance(model.view.blocks[layer].mlp, Experts)
+    of_experts = isinstance(model.view.parts(layer).mlp, Experts)
     expert, neuron = np.divmod(rows, facts.d_mlp) if of_experts else (none, rows)
     count = LensSpec().top_k
     return _Hits(

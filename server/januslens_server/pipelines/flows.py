@@ -8,11 +8,17 @@ from dataclasses import dataclass
 import torch
 
 from januslens_server.errors import CancelCheck
-from januslens_server.graph.block_flow import block_flow, block_nodes, final_flow
+from januslens_server.graph.block_flow import (
+    block_flow,
+    block_nodes,
+    final_flow,
+    stream_flow,
+)
 from januslens_server.graph.flow import Flow, FlowBuilder
 from januslens_server.models.graph_inputs import block_weights
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import ForwardPass
+from januslens_server.models.views import CoarseBlock
 from januslens_server.pipelines.metrics import StageClock, read
 from januslens_server.results import ModelFacts, PositionTarget
 from januslens_server.specs import LensKind, LensSpec, TraceSpec
@@ -131,25 +137,25 @@ class LayerFlows:
         self, layer: int, targets: Sequence[PositionTarget], below: int | None
     ) -> list[Flow]:
         """Build one block at the position of each target; `below` is the layer sent before it."""
-        weights = block_weights(self._model.view.blocks[layer])
-        acts = self._passed.layer(layer)
-        return [
-            block_flow(
-                FlowBuilder(
-                    layer,
-                    target.position,
-                    None if direction is None else direction.to(acts.block_output.device),
-                    () if self._spec.include_checks else self._spec.node_kinds,
-                    self._spec.keeps_vectors,
-                    self._spec.attributes,
-                ),
-                acts,
-                weights,
-                self._spec.selection,
-                below,
+        stream = self._passed.stream(layer)
+        device = stream.block_output.device
+        builders = [
+            FlowBuilder(
+                layer,
+                target.position,
+                None if direction is None else direction.to(device),
+                () if self._spec.include_checks else self._spec.node_kinds,
+                self._spec.keeps_vectors,
+                self._spec.attributes,
             )
             for target, direction in zip(targets, self._directions(targets), strict=True)
         ]
+        block = self._model.view.blocks[layer]
+        if isinstance(block, CoarseBlock):
+            return [stream_flow(flow, stream, below) for flow in builders]
+        weights, acts = block_weights(block), self._passed.layer(layer)
+        selection = self._spec.selection
+        return [block_flow(flow, acts, weights, selection, below) for flow in builders]
 
     @torch.inference_mode()
     def _final(self, targets: Sequence[PositionTarget]) -> list[Flow]:

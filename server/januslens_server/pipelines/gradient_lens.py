@@ -54,6 +54,7 @@ def gradient_lens(
         predicted_token_id=predicted,
         stage_data_types=_stage_data_types(model),
         skipped=request.skipped,
+        limited_layers=request.limited_layers,
     )
     reader = FactorReader(request, predicted, check_cancelled)
     for keys in reader.batches(passed.factors):

@@ -63,7 +63,7 @@ def check_sources_left(
         return
     together = [*always, *blocks]
     checked: set[tuple[frozenset[Block], int | None]] = set()
-    for layer, view in enumerate(model.view.blocks):
+    for layer, view in model.view.known.items():
         scoring = view.attention.scoring
         for head in range(view.attention.n_heads):
             chosen = frozenset(block for block in together if block.applies(layer, head))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
 from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
+from januslens_server.graph.block_flow import STREAM_KINDS
 from januslens_server.lens.backward_lens import (
     Loss,
     Segment,
@@ -27,7 +28,7 @@ from januslens_server.models.sites import (
     sites_of_layer,
 )
 from januslens_server.models.tokenizer import TokenizerFailed, TooManyTokens
-from januslens_server.results import MatrixKind, Token
+from januslens_server.results import MatrixKind, NodeKind, Token
 from januslens_server.specs import (
     Chat,
     GradientLensSpec,
@@ -293,6 +294,12 @@ def choose_matrices(
         wanted += (MatrixKind.GATE, MatrixKind.UP) if gated else (kind,)
     unique = tuple(dict.fromkeys(wanted))
     kinds = tuple(kind for kind in unique if kind in present)
+    if not present:
+        raise InvalidRequest(
+            field,
+            f"no layer of {model.name} has known matrices: {model.view.level(0).reason}; use a "
+            "request that reads the residual stream",
+        )
     if not kinds:
         names = ", ".join(kind.name for kind in sorted(present))
         raise InvalidRequest(
@@ -302,11 +309,63 @@ def choose_matrices(
 
 
 def layer_matrices(
-    model: ResidentModel, layers: Sequence[int], kinds: Sequence[MatrixKind]
+    model: ResidentModel,
+    layers: Sequence[int],
+    kinds: Sequence[MatrixKind],
+    field: str = "layers",
 ) -> list[tuple[int, MatrixKind]]:
-    """Return the matrices of these kinds in each layer; some layers may lack a kind."""
+    """Return the matrices of these kinds in each layer; some layers may lack a kind.
+
+    Raises `InvalidRequest` if no layer has one of them.
+    """
     blocks = model.view.blocks
-    return [(layer, kind) for layer in layers for kind in kinds if kind in blocks[layer].matrices]
+    found = [(layer, kind) for layer in layers for kind in kinds if kind in blocks[layer].matrices]
+    if not found:
+        names = ", ".join(kind.name for kind in kinds)
+        raise InvalidRequest(field, f"none of these layers has {names}; {_limits(model, layers)}")
+    return found
+
+
+def layers_with_parts(
+    model: ResidentModel, layers: Sequence[int] = (), field: str = "layers"
+) -> tuple[int, ...]:
+    """Return the layers, by default all, without those whose parts are unknown.
+
+    Raises `InvalidRequest` if a layer was named and its parts are unknown, or if none is left.
+    """
+    asked = read_layers(model, layers, field)
+    unknown = model.view.limited(asked)
+    if unknown and (layers or len(unknown) == len(asked)):
+        raise InvalidRequest(field, _limits(model, asked))
+    return tuple(layer for layer in asked if layer not in {found.layer for found in unknown})
+
+
+def _limits(model: ResidentModel, layers: Sequence[int]) -> str:
+    """Say which of the layers have unknown parts, and why."""
+    limited = model.view.limited(layers)
+    if not limited:
+        return "expected layers that have at least one of them"
+    return (
+        f"only the residual stream is shown of layer {limited[0].layer} of {model.name}: "
+        f"{limited[0].reason}"
+    )
+
+
+def check_node_kinds(
+    model: ResidentModel, kinds: Collection[NodeKind], layers: Sequence[int], named: bool
+) -> None:
+    """Check that layers show the requested kinds of nodes; `named` if the request names the layers.
+
+    Raises `InvalidRequest` if a named layer does not show one of them, or no layer does.
+    """
+    lacking = sorted(kind for kind in kinds if kind not in STREAM_KINDS)
+    limited = model.view.limited(layers)
+    if lacking and limited and (named or len(limited) == len(layers)):
+        names = ", ".join(kind.name for kind in sorted(STREAM_KINDS))
+        raise InvalidRequest(
+            "node_kinds",
+            f"{lacking[0].name} is unknown: {_limits(model, layers)}; expected {names}",
+        )
 
 
 # Maximum number of suppressed tokens, because every component reports the rank of each.

@@ -7,7 +7,7 @@ request ends. Resolving does not use the device, so it happens before the reques
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,12 +16,14 @@ from januslens_server.lens.backward_lens import Segment
 from januslens_server.models.interventions import Intervention
 from januslens_server.models.matrices import Linear
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.sites import SiteKey, site_shape
+from januslens_server.models.sites import AFTER_LAYERS, BEFORE_LAYERS, SiteKey, site_shape
 from januslens_server.pipelines.experiments import Experiment, read_experiments
 from januslens_server.pipelines.inputs import (
     Objective,
+    check_node_kinds,
     choose_matrices,
     layer_matrices,
+    layers_with_parts,
     read_heads,
     read_layers,
     read_objective,
@@ -33,7 +35,7 @@ from januslens_server.pipelines.inputs import (
     read_target,
 )
 from januslens_server.pipelines.interventions import OtherPrompts, read_interventions
-from januslens_server.results import MatrixKind, Token
+from januslens_server.results import LayerLevel, MatrixKind, Token
 from januslens_server.specs import (
     ActivationsSpec,
     DescentStep,
@@ -69,8 +71,8 @@ class ResolvedTrace:
 class ResolvedGradientLens:
     """A GradientLens with its tokens, loss, matrices and segments.
 
-    `matrices` start with those of the last layer. `seconds` is the time that resolving took,
-    reported as the stage "tokenize".
+    `matrices` start with those of the last layer. `limited_layers` are those without all parts.
+    `seconds` is the time that resolving took, reported as the stage "tokenize".
     """
 
     model: ResidentModel
@@ -78,6 +80,7 @@ class ResolvedGradientLens:
     objective: Objective
     matrices: list[tuple[int, MatrixKind]]
     skipped: tuple[MatrixKind, ...]
+    limited_layers: tuple[LayerLevel, ...]
     segments: dict[Segment, list[int]]
     interventions: tuple[Intervention, ...]
     seconds: float
@@ -121,12 +124,16 @@ class ResolvedPreviewEdit:
 
 @dataclass(frozen=True)
 class ResolvedFindNeurons:
-    """A FindNeurons with its token and layers."""
+    """A FindNeurons with its token and layers.
+
+    `limited_layers` are those of the request whose neurons are unknown.
+    """
 
     model: ResidentModel
     spec: FindNeuronsSpec
     token: int
     layers: tuple[int, ...]
+    limited_layers: tuple[LayerLevel, ...]
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,8 @@ class ResolvedActivations:
     """An Activations request with its tokens, positions and heads.
 
     `keys` are the sites of layers to read, in the order of the pass; `sizes` has the number of
-    values that each sends per position. `seconds` is as in `ResolvedTrace`.
+    values that each sends per position. `limited_layers` lack a requested site.
+    `seconds` is as in `ResolvedTrace`.
     """
 
     model: ResidentModel
@@ -144,6 +152,7 @@ class ResolvedActivations:
     keys: tuple[SiteKey, ...]
     sizes: Mapping[SiteKey, int]
     heads: tuple[int, ...]
+    limited_layers: tuple[LayerLevel, ...]
     interventions: tuple[Intervention, ...]
     seconds: float
 
@@ -206,6 +215,7 @@ def resolve_trace(
     started = time.perf_counter()
     tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
     layers = read_layers(model, spec.layers)
+    check_node_kinds(model, spec.node_kinds, layers, named=bool(spec.layers))
     positions = read_positions(spec.positions, spec.all_positions, len(tokens))
     target, other = _single_targets(model, spec)
     others = OtherPrompts(model, check_cancelled)
@@ -260,6 +270,7 @@ def resolve_activations(
         keys=keys,
         sizes=sizes,
         heads=heads,
+        limited_layers=_lacking(model, spec, keys),
         interventions=read_interventions(
             model,
             spec.interventions,
@@ -267,6 +278,17 @@ def resolve_activations(
             others=OtherPrompts(model, check_cancelled),
         ),
         seconds=time.perf_counter() - started,
+    )
+
+
+def _lacking(
+    model: ResidentModel, spec: ActivationsSpec, keys: Collection[SiteKey]
+) -> tuple[LayerLevel, ...]:
+    """Return the requested layers that lack a requested site because their parts are unknown."""
+    inside = [site for site in spec.sites if site not in BEFORE_LAYERS + AFTER_LAYERS]
+    limited = model.view.limited(read_layers(model, spec.layers))
+    return tuple(
+        found for found in limited if any((found.layer, site) not in keys for site in inside)
     )
 
 
@@ -319,6 +341,7 @@ def resolve_gradient_lens(
         objective=objective,
         matrices=layer_matrices(model, layers[::-1], choice.kinds),
         skipped=choice.skipped,
+        limited_layers=model.view.limited(layers),
         segments=read_segments(spec.subject, spec.prompt, objective),
         interventions=read_interventions(
             model,
@@ -407,7 +430,7 @@ def _edited(model: ResidentModel, spec: PreviewEditSpec) -> list[tuple[int, Matr
     if isinstance(edit, DescentStep):
         layers = read_layers(model, edit.layers, "descent.layers")
         kinds = choose_matrices(model, edit.matrices, "descent.matrices").kinds
-        return layer_matrices(model, layers, kinds)
+        return layer_matrices(model, layers, kinds, "descent.layers")
     (layer,) = read_layers(model, (edit.layer,), "shift.layer")
     single_ff2(model, layer)
     return [(layer, MatrixKind.FF2)]
@@ -418,7 +441,8 @@ def single_ff2(model: ResidentModel, layer: int) -> Linear:
 
     Raises `InvalidRequest` if the layer has experts.
     """
-    linear = model.view.blocks[layer].matrices[MatrixKind.FF2]
+    layers_with_parts(model, (layer,), "shift.layer")
+    linear = model.view.parts(layer).matrices[MatrixKind.FF2]
     if not isinstance(linear, Linear):
         raise InvalidRequest(
             "shift.layer", f"layer {layer} has experts; expected a layer with a single FF2 matrix"
@@ -435,7 +459,9 @@ def resolve_find_neurons(
     """
     check_cancelled()
     token = read_single_target(model, spec.token, "token")
-    return ResolvedFindNeurons(model, spec, token, read_layers(model, spec.layers))
+    layers = layers_with_parts(model, spec.layers)
+    limited = model.view.limited(read_layers(model, spec.layers))
+    return ResolvedFindNeurons(model, spec, token, layers, limited)
 
 
 def resolve_generate(

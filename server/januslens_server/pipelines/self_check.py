@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -45,12 +46,30 @@ def self_check(model: ResidentModel) -> Sequence[Guarantee]:
     )
     try:
         *_, summary = trace(resolve_trace(model, spec), never_cancelled)
-        in_float32 = blocks_in_float32(model, _prompt(model.view.facts))
+        errors = block_errors(model, _prompt(model.view.facts))
     except NotFinite as error:
         advice = f"; {error.model_advice}" if error.model_advice else ""
         raise ModelFailed(f"self-check failed: {error.problem}{advice}") from error
     checks = summary.checks if isinstance(summary, TraceSummary) else ()
-    return [*checks, in_float32]
+    return [*checks, *([Guarantee(NAME, max(errors.values()), TOLERANCE)] if errors else [])]
+
+
+def checked(model: ResidentModel) -> tuple[ResidentModel, Sequence[Guarantee]]:
+    """Check a model; if a check fails, show only the residual stream of layers, and check again.
+
+    These are the layers whose parts do not add up in float32, or all layers if that is not the
+    reason. If a check fails again, its result says so.
+    """
+    guarantees = self_check(model)
+    broken = [guarantee for guarantee in guarantees if not guarantee.held]
+    known = list(model.view.known)
+    if not broken or not known:
+        return model, guarantees
+    errors = block_errors(model, _prompt(model.view.facts))
+    wrong = [layer for layer, error in errors.items() if not error <= TOLERANCE] or known
+    reason = "; ".join(guarantee.failure for guarantee in broken)
+    coarse = replace(model, view=model.view.coarsened(dict.fromkeys(wrong, reason)))
+    return checked(coarse)
 
 
 def _prompt(facts: ModelFacts) -> tuple[int, ...]:
@@ -67,22 +86,22 @@ ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 
 @torch.inference_mode()
-def blocks_in_float32(model: ResidentModel, ids: Sequence[int]) -> Guarantee:
-    """Measure how much a block adds to the residual beyond its attention and MLP output.
+def block_errors(model: ResidentModel, ids: Sequence[int]) -> dict[int, float]:
+    """Measure by layer how much a block adds to the residual beyond its attention and MLP output.
 
-    The result is the largest norm of this part at any block and position, relative to the norms of
-    the two outputs. It needs memory for a float32 copy of one block.
+    An error is the largest norm of this part at any position, relative to the norms of the two
+    outputs. Layers without known parts have none. Needs memory for a float32 copy of one block.
     """
+    blocks = model.view.known
+    if not blocks:
+        return {}
     calls: dict[int, tuple[Any, Any]] = {}
     with ExitStack() as hooks:
-        for i, block in enumerate(model.view.blocks):
+        for i, block in blocks.items():
             handle = block.module.register_forward_pre_hook(_recorder(i, calls), with_kwargs=True)
             hooks.callback(handle.remove)
         model.network(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
-    errors = [
-        _error(block, *calls[i], length=len(ids)) for i, block in enumerate(model.view.blocks)
-    ]
-    return Guarantee(NAME, max(errors), TOLERANCE)
+    return {i: _error(block, *calls[i], length=len(ids)) for i, block in blocks.items()}
 
 
 def _recorder(layer: int, calls: dict[int, tuple[Any, Any]]) -> Any:

@@ -36,6 +36,7 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
         targets=targets,
         selected_by=spec.selection.by,
         other=request.other,
+        limited_layers=model.view.limited(layers),
     )
 
     flows = LayerFlows(model, spec, passed, request.other)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from januslens_server.results.values import Provenance, StageTime, Token
+from januslens_server.results.values import LayerLevel, Provenance, StageTime, Token
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class ActivationsHeader:
     provenance: Provenance
     prompt_tokens: Sequence[Token]
     positions: Sequence[int]
+    limited_layers: Sequence[LayerLevel] = ()
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from januslens_server.results.values import (
     Floats,
     Guarantee,
     Ints,
+    LayerLevel,
     MatrixKind,
     ModelFacts,
     ProjectionTable,
@@ -32,6 +33,7 @@ class GradientHeader:
     predicted_token_id: int
     stage_data_types: Mapping[str, str]
     skipped: Sequence[MatrixKind] = ()
+    limited_layers: Sequence[LayerLevel] = ()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from januslens_server.results.values import (
     Floats,
     Guarantee,
     Ints,
+    LayerLevel,
     ModelFacts,
     NodeKind,
     ProjectionTable,
@@ -315,6 +316,7 @@ class TraceHeader:
     targets: Sequence[PositionTarget]
     selected_by: int
     other: int | None = None
+    limited_layers: Sequence[LayerLevel] = ()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from enum import IntEnum
 from januslens_server.results.values import (
     Guarantee,
     Ints,
+    LayerLevel,
     ModelFacts,
     ProjectionTable,
     Provenance,
@@ -74,6 +75,7 @@ class FoundNeurons:
     depth: int
     total: int
     provenance: Provenance
+    limited_layers: Sequence[LayerLevel] = ()
 
 
 class ModelState(IntEnum):
@@ -94,3 +96,4 @@ class ModelStatus:
     provenance: Provenance | None = None
     facts: ModelFacts | None = None
     guarantees: Sequence[Guarantee] = ()
+    levels: Sequence[LayerLevel] = ()

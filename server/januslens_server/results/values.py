@@ -166,10 +166,36 @@ class Guarantee:
         """Whether the error is a number within the tolerance."""
         return self.measured_error <= self.tolerance
 
+    @property
+    def failure(self) -> str:
+        """The measured error and the tolerance as a text, for a property that did not hold."""
+        return (
+            f"self-check {self.name} failed: error {self.measured_error:.3g}, expected at most "
+            f"{self.tolerance:g}"
+        )
+
+
+class Level(IntEnum):
+    """How much of a layer can be shown; numbers as in `common.proto`."""
+
+    STREAM = 1
+    PARTS = 3
+
+
+class LayerLevel(NamedTuple):
+    """The level of a layer; `reason` says why it is not PARTS, and is empty otherwise."""
+
+    layer: int
+    level: Level
+    reason: str = ""
+
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """The sizes of a model; the names are those of the contract."""
+    """The sizes of a model; the names are those of the contract.
+
+    Sizes of heads, neurons and experts are 0 if no layer shows them.
+    """
 
     n_layers: int
     n_heads: int

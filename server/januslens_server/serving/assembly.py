@@ -25,7 +25,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.pipelines.cost import Pace, measured_pace
 from januslens_server.pipelines.find_neurons import read_all_neurons
-from januslens_server.pipelines.self_check import self_check
+from januslens_server.pipelines.self_check import checked
 from januslens_server.results import Guarantee, ModelState, ModelStatus
 from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.call import RPCS
@@ -216,13 +216,13 @@ def sources(settings: ServerSettings) -> list[ModelSource]:
 def check_with(paces: dict[str, Pace], *, index_neurons: bool) -> SelfCheck:
     """Return a function that checks a model before it is served and stores its pace in `paces`."""
 
-    def check(model: ResidentModel) -> Sequence[Guarantee]:
-        guarantees = self_check(model)
+    def check(model: ResidentModel) -> tuple[ResidentModel, Sequence[Guarantee]]:
+        model, guarantees = checked(model)
         if all(guarantee.held for guarantee in guarantees):
             paces[model.name] = measured_pace(model)
             if index_neurons:
                 read_all_neurons(model)
-        return guarantees
+        return model, guarantees
 
     return check
 

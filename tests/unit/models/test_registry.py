@@ -29,7 +29,7 @@ def registry(
     guarantees: Sequence[Guarantee] = (HELD,),
     observe: Callable[[ModelStatus], None] = lambda _: None,
 ) -> Registry:
-    return Registry(sources, lambda _: guarantees, observe)
+    return Registry(sources, lambda model: (model, guarantees), observe)
 
 
 def states(registry: Registry) -> dict[str, ModelState]:
@@ -55,10 +55,10 @@ def test_failed_model_does_not_affect_the_others() -> None:
 
 
 def test_exception_in_the_self_check_fails_only_that_model() -> None:
-    def check(model: ResidentModel) -> list[Guarantee]:
+    def check(model: ResidentModel) -> tuple[ResidentModel, list[Guarantee]]:
         if model.name == "demo":
             raise ZeroDivisionError("in the check")
-        return [HELD]
+        return model, [HELD]
 
     loaded = Registry([DEMO, ModelSource("other", str(model_path()))], check, lambda _: None)
     loaded.load_all()

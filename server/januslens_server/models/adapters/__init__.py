@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 
 from transformers import PreTrainedModel
 
-from januslens_server.models.adapters import alibi, automatic, gemma, gpt, llama, mixture, parallel
+from januslens_server.errors import ModelFailed, WrongResults
+from januslens_server.models.adapters import (
+    alibi,
+    automatic,
+    gemma,
+    gpt,
+    llama,
+    mixture,
+    parallel,
+    stream,
+)
 from januslens_server.models.lengths import check_lengths
-from januslens_server.models.views import ModelView, check_parameters
+from januslens_server.models.views import ModelView, without_unread_parameters
 
 ADAPTERS: dict[str, Callable[[PreTrainedModel], ModelView]] = {
     "bloom": alibi.bloom,
@@ -46,20 +58,31 @@ ADAPTERS: dict[str, Callable[[PreTrainedModel], ModelView]] = {
 def view_of(model: PreTrainedModel) -> ModelView:
     """Map a model's modules to the parts of a transformer.
 
-    The structure of a family without an adapter is observed in a forward pass.
+    The structure of a family without an adapter is observed in a forward pass. Only the residual
+    stream is shown of a block with a missing part, with a parameter that belongs to no known part,
+    or whose attention is not reproduced beyond a length that the configuration names.
 
     Raises:
-        ModelFailed: A part is missing, a parameter belongs to no known part, or the attention
-            beyond a length that the configuration names is not reproduced.
+        ModelFailed: The model has no residual stream, or its own results are wrong.
     """
     adapter = ADAPTERS.get(model.config.model_type)
     if adapter is None:
-        view = automatic.view(model)
-    else:
+        return without_unread_parameters(model, automatic.view(model))
+    try:
         view = adapter(model)
+    except WrongResults:
+        raise
+    except ModelFailed as error:
+        return stream.view(model, str(error))
+    try:
         check_lengths(model, view, _of_any_type)
-    check_parameters(model, view)
-    return view
+    except ModelFailed as error:
+        view = view.coarsened(dict.fromkeys(range(view.facts.n_layers), str(error)))
+    known = inspect.signature(model.forward).parameters
+    view = replace(
+        view, cache_argument=next((name for name in stream.CACHES if name in known), None)
+    )
+    return without_unread_parameters(model, view)
 
 
 def _of_any_type(model: PreTrainedModel) -> ModelView:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.falcon.modeling_falcon import build_alibi_tensor
 
 from januslens_server.capture import End, Tap
-from januslens_server.errors import ModelFailed
+from januslens_server.errors import ModelFailed, WrongResults
 from januslens_server.graph.weights import HeadMap, Scoring
 from januslens_server.models.adapters.modules import (
     by_head,
@@ -169,11 +169,11 @@ def falcon(model: PreTrainedModel) -> ModelView:
     - ALiBi is rounded to bfloat16 and scaled like the scores;
     - refused: ALiBi with eager attention, where transformers adds it twice.
 
-    Raises `ModelFailed` for ALiBi under eager attention.
+    Raises `WrongResults` for ALiBi under eager attention.
     """
     config: Any = model.config
     if config.alibi and config._attn_implementation == "eager":  # noqa: SLF001 - no public reader
-        raise ModelFailed("the attention of a Falcon with ALiBi is eager: expected SDPA")
+        raise WrongResults("the attention of a Falcon with ALiBi is eager: expected SDPA")
     decoder: Any = model.transformer
     return ModelView(
         embedding=decoder.word_embeddings,

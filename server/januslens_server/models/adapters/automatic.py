@@ -1,8 +1,8 @@
 """Map a decoder without an adapter by its structure, observed in one forward pass.
 
 Details that no tensor shows, such as the window or the pairing of rotary dimensions, have few
-candidates. The candidate whose recomputed attention equals the model's is used. The self-check
-refuses a wrong result.
+candidates. The candidate whose recomputed attention equals the model's is used. Of a block whose
+parts are unknown, the residual stream is shown.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -22,17 +22,16 @@ from transformers import PreTrainedModel
 from januslens_server.capture import Rotation
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import QueryScaling
-from januslens_server.lens.cpu import Unembedding
-from januslens_server.lens.head import LensHead
 from januslens_server.models.adapters.observed_block import (
     BlockFinder,
     BlockSettings,
-    ObservedPass,
-    is_norm,
     observe,
-    observed_ids,
-    read_norm,
-    same_memory,
+)
+from januslens_server.models.adapters.stream import (
+    Stream,
+    find_stream,
+    reason_of,
+    view_of_stream,
 )
 from januslens_server.models.lengths import (
     TOLERANCE,
@@ -43,9 +42,8 @@ from januslens_server.models.lengths import (
     miniature,
     prompt_of,
 )
-from januslens_server.models.vetting import one_line
 from januslens_server.models.views import Block, ModelView
-from januslens_server.results import MatrixKind, ModelFacts
+from januslens_server.results import MatrixKind
 
 # Maximum relative error of the heads' results in the model's data type: the right candidate differs
 # by rounding, a wrong one by tens of per cent.
@@ -74,100 +72,150 @@ class AttentionVariant:
 
 
 def view(model: PreTrainedModel) -> ModelView:
-    """Map a decoder-only model that has no adapter.
+    """Map a decoder-only model that has no adapter, each block as far as its structure is known.
 
-    Looks for a list of blocks of one class with the length that the configuration states. Each
-    block has three linear maps with one input (query, key, value), one output map, and two or three
-    maps of an MLP. Norms are recognised by their results. A layer's window and rotation are those
-    that reproduce the model's attention; if the configuration names lengths, at every position of a
-    miniature with short lengths.
+    A block whose parts are known has three linear maps with one input (query, key, value), one
+    output map, and two or three maps of an MLP. Norms are recognised by their results. A layer's
+    window and rotation are those that reproduce the model's attention; if the configuration names
+    lengths, at every position of a miniature with short lengths. Of all other blocks, the residual
+    stream is shown.
 
     Raises:
-        ModelFailed: A part is missing or ambiguous, or the attention is not reproduced.
+        ModelFailed: The model has no residual stream.
     """
+    stream = find_stream(model)
     try:
-        return _view(model)
+        blocks, facts = _parts(stream)
     except (
         AttributeError,
         LookupError,
+        ModelFailed,
         NotImplementedError,
         RuntimeError,
         StrictDataclassError,
         TypeError,
         ValueError,
-    ) as error:  # raised for configurations and modules that are not decoders
-        raise ModelFailed(
-            f"the structure of {model.config.model_type} is unknown: {one_line(error)}"
-        ) from error
+    ) as error:  # raised for configurations and modules of another kind
+        return view_of_stream(stream, [reason_of(error, model.config)])
+    coarse = view_of_stream(stream, ["" if isinstance(b, Block) else b for b in blocks])
+    return replace(
+        coarse,
+        blocks=tuple(
+            block if isinstance(block, Block) else other
+            for block, other in zip(blocks, coarse.blocks, strict=True)
+        ),
+        facts=replace(
+            coarse.facts,
+            n_heads=facts.n_heads,
+            n_kv_heads=facts.n_kv_heads,
+            d_head=facts.d_head,
+            d_mlp=facts.d_mlp,
+        ),
+    )
 
 
-def _view(model: PreTrainedModel) -> ModelView:
-    structure = Structure(model)
-    lengths = lengths_of(model.config)
+def _parts(stream: Stream) -> tuple[list[Block | str], _PartSizes]:
+    """Return each block, or why its parts are unknown, and the sizes of those parts.
+
+    Raises `ModelFailed` if the parts of no block are known.
+    """
+    structure = Structure(stream)
+    lengths = lengths_of(stream.model.config)
     if lengths:
-        variants = _variants_beyond(model, structure, lengths)
+        variants = _variants_beyond(stream.model, structure, lengths)
     else:
-        variants = structure.variants(observed_ids(model), [], COARSE, best=True)
-    return structure.view(variants)
+        variants = structure.variants(stream.ids, [], COARSE, best=True)
+    return structure.blocks(variants)
 
 
 def _variants_beyond(
     model: PreTrainedModel, structure: Structure, lengths: list[Length]
-) -> list[AttentionVariant]:
+) -> list[AttentionVariant | str]:
     """Find the variants that reproduce attention at every position of a miniature."""
     attention = structure.first_block.attention
     d_head = structure.query_width // attention.n_heads
     small = miniature(model, attention.n_heads, attention.n_kv_heads, d_head, lengths)
     ids = prompt_of(small)
-    return Structure(small).variants(ids, lengths_of(small.config), TOLERANCE, best=False)
+    return Structure(find_stream(small)).variants(
+        ids, lengths_of(small.config), TOLERANCE, best=False
+    )
+
+
+class _PartSizes(NamedTuple):
+    """Sizes of the parts of blocks, 0 where no block shows them."""
+
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
 
 
 class Structure:
     """A decoder's structure from an observed pass: everything that does not depend on a variant."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Observe a forward pass and find the blocks. Raises `ModelFailed` if one is missing."""
-        self._model = model
-        self._config: Any = model.config.get_text_config()
-        self._embedding = _embedding(model.get_input_embeddings(), "input embedding")
-        self._head = _embedding(model.get_output_embeddings(), "output embedding")
+    def __init__(self, stream: Stream) -> None:
+        """Observe a forward pass and find the parts of the blocks.
+
+        Raises `ModelFailed` if no block has known linear maps.
+        """
+        self._model = stream.model
+        self._config: Any = stream.model.config.get_text_config()
         self.settings = _settings(self._config)
-        name, self._modules = _blocks(model, _required(self._config, "num_hidden_layers"))
-        self._observed = observe(model)
-        self._finders = [
-            BlockFinder(f"{name}.{i}", module, self._observed)
-            for i, module in enumerate(self._modules)
-        ]
+        self._modules = list(stream.blocks)
+        observed = observe(stream.model)
+        self._finders: list[BlockFinder | str] = []
+        for i, module in enumerate(self._modules):
+            try:
+                self._finders.append(BlockFinder(f"{stream.name}.{i}", module, observed))
+            except ModelFailed as error:
+                self._finders.append(str(error))
+        reasons = [found for found in self._finders if isinstance(found, str)]
+        if len(reasons) == len(self._finders):
+            raise ModelFailed(reasons[0])
 
     @property
     def query_width(self) -> int:
         """Width of all heads' queries together."""
-        return self._finders[0].query_width
+        return self._finder(self._first).query_width
 
     @property
     def first_block(self) -> Block:
-        """The first block, without a window or a rotation."""
-        return self._block(0, AttentionVariant(None, 0))
+        """The first block with known parts, without a window or a rotation."""
+        return self._block(self._first, AttentionVariant(None, 0))
+
+    @property
+    def _first(self) -> int:
+        return next(i for i, found in enumerate(self._finders) if not isinstance(found, str))
+
+    def _finder(self, layer: int) -> BlockFinder:
+        found = self._finders[layer]
+        if isinstance(found, str):
+            raise ModelFailed(found)
+        return found
 
     def variants(
         self, ids: torch.Tensor, lengths: list[Length], tolerance: float, *, best: bool
-    ) -> list[AttentionVariant]:
+    ) -> list[AttentionVariant | str]:
         """Find the variant of each layer that reproduces the captured attention.
 
         With `best`, the one with the smallest error at the last position of `ids` `[1, pos]`, else
-        the first within `tolerance` at every position.
-
-        Raises:
-            ModelFailed: No variant is within the tolerance.
+        the first within `tolerance` at every position. A layer without known parts, or without a
+        variant within the tolerance, has the reason instead.
         """
         last = ids.shape[1] - 1
         positions = [last] if best else list(range(last, -1, -1))
-        plain = [self._block(i, AttentionVariant(None, 0)) for i in range(len(self._modules))]
-        captured = captured_layers(self._model, ids, plain)
-        return [
-            self._variant(layer, captured[layer], lengths, positions, tolerance, best)
-            for layer in range(len(self._modules))
-        ]
+        found: list[AttentionVariant | str] = []
+        plain: dict[int, Block] = {}
+        for layer in range(len(self._modules)):
+            try:
+                plain[layer] = self._block(layer, AttentionVariant(None, 0))
+                found.append("")
+            except ModelFailed as error:
+                found.append(str(error))
+        captured = captured_layers(self._model, ids, list(plain.values()))
+        for layer, tensors in zip(plain, captured, strict=True):
+            found[layer] = self._variant(layer, tensors, lengths, positions, tolerance, best)
+        return found
 
     def _variant(
         self,
@@ -177,7 +225,7 @@ class Structure:
         positions: list[int],
         tolerance: float,
         best: bool,
-    ) -> AttentionVariant:
+    ) -> AttentionVariant | str:
         errors: dict[AttentionVariant, float] = {}
         for variant in self._candidates(layer, lengths):
             block = self._block(layer, variant)
@@ -188,7 +236,7 @@ class Structure:
         if errors[found] <= tolerance:
             return found
         named = ", ".join(length.name for length in lengths)
-        raise ModelFailed(
+        return (
             f"cannot reproduce the attention of layer {layer} from its queries and keys (relative "
             f"error {errors[found]:.2g}): the model computes its scores in an unknown way"
             + (f"; the configuration sets {named}" if named else "")
@@ -215,21 +263,34 @@ class Structure:
             soft_cap=self.settings.soft_cap if variant.capped else None,
             query_scaling=self.settings.query_scaling if variant.scaled else None,
         )
-        return self._finders[layer].block(settings, rotation, window)
+        return self._finder(layer).block(settings, rotation, window)
 
-    def view(self, variants: list[AttentionVariant]) -> ModelView:
-        """Build the view. Lengths of windows are looked up in this model's configuration."""
+    def blocks(
+        self, variants: list[AttentionVariant | str]
+    ) -> tuple[list[Block | str], _PartSizes]:
+        """Build the blocks. Lengths of windows are looked up in this model's configuration.
+
+        Raises `ModelFailed` if the parts of no block are known.
+        """
         own = {length.path: length for length in lengths_of(self._config)}
-        blocks = []
+        blocks: list[Block | str] = []
         for layer, variant in enumerate(variants):
+            if isinstance(variant, str):
+                blocks.append(variant)
+                continue
             window = None if variant.window is None else own[variant.window.path]
             blocks.append(self._block(layer, replace(variant, window=window)))
-        return ModelView(
-            embedding=self._embedding,
-            blocks=tuple(blocks),
-            lens=_lens(self._config, self._head, self._observed, self._modules[-1]),
-            facts=_facts(self._config, self.settings, blocks[0], self._embedding, self._head),
+        known = [block for block in blocks if isinstance(block, Block)]
+        if not known:
+            raise ModelFailed(next(block for block in blocks if isinstance(block, str)))
+        query, ff2 = known[0].matrices[MatrixKind.Q], known[0].matrices[MatrixKind.FF2]
+        sizes = _PartSizes(
+            n_heads=self.settings.n_heads,
+            n_kv_heads=known[0].attention.n_kv_heads,
+            d_head=query.rows_of(query.parameter()).shape[1] // self.settings.n_heads,
+            d_mlp=ff2.rows_of(ff2.parameter()).shape[0],
         )
+        return blocks, sizes
 
 
 def _required(config: Any, name: str) -> int:
@@ -259,73 +320,6 @@ def _query_scaling(config: Any) -> QueryScaling | None:
         rope.get(name) for name in ("llama_4_scaling_beta", "original_max_position_embeddings")
     )
     return QueryScaling(float(beta), int(length)) if beta and length else None
-
-
-def _facts(
-    config: Any, settings: BlockSettings, first: Block, embedding: Any, head: Any
-) -> ModelFacts:
-    query, ff2 = first.matrices[MatrixKind.Q], first.matrices[MatrixKind.FF2]
-    return ModelFacts(
-        n_layers=_required(config, "num_hidden_layers"),
-        n_heads=settings.n_heads,
-        n_kv_heads=first.attention.n_kv_heads,
-        d_model=embedding.weight.shape[1],
-        d_head=query.rows_of(query.parameter()).shape[1] // settings.n_heads,
-        d_mlp=ff2.rows_of(ff2.parameter()).shape[0],
-        n_experts=0,
-        vocab_size=head.weight.shape[0],
-        max_positions=_required(config, "max_position_embeddings"),
-    )
-
-
-def _embedding(module: Any, what: str) -> Any:
-    """Return an input or output embedding. Raises `ModelFailed` for another kind of module."""
-    if not isinstance(module, nn.Embedding | nn.Linear):
-        raise ModelFailed(
-            f"the {what} is a {type(module).__name__}: expected an Embedding or a Linear"
-        )
-    return module
-
-
-def _blocks(model: PreTrainedModel, n_layers: int) -> tuple[str, list[nn.Module]]:
-    """Find the only list of `n_layers` modules of one class, and its name."""
-    lists = [
-        (name, list(module))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == n_layers
-        and len({type(block) for block in module}) == 1
-    ]
-    if len(lists) != 1:
-        raise ModelFailed(f"found {len(lists)} lists of {n_layers} equal blocks: expected one")
-    return lists[0]
-
-
-def _lens(config: Any, head: Any, observed: ObservedPass, last_block: nn.Module) -> LensHead:
-    """Build the lens from the norm that reads the last block's output, and the output head."""
-    block = observed.of(last_block)
-    norms = [
-        call
-        for call in observed.calls
-        if is_norm(call.module) and block is not None and same_memory(call.input, block.output)
-    ]
-    if len(norms) != 1:
-        raise ModelFailed(f"found {len(norms)} norms after the last block: expected one")
-    bias = None if head.bias is None else head.bias.detach().float()
-    return LensHead(
-        final_norm=read_norm(norms[0]),
-        unembedding=Unembedding(head.weight),
-        bias=bias,
-        logit_scale=_logit_scale(config),
-        soft_cap=getattr(config, "final_logit_softcapping", None),
-    )
-
-
-def _logit_scale(config: Any) -> float:
-    """The factor of the logits, which families name differently."""
-    if getattr(config, "logits_scaling", None):
-        return 1 / float(config.logits_scaling)
-    return float(getattr(config, "logit_scale", None) or 1.0)
 
 
 def rotations(

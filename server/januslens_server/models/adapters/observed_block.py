@@ -96,10 +96,13 @@ def _first_float(values: Any) -> torch.Tensor | None:
 def read_norm(call: ModuleCall) -> Norm:
     """Map a norm: the candidate formula that reproduces the module's output.
 
-    Raises `ModelFailed` if neither LayerNorm nor RMSNorm, with weight or 1 + weight, does.
+    Raises `ModelFailed` if neither LayerNorm nor RMSNorm, with weight, 1 + weight or none, does.
     """
     module = call.module
-    weight = module.get_parameter("weight").detach().float()
+    stored = getattr(module, "weight", None)
+    weight = torch.ones(call.output.shape[-1], device=call.output.device)
+    if stored is not None:
+        weight = stored.detach().float()
     bias = getattr(module, "bias", None)
     offset = None if bias is None else bias.detach().float()
     for centred in (isinstance(module, nn.LayerNorm), not isinstance(module, nn.LayerNorm)):

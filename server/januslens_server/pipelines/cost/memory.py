@@ -58,4 +58,4 @@ def float_copies(sizes: CostSizes) -> int:
 
 
 def _neurons(sizes: CostSizes) -> int:
-    return sizes.facts.d_mlp * max(1, sizes.facts.n_experts)
+    return max(sizes.widest, sizes.facts.d_mlp * max(1, sizes.facts.n_experts))

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from januslens_server.graph.block_flow import block_nodes
+from januslens_server.graph.block_flow import STREAM_NODES, block_nodes
 from januslens_server.graph.flow import STATES as STATES_WITH_GRADIENT
 from januslens_server.models.resident import CostSizes, cost_sizes
 from januslens_server.pipelines.cost import memory
@@ -74,7 +74,8 @@ def trace_demand(request: ResolvedTrace) -> Demand:
     spec, layers, positions = request.spec, request.layers, request.positions
     tokens, sizes = len(request.tokens), cost_sizes(request.model)
     scored = len(positions) if spec.include_checks else 1
-    built, shown, junctions = _nodes(sizes, spec, layers, positions)
+    coarse = len(request.model.view.limited(layers))
+    built, shown, junctions = _nodes(sizes, spec, layers, positions, coarse)
     blocks = len(layers) * len(positions)
     most = positions_at_once(spec, sizes.facts, tokens)
     pieces = math.ceil(len(positions) / most) * len(layers) + 1
@@ -105,13 +106,24 @@ def trace_demand(request: ResolvedTrace) -> Demand:
 
 
 def _nodes(
-    sizes: CostSizes, spec: TraceSpec, layers: Sequence[int], positions: Sequence[int]
+    sizes: CostSizes,
+    spec: TraceSpec,
+    layers: Sequence[int],
+    positions: Sequence[int],
+    coarse: int,
 ) -> tuple[int, int, int]:
-    """Return how many nodes are built, how many are sent, and how many of those not projected."""
+    """Return how many nodes are built, how many are sent, and how many of those not projected.
+
+    `coarse` is the number of layers without known parts.
+    """
     kinds: Counter[NodeKind] = Counter()
     for position in positions:
         kinds.update(block_nodes(sizes.facts, spec.selection, position + 1))
-    counts = {kind: count * len(layers) for kind, count in kinds.items()}
+    counts: Counter[NodeKind] = Counter()
+    for kind, count in kinds.items():
+        counts[kind] += count * (len(layers) - coarse)
+    for kind, count in STREAM_NODES.items():
+        counts[kind] += count * len(positions) * coarse
     counts[NodeKind.FINAL_NORM] = counts[NodeKind.PREDICTION] = len(positions)
     shown = {k: count for k, count in counts.items() if not spec.node_kinds or k in spec.node_kinds}
     built = counts if spec.include_checks else shown

@@ -12,7 +12,12 @@ from januslens_server.results import (
     ActivationsSummary,
     SiteValues,
 )
-from januslens_server.rpc.encode.messages import provenance_message, time_messages, token_message
+from januslens_server.rpc.encode.messages import (
+    level_messages,
+    provenance_message,
+    time_messages,
+    token_message,
+)
 
 # Bytes of values in a message; with the rest of the message they stay within 1 MiB.
 PIECE_BYTES = 2**20 - 4096
@@ -62,6 +67,7 @@ class ActivationsEncoder:
             provenance=provenance_message(header.provenance),
             prompt_tokens=[token_message(token) for token in header.prompt_tokens],
             positions=header.positions,
+            limited_layers=level_messages(header.limited_layers),
         )
 
 

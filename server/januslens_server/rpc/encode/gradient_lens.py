@@ -21,6 +21,7 @@ from januslens_server.rpc.encode.messages import (
     Pieces,
     ReadToken,
     TokenTexts,
+    level_messages,
     named_tokens,
     projections,
     provenance_message,
@@ -62,6 +63,7 @@ class GradientLensEncoder:
             predicted_token_id=header.predicted_token_id,
             skipped=[_kind(kind) for kind in header.skipped],
             stage_data_types=header.stage_data_types,
+            limited_layers=level_messages(header.limited_layers),
             tokens=self._texts.texts([*header.target_token_ids, header.predicted_token_id]),
         )
 

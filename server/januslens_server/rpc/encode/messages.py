@@ -21,6 +21,7 @@ from januslens_server.results import (
     FoundNeurons,
     Guarantee,
     Ints,
+    LayerLevel,
     ModelFacts,
     ModelStatus,
     ProjectionTable,
@@ -242,6 +243,18 @@ def sizes_message(facts: ModelFacts) -> common_pb2.ModelSizes:
     )
 
 
+def level_messages(levels: Iterable[LayerLevel]) -> list[common_pb2.LayerLevel]:
+    """Encode the levels of layers."""
+    return [
+        common_pb2.LayerLevel(
+            layer=found.layer,
+            level=common_pb2.Level.ValueType(found.level),
+            reason=found.reason,
+        )
+        for found in levels
+    ]
+
+
 def guarantee_messages(guarantees: Iterable[Guarantee]) -> list[common_pb2.Guarantee]:
     """Encode measured properties of a model."""
     return [
@@ -283,6 +296,7 @@ def model_message(status: ModelStatus) -> models_pb2.Model:
         state=models_pb2.Model.State.ValueType(status.state),
         state_reason=status.reason,
         guarantees=guarantee_messages(status.guarantees),
+        levels=level_messages(status.levels),
         **({} if status.facts is None else asdict(status.facts)),
     )
     if status.provenance is not None:
@@ -352,6 +366,7 @@ def find_neurons_response(
         depth=found.depth,
         total=found.total,
         provenance=provenance_message(found.provenance),
+        limited_layers=level_messages(found.limited_layers),
     )
 
 

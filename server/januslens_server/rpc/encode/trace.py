@@ -26,6 +26,7 @@ from januslens_server.rpc.encode.messages import (
     ReadToken,
     TokenTexts,
     guarantee_messages,
+    level_messages,
     projection_columns,
     provenance_message,
     sizes_message,
@@ -72,6 +73,7 @@ class TraceEncoder:
             sizes=sizes_message(header.facts),
             prompt_tokens=self._texts.of_prompt(header.prompt_tokens),
             layers=header.layers,
+            limited_layers=level_messages(header.limited_layers),
             targets=[_target(target) for target in header.targets],
             tokens=self._texts.texts(
                 chain(

@@ -1,0 +1,339 @@
+"""Map the residual stream of any decoder: its blocks, its final norm and its output head.
+
+Nothing is read from names. The blocks are the list of modules of which each reads exactly what the
+one before returns; the final norm is the module after them whose formula reproduces its output; and
+final norm and head must give the model's own logits from the last block's output.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise, product
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from januslens_server.capture.hooks import nth_tensor
+from januslens_server.errors import ModelFailed
+from januslens_server.lens.cpu import Unembedding
+from januslens_server.lens.head import LensHead, NoNorm, Norm
+from januslens_server.models.adapters.observed_block import ModuleCall, observed_ids, read_norm
+from januslens_server.models.vetting import MAX_POSITIONS, one_line
+from januslens_server.models.views import CoarseBlock, ModelView
+from januslens_server.results import ModelFacts
+
+# Maximum difference between logits that must be equal, relative to the largest logit.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+# Fields of configurations for the longest input.
+CONTEXTS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "seq_length",
+    "context_length",
+)
+
+# Arguments of `forward` that continue a sequence, by the names that families use.
+CACHES = ("cache", "past_key_values", "cache_params", "state")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A model's blocks, and the calls of one pass over `ids` that show its residual stream.
+
+    `name` is that of the list of blocks. `last` is the last block's output `[pos, d_model]` and
+    `logits` are `[pos, vocab]`. `norm` is the call of the final norm, or None without one.
+    """
+
+    model: PreTrainedModel
+    name: str
+    blocks: tuple[nn.Module, ...]
+    ids: torch.Tensor
+    last: torch.Tensor
+    logits: torch.Tensor
+    norm: ModuleCall | None
+
+
+@dataclass
+class _Call:
+    """The first input and output of a module's call, as objects and as copies made at the time."""
+
+    module: nn.Module
+    input: torch.Tensor
+    output: torch.Tensor
+    input_then: torch.Tensor
+    output_then: torch.Tensor
+
+
+def find_stream(model: PreTrainedModel) -> Stream:
+    """Find the blocks and the final norm.
+
+    Raises:
+        ModelFailed: No list of modules passes a residual stream on.
+    """
+    n_layers = model.config.get_text_config().num_hidden_layers
+    lists = {
+        name: tuple(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    }
+    inside = {m for blocks in lists.values() for block in blocks for m in block.modules()}
+    outside = [m for m in model.modules() if m not in inside and not list(m.children())]
+    ids = observed_ids(model)
+    calls, logits = _calls(model, ids, [*(b for one in lists.values() for b in one), *outside])
+    reasons = []
+    for name, blocks in lists.items():
+        reason = _broken(blocks, calls)
+        if reason is None:
+            last = calls[blocks[-1]][0].output
+            norm = _final_norm([call for m in outside for call in calls.get(m, [])], last)
+            return Stream(model, name, blocks, ids, last[0], logits, norm)
+        reasons.append(f"{name}: {reason}")
+    found = "; ".join(reasons) or f"found no list of {n_layers} blocks"
+    raise ModelFailed(f"{found}; expected blocks that pass on a residual stream")
+
+
+@torch.no_grad()
+def _calls(
+    model: PreTrainedModel, ids: torch.Tensor, modules: Sequence[nn.Module]
+) -> tuple[dict[nn.Module, list[_Call]], torch.Tensor]:
+    """Run `ids` `[1, pos]`; return the calls of the modules, and logits `[pos, vocab]`."""
+    calls: dict[nn.Module, list[_Call]] = {}
+    begun: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def before(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
+        if any(isinstance(value, torch.Tensor) for value in (*args, *named.values())):
+            taken = nth_tensor(args, named)
+            begun[module] = taken, taken.clone()
+
+    def after(module: nn.Module, _args: Any, output: Any) -> None:
+        values = output if isinstance(output, tuple | list) else (output,)
+        if module in begun and any(isinstance(value, torch.Tensor) for value in values):
+            given = nth_tensor(values)
+            taken, then = begun.pop(module)
+            calls.setdefault(module, []).append(_Call(module, taken, given, then, given.clone()))
+
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(after).remove)
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return calls, logits[0]
+
+
+def _broken(blocks: Sequence[nn.Module], calls: dict[nn.Module, list[_Call]]) -> str | None:
+    """Return why these blocks pass no residual stream on, or None if they do."""
+    counts = [len(calls.get(block, [])) for block in blocks]
+    if any(count != 1 for count in counts):
+        return f"a pass calls its blocks {min(counts)} to {max(counts)} times"
+    called = [calls[block][0] for block in blocks]
+    for layer, call in enumerate(called):
+        if call.output.shape != call.input.shape or call.output.dim() != 3:
+            return f"block {layer} turns {list(call.input.shape)} into {list(call.output.shape)}"
+        if not (
+            torch.equal(call.input, call.input_then) and torch.equal(call.output, call.output_then)
+        ):
+            return f"block {layer} has its input or output changed in place"
+    for layer, (below, above) in enumerate(pairwise(called)):
+        if not torch.equal(below.output_then.float(), above.input_then.float()):
+            return f"block {layer + 1} does not read what block {layer} returns"
+    return None
+
+
+def _final_norm(calls: Sequence[_Call], last: torch.Tensor) -> ModuleCall | None:
+    """Return the call that reads the last block's output and computes a norm, or None."""
+    for call in calls:
+        shaped = call.input_then.shape == last.shape == call.output_then.shape
+        if not shaped or not torch.equal(call.input_then, last):
+            continue
+        if isinstance(call.module, nn.Linear):
+            continue
+        return ModuleCall(type(call.module).__name__, call.module, call.input, call.output)
+    return None
+
+
+def view(model: PreTrainedModel, reason: str) -> ModelView:
+    """Map a decoder's residual stream; `reason` says why the parts of its blocks are unknown.
+
+    Raises:
+        ModelFailed: The model has no residual stream, its positions attend to later ones, or its
+            logits are not those of final norm and head.
+    """
+    return view_of_stream(find_stream(model), [reason])
+
+
+def view_of_stream(stream: Stream, reasons: Sequence[str]) -> ModelView:
+    """Map a stream, with the reason for each block, or one for all."""
+    model = stream.model
+    config: Any = model.config.get_text_config()
+    if not _is_causal(stream):
+        raise ModelFailed(
+            f"positions of this {config.model_type} depend on later ones: expected causal attention"
+        )
+    lens = lens_of_stream(stream)
+    each = list(reasons) * (len(stream.blocks) if len(reasons) == 1 else 1)
+    return ModelView(
+        embedding=model.get_input_embeddings(),
+        blocks=tuple(map(CoarseBlock, stream.blocks, each)),
+        lens=lens,
+        facts=ModelFacts(
+            n_layers=len(stream.blocks),
+            n_heads=0,
+            n_kv_heads=0,
+            d_model=stream.last.shape[-1],
+            d_head=0,
+            d_mlp=0,
+            n_experts=0,
+            vocab_size=lens.unembedding.vocab,
+            max_positions=max_positions(config),
+        ),
+        cache_argument=_cache_argument(stream),
+    )
+
+
+def max_positions(config: Any) -> int:
+    """Return the longest input in tokens; `MAX_POSITIONS` if the configuration sets no limit."""
+    found = (getattr(config, name, None) for name in CONTEXTS)
+    return next((n for n in found if isinstance(n, int) and n > 0), MAX_POSITIONS)
+
+
+def lens_of_stream(stream: Stream) -> LensHead:
+    """Map final norm and head, with the scale and soft-cap that reproduce the model's logits.
+
+    Raises:
+        ModelFailed: No scale and soft-cap of the configuration do.
+    """
+    head: Any = stream.model.get_output_embeddings()
+    if not isinstance(getattr(head, "weight", None), torch.Tensor):
+        raise ModelFailed(
+            f"the output head is a {type(head).__name__}: expected a linear map with a weight"
+        )
+    if head.weight.shape[1:] != stream.last.shape[1:]:
+        raise ModelFailed(
+            f"the output head reads vectors of width {head.weight.shape[1]}: expected "
+            f"{stream.last.shape[1]}, as in the residual stream"
+        )
+    norm: Norm = NoNorm.of_width(stream.last.shape[-1], stream.last.device)
+    if stream.norm is not None:
+        norm = read_norm(stream.norm)
+    bias = getattr(head, "bias", None)
+    offset = None if bias is None else bias.detach().float()
+    unembedding = Unembedding(head.weight)
+    errors: dict[LensHead, float] = {}
+    config = stream.model.config.get_text_config()
+    for scale, cap in product(_scales(config), _caps(config)):
+        lens = LensHead(norm, unembedding, offset, scale, cap)
+        error = _difference(lens.cap(lens.logits(norm(stream.last))), stream.logits)
+        if not errors or error < min(errors.values()):
+            errors = {lens: error}
+    (lens, error) = next(iter(errors.items()))
+    if not error <= TOLERANCE[stream.logits.dtype]:
+        raise ModelFailed(
+            "final norm and output head do not give the model's logits from the last block's "
+            f"output (relative error {error:.2g})"
+        )
+    return lens
+
+
+def _scales(config: Any) -> list[float]:
+    """List the factors that the configuration may give logits; families name them differently."""
+    found = [1.0]
+    for name, value in config.to_dict().items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if number and any(word in name for word in ("scal", "multiplier")):
+            found += [float(value), 1 / float(value)]
+    base = getattr(config, "dim_model_base", None)
+    if isinstance(base, int) and base > 0:
+        found.append(base / config.hidden_size)
+    return list(dict.fromkeys(found))
+
+
+def _caps(config: Any) -> list[float | None]:
+    cap = getattr(config, "final_logit_softcapping", None)
+    return [None] if cap is None else [None, float(cap)]
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference relative to the largest logit; excluded tokens are left out."""
+    excluded = expected.isneginf()
+    distance = (found.float() - expected.float()).abs().masked_fill_(excluded, 0).max()
+    largest = expected.float().abs().masked_fill_(excluded, 0).max()
+    return float(distance / largest.clamp(min=1e-30))
+
+
+# Maximum gradient with respect to later positions, relative to the largest gradient. It is 0 where
+# a mask hides them, apart from rounding in scans over positions.
+LATER = 1e-6
+
+
+def _is_causal(stream: Stream) -> bool:
+    """Whether the logits of the first half do not depend on the residual stream of the second."""
+    leaf: list[torch.Tensor] = []
+
+    def as_leaf(
+        _module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        whole = nth_tensor(args, named)
+        leaf.append(whole.detach().clone().requires_grad_())
+        return (
+            tuple(leaf[0] if value is whole else value for value in args),
+            {name: leaf[0] if value is whole else value for name, value in named.items()},
+        )
+
+    half = stream.ids.shape[1] // 2
+    handle = stream.blocks[0].register_forward_pre_hook(as_leaf, with_kwargs=True)
+    try:
+        with torch.enable_grad():
+            logits = stream.model(input_ids=stream.ids, use_cache=False).logits[0, :half].float()
+            weights = torch.linspace(-1, 1, logits.shape[-1], device=logits.device)
+            value = (logits.masked_fill(logits.isneginf(), 0) * weights).sum()
+            (gradient,) = torch.autograd.grad(value, leaf)
+    finally:
+        handle.remove()
+    sizes = gradient.reshape(-1, gradient.shape[-1]).abs().amax(-1)
+    return bool(sizes[half:].max() <= LATER * sizes.max())
+
+
+def _cache_argument(stream: Stream) -> str | None:
+    """Return the argument that continues a sequence with the logits of a whole pass, or None."""
+    known = inspect.signature(stream.model.forward).parameters
+    for name in CACHES:
+        if name in known:
+            try:
+                found = torch.cat(list(_continued(stream, name)))
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+                continue  # a family without a cache, or with one of another kind
+            expected = stream.logits[-len(found) :]
+            if _difference(found, expected) <= TOLERANCE[found.dtype]:
+                return name
+    return None
+
+
+@torch.no_grad()
+def _continued(stream: Stream, argument: str) -> Iterator[torch.Tensor]:
+    """Yield logits `[1, vocab]` of the last two tokens, each continuing the tokens before it."""
+    cache: Any = None
+    length = stream.ids.shape[1]
+    for start, end in ((0, length - 2), (length - 2, length - 1), (length - 1, length)):
+        passed: Any = stream.model(
+            input_ids=stream.ids[:, start:end], use_cache=True, **{argument: cache}
+        )
+        cache = passed[argument]
+        if cache is None:
+            raise KeyError(argument)
+        if start:
+            yield passed.logits[0, -1:]
+
+
+def reason_of(error: Exception, config: Any) -> str:
+    """Return why the parts of a family's blocks are unknown, in one line."""
+    if isinstance(error, ModelFailed):
+        return str(error)
+    return f"the structure of {config.model_type} is unknown: {one_line(error)}"

@@ -1,0 +1,288 @@
+"""Blocks of unknown structure show their residual stream, compared with plain models."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from januslens_server.errors import InvalidRequest, ModelFailed
+from januslens_server.models.adapters import stream, view_of
+from januslens_server.models.decoding import Decoder
+from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines.activations import activations
+from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.resolve import (
+    resolve_activations,
+    resolve_find_neurons,
+    resolve_gradient_lens,
+    resolve_trace,
+)
+from januslens_server.pipelines.self_check import checked
+from januslens_server.pipelines.trace import trace
+from januslens_server.results import (
+    ActivationsHeader,
+    GradientHeader,
+    GradientMatrix,
+    LayerGraph,
+    Level,
+    MatrixKind,
+    NodeKind,
+    SiteValues,
+    TraceHeader,
+)
+from januslens_server.specs import (
+    ActivationsSpec,
+    FindNeuronsSpec,
+    GradientLensSpec,
+    InterventionSpec,
+    LensSpec,
+    NegativeLogLikelihood,
+    Scale,
+    Site,
+    TraceSpec,
+)
+from tests.architectures.cases import Case
+from tests.architectures.tiny_models import plain, resident
+
+HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}
+MAMBA = Case("mamba", "state space", {"state_size": 4, "time_step_rank": 4})
+QWEN3_NEXT = Case(
+    "qwen3_next",
+    "linear attention",
+    HEADS
+    | EXPERTS
+    | {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+)
+GLM4_MOE = Case(
+    "glm4_moe",
+    "shared expert",
+    HEADS
+    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+)
+# Post-norms: what a block returns is a norm's result; there is no norm before the head.
+OPT = Case("opt", "post-norms", {"do_layer_norm_before": False})
+BIDIRECTIONAL = {"use_bidirectional_attention": True, "num_key_value_heads": 1}
+CASES = (MAMBA, QWEN3_NEXT, GLM4_MOE, OPT)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+
+
+@cache
+def served(case: Case) -> ResidentModel:
+    model, guarantees = checked(resident(case))
+    assert all(guarantee.measured_error < 1e-5 for guarantee in guarantees), guarantees
+    return model
+
+
+def stream_of(case: Case, scale: float | None = None) -> tuple[list[Tensor], Tensor]:
+    """The residual stream before and after each block, and the logits, from the plain model.
+
+    With a `scale`, the first block's output at position 2 is multiplied by it.
+    """
+    network, found = plain(case), []
+    blocks = next(
+        module
+        for module in network.modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == 2
+    )
+
+    def first(_module: Any, args: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        found.append(args[0] if args else named["hidden_states"])
+
+    def each(module: Any, _args: Any, output: Any) -> Any:
+        whole = output if isinstance(output, Tensor) else output[0]
+        if scale is not None and module is blocks[0]:
+            whole = whole.clone()
+            whole.reshape(-1, whole.shape[-1])[2] *= scale
+        found.append(whole)
+        return whole if isinstance(output, Tensor) else (whole, *output[1:])
+
+    handles = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
+    handles += [block.register_forward_hook(each) for block in blocks]
+    try:
+        with torch.no_grad():
+            logits = network(torch.tensor([case.prompt]), use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [tensor.flatten(0, -2) for tensor in found], logits
+
+
+def graphs(case: Case, **named: Any) -> tuple[TraceHeader, list[LayerGraph]]:
+    spec = TraceSpec(tuple(case.prompt), all_positions=True, lens=LensSpec(top_k=1), **named)
+    header, *found, _ = trace(resolve_trace(served(case), spec), lambda: None)
+    assert isinstance(header, TraceHeader)
+    return header, [graph for graph in found if isinstance(graph, LayerGraph)]
+
+
+def close(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_levels_say_which_layers_show_only_the_stream_and_why() -> None:
+    assert [found.level for found in served(GLM4_MOE).view.levels] == [Level.PARTS, Level.STREAM]
+    assert "experts.gate_up_proj" in served(GLM4_MOE).view.levels[1].reason
+    assert "3 linear maps" in served(MAMBA).view.levels[0].reason
+    assert "do_layer_norm_before" in served(OPT).view.levels[0].reason
+    assert served(MAMBA).view.facts.n_heads == 0
+
+
+@every_case
+def test_nodes_are_the_plain_models_residual_stream(case: Case) -> None:
+    expected, logits = stream_of(case)
+    header, found = graphs(case, include_vectors=True, include_logit_contribution=True)
+    limited = {level.layer for level in header.limited_layers}
+    assert limited
+    for graph in found:
+        assert graph.vectors is not None
+        for node, vector in zip(graph.nodes, graph.vectors, strict=True):
+            if node.kind is NodeKind.BLOCK_INPUT:
+                close(vector, expected[0][node.position])
+            elif node.kind is NodeKind.BLOCK_OUTPUT:
+                close(vector, expected[graph.layer + 1][node.position])
+            elif node.kind is NodeKind.OTHER and graph.layer in limited:
+                added = expected[graph.layer + 1] - expected[graph.layer]
+                close(vector, added[node.position])
+        kinds = {node.kind for node in graph.nodes}
+        known = {NodeKind.BLOCK_INPUT, NodeKind.OTHER, NodeKind.BLOCK_OUTPUT}
+        if graph.layer in limited and not graph.last:
+            assert kinds <= known
+    for target in header.targets:
+        assert target.predicted_token_id == int(logits[target.position].argmax())
+        assert target.target_logit == pytest.approx(float(logits[target.position].max()), abs=1e-4)
+
+
+@every_case
+def test_activations_and_interventions_are_those_of_the_plain_model(case: Case) -> None:
+    expected, logits = stream_of(case, scale=3.0)
+    change = InterventionSpec(Site.BLOCK_OUTPUT, Scale(3.0), layers=(0,), positions=(2,))
+    spec = ActivationsSpec(
+        tuple(case.prompt),
+        (Site.EMBEDDING, Site.BLOCK_OUTPUT, Site.LOGITS),
+        float32=True,
+        interventions=(change,),
+    )
+    for event in activations(resolve_activations(served(case), spec), lambda: None):
+        if isinstance(event, SiteValues):
+            values = event.data.view(np.float32).reshape(event.shape)
+            whole = {Site.EMBEDDING: expected[0], Site.LOGITS: logits}
+            close(values, whole.get(Site(event.site), expected[1 + (event.layer or 0)]))
+
+
+@every_case
+def test_generation_continues_like_whole_passes(case: Case) -> None:
+    model, ids = served(case), list(case.prompt)
+    decoder = Decoder(model, (0, 1), lambda: None)
+    fed = ids
+    for _ in range(4):
+        logits, outputs = decoder.feed(fed)
+        with torch.no_grad():
+            whole = plain(case)(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        close(logits, whole)
+        assert outputs.shape == (2, model.view.facts.d_model)
+        fed = [int(whole.argmax())]
+        ids = ids + fed
+
+
+def test_default_selection_reports_the_layers_that_lack_it() -> None:
+    model, prompt = served(GLM4_MOE), tuple(GLM4_MOE.prompt)
+    read = ActivationsSpec(prompt, (Site.HEAD_RESULT,))
+    header, *values, _ = activations(resolve_activations(model, read), lambda: None)
+    assert isinstance(header, ActivationsHeader)
+    assert [level.layer for level in header.limited_layers] == [1]
+    assert {v.layer for v in values if isinstance(v, SiteValues)} == {0}
+    spec = GradientLensSpec(prompt, NegativeLogLikelihood((7,)))
+    first, *matrices, _ = gradient_lens(resolve_gradient_lens(model, spec), lambda: None)
+    assert isinstance(first, GradientHeader)
+    assert [level.layer for level in first.limited_layers] == [1]
+    assert {m.layer for m in matrices if isinstance(m, GradientMatrix)} == {0}
+    found = resolve_find_neurons(model, FindNeuronsSpec((7,), False, (), 0, 5))
+    assert found.layers == (0,)
+    assert [level.layer for level in found.limited_layers] == [1]
+
+
+def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
+    model, prompt = served(GLM4_MOE), tuple(GLM4_MOE.prompt)
+    kinds = frozenset({NodeKind.HEAD_OUTPUT})
+    with pytest.raises(InvalidRequest, match="HEAD_OUTPUT is unknown: only the residual stream"):
+        resolve_trace(model, TraceSpec(prompt, layers=(1,), node_kinds=kinds))
+    with pytest.raises(InvalidRequest, match=r"layer 1 .* has no QUERY; expected one of BLOCK"):
+        resolve_activations(model, ActivationsSpec(prompt, (Site.QUERY,), layers=(1,)))
+    with pytest.raises(InvalidRequest, match="none of these layers has FF2"):
+        resolve_gradient_lens(
+            model,
+            GradientLensSpec(
+                prompt, NegativeLogLikelihood((7,)), matrices=(MatrixKind.FF2,), layers=(1,)
+            ),
+        )
+    with pytest.raises(InvalidRequest, match="only the residual stream is shown of layer 1"):
+        resolve_find_neurons(model, FindNeuronsSpec((7,), False, (1,), 0, 5))
+    with pytest.raises(InvalidRequest, match=r"no layer of .* has known matrices"):
+        resolve_gradient_lens(served(MAMBA), GradientLensSpec(prompt, NegativeLogLikelihood((7,))))
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (
+            Case("bloom", "normed residual", {"apply_residual_connection_post_layernorm": True}),
+            "apply_residual_connection_post_layernorm",
+        ),
+        (Case("bloom", "slices", {"slow_but_exact": True, "pretraining_tp": 2}), "slow_but_exact"),
+        (Case("opt", "no final norm", {"_remove_final_layer_norm": True}), "final norm"),
+        (Case("hunyuan_v1_dense", "d_head", {"head_dim": 8}), "reproduce the attention of layer 0"),
+        (Case("persimmon", "fused", {}), "expected 6 or 7, for query"),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else "",
+)
+def test_variant_without_known_parts_shows_its_stream(case: Case, reason: str) -> None:
+    view = served(case).view
+    assert not view.known
+    assert reason in view.levels[0].reason
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case("falcon", "eager alibi", {"alibi": True}), "SDPA"),
+        (Case("gemma", "bidirectional", BIDIRECTIONAL), "causal"),
+        (Case("gemma3_text", "bidirectional", BIDIRECTIONAL), "causal"),
+        (Case("bert", "encoder", {}), "causal"),
+    ],
+    ids=lambda value: value.id if isinstance(value, Case) else "",
+)
+def test_model_that_is_no_causal_decoder_is_refused(case: Case, reason: str) -> None:
+    torch.manual_seed(0)
+    attention = "eager" if case.family == "falcon" else "sdpa"
+    network = AutoModelForCausalLM.from_config(case.config(), attn_implementation=attention)
+    with pytest.raises(ModelFailed, match=reason):
+        view_of(network.eval())
+
+
+def test_blocks_without_a_stream_are_refused() -> None:
+    network = plain(MAMBA)
+    blocks = network.backbone.layers
+    handle = blocks[1].register_forward_pre_hook(lambda _module, args: (2 * args[0], *args[1:]))
+    try:
+        with pytest.raises(ModelFailed, match="block 1 does not read what block 0 returns"):
+            stream.view(network, "")
+    finally:
+        handle.remove()
