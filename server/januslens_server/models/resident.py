@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from januslens_server.lens.row_cache import RowCache
+from januslens_server.lens.head import LensHead
+from januslens_server.lens.projection import CACHED_BYTES
+from januslens_server.lens.row_cache import ROWS, RowCache
 from januslens_server.models.experts import Experts
 from januslens_server.models.neuron_index import NeuronIndex
 from januslens_server.models.tensor_cache import TensorCache
@@ -81,6 +83,7 @@ class CostSizes:
         item: Bytes of an element of an activation.
         eager: Whether attention is computed eagerly, with a matrix of scores.
         chunk_bytes: Bytes of logits that are computed at once.
+        part_bytes: Bytes of logits whose figures are computed at once, on all cores together.
     """
 
     facts: ModelFacts
@@ -90,6 +93,7 @@ class CostSizes:
     item: int
     eager: bool
     chunk_bytes: int
+    part_bytes: int
 
 
 def cost_sizes(model: ResidentModel) -> CostSizes:
@@ -116,4 +120,16 @@ def cost_sizes(model: ResidentModel) -> CostSizes:
         item=torch.empty(0, dtype=network.dtype).element_size(),
         eager=model.provenance.attention == "eager",
         chunk_bytes=model.view.lens.chunk_bytes,
+        part_bytes=_part_bytes(model.view.lens),
     )
+
+
+def _part_bytes(lens: LensHead) -> int:
+    """Return the bytes of the parts of a chunk whose figures are computed at once.
+
+    A GPU computes those of the whole chunk. The row cache computes those of `ROWS` rows on a core.
+    """
+    if lens.unembedding.device.type != "cpu":
+        return lens.chunk_bytes
+    row = torch.float32.itemsize * lens.unembedding.vocab
+    return max(torch.get_num_threads() * max(CACHED_BYTES, row), ROWS * row)

@@ -20,7 +20,8 @@ class Demand:
         flops: Floating-point operations of the passes and of other large products.
         blocks: Flow graphs to build, each of one block at one position.
         nodes: Nodes of these graphs.
-        vectors: Vectors to project.
+        read: Those of the nodes that are projected.
+        vectors: Vectors to project, including those of nodes.
         readings: Calls of the lens that project them.
         ranks: Ranks of target tokens to compute.
         memory: Bytes on the device, without the weights.
@@ -36,6 +37,7 @@ class Demand:
     flops: float = 0.0
     blocks: int = 0
     nodes: int = 0
+    read: int = 0
     vectors: int = 0
     readings: int = 0
     ranks: int = 0

@@ -40,11 +40,12 @@ def passing(sizes: CostSizes, tokens: int, scored: int) -> int:
 
 
 def read(sizes: CostSizes, vectors: int, listed: int) -> int:
-    """Return the bytes of projecting vectors: several tensors of a chunk's logits, and results."""
+    """Return the bytes of projecting vectors: a chunk's logits, tensors of its parts, results."""
     facts = sizes.facts
     row = FLOAT32 * facts.vocab_size
     chunk = min(max(sizes.chunk_bytes, row), row * vectors)
-    return 5 * chunk + vectors * 4 * FLOAT32 * facts.d_model + reported(vectors, listed)
+    parts = 4 * min(chunk, sizes.part_bytes)
+    return chunk + parts + vectors * 4 * FLOAT32 * facts.d_model + reported(vectors, listed)
 
 
 def reported(vectors: int, listed: int) -> int:

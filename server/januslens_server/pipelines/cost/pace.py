@@ -50,6 +50,7 @@ class Pace:
     per_flop: float
     per_block: float
     per_node: float
+    per_read: float
     per_reading: float
     per_rank: float
     per_vector: float
@@ -64,6 +65,7 @@ class Pace:
             + demand.flops * self.per_flop
             + demand.blocks * self.per_block
             + demand.nodes * self.per_node
+            + demand.read * self.per_read
             + demand.readings * self.per_reading
             + demand.ranks * self.per_rank
             + demand.vectors * self.per_vector
@@ -88,7 +90,7 @@ def measured_pace(model: ResidentModel, clock: Clock = time.perf_counter) -> Pac
     targets = torch.zeros(VECTORS[1], RANKS, dtype=torch.long, device=model.device)
     ranked = best(partial(project, head, rows[1], LensSpec(), targets))
     per_rank = max(0.0, ranked - times[1]) / targets.numel()
-    without_graph = Pace(per_pass, per_flop, 0.0, 0.0, per_reading, per_rank, per_vector)
+    without_graph = Pace(per_pass, per_flop, 0.0, 0.0, 0.0, per_reading, per_rank, per_vector)
     pace = _with_graph(model, without_graph, tuple(range(few)), clock)
     return _with_changes(model, pace, clock)
 
@@ -115,26 +117,35 @@ def _change(model: ResidentModel, positions: int, operation: Operation) -> None:
 
 
 def _with_graph(model: ResidentModel, pace: Pace, ids: tuple[int, ...], clock: Clock) -> Pace:
-    """Measure the time per block and per node.
+    """Measure the time per block, per node, and per node that is projected.
 
     Building graphs is measured on its own, with one kind of node and with all kinds. In a whole
-    trace, the error of the lens's time could be larger than the time of the graphs. The trace is
-    measured as well, because reading the nodes also takes time.
+    trace, the error of the lens's time could be larger than the time of the graphs. Traces without
+    and with projections are measured as well, because their nodes also take time to read.
     """
     n_layers = model.view.facts.n_layers
     layers = tuple(range(max(0, n_layers - LAYERS), n_layers))
     whole = TraceSpec(ids, layers=layers)
     alone = replace(whole, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT}))
-    request = resolve_trace(model, whole)
-    demands = [trace_demand(resolve_trace(model, alone)), trace_demand(request)]
+    bare = replace(whole, include_projections=False, lens=LensSpec(0, 0))
+    requests = {spec: resolve_trace(model, spec) for spec in (alone, bare, whole)}
+    demands = {spec: trace_demand(request) for spec, request in requests.items()}
     few, many = (_least(partial(_building, clock, model, ids, spec)) for spec in (alone, whole))
-    per_block = few / (len(layers) + 1)  # one more for the final norm
-    products = [d.flops - lens_flops(cost_sizes(model), d.vectors) for d in demands]
+    pace = replace(pace, per_block=few / (len(layers) + 1))  # one more for the final norm
+    products = [
+        demands[spec].flops - lens_flops(cost_sizes(model), demands[spec].vectors)
+        for spec in (alone, whole)
+    ]
     building = many - few - (products[1] - products[0]) * pace.per_flop
-    pace = replace(pace, per_block=per_block)
-    traced = _best(clock, lambda: list(trace(request, never_cancelled)))
-    traced -= pace.seconds(demands[1])
-    return replace(pace, per_node=max(0.0, building, traced) / demands[1].nodes)
+
+    def beyond(spec: TraceSpec) -> float:
+        """Return the seconds that a trace takes beyond what the pace includes so far."""
+        taken = _best(clock, lambda: list(trace(requests[spec], never_cancelled)))
+        return taken - pace.seconds(demands[spec])
+
+    per_node = max(0.0, building, beyond(bare)) / demands[bare].nodes
+    pace = replace(pace, per_node=per_node)
+    return replace(pace, per_read=max(0.0, beyond(whole)) / demands[whole].read)
 
 
 def _building(clock: Clock, model: ResidentModel, ids: tuple[int, ...], spec: TraceSpec) -> float:

@@ -91,6 +91,7 @@ def trace_demand(request: ResolvedTrace) -> Demand:
         + _graph_flops(sizes, spec, built, blocks, tokens),
         blocks=blocks,
         nodes=built,
+        read=read,
         vectors=vectors,
         readings=pieces + 2 + (pieces if states else 0),
         ranks=vectors,
