@@ -23,6 +23,7 @@ from tests.benchmarks.rows import (
     gradient_lens,
     positions,
     trace,
+    unprojected,
     warm,
     workspace,
 )
@@ -33,6 +34,7 @@ ROWS = {
     "workspace": workspace.measure,
     "trace": trace.measure,
     "warm": warm.measure,
+    "unprojected": unprojected.measure,
     "gradient": gradient_lens.measure,
     "positions": positions.measure,
     "experiments": experiments.measure,
