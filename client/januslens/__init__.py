@@ -103,6 +103,7 @@ from januslens.interventions import (
     zero,
 )
 from januslens.launching import LaunchedClient, launch
+from januslens.recordings import Recorded, load, save
 from januslens.results.activations import (
     Activations,
     ActivationsHeader,
@@ -286,6 +287,7 @@ __all__ = [
     "QuotaSpent",
     "QuotaViolation",
     "ReaderStalled",
+    "Recorded",
     "RequestStalled",
     "ResourceExhausted",
     "ResponseHook",
@@ -324,12 +326,14 @@ __all__ = [
     "head_knockouts",
     "knock_out_attention",
     "launch",
+    "load",
     "mean_over",
     "noise",
     "patch",
     "read_effects",
     "read_gradient",
     "read_trace",
+    "save",
     "scale",
     "set_value",
     "steer",
