@@ -210,6 +210,7 @@ def test_a_pod_has_memory_for_what_peers_can_make_the_server_store(
         + waiting * WINDOW_BYTES
         + AT_ONCE * RECEIVED_BYTES
         + settings.max_waiting * QUEUED_BYTES
+        + settings.max_unread
     )
     on_cpu = settings.row_cache + (settings.max_request_memory or 0)
     needed = PROCESS_BYTES + peers + (on_cpu if settings.device == "cpu" else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -89,6 +90,42 @@ def test_a_stalled_reader_is_aborted_with_the_reason(impatient: ServerProcess) -
     assert (answer.reason, answer.info.domain) == ("READER_STALLED", "januslens")
     assert answer.retry_after is None
     assert "not read for 2 s" in answer.text
+
+
+def test_unread_streams_beyond_the_limit_on_bytes_are_ended() -> None:
+    """Each holds megabytes, and would until stalled readers are aborted after 60 s."""
+    with (
+        running_server("--max-unread", "16MiB") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        calls = [started(channel, "Trace", long_trace(40)) for _ in range(8)]
+        server.wait_for("Trace ABORTED")
+        served_within(channel, seconds=60)
+        reasons = []
+        for call in calls:
+            with suppress(grpc.RpcError):
+                list(call)
+            if call.code() is not grpc.StatusCode.OK:
+                assert "not read" in refusal(call).text
+                reasons.append(refusal(call).reason)
+        # Further streams of a caller with so many unread bytes are refused.
+        assert "READER_STALLED" in reasons
+        assert set(reasons) <= {"READER_STALLED", "QUEUE_FULL"}
+        wait_until_idle(server)
+        assert "Traceback" not in server.log
+
+
+def served_within(channel: grpc.Channel, seconds: float) -> None:
+    """Repeat a short request until it is no longer refused."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            assert list(Stub(channel).Trace(SHORT))[-1].HasField("summary")
+        except grpc.RpcError:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        else:
+            return
 
 
 def test_a_stalled_reader_that_disconnects_logs_no_traceback(impatient: ServerProcess) -> None:

@@ -75,7 +75,7 @@ async def served(
     All requests are from `caller`, and count against `quotas`.
     """
     worker = DeviceWorker(max_waiting, translate, on_loss)
-    streams = DeviceStreams(worker, stall_seconds=60)
+    streams = DeviceStreams(worker, stall_seconds=60, max_unread=2**30)
     admission = Admission(limits, demo.paces, worker.fits_alone)
     quotas = quotas or QuotaBook()
     service = IntrospectionService(demo.registry, admission, streams, quotas=quotas)

@@ -222,6 +222,11 @@ class ServerSettings(BaseSettings):
     stall_seconds: float = _setting(
         60.0, "Abort a stream if the client reads nothing for this long.", "SECONDS", ge=0.1
     )
+    max_unread: Size = _setting(
+        "1GiB",
+        "Maximum size of results that callers have not read; above it, the slowest streams end.",
+        "SIZE",
+    )
     grace_seconds: float = _setting(
         30.0, "Time that running requests get to finish after SIGTERM.", "SECONDS", ge=0
     )

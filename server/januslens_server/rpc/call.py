@@ -99,6 +99,13 @@ class Call:
         self._queued = QueuedRequest(self.context.time_remaining(), self.caller, cost)
         return self._queued
 
+    @property
+    def queued(self) -> QueuedRequest:
+        """The record that `queued_request` created. Raises `LookupError` before that."""
+        if self._queued is None:
+            raise LookupError("the request is not in the queue; call queued_request first")
+        return self._queued
+
     def note(self, **fields: Any) -> None:
         """Add fields to the call's log line."""
         self._notes.update(fields)

@@ -16,6 +16,7 @@ from januslens_server import telemetry
 from januslens_server.errors import CancelCheck, ReaderStalled, RequestCancelled
 from januslens_server.rpc.call import Call, Context
 from januslens_server.rpc.places import ENCODING
+from januslens_server.rpc.unread import Unread, UnreadStream
 from januslens_server.rpc.wire import serialized
 from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
 from januslens_server.scheduling.worker import DeviceWorker
@@ -30,8 +31,13 @@ Run = Callable[[CancelCheck], Iterator[Result | None]]
 class DeviceStreams:
     """Submits pipelines to the device worker and passes their results to callers."""
 
-    def __init__(self, worker: DeviceWorker, stall_seconds: float) -> None:
-        """A stream whose caller reads nothing for `stall_seconds` is aborted."""
+    def __init__(self, worker: DeviceWorker, stall_seconds: float, max_unread: int) -> None:
+        """A stream whose caller reads nothing for `stall_seconds` is aborted.
+
+        Above `max_unread` bytes of results that are not read, the slowest streams are.
+        """
+        self._unread = Unread(max_unread)
+        self._open: dict[QueuedRequest, UnreadStream] = {}
         self._worker = worker
         self._stall_seconds = stall_seconds
         self._unfinished = 0
@@ -59,17 +65,20 @@ class DeviceStreams:
 
         `admitted` is awaited when the request is in the queue.
         """
-        buffer: ResultBuffer[Result] = ResultBuffer(BUFFER_BYTES, _bytes)
-        self._worker.submit(run, buffer, request)
-        self._count(1)
-        try:
-            await admitted()
-            async for result in buffer.items():
-                yield result
-        finally:
-            self._count(-1)
-            self._worker.withdraw(request)
-            buffer.abandon()
+        with self._unread.stream(request.caller) as stream:
+            buffer: ResultBuffer[Result] = ResultBuffer(BUFFER_BYTES, _bytes, stream.count)
+            self._worker.submit(run, buffer, request)
+            self._open[request] = stream
+            self._count(1)
+            try:
+                await admitted()
+                async for result in buffer.items():
+                    yield result
+            finally:
+                self._count(-1)
+                del self._open[request]
+                self._worker.withdraw(request)
+                buffer.abandon()
 
     def _count(self, change: int) -> None:
         self._unfinished += change
@@ -92,10 +101,16 @@ class DeviceStreams:
         async with aclosing(results):
             async for result in results:
                 work = partial(_serialized, encode, result)
-                for message in await ENCODING.run(call.request_id, work):
-                    with meter.message():
-                        await write_within(call.context, message, self._stall_seconds)
+                messages = await ENCODING.run(call.request_id, work)
+                stream = self._open[call.queued]
+                stream.count(sum(map(len, messages)))
+                for message in messages:
+                    with meter.message(), stream.writing():
+                        await write_within(
+                            call.context, message, self._stall_seconds, stream.evicted
+                        )
                     call.sent(len(message))
+                    stream.count(-len(message))
 
 
 class StreamMeter:
@@ -118,21 +133,34 @@ class StreamMeter:
             first.observe(time.perf_counter() - self._started)
 
 
-async def write_within(context: Context, message: bytes, seconds: float) -> None:
+async def write_within(
+    context: Context,
+    message: bytes,
+    seconds: float,
+    evicted: asyncio.Future[None] | None = None,
+) -> None:
     """Write one message of a stream.
 
-    Raises `ReaderStalled` if the caller does not take it within `seconds`, `RequestCancelled` if
-    the connection breaks.
+    Raises `ReaderStalled` if the caller does not take it within `seconds`, or before `evicted` is
+    done, and `RequestCancelled` if the connection breaks.
     """
     # `wait_for` does not work here: if a blocked write is cancelled, it raises an error of its own,
     # which would replace the cancellation.
     write = asyncio.ensure_future(context.write(message))
+    awaited = {write} if evicted is None else {write, evicted}
     try:
-        finished, _ = await asyncio.wait({write}, timeout=seconds)
+        finished, _ = await asyncio.wait(
+            awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+        )
     finally:
         write.cancel()  # has no effect on a finished write
         write.add_done_callback(_forget)
-    if not finished:
+    if write not in finished and evicted in finished:
+        raise ReaderStalled(
+            "too many results are not read (--max-unread); the slowest streams were ended; read "
+            "faster, or request fewer layers, positions or vectors"
+        )
+    if write not in finished:
         raise ReaderStalled(
             f"the stream was not read for {seconds:g} s; read faster, or request fewer layers, "
             "positions or vectors"

@@ -74,11 +74,18 @@ T = TypeVar("T")
 class ResultBuffer(Generic[T]):
     """Results that have been computed but not read yet, with a limit on their bytes."""
 
-    def __init__(self, limit: int, size: Callable[[T], int]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        size: Callable[[T], int],
+        count: Callable[[int], None] = lambda _change: None,
+    ) -> None:
         """Limit the results to about `limit` bytes, as `size` counts them.
 
-        Must be created in the reader's event loop.
+        `count` is called in the reader's event loop with every change of the bytes that wait. The
+        buffer must be created in that loop.
         """
+        self._count = count
         self._loop = asyncio.get_running_loop()
         self._items: asyncio.Queue[tuple[T, int] | None] = asyncio.Queue()
         self._size = size
@@ -110,7 +117,12 @@ class ResultBuffer(Generic[T]):
         # A closed loop raises RuntimeError. It has no reader any more, because the server has
         # ended.
         with suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._items.put_nowait, entry)
+            self._loop.call_soon_threadsafe(self._arrive, entry)
+
+    def _arrive(self, entry: tuple[T, int] | None) -> None:
+        if entry is not None and not self._abandoned:
+            self._count(entry[1])
+        self._items.put_nowait(entry)
 
     def when_drained(self, resume: Callable[[], None]) -> bool:
         """If full, return True and call `resume` when there is room. For the producer."""
@@ -143,6 +155,7 @@ class ResultBuffer(Generic[T]):
         self._resume()
 
     def _release(self, size: int) -> None:
+        self._count(-size)
         with self._lock:
             self._held -= size
             room = self._held < self._limit

@@ -84,7 +84,7 @@ class Assembly:
         self._worker = DeviceWorker(settings.max_waiting, service_error, lost, self._free_memory)
         gauges.show_requests(lambda: self._worker.waiting, lambda: self._worker.in_flight)
         gauges.show_memory(settings.device)
-        self._streams = DeviceStreams(self._worker, settings.stall_seconds)
+        self._streams = DeviceStreams(self._worker, settings.stall_seconds, settings.max_unread)
         paces: dict[str, Pace] = {}
         check = check_with(paces, index_neurons=settings.index_neurons)
         self.registry = Registry(sources(settings), check, self._observe)
