@@ -281,7 +281,7 @@ def test_server_errors_are_shown(live: Page) -> None:
     answer, _ = panel(live)
     state(answer, "failed")
     expect(answer.get_by_role("status").first).to_contain_text(
-        "demo has no layer 99; expected 0 to 3"
+        "demo has no layer 99; expected -4 to 3"
     )
 
 
