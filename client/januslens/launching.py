@@ -78,8 +78,9 @@ def launch(
     The server needs the extra `server`: `pip install 'januslens[server]'`.
 
     Args:
-        models: Models to serve, each a folder, a hub id, `HUB_ID@REVISION` or `NAME=` and one of
-            these; the default name is the last part of the path. None = the embedded demo model.
+        models: Models to serve, each a folder, a GGUF file, a hub id, `HUB_ID@REVISION` or `NAME=`
+            and one of these; the default name is the last part of the path. Without any, the
+            embedded demo model is served.
         timeout: Maximum seconds until all models are loaded.
         progress: Called with a line of text at each step; None = report nothing. The default
             prints to standard error.
@@ -141,8 +142,8 @@ def _model_flags(models: tuple[str | Path, ...]) -> list[str]:
 
 
 def _default_name(model: str) -> str:
-    """Return the last part of a path or hub id, without its revision."""
-    return Path(model.partition("@")[0]).resolve().name
+    """Return the last part of a path or hub id, without its revision and `.gguf`."""
+    return Path(model.partition("@")[0]).resolve().name.removesuffix(".gguf")
 
 
 def _setting_flags(settings: dict[str, object]) -> list[str]:

@@ -118,10 +118,10 @@ def test_config_that_is_not_json_is_refused(source: ModelSource) -> None:
     assert "not a valid JSON file" in refusal(source)
 
 
-def test_folder_with_only_a_gguf_file_names_the_conversion(source: ModelSource) -> None:
+def test_folder_with_only_a_gguf_file_says_how_to_serve_it(source: ModelSource) -> None:
     folder = Path(source.location)
     (folder / "config.json").rename(folder / "weights.gguf")
-    assert "'weights.gguf' is a GGUF file: convert it to safetensors" in refusal(source)
+    assert "to serve the GGUF file 'weights.gguf', add its name to the path" in refusal(source)
 
 
 def without_file(folder: Path) -> str:
@@ -241,10 +241,6 @@ def test_path_without_a_folder_is_refused_without_asking_the_hub(
 
     monkeypatch.setattr("januslens_server.models.loader.snapshot_download", asked)
     assert f"{location}: the folder does not exist" in refusal(ModelSource("absent", location))
-
-
-def test_gguf_file_is_refused_with_the_conversion() -> None:
-    assert "convert the file to a folder with safetensors" in refusal(ModelSource("a", "a.gguf"))
 
 
 def test_unavailable_device_is_refused(source: ModelSource) -> None:

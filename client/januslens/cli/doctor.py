@@ -44,8 +44,9 @@ _EXTRAS = ("server", "cli", "ui", "analysis", "otel")
 def doctor(models: tuple[str, ...], device: str | None, timeout: float) -> int:
     """Check this installation, its devices, and whether models can be served.
 
-    MODEL is a folder, a hub id, HUB_ID@REVISION, or NAME= and one of these. Each one is loaded and
-    checked by a server that ends afterwards. The exit status is 1 if something is wrong.
+    MODEL is a folder, a GGUF file, a hub id, HUB_ID@REVISION, or NAME= and one of these. Each one
+    is loaded and checked by a server that ends afterwards. The exit status is 1 if something is
+    wrong.
     """
     out = console()
     out.print(

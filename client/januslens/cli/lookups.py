@@ -79,12 +79,19 @@ def models_table(models: Sequence[Model]) -> Table:
             Text(model.name),
             Text(model.state, _STATE_STYLES.get(model.state, "")),
             Text(provenance.architecture),
-            Text(f"{provenance.data_type} on {provenance.device}" if model.ready else ""),
+            Text(_weights(model)),
             Text(provenance.revision[:8]),
             *(Text(str(size)) if size else Text("") for size in _sizes(model)),
             _checks(model),
         )
     return grid
+
+
+def _weights(model: Model) -> str:
+    """The data type and device of the weights, and how the checkpoint stores them if quantised."""
+    provenance = model.provenance
+    stored = f", from {provenance.quantization}" if provenance.quantization else ""
+    return f"{provenance.data_type} on {provenance.device}{stored}" if model.ready else ""
 
 
 def _sizes(model: Model) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ class Provenance:
         device: Device of the weights.
         attention: The attention implementation.
         versions: Versions of the libraries, by name.
+        quantization: How the checkpoint stores quantised weights, e.g. `GGUF Q4_K, Q6_K`; empty if
+            it has none. The numbers are exact for the dequantised weights.
     """
 
     model: str
@@ -30,6 +32,7 @@ class Provenance:
     device: str
     attention: str
     versions: Mapping[str, str]
+    quantization: str = ""
 
     @classmethod
     def from_message(cls, message: common_pb2.Provenance) -> Provenance:
@@ -41,6 +44,7 @@ class Provenance:
             data_type=message.data_type,
             device=message.device,
             attention=message.attention,
+            quantization=message.quantization,
             versions=dict(message.versions),
         )
 

@@ -388,6 +388,7 @@ class Provenance(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     ATTENTION_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model on the server."""
     revision: _builtins.str
@@ -400,6 +401,10 @@ class Provenance(_message.Message):
     """Device that runs the model, for example `cpu` or `cuda:0`."""
     attention: _builtins.str
     """Attention implementation, for example `sdpa`."""
+    quantization: _builtins.str
+    """How the checkpoint stores quantised weights, for example `GGUF Q4_K, Q6_K`; empty if it has
+    none. They are dequantised at load, and all numbers are exact for the dequantised weights.
+    """
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Versions of the libraries that affect the numbers, by name: torch, transformers, januslens."""
@@ -414,10 +419,11 @@ class Provenance(_message.Message):
         device: _builtins.str = ...,
         attention: _builtins.str = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        quantization: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "data_type", b"data_type", "device", b"device", "model", b"model", "revision", b"revision", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "data_type", b"data_type", "device", b"device", "model", b"model", "quantization", b"quantization", "revision", b"revision", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Load a model from a local folder or the hub: safetensors only, no remote code."""
+"""Load a model from a folder, a GGUF file or the hub: no pickles, no remote code."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ from januslens_server.errors import ModelFailed, shortlist
 from januslens_server.lens.head import CHUNK_BYTES
 from januslens_server.models.adapters import view_of
 from januslens_server.models.failures import check_weights
+from januslens_server.models.gguf_file import (
+    GGUFHeader,
+    read_configuration,
+    read_header,
+    read_weights,
+)
+from januslens_server.models.gguf_tokenizer import read_gguf_vocabulary
 from januslens_server.models.matrices import loaded_vectors
 from januslens_server.models.placement import (
     AUTO,
@@ -47,6 +54,7 @@ from januslens_server.models.placement import (
 )
 from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
+from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.models.tokenizer_files import read_vocabulary
 from januslens_server.models.vetting import (
     ADAPTER,
@@ -120,13 +128,13 @@ def load(source: ModelSource) -> ResidentModel:
     """Load a model: its weights, tokenizer and view.
 
     Raises:
-        ModelFailed: The model is missing, broken, quantised, not in safetensors, not a causal
+        ModelFailed: The model is missing, broken, in another format, not a causal
             language model, too large, or of an unknown structure. The error has one line.
     """
     try:
         checkpoint = open_checkpoint(source.location, source.revision)
         network = _network(source, checkpoint)
-        vocabulary = read_vocabulary(checkpoint.folder)
+        vocabulary = _vocabulary(checkpoint)
         with loaded_vectors(network):
             view = view_of(network)
         check_facts(view.facts)
@@ -146,14 +154,21 @@ def load(source: ModelSource) -> ResidentModel:
         provenance=_provenance(source, checkpoint, network),
         cache=source.cache,
         row_cache_bytes=source.row_cache_bytes,
-        end_ids=_end_ids(checkpoint.folder, network),
+        end_ids=_end_ids(checkpoint, network),
     )
 
 
-def _end_ids(folder: Path, network: PreTrainedModel) -> frozenset[int]:
+def _vocabulary(checkpoint: Checkpoint) -> Vocabulary:
+    if checkpoint.gguf is not None:
+        return read_gguf_vocabulary(checkpoint.gguf)
+    return read_vocabulary(checkpoint.folder)
+
+
+def _end_ids(checkpoint: Checkpoint, network: PreTrainedModel) -> frozenset[int]:
     """Return the ids of `eos_token_id` in generation_config.json, or else in the configuration."""
-    file = folder / "generation_config.json"
-    found = read_json(file).get("eos_token_id") if file.is_file() else None
+    file = checkpoint.folder / "generation_config.json"
+    described = checkpoint.gguf is None and file.is_file()
+    found = read_json(file).get("eos_token_id") if described else None
     if found is None:
         found = getattr(network.config.get_text_config(), "eos_token_id", None)
     listed = found if isinstance(found, list) else [found]
@@ -165,7 +180,8 @@ class Checkpoint:
     """A model folder that passed all checks.
 
     `commit` is None unless the folder is a download from the hub. `weight_files` are names in the
-    folder, `stored` is the number of values of each tensor in them.
+    folder, `stored` is the number of values of each tensor in them. `gguf` is the header of the
+    single weights file if it is in this format.
     """
 
     folder: Path
@@ -173,6 +189,7 @@ class Checkpoint:
     commit: str | None
     weight_files: tuple[str, ...]
     stored: Mapping[str, int]
+    gguf: GGUFHeader | None = None
 
 
 def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
@@ -184,13 +201,13 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     local = Path(location).expanduser()
     is_local = local.is_dir()
     if local.suffix == ".gguf":
-        raise ModelFailed("GGUF files are not read; convert the file to a folder with safetensors")
+        return _open_gguf(local)
     if not is_local and location.startswith((".", "/", "~")):  # a path, not a hub id
         raise ModelFailed("the folder does not exist; expected a model folder with config.json")
     folder = local if is_local else _fetched(location, revision, DESCRIPTIONS)
     if not (folder / "config.json").is_file():
         files = sorted(path.name for path in folder.glob("*.gguf"))
-        advice = f"; {files[0]!r} is a GGUF file: convert it to safetensors" if files else ""
+        advice = f"; to serve the GGUF file {files[0]!r}, add its name to the path" if files else ""
         raise ModelFailed(
             f"config.json is missing: expected a model folder of transformers{advice}"
         )
@@ -209,6 +226,13 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     for name in names:
         stored |= _read_header(folder, name)
     return Checkpoint(folder, config, None if is_local else folder.name, tuple(names), stored)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    header = read_header(path)
+    config = read_configuration(header)
+    stored = {tensor.name: tensor.size for tensor in header.tensors.values()}
+    return Checkpoint(path.parent, config, None, (path.name,), stored, header)
 
 
 def _fetched(location: str, revision: str | None, files: Sequence[str]) -> Path:
@@ -292,14 +316,21 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
 def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
     """Load the model, frozen and in evaluation mode."""
     data_type = _data_type(source, checkpoint)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
+    skeleton = _skeleton(checkpoint, data_type)
+    device_map = _device_map(source, skeleton)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": checkpoint.folder}
+    if (header := checkpoint.gguf) is not None:
+        n_layers = checkpoint.config.num_hidden_layers
+        weights = read_weights(header, skeleton, n_layers, data_type)
+        where = {"pretrained_model_name_or_path": None, "state_dict": weights}
+    loaded: Any = type(skeleton).from_pretrained(
+        **where,
         config=checkpoint.config,
         generation_config=GenerationConfig(),  # the folder's is not read
         trust_remote_code=False,
         local_files_only=True,
         dtype=data_type,
-        device_map=_device_map(source, checkpoint, data_type),
+        device_map=device_map,
         offload_folder=None if source.offload_dir is None else source.offload_dir / source.name,
         use_safetensors=True,
         ignore_mismatched_sizes=True,  # refused below, with one line
@@ -348,14 +379,19 @@ def _unused(network: PreTrainedModel, keys: Iterable[str]) -> list[str]:
     return sorted(key for key in keys if not ignorable(key))
 
 
-def _device_map(source: ModelSource, checkpoint: Checkpoint, data_type: torch.dtype) -> DeviceMap:
+def _skeleton(checkpoint: Checkpoint, data_type: torch.dtype) -> Any:
+    """Build the model on the meta device, after checking that the weights fit it."""
+    with torch.device("meta"), limited_construction(len(checkpoint.stored)):
+        skeleton: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=data_type)
+    check_sizes(skeleton, checkpoint.stored)
+    return skeleton
+
+
+def _device_map(source: ModelSource, skeleton: Any) -> DeviceMap:
     """Choose devices for the weights before reading them.
 
     Raises `ModelFailed` if they fit nowhere.
     """
-    with torch.device("meta"), limited_construction(len(checkpoint.stored)):
-        skeleton: Any = AutoModelForCausalLM.from_config(checkpoint.config, dtype=data_type)
-    check_sizes(skeleton, checkpoint.stored)
     need = memory_needed(skeleton, source.chunk_bytes, source.row_cache_bytes)
     device_map = place(skeleton, need, source.device, source.limits, source.offload_dir)
     devices = list(dict.fromkeys(str(device) for device in device_map.values()))
@@ -383,6 +419,7 @@ def _provenance(
         architecture=type(network).__name__,
         data_type=str(network.dtype).removeprefix("torch."),
         device=devices_of(network),
+        quantization="" if checkpoint.gguf is None else checkpoint.gguf.quantization,
         attention=str(network.config._attn_implementation),  # noqa: SLF001 - no public reader
         versions={
             "januslens": _own_version(),

@@ -151,6 +151,7 @@ class Provenance:
     device: str
     attention: str
     versions: Mapping[str, str]
+    quantization: str = ""
 
 
 @dataclass(frozen=True)

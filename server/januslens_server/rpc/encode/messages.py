@@ -228,6 +228,7 @@ def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
         data_type=provenance.data_type,
         device=provenance.device,
         attention=provenance.attention,
+        quantization=provenance.quantization,
         versions=provenance.versions,
     )
 

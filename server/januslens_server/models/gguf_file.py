@@ -1,0 +1,359 @@
+"""Read the header of a GGUF file, and refuse a file that transformers would read inexactly.
+
+A GGUF file holds metadata, the tensors' names, shapes and types, and their values, mostly
+quantised (github.com/ggml-org/ggml, docs/gguf.md). The header is read here, within limits, because
+the `gguf` library trusts all sizes in the file. The library dequantises the values. Metadata and
+tensors that this module does not know may change the numbers, so a file with them is refused.
+transformers' own reader ignores them.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from januslens_server.errors import ModelFailed, shortlist
+from januslens_server.models.vetting import MAX_TENSORS, MIB, check_keys
+
+MAGIC, VERSIONS = b"GGUF", (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_KEYS, MAX_NAME, MAX_TEXT, MAX_DIMENSIONS = 10_000, 1024, MIB, 4
+# Bytes of the header, and entries of all of its arrays. Gemma 3's have 6 MiB and 786,000.
+MAX_HEADER, MAX_ARRAY_ENTRIES = 128 * MIB, 2_000_000
+
+# The formats of metadata values by type number; 8 is a string and 9 an array.
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+
+# Architectures whose files are read, and transformers' name of each.
+FAMILIES = {
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+# Attributes of transformers' configuration by metadata key, without the architecture before it.
+# A key that is not listed may change the numbers, so it is refused.
+ATTRIBUTES = {
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attention.value_length": "head_dim",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.dimension_count": "head_dim",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+REQUIRED = {"block_count", "context_length", "embedding_length", "attention.head_count"}
+UNEMBEDDING = "output.weight"
+TRANSPOSED = re.compile(r"(attn_qkv|attn_output|ffn_up|ffn_down)\.weight$")
+ADVICE = "serve the folder with safetensors that it was made from"
+# Gemma models of these numbers of layers divide scores by another width than a head's, which their
+# files do not say.
+UNUSUAL_SCALE = {"gemma2": 46, "gemma3": 62}
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the file: `n_bytes` bytes from `start`, of a type such as `Q4_K`."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    start: int
+    n_bytes: int
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """The metadata and tensors of a GGUF file."""
+
+    path: Path
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def architecture(self) -> str:
+        """The architecture's name in the file."""
+        return str(self.metadata.get("general.architecture"))
+
+    @property
+    def quantization(self) -> str:
+        """The types of quantised tensors, such as `GGUF Q4_K, Q6_K`; empty if there are none."""
+        kinds = sorted({tensor.kind for tensor in self.tensors.values()} - {"F32", "F16", "BF16"})
+        return f"GGUF {', '.join(kinds)}" if kinds else ""
+
+
+def read_header(path: Path) -> GGUFHeader:
+    """Read and check the header of a GGUF file.
+
+    Raises:
+        ModelFailed: The file is not GGUF, is cut, or gives sizes that are too large.
+    """
+    if not path.is_file():
+        raise ModelFailed("the file does not exist; expected a GGUF file")
+    size = path.stat().st_size
+    if size < 24:
+        raise ModelFailed(f"the file has {size} bytes; expected a GGUF file")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return _Reader(path, content).header()
+
+
+class _Reader:
+    """A position in a GGUF file, which moves over its header."""
+
+    def __init__(self, path: Path, content: mmap.mmap) -> None:
+        self._path, self._content, self._at = path, content, 0
+        self._entries = 0
+
+    def header(self) -> GGUFHeader:
+        if self._take(4) != MAGIC:
+            raise ModelFailed("the file does not begin with GGUF; expected a GGUF file")
+        version = self._number("I")
+        if version not in VERSIONS:
+            raise ModelFailed(f"GGUF version {version} is not read; expected 2 or 3")
+        n_tensors = self._count("Q", MAX_TENSORS, "tensors")
+        n_keys = self._count("Q", MAX_KEYS, "metadata keys")
+        metadata = {}
+        for _ in range(n_keys):
+            key = self._text(MAX_NAME)
+            metadata[key] = self._value(self._number("I"))
+        listed = [self._tensor() for _ in range(n_tensors)]
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if not isinstance(alignment, int) or not 1 <= alignment <= 2**16:
+            raise ModelFailed(f"invalid general.alignment {alignment!r}; expected 1 to 65536")
+        data = -(-self._at // alignment) * alignment
+        tensors = {t.name: replace(t, start=data + t.start) for t in listed}
+        if len(tensors) != n_tensors:
+            raise ModelFailed("the file names a tensor twice")
+        end = max((tensor.start + tensor.n_bytes for tensor in tensors.values()), default=0)
+        if end > len(self._content):
+            raise ModelFailed(f"the file is cut: expected {end} bytes, got {len(self._content)}")
+        return GGUFHeader(self._path, metadata, tensors)
+
+    def _take(self, count: int) -> bytes:
+        if self._at + count > len(self._content):
+            raise ModelFailed(f"the file is cut: its header does not end in {self._at} bytes")
+        self._at += count
+        if self._at > MAX_HEADER:
+            raise ModelFailed(
+                f"the file's header is too large; expected at most {MAX_HEADER} bytes"
+            )
+        return self._content[self._at - count : self._at]
+
+    def _number(self, form: str) -> Any:
+        return struct.unpack(f"<{form}", self._take(struct.calcsize(f"<{form}")))[0]
+
+    def _count(self, form: str, limit: int, what: str) -> int:
+        found: int = self._number(form)
+        if found > limit:
+            raise ModelFailed(f"the file has {found} {what}; expected at most {limit}")
+        return found
+
+    def _text(self, limit: int) -> str:
+        length = self._count("Q", limit, "bytes in a text")
+        try:
+            return self._take(length).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelFailed("a text in the file's header is not UTF-8") from error
+
+    def _value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self._text(MAX_TEXT)
+        if kind == ARRAY:
+            item = self._number("I")
+            count = self._count("Q", MAX_ARRAY_ENTRIES - self._entries, "entries in its arrays")
+            self._entries += count
+            if item == STRING:
+                return [self._text(MAX_TEXT) for _ in range(count)]
+            form = self._form(item)
+            width = struct.calcsize(f"<{form}")
+            return list(struct.unpack(f"<{count}{form}", self._take(count * width)))
+        return self._number(self._form(kind))
+
+    def _form(self, kind: int) -> str:
+        if kind not in SCALARS:
+            raise ModelFailed(f"a metadata value has the unknown type {kind}")
+        return SCALARS[kind]
+
+    def _tensor(self) -> StoredTensor:
+        """Read one entry of the list of tensors; its start counts from the first tensor's."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # noqa: PLC0415 - optional
+
+        name = self._text(MAX_NAME)
+        rank = self._count("I", MAX_DIMENSIONS, "dimensions of a tensor")
+        shape = tuple(self._number("Q") for _ in range(rank))
+        number, offset = self._number("I"), self._number("Q")
+        try:
+            kind = GGMLQuantizationType(number)
+        except ValueError as error:
+            raise ModelFailed(f"tensor {name!r} has the unknown type {number}") from error
+        block, width = GGML_QUANT_SIZES[kind]
+        values = math.prod(shape)
+        if shape and shape[0] % block:
+            raise ModelFailed(
+                f"tensor {name!r} has rows of {shape[0]}; expected a multiple of {block}"
+            )
+        return StoredTensor(name, shape, kind.name, offset, values // block * width)
+
+
+def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
+    """Build transformers' configuration from the metadata.
+
+    Raises:
+        ModelFailed: The architecture is not read, or a setting has no counterpart.
+    """
+    family, settings = header.architecture, _settings(header)
+    described: dict[str, Any] = {ATTRIBUTES[key]: value for key, value in settings.items()}
+    described["tie_word_embeddings"] = UNEMBEDDING not in header.tensors
+    if "token_embd.weight" in header.tensors:
+        described["vocab_size"] = header.tensors["token_embd.weight"].shape[-1]
+    if family == "gpt2":
+        described["n_inner"] = described.pop("intermediate_size", None)
+    if family in UNUSUAL_SCALE:
+        width = described["hidden_size"] // max(1, described["num_attention_heads"])
+        described["query_pre_attn_scalar"] = described.get("head_dim", width)
+    end = header.metadata.get("tokenizer.ggml.eos_token_id")
+    check_keys(header.path.name, described)
+    config: Any = CONFIG_MAPPING[FAMILIES[family]](  # type: ignore[call-arg]  # any of its class
+        eos_token_id=end, bos_token_id=None, **described
+    )
+    for key, value in settings.items():
+        _check_setting(key, value, ATTRIBUTES[key], config)
+    checked: PreTrainedConfig = config
+    return checked
+
+
+def _settings(header: GGUFHeader) -> dict[str, float]:
+    """Return the settings of the architecture, all of which are known."""
+    family = header.architecture
+    if family not in FAMILIES:
+        raise ModelFailed(
+            f"GGUF files of architecture {family!r} are not read; expected one of "
+            f"{', '.join(sorted(FAMILIES))}, or a folder with safetensors"
+        )
+    settings = {
+        key.removeprefix(f"{family}."): value
+        for key, value in header.metadata.items()
+        if key.startswith(f"{family}.")
+    }
+    if unknown := sorted(settings.keys() - ATTRIBUTES.keys()):
+        raise ModelFailed(
+            f"the file has settings that are not read: {shortlist(unknown)}; {ADVICE}"
+        )
+    if missing := sorted(REQUIRED - settings.keys()):
+        raise ModelFailed(f"the file lacks the settings {shortlist(missing)}")
+    for key, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ModelFailed(f"invalid setting {key} {value!r}; expected a number")
+    if UNUSUAL_SCALE.get(family) == settings["block_count"]:
+        raise ModelFailed(
+            f"{family} of this size scales its attention as no setting says; {ADVICE}"
+        )
+    return settings
+
+
+def _check_setting(key: str, value: float, attribute: str, config: Any) -> None:
+    """Refuse a setting that transformers does not apply."""
+    if attribute == "rope_theta":
+        rotary = config.rope_parameters
+        found = rotary.get("full_attention", rotary).get("rope_theta")
+    elif attribute == "head_dim":
+        width = config.hidden_size // config.num_attention_heads
+        found = getattr(config, "head_dim", None) or width
+    elif attribute == "intermediate_size" and config.model_type == "gpt2":
+        found = config.n_inner
+    else:
+        found = getattr(config, attribute, None)
+    if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=TOLERANCE):
+        raise ModelFailed(
+            f"the file has {key} {value!r}, but transformers uses {attribute} {found!r}; {ADVICE}"
+        )
+
+
+def read_weights(
+    header: GGUFHeader, skeleton: nn.Module, n_layers: int, data_type: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Read all tensors, dequantised to float32 and then converted to `data_type`.
+
+    `skeleton` is the model on the meta device; its parameters get their names in the file from the
+    `gguf` library.
+
+    Raises:
+        ModelFailed: The file has tensors that are no parameters of the model.
+    """
+    import gguf  # noqa: PLC0415 - optional
+
+    family = header.architecture
+    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
+    names = gguf.get_tensor_name_map(kind, n_layers)
+    parameters = {}
+    for parameter in skeleton.state_dict():
+        stem, _, suffix = parameter.rpartition(".")
+        stored = names.get_name(stem)
+        if stored is not None:
+            parameters[f"{stored}.{suffix}"] = parameter
+    if unused := sorted(header.tensors.keys() - parameters.keys()):
+        raise ModelFailed(f"the file has tensors that are not read: {shortlist(unused)}; {ADVICE}")
+    content = np.memmap(header.path, np.uint8, "r")
+    weights = {}
+    for tensor in header.tensors.values():
+        stored_bytes = content[tensor.start : tensor.start + tensor.n_bytes]
+        rows = stored_bytes.reshape(-1, tensor.n_bytes // max(1, math.prod(tensor.shape[1:])))
+        type_number = gguf.GGMLQuantizationType[tensor.kind]
+        try:
+            found = gguf.dequantize(rows, type_number)
+        except NotImplementedError as error:
+            raise ModelFailed(f"tensors of type {tensor.kind} are not read; {ADVICE}") from error
+        # The first size in the file is that of the last dimension.
+        values = torch.from_numpy(np.array(found, np.float32)).reshape(tensor.shape[::-1])
+        weights[parameters[tensor.name]] = _restored(family, tensor.name, values, header).to(
+            data_type
+        )
+    return weights
+
+
+def _restored(family: str, name: str, values: torch.Tensor, header: GGUFHeader) -> torch.Tensor:
+    """Undo what the conversion to GGUF did to a tensor.
+
+    Llama's queries and keys are stored with neighbouring rows rotated together instead of halves,
+    GPT-2's maps transposed, and Gemma's norms with the 1 that the model adds.
+    """
+    if family == "llama" and (".attn_q." in name or ".attn_k." in name):
+        n_heads = header.metadata["llama.attention.head_count"]
+        if ".attn_k." in name:
+            n_heads = header.metadata.get("llama.attention.head_count_kv", n_heads)
+        pairs = values.reshape(n_heads, -1, 2, *values.shape[1:])
+        return pairs.transpose(1, 2).reshape(values.shape).contiguous()
+    if family == "gpt2" and TRANSPOSED.search(name):
+        return values.T.contiguous()
+    if family in UNUSUAL_SCALE and name.endswith("norm.weight"):
+        return values - 1
+    return values

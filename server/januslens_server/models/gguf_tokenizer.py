@@ -1,0 +1,211 @@
+"""Build the tokenizer that a GGUF file describes, exactly or not at all.
+
+The metadata has the tokens with their types, and the merges (byte-level BPE) or scores
+(SentencePiece) of the model. How texts are split before that is only named, in
+`tokenizer.ggml.pre`; `SPLITS` has the names whose published tokenizers are known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any
+
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
+
+from januslens_server.errors import ModelFailed
+from januslens_server.models.chat import MAX_TEMPLATE, ChatTemplate
+from januslens_server.models.gguf_file import GGUFHeader
+from januslens_server.models.tokenizer import Vocabulary, reported_failures
+
+SPACE = "▁"
+
+# Contractions, words with at most one character before them, and the rest, as Llama 3 and Qwen 2
+# split texts. They differ in the number of digits that stay together.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}"
+    r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class _Type(IntEnum):
+    """Types of tokens in `tokenizer.ggml.token_type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+def _bytes_after(*steps: pre_tokenizers.PreTokenizer, split: bool) -> pre_tokenizers.PreTokenizer:
+    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)
+    return pre_tokenizers.Sequence([*steps, last]) if steps else last
+
+
+def _words(digits: str) -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Split(Regex(_WORDS.format(digits=digits)), "isolated")
+
+
+# The pre-tokenizers of byte-level BPE by the name in `tokenizer.ggml.pre`.
+SPLITS: Mapping[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+    "gpt-2": lambda: _bytes_after(split=True),
+    "smollm": lambda: _bytes_after(pre_tokenizers.Digits(individual_digits=True), split=True),
+    "llama-bpe": lambda: _bytes_after(_words("{1,3}"), split=False),
+    "qwen2": lambda: _bytes_after(_words(""), split=False),
+}
+# Tokenizers that look a whole word up before they merge its bytes.
+WHOLE_WORDS = {"llama-bpe"}
+COMPOSED = {"qwen2"}  # texts are in Unicode's composed form (NFC)
+
+
+def read_gguf_vocabulary(header: GGUFHeader) -> Vocabulary:
+    """Build the tokenizer and the chat template from the metadata of a GGUF file.
+
+    Raises:
+        ModelFailed: The file has no tokenizer, or one that is not known exactly.
+    """
+    described = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in header.metadata.items()
+        if key.startswith("tokenizer.ggml.")
+    }
+    tokens = _listed(described, "tokens", str)
+    types = _listed(described, "token_type", int)
+    if not tokens or len(tokens) != len(types):
+        raise ModelFailed("the file has no tokenizer: expected tokens with their types")
+    if len(set(tokens)) != len(tokens):
+        raise ModelFailed("the file's tokenizer has a token twice")
+    kind = described.get("model")
+    builders = {"gpt2": _byte_level, "llama": _sentence_piece}
+    if kind not in builders:
+        raise ModelFailed(
+            f"the file's tokenizer {kind!r} is not read; expected {' or '.join(builders)}"
+        )
+    with reported_failures():
+        tokenizer = builders[kind](tokens, types, described)
+        _add_tokens(tokenizer, tokens, types)
+        names = {
+            name: _token_at(tokens, described.get(f"{key}_token_id"), key)
+            for name, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"))
+        }
+        bos = names["bos_token"]
+        # SentencePiece's tokenizers begin texts with BOS unless the file says otherwise.
+        if described.get("add_bos_token", kind == "llama") and bos is not None:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
+            )
+        variables = {name: text for name, text in names.items() if text is not None}
+        return Vocabulary(tokenizer, (), _template(header, variables), bos)
+
+
+def _listed(described: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """Return a list whose items are of one kind; an empty list if there is none."""
+    found = described.get(key)
+    usable = isinstance(found, list) and all(isinstance(item, kind) for item in found)
+    return found if isinstance(found, list) and usable else []
+
+
+def _token_at(tokens: Sequence[str], token_id: object, name: str) -> str | None:
+    if token_id is None:
+        return None
+    if isinstance(token_id, int) and 0 <= token_id < len(tokens):
+        return tokens[token_id]
+    raise ModelFailed(f"invalid {name}_token_id {token_id!r}; expected 0 to {len(tokens) - 1}")
+
+
+def _template(header: GGUFHeader, variables: Mapping[str, str]) -> ChatTemplate:
+    source = header.metadata.get("tokenizer.chat_template")
+    if source is not None and not (isinstance(source, str) and len(source) <= MAX_TEMPLATE):
+        raise ModelFailed(f"invalid chat template; expected at most {MAX_TEMPLATE} characters")
+    return ChatTemplate(source, variables)
+
+
+def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
+    """Mark control tokens as special, and keep control and user-defined tokens whole in texts."""
+    added = [
+        AddedToken(text, normalized=False, special=kind == _Type.CONTROL)
+        for text, kind in zip(tokens, types, strict=True)
+        if kind in {_Type.CONTROL, _Type.USER_DEFINED}
+    ]
+    tokenizer.add_tokens(added)
+    if tokenizer.get_vocab_size() != len(tokens):
+        raise ModelFailed("the file's tokenizer adds tokens that are not in its vocabulary")
+
+
+def _byte_level(
+    tokens: Sequence[str], _types: Sequence[int], described: Mapping[str, Any]
+) -> Tokenizer:
+    """Build a byte-level BPE like GPT-2's."""
+    merges, split = _listed(described, "merges", str), described.get("pre")
+    if not isinstance(split, str) or split not in SPLITS:
+        raise ModelFailed(
+            f"the file's tokenizer splits texts as {split!r}, which is not known; expected one of "
+            f"{', '.join(SPLITS)}; serve the folder with tokenizer.json that it was made from"
+        )
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ModelFailed("the file's tokenizer has a merge that is not a pair of tokens")
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={text: i for i, text in enumerate(tokens)},
+            merges=pairs,
+            ignore_merges=split in WHOLE_WORDS,
+        )
+    )
+    if split in COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = SPLITS[split]()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentence_piece(
+    tokens: Sequence[str], types: Sequence[int], described: Mapping[str, Any]
+) -> Tokenizer:
+    """Build SentencePiece's BPE, whose merges follow from the scores of the tokens.
+
+    SentencePiece merges the adjacent pair whose union has the highest score, the leftmost first.
+    """
+    scores = _listed(described, "scores", float)
+    if len(scores) != len(tokens):
+        raise ModelFailed("the file's tokenizer has no scores")
+    if described.get("remove_extra_whitespaces") or described.get("precompiled_charsmap"):
+        raise ModelFailed("the file's tokenizer changes texts before it splits them; not read")
+    pieces = {
+        text: scores[i]
+        for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in {_Type.NORMAL, _Type.USER_DEFINED}
+    }
+    merges: list[tuple[float, tuple[str, str]]] = []
+    for text, score in pieces.items():
+        splits = [(text[:i], text[i:]) for i in range(1, len(text))]
+        merges += [(score, pair) for pair in splits if pair[0] in pieces and pair[1] in pieces]
+    merges.sort(key=lambda merge: -merge[0])
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={text: i for i, text in enumerate(tokens)},
+            merges=[pair for _, pair in merges],
+            unk_token=_token_at(tokens, described.get("unknown_token_id"), "unknown"),
+            fuse_unk=True,
+            byte_fallback=_Type.BYTE in types,
+        )
+    )
+    prefixed = described.get("add_space_prefix", True)
+    replaced = normalizers.Replace(" ", SPACE)
+    prepended = [normalizers.Prepend(SPACE)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*prepended, replaced])
+    stripped = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, *stripped])
+    return tokenizer
