@@ -121,12 +121,12 @@ def rank(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
-def probability_bar(value: float | None) -> Child:
+def probability_bar(value: float | None, logarithm: float | None = None) -> Child:
     """A probability with a bar of proportional length; empty without one."""
     if value is None:
         return ""
     bar = element("span", classes="b", style=f"width:{round(value * _BAR)}px")
-    return element("span", f"{presentation.probability(value)} ", bar)
+    return element("span", f"{presentation.probability(value, logarithm)} ", bar)
 
 
 def signed(value: float | None) -> str:

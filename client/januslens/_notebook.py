@@ -142,8 +142,8 @@ def _effect_rows(
             str(effect.experiment),
             literal(effect.label),
             cells.tokens([after.target]),
-            cells.probability_bar(before.probability),
-            cells.probability_bar(after.probability),
+            cells.probability_bar(before.probability, before.log_probability),
+            cells.probability_bar(after.probability, after.log_probability),
             f"{before.rank} → {after.rank}",
             cells.signed(after.logit - before.logit),
             presentation.measure(after.kl_nats),
@@ -181,8 +181,8 @@ def _compared_residuals(comparison: TraceComparison) -> Iterator[Iterable[Child]
                 cells.tokens(before.top_tokens[:_TOKENS]),
                 cells.tokens(after.top_tokens[:_TOKENS]),
                 f"{before.target_rank} → {after.target_rank}",
-                cells.probability_bar(before.target_probability),
-                cells.probability_bar(after.target_probability),
+                cells.probability_bar(before.target_probability, before.target_log_probability),
+                cells.probability_bar(after.target_probability, after.target_log_probability),
             )
 
 
@@ -247,7 +247,7 @@ def _residual_rows(
                 step.name,
                 cells.tokens(read.top_tokens[:_TOKENS], [target.target]),
                 cells.rank(read.target_rank),
-                cells.probability_bar(read.target_probability),
+                cells.probability_bar(read.target_probability, read.target_log_probability),
                 cells.signed(step.added.logit_contribution if step.added else None),
             )
 
@@ -390,8 +390,8 @@ def preview_html(preview: EditPreview) -> str:
         (
             literal(effect.label) if effect.label else "the edited prompt",
             cells.tokens([effect.target]),
-            cells.probability_bar(effect.probability_before),
-            cells.probability_bar(effect.probability_after),
+            cells.probability_bar(effect.probability_before, effect.log_probability_before),
+            cells.probability_bar(effect.probability_after, effect.log_probability_after),
             f"{effect.rank_before} → {effect.rank_after}",
             element(
                 "span",
@@ -419,7 +419,7 @@ def generated_html(text: GeneratedText) -> str:
     rows = (
         (
             literal(str(made.token)),
-            cells.probability_bar(math.exp(made.log_probability)),
+            cells.probability_bar(math.exp(made.log_probability), made.log_probability),
             f"{made.entropy_bits:.2f}",
             "" if made.decided is None else str(made.decided),
             cells.tokens([token for token, _ in made.top[:_ALTERNATIVES]], [made.token]),

@@ -29,10 +29,15 @@ if TYPE_CHECKING:
 NOT_FINITE = "not finite"
 
 
-def probability(value: float) -> str:
-    """Format a probability: three decimals, or one digit if those are zero: `0.992`, `8e-10`."""
+def probability(value: float, logarithm: float | None = None) -> str:
+    """Format a probability: three decimals, or one digit if those are zero: `0.992`, `8e-10`.
+
+    A probability that underflows is shown as a power of e, if its logarithm is known: `e^-118`.
+    """
     if not math.isfinite(value):
         return NOT_FINITE
+    if value == 0 and logarithm is not None and math.isfinite(logarithm):
+        return f"e^{logarithm:.0f}"
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.0e}"
 
 
@@ -289,7 +294,7 @@ def target_sentence(trace: Trace, target: PositionTarget) -> Sentence:
     For example "␣Paris after ␣of (7): rank 3, probability 0.020; the model predicts ␣Tokyo."
     """
     place = f" after {token_at(target.position, trace.prompt_tokens)}: "
-    figure = f"probability {probability(target.target_probability)}"
+    figure = f"probability {probability(target.target_probability, target.target_log_probability)}"
     if target.target_rank == 0:
         return target.target, f"{place}the model's own prediction, {figure}."
     ranked = f"{place}rank {target.target_rank}, {figure}; the model predicts "

@@ -24,7 +24,7 @@ from januslens.aio_passes import AsyncPasses
 from januslens.arguments import Chat, Edit, Layers, Messages, Probe, Prompt, TargetLike, Text
 from januslens.assemblers import TraceAssembler
 from januslens.interventions import Intervention
-from januslens.results.generation import Explanation, check_completion, listed_logarithm, logarithm
+from januslens.results.generation import Explanation, check_completion, listed_logarithm
 from januslens.results.gradient import EditPreview
 from januslens.results.kinds import Lens, NodeKind
 from januslens.results.models import Model, Models
@@ -173,7 +173,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
                 one = await self.trace(
                     ids[: first + 1 + i], token_id, node_kinds=kinds, top_k=0, bottom_k=0, **named
                 )
-                found = logarithm(one.target().target_probability)
+                found = one.target().target_log_probability
             own.append(found)
         number = token % len(said)
         trace = await self.trace(ids[: first + 1 + number], said[number], **named, **options)

@@ -37,6 +37,7 @@ def projection(
         bottom_probabilities=[0.01 for _ in bottom],
         bottom_logits=[-2.0 for _ in bottom],
         entropy_bits=1.5,
+        log_normalizer=5.0,
         target_rank=rank,
         target_probability=None if rank is None else 0.25,
         target_logit=None if rank is None else 3.0,

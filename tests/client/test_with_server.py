@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -140,6 +141,30 @@ def test_projected_node_vector_equals_the_traces_projection(client: Client) -> N
     assert read.target_rank == node.projection.target_rank == 0
     assert read.entropy_bits == pytest.approx(node.projection.entropy_bits, abs=1e-4)
     assert np.linalg.norm(node.vector.float32()) == pytest.approx(node.norm, rel=1e-5)
+
+
+def test_log_probabilities_do_not_underflow(client: Client, trace: Trace) -> None:
+    vectors = client.trace(PROMPT, vectors=True, layers=[3], node_kinds=["PREDICTION"])
+    vector = vectors.node_list[0].vector
+    assert vector is not None
+    loud = client.project(vector.float32() * 100, target=" Paris", lens="RAW")[0]
+    assert loud.target_probability == 0 == loud.bottom[0].probability
+    assert loud.target_logit is not None
+    assert loud.target_log_probability is not None
+    # The top token has a probability of 1, so its logit is the normaliser.
+    expected = loud.target_logit - loud.top[0].logit
+    assert loud.target_log_probability == pytest.approx(expected, rel=1e-6)
+    assert loud.top[0].log_probability == pytest.approx(0, abs=1e-3)
+    target = trace.target()
+    assert target.target_log_probability == pytest.approx(math.log(target.target_probability))
+    effect = client.preview_edit(PROMPT, " Paris", januslens.ForwardShift(3, 0.1)).edited
+    assert effect.log_probability_after == pytest.approx(math.log(effect.probability_after))
+    outcome = client.intervene(PROMPT, experiments=[januslens.interventions.zero("MLP_OUTPUT")])
+    after = outcome.effects[0].after[0]
+    assert after.log_probability == pytest.approx(math.log(after.probability), abs=1e-5)
+    generated = client.generate(PROMPT, max_new_tokens=1, layers="all").tokens[0]
+    for read in generated.layers:
+        assert read.log_probability == pytest.approx(math.log(read.probability), abs=1e-5)
 
 
 def test_neurons_that_write_a_token(client: Client) -> None:

@@ -95,6 +95,8 @@ class ReadingErrors:
             self.logit = max(self.logit, largest(difference))
             chances = torch.from_numpy(probabilities) - readings.probabilities.gather(1, at)
             self.probability = max(self.probability, largest(chances.abs() / size.clamp_min(1.0)))
+        normalizers = torch.from_numpy(table.log_normalizers) - readings.logits.logsumexp(-1)
+        self.logit = max(self.logit, largest(normalizers.abs() / size[:, 0].clamp_min(1.0)))
         bits = torch.from_numpy(table.entropy_bits) - readings.entropy_bits
         self.entropy_bits = max(self.entropy_bits, largest(bits.abs() / size[:, 0].clamp_min(1.0)))
 

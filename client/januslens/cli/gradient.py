@@ -409,8 +409,8 @@ def preview_section(preview: EditPreview, title: str) -> Group:
 
 
 def _effect_row(effect: Effect) -> list[Text]:
-    before = probability_cell(effect.probability_before)
-    after = probability_cell(effect.probability_after)
+    before = probability_cell(effect.probability_before, effect.log_probability_before)
+    after = probability_cell(effect.probability_after, effect.log_probability_after)
     return [
         Text(effect.label or "the edited prompt", no_wrap=True, overflow="ellipsis"),
         token_cell(effect.target),

@@ -335,7 +335,7 @@ def _listed(found: InterventionEffects) -> Table:
                 change = after.logit_difference - before.logit_difference
             grid.add_row(
                 Text(effect.label or f"experiment {effect.experiment}"),
-                probability_cell(after.probability),
+                probability_cell(after.probability, after.log_probability),
                 Text(str(after.rank)),
                 signed_cell(change),
                 size_cell(after.kl_nats),

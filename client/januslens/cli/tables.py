@@ -105,11 +105,11 @@ def rank_cell(rank: int | None) -> Text:
     return Text(str(rank), style)
 
 
-def probability_cell(probability: float | None) -> Text:
+def probability_cell(probability: float | None, logarithm: float | None = None) -> Text:
     """A probability; small ones have an exponent."""
     if probability is None:
         return Text("")
-    return Text(presentation.probability(probability))
+    return Text(presentation.probability(probability, logarithm))
 
 
 def percent_cell(share: float | None) -> Text:

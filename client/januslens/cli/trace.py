@@ -180,17 +180,19 @@ def _reading(node: Node, added: Part | None, sought: Sequence[Token]) -> list[Te
     return [
         tokens_cell(read.top_tokens[:_RESIDUAL_TOKENS], sought) if read else Text(""),
         rank_cell(read.target_rank if read else None),
-        _probability_bar(read.target_probability if read else None),
+        _probability_bar(read.target_probability, read.target_log_probability)
+        if read
+        else Text(""),
         signed_cell(added.logit_contribution if added else None),
     ]
 
 
-def _probability_bar(probability: float | None) -> Text:
+def _probability_bar(probability: float | None, logarithm: float | None) -> Text:
     if probability is None:
         return Text("")
     eighths = round(probability * _BAR * 8)
     bar = "█" * (eighths // 8) + _BLOCKS[eighths % 8].strip()
-    return Text.assemble(probability_cell(probability), " ", (bar, "green"))
+    return Text.assemble(probability_cell(probability, logarithm), " ", (bar, "green"))
 
 
 _SOURCES = 2

@@ -87,14 +87,26 @@ def json_lines(messages: Iterable[Message]) -> Iterator[str]:
     return map(json_line, messages)
 
 
-_COUNTS = ("layer", "position", "head", "source_position", "neuron", "expert", "target_rank")
+_COUNTS = (
+    "layer",
+    "position",
+    "head",
+    "source_position",
+    "neuron",
+    "expert",
+    "top_token_id",
+    "target_rank",
+)
 _MEASURES = (
     "norm",
     "activation",
     "gradient_norm",
+    "top_logit",
     "top_probability",
+    "top_log_probability",
     "entropy_bits",
     "target_probability",
+    "target_log_probability",
     "target_logit",
 )
 _NODE_FIELDS = (
@@ -226,12 +238,16 @@ def _projection_row(node: Node | None) -> dict[str, Any]:
     read = node.projection if node else None
     return {
         "top_token": read.top[0].token.text if read and read.top else None,
+        "top_token_id": read.top[0].token.id if read and read.top else None,
+        "top_logit": read.top[0].logit if read and read.top else None,
         "top_probability": read.top[0].probability if read and read.top else None,
+        "top_log_probability": read.top[0].log_probability if read and read.top else None,
         "top_tokens": [token.text for token in read.top_tokens] if read else None,
         "bottom_tokens": [token.text for token in read.bottom_tokens] if read else None,
         "entropy_bits": read.entropy_bits if read else None,
         "target_rank": read.target_rank if read else None,
         "target_probability": read.target_probability if read else None,
+        "target_log_probability": read.target_log_probability if read else None,
         "target_logit": read.target_logit if read else None,
     }
 

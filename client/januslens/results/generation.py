@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -52,12 +51,14 @@ class LayerOutcome:
         layer: The layer, from 0.
         rank: Number of tokens with a larger logit than the generated one; 0 = it is predicted.
         probability: Probability of the generated token.
+        log_probability: Natural logarithm of this probability, which does not underflow.
         top: The most likely tokens, best first.
     """
 
     layer: int
     rank: int
     probability: float
+    log_probability: float
     top: tuple[Token, ...]
 
 
@@ -95,6 +96,7 @@ class GeneratedToken:
                     read.layer,
                     read.rank,
                     read.probability,
+                    read.log_probability,
                     tuple(tokens[i] for i in read.top_token_ids),
                 )
                 for read in message.layers
@@ -291,10 +293,5 @@ def listed_logarithm(predictions: Trace, position: int, token_id: int) -> float 
     """Return the log-probability of a token at a position; None if it is not listed there."""
     (node,) = predictions.nodes_of(NodeKind.PREDICTION, position=position)
     listed = node.projection.top if node.projection else ()
-    found = [score.probability for score in listed if score.token.id == token_id]
-    return logarithm(found[0]) if found else None
-
-
-def logarithm(probability: float) -> float:
-    """Return the natural logarithm; minus infinity for 0."""
-    return math.log(probability) if probability > 0 else -math.inf
+    found = [score.log_probability for score in listed if score.token.id == token_id]
+    return found[0] if found else None

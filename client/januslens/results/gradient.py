@@ -32,6 +32,8 @@ class Effect:
         target: The token whose probability and rank are reported.
         probability_before: The target's probability without the edit.
         probability_after: The target's probability with the edit.
+        log_probability_before: Natural logarithm of `probability_before`, which does not underflow.
+        log_probability_after: Natural logarithm of `probability_after`, which does not underflow.
         rank_before: The target's rank without the edit; 0 = most likely.
         rank_after: The target's rank with the edit.
         predicted_before: The model's prediction without the edit.
@@ -43,6 +45,8 @@ class Effect:
     target: Token
     probability_before: float
     probability_after: float
+    log_probability_before: float
+    log_probability_after: float
     rank_before: int
     rank_after: int
     predicted_before: Token
@@ -57,6 +61,8 @@ class Effect:
             target=tokens[message.target_token_id],
             probability_before=message.probability_before,
             probability_after=message.probability_after,
+            log_probability_before=message.log_probability_before,
+            log_probability_after=message.log_probability_after,
             rank_before=message.rank_before,
             rank_after=message.rank_after,
             predicted_before=tokens[message.predicted_before],

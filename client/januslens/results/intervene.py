@@ -29,6 +29,7 @@ class Prediction:
         position: The position.
         target: The requested target, or the model's own prediction without interventions.
         probability: The target's probability.
+        log_probability: Natural logarithm of the target's probability, which does not underflow.
         logit: The target's logit.
         rank: Number of tokens with a larger logit than the target; 0 = it is the prediction.
         logit_difference: The target's logit minus that of the other token; None without one.
@@ -39,6 +40,7 @@ class Prediction:
     position: int
     target: Token
     probability: float
+    log_probability: float
     logit: float
     rank: int
     logit_difference: float | None
@@ -54,6 +56,7 @@ class Prediction:
             position=message.position,
             target=tokens[message.target_token_id],
             probability=message.target_probability,
+            log_probability=message.target_log_probability,
             logit=message.target_logit,
             rank=message.target_rank,
             logit_difference=difference,

@@ -27,6 +27,7 @@ class PositionTarget:
         target: The requested target, or the model's own prediction.
         predicted: The model's own prediction.
         target_probability: Probability of the target in the prediction.
+        target_log_probability: Natural logarithm of this probability, which does not underflow.
         target_rank: Rank of the target in the prediction; 0 = it is the prediction.
         target_logit: Logit of the target.
         constant_logit_contribution: Contribution of the biases of the final norm and the head. With
@@ -39,6 +40,7 @@ class PositionTarget:
     target: Token
     predicted: Token
     target_probability: float
+    target_log_probability: float
     target_rank: int
     target_logit: float
     constant_logit_contribution: float
@@ -52,6 +54,7 @@ class PositionTarget:
             target=tokens[message.target_token_id],
             predicted=tokens[message.predicted_token_id],
             target_probability=message.target_probability,
+            target_log_probability=message.target_log_probability,
             target_rank=message.target_rank,
             target_logit=message.target_logit,
             constant_logit_contribution=message.constant_logit_contribution,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -86,11 +87,19 @@ def tensor_message(vectors: ArrayLike) -> common_pb2.Tensor:
 
 
 class TokenScore(NamedTuple):
-    """One token of a projection."""
+    """One token of a projection.
+
+    Attributes:
+        token: The token.
+        probability: Its softmax probability, which may underflow to 0.
+        logit: Its logit.
+        log_probability: Natural logarithm of its probability, which does not underflow.
+    """
 
     token: Token
     probability: float
     logit: float
+    log_probability: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +113,7 @@ class Projection:
         target_rank: Number of tokens with a larger logit than the target; 0 = top.
         target_probability: The target's probability.
         target_logit: The target's logit.
+        target_log_probability: Natural logarithm of the target's probability.
     """
 
     top: tuple[TokenScore, ...]
@@ -112,23 +122,33 @@ class Projection:
     target_rank: int | None = None
     target_probability: float | None = None
     target_logit: float | None = None
+    target_log_probability: float | None = None
 
     @classmethod
     def from_message(cls, message: lens_pb2.Projection, tokens: TokenTable) -> Projection:
         """Read one projection; `tokens` has its texts."""
         has = message.HasField
+        normalizer = message.log_normalizer if has("log_normalizer") else math.nan
         return cls(
-            _scores(message.top_token_ids, message.top_probabilities, message.top_logits, tokens),
+            _scores(
+                message.top_token_ids,
+                message.top_probabilities,
+                message.top_logits,
+                normalizer,
+                tokens,
+            ),
             _scores(
                 message.bottom_token_ids,
                 message.bottom_probabilities,
                 message.bottom_logits,
+                normalizer,
                 tokens,
             ),
             message.entropy_bits,
             message.target_rank if has("target_rank") else None,
             message.target_probability if has("target_probability") else None,
             message.target_logit if has("target_logit") else None,
+            message.target_logit - normalizer if has("target_logit") else None,
         )
 
     @property
@@ -159,10 +179,15 @@ class Projections(list[Projection]):
 
 
 def _scores(
-    ids: Iterable[int], probabilities: Iterable[float], logits: Iterable[float], tokens: TokenTable
+    ids: Iterable[int],
+    probabilities: Iterable[float],
+    logits: Sequence[float],
+    normalizer: float,
+    tokens: TokenTable,
 ) -> tuple[TokenScore, ...]:
     named = map(tokens.__getitem__, ids)
-    return tuple(map(TokenScore._make, zip(named, probabilities, logits, strict=True)))
+    logarithms = [logit - normalizer for logit in logits]
+    return tuple(map(TokenScore._make, zip(named, probabilities, logits, logarithms, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,6 +244,8 @@ class Effect(_message.Message):
     PREDICTED_BEFORE_FIELD_NUMBER: _builtins.int
     PREDICTED_AFTER_FIELD_NUMBER: _builtins.int
     KL_BITS_FIELD_NUMBER: _builtins.int
+    LOG_PROBABILITY_BEFORE_FIELD_NUMBER: _builtins.int
+    LOG_PROBABILITY_AFTER_FIELD_NUMBER: _builtins.int
     label: _builtins.str
     """The probe's label; empty for the edited prompt."""
     target_token_id: _builtins.int
@@ -262,6 +264,10 @@ class Effect(_message.Message):
     """The model's prediction after the edit."""
     kl_bits: _builtins.float
     """KL(before || after) of the whole next-token distribution, in bits."""
+    log_probability_before: _builtins.float
+    """Natural logarithm of `probability_before`, also where that underflows to 0."""
+    log_probability_after: _builtins.float
+    """Natural logarithm of `probability_after`, also where that underflows to 0."""
     def __init__(
         self,
         *,
@@ -274,10 +280,12 @@ class Effect(_message.Message):
         predicted_before: _builtins.int = ...,
         predicted_after: _builtins.int = ...,
         kl_bits: _builtins.float = ...,
+        log_probability_before: _builtins.float = ...,
+        log_probability_after: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kl_bits", b"kl_bits", "label", b"label", "predicted_after", b"predicted_after", "predicted_before", b"predicted_before", "probability_after", b"probability_after", "probability_before", b"probability_before", "rank_after", b"rank_after", "rank_before", b"rank_before", "target_token_id", b"target_token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kl_bits", b"kl_bits", "label", b"label", "log_probability_after", b"log_probability_after", "log_probability_before", b"log_probability_before", "predicted_after", b"predicted_after", "predicted_before", b"predicted_before", "probability_after", b"probability_after", "probability_before", b"probability_before", "rank_after", b"rank_after", "rank_before", b"rank_before", "target_token_id", b"target_token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -287,12 +287,15 @@ class LayerOutcome(_message.Message):
     RANK_FIELD_NUMBER: _builtins.int
     PROBABILITY_FIELD_NUMBER: _builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOG_PROBABILITY_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """The layer, from 0."""
     rank: _builtins.int
     """Number of tokens with a larger logit than the generated one; 0 = the layer predicts it."""
     probability: _builtins.float
     """Probability of the generated token."""
+    log_probability: _builtins.float
+    """Natural logarithm of `probability`, also where that underflows to 0."""
     @_builtins.property
     def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The most likely tokens, best first."""
@@ -304,10 +307,11 @@ class LayerOutcome(_message.Message):
         rank: _builtins.int = ...,
         probability: _builtins.float = ...,
         top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        log_probability: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "probability", b"probability", "rank", b"rank", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "log_probability", b"log_probability", "probability", b"probability", "rank", b"rank", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -68,6 +68,7 @@ class Projection(_message.Message):
     TARGET_RANK_FIELD_NUMBER: _builtins.int
     TARGET_PROBABILITY_FIELD_NUMBER: _builtins.int
     TARGET_LOGIT_FIELD_NUMBER: _builtins.int
+    LOG_NORMALIZER_FIELD_NUMBER: _builtins.int
     entropy_bits: _builtins.float
     """Entropy of the softmax distribution in bits: from 0 (certain) to log2(vocab_size) (uniform)."""
     target_rank: _builtins.int
@@ -78,6 +79,10 @@ class Projection(_message.Message):
     """Softmax probability of the target."""
     target_logit: _builtins.float
     """Logit of the target; after the soft-cap if the model has one."""
+    log_normalizer: _builtins.float
+    """Natural logarithm of the sum of the exponentials of all logits. The log-probability of a token
+    is its logit minus this number, also where its probability underflows to 0.
+    """
     @_builtins.property
     def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens with the largest logits, largest first; `top_k` of the request sets the number."""
@@ -115,17 +120,22 @@ class Projection(_message.Message):
         target_rank: _builtins.int | None = ...,
         target_probability: _builtins.float | None = ...,
         target_logit: _builtins.float | None = ...,
+        log_normalizer: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_target_logit", b"_target_logit", "_target_probability", b"_target_probability", "_target_rank", b"_target_rank", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_log_normalizer", b"_log_normalizer", "_target_logit", b"_target_logit", "_target_probability", b"_target_probability", "_target_rank", b"_target_rank", "log_normalizer", b"log_normalizer", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_logit", b"_target_logit", "_target_probability", b"_target_probability", "_target_rank", b"_target_rank", "bottom_logits", b"bottom_logits", "bottom_probabilities", b"bottom_probabilities", "bottom_token_ids", b"bottom_token_ids", "entropy_bits", b"entropy_bits", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "top_logits", b"top_logits", "top_probabilities", b"top_probabilities", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_log_normalizer", b"_log_normalizer", "_target_logit", b"_target_logit", "_target_probability", b"_target_probability", "_target_rank", b"_target_rank", "bottom_logits", b"bottom_logits", "bottom_probabilities", b"bottom_probabilities", "bottom_token_ids", b"bottom_token_ids", "entropy_bits", b"entropy_bits", "log_normalizer", b"log_normalizer", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "top_logits", b"top_logits", "top_probabilities", b"top_probabilities", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__log_normalizer: _TypeAlias = _typing.Literal["log_normalizer"]  # noqa: Y015
+    _WhichOneofArgType__log_normalizer: _TypeAlias = _typing.Literal["_log_normalizer", b"_log_normalizer"]  # noqa: Y015
     _WhichOneofReturnType__target_logit: _TypeAlias = _typing.Literal["target_logit"]  # noqa: Y015
     _WhichOneofArgType__target_logit: _TypeAlias = _typing.Literal["_target_logit", b"_target_logit"]  # noqa: Y015
     _WhichOneofReturnType__target_probability: _TypeAlias = _typing.Literal["target_probability"]  # noqa: Y015
     _WhichOneofArgType__target_probability: _TypeAlias = _typing.Literal["_target_probability", b"_target_probability"]  # noqa: Y015
     _WhichOneofReturnType__target_rank: _TypeAlias = _typing.Literal["target_rank"]  # noqa: Y015
     _WhichOneofArgType__target_rank: _TypeAlias = _typing.Literal["_target_rank", b"_target_rank"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__log_normalizer) -> _WhichOneofReturnType__log_normalizer | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__target_logit) -> _WhichOneofReturnType__target_logit | None: ...
     @_typing.overload

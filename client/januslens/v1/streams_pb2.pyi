@@ -96,6 +96,7 @@ class Outcome(_message.Message):
     KL_NATS_FIELD_NUMBER: _builtins.int
     TOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_PROBABILITIES_FIELD_NUMBER: _builtins.int
+    TARGET_LOG_PROBABILITY_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """The position."""
     target_token_id: _builtins.int
@@ -110,6 +111,8 @@ class Outcome(_message.Message):
     """Logit of the target minus that of `InterveneRequest.other`; unset without one."""
     kl_nats: _builtins.float
     """KL(before || after) of the whole next-token distribution, in nats; 0 in a header."""
+    target_log_probability: _builtins.float
+    """Natural logarithm of `target_probability`, also where that underflows to 0."""
     @_builtins.property
     def top_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The most probable tokens, most probable first."""
@@ -130,10 +133,11 @@ class Outcome(_message.Message):
         kl_nats: _builtins.float = ...,
         top_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         top_probabilities: _abc.Iterable[_builtins.float] | None = ...,
+        target_log_probability: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "logit_difference", b"logit_difference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "kl_nats", b"kl_nats", "logit_difference", b"logit_difference", "position", b"position", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "target_token_id", b"target_token_id", "top_probabilities", b"top_probabilities", "top_token_ids", b"top_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "kl_nats", b"kl_nats", "logit_difference", b"logit_difference", "position", b"position", "target_log_probability", b"target_log_probability", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "target_token_id", b"target_token_id", "top_probabilities", b"top_probabilities", "top_token_ids", b"top_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logit_difference: _TypeAlias = _typing.Literal["logit_difference"]  # noqa: Y015
     _WhichOneofArgType__logit_difference: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference"]  # noqa: Y015

@@ -619,6 +619,7 @@ class PositionTarget(_message.Message):
     TARGET_LOGIT_FIELD_NUMBER: _builtins.int
     CONSTANT_LOGIT_CONTRIBUTION_FIELD_NUMBER: _builtins.int
     LOGIT_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TARGET_LOG_PROBABILITY_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Position in the prompt."""
     target_token_id: _builtins.int
@@ -640,6 +641,8 @@ class PositionTarget(_message.Message):
     """The target's logit minus that of the other token; after the soft-cap if the model has one. Set
     with `TraceRequest.other`.
     """
+    target_log_probability: _builtins.float
+    """Natural logarithm of `target_probability`, also where that underflows to 0."""
     def __init__(
         self,
         *,
@@ -651,10 +654,11 @@ class PositionTarget(_message.Message):
         target_logit: _builtins.float = ...,
         constant_logit_contribution: _builtins.float = ...,
         logit_difference: _builtins.float | None = ...,
+        target_log_probability: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "logit_difference", b"logit_difference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "constant_logit_contribution", b"constant_logit_contribution", "logit_difference", b"logit_difference", "position", b"position", "predicted_token_id", b"predicted_token_id", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "target_token_id", b"target_token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference", "constant_logit_contribution", b"constant_logit_contribution", "logit_difference", b"logit_difference", "position", b"position", "predicted_token_id", b"predicted_token_id", "target_log_probability", b"target_log_probability", "target_logit", b"target_logit", "target_probability", b"target_probability", "target_rank", b"target_rank", "target_token_id", b"target_token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logit_difference: _TypeAlias = _typing.Literal["logit_difference"]  # noqa: Y015
     _WhichOneofArgType__logit_difference: _TypeAlias = _typing.Literal["_logit_difference", b"_logit_difference"]  # noqa: Y015

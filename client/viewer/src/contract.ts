@@ -21,6 +21,7 @@ export interface ProjectionMessage {
   targetRank?: number
   targetProbability?: Float
   targetLogit?: Float
+  logNormalizer?: Float
 }
 
 /** A float; protobuf JSON writes non-finite values as strings. */
@@ -87,6 +88,7 @@ export interface PositionTargetMessage {
   targetTokenId?: number
   predictedTokenId?: number
   targetProbability?: Float
+  targetLogProbability?: Float
   targetRank?: number
   targetLogit?: Float
   constantLogitContribution?: Float

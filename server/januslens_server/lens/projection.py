@@ -198,6 +198,7 @@ def projection_table(
         bottom_logits=bottom.cpu().numpy(),
         bottom_probabilities=probabilities(bottom),
         entropy_bits=joined("entropy_bits").cpu().numpy(),
+        log_normalizers=log_z[:, 0].cpu().numpy(),
         target_ids=targets.cpu().numpy(),
         target_ranks=joined("target_ranks").cpu().numpy(),
         target_logits=target.cpu().numpy(),

@@ -65,6 +65,7 @@ def position_targets(
             target_logit=float(logits[i, 0]),
             constant_logit_contribution=float(constants[i]),
             logit_difference=differences[i],
+            target_log_probability=float(logits[i, 0] - table.log_normalizers[i]),
         )
         for i, position in enumerate(positions)
     ]

@@ -141,6 +141,7 @@ def _layers(
             layer=layer,
             rank=int(table.target_ranks[i, 0]),
             probability=float(table.target_probabilities[i, 0]),
+            log_probability=float(table.target_logits[i, 0] - table.log_normalizers[i]),
             top_ids=table.top_ids[i].tolist(),
         )
         for i, layer in enumerate(layers)

@@ -146,17 +146,19 @@ class OutcomeReader:
         probabilities = self._before.exp()
         terms = probabilities * (self._before - after)
         divergence = torch.where(probabilities > 0, terms, 0.0).sum(-1)
+        logarithms = after.gather(1, targets)[:, 0]
         top = after.topk(min(self._request.spec.top_k, logits.shape[-1]), dim=-1)
         columns = zip(
             self._request.positions,
             self._targets.tolist(),
-            after.gather(1, targets)[:, 0].exp().tolist(),
+            logarithms.exp().tolist(),
             own[:, 0].tolist(),
             (logits > own).sum(-1).tolist(),
             [None] * len(own) if other is None else (own[:, 0] - logits[:, other]).tolist(),
             divergence.tolist(),
             top.indices.tolist(),
             top.values.exp().tolist(),
+            logarithms.tolist(),
             strict=True,
         )
         return [Outcome(*column) for column in columns]

@@ -158,4 +158,6 @@ def _effect(lens: LensHead, watched: Watched, before: torch.Tensor, after: torch
         predicted_before=int(before.argmax()),  # of equal logits, the lowest id
         predicted_after=int(after.argmax()),
         kl_bits=float((log_before.exp() * (log_before - log_after)).sum()) / math.log(2),
+        log_probability_before=float(log_before[target]),
+        log_probability_after=float(log_after[target]),
     )

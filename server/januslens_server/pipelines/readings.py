@@ -200,6 +200,7 @@ def _no_projections() -> ProjectionTable:
         bottom_logits=numbers,
         bottom_probabilities=numbers,
         entropy_bits=np.empty(0, np.float32),
+        log_normalizers=np.empty(0, np.float32),
         target_ids=ids,
         target_ranks=ids,
         target_logits=numbers,

@@ -25,6 +25,7 @@ class LayerOutcome:
     layer: int
     rank: int
     probability: float
+    log_probability: float
     top_ids: Sequence[int]
 
 

@@ -21,6 +21,7 @@ class Outcome:
     kl_nats: float
     top_token_ids: Sequence[int]
     top_probabilities: Sequence[float]
+    target_log_probability: float
 
 
 @dataclass(frozen=True)

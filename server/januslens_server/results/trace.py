@@ -303,6 +303,7 @@ class PositionTarget:
     target_logit: float
     constant_logit_contribution: float
     logit_difference: float | None = None
+    target_log_probability: float = 0.0
 
 
 @dataclass(frozen=True)

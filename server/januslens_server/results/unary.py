@@ -46,6 +46,8 @@ class Effect:
     predicted_before: int
     predicted_after: int
     kl_bits: float
+    log_probability_before: float
+    log_probability_after: float
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ class ProjectionTable:
     bottom_logits: Floats
     bottom_probabilities: Floats
     entropy_bits: Floats
+    log_normalizers: Floats
     target_ids: Ints
     target_ranks: Ints
     target_logits: Floats

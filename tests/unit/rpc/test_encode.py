@@ -127,6 +127,7 @@ def table(n: int, projected: bool = True) -> ProjectionTable:
         bottom_logits=one,
         bottom_probabilities=one,
         entropy_bits=one[:, 0],
+        log_normalizers=one[:, 0],
         target_ids=ids[:, :1],
         target_ranks=ids[:, :1],
         target_logits=one,

@@ -17,6 +17,8 @@ export interface Scored {
   token: Token
   probability: number
   logit: number
+  /** NaN if the server did not send it. */
+  logProbability: number
 }
 
 /** The projection of a vector onto the vocabulary. */
@@ -27,6 +29,7 @@ export interface Reading {
   targetRank: number | undefined
   targetProbability: number | undefined
   targetLogit: number | undefined
+  targetLogProbability: number | undefined
 }
 
 /** One vector of the forward pass; `docs/semantics.md` defines the kinds. */
@@ -61,6 +64,7 @@ export interface PositionTarget {
   target: Token
   predicted: Token
   probability: number
+  logProbability: number
   rank: number
   logit: number
   constantLogitContribution: number
@@ -110,6 +114,7 @@ export function positionTargetOf(
     target: tokens.get(message.targetTokenId ?? 0),
     predicted: tokens.get(message.predictedTokenId ?? 0),
     probability: number(message.targetProbability),
+    logProbability: optional(message.targetLogProbability) ?? Number.NaN,
     rank: message.targetRank ?? 0,
     logit: number(message.targetLogit),
     constantLogitContribution: number(message.constantLogitContribution),
@@ -117,10 +122,19 @@ export function positionTargetOf(
 }
 
 export function readingOf(message: ProjectionMessage, tokens: TokenTable): Reading {
+  const normalizer = optional(message.logNormalizer) ?? Number.NaN
+  const logit = optional(message.targetLogit)
   return {
-    top: scored(tokens, message.topTokenIds, message.topProbabilities, message.topLogits),
+    top: scored(
+      tokens,
+      normalizer,
+      message.topTokenIds,
+      message.topProbabilities,
+      message.topLogits,
+    ),
     bottom: scored(
       tokens,
+      normalizer,
       message.bottomTokenIds,
       message.bottomProbabilities,
       message.bottomLogits,
@@ -128,12 +142,14 @@ export function readingOf(message: ProjectionMessage, tokens: TokenTable): Readi
     entropyBits: number(message.entropyBits),
     targetRank: message.targetRank,
     targetProbability: optional(message.targetProbability),
-    targetLogit: optional(message.targetLogit),
+    targetLogit: logit,
+    targetLogProbability: logit === undefined ? undefined : logit - normalizer,
   }
 }
 
 function scored(
   tokens: TokenTable,
+  normalizer: number,
   ids: readonly number[] = [],
   probabilities: readonly Float[] = [],
   logits: readonly Float[] = [],
@@ -142,6 +158,7 @@ function scored(
     token: tokens.get(id),
     probability: number(probabilities[i]),
     logit: number(logits[i]),
+    logProbability: number(logits[i]) - normalizer,
   }))
 }
 

@@ -181,7 +181,7 @@ export function scoredList(
   target: number | undefined,
 ): HTMLElement {
   if (scored.length === 0) return element('span')
-  const rows = scored.map(({ token, probability: p, logit }) => {
+  const rows = scored.map(({ token, probability: p, logit, logProbability }) => {
     const bar = element('span', { class: 'bar' })
     bar.style.setProperty('--share', String(finite(p)))
     return element(
@@ -193,7 +193,11 @@ export function scoredList(
         token.id === target ? tokenText(token.label) : targetButton(token),
       ),
       element('td', { class: 'bar-cell' }, bar),
-      element('td', {}, probability(p)),
+      element(
+        'td',
+        { title: `log-probability ${signed(logProbability)}` },
+        probability(p, logProbability),
+      ),
       element('td', { title: 'logit', class: 'quiet' }, signed(logit, 1)),
     )
   })

@@ -60,7 +60,7 @@ export function targetSentence(graph: FlowGraph, position: number): Sentence | u
   const target = graph.targets.get(position)
   if (!target) return undefined
   const place = ` after ${at(position, graph.prompt)}: `
-  const figure = `probability ${probability(target.probability)}`
+  const figure = `probability ${probability(target.probability, target.logProbability)}`
   if (target.rank === 0) return [target.target, `${place}the model’s own prediction, ${figure}.`]
   const ranked = `${place}rank ${target.rank}, ${figure}; the model predicts `
   return [target.target, ranked, target.predicted, '.']

@@ -8,9 +8,13 @@ const NOT_FINITE = 'not finite'
 const MINUS = '−'
 const LARGE = 1e6 // from here on numbers are in scientific notation
 
-/** `0.992`, `0.001`, `8e-10`: three decimals, or one digit where those would show zero. */
-export function probability(value: number): string {
+/**
+ * `0.992`, `0.001`, `8e-10`: three decimals, or one digit where those would show zero. A probability
+ * that underflows is a power of e, if its logarithm is known: `e^−118`.
+ */
+export function probability(value: number, logarithm = Number.NaN): string {
   if (!Number.isFinite(value)) return NOT_FINITE
+  if (value === 0 && Number.isFinite(logarithm)) return `e^${MINUS}${fixed(Math.abs(logarithm), 0)}`
   return value >= 0.0005 || value === 0 ? fixed(value, 3) : twoDigitExponent(exponential(value, 1))
 }
 

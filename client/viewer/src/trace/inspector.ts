@@ -1,3 +1,4 @@
+import { finite } from '../contract'
 import type { FlowGraph, GraphEdge, GraphNode, Reading } from '../model/flow_graph'
 import type { ContributionTree, Found } from '../model/graph_queries'
 import { binOf, isFlipped, shownToken } from '../presentation/colours'
@@ -159,7 +160,11 @@ export function nodeNumbers(node: GraphNode, graph: FlowGraph): [string, string]
     numbers.push([`rank of ${target}`, `${count(reading.targetRank)}${of}`])
   }
   if (reading?.targetProbability !== undefined) {
-    numbers.push(['its probability', probability(reading.targetProbability)])
+    const logarithm = reading.targetLogProbability
+    numbers.push(['its probability', probability(reading.targetProbability, logarithm)])
+    if (Number.isFinite(logarithm)) {
+      numbers.push(['its log-probability', signed(finite(logarithm))])
+    }
   }
   if (reading?.targetLogit !== undefined) numbers.push(['its logit', signed(reading.targetLogit)])
   const part = partOf(node, graph)

@@ -61,6 +61,7 @@ def _generated(event: GeneratedToken) -> generation_pb2.GeneratedToken:
                 layer=read.layer,
                 rank=read.rank,
                 probability=read.probability,
+                log_probability=read.log_probability,
                 top_token_ids=read.top_ids,
             )
             for read in event.layers

@@ -192,6 +192,7 @@ def projections(table: ProjectionTable) -> list[Any]:
         "bottom_probabilities": table.bottom_probabilities,
         "bottom_logits": table.bottom_logits,
         "entropy_bits": table.entropy_bits,
+        "log_normalizer": table.log_normalizers,
     }
     if table.target_ids.shape[1]:
         columns["target_rank"] = table.target_ranks[:, 0]
@@ -216,6 +217,7 @@ def projection_columns(table: ProjectionTable) -> Columns:
         columns.unsigned("target_rank", table.target_ranks[:, 0])
         columns.floats("target_probability", table.target_probabilities[:, 0])
         columns.floats("target_logit", table.target_logits[:, 0])
+    columns.floats("log_normalizer", table.log_normalizers)
     return columns
 
 

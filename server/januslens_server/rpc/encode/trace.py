@@ -192,6 +192,7 @@ def _target(target: PositionTarget) -> trace_pb2.PositionTarget:
         target_token_id=target.target_token_id,
         predicted_token_id=target.predicted_token_id,
         target_probability=target.target_probability,
+        target_log_probability=target.target_log_probability,
         target_rank=target.target_rank,
         target_logit=target.target_logit,
         constant_logit_contribution=target.constant_logit_contribution,
