@@ -128,8 +128,9 @@ from januslens.results.gradient import (
     GradientHeader,
     GradientSummary,
     SegmentRow,
+    Segments,
 )
-from januslens.results.graph import Edge, Node, Part
+from januslens.results.graph import Edge, Node, Part, Parts
 from januslens.results.heat_map import HeatMap
 from januslens.results.intervene import (
     InterveneHeader,
@@ -273,6 +274,7 @@ __all__ = [
     "Outcome",
     "PageFrame",
     "Part",
+    "Parts",
     "PermissionDenied",
     "PositionTarget",
     "Positions",
@@ -292,6 +294,7 @@ __all__ = [
     "ResourceExhausted",
     "ResponseHook",
     "SegmentRow",
+    "Segments",
     "ServerDraining",
     "Side",
     "Singular",

@@ -46,7 +46,7 @@ from januslens.results.intervene import (
 )
 from januslens.results.kinds import MATRIX_KINDS
 from januslens.results.matrices import Matrix, matrix_name
-from januslens.results.tokens import TokenTable
+from januslens.results.tokens import Token, TokenTable
 from januslens.results.trace import LayerGraph, Trace, TraceHeader, TraceSummary
 from januslens.v1 import (
     activations_pb2,
@@ -198,8 +198,9 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
         self._pending.MergeFrom(message)
         if not message.last:
             return None
-        length = 0 if self._header is None else len(self._header.prompt_tokens)
-        layer = LayerGraph.from_message(self._pending, self.tokens, self._layers, length)
+        sent = () if self._header is None else self._header.prompt_tokens
+        prompt = tuple(Token.from_message(token) for token in sent)
+        layer = LayerGraph.from_message(self._pending, self.tokens, self._layers, prompt)
         self._pending = None
         self._layers.append(layer)
         return layer

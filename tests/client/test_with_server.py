@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import januslens
@@ -165,6 +167,51 @@ def test_log_probabilities_do_not_underflow(client: Client, trace: Trace) -> Non
     generated = client.generate(PROMPT, max_new_tokens=1, layers="all").tokens[0]
     for read in generated.layers:
         assert read.log_probability == pytest.approx(math.log(read.probability), abs=1e-5)
+
+
+def test_frames_are_written_to_parquet_and_have_ids_texts_and_contributions(
+    client: Client, trace: Trace, tmp_path: Path
+) -> None:
+    gradient = client.gradient_lens(PROMPT, " Tokyo", layers=[0, 3], subject="Japan")
+    preview = client.preview_edit(
+        PROMPT, " Paris", januslens.ForwardShift(3, 0.1), probes=["The capital of Peru is"]
+    )
+    frames = {
+        "nodes": trace.nodes,
+        "edges": trace.edges,
+        "contributions": trace.contributions().to_pandas(),
+        "heads": trace.heads().to_pandas(),
+        "segments": gradient.segments.to_pandas(),
+        "preview": preview.to_pandas(),
+    }
+    for name, frame in frames.items():
+        frame.to_parquet(tmp_path / name)
+        read = pd.read_parquet(tmp_path / name)
+        assert list(read.columns) == list(frame.columns)
+        assert len(read) == len(frame) > 1
+    best = trace.contributions()[0]
+    row = frames["contributions"].iloc[0]
+    assert row["sum"] == (best.edge.target if best.edge else None)
+    assert row["logit_contribution"] == best.logit_contribution
+    value = trace.nodes_of("MEMORY_VALUE")[0]
+    node = trace.nodes.loc[value.id]
+    assert node["source_token"] == trace.prompt_tokens[value.source_position or 0].text
+    assert value.projection is not None
+    assert node["top_token_ids"] == [token.id for token in value.projection.top_tokens]
+    assert node["top_logit"] == value.projection.top[0].logit
+    assert frames["preview"]["predicted_before"].iloc[0] == " Tokyo"
+    # At the last layer only the last position has a VJP, so other segments have no rank.
+    last = frames["segments"].query("layer == 3 and kind == 'FF2'").set_index("segment")
+    assert last["mean_target_rank"].isna().to_dict() == {
+        name: name != "last_token" for name in last.index
+    }
+
+
+def test_heads_of_several_positions_are_in_the_order_of_positions(client: Client) -> None:
+    heads = client.trace(PROMPT, positions=[3, -1], layers=[2]).heads()
+    assert [head.node.position for head in heads] == sorted([3, 7] * HEADS)
+    shares = [abs(head.share or 0) for head in heads]
+    assert shares[:HEADS] == sorted(shares[:HEADS], reverse=True)
 
 
 def test_neurons_that_write_a_token(client: Client) -> None:

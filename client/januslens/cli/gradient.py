@@ -367,7 +367,8 @@ def segments_section(gradient: Gradient, limit: int) -> Group:
     largest: dict[tuple[str, int], float] = {}
     rows: dict[tuple[str, int], dict[str, Text]] = {}
     for row in gradient.segments:
-        cell = Text.assemble(size_cell(row.mean_vjp_norm), (f"  {row.mean_target_rank:.0f}", "dim"))
+        rank = "" if row.mean_target_rank is None else f"  {row.mean_target_rank:.0f}"
+        cell = Text.assemble(size_cell(row.mean_vjp_norm), (rank, "dim"))
         unread = row.mean_vjp_norm == 0
         matrix = (str(row.kind), row.layer)
         largest[matrix] = max(largest.get(matrix, 0.0), row.mean_vjp_norm)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from januslens.results.comparison import EdgeDifference, NodeDifference
-    from januslens.results.graph import Edge, Node
+    from januslens.results.gradient import EditPreview, SegmentRow
+    from januslens.results.graph import Edge, Node, Part
     from januslens.results.matrices import Component, Matrix
     from januslens.results.tokens import Token
     from januslens.results.vectors import NeuronHit, Tensor
@@ -135,13 +136,93 @@ _EDGE_FIELDS = (
 )
 
 
-def node_frame(nodes: Iterable[Node]) -> pd.DataFrame:
-    """Return a frame with one row per node; absent values are `pd.NA`, NaN or None."""
+def node_frame(
+    nodes: Iterable[Node], prompt: Sequence[Token], leaving: Mapping[str, Edge]
+) -> pd.DataFrame:
+    """Return a frame with one row per node; absent values are `pd.NA`, NaN or None.
+
+    `leaving` has the edge from each part to its sum, by the id of the part.
+    """
     pandas = require("pandas", "analysis", "a frame of nodes")
-    rows = [_node_row(node) for node in nodes]
-    columns = [*_NODE_FIELDS, *_projection_row(None)]
+    rows = [_node_row(node) | _place_row(node, leaving.get(node.id), prompt) for node in nodes]
+    columns = [*_NODE_FIELDS, *_projection_row(None), *_PLACE_FIELDS]
     frame: pd.DataFrame = pandas.DataFrame(rows, columns=columns).set_index("id")
-    return frame.astype(dict.fromkeys(_COUNTS, "Int64") | dict.fromkeys(_MEASURES, "float64"))
+    counts, measures = dict.fromkeys(_COUNTS, "Int64"), dict.fromkeys(_MEASURES, "float64")
+    return frame.astype(counts | measures | {"logit_contribution": "float64", "share": "float64"})
+
+
+def part_frame(parts: Iterable[Part], prompt: Sequence[Token]) -> pd.DataFrame:
+    """Return a frame with one row per part, with the id of its sum."""
+    listed = list(parts)
+    leaving = {part.node.id: part.edge for part in listed if part.edge is not None}
+    frame = node_frame([part.node for part in listed], prompt, leaving)
+    frame["sum"] = [None if part.edge is None else part.edge.target for part in listed]
+    return frame
+
+
+_PLACE_FIELDS = ("token", "source_token", "share", "logit_contribution")
+
+
+def _place_row(node: Node, edge: Edge | None, prompt: Sequence[Token]) -> dict[str, Any]:
+    """Return the texts of a node's position and source, and its figures as a part of its sum."""
+    return {
+        "token": _text_at(node.position, prompt),
+        "source_token": _text_at(node.source_position, prompt),
+        "share": edge.share if edge else None,
+        "logit_contribution": edge.logit_contribution if edge else None,
+    }
+
+
+def _text_at(position: int | None, prompt: Sequence[Token]) -> str | None:
+    known = position is not None and position < len(prompt)
+    return prompt[position].text if known and position is not None else None
+
+
+_SEGMENT_FIELDS = (
+    "segment",
+    "layer",
+    "kind",
+    "mean_vjp_norm",
+    "mean_target_rank",
+    "positions",
+)
+
+
+def segment_frame(segments: Iterable[SegmentRow]) -> pd.DataFrame:
+    """Return a frame with one row per matrix and segment."""
+    pandas = require("pandas", "analysis", "a frame of segments")
+    rows = [
+        {name: getattr(row, name) for name in _SEGMENT_FIELDS} | {"kind": str(row.kind)}
+        for row in segments
+    ]
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=list(_SEGMENT_FIELDS))
+    return frame.astype({"mean_vjp_norm": "float64", "mean_target_rank": "float64"})
+
+
+_EFFECT_TOKENS = ("target", "predicted_before", "predicted_after")
+_EFFECT_FIELDS = (
+    "label",
+    *_EFFECT_TOKENS,
+    "probability_before",
+    "probability_after",
+    "log_probability_before",
+    "log_probability_after",
+    "rank_before",
+    "rank_after",
+    "kl_bits",
+)
+
+
+def preview_frame(preview: EditPreview) -> pd.DataFrame:
+    """Return a frame with one row per prompt, the edited one first; tokens are texts."""
+    pandas = require("pandas", "analysis", "a frame of effects")
+    rows = [
+        {name: getattr(effect, name) for name in _EFFECT_FIELDS}
+        | {name: getattr(effect, name).text for name in _EFFECT_TOKENS}
+        for effect in (preview.edited, *preview.probes)
+    ]
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=list(_EFFECT_FIELDS))
+    return frame
 
 
 def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:
@@ -242,6 +323,8 @@ def _projection_row(node: Node | None) -> dict[str, Any]:
         "top_logit": read.top[0].logit if read and read.top else None,
         "top_probability": read.top[0].probability if read and read.top else None,
         "top_log_probability": read.top[0].log_probability if read and read.top else None,
+        "top_token_ids": [token.id for token in read.top_tokens] if read else None,
+        "bottom_token_ids": [token.id for token in read.bottom_tokens] if read else None,
         "top_tokens": [token.text for token in read.top_tokens] if read else None,
         "bottom_tokens": [token.text for token in read.bottom_tokens] if read else None,
         "entropy_bits": read.entropy_bits if read else None,
@@ -268,7 +351,8 @@ def _present(row: Mapping[str, Any], without: str) -> dict[str, Any]:
 
 def _attribute(value: Any) -> Any:
     if isinstance(value, list):
-        return json.dumps([xml_text(text) for text in value], ensure_ascii=False)
+        listed = [xml_text(each) if isinstance(each, str) else each for each in value]
+        return json.dumps(listed, ensure_ascii=False)
     return xml_text(value) if isinstance(value, str) else value
 
 

@@ -87,6 +87,10 @@ class EditPreview:
     provenance: Provenance
     response: edits_pb2.PreviewEditResponse = field(repr=False, compare=False)
 
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with one row per prompt, the edited one first. Requires pandas."""
+        return exports.preview_frame(self)
+
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""
         return notebook_html(self)
@@ -163,7 +167,8 @@ class SegmentRow:
         layer: The layer.
         kind: The matrix.
         mean_vjp_norm: Mean length of the VJPs at the segment's positions.
-        mean_target_rank: Mean rank of the first target in the projected factor.
+        mean_target_rank: Mean rank of the first target in the projected factor; None if the factor
+            is exactly zero at all positions of the segment.
         positions: Number of positions in the segment.
     """
 
@@ -171,7 +176,7 @@ class SegmentRow:
     layer: int
     kind: MatrixKind
     mean_vjp_norm: float
-    mean_target_rank: float
+    mean_target_rank: float | None
     positions: int
 
     @classmethod
@@ -182,9 +187,21 @@ class SegmentRow:
             layer=message.layer,
             kind=MATRIX_KINDS.member(message.kind),
             mean_vjp_norm=message.mean_vjp_norm,
-            mean_target_rank=message.mean_target_rank,
+            mean_target_rank=message.mean_target_rank
+            if message.HasField("mean_target_rank")
+            else None,
             positions=message.positions,
         )
+
+
+class Segments(tuple[SegmentRow, ...]):
+    """The rows of a gradient's table of segments."""
+
+    __slots__ = ()
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with one row per matrix and segment. Requires pandas."""
+        return exports.segment_frame(self)
 
 
 @dataclass(frozen=True)
@@ -199,7 +216,7 @@ class GradientSummary:
 
     matrices: int
     times: tuple[StageTime, ...]
-    segments: tuple[SegmentRow, ...]
+    segments: Segments
 
     @classmethod
     def from_message(cls, message: gradient_lens_pb2.GradientSummary) -> GradientSummary:
@@ -207,7 +224,7 @@ class GradientSummary:
         return cls(
             matrices=message.matrices,
             times=tuple(StageTime.from_message(t) for t in message.times),
-            segments=tuple(SegmentRow.from_message(row) for row in message.segments),
+            segments=Segments(SegmentRow.from_message(row) for row in message.segments),
         )
 
 
@@ -243,9 +260,9 @@ class Gradient:
         return self.header.provenance
 
     @property
-    def segments(self) -> tuple[SegmentRow, ...]:
+    def segments(self) -> Segments:
         """Norms and ranks by segment of the prompt; empty without a subject."""
-        return self.summary.segments if self.summary else ()
+        return self.summary.segments if self.summary else Segments()
 
     def matrix(self, layer: int, kind: MatrixKind | str, expert: int | None = None) -> Matrix:
         """Return the gradient of one matrix; a negative layer counts from the last one.

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from januslens.results import exports
 from januslens.results.kinds import EDGE_KINDS, NODE_KINDS, EdgeKind, NodeKind
-from januslens.results.tokens import TokenTable
+from januslens.results.tokens import Token, TokenTable
 from januslens.results.vectors import Projection, Tensor
 from januslens.v1 import trace_pb2
 
@@ -170,6 +170,22 @@ class Part:
         return self.edge.weight if self.edge else None
 
 
+class Parts(list[Part]):
+    """Parts of sums, in the order of the method that returned them."""
+
+    def __init__(self, parts: Iterable[Part], prompt: Sequence[Token]) -> None:
+        """`prompt` has the tokens of the sources."""
+        super().__init__(parts)
+        self._prompt = prompt
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with one row per part, indexed by id. Requires pandas.
+
+        It has the columns of `trace.nodes` and `sum`, the id of the sum.
+        """
+        return exports.part_frame(self, self._prompt)
+
+
 class KnownNodes(Mapping[str, Node]):
     """Nodes of several layers by id; later layers are searched first and parsed when needed."""
 
@@ -210,13 +226,13 @@ class GraphView:
         node_list: All nodes in the order of the stream, parsed on first access.
         edge_list: All edges in the order of the stream, parsed on first access.
         known_nodes: The nodes by id, including nodes of earlier layers that edges refer to.
-        prompt_length: Number of tokens of the prompt.
+        prompt: The tokens of the prompt.
     """
 
     node_list: Sequence[Node] = field(repr=False)
     edge_list: Sequence[Edge] = field(repr=False)
     known_nodes: Mapping[str, Node] = field(repr=False, compare=False)
-    prompt_length: int = field(default=0, repr=False, compare=False)
+    prompt: Sequence[Token] = field(default=(), repr=False, compare=False)
 
     @cached_property
     def _incoming(self) -> dict[str, list[Edge]]:
@@ -248,45 +264,55 @@ class GraphView:
 
     def _from_start(self, position: int | None) -> int | None:
         """Return a position counted from 0, given one that may be negative, or None."""
-        return position + self.prompt_length if position is not None and position < 0 else position
+        return position + len(self.prompt) if position is not None and position < 0 else position
 
     def edges_into(self, node: Node | str) -> list[Edge]:
         """Return all edges into a node, given as a node or an id, in the order of the stream."""
         return list(self._incoming.get(node if isinstance(node, str) else node.id, ()))
 
-    def parts_of(self, node: Node | str) -> list[Part]:
+    def parts_of(self, node: Node | str) -> Parts:
         """Return the parts that add up to a node (given as a node or an id), largest |share| first.
 
         The shares add up to 1. The list is empty if the node is not a sum.
         """
         edges = (edge for edge in self.edges_into(node) if edge.kind is EdgeKind.PART)
-        return _by_share(Part(self.known_nodes[edge.source], edge) for edge in edges)
+        found = [Part(self.known_nodes[edge.source], edge) for edge in edges]
+        return Parts(sorted(found, key=_position_and_share), self.prompt)
 
-    def heads(self, position: int | None = None) -> list[Part]:
+    def heads(self, position: int | None = None) -> Parts:
         """Return the heads' outputs with their shares of the sum of all heads, largest first.
+
+        Those of several positions are in the order of the positions.
 
         The share is None if the sum, ATTENTION_CONCAT, is hidden. Shares at different positions or
         layers are fractions of different sums.
         """
         return self._parts_of_kind(NodeKind.HEAD_OUTPUT, position)
 
-    def neurons(self, position: int | None = None) -> list[Part]:
+    def neurons(self, position: int | None = None) -> Parts:
         """Return the MLP's neurons with their shares of the MLP's result, largest first.
 
+        Those of several positions are in the order of the positions.
         These are the strongest of the neurons that the selection of the request has picked. The
         share is None if the sum, MLP_OUTPUT or MLP_SUM, is hidden. Shares at different positions or
         layers are fractions of different sums.
         """
         return self._parts_of_kind(NodeKind.MLP_VALUE, position)
 
-    def _parts_of_kind(self, kind: NodeKind, position: int | None) -> list[Part]:
-        leaving = {edge.source: edge for edge in self.edge_list if edge.kind is EdgeKind.PART}
-        return _by_share(Part(node, leaving.get(node.id)) for node in self.nodes_of(kind, position))
+    def _parts_of_kind(self, kind: NodeKind, position: int | None) -> Parts:
+        leaving = self._leaving
+        found = [Part(node, leaving.get(node.id)) for node in self.nodes_of(kind, position)]
+        return Parts(sorted(found, key=_position_and_share), self.prompt)
+
+    @cached_property
+    def _leaving(self) -> dict[str, Edge]:
+        """The edge from each part to its sum, by the id of the part."""
+        return {edge.source: edge for edge in self.edge_list if edge.kind is EdgeKind.PART}
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
         """A data frame with one row per node, indexed by id. Requires pandas."""
-        return exports.node_frame(self.node_list)
+        return exports.node_frame(self.node_list, self.prompt, self._leaving)
 
     @cached_property
     def edges(self) -> pd.DataFrame:
@@ -304,5 +330,5 @@ class GraphView:
         return exports.directed_graph(self.known_nodes, self.node_list, self.edge_list)
 
 
-def _by_share(parts: Iterable[Part]) -> list[Part]:
-    return sorted(parts, key=lambda part: -abs(part.share or 0.0))
+def _position_and_share(part: Part) -> tuple[int, float]:
+    return part.node.position or 0, -abs(part.share or 0.0)

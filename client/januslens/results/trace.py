@@ -10,7 +10,7 @@ from typing import Literal
 from januslens.results.comparison import TraceComparison, compare_traces
 from januslens.results.contributions import ContributionTree, contribution_tree
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
-from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part
+from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part, Parts
 from januslens.results.kinds import CRITERIA, Criterion, EdgeKind, NodeKind
 from januslens.results.lazy import LazySequence
 from januslens.results.models import Guarantee, LayerLevel, ModelSizes, Provenance, StageTime
@@ -162,7 +162,7 @@ class LayerGraph(GraphView):
         message: trace_pb2.LayerGraph,
         tokens: TokenTable,
         earlier: Sequence[LayerGraph],
-        prompt_length: int = 0,
+        prompt: Sequence[Token] = (),
     ) -> LayerGraph:
         """Read one whole layer; its edges may come from nodes of `earlier` layers."""
         nodes = LazySequence.of(message.nodes, lambda node: Node.from_message(node, tokens))
@@ -171,7 +171,7 @@ class LayerGraph(GraphView):
             node_list=nodes,
             edge_list=LazySequence.of(message.edges, Edge.from_message),
             known_nodes=KnownNodes([*(layer.node_list for layer in earlier), nodes]),
-            prompt_length=prompt_length,
+            prompt=prompt,
         )
 
 
@@ -270,7 +270,7 @@ class Trace(GraphView):
             node_list=LazySequence(sum(map(len, nodes)), lambda: chain.from_iterable(nodes)),
             edge_list=LazySequence(sum(map(len, edges)), lambda: chain.from_iterable(edges)),
             known_nodes=KnownNodes(nodes),
-            prompt_length=len(header.prompt_tokens),
+            prompt=header.prompt_tokens,
         )
 
     @property
@@ -352,7 +352,7 @@ class Trace(GraphView):
         self,
         position: int | None = None,
         by: Literal["logit_contribution", "attribution"] = "logit_contribution",
-    ) -> list[Part]:
+    ) -> Parts:
         """Return the components by their effect on the target's logit, largest first.
 
         The components are the embedding, heads, neurons, biases, and the rest of each sum. Each
@@ -375,7 +375,8 @@ class Trace(GraphView):
                 f"unknown effect {by!r}; expected 'logit_contribution' or 'attribution'"
             )
         parts = [part for part in self._components(at) if getattr(part, by) is not None]
-        if not parts and not any(edge.kind is EdgeKind.PART for edge in self.edge_list):
+        sums = [edge for edge in self.edge_list if edge.kind is EdgeKind.PART]
+        if not parts and (not sums or any(getattr(edge, by) is not None for edge in sums)):
             raise ValueError(
                 "the trace has no parts of sums; expected node_kinds to have parts together with "
                 "their sums, such as HEAD_OUTPUT with ATTENTION_CONCAT, MLP_VALUE with MLP_OUTPUT"
@@ -384,7 +385,8 @@ class Trace(GraphView):
             raise ValueError(
                 f"the trace has no {by.replace('_', ' ')}s; request them with {by}=True"
             )
-        return sorted(parts, key=lambda part: -(getattr(part, by) or 0.0))
+        largest = sorted(parts, key=lambda part: -(getattr(part, by) or 0.0))
+        return Parts(largest, self.prompt)
 
     def _components(self, position: int) -> Iterator[Part]:
         for edge in self.edge_list:
