@@ -239,10 +239,14 @@ _COMPARED_NODES = (
     "activation",
     "gradient_norm",
     "top_token",
+    "top_token_id",
+    "top_logit",
     "top_probability",
+    "top_log_probability",
     "entropy_bits",
     "target_rank",
     "target_probability",
+    "target_log_probability",
     "target_logit",
 )
 _COMPARED_EDGES = (
