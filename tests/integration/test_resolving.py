@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,7 @@ from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.pipelines.resolve import resolve_preview_edit
 from januslens_server.results import Token
 from januslens_server.rpc import admission
+from januslens_server.specs import PreviewEditSpec, TraceSpec
 from tests.support.calls import prompt
 from tests.support.in_process import Loaded, loaded, served
 
@@ -169,3 +172,35 @@ async def test_request_that_takes_long_to_prepare_is_refused(
         with pytest.raises(grpc.aio.AioRpcError, match="preparing it took more than 0 s") as error:
             await stub.PreviewEdit(PROBES)
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize("rpc", ["Trace", "PreviewEdit"])
+async def test_refused_request_is_not_kept_until_a_garbage_collection(
+    demo: Loaded, rpc: str
+) -> None:
+    """gRPC keeps the errors of calls in reference cycles, and with them what their frames hold."""
+    long = common_pb2.Input(token_ids=common_pb2.TokenIds(ids=[1000] * 100_000))
+    requests = {
+        "Trace": trace_pb2.TraceRequest(input=long),
+        "PreviewEdit": edits_pb2.PreviewEditRequest(
+            input=long, target=TARGET, shift=edits_pb2.ForwardShift(layer=1, eta=0.1)
+        ),
+    }
+    async with served(demo) as stub:
+        gc.disable()
+        try:
+            assert (
+                await getattr(stub, rpc)(requests[rpc]).code() is grpc.StatusCode.INVALID_ARGUMENT
+            )
+            deadline = time.monotonic() + 10
+            while kept() and time.monotonic() < deadline:  # noqa: ASYNC110 - the handler ends soon
+                await asyncio.sleep(0.05)
+            assert not kept()
+        finally:
+            gc.enable()
+
+
+def kept() -> list[object]:
+    """The specs of long prompts that are still in memory."""
+    specs = [o for o in gc.get_objects() if type(o) in (TraceSpec, PreviewEditSpec)]
+    return [spec for spec in specs if len(spec.prompt) == 100_000]
