@@ -143,10 +143,10 @@ async def test_a_failed_request_changes_no_later_result(
 
 
 class Overestimated(Pace):
-    """Estimates a thousand times the real time of a request."""
+    """Estimates a hundred times the real time of a request."""
 
     def seconds(self, demand: Demand) -> float:
-        return 1000 * super().seconds(demand)
+        return 100 * super().seconds(demand)
 
 
 @pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
