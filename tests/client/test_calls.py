@@ -200,7 +200,7 @@ def test_arguments_are_refused_before_anything_is_sent() -> None:
         Client(address) as client,
         pytest.raises(ValueError, match="layers"),
     ):
-        client.trace("a b", layers=[-1])
+        client.trace("a b", layers=[2**31])
     assert script.metadata == []
 
 

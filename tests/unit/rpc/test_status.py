@@ -24,7 +24,12 @@ def tree(root: type[errors.IntrospectionError]) -> Iterator[type[errors.Introspe
         yield from tree(child)
 
 
-SENT = [kind for kind in tree(errors.IntrospectionError) if kind not in GROUPS]
+# A class without a reason of its own is sent like its base class.
+SENT = [
+    kind
+    for kind in tree(errors.IntrospectionError)
+    if "reason" in vars(kind) and kind not in GROUPS
+]
 
 
 def raised(kind: type[errors.IntrospectionError]) -> errors.IntrospectionError:
@@ -72,7 +77,9 @@ def test_the_page_documents_every_reason_and_no_other() -> None:
 
 
 def test_reasons_are_unique() -> None:
-    assert len({kind.reason for kind in tree(errors.IntrospectionError)}) == len(SENT) + len(GROUPS)
+    assert len({kind.reason for kind in SENT}) == len(SENT)
+    every = [kind for kind in tree(errors.IntrospectionError) if kind not in GROUPS]
+    assert {kind.reason for kind in every} == {kind.reason for kind in SENT}
 
 
 @pytest.mark.parametrize("kind", SENT, ids=lambda kind: kind.__name__)
