@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from januslens.results.kinds import NodeKind, Side
+from januslens.results.kinds import Criterion, NodeKind, Side
 
 if TYPE_CHECKING:
     from januslens.results.contributions import ContributionTree
@@ -280,11 +280,14 @@ def plain(sentence: Sentence) -> str:
 def trace_sentences(trace: Trace, target: PositionTarget) -> list[Sentence]:
     """State the target, the layer from which it ranks first, and its strongest head and neuron."""
     sentences = [target_sentence(trace, target), (emergence_sentence(trace, target),)]
-    for parts in (trace.heads(target.position), trace.neurons(target.position)):
+    by_contribution = trace.header.selected_by is Criterion.CONTRIBUTION
+    found = {"heads": trace.heads(target.position), "neurons": trace.neurons(target.position)}
+    for name, parts in found.items():
         added = [part for part in parts if _is_finite(part.logit_contribution)]
         if added:
             best = max(added, key=lambda part: part.logit_contribution or 0.0)
-            sentences.append((_contribution_sentence(trace, best),))
+            among = "" if by_contribution else f" of the selected {name}"
+            sentences.append((_contribution_sentence(trace, best, among),))
     return sentences
 
 
@@ -331,10 +334,9 @@ def _rank(step: ResidualStep) -> int | None:
     return step.node.projection.target_rank if step.node.projection else None
 
 
-def _contribution_sentence(trace: Trace, part: Part) -> str:
-    text = (
-        f"{_numbered(part.node)} adds most: {signed(part.logit_contribution or 0.0)} to its logit"
-    )
+def _contribution_sentence(trace: Trace, part: Part, among: str) -> str:
+    added = signed(part.logit_contribution or 0.0)
+    text = f"{_numbered(part.node)} adds most{among}: {added} to its logit"
     # OTHER stands for several sources, so it has attention but no position.
     sources = [
         (source.node.source_position, source.attention)

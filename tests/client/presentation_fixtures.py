@@ -136,6 +136,9 @@ def norm_row(norm: float, largest: float) -> list[Any]:
 def traces() -> Iterator[tuple[str, list[trace_pb2.TraceResponse]]]:
     yield "the target ranks first from the MLP on", stream_of(messages.layer())
     yield "attention and MLP are parallel", stream_of(without_nodes("RESIDUAL_MID"))
+    chosen = stream_of(messages.layer())
+    chosen[0].header.selected_by = trace_pb2.SELECTION_CRITERION_CONTRIBUTION
+    yield "the parts were selected by their contributions", chosen
     yield "no logit contributions", stream_of(without_contributions())
     yield "the target never ranks first", stream_of(with_rank(3), target=3)
     yield (

@@ -97,12 +97,24 @@ SENTENCES = {
     "the target ranks first from the MLP on": [
         "␣c after ␣b (1): the model's own prediction, probability 0.500.",
         "Ranked first from layer 0's MLP onwards.",
-        "L0 head 0 adds most: +1.50 to its logit, reading a (0) with attention 0.75.",
-        "L0 neuron 7 adds most: +2.00 to its logit.",
+        (
+            "L0 head 0 adds most of the selected heads: +1.50 to its logit, "
+            "reading a (0) with attention 0.75."
+        ),
+        "L0 neuron 7 adds most of the selected neurons: +2.00 to its logit.",
     ],
     "attention and MLP are parallel": [
         "␣c after ␣b (1): the model's own prediction, probability 0.500.",
         "Ranked first from layer 0's attention and MLP onwards.",
+        (
+            "L0 head 0 adds most of the selected heads: +1.50 to its logit, "
+            "reading a (0) with attention 0.75."
+        ),
+        "L0 neuron 7 adds most of the selected neurons: +2.00 to its logit.",
+    ],
+    "the parts were selected by their contributions": [
+        "␣c after ␣b (1): the model's own prediction, probability 0.500.",
+        "Ranked first from layer 0's MLP onwards.",
         "L0 head 0 adds most: +1.50 to its logit, reading a (0) with attention 0.75.",
         "L0 neuron 7 adds most: +2.00 to its logit.",
     ],
@@ -113,8 +125,11 @@ SENTENCES = {
     "the target never ranks first": [
         "␣d after ␣b (1): rank 7, probability 4e-04; the model predicts ␣c.",
         "Best rank 3 after layer 0's MLP; final rank 3.",
-        "L0 head 0 adds most: +1.50 to its logit, reading a (0) with attention 0.75.",
-        "L0 neuron 7 adds most: +2.00 to its logit.",
+        (
+            "L0 head 0 adds most of the selected heads: +1.50 to its logit, "
+            "reading a (0) with attention 0.75."
+        ),
+        "L0 neuron 7 adds most of the selected neurons: +2.00 to its logit.",
     ],
 }
 
@@ -128,18 +143,18 @@ def test_sentences_of_a_trace_match_the_fixture() -> None:
     assert cases["the target has no rank"]["sentences"][1] == (
         "No residual of this position was traced."
     )
-    reading = "L0 head 0 adds most: +1.50 to its logit, reading a (0) with attention 0.75."
-    assert (
-        cases["the remainder of the sources has the largest attention"]["sentences"][2] == reading
+    assert cases["the remainder of the sources has the largest attention"]["sentences"][2] == (
+        "L0 head 0 adds most of the selected heads: +1.50 to its logit, "
+        "reading a (0) with attention 0.75."
     )
     assert cases["no source has a position"]["sentences"][2] == (
-        "L0 head 0 adds most: +1.50 to its logit."
+        "L0 head 0 adds most of the selected heads: +1.50 to its logit."
     )
     assert cases["a contribution is not finite"]["sentences"][2] == (
-        "L0 head 1 adds most: -0.25 to its logit."
+        "L0 head 1 adds most of the selected heads: -0.25 to its logit."
     )
     assert cases["the best neuron belongs to an expert"]["sentences"][3] == (
-        "L0 expert 1 neuron 7 adds most: +2.00 to its logit."
+        "L0 expert 1 neuron 7 adds most of the selected neurons: +2.00 to its logit."
     )
 
 

@@ -132,7 +132,7 @@ def test_first_layer_of_the_answer_is_marked(tab: Page, demo: Traced) -> None:
     )
     best = max(demo.trace.heads(), key=lambda part: part.logit_contribution or 0)
     expect(story).to_contain_text(
-        f"adds most: {_signed(best.logit_contribution or 0)} to its logit"
+        f"adds most of the selected heads: {_signed(best.logit_contribution or 0)} to its logit"
     )
 
 

@@ -102,6 +102,7 @@ export interface TraceHeaderMessage {
   targets?: PositionTargetMessage[]
   tokens?: TokenMessage[]
   sizes?: ModelSizesMessage
+  selectedBy?: string
 }
 
 export interface LayerGraphMessage {

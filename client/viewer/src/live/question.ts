@@ -121,7 +121,10 @@ function traceRequest(question: Question): Json {
     ...(question.positions.trim() === 'all'
       ? { allPositions: true }
       : { positions: integers('Positions', question.positions) }),
-    ...(heads === '' ? {} : { selection: { heads: natural('Heads', heads) } }),
+    selection: {
+      by: 'SELECTION_CRITERION_CONTRIBUTION',
+      ...(heads === '' ? {} : { heads: natural('Heads', heads) }),
+    },
     ...(question.without === '' ? {} : { interventions: [interventionOf(question.without)] }),
     includeLogitContribution: true,
     // Attributions are those of the last position only.

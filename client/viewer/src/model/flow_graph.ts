@@ -184,6 +184,8 @@ export class FlowGraph {
   traced: number[] = []
   provenance: ProvenanceMessage = {}
   sizes: ModelSizesMessage = {}
+  /** Whether the parts were selected by what they add to the target's logit. */
+  selectedByContribution = false
   times: StageTimeMessage[] = []
   /** Incremented with every message, so that a view knows when to redraw. */
   version = 0
@@ -221,6 +223,7 @@ export class FlowGraph {
       this.prompt = (header.promptTokens ?? []).map(tokenOf)
       this.provenance = header.provenance ?? {}
       this.sizes = header.sizes ?? {}
+      this.selectedByContribution = header.selectedBy === 'SELECTION_CRITERION_CONTRIBUTION'
       this.traced = targets.map((target) => target.position)
     }
     // Reserve a row for every layer, so that rows do not move as layers arrive.

@@ -48,9 +48,13 @@ export function traceSentences(graph: FlowGraph, position: number): Sentence[] {
   const target = targetSentence(graph, position)
   if (!target) return []
   const sentences = [target, [emergenceSentence(graph, position)]]
-  for (const kind of ['HEAD_OUTPUT', 'MLP_VALUE']) {
+  for (const [kind, parts] of [
+    ['HEAD_OUTPUT', 'heads'],
+    ['MLP_VALUE', 'neurons'],
+  ] as const) {
     const best = topContributor(graph, position, kind)
-    if (best) sentences.push(contributionSentence(graph, best))
+    const among = graph.selectedByContribution ? '' : ` of the selected ${parts}`
+    if (best) sentences.push(contributionSentence(graph, best, among))
   }
   return sentences
 }
@@ -80,12 +84,14 @@ export function emergenceSentence(graph: FlowGraph, position: number): string {
 function contributionSentence(
   graph: FlowGraph,
   { node, logit }: { node: GraphNode; logit: number },
+  among: string,
 ): Sentence {
   const most = mostAttended(graph, node)
   const reading = most
     ? `, reading ${at(most.position, graph.prompt)} with attention ${decimals(most.attention, 2)}`
     : ''
-  return [{ node, text: numbered(node) }, ` adds most: ${signed(logit)} to its logit${reading}.`]
+  const effect = ` adds most${among}: ${signed(logit)} to its logit${reading}.`
+  return [{ node, text: numbered(node) }, effect]
 }
 
 /** The loss, its targets and what the model predicts. */
