@@ -162,7 +162,7 @@ def test_positions_and_heads_select_rows_of_the_whole_tensor() -> None:
     ("options", "text"),
     [
         ({"sites": ()}, "sites: no sites given; send at least one"),
-        ({"layers": (2,)}, "layers: .* has no layer 2; expected 0 to 1"),
+        ({"layers": (2,)}, "layers: .* has no layer 2; expected -2 to 1"),
         ({"positions": (9,)}, "position 9 is outside the prompt"),
         ({"heads": (4,)}, "heads: QUERY has no head 4; expected 0 to 3"),
         (

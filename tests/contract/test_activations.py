@@ -174,7 +174,7 @@ def test_each_operation_changes_the_logits(stub: Stub, operation: str) -> None:
             ".add.coefficient",
         ),
         ({"noise": interventions_pb2.Noise(standard_deviation=-1.0)}, ".noise.standard_deviation"),
-        ({"patch": interventions_pb2.Patch()}, ".patch.input.prompt"),
+        ({"patch": interventions_pb2.Patch()}, ".patch.input"),
         ({"patch": interventions_pb2.Patch(input=prompt("Japan"))}, ".patch.input"),
         ({"mean_over": interventions_pb2.MeanOver()}, ".mean_over.inputs"),
         (

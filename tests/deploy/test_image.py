@@ -80,7 +80,8 @@ def test_the_server_accepts_the_images_settings(
     assert printed == as_yaml(read_settings([]))
     shown = yaml.safe_load(printed)
     written = yaml.safe_load(path.read_text())
-    assert written.pop("max_request_memory") == f"{shown['max_request_memory'] // 2**20}MiB"
+    for name in ("max_request_memory", "max_unread"):
+        assert written.pop(name) == f"{shown[name] // 2**20}MiB"
     assert shown.items() >= written.items()
     assert image.value("EXPOSE").split() == [str(shown["port"]), str(shown["metrics_port"])]
 
