@@ -99,6 +99,8 @@ CONVERSATIONS = [
     conversation("assistant\n[user]\n", "\n\n", "東京 👩‍👩‍👧 e\u0301"),
     conversation("Where is it?", "The city is ", continues=True),
     conversation("Where is it?", "The city", continues=True, system=" S "),
+    conversation("Where is it?", "", continues=True),
+    conversation("Where is it?", " \n", continues=True),
 ]
 
 

@@ -213,7 +213,11 @@ class _Marks:
                 "the chat template omits the last message; send a message that it includes",
             )
         said, _, rest = text.rpartition(end)
-        return (said if rest.startswith(" ") else said.rstrip()) + end
+        if not rest.startswith(" "):
+            said, begin = said.rstrip(), self._ends[-2]
+            if said.endswith(begin):  # an empty content: the spaces are before its mark
+                said = said.removesuffix(begin).rstrip() + begin
+        return said + end
 
     def read(self, text: str, chat: Chat, field: str) -> Rendered:
         """Remove the marks, and return where the contents are."""
