@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import gc
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -131,6 +132,16 @@ def test_generation_ends_after_the_end_of_sequence_token(demo: ResidentModel) ->
     assert summary.generated == len(tokens)
 
 
+def test_generation_ends_at_the_first_of_several_end_ids(demo: ResidentModel) -> None:
+    spec = GenerateSpec(PROMPT, 8)
+    endless = ids(run(replace(demo, end_ids=frozenset()), spec)[0])
+    ends = frozenset({endless[3], endless[6], 10**6})
+    tokens, summary = run(replace(demo, end_ids=ends), spec)
+    last = next(i for i, token_id in enumerate(endless) if token_id in ends)
+    assert ids(tokens) == endless[: last + 1]
+    assert summary.finish_reason is FinishReason.END_OF_SEQUENCE
+
+
 def test_stop_text_may_span_tokens(demo: ResidentModel) -> None:
     tokens, _ = run(demo, GenerateSpec(PROMPT, 8))
     said = [token.token.text for token in tokens]
@@ -235,18 +246,24 @@ def test_generations_in_turns_equal_those_alone(demo: ResidentModel) -> None:
     assert taken == alone
 
 
-def test_cancelled_generations_free_their_caches(demo: ResidentModel) -> None:
-    def caches() -> int:
-        gc.collect()
-        return sum(type(found) is Decoder for found in gc.get_objects())
+def test_cancelled_generations_free_their_caches(
+    demo: ResidentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Decoder]] = []
+    construct = Decoder.__init__
 
-    before = caches()
-    for _ in range(5):
+    def recorded(decoder: Decoder, *given: Any, **named: Any) -> None:
+        made.append(weakref.ref(decoder))
+        construct(decoder, *given, **named)
+
+    monkeypatch.setattr(Decoder, "__init__", recorded)
+    for _ in range(3):
         running = generate(resolve_generate(demo, GenerateSpec(PROMPT, 50)), never_cancelled)
         assert len(list(islice(running, 4))) == 4
-        assert caches() == before + 1
+        assert made[-1]() is not None
         running.close()  # type: ignore[attr-defined]  # a generator
-        assert caches() == before
+        assert made[-1]() is None
+    assert len(made) == 3
 
 
 def test_cancellation_ends_a_step(demo: ResidentModel) -> None:
