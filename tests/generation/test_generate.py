@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from januslens_server.errors import InvalidRequest, RequestCancelled, never_cancelled
+from januslens_server.errors import CancelCheck, InvalidRequest, RequestCancelled, never_cancelled
 from januslens_server.lens.projection import project
 from januslens_server.models.decoding import Decoder, Sampler
 from januslens_server.models.registry import Registry, embedded_source
@@ -19,15 +21,18 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import forward
 from januslens_server.pipelines.cost import demand_of
 from januslens_server.pipelines.generate import generate
-from januslens_server.pipelines.resolve import resolve_generate
+from januslens_server.pipelines.resolve import resolve_generate, resolve_trace
 from januslens_server.pipelines.self_check import checked
+from januslens_server.pipelines.trace import trace
 from januslens_server.results import (
     FinishReason,
     GeneratedToken,
     GenerationHeader,
     GenerationSummary,
 )
-from januslens_server.specs import GenerateSpec, LayerReading, LensSpec, Sampling
+from januslens_server.scheduling.job import QueuedRequest, ResultBuffer
+from januslens_server.scheduling.worker import DeviceWorker
+from januslens_server.specs import GenerateSpec, LayerReading, LensSpec, Sampling, TraceSpec
 from tests.support.in_process import hooks_of
 
 PROMPT = "The capital of Japan is the city of"
@@ -244,6 +249,57 @@ def test_generations_in_turns_equal_those_alone(demo: ResidentModel) -> None:
             elif isinstance(event, GeneratedToken):
                 taken[entry[0]].append(event.token.id)
     assert taken == alone
+
+
+async def test_trace_does_not_wait_for_32_generating_callers(demo: ResidentModel) -> None:
+    """All generations have begun before the trace is submitted, and none has ended after it."""
+    worker = DeviceWorker(max_waiting=64)
+    endless = replace(demo, end_ids=frozenset())
+    begun: set[int] = set()
+    ended: list[str] = []
+    all_begun, waiting = threading.Event(), threading.Event()
+
+    def generating(number: int) -> Callable[[CancelCheck], Iterator[Any]]:
+        def steps(check: CancelCheck) -> Iterator[Any]:
+            spec = GenerateSpec(PROMPT, 100, Sampling(1.0, seed=number))
+            for event in generate(resolve_generate(endless, spec), check):
+                begun.add(number)
+                if len(begun) == len(requests) and not all_begun.is_set():
+                    all_begun.set()
+                    assert waiting.wait(60)  # holds the device until the trace is in the queue
+                yield event
+            ended.append(f"generation {number}")
+
+        return steps
+
+    def tracing(check: CancelCheck) -> Iterator[Any]:
+        yield from trace(resolve_trace(demo, TraceSpec(PROMPT)), check)
+        ended.append("trace")
+
+    def submitted(
+        steps: Callable[[CancelCheck], Iterator[Any]], request: QueuedRequest
+    ) -> asyncio.Task[list[Any]]:
+        buffer: ResultBuffer[Any] = ResultBuffer(2**20, lambda _: 1)
+        worker.submit(steps, buffer, request)
+        return asyncio.create_task(all_of(buffer))
+
+    requests = [QueuedRequest(None, caller=f"caller {i}") for i in range(32)]
+    generations = [submitted(generating(i), request) for i, request in enumerate(requests)]
+    assert await asyncio.to_thread(all_begun.wait, 60)
+    traced = submitted(tracing, QueuedRequest(None, caller="another caller"))
+    waiting.set()
+    await traced
+    first = ended[0]
+    for request in requests:
+        worker.withdraw(request)
+    await asyncio.gather(*generations, return_exceptions=True)
+    while worker.unfinished:  # noqa: ASYNC110 - the worker's thread sets no event
+        await asyncio.sleep(0.01)
+    assert first == "trace"
+
+
+async def all_of(buffer: ResultBuffer[Any]) -> list[Any]:
+    return [item async for item in buffer.items()]
 
 
 def test_cancelled_generations_free_their_caches(
