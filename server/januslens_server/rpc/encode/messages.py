@@ -183,24 +183,11 @@ def projections(table: ProjectionTable) -> list[Any]:
     The fields are passed to the constructor of the message that contains the projection. Compared
     with creating a message and copying it, this takes two thirds of the time.
     """
+    fields = _projection_fields(table)
     # Convert whole columns to lists, because access to single elements of numpy arrays is slow.
-    columns: dict[str, NDArray[Any]] = {
-        "top_token_ids": table.top_ids,
-        "top_probabilities": table.top_probabilities,
-        "top_logits": table.top_logits,
-        "bottom_token_ids": table.bottom_ids,
-        "bottom_probabilities": table.bottom_probabilities,
-        "bottom_logits": table.bottom_logits,
-        "entropy_bits": table.entropy_bits,
-        "log_normalizer": table.log_normalizers,
-    }
-    if table.target_ids.shape[1]:
-        columns["target_rank"] = table.target_ranks[:, 0]
-        columns["target_probability"] = table.target_probabilities[:, 0]
-        columns["target_logit"] = table.target_logits[:, 0]
-    rows: Iterator[tuple[Any, ...]] = zip(*(c.tolist() for c in columns.values()), strict=True)
+    rows: Iterator[tuple[Any, ...]] = zip(*(f.tolist() for f in fields.values()), strict=True)
     return [
-        dict(zip(columns, row, strict=True)) if projected else None
+        dict(zip(fields, row, strict=True)) if projected else None
         for projected, row in zip(table.projected.tolist(), rows, strict=True)
     ]
 
@@ -208,17 +195,29 @@ def projections(table: ProjectionTable) -> list[Any]:
 def projection_columns(table: ProjectionTable) -> Columns:
     """Encode each row of a table as a `Projection` for its first target."""
     columns = Columns(lens_pb2.Projection, len(table.projected))
-    for end in ("top", "bottom"):
-        columns.unsigned_lists(f"{end}_token_ids", getattr(table, f"{end}_ids"))
-        columns.float_lists(f"{end}_probabilities", getattr(table, f"{end}_probabilities"))
-        columns.float_lists(f"{end}_logits", getattr(table, f"{end}_logits"))
-    columns.floats("entropy_bits", table.entropy_bits)
-    if table.target_ids.shape[1]:
-        columns.unsigned("target_rank", table.target_ranks[:, 0])
-        columns.floats("target_probability", table.target_probabilities[:, 0])
-        columns.floats("target_logit", table.target_logits[:, 0])
-    columns.floats("log_normalizer", table.log_normalizers)
+    for name, values in _projection_fields(table).items():
+        if np.issubdtype(values.dtype, np.integer):
+            add = columns.unsigned if values.ndim == 1 else columns.unsigned_lists
+        else:
+            add = columns.floats if values.ndim == 1 else columns.float_lists
+        add(name, values)
     return columns
+
+
+def _projection_fields(table: ProjectionTable) -> dict[str, NDArray[Any]]:
+    """The columns of a table by field of `Projection`, in the order of the fields' numbers."""
+    fields: dict[str, NDArray[Any]] = {}
+    for end in ("top", "bottom"):
+        fields[f"{end}_token_ids"] = getattr(table, f"{end}_ids")
+        fields[f"{end}_probabilities"] = getattr(table, f"{end}_probabilities")
+        fields[f"{end}_logits"] = getattr(table, f"{end}_logits")
+    fields["entropy_bits"] = table.entropy_bits
+    if table.target_ids.shape[1]:
+        fields["target_rank"] = table.target_ranks[:, 0]
+        fields["target_probability"] = table.target_probabilities[:, 0]
+        fields["target_logit"] = table.target_logits[:, 0]
+    fields["log_normalizer"] = table.log_normalizers
+    return fields
 
 
 def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
