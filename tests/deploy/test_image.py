@@ -53,8 +53,8 @@ def test_the_sources_of_the_package_are_copied() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     named = {"pyproject.toml", *project["project"]["license-files"]}
     named |= {project["project"]["readme"]} if "readme" in project["project"] else set()
-    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-    named |= {Path(package).parts[0] for package in packages}
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    named |= {Path(path).parts[0] for path in (*wheel["packages"], *wheel["force-include"])}
     assert named <= {source for source, _ in image.copied()}
 
 

@@ -71,6 +71,25 @@ def test_the_library_works_with_the_server(scripts: Path, server_address: str) -
     ]
 
 
+CONTRACT = """
+import januslens
+from importlib.resources import files
+
+print(januslens.__version__)
+print(*sorted(path.name for path in files("januslens.v1").iterdir() if path.suffix == ".proto"))
+"""
+
+
+@pytest.mark.slow
+def test_the_package_has_its_version_and_the_contract(scripts: Path) -> None:
+    shown = ran(scripts / "python", "-c", CONTRACT)
+    assert shown.stderr == ""
+    release, protos = shown.stdout.splitlines()
+    assert f'version = "{release}"' in (ROOT / "pyproject.toml").read_text()
+    folder = ROOT / "protos" / "januslens" / "v1"
+    assert protos.split() == sorted(path.name for path in folder.glob("*.proto"))
+
+
 @pytest.mark.slow
 def test_the_command_works_with_the_server(scripts: Path, server_address: str) -> None:
     command, server = scripts / "januslens", ("--server", server_address)

@@ -7,7 +7,7 @@ import traceback
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from januslens.v1 import service_pb2_grpc
 from januslens_server.access.directory import Directory, OpenDirectory
@@ -21,6 +21,10 @@ from januslens_server.rpc.wire import WireFormat
 
 # gRPC logs the exceptions that its handlers end with under this name.
 GRPC_LOGGER = "grpc._cython.cygrpc"
+
+# Version 1 of reflection has the messages of v1alpha under another service name, which grpcio does
+# not register. Newer tools ask for it first.
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 PACKAGE = __name__.partition(".")[0] + "."
 
@@ -73,6 +77,20 @@ def build_server(
     server = grpc.aio.server(interceptors=interceptors, options=options)
     service_pb2_grpc.add_IntrospectionServiceServicer_to_server(service, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    _enable_reflection(server)
     return server
+
+
+def _enable_reflection(server: grpc.aio.Server) -> None:
+    """Register the services' descriptions under both versions of the reflection protocol."""
+    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
+    reflection.enable_server_reflection(names, server)
+    handler = grpc.stream_stream_rpc_method_handler(
+        reflection.aio.ReflectionServicer(names).ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    handlers = {"ServerReflectionInfo": handler}
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(REFLECTION_V1, handlers),)
+    )
