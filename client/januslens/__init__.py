@@ -10,8 +10,10 @@ This is the client of the Januslens server. It does not need torch::
             print(f"{part.logit_contribution:+.2f}", part.node)
 """
 
+from importlib.metadata import version
+
 from januslens import _notebook as _notebook  # registers the HTML of results for notebooks
-from januslens._connection import ResponseHook
+from januslens._connection import Metadata, ResponseHook
 from januslens.aio import AsyncClient, AsyncEventStream, AsyncGeneration
 from januslens.arguments import (
     Chat,
@@ -179,6 +181,8 @@ from januslens.results.vectors import (
 )
 from januslens.viewer import html as _pages  # noqa: F401 - registers the pages
 
+__version__ = version("januslens")
+
 __all__ = [
     "Aborted",
     "Activations",
@@ -254,6 +258,7 @@ __all__ = [
     "Matrix",
     "MatrixKind",
     "Messages",
+    "Metadata",
     "Model",
     "ModelFailed",
     "ModelLoading",

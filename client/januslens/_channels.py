@@ -62,7 +62,8 @@ class Channel:
             self._channel = grpc.insecure_channel(connection.address, options)
         else:
             self._channel = grpc.secure_channel(connection.address, connection.credentials, options)
-        self._stub = IntrospectionServiceStub(self._channel)
+        intercepted = grpc.intercept_channel(self._channel, *connection.interceptors)
+        self._stub = IntrospectionServiceStub(intercepted)
 
     def response(self, call: ResumableCall) -> Any:
         """Make a unary call and return its response."""
@@ -168,10 +169,10 @@ class AsyncChannel:
 
     def _new_channel(self) -> grpc.aio.Channel:
         address, credentials = self._connection.address, self._connection.credentials
-        options = self._connection.channel_options
+        options, interceptors = self._connection.channel_options, self._connection.interceptors
         if credentials is None:
-            return grpc.aio.insecure_channel(address, options)
-        return grpc.aio.secure_channel(address, credentials, options)
+            return grpc.aio.insecure_channel(address, options, interceptors=interceptors)
+        return grpc.aio.secure_channel(address, credentials, options, interceptors=interceptors)
 
     def _forget_closed_loops(self) -> None:
         """Drop channels that can no longer be used or closed; gRPC then closes them."""

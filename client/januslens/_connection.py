@@ -61,6 +61,11 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int | str], ...] = (
 
 # What gRPC accepts in metadata.
 _PRINTABLE = re.compile(r"[ -~]*")
+_KEY = re.compile(r"[a-z0-9_.-]+")
+_REQUEST_ID = "x-request-id"
+
+# Pairs of gRPC metadata: text values, and bytes for keys that end with `-bin`.
+Metadata = Sequence[tuple[str, str | bytes]]
 
 ResponseHook = Callable[[Message], object]
 
@@ -76,6 +81,8 @@ class Connection:
         credentials: The channel credentials for TLS; None = no encryption.
         resume: Resume interrupted calls on another replica.
         on_response: Called with every response message on arrival.
+        metadata: Sent with every call, besides the request id and the token.
+        interceptors: gRPC client interceptors of the channel, the outermost first.
     """
 
     address: str
@@ -84,16 +91,21 @@ class Connection:
     credentials: grpc.ChannelCredentials | None
     resume: bool
     on_response: ResponseHook | None
+    metadata: Metadata = field(default=(), repr=False)
+    interceptors: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         """Check what cannot be sent.
 
         Raises:
             TypeError: The address or token is not text, or the timeout is not a number.
-            ValueError: The address or token holds invalid characters, or the timeout is negative.
+            ValueError: The address, token or metadata holds invalid characters, or the timeout is
+                negative.
         """
         checked_text(self.address, "address")
         checked_timeout(self.timeout)
+        for key, value in self.metadata:
+            _check_metadata(key, value)
         if self.token is not None and not _PRINTABLE.fullmatch(checked_text(self.token, "token")):
             raise ValueError("invalid token; expected printable ASCII characters")
 
@@ -132,9 +144,9 @@ class Attempt:
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
-    def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The metadata of the request: its id, and the token if there is one."""
-        entries = (("x-request-id", self.request_id),)
+    def metadata(self) -> Metadata:
+        """The metadata of the request: its id, the token if there is one, and the client's own."""
+        entries = ((_REQUEST_ID, self.request_id), *self.connection.metadata)
         if self.connection.token is None:
             return entries
         return (*entries, ("authorization", f"Bearer {self.connection.token}"))
@@ -148,6 +160,22 @@ class Attempt:
         """Return the exception for a failed call; `partial` is the received part of a stream."""
         address = self.connection.address
         return exception_from(call, self.request_id, address, partial, interrupted)
+
+
+def _check_metadata(key: str, value: str | bytes) -> None:
+    """Raise if gRPC does not accept a pair of metadata, or if this client sets it itself."""
+    if not _KEY.fullmatch(checked_text(key, "metadata key")):
+        raise ValueError(f"invalid metadata key {key!r}; expected a-z, 0-9, _, . and -")
+    if key == _REQUEST_ID or key.startswith("grpc-"):
+        raise ValueError(f"metadata key {key!r} is set by the client; use another key")
+    if key.endswith("-bin"):
+        if not isinstance(value, bytes):
+            raise TypeError(f"invalid metadata value of {key!r}; expected bytes")
+    elif not _PRINTABLE.fullmatch(checked_text(value, f"metadata value of {key!r}")):
+        raise ValueError(
+            f"invalid metadata value of {key!r}; expected printable ASCII characters; send bytes "
+            "with a key that ends with '-bin'"
+        )
 
 
 def channel_credentials(
@@ -229,7 +257,6 @@ def _is_loopback_host(host: str) -> bool:
 
 MessageT = TypeVar("MessageT", bound=Message)
 
-_REQUEST_ID = "x-request-id"
 
 # How gRPC describes a response that comes from an HTTP proxy.
 _BAD_GATEWAY = re.compile(r"http2 header with status: 50[24]")

@@ -9,7 +9,13 @@ from typing import Any
 import grpc
 from numpy.typing import ArrayLike
 
-from januslens._connection import DEFAULT_ADDRESS, Connection, ResponseHook, channel_credentials
+from januslens._connection import (
+    DEFAULT_ADDRESS,
+    Connection,
+    Metadata,
+    ResponseHook,
+    channel_credentials,
+)
 from januslens._requests import (
     find_neurons_request,
     next_page_request,
@@ -58,10 +64,15 @@ class Client(Lenses, Passes):
         credentials: Use these channel credentials, such as those of `grpc.ssl_channel_credentials`.
         resume: Resume interrupted calls on another replica instead of raising an exception.
         on_response: Called with every response message on arrival, for example to record it.
+        metadata: Pairs of gRPC metadata to send with every call; the values of keys that end with
+            `-bin` are bytes.
+        interceptors: gRPC client interceptors, such as those of OpenTelemetry, the outermost first:
+            of `grpc.aio` for an `Client`, of `grpc` for a `Client`.
 
     Raises:
-        TypeError: The timeout is not a number.
-        ValueError: The timeout is negative or NaN, or there are both credentials and certificates.
+        TypeError: The timeout is not a number, or a value of the metadata has an invalid type.
+        ValueError: The timeout is negative or NaN, the metadata is not valid, or there are both
+            credentials and certificates.
         OSError: A certificate cannot be read.
     """
 
@@ -77,6 +88,8 @@ class Client(Lenses, Passes):
         credentials: grpc.ChannelCredentials | None = None,
         resume: bool = False,
         on_response: ResponseHook | None = None,
+        metadata: Metadata = (),
+        interceptors: Sequence[Any] = (),
     ) -> None:
         encryption = channel_credentials(
             secure=secure,
@@ -84,7 +97,18 @@ class Client(Lenses, Passes):
             client_certificate=client_certificate,
             credentials=credentials,
         )
-        super().__init__(Connection(address, token, timeout, encryption, resume, on_response))
+        super().__init__(
+            Connection(
+                address,
+                token,
+                timeout,
+                encryption,
+                resume,
+                on_response,
+                tuple(metadata),
+                tuple(interceptors),
+            )
+        )
 
     def trace_overview(
         self,

@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from januslens import (
@@ -70,6 +71,65 @@ def test_without_a_token_none_is_sent() -> None:
     with serving(script) as address, Client(address) as client:
         client.trace("a b")
     assert "authorization" not in script.metadata[0]
+
+
+OWN = (("x-team", "lens"), ("x-context-bin", b"\x00\xff"))
+
+
+def test_own_metadata_is_sent_with_every_call() -> None:
+    script = Script(responses=trace_stream(), pages=PAGES[1:])
+    with serving(script) as address, Client(address, metadata=OWN) as client:
+        client.trace("a b")
+        client.list_models()
+    assert all(received.items() >= dict(OWN).items() for received in script.metadata)
+
+
+@pytest.mark.parametrize(
+    ("pair", "error", "said"),
+    [
+        (("X-Team", "lens"), ValueError, "expected a-z, 0-9, _, . and -"),
+        (("x-request-id", "mine"), ValueError, "set by the client"),
+        (("x-team", "\n"), ValueError, "expected printable ASCII"),
+        (("x-context-bin", "text"), TypeError, "expected bytes"),
+    ],
+)
+def test_metadata_that_cannot_be_sent_is_refused(
+    pair: tuple[str, str], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        Client(metadata=[pair])
+
+
+class Counting(grpc.UnaryUnaryClientInterceptor):
+    calls = 0
+
+    def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        self.calls += 1
+        return continuation(details, request)
+
+
+class AsyncCounting(grpc.aio.UnaryUnaryClientInterceptor):
+    calls = 0
+
+    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        self.calls += 1
+        return await continuation(details, request)
+
+
+def test_interceptors_see_each_call() -> None:
+    counting = Counting()
+    with serving(Script(pages=PAGES)) as address:
+        with Client(address, interceptors=[counting]) as client:
+            client.list_models()
+        assert counting.calls == len(PAGES)
+
+
+async def test_asynchronous_interceptors_see_each_call() -> None:
+    counting = AsyncCounting()
+    with serving(Script(pages=PAGES)) as address:
+        async with AsyncClient(address, interceptors=[counting]) as client:
+            await client.list_models()
+    assert counting.calls == len(PAGES)
 
 
 def test_interrupted_stream_raises_with_the_received_part() -> None:
