@@ -105,7 +105,7 @@ from januslens.interventions import (
     zero,
 )
 from januslens.launching import LaunchedClient, launch
-from januslens.recordings import Recorded, load, save
+from januslens.recordings import Recorded, load
 from januslens.results.activations import (
     Activations,
     ActivationsHeader,
@@ -341,7 +341,6 @@ __all__ = [
     "read_effects",
     "read_gradient",
     "read_trace",
-    "save",
     "scale",
     "set_value",
     "steer",

@@ -415,7 +415,7 @@ class AsyncLenses(AsyncCalls):
                 the change.
             subject: The subject of the prompt, as text or as token positions `(start, end)`; adds
                 norms and ranks by segment.
-            factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
+            factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
             verify: Compare each matrix with autograd's dense gradient.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
@@ -500,7 +500,7 @@ class AsyncLenses(AsyncCalls):
                 the change.
             subject: The subject of the prompt, as text or as token positions `(start, end)`; adds
                 norms and ranks by segment.
-            factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
+            factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
             verify: Compare each matrix with autograd's dense gradient.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
@@ -585,7 +585,7 @@ class AsyncLenses(AsyncCalls):
                 the change.
             subject: The subject of the prompt, as text or as token positions `(start, end)`; adds
                 norms and ranks by segment.
-            factors: Send the factors, for `matrix.gradient()` and `gradient.save()`.
+            factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
             verify: Compare each matrix with autograd's dense gradient.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.

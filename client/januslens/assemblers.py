@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from google.protobuf.json_format import Parse
 
@@ -463,6 +463,17 @@ class GenerateAssembler(
                 return None
 
 
+def read_lines(
+    lines: Iterable[str],
+    message: Callable[[], Any],
+    assembler: Assembler[Any, Any, ResultT],
+) -> ResultT:
+    """Read a recorded stream with one JSON message per line; `message` makes an empty one."""
+    for line in lines:
+        assembler.feed(Parse(line, message(), ignore_unknown_fields=True))
+    return assembler.result()
+
+
 def read_trace(lines: Iterable[str]) -> Trace:
     """Read a trace from a recorded stream, for example an open file with one message per line.
 
@@ -473,10 +484,7 @@ def read_trace(lines: Iterable[str]) -> Trace:
         ProtocolViolation: A message is missing.
         google.protobuf.json_format.ParseError: A line is not a message of a Trace.
     """
-    assembler = TraceAssembler()
-    for line in lines:
-        assembler.feed(Parse(line, trace_pb2.TraceResponse(), ignore_unknown_fields=True))
-    return assembler.result()
+    return read_lines(lines, trace_pb2.TraceResponse, TraceAssembler())
 
 
 def read_gradient(lines: Iterable[str]) -> Gradient:
@@ -489,12 +497,7 @@ def read_gradient(lines: Iterable[str]) -> Gradient:
         ProtocolViolation: A message is missing.
         google.protobuf.json_format.ParseError: A line is not a message of a GradientLens.
     """
-    assembler = GradientAssembler()
-    for line in lines:
-        assembler.feed(
-            Parse(line, gradient_lens_pb2.GradientLensResponse(), ignore_unknown_fields=True)
-        )
-    return assembler.result()
+    return read_lines(lines, gradient_lens_pb2.GradientLensResponse, GradientAssembler())
 
 
 def read_effects(lines: Iterable[str]) -> InterventionEffects:
@@ -507,7 +510,4 @@ def read_effects(lines: Iterable[str]) -> InterventionEffects:
         ProtocolViolation: A message is missing.
         google.protobuf.json_format.ParseError: A line is not a message of an Intervene.
     """
-    assembler = InterveneAssembler()
-    for line in lines:
-        assembler.feed(Parse(line, intervene_pb2.InterveneResponse(), ignore_unknown_fields=True))
-    return assembler.result()
+    return read_lines(lines, intervene_pb2.InterveneResponse, InterveneAssembler())

@@ -1,135 +1,94 @@
-"""Save results to files, and load them again.
-
-A recording is a line of text, followed by the messages of the stream in the order in which the
-server sent them. Each message has its length before it, as a varint. Files with JSON Lines, which
-`to_json_lines` and `--json` write, are read as well; they take about three times the space.
-"""
+"""Load results that their `save` methods wrote, or that `--json` printed."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 
 from januslens.assemblers import (
+    GenerateAssembler,
     GradientAssembler,
     InterveneAssembler,
     TraceAssembler,
-    read_effects,
-    read_gradient,
-    read_trace,
+    read_lines,
 )
+from januslens.results.generation import GeneratedText
 from januslens.results.gradient import Gradient
 from januslens.results.intervene import InterventionEffects
+from januslens.results.message_file import encoded_messages, has_messages, message_type
 from januslens.results.trace import Trace
-from januslens.v1 import gradient_lens_pb2, intervene_pb2, trace_pb2
+from januslens.v1 import generation_pb2, gradient_lens_pb2, intervene_pb2, trace_pb2
 
-Recorded = Trace | Gradient | InterventionEffects
-
-# The first byte occurs in no text, so that no text file is taken for a recording.
-_MAGIC = b"\x89januslens recording "
-_VERSION = b"1"
-# Bytes of the first line, at most.
-_LINE_BYTES = 200
-
-_ASSEMBLERS: dict[str, tuple[type[Message], Callable[[], Any]]] = {
-    message.DESCRIPTOR.full_name: (message, assembler)
-    for message, assembler in (
-        (trace_pb2.TraceResponse, TraceAssembler),
-        (gradient_lens_pb2.GradientLensResponse, GradientAssembler),
-        (intervene_pb2.InterveneResponse, InterveneAssembler),
-    )
-}
-_OF_JSON: dict[str, Callable[[Iterable[str]], Recorded]] = {
-    "layer": read_trace,
-    "matrix": read_gradient,
-    "effect": read_effects,
-}
+Recorded = Trace | Gradient | InterventionEffects | GeneratedText
 
 
-def save(result: Recorded, path: str | PathLike[str]) -> None:
-    """Write a trace, a gradient or effects of interventions to a file that `load` reads."""
-    messages = list(result.responses)
-    kind = messages[0].DESCRIPTOR.full_name.encode()
-    with Path(path).open("wb") as file:
-        file.write(_MAGIC + _VERSION + b" " + kind + b"\n")
-        for message in messages:
-            content = message.SerializeToString(deterministic=True)
-            file.write(_varint(len(content)) + content)
+class _Stream(NamedTuple):
+    """A kind of stream: its messages, an event that no other kind has, and its assembler."""
+
+    message: type[Message]
+    event: str
+    assembler: Callable[[], Any]
+
+
+_STREAMS = (
+    _Stream(trace_pb2.TraceResponse, "layer", TraceAssembler),
+    _Stream(gradient_lens_pb2.GradientLensResponse, "matrix", GradientAssembler),
+    _Stream(intervene_pb2.InterveneResponse, "effect", InterveneAssembler),
+    _Stream(generation_pb2.GenerateResponse, "generated", lambda: GenerateAssembler(GeneratedText)),
+)
 
 
 def load(path: str | PathLike[str]) -> Recorded:
     """Read a result that `save` wrote, or a file with one JSON message per line.
 
     Raises:
+        OSError: The file cannot be read.
         ValueError: The file is not a recording, is cut off, or has a newer version.
         StreamInterrupted: The recording has no summary; `partial` has what was recorded.
         ProtocolViolation: A message is missing.
         google.protobuf.json_format.ParseError: A line of JSON is not a message of the stream.
     """
     content = Path(path).read_bytes()
-    if content.startswith(_MAGIC):
-        return _assembled(content, str(path))
+    return _of_messages(content, str(path)) if has_messages(content) else _of_json(content, path)
+
+
+def _of_messages(content: bytes, path: str) -> Recorded:
+    name = message_type(content)
+    found = [stream for stream in _STREAMS if stream.message.DESCRIPTOR.full_name == name]
+    if not found:
+        raise ValueError(
+            f'"{path}" is a recording of another version; expected version 1 of a trace, a '
+            "gradient, effects or a generated text; update januslens"
+        )
+    assembler = found[0].assembler()
+    try:
+        for encoded in encoded_messages(content):
+            assembler.feed(found[0].message.FromString(encoded))
+    except (DecodeError, IndexError) as error:
+        raise ValueError(
+            f'"{path}" is damaged or cut off; expected whole messages; save the result again'
+        ) from error
+    result: Recorded = assembler.result()
+    return result
+
+
+def _of_json(content: bytes, path: str | PathLike[str]) -> Recorded:
     try:
         lines = content.decode().splitlines()
         messages = [json.loads(line) for line in lines]
     except ValueError:
         messages = []
     events = {key for message in messages if isinstance(message, dict) for key in message}
-    for event, read in _OF_JSON.items():
-        if event in events:
-            return read(lines)
-    raise ValueError(
-        f'"{path}" is not a recording; expected a file that save() wrote, or JSON Lines of a '
-        "trace, a gradient or effects"
-    )
-
-
-def _assembled(content: bytes, path: str) -> Recorded:
-    line = content[len(_MAGIC) : _LINE_BYTES].partition(b"\n")[0]
-    version, _, kind = line.partition(b" ")
-    known = _ASSEMBLERS.get(kind.decode(errors="replace"))
-    if version != _VERSION or known is None:
+    found = [stream for stream in _STREAMS if stream.event in events]
+    if not found:
         raise ValueError(
-            f'"{path}" is a recording of another version; expected version '
-            f"{_VERSION.decode()} of a trace, a gradient or effects; update januslens"
+            f'"{path}" is not a recording; expected a file that save() wrote, or JSON Lines of a '
+            "trace, a gradient, effects or a generated text"
         )
-    message, assembler = known
-    found = assembler()
-    try:
-        for part in _parts(content, len(_MAGIC) + len(line) + 1):
-            found.feed(message.FromString(part))
-    except (DecodeError, IndexError) as error:
-        raise ValueError(
-            f'"{path}" is damaged or cut off; expected whole messages; save the result again'
-        ) from error
-    result: Recorded = found.result()
+    result: Recorded = read_lines(lines, found[0].message, found[0].assembler())
     return result
-
-
-def _parts(content: bytes, start: int) -> Iterator[bytes]:
-    """Yield the bytes of each message; raise `IndexError` if the last one is cut off."""
-    while start < len(content):
-        length = shift = 0
-        while content[start] >= 0x80:
-            length |= (content[start] & 0x7F) << shift
-            start, shift = start + 1, shift + 7
-        length |= content[start] << shift
-        stop = start + 1 + length
-        if stop > len(content):
-            raise IndexError(stop)
-        yield content[start + 1 : stop]
-        start = stop
-
-
-def _varint(number: int) -> bytes:
-    groups = bytearray()
-    while number >= 0x80:
-        groups.append(number & 0x7F | 0x80)
-        number >>= 7
-    groups.append(number)
-    return bytes(groups)

@@ -122,8 +122,8 @@ def test_help_and_version_end_with_0() -> None:
 @pytest.mark.parametrize(
     ("command", "verb", "own"),
     [
-        (trace_command, Client.trace, {"rows", "details", "html", "estimate"}),
-        (gradient_command, Client.gradient_lens, {"rows", "html", "estimate", *PREVIEWED}),
+        (trace_command, Client.trace, {"rows", "details", "html", "out", "estimate"}),
+        (gradient_command, Client.gradient_lens, {"rows", "html", "out", "estimate", *PREVIEWED}),
         (project_command, Client.project, {"file", "name"}),
         (neurons_command, Client.find_neurons, {"written"}),
     ],
@@ -459,6 +459,40 @@ def test_intervene_lists_experiments_with_their_labels(server_address: str) -> N
     effect = heads.effects[0].after[0].logit - heads.before[0].logit
     assert float(line.split()[6]) == pytest.approx(effect, abs=0.011)
     assert "without neuron 2.7" in found.stdout
+
+
+@pytest.mark.usefixtures("demo")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("trace", PROMPT, "--layers", "2-3"),
+        ("gradient", PROMPT, "--target", " Paris", "--layers", "3"),
+        ("intervene", PROMPT, "--zero-heads", "3.0", "--zero", "--sweep", "layer"),
+        ("generate", PROMPT, "--max-new-tokens", "4"),
+    ],
+    ids=lambda arguments: str(arguments[0]),
+)
+def test_open_prints_what_the_saving_command_printed(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    file = tmp_path / "result.pb"
+    made = run(*arguments, "--out", str(file))
+    assert f"wrote {file}" in made.stderr
+    assert run("open", str(file)).stdout == made.stdout
+    page = tmp_path / "page.html"
+    opened = run("open", str(file), "--json", "--html", str(page))
+    assert "</html>" in page.read_text(encoding="utf-8")
+    lines = tmp_path / "result.jsonl"
+    lines.write_text(opened.stdout)
+    assert run("open", str(lines)).stdout == made.stdout
+
+
+def test_open_refuses_other_files(tmp_path: Path) -> None:
+    other = tmp_path / "notes.txt"
+    other.write_text("notes")
+    found = run("open", str(other))
+    assert (found.exit_code, "is not a recording" in found.stderr) == (1, True)
+    assert run("open", str(tmp_path / "missing.pb")).exit_code == 2
 
 
 @pytest.mark.usefixtures("demo")

@@ -138,7 +138,7 @@ def test_the_frame(gradient: Gradient) -> None:
 
 def test_factors_are_saved_with_their_coordinates(gradient: Gradient, tmp_path: Path) -> None:
     file = tmp_path / "factors.safetensors"
-    gradient.save(file)
+    gradient.save_factors(file)
     arrays = load_file(file)
     assert set(arrays) == {
         f"L1.{kind}.{part}" for kind in ("FF1", "FF2") for part in ("input", "vjp", "position")
@@ -152,7 +152,7 @@ def test_factors_are_saved_with_their_coordinates(gradient: Gradient, tmp_path: 
 
 
 def test_one_matrix_is_saved(gradient: Gradient, tmp_path: Path) -> None:
-    gradient.matrices[0].save(tmp_path / "one.safetensors")
+    gradient.matrices[0].save_factors(tmp_path / "one.safetensors")
     assert len(load_file(tmp_path / "one.safetensors")) == 3
 
 

@@ -29,7 +29,7 @@ def gradient() -> Gradient:
 @pytest.mark.parametrize("result", [trace(), gradient()], ids=["trace", "gradient"])
 def test_loaded_result_has_the_saved_messages(result: Trace | Gradient, tmp_path: Path) -> None:
     compact, lines = tmp_path / "result.pb", tmp_path / "result.jsonl"
-    januslens.save(result, compact)
+    result.save(compact)
     lines.write_text("".join(f"{line}\n" for line in result.to_json_lines()))
     for path in (compact, lines):
         loaded = januslens.load(path)
@@ -40,7 +40,7 @@ def test_loaded_result_has_the_saved_messages(result: Trace | Gradient, tmp_path
 
 def test_file_cut_inside_a_message_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.pb"
-    januslens.save(trace(), path)
+    trace().save(path)
     whole = path.read_bytes()
     for length in (len(whole) - 1, len(whole) // 2):
         path.write_bytes(whole[:length])
@@ -53,7 +53,7 @@ def test_file_cut_inside_a_message_is_refused(tmp_path: Path) -> None:
 
 def test_file_cut_between_messages_is_an_interrupted_stream(tmp_path: Path) -> None:
     result, path = trace(), tmp_path / "cut.pb"
-    januslens.save(result, path)
+    result.save(path)
     last = list(result.responses)[-1].ByteSize()
     path.write_bytes(path.read_bytes()[: -last - 1])
     with pytest.raises(StreamInterrupted):
@@ -70,7 +70,7 @@ def test_other_file_is_refused(content: bytes, tmp_path: Path) -> None:
 
 def test_recording_of_another_version_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "newer.pb"
-    januslens.save(trace(), path)
+    trace().save(path)
     path.write_bytes(path.read_bytes().replace(b"recording 1 ", b"recording 2 ", 1))
     with pytest.raises(ValueError, match="expected version 1"):
         januslens.load(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -16,14 +17,16 @@ from januslens.cli.options import (
     estimate_option,
     layer_list,
     model_option,
+    out_option,
     prompt_argument,
+    save_result,
     show_estimate,
     usage_errors,
     with_client,
 )
 from januslens.cli.tables import console, labelled
-from januslens.client import Client, Generation
-from januslens.results.generation import END_OF_SEQUENCE, GeneratedToken
+from januslens.client import Client
+from januslens.results.generation import END_OF_SEQUENCE, GeneratedText, GeneratedToken
 from januslens.results.tokens import visible
 
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -79,6 +82,7 @@ def _layers(
     help="Layers to read at each token, for example 0-3,7; all or none.",
 )
 @model_option
+@out_option
 @estimate_option
 @with_client
 @prompt_argument
@@ -88,6 +92,7 @@ def generate(
     /,
     *,
     prompt: arguments.Text | arguments.Chat,
+    out: Path | None,
     estimate: bool,
     **asked: Any,
 ) -> None:
@@ -103,17 +108,18 @@ def generate(
     with usage_errors():
         stream = client.stream_generate(prompt, **asked)
     with stream:
-        typist = _Typist()
+        typist = Typist()
         for event in stream:
             if isinstance(event, GeneratedToken) and not as_json:
                 typist.show(event)
         result = stream.result()
     if not as_json:
-        _show_summary(result)
+        show_summary(result)
+    save_result(out, result.save)
 
 
-class _Typist:
-    """Prints tokens as they arrive. Characters may span tokens, so it decodes their bytes."""
+class Typist:
+    """Prints tokens one by one. Characters may span tokens, so it decodes their bytes."""
 
     def __init__(self) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
@@ -127,7 +133,8 @@ class _Typist:
         self._console.print(Text(text), Text(layer, "dim"), sep="", end="", soft_wrap=True)
 
 
-def _show_summary(result: Generation) -> None:
+def show_summary(result: GeneratedText) -> None:
+    """Print the model, the number of tokens and why the generation ended."""
     out = console()
     lines = labelled()
     lines.add_row("model", Text(model_name(result.provenance), "dim"))

@@ -24,8 +24,11 @@ from januslens.cli.options import (
     matrix_list,
     model_option,
     not_both,
+    out_option,
     page_option,
     prompt_argument,
+    rows_option,
+    save_result,
     show_estimate,
     usage_errors,
     with_client,
@@ -65,13 +68,7 @@ from januslens.results.vectors import Projection
     help="Matrices, for example q,k,v,o; default: ff1,ff2, or gate,up,ff2 in a gated MLP.",
 )
 @model_option
-@click.option(
-    "--rows",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Maximum rows per table.",
-)
+@rows_option
 @click.option(
     "--subject",
     metavar="TEXT",
@@ -123,6 +120,7 @@ from januslens.results.vectors import Projection
 )
 @click.option("--verify", is_flag=True, help="Compare each gradient with autograd's.")
 @page_option
+@out_option
 @estimate_option
 @with_client
 @prompt_argument
@@ -138,6 +136,7 @@ def gradient(  # noqa: PLR0913 - an option each
     eta: float,
     probes: tuple[str, ...],
     html: Path | None,
+    out: Path | None,
     estimate: bool,
     **asked: Any,
 ) -> None:
@@ -158,6 +157,7 @@ def gradient(  # noqa: PLR0913 - an option each
         result = _followed(stream, progress)
     if not as_json:
         show_gradient(result, console(), rows)
+    save_result(out, result.save)
     plain = arguments.Text("") if isinstance(prompt, arguments.Chat) else prompt
     watched = [Probe(replace(plain, text=probe), label=probe) for probe in probes]
     previews: dict[str, EditPreview] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,8 +22,10 @@ from januslens.cli.options import (
     estimate_option,
     layer_list,
     model_option,
+    out_option,
     position_list,
     prompt_argument,
+    save_result,
     show_estimate,
     usage_errors,
     with_client,
@@ -170,16 +173,18 @@ def _axes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> li
     help="Figure in the heat map; default: logit_difference with --other, otherwise logit.",
 )
 @model_option
+@out_option
 @estimate_option
 @with_client
 @prompt_argument
-def intervene(
+def intervene(  # noqa: PLR0913 - an option each
     client: Client,
     as_json: bool,
     /,
     *,
     prompt: Prompt,
     figure: str | None,
+    out: Path | None,
     estimate: bool,
     target: str | None,
     other: str | None,
@@ -207,6 +212,7 @@ def intervene(
         found = _followed(stream, progress)
     if not as_json:
         show_effects(found, console(), figure)
+    save_result(out, found.save)
 
 
 def _followed(

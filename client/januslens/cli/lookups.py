@@ -24,6 +24,7 @@ from januslens.cli.options import (
     model_option,
     position_list,
     prompt_argument,
+    save_result,
     show_estimate,
     usage_errors,
     with_chat,
@@ -31,7 +32,6 @@ from januslens.cli.options import (
 )
 from januslens.cli.tables import (
     console,
-    file_size,
     heading,
     labelled,
     rank_cell,
@@ -340,12 +340,7 @@ def activations(
     if not as_json:
         console().print(heading(found.prompt_tokens, found.provenance))
         console().print(_tensors_table(found))
-    if out:
-        try:
-            found.save(out)
-        except OSError as error:
-            raise click.FileError(str(out), error.strerror) from error
-        click.echo(f"wrote {out} ({file_size(out.stat().st_size)})", err=True)
+    save_result(out, found.save)
 
 
 def _tensors_table(found: Activations) -> Table:

@@ -315,6 +315,14 @@ _json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the responses as JSON Lines (protobuf JSON)."
 )
 
+rows_option = click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Maximum rows per table.",
+)
+
 model_option = click.option(
     "--model", default="", metavar="NAME", help="Model name; default: the only model of the server."
 )
@@ -391,12 +399,19 @@ def _in_existing_folder(
     return path
 
 
-page_option = click.option(
-    "--html",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    callback=_in_existing_folder,
-    metavar="FILE",
-    help="Also write the result as a self-contained HTML page.",
+def _file_option(name: str, shown: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        name,
+        type=click.Path(dir_okay=False, writable=True, path_type=Path),
+        callback=_in_existing_folder,
+        metavar="FILE",
+        help=shown,
+    )
+
+
+page_option = _file_option("--html", "Also write the result as a self-contained HTML page.")
+out_option = _file_option(
+    "--out", "Also save the result to this file, which `januslens open` shows."
 )
 
 
@@ -406,11 +421,25 @@ def write_page(path: Path, page: str) -> None:
     Raises:
         click.FileError: The file cannot be written.
     """
+    _write(path, lambda: path.write_text(page, encoding="utf-8"))
+
+
+def save_result(path: Path | None, save: Callable[[Path], object]) -> None:
+    """Save a result if a file is given, and print its path and size to standard error.
+
+    Raises:
+        click.FileError: The file cannot be written.
+    """
+    if path is not None:
+        _write(path, lambda: save(path))
+
+
+def _write(path: Path, write: Callable[[], object]) -> None:
     try:
-        path.write_text(page, encoding="utf-8")
+        write()
     except OSError as error:
         raise click.FileError(str(path), error.strerror) from error
-    click.echo(f"wrote {path} ({file_size(len(page.encode()))})", err=True)
+    click.echo(f"wrote {path} ({file_size(path.stat().st_size)})", err=True)
 
 
 def not_both(as_json: bool, page: Path | None) -> None:

@@ -13,6 +13,7 @@ from januslens.cli.gradient import gradient
 from januslens.cli.intervene import intervene
 from januslens.cli.lookups import activations, models, neurons, project, tokenize
 from januslens.cli.options import Connection, usage_errors, with_connection
+from januslens.cli.recordings import open_recording
 from januslens.cli.trace import trace
 from januslens.errors import JanuslensError, Unavailable
 from januslens.results.exports import require
@@ -112,6 +113,7 @@ for command in (
     gradient,
     intervene,
     generate,
+    open_recording,
     activations,
     neurons,
     project,

@@ -21,9 +21,12 @@ from januslens.cli.options import (
     lens_option,
     model_option,
     not_both,
+    out_option,
     page_option,
     position_list,
     prompt_argument,
+    rows_option,
+    save_result,
     show_estimate,
     usage_errors,
     with_client,
@@ -66,13 +69,7 @@ from januslens.results.trace import LayerGraph, PositionTarget, Trace, TraceHead
     help="Positions, for example -1,3, or all; default: the last.",
 )
 @model_option
-@click.option(
-    "--rows",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Maximum rows per table.",
-)
+@rows_option
 @click.option("--details", is_flag=True, help="Also print the heads and neurons of each layer.")
 @click.option("--heads", type=COUNT, help="Heads per layer; 0 = all; default: 10.")
 @click.option("--memory-values", type=COUNT, help="Source positions per head; 0 = all; default: 2.")
@@ -95,6 +92,7 @@ from januslens.results.trace import LayerGraph, PositionTarget, Trace, TraceHead
 @click.option("--bottom-k", type=COUNT, help="Least likely tokens per vector; default: 5.")
 @lens_option
 @page_option
+@out_option
 @estimate_option
 @with_client
 @prompt_argument
@@ -107,6 +105,7 @@ def trace(
     rows: int,
     details: bool,
     html: Path | None,
+    out: Path | None,
     estimate: bool,
     **asked: Any,
 ) -> None:
@@ -125,6 +124,7 @@ def trace(
         result = _followed(stream, progress)
     if not as_json:
         show_trace(result, console(), rows, details)
+    save_result(out, result.save)
     if html:
         write_page(html, result.to_html(_overview(client, result, asked)))
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import singledispatch
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -507,7 +508,9 @@ def save_tensors(
             file.write(tensor.data)
 
 
-def save_factors(matrices: Iterable[Matrix], path: str | Path, metadata: Mapping[str, str]) -> None:
+def save_factors(
+    matrices: Iterable[Matrix], path: str | PathLike[str], metadata: Mapping[str, str]
+) -> None:
     """Write `NAME.input`, `NAME.vjp` and `NAME.position` of every matrix."""
     files = require("safetensors.numpy", "analysis", "saving factors")
     arrays: dict[str, NDArray[np.generic]] = {}

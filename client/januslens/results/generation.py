@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html, require
 from januslens.results.kinds import NodeKind
+from januslens.results.message_file import save_messages
 from januslens.results.models import Provenance, StageTime
 from januslens.results.tokens import Token, Tokens, TokenTable
 from januslens.results.trace import Trace
@@ -203,6 +205,14 @@ class GeneratedText:
         if "decided" in frame:
             frame["decided"] = frame["decided"].astype("Int64")
         return frame
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the messages of the stream to a file that `januslens.load` reads.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        save_messages(path, self.responses)
 
     def to_json_lines(self) -> Iterator[str]:
         """Return the messages as JSON, one line each."""

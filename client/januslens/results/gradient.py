@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING
 
 from januslens.results import exports
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.kinds import MATRIX_KINDS, MatrixKind
 from januslens.results.matrices import Matrix, matrix_name
+from januslens.results.message_file import save_messages
 from januslens.results.models import LayerLevel, ModelSizes, Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import edits_pb2, gradient_lens_pb2
@@ -300,10 +301,10 @@ class Gradient:
         """Return a data frame with one row per component of every matrix. Requires pandas."""
         return exports.component_frame(self.matrices, self.prompt_tokens)
 
-    def save(self, path: str | Path) -> None:
-        """Write all factors to a safetensors file, as `Matrix.save` does. Requires safetensors.
+    def save_factors(self, path: str | PathLike[str]) -> None:
+        """Write all factors to a safetensors file. Requires safetensors.
 
-        The metadata of the file name the model and the prompt.
+        The names are those of `Matrix.save_factors`. The metadata name the model and the prompt.
 
         Raises:
             ValueError: The gradient was requested without factors.
@@ -327,6 +328,14 @@ class Gradient:
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""
         return notebook_html(self)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the messages of the stream to a file that `januslens.load` reads.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        save_messages(path, self.responses)
 
     def to_json_lines(self) -> Iterable[str]:
         """Return the stream as canonical protobuf JSON, one message per line, like `--json`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import product
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from januslens.results import exports
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.heat_map import HeatMap
+from januslens.results.message_file import save_messages
 from januslens.results.models import Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import intervene_pb2, streams_pb2
@@ -307,6 +309,14 @@ class InterventionEffects:
         if not axes:
             made = made.assign_coords(label=("experiment", [one.label for one in self.effects]))
         return made
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the messages of the stream to a file that `januslens.load` reads.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        save_messages(path, self.responses)
 
     def to_json_lines(self) -> Iterable[str]:
         """Return each message of the stream as one line of JSON; `read_effects` reads them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -307,7 +307,7 @@ class Matrix:
         """Return a data frame with one row per component. Requires pandas."""
         return exports.component_frame([self], ())
 
-    def save(self, path: str | Path) -> None:
+    def save_factors(self, path: str | PathLike[str]) -> None:
         """Write the factors to a safetensors file. Requires safetensors.
 
         The file has `L3.FF2.input` `[components, d_in]`, `L3.FF2.vjp` `[components, d_out]` and

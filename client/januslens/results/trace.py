@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from os import PathLike
 from typing import Literal
 
 from januslens.results.comparison import TraceComparison, compare_traces
@@ -13,6 +14,7 @@ from januslens.results.exports import PageFrame, json_lines, notebook_html, page
 from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part, Parts
 from januslens.results.kinds import CRITERIA, Criterion, EdgeKind, NodeKind
 from januslens.results.lazy import LazySequence
+from januslens.results.message_file import save_messages
 from januslens.results.models import Guarantee, LayerLevel, ModelSizes, Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import trace_pb2
@@ -435,6 +437,14 @@ class Trace(GraphView):
     def show(self, overview: Trace | None = None, *, height: int = 800) -> PageFrame:
         """Show the page of `to_html` in a notebook; `height` is in pixels."""
         return PageFrame(self.to_html(overview), height)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the messages of the stream to a file that `januslens.load` reads.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        save_messages(path, self.responses)
 
     def to_json_lines(self) -> Iterable[str]:
         """Return the stream as canonical protobuf JSON, one message per line, like `--json`."""
