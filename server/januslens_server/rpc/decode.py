@@ -408,8 +408,13 @@ def find_neurons_spec(request: neurons_pb2.FindNeuronsRequest, start: int) -> Fi
         suppressed=request.suppressed,
         layers=tuple(request.layers),
         start=start,
-        count=min(request.page_size or NEURONS, MAX_NEURONS),
+        count=page_size(request),
     )
+
+
+def page_size(request: neurons_pb2.FindNeuronsRequest) -> int:
+    """Return the maximum number of neurons on the requested page."""
+    return min(request.page_size or NEURONS, MAX_NEURONS)
 
 
 def _edit(request: edits_pb2.PreviewEditRequest) -> DescentStep | ForwardShift:
@@ -629,8 +634,8 @@ MAX_TOKENIZED = 32 * KIB
 # Maximum number of fields and messages in messages that contain lists of messages: six for each of
 # 16,384 experiments. Lists of numbers count once, unless a client encodes each number separately.
 MAX_FIELDS = 100_000
-# Shorter requests are not counted: parsing them takes a millisecond at most.
-COUNTED_BYTES = 64 * KIB
+# Shorter requests are not counted: they have a few thousand fields at most.
+COUNTED_BYTES = 8 * KIB
 
 
 def check_counts(kind: Descriptor, data: bytes) -> None:

@@ -141,8 +141,9 @@ class Threads:
     """A pool of threads, of which one caller and one model use at most a part."""
 
     def __init__(self, name: str, number: int, of_one_model: int, of_one_caller: int) -> None:
-        """`name` is the prefix of the threads' names."""
+        """`name` is the prefix of the threads' names; `running` counts the work not yet ended."""
         self._pool = ThreadPoolExecutor(number, name)
+        self.running = 0
         self._models = PlacesByName(of_one_model)
         self._callers = PlacesByName(of_one_caller)
 
@@ -156,6 +157,8 @@ class Threads:
         with ExitStack() as held:
             await self._callers.of(current.caller if current else "", held).take(held)
             await self._models.of(model, held).take(held)
+            self.running += 1
+            held.callback(self._end)
             job = self._pool.submit(copy_context().run, work)
             places = held.pop_all()
 
@@ -165,6 +168,9 @@ class Threads:
 
         job.add_done_callback(leave)
         return await asyncio.wrap_future(job)
+
+    def _end(self) -> None:
+        self.running -= 1
 
     async def run_cancellable(
         self, model: str, work: Callable[[CancelCheck], Result], seconds: float | None

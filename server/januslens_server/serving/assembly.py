@@ -31,6 +31,7 @@ from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.call import RPCS
 from januslens_server.rpc.health import Health, is_ready
 from januslens_server.rpc.options import PeerLimits
+from januslens_server.rpc.places import PREPARATION
 from januslens_server.rpc.server import build_server
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.streaming import DeviceStreams
@@ -106,7 +107,10 @@ class Assembly:
             peers=PeerLimits(settings.max_connections, settings.max_streams),
         )
         self._announced = False
-        self._background = [self._loop.create_task(telemetry.watch_event_loop())]
+        self._background = [
+            self._loop.create_task(telemetry.watch_event_loop()),
+            self._loop.create_task(tuning.collect_garbage(self._busy)),
+        ]
         if self._callers is not None:
             self._background.append(self._loop.create_task(self._callers.watch()))
 
@@ -114,6 +118,10 @@ class Assembly:
         """Bytes of device memory for requests, less what row caches will still need."""
         later = self.registry.bytes_cached_later() if self._device == "cpu" else 0
         return free_for_requests(self._device, needed + later) - later
+
+    def _busy(self) -> bool:
+        """Whether requests are being prepared or run."""
+        return PREPARATION.running > 0 or self._streams.unfinished > 0
 
     def announce(self) -> None:
         """Report the models' states in health and metrics from now on."""
