@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import januslens
 from januslens.cli.program import januslens as command
-from januslens.interventions import zero
+from januslens.interventions import scale, zero
 from januslens.v1 import common_pb2, generation_pb2, service_pb2_grpc
 
 PROMPT = "The capital of Japan is the city of"
@@ -199,12 +199,51 @@ def test_command_prints_the_text_and_the_deciding_layers(server_address: str) ->
 
 
 def test_command_prints_json_lines(server_address: str) -> None:
-    arguments = ["generate", PROMPT, "--server", server_address, "--json", "--layers", "none"]
+    arguments = ["generate", PROMPT, "--server", server_address, "--json", "--read", "none"]
     result = CliRunner().invoke(command, arguments, catch_exceptions=False)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert "header" in lines[0]
     assert lines[1]["generated"]["token"]["text"] == " Tokyo"
     assert lines[-1]["summary"]["finishReason"] == "end_of_sequence"
+
+
+def test_command_generates_under_interventions(
+    server_address: str, client: januslens.Client
+) -> None:
+    changes = ["--zero-heads", "0.1,2.0", "--scale", "0.5", "--site", "mlp_output", "--layers", "1"]
+    found = CliRunner().invoke(
+        command, ["generate", PROMPT, *changes, "--server", server_address, "--json"]
+    )
+    made = [json.loads(line) for line in found.stdout.splitlines()][1:-1]
+    knocked_out = zero(heads=[(0, 1), (2, 0)])
+    expected = client.generate(
+        PROMPT, interventions=[knocked_out, scale(0.5, "MLP_OUTPUT", layers=1)]
+    )
+    assert [one["generated"]["token"]["text"] for one in made] == [
+        one.token.text for one in expected
+    ]
+    assert [one["generated"]["logProbability"] for one in made] == pytest.approx(
+        [one.log_probability for one in expected], abs=1e-5
+    )
+    plain = client.generate(PROMPT)
+    assert expected.tokens[0].log_probability != pytest.approx(plain.tokens[0].log_probability)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--layers", "1"], "--layers is given without a change"),
+        (["--positions", "-1"], "--positions is given without a change"),
+        (["--zero", "--scale", "2"], "--zero and --scale are given"),
+        (["--zero", "--read", "x"], "is not a list of layers"),
+    ],
+)
+def test_command_refuses_changes_that_do_not_fit(
+    server_address: str, options: list[str], words: str
+) -> None:
+    found = CliRunner().invoke(command, ["generate", PROMPT, *options, "--server", server_address])
+    assert found.exit_code == 2
+    assert words in found.stderr
 
 
 def test_command_estimates(server_address: str) -> None:

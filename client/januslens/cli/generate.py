@@ -11,6 +11,7 @@ from rich.text import Text
 
 from januslens import arguments
 from januslens._presentation import model_name
+from januslens.cli.changes import Changes, with_changes
 from januslens.cli.options import (
     COUNT,
     Number,
@@ -75,12 +76,14 @@ def _layers(
     "--stop", multiple=True, metavar="TEXT", help="Text that ends the generation (repeatable)."
 )
 @click.option(
-    "--layers",
+    "--read",
     callback=_layers,
     default="all",
     show_default=True,
+    metavar="LAYERS",
     help="Layers to read at each token, for example 0-3,7; all or none.",
 )
+@with_changes
 @model_option
 @out_option
 @estimate_option
@@ -94,13 +97,21 @@ def generate(
     prompt: arguments.Text | arguments.Chat,
     out: Path | None,
     estimate: bool,
+    read: list[int] | Literal["all"] | None,
+    changes: Changes,
     **asked: Any,
 ) -> None:
     """Continue PROMPT, and show when each token became the model's prediction.
 
     Print the text as it is generated. The number after a token is the first layer from which it
     remains the prediction.
+
+    To change the forward passes, give --zero-heads, --zero-neurons, or one change (--zero, --scale,
+    --patch-from, --mean-over or --hide) of a --site. Changes apply to PROMPT and to every generated
+    token, or with --positions only to these positions of PROMPT.
     """
+    with usage_errors():
+        asked |= {"layers": read, "interventions": changes.together()}
     asked |= {"top_k": 0, "layer_top_k": 0} if not as_json else {}
     if estimate:
         show_estimate(client.estimate_generate, as_json, prompt, asked)

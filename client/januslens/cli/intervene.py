@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ from rich.text import Text
 from januslens import _presentation as presentation
 from januslens.arguments import Prompt
 from januslens.assemblers import InterveneEvent
+from januslens.cli.changes import Changes, with_changes
 from januslens.cli.options import (
     COUNT,
     Number,
     estimate_option,
-    layer_list,
     model_option,
     out_option,
     position_list,
@@ -47,14 +45,8 @@ from januslens.cli.tables import (
 from januslens.client import Client, EventStream
 from januslens.interventions import (
     Experiment,
-    Intervention,
     SweepOver,
-    knock_out_attention,
-    mean_over,
     noise,
-    patch,
-    scale,
-    zero,
 )
 from januslens.results.heat_map import HeatMap
 from januslens.results.intervene import (
@@ -62,23 +54,8 @@ from januslens.results.intervene import (
     InterventionEffect,
     InterventionEffects,
 )
-from januslens.results.kinds import Site
 
-_UNIT = re.compile(r"(\d+)\.(\d+)")
 _AXES = ("layer", "position", "head", "neuron", "source")
-
-
-def _pairs(
-    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
-) -> list[list[tuple[int, int]]]:
-    """Parse lists of layer.number: `9.6,9.9` is [(9, 6), (9, 9)]."""
-    found = []
-    for value in values:
-        matches = [_UNIT.fullmatch(piece.strip()) for piece in value.split(",")]
-        if not all(matches):
-            raise click.BadParameter(f"{value!r} is not a list of layer.number such as 9.6,9.9.")
-        found.append([(int(match[1]), int(match[2])) for match in matches if match])
-    return found
 
 
 def _axes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[str] | None:
@@ -97,48 +74,7 @@ def _axes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> li
     help="Token that is measured, for example ' Paris' with its space; default: the prediction.",
 )
 @click.option("--other", help="Token whose logit is subtracted from that of the target.")
-@click.option(
-    "--zero-heads",
-    multiple=True,
-    callback=_pairs,
-    metavar="LAYER.HEAD,...",
-    help="Experiment: zero these heads together, for example 9.6,9.9 (repeatable).",
-)
-@click.option(
-    "--zero-neurons",
-    multiple=True,
-    callback=_pairs,
-    metavar="LAYER.NEURON,...",
-    help="Experiment: zero these neurons together (repeatable).",
-)
-@click.option("--zero", "zeroed", is_flag=True, help="Zero the values at --site.")
-@click.option("--scale", "factor", type=Number(), metavar="FACTOR", help="Scale them.")
-@click.option("--patch-from", metavar="PROMPT", help="Replace them by those of this prompt.")
-@click.option(
-    "--mean-over",
-    "averaged",
-    multiple=True,
-    metavar="PROMPT",
-    help="Replace them by their mean over these prompts (repeatable).",
-)
-@click.option(
-    "--hide",
-    callback=position_list,
-    metavar="POSITIONS",
-    help="Hide these source positions, or all in turn with --sweep source, from attention.",
-)
-@click.option(
-    "--site",
-    type=click.Choice([site.name for site in Site][1:], case_sensitive=False),
-    help="Place that is changed; default: HEAD_RESULT for heads, NEURONS for neurons, otherwise "
-    "BLOCK_OUTPUT.",
-)
-@click.option("--layers", callback=layer_list, help="Layers, for example 0-3,7; default: all.")
-@click.option(
-    "--positions", callback=position_list, help="Positions, for example -1,3; default: all."
-)
-@click.option("--heads", callback=layer_list, help="Heads, for example 0-3,7; default: all.")
-@click.option("--neurons", callback=layer_list, help="Neurons, for example 0-3,7; default: all.")
+@with_changes
 @click.option(
     "--sweep",
     callback=_axes,
@@ -177,7 +113,7 @@ def _axes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> li
 @estimate_option
 @with_client
 @prompt_argument
-def intervene(  # noqa: PLR0913 - an option each
+def intervene(
     client: Client,
     as_json: bool,
     /,
@@ -186,23 +122,23 @@ def intervene(  # noqa: PLR0913 - an option each
     figure: str | None,
     out: Path | None,
     estimate: bool,
-    target: str | None,
     other: str | None,
-    model: str,
-    **change: Any,
+    changes: Changes,
+    **options: Any,
 ) -> None:
     """Measure how changes of the forward pass on PROMPT change the prediction.
 
-    Give experiments with --zero-heads and --zero-neurons, or one change (--zero, --scale,
-    --patch-from, --mean-over or --hide) of a --site, which --sweep splits into experiments. For
-    example, head knock-outs are --zero --sweep layer,head, and activation patching is --patch-from
-    CLEAN --sweep layer,position.
+    Each --zero-heads and each --zero-neurons is one experiment. One change (--zero, --scale,
+    --patch-from, --mean-over or --hide) of a --site is another, or --sweep splits it into several.
+    For example, head knock-outs are --zero --sweep layer,head, and activation patching is
+    --patch-from CLEAN --sweep layer,position. To hide each source in turn, give --hide all --sweep
+    source.
     """
     if figure == "logit_difference" and other is None:
         message = "--figure logit_difference needs --other"
         raise click.UsageError(message, click.get_current_context())
     with usage_errors():
-        asked = _experiments(**change) | {"target": target, "other": other, "model": model}
+        asked = _experiments(changes, **options) | {"other": other}
     if estimate:
         show_estimate(client.estimate_intervene, as_json, prompt, asked)
         return
@@ -227,84 +163,32 @@ def _followed(
 
 
 def _experiments(
+    changes: Changes,
     *,
-    zero_heads: list[list[tuple[int, int]]],
-    zero_neurons: list[list[tuple[int, int]]],
     sweep: list[str] | None,
     window: int,
     corrupt: Any,
     deviation: float,
     seed: int,
-    **change: Any,
+    **asked: Any,
 ) -> dict[str, Any]:
-    """Return the arguments `experiments`, `sweep` and `always` of `Client.intervene`."""
+    """Return the arguments of `Client.intervene`: `asked`, with experiments, sweep and always."""
     always = [] if corrupt is None else [noise(deviation, seed=seed, positions=corrupt)]
-    listed = [
-        Experiment([zero(heads=pairs, positions=change["positions"])], _named("head", pairs))
-        for pairs in zero_heads
-    ]
-    listed += [
-        Experiment([zero(neurons=pairs, positions=change["positions"])], _named("neuron", pairs))
-        for pairs in zero_neurons
-    ]
+    listed = changes.knock_outs()
     if always:
         listed.append(Experiment(label="noise alone"))
-    made = _change(sweep or (), **change)
-    if made is None:
+    asked |= {"experiments": listed, "always": always}
+    at_site = changes.at_site(sweep or ())
+    if at_site is None:
         if sweep:
             raise ValueError("--sweep has nothing to split; give a change such as --zero")
-        if not zero_heads and not zero_neurons:
+        if not changes.zero_heads and not changes.zero_neurons:
             raise ValueError("no experiments given; give --zero-heads, or a change such as --zero")
-        return {"experiments": listed, "always": always}
-    if not sweep:
-        return {"experiments": [*listed, Experiment([made])], "always": always}
-    return {"experiments": listed, "sweep": SweepOver(made, sweep, window), "always": always}
-
-
-def _named(unit: str, pairs: Sequence[tuple[int, int]]) -> str:
-    return f"without {unit} " + ", ".join(f"{layer}.{number}" for layer, number in pairs)
-
-
-def _change(
-    sweep: Sequence[str],
-    *,
-    zeroed: bool,
-    factor: float | None,
-    patch_from: str | None,
-    averaged: tuple[str, ...],
-    hide: Any,
-    site: str | None,
-    **place: Any,
-) -> Intervention | None:
-    """Return the change that the options describe; None without one."""
-    given = {
-        "--zero": zeroed,
-        "--scale": factor is not None,
-        "--patch-from": patch_from is not None,
-        "--mean-over": bool(averaged),
-        "--hide": hide is not None,
-    }
-    names = [name for name, is_given in given.items() if is_given]
-    if len(names) > 1:
-        raise ValueError(f"{' and '.join(names)} are given; give only one of them")
-    if hide is not None:
-        if site is not None or place.pop("neurons") is not None:
-            raise ValueError("--hide takes no --site and no --neurons; it changes attention")
-        return knock_out_attention(sources=hide, **place)
-    at = site or _default_site(sweep, place["heads"], place["neurons"])
-    if patch_from is not None:
-        return patch(at, source=patch_from, **place)
-    if averaged:
-        return mean_over(averaged, at, **place)
-    if factor is not None:
-        return scale(factor, at, **place)
-    return zero(at, **place) if zeroed else None
-
-
-def _default_site(sweep: Sequence[str], heads: object, neurons: object) -> Site:
-    if heads is not None or "head" in sweep:
-        return Site.HEAD_RESULT
-    return Site.NEURONS if neurons is not None or "neuron" in sweep else Site.BLOCK_OUTPUT
+    elif sweep:
+        asked["sweep"] = SweepOver(at_site, sweep, window)
+    else:
+        listed.append(Experiment([at_site]))
+    return asked
 
 
 _MAPS = 8
