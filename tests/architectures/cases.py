@@ -294,7 +294,10 @@ FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
 LONG_WINDOW = 12
 LONG_PROMPT = 30
 BESIDE_WINDOW = {"sliding_window": LONG_WINDOW, "num_key_value_heads": 2}
-LATE_LONG_ROPE = LONG_ROPE | {"original_max_position_embeddings": 16}
+LATE_LONG_ROPE = {
+    "rope_parameters": LONG_ROPE | {"original_max_position_embeddings": 16},
+    "original_max_position_embeddings": 16,
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -331,7 +334,7 @@ BEYOND_LENGTHS = tuple(
         ("mistral", "window", BESIDE_WINDOW),
         ("nemotron", "unused window", BESIDE_WINDOW),
         ("olmo3", "window", BESIDE_WINDOW | {"layer_types": ALTERNATING}),
-        ("phi3", "long rotation", {"rope_parameters": LATE_LONG_ROPE}),
+        ("phi3", "long rotation", LATE_LONG_ROPE),
         ("phi3", "window", BESIDE_WINDOW),
         ("qwen2", "unused window", BESIDE_WINDOW | {"use_sliding_window": False}),
         ("seed_oss", "unused window", BESIDE_WINDOW | {"head_dim": 8}),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 
 from januslens_server import telemetry
 from januslens_server.capture import End, Tap, capturing, interruptible
@@ -22,7 +23,8 @@ from januslens_server.specs import Sampling
 class Decoder:
     """A growing sequence of tokens, with its key-value cache, which is freed with it.
 
-    A model without a cache runs the whole sequence again for each token.
+    A model without a cache runs the whole sequence again for each token, and a model with LongRoPE
+    once when its rotation changes.
 
     Between two calls no hook is left on the model, so that other requests may run.
     """
@@ -48,6 +50,7 @@ class Decoder:
         self._last = last
         self._cache: Any = None
         self._argument = model.view.cache_argument
+        self._rotation_changes = _rotation_changes(model.network.config)
         self._ids: list[int] = []
 
     @torch.inference_mode()
@@ -62,9 +65,11 @@ class Decoder:
         """
         model = self._model
         modules = [block.module for block in model.view.blocks]
+        before = len(self._ids)
         self._ids += ids
-        cached = self._argument is not None
-        fed = ids if cached else self._ids
+        if any(before <= length < len(self._ids) for length in self._rotation_changes):
+            self._cache = None
+        fed = self._ids if self._cache is None else ids
         telemetry.TOKENS.labels(model.name).inc(len(fed))
         named = {self._argument: self._cache} if self._argument is not None else {}
         with (
@@ -74,7 +79,9 @@ class Decoder:
             interruptible(self._check, len(fed)),
         ):
             passed: Any = model.network(
-                input_ids=torch.tensor([fed], device=model.device), use_cache=cached, **named
+                input_ids=torch.tensor([fed], device=model.device),
+                use_cache=self._argument is not None,
+                **named,
             )
         if self._argument is not None:
             self._cache = passed[self._argument]
@@ -88,6 +95,21 @@ class Decoder:
 def _last_row(_layer: int, output: torch.Tensor) -> torch.Tensor:
     """Return the last position `[1, d_model]` as a copy, so that the others are freed."""
     return rows(output)[-1:].clone()
+
+
+def _rotation_changes(config: PreTrainedConfig) -> frozenset[int]:
+    """Return the lengths beyond which LongRoPE rotates the keys of all positions differently.
+
+    Cached keys have the rotation of a shorter sequence. Dynamic rotations change beyond the model's
+    context, which no sequence exceeds.
+    """
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    by_layer_type = [parameters, *(own for own in parameters.values() if isinstance(own, dict))]
+    return frozenset(
+        own["original_max_position_embeddings"]
+        for own in by_layer_type
+        if own.get("rope_type") == "longrope"
+    )
 
 
 class Sampler:
