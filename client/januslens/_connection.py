@@ -22,6 +22,7 @@ from grpc_status import rpc_status
 from januslens import errors
 from januslens.arguments import checked_text
 from januslens.errors import JanuslensError, StreamInterrupted
+from januslens.v1 import cost_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
@@ -359,6 +360,7 @@ def _error_details(call: FailedCall, request_id: str) -> errors.ErrorDetails:
     info = _unpacked(packed, error_details_pb2.ErrorInfo)
     bad_request = _unpacked(packed, error_details_pb2.BadRequest)
     quota = _unpacked(packed, error_details_pb2.QuotaFailure)
+    limits = _unpacked(packed, cost_pb2.LimitViolations)
     retry = _unpacked(packed, error_details_pb2.RetryInfo)
     return errors.ErrorDetails(
         code=call.code().name,
@@ -371,6 +373,9 @@ def _error_details(call: FailedCall, request_id: str) -> errors.ErrorDetails:
         quota_violations=tuple(
             errors.QuotaViolation(v.subject, v.description)
             for v in (quota.violations if quota else ())
+        ),
+        limit_violations=tuple(
+            map(errors.LimitViolation.from_message, limits.violations if limits else ())
         ),
         retry_after=retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
         metadata=dict(info.metadata) if info else {},

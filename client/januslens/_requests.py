@@ -504,6 +504,7 @@ def project_request(
     top_k: int | None = None,
     bottom_k: int | None = None,
     model: str = "",
+    revision: str = "",
 ) -> lens_pb2.ProjectRequest:
     """Build the request of `AsyncClient.project`."""
     rows = np.asarray(vectors)
@@ -516,6 +517,7 @@ def project_request(
         raise ValueError("vectors contain infinity or NaN in float32; give finite numbers")
     return lens_pb2.ProjectRequest(
         model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
         vectors=sent,
         lens=LENSES.number(Lens.of(lens)),
         target=None if target is None else target_message(target),
@@ -599,6 +601,7 @@ def tokenize_request(
     special_tokens: bool = False,
     literal: bool = False,
     model: str = "",
+    revision: str = "",
 ) -> models_pb2.TokenizeRequest:
     """Build the request of `AsyncClient.tokenize`."""
     if text is None and messages is None:
@@ -609,6 +612,7 @@ def tokenize_request(
         raise ValueError("special_tokens and literal do not apply to messages; leave them out")
     return models_pb2.TokenizeRequest(
         model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
         text=checked_text(text or "", "text"),
         with_special_tokens=special_tokens,
         literal=literal,

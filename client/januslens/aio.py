@@ -174,13 +174,13 @@ class AsyncClient(AsyncLenses, AsyncPasses):
             IndexError: There is no such token.
             JanuslensError: A call failed; `januslens.errors` has the types.
         """
-        named: dict[str, Any] = {"model": model, "timeout": timeout}
+        named: dict[str, Any] = {"model": model, "revision": revision, "timeout": timeout}
         before = await self._prompt_ids(prompt, named)
         said = completion
         if isinstance(said, str):
             said = [found.id for found in await self.tokenize(said, literal=True, **named)]
         check_completion(said, token, log_probabilities)
-        ids, first, named["revision"] = [*before, *said], len(before) - 1, revision
+        ids, first = [*before, *said], len(before) - 1
         kinds = [NodeKind.PREDICTION]
         predictions = await self.trace(
             ids,
@@ -272,6 +272,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
         top_k: int | None = None,
         bottom_k: int | None = None,
         model: str = "",
+        revision: str = "",
         timeout: float | None = None,
     ) -> Projections:
         """Project vectors of your own, such as probes or dictionary features, to the vocabulary.
@@ -283,6 +284,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
             top_k: Most likely tokens per vector; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per vector; None = the server's default, 0 = none.
             model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
 
         Returns:
@@ -301,6 +303,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
             top_k=top_k,
             bottom_k=bottom_k,
             model=model,
+            revision=revision,
         )
         response = await self._send("Project", request, timeout)
         tokens = TokenTable(response.tokens)
@@ -361,6 +364,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
         special_tokens: bool = False,
         literal: bool = False,
         model: str = "",
+        revision: str = "",
         timeout: float | None = None,
     ) -> Tokens:
         """Tokenize a text or a conversation, and return the characters that each token covers.
@@ -372,6 +376,7 @@ class AsyncClient(AsyncLenses, AsyncPasses):
             special_tokens: Add the tokenizer's special tokens, as in a prompt. Targets have none.
             literal: Read characters that spell a control token as ordinary text.
             model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
 
         Raises:
@@ -380,7 +385,12 @@ class AsyncClient(AsyncLenses, AsyncPasses):
             JanuslensError: The call failed; `januslens.errors` has the types.
         """
         request = tokenize_request(
-            text, messages=messages, special_tokens=special_tokens, literal=literal, model=model
+            text,
+            messages=messages,
+            special_tokens=special_tokens,
+            literal=literal,
+            model=model,
+            revision=revision,
         )
         response = await self._send("Tokenize", request, timeout)
         return Tokens(Token.from_message(token) for token in response.tokens)

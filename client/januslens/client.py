@@ -174,13 +174,13 @@ class Client(Lenses, Passes):
             IndexError: There is no such token.
             JanuslensError: A call failed; `januslens.errors` has the types.
         """
-        named: dict[str, Any] = {"model": model, "timeout": timeout}
+        named: dict[str, Any] = {"model": model, "revision": revision, "timeout": timeout}
         before = self._prompt_ids(prompt, named)
         said = completion
         if isinstance(said, str):
             said = [found.id for found in self.tokenize(said, literal=True, **named)]
         check_completion(said, token, log_probabilities)
-        ids, first, named["revision"] = [*before, *said], len(before) - 1, revision
+        ids, first = [*before, *said], len(before) - 1
         kinds = [NodeKind.PREDICTION]
         predictions = self.trace(
             ids,
@@ -270,6 +270,7 @@ class Client(Lenses, Passes):
         top_k: int | None = None,
         bottom_k: int | None = None,
         model: str = "",
+        revision: str = "",
         timeout: float | None = None,
     ) -> Projections:
         """Project vectors of your own, such as probes or dictionary features, to the vocabulary.
@@ -281,6 +282,7 @@ class Client(Lenses, Passes):
             top_k: Most likely tokens per vector; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per vector; None = the server's default, 0 = none.
             model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
 
         Returns:
@@ -299,6 +301,7 @@ class Client(Lenses, Passes):
             top_k=top_k,
             bottom_k=bottom_k,
             model=model,
+            revision=revision,
         )
         response = self._send("Project", request, timeout)
         tokens = TokenTable(response.tokens)
@@ -359,6 +362,7 @@ class Client(Lenses, Passes):
         special_tokens: bool = False,
         literal: bool = False,
         model: str = "",
+        revision: str = "",
         timeout: float | None = None,
     ) -> Tokens:
         """Tokenize a text or a conversation, and return the characters that each token covers.
@@ -370,6 +374,7 @@ class Client(Lenses, Passes):
             special_tokens: Add the tokenizer's special tokens, as in a prompt. Targets have none.
             literal: Read characters that spell a control token as ordinary text.
             model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
 
         Raises:
@@ -378,7 +383,12 @@ class Client(Lenses, Passes):
             JanuslensError: The call failed; `januslens.errors` has the types.
         """
         request = tokenize_request(
-            text, messages=messages, special_tokens=special_tokens, literal=literal, model=model
+            text,
+            messages=messages,
+            special_tokens=special_tokens,
+            literal=literal,
+            model=model,
+            revision=revision,
         )
         response = self._send("Tokenize", request, timeout)
         return Tokens(Token.from_message(token) for token in response.tokens)

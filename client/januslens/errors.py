@@ -6,6 +6,7 @@ The tree, with the `reason` or the gRPC status of each::
     |-- InvalidRequest          INVALID_REQUEST: change the request
     |-- NotFound                NOT_FOUND
     |   `-- ModelNotFound       MODEL_NOT_FOUND
+    |       `-- RevisionNotFound  REVISION_NOT_FOUND: the model has another revision
     |-- FailedPrecondition      FAILED_PRECONDITION
     |   |-- ModelFailed         MODEL_FAILED: it did not load, or failed its self-check
     |   |-- NoChatTemplate      NO_CHAT_TEMPLATE: send the conversation as text
@@ -46,6 +47,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
+from januslens.v1 import cost_pb2
+
 
 @dataclass(frozen=True)
 class FieldViolation:
@@ -64,6 +67,30 @@ class QuotaViolation:
 
 
 @dataclass(frozen=True)
+class LimitViolation:
+    """A limit of the server on the cost of a request, and by how much it is exceeded.
+
+    Attributes:
+        limit: The setting of the server, such as `max_request_seconds`; or `free_memory`, or
+            `preparation_seconds`.
+        allowed: What the limit allows, in seconds or bytes.
+        estimated: What the request needs by estimate, in the same unit.
+    """
+
+    limit: str
+    allowed: float
+    estimated: float
+
+    @classmethod
+    def from_message(cls, message: cost_pb2.LimitViolation) -> LimitViolation:
+        """Read the message."""
+        known = cost_pb2.CostLimit.DESCRIPTOR.values_by_number
+        name = known[message.limit].name if message.limit in known else str(message.limit)
+        limit = name.removeprefix("COST_LIMIT_").lower()
+        return cls(limit, message.allowed, message.estimated)
+
+
+@dataclass(frozen=True)
 class ErrorDetails:
     """The details of a failed call.
 
@@ -72,7 +99,8 @@ class ErrorDetails:
         reason: Stable across releases, e.g. `"MODEL_NOT_FOUND"`; empty if there is none.
         request_id: Identifies the call in the server's log.
         field_violations: The request fields that were refused.
-        quota_violations: The limits that were exceeded.
+        quota_violations: The caller's quotas that were exceeded.
+        limit_violations: The limits on the cost of a request that were exceeded.
         retry_after: Seconds after which the same call may succeed; None = do not repeat it.
         metadata: Further details by name; docs/errors.md lists the names.
     """
@@ -82,6 +110,7 @@ class ErrorDetails:
     request_id: str = ""
     field_violations: tuple[FieldViolation, ...] = ()
     quota_violations: tuple[QuotaViolation, ...] = ()
+    limit_violations: tuple[LimitViolation, ...] = ()
     retry_after: float | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
 
@@ -121,8 +150,13 @@ class JanuslensError(Exception):
 
     @property
     def quota_violations(self) -> tuple[QuotaViolation, ...]:
-        """The limits that were exceeded."""
+        """The caller's quotas that were exceeded."""
         return self.details.quota_violations
+
+    @property
+    def limit_violations(self) -> tuple[LimitViolation, ...]:
+        """The limits on the cost of a request that were exceeded."""
+        return self.details.limit_violations
 
     @property
     def retry_after(self) -> float | None:
@@ -144,7 +178,11 @@ class NotFound(JanuslensError):
 
 
 class ModelNotFound(NotFound):
-    """No configured model has this name, or it has another revision."""
+    """No configured model has this name."""
+
+
+class RevisionNotFound(ModelNotFound):
+    """The model has another revision than the request requires."""
 
 
 class FailedPrecondition(JanuslensError):
@@ -271,6 +309,7 @@ class ProtocolViolation(JanuslensError):
 BY_REASON: Mapping[str, type[JanuslensError]] = {
     "INVALID_REQUEST": InvalidRequest,
     "MODEL_NOT_FOUND": ModelNotFound,
+    "REVISION_NOT_FOUND": RevisionNotFound,
     "UNAUTHENTICATED": Unauthenticated,
     "PERMISSION_DENIED": PermissionDenied,
     "MODEL_FAILED": ModelFailed,

@@ -4,9 +4,9 @@ The class tree::
 
     IntrospectionError
     |-- InvalidRequest          the request must be changed
-    |-- LimitExceeded           the estimated cost is above a limit
-    |   `-- PreparationTooLong  resolving the texts and interventions takes too long
-    |-- ModelNotFound           no model of this name and revision
+    |-- LimitExceeded           the estimated cost is above limits, or preparation takes too long
+    |-- ModelNotFound           no model of this name
+    |   `-- RevisionNotFound    the model has another revision
     |-- Unauthenticated         no valid token
     |-- PermissionDenied        outside the caller's scope
     |-- ModelFailed             the model did not load or failed its self-check
@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 # A function that raises `RequestCancelled` or `DeadlinePassed` if the running request should stop.
 # Long computations have it as an argument and call it often.
@@ -77,37 +78,52 @@ class InvalidRequest(IntrospectionError):
         self.violations = (FieldViolation(field, description),)
 
 
+class CostLimit(Enum):
+    """A limit on the cost of a request, by the name of its setting if it has one."""
+
+    MAX_REQUEST_SECONDS = "max_request_seconds"
+    MAX_REQUEST_MEMORY = "max_request_memory"
+    FREE_MEMORY = "free_memory"
+    MAX_REQUEST_STREAM = "max_request_stream"
+    PREPARATION_SECONDS = "preparation_seconds"
+
+
+@dataclass(frozen=True)
+class LimitViolation:
+    """A limit that a request exceeds, with both figures in seconds or bytes.
+
+    `description` states them for people.
+    """
+
+    limit: CostLimit
+    allowed: float
+    estimated: float
+    description: str
+
+
 class LimitExceeded(IntrospectionError):
-    """The estimated cost of the request is above a limit; the text has both figures."""
+    """The estimated cost of the request is above limits; the text has the figures of each."""
 
     reason = "LIMIT_EXCEEDED"
 
-    def __init__(self, limit: str, allowed: str, estimated: str) -> None:
-        """`limit` is the name of the setting."""
-        super().__init__(
-            f"request too large: estimated at {estimated}, limit {allowed} ({limit}); "
-            "request fewer layers, positions, parts or components"
-        )
-        self.limit = limit
-
-
-class PreparationTooLong(LimitExceeded):
-    """Resolving the texts, conversations and interventions of the request takes too long."""
-
-    def __init__(self, seconds: float) -> None:
-        """`seconds` is the limit."""
-        IntrospectionError.__init__(
-            self,
-            f"request too large: preparing it took more than {seconds:g} s; "
-            "send fewer texts, conversations or interventions",
-        )
-        self.limit = "preparation_seconds"
+    def __init__(self, violations: Sequence[LimitViolation], advice: str = "") -> None:
+        """`violations` are all limits that are exceeded; `advice` says what to do."""
+        described = " and ".join(violation.description for violation in violations)
+        advice = advice or "request fewer layers, positions, parts or components"
+        super().__init__(f"request too large: {described}; {advice}")
+        self.violations = tuple(violations)
 
 
 class ModelNotFound(IntrospectionError):
-    """No model of the server has this name and revision."""
+    """No model of the server has this name."""
 
     reason = "MODEL_NOT_FOUND"
+
+
+class RevisionNotFound(ModelNotFound):
+    """The model has another revision than the request requires."""
+
+    reason = "REVISION_NOT_FOUND"
 
 
 class Unauthenticated(IntrospectionError):

@@ -346,7 +346,7 @@ def test_a_step_raises_its_target(client: Client) -> None:
     ("prompt", "options", "error", "field"),
     [
         (PROMPT, {"model": "absent"}, januslens.ModelNotFound, None),
-        (PROMPT, {"revision": "absent"}, januslens.ModelNotFound, None),
+        (PROMPT, {"revision": "absent"}, januslens.RevisionNotFound, None),
         (januslens.Text("", special_tokens=False), {}, januslens.InvalidRequest, "input"),
         ([2**31], {}, januslens.InvalidRequest, "input"),
         (PROMPT, {"layers": [LAYERS]}, januslens.InvalidRequest, "layers"),
@@ -380,7 +380,7 @@ def test_estimate_is_an_upper_bound_of_a_trace(client: Client, trace: Trace) -> 
     cost = client.estimate_trace(PROMPT)
     read = int(trace.nodes["entropy_bits"].notna().sum())
     assert read <= cost.projected_vectors <= 2 * read
-    assert (cost.admissible, cost.limit_exceeded) == (True, "")
+    assert (cost.admissible, cost.exceeded, cost.limit_exceeded) == (True, (), "")
     gradient = client.estimate_gradient_lens(PROMPT, " Paris", verify=True)
     assert gradient.flops > 5 * client.estimate_gradient_lens(PROMPT, " Paris").flops
 

@@ -58,6 +58,8 @@ ASKING_FOR_A_REVISION: list[tuple[str, Message]] = [
     ("Activations", activations_pb2.ActivationsRequest(revision="main")),
     ("Intervene", intervene_pb2.InterveneRequest(revision="main")),
     ("FindNeurons", neurons_pb2.FindNeuronsRequest(revision="main")),
+    ("Tokenize", models_pb2.TokenizeRequest(revision="main", text="x")),
+    ("Project", lens_pb2.ProjectRequest(revision="main")),
 ]
 
 EMPTY_TEXT = models_pb2.TokenizeRequest()
@@ -82,7 +84,7 @@ def test_another_revision_is_not_found(
 ) -> None:
     answer = refused(channel, method, request_)
     assert answer.code is grpc.StatusCode.NOT_FOUND
-    assert answer.reason == "MODEL_NOT_FOUND"
+    assert answer.reason == "REVISION_NOT_FOUND"
     assert demo.provenance.revision in answer.text
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
+from januslens import Client, LimitExceeded
 from januslens.v1 import cost_pb2, gradient_lens_pb2, service_pb2_grpc, trace_pb2
 from tests.support.calls import long_trace, prompt, refused, token_ids
 from tests.support.server import ServerProcess, running_server
@@ -32,7 +33,7 @@ def enclosed(
 
 def test_a_usual_request_is_admissible(stub: Stub) -> None:
     found = estimate(stub, SHORT)
-    assert (found.admissible, found.limit_exceeded) == (True, "")
+    assert (found.admissible, list(found.exceeded)) == (True, [])
     assert 0 < found.seconds < 60
     sent = sum(message.ByteSize() for message in stub.Trace(SHORT))
     assert sent <= found.stream_bytes < 5 * sent
@@ -49,7 +50,7 @@ def test_larger_requests_have_larger_estimates(stub: Stub) -> None:
     ("request_", "reason"),
     [
         (trace_pb2.TraceRequest(model="nobody"), "MODEL_NOT_FOUND"),
-        (trace_pb2.TraceRequest(revision="other"), "MODEL_NOT_FOUND"),
+        (trace_pb2.TraceRequest(revision="other"), "REVISION_NOT_FOUND"),
         (trace_pb2.TraceRequest(), "INVALID_REQUEST"),
         (trace_pb2.TraceRequest(input=token_ids(5000)), "INVALID_REQUEST"),
         (trace_pb2.TraceRequest(input=prompt("Japan"), layers=[99]), "INVALID_REQUEST"),
@@ -80,6 +81,11 @@ TIGHT = {
     "max_request_seconds": "0.01",
     "max_request_memory": "20MiB",
     "max_request_stream": "10MB",
+}
+ALLOWED = {
+    "max_request_seconds": 0.01,
+    "max_request_memory": 20 * 2**20,
+    "max_request_stream": 10**7,
 }
 
 
@@ -113,4 +119,24 @@ def test_request_over_a_limit_is_refused_with_both_figures(
     assert shown[limit] in answer.text
     if limit == "max_request_stream":
         assert f"estimated at up to {found.stream_bytes / 2**20:.1f} MiB, limit" in answer.text
-    assert (found.admissible, found.limit_exceeded) == (False, limit)
+    assert not found.admissible
+    (violation,) = found.exceeded
+    assert cost_pb2.CostLimit.Name(violation.limit) == f"COST_LIMIT_{limit.upper()}"
+    assert violation.allowed == ALLOWED[limit] < violation.estimated
+    details = answer.detail(cost_pb2.LimitViolations)
+    assert details is not None
+    assert [v.limit for v in details.violations] == [violation.limit]
+
+
+def test_a_request_over_several_limits_is_refused_with_all_of_them() -> None:
+    flags = ("--max-request-stream", "1KiB", "--max-request-memory", "1KiB")
+    with running_server(*flags) as server, Client(server.address) as client:
+        assert [v.limit for v in client.estimate_trace("a").exceeded] == [
+            "max_request_memory",
+            "max_request_stream",
+        ]
+        with pytest.raises(
+            LimitExceeded, match=r"max_request_memory.*max_request_stream"
+        ) as caught:
+            client.trace("a")
+    assert [v.allowed for v in caught.value.limit_violations] == [1024, 1024]

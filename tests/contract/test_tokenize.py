@@ -38,6 +38,13 @@ def test_bytes_join_to_the_text_and_spans_cover_it(stub: Stub, text: str) -> Non
         assert following.start in {token.start, token.end}
 
 
+def test_tokens_come_with_the_model_that_made_them(stub: Stub) -> None:
+    (model,) = stub.ListModels(models_pb2.ListModelsRequest()).models
+    revision = model.provenance.revision
+    answer = stub.Tokenize(models_pb2.TokenizeRequest(text="a", revision=revision))
+    assert answer.provenance == model.provenance
+
+
 def test_the_text_of_a_whole_token_is_its_span(stub: Stub) -> None:
     text = TEXTS[0]
     tokens = tokens_of(stub, text)

@@ -33,9 +33,9 @@ def test_advice_follows_the_problem() -> None:
 def exceeded(stream: int, limit: int) -> str:
     limits = Limits(seconds=1.0, memory=None, stream=limit)
     admission = Admission(limits, {}, lambda _: 2.0**40)
-    (error,) = admission.exceeded(Cost(0.0, 0, stream, 0))
-    assert isinstance(error, LimitExceeded)
-    return str(error)
+    (violation,) = admission.exceeded(Cost(0.0, 0, stream, 0))
+    assert (violation.allowed, violation.estimated) == (limit, stream)
+    return str(LimitExceeded([violation]))
 
 
 def test_a_limit_that_rounds_to_the_estimate_is_given_in_bytes() -> None:

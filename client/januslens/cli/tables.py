@@ -247,7 +247,8 @@ def cost_table(cost: CostEstimate) -> Table:
         grid.add_row(Text(name, "dim"), Text(figure))
     verdict = Text("would be admitted", "green")
     if not cost.admissible:
-        verdict = Text(f"would be refused: exceeds {cost.limit_exceeded}", "red")
+        exceeded = ", ".join(violation.limit for violation in cost.exceeded)
+        verdict = Text(f"would be refused: exceeds {exceeded}", "red")
     grid.add_row("", verdict)
     return grid
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from januslens.errors import LimitViolation
 from januslens.results.exports import notebook_html
 from januslens.v1 import common_pb2, cost_pb2, models_pb2
 
@@ -216,8 +217,7 @@ class CostEstimate:
         device_bytes: Maximum memory on the device, without the weights.
         stream_bytes: Maximum size of all response messages.
         admissible: Whether an idle server would admit the request.
-        limit_exceeded: The limit that the request exceeds: a setting of the server, or
-            `free_memory`; empty if admissible.
+        exceeded: Every limit that the request exceeds; empty if admissible.
     """
 
     seconds: float
@@ -226,7 +226,12 @@ class CostEstimate:
     device_bytes: int
     stream_bytes: int
     admissible: bool
-    limit_exceeded: str
+    exceeded: tuple[LimitViolation, ...]
+
+    @property
+    def limit_exceeded(self) -> str:
+        """The name of the first limit that the request exceeds; empty if admissible."""
+        return self.exceeded[0].limit if self.exceeded else ""
 
     @classmethod
     def from_message(cls, message: cost_pb2.EstimateCostResponse) -> CostEstimate:
@@ -238,5 +243,5 @@ class CostEstimate:
             device_bytes=message.device_bytes,
             stream_bytes=message.stream_bytes,
             admissible=message.admissible,
-            limit_exceeded=message.limit_exceeded,
+            exceeded=tuple(map(LimitViolation.from_message, message.exceeded)),
         )

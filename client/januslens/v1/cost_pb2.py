@@ -29,7 +29,7 @@ from januslens.v1 import intervene_pb2 as januslens_dot_v1_dot_intervene__pb2
 from januslens.v1 import trace_pb2 as januslens_dot_v1_dot_trace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17januslens/v1/cost.proto\x12\x0cjanuslens.v1\x1a\x1ejanuslens/v1/activations.proto\x1a\x1djanuslens/v1/generation.proto\x1a januslens/v1/gradient_lens.proto\x1a\x1cjanuslens/v1/intervene.proto\x1a\x18januslens/v1/trace.proto\"\xaa\x02\n\x13\x45stimateCostRequest\x12+\n\x05trace\x18\x01 \x01(\x0b\x32\x1a.januslens.v1.TraceRequestH\x00\x12:\n\rgradient_lens\x18\x02 \x01(\x0b\x32!.januslens.v1.GradientLensRequestH\x00\x12\x37\n\x0b\x61\x63tivations\x18\x04 \x01(\x0b\x32 .januslens.v1.ActivationsRequestH\x00\x12\x33\n\tintervene\x18\x05 \x01(\x0b\x32\x1e.januslens.v1.InterveneRequestH\x00\x12\x31\n\x08generate\x18\x03 \x01(\x0b\x32\x1d.januslens.v1.GenerateRequestH\x00\x42\t\n\x07request\"\xa9\x01\n\x14\x45stimateCostResponse\x12\x19\n\x11projected_vectors\x18\x01 \x01(\x04\x12\r\n\x05\x66lops\x18\x02 \x01(\x01\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cstream_bytes\x18\x04 \x01(\x04\x12\x12\n\nadmissible\x18\x05 \x01(\x08\x12\x16\n\x0elimit_exceeded\x18\x06 \x01(\t\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17januslens/v1/cost.proto\x12\x0cjanuslens.v1\x1a\x1ejanuslens/v1/activations.proto\x1a\x1djanuslens/v1/generation.proto\x1a januslens/v1/gradient_lens.proto\x1a\x1cjanuslens/v1/intervene.proto\x1a\x18januslens/v1/trace.proto\"\xaa\x02\n\x13\x45stimateCostRequest\x12+\n\x05trace\x18\x01 \x01(\x0b\x32\x1a.januslens.v1.TraceRequestH\x00\x12:\n\rgradient_lens\x18\x02 \x01(\x0b\x32!.januslens.v1.GradientLensRequestH\x00\x12\x37\n\x0b\x61\x63tivations\x18\x04 \x01(\x0b\x32 .januslens.v1.ActivationsRequestH\x00\x12\x33\n\tintervene\x18\x05 \x01(\x0b\x32\x1e.januslens.v1.InterveneRequestH\x00\x12\x31\n\x08generate\x18\x03 \x01(\x0b\x32\x1d.januslens.v1.GenerateRequestH\x00\x42\t\n\x07request\"\\\n\x0eLimitViolation\x12&\n\x05limit\x18\x01 \x01(\x0e\x32\x17.januslens.v1.CostLimit\x12\x0f\n\x07\x61llowed\x18\x02 \x01(\x01\x12\x11\n\testimated\x18\x03 \x01(\x01\"C\n\x0fLimitViolations\x12\x30\n\nviolations\x18\x01 \x03(\x0b\x32\x1c.januslens.v1.LimitViolation\"\xd7\x01\n\x14\x45stimateCostResponse\x12\x19\n\x11projected_vectors\x18\x01 \x01(\x04\x12\r\n\x05\x66lops\x18\x02 \x01(\x01\x12\x14\n\x0c\x64\x65vice_bytes\x18\x03 \x01(\x04\x12\x14\n\x0cstream_bytes\x18\x04 \x01(\x04\x12\x12\n\nadmissible\x18\x05 \x01(\x08\x12\x0f\n\x07seconds\x18\x07 \x01(\x01\x12.\n\x08\x65xceeded\x18\x08 \x03(\x0b\x32\x1c.januslens.v1.LimitViolationJ\x04\x08\x06\x10\x07R\x0elimit_exceeded*\xd1\x01\n\tCostLimit\x12\x1a\n\x16\x43OST_LIMIT_UNSPECIFIED\x10\x00\x12\"\n\x1e\x43OST_LIMIT_MAX_REQUEST_SECONDS\x10\x01\x12!\n\x1d\x43OST_LIMIT_MAX_REQUEST_MEMORY\x10\x02\x12\x1a\n\x16\x43OST_LIMIT_FREE_MEMORY\x10\x03\x12!\n\x1d\x43OST_LIMIT_MAX_REQUEST_STREAM\x10\x04\x12\"\n\x1e\x43OST_LIMIT_PREPARATION_SECONDS\x10\x05\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,8 +37,14 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'januslens.v1.cost_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1\252\002\014Januslens.V1'
+  _globals['_COSTLIMIT']._serialized_start=877
+  _globals['_COSTLIMIT']._serialized_end=1086
   _globals['_ESTIMATECOSTREQUEST']._serialized_start=195
   _globals['_ESTIMATECOSTREQUEST']._serialized_end=493
-  _globals['_ESTIMATECOSTRESPONSE']._serialized_start=496
-  _globals['_ESTIMATECOSTRESPONSE']._serialized_end=665
+  _globals['_LIMITVIOLATION']._serialized_start=495
+  _globals['_LIMITVIOLATION']._serialized_end=587
+  _globals['_LIMITVIOLATIONS']._serialized_start=589
+  _globals['_LIMITVIOLATIONS']._serialized_end=656
+  _globals['_ESTIMATECOSTRESPONSE']._serialized_start=659
+  _globals['_ESTIMATECOSTRESPONSE']._serialized_end=874
 # @@protoc_insertion_point(module_scope)

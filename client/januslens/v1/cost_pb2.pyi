@@ -3,8 +3,11 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from januslens.v1 import activations_pb2 as _activations_pb2
 from januslens.v1 import generation_pb2 as _generation_pb2
 from januslens.v1 import gradient_lens_pb2 as _gradient_lens_pb2
@@ -20,6 +23,42 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _CostLimit:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CostLimitEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CostLimit.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COST_LIMIT_UNSPECIFIED: _CostLimit.ValueType  # 0
+    """Never sent."""
+    COST_LIMIT_MAX_REQUEST_SECONDS: _CostLimit.ValueType  # 1
+    """The setting `max_request_seconds`, in seconds of device time."""
+    COST_LIMIT_MAX_REQUEST_MEMORY: _CostLimit.ValueType  # 2
+    """The setting `max_request_memory`, in bytes of device memory besides the weights."""
+    COST_LIMIT_FREE_MEMORY: _CostLimit.ValueType  # 3
+    """The free memory of the device minus a reserve, in bytes."""
+    COST_LIMIT_MAX_REQUEST_STREAM: _CostLimit.ValueType  # 4
+    """The setting `max_request_stream`, in bytes of the response stream."""
+    COST_LIMIT_PREPARATION_SECONDS: _CostLimit.ValueType  # 5
+    """The time to resolve the texts and interventions of a request, in seconds."""
+
+class CostLimit(_CostLimit, metaclass=_CostLimitEnumTypeWrapper):
+    """A limit on the cost of a request."""
+
+COST_LIMIT_UNSPECIFIED: CostLimit.ValueType  # 0
+"""Never sent."""
+COST_LIMIT_MAX_REQUEST_SECONDS: CostLimit.ValueType  # 1
+"""The setting `max_request_seconds`, in seconds of device time."""
+COST_LIMIT_MAX_REQUEST_MEMORY: CostLimit.ValueType  # 2
+"""The setting `max_request_memory`, in bytes of device memory besides the weights."""
+COST_LIMIT_FREE_MEMORY: CostLimit.ValueType  # 3
+"""The free memory of the device minus a reserve, in bytes."""
+COST_LIMIT_MAX_REQUEST_STREAM: CostLimit.ValueType  # 4
+"""The setting `max_request_stream`, in bytes of the response stream."""
+COST_LIMIT_PREPARATION_SECONDS: CostLimit.ValueType  # 5
+"""The time to resolve the texts and interventions of a request, in seconds."""
+Global___CostLimit: _TypeAlias = CostLimit  # noqa: Y015
 
 @_typing.final
 class EstimateCostRequest(_message.Message):
@@ -72,6 +111,60 @@ class EstimateCostRequest(_message.Message):
 Global___EstimateCostRequest: _TypeAlias = EstimateCostRequest  # noqa: Y015
 
 @_typing.final
+class LimitViolation(_message.Message):
+    """A limit that a request exceeds, with both figures."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    ALLOWED_FIELD_NUMBER: _builtins.int
+    ESTIMATED_FIELD_NUMBER: _builtins.int
+    limit: Global___CostLimit.ValueType
+    """The limit."""
+    allowed: _builtins.float
+    """What the limit allows, in its unit."""
+    estimated: _builtins.float
+    """What the request needs by estimate, in the same unit."""
+    def __init__(
+        self,
+        *,
+        limit: Global___CostLimit.ValueType = ...,
+        allowed: _builtins.float = ...,
+        estimated: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allowed", b"allowed", "estimated", b"estimated", "limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LimitViolation: _TypeAlias = LimitViolation  # noqa: Y015
+
+@_typing.final
+class LimitViolations(_message.Message):
+    """Error detail of LIMIT_EXCEEDED, in the details of google.rpc.Status."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VIOLATIONS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def violations(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitViolation]:
+        """Every limit that the request exceeds, in the order of CostLimit."""
+
+    def __init__(
+        self,
+        *,
+        violations: _abc.Iterable[Global___LimitViolation] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["violations", b"violations"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LimitViolations: _TypeAlias = LimitViolations  # noqa: Y015
+
+@_typing.final
 class EstimateCostResponse(_message.Message):
     """The estimate by which the server admits requests. Counts and bytes are upper bounds, usually at
     most four times the actual values (`device_bytes`: eight times). `seconds` is the expected time
@@ -85,8 +178,8 @@ class EstimateCostResponse(_message.Message):
     DEVICE_BYTES_FIELD_NUMBER: _builtins.int
     STREAM_BYTES_FIELD_NUMBER: _builtins.int
     ADMISSIBLE_FIELD_NUMBER: _builtins.int
-    LIMIT_EXCEEDED_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
+    EXCEEDED_FIELD_NUMBER: _builtins.int
     projected_vectors: _builtins.int
     """Vectors that would be projected."""
     flops: _builtins.float
@@ -97,13 +190,12 @@ class EstimateCostResponse(_message.Message):
     """Size of the whole response stream in bytes."""
     admissible: _builtins.bool
     """True if this server would admit the request now if it were idle."""
-    limit_exceeded: _builtins.str
-    """Name of the limit that the request exceeds: the setting `max_request_seconds`,
-    `max_request_memory` or `max_request_stream` of the server, or `free_memory` if `device_bytes`
-    exceeds the free memory of the device minus a reserve. Empty if admissible.
-    """
     seconds: _builtins.float
     """Seconds of device time, without the time that it would wait for other requests."""
+    @_builtins.property
+    def exceeded(self) -> _containers.RepeatedCompositeFieldContainer[Global___LimitViolation]:
+        """Every limit that the request exceeds; empty if admissible."""
+
     def __init__(
         self,
         *,
@@ -112,12 +204,12 @@ class EstimateCostResponse(_message.Message):
         device_bytes: _builtins.int = ...,
         stream_bytes: _builtins.int = ...,
         admissible: _builtins.bool = ...,
-        limit_exceeded: _builtins.str = ...,
         seconds: _builtins.float = ...,
+        exceeded: _abc.Iterable[Global___LimitViolation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissible", b"admissible", "device_bytes", b"device_bytes", "flops", b"flops", "limit_exceeded", b"limit_exceeded", "projected_vectors", b"projected_vectors", "seconds", b"seconds", "stream_bytes", b"stream_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admissible", b"admissible", "device_bytes", b"device_bytes", "exceeded", b"exceeded", "flops", b"flops", "projected_vectors", b"projected_vectors", "seconds", b"seconds", "stream_bytes", b"stream_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

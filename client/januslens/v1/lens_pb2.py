@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from januslens.v1 import common_pb2 as januslens_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17januslens/v1/lens.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\"\xf5\x02\n\nProjection\x12\x15\n\rtop_token_ids\x18\x01 \x03(\r\x12\x19\n\x11top_probabilities\x18\x02 \x03(\x02\x12\x12\n\ntop_logits\x18\x03 \x03(\x02\x12\x18\n\x10\x62ottom_token_ids\x18\x04 \x03(\r\x12\x1c\n\x14\x62ottom_probabilities\x18\x05 \x03(\x02\x12\x15\n\rbottom_logits\x18\x06 \x03(\x02\x12\x14\n\x0c\x65ntropy_bits\x18\x07 \x01(\x02\x12\x18\n\x0btarget_rank\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x12target_probability\x18\t \x01(\x02H\x01\x88\x01\x01\x12\x19\n\x0ctarget_logit\x18\n \x01(\x02H\x02\x88\x01\x01\x12\x1b\n\x0elog_normalizer\x18\x0b \x01(\x02H\x03\x88\x01\x01\x42\x0e\n\x0c_target_rankB\x15\n\x13_target_probabilityB\x0f\n\r_target_logitB\x11\n\x0f_log_normalizer\"\xd0\x01\n\x0eProjectRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x07vectors\x18\x02 \x01(\x0b\x32\x14.januslens.v1.Tensor\x12 \n\x04lens\x18\x03 \x01(\x0e\x32\x12.januslens.v1.Lens\x12$\n\x06target\x18\x04 \x01(\x0b\x32\x14.januslens.v1.Target\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08\x62ottom_k\x18\x06 \x01(\rH\x01\x88\x01\x01\x42\x08\n\x06_top_kB\x0b\n\t_bottom_k\"\x93\x01\n\x0fProjectResponse\x12-\n\x0bprojections\x18\x01 \x03(\x0b\x32\x18.januslens.v1.Projection\x12#\n\x06tokens\x18\x02 \x03(\x0b\x32\x13.januslens.v1.Token\x12,\n\nprovenance\x18\x03 \x01(\x0b\x32\x18.januslens.v1.Provenance*T\n\x04Lens\x12\x14\n\x10LENS_UNSPECIFIED\x10\x00\x12\x13\n\x0fLENS_FINAL_NORM\x10\x01\x12\x13\n\x0fLENS_NORMALIZED\x10\x02\x12\x0c\n\x08LENS_RAW\x10\x03\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17januslens/v1/lens.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\"\xf5\x02\n\nProjection\x12\x15\n\rtop_token_ids\x18\x01 \x03(\r\x12\x19\n\x11top_probabilities\x18\x02 \x03(\x02\x12\x12\n\ntop_logits\x18\x03 \x03(\x02\x12\x18\n\x10\x62ottom_token_ids\x18\x04 \x03(\r\x12\x1c\n\x14\x62ottom_probabilities\x18\x05 \x03(\x02\x12\x15\n\rbottom_logits\x18\x06 \x03(\x02\x12\x14\n\x0c\x65ntropy_bits\x18\x07 \x01(\x02\x12\x18\n\x0btarget_rank\x18\x08 \x01(\rH\x00\x88\x01\x01\x12\x1f\n\x12target_probability\x18\t \x01(\x02H\x01\x88\x01\x01\x12\x19\n\x0ctarget_logit\x18\n \x01(\x02H\x02\x88\x01\x01\x12\x1b\n\x0elog_normalizer\x18\x0b \x01(\x02H\x03\x88\x01\x01\x42\x0e\n\x0c_target_rankB\x15\n\x13_target_probabilityB\x0f\n\r_target_logitB\x11\n\x0f_log_normalizer\"\xe2\x01\n\x0eProjectRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12%\n\x07vectors\x18\x02 \x01(\x0b\x32\x14.januslens.v1.Tensor\x12 \n\x04lens\x18\x03 \x01(\x0e\x32\x12.januslens.v1.Lens\x12$\n\x06target\x18\x04 \x01(\x0b\x32\x14.januslens.v1.Target\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x00\x88\x01\x01\x12\x15\n\x08\x62ottom_k\x18\x06 \x01(\rH\x01\x88\x01\x01\x12\x10\n\x08revision\x18\x07 \x01(\tB\x08\n\x06_top_kB\x0b\n\t_bottom_k\"\x93\x01\n\x0fProjectResponse\x12-\n\x0bprojections\x18\x01 \x03(\x0b\x32\x18.januslens.v1.Projection\x12#\n\x06tokens\x18\x02 \x03(\x0b\x32\x13.januslens.v1.Token\x12,\n\nprovenance\x18\x03 \x01(\x0b\x32\x18.januslens.v1.Provenance*T\n\x04Lens\x12\x14\n\x10LENS_UNSPECIFIED\x10\x00\x12\x13\n\x0fLENS_FINAL_NORM\x10\x01\x12\x13\n\x0fLENS_NORMALIZED\x10\x02\x12\x0c\n\x08LENS_RAW\x10\x03\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,12 +33,12 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'januslens.v1.lens_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1\252\002\014Januslens.V1'
-  _globals['_LENS']._serialized_start=805
-  _globals['_LENS']._serialized_end=889
+  _globals['_LENS']._serialized_start=823
+  _globals['_LENS']._serialized_end=907
   _globals['_PROJECTION']._serialized_start=69
   _globals['_PROJECTION']._serialized_end=442
   _globals['_PROJECTREQUEST']._serialized_start=445
-  _globals['_PROJECTREQUEST']._serialized_end=653
-  _globals['_PROJECTRESPONSE']._serialized_start=656
-  _globals['_PROJECTRESPONSE']._serialized_end=803
+  _globals['_PROJECTREQUEST']._serialized_end=671
+  _globals['_PROJECTRESPONSE']._serialized_start=674
+  _globals['_PROJECTRESPONSE']._serialized_end=821
 # @@protoc_insertion_point(module_scope)

@@ -157,6 +157,7 @@ class ProjectRequest(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
     BOTTOM_K_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has."""
     lens: Global___Lens.ValueType
@@ -165,6 +166,8 @@ class ProjectRequest(_message.Message):
     """Number of tokens with the largest logits to list; unset = 5, 0 = none, at most 1000."""
     bottom_k: _builtins.int
     """Number of tokens with the smallest logits to list; unset = 5, 0 = none, at most 1000."""
+    revision: _builtins.str
+    """Required revision of the model; empty = any. NOT_FOUND if the server has another one."""
     @_builtins.property
     def vectors(self) -> _common_pb2.Tensor:
         """Vectors in the residual basis, [d_model] or [n, d_model] with n at most 4096, in FLOAT32,
@@ -187,10 +190,11 @@ class ProjectRequest(_message.Message):
         target: _common_pb2.Target | None = ...,
         top_k: _builtins.int | None = ...,
         bottom_k: _builtins.int | None = ...,
+        revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "target", b"target", "top_k", b"top_k", "vectors", b"vectors"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "lens", b"lens", "model", b"model", "target", b"target", "top_k", b"top_k", "vectors", b"vectors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "lens", b"lens", "model", b"model", "revision", b"revision", "target", b"target", "top_k", b"top_k", "vectors", b"vectors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015

@@ -198,6 +198,7 @@ class TokenizeRequest(_message.Message):
     WITH_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     LITERAL_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has."""
     text: _builtins.str
@@ -208,10 +209,12 @@ class TokenizeRequest(_message.Message):
     """
     literal: _builtins.bool
     """True: tokenize control tokens as ordinary text, like `Input.literal` and `Target.literal`."""
+    revision: _builtins.str
+    """Required revision of the model; empty = any. NOT_FOUND if the server has another one."""
     @_builtins.property
     def chat(self) -> _common_pb2.Chat:
         """A conversation, tokenized as `Input.chat`. INVALID_ARGUMENT for any other field beside it but
-        `model`.
+        `model` and `revision`.
         """
 
     def __init__(
@@ -222,10 +225,11 @@ class TokenizeRequest(_message.Message):
         with_special_tokens: _builtins.bool = ...,
         literal: _builtins.bool = ...,
         chat: _common_pb2.Chat | None = ...,
+        revision: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "literal", b"literal", "model", b"model", "text", b"text", "with_special_tokens", b"with_special_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "literal", b"literal", "model", b"model", "revision", b"revision", "text", b"text", "with_special_tokens", b"with_special_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -238,18 +242,24 @@ class TokenizeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKENS_FIELD_NUMBER: _builtins.int
+    PROVENANCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
         """One token per position, in order, with character spans."""
+
+    @_builtins.property
+    def provenance(self) -> _common_pb2.Provenance:
+        """The model."""
 
     def __init__(
         self,
         *,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
+        provenance: _common_pb2.Provenance | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -14,6 +14,7 @@ from januslens_server.errors import (
     ModelLoading,
     ModelNotFound,
     PermissionDenied,
+    RevisionNotFound,
     ServerDraining,
 )
 from januslens_server.models.loader import ModelSource, load
@@ -115,7 +116,8 @@ class Registry:
         Raises:
             InvalidRequest: The name is empty and several models are permitted.
             PermissionDenied: The name is not permitted, whether or not it exists.
-            ModelNotFound: The name is unknown, or the model has another revision.
+            ModelNotFound: The name is unknown.
+            RevisionNotFound: The model has another revision.
             ModelLoading: The model is still loading.
             ModelFailed: The model could not be loaded or failed its self-check.
             ServerDraining: The registry is closed.
@@ -139,7 +141,7 @@ class Registry:
             raise ModelFailed(f"model {name!r} cannot be served: {status.reason}")
         model = resident[name]
         if revision and revision != model.provenance.revision:
-            raise ModelNotFound(
+            raise RevisionNotFound(
                 f"unknown revision {revision!r} of model {name!r}: expected "
                 f"{model.provenance.revision!r}"
             )

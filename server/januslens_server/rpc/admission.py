@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
-from januslens_server.errors import CancelCheck, LimitExceeded, PreparationTooLong, readable_size
+from januslens_server.errors import (
+    CancelCheck,
+    CostLimit,
+    LimitExceeded,
+    LimitViolation,
+    readable_size,
+)
 from januslens_server.pipelines.cost import Demand, Pace, demand_of
 from januslens_server.pipelines.resolve import Resolved
 from januslens_server.results import Cost
@@ -85,8 +91,8 @@ class Admission:
         Raises `InvalidRequest` as `resolve` does, and `LimitExceeded` above a limit.
         """
         estimate = await self.estimate(model, resolve, seconds)
-        for error in self.exceeded(estimate.cost):
-            raise error
+        if violations := list(self.exceeded(estimate.cost)):
+            raise LimitExceeded(violations)
         return estimate
 
     async def estimate(
@@ -104,21 +110,26 @@ class Admission:
         cost = Cost(expected, demand.memory, demand.stream, demand.held, demand.generated)
         return Estimate(request, demand, cost)
 
-    def exceeded(self, cost: Cost) -> Iterator[LimitExceeded]:
-        """Yield an error for each limit that the cost exceeds."""
+    def exceeded(self, cost: Cost) -> Iterator[LimitViolation]:
+        """Yield each limit that the cost exceeds."""
         limits = self._limits
         if cost.seconds > limits.seconds:
-            yield LimitExceeded(
-                "max_request_seconds",
-                f"{limits.seconds:g} s of device time",
-                f"{cost.seconds:.3g} s",
+            limit = CostLimit.MAX_REQUEST_SECONDS
+            yield LimitViolation(
+                limit,
+                limits.seconds,
+                cost.seconds,
+                f"estimated at {cost.seconds:.3g} s, limit {limits.seconds:g} s of device time "
+                f"({limit.value})",
             )
+        device = "on the device"
         if limits.memory is not None and cost.memory > limits.memory:
-            yield _larger("max_request_memory", cost.memory, limits.memory, "on the device")
-        elif cost.memory > (free := self._free(cost.memory)):
-            yield _larger("free_memory", cost.memory, max(0, free), "on the device")
+            yield _larger(CostLimit.MAX_REQUEST_MEMORY, cost.memory, limits.memory, device)
+        if cost.memory > (free := self._free(cost.memory)):
+            yield _larger(CostLimit.FREE_MEMORY, cost.memory, max(0, free), device)
         if cost.stream > limits.stream:
-            yield _larger("max_request_stream", cost.stream, limits.stream, "for the response")
+            response = "for the response"
+            yield _larger(CostLimit.MAX_REQUEST_STREAM, cost.stream, limits.stream, response)
 
     def learn(self, request: Resolved, cost: Cost, seconds: float) -> None:
         """Correct later estimates by the measured device seconds of a request."""
@@ -138,8 +149,19 @@ def _counted(resolve: Resolve[ResolvedT], check_cancelled: CancelCheck) -> tuple
 
     def check() -> None:
         check_cancelled()
-        if time.monotonic() > longest:
-            raise PreparationTooLong(PREPARATION_SECONDS)
+        over = time.monotonic() - longest
+        if over > 0:
+            raise LimitExceeded(
+                [
+                    LimitViolation(
+                        CostLimit.PREPARATION_SECONDS,
+                        PREPARATION_SECONDS,
+                        PREPARATION_SECONDS + over,
+                        f"preparing it took more than {PREPARATION_SECONDS:g} s",
+                    )
+                ],
+                "send fewer texts, conversations or interventions",
+            )
 
     request = resolve(check)
     return request, demand_of(request)
@@ -149,9 +171,10 @@ def _key(request: Resolved) -> tuple[str, type[Resolved]]:
     return request.model.name, type(request)
 
 
-def _larger(limit: str, needed: float, allowed: float, of: str) -> LimitExceeded:
-    """Return the error for a size above its limit, in bytes where rounding hides the difference."""
+def _larger(limit: CostLimit, needed: float, allowed: float, of: str) -> LimitViolation:
+    """Describe a size above its limit, in bytes where rounding hides the difference."""
     sizes = readable_size(needed), readable_size(allowed)
     if sizes[0] == sizes[1]:
         sizes = f"{needed:.0f} bytes", f"{allowed:.0f} bytes"
-    return LimitExceeded(limit, f"{sizes[1]} {of}", f"up to {sizes[0]}")
+    text = f"estimated at up to {sizes[0]}, limit {sizes[1]} {of} ({limit.value})"
+    return LimitViolation(limit, allowed, needed, text)

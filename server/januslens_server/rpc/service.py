@@ -79,6 +79,7 @@ from januslens_server.rpc.encode import (
     model_message,
     preview_edit_response,
     project_response,
+    provenance_message,
     token_message,
 )
 from januslens_server.rpc.places import ENCODING, PREPARATION, leave_places
@@ -133,12 +134,13 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> models_pb2.TokenizeResponse:
         """Return the tokens of a text or a conversation, without using the device."""
         async with Call("Tokenize", context) as call:
-            model = self._model(request.model)
+            model = self._model(request.model, request.revision)
             if not (request.text or request.HasField("chat")):
                 raise InvalidRequest("text", "text is empty; send at least one character")
             tokenize = partial(_tokenized, model.vocabulary, request)
             left = context.time_remaining()
             answer = await PREPARATION.run_cancellable(model.name, tokenize, left)
+            answer.provenance.CopyFrom(provenance_message(model.provenance))
             call.note(model=model.name, tokens=len(answer.tokens))
             return call.answered(answer)
 
@@ -147,7 +149,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> lens_pb2.ProjectResponse:
         """Project the caller's vectors through the model's lens."""
         async with Call("Project", context) as call:
-            model = self._model(request.model)
+            model = self._model(request.model, request.revision)
             resolve = self._resolving(call, model, request, decode.project_spec, resolve_project)
             (table,) = [t async for t in self._run(call, model, resolve, project_vectors)]
             token = model.vocabulary.token
@@ -244,7 +246,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             call.note(model=model.name)
             left = context.time_remaining()
             estimate = await self._admission.estimate(model.name, resolve, left)
-            exceeded = self._admission.exceeded(estimate.cost)
+            exceeded = list(self._admission.exceeded(estimate.cost))
             return call.answered(estimate_message(estimate, exceeded))
 
     def _estimated(

@@ -8,6 +8,7 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+from januslens.v1 import cost_pb2
 from januslens_server import errors
 
 DOMAIN = "januslens"
@@ -21,6 +22,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     errors.LimitExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.RevisionNotFound: grpc.StatusCode.NOT_FOUND,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,
@@ -77,11 +79,22 @@ def _details(error: errors.IntrospectionError) -> list[Message]:
             for v in error.violations
         ]
         return [error_details_pb2.BadRequest(field_violations=violations)]
+    if isinstance(error, errors.LimitExceeded):
+        return [cost_pb2.LimitViolations(violations=map(limit_message, error.violations))]
     if isinstance(error, errors.TryLater):
         delay = duration_pb2.Duration(nanos=0)
         delay.FromMilliseconds(milliseconds(error.retry_after))
         return [error_details_pb2.RetryInfo(retry_delay=delay), *_quota_details(error)]
     return []
+
+
+def limit_message(violation: errors.LimitViolation) -> cost_pb2.LimitViolation:
+    """Encode a limit that a request exceeds."""
+    return cost_pb2.LimitViolation(
+        limit=cost_pb2.CostLimit.Value(f"COST_LIMIT_{violation.limit.name}"),
+        allowed=violation.allowed,
+        estimated=violation.estimated,
+    )
 
 
 def _quota_details(error: errors.TryLater) -> list[Message]:

@@ -12,6 +12,7 @@ from januslens_server.errors import (
     ModelFailed,
     ModelLoading,
     ModelNotFound,
+    RevisionNotFound,
     ServerDraining,
 )
 from januslens_server.models.loader import ModelSource
@@ -87,7 +88,7 @@ def test_get_checks_name_and_revision() -> None:
     assert loaded.get("demo", model.provenance.revision) is model
     with pytest.raises(ModelNotFound, match="unknown model 'Demo': expected one of demo"):
         loaded.get("Demo")
-    with pytest.raises(ModelNotFound, match=r"unknown revision 'main' of model 'demo': expected "):
+    with pytest.raises(RevisionNotFound, match="unknown revision 'main' of model 'demo'"):
         loaded.get("demo", "main")
 
 

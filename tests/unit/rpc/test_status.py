@@ -11,6 +11,7 @@ import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
 
+from januslens.v1 import cost_pb2
 from januslens_server import errors
 from januslens_server.rpc.status import STATUS, TEXT_BYTES, shortened, status_of
 
@@ -36,7 +37,13 @@ def raised(kind: type[errors.IntrospectionError]) -> errors.IntrospectionError:
     if issubclass(kind, errors.InvalidRequest):
         return kind("a.b[3]", "expected x, got y")
     if issubclass(kind, errors.LimitExceeded):
-        return kind("max_request_seconds", "5 s", "7 s")
+        seconds, stream = errors.CostLimit.MAX_REQUEST_SECONDS, errors.CostLimit.MAX_REQUEST_STREAM
+        return kind(
+            [
+                errors.LimitViolation(seconds, 5.0, 7.0, "7 s of 5 s"),
+                errors.LimitViolation(stream, 2.0**40, 2.0**41, "2 TiB of 1 TiB"),
+            ]
+        )
     if issubclass(kind, errors.QuotaSpent):
         return kind("ada", "3 requests a minute", 20.0)
     if kind is errors.DeviceLost:
@@ -94,7 +101,22 @@ def test_an_error_becomes_its_documented_status(kind: type[errors.IntrospectionE
     assert (info.reason, info.domain) == (kind.reason, "januslens")
     assert info.metadata == {"request_id": "id-1"}
     names = {packed.TypeName() for packed in status.details} - {"google.rpc.ErrorInfo"}
-    assert names == {f"google.rpc.{name}" for name in re.findall(r"\w+", details)}
+    assert {name.rpartition(".")[2] for name in names} == set(re.findall(r"\w+", details))
+
+
+def test_every_exceeded_limit_is_reported_with_both_figures() -> None:
+    status = sent(raised(errors.LimitExceeded))
+    violations = detail(status, cost_pb2.LimitViolations).violations
+    assert [(cost_pb2.CostLimit.Name(v.limit), v.allowed, v.estimated) for v in violations] == [
+        ("COST_LIMIT_MAX_REQUEST_SECONDS", 5.0, 7.0),
+        ("COST_LIMIT_MAX_REQUEST_STREAM", 2.0**40, 2.0**41),
+    ]
+    assert "7 s of 5 s and 2 TiB of 1 TiB" in status.message
+
+
+def test_the_contract_knows_every_limit() -> None:
+    numbers = {f"COST_LIMIT_{limit.name}" for limit in errors.CostLimit}
+    assert {"COST_LIMIT_UNSPECIFIED", *numbers} == set(cost_pb2.CostLimit.keys())
 
 
 def test_an_invalid_field_is_reported_with_its_path() -> None:

@@ -10,6 +10,7 @@ from januslens_server.rpc.encode.messages import (
     model_message,
     preview_edit_response,
     project_response,
+    provenance_message,
     token_message,
 )
 from januslens_server.rpc.encode.trace import TraceEncoder
@@ -25,5 +26,6 @@ __all__ = [
     "model_message",
     "preview_edit_response",
     "project_response",
+    "provenance_message",
     "token_message",
 ]

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from januslens.v1 import common_pb2, cost_pb2, edits_pb2, lens_pb2, models_pb2, neurons_pb2
-from januslens_server.errors import LimitExceeded
+from januslens_server.errors import LimitViolation
 from januslens_server.results import (
     EditPreview,
     Effect,
@@ -31,6 +31,7 @@ from januslens_server.results import (
 )
 from januslens_server.rpc.admission import Estimate
 from januslens_server.rpc.encode.columns import Columns, Parts
+from januslens_server.rpc.status import limit_message
 
 # A message is full at half of the contract's 1 MiB, which leaves room for the last part, the texts
 # of its tokens and the envelope.
@@ -307,18 +308,17 @@ def model_message(status: ModelStatus) -> models_pb2.Model:
 
 
 def estimate_message(
-    estimate: Estimate[Any], exceeded: Iterable[LimitExceeded]
+    estimate: Estimate[Any], exceeded: Sequence[LimitViolation]
 ) -> cost_pb2.EstimateCostResponse:
-    """Encode an estimate; `exceeded` are the errors for the limits that it exceeds."""
-    limit = next((error.limit for error in exceeded), "")
+    """Encode an estimate and the limits that it exceeds."""
     return cost_pb2.EstimateCostResponse(
         projected_vectors=estimate.demand.vectors,
         flops=estimate.demand.flops,
         device_bytes=estimate.cost.memory,
         stream_bytes=estimate.cost.stream,
         seconds=estimate.cost.seconds,
-        admissible=not limit,
-        limit_exceeded=limit,
+        admissible=not exceeded,
+        exceeded=map(limit_message, exceeded),
     )
 
 
