@@ -181,6 +181,8 @@ from januslens.results.vectors import (
     Tensor,
     TokenScore,
 )
+from januslens.surveys.prompts import SurveyPrompt, SurveyPrompts, SurveyRequest
+from januslens.surveys.survey import Survey, SurveyProgress
 from januslens.viewer import html as _pages  # noqa: F401 - registers the pages
 
 __version__ = version("januslens")
@@ -312,6 +314,11 @@ __all__ = [
     "StageTime",
     "StreamInterrupted",
     "SubjectLike",
+    "Survey",
+    "SurveyProgress",
+    "SurveyPrompt",
+    "SurveyPrompts",
+    "SurveyRequest",
     "Sweep",
     "SweepOver",
     "TargetLike",

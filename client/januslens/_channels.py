@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import grpc
 
 from januslens._connection import Connection
 from januslens._resuming import ResumableCall
 from januslens.v1.service_pb2_grpc import IntrospectionServiceStub
+
+T = TypeVar("T")
 
 
 class _Responses(Protocol):
@@ -80,6 +83,18 @@ class Channel:
     def sleep(self, seconds: float) -> None:
         """Wait before another attempt."""
         time.sleep(seconds)
+
+    def finished(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run asynchronous work that has connections of its own, and return its result.
+
+        In a thread that runs an event loop, such as that of a notebook, the work gets another one.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return asyncio.run(work)
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(asyncio.run, work).result()
 
     def close(self) -> None:
         """Close the connection; running calls are cancelled."""
@@ -182,6 +197,10 @@ class AsyncChannel:
     async def sleep(self, seconds: float) -> None:
         """Wait before another attempt."""
         await asyncio.sleep(seconds)
+
+    async def finished(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for asynchronous work that has connections of its own, and return its result."""
+        return await work
 
     async def close(self) -> None:
         """Close the connections of all event loops; running calls are cancelled."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from januslens.calls import EventStream, Generation
 from januslens.interventions import Intervention
 from januslens.lenses import Lenses
 from januslens.passes import Passes
+from januslens.results.exports import require
 from januslens.results.generation import Explanation, check_completion, listed_logarithm
 from januslens.results.gradient import EditPreview
 from januslens.results.kinds import Lens, NodeKind
@@ -37,6 +39,8 @@ from januslens.results.models import Model, Models
 from januslens.results.tokens import Token, Tokens, TokenTable
 from januslens.results.trace import Trace
 from januslens.results.vectors import FoundNeurons, Projection, Projections
+from januslens.surveys.prompts import SurveyPrompts, SurveyRequest
+from januslens.surveys.survey import Survey, SurveyProgress
 from januslens.v1 import models_pb2, neurons_pb2
 
 __all__ = ["Client", "EventStream", "Generation"]
@@ -216,6 +220,61 @@ class Client(Lenses, Passes):
             messages = prompt if isinstance(prompt, Chat) else Chat(list(prompt))  # type: ignore[arg-type]  # mappings
             return [token.id for token in self.tokenize(messages=messages, **named)]
         return list(prompt)  # type: ignore[arg-type]  # ids
+
+    def survey(  # noqa: PLR0913 - by keyword
+        self,
+        prompts: SurveyPrompts,
+        out: str | Path,
+        *,
+        rpc: str | SurveyRequest = "trace",
+        replicas: Iterable[str] = (),
+        concurrency: int = 4,
+        timeout: float | None = None,
+        patience: float = 300.0,
+        retry_failures: bool = False,
+        on_progress: Callable[[SurveyProgress], object] | None = None,
+        **options: Any,
+    ) -> Survey:
+        """Send many prompts, and write the results to a folder of Parquet files.
+
+        A survey that was interrupted, even by a crash, is resumed by the same call: it sends only
+        the prompts that have no result yet. docs/surveys.md describes the files. Requires pyarrow.
+
+        Args:
+            prompts: Path of a file with a prompt in each line, as text or as a JSON object, or the
+                prompts themselves: texts, token ids, chats or mappings.
+            out: The folder; created if it does not exist.
+            rpc: The streaming method to call: `trace`, `gradient_lens`, `intervene`, `activations`
+                or `generate`, or a request made by `SurveyRequest.from_json`.
+            replicas: Addresses of further servers that share the prompts.
+            concurrency: Number of calls at once to each server.
+            timeout: Maximum seconds for each call; None = the client's.
+            patience: Maximum seconds without any result while servers are lost or busy.
+            retry_failures: When a survey is resumed, also send the prompts that failed before.
+            on_progress: Called with the progress after each prompt.
+            options: Arguments of the method, the same for all prompts.
+
+        Raises:
+            TypeError: An argument or a prompt has an invalid type.
+            ValueError: An argument or a prompt has an invalid value, or the folder has a survey of
+                other prompts, options or weights.
+            OSError: A file cannot be read or written, or another process writes to the folder.
+            JanuslensError: Every prompt would fail, or no server answers.
+        """
+        require("pyarrow", "analysis", "a survey")
+        from januslens.surveys.runner import Plan, run_survey  # noqa: PLC0415 - needs pyarrow
+
+        request = rpc if isinstance(rpc, SurveyRequest) else SurveyRequest.of(rpc, options)
+        addresses = (self._connection.address, *replicas)
+        plan = Plan(
+            connections=[replace(self._connection, address=address) for address in addresses],
+            concurrency=concurrency,
+            timeout=timeout,
+            patience=patience,
+            retry_failures=retry_failures,
+            on_progress=on_progress,
+        )
+        return self._channel.finished(run_survey(prompts, out, request, plan))
 
     def preview_edit(
         self,

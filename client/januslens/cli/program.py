@@ -14,6 +14,7 @@ from januslens.cli.intervene import intervene
 from januslens.cli.lookups import activations, models, neurons, project, tokenize
 from januslens.cli.options import Connection, usage_errors, with_connection
 from januslens.cli.recordings import open_recording
+from januslens.cli.survey import survey
 from januslens.cli.trace import trace
 from januslens.errors import JanuslensError, Unavailable
 from januslens.results.exports import require
@@ -114,6 +115,7 @@ for command in (
     intervene,
     generate,
     open_recording,
+    survey,
     activations,
     neurons,
     project,

@@ -1,0 +1,1 @@
+"""Surveys: one call over many prompts, written to a folder of Parquet files."""

@@ -1,0 +1,229 @@
+"""Surveys are resumed after kills, refuse what does not belong to them, and list failures."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+import januslens
+from januslens.cli.program import januslens as command
+from januslens.surveys import runner
+from tests.support.tethered import tethered
+
+COUNTRIES = ("Japan", "Peru", "France", "Spain", "Italy", "Kenya", "Chile", "Cuba")
+PROMPTS = [f"The capital of {COUNTRIES[i % 8]} is the city of" for i in range(48)]
+OPTIONS: dict[str, Any] = {"node_kinds": ["BLOCK_OUTPUT", "HEAD_OUTPUT"], "top_k": 2}
+SURVEY = """
+import json, sys
+import januslens
+from januslens.surveys import runner
+
+runner.PART_PROMPTS = 5
+_, address, prompts, out, options, *replicas = sys.argv
+client = januslens.Client(address)
+print("started", flush=True)
+client.survey(prompts, out, replicas=replicas, **json.loads(options))
+"""
+
+
+def contents(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The rows of every table, by prompt; rows of one prompt keep their order."""
+    survey = januslens.Survey.open(folder)
+    return {
+        table: sorted(
+            survey.dataset(table).to_table().to_pylist(), key=lambda row: int(row["prompt"])
+        )
+        for table in survey.tables
+    }
+
+
+def killed_survey(
+    seconds: float, arguments: list[str], out: Path, options: dict[str, Any]
+) -> int | None:
+    """Run a survey in another process, and kill it after some time; return its exit status."""
+    process = subprocess.Popen(
+        tethered([sys.executable, "-c", SURVEY, *arguments, str(out), json.dumps(options)]),
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
+    finally:
+        process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(f"{json.dumps(prompt)}\n" for prompt in PROMPTS))
+    return path
+
+
+def test_killed_survey_has_the_rows_of_an_uninterrupted_one(
+    server_address: str, file: Path, tmp_path: Path
+) -> None:
+    with januslens.Client(server_address) as client:
+        started = time.monotonic()
+        client.survey(file, tmp_path / "whole", **OPTIONS)
+        taken = time.monotonic() - started
+        drawn = random.Random(18)
+        for _ in range(2):
+            seconds = drawn.uniform(0.2, 0.6) * taken
+            killed_survey(seconds, [server_address, str(file)], tmp_path / "killed", OPTIONS)
+        survey = client.survey(file, tmp_path / "killed", **OPTIONS)
+    assert survey.complete
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_part_without_its_last_file_is_computed_again(
+    server_address: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "PART_PROMPTS", 16)
+    with januslens.Client(server_address) as client:
+        client.survey(file, tmp_path / "out", **OPTIONS)
+        before = contents(tmp_path / "out")
+        first, *_, last = sorted((tmp_path / "out/prompts").glob("*.parquet"))
+        for table, part in (("prompts", first), ("prompts", last), ("edges", last)):
+            (tmp_path / "out" / table / part.name).unlink()
+        (tmp_path / "out/nodes/.part-00000000.parquet").write_bytes(b"unfinished")
+        client.survey(file, tmp_path / "out", **OPTIONS)
+    assert contents(tmp_path / "out") == before
+    assert not list(tmp_path.glob("out/*/.*"))
+
+
+def test_finished_survey_sends_nothing(server_address: str, file: Path, tmp_path: Path) -> None:
+    seen: list[januslens.SurveyProgress] = []
+    with januslens.Client(server_address) as client:
+        for _ in range(2):
+            client.survey(file, tmp_path / "out", on_progress=seen.append, **OPTIONS)
+    assert len(seen) == len(PROMPTS)
+    assert (seen[-1].done, seen[-1].failed, seen[-1].total) == (48, 0, 48)
+    assert seen[-1].seconds_left == 0
+    parts = sorted((tmp_path / "out/prompts").glob("*.parquet"))
+    numbers = [n for part in parts for n in pq.read_table(part)["prompt"].to_pylist()]
+    assert sorted(numbers) == list(range(48))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "different"),
+    [
+        (PROMPTS[:5], OPTIONS | {"top_k": 3}, "another request"),
+        (PROMPTS[:4], OPTIONS, "another input"),
+        (PROMPTS[:5], OPTIONS | {"rpc": "generate"}, "generate_request"),
+    ],
+)
+def test_other_survey_in_the_folder_is_refused(
+    server_address: str,
+    tmp_path: Path,
+    prompts: list[str],
+    options: dict[str, Any],
+    different: str,
+) -> None:
+    with januslens.Client(server_address) as client:
+        client.survey(PROMPTS[:5], tmp_path / "out", **OPTIONS)
+        before = contents(tmp_path / "out")
+        with pytest.raises((ValueError, TypeError), match=different):
+            client.survey(prompts, tmp_path / "out", **options)
+        client.survey(tmp_path / "out/input.jsonl", tmp_path / "out", **OPTIONS)
+    assert contents(tmp_path / "out") == before
+
+
+def test_folder_with_other_files_is_refused(server_address: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with (
+        januslens.Client(server_address) as client,
+        pytest.raises(FileExistsError, match="has other files; give an empty folder"),
+    ):
+        client.survey(PROMPTS, tmp_path)
+
+
+def test_second_writer_is_refused(server_address: str, tmp_path: Path) -> None:
+    with januslens.Client(server_address) as client:
+
+        def write_as_well(_: januslens.SurveyProgress) -> None:
+            with pytest.raises(BlockingIOError, match="another process writes to the survey"):
+                client.survey(PROMPTS[:1], tmp_path / "out", **OPTIONS)
+
+        survey = client.survey(PROMPTS[:1], tmp_path / "out", on_progress=write_as_well, **OPTIONS)
+    assert survey.complete
+
+
+def test_failures_are_listed_and_sent_again(server_address: str, tmp_path: Path) -> None:
+    lines = [*PROMPTS[:3], "capital " * 500]
+    with januslens.Client(server_address) as client:
+        for again in (False, True):
+            survey = client.survey(
+                lines, tmp_path / "out", retry_failures=again, rpc="generate", max_new_tokens=1
+            )
+            (failure,) = survey.dataset("failures").to_table().to_pylist()
+            assert (failure["prompt"], failure["reason"]) == (3, "INVALID_REQUEST")
+            assert "tokens" in failure["message"]
+            assert survey.manifest["results"] == 3
+            assert survey.complete
+
+
+def test_lost_server_ends_the_survey_after_the_patience(tmp_path: Path) -> None:
+    with (
+        januslens.Client("127.0.0.1:1") as client,
+        pytest.raises(januslens.Unavailable, match=r"no answer from 127\.0\.0\.1:1"),
+    ):
+        client.survey(PROMPTS, tmp_path / "out", patience=0)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"promt": "A"}', "line 2: unknown key 'promt'; expected prompt, messages"),
+        ('{"prompt": ""', "line 2: Expecting"),
+        ("{}", "line 2: no prompt and no messages given"),
+        ("7", "line 2: invalid prompt 7; expected a text or an object"),
+        ('{"prompt": "A", "target": ""}', "line 2: target is empty"),
+        ('{"prompt": "A", "labels": {"x": [1]}}', r"line 2: invalid label x=\[1\]"),
+        ('{"prompt": "A", "id": 7}', "line 2: invalid id 7; expected a text"),
+        ('{"prompt": "A"}', "line 2: the prompt has no target; give one, or a loss for all"),
+    ],
+)
+def test_invalid_line_is_named_before_anything_is_sent(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'{{"prompt": "A", "target": "B"}}\n{line}\n')
+    with (
+        januslens.Client("127.0.0.1:1") as client,
+        pytest.raises(ValueError, match=message),
+    ):
+        client.survey(file, tmp_path / "out", rpc="gradient_lens")
+
+
+def test_command_writes_a_survey(server_address: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"The capital of Japan is the city of"\n{"prompt": "A", "target": "A B C D"}\n')
+    sweep = tmp_path / "sweep.json"
+    sweep.write_text(
+        '{"sweep": {"template": {"site": "SITE_HEAD_RESULT", "zero": true}, "by_head": true}}'
+    )
+    arguments = ["survey", str(file), "--out", str(tmp_path / "out"), "--server", server_address]
+    run = CliRunner().invoke(command, [*arguments, "--rpc", "intervene", "--request", f"@{sweep}"])
+    assert run.exit_code == 0, run.output
+    assert f"1 results in {tmp_path / 'out'}: baselines, effects" in run.output
+    assert "1 prompts failed; --retry-failures sends them again:" in run.output
+    survey = januslens.Survey.open(tmp_path / "out")
+    assert survey.dataset("effects").count_rows() == 4  # a row for each head
+    wrong = CliRunner().invoke(command, [*arguments, "--request", '{"depth": 3}'])
+    assert wrong.exit_code == 2
+    assert 'no field named "depth"' in wrong.output
