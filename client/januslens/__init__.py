@@ -134,7 +134,7 @@ from januslens.results.gradient import (
     SegmentRow,
     Segments,
 )
-from januslens.results.graph import Edge, Node, Part, Parts
+from januslens.results.graph import Edge, Members, Node, Part, Parts
 from januslens.results.heat_map import HeatMap
 from januslens.results.intervene import (
     InterveneHeader,
@@ -262,6 +262,7 @@ __all__ = [
     "Loss",
     "Matrix",
     "MatrixKind",
+    "Members",
     "Messages",
     "Metadata",
     "Model",

@@ -137,3 +137,14 @@ def test_other_is_compared_only_if_it_sums_the_same_parts(client: Client, japan:
     assert mlp <= set(compared.only_before)
     assert mlp <= set(compared.only_after)
     assert mlp.isdisjoint(edge.before.source for edge in compared.edge_list)
+
+
+def test_frames_tell_sums_of_other_parts_apart(client: Client, japan: Trace) -> None:
+    fewer = client.trace(JAPAN, " Tokyo", layers=[0, 3], top_neurons=5)
+    joined = japan.nodes.join(fewer.nodes.add_suffix("_fewer"), how="inner")
+    others = joined[joined["kind"] == "OTHER"]
+    same = others["members_digest"] == others["members_digest_fewer"]
+    assert same.tolist() == ["/HEAD_OUTPUT/" in node_id for node_id in others.index]
+    rows = others[~same]  # of W_O and FF2, in both layers
+    assert (rows["members_fewer"] - rows["members"]).tolist() == [13, 13, 13, 13]
+    assert joined.loc[joined["kind"] != "OTHER", "members"].isna().all()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -16,6 +18,7 @@ from tests.reference.graph import PromptOracle, expected_graph
 from tests.reference.traces import GraphErrors, Traced, run_trace
 
 SMALL = Selection(heads=2, memory_values_per_head=2, top_neurons=3, bottom_neurons=2)
+LARGER = replace(SMALL, memory_values_per_head=3, top_neurons=4)  # the same heads
 EVERYTHING = Selection(heads=0, memory_values_per_head=0, top_neurons=0, bottom_neurons=0)
 LENGTH = 8
 EVERYWHERE, ENDS, LAST = tuple(range(LENGTH)), (0, LENGTH - 1), (LENGTH - 1,)
@@ -188,6 +191,37 @@ def test_other_exists_only_if_parts_are_left_out(name: str, trace_example: Trace
     # The first position attends only to itself, so its heads leave nothing out.
     assert not [i for i in left if "/p0/OTHER/HEAD_OUTPUT" in i]
     assert [i for i in left if f"/p{LENGTH - 1}/OTHER/HEAD_OUTPUT" in i]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neo", "llama_grouped"])
+def test_other_counts_and_identifies_its_members(name: str, trace_example: TraceExample) -> None:
+    whole = parts_of_sums(trace_example(name, EVERYTHING, LAST))
+    traces = [trace_example(name, selection, LAST) for selection in (SMALL, LARGER)]
+    members, left = [], []
+    for found in traces:
+        sums = parts_of_sums(found)
+        others = {
+            edge.source: edge.target for edge in found.edges.values() if "/OTHER/" in edge.source
+        }
+        left.append({other: whole[total] - sums[total] for other, total in others.items()})
+        members.append({other: found.nodes[other].node.members for other in others})
+        for other, parts in left[-1].items():
+            known = members[-1][other]
+            assert known is not None
+            assert known.count == len(parts) > 0
+    both = left[0].keys() & left[1].keys()
+    same = {other for other in both if left[0][other] == left[1][other]}
+    assert 0 < len(same) < len(both)
+    assert same == {other for other in both if members[0][other] == members[1][other]}
+
+
+def parts_of_sums(found: Traced) -> dict[str, set[str]]:
+    """Return the parts of each sum that may be left out: sources, heads, rows and neurons."""
+    sums: dict[str, set[str]] = defaultdict(set)
+    for edge in found.edges.values():
+        if edge.kind is EdgeKind.PART and not re.search("/OTHER/|_BIAS", edge.source):
+            sums[edge.target].add(edge.source)
+    return sums
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

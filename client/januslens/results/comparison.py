@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from januslens.results import exports
 from januslens.results.exports import notebook_html
 from januslens.results.graph import Edge, Node
-from januslens.results.kinds import EdgeKind, NodeKind
+from januslens.results.kinds import NodeKind
 from januslens.results.tokens import Token
 
 if TYPE_CHECKING:
@@ -175,9 +175,8 @@ def compare_traces(
             "compare, as a mapping from positions of this trace to positions of the other"
         )
     aligned = _Positions(positions)
-    unlike = _other_members(before, aligned) ^ _other_members(after, _Positions(None))
-    differing = {node_id for node_id, _members in unlike}
     nodes_after = {node.id: node for node in after.node_list}
+    differing = _sums_of_other_parts(before, aligned, nodes_after)
     edges_after = {(edge.source, edge.target, edge.kind): edge for edge in after.edge_list}
     nodes, only_before, met = [], [], set()
     for node in before.node_list:
@@ -198,7 +197,7 @@ def compare_traces(
 
 
 def _edges(
-    before: Trace, aligned: _Positions, edges_after: Mapping[Any, Edge], differing: Set[str | None]
+    before: Trace, aligned: _Positions, edges_after: Mapping[Any, Edge], differing: Set[str]
 ) -> Iterator[EdgeDifference]:
     for edge in before.edge_list:
         ends = aligned.node_id(edge.source), aligned.node_id(edge.target)
@@ -208,23 +207,16 @@ def _edges(
             yield EdgeDifference(edge, found)
 
 
-# Parts that are never left out of a sum.
-_ALWAYS_PARTS = frozenset({NodeKind.OTHER, NodeKind.ATTENTION_BIAS, NodeKind.MLP_BIAS})
-
-
-def _other_members(trace: Trace, aligned: _Positions) -> set[tuple[str | None, Hashable]]:
-    """Return each OTHER node, by its id in the other trace, with what determines its members.
-
-    OTHER is the sum of the parts that are not sent, so its members are the same in two traces if
-    the same parts were sent. If none were sent, the members are unknown and equal to no others.
-    """
-    members: set[tuple[str | None, Hashable]] = set()
-    sums = {edge.source: edge.target for edge in trace.edge_list if edge.kind is EdgeKind.PART}
-    for node in trace.nodes_of(NodeKind.OTHER):
-        parts = trace.parts_of(sums[node.id]) if node.id in sums else []
-        sent = {aligned.node_id(p.node.id) for p in parts if p.node.kind not in _ALWAYS_PARTS}
-        members.add((aligned.node_id(node.id), frozenset(sent) if sent else id(trace)))
-    return members
+def _sums_of_other_parts(
+    before: Trace, aligned: _Positions, nodes_after: Mapping[str, Node]
+) -> set[str]:
+    """Return the ids in the other trace of the OTHER nodes that sum other parts there."""
+    sums = ((aligned.node_id(node.id), node) for node in before.nodes_of(NodeKind.OTHER))
+    return {
+        other
+        for other, node in sums
+        if other is not None and other in nodes_after and nodes_after[other].members != node.members
+    }
 
 
 class _Positions:

@@ -96,6 +96,7 @@ _COUNTS = (
     "source_position",
     "neuron",
     "expert",
+    "members",
     "top_token_id",
     "target_rank",
 )
@@ -146,7 +147,7 @@ def node_frame(
     """
     pandas = require("pandas", "analysis", "a frame of nodes")
     rows = [_node_row(node) | _place_row(node, leaving.get(node.id), prompt) for node in nodes]
-    columns = [*_NODE_FIELDS, *_projection_row(None), *_PLACE_FIELDS]
+    columns = [*_NODE_FIELDS, *_members_row(None), *_projection_row(None), *_PLACE_FIELDS]
     frame: pd.DataFrame = pandas.DataFrame(rows, columns=columns).set_index("id")
     counts, measures = dict.fromkeys(_COUNTS, "Int64"), dict.fromkeys(_MEASURES, "float64")
     return frame.astype(counts | measures | {"logit_contribution": "float64", "share": "float64"})
@@ -316,7 +317,16 @@ def directed_graph(
 
 def _node_row(node: Node) -> dict[str, Any]:
     row = {name: getattr(node, name) for name in _NODE_FIELDS}
-    return row | {"kind": str(node.kind)} | _projection_row(node)
+    return row | {"kind": str(node.kind)} | _members_row(node) | _projection_row(node)
+
+
+def _members_row(node: Node | None) -> dict[str, Any]:
+    """Return the columns of the parts that an OTHER node sums; None for other nodes."""
+    members = node.members if node else None
+    return {
+        "members": members.count if members else None,
+        "members_digest": f"{members.digest:016x}" if members else None,
+    }
 
 
 def _projection_row(node: Node | None) -> dict[str, Any]:

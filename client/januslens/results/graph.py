@@ -24,6 +24,19 @@ ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, slots=True)
+class Members:
+    """The parts that an OTHER node sums.
+
+    Attributes:
+        count: Number of parts.
+        digest: Equal for nodes with the same id if and only if they sum the same parts.
+    """
+
+    count: int
+    digest: int
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """One vector of the forward pass and its projection (VISIT, section 3).
 
@@ -44,6 +57,7 @@ class Node:
         gradient_norm: Norm of the gradient of the target's logit with respect to this vector; set
             for the residual stream and for what attention and MLP add to it, if requested.
         gradient: Projection of that gradient, if requested.
+        members: The parts that an OTHER node sums, if they are known.
     """
 
     id: str
@@ -60,6 +74,7 @@ class Node:
     vector: Tensor | None
     gradient_norm: float | None = None
     gradient: Projection | None = None
+    members: Members | None = None
 
     @classmethod
     def from_message(cls, message: trace_pb2.Node, tokens: TokenTable) -> Node:
@@ -82,6 +97,9 @@ class Node:
             vector=Tensor.from_message(message.vector) if has("vector") else None,
             gradient_norm=_given(message, "gradient_norm", message.gradient_norm),
             gradient=Projection.from_message(message.gradient, tokens) if has("gradient") else None,
+            members=Members(message.members.count, message.members.digest)
+            if has("members")
+            else None,
         )
 
     def __str__(self) -> str:

@@ -730,6 +730,7 @@ class Node(_message.Message):
     VECTOR_FIELD_NUMBER: _builtins.int
     GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     GRADIENT_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """Id, made of the coordinates, for example `L3/p7/HEAD_OUTPUT/h2`, `L3/p7/MEMORY_VALUE/h2/s4` or
     `L3/p7/MLP_VALUE/n911`. It is the same in every request and on every server.
@@ -773,6 +774,12 @@ class Node(_message.Message):
         same nodes, except where the gradient is exactly zero.
         """
 
+    @_builtins.property
+    def members(self) -> Global___Members:
+        """The parts that an OTHER node sums. The same id may sum other parts in another request. Unset if
+        the parts of the sum are unknown, or if only an intervention added to it.
+        """
+
     def __init__(
         self,
         *,
@@ -790,10 +797,11 @@ class Node(_message.Message):
         vector: _common_pb2.Tensor | None = ...,
         gradient_norm: _builtins.float | None = ...,
         gradient: _lens_pb2.Projection | None = ...,
+        members: Global___Members | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_expert", b"_expert", "_gradient_norm", b"_gradient_norm", "_head", b"_head", "_layer", b"_layer", "_neuron", b"_neuron", "_position", b"_position", "_source_position", b"_source_position", "activation", b"activation", "expert", b"expert", "gradient", b"gradient", "gradient_norm", b"gradient_norm", "head", b"head", "layer", b"layer", "neuron", b"neuron", "position", b"position", "projection", b"projection", "source_position", b"source_position", "vector", b"vector"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_expert", b"_expert", "_gradient_norm", b"_gradient_norm", "_head", b"_head", "_layer", b"_layer", "_neuron", b"_neuron", "_position", b"_position", "_source_position", b"_source_position", "activation", b"activation", "expert", b"expert", "gradient", b"gradient", "gradient_norm", b"gradient_norm", "head", b"head", "layer", b"layer", "members", b"members", "neuron", b"neuron", "position", b"position", "projection", b"projection", "source_position", b"source_position", "vector", b"vector"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_expert", b"_expert", "_gradient_norm", b"_gradient_norm", "_head", b"_head", "_layer", b"_layer", "_neuron", b"_neuron", "_position", b"_position", "_source_position", b"_source_position", "activation", b"activation", "expert", b"expert", "gradient", b"gradient", "gradient_norm", b"gradient_norm", "head", b"head", "id", b"id", "kind", b"kind", "layer", b"layer", "neuron", b"neuron", "norm", b"norm", "position", b"position", "projection", b"projection", "source_position", b"source_position", "vector", b"vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation", b"_activation", "_expert", b"_expert", "_gradient_norm", b"_gradient_norm", "_head", b"_head", "_layer", b"_layer", "_neuron", b"_neuron", "_position", b"_position", "_source_position", b"_source_position", "activation", b"activation", "expert", b"expert", "gradient", b"gradient", "gradient_norm", b"gradient_norm", "head", b"head", "id", b"id", "kind", b"kind", "layer", b"layer", "members", b"members", "neuron", b"neuron", "norm", b"norm", "position", b"position", "projection", b"projection", "source_position", b"source_position", "vector", b"vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__activation: _TypeAlias = _typing.Literal["activation"]  # noqa: Y015
     _WhichOneofArgType__activation: _TypeAlias = _typing.Literal["_activation", b"_activation"]  # noqa: Y015
@@ -829,6 +837,32 @@ class Node(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__source_position) -> _WhichOneofReturnType__source_position | None: ...
 
 Global___Node: _TypeAlias = Node  # noqa: Y015
+
+@_typing.final
+class Members(_message.Message):
+    """Which parts of a sum a node sums."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Number of parts."""
+    digest: _builtins.int
+    """Equal for nodes with the same id if and only if they sum the same parts. Only for comparisons."""
+    def __init__(
+        self,
+        *,
+        count: _builtins.int = ...,
+        digest: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Members: _TypeAlias = Members  # noqa: Y015
 
 @_typing.final
 class Edge(_message.Message):

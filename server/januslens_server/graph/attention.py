@@ -19,7 +19,7 @@ from januslens_server.graph.weighted_rows import (
     left_out,
 )
 from januslens_server.graph.weights import AttentionWeights, WeightedRows, attention_row
-from januslens_server.results import EdgeKind, NodeKind, NodeRun
+from januslens_server.results import EdgeKind, Members, NodeKind, NodeRun
 from januslens_server.specs import Selection
 
 
@@ -311,7 +311,9 @@ def _add_memories(
         else:
             mixed = torch.einsum("ks,kse->ke", rest, row.values[heads.pick])
         left = torch.einsum("ke,ked->kd", mixed, maps)
-        others = flow.others(_heads(flow, NodeKind.HEAD_OUTPUT, heads), left)
+        attended_to = (row.first, flow.position)
+        members = [Members.left_out(attended_to, pattern.shape[1], shown) for shown in places]
+        others = flow.others(_heads(flow, NodeKind.HEAD_OUTPUT, heads), left, members)
         flow.parts(others, head_outputs, left, totals, rest.sum(1))
 
 
@@ -335,7 +337,8 @@ def _add_concat(
     if isinstance(heads.pick, torch.Tensor) and flow.shows(NodeKind.OTHER):
         rest = outputs[left_out(len(outputs), heads.pick)].sum(0, keepdim=True)
         junction = NodeRun(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer)
-        parts, ids = torch.cat([parts, rest]), [*ids, *flow.others(junction, rest)]
+        members = Members.left_out([len(outputs)], len(outputs), heads.numbers)
+        parts, ids = torch.cat([parts, rest]), [*ids, *flow.others(junction, rest, [members])]
     flow.parts(ids, concat, parts, total)
     return concat
 

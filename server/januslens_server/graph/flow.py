@@ -16,6 +16,7 @@ from januslens_server.results import (
     Edges,
     Flags,
     Floats,
+    Members,
     NodeKind,
     NodeRun,
     Nodes,
@@ -219,9 +220,18 @@ class FlowBuilder:
         self._norms.append(norms)
         return ids
 
-    def others(self, totals: NodeRun, vectors: torch.Tensor) -> list[str]:
-        """Add the OTHER nodes of `totals`; `vectors` `[n, d_model]` are sums of parts left out."""
-        return self.nodes([replace(totals, kind=NodeKind.OTHER, sum_kind=totals.kind)], vectors)
+    def others(
+        self,
+        totals: NodeRun,
+        vectors: torch.Tensor,
+        members: Sequence[Members] | None = None,
+    ) -> list[str]:
+        """Add the OTHER nodes of `totals`; `vectors` `[n, d_model]` are sums of `members`.
+
+        `members` is None if they are unknown, or if only an intervention added to the sum.
+        """
+        others = replace(totals, kind=NodeKind.OTHER, sum_kind=totals.kind, members=members)
+        return self.nodes([others], vectors)
 
     def edges(
         self,

@@ -12,7 +12,7 @@ import torch
 
 from januslens_server.graph.flow import FlowBuilder
 from januslens_server.graph.weights import WeightedRows
-from januslens_server.results import NodeKind, NodeRun
+from januslens_server.results import Members, NodeKind, NodeRun
 from januslens_server.specs import Selection
 
 
@@ -109,7 +109,8 @@ def add_weighted_rows(
         else:
             kept = left_out(len(terms.activations), picked)
             rest = (torch.where(kept, terms.activations, 0.0) @ terms.rows)[None]
-        ids += flow.others(NodeRun(result.kind, flow.position, flow.layer), rest)
+        totals = NodeRun(result.kind, flow.position, flow.layer)
+        ids += flow.others(totals, rest, [_left_out(terms, picked)])
         parts.append(rest)
     if terms.bias is not None:
         ids.append(flow.node(kinds.bias, terms.bias))
@@ -117,6 +118,18 @@ def add_weighted_rows(
     if parts:
         flow.parts(ids, total, torch.cat(parts), result.vector)
     return Added(total, neurons)
+
+
+def _left_out(terms: WeightedRows, picked: torch.Tensor) -> Members:
+    """Return the rows that are not picked; those of a mixture depend on the routed experts."""
+    size, population, listed = len(terms.rows), [len(terms.rows)], picked.tolist()
+    if terms.experts is not None and terms.neurons is not None:
+        routed = terms.experts.unique().tolist()
+        width = size // max(1, len(routed))
+        experts, neurons = terms.experts[picked].tolist(), terms.neurons[picked].tolist()
+        population += routed
+        listed = [expert * width + neuron for expert, neuron in zip(experts, neurons, strict=True)]
+    return Members.left_out(population, size, listed)
 
 
 def neuron_nodes(

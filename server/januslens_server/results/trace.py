@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -28,11 +29,31 @@ from januslens_server.results.values import (
 _NAMES = {kind: kind.name for kind in NodeKind}  # an enum's own `name` is slow
 
 
+@dataclass(frozen=True, slots=True)
+class Members:
+    """The parts that an OTHER node sums: their number, and a digest of which they are."""
+
+    count: int
+    digest: int
+
+    @classmethod
+    def left_out(cls, population: Sequence[int], size: int, listed: Sequence[int]) -> Members:
+        """Return the members of a sum of `size` parts, apart from the `listed` ones.
+
+        `population` describes all parts, so that equal numbers in different sums differ.
+        """
+        numbers = [len(population), *population, *sorted(listed)]
+        hashed = hashlib.blake2b(np.array(numbers, "<i8").tobytes(), digest_size=8).digest()
+        # 63 bits, which fit into an int64.
+        return cls(size - len(listed), int.from_bytes(hashed, "little") >> 1)
+
+
 @dataclass(slots=True)  # not frozen: that triples the time to create one
 class Node:
     """The coordinates of a flow-graph node.
 
-    For OTHER, `sum_kind` is the kind of the sum that the left-out parts belong to.
+    For OTHER, `sum_kind` is the kind of the sum that the left-out parts belong to, and `members`
+    are these parts, if they are known.
     """
 
     kind: NodeKind
@@ -43,6 +64,7 @@ class Node:
     neuron: int | None = None
     expert: int | None = None
     sum_kind: NodeKind | None = None
+    members: Members | None = None
 
     id: str = field(init=False, compare=False)
     """The coordinates as text, the same in every request: `L3/p7/MEMORY_VALUE/h2/s4`."""
@@ -85,6 +107,7 @@ class NodeRun:
     neurons: Sequence[int] | None = None
     experts: Sequence[int] | None = None
     sum_kind: NodeKind | None = None
+    members: Sequence[Members] | None = None
 
     ids: list[str] = field(init=False, compare=False)
 
@@ -115,10 +138,12 @@ class NodeColumn(IntEnum):
     NEURON = 5
     EXPERT = 6
     SUM_KIND = 7
+    MEMBERS = 8
+    MEMBERS_DIGEST = 9
 
 
 class Nodes(Sequence[Node]):
-    """Nodes as columns: `ids`, and `coordinates` `[n, 8]` by `NodeColumn`, where -1 means absent.
+    """Nodes as columns: `ids`, and `coordinates` `[n, 10]` by `NodeColumn`, where -1 means absent.
 
     A trace may have tens of thousands of nodes, so a `Node` is only created when it is read.
     """
@@ -172,7 +197,7 @@ class Nodes(Sequence[Node]):
 
 
 def coordinates(runs: Sequence[NodeRun]) -> Ints:
-    """Return the coordinates `[n, 8]` of the nodes of all runs, in order."""
+    """Return the coordinates `[n, 10]` of the nodes of all runs, in order."""
     found = np.full((sum(len(run.ids) for run in runs), len(NodeColumn)), -1, np.int64)
     first = 0
     for run in runs:
@@ -183,14 +208,18 @@ def coordinates(runs: Sequence[NodeRun]) -> Ints:
         for column, value in enumerate(values):
             if value is not None:
                 rows[:, column] = value
+        if run.members is not None:
+            rows[:, NodeColumn.MEMBERS :] = [(each.count, each.digest) for each in run.members]
     return found
 
 
 def _node(row: list[int]) -> Node:
-    kind, position, *places, sum_kind = row
+    kind, position, *places, sum_kind, count, digest = row
     layer, head, source_position, neuron, expert = (None if i < 0 else i for i in places)
     of_sum = None if sum_kind < 0 else NodeKind(sum_kind)
-    return Node(NodeKind(kind), position, layer, head, source_position, neuron, expert, of_sum)
+    members = None if count < 0 else Members(count, digest)
+    place = (layer, head, source_position, neuron, expert)
+    return Node(NodeKind(kind), position, *place, of_sum, members)
 
 
 class Edge(NamedTuple):

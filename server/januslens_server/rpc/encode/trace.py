@@ -157,6 +157,12 @@ def _nodes(graph: LayerGraph, part: slice, read: Mapping[str, _Read]) -> Columns
         if (rows >= 0).any():
             projections = projection_columns(table.rows(rows.clip(0))).cells()
             nodes.delimited(name, projections, rows >= 0)
+    counts = graph.nodes.column(NodeColumn.MEMBERS)[part]
+    if (counts >= 0).any():
+        members = Columns(trace_pb2.Members, len(ids))
+        members.unsigned("count", counts.clip(0))
+        members.unsigned("digest", graph.nodes.column(NodeColumn.MEMBERS_DIGEST)[part].clip(0))
+        nodes.delimited("members", members.cells(), counts >= 0)
     if graph.vectors is not None:
         nodes.delimited("vector", tensor_columns(graph.vectors[part]).cells())
     return nodes
