@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from tests.support.forked import ForkedServer
 from tests.support.tethered import tethered
 
 SERVING = re.compile(r"serving on (\S+:\d+)")
@@ -25,7 +26,7 @@ PROGRAM = (sys.executable, "-m", "januslens_server")
 class ServerProcess:
     """A running server, with its addresses and its log so far."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | ForkedServer
     lines: list[str] = field(default_factory=list)
 
     @property
@@ -93,17 +94,25 @@ def start_server(
     environment: Mapping[str, str] | None = None,
     program: Sequence[str] = PROGRAM,
 ) -> ServerProcess:
-    """Start the server, which ends with this thread, and read its log while it runs."""
+    """Start the server, which ends with this process, and read its log while it runs.
+
+    The plain command is forked from a process that has its libraries loaded; other programs and
+    environments are started as an operator does.
+    """
     # One thread adds in the same order in every run, and leaves cores to the test process.
-    fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        tethered([*program, *arguments]),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | fixed | dict(environment or {}),
-    )
+    fixed = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process: subprocess.Popen[str] | ForkedServer
+    if environment is None and tuple(program) == PROGRAM:
+        process = ForkedServer(arguments, fixed)
+    else:
+        process = subprocess.Popen(
+            tethered([*program, *arguments]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=fixed | dict(environment or {}),
+        )
     server = ServerProcess(process)
     threading.Thread(target=_read, args=(server,), daemon=True).start()
     return server
