@@ -13,7 +13,7 @@ import math
 import mmap
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,8 +117,10 @@ def read_header(path: Path) -> GGUFHeader:
     Raises:
         ModelFailed: The file is not GGUF, is cut, or gives sizes that are too large.
     """
-    if not path.is_file():
+    if not path.exists():
         raise ModelFailed("the file does not exist; expected a GGUF file")
+    if not path.is_file():
+        raise ModelFailed("not a regular file; expected a GGUF file")
     size = path.stat().st_size
     if size < 24:
         raise ModelFailed(f"the file has {size} bytes; expected a GGUF file")
@@ -144,6 +146,8 @@ class _Reader:
         metadata = {}
         for _ in range(n_keys):
             key = self._text(MAX_NAME)
+            if key in metadata:
+                raise ModelFailed(f"the file has the metadata key {key!r} twice")
             metadata[key] = self._value(self._number("I"))
         listed = [self._tensor() for _ in range(n_tensors)]
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
@@ -153,10 +157,21 @@ class _Reader:
         tensors = {t.name: replace(t, start=data + t.start) for t in listed}
         if len(tensors) != n_tensors:
             raise ModelFailed("the file names a tensor twice")
-        end = max((tensor.start + tensor.n_bytes for tensor in tensors.values()), default=0)
+        self._check_places(tensors.values())
+        return GGUFHeader(self._path, metadata, tensors)
+
+    def _check_places(self, tensors: Iterable[StoredTensor]) -> None:
+        """Refuse tensors beyond the file's end, and those that share bytes of the file.
+
+        Shared bytes would let a small file describe a model of any size.
+        """
+        end = 0
+        for tensor in sorted(tensors, key=lambda tensor: tensor.start):
+            if tensor.start < end:
+                raise ModelFailed(f"tensor {tensor.name!r} overlaps another one in the file")
+            end = tensor.start + tensor.n_bytes
         if end > len(self._content):
             raise ModelFailed(f"the file is cut: expected {end} bytes, got {len(self._content)}")
-        return GGUFHeader(self._path, metadata, tensors)
 
     def _take(self, count: int) -> bytes:
         if self._at + count > len(self._content):
@@ -216,11 +231,11 @@ class _Reader:
         except ValueError as error:
             raise ModelFailed(f"tensor {name!r} has the unknown type {number}") from error
         block, width = GGML_QUANT_SIZES[kind]
-        values = math.prod(shape)
-        if shape and shape[0] % block:
-            raise ModelFailed(
-                f"tensor {name!r} has rows of {shape[0]}; expected a multiple of {block}"
-            )
+        values, row = math.prod(shape), shape[0] if shape else 1
+        if not values:
+            raise ModelFailed(f"tensor {name!r} has no values; expected sizes above 0")
+        if row % block:
+            raise ModelFailed(f"tensor {name!r} has rows of {row}; expected a multiple of {block}")
         return StoredTensor(name, shape, kind.name, offset, values // block * width)
 
 
@@ -307,21 +322,28 @@ def read_weights(
     `gguf` library.
 
     Raises:
-        ModelFailed: The file has tensors that are no parameters of the model.
+        ModelFailed: The file has tensors that are no parameters of the model, or of another size.
     """
     import gguf  # noqa: PLC0415 - optional
 
     family = header.architecture
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(kind, n_layers)
-    parameters = {}
-    for parameter in skeleton.state_dict():
+    parameters, described = {}, skeleton.state_dict()
+    for parameter in described:
         stem, _, suffix = parameter.rpartition(".")
         stored = names.get_name(stem)
         if stored is not None:
             parameters[f"{stored}.{suffix}"] = parameter
     if unused := sorted(header.tensors.keys() - parameters.keys()):
         raise ModelFailed(f"the file has tensors that are not read: {shortlist(unused)}; {ADVICE}")
+    for tensor in header.tensors.values():
+        expected = described[parameters[tensor.name]]
+        if tensor.size != expected.numel():
+            raise ModelFailed(
+                f"tensor {tensor.name!r} has shape {list(tensor.shape[::-1])}: expected "
+                f"{list(expected.shape)}"
+            )
     content = np.memmap(header.path, np.uint8, "r")
     weights = {}
     for tensor in header.tensors.values():

@@ -7,6 +7,7 @@ The metadata has the tokens with their types, and the merges (byte-level BPE) or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
 from typing import Any
@@ -24,10 +25,15 @@ from tokenizers import (
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models.chat import MAX_TEMPLATE, ChatTemplate
-from januslens_server.models.gguf_file import GGUFHeader
+from januslens_server.models.gguf_file import ADVICE, GGUFHeader
 from januslens_server.models.tokenizer import Vocabulary, reported_failures
+from januslens_server.models.tokenizer_files import check_added_texts
 
 SPACE = "▁"
+
+# Maximum sum of the squared lengths of SentencePiece's tokens, each of which is split at every
+# character. Gemma 3's 262,144 tokens have 11 million.
+MAX_SPLIT = 2**28
 
 # Contractions, words with at most one character before them, and the rest, as Llama 3 and Qwen 2
 # split texts. They differ in the number of digits that stay together.
@@ -138,6 +144,7 @@ def _add_tokens(tokenizer: Tokenizer, tokens: Sequence[str], types: Sequence[int
         for text, kind in zip(tokens, types, strict=True)
         if kind in {_Type.CONTROL, _Type.USER_DEFINED}
     ]
+    check_added_texts("the file's tokenizer", [token.content for token in added])
     tokenizer.add_tokens(added)
     if tokenizer.get_vocab_size() != len(tokens):
         raise ModelFailed("the file's tokenizer adds tokens that are not in its vocabulary")
@@ -187,6 +194,10 @@ def _sentence_piece(
         for i, (text, kind) in enumerate(zip(tokens, types, strict=True))
         if kind in {_Type.NORMAL, _Type.USER_DEFINED}
     }
+    if not all(map(math.isfinite, scores)):
+        raise ModelFailed("the file's tokenizer has scores that are not finite")
+    if sum(len(text) ** 2 for text in pieces) > MAX_SPLIT:
+        raise ModelFailed(f"the file's tokenizer has tokens that are too long; {ADVICE}")
     merges: list[tuple[float, tuple[str, str]]] = []
     for text, score in pieces.items():
         splits = [(text[:i], text[i:]) for i in range(1, len(text))]

@@ -7,7 +7,7 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +134,20 @@ def _check_added(name: str, tokens: object, kind: type) -> None:
         isinstance(token.get("content"), str) for token in found if isinstance(token, dict)
     ):
         raise ModelFailed(f"{name} has an invalid list of added tokens")
-    if len(found) > MAX_ADDED:
+    texts = [str(token["content"]) if isinstance(token, dict) else "" for token in found]
+    check_added_texts(name, texts)
+
+
+def check_added_texts(where: str, texts: Sequence[str]) -> None:
+    """Refuse too many added tokens, or too long ones; `where` names them in the error."""
+    if len(texts) > MAX_ADDED:
         raise ModelFailed(
-            f"{name} has too many added tokens: expected at most {MAX_ADDED}, got {len(found)}"
+            f"{where} has too many added tokens: expected at most {MAX_ADDED}, got {len(texts)}"
         )
-    size = sum(len(token["content"]) for token in found if isinstance(token, dict))
+    size = sum(map(len, texts))
     if size > MAX_ADDED_TEXT:
         raise ModelFailed(
-            f"{name}: the texts of added tokens are too long: expected at most {MAX_ADDED_TEXT} "
+            f"{where}: the texts of added tokens are too long: expected at most {MAX_ADDED_TEXT} "
             f"characters, got {size}"
         )
 
