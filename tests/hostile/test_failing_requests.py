@@ -11,7 +11,17 @@ import grpc
 import pytest
 import torch
 
-from januslens.v1 import common_pb2, cost_pb2, neurons_pb2, trace_pb2
+from januslens.v1 import (
+    activations_pb2,
+    common_pb2,
+    cost_pb2,
+    generation_pb2,
+    intervene_pb2,
+    interventions_pb2,
+    neurons_pb2,
+    sites_pb2,
+    trace_pb2,
+)
 from januslens_server.access.callers import Caller, Quotas
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.models.resident import ResidentModel
@@ -19,12 +29,37 @@ from januslens_server.pipelines.cost import Demand, Pace
 from januslens_server.pipelines.resolve import ResolvedTrace, resolve_trace
 from januslens_server.results import Cost
 from januslens_server.rpc.admission import LARGEST_CORRECTION, LARGEST_LESSON, Admission
-from januslens_server.rpc.encode import TraceEncoder
+from januslens_server.rpc.encode import (
+    ActivationsEncoder,
+    GenerateEncoder,
+    InterveneEncoder,
+    TraceEncoder,
+)
 from januslens_server.specs import TraceSpec
 from tests.support.calls import prompt, timeless
 from tests.support.in_process import GENEROUS, Loaded, broken, loaded, served
 
-TRACE = trace_pb2.TraceRequest(input=prompt("The capital of Japan is the city of"))
+PROMPT = prompt("The capital of Japan is the city of")
+BLOCK_OUTPUT = sites_pb2.SITE_BLOCK_OUTPUT
+ZERO = interventions_pb2.Intervention(site=BLOCK_OUTPUT, zero=True)
+# Requests by RPC, and the encoders of their results.
+REQUESTS: dict[str, tuple[Any, type]] = {
+    "Trace": (trace_pb2.TraceRequest(input=PROMPT), TraceEncoder),
+    "Intervene": (
+        intervene_pb2.InterveneRequest(
+            input=PROMPT, sweep=intervene_pb2.Sweep(template=ZERO, by_layer=True, by_position=True)
+        ),
+        InterveneEncoder,
+    ),
+    "Generate": (
+        generation_pb2.GenerateRequest(input=PROMPT, max_new_tokens=8),
+        GenerateEncoder,
+    ),
+    "Activations": (
+        activations_pb2.ActivationsRequest(input=PROMPT, sites=[BLOCK_OUTPUT]),
+        ActivationsEncoder,
+    ),
+}
 NEURONS = neurons_pb2.FindNeuronsRequest(token=common_pb2.Target(text=" Paris"), page_size=5)
 
 
@@ -39,39 +74,58 @@ async def stub(demo: Loaded) -> AsyncIterator[Any]:
         yield found
 
 
+def started(stub: Any, rpc: str) -> Any:
+    request, _ = REQUESTS[rpc]
+    return getattr(stub, rpc)(request)
+
+
+async def results(stub: Any, rpc: str) -> list[bytes]:
+    return [timeless(message) async for message in started(stub, rpc)]
+
+
 async def fails(call: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError):
         async for _ in call:
             pass
 
 
-async def at_decoding(stub: Any, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
-    await fails(stub.Trace(trace_pb2.TraceRequest()))
+async def at_decoding(stub: Any, rpc: str, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
+    empty = type(REQUESTS[rpc][0])()
+    await fails(getattr(stub, rpc)(empty))
 
 
-async def at_admission(stub: Any, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
-    await fails(stub.Trace(trace_pb2.TraceRequest(input=prompt("Japan"), layers=[99])))
+async def at_resolving(stub: Any, rpc: str, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
+    request, _ = REQUESTS[rpc]
+    long = common_pb2.Input(token_ids=common_pb2.TokenIds(ids=[1] * 1000))
+    changed = type(request)()
+    changed.CopyFrom(request)
+    changed.input.CopyFrom(long)
+    await fails(getattr(stub, rpc)(changed))
 
 
 def without_numbers(_module: Any, _args: Any, output: Any) -> Any:
     return output * torch.nan
 
 
-async def in_the_forward_pass(stub: Any, demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
+async def in_the_forward_pass(
+    stub: Any, rpc: str, demo: Loaded, _patch: pytest.MonkeyPatch
+) -> None:
     with broken(demo.network.get_submodule("transformer.h.2.mlp"), without_numbers):
-        await fails(stub.Trace(TRACE))
+        await fails(started(stub, rpc))
 
 
-async def in_the_projection(stub: Any, demo: Loaded, patch: pytest.MonkeyPatch) -> None:
+async def in_the_projection(stub: Any, rpc: str, demo: Loaded, patch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with patch.context() as patched:
         patched.setattr(type(demo.registry.get("demo").view.lens), "prepare", fail)
-        await fails(stub.Trace(TRACE))
+        await fails(started(stub, rpc))
 
 
-async def between_two_projections(stub: Any, demo: Loaded, patch: pytest.MonkeyPatch) -> None:
+async def between_two_projections(
+    stub: Any, rpc: str, demo: Loaded, patch: pytest.MonkeyPatch
+) -> None:
     """The first rows are in the row cache when the second ones fail."""
     model = demo.registry.get("demo")
     vars(model).pop("rows", None)
@@ -84,62 +138,60 @@ async def between_two_projections(stub: Any, demo: Loaded, patch: pytest.MonkeyP
 
     with patch.context() as patched:
         patched.setattr(type(model.view.lens), "prepare", fail)
-        await fails(stub.Trace(TRACE))
+        await fails(started(stub, rpc))
     assert next(calls) > 2
 
 
-async def at_encoding(stub: Any, _demo: Loaded, patch: pytest.MonkeyPatch) -> None:
+async def at_encoding(stub: Any, rpc: str, _demo: Loaded, patch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> NoReturn:
         raise KeyError("encoder")
 
     with patch.context() as patched:
-        patched.setattr(TraceEncoder, "encode", fail)
-        await fails(stub.Trace(TRACE))
+        patched.setattr(REQUESTS[rpc][1], "encode", fail)
+        await fails(started(stub, rpc))
 
 
-async def at_writing(stub: Any, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
-    call = stub.Trace(TRACE)
+async def at_writing(stub: Any, rpc: str, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
+    call = started(stub, rpc)
     await call.read()
     call.cancel()
 
 
-STAGES = [
-    at_decoding,
-    at_admission,
-    in_the_forward_pass,
-    in_the_projection,
-    between_two_projections,
-    at_encoding,
-    at_writing,
+OF_ALL_RPCS = [at_decoding, at_resolving, in_the_forward_pass, at_encoding, at_writing]
+FAILURES = [
+    *((rpc, stage) for rpc in REQUESTS for stage in OF_ALL_RPCS),
+    ("Trace", in_the_projection),
+    ("Trace", between_two_projections),
 ]
+every_failure = pytest.mark.parametrize(
+    ("rpc", "stage"), FAILURES, ids=[f"{rpc} {stage.__name__}" for rpc, stage in FAILURES]
+)
 
 
-async def seen(stub: Any) -> tuple[float, bytes]:
+async def seen(stub: Any, rpc: str) -> tuple[float, bytes]:
     """Return the state that callers can observe: an estimate, and the neuron index."""
-    estimate = await stub.EstimateCost(cost_pb2.EstimateCostRequest(trace=TRACE))
+    request, _ = REQUESTS[rpc]
+    estimate = await stub.EstimateCost(cost_pb2.EstimateCostRequest(**{rpc.lower(): request}))
     found = await stub.FindNeurons(NEURONS)
     return estimate.seconds, found.SerializeToString(deterministic=True)
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
-async def test_failed_request_does_not_change_estimates(
-    demo: Loaded, stub: Any, stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+@every_failure
+async def test_failed_request_changes_no_estimate_and_no_result(
+    demo: Loaded,
+    stub: Any,
+    rpc: str,
+    stage: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = await seen(stub)
-    for _ in range(3):
-        await stage(stub, demo, monkeypatch)
-    assert await seen(stub) == before
-
-
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
-async def test_a_failed_request_changes_no_later_result(
-    demo: Loaded, stub: Any, stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = [timeless(message) async for message in stub.Trace(TRACE)]
+    expected = await results(stub, rpc)
     vars(demo.registry.get("demo")).pop("rows", None)  # its rows are computed again
-    await stage(stub, demo, monkeypatch)
-    assert [timeless(message) async for message in stub.Trace(TRACE)] == before
-    assert [timeless(message) async for message in stub.Trace(TRACE)] == before
+    before = await seen(stub, rpc)
+    for _ in range(3):
+        await stage(stub, rpc, demo, monkeypatch)
+    assert await seen(stub, rpc) == before
+    assert await results(stub, rpc) == expected
+    assert await results(stub, rpc) == expected
 
 
 class Overestimated(Pace):
@@ -149,9 +201,9 @@ class Overestimated(Pace):
         return 100 * super().seconds(demand)
 
 
-@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__)
+@every_failure
 async def test_failed_request_is_charged_its_device_time(
-    demo: Loaded, stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    demo: Loaded, rpc: str, stage: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It no longer counts as open, and its estimate is given back."""
     allowance = 6000.0
@@ -160,13 +212,13 @@ async def test_failed_request_is_charged_its_device_time(
     slow: dict[str, Pace] = {name: Overestimated(**vars(pace)) for name, pace in demo.paces.items()}
     async with served(Loaded(demo.registry, slow), caller=caller, quotas=book) as stub:
         began = time.monotonic()
-        await stage(stub, demo, monkeypatch)
+        await stage(stub, rpc, demo, monkeypatch)
         while book._open:  # noqa: ASYNC110 - a cancelled request leaves after its current step
             await asyncio.sleep(0.01)
         elapsed = time.monotonic() - began
         book.charge(caller, 0.0)
         assert 0 <= allowance - book._seconds["ada"]._level <= elapsed
-        assert [message async for message in stub.Trace(TRACE)][-1].HasField("summary")
+        assert await results(stub, rpc)
 
 
 def test_extreme_requests_move_estimates_within_bounds(demo: Loaded) -> None:
