@@ -263,7 +263,9 @@ def _contributions(trace: Trace) -> Element:
         )
         for part in trace.contributions()[:_ROWS]
     )
-    return table("Largest contributions to its logit", (">logit", "node", "top tokens"), rows)
+    return table(
+        f"Largest contributions to the {trace.explained()}", (">logit", "node", "top tokens"), rows
+    )
 
 
 def _shares(title: str, parts: Iterable[Part]) -> Element:

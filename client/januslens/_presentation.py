@@ -277,6 +277,11 @@ def plain(sentence: Sentence) -> str:
     return "".join(str(part) for part in sentence)
 
 
+def figure_name(trace: Trace) -> str:
+    """Name the figure that contributions add up to: `logit`, or `logit difference`."""
+    return "logit" if trace.header.other is None else "logit difference"
+
+
 def trace_sentences(trace: Trace, target: PositionTarget) -> list[Sentence]:
     """State the target, the layer from which it ranks first, and its strongest head and neuron."""
     sentences = [target_sentence(trace, target), (emergence_sentence(trace, target),)]
@@ -298,6 +303,8 @@ def target_sentence(trace: Trace, target: PositionTarget) -> Sentence:
     """
     place = f" after {token_at(target.position, trace.prompt_tokens)}: "
     figure = f"probability {probability(target.target_probability, target.target_log_probability)}"
+    if target.logit_difference is not None:
+        figure += f", logit difference {signed(target.logit_difference)} to {trace.header.other}"
     if target.target_rank == 0:
         return target.target, f"{place}the model's own prediction, {figure}."
     ranked = f"{place}rank {target.target_rank}, {figure}; the model predicts "
@@ -336,7 +343,7 @@ def _rank(step: ResidualStep) -> int | None:
 
 def _contribution_sentence(trace: Trace, part: Part, among: str) -> str:
     added = signed(part.logit_contribution or 0.0)
-    text = f"{_numbered(part.node)} adds most{among}: {added} to its logit"
+    text = f"{_numbered(part.node)} adds most{among}: {added} to its {figure_name(trace)}"
     # OTHER stands for several sources, so it has attention but no position.
     sources = [
         (source.node.source_position, source.attention)
@@ -442,12 +449,13 @@ class ContributionLine:
 
 
 def contribution_lines(
-    tree: ContributionTree, prompt: Sequence[Token], depth: int = 0
+    tree: ContributionTree, trace: Trace, depth: int = 0
 ) -> Iterator[ContributionLine]:
     """Return the lines of `trace.why()`; the rest of a node follows its listed parts."""
-    name = node_name(tree.node, prompt) if depth else f"logit, from {node_name(tree.node, prompt)}"
-    yield ContributionLine(depth, name, tree.contribution, tree)
+    name = node_name(tree.node, trace.prompt_tokens)
+    at_root = f"{figure_name(trace)}, from {name}"
+    yield ContributionLine(depth, name if depth else at_root, tree.contribution, tree)
     for part in tree.parts:
-        yield from contribution_lines(part, prompt, depth + 1)
+        yield from contribution_lines(part, trace, depth + 1)
     if tree.parts:
         yield ContributionLine(depth + 1, "rest", tree.rest, None)

@@ -139,6 +139,10 @@ def traces() -> Iterator[tuple[str, list[trace_pb2.TraceResponse]]]:
     chosen = stream_of(messages.layer())
     chosen[0].header.selected_by = trace_pb2.SELECTION_CRITERION_CONTRIBUTION
     yield "the parts were selected by their contributions", chosen
+    difference = stream_of(messages.layer())
+    difference[0].header.other_token_id = 3
+    difference[0].header.targets[0].logit_difference = 1.25
+    yield "contributions add up to a logit difference", difference
     yield "no logit contributions", stream_of(without_contributions())
     yield "the target never ranks first", stream_of(with_rank(3), target=3)
     yield (
@@ -305,7 +309,7 @@ def contributions(trace: Trace) -> list[list[Any]]:
         tree = trace.why()
     except ValueError:
         return []
-    lines = presentation.contribution_lines(tree, trace.prompt_tokens)
+    lines = presentation.contribution_lines(tree, trace)
     return [[line.depth, line.name, presentation.signed(line.contribution)] for line in lines]
 
 

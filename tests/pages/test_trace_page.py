@@ -336,7 +336,7 @@ def test_contribution_tree_has_the_lines_of_the_client(
     page: Traced = request.getfixturevalue(name)
     opened(tab, page)
     tab.keyboard.press("f")
-    lines = list(presentation.contribution_lines(page.trace.why(), page.trace.prompt_tokens))
+    lines = list(presentation.contribution_lines(page.trace.why(), page.trace))
     links = tab.locator(".path .node-link").all()
     listed = [line for line in lines if line.part]
     assert [link.get_attribute("data-id") for link in links] == [

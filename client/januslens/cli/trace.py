@@ -62,6 +62,7 @@ from januslens.results.trace import LayerGraph, PositionTarget, Trace, TraceHead
     "--target",
     help="Target token, for example ' Paris' with its space; default: the model's own next token.",
 )
+@click.option("--other", help="Token whose logit is subtracted from that of the target.")
 @click.option("--layers", callback=layer_list, help="Layers, for example 0-3,7; default: all.")
 @click.option(
     "--positions",
@@ -171,7 +172,7 @@ def emergence(trace: Trace, position: int) -> Group:
     return section(
         f"{target} in the residual stream, layer by layer",
         grid,
-        f"rank 0 is the top; logit: what the step adds directly to the logit of {target}",
+        f"rank 0 is the top; logit: what the step adds directly to the {trace.explained(position)}",
     )
 
 
@@ -269,12 +270,10 @@ def _neuron_name(node: Node) -> str:
 _TREE_TOKENS = 3
 
 
-def contribution_section(
-    tree: ContributionTree, prompt: Sequence[Token], sought: Sequence[Token]
-) -> Group:
+def contribution_section(tree: ContributionTree, trace: Trace, sought: Sequence[Token]) -> Group:
     """One row per node of the tree: contribution, name, attention, and the tokens it writes."""
     grid = table(">logit", "node", ">attention", "writes")
-    for line in presentation.contribution_lines(tree, prompt):
+    for line in presentation.contribution_lines(tree, trace):
         part = line.part
         attention = None if part is None else part.attention
         tokens = () if part is None else presentation.written_tokens(part.node)[:_TREE_TOKENS]
@@ -285,7 +284,7 @@ def contribution_section(
             tokens_cell(tokens, sought),
         )
     return section(
-        "Where the logit comes from",
+        f"Where the {presentation.figure_name(trace)} comes from",
         grid,
         "logit: direct contribution, the sum of the indented rows below; rest: parts not listed",
     )
@@ -332,7 +331,7 @@ def _show_position(
     if details:
         _show_layers(trace, target, console, rows)
     else:
-        added = f"that add most to the logit of {target.target}"
+        added = f"that add most to the {trace.explained(target.position)}"
         heads = _strongest(trace.heads(target.position))[:rows]
         console.print(heads_section(trace, heads, f"Heads {added}", sought))
         neurons = _strongest(trace.neurons(target.position))[:rows]
@@ -358,7 +357,7 @@ def _show_contributions(
         tree = trace.why(target.position, at_most=at_most)
     except ValueError:  # requested without contributions, or without the residual stream
         return
-    console.print(contribution_section(tree, trace.prompt_tokens, [target.target]))
+    console.print(contribution_section(tree, trace, [target.target]))
 
 
 def _strongest(parts: Sequence[Part]) -> list[Part]:

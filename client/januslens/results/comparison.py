@@ -135,9 +135,9 @@ class TraceComparison:
         found = [edge for edge in self.edge_list if edge.contribution_difference is not None]
         if not found:
             return repr(self)
-        target = self.before.target().target if self.before.targets else "target"
+        explained = self.before.explained() if self.before.targets else "logit"
         lines = [
-            f"Contributions to the logit of {target} that differ most",
+            f"Contributions to the {explained} that differ most",
             f"{'before':>9} {'after':>9} {'change':>9}  node",
         ]
         for edge in self.changed_contributions()[:_ROWS]:

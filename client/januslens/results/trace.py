@@ -318,6 +318,17 @@ class Trace(GraphView):
             raise KeyError(f"position {position} was not traced; expected one of {known}")
         return by_position[wanted]
 
+    def explained(self, position: int | None = None) -> str:
+        """Name what contributions add up to at a position, by default the last traced one.
+
+        For example "logit of ␣Paris", or "logit of ␣Paris minus that of ␣Rome" with a second token.
+
+        Raises:
+            KeyError: The position was not traced.
+        """
+        difference = "" if self.header.other is None else f" minus that of {self.header.other}"
+        return f"logit of {self.target(position).target}{difference}"
+
     def why(self, position: int | None = None, *, at_most: int = 16) -> ContributionTree:
         """Return which parts of the pass add up to the target's logit, as a tree.
 

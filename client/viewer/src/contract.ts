@@ -91,6 +91,7 @@ export interface PositionTargetMessage {
   targetLogProbability?: Float
   targetRank?: number
   targetLogit?: Float
+  logitDifference?: Float
   constantLogitContribution?: Float
 }
 
@@ -103,6 +104,7 @@ export interface TraceHeaderMessage {
   tokens?: TokenMessage[]
   sizes?: ModelSizesMessage
   selectedBy?: string
+  otherTokenId?: number
 }
 
 export interface LayerGraphMessage {

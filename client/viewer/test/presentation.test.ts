@@ -107,7 +107,7 @@ for (const expected of fixture<TraceCase[]>('traces')) {
       expected.residual_steps,
     )
     const tree = contributionTree(graph, position, 16)
-    const lines = tree ? contributionLines(tree, graph.prompt) : []
+    const lines = tree ? contributionLines(tree, graph) : []
     assert.deepEqual(
       lines.map(({ depth, name, contribution }) => [
         depth,

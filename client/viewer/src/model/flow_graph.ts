@@ -68,6 +68,8 @@ export interface PositionTarget {
   rank: number
   logit: number
   constantLogitContribution: number
+  /** The target's logit minus that of the second token, if there is one. */
+  logitDifference: number | undefined
 }
 
 export function nodeOf(message: NodeMessage, tokens: TokenTable): GraphNode {
@@ -118,6 +120,7 @@ export function positionTargetOf(
     rank: message.targetRank ?? 0,
     logit: number(message.targetLogit),
     constantLogitContribution: number(message.constantLogitContribution),
+    logitDifference: optional(message.logitDifference),
   }
 }
 
@@ -186,6 +189,8 @@ export class FlowGraph {
   sizes: ModelSizesMessage = {}
   /** Whether the parts were selected by what they add to the target's logit. */
   selectedByContribution = false
+  /** The second token of a logit difference, which contributions then add up to. */
+  other: Token | undefined
   times: StageTimeMessage[] = []
   /** Incremented with every message, so that a view knows when to redraw. */
   version = 0
@@ -224,6 +229,7 @@ export class FlowGraph {
       this.provenance = header.provenance ?? {}
       this.sizes = header.sizes ?? {}
       this.selectedByContribution = header.selectedBy === 'SELECTION_CRITERION_CONTRIBUTION'
+      if (header.otherTokenId !== undefined) this.other = this.tokens.get(header.otherTokenId)
       this.traced = targets.map((target) => target.position)
     }
     // Reserve a row for every layer, so that rows do not move as layers arrive.

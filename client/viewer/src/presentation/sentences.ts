@@ -64,7 +64,12 @@ export function targetSentence(graph: FlowGraph, position: number): Sentence | u
   const target = graph.targets.get(position)
   if (!target) return undefined
   const place = ` after ${at(position, graph.prompt)}: `
-  const figure = `probability ${probability(target.probability, target.logProbability)}`
+  const difference = target.logitDifference
+  const figure =
+    `probability ${probability(target.probability, target.logProbability)}` +
+    (difference === undefined
+      ? ''
+      : `, logit difference ${signed(difference)} to ${graph.other?.label ?? ''}`)
   if (target.rank === 0) return [target.target, `${place}the model’s own prediction, ${figure}.`]
   const ranked = `${place}rank ${target.rank}, ${figure}; the model predicts `
   return [target.target, ranked, target.predicted, '.']
@@ -81,6 +86,17 @@ export function emergenceSentence(graph: FlowGraph, position: number): string {
   return `Best rank ${best.rank} after ${best.place}; final rank ${steps.at(-1)?.rank}.`
 }
 
+/** What contributions add up to: `logit`, or `logit difference`. */
+export function figureName(graph: FlowGraph): string {
+  return graph.other ? 'logit difference' : 'logit'
+}
+
+/** What contributions at a position add up to, with the tokens. */
+export function explained(graph: FlowGraph, position: number): string {
+  const target = graph.targets.get(position)?.target.label ?? 'the target'
+  return `logit of ${target}${graph.other ? ` minus that of ${graph.other.label}` : ''}`
+}
+
 function contributionSentence(
   graph: FlowGraph,
   { node, logit }: { node: GraphNode; logit: number },
@@ -90,7 +106,7 @@ function contributionSentence(
   const reading = most
     ? `, reading ${at(most.position, graph.prompt)} with attention ${decimals(most.attention, 2)}`
     : ''
-  const effect = ` adds most${among}: ${signed(logit)} to its logit${reading}.`
+  const effect = ` adds most${among}: ${signed(logit)} to its ${figureName(graph)}${reading}.`
   return [{ node, text: numbered(node) }, effect]
 }
 
@@ -112,12 +128,12 @@ export interface ContributionLine {
 /** The lines of a contribution tree; the rest of a node follows its listed parts. */
 export function contributionLines(
   tree: ContributionTree,
-  prompt: readonly Token[],
+  graph: FlowGraph,
   depth = 0,
 ): ContributionLine[] {
-  const own = nodeName(tree.node, prompt)
-  const name = depth ? own : `logit, from ${own}`
-  const lines = tree.parts.flatMap((part) => contributionLines(part, prompt, depth + 1))
+  const own = nodeName(tree.node, graph.prompt)
+  const name = depth ? own : `${figureName(graph)}, from ${own}`
+  const lines = tree.parts.flatMap((part) => contributionLines(part, graph, depth + 1))
   const rest = { depth: depth + 1, name: 'rest', contribution: tree.rest, part: undefined }
   return [
     { depth, name, contribution: tree.contribution, part: tree },

@@ -5,6 +5,7 @@ import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { cut } from '../model/tokens'
 import { type Marks, markClass } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
+import { explained } from '../presentation/sentences'
 import {
   charactersIn,
   defineHatches,
@@ -117,12 +118,13 @@ export function headsAt(graph: FlowGraph, position: number): Heads {
     value: attributed ? (logit ?? 0) : share,
   }))
   const largest = Math.max(1e-9, ...heads.map(({ value }) => Math.abs(finite(value))))
-  const target = graph.targets.get(position)?.target.label ?? 'the target'
   return {
     heads,
     columns: graph.sizes.nHeads ?? Math.max(0, ...heads.map(({ head }) => head + 1)),
     largest,
-    measure: attributed ? `adds to the logit of ${target}` : 'share of its layer’s heads',
+    measure: attributed
+      ? `adds to the ${explained(graph, position)}`
+      : 'share of its layer’s heads',
     format: attributed ? (value) => signed(value, largest < 0.1 ? 3 : 2) : percent,
   }
 }

@@ -3,7 +3,7 @@ import type { FlowGraph, GraphEdge, GraphNode, Reading } from '../model/flow_gra
 import type { ContributionTree, Found } from '../model/graph_queries'
 import { binOf, isFlipped, shownToken } from '../presentation/colours'
 import { element, scoredList, tokenText } from '../presentation/elements'
-import { contributionLines } from '../presentation/sentences'
+import { contributionLines, figureName } from '../presentation/sentences'
 import {
   at,
   count,
@@ -78,15 +78,16 @@ function foundList(found: readonly Found[], query: string, graph: FlowGraph): HT
 }
 
 function contributionList(tree: ContributionTree, graph: FlowGraph): HTMLElement {
-  const lines = contributionLines(tree, graph.prompt).map(({ depth, name, contribution, part }) => {
+  const lines = contributionLines(tree, graph).map(({ depth, name, contribution, part }) => {
     const line = part
       ? nodeLink(part.node, signed(contribution), graph, name)
       : element('p', { class: 'rest quiet' }, `${signed(contribution)} ${name}`)
     line.style.marginLeft = `${depth}em`
     return line
   })
-  const note = 'direct contributions to the logit; each is the sum of the indented ones below it'
-  return section('path', 'Where the logit comes from', note, lines)
+  const figure = figureName(graph)
+  const note = `direct contributions to the ${figure}; each is the sum of the indented ones below it`
+  return section('path', `Where the ${figure} comes from`, note, lines)
 }
 
 function section(
@@ -170,7 +171,7 @@ export function nodeNumbers(node: GraphNode, graph: FlowGraph): [string, string]
   const part = partOf(node, graph)
   if (part?.share !== undefined) numbers.push(['share of its sum', percent(part.share)])
   if (part?.logitContribution !== undefined) {
-    numbers.push(['adds to the logit', signed(part.logitContribution)])
+    numbers.push([`adds to the ${figureName(graph)}`, signed(part.logitContribution)])
   }
   if (part?.attribution !== undefined) {
     numbers.push(['attribution', signed(part.attribution)])
