@@ -22,11 +22,8 @@ from transformers import PreTrainedModel
 from januslens_server.capture import Rotation
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import QueryScaling
-from januslens_server.models.adapters.observed_block import (
-    BlockFinder,
-    BlockSettings,
-    observe,
-)
+from januslens_server.models.adapters.observed_block import BlockFinder, BlockSettings
+from januslens_server.models.adapters.observed_pass import observe
 from januslens_server.models.adapters.stream import (
     Stream,
     find_stream,

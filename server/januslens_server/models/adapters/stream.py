@@ -22,7 +22,7 @@ from januslens_server.capture.hooks import nth_tensor
 from januslens_server.errors import ModelFailed
 from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead, NoNorm, Norm
-from januslens_server.models.adapters.observed_block import ModuleCall, observed_ids, read_norm
+from januslens_server.models.adapters.observed_pass import ModuleCall, observed_ids, read_norm
 from januslens_server.models.vetting import MAX_POSITIONS, one_line
 from januslens_server.models.views import CoarseBlock, ModelView
 from januslens_server.results import ModelFacts

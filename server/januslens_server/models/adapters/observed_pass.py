@@ -1,0 +1,131 @@
+"""Record the calls of modules in one forward pass; recognise norms by their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from januslens_server.errors import ModelFailed
+from januslens_server.lens.head import Norm
+
+# Tokens of the observed forward pass.
+OBSERVED_LENGTH = 6
+
+# Maximum relative difference between a norm module's output and the formula's.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module, with its first input and output tensor, `[batch, pos, ...]`."""
+
+    name: str
+    module: nn.Module
+    input: torch.Tensor
+    output: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ObservedPass:
+    """The calls of all modules in one forward pass, in the order in which they returned."""
+
+    calls: tuple[ModuleCall, ...]
+
+    def inside(self, prefix: str) -> list[ModuleCall]:
+        """Return the calls of the modules inside the one named `prefix`."""
+        return [call for call in self.calls if call.name.startswith(f"{prefix}.")]
+
+    def of(self, module: nn.Module) -> ModuleCall | None:
+        """Return the call of a module, or None."""
+        return next((call for call in self.calls if call.module is module), None)
+
+
+def observed_ids(network: PreTrainedModel) -> torch.Tensor:
+    """Token ids `[1, pos]` spread evenly over the vocabulary."""
+    vocab_size = network.get_input_embeddings().get_parameter("weight").shape[0]
+    device = network.device if network.device.type != "meta" else None  # accelerate moves ids
+    steps = torch.arange(OBSERVED_LENGTH, device=device)
+    return (steps * max(1, vocab_size // OBSERVED_LENGTH) % vocab_size)[None]
+
+
+@torch.inference_mode()
+def observe(network: PreTrainedModel) -> ObservedPass:
+    """Run `observed_ids` through the model and record the call of every module."""
+    calls: list[ModuleCall] = []
+    with ExitStack() as hooks:
+        for name, module in network.named_modules():
+            handle = module.register_forward_hook(_recorder(name, calls), with_kwargs=True)
+            hooks.callback(handle.remove)
+        network(input_ids=observed_ids(network), use_cache=False)
+    return ObservedPass(tuple(calls))
+
+
+def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors share memory, which shows that one module's output is another's input."""
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def _recorder(name: str, calls: list[ModuleCall]) -> Callable[..., None]:
+    def record(module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> None:
+        taken = _first_float([*args, *named.values()])
+        given = _first_float(output if isinstance(output, tuple | list) else [output])
+        if taken is not None and given is not None:
+            calls.append(ModuleCall(name, module, taken, given))
+
+    return record
+
+
+def _first_float(values: Any) -> torch.Tensor | None:
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            return value
+    return None
+
+
+def read_norm(call: ModuleCall) -> Norm:
+    """Map a norm: the candidate formula that reproduces the module's output.
+
+    Raises `ModelFailed` if neither LayerNorm nor RMSNorm, with weight, 1 + weight or none, does.
+    """
+    module = call.module
+    stored = getattr(module, "weight", None)
+    weight = torch.ones(call.output.shape[-1], device=call.output.device)
+    if stored is not None:
+        weight = stored.detach().float()
+    bias = getattr(module, "bias", None)
+    offset = None if bias is None else bias.detach().float()
+    for centred in (isinstance(module, nn.LayerNorm), not isinstance(module, nn.LayerNorm)):
+        for multiplier in (weight, 1 + weight):
+            norm = Norm(multiplier, offset, epsilon(module), centred)
+            if _gives(norm, call):
+                return norm
+    raise ModelFailed(f"{call.name} computes neither a LayerNorm nor an RMSNorm")
+
+
+def epsilon(module: nn.Module) -> float:
+    """Return a norm's epsilon, which families name differently."""
+    names = ("eps", "variance_epsilon", "epsilon", "norm_eps")
+    for name in names:
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    raise ModelFailed(f"{type(module).__name__} has no epsilon: expected it as {', '.join(names)}")
+
+
+def _gives(norm: Norm, call: ModuleCall) -> bool:
+    expected = call.output.float()
+    difference = (norm(call.input) - expected).abs().max()
+    return bool(difference <= TOLERANCE[call.output.dtype] * expected.abs().max())
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm: it has one weight vector, and its class is named a norm."""
+    weight = getattr(module, "weight", None)
+    named = "norm" in type(module).__name__.lower()
+    return named and isinstance(weight, torch.Tensor) and weight.dim() == 1
