@@ -260,6 +260,52 @@ MIXTURES = (
         },
     ),
 )
+# Mixtures without an adapter: shared experts beside the routed ones, scaled or averaged.
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+SHARED_EXPERTS = (
+    Case(
+        "glm4_moe",
+        "dense first, scaled",
+        GROUPED
+        | {
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 2.5,
+            "use_qk_norm": True,
+            "attention_bias": True,
+        },
+    ),
+    Case(
+        "qwen2_moe",
+        "gated shared expert",
+        GROUPED
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        },
+    ),
+    Case(
+        "cohere2_moe",
+        "averaged, parallel",
+        GROUPED
+        | {
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "sliding_window": WINDOW,
+            "layer_types": ALTERNATING,
+            "mlp_layer_types": ["sparse", "sparse"],
+        },
+    ),
+)
 # Families without an adapter, which are read by their structure.
 # The decoder of an encoder-decoder family: it has cross-attention, which is never called.
 DECODER_ALONE = {
@@ -279,15 +325,24 @@ WITHOUT_ADAPTER = tuple(
         ("exaone4", {}),
         ("glm", {"attention_bias": True}),
         ("glm4", {}),
+        (
+            "granitemoe",
+            GRANITE_MULTIPLIERS | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        ),
         ("helium", {}),
         ("mbart", DECODER_ALONE),
+        (
+            "minimax_m2",
+            {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        ),
         ("nemotron", {}),
         ("olmo3", {"sliding_window": WINDOW, "layer_types": ALTERNATING}),
         ("seed_oss", {}),
         ("vaultgemma", {"query_pre_attn_scalar": 20}),
     )
 )
-MEASURED = CASES + MIXTURES + WITHOUT_ADAPTER
+READ_BY_STRUCTURE = WITHOUT_ADAPTER + SHARED_EXPERTS
+MEASURED = CASES + MIXTURES + READ_BY_STRUCTURE
 FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
 
 # Lengths beyond what the structure's probe and the self-check can see, shorter than the prompt.

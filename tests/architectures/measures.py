@@ -161,7 +161,7 @@ def factors(case: Case) -> float:
     }
     errors = []
     for (layer, kind, expert), found in passed.factors.items():
-        matrix = model.view.blocks[layer].matrices[kind]
+        matrix = model.view.matrix((layer, kind, expert))
         expected = matrix.rows_of(dense[name_of[matrix.parameter()]], expert)
         errors.append(float((found.inputs.T @ found.vjps - expected).norm() / expected.norm()))
     return max(errors)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from januslens_server.models.adapters import view_of
+from januslens_server.models.experts import Experts
 from januslens_server.models.views import Mlp, ModelView, without_unread_parameters
 from tests.architectures.cases import CASES, MIXTURES, WITHOUT_ADAPTER, Case
 from tests.architectures.tiny_models import plain, resident
@@ -38,11 +39,13 @@ def with_reason(view: ModelView, reason: str) -> None:
 
 @pytest.mark.parametrize("data_type", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["dots1", "glm4_moe"])
-def test_mixture_with_a_shared_expert_shows_its_stream(family: str, data_type: torch.dtype) -> None:
+def test_shared_expert_is_a_part_in_every_data_type(family: str, data_type: torch.dtype) -> None:
     network = plain(Case(family, "shared expert", SHARED_EXPERT))
     view = view_of(copy.deepcopy(network).to(data_type))
-    assert sorted(view.known) == [0]  # the first layer is dense
-    with_reason(view, r"model\.layers\.1")
+    assert isinstance(view.parts(0).mlp, Mlp)  # the first layer is dense
+    mixture = view.parts(1).mlp
+    assert isinstance(mixture, Experts)
+    assert mixture.shared is not None
 
 
 @pytest.mark.parametrize("case", [*CASES[::7], *MIXTURES[::2]], ids=lambda case: case.id)

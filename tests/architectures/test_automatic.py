@@ -86,8 +86,8 @@ def test_family_without_an_adapter_is_mapped_exactly(case: Case) -> None:
     compared = 0
     for event in gradient_lens(resolve_gradient_lens(model, spec), lambda: None):
         if isinstance(event, GradientMatrix):
-            matrix = model.view.blocks[event.layer].matrices[event.kind]
-            gradient = matrix.rows_of(dense[names[id(matrix.parameter())]])
+            matrix = model.view.matrix((event.layer, event.kind, event.expert))
+            gradient = matrix.rows_of(dense[names[id(matrix.parameter())]], event.expert)
             parts = event.components
             assert parts.inputs is not None
             assert parts.vjps is not None

@@ -34,6 +34,7 @@ CHOSEN = [
     "llama-grouped",
     "mixtral-window",
     "olmo2-multi-query",
+    "qwen2_moe-gated shared expert",
     "qwen3_moe-mixed with dense",
     "nemotron-automatic",
 ]
@@ -151,6 +152,8 @@ def value_matrices(mlp: Any) -> Iterator[tuple[int, Tensor]]:
         if "GptOss" not in type(mlp.experts).__name__:
             down = down.transpose(1, 2)
         yield from enumerate(down)
+        if hasattr(mlp, "shared_expert"):
+            yield len(down), mlp.shared_expert.down_proj.weight.T
     elif hasattr(mlp, "c_proj"):  # a Conv1D
         yield -1, mlp.c_proj.weight
     else:

@@ -71,17 +71,15 @@ QWEN3_NEXT = Case(
         "linear_value_head_dim": 8,
     },
 )
-GLM4_MOE = Case(
-    "glm4_moe",
-    "shared expert",
-    HEADS
-    | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-    | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+OLMO_HYBRID = Case(
+    "olmo_hybrid",
+    "linear attention",
+    {"num_key_value_heads": 2, "layer_types": ["linear_attention", "full_attention"]},
 )
 # Post-norms: what a block returns is a norm's result; there is no norm before the head.
 OPT = Case("opt", "post-norms", {"do_layer_norm_before": False})
 BIDIRECTIONAL = {"use_bidirectional_attention": True, "num_key_value_heads": 1}
-CASES = (MAMBA, QWEN3_NEXT, GLM4_MOE, OPT)
+CASES = (MAMBA, QWEN3_NEXT, OLMO_HYBRID, OPT)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 
 
@@ -138,8 +136,8 @@ def close(found: Any, expected: Any) -> None:
 
 
 def test_levels_say_which_layers_show_only_the_stream_and_why() -> None:
-    assert [found.level for found in served(GLM4_MOE).view.levels] == [Level.PARTS, Level.STREAM]
-    assert "experts.gate_up_proj" in served(GLM4_MOE).view.levels[1].reason
+    assert [found.level for found in served(OLMO_HYBRID).view.levels] == [Level.STREAM, Level.PARTS]
+    assert "linear_attn.q_proj" in served(OLMO_HYBRID).view.levels[0].reason
     assert "3 linear maps" in served(MAMBA).view.levels[0].reason
     assert "do_layer_norm_before" in served(OPT).view.levels[0].reason
     assert served(MAMBA).view.facts.n_heads == 0
@@ -203,38 +201,38 @@ def test_generation_continues_like_whole_passes(case: Case) -> None:
 
 
 def test_default_selection_reports_the_layers_that_lack_it() -> None:
-    model, prompt = served(GLM4_MOE), tuple(GLM4_MOE.prompt)
+    model, prompt = served(OLMO_HYBRID), tuple(OLMO_HYBRID.prompt)
     read = ActivationsSpec(prompt, (Site.HEAD_RESULT,))
     header, *values, _ = activations(resolve_activations(model, read), lambda: None)
     assert isinstance(header, ActivationsHeader)
-    assert [level.layer for level in header.limited_layers] == [1]
-    assert {v.layer for v in values if isinstance(v, SiteValues)} == {0}
+    assert [level.layer for level in header.limited_layers] == [0]
+    assert {v.layer for v in values if isinstance(v, SiteValues)} == {1}
     spec = GradientLensSpec(prompt, NegativeLogLikelihood((7,)))
     first, *matrices, _ = gradient_lens(resolve_gradient_lens(model, spec), lambda: None)
     assert isinstance(first, GradientHeader)
-    assert [level.layer for level in first.limited_layers] == [1]
-    assert {m.layer for m in matrices if isinstance(m, GradientMatrix)} == {0}
+    assert [level.layer for level in first.limited_layers] == [0]
+    assert {m.layer for m in matrices if isinstance(m, GradientMatrix)} == {1}
     found = resolve_find_neurons(model, FindNeuronsSpec((7,), False, (), 0, 5))
-    assert found.layers == (0,)
-    assert [level.layer for level in found.limited_layers] == [1]
+    assert found.layers == (1,)
+    assert [level.layer for level in found.limited_layers] == [0]
 
 
 def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
-    model, prompt = served(GLM4_MOE), tuple(GLM4_MOE.prompt)
+    model, prompt = served(OLMO_HYBRID), tuple(OLMO_HYBRID.prompt)
     kinds = frozenset({NodeKind.HEAD_OUTPUT})
     with pytest.raises(InvalidRequest, match="HEAD_OUTPUT is unknown: only the residual stream"):
-        resolve_trace(model, TraceSpec(prompt, layers=(1,), node_kinds=kinds))
-    with pytest.raises(InvalidRequest, match=r"layer 1 .* has no QUERY; expected one of BLOCK"):
-        resolve_activations(model, ActivationsSpec(prompt, (Site.QUERY,), layers=(1,)))
+        resolve_trace(model, TraceSpec(prompt, layers=(0,), node_kinds=kinds))
+    with pytest.raises(InvalidRequest, match=r"layer 0 .* has no QUERY; expected one of BLOCK"):
+        resolve_activations(model, ActivationsSpec(prompt, (Site.QUERY,), layers=(0,)))
     with pytest.raises(InvalidRequest, match="none of these layers has FF2"):
         resolve_gradient_lens(
             model,
             GradientLensSpec(
-                prompt, NegativeLogLikelihood((7,)), matrices=(MatrixKind.FF2,), layers=(1,)
+                prompt, NegativeLogLikelihood((7,)), matrices=(MatrixKind.FF2,), layers=(0,)
             ),
         )
-    with pytest.raises(InvalidRequest, match="only the residual stream is shown of layer 1"):
-        resolve_find_neurons(model, FindNeuronsSpec((7,), False, (1,), 0, 5))
+    with pytest.raises(InvalidRequest, match="only the residual stream is shown of layer 0"):
+        resolve_find_neurons(model, FindNeuronsSpec((7,), False, (0,), 0, 5))
     with pytest.raises(InvalidRequest, match=r"no layer of .* has known matrices"):
         resolve_gradient_lens(served(MAMBA), GradientLensSpec(prompt, NegativeLogLikelihood((7,))))
 
@@ -249,7 +247,7 @@ def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
         (Case("bloom", "slices", {"slow_but_exact": True, "pretraining_tp": 2}), "slow_but_exact"),
         (Case("opt", "no final norm", {"_remove_final_layer_norm": True}), "final norm"),
         (Case("hunyuan_v1_dense", "d_head", {"head_dim": 8}), "reproduce the attention of layer 0"),
-        (Case("persimmon", "fused", {}), "expected 6 or 7, for query"),
+        (Case("persimmon", "fused", {}), "expected query, key, value, output"),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )

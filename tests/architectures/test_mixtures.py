@@ -39,12 +39,12 @@ from januslens_server.specs import (
     Selection,
     TraceSpec,
 )
-from tests.architectures.cases import MIXTURES, Case
+from tests.architectures.cases import MIXTURES, SHARED_EXPERTS, Case
 from tests.architectures.tiny_models import plain, resident
 from tests.support.results import only
 
 TARGET = 7
-every_case = pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.id)
+every_case = pytest.mark.parametrize("case", MIXTURES + SHARED_EXPERTS, ids=lambda case: case.id)
 
 
 @every_case
@@ -127,10 +127,17 @@ def test_neurons_are_those_of_the_routed_experts(case: Case) -> None:
 def routed_neurons(mlp: Any, x: Tensor) -> dict[tuple[int, int], float]:
     router = mlp.router if hasattr(mlp, "router") else mlp.gate
     _, weights, chosen = router(x[None])
+    half = 0.5 if getattr(mlp, "shared_expert_combination_strategy", "") == "average" else 1.0
     found = {}
     for weight, expert in zip(weights[0], chosen[0].tolist(), strict=True):
-        for neuron, value in enumerate((weight * neurons(mlp.experts, expert, x)).tolist()):
+        for neuron, value in enumerate((half * weight * neurons(mlp.experts, expert, x)).tolist()):
             found[expert, neuron] = value
+    shared = getattr(mlp, "shared_experts", None) or getattr(mlp, "shared_expert", None)
+    if shared is not None:
+        opening = mlp.shared_expert_gate(x).sigmoid() if hasattr(mlp, "shared_expert_gate") else 1
+        values = half * opening * shared.act_fn(shared.gate_proj(x)) * shared.up_proj(x)
+        count = len(mlp.experts.down_proj)
+        found |= {(count, neuron): value for neuron, value in enumerate(values.tolist())}
     return found
 
 
@@ -159,7 +166,7 @@ def test_factors_are_the_dense_gradients_of_every_expert(case: Case) -> None:
     seen: set[tuple[int, MatrixKind, int | None]] = set()
     for event in gradient_lens(resolve_gradient_lens(resident(case), spec), lambda: None):
         if isinstance(event, GradientMatrix) and event.expert is not None:
-            dense = expert_gradient(network.model.layers[event.layer].mlp.experts, event)
+            dense = expert_gradient(network.model.layers[event.layer].mlp, event)
             parts = event.components
             assert parts.inputs is not None
             assert parts.vjps is not None
@@ -171,8 +178,14 @@ def test_factors_are_the_dense_gradients_of_every_expert(case: Case) -> None:
     assert_nothing_is_missing(network, seen)
 
 
-def expert_gradient(experts: Any, matrix: GradientMatrix) -> Tensor:
-    """Select dL/dW `[d_in, d_out]` from the 3-D parameter's gradient."""
+def expert_gradient(mlp: Any, matrix: GradientMatrix) -> Tensor:
+    """Select dL/dW `[d_in, d_out]` from the gradient of a 3-D parameter or the shared expert."""
+    experts = mlp.experts
+    if matrix.expert == len(experts.down_proj):
+        shared = getattr(mlp, "shared_experts", None) or mlp.shared_expert
+        own = {"GATE": "gate_proj", "UP": "up_proj", "FF2": "down_proj"}[matrix.kind.name]
+        weight: Tensor = getattr(shared, own).weight.grad
+        return weight.T
     rows_first = hasattr(experts, "gate_up_proj_bias")
     name = "down_proj" if matrix.kind is MatrixKind.FF2 else "gate_up_proj"
     own: Tensor = getattr(experts, name).grad[matrix.expert]
@@ -193,6 +206,8 @@ def assert_nothing_is_missing(network: Any, seen: set[tuple[int, MatrixKind, int
             moved = gradient.flatten(1).abs().sum(1).nonzero().flatten().tolist()
             routed = {e for at, kind, e in seen if at == number and kind is MatrixKind.FF2}
             assert set(moved) <= routed
+            shared = hasattr(layer.mlp, "shared_experts") or hasattr(layer.mlp, "shared_expert")
+            assert (len(gradient) in routed) == shared
 
 
 def test_facts_include_the_experts() -> None:

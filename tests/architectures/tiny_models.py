@@ -34,6 +34,9 @@ def plain(case: Case) -> Any:
     with torch.no_grad():
         for module, name, parameter in _parameters(network):
             parameter.copy_(_drawn(module, name, parameter.shape))
+        for name, buffer in network.named_buffers():
+            if name.endswith("e_score_correction_bias"):  # of routers; 0 by default
+                buffer.copy_(0.2 * torch.randn(buffer.shape))
     return network.eval()
 
 

@@ -144,7 +144,8 @@ class Model:
         d_model: Width of the residual stream.
         d_head: Width of a head.
         d_mlp: Number of neurons of one MLP, or of one expert; 0 = no layer shows neurons.
-        n_experts: Number of experts per layer; 0 = a plain MLP.
+        n_experts: Number of routed experts per layer; 0 = a plain MLP. A shared expert, which
+            every position uses, has this number.
         vocab_size: Number of rows of the unembedding.
         max_positions: Maximum length of a prompt, in tokens.
         guarantees: Results of the self-check at load.

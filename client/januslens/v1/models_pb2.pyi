@@ -143,7 +143,9 @@ class Model(_message.Message):
     d_mlp: _builtins.int
     """Neurons of one MLP, or of one expert; 0 = no layer shows neurons."""
     n_experts: _builtins.int
-    """Experts of a mixture; 0 = the MLPs are dense."""
+    """Routed experts of a mixture; 0 = the MLPs are dense. A shared expert, which every position
+    uses, has this number.
+    """
     vocab_size: _builtins.int
     """Number of tokens in the unembedding; valid token ids are below it."""
     max_positions: _builtins.int

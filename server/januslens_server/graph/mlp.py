@@ -45,6 +45,10 @@ class DenseMlp:
         return MlpRow(terms, self.ff1, self.up)
 
 
+# A function from the results of gate and up to neurons.
+Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Expert:
     """Weights of one expert: `gate` and `up` `[d_model, d_mlp]`, `down` `[d_mlp, d_model]`."""
@@ -55,6 +59,7 @@ class Expert:
     up_bias: torch.Tensor | None
     down: torch.Tensor
     down_bias: torch.Tensor | None
+    activation: Activation
 
     def gate_and_up(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the results `[..., d_mlp]` of gate and up for `x` `[..., d_model]`."""
@@ -67,14 +72,9 @@ class Expert:
 
 @dataclass(frozen=True)
 class ExpertMlp:
-    """A mixture of experts.
-
-    `expert` reads the weights of one expert. `activation` computes neurons from the results of gate
-    and up.
-    """
+    """A mixture of experts; `expert` reads the weights of one expert."""
 
     expert: Callable[[int], Expert]
-    activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     finish: Finish | None
 
     def row(self, acts: LayerActivations, position: int) -> MlpRow:
@@ -91,19 +91,19 @@ class ExpertMlp:
         weights = acts.routing.weights[row].float()
         experts = [self.expert(i) for i in ids]
         activations = [
-            weight * self.activation(*expert.gate_and_up(x))
+            weight * expert.activation(*expert.gate_and_up(x))
             for expert, weight in zip(experts, weights, strict=True)
         ]
         down = torch.cat([expert.down for expert in experts])
-        width = experts[0].down.shape[0]
         device = down.device
+        widths = torch.tensor([len(expert.down) for expert in experts], device=device)
         terms = WeightedRows(
             activations=torch.cat(activations),
             rows=down,
             norms=down.norm(dim=1),
             bias=_weighted_bias(experts, weights),
-            experts=torch.tensor(ids, device=device).repeat_interleave(width),
-            neurons=torch.arange(width, device=device).repeat(len(ids)),
+            experts=torch.tensor(ids, device=device).repeat_interleave(widths),
+            neurons=torch.cat([torch.arange(n, device=device) for n in widths.tolist()]),
         )
         gate = torch.cat([expert.gate for expert in experts], dim=1)
         up = torch.cat([expert.up for expert in experts], dim=1)
@@ -111,8 +111,12 @@ class ExpertMlp:
 
 
 def _weighted_bias(experts: list[Expert], weights: torch.Tensor) -> torch.Tensor | None:
-    biases = [expert.down_bias for expert in experts if expert.down_bias is not None]
-    return weights @ torch.stack(biases) if biases else None
+    biases = [
+        weight * expert.down_bias
+        for expert, weight in zip(experts, weights, strict=True)
+        if expert.down_bias is not None
+    ]
+    return torch.stack(biases).sum(0) if biases else None
 
 
 MLP_KINDS = RowKinds(NodeKind.MLP_VALUE, NodeKind.MLP_BIAS)

@@ -1,23 +1,60 @@
 """The experts of an MLP: their matrices, captured routing, gradients and edits.
 
-transformers stores the experts of a layer in 3-D parameters instead of linear modules.
+transformers stores the routed experts of a layer in 3-D parameters instead of linear modules. A
+shared expert, which every position uses, consists of linear modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from januslens_server.capture import End, LowRank, Tap
-from januslens_server.capture.hooks import Columns, nth_tensor, select
-from januslens_server.graph.mlp import Expert, ExpertMlp
+from januslens_server.capture import End, LowRank, Routing, Tap
+from januslens_server.capture.hooks import Columns, nth_tensor, rows, select
+from januslens_server.graph.mlp import Activation, Expert, ExpertMlp
 from januslens_server.graph.weights import Finish
-from januslens_server.models.matrices import Factors, read_parameter, read_tensor
+from januslens_server.models.matrices import Factors, Linear, read_parameter, read_tensor
 from januslens_server.results import MatrixKind
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """An expert that every position uses beside the routed ones.
+
+    Its weight is `multiplier`, times the sigmoid of what the linear map `opening` `[d_model, 1]`
+    returns if there is one.
+    """
+
+    gate: Linear
+    up: Linear
+    down: Linear
+    activation: Activation
+    multiplier: float = 1.0
+    opening: Linear | None = None
+
+    @property
+    def matrices(self) -> dict[MatrixKind, Linear]:
+        """Weight matrices by kind."""
+        return {MatrixKind.GATE: self.gate, MatrixKind.UP: self.up, MatrixKind.FF2: self.down}
+
+    @property
+    def taps(self) -> dict[str, Tap]:
+        """Tap of what `opening` returns, by the name under which `Experts.routing` takes it."""
+        return {} if self.opening is None else {"opening": self.opening.output}
+
+    def weights(self, opening: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Return the expert's weight `[pos, 1]`, given what `opening` returns.
+
+        `like` `[pos, k]` are the router's weights.
+        """
+        constant = torch.full_like(like[:, :1], self.multiplier)
+        if opening is None:
+            return constant
+        return constant * opening.reshape(-1, 1).to(like).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -27,19 +64,43 @@ class Experts:
     `block` is the whole MLP. `module` has the parameters `gate_up_proj` and `down_proj`
     `[n_experts, ...]`; its arguments are the hidden states `[pos, d_model]`, the experts `[pos, k]`
     and their weights `[pos, k]`. `gate` and `up` are column ranges of the fused projection.
-    `router` returns the router's logits first. `stored_as_rows`, `finish` and `added` are as in
-    `Linear` and `Mlp`.
+    `router` returns the router's logits first; None if no module returns them. The result of
+    `module` is multiplied by `multiplier` before the `shared` expert's is added, whose number
+    follows those of the others. `stored_as_rows`, `finish` and `added` are as in `Linear` and
+    `Mlp`.
     """
 
     block: nn.Module
     module: nn.Module
-    router: nn.Module
+    router: nn.Module | None
     stored_as_rows: bool
     gate: Columns
     up: Columns
-    activation: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    activation: Activation
+    multiplier: float = 1.0
+    shared: SharedExpert | None = None
     finish: Finish | None = None
     added: Tap | None = None
+
+    @property
+    def count(self) -> int:
+        """Number of routed experts."""
+        return self.module.get_parameter("down_proj").shape[0]
+
+    @property
+    def width(self) -> int:
+        """Number of neurons of one routed expert."""
+        return self.module.get_parameter("down_proj").shape[1 if self.stored_as_rows else 2]
+
+    @property
+    def n_neurons(self) -> int:
+        """Number of neurons of all experts together."""
+        return self.count * self.width + self.n_shared
+
+    @property
+    def n_shared(self) -> int:
+        """Number of neurons of the shared expert; 0 without one."""
+        return 0 if self.shared is None else self.shared.down.d_in
 
     @property
     def input(self) -> Tap:
@@ -52,24 +113,32 @@ class Experts:
         return Tap(self.block, End.OUTPUT)
 
     @property
-    def expert_ids(self) -> Tap:
-        """Tap of the experts `[pos, k]` that each position is routed to."""
-        return Tap(self.module, End.INPUT, argument=1)
-
-    @property
-    def expert_weights(self) -> Tap:
-        """Tap of the router's weights `[pos, k]` of their results."""
-        return Tap(self.module, End.INPUT, argument=2)
+    def routing_taps(self) -> dict[str, Tap]:
+        """Taps that `routing` needs, by name."""
+        taps = {
+            "expert_ids": Tap(self.module, End.INPUT, argument=1),
+            "expert_weights": Tap(self.module, End.INPUT, argument=2),
+        }
+        return taps if self.shared is None else taps | self.shared.taps
 
     @property
     def taps(self) -> dict[str, Tap]:
         """Taps that a forward pass captures, by field name of `LayerActivations`."""
-        return {
-            "mlp_input": self.input,
-            "mlp_sum": self.output,
-            "expert_ids": self.expert_ids,
-            "expert_weights": self.expert_weights,
-        }
+        return {"mlp_input": self.input, "mlp_sum": self.output} | self.routing_taps
+
+    def routing(self, captured: MutableMapping[str, torch.Tensor]) -> Routing:
+        """Take the tensors of `routing_taps`; return the experts of each position.
+
+        Those are the routed ones, then the shared one.
+        """
+        ids = captured.pop("expert_ids").detach()
+        weights = captured.pop("expert_weights").detach().float() * self.multiplier
+        if self.shared is None:
+            return Routing(ids, weights)
+        opening = captured.pop("opening", None)
+        own = self.shared.weights(None if opening is None else opening.detach(), weights)
+        shared = torch.full_like(ids[:, :1], self.count)
+        return Routing(torch.cat([ids, shared], dim=1), torch.cat([weights, own], dim=1))
 
     @property
     def matrices(self) -> dict[MatrixKind, ExpertMatrices]:
@@ -79,12 +148,13 @@ class Experts:
 
     def mlp(self) -> ExpertMlp:
         """The experts in the form that the flow graph reads."""
-        return ExpertMlp(self.expert, self.activation, self.finish)
+        return ExpertMlp(self.expert, self.finish)
 
     def expert(self, index: int) -> Expert:
         """One expert's weights in float32."""
         matrices = self.matrices
         gate, up, down = (matrices[kind] for kind in matrices)
+        of_shared = self.shared is not None and index == self.count
         return Expert(
             gate=gate.weight_of(index).float(),
             gate_bias=gate.bias_of(index),
@@ -92,6 +162,7 @@ class Experts:
             up_bias=up.bias_of(index),
             down=down.weight_of(index).float(),
             down_bias=down.bias_of(index),
+            activation=self.shared.activation if self.shared and of_shared else self.activation,
         )
 
 
@@ -110,12 +181,11 @@ class ExpertMatrices:
     @property
     def taps(self) -> tuple[Tap, ...]:
         """Taps that `factors` needs."""
-        experts = self.experts
-        return (experts.input, experts.output, experts.expert_ids, experts.expert_weights)
+        return (self.experts.input, self.whole, *self.experts.routing_taps.values())
 
     @property
     def module(self) -> nn.Module:
-        """The module that contains the matrices."""
+        """The module that contains the matrices of the routed experts."""
         return self.experts.module
 
     def number(self, expert: int | None) -> int:
@@ -124,21 +194,40 @@ class ExpertMatrices:
             raise ValueError("the expert's number is missing")
         return expert
 
+    def linear(self, expert: int | None) -> Linear | None:
+        """Return the linear map of the shared expert; None for the number of a routed one."""
+        shared = self.experts.shared
+        if shared is None or self.number(expert) != self.experts.count:
+            return None
+        return shared.matrices[self.kind]
+
     def parameter(self) -> torch.Tensor:
-        """The model's parameter `[n_experts, ...]` that contains the matrices."""
+        """The model's parameter `[n_experts, ...]` that contains the routed experts' matrices."""
         return read_parameter(self.module, self._name)
 
     def rows_of(self, stored: torch.Tensor, expert: int | None = None) -> torch.Tensor:
-        """One expert's `[d_in, d_out]` in a tensor with the parameter's layout."""
+        """One routed expert's `[d_in, d_out]` in a tensor with the parameter's layout."""
         own = stored[self.number(expert)]
         return select(own if self.experts.stored_as_rows else own.T, self._columns)
 
+    def weights(self) -> Iterator[torch.Tensor]:
+        """Yield `W: [d_in, d_out]` of each expert in the order of their numbers."""
+        stored = self.parameter()
+        for expert in range(self.experts.count):
+            yield self.rows_of(stored, expert)
+        if self.experts.shared is not None:
+            yield self.experts.shared.matrices[self.kind].weight
+
     def weight_of(self, expert: int) -> torch.Tensor:
         """`W: [d_in, d_out]` of one expert, a view of the model's parameter."""
-        return self.rows_of(self.parameter(), expert)
+        linear = self.linear(expert)
+        return self.rows_of(self.parameter(), expert) if linear is None else linear.weight
 
     def bias_of(self, expert: int) -> torch.Tensor | None:
         """`b: [d_out]` of one expert in float32, or None."""
+        linear = self.linear(expert)
+        if linear is not None:
+            return None if linear.bias is None else linear.bias.float()
         bias = read_tensor(self.module, f"{self._name}_bias")
         return None if bias is None else select(bias[expert], self._columns).float()
 
@@ -149,12 +238,12 @@ class ExpertMatrices:
 
         The VJPs contain the router's weight, the inputs do not (docs/semantics.md).
         """
-        x = captured[self.experts.input][0].detach()
-        ids = captured[self.experts.expert_ids].detach()
-        weights = captured[self.experts.expert_weights].detach().float()
+        x = rows(captured[self.experts.input]).detach()
+        named = {name: captured[tap] for name, tap in self.experts.routing_taps.items()}
+        routing = self.experts.routing(named)
         return {
-            expert: self._factors(expert, x, vjps, ids == expert, weights)
-            for expert in sorted(set(ids.flatten().tolist()))
+            expert: self._factors(expert, x, vjps, routing.experts == expert, routing.weights)
+            for expert in sorted(set(routing.experts.flatten().tolist()))
         }
 
     def _factors(
@@ -171,7 +260,7 @@ class ExpertMatrices:
         own, delta = x[positions], vjps[positions] * weights[positions, slots, None]
         with torch.enable_grad():
             gate, up = (v.detach().requires_grad_() for v in expert.gate_and_up(own.float()))
-            neurons = self.experts.activation(gate, up)
+            neurons = expert.activation(gate, up)
             through_down = delta @ expert.down.T
             gate_vjps, up_vjps = torch.autograd.grad(neurons, (gate, up), through_down)
         if self.kind is MatrixKind.FF2:
@@ -195,7 +284,7 @@ ExpertChanges = dict[int, dict[MatrixKind, LowRank]]
 
 @dataclass(frozen=True)
 class ExpertOverlay:
-    """Overlay that changes matrices of some experts of one MLP.
+    """Overlay that changes matrices of some routed experts of one MLP.
 
     An expert is not linear in its gate. What a change adds to its result is therefore the
     difference of two runs, on the positions that are routed to it.
@@ -206,7 +295,7 @@ class ExpertOverlay:
 
     @property
     def module(self) -> nn.Module:
-        """The module that contains all experts of the MLP."""
+        """The module that contains all routed experts of the MLP."""
         return self.experts.module
 
     def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
@@ -224,14 +313,14 @@ class ExpertOverlay:
         self, index: int, changes: Mapping[MatrixKind, LowRank], x: torch.Tensor
     ) -> torch.Tensor:
         """Difference that the changes make to one expert's result for `x` `[n, d_model]`."""
-        expert, activation = self.experts.expert(index), self.experts.activation
+        expert = self.experts.expert(index)
         gate, up = expert.gate_and_up(x)
-        before = activation(gate, up)
+        before = expert.activation(gate, up)
         if MatrixKind.GATE in changes:
             gate = gate + changes[MatrixKind.GATE].times(x)
         if MatrixKind.UP in changes:
             up = up + changes[MatrixKind.UP].times(x)
-        after = activation(gate, up)
+        after = expert.activation(gate, up)
         moved = (after - before) @ expert.down
         if MatrixKind.FF2 in changes:
             moved = moved + changes[MatrixKind.FF2].times(after)

@@ -10,7 +10,6 @@ from januslens_server.capture import (
     End,
     HiddenSources,
     LayerActivations,
-    Routing,
     StreamActivations,
     Tap,
 )
@@ -165,7 +164,7 @@ def layer_activations(
     named = {name: tensor.to(device) for name, tensor in captured.items()}
     routing = None
     if isinstance(block.mlp, Experts):  # routing has no batch dimension
-        routing = Routing(named.pop("expert_ids"), named.pop("expert_weights"))
+        routing = block.mlp.routing(named)
     named = {name: rows(tensor) for name, tensor in named.items()}
     for name in ("query", "key", "value", "mapped_query", "mapped_key"):
         if name in named:

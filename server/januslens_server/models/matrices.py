@@ -69,6 +69,11 @@ class Linear:
         bias = read_tensor(self.module, "bias")
         return None if bias is None else self.select(bias)
 
+    @property
+    def d_in(self) -> int:
+        """Width of the map's input."""
+        return self.module.get_parameter("weight").shape[0 if self.stored_as_rows else 1]
+
     def select(self, whole: torch.Tensor) -> torch.Tensor:
         """Select this map's columns of a tensor `[..., features]` of the whole module."""
         return select(whole, self.columns)

@@ -10,9 +10,10 @@ import torch
 
 from januslens_server import telemetry
 from januslens_server.lens.row_index import RowIndex, index_rows
+from januslens_server.models.matrices import Linear
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.views import Block, ModelView
-from januslens_server.results import MatrixKind, ModelFacts, Provenance
+from januslens_server.results import MatrixKind, Provenance
 
 # Tokens stored for each end of a neuron's projection, and the maximum bytes of a model's index.
 DEPTH = 64
@@ -48,7 +49,7 @@ class NeuronIndex:
     @property
     def depth(self) -> int:
         """Number of tokens stored for each end."""
-        return _depth(self._view.facts)
+        return _depth(self._view)
 
     def unread(self, layers: Iterable[int]) -> int:
         """Number of the layers that have not been computed yet."""
@@ -126,20 +127,17 @@ def _check(rows: int, depth: int, vocab: int, tensors: Mapping[str, torch.Tensor
             raise ValueError(f"{name} is infinite or NaN")
 
 
-def _depth(facts: ModelFacts) -> int:
+def _depth(view: ModelView) -> int:
     """Number of tokens per end: `DEPTH`, or fewer to keep a large model within `INDEX_BYTES`."""
-    neurons = facts.n_layers * facts.d_mlp * max(1, facts.n_experts)
+    neurons = max(1, view.facts.n_layers * view.n_neurons)
     fitting = INDEX_BYTES // (ENTRY_BYTES * neurons)
-    return min(DEPTH, facts.vocab_size, max(1, fitting))
+    return min(DEPTH, view.facts.vocab_size, max(1, fitting))
 
 
 def _value_rows(block: Block) -> Iterator[torch.Tensor]:
     """Yield FF2 `[d_mlp, d_model]`; in a mixture, that of each expert."""
     matrix = block.matrices[MatrixKind.FF2]
-    stored = matrix.parameter()
-    experts = range(stored.shape[0]) if stored.dim() == 3 else [None]
-    for expert in experts:
-        yield matrix.rows_of(stored, expert)
+    yield from [matrix.weight] if isinstance(matrix, Linear) else matrix.weights()
 
 
 def _description(view: ModelView, provenance: Provenance) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -48,7 +49,7 @@ class ResidentModel:
     @cached_property
     def rows(self) -> RowCache:
         """Cache of the logits of the weight rows that are used most often."""
-        return RowCache(self.view.lens, self.row_cache_bytes, _weight_rows(self.view.facts))
+        return RowCache(self.view.lens, self.row_cache_bytes, _weight_rows(self.view))
 
     @property
     def row_cache_growth(self) -> int:
@@ -56,8 +57,7 @@ class ResidentModel:
         made: RowCache | None = vars(self).get("rows")
         if made is not None:
             return made.growth
-        facts = self.view.facts
-        return min(self.row_cache_bytes, 4 * facts.vocab_size * _weight_rows(facts))
+        return min(self.row_cache_bytes, 4 * self.view.facts.vocab_size * _weight_rows(self.view))
 
     @property
     def device(self) -> torch.device:
@@ -65,10 +65,10 @@ class ResidentModel:
         return self.view.lens.unembedding.device
 
 
-def _weight_rows(facts: ModelFacts) -> int:
+def _weight_rows(view: ModelView) -> int:
     """Number of weight rows that traces project: keys, up columns, values, rows of W_O, biases."""
-    neurons = 3 * facts.d_mlp * max(1, facts.n_experts)
-    return facts.n_layers * (neurons + facts.n_heads * facts.d_head + 2)
+    facts = view.facts
+    return facts.n_layers * (3 * view.n_neurons + facts.n_heads * facts.d_head + 2)
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class CostSizes:
 
     Attributes:
         facts: The model's sizes, with `n_experts` as the experts per token; 0 for dense models.
+            Shared experts and wider dense layers count as several.
         passed: Number of weights in all blocks that one token uses.
         block: Number of weights of the largest block.
         widest: Largest width of a matrix in a block without known parts; 0 if there is none.
@@ -101,19 +102,22 @@ def cost_sizes(model: ResidentModel) -> CostSizes:
     facts, network = model.view.facts, model.network
     configuration: Any = network.config.get_text_config()
     routed = min(facts.n_experts, getattr(configuration, "num_experts_per_tok", facts.n_experts))
-    passed = largest = widest = 0
+    passed = largest = widest = per_token = 0
     for block in model.view.blocks:
         whole = sum(p.numel() for p in block.module.parameters())
         experts = 0
         if isinstance(block, Block) and isinstance(block.mlp, Experts):
             experts = sum(p.numel() for p in block.mlp.module.parameters())
+            per_token = max(per_token, routed * block.mlp.width + block.mlp.n_shared)
+        elif isinstance(block, Block) and facts.n_experts:
+            per_token = max(per_token, block.mlp.n_neurons)
         passed += whole - experts + experts * routed // max(1, facts.n_experts)
         largest = max(largest, whole)
         if isinstance(block, CoarseBlock):
             matrices = (p for p in block.module.parameters() if p.dim() > 1)
             widest = max(widest, *(max(p.shape[-2:]) for p in matrices))
     return CostSizes(
-        facts=replace(facts, n_experts=routed),
+        facts=replace(facts, n_experts=math.ceil(per_token / max(1, facts.d_mlp))),
         passed=passed,
         block=largest,
         widest=widest,

@@ -437,8 +437,7 @@ def dense_gradient(
     For this pass an alias that requires a gradient replaces the weight. The model's parameter
     stays frozen.
     """
-    layer, kind, expert = key
-    matrix = model.view.blocks[layer].matrices[kind]
+    matrix = model.view.matrix(key)
     modules = [block.module for block in model.view.blocks]
     scored = range(len(ids))[-loss.positions :]
     with (
@@ -458,7 +457,7 @@ def dense_gradient(
             ).logits
         scale = LOSS_SCALE.get(model.network.dtype, 1.0)
         (gradient,) = _gradients(loss(logits[0].float()) * scale, [alias])
-    return matrix.rows_of(gradient, expert).to(model.device).float() / scale
+    return matrix.rows_of(gradient, key[2]).to(model.device).float() / scale
 
 
 def _vjps(value: torch.Tensor, outputs: Mapping[Tap, torch.Tensor]) -> dict[Tap, torch.Tensor]:

@@ -139,22 +139,21 @@ def _block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]
 
 
 def _mlp_taps(mlp: Mlp, residual: tuple[int, ...]) -> dict[Site, SiteTap]:
-    weight = mlp.ff2.module.get_parameter("weight")
-    width = weight.shape[0 if mlp.ff2.stored_as_rows else 1]
     return {
         Site.MLP_INPUT: SiteTap(mlp.ff1.input, residual),
-        Site.NEURONS: SiteTap(mlp.ff2.input, (width,)),
+        Site.NEURONS: SiteTap(mlp.ff2.input, (mlp.ff2.d_in,)),
         Site.MLP_OUTPUT: _added(mlp.ff2.output, mlp.finish, mlp.added, residual),
     }
 
 
 def _expert_taps(mlp: Experts, residual: tuple[int, ...]) -> dict[Site, SiteTap]:
-    n_experts = mlp.module.get_parameter("down_proj").shape[0]
-    return {
+    taps = {
         Site.MLP_INPUT: SiteTap(mlp.input, residual),
-        Site.ROUTER: SiteTap(Tap(mlp.router, End.OUTPUT), (n_experts,)),
         Site.MLP_OUTPUT: _added(mlp.output, mlp.finish, mlp.added, residual),
     }
+    if mlp.router is not None:
+        taps[Site.ROUTER] = SiteTap(Tap(mlp.router, End.OUTPUT), (mlp.count,))
+    return taps
 
 
 def _query_or_key(attention: Attention, linear: Linear) -> SiteTap:
@@ -168,8 +167,7 @@ def _query_or_key(attention: Attention, linear: Linear) -> SiteTap:
 
 def _heads(attention: Attention, linear: Linear) -> tuple[int, int]:
     """Return the number of heads and their width for a linear map of attention."""
-    weight = attention.output.module.get_parameter("weight")
-    width = weight.shape[0 if attention.output.stored_as_rows else 1] // attention.n_heads
+    width = attention.output.d_in // attention.n_heads
     heads = attention.n_heads if linear is attention.query else attention.n_kv_heads
     return heads, width
 

@@ -86,6 +86,11 @@ class Mlp:
         }
 
     @property
+    def n_neurons(self) -> int:
+        """Number of neurons."""
+        return self.ff2.d_in
+
+    @property
     def matrices(self) -> dict[MatrixKind, Linear]:
         """Weight matrices by kind."""
         if self.up is None:
@@ -157,12 +162,25 @@ class ModelView:
         """The blocks whose parts are known, by layer."""
         return {i: block for i, block in enumerate(self.blocks) if isinstance(block, Block)}
 
+    @property
+    def n_neurons(self) -> int:
+        """Number of neurons of the widest known layer, over all of its experts."""
+        return max((block.mlp.n_neurons for block in self.known.values()), default=0)
+
     def parts(self, layer: int) -> Block:
         """Return the parts of a layer. Raises `KeyError` if they are unknown."""
         block = self.blocks[layer]
         if isinstance(block, CoarseBlock):
             raise KeyError(layer)
         return block
+
+    def matrix(self, key: MatrixKey) -> Linear | ExpertMatrices:
+        """Return the map that contains a matrix: those of routed experts share one parameter."""
+        layer, kind, expert = key
+        matrix = self.blocks[layer].matrices[kind]
+        if isinstance(matrix, ExpertMatrices):
+            return matrix.linear(expert) or matrix
+        return matrix
 
     def level(self, layer: int) -> LayerLevel:
         """Return the level of a layer, and why it is not PARTS."""
@@ -196,11 +214,14 @@ class ModelView:
         return coarse if coarse.known else replace(coarse, facts=without_parts(self.facts))
 
     def overlays(self, changes: Mapping[MatrixKey, LowRank]) -> list[Overlay]:
-        """Overlays that apply changes of matrices: one per linear map, one per layer of experts."""
+        """Overlays that apply changes of matrices.
+
+        There is one for each linear map, and one for all routed experts of a layer.
+        """
         overlays: list[Overlay] = []
         of_experts: dict[int, ExpertChanges] = {}
-        for (layer, kind, expert), change in changes.items():
-            matrix = self.blocks[layer].matrices[kind]
+        for key, change in changes.items():
+            matrix, (layer, kind, expert) = self.matrix(key), key
             if isinstance(matrix, ExpertMatrices):
                 own = of_experts.setdefault(layer, {}).setdefault(matrix.number(expert), {})
                 own[kind] = change
@@ -265,8 +286,11 @@ def _unused_parts(network: PreTrainedModel, view: ModelView) -> set[int]:
 def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the block's parameters, with their names, that no part of it includes."""
     matrices = [m for m in block.matrices.values() if isinstance(m, Linear)]
-    whole = {id(m.module) for m in matrices if _covered(m, matrices)}
     experts = block.mlp if isinstance(block.mlp, Experts) else None
+    if experts is not None and experts.shared is not None:
+        matrices += experts.shared.matrices.values()
+        matrices += [] if experts.shared.opening is None else [experts.shared.opening]
+    whole = {id(m.module) for m in matrices if _covered(m, matrices)}
     for path, module in block.module.named_modules():
         if id(module) in whole or _is_norm(module) or _is_activation(module):
             continue
@@ -292,13 +316,15 @@ def _covered(matrix: Linear, matrices: list[Linear]) -> bool:
 def _of_experts(experts: Experts, module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter belongs to the experts' stacked matrices or to their router.
 
-    A router's parameters are inside the MLP's module and have one row or number per expert.
+    Parameters outside of a router that belong to it are inside the MLP's module and have one row
+    or number per expert.
     """
     if module is experts.module:
         return name.removesuffix("_bias") in {"gate_up_proj", "down_proj"}
+    if experts.router is not None and any(module is own for own in experts.router.modules()):
+        return True
     inside = any(module is other for other in experts.block.modules())
-    n_experts = experts.module.get_parameter("down_proj").shape[0]
-    return inside and parameter.shape[0] == n_experts and parameter.dim() <= 2
+    return inside and parameter.shape[0] == experts.count and parameter.dim() <= 2
 
 
 def _is_activation(module: nn.Module) -> bool:

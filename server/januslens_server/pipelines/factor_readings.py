@@ -193,8 +193,8 @@ class FactorReader:
 
     def _neuron_rows(self, key: MatrixKey, neurons: torch.Tensor) -> torch.Tensor:
         """Return the neurons' columns of FF1, GATE or UP, or rows of FF2, `[k, d_model]`."""
-        layer, kind, expert = key
-        matrix = self._model.view.blocks[layer].matrices[kind]
+        _, kind, expert = key
+        matrix = self._model.view.matrix(key)
         weight = matrix.rows_of(matrix.parameter(), expert)
         own = neurons.to(weight.device)
         rows = weight[own] if kind in WRITES_RESIDUAL else weight[:, own].T

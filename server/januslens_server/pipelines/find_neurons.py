@@ -79,8 +79,10 @@ def _of_layer(model: ResidentModel, layer: int, token: int, suppressed: bool) ->
     listed = index.listing(token, suppressed=suppressed)
     rows = listed.rows.numpy()
     layers, none = np.full_like(rows, layer), np.full_like(rows, -1)
-    of_experts = isinstance(model.view.parts(layer).mlp, Experts)
-    expert, neuron = np.divmod(rows, facts.d_mlp) if of_experts else (none, rows)
+    mlp, expert, neuron = model.view.parts(layer).mlp, none, rows
+    if isinstance(mlp, Experts):  # the shared expert is last, and may be wider than the others
+        expert = np.minimum(rows // mlp.width, mlp.count)
+        neuron = rows - expert * mlp.width
     count = LensSpec().top_k
     return _Hits(
         places=np.stack([layers, expert, neuron], axis=1),

@@ -30,6 +30,7 @@ from januslens_server.models.adapters.stream import (
     reason_of,
     view_of_stream,
 )
+from januslens_server.models.experts import Experts
 from januslens_server.models.lengths import (
     TOLERANCE,
     Length,
@@ -40,7 +41,6 @@ from januslens_server.models.lengths import (
     prompt_of,
 )
 from januslens_server.models.views import Block, ModelView
-from januslens_server.results import MatrixKind
 
 # Maximum relative error of the heads' results in the model's data type: the right candidate differs
 # by rounding, a wrong one by tens of per cent.
@@ -72,10 +72,10 @@ def view(model: PreTrainedModel) -> ModelView:
     """Map a decoder-only model that has no adapter, each block as far as its structure is known.
 
     A block whose parts are known has three linear maps with one input (query, key, value), one
-    output map, and two or three maps of an MLP. Norms are recognised by their results. A layer's
-    window and rotation are those that reproduce the model's attention; if the configuration names
-    lengths, at every position of a miniature with short lengths. Of all other blocks, the residual
-    stream is shown.
+    output map, and two or three maps of an MLP or a mixture of experts. Norms are recognised by
+    their results. A layer's window and rotation are those that reproduce the model's attention; if
+    the configuration names lengths, at every position of a miniature with short lengths. Of all
+    other blocks, the residual stream is shown.
 
     Raises:
         ModelFailed: The model has no residual stream.
@@ -107,6 +107,7 @@ def view(model: PreTrainedModel) -> ModelView:
             n_kv_heads=facts.n_kv_heads,
             d_head=facts.d_head,
             d_mlp=facts.d_mlp,
+            n_experts=facts.n_experts,
         ),
     )
 
@@ -145,6 +146,7 @@ class _PartSizes(NamedTuple):
     n_kv_heads: int
     d_head: int
     d_mlp: int
+    n_experts: int
 
 
 class Structure:
@@ -163,7 +165,9 @@ class Structure:
         self._finders: list[BlockFinder | str] = []
         for i, module in enumerate(self._modules):
             try:
-                self._finders.append(BlockFinder(f"{stream.name}.{i}", module, observed))
+                self._finders.append(
+                    BlockFinder(f"{stream.name}.{i}", module, observed, self._config)
+                )
             except ModelFailed as error:
                 self._finders.append(str(error))
         reasons = [found for found in self._finders if isinstance(found, str)]
@@ -280,12 +284,14 @@ class Structure:
         known = [block for block in blocks if isinstance(block, Block)]
         if not known:
             raise ModelFailed(next(block for block in blocks if isinstance(block, str)))
-        query, ff2 = known[0].matrices[MatrixKind.Q], known[0].matrices[MatrixKind.FF2]
+        query = known[0].attention.query
+        experts = [block.mlp for block in known if isinstance(block.mlp, Experts)]
         sizes = _PartSizes(
             n_heads=self.settings.n_heads,
             n_kv_heads=known[0].attention.n_kv_heads,
-            d_head=query.rows_of(query.parameter()).shape[1] // self.settings.n_heads,
-            d_mlp=ff2.rows_of(ff2.parameter()).shape[0],
+            d_head=query.weight.shape[1] // self.settings.n_heads,
+            d_mlp=experts[0].width if experts else known[0].mlp.n_neurons,
+            n_experts=experts[0].count if experts else 0,
         )
         return blocks, sizes
 

@@ -19,30 +19,13 @@ from januslens_server.models.adapters.llama import (
     pre_norm_block,
 )
 from januslens_server.models.adapters.modules import norm_tap, rms_head_map, spanning_head_map
+from januslens_server.models.adapters.observed_mlp import stacked_experts
 from januslens_server.models.experts import Experts
 from januslens_server.models.views import Block, ModelView
 
-Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-
-def gated_experts(mlp: Any) -> Experts:
-    """Map experts whose `gate_up_proj` stores gate, then up, transposed."""
-    experts = mlp.experts
-    width = experts.gate_up_proj.shape[1] // 2
-
-    def activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        neurons: torch.Tensor = experts.act_fn(gate) * up
-        return neurons
-
-    return Experts(
-        block=mlp,
-        module=experts,
-        router=mlp.gate,
-        stored_as_rows=False,
-        gate=range(width),
-        up=range(width, 2 * width),
-        activation=activation,
-    )
+def _experts(mlp: Any) -> Experts:
+    return stacked_experts(mlp.experts, mlp, mlp.gate)
 
 
 def with_experts(view: ModelView, n_experts: int, d_mlp: int) -> ModelView:
@@ -63,7 +46,7 @@ def mixtral(model: PreTrainedModel) -> ModelView:
 
 def _mixtral_block(layer: Layer) -> Block:
     attending = attention(layer, window=layer.config.sliding_window)
-    return pre_norm_block(layer, attending, gated_experts(layer.module.mlp))
+    return pre_norm_block(layer, attending, _experts(layer.module.mlp))
 
 
 def qwen3_moe(model: PreTrainedModel) -> ModelView:
@@ -90,7 +73,7 @@ def _qwen3_moe_block(layer: Layer) -> Block:
         key_norm=norm_tap(attn.k_norm),
     )
     mixed = hasattr(mlp, "experts")
-    return pre_norm_block(layer, normed, gated_experts(mlp) if mixed else gated_mlp(mlp))
+    return pre_norm_block(layer, normed, _experts(mlp) if mixed else gated_mlp(mlp))
 
 
 def olmoe(model: PreTrainedModel) -> ModelView:
@@ -119,7 +102,7 @@ def _olmoe_block(layer: Layer) -> Block:
         query_norm=norm_tap(attn.q_norm),
         key_norm=norm_tap(attn.k_norm),
     )
-    return pre_norm_block(layer, normed, gated_experts(layer.module.mlp))
+    return pre_norm_block(layer, normed, _experts(layer.module.mlp))
 
 
 def gpt_oss(model: PreTrainedModel) -> ModelView:
@@ -138,14 +121,14 @@ def gpt_oss(model: PreTrainedModel) -> ModelView:
 
 
 def _gpt_oss_block(layer: Layer) -> Block:
-    plain = attention(layer, window=layer.window)
+    plain, mlp = attention(layer, window=layer.window), layer.module.mlp
     sinks = layer.module.self_attn.sinks.detach().float()
     with_sinks = replace(
         plain,
         scoring=replace(plain.scoring, sinks=sinks),
         rotation=partial(_gpt_oss_both_halves, layer.rotation),
     )
-    return pre_norm_block(layer, with_sinks, _gpt_oss_experts(layer.module.mlp))
+    return pre_norm_block(layer, with_sinks, stacked_experts(mlp.experts, mlp, mlp.router))
 
 
 def _gpt_oss_both_halves(rotation: Callable[[int], Rotation], length: int) -> Rotation:
@@ -153,25 +136,3 @@ def _gpt_oss_both_halves(rotation: Callable[[int], Rotation], length: int) -> Ro
     once = rotation(length)
     cos, sin = (torch.cat([angles, angles], dim=-1) for angles in (once.cos, once.sin))
     return Rotation(cos, sin, interleaved=False)
-
-
-def _gpt_oss_experts(mlp: Any) -> Experts:
-    experts = mlp.experts
-    width = experts.gate_up_proj.shape[2]
-    return Experts(
-        block=mlp,
-        module=experts,
-        router=mlp.router,
-        stored_as_rows=True,
-        gate=range(0, width, 2),
-        up=range(1, width, 2),
-        activation=_gpt_oss_activation(experts.limit, experts.alpha),
-    )
-
-
-def _gpt_oss_activation(limit: float, alpha: float) -> Activation:
-    def activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        gate = gate.clamp(max=limit)
-        return (up.clamp(-limit, limit) + 1) * gate * torch.sigmoid(alpha * gate)
-
-    return activation

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedConfig
 
 from januslens_server.capture import End, Rotation, Tap
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import Finish, HeadMap, HeadNorm, QueryScaling, Scoring
+from januslens_server.models.adapters.observed_mlp import (
+    FoundMlp,
+    dense_mlp,
+    find_experts,
+    is_linear,
+    linear,
+)
 from januslens_server.models.adapters.observed_pass import (
     ModuleCall,
     ObservedPass,
@@ -21,8 +28,7 @@ from januslens_server.models.adapters.observed_pass import (
     read_norm,
     same_memory,
 )
-from januslens_server.models.matrices import Linear
-from januslens_server.models.views import Attention, Block, Mlp
+from januslens_server.models.views import Attention, Block
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ class BlockSettings:
 class BlockFinder:
     """Map one block from the calls of its modules in an observed pass."""
 
-    def __init__(self, name: str, module: nn.Module, observed: ObservedPass) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, observed: ObservedPass, config: PreTrainedConfig
+    ) -> None:
         """Find the linear maps. `name` is the block's name in the model.
 
         Raises `ModelFailed` if the block was not called or has other linear maps than expected.
@@ -50,8 +58,7 @@ class BlockFinder:
         if block is None:
             raise ModelFailed(f"{name} is not called in a forward pass")
         self._input = block.input
-        linears = [e for e in self._calls if isinstance(e.module, nn.Linear | Conv1D)]
-        self._attention, self._mlp = self._split(linears)
+        self._attention, self._mlp = self._split(config)
 
     def block(
         self,
@@ -61,18 +68,18 @@ class BlockFinder:
     ) -> Block:
         """Build the block, with this `rotation` and `window` of its attention."""
         query, *_, output = self._attention
-        first, second = self._mlp[0], self._mlp[-1]
         attention_norm = self._norm_giving(query.input)
-        mlp_norm = self._norm_giving(first.input)
-        parallel = same_memory(first.input, query.input) or (
+        mlp_norm = self._norm_giving(self._mlp.input)
+        parallel = same_memory(self._mlp.input, query.input) or (
             mlp_norm is not None and same_memory(mlp_norm.input, self._input)
         )
-        middle = None if parallel else self._middle(mlp_norm, first)
+        reader = self._mlp.reader if mlp_norm is None else mlp_norm.module
+        finish, added = self._finish(settings, self._mlp.result)
         return Block(
             module=self._module,
             attention=self._read_attention(settings, rotation, window, output),
-            mlp=self._read_mlp(settings, second),
-            residual_mid=middle,
+            mlp=replace(self._mlp.parts, finish=finish, added=added),
+            residual_mid=None if parallel else Tap(reader, End.INPUT),
             attention_prenorm=attention_norm is not None,
             mlp_prenorm=mlp_norm is not None,
         )
@@ -82,18 +89,24 @@ class BlockFinder:
         """Width of all heads' queries together."""
         return self._attention[0].output.shape[-1]
 
-    def _split(self, linears: Sequence[ModuleCall]) -> tuple[list[ModuleCall], list[ModuleCall]]:
-        """Split linear maps into query, key, value and output, and the MLP's two or three maps."""
-        if len(linears) not in {6, 7}:
-            found = ", ".join(linear.name for linear in linears)
+    def _split(self, config: PreTrainedConfig) -> tuple[list[ModuleCall], FoundMlp]:
+        """Split linear maps into query, key, value and output, and those of the MLP."""
+        linears = [call for call in self._calls if is_linear(call)]
+        experts = find_experts(self._name, self._calls, config)
+        if experts is None:
+            attention, rest = linears[:4], linears[4:]
+        else:
+            attention = [e for e in linears if not e.name.startswith(f"{experts.name}.")]
+            rest = []
+        if len(attention) != 4 or (experts is None and len(rest) not in {2, 3}):
+            found = ", ".join(call.name for call in linears)
             raise ModelFailed(
-                f"{self._name} has {len(linears)} linear maps ({found}): expected 6 or 7, for "
-                "query, key, value, output and the MLP's two or three"
+                f"{self._name} has {len(linears)} linear maps ({found}): expected query, key, "
+                "value, output and two or three of an MLP"
             )
-        attention, mlp = list(linears[:4]), list(linears[4:])
         if not all(same_memory(e.input, attention[0].input) for e in attention[1:3]):
             raise ModelFailed(f"query, key and value of {self._name} have different inputs")
-        return attention, mlp
+        return attention, experts or dense_mlp(rest, self._calls, config)
 
     def _read_attention(
         self,
@@ -102,7 +115,7 @@ class BlockFinder:
         window: int | None,
         output: ModuleCall,
     ) -> Attention:
-        query, key, value, _ = (_linear(call.module) for call in self._attention)
+        query, key, value, _ = map(linear, self._attention)
         d_head = self.query_width // settings.n_heads
         owner = self._owner(self._attention[0])
         finish, added = self._finish(settings, output)
@@ -110,7 +123,7 @@ class BlockFinder:
             query=query,
             key=key,
             value=value,
-            output=_linear(output.module),
+            output=linear(output),
             n_heads=settings.n_heads,
             n_kv_heads=self._attention[1].output.shape[-1] // d_head,
             scoring=Scoring(
@@ -128,27 +141,6 @@ class BlockFinder:
             finish=finish,
             added=added,
         )
-
-    def _read_mlp(self, settings: BlockSettings, second: ModuleCall) -> Mlp:
-        finish, added = self._finish(settings, second)
-        ff2 = _linear(second.module)
-        if len(self._mlp) == 2:
-            return Mlp(_linear(self._mlp[0].module), ff2, finish=finish, added=added)
-        gate, up = self._gate_and_up()
-        return Mlp(_linear(gate.module), ff2, up=_linear(up.module), finish=finish, added=added)
-
-    def _gate_and_up(self) -> tuple[ModuleCall, ModuleCall]:
-        """Order the first two maps of a gated MLP: an activation module reads the gate's output."""
-        one, other, _ = self._mlp
-        for call in self._calls:
-            if isinstance(call.module, nn.Linear | Conv1D) or is_norm(call.module):
-                continue
-            if not list(call.module.children()):
-                if same_memory(call.input, one.output):
-                    return one, other
-                if same_memory(call.input, other.output):
-                    return other, one
-        raise ModelFailed(f"no activation follows {one.name} or {other.name}: expected a gated MLP")
 
     def _head_map(self, call: ModuleCall, d_head: int) -> HeadMap:
         """Map the norm that reads a query's or key's linear result, if there is one."""
@@ -181,11 +173,6 @@ class BlockFinder:
             return Finish(multiplier=settings.residual_multiplier), None
         return None, None
 
-    def _middle(self, mlp_norm: ModuleCall | None, first: ModuleCall) -> Tap:
-        if mlp_norm is not None:
-            return Tap(mlp_norm.module, End.INPUT)
-        return Tap(first.module, End.INPUT)
-
     def _norm_giving(self, tensor: torch.Tensor) -> ModuleCall | None:
         return next((e for e in self._norms() if same_memory(e.output, tensor)), None)
 
@@ -196,10 +183,6 @@ class BlockFinder:
         """Return the module that contains a linear map: the attention."""
         local = call.name.removeprefix(f"{self._name}.").rpartition(".")[0]
         return self._module.get_submodule(local)
-
-
-def _linear(module: nn.Module) -> Linear:
-    return Linear(module, stored_as_rows=isinstance(module, Conv1D))
 
 
 def _head_norm(call: ModuleCall, d_head: int, *, spans_heads: bool) -> HeadNorm:

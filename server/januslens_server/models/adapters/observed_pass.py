@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from januslens_server.errors import ModelFailed
 from januslens_server.lens.head import Norm
@@ -23,12 +23,16 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module, with its first input and output tensor, `[batch, pos, ...]`."""
+    """One call of a module, with its first input and output tensor, `[batch, pos, ...]`.
+
+    `tensors` are all tensors among its arguments.
+    """
 
     name: str
     module: nn.Module
     input: torch.Tensor
     output: torch.Tensor
+    tensors: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,10 +77,12 @@ def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _recorder(name: str, calls: list[ModuleCall]) -> Callable[..., None]:
     def record(module: nn.Module, args: Any, named: dict[str, Any], output: Any) -> None:
-        taken = _first_float([*args, *named.values()])
+        passed = (*args, *named.values())
+        taken = _first_float(passed)
         given = _first_float(output if isinstance(output, tuple | list) else [output])
         if taken is not None and given is not None:
-            calls.append(ModuleCall(name, module, taken, given))
+            tensors = tuple(value for value in passed if isinstance(value, torch.Tensor))
+            calls.append(ModuleCall(name, module, taken, given, tensors))
 
     return record
 
@@ -86,6 +92,23 @@ def _first_float(values: Any) -> torch.Tensor | None:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return value
     return None
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest difference, relative to the largest expected number."""
+    expected = expected.detach().float()
+    distance = (found.detach().float() - expected).abs().max()
+    return float(distance / expected.abs().max().clamp(min=1e-30))
+
+
+def scales(config: PreTrainedConfig) -> list[float]:
+    """List 1 and the factors in a configuration with their inverses; families name them freely."""
+    found = [1.0]
+    for name, value in config.to_dict().items():
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        if number and any(word in name for word in ("scal", "multiplier")):
+            found += [float(value), 1 / float(value)]
+    return list(dict.fromkeys(found))
 
 
 def read_norm(call: ModuleCall) -> Norm:
@@ -119,9 +142,7 @@ def epsilon(module: nn.Module) -> float:
 
 
 def _gives(norm: Norm, call: ModuleCall) -> bool:
-    expected = call.output.float()
-    difference = (norm(call.input) - expected).abs().max()
-    return bool(difference <= TOLERANCE[call.output.dtype] * expected.abs().max())
+    return difference(norm(call.input), call.output) <= TOLERANCE[call.output.dtype]
 
 
 def is_norm(module: nn.Module) -> bool:

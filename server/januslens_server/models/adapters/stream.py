@@ -22,7 +22,12 @@ from januslens_server.capture.hooks import nth_tensor
 from januslens_server.errors import ModelFailed
 from januslens_server.lens.cpu import Unembedding
 from januslens_server.lens.head import LensHead, NoNorm, Norm
-from januslens_server.models.adapters.observed_pass import ModuleCall, observed_ids, read_norm
+from januslens_server.models.adapters.observed_pass import (
+    ModuleCall,
+    observed_ids,
+    read_norm,
+    scales,
+)
 from januslens_server.models.vetting import MAX_POSITIONS, one_line
 from januslens_server.models.views import CoarseBlock, ModelView
 from januslens_server.results import ModelFacts
@@ -243,16 +248,10 @@ def lens_of_stream(stream: Stream) -> LensHead:
 
 
 def _scales(config: Any) -> list[float]:
-    """List the factors that the configuration may give logits; families name them differently."""
-    found = [1.0]
-    for name, value in config.to_dict().items():
-        number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-        if number and any(word in name for word in ("scal", "multiplier")):
-            found += [float(value), 1 / float(value)]
+    """List the factors that the configuration may give logits."""
     base = getattr(config, "dim_model_base", None)
-    if isinstance(base, int) and base > 0:
-        found.append(base / config.hidden_size)
-    return list(dict.fromkeys(found))
+    own = [base / config.hidden_size] if isinstance(base, int) and base > 0 else []
+    return scales(config) + own
 
 
 def _caps(config: Any) -> list[float | None]:

@@ -112,9 +112,9 @@ def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
 def find_neurons_demand(request: ResolvedFindNeurons) -> Demand:
     """Return the demand of indexing the layers that have not been indexed yet."""
     model, spec = request.model, request.spec
-    sizes, facts = cost_sizes(model), model.view.facts
+    sizes = cost_sizes(model)
     unread = model.neurons.unread(request.layers)
-    of_layer = facts.d_mlp * max(1, facts.n_experts)
+    of_layer = model.view.n_neurons
     listed = 2 * LensSpec().top_k
     return Demand(
         flops=lens_flops(sizes, unread * of_layer),

@@ -1,0 +1,291 @@
+"""Find the MLP of a block, dense or a mixture of experts, in an observed pass.
+
+A gated MLP is recognised by its neurons, which gate, up and an activation function must reproduce.
+A mixture is recognised by its result, to which the results of its experts must add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from januslens_server.capture.hooks import Columns, rows, select
+from januslens_server.errors import ModelFailed
+from januslens_server.graph.mlp import Activation, Expert
+from januslens_server.models.adapters.observed_pass import (
+    TOLERANCE,
+    ModuleCall,
+    difference,
+    scales,
+)
+from januslens_server.models.experts import Experts, SharedExpert
+from januslens_server.models.matrices import Linear
+from januslens_server.models.views import Mlp
+
+# Modules of torch and transformers that compute activation functions.
+ACTIVATION_MODULES = ("transformers.activations", "torch.nn.modules.activation")
+# Activation functions that models call without a module and without a name in the configuration.
+USUAL_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "sigmoid")
+# Factor of either summand where a model averages routed and shared experts.
+HALF = 0.5
+
+
+@dataclass(frozen=True)
+class FoundMlp:
+    """The MLP of a block: its parts, what it reads and the call that returns its result.
+
+    `reader` is the module that reads `input`. `name` is that of the module that contains the whole
+    MLP; for a dense MLP it is empty.
+    """
+
+    parts: Mlp | Experts
+    input: torch.Tensor
+    reader: nn.Module
+    result: ModuleCall
+    name: str = ""
+
+
+def linear(call: ModuleCall, columns: Columns | None = None) -> Linear:
+    """Map the linear module of a call, or some of its output columns."""
+    return Linear(call.module, isinstance(call.module, Conv1D), columns)
+
+
+def is_linear(call: ModuleCall) -> bool:
+    """Whether a call is one of a linear module."""
+    return isinstance(call.module, nn.Linear | Conv1D)
+
+
+@torch.no_grad()
+def dense_mlp(
+    maps: Sequence[ModuleCall], calls: Sequence[ModuleCall], config: PreTrainedConfig
+) -> FoundMlp:
+    """Map an MLP of two or three linear maps; `calls` are all of its block.
+
+    Raises:
+        ModelFailed: It seems to be gated, but its neurons are not those of a gated MLP.
+    """
+    first, *_, down = maps
+    parts = Mlp(ff1=linear(first), ff2=linear(down))
+    if len(maps) == 3 or first.output.shape[-1] != down.input.shape[-1]:
+        gated = _gated(maps, calls, config)
+        parts = Mlp(ff1=gated.gate, up=gated.up, ff2=linear(down))
+    return FoundMlp(parts, first.input, first.module, down)
+
+
+@torch.no_grad()
+def find_experts(
+    block: str, calls: Sequence[ModuleCall], config: PreTrainedConfig
+) -> FoundMlp | None:
+    """Find a mixture of experts among the calls inside a block; None without experts.
+
+    Raises:
+        ModelFailed: The experts are stored or added up in an unknown way.
+    """
+    call = next((call for call in calls if _stacks_experts(call.module)), None)
+    if call is None:
+        return None
+    name = call.name.rpartition(".")[0]
+    whole = next((other for other in calls if other.name == name), None)
+    if name == block or whole is None:
+        raise ModelFailed(f"{call.name} is not inside a module that computes the whole MLP")
+    inside = [other for other in calls if other.name.startswith(f"{name}.")]
+    experts = _routed(whole, call, inside)
+    maps = [
+        other for other in inside if is_linear(other) and other.output.shape[-1] != experts.count
+    ]
+    experts = _added_up(experts, whole, call, maps, calls, config)
+    return FoundMlp(experts, whole.input, whole.module, whole, name)
+
+
+def stacked_experts(module: Any, block: nn.Module, router: nn.Module | None) -> Experts:
+    """Map experts in 3-D parameters, in the layout that transformers declares for the module."""
+    transposed, concatenated = module.is_transposed, module.is_concatenated
+    width = module.down_proj.shape[1 if transposed else 2]
+    both = range(2 * width)
+    gate, up = (both[:width], both[width:]) if concatenated else (both[::2], both[1::2])
+
+    def activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        pairs = torch.stack([gate, up], -1)
+        stored = (pairs.transpose(-1, -2) if concatenated else pairs).flatten(-2)
+        neurons: torch.Tensor = module._apply_gate(stored)  # noqa: SLF001 - no public name
+        return neurons
+
+    return Experts(
+        block=block,
+        module=module,
+        router=router,
+        stored_as_rows=transposed,
+        gate=gate,
+        up=up,
+        activation=activation,
+    )
+
+
+def _stacks_experts(module: nn.Module) -> bool:
+    """Whether a module has the experts' matrices in 3-D parameters."""
+    own = dict(module.named_parameters(recurse=False))
+    return "down_proj" in own and own["down_proj"].dim() == 3
+
+
+def _routed(whole: ModuleCall, call: ModuleCall, inside: Sequence[ModuleCall]) -> Experts:
+    """Map the routed experts; their results must add up to what their module returned."""
+    module: Any = call.module
+    if not getattr(module, "has_gate", False) or len(call.tensors) != 3:
+        raise ModelFailed(f"{call.name} stores or calls its experts in an unknown way")
+    experts = stacked_experts(module, whole.module, None)
+    x, ids, weights = call.tensors
+    found = torch.zeros_like(x, dtype=torch.float32)
+    for index in set(ids.flatten().tolist()):
+        positions, slots = torch.where(ids == index)
+        result = _result(experts.expert(index), x[positions].float())
+        found.index_add_(0, positions, weights[positions, slots, None].float() * result)
+    error = difference(found, call.output)
+    if not error <= TOLERANCE[call.output.dtype]:
+        raise ModelFailed(
+            f"the experts of {call.name} do not add up to its result (relative error {error:.2g})"
+        )
+    return replace(experts, router=_router(inside, experts.count))
+
+
+def _result(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    down = expert.activation(*expert.gate_and_up(x)) @ expert.down
+    return down if expert.down_bias is None else down + expert.down_bias
+
+
+def _router(inside: Sequence[ModuleCall], count: int) -> nn.Module | None:
+    """Return the outermost module that returns the logits of its weight, or None."""
+    for call in reversed(inside):
+        weight = getattr(call.module, "weight", None)
+        if not isinstance(weight, torch.Tensor) or call.output.shape[-1] != count:
+            continue
+        if weight.shape != (count, call.input.shape[-1]):
+            continue
+        bias = getattr(call.module, "bias", None)
+        logits = functional.linear(
+            rows(call.input).float(), weight.float(), None if bias is None else bias.float()
+        )
+        if difference(logits, rows(call.output)) <= TOLERANCE[call.input.dtype]:
+            return call.module
+    return None
+
+
+def _added_up(
+    experts: Experts,
+    whole: ModuleCall,
+    call: ModuleCall,
+    maps: Sequence[ModuleCall],
+    calls: Sequence[ModuleCall],
+    config: PreTrainedConfig,
+) -> Experts:
+    """Add the shared expert among the other linear `maps` of the MLP, and both multipliers.
+
+    They must give what the MLP returns.
+    """
+    opening = next((other for other in maps if other.output.shape[-1] == 1), None)
+    maps = [other for other in maps if other is not opening]
+    routed, expected = rows(call.output).float(), rows(whole.output).float()
+    factors = [*scales(config), HALF]
+    errors: dict[tuple[float, float], float] = {}
+    shared = torch.zeros_like(expected)
+    if maps:
+        shared = rows(maps[-1].output).float()
+        if opening is not None:
+            shared = shared * rows(opening.output).float().sigmoid()
+    for one, other in product(factors, factors if maps else [1.0]):
+        errors[one, other] = difference(one * routed + other * shared, expected)
+    (one, other), error = min(errors.items(), key=lambda item: item[1])
+    if not error <= TOLERANCE[whole.output.dtype]:
+        raise ModelFailed(
+            f"routed and shared experts do not add up to the result of {whole.name} (relative "
+            f"error {error:.2g})"
+        )
+    experts = replace(experts, multiplier=one)
+    if not maps:
+        return experts
+    gated = _gated(maps, calls, config)
+    return replace(
+        experts,
+        shared=SharedExpert(
+            gated.gate,
+            gated.up,
+            linear(maps[-1]),
+            gated.activation,
+            other,
+            None if opening is None else linear(opening),
+        ),
+    )
+
+
+class _Gated(NamedTuple):
+    """Gate and up of a gated MLP, and its activation function."""
+
+    gate: Linear
+    up: Linear
+    activation: Activation
+
+
+def _gated(
+    maps: Sequence[ModuleCall], calls: Sequence[ModuleCall], config: PreTrainedConfig
+) -> _Gated:
+    """Find out which of a gated MLP's maps, or columns of its fused map, are the gate.
+
+    Raises:
+        ModelFailed: No candidate reproduces the neurons.
+    """
+    neurons = rows(maps[-1].input)
+    errors: list[tuple[float, _Gated]] = []
+    functions = list(_activations(calls, config))
+    for gate, up in _pairs(maps):
+        gates, ups = (select(rows(call.output), own.columns).float() for call, own in (gate, up))
+        for function in functions:
+            candidate = _Gated(gate[1], up[1], _times(function))
+            errors.append((difference(candidate.activation(gates, ups), neurons), candidate))
+    error, found = min(errors, key=lambda pair: pair[0], default=(float("nan"), None))
+    if found is None or not error <= TOLERANCE[neurons.dtype]:
+        names = " and ".join(call.name for call in maps[:-1])
+        raise ModelFailed(
+            f"the neurons behind {names} are not those of a gated MLP (relative error {error:.2g})"
+        )
+    return found
+
+
+def _pairs(maps: Sequence[ModuleCall]) -> Iterator[tuple[tuple[ModuleCall, Linear], ...]]:
+    """Yield candidates for gate and up: two maps, or halves or alternating columns of one."""
+    if len(maps) == 3:
+        one, other = ((call, linear(call)) for call in maps[:2])
+        yield from ((one, other), (other, one))
+    if len(maps) != 2 or maps[0].output.shape[-1] != 2 * maps[1].input.shape[-1]:
+        return
+    both = range(maps[0].output.shape[-1])
+    half = len(both) // 2
+    for columns in ((both[:half], both[half:]), (both[::2], both[1::2])):
+        one, other = ((maps[0], linear(maps[0], part)) for part in columns)
+        yield from ((one, other), (other, one))
+
+
+def _activations(calls: Sequence[ModuleCall], config: PreTrainedConfig) -> Iterator[nn.Module]:
+    """Yield the activation functions that a block may use, called modules first."""
+    for call in calls:
+        if type(call.module).__module__ in ACTIVATION_MODULES:
+            yield call.module
+    named = [value for name, value in config.to_dict().items() if "act" in name]
+    for name in dict.fromkeys([*named, *USUAL_ACTIVATIONS]):
+        if isinstance(name, str) and name in ACT2FN:
+            yield ACT2FN[name]
+
+
+def _times(function: nn.Module) -> Activation:
+    def activation(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        neurons: torch.Tensor = function(gate) * up
+        return neurons
+
+    return activation
