@@ -321,22 +321,48 @@ WITHOUT_ADAPTER = tuple(
     for family, settings in (
         ("apertus", {}),  # its activation function has parameters
         ("arcee", {}),
+        ("codegen", {"rotary_dim": 4}),
         ("ernie4_5", {"use_bias": True}),
         ("exaone4", {}),
         ("glm", {"attention_bias": True}),
         ("glm4", {}),
+        ("gpt_bigcode", {}),
         (
             "granitemoe",
             GRANITE_MULTIPLIERS | {"num_local_experts": 4, "num_experts_per_tok": 2},
         ),
         ("helium", {}),
+        ("hunyuan_v1_dense", {"attention_bias": True}),
+        (
+            "laguna",
+            {
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+                "moe_routed_scaling_factor": 1.7,
+                "gating": "per-head",
+            },
+        ),
         ("mbart", DECODER_ALONE),
         (
             "minimax_m2",
             {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
         ),
+        ("nanochat", {}),
         ("nemotron", {}),
         ("olmo3", {"sliding_window": WINDOW, "layer_types": ALTERNATING}),
+        ("persimmon", {"qk_layernorm": True}),
+        (
+            "qwen3_next",
+            {
+                "layer_types": ["full_attention", "full_attention"],
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 16,
+                "shared_expert_intermediate_size": 16,
+            },
+        ),
         ("seed_oss", {}),
         ("vaultgemma", {"query_pre_attn_scalar": 20}),
     )

@@ -43,7 +43,7 @@ def attentions(case: Case) -> list[Tensor]:
 def gradients(case: Case, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """dL/dparameter by name, for every parameter that the loss depends on."""
     network = plain(case)
-    parameters = dict(network.named_parameters())
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
     value = loss(network(torch.tensor([case.prompt]), use_cache=False).logits[0])
     found: tuple[Tensor | None, ...] = torch.autograd.grad(
         value, list(parameters.values()), allow_unused=True

@@ -246,8 +246,11 @@ def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
         ),
         (Case("bloom", "slices", {"slow_but_exact": True, "pretraining_tp": 2}), "slow_but_exact"),
         (Case("opt", "no final norm", {"_remove_final_layer_norm": True}), "final norm"),
-        (Case("hunyuan_v1_dense", "d_head", {"head_dim": 8}), "reproduce the attention of layer 0"),
-        (Case("persimmon", "fused", {}), "expected query, key, value, output"),
+        (Case("diffllama", "differential", {}), "reproduce the attention of layer 0"),
+        (
+            Case("falcon_h1", "both mixers", {"num_key_value_heads": 2}),
+            "expected query, key, value",
+        ),
     ],
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )

@@ -183,9 +183,10 @@ def expert_gradient(mlp: Any, matrix: GradientMatrix) -> Tensor:
     experts = mlp.experts
     if matrix.expert == len(experts.down_proj):
         shared = getattr(mlp, "shared_experts", None) or mlp.shared_expert
-        own = {"GATE": "gate_proj", "UP": "up_proj", "FF2": "down_proj"}[matrix.kind.name]
-        weight: Tensor = getattr(shared, own).weight.grad
-        return weight.T
+        names = {MatrixKind.GATE: "gate_proj", MatrixKind.UP: "up_proj"}
+        module = getattr(shared, names.get(matrix.kind, "down_proj"))
+        gradient: Tensor = module.weight.grad.T
+        return gradient
     rows_first = hasattr(experts, "gate_up_proj_bias")
     name = "down_proj" if matrix.kind is MatrixKind.FF2 else "gate_up_proj"
     own: Tensor = getattr(experts, name).grad[matrix.expert]

@@ -95,7 +95,8 @@ class LayerActivations:
     are `[pos, d_model]`. `attention_output` and `mlp_output` are added to the residual;
     `attention_sum` and `mlp_sum` are the same results before a post-norm or multiplier, and None
     without one. Parallel blocks have no `residual_mid`. Mixtures of experts have `routing` instead
-    of `neurons`.
+    of `neurons`. `gate` `[pos, n_heads, d_head or 1]` multiplies the results of heads before they
+    are concatenated; None if the model has none.
 
     `gradients` are those of the sums of the residual stream after a backward pass, by the name of
     their field.
@@ -118,6 +119,7 @@ class LayerActivations:
     rotation: Rotation | None
     routing: Routing | None
     neurons: torch.Tensor | None = None
+    gate: torch.Tensor | None = None
     residual_mid: torch.Tensor | None = None
     attention_sum: torch.Tensor | None = None
     mlp_sum: torch.Tensor | None = None

@@ -47,10 +47,14 @@ class HeadRow:
         Each is the head's query times `M_p M_p^T`, pulled back through the norm or clip of the key
         at p.
         """
-        rotation, asked = self.acts.rotation, self._normed_query
-        if rotation is not None:
-            here = slice(self.position, self.position + 1)
-            asked = rotation.turn_back(rotation.turn(asked[:, None], here)[:, 0], self.position)
+        asked, scoring = self._turned(self._normed_query), self.weights.scoring
+        if scoring.query_norm is not None:
+            asked = scoring.query_norm(asked)
+        if scoring.key_norm is not None:
+            own = _by_head(self._turned(self._key[-1])[None], self._group)[:, 0]
+            asked = scoring.key_norm.pull_back(asked, own)
+        if self.acts.rotation is not None:
+            asked = self.acts.rotation.turn_back(asked, self.position)
         return _pulled_through_key(asked, self._key[-1], self.weights, self._group)
 
     @cached_property
@@ -67,9 +71,12 @@ class HeadRow:
 
     @cached_property
     def values(self) -> torch.Tensor:
-        """Values of the sources `[n_heads, sources, d_head]`."""
+        """Values of the sources `[n_heads, sources, d_head]`, times the gate at `position`."""
         values, clip = self.acts.value[self._sources].float(), self.weights.value_clip
-        return _by_head(values if clip is None else values.clamp(-clip, clip), self._group)
+        values = _by_head(values if clip is None else values.clamp(-clip, clip), self._group)
+        if self.acts.gate is None:
+            return values
+        return values * self.acts.gate[self.acts.row(self.position)][:, None]
 
     @cached_property
     def pattern(self) -> torch.Tensor:
@@ -120,15 +127,29 @@ class HeadRow:
 
     @cached_property
     def _relative_keys(self) -> torch.Tensor:
-        """`k_s M_s M_p^T` `[n_heads, sources, d_head]`; products with the query are scores."""
+        """`k_s M_s M_p^T` `[n_heads, sources, d_head]`; products with the query are scores.
+
+        Norms of the rotated keys and queries are included, the latter with the query's scale.
+        """
         if self.acts.mapped_key is not None:
             mapped = self.acts.mapped_key[self._sources].float()
         else:
             mapped = self.weights.key_map(self._key)
         keys, rotation = _by_head(mapped, self._group), self.acts.rotation
-        if rotation is None:
-            return keys
-        return rotation.turn_back(rotation.turn(keys, self._sources), self.position)
+        scoring = self.weights.scoring
+        if rotation is not None:
+            keys = rotation.turn(keys, self._sources)
+        if scoring.key_norm is not None:
+            keys = scoring.key_norm(keys)
+        if scoring.query_norm is not None:
+            at = self._turned(self._normed_query)[:, None]
+            keys = scoring.query_norm.pull_back(keys, at)
+        return keys if rotation is None else rotation.turn_back(keys, self.position)
+
+    def _turned(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Rotate vectors `[heads, d_head]` of the query position."""
+        rotation, here = self.acts.rotation, slice(self.position, self.position + 1)
+        return vectors if rotation is None else rotation.turn(vectors[:, None], here)[:, 0]
 
 
 def head_row(position: int, acts: LayerActivations, weights: AttentionWeights) -> HeadRow:

@@ -41,7 +41,8 @@ class Scoring:
     model: some models round it to half precision, which shifts it by more than a position. `sinks`
     `[n_heads]` are scores that take probability but have no value. In a layer with a `window`, a
     position attends to that many positions, including itself. `query_scaling` multiplies the query
-    by a factor of its position.
+    by a factor of its position. `query_norm` and `key_norm` are RMSNorms without a bias of the
+    rotated queries and keys.
     """
 
     scale: float
@@ -50,6 +51,8 @@ class Scoring:
     sinks: torch.Tensor | None = None
     window: int | None = None
     query_scaling: QueryScaling | None = None
+    query_norm: HeadNorm | None = None
+    key_norm: HeadNorm | None = None
 
     def scale_of_query(self, position: int) -> float:
         """Return the factor by which `query_scaling` multiplies the query at a position."""
@@ -100,12 +103,14 @@ def attention_patterns(
     """
     at = torch.tensor(positions, device=query.device)
     queries, keys = query.float().transpose(0, 1), key.float().transpose(0, 1)
-    if scoring.query_scaling is not None:
-        factors = [scoring.scale_of_query(position) for position in positions]
-        queries = queries * queries.new_tensor(factors)[:, None]
     if rotation is not None:
         queries = rotation.turn(queries, at)
         keys = rotation.turn(keys, slice(keys.shape[1]))
+    queries = queries if scoring.query_norm is None else scoring.query_norm(queries)
+    keys = keys if scoring.key_norm is None else scoring.key_norm(keys)
+    if scoring.query_scaling is not None:
+        factors = [scoring.scale_of_query(position) for position in positions]
+        queries = queries * queries.new_tensor(factors)[:, None]
     keys = keys.repeat_interleave(len(queries) // len(keys), dim=0)
     scores = queries @ keys.transpose(1, 2) * scoring.scale
     if scoring.soft_cap is not None:

@@ -74,6 +74,7 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
         "attention_sum": attention.output.output,
     }
     optional = {
+        "gate": None if attention.gate is None else attention.gate.linear.output,
         "residual_mid": block.residual_mid,
         "attention_output": attention.added,
         "mlp_output": block.mlp.added,
@@ -170,6 +171,8 @@ def layer_activations(
         if name in named:
             heads = attention.n_heads if name.endswith("query") else attention.n_kv_heads
             named[name] = named[name].unflatten(-1, (heads, -1))
+    if attention.gate is not None:
+        named["gate"] = attention.gate(named["gate"], attention.n_heads)
     for name, finish in (("attention", attention.finish), ("mlp", block.mlp.finish)):
         if finish is None:
             named[f"{name}_output"] = named.pop(f"{name}_sum")

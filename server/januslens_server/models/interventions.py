@@ -23,12 +23,15 @@ from januslens_server.errors import CancelCheck
 from januslens_server.graph.weights import attention_patterns
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import SiteKey, SiteTap, site_tap
+from januslens_server.models.views import AttentionGate
 from januslens_server.specs import Add, Noise, Operation, Scale, SetTo, Site, Zero
 
 # Normal values that are drawn at once, and attention probabilities that are computed at once.
 DRAWN_AT_ONCE, PATTERN_AT_ONCE = 2**22, 2**24
 # torch draws normal values in groups of this many, and an incomplete last group differently.
 ROUND = 16
+# Key of what the gate of the heads returned, beside those of sites.
+GATE = "gate"
 
 
 @dataclass(frozen=True)
@@ -241,10 +244,17 @@ class Interventions:
 
     def _hide(self, hooks: ExitStack, layer: int) -> None:
         """Recompute the results of heads, without the sources that are hidden from them."""
-        seen: dict[Site, torch.Tensor] = {}
+        seen: dict[Site | str, torch.Tensor] = {}
 
         def see(site: Site, found: SiteTap, tapped: torch.Tensor) -> None:
             seen[site] = found.values(tapped)
+
+        def see_gate(gate: AttentionGate, tapped: torch.Tensor) -> None:
+            seen[GATE] = gate(tapped, self._model.view.facts.n_heads)
+
+        gate = self._model.view.parts(layer).attention.gate
+        if gate is not None:
+            hooks.enter_context(seeing(gate.linear.output, partial(see_gate, gate)))
 
         for site in (Site.QUERY, Site.KEY, Site.VALUE):
             found = site_tap(self._model, (layer, site))
@@ -254,7 +264,11 @@ class Interventions:
         hooks.enter_context(rewriting(result.tap, rewrite))
 
     def _without_hidden(
-        self, layer: int, seen: Mapping[Site, torch.Tensor], site: SiteTap, tapped: torch.Tensor
+        self,
+        layer: int,
+        seen: Mapping[Site | str, torch.Tensor],
+        site: SiteTap,
+        tapped: torch.Tensor,
     ) -> torch.Tensor:
         hidden = self.hidden_sources(layer)
         if hidden is None:
@@ -282,7 +296,10 @@ class Interventions:
                 pattern = attention_patterns(
                     query[at], key, positions, rotation, attention.scoring, own
                 )
-                mixed = torch.einsum("phs,she->phe", pattern, values).to(results.dtype)
+                mixed = torch.einsum("phs,she->phe", pattern, values)
+                if GATE in seen:
+                    mixed = mixed * seen[GATE][rows][at]
+                mixed = mixed.to(results.dtype)
                 mask = own.mask(positions, pattern.shape[1], pattern.shape[2], pattern.device)
                 at = [rows.start + row for row in at]
                 changed[at] = torch.where(mask.any(-1)[:, :, None], mixed, results[at])

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from januslens_server.capture import LinearOverlay, LowRank, Overlay, Rotation, Tap
+from januslens_server.capture.hooks import rows
 from januslens_server.errors import shortlist
 from januslens_server.graph.weights import Finish, HeadMap, Scoring
 from januslens_server.lens.head import LensHead
@@ -37,13 +38,30 @@ ACTIVATIONS = "transformers.activations"
 
 
 @dataclass(frozen=True)
+class AttentionGate:
+    """A gate that multiplies the heads' results before W_O.
+
+    It is `function` of what `linear` returns: a number for each head, or for each dimension.
+    """
+
+    linear: Linear
+    function: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, tapped: torch.Tensor, n_heads: int) -> torch.Tensor:
+        """Return the gate `[pos, n_heads, d_head or 1]`, given what `linear` returned."""
+        gate: torch.Tensor = self.function(rows(tapped).float()).unflatten(-1, (n_heads, -1))
+        return gate
+
+
+@dataclass(frozen=True)
 class Attention:
     """The attention of one block.
 
     `rotation` returns the rotary matrices for a prompt's length. `query_map` and `key_map` are
     applied between the linear maps and the rotation; `query_norm` and `key_norm` are the taps of
     their norms' outputs. Values are clipped to `value_clip`. `finish` is applied to the result
-    before it is added to the residual; `added` is the tap of a post-norm's output.
+    before it is added to the residual; `added` is the tap of a post-norm's output. A `gate`
+    multiplies what the heads pass to `output`.
     """
 
     query: Linear
@@ -59,6 +77,7 @@ class Attention:
     query_norm: Tap | None = None
     key_norm: Tap | None = None
     value_clip: float | None = None
+    gate: AttentionGate | None = None
     finish: Finish | None = None
     added: Tap | None = None
 
@@ -286,6 +305,7 @@ def _unused_parts(network: PreTrainedModel, view: ModelView) -> set[int]:
 def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the block's parameters, with their names, that no part of it includes."""
     matrices = [m for m in block.matrices.values() if isinstance(m, Linear)]
+    matrices += [] if block.attention.gate is None else [block.attention.gate.linear]
     experts = block.mlp if isinstance(block.mlp, Experts) else None
     if experts is not None and experts.shared is not None:
         matrices += experts.shared.matrices.values()

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from januslens_server.capture import Rotation
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import QueryScaling
+from januslens_server.models.adapters.modules import table_rotation
 from januslens_server.models.adapters.observed_block import BlockFinder, BlockSettings
 from januslens_server.models.adapters.observed_pass import observe
 from januslens_server.models.adapters.stream import (
@@ -47,7 +48,7 @@ from januslens_server.models.views import Block, ModelView
 COARSE = 5e-2
 
 # The number of `pairings`.
-PAIRINGS = 3
+PAIRINGS = 4
 
 # A function from length to rotation; None if queries and keys are not rotated.
 RotationOfLength = Callable[[int], Rotation] | None
@@ -58,12 +59,14 @@ class AttentionVariant:
     """A candidate for how a layer's attention works.
 
     `window` is the field with the window's length, or None. `rotation` is an index into the layer's
-    `rotations`. `capped` and `scaled` say whether the layer uses the configuration's soft-cap of
-    scores and its scaling of queries by position.
+    `rotations`, `layout` one into the candidates for its linear maps. `capped` and `scaled` say
+    whether the layer uses the configuration's soft-cap of scores and its scaling of queries by
+    position.
     """
 
     window: Length | None
     rotation: int
+    layout: int = 0
     capped: bool = False
     scaled: bool = False
 
@@ -131,8 +134,7 @@ def _variants_beyond(
 ) -> list[AttentionVariant | str]:
     """Find the variants that reproduce attention at every position of a miniature."""
     attention = structure.first_block.attention
-    d_head = structure.query_width // attention.n_heads
-    small = miniature(model, attention.n_heads, attention.n_kv_heads, d_head, lengths)
+    small = miniature(model, attention.n_heads, attention.n_kv_heads, structure.d_head, lengths)
     ids = prompt_of(small)
     return Structure(find_stream(small)).variants(
         ids, lengths_of(small.config), TOLERANCE, best=False
@@ -175,9 +177,9 @@ class Structure:
             raise ModelFailed(reasons[0])
 
     @property
-    def query_width(self) -> int:
-        """Width of all heads' queries together."""
-        return self._finder(self._first).query_width
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self._finder(self._first).d_head(self.settings)
 
     @property
     def first_block(self) -> Block:
@@ -206,22 +208,25 @@ class Structure:
         last = ids.shape[1] - 1
         positions = [last] if best else list(range(last, -1, -1))
         found: list[AttentionVariant | str] = []
-        plain: dict[int, Block] = {}
+        plain: dict[tuple[int, int], Block] = {}
         for layer in range(len(self._modules)):
             try:
-                plain[layer] = self._block(layer, AttentionVariant(None, 0))
+                for layout in range(self._finder(layer).layouts(self.settings)):
+                    variant = AttentionVariant(None, 0, layout)
+                    plain[layer, layout] = self._block(layer, variant)
                 found.append("")
             except ModelFailed as error:
                 found.append(str(error))
-        captured = captured_layers(self._model, ids, list(plain.values()))
-        for layer, tensors in zip(plain, captured, strict=True):
-            found[layer] = self._variant(layer, tensors, lengths, positions, tolerance, best)
+        blocks = captured_layers(self._model, ids, plain.values())
+        captured = dict(zip(plain, blocks, strict=True))
+        for layer in {layer for layer, _ in plain if not found[layer]}:
+            found[layer] = self._variant(layer, captured, lengths, positions, tolerance, best)
         return found
 
     def _variant(
         self,
         layer: int,
-        captured: dict[str, torch.Tensor],
+        captured: dict[tuple[int, int], dict[str, torch.Tensor]],
         lengths: list[Length],
         positions: list[int],
         tolerance: float,
@@ -230,7 +235,8 @@ class Structure:
         errors: dict[AttentionVariant, float] = {}
         for variant in self._candidates(layer, lengths):
             block = self._block(layer, variant)
-            errors[variant] = attention_error(block, captured, positions, tolerance)
+            tensors = captured[layer, variant.layout]
+            errors[variant] = attention_error(block, tensors, positions, tolerance)
             if not best and errors[variant] <= tolerance:
                 return variant
         found = min(errors, key=lambda variant: errors[variant])
@@ -246,9 +252,10 @@ class Structure:
     def _candidates(self, layer: int, lengths: list[Length]) -> Iterator[AttentionVariant]:
         windows = [None, *lengths]
         rotations_of_layer = range(len(self._rotations(layer)))
+        layouts = range(self._finder(layer).layouts(self.settings))
         capped = [False] if self.settings.soft_cap is None else [True, False]
         scaled = [False] if self.settings.query_scaling is None else [True, False]
-        for one in product(windows, rotations_of_layer, capped, scaled):
+        for one in product(windows, rotations_of_layer, layouts, capped, scaled):
             yield AttentionVariant(*one)
 
     def _rotations(self, layer: int) -> list[RotationOfLength]:
@@ -264,7 +271,7 @@ class Structure:
             soft_cap=self.settings.soft_cap if variant.capped else None,
             query_scaling=self.settings.query_scaling if variant.scaled else None,
         )
-        return self._finder(layer).block(settings, rotation, window)
+        return self._finder(layer).block(settings, rotation, window, variant.layout)
 
     def blocks(
         self, variants: list[AttentionVariant | str]
@@ -284,12 +291,11 @@ class Structure:
         known = [block for block in blocks if isinstance(block, Block)]
         if not known:
             raise ModelFailed(next(block for block in blocks if isinstance(block, str)))
-        query = known[0].attention.query
         experts = [block.mlp for block in known if isinstance(block.mlp, Experts)]
         sizes = _PartSizes(
             n_heads=self.settings.n_heads,
             n_kv_heads=known[0].attention.n_kv_heads,
-            d_head=query.weight.shape[1] // self.settings.n_heads,
+            d_head=known[0].attention.output.d_in // self.settings.n_heads,
             d_mlp=experts[0].width if experts else known[0].mlp.n_neurons,
             n_experts=experts[0].count if experts else 0,
         )
@@ -340,6 +346,8 @@ def rotations(
     for rotary in own or shared:
         for which in _choices(rotary, kind):
             found += [partial(_rotation, rotary, which, pairing) for pairing in range(PAIRINGS)]
+    tables = (m for m in network.modules() if hasattr(m, "embed_positions") and m not in inside)
+    found += [table_rotation(m) for m in tables if isinstance(m.embed_positions, torch.Tensor)]
     return found
 
 
@@ -369,8 +377,8 @@ def _rotation(rotary: Any, which: dict[str, str], pairing: int, length: int) -> 
 def pairings(cos: torch.Tensor, sin: torch.Tensor) -> list[Rotation]:
     """List the ways in which models use their rotary embedding's output `[pos, rotary]`.
 
-    These are pairs half a head apart; neighbouring pairs; and neighbouring pairs that take each
-    angle from the first half.
+    These are pairs half a head apart; neighbouring pairs; neighbouring pairs that take each angle
+    from the first half; and pairs half a head apart that turn the other way.
     """
     cos_twice, sin_twice = (
         angles.chunk(2, dim=-1)[0].repeat_interleave(2, dim=-1) for angles in (cos, sin)
@@ -379,4 +387,5 @@ def pairings(cos: torch.Tensor, sin: torch.Tensor) -> list[Rotation]:
         Rotation(cos, sin, interleaved=False),
         Rotation(cos, sin, interleaved=True),
         Rotation(cos_twice, sin_twice, interleaved=True),
+        Rotation(cos, -sin, interleaved=False),
     ]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from januslens_server.capture import End, Rotation, Tap
+from januslens_server.capture import End, Tap
 from januslens_server.errors import ModelFailed
 from januslens_server.graph.weights import Scoring
 from januslens_server.lens.cpu import Unembedding
@@ -21,6 +19,7 @@ from januslens_server.models.adapters.modules import (
     linear,
     rotation,
     run_eagerly,
+    table_rotation,
 )
 from januslens_server.models.matrices import Linear
 from januslens_server.models.views import Attention, Block, Mlp, ModelView
@@ -159,7 +158,7 @@ def _gptj_block(module: Any, transformer: Any, config: Any) -> Block:
         n_heads=config.n_head,
         n_kv_heads=config.n_head,
         scoring=Scoring(scale=(config.n_embd // config.n_head) ** -0.5),
-        rotation=_gptj_rotation(getattr(transformer, "rotary_emb", module.attn)),
+        rotation=table_rotation(getattr(transformer, "rotary_emb", module.attn)),
     )
     return Block(
         module=module,
@@ -167,18 +166,6 @@ def _gptj_block(module: Any, transformer: Any, config: Any) -> Block:
         mlp=Mlp(ff1=linear(module.mlp.fc_in), ff2=linear(module.mlp.fc_out)),
         residual_mid=None,
     )
-
-
-def _gptj_rotation(holder: Any) -> Callable[[int], Rotation]:
-    def rotation(length: int) -> Rotation:
-        sin, cos = holder.embed_positions[:length].chunk(2, dim=-1)
-        return Rotation(
-            torch.repeat_interleave(cos, 2, dim=-1),
-            torch.repeat_interleave(sin, 2, dim=-1),
-            interleaved=True,
-        )
-
-    return rotation
 
 
 def gpt_neox(model: PreTrainedModel) -> ModelView:

@@ -100,6 +100,17 @@ def rotation(decoder: Any, interleaved: bool = False, **which: Any) -> Callable[
     return of_length
 
 
+def table_rotation(holder: Any) -> Callable[[int], Rotation]:
+    """Return the rotation of neighbouring pairs by a table of sines, then cosines, by position."""
+
+    def of_length(length: int) -> Rotation:
+        sin, cos = holder.embed_positions[:length].chunk(2, dim=-1)
+        cos, sin = (angles.repeat_interleave(2, dim=-1) for angles in (cos, sin))
+        return Rotation(cos, sin, interleaved=True)
+
+    return of_length
+
+
 def run_eagerly(model: PreTrainedModel) -> None:
     """Replace SDPA by eager attention: some releases of transformers omit scoring steps in SDPA."""
     if model.config._attn_implementation == "sdpa":  # noqa: SLF001 - no public reader

@@ -1,10 +1,9 @@
-"""Find attention and MLP in a block, from the tensors that its modules exchange."""
+"""Map a block of known parts: attention and MLP, their norms and their places in the block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -12,18 +11,17 @@ from transformers import PreTrainedConfig
 
 from januslens_server.capture import End, Rotation, Tap
 from januslens_server.errors import ModelFailed
-from januslens_server.graph.weights import Finish, HeadMap, HeadNorm, QueryScaling, Scoring
+from januslens_server.graph.weights import Finish, QueryScaling, Scoring
+from januslens_server.models.adapters.observed_attention import AttentionFinder
 from januslens_server.models.adapters.observed_mlp import (
     FoundMlp,
     dense_mlp,
     find_experts,
     is_linear,
-    linear,
 )
 from januslens_server.models.adapters.observed_pass import (
     ModuleCall,
     ObservedPass,
-    epsilon,
     is_norm,
     read_norm,
     same_memory,
@@ -65,102 +63,94 @@ class BlockFinder:
         settings: BlockSettings,
         rotation: Callable[[int], Rotation] | None,
         window: int | None,
+        layout: int,
     ) -> Block:
-        """Build the block, with this `rotation` and `window` of its attention."""
-        query, *_, output = self._attention
-        attention_norm = self._norm_giving(query.input)
+        """Build the block, with this `rotation`, `window` and `layout` of its attention."""
+        attention_norm = self._norm_giving(self._attention.input)
         mlp_norm = self._norm_giving(self._mlp.input)
-        parallel = same_memory(self._mlp.input, query.input) or (
+        parallel = same_memory(self._mlp.input, self._attention.input) or (
             mlp_norm is not None and same_memory(mlp_norm.input, self._input)
         )
         reader = self._mlp.reader if mlp_norm is None else mlp_norm.module
         finish, added = self._finish(settings, self._mlp.result)
         return Block(
             module=self._module,
-            attention=self._read_attention(settings, rotation, window, output),
+            attention=self._read_attention(settings, rotation, window, layout),
             mlp=replace(self._mlp.parts, finish=finish, added=added),
             residual_mid=None if parallel else Tap(reader, End.INPUT),
             attention_prenorm=attention_norm is not None,
             mlp_prenorm=mlp_norm is not None,
         )
 
-    @property
-    def query_width(self) -> int:
-        """Width of all heads' queries together."""
-        return self._attention[0].output.shape[-1]
+    def d_head(self, settings: BlockSettings) -> int:
+        """Return the width of a head."""
+        return self._attention.d_head(settings.n_heads)
 
-    def _split(self, config: PreTrainedConfig) -> tuple[list[ModuleCall], FoundMlp]:
-        """Split linear maps into query, key, value and output, and those of the MLP."""
+    def layouts(self, settings: BlockSettings) -> int:
+        """Return the number of candidates for the layout of attention's linear maps."""
+        return len(self._attention.layouts(settings.n_heads))
+
+    def _split(self, config: PreTrainedConfig) -> tuple[AttentionFinder, FoundMlp]:
+        """Split the linear maps into those of attention and those of the MLP.
+
+        Attention comes first. Its maps are in one module, or they are the first four.
+        """
         linears = [call for call in self._calls if is_linear(call)]
         experts = find_experts(self._name, self._calls, config)
         if experts is None:
-            attention, rest = linears[:4], linears[4:]
+            together = [call for call in linears if _parent(call) == _parent(linears[0])]
+            count = len(together) if len(together) in {2, 4, 5} else 4
+            attention, rest = linears[:count], linears[count:]
         else:
             attention = [e for e in linears if not e.name.startswith(f"{experts.name}.")]
             rest = []
-        if len(attention) != 4 or (experts is None and len(rest) not in {2, 3}):
+        if len(attention) not in {2, 4, 5} or (experts is None and len(rest) not in {2, 3}):
             found = ", ".join(call.name for call in linears)
             raise ModelFailed(
                 f"{self._name} has {len(linears)} linear maps ({found}): expected query, key, "
                 "value, output and two or three of an MLP"
             )
-        if not all(same_memory(e.input, attention[0].input) for e in attention[1:3]):
-            raise ModelFailed(f"query, key and value of {self._name} have different inputs")
-        return attention, experts or dense_mlp(rest, self._calls, config)
+        owner = self._module.get_submodule(_parent(attention[0]).removeprefix(f"{self._name}."))
+        found_attention = AttentionFinder(self._name, owner, attention, self._calls)
+        return found_attention, experts or dense_mlp(rest, self._calls, config)
 
     def _read_attention(
         self,
         settings: BlockSettings,
         rotation: Callable[[int], Rotation] | None,
         window: int | None,
-        output: ModuleCall,
+        layout: int,
     ) -> Attention:
-        query, key, value, _ = map(linear, self._attention)
-        d_head = self.query_width // settings.n_heads
-        owner = self._owner(self._attention[0])
-        finish, added = self._finish(settings, output)
+        found = self._attention
+        maps = found.layouts(settings.n_heads)[layout]
+        d_head = found.d_head(settings.n_heads)
+        norms = found.norms(d_head)
+        finish, added = self._finish(settings, found.result)
         return Attention(
-            query=query,
-            key=key,
-            value=value,
-            output=linear(output),
+            query=maps.query,
+            key=maps.key,
+            value=maps.value,
+            output=found.output,
+            gate=maps.gate,
             n_heads=settings.n_heads,
-            n_kv_heads=self._attention[1].output.shape[-1] // d_head,
+            n_kv_heads=maps.n_kv_heads,
             scoring=Scoring(
-                scale=getattr(owner, "scaling", None) or d_head**-0.5,
+                scale=getattr(found.owner, "scaling", None) or d_head**-0.5,
                 soft_cap=settings.soft_cap,
-                sinks=getattr(owner, "sinks", None),
+                sinks=getattr(found.owner, "sinks", None),
                 window=window,
                 query_scaling=settings.query_scaling,
+                query_norm=norms.rotated_query,
+                key_norm=norms.rotated_key,
             ),
             rotation=rotation,
-            query_map=self._head_map(self._attention[0], d_head),
-            key_map=self._head_map(self._attention[1], d_head),
-            query_norm=self._norm_tap(self._attention[0]),
-            key_norm=self._norm_tap(self._attention[1]),
+            query_map=norms.query_map,
+            key_map=norms.key_map,
+            query_norm=norms.query_norm,
+            key_norm=norms.key_norm,
             finish=finish,
             added=added,
         )
-
-    def _head_map(self, call: ModuleCall, d_head: int) -> HeadMap:
-        """Map the norm that reads a query's or key's linear result, if there is one."""
-        norm = self._norm_of(call)
-        if norm is None:
-            return HeadMap()
-        spans = norm.module.get_parameter("weight").numel() != d_head
-        return HeadMap(norm=_head_norm(norm, d_head, spans_heads=spans))
-
-    def _norm_tap(self, call: ModuleCall) -> Tap | None:
-        """Return the tap of that norm's output. Strides show if heads come before positions."""
-        norm = self._norm_of(call)
-        if norm is None:
-            return None
-        given = norm.input
-        heads_first = given.dim() == 4 and given.stride(1) < given.stride(2)
-        return Tap(norm.module, End.OUTPUT, heads_first=heads_first)
-
-    def _norm_of(self, call: ModuleCall) -> ModuleCall | None:
-        return next((e for e in self._norms() if same_memory(e.input, call.output)), None)
 
     def _finish(
         self, settings: BlockSettings, result: ModuleCall
@@ -179,16 +169,6 @@ class BlockFinder:
     def _norms(self) -> list[ModuleCall]:
         return [call for call in self._calls if is_norm(call.module)]
 
-    def _owner(self, call: ModuleCall) -> Any:
-        """Return the module that contains a linear map: the attention."""
-        local = call.name.removeprefix(f"{self._name}.").rpartition(".")[0]
-        return self._module.get_submodule(local)
 
-
-def _head_norm(call: ModuleCall, d_head: int, *, spans_heads: bool) -> HeadNorm:
-    """Map a norm of queries or keys."""
-    norm = read_norm(call)
-    if spans_heads and (norm.centred or norm.bias is not None):
-        raise ModelFailed(f"{call.name} is not an RMSNorm: expected one for a norm over all heads")
-    weight = norm.weight.unflatten(0, (-1, d_head)) if spans_heads else norm.weight
-    return HeadNorm(weight, epsilon(call.module), norm.centred, spans_heads, norm.bias)
+def _parent(call: ModuleCall) -> str:
+    return call.name.rpartition(".")[0]

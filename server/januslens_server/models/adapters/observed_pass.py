@@ -146,7 +146,7 @@ def _gives(norm: Norm, call: ModuleCall) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a norm: it has one weight vector, and its class is named a norm."""
+    """Whether a module is a norm: it has one weight vector or none, and is named a norm."""
     weight = getattr(module, "weight", None)
-    named = "norm" in type(module).__name__.lower()
-    return named and isinstance(weight, torch.Tensor) and weight.dim() == 1
+    named = "norm" in type(module).__name__.lower() and not list(module.children())
+    return named and (weight is None or (isinstance(weight, torch.Tensor) and weight.dim() == 1))

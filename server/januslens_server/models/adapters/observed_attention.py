@@ -1,0 +1,198 @@
+"""Find the attention of a block in an observed pass: its linear maps, norms and gate.
+
+Some details are not visible in the tensors that modules exchange, such as the order of queries,
+keys and values in a fused map. They have few candidates, which `layouts` lists; the one that
+reproduces the model's attention is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from januslens_server.capture import End, Tap
+from januslens_server.errors import ModelFailed
+from januslens_server.graph.weights import HeadMap, HeadNorm
+from januslens_server.models.adapters.modules import by_head, consecutive
+from januslens_server.models.adapters.observed_mlp import linear
+from januslens_server.models.adapters.observed_pass import (
+    ModuleCall,
+    epsilon,
+    is_norm,
+    read_norm,
+    same_memory,
+)
+from januslens_server.models.matrices import Linear
+from januslens_server.models.views import AttentionGate
+
+# Shards in which CodeGen stores its fused map.
+SHARDS = 4
+
+# Functions that models apply to what the linear map of a gate returns.
+GATES = (torch.sigmoid, functional.softplus)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A candidate for the parts of attention's linear maps."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    n_kv_heads: int
+    gate: AttentionGate | None = None
+
+
+@dataclass(frozen=True)
+class QueryKeyNorms:
+    """Norms of queries and keys: before the rotation as maps with their taps, or after it."""
+
+    query_map: HeadMap
+    key_map: HeadMap
+    query_norm: Tap | None = None
+    key_norm: Tap | None = None
+    rotated_query: HeadNorm | None = None
+    rotated_key: HeadNorm | None = None
+
+
+class AttentionFinder:
+    """Map one block's attention from the calls of its modules in an observed pass.
+
+    `maps` are its linear maps, the output last; `calls` are all of the block. A fused map stands
+    for query, key and value; a fourth map before the output is a gate of the heads' results.
+    """
+
+    def __init__(
+        self, block: str, owner: nn.Module, maps: Sequence[ModuleCall], calls: Sequence[ModuleCall]
+    ) -> None:
+        """Check that query, key and value have one input; raise `ModelFailed` otherwise."""
+        self.owner: Any = owner
+        self.input = maps[0].input
+        self.result = maps[-1]
+        self.output = linear(maps[-1])
+        self._maps = list(maps[:-1])
+        self._calls = calls
+        if not all(same_memory(call.input, self.input) for call in self._maps):
+            raise ModelFailed(f"query, key and value of {block} have different inputs")
+
+    def d_head(self, n_heads: int) -> int:
+        """Return the width of a head's result."""
+        return self.result.input.shape[-1] // n_heads
+
+    def layouts(self, n_heads: int) -> list[Layout]:
+        """List the candidates for query, key, value and gate.
+
+        Raises `ModelFailed` if the maps' widths fit none.
+        """
+        found = list(self._layouts(n_heads, self.d_head(n_heads)))
+        if not found:
+            widths = ", ".join(f"{call.name}: {call.output.shape[-1]}" for call in self._maps)
+            raise ModelFailed(
+                f"maps of widths {widths} are no queries, keys and values of {n_heads} heads"
+            )
+        return found
+
+    def _layouts(self, n_heads: int, d_head: int) -> Iterator[Layout]:
+        whole = n_heads * d_head
+        if len(self._maps) == 1:
+            yield from _fused(self._maps[0], n_heads, d_head)
+            return
+        query, key, value, *rest = self._maps
+        n_kv_heads = key.output.shape[-1] // d_head
+        plain = Layout(linear(query), linear(key), linear(value), n_kv_heads)
+        if not rest and query.output.shape[-1] == whole:
+            yield plain
+        elif not rest and query.output.shape[-1] == 2 * whole:
+            for columns, gate in _halves(n_heads, d_head):
+                for function in GATES:
+                    yield replace(
+                        plain,
+                        query=linear(query, columns),
+                        gate=AttentionGate(linear(query, gate), function),
+                    )
+        elif rest and rest[0].output.shape[-1] in {n_heads, whole}:
+            for function in GATES:
+                yield replace(plain, gate=AttentionGate(linear(rest[0]), function))
+
+    def norms(self, d_head: int) -> QueryKeyNorms:
+        """Map the norms of queries and keys.
+
+        Norms that do not read what a linear map returned must be RMSNorms without a bias; they are
+        those after the rotation.
+        """
+        inside = [call for call in self._calls if is_norm(call.module) and self._owns(call.module)]
+        query, key = self._maps[0], self._maps[min(1, len(self._maps) - 1)]
+        of_query = [call for call in inside if same_memory(call.input, query.output)]
+        of_key = [call for call in inside if same_memory(call.input, key.output)]
+        if query is key:
+            of_query, of_key = of_query[:1], of_query[1:2]
+        found = QueryKeyNorms(
+            _head_map(of_query, d_head),
+            _head_map(of_key, d_head),
+            _norm_tap(of_query),
+            _norm_tap(of_key),
+        )
+        if of_query or of_key or len(inside) != 2:
+            return found
+        after = [_head_norm(call, d_head) for call in inside]
+        if any(norm.centred or norm.bias is not None or norm.spans_heads for norm in after):
+            raise ModelFailed(f"{inside[0].name} is no RMSNorm over a head's rotated queries")
+        return replace(found, rotated_query=after[0], rotated_key=after[1])
+
+    def _owns(self, module: nn.Module) -> bool:
+        return any(module is own for own in self.owner.modules())
+
+
+def _fused(call: ModuleCall, n_heads: int, d_head: int) -> Iterator[Layout]:
+    """Yield the ways in which one map may hold queries, keys and values."""
+    whole = n_heads * d_head
+    n_kv_heads, rest = divmod(call.output.shape[-1] - whole, 2 * d_head)
+    if rest or n_kv_heads < 1 or n_heads % n_kv_heads:
+        return
+    own, module = linear(call), call.module
+
+    def split(parts: Sequence[Linear]) -> Layout:
+        query, key, value = (replace(own, columns=part.columns) for part in parts)
+        return Layout(query, key, value, n_kv_heads)
+
+    yield split(consecutive(module, whole, n_kv_heads * d_head, n_kv_heads * d_head))
+    yield split(by_head(module, n_heads, d_head, n_heads // n_kv_heads))
+    if n_kv_heads == n_heads and n_heads % SHARDS == 0:
+        query, value, key = by_head(module, SHARDS, whole // SHARDS)
+        yield split([query, key, value])
+
+
+def _halves(n_heads: int, d_head: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield columns of queries and of their gate: head by head, or all queries first."""
+    both = torch.arange(2 * n_heads * d_head)
+    for shape in ((n_heads, 2, d_head), (1, 2, n_heads * d_head)):
+        queries, gates = both.reshape(shape).transpose(0, 1).flatten(1).tolist()
+        yield tuple(queries), tuple(gates)
+
+
+def _head_map(norms: Sequence[ModuleCall], d_head: int) -> HeadMap:
+    return HeadMap(norm=_head_norm(norms[0], d_head)) if norms else HeadMap()
+
+
+def _norm_tap(norms: Sequence[ModuleCall]) -> Tap | None:
+    """Return the tap of a norm's output. Strides show if heads come before positions."""
+    if not norms:
+        return None
+    given = norms[0].input
+    heads_first = given.dim() == 4 and given.stride(1) < given.stride(2)
+    return Tap(norms[0].module, End.OUTPUT, heads_first=heads_first)
+
+
+def _head_norm(call: ModuleCall, d_head: int) -> HeadNorm:
+    """Map a norm of queries or keys; one with more weights than a head's width spans heads."""
+    norm = read_norm(call)
+    spans_heads = norm.weight.numel() != d_head
+    if spans_heads and (norm.centred or norm.bias is not None):
+        raise ModelFailed(f"{call.name} is not an RMSNorm: expected one for a norm over all heads")
+    weight = norm.weight.unflatten(0, (-1, d_head)) if spans_heads else norm.weight
+    return HeadNorm(weight, epsilon(call.module), norm.centred, spans_heads, norm.bias)
