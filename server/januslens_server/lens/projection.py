@@ -8,8 +8,9 @@ probabilities, because small ones underflow to equal values.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -27,6 +28,7 @@ CACHED_BYTES = 4 * 2**20
 LOWEST_EXPONENT = -80.0
 
 _buffers = ThreadBuffers()
+PartT = TypeVar("PartT")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,18 @@ class Readings:
     entropy_bits: torch.Tensor
     target_logits: torch.Tensor
     target_ranks: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What n vectors predict, and the rank and log-probability `[n]` of one token in it.
+
+    `top_ids` is `[n, top_k]`.
+    """
+
+    top_ids: torch.Tensor
+    ranks: torch.Tensor
+    log_probabilities: torch.Tensor
 
 
 @torch.inference_mode()
@@ -66,6 +80,50 @@ def project(
         targets = torch.empty(len(vectors), 0, dtype=torch.long, device=vectors.device)
     chunks = list(read_vectors(head, vectors, spec, targets, check_cancelled))
     return projection_table(head, (vectors != 0).any(-1), chunks, targets)
+
+
+@torch.inference_mode()
+def outcomes(
+    head: LensHead,
+    vectors: torch.Tensor,
+    token_id: int,
+    top_k: int,
+    check_cancelled: CancelCheck = never_cancelled,
+) -> Outcomes:
+    """Return figures that `project` returns as well, but compute no others, such as entropies.
+
+    Raises `NotFinite` if the logits of a vector overflow float32.
+    """
+    found: list[Outcomes] = []
+    at_once = rows_at_once(head)
+    for start in range(0, len(vectors), at_once):
+        check_cancelled()
+        logits = compute_logits(head, vectors[start : start + at_once], LensKind.FINAL_NORM)
+
+        def read(part: slice, logits: torch.Tensor = logits) -> Outcomes:
+            return _outcomes(head, logits[part], token_id, top_k)
+
+        found += _in_parts(logits, read)
+    log_probabilities = torch.cat([part.log_probabilities for part in found])
+    if bool((log_probabilities.isnan()).any()):
+        raise NotFinite("the logits of a projected vector overflow float32")
+    return Outcomes(
+        torch.cat([part.top_ids for part in found]),
+        torch.cat([part.ranks for part in found]),
+        log_probabilities,
+    )
+
+
+def _outcomes(head: LensHead, logits: torch.Tensor, token_id: int, top_k: int) -> Outcomes:
+    top_logits, top_ids = highest(logits, top_k)
+    target_logits = logits[:, token_id, None]
+    largest = head.cap(top_logits[:, :1] if top_k else logits.amax(1, keepdim=True))
+    total = _below(head.cap(logits), largest).exp_().sum(1)
+    return Outcomes(
+        top_ids=top_ids,
+        ranks=_ranks(logits, target_logits)[:, 0],
+        log_probabilities=(head.cap(target_logits) - largest)[:, 0] - total.log(),
+    )
 
 
 def read_vectors(
@@ -97,17 +155,22 @@ def compute_logits(head: LensHead, vectors: torch.Tensor, kind: LensKind) -> tor
 def read_in_parts(
     head: LensHead, logits: torch.Tensor, spec: LensSpec, targets: torch.Tensor | None
 ) -> list[Readings]:
-    """Call `read_logits` on equal parts that fit into the CPU's cache, each on one core."""
+    """Call `read_logits` on parts of the rows; see `_in_parts`."""
+
+    def read(part: slice) -> Readings:
+        return read_logits(head, logits[part], spec, None if targets is None else targets[part])
+
+    return _in_parts(logits, read)
+
+
+def _in_parts(logits: torch.Tensor, read: Callable[[slice], PartT]) -> list[PartT]:
+    """Call `read` with equal parts of the rows that fit into the CPU's cache, each on one core."""
     rows = len(logits)
     if logits.device.type == "cpu":
         cores, cached = torch.get_num_threads(), max(1, CACHED_BYTES // (4 * logits.shape[1]))
         rows = math.ceil(rows / (cores * math.ceil(rows / (cores * cached)))) if rows else 0
-
-    def read(first: int) -> Readings:
-        part = slice(first, first + rows)
-        return read_logits(head, logits[part], spec, None if targets is None else targets[part])
-
-    return on_free_cores(read, range(0, len(logits) or 1, rows or 1))
+    parts = [slice(first, first + rows) for first in range(0, len(logits) or 1, rows or 1)]
+    return on_free_cores(read, parts)
 
 
 def rows_at_once(head: LensHead) -> int:
@@ -160,13 +223,18 @@ def _spread(logits: torch.Tensor, largest: torch.Tensor) -> tuple[torch.Tensor, 
     z - sum d exp d / z, in nats; p = 0 adds 0. Pairwise sums are used, because a dot product adds
     in sequence, which loses 0.005 bits over 50,000 float32 terms.
     """
-    below, weights = _buffers.like("first", logits), _buffers.like("second", logits)
-    torch.sub(logits, largest, out=below).clamp_(min=LOWEST_EXPONENT)
+    below, weights = _below(logits, largest), _buffers.like("second", logits)
     torch.exp(below, out=weights)
     total = weights.sum(1)
     log_total = total.log()
     entropy = log_total - weights.mul_(below).sum(1) / total
     return largest[:, 0] + log_total, entropy / math.log(2)
+
+
+def _below(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """Return logits minus the largest of their row, in the buffer "first"."""
+    below = _buffers.like("first", logits)
+    return torch.sub(logits, largest, out=below).clamp_(min=LOWEST_EXPONENT)
 
 
 def projection_table(

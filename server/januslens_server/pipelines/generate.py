@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from januslens_server import telemetry
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.cpu import highest
+from januslens_server.lens.projection import outcomes
 from januslens_server.models.decoding import Decoder, Sampler
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import generation_changes
-from januslens_server.pipelines.metrics import StageClock, read
+from januslens_server.pipelines.metrics import StageClock
 from januslens_server.pipelines.resolve import ResolvedGenerate
 from januslens_server.results import (
     FinishReason,
@@ -23,7 +25,6 @@ from januslens_server.results import (
     LayerOutcome,
     Token,
 )
-from januslens_server.specs import LensSpec
 
 
 def generate(request: ResolvedGenerate, check_cancelled: CancelCheck) -> Iterator[GenerationEvent]:
@@ -66,8 +67,8 @@ def _step(
         logits, outputs = decoder.feed(ids)
         chosen = sampler.draw(logits)
     with clock.stage("project"):
-        lens = LensSpec(top_k=0 if spec.reading is None else spec.reading.top_k, bottom_k=0)
-        layers = _layers(model, request.layers, outputs, chosen, lens, check_cancelled)
+        top_k = 0 if spec.reading is None else spec.reading.top_k
+        layers = _layers(model, request.layers, outputs, chosen, top_k, check_cancelled)
         return _token(model, logits, chosen, spec.top_k, layers)
 
 
@@ -128,21 +129,17 @@ def _layers(
     layers: Sequence[int],
     outputs: torch.Tensor,
     chosen: int,
-    lens: LensSpec,
+    top_k: int,
     check_cancelled: CancelCheck,
 ) -> list[LayerOutcome]:
     """Project the outputs `[layers, d_model]` of layers, and report on the chosen token."""
     if not layers:
         return []
-    targets = torch.full((len(layers), 1), chosen, device=outputs.device)
-    table = read(model.view.lens, outputs, lens, targets, check_cancelled)
+    telemetry.VECTORS_PROJECTED.inc(len(layers))
+    found = outcomes(model.view.lens, outputs, chosen, top_k, check_cancelled)
+    columns = (found.ranks, found.log_probabilities, found.top_ids)
+    rows = zip(layers, *(column.tolist() for column in columns), strict=True)
     return [
-        LayerOutcome(
-            layer=layer,
-            rank=int(table.target_ranks[i, 0]),
-            probability=float(table.target_probabilities[i, 0]),
-            log_probability=float(table.target_logits[i, 0] - table.log_normalizers[i]),
-            top_ids=table.top_ids[i].tolist(),
-        )
-        for i, layer in enumerate(layers)
+        LayerOutcome(layer, rank, math.exp(log_probability), log_probability, top_ids)
+        for layer, rank, log_probability, top_ids in rows
     ]
