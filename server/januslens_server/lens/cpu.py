@@ -193,6 +193,9 @@ class TokenBlock:
             torch.mm(prepared, self.matrix.T, out=out)
             return
         rows = rows_per_product(len(prepared), out.shape[1])
+        if rows == len(prepared):  # few rows: splitting takes as long as copying
+            out.copy_(_packed_product(prepared, self.matrix))
+            return
         for vectors, logits in zip(prepared.split(rows), out.split(rows), strict=True):
             logits.copy_(_packed_product(vectors, self.matrix))
 
