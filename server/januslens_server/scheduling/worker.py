@@ -16,9 +16,11 @@ from typing import Any, TypeVar
 from januslens_server import telemetry
 from januslens_server.errors import (
     CancelCheck,
+    DeadlinePassed,
     DeviceLost,
     OutOfMemory,
     QueueFull,
+    RequestCancelled,
     ServerDraining,
     readable_size,
 )
@@ -214,6 +216,9 @@ class DeviceWorker:
                     return
         except StopIteration:
             self._end(job, None)
+        except (RequestCancelled, DeadlinePassed) as error:
+            # Its traceback would hold the tensors of the pass until the caller's stream has ended.
+            self._end(job, error.with_traceback(None))
         except Exception as error:  # noqa: BLE001 - any error ends only this request
             self._fail(job, self._translate(error))
 
