@@ -114,6 +114,7 @@ from januslens.results.activations import (
     ActivationsSummary,
     SiteTensor,
 )
+from januslens.results.attention import AttentionGradient, AttentionWeight
 from januslens.results.comparison import EdgeDifference, NodeDifference, TraceComparison
 from januslens.results.contributions import ContributionTree
 from januslens.results.exports import PageFrame
@@ -197,6 +198,8 @@ __all__ = [
     "AsyncClient",
     "AsyncEventStream",
     "AsyncGeneration",
+    "AttentionGradient",
+    "AttentionWeight",
     "Cancelled",
     "Chat",
     "Client",

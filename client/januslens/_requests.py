@@ -262,6 +262,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
     subject: SubjectLike | None = None,
     factors: bool = False,
     verify: bool = False,
+    attention: bool = False,
     interventions: Iterable[Intervention] = (),
     model: str = "",
     revision: str = "",
@@ -291,6 +292,8 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
             and ranks by segment.
         factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
         verify: Compare each matrix with autograd's dense gradient.
+        attention: Send the attention patterns of the layers and their gradients (Reversed
+            Attention; Katz & Wolf, 2025).
         interventions: Changes of the forward pass, made by `januslens.interventions`.
         model: The model's name; may be empty if only one is loaded.
         revision: The expected revision; any other is refused. Empty = any.
@@ -313,6 +316,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
         subject=None if subject is None else subject_message(subject),
         include_factors=factors,
         verify=verify,
+        include_attention_gradients=attention,
         interventions=intervention_messages(interventions),
     )
     set_loss(request, _one_loss(target, loss))

@@ -429,3 +429,4 @@ class GradientLensSpec:
     include_factors: bool = False
     verify: bool = False
     interventions: tuple[InterventionSpec, ...] = ()
+    include_attention_gradients: bool = False

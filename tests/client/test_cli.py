@@ -272,6 +272,13 @@ def test_the_gradient_shows_neurons_and_spectrum() -> None:
 
 
 @pytest.mark.usefixtures("demo")
+def test_the_gradient_shows_where_those_of_attention_are_largest() -> None:
+    result = run("gradient", PROMPT, "--target", " Paris", "--attention", "--matrices", "q")
+    table = result.stdout.split("Where the gradients of attention are largest")[1]
+    assert "dL/ds" in table
+    assert "␣of (7)" in table
+
+
 def test_the_gradient_previews_edits() -> None:
     result = run(
         "gradient", PROMPT, "--target", " Paris", "--layers", "3", "--matrices", "ff2",

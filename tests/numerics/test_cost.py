@@ -122,6 +122,7 @@ SPECS: dict[str, TraceSpec | GradientLensSpec | GenerateSpec] = {
     ),
     "spectrum and neurons": GradientLensSpec(ids(25), NLL, spectrum_rank=5, neurons=10),
     "verified": GradientLensSpec(ids(8), NLL, verify=True),
+    "gradients of attention": GradientLensSpec(ids(30), NLL, include_attention_gradients=True),
     "generation": GenerateSpec(ids(8), 16),
     "generation with readings": GenerateSpec(ids(8), 16, reading=LayerReading(top_k=3)),
 }

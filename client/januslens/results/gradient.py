@@ -8,6 +8,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from januslens.results import exports
+from januslens.results.attention import AttentionGradient
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.kinds import MATRIX_KINDS, MatrixKind
 from januslens.results.matrices import Matrix, matrix_name
@@ -235,12 +236,15 @@ class Gradient:
 
     Attributes:
         header: Prompt, loss, targets and provenance.
+        attention: The attention of each layer and its gradients, from the last layer down; empty
+            unless requested.
         matrices: The gradients, from the last layer down.
         summary: Counts, times and segments; None if the stream was interrupted.
         responses: The messages that this result was read from.
     """
 
     header: GradientHeader
+    attention: tuple[AttentionGradient, ...]
     matrices: tuple[Matrix, ...]
     summary: GradientSummary | None
     responses: tuple[gradient_lens_pb2.GradientLensResponse, ...] = field(repr=False, compare=False)
@@ -282,6 +286,20 @@ class Gradient:
         gated = wanted is MatrixKind.FF1 and any(m.kind in _GATED for m in self.matrices)
         hint = "; in a gated MLP, FF1 is GATE and UP" if gated else ""
         raise KeyError(f"the gradient has no matrix {name}; expected one of {here}{hint}")
+
+    def attention_of(self, layer: int) -> AttentionGradient:
+        """Return the attention of a layer and its gradients; negative layers count from the last.
+
+        Raises:
+            KeyError: It was not requested.
+        """
+        layer += self.header.sizes.n_layers if layer < 0 else 0
+        for found in self.attention:
+            if found.layer == layer:
+                return found
+        raise KeyError(
+            f"the gradient has no attention of layer {layer}; request it with attention=True"
+        )
 
     def of_kind(self, kind: MatrixKind | str) -> list[Matrix]:
         """Return the gradients of one kind of matrix in all layers, from the last layer down.
@@ -359,6 +377,7 @@ class Gradient:
     def from_parts(
         cls,
         header: GradientHeader,
+        attention: Sequence[AttentionGradient],
         matrices: Sequence[Matrix],
         summary: GradientSummary | None,
         responses: Sequence[gradient_lens_pb2.GradientLensResponse],
@@ -366,6 +385,7 @@ class Gradient:
         """Combine the events of a stream."""
         return cls(
             header=header,
+            attention=tuple(attention),
             matrices=tuple(matrices),
             summary=summary,
             responses=tuple(responses),

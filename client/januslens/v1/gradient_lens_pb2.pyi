@@ -149,6 +149,7 @@ class GradientLensRequest(_message.Message):
     INCLUDE_FACTORS_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
+    INCLUDE_ATTENTION_GRADIENTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -181,6 +182,8 @@ class GradientLensRequest(_message.Message):
     """True: also send both vectors of each component."""
     verify: _builtins.bool
     """True: compare each sum of outer products with autograd's dense gradient."""
+    include_attention_gradients: _builtins.bool
+    """True: also send the attention patterns of the requested layers, and their gradients."""
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """The prompt; required."""
@@ -241,10 +244,11 @@ class GradientLensRequest(_message.Message):
         include_factors: _builtins.bool = ...,
         verify: _builtins.bool = ...,
         interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
+        include_attention_gradients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "input", b"input", "kl", b"kl", "learning_rate", b"learning_rate", "logit_difference", b"logit_difference", "loss", b"loss", "nll", b"nll", "subject", b"subject", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "include_factors", b"include_factors", "input", b"input", "interventions", b"interventions", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "include_attention_gradients", b"include_attention_gradients", "include_factors", b"include_factors", "input", b"input", "interventions", b"interventions", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015
@@ -420,8 +424,8 @@ Global___Span: _TypeAlias = Span  # noqa: Y015
 
 @_typing.final
 class GradientLensResponse(_message.Message):
-    """One message of the stream: the header, then matrices from the last layer to the first, then the
-    summary.
+    """One message of the stream: the header, then the layers from the last to the first, then the
+    summary. The attention gradient of a layer, if requested, comes before its matrices.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -430,6 +434,7 @@ class GradientLensResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     MATRIX_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the message in its stream: 0, 1, 2, ..."""
     @_builtins.property
@@ -444,6 +449,10 @@ class GradientLensResponse(_message.Message):
     def summary(self) -> Global___GradientSummary:
         """Last message. A stream without it is incomplete."""
 
+    @_builtins.property
+    def attention(self) -> Global___AttentionGradient:
+        """The attention gradient of a layer, or a piece of it."""
+
     def __init__(
         self,
         *,
@@ -451,12 +460,13 @@ class GradientLensResponse(_message.Message):
         header: Global___GradientHeader | None = ...,
         matrix: Global___GradientMatrix | None = ...,
         summary: Global___GradientSummary | None = ...,
+        attention: Global___AttentionGradient | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "matrix", b"matrix", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "event", b"event", "header", b"header", "matrix", b"matrix", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "matrix", b"matrix", "sequence", b"sequence", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "event", b"event", "header", b"header", "matrix", b"matrix", "sequence", b"sequence", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "matrix", "summary"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "matrix", "summary", "attention"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -665,6 +675,65 @@ class GradientMatrix(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__verification) -> _WhichOneofReturnType__verification | None: ...
 
 Global___GradientMatrix: _TypeAlias = GradientMatrix  # noqa: Y015
+
+@_typing.final
+class AttentionGradient(_message.Message):
+    """The attention of one layer and its gradients, or a piece of them. The three tensors have one
+    shape; messages of at most 1 MiB have the same range of each, in ascending order.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    PATTERN_FIELD_NUMBER: _builtins.int
+    PATTERN_GRADIENT_FIELD_NUMBER: _builtins.int
+    SCORE_GRADIENT_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Layer, from 0."""
+    offset: _builtins.int
+    """Number of the piece's first element in the row-major order of the whole tensors."""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape of the whole tensors: query positions, heads, source positions. Both kinds of positions
+        are those of the header's `prompt_tokens`.
+        """
+
+    @_builtins.property
+    def pattern(self) -> _common_pb2.Tensor:
+        """The attention probabilities a; 0 for sources that the position does not attend to. All three
+        pieces are one-dimensional and in float32.
+        """
+
+    @_builtins.property
+    def pattern_gradient(self) -> _common_pb2.Tensor:
+        """dL/da, also for sources that the position does not attend to."""
+
+    @_builtins.property
+    def score_gradient(self) -> _common_pb2.Tensor:
+        """dL/ds, where s are the scores: the products of query and key with all scales, before a soft cap
+        and a position bias (Reversed Attention; Katz & Wolf 2025). 0 for sources that the position
+        does not attend to.
+        """
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        pattern: _common_pb2.Tensor | None = ...,
+        pattern_gradient: _common_pb2.Tensor | None = ...,
+        score_gradient: _common_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pattern", b"pattern", "pattern_gradient", b"pattern_gradient", "score_gradient", b"score_gradient"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "offset", b"offset", "pattern", b"pattern", "pattern_gradient", b"pattern_gradient", "score_gradient", b"score_gradient", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttentionGradient: _TypeAlias = AttentionGradient  # noqa: Y015
 
 @_typing.final
 class Component(_message.Message):

@@ -71,7 +71,8 @@ class ResolvedTrace:
 class ResolvedGradientLens:
     """A GradientLens with its tokens, loss, matrices and segments.
 
-    `matrices` start with those of the last layer. `limited_layers` are those without all parts.
+    `matrices` and `attention_layers`, the layers whose attention is sent, start with the last
+    layer. `limited_layers` are those without all parts.
     `seconds` is the time that resolving took, reported as the stage "tokenize".
     """
 
@@ -83,6 +84,7 @@ class ResolvedGradientLens:
     limited_layers: tuple[LayerLevel, ...]
     segments: dict[Segment, list[int]]
     interventions: tuple[Intervention, ...]
+    attention_layers: tuple[int, ...]
     seconds: float
 
 
@@ -350,6 +352,9 @@ def resolve_gradient_lens(
             objective.prompt_length,
             others=OtherPrompts(model, check_cancelled),
         ),
+        attention_layers=tuple(layer for layer in layers[::-1] if layer in model.view.known)
+        if spec.include_attention_gradients
+        else (),
         seconds=time.perf_counter() - started,
     )
 

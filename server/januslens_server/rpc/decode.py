@@ -156,6 +156,7 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
         include_factors=request.include_factors,
         verify=request.verify,
         interventions=_interventions(request.interventions),
+        include_attention_gradients=request.include_attention_gradients,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from januslens.v1 import gradient_lens_pb2
 from januslens_server.results import (
+    AttentionGradient,
     Components,
     Entries,
     GradientEvent,
@@ -49,6 +50,9 @@ class GradientLensEncoder:
             yield Response(sequence=next(self._sequence), header=self._header(event))
         elif isinstance(event, GradientSummary):
             yield Response(sequence=next(self._sequence), summary=_summary(event))
+        elif isinstance(event, AttentionGradient):
+            for piece in _attention(event):
+                yield Response(sequence=next(self._sequence), attention=piece)
         else:
             yield from self._matrix(event)
 
@@ -87,6 +91,23 @@ class GradientLensEncoder:
             ending.verification.relative_error = matrix.verification.measured_error
             ending.verification.tolerance = matrix.verification.tolerance
         return responses
+
+
+# Elements of each of the three tensors in a message; with the rest they stay within 1 MiB.
+PIECE_ELEMENTS = (2**20 - 4096) // 12
+
+
+def _attention(found: AttentionGradient) -> Iterator[gradient_lens_pb2.AttentionGradient]:
+    for start in range(0, len(found.pattern), PIECE_ELEMENTS):
+        part = slice(start, start + PIECE_ELEMENTS)
+        yield gradient_lens_pb2.AttentionGradient(
+            layer=found.layer,
+            offset=found.offset + start,
+            shape=found.shape,
+            pattern=tensor_message(found.pattern[part]),
+            pattern_gradient=tensor_message(found.pattern_gradient[part]),
+            score_gradient=tensor_message(found.score_gradient[part]),
+        )
 
 
 def _frame(matrix: GradientMatrix) -> gradient_lens_pb2.GradientMatrix:
