@@ -160,6 +160,12 @@ class GradientHeader:
         )
 
 
+_SEGMENTS = {
+    number: name.removeprefix("PROMPT_SEGMENT_").lower()
+    for name, number in gradient_lens_pb2.PromptSegment.items()
+}
+
+
 @dataclass(frozen=True)
 class SegmentRow:
     """Norms and ranks of one matrix over a segment of the prompt (Backward Lens, section 6).
@@ -185,7 +191,7 @@ class SegmentRow:
     def from_message(cls, message: gradient_lens_pb2.SegmentRow) -> SegmentRow:
         """Read one row."""
         return cls(
-            segment=message.segment,
+            segment=_SEGMENTS.get(message.segment, str(message.segment)),
             layer=message.layer,
             kind=MATRIX_KINDS.member(message.kind),
             mean_vjp_norm=message.mean_vjp_norm,

@@ -117,8 +117,8 @@ def _frame(matrix: GradientMatrix) -> gradient_lens_pb2.GradientMatrix:
         expert=matrix.expert,
         d_in=matrix.d_in,
         d_out=matrix.d_out,
-        projected_side=gradient_lens_pb2.Side.ValueType(matrix.projected_side),
-        promoted_end=gradient_lens_pb2.End.ValueType(matrix.promoted_end),
+        projected_side=gradient_lens_pb2.GradientFactor.ValueType(matrix.projected_side),
+        promoted_end=gradient_lens_pb2.RankingEnd.ValueType(matrix.promoted_end),
         component_count=matrix.component_count,
         frobenius_norm=matrix.frobenius_norm,
     )
@@ -192,14 +192,17 @@ def _add_neurons(changes: NeuronChanges, pieces: MatrixPieces) -> None:
         pieces.added(added, list(itertools.chain.from_iterable(named)))
 
 
-def _entries(entries: Entries) -> list[list[gradient_lens_pb2.Entry]]:
+def _entries(entries: Entries) -> list[list[gradient_lens_pb2.Coordinate]]:
     return [
         [
-            gradient_lens_pb2.Entry(index=index, value=value)
+            gradient_lens_pb2.Coordinate(index=index, value=value)
             for index, value in zip(indices, values, strict=True)
         ]
         for indices, values in zip(entries.indices.tolist(), entries.values.tolist(), strict=True)
     ]
+
+
+_SEGMENTS = dict(gradient_lens_pb2.PromptSegment.items())
 
 
 def _summary(summary: GradientSummary) -> gradient_lens_pb2.GradientSummary:
@@ -208,7 +211,7 @@ def _summary(summary: GradientSummary) -> gradient_lens_pb2.GradientSummary:
         times=time_messages(summary.times),
         segments=[
             gradient_lens_pb2.SegmentRow(
-                segment=row.segment,
+                segment=_SEGMENTS[f"PROMPT_SEGMENT_{row.segment.upper()}"],
                 layer=row.layer,
                 kind=_kind(row.kind),
                 mean_vjp_norm=row.mean_vjp_norm,
