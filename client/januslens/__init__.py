@@ -127,7 +127,9 @@ from januslens.results.generation import (
     LayerOutcome,
 )
 from januslens.results.gradient import (
+    EditCell,
     EditPreview,
+    EditPreviews,
     Effect,
     Gradient,
     GradientHeader,
@@ -214,7 +216,9 @@ __all__ = [
     "EdgeDifference",
     "EdgeKind",
     "Edit",
+    "EditCell",
     "EditPreview",
+    "EditPreviews",
     "Effect",
     "End",
     "Entry",

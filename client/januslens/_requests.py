@@ -39,6 +39,7 @@ from januslens.arguments import (
     position_numbers,
     probe_message,
     set_edit,
+    set_edit_grid,
     set_loss,
     subject_message,
     target_message,
@@ -550,6 +551,32 @@ def preview_edit_request(
         interventions=intervention_messages(interventions),
     )
     set_edit(request, edit)
+    return request
+
+
+def preview_edits_request(  # noqa: PLR0913 - by keyword
+    prompt: Prompt,
+    target: TargetLike,
+    *,
+    learning_rates: Iterable[float] = (),
+    etas: Iterable[float] = (),
+    layers: Layers | None = None,
+    matrices: Iterable[MatrixKind | str] | None = None,
+    probes: Iterable[Probe | str] = (),
+    interventions: Iterable[Intervention] = (),
+    model: str = "",
+    revision: str = "",
+) -> edits_pb2.PreviewEditRequest:
+    """Build the request of `AsyncClient.preview_edits`."""
+    request = edits_pb2.PreviewEditRequest(
+        model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
+        input=input_message(prompt),
+        target=target_message(target),
+        probes=[probe_message(probe) for probe in probes],
+        interventions=intervention_messages(interventions),
+    )
+    set_edit_grid(request, learning_rates, etas, layers, matrices)
     return request
 
 

@@ -338,6 +338,29 @@ def test_negative_layers_count_from_the_last_one(client: Client, trace: Trace) -
     assert shifts[0] == shifts[1]
 
 
+def test_grid_of_edits_has_the_effects_of_single_edits(client: Client) -> None:
+    probes = ["The capital of Peru is the city of"]
+    grid = client.preview_edits(
+        PROMPT, " Paris", learning_rates=[0.5, 1.0], layers=[0, -1], probes=probes
+    )
+    assert (grid.layers, grid.strengths) == ((0, LAYERS - 1), (0.5, 1.0))
+    for cell in grid.cells:
+        step = januslens.DescentStep(cell.strength, layers=[cell.layer])
+        single = client.preview_edit(PROMPT, " Paris", step, probes=probes)
+        assert (cell.edited, cell.probes) == (single.edited, single.probes)
+    frame = grid.to_pandas()
+    edited = frame[frame["label"] == ""].pivot(
+        index="layer", columns="strength", values="probability_after"
+    )
+    assert edited.to_numpy()[0, 0] == grid.cells[0].edited.probability_after
+    assert len(frame) == 2 * len(grid.cells)
+    shifts = client.preview_edits(PROMPT, " Paris", etas=[0.1])
+    assert shifts.layers == tuple(range(LAYERS))
+    for strengths in ([], [1.0]):
+        with pytest.raises(ValueError, match="of learning_rates and etas are given; give one"):
+            client.preview_edits(PROMPT, " Paris", learning_rates=strengths, etas=strengths)
+
+
 def test_tokens_to_suppress_are_ids_or_texts(client: Client, trace: Trace) -> None:
     tokyo = trace.target().target.id
     by_id, by_text = (

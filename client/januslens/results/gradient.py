@@ -110,6 +110,78 @@ class EditPreview:
 
 
 @dataclass(frozen=True)
+class EditCell:
+    """The effects of one edit of a grid.
+
+    Attributes:
+        layer: The layer that the edit changes.
+        strength: The learning rate of a descent step, or eta of a forward shift.
+        edited: The effect on the edited prompt.
+        probes: The effects on the probes, in the order of the request.
+    """
+
+    layer: int
+    strength: float
+    edited: Effect
+    probes: tuple[Effect, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class EditPreviews:
+    """The effects of a grid of edits, by layer and then in the order of the strengths.
+
+    Attributes:
+        cells: The edits.
+        provenance: The model's revision, data type, device and library versions.
+        response: The message that it was read from.
+    """
+
+    cells: tuple[EditCell, ...]
+    provenance: Provenance
+    response: edits_pb2.PreviewEditResponse = field(repr=False, compare=False)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers of the grid, ascending."""
+        return tuple(dict.fromkeys(cell.layer for cell in self.cells))
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The strengths of the grid, in the order of the request."""
+        return tuple(dict.fromkeys(cell.strength for cell in self.cells))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with one row per edit and prompt. Requires pandas.
+
+        For a table of layers and strengths, use for example
+        `frame.pivot(index="layer", columns="strength", values="probability_after")`.
+        """
+        return exports.edit_grid_frame(self.cells)
+
+    def __repr__(self) -> str:
+        """A one-line description, because there may be many edits."""
+        return f"<EditPreviews: {len(self.layers)} layers x {len(self.strengths)} strengths>"
+
+    @classmethod
+    def from_message(cls, message: edits_pb2.PreviewEditResponse) -> EditPreviews:
+        """Read the whole response."""
+        tokens = TokenTable(message.tokens)
+        return cls(
+            cells=tuple(
+                EditCell(
+                    layer=cell.layer,
+                    strength=cell.strength,
+                    edited=Effect.from_message(cell.edited, tokens),
+                    probes=tuple(Effect.from_message(probe, tokens) for probe in cell.probes),
+                )
+                for cell in message.cells
+            ),
+            provenance=Provenance.from_message(message.provenance),
+            response=message,
+        )
+
+
+@dataclass(frozen=True)
 class GradientHeader:
     """Prompt, loss and targets of a gradient; the first event of its stream.
 
