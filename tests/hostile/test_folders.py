@@ -117,6 +117,26 @@ def test_keys_that_choose_code_or_files_are_refused(
     assert found in refusal(folder)
 
 
+def test_generation_settings_cannot_choose_code(folder: Path) -> None:
+    describe(folder, "generation_config.json", custom_generate="custom_generate/generate.py")
+    assert "custom_generate selects code for generation" in refusal(folder)
+
+
+def test_code_beside_a_known_architecture_is_never_run(folder: Path) -> None:
+    """Every file that may name classes names some, and each class would leave a file."""
+    ran = folder / "ran"
+    code = f"import pathlib\npathlib.Path({str(ran)!r}).touch()\nclass Novel: pass\n"
+    (folder / "custom_generate").mkdir()
+    for name in ("code.py", "custom_generate/generate.py", "__init__.py", "tokenizer.py"):
+        (folder / name).write_text(code)
+    classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "AutoProcessor")
+    for name in ("config", "generation_config", "processor_config", "tokenizer_config"):
+        describe(folder, f"{name}.json", auto_map=dict.fromkeys(classes, "code.Novel"))
+    status = status_of(folder)
+    assert (status.state, status.reason) == (ModelState.READY, "")
+    assert not ran.exists()
+
+
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_attention_of_other_packages_is_computed_by_torch(folder: Path, name: str) -> None:
     """Models are published with the name of the implementation used for training."""

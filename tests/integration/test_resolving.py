@@ -27,7 +27,7 @@ from januslens.v1 import (
 from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.pipelines.resolve import resolve_preview_edit
 from januslens_server.results import Token
-from januslens_server.rpc import admission
+from januslens_server.rpc import admission, decode
 from januslens_server.specs import PreviewEditSpec, TraceSpec
 from tests.support.calls import prompt
 from tests.support.in_process import Loaded, loaded, served
@@ -116,6 +116,39 @@ async def test_each_text_of_a_request_is_tokenized_once(
         else:
             await call
     assert sorted(tokenized) == sorted(texts)
+
+
+DECODERS = {
+    "Trace": "trace_spec",
+    "GradientLens": "gradient_lens_spec",
+    "PreviewEdit": "preview_edit_spec",
+    "Activations": "activations_spec",
+    "Intervene": "intervene_spec",
+    "FindNeurons": "find_neurons_spec",
+    "EstimateCost": "trace_spec",
+}
+
+
+@pytest.mark.parametrize("rpc", DECODERS)
+async def test_requests_are_decoded_outside_the_event_loop(
+    demo: Loaded, monkeypatch: pytest.MonkeyPatch, rpc: str
+) -> None:
+    """Decoding 16,384 experiments in it would delay health checks by 0.2 s."""
+    decoded, threads = getattr(decode, DECODERS[rpc]), []
+
+    def recorded(*args: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread())
+        return decoded(*args, **named)
+
+    monkeypatch.setattr(decode, DECODERS[rpc], recorded)
+    async with served(demo) as stub:
+        call = getattr(stub, rpc)(REQUESTS[rpc][0])
+        if hasattr(call, "__aiter__"):
+            assert [message async for message in call]
+        else:
+            await call
+    assert len(threads) == 1
+    assert threading.current_thread() not in threads
 
 
 PROBES = edits_pb2.PreviewEditRequest(

@@ -1,7 +1,9 @@
-"""Process-wide tuning: OpenMP's spin count, and the threads of each process."""
+"""Process-wide tuning: OpenMP's spin count, threads of each process, garbage collections."""
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from januslens_server import tuning
 from januslens_server.tuning import SPIN_COUNT, limit_spinning, set_threads
 
 NAMES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -127,3 +130,41 @@ def test_repeated_products_reuse_memory() -> None:
         [sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True
     )
     assert int(faults.stdout) < 2000
+
+
+@pytest.mark.parametrize("overdue", [False, True])
+async def test_full_collections_wait_until_the_server_is_idle_or_they_are_overdue(
+    overdue: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "COLLECTION_SECONDS", 0.001)
+    if overdue:
+        monkeypatch.setattr(tuning, "LATEST_COLLECTION_SECONDS", 0.0)
+    thresholds, busy = gc.get_threshold(), True
+    asked = 0
+
+    def is_busy() -> bool:
+        nonlocal asked
+        asked += 1
+        return busy
+
+    collecting = asyncio.create_task(tuning.collect_garbage(is_busy))
+    try:
+        await asyncio.sleep(0)  # Python's own full collections are off from here on
+        before = full_collections()
+        for _ in range(2 * tuning.YOUNG_COLLECTIONS):
+            gc.collect(1)
+        async with asyncio.timeout(60):
+            while asked < 2 and full_collections() == before:  # noqa: ASYNC110 - the task sets no event
+                await asyncio.sleep(0.001)
+            assert (full_collections() > before) == overdue
+            busy = False
+            while full_collections() == before:  # noqa: ASYNC110 - as above
+                await asyncio.sleep(0.001)
+    finally:
+        collecting.cancel()
+        gc.set_threshold(*thresholds)
+
+
+def full_collections() -> int:
+    """Return how many full garbage collections this process has run."""
+    return int(gc.get_stats()[2]["collections"])
