@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,60 +14,16 @@ from click.testing import CliRunner
 import januslens
 from januslens.cli.program import januslens as command
 from januslens.surveys import runner
-from tests.support.tethered import tethered
+from tests.support.surveys import contents, prompts_file, running_survey
 
 COUNTRIES = ("Japan", "Peru", "France", "Spain", "Italy", "Kenya", "Chile", "Cuba")
 PROMPTS = [f"The capital of {COUNTRIES[i % 8]} is the city of" for i in range(48)]
 OPTIONS: dict[str, Any] = {"node_kinds": ["BLOCK_OUTPUT", "HEAD_OUTPUT"], "top_k": 2}
-SURVEY = """
-import json, sys
-import januslens
-from januslens.surveys import runner
-
-runner.PART_PROMPTS = 5
-_, address, prompts, out, options, *replicas = sys.argv
-client = januslens.Client(address)
-print("started", flush=True)
-client.survey(prompts, out, replicas=replicas, **json.loads(options))
-"""
-
-
-def contents(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The rows of every table, by prompt; rows of one prompt keep their order."""
-    survey = januslens.Survey.open(folder)
-    return {
-        table: sorted(
-            survey.dataset(table).to_table().to_pylist(), key=lambda row: int(row["prompt"])
-        )
-        for table in survey.tables
-    }
-
-
-def killed_survey(
-    seconds: float, arguments: list[str], out: Path, options: dict[str, Any]
-) -> int | None:
-    """Run a survey in another process, and kill it after some time; return its exit status."""
-    process = subprocess.Popen(
-        tethered([sys.executable, "-c", SURVEY, *arguments, str(out), json.dumps(options)]),
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    try:
-        return process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return None
-    finally:
-        process.stdout.close()
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("".join(f"{json.dumps(prompt)}\n" for prompt in PROMPTS))
-    return path
+    return prompts_file(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", PROMPTS)
 
 
 def test_killed_survey_has_the_rows_of_an_uninterrupted_one(
@@ -83,7 +36,9 @@ def test_killed_survey_has_the_rows_of_an_uninterrupted_one(
         drawn = random.Random(18)
         for _ in range(2):
             seconds = drawn.uniform(0.2, 0.6) * taken
-            killed_survey(seconds, [server_address, str(file)], tmp_path / "killed", OPTIONS)
+            with running_survey(server_address, file, tmp_path / "killed", OPTIONS) as process:
+                time.sleep(seconds)
+                process.kill()
         survey = client.survey(file, tmp_path / "killed", **OPTIONS)
     assert survey.complete
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
@@ -174,6 +129,17 @@ def test_failures_are_listed_and_sent_again(server_address: str, tmp_path: Path)
             assert "tokens" in failure["message"]
             assert survey.manifest["results"] == 3
             assert survey.complete
+
+
+def test_survey_stops_if_its_first_prompts_all_fail(server_address: str, tmp_path: Path) -> None:
+    with (
+        januslens.Client(server_address) as client,
+        pytest.raises(januslens.InvalidRequest, match="layers"),
+    ):
+        client.survey(PROMPTS, tmp_path / "out", layers=[99])
+    survey = januslens.Survey.open(tmp_path / "out")
+    assert not survey.complete
+    assert 20 <= survey.dataset("failures").count_rows() < len(PROMPTS)
 
 
 def test_lost_server_ends_the_survey_after_the_patience(tmp_path: Path) -> None:

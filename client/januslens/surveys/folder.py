@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -108,7 +108,7 @@ class SurveyFolder:
                     f"not {_short(asked[name])}; resume it with the same arguments, or give "
                     "another folder"
                 )
-            self._remove_orphans()
+            self.remove_orphans()
             return
         libraries = ("januslens", "pyarrow", "numpy", "grpcio", "protobuf")
         client = {name: metadata.version(name) for name in libraries}
@@ -150,11 +150,25 @@ class SurveyFolder:
         done, failed = bytearray(self.input.count), 0
         for table in ("prompts", "failures"):
             for file in (self.path / table).glob("*.parquet"):
-                numbers = pq.read_table(file, columns=["prompt"])["prompt"].to_pylist()
+                numbers = _numbers(file)
                 failed += len(numbers) if table == "failures" else 0
                 for number in numbers:
                     done[number] = True
         return done, failed
+
+    def written(self, numbers: Iterable[int]) -> set[int]:
+        """Return the prompts in those parts whose first prompt is one of `numbers`."""
+        files = (
+            self.path / table / f"{_part(number)}.parquet"
+            for number in numbers
+            for table in ("prompts", "failures")
+        )
+        return {number for file in files if file.exists() for number in _numbers(file)}
+
+    @property
+    def has_results(self) -> bool:
+        """Whether a result has been written."""
+        return any((self.path / "prompts").glob("*.parquet"))
 
     def forget_failures(self) -> None:
         """Remove the failures, so that their prompts are sent again."""
@@ -164,7 +178,7 @@ class SurveyFolder:
     def write(self, part: Sequence[tuple[SurveyPrompt, Rows]]) -> None:
         """Write the results of some prompts, which are then done."""
         ordered = sorted(part, key=lambda pair: pair[0].number)
-        name = f"part-{ordered[0][0].number:08d}"
+        name = _part(ordered[0][0].number)
         rows = [_with_file(one, f"tensors/{name}.safetensors") for _, one in ordered]
         tensors = {key: tensor for one in rows for key, tensor in one.tensors.items()}
         if tensors:
@@ -198,7 +212,7 @@ class SurveyFolder:
             for prompt, error in ordered
         ]
         table = pa.Table.from_pylist(listed, schema=SCHEMAS["failures"])
-        self._write_table("failures", f"part-{ordered[0][0].number:08d}", table)
+        self._write_table("failures", _part(ordered[0][0].number), table)
 
     def _write_table(self, table: str, name: str, rows: pa.Table) -> None:
         _write(
@@ -210,7 +224,7 @@ class SurveyFolder:
         text = json.dumps(manifest, indent=2, ensure_ascii=False)
         _write(self.path / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
-    def _remove_orphans(self) -> None:
+    def remove_orphans(self) -> None:
         """Remove the files that a killed process left: unfinished ones, and those of its part."""
         whole = {file.stem for file in (self.path / "prompts").glob("*.parquet")}
         for file in self.path.glob("*/*"):
@@ -218,6 +232,16 @@ class SurveyFolder:
             orphan = table != "failures" and file.stem not in whole
             if file.name.startswith(".") or orphan:
                 file.unlink()
+
+
+def _part(first: int) -> str:
+    """Name a part by its first prompt. It is the only part with this prompt."""
+    return f"part-{first:08d}"
+
+
+def _numbers(file: Path) -> list[int]:
+    numbers: list[int] = pq.read_table(file, columns=["prompt"])["prompt"].to_pylist()
+    return numbers
 
 
 def _copied(path: Path, prompts: SurveyPrompts, request: SurveyRequest) -> Input:

@@ -11,10 +11,13 @@ import asyncio
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import grpc
 
 from januslens._connection import Connection
 from januslens.aio_calls import AsyncCalls
@@ -81,6 +84,8 @@ _NOT_READY: Mapping[str, tuple[type[JanuslensError], ErrorDetails]] = {
 }
 # Interrupted calls of one prompt, after which it counts as failed: it may be what stops the server.
 _MAX_INTERRUPTIONS = 10
+# Failures before the first result, after which the survey stops: its request may be invalid.
+_MAX_FIRST_FAILURES = 20
 _LONGEST_PAUSE = 10.0
 
 # A part is written when it has this many prompts, bytes, or seconds since its first result.
@@ -127,17 +132,52 @@ async def run_survey(
     """Run or resume a survey; return it when every prompt has a result or a failure."""
     # Prompts and folder are checked before anything is sent.
     with SurveyFolder.opened(out, prompts, request) as folder:
-        servers = [SurveyCalls(replace(connection, resume=True)) for connection in plan.connections]
-        try:
-            model = await _ready_model(servers, request.template.model, plan.patience)
+        async with calls_to(plan.connections) as servers:
+            model = await ready_model(servers, request.template.model, plan.patience)
             folder.begin(request, model)
             if plan.retry_failures:
                 folder.forget_failures()
-            await _Run(folder, request, model, plan).all(servers)
-        finally:
-            for server in servers:
-                await server.close()
+            done, failed = folder.done()
+            before, begun = sum(done), time.monotonic()
+
+            def report(sender: Sender) -> None:
+                if plan.on_progress is None:
+                    return
+                here, total = sender.results + sender.failures, len(done)
+                rate = here / max(time.monotonic() - begun, 1e-9)
+                plan.on_progress(
+                    SurveyProgress(
+                        total=total,
+                        done=before - failed + sender.results,
+                        failed=failed + sender.failures,
+                        per_second=rate,
+                        seconds_left=(total - before - here) / rate if rate else None,
+                        retries=sender.retries,
+                    )
+                )
+
+            sender = Sender(folder, folder.input.prompts(done), request, model, plan, report)
+            await sender.send(servers)
         return folder.finish()
+
+
+@asynccontextmanager
+async def calls_to(connections: Iterable[Connection]) -> AsyncIterator[list[SurveyCalls]]:
+    """Open the calls to several servers, and close them at the end.
+
+    Raises:
+        ValueError: A connection has interceptors of a synchronous client.
+    """
+    resuming = [replace(connection, resume=True) for connection in connections]
+    for connection in resuming:
+        if not all(isinstance(one, grpc.aio.ClientInterceptor) for one in connection.interceptors):
+            raise ValueError("a survey cannot use interceptors of a Client; use an AsyncClient")
+    servers = [SurveyCalls(connection) for connection in resuming]
+    try:
+        yield servers
+    finally:
+        for server in servers:
+            await server.close()
 
 
 class SurveyCalls(AsyncCalls):
@@ -164,7 +204,7 @@ class SurveyCalls(AsyncCalls):
             return read(prompt.number, await stream.result())
 
 
-async def _ready_model(servers: Sequence[SurveyCalls], name: str, patience: float) -> Model:
+async def ready_model(servers: Sequence[SurveyCalls], name: str, patience: float) -> Model:
     """Return the model of this name, or the only one, of the first server where it is loaded.
 
     Raises:
@@ -210,27 +250,39 @@ class _Part:
         return bool(count) and (late or count >= PART_PROMPTS or self.size >= PART_BYTES)
 
 
-class _Run:
-    """The state of a running survey."""
+class Sender:
+    """Sends prompts to servers, and writes what they answer.
+
+    Attributes:
+        results: Number of results received.
+        failures: Number of prompts that failed.
+        retries: Number of calls that were repeated.
+    """
 
     def __init__(
-        self, folder: SurveyFolder, request: SurveyRequest, model: Model, plan: Plan
+        self,
+        folder: SurveyFolder,
+        pending: Iterator[SurveyPrompt],
+        request: SurveyRequest,
+        model: Model,
+        plan: Plan,
+        report: Callable[[Sender], object] = lambda _: None,
     ) -> None:
+        """`report` is called after each of the `pending` prompts."""
+        self.results = self.failures = self.retries = 0
         self._folder = folder
+        self._pending = pending
         self._request = request
         self._model = model
         self._plan = plan
-        done, self._failed = folder.done()
-        self._done = self._before = sum(done)
-        self._pending = folder.input.prompts(done)
+        self._report = report
         self._returned: deque[SurveyPrompt] = deque()
         self._interruptions: Counter[int] = Counter()
-        self._retries = 0
         self._part = _Part()
         self._writing = asyncio.Lock()
-        self._begun = self._last_result = time.monotonic()
+        self._last_result = time.monotonic()
 
-    async def all(self, servers: Sequence[SurveyCalls]) -> None:
+    async def send(self, servers: Sequence[SurveyCalls]) -> None:
         """Send all pending prompts; what has been received is written in any case.
 
         Raises:
@@ -258,15 +310,15 @@ class _Run:
                     self._returned.append(prompt)
                     await asyncio.sleep(pause)
                     continue
-                self._failed += 1
+                self.failures += 1
                 self._part.failures.append((prompt, error))
             else:
+                self.results += 1
                 self._part.results.append((prompt, rows))
                 self._part.size += rows.size
                 self._last_result = time.monotonic()
             fruitless = 0
-            self._done += 1
-            self._report()
+            self._report(self)
             if self._part.full:
                 await self._write()
 
@@ -276,7 +328,10 @@ class _Run:
     def _check(self, error: JanuslensError) -> None:
         """Raise the error if every prompt would fail, or if the servers have been lost for long."""
         waited = time.monotonic() - self._last_result
-        if isinstance(error, _OF_ALL) or (_passing(error) and waited > self._plan.patience):
+        lost = _passing(error) and waited > self._plan.patience
+        fruitless = self.failures >= _MAX_FIRST_FAILURES and not self.results
+        hopeless = fruitless and not self._folder.has_results
+        if isinstance(error, _OF_ALL) or lost or hopeless:
             raise error
 
     def _pause(self, prompt: SurveyPrompt, error: JanuslensError, fruitless: int) -> float:
@@ -287,7 +342,7 @@ class _Run:
             self._interruptions[prompt.number] += 1
             if self._interruptions[prompt.number] >= _MAX_INTERRUPTIONS:
                 return 0.0
-        self._retries += 1
+        self.retries += 1
         logger.warning("prompt %d is sent again: %s", prompt.number, error.message)
         return max(error.retry_after or 0.0, min(_LONGEST_PAUSE, 0.1 * 2.0**fruitless))
 
@@ -303,23 +358,6 @@ class _Run:
                 await asyncio.to_thread(self._folder.write, part.results)
             if part.failures:
                 await asyncio.to_thread(self._folder.write_failures, part.failures)
-
-    def _report(self) -> None:
-        if self._plan.on_progress is None:
-            return
-        elapsed = time.monotonic() - self._begun
-        rate = (self._done - self._before) / elapsed if elapsed else 0.0
-        total = self._folder.input.count
-        self._plan.on_progress(
-            SurveyProgress(
-                total=total,
-                done=self._done - self._failed,
-                failed=self._failed,
-                per_second=rate,
-                seconds_left=(total - self._done) / rate if rate else None,
-                retries=self._retries,
-            )
-        )
 
 
 def _passing(error: JanuslensError) -> bool:
