@@ -114,7 +114,6 @@ from januslens.results.activations import (
     ActivationsSummary,
     SiteTensor,
 )
-from januslens.results.attention import AttentionGradient, AttentionWeight
 from januslens.results.comparison import EdgeDifference, NodeDifference, TraceComparison
 from januslens.results.contributions import ContributionTree
 from januslens.results.exports import PageFrame
@@ -127,9 +126,7 @@ from januslens.results.generation import (
     LayerOutcome,
 )
 from januslens.results.gradient import (
-    EditCell,
     EditPreview,
-    EditPreviews,
     Effect,
     Gradient,
     GradientHeader,
@@ -200,8 +197,6 @@ __all__ = [
     "AsyncClient",
     "AsyncEventStream",
     "AsyncGeneration",
-    "AttentionGradient",
-    "AttentionWeight",
     "Cancelled",
     "Chat",
     "Client",
@@ -216,9 +211,7 @@ __all__ = [
     "EdgeDifference",
     "EdgeKind",
     "Edit",
-    "EditCell",
     "EditPreview",
-    "EditPreviews",
     "Effect",
     "End",
     "Entry",

@@ -385,7 +385,6 @@ class AsyncLenses(AsyncCalls):
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
-        attention: bool = False,
         interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
@@ -418,8 +417,6 @@ class AsyncLenses(AsyncCalls):
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
             verify: Compare each matrix with autograd's dense gradient.
-            attention: Send the attention patterns of the layers and their gradients (Reversed
-                Attention; Katz & Wolf, 2025).
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
@@ -448,7 +445,6 @@ class AsyncLenses(AsyncCalls):
             subject=subject,
             factors=factors,
             verify=verify,
-            attention=attention,
             interventions=interventions,
             model=model,
             revision=revision,
@@ -476,7 +472,6 @@ class AsyncLenses(AsyncCalls):
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
-        attention: bool = False,
         interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
@@ -507,8 +502,6 @@ class AsyncLenses(AsyncCalls):
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
             verify: Compare each matrix with autograd's dense gradient.
-            attention: Send the attention patterns of the layers and their gradients (Reversed
-                Attention; Katz & Wolf, 2025).
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
@@ -539,7 +532,6 @@ class AsyncLenses(AsyncCalls):
             subject=subject,
             factors=factors,
             verify=verify,
-            attention=attention,
             interventions=interventions,
             model=model,
             revision=revision,
@@ -565,7 +557,6 @@ class AsyncLenses(AsyncCalls):
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
-        attention: bool = False,
         interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
@@ -596,8 +587,6 @@ class AsyncLenses(AsyncCalls):
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
             verify: Compare each matrix with autograd's dense gradient.
-            attention: Send the attention patterns of the layers and their gradients (Reversed
-                Attention; Katz & Wolf, 2025).
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
@@ -625,7 +614,6 @@ class AsyncLenses(AsyncCalls):
             subject=subject,
             factors=factors,
             verify=verify,
-            attention=attention,
             interventions=interventions,
             model=model,
             revision=revision,

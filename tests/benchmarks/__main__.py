@@ -22,6 +22,7 @@ from tests.benchmarks.rows import (
     generate,
     gradient_lens,
     positions,
+    survey,
     trace,
     unprojected,
     warm,
@@ -39,6 +40,7 @@ ROWS = {
     "positions": positions.measure,
     "experiments": experiments.measure,
     "callers": callers.measure,
+    "survey": survey.measure,
 }
 # Rows that are measured on a model of SmolLM2's shape.
 GENERATION = {"generate": generate.measure}

@@ -18,7 +18,6 @@ from januslens_server.results.generation import (
     LayerOutcome,
 )
 from januslens_server.results.gradient_lens import (
-    AttentionGradient,
     Components,
     Entries,
     GradientEvent,
@@ -85,7 +84,6 @@ __all__ = [
     "ActivationsEvent",
     "ActivationsHeader",
     "ActivationsSummary",
-    "AttentionGradient",
     "Components",
     "Coordinates",
     "Cost",

@@ -16,7 +16,6 @@ from januslens_server.errors import (
     LimitViolation,
     readable_size,
 )
-from januslens_server.models.chat import one_sandbox
 from januslens_server.pipelines.cost import Demand, Pace, demand_of
 from januslens_server.pipelines.resolve import Resolved
 from januslens_server.results import Cost
@@ -164,8 +163,7 @@ def _counted(resolve: Resolve[ResolvedT], check_cancelled: CancelCheck) -> tuple
                 "send fewer texts, conversations or interventions",
             )
 
-    with one_sandbox():
-        request = resolve(check)
+    request = resolve(check)
     return request, demand_of(request)
 
 
