@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SETUP  := $(VENV)/.setup-done
+# Server and command only; `make setup` adds the tools for development to the same environment.
+DEMO_SETUP := $(VENV)/.demo-done
 
 # Stubs are generated in a separate environment; see protos/requirements.txt for the reason.
 STUBS_VENV  := .cache/stubs-venv
@@ -44,7 +46,7 @@ help: ## List the targets
 
 setup: $(SETUP) ## Create .venv with all dependencies (PYTHON=... chooses the interpreter)
 
-demo: $(SETUP) ## Start the demo server, run a trace and a gradient, stop the server
+demo: $(DEMO_SETUP) ## Start the demo server, run a trace and a gradient, stop the server
 	@$(BIN)/python server/quickstart.py
 
 test: $(SETUP) $(if $(NPM),$(VIEWER_SETUP)) ## Run the tests
@@ -138,6 +140,11 @@ endef
 $(SETUP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[server,cli,ui,analysis,otel,dev]'
+	@touch $@ $(DEMO_SETUP)
+
+$(DEMO_SETUP): pyproject.toml
+	test -e $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[server,cli]'
 	@touch $@
 
 $(VIEWER_SETUP): $(VIEWER)/package-lock.json

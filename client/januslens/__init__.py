@@ -114,6 +114,7 @@ from januslens.results.activations import (
     ActivationsSummary,
     SiteTensor,
 )
+from januslens.results.attention import AttentionGradient, AttentionWeight
 from januslens.results.comparison import EdgeDifference, NodeDifference, TraceComparison
 from januslens.results.contributions import ContributionTree
 from januslens.results.exports import PageFrame
@@ -126,7 +127,9 @@ from januslens.results.generation import (
     LayerOutcome,
 )
 from januslens.results.gradient import (
+    EditCell,
     EditPreview,
+    EditPreviews,
     Effect,
     Gradient,
     GradientHeader,
@@ -197,6 +200,8 @@ __all__ = [
     "AsyncClient",
     "AsyncEventStream",
     "AsyncGeneration",
+    "AttentionGradient",
+    "AttentionWeight",
     "Cancelled",
     "Chat",
     "Client",
@@ -211,7 +216,9 @@ __all__ = [
     "EdgeDifference",
     "EdgeKind",
     "Edit",
+    "EditCell",
     "EditPreview",
+    "EditPreviews",
     "Effect",
     "End",
     "Entry",

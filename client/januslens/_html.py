@@ -151,12 +151,12 @@ def norm_cell(lines: Sequence[Child], value: float, largest: float) -> Element:
     return _coloured(lines, presentation.norm_colour(value, largest))
 
 
-def change_cell(value: float, largest: float) -> Element:
+def change_cell(value: float, largest: float, digits: int = 2) -> Element:
     """A heat-map cell with a change: blue for decreases, red for increases; empty for NaN."""
     if math.isnan(value):
         return element("td", classes="h")
     colour = presentation.change_colour(value, largest)
-    return _coloured([presentation.signed(value)], colour)
+    return _coloured([presentation.signed(value, digits)], colour)
 
 
 def _coloured(lines: Sequence[Child], colour: presentation.Rgb) -> Element:

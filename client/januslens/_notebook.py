@@ -102,8 +102,9 @@ def heat_map_html(found: HeatMap) -> str:
 
 def _heat_map(found: HeatMap) -> Element:
     """A table with a coloured cell for each figure."""
+    largest, digits = found.largest, found.digits
     rows: Iterable[list[Child]] = (
-        [label.removeprefix("layer"), *(cells.change_cell(value, found.largest) for value in row)]
+        [label.removeprefix("layer"), *(cells.change_cell(v, largest, digits) for v in row)]
         for label, row in found.printed_rows()
     )
     made = table(found.title, [f">{found.row_axis}", *found.columns], rows)

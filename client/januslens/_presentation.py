@@ -41,12 +41,12 @@ def probability(value: float, logarithm: float | None = None) -> str:
     return f"{value:.3f}" if value >= 0.0005 or value == 0 else f"{value:.0e}"
 
 
-def signed(value: float) -> str:
-    """Format a number with its sign, below a million with two decimals: `+1.50`, `+1.23e+06`."""
+def signed(value: float, digits: int = 2) -> str:
+    """Format a number with its sign, below a million with some decimals: `+1.50`, `+1.23e+06`."""
     if abs(value) >= _LARGE or math.isnan(value):
         return f"{'+' if value > 0 else ''}{measure(value)}" if math.isfinite(value) else NOT_FINITE
-    rounded = f"{value:+.2f}"
-    return "+0.00" if rounded == "-0.00" else rounded
+    rounded = f"{value:+.{digits}f}"
+    return f"{0:+.{digits}f}" if float(rounded) == 0 else rounded
 
 
 def percent(share: float) -> str:

@@ -39,6 +39,7 @@ from januslens.arguments import (
     position_numbers,
     probe_message,
     set_edit,
+    set_edit_grid,
     set_loss,
     subject_message,
     target_message,
@@ -262,6 +263,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
     subject: SubjectLike | None = None,
     factors: bool = False,
     verify: bool = False,
+    attention: bool = False,
     interventions: Iterable[Intervention] = (),
     model: str = "",
     revision: str = "",
@@ -291,6 +293,8 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
             and ranks by segment.
         factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
         verify: Compare each matrix with autograd's dense gradient.
+        attention: Send the attention patterns of the layers and their gradients (Reversed
+            Attention; Katz & Wolf, 2025).
         interventions: Changes of the forward pass, made by `januslens.interventions`.
         model: The model's name; may be empty if only one is loaded.
         revision: The expected revision; any other is refused. Empty = any.
@@ -313,6 +317,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
         subject=None if subject is None else subject_message(subject),
         include_factors=factors,
         verify=verify,
+        include_attention_gradients=attention,
         interventions=intervention_messages(interventions),
     )
     set_loss(request, _one_loss(target, loss))
@@ -546,6 +551,32 @@ def preview_edit_request(
         interventions=intervention_messages(interventions),
     )
     set_edit(request, edit)
+    return request
+
+
+def preview_edits_request(  # noqa: PLR0913 - by keyword
+    prompt: Prompt,
+    target: TargetLike,
+    *,
+    learning_rates: Iterable[float] = (),
+    etas: Iterable[float] = (),
+    layers: Layers | None = None,
+    matrices: Iterable[MatrixKind | str] | None = None,
+    probes: Iterable[Probe | str] = (),
+    interventions: Iterable[Intervention] = (),
+    model: str = "",
+    revision: str = "",
+) -> edits_pb2.PreviewEditRequest:
+    """Build the request of `AsyncClient.preview_edits`."""
+    request = edits_pb2.PreviewEditRequest(
+        model=checked_text(model, "model"),
+        revision=checked_text(revision, "revision"),
+        input=input_message(prompt),
+        target=target_message(target),
+        probes=[probe_message(probe) for probe in probes],
+        interventions=intervention_messages(interventions),
+    )
+    set_edit_grid(request, learning_rates, etas, layers, matrices)
     return request
 
 

@@ -190,9 +190,6 @@ class TraceSplice(Splice[trace_pb2.TraceRequest, trace_pb2.TraceResponse]):
         return [target.target_token_id for target in header.targets]
 
 
-_Key = tuple[int, int, int | None]
-
-
 class GradientSplice(
     Splice[gradient_lens_pb2.GradientLensRequest, gradient_lens_pb2.GradientLensResponse]
 ):
@@ -205,7 +202,8 @@ class GradientSplice(
 
     def __init__(self, request: gradient_lens_pb2.GradientLensRequest) -> None:
         super().__init__(request)
-        self._matrices: list[_Key] = []
+        self._attention: list[int] = []
+        self._matrices: list[tuple[int, int, int | None]] = []
 
     def rest(self) -> gradient_lens_pb2.GradientLensRequest:
         """Return a request for the incomplete layer and those below it, with the same revision."""
@@ -220,6 +218,8 @@ class GradientSplice(
     def _take_part(
         self, response: gradient_lens_pb2.GradientLensResponse
     ) -> list[gradient_lens_pb2.GradientLensResponse]:
+        if response.HasField("attention"):
+            return self._take_attention(response)
         matrix = response.matrix
         key = (matrix.layer, matrix.kind, matrix.expert if matrix.HasField("expert") else None)
         if key in self._matrices:
@@ -231,6 +231,19 @@ class GradientSplice(
         self._matrices.append(key)
         for piece in whole:
             replace_all(piece.matrix.tokens, self._unnamed(piece.matrix.tokens))
+        return whole
+
+    def _take_attention(
+        self, response: gradient_lens_pb2.GradientLensResponse
+    ) -> list[gradient_lens_pb2.GradientLensResponse]:
+        piece = response.attention
+        if piece.layer in self._attention:
+            return []
+        self._held.append(response)
+        if piece.offset + math.prod(piece.pattern.shape) < math.prod(piece.shape):
+            return []
+        whole, self._held = self._held, []
+        self._attention.append(piece.layer)
         return whole
 
     def _sum_up(

@@ -385,6 +385,7 @@ class AsyncLenses(AsyncCalls):
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
+        attention: bool = False,
         interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
@@ -417,6 +418,8 @@ class AsyncLenses(AsyncCalls):
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
             verify: Compare each matrix with autograd's dense gradient.
+            attention: Send the attention patterns of the layers and their gradients (Reversed
+                Attention; Katz & Wolf, 2025).
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
@@ -445,6 +448,7 @@ class AsyncLenses(AsyncCalls):
             subject=subject,
             factors=factors,
             verify=verify,
+            attention=attention,
             interventions=interventions,
             model=model,
             revision=revision,
@@ -472,6 +476,7 @@ class AsyncLenses(AsyncCalls):
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
+        attention: bool = False,
         interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
@@ -502,6 +507,8 @@ class AsyncLenses(AsyncCalls):
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
             verify: Compare each matrix with autograd's dense gradient.
+            attention: Send the attention patterns of the layers and their gradients (Reversed
+                Attention; Katz & Wolf, 2025).
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
@@ -532,6 +539,7 @@ class AsyncLenses(AsyncCalls):
             subject=subject,
             factors=factors,
             verify=verify,
+            attention=attention,
             interventions=interventions,
             model=model,
             revision=revision,
@@ -557,6 +565,7 @@ class AsyncLenses(AsyncCalls):
         subject: SubjectLike | None = None,
         factors: bool = False,
         verify: bool = False,
+        attention: bool = False,
         interventions: Iterable[Intervention] = (),
         model: str = "",
         revision: str = "",
@@ -587,6 +596,8 @@ class AsyncLenses(AsyncCalls):
                 norms and ranks by segment.
             factors: Send the factors, for `matrix.gradient()` and `gradient.save_factors()`.
             verify: Compare each matrix with autograd's dense gradient.
+            attention: Send the attention patterns of the layers and their gradients (Reversed
+                Attention; Katz & Wolf, 2025).
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
@@ -614,6 +625,7 @@ class AsyncLenses(AsyncCalls):
             subject=subject,
             factors=factors,
             verify=verify,
+            attention=attention,
             interventions=interventions,
             model=model,
             revision=revision,

@@ -485,6 +485,36 @@ def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:
             )
 
 
+def set_edit_grid(
+    request: edits_pb2.PreviewEditRequest,
+    learning_rates: Iterable[float],
+    etas: Iterable[float],
+    layers: Layers | None,
+    matrices: Iterable[MatrixKind | str] | None,
+) -> None:
+    """Set the edits of a request, one for each layer and each learning rate or eta.
+
+    Raises:
+        TypeError: An argument has a wrong type.
+        ValueError: An argument has a value that no server accepts, or both or none of
+            `learning_rates` and `etas` are given.
+    """
+    rates = [step_size(rate, "learning_rates") for rate in learning_rates]
+    strengths = [step_size(eta, "etas") for eta in etas]
+    if bool(rates) == bool(strengths):
+        given = "both" if rates else "none"
+        raise ValueError(f"{given} of learning_rates and etas are given; give one of them")
+    if strengths and matrices is not None:
+        raise ValueError("etas are given with matrices; a forward shift always changes FF2")
+    if rates:
+        request.descent.SetInParent()
+        request.descent.matrices.extend(matrix_numbers(matrices))
+    else:
+        request.shift.SetInParent()
+    request.grid.layers.extend(layer_numbers(layers))
+    request.grid.strengths.extend(rates or strengths)
+
+
 def probe_message(probe: Probe | str) -> edits_pb2.Probe:
     """Build the message for a probe; the label of a plain prompt is its own beginning."""
     if isinstance(probe, str):

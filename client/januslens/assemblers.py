@@ -31,6 +31,7 @@ from januslens.results.activations import (
     SiteTensor,
     tensor_name,
 )
+from januslens.results.attention import AttentionGradient
 from januslens.results.generation import (
     GeneratedText,
     GeneratedToken,
@@ -212,11 +213,11 @@ class TraceAssembler(Assembler[trace_pb2.TraceResponse, TraceEvent, Trace]):
         return self._summary
 
 
-GradientEvent = GradientHeader | Matrix | GradientSummary
+GradientEvent = GradientHeader | AttentionGradient | Matrix | GradientSummary
 
 
 class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, GradientEvent, Gradient]):
-    """Joins the messages of a GradientLens into its header, matrices and summary."""
+    """Joins the messages of a GradientLens into its header, attention, matrices and summary."""
 
     interrupted = GradientInterrupted
 
@@ -224,17 +225,21 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
         super().__init__()
         self.responses: list[gradient_lens_pb2.GradientLensResponse] = []
         self._header: gradient_lens_pb2.GradientHeader | None = None
+        self._attention: list[AttentionGradient] = []
+        self._pieces: list[gradient_lens_pb2.AttentionGradient] = []
         self._matrices: list[Matrix] = []
         self._summary: GradientSummary | None = None
         self._pending: gradient_lens_pb2.GradientMatrix | None = None
 
     def partial(self) -> Gradient | None:
-        """Return the matrices that are complete so far; None before the header."""
+        """Return what is complete so far; None before the header."""
         if self._header is None:
             return None
         # Read the header again: the text of a target may have arrived with a matrix.
         header = GradientHeader.from_message(self._header, self.tokens)
-        return Gradient.from_parts(header, self._matrices, self._summary, self.responses)
+        return Gradient.from_parts(
+            header, self._attention, self._matrices, self._summary, self.responses
+        )
 
     @property
     def complete(self) -> bool:
@@ -246,6 +251,8 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
         match response.WhichOneof("event"):
             case "header":
                 return self._read_header(response.header)
+            case "attention":
+                return self._read_attention(response.attention)
             case "matrix":
                 return self._read_matrix(response.matrix)
             case "summary":
@@ -259,6 +266,24 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
         self.tokens.add(message.prompt_tokens)
         self.tokens.add(message.tokens)
         return GradientHeader.from_message(message, self.tokens)
+
+    def _read_attention(
+        self, message: gradient_lens_pb2.AttentionGradient
+    ) -> AttentionGradient | None:
+        self._pieces.append(message)
+        due = sum(math.prod(piece.pattern.shape) for piece in self._pieces[:-1])
+        layer = self._pieces[0].layer
+        if (message.layer, message.offset) != (layer, due):
+            raise self.violation(
+                f"unexpected element {message.offset} of layer {message.layer}'s attention; "
+                f"expected {due} of layer {layer}'s"
+            )
+        if due + math.prod(message.pattern.shape) < math.prod(message.shape):
+            return None
+        found = AttentionGradient.from_messages(self._pieces)
+        self._pieces = []
+        self._attention.append(found)
+        return found
 
     def _read_matrix(self, message: gradient_lens_pb2.GradientMatrix) -> Matrix | None:
         self.tokens.add(message.tokens)
@@ -279,6 +304,9 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
     def _read_summary(self, message: gradient_lens_pb2.GradientSummary) -> GradientSummary:
         if self._pending is not None:
             raise self.violation(f"the stream ended before the end of {_which(self._pending)}")
+        if self._pieces:
+            layer = self._pieces[0].layer
+            raise self.violation(f"the stream ended before the end of layer {layer}'s attention")
         self._summary = GradientSummary.from_message(message)
         return self._summary
 

@@ -22,6 +22,7 @@ from januslens._requests import (
     next_page_request,
     overview_request,
     preview_edit_request,
+    preview_edits_request,
     project_request,
     tokenize_request,
 )
@@ -33,8 +34,8 @@ from januslens.lenses import Lenses
 from januslens.passes import Passes
 from januslens.results.exports import require
 from januslens.results.generation import Explanation, check_completion, listed_logarithm
-from januslens.results.gradient import EditPreview
-from januslens.results.kinds import Lens, NodeKind
+from januslens.results.gradient import EditPreview, EditPreviews
+from januslens.results.kinds import Lens, MatrixKind, NodeKind
 from januslens.results.models import Model, Models
 from januslens.results.tokens import Token, Tokens, TokenTable
 from januslens.results.trace import Trace
@@ -319,6 +320,58 @@ class Client(Lenses, Passes):
         )
         response = self._send("PreviewEdit", request, timeout)
         return EditPreview.from_message(response)
+
+    def preview_edits(  # noqa: PLR0913 - by keyword
+        self,
+        prompt: Prompt,
+        target: TargetLike,
+        *,
+        learning_rates: Iterable[float] = (),
+        etas: Iterable[float] = (),
+        layers: Layers | None = None,
+        matrices: Iterable[MatrixKind | str] | None = None,
+        probes: Iterable[Probe | str] = (),
+        interventions: Iterable[Intervention] = (),
+        model: str = "",
+        revision: str = "",
+        timeout: float | None = None,
+    ) -> EditPreviews:
+        """Preview a grid of edits, one for each layer and each strength, each applied alone.
+
+        The passes before the edits and the one that they are computed from run once.
+
+        Args:
+            prompt: The prompt to edit the model for, as text or token ids.
+            target: The answer that the edits make more likely, as in `preview_edit`.
+            learning_rates: Learning rates of descent steps; give these or `etas`.
+            etas: Strengths of forward shifts.
+            layers: Layers, from 0 or negative from the last; None = all that the edit can change.
+            matrices: Kinds of matrices that a descent step changes; None = FF1 and FF2.
+            probes: Other prompts to report before and after each edit.
+            interventions: Changes of every forward pass, as in `preview_edit`.
+            model: The model's name; may be empty if only one is loaded.
+            revision: The expected revision; any other is refused. Empty = any.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            TypeError: An argument has an invalid type.
+            ValueError: An argument has a value that no server accepts.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = preview_edits_request(
+            prompt,
+            target,
+            learning_rates=learning_rates,
+            etas=etas,
+            layers=layers,
+            matrices=matrices,
+            probes=probes,
+            interventions=interventions,
+            model=model,
+            revision=revision,
+        )
+        response = self._send("PreviewEdit", request, timeout)
+        return EditPreviews.from_message(response)
 
     def project(
         self,

@@ -394,14 +394,23 @@ class Probe:
 
 
 @dataclass(frozen=True)
+class EditGrid:
+    """One edit for each layer and each strength; empty `layers` means all."""
+
+    layers: tuple[int, ...]
+    strengths: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class PreviewEditSpec:
-    """One PreviewEdit request."""
+    """One PreviewEdit request; a `grid` replaces the layers and the strength of its edit."""
 
     prompt: Prompt
     target: Target
     edit: DescentStep | ForwardShift
     probes: tuple[Probe, ...] = ()
     interventions: tuple[InterventionSpec, ...] = ()
+    grid: EditGrid | None = None
 
 
 @dataclass(frozen=True)
@@ -429,3 +438,4 @@ class GradientLensSpec:
     include_factors: bool = False
     verify: bool = False
     interventions: tuple[InterventionSpec, ...] = ()
+    include_attention_gradients: bool = False

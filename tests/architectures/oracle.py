@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.models.falcon import modeling_falcon
 
 from tests.architectures.cases import Case
 from tests.architectures.tiny_models import plain
+from tests.reference.interventions import attention_of_scores
 
 
 @torch.no_grad()
@@ -38,6 +40,67 @@ def attentions(case: Case) -> list[Tensor]:
         return [_alibi_attention(states) for states in queries_and_keys(case)]
     found = plain(case)(torch.tensor([case.prompt]), use_cache=False, output_attentions=True)
     return [layer[0] for layer in found.attentions]
+
+
+@dataclass
+class EagerAttention:
+    """The attention of one layer, as autograd sees it: tensors that keep their gradients.
+
+    `pattern` is the output of the softmax and `scores` its input, both `[1, head, query, source]`,
+    with the column of a sink. `capped` is the input of the soft cap's tanh, or None.
+    """
+
+    pattern: Tensor
+    scores: Tensor
+    capped: Tensor | None
+
+    def gradients(self, cap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the probabilities, dL/da and dL/ds `[query, head, source]`."""
+        length = self.pattern.shape[2]
+        of_scores = self.scores.grad
+        if self.capped is not None and cap is not None:
+            assert self.capped.grad is not None
+            of_scores = self.capped.grad / cap
+        assert self.pattern.grad is not None
+        assert of_scores is not None
+        found = (self.pattern.detach(), self.pattern.grad, of_scores)
+        pattern, of_pattern, of_scores = (t[0, :, :, :length].transpose(0, 1) for t in found)
+        return pattern, of_pattern, of_scores
+
+
+def attention_gradients(
+    case: Case, loss: Callable[[Tensor], Tensor]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Attention probabilities, dL/da and dL/ds `[query, head, source]` of each layer."""
+    network, softmax, tanh = plain(case), functional.softmax, torch.tanh
+    fused = functional.scaled_dot_product_attention
+    layers: list[EagerAttention] = []
+    capped: list[Tensor] = []
+
+    def seen_tanh(scores: Tensor) -> Tensor:
+        if scores.ndim == 4:
+            scores.retain_grad()
+            capped.append(scores)
+        return tanh(scores)
+
+    def seen_softmax(scores: Tensor, *args: Any, **named: Any) -> Tensor:
+        pattern = softmax(scores, *args, **named)
+        if scores.ndim == 4:
+            scores.retain_grad()
+            pattern.retain_grad()
+            layers.append(EagerAttention(pattern, scores, capped.pop() if capped else None))
+        return pattern
+
+    functional.softmax, torch.tanh = seen_softmax, seen_tanh  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = attention_of_scores  # type: ignore[assignment]
+    try:
+        loss(network(torch.tensor([case.prompt]), use_cache=False).logits[0]).backward()
+    finally:
+        functional.softmax, torch.tanh = softmax, tanh
+        functional.scaled_dot_product_attention = fused
+        network.zero_grad()
+    cap = getattr(network.config.get_text_config(), "attn_logit_softcapping", None)
+    return [layer.gradients(cap) for layer in layers]
 
 
 def gradients(case: Case, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

@@ -237,7 +237,7 @@ def component(position: int, *, factors: bool) -> gradient_lens_pb2.Component:
         size=float(np.linalg.norm(x) * np.linalg.norm(vjp)),
         projection=projection(3, 4, bottom=[2, 0], rank=4),
         predicted_rank=1,
-        other_side=[gradient_lens_pb2.Entry(index=1, value=float(x[1]))],
+        other_side=[gradient_lens_pb2.Coordinate(index=1, value=float(x[1]))],
         input=float_tensor(x.tolist()) if factors else None,
         vjp=float_tensor(vjp.tolist()) if factors else None,
         target_ranks=[4],
@@ -264,8 +264,8 @@ def matrix(
         kind=gradient_lens_pb2.MATRIX_KIND_FF2,
         d_in=2,
         d_out=3,
-        projected_side=gradient_lens_pb2.SIDE_VJP,
-        promoted_end=gradient_lens_pb2.END_BOTTOM,
+        projected_side=gradient_lens_pb2.GRADIENT_FACTOR_VJP,
+        promoted_end=gradient_lens_pb2.RANKING_END_BOTTOM,
         components=[component(position, factors=factors) for position in positions],
         component_count=2,
         frobenius_norm=float(np.linalg.norm(INPUTS.T @ VJPS)),
@@ -278,8 +278,8 @@ def input_matrix() -> gradient_lens_pb2.GradientMatrix:
     """Return FF1 of layer 1 with everything that can be requested besides the components."""
     message = matrix()
     message.kind = gradient_lens_pb2.MATRIX_KIND_FF1
-    message.projected_side = gradient_lens_pb2.SIDE_INPUT
-    message.promoted_end = gradient_lens_pb2.END_UNSPECIFIED
+    message.projected_side = gradient_lens_pb2.GRADIENT_FACTOR_INPUT
+    message.promoted_end = gradient_lens_pb2.RANKING_END_UNSPECIFIED
     message.spectrum.add(value=10.0, explained=0.96, projection=projection(3, bottom=[2]))
     message.neurons.add(
         neuron=9, change_norm=0.5, before=projection(0), change=projection(2), after=projection(3)
@@ -295,7 +295,7 @@ def gradient_summary() -> gradient_lens_pb2.GradientSummary:
         times=[common_pb2.StageTime(stage="backward", seconds=0.5)],
         segments=[
             gradient_lens_pb2.SegmentRow(
-                segment="last_token",
+                segment=gradient_lens_pb2.PROMPT_SEGMENT_LAST_TOKEN,
                 layer=1,
                 kind=gradient_lens_pb2.MATRIX_KIND_FF2,
                 mean_vjp_norm=2.0,

@@ -272,6 +272,13 @@ def test_the_gradient_shows_neurons_and_spectrum() -> None:
 
 
 @pytest.mark.usefixtures("demo")
+def test_the_gradient_shows_where_those_of_attention_are_largest() -> None:
+    result = run("gradient", PROMPT, "--target", " Paris", "--attention", "--matrices", "q")
+    table = result.stdout.split("Where the gradients of attention are largest")[1]
+    assert "dL/ds" in table
+    assert "␣of (7)" in table
+
+
 def test_the_gradient_previews_edits() -> None:
     result = run(
         "gradient", PROMPT, "--target", " Paris", "--layers", "3", "--matrices", "ff2",
@@ -285,6 +292,29 @@ def test_the_gradient_previews_edits() -> None:
 
 
 @pytest.mark.usefixtures("demo")
+@pytest.mark.usefixtures("demo")
+def test_edits_prints_a_grid_for_each_prompt(server_address: str) -> None:
+    probe = "The capital of Peru is the city of"
+    found = run(
+        *("edits", PROMPT, "--target", " Paris", "--lr", "0.5,1", "--layers", "0,3"),
+        *("--probe", probe),
+    )
+    with Client(server_address) as client:
+        grid = client.preview_edits(
+            PROMPT, " Paris", learning_rates=[0.5, 1], layers=[0, 3], probes=[probe]
+        )
+    rows = [line.split() for line in found.stdout.splitlines() if line.strip()[:1] in ("0", "3")]
+    ranks = [[int(row[2]), int(row[4])] for row in rows]
+    expected = [
+        [(cell.edited, *cell.probes)[prompt].rank_after for cell in grid.cells if cell.layer == at]
+        for prompt in (0, 1)
+        for at in (0, 3)
+    ]
+    assert ranks == expected
+    wrong = run("edits", PROMPT, "--target", " Paris", "--lr", "high")
+    assert (wrong.exit_code, "is not a list of numbers" in wrong.stderr) == (2, True)
+
+
 def test_models_and_tokens() -> None:
     result = run("models")
     assert re.search(r"demo +READY", result.stdout)

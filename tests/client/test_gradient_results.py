@@ -53,7 +53,7 @@ def test_an_input_is_imprinted_not_promoted(gradient: Gradient) -> None:
 
 def test_a_component_that_is_promoted_at_the_top() -> None:
     message = messages.matrix()
-    message.promoted_end = gradient_lens_pb2.END_TOP
+    message.promoted_end = gradient_lens_pb2.RANKING_END_TOP
     component = with_matrix(message).components[0]
     assert [token.text for token in component.promoted] == [" d", "\n"]
 

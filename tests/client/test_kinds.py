@@ -16,8 +16,8 @@ from januslens.v1 import gradient_lens_pb2, lens_pb2, trace_pb2
         (EdgeKind, trace_pb2.EdgeKind.keys(), "EDGE_KIND_"),
         (MatrixKind, gradient_lens_pb2.MatrixKind.keys(), "MATRIX_KIND_"),
         (Lens, lens_pb2.Lens.keys(), "LENS_"),
-        (Side, gradient_lens_pb2.Side.keys(), "SIDE_"),
-        (End, gradient_lens_pb2.End.keys(), "END_"),
+        (Side, gradient_lens_pb2.GradientFactor.keys(), "GRADIENT_FACTOR_"),
+        (End, gradient_lens_pb2.RankingEnd.keys(), "RANKING_END_"),
     ],
 )
 def test_client_enums_have_every_member_of_the_contract(

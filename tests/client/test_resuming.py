@@ -57,12 +57,17 @@ TRACES = {
     "many messages": long_trace(1),
 }
 
+# Its tensors have several pieces.
+LONG = common_pb2.Input(token_ids=common_pb2.TokenIds(ids=range(400, 496)))
 GRADIENTS = {
     "usual": gradient_lens_pb2.GradientLensRequest(input=JAPAN, nll=NLL),
     "all matrices": gradient_lens_pb2.GradientLensRequest(
         input=JAPAN, nll=NLL, matrices=ALL, components=0, include_factors=True
     ),
     "some layers": gradient_lens_pb2.GradientLensRequest(input=JAPAN, nll=NLL, layers=[3, 1]),
+    "attention": gradient_lens_pb2.GradientLensRequest(
+        input=LONG, nll=NLL, layers=[3, 1], include_attention_gradients=True
+    ),
     "by segment": gradient_lens_pb2.GradientLensRequest(
         input=JAPAN, nll=NLL, subject=gradient_lens_pb2.Subject(text="Japan")
     ),
@@ -73,7 +78,7 @@ GRADIENTS = {
 
 ACTIVATIONS = {
     "tensors of several pieces": activations_pb2.ActivationsRequest(
-        input=common_pb2.Input(token_ids=common_pb2.TokenIds(ids=range(400, 464))),
+        input=LONG,
         sites=[sites_pb2.SITE_EMBEDDING, sites_pb2.SITE_KEY, sites_pb2.SITE_LOGITS],
     ),
 }

@@ -280,6 +280,35 @@ def test_factors_multiply_to_the_measured_gradient(client: Client) -> None:
         assert matrix.verification.relative_error <= matrix.verification.tolerance
 
 
+def test_gradients_of_attention_have_frames_and_heat_maps(client: Client, tmp_path: Path) -> None:
+    gradient = client.gradient_lens(PROMPT, " Paris", matrices=["Q"], attention=True)
+    assert [found.layer for found in gradient.attention] == [3, 2, 1, 0]
+    layer = gradient.attention_of(-1)
+    assert layer.pattern.shape == (8, HEADS, 8)
+    np.testing.assert_allclose(layer.pattern.sum(-1), 1, rtol=1e-5)
+    np.testing.assert_allclose(layer.score_gradient.sum(-1), 0, atol=1e-6)
+    assert not layer.score_gradient[:-1].any()  # only the last position reaches the loss
+    (place,) = layer.largest(1)
+    frame = layer.to_pandas()
+    assert len(frame) == HEADS * 8 * 9 / 2
+    strongest = int(frame["score_gradient"].abs().argmax())
+    assert frame.index[strongest] == (place.position, place.head, place.source)
+    row = frame.iloc[strongest]
+    assert row.tolist() == [place.probability, place.probability_gradient, place.score_gradient]
+    printed = layer.heat_map(place.head, tokens=gradient.prompt_tokens)
+    assert np.nanmax(np.abs(printed.values)) == pytest.approx(abs(place.score_gradient))
+    assert f"{place.score_gradient:+.{printed.digits}f}" in str(printed)
+    with pytest.raises(ValueError, match="invalid figure 'scores'"):
+        layer.heat_map(0, "scores")
+    gradient.save(tmp_path / "gradient.januslens")
+    loaded = januslens.load(tmp_path / "gradient.januslens")
+    assert isinstance(loaded, januslens.Gradient)
+    np.testing.assert_array_equal(loaded.attention[3].pattern, gradient.attention[3].pattern)
+    assert "pattern_gradient" not in gradient.to_html()
+    with pytest.raises(KeyError, match="attention=True"):
+        client.gradient_lens(PROMPT, " Paris", layers=[3]).attention_of(3)
+
+
 def test_dense_gradient_needs_all_components(client: Client) -> None:
     gradient = client.gradient_lens(PROMPT, " Paris", layers=[1], factors=True, components=1)
     with pytest.raises(ValueError, match="components=0"):
@@ -307,6 +336,29 @@ def test_negative_layers_count_from_the_last_one(client: Client, trace: Trace) -
         for layer in (-1, LAYERS - 1)
     ]
     assert shifts[0] == shifts[1]
+
+
+def test_grid_of_edits_has_the_effects_of_single_edits(client: Client) -> None:
+    probes = ["The capital of Peru is the city of"]
+    grid = client.preview_edits(
+        PROMPT, " Paris", learning_rates=[0.5, 1.0], layers=[0, -1], probes=probes
+    )
+    assert (grid.layers, grid.strengths) == ((0, LAYERS - 1), (0.5, 1.0))
+    for cell in grid.cells:
+        step = januslens.DescentStep(cell.strength, layers=[cell.layer])
+        single = client.preview_edit(PROMPT, " Paris", step, probes=probes)
+        assert (cell.edited, cell.probes) == (single.edited, single.probes)
+    frame = grid.to_pandas()
+    edited = frame[frame["label"] == ""].pivot(
+        index="layer", columns="strength", values="probability_after"
+    )
+    assert edited.to_numpy()[0, 0] == grid.cells[0].edited.probability_after
+    assert len(frame) == 2 * len(grid.cells)
+    shifts = client.preview_edits(PROMPT, " Paris", etas=[0.1])
+    assert shifts.layers == tuple(range(LAYERS))
+    for strengths in ([], [1.0]):
+        with pytest.raises(ValueError, match="of learning_rates and etas are given; give one"):
+            client.preview_edits(PROMPT, " Paris", learning_rates=strengths, etas=strengths)
 
 
 def test_tokens_to_suppress_are_ids_or_texts(client: Client, trace: Trace) -> None:

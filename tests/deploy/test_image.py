@@ -15,7 +15,8 @@ import yaml
 from tests.deploy import image
 from tests.deploy.manifests import DEPLOY, Manifests, rendered, with_components
 
-from januslens_server.config import as_yaml, read_settings
+from januslens_server.config import ServerSettings, as_yaml, read_settings
+from januslens_server.config.settings import has_ipv6
 
 ROOT = DEPLOY.parent
 
@@ -82,6 +83,9 @@ def test_the_server_accepts_the_images_settings(
     written = yaml.safe_load(path.read_text())
     for name in ("max_request_memory", "max_unread"):
         assert written.pop(name) == f"{shown[name] // 2**20}MiB"
+    for name in ("host", "metrics_host"):
+        assert written.pop(name) == "[::]"
+        assert shown[name] == ("[::]" if has_ipv6() else "0.0.0.0")  # noqa: S104 - a container's
     assert shown.items() >= written.items()
     assert image.value("EXPOSE").split() == [str(shown["port"]), str(shown["metrics_port"])]
 
@@ -107,6 +111,23 @@ def test_the_health_check_runs_what_was_copied() -> None:
     program, script = json.loads(command)
     assert program == "python"
     assert in_repository(script).is_file()
+
+
+def test_compose_runs_the_image_within_its_limits() -> None:
+    service = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]
+    assert (DEPLOY / service["build"]["context"] / service["build"]["dockerfile"]).samefile(
+        image.DOCKERFILE
+    )
+    ports = [port.split(":") for port in service["ports"]]
+    assert [inside for _, _, inside in ports] == image.value("EXPOSE").split()
+    assert {address for address, _, _ in ports} == {"127.0.0.1"}
+    variables = {name.removeprefix("JANUSLENS_").lower() for name in service["environment"]}
+    assert variables <= set(ServerSettings.model_fields)
+    settings = yaml.safe_load(in_repository(image.environment()["JANUSLENS_CONFIG"]).read_text())
+    assert int(service["stop_grace_period"].removesuffix("s")) > settings["grace_seconds"]
+    mounted = [volume.split(":")[-2:] for volume in service["volumes"]]
+    assert [["/models", "ro"], ["hub", image.value("VOLUME")]] == mounted
+    assert service["read_only"]
 
 
 def test_hadolint_reports_nothing() -> None:

@@ -24,6 +24,7 @@ from tests.deploy.manifests import (
 )
 
 from januslens_server.config import ServerSettings, read_settings
+from januslens_server.config.settings import has_ipv6
 from januslens_server.rpc import health
 from januslens_server.rpc.reception import AT_ONCE, WAITING
 
@@ -137,7 +138,8 @@ def test_ports_are_those_the_server_listens_on(
 
 
 def test_the_server_listens_beyond_loopback(settings: ServerSettings) -> None:
-    assert (settings.host, settings.metrics_host) == ("0.0.0.0", "0.0.0.0")  # noqa: S104 - a pod's
+    everywhere = "[::]" if has_ipv6() else "0.0.0.0"  # noqa: S104 - a pod's
+    assert (settings.host, settings.metrics_host) == (everywhere, everywhere)
 
 
 def test_one_service_balances_and_one_resolves_to_pods(manifests: Manifests) -> None:

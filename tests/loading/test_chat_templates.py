@@ -18,7 +18,7 @@ from januslens_server.errors import (
     NoChatTemplate,
     RequestCancelled,
 )
-from januslens_server.models import chat
+from januslens_server.models import chat, chat_sandbox
 from januslens_server.models.tokenizer import TooManyTokens, Vocabulary
 from januslens_server.models.tokenizer_files import read_vocabulary
 from januslens_server.results import Token
@@ -263,6 +263,31 @@ def test_cancelled_rendering_ends_its_process() -> None:
         endless.render(conversation("Hi"), (), "chat", check)
     (process,) = checks[-1]
     assert not process.is_running()
+
+
+def test_conversations_of_a_request_share_a_process_but_no_limit() -> None:
+    """Together they take more processor time than one of them may."""
+    slow = "{% for a in range(120) %}{% for b in range(9999) %}{% endfor %}{% endfor %}"
+    template = chat.ChatTemplate(slow + "{{ messages[0].content }}", {})
+    others, found, seconds = psutil.Process().children(), set(), 0.0
+    with chat.one_sandbox():
+        while seconds < 1.2 * chat_sandbox.CPU_SECONDS:
+            text = template.render(conversation(f"{seconds}"), (), "chat").text
+            assert text == f"{seconds}"
+            (process,) = set(psutil.Process().children()) - set(others)
+            found.add(process.pid)
+            seconds = process.cpu_times().user
+    assert len(found) == 1
+    assert not process.is_running()
+
+
+def test_another_process_follows_one_that_was_ended() -> None:
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with chat.one_sandbox():
+        with pytest.raises(NoChatTemplate, match="too much time or memory"):
+            chat.ChatTemplate(endless, {}).render(conversation("Hi"), (), "chat")
+        plain = chat.ChatTemplate(PLAIN, {"bos_token": "", "eos_token": ""})
+        assert plain.render(conversation("Hi"), (), "chat").text.startswith("[user]\nHi")
 
 
 def test_reason_of_a_template_takes_no_memory_of_the_server() -> None:

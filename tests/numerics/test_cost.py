@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -58,7 +59,7 @@ from januslens_server.specs import (
 )
 from tests.architectures.cases import MEASURED, Case
 from tests.architectures.tiny_models import resident
-from tests.support.measured_work import held_memory, operations, peak_memory, processor_seconds
+from tests.support.measured_work import processor_seconds, work
 
 # Maximum ratio of an upper bound to the actual value, and of estimated to actual seconds.
 # Buffers that the lens keeps for later requests are part of every estimate, but only the first
@@ -122,6 +123,7 @@ SPECS: dict[str, TraceSpec | GradientLensSpec | GenerateSpec] = {
     ),
     "spectrum and neurons": GradientLensSpec(ids(25), NLL, spectrum_rank=5, neurons=10),
     "verified": GradientLensSpec(ids(8), NLL, verify=True),
+    "gradients of attention": GradientLensSpec(ids(30), NLL, include_attention_gradients=True),
     "generation": GenerateSpec(ids(8), 16),
     "generation with readings": GenerateSpec(ids(8), 16, reading=LayerReading(top_k=3)),
 }
@@ -196,39 +198,35 @@ def run(model: ResidentModel, spec: Spec) -> list[Any]:
     return list(steps(model, spec))
 
 
-def streamed(model: ResidentModel, spec: Spec) -> int:
-    """Return the bytes of the messages."""
-    encoders = {TraceSpec: TraceEncoder, GradientLensSpec: GradientLensEncoder}
-    encoder: Any = encoders.get(type(spec), GenerateEncoder)("x" * 32, model.vocabulary.token)
-    return sum(m.ByteSize() for event in run(model, spec) for m in encoder.encode(event))
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
     model: ResidentModel, name: str
 ) -> None:
     spec = SPECS[name]
-    asked = demand(model, spec)
+    encoders = {TraceSpec: TraceEncoder, GradientLensSpec: GradientLensEncoder}
+    encoder: Any = encoders.get(type(spec), GenerateEncoder)("x" * 32, model.vocabulary.token)
+    counts: Counter[str] = Counter()
+
+    def count(event: Any) -> None:
+        if isinstance(event, LayerGraph):
+            counts["vectors"] += int(event.projections.projected.sum())
+            counts["nodes"] += len(event.nodes)
+        counts["stream"] += sum(message.ByteSize() for message in encoder.encode(event))
+
+    run(model, spec)  # allocates the buffers that all requests of a thread share
+    asked, done = demand(model, spec), work(steps(model, spec), count)
     found = {
-        "memory": asked.memory / peak_memory(lambda: run(model, spec)),
-        "stream": asked.stream / streamed(model, spec),
-        # The previous run has allocated the buffers that all requests of a thread share.
-        "held": asked.held / held_memory(steps(model, spec)),
+        "memory": asked.memory / done.memory,
+        "stream": asked.stream / counts["stream"],
+        "held": asked.held / done.held,
     }
     # torch's counter does not support a backward pass through experts.
     if not isinstance(spec, GradientLensSpec) or not model.view.facts.n_experts:
-        found["flops"] = asked.flops / operations(lambda: run(model, spec))
+        found["flops"] = asked.flops / done.flops
     loosest = LOOSEST | ({"memory": WIDE_MEMORY} if model.name == WIDE.id else {})
     assert all(1 <= ratio <= loosest[figure] for figure, ratio in found.items()), found
-
-
-@pytest.mark.parametrize("name", [name for name in SPECS if isinstance(SPECS[name], TraceSpec)])
-def test_a_traces_vectors_and_nodes_are_bounded(model: ResidentModel, name: str) -> None:
-    asked, events = demand(model, SPECS[name]), run(model, SPECS[name])
-    graphs = [event for event in events if isinstance(event, LayerGraph)]
-    read = sum(int(graph.projections.projected.sum()) for graph in graphs)
-    assert read <= asked.vectors
-    assert sum(len(graph.nodes) for graph in graphs) <= asked.nodes
+    assert counts["vectors"] <= asked.vectors
+    assert counts["nodes"] <= asked.nodes
 
 
 def assert_near(model: ResidentModel, spec: Spec, pace: Pace) -> None:
@@ -271,7 +269,7 @@ def test_interventions_are_part_of_the_estimate(
 ) -> None:
     """Noise takes most of the time of these passes."""
     spec = CHANGED[name]
-    assert demand(model, spec).memory >= peak_memory(lambda: run(model, spec))
+    assert demand(model, spec).memory >= work(steps(model, spec)).memory
     assert_near(model, spec, pace)
 
 
@@ -290,7 +288,7 @@ def test_memory_of_find_neurons_between_chunks_is_bounded() -> None:
     spec = FindNeuronsSpec((9,), suppressed=False, layers=(1,), start=0, count=5)
     request = resolve_find_neurons(model, spec)
     asked = demand_of(request)
-    held = held_memory(find_neurons(request, lambda: None))
+    held = work(find_neurons(request, lambda: None)).held
     assert 1 <= asked.held / held <= LOOSEST["held"]
     assert asked.held <= asked.memory
 
@@ -303,8 +301,8 @@ def test_answers_of_one_message_are_estimated_too() -> None:
     probes = tuple(Probe("", ids(9), None) for _ in range(5))
     for spec in (ProjectSpec(vectors), PreviewEditSpec(ids(8), (5,), step, probes)):
         asked = demand(model, spec)
-        memory = peak_memory(lambda spec=spec: run(model, spec))  # type: ignore[misc]  # bound now
-        assert 1 <= asked.memory / memory <= LOOSEST["memory"]
+        done = work(steps(model, spec))
+        assert 1 <= asked.memory / done.memory <= LOOSEST["memory"]
         if isinstance(spec, PreviewEditSpec):  # the other is a single step
-            assert 1 <= asked.held / held_memory(steps(model, spec)) <= LOOSEST["held"]
+            assert 1 <= asked.held / done.held <= LOOSEST["held"]
         assert_near(model, spec, pace)

@@ -18,6 +18,7 @@ from januslens_server.pipelines.resolve import resolve_preview_edit
 from januslens_server.results import EditPreview, Effect, MatrixKind
 from januslens_server.specs import (
     DescentStep,
+    EditGrid,
     ForwardShift,
     InterventionSpec,
     PreviewEditSpec,
@@ -122,6 +123,67 @@ def test_a_forward_shift_is_the_papers_update_of_one_matrix(
 
     before, after = next_token(loaded.network, ids), next_token(edited, ids)
     assert_effect(result.edited, before, after, target)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_grouped"])
+def test_every_edit_of_a_grid_equals_sgd_on_a_copy(name: str, load_example: LoadExample) -> None:
+    loaded = load_example(name)
+    ids, probe, target = prompt(name, 6), prompt(name, 9)[3:], 17
+    grid = EditGrid(layers=(-1, 0), strengths=(0.02, -0.05))
+    spec = PreviewEditSpec(
+        prompt=tuple(ids),
+        target=(target,),
+        edit=DescentStep((MatrixKind.FF2,), (), 0.0),
+        probes=(Probe("", tuple(probe), None),),
+        grid=grid,
+    )
+    request = resolve_preview_edit(loaded.resident, spec)
+    passes, cells = split(preview_edit(request, lambda: None))
+    assert passes == 2 * (1 + len(cells))  # before the edits, and after each of them
+    places = [(layer, strength) for layer in (0, 2) for strength in grid.strengths]
+    assert [(cell.layer, cell.strength) for cell in cells] == places
+    for cell, (layer, rate) in zip(cells, places, strict=True):
+        edited = copy.deepcopy(loaded.network)
+        log_p = edited(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        (-log_p[target]).backward()
+        weight = second_matrix(edited, layer).get_parameter("weight")
+        assert weight.grad is not None
+        with torch.no_grad():
+            weight.sub_(rate * weight.grad)
+        for effect, tokens in ((cell.edited, ids), (cell.probes[0], probe)):
+            before, after = next_token(loaded.network, tokens), next_token(edited, tokens)
+            assert_effect(effect, before, after, target)
+
+
+def split(events: Iterator[EditPreview | None]) -> tuple[int, list[EditPreview]]:
+    """Return the number of passes and the previews."""
+    found = list(events)
+    return found.count(None), [event for event in found if event is not None]
+
+
+def test_every_shift_of_a_grid_equals_a_single_shift(load_example: LoadExample) -> None:
+    resident = load_example("gpt2").resident
+    ids = tuple(prompt("gpt2", 6))
+    spec = PreviewEditSpec(ids, (321,), ForwardShift(0, 0.0), grid=EditGrid((), (0.3, 0.1)))
+    _, cells = split(preview_edit(resolve_preview_edit(resident, spec), lambda: None))
+    assert [cell.layer for cell in cells] == [0, 0, 1, 1, 2, 2]
+    for cell in cells:
+        assert cell.layer is not None
+        assert cell.strength is not None
+        shift = ForwardShift(cell.layer, cell.strength)
+        assert cell.edited == preview(resident, PreviewEditSpec(ids, (321,), shift)).edited
+
+
+def test_grid_with_too_many_effects_is_refused(load_example: LoadExample) -> None:
+    spec = PreviewEditSpec(
+        prompt=(3, 4),
+        target=(17,),
+        edit=DescentStep((), (), 0.0),
+        probes=(Probe("", (3, 4), None),) * 64,
+        grid=EditGrid((), (0.1,) * 64),
+    )
+    with pytest.raises(InvalidRequest, match="expected at most 4096 layers times strengths"):
+        resolve_preview_edit(load_example("gpt2").resident, spec)
 
 
 def second_matrix(network: Any, layer: int) -> nn.Module:

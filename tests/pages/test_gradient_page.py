@@ -352,6 +352,7 @@ def test_experts_are_shown_separately(tab: Page, mixture: Shown) -> None:
         by_size = sorted(chosen, key=lambda pair: pair[1].size)  # the largest is written last
         return {f"L{m.layer}/p{p.position}/FF2": count(p.target_ranks[0]) for m, p in by_size}
 
+    expect(tab.locator('.chip.painted[data-id$="/FF2"]')).to_have_count(len(ranks(None)))
     assert shown_ranks(tab, "FF2") == ranks(None)
     tab.get_by_label("Expert", exact=True).select_option("2")
     expect(tab.locator('.chip.painted[data-id$="/FF2"]')).to_have_count(len(ranks(2)))

@@ -543,20 +543,23 @@ def _softmax_seen(visit: _Visit) -> Iterator[None]:
         visit.values[key] = probabilities[0, :, :, :length].transpose(0, 1).clone()
         return probabilities
 
-    def naive(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
-        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
-        if named.get("is_causal"):
-            scores = scores.masked_fill(later, -torch.inf)
-        mask = named.get("attn_mask")
-        if mask is not None:
-            scores = (
-                scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-            )
-        return functional.softmax(scores, dim=-1) @ value
-
-    functional.softmax, functional.scaled_dot_product_attention = seen, naive  # type: ignore[assignment]
+    functional.softmax = seen  # type: ignore[assignment]
+    functional.scaled_dot_product_attention = attention_of_scores  # type: ignore[assignment]
     try:
         yield
     finally:
         functional.softmax, functional.scaled_dot_product_attention = softmax, fused
+
+
+def attention_of_scores(query: Tensor, key: Tensor, value: Tensor, **named: Any) -> Tensor:
+    """Compute `scaled_dot_product_attention` with a softmax that can be observed."""
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    if named.get("is_causal"):
+        scores = scores.masked_fill(later, -torch.inf)
+    mask = named.get("attn_mask")
+    if mask is not None:
+        scores = (
+            scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        )
+    return functional.softmax(scores, dim=-1) @ value

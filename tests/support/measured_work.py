@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+Step = TypeVar("Step")
+
 
 class PeakMemory(TorchDispatchMode):
-    """The peak size in bytes of the storages that are created inside the context."""
+    """The size in bytes of the storages created inside the context: in use now, and at most."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.alive = 0
         self.peak = 0
-        self._alive: dict[int, int] = {}
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
         self,
@@ -31,16 +35,15 @@ class PeakMemory(TorchDispatchMode):
         known = self._storages((args, kwargs or {}))
         output = function(*args, **(kwargs or {}))
         for key, storage in self._storages(output).items():
-            if key not in known and key not in self._alive:
-                self._alive[key] = storage.nbytes()
-                weakref.finalize(storage, self._alive.pop, key, None)
+            if key not in known and key not in self._sizes:
+                self._sizes[key] = storage.nbytes()
+                self.alive += self._sizes[key]
+                weakref.finalize(storage, self._freed, key)
         self.peak = max(self.peak, self.alive)
         return output
 
-    @property
-    def alive(self) -> int:
-        """Return the bytes in use now."""
-        return sum(self._alive.values())
+    def _freed(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
 
     @staticmethod
     def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
@@ -49,29 +52,27 @@ class PeakMemory(TorchDispatchMode):
         return {s._cdata: s for s in (tensor.untyped_storage() for tensor in tensors)}
 
 
-def peak_memory(run: Callable[[], object]) -> int:
-    """Return the peak of the bytes in use, without those in use before."""
-    with PeakMemory() as memory:
-        run()
-    peak: int = memory.peak
-    return peak
+@dataclass(frozen=True)
+class Work:
+    """Bytes in use at most, bytes in use at most between two steps, and operations."""
+
+    memory: int
+    held: int
+    flops: float
 
 
-def held_memory(steps: Iterator[object]) -> int:
-    """Return the peak of the bytes in use between two steps."""
+def work(steps: Iterable[Step], use: Callable[[Step], object] = lambda _: None) -> Work:
+    """Run the steps, pass each to `use`, and return the work without what was there before.
+
+    Operations are the floating-point operations of matrix products and attention.
+    """
     held = 0
-    with PeakMemory() as memory:
-        for _ in steps:
-            held = max(held, memory.alive)
-    return held
-
-
-def operations(run: Callable[[], object]) -> float:
-    """Return the floating-point operations of its matrix products and attention."""
     packed = {torch.ops.mkldnn._linear_pointwise: _packed_product}
-    with FlopCounterMode(display=False, custom_mapping=packed) as counter:
-        run()
-    return float(counter.get_total_flops())
+    with PeakMemory() as memory, FlopCounterMode(display=False, custom_mapping=packed) as counter:
+        for step in steps:
+            held = max(held, memory.alive)
+            use(step)
+    return Work(memory.peak, held, float(counter.get_total_flops()))
 
 
 def processor_seconds(run: Callable[[], object], repeats: int = 2) -> float:

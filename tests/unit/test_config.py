@@ -15,6 +15,7 @@ from januslens_server.config import (
     read_settings,
     unknown_variable_warnings,
 )
+from januslens_server.config import settings as settings_module
 from januslens_server.demo import model_path
 
 
@@ -27,6 +28,17 @@ def _no_settings_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "januslens.yaml"
+
+
+@pytest.mark.parametrize("host", ["[::]", "::"])
+def test_all_addresses_are_those_of_ipv4_on_a_machine_without_ipv6(
+    host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--host", host, "--metrics-host", host, "--insecure"]
+    for available, bound in ((True, host), (False, "0.0.0.0")):  # noqa: S104 - of a container
+        monkeypatch.setattr(settings_module, "has_ipv6", lambda found=available: found)
+        settings = read_settings(arguments)
+        assert (settings.host, settings.metrics_host) == (bound, bound)
 
 
 def test_defaults() -> None:

@@ -52,6 +52,7 @@ from januslens.cli.tables import (
     tokens_cell,
 )
 from januslens.client import Client, EventStream
+from januslens.results.attention import AttentionGradient
 from januslens.results.gradient import EditPreview, Effect, Gradient
 from januslens.results.kinds import End, MatrixKind, Side
 from januslens.results.matrices import Component, Matrix
@@ -119,6 +120,9 @@ from januslens.results.vectors import Projection
     help="Also report this prompt before and after the edit (repeatable).",
 )
 @click.option("--verify", is_flag=True, help="Compare each gradient with autograd's.")
+@click.option(
+    "--attention", is_flag=True, help="Also show where the gradients of attention are largest."
+)
 @page_option
 @out_option
 @estimate_option
@@ -189,7 +193,9 @@ def _edits(preview: bool, shift: int | None, eta: float, asked: dict[str, Any]) 
 
 def _followed(stream: EventStream[GradientEvent, Gradient], progress: Steps) -> Gradient:
     for event in stream:
-        if isinstance(event, Matrix):
+        if isinstance(event, AttentionGradient):
+            progress.done(f"attention of layer {event.layer}")
+        elif isinstance(event, Matrix):
             progress.done(event.name)
     return stream.result()
 
@@ -384,6 +390,27 @@ def segments_section(gradient: Gradient, limit: int) -> Group:
     return section("By segment of the prompt", grid, note)
 
 
+def attention_section(gradient: Gradient, rows: int) -> Group:
+    """The places of attention with the largest gradients of the score."""
+    grid = table(">layer", ">head", "position", "attends to", ">probability", ">dL/da", ">dL/ds")
+    found = [place for layer in gradient.attention for place in layer.largest(rows)]
+    for place in sorted(found, key=lambda place: -abs(place.score_gradient))[:rows]:
+        grid.add_row(
+            str(place.layer),
+            str(place.head),
+            Text(presentation.token_at(place.position, gradient.prompt_tokens), no_wrap=True),
+            Text(presentation.token_at(place.source, gradient.prompt_tokens), no_wrap=True),
+            probability_cell(place.probability),
+            size_cell(place.probability_gradient),
+            size_cell(place.score_gradient),
+        )
+    note = (
+        "dL/da and dL/ds: gradients of the loss with respect to the probability and to the score; "
+        "a step that raises a score with a negative dL/ds lowers the loss"
+    )
+    return section("Where the gradients of attention are largest", grid, note)
+
+
 def verification_line(matrices: Sequence[Matrix]) -> Text:
     """The largest difference between the factors and autograd's dense gradient."""
     checks = [matrix.verification for matrix in matrices if matrix.verification]
@@ -444,6 +471,8 @@ def show_gradient(gradient: Gradient, console: Console, rows: int) -> None:
         console.print(factor_picture(gradient, matrices, rows, console.width))
         console.print(components_section(gradient, matrices, rows))
         _show_extras(matrices, console, gradient, rows)
+    if gradient.attention:
+        console.print(attention_section(gradient, rows))
     if gradient.segments:
         console.print(segments_section(gradient, rows))
     for limit in presentation.level_sentences(gradient.header.limited_layers):

@@ -249,17 +249,15 @@ def _heat_map(found: HeatMap, width: int) -> Group:
         shown = slice(start, start + at_once)
         grid = table("", *(f">{label}" for label in labels[shown]))
         for label, row in found.printed_rows():
-            grid.add_row(Text(label), *(_cell(value, found.largest) for value in row[shown]))
+            grid.add_row(Text(label), *(_cell(value, found) for value in row[shown]))
         parts.append(grid)
     return Group(*(section("" if i else found.title, grid) for i, grid in enumerate(parts)))
 
 
-def _cell(value: float, largest: float) -> Text:
+def _cell(value: float, found: HeatMap) -> Text:
     """A change on its colour, which terminals without colours leave out."""
     if math.isnan(value):  # no experiment
         return Text("")
-    colour = presentation.change_colour(value, largest)
-    ink = presentation.ink_on(colour)
-    return Text(
-        presentation.signed(value), f"#{bytes(ink).hex()} on #{bytes(colour).hex()}", no_wrap=True
-    )
+    colour = presentation.change_colour(value, found.largest)
+    style = f"#{bytes(presentation.ink_on(colour)).hex()} on #{bytes(colour).hex()}"
+    return Text(presentation.signed(value, found.digits), style, no_wrap=True)

@@ -264,6 +264,14 @@ def matrix_list(
         raise click.BadParameter(str(error)) from None
 
 
+def number_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[float]:
+    """Parse numbers: `0.01,0.1` is [0.01, 0.1]; nothing is an empty list."""
+    try:
+        return [float(piece) for piece in value.split(",")] if value else []
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.01,0.1.") from None
+
+
 P = ParamSpec("P")
 
 _FILE = click.Path(exists=True, dir_okay=False)

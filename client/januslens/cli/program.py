@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from januslens.cli.doctor import doctor
+from januslens.cli.edits import edits
 from januslens.cli.generate import generate
 from januslens.cli.gradient import gradient
 from januslens.cli.intervene import intervene
@@ -112,6 +113,7 @@ def januslens() -> None:
 for command in (
     trace,
     gradient,
+    edits,
     intervene,
     generate,
     open_recording,

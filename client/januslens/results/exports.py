@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from januslens.results.comparison import EdgeDifference, NodeDifference
-    from januslens.results.gradient import EditPreview, SegmentRow
+    from januslens.results.gradient import EditCell, EditPreview, Effect, SegmentRow
     from januslens.results.graph import Edge, Node, Part
     from januslens.results.matrices import Component, Matrix
     from januslens.results.tokens import Token
@@ -218,13 +218,27 @@ _EFFECT_FIELDS = (
 def preview_frame(preview: EditPreview) -> pd.DataFrame:
     """Return a frame with one row per prompt, the edited one first; tokens are texts."""
     pandas = require("pandas", "analysis", "a frame of effects")
-    rows = [
-        {name: getattr(effect, name) for name in _EFFECT_FIELDS}
-        | {name: getattr(effect, name).text for name in _EFFECT_TOKENS}
-        for effect in (preview.edited, *preview.probes)
-    ]
+    rows = [_effect_row(effect) for effect in (preview.edited, *preview.probes)]
     frame: pd.DataFrame = pandas.DataFrame(rows, columns=list(_EFFECT_FIELDS))
     return frame
+
+
+def edit_grid_frame(cells: Iterable[EditCell]) -> pd.DataFrame:
+    """Return a frame with one row per edit of a grid and prompt; tokens are texts."""
+    pandas = require("pandas", "analysis", "a frame of effects")
+    rows = [
+        {"layer": cell.layer, "strength": cell.strength} | _effect_row(effect)
+        for cell in cells
+        for effect in (cell.edited, *cell.probes)
+    ]
+    columns = ["layer", "strength", *_EFFECT_FIELDS]
+    frame: pd.DataFrame = pandas.DataFrame(rows, columns=columns)
+    return frame
+
+
+def _effect_row(effect: Effect) -> dict[str, Any]:
+    tokens = {name: getattr(effect, name).text for name in _EFFECT_TOKENS}
+    return {name: getattr(effect, name) for name in _EFFECT_FIELDS} | tokens
 
 
 def edge_frame(edges: Iterable[Edge]) -> pd.DataFrame:

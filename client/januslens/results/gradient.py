@@ -8,6 +8,7 @@ from os import PathLike
 from typing import TYPE_CHECKING
 
 from januslens.results import exports
+from januslens.results.attention import AttentionGradient
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.kinds import MATRIX_KINDS, MatrixKind
 from januslens.results.matrices import Matrix, matrix_name
@@ -109,6 +110,78 @@ class EditPreview:
 
 
 @dataclass(frozen=True)
+class EditCell:
+    """The effects of one edit of a grid.
+
+    Attributes:
+        layer: The layer that the edit changes.
+        strength: The learning rate of a descent step, or eta of a forward shift.
+        edited: The effect on the edited prompt.
+        probes: The effects on the probes, in the order of the request.
+    """
+
+    layer: int
+    strength: float
+    edited: Effect
+    probes: tuple[Effect, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class EditPreviews:
+    """The effects of a grid of edits, by layer and then in the order of the strengths.
+
+    Attributes:
+        cells: The edits.
+        provenance: The model's revision, data type, device and library versions.
+        response: The message that it was read from.
+    """
+
+    cells: tuple[EditCell, ...]
+    provenance: Provenance
+    response: edits_pb2.PreviewEditResponse = field(repr=False, compare=False)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers of the grid, ascending."""
+        return tuple(dict.fromkeys(cell.layer for cell in self.cells))
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """The strengths of the grid, in the order of the request."""
+        return tuple(dict.fromkeys(cell.strength for cell in self.cells))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a data frame with one row per edit and prompt. Requires pandas.
+
+        For a table of layers and strengths, use for example
+        `frame.pivot(index="layer", columns="strength", values="probability_after")`.
+        """
+        return exports.edit_grid_frame(self.cells)
+
+    def __repr__(self) -> str:
+        """A one-line description, because there may be many edits."""
+        return f"<EditPreviews: {len(self.layers)} layers x {len(self.strengths)} strengths>"
+
+    @classmethod
+    def from_message(cls, message: edits_pb2.PreviewEditResponse) -> EditPreviews:
+        """Read the whole response."""
+        tokens = TokenTable(message.tokens)
+        return cls(
+            cells=tuple(
+                EditCell(
+                    layer=cell.layer,
+                    strength=cell.strength,
+                    edited=Effect.from_message(cell.edited, tokens),
+                    probes=tuple(Effect.from_message(probe, tokens) for probe in cell.probes),
+                )
+                for cell in message.cells
+            ),
+            provenance=Provenance.from_message(message.provenance),
+            response=message,
+        )
+
+
+@dataclass(frozen=True)
 class GradientHeader:
     """Prompt, loss and targets of a gradient; the first event of its stream.
 
@@ -159,6 +232,12 @@ class GradientHeader:
         )
 
 
+_SEGMENTS = {
+    number: name.removeprefix("PROMPT_SEGMENT_").lower()
+    for name, number in gradient_lens_pb2.PromptSegment.items()
+}
+
+
 @dataclass(frozen=True)
 class SegmentRow:
     """Norms and ranks of one matrix over a segment of the prompt (Backward Lens, section 6).
@@ -184,7 +263,7 @@ class SegmentRow:
     def from_message(cls, message: gradient_lens_pb2.SegmentRow) -> SegmentRow:
         """Read one row."""
         return cls(
-            segment=message.segment,
+            segment=_SEGMENTS.get(message.segment, str(message.segment)),
             layer=message.layer,
             kind=MATRIX_KINDS.member(message.kind),
             mean_vjp_norm=message.mean_vjp_norm,
@@ -235,12 +314,15 @@ class Gradient:
 
     Attributes:
         header: Prompt, loss, targets and provenance.
+        attention: The attention of each layer and its gradients, from the last layer down; empty
+            unless requested.
         matrices: The gradients, from the last layer down.
         summary: Counts, times and segments; None if the stream was interrupted.
         responses: The messages that this result was read from.
     """
 
     header: GradientHeader
+    attention: tuple[AttentionGradient, ...]
     matrices: tuple[Matrix, ...]
     summary: GradientSummary | None
     responses: tuple[gradient_lens_pb2.GradientLensResponse, ...] = field(repr=False, compare=False)
@@ -282,6 +364,20 @@ class Gradient:
         gated = wanted is MatrixKind.FF1 and any(m.kind in _GATED for m in self.matrices)
         hint = "; in a gated MLP, FF1 is GATE and UP" if gated else ""
         raise KeyError(f"the gradient has no matrix {name}; expected one of {here}{hint}")
+
+    def attention_of(self, layer: int) -> AttentionGradient:
+        """Return the attention of a layer and its gradients; negative layers count from the last.
+
+        Raises:
+            KeyError: It was not requested.
+        """
+        layer += self.header.sizes.n_layers if layer < 0 else 0
+        for found in self.attention:
+            if found.layer == layer:
+                return found
+        raise KeyError(
+            f"the gradient has no attention of layer {layer}; request it with attention=True"
+        )
 
     def of_kind(self, kind: MatrixKind | str) -> list[Matrix]:
         """Return the gradients of one kind of matrix in all layers, from the last layer down.
@@ -359,6 +455,7 @@ class Gradient:
     def from_parts(
         cls,
         header: GradientHeader,
+        attention: Sequence[AttentionGradient],
         matrices: Sequence[Matrix],
         summary: GradientSummary | None,
         responses: Sequence[gradient_lens_pb2.GradientLensResponse],
@@ -366,6 +463,7 @@ class Gradient:
         """Combine the events of a stream."""
         return cls(
             header=header,
+            attention=tuple(attention),
             matrices=tuple(matrices),
             summary=summary,
             responses=tuple(responses),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from januslens.results.exports import notebook_html
 
 _LABEL = 8  # characters of a column in print
+_MOST_DIGITS = 5  # decimals that fit in
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +40,13 @@ class HeatMap:
         found = np.abs(self.values[~np.isnan(self.values)])
         return float(found.max(initial=0.0))
 
+    @property
+    def digits(self) -> int:
+        """The decimals of the printed figures: 2, or up to 5 where all are small."""
+        if not 0 < self.largest < 1:
+            return 2
+        return min(_MOST_DIGITS, 2 - math.floor(math.log10(self.largest)) - 1)
+
     def printed_rows(self) -> list[tuple[str, list[float]]]:
         """Return the rows in the order in which they are printed, each with its label."""
         rows = list(zip(self.rows, self.values.tolist(), strict=True))
@@ -48,7 +57,7 @@ class HeatMap:
         widest = max(map(len, self.rows), default=0)
         lines = [self.title]
         for label, row in self.printed_rows():
-            numbers = " ".join(_number(value).rjust(_LABEL) for value in row)
+            numbers = " ".join(_number(value, self.digits).rjust(_LABEL) for value in row)
             lines.append(f"{label.ljust(widest)}  {numbers}".rstrip())
         columns = " ".join(label[:_LABEL].rjust(_LABEL) for label in self.columns)
         lines.append(" " * (widest + 2) + columns)
@@ -59,5 +68,5 @@ class HeatMap:
         return notebook_html(self)
 
 
-def _number(value: float) -> str:
-    return "" if np.isnan(value) else f"{value:+.2f}"
+def _number(value: float, digits: int) -> str:
+    return "" if np.isnan(value) else f"{value:+.{digits}f}"

@@ -175,5 +175,5 @@ MATRIX_KINDS = Numbering(MatrixKind, gradient_lens_pb2.MatrixKind.items(), "MATR
 CRITERIA = Numbering(Criterion, trace_pb2.SelectionCriterion.items(), "SELECTION_CRITERION_")
 LENSES = Numbering(Lens, lens_pb2.Lens.items(), "LENS_")
 SITES = Numbering(Site, sites_pb2.Site.items(), "SITE_")
-SIDES = Numbering(Side, gradient_lens_pb2.Side.items(), "SIDE_")
-ENDS = Numbering(End, gradient_lens_pb2.End.items(), "END_")
+SIDES = Numbering(Side, gradient_lens_pb2.GradientFactor.items(), "GRADIENT_FACTOR_")
+ENDS = Numbering(End, gradient_lens_pb2.RankingEnd.items(), "RANKING_END_")

@@ -29,7 +29,7 @@ class Entry:
     value: float
 
     @classmethod
-    def from_messages(cls, messages: Iterable[gradient_lens_pb2.Entry]) -> tuple[Entry, ...]:
+    def from_messages(cls, messages: Iterable[gradient_lens_pb2.Coordinate]) -> tuple[Entry, ...]:
         """Read the largest coordinates of a factor, largest first."""
         return tuple(cls(message.index, message.value) for message in messages)
 

@@ -27,7 +27,7 @@ from januslens.v1 import gradient_lens_pb2 as januslens_dot_v1_dot_gradient__len
 from januslens.v1 import interventions_pb2 as januslens_dot_v1_dot_interventions__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18januslens/v1/edits.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a januslens/v1/gradient_lens.proto\x1a januslens/v1/interventions.proto\"\xba\x02\n\x12PreviewEditRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\"\n\x05input\x18\x03 \x01(\x0b\x32\x13.januslens.v1.Input\x12$\n\x06target\x18\x04 \x01(\x0b\x32\x14.januslens.v1.Target\x12,\n\x07\x64\x65scent\x18\x05 \x01(\x0b\x32\x19.januslens.v1.DescentStepH\x00\x12+\n\x05shift\x18\x06 \x01(\x0b\x32\x1a.januslens.v1.ForwardShiftH\x00\x12#\n\x06probes\x18\x07 \x03(\x0b\x32\x13.januslens.v1.Probe\x12\x31\n\rinterventions\x18\x08 \x03(\x0b\x32\x1a.januslens.v1.InterventionB\x06\n\x04\x65\x64it\"`\n\x0b\x44\x65scentStep\x12*\n\x08matrices\x18\x01 \x03(\x0e\x32\x18.januslens.v1.MatrixKind\x12\x0e\n\x06layers\x18\x02 \x03(\x05\x12\x15\n\rlearning_rate\x18\x03 \x01(\x02\"*\n\x0c\x46orwardShift\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0b\n\x03\x65ta\x18\x02 \x01(\x02\"`\n\x05Probe\x12\r\n\x05label\x18\x01 \x01(\t\x12\"\n\x05input\x18\x02 \x01(\x0b\x32\x13.januslens.v1.Input\x12$\n\x06target\x18\x03 \x01(\x0b\x32\x14.januslens.v1.Target\"\xb4\x01\n\x13PreviewEditResponse\x12$\n\x06\x65\x64ited\x18\x01 \x01(\x0b\x32\x14.januslens.v1.Effect\x12$\n\x06probes\x18\x02 \x03(\x0b\x32\x14.januslens.v1.Effect\x12,\n\nprovenance\x18\x03 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12#\n\x06tokens\x18\x04 \x03(\x0b\x32\x13.januslens.v1.Token\"\x93\x02\n\x06\x45\x66\x66\x65\x63t\x12\r\n\x05label\x18\x01 \x01(\t\x12\x17\n\x0ftarget_token_id\x18\x02 \x01(\r\x12\x1a\n\x12probability_before\x18\x03 \x01(\x02\x12\x19\n\x11probability_after\x18\x04 \x01(\x02\x12\x13\n\x0brank_before\x18\x05 \x01(\r\x12\x12\n\nrank_after\x18\x06 \x01(\r\x12\x18\n\x10predicted_before\x18\x07 \x01(\r\x12\x17\n\x0fpredicted_after\x18\x08 \x01(\r\x12\x0f\n\x07kl_bits\x18\t \x01(\x02\x12\x1e\n\x16log_probability_before\x18\n \x01(\x02\x12\x1d\n\x15log_probability_after\x18\x0b \x01(\x02\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18januslens/v1/edits.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a januslens/v1/gradient_lens.proto\x1a januslens/v1/interventions.proto\"\xe0\x02\n\x12PreviewEditRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\"\n\x05input\x18\x03 \x01(\x0b\x32\x13.januslens.v1.Input\x12$\n\x06target\x18\x04 \x01(\x0b\x32\x14.januslens.v1.Target\x12,\n\x07\x64\x65scent\x18\x05 \x01(\x0b\x32\x19.januslens.v1.DescentStepH\x00\x12+\n\x05shift\x18\x06 \x01(\x0b\x32\x1a.januslens.v1.ForwardShiftH\x00\x12#\n\x06probes\x18\x07 \x03(\x0b\x32\x13.januslens.v1.Probe\x12\x31\n\rinterventions\x18\x08 \x03(\x0b\x32\x1a.januslens.v1.Intervention\x12$\n\x04grid\x18\t \x01(\x0b\x32\x16.januslens.v1.EditGridB\x06\n\x04\x65\x64it\"-\n\x08\x45\x64itGrid\x12\x0e\n\x06layers\x18\x01 \x03(\x05\x12\x11\n\tstrengths\x18\x02 \x03(\x02\"`\n\x0b\x44\x65scentStep\x12*\n\x08matrices\x18\x01 \x03(\x0e\x32\x18.januslens.v1.MatrixKind\x12\x0e\n\x06layers\x18\x02 \x03(\x05\x12\x15\n\rlearning_rate\x18\x03 \x01(\x02\"*\n\x0c\x46orwardShift\x12\r\n\x05layer\x18\x01 \x01(\x05\x12\x0b\n\x03\x65ta\x18\x02 \x01(\x02\"`\n\x05Probe\x12\r\n\x05label\x18\x01 \x01(\t\x12\"\n\x05input\x18\x02 \x01(\x0b\x32\x13.januslens.v1.Input\x12$\n\x06target\x18\x03 \x01(\x0b\x32\x14.januslens.v1.Target\"\xdb\x01\n\x13PreviewEditResponse\x12$\n\x06\x65\x64ited\x18\x01 \x01(\x0b\x32\x14.januslens.v1.Effect\x12$\n\x06probes\x18\x02 \x03(\x0b\x32\x14.januslens.v1.Effect\x12,\n\nprovenance\x18\x03 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12#\n\x06tokens\x18\x04 \x03(\x0b\x32\x13.januslens.v1.Token\x12%\n\x05\x63\x65lls\x18\x05 \x03(\x0b\x32\x16.januslens.v1.EditCell\"w\n\x08\x45\x64itCell\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x10\n\x08strength\x18\x02 \x01(\x02\x12$\n\x06\x65\x64ited\x18\x03 \x01(\x0b\x32\x14.januslens.v1.Effect\x12$\n\x06probes\x18\x04 \x03(\x0b\x32\x14.januslens.v1.Effect\"\x93\x02\n\x06\x45\x66\x66\x65\x63t\x12\r\n\x05label\x18\x01 \x01(\t\x12\x17\n\x0ftarget_token_id\x18\x02 \x01(\r\x12\x1a\n\x12probability_before\x18\x03 \x01(\x02\x12\x19\n\x11probability_after\x18\x04 \x01(\x02\x12\x13\n\x0brank_before\x18\x05 \x01(\r\x12\x12\n\nrank_after\x18\x06 \x01(\r\x12\x18\n\x10predicted_before\x18\x07 \x01(\r\x12\x17\n\x0fpredicted_after\x18\x08 \x01(\r\x12\x0f\n\x07kl_bits\x18\t \x01(\x02\x12\x1e\n\x16log_probability_before\x18\n \x01(\x02\x12\x1d\n\x15log_probability_after\x18\x0b \x01(\x02\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,15 +36,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1\252\002\014Januslens.V1'
   _globals['_PREVIEWEDITREQUEST']._serialized_start=138
-  _globals['_PREVIEWEDITREQUEST']._serialized_end=452
-  _globals['_DESCENTSTEP']._serialized_start=454
-  _globals['_DESCENTSTEP']._serialized_end=550
-  _globals['_FORWARDSHIFT']._serialized_start=552
-  _globals['_FORWARDSHIFT']._serialized_end=594
-  _globals['_PROBE']._serialized_start=596
-  _globals['_PROBE']._serialized_end=692
-  _globals['_PREVIEWEDITRESPONSE']._serialized_start=695
-  _globals['_PREVIEWEDITRESPONSE']._serialized_end=875
-  _globals['_EFFECT']._serialized_start=878
-  _globals['_EFFECT']._serialized_end=1153
+  _globals['_PREVIEWEDITREQUEST']._serialized_end=490
+  _globals['_EDITGRID']._serialized_start=492
+  _globals['_EDITGRID']._serialized_end=537
+  _globals['_DESCENTSTEP']._serialized_start=539
+  _globals['_DESCENTSTEP']._serialized_end=635
+  _globals['_FORWARDSHIFT']._serialized_start=637
+  _globals['_FORWARDSHIFT']._serialized_end=679
+  _globals['_PROBE']._serialized_start=681
+  _globals['_PROBE']._serialized_end=777
+  _globals['_PREVIEWEDITRESPONSE']._serialized_start=780
+  _globals['_PREVIEWEDITRESPONSE']._serialized_end=999
+  _globals['_EDITCELL']._serialized_start=1001
+  _globals['_EDITCELL']._serialized_end=1120
+  _globals['_EFFECT']._serialized_start=1123
+  _globals['_EFFECT']._serialized_end=1398
 # @@protoc_insertion_point(module_scope)

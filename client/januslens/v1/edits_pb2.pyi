@@ -37,6 +37,7 @@ class PreviewEditRequest(_message.Message):
     SHIFT_FIELD_NUMBER: _builtins.int
     PROBES_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
+    GRID_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has."""
     revision: _builtins.str
@@ -67,6 +68,12 @@ class PreviewEditRequest(_message.Message):
         the edit is computed from. In each prompt, negative positions count from the end of that prompt.
         """
 
+    @_builtins.property
+    def grid(self) -> Global___EditGrid:
+        """Edits to preview instead of a single one; unset = the edit as it is. INVALID_ARGUMENT together
+        with the layers and the strength of the edit, which the grid replaces.
+        """
+
     def __init__(
         self,
         *,
@@ -78,16 +85,51 @@ class PreviewEditRequest(_message.Message):
         shift: Global___ForwardShift | None = ...,
         probes: _abc.Iterable[Global___Probe] | None = ...,
         interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
+        grid: Global___EditGrid | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["descent", b"descent", "edit", b"edit", "input", b"input", "shift", b"shift", "target", b"target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["descent", b"descent", "edit", b"edit", "grid", b"grid", "input", b"input", "shift", b"shift", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["descent", b"descent", "edit", b"edit", "input", b"input", "interventions", b"interventions", "model", b"model", "probes", b"probes", "revision", b"revision", "shift", b"shift", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["descent", b"descent", "edit", b"edit", "grid", b"grid", "input", b"input", "interventions", b"interventions", "model", b"model", "probes", b"probes", "revision", b"revision", "shift", b"shift", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_edit: _TypeAlias = _typing.Literal["descent", "shift"]  # noqa: Y015
     _WhichOneofArgType_edit: _TypeAlias = _typing.Literal["edit", b"edit"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_edit) -> _WhichOneofReturnType_edit | None: ...
 
 Global___PreviewEditRequest: _TypeAlias = PreviewEditRequest  # noqa: Y015
+
+@_typing.final
+class EditGrid(_message.Message):
+    """One edit for each layer and each strength, each applied alone. The passes before the edits run
+    once, and so does the pass that the edits are computed from.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    STRENGTHS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Layers, from 0, or negative from the last; empty = all layers that the edit can change."""
+
+    @_builtins.property
+    def strengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Learning rates of a descent step, or values of eta of a shift; at least one.
+        INVALID_ARGUMENT for 0.
+        """
+
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+        strengths: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "strengths", b"strengths"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EditGrid: _TypeAlias = EditGrid  # noqa: Y015
 
 @_typing.final
 class DescentStep(_message.Message):
@@ -197,6 +239,7 @@ class PreviewEditResponse(_message.Message):
     PROBES_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    CELLS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def edited(self) -> Global___Effect:
         """Effect on the prompt that the edit is made for."""
@@ -213,6 +256,12 @@ class PreviewEditResponse(_message.Message):
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
         """The tokens that the effects name."""
 
+    @_builtins.property
+    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___EditCell]:
+        """The edits of the grid, by layer and then in the order of the strengths; `edited` and `probes` are
+        then unset.
+        """
+
     def __init__(
         self,
         *,
@@ -220,14 +269,53 @@ class PreviewEditResponse(_message.Message):
         probes: _abc.Iterable[Global___Effect] | None = ...,
         provenance: _common_pb2.Provenance | None = ...,
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
+        cells: _abc.Iterable[Global___EditCell] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited", "provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited", "probes", b"probes", "provenance", b"provenance", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "edited", b"edited", "probes", b"probes", "provenance", b"provenance", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PreviewEditResponse: _TypeAlias = PreviewEditResponse  # noqa: Y015
+
+@_typing.final
+class EditCell(_message.Message):
+    """The effects of one edit of a grid."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    STRENGTH_FIELD_NUMBER: _builtins.int
+    EDITED_FIELD_NUMBER: _builtins.int
+    PROBES_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """The layer that the edit changes."""
+    strength: _builtins.float
+    """The learning rate, or eta."""
+    @_builtins.property
+    def edited(self) -> Global___Effect:
+        """Effect on the prompt that the edit is made for."""
+
+    @_builtins.property
+    def probes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Effect]:
+        """Effects on the probes, in the order of the request."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        strength: _builtins.float = ...,
+        edited: Global___Effect | None = ...,
+        probes: _abc.Iterable[Global___Effect] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edited", b"edited", "layer", b"layer", "probes", b"probes", "strength", b"strength"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EditCell: _TypeAlias = EditCell  # noqa: Y015
 
 @_typing.final
 class Effect(_message.Message):

@@ -27,7 +27,7 @@ from januslens.v1 import interventions_pb2 as januslens_dot_v1_dot_interventions
 from januslens.v1 import lens_pb2 as januslens_dot_v1_dot_lens__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n januslens/v1/gradient_lens.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a januslens/v1/interventions.proto\x1a\x17januslens/v1/lens.proto\"\xb3\x05\n\x13GradientLensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\"\n\x05input\x18\x03 \x01(\x0b\x32\x13.januslens.v1.Input\x12\x32\n\x03nll\x18\x04 \x01(\x0b\x32#.januslens.v1.NegativeLogLikelihoodH\x00\x12\x39\n\x10logit_difference\x18\x05 \x01(\x0b\x32\x1d.januslens.v1.LogitDifferenceH\x00\x12(\n\x02kl\x18\x06 \x01(\x0b\x32\x1a.januslens.v1.KlDivergenceH\x00\x12*\n\x08matrices\x18\x07 \x03(\x0e\x32\x18.januslens.v1.MatrixKind\x12\x0e\n\x06layers\x18\x08 \x03(\x05\x12\x12\n\x05top_k\x18\t \x01(\rH\x01\x88\x01\x01\x12\x15\n\x08\x62ottom_k\x18\n \x01(\rH\x02\x88\x01\x01\x12 \n\x04lens\x18\x0b \x01(\x0e\x32\x12.januslens.v1.Lens\x12\x17\n\ncomponents\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x15\n\rspectrum_rank\x18\r \x01(\r\x12\x0f\n\x07neurons\x18\x0e \x01(\r\x12\x1a\n\rlearning_rate\x18\x0f \x01(\x02H\x04\x88\x01\x01\x12&\n\x07subject\x18\x10 \x01(\x0b\x32\x15.januslens.v1.Subject\x12\x17\n\x0finclude_factors\x18\x11 \x01(\x08\x12\x0e\n\x06verify\x18\x12 \x01(\x08\x12\x31\n\rinterventions\x18\x14 \x03(\x0b\x32\x1a.januslens.v1.InterventionB\x06\n\x04lossB\x08\n\x06_top_kB\x0b\n\t_bottom_kB\r\n\x0b_componentsB\x10\n\x0e_learning_rateJ\x04\x08\x13\x10\x14R\x0e\x61llow_batching\"=\n\x15NegativeLogLikelihood\x12$\n\x06target\x18\x01 \x01(\x0b\x32\x14.januslens.v1.Target\"_\n\x0fLogitDifference\x12\'\n\tpreferred\x18\x01 \x01(\x0b\x32\x14.januslens.v1.Target\x12#\n\x05other\x18\x02 \x01(\x0b\x32\x14.januslens.v1.Target\"`\n\x0cKlDivergence\x12*\n\nsuppressed\x18\x01 \x01(\x0b\x32\x16.januslens.v1.TokenIds\x12$\n\x06tokens\x18\x02 \x03(\x0b\x32\x14.januslens.v1.Target\"H\n\x07Subject\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x04span\x18\x02 \x01(\x0b\x32\x12.januslens.v1.SpanH\x00\x42\t\n\x07subject\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"\xc3\x01\n\x14GradientLensResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12.\n\x06header\x18\x02 \x01(\x0b\x32\x1c.januslens.v1.GradientHeaderH\x00\x12.\n\x06matrix\x18\x03 \x01(\x0b\x32\x1c.januslens.v1.GradientMatrixH\x00\x12\x30\n\x07summary\x18\x04 \x01(\x0b\x32\x1d.januslens.v1.GradientSummaryH\x00\x42\x07\n\x05\x65vent\"\xf0\x03\n\x0eGradientHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12*\n\rprompt_tokens\x18\x03 \x03(\x0b\x32\x13.januslens.v1.Token\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x18\n\x10target_token_ids\x18\x05 \x03(\r\x12\x1a\n\x12predicted_token_id\x18\x06 \x01(\r\x12)\n\x07skipped\x18\x07 \x03(\x0e\x32\x18.januslens.v1.MatrixKind\x12J\n\x10stage_data_types\x18\x08 \x03(\x0b\x32\x30.januslens.v1.GradientHeader.StageDataTypesEntry\x12#\n\x06tokens\x18\t \x03(\x0b\x32\x13.januslens.v1.Token\x12\'\n\x05sizes\x18\n \x01(\x0b\x32\x18.januslens.v1.ModelSizes\x12\x30\n\x0elimited_layers\x18\x0b \x03(\x0b\x32\x18.januslens.v1.LayerLevel\x1a\x35\n\x13StageDataTypesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x89\x04\n\x0eGradientMatrix\x12\r\n\x05layer\x18\x01 \x01(\r\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.januslens.v1.MatrixKind\x12\x13\n\x06\x65xpert\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04\x64_in\x18\x04 \x01(\r\x12\r\n\x05\x64_out\x18\x05 \x01(\r\x12*\n\x0eprojected_side\x18\x06 \x01(\x0e\x32\x12.januslens.v1.Side\x12\'\n\x0cpromoted_end\x18\x07 \x01(\x0e\x32\x11.januslens.v1.End\x12+\n\ncomponents\x18\x08 \x03(\x0b\x32\x17.januslens.v1.Component\x12\x16\n\x0e\x66robenius_norm\x18\t \x01(\x02\x12(\n\x08spectrum\x18\n \x03(\x0b\x32\x16.januslens.v1.Singular\x12+\n\x07neurons\x18\x0b \x03(\x0b\x32\x1a.januslens.v1.NeuronChange\x12\x35\n\x0cverification\x18\x0c \x01(\x0b\x32\x1a.januslens.v1.VerificationH\x01\x88\x01\x01\x12#\n\x06tokens\x18\r \x03(\x0b\x32\x13.januslens.v1.Token\x12\x0c\n\x04last\x18\x0e \x01(\x08\x12\x17\n\x0f\x63omponent_count\x18\x0f \x01(\rB\t\n\x07_expertB\x0f\n\r_verification\"\xb6\x02\n\tComponent\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x12\n\ninput_norm\x18\x02 \x01(\x02\x12\x10\n\x08vjp_norm\x18\x03 \x01(\x02\x12\x0c\n\x04size\x18\x04 \x01(\x02\x12,\n\nprojection\x18\x05 \x01(\x0b\x32\x18.januslens.v1.Projection\x12\x1b\n\x0epredicted_rank\x18\x06 \x01(\rH\x00\x88\x01\x01\x12\'\n\nother_side\x18\x07 \x03(\x0b\x32\x13.januslens.v1.Entry\x12#\n\x05input\x18\x08 \x01(\x0b\x32\x14.januslens.v1.Tensor\x12!\n\x03vjp\x18\t \x01(\x0b\x32\x14.januslens.v1.Tensor\x12\x14\n\x0ctarget_ranks\x18\n \x03(\rB\x11\n\x0f_predicted_rank\"%\n\x05\x45ntry\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02\"\x83\x01\n\x08Singular\x12\r\n\x05value\x18\x01 \x01(\x02\x12\x11\n\texplained\x18\x02 \x01(\x02\x12,\n\nprojection\x18\x03 \x01(\x0b\x32\x18.januslens.v1.Projection\x12\'\n\nother_side\x18\x04 \x03(\x0b\x32\x13.januslens.v1.Entry\"\xb0\x01\n\x0cNeuronChange\x12\x0e\n\x06neuron\x18\x01 \x01(\r\x12\x13\n\x0b\x63hange_norm\x18\x02 \x01(\x02\x12(\n\x06\x62\x65\x66ore\x18\x03 \x01(\x0b\x32\x18.januslens.v1.Projection\x12(\n\x06\x63hange\x18\x04 \x01(\x0b\x32\x18.januslens.v1.Projection\x12\'\n\x05\x61\x66ter\x18\x05 \x01(\x0b\x32\x18.januslens.v1.Projection\"9\n\x0cVerification\x12\x16\n\x0erelative_error\x18\x01 \x01(\x02\x12\x11\n\ttolerance\x18\x02 \x01(\x02\"w\n\x0fGradientSummary\x12\x10\n\x08matrices\x18\x01 \x01(\r\x12&\n\x05times\x18\x02 \x03(\x0b\x32\x17.januslens.v1.StageTime\x12*\n\x08segments\x18\x03 \x03(\x0b\x32\x18.januslens.v1.SegmentRow\"\xb2\x01\n\nSegmentRow\x12\x0f\n\x07segment\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.januslens.v1.MatrixKind\x12\x15\n\rmean_vjp_norm\x18\x04 \x01(\x02\x12\x1d\n\x10mean_target_rank\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\tpositions\x18\x06 \x01(\rB\x13\n\x11_mean_target_rank*\xc9\x01\n\nMatrixKind\x12\x1b\n\x17MATRIX_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rMATRIX_KIND_Q\x10\x01\x12\x11\n\rMATRIX_KIND_K\x10\x02\x12\x11\n\rMATRIX_KIND_V\x10\x03\x12\x11\n\rMATRIX_KIND_O\x10\x04\x12\x13\n\x0fMATRIX_KIND_FF1\x10\x05\x12\x14\n\x10MATRIX_KIND_GATE\x10\x06\x12\x12\n\x0eMATRIX_KIND_UP\x10\x07\x12\x13\n\x0fMATRIX_KIND_FF2\x10\x08*:\n\x04Side\x12\x14\n\x10SIDE_UNSPECIFIED\x10\x00\x12\x0e\n\nSIDE_INPUT\x10\x01\x12\x0c\n\x08SIDE_VJP\x10\x02*7\n\x03\x45nd\x12\x13\n\x0f\x45ND_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x45ND_TOP\x10\x01\x12\x0e\n\nEND_BOTTOM\x10\x02\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n januslens/v1/gradient_lens.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a januslens/v1/interventions.proto\x1a\x17januslens/v1/lens.proto\"\xd8\x05\n\x13GradientLensRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\"\n\x05input\x18\x03 \x01(\x0b\x32\x13.januslens.v1.Input\x12\x32\n\x03nll\x18\x04 \x01(\x0b\x32#.januslens.v1.NegativeLogLikelihoodH\x00\x12\x39\n\x10logit_difference\x18\x05 \x01(\x0b\x32\x1d.januslens.v1.LogitDifferenceH\x00\x12(\n\x02kl\x18\x06 \x01(\x0b\x32\x1a.januslens.v1.KlDivergenceH\x00\x12*\n\x08matrices\x18\x07 \x03(\x0e\x32\x18.januslens.v1.MatrixKind\x12\x0e\n\x06layers\x18\x08 \x03(\x05\x12\x12\n\x05top_k\x18\t \x01(\rH\x01\x88\x01\x01\x12\x15\n\x08\x62ottom_k\x18\n \x01(\rH\x02\x88\x01\x01\x12 \n\x04lens\x18\x0b \x01(\x0e\x32\x12.januslens.v1.Lens\x12\x17\n\ncomponents\x18\x0c \x01(\rH\x03\x88\x01\x01\x12\x15\n\rspectrum_rank\x18\r \x01(\r\x12\x0f\n\x07neurons\x18\x0e \x01(\r\x12\x1a\n\rlearning_rate\x18\x0f \x01(\x02H\x04\x88\x01\x01\x12&\n\x07subject\x18\x10 \x01(\x0b\x32\x15.januslens.v1.Subject\x12\x17\n\x0finclude_factors\x18\x11 \x01(\x08\x12\x0e\n\x06verify\x18\x12 \x01(\x08\x12\x31\n\rinterventions\x18\x14 \x03(\x0b\x32\x1a.januslens.v1.Intervention\x12#\n\x1binclude_attention_gradients\x18\x15 \x01(\x08\x42\x06\n\x04lossB\x08\n\x06_top_kB\x0b\n\t_bottom_kB\r\n\x0b_componentsB\x10\n\x0e_learning_rateJ\x04\x08\x13\x10\x14R\x0e\x61llow_batching\"=\n\x15NegativeLogLikelihood\x12$\n\x06target\x18\x01 \x01(\x0b\x32\x14.januslens.v1.Target\"_\n\x0fLogitDifference\x12\'\n\tpreferred\x18\x01 \x01(\x0b\x32\x14.januslens.v1.Target\x12#\n\x05other\x18\x02 \x01(\x0b\x32\x14.januslens.v1.Target\"`\n\x0cKlDivergence\x12*\n\nsuppressed\x18\x01 \x01(\x0b\x32\x16.januslens.v1.TokenIds\x12$\n\x06tokens\x18\x02 \x03(\x0b\x32\x14.januslens.v1.Target\"H\n\x07Subject\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\"\n\x04span\x18\x02 \x01(\x0b\x32\x12.januslens.v1.SpanH\x00\x42\t\n\x07subject\"\"\n\x04Span\x12\r\n\x05start\x18\x01 \x01(\r\x12\x0b\n\x03\x65nd\x18\x02 \x01(\r\"\xf9\x01\n\x14GradientLensResponse\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12.\n\x06header\x18\x02 \x01(\x0b\x32\x1c.januslens.v1.GradientHeaderH\x00\x12.\n\x06matrix\x18\x03 \x01(\x0b\x32\x1c.januslens.v1.GradientMatrixH\x00\x12\x30\n\x07summary\x18\x04 \x01(\x0b\x32\x1d.januslens.v1.GradientSummaryH\x00\x12\x34\n\tattention\x18\x05 \x01(\x0b\x32\x1f.januslens.v1.AttentionGradientH\x00\x42\x07\n\x05\x65vent\"\xf0\x03\n\x0eGradientHeader\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12,\n\nprovenance\x18\x02 \x01(\x0b\x32\x18.januslens.v1.Provenance\x12*\n\rprompt_tokens\x18\x03 \x03(\x0b\x32\x13.januslens.v1.Token\x12\x0c\n\x04loss\x18\x04 \x01(\x01\x12\x18\n\x10target_token_ids\x18\x05 \x03(\r\x12\x1a\n\x12predicted_token_id\x18\x06 \x01(\r\x12)\n\x07skipped\x18\x07 \x03(\x0e\x32\x18.januslens.v1.MatrixKind\x12J\n\x10stage_data_types\x18\x08 \x03(\x0b\x32\x30.januslens.v1.GradientHeader.StageDataTypesEntry\x12#\n\x06tokens\x18\t \x03(\x0b\x32\x13.januslens.v1.Token\x12\'\n\x05sizes\x18\n \x01(\x0b\x32\x18.januslens.v1.ModelSizes\x12\x30\n\x0elimited_layers\x18\x0b \x03(\x0b\x32\x18.januslens.v1.LayerLevel\x1a\x35\n\x13StageDataTypesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x9a\x04\n\x0eGradientMatrix\x12\r\n\x05layer\x18\x01 \x01(\r\x12&\n\x04kind\x18\x02 \x01(\x0e\x32\x18.januslens.v1.MatrixKind\x12\x13\n\x06\x65xpert\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04\x64_in\x18\x04 \x01(\r\x12\r\n\x05\x64_out\x18\x05 \x01(\r\x12\x34\n\x0eprojected_side\x18\x06 \x01(\x0e\x32\x1c.januslens.v1.GradientFactor\x12.\n\x0cpromoted_end\x18\x07 \x01(\x0e\x32\x18.januslens.v1.RankingEnd\x12+\n\ncomponents\x18\x08 \x03(\x0b\x32\x17.januslens.v1.Component\x12\x16\n\x0e\x66robenius_norm\x18\t \x01(\x02\x12(\n\x08spectrum\x18\n \x03(\x0b\x32\x16.januslens.v1.Singular\x12+\n\x07neurons\x18\x0b \x03(\x0b\x32\x1a.januslens.v1.NeuronChange\x12\x35\n\x0cverification\x18\x0c \x01(\x0b\x32\x1a.januslens.v1.VerificationH\x01\x88\x01\x01\x12#\n\x06tokens\x18\r \x03(\x0b\x32\x13.januslens.v1.Token\x12\x0c\n\x04last\x18\x0e \x01(\x08\x12\x17\n\x0f\x63omponent_count\x18\x0f \x01(\rB\t\n\x07_expertB\x0f\n\r_verification\"\xc6\x01\n\x11\x41ttentionGradient\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05shape\x18\x03 \x03(\x03\x12%\n\x07pattern\x18\x04 \x01(\x0b\x32\x14.januslens.v1.Tensor\x12.\n\x10pattern_gradient\x18\x05 \x01(\x0b\x32\x14.januslens.v1.Tensor\x12,\n\x0escore_gradient\x18\x06 \x01(\x0b\x32\x14.januslens.v1.Tensor\"\xbb\x02\n\tComponent\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x12\n\ninput_norm\x18\x02 \x01(\x02\x12\x10\n\x08vjp_norm\x18\x03 \x01(\x02\x12\x0c\n\x04size\x18\x04 \x01(\x02\x12,\n\nprojection\x18\x05 \x01(\x0b\x32\x18.januslens.v1.Projection\x12\x1b\n\x0epredicted_rank\x18\x06 \x01(\rH\x00\x88\x01\x01\x12,\n\nother_side\x18\x07 \x03(\x0b\x32\x18.januslens.v1.Coordinate\x12#\n\x05input\x18\x08 \x01(\x0b\x32\x14.januslens.v1.Tensor\x12!\n\x03vjp\x18\t \x01(\x0b\x32\x14.januslens.v1.Tensor\x12\x14\n\x0ctarget_ranks\x18\n \x03(\rB\x11\n\x0f_predicted_rank\"*\n\nCoordinate\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02\"\x88\x01\n\x08Singular\x12\r\n\x05value\x18\x01 \x01(\x02\x12\x11\n\texplained\x18\x02 \x01(\x02\x12,\n\nprojection\x18\x03 \x01(\x0b\x32\x18.januslens.v1.Projection\x12,\n\nother_side\x18\x04 \x03(\x0b\x32\x18.januslens.v1.Coordinate\"\xb0\x01\n\x0cNeuronChange\x12\x0e\n\x06neuron\x18\x01 \x01(\r\x12\x13\n\x0b\x63hange_norm\x18\x02 \x01(\x02\x12(\n\x06\x62\x65\x66ore\x18\x03 \x01(\x0b\x32\x18.januslens.v1.Projection\x12(\n\x06\x63hange\x18\x04 \x01(\x0b\x32\x18.januslens.v1.Projection\x12\'\n\x05\x61\x66ter\x18\x05 \x01(\x0b\x32\x18.januslens.v1.Projection\"9\n\x0cVerification\x12\x16\n\x0erelative_error\x18\x01 \x01(\x02\x12\x11\n\ttolerance\x18\x02 \x01(\x02\"w\n\x0fGradientSummary\x12\x10\n\x08matrices\x18\x01 \x01(\r\x12&\n\x05times\x18\x02 \x03(\x0b\x32\x17.januslens.v1.StageTime\x12*\n\x08segments\x18\x03 \x03(\x0b\x32\x18.januslens.v1.SegmentRow\"\xd5\x01\n\nSegmentRow\x12,\n\x07segment\x18\x07 \x01(\x0e\x32\x1b.januslens.v1.PromptSegment\x12\r\n\x05layer\x18\x02 \x01(\r\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.januslens.v1.MatrixKind\x12\x15\n\rmean_vjp_norm\x18\x04 \x01(\x02\x12\x1d\n\x10mean_target_rank\x18\x05 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\tpositions\x18\x06 \x01(\rB\x13\n\x11_mean_target_rankJ\x04\x08\x01\x10\x02*\xc9\x01\n\nMatrixKind\x12\x1b\n\x17MATRIX_KIND_UNSPECIFIED\x10\x00\x12\x11\n\rMATRIX_KIND_Q\x10\x01\x12\x11\n\rMATRIX_KIND_K\x10\x02\x12\x11\n\rMATRIX_KIND_V\x10\x03\x12\x11\n\rMATRIX_KIND_O\x10\x04\x12\x13\n\x0fMATRIX_KIND_FF1\x10\x05\x12\x14\n\x10MATRIX_KIND_GATE\x10\x06\x12\x12\n\x0eMATRIX_KIND_UP\x10\x07\x12\x13\n\x0fMATRIX_KIND_FF2\x10\x08*e\n\x0eGradientFactor\x12\x1f\n\x1bGRADIENT_FACTOR_UNSPECIFIED\x10\x00\x12\x19\n\x15GRADIENT_FACTOR_INPUT\x10\x01\x12\x17\n\x13GRADIENT_FACTOR_VJP\x10\x02*V\n\nRankingEnd\x12\x1b\n\x17RANKING_END_UNSPECIFIED\x10\x00\x12\x13\n\x0fRANKING_END_TOP\x10\x01\x12\x16\n\x12RANKING_END_BOTTOM\x10\x02*\xca\x01\n\rPromptSegment\x12\x1e\n\x1aPROMPT_SEGMENT_UNSPECIFIED\x10\x00\x12\x1e\n\x1aPROMPT_SEGMENT_FIRST_TOKEN\x10\x01\x12\x1a\n\x16PROMPT_SEGMENT_SUBJECT\x10\x02\x12%\n!PROMPT_SEGMENT_LAST_SUBJECT_TOKEN\x10\x03\x12\x17\n\x13PROMPT_SEGMENT_REST\x10\x04\x12\x1d\n\x19PROMPT_SEGMENT_LAST_TOKEN\x10\x05\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,44 +37,48 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1\252\002\014Januslens.V1'
   _globals['_GRADIENTHEADER_STAGEDATATYPESENTRY']._loaded_options = None
   _globals['_GRADIENTHEADER_STAGEDATATYPESENTRY']._serialized_options = b'8\001'
-  _globals['_MATRIXKIND']._serialized_start=3446
-  _globals['_MATRIXKIND']._serialized_end=3647
-  _globals['_SIDE']._serialized_start=3649
-  _globals['_SIDE']._serialized_end=3707
-  _globals['_END']._serialized_start=3709
-  _globals['_END']._serialized_end=3764
+  _globals['_MATRIXKIND']._serialized_start=3805
+  _globals['_MATRIXKIND']._serialized_end=4006
+  _globals['_GRADIENTFACTOR']._serialized_start=4008
+  _globals['_GRADIENTFACTOR']._serialized_end=4109
+  _globals['_RANKINGEND']._serialized_start=4111
+  _globals['_RANKINGEND']._serialized_end=4197
+  _globals['_PROMPTSEGMENT']._serialized_start=4200
+  _globals['_PROMPTSEGMENT']._serialized_end=4402
   _globals['_GRADIENTLENSREQUEST']._serialized_start=137
-  _globals['_GRADIENTLENSREQUEST']._serialized_end=828
-  _globals['_NEGATIVELOGLIKELIHOOD']._serialized_start=830
-  _globals['_NEGATIVELOGLIKELIHOOD']._serialized_end=891
-  _globals['_LOGITDIFFERENCE']._serialized_start=893
-  _globals['_LOGITDIFFERENCE']._serialized_end=988
-  _globals['_KLDIVERGENCE']._serialized_start=990
-  _globals['_KLDIVERGENCE']._serialized_end=1086
-  _globals['_SUBJECT']._serialized_start=1088
-  _globals['_SUBJECT']._serialized_end=1160
-  _globals['_SPAN']._serialized_start=1162
-  _globals['_SPAN']._serialized_end=1196
-  _globals['_GRADIENTLENSRESPONSE']._serialized_start=1199
-  _globals['_GRADIENTLENSRESPONSE']._serialized_end=1394
-  _globals['_GRADIENTHEADER']._serialized_start=1397
-  _globals['_GRADIENTHEADER']._serialized_end=1893
-  _globals['_GRADIENTHEADER_STAGEDATATYPESENTRY']._serialized_start=1840
-  _globals['_GRADIENTHEADER_STAGEDATATYPESENTRY']._serialized_end=1893
-  _globals['_GRADIENTMATRIX']._serialized_start=1896
-  _globals['_GRADIENTMATRIX']._serialized_end=2417
-  _globals['_COMPONENT']._serialized_start=2420
-  _globals['_COMPONENT']._serialized_end=2730
-  _globals['_ENTRY']._serialized_start=2732
-  _globals['_ENTRY']._serialized_end=2769
-  _globals['_SINGULAR']._serialized_start=2772
-  _globals['_SINGULAR']._serialized_end=2903
-  _globals['_NEURONCHANGE']._serialized_start=2906
-  _globals['_NEURONCHANGE']._serialized_end=3082
-  _globals['_VERIFICATION']._serialized_start=3084
-  _globals['_VERIFICATION']._serialized_end=3141
-  _globals['_GRADIENTSUMMARY']._serialized_start=3143
-  _globals['_GRADIENTSUMMARY']._serialized_end=3262
-  _globals['_SEGMENTROW']._serialized_start=3265
-  _globals['_SEGMENTROW']._serialized_end=3443
+  _globals['_GRADIENTLENSREQUEST']._serialized_end=865
+  _globals['_NEGATIVELOGLIKELIHOOD']._serialized_start=867
+  _globals['_NEGATIVELOGLIKELIHOOD']._serialized_end=928
+  _globals['_LOGITDIFFERENCE']._serialized_start=930
+  _globals['_LOGITDIFFERENCE']._serialized_end=1025
+  _globals['_KLDIVERGENCE']._serialized_start=1027
+  _globals['_KLDIVERGENCE']._serialized_end=1123
+  _globals['_SUBJECT']._serialized_start=1125
+  _globals['_SUBJECT']._serialized_end=1197
+  _globals['_SPAN']._serialized_start=1199
+  _globals['_SPAN']._serialized_end=1233
+  _globals['_GRADIENTLENSRESPONSE']._serialized_start=1236
+  _globals['_GRADIENTLENSRESPONSE']._serialized_end=1485
+  _globals['_GRADIENTHEADER']._serialized_start=1488
+  _globals['_GRADIENTHEADER']._serialized_end=1984
+  _globals['_GRADIENTHEADER_STAGEDATATYPESENTRY']._serialized_start=1931
+  _globals['_GRADIENTHEADER_STAGEDATATYPESENTRY']._serialized_end=1984
+  _globals['_GRADIENTMATRIX']._serialized_start=1987
+  _globals['_GRADIENTMATRIX']._serialized_end=2525
+  _globals['_ATTENTIONGRADIENT']._serialized_start=2528
+  _globals['_ATTENTIONGRADIENT']._serialized_end=2726
+  _globals['_COMPONENT']._serialized_start=2729
+  _globals['_COMPONENT']._serialized_end=3044
+  _globals['_COORDINATE']._serialized_start=3046
+  _globals['_COORDINATE']._serialized_end=3088
+  _globals['_SINGULAR']._serialized_start=3091
+  _globals['_SINGULAR']._serialized_end=3227
+  _globals['_NEURONCHANGE']._serialized_start=3230
+  _globals['_NEURONCHANGE']._serialized_end=3406
+  _globals['_VERIFICATION']._serialized_start=3408
+  _globals['_VERIFICATION']._serialized_end=3465
+  _globals['_GRADIENTSUMMARY']._serialized_start=3467
+  _globals['_GRADIENTSUMMARY']._serialized_end=3586
+  _globals['_SEGMENTROW']._serialized_start=3589
+  _globals['_SEGMENTROW']._serialized_end=3802
 # @@protoc_insertion_point(module_scope)

@@ -70,57 +70,93 @@ MATRIX_KIND_FF2: MatrixKind.ValueType  # 8
 """Last matrix of the MLP; the down matrix of a gated one."""
 Global___MatrixKind: _TypeAlias = MatrixKind  # noqa: Y015
 
-class _Side:
+class _GradientFactor:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _SideEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Side.ValueType], _builtins.type):
+class _GradientFactorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GradientFactor.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    SIDE_UNSPECIFIED: _Side.ValueType  # 0
+    GRADIENT_FACTOR_UNSPECIFIED: _GradientFactor.ValueType  # 0
     """Never sent."""
-    SIDE_INPUT: _Side.ValueType  # 1
+    GRADIENT_FACTOR_INPUT: _GradientFactor.ValueType  # 1
     """x, the input of the matrix, which a descent step imprints: Q, K, V, FF1, GATE and UP."""
-    SIDE_VJP: _Side.ValueType  # 2
+    GRADIENT_FACTOR_VJP: _GradientFactor.ValueType  # 2
     """delta, the VJP at the output of the matrix. A descent step shifts the output against it: O and
     FF2.
     """
 
-class Side(_Side, metaclass=_SideEnumTypeWrapper):
+class GradientFactor(_GradientFactor, metaclass=_GradientFactorEnumTypeWrapper):
     """A factor of the gradient."""
 
-SIDE_UNSPECIFIED: Side.ValueType  # 0
+GRADIENT_FACTOR_UNSPECIFIED: GradientFactor.ValueType  # 0
 """Never sent."""
-SIDE_INPUT: Side.ValueType  # 1
+GRADIENT_FACTOR_INPUT: GradientFactor.ValueType  # 1
 """x, the input of the matrix, which a descent step imprints: Q, K, V, FF1, GATE and UP."""
-SIDE_VJP: Side.ValueType  # 2
+GRADIENT_FACTOR_VJP: GradientFactor.ValueType  # 2
 """delta, the VJP at the output of the matrix. A descent step shifts the output against it: O and
 FF2.
 """
-Global___Side: _TypeAlias = Side  # noqa: Y015
+Global___GradientFactor: _TypeAlias = GradientFactor  # noqa: Y015
 
-class _End:
+class _RankingEnd:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
 
-class _EndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_End.ValueType], _builtins.type):
+class _RankingEndEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RankingEnd.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
-    END_UNSPECIFIED: _End.ValueType  # 0
+    RANKING_END_UNSPECIFIED: _RankingEnd.ValueType  # 0
     """Neither end: the inputs are projected, and a descent step does not promote their tokens."""
-    END_TOP: _End.ValueType  # 1
+    RANKING_END_TOP: _RankingEnd.ValueType  # 1
     """The largest logits."""
-    END_BOTTOM: _End.ValueType  # 2
+    RANKING_END_BOTTOM: _RankingEnd.ValueType  # 2
     """The smallest logits. A descent step adds -lr x^T delta, which has the opposite sign of delta."""
 
-class End(_End, metaclass=_EndEnumTypeWrapper):
+class RankingEnd(_RankingEnd, metaclass=_RankingEndEnumTypeWrapper):
     """An end of a ranking."""
 
-END_UNSPECIFIED: End.ValueType  # 0
+RANKING_END_UNSPECIFIED: RankingEnd.ValueType  # 0
 """Neither end: the inputs are projected, and a descent step does not promote their tokens."""
-END_TOP: End.ValueType  # 1
+RANKING_END_TOP: RankingEnd.ValueType  # 1
 """The largest logits."""
-END_BOTTOM: End.ValueType  # 2
+RANKING_END_BOTTOM: RankingEnd.ValueType  # 2
 """The smallest logits. A descent step adds -lr x^T delta, which has the opposite sign of delta."""
-Global___End: _TypeAlias = End  # noqa: Y015
+Global___RankingEnd: _TypeAlias = RankingEnd  # noqa: Y015
+
+class _PromptSegment:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PromptSegmentEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PromptSegment.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PROMPT_SEGMENT_UNSPECIFIED: _PromptSegment.ValueType  # 0
+    """Never sent."""
+    PROMPT_SEGMENT_FIRST_TOKEN: _PromptSegment.ValueType  # 1
+    """The first token."""
+    PROMPT_SEGMENT_SUBJECT: _PromptSegment.ValueType  # 2
+    """The subject without its last token."""
+    PROMPT_SEGMENT_LAST_SUBJECT_TOKEN: _PromptSegment.ValueType  # 3
+    """The last token of the subject."""
+    PROMPT_SEGMENT_REST: _PromptSegment.ValueType  # 4
+    """All other positions."""
+    PROMPT_SEGMENT_LAST_TOKEN: _PromptSegment.ValueType  # 5
+    """The last token."""
+
+class PromptSegment(_PromptSegment, metaclass=_PromptSegmentEnumTypeWrapper):
+    """A part of a prompt with a subject. Every position is in exactly one."""
+
+PROMPT_SEGMENT_UNSPECIFIED: PromptSegment.ValueType  # 0
+"""Never sent."""
+PROMPT_SEGMENT_FIRST_TOKEN: PromptSegment.ValueType  # 1
+"""The first token."""
+PROMPT_SEGMENT_SUBJECT: PromptSegment.ValueType  # 2
+"""The subject without its last token."""
+PROMPT_SEGMENT_LAST_SUBJECT_TOKEN: PromptSegment.ValueType  # 3
+"""The last token of the subject."""
+PROMPT_SEGMENT_REST: PromptSegment.ValueType  # 4
+"""All other positions."""
+PROMPT_SEGMENT_LAST_TOKEN: PromptSegment.ValueType  # 5
+"""The last token."""
+Global___PromptSegment: _TypeAlias = PromptSegment  # noqa: Y015
 
 @_typing.final
 class GradientLensRequest(_message.Message):
@@ -149,6 +185,7 @@ class GradientLensRequest(_message.Message):
     INCLUDE_FACTORS_FIELD_NUMBER: _builtins.int
     VERIFY_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
+    INCLUDE_ATTENTION_GRADIENTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -181,6 +218,8 @@ class GradientLensRequest(_message.Message):
     """True: also send both vectors of each component."""
     verify: _builtins.bool
     """True: compare each sum of outer products with autograd's dense gradient."""
+    include_attention_gradients: _builtins.bool
+    """True: also send the attention patterns of the requested layers, and their gradients."""
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """The prompt; required."""
@@ -241,10 +280,11 @@ class GradientLensRequest(_message.Message):
         include_factors: _builtins.bool = ...,
         verify: _builtins.bool = ...,
         interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
+        include_attention_gradients: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "input", b"input", "kl", b"kl", "learning_rate", b"learning_rate", "logit_difference", b"logit_difference", "loss", b"loss", "nll", b"nll", "subject", b"subject", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "include_factors", b"include_factors", "input", b"input", "interventions", b"interventions", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "include_attention_gradients", b"include_attention_gradients", "include_factors", b"include_factors", "input", b"input", "interventions", b"interventions", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015
@@ -420,8 +460,8 @@ Global___Span: _TypeAlias = Span  # noqa: Y015
 
 @_typing.final
 class GradientLensResponse(_message.Message):
-    """One message of the stream: the header, then matrices from the last layer to the first, then the
-    summary.
+    """One message of the stream: the header, then the layers from the last to the first, then the
+    summary. The attention gradient of a layer, if requested, comes before its matrices.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -430,6 +470,7 @@ class GradientLensResponse(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     MATRIX_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    ATTENTION_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Number of the message in its stream: 0, 1, 2, ..."""
     @_builtins.property
@@ -444,6 +485,10 @@ class GradientLensResponse(_message.Message):
     def summary(self) -> Global___GradientSummary:
         """Last message. A stream without it is incomplete."""
 
+    @_builtins.property
+    def attention(self) -> Global___AttentionGradient:
+        """The attention gradient of a layer, or a piece of it."""
+
     def __init__(
         self,
         *,
@@ -451,12 +496,13 @@ class GradientLensResponse(_message.Message):
         header: Global___GradientHeader | None = ...,
         matrix: Global___GradientMatrix | None = ...,
         summary: Global___GradientSummary | None = ...,
+        attention: Global___AttentionGradient | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "matrix", b"matrix", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "event", b"event", "header", b"header", "matrix", b"matrix", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "header", b"header", "matrix", b"matrix", "sequence", b"sequence", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attention", b"attention", "event", b"event", "header", b"header", "matrix", b"matrix", "sequence", b"sequence", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "matrix", "summary"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["header", "matrix", "summary", "attention"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -600,9 +646,9 @@ class GradientMatrix(_message.Message):
     """Rows of W; width of x."""
     d_out: _builtins.int
     """Columns of W; width of delta."""
-    projected_side: Global___Side.ValueType
+    projected_side: Global___GradientFactor.ValueType
     """The factor that is in the residual basis and is projected."""
-    promoted_end: Global___End.ValueType
+    promoted_end: Global___RankingEnd.ValueType
     """The end of the projections with the tokens that a descent step promotes."""
     frobenius_norm: _builtins.float
     """Frobenius norm of the whole gradient, including components that were not sent."""
@@ -640,8 +686,8 @@ class GradientMatrix(_message.Message):
         expert: _builtins.int | None = ...,
         d_in: _builtins.int = ...,
         d_out: _builtins.int = ...,
-        projected_side: Global___Side.ValueType = ...,
-        promoted_end: Global___End.ValueType = ...,
+        projected_side: Global___GradientFactor.ValueType = ...,
+        promoted_end: Global___RankingEnd.ValueType = ...,
         components: _abc.Iterable[Global___Component] | None = ...,
         frobenius_norm: _builtins.float = ...,
         spectrum: _abc.Iterable[Global___Singular] | None = ...,
@@ -665,6 +711,65 @@ class GradientMatrix(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__verification) -> _WhichOneofReturnType__verification | None: ...
 
 Global___GradientMatrix: _TypeAlias = GradientMatrix  # noqa: Y015
+
+@_typing.final
+class AttentionGradient(_message.Message):
+    """The attention of one layer and its gradients, or a piece of them. The three tensors have one
+    shape; messages of at most 1 MiB have the same range of each, in ascending order.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    SHAPE_FIELD_NUMBER: _builtins.int
+    PATTERN_FIELD_NUMBER: _builtins.int
+    PATTERN_GRADIENT_FIELD_NUMBER: _builtins.int
+    SCORE_GRADIENT_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """Layer, from 0."""
+    offset: _builtins.int
+    """Number of the piece's first element in the row-major order of the whole tensors."""
+    @_builtins.property
+    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Shape of the whole tensors: query positions, heads, source positions. Both kinds of positions
+        are those of the header's `prompt_tokens`.
+        """
+
+    @_builtins.property
+    def pattern(self) -> _common_pb2.Tensor:
+        """The attention probabilities a; 0 for sources that the position does not attend to. All three
+        pieces are one-dimensional and in float32.
+        """
+
+    @_builtins.property
+    def pattern_gradient(self) -> _common_pb2.Tensor:
+        """dL/da, also for sources that the position does not attend to."""
+
+    @_builtins.property
+    def score_gradient(self) -> _common_pb2.Tensor:
+        """dL/ds, where s are the scores: the products of query and key with all scales, before a soft cap
+        and a position bias (Reversed Attention; Katz & Wolf 2025). 0 for sources that the position
+        does not attend to.
+        """
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        shape: _abc.Iterable[_builtins.int] | None = ...,
+        pattern: _common_pb2.Tensor | None = ...,
+        pattern_gradient: _common_pb2.Tensor | None = ...,
+        score_gradient: _common_pb2.Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["pattern", b"pattern", "pattern_gradient", b"pattern_gradient", "score_gradient", b"score_gradient"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "offset", b"offset", "pattern", b"pattern", "pattern_gradient", b"pattern_gradient", "score_gradient", b"score_gradient", "shape", b"shape"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttentionGradient: _TypeAlias = AttentionGradient  # noqa: Y015
 
 @_typing.final
 class Component(_message.Message):
@@ -697,7 +802,7 @@ class Component(_message.Message):
         """Projection of the projected factor; unset if the factor is exactly zero."""
 
     @_builtins.property
-    def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
+    def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Coordinate]:
         """Entries of the other factor with the largest magnitudes, largest first; at most 10."""
 
     @_builtins.property
@@ -721,7 +826,7 @@ class Component(_message.Message):
         size: _builtins.float = ...,
         projection: _lens_pb2.Projection | None = ...,
         predicted_rank: _builtins.int | None = ...,
-        other_side: _abc.Iterable[Global___Entry] | None = ...,
+        other_side: _abc.Iterable[Global___Coordinate] | None = ...,
         input: _common_pb2.Tensor | None = ...,
         vjp: _common_pb2.Tensor | None = ...,
         target_ranks: _abc.Iterable[_builtins.int] | None = ...,
@@ -737,7 +842,7 @@ class Component(_message.Message):
 Global___Component: _TypeAlias = Component  # noqa: Y015
 
 @_typing.final
-class Entry(_message.Message):
+class Coordinate(_message.Message):
     """A coordinate and its value."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -760,7 +865,7 @@ class Entry(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Entry: _TypeAlias = Entry  # noqa: Y015
+Global___Coordinate: _TypeAlias = Coordinate  # noqa: Y015
 
 @_typing.final
 class Singular(_message.Message):
@@ -783,7 +888,7 @@ class Singular(_message.Message):
         """
 
     @_builtins.property
-    def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
+    def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Coordinate]:
         """Entries of the other singular vector with the largest magnitudes, largest first; at most 10.
         Its sign matches that of `projection`.
         """
@@ -794,7 +899,7 @@ class Singular(_message.Message):
         value: _builtins.float = ...,
         explained: _builtins.float = ...,
         projection: _lens_pb2.Projection | None = ...,
-        other_side: _abc.Iterable[Global___Entry] | None = ...,
+        other_side: _abc.Iterable[Global___Coordinate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["projection", b"projection"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -922,8 +1027,8 @@ class SegmentRow(_message.Message):
     MEAN_VJP_NORM_FIELD_NUMBER: _builtins.int
     MEAN_TARGET_RANK_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
-    segment: _builtins.str
-    """`first_token`, `subject`, `last_subject_token`, `rest` or `last_token`."""
+    segment: Global___PromptSegment.ValueType
+    """The segment."""
     layer: _builtins.int
     """Layer, from 0."""
     kind: Global___MatrixKind.ValueType
@@ -939,7 +1044,7 @@ class SegmentRow(_message.Message):
     def __init__(
         self,
         *,
-        segment: _builtins.str = ...,
+        segment: Global___PromptSegment.ValueType = ...,
         layer: _builtins.int = ...,
         kind: Global___MatrixKind.ValueType = ...,
         mean_vjp_norm: _builtins.float = ...,

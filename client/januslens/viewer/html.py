@@ -76,14 +76,16 @@ def gradient_page(
     previews: Mapping[str, edits_pb2.PreviewEditResponse],
     prompt: Sequence[Token],
 ) -> str:
-    """Return the page of a gradient.
+    """Return the page of a gradient, without its attention.
 
     Args:
         responses: The messages of the gradient.
         previews: Previews of edits by title.
         prompt: The prompt's tokens, for the title.
     """
-    streams = {"gradient": responses, **{f"preview:{name}": [p] for name, p in previews.items()}}
+    shown = [response for response in responses if not response.HasField("attention")]
+    streams: dict[str, Iterable[Message]] = {"gradient": shown}
+    streams |= {f"preview:{name}": [preview] for name, preview in previews.items()}
     return page("gradient", f"{_text(prompt)}, gradient · Januslens", streams)
 
 

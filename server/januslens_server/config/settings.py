@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -88,6 +89,23 @@ def _to_memory_limit(value: Any) -> MemoryLimit:
     return MemoryLimit(device, _to_bytes(text))
 
 
+def _all_addresses(host: str) -> str:
+    """Return `0.0.0.0` for `[::]` on a machine without IPv6.
+
+    A socket on `[::]` accepts IPv4 too, so one setting serves machines and clusters of any kind.
+    """
+    return "0.0.0.0" if host.strip("[]") == "::" and not has_ipv6() else host  # noqa: S104
+
+
+def has_ipv6() -> bool:
+    """Whether this machine can open IPv6 sockets."""
+    try:
+        socket.socket(socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 def _check_device(device: str) -> str:
     if device != "auto" and not _DEVICE.fullmatch(device):
         raise ValueError("expected cpu, cuda, cuda:N or auto")
@@ -99,6 +117,7 @@ def _split(value: Any) -> Any:
     return value.split() if isinstance(value, str) else value
 
 
+Host = Annotated[str, AfterValidator(_all_addresses)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Size = Annotated[int, BeforeValidator(_to_bytes)]
 Folder = Annotated[Path, AfterValidator(Path.expanduser)]
@@ -126,7 +145,9 @@ class ServerSettings(BaseSettings):
     )
 
     # Network and access
-    host: str = _setting("127.0.0.1", "Address to serve on.", "TEXT")
+    host: Host = _setting(
+        "127.0.0.1", "Address to serve on; [::] for all addresses, IPv6 and IPv4.", "TEXT"
+    )
     port: Port = _setting(50051, "gRPC port; 0 picks a free one.", "INTEGER")
     tls_certificate: FilePath | None = _setting(
         None, "Server certificate and its chain (PEM); reloaded when the file changes.", "FILE"
@@ -146,7 +167,7 @@ class ServerSettings(BaseSettings):
         "FILE",
     )
     insecure: bool = _setting(False, "Allow serving beyond loopback without TLS or authentication.")
-    metrics_host: str = _setting("127.0.0.1", "Address of the Prometheus metrics page.", "TEXT")
+    metrics_host: Host = _setting("127.0.0.1", "Address of the Prometheus metrics page.", "TEXT")
     metrics_port: Port = _setting(9464, "Port of the metrics page; 0 picks a free one.", "INTEGER")
 
     # Models and the device

@@ -101,10 +101,70 @@ def attention_patterns(
     `query` `[pos, n_heads, d_head]` has a row for each of the `positions`, `key` `[sources,
     n_kv_heads, d_head]` one for each source; both are before rotation.
     """
-    at = torch.tensor(positions, device=query.device)
+    scores = _scores(query, key, positions, rotation, scoring)
+    if scoring.soft_cap is not None:
+        scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
+    return _probabilities(scores, positions, scoring, hidden_sources)
+
+
+@dataclass(frozen=True)
+class AttentionGradients:
+    """Attention probabilities and gradients of some positions, each `[pos, n_heads, sources]`.
+
+    `of_pattern` are the gradients with respect to the probabilities, also of sources that a
+    position does not attend to. `of_scores` are those with respect to the scaled products of query
+    and key, before a soft cap and a position bias.
+    """
+
+    pattern: torch.Tensor
+    of_pattern: torch.Tensor
+    of_scores: torch.Tensor
+
+
+def attention_gradients(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    result_gradient: torch.Tensor,
+    positions: Sequence[int],
+    rotation: Rotation | None,
+    scoring: Scoring,
+    hidden_sources: HiddenSources | None = None,
+) -> AttentionGradients:
+    """Return the attention of some positions and its gradients, in float32.
+
+    The first arguments are those of `attention_patterns`; `value` is `[sources, n_kv_heads,
+    d_value]`, and `result_gradient` `[pos, n_heads, d_value]` the gradient of the heads' results z
+    = a v. A sink takes probability, but has no value and so no term in the softmax's Jacobian.
+
+    Source: Reversed Attention (Katz & Wolf, 2025), section 3.
+    """
+    scores = _scores(query, key, positions, rotation, scoring)
+    slope = None
+    if scoring.soft_cap is not None:
+        capped = torch.tanh(scores / scoring.soft_cap)
+        scores, slope = scoring.soft_cap * capped, 1 - capped.square()
+    pattern = _probabilities(scores, positions, scoring, hidden_sources)
+    groups = result_gradient.float().unflatten(1, (value.shape[1], -1))
+    of_pattern = torch.einsum("pkge,ske->pkgs", groups, value.float()).flatten(1, 2)
+    mean = (pattern * of_pattern).sum(-1, keepdim=True)
+    of_scores = pattern * (of_pattern - mean)
+    if slope is not None:
+        of_scores = of_scores * slope.transpose(0, 1)
+    return AttentionGradients(pattern, of_pattern, of_scores)
+
+
+def _scores(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: Sequence[int],
+    rotation: Rotation | None,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """Return the scaled products of queries and keys `[n_heads, pos, sources]`."""
     queries, keys = query.float().transpose(0, 1), key.float().transpose(0, 1)
     if rotation is not None:
-        queries = rotation.turn(queries, at)
+        queries = rotation.turn(queries, torch.tensor(positions, device=query.device))
         keys = rotation.turn(keys, slice(keys.shape[1]))
     queries = queries if scoring.query_norm is None else scoring.query_norm(queries)
     keys = keys if scoring.key_norm is None else scoring.key_norm(keys)
@@ -112,12 +172,21 @@ def attention_patterns(
         factors = [scoring.scale_of_query(position) for position in positions]
         queries = queries * queries.new_tensor(factors)[:, None]
     keys = keys.repeat_interleave(len(queries) // len(keys), dim=0)
-    scores = queries @ keys.transpose(1, 2) * scoring.scale
-    if scoring.soft_cap is not None:
-        scores = scoring.soft_cap * torch.tanh(scores / scoring.soft_cap)
+    return queries @ keys.transpose(1, 2) * scoring.scale
+
+
+def _probabilities(
+    scores: torch.Tensor,
+    positions: Sequence[int],
+    scoring: Scoring,
+    hidden_sources: HiddenSources | None,
+) -> torch.Tensor:
+    """Return the probabilities `[pos, n_heads, sources]` of capped scores."""
+    n_sources = scores.shape[2]
+    at = torch.tensor(positions, device=scores.device)
     if scoring.alibi is not None:
-        scores = scores + scoring.alibi(keys.shape[1]).to(scores)[:, None]
-    sources = torch.arange(keys.shape[1], device=query.device)
+        scores = scores + scoring.alibi(n_sources).to(scores)[:, None]
+    sources = torch.arange(n_sources, device=scores.device)
     hidden = sources > at[:, None]
     if scoring.window is not None:
         hidden |= sources <= at[:, None] - scoring.window
@@ -128,7 +197,7 @@ def attention_patterns(
     if scoring.sinks is not None:
         sinks = scoring.sinks.float()[:, None, None].expand(-1, len(positions), 1)
         scores = torch.cat([scores, sinks.to(scores.device)], dim=-1)
-    return scores.softmax(dim=-1)[..., : keys.shape[1]].transpose(0, 1)
+    return scores.softmax(dim=-1)[..., :n_sources].transpose(0, 1)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from januslens_server.errors import CancelCheck, InvalidRequest, NoChatTemplate, never_cancelled
 from januslens_server.models import chat_sandbox
@@ -23,8 +27,8 @@ ROLE = re.compile(r"[\w.-]{1,64}", re.ASCII)
 # Maximum number of characters of a template. Published ones have up to 30,000.
 MAX_TEMPLATE = 2**20
 
-# Seconds after which a rendering is ended, and between two checks for cancellation. Usual
-# renderings take a tenth of a second.
+# Seconds after which a rendering is ended, and between two checks for cancellation. The first
+# rendering of a process usually takes a tenth of a second.
 SECONDS, CHECK_SECONDS = 5.0, 0.1
 _TOO_MUCH = "it takes too much time or memory"
 
@@ -33,6 +37,9 @@ MAX_REASON = 300
 
 # Characters for private use, of which a rendering needs two per message and one more.
 _PRIVATE = range(0xF0000, 0x10FFFE)
+
+
+Transferred = TypeVar("Transferred")
 
 
 class Content(NamedTuple):
@@ -106,8 +113,8 @@ class ChatTemplate:
             "documents": None,
             "add_generation_prompt": not continues,
         }
-        request = json.dumps({"template": self._source, "variables": variables})
-        answer = json.loads(_in_sandbox(request.encode(), check_cancelled))
+        with one_sandbox() as sandbox:
+            answer = sandbox.render(self._source, variables, check_cancelled)
         if reason := answer.get("unusable"):
             raise _unusable(reason)
         if "refused" in answer:
@@ -117,32 +124,103 @@ class ChatTemplate:
         return text
 
 
-def _in_sandbox(request: bytes, check_cancelled: CancelCheck) -> bytes:
-    """Run the sandbox on a request; return what it writes. The process never outlives the call."""
-    program = Path(chat_sandbox.__file__)
-    with subprocess.Popen(  # noqa: S603 - this file of ours, with a fixed command
-        [sys.executable, "-I", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+class Sandbox:
+    """A process that renders conversations one after another. It starts with the first one."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def render(
+        self, template: str | None, variables: Mapping[str, Any], check_cancelled: CancelCheck
+    ) -> dict[str, str]:
+        """Return the answer of `chat_sandbox` to one conversation.
+
+        `check_cancelled` is called until it is there. What it raises ends the process.
+
+        Raises `NoChatTemplate` if the template exceeds a limit.
+        """
+        request = json.dumps({"template": template, "variables": variables}).encode() + b"\n"
+        deadline = time.monotonic() + SECONDS
+
+        def check() -> None:
+            check_cancelled()
+            if time.monotonic() > deadline:
+                raise _unusable(_TOO_MUCH)
+
         try:
-            deadline = time.monotonic() + SECONDS
-            rest: bytes | None = request
-            while True:
-                check_cancelled()
-                try:
-                    written, _ = process.communicate(rest, timeout=CHECK_SECONDS)
-                    break
-                except subprocess.TimeoutExpired:
-                    rest = None  # the next call sends what is left
-                    if time.monotonic() > deadline:
-                        raise _unusable(_TOO_MUCH) from None
-        finally:
-            process.kill()
-        if process.returncode != 0:
-            raise _unusable(_TOO_MUCH)
-    return written
+            if self._process is None:
+                self._start()
+            self._send(request, check)
+            answer: dict[str, str] = json.loads(self._received(check))
+        except BaseException:
+            self.close()
+            raise
+        return answer
+
+    def _start(self) -> None:
+        self._socket, end = socket.socketpair()
+        self._socket.settimeout(CHECK_SECONDS)
+        with end:
+            self._process = subprocess.Popen(  # noqa: S603 - this file of ours, a fixed command
+                [sys.executable, "-I", Path(chat_sandbox.__file__)],
+                stdin=end.fileno(),
+                stdout=end.fileno(),
+                stderr=subprocess.DEVNULL,
+            )
+
+    def _send(self, request: bytes, check: Callable[[], None]) -> None:
+        left = memoryview(request)
+        while left:
+            left = left[self._attempted(partial(self._socket.send, left)) or 0 :]
+            check()
+
+    def _received(self, check: Callable[[], None]) -> bytes:
+        answer = bytearray()
+        while not answer.endswith(b"\n"):
+            piece = self._attempted(partial(self._socket.recv, 2**16))
+            if piece == b"":
+                raise _unusable(_TOO_MUCH)
+            answer += piece or b""
+            check()
+        return bytes(answer)
+
+    def _attempted(self, transfer: Callable[[], Transferred]) -> Transferred | None:
+        """Transfer data; None if the process is not ready. Raises `NoChatTemplate` if it ended."""
+        try:
+            return transfer()
+        except TimeoutError:
+            return None
+        except ConnectionError as error:
+            raise _unusable(_TOO_MUCH) from error
+
+    def close(self) -> None:
+        """End the process; the next conversation starts another one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._socket.close()
+            self._process = None
+
+
+_SHARED: ContextVar[Sandbox | None] = ContextVar("shared_sandbox", default=None)
+
+
+@contextmanager
+def one_sandbox() -> Iterator[Sandbox]:
+    """Yield a sandbox, which all conversations that are rendered in the block share.
+
+    Starting a process takes a tenth of a second; a request has up to 64 conversations.
+    """
+    if (shared := _SHARED.get()) is not None:
+        yield shared
+        return
+    sandbox = Sandbox()
+    token = _SHARED.set(sandbox)
+    try:
+        yield sandbox
+    finally:
+        _SHARED.reset(token)
+        sandbox.close()
 
 
 def _unusable(reason: str) -> NoChatTemplate:

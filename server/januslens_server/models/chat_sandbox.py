@@ -2,9 +2,9 @@
 
 A chat template is a program in the model's folder, which may be hostile. jinja2's sandbox denies it
 access to Python's objects but does not limit its running time. So this process sets limits for
-itself, and its parent kills it after a timeout. Standard input has the template and its variables
-as JSON, standard output the result as JSON: the `text`, why the template `refused` the messages, or
-why it is `unusable`.
+itself, and its parent kills it after a timeout. Each line of standard input has the template and
+its variables as JSON, each line of standard output the result as JSON: the `text`, why the template
+`refused` the messages, or why it is `unusable`.
 
 The environment has the names that transformers gives to templates
 (https://huggingface.co/docs/transformers/chat_templating_writing), because templates are written
@@ -17,8 +17,10 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -29,7 +31,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MEMORY_BYTES = 256 * 2**20
-CPU_SECONDS = 1
+# Processor time of each rendering.
+CPU_SECONDS = 1.0
 # Lowers the priority, so that templates which compute for long delay the server less.
 NICE = 5
 # Maximum number of characters of a rendered conversation. A request has at most 4 MiB.
@@ -87,6 +90,19 @@ def _now(form: str) -> str:
 
 def rendered(template: str, variables: dict[str, Any]) -> str:
     """Render a template; raises what jinja2 and the template raise."""
+    pieces: list[str] = []
+    left = MAX_RENDERED
+    for piece in compiled(template).generate(variables):
+        left -= len(piece)
+        if left < 0:
+            raise MemoryError
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+@lru_cache(maxsize=1)
+def compiled(template: str) -> jinja2.Template:
+    """Compile a template, once for all conversations of a request."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -97,34 +113,34 @@ def rendered(template: str, variables: dict[str, Any]) -> str:
         "raise_exception": _raise,
         "strftime_now": _now,
     }
-    pieces: list[str] = []
-    left = MAX_RENDERED
-    for piece in environment.from_string(template).generate(variables):
-        left -= len(piece)
-        if left < 0:
-            raise MemoryError
-        pieces.append(piece)
-    return "".join(pieces)
+    return environment.from_string(template)
+
+
+def answered(request: dict[str, Any]) -> dict[str, str]:
+    """Answer one request within the limit of processor time; exceeding it ends the process."""
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    try:
+        return {"text": rendered(request["template"], request["variables"])}
+    except (jinja2.exceptions.TemplateSyntaxError, jinja2.exceptions.SecurityError) as error:
+        return {"unusable": str(error)[:MAX_REASON]}
+    except jinja2.exceptions.TemplateError as error:
+        return {"refused": str(error)[:MAX_REASON]}
+    except MemoryError:
+        return {"unusable": "it needs too much memory"}
+    except Exception as error:  # noqa: BLE001 - a template can raise anything
+        return {"unusable": f"{type(error).__name__}: {str(error)[:MAX_REASON]}"}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def main() -> None:
-    """Answer the one request of this process."""
+    """Answer the requests of one caller, one on each line, until the input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     os.nice(NICE)
-    request = json.load(sys.stdin)
-    try:
-        answer = {"text": rendered(request["template"], request["variables"])}
-    except (jinja2.exceptions.TemplateSyntaxError, jinja2.exceptions.SecurityError) as error:
-        answer = {"unusable": str(error)[:MAX_REASON]}
-    except jinja2.exceptions.TemplateError as error:
-        answer = {"refused": str(error)[:MAX_REASON]}
-    except MemoryError:
-        answer = {"unusable": "it needs too much memory"}
-    except Exception as error:  # noqa: BLE001 - a template can raise anything
-        answer = {"unusable": f"{type(error).__name__}: {str(error)[:MAX_REASON]}"}
-    json.dump(answer, sys.stdout)
+    for request in sys.stdin:
+        sys.stdout.write(json.dumps(answered(json.loads(request))) + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

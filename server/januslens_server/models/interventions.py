@@ -7,7 +7,7 @@ queries, keys and values, because fused kernels take no such mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,11 +142,13 @@ class Interventions:
         return hidden_sources(self._interventions, layer)
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Change the forward passes of the model inside the context."""
+    def active(self, sites: Collection[Site] = frozenset(Site)) -> Iterator[None]:
+        """Change these sites of the model's forward passes inside the context."""
         with ExitStack() as hooks:
             for key in sorted(self._by_key):  # hooks of one module run in the order of the sites
                 layer, site = key
+                if site not in sites:
+                    continue
                 if site is Site.ATTENTION_PATTERN:
                     self._hide(hooks, layer)
                 elif site is Site.ROUTER:

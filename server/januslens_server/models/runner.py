@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,15 +108,31 @@ class ForwardPass:
 
 
 @dataclass(frozen=True)
+class AttentionVjp:
+    """What the gradients of one layer's attention are computed from, each `[pos, heads, width]`.
+
+    `query` and `key` are before rotation. `result_gradient` is the gradient of the loss with
+    respect to the heads' results, before interventions change them, in float32.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    result_gradient: torch.Tensor
+
+
+@dataclass(frozen=True)
 class BackwardPass:
     """The loss, the factors of its gradients, and the last block's output `[pos, d_model]`.
 
-    Factors are in the order of the requested matrices, experts by number.
+    Factors are in the order of the requested matrices, experts by number. `attention` has the
+    layers whose attention was requested.
     """
 
     loss: float
     factors: dict[MatrixKey, Factors]
     residual: torch.Tensor
+    attention: dict[int, AttentionVjp]
 
 
 @torch.inference_mode()
@@ -371,6 +387,7 @@ def backward(
     matrices: Iterable[tuple[int, MatrixKind]],
     check_cancelled: CancelCheck,
     interventions: Interventions | None = None,
+    attention: Collection[int] = (),
 ) -> BackwardPass:
     """Run a prompt forward and backward, and return the factors of matrices' gradients.
 
@@ -386,23 +403,37 @@ def backward(
             stop.
         interventions: Changes of the pass, if any. Gradients are those of the changed pass, with
             respect to the modules' outputs before any change.
+        attention: Layers whose attention is differentiated as well.
 
     Raises:
         NotFinite: The residual, the logits or a gradient are infinite or NaN.
     """
     blocks = model.view.blocks
     sources = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
-    lowest = min((layer for layer, _ in sources), default=0)
+    lowest = min((*(layer for layer, _ in sources), *attention), default=0)
     wanted = {source.whole for source in sources.values()}
     taps = {tap: tap for source in sources.values() for tap in source.taps if tap not in wanted}
     outputs = [Tap(block.module, End.OUTPUT) for block in blocks[lowest:]]
     taps |= {tap: tap for tap in outputs}
     modules = [block.module for block in blocks]
+    inputs = {
+        (layer, site): site_tap(model, (layer, site))
+        for layer in attention
+        for site in (Site.QUERY, Site.KEY, Site.VALUE)
+    }
+    results = {layer: site_tap(model, (layer, Site.HEAD_RESULT)) for layer in attention}
+
+    def keep(key: SiteKey, tapped: torch.Tensor) -> torch.Tensor:
+        return inputs[key].values(tapped.detach()).clone()  # some models change it in place
+
     with (
         torch.enable_grad(),
         capturing({tap: tap for tap in wanted}) as own,  # before interventions change them
-        changed(interventions),
+        changed(interventions, BEFORE_RESULTS),
+        capturing({layer: site.tap for layer, site in results.items()}) as mixed,
+        changed(interventions, FROM_RESULTS),
         capturing(taps, check_cancelled, modules) as captured,
+        capturing({key: site.tap for key, site in inputs.items()}, keep=keep) as attended,
     ):
         with _leaf_below(model, lowest):
             scored = range(len(ids))[-loss.positions :]
@@ -414,14 +445,26 @@ def backward(
         for tensor in (*own.values(), *(captured[tap] for tap in outputs)):
             if tensor.requires_grad:
                 tensor.register_hook(lambda _gradient: check_cancelled())
-        vjps = _vjps(value * scale, own)
-    check_gradients([value.detach(), *vjps.values()])
+        gradients = _gradients(value * scale, [*own.values(), *mixed.values()])
+    check_gradients([value.detach(), *gradients])
+    of_outputs, of_results = gradients[: len(own)], gradients[len(own) :]
+    vjps = {tap: rows(gradient) for tap, gradient in zip(own, of_outputs, strict=True)}
     factors = {
         (layer, kind, expert): found.to(model.device)
         for (layer, kind), source in sources.items()
         for expert, found in source.factors(captured, vjps[source.whole].float() / scale).items()
     }
-    return BackwardPass(value.item(), factors, residual)
+    result_gradients = dict(zip(mixed, of_results, strict=True))
+    of_attention = {
+        layer: AttentionVjp(
+            query=attended[layer, Site.QUERY],
+            key=attended[layer, Site.KEY],
+            value=attended[layer, Site.VALUE],
+            result_gradient=results[layer].values(result_gradients[layer]).float() / scale,
+        )
+        for layer in attention
+    }
+    return BackwardPass(value.item(), factors, residual, of_attention)
 
 
 def dense_gradient(
@@ -460,21 +503,23 @@ def dense_gradient(
     return matrix.rows_of(gradient, key[2]).to(model.device).float() / scale
 
 
-def _vjps(value: torch.Tensor, outputs: Mapping[Tap, torch.Tensor]) -> dict[Tap, torch.Tensor]:
-    """Compute dL/dy `[pos, d_out]` of every tapped output; 0 where L does not depend on it."""
-    gradients = _gradients(value, list(outputs.values()))
-    return {tap: rows(gradient) for tap, gradient in zip(outputs, gradients, strict=True)}
-
-
 def _gradients(value: torch.Tensor, at: list[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Compute the gradients of a number; 0 where it does not depend on a tensor."""
     if not value.requires_grad:  # interventions cut every path
         return [torch.zeros_like(tensor) for tensor in at]
     return torch.autograd.grad(value, at, allow_unused=True, materialize_grads=True)
 
 
-def changed(interventions: Interventions | None) -> AbstractContextManager[None]:
-    """Change the forward passes inside the context, if there are interventions."""
-    return interventions.active() if interventions else nullcontext()
+# The sites before the heads' results, and the others, in the order of the pass.
+BEFORE_RESULTS = frozenset(site for site in Site if site < Site.HEAD_RESULT)
+FROM_RESULTS = frozenset(Site) - BEFORE_RESULTS
+
+
+def changed(
+    interventions: Interventions | None, sites: Collection[Site] = frozenset(Site)
+) -> AbstractContextManager[None]:
+    """Change some sites of the forward passes inside the context, if there are interventions."""
+    return interventions.active(sites) if interventions else nullcontext()
 
 
 def prepared(

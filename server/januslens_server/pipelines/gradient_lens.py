@@ -13,11 +13,13 @@ from januslens_server.models.interventions import Interventions
 from januslens_server.models.matrices import MatrixKey
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import BackwardPass, backward, dense_gradient, prepared
+from januslens_server.pipelines.attention_gradients import pieces
 from januslens_server.pipelines.factor_readings import FactorReader
 from januslens_server.pipelines.inputs import Objective
 from januslens_server.pipelines.metrics import StageClock, read
 from januslens_server.pipelines.resolve import ResolvedGradientLens
 from januslens_server.results import (
+    AttentionGradient,
     GradientEvent,
     GradientHeader,
     GradientSummary,
@@ -32,10 +34,11 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 5e-3, "float16": 5e-3}
 def gradient_lens(
     request: ResolvedGradientLens, check_cancelled: CancelCheck
 ) -> Iterator[GradientEvent]:
-    """Yield the header, then the matrices from the last layer down, then the summary.
+    """Yield the header, then the layers from the last down, then the summary.
 
-    `check_cancelled` is called before every block of the forward pass, at every matrix of the
-    backward pass, and before every chunk of vectors. What it raises ends the request.
+    The attention of a layer, if requested, comes before its matrices. `check_cancelled` is called
+    before every block of the forward pass, at every matrix of the backward pass, and before every
+    chunk of vectors. What it raises ends the request.
     """
     clock = StageClock("GradientLens")
     clock.add("tokenize", request.seconds)
@@ -43,7 +46,15 @@ def gradient_lens(
     with clock.stage("backward"):
         ids = [token.id for token in objective.tokens]
         changes = prepared(model, request.interventions, len(ids), check_cancelled)
-        passed = backward(model, ids, objective.loss, request.matrices, check_cancelled, changes)
+        passed = backward(
+            model,
+            ids,
+            objective.loss,
+            request.matrices,
+            check_cancelled,
+            changes,
+            request.attention_layers,
+        )
         predicted = _predicted(model, passed, objective, check_cancelled)
     yield GradientHeader(
         provenance=model.provenance,
@@ -62,6 +73,7 @@ def gradient_lens(
         with clock.stage("project"):
             matrices_read = reader.matrices({key: passed.factors[key] for key in keys})
         for key, matrix in zip(keys, matrices_read, strict=True):
+            yield from _attention(request, passed, key[0], clock, check_cancelled)
             if not request.spec.verify:
                 yield matrix
                 continue
@@ -69,7 +81,21 @@ def gradient_lens(
             with clock.stage("verify"):
                 verified = _verified(model, objective, key, passed, changes, check_cancelled)
             yield replace(matrix, verification=verified)
+    yield from _attention(request, passed, 0, clock, check_cancelled)
     yield GradientSummary(len(passed.factors), clock.times(), reader.segment_rows)
+
+
+def _attention(
+    request: ResolvedGradientLens,
+    passed: BackwardPass,
+    lowest: int,
+    clock: StageClock,
+    check_cancelled: CancelCheck,
+) -> Iterator[AttentionGradient]:
+    """Yield the attention that has not been sent of all layers from the last to the `lowest`."""
+    for layer in [layer for layer in passed.attention if layer >= lowest]:
+        vjp = passed.attention.pop(layer)
+        yield from pieces(request, layer, vjp, clock, check_cancelled)
 
 
 @torch.inference_mode()

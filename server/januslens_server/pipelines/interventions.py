@@ -32,8 +32,8 @@ from januslens_server.specs import (
     Vectors,
 )
 
-# Maximum number of conversations that interventions take values from. Each one runs the chat
-# template in a process of its own.
+# Maximum number of conversations that interventions take values from. Each one may run the chat
+# template for a second.
 MAX_CONVERSATIONS = 64
 
 

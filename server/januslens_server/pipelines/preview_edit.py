@@ -17,15 +17,19 @@ from januslens_server.models.interventions import Interventions
 from januslens_server.models.matrices import MatrixKey, read_parameter
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.runner import backward, forward, prepared
-from januslens_server.pipelines.resolve import ResolvedPreviewEdit, Watched, single_ff2
+from januslens_server.pipelines.edits import single_ff2
+from januslens_server.pipelines.resolve import ResolvedPreviewEdit, Watched
 from januslens_server.results import EditPreview, Effect, MatrixKind
-from januslens_server.specs import DescentStep, ForwardShift, PreviewEditSpec
+from januslens_server.specs import DescentStep, PreviewEditSpec
 
 
 def preview_edit(
     request: ResolvedPreviewEdit, check_cancelled: CancelCheck
 ) -> Iterator[EditPreview | None]:
-    """Yield the edit's effect on its own prompt and on every probe, after None for each pass.
+    """Yield the effects of each edit on its own prompt and on every probe.
+
+    None is yielded after each pass. The passes before the edits run once, and so does the one that
+    they are computed from.
 
     Raises `InvalidRequest` if the edit makes the model's logits infinite or NaN.
     """
@@ -36,12 +40,19 @@ def preview_edit(
         for prompt in watched
     ]
     before = yield from _read(model, watched, changes, (), check_cancelled)
-    overlays = model.view.overlays(_changes(request, check_cancelled))
-    reading = _read(model, watched, changes, overlays, check_cancelled)
-    after = yield from _edited(request.spec, reading)
+    directions = _directions(request, check_cancelled)
     effect = partial(_effect, model.view.lens)
-    edited, *probes = map(effect, watched, before, after)
-    yield EditPreview(edited, probes, model.provenance)
+    for edit in request.edits:
+        changed = {
+            key: LowRank(found.inputs, edit.strength * found.outputs)
+            for key, found in directions.items()
+            if key[:2] in edit.matrices
+        }
+        reading = _read(model, watched, changes, model.view.overlays(changed), check_cancelled)
+        after = yield from _edited(request.spec, reading)
+        edited, *probes = map(effect, watched, before, after)
+        strength = None if edit.layer is None else edit.strength
+        yield EditPreview(edited, probes, model.provenance, edit.layer, strength)
 
 
 def _edited(
@@ -49,6 +60,8 @@ def _edited(
 ) -> Generator[None, None, list[torch.Tensor]]:
     """Return every prompt's logits with the edit; raises `InvalidRequest` if one is not finite."""
     field = "descent.learning_rate" if isinstance(spec.edit, DescentStep) else "shift.eta"
+    if spec.grid is not None:
+        field = "grid.strengths"
     larger = InvalidRequest(
         field, "edit too large: the edited model's logits are not finite; make it smaller"
     )
@@ -77,37 +90,32 @@ def _read(
     return rows
 
 
-def _changes(
+def _directions(
     request: ResolvedPreviewEdit, check_cancelled: CancelCheck
 ) -> dict[MatrixKey, LowRank]:
-    edit = request.spec.edit
-    if isinstance(edit, DescentStep):
-        return _descent(request, edit, check_cancelled)
-    return _shift(request, edit, check_cancelled)
+    """Return the changes of the matrices by an edit with strength 1."""
+    if isinstance(request.spec.edit, DescentStep):
+        return _descent(request, check_cancelled)
+    return _shift(request, check_cancelled)
 
 
 def _descent(
-    request: ResolvedPreviewEdit, step: DescentStep, check_cancelled: CancelCheck
+    request: ResolvedPreviewEdit, check_cancelled: CancelCheck
 ) -> dict[MatrixKey, LowRank]:
-    """Return the changes `-learning_rate dL/dW` as factors; L is the target's NLL."""
+    """Return the changes `-dL/dW` as factors; L is the target's NLL."""
     forced = [*request.watched[0].ids, *request.targets[:-1]]
     loss = negative_log_likelihood(request.targets)
     model, matrices = request.model, request.matrices
     changes = prepared(model, request.interventions, len(forced), check_cancelled)
     passed = backward(model, forced, loss, matrices, check_cancelled, changes)
-    return {
-        key: LowRank(found.inputs, -step.learning_rate * found.vjps)
-        for key, found in passed.factors.items()
-    }
+    return {key: LowRank(found.inputs, -found.vjps) for key, found in passed.factors.items()}
 
 
-def _shift(
-    request: ResolvedPreviewEdit, shift: ForwardShift, check_cancelled: CancelCheck
-) -> dict[MatrixKey, LowRank]:
-    """Return the change `eta x_p^T e_t` of FF2, which needs no backward pass (section 7)."""
+def _shift(request: ResolvedPreviewEdit, check_cancelled: CancelCheck) -> dict[MatrixKey, LowRank]:
+    """Return the changes `x_p^T e_t` of FF2, which need no backward pass (section 7)."""
     model, ids = request.model, request.watched[0].ids
-    ((layer, _),) = request.matrices
-    linear = single_ff2(model, layer)
+    layers = [layer for layer, _ in request.matrices]
+    inputs = {str(layer): single_ff2(model, layer).input for layer in layers}
     embeddings = read_parameter(model.view.embedding, "weight")
     width = model.view.facts.d_model
     if embeddings.shape[1] != width:  # some OPT models have narrower embeddings
@@ -116,14 +124,17 @@ def _shift(
             f"the embeddings of {model.name} have width {embeddings.shape[1]}; expected its "
             f"d_model {width}; use descent",
         )
-    with torch.inference_mode(), capturing({"x": linear.input}) as captured:
+    with torch.inference_mode(), capturing(inputs) as captured:
         changes = prepared(model, request.watched[0].interventions, len(ids), check_cancelled)
         last = (len(ids) - 1,)
         forward(model, ids, (), check_cancelled, scored=last, interventions=changes)
-    x = rows(captured["x"])[-1:].to(model.device).float()
-    embedding = embeddings[request.targets[0]].to(model.device).float()
-    change = LowRank(x, shift.eta * embedding[None])
-    return {(layer, MatrixKind.FF2, None): change}
+    embedding = embeddings[request.targets[0]].to(model.device).float()[None]
+    return {
+        (layer, MatrixKind.FF2, None): LowRank(
+            rows(captured[str(layer)])[-1:].to(model.device).float(), embedding
+        )
+        for layer in layers
+    }
 
 
 @torch.inference_mode()

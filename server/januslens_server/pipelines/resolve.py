@@ -7,16 +7,16 @@ request ends. Resolving does not use the device, so it happens before the reques
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
 from januslens_server.lens.backward_lens import Segment
 from januslens_server.models.interventions import Intervention
-from januslens_server.models.matrices import Linear
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import AFTER_LAYERS, BEFORE_LAYERS, SiteKey, site_shape
+from januslens_server.pipelines.edits import ResolvedEdit, read_edits
 from januslens_server.pipelines.experiments import Experiment, read_experiments
 from januslens_server.pipelines.inputs import (
     Objective,
@@ -38,7 +38,6 @@ from januslens_server.pipelines.interventions import OtherPrompts, read_interven
 from januslens_server.results import LayerLevel, MatrixKind, Token
 from januslens_server.specs import (
     ActivationsSpec,
-    DescentStep,
     FindNeuronsSpec,
     GenerateSpec,
     GradientLensSpec,
@@ -71,7 +70,8 @@ class ResolvedTrace:
 class ResolvedGradientLens:
     """A GradientLens with its tokens, loss, matrices and segments.
 
-    `matrices` start with those of the last layer. `limited_layers` are those without all parts.
+    `matrices` and `attention_layers`, the layers whose attention is sent, start with the last
+    layer. `limited_layers` are those without all parts.
     `seconds` is the time that resolving took, reported as the stage "tokenize".
     """
 
@@ -83,6 +83,7 @@ class ResolvedGradientLens:
     limited_layers: tuple[LayerLevel, ...]
     segments: dict[Segment, list[int]]
     interventions: tuple[Intervention, ...]
+    attention_layers: tuple[int, ...]
     seconds: float
 
 
@@ -107,7 +108,7 @@ class Watched:
 
 @dataclass(frozen=True)
 class ResolvedPreviewEdit:
-    """A PreviewEdit with its prompts, targets and edited matrices.
+    """A PreviewEdit with its prompts, targets and edits.
 
     `watched` starts with the edit's own prompt. `targets` are all tokens of the edit's target.
     `interventions` are those of the pass that the edit is computed from, whose tokens are the
@@ -118,8 +119,13 @@ class ResolvedPreviewEdit:
     spec: PreviewEditSpec
     targets: tuple[int, ...]
     watched: list[Watched]
-    matrices: list[tuple[int, MatrixKind]]
+    edits: Sequence[ResolvedEdit]
     interventions: tuple[Intervention, ...] = ()
+
+    @property
+    def matrices(self) -> list[tuple[int, MatrixKind]]:
+        """The matrices that at least one of the edits changes."""
+        return list(dict.fromkeys(key for edit in self.edits for key in edit.matrices))
 
 
 @dataclass(frozen=True)
@@ -350,6 +356,9 @@ def resolve_gradient_lens(
             objective.prompt_length,
             others=OtherPrompts(model, check_cancelled),
         ),
+        attention_layers=tuple(layer for layer in layers[::-1] if layer in model.view.known)
+        if spec.include_attention_gradients
+        else (),
         seconds=time.perf_counter() - started,
     )
 
@@ -391,7 +400,8 @@ def resolve_preview_edit(
         replace(each, interventions=_interventions_on(model, spec, i, len(each.ids), others))
         for i, each in enumerate((own, *_probes(model, spec, targets[0], check_cancelled)))
     ]
-    return ResolvedPreviewEdit(model, spec, targets, watched, _edited(model, spec), forced)
+    edits = read_edits(model, spec)
+    return ResolvedPreviewEdit(model, spec, targets, watched, edits, forced)
 
 
 def _interventions_on(
@@ -422,32 +432,6 @@ def _probes(
             token = read_target(model, probe.target, f"{field}.target")[0]
         watched.append(Watched(probe.label, tuple(token.id for token in tokens), token))
     return watched
-
-
-def _edited(model: ResidentModel, spec: PreviewEditSpec) -> list[tuple[int, MatrixKind]]:
-    """Return the matrices that the edit changes."""
-    edit = spec.edit
-    if isinstance(edit, DescentStep):
-        layers = read_layers(model, edit.layers, "descent.layers")
-        kinds = choose_matrices(model, edit.matrices, "descent.matrices").kinds
-        return layer_matrices(model, layers, kinds, "descent.layers")
-    (layer,) = read_layers(model, (edit.layer,), "shift.layer")
-    single_ff2(model, layer)
-    return [(layer, MatrixKind.FF2)]
-
-
-def single_ff2(model: ResidentModel, layer: int) -> Linear:
-    """Return the FF2 matrix that a shift edits.
-
-    Raises `InvalidRequest` if the layer has experts.
-    """
-    layers_with_parts(model, (layer,), "shift.layer")
-    linear = model.view.parts(layer).matrices[MatrixKind.FF2]
-    if not isinstance(linear, Linear):
-        raise InvalidRequest(
-            "shift.layer", f"layer {layer} has experts; expected a layer with a single FF2 matrix"
-        )
-    return linear
 
 
 def resolve_find_neurons(

@@ -18,6 +18,7 @@ from januslens_server.results.generation import (
     LayerOutcome,
 )
 from januslens_server.results.gradient_lens import (
+    AttentionGradient,
     Components,
     Entries,
     GradientEvent,
@@ -84,6 +85,7 @@ __all__ = [
     "ActivationsEvent",
     "ActivationsHeader",
     "ActivationsSummary",
+    "AttentionGradient",
     "Components",
     "Coordinates",
     "Cost",

@@ -111,6 +111,27 @@ class GradientMatrix:
 
 
 @dataclass(frozen=True)
+class AttentionGradient:
+    """A piece of the attention of one layer and of its gradients, row-major.
+
+    `shape` `[pos, heads, sources]` is that of the whole tensors, and `offset` the number of the
+    piece's first element.
+    """
+
+    layer: int
+    shape: tuple[int, int, int]
+    offset: int
+    pattern: Floats
+    pattern_gradient: Floats
+    score_gradient: Floats
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values."""
+        return 3 * self.pattern.nbytes
+
+
+@dataclass(frozen=True)
 class SegmentRow:
     """Mean VJP norm and mean target rank over one segment of the prompt."""
 
@@ -131,4 +152,4 @@ class GradientSummary:
     segments: Sequence[SegmentRow] = field(default_factory=tuple)
 
 
-GradientEvent = GradientHeader | GradientMatrix | GradientSummary
+GradientEvent = GradientHeader | AttentionGradient | GradientMatrix | GradientSummary

@@ -52,11 +52,16 @@ class Effect:
 
 @dataclass(frozen=True)
 class EditPreview:
-    """The effects of an edit on its own prompt and on the probes, in their order."""
+    """The effects of an edit on its own prompt and on the probes, in their order.
+
+    `layer` and `strength` are those of an edit of a grid.
+    """
 
     edited: Effect
     probes: Sequence[Effect]
     provenance: Provenance
+    layer: int | None = None
+    strength: float | None = None
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from januslens_server.errors import (
     LimitViolation,
     readable_size,
 )
+from januslens_server.models.chat import one_sandbox
 from januslens_server.pipelines.cost import Demand, Pace, demand_of
 from januslens_server.pipelines.resolve import Resolved
 from januslens_server.results import Cost
@@ -163,7 +164,8 @@ def _counted(resolve: Resolve[ResolvedT], check_cancelled: CancelCheck) -> tuple
                 "send fewer texts, conversations or interventions",
             )
 
-    request = resolve(check)
+    with one_sandbox():
+        request = resolve(check)
     return request, demand_of(request)
 
 

@@ -36,6 +36,7 @@ from januslens_server.specs import (
     ChatMessage,
     Criterion,
     DescentStep,
+    EditGrid,
     ExperimentSpec,
     FindNeuronsSpec,
     ForwardShift,
@@ -156,6 +157,7 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
         include_factors=request.include_factors,
         verify=request.verify,
         interventions=_interventions(request.interventions),
+        include_attention_gradients=request.include_attention_gradients,
     )
 
 
@@ -395,6 +397,7 @@ def preview_edit_spec(request: edits_pb2.PreviewEditRequest) -> PreviewEditSpec:
         edit=_edit(request),
         probes=tuple(_probe(probe, f"probes[{i}]") for i, probe in enumerate(request.probes)),
         interventions=_interventions(request.interventions),
+        grid=_grid(request) if request.HasField("grid") else None,
     )
 
 
@@ -418,17 +421,38 @@ def page_size(request: neurons_pb2.FindNeuronsRequest) -> int:
 
 
 def _edit(request: edits_pb2.PreviewEditRequest) -> DescentStep | ForwardShift:
-    which = request.WhichOneof("edit")
+    which, in_grid = request.WhichOneof("edit"), request.HasField("grid")
     if which == "descent":
-        step = request.descent
+        step, rate = request.descent, request.descent.learning_rate
         return DescentStep(
             matrices=tuple(_enums(MatrixKind, step.matrices, "descent.matrices")),
             layers=tuple(step.layers),
-            learning_rate=_strength(step.learning_rate, "descent.learning_rate"),
+            learning_rate=rate if in_grid else _strength(rate, "descent.learning_rate"),
         )
     if which == "shift":
-        return ForwardShift(request.shift.layer, _strength(request.shift.eta, "shift.eta"))
+        eta = request.shift.eta
+        return ForwardShift(request.shift.layer, eta if in_grid else _strength(eta, "shift.eta"))
     raise InvalidRequest("edit", "no edit given; expected descent or shift")
+
+
+def _grid(request: edits_pb2.PreviewEditRequest) -> EditGrid:
+    for edit, names in (
+        (request.descent, ("layers", "learning_rate")),
+        (request.shift, ("layer", "eta")),
+    ):
+        for name in names:
+            if getattr(edit, name):
+                raise InvalidRequest(
+                    f"{request.WhichOneof('edit')}.{name}",
+                    f"{name} and grid are both set; set only one of them",
+                )
+    strengths = request.grid.strengths
+    if not strengths:
+        raise InvalidRequest("grid.strengths", "no strengths given; send at least one")
+    return EditGrid(
+        tuple(request.grid.layers),
+        tuple(_strength(value, f"grid.strengths[{i}]") for i, value in enumerate(strengths)),
+    )
 
 
 def _strength(value: float, field: str) -> float:
@@ -574,6 +598,8 @@ BOUNDS: dict[str, int] = {
     "ChatMessage.role": 64,
     "DescentStep.layers": 4 * KIB,
     "DescentStep.matrices": 64,
+    "EditGrid.layers": 4 * KIB,
+    "EditGrid.strengths": 64,
     "FindNeuronsRequest.layers": 4 * KIB,
     "FindNeuronsRequest.model": 256,
     "FindNeuronsRequest.page_token": 256,

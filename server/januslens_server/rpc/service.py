@@ -218,8 +218,8 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             model, resolve = self._prepared(
                 call, request, decode.preview_edit_spec, resolve_preview_edit
             )
-            (preview,) = [p async for p in self._run(call, model, resolve, preview_edit)]
-            encode = partial(preview_edit_response, preview, model.vocabulary.token)
+            previews = [p async for p in self._run(call, model, resolve, preview_edit)]
+            encode = partial(preview_edit_response, previews, model.vocabulary.token)
             return call.answered(await ENCODING.run(call.request_id, encode))
 
     async def FindNeurons(

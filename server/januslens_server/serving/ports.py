@@ -38,7 +38,7 @@ def listen_for_metrics(settings: ServerSettings, shown: CollectorRegistry = REGI
     """Serve the metrics page until the process ends."""
     host, port = settings.metrics_host, settings.metrics_port
     check_port_free(host, port)
-    metrics, _ = start_http_server(port, host, shown)
+    metrics, _ = start_http_server(port, host.strip("[]"), shown)
     logger.info("metrics on http://%s:%d/metrics", host, metrics.server_port)
 
 

@@ -74,14 +74,14 @@ export type Read = (projection?: ProjectionMessage) => Reading | undefined
 
 /** A matrix with empty lists; several messages may fill them. */
 export function matrixOf(message: GradientMatrixMessage, kind: string): Matrix {
-  const end = (message.promotedEnd ?? '').replace('END_', '')
+  const end = (message.promotedEnd ?? '').replace('RANKING_END_', '')
   return {
     layer: message.layer ?? 0,
     kind,
     expert: message.expert,
     dIn: message.dIn ?? 0,
     dOut: message.dOut ?? 0,
-    side: message.projectedSide === 'SIDE_VJP' ? 'VJP' : 'INPUT',
+    side: message.projectedSide === 'GRADIENT_FACTOR_VJP' ? 'VJP' : 'INPUT',
     promoted: end === 'TOP' || end === 'BOTTOM' ? end : '',
     components: [],
     count: message.componentCount ?? 0,
@@ -270,7 +270,7 @@ function kindOf(name: string): string {
 function segmentOf(message: SegmentRowMessage): Segment {
   const { meanTargetRank } = message
   return {
-    segment: message.segment ?? '',
+    segment: (message.segment ?? '').replace('PROMPT_SEGMENT_', '').toLowerCase(),
     layer: message.layer ?? 0,
     kind: kindOf(message.kind ?? ''),
     norm: number(message.meanVjpNorm),

@@ -79,30 +79,33 @@ def project_demand(request: ResolvedProject) -> Demand:
 
 
 def preview_edit_demand(request: ResolvedPreviewEdit) -> Demand:
-    """Return the demand of computing the edit, and of every prompt before and after it."""
+    """Return the demand of computing the edits, and of every prompt before and after each."""
     targets, sizes = request.targets, cost_sizes(request.model)
     first, *probes = (len(prompt.ids) for prompt in request.watched)
     own = first + len(targets) - 1
     watched = [own, *probes]
     making = FORWARD + BACKWARD if isinstance(request.spec.edit, DescentStep) else FORWARD
-    flops = making * pass_flops(sizes, own) + 2 * sum(pass_flops(sizes, n) for n in watched)
-    if request.matrices:  # a change has one component per token of the prompt
-        widths = matrix_sizes(request.model, request.matrices, sizes, own).widths
+    edits = len(request.edits)
+    read = (1 + edits) * len(watched)
+    flops = making * pass_flops(sizes, own)
+    flops += (1 + edits) * sum(pass_flops(sizes, n) for n in watched)
+    for edit in request.edits:  # a change has one component per token of the prompt
+        widths = matrix_sizes(request.model, edit.matrices, sizes, own).widths
         flops += 2.0 * own * sum(watched) * widths
     kept = memory.kept_for_backward(sizes, own)
     changes = [(prompt.interventions, len(prompt.ids)) for prompt in request.watched]
     changes.append((request.interventions, own))
-    read = 2 * len(watched) * memory.FLOAT32 * sizes.facts.vocab_size
     demand = Demand(
-        passes=making + 2 * len(watched),
+        passes=making + read,
         flops=flops,
         memory=sizes.facts.n_layers * kept
         + memory.passing(sizes, max(watched), len(targets))
         + memory.read(sizes, 2 * len(watched), 0),
-        stream=len(watched) * EFFECT_BYTES + texts_bytes(sizes, 3 * len(watched)),
-        held=sizes.facts.n_layers * kept + read,
-        readings=2 * len(watched),
-        vectors=2 * len(watched),
+        stream=edits * len(watched) * EFFECT_BYTES + texts_bytes(sizes, (2 + edits) * len(watched)),
+        held=sizes.facts.n_layers * kept
+        + 2 * len(watched) * memory.FLOAT32 * sizes.facts.vocab_size,
+        readings=read,
+        vectors=read,
     )
     for found, tokens in changes:
         demand = with_interventions(demand, request.model, found, tokens)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from januslens_server.models.experts import ExpertMatrices
 from januslens_server.models.resident import CostSizes, ResidentModel, cost_sizes
+from januslens_server.pipelines.attention_gradients import STEP_BYTES, rows_at_once
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
     BACKWARD,
@@ -17,6 +19,7 @@ from januslens_server.pipelines.cost.demand import (
     reading_bytes,
     texts_bytes,
 )
+from januslens_server.pipelines.cost.interventions import PER_PROBABILITY
 from januslens_server.pipelines.factor_readings import ENTRIES, ROWS_AT_ONCE
 from januslens_server.pipelines.resolve import ResolvedGradientLens
 from januslens_server.results import MatrixKind
@@ -53,17 +56,51 @@ def gradient_lens_demand(request: ResolvedGradientLens) -> Demand:
     vectors = 1 + matrices.count * (components + singular + neurons + segments)
     calls = 1 + bool(singular) + 3 * bool(neurons) + bool(segments)
     passes = (FORWARD + BACKWARD) * (1 + (matrices.count if spec.verify else 0))
+    attention = _attention_sizes(sizes, len(request.attention_layers), tokens)
     return Demand(
         passes=passes,
         flops=passes * pass_flops(sizes, tokens, scored)
         + lens_flops(sizes, vectors)
-        + _factor_flops(spec, matrices, tokens),
+        + _factor_flops(spec, matrices, tokens)
+        + attention.flops,
         vectors=vectors,
         readings=1 + matrices.count * calls,
         ranks=vectors * (len(objective.targets) + 1),
-        memory=_memory(sizes, spec, matrices, tokens, scored, vectors // max(1, matrices.count)),
-        stream=_stream(sizes, spec, matrices, tokens, components, singular + neurons),
-        held=_held(sizes, spec, matrices, tokens, vectors // max(1, matrices.count)),
+        memory=_memory(sizes, spec, matrices, tokens, scored, vectors // max(1, matrices.count))
+        + attention.kept
+        + attention.working,
+        stream=_stream(sizes, spec, matrices, tokens, components, singular + neurons)
+        + attention.stream,
+        held=_held(sizes, spec, matrices, tokens, vectors // max(1, matrices.count))
+        + attention.kept,
+        changed=2 * PER_PROBABILITY * attention.probabilities,
+    )
+
+
+class _AttentionSizes(NamedTuple):
+    """Operations of attention gradients, and their bytes: kept, needed at a time, and sent."""
+
+    flops: float
+    probabilities: int
+    kept: int
+    working: int
+    stream: int
+
+
+def _attention_sizes(sizes: CostSizes, layers: int, tokens: int) -> _AttentionSizes:
+    """Count the attention gradients of some layers."""
+    facts = sizes.facts
+    width, row = facts.n_heads * facts.d_head, memory.FLOAT32 * facts.n_heads * tokens
+    both = width + 2 * facts.n_kv_heads * facts.d_head
+    rows = rows_at_once(facts.n_heads, tokens)
+    step = 8 * row * min(tokens, rows) + 4 * memory.FLOAT32 * tokens * width
+    sent = 3 * row * tokens
+    return _AttentionSizes(
+        flops=layers * 4.0 * tokens * tokens * width,
+        probabilities=layers * facts.n_heads * tokens * tokens,
+        kept=layers * tokens * (sizes.item * both + memory.FLOAT32 * width),
+        working=step if layers else 0,
+        stream=layers * (sent + 64 * (1 + sent // STEP_BYTES)),
     )
 
 

@@ -137,9 +137,9 @@ def with_interventions(
         demand,
         passes=demand.passes + FORWARD * len(others),
         flops=demand.flops + sum(pass_flops(sizes, len(ids)) for ids in others) + changes.flops,
-        changes=changes.applied,
-        changed=changes.values,
-        drawn=changes.drawn,
+        changes=demand.changes + changes.applied,
+        changed=demand.changed + changes.values,
+        drawn=demand.drawn + changes.drawn,
         memory=demand.memory
         + taken
         + working_bytes(sizes, interventions, tokens)

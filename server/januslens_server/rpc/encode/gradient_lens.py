@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from januslens.v1 import gradient_lens_pb2
 from januslens_server.results import (
+    AttentionGradient,
     Components,
     Entries,
     GradientEvent,
@@ -49,6 +50,9 @@ class GradientLensEncoder:
             yield Response(sequence=next(self._sequence), header=self._header(event))
         elif isinstance(event, GradientSummary):
             yield Response(sequence=next(self._sequence), summary=_summary(event))
+        elif isinstance(event, AttentionGradient):
+            for piece in _attention(event):
+                yield Response(sequence=next(self._sequence), attention=piece)
         else:
             yield from self._matrix(event)
 
@@ -89,6 +93,23 @@ class GradientLensEncoder:
         return responses
 
 
+# Elements of each of the three tensors in a message; with the rest they stay within 1 MiB.
+PIECE_ELEMENTS = (2**20 - 4096) // 12
+
+
+def _attention(found: AttentionGradient) -> Iterator[gradient_lens_pb2.AttentionGradient]:
+    for start in range(0, len(found.pattern), PIECE_ELEMENTS):
+        part = slice(start, start + PIECE_ELEMENTS)
+        yield gradient_lens_pb2.AttentionGradient(
+            layer=found.layer,
+            offset=found.offset + start,
+            shape=found.shape,
+            pattern=tensor_message(found.pattern[part]),
+            pattern_gradient=tensor_message(found.pattern_gradient[part]),
+            score_gradient=tensor_message(found.score_gradient[part]),
+        )
+
+
 def _frame(matrix: GradientMatrix) -> gradient_lens_pb2.GradientMatrix:
     return gradient_lens_pb2.GradientMatrix(
         layer=matrix.layer,
@@ -96,8 +117,8 @@ def _frame(matrix: GradientMatrix) -> gradient_lens_pb2.GradientMatrix:
         expert=matrix.expert,
         d_in=matrix.d_in,
         d_out=matrix.d_out,
-        projected_side=gradient_lens_pb2.Side.ValueType(matrix.projected_side),
-        promoted_end=gradient_lens_pb2.End.ValueType(matrix.promoted_end),
+        projected_side=gradient_lens_pb2.GradientFactor.ValueType(matrix.projected_side),
+        promoted_end=gradient_lens_pb2.RankingEnd.ValueType(matrix.promoted_end),
         component_count=matrix.component_count,
         frobenius_norm=matrix.frobenius_norm,
     )
@@ -171,14 +192,17 @@ def _add_neurons(changes: NeuronChanges, pieces: MatrixPieces) -> None:
         pieces.added(added, list(itertools.chain.from_iterable(named)))
 
 
-def _entries(entries: Entries) -> list[list[gradient_lens_pb2.Entry]]:
+def _entries(entries: Entries) -> list[list[gradient_lens_pb2.Coordinate]]:
     return [
         [
-            gradient_lens_pb2.Entry(index=index, value=value)
+            gradient_lens_pb2.Coordinate(index=index, value=value)
             for index, value in zip(indices, values, strict=True)
         ]
         for indices, values in zip(entries.indices.tolist(), entries.values.tolist(), strict=True)
     ]
+
+
+_SEGMENTS = dict(gradient_lens_pb2.PromptSegment.items())
 
 
 def _summary(summary: GradientSummary) -> gradient_lens_pb2.GradientSummary:
@@ -187,7 +211,7 @@ def _summary(summary: GradientSummary) -> gradient_lens_pb2.GradientSummary:
         times=time_messages(summary.times),
         segments=[
             gradient_lens_pb2.SegmentRow(
-                segment=row.segment,
+                segment=_SEGMENTS[f"PROMPT_SEGMENT_{row.segment.upper()}"],
                 layer=row.layer,
                 kind=_kind(row.kind),
                 mean_vjp_norm=row.mean_vjp_norm,

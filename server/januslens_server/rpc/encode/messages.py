@@ -335,20 +335,29 @@ def project_response(
 
 
 def preview_edit_response(
-    preview: EditPreview, read_token: ReadToken
+    previews: Sequence[EditPreview], read_token: ReadToken
 ) -> edits_pb2.PreviewEditResponse:
-    """Encode the effects of an edit, and the texts of all tokens."""
+    """Encode the effects of one edit or of a grid, and the texts of all tokens."""
     named = {
         token_id
+        for preview in previews
         for effect in (preview.edited, *preview.probes)
         for token_id in (effect.target_token_id, effect.predicted_before, effect.predicted_after)
     }
-    return edits_pb2.PreviewEditResponse(
-        edited=_effect(preview.edited),
-        probes=[_effect(effect) for effect in preview.probes],
-        provenance=provenance_message(preview.provenance),
+    response = edits_pb2.PreviewEditResponse(
+        provenance=provenance_message(previews[0].provenance),
         tokens=TokenTexts(read_token).texts(named),
     )
+    for preview in previews:
+        edited, probes = _effect(preview.edited), [_effect(effect) for effect in preview.probes]
+        if preview.layer is None:
+            response.edited.CopyFrom(edited)
+            response.probes.extend(probes)
+        else:
+            response.cells.add(
+                layer=preview.layer, strength=preview.strength, edited=edited, probes=probes
+            )
+    return response
 
 
 def _effect(effect: Effect) -> edits_pb2.Effect:
