@@ -397,11 +397,17 @@ def test_knocked_out_head_is_measured_beside_its_contribution(
     page.get_by_role("button", name="heads", exact=True).click()
     node = part.node.id
     page.locator(f'.heads .cells [data-id="{node}"]').click()
-    page.get_by_role("button", name="Knock out").click()
+    page.get_by_role("button", name="Knock out").press("Enter")
     before = effects.before[0].logit
     added = [before - effect.after[0].logit for effect in effects.effects]
     shown = page.locator(".knock-out")
     expect(shown).to_contain_text("measured everywhere")
+    expect(shown).to_be_focused()
+    live.get_by_text("more", exact=True).click()
+    live.get_by_label("Tokens", exact=True).fill("few")
+    shown.get_by_role("button", name="Generate without it").click()
+    expect(answer.locator(".status")).to_contain_text("invalid tokens “few”")
+    expect(live.get_by_role("alert")).to_be_empty()
     expect(shown.get_by_role("row").first).to_contain_text(_signed(part.logit_contribution or 0))
     for i, value in enumerate(added):
         expect(
@@ -504,7 +510,7 @@ def test_stopped_conversation_can_be_continued(deep: Page, random_server: Server
     deep.get_by_role("button", name="Add message").click()
     deep.get_by_label("Message").nth(1).fill("nrst")
     deep.evaluate(STOP_EARLY)
-    deep.get_by_role("button", name="Generate").click()
+    deep.get_by_label("Message").nth(1).press("Enter")
     answer, page = panel(deep)
     state(answer, "cancelled")
     expect(answer.locator(".status")).to_have_text(re.compile(r"^\d+ tokens?, stopped$"))

@@ -44,8 +44,13 @@ function inputFields({ model, prompt, chat, ids }: Question): Partial<Question> 
   return { model, prompt, chat, ids }
 }
 
-/** Where a panel goes: after another one, or instead of another one; otherwise it is the last. */
+/**
+ * Where a question comes from, and where its panel goes: after another one, or instead of another
+ * one; otherwise it is the last.
+ */
 interface Place {
+  /** The panel that asks; it shows why the question cannot be sent. */
+  from?: Panel | undefined
   after?: Panel | undefined
   instead?: Panel | undefined
 }
@@ -67,12 +72,13 @@ class LivePage {
           panel.frame.post({ select: place })
       }
     },
-    beside: ({ view, question }, other) => {
+    beside: (panel, other) => {
+      const { view, question } = panel
       const { ids, target, targetId } = question
       const asked = { ...this.form.question(other), ...inputFields(question) }
       // The target of a chosen token belongs to its ids; otherwise the form has the newer one.
       const kept = ids !== '' || view === 'gradient' ? { target, targetId } : {}
-      this.ask({ ...asked, ...kept })
+      this.ask({ ...asked, ...kept }, { from: panel })
     },
     targetChosen: (from, target) => {
       if (!target.text.includes('\ufffd')) this.form.setTarget(target.text)
@@ -98,7 +104,7 @@ class LivePage {
     },
     removed: (from, view, part) => {
       if (view === 'trace') {
-        this.ask({ ...from.question, ask: 'trace', without: part, sweep: '' })
+        this.ask({ ...from.question, ask: 'trace', without: part, sweep: '' }, { from })
         return
       }
       // The trace of a generated token belongs to the generation beside it, which is repeated.
@@ -107,9 +113,9 @@ class LivePage {
       const asked = { ...this.form.question(view), ...inputFields(question) }
       const { tokens, temperature, seed, stop } = generation ? question : asked
       const sampling = { tokens, temperature, seed, stop }
-      this.ask({ ...asked, ...sampling, target: '', without: everywhere(part) })
+      this.ask({ ...asked, ...sampling, target: '', without: everywhere(part) }, { from })
     },
-    sweptOver: (from, sweep) => this.ask({ ...from.question, sweep }, { instead: from }),
+    sweptOver: (from, sweep) => this.ask({ ...from.question, sweep }, { from, instead: from }),
     progressed: (panel) => this.current.follow(panel),
     closed: (panel) => this.forget(panel),
   }
@@ -191,7 +197,8 @@ class LivePage {
       this.open(question, place)
     } catch (error) {
       if (!(error instanceof InvalidQuestion)) throw error
-      this.error.textContent = error.message
+      if (place.from) place.from.refuse(error.message)
+      else this.error.textContent = error.message
     }
   }
 

@@ -22,7 +22,7 @@ export class Form {
   readonly model = choice('Model', [], () => {})
   /** Progress of the newest result, and errors. */
   readonly status = element('div', { class: 'ask-status' })
-  private readonly chat = new ChatBox(() => this.element.requestSubmit())
+  private readonly chat = new ChatBox(() => this.start('generation'))
   private readonly prompt = promptField(() => this.element.requestSubmit())
   private readonly fields = new Map<Field, HTMLLabelElement>()
   private readonly probes = field('probes', 'Probes', 'other prompts, separated by |')
@@ -221,7 +221,7 @@ class ChatBox {
       () => row.setAttribute('data-role', select.value),
     )
     select.value = role
-    const text = textArea(this.submit)
+    const text = textArea('generates an answer', this.submit)
     text.setAttribute('aria-label', 'Message')
     text.value = content
     const remove = button('×', 'Remove this message', () => {
@@ -235,12 +235,12 @@ class ChatBox {
 }
 
 /** A multi-line field: Enter submits, Shift-Enter inserts a line break. */
-function textArea(submit: () => void): HTMLTextAreaElement {
+function textArea(does: string, submit: () => void): HTMLTextAreaElement {
   const text = element('textarea', {
     autocomplete: 'off',
     spellcheck: 'false',
     rows: '1',
-    title: 'Enter starts a trace; Shift-Enter inserts a line break',
+    title: `Enter ${does}; Shift-Enter inserts a line break`,
   })
   text.addEventListener('keydown', (event) => {
     if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return
@@ -251,7 +251,7 @@ function textArea(submit: () => void): HTMLTextAreaElement {
 }
 
 function promptField(submit: () => void): HTMLLabelElement {
-  const text = textArea(submit)
+  const text = textArea('starts a trace', submit)
   text.name = 'prompt'
   text.placeholder = 'The capital of Japan is the city of'
   return element('label', { class: 'field prompt' }, element('span', {}, 'Prompt'), text)

@@ -120,6 +120,11 @@ export class Panel {
     this.controller.abort()
   }
 
+  /** Says why a request that started in this panel could not be sent. */
+  refuse(reason: string): void {
+    this.status.textContent = reason
+  }
+
   /** Stores a line of a stream for saving, and passes it to the frame. */
   take(stream: string, line: string, message: unknown = JSON.parse(line)): void {
     const lines = this.streams[stream] ?? []

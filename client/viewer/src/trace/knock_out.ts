@@ -20,10 +20,13 @@ export interface KnockOut {
 /** The measurements by node id. */
 export class KnockOuts {
   private readonly byId = new Map<string, KnockOut>()
+  /** The node whose section had the focus, which the next one takes over. */
+  private focused: string | undefined
 
   constructor(private readonly changed: () => void) {}
 
   add(measured: KnockOut): void {
+    if (document.activeElement?.closest('.knock-out')) this.focused = measured.id
     this.byId.set(measured.id, measured)
     this.changed()
   }
@@ -34,7 +37,11 @@ export class KnockOuts {
     if (!target || !interventionOf(node.id)) return undefined
     const known = this.byId.get(node.id)
     if (!known && !isLive()) return undefined
-    const section = element('section', { class: 'knock-out' })
+    const section = element('section', { class: 'knock-out', tabindex: '-1' })
+    if (this.focused === node.id) {
+      this.focused = undefined
+      queueMicrotask(() => section.focus()) // when it is in the page
+    }
     if (known?.responses) {
       section.append(...effects(known.responses, node, graph), ...regenerate(node))
       return section
