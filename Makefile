@@ -17,6 +17,8 @@ CHECKOV_VENV  := .cache/checkov-venv
 CHECKOV_SETUP := $(CHECKOV_VENV)/.setup-done
 CHECKOV       := $(CHECKOV_VENV)/bin/checkov --quiet --compact --skip-download \
 	--config-file deploy/checkov.yaml
+# The contract as buf builds it; changes must not break its clients.
+CONTRACT    := protos/januslens.binpb
 PROTOS      := $(wildcard protos/januslens/v1/*.proto)
 
 # The build of the pages is committed: Node and npm are needed only to change it.
@@ -38,7 +40,7 @@ AUDIT_SETUP := $(AUDIT_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test soak real audit bench check check-deploy check-image check-stubs stubs client viewer check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test soak real audit bench check check-deploy check-image check-stubs contract stubs client viewer check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -76,7 +78,12 @@ check: $(SETUP) check-stubs check-viewer ## Check lint, formatting, types, impor
 	$(BIN)/lint-imports
 	$(BIN)/python client/generate.py --check
 	$(BIN)/buf lint
+	$(BIN)/buf breaking --against $(CONTRACT) \
+		|| { echo "The contract breaks $(CONTRACT): add instead, or before 0.1.0 run 'make contract'." >&2; exit 1; }
 	$(BIN)/buf format --diff --exit-code
+
+contract: $(SETUP) ## Write the image of the contract that 'make check' compares with
+	$(BIN)/buf build --exclude-source-info --output $(CONTRACT)
 
 check-deploy: $(SETUP) $(CHECKOV_SETUP) ## Scan the rendered manifests and the Dockerfile
 	@rm -rf build/manifests

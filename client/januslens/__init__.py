@@ -163,6 +163,7 @@ from januslens.results.models import (
     Models,
     ModelSizes,
     Provenance,
+    ServerInfo,
     StageTime,
 )
 from januslens.results.sweep import Outcome, Sweep
@@ -315,6 +316,7 @@ __all__ = [
     "SegmentRow",
     "Segments",
     "ServerDraining",
+    "ServerInfo",
     "Side",
     "Singular",
     "Site",

@@ -26,7 +26,17 @@ from januslens._requests import (
     project_request,
     tokenize_request,
 )
-from januslens.arguments import Chat, Edit, Layers, Messages, Probe, Prompt, TargetLike, Text
+from januslens.arguments import (
+    Chat,
+    Edit,
+    Layers,
+    Messages,
+    Probe,
+    Prompt,
+    TargetLike,
+    Text,
+    checked_text,
+)
 from januslens.assemblers import TraceAssembler
 from januslens.calls import EventStream, Generation
 from januslens.interventions import Intervention
@@ -36,13 +46,13 @@ from januslens.results.exports import require
 from januslens.results.generation import Explanation, check_completion, listed_logarithm
 from januslens.results.gradient import EditPreview, EditPreviews
 from januslens.results.kinds import Lens, MatrixKind, NodeKind
-from januslens.results.models import Model, Models
+from januslens.results.models import Model, Models, ServerInfo
 from januslens.results.tokens import Token, Tokens, TokenTable
 from januslens.results.trace import Trace
 from januslens.results.vectors import FoundNeurons, Projection, Projections
 from januslens.surveys.prompts import SurveyPrompts, SurveyRequest
 from januslens.surveys.survey import Survey, SurveyProgress
-from januslens.v1 import models_pb2, neurons_pb2
+from januslens.v1 import models_pb2, neurons_pb2, server_pb2
 
 __all__ = ["Client", "EventStream", "Generation"]
 
@@ -504,6 +514,33 @@ class Client(Lenses, Passes):
         )
         response = self._send("Tokenize", request, timeout)
         return Tokens(Token.from_message(token) for token in response.tokens)
+
+    def model(self, name: str = "", *, timeout: float | None = None) -> Model:
+        """Return one model with its state, sizes and self-check results.
+
+        Args:
+            name: The model's name; may be empty if there is only one.
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            ModelNotFound: The server has no such model.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = models_pb2.GetModelRequest(model=checked_text(name, "name"))
+        response = self._send("GetModel", request, timeout)
+        return Model.from_message(response.model)
+
+    def server_info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Return the server's version and limits, and the RPCs that this client may use.
+
+        Args:
+            timeout: Maximum seconds for the call; None = the client's.
+
+        Raises:
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = server_pb2.GetServerInfoRequest()
+        return ServerInfo.from_message(self._send("GetServerInfo", request, timeout))
 
     def list_models(
         self,

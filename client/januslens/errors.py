@@ -84,10 +84,14 @@ class LimitViolation:
     @classmethod
     def from_message(cls, message: cost_pb2.LimitViolation) -> LimitViolation:
         """Read the message."""
-        known = cost_pb2.CostLimit.DESCRIPTOR.values_by_number
-        name = known[message.limit].name if message.limit in known else str(message.limit)
-        limit = name.removeprefix("COST_LIMIT_").lower()
-        return cls(limit, message.allowed, message.estimated)
+        return cls(limit_name(message.limit), message.allowed, message.estimated)
+
+
+def limit_name(number: int) -> str:
+    """Return the name of a limit, such as `max_request_seconds`; its number if it is unknown."""
+    known = cost_pb2.CostLimit.DESCRIPTOR.values_by_number
+    name: str = known[number].name if number in known else str(number)
+    return name.removeprefix("COST_LIMIT_").lower()
 
 
 @dataclass(frozen=True)

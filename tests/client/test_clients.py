@@ -16,9 +16,13 @@ from januslens import AsyncClient, Client
 
 VERBS = [
     "list_models",
+    "model",
+    "server_info",
     "tokenize",
     "project",
     "preview_edit",
+    "preview_edits",
+    "survey",
     "find_neurons",
     "trace",
     "stream_trace",

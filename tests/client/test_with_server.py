@@ -422,6 +422,19 @@ def test_refused_request_raises_a_typed_error_with_the_field(
         assert caught.value.field_violations[0].field.startswith(field)
 
 
+def test_a_client_learns_about_its_server(client: Client) -> None:
+    (listed,) = client.list_models()
+    assert client.model() == client.model(listed.name) == listed
+    info = client.server_info()
+    assert info.version == januslens.__version__
+    assert {"Trace", "GetServerInfo"} <= set(info.rpcs)
+    assert info.limits == {
+        "max_request_seconds": 600.0,
+        "max_request_stream": 2.0 * 2**30,
+        "preparation_seconds": 30.0,
+    }
+
+
 def test_an_errors_request_id_is_in_the_servers_log(client: Client, server: ServerProcess) -> None:
     with pytest.raises(januslens.ModelNotFound) as caught:
         client.trace(PROMPT, model="absent")

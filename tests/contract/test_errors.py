@@ -37,6 +37,7 @@ from tests.support.server import ServerProcess
 Stub = service_pb2_grpc.IntrospectionServiceStub
 
 NAMING_A_MODEL: list[tuple[str, Message]] = [
+    ("GetModel", models_pb2.GetModelRequest(model="nobody")),
     ("Tokenize", models_pb2.TokenizeRequest(model="nobody", text="x")),
     ("Project", lens_pb2.ProjectRequest(model="nobody")),
     ("Trace", trace_pb2.TraceRequest(model="nobody")),

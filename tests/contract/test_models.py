@@ -55,6 +55,13 @@ def models(stub: service_pb2_grpc.IntrospectionServiceStub) -> dict[str, Model]:
     return {m.name: m for m in stub.ListModels(models_pb2.ListModelsRequest()).models}
 
 
+def test_each_model_is_also_returned_alone(
+    stub: service_pb2_grpc.IntrospectionServiceStub, models: dict[str, Model]
+) -> None:
+    for name, listed in models.items():
+        assert stub.GetModel(models_pb2.GetModelRequest(model=name)).model == listed
+
+
 def requests_for(model: str) -> list[tuple[str, Message]]:
     return [
         ("Tokenize", models_pb2.TokenizeRequest(model=model, text="x")),

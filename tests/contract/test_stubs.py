@@ -119,6 +119,8 @@ def test_service_offers_exactly_the_published_methods() -> None:
     }
     assert offered == {
         "ListModels": ("ListModelsRequest", "ListModelsResponse", False),
+        "GetModel": ("GetModelRequest", "GetModelResponse", False),
+        "GetServerInfo": ("GetServerInfoRequest", "GetServerInfoResponse", False),
         "Tokenize": ("TokenizeRequest", "TokenizeResponse", False),
         "Project": ("ProjectRequest", "ProjectResponse", False),
         "Trace": ("TraceRequest", "TraceResponse", True),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from januslens.errors import LimitViolation
+from januslens.errors import LimitViolation, limit_name
 from januslens.results.exports import notebook_html
-from januslens.v1 import common_pb2, cost_pb2, models_pb2
+from januslens.v1 import common_pb2, cost_pb2, models_pb2, server_pb2
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,27 @@ class Models(list[Model]):
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""
         return notebook_html(self)
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    """A server, and what it allows this client.
+
+    Attributes:
+        version: Version of the server.
+        rpcs: Names of the RPCs that the client may use.
+        limits: The configured limits on the cost of a request, in seconds or bytes by name.
+    """
+
+    version: str
+    rpcs: tuple[str, ...]
+    limits: Mapping[str, float]
+
+    @classmethod
+    def from_message(cls, message: server_pb2.GetServerInfoResponse) -> ServerInfo:
+        """Read the response."""
+        limits = {limit_name(limit.limit): limit.allowed for limit in message.limits}
+        return cls(message.version, tuple(message.rpcs), limits)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,11 @@ from januslens.v1 import intervene_pb2 as januslens_dot_v1_dot_intervene__pb2
 from januslens.v1 import lens_pb2 as januslens_dot_v1_dot_lens__pb2
 from januslens.v1 import models_pb2 as januslens_dot_v1_dot_models__pb2
 from januslens.v1 import neurons_pb2 as januslens_dot_v1_dot_neurons__pb2
+from januslens.v1 import server_pb2 as januslens_dot_v1_dot_server__pb2
 from januslens.v1 import trace_pb2 as januslens_dot_v1_dot_trace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/service.proto\x12\x0cjanuslens.v1\x1a\x1ejanuslens/v1/activations.proto\x1a\x17januslens/v1/cost.proto\x1a\x18januslens/v1/edits.proto\x1a\x1djanuslens/v1/generation.proto\x1a januslens/v1/gradient_lens.proto\x1a\x1cjanuslens/v1/intervene.proto\x1a\x17januslens/v1/lens.proto\x1a\x19januslens/v1/models.proto\x1a\x1ajanuslens/v1/neurons.proto\x1a\x18januslens/v1/trace.proto2\xc0\x07\n\x14IntrospectionService\x12T\n\nListModels\x12\x1f.januslens.v1.ListModelsRequest\x1a .januslens.v1.ListModelsResponse\"\x03\x90\x02\x01\x12N\n\x08Tokenize\x12\x1d.januslens.v1.TokenizeRequest\x1a\x1e.januslens.v1.TokenizeResponse\"\x03\x90\x02\x01\x12K\n\x07Project\x12\x1c.januslens.v1.ProjectRequest\x1a\x1d.januslens.v1.ProjectResponse\"\x03\x90\x02\x01\x12G\n\x05Trace\x12\x1a.januslens.v1.TraceRequest\x1a\x1b.januslens.v1.TraceResponse\"\x03\x90\x02\x01\x30\x01\x12\\\n\x0cGradientLens\x12!.januslens.v1.GradientLensRequest\x1a\".januslens.v1.GradientLensResponse\"\x03\x90\x02\x01\x30\x01\x12P\n\x08Generate\x12\x1d.januslens.v1.GenerateRequest\x1a\x1e.januslens.v1.GenerateResponse\"\x03\x90\x02\x01\x30\x01\x12W\n\x0bPreviewEdit\x12 .januslens.v1.PreviewEditRequest\x1a!.januslens.v1.PreviewEditResponse\"\x03\x90\x02\x01\x12Y\n\x0b\x41\x63tivations\x12 .januslens.v1.ActivationsRequest\x1a!.januslens.v1.ActivationsResponse\"\x03\x90\x02\x01\x30\x01\x12S\n\tIntervene\x12\x1e.januslens.v1.InterveneRequest\x1a\x1f.januslens.v1.InterveneResponse\"\x03\x90\x02\x01\x30\x01\x12W\n\x0b\x46indNeurons\x12 .januslens.v1.FindNeuronsRequest\x1a!.januslens.v1.FindNeuronsResponse\"\x03\x90\x02\x01\x12Z\n\x0c\x45stimateCost\x12!.januslens.v1.EstimateCostRequest\x1a\".januslens.v1.EstimateCostResponse\"\x03\x90\x02\x01\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ajanuslens/v1/service.proto\x12\x0cjanuslens.v1\x1a\x1ejanuslens/v1/activations.proto\x1a\x17januslens/v1/cost.proto\x1a\x18januslens/v1/edits.proto\x1a\x1djanuslens/v1/generation.proto\x1a januslens/v1/gradient_lens.proto\x1a\x1cjanuslens/v1/intervene.proto\x1a\x17januslens/v1/lens.proto\x1a\x19januslens/v1/models.proto\x1a\x1ajanuslens/v1/neurons.proto\x1a\x19januslens/v1/server.proto\x1a\x18januslens/v1/trace.proto2\xef\x08\n\x14IntrospectionService\x12T\n\nListModels\x12\x1f.januslens.v1.ListModelsRequest\x1a .januslens.v1.ListModelsResponse\"\x03\x90\x02\x01\x12N\n\x08GetModel\x12\x1d.januslens.v1.GetModelRequest\x1a\x1e.januslens.v1.GetModelResponse\"\x03\x90\x02\x01\x12]\n\rGetServerInfo\x12\".januslens.v1.GetServerInfoRequest\x1a#.januslens.v1.GetServerInfoResponse\"\x03\x90\x02\x01\x12N\n\x08Tokenize\x12\x1d.januslens.v1.TokenizeRequest\x1a\x1e.januslens.v1.TokenizeResponse\"\x03\x90\x02\x01\x12K\n\x07Project\x12\x1c.januslens.v1.ProjectRequest\x1a\x1d.januslens.v1.ProjectResponse\"\x03\x90\x02\x01\x12G\n\x05Trace\x12\x1a.januslens.v1.TraceRequest\x1a\x1b.januslens.v1.TraceResponse\"\x03\x90\x02\x01\x30\x01\x12\\\n\x0cGradientLens\x12!.januslens.v1.GradientLensRequest\x1a\".januslens.v1.GradientLensResponse\"\x03\x90\x02\x01\x30\x01\x12P\n\x08Generate\x12\x1d.januslens.v1.GenerateRequest\x1a\x1e.januslens.v1.GenerateResponse\"\x03\x90\x02\x01\x30\x01\x12W\n\x0bPreviewEdit\x12 .januslens.v1.PreviewEditRequest\x1a!.januslens.v1.PreviewEditResponse\"\x03\x90\x02\x01\x12Y\n\x0b\x41\x63tivations\x12 .januslens.v1.ActivationsRequest\x1a!.januslens.v1.ActivationsResponse\"\x03\x90\x02\x01\x30\x01\x12S\n\tIntervene\x12\x1e.januslens.v1.InterveneRequest\x1a\x1f.januslens.v1.InterveneResponse\"\x03\x90\x02\x01\x30\x01\x12W\n\x0b\x46indNeurons\x12 .januslens.v1.FindNeuronsRequest\x1a!.januslens.v1.FindNeuronsResponse\"\x03\x90\x02\x01\x12Z\n\x0c\x45stimateCost\x12!.januslens.v1.EstimateCostRequest\x1a\".januslens.v1.EstimateCostResponse\"\x03\x90\x02\x01\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,6 +45,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1\252\002\014Januslens.V1'
   _globals['_INTROSPECTIONSERVICE'].methods_by_name['ListModels']._loaded_options = None
   _globals['_INTROSPECTIONSERVICE'].methods_by_name['ListModels']._serialized_options = b'\220\002\001'
+  _globals['_INTROSPECTIONSERVICE'].methods_by_name['GetModel']._loaded_options = None
+  _globals['_INTROSPECTIONSERVICE'].methods_by_name['GetModel']._serialized_options = b'\220\002\001'
+  _globals['_INTROSPECTIONSERVICE'].methods_by_name['GetServerInfo']._loaded_options = None
+  _globals['_INTROSPECTIONSERVICE'].methods_by_name['GetServerInfo']._serialized_options = b'\220\002\001'
   _globals['_INTROSPECTIONSERVICE'].methods_by_name['Tokenize']._loaded_options = None
   _globals['_INTROSPECTIONSERVICE'].methods_by_name['Tokenize']._serialized_options = b'\220\002\001'
   _globals['_INTROSPECTIONSERVICE'].methods_by_name['Project']._loaded_options = None
@@ -64,6 +69,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INTROSPECTIONSERVICE'].methods_by_name['FindNeurons']._serialized_options = b'\220\002\001'
   _globals['_INTROSPECTIONSERVICE'].methods_by_name['EstimateCost']._loaded_options = None
   _globals['_INTROSPECTIONSERVICE'].methods_by_name['EstimateCost']._serialized_options = b'\220\002\001'
-  _globals['_INTROSPECTIONSERVICE']._serialized_start=329
-  _globals['_INTROSPECTIONSERVICE']._serialized_end=1289
+  _globals['_INTROSPECTIONSERVICE']._serialized_start=356
+  _globals['_INTROSPECTIONSERVICE']._serialized_end=1491
 # @@protoc_insertion_point(module_scope)

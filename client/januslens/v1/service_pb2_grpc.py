@@ -12,6 +12,7 @@ from januslens.v1 import intervene_pb2 as januslens_dot_v1_dot_intervene__pb2
 from januslens.v1 import lens_pb2 as januslens_dot_v1_dot_lens__pb2
 from januslens.v1 import models_pb2 as januslens_dot_v1_dot_models__pb2
 from januslens.v1 import neurons_pb2 as januslens_dot_v1_dot_neurons__pb2
+from januslens.v1 import server_pb2 as januslens_dot_v1_dot_server__pb2
 from januslens.v1 import trace_pb2 as januslens_dot_v1_dot_trace__pb2
 
 GRPC_GENERATED_VERSION = '1.74.0'
@@ -60,6 +61,16 @@ class IntrospectionServiceStub(object):
                 '/januslens.v1.IntrospectionService/ListModels',
                 request_serializer=januslens_dot_v1_dot_models__pb2.ListModelsRequest.SerializeToString,
                 response_deserializer=januslens_dot_v1_dot_models__pb2.ListModelsResponse.FromString,
+                _registered_method=True)
+        self.GetModel = channel.unary_unary(
+                '/januslens.v1.IntrospectionService/GetModel',
+                request_serializer=januslens_dot_v1_dot_models__pb2.GetModelRequest.SerializeToString,
+                response_deserializer=januslens_dot_v1_dot_models__pb2.GetModelResponse.FromString,
+                _registered_method=True)
+        self.GetServerInfo = channel.unary_unary(
+                '/januslens.v1.IntrospectionService/GetServerInfo',
+                request_serializer=januslens_dot_v1_dot_server__pb2.GetServerInfoRequest.SerializeToString,
+                response_deserializer=januslens_dot_v1_dot_server__pb2.GetServerInfoResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/januslens.v1.IntrospectionService/Tokenize',
@@ -132,6 +143,22 @@ class IntrospectionServiceServicer(object):
     def ListModels(self, request, context):
         """Lists the models of the server with their sizes, states and self-checks. Never waits for a
         device. INVALID_ARGUMENT for an unknown page token.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetModel(self, request, context):
+        """Returns one model, in whatever state it is. Never waits for a device. NOT_FOUND for an unknown
+        name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetServerInfo(self, request, context):
+        """Returns the server's version and limits, and the RPCs that the caller may use. Never waits for a
+        device.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -233,6 +260,16 @@ def add_IntrospectionServiceServicer_to_server(servicer, server):
                     request_deserializer=januslens_dot_v1_dot_models__pb2.ListModelsRequest.FromString,
                     response_serializer=januslens_dot_v1_dot_models__pb2.ListModelsResponse.SerializeToString,
             ),
+            'GetModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetModel,
+                    request_deserializer=januslens_dot_v1_dot_models__pb2.GetModelRequest.FromString,
+                    response_serializer=januslens_dot_v1_dot_models__pb2.GetModelResponse.SerializeToString,
+            ),
+            'GetServerInfo': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetServerInfo,
+                    request_deserializer=januslens_dot_v1_dot_server__pb2.GetServerInfoRequest.FromString,
+                    response_serializer=januslens_dot_v1_dot_server__pb2.GetServerInfoResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=januslens_dot_v1_dot_models__pb2.TokenizeRequest.FromString,
@@ -324,6 +361,60 @@ class IntrospectionService(object):
             '/januslens.v1.IntrospectionService/ListModels',
             januslens_dot_v1_dot_models__pb2.ListModelsRequest.SerializeToString,
             januslens_dot_v1_dot_models__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/januslens.v1.IntrospectionService/GetModel',
+            januslens_dot_v1_dot_models__pb2.GetModelRequest.SerializeToString,
+            januslens_dot_v1_dot_models__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetServerInfo(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/januslens.v1.IntrospectionService/GetServerInfo',
+            januslens_dot_v1_dot_server__pb2.GetServerInfoRequest.SerializeToString,
+            januslens_dot_v1_dot_server__pb2.GetServerInfoResponse.FromString,
             options,
             channel_credentials,
             insecure,

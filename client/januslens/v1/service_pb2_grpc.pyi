@@ -14,6 +14,7 @@ from januslens.v1 import intervene_pb2 as _intervene_pb2
 from januslens.v1 import lens_pb2 as _lens_pb2
 from januslens.v1 import models_pb2 as _models_pb2
 from januslens.v1 import neurons_pb2 as _neurons_pb2
+from januslens.v1 import server_pb2 as _server_pb2
 from januslens.v1 import trace_pb2 as _trace_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -58,6 +59,14 @@ class IntrospectionServiceStub:
     ListModels: _grpc.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]
     """Lists the models of the server with their sizes, states and self-checks. Never waits for a
     device. INVALID_ARGUMENT for an unknown page token.
+    """
+    GetModel: _grpc.UnaryUnaryMultiCallable[_models_pb2.GetModelRequest, _models_pb2.GetModelResponse]
+    """Returns one model, in whatever state it is. Never waits for a device. NOT_FOUND for an unknown
+    name.
+    """
+    GetServerInfo: _grpc.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]
+    """Returns the server's version and limits, and the RPCs that the caller may use. Never waits for a
+    device.
     """
     Tokenize: _grpc.UnaryUnaryMultiCallable[_models_pb2.TokenizeRequest, _models_pb2.TokenizeResponse]
     """Tokenizes a text or a conversation: ids, texts and character spans. Never waits for a device.
@@ -129,6 +138,14 @@ class IntrospectionServiceAsyncStub(IntrospectionServiceStub):
     ListModels: _aio.UnaryUnaryMultiCallable[_models_pb2.ListModelsRequest, _models_pb2.ListModelsResponse]  # type: ignore[assignment]
     """Lists the models of the server with their sizes, states and self-checks. Never waits for a
     device. INVALID_ARGUMENT for an unknown page token.
+    """
+    GetModel: _aio.UnaryUnaryMultiCallable[_models_pb2.GetModelRequest, _models_pb2.GetModelResponse]  # type: ignore[assignment]
+    """Returns one model, in whatever state it is. Never waits for a device. NOT_FOUND for an unknown
+    name.
+    """
+    GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.GetServerInfoResponse]  # type: ignore[assignment]
+    """Returns the server's version and limits, and the RPCs that the caller may use. Never waits for a
+    device.
     """
     Tokenize: _aio.UnaryUnaryMultiCallable[_models_pb2.TokenizeRequest, _models_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Tokenizes a text or a conversation: ids, texts and character spans. Never waits for a device.
@@ -203,6 +220,26 @@ class IntrospectionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_models_pb2.ListModelsResponse, _abc.Awaitable[_models_pb2.ListModelsResponse]]:
         """Lists the models of the server with their sizes, states and self-checks. Never waits for a
         device. INVALID_ARGUMENT for an unknown page token.
+        """
+
+    @_abc_1.abstractmethod
+    def GetModel(
+        self,
+        request: _models_pb2.GetModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_models_pb2.GetModelResponse, _abc.Awaitable[_models_pb2.GetModelResponse]]:
+        """Returns one model, in whatever state it is. Never waits for a device. NOT_FOUND for an unknown
+        name.
+        """
+
+    @_abc_1.abstractmethod
+    def GetServerInfo(
+        self,
+        request: _server_pb2.GetServerInfoRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_server_pb2.GetServerInfoResponse, _abc.Awaitable[_server_pb2.GetServerInfoResponse]]:
+        """Returns the server's version and limits, and the RPCs that the caller may use. Never waits for a
+        device.
         """
 
     @_abc_1.abstractmethod

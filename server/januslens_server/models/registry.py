@@ -105,6 +105,23 @@ class Registry:
         with self._lock:
             return list(self._statuses.values())
 
+    def status(self, name: str, scope: Scope = _everything) -> ModelStatus:
+        """Return the status of one model; the name may be empty for the only permitted one.
+
+        Raises `InvalidRequest`, `PermissionDenied` and `ModelNotFound` as `get` does.
+        """
+        with self._lock:
+            statuses = dict(self._statuses)
+        offered = [known for known in statuses if scope(known)]
+        name = name or _only(offered)
+        if not scope(name):
+            raise PermissionDenied(
+                f"model {name!r} is not permitted: expected one of {_listed(offered)}"
+            )
+        if name not in statuses:
+            raise ModelNotFound(f"unknown model {name!r}: expected one of {_listed(offered)}")
+        return statuses[name]
+
     def get(self, name: str, revision: str = "", scope: Scope = _everything) -> ResidentModel:
         """Return the model to serve.
 
@@ -124,22 +141,14 @@ class Registry:
         """
         if self._closed:
             raise ServerDraining("the server is shutting down; ask another replica")
-        with self._lock:
-            statuses, resident = dict(self._statuses), dict(self._resident)
-        offered = [known for known in statuses if scope(known)]
-        name = name or _only(offered)
-        if not scope(name):
-            raise PermissionDenied(
-                f"model {name!r} is not permitted: expected one of {_listed(offered)}"
-            )
-        if name not in statuses:
-            raise ModelNotFound(f"unknown model {name!r}: expected one of {_listed(offered)}")
-        status = statuses[name]
+        status = self.status(name, scope)
+        name = status.name
         if status.state is ModelState.LOADING:
             raise ModelLoading(f"model {name!r} is still loading")
         if status.state is ModelState.FAILED:
             raise ModelFailed(f"model {name!r} cannot be served: {status.reason}")
-        model = resident[name]
+        with self._lock:
+            model = self._resident[name]
         if revision and revision != model.provenance.revision:
             raise RevisionNotFound(
                 f"unknown revision {revision!r} of model {name!r}: expected "

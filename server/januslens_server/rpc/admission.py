@@ -132,6 +132,18 @@ class Admission:
             response = "for the response"
             yield _larger(CostLimit.MAX_REQUEST_STREAM, cost.stream, limits.stream, response)
 
+    @property
+    def configured_limits(self) -> dict[CostLimit, float]:
+        """The limits of the settings, in seconds or bytes."""
+        limits = {
+            CostLimit.MAX_REQUEST_SECONDS: self._limits.seconds,
+            CostLimit.MAX_REQUEST_STREAM: float(self._limits.stream),
+            CostLimit.PREPARATION_SECONDS: PREPARATION_SECONDS,
+        }
+        if self._limits.memory is not None:
+            limits[CostLimit.MAX_REQUEST_MEMORY] = float(self._limits.memory)
+        return limits
+
     def learn(self, request: Resolved, cost: Cost, seconds: float) -> None:
         """Correct later estimates by the measured device seconds of a request."""
         if min(cost.seconds, seconds) > SHORTEST_LESSON:

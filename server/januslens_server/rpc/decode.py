@@ -608,6 +608,7 @@ BOUNDS: dict[str, int] = {
     "GenerateRequest.model": 256,
     "GenerateRequest.revision": 256,
     "GenerateRequest.stop": 16,
+    "GetModelRequest.model": 256,
     "GradientLensRequest.interventions": 256,
     "GradientLensRequest.layers": 4 * KIB,
     "GradientLensRequest.matrices": 64,

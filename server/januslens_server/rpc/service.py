@@ -22,6 +22,7 @@ from januslens.v1 import (
     lens_pb2,
     models_pb2,
     neurons_pb2,
+    server_pb2,
     service_pb2_grpc,
     trace_pb2,
 )
@@ -59,7 +60,7 @@ from januslens_server.results import (
 )
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission, Resolve, ResolvedT
-from januslens_server.rpc.call import Call, Context, current_caller, result_sizes
+from januslens_server.rpc.call import RPCS, Call, Context, current_caller, result_sizes
 from januslens_server.rpc.decode import (
     MAX_TOKENIZED,
     MODELS,
@@ -80,6 +81,7 @@ from januslens_server.rpc.encode import (
     preview_edit_response,
     project_response,
     provenance_message,
+    server_info_response,
     token_message,
 )
 from januslens_server.rpc.places import ENCODING, PREPARATION, leave_places
@@ -128,6 +130,22 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
                 next_page_token=page_token(end, MODELS, len(statuses)),
             )
             return call.answered(answer)
+
+    async def GetModel(
+        self, request: models_pb2.GetModelRequest, context: Context
+    ) -> models_pb2.GetModelResponse:
+        """Return the model that the request names, with its state."""
+        async with Call("GetModel", context) as call:
+            status = self._registry.status(request.model, current_caller().may_use)
+            return call.answered(models_pb2.GetModelResponse(model=model_message(status)))
+
+    async def GetServerInfo(
+        self, _request: server_pb2.GetServerInfoRequest, context: Context
+    ) -> server_pb2.GetServerInfoResponse:
+        """Return the version, the limits, and the RPCs that the caller may use."""
+        async with Call("GetServerInfo", context) as call:
+            rpcs = filter(current_caller().may_call, RPCS)
+            return call.answered(server_info_response(self._admission.configured_limits, rpcs))
 
     async def Tokenize(
         self, request: models_pb2.TokenizeRequest, context: Context

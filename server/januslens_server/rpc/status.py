@@ -91,10 +91,15 @@ def _details(error: errors.IntrospectionError) -> list[Message]:
 def limit_message(violation: errors.LimitViolation) -> cost_pb2.LimitViolation:
     """Encode a limit that a request exceeds."""
     return cost_pb2.LimitViolation(
-        limit=cost_pb2.CostLimit.Value(f"COST_LIMIT_{violation.limit.name}"),
+        limit=limit_number(violation.limit),
         allowed=violation.allowed,
         estimated=violation.estimated,
     )
+
+
+def limit_number(limit: errors.CostLimit) -> cost_pb2.CostLimit.ValueType:
+    """Return the contract's number of a limit."""
+    return cost_pb2.CostLimit.Value(f"COST_LIMIT_{limit.name}")
 
 
 def _quota_details(error: errors.TryLater) -> list[Message]:

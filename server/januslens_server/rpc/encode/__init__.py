@@ -11,6 +11,7 @@ from januslens_server.rpc.encode.messages import (
     preview_edit_response,
     project_response,
     provenance_message,
+    server_info_response,
     token_message,
 )
 from januslens_server.rpc.encode.trace import TraceEncoder
@@ -27,5 +28,6 @@ __all__ = [
     "preview_edit_response",
     "project_response",
     "provenance_message",
+    "server_info_response",
     "token_message",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
+from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -12,8 +13,16 @@ import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
-from januslens.v1 import common_pb2, cost_pb2, edits_pb2, lens_pb2, models_pb2, neurons_pb2
-from januslens_server.errors import LimitViolation
+from januslens.v1 import (
+    common_pb2,
+    cost_pb2,
+    edits_pb2,
+    lens_pb2,
+    models_pb2,
+    neurons_pb2,
+    server_pb2,
+)
+from januslens_server.errors import CostLimit, LimitViolation
 from januslens_server.results import (
     EditPreview,
     Effect,
@@ -31,7 +40,7 @@ from januslens_server.results import (
 )
 from januslens_server.rpc.admission import Estimate
 from januslens_server.rpc.encode.columns import Columns, Parts
-from januslens_server.rpc.status import limit_message
+from januslens_server.rpc.status import limit_message, limit_number
 
 # A message is full at half of the contract's 1 MiB, which leaves room for the last part, the texts
 # of its tokens and the envelope.
@@ -305,6 +314,18 @@ def model_message(status: ModelStatus) -> models_pb2.Model:
     if status.provenance is not None:
         message.provenance.CopyFrom(provenance_message(status.provenance))
     return message
+
+
+def server_info_response(
+    limits: Mapping[CostLimit, float], rpcs: Iterable[str]
+) -> server_pb2.GetServerInfoResponse:
+    """Encode the server's version and limits, and the RPCs of a caller."""
+    listed = [
+        server_pb2.ServerLimit(limit=limit_number(limit), allowed=limits[limit])
+        for limit in CostLimit
+        if limit in limits
+    ]
+    return server_pb2.GetServerInfoResponse(version=version("januslens"), rpcs=rpcs, limits=listed)
 
 
 def estimate_message(
