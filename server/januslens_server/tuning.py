@@ -1,4 +1,4 @@
-"""Process-wide tuning of threads, interpreter and memory, with the measured effect of each."""
+"""Process-wide tuning of threads and memory, with the measured effect of each."""
 
 from __future__ import annotations
 
@@ -6,19 +6,12 @@ import asyncio
 import ctypes
 import gc
 import os
-import sys
 import time
 from collections.abc import Callable
 
 # Iterations that an idle thread of GNU OpenMP, part of torch's wheels, spins before it sleeps. The
 # default of 300,000 takes 10 % of a trace's processor time, on a core that could project or encode.
 SPIN_COUNT = "1000"
-
-# Seconds that a thread may hold the interpreter's lock while others wait. The threads of the lens
-# need it every few milliseconds, and Python's default of 5 ms would let an encoder delay them. It
-# saved 4 % of a cold trace when the client parsed whole messages; docs/performance.md has newer
-# figures.
-SWITCH_SECONDS = 0.001
 
 # Bytes from which glibc maps a block of its own, which returns to the system when it is freed. By
 # default this grows to 32 MiB as blocks are freed: then activations of long prompts fragment the
@@ -46,11 +39,6 @@ def map_large_blocks() -> None:
     if set_option is not None and not tuned:
         set_option(M_MMAP_THRESHOLD, MAPPED_BYTES)
         set_option(M_TRIM_THRESHOLD, KEPT_BYTES)
-
-
-def shorten_switch_interval() -> None:
-    """Let threads wait for the interpreter's lock for at most about `SWITCH_SECONDS`."""
-    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def set_threads(threads: int | None, processes: int) -> None:

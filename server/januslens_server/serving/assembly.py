@@ -72,7 +72,6 @@ class Assembly:
         """
         check_device(settings.device)
         tuning.map_large_blocks()
-        tuning.shorten_switch_interval()
         tuning.set_threads(settings.threads, settings.processes)
         self._loop = asyncio.get_running_loop()
         self._grace = settings.grace_seconds
