@@ -6,7 +6,9 @@ import pytest
 
 from januslens import Client, FoundNeurons
 from januslens._requests import find_neurons_request
-from januslens.v1 import neurons_pb2
+from januslens.cli.lookups import show_found_neurons
+from januslens.cli.tables import console
+from januslens.v1 import common_pb2, neurons_pb2
 from tests.client.messages import projection, tokens
 from tests.client.scripted import Script, serving
 
@@ -67,6 +69,15 @@ def test_found_neuron_has_its_name_projection_and_row() -> None:
     frame = found.to_pandas()
     assert frame.loc[0, "expert"] == 0
     assert frame.loc[0, "bottom_tokens"] == ["\n"]
+
+
+def test_layers_without_neurons_are_printed_with_the_reason() -> None:
+    first = page(5)
+    first.limited_layers.add(layer=0, level=common_pb2.LEVEL_STREAM, reason="no MLP")
+    out = console()
+    with out.capture() as captured:
+        show_found_neurons(asked(1, first)[1], out)
+    assert "layer 0: residual stream only (no MLP)" in captured.get()
 
 
 def test_nothing_found_is_an_empty_frame() -> None:

@@ -158,6 +158,8 @@ def show_found_neurons(found: FoundNeurons, out: Console) -> None:
     lines.add_row("model", Text(presentation.model_name(found.provenance), "dim"))
     lines.add_row("found", Text(_found(found)))
     out.print(lines)
+    for limit in presentation.level_sentences(found.limited_layers):
+        out.print(Text(limit, "dim"))
     if found.neurons:
         end = "from the bottom" if found.suppressed else "from the top"
         note = f"rank ({end}) and logit in the neuron's value, its row of FF2"
@@ -339,6 +341,8 @@ def activations(
         found = stream.result()
     if not as_json:
         console().print(heading(found.prompt_tokens, found.provenance))
+        for limit in presentation.level_sentences(found.header.limited_layers):
+            console().print(Text(limit, "dim"))
         console().print(_tensors_table(found))
     save_result(out, found.save)
 
