@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,11 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
 
 
 def _open_gguf(path: Path) -> Checkpoint:
+    if find_spec("gguf") is None:
+        raise ModelFailed(
+            "reading a GGUF file needs the package 'gguf', which is not installed: run "
+            "pip install 'januslens[server]'"
+        )
     header = read_header(path)
     config = read_configuration(header)
     stored = {tensor.name: tensor.size for tensor in header.tensors.values()}
