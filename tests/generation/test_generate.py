@@ -238,6 +238,20 @@ def test_cost_grows_with_tokens_and_readings(demo: ResidentModel) -> None:
     assert read.vectors == 40 * demo.view.facts.n_layers
 
 
+def test_cost_without_a_cache_is_that_of_one_pass_over_the_sequence_per_token(
+    demo: ResidentModel,
+) -> None:
+    uncached = replace(demo, view=replace(demo.view, cache_argument=None))
+
+    def demand(length: int, new: int) -> Any:
+        spec = GenerateSpec(tuple([1] * length), new, top_k=0)
+        return demand_of(resolve_generate(uncached, spec))
+
+    alone = sum(demand(length, 1).flops for length in range(8, 20))
+    assert demand(8, 12).flops == pytest.approx(alone, rel=1e-2)
+    assert demand(8, 12).held == 0
+
+
 def test_generations_in_turns_equal_those_alone(demo: ResidentModel) -> None:
     specs = [GenerateSpec(PROMPT, 10, Sampling(1.0, seed=seed)) for seed in range(3)]
     alone = [ids(run(demo, spec)[0]) for spec in specs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from januslens_server.models.resident import cost_sizes
+from januslens_server.models.resident import CostSizes, cost_sizes
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
     TOKEN_BYTES,
@@ -25,10 +25,9 @@ def generate_demand(request: ResolvedGenerate) -> Demand:
     vectors = new * len(request.layers)
     # Keys and values at all positions; a growing cache is copied, one layer at a time.
     position = 2 * facts.n_kv_heads * facts.d_head * sizes.item
-    cache = (facts.n_layers + 2) * position * (prompt + new)
-    single = pass_flops(sizes, 1)
-    # Each new token also attends to all positions before it.
-    attended = 4.0 * facts.n_layers * facts.n_heads * facts.d_head * new * (prompt + new)
+    cached = request.model.view.cache_argument is not None
+    cache = (facts.n_layers + 2) * position * (prompt + new) if cached else 0
+    flops = pass_flops(sizes, prompt) + _later_passes(sizes, prompt, new, cached)
     step = memory.FLOAT32 * 6 * facts.vocab_size + memory.read(sizes, len(request.layers), listed)
     named = new * (1 + spec.top_k + listed * len(request.layers))
     # Layers that hide sources from generated tokens keep their keys and values once more, and each
@@ -45,15 +44,11 @@ def generate_demand(request: ResolvedGenerate) -> Demand:
         step += 4 * memory.FLOAT32 * facts.n_heads * (facts.d_head + 1) * (prompt + new)
     own = Demand(
         passes=new,
-        flops=pass_flops(sizes, prompt)
-        + (new - 1) * single
-        + attended
-        + again
-        + lens_flops(sizes, vectors),
+        flops=flops + again + lens_flops(sizes, vectors),
         vectors=vectors,
         readings=new if request.layers else 0,
         ranks=vectors,
-        memory=cache + memory.passing(sizes, prompt, 1) + step,
+        memory=cache + memory.passing(sizes, prompt if cached else prompt + new, 1) + step,
         stream=TOKEN_BYTES * prompt
         + new * (64 + reading_bytes(spec.top_k))
         + vectors * (16 + 4 * listed)
@@ -62,3 +57,18 @@ def generate_demand(request: ResolvedGenerate) -> Demand:
         generated=new,
     )
     return with_interventions(own, request.model, request.interventions, prompt)
+
+
+def _later_passes(sizes: CostSizes, prompt: int, new: int, cached: bool) -> float:
+    """Return the operations of the passes after the prompt's.
+
+    With a cache, each runs one token, which attends to all positions before it. Without, each runs
+    the whole sequence; the mean of a quadratic is that of its ends and four times its middle.
+    """
+    if cached:
+        facts = sizes.facts
+        attended = 4.0 * facts.n_layers * facts.n_heads * facts.d_head * new * (prompt + new)
+        return (new - 1) * pass_flops(sizes, 1) + attended
+    first, last = (pass_flops(sizes, length) for length in (prompt + 1, prompt + new - 1))
+    middle = pass_flops(sizes, prompt + new // 2)
+    return (new - 1) * (first + 4 * middle + last) / 6
