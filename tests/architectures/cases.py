@@ -280,6 +280,26 @@ SHARED_EXPERTS = (
         },
     ),
     Case(
+        "deepseek_v3",
+        "latent queries, YaRN",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 10,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "n_routed_experts": 8,
+            "n_group": 4,
+            "topk_group": 2,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 1,
+            "attention_bias": True,
+            "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+        },
+    ),
+    Case(
         "qwen2_moe",
         "gated shared expert",
         GROUPED
@@ -367,7 +387,22 @@ WITHOUT_ADAPTER = tuple(
         ("vaultgemma", {"query_pre_attn_scalar": 20}),
     )
 )
-READ_BY_STRUCTURE = WITHOUT_ADAPTER + SHARED_EXPERTS
+# Latent attention with a dense MLP, and a multiplier that depends on the depth.
+LATENT = (
+    Case(
+        "minicpm3",
+        "latent queries",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 12,
+            "kv_lora_rank": 10,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
+)
+READ_BY_STRUCTURE = WITHOUT_ADAPTER + SHARED_EXPERTS + LATENT
 MEASURED = CASES + MIXTURES + READ_BY_STRUCTURE
 FAMILIES = tuple(sorted({case.family for case in CASES + MIXTURES}))
 

@@ -175,6 +175,14 @@ def _attentions(case: Case, network: Any) -> list[Any]:
     return [attention.attention if case.family == "gpt_neo" else attention for attention in found]
 
 
+def _first_maps(attention: Any) -> list[Any]:
+    """Return the linear maps of queries and keys that read the attention input."""
+    if hasattr(attention, "kv_a_proj_with_mqa"):  # with latent vectors
+        query = getattr(attention, "q_a_proj", None) or attention.q_proj
+        return [query, attention.kv_a_proj_with_mqa]
+    return [attention.q_proj, attention.k_proj]
+
+
 class _Seen:
     """Records calls of attention modules by identity."""
 
@@ -187,7 +195,7 @@ class _Seen:
         fused = next(
             (getattr(attention, name) for name in _FUSED if hasattr(attention, name)), None
         )
-        maps = [fused] if fused is not None else [attention.q_proj, attention.k_proj]
+        maps = [fused] if fused is not None else _first_maps(attention)
         leaves: list[Tensor] = []
 
         def before(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

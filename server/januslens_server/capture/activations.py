@@ -96,7 +96,9 @@ class LayerActivations:
     `attention_sum` and `mlp_sum` are the same results before a post-norm or multiplier, and None
     without one. Parallel blocks have no `residual_mid`. Mixtures of experts have `routing` instead
     of `neurons`. `gate` `[pos, n_heads, d_head or 1]` multiplies the results of heads before they
-    are concatenated; None if the model has none.
+    are concatenated; None if the model has none. `query_scale` and `key_scale` `[pos, d_head]` are
+    set if latent vectors are normed between two linear maps: the norm's scale for each dimension of
+    a query or key.
 
     `gradients` are those of the sums of the residual stream after a backward pass, by the name of
     their field.
@@ -120,6 +122,8 @@ class LayerActivations:
     routing: Routing | None
     neurons: torch.Tensor | None = None
     gate: torch.Tensor | None = None
+    query_scale: torch.Tensor | None = None
+    key_scale: torch.Tensor | None = None
     residual_mid: torch.Tensor | None = None
     attention_sum: torch.Tensor | None = None
     mlp_sum: torch.Tensor | None = None
@@ -140,13 +144,15 @@ class Rotation:
     """The matrices M_p that rotate queries and keys at position p (row convention: `q M_p`).
 
     `cos` and `sin` `[pos, rotary]` are the model's own values, each at both dimensions of its pair.
-    The first `rotary` dimensions of a head are rotated. The dimensions of a pair are neighbours if
-    `interleaved` (GPT-J), else half of `rotary` apart (Llama).
+    The first `rotary` dimensions of a head are rotated, or with `at_end` (DeepSeek) the last. The
+    dimensions of a pair are neighbours if `interleaved` (GPT-J), else half of `rotary` apart
+    (Llama).
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
     interleaved: bool
+    at_end: bool = False
 
     def to(self, device: torch.device) -> Rotation:
         """Return the rotation on another device."""
@@ -164,8 +170,12 @@ class Rotation:
         return self._turned(vectors, self.cos[position].float(), -self.sin[position].float())
 
     def _turned(self, vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        turning, rest = vectors[..., : cos.shape[-1]], vectors[..., cos.shape[-1] :]
-        return torch.cat([turning * cos + self._quarter(turning) * sin, rest], dim=-1)
+        rotary, width = cos.shape[-1], vectors.shape[-1]
+        sizes = [width - rotary, rotary] if self.at_end else [rotary, width - rotary]
+        parts = list(vectors.split(sizes, dim=-1))
+        turning = parts[self.at_end]
+        parts[self.at_end] = turning * cos + self._quarter(turning) * sin
+        return torch.cat(parts, dim=-1)
 
     def _quarter(self, vectors: torch.Tensor) -> torch.Tensor:
         """Rotate each pair (a, b) by 90 degrees to (-b, a); the transpose is the negative."""

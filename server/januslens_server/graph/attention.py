@@ -55,7 +55,9 @@ class HeadRow:
             asked = scoring.key_norm.pull_back(asked, own)
         if self.acts.rotation is not None:
             asked = self.acts.rotation.turn_back(asked, self.position)
-        return _pulled_through_key(asked, self._key[-1], self.weights, self._group)
+        pulled = _pulled_through_key(asked, self._key[-1], self.weights, self._group)
+        scale = self.acts.key_scale
+        return pulled if scale is None else pulled * scale[self.acts.row(self.position)]
 
     @cached_property
     def matching(self) -> torch.Tensor:
@@ -66,8 +68,9 @@ class HeadRow:
         """
         at = self._query.expand(len(self._key), -1, -1)
         keys = self._relative_keys.transpose(0, 1)
-        pulled: torch.Tensor = self.weights.query_map.pull_back(keys, at)
-        return pulled.transpose(0, 1)
+        pulled: torch.Tensor = self.weights.query_map.pull_back(keys, at).transpose(0, 1)
+        scale = self.acts.query_scale
+        return pulled if scale is None else pulled * scale[self.acts.row(self.position)]
 
     @cached_property
     def values(self) -> torch.Tensor:

@@ -23,8 +23,13 @@ from januslens_server.models.views import Block, CoarseBlock, Mlp
 def block_weights(block: Block) -> BlockWeights:
     """A block's weights as float32 tensors in the row convention; views of a float32 model's."""
     attention, mlp = block.attention, block.mlp
-    query = attention.query.weight.float().unflatten(1, (attention.n_heads, -1))
-    key = attention.key.weight.float().unflatten(1, (attention.n_kv_heads, -1))
+    if attention.latent is None:
+        query = attention.query.weight.float()
+        key = attention.key.weight.float().unflatten(1, (attention.n_kv_heads, -1))
+    else:
+        query = attention.latent.query(attention.query)
+        key = attention.latent.key(attention.key, attention.n_kv_heads)
+    query = query.unflatten(1, (attention.n_heads, -1))
     output = attention.output.weight.float().unflatten(0, (attention.n_heads, -1))
     return BlockWeights(
         attention=AttentionWeights(
@@ -66,7 +71,7 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
         return stream
     attention = block.attention
     taps = {
-        "attention_input": attention.query.input,
+        "attention_input": attention.input,
         "query": attention.query.output,
         "key": attention.key.output,
         "value": attention.value.output,
@@ -79,7 +84,8 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
         "attention_output": attention.added,
         "mlp_output": block.mlp.added,
     }
-    present = {name: tap for name, tap in optional.items() if tap is not None}
+    latent = {} if attention.latent is None else attention.latent.taps
+    present = latent | {name: tap for name, tap in optional.items() if tap is not None}
     return stream | taps | block.mlp.taps | present
 
 
@@ -123,7 +129,7 @@ def kept_rows(name: str, captured: torch.Tensor, positions: Sequence[int]) -> to
     tensor only the positions themselves are needed. Rows that are not selected are freed.
     """
     captured = rows(captured)
-    if name not in ("key", "value", "mapped_key"):
+    if name not in ("key", "rotated_key", "value", "mapped_key"):
         whole = len(positions) == len(captured)
         return captured if whole else captured[torch.tensor(positions, device=captured.device)]
     part = captured[: positions[-1] + 1]
@@ -171,6 +177,8 @@ def layer_activations(
         if name in named:
             heads = attention.n_heads if name.endswith("query") else attention.n_kv_heads
             named[name] = named[name].unflatten(-1, (heads, -1))
+    if attention.latent is not None:
+        attention.latent.complete(named)
     if attention.gate is not None:
         named["gate"] = attention.gate(named["gate"], attention.n_heads)
     for name, finish in (("attention", attention.finish), ("mlp", block.mlp.finish)):

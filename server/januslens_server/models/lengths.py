@@ -127,6 +127,9 @@ def miniature(
         "hidden_size": d_head * (4 if grouped else 2),
         "head_dim": d_head,
     }
+    if "kv_lora_rank" in config.to_dict():  # the widths of heads have fields of their own
+        widths["hidden_size"] = NARROW
+        del widths["head_dim"]
     if n_kv_heads == 1:
         widths |= {"num_key_value_heads": 1, "num_kv_heads": 1}
     narrow = copy.deepcopy(config)

@@ -112,7 +112,7 @@ class AttentionVjp:
     """What the gradients of one layer's attention are computed from, each `[pos, heads, width]`.
 
     `query` and `key` are before rotation. `result_gradient` is the gradient of the loss with
-    respect to the heads' results, before interventions change them, in float32.
+    respect to the heads' results before any gate and before interventions change them, in float32.
     """
 
     query: torch.Tensor
@@ -422,6 +422,7 @@ def backward(
         for site in (Site.QUERY, Site.KEY, Site.VALUE)
     }
     results = {layer: site_tap(model, (layer, Site.HEAD_RESULT)) for layer in attention}
+    gates = {layer: gate for layer in attention if (gate := model.view.parts(layer).attention.gate)}
 
     def keep(key: SiteKey, tapped: torch.Tensor) -> torch.Tensor:
         return inputs[key].values(tapped.detach()).clone()  # some models change it in place
@@ -434,6 +435,7 @@ def backward(
         changed(interventions, FROM_RESULTS),
         capturing(taps, check_cancelled, modules) as captured,
         capturing({key: site.tap for key, site in inputs.items()}, keep=keep) as attended,
+        capturing({layer: gate.linear.output for layer, gate in gates.items()}) as opened,
     ):
         with _leaf_below(model, lowest):
             scored = range(len(ids))[-loss.positions :]
@@ -454,13 +456,18 @@ def backward(
         for (layer, kind), source in sources.items()
         for expert, found in source.factors(captured, vjps[source.whole].float() / scale).items()
     }
-    result_gradients = dict(zip(mixed, of_results, strict=True))
+    result_gradients = {
+        layer: results[layer].values(gradient).float() / scale
+        for layer, gradient in zip(mixed, of_results, strict=True)
+    }
+    for layer, gate in gates.items():  # HEAD_RESULT is behind the gate
+        result_gradients[layer] *= gate(opened[layer].detach(), model.view.facts.n_heads)
     of_attention = {
         layer: AttentionVjp(
             query=attended[layer, Site.QUERY],
             key=attended[layer, Site.KEY],
             value=attended[layer, Site.VALUE],
-            result_gradient=results[layer].values(result_gradients[layer]).float() / scale,
+            result_gradient=result_gradients[layer],
         )
         for layer in attention
     }

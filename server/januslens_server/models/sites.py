@@ -100,7 +100,7 @@ def sites_of_layer(model: ResidentModel, layer: int) -> tuple[Site, ...]:
     """Return the sites that a layer has, in the order of the pass."""
     block = model.view.blocks[layer]
     taps = _block_taps(block, model.view.facts.d_model)
-    pattern = () if isinstance(block, CoarseBlock) else (Site.ATTENTION_PATTERN,)
+    pattern = (Site.ATTENTION_PATTERN,) if Site.KEY in taps else ()
     return tuple(sorted({*taps, *pattern}))
 
 
@@ -120,9 +120,7 @@ def _block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]
         return output
     attention, mlp = block.attention, block.mlp
     taps = {
-        Site.ATTENTION_INPUT: SiteTap(attention.query.input, residual),
-        Site.QUERY: _query_or_key(attention, attention.query),
-        Site.KEY: _query_or_key(attention, attention.key),
+        Site.ATTENTION_INPUT: SiteTap(attention.input, residual),
         Site.VALUE: SiteTap(
             attention.value.output, _heads(attention, attention.value), attention.value_clip
         ),
@@ -131,6 +129,9 @@ def _block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]
             attention.output.output, attention.finish, attention.added, residual
         ),
     } | output
+    if attention.latent is None:  # else no tensor has whole keys, and heads are wider than values
+        taps[Site.QUERY] = _query_or_key(attention, attention.query)
+        taps[Site.KEY] = _query_or_key(attention, attention.key)
     if block.residual_mid is not None:
         taps[Site.RESIDUAL_MID] = SiteTap(block.residual_mid, residual)
     return taps | (

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from januslens_server.capture import LinearOverlay, LowRank, Overlay, Rotation, Tap
 from januslens_server.capture.hooks import rows
 from januslens_server.errors import shortlist
-from januslens_server.graph.weights import Finish, HeadMap, Scoring
+from januslens_server.graph.weights import Finish, HeadMap, HeadNorm, Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.experts import ExpertChanges, ExpertMatrices, ExpertOverlay, Experts
 from januslens_server.models.matrices import Linear, MatrixKey
@@ -54,6 +54,61 @@ class AttentionGate:
 
 
 @dataclass(frozen=True)
+class LatentAttention:
+    """Latent vectors between the residual stream and queries, keys and values (DeepSeek).
+
+    `key_down` computes the latent vector of keys and values, `query_down` that of queries or is
+    None. Each is normed, then read by the maps of `Attention`, of which `key` gives the dimensions
+    of a key that are not rotated. `rotated_key` gives the others, the same for all heads.
+    """
+
+    key_down: Linear
+    rotated_key: Linear
+    key_norm: HeadNorm
+    query_down: Linear | None = None
+    query_norm: HeadNorm | None = None
+
+    @property
+    def linears(self) -> list[Linear]:
+        """The linear maps that are not those of `Attention`."""
+        queries = [] if self.query_down is None else [self.query_down]
+        return [self.key_down, self.rotated_key, *queries]
+
+    @property
+    def taps(self) -> dict[str, Tap]:
+        """Taps that `complete` needs, by name."""
+        taps = {"key_latent": self.key_down.output, "rotated_key": self.rotated_key.output}
+        return taps if self.query_down is None else taps | {"query_latent": self.query_down.output}
+
+    def complete(self, named: dict[str, torch.Tensor]) -> None:
+        """Replace the tensors of `taps` by whole keys and the scales of both norms.
+
+        `named` has `query` `[pos, n_heads, d_head]` and the part of `key` that is not rotated.
+        """
+        key, rotated = named["key"], named.pop("rotated_key")
+        shared = rotated[:, None].expand(-1, key.shape[1], -1)
+        named["key"] = torch.cat([key, shared], dim=-1)
+        scale = self.key_norm.inverse_scale(named.pop("key_latent").float())
+        fixed = torch.ones_like(scale).expand(-1, rotated.shape[-1])
+        named["key_scale"] = torch.cat([scale.expand(-1, key.shape[-1]), fixed], dim=-1)
+        if self.query_norm is not None:
+            latent = named.pop("query_latent").float()
+            named["query_scale"] = self.query_norm.inverse_scale(latent)
+
+    def query(self, up: Linear) -> torch.Tensor:
+        """Return W_Q `[d_model, features]` up to the scale of the norm, given the second map."""
+        if self.query_down is None or self.query_norm is None:
+            return up.weight.float()
+        return self.query_down.weight.float() * self.query_norm.weight @ up.weight.float()
+
+    def key(self, up: Linear, n_heads: int) -> torch.Tensor:
+        """Return W_K `[d_model, n_heads, d_head]`, likewise."""
+        own = self.key_down.weight.float() * self.key_norm.weight @ up.weight.float()
+        shared = self.rotated_key.weight.float()[:, None].expand(-1, n_heads, -1)
+        return torch.cat([own.unflatten(1, (n_heads, -1)), shared], dim=-1)
+
+
+@dataclass(frozen=True)
 class Attention:
     """The attention of one block.
 
@@ -61,7 +116,8 @@ class Attention:
     applied between the linear maps and the rotation; `query_norm` and `key_norm` are the taps of
     their norms' outputs. Values are clipped to `value_clip`. `finish` is applied to the result
     before it is added to the residual; `added` is the tap of a post-norm's output. A `gate`
-    multiplies what the heads pass to `output`.
+    multiplies what the heads pass to `output`. With `latent` vectors, queries, keys and values are
+    computed from those.
     """
 
     query: Linear
@@ -78,8 +134,33 @@ class Attention:
     key_norm: Tap | None = None
     value_clip: float | None = None
     gate: AttentionGate | None = None
+    latent: LatentAttention | None = None
     finish: Finish | None = None
     added: Tap | None = None
+
+    @property
+    def input(self) -> Tap:
+        """Tap of what attention reads `[batch, pos, d_model]`."""
+        return self.query.input if self.latent is None else self.latent.key_down.input
+
+    @property
+    def matrices(self) -> dict[MatrixKind, Linear]:
+        """Weight matrices by kind; behind latent vectors, only that of the output."""
+        if self.latent is not None:
+            return {MatrixKind.O: self.output}
+        return {
+            MatrixKind.Q: self.query,
+            MatrixKind.K: self.key,
+            MatrixKind.V: self.value,
+            MatrixKind.O: self.output,
+        }
+
+    @property
+    def linears(self) -> list[Linear]:
+        """All linear maps."""
+        gate = [] if self.gate is None else [self.gate.linear]
+        latent = [] if self.latent is None else self.latent.linears
+        return [self.query, self.key, self.value, self.output, *gate, *latent]
 
 
 @dataclass(frozen=True)
@@ -135,13 +216,7 @@ class Block:
     @cached_property
     def matrices(self) -> dict[MatrixKind, Linear | ExpertMatrices]:
         """Weight matrices of attention and MLP by kind."""
-        present: dict[MatrixKind, Linear | ExpertMatrices] = {
-            MatrixKind.Q: self.attention.query,
-            MatrixKind.K: self.attention.key,
-            MatrixKind.V: self.attention.value,
-            MatrixKind.O: self.attention.output,
-        }
-        return present | self.mlp.matrices
+        return {**self.attention.matrices, **self.mlp.matrices}
 
 
 @dataclass(frozen=True)
@@ -304,8 +379,8 @@ def _unused_parts(network: PreTrainedModel, view: ModelView) -> set[int]:
 
 def _unread(block: Block) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the block's parameters, with their names, that no part of it includes."""
-    matrices = [m for m in block.matrices.values() if isinstance(m, Linear)]
-    matrices += [] if block.attention.gate is None else [block.attention.gate.linear]
+    matrices = [m for m in block.mlp.matrices.values() if isinstance(m, Linear)]
+    matrices += block.attention.linears
     experts = block.mlp if isinstance(block.mlp, Experts) else None
     if experts is not None and experts.shared is not None:
         matrices += experts.shared.matrices.values()

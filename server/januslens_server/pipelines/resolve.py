@@ -15,7 +15,13 @@ from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
 from januslens_server.lens.backward_lens import Segment
 from januslens_server.models.interventions import Intervention
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.sites import AFTER_LAYERS, BEFORE_LAYERS, SiteKey, site_shape
+from januslens_server.models.sites import (
+    AFTER_LAYERS,
+    BEFORE_LAYERS,
+    SiteKey,
+    site_shape,
+    sites_of_layer,
+)
 from januslens_server.pipelines.edits import ResolvedEdit, read_edits
 from januslens_server.pipelines.experiments import Experiment, read_experiments
 from januslens_server.pipelines.inputs import (
@@ -44,6 +50,7 @@ from januslens_server.specs import (
     InterveneSpec,
     PreviewEditSpec,
     ProjectSpec,
+    Site,
     TraceSpec,
 )
 
@@ -356,9 +363,12 @@ def resolve_gradient_lens(
             objective.prompt_length,
             others=OtherPrompts(model, check_cancelled),
         ),
-        attention_layers=tuple(layer for layer in layers[::-1] if layer in model.view.known)
-        if spec.include_attention_gradients
-        else (),
+        attention_layers=tuple(
+            layer
+            for layer in layers[::-1]
+            if spec.include_attention_gradients
+            and Site.ATTENTION_PATTERN in sites_of_layer(model, layer)
+        ),
         seconds=time.perf_counter() - started,
     )
 

@@ -8,6 +8,7 @@ parts are unknown, the residual stream is shown.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -318,8 +319,16 @@ def _settings(config: Any) -> BlockSettings:
         n_heads=_required(config, "num_attention_heads"),
         soft_cap=getattr(config, "attn_logit_softcapping", None),
         query_scaling=_query_scaling(config),
-        residual_multiplier=float(getattr(config, "residual_multiplier", None) or 1.0),
+        residual_multiplier=_residual_multiplier(config),
     )
+
+
+def _residual_multiplier(config: Any) -> float:
+    """Return the factor of what a sublayer adds; in MiniCPM 3 it depends on the depth."""
+    depth = getattr(config, "scale_depth", None)
+    if depth is not None:
+        return float(depth) / math.sqrt(config.num_hidden_layers)
+    return float(getattr(config, "residual_multiplier", None) or 1.0)
 
 
 def _query_scaling(config: Any) -> QueryScaling | None:

@@ -28,7 +28,7 @@ from januslens_server.models.adapters.observed_pass import (
     same_memory,
 )
 from januslens_server.models.matrices import Linear
-from januslens_server.models.views import AttentionGate
+from januslens_server.models.views import AttentionGate, LatentAttention
 
 # Shards in which CodeGen stores its fused map.
 SHARDS = 4
@@ -46,6 +46,7 @@ class Layout:
     value: Linear
     n_kv_heads: int
     gate: AttentionGate | None = None
+    latent: LatentAttention | None = None
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,18 @@ class AttentionFinder:
     def __init__(
         self, block: str, owner: nn.Module, maps: Sequence[ModuleCall], calls: Sequence[ModuleCall]
     ) -> None:
-        """Check that query, key and value have one input; raise `ModelFailed` otherwise."""
+        """Check what the maps read.
+
+        Raises `ModelFailed` unless query, key and value have one input, or latent vectors do.
+        """
         self.owner: Any = owner
         self.input = maps[0].input
         self.result = maps[-1]
         self.output = linear(maps[-1])
         self._maps = list(maps[:-1])
         self._calls = calls
-        if not all(same_memory(call.input, self.input) for call in self._maps):
+        self.latent = _reads(self._maps, self.input) in ((True, True, False), _QUERY_LATENT)
+        if not self.latent and not all(_reads(self._maps, self.input)):
             raise ModelFailed(f"query, key and value of {block} have different inputs")
 
     def d_head(self, n_heads: int) -> int:
@@ -99,6 +104,9 @@ class AttentionFinder:
 
     def _layouts(self, n_heads: int, d_head: int) -> Iterator[Layout]:
         whole = n_heads * d_head
+        if self.latent:
+            yield from self._behind_latent(n_heads, d_head)
+            return
         if len(self._maps) == 1:
             yield from _fused(self._maps[0], n_heads, d_head)
             return
@@ -119,12 +127,54 @@ class AttentionFinder:
             for function in GATES:
                 yield replace(plain, gate=AttentionGate(linear(rest[0]), function))
 
+    def _behind_latent(self, n_heads: int, d_value: int) -> Iterator[Layout]:
+        """Yield the layout of DeepSeek, if it fits.
+
+        The second map of keys and values holds both head by head. The first one's last dimensions
+        are the rotated part of the keys.
+        """
+        *queries, key_down, key_up = self._maps
+        rank, d_query = key_up.input.shape[-1], queries[-1].output.shape[-1] // n_heads
+        rotary = key_down.output.shape[-1] - rank
+        d_key = d_query - rotary
+        if key_up.output.shape[-1] != n_heads * (d_key + d_value) or min(rotary, d_key) < 1:
+            return
+        columns = torch.arange(key_up.output.shape[-1]).reshape(n_heads, -1)
+        keys, values = (
+            tuple(part.flatten().tolist()) for part in columns.split([d_key, d_value], dim=1)
+        )
+        yield Layout(
+            linear(queries[-1]),
+            linear(key_up, keys),
+            linear(key_up, values),
+            n_heads,
+            latent=LatentAttention(
+                key_down=linear(key_down, range(rank)),
+                rotated_key=linear(key_down, range(rank, rank + rotary)),
+                key_norm=self._latent_norm(key_up),
+                query_down=linear(queries[0]) if len(queries) == 2 else None,
+                query_norm=self._latent_norm(queries[1]) if len(queries) == 2 else None,
+            ),
+        )
+
+    def _latent_norm(self, reader: ModuleCall) -> HeadNorm:
+        """Map the norm whose result a map reads; it must be an RMSNorm without a bias."""
+        for call in self._calls:
+            if is_norm(call.module) and same_memory(call.output, reader.input):
+                norm = read_norm(call)
+                if norm.centred or norm.bias is not None:
+                    raise ModelFailed(f"{call.name} is no RMSNorm of latent vectors")
+                return HeadNorm(norm.weight, norm.eps)
+        raise ModelFailed(f"{reader.name} does not read what a norm returns")
+
     def norms(self, d_head: int) -> QueryKeyNorms:
         """Map the norms of queries and keys.
 
         Norms that do not read what a linear map returned must be RMSNorms without a bias; they are
         those after the rotation.
         """
+        if self.latent:
+            return QueryKeyNorms(HeadMap(), HeadMap())
         inside = [call for call in self._calls if is_norm(call.module) and self._owns(call.module)]
         query, key = self._maps[0], self._maps[min(1, len(self._maps) - 1)]
         of_query = [call for call in inside if same_memory(call.input, query.output)]
@@ -146,6 +196,15 @@ class AttentionFinder:
 
     def _owns(self, module: nn.Module) -> bool:
         return any(module is own for own in self.owner.modules())
+
+
+# Which maps read the block's vector in attention with latent queries: the first maps of queries and
+# of keys and values do, the second ones do not.
+_QUERY_LATENT = (True, False, True, False)
+
+
+def _reads(maps: Sequence[ModuleCall], tensor: torch.Tensor) -> tuple[bool, ...]:
+    return tuple(same_memory(call.input, tensor) for call in maps)
 
 
 def _fused(call: ModuleCall, n_heads: int, d_head: int) -> Iterator[Layout]:

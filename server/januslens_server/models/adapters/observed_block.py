@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -132,6 +133,7 @@ class BlockFinder:
             value=maps.value,
             output=found.output,
             gate=maps.gate,
+            latent=maps.latent,
             n_heads=settings.n_heads,
             n_kv_heads=maps.n_kv_heads,
             scoring=Scoring(
@@ -143,7 +145,7 @@ class BlockFinder:
                 query_norm=norms.rotated_query,
                 key_norm=norms.rotated_key,
             ),
-            rotation=rotation,
+            rotation=partial(_at_end, rotation) if rotation and found.latent else rotation,
             query_map=norms.query_map,
             key_map=norms.key_map,
             query_norm=norms.query_norm,
@@ -168,6 +170,11 @@ class BlockFinder:
 
     def _norms(self) -> list[ModuleCall]:
         return [call for call in self._calls if is_norm(call.module)]
+
+
+def _at_end(rotation: Callable[[int], Rotation], length: int) -> Rotation:
+    """Rotate the last dimensions of a head instead of the first."""
+    return replace(rotation(length), at_end=True)
 
 
 def _parent(call: ModuleCall) -> str:
