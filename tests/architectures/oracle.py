@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +101,40 @@ def attention_gradients(
         network.zero_grad()
     cap = getattr(network.config.get_text_config(), "attn_logit_softcapping", None)
     return [layer.gradients(cap) for layer in layers]
+
+
+@torch.no_grad()
+def gates(case: Case) -> dict[int, Tensor]:
+    """What multiplies the heads' results `[pos, head, d_head or 1]`, of layers with a gate."""
+    network, found = plain(case), dict[int, Tensor]()
+    with ExitStack() as hooks:
+        for layer, attention in enumerate(_attentions(case, network)):
+            gate = _GATES.get(case.family)
+            if gate is not None:
+                hooks.callback(
+                    getattr(attention, gate.module)
+                    .register_forward_hook(
+                        lambda _module, _args, output, layer=layer, gate=gate: found.update(
+                            {layer: gate.of(output[0])}
+                        )
+                    )
+                    .remove
+                )
+        network(torch.tensor([case.prompt]), use_cache=False)
+    return found
+
+
+class _Gate(NamedTuple):
+    """The linear map of a gate, and the gate of what it returns `[pos, features]`, by head."""
+
+    module: str
+    of: Callable[[Tensor], Tensor]
+
+
+_GATES = {
+    "laguna": _Gate("g_proj", lambda y: nn.functional.softplus(y)[..., None]),
+    "qwen3_next": _Gate("q_proj", lambda y: y.unflatten(-1, (4, 2, -1))[:, :, 1].sigmoid()),
+}
 
 
 def gradients(case: Case, loss: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

@@ -101,10 +101,11 @@ def test_pattern_equals_eager_attention(case: Case) -> None:
 @every_case
 def test_patterns_mix_values_to_head_results(case: Case) -> None:
     found = read(case, Site.ATTENTION_PATTERN, Site.VALUE, Site.HEAD_RESULT)
+    gates = oracle.gates(case)
     for layer in range(len(resident(case).view.blocks)):
         pattern, values = found[layer, Site.ATTENTION_PATTERN], found[layer, Site.VALUE]
         values = values.repeat_interleave(pattern.shape[1] // values.shape[1], dim=1)
-        mixed = torch.einsum("phs,shd->phd", pattern, values)
+        mixed = torch.einsum("phs,shd->phd", pattern, values) * gates.get(layer, 1.0)
         torch.testing.assert_close(mixed, found[layer, Site.HEAD_RESULT], rtol=1e-4, atol=1e-5)
 
 
