@@ -1,7 +1,8 @@
 """The server's Prometheus metrics.
 
-Label values come from settings (models, devices) or fixed sets (methods, codes, reasons, stages),
-never from callers: every new value creates a series that is never removed.
+Label values come from settings (models, devices, names in the callers' file) or fixed sets
+(methods, codes, reasons, stages), never from requests: every new value creates a series that is
+never removed.
 """
 
 from __future__ import annotations
@@ -70,6 +71,29 @@ WRITE_STALL_SECONDS = Histogram(
     "januslens_write_stall_seconds",
     "Seconds that a stream's message waits for its client to read.",
     buckets=PART_BUCKETS,
+)
+
+# Callers are those of the callers' file, so an operator bounds the number of series.
+_USE = ("caller", "grpc_method")
+CALLER_REQUESTS = Counter(
+    "januslens_caller_requests", "RPCs completed, by caller of the callers' file.", _USE
+)
+CALLER_DEVICE_SECONDS = Counter(
+    "januslens_caller_device_seconds", "Seconds of device time, by caller.", _USE
+)
+CALLER_TOKENS = Counter("januslens_caller_tokens", "Tokens of prompts, by caller.", _USE)
+
+CERTIFICATE_EXPIRY = Gauge(
+    "januslens_certificate_expiry_timestamp_seconds",
+    "Time at which the first certificate of a file expires, in Unix seconds.",
+    ["file"],
+    multiprocess_mode="livemin",
+)
+RELOAD_FAILED = Gauge(
+    "januslens_reload_failed",
+    "1 while the last reload of a file has failed.",
+    ["file"],
+    multiprocess_mode="livemax",
 )
 
 # With several processes, the maximum over the processes: 1 if it is 1 in any of them.

@@ -25,6 +25,7 @@ from januslens_server.access.callers import new_token, token_hash
 from januslens_server.demo import model_path
 from tests.support.calls import SERVICE, Refusal, long_trace, methods, prompt, refusal, started
 from tests.support.certificates import replace
+from tests.support.metrics import sample
 from tests.support.server import ServerProcess, running_server
 
 TEXT = models_pb2.TokenizeRequest(model="one", text="Japan")
@@ -247,11 +248,32 @@ def test_the_file_is_reloaded_on_change_and_on_sighup(access: Access) -> None:
     replace(access.path, b"callers: [{name: ada, tokns: []}]")
     access.server.process.send_signal(signal.SIGHUP)
     access.server.wait_for("callers not reloaded: ")
+    assert sample(access.server, "januslens_reload_failed", file="callers") == 1
     assert outcome("new") is grpc.StatusCode.OK
     access.write(**{name: dict(fields) for name, fields in USUAL.items()})
     while outcome("new") is grpc.StatusCode.OK:  # within a second, and before the test's timeout
         pass
     assert outcome("ada") is grpc.StatusCode.OK
+    assert sample(access.server, "januslens_reload_failed", file="callers") == 0
+
+
+def test_calls_are_counted_by_caller(access: Access) -> None:
+    labels = {"caller": "root", "grpc_method": "Trace"}
+    names = ("requests", "tokens", "device_seconds")
+
+    def counts() -> list[float]:
+        return [sample(access.server, f"januslens_caller_{n}_total", **labels) for n in names]
+
+    before = counts()
+    request = trace_pb2.TraceRequest(model="one", input=prompt("Japan"), layers=[0])
+    first, *_ = access.started("Trace", request, access.tokens["root"])
+    deadline = time.monotonic() + 30
+    while (now := counts())[0] == before[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    grown = [a - b for a, b in zip(now, before, strict=True)]
+    assert grown[:2] == [1, len(first.header.prompt_tokens)]
+    assert grown[2] > 0
 
 
 def test_an_idle_server_notices_a_revoked_caller(access: Access) -> None:

@@ -29,6 +29,7 @@ from tests.support.certificates import (
     showing,
     trusting,
 )
+from tests.support.metrics import sample
 from tests.support.server import ServerProcess, running_server
 
 TOKENIZE = models_pb2.TokenizeRequest(text="The capital of Japan")
@@ -176,11 +177,16 @@ def test_a_certificate_without_its_key_leaves_the_last_pair_in_use(
         files.key.unlink()
         assert shown_serial(server.address) == before
         assert tokenize(server.address, trusting(authority)) > 0
+        assert sample(server, "januslens_reload_failed", file="certificate") == 1
         replace(files.key, key)
         replace_certificate(files, authority)
         assert shown_serial(server.address) == serial_in(files.certificate) != before
         server.wait_for("certificate not reloaded: ")
         server.wait_for("certificate reloaded")
+        assert sample(server, "januslens_reload_failed", file="certificate") == 0
+        expiry = "januslens_certificate_expiry_timestamp_seconds"
+        (leaf, *_) = x509.load_pem_x509_certificates(files.certificate.read_bytes())
+        assert sample(server, expiry, file="certificate") == leaf.not_valid_after_utc.timestamp()
 
 
 @pytest.mark.parametrize("broken", ["certificate", "key", "client_ca"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
@@ -39,12 +39,22 @@ class CallersFile:
     While the file is invalid, the last valid callers are used, and the errors are logged.
     """
 
-    def __init__(self, path: Path, rpcs: Collection[str]) -> None:
-        """Read the file. Raises `OSError` or `ValueError` if it is invalid."""
+    def __init__(
+        self,
+        path: Path,
+        rpcs: Collection[str],
+        observe: Callable[[bool], object] = lambda _read: None,
+    ) -> None:
+        """Read the file. Raises `OSError` or `ValueError` if it is invalid.
+
+        `observe` receives, after each read, whether the file was valid.
+        """
         self._path = path
+        self._observe = observe
         self._rpcs = rpcs
         self._stamp = self._read_stamp()
         self._callers = read_callers(path, rpcs)
+        observe(True)
 
     def caller(self, token: str | None) -> Caller:
         """Return the caller with this token. Raises `Unauthenticated` if there is none."""
@@ -85,7 +95,9 @@ class CallersFile:
         except (OSError, ValueError) as error:
             for line in str(error).splitlines():
                 logger.error("callers not reloaded: %s", line)  # noqa: TRY400 - the line is enough
+            self._observe(False)
         else:
+            self._observe(True)
             logger.info("callers reloaded: %d from %s", len(self._callers), self._path)
 
     def _read_stamp(self) -> tuple[int, int, int]:

@@ -169,6 +169,17 @@ class Call:
         fields = self._log_fields(code, seconds)
         spans.end_span(self._span, code.name, code.value[0], fields)
         logger.info("%s %s", self.method, code.name, extra=fields)
+        self._count_use()
+
+    def _count_use(self) -> None:
+        """Count the call for its caller, if the callers' file names the caller."""
+        caller = current_caller().name
+        if not caller:
+            return
+        if self._queued is not None:
+            telemetry.CALLER_DEVICE_SECONDS.labels(caller, self.method).inc(self._queued.spent)
+        telemetry.CALLER_TOKENS.labels(caller, self.method).inc(self._notes.get("tokens", 0))
+        telemetry.CALLER_REQUESTS.labels(caller, self.method).inc()  # last: completes the others
 
     def _log_fields(self, code: grpc.StatusCode, seconds: float) -> dict[str, Any]:
         fields = {

@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
+from cryptography import x509
+
+from januslens_server import telemetry
 
 logger = logging.getLogger(__name__)
 
 Stamp = Sequence[tuple[int, int, int]]
+
+# The label of the server's certificate and key in metrics.
+_FILE = "certificate"
 
 
 class CertificateFiles:
@@ -43,15 +49,18 @@ class CertificateFiles:
     def _changed(self) -> grpc.ServerCertificateConfiguration | None:
         """Return the configuration for a new connection; None if the files have not changed."""
         with self._lock:
+            stamp: Stamp = ()  # differs from every file's, so that missing files are read again
             try:
                 stamp = self._stamp()
                 if stamp == self._seen:
                     return None
-                self._seen = stamp
                 fresh = self._read()
             except OSError as error:
+                telemetry.RELOAD_FAILED.labels(_FILE).set(1)
                 logger.warning("certificate not reloaded: %s", error)
                 return None
+            finally:
+                self._seen = stamp
         logger.info("certificate reloaded from %s", self._certificate)
         return fresh
 
@@ -69,7 +78,22 @@ class CertificateFiles:
         self._check()
         roots = None if self._client_ca is None else self._client_ca.read_bytes()
         pair = (self._key.read_bytes(), self._certificate.read_bytes())
+        self._show_expiry()
         return grpc.ssl_server_certificate_configuration([pair], root_certificates=roots)
+
+    def _show_expiry(self) -> None:
+        """Report when the files expire, and that they were read."""
+        for name, path in ((_FILE, self._certificate), ("client_ca", self._client_ca)):
+            if path is None:
+                continue
+            try:
+                found = x509.load_pem_x509_certificates(path.read_bytes())
+            except ValueError as error:  # OpenSSL accepts more certificates than this parser
+                logger.warning("expiry of %s is unknown: %s", path, error)
+                continue
+            expiry = min(certificate.not_valid_after_utc for certificate in found)
+            telemetry.CERTIFICATE_EXPIRY.labels(name).set(expiry.timestamp())
+        telemetry.RELOAD_FAILED.labels(_FILE).set(0)
 
     def _check(self) -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

@@ -191,7 +191,8 @@ def _callers(settings: ServerSettings) -> CallersFile | None:
     if settings.callers is None:
         return None
     try:
-        return CallersFile(settings.callers, RPCS)
+        failed = telemetry.RELOAD_FAILED.labels("callers")
+        return CallersFile(settings.callers, RPCS, lambda read: failed.set(not read))
     except (OSError, ValueError) as error:
         raise OSError(f"cannot serve: {error}") from error
 
