@@ -24,11 +24,18 @@ import pytest
 import trustme
 import yaml
 
-from januslens.v1 import models_pb2, trace_pb2
+from januslens.v1 import (
+    common_pb2,
+    intervene_pb2,
+    interventions_pb2,
+    models_pb2,
+    sites_pb2,
+    trace_pb2,
+)
 from januslens_server.access.callers import new_token, token_hash
 from tests.hostile.raw_peer import RawPeer
 from tests.hostile.test_connections import LONG_HEADER, METHOD, WINDOW_UPDATE, frame
-from tests.support.calls import SERVICE, long_trace, started
+from tests.support.calls import SERVICE, long_trace, prompt, started
 from tests.support.certificates import server_files, trusting
 from tests.support.members import members
 from tests.support.server import ServerProcess, running_server
@@ -39,8 +46,8 @@ SECONDS = 4.0
 # Memory that one attack may add to each process: an unread stream holds some 11 MiB in queues and
 # gRPC's buffers.
 MEMORY = 50 * 16 * 2**20
-# Health responds within 50 ms on an idle machine; here the attackers use the same cores.
-MEDIAN_SECONDS, LONGEST_SECONDS = 0.25, 5.0
+# The attackers use the same cores as the server.
+MEDIAN_SECONDS, LONGEST_SECONDS = 0.05, 5.0
 OWN_CONNECTION = [("grpc.use_local_subchannel_pool", 1)]
 
 
@@ -201,6 +208,44 @@ def unary_flood(target: Target) -> None:
             thread.join()
 
 
+def token_ids() -> tuple[str, Any]:
+    """A trace with nearly as many token ids as a request may have."""
+    ids = common_pb2.TokenIds(ids=[1000] * 250_000)
+    return "Trace", trace_pb2.TraceRequest(input=common_pb2.Input(token_ids=ids))
+
+
+def experiments() -> tuple[str, Any]:
+    """As many experiments as a request may have, each with 256 interventions of all."""
+    noise = interventions_pb2.Intervention(
+        site=sites_pb2.SITE_BLOCK_OUTPUT,
+        noise=interventions_pb2.Noise(standard_deviation=1.0, seed=1),
+    )
+    zero = interventions_pb2.Intervention(site=sites_pb2.SITE_BLOCK_OUTPUT, zero=True)
+    one = intervene_pb2.Experiment(interventions=[zero])
+    return "Intervene", intervene_pb2.InterveneRequest(
+        input=prompt("Japan"), always=[noise] * 256, experiments=[one] * 16_384
+    )
+
+
+def large_requests(build: Callable[[], tuple[str, Any]]) -> Callable[[Target], None]:
+    """Keep sixteen large requests open, each of which is cancelled in the end."""
+
+    def attack(target: Target) -> None:
+        method, request = build()
+        request.model = target.model
+        deadline = time.monotonic() + SECONDS
+        with target.channel() as channel:
+            while (left := deadline - time.monotonic()) > 0:
+                calls = [
+                    started(channel, method, request, metadata=target.metadata, timeout=left)
+                    for _ in range(16)
+                ]
+                for call in calls:
+                    call.exception()
+
+    return attack
+
+
 ATTACKS = {
     "idle connections": idle_connections,
     "half-open connections": half_open_connections,
@@ -210,6 +255,8 @@ ATTACKS = {
     "half-sent messages": half_sent_messages,
     "readers that never read": readers_that_never_read,
     "unary flood": unary_flood,
+    "token ids": large_requests(token_ids),
+    "experiments": large_requests(experiments),
 }
 
 
