@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from januslens_server.errors import InvalidRequest, never_cancelled
+from januslens_server.errors import InvalidRequest, RequestCancelled, never_cancelled
 from januslens_server.pipelines.experiments import MAX_EXPERIMENTS
 from januslens_server.pipelines.intervene import intervene
 from januslens_server.pipelines.resolve import resolve_intervene
@@ -133,6 +134,11 @@ def test_a_sweep_restores_what_always_corrupts() -> None:
         (at(Site.NEURONS, Zero(), layers=(1,), neurons=(3, 30, 7)), "by_unit"),
         (at(Site.BLOCK_OUTPUT, SetTo(np.stack([ONES, -ONES])), positions=(8, 2)), "by_position"),
         (at(Site.BLOCK_OUTPUT, Add(ONES), layers=(0, 1)), "by_layer"),
+        (at(Site.HEAD_RESULT, Scale(-1.0), positions=(8,), layers=(0,)), "by_unit"),
+        (
+            at(Site.ATTENTION_PATTERN, BlockSources(), positions=(8, 5), sources=(1, 4, 0)),
+            "by_source",
+        ),
     ],
     ids=str,
 )
@@ -146,7 +152,13 @@ def test_a_sweep_equals_its_experiments(template: InterventionSpec, axes: str) -
     _, effects = run(LLAMA, spec)
     for number, effect in effects.items():
         alone = dict(vars(template))
-        if axes == "by_unit":
+        if axes == "by_source":
+            assert effect.coordinates.source_position == template.sources[number]
+            alone["sources"] = (template.sources[number],)
+        elif template.site is Site.HEAD_RESULT:
+            assert effect.coordinates.head == number
+            alone["heads"] = (number,)
+        elif axes == "by_unit":
             assert effect.coordinates.neuron == template.neurons[number]
             alone["neurons"] = (template.neurons[number],)
         elif axes == "by_position":
@@ -165,6 +177,38 @@ def test_a_layer_window_changes_its_neighbours_as_well() -> None:
     _, effects = run(LLAMA, spec)
     assert_alone(LLAMA, effects[0], at(Site.MLP_OUTPUT, Zero(), layers=(0,)))
     assert_alone(LLAMA, effects[1], at(Site.MLP_OUTPUT, Zero(), layers=(0, 1)))
+
+
+def test_cancelled_experiments_stop_within_a_layer() -> None:
+    """Batches of many tokens are checked before each operation, not only before each layer."""
+    heads = SweepSpec(at(Site.HEAD_RESULT, Zero()), by_layer=True, by_position=True, by_unit=True)
+    spec = InterveneSpec(tuple(LLAMA.prompt), sweep=heads)
+    block = resident(LLAMA).view.blocks[0].module
+    reached: list[tuple[str, int]] = []
+
+    def check() -> None:
+        if any(copies > 1 for _, copies in reached):
+            raise RequestCancelled("the caller cancelled the request")
+
+    def record(name: str) -> Callable[[Any, Any, Any], None]:
+        return lambda _module, _args, output: reached.append((name, len(output)))
+
+    handles = [
+        block.get_submodule(name).register_forward_hook(record(name))
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+    ]
+    try:
+        with pytest.raises(RequestCancelled):
+            list(intervene(resolve_intervene(resident(LLAMA), spec), check))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert reached == [
+        ("self_attn.q_proj", 1),
+        ("self_attn.k_proj", 1),
+        ("mlp.down_proj", 1),
+        ("self_attn.q_proj", 36),
+    ]
 
 
 def test_the_target_is_the_prediction_before_if_none_is_named() -> None:

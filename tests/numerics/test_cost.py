@@ -35,7 +35,12 @@ from januslens_server.pipelines.resolve import (
 )
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import LayerGraph, MatrixKind, NodeKind
-from januslens_server.rpc.encode import GenerateEncoder, GradientLensEncoder, TraceEncoder
+from januslens_server.rpc.encode import (
+    GenerateEncoder,
+    GradientLensEncoder,
+    InterveneEncoder,
+    TraceEncoder,
+)
 from januslens_server.specs import (
     ActivationsSpec,
     BlockSources,
@@ -49,6 +54,7 @@ from januslens_server.specs import (
     LensSpec,
     NegativeLogLikelihood,
     Noise,
+    PatchFrom,
     PreviewEditSpec,
     Probe,
     ProjectSpec,
@@ -56,6 +62,7 @@ from januslens_server.specs import (
     Site,
     SweepSpec,
     TraceSpec,
+    Zero,
 )
 from tests.architectures.cases import MEASURED, Case
 from tests.architectures.tiny_models import resident
@@ -198,16 +205,21 @@ def run(model: ResidentModel, spec: Spec) -> list[Any]:
     return list(steps(model, spec))
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
-    model: ResidentModel, name: str
-) -> None:
-    spec = SPECS[name]
-    encoders = {TraceSpec: TraceEncoder, GradientLensSpec: GradientLensEncoder}
-    encoder: Any = encoders.get(type(spec), GenerateEncoder)("x" * 32, model.vocabulary.token)
-    counts: Counter[str] = Counter()
+ENCODERS = {
+    TraceSpec: TraceEncoder,
+    GradientLensSpec: GradientLensEncoder,
+    GenerateSpec: GenerateEncoder,
+    InterveneSpec: InterveneEncoder,
+}
+
+
+def ratios(model: ResidentModel, spec: Spec, counts: Counter[str]) -> dict[str, float]:
+    """Return the bounds divided by the actual values; `counts` gets those of vectors and nodes."""
+    encoder: Any = ENCODERS[type(spec)]("x" * 32, model.vocabulary.token)
 
     def count(event: Any) -> None:
+        if event is None:  # a step without a result
+            return
         if isinstance(event, LayerGraph):
             counts["vectors"] += int(event.projections.projected.sum())
             counts["nodes"] += len(event.nodes)
@@ -223,8 +235,18 @@ def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
     # torch's counter does not support a backward pass through experts.
     if not isinstance(spec, GradientLensSpec) or not model.view.facts.n_experts:
         found["flops"] = asked.flops / done.flops
+    return found
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_counts_and_bytes_are_upper_bounds_and_not_far_above(
+    model: ResidentModel, name: str
+) -> None:
+    counts: Counter[str] = Counter()
+    found = ratios(model, SPECS[name], counts)
     loosest = LOOSEST | ({"memory": WIDE_MEMORY} if model.name == WIDE.id else {})
     assert all(1 <= ratio <= loosest[figure] for figure, ratio in found.items()), found
+    asked = demand(model, SPECS[name])
     assert counts["vectors"] <= asked.vectors
     assert counts["nodes"] <= asked.nodes
 
@@ -271,6 +293,29 @@ def test_interventions_are_part_of_the_estimate(
     spec = CHANGED[name]
     assert demand(model, spec).memory >= work(steps(model, spec)).memory
     assert_near(model, spec, pace)
+
+
+EXPERIMENTS = {
+    "heads": InterveneSpec(
+        ids(12),
+        sweep=SweepSpec(InterventionSpec(Site.HEAD_RESULT, Zero()), by_layer=True, by_unit=True),
+    ),
+    "restored states": InterveneSpec(
+        ids(12),
+        always=NOISES[:1],
+        sweep=SweepSpec(
+            InterventionSpec(Site.BLOCK_OUTPUT, PatchFrom(ids(12))), by_layer=True, by_position=True
+        ),
+    ),
+}
+# Each experiment may list other tokens, but most list the same; patches change few values.
+LOOSEST_EXPERIMENTS = LOOSEST | {"memory": 14.0, "stream": 14.0}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_counts_and_bytes_of_experiments_are_upper_bounds(model: ResidentModel, name: str) -> None:
+    found = ratios(model, EXPERIMENTS[name], Counter())
+    assert all(1 <= ratio <= LOOSEST_EXPERIMENTS[figure] for figure, ratio in found.items()), found
 
 
 def test_seconds_of_a_long_edit_count_its_components(model: ResidentModel, pace: Pace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -44,11 +45,13 @@ def intervene(
     with clock.stage("before"):
         outputs, logits = block_outputs(model, ids, None, positions, check_cancelled)
         reader = OutcomeReader(request, logits)
+        before = reader.outcomes(logits)
+        del logits
     yield InterveneHeader(
         model.provenance,
         request.tokens,
         positions,
-        reader.outcomes(logits),
+        before,
         len(request.experiments),
         request.at_once,
     )
@@ -58,21 +61,41 @@ def intervene(
         taken = taken_values(model, [*always, *own], check_cancelled)
         if always:
             changes = prepared(model, always, len(ids), check_cancelled)
-            outputs, _ = block_outputs(model, ids, changes, positions[-1:], check_cancelled)
+            outputs = block_outputs(model, ids, changes, positions[-1:], check_cancelled)[0]
     yield None
-    for lowest, numbered in batches(request):
+    for batch in batches(request):
         with clock.stage("experiments"):
-            changes = _together(request, lowest, numbered, taken, len(ids), check_cancelled)
-            count = len(numbered)
-            logits = copies(model, ids, count, changes, lowest, outputs, positions, check_cancelled)
-            effects = [
-                ExperimentEffect(
-                    number, experiment.label, experiment.coordinates, reader.outcomes(after)
-                )
-                for (number, experiment), after in zip(numbered, logits, strict=True)
-            ]
+            effects = _effects(request, batch, taken, outputs, reader, check_cancelled)
         yield ExperimentEffects(effects)
     yield InterveneSummary(len(request.experiments), clock.times())
+
+
+def _effects(
+    request: ResolvedIntervene,
+    batch: Batch,
+    taken: Taken,
+    outputs: Sequence[Any],
+    reader: OutcomeReader,
+    check_cancelled: CancelCheck,
+) -> list[ExperimentEffect]:
+    """Run a batch. Its logits are freed, so they are not held between two steps."""
+    lowest, numbered = batch
+    ids = [token.id for token in request.tokens]
+    changes = _together(request, lowest, numbered, taken, len(ids), check_cancelled)
+    logits = copies(
+        request.model,
+        ids,
+        len(numbered),
+        changes,
+        lowest,
+        outputs,
+        request.positions,
+        check_cancelled,
+    )
+    return [
+        ExperimentEffect(number, experiment.label, experiment.coordinates, reader.outcomes(after))
+        for (number, experiment), after in zip(numbered, logits, strict=True)
+    ]
 
 
 def batches(request: ResolvedIntervene) -> Iterator[Batch]:

@@ -30,7 +30,7 @@ def intervene_demand(request: ResolvedIntervene) -> Demand:
     """Return the demand of the passes before and of all experiments, and of their effects."""
     sizes, tokens = cost_sizes(request.model), len(request.tokens)
     facts, read = sizes.facts, len(request.positions)
-    one = pass_flops(sizes, tokens, read)
+    one, blocks = pass_flops(sizes, tokens, read), pass_flops(sizes, tokens, 0)
     share: Counter[int] = Counter()
     counter = ChangeCounter(request.model, tokens)
     of_all = cache(partial(counter.of, request.always))
@@ -42,7 +42,7 @@ def intervene_demand(request: ResolvedIntervene) -> Demand:
         for _, experiment in members:
             changes = changes.plus(counter.of(experiment.interventions, start))
     layers = facts.n_layers
-    flops = sum(count * one * (layers - low) / layers for low, count in share.items())
+    flops = sum(count * (one - blocks * low / layers) for low, count in share.items())
     others: set[tuple[int, ...]] = set()
     values = 0
     for found in (*request.always, *(i for e in request.experiments for i in e.interventions)):
