@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
+from html import escape
 from typing import TYPE_CHECKING, TypeAlias
 from xml.etree.ElementTree import Element, tostring
 
@@ -55,6 +56,18 @@ def document(*children: Child) -> str:
     """Build the HTML that a notebook shows."""
     whole = element("div", element("style", _STYLE), *children, classes="januslens")
     return tostring(whole, encoding="unicode", method="html")
+
+
+def file(title: str, body: str) -> str:
+    """Build an HTML file around a `document`; it runs no script and loads nothing."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape(title)}</title>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
 
 
 def table(caption: str, headings: Iterable[str], rows: Iterable[Iterable[Child]]) -> Element:

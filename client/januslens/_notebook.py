@@ -11,7 +11,7 @@ from januslens import _presentation as presentation
 from januslens._html import Child, cut, document, element, heading, literal, note, table
 from januslens.results.activations import Activations, SiteTensor
 from januslens.results.comparison import TraceComparison
-from januslens.results.exports import PageFrame, notebook_html
+from januslens.results.exports import PageFrame, notebook_html, page_html
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.graph import Part
@@ -155,6 +155,28 @@ def _effect_rows(
 @notebook_html.register
 def comparison_html(comparison: TraceComparison) -> str:
     """The residual stream of two traces, and the contributions that differ most."""
+    parts = _compared(comparison, _ROWS)
+    return document(*parts, note("to_html() has more rows; nodes and edges are pandas frames"))
+
+
+# Rows of the tables on the page of a comparison.
+_PAGE_ROWS = 200
+
+
+@page_html.register
+def comparison_page(comparison: TraceComparison, _beside: None) -> str:
+    """Return the page of a comparison, also with the nodes that only one of the traces has."""
+    parts = _compared(comparison, _PAGE_ROWS)
+    for when, ids in (("before", comparison.only_before), ("after", comparison.only_after)):
+        if ids:
+            caption = f"{len(ids)} nodes only {when}"
+            shown = [[literal(node_id)] for node_id in ids[:_PAGE_ROWS]]
+            parts.append(table(caption, ("node",), shown))
+    prompt = "".join(str(token) for token in comparison.before.prompt_tokens)
+    return cells.file(f"{prompt}, comparison · Januslens", document(*parts))
+
+
+def _compared(comparison: TraceComparison, rows: int) -> list[Element]:
     before, after = comparison.before, comparison.after
     parts = [
         heading("Trace", before.prompt_tokens, before.provenance),
@@ -167,8 +189,8 @@ def comparison_html(comparison: TraceComparison) -> str:
     ]
     edges = comparison.edge_list
     if any(edge.contribution_difference is not None for edge in edges):
-        parts.append(_compared_contributions(comparison))
-    return document(*parts, note("nodes and edges are pandas frames"))
+        parts.append(_compared_contributions(comparison, rows))
+    return parts
 
 
 def _compared_residuals(comparison: TraceComparison) -> Iterator[Iterable[Child]]:
@@ -187,16 +209,16 @@ def _compared_residuals(comparison: TraceComparison) -> Iterator[Iterable[Child]
             )
 
 
-def _compared_contributions(comparison: TraceComparison) -> Element:
-    rows = (
+def _compared_contributions(comparison: TraceComparison, rows: int) -> Element:
+    found = (
         (
             cells.signed(edge.before.logit_contribution),
             cells.signed(edge.after.logit_contribution),
             literal(edge.before.source),
         )
-        for edge in comparison.changed_contributions()[:_ROWS]
+        for edge in comparison.changed_contributions()[:rows]
     )
-    return table("Contributions that differ most", (">logit before", ">after", "node"), rows)
+    return table("Contributions that differ most", (">logit before", ">after", "node"), found)
 
 
 def _residual_grid(trace: Trace) -> Element:

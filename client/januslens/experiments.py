@@ -389,8 +389,10 @@ class _Measure:
 
     def positions_of(self, subject: str) -> list[int]:
         """Return the positions of the tokens that overlap a part of the prompt."""
+        if not subject:
+            raise ValueError("no subject given; give the part of the prompt that is corrupted")
         start = self._prompt.find(subject)
-        if start < 0 or not subject:
+        if start < 0:
             raise ValueError(f"subject {subject!r} is not in the prompt; give a part of it")
         end = start + len(subject)
         return [

@@ -132,6 +132,8 @@ def test_sweeps_of_several_requests_equal_those_of_one(
 def test_targets_and_subjects_must_fit_the_prompt(client: Client) -> None:
     with pytest.raises(ValueError, match="expected one token"):
         head_knockouts(client, JAPAN, " Tokyo Paris")
+    with pytest.raises(ValueError, match="no subject given"):
+        causal_trace(client, JAPAN)
     with pytest.raises(ValueError, match="is not in the prompt"):
         causal_trace(client, JAPAN, " Tokyo", "Peru")
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from januslens.results import exports
-from januslens.results.exports import notebook_html
+from januslens.results.exports import PageFrame, notebook_html, page_html
 from januslens.results.graph import Edge, Node
 from januslens.results.kinds import NodeKind
 from januslens.results.tokens import Token
@@ -162,6 +162,14 @@ class TraceComparison:
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""
         return notebook_html(self)
+
+    def to_html(self) -> str:
+        """Return the differences as a page: one HTML file that needs no network."""
+        return page_html(self, None)
+
+    def show(self, *, height: int = 800) -> PageFrame:
+        """Show the page of `to_html` in a notebook; `height` is in pixels."""
+        return PageFrame(self.to_html(), height)
 
 
 def compare_traces(
