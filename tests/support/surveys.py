@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 import januslens
 from tests.support.tethered import tethered
 
-# Small parts, so that a survey is killed before, while and after it writes one. The process prints
-# a line when it begins, and the number of prompts that are done after each thousand.
+# The process prints the number of prompts that are done after each of them.
 PROGRAM = """
 import json, sys
 import januslens
@@ -24,11 +26,9 @@ _, address, prompts, out, options, part, *replicas = sys.argv
 runner.PART_PROMPTS = int(part)
 
 def show(progress):
-    if progress.done % 1000 == 0:
-        print(progress.done, flush=True)
+    print(progress.done, flush=True)
 
 with januslens.Client(address) as client:
-    print("begins", flush=True)
     options = json.loads(options)
     client.survey(prompts, out, replicas=replicas, on_progress=show, **options)
 """
@@ -49,14 +49,12 @@ def running_survey(
     *replicas: str,
     part_prompts: int = 5,
 ) -> Iterator[subprocess.Popen[str]]:
-    """Run a survey in another process; at the end, wait for it."""
+    """Run a survey in another process, with small parts; at the end, wait for it."""
     values = (address, str(prompts), str(out), json.dumps(options), str(part_prompts), *replicas)
     process = subprocess.Popen(
         tethered([sys.executable, "-c", PROGRAM, *values]), stdout=subprocess.PIPE, text=True
     )
     try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "begins\n"
         yield process
     finally:
         process.wait()
@@ -64,12 +62,24 @@ def running_survey(
             process.stdout.close()
 
 
-def contents(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def killed_after(process: subprocess.Popen[str], results: int, seconds: float) -> bool:
+    """Kill a survey some seconds after it has received some results; False if it ended before."""
+    assert process.stdout is not None
+    for _ in range(results):
+        process.stdout.readline()
+    time.sleep(seconds)
+    running = process.poll() is None
+    process.kill()
+    return running
+
+
+def contents(folder: Path) -> dict[str, pa.Table]:
     """Return the rows of every table, by prompt; rows of one prompt keep their order."""
     survey = januslens.Survey.open(folder)
-    return {
-        table: sorted(
-            survey.dataset(table).to_table().to_pylist(), key=lambda row: int(row["prompt"])
-        )
-        for table in survey.tables
-    }
+    return {table: _by_prompt(survey.dataset(table).to_table()) for table in survey.tables}
+
+
+def _by_prompt(rows: pa.Table) -> pa.Table:
+    numbered = rows.append_column("row", pa.array(range(len(rows))))
+    ordered = numbered.sort_by([("prompt", "ascending"), ("row", "ascending")])
+    return ordered.drop_columns("row").combine_chunks()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from click.testing import CliRunner
 import januslens
 from januslens.cli.program import januslens as command
 from januslens.surveys import runner
-from tests.support.surveys import contents, prompts_file, running_survey
+from tests.support.surveys import contents, killed_after, prompts_file, running_survey
 
 COUNTRIES = ("Japan", "Peru", "France", "Spain", "Italy", "Kenya", "Chile", "Cuba")
 PROMPTS = [f"The capital of {COUNTRIES[i % 8]} is the city of" for i in range(48)]
@@ -30,15 +28,10 @@ def test_killed_survey_has_the_rows_of_an_uninterrupted_one(
     server_address: str, file: Path, tmp_path: Path
 ) -> None:
     with januslens.Client(server_address) as client:
-        started = time.monotonic()
         client.survey(file, tmp_path / "whole", **OPTIONS)
-        taken = time.monotonic() - started
-        drawn = random.Random(18)
-        for _ in range(2):
-            seconds = drawn.uniform(0.2, 0.6) * taken
+        for results in (8, 17):
             with running_survey(server_address, file, tmp_path / "killed", OPTIONS) as process:
-                time.sleep(seconds)
-                process.kill()
+                assert killed_after(process, results, seconds=0)
         survey = client.survey(file, tmp_path / "killed", **OPTIONS)
     assert survey.complete
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
