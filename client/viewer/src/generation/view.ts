@@ -156,9 +156,9 @@ export class GenerationView {
 
   private fillAnswer(answer: Answer, a: number, byProbability: boolean): void {
     const { generation, tokens } = answer
-    const other = a > 0 ? this.answers[0]?.generation : undefined
-    const differs = other && generation.differsFrom(other)
-    answer.heading.replaceChildren(answer.variant.title, ' ', headline(answer, differs, other))
+    const first = a > 0 ? this.answers[0] : undefined
+    const differs = first && differsFrom(answer, first)
+    answer.heading.replaceChildren(answer.variant.title, ' ', headline(answer, differs, first))
     generation.generated.forEach((made, k) => {
       const button =
         (tokens.children[k] as HTMLElement) ?? tokens.appendChild(tokenButton(made, a, k))
@@ -239,17 +239,25 @@ function newAnswer(variant: Variant): Answer {
   return { generation: new Generation(), variant, ended: false, section, heading, tokens }
 }
 
+/** The number of the first token that differs; an answer that ends earlier differs at its end. */
+function differsFrom({ generation, ended }: Answer, first: Answer): number | undefined {
+  const made = generation.generated.length
+  const shorter = ended && first.ended && made < first.generation.generated.length
+  return generation.differsFrom(first.generation) ?? (shorter ? made : undefined)
+}
+
 /** How many tokens there are, why they ended, and where they first differ. */
 function headline(
   { generation, ended }: Answer,
   differs: number | undefined,
-  other: Generation | undefined,
+  first: Answer | undefined,
 ): HTMLElement {
   const made = generation.generated.length
   const parts = [`${count(made)} ${made === 1 ? 'token' : 'tokens'}`]
   parts.push(ENDS[generation.finishReason] ?? (ended ? 'stopped' : 'being generated …'))
-  if (other && made > 0) {
-    parts.push(differs === undefined ? 'the same text so far' : `differs from token ${differs} on`)
+  if (first && made > 0) {
+    const same = ended && first.ended ? 'the same text' : 'the same text so far'
+    parts.push(differs === undefined ? same : `differs from token ${differs} on`)
   }
   return element('span', { class: 'quiet' }, parts.join(' · '))
 }

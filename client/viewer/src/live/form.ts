@@ -32,12 +32,20 @@ export class Form {
     toggle('Prompt', 'Ask about a text that the model continues', () => this.setChatting(false)),
     toggle('Chat', 'Ask about a conversation', () => this.setChatting(true)),
   ] as const
+  private readonly trace = button(
+    'Trace',
+    'Show which heads and neurons produce the next token',
+    () => {},
+  )
+  private readonly generate = button(
+    'Generate',
+    'Let the model continue, and show when each layer decides',
+    () => this.start('generation'),
+  )
   private chatting = false
 
   constructor(private readonly actions: FormActions) {
-    const trace = button('Trace', 'Show which heads and neurons produce the next token', () => {})
-    trace.type = 'submit'
-    trace.classList.add('primary')
+    this.trace.type = 'submit'
     const input = element('div', { class: 'ask-input' }, this.prompt, this.chat.element)
     const modes = element('div', { class: 'group modes', role: 'group', 'aria-label': 'Input' })
     modes.append(...this.modes)
@@ -48,10 +56,8 @@ export class Form {
         'div',
         { class: 'ask-row' },
         this.model,
-        trace,
-        button('Generate', 'Let the model continue, and show when each layer decides', () =>
-          this.start('generation'),
-        ),
+        this.trace,
+        this.generate,
         button('Which heads matter?', 'Measure the prediction without each head', () =>
           this.start('effects'),
         ),
@@ -118,6 +124,8 @@ export class Form {
     this.chatting = chatting
     setPressed(this.modes[0], !chatting)
     setPressed(this.modes[1], chatting)
+    this.trace.classList.toggle('primary', !chatting)
+    this.generate.classList.toggle('primary', chatting)
     const shown = chatting ? this.chat.element : this.prompt
     for (const one of [this.prompt, this.chat.element]) one.hidden = one !== shown
     const text = this.prompt.querySelector('textarea')
