@@ -40,7 +40,7 @@ AUDIT_SETUP := $(AUDIT_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test soak real audit bench check check-deploy check-image check-stubs contract stubs client viewer check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test soak real audit bench check check-deploy check-image check-stubs contract stubs client viewer census check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -93,6 +93,9 @@ check-deploy: $(SETUP) $(CHECKOV_SETUP) ## Scan the rendered manifests and the D
 
 check-image: $(SETUP) ## Run the image's build steps in a fresh environment and start the result
 	$(BIN)/python -m tests.deploy.build_steps
+
+census: $(SETUP) ## Report the level of every type of model in docs/guarantees.md (minutes)
+	$(BIN)/python -m tests.architectures.census
 
 stubs: $(STUBS_SETUP) ## Regenerate the Python stubs from protos/
 	@rm -f $(STUBS)/*_pb2*.py $(STUBS)/*_pb2*.pyi

@@ -1,18 +1,21 @@
 """Load a tiny random model of every causal language model that transformers has; report its level.
 
-Use `python -m tests.architectures.census [TYPE ...]`. It prints one line for each `model_type`: the
-level by layer, the largest error of the self-check, and why a layer has less than level 3.
+Use `python -m tests.architectures.census [TYPE ...]`, or `make census` for all types. It writes the
+rows of the named types to `census.jsonl` and the table of all rows to docs/guarantees.md. Each row
+has the level by kind of layer, the largest error of the self-check, and why a layer has less than
+level 3 or why there is no model.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from januslens_server.errors import ModelFailed
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.pipelines.self_check import checked
+from januslens_server.results import Level
 from tests.architectures.tiny_models import TOKENIZER
 
 # Settings of the tiny models, by the names that families use.
@@ -90,20 +94,36 @@ SMALL = {
     "index_head_dim": 8,
     "index_topk": 8,
 }
+# Settings by type, where a property of the configuration computes the kinds of layers.
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
+}
 IDS = [5, 17, 44, 201, 9, 33]
 MAX_PARAMETERS = 60_000_000
+LEVEL_PARTS = int(Level.PARTS)
+
+# Characters of a reason in the table.
+LONGEST_REASON = 160
+
+# The rows of the last census, and the page with its table between two marks.
+RECORD = Path(__file__).with_name("census.jsonl")
+PAGE = Path(__file__).parents[2] / "docs" / "guarantees.md"
+BEGIN, END = "<!-- census -->", "<!-- end of census -->"
 SECONDS = 90
 
 
 class Entry(NamedTuple):
     """What became of a type: `served`, `refused`, or a model that transformers cannot build.
 
-    `levels` has the level of each layer, `error` is the largest of the self-check, and `reason`
-    says why a layer has less than level 3 or why there is no model.
+    `kinds` and `levels` have the kind and the level of each layer, `error` is the largest of the
+    self-check, and `reason` says why a layer has less than level 3 or why there is no model.
     """
 
     family: str
     state: str
+    kinds: tuple[str, ...] = ()
     levels: tuple[int, ...] = ()
     error: float = 0.0
     reason: str = ""
@@ -129,13 +149,15 @@ def entry(family: str) -> Entry:
     state = "served" if all(guarantee.held for guarantee in guarantees) else "check failed"
     levels = tuple(int(found.level) for found in model.view.levels)
     reason = next((found.reason for found in model.view.levels if found.reason), "")
-    return Entry(family, state, levels, worst, reason)
+    config: Any = model.network.config.get_text_config()
+    kinds = tuple(getattr(config, "layer_types", None) or ("",) * len(levels))
+    return Entry(family, state, kinds, levels, worst, reason)
 
 
 def _save(family: str, folder: Path) -> str:
     """Save a tiny model with a tokenizer; return why it is unusable, or an empty text."""
     base = transformers.AutoConfig.for_model(family)
-    chosen: dict[str, Any] = _small(base)
+    chosen: dict[str, Any] = _small(base) | OWN.get(family, {})
     text = getattr(base, "text_config", None)
     if text is not None and not isinstance(text, dict):
         chosen["text_config"] = _small(text)
@@ -156,14 +178,17 @@ def _save(family: str, folder: Path) -> str:
 
 def _small(config: Any) -> dict[str, Any]:
     known = set(config.to_dict()) | set(getattr(config, "attribute_map", None) or {})
-    chosen = {name: value for name, value in SMALL.items() if name in known}
+    chosen: dict[str, Any] = {name: value for name, value in SMALL.items() if name in known}
     if "qk_rope_head_dim" in known:
         chosen.pop("head_dim", None)
+    kinds = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    if len(kinds) > 1 and "layer_types" in known:  # one layer of each kind
+        chosen |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
     return chosen
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0][:200]
+    return f"{type(error).__name__}: {error}".split("\n", maxsplit=1)[0]
 
 
 @contextmanager
@@ -182,25 +207,70 @@ def _limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def table(entries: Iterable[Entry]) -> str:
+    """Return the table of all types in Markdown, and a line that counts them."""
+    entries = sorted(entries)
+    lines = ["| type | level by kind of layer | error | why not level 3 |", "|---|---|---|---|"]
+    for found in entries:
+        error = f"{found.error:.0e}" if found.levels else ""
+        reason = found.reason.replace("|", "\\|")
+        if len(reason) > LONGEST_REASON:
+            reason = f"{reason[:LONGEST_REASON]}..."
+        lines.append(f"| {found.family} | {_shown_levels(found)} | {error} | {reason} |")
+    served = [found for found in entries if found.state == "served"]
+    full = sum(set(found.levels) == {LEVEL_PARTS} for found in served)
+    counts = Counter(found.state for found in entries)
+    others = ", ".join(f"{counts[state]} {state}" for state in sorted(counts) if state != "served")
+    summary = (
+        f"Of {len(entries)} types, {len(served)} are served, {full} of them with level 3 in every "
+        f"layer; the others: {others}."
+    )
+    return "\n".join([summary, "", *lines])
+
+
+def _shown_levels(found: Entry) -> str:
+    if not found.levels:
+        return found.state
+    by_kind: dict[str, set[int]] = {}
+    for kind, level in zip(found.kinds, found.levels, strict=True):
+        by_kind.setdefault(kind, set()).add(level)
+    if len({level for levels in by_kind.values() for level in levels}) == 1:
+        return str(found.levels[0])
+    return ", ".join(
+        f"{kind} {' and '.join(map(str, sorted(levels)))}".strip()
+        for kind, levels in by_kind.items()
+    )
+
+
+def recorded() -> list[Entry]:
+    """Read the rows of the last census."""
+    rows = map(json.loads, RECORD.read_text().splitlines())
+    return [Entry(**row | {name: tuple(row[name]) for name in ("kinds", "levels")}) for row in rows]
+
+
+def record(entries: Iterable[Entry]) -> None:
+    """Write rows, and the table into the page between its two marks."""
+    entries = sorted(entries)
+    RECORD.write_text("".join(json.dumps(found._asdict()) + "\n" for found in entries))
+    before, rest = PAGE.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{table(entries)}\n\n{END}{after}")
+
+
 def main() -> None:
-    """Print the census of the named types, by default of all."""
+    """Take the census of the named types, by default of all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", metavar="TYPE")
     asked = parser.parse_args().types
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    counts: Counter[str] = Counter()
+    known = {found.family: found for found in recorded()} if RECORD.exists() and asked else {}
     for family in asked or sorted(TYPES):
-        found = entry(family)
-        level = f"level {min(found.levels)}" if found.levels else ""
-        counts[f"{found.state} {level}".strip()] += 1
-        levels = ",".join(map(str, found.levels))
-        sys.stdout.write(
-            f"{found.state:12} {family:26} {levels:8} {found.error:.1g} {found.reason[:150]}\n"
-        )
+        found = known[family] = entry(family)
+        sys.stdout.write(f"{family:26} {_shown_levels(found):12} {found.reason[:150]}\n")
         sys.stdout.flush()
-    sys.stdout.write(f"{dict(counts)}\n")
+    record(known.values())
 
 
 if __name__ == "__main__":

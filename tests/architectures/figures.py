@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.architectures.cases import CASES, MEASURED, MIXTURES, READ_BY_STRUCTURE, Case
+from tests.architectures.census import BEGIN, END, recorded, table
 from tests.architectures.measures import MEASURES
 
 TEMPLATE = Path(__file__).with_name("guarantees.md")
@@ -42,6 +43,7 @@ def page(measured: Sequence[Figure]) -> str:
         adapters=_table(CASES + MIXTURES, measured),
         automatic=_table(READ_BY_STRUCTURE, measured),
         variants=_variants(),
+        census=f"{BEGIN}\n\n{table(recorded())}\n\n{END}",
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from tests.architectures.cases import MEASURED, Case
+from tests.architectures.census import recorded
 from tests.architectures.figures import Figure, figures, page
 from tests.architectures.measures import MEASURES
 
@@ -30,6 +32,12 @@ def test_every_committed_figure_is_within_its_tolerance() -> None:
     for family, cells in rows:
         for measure, cell in zip(MEASURES, cells.split(" | "), strict=True):
             assert float(cell) <= measure.tolerance, (family, measure.name)
+
+
+def test_census_has_no_crash_and_no_failed_check() -> None:
+    states = Counter(found.state for found in recorded())
+    assert states.keys() == {"served", "refused", "not built"}
+    assert states["served"] >= 130
 
 
 @pytest.mark.parametrize("case", MEASURED[:2], ids=lambda case: case.id)
