@@ -350,6 +350,42 @@ def test_contribution_tree_has_the_lines_of_the_client(
     ]
 
 
+@pytest.mark.parametrize("name", ["demo", "large"])
+def test_why_figure_adds_up_to_the_logit(
+    tab: Page, name: str, request: pytest.FixtureRequest
+) -> None:
+    page: Traced = request.getfixturevalue(name)
+    opened(tab, page)
+    tree = page.trace.why(at_most=10)
+    shown = {
+        row.get_attribute("data-id"): row.locator(".amount").text_content()
+        for row in tab.locator("svg.why .parts > g:not(.rest)").all()
+    }
+    below = [part for sublayer in tree.parts for part in sublayer.parts or (sublayer,)]
+    parts = {part.node.id: part.contribution for part in below}
+    assert shown == {node_id: _signed(value) for node_id, value in parts.items()}
+    rests = tab.locator("svg.why .parts > g.rest .amount").all_text_contents()
+    total = sum(float(text.replace("\u2212", "-")) for text in (*shown.values(), *rests))
+    assert total == pytest.approx(tree.contribution, abs=0.005 * (len(shown) + len(rests) + 1))
+    expect(tab.locator("svg.why .answer-chip")).to_contain_text(_signed(tree.contribution))
+
+
+def test_why_figure_selects_parts_and_sits_beside_the_overview(tab: Page, demo: Traced) -> None:
+    opened(tab, demo)
+    part = tab.locator("svg.why .parts > g:not(.rest)").first
+    part.focus()
+    tab.keyboard.press("Enter")
+    expect(part).to_have_class(re.compile("selected"))
+    node_id = part.get_attribute("data-id")
+    expect(tab.locator(f'.facts[data-node="{node_id}"]')).to_be_visible()
+    tab.set_viewport_size({"width": 1920, "height": 1000})
+    tab.wait_for_function("""() => {
+      const [why, overview] = ['svg.why', 'svg.overview'].map((picture) =>
+        document.querySelector(picture).getBoundingClientRect())
+      return why.right < overview.left && overview.top - why.top < 80
+    }""")
+
+
 def test_page_works_with_the_keyboard_alone(tab: Page, demo: Traced) -> None:
     opened(tab, demo, "sel=L2/p7/BLOCK_OUTPUT")
     tab.locator('svg.overview .cell[data-id="L2/p7/BLOCK_OUTPUT"]').focus()

@@ -128,6 +128,20 @@ export function numbered({ layer, head, expert, neuron }: GraphNode): string {
   return text.join(' ')
 }
 
+const SUBLAYERS: Record<string, string> = {
+  ATTENTION_OUTPUT: 'attention',
+  ATTENTION_BIAS: 'attention’s bias',
+  MLP_OUTPUT: 'MLP',
+  MLP_BIAS: 'MLP’s bias',
+}
+
+/** `L2 head 3`, `L2 MLP` or `embedding`: the name of a part of the logit. */
+export function shortName(node: GraphNode): string {
+  const name = SUBLAYERS[node.kind]
+  if (name) return `L${node.layer} ${name}`
+  return numbered(node) || (NODE_NAMES[node.kind] ?? node.kind)
+}
+
 /** `␣Japan (3)`: the token at a position, and the position. */
 export function at(position: number, prompt: readonly Token[]): string {
   const token = prompt[position]

@@ -16,7 +16,7 @@ import {
 } from '../presentation/svg'
 import { nodeSentence, percent, signed } from '../presentation/wording'
 import { preview } from './inspector'
-import { drawPanel, LEGEND_HEIGHT, PANEL } from './overview'
+import { drawPanel, LEGEND_HEIGHT, LEGEND_WIDTH, PANEL } from './overview'
 import { drawRowLabels } from './overview_grid'
 import { headLayout, type Layout } from './overview_layout'
 
@@ -57,11 +57,17 @@ export class HeadMatrix {
       markHeads(this.svg, marks, shown)
   }
 
-  private place(width: number, position: number): void {
+  /** The drawn width; a few heads do not need all of the room. */
+  get width(): number {
+    return this.svg.node()?.width.baseVal.value ?? 0
+  }
+
+  private place(room: number, position: number): void {
     const { graph, svg } = this
     const of = headsAt(graph, position)
     const layers = [...graph.layers].sort((a, b) => a - b)
-    const at = headLayout(of.columns, layers, width, PANEL)
+    const at = headLayout(of.columns, layers, room, PANEL)
+    const width = Math.min(room, Math.max(LEGEND_WIDTH, at.panelX + PANEL))
     const height = at.height + LEGEND_HEIGHT
     svg.attr('width', width).attr('height', height).attr('viewBox', `0 0 ${width} ${height}`)
     drawHeads(svg, graph, at, of)

@@ -53,10 +53,16 @@ export class Overview {
     }
   }
 
-  private place(width: number, position: number): void {
+  /** The drawn width; a short prompt does not need all of the room. */
+  get width(): number {
+    return this.at?.width ?? 0
+  }
+
+  private place(room: number, position: number): void {
     const { graph, svg } = this
     const layers = [...graph.layers].sort((a, b) => a - b)
-    const at = layout(graph.prompt.length, layers, position, width, PANEL)
+    const full = layout(graph.prompt.length, layers, position, room, PANEL)
+    const at = { ...full, width: Math.min(room, Math.max(LEGEND_WIDTH, full.panelX + PANEL)) }
     this.at = { ...at, height: at.height + LEGEND_HEIGHT }
     drawGrid(svg, { graph, at, position })
     drawPanel(svg, graph, at, position)
@@ -251,6 +257,8 @@ interface Key {
 }
 
 export const LEGEND_HEIGHT = 34
+/** Fits the ranks and the kinds of lines. */
+export const LEGEND_WIDTH = 940
 
 export function drawLegend(svg: Svg, target: string, y: number, width: number): void {
   const keys = keysFor(target, width)

@@ -42,6 +42,7 @@ import { fillInspector } from './inspector'
 import { type KnockOut, KnockOuts } from './knock_out'
 import { Details } from './layer_view'
 import { Overview } from './overview'
+import { WhyFigure } from './why'
 
 /** Shows an embedded or posted trace. */
 export async function tracePage(): Promise<void> {
@@ -95,6 +96,9 @@ async function showKnockOuts(view: TraceView): Promise<void> {
 const LISTED = 16
 const KEYS_OF_MARKS = ['sel', 'pin', 'q', 'path'] as const
 const NARROWEST = 640 // px; narrower windows scroll
+const WHY = 540 // px of the figure beside the overview, at least
+const SIDE_BY_SIDE = 1400 // px; wider windows show the overview beside the figure
+const MAPS_GAP = 28 // px between the figure and the overview; the same as in styles/layout.css
 const REDRAW_INTERVAL = 120 // ms between drawings while messages arrive
 
 /** The view of a trace. */
@@ -103,6 +107,7 @@ export class TraceView {
   readonly state = traceState()
   readonly knockOuts = new KnockOuts(() => this.draw())
   private readonly tooltip = new Tooltip()
+  private readonly why: WhyFigure
   private readonly overview: Overview
   private readonly heads: HeadMatrix
   private readonly details: Details
@@ -126,6 +131,7 @@ export class TraceView {
     }
     parts.header.prepend(this.heading)
     this.updateToolbar = toolbar(parts.toolbar, this.state, commands)
+    this.why = new WhyFigure(this.graph, this.tooltip, commands)
     this.overview = new Overview(this.graph, this.tooltip, {
       select: (id) => this.select(id),
       pin: (id) => this.pin(id),
@@ -139,7 +145,14 @@ export class TraceView {
       pin: (id) => this.pin(id),
     })
     this.details = new Details(this.graph, this.state, this.tooltip, commands)
-    parts.main.append(this.overview.element, this.heads.element, this.details.element)
+    const maps = element(
+      'div',
+      { class: 'maps' },
+      this.why.element,
+      this.overview.element,
+      this.heads.element,
+    )
+    parts.main.append(maps, this.details.element)
     listenToKeys(this.graph, this.state, commands)
     parts.aside.addEventListener('click', (event) => this.openLink(event))
     listenForTargetChoice(parts.aside, this.graph.tokens, () => this.contents())
@@ -179,7 +192,10 @@ export class TraceView {
       fillHeader(this.heading, graph, position)
     const above = state.get('map') === 'heads' ? this.heads : this.overview
     for (const map of [this.overview, this.heads]) map.element.hidden = map !== above
-    above.draw(width, position, marks, this.layers())
+    const taken = width < SIDE_BY_SIDE ? 0 : WHY + MAPS_GAP
+    above.draw(width - taken, position, marks, this.layers())
+    const beside = width - above.width - MAPS_GAP
+    this.why.draw(taken > 0 ? beside : this.parts.main.clientWidth, position, marks)
     this.details.draw(width, position, marks, this.layers())
     const knockOut = (node: GraphNode) => this.knockOuts.section(node, graph)
     fillInspector(this.parts.aside, graph, state, { position, found, tree, knockOut })
