@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,17 @@ def tab(browser: Browser) -> Iterator[Page]:
     yield page
     context.close()
     assert complaints == []
+
+
+def wait_until(tab: Page, expression: str) -> None:
+    """Wait until a JavaScript expression is true.
+
+    Playwright's `wait_for_function` calls `eval` in the page, which the page's policy forbids.
+    """
+    deadline = time.monotonic() + 60
+    while not tab.evaluate(expression):
+        assert time.monotonic() < deadline, f"still false after a minute: {expression}"
+        tab.wait_for_timeout(20)
 
 
 @dataclass(frozen=True)

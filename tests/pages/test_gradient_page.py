@@ -17,7 +17,7 @@ from playwright.sync_api import Page, expect
 
 import januslens
 from januslens.cli.program import januslens as command
-from tests.pages.conftest import ELAPSED, PROMPT, hostile_prompt
+from tests.pages.conftest import ELAPSED, PROMPT, hostile_prompt, wait_until
 from tests.pages.models import LAYERS
 from tests.support.axe import serious_findings
 from tests.support.server import ServerProcess
@@ -376,7 +376,7 @@ def test_axe_reports_nothing_serious(tab: Page, page: str, scheme: str) -> None:
 def test_narrow_window_does_not_scroll_sideways(tab: Page, page: str) -> None:
     tab.goto(page)
     tab.set_viewport_size({"width": 700, "height": 900})
-    tab.wait_for_function("document.documentElement.scrollWidth <= window.innerWidth")
+    wait_until(tab, "document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_narrow_picture_scrolls_to_the_selection(tab: Page, deep: Shown) -> None:

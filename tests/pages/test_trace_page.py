@@ -10,7 +10,7 @@ from playwright.sync_api import Locator, Page, expect
 
 import januslens
 from januslens import _presentation as presentation
-from tests.pages.conftest import ELAPSED, Traced
+from tests.pages.conftest import ELAPSED, Traced, wait_until
 from tests.pages.models import HOSTILE
 
 STRONGEST = "L3/p7/HEAD_OUTPUT/h2"
@@ -379,11 +379,14 @@ def test_why_figure_selects_parts_and_sits_beside_the_overview(tab: Page, demo: 
     node_id = part.get_attribute("data-id")
     expect(tab.locator(f'.facts[data-node="{node_id}"]')).to_be_visible()
     tab.set_viewport_size({"width": 1920, "height": 1000})
-    tab.wait_for_function("""() => {
+    wait_until(
+        tab,
+        """() => {
       const [why, overview] = ['svg.why', 'svg.overview'].map((picture) =>
         document.querySelector(picture).getBoundingClientRect())
       return why.right < overview.left && overview.top - why.top < 80
-    }""")
+    }""",
+    )
 
 
 def test_page_works_with_the_keyboard_alone(tab: Page, demo: Traced) -> None:
@@ -461,7 +464,7 @@ def test_nothing_overflows_the_window(tab: Page, large: Traced, width: int) -> N
     opened(tab, large)
     tab.set_viewport_size({"width": width, "height": 900})
     expect(tab.locator("svg.overview")).to_be_visible()
-    tab.wait_for_function("document.documentElement.scrollWidth <= window.innerWidth")
+    wait_until(tab, "document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_hostile_tokens_are_text(tab: Page, large: Traced) -> None:

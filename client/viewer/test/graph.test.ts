@@ -10,10 +10,20 @@ import {
   strongestDestination,
   topContributor,
 } from '../src/model/graph_queries'
-import { passing } from '../src/trace/controls'
+import { arcLegend, arcsInto, arcsOf, sinkOf } from '../src/trace/arcs'
+import { type Filter, passing } from '../src/trace/controls'
 import { layerModel } from '../src/trace/layer_model'
-import { arcsInto } from '../src/trace/overview_layout'
+import { layout } from '../src/trace/overview_layout'
 import { stream } from './stream'
+
+const EVERYTHING: Filter = {
+  key: '',
+  minimum: 0,
+  sign: '',
+  hidden: new Set(),
+  opened: new Set(),
+  arcs: 'effect',
+}
 
 function graph(): FlowGraph {
   const made = new FlowGraph()
@@ -90,6 +100,34 @@ test('the share of an arc is a product of shares', () => {
   assert.ok(Math.abs((arc?.share ?? 0) - 0.63) < 1e-9)
 })
 
+test('arcs are as wide as their effect or share, and a filter hides them', () => {
+  const made = graph()
+  const at = layout(2, [0], 1, 1100, 214)
+  const place = { graph: made, at, position: 1, filter: EVERYTHING }
+  assert.deepEqual(
+    arcsOf(place).map(({ value, size }) => [value, size]),
+    [['L0/p1/MEMORY_VALUE/h3/s0', 1]],
+  )
+  const byShare = arcsOf({ ...place, filter: { ...EVERYTHING, arcs: 'share' } })
+  assert.ok(Math.abs((byShare[0]?.size ?? 0) - 0.63) < 1e-9)
+  for (const hiding of [
+    { hidden: new Set(['attention']) },
+    { sign: '-' as const },
+    { minimum: 0.7 },
+  ]) {
+    assert.equal(arcsOf({ ...place, filter: { ...EVERYTHING, ...hiding } }).length, 0)
+  }
+})
+
+test('arcs from the attention sink are folded and named in the legend', () => {
+  const made = graph()
+  assert.equal(sinkOf(made, 1), 0)
+  const at = layout(2, [0], 1, 1100, 214)
+  const place = { graph: made, at, position: 1, filter: { ...EVERYTHING, arcs: 'share' as const } }
+  assert.ok(arcsOf(place).every(({ folded }) => folded))
+  assert.equal(arcLegend(place), 'attention (width: share; short: from The (0))')
+})
+
 test('the top contributor names its source even if the remainder has more attention', () => {
   const made = graph()
   const rest = 'L0/p1/OTHER/h3'
@@ -127,15 +165,8 @@ test('search accepts a part of a token, a whole token or an id', () => {
 
 test('filters report the share that they keep', () => {
   const { rows } = layerModel(graph(), 0, 1).mlp
-  const all = {
-    key: '',
-    minimum: 0,
-    sign: '' as const,
-    hidden: new Set<string>(),
-    opened: new Set<string>(),
-  }
-  assert.equal(passing(rows, all).kept, 1)
-  const adding = passing(rows, { ...all, sign: '+' })
+  assert.equal(passing(rows, EVERYTHING).kept, 1)
+  const adding = passing(rows, { ...EVERYTHING, sign: '+' })
   assert.deepEqual([adding.shown.length, adding.hidden], [1, 1])
   assert.ok(Math.abs(adding.kept - 1.2 / 1.4) < 1e-9)
 })

@@ -200,6 +200,18 @@ function listedParts(graph: FlowGraph, { id, kind, layer, position }: GraphNode)
   return sums.flatMap((sum) => graph.partsOf(sum)).filter(({ node }) => LISTED.has(node.kind))
 }
 
+/** The ids of a tree's nodes, and of the residuals that they read from and add to. */
+export function pathIds({ node, parts }: ContributionTree): Set<string> {
+  const { id, layer, position, source } = node
+  const path = new Set([id])
+  if (layer !== undefined) path.add(`L${layer}/p${position}/BLOCK_OUTPUT`)
+  if (layer !== undefined && source !== undefined) {
+    path.add(layer === 0 ? `p${source}/BLOCK_INPUT` : `L${layer - 1}/p${source}/BLOCK_OUTPUT`)
+  }
+  for (const part of parts) for (const below of pathIds(part)) path.add(below)
+  return path
+}
+
 function contributes(edge: GraphEdge): boolean {
   return edge.logitContribution !== undefined && Number.isFinite(edge.logitContribution)
 }

@@ -35,6 +35,8 @@ export const TRACE_STATE = {
   heads: '',
   /** Smallest |share| shown, in percent. */
   min: '',
+  /** Width of the overview's arcs: what they add to the logit (''), or `share`. */
+  arcs: '',
   /** Only parts that add (+) or subtract (-). */
   sign: '',
   /** 1 = the contribution tree of the target is shown. */
@@ -63,16 +65,19 @@ export interface Filter {
   hidden: ReadonlySet<string>
   /** Heads with their W_O rows expanded, as `layer.head`. */
   opened: ReadonlySet<string>
+  /** What the width of the overview's arcs shows. */
+  arcs: 'effect' | 'share'
 }
 
 export function filterOf(state: TraceState): Filter {
   const sign = state.get('sign')
   return {
-    key: (['hide', 'min', 'sign', 'heads'] as const).map((key) => state.get(key)).join(' '),
+    key: (['hide', 'min', 'sign', 'heads', 'arcs'] as const).map((key) => state.get(key)).join(' '),
     minimum: (Number(state.get('min')) || 0) / 100,
     sign: sign === '+' || sign === '-' ? sign : '',
     hidden: new Set(state.list('hide')),
     opened: new Set(state.list('heads')),
+    arcs: state.get('arcs') === 'share' ? 'share' : 'effect',
   }
 }
 
@@ -90,7 +95,8 @@ export function passing<Item extends Row>(rows: readonly Item[], filter: Filter)
   return { shown, hidden: rows.length - shown.length, kept: all > 0 ? mass(shown) / all : 1 }
 }
 
-function passes(share: number, filter: Filter): boolean {
+/** Whether a filter shows a row with this share. */
+export function passes(share: number, filter: Filter): boolean {
   if (Math.abs(share) < filter.minimum) return false
   return filter.sign === '' || (filter.sign === '+' ? share > 0 : share < 0)
 }
@@ -145,6 +151,10 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
       ['', '+ and −'],
       ['+', '+ only'],
       ['-', '− only'],
+    ]),
+    select(state, 'arcs', 'Width of the arcs', [
+      ['', 'arcs by effect'],
+      ['share', 'arcs by share'],
     ]),
     select(state, 'view', 'View', [
       ['', 'picture'],

@@ -82,7 +82,7 @@ function contributionList(tree: ContributionTree, graph: FlowGraph): HTMLElement
     const line = part
       ? nodeLink(part.node, signed(contribution), graph, name)
       : element('p', { class: 'rest quiet' }, `${signed(contribution)} ${name}`)
-    line.style.marginLeft = `${depth}em`
+    line.style.paddingLeft = `${depth}em`
     return line
   })
   const figure = figureName(graph)

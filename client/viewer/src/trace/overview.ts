@@ -8,8 +8,10 @@ import { BINS, type Marks } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
 import { type Column, groupNamed, type Svg } from '../presentation/svg'
 import { count, probability } from '../presentation/wording'
+import { arcLegend } from './arcs'
+import type { Filter } from './controls'
 import { preview } from './inspector'
-import { drawGrid, markGrid, residualAt } from './overview_grid'
+import { drawGrid, type Grid, markGrid, residualAt } from './overview_grid'
 import { EMBEDDING, type Layout, layout, nearest, type Row } from './overview_layout'
 
 interface Actions {
@@ -44,10 +46,16 @@ export class Overview {
     picture.addEventListener('pointerleave', () => this.tooltip.hide())
   }
 
-  draw(width: number, position: number, marks: Marks, shown: readonly number[]): void {
+  draw(
+    width: number,
+    position: number,
+    marks: Marks,
+    shown: readonly number[],
+    filter: Filter,
+  ): void {
     const { graph, svg } = this
-    const placed = this.layoutChanges.changed(width, position, graph.version)
-    if (placed) this.place(width, position)
+    const placed = this.layoutChanges.changed(width, position, graph.version, filter.key)
+    if (placed) this.place(width, position, filter)
     if (this.markChanges.changed(marks.key, String(shown)) || placed) {
       markGrid(svg, graph, position, marks, shown)
     }
@@ -58,17 +66,18 @@ export class Overview {
     return this.at?.width ?? 0
   }
 
-  private place(room: number, position: number): void {
+  private place(room: number, position: number, filter: Filter): void {
     const { graph, svg } = this
     const layers = [...graph.layers].sort((a, b) => a - b)
     const full = layout(graph.prompt.length, layers, position, room, PANEL)
     const at = { ...full, width: Math.min(room, Math.max(LEGEND_WIDTH, full.panelX + PANEL)) }
     this.at = { ...at, height: at.height + LEGEND_HEIGHT }
-    drawGrid(svg, { graph, at, position })
+    const grid = { graph, at, position, filter }
+    drawGrid(svg, grid)
     drawPanel(svg, graph, at, position)
     drawAnswer(svg, graph, at, position)
     svg.attr('height', this.at.height).attr('viewBox', `0 0 ${at.width} ${this.at.height}`)
-    drawLegend(svg, graph.targets.get(position)?.target.label ?? '', at.height, at.width)
+    drawLegend(svg, keysFor(grid), at.height)
   }
 
   private idAt(event: MouseEvent): string | undefined {
@@ -260,8 +269,7 @@ export const LEGEND_HEIGHT = 34
 /** Fits the ranks and the kinds of lines. */
 export const LEGEND_WIDTH = 940
 
-export function drawLegend(svg: Svg, target: string, y: number, width: number): void {
-  const keys = keysFor(target, width)
+function drawLegend(svg: Svg, keys: readonly Key[], y: number): void {
   const group = groupNamed(svg, 'legend')
   group
     .selectAll('rect')
@@ -285,8 +293,8 @@ export function drawLegend(svg: Svg, target: string, y: number, width: number): 
     .text((key) => key.text)
 }
 
-function keysFor(target: string, width: number): Key[] {
-  const title = `rank of ${cut(target, 14)}`
+function keysFor(grid: Grid): Key[] {
+  const title = `rank of ${cut(grid.graph.targets.get(grid.position)?.target.label ?? '', 14)}`
   let x = 46
   const keys: Key[] = [{ x, width: 0, kind: '', text: title, inside: false }]
   x += title.length * 6.6 + 12
@@ -296,12 +304,12 @@ function keysFor(target: string, width: number): Key[] {
   })
   x += 18
   const lines: [string, string][] = [
-    ['attention', 'attention (width: share)'],
+    ['attention', arcLegend(grid)],
     ['mlp', 'MLP'],
     ['residual', 'residual (width: norm)'],
   ]
   for (const [kind, text] of lines) {
-    if (x + 30 + text.length * 6.6 > width) break
+    if (x + 30 + text.length * 6.6 > grid.at.width) break
     keys.push({ x, width: 16, kind, text, inside: false })
     x += 22 + text.length * 5.6 + 16
   }

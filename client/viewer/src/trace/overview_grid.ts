@@ -13,7 +13,9 @@ import {
   setClasses,
 } from '../presentation/svg'
 import { nodeSentence } from '../presentation/wording'
-import { type Arc, arcsInto, EMBEDDING, type Layout, type Row } from './overview_layout'
+import { arcClass, arcsOf, drawArcs, type SizedArc } from './arcs'
+import { type Filter, passes } from './controls'
+import { EMBEDDING, type Layout, type Row } from './overview_layout'
 
 const PADDING = 6 // left and right of a cell's text
 
@@ -29,6 +31,7 @@ export interface Grid {
   at: Layout
   /** The position that is explained. */
   position: number
+  filter: Filter
 }
 
 export function residualAt(graph: FlowGraph, layer: number, position: number) {
@@ -46,7 +49,7 @@ export function drawGrid(svg: Svg, grid: Grid): void {
   drawHeatmap(groupNamed(svg, 'heat'), grid)
   groupNamed(svg, 'answer') // reserves its place below the cells
   drawSpine(groupNamed(svg, 'spine'), grid)
-  drawArcs(groupNamed(svg, 'arcs'), grid)
+  drawArcs(groupNamed(svg, 'arcs'), arcsOf(grid), at)
   drawCells(groupNamed(svg, 'cells'), grid)
   drawSteps(groupNamed(svg, 'steps'), grid)
   drawRowLabels(groupNamed(svg, 'rows'), at)
@@ -107,38 +110,6 @@ function rungsOf({ graph, at }: Grid): Rung[] {
     rung.width = Math.max(1, room * Math.sqrt(rung.width / largest))
   }
   return rungs
-}
-
-function drawArcs(group: Group, { graph, at, position }: Grid): void {
-  const others = at.columns.filter((c) => c.labelled && c.position !== position)
-  const arcs = [
-    ...others.flatMap((column) => arcsInto(graph, column.position, 0.2)),
-    ...arcsInto(graph, position),
-  ].filter((arc) => arc.source !== arc.position)
-  group
-    .selectAll<SVGPathElement, Arc>('path')
-    .data(arcs, (arc) => arc.value)
-    .join('path')
-    .order()
-    .attr('data-id', (arc) => arc.value)
-    .attr('d', (arc) => arcPath(arc, at))
-    .attr('stroke-width', (arc) => 1 + 8 * Math.min(1, Math.abs(arc.share)))
-    .attr('opacity', (arc) =>
-      arc.position === position ? 0.35 + 0.65 * Math.min(1, Math.abs(arc.share) * 2.5) : null,
-    )
-}
-
-/** A vertical Bézier curve from the top of the residual read to the bottom of the one written. */
-function arcPath(arc: Arc, at: Layout): string | null {
-  const from = at.columns.find((c) => c.position === arc.source)
-  const to = at.columns.find((c) => c.position === arc.position)
-  const index = at.rows.findIndex((row) => row.layer === arc.layer)
-  const [below, above] = [at.rows[index - 1], at.rows[index]]
-  if (!from || !to || !below || !above) return null
-  const [x0, y0] = [middle(from) + Math.min(10, from.width / 4), below.y + 2]
-  const [x1, y1] = [middle(to) - Math.min(14, to.width / 4), above.y + at.cellHeight - 1]
-  const turn = (y0 + y1) / 2
-  return `M${x0},${y0}C${x0},${turn},${x1},${turn},${x1},${y1}`
 }
 
 /** Cells grouped by row, as the ARIA grid pattern requires. */
@@ -209,12 +180,13 @@ interface Underline {
 }
 
 /** Bars below each cell: the shares of attention and the MLP. */
-function drawSteps(group: Group, { graph, at }: Grid): void {
+function drawSteps(group: Group, grid: Grid): void {
+  const { at } = grid
   const lines: Underline[] = []
   if (at.cellHeight >= 14) {
     for (const row of at.rows) {
       for (const column of at.columns) {
-        if (column.labelled && row.layer !== EMBEDDING) underline(lines, graph, at, row, column)
+        if (column.labelled && row.layer !== EMBEDDING) underline(lines, grid, row, column)
       }
     }
   }
@@ -229,24 +201,20 @@ function drawSteps(group: Group, { graph, at }: Grid): void {
     .attr('height', 2.5)
 }
 
-function underline(
-  lines: Underline[],
-  graph: FlowGraph,
-  at: Layout,
-  row: Row,
-  column: Column,
-): void {
+function underline(lines: Underline[], grid: Grid, row: Row, column: Column): void {
+  const { graph, at, filter } = grid
   const y = row.y + at.cellHeight + 1.5
   const room = column.width - 12
   let x = column.x + 6
-  for (const [kind, name] of [
+  for (const [sublayer, kind] of [
     ['ATTENTION_OUTPUT', 'attention'],
     ['MLP_OUTPUT', 'mlp'],
   ] as const) {
-    const output = graph.at(row.layer, column.position, kind)
+    const output = graph.at(row.layer, column.position, sublayer)
     const share = output && graph.edgesFrom(output.id).find((e) => e.kind === 'PART')?.share
     const width = Math.min(1, Math.abs(finite(share))) * room * 0.5
-    if (width > 0.5) lines.push({ x, y, width, kind: name })
+    if (filter.hidden.has(kind) || !passes(finite(share), filter)) continue
+    if (width > 0.5) lines.push({ x, y, width, kind })
     x += width
   }
 }
@@ -328,13 +296,6 @@ export function markGrid(
     const own = cell.column.position === position ? 'cell of-selected' : 'cell'
     return `${own} ${chipClass(cell.node, graph, marks)}`
   })
-  setClasses<Arc>(svg, '.arcs path', (arc) => arcClass(arc, position, marks))
+  setClasses<SizedArc>(svg, '.arcs path', (arc) => arcClass(arc, position, marks))
   setClasses<Row>(svg, '.rows text', (row) => (shown.includes(row.layer) ? 'shown' : ''))
-}
-
-function arcClass(arc: Arc, position: number, marks: Marks): string {
-  const classes = ['arc', arc.share < 0 ? 'subtracts' : 'adds']
-  if (arc.position === position) classes.push('into-selected')
-  if (arc.value === marks.selected || marks.path?.has(arc.value)) classes.push('chosen')
-  return classes.join(' ')
 }

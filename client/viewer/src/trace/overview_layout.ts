@@ -1,5 +1,3 @@
-import { finite } from '../contract'
-import type { FlowGraph } from '../model/flow_graph'
 import { type Column, columnsIn, GUTTER, NARROWEST_LABEL } from '../presentation/svg'
 
 // The layout of the overview: tokens from left to right, layers upwards from the embedding.
@@ -108,40 +106,4 @@ function closest<Item>(items: readonly Item[], far: (item: Item) => number): Ite
   let best: Item | undefined
   for (const item of items) if (!best || far(item) < far(best)) best = item
   return best
-}
-
-/** A head's attention from one position to another. */
-export interface Arc {
-  layer: number
-  position: number
-  source: number
-  head: number
-  attention: number
-  /** The head's share of all heads times the source's share of the head; signed. */
-  share: number
-  /** Id of the value node. */
-  value: string
-}
-
-/** The arcs into one position, weakest first, so that strong arcs are drawn on top. */
-export function arcsInto(graph: FlowGraph, position: number, minimum = 0.01): Arc[] {
-  const arcs: Arc[] = []
-  for (const layer of graph.layers) {
-    for (const head of graph.partsOf(`L${layer}/p${position}/ATTENTION_CONCAT`)) {
-      for (const value of graph.partsOf(head.node.id)) {
-        const share = finite(head.edge.share) * finite(value.edge.share)
-        if (value.node.source === undefined || Math.abs(share) < minimum) continue
-        arcs.push({
-          layer,
-          position,
-          source: value.node.source,
-          head: head.node.head ?? 0,
-          attention: value.edge.attention ?? 0,
-          share,
-          value: value.node.id,
-        })
-      }
-    }
-  }
-  return arcs.sort((a, b) => Math.abs(a.share) - Math.abs(b.share))
 }

@@ -23,6 +23,7 @@ import {
   type ContributionTree,
   contributionTree,
   type Found,
+  pathIds,
   search,
 } from '../model/graph_queries'
 import type { Marks } from '../presentation/colours'
@@ -36,7 +37,7 @@ import {
 } from '../presentation/elements'
 import { rendered, targetSentence, traceSentences } from '../presentation/sentences'
 import { setTabStop } from '../presentation/svg'
-import { flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
+import { filterOf, flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
 import { HeadMatrix } from './heads'
 import { fillInspector } from './inspector'
 import { type KnockOut, KnockOuts } from './knock_out'
@@ -193,7 +194,7 @@ export class TraceView {
     const above = state.get('map') === 'heads' ? this.heads : this.overview
     for (const map of [this.overview, this.heads]) map.element.hidden = map !== above
     const taken = width < SIDE_BY_SIDE ? 0 : WHY + MAPS_GAP
-    above.draw(width - taken, position, marks, this.layers())
+    above.draw(width - taken, position, marks, this.layers(), filterOf(state))
     const beside = width - above.width - MAPS_GAP
     this.why.draw(taken > 0 ? beside : this.parts.main.clientWidth, position, marks)
     this.details.draw(width, position, marks, this.layers())
@@ -249,7 +250,7 @@ export class TraceView {
       selected: this.state.get('sel'),
       pinned: new Set(this.state.list('pin')),
       found: searching ? new Set(found.map(({ node }) => node.id)) : undefined,
-      path: tree && new Set(ids(tree)),
+      path: tree && pathIds(tree),
     }
   }
 
@@ -295,9 +296,4 @@ function story(graph: FlowGraph, position: number): HTMLElement {
     : [targetSentence(graph, position) ?? [], ['The trace is incomplete.']]
   const parts = sentences.flatMap((sentence) => [...rendered(sentence), ' '])
   return element('p', { class: 'story' }, ...parts)
-}
-
-/** The ids of all nodes of a tree. */
-function ids({ node, parts }: ContributionTree): string[] {
-  return [node.id, ...parts.flatMap(ids)]
 }
