@@ -30,6 +30,18 @@ for (const [positions, selected] of [
   })
 }
 
+test('of a long prompt the positions that are read have labels, wherever they are', () => {
+  const at = layout(1000, layers, 999, 1100, 214, [12, 500, 13])
+  const labelled = at.columns.filter((column) => column.labelled).map((c) => c.position)
+  assert.deepEqual(labelled, [12, 13, 500, 993, 994, 995, 996, 997, 998, 999])
+  for (const [i, column] of at.columns.entries()) {
+    const next = at.columns[i + 1]
+    if (next) assert.ok(column.x + column.width <= next.x + 1e-9)
+  }
+  const last = at.columns[999]
+  assert.ok(last && last.x + last.width < 1100 - 214)
+})
+
 test('the selected column of a long prompt is wider than the other labelled ones', () => {
   const { columns } = layout(100, layers, 50, 1100, 214)
   const others = columns.filter((c) => c.labelled && c.position !== 50).map((c) => c.width)

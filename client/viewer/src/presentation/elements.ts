@@ -131,19 +131,32 @@ export class Tooltip {
   }
 }
 
-const SHOWN = 40 // tokens shown of a long prompt
+const BEFORE = 100 // characters shown of a long prompt before a position
+const AFTER = 40
 
 /** The prompt as text; a long prompt is shortened to the tokens around a position. */
 export function promptText(prompt: readonly Token[], position: number): HTMLElement[] {
-  const from = Math.max(0, Math.min(position - SHOWN / 2, prompt.length - SHOWN))
-  const tokens: HTMLElement[] = prompt.slice(from, from + SHOWN).map((token, i) => {
+  const before = fitting(prompt.slice(0, position + 1).reverse(), BEFORE)
+  const first = position + 1 - before
+  const last = position + fitting(prompt.slice(position + 1), AFTER)
+  const tokens: HTMLElement[] = prompt.slice(first, last + 1).map((token, i) => {
     const shown = tokenText(token.label.replace(/^␣/, ' '))
-    if (from + i === position) shown.classList.add('selected')
+    if (first + i === position) shown.classList.add('selected')
     return shown
   })
-  if (from > 0) tokens.unshift(element('span', { class: 'arrow' }, '… '))
-  if (from + SHOWN < prompt.length) tokens.push(element('span', { class: 'arrow' }, ' …'))
+  if (first > 0) tokens.unshift(element('span', { class: 'arrow' }, '… '))
+  if (last + 1 < prompt.length) tokens.push(element('span', { class: 'arrow' }, ' …'))
   return tokens
+}
+
+/** How many of the first tokens have at most this many characters together, at least one. */
+function fitting(tokens: readonly Token[], characters: number): number {
+  let room = characters
+  const over = tokens.findIndex(({ label }, i) => {
+    room -= label.length
+    return i > 0 && room < 0
+  })
+  return over < 0 ? tokens.length : over
 }
 
 /** The model, revision and version that produced the result, and whether it is complete. */

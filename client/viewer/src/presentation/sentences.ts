@@ -8,7 +8,7 @@ import {
   rankedSteps,
   topContributor,
 } from '../model/graph_queries'
-import type { Token } from '../model/tokens'
+import { isolated, type Token } from '../model/tokens'
 import { element, tokenText } from './elements'
 import { at, decimals, measure, nodeName, numbered, probability, signed } from './wording'
 
@@ -93,8 +93,8 @@ export function figureName(graph: FlowGraph): string {
 
 /** What contributions at a position add up to, with the tokens. */
 export function explained(graph: FlowGraph, position: number): string {
-  const target = graph.targets.get(position)?.target.label ?? 'the target'
-  return `logit of ${target}${graph.other ? ` minus that of ${graph.other.label}` : ''}`
+  const target = isolated(graph.targets.get(position)?.target.label ?? 'the target')
+  return `logit of ${target}${graph.other ? ` minus that of ${isolated(graph.other.label)}` : ''}`
 }
 
 function contributionSentence(

@@ -17,13 +17,14 @@ export function charactersIn(width: number): number {
   return Math.max(1, Math.floor(width / CHARACTER))
 }
 
-/** Hatch patterns that distinguish remainders and subtractions without colour. */
+/** Hatch patterns that distinguish remainders, subtractions and what was not read without colour. */
 export function defineHatches(svg: Svg): void {
   if (!svg.select('defs').empty()) return
   const defs = svg.append('defs')
   for (const [name, angle] of [
     ['hatch-rest', 45],
     ['hatch-minus', -45],
+    ['hatch-unread', 45],
   ] as const) {
     const pattern = defs.append('pattern').attr('id', name).attr('patternUnits', 'userSpaceOnUse')
     pattern.attr('width', 5).attr('height', 5).attr('patternTransform', `rotate(${angle})`)
@@ -114,11 +115,16 @@ const WIDEST = 116
 
 const LENS = 10
 
+/**
+ * One column per position. If labels do not fit, only some columns have them: the selected one, the
+ * positions that it reads most (`read`, the most first), and its neighbours.
+ */
 export function columnsIn(
   positions: number,
   selected: number,
   left: number,
   room: number,
+  read: readonly number[] = [],
 ): Column[] {
   const even = Math.min(WIDEST, room / positions)
   if (even >= NARROWEST_LABEL || positions <= 3) {
@@ -129,28 +135,52 @@ export function columnsIn(
       labelled: true,
     }))
   }
-  return lens(positions, selected, left, room)
+  const shown = Math.max(3, Math.min(LENS, Math.floor((room * 0.8) / NARROWEST_LABEL)))
+  return lens(positions, selected, left, room, labelledIn(positions, selected, shown, read))
+}
+
+const NEIGHBOURS = 4 // labelled columns at least, the selected one among them
+
+function labelledIn(
+  positions: number,
+  selected: number,
+  shown: number,
+  read: readonly number[],
+): ReadonlySet<number> {
+  const labelled = new Set([selected, ...read.slice(0, Math.max(0, shown - NEIGHBOURS))])
+  const first = Math.max(0, Math.min(positions - shown, selected - Math.floor(shown * 0.7)))
+  const around = Array.from({ length: shown }, (_, i) => first + i)
+  around.sort((a, b) => Math.abs(a - selected) - Math.abs(b - selected))
+  for (const position of around) if (labelled.size < shown) labelled.add(position)
+  return labelled
 }
 
 const SELECTED = 1.6 // width of the selected column relative to other labelled ones
 
-/** Up to ten labelled columns around the selected one, which is wider; the rest are narrow, as a heat map. */
-function lens(positions: number, selected: number, left: number, room: number): Column[] {
-  const shown = Math.max(3, Math.min(LENS, Math.floor((room * 0.8) / NARROWEST_LABEL)))
+/** Labelled columns, of which the selected one is wider; the rest are narrow, as a heat map. */
+function lens(
+  positions: number,
+  selected: number,
+  left: number,
+  room: number,
+  labelled: ReadonlySet<number>,
+): Column[] {
+  const shown = labelled.size
+  const starts = (position: number) =>
+    position > 0 && labelled.has(position) !== labelled.has(position - 1)
+  const all = Array.from({ length: positions }, (_, position) => position)
+  const gaps = GAP * all.filter(starts).length
   const others = Math.min(room * 0.24, (positions - shown) * 16)
-  const wide = Math.min(84, (room - others - 2 * GAP) / (shown + SELECTED - 1))
-  const taken = wide * (shown + SELECTED - 1) + 2 * GAP
+  const wide = Math.min(84, (room - others - gaps) / (shown + SELECTED - 1))
+  const taken = wide * (shown + SELECTED - 1) + gaps
   const narrow = Math.min(20, (room - taken) / (positions - shown))
-  const first = Math.max(0, Math.min(positions - shown, selected - Math.floor(shown * 0.7)))
-  const columns: Column[] = []
   let x = left
-  for (let position = 0; position < positions; position++) {
-    const labelled = position >= first && position < first + shown
-    if (position > 0 && (position === first || position === first + shown)) x += GAP
-    const pitch = position === selected ? wide * SELECTED : labelled ? wide : narrow
-    const gap = labelled ? Math.min(GAP, 6) : Math.min(2, narrow * 0.2)
-    columns.push({ position, x, width: pitch - gap, labelled })
+  return all.map((position) => {
+    if (starts(position)) x += GAP
+    const wanted = labelled.has(position)
+    const pitch = position === selected ? wide * SELECTED : wanted ? wide : narrow
+    const gap = wanted ? Math.min(GAP, 6) : Math.min(2, narrow * 0.2)
     x += pitch
-  }
-  return columns
+    return { position, x: x - pitch, width: pitch - gap, labelled: wanted }
+  })
 }

@@ -1,6 +1,7 @@
 import { finite } from '../contract'
 import type { FlowGraph } from '../model/flow_graph'
 import type { Marks } from '../presentation/colours'
+import { figureName } from '../presentation/sentences'
 import type { Column, Group } from '../presentation/svg'
 import { at as atPosition } from '../presentation/wording'
 import { type Filter, passes } from './controls'
@@ -120,9 +121,28 @@ export function sinkOf(graph: FlowGraph, position: number): number | undefined {
   return sum > heads / 3 ? sink : undefined
 }
 
+const LEAST_READ = 0.03 // of the position that is read most
+
+/** The positions that a position reads, by the sum of its arcs, the most first; without the sink. */
+export function readBy(graph: FlowGraph, position: number, filter: Filter): number[] {
+  const arcs = arcsInto(graph, position)
+  const byEffect = isByEffect(arcs, filter)
+  const sink = sinkOf(graph, position)
+  const read = new Map<number, number>()
+  for (const arc of arcs) {
+    if (arc.source === position || arc.source === sink) continue
+    const size = Math.abs(byEffect ? finite(arc.effect) : arc.share)
+    read.set(arc.source, (read.get(arc.source) ?? 0) + size)
+  }
+  const sorted = [...read].sort((a, b) => b[1] - a[1])
+  const least = LEAST_READ * (sorted[0]?.[1] ?? 0)
+  return sorted.filter(([, size]) => size > least).map(([source]) => source)
+}
+
 /** What the arcs' widths show, for the legend. */
 export function arcLegend({ graph, position, filter }: Omit<Place, 'at'>): string {
-  const measure = isByEffect(arcsInto(graph, position), filter) ? 'effect on the logit' : 'share'
+  const byEffect = isByEffect(arcsInto(graph, position), filter)
+  const measure = byEffect ? `effect on the ${figureName(graph)}` : 'share'
   const sink = sinkOf(graph, position)
   const folded = sink === undefined ? '' : `; short: from ${atPosition(sink, graph.prompt)}`
   return `attention (width: ${measure}${folded})`

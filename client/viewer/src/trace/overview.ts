@@ -8,7 +8,7 @@ import { BINS, type Marks } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
 import { type Column, groupNamed, type Svg } from '../presentation/svg'
 import { count, probability } from '../presentation/wording'
-import { arcLegend } from './arcs'
+import { arcLegend, readBy } from './arcs'
 import type { Filter } from './controls'
 import { preview } from './inspector'
 import { drawGrid, type Grid, markGrid, residualAt } from './overview_grid'
@@ -69,7 +69,9 @@ export class Overview {
   private place(room: number, position: number, filter: Filter): void {
     const { graph, svg } = this
     const layers = [...graph.layers].sort((a, b) => a - b)
-    const full = layout(graph.prompt.length, layers, position, room, PANEL)
+    // While messages arrive, columns do not move.
+    const read = graph.complete ? readBy(graph, position, filter) : []
+    const full = layout(graph.prompt.length, layers, position, room, PANEL, read)
     const at = { ...full, width: Math.min(room, Math.max(LEGEND_WIDTH, full.panelX + PANEL)) }
     this.at = { ...at, height: at.height + LEGEND_HEIGHT }
     const grid = { graph, at, position, filter }
@@ -78,6 +80,14 @@ export class Overview {
     drawAnswer(svg, graph, at, position)
     svg.attr('height', this.at.height).attr('viewBox', `0 0 ${at.width} ${this.at.height}`)
     drawLegend(svg, keysFor(grid), at.height)
+    this.scrollTo(position)
+  }
+
+  /** Shows the selected column in a window that is narrower than the picture. */
+  private scrollTo(position: number): void {
+    const column = this.at?.columns[position]
+    if (column)
+      this.element.scrollLeft = column.x + column.width + LABELS - this.element.clientWidth
   }
 
   private idAt(event: MouseEvent): string | undefined {

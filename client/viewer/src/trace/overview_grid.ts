@@ -161,7 +161,7 @@ function drawCells(group: Group, grid: Grid): void {
 
 /** The accessible name: the sentence, and the visible text if the label is truncated. */
 function spoken(cell: Cell, graph: FlowGraph): string {
-  if (!cell.node) return 'not traced'
+  if (!cell.node) return 'not in this trace'
   const seen = cellLabel(cell)
   const sentence = nodeSentence(cell.node, graph)
   return sentence.includes(seen) ? sentence : `${sentence}, shown as ${seen}`
@@ -277,10 +277,28 @@ export function heatPaths({ graph, at }: Grid): string[] {
 export function drawHeatmap(group: Group, grid: Grid): void {
   group
     .selectAll('path')
-    .data(heatPaths(grid))
+    .data([...heatPaths(grid), unreadPath(grid)])
     .join('path')
-    .attr('class', (_, bin) => `heat-${bin}`)
+    .attr('class', (_, bin) => (bin < BINS.length ? `heat-${bin}` : 'unread'))
     .attr('d', (path) => path)
+}
+
+/** The outline of the unlabelled columns that the stream does not contain, one box per run. */
+function unreadPath({ graph, at }: Grid): string {
+  const [top, bottom] = [at.rows.at(-1)?.y ?? 0, (at.rows[0]?.y ?? 0) + at.cellHeight]
+  const layer = at.rows.at(-1)?.layer ?? EMBEDDING
+  const missing = (column: Column | undefined) =>
+    column && !column.labelled && !residualAt(graph, layer, column.position)
+  let path = ''
+  let start: Column | undefined
+  at.columns.forEach((column, i) => {
+    if (missing(column)) start ??= column
+    if (start && !missing(at.columns[i + 1])) {
+      path += `M${start.x},${top}H${column.x + column.width}V${bottom}H${start.x}z`
+      start = undefined
+    }
+  })
+  return path
 }
 
 // A selection, a search or an open layer changes only classes, so the layout stays.

@@ -26,18 +26,19 @@ const AXIS = 38
 
 const WIDEST_HEAD = 150
 
-/** One column per position; if labels do not fit, only the columns around the selected one have them. */
+/** One column per position; `read` are the positions to label first if not all labels fit. */
 export function layout(
   positions: number,
   layers: readonly number[],
   selected: number,
   width: number,
   panelWidth: number,
+  read: readonly number[] = [],
 ): Layout {
   const pitch = rowPitch(layers.length)
   const cellHeight = Math.min(26, Math.round(pitch * 0.58))
   const panelX = width - panelWidth
-  const columns = columnsIn(positions, selected, GUTTER, panelX - GUTTER - 18)
+  const columns = columnsIn(positions, selected, GUTTER, panelX - GUTTER - 18, read)
   const rows = [EMBEDDING, ...layers].map((layer, i) => ({
     layer,
     y: TOP + (layers.length - i) * pitch,

@@ -200,6 +200,7 @@ export class TraceView {
     this.details.draw(width, position, marks, this.layers())
     const knockOut = (node: GraphNode) => this.knockOuts.section(node, graph)
     fillInspector(this.parts.aside, graph, state, { position, found, tree, knockOut })
+    this.parts.aside.classList.toggle('has-selection', graph.node(state.get('sel')) !== undefined)
     this.keepFocus()
     this.drawn = performance.now()
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')

@@ -4,7 +4,8 @@ import type { FlowGraph } from '../model/flow_graph'
 import { contributionTree } from '../model/graph_queries'
 import { cut } from '../model/tokens'
 import { chipClass, type Marks, shownToken } from '../presentation/colours'
-import { element, type Tooltip, tokenText } from '../presentation/elements'
+import { element, type Tooltip } from '../presentation/elements'
+import { explained, figureName } from '../presentation/sentences'
 import {
   charactersIn,
   defineHatches,
@@ -65,7 +66,7 @@ export class WhyFigure {
     this.element.hidden = graph.complete && !tree
     this.element.classList.toggle('pending', !graph.complete)
     const target = graph.targets.get(position)?.target.label ?? 'the target'
-    this.title.replaceChildren('Where the logit of ', tokenText(target), ' comes from')
+    this.title.textContent = `Where the ${explained(graph, position)} comes from`
     this.note.textContent = tree
       ? `The largest direct contributions; with the rests they add up to ${signed(tree.contribution)}.`
       : 'Shown when the trace is complete.'
@@ -74,7 +75,7 @@ export class WhyFigure {
     const at = whyLayout(graph, tree, width)
     svg.attr('width', at.width).attr('height', at.height)
     svg.attr('viewBox', `0 0 ${at.width} ${at.height}`)
-    drawWhy(svg, at)
+    drawWhy(svg, at, figureName(graph))
     drawAnswer(svg, at, target, signed(tree.contribution))
   }
 
@@ -89,7 +90,7 @@ function idOf(event: Event): string | undefined {
   return (event.target as Element).closest<SVGElement>('[data-id]')?.dataset.id
 }
 
-function drawWhy(svg: Svg, at: WhyLayout): void {
+function drawWhy(svg: Svg, at: WhyLayout, figure: string): void {
   defineHatches(svg)
   drawHeadings(groupNamed(svg, 'headings'), at)
   const rests = new Set(at.rows.filter(({ rest }) => rest).map(({ ribbon }) => ribbon))
@@ -100,7 +101,7 @@ function drawWhy(svg: Svg, at: WhyLayout): void {
     rests,
   )
   drawSources(groupNamed(svg, 'sources'), at)
-  drawParts(groupNamed(svg, 'parts'), at)
+  drawParts(groupNamed(svg, 'parts'), at, figure)
 }
 
 function drawHeadings(group: Group, { columns, sources }: WhyLayout): void {
@@ -156,7 +157,7 @@ function drawSources(group: Group, { sources, columns }: WhyLayout): void {
     })
 }
 
-function drawParts(group: Group, { rows, columns }: WhyLayout): void {
+function drawParts(group: Group, { rows, columns }: WhyLayout, figure: string): void {
   group
     .attr('role', 'list')
     .selectAll<SVGGElement, PartRow>('g')
@@ -174,7 +175,7 @@ function drawParts(group: Group, { rows, columns }: WhyLayout): void {
       return row
     })
     .attr('data-id', ({ node }) => node.id)
-    .attr('aria-label', (row) => spoken(row))
+    .attr('aria-label', (row) => `${spoken(row)} to the ${figure}`)
     .attr('transform', ({ y }) => `translate(0,${y + (ROW - CHIP) / 2})`)
     .each(function (row) {
       const own = select(this)
@@ -185,12 +186,7 @@ function drawParts(group: Group, { rows, columns }: WhyLayout): void {
       own
         .select('.name')
         .attr('x', columns.name)
-        .text(
-          cut(
-            row.name,
-            charactersIn((row.rest ? columns.number - AMOUNT : columns.chip) - columns.name),
-          ),
-        )
+        .text(cut(row.name, charactersIn(nameRoom(row, columns))))
       own
         .select('.top')
         .attr('x', columns.chip + 6)
@@ -199,10 +195,15 @@ function drawParts(group: Group, { rows, columns }: WhyLayout): void {
     })
 }
 
+/** The room for a part's name; rests have a narrower font and no token. */
+function nameRoom({ rest }: PartRow, columns: WhyLayout['columns']): number {
+  return rest ? 1.2 * (columns.number - AMOUNT - columns.name) : columns.chip - columns.name
+}
+
 function spoken({ name, node, rest, contribution }: PartRow): string {
   const top = rest ? undefined : node.reading?.top[0]?.token.label
   const token = top === undefined ? '' : `, top ${top}`
-  return `${name}${token}, adds ${signed(contribution)} to the logit`
+  return `${name}${token}, adds ${signed(contribution)}`
 }
 
 /** The answer and its logit beside the stacked contributions. */

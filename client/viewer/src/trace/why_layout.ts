@@ -95,9 +95,9 @@ export function whyLayout(graph: FlowGraph, tree: ContributionTree, width: numbe
 function columnsIn(width: number, hasSources: boolean): WhyColumns {
   const free = Math.max(0, width - WITH_TOKENS)
   const narrow = width < WITH_TOKENS
-  const sourceWidth = 90 + free * 0.1
-  const name = hasSources ? sourceWidth + 30 + free * 0.16 : 0
-  const chip = name + 102 + free * 0.12
+  const sourceWidth = (narrow ? 70 : 90) + free * 0.1
+  const name = hasSources ? sourceWidth + (narrow ? 22 : 30) + free * 0.16 : 0
+  const chip = name + (narrow ? 112 : 102) + free * 0.12
   const chipWidth = narrow ? 0 : 70 + free * 0.1
   const answerWidth = 66 + free * 0.12
   const answer = width - answerWidth
@@ -106,7 +106,7 @@ function columnsIn(width: number, hasSources: boolean): WhyColumns {
     name,
     chip,
     chipWidth,
-    number: chip + chipWidth + (narrow ? 12 : 46),
+    number: chip + chipWidth + 46,
     stack: answer - 12,
     answer,
     answerWidth,
