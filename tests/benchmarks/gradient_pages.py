@@ -16,7 +16,7 @@ INTERACTIONS = {
     "inputs of Q": "sel=L2/p7/FF2&imprint=Q",
     "VJPs of O": "sel=L2/p7/FF2&imprint=Q&shift=O",
     "ranks in Q": "sel=L2/p7/FF2&imprint=Q&shift=O&rank=Q",
-    "top only": "sel=L2/p7/FF2&imprint=Q&shift=O&rank=Q&ends=top",
+    "promoted only": "sel=L2/p7/FF2&imprint=Q&shift=O&rank=Q&ends=promoted",
     "both ends": "sel=L2/p7/FF2&imprint=Q&shift=O&rank=Q",
     "neurons of FF1": "sel=L2/p7/FF2&shift=O&rank=Q",
     "search": "sel=L2/p7/FF2&shift=O&rank=Q&q=a",

@@ -107,9 +107,15 @@ def expected(gradient: januslens.Gradient, kind: str) -> dict[str, str]:
     for matrix in gradient.of_kind(kind):
         for part in matrix.components:
             if part.size and part.projection:
-                top, bottom = part.projection.top_tokens[0], part.projection.bottom_tokens[0]
-                texts[f"L{matrix.layer}/p{part.position}/{kind}"] = f"▲ {top}▼ {bottom}"
+                shift = [str(end[0]) for end in (part.promoted, part.suppressed) if end]
+                text = "↑ {}↓ {}".format(*shift) if shift else str(part.projection.top_tokens[0])
+                texts[f"L{matrix.layer}/p{part.position}/{kind}"] = text
     return texts
+
+
+def promotion_rank(gradient: januslens.Gradient, rank: float) -> float:
+    """A rank in δ from the bottom, which a descent step promotes, as it subtracts δ."""
+    return gradient.header.sizes.vocab_size - 1 - rank
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -122,16 +128,16 @@ def test_each_cell_shows_its_component(
     assert cells(tab, kind) == expected(gradient, kind)
 
 
-def test_promoted_end_is_bold_and_ends_can_be_hidden(tab: Page, page: str) -> None:
+def test_promoted_token_is_first_and_bold_and_either_can_be_hidden(tab: Page, page: str) -> None:
     tab.goto(page)
     cell = tab.locator('.chip.painted[data-id="L3/p7/FF2"]')
     expect(cell).to_be_visible()
     weights = cell.locator("text").evaluate_all("ts => ts.map(t => getComputedStyle(t).fontWeight)")
-    assert weights == ["400", "700"]  # a descent step promotes the bottom of the VJP's ranking
-    tab.get_by_label("Ends").select_option("bottom")
-    expect(cell).to_have_text("▼ ␣Paris")
+    assert weights == ["700", "400"]
+    tab.get_by_label("Tokens", exact=True).select_option("suppressed")
+    expect(cell).to_have_text("↓ ␣Azerbaijani")
     tab.keyboard.press("e")
-    expect(cell).to_have_text("▲ ␣Azerbaijani▼ ␣Paris")
+    expect(cell).to_have_text("↑ ␣Paris↓ ␣Azerbaijani")
 
 
 def test_colour_encodes_the_norm_on_the_legend_scale(
@@ -158,6 +164,24 @@ def test_colour_encodes_the_norm_on_the_legend_scale(
     expect(tab.locator(".legend").first).to_contain_text(f"{largest} · |δ|, square-root scale")
 
 
+def test_colour_can_show_the_size_or_the_rank(
+    tab: Page, page: str, gradient: januslens.Gradient
+) -> None:
+    tab.goto(f"{page}#colour=size")
+    matrix = gradient.matrix(3, "FF2")
+    place = "L3/p{}/FF2"
+    sizes = {place.format(part.position): part.size for part in matrix.components if part.size}
+    largest = max(sizes, key=lambda node_id: sizes[node_id])
+    expect(tab.locator(f'.chip.painted[data-id="{largest}"]')).to_be_visible()
+    expect(tab.locator(".legend").first).to_contain_text("|x||δ|, square-root scale")
+    tab.get_by_label("Colour of the cells").select_option("rank")
+    last = next(part for part in matrix.components if part.position == 7)
+    assert promotion_rank(gradient, last.target_ranks[0]) == 0
+    cell = tab.locator(f'.chip[data-id="{place.format(7)}"]').first
+    expect(cell).to_have_class(re.compile("bin-0"))
+    expect(tab.locator(".legend").first).to_contain_text("top")
+
+
 def test_ranks_equal_the_result(tab: Page, page: str, gradient: januslens.Gradient) -> None:
     tab.goto(page)
     for matrix in gradient.of_kind("FF2"):
@@ -165,7 +189,8 @@ def test_ranks_equal_the_result(tab: Page, page: str, gradient: januslens.Gradie
             if part.size:
                 place = f"L{matrix.layer}/p{part.position}/FF2"
                 cell = tab.locator(f'.chip:not(.painted)[data-id="{place}"]')
-                expect(cell).to_have_text(str(part.target_ranks[0]))
+                rank = promotion_rank(gradient, part.target_ranks[0])
+                expect(cell).to_have_text(str(rank))
 
 
 def test_click_selects_and_fills_the_inspector(
@@ -240,8 +265,10 @@ def test_requested_tables_are_shown(
     expect(tab.locator(".verification")).to_contain_text("24 matrices compared with autograd")
     last = [r for r in gradient.segments if (r.layer, str(r.kind)) == (3, "FF2")][-1]
     assert last.segment == "last_token"
+    assert last.mean_target_rank is not None
+    rank = promotion_rank(gradient, last.mean_target_rank)
     segment = tab.get_by_label("means over layer 3, last token")
-    expect(segment).to_have_text(f"|δ| {last.mean_vjp_norm:.3g}rank {last.mean_target_rank:.0f}")
+    expect(segment).to_have_text(f"|δ| {last.mean_vjp_norm:.3g}rank {rank:.0f}")
 
 
 def shown_ranks(tab: Page, kind: str) -> dict[str, str]:
@@ -255,7 +282,7 @@ def shown_ranks(tab: Page, kind: str) -> dict[str, str]:
     return found
 
 
-def count(number: int) -> str:
+def count(number: float) -> str:
     return f"{number:,}".replace(",", "\u2009")
 
 
@@ -271,7 +298,9 @@ def test_twelve_layers_equal_the_result(tab: Page, deep: Shown) -> None:
             pieces = [re.escape(piece) for piece in text.split("…")]
             assert re.fullmatch(".*".join(pieces), wanted[place], re.DOTALL)
     ranks = {
-        f"L{matrix.layer}/p{part.position}/FF2": count(part.target_ranks[0])
+        f"L{matrix.layer}/p{part.position}/FF2": count(
+            promotion_rank(deep.gradient, part.target_ranks[0])
+        )
         for matrix in deep.gradient.of_kind("FF2")
         for part in matrix.components
         if part.size
@@ -280,12 +309,13 @@ def test_twelve_layers_equal_the_result(tab: Page, deep: Shown) -> None:
     part = next(c for c in deep.gradient.matrix(5, "FF2").components if c.position == 7)
     tab.locator('.chip.painted[data-id="L5/p7/FF2"]').click()
     inspector = tab.locator(".inspector")
-    for rank in part.target_ranks:
+    ranks_here = [promotion_rank(deep.gradient, rank) for rank in part.target_ranks]
+    for rank in ranks_here:
         expect(inspector).to_contain_text(f"{count(rank)} of {count(50_257)}")
     expect(inspector).to_contain_text(f"|δ|, the VJP{float(f'{part.vjp_norm:.3g}'):g}")
     tab.get_by_label("Target", exact=True).select_option("1")
     expect(tab.locator('.chip:not(.painted)[data-id="L5/p7/FF2"]')).to_have_text(
-        count(part.target_ranks[1])
+        count(ranks_here[1])
     )
 
 
@@ -295,7 +325,7 @@ def test_twelve_layers_draw_and_respond_within_bounds(tab: Page, deep: Shown) ->
     tab.wait_for_selector("html[data-ready=complete]", state="attached")
     drawn = tab.evaluate("performance.getEntriesByName('januslens-drawn')[0].startTime")
     assert drawn < 5_000
-    for state in ("sel=L5/p7/FF2", "imprint=V", "shift=O", "ends=top", "q=a", "theme=dark"):
+    for state in ("sel=L5/p7/FF2", "imprint=V", "shift=O", "ends=promoted", "q=a", "theme=dark"):
         assert tab.evaluate(ELAPSED, state) < 2_000
 
 
@@ -350,7 +380,12 @@ def test_experts_are_shown_separately(tab: Page, mixture: Shown) -> None:
     def ranks(expert: int | None) -> dict[str, str]:
         chosen = [(m, p) for m, p in parts if expert in (None, m.expert)]
         by_size = sorted(chosen, key=lambda pair: pair[1].size)  # the largest is written last
-        return {f"L{m.layer}/p{p.position}/FF2": count(p.target_ranks[0]) for m, p in by_size}
+        return {
+            f"L{m.layer}/p{p.position}/FF2": count(
+                promotion_rank(mixture.gradient, p.target_ranks[0])
+            )
+            for m, p in by_size
+        }
 
     expect(tab.locator('.chip.painted[data-id$="/FF2"]')).to_have_count(len(ranks(None)))
     assert shown_ranks(tab, "FF2") == ranks(None)

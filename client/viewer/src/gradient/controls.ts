@@ -13,7 +13,9 @@ export const GRADIENT_STATE = {
   rank: '',
   /** Index of the target, if the loss has several. */
   target: '',
-  /** Ends of the ranking to show: both (''), top or bottom. */
+  /** What the colour of a cell shows: |δ| (''), |x||δ| (`size`) or the target's rank (`rank`). */
+  colour: '',
+  /** Tokens to show: both (''), promoted or suppressed. */
   ends: '',
   /** Expert to show; '' = the one with the largest component at each place. */
   expert: '',
@@ -39,9 +41,15 @@ export interface Commands {
 }
 
 const ENDS = [
-  ['', '▲ top and ▼ bottom'],
-  ['top', '▲ top only'],
-  ['bottom', '▼ bottom only'],
+  ['', '↑ promoted and ↓ suppressed'],
+  ['promoted', '↑ promoted only'],
+  ['suppressed', '↓ suppressed only'],
+] as const
+
+const COLOURS = [
+  ['', 'colour: |δ|'],
+  ['size', 'colour: |x||δ|'],
+  ['rank', 'colour: promotion rank'],
 ] as const
 
 /** Fills the toolbar and returns a function that updates its controls from the state. */
@@ -51,15 +59,17 @@ export function toolbar(
   commands: Commands,
 ): (experts: readonly number[]) => void {
   const search = searchBox((q) => state.set({ q }))
-  const ends = choice('Ends', ENDS, (value) => state.set({ ends: value }))
+  const ends = choice('Tokens', ENDS, (value) => state.set({ ends: value }))
+  const colours = choice('Colour of the cells', COLOURS, (value) => state.set({ colour: value }))
   const experts = choice('Expert', [], (value) => state.set({ expert: value }))
   const theme = choice('Theme', THEMES, (value) => state.set({ theme: value }))
   const exports = exporter(commands.exportAs)
-  bar.append(search, ends, experts, theme, exports, button('?', 'Keys', commands.help))
+  bar.append(search, ends, colours, experts, theme, exports, button('?', 'Keys', commands.help))
   return (known) => {
     if (document.activeElement !== search) search.value = state.get('q')
     setExperts(experts, known)
     ends.value = state.get('ends')
+    colours.value = state.get('colour')
     experts.value = state.get('expert')
     theme.value = state.get('theme')
   }
@@ -78,12 +88,12 @@ export const KEYS = [
   ['← → ↑ ↓', 'move to the nearest cell'],
   ['Enter', 'select the focused cell'],
   ['Esc', 'clear selection and search'],
-  ['e', 'show top and bottom tokens, top only, or bottom only'],
+  ['e', 'show promoted and suppressed tokens, or only one of them'],
   ['/', 'search for a token'],
   ['?', 'show this help'],
 ] as const
 
-const END_CYCLE = ['', 'top', 'bottom']
+const END_CYCLE = ['', 'promoted', 'suppressed']
 
 /** Handles keyboard shortcuts, except while the user types. */
 export function listenToKeys(state: GradientState, commands: Commands): void {

@@ -5,10 +5,13 @@ import {
   matrixName,
   type Place,
   placeId,
+  promotionRank,
+  shiftOf,
 } from '../model/gradient'
+import { isolated } from '../model/tokens'
 import { element, scoredList, tokenText } from '../presentation/elements'
 import { count, measure, signed } from '../presentation/wording'
-import { where } from './maps'
+import { rankName, where } from './maps'
 
 // The inspector: the facts about the selected component.
 
@@ -27,13 +30,19 @@ export function fillFacts(
 
 /** One component: the norms of its factors, and the reading of the projected one. */
 function componentFacts(component: Component, model: GradientModel): HTMLElement {
-  const { reading, matrix } = component
+  const { reading } = component
   const facts = element('section', { class: 'facts', 'data-place': where(component, model) })
   const target = model.targets[0]?.id
-  const lists: [string, readonly Scored[]][] = [
-    [listTitle('Top', matrix.promoted === 'TOP', matrix.promoted), reading?.top ?? []],
-    [listTitle('Bottom', matrix.promoted === 'BOTTOM', matrix.promoted), reading?.bottom ?? []],
-  ]
+  const shift = shiftOf(component)
+  const lists: [string, readonly Scored[]][] = shift
+    ? [
+        ['↑ Promoted by a descent step', shift.promoted],
+        ['↓ Suppressed by a descent step', shift.suppressed],
+      ]
+    : [
+        ['Top tokens of x, the input', reading?.top ?? []],
+        ['Bottom tokens of x, the input', reading?.bottom ?? []],
+      ]
   facts.append(
     element('h2', {}, tokenText(shownToken(component)?.token.label ?? '—')),
     whereLine(component, model),
@@ -51,15 +60,9 @@ function whereLine({ matrix, position }: Component, model: GradientModel): HTMLE
   return element('p', { class: 'where' }, `${matrixName(matrix)}, at `, ...text)
 }
 
-function listTitle(end: string, promoted: boolean, known: string): string {
-  if (known === '') return `${end} tokens of x, the input`
-  return `${end} tokens of δ, ${promoted ? 'promoted' : 'suppressed'} by a descent step`
-}
-
 /** The token shown for a component: the most promoted one, or an input's top token. */
 export function shownToken(component: Component): Scored | undefined {
-  const { reading, matrix } = component
-  return matrix.promoted === 'BOTTOM' ? reading?.bottom[0] : reading?.top[0]
+  return shiftOf(component)?.promoted[0] ?? component.reading?.top[0]
 }
 
 function measures(component: Component, model: GradientModel): HTMLElement {
@@ -69,12 +72,19 @@ function measures(component: Component, model: GradientModel): HTMLElement {
     ['|δ|, the VJP', measure(component.vjpNorm)],
     ['size |x||δ|', measure(component.size)],
   ]
-  component.targetRanks.forEach((rank, i) => {
-    rows.push([`rank of ${model.targets[i]?.label ?? 'the target'}`, `${count(rank)}${of}`])
+  const { promoted } = component.matrix
+  const rank = (name: string, value: number) => {
+    const shown = count(promotionRank(value, promoted, model.vocabulary))
+    rows.push([`${rankName(promoted)} of ${name}`, `${shown}${of}`])
+  }
+  component.targetRanks.forEach((value, i) => {
+    rank(isolated(model.targets[i]?.label ?? 'the target'), value)
   })
   if (component.predictedRank !== undefined) {
-    const predicted = model.predicted?.label ?? 'the prediction'
-    rows.push([`rank of ${predicted}, predicted`, `${count(component.predictedRank)}${of}`])
+    rank(
+      `${isolated(model.predicted?.label ?? 'the prediction')}, predicted`,
+      component.predictedRank,
+    )
   }
   if (component.reading) rows.push(['entropy', `${measure(component.reading.entropyBits)} bits`])
   const { matrix } = component
@@ -115,17 +125,23 @@ export function componentTooltip(component: Component, model: GradientModel): No
       mark,
       ...list.slice(0, 4).map(({ token }) => tokenText(token.label)),
     )
-  const { reading } = component
+  const shift = shiftOf(component)
+  const lines = shift
+    ? [line('↑', shift.promoted), line('↓', shift.suppressed)]
+    : [line('', component.reading?.top ?? [])]
+  const { promoted } = component.matrix
+  const ranks = component.targetRanks.map((rank) =>
+    count(promotionRank(rank, promoted, model.vocabulary)),
+  )
   return [
     whereLine(component, model),
-    line('▲', reading?.top ?? []),
-    line('▼', reading?.bottom ?? []),
+    ...lines,
     element(
       'p',
       { class: 'numbers' },
       `|δ| ${measure(component.vjpNorm)}`,
       ` · |x| ${measure(component.inputNorm)}`,
-      ` · rank ${component.targetRanks.map(count).join(', ')}`,
+      ` · ${rankName(promoted)} ${ranks.join(', ')}`,
     ),
   ]
 }

@@ -1,11 +1,15 @@
 import { finite } from '../contract'
+import type { Scored } from '../model/flow_graph'
 import {
   type Component,
   type GradientModel,
+  type Matrix,
   matrixName,
   placeId,
   placeOf,
+  promotionRank,
   type Segment,
+  shiftOf,
 } from '../model/gradient'
 import type { Token } from '../model/tokens'
 import { BINS, normPaint, normSteps, rankBin } from '../presentation/colours'
@@ -21,9 +25,14 @@ export interface Shown {
   width: number
   /** Whether the map is wider than the window. */
   scrolls: boolean
+  /** Whether two maps fit beside each other. */
+  sideBySide: boolean
   selected: string
-  /** '', 'top' or 'bottom'. */
+  /** '', 'promoted' or 'suppressed'. */
   ends: string
+  colour: Scale['colour']
+  /** Whether colours show the target's rank instead. */
+  byRank: boolean
   /** Index of the target among those of the loss. */
   target: number
   /** Expert to show; undefined = the one with the largest component at each place. */
@@ -32,33 +41,78 @@ export interface Shown {
   wanted: ((token: Token) => boolean) | undefined
 }
 
-/** Both ends of each component's ranking by layer and position, coloured by |δ|. */
-export function factorMap(model: GradientModel, kind: string, shown: Shown): HeatMap {
-  const largest = largestNorm(model, kind)
-  return map(model, shown, shown.ends === '' ? 42 : 26, (layer, position) => {
+/** What the colours of a map show, and the value of the darkest one. */
+export interface Scale {
+  colour: '' | 'size'
+  /** The largest value, without a position whose values are far beyond all others. */
+  largest: number
+  /** The largest value of that position, e.g. of the attention sink. */
+  beyond: { position: number; value: number } | undefined
+}
+
+const FAR = 2 // times the largest value of the other positions
+
+/** The scale of a matrix's map; one position that is not the last does not own it. */
+export function scaleOf(model: GradientModel, kind: string, colour: Scale['colour']): Scale {
+  const largest = new Map<number, number>()
+  for (const { components } of model.of(kind)) {
+    for (const component of components) {
+      const { position } = component
+      const value = finite(valueIn(component, colour))
+      largest.set(position, Math.max(largest.get(position) ?? 0, value))
+    }
+  }
+  const [first, second] = [...largest].sort((a, b) => b[1] - a[1])
+  const [position = 0, value = 0] = first ?? []
+  const others = second?.[1] ?? 0
+  const far = position !== model.prompt.length - 1 && others > 0 && value > FAR * others
+  return far
+    ? { colour, largest: others, beyond: { position, value } }
+    : { colour, largest: value, beyond: undefined }
+}
+
+function valueIn(component: Component, colour: Scale['colour']): number {
+  return colour === 'size' ? component.size : component.vjpNorm
+}
+
+/** What a descent step promotes and suppresses, or the input's top token, by layer and position. */
+export function factorMap(model: GradientModel, kind: string, shown: Shown, scale: Scale): HeatMap {
+  const two = shown.ends === '' && model.of(kind)[0]?.promoted !== ''
+  return map(model, shown, two ? 42 : 26, (layer, position) => {
     const found = model.at({ layer, position, kind }, shown.expert)
     if (!found || found.size === 0) return undefined
     return {
       ...markedCell(found, shown),
       lines: linesOf(found, shown.ends),
-      paint: normPaint(found.vjpNorm, largest),
+      paint: shown.byRank
+        ? `bin-${rankBin(rankOf(found, model, shown), model.vocabulary)}`
+        : normPaint(valueIn(found, scale.colour), scale.largest),
       sentence: sentence(found, model),
     }
   })
 }
 
-/** The rank of the target in each component by layer and position. */
+/** The target's rank in a component, from the promoted end. */
+function rankOf(component: Component, model: GradientModel, shown: Shown): number | undefined {
+  const rank = component.targetRanks[shown.target]
+  return rank === undefined
+    ? undefined
+    : promotionRank(rank, component.matrix.promoted, model.vocabulary)
+}
+
+/** The target's rank in each component by layer and position, from the promoted end. */
 export function rankMap(model: GradientModel, kind: string, shown: Shown): HeatMap {
   return map(model, shown, 24, (layer, position) => {
     const found = model.at({ layer, position, kind }, shown.expert)
-    const rank = found?.targetRanks[shown.target]
-    if (!found || found.size === 0 || rank === undefined) return undefined
+    if (!found || found.size === 0) return undefined
+    const rank = rankOf(found, model, shown)
+    if (rank === undefined) return undefined
     const token = model.targets[shown.target]?.label ?? 'the target'
     return {
       ...markedCell(found, shown),
       lines: [{ mark: '', text: count(rank), strong: rank === 0 }],
       paint: `bin-${rankBin(rank, model.vocabulary)}`,
-      sentence: `is the rank of ${token} in ${where(found, model)}`,
+      sentence: `is the ${rankName(found.matrix.promoted)} of ${token} in ${where(found, model)}`,
     }
   })
 }
@@ -76,11 +130,14 @@ function markedCell(component: Component, { selected, wanted }: Shown) {
   }
 }
 
-/** The mean norm and the target's mean rank by segment of the prompt. */
+/** The mean norm and the target's mean rank, from the promoted end, by segment of the prompt. */
 export function segmentMap(model: GradientModel, kind: string): HeatMap {
   const rows = model.segments.filter((segment) => segment.kind === kind)
   const names = [...new Set(rows.map((row) => row.segment))]
   const largest = Math.max(...rows.map((row) => finite(row.norm)), 0)
+  const promoted = model.of(kind)[0]?.promoted
+  const rank = (row: Segment) =>
+    row.rank === undefined ? undefined : promotionRank(row.rank, promoted, model.vocabulary)
   const columns = names.map((name, i) => ({
     key: name,
     label: name.replaceAll('_', ' '),
@@ -97,13 +154,13 @@ export function segmentMap(model: GradientModel, kind: string): HeatMap {
     width: GUTTER + names.length * SEGMENT,
     cell: (layer, name) => {
       const row = rows.find((r) => r.segment === name && r.layer === Number(layer))
-      return row && segmentCell(row, largest)
+      return row && segmentCell(row, largest, rank(row))
     },
   }
 }
 
-function segmentCell(row: Segment, largest: number): HeatCell {
-  const rank = row.rank === undefined ? '' : `rank ${decimals(row.rank, 0)}`
+function segmentCell(row: Segment, largest: number, meanRank: number | undefined): HeatCell {
+  const rank = meanRank === undefined ? '' : `rank ${decimals(meanRank, 0)}`
   const text = row.segment.replaceAll('_', ' ')
   return {
     id: '',
@@ -117,11 +174,6 @@ function segmentCell(row: Segment, largest: number): HeatCell {
     selected: false,
     found: undefined,
   }
-}
-
-export function largestNorm(model: GradientModel, kind: string): number {
-  const norms = model.of(kind).flatMap((matrix) => matrix.components.map((c) => c.vjpNorm))
-  return norms.reduce((most, norm) => Math.max(most, finite(norm)), 0)
 }
 
 function map(
@@ -159,17 +211,24 @@ function columnsOf(model: GradientModel, shown: Shown): HeatColumn[] {
   }))
 }
 
-/** The top and the bottom token; the one that a descent step promotes is bold. */
+/** What a descent step promotes and suppresses most, or an input's top token. */
 function linesOf(component: Component, ends: string): Line[] {
-  const { promoted } = component.matrix
-  const line = (mark: string, end: 'TOP' | 'BOTTOM', text: string | undefined) => ({
+  const line = (mark: string, found: Scored | undefined, strong: boolean) => ({
     mark,
-    text: text ?? '—',
-    strong: promoted === end,
+    text: found?.token.label ?? '—',
+    strong,
   })
-  const top = line('▲', 'TOP', component.reading?.top[0]?.token.label)
-  const bottom = line('▼', 'BOTTOM', component.reading?.bottom[0]?.token.label)
-  return ends === 'top' ? [top] : ends === 'bottom' ? [bottom] : [top, bottom]
+  const shift = shiftOf(component)
+  if (!shift) return [line('', component.reading?.top[0], false)]
+  const promoted = line('↑', shift.promoted[0], true)
+  const suppressed = line('↓', shift.suppressed[0], false)
+  if (ends === 'promoted') return [promoted]
+  return ends === 'suppressed' ? [suppressed] : [promoted, suppressed]
+}
+
+/** The name of a matrix's ranks. */
+export function rankName(promoted: Matrix['promoted']): string {
+  return promoted === '' ? 'rank' : 'promotion rank'
 }
 
 /** `L3 FF2, at ␣of (7)`. */
@@ -188,9 +247,13 @@ const STEPS = 24
 const WIDTH = 5
 const BIN = 58
 
-/** The legend of norms from 0 to `largest`. */
-export function normLegend(largest: number): Legend {
-  return { key: String(largest), draw: (group) => drawNorms(group, largest) }
+/** The legend of a scale. */
+export function scaleLegend(scale: Scale, prompt: readonly Token[]): Legend {
+  const { colour, largest, beyond } = scale
+  const name = colour === 'size' ? '|x||δ|' : '|δ|'
+  const more = beyond ? `; ${at(beyond.position, prompt)} up to ${measure(beyond.value)}` : ''
+  const text = `${measure(largest)} · ${name}, square-root scale${more}`
+  return { key: text, draw: (group) => drawSteps(group, text) }
 }
 
 /** The legend of rank bins. */
@@ -198,7 +261,7 @@ export function rankLegend(): Legend {
   return { key: 'ranks', draw: drawBins }
 }
 
-function drawNorms(group: Group, largest: number): void {
+function drawSteps(group: Group, text: string): void {
   group
     .selectAll('rect')
     .data(normSteps(STEPS))
@@ -212,7 +275,7 @@ function drawNorms(group: Group, largest: number): void {
     .selectAll('text')
     .data([
       { x: 0, text: '0' },
-      { x: end, text: `${measure(largest)} · |δ|, square-root scale` },
+      { x: end, text },
     ])
     .join('text')
     .attr('class', 'column')

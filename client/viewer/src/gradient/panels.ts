@@ -5,11 +5,12 @@ import { needsRedraw, type Svg } from '../presentation/svg'
 import type { GradientKey, GradientState } from './controls'
 import {
   factorMap,
-  largestNorm,
-  normLegend,
   rankLegend,
   rankMap,
+  rankName,
   type Shown,
+  scaleLegend,
+  scaleOf,
   segmentMap,
 } from './maps'
 
@@ -25,7 +26,7 @@ interface Panel {
 }
 
 export class MapPanels {
-  readonly element = element('div', { class: 'details' })
+  readonly element = element('div', { class: 'details matrix-maps' })
   private readonly imprint: Panel
   private readonly shift: Panel
   private readonly rank: Panel
@@ -36,7 +37,7 @@ export class MapPanels {
     private readonly model: GradientModel,
     private readonly state: GradientState,
   ) {
-    this.shift = this.panel('shift', 'Tokens of the VJP δ by layer and position')
+    this.shift = this.panel('shift', 'Promoted and suppressed tokens by layer and position')
     this.imprint = this.panel('imprint', 'Tokens of the input x by layer and position')
     this.rank = this.panel('rank', 'Rank of the target by layer and position')
     this.segments = this.panel('rank', 'Means by segment of the prompt')
@@ -52,8 +53,10 @@ export class MapPanels {
   }
 
   draw(shown: Shown): void {
-    this.drawFactors(this.shift, 'shift', 'tokens of δ, the gradient of its output', shown)
-    this.drawFactors(this.imprint, 'imprint', 'tokens of x, its input', shown)
+    this.element.classList.toggle('side-by-side', shown.sideBySide)
+    const shift = 'what a descent step promotes ↑ and suppresses ↓'
+    this.drawFactors(this.shift, 'shift', shift, shown)
+    this.drawFactors(this.imprint, 'imprint', 'top tokens of x, its input', shown)
     this.drawRanks(shown)
     this.drawSegments()
   }
@@ -64,8 +67,9 @@ export class MapPanels {
     if (kind === '') return
     setOptions(panel.kinds, this.model.kinds(key === 'shift' ? 'VJP' : 'INPUT'), kind)
     panel.title.replaceChildren(`${kind}: ${text}`)
-    const legend = normLegend(largestNorm(this.model, kind))
-    this.show(panel, factorMap(this.model, kind, shown), legend)
+    const scale = scaleOf(this.model, kind, shown.colour)
+    const legend = shown.byRank ? rankLegend() : scaleLegend(scale, this.model.prompt)
+    this.show(panel, factorMap(this.model, kind, shown, scale), legend)
     if (shown.scrolls) scrollTo(panel, shown.selected)
   }
 
@@ -73,14 +77,12 @@ export class MapPanels {
     const kind = this.rankKind()
     this.rank.box.hidden = kind === '' || this.model.targets.length === 0
     setOptions(this.rank.kinds, this.allKinds(), kind)
-    const side = this.model.of(kind)[0]?.side === 'VJP' ? 'δ' : 'x'
-    const end = this.model.of(kind)[0]?.promoted
+    const promoted = this.model.of(kind)[0]?.promoted ?? ''
     const token = this.model.targets[shown.target] ?? this.model.targets[0]
     this.rank.title.replaceChildren(
-      'Rank of ',
+      `${kind}: ${rankName(promoted)} of `,
       tokenText(token?.label ?? ''),
-      ` in ${side} of ${kind}`,
-      end === 'BOTTOM' ? '; a descent step promotes the tokens that rank last' : '',
+      promoted ? '; a descent step promotes rank 0 most' : ' in its input x',
     )
     this.targets.hidden = this.model.targets.length < 2
     const text = this.model.targets.map((t, i) => [String(i), t.label] as const)
@@ -101,7 +103,7 @@ export class MapPanels {
     if (!known) return
     setOptions(this.segments.kinds, this.allKinds(), kind)
     this.segments.title.replaceChildren(
-      `${kind}: mean |δ| and mean rank of the target by segment of the prompt`,
+      `${kind}: mean |δ| and mean ${rankName(this.model.of(kind)[0]?.promoted ?? '')} of the target by segment of the prompt`,
     )
     this.show(this.segments, segmentMap(this.model, kind))
   }

@@ -39,6 +39,7 @@ import { MapPanels } from './panels'
 import { neuronTable, previewTable, spectrumTable, verificationLine } from './tables'
 
 const PREVIEW = 'preview:'
+const MAPS_GAP = 28 // px between two maps; the same as in styles/layout.css
 
 /** Shows an embedded or posted gradient. */
 export async function gradientPage(): Promise<void> {
@@ -166,9 +167,15 @@ export class GradientView {
   private shown(room: number, selected: string): Shown {
     const { state } = this
     const least = narrowest(this.model.prompt.length)
+    const half = (room - MAPS_GAP) / 2
+    const width = half >= least ? half : room
+    const colour = state.get('colour')
     return {
-      width: Math.max(room, least),
-      scrolls: room < least,
+      width: Math.max(width, least),
+      scrolls: width < least,
+      sideBySide: half >= least,
+      colour: colour === 'size' ? colour : '',
+      byRank: colour === 'rank',
       selected,
       ends: state.get('ends'),
       target: Number(state.get('target') || 0),
@@ -253,7 +260,7 @@ function story(model: GradientModel): HTMLElement {
   const story = element('p', { class: 'story' }, ...rendered(lossSentence(model)))
   story.append(
     ' A descent step adds −η · xᵀδ to a matrix, where η is the learning rate: for inputs similar to x, ',
-    'the output moves along −δ. ▲ marks top tokens, ▼ bottom tokens; tokens that the step promotes are bold.',
+    'the output moves along −δ. ↑ marks the token that the step promotes most, ↓ the token that it suppresses most.',
   )
   if (model.skipped.length > 0) {
     story.append(` This model has no ${model.skipped.join(', ')}.`)

@@ -9,7 +9,7 @@ import type {
   SingularMessage,
 } from '../contract'
 import { finite, number } from '../contract'
-import { type Reading, readingOf } from './flow_graph'
+import { type Reading, readingOf, type Scored } from './flow_graph'
 import { type Token, TokenTable, tokenOf } from './tokens'
 
 // The gradient of a loss, built from the messages received so far.
@@ -68,6 +68,30 @@ export function matrixLayer({ layer, expert }: Matrix): string {
 /** `L3 FF2`, or `L3 expert 2 FF2`. */
 export function matrixName(matrix: Matrix): string {
   return `${matrixLayer(matrix)} ${matrix.kind}`
+}
+
+/** The tokens that a descent step promotes and suppresses, the most first; undefined for inputs. */
+export function shiftOf({
+  matrix,
+  reading,
+}: Component): { promoted: readonly Scored[]; suppressed: readonly Scored[] } | undefined {
+  if (matrix.promoted === '' || !reading) return undefined
+  const { top, bottom } = reading
+  return matrix.promoted === 'TOP'
+    ? { promoted: top, suppressed: bottom }
+    : { promoted: bottom, suppressed: top }
+}
+
+/**
+ * A rank from the promoted end: 0 is the token that a descent step promotes most. Ranks in inputs,
+ * and those in a vocabulary of unknown size, stay as they are.
+ */
+export function promotionRank(
+  rank: number,
+  promoted: Matrix['promoted'] | undefined,
+  vocabulary: number | undefined,
+): number {
+  return promoted === 'BOTTOM' && vocabulary ? vocabulary - 1 - rank : rank
 }
 
 export type Read = (projection?: ProjectionMessage) => Reading | undefined
