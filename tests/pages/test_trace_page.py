@@ -10,7 +10,7 @@ from playwright.sync_api import Locator, Page, expect
 
 import januslens
 from januslens import _presentation as presentation
-from tests.pages.conftest import ELAPSED, Traced, wait_until
+from tests.pages.conftest import ELAPSED, PROMPT, Traced, wait_until
 from tests.pages.models import HOSTILE
 
 STRONGEST = "L3/p7/HEAD_OUTPUT/h2"
@@ -483,20 +483,88 @@ def test_hostile_tokens_are_text(tab: Page, large: Traced) -> None:
         assert not any(hidden in label for label in labels)
 
 
+def exported(
+    tab: Page, file_format: str, to: Path, *, size: str = "screen", panels: int = 99
+) -> Path:
+    """Export the first panels of a page in a format, and return the file."""
+    tab.get_by_role("button", name="Export", exact=True).click()
+    tab.get_by_label("Size").select_option(size)
+    for box in tab.locator(".export-panels input").all()[panels:]:
+        box.uncheck()
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name=file_format, exact=True).click()
+    download.value.save_as(to)
+    return to
+
+
 def test_exported_json_equals_the_stream(tab: Page, demo: Traced, tmp_path: Path) -> None:
     opened(tab, demo)
-    saved = {}
-    for name in ("json", "svg", "png"):
-        with tab.expect_download() as download:
-            tab.get_by_label("Export").select_option(name)
-        saved[name] = tmp_path / name
-        download.value.save_as(saved[name])
-    with saved["json"].open(encoding="utf-8") as lines:
+    with exported(tab, "JSON Lines", tmp_path / "trace.jsonl").open(encoding="utf-8") as lines:
         assert januslens.read_trace(lines) == demo.trace
-    svg = saved["svg"].read_text(encoding="utf-8")
-    assert svg.startswith("<svg")
+
+
+@pytest.mark.parametrize(("size", "millimetres"), [("column", 85), ("page", 170)])
+def test_exported_figures_stand_alone(
+    tab: Page, demo: Traced, tmp_path: Path, size: str, millimetres: int
+) -> None:
+    opened(tab, demo)
+    before = tab.locator("svg.overview").get_attribute("width")
+    path = exported(tab, "SVG", tmp_path / "figure.svg", size=size, panels=2)
+    svg = path.read_text(encoding="utf-8")
     assert "var(--" not in svg
-    assert saved["png"].read_bytes().startswith(b"\x89PNG")
+    assert re.match(rf'<svg [^>]*width="{millimetres}.00mm" height="[\d.]+mm" viewBox="0 0 ', svg)
+    texts = " ".join(re.findall(r"<text[^>]*>([^<]*)</text>", svg))
+    for shown in (PROMPT, "␣Tokyo", "model demo", "Where the logit of", "Residual stream by token"):
+        assert shown in re.sub("[\u2066-\u2069]", "", texts)
+    assert "Layer 3" not in texts  # the third panel was not chosen
+    assert tab.locator("svg.overview").get_attribute("width") == before
+    png = exported(tab, "PNG", tmp_path / "figure.png", size=size, panels=1).read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert int.from_bytes(png[16:20]) == round(millimetres / 25.4 * 300)
+
+
+def test_slide_has_the_shape_of_a_slide(tab: Page, demo: Traced, tmp_path: Path) -> None:
+    opened(tab, demo)
+    svg = exported(tab, "SVG", tmp_path / "slide.svg", size="slide").read_text(encoding="utf-8")
+    box = re.search(r'viewBox="([^"]*)"', svg)
+    assert box
+    _, _, width, height = map(float, box[1].split())
+    assert width / height == pytest.approx(16 / 9)
+
+
+def pages_of(pdf: bytes) -> list[tuple[float, float]]:
+    """The widths and heights of a PDF's pages, in points."""
+    boxes = re.findall(rb"/MediaBox\s*\[\s*0 0 ([\d.]+) ([\d.]+)\s*\]", pdf)
+    assert len(boxes) == len(re.findall(rb"/Type\s*/Page\b", pdf))
+    return [(float(width), float(height)) for width, height in boxes]
+
+
+def test_pdf_is_one_sheet_of_the_figure(tab: Page, demo: Traced) -> None:
+    tab.add_init_script("window.print = () => {}")  # a browser without a window has no dialog
+    opened(tab, demo)
+    tab.get_by_role("button", name="Export", exact=True).click()
+    tab.get_by_label("Size").select_option("page")
+    tab.get_by_role("button", name="PDF", exact=True).click()
+    expect(tab.locator(".figure-sheet")).to_have_count(1)
+    wait_until(tab, "document.adoptedStyleSheets.length > 0")
+    [(width, height)] = pages_of(tab.pdf(prefer_css_page_size=True))
+    assert width == pytest.approx(170 / 25.4 * 72, abs=1)
+    assert height > width / 2
+    expect(tab.locator(".figure-sheet")).to_have_count(0)  # gone after printing
+
+
+def test_printed_page_has_no_blank_or_cut_sheets(tab: Page, large: Traced) -> None:
+    opened(tab, large, "layers=5")
+    tab.emulate_media(media="print")
+    tab.set_viewport_size({"width": 703, "height": 1032})  # A4 without the margins, in pixels
+    sheet = 1032
+    for picture in ("svg.why", "svg.overview", "svg.detail"):
+        box = tab.locator(picture).bounding_box()
+        assert box
+        assert box["width"] <= 703
+        assert 40 < box["height"] < sheet
+    tall = tab.evaluate("document.documentElement.scrollHeight")
+    assert len(pages_of(tab.pdf(format="A4"))) <= tall / sheet + 3
 
 
 def test_exported_picture_includes_unlabelled_columns(
@@ -504,9 +572,7 @@ def test_exported_picture_includes_unlabelled_columns(
 ) -> None:
     opened(tab, wide)
     labelled = tab.locator("svg.overview .cell").count()
-    with tab.expect_download() as download:
-        tab.get_by_label("Export").select_option("svg")
-    download.value.save_as(tmp_path / "svg")
+    exported(tab, "SVG", tmp_path / "svg")
     svg = (tmp_path / "svg").read_text(encoding="utf-8")
     outlines = re.findall(r'class="heat-\d" d="([^"]*)"', svg)
     assert len(outlines) == 7  # one a colour

@@ -1,23 +1,127 @@
 import pictureStyle from '../../styles/picture.css'
+import { choice, element } from '../presentation/elements'
 import { resolvedColour } from './shell'
 import { lines } from './streams'
 
-// Exports: the recorded messages, and the pictures with their style.
+// Exports: the recorded messages, and figures of the pictures with their titles and style.
 
-/** Saves the page as `json` (the lines of `stream`), `svg` or `png` (the visible pictures). */
-export async function exportPage(format: string, title: string, stream: string): Promise<void> {
-  const name = title.replace(/ · Januslens$/, '').replace(/[^\p{L}\p{N}]+/gu, '-')
-  if (format === 'json') {
-    save(`${name}.jsonl`, 'application/jsonl', `${(await lines(stream)).join('\n')}\n`)
-    return
-  }
-  const pictures = [...document.querySelectorAll<SVGSVGElement>('svg.picture')]
-  const svg = standaloneSvg(
-    pictures.filter((picture) => picture.clientWidth > 0),
-    title,
+/** What a view exports. */
+export interface Exported {
+  /** Title of the page, for file names. */
+  title: string
+  /** The stream whose lines are exported as JSON. */
+  stream: string
+  /** Lays the pictures out for this width in pixels; undefined = the window's. */
+  layout: (width: number | undefined) => void
+}
+
+/** A size of figures; text of 11.5 px is then about 6 pt high. */
+interface Size {
+  name: string
+  /** Width for which the pictures are laid out, in pixels; undefined = as on the screen. */
+  layout: number | undefined
+  /** Width of the figure with its unit; undefined = its pixels. */
+  millimetres: number | undefined
+  /** Whether the figure has the shape of a slide. */
+  slide: boolean
+}
+
+const ON_SCREEN: Size = {
+  name: 'as on the screen',
+  layout: undefined,
+  millimetres: undefined,
+  slide: false,
+}
+
+const SIZES: Record<string, Size> = {
+  screen: ON_SCREEN,
+  column: { name: '85 mm, one column', layout: 480, millimetres: 85, slide: false },
+  page: { name: '170 mm, two columns', layout: 960, millimetres: 170, slide: false },
+  slide: { name: 'slide, 16:9', layout: 1180, millimetres: 338.67, slide: true },
+}
+
+/** A picture of the page and its name. */
+interface Panel {
+  name: string
+  picture: SVGSVGElement
+}
+
+/** The dialog that exports panels of a view; returns a function that opens it. */
+export function exportDialog(exported: Exported): () => void {
+  const panels = element('fieldset', { class: 'export-panels' })
+  const sizes = choice(
+    'Size',
+    Object.entries(SIZES).map(([value, { name }]) => [value, name] as const),
+    () => {},
   )
-  if (format === 'svg') save(`${name}.svg`, 'image/svg+xml', svg)
-  if (format === 'png') save(`${name}.png`, 'image/png', await png(svg))
+  const formats = Object.entries(FORMATS).map(([name, save]) => {
+    const made = element('button', { type: 'button', class: 'button' }, name)
+    made.addEventListener('click', () => {
+      dialog.close()
+      void save(exported, chosenPanels(panels), SIZES[sizes.value] ?? ON_SCREEN)
+    })
+    return made
+  })
+  const close = element('button', { type: 'button', class: 'button' }, 'Close')
+  const dialog = element(
+    'dialog',
+    { class: 'help export-dialog', 'aria-labelledby': 'export-title' },
+    element('h2', { id: 'export-title' }, 'Export'),
+    panels,
+    element('label', { class: 'export-size' }, 'Size ', sizes),
+    element('p', { class: 'quiet' }, 'PDF opens the print dialog; choose “Save as PDF” there.'),
+    element('div', { class: 'export-formats' }, ...formats, close),
+  )
+  close.addEventListener('click', () => dialog.close())
+  document.body.append(dialog)
+  return () => {
+    listPanels(panels)
+    dialog.showModal()
+  }
+}
+
+function listPanels(fieldset: HTMLFieldSetElement): void {
+  const rows = visiblePanels().map(({ name }) => {
+    const box = element('input', { type: 'checkbox', checked: '' })
+    return element('label', {}, box, ` ${name}`)
+  })
+  fieldset.replaceChildren(element('legend', {}, 'Panels'), ...rows)
+}
+
+function chosenPanels(fieldset: HTMLFieldSetElement): Panel[] {
+  const boxes = fieldset.querySelectorAll<HTMLInputElement>('input')
+  return visiblePanels().filter((_, i) => boxes[i]?.checked)
+}
+
+function visiblePanels(): Panel[] {
+  return [...document.querySelectorAll<SVGSVGElement>('svg.picture')]
+    .filter((picture) => picture.clientWidth > 0)
+    .map((picture) => ({
+      picture,
+      name:
+        picture.closest('section')?.querySelector('h2')?.textContent ||
+        (picture.getAttribute('aria-label') ?? ''),
+    }))
+}
+
+type Save = (exported: Exported, panels: readonly Panel[], size: Size) => Promise<void>
+
+const FORMATS: Record<string, Save> = {
+  SVG: async (exported, panels, size) => {
+    save(`${fileName(exported)}.svg`, 'image/svg+xml', figureOf(exported, panels, size).svg)
+  },
+  PNG: async (exported, panels, size) => {
+    save(`${fileName(exported)}.png`, 'image/png', await png(figureOf(exported, panels, size)))
+  },
+  PDF: async (exported, panels, size) => printed(figureOf(exported, panels, size)),
+  'JSON Lines': async (exported) => {
+    const text = `${(await lines(exported.stream)).join('\n')}\n`
+    save(`${fileName(exported)}.jsonl`, 'application/jsonl', text)
+  },
+}
+
+function fileName({ title }: Exported): string {
+  return title.replace(/ · Januslens$/, '').replace(/[^\p{L}\p{N}]+/gu, '-')
 }
 
 export function save(name: string, type: string, content: BlobPart): void {
@@ -29,29 +133,102 @@ export function save(name: string, type: string, content: BlobPart): void {
   setTimeout(() => URL.revokeObjectURL(url), 10_000)
 }
 
-/** One self-contained SVG of all pictures, stacked, with resolved colours and fonts. */
-export function standaloneSvg(pictures: readonly SVGSVGElement[], title: string): string {
-  const gap = 24
-  const margin = 20
-  const width = Math.max(...pictures.map((p) => p.width.baseVal.value)) + 2 * margin
-  let y = margin + 30
-  const parts = pictures.map((picture) => {
+/** A self-contained SVG and its size on paper. */
+interface Figure {
+  svg: string
+  millimetres: readonly [width: number, height: number]
+}
+
+function figureOf(exported: Exported, panels: readonly Panel[], size: Size): Figure {
+  exported.layout(size.layout)
+  const figure = standaloneFigure(panels, size)
+  exported.layout(undefined)
+  return figure
+}
+
+const MARGIN = 16
+const GAP = 22
+const SVG = 'http://www.w3.org/2000/svg'
+const PIXEL = 25.4 / 96 // mm
+
+/** All panels, stacked below the page's title, with resolved colours and fonts. */
+function standaloneFigure(panels: readonly Panel[], size: Size): Figure {
+  const widths = panels.map(({ picture }) => picture.width.baseVal.value)
+  const width = Math.max(size.layout ?? 0, ...widths) + 2 * MARGIN
+  const parts: string[] = []
+  let y = MARGIN
+  const write = (text: string, style: 'title' | 'panel' | 'quiet') => {
+    for (const line of wrapped(text, Math.floor((width - 2 * MARGIN) / WIDTHS[style]))) {
+      y += HEIGHTS[style]
+      parts.push(textLine(line, style, y))
+    }
+  }
+  write(isolatedText(document.querySelector('.heading h1')), 'title')
+  write(document.querySelector('.heading .provenance')?.textContent ?? '', 'quiet')
+  for (const { name, picture } of panels) {
+    y += GAP
+    write(name, 'panel')
+    y += 8
     const copy = resolvedCopy(picture)
-    copy.setAttribute('x', String(margin))
+    copy.setAttribute('x', String(MARGIN))
     copy.setAttribute('y', String(y))
-    y += picture.height.baseVal.value + gap
-    return new XMLSerializer().serializeToString(copy)
-  })
-  const heading = document.createElementNS('http://www.w3.org/2000/svg', 'text')
-  heading.setAttribute('x', String(margin))
-  heading.setAttribute('y', String(margin + 12))
-  heading.setAttribute('class', 'title')
-  heading.textContent = title
-  return (
-    `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${y}">` +
-    `<style>${resolvedStyle()}</style><rect width="100%" height="100%" fill="${resolvedColour('--paper')}"/>` +
-    `${new XMLSerializer().serializeToString(heading)}${parts.join('')}</svg>`
+    parts.push(new XMLSerializer().serializeToString(copy))
+    y += picture.height.baseVal.value
+  }
+  return framed(parts.join(''), width, y + MARGIN, size)
+}
+
+const WIDTHS = { title: 8.3, panel: 7.6, quiet: 6 } // px of an average character
+const HEIGHTS = { title: 19, panel: 17, quiet: 15 } // px of a line
+
+function textLine(text: string, style: string, y: number): string {
+  const made = document.createElementNS(SVG, 'text')
+  made.setAttribute('x', String(MARGIN))
+  made.setAttribute('y', String(y))
+  made.setAttribute('class', style)
+  made.textContent = text
+  return new XMLSerializer().serializeToString(made)
+}
+
+/** The text of an element whose tokens do not reorder the text around them. */
+function isolatedText(of: Element | null): string {
+  const text = Array.from(of?.childNodes ?? [], (node) =>
+    node instanceof HTMLElement && node.tagName === 'BDI'
+      ? `\u2068${node.textContent}\u2069`
+      : (node.textContent ?? ''),
   )
+  return text.join('')
+}
+
+/** Lines of at most `length` characters, broken at spaces. */
+export function wrapped(text: string, length: number): string[] {
+  const found: string[] = []
+  for (const word of text.trim().split(/\s+/)) {
+    const last = found.at(-1)
+    if (last !== undefined && last.length + word.length < length) {
+      found[found.length - 1] = `${last} ${word}`
+    } else found.push(word)
+  }
+  return found
+}
+
+/** The outer element: its viewBox, its size on paper and its background. */
+function framed(content: string, width: number, height: number, size: Size): Figure {
+  const [w, h] = size.slide
+    ? [Math.max(width, (height * 16) / 9), Math.max(height, (width * 9) / 16)]
+    : [width, height]
+  const [x, y] = [(width - w) / 2, (height - h) / 2]
+  const paper = size.millimetres ?? w * PIXEL
+  const millimetres = [paper, (paper * h) / w] as const
+  const [wide, high] = size.millimetres
+    ? millimetres.map((side) => `${side.toFixed(2)}mm`)
+    : [`${w}`, `${h}`]
+  const svg =
+    `<svg xmlns="${SVG}" width="${wide}" height="${high}" viewBox="${x} ${y} ${w} ${h}">` +
+    `<style>${resolvedStyle()}</style>` +
+    `<rect x="${x}" y="${y}" width="${w}" height="${h}" fill="${resolvedColour('--paper')}"/>` +
+    `${content}</svg>`
+  return { svg, millimetres }
 }
 
 /** A copy with inline colours resolved for the current theme. */
@@ -74,15 +251,17 @@ function resolvedStyle(): string {
   )
 }
 
-/** Renders an SVG as PNG at twice its size, for slides. */
-export async function png(svg: string): Promise<Blob> {
-  const image = new Image()
+const DOTS = 300 / 25.4 // per mm
+
+/** Renders a figure with 300 dots per inch. */
+async function png({ svg, millimetres }: Figure): Promise<Blob> {
   const url = URL.createObjectURL(new Blob([svg], { type: 'image/svg+xml' }))
+  const image = new Image()
   image.src = url
   await image.decode()
   const canvas = document.createElement('canvas')
-  canvas.width = image.naturalWidth * 2
-  canvas.height = image.naturalHeight * 2
+  canvas.width = Math.round(millimetres[0] * DOTS)
+  canvas.height = Math.round(millimetres[1] * DOTS)
   canvas.getContext('2d')?.drawImage(image, 0, 0, canvas.width, canvas.height)
   URL.revokeObjectURL(url)
   return new Promise((resolve, reject) =>
@@ -92,4 +271,28 @@ export async function png(svg: string): Promise<Blob> {
       'image/png',
     ),
   )
+}
+
+const ROUNDING = 0.5 // mm, without which a rounded height would need a second sheet
+
+/** Prints a figure alone on a sheet of its size. */
+async function printed({ svg, millimetres: [width, height] }: Figure): Promise<void> {
+  const url = URL.createObjectURL(new Blob([svg], { type: 'image/svg+xml' }))
+  const image = element('img', { class: 'figure-sheet', src: url, alt: '' })
+  image.style.width = `${width}mm`
+  document.body.append(image)
+  await image.decode()
+  const sheet = new CSSStyleSheet()
+  sheet.replaceSync(`@page { size: ${width}mm ${height + ROUNDING}mm; margin: 0 }`)
+  document.adoptedStyleSheets.push(sheet)
+  window.addEventListener(
+    'afterprint',
+    () => {
+      image.remove()
+      document.adoptedStyleSheets = document.adoptedStyleSheets.filter((one) => one !== sheet)
+      URL.revokeObjectURL(url)
+    },
+    { once: true },
+  )
+  window.print()
 }

@@ -1,4 +1,4 @@
-import { exportPage } from '../browser/export'
+import { exportDialog } from '../browser/export'
 import {
   ChangeTracker,
   HashState,
@@ -21,7 +21,6 @@ import {
   button,
   choice,
   element,
-  exporter,
   promptText,
   provenanceLine,
   THEMES,
@@ -76,6 +75,7 @@ class EffectsView {
   private readonly measures = choice('Measure', MEASURES, (measure) => this.state.set({ measure }))
   private readonly theme = choice('Theme', THEMES, (theme) => this.state.set({ theme }))
   private ended = false
+  private exportWidth: number | undefined
 
   constructor(
     private readonly parts: Shell,
@@ -86,7 +86,11 @@ class EffectsView {
     parts.toolbar.append(
       this.measures,
       this.theme,
-      exporter((format) => void exportPage(format, title, 'effects')),
+      button(
+        'Export',
+        'Export the figure or the recorded stream',
+        exportDialog({ title, stream: 'effects', layout: (width) => this.layout(width) }),
+      ),
     )
     parts.main.append(element('section', { class: 'overview-box' }, picture))
     for (const region of [picture, parts.aside]) {
@@ -120,13 +124,19 @@ class EffectsView {
     return chosen ?? effects.strongest(this.measure())[0]
   }
 
+  /** Lays the map out for an export of this width; undefined = for the window. */
+  private layout(width: number | undefined): void {
+    this.exportWidth = width
+    this.redraw()
+  }
+
   private redraw(): void {
     const { effects, state } = this
     setTheme(state.get('theme') as Theme)
     this.theme.value = state.get('theme')
     this.measures.value = state.get('measure')
     if (effects.prompt.length === 0) return
-    const width = Math.max(NARROWEST, this.parts.main.clientWidth)
+    const width = Math.max(NARROWEST, this.exportWidth ?? this.parts.main.clientWidth)
     if (
       !this.changes.changed(
         width,

@@ -1,6 +1,6 @@
 import { HashState } from '../browser/shell'
 import { placeOf } from '../model/gradient'
-import { button, choice, element, exporter, searchBox, THEMES } from '../presentation/elements'
+import { button, choice, element, searchBox, THEMES } from '../presentation/elements'
 import { type Direction, nearestInDirection } from '../presentation/svg'
 
 /** The state in a link to a gradient's page; '' means the page's default. */
@@ -35,7 +35,7 @@ export function gradientState(): GradientState {
 
 /** Actions of the toolbar and keyboard that do not change the state. */
 export interface Commands {
-  exportAs: (format: string) => void
+  export: () => void
   help: () => void
   search: () => void
 }
@@ -63,7 +63,7 @@ export function toolbar(
   const colours = choice('Colour of the cells', COLOURS, (value) => state.set({ colour: value }))
   const experts = choice('Expert', [], (value) => state.set({ expert: value }))
   const theme = choice('Theme', THEMES, (value) => state.set({ theme: value }))
-  const exports = exporter(commands.exportAs)
+  const exports = button('Export', 'Export figures or the recorded stream', commands.export)
   bar.append(search, ends, colours, experts, theme, exports, button('?', 'Keys', commands.help))
   return (known) => {
     if (document.activeElement !== search) search.value = state.get('q')

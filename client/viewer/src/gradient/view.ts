@@ -1,4 +1,4 @@
-import { exportPage } from '../browser/export'
+import { exportDialog } from '../browser/export'
 import {
   ChangeTracker,
   oncePerFrame,
@@ -93,10 +93,11 @@ export class GradientView {
   private readonly factsChanges = new ChangeTracker()
   private readonly tableChanges = new ChangeTracker()
   private readonly widthChanges = new ChangeTracker()
+  private exportWidth: number | undefined
 
   constructor(
     private readonly parts: Shell,
-    private readonly title: string,
+    title: string,
   ) {
     this.panels = new MapPanels(this.model, this.state)
     parts.header.prepend(this.heading)
@@ -105,7 +106,7 @@ export class GradientView {
     const commands = {
       help: () => help.showModal(),
       search: () => parts.toolbar.querySelector<HTMLInputElement>('.search')?.focus(),
-      exportAs: (format: string) => void exportPage(format, this.title, 'gradient'),
+      export: exportDialog({ title, stream: 'gradient', layout: (width) => this.layout(width) }),
     }
     this.updateToolbar = toolbar(parts.toolbar, this.state, commands)
     listenToKeys(this.state, commands)
@@ -149,7 +150,7 @@ export class GradientView {
   draw(): void {
     setTheme(this.state.get('theme') as Theme)
     this.updateToolbar(this.model.experts())
-    const room = this.parts.main.clientWidth
+    const room = this.exportWidth ?? this.parts.main.clientWidth
     const positions = this.model.prompt.length
     if (positions === 0 || room === 0) return
     const selected = this.selected()
@@ -162,6 +163,12 @@ export class GradientView {
     this.drawTables()
     this.keepFocus(selected)
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
+  }
+
+  /** Lays the maps out for an export of this width; undefined = for the window. */
+  private layout(width: number | undefined): void {
+    this.exportWidth = width
+    this.draw()
   }
 
   private shown(room: number, selected: string): Shown {

@@ -58,22 +58,6 @@ export const THEMES = [
   ['dark', 'dark'],
 ] as const
 
-const EXPORTS = [
-  ['', 'export'],
-  ['json', 'JSON lines'],
-  ['svg', 'SVG'],
-  ['png', 'PNG'],
-] as const
-
-/** A drop-down list that exports in the chosen format and then resets itself. */
-export function exporter(exportAs: (format: string) => void): HTMLSelectElement {
-  const made = choice('Export', EXPORTS, (format) => {
-    exportAs(format)
-    made.value = ''
-  })
-  return made
-}
-
 export function searchBox(search: (query: string) => void): HTMLInputElement {
   const made = element('input', {
     type: 'search',

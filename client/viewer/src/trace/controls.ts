@@ -6,7 +6,6 @@ import {
   button,
   choice,
   element,
-  exporter,
   searchBox,
   setPressed,
   THEMES,
@@ -107,7 +106,7 @@ function mass(rows: readonly Row[]): number {
 
 /** Actions of the toolbar that do not change the state. */
 export interface Commands {
-  exportAs: (format: string) => void
+  export: () => void
   help: () => void
 }
 
@@ -168,7 +167,7 @@ export function toolbar(bar: HTMLElement, state: TraceState, commands: Commands)
     path,
     element('span', { class: 'group' }, ...kinds.map(({ control }) => control)),
     ...selects.map(({ control }) => control),
-    exporter(commands.exportAs),
+    button('Export', 'Export figures or the recorded stream', commands.export),
     button('?', 'Keys', commands.help),
   )
   return () => {

@@ -73,13 +73,15 @@ export class Overview {
     const read = graph.complete ? readBy(graph, position, filter) : []
     const full = layout(graph.prompt.length, layers, position, room, PANEL, read)
     const at = { ...full, width: Math.min(room, Math.max(LEGEND_WIDTH, full.panelX + PANEL)) }
-    this.at = { ...at, height: at.height + LEGEND_HEIGHT }
     const grid = { graph, at, position, filter }
     drawGrid(svg, grid)
     drawPanel(svg, graph, at, position)
     drawAnswer(svg, graph, at, position)
-    svg.attr('height', this.at.height).attr('viewBox', `0 0 ${at.width} ${this.at.height}`)
-    drawLegend(svg, keysFor(grid), at.height)
+    const keys = keysFor(grid)
+    const height = at.height + LEGEND_HEIGHT + LEGEND_LINE * (keys.at(-1)?.line ?? 0)
+    this.at = { ...at, height }
+    svg.attr('height', height).attr('viewBox', `0 0 ${at.width} ${height}`)
+    drawLegend(svg, keys, at.height)
     this.scrollTo(position)
   }
 
@@ -273,9 +275,12 @@ interface Key {
   kind: string
   text: string
   inside: boolean
+  /** Line of the legend; 0 is the first. */
+  line: number
 }
 
 export const LEGEND_HEIGHT = 34
+const LEGEND_LINE = 20
 /** Fits the ranks and the kinds of lines. */
 export const LEGEND_WIDTH = 940
 
@@ -287,7 +292,7 @@ function drawLegend(svg: Svg, keys: readonly Key[], y: number): void {
     .join('rect')
     .attr('class', (key) => `key ${key.kind}`)
     .attr('x', (key) => key.x)
-    .attr('y', (key) => (key.inside ? y : y + 5))
+    .attr('y', (key) => y + LEGEND_LINE * key.line + (key.inside ? 0 : 5))
     .attr('width', (key) => (key.inside ? key.width : 16))
     .attr('height', (key) => (key.inside ? 18 : 8))
     .attr('rx', 3)
@@ -297,7 +302,7 @@ function drawLegend(svg: Svg, keys: readonly Key[], y: number): void {
     .join('text')
     .attr('class', (key) => (key.inside ? `on-${key.kind}` : 'column'))
     .attr('x', (key) => (key.inside ? key.x + key.width / 2 : key.x + (key.kind ? 22 : 0)))
-    .attr('y', y + 9.5)
+    .attr('y', (key) => y + LEGEND_LINE * key.line + 9.5)
     .attr('text-anchor', (key) => (key.inside ? 'middle' : 'start'))
     .attr('dominant-baseline', 'central')
     .text((key) => key.text)
@@ -306,10 +311,10 @@ function drawLegend(svg: Svg, keys: readonly Key[], y: number): void {
 function keysFor(grid: Grid): Key[] {
   const title = `rank of ${cut(grid.graph.targets.get(grid.position)?.target.label ?? '', 14)}`
   let x = 46
-  const keys: Key[] = [{ x, width: 0, kind: '', text: title, inside: false }]
+  const keys: Key[] = [{ x, width: 0, kind: '', text: title, inside: false, line: 0 }]
   x += title.length * 6.6 + 12
   BINS.forEach((text, bin) => {
-    keys.push({ x, width: 58, kind: `bin-${bin}`, text, inside: true })
+    keys.push({ x, width: 58, kind: `bin-${bin}`, text, inside: true, line: 0 })
     x += 60
   })
   x += 18
@@ -318,9 +323,13 @@ function keysFor(grid: Grid): Key[] {
     ['mlp', 'MLP'],
     ['residual', 'residual (width: norm)'],
   ]
+  let line = 0
   for (const [kind, text] of lines) {
-    if (x + 30 + text.length * 6.6 > grid.at.width) break
-    keys.push({ x, width: 16, kind, text, inside: false })
+    if (line === 0 && x + 22 + text.length * 5.6 > grid.at.width) {
+      line = 1
+      x = 46
+    }
+    keys.push({ x, width: 16, kind, text, inside: false, line })
     x += 22 + text.length * 5.6 + 16
   }
   return keys

@@ -1,4 +1,4 @@
-import { exportPage } from '../browser/export'
+import { exportDialog } from '../browser/export'
 import {
   ChangeTracker,
   oncePerFrame,
@@ -116,10 +116,11 @@ export class TraceView {
   private readonly heading = element('div', { class: 'heading' })
   private readonly headerChanges = new ChangeTracker()
   private drawn = 0
+  private exportWidth: number | undefined
 
   constructor(
     private readonly parts: Shell,
-    private readonly title: string,
+    title: string,
   ) {
     const help = helpDialog(KEYS)
     const commands = {
@@ -128,7 +129,7 @@ export class TraceView {
       openHead: (head: string) => flipIn(this.state, 'heads', head),
       help: () => help.showModal(),
       search: () => parts.toolbar.querySelector<HTMLInputElement>('.search')?.focus(),
-      exportAs: (format: string) => void exportPage(format, this.title, 'trace'),
+      export: exportDialog({ title, stream: 'trace', layout: (width) => this.layout(width) }),
     }
     parts.header.prepend(this.heading)
     this.updateToolbar = toolbar(parts.toolbar, this.state, commands)
@@ -183,7 +184,8 @@ export class TraceView {
     const { graph, state } = this
     setTheme(state.get('theme') as Theme)
     this.updateToolbar()
-    const width = Math.max(NARROWEST, this.parts.main.clientWidth)
+    const room = this.exportWidth ?? this.parts.main.clientWidth
+    const width = Math.max(NARROWEST, room)
     if (graph.layers.size === 0) return
     const position = this.position()
     const found = search(graph, state.get('q'))
@@ -196,7 +198,7 @@ export class TraceView {
     const taken = width < SIDE_BY_SIDE ? 0 : WHY + MAPS_GAP
     above.draw(width - taken, position, marks, this.layers(), filterOf(state))
     const beside = width - above.width - MAPS_GAP
-    this.why.draw(taken > 0 ? beside : this.parts.main.clientWidth, position, marks)
+    this.why.draw(taken > 0 ? beside : room, position, marks)
     this.details.draw(width, position, marks, this.layers())
     const knockOut = (node: GraphNode) => this.knockOuts.section(node, graph)
     fillInspector(this.parts.aside, graph, state, { position, found, tree, knockOut })
@@ -204,6 +206,12 @@ export class TraceView {
     this.keepFocus()
     this.drawn = performance.now()
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
+  }
+
+  /** Lays the pictures out for an export of this width; undefined = for the window. */
+  private layout(width: number | undefined): void {
+    this.exportWidth = width
+    this.draw()
   }
 
   /** The position to explain: the chosen one, or else the last that was traced in full. */
