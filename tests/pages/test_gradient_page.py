@@ -96,7 +96,7 @@ def cells(tab: Page, kind: str) -> dict[str, str]:
     found: dict[str, str] = tab.evaluate(
         """kind => Object.fromEntries(Array.from(
             document.querySelectorAll(`.chip.painted[data-id$="/${kind}"]`),
-            cell => [cell.dataset.id, cell.textContent]))""",
+            cell => [cell.dataset.id, cell.textContent.replace(/[\u2068\u2069]/g, "")]))""",
         kind,
     )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -358,14 +359,15 @@ def test_why_figure_adds_up_to_the_logit(
     opened(tab, page)
     tree = page.trace.why(at_most=10)
     shown = {
-        row.get_attribute("data-id"): row.locator(".amount").text_content()
+        row.get_attribute("data-id"): row.locator(".amount").text_content() or ""
         for row in tab.locator("svg.why .parts > g:not(.rest)").all()
     }
     below = [part for sublayer in tree.parts for part in sublayer.parts or (sublayer,)]
     parts = {part.node.id: part.contribution for part in below}
     assert shown == {node_id: _signed(value) for node_id, value in parts.items()}
     rests = tab.locator("svg.why .parts > g.rest .amount").all_text_contents()
-    total = sum(float(text.replace("\u2212", "-")) for text in (*shown.values(), *rests))
+    texts = [*shown.values(), *rests]
+    total = math.fsum(float(text.replace("\u2212", "-")) for text in texts)
     assert total == pytest.approx(tree.contribution, abs=0.005 * (len(shown) + len(rests) + 1))
     expect(tab.locator("svg.why .answer-chip")).to_contain_text(_signed(tree.contribution))
 

@@ -1,6 +1,6 @@
 import assert from 'node:assert/strict'
 import { test } from 'node:test'
-import { cut, fromBase64, visible } from '../src/model/tokens'
+import { cut, directionOf, fitted, fromBase64, tokenOf, visible } from '../src/model/tokens'
 import { at } from '../src/presentation/wording'
 import cases from './labels.json'
 
@@ -21,4 +21,16 @@ test('a right-to-left token is isolated within other text', () => {
   assert.equal(at(0, prompt), '\u2068مدينة\u2069 (0)')
   assert.equal(at(1, prompt), '\u2068שלום\u2069 (1)')
   assert.equal(at(2, prompt), '␣of (2)')
+})
+
+test('the direction of a prompt is that of most of its letters', () => {
+  const tokens = (texts: readonly string[]) => texts.map((text, id) => tokenOf({ id, text }))
+  assert.equal(directionOf(tokens(['<bos>', 'عاصمة', ' فرنسا'])), 'rtl')
+  assert.equal(directionOf(tokens(['The word ', 'עיר', ' means city'])), 'ltr')
+  assert.equal(directionOf(tokens(['12', '?'])), 'ltr')
+})
+
+test('a fitted label keeps its direction', () => {
+  assert.equal(fitted('سنة2024', 20), '\u2068سنة2024\u2069')
+  assert.equal(fitted('Tokyo', 4), 'Tok…')
 })

@@ -190,13 +190,13 @@ function textLine(text: string, style: string, y: number): string {
   return new XMLSerializer().serializeToString(made)
 }
 
-/** The text of an element whose tokens do not reorder the text around them. */
-function isolatedText(of: Element | null): string {
-  const text = Array.from(of?.childNodes ?? [], (node) =>
-    node instanceof HTMLElement && node.tagName === 'BDI'
-      ? `\u2068${node.textContent}\u2069`
-      : (node.textContent ?? ''),
-  )
+/** The text of an element with the directions of the elements in it. */
+function isolatedText(of: Node | null): string {
+  const text = Array.from(of?.childNodes ?? [], (node) => {
+    if (!(node instanceof HTMLElement)) return node.textContent ?? ''
+    if (node.tagName !== 'BDI') return isolatedText(node)
+    return `${node.dir === 'rtl' ? '\u2067' : '\u2068'}${isolatedText(node)}\u2069`
+  })
   return text.join('')
 }
 

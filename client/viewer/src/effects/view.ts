@@ -155,7 +155,7 @@ class EffectsView {
 
   private fillHeader(): void {
     const { effects } = this
-    const title = element('h1', {}, ...promptText(effects.prompt, effects.prompt.length - 1))
+    const title = element('h1', {}, promptText(effects.prompt, effects.prompt.length - 1))
     const answer = tokenText(effects.target.label)
     answer.classList.add('answer')
     title.append(element('span', { class: 'arrow' }, ' → '), answer)

@@ -259,7 +259,7 @@ export function fillHeader(heading: HTMLElement, model: GradientModel, position:
     return shown
   })
   const arrow = element('span', { class: 'arrow' }, ' ⇐ ')
-  const title = element('h1', {}, ...promptText(model.prompt, position), arrow, ...targets)
+  const title = element('h1', {}, promptText(model.prompt, position), arrow, ...targets)
   heading.replaceChildren(title, story(model), provenanceLine(model.provenance, model.complete))
 }
 

@@ -53,6 +53,20 @@ export function isolated(label: string): string {
   return RIGHT_TO_LEFT.test(label) ? `\u2068${label}\u2069` : label
 }
 
+/** A label truncated to `length` graphemes, isolated so that its own direction orders it. */
+export function fitted(label: string, length: number): string {
+  return isolated(cut(label, length))
+}
+
+const LETTER = /\p{L}/gu
+
+/** The direction of most letters of a text. */
+export function directionOf(tokens: readonly Token[]): 'ltr' | 'rtl' {
+  const letters = tokens.flatMap(({ text }) => text.match(LETTER) ?? [])
+  const rightToLeft = letters.filter((letter) => RIGHT_TO_LEFT.test(letter)).length
+  return 2 * rightToLeft > letters.length ? 'rtl' : 'ltr'
+}
+
 /** A vocabulary entry and its label. */
 export interface Token {
   id: number

@@ -1,7 +1,7 @@
 import type { ProvenanceMessage } from '../contract'
 import { finite } from '../contract'
 import type { Scored } from '../model/flow_graph'
-import type { Token } from '../model/tokens'
+import { directionOf, type Token } from '../model/tokens'
 import { probability, signed } from './wording'
 
 /** Creates an element with attributes and children; strings become text, never markup. */
@@ -118,8 +118,8 @@ export class Tooltip {
 const BEFORE = 100 // characters shown of a long prompt before a position
 const AFTER = 40
 
-/** The prompt as text; a long prompt is shortened to the tokens around a position. */
-export function promptText(prompt: readonly Token[], position: number): HTMLElement[] {
+/** The prompt as text in its own direction, shortened to the tokens around a position. */
+export function promptText(prompt: readonly Token[], position: number): HTMLElement {
   const before = fitting(prompt.slice(0, position + 1).reverse(), BEFORE)
   const first = position + 1 - before
   const last = position + fitting(prompt.slice(position + 1), AFTER)
@@ -130,7 +130,7 @@ export function promptText(prompt: readonly Token[], position: number): HTMLElem
   })
   if (first > 0) tokens.unshift(element('span', { class: 'arrow' }, '… '))
   if (last + 1 < prompt.length) tokens.push(element('span', { class: 'arrow' }, ' …'))
-  return tokens
+  return element('bdi', { class: 'prompt', dir: directionOf(prompt) }, ...tokens)
 }
 
 /** How many of the first tokens have at most this many characters together, at least one. */

@@ -1,5 +1,5 @@
 import { create, type Selection, select } from 'd3-selection'
-import { cut } from '../model/tokens'
+import { cut, fitted, isolated } from '../model/tokens'
 import type { Paint } from './colours'
 import {
   CHARACTER,
@@ -208,7 +208,7 @@ function drawLine(chip: Chip, p: Placed, line: Line | undefined, i: number): str
   const shown = cut(text, charactersIn(room))
   const drawn = chip.select(`.line-${i}`).style('font-weight', strong ? '700' : '')
   drawn.select('.mark').text(mark && `${mark} `)
-  drawn.select('.body').text(shown)
+  drawn.select('.body').text(isolated(shown))
   return mark ? `${mark} ${shown}` : shown
 }
 
@@ -255,5 +255,5 @@ function drawAxis(group: Group, map: HeatMap, y: number): void {
     .attr('class', (column) => (column.selected ? 'selected' : ''))
     .attr('x', (column) => column.x + padding(column.width))
     .attr('y', y)
-    .text((column) => cut(column.label, charactersIn(column.width - padding(column.width))))
+    .text((column) => fitted(column.label, charactersIn(column.width - padding(column.width))))
 }

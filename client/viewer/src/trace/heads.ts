@@ -2,7 +2,7 @@ import { create, select } from 'd3-selection'
 import { ChangeTracker } from '../browser/shell'
 import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
-import { cut } from '../model/tokens'
+import { fitted } from '../model/tokens'
 import { type Marks, markClass } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
 import { explained } from '../presentation/sentences'
@@ -201,7 +201,7 @@ function placeCell(group: SVGGElement, cell: Head, at: Layout, of: Heads): strin
     .attr('fill-opacity', STRONGEST * part)
   const label = cell.node.reading?.top[0]?.token.label ?? ''
   const token =
-    column.labelled && at.cellHeight >= 11 ? cut(label, charactersIn(column.width - 11)) : ''
+    column.labelled && at.cellHeight >= 11 ? fitted(label, charactersIn(column.width - 11)) : ''
   const two = at.cellHeight >= TWO_LINES && token !== ''
   const lines = [
     { text: token, style: '', y: at.cellHeight * (two ? 0.3 : 0.47) },

@@ -1,6 +1,7 @@
 import { finite } from '../contract'
 import type { FlowGraph, GraphEdge, GraphNode, Reading } from '../model/flow_graph'
 import type { ContributionTree, Found } from '../model/graph_queries'
+import { isolated } from '../model/tokens'
 import { binOf, isFlipped, shownToken } from '../presentation/colours'
 import { element, scoredList, tokenText } from '../presentation/elements'
 import { contributionLines, figureName } from '../presentation/sentences'
@@ -158,7 +159,7 @@ export function nodeNumbers(node: GraphNode, graph: FlowGraph): [string, string]
   const numbers: [string, string][] = []
   if (reading?.targetRank !== undefined) {
     const of = graph.vocabulary ? ` of ${count(graph.vocabulary)}` : ''
-    numbers.push([`rank of ${target}`, `${count(reading.targetRank)}${of}`])
+    numbers.push([`rank of ${isolated(target)}`, `${count(reading.targetRank)}${of}`])
   }
   if (reading?.targetProbability !== undefined) {
     const logarithm = reading.targetLogProbability

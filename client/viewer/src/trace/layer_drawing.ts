@@ -2,7 +2,7 @@ import { select } from 'd3-selection'
 import { finite } from '../contract'
 import type { FlowGraph } from '../model/flow_graph'
 import type { SelectionFlow } from '../model/graph_queries'
-import { cut, isolated } from '../model/tokens'
+import { fitted } from '../model/tokens'
 import { chipClass, type Marks, shownToken } from '../presentation/colours'
 import { charactersIn, defineHatches, groupNamed, type Svg, setClasses } from '../presentation/svg'
 import { nodeSentence } from '../presentation/wording'
@@ -149,7 +149,7 @@ function drawTexts(svg: Svg, texts: readonly Text[]): void {
     .attr('y', (t) => t.y)
     .attr('text-anchor', (t) => t.anchor)
     .attr('dominant-baseline', 'central')
-    .text((t) => (t.width === undefined ? t.text : cut(t.text, roomFor(t))))
+    .text((t) => (t.width === undefined ? t.text : fitted(t.text, roomFor(t))))
 }
 
 /** Number of characters that fit; sentences have a narrower font than tokens. */
@@ -215,7 +215,7 @@ function chipText(chip: Chip): string {
   // A count of hidden rows is shown without its unit rather than truncated.
   if (chip.text) return chip.text.length <= room ? chip.text : chip.text.replace(/ more$/, '')
   const label = shownToken(chip.node, chip.flipped)?.token.label ?? '—'
-  return cut(chip.flipped ? `▾${isolated(label)}` : label, room)
+  return chip.flipped ? `▾${fitted(label, room - 1)}` : fitted(label, room)
 }
 
 // A selection, a search or a path changes classes and the coloured part of the ribbons.

@@ -3,7 +3,7 @@ import { ChangeTracker } from '../browser/shell'
 import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import { answerAppears, type ResidualStep } from '../model/graph_queries'
-import { cut } from '../model/tokens'
+import { fitted } from '../model/tokens'
 import { BINS, type Marks } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
 import { type Column, groupNamed, type Svg } from '../presentation/svg'
@@ -187,7 +187,7 @@ function heading(svg: Svg, graph: FlowGraph, at: Layout, position: number): void
   const target = graph.targets.get(position)?.target.label ?? ''
   const text = [
     { x: at.panelX + RANK, text: 'rank', anchor: 'end' },
-    { x: at.panelX + BAR, text: `probability of ${cut(target, 12)}`, anchor: 'start' },
+    { x: at.panelX + BAR, text: `probability of ${fitted(target, 12)}`, anchor: 'start' },
   ]
   groupNamed(svg, 'panel-heading')
     .selectAll('text')
@@ -309,7 +309,7 @@ function drawLegend(svg: Svg, keys: readonly Key[], y: number): void {
 }
 
 function keysFor(grid: Grid): Key[] {
-  const title = `rank of ${cut(grid.graph.targets.get(grid.position)?.target.label ?? '', 14)}`
+  const title = `rank of ${fitted(grid.graph.targets.get(grid.position)?.target.label ?? '', 14)}`
   let x = 46
   const keys: Key[] = [{ x, width: 0, kind: '', text: title, inside: false, line: 0 }]
   x += title.length * 6.6 + 12

@@ -1,7 +1,7 @@
 import { select } from 'd3-selection'
 import { finite } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
-import { cut } from '../model/tokens'
+import { cut, fitted, isolated } from '../model/tokens'
 import { BINS, binOf, chipClass, type Marks } from '../presentation/colours'
 import {
   type Column,
@@ -155,7 +155,7 @@ function drawCells(group: Group, grid: Grid): void {
         .select('text')
         .attr('x', PADDING)
         .attr('y', at.cellHeight / 2 + 0.5)
-        .text(at.cellHeight < 11 ? '' : cellLabel(cell))
+        .text(at.cellHeight < 11 ? '' : isolated(cellLabel(cell)))
     })
 }
 
@@ -247,7 +247,7 @@ function drawAxis(group: Group, { graph, at, position }: Grid): void {
     .attr('y', y)
     .text((column) => {
       const label = graph.prompt[column.position]?.label ?? ''
-      return cut(label, charactersIn(column.width - 6))
+      return fitted(label, charactersIn(column.width - 6))
     })
 }
 

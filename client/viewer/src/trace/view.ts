@@ -288,7 +288,7 @@ export class TraceView {
 /** The prompt and target, the summary, and the provenance. */
 export function fillHeader(heading: HTMLElement, graph: FlowGraph, position: number): void {
   const target = graph.targets.get(position)?.target
-  const title = element('h1', {}, ...promptText(graph.prompt, position))
+  const title = element('h1', {}, promptText(graph.prompt, position))
   if (target) title.append(element('span', { class: 'arrow' }, ' → '), tokenText(target.label))
   title.lastElementChild?.classList.add('answer')
   heading.replaceChildren(

@@ -2,7 +2,7 @@ import { create, select } from 'd3-selection'
 import { ChangeTracker } from '../browser/shell'
 import type { FlowGraph } from '../model/flow_graph'
 import { contributionTree } from '../model/graph_queries'
-import { cut } from '../model/tokens'
+import { cut, fitted } from '../model/tokens'
 import { chipClass, type Marks, shownToken } from '../presentation/colours'
 import { element, type Tooltip } from '../presentation/elements'
 import { explained, figureName } from '../presentation/sentences'
@@ -192,7 +192,7 @@ function drawParts(group: Group, { rows, columns }: WhyLayout, figure: string): 
       own
         .select('.top')
         .attr('x', columns.chip + 6)
-        .text(cut(top, charactersIn(columns.chipWidth - 10)))
+        .text(fitted(top, charactersIn(columns.chipWidth - 10)))
       own.select('.amount').attr('x', columns.number).text(signed(row.contribution))
     })
 }
@@ -225,7 +225,7 @@ function drawAnswer(svg: Svg, at: WhyLayout, target: string, logit: string): voi
     .attr('rx', (i) => (i === 0 ? 2 : 7))
   group
     .selectAll('text')
-    .data([cut(target, charactersIn(columns.answerWidth - 12)), logit])
+    .data([fitted(target, charactersIn(columns.answerWidth - 12)), logit])
     .join('text')
     .attr('class', 'on-bin-0')
     .attr('x', columns.answer + columns.answerWidth / 2)
