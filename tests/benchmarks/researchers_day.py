@@ -119,11 +119,14 @@ class Service:
         return _induction(found.stack("ATTENTION_PATTERN").transpose(0, 2, 1, 3))
 
     def gradient(self, ids: Ids, target: int) -> Array:
-        """Return the top tokens of FF2's VJPs at all positions `[layers, positions, LISTED]`."""
+        """Return the top tokens of FF2's VJPs at all positions `[layers, positions, LISTED]`.
+
+        A VJP that is zero has no top tokens, because all of its logits are equal; its row is -1.
+        """
         gradient = self._client.gradient_lens(
             ids, target, matrices=["FF2"], components=0, top_k=LISTED, bottom_k=LISTED
         )
-        rows = np.zeros((self.layers, len(ids), LISTED), np.int64)
+        rows = np.full((self.layers, len(ids), LISTED), -1)
         for matrix in gradient.matrices:
             for part in matrix.components:
                 if part.projection:
@@ -204,7 +207,8 @@ class Plain:
         vjps = torch.stack([vjp for _, vjp in self._factors(ids, target)])
         with torch.inference_mode():
             logits = self._norm(vjps) @ self._head.T
-            return cast(Array, logits.topk(LISTED).indices.numpy())
+            tokens = logits.topk(LISTED).indices
+            return cast(Array, tokens.where((vjps != 0).any(-1, keepdim=True), -1).numpy())
 
     def edits(self, ids: Ids, target: int, layers: Sequence[int]) -> Array:
         factors, found = self._factors(ids, target), []
