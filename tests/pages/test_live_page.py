@@ -264,7 +264,7 @@ def test_edit_preview_is_in_the_saved_page(
     context = browser.new_context(offline=True)
     alone = context.new_page()
     alone.goto(kept.as_uri())
-    expect(alone.locator('.chip.painted[data-id="L3/p7/FF2"]')).to_contain_text("▼ ␣Paris")
+    expect(alone.locator('.chip.painted[data-id="L3/p7/FF2"]')).to_contain_text("↑ ␣Paris")
     expect(alone.get_by_role("row").filter(has_text="the edited prompt")).to_have_count(2)
     context.close()
     assert running.origin not in kept.read_text(encoding="utf-8")
