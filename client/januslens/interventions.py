@@ -8,10 +8,10 @@ Pass them as `interventions` to `client.trace`, `client.gradient_lens`, `client.
     client.trace(prompt, interventions=[zero(heads=[(9, 6)]), steer(3, direction, 4.0)])
 
 A site is a place in the forward pass, such as `HEAD_RESULT`; docs/semantics.md defines each.
-Layers, positions, heads and neurons say which values are changed; None means all of them. Heads and
-neurons are numbers, or pairs `(layer, number)`, which name their layers as well. All interventions
-of a request hold in the same pass. At one site, they apply in the given order. In `generate`,
-positions are those of the prompt; None also means every generated token.
+Layers, positions, heads, neurons and experts say which values are changed; None means all of them.
+Heads and neurons are numbers, or pairs `(layer, number)`, which name their layers as well. All
+interventions of a request hold in the same pass. At one site, they apply in the given order. In
+`generate`, positions are those of the prompt; None also means every generated token.
 """
 
 from __future__ import annotations
@@ -91,22 +91,24 @@ def zero(
     positions: Positions | None = None,
     heads: Units | None = None,
     neurons: Units | None = None,
+    experts: int | Iterable[int] | None = None,
 ) -> Intervention:
     """Set values to 0, for example `zero(heads=[(9, 6)])` to knock out head 6 of layer 9.
 
     Args:
-        site: The site; None = HEAD_RESULT for heads, NEURONS for neurons.
+        site: The site; None = HEAD_RESULT for heads, NEURONS for neurons and experts.
         layers: Layers, from 0 or negative from the last; None = every layer that has the site.
         positions: Positions, negative from the end; None or `"all"` = all.
         heads: Heads, or pairs `(layer, head)`; None = all.
         neurons: Neurons, or pairs `(layer, neuron)`; None = all.
+        experts: Routed experts whose neurons change; None = all.
 
     Raises:
         TypeError: An argument has an invalid type.
         ValueError: An argument has a value that no server accepts.
     """
     change = interventions_pb2.Intervention(zero=True)
-    return _at(change, site, layers, positions, heads, neurons)
+    return _at(change, site, layers, positions, heads, neurons, experts)
 
 
 def scale(
@@ -117,6 +119,7 @@ def scale(
     positions: Positions | None = None,
     heads: Units | None = None,
     neurons: Units | None = None,
+    experts: int | Iterable[int] | None = None,
 ) -> Intervention:
     """Multiply values by a number; the other arguments are those of `zero`.
 
@@ -125,7 +128,7 @@ def scale(
         ValueError: An argument has a value that no server accepts.
     """
     change = interventions_pb2.Intervention(scale=finite_number(factor, "factor"))
-    return _at(change, site, layers, positions, heads, neurons)
+    return _at(change, site, layers, positions, heads, neurons, experts)
 
 
 def set_value(
@@ -136,24 +139,26 @@ def set_value(
     positions: Positions | None = None,
     heads: Units | None = None,
     neurons: Units | None = None,
+    experts: int | Iterable[int] | None = None,
 ) -> Intervention:
     """Replace values; the other arguments are those of `zero`.
 
     Args:
         value: An array of the site's shape at one position, over the given heads or neurons, or
             one such array per position.
-        site: The site; None = HEAD_RESULT for heads, NEURONS for neurons.
+        site: The site; None = HEAD_RESULT for heads, NEURONS for neurons and experts.
         layers: Layers, from 0 or negative from the last; None = every layer that has the site.
         positions: Positions, negative from the end; None or `"all"` = all.
         heads: Heads, or pairs `(layer, head)`; None = all.
         neurons: Neurons, or pairs `(layer, neuron)`; None = all.
+        experts: Routed experts whose neurons change; None = all.
 
     Raises:
         TypeError: An argument has an invalid type.
         ValueError: An argument has a value that no server accepts.
     """
     change = interventions_pb2.Intervention(set=tensor_message(value))
-    return _at(change, site, layers, positions, heads, neurons)
+    return _at(change, site, layers, positions, heads, neurons, experts)
 
 
 def add(
@@ -165,6 +170,7 @@ def add(
     positions: Positions | None = None,
     heads: Units | None = None,
     neurons: Units | None = None,
+    experts: int | Iterable[int] | None = None,
 ) -> Intervention:
     """Add a vector times a coefficient; the vector is shaped as in `set_value`.
 
@@ -176,7 +182,7 @@ def add(
         vector=tensor_message(vector), coefficient=finite_number(coefficient, "coefficient")
     )
     change = interventions_pb2.Intervention(add=added)
-    return _at(change, site, layers, positions, heads, neurons)
+    return _at(change, site, layers, positions, heads, neurons, experts)
 
 
 def steer(
@@ -202,6 +208,7 @@ def patch(
     source_positions: Positions | None = None,
     heads: Units | None = None,
     neurons: Units | None = None,
+    experts: int | Iterable[int] | None = None,
 ) -> Intervention:
     """Replace values by those of another prompt, at the same site and in the same layer.
 
@@ -214,6 +221,7 @@ def patch(
             same. Needed if the prompts have different lengths, unless `positions` are given.
         heads: Heads, or pairs `(layer, head)`; None = all.
         neurons: Neurons, or pairs `(layer, neuron)`; None = all.
+        experts: Routed experts whose neurons change; None = all.
 
     Raises:
         TypeError: An argument has an invalid type.
@@ -223,7 +231,7 @@ def patch(
         input=input_message(source), positions=position_numbers(source_positions)[0]
     )
     change = interventions_pb2.Intervention(patch=taken)
-    return _at(change, site, layers, positions, heads, neurons)
+    return _at(change, site, layers, positions, heads, neurons, experts)
 
 
 def mean_over(
@@ -234,6 +242,7 @@ def mean_over(
     positions: Positions | None = None,
     heads: Units | None = None,
     neurons: Units | None = None,
+    experts: int | Iterable[int] | None = None,
 ) -> Intervention:
     """Replace values by their mean over other prompts (mean ablation).
 
@@ -249,7 +258,7 @@ def mean_over(
     if not inputs:
         raise ValueError("prompts is empty; give at least one prompt")
     change = interventions_pb2.Intervention(mean_over=interventions_pb2.MeanOver(inputs=inputs))
-    return _at(change, site, layers, positions, heads, neurons)
+    return _at(change, site, layers, positions, heads, neurons, experts)
 
 
 def noise(
@@ -261,6 +270,7 @@ def noise(
     positions: Positions | None = None,
     heads: Units | None = None,
     neurons: Units | None = None,
+    experts: int | Iterable[int] | None = None,
 ) -> Intervention:
     """Add normally distributed noise; the same seed gives the same noise.
 
@@ -276,7 +286,7 @@ def noise(
         seed=count(seed, "seed"),
     )
     change = interventions_pb2.Intervention(noise=drawn)
-    return _at(change, site, layers, positions, heads, neurons)
+    return _at(change, site, layers, positions, heads, neurons, experts)
 
 
 def knock_out_attention(
@@ -391,16 +401,24 @@ def _at(
     positions: Positions | None,
     heads: Units | None,
     neurons: Units | None,
+    experts: int | Iterable[int] | None = None,
 ) -> Intervention:
     """Say where a change happens."""
     if heads is not None and neurons is not None:
         raise ValueError("heads and neurons are both given; give only one of them")
-    if site is None and heads is None and neurons is None:
-        raise ValueError("no site given; give a site, heads or neurons")
+    if heads is not None and experts is not None:
+        raise ValueError("heads and experts are both given; give only one of them")
+    if site is None and heads is None and neurons is None and experts is None:
+        raise ValueError("no site given; give a site, heads, neurons or experts")
     if site is None:
-        site = Site.HEAD_RESULT if neurons is None else Site.NEURONS
+        site = Site.NEURONS if heads is None else Site.HEAD_RESULT
     change.site = SITES.number(Site.of(site))
     change.positions.extend(position_numbers(positions)[0])
+    if experts is not None:
+        numbers = [count(number, "experts") for number in several(experts, "experts")]
+        if not numbers:
+            raise ValueError("experts is empty; give at least one entry, or None for all")
+        change.experts.extend(numbers)
     units, name = (neurons, "neurons") if heads is None else (heads, "heads")
     return Intervention(tuple(_by_layer(change, layers, units, name)))
 

@@ -57,6 +57,7 @@ class Passes(Calls):
         layers: Layers | None = None,
         positions: Positions | None = None,
         heads: int | Iterable[int] | None = None,
+        experts: int | Iterable[int] | None = None,
         float32: bool = False,
         interventions: Iterable[Intervention] = (),
         model: str = "",
@@ -75,6 +76,7 @@ class Passes(Calls):
             positions: Positions to read, negative from the end; None or `"all"` = all of them.
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
+            experts: Routed experts to read the NEURONS of, from 0; None = all.
             float32: Convert the values to float32. By default they have the model's data type.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
@@ -94,6 +96,7 @@ class Passes(Calls):
             layers=layers,
             positions=positions,
             heads=heads,
+            experts=experts,
             float32=float32,
             interventions=interventions,
             model=model,
@@ -112,6 +115,7 @@ class Passes(Calls):
         layers: Layers | None = None,
         positions: Positions | None = None,
         heads: int | Iterable[int] | None = None,
+        experts: int | Iterable[int] | None = None,
         float32: bool = False,
         interventions: Iterable[Intervention] = (),
         model: str = "",
@@ -130,6 +134,7 @@ class Passes(Calls):
             positions: Positions to read, negative from the end; None or `"all"` = all of them.
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
+            experts: Routed experts to read the NEURONS of, from 0; None = all.
             float32: Convert the values to float32. By default they have the model's data type.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
@@ -151,6 +156,7 @@ class Passes(Calls):
             layers=layers,
             positions=positions,
             heads=heads,
+            experts=experts,
             float32=float32,
             interventions=interventions,
             model=model,
@@ -167,6 +173,7 @@ class Passes(Calls):
         layers: Layers | None = None,
         positions: Positions | None = None,
         heads: int | Iterable[int] | None = None,
+        experts: int | Iterable[int] | None = None,
         float32: bool = False,
         interventions: Iterable[Intervention] = (),
         model: str = "",
@@ -185,6 +192,7 @@ class Passes(Calls):
             positions: Positions to read, negative from the end; None or `"all"` = all of them.
             heads: Heads to read at sites with heads, from 0; None = all. KEY and VALUE have
                 key-value heads.
+            experts: Routed experts to read the NEURONS of, from 0; None = all.
             float32: Convert the values to float32. By default they have the model's data type.
             interventions: Changes of the forward pass, made by `januslens.interventions`.
             model: The model's name; may be empty if only one is loaded.
@@ -203,6 +211,7 @@ class Passes(Calls):
             layers=layers,
             positions=positions,
             heads=heads,
+            experts=experts,
             float32=float32,
             interventions=interventions,
             model=model,

@@ -30,7 +30,7 @@ from januslens_server.specs import (
     TraceSpec,
     Zero,
 )
-from tests.architectures.cases import Case
+from tests.architectures.cases import MIXTURES, Case
 from tests.architectures.test_interventions import (
     LLAMA,
     OTHER_PROMPT,
@@ -45,6 +45,7 @@ from tests.reference.traces import run_trace
 
 TARGET, OTHER = 7, 11
 ONES = np.ones(32, np.float32)
+NEURON_VALUES = np.random.default_rng(2).normal(size=(2, 2, 3)).astype(np.float32)
 
 
 def run(case: Case, spec: InterveneSpec) -> tuple[InterveneHeader, dict[int, ExperimentEffect]]:
@@ -128,10 +129,15 @@ def test_a_sweep_restores_what_always_corrupts() -> None:
         assert_alone(LLAMA, effect, corrupt, at(restore.site, restore.operation, **where))
 
 
+OF_EXPERTS = {"layers": (1,), "experts": (2, 0), "neurons": (15, 3, 7)}
+
+
 @pytest.mark.parametrize(
     ("template", "axes"),
     [
         (at(Site.NEURONS, Zero(), layers=(1,), neurons=(3, 30, 7)), "by_unit"),
+        (at(Site.NEURONS, Scale(-2.0), **OF_EXPERTS), "by_unit"),
+        (at(Site.NEURONS, SetTo(NEURON_VALUES), positions=(8, 2), **OF_EXPERTS), "by_position"),
         (at(Site.BLOCK_OUTPUT, SetTo(np.stack([ONES, -ONES])), positions=(8, 2)), "by_position"),
         (at(Site.BLOCK_OUTPUT, Add(ONES), layers=(0, 1)), "by_layer"),
         (at(Site.HEAD_RESULT, Scale(-1.0), positions=(8,), layers=(0,)), "by_unit"),
@@ -143,13 +149,14 @@ def test_a_sweep_restores_what_always_corrupts() -> None:
     ids=str,
 )
 def test_a_sweep_equals_its_experiments(template: InterventionSpec, axes: str) -> None:
+    case = MIXTURES[0] if template.experts else LLAMA
     spec = InterveneSpec(
-        tuple(LLAMA.prompt),
+        tuple(case.prompt),
         target=(TARGET,),
         other=(OTHER,),
         sweep=SweepSpec(template, **{axes: True}),
     )
-    _, effects = run(LLAMA, spec)
+    _, effects = run(case, spec)
     for number, effect in effects.items():
         alone = dict(vars(template))
         if axes == "by_source":
@@ -164,10 +171,11 @@ def test_a_sweep_equals_its_experiments(template: InterventionSpec, axes: str) -
         elif axes == "by_position":
             assert effect.coordinates.position == template.positions[number]
             alone["positions"] = (template.positions[number],)
-            alone["operation"] = SetTo(ONES if number == 0 else -ONES)
+            assert isinstance(template.operation, SetTo)
+            alone["operation"] = SetTo(template.operation.values[number])
         else:
             alone["layers"] = (effect.coordinates.layer,)
-        assert_alone(LLAMA, effect, InterventionSpec(**alone))
+        assert_alone(case, effect, InterventionSpec(**alone))
 
 
 def test_a_layer_window_changes_its_neighbours_as_well() -> None:

@@ -84,21 +84,35 @@ def at(site: Site, operation: Operation, **where: Any) -> InterventionSpec:
 
 @every_family
 def test_interventions_that_change_nothing_leave_every_bit(case: Case) -> None:
-    before, sites = logits(case), writable(case)
-    nothing = [Add(np.zeros(shape_of(case, site), np.float32)) for site in sites]
+    before, places = logits(case), writable_places(case)
+    nothing = [Add(np.zeros(shape_of(case, *place), np.float32)) for place in places]
     operations: list[Sequence[Operation]] = [
-        [Scale(1.0)] * len(sites),
+        [Scale(1.0)] * len(places),
         nothing,
-        [Noise(0.0, 1)] * len(sites),
-        [PatchFrom(tuple(case.prompt))] * len(sites),
+        [Noise(0.0, 1)] * len(places),
+        [PatchFrom(tuple(case.prompt))] * len(places),
     ]
     for each in operations:
-        changes = [at(site, operation) for site, operation in zip(sites, each, strict=True)]
+        changes = [
+            at(site, operation, layers=layers)
+            for (site, layers), operation in zip(places, each, strict=True)
+        ]
         assert torch.equal(logits(case, *changes), before), each[0]
 
 
-def shape_of(case: Case, site: Site) -> tuple[int, ...]:
-    spec = ActivationsSpec(tuple(case.prompt), (site,), positions=(0,))
+def writable_places(case: Case) -> list[tuple[Site, tuple[int, ...]]]:
+    """The sites of `writable` in all layers; NEURONS layer by layer, as their shapes differ."""
+    places: list[tuple[Site, tuple[int, ...]]] = []
+    for site in writable(case):
+        if site is Site.NEURONS:
+            places += [(site, (layer,)) for layer in resident(case).view.known]
+        else:
+            places.append((site, ()))
+    return places
+
+
+def shape_of(case: Case, site: Site, layers: tuple[int, ...] = ()) -> tuple[int, ...]:
+    spec = ActivationsSpec(tuple(case.prompt), (site,), layers, positions=(0,))
     events = list(activations(resolve_activations(resident(case), spec), never_cancelled))
     return next(event.shape[1:] for event in events if isinstance(event, SiteValues))
 
@@ -136,9 +150,10 @@ def changed(hooked: HookedModel, case: Case, *changes: Change) -> Tensor:
 @every_family
 def test_trace_of_a_changed_pass_conserves(case: Case) -> None:
     changes = []
-    for site in writable(case):
-        vector = np.random.default_rng(site).normal(size=shape_of(case, site)) * 0.3
-        changes.append(at(site, Add(vector.astype(np.float32)), positions=(-1, 3)))
+    for site, layers in writable_places(case):
+        vector = np.random.default_rng(site).normal(size=shape_of(case, site, layers)) * 0.3
+        added = Add(vector.astype(np.float32))
+        changes.append(at(site, added, layers=layers, positions=(-1, 3)))
     hidden = at(Site.ATTENTION_PATTERN, BlockSources(), sources=(6, 7), positions=(-1,))
     assert_conserves(case, (*changes, hidden))
 
@@ -278,6 +293,7 @@ def test_a_plain_pass_after_an_intervention_equals_the_one_before() -> None:
         ),
         (at(Site.ROUTER, Zero()), "site: layer 0 of .* has no ROUTER; expected one of"),
         (at(Site.ATTENTION_PATTERN, Zero()), "site: block applies to ATTENTION_PATTERN"),
+        (at(Site.NEURONS, Zero(), experts=(0,)), "experts: no requested site has experts"),
         (at(Site.QUERY, BlockSources()), "block: block applies to ATTENTION_PATTERN"),
         (at(Site.EMBEDDING, Zero(), layers=(0,)), "layers: EMBEDDING has no layer"),
         (at(Site.QUERY, Zero(), layers=(2,)), "layers: .* has no layer 2; expected -2 to 1"),

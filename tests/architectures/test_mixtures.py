@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,14 +36,19 @@ from januslens_server.specs import (
     DescentStep,
     ForwardShift,
     GradientLensSpec,
+    InterventionSpec,
     LensSpec,
     NegativeLogLikelihood,
     PreviewEditSpec,
+    Scale,
     Selection,
+    Site,
     TraceSpec,
+    Zero,
 )
 from tests.architectures.cases import MIXTURES, SHARED_EXPERTS, Case
 from tests.architectures.tiny_models import plain, resident
+from tests.reference.interventions import experts_neurons, experts_output
 from tests.support.results import only
 
 TARGET = 7
@@ -151,17 +159,57 @@ def neurons(experts: Any, expert: int, x: Tensor) -> Tensor:
     return activated
 
 
-@every_case
-def test_factors_are_the_dense_gradients_of_every_expert(case: Case) -> None:
+CHANGED = {"experts": (3, 0, 1), "neurons": (7, 1, 4)}
+CHANGES = (
+    InterventionSpec(Site.NEURONS, Scale(-0.5), **CHANGED),
+    InterventionSpec(Site.NEURONS, Zero(), neurons=(2, 3), experts=(0, 2)),
+    InterventionSpec(Site.NEURONS, Zero(), experts=(2,), positions=(0, 4)),
+)
+with_and_without_changes = pytest.mark.parametrize(
+    ("case", "changes"),
+    [*((case, ()) for case in MIXTURES + SHARED_EXPERTS), *((case, CHANGES) for case in MIXTURES)],
+    ids=lambda value: value.id if isinstance(value, Case) else "changed" if value else "plain",
+)
+
+
+@contextmanager
+def neurons_changed(network: Any, changes: Sequence[InterventionSpec]) -> Iterator[None]:
+    """Apply `CHANGES` to the network inside the context, if there are changes."""
+
+    def forward(experts: Any, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        neurons = experts_neurons(experts, x)
+        factors = torch.ones_like(neurons)
+        factors[:, torch.tensor(CHANGED["experts"])[:, None], list(CHANGED["neurons"])] = -0.5
+        factors[:, torch.tensor([0, 2])[:, None], [2, 3]] = 0
+        factors[[0, 4], 2] = 0
+        return experts_output(experts, neurons * factors, chosen, weights)
+
+    mlps = [layer.mlp for layer in network.model.layers if changes]
+    mixtures = [mlp.experts for mlp in mlps if hasattr(mlp, "experts")]
+    for experts in mixtures:
+        experts.forward = partial(forward, experts)
+    try:
+        yield
+    finally:
+        for experts in mixtures:
+            del experts.forward
+
+
+@with_and_without_changes
+def test_factors_are_the_dense_gradients_of_every_expert(
+    case: Case, changes: tuple[InterventionSpec, ...]
+) -> None:
     network = plain(case)
     network.zero_grad()
-    (-network(torch.tensor([case.prompt])).logits[0, -1].log_softmax(-1)[TARGET]).backward()
+    with neurons_changed(network, changes):
+        (-next_token(network, case)[TARGET]).backward()
     spec = GradientLensSpec(
         tuple(case.prompt),
         NegativeLogLikelihood((TARGET,)),
         matrices=tuple(MatrixKind),
         components=0,
         include_factors=True,
+        interventions=changes,
     )
     seen: set[tuple[int, MatrixKind, int | None]] = set()
     for event in gradient_lens(resolve_gradient_lens(resident(case), spec), lambda: None):
@@ -216,17 +264,26 @@ def test_facts_include_the_experts() -> None:
     assert (facts.n_experts, facts.d_mlp, facts.n_kv_heads) == (4, 16, 2)
 
 
-@every_case
-def test_descent_step_on_experts_equals_sgd_on_a_copy(case: Case) -> None:
+@with_and_without_changes
+def test_descent_step_on_experts_equals_sgd_on_a_copy(
+    case: Case, changes: tuple[InterventionSpec, ...]
+) -> None:
     edited, rate = copy.deepcopy(plain(case)), 0.1
     edited.zero_grad()
-    (-next_token(edited, case)[TARGET]).backward()
-    with torch.no_grad():
+    with neurons_changed(edited, changes):
+        (-next_token(edited, case)[TARGET]).backward()
+    unchanged = plain(case)
+    with (
+        torch.no_grad(),
+        neurons_changed(edited, changes),
+        neurons_changed(unchanged, changes),
+    ):
         for name, parameter in edited.named_parameters():
             if ".mlp." in name and name.removesuffix(".weight").endswith(MLP_MATRICES):
                 parameter.sub_(rate * parameter.grad)
-        before, after = next_token(plain(case), case), next_token(edited, case)
-    spec = PreviewEditSpec(tuple(case.prompt), (TARGET,), DescentStep((), (), rate))
+        before, after = next_token(unchanged, case), next_token(edited, case)
+    step = DescentStep((), (), rate)
+    spec = PreviewEditSpec(tuple(case.prompt), (TARGET,), step, interventions=changes)
     preview = only(preview_edit(resolve_preview_edit(resident(case), spec), lambda: None))
     effect = preview.edited
     assert effect.probability_before == pytest.approx(before[TARGET].exp().item(), rel=1e-5)
@@ -243,6 +300,23 @@ MLP_MATRICES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 def next_token(network: Any, case: Case) -> Tensor:
     log_p: Tensor = network(torch.tensor([case.prompt])).logits[0, -1].log_softmax(-1)
     return log_p
+
+
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [
+        ({"experts": (4,)}, r"\[0\].experts: NEURONS has no routed expert 4; expected 0 to 3"),
+        ({"experts": (2, 2)}, "experts are repeated; send each once"),
+        ({"experts": (1,), "layers": (0, 1)}, "layer 1 has no experts; name only layers"),
+        ({"neurons": (16,), "layers": (0,)}, "no neuron 16; expected 0 to 15"),
+    ],
+    ids=str,
+)
+def test_experts_that_do_not_fit_are_refused(where: dict[str, Any], text: str) -> None:
+    mixed = MIXTURES[1]
+    changes = (InterventionSpec(Site.NEURONS, Zero(), **where),)
+    with pytest.raises(InvalidRequest, match=text):
+        resolve_trace(resident(mixed), TraceSpec(tuple(mixed.prompt), interventions=changes))
 
 
 def test_forward_shift_of_a_mixture_is_refused() -> None:

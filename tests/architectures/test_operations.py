@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def operations(case: Case, change: Change, own: Values, others: list[Values]) ->
     yield SetTo(drawn.numpy()), set_to(drawn)
     yield Add(drawn[0].numpy(), 0.7), add(drawn[0], 0.7)  # the same at both positions
     first, second = other_prompts(case)
-    there = Change(change.site, zero(), positions=SOURCE_POSITIONS, heads=change.heads)
+    there = replace(change, layers=(), positions=SOURCE_POSITIONS)
     yield PatchFrom(tuple(first), SOURCE_POSITIONS), take_from(others[0], there)
     mean = {key: (others[0][key] + others[1][key]) / 2}
     yield MeanOver((tuple(first), tuple(second))), take_from(mean, change)
@@ -110,14 +111,20 @@ def test_operations_at_every_site_equal_those_of_hooks(case: Case) -> None:
     mixed = (Site.ROUTER.name, 1) in own
     for site in CHANGED:
         layer = None if site is Site.EMBEDDING else 1
-        if (site.name, layer) not in own or (mixed and site is Site.NEURONS):
+        if (site.name, layer) not in own:
             continue
-        heads = (own[site.name, layer].shape[1] - 1,) if site in WITH_HEADS else ()
         layers = () if layer is None else (layer,)
-        place = Change(site.name, zero(), layers, POSITIONS, heads)
+        place = Change(site.name, zero(), layers, POSITIONS)
+        units: dict[str, tuple[int, ...]] = {}
+        if site in WITH_HEADS:
+            units = {"heads": (own[site.name, layer].shape[1] - 1,)}
+            place = replace(place, heads=units["heads"])
+        elif mixed and site is Site.NEURONS:
+            units = {"experts": (3, 0, 2), "neurons": (7, 1, 4)}
+            place = replace(place, heads=units["experts"], sources=units["neurons"])
         for operation, expected in operations(case, place, own, others):
-            change = Change(site.name, expected, layers, POSITIONS, heads)
-            found = logits(case, InterventionSpec(site, operation, layers, POSITIONS, heads))
+            change = replace(place, operation=expected)
+            found = logits(case, InterventionSpec(site, operation, layers, POSITIONS, **units))
             assert_near(found, hooked.run(case.prompt, [change])["LOGITS", None], operation)
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from januslens_server.errors import InvalidRequest, never_cancelled
 from januslens_server.models.experts import Experts
-from januslens_server.models.sites import sites_of_layer
 from januslens_server.pipelines.activations import activations
 from januslens_server.pipelines.resolve import resolve_activations
 from januslens_server.results import SiteValues
@@ -19,6 +18,7 @@ from januslens_server.specs import ActivationsSpec, Site
 from tests.architectures import oracle
 from tests.architectures.cases import CASES, MIXTURES, WITHOUT_ADAPTER, Case
 from tests.architectures.tiny_models import plain, resident
+from tests.reference.interventions import HookedModel
 
 every_case = pytest.mark.parametrize(
     "case", CASES + MIXTURES + WITHOUT_ADAPTER, ids=lambda case: case.id
@@ -114,7 +114,6 @@ def test_neurons_are_the_input_of_the_last_map(case: Case) -> None:
     model = resident(case)
     for layer, block in model.view.known.items():
         if isinstance(block.mlp, Experts):
-            assert Site.NEURONS not in sites_of_layer(model, layer)
             continue
         taken: list[Tensor] = []
         handle = block.mlp.ff2.module.register_forward_pre_hook(
@@ -124,6 +123,23 @@ def test_neurons_are_the_input_of_the_last_map(case: Case) -> None:
         handle.remove()
         neurons = read(case, Site.NEURONS, layers=(layer,))[layer, Site.NEURONS]
         assert torch.equal(neurons, taken[0].flatten(0, -2))
+
+
+@pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.id)
+def test_neurons_of_experts_equal_those_of_a_hooked_model(case: Case) -> None:
+    expected = HookedModel(plain(case)).run(case.prompt)
+    found = read(case, Site.NEURONS)
+    some = read(case, Site.NEURONS, positions=(2, 5), experts=(3, 1))
+    mixtures = [
+        layer for layer, b in resident(case).view.known.items() if isinstance(b.mlp, Experts)
+    ]
+    assert mixtures
+    for layer in mixtures:
+        neurons = expected["NEURONS", layer]
+        assert (neurons == 0).all(-1).any()  # some experts are not chosen
+        torch.testing.assert_close(found[layer, Site.NEURONS], neurons)
+        chosen = some[layer, Site.NEURONS]
+        torch.testing.assert_close(chosen, neurons[[2, 5]][:, [1, 3]])
 
 
 @pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.id)
@@ -170,6 +186,7 @@ def test_positions_and_heads_select_rows_of_the_whole_tensor() -> None:
             {"sites": (Site.KEY, Site.QUERY), "heads": (2,)},
             "heads: KEY has no head 2; expected 0 to 1",
         ),
+        ({"experts": (0,)}, "experts: no requested site has experts; expected NEURONS"),
         ({"sites": (Site.LOGITS,), "heads": (0,)}, "heads: none of the sites has heads"),
         (
             {"sites": (Site.LOGITS, Site.ROUTER)},

@@ -158,6 +158,10 @@ def test_pairs_become_one_message_per_layer() -> None:
     assert {message.site for message in made} == {sites_pb2.SITE_HEAD_RESULT}
     (message,) = intervention_messages([zero(neurons=5, layers=[1, 2])])
     assert (message.site, list(message.layers)) == (sites_pb2.SITE_NEURONS, [1, 2])
+    (message,) = intervention_messages([scale(2.0, neurons=[(3, 7)], experts=[5, 1])])
+    assert message.site == sites_pb2.SITE_NEURONS
+    assert (list(message.layers), list(message.neurons)) == ([3], [7])
+    assert list(message.experts) == [5, 1]  # in this order, as the rows of a tensor
 
 
 @pytest.mark.parametrize(
@@ -168,6 +172,8 @@ def test_pairs_become_one_message_per_layer() -> None:
         (lambda: zero(heads=[(1, 2), 3]), ValueError, "pairs"),
         (lambda: zero(heads=[(1, 2)], layers=1), ValueError, "pairs"),
         (lambda: zero(heads=[]), ValueError, "heads is empty"),
+        (lambda: zero(experts=[]), ValueError, "experts is empty"),
+        (lambda: zero(heads=1, experts=2), ValueError, "both given"),
         (lambda: zero("HEADS"), ValueError, "unknown value 'HEADS'"),
         (lambda: zero(heads=[1.5]), TypeError, "not an integer"),  # type: ignore[list-item]
         (lambda: scale(float("nan"), "LOGITS"), ValueError, "finite"),

@@ -81,12 +81,19 @@ def pairs_of_changes(case: Case) -> list[list[tuple[InterventionSpec, Change]]]:
     tensor = torch.from_numpy(vector)
 
     def pair(site: Site, ours: Any, theirs: Any, **where: Any) -> tuple[InterventionSpec, Change]:
-        heads = {"heads": where["neurons"]} if "neurons" in where else {}
-        others = {name: value for name, value in where.items() if name != "neurons"}
-        return InterventionSpec(site, ours, **where), Change(site.name, theirs, **others, **heads)
+        named = dict(where)
+        if "experts" in where:
+            named |= {"heads": named.pop("experts"), "sources": named.pop("neurons")}
+        elif "neurons" in where:
+            named |= {"heads": named.pop("neurons")}
+        return InterventionSpec(site, ours, **where), Change(site.name, theirs, **named)
 
     sources = {"layers": (1,), "heads": (1, 2), "sources": (3, 6, 8)}
-    routed = [pair(Site.ROUTER, Scale(-1.0), scale(-1.0), layers=(0,))]
+    neurons = {"experts": (2, 0, 3), "neurons": (1, 9, 4, 5)}
+    routed = [
+        pair(Site.ROUTER, Scale(-1.0), scale(-1.0), layers=(0,)),
+        pair(Site.NEURONS, Scale(-4.0), scale(-4.0), layers=(0,), **neurons),
+    ]
     return [
         [
             pair(Site.HEAD_RESULT, Zero(), zero(), layers=(0,), heads=(1,)),

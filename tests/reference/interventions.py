@@ -202,7 +202,7 @@ class Change:
         layers: Layers, from 0.
         positions: Positions, from 0.
         heads: Heads of a site that has them, or neurons or experts of one that has these.
-        sources: Source positions of ATTENTION_PATTERN.
+        sources: Source positions of ATTENTION_PATTERN, or neurons of a mixture's experts.
     """
 
     site: str
@@ -276,7 +276,7 @@ class HookedModel:
     def run(self, ids: Sequence[int], changes: Sequence[Change] = ()) -> Values:
         """Run the prompt under the changes and return the values of all sites, `[T, ...]`.
 
-        ATTENTION_PATTERN is `[T, H, T]`; NEURONS of a mixture is `[T, experts, neurons]`, also for
+        ATTENTION_PATTERN is `[T, H, T]`; NEURONS of a mixture is `[T, experts, neurons]`, 0 for
         experts that the router does not choose. Changes at one site apply in the given order.
         """
         visit = _Visit(changes, len(ids))
@@ -333,9 +333,11 @@ class HookedModel:
             return _routing(self.config, out[0])
 
         def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-            neurons = _experts_neurons(experts, x)
+            neurons = experts_neurons(experts, x)
             visit.see(("NEURONS", layer), neurons)
-            return _experts_output(experts, neurons, chosen, weights)
+            used = functional.one_hot(chosen, neurons.shape[1]).sum(1)
+            visit.values["NEURONS", layer] *= used[:, :, None]
+            return experts_output(experts, neurons, chosen, weights)
 
         router = module.get_submodule(self.family.router)
         hooks.callback(router.register_forward_hook(after_router).remove)
@@ -417,7 +419,7 @@ def _routing(config: Any, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return logits, top, chosen
 
 
-def _experts_neurons(experts: Any, x: Tensor) -> Tensor:
+def experts_neurons(experts: Any, x: Tensor) -> Tensor:
     """Return the input of every expert's second linear map, `[T, experts, neurons]`."""
     if hasattr(experts, "gate_up_proj_bias"):
         both = torch.einsum("td,edm->tem", x, experts.gate_up_proj) + experts.gate_up_proj_bias
@@ -428,7 +430,8 @@ def _experts_neurons(experts: Any, x: Tensor) -> Tensor:
     return product
 
 
-def _experts_output(experts: Any, neurons: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+def experts_output(experts: Any, neurons: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Return the weighted sum `[T, d]` of the chosen experts' results, given `experts_neurons`."""
     if hasattr(experts, "down_proj_bias"):
         out = torch.einsum("tem,emd->ted", neurons, experts.down_proj) + experts.down_proj_bias
     else:

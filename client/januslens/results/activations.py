@@ -81,6 +81,7 @@ _DIMENSIONS = {
     Site.ROUTER: ("expert",),
     Site.LOGITS: ("token",),
 }
+_OF_EXPERTS = ("expert", "neuron")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,9 @@ class SiteTensor:
     @property
     def dimensions(self) -> tuple[str, ...]:
         """The names of the axes, for example `("position", "head", "d_head")`."""
-        return ("position", *_DIMENSIONS.get(self.site, ("d_model",)))
+        of_experts = self.site is Site.NEURONS and len(self.tensor.shape) == 3
+        names = _OF_EXPERTS if of_experts else _DIMENSIONS.get(self.site, ("d_model",))
+        return ("position", *names)
 
     def numpy(self) -> NDArray[Any]:
         """Return a copy as an array; bfloat16 becomes float32, because numpy does not support it.
@@ -210,8 +213,8 @@ class Activations:
     def to_pandas(self, site: Site | str, layer: int | None = None) -> pd.DataFrame:
         """Return the values of a site in a layer as a data frame. Requires pandas.
 
-        The rows are the positions, or the pairs of position and head. The columns are the elements
-        of the last dimension.
+        The rows are the positions, or the pairs of position and head or expert. The
+        columns are the elements of the last dimension.
 
         Raises:
             KeyError: The site was not read in this layer, or in several layers and none is given.

@@ -37,6 +37,7 @@ class ActivationsRequest(_message.Message):
     DATA_TYPE_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -71,6 +72,12 @@ class ActivationsRequest(_message.Message):
         INVALID_ARGUMENT if no requested site has heads.
         """
 
+    @_builtins.property
+    def experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Routed experts to read the NEURONS of, from 0; empty = all. INVALID_ARGUMENT if no requested
+        site has experts.
+        """
+
     def __init__(
         self,
         *,
@@ -83,10 +90,11 @@ class ActivationsRequest(_message.Message):
         data_type: _common_pb2.DataType.ValueType = ...,
         interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
         heads: _abc.Iterable[_builtins.int] | None = ...,
+        experts: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "heads", b"heads", "input", b"input", "interventions", b"interventions", "layers", b"layers", "model", b"model", "positions", b"positions", "revision", b"revision", "sites", b"sites"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_type", b"data_type", "experts", b"experts", "heads", b"heads", "input", b"input", "interventions", b"interventions", "layers", b"layers", "model", b"model", "positions", b"positions", "revision", b"revision", "sites", b"sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -154,13 +162,14 @@ class SiteTensor(_message.Message):
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape of the whole tensor: the positions of the header, then the site's shape, with the
-        requested heads. The sources of ATTENTION_PATTERN are the positions of the whole prompt.
+        requested heads or experts. The sources of ATTENTION_PATTERN are the positions of the whole prompt.
         """
 
     @_builtins.property
     def piece(self) -> _common_pb2.Tensor:
         """The elements of the piece, one-dimensional. The values are the model's own, bit for bit, except
-        those of ATTENTION_PATTERN, which are always computed again in float32.
+        those of ATTENTION_PATTERN and of NEURONS of experts, which are always computed again in
+        float32.
         """
 
     def __init__(

@@ -26,7 +26,7 @@ from januslens.v1 import common_pb2 as januslens_dot_v1_dot_common__pb2
 from januslens.v1 import sites_pb2 as januslens_dot_v1_dot_sites__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n januslens/v1/interventions.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a\x18januslens/v1/sites.proto\"\x91\x03\n\x0cIntervention\x12 \n\x04site\x18\x01 \x01(\x0e\x32\x12.januslens.v1.Site\x12\x0e\n\x06layers\x18\x02 \x03(\x05\x12\x11\n\tpositions\x18\x03 \x03(\x05\x12\r\n\x05heads\x18\x04 \x03(\r\x12\x0f\n\x07neurons\x18\x05 \x03(\r\x12\x18\n\x10source_positions\x18\x07 \x03(\x05\x12\x0e\n\x04zero\x18\n \x01(\x08H\x00\x12\x0f\n\x05scale\x18\x0b \x01(\x02H\x00\x12#\n\x03set\x18\x0c \x01(\x0b\x32\x14.januslens.v1.TensorH\x00\x12%\n\x03\x61\x64\x64\x18\r \x01(\x0b\x32\x16.januslens.v1.AdditionH\x00\x12$\n\x05patch\x18\x0e \x01(\x0b\x32\x13.januslens.v1.PatchH\x00\x12+\n\tmean_over\x18\x0f \x01(\x0b\x32\x16.januslens.v1.MeanOverH\x00\x12$\n\x05noise\x18\x10 \x01(\x0b\x32\x13.januslens.v1.NoiseH\x00\x12\x0f\n\x05\x62lock\x18\x11 \x01(\x08H\x00\x42\x0b\n\toperation\"Z\n\x08\x41\x64\x64ition\x12$\n\x06vector\x18\x01 \x01(\x0b\x32\x14.januslens.v1.Tensor\x12\x18\n\x0b\x63oefficient\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x0e\n\x0c_coefficient\">\n\x05Patch\x12\"\n\x05input\x18\x01 \x01(\x0b\x32\x13.januslens.v1.Input\x12\x11\n\tpositions\x18\x02 \x03(\x05\"/\n\x08MeanOver\x12#\n\x06inputs\x18\x01 \x03(\x0b\x32\x13.januslens.v1.Input\"1\n\x05Noise\x12\x1a\n\x12standard_deviation\x18\x01 \x01(\x02\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n januslens/v1/interventions.proto\x12\x0cjanuslens.v1\x1a\x19januslens/v1/common.proto\x1a\x18januslens/v1/sites.proto\"\xa2\x03\n\x0cIntervention\x12 \n\x04site\x18\x01 \x01(\x0e\x32\x12.januslens.v1.Site\x12\x0e\n\x06layers\x18\x02 \x03(\x05\x12\x11\n\tpositions\x18\x03 \x03(\x05\x12\r\n\x05heads\x18\x04 \x03(\r\x12\x0f\n\x07neurons\x18\x05 \x03(\r\x12\x0f\n\x07\x65xperts\x18\x06 \x03(\r\x12\x18\n\x10source_positions\x18\x07 \x03(\x05\x12\x0e\n\x04zero\x18\n \x01(\x08H\x00\x12\x0f\n\x05scale\x18\x0b \x01(\x02H\x00\x12#\n\x03set\x18\x0c \x01(\x0b\x32\x14.januslens.v1.TensorH\x00\x12%\n\x03\x61\x64\x64\x18\r \x01(\x0b\x32\x16.januslens.v1.AdditionH\x00\x12$\n\x05patch\x18\x0e \x01(\x0b\x32\x13.januslens.v1.PatchH\x00\x12+\n\tmean_over\x18\x0f \x01(\x0b\x32\x16.januslens.v1.MeanOverH\x00\x12$\n\x05noise\x18\x10 \x01(\x0b\x32\x13.januslens.v1.NoiseH\x00\x12\x0f\n\x05\x62lock\x18\x11 \x01(\x08H\x00\x42\x0b\n\toperation\"Z\n\x08\x41\x64\x64ition\x12$\n\x06vector\x18\x01 \x01(\x0b\x32\x14.januslens.v1.Tensor\x12\x18\n\x0b\x63oefficient\x18\x02 \x01(\x02H\x00\x88\x01\x01\x42\x0e\n\x0c_coefficient\">\n\x05Patch\x12\"\n\x05input\x18\x01 \x01(\x0b\x32\x13.januslens.v1.Input\x12\x11\n\tpositions\x18\x02 \x03(\x05\"/\n\x08MeanOver\x12#\n\x06inputs\x18\x01 \x03(\x0b\x32\x13.januslens.v1.Input\"1\n\x05Noise\x12\x1a\n\x12standard_deviation\x18\x01 \x01(\x02\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,13 +35,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1\252\002\014Januslens.V1'
   _globals['_INTERVENTION']._serialized_start=104
-  _globals['_INTERVENTION']._serialized_end=505
-  _globals['_ADDITION']._serialized_start=507
-  _globals['_ADDITION']._serialized_end=597
-  _globals['_PATCH']._serialized_start=599
-  _globals['_PATCH']._serialized_end=661
-  _globals['_MEANOVER']._serialized_start=663
-  _globals['_MEANOVER']._serialized_end=710
-  _globals['_NOISE']._serialized_start=712
-  _globals['_NOISE']._serialized_end=761
+  _globals['_INTERVENTION']._serialized_end=522
+  _globals['_ADDITION']._serialized_start=524
+  _globals['_ADDITION']._serialized_end=614
+  _globals['_PATCH']._serialized_start=616
+  _globals['_PATCH']._serialized_end=678
+  _globals['_MEANOVER']._serialized_start=680
+  _globals['_MEANOVER']._serialized_end=727
+  _globals['_NOISE']._serialized_start=729
+  _globals['_NOISE']._serialized_end=778
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,7 @@ class Intervention(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
     NEURONS_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     SOURCE_POSITIONS_FIELD_NUMBER: _builtins.int
     ZERO_FIELD_NUMBER: _builtins.int
     SCALE_FIELD_NUMBER: _builtins.int
@@ -79,6 +80,12 @@ class Intervention(_message.Message):
         """Neurons of NEURONS, from 0; empty = all. INVALID_ARGUMENT at other sites."""
 
     @_builtins.property
+    def experts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Routed experts whose neurons change, from 0; empty = all. With experts, empty `layers` mean
+        every layer with experts. INVALID_ARGUMENT at other sites, and for layers without experts.
+        """
+
+    @_builtins.property
     def source_positions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Source positions of ATTENTION_PATTERN, from 0, or negative from the end of the prompt; empty =
         all. INVALID_ARGUMENT at other sites.
@@ -87,7 +94,7 @@ class Intervention(_message.Message):
     @_builtins.property
     def set(self) -> _common_pb2.Tensor:
         """The values become this tensor. It has the site's shape at one position, over the requested
-        heads or neurons, or one such shape per requested position.
+        heads, or experts and neurons, or one such shape per requested position.
         """
 
     @_builtins.property
@@ -114,6 +121,7 @@ class Intervention(_message.Message):
         positions: _abc.Iterable[_builtins.int] | None = ...,
         heads: _abc.Iterable[_builtins.int] | None = ...,
         neurons: _abc.Iterable[_builtins.int] | None = ...,
+        experts: _abc.Iterable[_builtins.int] | None = ...,
         source_positions: _abc.Iterable[_builtins.int] | None = ...,
         zero: _builtins.bool = ...,
         scale: _builtins.float = ...,
@@ -126,7 +134,7 @@ class Intervention(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "block", b"block", "mean_over", b"mean_over", "noise", b"noise", "operation", b"operation", "patch", b"patch", "scale", b"scale", "set", b"set", "zero", b"zero"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "block", b"block", "heads", b"heads", "layers", b"layers", "mean_over", b"mean_over", "neurons", b"neurons", "noise", b"noise", "operation", b"operation", "patch", b"patch", "positions", b"positions", "scale", b"scale", "set", b"set", "site", b"site", "source_positions", b"source_positions", "zero", b"zero"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add", b"add", "block", b"block", "experts", b"experts", "heads", b"heads", "layers", b"layers", "mean_over", b"mean_over", "neurons", b"neurons", "noise", b"noise", "operation", b"operation", "patch", b"patch", "positions", b"positions", "scale", b"scale", "set", b"set", "site", b"site", "source_positions", b"source_positions", "zero", b"zero"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["zero", "scale", "set", "add", "patch", "mean_over", "noise", "block"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015

@@ -45,8 +45,9 @@ class _SiteEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Site.ValueType],
     SITE_MLP_INPUT: _Site.ValueType  # 10
     """Input of the MLP's linear maps, after the pre-norm, [d_model]."""
     SITE_NEURONS: _Site.ValueType  # 11
-    """Input of the MLP's last linear map, [d_mlp]; in a gated MLP, activated gate times up. Layers
-    with experts have none.
+    """Input of the MLP's last linear map, [d_mlp]; in a gated MLP, activated gate times up. In a layer
+    with experts, that of each routed expert, [n_experts, d_mlp], and 0 for experts that the router
+    did not choose.
     """
     SITE_ROUTER: _Site.ValueType  # 12
     """Logits of the router, [n_experts]. Only layers with experts have them."""
@@ -88,8 +89,9 @@ SITE_RESIDUAL_MID: Site.ValueType  # 9
 SITE_MLP_INPUT: Site.ValueType  # 10
 """Input of the MLP's linear maps, after the pre-norm, [d_model]."""
 SITE_NEURONS: Site.ValueType  # 11
-"""Input of the MLP's last linear map, [d_mlp]; in a gated MLP, activated gate times up. Layers
-with experts have none.
+"""Input of the MLP's last linear map, [d_mlp]; in a gated MLP, activated gate times up. In a layer
+with experts, that of each routed expert, [n_experts, d_mlp], and 0 for experts that the router
+did not choose.
 """
 SITE_ROUTER: Site.ValueType  # 12
 """Logits of the router, [n_experts]. Only layers with experts have them."""

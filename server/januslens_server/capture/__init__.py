@@ -3,6 +3,7 @@
 from januslens_server.capture.activations import (
     HiddenSources,
     LayerActivations,
+    NeuronChange,
     Rotation,
     Routing,
     StreamActivations,
@@ -25,6 +26,7 @@ __all__ = [
     "LayerActivations",
     "LinearOverlay",
     "LowRank",
+    "NeuronChange",
     "Overlay",
     "Rotation",
     "Routing",

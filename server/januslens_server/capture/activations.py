@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,6 +15,11 @@ class Routing:
 
     experts: torch.Tensor
     weights: torch.Tensor
+
+
+# A function from the number of an expert, positions `[n]` and the expert's neurons there `[n,
+# d_mlp]` to the neurons that interventions leave.
+NeuronChange = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 Entry = tuple[Sequence[int] | None, frozenset[int], Sequence[int]]
@@ -105,7 +110,7 @@ class LayerActivations:
 
     Interventions set the last fields. `mapped_query` and `mapped_key` are what enters the rotation,
     if it is not the norm of `query` and `key`. `replaced` has the names of sites whose values are
-    not the model's own.
+    not the model's own. `neuron_change` changes the neurons of experts.
     """
 
     block_input: torch.Tensor
@@ -133,6 +138,7 @@ class LayerActivations:
     mapped_key: torch.Tensor | None = None
     hidden_sources: HiddenSources | None = None
     replaced: frozenset[str] = frozenset()
+    neuron_change: NeuronChange | None = None
 
     def row(self, position: int) -> int:
         """Return the row of a position in all tensors except `key` and `value`."""

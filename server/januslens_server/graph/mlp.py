@@ -18,7 +18,7 @@ from januslens_server.graph.weighted_rows import (
 )
 from januslens_server.graph.weights import Finish, MlpRow, MlpWeights, WeightedRows
 from januslens_server.results import EdgeKind, NodeKind
-from januslens_server.specs import Selection, Unit
+from januslens_server.specs import Selection
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,10 @@ class Expert:
             up if self.up_bias is None else up + self.up_bias,
         )
 
+    def neurons(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the neurons `[..., d_mlp]`, which enter `down`, for `x` `[..., d_model]`."""
+        return self.activation(*self.gate_and_up(x))
+
 
 @dataclass(frozen=True)
 class ExpertMlp:
@@ -90,10 +94,13 @@ class ExpertMlp:
         ids = acts.routing.experts[row].tolist()
         weights = acts.routing.weights[row].float()
         experts = [self.expert(i) for i in ids]
-        activations = [
-            weight * expert.activation(*expert.gate_and_up(x))
-            for expert, weight in zip(experts, weights, strict=True)
-        ]
+        neurons = [expert.neurons(x) for expert in experts]
+        if acts.neuron_change is not None:
+            at = torch.tensor([position], device=x.device)
+            neurons = [
+                acts.neuron_change(i, at, own[None])[0] for i, own in zip(ids, neurons, strict=True)
+            ]
+        activations = [weight * own for weight, own in zip(weights, neurons, strict=True)]
         down = torch.cat([expert.down for expert in experts])
         device = down.device
         widths = torch.tensor([len(expert.down) for expert in experts], device=device)
@@ -137,27 +144,12 @@ def add_mlp(
         return flow.node(result.kind, result.vector)
     row = weights.row(acts, flow.position)
     replaced = "MLP_OUTPUT" in acts.replaced
-    named = selection.neurons_of(flow.layer)
-    picked = None if named is None else _rows_of(named, row.terms)
-    added = add_weighted_rows(
-        flow, row.terms, MLP_KINDS, selection, result, replaced=replaced, picked=picked
-    )
+    added = add_weighted_rows(flow, row.terms, MLP_KINDS, selection, result, replaced=replaced)
     fired = row.terms.activations[added.neurons.picked]
     _add_keys(flow, NodeKind.MLP_KEY, mlp_input, row.ff1, fired, added.neurons)
     if row.up is not None:
         _add_keys(flow, NodeKind.MLP_UP, mlp_input, row.up, fired, added.neurons)
     return added.total
-
-
-def _rows_of(named: list[Unit], terms: WeightedRows) -> torch.Tensor:
-    """Return the indices of neurons; those of experts that were not routed have none."""
-    numbers = torch.tensor([unit.number for unit in named], dtype=torch.long)
-    numbers = numbers.to(terms.rows.device)
-    if terms.experts is None or terms.neurons is None:
-        return numbers
-    experts = torch.tensor([unit.expert or 0 for unit in named], dtype=torch.long)
-    same = terms.experts == experts.to(terms.rows.device)[:, None]
-    return (same & (terms.neurons == numbers[:, None])).nonzero()[:, 1]
 
 
 def _add_keys(

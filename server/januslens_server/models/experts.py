@@ -6,14 +6,14 @@ shared expert, which every position uses, consists of linear modules.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from januslens_server.capture import End, LowRank, Routing, Tap
+from januslens_server.capture import End, LowRank, NeuronChange, Routing, Tap
 from januslens_server.capture.hooks import Columns, nth_tensor, rows, select
 from januslens_server.graph.mlp import Activation, Expert, ExpertMlp
 from januslens_server.graph.weights import Finish
@@ -141,6 +141,33 @@ class Experts:
         return Routing(torch.cat([ids, shared], dim=1), torch.cat([weights, own], dim=1))
 
     @property
+    def neuron_taps(self) -> tuple[Tap, Tap]:
+        """Taps of the input `[pos, d_model]` and the experts `[pos, k]` that `neurons` needs."""
+        return Tap(self.module, End.INPUT), Tap(self.module, End.INPUT, argument=1)
+
+    def neurons(
+        self,
+        x: torch.Tensor,
+        ids: torch.Tensor,
+        experts: Sequence[int],
+        at: torch.Tensor,
+        change: NeuronChange | None,
+    ) -> torch.Tensor:
+        """Return the neurons of routed experts `[pos, experts, d_mlp]` in float32.
+
+        They are 0 where a position is not routed to the expert. `x` `[pos, d_model]` and `ids`
+        `[pos, k]` are those of the positions `at` `[pos]`, `change` is that of interventions.
+        """
+        found = torch.zeros(len(x), len(experts), self.width, device=x.device)
+        for column, index in enumerate(experts):
+            rows_of = torch.where((ids == index).any(-1))[0]
+            if len(rows_of):
+                own = self.expert(index).neurons(x[rows_of].float())
+                own = own if change is None else change(index, at[rows_of], own)
+                found[rows_of, column] = own
+        return found
+
+    @property
     def matrices(self) -> dict[MatrixKind, ExpertMatrices]:
         """Weight matrices by kind, each for all experts."""
         kinds = (MatrixKind.GATE, MatrixKind.UP, MatrixKind.FF2)
@@ -168,10 +195,14 @@ class Experts:
 
 @dataclass(frozen=True)
 class ExpertMatrices:
-    """One kind of matrix for all experts of a layer."""
+    """One kind of matrix for all experts of a layer.
+
+    `change` is what interventions do to the neurons of the pass that `factors` belong to.
+    """
 
     experts: Experts
     kind: MatrixKind
+    change: NeuronChange | None = None
 
     @property
     def whole(self) -> Tap:
@@ -261,8 +292,13 @@ class ExpertMatrices:
         with torch.enable_grad():
             gate, up = (v.detach().requires_grad_() for v in expert.gate_and_up(own.float()))
             neurons = expert.activation(gate, up)
+            if self.change is not None:
+                neurons = self.change(index, positions, neurons)
             through_down = delta @ expert.down.T
-            gate_vjps, up_vjps = torch.autograd.grad(neurons, (gate, up), through_down)
+            if neurons.requires_grad:
+                gate_vjps, up_vjps = torch.autograd.grad(neurons, (gate, up), through_down)
+            else:  # interventions replace all neurons
+                gate_vjps, up_vjps = torch.zeros_like(gate), torch.zeros_like(up)
         if self.kind is MatrixKind.FF2:
             return Factors(neurons.detach(), delta, positions)
         return Factors(own, gate_vjps if self.kind is MatrixKind.GATE else up_vjps, positions)
@@ -287,11 +323,14 @@ class ExpertOverlay:
     """Overlay that changes matrices of some routed experts of one MLP.
 
     An expert is not linear in its gate. What a change adds to its result is therefore the
-    difference of two runs, on the positions that are routed to it.
+    difference of two runs, on the positions that are routed to it. `neuron_change` is what
+    interventions do to the neurons of both runs.
     """
 
+    layer: int
     experts: Experts
     changes: ExpertChanges
+    neuron_change: NeuronChange | None = None
 
     @property
     def module(self) -> nn.Module:
@@ -300,20 +339,11 @@ class ExpertOverlay:
 
     def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         """Weighted sum of the experts' results `[pos, d_model]` with the changes applied."""
-        x, ids, weights = (nth_tensor(args, n=n) for n in range(3))
-        added = torch.zeros(output.shape, device=output.device)
-        for index, changes in self.changes.items():
-            positions, slots = torch.where(ids == index)
-            if len(positions):
-                moved = self._moved(index, changes, x[positions].float())
-                added.index_add_(0, positions, weights[positions, slots, None].float() * moved)
-        return output + added.to(output.dtype)
+        return _with_moved(args, output, self.changes, self._moved)
 
-    def _moved(
-        self, index: int, changes: Mapping[MatrixKind, LowRank], x: torch.Tensor
-    ) -> torch.Tensor:
+    def _moved(self, index: int, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Difference that the changes make to one expert's result for `x` `[n, d_model]`."""
-        expert = self.experts.expert(index)
+        expert, changes = self.experts.expert(index), self.changes[index]
         gate, up = expert.gate_and_up(x)
         before = expert.activation(gate, up)
         if MatrixKind.GATE in changes:
@@ -321,7 +351,59 @@ class ExpertOverlay:
         if MatrixKind.UP in changes:
             up = up + changes[MatrixKind.UP].times(x)
         after = expert.activation(gate, up)
+        if self.neuron_change is not None:
+            before, after = (self.neuron_change(index, positions, n) for n in (before, after))
         moved = (after - before) @ expert.down
         if MatrixKind.FF2 in changes:
             moved = moved + changes[MatrixKind.FF2].times(after)
         return moved
+
+
+@dataclass(frozen=True)
+class NeuronOverlay:
+    """Overlay that changes neurons of the routed experts `numbers` of one MLP.
+
+    The models' own kernels do not return the neurons. So they are computed again, and what the
+    change adds to the experts' results is added.
+    """
+
+    experts: Experts
+    numbers: Sequence[int]
+    change: NeuronChange
+
+    @property
+    def module(self) -> nn.Module:
+        """The module that contains all routed experts of the MLP."""
+        return self.experts.module
+
+    def over(self, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        """Weighted sum of the experts' results `[pos, d_model]` with the neurons changed."""
+        return _with_moved(args, output, self.numbers, self._moved)
+
+    def _moved(self, index: int, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        expert = self.experts.expert(index)
+        neurons = expert.neurons(x)
+        return (self.change(index, positions, neurons) - neurons) @ expert.down
+
+
+def _with_moved(
+    args: tuple[Any, ...],
+    output: torch.Tensor,
+    numbers: Iterable[int],
+    moved: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Add differences to the weighted sum of experts `[pos, d_model]`.
+
+    `moved` returns the difference of one expert's result, given its number, the positions that are
+    routed to it and their inputs in float32.
+    """
+    x, ids, weights = (nth_tensor(args, n=n) for n in range(3))
+    added = torch.zeros(output.shape, device=output.device)
+    for index in numbers:
+        positions, slots = torch.where(ids == index)
+        if len(positions):
+            own = weights[positions, slots, None].float()
+            added = added.index_add(
+                0, positions, own * moved(index, positions, x[positions].float())
+            )
+    return output + added.to(output.dtype)

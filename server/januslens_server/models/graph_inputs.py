@@ -10,6 +10,7 @@ from januslens_server.capture import (
     End,
     HiddenSources,
     LayerActivations,
+    NeuronChange,
     StreamActivations,
     Tap,
 )
@@ -159,12 +160,13 @@ def layer_activations(
     hidden_sources: HiddenSources | None = None,
     replaced: frozenset[str] = frozenset(),
     gradients: Mapping[str, torch.Tensor] | None = None,
+    neuron_change: NeuronChange | None = None,
 ) -> LayerActivations:
     """A block's activations, from the tensors captured for a prompt of `length` tokens.
 
-    `positions` are those passed to `kept_rows`, None for all. `hidden_sources` and `replaced` are
-    those of the pass's interventions, `gradients` those of `sum_gradients`. All tensors are moved
-    to the device where the block computes, since its input may be on another one.
+    `positions` are those passed to `kept_rows`, None for all. `hidden_sources`, `replaced` and
+    `neuron_change` are those of the pass's interventions, `gradients` those of `sum_gradients`. All
+    tensors are moved to the device where the block computes, since its input may be on another one.
     """
     attention = block.attention
     device = captured["block_output"].device
@@ -195,5 +197,6 @@ def layer_activations(
         gradients={name: found.to(device) for name, found in (gradients or {}).items()},
         hidden_sources=hidden_sources,
         replaced=replaced,
+        neuron_change=neuron_change,
         **named,
     )

@@ -7,7 +7,7 @@ queries, keys and values, because fused kernels take no such mask.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,12 +17,13 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from januslens_server.capture import HiddenSources, rewriting
+from januslens_server.capture import HiddenSources, NeuronChange, Overlay, overlaid, rewriting
 from januslens_server.capture.hooks import rewriting_result, seeing
 from januslens_server.errors import CancelCheck
 from januslens_server.graph.weights import attention_patterns
+from januslens_server.models.experts import ExpertOverlay, NeuronOverlay
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.sites import SiteKey, SiteTap, site_tap
+from januslens_server.models.sites import SiteKey, SiteTap, site_experts, site_shape, site_tap
 from januslens_server.models.views import AttentionGate
 from januslens_server.specs import Add, Noise, Operation, Scale, SetTo, Site, Zero
 
@@ -46,8 +47,9 @@ class Source:
 class Intervention:
     """A change of some sites of a model, resolved for one prompt.
 
-    `positions` are those to change, in the order of the request. `units` are heads or neurons; None
-    means all. `sources` are the prompts of a patch or mean. The values of `sources` are averaged;
+    `positions` are those to change, in the order of the request. `units` are heads or neurons, and
+    `experts` those whose neurons change; None means all. If all `keys` have experts, they are
+    listed. `sources` are the prompts of a patch or mean. The values of `sources` are averaged;
     with `over_positions`, also over their positions. `hidden` are the source positions to block.
     `throughout` means that the tokens which are generated after the prompt change as well.
     """
@@ -60,6 +62,29 @@ class Intervention:
     over_positions: bool = False
     hidden: tuple[int, ...] = ()
     throughout: bool = False
+    experts: tuple[int, ...] | None = None
+
+    def shape(self, whole: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the changed values at one position, given that of the site."""
+        if self._of_experts(len(whole)):
+            experts, neurons = whole
+            return (
+                experts if self.experts is None else len(self.experts),
+                neurons if self.units is None else len(self.units),
+            )
+        return whole if self.units is None else (len(self.units), *whole[1:])
+
+    def chosen(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the changed ones of a site's `values` `[pos, ...]`."""
+        of_experts = self._of_experts(values.dim() - 1)
+        if of_experts and self.experts is not None:
+            values = values[:, list(self.experts)]
+        if self.units is None:
+            return values
+        return values[:, :, list(self.units)] if of_experts else values[:, list(self.units)]
+
+    def _of_experts(self, dimensions: int) -> bool:
+        return self.keys[0][1] is Site.NEURONS and dimensions == 2
 
     def in_pass(self, start: int, length: int) -> Intervention:
         """Return the change of a generation's pass over `length` tokens from position `start`."""
@@ -122,6 +147,7 @@ class Interventions:
         self._start = start
         self._state = state
         self._check_cancelled = check_cancelled
+        self._expert_noise: dict[tuple[int, SiteKey], torch.Tensor] = {}
         self._by_key: dict[SiteKey, list[tuple[int, Intervention]]] = {}
         for number, intervention in enumerate(interventions):
             for key in intervention.keys if intervention.positions else ():
@@ -136,6 +162,22 @@ class Interventions:
     def sites(self, layer: int) -> frozenset[Site]:
         """Return the sites that change in a layer."""
         return frozenset(site for at, site in self._by_key if at == layer)
+
+    def neuron_change(self, layer: int) -> NeuronChange | None:
+        """Return what changes the neurons of a layer's experts, or None."""
+        key = (layer, Site.NEURONS)
+        if key not in self._by_key or site_experts(self._model, key) is None:
+            return None
+        return partial(self._changed_expert, key)
+
+    def over_edits(self, overlays: Sequence[Overlay]) -> list[Overlay]:
+        """Return overlays of edited matrices that also know the changes of experts' neurons."""
+        return [
+            replace(overlay, neuron_change=self.neuron_change(overlay.layer))
+            if isinstance(overlay, ExpertOverlay)
+            else overlay
+            for overlay in overlays
+        ]
 
     def hidden_sources(self, layer: int) -> HiddenSources | None:
         """Return the sources that are hidden in a layer, or None."""
@@ -154,6 +196,8 @@ class Interventions:
                 elif site is Site.ROUTER:
                     router = site_tap(self._model, key).tap.module
                     hooks.enter_context(rewriting_result(router, partial(self._rerouted, key)))
+                elif site_experts(self._model, key) is not None:
+                    hooks.enter_context(overlaid([self._neuron_overlay(key)]))
                 else:
                     found = site_tap(self._model, key)
                     rewrite = partial(self._rewritten, key, found)
@@ -179,17 +223,56 @@ class Interventions:
                 index[0] = index[0][:, None]
                 index.append(torch.tensor(intervention.units, device=values.device))
             old = changed[tuple(index)]
-            changed[tuple(index)] = self._result(number, key, index, old, changed.shape[1:])
+            changed[tuple(index)] = self._result(number, key, old)
+        return changed
+
+    def _neuron_overlay(self, key: SiteKey) -> NeuronOverlay:
+        """Return the overlay that changes the neurons of a layer's experts.
+
+        Noise is drawn here, so that it does not depend on which experts the router chooses.
+        """
+        experts = site_experts(self._model, key)
+        if experts is None:
+            raise ValueError(f"layer {key[0]} has no experts; expected a mixture")
+        numbers: set[int] = set()
+        for number, found in self._by_key[key]:
+            numbers.update(range(experts.count) if found.experts is None else found.experts)
+            if isinstance(found.operation, Noise):
+                self._expert_noise[number, key] = self._noise(number, key, found.operation.seed)
+        return NeuronOverlay(experts, sorted(numbers), partial(self._changed_expert, key))
+
+    def _changed_expert(
+        self, key: SiteKey, expert: int, positions: torch.Tensor, neurons: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a copy of an expert's neurons `[n, d_mlp]` at `positions` with all changes."""
+        changed = neurons.clone()
+        for number, found in self._by_key[key]:
+            self._check_cancelled()
+            count = site_shape(self._model, key, self._length)[0]
+            numbers = range(count) if found.experts is None else found.experts
+            if expert not in numbers:
+                continue
+            wanted = torch.tensor(found.positions, device=positions.device) - self._start
+            rows, places = _matches(positions, wanted)
+            own = partial(_of_expert, len(wanted), places, numbers.index(expert))
+            index = [rows]
+            if found.units is not None:
+                index = [rows[:, None], torch.tensor(found.units, device=positions.device)]
+            old = changed[tuple(index)]
+            changed[tuple(index)] = self._result(number, key, old, own)
         return changed
 
     def _result(
         self,
         number: int,
         key: SiteKey,
-        index: list[torch.Tensor],
         old: torch.Tensor,
-        shape: torch.Size,
+        own: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
     ) -> torch.Tensor:
+        """Return what an intervention makes of `old` values.
+
+        `own` returns those values of an operation's tensor that belong to `old`.
+        """
         intervention, taken = self._interventions[number], self._taken.get((number, key))
         match intervention.operation:
             case Zero():
@@ -197,21 +280,28 @@ class Interventions:
             case Scale(factor):
                 new = old.float() * factor
             case SetTo(array):
-                new = torch.from_numpy(array).to(old.device)
+                new = own(torch.from_numpy(array).to(old.device))
             case Add(array, coefficient):
-                new = old.float() + coefficient * torch.from_numpy(array).to(old.device)
+                new = old.float() + coefficient * own(torch.from_numpy(array).to(old.device))
             case Noise(deviation, seed):
-                generator = self._generator(number, key, seed)
-                drawn = self._drawn(generator, intervention.positions, shape).to(old.device)
-                new = old.float() + deviation * (drawn if len(index) == 1 else drawn[:, index[1]])
+                drawn = self._expert_noise.get((number, key))
+                drawn = self._noise(number, key, seed) if drawn is None else drawn
+                new = old.float() + deviation * own(drawn.to(old.device))
             case _:
                 if taken is None:
                     raise ValueError("no values of another pass; expected those of a patch or mean")
-                new = taken.to(old.device)
+                new = own(taken.to(old.device))
         new = new.to(old.dtype).expand_as(old)
         if isinstance(intervention.operation, Add | Noise):  # -0.0 plus 0.0 would be 0.0
             return torch.where(new == old, old, new)
         return new
+
+    def _noise(self, number: int, key: SiteKey, seed: int) -> torch.Tensor:
+        """Draw the normal noise of the values that an intervention changes."""
+        found = self._interventions[number]
+        shape = torch.Size(site_shape(self._model, key, self._length))
+        drawn = self._drawn(self._generator(number, key, seed), found.positions, shape)
+        return found.chosen(drawn)
 
     def _generator(self, number: int, key: SiteKey, seed: int) -> torch.Generator:
         """Return a new generator, or in a generated token's pass that of the pass before."""
@@ -316,6 +406,26 @@ class Interventions:
             values = torch.cat([state.seen[layer, site], values])
         state.seen[layer, site] = values
         return values
+
+
+def _of_expert(
+    positions: int, places: torch.Tensor, column: int, values: torch.Tensor
+) -> torch.Tensor:
+    """Return those of an operation's values `[positions or 1, experts, neurons]` for one expert.
+
+    `values` may lack the first dimension. `places` are the positions that the result has.
+    """
+    return values.expand(positions, *values.shape[-2:])[places, column]
+
+
+def _matches(positions: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of the `positions` that are `wanted`, and where `wanted` has each."""
+    size = int(torch.cat([positions, wanted]).max()) + 1
+    place = torch.full((size,), -1, device=positions.device)
+    place[wanted] = torch.arange(len(wanted), device=positions.device)
+    found = place[positions]
+    rows = torch.where(found >= 0)[0]
+    return rows, found[rows]
 
 
 class _LinearResult(TorchFunctionMode):

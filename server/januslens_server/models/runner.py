@@ -22,6 +22,7 @@ from januslens_server.capture import (
 from januslens_server.capture.hooks import nth_tensor, returning, rows
 from januslens_server.errors import CancelCheck
 from januslens_server.lens.backward_lens import Loss
+from januslens_server.models.experts import ExpertMatrices
 from januslens_server.models.failures import check_gradients, check_pass
 from januslens_server.models.graph_inputs import (
     kept_rows,
@@ -39,7 +40,7 @@ from januslens_server.models.interventions import (
 )
 from januslens_server.models.matrices import Factors, MatrixKey, loaded_weights
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.sites import SiteKey, site_tap
+from januslens_server.models.sites import SiteKey, site_experts, site_tap
 from januslens_server.models.views import Block, CoarseBlock
 from januslens_server.results import MatrixKind
 from januslens_server.specs import Site
@@ -86,6 +87,7 @@ class ForwardPass:
             changes.hidden_sources(layer) if changes else None,
             self._replaced(layer),
             self._gradients.get(layer),
+            changes.neuron_change(layer) if changes else None,
         )
 
     def stream(self, layer: int) -> StreamActivations:
@@ -143,15 +145,24 @@ def read_sites(
     scored: Sequence[int],
     check_cancelled: CancelCheck,
     interventions: Interventions | None = None,
+    experts: Sequence[int] | None = None,
 ) -> tuple[dict[SiteKey, torch.Tensor], torch.Tensor]:
     """Run a prompt and return values of sites `[rows, ...]`, and logits `[scored, vocab]`.
 
-    `rows_of` has the positions to keep of each site, which `site_tap` must know.
+    `rows_of` has the positions to keep of each site, which `site_tap` must know, or which are the
+    neurons of experts. Of those, the values are `[rows, experts, d_mlp]` in float32.
 
     Raises:
         NotFinite: The last residual or the logits are infinite or NaN.
     """
-    sites = {key: site_tap(model, key) for key in rows_of}
+    mixtures = {key: found for key in rows_of if (found := site_experts(model, key))}
+    sites = {key: site_tap(model, key) for key in rows_of if key not in mixtures}
+    neuron_taps = {
+        (key, i): tap for key, found in mixtures.items() for i, tap in enumerate(found.neuron_taps)
+    }
+
+    def keep_rows(key: tuple[SiteKey, int], tapped: torch.Tensor) -> torch.Tensor:
+        return rows(tapped)[torch.tensor(rows_of[key[0]], device=tapped.device)]
 
     def keep(key: SiteKey, tapped: torch.Tensor) -> torch.Tensor:
         values = sites[key].values(tapped)
@@ -165,9 +176,20 @@ def read_sites(
         changed(interventions),
         capturing({"residual": last}) as residual,
         capturing(taps, check_cancelled, modules, keep) as values,
+        capturing(neuron_taps, keep=keep_rows) as routed,
     ):
         logits = _run(model, ids, scored, check_cancelled)[0]
     check_pass(rows(residual["residual"]), logits)
+    for key, found in mixtures.items():
+        check_cancelled()
+        x, chosen = routed[key, 0], routed[key, 1]
+        values[key] = found.neurons(
+            x,
+            chosen,
+            range(found.count) if experts is None else experts,
+            torch.tensor(rows_of[key], device=x.device),
+            interventions.neuron_change(key[0]) if interventions else None,
+        )
     return values, logits
 
 
@@ -410,6 +432,11 @@ def backward(
     """
     blocks = model.view.blocks
     sources = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
+    if interventions:
+        for (layer, kind), source in sources.items():
+            if isinstance(source, ExpertMatrices):
+                change = interventions.neuron_change(layer)
+                sources[layer, kind] = replace(source, change=change)
     lowest = min((*(layer for layer, _ in sources), *attention), default=0)
     wanted = {source.whole for source in sources.values()}
     taps = {tap: tap for source in sources.values() for tap in source.taps if tap not in wanted}
@@ -601,7 +628,7 @@ def _mean(intervention: Intervention, values: list[torch.Tensor]) -> torch.Tenso
         whole = torch.cat(values).float().mean(0, keepdim=True)
     else:
         whole = values[0] if len(values) == 1 else torch.stack(values).float().mean(0)
-    return whole if intervention.units is None else whole[:, list(intervention.units)]
+    return intervention.chosen(whole)
 
 
 @contextmanager

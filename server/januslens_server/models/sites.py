@@ -77,13 +77,24 @@ def site_shape(model: ResidentModel, key: SiteKey, length: int) -> tuple[int, ..
         return model.view.parts(layer).attention.n_heads, length
     if site is Site.LOGITS:
         return (model.view.facts.vocab_size,)
-    return site_tap(model, key).shape
+    experts = site_experts(model, key)
+    return site_tap(model, key).shape if experts is None else (experts.count, experts.width)
+
+
+def site_experts(model: ResidentModel, key: SiteKey) -> Experts | None:
+    """Return the experts whose neurons a site has; None for all other sites."""
+    layer, site = key
+    if site is not Site.NEURONS:
+        return None
+    mlp = model.view.parts(layer).mlp
+    return mlp if isinstance(mlp, Experts) else None
 
 
 def site_tap(model: ResidentModel, key: SiteKey) -> SiteTap:
     """Return the tap of a site; raises `KeyError` if no single tensor of the model has its values.
 
-    ATTENTION_PATTERN is computed from QUERY and KEY, and LOGITS are the result of the pass.
+    ATTENTION_PATTERN is computed from QUERY and KEY, NEURONS of experts are computed again, and
+    LOGITS are the result of the pass.
     """
     layer, site = key
     view = model.view
@@ -100,8 +111,10 @@ def sites_of_layer(model: ResidentModel, layer: int) -> tuple[Site, ...]:
     """Return the sites that a layer has, in the order of the pass."""
     block = model.view.blocks[layer]
     taps = _block_taps(block, model.view.facts.d_model)
-    pattern = (Site.ATTENTION_PATTERN,) if Site.KEY in taps else ()
-    return tuple(sorted({*taps, *pattern}))
+    computed = {Site.ATTENTION_PATTERN} if Site.KEY in taps else set()
+    if isinstance(block, Block) and isinstance(block.mlp, Experts):
+        computed.add(Site.NEURONS)
+    return tuple(sorted({*taps, *computed}))
 
 
 def site_keys(model: ResidentModel, site: Site, layers: Sequence[int]) -> list[SiteKey]:

@@ -324,7 +324,7 @@ class ModelView:
         for layer, expert_changes in of_experts.items():
             block = self.blocks[layer]
             if isinstance(block, Block) and isinstance(block.mlp, Experts):
-                overlays.append(ExpertOverlay(block.mlp, expert_changes))
+                overlays.append(ExpertOverlay(layer, block.mlp, expert_changes))
         return overlays
 
 

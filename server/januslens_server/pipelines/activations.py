@@ -11,7 +11,7 @@ from januslens_server.errors import CancelCheck
 from januslens_server.graph.weights import attention_patterns
 from januslens_server.models.interventions import hidden_sources
 from januslens_server.models.runner import prepared, read_sites
-from januslens_server.models.sites import AFTER_LAYERS, BEFORE_LAYERS, SiteKey
+from januslens_server.models.sites import AFTER_LAYERS, BEFORE_LAYERS, SITES_WITH_HEADS, SiteKey
 from januslens_server.pipelines.metrics import StageClock
 from januslens_server.pipelines.resolve import ResolvedActivations
 from januslens_server.results import (
@@ -46,7 +46,9 @@ def activations(
             positions if any(site is Site.LOGITS for _, site in request.keys) else (len(ids) - 1,)
         )
         changes = prepared(model, request.interventions, len(ids), check_cancelled)
-        values, logits = read_sites(model, ids, wanted, scored, check_cancelled, changes)
+        values, logits = read_sites(
+            model, ids, wanted, scored, check_cancelled, changes, request.experts or None
+        )
     yield ActivationsHeader(model.provenance, request.tokens, positions, request.limited_layers)
     for key in request.keys:
         for piece in _pieces(request, key, values, logits):
@@ -99,7 +101,7 @@ def _piece(
         if len(found) > len(request.positions):  # keys that a pattern needs
             found = found[list(request.positions)]
         found = found[rows]
-    if request.heads and found.dim() == 3:
+    if request.heads and site in SITES_WITH_HEADS:
         found = found[:, list(request.heads)]
     if request.spec.float32:
         found = found.float()

@@ -82,7 +82,7 @@ def _swept(
     )
     units = template.units
     if units is None and sweep.by_unit:
-        units = tuple(range(site_shape(model, template.keys[0], length)[0]))
+        units = _all_units(model, template, length)
     keys = template.keys
     axes: list[Sequence[int | None]] = [
         range(len(keys)) if sweep.by_layer else [None],
@@ -109,6 +109,22 @@ def _swept(
         others.check_cancelled()
         experiments.append(experiment)
     return experiments
+
+
+def _all_units(model: ResidentModel, template: Intervention, length: int) -> tuple[int, ...]:
+    """Return all heads or neurons of the template.
+
+    Raises `InvalidRequest` if its layers have different numbers of them.
+    """
+    axis = -1 if template.keys[0][1] is Site.NEURONS else 0
+    counts = {site_shape(model, key, length)[axis] for key in template.keys}
+    if len(counts) > 1:
+        raise InvalidRequest(
+            "sweep.template.layers",
+            f"the layers have {' or '.join(map(str, sorted(counts)))} units to split by; name "
+            "layers that have the same number",
+        )
+    return tuple(range(counts.pop()))
 
 
 def _check_axes(sweep: SweepSpec) -> None:
@@ -165,7 +181,7 @@ def _row(values: Vectors, place: int, part: Intervention) -> Vectors:
 def _at_unit(part: Intervention, number: int) -> Intervention:
     units = None if part.units is None else (part.units[number],)
     operation = part.operation
-    axis = -_dimensions(part)
+    axis = -1 if part.experts is not None else -_dimensions(part)
     if isinstance(operation, SetTo):
         operation = SetTo(operation.values.take([number], axis=axis))
     elif isinstance(operation, Add):
@@ -175,4 +191,4 @@ def _at_unit(part: Intervention, number: int) -> Intervention:
 
 def _dimensions(part: Intervention) -> int:
     """Return the number of dimensions of the site's shape at one position."""
-    return 2 if part.keys[0][1] in SITES_WITH_HEADS else 1
+    return 2 if part.keys[0][1] in SITES_WITH_HEADS or part.experts is not None else 1

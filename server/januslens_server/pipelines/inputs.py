@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 
 from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
@@ -23,6 +23,7 @@ from januslens_server.models.sites import (
     BEFORE_LAYERS,
     SITES_WITH_HEADS,
     SiteKey,
+    site_experts,
     site_keys,
     site_shape,
     sites_of_layer,
@@ -35,12 +36,10 @@ from januslens_server.specs import (
     KlDivergence,
     LogitDifference,
     Prompt,
-    Selection,
     Site,
     Span,
     Target,
     Text,
-    Unit,
 )
 
 # Maximum number of tokens that an error lists; more would not fit into a status.
@@ -180,46 +179,7 @@ def read_layers(
     return tuple(sorted({layer % n_layers for layer in layers})) or tuple(range(n_layers))
 
 
-def read_selection(model: ResidentModel, selection: Selection) -> Selection:
-    """Return a selection whose named heads and neurons have layers from 0.
-
-    Raises `InvalidRequest` for a head or neuron that the model does not have.
-    """
-    facts = model.view.facts
-    heads = [
-        _unit(model, unit, f"selection.only_heads[{i}]", facts.n_heads)
-        for i, unit in enumerate(selection.only_heads)
-    ]
-    neurons = [
-        _unit(model, unit, f"selection.only_neurons[{i}]", facts.d_mlp, facts.n_experts)
-        for i, unit in enumerate(selection.only_neurons)
-    ]
-    return replace(selection, only_heads=tuple(heads), only_neurons=tuple(neurons))
-
-
-def _unit(model: ResidentModel, unit: Unit, field: str, count: int, experts: int = 0) -> Unit:
-    """Return one of the `count` heads or neurons of a layer, or of each of its experts."""
-    (layer,) = layers_with_parts(model, (unit.layer,), f"{field}.layer")
-    if unit.number >= count:
-        raise InvalidRequest(
-            f"{field}.number",
-            f"layer {layer} of {model.name} has no number {unit.number}; expected 0 to {count - 1}",
-        )
-    if unit.expert is None and experts:
-        raise InvalidRequest(
-            f"{field}.expert", f"no expert given; expected 0 to {experts - 1} for {model.name}"
-        )
-    if unit.expert is not None and unit.expert >= experts:
-        expected = f"0 to {experts - 1}" if experts else "none"
-        raise InvalidRequest(
-            f"{field}.expert", f"unknown expert {unit.expert}; expected {expected}"
-        )
-    return unit._replace(layer=layer)
-
-
-def read_positions(
-    positions: Sequence[int], every: bool, length: int, field: str = "positions"
-) -> tuple[int, ...]:
+def read_positions(positions: Sequence[int], every: bool, length: int) -> tuple[int, ...]:
     """Return the query positions in ascending order without duplicates, counted from the start."""
     if every and positions:
         raise InvalidRequest(
@@ -230,7 +190,7 @@ def read_positions(
     for position in positions:
         if not -length <= position < length:
             raise InvalidRequest(
-                field,
+                "positions",
                 f"position {position} is outside the prompt; expected {-length} to {length - 1}",
             )
     return tuple(sorted({position % length for position in positions})) or (length - 1,)
@@ -275,8 +235,9 @@ def read_heads(
     """
     if not heads:
         return ()
-    shapes = {key: site_shape(model, key, length) for key in keys}
-    counts = {site: shape[0] for (_, site), shape in shapes.items() if len(shape) == 2}
+    counts = {
+        key[1]: site_shape(model, key, length)[0] for key in keys if key[1] in SITES_WITH_HEADS
+    }
     if not counts:
         names = ", ".join(site.name for site in SITES_WITH_HEADS)
         raise InvalidRequest("heads", f"none of the sites has heads; expected one of {names}")
@@ -287,6 +248,31 @@ def read_heads(
                     "heads", f"{site.name} has no head {head}; expected 0 to {count - 1}"
                 )
     return tuple(sorted(set(heads)))
+
+
+def read_experts(
+    model: ResidentModel, experts: Sequence[int], keys: Iterable[SiteKey], field: str = "experts"
+) -> tuple[int, ...]:
+    """Return the experts whose neurons are requested, in the order of the request; empty = all.
+
+    Raises `InvalidRequest` if a mixture of the `keys` does not have one of them, if none of them
+    has experts, or if one is repeated.
+    """
+    if not experts:
+        return ()
+    counts = [found.count for key in keys if (found := site_experts(model, key))]
+    if not counts:
+        raise InvalidRequest(
+            field, "no requested site has experts; expected NEURONS in a layer with experts"
+        )
+    for expert in experts:
+        if expert >= min(counts):
+            raise InvalidRequest(
+                field, f"NEURONS has no routed expert {expert}; expected 0 to {min(counts) - 1}"
+            )
+    if len(set(experts)) < len(experts):
+        raise InvalidRequest(field, "experts are repeated; send each once")
+    return tuple(experts)
 
 
 def _known(model: ResidentModel, tokens: list[Token], field: str) -> list[Token]:

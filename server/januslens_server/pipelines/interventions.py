@@ -14,11 +14,12 @@ from januslens_server.models.sites import (
     READ_ONLY,
     SITES_WITH_HEADS,
     SiteKey,
+    site_experts,
     site_keys,
     site_shape,
 )
 from januslens_server.pipelines.hidden_sources import Block, blocks_of, check_sources_left
-from januslens_server.pipelines.inputs import missing_site, read_layers, read_prompt
+from januslens_server.pipelines.inputs import missing_site, read_experts, read_layers, read_prompt
 from januslens_server.specs import (
     Add,
     BlockSources,
@@ -136,6 +137,7 @@ class _Reader:
             keys=keys,
             positions=positions or tuple(range(self._length)),
             units=self._units(keys),
+            experts=self._experts(keys),
             operation=spec.operation,
             throughout=self._throughout,
         )
@@ -168,6 +170,8 @@ class _Reader:
             raise self._invalid("layers", f"{site.name} has no layer; leave layers empty")
         asked = read_layers(self._model, layers, f"{self._field}.layers")
         keys = site_keys(self._model, site, asked)
+        if self._spec.experts and not layers:  # leave out dense layers between mixtures
+            keys = [key for key in keys if site_experts(self._model, key)] or keys
         lacking = set(asked) - {layer for layer, _ in keys}
         if lacking and site not in BEFORE_LAYERS and (layers or not keys):
             raise missing_site(self._model, site, min(lacking), f"{self._field}.site")
@@ -195,7 +199,8 @@ class _Reader:
         chosen, name = (spec.heads, "heads") if spec.heads else (spec.neurons, "neurons")
         if not chosen:
             return None
-        count = min(site_shape(self._model, key, self._length)[0] for key in keys)
+        axis = 0 if spec.heads else -1
+        count = min(site_shape(self._model, key, self._length)[axis] for key in keys)
         for unit in chosen:
             if unit >= count:
                 raise self._invalid(
@@ -205,12 +210,23 @@ class _Reader:
             raise self._invalid(name, f"{name} are repeated; send each once")
         return chosen
 
+    def _experts(self, keys: Sequence[SiteKey]) -> tuple[int, ...] | None:
+        """Return the experts whose neurons change, or None if some layers have none."""
+        mixtures = {key[0]: site_experts(self._model, key) for key in keys}
+        dense = [layer for layer, found in mixtures.items() if found is None]
+        if not self._spec.experts:
+            counts = {found.count for found in mixtures.values() if found is not None}
+            return tuple(range(counts.pop())) if len(counts) == 1 and not dense else None
+        if dense and len(dense) < len(keys):
+            raise self._invalid(
+                "experts", f"layer {dense[0]} has no experts; name only layers that have some"
+            )
+        return read_experts(self._model, self._spec.experts, keys, f"{self._field}.experts")
+
     def _check_shape(self, resolved: Intervention, values: Vectors, name: str) -> None:
         """Check that a tensor has the site's shape, at one position or at each of several."""
         for key in resolved.keys:
-            shape = site_shape(self._model, key, self._length)
-            if resolved.units is not None:
-                shape = (len(resolved.units), *shape[1:])
+            shape = resolved.shape(site_shape(self._model, key, self._length))
             each = (len(resolved.positions), *shape)
             if values.shape == each and self._throughout:
                 raise self._invalid(

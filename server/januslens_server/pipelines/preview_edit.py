@@ -84,7 +84,7 @@ def _read(
     """Return every prompt's logits, with the overlays active only during the passes."""
     rows = []
     for prompt, changed in zip(watched, changes, strict=True):
-        with overlaid(overlays):
+        with overlaid(changed.over_edits(overlays) if changed else overlays):
             rows.append(_next_logits(model, prompt.ids, changed, check_cancelled))
         yield
     return rows

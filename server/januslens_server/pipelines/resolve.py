@@ -18,6 +18,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.models.sites import (
     AFTER_LAYERS,
     BEFORE_LAYERS,
+    SITES_WITH_HEADS,
     SiteKey,
     site_shape,
     sites_of_layer,
@@ -30,13 +31,13 @@ from januslens_server.pipelines.inputs import (
     choose_matrices,
     layer_matrices,
     layers_with_parts,
+    read_experts,
     read_heads,
     read_layers,
     read_objective,
     read_positions,
     read_prompt,
     read_segments,
-    read_selection,
     read_single_target,
     read_sites_of,
     read_target,
@@ -58,9 +59,8 @@ from januslens_server.specs import (
 
 @dataclass(frozen=True)
 class ResolvedTrace:
-    """A Trace with its tokens, layers, positions, targets and second token.
+    """A Trace with its tokens, layers, positions, target and second token.
 
-    `targets` has one token for each position; None means the model's own prediction.
     `seconds` is the time that resolving took, reported as the stage "tokenize".
     """
 
@@ -69,7 +69,7 @@ class ResolvedTrace:
     tokens: list[Token]
     layers: tuple[int, ...]
     positions: tuple[int, ...]
-    targets: tuple[int | None, ...]
+    target: int | None
     other: int | None
     interventions: tuple[Intervention, ...]
     seconds: float
@@ -153,7 +153,7 @@ class ResolvedFindNeurons:
 
 @dataclass(frozen=True)
 class ResolvedActivations:
-    """An Activations request with its tokens, positions and heads.
+    """An Activations request with its tokens, positions, heads and experts.
 
     `keys` are the sites of layers to read, in the order of the pass; `sizes` has the number of
     values that each sends per position. `limited_layers` lack a requested site.
@@ -167,6 +167,7 @@ class ResolvedActivations:
     keys: tuple[SiteKey, ...]
     sizes: Mapping[SiteKey, int]
     heads: tuple[int, ...]
+    experts: tuple[int, ...]
     limited_layers: tuple[LayerLevel, ...]
     interventions: tuple[Intervention, ...]
     seconds: float
@@ -229,8 +230,7 @@ def resolve_trace(
     """
     started = time.perf_counter()
     tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
-    spec = replace(spec, selection=read_selection(model, spec.selection))
-    layers = _traced_layers(model, spec)
+    layers = read_layers(model, spec.layers)
     check_node_kinds(model, spec.node_kinds, layers, named=bool(spec.layers))
     positions = read_positions(spec.positions, spec.all_positions, len(tokens))
     target, other = _single_targets(model, spec)
@@ -242,42 +242,11 @@ def resolve_trace(
         tokens=tokens,
         layers=layers,
         positions=positions,
-        targets=_targets(model, spec, [token.id for token in tokens], positions, target),
+        target=target,
         other=other,
         interventions=interventions,
         seconds=time.perf_counter() - started,
     )
-
-
-def _traced_layers(model: ResidentModel, spec: TraceSpec) -> tuple[int, ...]:
-    """Return the layers of a trace, by default those of the heads and neurons that it names."""
-    selection = spec.selection
-    named = {unit.layer for unit in (*selection.only_heads, *selection.only_neurons)}
-    return read_layers(model, spec.layers or tuple(named))
-
-
-def _targets(
-    model: ResidentModel,
-    spec: TraceSpec,
-    ids: Sequence[int],
-    positions: Sequence[int],
-    target: int | None,
-) -> tuple[int | None, ...]:
-    """Return the target of each position; None means the model's own prediction."""
-    found: dict[int, int | None] = dict.fromkeys(range(len(ids)), target)
-    if spec.next_token_targets:
-        found |= enumerate(ids[1:])
-    asked: set[int] = set()
-    for i, (position, token) in enumerate(spec.targets_at):
-        field = f"targets_at[{i}]"
-        (at,) = read_positions((position,), False, len(ids), f"{field}.position")
-        if at in asked:
-            raise InvalidRequest(
-                f"{field}.position", f"position {at} is given twice; expected one target for each"
-            )
-        asked.add(at)
-        found[at] = read_single_target(model, token, f"{field}.target")
-    return tuple(found[position] for position in positions)
 
 
 def _single_targets(
@@ -304,11 +273,13 @@ def resolve_activations(
     positions = read_positions(spec.positions, not spec.positions, len(tokens))
     keys = read_sites_of(model, spec.sites, spec.layers)
     heads = read_heads(model, spec.heads, keys, len(tokens))
+    experts = tuple(sorted(read_experts(model, spec.experts, keys)))
     sizes = {}
     for key in keys:
         shape = site_shape(model, key, len(tokens))
+        chosen = heads if key[1] in SITES_WITH_HEADS else experts
         whole = prod(shape)
-        sizes[key] = whole // shape[0] * len(heads) if heads and len(shape) == 2 else whole
+        sizes[key] = whole // shape[0] * len(chosen) if chosen and len(shape) == 2 else whole
     return ResolvedActivations(
         model=model,
         spec=spec,
@@ -317,6 +288,7 @@ def resolve_activations(
         keys=keys,
         sizes=sizes,
         heads=heads,
+        experts=experts,
         limited_layers=_lacking(model, spec, keys),
         interventions=read_interventions(
             model,

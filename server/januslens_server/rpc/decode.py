@@ -69,7 +69,6 @@ from januslens_server.specs import (
     Target,
     Text,
     TraceSpec,
-    Unit,
     Vectors,
     Zero,
 )
@@ -117,11 +116,6 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         other=_target(request.other, "other") if request.HasField("other") else None,
         include_attribution=request.include_attribution,
         include_gradients=request.include_gradients,
-        targets_at=tuple(
-            (found.position, _target(found.target, f"targets_at[{i}].target"))
-            for i, found in enumerate(request.targets_at)
-        ),
-        next_token_targets=request.next_token_targets,
     )
 
 
@@ -180,6 +174,7 @@ def activations_spec(request: activations_pb2.ActivationsRequest) -> Activations
         positions=tuple(request.positions),
         heads=tuple(request.heads),
         float32=request.data_type == common_pb2.DATA_TYPE_FLOAT32,
+        experts=tuple(request.experts),
         interventions=_interventions(request.interventions),
     )
 
@@ -284,6 +279,7 @@ def _intervention(message: interventions_pb2.Intervention, field: str) -> Interv
         heads=tuple(message.heads),
         neurons=tuple(message.neurons),
         sources=tuple(message.source_positions),
+        experts=tuple(message.experts),
     )
 
 
@@ -546,15 +542,7 @@ def _tokens(count: int, field: str) -> int:
 def _selection(message: trace_pb2.Selection) -> Selection:
     counts = {descriptor.name: value for descriptor, value in message.ListFields()}
     by = _enum(Criterion, counts.pop("by", Criterion.VISIT), "selection.by")
-    heads, neurons = (
-        tuple(map(_unit, counts.pop(name, ()))) for name in ("only_heads", "only_neurons")
-    )
-    return Selection(**counts, by=by, only_heads=heads, only_neurons=neurons)
-
-
-def _unit(message: trace_pb2.Unit) -> Unit:
-    expert = message.expert if message.HasField("expert") else None
-    return Unit(message.layer, message.number, expert)
+    return Selection(**counts, by=by)
 
 
 def _loss(request: gradient_lens_pb2.GradientLensRequest) -> LossSpec:
@@ -600,6 +588,7 @@ KIB, MIB = 2**10, 2**20
 # A test (tests/contract/test_bounds.py) fails for fields that are missing here. docs/api.md has the
 # same table.
 BOUNDS: dict[str, int] = {
+    "ActivationsRequest.experts": 4 * KIB,
     "ActivationsRequest.heads": 4 * KIB,
     "ActivationsRequest.interventions": 256,
     "ActivationsRequest.layers": 4 * KIB,
@@ -638,6 +627,7 @@ BOUNDS: dict[str, int] = {
     "InterveneRequest.model": 256,
     "InterveneRequest.positions": 64 * KIB,
     "InterveneRequest.revision": 256,
+    "Intervention.experts": 4 * KIB,
     "Intervention.heads": 4 * KIB,
     "Intervention.layers": 4 * KIB,
     "Intervention.neurons": 64 * KIB,
@@ -662,14 +652,11 @@ BOUNDS: dict[str, int] = {
     "TokenizeRequest.revision": 256,
     "TokenizeRequest.text": 128 * KIB,
     "TraceRequest.interventions": 256,
-    "Selection.only_heads": 4 * KIB,
-    "Selection.only_neurons": 4 * KIB,
     "TraceRequest.layers": 4 * KIB,
     "TraceRequest.model": 256,
     "TraceRequest.node_kinds": 64,
     "TraceRequest.positions": 64 * KIB,
     "TraceRequest.revision": 256,
-    "TraceRequest.targets_at": 64 * KIB,
 }
 
 # Maximum number of tokens of a Tokenize. The response is serialised in the event loop, which must

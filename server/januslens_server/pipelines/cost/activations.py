@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from januslens_server.models.resident import cost_sizes
+from januslens_server.models.sites import site_experts
 from januslens_server.pipelines.activations import STEP_BYTES
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
@@ -31,10 +32,10 @@ def activations_demand(request: ResolvedActivations) -> Demand:
     sent = 0
     for key in request.keys:
         count = positions * request.sizes[key]
-        pattern = key[1] is Site.ATTENTION_PATTERN
-        own = memory.FLOAT32 if pattern or request.spec.float32 else sizes.item
+        pattern, mixture = key[1] is Site.ATTENTION_PATTERN, site_experts(request.model, key)
+        own = memory.FLOAT32 if pattern or mixture or request.spec.float32 else sizes.item
         sent += count * own + MESSAGE_BYTES * (2 + count * own // PIECE_BYTES)
-        held += 0 if pattern else sizes.item * count
+        held += 0 if pattern else (memory.FLOAT32 if mixture else sizes.item) * count
     rows = max(STEP_BYTES, memory.FLOAT32 * facts.n_heads * tokens if patterns else 0)
     turned = memory.FLOAT32 * 4 * tokens * facts.n_heads * facts.d_head if patterns else 0
     products = 2.0 * positions * tokens * facts.n_heads * facts.d_head

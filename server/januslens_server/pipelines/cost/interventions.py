@@ -83,9 +83,7 @@ class ChangeCounter:
         if isinstance(found.operation, Noise):
             rows = ROUND * (max(found.positions) // ROUND + 1)
             drawn = size * min(self._tokens, rows)
-        if found.units is not None:
-            size = size // shape[0] * len(found.units)
-        return Changes(1, positions * size, drawn)
+        return Changes(1, positions * prod(found.shape(shape)), drawn)
 
 
 def _blocks(key: SiteKey) -> bool:
@@ -101,7 +99,10 @@ def working_bytes(
     changes = list(interventions)
     total = 4 * memory.FLOAT32 * tokens * copies * widest if changes else 0
     if any(isinstance(found.operation, Noise) for found in changes):
-        total += memory.FLOAT32 * (min(DRAWN_AT_ONCE, tokens * widest) + 3 * tokens * widest)
+        # Noise is drawn for the neurons of all experts at once.
+        of_experts = any(found.experts is not None for found in changes)
+        drawn = tokens * widest * (max(1, facts.n_experts) if of_experts else 1)
+        total += memory.FLOAT32 * (min(DRAWN_AT_ONCE, drawn) + 3 * drawn)
     if any(found.hidden for found in changes):
         row = facts.n_heads * tokens
         total += 5 * memory.FLOAT32 * min(row * tokens, max(row, PATTERN_AT_ONCE))
