@@ -9,7 +9,7 @@ on the model, such as layer numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import numpy as np
@@ -43,6 +43,7 @@ from januslens.arguments import (
     set_loss,
     subject_message,
     target_message,
+    unit_messages,
 )
 from januslens.interventions import (
     Experiment,
@@ -104,6 +105,10 @@ def trace_request(  # noqa: PLR0913 - by keyword
     other: TargetLike | None = None,
     attribution: bool = False,
     gradients: bool = False,
+    only_heads: Iterable[tuple[int, int]] = (),
+    only_neurons: Iterable[tuple[int, ...]] = (),
+    targets: Mapping[int, TargetLike] | None = None,
+    next_tokens: bool = False,
     model: str = "",
     revision: str = "",
 ) -> trace_pb2.TraceRequest:
@@ -143,6 +148,13 @@ def trace_request(  # noqa: PLR0913 - by keyword
         attribution: Send each part's first-order effect on the target's logit at the last position
             of the trace, and the norms of the states' gradients. This takes a backward pass.
         gradients: Send the gradients of the states, projected to the vocabulary.
+        only_heads: Heads to send instead of those with the largest scores, as pairs of layer and
+            head such as `[(9, 6), (9, 9)]`. Unless `layers` is given, only their layers are sent.
+        only_neurons: Neurons to send instead, as pairs of layer and neuron, or as layer, expert and
+            neuron in a mixture of experts.
+        targets: The targets of single positions, which replace `target` there.
+        next_tokens: Take the next token of the prompt as the target of each position (teacher
+            forcing). `target` is then the target of the last position only.
         model: The model's name; may be empty if only one is loaded.
         revision: The expected revision; any other is refused. Empty = any.
     """
@@ -155,7 +167,22 @@ def trace_request(  # noqa: PLR0913 - by keyword
         layers=layer_numbers(layers),
         positions=numbers,
         all_positions=all_positions,
-        selection=_selection(heads, memory_values, top_neurons, bottom_neurons, select_by),
+        selection=trace_pb2.Selection(
+            heads=optional_count(heads, "heads"),
+            memory_values_per_head=optional_count(memory_values, "memory_values"),
+            top_neurons=optional_count(top_neurons, "top_neurons"),
+            bottom_neurons=optional_count(bottom_neurons, "bottom_neurons"),
+            by=CRITERIA.number(
+                Criterion.UNSPECIFIED if select_by is None else Criterion.of(select_by)
+            ),
+            only_heads=unit_messages(only_heads, "only_heads"),
+            only_neurons=unit_messages(only_neurons, "only_neurons"),
+        ),
+        targets_at=[
+            trace_pb2.PositionedTarget(position=position, target=target_message(found, "targets"))
+            for position, found in (targets or {}).items()
+        ],
+        next_token_targets=next_tokens,
         top_k=optional_count(top_k, "top_k"),
         bottom_k=optional_count(bottom_k, "bottom_k"),
         lens=LENSES.number(Lens.of(lens)),
@@ -169,22 +196,6 @@ def trace_request(  # noqa: PLR0913 - by keyword
         other=None if other is None else target_message(other, "other"),
         include_attribution=attribution,
         include_gradients=gradients,
-    )
-
-
-def _selection(
-    heads: int | None,
-    memory_values: int | None,
-    top_neurons: int | None,
-    bottom_neurons: int | None,
-    by: Criterion | str | None,
-) -> trace_pb2.Selection:
-    return trace_pb2.Selection(
-        heads=optional_count(heads, "heads"),
-        memory_values_per_head=optional_count(memory_values, "memory_values"),
-        top_neurons=optional_count(top_neurons, "top_neurons"),
-        bottom_neurons=optional_count(bottom_neurons, "bottom_neurons"),
-        by=CRITERIA.number(Criterion.UNSPECIFIED if by is None else Criterion.of(by)),
     )
 
 

@@ -5,7 +5,7 @@ Generated from `_requests.py` by client/generate.py; do not edit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from januslens._requests import gradient_lens_request, trace_request
 from januslens.aio_calls import AsyncCalls, AsyncEventStream
@@ -65,6 +65,10 @@ class AsyncLenses(AsyncCalls):
         other: TargetLike | None = None,
         attribution: bool = False,
         gradients: bool = False,
+        only_heads: Iterable[tuple[int, int]] = (),
+        only_neurons: Iterable[tuple[int, ...]] = (),
+        targets: Mapping[int, TargetLike] | None = None,
+        next_tokens: bool = False,
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -108,6 +112,14 @@ class AsyncLenses(AsyncCalls):
                 position of the trace, and the norms of the states' gradients. This takes a backward
                 pass.
             gradients: Send the gradients of the states, projected to the vocabulary.
+            only_heads: Heads to send instead of those with the largest scores, as pairs of layer
+                and head such as `[(9, 6), (9, 9)]`. Unless `layers` is given, only their layers are
+                sent.
+            only_neurons: Neurons to send instead, as pairs of layer and neuron, or as layer, expert
+                and neuron in a mixture of experts.
+            targets: The targets of single positions, which replace `target` there.
+            next_tokens: Take the next token of the prompt as the target of each position (teacher
+                forcing). `target` is then the target of the last position only.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -142,6 +154,10 @@ class AsyncLenses(AsyncCalls):
             other=other,
             attribution=attribution,
             gradients=gradients,
+            only_heads=only_heads,
+            only_neurons=only_neurons,
+            targets=targets,
+            next_tokens=next_tokens,
             model=model,
             revision=revision,
             timeout=timeout,
@@ -175,6 +191,10 @@ class AsyncLenses(AsyncCalls):
         other: TargetLike | None = None,
         attribution: bool = False,
         gradients: bool = False,
+        only_heads: Iterable[tuple[int, int]] = (),
+        only_neurons: Iterable[tuple[int, ...]] = (),
+        targets: Mapping[int, TargetLike] | None = None,
+        next_tokens: bool = False,
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -218,6 +238,14 @@ class AsyncLenses(AsyncCalls):
                 position of the trace, and the norms of the states' gradients. This takes a backward
                 pass.
             gradients: Send the gradients of the states, projected to the vocabulary.
+            only_heads: Heads to send instead of those with the largest scores, as pairs of layer
+                and head such as `[(9, 6), (9, 9)]`. Unless `layers` is given, only their layers are
+                sent.
+            only_neurons: Neurons to send instead, as pairs of layer and neuron, or as layer, expert
+                and neuron in a mixture of experts.
+            targets: The targets of single positions, which replace `target` there.
+            next_tokens: Take the next token of the prompt as the target of each position (teacher
+                forcing). `target` is then the target of the last position only.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the whole stream; None = the client's.
@@ -254,6 +282,10 @@ class AsyncLenses(AsyncCalls):
             other=other,
             attribution=attribution,
             gradients=gradients,
+            only_heads=only_heads,
+            only_neurons=only_neurons,
+            targets=targets,
+            next_tokens=next_tokens,
             model=model,
             revision=revision,
         )
@@ -285,6 +317,10 @@ class AsyncLenses(AsyncCalls):
         other: TargetLike | None = None,
         attribution: bool = False,
         gradients: bool = False,
+        only_heads: Iterable[tuple[int, int]] = (),
+        only_neurons: Iterable[tuple[int, ...]] = (),
+        targets: Mapping[int, TargetLike] | None = None,
+        next_tokens: bool = False,
         model: str = "",
         revision: str = "",
         timeout: float | None = None,
@@ -328,6 +364,14 @@ class AsyncLenses(AsyncCalls):
                 position of the trace, and the norms of the states' gradients. This takes a backward
                 pass.
             gradients: Send the gradients of the states, projected to the vocabulary.
+            only_heads: Heads to send instead of those with the largest scores, as pairs of layer
+                and head such as `[(9, 6), (9, 9)]`. Unless `layers` is given, only their layers are
+                sent.
+            only_neurons: Neurons to send instead, as pairs of layer and neuron, or as layer, expert
+                and neuron in a mixture of experts.
+            targets: The targets of single positions, which replace `target` there.
+            next_tokens: Take the next token of the prompt as the target of each position (teacher
+                forcing). `target` is then the target of the last position only.
             model: The model's name; may be empty if only one is loaded.
             revision: The expected revision; any other is refused. Empty = any.
             timeout: Maximum seconds for the call; None = the client's.
@@ -361,6 +405,10 @@ class AsyncLenses(AsyncCalls):
             other=other,
             attribution=attribution,
             gradients=gradients,
+            only_heads=only_heads,
+            only_neurons=only_neurons,
+            targets=targets,
+            next_tokens=next_tokens,
             model=model,
             revision=revision,
         )

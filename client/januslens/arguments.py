@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from januslens.results.kinds import MATRIX_KINDS, MatrixKind
-from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2
+from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, trace_pb2
 
 
 @dataclass(frozen=True)
@@ -461,6 +461,31 @@ class Probe:
     prompt: Prompt
     target: TargetLike | None = None
     label: str = ""
+
+
+def unit_messages(units: Iterable[Sequence[int]], name: str) -> list[trace_pb2.Unit]:
+    """Build the messages for heads or neurons: layer and number, or layer, expert and number.
+
+    Raises:
+        TypeError: A number is not an integer.
+        ValueError: There are not two or three numbers, or a number is out of range.
+    """
+    messages = []
+    for unit in units:
+        if len(unit) not in (2, 3):
+            raise ValueError(
+                f"invalid entry {unit!r} of {name}; expected (layer, number) or "
+                "(layer, expert, number)"
+            )
+        layer, *experts, number = unit
+        messages.append(
+            trace_pb2.Unit(
+                layer=_bounded(layer, name, -_INT32, _INT32),
+                number=_bounded(number, name, 0, _INT32),
+                expert=_bounded(experts[0], name, 0, _INT32) if experts else None,
+            )
+        )
+    return messages
 
 
 def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:

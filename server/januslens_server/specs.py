@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,11 +63,20 @@ class Criterion(IntEnum):
     ATTRIBUTION = 3
 
 
+class Unit(NamedTuple):
+    """A head or a neuron of a layer; `expert` is None outside of mixtures."""
+
+    layer: int
+    number: int
+    expert: int | None = None
+
+
 @dataclass(frozen=True)
 class Selection:
     """How many parts of each sum become nodes, and by which score.
 
-    0 means all, but none for `bottom_neurons`.
+    0 means all, but none for `bottom_neurons`. `only_heads` and `only_neurons` replace the
+    selection by score unless they are empty.
     """
 
     heads: int = 10
@@ -74,6 +84,20 @@ class Selection:
     top_neurons: int = 18
     bottom_neurons: int = 7
     by: Criterion = Criterion.VISIT
+    only_heads: tuple[Unit, ...] = ()
+    only_neurons: tuple[Unit, ...] = ()
+
+    def heads_of(self, layer: int) -> list[int] | None:
+        """Return the heads named for a layer, ascending; None if heads are selected by score."""
+        if not self.only_heads:
+            return None
+        return sorted({unit.number for unit in self.only_heads if unit.layer == layer})
+
+    def neurons_of(self, layer: int) -> list[Unit] | None:
+        """Return the neurons named for a layer; None if neurons are selected by score."""
+        if not self.only_neurons:
+            return None
+        return [unit for unit in dict.fromkeys(self.only_neurons) if unit.layer == layer]
 
 
 @dataclass(frozen=True)
@@ -141,6 +165,8 @@ class TraceSpec:
     other: Target | None = None
     include_attribution: bool = False
     include_gradients: bool = False
+    targets_at: tuple[tuple[int, Target], ...] = ()
+    next_token_targets: bool = False
 
     @property
     def contributes(self) -> bool:

@@ -279,6 +279,7 @@ def test_the_gradient_shows_where_those_of_attention_are_largest() -> None:
     assert "␣of (7)" in table
 
 
+@pytest.mark.usefixtures("demo")
 def test_the_gradient_previews_edits() -> None:
     result = run(
         "gradient", PROMPT, "--target", " Paris", "--layers", "3", "--matrices", "ff2",
@@ -291,7 +292,6 @@ def test_the_gradient_previews_edits() -> None:
     assert "Japan is" in shifted
 
 
-@pytest.mark.usefixtures("demo")
 @pytest.mark.usefixtures("demo")
 def test_edits_prints_a_grid_for_each_prompt(server_address: str) -> None:
     probe = "The capital of Peru is the city of"

@@ -338,6 +338,25 @@ def test_negative_layers_count_from_the_last_one(client: Client, trace: Trace) -
     assert shifts[0] == shifts[1]
 
 
+def test_named_parts_and_targets_are_those_of_the_request(client: Client) -> None:
+    trace = client.trace(
+        PROMPT,
+        only_heads=[(-1, 2), (1, 0)],
+        only_neurons=[(-1, 7)],
+        positions=[3, -1],
+        targets={3: " was"},
+        next_tokens=True,
+        target=" Paris",
+    )
+    assert [layer.layer for layer in trace.layers] == [1, LAYERS - 1]
+    heads = {(part.node.layer, part.node.head) for part in trace.heads()}
+    assert heads == {(1, 0), (LAYERS - 1, 2)}
+    assert [part.node.neuron for part in trace.neurons(-1)] == [7]
+    assert [target.target.text for target in trace.targets] == [" was", " Paris"]
+    with pytest.raises(ValueError, match=r"invalid entry .* of only_neurons; expected"):
+        client.trace(PROMPT, only_neurons=[(1,)])
+
+
 def test_grid_of_edits_has_the_effects_of_single_edits(client: Client) -> None:
     probes = ["The capital of Peru is the city of"]
     grid = client.preview_edits(

@@ -10,7 +10,10 @@ import torch
 
 from januslens_server.errors import never_cancelled
 from januslens_server.models.decoding import Decoder
+from januslens_server.models.resident import cost_sizes
 from januslens_server.models.runner import forward
+from januslens_server.pipelines.cost import demand_of
+from januslens_server.pipelines.cost.demand import Demand, pass_flops
 from januslens_server.pipelines.generate import generate
 from januslens_server.pipelines.resolve import resolve_generate
 from januslens_server.results import FinishReason, GeneratedToken, GenerationSummary
@@ -83,3 +86,14 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Within 1e-5 of the largest value."""
     largest = expected[expected.isfinite()].abs().max()
     assert float((found - expected)[expected.isfinite()].abs().max()) <= 1e-5 * float(largest)
+
+
+def test_cost_includes_the_pass_where_the_rotation_changes() -> None:
+    model = resident(next(case for case in CROSSING if case.name == "beyond long rotation"))
+
+    def demand(new: int) -> Demand:
+        return demand_of(resolve_generate(model, GenerateSpec(tuple(range(11)), new)))
+
+    before, beyond = demand(6), demand(7)  # the last passes reach 16 and 17 tokens
+    assert beyond.flops - before.flops > pass_flops(cost_sizes(model), 17)
+    assert beyond.memory - beyond.held > before.memory - before.held

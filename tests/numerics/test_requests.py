@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from januslens_server.errors import InvalidRequest
 from januslens_server.results import LayerGraph, NodeKind
@@ -150,3 +151,42 @@ def test_unrequested_fields_are_not_sent(load_example: LoadExample) -> None:
     assert all(edge.logit_contribution is None for edge in found.edges.values())
     assert found.summary.constant_logit_contribution is None
     assert isinstance(found.events[1], LayerGraph)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama_grouped"])
+def test_targets_of_positions_are_the_next_tokens_or_those_named(
+    name: str, load_example: LoadExample
+) -> None:
+    loaded, ids = load_example(name), prompt(name, 6)
+    spec = TraceSpec(
+        tuple(ids),
+        target=(11,),
+        all_positions=True,
+        next_token_targets=True,
+        targets_at=((-4, (33,)),),
+        include_logit_contribution=True,
+    )
+    with torch.inference_mode():
+        logits = loaded.network(torch.tensor([ids])).logits[0].double()
+    found = run_trace(loaded.resident, spec)
+    expected = [*ids[1:], 11]
+    expected[2] = 33
+    for target, token, row in zip(found.header.targets, expected, logits, strict=True):
+        assert target.target_token_id == token
+        assert target.predicted_token_id == int(row.argmax())
+        assert target.target_rank == int((row > row[token]).sum())
+        assert target.target_logit == pytest.approx(float(row[token]), abs=1e-4)
+        assert target.target_log_probability == pytest.approx(
+            float(row.log_softmax(0)[token]), abs=1e-4
+        )
+    last = loaded.resident.view.facts.n_layers - 1
+    read = [found.nodes[f"L{last}/p{at}/BLOCK_OUTPUT"].row for at in range(len(ids))]
+    ranks = [found.table.target_ranks[row, 0] for row in read if row is not None]
+    assert ranks == [target.target_rank for target in found.header.targets]
+
+
+def test_a_target_given_twice_is_refused(load_example: LoadExample) -> None:
+    spec = TraceSpec((1, 2, 3), targets_at=((-1, (5,)), (2, (6,))))
+    with pytest.raises(InvalidRequest, match="position 2 is given twice") as refused:
+        run_trace(load_example("gpt2").resident, spec)
+    assert refused.value.violations[0].field == "targets_at[1].position"

@@ -472,13 +472,13 @@ def test_nothing_overflows_the_window(tab: Page, large: Traced, width: int) -> N
 def test_hostile_tokens_are_text(tab: Page, large: Traced) -> None:
     opened(tab, large, "layers=0,5,11")
     assert tab.locator("main b, main script, h1 b, aside b").count() == 0
+    changed(tab, "pos=1")  # the title shows the tokens around the selected one
     prompt = tab.locator("h1").inner_text()
     assert "<script>alert(1)</script>" in prompt
     assert "<b>bold</b>" in prompt
     shown = [str(token) for token in large.trace.prompt_tokens]
     assert any("<U+" in label for label in shown)
     assert any("<0x" in label for label in shown)
-    changed(tab, "pos=1")
     for hidden in "\u202e\u200b\u200d\n\t":
         assert hidden in "".join(HOSTILE)
         labels = tab.locator("svg text, bdi").all_text_contents()

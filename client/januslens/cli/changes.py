@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import click
 
-from januslens.cli.options import Number, layer_list, position_list
+from januslens.cli.options import Number, layer_list, position_list, unit_list
 from januslens.interventions import (
     Experiment,
     Intervention,
@@ -22,21 +21,14 @@ from januslens.interventions import (
 )
 from januslens.results.kinds import Site
 
-_UNIT = re.compile(r"(\d+)\.(\d+)")
 Pairs = list[tuple[int, int]]
 
 
 def _pairs(
-    _ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]
+    ctx: click.Context, param: click.Parameter, values: tuple[str, ...]
 ) -> tuple[Pairs, ...]:
     """Parse lists of layer.number: `9.6,9.9` is [(9, 6), (9, 9)]."""
-    found = []
-    for value in values:
-        matches = [_UNIT.fullmatch(piece.strip()) for piece in value.split(",")]
-        if not all(matches):
-            raise click.BadParameter(f"{value!r} is not a list of layer.number such as 9.6,9.9.")
-        found.append([(int(match[1]), int(match[2])) for match in matches if match])
-    return tuple(found)
+    return tuple(unit_list(ctx, param, value) for value in values)
 
 
 _OPTIONS = (

@@ -43,11 +43,7 @@ from januslens.cli.tables import (
     tokens_cell,
 )
 from januslens.client import Client, EventStream
-from januslens.interventions import (
-    Experiment,
-    SweepOver,
-    noise,
-)
+from januslens.interventions import Experiment, SweepOver, noise
 from januslens.results.heat_map import HeatMap
 from januslens.results.intervene import (
     InterveneHeader,

@@ -264,6 +264,19 @@ def matrix_list(
         raise click.BadParameter(str(error)) from None
 
 
+_UNIT = re.compile(r"(\d+)\.(\d+)")
+
+
+def unit_list(
+    _ctx: click.Context, _param: click.Parameter, value: str | None
+) -> list[tuple[int, int]]:
+    """Parse heads or neurons as layer.number: `9.6,9.9` is [(9, 6), (9, 9)]."""
+    matches = [_UNIT.fullmatch(piece.strip()) for piece in value.split(",")] if value else []
+    if not all(matches):
+        raise click.BadParameter(f"{value!r} is not a list of layer.number such as 9.6,9.9.")
+    return [(int(match[1]), int(match[2])) for match in matches if match]
+
+
 def number_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[float]:
     """Parse numbers: `0.01,0.1` is [0.01, 0.1]; nothing is an empty list."""
     try:

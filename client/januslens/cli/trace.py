@@ -28,6 +28,7 @@ from januslens.cli.options import (
     rows_option,
     save_result,
     show_estimate,
+    unit_list,
     usage_errors,
     with_client,
     write_page,
@@ -81,6 +82,23 @@ from januslens.results.trace import LayerGraph, PositionTarget, Trace, TraceHead
 )
 @click.option(
     "--bottom-neurons", type=COUNT, help="Neurons per layer with the smallest score; default: 7."
+)
+@click.option(
+    "--only-heads",
+    callback=unit_list,
+    metavar="LAYER.HEAD,...",
+    help="Heads to show instead, for example 9.6,9.9.",
+)
+@click.option(
+    "--only-neurons",
+    callback=unit_list,
+    metavar="LAYER.NEURON,...",
+    help="Neurons to show instead.",
+)
+@click.option(
+    "--next-tokens",
+    is_flag=True,
+    help="Take the next token of PROMPT as the target of each position.",
 )
 @click.option(
     "--select-by",

@@ -292,6 +292,8 @@ class TraceRequest(_message.Message):
     OTHER_FIELD_NUMBER: _builtins.int
     INCLUDE_ATTRIBUTION_FIELD_NUMBER: _builtins.int
     INCLUDE_GRADIENTS_FIELD_NUMBER: _builtins.int
+    TARGETS_AT_FIELD_NUMBER: _builtins.int
+    NEXT_TOKEN_TARGETS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -341,6 +343,10 @@ class TraceRequest(_message.Message):
     `Node.gradient_norm`. This takes a backward pass. INVALID_ARGUMENT if `include_projections` is
     false.
     """
+    next_token_targets: _builtins.bool
+    """True: the target of each position is the next token of the prompt (teacher forcing). `target` is
+    then the target of the last position only.
+    """
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """The prompt; required."""
@@ -386,6 +392,12 @@ class TraceRequest(_message.Message):
         token's logit. INVALID_ARGUMENT for several tokens.
         """
 
+    @_builtins.property
+    def targets_at(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionedTarget]:
+        """Targets of single positions, which replace `target` there; at most one for each position.
+        INVALID_ARGUMENT for a position outside the prompt.
+        """
+
     def __init__(
         self,
         *,
@@ -410,10 +422,12 @@ class TraceRequest(_message.Message):
         other: _common_pb2.Target | None = ...,
         include_attribution: _builtins.bool = ...,
         include_gradients: _builtins.bool = ...,
+        targets_at: _abc.Iterable[Global___PositionedTarget] | None = ...,
+        next_token_targets: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "include_projections", b"include_projections", "input", b"input", "other", b"other", "overlap_k", b"overlap_k", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "bottom_k", b"bottom_k", "include_attribution", b"include_attribution", "include_checks", b"include_checks", "include_gradients", b"include_gradients", "include_logit_contribution", b"include_logit_contribution", "include_projections", b"include_projections", "include_vectors", b"include_vectors", "input", b"input", "interventions", b"interventions", "layers", b"layers", "lens", b"lens", "model", b"model", "node_kinds", b"node_kinds", "other", b"other", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_include_projections", b"_include_projections", "_overlap_k", b"_overlap_k", "_top_k", b"_top_k", "all_positions", b"all_positions", "bottom_k", b"bottom_k", "include_attribution", b"include_attribution", "include_checks", b"include_checks", "include_gradients", b"include_gradients", "include_logit_contribution", b"include_logit_contribution", "include_projections", b"include_projections", "include_vectors", b"include_vectors", "input", b"input", "interventions", b"interventions", "layers", b"layers", "lens", b"lens", "model", b"model", "next_token_targets", b"next_token_targets", "node_kinds", b"node_kinds", "other", b"other", "overlap_k", b"overlap_k", "positions", b"positions", "revision", b"revision", "selection", b"selection", "target", b"target", "targets_at", b"targets_at", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015
@@ -435,6 +449,34 @@ class TraceRequest(_message.Message):
 Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
 
 @_typing.final
+class PositionedTarget(_message.Message):
+    """The target of one position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POSITION_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    position: _builtins.int
+    """Position in the prompt, from 0, or negative from the end."""
+    @_builtins.property
+    def target(self) -> _common_pb2.Target:
+        """The target; required. INVALID_ARGUMENT for several tokens."""
+
+    def __init__(
+        self,
+        *,
+        position: _builtins.int = ...,
+        target: _common_pb2.Target | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PositionedTarget: _TypeAlias = PositionedTarget  # noqa: Y015
+
+@_typing.final
 class Selection(_message.Message):
     """How many parts of each sum become nodes, and which. 0 = all, unless stated otherwise."""
 
@@ -445,6 +487,8 @@ class Selection(_message.Message):
     TOP_NEURONS_FIELD_NUMBER: _builtins.int
     BOTTOM_NEURONS_FIELD_NUMBER: _builtins.int
     BY_FIELD_NUMBER: _builtins.int
+    ONLY_HEADS_FIELD_NUMBER: _builtins.int
+    ONLY_NEURONS_FIELD_NUMBER: _builtins.int
     heads: _builtins.int
     """Heads per layer and position, those with the largest score; unset = 10."""
     memory_values_per_head: _builtins.int
@@ -455,6 +499,19 @@ class Selection(_message.Message):
     """Number of neurons with the smallest score; unset = 7, 0 = none."""
     by: Global___SelectionCriterion.ValueType
     """Score of the parts; unspecified = SELECTION_CRITERION_VISIT."""
+    @_builtins.property
+    def only_heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unit]:
+        """Heads that get nodes instead of those with the largest scores, at every traced position; empty =
+        by score. Then no other head gets nodes, and empty `layers` of the request means the layers of
+        the heads and neurons named here. INVALID_ARGUMENT for a head that the model does not have.
+        """
+
+    @_builtins.property
+    def only_neurons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Unit]:
+        """Neurons that get nodes instead of those with the largest and smallest scores, as `only_heads`.
+        Those of an expert get nodes where the router chose the expert.
+        """
+
     def __init__(
         self,
         *,
@@ -463,10 +520,12 @@ class Selection(_message.Message):
         top_neurons: _builtins.int | None = ...,
         bottom_neurons: _builtins.int | None = ...,
         by: Global___SelectionCriterion.ValueType = ...,
+        only_heads: _abc.Iterable[Global___Unit] | None = ...,
+        only_neurons: _abc.Iterable[Global___Unit] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons", "_heads", b"_heads", "_memory_values_per_head", b"_memory_values_per_head", "_top_neurons", b"_top_neurons", "bottom_neurons", b"bottom_neurons", "heads", b"heads", "memory_values_per_head", b"memory_values_per_head", "top_neurons", b"top_neurons"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons", "_heads", b"_heads", "_memory_values_per_head", b"_memory_values_per_head", "_top_neurons", b"_top_neurons", "bottom_neurons", b"bottom_neurons", "by", b"by", "heads", b"heads", "memory_values_per_head", b"memory_values_per_head", "top_neurons", b"top_neurons"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons", "_heads", b"_heads", "_memory_values_per_head", b"_memory_values_per_head", "_top_neurons", b"_top_neurons", "bottom_neurons", b"bottom_neurons", "by", b"by", "heads", b"heads", "memory_values_per_head", b"memory_values_per_head", "only_heads", b"only_heads", "only_neurons", b"only_neurons", "top_neurons", b"top_neurons"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_neurons: _TypeAlias = _typing.Literal["bottom_neurons"]  # noqa: Y015
     _WhichOneofArgType__bottom_neurons: _TypeAlias = _typing.Literal["_bottom_neurons", b"_bottom_neurons"]  # noqa: Y015
@@ -486,6 +545,38 @@ class Selection(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_neurons) -> _WhichOneofReturnType__top_neurons | None: ...
 
 Global___Selection: _TypeAlias = Selection  # noqa: Y015
+
+@_typing.final
+class Unit(_message.Message):
+    """A head or a neuron of one layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    EXPERT_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    """The layer, from 0, or negative from the last."""
+    number: _builtins.int
+    """The head or neuron, from 0."""
+    expert: _builtins.int
+    """The expert of a neuron; required in a mixture of experts, and unset elsewhere."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        number: _builtins.int = ...,
+        expert: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "expert", b"expert"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "expert", b"expert", "layer", b"layer", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expert: _TypeAlias = _typing.Literal["expert"]  # noqa: Y015
+    _WhichOneofArgType__expert: _TypeAlias = _typing.Literal["_expert", b"_expert"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expert) -> _WhichOneofReturnType__expert | None: ...
+
+Global___Unit: _TypeAlias = Unit  # noqa: Y015
 
 @_typing.final
 class TraceResponse(_message.Message):

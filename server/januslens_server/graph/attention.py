@@ -206,7 +206,8 @@ def add_attention(
     # Products of what a head writes with the effect are products of its values with this [h, e].
     within = None if effect is None else weights.output @ effect
     scores = row.concat.norm(dim=-1) if within is None else (row.concat * within).sum(-1)
-    heads = _chosen(scores, selection.heads)
+    named = selection.heads_of(flow.layer)
+    heads = _chosen(scores, selection.heads) if named is None else _named(named, scores)
     queries = _add_projections(flow, attention_input, acts, row, weights, heads)
     if not flow.shows(*_OF_HEADS):
         concat = flow.refer(NodeRun(NodeKind.ATTENTION_CONCAT, flow.position, flow.layer))[0]
@@ -237,6 +238,13 @@ def _chosen(sizes: torch.Tensor, count: int) -> _Heads:
         return _Heads(list(range(len(sizes))), slice(None))
     index = largest(sizes, count).sort().values
     return _Heads(index.tolist(), index)
+
+
+def _named(numbers: list[int], sizes: torch.Tensor) -> _Heads:
+    """Select heads by number; `sizes` is `[n_heads]`."""
+    if len(numbers) == len(sizes):
+        return _Heads(numbers, slice(None))
+    return _Heads(numbers, torch.tensor(numbers, dtype=torch.long, device=sizes.device))
 
 
 def _heads(flow: FlowBuilder, kind: NodeKind, heads: _Heads) -> NodeRun:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -16,7 +17,7 @@ from januslens_server.graph.mlp import IN_MLP, add_mlp
 from januslens_server.graph.weighted_rows import Result
 from januslens_server.graph.weights import BlockWeights, Finish
 from januslens_server.results import EdgeKind, ModelFacts, NodeKind, NodeRun
-from januslens_server.specs import Selection
+from januslens_server.specs import Selection, Unit
 
 
 class _Kinds(NamedTuple):
@@ -249,8 +250,12 @@ _PER_NEURON = (NodeKind.MLP_KEY, NodeKind.MLP_UP, NodeKind.MLP_VALUE)
 def block_nodes(facts: ModelFacts, selection: Selection, sources: int) -> Mapping[NodeKind, int]:
     """Return the maximum number of nodes of each kind, for a position with `sources` sources."""
     heads = _picked(selection.heads, facts.n_heads)
-    memories = heads * _picked(selection.memory_values_per_head, sources)
     neurons = _neurons(selection, facts.d_mlp * max(1, facts.n_experts))
+    if selection.only_heads:
+        heads = _most_in_a_layer(selection.only_heads)
+    if selection.only_neurons:
+        neurons = _most_in_a_layer(selection.only_neurons)
+    memories = heads * _picked(selection.memory_values_per_head, sources)
     return {
         **dict.fromkeys(_ONE_EACH, 1),
         **dict.fromkeys(_PER_HEAD, heads),
@@ -267,6 +272,10 @@ def block_nodes(facts: ModelFacts, selection: Selection, sources: int) -> Mappin
 STREAM_NODES = {NodeKind.BLOCK_INPUT: 1, NodeKind.OTHER: 1, NodeKind.BLOCK_OUTPUT: 1}
 # The kinds of nodes that every model shows.
 STREAM_KINDS = frozenset({*STREAM_NODES, NodeKind.FINAL_NORM, NodeKind.PREDICTION})
+
+
+def _most_in_a_layer(units: Iterable[Unit]) -> int:
+    return max(Counter(unit.layer for unit in set(units)).values())
 
 
 def _neurons(selection: Selection, width: int) -> int:

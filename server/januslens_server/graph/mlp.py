@@ -18,7 +18,7 @@ from januslens_server.graph.weighted_rows import (
 )
 from januslens_server.graph.weights import Finish, MlpRow, MlpWeights, WeightedRows
 from januslens_server.results import EdgeKind, NodeKind
-from januslens_server.specs import Selection
+from januslens_server.specs import Selection, Unit
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,27 @@ def add_mlp(
         return flow.node(result.kind, result.vector)
     row = weights.row(acts, flow.position)
     replaced = "MLP_OUTPUT" in acts.replaced
-    added = add_weighted_rows(flow, row.terms, MLP_KINDS, selection, result, replaced=replaced)
+    named = selection.neurons_of(flow.layer)
+    picked = None if named is None else _rows_of(named, row.terms)
+    added = add_weighted_rows(
+        flow, row.terms, MLP_KINDS, selection, result, replaced=replaced, picked=picked
+    )
     fired = row.terms.activations[added.neurons.picked]
     _add_keys(flow, NodeKind.MLP_KEY, mlp_input, row.ff1, fired, added.neurons)
     if row.up is not None:
         _add_keys(flow, NodeKind.MLP_UP, mlp_input, row.up, fired, added.neurons)
     return added.total
+
+
+def _rows_of(named: list[Unit], terms: WeightedRows) -> torch.Tensor:
+    """Return the indices of neurons; those of experts that were not routed have none."""
+    numbers = torch.tensor([unit.number for unit in named], dtype=torch.long)
+    numbers = numbers.to(terms.rows.device)
+    if terms.experts is None or terms.neurons is None:
+        return numbers
+    experts = torch.tensor([unit.expert or 0 for unit in named], dtype=torch.long)
+    same = terms.experts == experts.to(terms.rows.device)[:, None]
+    return (same & (terms.neurons == numbers[:, None])).nonzero()[:, 1]
 
 
 def _add_keys(

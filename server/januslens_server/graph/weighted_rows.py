@@ -79,16 +79,19 @@ def add_weighted_rows(
     result: Result,
     *,
     replaced: bool = False,
+    picked: torch.Tensor | None = None,
 ) -> Added:
     """Add a sum `activations @ rows + bias` and its terms.
 
-    Rows are selected by `activation * norm(row)` (VISIT, appendix A.5), or by their effect.
+    Rows are selected by `activation * norm(row)` (VISIT, appendix A.5), or by their effect, unless
+    `picked` `[k]` has their indices.
     `replaced` means that an intervention changed the sum; OTHER is then the sum without the other
     nodes.
     """
-    effect = flow.effect(selection.by)
-    scores = terms.activations * (terms.norms if effect is None else terms.rows @ effect)
-    picked = extremes(scores, selection.top_neurons, selection.bottom_neurons)
+    if picked is None:
+        effect = flow.effect(selection.by)
+        scores = terms.activations * (terms.norms if effect is None else terms.rows @ effect)
+        picked = extremes(scores, selection.top_neurons, selection.bottom_neurons)
     numbers = (picked if terms.neurons is None else terms.neurons[picked]).tolist()
     experts = None if terms.experts is None else terms.experts[picked].tolist()
     ids = flow.nodes(

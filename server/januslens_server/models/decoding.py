@@ -50,7 +50,7 @@ class Decoder:
         self._last = last
         self._cache: Any = None
         self._argument = model.view.cache_argument
-        self._rotation_changes = _rotation_changes(model.network.config)
+        self._rotation_changes = rotation_changes(model.network.config)
         self._ids: list[int] = []
 
     @torch.inference_mode()
@@ -97,7 +97,7 @@ def _last_row(_layer: int, output: torch.Tensor) -> torch.Tensor:
     return rows(output)[-1:].clone()
 
 
-def _rotation_changes(config: PreTrainedConfig) -> frozenset[int]:
+def rotation_changes(config: PreTrainedConfig) -> frozenset[int]:
     """Return the lengths beyond which LongRoPE rotates the keys of all positions differently.
 
     Cached keys have the rotation of a shorter sequence. Dynamic rotations change beyond the model's

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from januslens_server.errors import CancelCheck
@@ -29,43 +30,47 @@ def position_targets(
     model: ResidentModel,
     residual: torch.Tensor,
     positions: Sequence[int],
-    target: int | None,
+    targets: Sequence[int | None],
     check_cancelled: CancelCheck,
     other: int | None = None,
 ) -> list[PositionTarget]:
     """Return the target of each position, from the last block's output `[pos, d_model]`.
 
-    If `target` is None, it is the model's own next token at each position. `other` is the second
-    token of a logit difference.
+    `targets` has one for each position; None means the model's own next token. `other` is the
+    second token of a logit difference.
     """
     lens, rows = model.view.lens, residual[list(positions)]
-    asked = None if target is None else rows.new_full((len(rows), 1), target, dtype=torch.long)
+    own = np.array([target is None for target in targets])
+    asked = None
+    if not own.all():  # the rows of predictions are replaced below
+        asked = torch.tensor([[target or 0] for target in targets], device=rows.device)
     table = read(lens, rows, LensSpec(top_k=1, bottom_k=0), asked, check_cancelled)
-    predicted = table.top_ids[:, 0].tolist()
-    own = asked is None
-    ids = predicted if own else table.target_ids[:, 0].tolist()
-    ranks = [0] * len(rows) if own else table.target_ranks[:, 0].tolist()
-    logits = table.top_logits if own else table.target_logits
-    probabilities = table.top_probabilities if own else table.target_probabilities
+    predicted, logits, probabilities = (
+        found[:, 0] for found in (table.top_ids, table.top_logits, table.top_probabilities)
+    )
+    ids, ranks = predicted, np.zeros_like(predicted)
+    if asked is not None:
+        ids = np.where(own, ids, table.target_ids[:, 0])
+        ranks = np.where(own, ranks, table.target_ranks[:, 0])
+        logits = np.where(own, logits, table.target_logits[:, 0])
+        probabilities = np.where(own, probabilities, table.target_probabilities[:, 0])
     constants = lens.attribution_constant(torch.tensor(ids, device=rows.device))
     differences: list[float | None] = [None] * len(rows)
     if other is not None:
         others = rows.new_full((len(rows),), other, dtype=torch.long)
         constants = constants - lens.attribution_constant(others)
-        differences = (
-            logits[:, 0] - lens.cap(lens.target_logits(rows, others)).cpu().numpy()
-        ).tolist()
+        differences = (logits - lens.cap(lens.target_logits(rows, others)).cpu().numpy()).tolist()
     return [
         PositionTarget(
             position=position,
-            target_token_id=ids[i],
-            predicted_token_id=predicted[i],
-            target_probability=float(probabilities[i, 0]),
-            target_rank=ranks[i],
-            target_logit=float(logits[i, 0]),
+            target_token_id=int(ids[i]),
+            predicted_token_id=int(predicted[i]),
+            target_probability=float(probabilities[i]),
+            target_rank=int(ranks[i]),
+            target_logit=float(logits[i]),
             constant_logit_contribution=float(constants[i]),
             logit_difference=differences[i],
-            target_log_probability=float(logits[i, 0] - table.log_normalizers[i]),
+            target_log_probability=float(logits[i] - table.log_normalizers[i]),
         )
         for i, position in enumerate(positions)
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
@@ -36,10 +36,12 @@ from januslens_server.specs import (
     KlDivergence,
     LogitDifference,
     Prompt,
+    Selection,
     Site,
     Span,
     Target,
     Text,
+    Unit,
 )
 
 # Maximum number of tokens that an error lists; more would not fit into a status.
@@ -179,7 +181,46 @@ def read_layers(
     return tuple(sorted({layer % n_layers for layer in layers})) or tuple(range(n_layers))
 
 
-def read_positions(positions: Sequence[int], every: bool, length: int) -> tuple[int, ...]:
+def read_selection(model: ResidentModel, selection: Selection) -> Selection:
+    """Return a selection whose named heads and neurons have layers from 0.
+
+    Raises `InvalidRequest` for a head or neuron that the model does not have.
+    """
+    facts = model.view.facts
+    heads = [
+        _unit(model, unit, f"selection.only_heads[{i}]", facts.n_heads)
+        for i, unit in enumerate(selection.only_heads)
+    ]
+    neurons = [
+        _unit(model, unit, f"selection.only_neurons[{i}]", facts.d_mlp, facts.n_experts)
+        for i, unit in enumerate(selection.only_neurons)
+    ]
+    return replace(selection, only_heads=tuple(heads), only_neurons=tuple(neurons))
+
+
+def _unit(model: ResidentModel, unit: Unit, field: str, count: int, experts: int = 0) -> Unit:
+    """Return one of the `count` heads or neurons of a layer, or of each of its experts."""
+    (layer,) = layers_with_parts(model, (unit.layer,), f"{field}.layer")
+    if unit.number >= count:
+        raise InvalidRequest(
+            f"{field}.number",
+            f"layer {layer} of {model.name} has no number {unit.number}; expected 0 to {count - 1}",
+        )
+    if unit.expert is None and experts:
+        raise InvalidRequest(
+            f"{field}.expert", f"no expert given; expected 0 to {experts - 1} for {model.name}"
+        )
+    if unit.expert is not None and unit.expert >= experts:
+        expected = f"0 to {experts - 1}" if experts else "none"
+        raise InvalidRequest(
+            f"{field}.expert", f"unknown expert {unit.expert}; expected {expected}"
+        )
+    return unit._replace(layer=layer)
+
+
+def read_positions(
+    positions: Sequence[int], every: bool, length: int, field: str = "positions"
+) -> tuple[int, ...]:
     """Return the query positions in ascending order without duplicates, counted from the start."""
     if every and positions:
         raise InvalidRequest(
@@ -190,7 +231,7 @@ def read_positions(positions: Sequence[int], every: bool, length: int) -> tuple[
     for position in positions:
         if not -length <= position < length:
             raise InvalidRequest(
-                "positions",
+                field,
                 f"position {position} is outside the prompt; expected {-length} to {length - 1}",
             )
     return tuple(sorted({position % length for position in positions})) or (length - 1,)

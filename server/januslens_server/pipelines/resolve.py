@@ -38,6 +38,7 @@ from januslens_server.pipelines.inputs import (
     read_positions,
     read_prompt,
     read_segments,
+    read_selection,
     read_single_target,
     read_sites_of,
     read_target,
@@ -59,8 +60,9 @@ from januslens_server.specs import (
 
 @dataclass(frozen=True)
 class ResolvedTrace:
-    """A Trace with its tokens, layers, positions, target and second token.
+    """A Trace with its tokens, layers, positions, targets and second token.
 
+    `targets` has one token for each position; None means the model's own prediction.
     `seconds` is the time that resolving took, reported as the stage "tokenize".
     """
 
@@ -69,7 +71,7 @@ class ResolvedTrace:
     tokens: list[Token]
     layers: tuple[int, ...]
     positions: tuple[int, ...]
-    target: int | None
+    targets: tuple[int | None, ...]
     other: int | None
     interventions: tuple[Intervention, ...]
     seconds: float
@@ -230,7 +232,8 @@ def resolve_trace(
     """
     started = time.perf_counter()
     tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
-    layers = read_layers(model, spec.layers)
+    spec = replace(spec, selection=read_selection(model, spec.selection))
+    layers = _traced_layers(model, spec)
     check_node_kinds(model, spec.node_kinds, layers, named=bool(spec.layers))
     positions = read_positions(spec.positions, spec.all_positions, len(tokens))
     target, other = _single_targets(model, spec)
@@ -242,11 +245,42 @@ def resolve_trace(
         tokens=tokens,
         layers=layers,
         positions=positions,
-        target=target,
+        targets=_targets(model, spec, [token.id for token in tokens], positions, target),
         other=other,
         interventions=interventions,
         seconds=time.perf_counter() - started,
     )
+
+
+def _traced_layers(model: ResidentModel, spec: TraceSpec) -> tuple[int, ...]:
+    """Return the layers of a trace, by default those of the heads and neurons that it names."""
+    selection = spec.selection
+    named = {unit.layer for unit in (*selection.only_heads, *selection.only_neurons)}
+    return read_layers(model, spec.layers or tuple(named))
+
+
+def _targets(
+    model: ResidentModel,
+    spec: TraceSpec,
+    ids: Sequence[int],
+    positions: Sequence[int],
+    target: int | None,
+) -> tuple[int | None, ...]:
+    """Return the target of each position; None means the model's own prediction."""
+    found: dict[int, int | None] = dict.fromkeys(range(len(ids)), target)
+    if spec.next_token_targets:
+        found |= enumerate(ids[1:])
+    asked: set[int] = set()
+    for i, (position, token) in enumerate(spec.targets_at):
+        field = f"targets_at[{i}]"
+        (at,) = read_positions((position,), False, len(ids), f"{field}.position")
+        if at in asked:
+            raise InvalidRequest(
+                f"{field}.position", f"position {at} is given twice; expected one target for each"
+            )
+        asked.add(at)
+        found[at] = read_single_target(model, token, f"{field}.target")
+    return tuple(found[position] for position in positions)
 
 
 def _single_targets(

@@ -81,7 +81,7 @@ def _passed(
     def choose(residual: torch.Tensor) -> None:
         targets.extend(
             position_targets(
-                model, residual, positions, request.target, check_cancelled, request.other
+                model, residual, positions, request.targets, check_cancelled, request.other
             )
         )
 

@@ -208,7 +208,7 @@ def coordinates(runs: Sequence[NodeRun]) -> Ints:
         for column, value in enumerate(values):
             if value is not None:
                 rows[:, column] = value
-        if run.members is not None:
+        if run.members:
             rows[:, NodeColumn.MEMBERS :] = [(each.count, each.digest) for each in run.members]
     return found
 

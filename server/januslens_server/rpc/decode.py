@@ -69,6 +69,7 @@ from januslens_server.specs import (
     Target,
     Text,
     TraceSpec,
+    Unit,
     Vectors,
     Zero,
 )
@@ -116,6 +117,11 @@ def trace_spec(request: trace_pb2.TraceRequest) -> TraceSpec:
         other=_target(request.other, "other") if request.HasField("other") else None,
         include_attribution=request.include_attribution,
         include_gradients=request.include_gradients,
+        targets_at=tuple(
+            (found.position, _target(found.target, f"targets_at[{i}].target"))
+            for i, found in enumerate(request.targets_at)
+        ),
+        next_token_targets=request.next_token_targets,
     )
 
 
@@ -542,7 +548,15 @@ def _tokens(count: int, field: str) -> int:
 def _selection(message: trace_pb2.Selection) -> Selection:
     counts = {descriptor.name: value for descriptor, value in message.ListFields()}
     by = _enum(Criterion, counts.pop("by", Criterion.VISIT), "selection.by")
-    return Selection(**counts, by=by)
+    heads, neurons = (
+        tuple(map(_unit, counts.pop(name, ()))) for name in ("only_heads", "only_neurons")
+    )
+    return Selection(**counts, by=by, only_heads=heads, only_neurons=neurons)
+
+
+def _unit(message: trace_pb2.Unit) -> Unit:
+    expert = message.expert if message.HasField("expert") else None
+    return Unit(message.layer, message.number, expert)
 
 
 def _loss(request: gradient_lens_pb2.GradientLensRequest) -> LossSpec:
@@ -652,11 +666,14 @@ BOUNDS: dict[str, int] = {
     "TokenizeRequest.revision": 256,
     "TokenizeRequest.text": 128 * KIB,
     "TraceRequest.interventions": 256,
+    "Selection.only_heads": 4 * KIB,
+    "Selection.only_neurons": 4 * KIB,
     "TraceRequest.layers": 4 * KIB,
     "TraceRequest.model": 256,
     "TraceRequest.node_kinds": 64,
     "TraceRequest.positions": 64 * KIB,
     "TraceRequest.revision": 256,
+    "TraceRequest.targets_at": 64 * KIB,
 }
 
 # Maximum number of tokens of a Tokenize. The response is serialised in the event loop, which must

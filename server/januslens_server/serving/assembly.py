@@ -31,7 +31,7 @@ from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.call import RPCS
 from januslens_server.rpc.health import Health, is_ready
 from januslens_server.rpc.options import PeerLimits
-from januslens_server.rpc.places import PREPARATION
+from januslens_server.rpc.places import ENCODING, PREPARATION
 from januslens_server.rpc.server import build_server
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.streaming import DeviceStreams
@@ -108,7 +108,7 @@ class Assembly:
         self._announced = False
         self._background = [
             self._loop.create_task(telemetry.watch_event_loop()),
-            self._loop.create_task(tuning.collect_garbage(self._busy)),
+            self._loop.create_task(self._collect_garbage()),
         ]
         if self._callers is not None:
             self._background.append(self._loop.create_task(self._callers.watch()))
@@ -118,9 +118,14 @@ class Assembly:
         later = self.registry.bytes_cached_later() if self._device == "cpu" else 0
         return free_for_requests(self._device, needed + later) - later
 
+    async def _collect_garbage(self) -> None:
+        """Run full collections once the models' objects, which are many, are exempt from them."""
+        await self.loaded.wait()
+        await tuning.collect_garbage(self._busy)
+
     def _busy(self) -> bool:
-        """Whether requests are being prepared or run."""
-        return PREPARATION.running > 0 or self._streams.unfinished > 0
+        """Whether requests are being prepared, run or encoded."""
+        return PREPARATION.running + ENCODING.running + self._streams.unfinished > 0
 
     def announce(self) -> None:
         """Report the models' states in health and metrics from now on."""

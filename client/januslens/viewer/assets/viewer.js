@@ -360,7 +360,7 @@ text.flag-text {
   opacity: 0.1;
 }
 .heat .mark {
-  font-size: 8px;
+  font-size: 11px;
 }
 .heat text.corner {
   font: 9.5px var(--sans);

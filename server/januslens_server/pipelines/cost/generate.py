@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from januslens_server.models.decoding import rotation_changes
 from januslens_server.models.resident import CostSizes, cost_sizes
 from januslens_server.pipelines.cost import memory
 from januslens_server.pipelines.cost.demand import (
@@ -28,6 +29,11 @@ def generate_demand(request: ResolvedGenerate) -> Demand:
     cached = request.model.view.cache_argument is not None
     cache = (facts.n_layers + 2) * position * (prompt + new) if cached else 0
     flops = pass_flops(sizes, prompt) + _later_passes(sizes, prompt, new, cached)
+    # Where its rotation changes, a model with LongRoPE runs the whole sequence once more.
+    changes = rotation_changes(request.model.network.config) if cached else ()
+    repeated = [length + 1 for length in changes if prompt <= length < prompt + new - 1]
+    flops += sum(pass_flops(sizes, length) for length in repeated)
+    longest = max([prompt if cached else prompt + new, *repeated])
     step = memory.FLOAT32 * 6 * facts.vocab_size + memory.read(sizes, len(request.layers), listed)
     named = new * (1 + spec.top_k + listed * len(request.layers))
     # Layers that hide sources from generated tokens keep their keys and values once more, and each
@@ -48,7 +54,7 @@ def generate_demand(request: ResolvedGenerate) -> Demand:
         vectors=vectors,
         readings=new if request.layers else 0,
         ranks=vectors,
-        memory=cache + memory.passing(sizes, prompt if cached else prompt + new, 1) + step,
+        memory=cache + memory.passing(sizes, longest, 1) + step,
         stream=TOKEN_BYTES * prompt
         + new * (64 + reading_bytes(spec.top_k))
         + vectors * (16 + 4 * listed)

@@ -152,7 +152,7 @@ def _building(clock: Clock, model: ResidentModel, ids: tuple[int, ...], spec: Tr
     """Measure the seconds to build the graphs of a trace, without its pass and projections."""
     last = (len(ids) - 1,)
     passed = forward(model, ids, spec.layers, never_cancelled, last, last)
-    targets = position_targets(model, passed.residual, last, None, never_cancelled)
+    targets = position_targets(model, passed.residual, last, (None,), never_cancelled)
     pieces = LayerFlows(model, spec, passed, None).pieces(spec.layers, targets, StageClock("Trace"))
     return _seconds(clock, lambda: deque(pieces, 0))
 
