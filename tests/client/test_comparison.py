@@ -162,3 +162,14 @@ def test_frames_tell_sums_of_other_parts_apart(client: Client, japan: Trace) -> 
     rows = others[~same]  # of W_O and FF2, in both layers
     assert (rows["members_fewer"] - rows["members"]).tolist() == [13, 13, 13, 13]
     assert joined.loc[joined["kind"] != "OTHER", "members"].isna().all()
+
+
+def test_frames_joined_by_id_and_digest_have_the_nodes_of_the_comparison(
+    client: Client, japan: Trace
+) -> None:
+    fewer = client.trace(JAPAN, " Tokyo", layers=[0, 3], top_neurons=5)
+    before, after = (trace.nodes.reset_index() for trace in (japan, fewer))
+    joined = before.merge(after, on=["id", "members_digest"])
+    ids = [node.before.id for node in japan.compare(fewer).node_list]
+    assert joined["id"].tolist() == ids
+    assert any("/OTHER/" in node_id for node_id in ids)
