@@ -1,4 +1,4 @@
-"""A request is resolved once: the estimate and the run share its tokens."""
+"""Requests are resolved once, and responses encoded, outside the event loop."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from januslens.v1 import (
     gradient_lens_pb2,
     intervene_pb2,
     interventions_pb2,
+    lens_pb2,
+    models_pb2,
     neurons_pb2,
+    server_pb2,
     sites_pb2,
     trace_pb2,
 )
 from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.pipelines.resolve import resolve_preview_edit
 from januslens_server.results import Token
-from januslens_server.rpc import admission, decode
+from januslens_server.rpc import admission, decode, wire
+from januslens_server.rpc.call import SERVICE
 from januslens_server.specs import PreviewEditSpec, TraceSpec
 from tests.support.calls import prompt
 from tests.support.in_process import Loaded, loaded, served
@@ -237,3 +241,32 @@ def kept() -> list[object]:
     """The specs of long prompts that are still in memory."""
     specs = [o for o in gc.get_objects() if type(o) in (TraceSpec, PreviewEditSpec)]
     return [spec for spec in specs if len(spec.prompt) == 100_000]
+
+
+async def test_unary_responses_are_serialized_outside_the_event_loop(
+    demo: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors = common_pb2.Tensor(
+        data_type=common_pb2.DATA_TYPE_FLOAT32,
+        shape=[2, demo.registry.get("demo").view.facts.d_model],
+    )
+    vectors.data = bytes(4 * vectors.shape[0] * vectors.shape[1])
+    requests: dict[str, Any] = {
+        "ListModels": models_pb2.ListModelsRequest(),
+        "GetModel": models_pb2.GetModelRequest(model="demo"),
+        "GetServerInfo": server_pb2.GetServerInfoRequest(),
+        "Tokenize": models_pb2.TokenizeRequest(text="Japan"),
+        "Project": lens_pb2.ProjectRequest(vectors=vectors),
+        **{rpc: REQUESTS[rpc][0] for rpc in ("PreviewEdit", "FindNeurons", "EstimateCost")},
+    }
+    assert requests.keys() == {m.name for m in SERVICE.methods if not m.server_streaming}
+
+    def bytes_only(response: bytes) -> bytes:
+        if not isinstance(response, bytes):
+            raise TypeError("gRPC serializes responses in the event loop")
+        return response
+
+    monkeypatch.setattr(wire, "serialized", bytes_only)
+    async with served(demo) as stub:
+        for rpc, request in requests.items():
+            assert (await getattr(stub, rpc)(request)).ByteSize()

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self
 
 import grpc
-from google.protobuf.message import Message
 
 from januslens.v1 import service_pb2
 from januslens_server import spans, telemetry
@@ -50,8 +49,6 @@ RPCS = tuple(method.name for method in SERVICE.methods)
 Serializer = Callable[[Any], bytes]
 
 _STREAMS = {method.name for method in SERVICE.methods if method.server_streaming}
-
-MessageT = TypeVar("MessageT", bound=Message)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -121,11 +118,6 @@ class Call:
         """Count a sent message of `size` bytes, for the log line."""
         self._notes["messages"] = self._notes.get("messages", 0) + 1
         self._notes["bytes"] = self._notes.get("bytes", 0) + size
-
-    def answered(self, message: MessageT) -> MessageT:
-        """Count the only message of a unary call, and return it."""
-        self.sent(message.ByteSize())
-        return message
 
     async def __aexit__(
         self,

@@ -56,6 +56,7 @@ from januslens_server.results import (
     GenerationEvent,
     GradientEvent,
     InterveneEvent,
+    Token,
     TraceEvent,
 )
 from januslens_server.rpc import decode
@@ -75,17 +76,18 @@ from januslens_server.rpc.encode import (
     GradientLensEncoder,
     InterveneEncoder,
     TraceEncoder,
-    estimate_message,
+    estimate_response,
     find_neurons_response,
-    model_message,
+    get_model_response,
+    list_models_response,
     preview_edit_response,
     project_response,
-    provenance_message,
     server_info_response,
-    token_message,
+    tokenize_response,
 )
 from januslens_server.rpc.places import ENCODING, PREPARATION, leave_places
 from januslens_server.rpc.streaming import DeviceStreams
+from januslens_server.rpc.wire import serialized
 from januslens_server.specs import loggable
 
 Result = TypeVar("Result")
@@ -116,40 +118,40 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     def _model(self, name: str, revision: str = "") -> ResidentModel:
         return self._registry.get(name, revision, current_caller().may_use)
 
-    async def ListModels(
+    async def ListModels(  # type: ignore[override]  # the stubs expect a message; gRPC also accepts bytes
         self, request: models_pb2.ListModelsRequest, context: Context
-    ) -> models_pb2.ListModelsResponse:
+    ) -> bytes:
         """Return the models that the caller may use, sorted by name, with their states."""
         async with Call("ListModels", context) as call:
             usable = filter(lambda s: current_caller().may_use(s.name), self._registry.statuses())
             statuses = sorted(usable, key=lambda status: status.name)
             start = page_start(request.page_token, MODELS, len(statuses))
             end = start + (request.page_size or len(statuses))
-            answer = models_pb2.ListModelsResponse(
-                models=[model_message(status) for status in statuses[start:end]],
-                next_page_token=page_token(end, MODELS, len(statuses)),
+            next_page = page_token(end, MODELS, len(statuses))
+            return await _encoded(
+                call, partial(list_models_response, statuses[start:end], next_page)
             )
-            return call.answered(answer)
 
-    async def GetModel(
+    async def GetModel(  # type: ignore[override]  # as for ListModels
         self, request: models_pb2.GetModelRequest, context: Context
-    ) -> models_pb2.GetModelResponse:
+    ) -> bytes:
         """Return the model that the request names, with its state."""
         async with Call("GetModel", context) as call:
             status = self._registry.status(request.model, current_caller().may_use)
-            return call.answered(models_pb2.GetModelResponse(model=model_message(status)))
+            return await _encoded(call, partial(get_model_response, status))
 
-    async def GetServerInfo(
+    async def GetServerInfo(  # type: ignore[override]  # as for ListModels
         self, _request: server_pb2.GetServerInfoRequest, context: Context
-    ) -> server_pb2.GetServerInfoResponse:
+    ) -> bytes:
         """Return the version, the limits, and the RPCs that the caller may use."""
         async with Call("GetServerInfo", context) as call:
             rpcs = filter(current_caller().may_call, RPCS)
-            return call.answered(server_info_response(self._admission.configured_limits, rpcs))
+            limits = self._admission.configured_limits
+            return await _encoded(call, partial(server_info_response, limits, list(rpcs)))
 
-    async def Tokenize(
+    async def Tokenize(  # type: ignore[override]  # as for ListModels
         self, request: models_pb2.TokenizeRequest, context: Context
-    ) -> models_pb2.TokenizeResponse:
+    ) -> bytes:
         """Return the tokens of a text or a conversation, without using the device."""
         async with Call("Tokenize", context) as call:
             model = self._model(request.model, request.revision)
@@ -157,22 +159,20 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
                 raise InvalidRequest("text", "text is empty; send at least one character")
             tokenize = partial(_tokenized, model.vocabulary, request)
             left = context.time_remaining()
-            answer = await PREPARATION.run_cancellable(model.name, tokenize, left)
-            answer.provenance.CopyFrom(provenance_message(model.provenance))
-            call.note(model=model.name, tokens=len(answer.tokens))
-            return call.answered(answer)
+            tokens = await PREPARATION.run_cancellable(model.name, tokenize, left)
+            call.note(model=model.name, tokens=len(tokens))
+            return await _encoded(call, partial(tokenize_response, tokens, model.provenance))
 
-    async def Project(
+    async def Project(  # type: ignore[override]  # as for ListModels
         self, request: lens_pb2.ProjectRequest, context: Context
-    ) -> lens_pb2.ProjectResponse:
+    ) -> bytes:
         """Project the caller's vectors through the model's lens."""
         async with Call("Project", context) as call:
             model = self._model(request.model, request.revision)
             resolve = self._resolving(call, model, request, decode.project_spec, resolve_project)
             (table,) = [t async for t in self._run(call, model, resolve, project_vectors)]
             token = model.vocabulary.token
-            encode = partial(project_response, table, model.provenance, token)
-            return call.answered(await ENCODING.run(call.request_id, encode))
+            return await _encoded(call, partial(project_response, table, model.provenance, token))
 
     async def Trace(  # type: ignore[override]  # the stubs expect a generator; gRPC also accepts writers
         self, request: trace_pb2.TraceRequest, context: Context
@@ -228,21 +228,21 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             results: AsyncGenerator[InterveneEvent] = self._run(call, model, resolve, intervene)
             await self._device.write(results, encoder.encode, call)
 
-    async def PreviewEdit(
+    async def PreviewEdit(  # type: ignore[override]  # as for ListModels
         self, request: edits_pb2.PreviewEditRequest, context: Context
-    ) -> edits_pb2.PreviewEditResponse:
+    ) -> bytes:
         """Return the effects of an edit, which applies to this request only."""
         async with Call("PreviewEdit", context) as call:
             model, resolve = self._prepared(
                 call, request, decode.preview_edit_spec, resolve_preview_edit
             )
             previews = [p async for p in self._run(call, model, resolve, preview_edit)]
-            encode = partial(preview_edit_response, previews, model.vocabulary.token)
-            return call.answered(await ENCODING.run(call.request_id, encode))
+            token = model.vocabulary.token
+            return await _encoded(call, partial(preview_edit_response, previews, token))
 
-    async def FindNeurons(
+    async def FindNeurons(  # type: ignore[override]  # as for ListModels
         self, request: neurons_pb2.FindNeuronsRequest, context: Context
-    ) -> neurons_pb2.FindNeuronsResponse:
+    ) -> bytes:
         """Return one page of the neurons that promote or suppress a token."""
         async with Call("FindNeurons", context) as call:
             model = self._model(request.model, request.revision)
@@ -252,12 +252,12 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             resolve = self._resolving(call, model, request, spec, resolve_find_neurons)
             (found,) = [page async for page in self._run(call, model, resolve, find_neurons)]
             next_page = page_token(start + page_size(request), listed, found.total)
-            encode = partial(find_neurons_response, found, next_page, model.vocabulary.token)
-            return call.answered(await ENCODING.run(call.request_id, encode))
+            token = model.vocabulary.token
+            return await _encoded(call, partial(find_neurons_response, found, next_page, token))
 
-    async def EstimateCost(
+    async def EstimateCost(  # type: ignore[override]  # as for ListModels
         self, request: cost_pb2.EstimateCostRequest, context: Context
-    ) -> cost_pb2.EstimateCostResponse:
+    ) -> bytes:
         """Return the estimated cost of a request, without using the device."""
         async with Call("EstimateCost", context) as call:
             model, resolve = self._estimated(call, request)
@@ -265,7 +265,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
             left = context.time_remaining()
             estimate = await self._admission.estimate(model.name, resolve, left)
             exceeded = list(self._admission.exceeded(estimate.cost))
-            return call.answered(estimate_message(estimate, exceeded))
+            return await _encoded(call, partial(estimate_response, estimate, exceeded))
 
     def _estimated(
         self, call: Call, request: cost_pb2.EstimateCostRequest
@@ -354,10 +354,17 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         self._admission.learn(request, cost, queued.spent)
 
 
+async def _encoded(call: Call, encode: Callable[[], Message]) -> bytes:
+    """Return the response of a unary call as bytes, made in a thread as those of streams are."""
+    message = await ENCODING.run(call.request_id, lambda: serialized(encode()))
+    call.sent(len(message))
+    return message
+
+
 def _tokenized(
     vocabulary: Vocabulary, request: models_pb2.TokenizeRequest, check_cancelled: CancelCheck
-) -> models_pb2.TokenizeResponse:
-    """Tokenize a text and create the response; runs in a thread, because both may take long."""
+) -> list[Token]:
+    """Tokenize a text or a conversation; runs in a thread, because this may take long."""
     field = "chat" if request.HasField("chat") else "text"
     try:
         if field == "chat":
@@ -376,4 +383,4 @@ def _tokenized(
         ) from error
     except TokenizerFailed as error:
         raise InvalidRequest(field, f"the tokenizer failed: {error}; send another text") from error
-    return models_pb2.TokenizeResponse(tokens=map(token_message, tokens))
+    return tokens

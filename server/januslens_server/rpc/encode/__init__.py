@@ -5,14 +5,14 @@ from januslens_server.rpc.encode.generation import GenerateEncoder
 from januslens_server.rpc.encode.gradient_lens import GradientLensEncoder
 from januslens_server.rpc.encode.intervene import InterveneEncoder
 from januslens_server.rpc.encode.messages import (
-    estimate_message,
+    estimate_response,
     find_neurons_response,
-    model_message,
+    get_model_response,
+    list_models_response,
     preview_edit_response,
     project_response,
-    provenance_message,
     server_info_response,
-    token_message,
+    tokenize_response,
 )
 from januslens_server.rpc.encode.trace import TraceEncoder
 
@@ -22,12 +22,12 @@ __all__ = [
     "GradientLensEncoder",
     "InterveneEncoder",
     "TraceEncoder",
-    "estimate_message",
+    "estimate_response",
     "find_neurons_response",
-    "model_message",
+    "get_model_response",
+    "list_models_response",
     "preview_edit_response",
     "project_response",
-    "provenance_message",
     "server_info_response",
-    "token_message",
+    "tokenize_response",
 ]

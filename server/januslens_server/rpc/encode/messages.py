@@ -203,14 +203,14 @@ def projections(table: ProjectionTable) -> list[Any]:
 
 
 def projection_columns(table: ProjectionTable) -> Columns:
-    """Encode each row of a table as a `Projection` for its first target."""
+    """Encode each row of a table as a `Projection` for its first target, empty if not projected."""
     columns = Columns(lens_pb2.Projection, len(table.projected))
     for name, values in _projection_fields(table).items():
         if np.issubdtype(values.dtype, np.integer):
             add = columns.unsigned if values.ndim == 1 else columns.unsigned_lists
         else:
             add = columns.floats if values.ndim == 1 else columns.float_lists
-        add(name, values)
+        add(name, values, table.projected)
     return columns
 
 
@@ -316,6 +316,29 @@ def model_message(status: ModelStatus) -> models_pb2.Model:
     return message
 
 
+def list_models_response(
+    statuses: Iterable[ModelStatus], next_page_token: str
+) -> models_pb2.ListModelsResponse:
+    """Encode one page of models."""
+    return models_pb2.ListModelsResponse(
+        models=map(model_message, statuses), next_page_token=next_page_token
+    )
+
+
+def get_model_response(status: ModelStatus) -> models_pb2.GetModelResponse:
+    """Encode one model."""
+    return models_pb2.GetModelResponse(model=model_message(status))
+
+
+def tokenize_response(
+    tokens: Iterable[Token], provenance: Provenance
+) -> models_pb2.TokenizeResponse:
+    """Encode the tokens of a text or a conversation."""
+    return models_pb2.TokenizeResponse(
+        tokens=map(token_message, tokens), provenance=provenance_message(provenance)
+    )
+
+
 def server_info_response(
     limits: Mapping[CostLimit, float], rpcs: Iterable[str]
 ) -> server_pb2.GetServerInfoResponse:
@@ -328,7 +351,7 @@ def server_info_response(
     return server_pb2.GetServerInfoResponse(version=version("januslens"), rpcs=rpcs, limits=listed)
 
 
-def estimate_message(
+def estimate_response(
     estimate: Estimate[Any], exceeded: Sequence[LimitViolation]
 ) -> cost_pb2.EstimateCostResponse:
     """Encode an estimate and the limits that it exceeds."""
@@ -347,12 +370,15 @@ def project_response(
     table: ProjectionTable, provenance: Provenance, read_token: ReadToken
 ) -> lens_pb2.ProjectResponse:
     """Encode one projection per vector, empty for a zero vector, and the texts of all tokens."""
-    read: list[Any] = [projection or {} for projection in projections(table)]
-    return lens_pb2.ProjectResponse(
-        projections=read,
-        tokens=TokenTexts(read_token).texts(chain.from_iterable(named_tokens(table))),
+    # As arrays, because thousands of lists can start a garbage collection, which stops all threads.
+    named = np.concatenate([table.top_ids, table.bottom_ids], axis=1)[table.projected]
+    response = lens_pb2.ProjectResponse(
+        tokens=TokenTexts(read_token).texts(named.ravel().tolist()),
         provenance=provenance_message(provenance),
     )
+    parts = Parts(lens_pb2.ProjectResponse, "projections", projection_columns(table))
+    response.MergeFromString(parts.between(0, len(table.projected)))
+    return response
 
 
 def preview_edit_response(
