@@ -65,8 +65,8 @@ class AsyncLenses(AsyncCalls):
         other: TargetLike | None = None,
         attribution: bool = False,
         gradients: bool = False,
-        only_heads: Iterable[tuple[int, int]] = (),
-        only_neurons: Iterable[tuple[int, ...]] = (),
+        only_heads: Iterable[tuple[int, int] | str] = (),
+        only_neurons: Iterable[tuple[int, ...] | str] = (),
         targets: Mapping[int, TargetLike] | None = None,
         next_tokens: bool = False,
         model: str = "",
@@ -113,10 +113,10 @@ class AsyncLenses(AsyncCalls):
                 pass.
             gradients: Send the gradients of the states, projected to the vocabulary.
             only_heads: Heads to send instead of those with the largest scores, as pairs of layer
-                and head such as `[(9, 6), (9, 9)]`. Unless `layers` is given, only their layers are
-                sent.
-            only_neurons: Neurons to send instead, as pairs of layer and neuron, or as layer, expert
-                and neuron in a mixture of experts.
+                and head such as `[(9, 6), (9, 9)]`, or as ids of their nodes, whose position is not
+                used. Unless `layers` is given, only their layers are sent.
+            only_neurons: Neurons to send instead, as pairs of layer and neuron, as layer, expert
+                and neuron in a mixture of experts, or as ids of their nodes.
             targets: The targets of single positions, which replace `target` there.
             next_tokens: Take the next token of the prompt as the target of each position (teacher
                 forcing). `target` is then the target of the last position only.
@@ -191,8 +191,8 @@ class AsyncLenses(AsyncCalls):
         other: TargetLike | None = None,
         attribution: bool = False,
         gradients: bool = False,
-        only_heads: Iterable[tuple[int, int]] = (),
-        only_neurons: Iterable[tuple[int, ...]] = (),
+        only_heads: Iterable[tuple[int, int] | str] = (),
+        only_neurons: Iterable[tuple[int, ...] | str] = (),
         targets: Mapping[int, TargetLike] | None = None,
         next_tokens: bool = False,
         model: str = "",
@@ -239,10 +239,10 @@ class AsyncLenses(AsyncCalls):
                 pass.
             gradients: Send the gradients of the states, projected to the vocabulary.
             only_heads: Heads to send instead of those with the largest scores, as pairs of layer
-                and head such as `[(9, 6), (9, 9)]`. Unless `layers` is given, only their layers are
-                sent.
-            only_neurons: Neurons to send instead, as pairs of layer and neuron, or as layer, expert
-                and neuron in a mixture of experts.
+                and head such as `[(9, 6), (9, 9)]`, or as ids of their nodes, whose position is not
+                used. Unless `layers` is given, only their layers are sent.
+            only_neurons: Neurons to send instead, as pairs of layer and neuron, as layer, expert
+                and neuron in a mixture of experts, or as ids of their nodes.
             targets: The targets of single positions, which replace `target` there.
             next_tokens: Take the next token of the prompt as the target of each position (teacher
                 forcing). `target` is then the target of the last position only.
@@ -317,8 +317,8 @@ class AsyncLenses(AsyncCalls):
         other: TargetLike | None = None,
         attribution: bool = False,
         gradients: bool = False,
-        only_heads: Iterable[tuple[int, int]] = (),
-        only_neurons: Iterable[tuple[int, ...]] = (),
+        only_heads: Iterable[tuple[int, int] | str] = (),
+        only_neurons: Iterable[tuple[int, ...] | str] = (),
         targets: Mapping[int, TargetLike] | None = None,
         next_tokens: bool = False,
         model: str = "",
@@ -365,10 +365,10 @@ class AsyncLenses(AsyncCalls):
                 pass.
             gradients: Send the gradients of the states, projected to the vocabulary.
             only_heads: Heads to send instead of those with the largest scores, as pairs of layer
-                and head such as `[(9, 6), (9, 9)]`. Unless `layers` is given, only their layers are
-                sent.
-            only_neurons: Neurons to send instead, as pairs of layer and neuron, or as layer, expert
-                and neuron in a mixture of experts.
+                and head such as `[(9, 6), (9, 9)]`, or as ids of their nodes, whose position is not
+                used. Unless `layers` is given, only their layers are sent.
+            only_neurons: Neurons to send instead, as pairs of layer and neuron, as layer, expert
+                and neuron in a mixture of experts, or as ids of their nodes.
             targets: The targets of single positions, which replace `target` there.
             next_tokens: Take the next token of the prompt as the target of each position (teacher
                 forcing). `target` is then the target of the last position only.

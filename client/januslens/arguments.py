@@ -6,6 +6,7 @@ depends on the model, such as layer numbers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -463,15 +464,26 @@ class Probe:
     label: str = ""
 
 
-def unit_messages(units: Iterable[Sequence[int]], name: str) -> list[trace_pb2.Unit]:
+# The ids of nodes of a single head or neuron (docs/semantics.md, "Ids").
+_UNIT_IDS = {
+    "only_heads": re.compile(r"L(\d+)/p\d+/[A-Z_]+/h(\d+)"),
+    "only_neurons": re.compile(r"L(\d+)/p\d+/MLP_(?:KEY|UP|VALUE)/(?:e(\d+)/)?n(\d+)"),
+}
+
+
+def unit_messages(units: Iterable[Sequence[int] | str], name: str) -> list[trace_pb2.Unit]:
     """Build the messages for heads or neurons: layer and number, or layer, expert and number.
+
+    `name` is the argument, `only_heads` or `only_neurons`. Ids of nodes are accepted as well.
 
     Raises:
         TypeError: A number is not an integer.
-        ValueError: There are not two or three numbers, or a number is out of range.
+        ValueError: There are not two or three numbers, a number is out of range, or an id is not
+            that of a head or neuron.
     """
     messages = []
-    for unit in units:
+    for entry in units:
+        unit = _unit_of_id(entry, name) if isinstance(entry, str) else entry
         if len(unit) not in (2, 3):
             raise ValueError(
                 f"invalid entry {unit!r} of {name}; expected (layer, number) or "
@@ -486,6 +498,14 @@ def unit_messages(units: Iterable[Sequence[int]], name: str) -> list[trace_pb2.U
             )
         )
     return messages
+
+
+def _unit_of_id(node_id: str, name: str) -> list[int]:
+    found = _UNIT_IDS[name].fullmatch(node_id)
+    if found is None:
+        example = "L3/p7/HEAD_OUTPUT/h2" if name == "only_heads" else "L3/p7/MLP_VALUE/n911"
+        raise ValueError(f"invalid entry {node_id!r} of {name}; expected an id such as {example!r}")
+    return [int(number) for number in found.groups() if number is not None]
 
 
 def set_edit(request: edits_pb2.PreviewEditRequest, edit: Edit) -> None:

@@ -357,6 +357,17 @@ def test_named_parts_and_targets_are_those_of_the_request(client: Client) -> Non
         client.trace(PROMPT, only_neurons=[(1,)])
 
 
+def test_ids_of_nodes_name_their_heads_and_neurons(client: Client) -> None:
+    whole = client.trace(PROMPT, layers=[1])
+    head, neuron = whole.heads()[-1].node, whole.neurons()[-1].node
+    named = client.trace(PROMPT, only_heads=[head.id], only_neurons=[neuron.id])
+    assert [part.node.id for part in named.heads()] == [head.id]
+    assert [part.node.id for part in named.neurons()] == [neuron.id]
+    for source in (head.id + "/s0", neuron.id):
+        with pytest.raises(ValueError, match=r"of only_heads; expected an id such as"):
+            client.trace(PROMPT, only_heads=[source])
+
+
 def test_grid_of_edits_has_the_effects_of_single_edits(client: Client) -> None:
     probes = ["The capital of Peru is the city of"]
     grid = client.preview_edits(
