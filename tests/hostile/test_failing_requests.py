@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, NoReturn
 
 import grpc
+import numpy as np
 import pytest
 import torch
 
@@ -15,9 +16,11 @@ from januslens.v1 import (
     activations_pb2,
     common_pb2,
     cost_pb2,
+    edits_pb2,
     generation_pb2,
     intervene_pb2,
     interventions_pb2,
+    lens_pb2,
     neurons_pb2,
     sites_pb2,
     trace_pb2,
@@ -28,6 +31,7 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.cost import Demand, Pace
 from januslens_server.pipelines.resolve import ResolvedTrace, resolve_trace
 from januslens_server.results import Cost
+from januslens_server.rpc import service
 from januslens_server.rpc.admission import LARGEST_CORRECTION, LARGEST_LESSON, Admission
 from januslens_server.rpc.encode import (
     ActivationsEncoder,
@@ -42,25 +46,47 @@ from tests.support.in_process import GENEROUS, Loaded, broken, loaded, served
 PROMPT = prompt("The capital of Japan is the city of")
 BLOCK_OUTPUT = sites_pb2.SITE_BLOCK_OUTPUT
 ZERO = interventions_pb2.Intervention(site=BLOCK_OUTPUT, zero=True)
-# Requests by RPC, and the encoders of their results.
-REQUESTS: dict[str, tuple[Any, type]] = {
-    "Trace": (trace_pb2.TraceRequest(input=PROMPT), TraceEncoder),
+PARIS = common_pb2.Target(text=" Paris")
+# Requests by RPC, and what encodes their results: an object and the name of its attribute.
+REQUESTS: dict[str, tuple[Any, tuple[Any, str]]] = {
+    "Trace": (trace_pb2.TraceRequest(input=PROMPT), (TraceEncoder, "encode")),
     "Intervene": (
         intervene_pb2.InterveneRequest(
             input=PROMPT, sweep=intervene_pb2.Sweep(template=ZERO, by_layer=True, by_position=True)
         ),
-        InterveneEncoder,
+        (InterveneEncoder, "encode"),
     ),
     "Generate": (
         generation_pb2.GenerateRequest(input=PROMPT, max_new_tokens=8),
-        GenerateEncoder,
+        (GenerateEncoder, "encode"),
     ),
     "Activations": (
         activations_pb2.ActivationsRequest(input=PROMPT, sites=[BLOCK_OUTPUT]),
-        ActivationsEncoder,
+        (ActivationsEncoder, "encode"),
+    ),
+    "PreviewEdit": (
+        edits_pb2.PreviewEditRequest(
+            input=PROMPT, target=PARIS, shift=edits_pb2.ForwardShift(layer=1, eta=0.1)
+        ),
+        (service, "preview_edit_response"),
+    ),
+    "Project": (
+        lens_pb2.ProjectRequest(
+            vectors=common_pb2.Tensor(
+                data_type=common_pb2.DATA_TYPE_FLOAT32,
+                shape=[4, 128],
+                data=np.linspace(-1, 1, 512, dtype="<f4").tobytes(),
+            )
+        ),
+        (service, "project_response"),
+    ),
+    "FindNeurons": (
+        neurons_pb2.FindNeuronsRequest(token=PARIS, page_size=5),
+        (service, "find_neurons_response"),
     ),
 }
-NEURONS = neurons_pb2.FindNeuronsRequest(token=common_pb2.Target(text=" Paris"), page_size=5)
+UNARY = ("PreviewEdit", "Project", "FindNeurons")
+WITHOUT_PASS = ("Project", "FindNeurons")
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +106,20 @@ def started(stub: Any, rpc: str) -> Any:
 
 
 async def results(stub: Any, rpc: str) -> list[bytes]:
-    return [timeless(message) async for message in started(stub, rpc)]
+    call = started(stub, rpc)
+    if rpc in UNARY:
+        return [(await call).SerializeToString(deterministic=True)]
+    return [timeless(message) async for message in call]
 
 
 async def fails(call: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError):
-        async for _ in call:
-            pass
+        await (_ended(call) if hasattr(call, "__aiter__") else call)
+
+
+async def _ended(stream: Any) -> None:
+    async for _ in stream:
+        pass
 
 
 async def at_decoding(stub: Any, rpc: str, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
@@ -99,7 +132,13 @@ async def at_resolving(stub: Any, rpc: str, _demo: Loaded, _patch: pytest.Monkey
     long = common_pb2.Input(token_ids=common_pb2.TokenIds(ids=[1] * 1000))
     changed = type(request)()
     changed.CopyFrom(request)
-    changed.input.CopyFrom(long)
+    match rpc:
+        case "Project":
+            changed.vectors.shape[:] = [8, 64]
+        case "FindNeurons":
+            changed.token.text = "two words"
+        case _:
+            changed.input.CopyFrom(long)
     await fails(getattr(stub, rpc)(changed))
 
 
@@ -118,8 +157,10 @@ async def in_the_projection(stub: Any, rpc: str, demo: Loaded, patch: pytest.Mon
     def fail(*_: object, **__: object) -> NoReturn:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    model = demo.registry.get("demo")
+    vars(model).pop("neurons", None)  # else FindNeurons projects nothing
     with patch.context() as patched:
-        patched.setattr(type(demo.registry.get("demo").view.lens), "prepare", fail)
+        patched.setattr(type(model.view.lens), "prepare", fail)
         await fails(started(stub, rpc))
 
 
@@ -147,20 +188,24 @@ async def at_encoding(stub: Any, rpc: str, _demo: Loaded, patch: pytest.MonkeyPa
         raise KeyError("encoder")
 
     with patch.context() as patched:
-        patched.setattr(REQUESTS[rpc][1], "encode", fail)
+        patched.setattr(*REQUESTS[rpc][1], fail)
         await fails(started(stub, rpc))
 
 
 async def at_writing(stub: Any, rpc: str, _demo: Loaded, _patch: pytest.MonkeyPatch) -> None:
     call = started(stub, rpc)
-    await call.read()
+    if rpc in UNARY:
+        await call.initial_metadata()
+    else:
+        await call.read()
     call.cancel()
 
 
-OF_ALL_RPCS = [at_decoding, at_resolving, in_the_forward_pass, at_encoding, at_writing]
+OF_ALL_RPCS = [at_decoding, at_resolving, at_encoding, at_writing]
 FAILURES = [
     *((rpc, stage) for rpc in REQUESTS for stage in OF_ALL_RPCS),
-    ("Trace", in_the_projection),
+    *((rpc, in_the_forward_pass) for rpc in REQUESTS if rpc not in WITHOUT_PASS),
+    *((rpc, in_the_projection) for rpc in ("Trace", *WITHOUT_PASS)),
     ("Trace", between_two_projections),
 ]
 every_failure = pytest.mark.parametrize(
@@ -170,10 +215,10 @@ every_failure = pytest.mark.parametrize(
 
 async def seen(stub: Any, rpc: str) -> tuple[float, bytes]:
     """Return the state that callers can observe: an estimate, and the neuron index."""
-    request, _ = REQUESTS[rpc]
-    estimate = await stub.EstimateCost(cost_pb2.EstimateCostRequest(**{rpc.lower(): request}))
-    found = await stub.FindNeurons(NEURONS)
-    return estimate.seconds, found.SerializeToString(deterministic=True)
+    estimated = rpc if rpc not in UNARY else "Trace"  # EstimateCost has streams only
+    request = cost_pb2.EstimateCostRequest(**{estimated.lower(): REQUESTS[estimated][0]})
+    estimate = await stub.EstimateCost(request)
+    return estimate.seconds, (await results(stub, "FindNeurons"))[0]
 
 
 @every_failure
