@@ -138,6 +138,7 @@ from januslens.results.gradient import (
     Segments,
 )
 from januslens.results.graph import Edge, Members, Node, Part, Parts
+from januslens.results.graph_files import GraphFormat
 from januslens.results.heat_map import HeatMap
 from januslens.results.intervene import (
     InterveneHeader,
@@ -244,6 +245,7 @@ __all__ = [
     "GradientHeader",
     "GradientInterrupted",
     "GradientSummary",
+    "GraphFormat",
     "Guarantee",
     "HeatMap",
     "InternalError",

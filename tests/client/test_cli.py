@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import click
+import jsonschema
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -37,6 +38,7 @@ from tests.client.messages import trace_stream
 from tests.client.scripted import Script, serving
 
 PROMPT = "The capital of Japan is the city of"
+CIRCUIT_SCHEMA = Path(__file__).parents[2] / "docs" / "circuit-graph.schema.json"
 PREVIEWED = {"preview", "shift", "eta", "probes"}  # of another verb
 CONTEXT = click.Context(januslens)
 OPTION = click.Option(["--x"])
@@ -122,7 +124,11 @@ def test_help_and_version_end_with_0() -> None:
 @pytest.mark.parametrize(
     ("command", "verb", "own"),
     [
-        (trace_command, Client.trace, {"rows", "details", "html", "out", "estimate"}),
+        (
+            trace_command,
+            Client.trace,
+            {"rows", "details", "html", "out", "export", "export_format", "estimate"},
+        ),
         (gradient_command, Client.gradient_lens, {"rows", "html", "out", "estimate", *PREVIEWED}),
         (project_command, Client.project, {"file", "name"}),
         (neurons_command, Client.find_neurons, {"written"}),
@@ -157,6 +163,26 @@ def test_page_of_all_positions_needs_no_overview_request(tmp_path: Path) -> None
     page = tmp_path / "trace.html"
     run("trace", "The capital of", "--positions", "all", "--html", str(page))
     assert 'data-stream="overview"' not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("demo")
+def test_trace_is_exported_for_circuit_tracer(tmp_path: Path) -> None:
+    file = tmp_path / "circuit.json"
+    result = run("trace", PROMPT, "--export", str(file), "--export-format", "circuit-tracer")
+    assert result.exit_code == 0
+    assert f"wrote {file}" in result.stderr
+    graph = json.loads(file.read_text())
+    jsonschema.validate(graph, json.loads(CIRCUIT_SCHEMA.read_text()))
+    into = {link["target"] for link in graph["links"]}
+    known = {node["node_id"] for node in graph["nodes"]}
+    assert into < known
+    assert {link["source"] for link in graph["links"]} == known - {graph["qParams"]["clickedId"]}
+
+
+def test_unknown_extension_of_an_export_is_a_usage_error(tmp_path: Path) -> None:
+    result = run("trace", PROMPT, "--export", str(tmp_path / "graph.dot"))
+    assert result.exit_code == 2
+    assert "no graph format has the extension '.dot'" in result.stderr
 
 
 def test_a_page_and_json_exclude_each_other(tmp_path: Path) -> None:

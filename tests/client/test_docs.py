@@ -23,7 +23,7 @@ def test_every_example_of_the_guide_runs(
     monkeypatch.chdir(tmp_path)
     np.save("probe.npy", np.eye(2, 128, dtype=np.float32))
     examples = EXAMPLE.findall(GUIDE.read_text())
-    assert len(examples) == 24
+    assert len(examples) == 25
     names: dict[str, object] = {"__name__": "guide"}
     for example in examples:
         code = compile(example.replace(DEFAULT, server_address), GUIDE.name, "exec")

@@ -434,6 +434,10 @@ page_option = _file_option("--html", "Also write the result as a self-contained 
 out_option = _file_option(
     "--out", "Also save the result to this file, which `januslens open` shows."
 )
+export_option = _file_option(
+    "--export",
+    "Also write the flow graph to this file: .graphml, .gexf, or .json for node-link JSON.",
+)
 
 
 def write_page(path: Path, page: str) -> None:

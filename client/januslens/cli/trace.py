@@ -17,6 +17,7 @@ from januslens.assemblers import TraceEvent
 from januslens.cli.options import (
     COUNT,
     estimate_option,
+    export_option,
     layer_list,
     lens_option,
     model_option,
@@ -53,6 +54,7 @@ from januslens.cli.tables import (
 from januslens.client import Client, EventStream
 from januslens.results.contributions import ContributionTree
 from januslens.results.graph import Node, Part
+from januslens.results.graph_files import GRAPH_FORMATS, GraphFormat, graph_format
 from januslens.results.kinds import NodeKind
 from januslens.results.tokens import Token
 from januslens.results.trace import LayerGraph, PositionTarget, Trace, TraceHeader
@@ -112,10 +114,16 @@ from januslens.results.trace import LayerGraph, PositionTarget, Trace, TraceHead
 @lens_option
 @page_option
 @out_option
+@export_option
+@click.option(
+    "--export-format",
+    type=click.Choice(GRAPH_FORMATS),
+    help="Format of the file of --export; circuit-tracer files are also for Neuronpedia.",
+)
 @estimate_option
 @with_client
 @prompt_argument
-def trace(
+def trace(  # noqa: PLR0913 - by keyword
     client: Client,
     as_json: bool,
     /,
@@ -125,6 +133,8 @@ def trace(
     details: bool,
     html: Path | None,
     out: Path | None,
+    export: Path | None,
+    export_format: GraphFormat | None,
     estimate: bool,
     **asked: Any,
 ) -> None:
@@ -138,12 +148,16 @@ def trace(
         show_estimate(client.estimate_trace, as_json, prompt, asked)
         return
     with usage_errors():  # the other options have the names of the method's arguments
+        if export:
+            export_format = graph_format(export, export_format)
         stream = client.stream_trace(prompt, **asked)
     with stream, steps("tracing") as progress:
         result = _followed(stream, progress)
     if not as_json:
         show_trace(result, console(), rows, details)
     save_result(out, result.save)
+    with usage_errors():
+        save_result(export, lambda file: result.export(file, export_format))
     if html:
         write_page(html, result.to_html(_overview(client, result, asked)))
 

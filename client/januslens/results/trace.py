@@ -12,6 +12,7 @@ from januslens.results.comparison import TraceComparison, compare_traces
 from januslens.results.contributions import ContributionTree, contribution_tree
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part, Parts
+from januslens.results.graph_files import GraphFormat, write_graph
 from januslens.results.kinds import CRITERIA, Criterion, EdgeKind, NodeKind
 from januslens.results.lazy import LazySequence
 from januslens.results.message_file import save_messages
@@ -456,6 +457,25 @@ class Trace(GraphView):
             OSError: The file cannot be written.
         """
         save_messages(path, self.responses)
+
+    def export(self, path: str | PathLike[str], file_format: GraphFormat | None = None) -> None:
+        """Write the flow graph to a file that other programs read.
+
+        GraphML, GEXF and node-link JSON have all nodes and edges with their attributes, and require
+        networkx. A circuit-tracer file, which Neuronpedia also reads, has the parts of the target's
+        logit at the last traced position.
+
+        Args:
+            path: The file.
+            file_format: `graphml`, `gexf`, `node-link` or `circuit-tracer`; None = by the extension
+                of the file: `.graphml`, `.gexf`, or `.json` for node-link JSON.
+
+        Raises:
+            ValueError: The format or the extension is unknown; or the format is `circuit-tracer`,
+                and the trace has no contributions to the logit (see `why`).
+            OSError: The file cannot be written.
+        """
+        write_graph(self, path, file_format)
 
     def to_json_lines(self) -> Iterable[str]:
         """Return the stream as canonical protobuf JSON, one message per line, like `--json`."""
