@@ -341,6 +341,7 @@ def test_edits_prints_a_grid_for_each_prompt(server_address: str) -> None:
     assert (wrong.exit_code, "is not a list of numbers" in wrong.stderr) == (2, True)
 
 
+@pytest.mark.usefixtures("demo")
 def test_models_and_tokens() -> None:
     result = run("models")
     assert re.search(r"demo +READY", result.stdout)
@@ -402,7 +403,7 @@ def test_json_is_the_stream() -> None:
     result = run("gradient", PROMPT, "--target", " Paris", "--layers", "3", "--json")
     assert read_gradient(result.stdout.splitlines()).header.targets[0].text == " Paris"
     assert json.loads(run("models", "--json").stdout)["models"][0]["name"] == "demo"
-    assert list(json.loads(run("tokenize", "a", "--json").stdout)) == ["tokens"]
+    assert list(json.loads(run("tokenize", "a", "--json").stdout)) == ["provenance", "tokens"]
 
 
 @pytest.mark.usefixtures("demo")
