@@ -23,7 +23,8 @@ from januslens_server.errors import CancelCheck
 from januslens_server.graph.weights import attention_patterns
 from januslens_server.models.experts import ExpertOverlay, NeuronOverlay
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.sites import SiteKey, SiteTap, site_experts, site_shape, site_tap
+from januslens_server.models.site_taps import SiteTap
+from januslens_server.models.sites import SiteKey, site_experts, site_shape, site_tap
 from januslens_server.models.views import AttentionGate
 from januslens_server.specs import Add, Noise, Operation, Scale, SetTo, Site, Zero
 

@@ -15,10 +15,12 @@ from januslens_server.lens.projection import CACHED_BYTES
 from januslens_server.lens.row_cache import ROWS, RowCache
 from januslens_server.models.experts import Experts
 from januslens_server.models.neuron_index import NeuronIndex
+from januslens_server.models.site_taps import SiteTap, block_taps
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.models.views import Block, CoarseBlock, ModelView
 from januslens_server.results import ModelFacts, Provenance
+from januslens_server.specs import Site
 
 # Bytes of logits of weight rows that are cached for later traces, on the CPU.
 ROW_CACHE_BYTES = 512 * 2**20
@@ -45,6 +47,11 @@ class ResidentModel:
     def neurons(self) -> NeuronIndex:
         """Index of the tokens that neurons promote. A layer is computed when it is first needed."""
         return NeuronIndex(self.view, self.provenance, self.cache)
+
+    @cached_property
+    def site_taps(self) -> list[dict[Site, SiteTap]]:
+        """Taps of each layer's sites, created once, because a request may use them often."""
+        return [block_taps(block, self.view.facts.d_model) for block in self.view.blocks]
 
     @cached_property
     def rows(self) -> RowCache:

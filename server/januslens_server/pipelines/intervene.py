@@ -117,13 +117,12 @@ def _together(
     check_cancelled: CancelCheck,
 ) -> Interventions:
     """Return the changes of a batch: each experiment changes its own copy of the prompt."""
-    first = _first_numbers(request)
     changes: list[Intervention] = []
     values: dict[tuple[int, SiteKey], torch.Tensor] = {}
     for copy, (number, experiment) in enumerate(numbered):
         check_cancelled()
         sources = list(enumerate(request.always))
-        sources += list(enumerate(experiment.interventions, first[number]))
+        sources += list(enumerate(experiment.interventions, request.first_numbers[number]))
         for source, intervention in sources:
             shifted = tuple(copy * length + position for position in intervention.positions)
             for key in intervention.keys if intervention.sources else ():
@@ -136,15 +135,6 @@ def _together(
 def first_changed(lowest: int) -> int:
     """Return the first layer that a batch changes; -1 is the input of the first block."""
     return -1 if lowest == 0 else lowest
-
-
-def _first_numbers(request: ResolvedIntervene) -> list[int]:
-    """Return the number of each experiment's first intervention, behind those of `always`."""
-    numbers, following = [], len(request.always)
-    for experiment in request.experiments:
-        numbers.append(following)
-        following += len(experiment.interventions)
-    return numbers
 
 
 class OutcomeReader:

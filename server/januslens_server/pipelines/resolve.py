@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from math import prod
 
 from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
@@ -209,6 +211,12 @@ class ResolvedIntervene:
     experiments: list[Experiment]
     at_once: int
     seconds: float
+
+    @cached_property
+    def first_numbers(self) -> list[int]:
+        """Number of each experiment's first intervention, counted after those of `always`."""
+        counts = [len(experiment.interventions) for experiment in self.experiments]
+        return list(accumulate(counts, initial=len(self.always)))[:-1]
 
 
 Resolved = (
