@@ -11,6 +11,7 @@ import ssl
 import statistics
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from januslens.v1 import (
     common_pb2,
     intervene_pb2,
     interventions_pb2,
+    lens_pb2,
     models_pb2,
     sites_pb2,
     trace_pb2,
@@ -227,6 +229,38 @@ def experiments() -> tuple[str, Any]:
     )
 
 
+def unknown_fields() -> tuple[str, Any]:
+    """A trace with a million fields that the contract does not have."""
+    request = trace_pb2.TraceRequest(input=prompt("Japan"))
+    request.MergeFromString(b"\xf8\x07\x00" * 1_000_000)
+    return "Trace", request
+
+
+def tensors() -> tuple[str, Any]:
+    """An Intervene whose experiments set 4 MB of values in all."""
+    values = common_pb2.Tensor(data_type=common_pb2.DATA_TYPE_FLOAT32, shape=[128], data=bytes(512))
+    setting = interventions_pb2.Intervention(site=sites_pb2.SITE_BLOCK_OUTPUT, set=values)
+    experiment = intervene_pb2.Experiment(interventions=[setting])
+    return "Intervene", intervene_pb2.InterveneRequest(
+        input=prompt("Japan"), experiments=[experiment] * 7000
+    )
+
+
+def long_text() -> tuple[str, Any]:
+    """A text that the tokenizer splits into as many tokens as a response may have."""
+    return "Tokenize", models_pb2.TokenizeRequest(text="a b c d " * 8000)
+
+
+def vectors() -> tuple[str, Any]:
+    """As many vectors as a request may have, with as many tokens as it may list."""
+    values = common_pb2.Tensor(
+        data_type=common_pb2.DATA_TYPE_FLOAT32,
+        shape=[4096, 128],
+        data=array("f", range(4096 * 128)).tobytes(),
+    )
+    return "Project", lens_pb2.ProjectRequest(vectors=values, top_k=8, bottom_k=8)
+
+
 def large_requests(build: Callable[[], tuple[str, Any]]) -> Callable[[Target], None]:
     """Keep sixteen large requests open, each of which is cancelled in the end."""
 
@@ -257,6 +291,10 @@ ATTACKS = {
     "unary flood": unary_flood,
     "token ids": large_requests(token_ids),
     "experiments": large_requests(experiments),
+    "unknown fields": large_requests(unknown_fields),
+    "tensors": large_requests(tensors),
+    "long texts": large_requests(long_text),
+    "vectors": large_requests(vectors),
 }
 
 
