@@ -573,6 +573,8 @@ def test_intervene_prints_json_and_estimates() -> None:
         (["--zero", "--sweep", "lines"], "is not a list of layer, position"),
         (["--zero-heads", "3"], "is not a list of layer.number such as 9.6,9.9"),
         (["--hide", "2", "--site", "QUERY"], "--hide takes no --site"),
+        (["--hide", "2", "--experts", "1"], "--hide takes no --site"),
+        (["--experts", "1"], "--experts is given without a change there"),
         (["--zero", "--figure", "logit_difference"], "needs --other"),
     ],
 )

@@ -71,8 +71,8 @@ _OPTIONS = (
     click.option(
         "--site",
         type=click.Choice([site.name for site in Site][1:], case_sensitive=False),
-        help="Place that is changed; default: HEAD_RESULT for heads, NEURONS for neurons, "
-        "otherwise BLOCK_OUTPUT.",
+        help="Place that is changed; default: HEAD_RESULT for heads, NEURONS for neurons "
+        "and experts, otherwise BLOCK_OUTPUT.",
     ),
     click.option(
         "--layers", callback=layer_list, help="Layers to change, for example 0-3,7; default: all."
@@ -87,6 +87,11 @@ _OPTIONS = (
     ),
     click.option(
         "--neurons", callback=layer_list, help="Neurons to change, for example 0-3,7; default: all."
+    ),
+    click.option(
+        "--experts",
+        callback=layer_list,
+        help="Routed experts whose neurons change, for example 0-3,7; default: all.",
     ),
 )
 
@@ -111,6 +116,7 @@ class Changes:
     positions: Any
     heads: list[int] | None
     neurons: list[int] | None
+    experts: list[int] | None
 
     def knock_outs(self) -> list[Experiment]:
         """Return an experiment for each list of heads and neurons to zero."""
@@ -129,8 +135,10 @@ class Changes:
         """Return the change at the site, or None; `swept` are the axes that will split it."""
         self._check_single()
         if self.hide is not None:
-            if self.site is not None or self.neurons is not None:
-                raise ValueError("--hide takes no --site and no --neurons; it changes attention")
+            if any(place is not None for place in (self.site, self.neurons, self.experts)):
+                raise ValueError(
+                    "--hide takes no --site, --neurons or --experts; it changes attention"
+                )
             return knock_out_attention(
                 sources=self.hide, layers=self.layers, positions=self.positions, heads=self.heads
             )
@@ -140,6 +148,7 @@ class Changes:
             "positions": self.positions,
             "heads": self.heads,
             "neurons": self.neurons,
+            "experts": self.experts,
         }
         if self.patch_from is not None:
             return patch(site, source=self.patch_from, **where)
@@ -174,6 +183,7 @@ class Changes:
             "--positions": None if listed else self.positions,
             "--heads": self.heads,
             "--neurons": self.neurons,
+            "--experts": self.experts,
         }
         unused = [name for name, place in places.items() if place is not None]
         if unused and not given:
@@ -184,7 +194,8 @@ class Changes:
     def _default_site(self, swept: Collection[str]) -> Site:
         if self.heads is not None or "head" in swept:
             return Site.HEAD_RESULT
-        by_neuron = self.neurons is not None or "neuron" in swept
+        named = self.neurons is not None or self.experts is not None
+        by_neuron = named or "neuron" in swept
         return Site.NEURONS if by_neuron else Site.BLOCK_OUTPUT
 
 

@@ -307,6 +307,9 @@ def _projections_table(projections: list[Projection]) -> Table:
     "--positions", callback=position_list, help="Positions, for example -1,3; default: all."
 )
 @click.option("--heads", callback=layer_list, help="Heads, for example 0-3,7; default: all.")
+@click.option(
+    "--experts", callback=layer_list, help="Routed experts, for example 0-3,7; default: all."
+)
 @click.option("--float32", is_flag=True, help="Convert the values to float32.")
 @click.option(
     "--out",

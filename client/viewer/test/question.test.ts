@@ -56,8 +56,16 @@ test('a node id names the intervention that removes it', () => {
     neurons: [911],
     zero: true,
   })
-  for (const id of ['p7/PREDICTION', 'L3/p7/BLOCK_OUTPUT', 'L3/p7/MLP_VALUE/e2/n9', 'x']) {
+  assert.deepEqual(interventionOf('L3/p7/MLP_VALUE/e2/n9'), {
+    ...where,
+    site: 'SITE_NEURONS',
+    experts: [2],
+    neurons: [9],
+    zero: true,
+  })
+  for (const id of ['p7/PREDICTION', 'L3/p7/BLOCK_OUTPUT', 'x']) {
     assert.equal(interventionOf(id), undefined, id)
   }
   assert.equal(partName('L3/HEAD_OUTPUT/h2'), 'L3 head 2')
+  assert.equal(partName('L3/p7/MLP_VALUE/e2/n9'), 'L3 expert 2 neuron 9 at position 7')
 })

@@ -1,12 +1,13 @@
 // Knock-outs. A part of the pass is named by the id of its node in a trace; without the position, as
 // in `L3/HEAD_OUTPUT/h2`, it is set to zero at every position.
 
-const PART = /^L(\d+)(?:\/p(\d+))?\/(\w+?)(?:\/([hn])(\d+))?(?:\/s(\d+))?$/
+const PART = /^L(\d+)(?:\/p(\d+))?\/(\w+?)(?:\/e(\d+))?(?:\/[hn](\d+))?(?:\/s(\d+))?$/
 
 interface PartPlace {
   layer: number
   position: number | undefined
   kind: string
+  expert: number | undefined
   unit: number | undefined
   source: number | undefined
 }
@@ -19,6 +20,7 @@ function placeOf(part: string): PartPlace | undefined {
     layer: Number(match[1]),
     position: number(match[2]),
     kind: match[3] ?? '',
+    expert: number(match[4]),
     unit: number(match[5]),
     source: number(match[6]),
   }
@@ -28,7 +30,7 @@ function placeOf(part: string): PartPlace | undefined {
 export function interventionOf(part: string): Record<string, unknown> | undefined {
   const place = placeOf(part)
   if (!place) return undefined
-  const { layer, position, kind, unit, source } = place
+  const { layer, position, kind, expert, unit, source } = place
   const where = { layers: [layer], ...(position === undefined ? {} : { positions: [position] }) }
   const unitless = unit === undefined
   if (kind === 'ATTENTION_OUTPUT' || kind === 'MLP_OUTPUT') {
@@ -38,7 +40,8 @@ export function interventionOf(part: string): Record<string, unknown> | undefine
     return { ...where, site: 'SITE_HEAD_RESULT', heads: [unit], zero: true }
   }
   if (kind === 'MLP_VALUE' && !unitless) {
-    return { ...where, site: 'SITE_NEURONS', neurons: [unit], zero: true }
+    const experts = expert === undefined ? {} : { experts: [expert] }
+    return { ...where, site: 'SITE_NEURONS', ...experts, neurons: [unit], zero: true }
   }
   if (kind === 'MEMORY_VALUE' && !unitless && source !== undefined) {
     const heads = [unit]
@@ -62,12 +65,12 @@ export function everywhere(part: string): string {
 export function partName(part: string): string {
   const place = placeOf(part)
   if (!place) return part
-  const { layer, position, kind, unit, source } = place
+  const { layer, position, kind, expert, unit, source } = place
   const names: Record<string, string> = {
     ATTENTION_OUTPUT: 'attention',
     MLP_OUTPUT: 'MLP',
     HEAD_OUTPUT: `head ${unit}`,
-    MLP_VALUE: `neuron ${unit}`,
+    MLP_VALUE: `${expert === undefined ? '' : `expert ${expert} `}neuron ${unit}`,
     MEMORY_VALUE: `head ${unit}’s attention to position ${source}`,
   }
   const at = position === undefined ? '' : ` at position ${position}`
