@@ -124,6 +124,9 @@ def test_components_equal_those_of_gradients(client: januslens.Client, tmp_path:
             own = {"neuron": neuron.neuron, "vector": name}
             assert_row(row, own | projection(getattr(neuron, name)))
         segments = rows(survey, "segments", number)
+        assert [(row["segment"], row["kind"]) for row in segments] == [
+            (row.segment, str(row.kind)) for row in gradient.segments
+        ]
         assert [row["mean_vjp_norm"] for row in segments] == pytest.approx(
             [row.mean_vjp_norm for row in gradient.segments]
         )

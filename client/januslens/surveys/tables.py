@@ -315,10 +315,18 @@ def gradient_rows(prompt: int, gradient: Gradient) -> Rows:
     _add_components(rows, pieces, vocabulary)
     _add_spectrum(rows, pieces, vocabulary)
     _add_neuron_changes(rows, pieces, vocabulary)
-    summary = gradient.responses[-1].summary
-    names = ("segment", "layer", "mean_vjp_norm", "mean_target_rank", "positions")
-    kinds = _names(MATRIX_KINDS, [row.kind for row in summary.segments])
-    rows.add("segments", _columns(summary.segments, *names) | {"kind": kinds})
+    # A few rows, so their records cost nothing.
+    rows.add(
+        "segments",
+        {
+            "segment": [row.segment for row in gradient.segments],
+            "layer": [row.layer for row in gradient.segments],
+            "kind": [str(row.kind) for row in gradient.segments],
+            "mean_vjp_norm": [row.mean_vjp_norm for row in gradient.segments],
+            "mean_target_rank": [row.mean_target_rank for row in gradient.segments],
+            "positions": [row.positions for row in gradient.segments],
+        },
+    )
     return rows
 
 
