@@ -162,7 +162,8 @@ class SiteTensor(_message.Message):
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Shape of the whole tensor: the positions of the header, then the site's shape, with the
-        requested heads or experts. The sources of ATTENTION_PATTERN are the positions of the whole prompt.
+        requested heads or experts. The sources of ATTENTION_PATTERN are the positions of the whole
+        prompt.
         """
 
     @_builtins.property
