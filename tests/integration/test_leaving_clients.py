@@ -76,7 +76,11 @@ def test_every_call_is_counted_when_it_ends(
     with pytest.raises(grpc.RpcError):
         list(stub.Trace(long_trace(40), timeout=0.3))
     wait_until_idle(server)
-    assert {code: count(code) - before[code] for code in before} == dict.fromkeys(before, 1.0)
+    ended = {code: count(code) - before[code] for code in before}
+    # On busy cores the client's deadline may pass long before the server's: both codes are right.
+    assert ended.pop("DEADLINE_EXCEEDED") + ended["CANCELLED"] == 2
+    assert ended["CANCELLED"] >= 1
+    assert ended["OK"] == 1
     assert "Traceback" not in server.log
 
 

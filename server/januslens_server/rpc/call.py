@@ -57,6 +57,8 @@ REQUEST_ID_KEY = "x-request-id"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
 # The name of a caller without token, certificate and address.
 UNKNOWN = "unknown"
+# A client's timer runs out before the server's by the time that the request took to arrive.
+DEADLINE_MARGIN = 0.1
 
 _SAFE_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 _CURRENT_CALLER: ContextVar[Caller] = ContextVar("current_caller", default=ANYONE)
@@ -132,8 +134,7 @@ class Call:
         elif isinstance(error, Exception):
             await self._abort(error)
         else:  # asyncio cancelled the handler because the caller has disconnected
-            expired = self.context.time_remaining() == 0
-            self._end(grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED)
+            self._end(code_of_cancellation(self.context.time_remaining()))
 
     async def _abort(self, error: Exception) -> NoReturn:
         if isinstance(error, IntrospectionError):
@@ -278,6 +279,16 @@ def result_sizes(result: object) -> dict[str, Any]:
 
 def _stages(times: Sequence[StageTime]) -> dict[str, float]:
     return {time.stage: round(time.seconds, 6) for time in times}
+
+
+def code_of_cancellation(left: float | None) -> grpc.StatusCode:
+    """The status to count for a call that its client has ended.
+
+    `left` is the time until the call's deadline in seconds, None without a deadline. A client ends
+    a call when its deadline passes by its own timer, usually before the server's timer runs out.
+    """
+    expired = left is not None and left <= DEADLINE_MARGIN
+    return grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
 
 
 def rpc_labels(service: str, method: str) -> tuple[str, str, str]:

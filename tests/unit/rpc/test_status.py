@@ -13,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from januslens.v1 import cost_pb2
 from januslens_server import errors
+from januslens_server.rpc.call import code_of_cancellation
 from januslens_server.rpc.status import STATUS, TEXT_BYTES, shortened, status_of
 
 PAGE = Path(__file__).parents[3] / "docs" / "errors.md"
@@ -159,3 +160,18 @@ def test_a_long_text_is_cut_between_characters(text: str) -> None:
 def test_a_short_text_is_unchanged() -> None:
     assert shortened("x" * TEXT_BYTES) == "x" * TEXT_BYTES
     assert shortened("") == ""
+
+
+@pytest.mark.parametrize(
+    ("left", "code"),
+    [
+        (None, grpc.StatusCode.CANCELLED),
+        (5.0, grpc.StatusCode.CANCELLED),
+        (0.02, grpc.StatusCode.DEADLINE_EXCEEDED),
+        (0.0, grpc.StatusCode.DEADLINE_EXCEEDED),
+    ],
+)
+def test_call_ended_by_its_client_near_the_deadline_counts_as_expired(
+    left: float | None, code: grpc.StatusCode
+) -> None:
+    assert code_of_cancellation(left) is code
