@@ -147,9 +147,10 @@ $(STUBS_BIN)/python -m grpc_tools.protoc --proto_path=protos \
 	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/januslens/v1/service.proto
 endef
 
+# Python compiles a module when it is first imported, and most of these are never imported.
 $(SETUP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[server,cli,ui,analysis,otel,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[server,cli,ui,analysis,otel,dev]'
 	@touch $@ $(DEMO_SETUP)
 
 $(DEMO_SETUP): pyproject.toml
@@ -163,12 +164,12 @@ $(VIEWER_SETUP): $(VIEWER)/package-lock.json
 
 $(CHECKOV_SETUP): deploy/requirements.txt
 	$(PYTHON) -m venv $(CHECKOV_VENV)
-	$(CHECKOV_VENV)/bin/python -m pip install --quiet --requirement $<
+	$(CHECKOV_VENV)/bin/python -m pip install --quiet --no-compile --requirement $<
 	@touch $@
 
 $(STUBS_SETUP): protos/requirements.txt
 	$(PYTHON) -m venv $(STUBS_VENV)
-	$(STUBS_BIN)/python -m pip install --quiet --requirement $<
+	$(STUBS_BIN)/python -m pip install --quiet --no-compile --requirement $<
 	@touch $@
 
 $(REAL): $(SETUP)
