@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -53,12 +52,21 @@ from januslens_server.models.placement import (
     memory_needed,
     place,
 )
+from januslens_server.models.quantized import (
+    FLOATS,
+    DenseWeight,
+    TensorEntry,
+    check_float,
+    dense_weights,
+    read_scheme,
+)
 from januslens_server.models.resident import ROW_CACHE_BYTES, ResidentModel
 from januslens_server.models.tensor_cache import TensorCache
 from januslens_server.models.tokenizer import Vocabulary
 from januslens_server.models.tokenizer_files import read_vocabulary
 from januslens_server.models.vetting import (
     ADAPTER,
+    QUANTIZATION_KEYS,
     check_facts,
     check_file_names,
     check_folder,
@@ -77,7 +85,6 @@ TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json
 
 # Files of a hub repository except its weights.
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
-FLOATS = {"F64", "F32", "F16", "BF16"}
 
 # Stored tensors without effect on the logits of the next token: those that the model computes
 # itself, and heads that predict further tokens.
@@ -181,8 +188,9 @@ class Checkpoint:
     """A model folder that passed all checks.
 
     `commit` is None unless the folder is a download from the hub. `weight_files` are names in the
-    folder, `stored` is the number of values of each tensor in them. `gguf` is the header of the
-    single weights file if it is in this format.
+    folder, `stored` is the number of values of each weight in them. `gguf` is the header of the
+    single weights file if it is in this format. `dense` are the weights if safetensors store them
+    quantised. `quantization` names the scheme of either.
     """
 
     folder: Path
@@ -191,6 +199,8 @@ class Checkpoint:
     weight_files: tuple[str, ...]
     stored: Mapping[str, int]
     gguf: GGUFHeader | None = None
+    dense: Mapping[str, DenseWeight] | None = None
+    quantization: str = ""
 
 
 def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
@@ -213,8 +223,11 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
             f"config.json is missing: expected a model folder of transformers{advice}"
         )
     check_folder(folder)
-    _refuse_custom_code(read_json(folder / "config.json"))
+    described = read_json(folder / "config.json")
+    _refuse_custom_code(described)
+    scheme = read_scheme(described)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    _forget_quantisation(config)
     compute_attention_with_torch(config)
     _refuse_other_tasks(config)
     if not any(any(folder.glob(name)) for name in TOKENIZERS):
@@ -223,10 +236,22 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     if not is_local:
         _fetched(location, revision, names)
         check_folder(folder)
-    stored: dict[str, int] = {}
+    entries: dict[str, TensorEntry] = {}
     for name in names:
-        stored |= _read_header(folder, name)
-    return Checkpoint(folder, config, None if is_local else folder.name, tuple(names), stored)
+        entries |= _read_header(folder, name)
+    dense = None if scheme is None else dense_weights(folder, entries, scheme)
+    if dense is None:
+        for name, entry in entries.items():
+            check_float(name, entry.kind, ", ".join(sorted(FLOATS)))
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        commit=None if is_local else folder.name,
+        weight_files=tuple(names),
+        stored={name: tensor.size for name, tensor in (dense or entries).items()},
+        dense=dense,
+        quantization="" if scheme is None else scheme.name,
+    )
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -238,7 +263,15 @@ def _open_gguf(path: Path) -> Checkpoint:
     header = read_header(path)
     config = read_configuration(header)
     stored = {tensor.name: tensor.size for tensor in header.tensors.values()}
-    return Checkpoint(path.parent, config, None, (path.name,), stored, header)
+    return Checkpoint(
+        folder=path.parent,
+        config=config,
+        commit=None,
+        weight_files=(path.name,),
+        stored=stored,
+        gguf=header,
+        quantization=header.quantization,
+    )
 
 
 def _fetched(location: str, revision: str | None, files: Sequence[str]) -> Path:
@@ -258,6 +291,13 @@ def _refuse_custom_code(described: Mapping[str, Any]) -> None:
             f"architecture {family!r} needs custom code, which is never run: expected an "
             "architecture that transformers includes"
         )
+
+
+def _forget_quantisation(config: PreTrainedConfig) -> None:
+    """Let transformers load dense weights, because they are dequantised before it sees them."""
+    for part in (config, config.get_text_config()):
+        for key in QUANTIZATION_KEYS:
+            vars(part).pop(key, None)
 
 
 def _refuse_other_tasks(config: PreTrainedConfig) -> None:
@@ -286,11 +326,8 @@ def _weight_files(folder: Path) -> list[str]:
     return [SAFE_WEIGHTS_NAME] if (folder / SAFE_WEIGHTS_NAME).is_file() else listed
 
 
-def _read_header(folder: Path, name: str) -> dict[str, int]:
-    """Return the number of values of every tensor in a weights file.
-
-    Refuses a file that is missing, truncated, or has weights that are not floating-point.
-    """
+def _read_header(folder: Path, name: str) -> dict[str, TensorEntry]:
+    """Return every tensor in a weights file. Refuses a file that is missing or truncated."""
     if not (folder / name).is_file():
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         advice = ""
@@ -300,23 +337,18 @@ def _read_header(folder: Path, name: str) -> dict[str, int]:
             advice = f"; {ADAPTER} describes an adapter: merge it into the model's weights"
         raise ModelFailed(f"file {name!r} is missing: expected weights in safetensors{advice}")
     check_header(folder / name)
-    stored: dict[str, int] = {}
+    entries: dict[str, TensorEntry] = {}
     try:
         with safe_open(folder / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
                 tensor = file.get_slice(key)
-                kind = tensor.get_dtype()
-                if key.endswith(("weight", "_proj")) and kind not in FLOATS:
-                    raise ModelFailed(
-                        f"tensor {key!r} is stored as {kind}: expected {', '.join(sorted(FLOATS))}"
-                    )
-                stored[key] = math.prod(tensor.get_shape())
+                entries[key] = TensorEntry(name, tensor.get_dtype(), tuple(tensor.get_shape()))
     except safetensors.SafetensorError as error:
         size = (folder / name).stat().st_size
         raise ModelFailed(
             f"{name!r} ({size} bytes) is not a valid safetensors file: {error}"
         ) from error
-    return stored
+    return entries
 
 
 def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
@@ -327,8 +359,11 @@ def _network(source: ModelSource, checkpoint: Checkpoint) -> PreTrainedModel:
     where: dict[str, Any] = {"pretrained_model_name_or_path": checkpoint.folder}
     if (header := checkpoint.gguf) is not None:
         n_layers = checkpoint.config.num_hidden_layers
-        weights = read_weights(header, skeleton, n_layers, data_type)
-        where = {"pretrained_model_name_or_path": None, "state_dict": weights}
+        read = read_weights(header, skeleton, n_layers, data_type)
+        where = {"pretrained_model_name_or_path": None, "state_dict": read}
+    elif checkpoint.dense is not None:
+        dense = {n: replace(w, data_type=data_type) for n, w in checkpoint.dense.items()}
+        where = {"pretrained_model_name_or_path": None, "state_dict": dense}
     loaded: Any = type(skeleton).from_pretrained(
         **where,
         config=checkpoint.config,
@@ -425,7 +460,7 @@ def _provenance(
         architecture=type(network).__name__,
         data_type=str(network.dtype).removeprefix("torch."),
         device=devices_of(network),
-        quantization="" if checkpoint.gguf is None else checkpoint.gguf.quantization,
+        quantization=checkpoint.quantization,
         attention=str(network.config._attn_implementation),  # noqa: SLF001 - no public reader
         versions={
             "januslens": _own_version(),

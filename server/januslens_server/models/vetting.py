@@ -72,8 +72,8 @@ ALLOWED_IMPLEMENTATIONS = {
 
 # Keys that, at any depth, make transformers load other files, repositories or code.
 REFUSED_KEYS = {
-    "compression_config": "quantised weights",
-    "quantization_config": "quantised weights",
+    "compression_config": "quantised weights of a part of the model",
+    "quantization_config": "quantised weights of a part of the model",
     "configuration_files": "another configuration file",
     "custom_generate": "code for generation",
     "distributed_config": "a distributed model",
@@ -86,6 +86,9 @@ REFUSED_KEYS = {
     "use_kernels": "kernels from the hub",
     "use_pretrained_backbone": "another model's weights",
 }
+
+# Keys of config.json that describe quantised weights; `quantized` reads or refuses their values.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 # Files that make transformers load more than the weights.
 ADAPTER = "adapter_config.json"
@@ -143,7 +146,16 @@ def check_folder(folder: Path) -> None:
         )
     for name in CONFIGURATIONS:
         if (folder / name).is_file():
-            check_keys(name, read_json(folder / name))
+            described = read_json(folder / name)
+            check_keys(name, _not_quantised(described) if name == CONFIGURATION else described)
+
+
+def _not_quantised(described: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration without the scheme of its weights, or of its text model's."""
+    kept = {key: value for key, value in described.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(text := kept.get("text_config"), Mapping):
+        kept["text_config"] = {k: v for k, v in text.items() if k not in QUANTIZATION_KEYS}
+    return kept
 
 
 def _root(folder: Path) -> Path:
@@ -229,12 +241,6 @@ def check_keys(name: str, described: object, counted: str = "") -> None:
 def _check_key(name: str, key: str, value: object) -> None:
     if not value:
         return
-    if key in {"quantization_config", "compression_config"}:
-        method = value.get("quant_method") if isinstance(value, Mapping) else None
-        raise ModelFailed(
-            f"the checkpoint is quantised by {method or 'an unnamed method'}: expected weights in "
-            "float32, bfloat16 or float16; serve the checkpoint that it was made from"
-        )
     if key in REFUSED_KEYS:
         raise ModelFailed(
             f"{name}: {key} selects {REFUSED_KEYS[key]}, which is not supported; remove the key"

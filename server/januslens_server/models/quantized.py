@@ -1,0 +1,530 @@
+"""Read quantised safetensors as the weights that they stand for.
+
+Published checkpoints store codes of few bits with scales. A weight is `(code - zero) * scale`,
+computed in float32 and rounded once to the data type that is served. These schemes are read:
+
+- MXFP4, as gpt-oss is published: 4-bit floats in blocks of 32 that share a power of two
+  (OCP Microscaling Formats (MX) 1.0, sections 5.3.3 and 5.4.1);
+- block FP8, as DeepSeek-V3 and Qwen3 are published: 8-bit floats with a scale for each block of
+  rows and columns (DeepSeek-V3 Technical Report, section 3.3.2), and FBGEMM's with one per row;
+- compressed-tensors, as llm-compressor writes it: floats of 8 bits, of 4 bits (NVFP4), integers.
+
+transformers could dequantise them, but derives the size of blocks from the number of scales. This
+is wrong where blocks do not divide a matrix, as in DeepSeek's keys. It also accepts codes without
+scales. Here every shape is compared with the scheme before memory is allocated, and what does not
+fit is refused. Scales of activations are ignored, because activations are not quantised here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import EllipsisType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from januslens_server.errors import ModelFailed, shortlist
+from januslens_server.models.vetting import QUANTIZATION_KEYS
+
+FLOATS = {"F64", "F32", "F16", "BF16"}
+SCALES = FLOATS | {"F8_E8M0", "F8_E4M3", "U8"}
+FP8, INT8, INT32, BYTES = "F8_E4M3", "I8", "I32", "U8"
+
+# The values of a 4-bit float's lower three bits; the upper bit is the sign.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MX_BLOCK = 32
+
+# Widths of integers that fill 32 bits without a rest.
+PACKED_BITS = {2, 4, 8}
+FORMATS = {
+    "float-quantized",
+    "int-quantized",
+    "mixed-precision",
+    "naive-quantized",
+    "nvfp4-pack-quantized",
+    "pack-quantized",
+}
+# Scales that quantise activations, and cached keys and values.
+OF_ACTIVATIONS = re.compile(
+    r"\.(activation_scale(_ub)?|(input|output|[qkv])_(scale(_ub)?|zero_point|global_scale))$"
+)
+# How to convert what is not read.
+CONVERSIONS = {
+    "bitsandbytes": (
+        'python -c "from transformers import AutoModelForCausalLM as M; '
+        "M.from_pretrained('FOLDER').dequantize().save_pretrained('NEW_FOLDER')\""
+    ),
+    "gptq": "convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE.gguf (from llama.cpp)",
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor in the header of a safetensors file, with its type such as `BF16`."""
+
+    file: str
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """How a scheme stores some of the weights.
+
+    `kind` is `int` or `float`, `block` the rows and columns that share a scale. None stands for all
+    rows or columns.
+    """
+
+    kind: str
+    bits: int
+    block: tuple[int | None, int | None]
+    symmetric: bool = True
+
+    def block_of(self, rows: int, columns: int) -> tuple[int, int]:
+        """The rows and columns of a block in a matrix `[rows, columns]`."""
+        height, width = self.block
+        return min(height or rows, rows), min(width or columns, columns)
+
+    def __str__(self) -> str:
+        sizes = "x".join("all" if size is None else str(size) for size in self.block)
+        return f"{self.kind}{self.bits} in blocks of {sizes}"
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a checkpoint stores its weights.
+
+    `name` is the scheme's name for people, and `scale` the suffix of a scale's name behind that of
+    its weight.
+    """
+
+    method: str
+    name: str
+    groups: tuple[Group, ...] = ()
+    scale: str = ""
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A weight that is dequantised when it is read.
+
+    `read` returns its values in float32, or as they are stored if they are not quantised.
+    `data_type` is the type to which dequantised values are rounded.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+    quantised: bool = True
+    data_type: torch.dtype = torch.float32
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return math.prod(self.shape)
+
+    def __getitem__(self, _whole: EllipsisType) -> torch.Tensor:
+        """The values. transformers reads every tensor of a checkpoint as `tensor[...]`."""
+        values = self.read()
+        return values.to(self.data_type) if self.quantised else values
+
+
+def read_scheme(described: Mapping[str, Any]) -> Scheme | None:
+    """Return the scheme that a config.json describes, or None.
+
+    Raises:
+        ModelFailed: The scheme is not read. The error names a command that converts it, if any.
+    """
+    text = described.get("text_config")
+    for holder in (described, text if isinstance(text, Mapping) else {}):
+        for key in QUANTIZATION_KEYS:
+            if found := holder.get(key):
+                return _scheme(found)
+    return None
+
+
+def _scheme(found: Any) -> Scheme:
+    method = found.get("quant_method") if isinstance(found, Mapping) else None
+    if method == "mxfp4":
+        return Scheme(method, "MXFP4")
+    if method == "fp8":
+        block = found.get("weight_block_size")
+        sizes = (None, None) if block is None else _sizes(block, "weight_block_size")
+        name = "FP8" if block is None else f"FP8 in blocks of {sizes[0]}x{sizes[1]}"
+        return Scheme(method, name, (Group("float", 8, sizes),), "_scale_inv")
+    if method == "fbgemm_fp8":
+        return Scheme(method, "FBGEMM FP8", (Group("float", 8, (1, None)),), "_scale")
+    if method == "compressed-tensors":
+        return _compressed(found)
+    command = CONVERSIONS.get(str(method))
+    raise ModelFailed(
+        f"the checkpoint is quantised by {method or 'an unnamed method'}: expected "
+        "compressed-tensors, fbgemm_fp8, fp8, mxfp4, or weights in float32, bfloat16 or float16; "
+        "serve the checkpoint that it was made from"
+        + (f", or convert it: {command}" if command else "")
+    )
+
+
+def _sizes(found: Any, key: str) -> tuple[int, int]:
+    sizes = tuple(found) if isinstance(found, list) else ()
+    if len(sizes) != 2 or not all(type(size) is int and size > 0 for size in sizes):
+        raise ModelFailed(f"invalid {key} {found!r}: expected two positive numbers")
+    return sizes[0], sizes[1]
+
+
+def _compressed(found: Mapping[str, Any]) -> Scheme:
+    """Read the groups of a compressed-tensors configuration (vllm-project/compressed-tensors)."""
+    listed = found.get("config_groups")
+    described = list(listed.values()) if isinstance(listed, Mapping) else []
+    groups, formats = [], set()
+    for group in described:
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if not isinstance(weights, Mapping):
+            continue
+        form = group.get("format") or found.get("format")
+        if form not in FORMATS:
+            raise ModelFailed(
+                f"compressed-tensors stores weights as {form!r}: expected one of "
+                f"{', '.join(sorted(FORMATS))}; serve the checkpoint that it was made from"
+            )
+        formats.add(str(form))
+        groups.append(_group(weights))
+    sparsity = found.get("sparsity_config") or {}
+    if not groups or (sparsity and sparsity.get("format", "dense") != "dense"):
+        raise ModelFailed(
+            "compressed-tensors describes no quantised weights, or sparse ones: expected groups "
+            "with weights; serve the checkpoint that it was made from"
+        )
+    kinds = dict.fromkeys(f"{group.kind}{group.bits}" for group in groups)
+    name = f"compressed-tensors {', '.join(sorted(formats))} ({', '.join(kinds)})"
+    return Scheme("compressed-tensors", name, tuple(dict.fromkeys(groups)), "_scale")
+
+
+def _group(weights: Mapping[str, Any]) -> Group:
+    kind, bits, strategy = (weights.get(key) for key in ("type", "num_bits", "strategy"))
+    size = weights.get("group_size")
+    strategy = strategy or ("tensor" if size is None else "channel" if size == -1 else "group")
+    readable = bits in PACKED_BITS if kind == "int" else bits in {4, 8}
+    if kind not in {"int", "float"} or type(bits) is not int or not readable:
+        raise ModelFailed(
+            f"compressed-tensors stores weights of {bits} bits and type {kind!r}: expected "
+            "integers of 2, 4 or 8 bits, or floats of 4 or 8"
+        )
+    if strategy in {"group", "tensor_group"}:
+        block: tuple[int | None, int | None] = _sizes([1, size], "group_size")
+    elif strategy == "block":
+        block = _sizes(weights.get("block_structure"), "block_structure")
+    elif strategy in {"tensor", "channel"}:
+        block = (1 if strategy == "channel" else None, None)
+    else:
+        raise ModelFailed(
+            f"compressed-tensors scales weights by {strategy!r}: expected tensor, channel, group, "
+            "tensor_group or block"
+        )
+    return Group(kind, bits, block, weights.get("symmetric", True) is not False)
+
+
+def dense_weights(
+    folder: Path, entries: Mapping[str, TensorEntry], scheme: Scheme
+) -> dict[str, DenseWeight]:
+    """Return the weights that quantised tensors stand for, under the names that they would have.
+
+    Only headers and tensors of a few values are read.
+
+    Args:
+        folder: The model folder.
+        entries: Every tensor in its weights files.
+        scheme: How they are stored.
+
+    Raises:
+        ModelFailed: Codes lack their scales, or have others than the scheme describes.
+    """
+    files = _Files(folder, entries)
+    find = _microscaled if scheme.method == "mxfp4" else _scaled
+    weights, used = find(files, scheme)
+    if not used:
+        raise ModelFailed(f"config.json describes {scheme.name}, but no tensor is stored so")
+    for name, entry in entries.items():
+        if name not in used and not OF_ACTIVATIONS.search(name):
+            check_float(name, entry.kind, f"{', '.join(sorted(FLOATS))}, or scales beside it")
+            weights[name] = DenseWeight(entry.shape, files.reader(name), quantised=False)
+    return weights
+
+
+def check_float(name: str, kind: str, expected: str) -> None:
+    """Refuse a weight that is not stored in floating point, or as codes without their scales."""
+    if name.endswith(("weight", "_proj")) and kind not in FLOATS:
+        raise ModelFailed(f"tensor {name!r} is stored as {kind}: expected {expected}")
+
+
+class _Files:
+    """The open weights files of a folder."""
+
+    def __init__(self, folder: Path, entries: Mapping[str, TensorEntry]) -> None:
+        self.entries = entries
+        names = {entry.file for entry in entries.values()}
+        self._open: dict[str, Any] = {
+            name: safe_open(folder / name, framework="pt") for name in names
+        }
+
+    def reader(self, name: str) -> Callable[[], torch.Tensor]:
+        return lambda: self.read(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        found: torch.Tensor = self._open[self.entries[name].file].get_tensor(name)
+        return found
+
+    def expect(self, name: str, kinds: Iterable[str], shape: tuple[int, ...], why: str) -> None:
+        """Refuse a tensor of another type or shape."""
+        entry, kinds = self.entries.get(name), sorted(kinds)
+        if entry is None:
+            raise ModelFailed(f"the checkpoint has no tensor {name!r}, which {why} needs")
+        if entry.kind not in kinds:
+            raise ModelFailed(
+                f"tensor {name!r} is stored as {entry.kind}: expected {' or '.join(kinds)} "
+                f"for {why}"
+            )
+        if entry.shape != shape:
+            raise ModelFailed(
+                f"tensor {name!r} has shape {list(entry.shape)}: expected {list(shape)} for {why}"
+            )
+
+
+def _microscaled(files: _Files, scheme: Scheme) -> tuple[dict[str, DenseWeight], set[str]]:
+    """Find the MXFP4 experts: `[experts, rows, blocks, 16]` bytes with a scale for each block.
+
+    The model multiplies by the transpose, `[experts, columns, rows]`.
+    """
+    weights, used = {}, set()
+    for codes, entry in files.entries.items():
+        name = codes.removesuffix("_blocks")
+        if name == codes:
+            continue
+        scales = f"{name}_scales"
+        if len(entry.shape) != 4 or entry.shape[-1] != MX_BLOCK // 2 or entry.kind != BYTES:
+            raise ModelFailed(
+                f"tensor {codes!r} is stored as {entry.kind} {list(entry.shape)}: expected "
+                f"{BYTES} [experts, rows, blocks, {MX_BLOCK // 2}] for {scheme.name}"
+            )
+        files.expect(scales, {BYTES}, entry.shape[:-1], scheme.name)
+        experts, rows, blocks, _ = entry.shape
+        shape = (experts, blocks * MX_BLOCK, rows)
+        weights[name] = DenseWeight(shape, _microscaled_reader(files, codes, scales, shape))
+        used |= {codes, scales}
+    return weights, used
+
+
+def _microscaled_reader(
+    files: _Files, codes: str, scales: str, shape: tuple[int, ...]
+) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        values = torch.empty(shape)
+        factors = _to_float(files.read(scales))
+        for expert, packed in enumerate(files.read(codes)):
+            rows = _unpacked_floats(packed) * factors[expert, ..., None]
+            values[expert] = rows.flatten(1).T
+        return values
+
+    return read
+
+
+def _scaled(files: _Files, scheme: Scheme) -> tuple[dict[str, DenseWeight], set[str]]:
+    """Find the weights with scales beside them."""
+    weights, used = {}, set()
+    for scales in files.entries:
+        name = scales.removesuffix(scheme.scale)
+        if name == scales or OF_ACTIVATIONS.search(scales):
+            continue
+        if files.entries.keys().isdisjoint({name, f"{name}_packed"}):  # not the scales of a weight
+            continue
+        codes = _Codes(files, scheme, name)
+        weights[name] = DenseWeight(codes.shape, codes.read)
+        used |= codes.names
+    return weights, used
+
+
+class _Codes:
+    """The codes, scales and zero points of one weight, with checked shapes."""
+
+    def __init__(self, files: _Files, scheme: Scheme, name: str) -> None:
+        self._files, self._scheme = files, scheme
+        packed = f"{name}_packed"
+        self._codes = packed if packed in files.entries else name
+        self._scales = name + scheme.scale
+        stored = files.entries[self._codes]
+        if len(stored.shape) < 2:
+            raise ModelFailed(
+                f"tensor {self._codes!r} has shape {list(stored.shape)}: expected a matrix"
+            )
+        self._stored = stored
+        self.names = {self._codes, self._scales}
+        self.shape = self._dense_shape(f"{name}_shape")
+        self._group = self._matching_group()
+        self._zeros = self._checked_zeros(f"{name}_zero_point")
+        self._order = self._checked_order(f"{name}_g_idx")
+        self._global = self._checked_global(f"{name}_global_scale")
+
+    def _dense_shape(self, shape_name: str) -> tuple[int, ...]:
+        """Return the weight's shape: that of 8-bit codes, or what packed codes have room for."""
+        if self._stored.kind in {FP8, INT8}:
+            return self._stored.shape
+        *rows, width = self._stored.shape
+        if self._stored.kind == BYTES:  # two 4-bit floats in a byte
+            return (*rows, 2 * width)
+        self._files.expect(self._codes, {INT32}, self._stored.shape, self._scheme.name)
+        self._files.expect(
+            shape_name, {"I64", INT32}, (len(self._stored.shape),), self._scheme.name
+        )
+        self.names.add(shape_name)
+        shape = tuple(self._files.read(shape_name).tolist())
+        if shape[:-1] != tuple(rows) or not 0 < shape[-1] <= 32 * width:
+            raise ModelFailed(
+                f"tensor {shape_name!r} describes {list(shape)}: tensor {self._codes!r} has shape "
+                f"{list(self._stored.shape)}"
+            )
+        return shape
+
+    def _matching_group(self) -> Group:
+        """Choose the group of the scheme that gives these shapes.
+
+        Names of modules could choose it too, but they are those of the model before transformers
+        renamed its modules.
+        """
+        rows, columns = self.shape[-2:]
+        scales = self._files.entries[self._scales]
+        if scales.kind not in SCALES:
+            raise ModelFailed(
+                f"tensor {self._scales!r} is stored as {scales.kind}: expected floating point"
+            )
+        found = {}
+        for group in self._scheme.groups:
+            height, width = block = group.block_of(rows, columns)
+            expected = (*self.shape[:-2], -(-rows // height), -(-columns // width))
+            alone = scales.size == 1 == math.prod(expected)
+            in_rows = scales.shape == expected[:-1] and expected[-1] == 1
+            if self._holds(group) and (scales.shape == expected or alone or in_rows):
+                found[(group.kind, group.bits, block, group.symmetric)] = group
+        if len(found) != 1:
+            raise ModelFailed(
+                f"tensor {self._codes!r} is stored as {self._stored.kind} "
+                f"{list(self._stored.shape)} with scales {list(scales.shape)}: expected "
+                f"{'those of one of' if len(self._scheme.groups) > 1 else ''} "
+                f"{shortlist([str(group) for group in self._scheme.groups])}".replace("  ", " ")
+            )
+        return found.popitem()[1]
+
+    def _holds(self, group: Group) -> bool:
+        """Whether codes of the group have the stored type and width."""
+        kind, width = self._stored.kind, self._stored.shape[-1]
+        if group.kind == "float":
+            return kind == (FP8 if group.bits == 8 else BYTES)
+        if kind == INT8:
+            return True
+        return kind == INT32 and width == -(-self.shape[-1] // (32 // group.bits))
+
+    def _checked_zeros(self, name: str) -> str | None:
+        if name not in self._files.entries:
+            if not self._group.symmetric:
+                raise ModelFailed(
+                    f"the checkpoint has no tensor {name!r}, which asymmetric codes need"
+                )
+            return None
+        expected = self._files.entries[self._scales].shape
+        if self._files.entries[name].kind == INT32 and len(expected) > 1:  # packed along the rows
+            *lead, rows, groups = expected
+            expected = (*lead, -(-rows // (32 // self._group.bits)), groups)
+        kinds = {INT8, INT32, FP8, *FLOATS}
+        self._files.expect(name, kinds, expected, self._scheme.name)
+        self.names.add(name)
+        return name
+
+    def _checked_order(self, name: str) -> torch.Tensor | None:
+        """Return the group of each column, if groups are not neighbouring columns."""
+        if name not in self._files.entries:
+            return None
+        self._files.expect(name, {"I64", INT32}, self.shape[-1:], self._scheme.name)
+        self.names.add(name)
+        order = self._files.read(name).long()
+        if bool((order == -1).all()):  # written where columns have their order
+            return None
+        *rows, groups = self._files.entries[self._scales].shape
+        if tuple(rows) != self.shape[:-1]:
+            raise ModelFailed(f"tensor {name!r} orders columns, but scales are not those of groups")
+        if int(order.min()) < 0 or int(order.max()) >= groups:
+            raise ModelFailed(f"tensor {name!r} names groups beyond the {groups} of the weight")
+        return order
+
+    def _checked_global(self, name: str) -> str | None:
+        if name not in self._files.entries:
+            return None
+        shape = self._files.entries[name].shape
+        self._files.expect(name, FLOATS, (1,) if shape else (), self._scheme.name)
+        self.names.add(name)
+        return name
+
+    def read(self) -> torch.Tensor:
+        """Dequantise the weight to float32."""
+        codes = self._files.read(self._codes)
+        values = (
+            _unpacked_floats(codes)
+            if codes.dtype is torch.uint8
+            else self._integers(codes, -1, self.shape[-1])
+            if codes.dtype is torch.int32
+            else codes.float()
+        )
+        scales = _to_float(self._files.read(self._scales))
+        if self._global is not None:
+            scales = scales / self._files.read(self._global).float()
+        if self._zeros is not None:
+            values = values - self._spread(self._zero_points(scales.shape[-2:]))
+        return values * self._spread(scales)
+
+    def _zero_points(self, shape: torch.Size) -> torch.Tensor:
+        zeros = self._files.read(str(self._zeros))
+        return self._integers(zeros, -2, shape[0]) if zeros.dtype is torch.int32 else zeros.float()
+
+    def _integers(self, packed: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+        """Unpack integers, the lowest bits first, whose zero is stored as half of their range."""
+        bits = self._group.bits
+        parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 32, bits)]
+        whole = torch.stack(parts, dim if dim == -1 else -2)
+        merged = whole.flatten(-2) if dim == -1 else whole.flatten(-3, -2)
+        codes = merged.narrow(dim, 0, size).float()
+        return codes - (1 << (bits - 1))
+
+    def _spread(self, scales: torch.Tensor) -> torch.Tensor:
+        """Repeat `scales` for every weight that shares them."""
+        rows, columns = self.shape[-2:]
+        height, width = self._group.block_of(rows, columns)
+        if scales.numel() == 1:
+            return scales.reshape(())
+        if scales.shape == self.shape[:-1]:  # one for each row
+            return scales[..., None]
+        if self._order is not None:
+            return scales[..., self._order]
+        wide = scales.repeat_interleave(width, -1)[..., :columns]
+        return wide.repeat_interleave(height, -2)[..., :rows, :]
+
+
+def _to_float(scales: torch.Tensor) -> torch.Tensor:
+    """Convert scales to float32. Bytes are exponents of two with a bias of 127; 255 is NaN."""
+    stored = scales.view(torch.float8_e8m0fnu) if scales.dtype is torch.uint8 else scales
+    values: torch.Tensor = stored.float()
+    return values
+
+
+def _unpacked_floats(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack 4-bit floats, the lower four bits of a byte first, to float32 `[..., 2 * width]`."""
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
+    values: torch.Tensor = table[codes.int()]
+    return values

@@ -1,0 +1,426 @@
+"""Quantised checkpoints are served with the weights that their published formulas give."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from januslens_server.errors import ModelFailed
+from januslens_server.models.loader import ModelSource, load
+from tests.architectures.cases import CASES, MIXTURES, SHARED_EXPERTS, Case
+from tests.loading.folders import room_for, saved
+
+WEIGHTS = "model.safetensors"
+BY_ID = {case.id: case for case in (*CASES, *MIXTURES, *SHARED_EXPERTS)}
+GPT_OSS = Case(
+    "gpt_oss", "packed", BY_ID["gpt_oss-sinks, window"].settings | {"intermediate_size": 64}
+)
+DENSE, MIXTURE = BY_ID["qwen3-grouped, window"], BY_ID["qwen3_moe-mixed with dense"]
+LATENT = BY_ID["deepseek_v3-latent queries, YaRN"]
+
+Tensors = dict[str, torch.Tensor]
+Quantise = Callable[[str, tuple[int, ...], np.random.Generator], tuple[Tensors, np.ndarray]]
+
+FOUR_BIT_FLOATS = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+
+
+def e4m3(code: int) -> float:
+    """Decode an 8-bit float: 4 bits of exponent with a bias of 7, 3 bits of mantissa."""
+    sign, exponent, mantissa = code >> 7, code >> 3 & 15, code & 7
+    value = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    return -value if sign else value
+
+
+def floats8(drawn: np.random.Generator, shape: tuple[int, ...]) -> tuple[torch.Tensor, np.ndarray]:
+    """Draw codes of finite 8-bit floats, and their values."""
+    codes = drawn.integers(0, 120, shape).astype(np.uint8) | drawn.choice([0, 128], shape)
+    codes = codes.astype(np.uint8)
+    table = np.array([e4m3(code) for code in range(256)], np.float32)
+    return torch.from_numpy(codes).view(torch.float8_e4m3fn), table[codes]
+
+
+def spread(scales: np.ndarray, rows: int, columns: int, block: tuple[int, int]) -> np.ndarray:
+    """The scale of each weight, by its row and column."""
+    return np.array(
+        [[scales[i // block[0], j // block[1]] for j in range(columns)] for i in range(rows)],
+        np.float32,
+    )
+
+
+def scales_for(
+    drawn: np.random.Generator, rows: int, columns: int, block: tuple[int, int]
+) -> np.ndarray:
+    shape = (-(-rows // block[0]), -(-columns // block[1]))
+    return drawn.uniform(1e-3, 2e-3, shape).astype(np.float32)
+
+
+def block_fp8(block: tuple[int, int]) -> Quantise:
+    def quantise(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+        codes, values = floats8(drawn, shape)
+        rows, columns = shape
+        scales = scales_for(drawn, rows, columns, block)
+        stored = {name: codes, f"{name}_scale_inv": torch.from_numpy(scales)}
+        return stored, values * spread(scales, rows, columns, block)
+
+    return quantise
+
+
+def single_fp8(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+    """One scale for a matrix, and one for its inputs, which are not quantised here."""
+    codes, values = floats8(drawn, shape)
+    scale = np.float32(drawn.uniform(1e-3, 2e-3))
+    scales = [f"{name}_scale_inv", f"{name.removesuffix('.weight')}.activation_scale"]
+    return {name: codes} | {key: torch.tensor(scale) for key in scales}, values * scale
+
+
+def rows_fp8(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+    codes, values = floats8(drawn, shape)
+    scales = drawn.uniform(1e-3, 2e-3, (shape[0], 1)).astype(np.float32)
+    return {name: codes, f"{name}_scale": torch.from_numpy(scales)}, values * scales
+
+
+def exponents_fp8(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+    """Scales that are powers of two, stored as bytes."""
+    codes, values = floats8(drawn, shape)
+    rows, columns = shape
+    exponents = drawn.integers(115, 119, (rows, -(-columns // 32))).astype(np.uint8)
+    factors = np.array([2.0 ** (int(e) - 127) for e in exponents.flat], np.float32)
+    scales = spread(factors.reshape(exponents.shape), rows, columns, (1, 32))
+    return {name: codes, f"{name}_scale_inv": torch.from_numpy(exponents)}, values * scales
+
+
+def mxfp4(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+    experts, columns, rows = shape  # of the model, which multiplies by the transpose
+    codes = drawn.integers(0, 256, (experts, rows, columns // 32, 16)).astype(np.uint8)
+    scales = drawn.integers(120, 126, codes.shape[:-1]).astype(np.uint8)
+    values = np.empty(shape, np.float32)
+    for e, j, i in np.ndindex(*shape):
+        byte = int(codes[e, i, j // 32, j % 32 // 2])
+        code = byte >> 4 if j % 2 else byte & 15
+        values[e, j, i] = FOUR_BIT_FLOATS[code] * 2.0 ** (int(scales[e, i, j // 32]) - 127)
+    stored = {f"{name}_blocks": torch.from_numpy(codes), f"{name}_scales": torch.from_numpy(scales)}
+    return stored, values
+
+
+def nvfp4(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+    rows, columns = shape
+    codes = drawn.integers(0, 256, (rows, columns // 2)).astype(np.uint8)
+    eights, factors = floats8(drawn, (rows, columns // 16))
+    whole = np.float32(drawn.uniform(500, 900))
+    values = np.empty(shape, np.float32)
+    for i, j in np.ndindex(*shape):
+        code = codes[i, j // 2] >> 4 if j % 2 else codes[i, j // 2] & 15
+        values[i, j] = FOUR_BIT_FLOATS[code] * (factors[i, j // 16] / whole)
+    stored = {
+        f"{name}_packed": torch.from_numpy(codes),
+        f"{name}_scale": eights,
+        f"{name}_global_scale": torch.tensor([whole]),
+    }
+    return stored, values
+
+
+def packed(codes: np.ndarray, bits: int) -> torch.Tensor:
+    """Pack signed integers along the last dimension, the first in the lowest bits."""
+    per = 32 // bits
+    found = np.zeros((*codes.shape[:-1], -(-codes.shape[-1] // per)), np.uint32)
+    for index in np.ndindex(*codes.shape):
+        unsigned = int(codes[index]) + 2 ** (bits - 1)
+        found[(*index[:-1], index[-1] // per)] |= np.uint32(unsigned << bits * (index[-1] % per))
+    return torch.from_numpy(found.view(np.int32))
+
+
+def integers(bits: int, group: int, *, zeros: bool = False, shuffled: bool = False) -> Quantise:
+    def quantise(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+        rows, columns = shape
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1)
+        codes = drawn.integers(low, high, shape)
+        scales = scales_for(drawn, rows, columns, (1, group))
+        groups = np.arange(columns) // group
+        if shuffled:
+            groups = drawn.permutation(groups)
+        centres = drawn.integers(low, high, scales.shape) if zeros else np.zeros(scales.shape, int)
+        stored = {
+            f"{name}_packed": packed(codes, bits),
+            f"{name}_scale": torch.from_numpy(scales),
+            f"{name}_shape": torch.tensor(shape),
+        }
+        if zeros:
+            stored[f"{name}_zero_point"] = packed(centres.T, bits).T.contiguous()
+        if shuffled:
+            stored[f"{name}_g_idx"] = torch.from_numpy(groups.astype(np.int32))
+        values = (codes - centres[:, groups]).astype(np.float32) * scales[:, groups]
+        return stored, values
+
+    return quantise
+
+
+def bytes_by_row(name: str, shape: tuple[int, ...], drawn: np.random.Generator) -> Any:
+    codes = drawn.integers(-128, 128, shape).astype(np.int8)
+    scales = drawn.uniform(1e-3, 2e-3, (shape[0], 1)).astype(np.float32)
+    stored = {name: torch.from_numpy(codes), f"{name}_scale": torch.from_numpy(scales)}
+    return stored, codes.astype(np.float32) * scales
+
+
+def compressed(form: str, **weights: Any) -> dict[str, Any]:
+    """The configuration that llm-compressor writes for one group of weights."""
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "quantization_status": "compressed",
+    }
+
+
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [24, 20], "activation_scheme": "dynamic"}
+INT4 = {"type": "int", "num_bits": 4, "strategy": "group", "group_size": 16, "symmetric": True}
+FP8 = {"type": "float", "num_bits": 8}
+LINEAR = r"(q|k|v|o|gate|up|down)_proj\.weight$"
+SCHEMES: dict[str, tuple[Case, str, dict[str, Any], Quantise, str]] = {
+    "MXFP4": (GPT_OSS, r"experts\.\w+_proj$", {"quant_method": "mxfp4"}, mxfp4, "MXFP4"),
+    # Blocks that divide no side, as in DeepSeek's and Qwen's matrices.
+    "block FP8": (DENSE, LINEAR, BLOCKS, block_fp8((24, 20)), "FP8 in blocks of 24x20"),
+    "block FP8, experts": (
+        MIXTURE, LINEAR, BLOCKS, block_fp8((24, 20)), "FP8 in blocks of 24x20"
+    ),
+    "block FP8, latent attention": (
+        LATENT, r"(a|b|mqa|o|gate|up|down)_proj\w*\.weight$", BLOCKS, block_fp8((24, 20)),
+        "FP8 in blocks of 24x20",
+    ),
+    "single FP8": (
+        DENSE, LINEAR, {"quant_method": "fp8", "weight_block_size": None}, single_fp8, "FP8"
+    ),
+    "FP8 with exponents": (
+        DENSE, LINEAR, BLOCKS | {"weight_block_size": [1, 32]}, exponents_fp8,
+        "FP8 in blocks of 1x32",
+    ),
+    "FBGEMM FP8": (DENSE, LINEAR, {"quant_method": "fbgemm_fp8"}, rows_fp8, "FBGEMM FP8"),
+    "compressed floats by row": (
+        DENSE, LINEAR, compressed("float-quantized", **FP8, strategy="channel"), rows_fp8,
+        "compressed-tensors float-quantized (float8)",
+    ),
+    "compressed integers by row": (
+        DENSE, LINEAR,
+        compressed("int-quantized", type="int", num_bits=8, strategy="channel"), bytes_by_row,
+        "compressed-tensors int-quantized (int8)",
+    ),
+    "4-bit groups": (
+        MIXTURE, LINEAR, compressed("pack-quantized", **INT4), integers(4, 16),
+        "compressed-tensors pack-quantized (int4)",
+    ),
+    "4-bit groups with zero points": (
+        DENSE, LINEAR, compressed("pack-quantized", **INT4 | {"symmetric": False}),
+        integers(4, 16, zeros=True), "compressed-tensors pack-quantized (int4)",
+    ),
+    "4-bit groups of any columns": (
+        DENSE, LINEAR, compressed("pack-quantized", **INT4, actorder="group"),
+        integers(4, 16, shuffled=True), "compressed-tensors pack-quantized (int4)",
+    ),
+    "8-bit groups": (
+        DENSE, LINEAR, compressed("pack-quantized", **INT4 | {"num_bits": 8}), integers(8, 16),
+        "compressed-tensors pack-quantized (int8)",
+    ),
+    "NVFP4": (
+        DENSE, r"(q|k|v|gate|up)_proj\.weight$",  # their inputs are multiples of 16 wide
+        compressed(
+            "nvfp4-pack-quantized", type="float", num_bits=4, strategy="tensor_group", group_size=16
+        ),
+        nvfp4, "compressed-tensors nvfp4-pack-quantized (float4)",
+    ),
+}  # fmt: skip
+
+
+def quantised(scheme: str, folder: Path) -> tuple[ModelSource, ModelSource]:
+    """Write a model twice: with a scheme's codes, and with the values that they stand for."""
+    case, chosen, described, quantise, _ = SCHEMES[scheme]
+    source, expected = saved(case, folder / "quantised"), folder / "expected"
+    shutil.copytree(source.location, expected)
+    stored, dense = load_file(expected / WEIGHTS), load_file(expected / WEIGHTS)
+    drawn = np.random.default_rng(0)
+    names = [name for name in stored if re.search(chosen, name)]
+    assert names
+    for name in names:
+        codes, values = quantise(name, tuple(stored.pop(name).shape), drawn)
+        stored |= codes
+        assert values.dtype == np.float32
+        dense[name] = torch.from_numpy(values)
+    save_file(dense, expected / WEIGHTS, {"format": "pt"})
+    save_file(stored, Path(source.location) / WEIGHTS, {"format": "pt"})
+    describe(source, quantization_config=described)
+    return source, ModelSource(case.family, str(expected))
+
+
+def describe(source: ModelSource, **changes: Any) -> None:
+    path = Path(source.location) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change(source: ModelSource, **changes: torch.Tensor | None) -> None:
+    """Replace or remove stored tensors; each key is the end of a tensor's name."""
+    path = Path(source.location) / WEIGHTS
+    tensors = load_file(path)
+    for end, value in changes.items():
+        name = next(name for name in tensors if name.endswith(end))
+        del tensors[name]
+        if value is not None:
+            tensors[name] = value
+    save_file(tensors, path, {"format": "pt"})
+
+
+def refusal(source: ModelSource) -> str:
+    with pytest.raises(ModelFailed) as refused:
+        load(source)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_are_those_of_the_published_formula(scheme: str, tmp_path: Path) -> None:
+    source, expected = quantised(scheme, tmp_path)
+    model, plain = load(source), load(expected)
+    found, wanted = model.network.state_dict(), plain.network.state_dict()
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert torch.equal(found[name], values), name
+    assert model.provenance.quantization == SCHEMES[scheme][-1]
+    assert plain.provenance.quantization == ""
+
+
+def test_dequantised_weights_are_rounded_once(tmp_path: Path) -> None:
+    source, expected = quantised("block FP8", tmp_path)
+    found = load(ModelSource("half", source.location, data_type="bfloat16"))
+    wanted = load(expected).network.state_dict()
+    for name, values in found.network.state_dict().items():
+        assert torch.equal(values, wanted[name].to(values.dtype)), name
+    assert found.provenance.data_type == "bfloat16"
+
+
+def test_dequantised_weights_can_be_offloaded(tmp_path: Path) -> None:
+    source, expected = quantised("block FP8", tmp_path)
+    offloaded = load(
+        ModelSource(
+            "offloaded",
+            source.location,
+            device="auto",
+            limits=room_for(DENSE, 0.5),
+            offload_dir=tmp_path / "disk",
+        )
+    )
+    assert offloaded.provenance.device == "cpu, disk"
+    prompt = torch.tensor([DENSE.prompt])
+    torch.testing.assert_close(
+        offloaded.network(prompt).logits, load(expected).network(prompt).logits, rtol=0, atol=0
+    )
+
+
+EXCESS = torch.ones(10**6)
+BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str]] = {
+    "scales of other blocks": (
+        "block FP8", {}, {"q_proj.weight_scale_inv": torch.ones(3, 2)}, "with scales [3, 2]"
+    ),
+    "too many scales": (
+        "block FP8", {}, {"q_proj.weight_scale_inv": EXCESS}, "with scales [1000000]"
+    ),
+    "no scales": ("block FP8", {}, {"q_proj.weight_scale_inv": None}, "or scales beside it"),
+    "scales of integers": (
+        "block FP8", {}, {"q_proj.weight_scale_inv": torch.ones(2, 2, dtype=torch.int64)},
+        "is stored as I64: expected floating point",
+    ),
+    "blocks of zero": (
+        "block FP8", {"weight_block_size": [0, 128]}, {}, "invalid weight_block_size [0, 128]"
+    ),
+    "blocks of text": (
+        "block FP8", {"weight_block_size": "128"}, {}, "invalid weight_block_size '128'"
+    ),
+    "huge blocks": (
+        "block FP8", {"weight_block_size": [10**12, 10**12]}, {}, "expected float8 in blocks of"
+    ),
+    "a vector of codes": (
+        "block FP8", {}, {"q_proj.weight": torch.ones(48).to(torch.float8_e4m3fn)},
+        "has shape [48]: expected a matrix",
+    ),
+    "short MXFP4 scales": (
+        "MXFP4", {}, {"gate_up_proj_scales": torch.ones(4, 128, 2, dtype=torch.uint8)},
+        "has shape [4, 128, 2]: expected [4, 128, 1]",
+    ),
+    "MXFP4 without scales": ("MXFP4", {}, {"gate_up_proj_scales": None}, "which MXFP4 needs"),
+    "MXFP4 blocks of another size": (
+        "MXFP4", {}, {"gate_up_proj_blocks": torch.ones(4, 128, 1, 8, dtype=torch.uint8)},
+        "expected U8 [experts, rows, blocks, 16] for MXFP4",
+    ),
+    "a shape of terabytes": (
+        "4-bit groups", {}, {"q_proj.weight_shape": torch.tensor([48, 10**12])},
+        "describes [48, 1000000000000]",
+    ),
+    "a negative shape": (
+        "4-bit groups", {}, {"q_proj.weight_shape": torch.tensor([-48, 32])}, "describes [-48, 32]"
+    ),
+    "columns of no group": (
+        "4-bit groups of any columns", {},
+        {"q_proj.weight_g_idx": torch.full((32,), 7, dtype=torch.int32)},
+        "names groups beyond the 2",
+    ),
+    "no zero points": (
+        "4-bit groups with zero points", {}, {"q_proj.weight_zero_point": None},
+        "which asymmetric codes need",
+    ),
+    "an unknown format": (
+        "4-bit groups", {"format": "marlin-24"}, {}, "stores weights as 'marlin-24'"
+    ),
+    "odd bits": (
+        "4-bit groups", compressed("pack-quantized", **INT4 | {"num_bits": 3}), {},
+        "weights of 3 bits",
+    ),
+    "no groups": ("4-bit groups", {"config_groups": {}}, {}, "describes no quantised weights"),
+    "sparse weights": (
+        "4-bit groups", {"sparsity_config": {"format": "sparse-24-bitmask"}}, {}, "or sparse ones"
+    ),
+    "codes that are not there": (
+        "block FP8", {"quant_method": "mxfp4"}, {}, "describes MXFP4, but no tensor is stored so"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_what_does_not_fit_its_scheme_is_refused(broken: str, tmp_path: Path) -> None:
+    scheme, described, tensors, reason = BROKEN[broken]
+    source, _ = quantised(scheme, tmp_path)
+    describe(source, quantization_config=SCHEMES[scheme][2] | described)
+    change(source, **tensors)
+    assert reason in refusal(source)
+
+
+@pytest.mark.parametrize(
+    ("method", "advice"),
+    [
+        ("awq", "serve the checkpoint that it was made from"),
+        ("bitsandbytes", ".dequantize().save_pretrained("),
+        ("gptq", "convert_hf_to_gguf.py FOLDER --outtype f32"),
+        (None, "an unnamed method"),
+    ],
+)
+def test_other_schemes_are_refused_with_the_command_that_converts_them(
+    method: str | None, advice: str, tmp_path: Path
+) -> None:
+    source = saved(DENSE, tmp_path / "model")
+    describe(source, quantization_config={"quant_method": method, "bits": 4})
+    (tmp_path / "model" / WEIGHTS).write_bytes(b"never read")
+    reason = refusal(source)
+    assert f"quantised by {method or 'an unnamed method'}" in reason
+    assert advice in reason
+
+
+def test_schemes_of_other_parts_are_refused(tmp_path: Path) -> None:
+    source = saved(DENSE, tmp_path / "model")
+    describe(source, vision_config={"quantization_config": {"quant_method": "fp8"}})
+    assert "quantised weights of a part of the model" in refusal(source)
