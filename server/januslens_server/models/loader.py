@@ -53,7 +53,6 @@ from januslens_server.models.placement import (
     place,
 )
 from januslens_server.models.quantized import (
-    FLOATS,
     DenseWeight,
     TensorEntry,
     check_float,
@@ -78,6 +77,7 @@ from januslens_server.models.vetting import (
     online,
     read_json,
 )
+from januslens_server.models.wrappers import text_decoder, text_weights, wrapper_name
 from januslens_server.results import Provenance
 
 # Files with a tokenizer's vocabulary. Without any, transformers creates an empty tokenizer.
@@ -190,7 +190,8 @@ class Checkpoint:
     `commit` is None unless the folder is a download from the hub. `weight_files` are names in the
     folder, `stored` is the number of values of each weight in them. `gguf` is the header of the
     single weights file if it is in this format. `dense` are the weights if safetensors store them
-    quantised. `quantization` names the scheme of either.
+    quantised, or under the names of a multimodal model. `quantization` names the scheme, `wrapper`
+    the class of the multimodal model.
     """
 
     folder: Path
@@ -201,6 +202,7 @@ class Checkpoint:
     gguf: GGUFHeader | None = None
     dense: Mapping[str, DenseWeight] | None = None
     quantization: str = ""
+    wrapper: str = ""
 
 
 def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
@@ -228,6 +230,7 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     scheme = read_scheme(described)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     _forget_quantisation(config)
+    whole, config = config, text_decoder(config) or config
     compute_attention_with_torch(config)
     _refuse_other_tasks(config)
     if not any(any(folder.glob(name)) for name in TOKENIZERS):
@@ -239,10 +242,14 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
     entries: dict[str, TensorEntry] = {}
     for name in names:
         entries |= _read_header(folder, name)
-    dense = None if scheme is None else dense_weights(folder, entries, scheme)
-    if dense is None:
-        for name, entry in entries.items():
-            check_float(name, entry.kind, ", ".join(sorted(FLOATS)))
+    dense = None
+    if scheme is not None or config is not whole:
+        dense = dense_weights(folder, entries, scheme)
+    else:
+        check_float(entries)
+    if config is not whole and dense is not None:
+        dense = text_weights(dense)
+        config.tie_word_embeddings = "lm_head.weight" not in dense
     return Checkpoint(
         folder=folder,
         config=config,
@@ -251,6 +258,7 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
         stored={name: tensor.size for name, tensor in (dense or entries).items()},
         dense=dense,
         quantization="" if scheme is None else scheme.name,
+        wrapper="" if config is whole else wrapper_name(whole),
     )
 
 
@@ -454,10 +462,11 @@ def _data_type(source: ModelSource, checkpoint: Checkpoint) -> torch.dtype:
 def _provenance(
     source: ModelSource, checkpoint: Checkpoint, network: PreTrainedModel
 ) -> Provenance:
+    inside = f" in {checkpoint.wrapper}" if checkpoint.wrapper else ""
     return Provenance(
         model=source.name,
         revision=checkpoint.commit or weights_hash(checkpoint.folder, checkpoint.weight_files),
-        architecture=type(network).__name__,
+        architecture=type(network).__name__ + inside,
         data_type=str(network.dtype).removeprefix("torch."),
         device=devices_of(network),
         quantization=checkpoint.quantization,

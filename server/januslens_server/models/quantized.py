@@ -234,7 +234,7 @@ def _group(weights: Mapping[str, Any]) -> Group:
 
 
 def dense_weights(
-    folder: Path, entries: Mapping[str, TensorEntry], scheme: Scheme
+    folder: Path, entries: Mapping[str, TensorEntry], scheme: Scheme | None
 ) -> dict[str, DenseWeight]:
     """Return the weights that quantised tensors stand for, under the names that they would have.
 
@@ -243,27 +243,33 @@ def dense_weights(
     Args:
         folder: The model folder.
         entries: Every tensor in its weights files.
-        scheme: How they are stored.
+        scheme: How they are stored; None for weights that are not quantised.
 
     Raises:
         ModelFailed: Codes lack their scales, or have others than the scheme describes.
     """
     files = _Files(folder, entries)
-    find = _microscaled if scheme.method == "mxfp4" else _scaled
-    weights, used = find(files, scheme)
-    if not used:
-        raise ModelFailed(f"config.json describes {scheme.name}, but no tensor is stored so")
-    for name, entry in entries.items():
-        if name not in used and not OF_ACTIVATIONS.search(name):
-            check_float(name, entry.kind, f"{', '.join(sorted(FLOATS))}, or scales beside it")
-            weights[name] = DenseWeight(entry.shape, files.reader(name), quantised=False)
+    weights: dict[str, DenseWeight] = {}
+    kept = dict(entries)
+    if scheme is not None:
+        find = _microscaled if scheme.method == "mxfp4" else _scaled
+        weights, used = find(files, scheme)
+        if not used:
+            raise ModelFailed(f"config.json describes {scheme.name}, but no tensor is stored so")
+        dropped = {name for name in entries if OF_ACTIVATIONS.search(name)}
+        kept = {name: entries[name] for name in entries.keys() - used - dropped}
+    check_float(kept, or_else="" if scheme is None else ", or scales beside it")
+    for name, entry in kept.items():
+        weights[name] = DenseWeight(entry.shape, files.reader(name), quantised=False)
     return weights
 
 
-def check_float(name: str, kind: str, expected: str) -> None:
-    """Refuse a weight that is not stored in floating point, or as codes without their scales."""
-    if name.endswith(("weight", "_proj")) and kind not in FLOATS:
-        raise ModelFailed(f"tensor {name!r} is stored as {kind}: expected {expected}")
+def check_float(entries: Mapping[str, TensorEntry], or_else: str = "") -> None:
+    """Refuse weights that are not stored in floating point."""
+    for name, entry in entries.items():
+        if name.endswith(("weight", "_proj")) and entry.kind not in FLOATS:
+            expected = ", ".join(sorted(FLOATS)) + or_else
+            raise ModelFailed(f"tensor {name!r} is stored as {entry.kind}: expected {expected}")
 
 
 class _Files:

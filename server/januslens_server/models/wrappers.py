@@ -1,0 +1,111 @@
+"""Find the text decoder inside a multimodal checkpoint.
+
+Many published models wrap a text decoder that also reads images or sound. Given only text, a family
+of `FAMILIES` computes exactly what its text decoder computes alone, which
+`tests/loading/test_wrappers.py` measures. Januslens serves the decoder and loads nothing else.
+Tokens that stand for images are ordinary tokens to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from januslens_server.errors import ModelFailed
+
+FAMILIES = frozenset(
+    """
+    gemma3 idefics3 internvl llava llava_next llava_onevision mistral3 qwen2_5_vl qwen2_vl qwen3_vl
+    qwen3_vl_moe smolvlm vipllava
+    """.split()
+)
+# Text decoders without a class of their own, and the family that computes the same. They rotate by
+# time, height and width, which are all equal to the position in a text.
+SAME = {
+    "qwen2_5_vl_text": "qwen2",
+    "qwen2_vl_text": "qwen2",
+    "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen3_vl_text": "qwen3",
+}
+ONLY_IMAGES = ("mrope_section", "mrope_interleaved")
+
+# Prefixes of the text decoder's stored weights, the longest first, and of its head.
+PREFIXES = (
+    "model.language_model.model.",
+    "language_model.model.",
+    "model.language_model.",
+    "model.text_model.",
+    "language_model.",
+    "model.",
+)
+HEADS = ("language_model.lm_head.", "lm_head.")
+# The first parts of the names of what else such a checkpoint holds.
+OTHER_PARTS = frozenset(
+    """
+    connector mm_projector multi_modal_projector multimodal_projector patch_merger vision_embed
+    vision_encoder vision_model vision_projection vision_tower visual image_newline
+    """.split()
+)
+
+CAUSAL = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+
+Stored = TypeVar("Stored")
+
+
+def text_decoder(config: PreTrainedConfig) -> PreTrainedConfig | None:
+    """Return the configuration of a multimodal model's text decoder; None for other models.
+
+    Raises:
+        ModelFailed: The model is of a family that is not known to compute the same without images,
+            or its text decoder is of a family that transformers cannot build alone.
+    """
+    family = config.model_type
+    if family not in FAMILIES:
+        if family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys() - CAUSAL:
+            raise ModelFailed(
+                f"{family!r} is a multimodal model whose text decoder is not read: expected a text "
+                f"model, or one of {', '.join(sorted(FAMILIES))}"
+            )
+        return None
+    text: PreTrainedConfig = config.get_text_config()
+    if text.model_type in SAME:
+        settings: dict[str, Any] = text.to_dict()
+        del settings["model_type"]
+        settings["norm_topk_prob"] = True  # what the experts of Qwen3-VL always do
+        rotary: Mapping[str, Any] = settings.get("rope_parameters") or {}
+        settings["rope_parameters"] = {k: v for k, v in rotary.items() if k not in ONLY_IMAGES}
+        text = CONFIG_MAPPING[SAME[text.model_type]](**settings)
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelFailed(
+            f"the text decoder of {family!r} is {text.model_type!r}: expected a causal "
+            "language model"
+        )
+    return text
+
+
+def wrapper_name(config: PreTrainedConfig) -> str:
+    """Name of the class of a multimodal model."""
+    return str(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[config.model_type])
+
+
+def text_weights(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Select the text decoder's weights of a wrapper, by their names without the wrapper.
+
+    Weights of unknown parts keep their names, so that loading refuses them.
+    """
+    prefix = next((p for p in PREFIXES if any(n.startswith(f"{p}layers.") for n in stored)), "")
+    found: dict[str, Stored] = {}
+    for name, weight in stored.items():
+        head = next((head for head in HEADS if name.startswith(head)), None)
+        if head is not None:
+            found[f"lm_head.{name.removeprefix(head)}"] = weight
+        elif name.removeprefix("model.").split(".", 1)[0] not in OTHER_PARTS:
+            inside = prefix and name.startswith(prefix)
+            found[f"model.{name.removeprefix(prefix)}" if inside else name] = weight
+    return found

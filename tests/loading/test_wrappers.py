@@ -1,0 +1,150 @@
+"""The text decoder of a multimodal checkpoint gives the logits of the whole model for texts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from januslens_server.errors import ModelFailed
+from januslens_server.models.loader import ModelSource, load
+from januslens_server.models.wrappers import FAMILIES
+from tests.architectures.cases import ALTERNATING, CONTEXT, SIZES, VOCABULARY, WINDOW
+from tests.reference.examples import TOKENIZER
+
+WEIGHTS = "model.safetensors"
+TEXT = SIZES | {"num_key_value_heads": 2}
+LLAMA = TEXT | {"model_type": "llama"}
+QWEN = TEXT | {"model_type": "qwen2"}
+THREE_AXES = {"rope_type": "default", "rope_theta": 500.0, "mrope_section": [1, 1, 2]}
+INTERLEAVED = THREE_AXES | {"mrope_interleaved": True}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+PATCHES = {"depth": 1, "num_heads": 2, "out_hidden_size": 32, "fullatt_block_indexes": [0]}
+WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        TEXT | {
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "layer_types": ALTERNATING,
+            "sliding_window": WINDOW,
+        },
+        TOWER,
+    ),
+    "idefics3": (LLAMA, TOWER),
+    "internvl": (QWEN, TOWER | {"image_size": [28, 28], "patch_size": [14, 14]}),
+    "llava": (LLAMA, TOWER | {"model_type": "clip_vision_model"}),
+    "llava_next": (TEXT | {"model_type": "mistral", "sliding_window": WINDOW}, TOWER),
+    "llava_onevision": (QWEN, TOWER),
+    "mistral3": (TEXT | {"model_type": "mistral", "head_dim": 12}, TOWER),
+    "qwen2_5_vl": (TEXT | {"rope_parameters": THREE_AXES}, TOWER | PATCHES),
+    "qwen2_vl": (TEXT | {"rope_parameters": THREE_AXES}, PATCHES | {"embed_dim": 16}),
+    "qwen3_vl": (
+        TEXT | {"head_dim": 8, "rope_parameters": INTERLEAVED},
+        TOWER | PATCHES | {"deepstack_visual_indexes": [0]},
+    ),
+    "qwen3_vl_moe": (
+        TEXT | EXPERTS | {"head_dim": 8, "rope_parameters": INTERLEAVED},
+        TOWER | PATCHES | {"deepstack_visual_indexes": [0]},
+    ),
+    "smolvlm": (LLAMA, TOWER),
+    "vipllava": (LLAMA, TOWER),
+}  # fmt: skip
+
+
+def wrapped(family: str, folder: Path) -> Any:
+    """Save a tiny random model that reads texts and images, and return it."""
+    text, tower = WRAPPERS[family]
+    config = CONFIG_MAPPING[family](  # type: ignore[call-arg]  # each family has its own
+        text_config=text, vision_config=tower, tie_word_embeddings=False, image_token_id=110
+    )
+    torch.manual_seed(len(family))
+    network: Any = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    network.eval().save_pretrained(folder)
+    for file in TOKENIZER.iterdir():
+        shutil.copy(file, folder)
+    return network
+
+
+@pytest.mark.parametrize("family", WRAPPERS)
+def test_logits_of_texts_equal_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    network = wrapped(family, tmp_path)
+    model = load(ModelSource("text", str(tmp_path)))
+    prompt = torch.randint(1, 100, (1, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = network(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits
+        found = model.network(prompt).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert model.provenance.architecture.endswith(f" in {type(network).__name__}")
+    assert model.view.facts.vocab_size == VOCABULARY
+    held, whole = (sum(p.numel() for p in n.parameters()) for n in (model.network, network))
+    assert held < whole
+
+
+def test_every_family_is_measured() -> None:
+    assert set(WRAPPERS) == FAMILIES
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model."])
+def test_names_of_older_checkpoints_are_known(prefix: str, tmp_path: Path) -> None:
+    """Published LLaVA has `language_model.model.layers`, Qwen2-VL `model.layers`."""
+    network = wrapped("llava", tmp_path)
+    path = tmp_path / WEIGHTS
+    tensors = load_file(path)
+    own = next(name for name in tensors if "layers.0.self_attn.q_proj" in name).split("layers.0")[0]
+    assert any(name.startswith(own) for name in tensors)
+    head = "language_model.lm_head." if prefix.startswith("language") else "lm_head."
+    renamed = {}
+    for name, values in tensors.items():
+        if name.startswith(own) and "lm_head" not in name:
+            renamed[f"{prefix}{name.removeprefix(own)}"] = values
+        elif "lm_head." in name:
+            renamed[f"{head}{name.split('lm_head.')[1]}"] = values
+        else:
+            renamed[name.removeprefix("model.")] = values
+    save_file(renamed, path, {"format": "pt"})
+    prompt = torch.arange(1, CONTEXT)[None, :9]
+    with torch.inference_mode():
+        expected = network(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits
+        found = load(ModelSource("text", str(tmp_path))).network(prompt).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ModelFailed) as refused:
+        load(ModelSource("text", str(folder)))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def test_weights_of_an_unknown_part_are_refused(tmp_path: Path) -> None:
+    wrapped("llava", tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS) | {"prompt_encoder.weight": torch.ones(2, 2)}
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    assert "weights that config.json does not describe: prompt_encoder.weight" in refusal(tmp_path)
+
+
+def test_wrappers_of_other_families_are_refused(tmp_path: Path) -> None:
+    wrapped("llava", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "aya_vision"}))
+    reason = refusal(tmp_path)
+    assert "'aya_vision' is a multimodal model whose text decoder is not read" in reason
+    assert "expected a text model, or one of gemma3, idefics3, " in reason
