@@ -166,6 +166,7 @@ from januslens.results.models import (
     Provenance,
     ServerInfo,
     StageTime,
+    Sublayer,
 )
 from januslens.results.sweep import Outcome, Sweep
 from januslens.results.tokens import Token, Tokens
@@ -326,6 +327,7 @@ __all__ = [
     "StageTime",
     "StreamInterrupted",
     "SubjectLike",
+    "Sublayer",
     "Survey",
     "SurveyProgress",
     "SurveyPrompt",

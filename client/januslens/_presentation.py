@@ -88,18 +88,40 @@ def count(value: int) -> str:
 
 
 def level_sentences(levels: Sequence[LayerLevel]) -> list[str]:
-    """Say of layers below the level PARTS that only their residual stream is shown, and why.
+    """Say of layers below the level PARTS what is shown of them, and why it is not everything.
 
-    Layers with the same reason share a sentence: `layers 0 to 3, 5: residual stream only (...)`.
+    Layers of which the same is shown share a sentence, with the reason of the first of them:
+    `layers 0 to 3, 5: residual stream, mlp (MLP) only (...)`.
     """
-    layers: dict[str, list[int]] = {}
+    layers: dict[str, list[LayerLevel]] = {}
     for found in levels:
         if found.level != "PARTS":
-            layers.setdefault(found.reason, []).append(found.layer)
+            layers.setdefault(_shown_parts(found), []).append(found)
     return [
-        f"layer{'s' if len(each) > 1 else ''} {_ranges(each)}: residual stream only ({reason})"
-        for reason, each in layers.items()
+        f"layer{'s' if len(each) > 1 else ''} {_ranges([found.layer for found in each])}: "
+        f"{shown} only ({each[0].reason})"
+        for shown, each in layers.items()
     ]
+
+
+def _shown_parts(level: LayerLevel) -> str:
+    """Name what is shown of a layer: `residual stream, mamba (state space), mlp (MLP)`."""
+    sublayers = (
+        f"{each.module} ({_SUBLAYERS.get(each.kind, each.kind.lower())})"
+        for each in level.sublayers
+    )
+    return ", ".join(["residual stream", *sublayers])
+
+
+_SUBLAYERS = {
+    "ATTENTION": "attention",
+    "LINEAR_ATTENTION": "linear attention",
+    "STATE_SPACE": "state space",
+    "CONVOLUTION": "convolution",
+    "MLP": "MLP",
+    "EXPERTS": "experts",
+    "OTHER": "another mixer",
+}
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -224,6 +246,7 @@ NODE_NAMES = {
     NodeKind.FINAL_NORM: "after the final norm",
     NodeKind.PREDICTION: "prediction",
     NodeKind.OTHER: "all the rest",
+    NodeKind.MIXER_OUTPUT: "mixer's result",
 }
 
 
@@ -414,7 +437,8 @@ def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[R
     """Return the residual steps of one layer: input, after attention, after the MLP.
 
     The input is left out if it is the last step of the layer below. Attention and MLP are one step
-    if they are parallel, or if the trace does not have the residual between them.
+    if they are parallel, or if the trace does not have the residual between them. Steps of a layer
+    without all parts are named after the sublayers that are shown; without any, `block`.
     """
     mids = layer.nodes_of(NodeKind.RESIDUAL_MID, position)
     outputs = layer.nodes_of(NodeKind.BLOCK_OUTPUT, position)
@@ -422,13 +446,24 @@ def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[R
     for node in [*layer.nodes_of(NodeKind.BLOCK_INPUT, position), *gaps]:
         place = "the embedding" if node.layer is None else f"layer {node.layer}"
         yield ResidualStep("input", place, node, None)
-    steps = [(node, "attention", NodeKind.ATTENTION_OUTPUT) for node in mids]
-    last = "MLP" if mids else "attention and MLP"
+    steps = [(node, "attention") for node in mids]
     own = [node for node in outputs if node.layer == layer.layer]
-    steps += [(node, last, NodeKind.MLP_OUTPUT) for node in own]
-    for node, name, kind in steps:
-        added = next((part for part in trace.parts_of(node) if part.node.kind is kind), None)
-        yield ResidualStep(f"+ {name}", f"layer {layer.layer}'s {name}", node, added)
+    steps += [(node, "MLP" if mids else "attention and MLP") for node in own]
+    limited = any(level.layer == layer.layer for level in trace.header.limited_layers)
+    for node, usual in steps:
+        parts = {part.node.kind: part for part in trace.parts_of(node)}
+        added = [kind for kind in _ADDED if kind in parts]
+        name = " and ".join(_ADDED[kind] for kind in added) or "block" if limited else usual
+        last = parts[added[-1]] if added else None
+        yield ResidualStep(f"+ {name}", f"layer {layer.layer}'s {name}", node, last)
+
+
+# What sublayers are called, in the order of the pass.
+_ADDED = {
+    NodeKind.ATTENTION_OUTPUT: "attention",
+    NodeKind.MIXER_OUTPUT: "mixer",
+    NodeKind.MLP_OUTPUT: "MLP",
+}
 
 
 @dataclass(frozen=True, slots=True)

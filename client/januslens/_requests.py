@@ -214,7 +214,12 @@ def _kinds(kinds: Iterable[NodeKind | str] | None) -> list[NodeKind]:
 
 
 _RESIDUALS = (NodeKind.BLOCK_INPUT, NodeKind.BLOCK_OUTPUT)
-_STEPS = (NodeKind.RESIDUAL_MID, NodeKind.ATTENTION_OUTPUT, NodeKind.MLP_OUTPUT)
+_STEPS = (
+    NodeKind.RESIDUAL_MID,
+    NodeKind.ATTENTION_OUTPUT,
+    NodeKind.MIXER_OUTPUT,
+    NodeKind.MLP_OUTPUT,
+)
 _ATTENTION = (
     NodeKind.ATTENTION_CONCAT,
     NodeKind.ATTENTION_SUM,

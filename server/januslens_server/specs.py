@@ -44,6 +44,7 @@ class Site(IntEnum):
     BLOCK_OUTPUT = 14
     FINAL_NORM = 15
     LOGITS = 16
+    MIXER_OUTPUT = 17
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from januslens_server.errors import InvalidRequest, ModelFailed
+from januslens_server.graph.block_flow import STREAM_KINDS, SUBLAYER_KINDS
 from januslens_server.models.adapters import stream, view_of
 from januslens_server.models.decoding import Decoder
 from januslens_server.models.resident import ResidentModel
@@ -135,8 +136,11 @@ def close(found: Any, expected: Any) -> None:
     torch.testing.assert_close(torch.as_tensor(found), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_levels_say_which_layers_show_only_the_stream_and_why() -> None:
-    assert [found.level for found in served(OLMO_HYBRID).view.levels] == [Level.STREAM, Level.PARTS]
+def test_levels_say_which_layers_show_less_and_why() -> None:
+    levels = served(OLMO_HYBRID).view.levels
+    assert [found.level for found in levels] == [Level.SUBLAYERS, Level.PARTS]
+    assert {found.level for found in served(OPT).view.levels} == {Level.STREAM}
+    assert "add up to what the block adds" in served(OPT).view.levels[0].reason
     assert "linear_attn.q_proj" in served(OLMO_HYBRID).view.levels[0].reason
     assert "3 linear maps" in served(MAMBA).view.levels[0].reason
     assert "do_layer_norm_before" in served(OPT).view.levels[0].reason
@@ -147,8 +151,9 @@ def test_levels_say_which_layers_show_only_the_stream_and_why() -> None:
 def test_nodes_are_the_plain_models_residual_stream(case: Case) -> None:
     expected, logits = stream_of(case)
     header, found = graphs(case, include_vectors=True, include_logit_contribution=True)
-    limited = {level.layer for level in header.limited_layers}
-    assert limited
+    levels = {found.layer: found.level for found in header.limited_layers}
+    limited = {layer for layer, level in levels.items() if level is Level.STREAM}
+    assert levels
     for graph in found:
         assert graph.vectors is not None
         for node, vector in zip(graph.nodes, graph.vectors, strict=True):
@@ -160,9 +165,9 @@ def test_nodes_are_the_plain_models_residual_stream(case: Case) -> None:
                 added = expected[graph.layer + 1] - expected[graph.layer]
                 close(vector, added[node.position])
         kinds = {node.kind for node in graph.nodes}
-        known = {NodeKind.BLOCK_INPUT, NodeKind.OTHER, NodeKind.BLOCK_OUTPUT}
-        if graph.layer in limited and not graph.last:
-            assert kinds <= known
+        shown = {Level.STREAM: STREAM_KINDS, Level.SUBLAYERS: SUBLAYER_KINDS}
+        if graph.layer in levels:
+            assert kinds <= shown[levels[graph.layer]]
     for target in header.targets:
         assert target.predicted_token_id == int(logits[target.position].argmax())
         assert target.target_logit == pytest.approx(float(logits[target.position].max()), abs=1e-4)
@@ -220,9 +225,11 @@ def test_default_selection_reports_the_layers_that_lack_it() -> None:
 def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
     model, prompt = served(OLMO_HYBRID), tuple(OLMO_HYBRID.prompt)
     kinds = frozenset({NodeKind.HEAD_OUTPUT})
-    with pytest.raises(InvalidRequest, match="HEAD_OUTPUT is unknown: only the residual stream"):
+    with pytest.raises(
+        InvalidRequest, match="HEAD_OUTPUT is unknown: only the residual stream and"
+    ):
         resolve_trace(model, TraceSpec(prompt, layers=(0,), node_kinds=kinds))
-    with pytest.raises(InvalidRequest, match=r"layer 0 .* has no QUERY; expected one of BLOCK"):
+    with pytest.raises(InvalidRequest, match=r"layer 0 .* has no QUERY; expected one of RES"):
         resolve_activations(model, ActivationsSpec(prompt, (Site.QUERY,), layers=(0,)))
     with pytest.raises(InvalidRequest, match="none of these layers has FF2"):
         resolve_gradient_lens(
@@ -231,7 +238,7 @@ def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
                 prompt, NegativeLogLikelihood((7,)), matrices=(MatrixKind.FF2,), layers=(0,)
             ),
         )
-    with pytest.raises(InvalidRequest, match="only the residual stream is shown of layer 0"):
+    with pytest.raises(InvalidRequest, match=r"only the residual stream and .* shown of layer 0"):
         resolve_find_neurons(model, FindNeuronsSpec((7,), False, (0,), 0, 5))
     with pytest.raises(InvalidRequest, match=r"no layer of .* has known matrices"):
         resolve_gradient_lens(served(MAMBA), GradientLensSpec(prompt, NegativeLogLikelihood((7,))))
@@ -254,7 +261,7 @@ def test_named_part_that_a_layer_lacks_is_refused_with_what_it_has() -> None:
     ],
     ids=lambda value: value.id if isinstance(value, Case) else "",
 )
-def test_variant_without_known_parts_shows_its_stream(case: Case, reason: str) -> None:
+def test_variant_without_known_parts_is_shown_with_the_reason(case: Case, reason: str) -> None:
     view = served(case).view
     assert not view.known
     assert reason in view.levels[0].reason

@@ -24,6 +24,7 @@ traces.json, a list of:
     stream: the messages of the Trace stream, each as protobuf JSON
     position: the query position that the rest is about
     sentences: the sentences about the target, in order, as text
+    levels: the sentences about layers without all parts
     residual_steps: `{"name", "place", "node"}` of each step of the residual stream, upwards
     contributions: `[depth, name, contribution]` of each line of `Trace.why()`; empty without
         contributions
@@ -51,7 +52,7 @@ from google.protobuf.message import Message
 from januslens import Gradient, Trace
 from januslens import _presentation as presentation
 from januslens.assemblers import GradientAssembler, TraceAssembler
-from januslens.v1 import trace_pb2
+from januslens.v1 import common_pb2, trace_pb2
 from tests.client import messages
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "presentation"
@@ -154,6 +155,11 @@ def traces() -> Iterator[tuple[str, list[trace_pb2.TraceResponse]]]:
     yield "no source has a position", stream_of(without_sources())
     yield "a contribution is not finite", stream_of(with_contribution(float("nan")))
     yield "the target has no rank", stream_of(without_ranks())
+    coarse = stream_of(with_mixer())
+    coarse[0].header.limited_layers.extend(sublayers(0, 1, 2))
+    stream_only = common_pb2.LayerLevel(layer=4, level=common_pb2.LEVEL_STREAM, reason="no sum")
+    coarse[0].header.limited_layers.append(stream_only)
+    yield "a layer shows only its sublayers", coarse
     yield "the trace begins above the first layer", stream_of(moved(5))
     yield "the target falls from the first rank and returns in a second layer", two_layers()
 
@@ -240,6 +246,38 @@ def without_ranks() -> trace_pb2.LayerGraph:
     return layer
 
 
+def with_mixer() -> trace_pb2.LayerGraph:
+    """A layer whose attention is a mixer, without nodes inside of its sublayers."""
+    shown = ("BLOCK_INPUT", "ATTENTION_OUTPUT", "RESIDUAL_MID", "MLP_OUTPUT", "BLOCK_OUTPUT")
+    layer = without_nodes(
+        *{node.id for node in messages.layer().nodes if not node.id.endswith(shown)}
+    )
+    for node in layer.nodes:
+        if node.kind == trace_pb2.NODE_KIND_ATTENTION_OUTPUT:
+            node.kind = trace_pb2.NODE_KIND_MIXER_OUTPUT
+            node.id = "L0/p1/MIXER_OUTPUT"
+    for edge in layer.edges:
+        edge.source = edge.source.replace("ATTENTION_OUTPUT", "MIXER_OUTPUT")
+    return layer
+
+
+def sublayers(*layers: int) -> list[common_pb2.LayerLevel]:
+    """Layers with a state space and an MLP."""
+    kinds = {
+        "mamba": common_pb2.SUBLAYER_KIND_STATE_SPACE,
+        "mlp": common_pb2.SUBLAYER_KIND_MLP,
+    }
+    return [
+        common_pb2.LayerLevel(
+            layer=layer,
+            level=common_pb2.LEVEL_SUBLAYERS,
+            reason=f"layer {layer} has 3 linear maps",
+            sublayers=[common_pb2.Sublayer(module=m, kind=kind) for m, kind in kinds.items()],
+        )
+        for layer in layers
+    ]
+
+
 def moved(number: int) -> trace_pb2.LayerGraph:
     """Return the layer moved up, whose input is the output of the layer below."""
     layer = messages.layer()
@@ -293,6 +331,7 @@ def trace_case(case: str, stream: list[trace_pb2.TraceResponse]) -> dict[str, An
         "sentences": [
             presentation.plain(sentence) for sentence in presentation.trace_sentences(trace, target)
         ],
+        "levels": presentation.level_sentences(trace.header.limited_layers),
         "residual_steps": [
             {"name": step.name, "place": step.place, "node": step.node.id}
             for step in presentation.all_residual_steps(trace, target.position)

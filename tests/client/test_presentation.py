@@ -137,6 +137,15 @@ SENTENCES = {
 def test_sentences_of_a_trace_match_the_fixture() -> None:
     cases = {case["case"]: case for case in fixtures.files()["traces.json"]}
     assert {case: cases[case]["sentences"] for case in SENTENCES} == SENTENCES
+    coarse = cases["a layer shows only its sublayers"]
+    assert coarse["levels"] == [
+        (
+            "layers 0 to 2: residual stream, mamba (state space), mlp (MLP) only "
+            "(layer 0 has 3 linear maps)"
+        ),
+        "layer 4: residual stream only (no sum)",
+    ]
+    assert [step["name"] for step in coarse["residual_steps"]] == ["input", "+ mixer", "+ MLP"]
     assert cases["no residual has a reading"]["sentences"][1] == (
         "No residual of this position was traced."
     )

@@ -167,6 +167,7 @@ def _logit_node(trace: Trace, target: PositionTarget) -> dict[str, Any]:
 
 _FEATURE_TYPES = {
     NodeKind.ATTENTION_OUTPUT: "attention",
+    NodeKind.MIXER_OUTPUT: "mixer",
     NodeKind.MLP_OUTPUT: "mlp",
     NodeKind.HEAD_OUTPUT: "attention head",
     NodeKind.MEMORY_VALUE: "attention source",

@@ -62,6 +62,7 @@ class NodeKind(Kind):
     FINAL_NORM = "FINAL_NORM"
     PREDICTION = "PREDICTION"
     OTHER = "OTHER"
+    MIXER_OUTPUT = "MIXER_OUTPUT"
 
 
 class EdgeKind(Kind):
@@ -131,6 +132,7 @@ class Site(Kind):
     BLOCK_OUTPUT = "BLOCK_OUTPUT"
     FINAL_NORM = "FINAL_NORM"
     LOGITS = "LOGITS"
+    MIXER_OUTPUT = "MIXER_OUTPUT"
 
 
 class Side(Kind):

@@ -81,24 +81,48 @@ class ModelSizes:
 
 
 @dataclass(frozen=True)
+class Sublayer:
+    """A sublayer of a block: a module whose output is added to the residual stream.
+
+    Attributes:
+        module: Name of the module in its block.
+        kind: `ATTENTION`, `LINEAR_ATTENTION`, `STATE_SPACE`, `CONVOLUTION`, `MLP`, `EXPERTS` or
+            `OTHER`.
+    """
+
+    module: str
+    kind: str
+
+    @classmethod
+    def from_message(cls, message: common_pb2.Sublayer) -> Sublayer:
+        """Read one sublayer."""
+        name = common_pb2.SublayerKind.Name(message.kind).removeprefix("SUBLAYER_KIND_")
+        return cls(message.module, name)
+
+
+@dataclass(frozen=True)
 class LayerLevel:
     """How much of a layer can be shown.
 
     Attributes:
         layer: The layer, from 0.
-        level: `STREAM` for the residual stream before and after the block, `PARTS` for all parts.
+        level: `STREAM` for the residual stream before and after the block, `SUBLAYERS` for what
+            each sublayer adds as well, `PARTS` for all parts.
         reason: Why the level is below `PARTS`; empty otherwise.
+        sublayers: The sublayers at the level `SUBLAYERS`, in the order of the pass.
     """
 
     layer: int
     level: str
     reason: str
+    sublayers: tuple[Sublayer, ...] = ()
 
     @classmethod
     def from_message(cls, message: common_pb2.LayerLevel) -> LayerLevel:
         """Read one level."""
         name = common_pb2.Level.Name(message.level).removeprefix("LEVEL_")
-        return cls(message.layer, name, message.reason)
+        sublayers = tuple(Sublayer.from_message(each) for each in message.sublayers)
+        return cls(message.layer, name, message.reason, sublayers)
 
 
 @dataclass(frozen=True)

@@ -236,6 +236,8 @@ _COMPONENTS = {
     NodeKind.MLP_BIAS,
 }
 _SUMS_OF_COMPONENTS = {NodeKind.ATTENTION_CONCAT, NodeKind.MLP_SUM, NodeKind.MLP_OUTPUT}
+# The residual stream. Of a layer without parts, what is added to it are the components.
+_RESIDUALS = {NodeKind.BLOCK_INPUT, NodeKind.RESIDUAL_MID, NodeKind.BLOCK_OUTPUT}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -369,7 +371,8 @@ class Trace(GraphView):
     ) -> Parts:
         """Return the components by their effect on the target's logit, largest first.
 
-        The components are the embedding, heads, neurons, biases, and the rest of each sum. Each
+        The components are the embedding, heads, neurons, biases, and the rest of each sum. Of a
+        layer without known parts, they are its sublayers, or all that the block adds. Each
         summand of the residual stream is listed once. If all layers are traced, the contributions
         and the `constant_logit_contribution` add up to the target's logit before the soft-cap.
 
@@ -403,11 +406,13 @@ class Trace(GraphView):
         return Parts(largest, self.prompt)
 
     def _components(self, position: int) -> Iterator[Part]:
+        limited = {level.layer for level in self.header.limited_layers}
         for edge in self.edge_list:
             if edge.kind is not EdgeKind.PART:
                 continue
             source, target = self.node(edge.source), self.node(edge.target)
             rest = source.kind is NodeKind.OTHER and target.kind in _SUMS_OF_COMPONENTS
+            rest |= target.layer in limited and source.kind not in _RESIDUALS
             if source.position == position and (source.kind in _COMPONENTS or rest):
                 yield Part(source, edge)
 

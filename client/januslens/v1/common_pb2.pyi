@@ -63,6 +63,8 @@ class _LevelEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Level.ValueType
     """The residual stream before and after the block: its nodes, its lens, its activations, and
     interventions on it.
     """
+    LEVEL_SUBLAYERS: _Level.ValueType  # 2
+    """Also what each sublayer adds to the residual stream: attention, MLP, or another mixer."""
     LEVEL_PARTS: _Level.ValueType  # 3
     """All parts of the block: attention with heads and sources, MLP with neurons or experts, and the
     gradients of its matrices.
@@ -77,11 +79,63 @@ LEVEL_STREAM: Level.ValueType  # 1
 """The residual stream before and after the block: its nodes, its lens, its activations, and
 interventions on it.
 """
+LEVEL_SUBLAYERS: Level.ValueType  # 2
+"""Also what each sublayer adds to the residual stream: attention, MLP, or another mixer."""
 LEVEL_PARTS: Level.ValueType  # 3
 """All parts of the block: attention with heads and sources, MLP with neurons or experts, and the
 gradients of its matrices.
 """
 Global___Level: _TypeAlias = Level  # noqa: Y015
+
+class _SublayerKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SublayerKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SublayerKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SUBLAYER_KIND_UNSPECIFIED: _SublayerKind.ValueType  # 0
+    """Never sent."""
+    SUBLAYER_KIND_ATTENTION: _SublayerKind.ValueType  # 1
+    """Attention with a softmax. Its node is ATTENTION_OUTPUT."""
+    SUBLAYER_KIND_LINEAR_ATTENTION: _SublayerKind.ValueType  # 2
+    """Linear attention, such as a gated delta rule. Its node is MIXER_OUTPUT, as for all kinds below
+    but MLP and EXPERTS.
+    """
+    SUBLAYER_KIND_STATE_SPACE: _SublayerKind.ValueType  # 3
+    """State space, such as Mamba."""
+    SUBLAYER_KIND_CONVOLUTION: _SublayerKind.ValueType  # 4
+    """Convolution over positions."""
+    SUBLAYER_KIND_MLP: _SublayerKind.ValueType  # 5
+    """MLP. Its node is MLP_OUTPUT, as for EXPERTS."""
+    SUBLAYER_KIND_EXPERTS: _SublayerKind.ValueType  # 6
+    """Mixture of experts."""
+    SUBLAYER_KIND_OTHER: _SublayerKind.ValueType  # 7
+    """Another way of mixing positions."""
+
+class SublayerKind(_SublayerKind, metaclass=_SublayerKindEnumTypeWrapper):
+    """What a sublayer is, as far as it is known. MLP and EXPERTS are measured: the result at a position
+    depends on no other position. The other kinds are read from the module's class.
+    """
+
+SUBLAYER_KIND_UNSPECIFIED: SublayerKind.ValueType  # 0
+"""Never sent."""
+SUBLAYER_KIND_ATTENTION: SublayerKind.ValueType  # 1
+"""Attention with a softmax. Its node is ATTENTION_OUTPUT."""
+SUBLAYER_KIND_LINEAR_ATTENTION: SublayerKind.ValueType  # 2
+"""Linear attention, such as a gated delta rule. Its node is MIXER_OUTPUT, as for all kinds below
+but MLP and EXPERTS.
+"""
+SUBLAYER_KIND_STATE_SPACE: SublayerKind.ValueType  # 3
+"""State space, such as Mamba."""
+SUBLAYER_KIND_CONVOLUTION: SublayerKind.ValueType  # 4
+"""Convolution over positions."""
+SUBLAYER_KIND_MLP: SublayerKind.ValueType  # 5
+"""MLP. Its node is MLP_OUTPUT, as for EXPERTS."""
+SUBLAYER_KIND_EXPERTS: SublayerKind.ValueType  # 6
+"""Mixture of experts."""
+SUBLAYER_KIND_OTHER: SublayerKind.ValueType  # 7
+"""Another way of mixing positions."""
+Global___SublayerKind: _TypeAlias = SublayerKind  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
@@ -478,26 +532,58 @@ class LayerLevel(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     LEVEL_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    SUBLAYERS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """The layer, from 0."""
     level: Global___Level.ValueType
     """How much of it can be shown."""
     reason: _builtins.str
     """Human-readable reason of a level below LEVEL_PARTS; empty otherwise."""
+    @_builtins.property
+    def sublayers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sublayer]:
+        """The sublayers of a layer of LEVEL_SUBLAYERS, in the order of the pass; empty at other levels."""
+
     def __init__(
         self,
         *,
         layer: _builtins.int = ...,
         level: Global___Level.ValueType = ...,
         reason: _builtins.str = ...,
+        sublayers: _abc.Iterable[Global___Sublayer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "level", b"level", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "level", b"level", "reason", b"reason", "sublayers", b"sublayers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LayerLevel: _TypeAlias = LayerLevel  # noqa: Y015
+
+@_typing.final
+class Sublayer(_message.Message):
+    """A sublayer of a block: a module whose output is added to the residual stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODULE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    module: _builtins.str
+    """Name of the module in its block, for example `linear_attn`."""
+    kind: Global___SublayerKind.ValueType
+    """What the sublayer is."""
+    def __init__(
+        self,
+        *,
+        module: _builtins.str = ...,
+        kind: Global___SublayerKind.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "module", b"module"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Sublayer: _TypeAlias = Sublayer  # noqa: Y015
 
 @_typing.final
 class StageTime(_message.Message):

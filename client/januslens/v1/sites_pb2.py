@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18januslens/v1/sites.proto\x12\x0cjanuslens.v1*\xe5\x02\n\x04Site\x12\x14\n\x10SITE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSITE_EMBEDDING\x10\x01\x12\x18\n\x14SITE_ATTENTION_INPUT\x10\x02\x12\x0e\n\nSITE_QUERY\x10\x03\x12\x0c\n\x08SITE_KEY\x10\x04\x12\x0e\n\nSITE_VALUE\x10\x05\x12\x1a\n\x16SITE_ATTENTION_PATTERN\x10\x06\x12\x14\n\x10SITE_HEAD_RESULT\x10\x07\x12\x19\n\x15SITE_ATTENTION_OUTPUT\x10\x08\x12\x15\n\x11SITE_RESIDUAL_MID\x10\t\x12\x12\n\x0eSITE_MLP_INPUT\x10\n\x12\x10\n\x0cSITE_NEURONS\x10\x0b\x12\x0f\n\x0bSITE_ROUTER\x10\x0c\x12\x13\n\x0fSITE_MLP_OUTPUT\x10\r\x12\x15\n\x11SITE_BLOCK_OUTPUT\x10\x0e\x12\x13\n\x0fSITE_FINAL_NORM\x10\x0f\x12\x0f\n\x0bSITE_LOGITS\x10\x10\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18januslens/v1/sites.proto\x12\x0cjanuslens.v1*\xfc\x02\n\x04Site\x12\x14\n\x10SITE_UNSPECIFIED\x10\x00\x12\x12\n\x0eSITE_EMBEDDING\x10\x01\x12\x18\n\x14SITE_ATTENTION_INPUT\x10\x02\x12\x0e\n\nSITE_QUERY\x10\x03\x12\x0c\n\x08SITE_KEY\x10\x04\x12\x0e\n\nSITE_VALUE\x10\x05\x12\x1a\n\x16SITE_ATTENTION_PATTERN\x10\x06\x12\x14\n\x10SITE_HEAD_RESULT\x10\x07\x12\x19\n\x15SITE_ATTENTION_OUTPUT\x10\x08\x12\x15\n\x11SITE_RESIDUAL_MID\x10\t\x12\x12\n\x0eSITE_MLP_INPUT\x10\n\x12\x10\n\x0cSITE_NEURONS\x10\x0b\x12\x0f\n\x0bSITE_ROUTER\x10\x0c\x12\x13\n\x0fSITE_MLP_OUTPUT\x10\r\x12\x15\n\x11SITE_BLOCK_OUTPUT\x10\x0e\x12\x13\n\x0fSITE_FINAL_NORM\x10\x0f\x12\x0f\n\x0bSITE_LOGITS\x10\x10\x12\x15\n\x11SITE_MIXER_OUTPUT\x10\x11\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1\252\002\014Januslens.V1'
   _globals['_SITE']._serialized_start=43
-  _globals['_SITE']._serialized_end=400
+  _globals['_SITE']._serialized_end=423
 # @@protoc_insertion_point(module_scope)

@@ -59,6 +59,10 @@ class _SiteEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Site.ValueType],
     """The output of the final norm, [d_model]. Has no layer."""
     SITE_LOGITS: _Site.ValueType  # 16
     """The model's own logits, [vocab_size]. Have no layer."""
+    SITE_MIXER_OUTPUT: _Site.ValueType  # 17
+    """What a sublayer that is neither attention nor MLP adds to the residual stream, [d_model]. Layers
+    of LEVEL_SUBLAYERS that have one such sublayer; likewise ATTENTION_OUTPUT and MLP_OUTPUT there.
+    """
 
 class Site(_Site, metaclass=_SiteEnumTypeWrapper):
     """A place in the forward pass whose tensor can be read, and mostly also changed. Shapes are those of
@@ -103,4 +107,8 @@ SITE_FINAL_NORM: Site.ValueType  # 15
 """The output of the final norm, [d_model]. Has no layer."""
 SITE_LOGITS: Site.ValueType  # 16
 """The model's own logits, [vocab_size]. Have no layer."""
+SITE_MIXER_OUTPUT: Site.ValueType  # 17
+"""What a sublayer that is neither attention nor MLP adds to the residual stream, [d_model]. Layers
+of LEVEL_SUBLAYERS that have one such sublayer; likewise ATTENTION_OUTPUT and MLP_OUTPUT there.
+"""
 Global___Site: _TypeAlias = Site  # noqa: Y015

@@ -132,6 +132,10 @@ class _NodeKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_NodeKind.Val
     """Sum of the parts that the selection left out; one node per sum. It is computed from these
     parts.
     """
+    NODE_KIND_MIXER_OUTPUT: _NodeKind.ValueType  # 29
+    """Vector that sublayers which are neither attention nor MLP add to the residual, such as linear
+    attention, a state space or a convolution; in layers of LEVEL_SUBLAYERS.
+    """
 
 class NodeKind(_NodeKind, metaclass=_NodeKindEnumTypeWrapper):
     """What the vector of a node is. Vectors are in the residual basis, [d_model]. h is a head, p the
@@ -210,6 +214,10 @@ NODE_KIND_PREDICTION: NodeKind.ValueType  # 27
 NODE_KIND_OTHER: NodeKind.ValueType  # 28
 """Sum of the parts that the selection left out; one node per sum. It is computed from these
 parts.
+"""
+NODE_KIND_MIXER_OUTPUT: NodeKind.ValueType  # 29
+"""Vector that sublayers which are neither attention nor MLP add to the residual, such as linear
+attention, a state space or a convolution; in layers of LEVEL_SUBLAYERS.
 """
 Global___NodeKind: _TypeAlias = NodeKind  # noqa: Y015
 
@@ -669,7 +677,9 @@ class TraceHeader(_message.Message):
     @_builtins.property
     def limited_layers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LayerLevel]:
         """The requested layers that are below LEVEL_PARTS. Of a layer of LEVEL_STREAM, the nodes are
-        BLOCK_INPUT or BLOCK_OUTPUT, and OTHER for everything that the block adds.
+        BLOCK_INPUT or BLOCK_OUTPUT, and OTHER for everything that the block adds. A layer of
+        LEVEL_SUBLAYERS has, instead of OTHER, those of ATTENTION_OUTPUT, MIXER_OUTPUT, RESIDUAL_MID
+        and MLP_OUTPUT that its sublayers have.
         """
 
     def __init__(

@@ -105,6 +105,15 @@ export interface TraceHeaderMessage {
   sizes?: ModelSizesMessage
   selectedBy?: string
   otherTokenId?: number
+  limitedLayers?: LayerLevelMessage[]
+}
+
+/** How much of a layer is shown, and why it is not everything. */
+export interface LayerLevelMessage {
+  layer?: number
+  level?: string
+  reason?: string
+  sublayers?: { module?: string; kind?: string }[]
 }
 
 export interface LayerGraphMessage {

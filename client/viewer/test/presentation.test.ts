@@ -9,6 +9,7 @@ import { contributionTree, residualSteps } from '../src/model/graph_queries'
 import { BINS, normPaint, rankBin } from '../src/presentation/colours'
 import {
   contributionLines,
+  levelSentences,
   lossSentence,
   plain,
   traceSentences,
@@ -86,6 +87,7 @@ interface TraceCase {
   stream: TraceResponse[]
   position: number
   sentences: string[]
+  levels: string[]
   residual_steps: { name: string; place: string; node: string }[]
   contributions: [number, string, string][]
   node_names: Record<string, string>
@@ -100,6 +102,7 @@ for (const expected of fixture<TraceCase[]>('traces')) {
       traceSentences(graph, position).map((sentence) => ascii(plain(sentence))),
       expected.sentences,
     )
+    assert.deepEqual(levelSentences(graph.limited), expected.levels)
     assert.deepEqual(
       residualSteps(graph, position).map(({ name, place, node }) => {
         return { name, place: ascii(place), node: node.id }

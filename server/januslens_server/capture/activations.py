@@ -73,11 +73,16 @@ class HiddenSources:
 class StreamActivations:
     """The residual stream `[pos, d_model]` before and after one block.
 
-    `kept`, `gradients` and `replaced` are as in `LayerActivations`.
+    `before_mid` and `after_mid` are what its sublayers add, by field name of `LayerActivations`,
+    before and after `residual_mid`; without one, all are in `after_mid`. `kept`, `gradients` and
+    `replaced` are as in `LayerActivations`.
     """
 
     block_input: torch.Tensor
     block_output: torch.Tensor
+    before_mid: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    after_mid: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    residual_mid: torch.Tensor | None = None
     kept: Mapping[int, int] | None = None
     gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
     replaced: frozenset[str] = frozenset()

@@ -124,16 +124,34 @@ def block_flow(
 
 
 def stream_flow(flow: FlowBuilder, acts: StreamActivations, below: int | None) -> Flow:
-    """Build the flow graph of a block without known parts: its input, its output, and OTHER.
+    """Build the flow graph of a block without known parts: residual stream and sublayers.
 
-    OTHER is all that the block adds to the residual stream, and what an intervention adds to its
-    output. `below` is as in `block_flow`.
+    Without sublayers, OTHER is all that the block adds to the residual stream, and what an
+    intervention adds to its output. `below` is as in `block_flow`.
     """
     row = acts.row(flow.position)
     gradients = {name: found[row] for name, found in acts.gradients.items()}
     residual, total = acts.block_input[row].float(), acts.block_output[row].float()
     source = _add_input(flow.toward(gradients.get("block_input")), residual, below)
     whole = flow.toward(gradients.get("block_output"))
+
+    def terms(added: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        vectors = {NodeKind[name.upper()]: found[row] for name, found in added.items()}
+        return {
+            flow.toward(gradients.get(kind.name.lower())).node(kind, vector): vector
+            for kind, vector in vectors.items()
+        }
+
+    if acts.residual_mid is not None:
+        middle = acts.residual_mid[row].float()
+        parts = {source: residual, **terms(acts.before_mid)}
+        inside = flow.toward(gradients.get("residual_mid"))
+        source = _add_sum(inside, NodeKind.RESIDUAL_MID, middle, parts, acts.replaced)
+        residual = middle
+    if acts.after_mid:
+        parts = {source: residual, **terms(acts.after_mid)}
+        _add_sum(whole, NodeKind.BLOCK_OUTPUT, total, parts, acts.replaced)
+        return flow.build()
     output = whole.node(NodeKind.BLOCK_OUTPUT, total)
     added = total - residual
     (other,) = whole.others(NodeRun(NodeKind.BLOCK_OUTPUT, flow.position, flow.layer), added[None])
@@ -268,10 +286,26 @@ def block_nodes(facts: ModelFacts, selection: Selection, sources: int) -> Mappin
     }
 
 
-# The number of nodes of each kind at one position of a block without known parts.
-STREAM_NODES = {NodeKind.BLOCK_INPUT: 1, NodeKind.OTHER: 1, NodeKind.BLOCK_OUTPUT: 1}
-# The kinds of nodes that every model shows.
-STREAM_KINDS = frozenset({*STREAM_NODES, NodeKind.FINAL_NORM, NodeKind.PREDICTION})
+# The kinds of nodes that every model shows, and those that show its sublayers as well.
+STREAM_KINDS = frozenset(
+    {
+        NodeKind.BLOCK_INPUT,
+        NodeKind.BLOCK_OUTPUT,
+        NodeKind.FINAL_NORM,
+        NodeKind.PREDICTION,
+        NodeKind.OTHER,
+    }
+)
+SUBLAYER_KINDS = STREAM_KINDS | {
+    NodeKind.ATTENTION_OUTPUT,
+    NodeKind.MIXER_OUTPUT,
+    NodeKind.RESIDUAL_MID,
+    NodeKind.MLP_OUTPUT,
+}
+# Maximum number of nodes of each kind at one position of a block without known parts.
+COARSE_NODES = dict.fromkeys(SUBLAYER_KINDS - {NodeKind.FINAL_NORM, NodeKind.PREDICTION}, 1) | {
+    NodeKind.OTHER: 2
+}
 
 
 def _most_in_a_layer(units: Iterable[Unit]) -> int:

@@ -67,6 +67,7 @@ STATES = frozenset(
         NodeKind.RESIDUAL_MID,
         NodeKind.MLP_SUM,
         NodeKind.MLP_OUTPUT,
+        NodeKind.MIXER_OUTPUT,
         NodeKind.BLOCK_OUTPUT,
     }
 )

@@ -69,7 +69,9 @@ def layer_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
         "block_output": Tap(block.module, End.OUTPUT),
     }
     if isinstance(block, CoarseBlock):
-        return stream
+        added = {f"sublayer_{i}": each.output for i, each in enumerate(block.sublayers)}
+        mid = {} if block.residual_mid is None else {"residual_mid": block.residual_mid}
+        return stream | added | mid
     attention = block.attention
     taps = {
         "attention_input": attention.input,
@@ -105,7 +107,8 @@ _SUMS = frozenset(
 
 def sum_taps(block: Block | CoarseBlock) -> dict[str, Tap]:
     """Taps of the sums of a block's residual stream, by field name of its activations."""
-    return {name: tap for name, tap in layer_taps(block).items() if name in _SUMS}
+    taps = layer_taps(block)
+    return {n: tap for n, tap in taps.items() if n in _SUMS or n.startswith("sublayer_")}
 
 
 def sum_gradients(
@@ -114,6 +117,8 @@ def sum_gradients(
     """Return the gradients of a block's sums, from those of the tensors of `sum_taps`."""
     named = {name: gradient.float() for name, gradient in found.items()}
     if isinstance(block, CoarseBlock):
+        for i, each in enumerate(block.sublayers):  # those of one node are added to one residual
+            named[each.node.name.lower()] = named.pop(f"sublayer_{i}") / each.multiplier
         return named
     for name, finish in (("attention", block.attention.finish), ("mlp", block.mlp.finish)):
         if finish is None:
@@ -139,17 +144,36 @@ def kept_rows(name: str, captured: torch.Tensor, positions: Sequence[int]) -> to
 
 
 def stream_activations(
+    block: Block | CoarseBlock,
     captured: Mapping[str, torch.Tensor],
     positions: Sequence[int] | None = None,
     replaced: frozenset[str] = frozenset(),
     gradients: Mapping[str, torch.Tensor] | None = None,
 ) -> StreamActivations:
-    """The residual stream around a block, from captured tensors; as `layer_activations`."""
-    output = rows(captured["block_output"])
-    before = rows(captured["block_input"]).to(output.device)
-    kept = None if positions is None else {p: row for row, p in enumerate(positions)}
-    own = {name: found.to(output.device) for name, found in (gradients or {}).items()}
-    return StreamActivations(before, output, kept, own, replaced)
+    """The residual stream around a block, from captured tensors; as `layer_activations`.
+
+    What the sublayers of a block without known parts add is in float32.
+    """
+    device = captured["block_output"].device
+    named = {name: rows(tensor.to(device)) for name, tensor in captured.items()}
+    added: tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]] = ({}, {})
+    mid = None
+    if isinstance(block, CoarseBlock):
+        mid = named.get("residual_mid")
+        for i, each in enumerate(block.sublayers):
+            terms, name = added[mid is None or each.after_mid], each.node.name.lower()
+            vector = named[f"sublayer_{i}"].float() * each.multiplier
+            terms[name] = terms[name] + vector if name in terms else vector
+    return StreamActivations(
+        block_input=named["block_input"],
+        block_output=named["block_output"],
+        before_mid=added[False],
+        after_mid=added[True],
+        residual_mid=mid,
+        kept=None if positions is None else {p: row for row, p in enumerate(positions)},
+        gradients={name: found.to(device) for name, found in (gradients or {}).items()},
+        replaced=replaced,
+    )
 
 
 def layer_activations(

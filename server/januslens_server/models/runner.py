@@ -93,6 +93,7 @@ class ForwardPass:
     def stream(self, layer: int) -> StreamActivations:
         """The residual stream around a captured layer at the captured positions."""
         return stream_activations(
+            self._blocks[layer],
             self._captured[layer],
             self._positions,
             self._replaced(layer),

@@ -15,6 +15,7 @@ from januslens_server.graph.weights import Finish
 from januslens_server.models.experts import Experts
 from januslens_server.models.matrices import Linear
 from januslens_server.models.views import Attention, Block, CoarseBlock, Mlp
+from januslens_server.results import NodeKind
 from januslens_server.specs import Site
 
 
@@ -56,7 +57,7 @@ def block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]:
     residual = (d_model,)
     output = {Site.BLOCK_OUTPUT: SiteTap(Tap(block.module, End.OUTPUT), residual)}
     if isinstance(block, CoarseBlock):
-        return output
+        return _sublayer_taps(block, residual) | output
     attention, mlp = block.attention, block.mlp
     taps = {
         Site.ATTENTION_INPUT: SiteTap(attention.input, residual),
@@ -76,6 +77,18 @@ def block_taps(block: Block | CoarseBlock, d_model: int) -> dict[Site, SiteTap]:
     return taps | (
         _mlp_taps(mlp, residual) if isinstance(mlp, Mlp) else _expert_taps(mlp, residual)
     )
+
+
+def _sublayer_taps(block: CoarseBlock, residual: tuple[int, ...]) -> dict[Site, SiteTap]:
+    """Return the taps of what sublayers add; several of one kind have no common tensor."""
+    taps: dict[Site, SiteTap] = {}
+    for site in (Site.ATTENTION_OUTPUT, Site.MIXER_OUTPUT, Site.MLP_OUTPUT):
+        adding = block.adding(NodeKind[site.name])
+        if len(adding) == 1:
+            taps[site] = SiteTap(adding[0].output, residual, multiplier=adding[0].multiplier)
+    if block.residual_mid is not None:
+        taps[Site.RESIDUAL_MID] = SiteTap(block.residual_mid, residual)
+    return taps
 
 
 def _mlp_taps(mlp: Mlp, residual: tuple[int, ...]) -> dict[Site, SiteTap]:

@@ -1,7 +1,8 @@
 """The parts of a causal language model, independent of its architecture family.
 
 Adapters, one function per architecture family, build a `ModelView`; nothing else depends on module
-names. Of a block whose parts are unknown, a `CoarseBlock`, only the residual stream is shown.
+names. Of a block whose parts are unknown, a `CoarseBlock`, the residual stream is shown, and what
+its sublayers add to it if they are known.
 `without_unread_parameters` makes such a block of one with a parameter that no part includes, such
 as that of a shared expert, a gate or an adapter. Its results would be missing from every sum.
 Parameters of activation functions and of parts that a forward pass never calls add nothing of their
@@ -28,7 +29,14 @@ from januslens_server.graph.weights import Finish, HeadMap, HeadNorm, Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.experts import ExpertChanges, ExpertMatrices, ExpertOverlay, Experts
 from januslens_server.models.matrices import Linear, MatrixKey
-from januslens_server.results import LayerLevel, Level, MatrixKind, ModelFacts
+from januslens_server.results import (
+    LayerLevel,
+    Level,
+    MatrixKind,
+    ModelFacts,
+    NodeKind,
+    SublayerKind,
+)
 
 # Tokens of the pass that shows which parts of a block are called.
 PROMPT_LENGTH = 6
@@ -220,14 +228,46 @@ class Block:
 
 
 @dataclass(frozen=True)
-class CoarseBlock:
-    """A block without known parts: only the residual stream before and after it is shown.
+class Sublayer:
+    """A sublayer of a block without known parts; `name` is that of its module in the block.
 
-    `reason` says which part of the block is unknown.
+    It adds `multiplier` times the tensor of `output` `[batch, pos, d_model]` to the residual
+    stream. `after_mid` says whether it reads `CoarseBlock.residual_mid`.
+    """
+
+    name: str
+    kind: SublayerKind
+    output: Tap
+    multiplier: float = 1.0
+    after_mid: bool = False
+
+    @property
+    def node(self) -> NodeKind:
+        """The kind of the node that shows what the sublayer adds."""
+        if self.kind is SublayerKind.ATTENTION:
+            return NodeKind.ATTENTION_OUTPUT
+        if self.kind in {SublayerKind.MLP, SublayerKind.EXPERTS}:
+            return NodeKind.MLP_OUTPUT
+        return NodeKind.MIXER_OUTPUT
+
+
+@dataclass(frozen=True)
+class CoarseBlock:
+    """A block without known parts: the residual stream before and after it is shown.
+
+    `reason` says which part of the block is unknown. `sublayers` are in the order of the pass;
+    without any, nothing between the block's input and output is shown. `residual_mid` is the tap
+    of the residual that the last of them read, or None if all read the block's input.
     """
 
     module: nn.Module
     reason: str
+    sublayers: tuple[Sublayer, ...] = ()
+    residual_mid: Tap | None = None
+
+    def adding(self, kind: NodeKind) -> list[Sublayer]:
+        """Return the sublayers that a kind of node shows together."""
+        return [sublayer for sublayer in self.sublayers if sublayer.node is kind]
 
     @property
     def matrices(self) -> dict[MatrixKind, Linear | ExpertMatrices]:
@@ -280,7 +320,9 @@ class ModelView:
         """Return the level of a layer, and why it is not PARTS."""
         block = self.blocks[layer]
         if isinstance(block, CoarseBlock):
-            return LayerLevel(layer, Level.STREAM, block.reason)
+            level = Level.SUBLAYERS if block.sublayers else Level.STREAM
+            sublayers = tuple((each.name, each.kind) for each in block.sublayers)
+            return LayerLevel(layer, level, block.reason, sublayers)
         return LayerLevel(layer, Level.PARTS)
 
     @property
@@ -294,14 +336,20 @@ class ModelView:
         return tuple(found for found in levels if found.level is not Level.PARTS)
 
     def coarsened(self, reasons: Mapping[int, str]) -> ModelView:
-        """Return a view that shows only the residual stream of some layers.
+        """Return a view without the parts and sublayers of some layers.
 
-        `reasons` has the reason for each of those layers.
+        `reasons` has the reason for each of those layers, which replaces the one that its parts
+        are unknown for, or is added to it.
         """
+
+        def coarse_block(block: Block | CoarseBlock, reason: str) -> CoarseBlock:
+            if isinstance(block, Block):
+                return CoarseBlock(block.module, reason)
+            lost = f"{block.reason}; {reason}" if block.sublayers else block.reason
+            return CoarseBlock(block.module, lost)
+
         blocks = tuple(
-            CoarseBlock(block.module, reasons[i])
-            if i in reasons and isinstance(block, Block)
-            else block
+            coarse_block(block, reasons[i]) if i in reasons else block
             for i, block in enumerate(self.blocks)
         )
         coarse = replace(self, blocks=blocks)

@@ -118,4 +118,4 @@ def _adds_to_residual(node_id: str) -> bool:
     *place, kind = node_id.split("/")
     if NodeKind.OTHER.name in place:
         return kind in {"RESIDUAL_MID", "BLOCK_OUTPUT"}
-    return kind in {"BLOCK_INPUT", "ATTENTION_OUTPUT", "MLP_OUTPUT"}
+    return kind in {"BLOCK_INPUT", "ATTENTION_OUTPUT", "MIXER_OUTPUT", "MLP_OUTPUT"}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
-from januslens_server.graph.block_flow import STREAM_KINDS
+from januslens_server.graph.block_flow import STREAM_KINDS, SUBLAYER_KINDS
 from januslens_server.lens.backward_lens import (
     Loss,
     Segment,
@@ -29,7 +29,7 @@ from januslens_server.models.sites import (
     sites_of_layer,
 )
 from januslens_server.models.tokenizer import TokenizerFailed, TooManyTokens
-from januslens_server.results import MatrixKind, NodeKind, Token
+from januslens_server.results import Level, MatrixKind, NodeKind, Token
 from januslens_server.specs import (
     Chat,
     GradientLensSpec,
@@ -413,10 +413,11 @@ def _limits(model: ResidentModel, layers: Sequence[int]) -> str:
     limited = model.view.limited(layers)
     if not limited:
         return "expected layers that have at least one of them"
-    return (
-        f"only the residual stream is shown of layer {limited[0].layer} of {model.name}: "
-        f"{limited[0].reason}"
-    )
+    layer, level, reason, *_ = limited[0]
+    shown = "the residual stream is"
+    if level is Level.SUBLAYERS:
+        shown = "the residual stream and the outputs of sublayers are"
+    return f"only {shown} shown of layer {layer} of {model.name}: {reason}"
 
 
 def check_node_kinds(
@@ -426,13 +427,18 @@ def check_node_kinds(
 
     Raises `InvalidRequest` if a named layer does not show one of them, or no layer does.
     """
-    lacking = sorted(kind for kind in kinds if kind not in STREAM_KINDS)
-    limited = model.view.limited(layers)
-    if lacking and limited and (named or len(limited) == len(layers)):
-        names = ", ".join(kind.name for kind in sorted(STREAM_KINDS))
+    lacking = [
+        (found.layer, kind, shown)
+        for found in model.view.limited(layers)
+        for shown in [SUBLAYER_KINDS if found.level is Level.SUBLAYERS else STREAM_KINDS]
+        for kind in sorted(frozenset(kinds) - shown)
+    ]
+    if lacking and (named or len({layer for layer, *_ in lacking}) == len(layers)):
+        layer, kind, shown = lacking[0]
+        names = ", ".join(kind.name for kind in sorted(shown))
         raise InvalidRequest(
             "node_kinds",
-            f"{lacking[0].name} is unknown: {_limits(model, layers)}; expected {names}",
+            f"{kind.name} is unknown: {_limits(model, [layer])}; expected {names}",
         )
 
 

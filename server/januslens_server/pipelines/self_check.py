@@ -16,13 +16,19 @@ from torch import nn
 
 from januslens_server.capture import LayerActivations, capturing
 from januslens_server.errors import ModelFailed, NotFinite, never_cancelled
-from januslens_server.models.graph_inputs import block_weights, layer_activations, layer_taps
+from januslens_server.models.adapters.sublayers import with_sublayers
+from januslens_server.models.graph_inputs import (
+    block_weights,
+    layer_activations,
+    layer_taps,
+    stream_activations,
+)
 from januslens_server.models.matrices import loaded_weights
 from januslens_server.models.resident import ResidentModel
-from januslens_server.models.views import Block
+from januslens_server.models.views import Block, CoarseBlock
 from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.trace import trace
-from januslens_server.results import Guarantee, ModelFacts, NodeKind, TraceSummary
+from januslens_server.results import Guarantee, Level, ModelFacts, NodeKind, TraceSummary
 from januslens_server.specs import LensSpec, TraceSpec
 
 PROMPT_LENGTH = 8
@@ -55,21 +61,24 @@ def self_check(model: ResidentModel) -> Sequence[Guarantee]:
 
 
 def checked(model: ResidentModel) -> tuple[ResidentModel, Sequence[Guarantee]]:
-    """Check a model; if a check fails, show only the residual stream of layers, and check again.
+    """Check a model; if a check fails, show less of layers, and check again.
 
-    These are the layers whose parts do not add up in float32, or all layers if that is not the
-    reason. If a check fails again, its result says so.
+    These are the layers whose parts or sublayers do not add up in float32, or all layers if that is
+    not the reason. Instead of its parts, the sublayers of a layer are shown; instead of those, only
+    the residual stream. If a check fails again, its result says so.
     """
     guarantees = self_check(model)
     broken = [guarantee for guarantee in guarantees if not guarantee.held]
-    known = list(model.view.known)
-    if not broken or not known:
+    view = model.view
+    shown = [found.layer for found in view.levels if found.level is not Level.STREAM]
+    if not broken or not shown:
         return model, guarantees
-    errors = block_errors(model, _prompt(model.view.facts))
-    wrong = [layer for layer, error in errors.items() if not error <= TOLERANCE] or known
+    errors = block_errors(model, _prompt(view.facts))
+    wrong = [layer for layer, error in errors.items() if not error <= TOLERANCE] or shown
     reason = "; ".join(guarantee.failure for guarantee in broken)
-    coarse = replace(model, view=model.view.coarsened(dict.fromkeys(wrong, reason)))
-    return checked(coarse)
+    coarse = view.coarsened(dict.fromkeys(wrong, reason))
+    lowered = with_sublayers(model.network, coarse, [i for i in wrong if i in view.known])
+    return checked(replace(model, view=lowered))
 
 
 def _prompt(facts: ModelFacts) -> tuple[int, ...]:
@@ -87,12 +96,14 @@ ROUNDING = 64 * torch.finfo(torch.float32).eps
 
 @torch.inference_mode()
 def block_errors(model: ResidentModel, ids: Sequence[int]) -> dict[int, float]:
-    """Measure by layer how much a block adds to the residual beyond its attention and MLP output.
+    """Measure by layer how much a block adds to the residual beyond what its sublayers do.
 
-    An error is the largest norm of this part at any position, relative to the norms of the two
-    outputs. Layers without known parts have none. Needs memory for a float32 copy of one block.
+    An error is the largest norm of this part at any position, relative to the norms of the
+    sublayers' outputs. Layers without known sublayers have none. Needs memory for a float32 copy of
+    one block.
     """
-    blocks = model.view.known
+    levels = model.view.levels
+    blocks = {i: model.view.blocks[i] for i, level, *_ in levels if level is not Level.STREAM}
     if not blocks:
         return {}
     calls: dict[int, tuple[Any, Any]] = {}
@@ -122,17 +133,32 @@ def _as_float32(value: Any) -> Any:
     return value
 
 
-def _error(block: Block, args: Any, named: Any, *, length: int) -> float:
+def _error(block: Block | CoarseBlock, args: Any, named: Any, *, length: int) -> float:
     with _float32_weights(block.module):
         with capturing(layer_taps(block)) as captured:
             block.module(*args, **named)
+        if isinstance(block, CoarseBlock):
+            stream = stream_activations(block, captured)
+            before, after = [*stream.before_mid.values()], [*stream.after_mid.values()]
+            errors = [_residual_error(stream.block_input, before + after, stream.block_output)]
+            if stream.residual_mid is not None:
+                errors += [_residual_error(stream.block_input, before, stream.residual_mid)]
+            return max(errors)
         acts = layer_activations(block, captured, length)
-        added = acts.attention_output.norm(dim=-1) + acts.mlp_output.norm(dim=-1)
-        stream = acts.block_input.norm(dim=-1) + acts.block_output.norm(dim=-1)
-        gap = acts.block_output - acts.block_input - acts.attention_output - acts.mlp_output
-        beyond_rounding = (gap.norm(dim=-1) - ROUNDING * stream).clamp(min=0)
-        residual = float((beyond_rounding / added.clamp(min=1e-30)).max())
+        added = [acts.attention_output, acts.mlp_output]
+        residual = _residual_error(acts.block_input, added, acts.block_output)
         return max(residual, _sums_error(block, acts, length))
+
+
+def _residual_error(
+    before: torch.Tensor, added: Sequence[torch.Tensor], after: torch.Tensor
+) -> float:
+    """Return how far `[pos, d_model]` vectors are from what is added between two residuals."""
+    sizes = torch.stack([vector.norm(dim=-1) for vector in added]).sum(0)
+    stream = before.norm(dim=-1) + after.norm(dim=-1)
+    gap = after - before - torch.stack(list(added)).sum(0)
+    beyond_rounding = (gap.norm(dim=-1) - ROUNDING * stream).clamp(min=0)
+    return float((beyond_rounding / sizes.clamp(min=1e-30)).max())
 
 
 def _sums_error(block: Block, acts: LayerActivations, length: int) -> float:

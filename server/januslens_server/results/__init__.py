@@ -78,6 +78,7 @@ from januslens_server.results.values import (
     Provenance,
     Side,
     StageTime,
+    SublayerKind,
     Token,
 )
 
@@ -140,6 +141,7 @@ __all__ = [
     "SiteValues",
     "Spectrum",
     "StageTime",
+    "SublayerKind",
     "Token",
     "TraceEvent",
     "TraceHeader",

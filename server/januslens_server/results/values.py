@@ -46,6 +46,7 @@ class NodeKind(IntEnum):
     FINAL_NORM = 26
     PREDICTION = 27
     OTHER = 28
+    MIXER_OUTPUT = 29
 
 
 class EdgeKind(IntEnum):
@@ -181,15 +182,32 @@ class Level(IntEnum):
     """How much of a layer can be shown; numbers as in `common.proto`."""
 
     STREAM = 1
+    SUBLAYERS = 2
     PARTS = 3
 
 
+class SublayerKind(IntEnum):
+    """What a sublayer is; numbers as in `common.proto`."""
+
+    ATTENTION = 1
+    LINEAR_ATTENTION = 2
+    STATE_SPACE = 3
+    CONVOLUTION = 4
+    MLP = 5
+    EXPERTS = 6
+    OTHER = 7
+
+
 class LayerLevel(NamedTuple):
-    """The level of a layer; `reason` says why it is not PARTS, and is empty otherwise."""
+    """The level of a layer; `reason` says why it is not PARTS, and is empty otherwise.
+
+    `sublayers` are the names and kinds of the sublayers at the level SUBLAYERS.
+    """
 
     layer: int
     level: Level
     reason: str = ""
+    sublayers: tuple[tuple[str, SublayerKind], ...] = ()
 
 
 @dataclass(frozen=True)

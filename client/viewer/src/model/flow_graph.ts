@@ -1,6 +1,7 @@
 import type {
   EdgeMessage,
   Float,
+  LayerLevelMessage,
   ModelSizesMessage,
   NodeMessage,
   PositionTargetMessage,
@@ -191,6 +192,8 @@ export class FlowGraph {
   selectedByContribution = false
   /** The second token of a logit difference, which contributions then add up to. */
   other: Token | undefined
+  /** The layers without all parts. */
+  limited: LayerLevelMessage[] = []
   times: StageTimeMessage[] = []
   /** Incremented with every message, so that a view knows when to redraw. */
   version = 0
@@ -230,6 +233,7 @@ export class FlowGraph {
       this.sizes = header.sizes ?? {}
       this.selectedByContribution = header.selectedBy === 'SELECTION_CRITERION_CONTRIBUTION'
       if (header.otherTokenId !== undefined) this.other = this.tokens.get(header.otherTokenId)
+      this.limited = header.limitedLayers ?? []
       this.traced = targets.map((target) => target.position)
     }
     // Reserve a row for every layer, so that rows do not move as layers arrive.

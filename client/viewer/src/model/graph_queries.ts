@@ -5,7 +5,7 @@ import { matcher, type Token } from './tokens'
 /** The residual stream after one addition to it. */
 export interface ResidualStep {
   /** What was added, or `input` for a residual that no traced block made. */
-  name: 'input' | '+ attention' | '+ MLP' | '+ attention and MLP'
+  name: string
   /** Where that is, for a sentence: `the embedding`, `layer 3’s attention`. */
   place: string
   node: GraphNode
@@ -14,7 +14,8 @@ export interface ResidualStep {
 /**
  * The residual steps of all layers at one position, upwards. A parallel block, and a trace without
  * the residual between attention and MLP, has one step for both. The input of a layer is a step of
- * its own only if the layer below was not traced.
+ * its own only if the layer below was not traced. Steps of a layer without all parts are named after
+ * the sublayers that are shown; without any, `block`.
  */
 export function residualSteps(graph: FlowGraph, position: number): ResidualStep[] {
   const steps: ResidualStep[] = []
@@ -27,12 +28,29 @@ export function residualSteps(graph: FlowGraph, position: number): ResidualStep[
     if (below) steps.push({ name: 'input', place: `layer ${layer - 1}`, node: below })
     const mid = graph.at(layer, position, 'RESIDUAL_MID')
     const output = graph.at(layer, position, 'BLOCK_OUTPUT')
-    const added = (name: string) => `layer ${layer}’s ${name}`
-    if (mid) steps.push({ name: '+ attention', place: added('attention'), node: mid })
-    const last = mid ? 'MLP' : 'attention and MLP'
-    if (output) steps.push({ name: `+ ${last}`, place: added(last), node: output })
+    const add = (node: GraphNode, usual: string) => {
+      const limited = graph.limited.some((level) => (level.layer ?? 0) === layer)
+      const name = limited ? addedTo(graph, node) : usual
+      steps.push({ name: `+ ${name}`, place: `layer ${layer}’s ${name}`, node })
+    }
+    if (mid) add(mid, 'attention')
+    if (output) add(output, mid ? 'MLP' : 'attention and MLP')
   }
   return steps
+}
+
+/** The names of the sublayers that are parts of a residual, or `block` without known ones. */
+function addedTo(graph: FlowGraph, residual: GraphNode): string {
+  const kinds = new Set(graph.partsOf(residual.id).map(({ node }) => node.kind))
+  const names = Object.entries(ADDED).flatMap(([kind, name]) => (kinds.has(kind) ? [name] : []))
+  return names.join(' and ') || 'block'
+}
+
+// What sublayers are called, in the order of the pass.
+const ADDED: Record<string, string> = {
+  ATTENTION_OUTPUT: 'attention',
+  MIXER_OUTPUT: 'mixer',
+  MLP_OUTPUT: 'MLP',
 }
 
 /** A residual step at which the target has a rank. */

@@ -33,7 +33,7 @@ export function interventionOf(part: string): Record<string, unknown> | undefine
   const { layer, position, kind, expert, unit, source } = place
   const where = { layers: [layer], ...(position === undefined ? {} : { positions: [position] }) }
   const unitless = unit === undefined
-  if (kind === 'ATTENTION_OUTPUT' || kind === 'MLP_OUTPUT') {
+  if (kind === 'ATTENTION_OUTPUT' || kind === 'MIXER_OUTPUT' || kind === 'MLP_OUTPUT') {
     return { ...where, site: `SITE_${kind}`, zero: true }
   }
   if (kind === 'HEAD_OUTPUT' && !unitless) {
@@ -68,6 +68,7 @@ export function partName(part: string): string {
   const { layer, position, kind, expert, unit, source } = place
   const names: Record<string, string> = {
     ATTENTION_OUTPUT: 'attention',
+    MIXER_OUTPUT: 'mixer',
     MLP_OUTPUT: 'MLP',
     HEAD_OUTPUT: `head ${unit}`,
     MLP_VALUE: `${expert === undefined ? '' : `expert ${expert} `}neuron ${unit}`,

@@ -1,3 +1,4 @@
+import type { LayerLevelMessage } from '../contract'
 import type { FlowGraph, GraphNode } from '../model/flow_graph'
 import type { GradientModel } from '../model/gradient'
 import {
@@ -140,4 +141,43 @@ export function contributionLines(
     ...lines,
     ...(lines.length > 0 ? [rest] : []),
   ]
+}
+
+/** What is shown of layers without all parts, and why, as `level_sentences` of the client says it. */
+export function levelSentences(levels: readonly LayerLevelMessage[]): string[] {
+  const layers = new Map<string, LayerLevelMessage[]>()
+  for (const level of levels) {
+    const shown = shownParts(level)
+    layers.set(shown, [...(layers.get(shown) ?? []), level])
+  }
+  return [...layers].map(([shown, each]) => {
+    const numbers = ranges(each.map(({ layer }) => layer ?? 0))
+    const named = each.length > 1 ? `layers ${numbers}` : `layer ${numbers}`
+    return `${named}: ${shown} only (${each[0]?.reason ?? ''})`
+  })
+}
+
+/** `residual stream, mamba (state space), mlp (MLP)`. */
+function shownParts({ sublayers }: LayerLevelMessage): string {
+  const parts = (sublayers ?? []).map(({ module, kind }) => `${module} (${sublayerName(kind)})`)
+  return ['residual stream', ...parts].join(', ')
+}
+
+function sublayerName(kind = 'OTHER'): string {
+  const name = kind.replace('SUBLAYER_KIND_', '')
+  if (name === 'MLP') return name
+  return name === 'OTHER' ? 'another mixer' : name.toLowerCase().replace('_', ' ')
+}
+
+/** Ascending numbers, three or more consecutive ones as a range: `0 to 3, 5`. */
+function ranges(numbers: readonly number[]): string {
+  const runs: number[][] = []
+  for (const number of numbers) {
+    const run = runs.at(-1)
+    if (run?.at(-1) === number - 1) run?.push(number)
+    else runs.push([number])
+  }
+  return runs
+    .map((run) => (run.length > 2 ? `${run[0]} to ${run.at(-1)}` : run.join(', ')))
+    .join(', ')
 }

@@ -108,6 +108,7 @@ export const NODE_NAMES: Record<string, string> = {
   FINAL_NORM: 'after the final norm',
   PREDICTION: 'prediction',
   OTHER: 'all the rest',
+  MIXER_OUTPUT: 'mixer’s result',
 }
 
 /** `L2 head 3 value of ␣Japan (3)`, without the node's own position. */
@@ -131,6 +132,7 @@ export function numbered({ layer, head, expert, neuron }: GraphNode): string {
 const SUBLAYERS: Record<string, string> = {
   ATTENTION_OUTPUT: 'attention',
   ATTENTION_BIAS: 'attention’s bias',
+  MIXER_OUTPUT: 'mixer',
   MLP_OUTPUT: 'MLP',
   MLP_BIAS: 'MLP’s bias',
 }

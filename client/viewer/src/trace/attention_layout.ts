@@ -57,7 +57,7 @@ export function placeAttention(
   heading(
     detail,
     at,
-    'Attention',
+    block.output?.kind === 'MIXER_OUTPUT' ? 'Mixer' : 'Attention',
     block,
     [...text, ...shownShare(kept)],
     [

@@ -66,7 +66,7 @@ export function layerModel(graph: FlowGraph, layer: number, position: number): L
   const at = (kind: string) => graph.at(layer, position, kind)
   const mid = at('RESIDUAL_MID')
   const after = at('BLOCK_OUTPUT')
-  const added = ['ATTENTION_OUTPUT', 'MLP_OUTPUT', 'RESIDUAL_MID']
+  const added = ['ATTENTION_OUTPUT', 'MIXER_OUTPUT', 'MLP_OUTPUT', 'RESIDUAL_MID']
   const kept = (sum: GraphNode | undefined) =>
     sum && graph.partsOf(sum.id).find(({ node }) => !added.includes(node.kind))
   const before = kept(mid ?? after)
@@ -106,7 +106,7 @@ function attentionBlock(graph: FlowGraph, layer: number, position: number): Bloc
     rest: rowOf(parts.find((p) => p.node.kind === 'OTHER')),
     bias: rowOf(bias),
     sum: concat,
-    ...outputOf(graph, at('ATTENTION_OUTPUT')),
+    ...outputOf(graph, at('ATTENTION_OUTPUT') ?? at('MIXER_OUTPUT')),
   }
 }
 

@@ -208,6 +208,7 @@ function underline(lines: Underline[], grid: Grid, row: Row, column: Column): vo
   let x = column.x + 6
   for (const [sublayer, kind] of [
     ['ATTENTION_OUTPUT', 'attention'],
+    ['MIXER_OUTPUT', 'attention'],
     ['MLP_OUTPUT', 'mlp'],
   ] as const) {
     const output = graph.at(row.layer, column.position, sublayer)

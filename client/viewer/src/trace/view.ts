@@ -35,7 +35,7 @@ import {
   Tooltip,
   tokenText,
 } from '../presentation/elements'
-import { rendered, targetSentence, traceSentences } from '../presentation/sentences'
+import { levelSentences, rendered, targetSentence, traceSentences } from '../presentation/sentences'
 import { setTabStop } from '../presentation/svg'
 import { filterOf, flipIn, KEYS, listenToKeys, toolbar, traceState } from './controls'
 import { HeadMatrix } from './heads'
@@ -298,10 +298,14 @@ export function fillHeader(heading: HTMLElement, graph: FlowGraph, position: num
   )
 }
 
+function asSentence(text: string): string[] {
+  return [`${text.charAt(0).toUpperCase()}${text.slice(1)}.`]
+}
+
 /** The summary of a trace; while messages arrive, only what can no longer change. */
 function story(graph: FlowGraph, position: number): HTMLElement {
   const sentences = graph.complete
-    ? traceSentences(graph, position)
+    ? [...traceSentences(graph, position), ...levelSentences(graph.limited).map(asSentence)]
     : [targetSentence(graph, position) ?? [], ['The trace is incomplete.']]
   const parts = sentences.flatMap((sentence) => [...rendered(sentence), ' '])
   return element('p', { class: 'story' }, ...parts)

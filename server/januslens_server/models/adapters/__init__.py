@@ -19,6 +19,7 @@ from januslens_server.models.adapters import (
     parallel,
     stream,
 )
+from januslens_server.models.adapters.sublayers import with_sublayers
 from januslens_server.models.lengths import check_lengths
 from januslens_server.models.views import ModelView, without_unread_parameters
 
@@ -59,21 +60,22 @@ def view_of(model: PreTrainedModel) -> ModelView:
     """Map a model's modules to the parts of a transformer.
 
     The structure of a family without an adapter is observed in a forward pass. Only the residual
-    stream is shown of a block with a missing part, with a parameter that belongs to no known part,
-    or whose attention is not reproduced beyond a length that the configuration names.
+    stream, and the sublayers that add up to what the block adds, are shown of a block with a
+    missing part, with a parameter that belongs to no known part, or whose attention is not
+    reproduced beyond a length that the configuration names.
 
     Raises:
         ModelFailed: The model has no residual stream, or its own results are wrong.
     """
     adapter = ADAPTERS.get(model.config.model_type)
     if adapter is None:
-        return without_unread_parameters(model, automatic.view(model))
+        return with_sublayers(model, without_unread_parameters(model, automatic.view(model)))
     try:
         view = adapter(model)
     except WrongResults:
         raise
     except ModelFailed as error:
-        return stream.view(model, str(error))
+        return with_sublayers(model, stream.view(model, str(error)))
     try:
         check_lengths(model, view, _of_any_type)
     except ModelFailed as error:
@@ -82,7 +84,7 @@ def view_of(model: PreTrainedModel) -> ModelView:
     view = replace(
         view, cache_argument=next((name for name in stream.CACHES if name in known), None)
     )
-    return without_unread_parameters(model, view)
+    return with_sublayers(model, without_unread_parameters(model, view))
 
 
 def _of_any_type(model: PreTrainedModel) -> ModelView:

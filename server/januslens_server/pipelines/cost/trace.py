@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from januslens_server.graph.block_flow import STREAM_NODES, block_nodes
+from januslens_server.graph.block_flow import COARSE_NODES, block_nodes
 from januslens_server.graph.flow import STATES as STATES_WITH_GRADIENT
 from januslens_server.models.resident import CostSizes, cost_sizes
 from januslens_server.pipelines.cost import memory
@@ -123,7 +123,7 @@ def _nodes(
     counts: Counter[NodeKind] = Counter()
     for kind, count in kinds.items():
         counts[kind] += count * (len(layers) - coarse)
-    for kind, count in STREAM_NODES.items():
+    for kind, count in COARSE_NODES.items():
         counts[kind] += count * len(positions) * coarse
     counts[NodeKind.FINAL_NORM] = counts[NodeKind.PREDICTION] = len(positions)
     shown = {k: count for k, count in counts.items() if not spec.node_kinds or k in spec.node_kinds}

@@ -262,6 +262,10 @@ def level_messages(levels: Iterable[LayerLevel]) -> list[common_pb2.LayerLevel]:
             layer=found.layer,
             level=common_pb2.Level.ValueType(found.level),
             reason=found.reason,
+            sublayers=[
+                common_pb2.Sublayer(module=module, kind=common_pb2.SublayerKind.ValueType(kind))
+                for module, kind in found.sublayers
+            ],
         )
         for found in levels
     ]
