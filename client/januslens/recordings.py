@@ -87,8 +87,9 @@ def _of_json(content: bytes, path: str | PathLike[str]) -> Recorded:
     found = [stream for stream in _STREAMS if stream.event in events]
     if not found:
         raise ValueError(
-            f'"{path}" is not a recording; expected a file that save() wrote, or JSON Lines of a '
-            "trace, a gradient, effects or a generated text"
+            f'"{path}" is not a recording; expected a file that save() or --out wrote, or JSON '
+            "Lines of a trace, a gradient, effects or a generated text; an exported graph is for "
+            "other programs, so save the trace as well"
         )
     result: Recorded = read_lines(lines, found[0].message, found[0].assembler())
     return result

@@ -11,6 +11,7 @@ import networkx as nx
 import pandas as pd
 import pytest
 
+import januslens
 from januslens import Trace
 from januslens.assemblers import TraceAssembler
 from januslens.v1 import trace_pb2
@@ -62,6 +63,29 @@ def test_exported_graph_has_the_nodes_and_edges_of_the_trace(
         )
         for edge in messages.EDGES
     )
+
+
+@pytest.mark.parametrize("file_format", ["node-link", "circuit-tracer"])
+def test_numbers_that_json_lacks_are_null(
+    file_format: januslens.GraphFormat, tmp_path: Path
+) -> None:
+    assembler = TraceAssembler()
+    for response in trace_stream():
+        for node in response.layer.nodes:
+            if node.id == "L0/p1/MLP_VALUE/n7":
+                node.activation = float("inf")
+        for edge in response.layer.edges:
+            if edge.source == "L0/p1/MLP_VALUE/n8":
+                edge.weight = edge.logit_contribution = float("nan")
+        assembler.feed(response)
+    assembler.result().export(tmp_path / "graph.json", file_format)
+
+    def refused(constant: str) -> Any:
+        raise AssertionError(f"{constant} is not JSON")
+
+    graph = json.loads((tmp_path / "graph.json").read_text(), parse_constant=refused)
+    nodes = {node.get("id", node.get("node_id")): node for node in graph["nodes"]}
+    assert nodes["L0/p1/MLP_VALUE/n7"]["activation"] is None
 
 
 def test_ids_of_graphml_edges_differ(trace: Trace, tmp_path: Path) -> None:

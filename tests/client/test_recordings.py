@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import januslens
 from januslens import Gradient, StreamInterrupted, Trace
 from januslens.assemblers import GradientAssembler, TraceAssembler
+from januslens.cli.program import januslens as command
 from tests.client.messages import gradient_stream, trace_stream
 
 
@@ -66,6 +68,14 @@ def test_other_file_is_refused(content: bytes, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(ValueError, match="is not a recording; expected a file that"):
         januslens.load(path)
+
+
+@pytest.mark.parametrize("name", ["g.graphml", "g.gexf", "g.json"])
+def test_exported_graph_is_refused_with_advice(name: str, tmp_path: Path) -> None:
+    trace().export(tmp_path / name)
+    run = CliRunner().invoke(command, ["open", str(tmp_path / name)])
+    assert run.exit_code == 1
+    assert "an exported graph is for other programs, so save the trace as well" in run.output
 
 
 def test_recording_of_another_version_is_refused(tmp_path: Path) -> None:

@@ -70,7 +70,16 @@ def write_graph(trace: Trace, path: str | PathLike[str], requested: str | None) 
 
 
 def _write_json(path: str | PathLike[str], content: Mapping[str, Any]) -> None:
-    Path(path).write_text(json.dumps(content), encoding="utf-8")
+    """Write JSON, which has neither NaN nor infinity: such a number becomes null."""
+    Path(path).write_text(json.dumps(_finite(content), allow_nan=False), encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _with_distinct_keys(graph: nx.MultiDiGraph[str]) -> nx.MultiDiGraph[str]:
@@ -192,7 +201,7 @@ def _part_node(trace: Trace, part: ContributionTree, influence: float) -> dict[s
         else _FEATURE_TYPES.get(node.kind, "residual stream"),
         clerp=_label(trace, node, is_embedding),
         influence=influence,
-        activation=activation if activation is None or math.isfinite(activation) else None,
+        activation=activation,
     )
 
 
