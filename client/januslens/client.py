@@ -255,8 +255,8 @@ class Client(Lenses, Passes):
             prompts: Path of a file with a prompt in each line, as text or as a JSON object, or the
                 prompts themselves: texts, token ids, chats or mappings.
             out: The folder; created if it does not exist.
-            rpc: The streaming method to call: `trace`, `gradient_lens`, `intervene`, `activations`
-                or `generate`, or a request made by `SurveyRequest.from_json`.
+            rpc: The method to call: `trace`, `gradient_lens`, `intervene`, `activations`,
+                `generate` or `preview_edits`, or a request made by `SurveyRequest.from_json`.
             replicas: Addresses of further servers that share the prompts.
             concurrency: Number of calls at once to each server.
             timeout: Maximum seconds for each call; None = the client's.

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import januslens
-from januslens import Experiment, SweepOver, zero
+from januslens import Experiment, Probe, SweepOver, zero
 
 PROMPTS = ["The capital of Japan is the city of", "The capital of Peru is the city of"]
 TARGETS = [" Tokyo", " Lima"]
@@ -169,6 +169,37 @@ def test_effects_equal_those_of_interventions(client: januslens.Client, tmp_path
         assert [row["logit_difference"] for row in before] == [
             prediction.logit_difference for prediction in effects.before
         ]
+
+
+def test_edits_equal_those_of_previews(client: januslens.Client, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"etas": [0.05, 0.15], "layers": [2, 3]}
+    neighbour, plain = Probe(PROMPTS[1], label="neighbour"), "The capital city of Japan is called"
+    probes = [neighbour, {"prompt": "The currency of Japan is the", "target": " yen"}, plain]
+    lines: list[dict[str, Any]] = [
+        {"prompt": PROMPTS[0], "target": " Lima", "probes": probes},
+        {"prompt": PROMPTS[1], "target": " Paris"},
+    ]
+    survey = client.survey(lines, tmp_path / "out", rpc="preview_edits", **options)
+    records = [neighbour, Probe("The currency of Japan is the", " yen"), Probe(plain)]
+    listed: list[list[Probe]] = [records, []]
+    for number, read in enumerate(listed):
+        target = lines[number]["target"]
+        previews = client.preview_edits(PROMPTS[number], target, probes=read, **options)
+        expected = [
+            {"layer": cell.layer, "strength": cell.strength, "probe": probe, "label": effect.label}
+            | {"target": effect.target.text, "predicted_after": effect.predicted_after.text}
+            | {n: getattr(effect, n) for n in ("rank_before", "rank_after", "kl_bits")}
+            | {"log_probability_after": effect.log_probability_after}
+            for cell in previews.cells
+            for probe, effect in [(None, cell.edited), *enumerate(cell.probes)]
+        ]
+        for row, own in zip(rows(survey, "edits", number), expected, strict=True):
+            assert_row(row, own)
+    assert survey.dataset("prompts").to_table()["token_count"].to_pylist() == [None, None]
+    single = januslens.SurveyRequest.from_json("preview_edits", '{"shift": {"layer": 3, "eta": 1}}')
+    survey = client.survey(lines, tmp_path / "single", rpc=single)
+    assert [row["probe"] for row in rows(survey, "edits", 0)] == [None, 0, 1, 2]
+    assert {row["layer"] for row in rows(survey, "edits", 0)} == {None}
 
 
 def test_tokens_equal_those_of_generations(client: januslens.Client, tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ class SurveyFolder:
         listed = pa.Table.from_pylist(
             [
                 _shown_labels(prompt.row(), self.input.labels)
-                | {"prompt": prompt.number, "token_count": one.batches["tokens"].num_rows}
+                | {"prompt": prompt.number, "token_count": one.token_count}
                 for prompt, one in ordered
             ],
             schema=self._schema,
@@ -221,7 +221,7 @@ class SurveyFolder:
         )
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
-        text = json.dumps(manifest, indent=2, ensure_ascii=False)
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
         _write(self.path / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
 
     def remove_orphans(self) -> None:

@@ -47,7 +47,7 @@ def survey_on_ray(  # noqa: PLR0913 - by keyword
         prompts: Path of a file with a prompt in each line, or the prompts themselves.
         out: The folder; an interrupted survey in it is resumed.
         servers: Addresses of the servers, which share the prompts.
-        rpc: The streaming method to call, or a request made by `SurveyRequest.from_json`.
+        rpc: The method to call, or a request made by `SurveyRequest.from_json`.
         actors: Number of actors, each of which calls all servers; None = one for each server.
         concurrency: Number of calls at once from each actor to each server.
         timeout: Maximum seconds for each call; None = no limit.

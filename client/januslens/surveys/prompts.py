@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,24 @@ from januslens._requests import (
     generate_request,
     gradient_lens_request,
     intervene_request,
+    preview_edits_request,
     trace_request,
 )
 from januslens.arguments import (
     Chat,
+    Probe,
     Prompt,
     SubjectLike,
     TargetLike,
     input_message,
+    probe_message,
     subject_message,
     target_message,
 )
 from januslens.v1 import (
     activations_pb2,
     common_pb2,
+    edits_pb2,
     generation_pb2,
     gradient_lens_pb2,
     intervene_pb2,
@@ -51,6 +56,7 @@ _KEYS = (
     "target",
     "other",
     "subject",
+    "probes",
     "id",
     "labels",
 )
@@ -68,6 +74,7 @@ class SurveyPrompt:
         target: The target of the prompt, if it has one.
         other: The second token of a logit difference, if it has one.
         subject: The subject of the prompt, as text or positions, if it has one.
+        probes: Other prompts to read before and after an edit.
         id: A name of the caller.
         labels: Further values of the caller, which become columns.
     """
@@ -79,6 +86,7 @@ class SurveyPrompt:
     target: TargetLike | None = None
     other: TargetLike | None = None
     subject: SubjectLike | None = None
+    probes: tuple[Probe, ...] = ()
     id: str | None = None
     labels: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
@@ -90,7 +98,7 @@ class SurveyPrompt:
             ValueError: The line is not a prompt; the message has the line's number, from 1.
         """
         try:
-            return cls._from_value(number, json.loads(line))
+            return cls._from_value(number, json.loads(line, parse_constant=_refused))
         except (TypeError, ValueError) as error:
             raise ValueError(f"line {number + 1}: {error}") from error
 
@@ -107,6 +115,7 @@ class SurveyPrompt:
             )
         read: dict[str, Any] = dict(given)
         read["labels"] = _labels(given.get("labels") or {})
+        read["probes"] = tuple(_probe(probe) for probe in given.get("probes") or ())
         if isinstance(given.get("subject"), list):
             read["subject"] = tuple(given["subject"])
         if not isinstance(read.get("id", ""), str | None):
@@ -118,6 +127,8 @@ class SurveyPrompt:
                 target_message(target, name)
         if found.subject is not None:
             subject_message(found.subject)
+        for probe in found.probes:
+            probe_message(probe)
         return found
 
     def input(self) -> common_pb2.Input:
@@ -144,13 +155,30 @@ class SurveyPrompt:
         return columns | {f"label_{name}": label for name, label in self.labels.items()}
 
 
+def _refused(constant: str) -> Any:
+    """Refuse NaN and infinity, which JSON does not have."""
+    raise ValueError(f"invalid number {constant}; expected a finite number")
+
+
 def _labels(labels: Any) -> dict[str, _Label]:
     if not isinstance(labels, Mapping):
         raise TypeError(f"invalid labels {labels!r}; expected an object")
     for name, label in labels.items():
         if not isinstance(label, _Label):
             raise TypeError(f"invalid label {name}={label!r}; expected text, number or boolean")
+        if isinstance(label, float) and not math.isfinite(label):
+            raise ValueError(f"invalid label {name}={label}; expected a finite number")
     return dict(labels)
+
+
+def _probe(given: Any) -> Probe:
+    """Read a probe: a text, token ids, or an object with `prompt`, `target` and `label`."""
+    if not isinstance(given, Mapping):
+        return Probe(given)
+    unknown = [key for key in given if key not in ("prompt", "target", "label")]
+    if unknown or "prompt" not in given:
+        raise ValueError(f"invalid probe {given!r}; expected the keys prompt, target and label")
+    return Probe(given["prompt"], given.get("target"), given.get("label") or "")
 
 
 def _shown(value: Any) -> str | None:
@@ -165,7 +193,10 @@ def _line(prompt: Prompt | Mapping[str, Any]) -> str:
             "messages": [dict(message) for message in prompt.messages],
             "continue_final_message": prompt.continue_final_message,
         }
-    elif not isinstance(prompt, (str, Mapping)):
+    elif isinstance(prompt, Mapping):
+        probes = [asdict(p) if isinstance(p, Probe) else p for p in prompt.get("probes") or ()]
+        value = {**prompt, "probes": probes} if probes else prompt
+    elif not isinstance(prompt, str):
         value = {"prompt": prompt if isinstance(prompt, list) else list(prompt)}  # type: ignore[arg-type]  # refused by from_line
     return json.dumps(value, ensure_ascii=False)
 
@@ -242,6 +273,7 @@ MESSAGES: Mapping[str, type[Message]] = {
     "intervene": intervene_pb2.InterveneRequest,
     "activations": activations_pb2.ActivationsRequest,
     "generate": generation_pb2.GenerateRequest,
+    "preview_edits": edits_pb2.PreviewEditRequest,
 }
 BUILDERS: Mapping[str, Callable[..., Message]] = {
     "trace": trace_request,
@@ -249,7 +281,12 @@ BUILDERS: Mapping[str, Callable[..., Message]] = {
     "intervene": intervene_request,
     "activations": activations_request,
     "generate": generate_request,
+    "preview_edits": preview_edits_request,
 }
+
+
+# The field of each request that needs a target, unless the call has one for all prompts.
+_TARGETS = {"gradient_lens": "nll", "preview_edits": "target"}
 
 
 @dataclass(frozen=True)
@@ -274,12 +311,12 @@ class SurveyRequest:
         """
         if rpc not in BUILDERS:
             raise ValueError(f"unknown rpc {rpc!r}; expected one of {', '.join(BUILDERS)}")
-        own_targets = rpc == "gradient_lens" and not {"target", "loss"} & set(options)
+        own_targets = rpc in _TARGETS and not {"target", "loss"} & set(options)
         placeholder = {"target": 0} if own_targets else {}
         template: Any = BUILDERS[rpc]("prompt", **placeholder, **options)
         template.ClearField("input")
         if own_targets:
-            template.ClearField("nll")
+            template.ClearField(_TARGETS[rpc])
         return cls(rpc, template)
 
     @classmethod
@@ -307,13 +344,17 @@ class SurveyRequest:
         """Check that the prompt has what the call needs.
 
         Raises:
-            ValueError: A gradient has neither a target nor a loss.
+            ValueError: A gradient has neither a target nor a loss, or an edit has no target.
         """
-        loss = self.rpc != "gradient_lens" or self.template.WhichOneof("loss")
-        if not loss and prompt.target is None:
-            raise ValueError(
-                f"line {prompt.number + 1}: the prompt has no target; give one, or a loss for all"
-            )
+        if self._needs_targets and prompt.target is None:
+            rest = ", or a loss for all" if self.rpc == "gradient_lens" else ""
+            raise ValueError(f"line {prompt.number + 1}: the prompt has no target; give one{rest}")
+
+    @property
+    def _needs_targets(self) -> bool:
+        if self.rpc == "gradient_lens":
+            return self.template.WhichOneof("loss") is None
+        return self.rpc == "preview_edits" and not self.template.HasField("target")
 
     def message(self, prompt: SurveyPrompt, model: str, revision: str) -> Any:
         """Return the request of one prompt to a model of a known revision."""
@@ -321,7 +362,11 @@ class SurveyRequest:
         request.CopyFrom(self.template)
         request.input.CopyFrom(prompt.input())
         request.model, request.revision = model, revision
-        if self.rpc in ("trace", "intervene"):
+        if self.rpc == "preview_edits":
+            if prompt.target is not None:
+                request.target.CopyFrom(target_message(prompt.target))
+            request.probes.extend(probe_message(probe) for probe in prompt.probes)
+        elif self.rpc in ("trace", "intervene"):
             for name in ("target", "other"):
                 if (target := getattr(prompt, name)) is not None:
                     getattr(request, name).CopyFrom(target_message(target, name))

@@ -51,6 +51,7 @@ from januslens.surveys.tables import (
     Reader,
     Rows,
     activation_rows,
+    edit_rows,
     effect_rows,
     generation_rows,
     gradient_rows,
@@ -60,7 +61,7 @@ from januslens.v1 import models_pb2
 
 logger = logging.getLogger("januslens")
 
-# The gRPC method of each call, what assembles its messages, and what reads its result.
+# The gRPC method of each stream, what assembles its messages, and what reads its result.
 _CALLS: Mapping[str, tuple[str, Callable[[], Assembler[Any, Any, Any]], Reader]] = {
     "trace": ("Trace", TraceAssembler, trace_rows),
     "gradient_lens": ("GradientLens", GradientAssembler, gradient_rows),
@@ -198,8 +199,10 @@ class SurveyCalls(AsyncCalls):
         self, request: SurveyRequest, prompt: SurveyPrompt, model: Model, seconds: float | None
     ) -> Rows:
         """Return the rows of one prompt, within some seconds."""
-        method, assembler, read = _CALLS[request.rpc]
         message = request.message(prompt, model.name, model.provenance.revision)
+        if request.rpc == "preview_edits":
+            return edit_rows(prompt.number, await self._send("PreviewEdit", message, seconds))
+        method, assembler, read = _CALLS[request.rpc]
         async with self._stream(method, message, seconds, assembler()) as stream:
             return read(prompt.number, await stream.result())
 

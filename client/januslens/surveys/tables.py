@@ -27,7 +27,7 @@ from januslens.results.tokens import Token
 from januslens.results.trace import Trace
 from januslens.results.vectors import Tensor
 from januslens.surveys.schema import COLUMNS, SCHEMAS, TEXT
-from januslens.v1 import common_pb2, gradient_lens_pb2, lens_pb2, streams_pb2, trace_pb2
+from januslens.v1 import common_pb2, edits_pb2, gradient_lens_pb2, lens_pb2, streams_pb2, trace_pb2
 
 
 @dataclass
@@ -56,6 +56,11 @@ class Rows:
             for column in schema
         ]
         self.batches[table] = pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+    @property
+    def token_count(self) -> int | None:
+        """Number of tokens of the prompt; None if the call does not return them."""
+        return self.batches["tokens"].num_rows if "tokens" in self.batches else None
 
     @property
     def size(self) -> int:
@@ -497,6 +502,32 @@ def activation_rows(prompt: int, found: Activations) -> Rows:
     _add_tensor_rows(rows, listed)
     return rows
 
+
+def edit_rows(prompt: int, found: edits_pb2.PreviewEditResponse) -> Rows:
+    """Return the effects of each edit on its own prompt, and on its probes."""
+    rows = Rows(prompt, Provenance.from_message(found.provenance))
+    vocabulary = _Vocabulary(found.tokens)
+    edits: Sequence[tuple[int | None, float | None, Any]]
+    edits = [(cell.layer, cell.strength, cell) for cell in found.cells]
+    listed = [
+        (layer, strength, probe, effect)
+        for layer, strength, cell in edits or [(None, None, found)]
+        for probe, effect in [(None, cell.edited), *enumerate(cell.probes)]
+    ]
+    layers, strengths, probes, effects = zip(*listed, strict=True)
+    columns: dict[str, Any] = {"layer": layers, "strength": strengths, "probe": probes}
+    names = ("label", "target_token_id", "kl_bits")
+    around = (f"{name}_{when}" for name in _MEASURED for when in ("before", "after"))
+    columns |= _columns(effects, *names, *around)
+    columns["target"] = vocabulary.list_of(columns["target_token_id"])
+    for name in ("predicted_before", "predicted_after"):
+        columns[f"{name}_token_id"] = _column(effects, name)
+        columns[name] = vocabulary.list_of(columns[f"{name}_token_id"])
+    rows.add("edits", columns)
+    return rows
+
+
+_MEASURED = ("probability", "log_probability", "rank")
 
 Reader = Callable[[int, Any], Rows]
 
