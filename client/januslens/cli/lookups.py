@@ -91,7 +91,8 @@ def _weights(model: Model) -> str:
     """The data type and device of the weights, and how the checkpoint stores them if quantised."""
     provenance = model.provenance
     stored = f", from {provenance.quantization}" if provenance.quantization else ""
-    return f"{provenance.data_type} on {provenance.device}{stored}" if model.ready else ""
+    changed = f", with a LoRA of {provenance.lora}" if provenance.lora else ""
+    return f"{provenance.data_type} on {provenance.device}{stored}{changed}" if model.ready else ""
 
 
 def _sizes(model: Model) -> tuple[int, ...]:

@@ -50,6 +50,8 @@ class Component:
         other_side: The largest entries of the other factor.
         input: x_i `[d_in]`, if factors were requested.
         vjp: delta_i `[d_out]`, if factors were requested.
+        lora_a_vjp: a_i `[rank]` of the matrix's LoRA, `dL/dA = sum_i a_i^T x_i`, likewise.
+        lora_b_input: b_i `[rank]`, `dL/dB = sum_i delta_i^T b_i`, likewise.
     """
 
     position: int
@@ -63,6 +65,8 @@ class Component:
     other_side: tuple[Entry, ...]
     input: Tensor | None
     vjp: Tensor | None
+    lora_a_vjp: Tensor | None = None
+    lora_b_input: Tensor | None = None
 
     @classmethod
     def from_message(
@@ -84,6 +88,8 @@ class Component:
             other_side=Entry.from_messages(message.other_side),
             input=Tensor.from_message(message.input) if has("input") else None,
             vjp=Tensor.from_message(message.vjp) if has("vjp") else None,
+            lora_a_vjp=Tensor.from_message(message.lora_a_vjp) if has("lora_a_vjp") else None,
+            lora_b_input=Tensor.from_message(message.lora_b_input) if has("lora_b_input") else None,
         )
 
     @property
@@ -182,6 +188,28 @@ class NeuronChange:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraGradient:
+    """The gradients of the matrices A `[rank, d_in]` and B `[d_out, rank]` of a LoRA.
+
+    Attributes:
+        rank: Width between the two matrices.
+        scale: Factor of the LoRA, `alpha / rank` or `alpha / sqrt(rank)`.
+        a_norm: Frobenius norm of dL/dA.
+        b_norm: Frobenius norm of dL/dB.
+    """
+
+    rank: int
+    scale: float
+    a_norm: float
+    b_norm: float
+
+    @classmethod
+    def from_message(cls, message: gradient_lens_pb2.LoraGradient) -> LoraGradient:
+        """Read the gradients of one LoRA."""
+        return cls(message.rank, message.scale, message.a_norm, message.b_norm)
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """Relative difference between the sum of outer products and autograd's gradient."""
 
@@ -221,6 +249,7 @@ class Matrix:
         spectrum: The largest singular values with their vectors, if requested.
         neurons: The neurons that a step changes most, if requested.
         verification: The comparison with autograd, if requested.
+        lora: The gradients of the LoRA that changes the matrix; None without.
     """
 
     layer: int
@@ -236,6 +265,7 @@ class Matrix:
     spectrum: Sequence[Singular]
     neurons: Sequence[NeuronChange]
     verification: Verification | None
+    lora: LoraGradient | None = None
 
     @classmethod
     def from_message(cls, message: gradient_lens_pb2.GradientMatrix, tokens: TokenTable) -> Matrix:
@@ -261,6 +291,7 @@ class Matrix:
             verification=Verification.from_message(message.verification)
             if message.HasField("verification")
             else None,
+            lora=LoraGradient.from_message(message.lora) if message.HasField("lora") else None,
         )
 
     @property
@@ -286,13 +317,39 @@ class Matrix:
             ValueError: The gradient was requested without factors, or without all components.
         """
         inputs, vjps = self.factors()
+        self._check_complete()
+        dense: Floats = inputs.T @ vjps
+        return dense
+
+    def lora_gradients(self) -> tuple[Floats, Floats]:
+        """Return the dense gradients dL/dA `[rank, d_in]` and dL/dB `[d_out, rank]` of the LoRA.
+
+        Raises:
+            ValueError: No LoRA changes the matrix, or the gradient was requested without factors or
+                without all components.
+        """
+        if self.lora is None:
+            raise ValueError(f"no LoRA changes {self.name}")
+        inputs, vjps = self.factors()
+        self._check_complete()
+        a_vjps, b_inputs = (
+            np.array([t.float32() for t in column if t is not None], np.float32)
+            for column in (
+                [component.lora_a_vjp for component in self.components],
+                [component.lora_b_input for component in self.components],
+            )
+        )
+        shape = (len(inputs), self.lora.rank)
+        a: Floats = a_vjps.reshape(shape).T @ inputs
+        b: Floats = vjps.T @ b_inputs.reshape(shape)
+        return a, b
+
+    def _check_complete(self) -> None:
         if len(self.components) < self.component_count:
             raise ValueError(
                 f"{self.name} has only {len(self.components)} of {self.component_count} "
                 "components; request all of them with components=0"
             )
-        dense: Floats = inputs.T @ vjps
-        return dense
 
     def __repr__(self) -> str:
         """A one-line description, because the matrix may have thousands of projections."""

@@ -22,8 +22,10 @@ class Provenance:
         device: Device of the weights.
         attention: The attention implementation.
         versions: Versions of the libraries, by name.
-        quantization: How the checkpoint stores quantised weights, e.g. `GGUF Q4_K, Q6_K`; empty if
-            it has none. The numbers are exact for the dequantised weights.
+        quantization: How the checkpoint stores quantised weights, e.g. `GGUF Q4_K, Q6_K` or
+            `MXFP4`; empty if it has none. The numbers are exact for the dequantised weights.
+        lora: The LoRA that changes the weights, e.g. `rank 8 on q_proj, over the model base`; empty
+            if there is none.
     """
 
     model: str
@@ -34,6 +36,7 @@ class Provenance:
     attention: str
     versions: Mapping[str, str]
     quantization: str = ""
+    lora: str = ""
 
     @classmethod
     def from_message(cls, message: common_pb2.Provenance) -> Provenance:
@@ -46,6 +49,7 @@ class Provenance:
             device=message.device,
             attention=message.attention,
             quantization=message.quantization,
+            lora=message.lora,
             versions=dict(message.versions),
         )
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19januslens/v1/common.proto\x12\x0cjanuslens.v1\"P\n\x06Tensor\x12)\n\tdata_type\x18\x01 \x01(\x0e\x32\x16.januslens.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xbc\x01\n\x05Input\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.januslens.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.januslens.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x0f\n\x07literal\x18\x05 \x01(\x08\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"S\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.januslens.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"`\n\x06Target\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.januslens.v1.TokenIdsH\x00\x12\x0f\n\x07literal\x18\x03 \x01(\x08\x42\x08\n\x06target\"\x88\x01\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0b\n\x03raw\x18\x03 \x01(\x0c\x12\x12\n\x05start\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x07message\x18\x06 \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_endB\n\n\x08_message\"\x8c\x02\n\nProvenance\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x11\n\tdata_type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x11\n\tattention\x18\x06 \x01(\t\x12\x38\n\x08versions\x18\x07 \x03(\x0b\x32&.januslens.v1.Provenance.VersionsEntry\x12\x14\n\x0cquantization\x18\t \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x08\x10\tR\nbatch_size\"b\n\nModelSizes\x12\x10\n\x08n_layers\x18\x01 \x01(\r\x12\x0f\n\x07n_heads\x18\x02 \x01(\r\x12\r\n\x05\x64_mlp\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0e\n\x06\x64_head\x18\x05 \x01(\r\"z\n\nLayerLevel\x12\r\n\x05layer\x18\x01 \x01(\r\x12\"\n\x05level\x18\x02 \x01(\x0e\x32\x13.januslens.v1.Level\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12)\n\tsublayers\x18\x04 \x03(\x0b\x32\x16.januslens.v1.Sublayer\"D\n\x08Sublayer\x12\x0e\n\x06module\x18\x01 \x01(\t\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.januslens.v1.SublayerKind\"+\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"R\n\tGuarantee\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0emeasured_error\x18\x02 \x01(\x02\x12\x11\n\ttolerance\x18\x03 \x01(\x02\x12\x0c\n\x04held\x18\x04 \x01(\x08*\x80\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04*V\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x10\n\x0cLEVEL_STREAM\x10\x01\x12\x13\n\x0fLEVEL_SUBLAYERS\x10\x02\x12\x0f\n\x0bLEVEL_PARTS\x10\x03*\xf7\x01\n\x0cSublayerKind\x12\x1d\n\x19SUBLAYER_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17SUBLAYER_KIND_ATTENTION\x10\x01\x12\"\n\x1eSUBLAYER_KIND_LINEAR_ATTENTION\x10\x02\x12\x1d\n\x19SUBLAYER_KIND_STATE_SPACE\x10\x03\x12\x1d\n\x19SUBLAYER_KIND_CONVOLUTION\x10\x04\x12\x15\n\x11SUBLAYER_KIND_MLP\x10\x05\x12\x19\n\x15SUBLAYER_KIND_EXPERTS\x10\x06\x12\x17\n\x13SUBLAYER_KIND_OTHER\x10\x07\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19januslens/v1/common.proto\x12\x0cjanuslens.v1\"P\n\x06Tensor\x12)\n\tdata_type\x18\x01 \x01(\x0e\x32\x16.januslens.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xbc\x01\n\x05Input\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.januslens.v1.TokenIdsH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.januslens.v1.ChatH\x00\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x04 \x01(\x08H\x01\x88\x01\x01\x12\x0f\n\x07literal\x18\x05 \x01(\x08\x42\x07\n\x05inputB\x15\n\x13_add_special_tokens\"S\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.januslens.v1.ChatMessage\x12\x1e\n\x16\x63ontinue_final_message\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"`\n\x06Target\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.januslens.v1.TokenIdsH\x00\x12\x0f\n\x07literal\x18\x03 \x01(\x08\x42\x08\n\x06target\"\x88\x01\n\x05Token\x12\n\n\x02id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0b\n\x03raw\x18\x03 \x01(\x0c\x12\x12\n\x05start\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x10\n\x03\x65nd\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x07message\x18\x06 \x01(\rH\x02\x88\x01\x01\x42\x08\n\x06_startB\x06\n\x04_endB\n\n\x08_message\"\x9a\x02\n\nProvenance\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x03 \x01(\t\x12\x11\n\tdata_type\x18\x04 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x05 \x01(\t\x12\x11\n\tattention\x18\x06 \x01(\t\x12\x38\n\x08versions\x18\x07 \x03(\x0b\x32&.januslens.v1.Provenance.VersionsEntry\x12\x14\n\x0cquantization\x18\t \x01(\t\x12\x0c\n\x04lora\x18\n \x01(\t\x1a/\n\rVersionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x08\x10\tR\nbatch_size\"b\n\nModelSizes\x12\x10\n\x08n_layers\x18\x01 \x01(\r\x12\x0f\n\x07n_heads\x18\x02 \x01(\r\x12\r\n\x05\x64_mlp\x18\x03 \x01(\r\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x0e\n\x06\x64_head\x18\x05 \x01(\r\"z\n\nLayerLevel\x12\r\n\x05layer\x18\x01 \x01(\r\x12\"\n\x05level\x18\x02 \x01(\x0e\x32\x13.januslens.v1.Level\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12)\n\tsublayers\x18\x04 \x03(\x0b\x32\x16.januslens.v1.Sublayer\"D\n\x08Sublayer\x12\x0e\n\x06module\x18\x01 \x01(\t\x12(\n\x04kind\x18\x02 \x01(\x0e\x32\x1a.januslens.v1.SublayerKind\"+\n\tStageTime\x12\r\n\x05stage\x18\x01 \x01(\t\x12\x0f\n\x07seconds\x18\x02 \x01(\x01\"R\n\tGuarantee\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0emeasured_error\x18\x02 \x01(\x02\x12\x11\n\ttolerance\x18\x03 \x01(\x02\x12\x0c\n\x04held\x18\x04 \x01(\x08*\x80\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x13\n\x0f\x44\x41TA_TYPE_INT64\x10\x04*V\n\x05Level\x12\x15\n\x11LEVEL_UNSPECIFIED\x10\x00\x12\x10\n\x0cLEVEL_STREAM\x10\x01\x12\x13\n\x0fLEVEL_SUBLAYERS\x10\x02\x12\x0f\n\x0bLEVEL_PARTS\x10\x03*\xf7\x01\n\x0cSublayerKind\x12\x1d\n\x19SUBLAYER_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17SUBLAYER_KIND_ATTENTION\x10\x01\x12\"\n\x1eSUBLAYER_KIND_LINEAR_ATTENTION\x10\x02\x12\x1d\n\x19SUBLAYER_KIND_STATE_SPACE\x10\x03\x12\x1d\n\x19SUBLAYER_KIND_CONVOLUTION\x10\x04\x12\x15\n\x11SUBLAYER_KIND_MLP\x10\x05\x12\x19\n\x15SUBLAYER_KIND_EXPERTS\x10\x06\x12\x17\n\x13SUBLAYER_KIND_OTHER\x10\x07\x42+P\x01Z\x18januslens/v1;januslensv1\xaa\x02\x0cJanuslens.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,12 +34,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'P\001Z\030januslens/v1;januslensv1\252\002\014Januslens.V1'
   _globals['_PROVENANCE_VERSIONSENTRY']._loaded_options = None
   _globals['_PROVENANCE_VERSIONSENTRY']._serialized_options = b'8\001'
-  _globals['_DATATYPE']._serialized_start=1404
-  _globals['_DATATYPE']._serialized_end=1532
-  _globals['_LEVEL']._serialized_start=1534
-  _globals['_LEVEL']._serialized_end=1620
-  _globals['_SUBLAYERKIND']._serialized_start=1623
-  _globals['_SUBLAYERKIND']._serialized_end=1870
+  _globals['_DATATYPE']._serialized_start=1418
+  _globals['_DATATYPE']._serialized_end=1546
+  _globals['_LEVEL']._serialized_start=1548
+  _globals['_LEVEL']._serialized_end=1634
+  _globals['_SUBLAYERKIND']._serialized_start=1637
+  _globals['_SUBLAYERKIND']._serialized_end=1884
   _globals['_TENSOR']._serialized_start=43
   _globals['_TENSOR']._serialized_end=123
   _globals['_TOKENIDS']._serialized_start=125
@@ -55,17 +55,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOKEN']._serialized_start=571
   _globals['_TOKEN']._serialized_end=707
   _globals['_PROVENANCE']._serialized_start=710
-  _globals['_PROVENANCE']._serialized_end=978
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=913
-  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=960
-  _globals['_MODELSIZES']._serialized_start=980
-  _globals['_MODELSIZES']._serialized_end=1078
-  _globals['_LAYERLEVEL']._serialized_start=1080
-  _globals['_LAYERLEVEL']._serialized_end=1202
-  _globals['_SUBLAYER']._serialized_start=1204
-  _globals['_SUBLAYER']._serialized_end=1272
-  _globals['_STAGETIME']._serialized_start=1274
-  _globals['_STAGETIME']._serialized_end=1317
-  _globals['_GUARANTEE']._serialized_start=1319
-  _globals['_GUARANTEE']._serialized_end=1401
+  _globals['_PROVENANCE']._serialized_end=992
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_start=927
+  _globals['_PROVENANCE_VERSIONSENTRY']._serialized_end=974
+  _globals['_MODELSIZES']._serialized_start=994
+  _globals['_MODELSIZES']._serialized_end=1092
+  _globals['_LAYERLEVEL']._serialized_start=1094
+  _globals['_LAYERLEVEL']._serialized_end=1216
+  _globals['_SUBLAYER']._serialized_start=1218
+  _globals['_SUBLAYER']._serialized_end=1286
+  _globals['_STAGETIME']._serialized_start=1288
+  _globals['_STAGETIME']._serialized_end=1331
+  _globals['_GUARANTEE']._serialized_start=1333
+  _globals['_GUARANTEE']._serialized_end=1415
 # @@protoc_insertion_point(module_scope)

@@ -443,12 +443,15 @@ class Provenance(_message.Message):
     ATTENTION_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     QUANTIZATION_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model on the server."""
     revision: _builtins.str
     """Commit of a hub model, or a hash of the weights of a local folder."""
     architecture: _builtins.str
-    """Class that runs the model, for example `GPT2LMHeadModel`."""
+    """Class that runs the model, for example `GPT2LMHeadModel`, or `LlamaForCausalLM in
+    LlavaForConditionalGeneration` for the text decoder of a multimodal model.
+    """
     data_type: _builtins.str
     """Data type of the weights in memory, for example `float32`."""
     device: _builtins.str
@@ -456,8 +459,12 @@ class Provenance(_message.Message):
     attention: _builtins.str
     """Attention implementation, for example `sdpa`."""
     quantization: _builtins.str
-    """How the checkpoint stores quantised weights, for example `GGUF Q4_K, Q6_K`; empty if it has
-    none. They are dequantised at load, and all numbers are exact for the dequantised weights.
+    """How the checkpoint stores quantised weights, for example `GGUF Q4_K, Q6_K` or `MXFP4`; empty if
+    it has none. They are dequantised at load, and all numbers are exact for the dequantised weights.
+    """
+    lora: _builtins.str
+    """The LoRA that changes the weights, for example `rank 8 on q_proj, v_proj, over the model base`;
+    empty if there is none.
     """
     @_builtins.property
     def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -474,10 +481,11 @@ class Provenance(_message.Message):
         attention: _builtins.str = ...,
         versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         quantization: _builtins.str = ...,
+        lora: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "data_type", b"data_type", "device", b"device", "model", b"model", "quantization", b"quantization", "revision", b"revision", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "attention", b"attention", "data_type", b"data_type", "device", b"device", "lora", b"lora", "model", b"model", "quantization", b"quantization", "revision", b"revision", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

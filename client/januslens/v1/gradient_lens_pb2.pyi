@@ -636,6 +636,7 @@ class GradientMatrix(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     COMPONENT_COUNT_FIELD_NUMBER: _builtins.int
+    LORA_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """Layer, from 0."""
     kind: Global___MatrixKind.ValueType
@@ -678,6 +679,12 @@ class GradientMatrix(_message.Message):
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Token]:
         """The tokens that no earlier message of the stream has named."""
 
+    @_builtins.property
+    def lora(self) -> Global___LoraGradient:
+        """The gradients of the LoRA that changes the matrix; unset if there is none. W is then the sum of
+        the base's matrix and the LoRA's.
+        """
+
     def __init__(
         self,
         *,
@@ -696,10 +703,11 @@ class GradientMatrix(_message.Message):
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
         last: _builtins.bool = ...,
         component_count: _builtins.int = ...,
+        lora: Global___LoraGradient | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "expert", b"expert", "verification", b"verification"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "expert", b"expert", "lora", b"lora", "verification", b"verification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "component_count", b"component_count", "components", b"components", "d_in", b"d_in", "d_out", b"d_out", "expert", b"expert", "frobenius_norm", b"frobenius_norm", "kind", b"kind", "last", b"last", "layer", b"layer", "neurons", b"neurons", "projected_side", b"projected_side", "promoted_end", b"promoted_end", "spectrum", b"spectrum", "tokens", b"tokens", "verification", b"verification"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "component_count", b"component_count", "components", b"components", "d_in", b"d_in", "d_out", b"d_out", "expert", b"expert", "frobenius_norm", b"frobenius_norm", "kind", b"kind", "last", b"last", "layer", b"layer", "lora", b"lora", "neurons", b"neurons", "projected_side", b"projected_side", "promoted_end", b"promoted_end", "spectrum", b"spectrum", "tokens", b"tokens", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expert: _TypeAlias = _typing.Literal["expert"]  # noqa: Y015
     _WhichOneofArgType__expert: _TypeAlias = _typing.Literal["_expert", b"_expert"]  # noqa: Y015
@@ -711,6 +719,44 @@ class GradientMatrix(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__verification) -> _WhichOneofReturnType__verification | None: ...
 
 Global___GradientMatrix: _TypeAlias = GradientMatrix  # noqa: Y015
+
+@_typing.final
+class LoraGradient(_message.Message):
+    """The gradients of a LoRA's matrices A [rank, d_in] and B [d_out, rank], with
+    y = x W_base + scale (x A^T) B^T. dL/dA = sum_i a_i^T x_i with a_i = scale delta_i B, and
+    dL/dB = sum_i delta_i^T b_i with b_i = scale x_i A^T. Of a fused module, such as GPT-2's for Q, K
+    and V, dL/dA is the part that passes through this matrix.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: _builtins.int
+    SCALE_FIELD_NUMBER: _builtins.int
+    A_NORM_FIELD_NUMBER: _builtins.int
+    B_NORM_FIELD_NUMBER: _builtins.int
+    rank: _builtins.int
+    """Width between the two matrices."""
+    scale: _builtins.float
+    """Factor of the LoRA, alpha / rank or alpha / sqrt(rank)."""
+    a_norm: _builtins.float
+    """Frobenius norm of dL/dA."""
+    b_norm: _builtins.float
+    """Frobenius norm of dL/dB."""
+    def __init__(
+        self,
+        *,
+        rank: _builtins.int = ...,
+        scale: _builtins.float = ...,
+        a_norm: _builtins.float = ...,
+        b_norm: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["a_norm", b"a_norm", "b_norm", b"b_norm", "rank", b"rank", "scale", b"scale"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoraGradient: _TypeAlias = LoraGradient  # noqa: Y015
 
 @_typing.final
 class AttentionGradient(_message.Message):
@@ -787,6 +833,8 @@ class Component(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     VJP_FIELD_NUMBER: _builtins.int
     TARGET_RANKS_FIELD_NUMBER: _builtins.int
+    LORA_A_VJP_FIELD_NUMBER: _builtins.int
+    LORA_B_INPUT_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Position, from 0."""
     input_norm: _builtins.float
@@ -817,6 +865,14 @@ class Component(_message.Message):
     def target_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks of the header's `target_token_ids` in this projection, in the same order; 0 = top."""
 
+    @_builtins.property
+    def lora_a_vjp(self) -> _common_pb2.Tensor:
+        """a_i of the LoRA, [rank] in float32; set if the matrix has one and the request includes factors."""
+
+    @_builtins.property
+    def lora_b_input(self) -> _common_pb2.Tensor:
+        """b_i of the LoRA, [rank] in float32; set likewise."""
+
     def __init__(
         self,
         *,
@@ -830,10 +886,12 @@ class Component(_message.Message):
         input: _common_pb2.Tensor | None = ...,
         vjp: _common_pb2.Tensor | None = ...,
         target_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        lora_a_vjp: _common_pb2.Tensor | None = ...,
+        lora_b_input: _common_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_rank", b"_predicted_rank", "input", b"input", "predicted_rank", b"predicted_rank", "projection", b"projection", "vjp", b"vjp"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_predicted_rank", b"_predicted_rank", "input", b"input", "lora_a_vjp", b"lora_a_vjp", "lora_b_input", b"lora_b_input", "predicted_rank", b"predicted_rank", "projection", b"projection", "vjp", b"vjp"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_rank", b"_predicted_rank", "input", b"input", "input_norm", b"input_norm", "other_side", b"other_side", "position", b"position", "predicted_rank", b"predicted_rank", "projection", b"projection", "size", b"size", "target_ranks", b"target_ranks", "vjp", b"vjp", "vjp_norm", b"vjp_norm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_predicted_rank", b"_predicted_rank", "input", b"input", "input_norm", b"input_norm", "lora_a_vjp", b"lora_a_vjp", "lora_b_input", b"lora_b_input", "other_side", b"other_side", "position", b"position", "predicted_rank", b"predicted_rank", "projection", b"projection", "size", b"size", "target_ranks", b"target_ranks", "vjp", b"vjp", "vjp_norm", b"vjp_norm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__predicted_rank: _TypeAlias = _typing.Literal["predicted_rank"]  # noqa: Y015
     _WhichOneofArgType__predicted_rank: _TypeAlias = _typing.Literal["_predicted_rank", b"_predicted_rank"]  # noqa: Y015

@@ -32,20 +32,28 @@ from pydantic_settings import (
 
 ENVIRONMENT_PREFIX = "JANUSLENS_"
 
+# Between the name of a model and the LoRA folder that changes it.
+LORA = "+lora="
+
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]i?)?B?")
 _DEVICE = re.compile(r"cpu|mps|(cuda|xpu)(:\d+)?")
 
 
 @dataclass(frozen=True)
 class ModelLocation:
-    """A model to serve, written `NAME=PATH_OR_HUB_ID[@REVISION]`."""
+    """A model to serve, written `NAME=PATH_OR_HUB_ID[@REVISION]` or `NAME=MODEL+lora=FOLDER`.
+
+    `lora` is a LoRA folder; `location` is then the name of the model that it changes.
+    """
 
     name: str
     location: str
     revision: str | None
+    lora: Path | None = None
 
     def __str__(self) -> str:
         suffix = f"@{self.revision}" if self.revision else ""
+        suffix += f"{LORA}{self.lora}" if self.lora else ""
         return f"{self.name}={self.location}{suffix}"
 
 
@@ -74,9 +82,12 @@ def _to_model(value: Any) -> ModelLocation:
     if isinstance(value, ModelLocation):
         return value
     name, _, rest = str(value).partition("=")
+    base, lora, folder = rest.partition(LORA)
+    if isinstance(value, str) and name and base and folder:
+        return ModelLocation(name, base, None, Path(folder).expanduser())
     location, _, revision = rest.partition("@")
-    if not (isinstance(value, str) and name and location):
-        raise ValueError("expected NAME=PATH_OR_HUB_ID[@REVISION]")
+    if lora or not (isinstance(value, str) and name and location):
+        raise ValueError("expected NAME=PATH_OR_HUB_ID[@REVISION] or NAME=MODEL+lora=FOLDER")
     return ModelLocation(name, location, revision or None)
 
 
@@ -174,7 +185,7 @@ class ServerSettings(BaseSettings):
     models: Models = _setting(
         (),
         "Model to serve (repeatable); replaces the embedded demo model.",
-        "NAME=PATH_OR_HUB_ID[@REVISION]",
+        "NAME=PATH_OR_HUB_ID[@REVISION] or NAME=MODEL+lora=FOLDER",
     )
     device: Device = _setting(
         "cpu",
@@ -303,6 +314,13 @@ class ServerSettings(BaseSettings):
         names = [model.name for model in self.models]
         if twice := [name for i, name in enumerate(names) if name in names[:i]]:
             raise ValueError(f"model name {twice[0]!r} is used twice; give each model its own name")
+        bases = {model.name for model in self.models if model.lora is None}
+        for model in self.models:
+            if model.lora is not None and model.location not in bases:
+                raise ValueError(
+                    f"model {model.name!r} changes {model.location!r}, which is not configured; "
+                    f"add --model {model.location}=PATH_OR_HUB_ID"
+                )
         return self
 
     @model_validator(mode="after")

@@ -118,6 +118,7 @@ class ModelSource:
         cache: Cache for tensors that are computed once per model.
         row_cache_bytes: Maximum bytes of cached logits of weight rows.
         chunk_bytes: Bytes of logits that are computed at once.
+        lora: A LoRA folder; `location` is then the name of the model that it changes.
     """
 
     name: str
@@ -130,6 +131,7 @@ class ModelSource:
     cache: TensorCache | None = None
     row_cache_bytes: int = ROW_CACHE_BYTES
     chunk_bytes: int = CHUNK_BYTES
+    lora: Path | None = None
 
 
 def load(source: ModelSource) -> ResidentModel:

@@ -17,9 +17,11 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from januslens_server.capture import End, Tap
 from januslens_server.capture.hooks import Columns, rows, select
+from januslens_server.errors import ModelFailed
 from januslens_server.results import MatrixKind
 
 # Layer, kind, and expert; the expert is None in a layer without experts.
@@ -45,6 +47,64 @@ class Factors:
 
 
 @dataclass(frozen=True)
+class LoraPair:
+    """The matrices of a LoRA: a map's weight `[d_out, d_in]` grows by `scale * up @ down`.
+
+    `down` is `[rank, d_in]` (PEFT's A), `up` is `[d_out, rank]` (B).
+    """
+
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Width between the two matrices."""
+        return self.down.shape[0]
+
+    def attach(self, module: nn.Module) -> None:
+        """Let a linear module add the LoRA to what it computes.
+
+        Raises `ModelFailed` if the shapes differ.
+        """
+        weight = module.get_parameter("weight")
+        d_out, d_in = weight.shape[::-1] if isinstance(module, Conv1D) else weight.shape
+        if (d_in, d_out) != (self.down.shape[1], self.up.shape[0]):
+            raise ModelFailed(
+                f"the LoRA has A {list(self.down.shape)} and B {list(self.up.shape)} for a map of "
+                f"{d_in} inputs and {d_out} outputs"
+            )
+        changed: Any = module
+        changed.__class__ = LoraConv1D if isinstance(module, Conv1D) else LoraLinear
+        changed.lora = LoraPair(self.down.to(weight), self.up.to(weight), self.scale)
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        """What the LoRA adds to the output of a map with these inputs `[..., d_in]`."""
+        return self.scale * (inputs @ self.down.T @ self.up.T)
+
+
+class LoraLinear(nn.Linear):
+    """A linear module with a LoRA."""
+
+    lora: LoraPair
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - torch's name
+        """Compute the map of `W + scale * up @ down`."""
+        return super().forward(input) + self.lora(input)
+
+
+class LoraConv1D(Conv1D):
+    """A linear module of GPT-2, which stores the transposed weight, with a LoRA."""
+
+    lora: LoraPair
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the map of `W + scale * up @ down`."""
+        whole: torch.Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return whole + self.lora(x)
+
+
+@dataclass(frozen=True)
 class Linear:
     """One linear map of the model: a module, or some output `columns` of a fused module.
 
@@ -60,8 +120,16 @@ class Linear:
 
     @property
     def weight(self) -> torch.Tensor:
-        """`W: [d_in, d_out]`, a view of the model's parameter."""
-        return self.rows_of(self.parameter())
+        """`W: [d_in, d_out]`, a view of the model's parameter, or with the LoRA added."""
+        if self.lora is None:
+            return self.rows_of(self.parameter())
+        added = self.lora.scale * (self.lora.down.T @ self.lora.up.T)
+        return self.rows_of(self.parameter()) + self.select(added)
+
+    @property
+    def lora(self) -> LoraPair | None:
+        """The LoRA of the whole module, or None."""
+        return self.module.lora if isinstance(self.module, LoraLinear | LoraConv1D) else None
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -98,6 +166,22 @@ class Linear:
         """Taps that `factors` needs."""
         return (self.input, self.whole)
 
+    def lora_factors(self, factors: Factors) -> tuple[Factors, Factors] | None:
+        """Factors of the gradients of a LoRA's A and B, from those of this map; None without LoRA.
+
+        With `y = x W + s (x A^T) B^T`, A `[r, d_in]` and B `[d_out, r]`, the gradients are
+        `dL/dA = sum_i (s delta_i B)^T x_i` and `dL/dB = sum_i delta_i^T (s x_i A^T)`. Of a fused
+        module, they are the part that passes through this map.
+        """
+        pair = self.lora
+        if pair is None:
+            return None
+        inputs, vjps = factors.inputs.float(), factors.vjps.float()
+        up = self.select(pair.up.T.float()).T
+        a = Factors(inputs, pair.scale * vjps @ up, factors.positions)
+        b = Factors(pair.scale * inputs @ pair.down.T.float(), vjps, factors.positions)
+        return a, b
+
     def factors(
         self, captured: Mapping[Tap, torch.Tensor], vjps: torch.Tensor
     ) -> dict[int | None, Factors]:
@@ -107,7 +191,7 @@ class Linear:
         return {None: Factors(inputs, self.select(vjps), positions)}
 
     def parameter(self) -> torch.Tensor:
-        """The model's parameter that contains the map."""
+        """The model's parameter that contains the map, without its LoRA."""
         return read_parameter(self.module, "weight")
 
     def rows_of(self, stored: torch.Tensor, _expert: int | None = None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from januslens_server.demo import model_path
 from januslens_server.errors import (
@@ -18,6 +19,7 @@ from januslens_server.errors import (
     ServerDraining,
 )
 from januslens_server.models.loader import ModelSource, load
+from januslens_server.models.lora import load_lora
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.vetting import one_line
 from januslens_server.results import Guarantee, ModelState, ModelStatus
@@ -60,14 +62,14 @@ class Registry:
         self._closed = True
 
     def load_all(self) -> None:
-        """Load and check every model. A failed model does not affect the others."""
-        for source in self._sources:
+        """Load and check every model. A failed model affects only the LoRAs that change it."""
+        for source in sorted(self._sources, key=lambda source: source.lora is not None):
             self._load(source)
 
     def _load(self, source: ModelSource) -> None:
         """Load one model. If it fails, nothing of it stays in memory."""
         try:
-            model = load(source)
+            model = load(source) if source.lora is None else self._with_lora(source, source.lora)
             model, guarantees = self._check(model)
         except ModelFailed as error:
             self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
@@ -78,6 +80,13 @@ class Registry:
             self._set(ModelStatus(source.name, ModelState.FAILED, reason))
             return
         self._admit(model, guarantees)
+
+    def _with_lora(self, source: ModelSource, folder: Path) -> ResidentModel:
+        """Load a LoRA over a resident model."""
+        base = self._resident.get(source.location)
+        if base is None:
+            raise ModelFailed(f"{folder}: its base, the model {source.location!r}, is not served")
+        return load_lora(source.name, folder, base)
 
     def _admit(self, model: ResidentModel, guarantees: Sequence[Guarantee]) -> None:
         broken = [g for g in guarantees if not g.held]

@@ -140,7 +140,7 @@ def check_folder(folder: Path) -> None:
     root = _root(folder)
     for entry in sorted(folder.iterdir()):
         _check_entry(entry, root)
-    if (folder / ADAPTER).exists():
+    if (folder / ADAPTER).exists() and (folder / CONFIGURATION).exists():
         logger.warning(
             "ignoring %s: the folder also has the whole weights, which are served", folder / ADAPTER
         )

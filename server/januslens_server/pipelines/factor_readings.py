@@ -18,7 +18,7 @@ from januslens_server.lens.backward_lens import (
     spectrum,
 )
 from januslens_server.models.failures import check_numbers
-from januslens_server.models.matrices import Factors, MatrixKey
+from januslens_server.models.matrices import Factors, Linear, MatrixKey
 from januslens_server.pipelines.metrics import read
 from januslens_server.pipelines.resolve import ResolvedGradientLens
 from januslens_server.results import (
@@ -27,6 +27,7 @@ from januslens_server.results import (
     Entries,
     Floats,
     GradientMatrix,
+    LoraGradient,
     MatrixKind,
     NeuronChanges,
     ProjectionTable,
@@ -131,6 +132,24 @@ class FactorReader:
             frobenius_norm=norm,
             spectrum=self._spectrum(inputs, vjps, side),
             neurons=self._neurons(key, residual, outside) if kind in OVER_NEURONS else None,
+            lora=self._lora(key, factors, order),
+        )
+
+    def _lora(self, key: MatrixKey, factors: Factors, order: torch.Tensor) -> LoraGradient | None:
+        """Return the gradients of the matrix's LoRA, or None."""
+        matrix = self._model.view.matrix(key)
+        found = matrix.lora_factors(factors) if isinstance(matrix, Linear) else None
+        if found is None or not isinstance(matrix, Linear) or matrix.lora is None:
+            return None
+        a, b = found
+        sent = self._spec.include_factors
+        return LoraGradient(
+            rank=matrix.lora.rank,
+            scale=matrix.lora.scale,
+            a_norm=frobenius_norm(a.inputs, a.vjps),
+            b_norm=frobenius_norm(b.inputs, b.vjps),
+            a_vjps=a.vjps[order].cpu().numpy() if sent else None,
+            b_inputs=b.inputs[order].cpu().numpy() if sent else None,
         )
 
     def _components(
@@ -195,7 +214,7 @@ class FactorReader:
         """Return the neurons' columns of FF1, GATE or UP, or rows of FF2, `[k, d_model]`."""
         _, kind, expert = key
         matrix = self._model.view.matrix(key)
-        weight = matrix.rows_of(matrix.parameter(), expert)
+        weight = matrix.weight if isinstance(matrix, Linear) else matrix.weight_of(expert or 0)
         own = neurons.to(weight.device)
         rows = weight[own] if kind in WRITES_RESIDUAL else weight[:, own].T
         return rows.to(neurons.device).float()

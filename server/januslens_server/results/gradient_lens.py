@@ -85,6 +85,22 @@ class NeuronChanges:
 
 
 @dataclass(frozen=True)
+class LoraGradient:
+    """The gradients of a LoRA's A `[rank, d_in]` and B `[d_out, rank]`.
+
+    `a_vjps` and `b_inputs` `[n, rank]`, for the components that are sent, are None unless
+    requested. The other factors are those of the whole matrix.
+    """
+
+    rank: int
+    scale: float
+    a_norm: float
+    b_norm: float
+    a_vjps: Floats | None = None
+    b_inputs: Floats | None = None
+
+
+@dataclass(frozen=True)
 class GradientMatrix:
     """The gradient of one weight matrix `W: [d_in, d_out]` as factors."""
 
@@ -101,12 +117,15 @@ class GradientMatrix:
     neurons: NeuronChanges | None = None
     verification: Guarantee | None = None
     expert: int | None = None
+    lora: LoraGradient | None = None
 
     @property
     def nbytes(self) -> int:
         """Approximate size of the messages."""
-        part = self.components
-        factors = sum(a.nbytes for a in (part.inputs, part.vjps) if a is not None)
+        part, lora = self.components, self.lora
+        sent: list[Floats | None] = [part.inputs, part.vjps]
+        sent += [lora.a_vjps, lora.b_inputs] if lora else []
+        factors = sum(a.nbytes for a in sent if a is not None)
         return 400 * len(part.positions) + factors
 
 

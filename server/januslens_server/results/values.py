@@ -154,6 +154,7 @@ class Provenance:
     attention: str
     versions: Mapping[str, str]
     quantization: str = ""
+    lora: str = ""
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def sources(settings: ServerSettings) -> list[ModelSource]:
     cache = None
     if settings.cache_dir is not None:
         cache = TensorCache(settings.cache_dir, settings.cache_size)
-    named = [ModelSource(m.name, m.location, m.revision) for m in settings.models]
+    named = [ModelSource(m.name, m.location, m.revision, lora=m.lora) for m in settings.models]
     return [
         replace(
             source,

@@ -14,6 +14,7 @@ from januslens_server.results import (
     GradientHeader,
     GradientMatrix,
     GradientSummary,
+    LoraGradient,
     MatrixKind,
     NeuronChanges,
     Spectrum,
@@ -80,7 +81,7 @@ class GradientLensEncoder:
             return responses[-1].matrix
 
         pieces = Pieces(new, self._texts)
-        _add_components(matrix.components, pieces)
+        _add_components(matrix.components, matrix.lora, pieces)
         if matrix.spectrum is not None:
             _add_spectrum(matrix.spectrum, pieces)
         if matrix.neurons is not None:
@@ -121,6 +122,13 @@ def _frame(matrix: GradientMatrix) -> gradient_lens_pb2.GradientMatrix:
         promoted_end=gradient_lens_pb2.RankingEnd.ValueType(matrix.promoted_end),
         component_count=matrix.component_count,
         frobenius_norm=matrix.frobenius_norm,
+        lora=None if matrix.lora is None else _lora(matrix.lora),
+    )
+
+
+def _lora(found: LoraGradient) -> gradient_lens_pb2.LoraGradient:
+    return gradient_lens_pb2.LoraGradient(
+        rank=found.rank, scale=found.scale, a_norm=found.a_norm, b_norm=found.b_norm
     )
 
 
@@ -128,7 +136,9 @@ def _kind(kind: MatrixKind) -> gradient_lens_pb2.MatrixKind.ValueType:
     return gradient_lens_pb2.MatrixKind.ValueType(kind)
 
 
-def _add_components(components: Components, pieces: MatrixPieces) -> None:
+def _add_components(
+    components: Components, lora: LoraGradient | None, pieces: MatrixPieces
+) -> None:
     read, named = projections(components.projections), named_tokens(components.projections)
     columns = zip(
         components.positions.tolist(),
@@ -140,6 +150,9 @@ def _add_components(components: Components, pieces: MatrixPieces) -> None:
         strict=True,
     )
     inputs, vjps = components.inputs, components.vjps
+    a_vjps = b_inputs = None
+    if lora is not None:
+        a_vjps, b_inputs = lora.a_vjps, lora.b_inputs
     for i, (position, input_norm, vjp_norm, predicted, targets, entries) in enumerate(columns):
         projected = read[i] is not None
         added = pieces.body().components.add(
@@ -153,6 +166,8 @@ def _add_components(components: Components, pieces: MatrixPieces) -> None:
             other_side=entries,
             input=None if inputs is None else tensor_message(inputs[i]),
             vjp=None if vjps is None else tensor_message(vjps[i]),
+            lora_a_vjp=None if a_vjps is None else tensor_message(a_vjps[i]),
+            lora_b_input=None if b_inputs is None else tensor_message(b_inputs[i]),
         )
         pieces.added(added, named[i])
 

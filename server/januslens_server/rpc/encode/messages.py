@@ -240,6 +240,7 @@ def provenance_message(provenance: Provenance) -> common_pb2.Provenance:
         device=provenance.device,
         attention=provenance.attention,
         quantization=provenance.quantization,
+        lora=provenance.lora,
         versions=provenance.versions,
     )
 
