@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,20 +19,68 @@ from januslens_server.models.gguf_file import read_header
 from januslens_server.models.gguf_tokenizer import read_gguf_vocabulary
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.resident import ResidentModel
-from tests.architectures.cases import SIZES, VOCABULARY, Case
+from tests.architectures.cases import GRANITE_MULTIPLIERS, SIZES, VOCABULARY, Case
 from tests.architectures.tiny_models import plain
 
 WIDE = {"intermediate_size": 64}  # Q8_0 stores blocks of 32 values
 HEADS = {"head_dim": 12, "num_key_value_heads": 2}
 GEMMA = HEADS | {"query_pre_attn_scalar": 12, "sliding_window": 4, "tie_word_embeddings": True}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LOCAL_AND_SCALED = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 500.0, "factor": 8.0},
+}
+FEW_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = FEW_EXPERTS | {"moe_intermediate_size": 32}
 CASES = {
     "gpt2": Case("gpt2", "gguf", {"n_inner": 64, "tie_word_embeddings": True}),
     "llama": Case("llama", "gguf", WIDE | {"num_key_value_heads": 2, "rope_theta": 500.0}),
     "qwen2": Case("qwen2", "gguf", WIDE | {"num_key_value_heads": 2}),
     "qwen3": Case("qwen3", "gguf", WIDE | HEADS),
+    "llama 3": Case(
+        "llama", "gguf, 3", WIDE | {"num_key_value_heads": 2, "rope_parameters": LLAMA_3}
+    ),
+    "qwen3moe": Case("qwen3_moe", "gguf", WIDE | HEADS | EXPERTS | {"norm_topk_prob": True}),
+    "olmo2": Case("olmo2", "gguf", WIDE | {"num_key_value_heads": 2}),
+    "olmoe": Case(
+        "olmoe", "gguf", {"intermediate_size": 32, "num_key_value_heads": 2} | FEW_EXPERTS
+    ),
+    "phi3": Case("phi3", "gguf", WIDE | {"num_key_value_heads": 2, "sliding_window": 4}),
+    "granite": Case("granite", "gguf", WIDE | GRANITE_MULTIPLIERS | {"num_key_value_heads": 2}),
+    "smollm3": Case(
+        "smollm3",
+        "gguf",
+        WIDE
+        | {
+            "num_key_value_heads": 2,
+            "no_rope_layers": None,
+            "num_hidden_layers": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "starcoder2": Case(
+        "starcoder2", "gguf", WIDE | {"num_key_value_heads": 2, "sliding_window": None}
+    ),
+    "gemma": Case("gemma", "gguf", WIDE | HEADS | {"tie_word_embeddings": True}),
     "gemma2": Case("gemma2", "gguf", WIDE | GEMMA | {"final_logit_softcapping": 3.0}),
+    "gemma3 scaled": Case(
+        "gemma3_text",
+        "gguf, scaled",
+        WIDE
+        | GEMMA
+        | {"layer_types": None, "num_hidden_layers": 6, "rope_parameters": LOCAL_AND_SCALED},
+    ),
     "gemma3": Case("gemma3_text", "gguf", WIDE | GEMMA | {"layer_types": None}),
 }
+# The architecture's name in the file, of cases that are named otherwise.
+ARCHITECTURES = {"llama 3": "llama", "gemma3 scaled": "gemma3"}
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 MERGES = ["1 2", "12 3", "123 4", "a b", "ab c", "Ġ a"]
 ADDED = ["<bos>", "<eos>"]
@@ -62,15 +110,34 @@ def settings_of(family: str, case: Case) -> dict[str, Any]:
     if family == "gpt2":
         return found | {"attention.layer_norm_epsilon": config.layer_norm_epsilon}
     rotary = config.rope_parameters
+    whole = rotary.get("full_attention", rotary)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     found |= {
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         "attention.key_length": width,
         "attention.value_length": width,
-        "rope.freq_base": float(rotary.get("full_attention", rotary)["rope_theta"]),
+        "rope.freq_base": float(whole["rope_theta"]),
     }
-    if family.startswith("gemma"):
+    if whole["rope_type"] == "linear":
+        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": whole["factor"]}
+    if family == "starcoder2":
+        return found | {"attention.layer_norm_epsilon": config.norm_epsilon}
+    found["attention.layer_norm_rms_epsilon"] = config.rms_norm_eps
+    if family == "phi3":
+        found["attention.sliding_window"] = config.sliding_window
+    if family == "granite":
+        found |= {
+            "attention.scale": config.attention_multiplier,
+            "embedding_scale": config.embedding_multiplier,
+            "residual_scale": config.residual_multiplier,
+            "logit_scale": config.logits_scaling,
+        }
+    if hasattr(config, "num_experts"):
+        found |= {"expert_count": 4, "expert_used_count": 2}
+        found["feed_forward_length"] = config.intermediate_size
+    if family == "qwen3moe":
+        found["expert_feed_forward_length"] = config.moe_intermediate_size
+    if family in {"gemma2", "gemma3"}:
         found["attention.sliding_window"] = config.sliding_window
     if family == "gemma2":
         found["attn_logit_softcapping"] = config.attn_logit_softcapping
@@ -84,13 +151,13 @@ def tensors_of(family: str, case: Case) -> dict[str, np.ndarray]:
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(kind, network.config.num_hidden_layers)
     written = {}
-    for parameter, values in network.state_dict().items():
+    for parameter, values in unstacked(network.state_dict()):
         if parameter == "lm_head.weight" and network.config.tie_word_embeddings:
             continue
         stem, _, suffix = parameter.rpartition(".")
         array = values.numpy()
         name = f"{names.get_name(stem)}.{suffix}"
-        if family == "llama" and ("attn_q." in name or "attn_k." in name):
+        if family in {"granite", "llama", "smollm3"} and ("attn_q." in name or "attn_k." in name):
             config = network.config
             heads = config.num_attention_heads
             heads = heads if "attn_q." in name else config.num_key_value_heads
@@ -102,7 +169,30 @@ def tensors_of(family: str, case: Case) -> dict[str, np.ndarray]:
         if family.startswith("gemma") and name.endswith("norm.weight"):
             array = array + 1
         written[name] = np.ascontiguousarray(array)
+    if case.name == "gguf, 3":
+        written["rope_freqs.weight"] = divisors(network)
     return written
+
+
+def unstacked(weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give each matrix of the experts a name of its own, as older checkpoints do."""
+    for name, values in weights.items():
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = values.chunk(2, dim=1)
+            yield name.replace("gate_up_proj", "gate_proj.weight"), gate
+            yield name.replace("gate_up_proj", "up_proj.weight"), up
+        elif name.endswith("experts.down_proj"):
+            yield f"{name}.weight", values
+        else:
+            yield name, values
+
+
+def divisors(network: Any) -> np.ndarray:
+    """What transformers divides the unscaled frequencies by."""
+    found = network.model.rotary_emb.inv_freq.double().numpy()
+    unscaled = 500000.0 ** (-np.arange(len(found)) / len(found))
+    divided: np.ndarray = (unscaled / found).astype(np.float32)
+    return divided
 
 
 def write(
@@ -116,6 +206,7 @@ def write(
 ) -> Path:
     """Write a tiny model with gguf's own writer; `quantized` is the type of its matrices."""
     case = CASES[family]
+    family = ARCHITECTURES.get(family, family)
     writer = gguf.GGUFWriter(path, family)
     for key, value in (settings_of(family, case) | (settings or {})).items():
         add(writer, f"{family}.{key}", value)
@@ -247,12 +338,17 @@ def merged(text: str, scores: dict[str, float]) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"settings": {"rope.scaling.type": "yarn"}}, "settings that are not read: rope.scaling"),
+        ({"settings": {"rope.scaling.type": "yarn"}}, "has rope.scaling 'yarn' with the factor"),
+        ({"settings": {"rope.scaling.type": "linear"}}, "'linear' with the factor None"),
+        ({"settings": {"attention.scale": 0.5}}, "settings that are not read: attention.scale"),
         ({"settings": {"expert_count": 4}}, "settings that are not read: expert_count"),
         ({"settings": {"rope.dimension_count": 4}}, "attention.key_length 8, but"),
         ({"settings": {"block_count": 10**9}}, "num_hidden_layers is too large"),
         ({"settings": {"attention.head_count": "4"}}, "expected a number"),
-        ({"further": {"rope_freqs.weight": np.ones(4, np.float32)}}, "tensors that are not read"),
+        (
+            {"further": {"rope_freqs.weight": np.arange(1, 5, dtype=np.float32)}},
+            "tensors that are not read: rope_freqs.weight as Llama 3's",
+        ),
         ({"tokenizer": {"pre": "novel"}}, "splits texts as 'novel', which is not known"),
         ({"tokenizer": {"model": "t5"}}, "tokenizer 't5' is not read"),
         ({"tokenizer": {"bos_token_id": 10**6}}, "invalid bos_token_id 1000000"),

@@ -38,12 +38,20 @@ STRING, ARRAY = 8, 9
 
 # Architectures whose files are read, and transformers' name of each.
 FAMILIES = {
+    "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3": "gemma3_text",
     "gpt2": "gpt2",
+    "granite": "granite",
     "llama": "llama",
+    "olmo2": "olmo2",
+    "olmoe": "olmoe",
+    "phi3": "phi3",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "smollm3": "smollm3",
+    "starcoder2": "starcoder2",
 }
 # Attributes of transformers' configuration by metadata key, without the architecture before it.
 # A key that is not listed may change the numbers, so it is refused.
@@ -65,6 +73,42 @@ ATTRIBUTES = {
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
 }
+# Further keys of single architectures, and those that stand for another attribute there.
+EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_used_count": "num_experts_per_tok",
+}
+OWN_ATTRIBUTES = {
+    "granite": {
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "logit_scale": "logits_scaling",
+        "residual_scale": "residual_multiplier",
+    },
+    "olmoe": {key: EXPERTS[key] for key in ("expert_count", "expert_used_count")},
+    "qwen3moe": EXPERTS,
+    "starcoder2": {"attention.layer_norm_epsilon": "norm_epsilon"},
+}
+# Scaling of rotary embeddings: a division of all positions, in Gemma 3 in the layers without a
+# window, or none.
+SCALING_TYPE, SCALING_FACTOR = "rope.scaling.type", "rope.scaling.factor"
+LINEAR, UNSCALED = "linear", "none"
+# The divisors of Llama 3's frequencies, and the settings that all of its checkpoints share
+# (Llama 3.1 to 3.3). The factor is the largest divisor.
+FREQUENCIES = "rope_freqs.weight"
+LLAMA_3: Mapping[str, Any] = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# The stored names of matrices that transformers stores as one parameter for all experts.
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+# Architectures whose queries and keys are stored with neighbouring rows rotated together.
+NEIGHBOURS = {"granite", "llama", "smollm3"}
+# Architectures whose norms are stored with the 1 that the model adds.
+NORMS_WITH_ONE = {"gemma", "gemma2", "gemma3"}
 REQUIRED = {"block_count", "context_length", "embedding_length", "attention.head_count"}
 UNEMBEDDING = "output.weight"
 TRANSPOSED = re.compile(r"(attn_qkv|attn_output|ffn_up|ffn_down)\.weight$")
@@ -245,8 +289,9 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
     Raises:
         ModelFailed: The architecture is not read, or a setting has no counterpart.
     """
-    family, settings = header.architecture, _settings(header)
-    described: dict[str, Any] = {ATTRIBUTES[key]: value for key, value in settings.items()}
+    family, (settings, scaling) = header.architecture, _settings(header)
+    attributes = ATTRIBUTES | OWN_ATTRIBUTES.get(family, {})
+    described: dict[str, Any] = {attributes[key]: value for key, value in settings.items()}
     described["tie_word_embeddings"] = UNEMBEDDING not in header.tensors
     if "token_embd.weight" in header.tensors:
         described["vocab_size"] = header.tensors["token_embd.weight"].shape[-1]
@@ -255,19 +300,72 @@ def read_configuration(header: GGUFHeader) -> PreTrainedConfig:
     if family in UNUSUAL_SCALE:
         width = described["hidden_size"] // max(1, described["num_attention_heads"])
         described["query_pre_attn_scalar"] = described.get("head_dim", width)
+    if family == "qwen3moe":
+        described["norm_topk_prob"] = True  # as in all of its checkpoints; no setting says it
+    if family == "starcoder2":
+        described["use_bias"] = "blk.0.attn_q.bias" in header.tensors
+    if rotary := _rotary(header, scaling):
+        described["rope_parameters"] = rotary | {"rope_theta": described.pop("rope_theta", 1e4)}
+        if family == "gemma3":
+            local = {"rope_type": "default", "rope_theta": 1e4}
+            described["rope_parameters"] = {
+                "full_attention": described["rope_parameters"],
+                "sliding_attention": local,
+            }
     end = header.metadata.get("tokenizer.ggml.eos_token_id")
     check_keys(header.path.name, described)
     config: Any = CONFIG_MAPPING[FAMILIES[family]](  # type: ignore[call-arg]  # any of its class
-        eos_token_id=end, bos_token_id=None, **described
+        eos_token_id=end, bos_token_id=None, pad_token_id=None, **described
     )
     for key, value in settings.items():
-        _check_setting(key, value, ATTRIBUTES[key], config)
+        _check_setting(key, value, attributes[key], config)
     checked: PreTrainedConfig = config
     return checked
 
 
-def _settings(header: GGUFHeader) -> dict[str, float]:
-    """Return the settings of the architecture, all of which are known."""
+def _rotary(header: GGUFHeader, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parameters of scaled rotary embeddings without their base; empty if unscaled."""
+    kind = scaling.get(SCALING_TYPE, UNSCALED)
+    if FREQUENCIES in header.tensors:
+        if kind != UNSCALED:
+            raise ModelFailed(f"the file scales its rotary embeddings twice; {ADVICE}")
+        return _llama_3(header)
+    if kind == UNSCALED:
+        return {}
+    factor = scaling.get(SCALING_FACTOR)
+    if kind != LINEAR or isinstance(factor, bool) or not isinstance(factor, int | float):
+        raise ModelFailed(
+            f"the file has rope.scaling {kind!r} with the factor {factor!r}; expected "
+            f"{LINEAR!r} with a number, or {UNSCALED!r}; {ADVICE}"
+        )
+    return {"rope_type": LINEAR, "factor": float(factor)}
+
+
+def _llama_3(header: GGUFHeader) -> dict[str, Any]:
+    """Return Llama 3's parameters, if they give the file's divisors of frequencies.
+
+    With the wavelength w of a frequency, the factor f and the original context c, the divisor is
+    1 for w < c / 4, f for w > c, and between them 1 / ((1 - t) / f + t) with t = (c / w - 1) / 3
+    (Llama 3.1's `apply_scaling`; the converters of llama.cpp store the divisors).
+    """
+    tensor, refused = header.tensors[FREQUENCIES], f"tensors that are not read: {FREQUENCIES}"
+    if header.architecture != "llama" or tensor.kind != "F32" or len(tensor.shape) != 1:
+        raise ModelFailed(f"the file has {refused}; {ADVICE}")
+    content = np.memmap(header.path, np.uint8, "r")
+    stored = content[tensor.start : tensor.start + tensor.n_bytes].view("<f4").astype(np.float64)
+    base = float(header.metadata.get("llama.rope.freq_base", 1e4))
+    steps = np.arange(len(stored)) / len(stored)
+    wavelengths = 2 * math.pi * base**steps
+    factor, context = float(stored.max()), LLAMA_3["original_max_position_embeddings"]
+    low, high = LLAMA_3["low_freq_factor"], LLAMA_3["high_freq_factor"]
+    between = np.clip((context / wavelengths - low) / (high - low), 0, 1)
+    if not np.allclose(stored, 1 / ((1 - between) / factor + between), rtol=1e-5, atol=0):
+        raise ModelFailed(f"the file has {refused} as Llama 3's; {ADVICE}")
+    return {**LLAMA_3, "factor": factor}
+
+
+def _settings(header: GGUFHeader) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return the settings of the architecture, all of which are known, and those of scaling."""
     family = header.architecture
     if family not in FAMILIES:
         raise ModelFailed(
@@ -279,7 +377,11 @@ def _settings(header: GGUFHeader) -> dict[str, float]:
         for key, value in header.metadata.items()
         if key.startswith(f"{family}.")
     }
-    if unknown := sorted(settings.keys() - ATTRIBUTES.keys()):
+    found = {SCALING_TYPE, SCALING_FACTOR} & settings.keys()
+    scaling = {key: settings.pop(key) for key in found}
+    if unknown := sorted(
+        settings.keys() - ATTRIBUTES.keys() - OWN_ATTRIBUTES.get(family, {}).keys()
+    ):
         raise ModelFailed(
             f"the file has settings that are not read: {shortlist(unknown)}; {ADVICE}"
         )
@@ -292,7 +394,7 @@ def _settings(header: GGUFHeader) -> dict[str, float]:
         raise ModelFailed(
             f"{family} of this size scales its attention as no setting says; {ADVICE}"
         )
-    return settings
+    return settings, scaling
 
 
 def _check_setting(key: str, value: float, attribute: str, config: Any) -> None:
@@ -329,24 +431,22 @@ def read_weights(
     family = header.architecture
     kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family)
     names = gguf.get_tensor_name_map(kind, n_layers)
-    parameters, described = {}, skeleton.state_dict()
-    for parameter in described:
-        stem, _, suffix = parameter.rpartition(".")
-        stored = names.get_name(stem)
-        if stored is not None:
-            parameters[f"{stored}.{suffix}"] = parameter
-    if unused := sorted(header.tensors.keys() - parameters.keys()):
+    described = skeleton.state_dict()
+    sources = {parameter: _sources(parameter, names) for parameter in described}
+    parameters = {name: parameter for parameter, found in sources.items() for name in found}
+    tensors = {name: t for name, t in header.tensors.items() if name != FREQUENCIES}
+    if unused := sorted(tensors.keys() - parameters.keys()):
         raise ModelFailed(f"the file has tensors that are not read: {shortlist(unused)}; {ADVICE}")
-    for tensor in header.tensors.values():
+    for tensor in tensors.values():
         expected = described[parameters[tensor.name]]
-        if tensor.size != expected.numel():
+        if tensor.size * len(sources[parameters[tensor.name]]) != expected.numel():
             raise ModelFailed(
                 f"tensor {tensor.name!r} has shape {list(tensor.shape[::-1])}: expected "
                 f"{list(expected.shape)}"
             )
     content = np.memmap(header.path, np.uint8, "r")
-    weights = {}
-    for tensor in header.tensors.values():
+    read: dict[str, torch.Tensor] = {}
+    for tensor in tensors.values():
         stored_bytes = content[tensor.start : tensor.start + tensor.n_bytes]
         rows = stored_bytes.reshape(-1, tensor.n_bytes // max(1, math.prod(tensor.shape[1:])))
         type_number = gguf.GGMLQuantizationType[tensor.kind]
@@ -356,26 +456,37 @@ def read_weights(
             raise ModelFailed(f"tensors of type {tensor.kind} are not read; {ADVICE}") from error
         # The first size in the file is that of the last dimension.
         values = torch.from_numpy(np.array(found, np.float32)).reshape(tensor.shape[::-1])
-        weights[parameters[tensor.name]] = _restored(family, tensor.name, values, header).to(
-            data_type
-        )
-    return weights
+        read[tensor.name] = _restored(family, tensor.name, values, header).to(data_type)
+    return {
+        parameter: read[found[0]] if len(found) == 1 else torch.cat([read.pop(n) for n in found], 1)
+        for parameter, found in sources.items()
+        if found and all(name in read for name in found)
+    }
+
+
+def _sources(parameter: str, names: Any) -> list[str]:
+    """Return the stored tensors of a parameter; several for a stack of experts' matrices."""
+    stem, _, suffix = parameter.rpartition(".")
+    if stem.endswith(".experts"):
+        return [f"{names.get_name(f'{stem}.{part}')}.weight" for part in STACKED.get(suffix, ())]
+    stored = names.get_name(stem)
+    return [] if stored is None else [f"{stored}.{suffix}"]
 
 
 def _restored(family: str, name: str, values: torch.Tensor, header: GGUFHeader) -> torch.Tensor:
     """Undo what the conversion to GGUF did to a tensor.
 
-    Llama's queries and keys are stored with neighbouring rows rotated together instead of halves,
-    GPT-2's maps transposed, and Gemma's norms with the 1 that the model adds.
+    Queries and keys of `NEIGHBOURS` are stored with neighbouring rows rotated together instead of
+    halves, GPT-2's maps transposed, and Gemma's norms with the 1 that the model adds.
     """
-    if family == "llama" and (".attn_q." in name or ".attn_k." in name):
-        n_heads = header.metadata["llama.attention.head_count"]
+    if family in NEIGHBOURS and (".attn_q." in name or ".attn_k." in name):
+        n_heads = header.metadata[f"{family}.attention.head_count"]
         if ".attn_k." in name:
-            n_heads = header.metadata.get("llama.attention.head_count_kv", n_heads)
+            n_heads = header.metadata.get(f"{family}.attention.head_count_kv", n_heads)
         pairs = values.reshape(n_heads, -1, 2, *values.shape[1:])
         return pairs.transpose(1, 2).reshape(values.shape).contiguous()
     if family == "gpt2" and TRANSPOSED.search(name):
         return values.T.contiguous()
-    if family in UNUSUAL_SCALE and name.endswith("norm.weight"):
+    if family in NORMS_WITH_ONE and name.endswith("norm.weight"):
         return values - 1
     return values
