@@ -55,6 +55,20 @@ ELABORATE = """
 """
 
 
+# Like those of LLaVA and SmolVLM: contents are lists of images and texts.
+OF_LISTS = """
+{%- for message in messages -%}
+  {{ message['role'] | upper + ': ' }}
+  {%- for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}
+  {%- endfor -%}
+  {%- for content in message['content'] | selectattr('type', 'equalto', 'text') -%}
+    {{ content['text'] + ' ' }}
+  {%- endfor -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif -%}
+"""
+
+
 def folder_with(folder: Path, template: object) -> Path:
     """The demo's folder with a chat template in its configuration."""
     path = healthy(folder) / "tokenizer_config.json"
@@ -115,6 +129,36 @@ def test_ids_are_those_of_transformers_and_tokens_name_their_messages(
     for i, message in enumerate(asked.messages):
         assert rejoined(tokens, asked, i).strip() == message.content.strip()
     assert all(token.start is None for token in tokens if token.message is None)
+
+
+@pytest.mark.parametrize("asked", CONVERSATIONS[:3])
+def test_templates_of_multimodal_models_get_lists_of_texts(tmp_path: Path, asked: Chat) -> None:
+    folder = folder_with(tmp_path / "model", OF_LISTS)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    listed = [
+        {"role": message.role, "content": [{"type": "text", "text": message.content}]}
+        for message in asked.messages
+    ]
+    expected = tokenizer.apply_chat_template(listed, add_generation_prompt=True, return_dict=False)
+    tokens = read_vocabulary(folder).encode_chat(asked)
+    assert ids(tokens) == expected
+    for i, message in enumerate(asked.messages):
+        assert rejoined(tokens, asked, i).strip() == message.content.strip()
+
+
+def test_templates_of_texts_that_omit_a_message_get_no_lists(tmp_path: Path) -> None:
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}\n{% endfor %}"
+    folder = folder_with(tmp_path / "model", template)
+    asked = conversation("Hi", "Hello!", "Bye", system="Be brief.")
+    assert ids(read_vocabulary(folder).encode_chat(asked)) == expected_ids(folder, asked)
+
+
+def test_template_beside_a_multimodal_model_is_read(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path / "model", None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": PLAIN}))
+    asked = conversation("Where is Tokyo?")
+    expected = expected_ids(folder_with(tmp_path / "other", PLAIN), asked)
+    assert ids(read_vocabulary(folder).encode_chat(asked)) == expected
 
 
 @pytest.mark.parametrize("template", [PLAIN, ELABORATE])

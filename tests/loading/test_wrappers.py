@@ -14,8 +14,12 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from januslens_server.errors import ModelFailed
 from januslens_server.models.loader import ModelSource, load
+from januslens_server.models.lora import load_lora
+from januslens_server.models.matrices import Linear
 from januslens_server.models.wrappers import FAMILIES
+from januslens_server.results import MatrixKind
 from tests.architectures.cases import ALTERNATING, CONTEXT, SIZES, VOCABULARY, WINDOW
+from tests.loading.test_lora import ALPHA, RANK, write
 from tests.reference.examples import TOKENIZER
 
 WEIGHTS = "model.safetensors"
@@ -125,6 +129,19 @@ def test_names_of_older_checkpoints_are_known(prefix: str, tmp_path: Path) -> No
         expected = network(input_ids=prompt, attention_mask=torch.ones_like(prompt)).logits
         found = load(ModelSource("text", str(tmp_path))).network(prompt).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lora_of_the_whole_model_changes_the_text_decoder(tmp_path: Path) -> None:
+    wrapped("llava", tmp_path / "model")
+    base = load(ModelSource("text", str(tmp_path / "model")))
+    torch.manual_seed(0)
+    a, b = torch.randn(3, 32), torch.randn(32, 3)
+    pairs = {"model.language_model.layers.1.self_attn.q_proj": (a, b)}
+    tuned = load_lora("tuned", write(tmp_path / "lora", pairs), base)
+    matrix = tuned.view.matrix((1, MatrixKind.Q, None))
+    assert isinstance(matrix, Linear)
+    own = base.network.get_parameter("model.layers.1.self_attn.q_proj.weight")
+    torch.testing.assert_close(matrix.weight.T, own + ALPHA / RANK * b @ a)
 
 
 def refusal(folder: Path) -> str:

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -95,14 +95,36 @@ class ChatTemplate:
                 "model's own markup"
             )
         marks = _Marks(self._source, chat, control, field)
-        text = self._run(marks.messages(chat), chat.continue_final_message, field, check_cancelled)
+        text = self._text(marks, chat, field, check_cancelled)
         if chat.continue_final_message:
             text = marks.before_continuation(text, field)
         return marks.read(text, chat, field)
 
+    def _text(self, marks: _Marks, chat: Chat, field: str, check_cancelled: CancelCheck) -> str:
+        """Render the messages with their contents as texts, or as lists of one text.
+
+        Templates of multimodal models read lists of texts and images, and some of them omit a
+        content that is a text.
+        """
+        messages, continues = marks.messages(chat), chat.continue_final_message
+        with one_sandbox():
+            text = self._run(messages, continues, field, check_cancelled)
+            if marks.kept(text) == sum(1 for message in messages if message["content"].strip()):
+                return text
+            listed = [
+                message | {"content": [{"type": "text", "text": message["content"]}]}
+                for message in messages
+            ]
+            try:
+                other = self._run(listed, continues, field, check_cancelled)
+            except (InvalidRequest, NoChatTemplate):  # it reads texts
+                return text
+        printed = "'type': 'text'" in other  # a list where the template expects a text
+        return other if marks.kept(other) > marks.kept(text) and not printed else text
+
     def _run(
         self,
-        messages: list[dict[str, str]],
+        messages: Sequence[Mapping[str, Any]],
         continues: bool,
         field: str,
         check_cancelled: CancelCheck,
@@ -281,6 +303,10 @@ class _Marks:
                 content = f"{before}{first}{inside}{end}{after}"
             marked.append({"role": message.role, "content": content})
         return marked
+
+    def kept(self, text: str) -> int:
+        """The number of contents in a rendered text."""
+        return sum(end in text for end in self._ends[1::2])
 
     def before_continuation(self, text: str, field: str) -> str:
         """The text up to the end of the last content, which the model continues."""

@@ -41,6 +41,7 @@ from januslens_server.models.vetting import (
     one_line,
     read_json,
 )
+from januslens_server.models.wrappers import text_weights
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -237,7 +238,8 @@ def _adapted(base: ResidentModel, lora: Lora) -> Any:
     shared = chain(base.network.parameters(), base.network.buffers())
     network = copy.deepcopy(base.network, {id(tensor): tensor for tensor in shared})
     head = network.get_output_embeddings()
-    for name, pair in lora.pairs.items():
+    inside = " in " in base.provenance.architecture  # a multimodal model, whose names PEFT stored
+    for name, pair in (text_weights(lora.pairs) if inside else lora.pairs).items():
         module = _submodule(network, name)
         if module is None or module is head or type(module) not in {nn.Linear, Conv1D}:
             raise ModelFailed(

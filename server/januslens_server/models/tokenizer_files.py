@@ -217,6 +217,9 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> ChatTemplate:
     """
     file = folder / "chat_template.jinja"
     source = file.read_text() if file.is_file() else config.get("chat_template")
+    beside = folder / "chat_template.json"  # of multimodal models
+    if source is None and beside.is_file():
+        source = read_json(beside).get("chat_template")
     if isinstance(source, list):  # several by name
         named = {one.get("name"): one.get("template") for one in source if isinstance(one, dict)}
         source = named.get("default")
