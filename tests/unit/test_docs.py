@@ -26,6 +26,7 @@ PAGES = [
     README,
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
+    ROOT / "tests/conformance/README.md",
     ROOT / "tests/reference/README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
