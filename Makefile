@@ -19,6 +19,8 @@ CHECKOV       := $(CHECKOV_VENV)/bin/checkov --quiet --compact --skip-download \
 	--config-file deploy/checkov.yaml
 # The contract as buf builds it; changes must not break its clients.
 CONTRACT    := protos/januslens.binpb
+# The same with the types of error details, for deploy/json/envoy.yaml.
+JSON_CONTRACT := deploy/json/contract.binpb
 PROTOS      := $(wildcard protos/januslens/v1/*.proto)
 
 # The build of the pages is committed: Node and npm are needed only to change it.
@@ -99,9 +101,13 @@ check-image: $(SETUP) ## Run the image's build steps in a fresh environment and 
 census: $(SETUP) ## Report the level of every type of model in docs/guarantees.md (minutes)
 	$(BIN)/python -m tests.architectures.census
 
-stubs: $(STUBS_SETUP) ## Regenerate the Python stubs from protos/
+stubs: $(STUBS_SETUP) $(SETUP) ## Regenerate the Python stubs and the descriptors for Envoy from protos/
 	@rm -f $(STUBS)/*_pb2*.py $(STUBS)/*_pb2*.pyi
 	$(call generate,client)
+	$(BIN)/python -m grpc_tools.protoc --proto_path=protos \
+		--proto_path=$(wildcard $(VENV)/lib/python3.*/site-packages) \
+		--include_imports --descriptor_set_out=$(JSON_CONTRACT) \
+		januslens/v1/service.proto google/rpc/error_details.proto
 
 check-stubs: $(STUBS_SETUP)
 	@rm -rf $(FRESH_STUBS) && mkdir -p $(FRESH_STUBS)
