@@ -9,10 +9,9 @@ The published models are read from .cache/real, which `make real` fills.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 import januslens
 from januslens import Client, Experiment, Intervention, Sweep, Trace, zero
+from januslens._charts import Curve, Drawing, chart, legend, svg
 from januslens._presentation import change_colour, ink_on
 
 ROOT = Path(__file__).parents[1]
@@ -35,74 +35,9 @@ CORRUPTED = "When Mary and John went to the store, Mary gave a drink to"
 # ---- Drawing ----------------------------------------------------------------------------------
 
 
-class Drawing:
-    """An SVG file, of panels beside and below each other."""
-
-    def __init__(self) -> None:
-        self._parts: list[str] = []
-        self._width = self._height = 0.0
-
-    def rectangle(
-        self, x: float, y: float, size: tuple[float, float], colour: str, title: str = ""
-    ) -> None:
-        """Draw a filled rectangle; browsers show its title under the pointer."""
-        inner = f"<title>{escape(title)}</title>" if title else ""
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{size[0]:.1f}" height="{size[1]:.1f}" '
-            f'fill="{colour}">{inner}</rect>'
-        )
-        self._reach(x + size[0], y + size[1])
-
-    def text(
-        self,
-        x: float,
-        y: float,
-        text: str,
-        *,
-        anchor: str = "start",
-        bold: bool = False,
-        turned: bool = False,
-        colour: str = "#222",
-    ) -> None:
-        """Write a line of text; turned texts run downwards from the point."""
-        turn = f' transform="rotate(55 {x:.1f} {y:.1f})"' if turned else ""
-        weight = ' font-weight="600"' if bold else ""
-        self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"{weight}{turn}>'
-            f"{escape(text)}</text>"
-        )
-        length = 6.2 * len(text)
-        along = 0.6 * length if turned else length if anchor == "start" else 0
-        self._reach(x + along, y + (0.85 * length if turned else 4))
-
-    def line(self, points: Iterable[tuple[float, float]], colour: str, dashes: str = "") -> None:
-        """Draw a line through points."""
-        through = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
-        self._parts.append(
-            f'<polyline points="{through}" fill="none" stroke="{colour}" stroke-width="1.8"'
-            f"{dashed}/>"
-        )
-
-    def _reach(self, x: float, y: float) -> None:
-        self._width, self._height = max(self._width, x), max(self._height, y)
-
-    def save(self, name: str, described: str) -> None:
-        """Write docs/images/NAME.svg."""
-        width, height = self._width + 14, self._height + 12
-        head = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-            f'width="{width:.0f}" height="{height:.0f}" role="img" '
-            'font-family="system-ui, sans-serif" font-size="11">'
-        )
-        whole = [
-            head,
-            f"<title>{escape(described)}</title>",
-            f'<rect width="{width:.0f}" height="{height:.0f}" fill="#fff"/>',
-            *self._parts,
-            "</svg>",
-        ]
-        (IMAGES / f"{name}.svg").write_text("\n".join(whole) + "\n", encoding="utf-8")
+def save(drawing: Drawing, name: str, described: str) -> None:
+    """Write docs/images/NAME.svg."""
+    (IMAGES / f"{name}.svg").write_text(svg(drawing.element(described)), encoding="utf-8")
 
 
 def heat_map(drawing: Drawing, x: float, y: float, sweep: Sweep, title: str) -> float:
@@ -138,63 +73,6 @@ def heat_map(drawing: Drawing, x: float, y: float, sweep: Sweep, title: str) -> 
     return right + 40
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A line of a chart."""
-
-    name: str
-    values: Sequence[float]
-    colour: str
-    dashes: str = ""
-
-
-CHART = (200.0, 110.0)
-
-
-def chart(
-    drawing: Drawing,
-    x: float,
-    y: float,
-    title: str,
-    positions: Sequence[float],
-    curves: Sequence[Curve],
-    ends: tuple[float, float],
-    axis: str,
-) -> None:
-    """Draw curves over a common axis."""
-    left, top = x + 26, y + 10
-    width, height = CHART
-
-    def place(at: float, value: float) -> tuple[float, float]:
-        low, high = ends
-        share = (at - positions[0]) / ((positions[-1] - positions[0]) or 1)
-        clipped = min(max(value, low), high)
-        return left + share * width, top + (high - clipped) / (high - low) * height
-
-    drawing.text(x, y, title, bold=True)
-    drawing.rectangle(left, top, CHART, "#f7f6f3")
-    for value in (ends[0], (ends[0] + ends[1]) / 2, ends[1]):
-        across = [place(positions[0], value), place(positions[-1], value)]
-        drawing.line(across, "#ccc")
-        drawing.text(left - 4, across[0][1] + 4, f"{value:g}", anchor="end")
-    for at in (positions[0], positions[-1]):
-        drawing.text(place(at, 0)[0], top + height + 14, f"{at:g}", anchor="middle")
-    drawing.text(left + width / 2, top + height + 14, axis, anchor="middle")
-    for curve in curves:
-        known = zip(positions, curve.values, strict=True)
-        drawing.line(
-            [place(at, v) for at, v in known if np.isfinite(v)], curve.colour, curve.dashes
-        )
-
-
-def legend(drawing: Drawing, x: float, y: float, curves: Sequence[Curve]) -> None:
-    """Name the curves."""
-    for curve in curves:
-        drawing.line([(x, y - 4), (x + 22, y - 4)], curve.colour, curve.dashes)
-        drawing.text(x + 28, y, curve.name)
-        x += 50 + 6.4 * len(curve.name)
-
-
 # ---- Models -----------------------------------------------------------------------------------
 
 MODELS = {"demo": "demo", "smollm2": "SmolLM2 135M", "gemma3": "Gemma 3 270M"}
@@ -212,7 +90,7 @@ def both(draw: Callable[[Client], Sweep], other: Callable[[Client], Sweep], name
     drawing = Drawing()
     right = heat_map(drawing, 10, 18, draw(served("demo")), "demo")
     heat_map(drawing, right, 18, other(served("smollm2")), MODELS["smollm2"])
-    drawing.save(name, f"Changes of a logit by layer: {name.replace('-', ' ')}")
+    save(drawing, name, f"Changes of a logit by layer: {name.replace('-', ' ')}")
 
 
 def causal_trace() -> None:
@@ -282,7 +160,7 @@ def steering() -> None:
         chart(drawing, 10 + column * 260, 40, title, STRENGTHS, curves, (0, 1), "strength")
         print(name, {k: [round(v, 3) for v in vs] for k, vs in found.items()})
         legend(drawing, 10 + column * 260, 16, curves)
-    drawing.save("steering", "Probability of both answers by the strength of the direction")
+    save(drawing, "steering", "Probability of both answers by the strength of the direction")
 
 
 def mean_state(client: Client, wording: str, layer: int) -> NDArray[np.float32]:
@@ -425,7 +303,7 @@ def estimates() -> None:
         if row == 0:
             legend(drawing, 10, 18, curves)
         described = "Correlation of two estimates with measured effects, by kind and layer"
-        drawing.save("estimates", described)
+        save(drawing, "estimates", described)
 
 
 FIGURES = {
