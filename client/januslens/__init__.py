@@ -189,6 +189,7 @@ from januslens.results.vectors import (
     TokenScore,
 )
 from januslens.surveys.prompts import SurveyPrompt, SurveyPrompts, SurveyRequest
+from januslens.surveys.reports import Report, ReportTable, report
 from januslens.surveys.survey import Survey, SurveyProgress
 from januslens.viewer import html as _pages  # noqa: F401 - registers the pages
 
@@ -314,6 +315,8 @@ __all__ = [
     "QuotaViolation",
     "ReaderStalled",
     "Recorded",
+    "Report",
+    "ReportTable",
     "RequestStalled",
     "ResourceExhausted",
     "ResponseHook",
@@ -368,6 +371,7 @@ __all__ = [
     "read_effects",
     "read_gradient",
     "read_trace",
+    "report",
     "scale",
     "set_value",
     "steer",

@@ -186,6 +186,10 @@ def test_command_writes_a_survey(server_address: str, tmp_path: Path) -> None:
     assert "1 prompts failed; --retry-failures sends them again:" in run.output
     survey = januslens.Survey.open(tmp_path / "out")
     assert survey.dataset("effects").count_rows() == 4  # a row for each head
+    (tmp_path / "out/prompts").joinpath("part-00000000.parquet").unlink()
+    again = CliRunner().invoke(command, arguments)  # with the request of the survey to resume
+    assert again.exit_code == 0, again.output
+    assert survey.dataset("effects").count_rows() == 4
     wrong = CliRunner().invoke(command, [*arguments, "--request", '{"depth": 3}'])
     assert wrong.exit_code == 2
     assert 'no field named "depth"' in wrong.output

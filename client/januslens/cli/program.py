@@ -15,6 +15,7 @@ from januslens.cli.intervene import intervene
 from januslens.cli.lookups import activations, models, neurons, project, tokenize
 from januslens.cli.options import Connection, usage_errors, with_connection
 from januslens.cli.recordings import open_recording
+from januslens.cli.report import report
 from januslens.cli.survey import survey
 from januslens.cli.trace import trace
 from januslens.errors import JanuslensError, Unavailable
@@ -118,6 +119,7 @@ for command in (
     generate,
     open_recording,
     survey,
+    report,
     activations,
     neurons,
     project,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from januslens.cli.options import Connection, Number, usage_errors, with_connection
 from januslens.client import Client
 from januslens.surveys.prompts import MESSAGES, SurveyRequest
-from januslens.surveys.survey import Survey, SurveyProgress
+from januslens.surveys.survey import MANIFEST, Survey, SurveyProgress
 
 # Failures to print at the end.
 _SHOWN = 5
@@ -45,15 +46,14 @@ def _request(_context: click.Context, _option: click.Parameter, value: str | Non
 @click.option(
     "--rpc",
     type=click.Choice(list(MESSAGES)),
-    default="trace",
-    show_default=True,
-    help="Method to call for each prompt.",
+    help="Method to call for each prompt; default: trace, or that of the survey to resume.",
 )
 @click.option(
     "--request",
     callback=_request,
     metavar="JSON",
-    help="Fields of the request in protobuf JSON, or @FILE; default: those of the client's method.",
+    help="Fields of the request in protobuf JSON, or @FILE; default: those of the client's method, "
+    "or of the survey to resume.",
 )
 @click.option(
     "--replica",
@@ -79,24 +79,44 @@ def _request(_context: click.Context, _option: click.Parameter, value: str | Non
 @click.option("--retry-failures", is_flag=True, help="Send the prompts again that failed before.")
 @with_connection
 def survey(
-    connection: Connection, /, *, prompts: Path, rpc: str, request: str | None, **options: Any
+    connection: Connection,
+    /,
+    *,
+    prompts: Path,
+    out: Path,
+    rpc: str | None,
+    request: str | None,
+    **options: Any,
 ) -> None:
     """Send every prompt of PROMPTS, and write the results as Parquet files.
 
     Each line of PROMPTS is a text or a JSON object with a prompt or messages, and optionally a
-    target, another token, a subject, an id and labels. Run the same command again to resume.
+    target, another token, a subject, probes, an id and labels. Run the same command again to
+    resume.
     """
     with usage_errors():
-        asked = (
-            SurveyRequest.of(rpc, {}) if request is None else SurveyRequest.from_json(rpc, request)
-        )
+        asked = _asked(out, rpc, request)
         client = Client(**connection)
     with client, usage_errors(), _progress() as show:
         try:
-            found = client.survey(prompts, rpc=asked, on_progress=show, **options)
+            found = client.survey(prompts, out, rpc=asked, on_progress=show, **options)
         except OSError as error:
             raise click.ClickException(str(error)) from error
     _summarise(found)
+
+
+def _asked(out: Path, rpc: str | None, request: str | None) -> SurveyRequest:
+    """Return the request of the options; without any, that of the survey to resume.
+
+    Raises:
+        ValueError: The text is not a request of the method.
+    """
+    if request is not None:
+        return SurveyRequest.from_json(rpc or "trace", request)
+    if rpc is None and (out / MANIFEST).exists():
+        manifest = Survey.open(out).manifest
+        return SurveyRequest.from_json(manifest["rpc"], json.dumps(manifest["request"]))
+    return SurveyRequest.of(rpc or "trace", {})
 
 
 @contextmanager
