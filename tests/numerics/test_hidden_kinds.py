@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from januslens_server.graph.attention import HeadRow
+from januslens_server.lens.head import LensHead
 from januslens_server.models.loader import load
 from januslens_server.models.registry import embedded_source
 from januslens_server.models.resident import ResidentModel
+from januslens_server.pipelines import readings
 from januslens_server.pipelines.readings import FlowReader
 from januslens_server.pipelines.resolve import resolve_trace
 from januslens_server.pipelines.trace import trace
@@ -123,3 +125,57 @@ def test_residual_stream_alone_needs_no_attention_parts(
         monkeypatch.setattr(HeadRow, name, property(computed))
     nodes, _ = contents(model, {NodeKind.BLOCK_OUTPUT, NodeKind.MLP_VALUE})
     assert nodes
+
+
+def test_layers_with_few_nodes_are_projected_in_one_product(
+    model: ResidentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert model.rows.usable  # it multiplies some rows when it is made
+    products: list[int] = []
+    logits = LensHead.logits
+
+    def counted(head: LensHead, prepared: torch.Tensor, out: Any = None) -> torch.Tensor:
+        products.append(len(prepared))
+        return logits(head, prepared, out)
+
+    monkeypatch.setattr(LensHead, "logits", counted)
+    few = replace(spec({NodeKind.BLOCK_OUTPUT}), positions=(8,), overlap_k=0)
+    found = [layer for layer in layers(model, few) if len(layer.nodes)]
+    # The target, and the outputs of all layers. The final norm is not shown.
+    assert [rows for rows in products if rows] == [1, len(found)]
+    head = model.view.lens
+    every = torch.arange(head.unembedding.vocab)
+    for layer in found:
+        assert layer.vectors is not None
+        (normed,) = head.final_norm(torch.from_numpy(layer.vectors))
+        plain = (head.unembedding.rows(every) @ normed).sort(descending=True, stable=True)
+        (ids,), (read,) = layer.projections.top_ids, layer.projections.top_logits
+        assert plain.indices[: len(ids)].tolist() == ids.tolist()
+        np.testing.assert_allclose(read, plain.values[: len(ids)], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_are_sent_when_enough_of_them_are_projected(
+    model: ResidentModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(spec({NodeKind.BLOCK_OUTPUT}), include_gradients=True)
+    together = list(trace(resolve_trace(model, asked), lambda: None))
+    monkeypatch.setattr(readings, "NODES_TOGETHER", 1)
+    alone = list(trace(resolve_trace(model, asked), lambda: None))
+    assert None in together
+    assert None not in alone
+    sent = [[event for event in run if isinstance(event, LayerGraph)] for run in (together, alone)]
+    for one, other in zip(*sent, strict=True):
+        assert (one.layer, one.last) == (other.layer, other.last)
+        assert one.nodes == other.nodes
+        assert one.edges == other.edges
+        if not len(one.nodes):  # the final norm and the prediction are not shown
+            continue
+        assert one.gradients is not None
+        assert other.gradients is not None
+        for table, single in (
+            (one.projections, other.projections),
+            (one.gradients.projections, other.gradients.projections),
+        ):
+            assert np.array_equal(table.top_ids, single.top_ids)
+            np.testing.assert_allclose(table.top_logits, single.top_logits, rtol=1e-4, atol=1e-5)
+        assert np.array_equal(one.gradients.rows, other.gradients.rows)

@@ -29,7 +29,7 @@ def traced() -> Trace:
     encoder = TraceEncoder("r1", resident.vocabulary.token)
     assembler = TraceAssembler()
     for event in trace(resolve_trace(resident, spec), lambda: None):
-        for response in encoder.encode(event):
+        for response in encoder.encode(event) if event else ():
             assembler.feed(response)
     return assembler.result()
 

@@ -108,7 +108,8 @@ class Traced:
 
 
 def run_trace(model: ResidentModel, spec: TraceSpec) -> Traced:
-    return Traced(list(trace(resolve_trace(model, spec), lambda: None)))
+    events = trace(resolve_trace(model, spec), lambda: None)
+    return Traced([event for event in events if event is not None])
 
 
 def run_project(model: ResidentModel, spec: ProjectSpec) -> ProjectionTable:

@@ -81,6 +81,9 @@ def position_targets(
 # because projecting a few vectors takes as long as reading the unembedding from memory.
 POSITIONS_AT_ONCE = 8
 NODES_AT_ONCE = 512
+# Pieces with fewer nodes are projected together with the pieces after them, for the same reason.
+# From about this number on, the time of a product is proportional to its rows.
+NODES_TOGETHER = 64
 
 
 def positions_at_once(spec: TraceSpec, facts: ModelFacts, tokens: int) -> int:

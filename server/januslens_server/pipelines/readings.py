@@ -1,10 +1,10 @@
-"""Compute the result of a layer from its flow graphs: norms, projections, overlaps of edges."""
+"""Compute the results of layers from their flow graphs: norms, projections, overlaps of edges."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import numpy as np
 import torch
@@ -14,10 +14,11 @@ from januslens_server.errors import CancelCheck
 from januslens_server.graph.flow import Flow
 from januslens_server.models.failures import check_numbers
 from januslens_server.models.resident import ResidentModel
-from januslens_server.pipelines.flows import Piece
+from januslens_server.pipelines.flows import NODES_TOGETHER, Piece
 from januslens_server.pipelines.metrics import read
 from januslens_server.results import (
     Edges,
+    Floats,
     Gradients,
     Ints,
     LayerGraph,
@@ -46,8 +47,35 @@ _WEIGHT_ROWS = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class _Unread:
+    """The nodes of a piece that are sent, and the edges, before anything is projected.
+
+    `norms` and `activations` are `[n]`. `vectors` `[m, d_model]` are those of the m nodes with the
+    indices `asked`, which are projected. `gradients` `[s, d_model]` are those of the s nodes with
+    the indices `states`.
+    """
+
+    layer: int
+    last: bool
+    lens: LensKind
+    nodes: Nodes
+    norms: Floats
+    activations: Floats
+    edges: Edges
+    asked: Ints
+    vectors: torch.Tensor
+    sent_vectors: Floats | None
+    states: Ints
+    gradients: torch.Tensor
+
+
 class FlowReader:
-    """Computes the results of one trace, layer by layer, lowest first."""
+    """Computes the results of one trace, layer by layer, lowest first.
+
+    Projecting a few vectors takes as long as reading the unembedding from memory. So pieces with
+    few nodes are collected, and their vectors are projected together.
+    """
 
     def __init__(
         self,
@@ -62,49 +90,85 @@ class FlowReader:
         self._spec = spec
         self._targets = {target.position: target.target_token_id for target in targets}
         self._below: dict[str, frozenset[int]] = {}
+        self._collected: list[_Unread] = []
 
-    def read(self, piece: Piece) -> LayerGraph:
-        """Return the result of a piece; its vectors are projected together.
-
-        Logits of weight rows are taken from the row cache if possible. `check_cancelled` is called
-        before every chunk of rows that is computed.
-        """
+    def add(self, piece: Piece) -> None:
+        """Collect a piece. Of its vectors, only those that are projected or sent are kept."""
         flows = [flow for flow in piece.flows if flow.nodes]
         nodes = Nodes.joined([flow.nodes for flow in flows])
-        found = torch.cat([flow.norms for flow in flows] or [torch.empty(0)]).cpu().numpy()
-        check_numbers("activations on this prompt", found)
+        norms = torch.cat([flow.norms for flow in flows] or [torch.empty(0)]).cpu().numpy()
+        check_numbers("activations on this prompt", norms)
         vectors = torch.empty(0, self._model.view.facts.d_model)
         if flows and self._spec.keeps_vectors:
             vectors = torch.cat([flow.vectors for flow in flows])
         vectors = vectors.to(self._model.device)
         shown = self._shown(nodes)
-        table, rows = _no_projections(), np.full(len(nodes), -1, np.int64)
+        asked = np.empty(0, np.int64)
         if self._spec.include_projections:
             projected = np.concatenate([np.empty(0, np.bool_), *(flow.projected for flow in flows)])
-            asked = shown[projected[shown]]
-            table = self._project(vectors[asked], nodes.rows(asked), piece.lens)
-            kept = np.flatnonzero(table.projected)
-            rows[asked[kept]] = kept
-        sent = nodes.rows(shown)
-        edges = self._edges(Edges.joined([flow.edges for flow in flows]), sent)
-        if self._spec.overlap_k:
-            edges = self._with_overlaps(edges, sent, table, rows[shown])
+            asked = np.flatnonzero(projected[shown])
         activations = [flow.activations for flow in flows] or [np.empty(0, np.float32)]
-        return LayerGraph(
-            layer=piece.layer,
-            nodes=sent,
-            norms=found[shown],
-            activations=np.concatenate(activations)[shown],
-            rows=rows[shown],
-            projections=_trimmed(table, self._spec.lens.top_k),
-            edges=edges,
-            last=piece.last,
-            vectors=vectors[shown].cpu().numpy() if self._spec.include_vectors else None,
-            gradients=self._gradients(flows, shown.tolist()) if self._spec.differentiates else None,
+        states, gradients = self._gradients(flows, shown.tolist())
+        self._collected.append(
+            _Unread(
+                layer=piece.layer,
+                last=piece.last,
+                lens=piece.lens,
+                nodes=nodes.rows(shown),
+                norms=norms[shown],
+                activations=np.concatenate(activations)[shown],
+                edges=Edges.joined([flow.edges for flow in flows]),
+                asked=asked,
+                vectors=vectors[shown[asked]],
+                sent_vectors=vectors[shown].cpu().numpy() if self._spec.include_vectors else None,
+                states=states,
+                gradients=gradients,
+            )
         )
 
-    def _gradients(self, flows: Sequence[Flow], shown: Sequence[int]) -> Gradients:
-        """Return the gradients of the sent states, projected if the request asks for it."""
+    @property
+    def full(self) -> bool:
+        """Whether collecting another piece would hardly make the projection cheaper."""
+        if not (self._spec.include_projections or self._spec.include_gradients):
+            return True
+        return sum(len(unread.nodes) for unread in self._collected) >= NODES_TOGETHER
+
+    def read(self) -> list[LayerGraph]:
+        """Return the results of the collected pieces, whose vectors are projected together.
+
+        Logits of weight rows are taken from the row cache if possible. `check_cancelled` is called
+        before every chunk of rows that is computed.
+        """
+        collected, self._collected = self._collected, []
+        tables = self._tables(collected)
+        gradients = self._gradient_tables(collected)
+        return [self._graph(*each) for each in zip(collected, tables, gradients, strict=True)]
+
+    def _graph(
+        self, unread: _Unread, table: ProjectionTable, gradients: ProjectionTable
+    ) -> LayerGraph:
+        """Return the result of a piece, given the projections of its nodes and gradients."""
+        rows = np.full(len(unread.nodes), -1, np.int64)
+        kept = np.flatnonzero(table.projected)
+        rows[unread.asked[kept]] = kept
+        edges = self._edges(unread.edges, unread.nodes)
+        if self._spec.overlap_k:
+            edges = self._with_overlaps(edges, unread.nodes, table, rows)
+        return LayerGraph(
+            layer=unread.layer,
+            nodes=unread.nodes,
+            norms=unread.norms,
+            activations=unread.activations,
+            rows=rows,
+            projections=_trimmed(table, self._spec.lens.top_k),
+            edges=edges,
+            last=unread.last,
+            vectors=unread.sent_vectors,
+            gradients=_of_states(unread, gradients) if self._spec.differentiates else None,
+        )
+
+    def _gradients(self, flows: Sequence[Flow], shown: Sequence[int]) -> tuple[Ints, torch.Tensor]:
+        """Return the indices of the sent states `[s]`, and their gradients `[s, d_model]`."""
         starts = accumulate((len(flow.nodes) for flow in flows), initial=0)
         found = {
             start + state: gradient
@@ -112,22 +176,10 @@ class FlowReader:
             for state, gradient in zip(flow.states, flow.gradients, strict=True)
         }
         states = [(i, found[number]) for i, number in enumerate(shown) if number in found]
-        norms = np.full(len(shown), np.nan, np.float32)
-        rows = np.full(len(shown), -1, np.int64)
-        table = _no_projections()
-        if states:
-            at = [i for i, _ in states]
-            vectors = torch.stack([gradient for _, gradient in states]).to(self._model.device)
-            norms[at] = vectors.norm(dim=-1).cpu().numpy()
-            if self._spec.include_gradients:
-                lens = self._spec.lens
-                # A trace has the gradients of the logit at its last position only.
-                last = self._targets[max(self._targets)]
-                targets = torch.full((len(vectors), 1), last, device=vectors.device)
-                table = read(self._model.view.lens, vectors, lens, targets, self._check_cancelled)
-                kept = np.flatnonzero(table.projected)
-                rows[np.array(at)[kept]] = kept
-        return Gradients(norms, rows, table)
+        if not states:
+            return np.empty(0, np.int64), torch.empty(0, self._model.view.facts.d_model)
+        gradients = torch.stack([gradient for _, gradient in states]).to(self._model.device)
+        return np.array([i for i, _ in states]), gradients
 
     def _shown(self, nodes: Nodes) -> Ints:
         """Return the indices of the nodes to send."""
@@ -135,6 +187,32 @@ class FlowReader:
             return np.arange(len(nodes))
         kinds = nodes.column(NodeColumn.KIND)
         return np.flatnonzero(np.isin(kinds, [int(kind) for kind in self._spec.node_kinds]))
+
+    def _tables(self, collected: Sequence[_Unread]) -> list[ProjectionTable]:
+        """Return the projections of the nodes of each piece."""
+        if not self._spec.include_projections:
+            return [_no_projections()] * len(collected)
+        tables: list[ProjectionTable] = []
+        for kind, pieces in groupby(collected, key=lambda unread: unread.lens):
+            group = list(pieces)
+            vectors = torch.cat([unread.vectors for unread in group])
+            nodes = Nodes.joined([unread.nodes.rows(unread.asked) for unread in group])
+            table = self._project(vectors, nodes, kind)
+            tables += _split(table, [len(unread.asked) for unread in group])
+        return tables
+
+    def _gradient_tables(self, collected: Sequence[_Unread]) -> list[ProjectionTable]:
+        """Return the projections of the gradients of each piece, if the request asks for them."""
+        counts = [len(unread.states) for unread in collected]
+        if not (self._spec.include_gradients and any(counts)):
+            return [_no_projections()] * len(collected)
+        vectors = torch.cat([unread.gradients for unread in collected])
+        # A trace has the gradients of the logit at its last position only.
+        last = self._targets[max(self._targets)]
+        targets = torch.full((len(vectors), 1), last, device=vectors.device)
+        lens = self._spec.lens
+        table = read(self._model.view.lens, vectors, lens, targets, self._check_cancelled)
+        return _split(table, counts)
 
     def _project(self, vectors: torch.Tensor, nodes: Nodes, kind: LensKind) -> ProjectionTable:
         lens = self._spec.lens
@@ -186,6 +264,22 @@ class FlowReader:
         pairs = ((tops[source], tops[target]) for source, target in ends)
         overlaps = [len(a & b) / len(a) if a and b else np.nan for a, b in pairs]
         return replace(edges, overlaps=np.array(overlaps, np.float64))
+
+
+def _of_states(unread: _Unread, table: ProjectionTable) -> Gradients:
+    """Return the gradients of a piece, given their projections."""
+    norms = np.full(len(unread.nodes), np.nan, np.float32)
+    norms[unread.states] = unread.gradients.norm(dim=-1).cpu().numpy()
+    rows = np.full(len(unread.nodes), -1, np.int64)
+    kept = np.flatnonzero(table.projected)
+    rows[unread.states[kept]] = kept
+    return Gradients(norms, rows, table)
+
+
+def _split(table: ProjectionTable, counts: Sequence[int]) -> list[ProjectionTable]:
+    """Return consecutive parts of a table, with these numbers of rows."""
+    starts = accumulate(counts, initial=0)
+    return [table.rows(slice(start, start + n)) for start, n in zip(starts, counts, strict=False)]
 
 
 def _no_projections() -> ProjectionTable:

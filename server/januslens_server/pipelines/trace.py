@@ -16,10 +16,11 @@ from januslens_server.pipelines.resolve import ResolvedTrace
 from januslens_server.results import PositionTarget, TraceEvent, TraceHeader, TraceSummary
 
 
-def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[TraceEvent]:
+def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[TraceEvent | None]:
     """Yield the header, then each layer's graph as soon as it is projected, then the summary.
 
-    `check_cancelled` is called before every block of the forward pass, before every layer, and
+    Layers with few nodes are projected together; None is yielded for each that is not projected
+    yet. `check_cancelled` is called before every block of the forward pass, before every layer, and
     before every chunk of vectors. What it raises ends the request.
     """
     clock = StageClock("Trace")
@@ -48,14 +49,21 @@ def trace(request: ResolvedTrace, check_cancelled: CancelCheck) -> Iterator[Trac
     while piece is not None:
         check_cancelled()
         with clock.stage("project"):
-            graph = reader.read(piece)
+            reader.add(piece)
+            graphs = reader.read() if reader.full else []
         if spec.include_checks:
             with clock.stage("check"):
                 checks.see(piece.flows)
-        nodes, edges = nodes + len(graph.nodes), edges + len(graph.edges)
         # Build the next piece before this one is encoded, because both hold the interpreter's lock.
         piece = next(pieces, None)
-        yield graph
+        if piece is None:
+            with clock.stage("project"):
+                graphs += reader.read()
+        nodes += sum(len(graph.nodes) for graph in graphs)
+        edges += sum(len(graph.edges) for graph in graphs)
+        yield from graphs
+        if not graphs:
+            yield None
     whole = spec.contributes and len(layers) == model.view.facts.n_layers
     # The summary has a constant only if a single position is traced.
     single = spec.contributes and len(targets) == 1

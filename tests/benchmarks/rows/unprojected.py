@@ -92,11 +92,12 @@ def _patterns(model: ResidentModel, ids: Sequence[int]) -> list[bytes]:
     ]
 
 
-def _encoded(model: ResidentModel, events: Iterable[TraceEvent]) -> list[bytes]:
+def _encoded(model: ResidentModel, events: Iterable[TraceEvent | None]) -> list[bytes]:
     encoder = TraceEncoder("benchmark", model.vocabulary.token)
     return [
         message.SerializeToString(deterministic=True)
         for event in events
+        if event is not None
         for message in encoder.encode(event)
     ]
 

@@ -22,7 +22,11 @@ from januslens_server.pipelines.cost.demand import (
     reading_bytes,
     texts_bytes,
 )
-from januslens_server.pipelines.flows import POSITIONS_AT_ONCE, positions_at_once
+from januslens_server.pipelines.flows import (
+    NODES_TOGETHER,
+    POSITIONS_AT_ONCE,
+    positions_at_once,
+)
 from januslens_server.pipelines.resolve import ResolvedTrace
 from januslens_server.results import NodeKind
 from januslens_server.specs import TraceSpec
@@ -83,7 +87,22 @@ def trace_demand(request: ResolvedTrace) -> Demand:
     states = _states(spec, blocks)
     vectors = read + states + 3 * len(positions)
     passes = FORWARD + (BACKWARD if spec.differentiates else 0)
-    at_once = [min(most, len(positions)) * n // blocks + 1 for n in (built, shown)]
+    at_once = min(most, len(positions))
+    built_at_once, sent_at_once = (at_once * n // blocks + 1 for n in (built, shown))
+    projects = spec.include_projections or spec.include_gradients
+    collects = projects and sent_at_once < NODES_TOGETHER
+    collected = min(NODES_TOGETHER, max(0, shown - sent_at_once)) if collects else 0
+    groups = min(pieces, shown // NODES_TOGETHER + 2) if projects else 0
+    held = _held(
+        sizes,
+        spec,
+        tokens,
+        len(layers),
+        len(positions),
+        built_at_once,
+        sent_at_once,
+        collected,
+    )
     return Demand(
         passes=passes,
         flops=passes * pass_flops(sizes, tokens, scored)
@@ -93,16 +112,16 @@ def trace_demand(request: ResolvedTrace) -> Demand:
         nodes=built,
         read=read,
         vectors=vectors,
-        readings=pieces + 2 + (pieces if states else 0),
+        readings=groups + 2 + (groups if states else 0),
         ranks=vectors,
-        memory=_held(sizes, spec, tokens, len(layers), len(positions), *at_once)
+        memory=held
         + max(
-            _working(sizes, spec, tokens, len(positions), *at_once),
+            _working(sizes, spec, tokens, len(positions), built_at_once, sent_at_once + collected),
             _backward(sizes, spec, tokens, layers, scored),
         ),
         stream=_stream(sizes, spec, tokens, shown, len(positions))
         + states * reading_bytes(spec.lens.top_k + spec.lens.bottom_k),
-        held=_held(sizes, spec, tokens, len(layers), len(positions), *at_once),
+        held=held,
     )
 
 
@@ -197,8 +216,12 @@ def _held(
     positions: int,
     built: int,
     shown: int,
+    collected: int,
 ) -> int:
-    """Return the bytes of captured activations, logits and the last piece of the graph."""
+    """Return the bytes of captured activations, logits and the last piece of the graph.
+
+    `collected` is the number of nodes of earlier pieces that are projected together with it.
+    """
     facts, listed = sizes.facts, spec.lens.top_k + spec.lens.bottom_k
     scored = positions if spec.include_checks else 1
     passed = layers * memory.captured(sizes, tokens, positions)
@@ -206,13 +229,14 @@ def _held(
     if spec.differentiates:
         gradients = len(STATES_WITH_GRADIENT) * positions * facts.d_model
         passed += memory.FLOAT32 * layers * gradients
-    vectors = _formed(spec, built, positions) + (shown if spec.include_vectors else 0)
-    return (
-        passed
-        + 2 * memory.FLOAT32 * vectors * facts.d_model
-        + (memory.reported(shown, max(listed, spec.overlap_k)) if spec.include_projections else 0)
-        + NUMBERS * shown
-    )
+    sent = shown + collected
+    vectors = _formed(spec, built, positions) + (sent if spec.include_vectors else 0)
+    if spec.include_projections:
+        vectors += collected
+        passed += memory.reported(sent, max(listed, spec.overlap_k))
+    if spec.include_gradients:
+        passed += memory.FLOAT32 * sent * facts.d_model
+    return passed + 2 * memory.FLOAT32 * vectors * facts.d_model + NUMBERS * sent
 
 
 def _formed(spec: TraceSpec, built: int, positions: int) -> int:
