@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from januslens.v1 import lens_pb2, trace_pb2
+from januslens.v1 import gradient_lens_pb2, lens_pb2, trace_pb2
 from januslens_server.rpc.encode.columns import Cells, Columns, Parts, varints
 
 COUNT = 40
@@ -63,6 +63,19 @@ def test_sizes_are_those_of_the_messages() -> None:
     assert parts().sizes.tolist() == [expected(i).ByteSize() for i in range(COUNT)]
 
 
+def test_lists_of_messages_are_parsed_as_they_were_given() -> None:
+    coordinates = Columns(gradient_lens_pb2.Coordinate, 2 * COUNT)
+    coordinates.unsigned("index", np.stack([INTEGERS, INTEGERS[::-1]], 1).ravel())
+    coordinates.floats("value", NUMBERS[:, :2].ravel())
+    values = Columns(gradient_lens_pb2.Singular, COUNT)
+    values.message_lists("other_side", coordinates)
+    parts = Parts(gradient_lens_pb2.GradientMatrix, "spectrum", values)
+    matrix = gradient_lens_pb2.GradientMatrix.FromString(parts.between(0, COUNT))
+    assert [[(c.index, c.value) for c in row.other_side] for row in matrix.spectrum] == [
+        [(INTEGERS[i], NUMBERS[i, 0]), (INTEGERS[-1 - i], NUMBERS[i, 1])] for i in range(COUNT)
+    ]
+
+
 def test_no_messages_take_no_bytes() -> None:
     nodes = Columns(trace_pb2.Node, 0)
     nodes.texts("id", [])
@@ -73,10 +86,12 @@ def test_no_messages_take_no_bytes() -> None:
 @pytest.mark.parametrize("value", [0, 1, 127, 128, 300, 2**14 - 1, 2**14, 2**32 - 1, 2**62])
 def test_integers_are_encoded_in_groups_of_seven_bits(value: int) -> None:
     cells: Cells = varints(np.array([value, 0]))
+    data, used = cells.joined()
     groups, rest = [value & 0x7F], value >> 7
     while rest:
         groups[-1] |= 0x80
         groups.append(rest & 0x7F)
         rest >>= 7
-    assert cells.data[0][cells.used[0]].tolist() == groups
-    assert cells.data[1][cells.used[1]].tolist() == [0]
+    assert data[0][used[0]].tolist() == groups
+    assert data[1][used[1]].tolist() == [0]
+    assert cells.lengths.tolist() == [len(groups), 1]

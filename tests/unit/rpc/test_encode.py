@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,12 @@ from januslens_server.results import (
     coordinates,
 )
 from januslens_server.rpc.encode import ActivationsEncoder, TraceEncoder
+from januslens_server.rpc.encode.columns import Columns, Parts
 from januslens_server.rpc.encode.messages import (
     FRAME_BYTES,
     PIECE_BYTES,
     Pieces,
+    Reading,
     ReadToken,
     TokenTexts,
     token_message,
@@ -53,8 +56,16 @@ def cut(
         return bodies[-1]
 
     pieces = Pieces(new, TokenTexts(read_token), limit)
-    for name, ids in nodes:
-        pieces.added(pieces.body().nodes.add(id=name, projection={"top_token_ids": ids}), ids)
+    columns = Columns(trace_pb2.Node, len(nodes))
+    columns.texts("id", [name for name, _ in nodes])
+    ids = np.array([listed for _, listed in nodes], np.int64).reshape(
+        len(nodes), -1 if nodes else 0
+    )
+    nothing = np.zeros(ids.shape, np.float32)
+    listing = replace(table(len(nodes)), top_ids=ids, top_logits=nothing, top_probabilities=nothing)
+    reading = Reading.of(replace(listing, bottom_ids=ids[:, :0]))
+    reading.add_to(columns, "projection")
+    pieces.extend(Parts(trace_pb2.LayerGraph, "nodes", columns), [reading])
     return bodies
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
+
 from januslens.v1 import gradient_lens_pb2
 from januslens_server.results import (
     AttentionGradient,
@@ -19,15 +21,16 @@ from januslens_server.results import (
     NeuronChanges,
     Spectrum,
 )
+from januslens_server.rpc.encode.columns import Columns, Parts
 from januslens_server.rpc.encode.messages import (
     Pieces,
+    Reading,
     ReadToken,
     TokenTexts,
     level_messages,
-    named_tokens,
-    projections,
     provenance_message,
     sizes_message,
+    tensor_columns,
     tensor_message,
     time_messages,
 )
@@ -136,85 +139,77 @@ def _kind(kind: MatrixKind) -> gradient_lens_pb2.MatrixKind.ValueType:
     return gradient_lens_pb2.MatrixKind.ValueType(kind)
 
 
+# Components are encoded in groups of about this many bytes, which fit into a CPU's cache.
+COLUMN_BYTES = 2**20
+# Bytes of a component without its factors.
+COMPONENT_BYTES = 512
+
+
 def _add_components(
     components: Components, lora: LoraGradient | None, pieces: MatrixPieces
 ) -> None:
-    read, named = projections(components.projections), named_tokens(components.projections)
-    columns = zip(
-        components.positions.tolist(),
-        components.input_norms.tolist(),
-        components.vjp_norms.tolist(),
-        components.predicted_ranks.tolist(),
-        components.target_ranks.tolist(),
-        _entries(components.other_side),
-        strict=True,
-    )
-    inputs, vjps = components.inputs, components.vjps
-    a_vjps = b_inputs = None
+    factors = {"input": components.inputs, "vjp": components.vjps}
     if lora is not None:
-        a_vjps, b_inputs = lora.a_vjps, lora.b_inputs
-    for i, (position, input_norm, vjp_norm, predicted, targets, entries) in enumerate(columns):
-        projected = read[i] is not None
-        added = pieces.body().components.add(
-            position=position,
-            input_norm=input_norm,
-            vjp_norm=vjp_norm,
-            size=input_norm * vjp_norm,
-            projection=read[i],
-            predicted_rank=predicted if projected else None,
-            target_ranks=targets if projected else (),
-            other_side=entries,
-            input=None if inputs is None else tensor_message(inputs[i]),
-            vjp=None if vjps is None else tensor_message(vjps[i]),
-            lora_a_vjp=None if a_vjps is None else tensor_message(a_vjps[i]),
-            lora_b_input=None if b_inputs is None else tensor_message(b_inputs[i]),
-        )
-        pieces.added(added, named[i])
+        factors |= {"lora_a_vjp": lora.a_vjps, "lora_b_input": lora.b_inputs}
+    sent = {field: factor for field, factor in factors.items() if factor is not None}
+    each = COMPONENT_BYTES + 4 * sum(factor.shape[1] for factor in sent.values())
+    at_once = max(1, COLUMN_BYTES // each)
+    for start in range(0, len(components.positions), at_once):
+        part = slice(start, start + at_once)
+        reading = Reading.of(components.projections.rows(part))
+        columns = _components(components, part, reading)
+        for field, factor in sent.items():
+            columns.delimited(field, tensor_columns(factor[part]).cells())
+        pieces.extend(Parts(gradient_lens_pb2.GradientMatrix, "components", columns), [reading])
+
+
+def _components(components: Components, part: slice, reading: Reading) -> Columns:
+    """Encode some components, which have this reading, without their factors."""
+    input_norms, vjp_norms = components.input_norms[part], components.vjp_norms[part]
+    columns = Columns(gradient_lens_pb2.Component, len(input_norms))
+    columns.unsigned("position", components.positions[part])
+    columns.floats("input_norm", input_norms)
+    columns.floats("vjp_norm", vjp_norms)
+    with np.errstate(over="ignore"):  # of norms whose product is infinite in float32
+        columns.floats("size", input_norms * vjp_norms)
+    reading.add_to(columns, "projection")
+    columns.unsigned("predicted_rank", components.predicted_ranks[part], reading.projected)
+    columns.unsigned_lists("target_ranks", components.target_ranks[part], reading.projected)
+    columns.message_lists("other_side", _coordinates(components.other_side, part))
+    return columns
 
 
 def _add_spectrum(spectrum: Spectrum, pieces: MatrixPieces) -> None:
-    columns = zip(
-        spectrum.values.tolist(),
-        spectrum.explained.tolist(),
-        projections(spectrum.projections),
-        _entries(spectrum.other_side),
-        named_tokens(spectrum.projections),
-        strict=True,
-    )
-    for value, explained, projection, entries, named in columns:
-        added = pieces.body().spectrum.add(
-            value=value, explained=explained, projection=projection, other_side=entries
-        )
-        pieces.added(added, named)
+    reading = Reading.of(spectrum.projections)
+    columns = Columns(gradient_lens_pb2.Singular, len(spectrum.values))
+    columns.floats("value", spectrum.values)
+    columns.floats("explained", spectrum.explained)
+    reading.add_to(columns, "projection")
+    columns.message_lists("other_side", _coordinates(spectrum.other_side))
+    pieces.extend(Parts(gradient_lens_pb2.GradientMatrix, "spectrum", columns), [reading])
 
 
 def _add_neurons(changes: NeuronChanges, pieces: MatrixPieces) -> None:
-    neurons = changes.neurons.tolist()
-    tables = [changes.before, changes.change, *([] if changes.after is None else [changes.after])]
-    columns = zip(
-        neurons,
-        changes.change_norms.tolist(),
-        projections(changes.before),
-        projections(changes.change),
-        [None] * len(neurons) if changes.after is None else projections(changes.after),
-        zip(*map(named_tokens, tables), strict=True),
-        strict=True,
-    )
-    for neuron, norm, before, change, after, named in columns:
-        added = pieces.body().neurons.add(
-            neuron=neuron, change_norm=norm, before=before, change=change, after=after
-        )
-        pieces.added(added, list(itertools.chain.from_iterable(named)))
+    tables = {"before": changes.before, "change": changes.change}
+    if changes.after is not None:
+        tables["after"] = changes.after
+    readings = {field: Reading.of(table) for field, table in tables.items()}
+    columns = Columns(gradient_lens_pb2.NeuronChange, len(changes.neurons))
+    columns.unsigned("neuron", changes.neurons)
+    columns.floats("change_norm", changes.change_norms)
+    for field, reading in readings.items():
+        reading.add_to(columns, field)
+    parts = Parts(gradient_lens_pb2.GradientMatrix, "neurons", columns)
+    pieces.extend(parts, readings.values())
 
 
-def _entries(entries: Entries) -> list[list[gradient_lens_pb2.Coordinate]]:
-    return [
-        [
-            gradient_lens_pb2.Coordinate(index=index, value=value)
-            for index, value in zip(indices, values, strict=True)
-        ]
-        for indices, values in zip(entries.indices.tolist(), entries.values.tolist(), strict=True)
-    ]
+def _coordinates(entries: Entries, part: slice = slice(None)) -> Columns:
+    """Encode the entries of some vectors, those of each vector in order."""
+    indices, values = entries.indices[part].ravel(), entries.values[part].ravel()
+    columns = Columns(gradient_lens_pb2.Coordinate, len(indices))
+    columns.unsigned("index", indices)
+    columns.floats("value", values)
+    return columns
 
 
 _SEGMENTS = dict(gradient_lens_pb2.PromptSegment.items())

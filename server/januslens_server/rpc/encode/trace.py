@@ -5,17 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 
 from januslens.v1 import trace_pb2
 from januslens_server.results import (
-    Ints,
     LayerGraph,
     NodeColumn,
     PositionTarget,
-    ProjectionTable,
     TraceEvent,
     TraceHeader,
     TraceSummary,
@@ -23,11 +20,11 @@ from januslens_server.results import (
 from januslens_server.rpc.encode.columns import Columns, Parts
 from januslens_server.rpc.encode.messages import (
     Pieces,
+    Reading,
     ReadToken,
     TokenTexts,
     guarantee_messages,
     level_messages,
-    projection_columns,
     provenance_message,
     sizes_message,
     tensor_columns,
@@ -111,35 +108,15 @@ def _add_nodes(graph: LayerGraph, pieces: Pieces[trace_pb2.LayerGraph]) -> None:
     at_once = max(1, COLUMN_BYTES // _node_bytes(graph, listed))
     for start in range(0, len(graph.nodes), at_once):
         part = slice(start, start + at_once)
-        read = {"projection": _Read(graph.projections, graph.rows[part])}
+        read = {"projection": Reading(graph.projections, graph.rows[part])}
         if graph.gradients is not None:
             gradients = graph.gradients
-            read["gradient"] = _Read(gradients.projections, gradients.rows[part])
+            read["gradient"] = Reading(gradients.projections, gradients.rows[part])
         parts = Parts(trace_pb2.LayerGraph, "nodes", _nodes(graph, part, read))
-        ids = np.concatenate([each.token_ids().ravel() for each in read.values()])
-        users = np.concatenate([each.users() for each in read.values()])
-        order = users.argsort(kind="stable")
-        pieces.extend(parts, ids[order], users[order])
+        pieces.extend(parts, read.values())
 
 
-class _Read(NamedTuple):
-    """A table of projections, and the row of each node; -1 means not projected."""
-
-    table: ProjectionTable
-    rows: Ints
-
-    def token_ids(self) -> Ints:
-        """Return the tokens of the nodes that are projected."""
-        rows = self.rows[self.rows >= 0]
-        return np.concatenate([self.table.top_ids[rows], self.table.bottom_ids[rows]], axis=1)
-
-    def users(self) -> Ints:
-        """Return the index of the node of each token."""
-        listed = self.table.top_ids.shape[1] + self.table.bottom_ids.shape[1]
-        return np.flatnonzero(self.rows >= 0).repeat(listed)
-
-
-def _nodes(graph: LayerGraph, part: slice, read: Mapping[str, _Read]) -> Columns:
+def _nodes(graph: LayerGraph, part: slice, read: Mapping[str, Reading]) -> Columns:
     """Encode some nodes, with their projections by the name of the field."""
     ids = graph.nodes.ids[part]
     nodes = Columns(trace_pb2.Node, len(ids))
@@ -153,10 +130,8 @@ def _nodes(graph: LayerGraph, part: slice, read: Mapping[str, _Read]) -> Columns
         numbers["gradient_norm"] = graph.gradients.norms[part]
     for name, found in numbers.items():
         nodes.floats(name, found, ~np.isnan(found))
-    for name, (table, rows) in read.items():
-        if (rows >= 0).any():
-            projections = projection_columns(table.rows(rows.clip(0))).cells()
-            nodes.delimited(name, projections, rows >= 0)
+    for name, reading in read.items():
+        reading.add_to(nodes, name)
     counts = graph.nodes.column(NodeColumn.MEMBERS)[part]
     if (counts >= 0).any():
         members = Columns(trace_pb2.Members, len(ids))
