@@ -148,6 +148,8 @@ class FlowBuilder:
         Attributions of the sum's parts are dot products with the gradient. States get it as their
         own gradient.
         """
+        if gradient is self.gradient:
+            return self
         inside = copy.copy(self)
         inside.gradient = gradient
         return inside
@@ -166,9 +168,10 @@ class FlowBuilder:
 
         It adds to the same flow, but its logit contributions include `finish`.
         """
+        if self.direction is None:
+            return self
         inside = copy.copy(self)
-        if self.direction is not None:
-            inside.direction = finish.pull_back(self.direction, raw)
+        inside.direction = finish.pull_back(self.direction, raw)
         return inside
 
     def node(self, kind: NodeKind, vector: torch.Tensor, *, projected: bool = True) -> str:

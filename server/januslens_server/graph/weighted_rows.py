@@ -28,6 +28,8 @@ def extremes(scores: torch.Tensor, top: int, bottom: int) -> torch.Tensor:
     `top` 0 means all; `bottom` 0 means none.
     """
     highest = largest(scores, top)
+    if not bottom or len(highest) == len(scores):
+        return highest
     lowest = scores.sort(stable=True).indices[:bottom]
     return torch.cat([highest, lowest[~torch.isin(lowest, highest)]])
 
