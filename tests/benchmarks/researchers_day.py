@@ -3,8 +3,8 @@
 Each task is done by the service, as its client sees it, and by plain transformers with hooks in
 this process; both must give the same result. With `--transformer-lens FOLDER`, the site-packages of
 an environment that has TransformerLens, it is done by that library as well. The ways alternate, and
-the figures are medians of processor time, of client and server together. `make real` prepares the
-checkpoints.
+the figures are medians of processor time, of client and server together. Tasks of many passes are
+done once. `make real` prepares the checkpoints.
 """
 
 from __future__ import annotations
@@ -350,10 +350,14 @@ def _zeroed(linear: Any, columns: slice) -> Iterator[None]:
 
 
 class Task(NamedTuple):
-    """A method that all ways have under the same name, and its arguments."""
+    """A method that all ways have under the same name, and its arguments.
+
+    A task of many passes is done `once`: it takes most of the time, and is an average by itself.
+    """
 
     method: str
     arguments: tuple[Any, ...]
+    once: bool = False
 
     def of(self, way: Any) -> Callable[[], Array]:
         """Return the task as one of the ways does it."""
@@ -378,6 +382,7 @@ def tasks(service: Service) -> dict[str, Task]:
                 mary,
                 john,
             ),
+            once=True,
         ),
         "induction: patterns of all heads": Task("induction", (some + some,)),
         "gradient: FF2's VJPs, projected": Task(
@@ -394,8 +399,9 @@ def tasks(service: Service) -> dict[str, Task]:
                 paris,
                 layers,
             ),
+            once=True,
         ),
-        "fifty prompts: lens after every layer": Task("lenses", (fifty,)),
+        "fifty prompts: lens after every layer": Task("lenses", (fifty,), once=True),
     }
 
 
@@ -445,7 +451,7 @@ def measure(folder: Path, rounds: int, threads: int, lens: bool, only: Sequence[
             if only and task.method not in only:
                 continue
             done = {way: task.of(made) for way, made in ways.items() if hasattr(made, task.method)}
-            taken, results = timed(done, rounds)
+            taken, results = timed(done, 1 if task.once else rounds)
             apart = difference(results["service"], results["plain"])
             cells = [f"{taken[way]:.2f}" if way in taken else "" for way in ways]
             ratio = f"{taken['service'] / taken['plain']:.2f}"

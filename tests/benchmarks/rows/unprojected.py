@@ -1,7 +1,12 @@
-"""Trace without projections, or only the residual stream, beside plain transformers with hooks."""
+"""Trace without projections, or only the residual stream, beside plain transformers with hooks.
+
+All of this runs in one process, so it is measured in processor time, which depends less on other
+programs.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +30,7 @@ EVERYTHING = Selection(heads=0, memory_values_per_head=0, top_neurons=0)
 
 
 def measure(bench: Bench) -> Iterator[Row]:
-    """Compare the time until all messages are encoded, without a server."""
+    """Compare the processor time until all messages are encoded, without a server."""
     model, ids = bench.model, bench.shape.tokens(bench.shape.prompt)
     long = bench.shape.tokens(bench.shape.long_prompt // 2)
     stream = TraceSpec(long, node_kinds=frozenset({NodeKind.BLOCK_OUTPUT}), all_positions=True)
@@ -47,6 +52,7 @@ def measure(bench: Bench) -> Iterator[Row]:
             "encoding": lambda: _encoded(model, events),
         },
         bench.rounds,
+        time.process_time,
     )
     plain = f"hooks for neurons and heads, {taken['plain contributions']:.3f} s"
     for name in ("neurons", "heads"):
