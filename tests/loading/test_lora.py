@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from januslens.v1 import gradient_lens_pb2
 from januslens_server.config import ServerSettings
 from januslens_server.errors import ModelFailed
 from januslens_server.models.loader import ModelSource, load
@@ -25,7 +26,8 @@ from januslens_server.models.resident import ResidentModel
 from januslens_server.pipelines.gradient_lens import gradient_lens
 from januslens_server.pipelines.resolve import resolve_gradient_lens
 from januslens_server.pipelines.self_check import checked
-from januslens_server.results import GradientMatrix, MatrixKind, ModelState
+from januslens_server.results import GradientMatrix, MatrixKind, ModelState, Token
+from januslens_server.rpc.encode import GradientLensEncoder
 from januslens_server.specs import GradientLensSpec, NegativeLogLikelihood
 from tests.architectures.cases import CASES, Case
 from tests.architectures.tiny_models import plain
@@ -132,6 +134,12 @@ def test_the_base_and_its_loras_share_one_copy_of_the_weights(tmp_path: Path) ->
     assert model.provenance.revision != base.provenance.revision
 
 
+def sent_components(matrix: GradientMatrix) -> list[gradient_lens_pb2.Component]:
+    """Return the components of a matrix as a client receives them."""
+    encoder = GradientLensEncoder("r1", lambda token_id: Token(token_id, "", b""))
+    return [part for response in encoder.encode(matrix) for part in response.matrix.components]
+
+
 @pytest.mark.parametrize("case", [LLAMA, GPT2], ids=lambda case: case.id)
 def test_factors_of_a_and_b_are_their_gradients(case: Case, tmp_path: Path) -> None:
     _, model, pairs = tuned(case, tmp_path)
@@ -166,6 +174,11 @@ def test_factors_of_a_and_b_are_their_gradients(case: Case, tmp_path: Path) -> N
         assert lora.a_norm == pytest.approx(np.linalg.norm(a), rel=1e-4)
         assert lora.b_norm == pytest.approx(np.linalg.norm(b), rel=1e-4)
         assert (lora.rank, lora.scale) == (RANK, ALPHA / RANK)
+        factors = (parts.inputs, parts.vjps, lora.a_vjps, lora.b_inputs)
+        for sent, *rows in zip(sent_components(event), *factors, strict=True):
+            assert [row.tobytes() for row in rows] == [
+                found.data for found in (sent.input, sent.vjp, sent.lora_a_vjp, sent.lora_b_input)
+            ]
         sums[name] = sums.get(name, 0) + a  # a fused module has three parts
         columns.setdefault(name, []).append(b)
     assert sums.keys() == pairs.keys()
