@@ -27,6 +27,7 @@ def configure_logging(level: str, form: str, process: int | None = None) -> None
             foreign_pre_chain=_FIELDS if process is None else [*_FIELDS, _add_process(process)],
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _without_private_fields,
                 *(_JSON if form == "json" else _text()),
             ],
         )
@@ -48,6 +49,11 @@ def _add_process(number: int) -> Processor:
         return event
 
     return add
+
+
+def _without_private_fields(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Remove fields that a library adds to every record for itself, such as Ray's time stamp."""
+    return {name: value for name, value in event.items() if not name.startswith("_")}
 
 
 _JSON: list[Processor] = [

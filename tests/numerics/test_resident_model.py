@@ -83,12 +83,12 @@ def test_mixed_requests_change_nothing(name: str, load_example: LoadExample) -> 
             assert_untouched(resident, before)
 
 
-def test_a_thousand_mixed_requests_change_nothing(load_example: LoadExample) -> None:
+def test_two_hundred_mixed_requests_change_nothing(load_example: LoadExample) -> None:
     """Traces, gradients of every loss and previews of edits alternate on one resident model."""
     resident = load_example("llama_grouped").resident
     before = bits(resident)
     edits = (DescentStep((), (), 0.1), ForwardShift(1, 0.3))
-    for i in range(1000):
+    for i in range(200):
         ids = (1 + i % 900, 5)
         kind = i % 4
         if kind == 0:

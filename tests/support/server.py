@@ -96,14 +96,16 @@ def start_server(
 ) -> ServerProcess:
     """Start the server, which ends with this process, and read its log while it runs.
 
-    The plain command is forked from a process that has its libraries loaded; other programs and
-    environments are started as an operator does.
+    The plain command is forked from a process that has its libraries loaded. Other programs are
+    started as an operator does.
     """
     # One thread adds in the same order in every run, and leaves cores to the test process.
-    fixed = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    variables = (
+        os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | dict(environment or {})
+    )
     process: subprocess.Popen[str] | ForkedServer
-    if environment is None and tuple(program) == PROGRAM:
-        process = ForkedServer(arguments, fixed)
+    if tuple(program) == PROGRAM:
+        process = ForkedServer(arguments, variables)
     else:
         process = subprocess.Popen(
             tethered([*program, *arguments]),
@@ -111,7 +113,7 @@ def start_server(
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=fixed | dict(environment or {}),
+            env=variables,
         )
     server = ServerProcess(process)
     threading.Thread(target=_read, args=(server,), daemon=True).start()

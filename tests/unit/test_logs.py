@@ -35,7 +35,9 @@ def test_a_text_line_has_its_fields_after_the_message(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     stages = {"forward": 0.00312345, "graph": 0.5}
-    line = logged("text", capsys, id="x-1", method="Trace", seconds=0.123456, stages=stages)
+    line = logged(
+        "text", capsys, id="x-1", method="Trace", seconds=0.123456, stages=stages, _library=1
+    )
     fields = r"id=x-1 seconds=0\.1235 stages=forward:0\.003123,graph:0\.5"
     time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z"
     assert re.fullmatch(rf"{time} INFO januslens_server\.some: Trace OK {fields}", line)
