@@ -40,9 +40,9 @@ def _run() -> None:
         from januslens_server.processes.supervisor import supervise  # noqa: PLC0415
 
         run_process(supervise(settings))
+    spans.configure()
     from januslens_server.serving.assembly import serve  # noqa: PLC0415
 
-    spans.configure()
     run_process(serve(settings))
 
 
