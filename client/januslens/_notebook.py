@@ -308,9 +308,7 @@ def _shares(title: str, parts: Iterable[Part]) -> Element:
 def gradient_html(gradient: Gradient) -> str:
     """The tokens of the inputs or VJPs, by layer and position."""
     header = gradient.header
-    kinds = dict.fromkeys(matrix.kind for matrix in gradient.matrices)
-    order = list(MatrixKind)
-    pictures = [_factor_grid(gradient, kind) for kind in sorted(kinds, key=order.index)]
+    pictures = [_factor_grid(gradient, kind) for kind in presentation.kinds_of(gradient)]
     return document(
         heading("Gradient", gradient.prompt_tokens, gradient.provenance),
         cells.sentence(presentation.loss_sentence(gradient), header.targets),
@@ -352,7 +350,7 @@ def _readings(component: Component, imprint: bool) -> list[tuple[Token, ...]]:
     return [component.promoted, component.suppressed]
 
 
-def _factor_grid(gradient: Gradient, kind: MatrixKind) -> Element:
+def _factor_grid(gradient: Gradient, kind: MatrixKind | str) -> Element:
     matrices = gradient.of_kind(kind)
     imprint = matrices[0].projected_side is Side.INPUT
     positions = list(range(len(gradient.prompt_tokens)))[-_POSITIONS:]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from januslens.results.kinds import Criterion, NodeKind, Side
+from januslens.results.kinds import Criterion, MatrixKind, NodeKind, Side
 
 if TYPE_CHECKING:
     from januslens.results.contributions import ContributionTree
@@ -404,7 +404,16 @@ def factor_title(matrix: Matrix) -> str:
     """Title a matrix's projected factors, for example `FF1: tokens of x, its input`."""
     if matrix.projected_side is Side.INPUT:
         return f"{matrix.kind}: tokens of x, its input"
+    if matrix.projected_side is Side.UNSPECIFIED:
+        return f"{matrix.kind}: neither its input nor its output is in the residual basis"
     return f"{matrix.kind}: tokens of δ, the gradient of its output"
+
+
+def kinds_of(gradient: Gradient) -> list[MatrixKind | str]:
+    """Return the kinds of a gradient's matrices, then its modules in the order received."""
+    order: dict[MatrixKind | str, int] = {kind: i for i, kind in enumerate(MatrixKind)}
+    kinds = dict.fromkeys(matrix.kind for matrix in gradient.matrices)
+    return sorted(kinds, key=lambda kind: order.get(kind, len(order)))
 
 
 # ---- Steps through a trace --------------------------------------------------------------------

@@ -35,6 +35,7 @@ from januslens.arguments import (
     input_message,
     layer_numbers,
     matrix_numbers,
+    module_names,
     optional_count,
     position_numbers,
     probe_message,
@@ -269,6 +270,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
     messages: Messages | None = None,
     loss: Loss | None = None,
     matrices: Iterable[MatrixKind | str] | None = None,
+    modules: Iterable[str] = (),
     layers: Layers | None = None,
     top_k: int | None = None,
     bottom_k: int | None = None,
@@ -295,7 +297,10 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
             `Chat`.
         loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
         matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE and
-            UP.
+            UP. None with `modules` = no kinds.
+        modules: Linear maps to send as well, by the names of their modules in the block, for
+            example `linear_attn.out_proj`; `*` stands for any characters. `Model.levels` has the
+            names.
         layers: Layers to send, from 0 or negative from the last; None = all.
         top_k: Most likely tokens per projection; None = the server's default, 0 = none.
         bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
@@ -321,6 +326,7 @@ def gradient_lens_request(  # noqa: PLR0913 - by keyword
         revision=checked_text(revision, "revision"),
         input=input_message(prompt, messages),
         matrices=matrix_numbers(matrices),
+        modules=module_names(modules),
         layers=layer_numbers(layers),
         top_k=optional_count(top_k, "top_k"),
         bottom_k=optional_count(bottom_k, "bottom_k"),

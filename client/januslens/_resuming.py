@@ -203,7 +203,7 @@ class GradientSplice(
     def __init__(self, request: gradient_lens_pb2.GradientLensRequest) -> None:
         super().__init__(request)
         self._attention: list[int] = []
-        self._matrices: list[tuple[int, int, int | None]] = []
+        self._matrices: list[tuple[int, int, str, int | None]] = []
 
     def rest(self) -> gradient_lens_pb2.GradientLensRequest:
         """Return a request for the incomplete layer and those below it, with the same revision."""
@@ -221,7 +221,8 @@ class GradientSplice(
         if response.HasField("attention"):
             return self._take_attention(response)
         matrix = response.matrix
-        key = (matrix.layer, matrix.kind, matrix.expert if matrix.HasField("expert") else None)
+        expert = matrix.expert if matrix.HasField("expert") else None
+        key = (matrix.layer, matrix.kind, matrix.module, expert)
         if key in self._matrices:
             return []
         self._held.append(response)

@@ -422,6 +422,7 @@ class AsyncLenses(AsyncCalls):
         messages: Messages | None = None,
         loss: Loss | None = None,
         matrices: Iterable[MatrixKind | str] | None = None,
+        modules: Iterable[str] = (),
         layers: Layers | None = None,
         top_k: int | None = None,
         bottom_k: int | None = None,
@@ -451,7 +452,10 @@ class AsyncLenses(AsyncCalls):
                 `Chat`.
             loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
             matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
-                and UP.
+                and UP. None with `modules` = no kinds.
+            modules: Linear maps to send as well, by the names of their modules in the block, for
+                example `linear_attn.out_proj`; `*` stands for any characters. `Model.levels` has
+                the names.
             layers: Layers to send, from 0 or negative from the last; None = all.
             top_k: Most likely tokens per projection; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
@@ -485,6 +489,7 @@ class AsyncLenses(AsyncCalls):
             messages=messages,
             loss=loss,
             matrices=matrices,
+            modules=modules,
             layers=layers,
             top_k=top_k,
             bottom_k=bottom_k,
@@ -513,6 +518,7 @@ class AsyncLenses(AsyncCalls):
         messages: Messages | None = None,
         loss: Loss | None = None,
         matrices: Iterable[MatrixKind | str] | None = None,
+        modules: Iterable[str] = (),
         layers: Layers | None = None,
         top_k: int | None = None,
         bottom_k: int | None = None,
@@ -540,7 +546,10 @@ class AsyncLenses(AsyncCalls):
                 `Chat`.
             loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
             matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
-                and UP.
+                and UP. None with `modules` = no kinds.
+            modules: Linear maps to send as well, by the names of their modules in the block, for
+                example `linear_attn.out_proj`; `*` stands for any characters. `Model.levels` has
+                the names.
             layers: Layers to send, from 0 or negative from the last; None = all.
             top_k: Most likely tokens per projection; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
@@ -576,6 +585,7 @@ class AsyncLenses(AsyncCalls):
             messages=messages,
             loss=loss,
             matrices=matrices,
+            modules=modules,
             layers=layers,
             top_k=top_k,
             bottom_k=bottom_k,
@@ -602,6 +612,7 @@ class AsyncLenses(AsyncCalls):
         messages: Messages | None = None,
         loss: Loss | None = None,
         matrices: Iterable[MatrixKind | str] | None = None,
+        modules: Iterable[str] = (),
         layers: Layers | None = None,
         top_k: int | None = None,
         bottom_k: int | None = None,
@@ -629,7 +640,10 @@ class AsyncLenses(AsyncCalls):
                 `Chat`.
             loss: A `LogitDifference`, `KlDivergence` or `NegativeLogLikelihood`.
             matrices: Kinds of matrices; None = `["FF1", "FF2"]`. For a gated MLP, FF1 means GATE
-                and UP.
+                and UP. None with `modules` = no kinds.
+            modules: Linear maps to send as well, by the names of their modules in the block, for
+                example `linear_attn.out_proj`; `*` stands for any characters. `Model.levels` has
+                the names.
             layers: Layers to send, from 0 or negative from the last; None = all.
             top_k: Most likely tokens per projection; None = the server's default, 0 = none.
             bottom_k: Least likely tokens per projection; None = the server's default, 0 = none.
@@ -662,6 +676,7 @@ class AsyncLenses(AsyncCalls):
             messages=messages,
             loss=loss,
             matrices=matrices,
+            modules=modules,
             layers=layers,
             top_k=top_k,
             bottom_k=bottom_k,

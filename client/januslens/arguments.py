@@ -411,6 +411,17 @@ def matrix_numbers(
     return [MATRIX_KINDS.number(MatrixKind.of(kind)) for kind in named]
 
 
+def module_names(names: Iterable[str]) -> list[str]:
+    """Return names of modules; a single one may be given as a text.
+
+    Raises:
+        TypeError: A name is not a text.
+        ValueError: A name cannot be sent.
+    """
+    named = [names] if isinstance(names, str) else list(names)
+    return [checked_text(name, "modules") for name in named]
+
+
 # Maximum number of characters of a label.
 LABEL = 1024
 

@@ -45,8 +45,7 @@ from januslens.results.intervene import (
     InterventionEffect,
     InterventionEffects,
 )
-from januslens.results.kinds import MATRIX_KINDS
-from januslens.results.matrices import Matrix, matrix_name
+from januslens.results.matrices import Matrix, kind_of, matrix_name
 from januslens.results.tokens import Token, TokenTable
 from januslens.results.trace import LayerGraph, Trace, TraceHeader, TraceSummary
 from januslens.v1 import (
@@ -313,7 +312,7 @@ class GradientAssembler(Assembler[gradient_lens_pb2.GradientLensResponse, Gradie
 
 def _which(message: gradient_lens_pb2.GradientMatrix) -> str:
     expert = message.expert if message.HasField("expert") else None
-    return matrix_name(message.layer, MATRIX_KINDS.member(message.kind), expert)
+    return matrix_name(message.layer, kind_of(message), expert)
 
 
 ActivationsEvent = ActivationsHeader | SiteTensor | ActivationsSummary

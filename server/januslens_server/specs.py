@@ -454,7 +454,11 @@ class Span:
 
 @dataclass(frozen=True)
 class GradientLensSpec:
-    """One GradientLens request. Empty `layers` means all; empty `matrices` means FF1 and FF2."""
+    """One GradientLens request. Empty `layers` means all.
+
+    Empty `matrices` means FF1 and FF2, or none if there are `modules`: names of linear maps, in
+    which `*` stands for any characters.
+    """
 
     prompt: Prompt
     loss: LossSpec
@@ -470,3 +474,4 @@ class GradientLensSpec:
     verify: bool = False
     interventions: tuple[InterventionSpec, ...] = ()
     include_attention_gradients: bool = False
+    modules: tuple[str, ...] = ()

@@ -16,22 +16,34 @@ import pytest
 import torch
 from torch import Tensor
 
+from januslens_server.errors import InvalidRequest
 from januslens_server.pipelines.activations import activations
-from januslens_server.pipelines.resolve import resolve_activations, resolve_trace
+from januslens_server.pipelines.gradient_lens import gradient_lens
+from januslens_server.pipelines.resolve import (
+    resolve_activations,
+    resolve_gradient_lens,
+    resolve_trace,
+)
 from januslens_server.pipelines.trace import trace
 from januslens_server.results import (
     Edge,
     EdgeKind,
+    GradientHeader,
+    GradientMatrix,
     LayerGraph,
     Level,
+    MatrixKind,
     NodeKind,
+    Side,
     SiteValues,
     SublayerKind,
 )
 from januslens_server.specs import (
     ActivationsSpec,
+    GradientLensSpec,
     InterventionSpec,
     LensSpec,
+    NegativeLogLikelihood,
     Site,
     TraceSpec,
     Zero,
@@ -103,6 +115,19 @@ NEMOTRON_H = Case(
         "mtp_layers_block_type": [],
     },
 )
+LATENT = Case(
+    "deepseek_v3",
+    "latent",
+    {
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 6,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 2,
+    },
+)
 STATE_SPACE, LINEAR = SublayerKind.STATE_SPACE, SublayerKind.LINEAR_ATTENTION
 SUBLAYERS: dict[Case, Added] = {
     MAMBA: Added(0, {MIXER: {"mixer": 1.0}}, None, (STATE_SPACE,)),
@@ -132,7 +157,7 @@ every_case = pytest.mark.parametrize("case", SUBLAYERS, ids=lambda case: case.id
 def block_of(case: Case, network: Any) -> Any:
     count = network.config.num_hidden_layers
     lists = (m for m in network.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == count)
-    return next(lists)[SUBLAYERS[case].layer]
+    return next(lists)[SUBLAYERS[case].layer if case in SUBLAYERS else 0]
 
 
 def first(value: Any) -> Tensor:
@@ -282,3 +307,106 @@ def test_removing_a_sublayer_changes_logits_as_in_the_plain_model(case: Case) ->
         with torch.no_grad(), hooked(case, network, dict.fromkeys(modules, 0.0)):
             expected = logits(network, case)
         close(values.data.view(np.float32).reshape(values.shape), expected)
+
+
+TARGET = 7
+# The sides of linear maps in the residual basis, from transformers' code; None for neither.
+SIDES: dict[Case, dict[str, Side | None]] = {
+    MAMBA: {
+        "mixer.in_proj": Side.INPUT,
+        "mixer.x_proj": None,
+        "mixer.out_proj": Side.VJP,
+    },
+    QWEN3_NEXT: {
+        "linear_attn.in_proj_qkvz": Side.INPUT,
+        "linear_attn.in_proj_ba": Side.INPUT,
+        "linear_attn.out_proj": Side.VJP,
+        "mlp.shared_expert.gate_proj": Side.INPUT,
+        "mlp.shared_expert.up_proj": Side.INPUT,
+        "mlp.shared_expert.down_proj": None,  # a gate multiplies its output by position
+        "mlp.shared_expert_gate": Side.INPUT,
+    },
+    FALCON_H1: {
+        "mamba.in_proj": Side.INPUT,
+        "mamba.out_proj": Side.VJP,
+        "self_attn.q_proj": Side.INPUT,
+        "self_attn.k_proj": Side.INPUT,
+        "self_attn.v_proj": Side.INPUT,
+        "self_attn.o_proj": Side.VJP,
+        "feed_forward.gate_proj": Side.INPUT,
+        "feed_forward.up_proj": Side.INPUT,
+        "feed_forward.down_proj": Side.VJP,
+    },
+    LATENT: {
+        "self_attn.q_a_proj": Side.INPUT,
+        "self_attn.q_b_proj": None,
+        "self_attn.kv_a_proj_with_mqa": Side.INPUT,
+        "self_attn.kv_b_proj": None,
+        "self_attn.o_proj": Side.VJP,
+        "mlp.gate_proj": Side.INPUT,
+        "mlp.up_proj": Side.INPUT,
+        "mlp.down_proj": Side.VJP,
+    },
+}
+
+
+@pytest.mark.parametrize("case", SIDES, ids=lambda case: case.id)
+def test_factors_of_linear_maps_are_autograds_gradients_of_the_plain_model(case: Case) -> None:
+    spec = GradientLensSpec(
+        tuple(case.prompt),
+        NegativeLogLikelihood((TARGET,)),
+        modules=("*",),
+        layers=(0,),
+        components=0,
+        include_factors=True,
+    )
+    events = list(gradient_lens(resolve_gradient_lens(served(case), spec), lambda: None))
+    matrices = {event.module: event for event in events if isinstance(event, GradientMatrix)}
+    assert {name: found.projected_side for name, found in matrices.items()} == SIDES[case]
+    network = plain(case)
+    block = block_of(case, network)
+    names = list(matrices)
+    weights = [block.get_submodule(name).weight for name in names]
+    loss = -logits(network, case)[-1].log_softmax(-1)[TARGET]
+    for name, expected in zip(names, torch.autograd.grad(loss, weights), strict=True):
+        parts = matrices[name].components
+        assert parts.inputs is not None
+        assert parts.vjps is not None
+        found = torch.as_tensor(parts.inputs).T @ torch.as_tensor(parts.vjps)
+        error = (found - expected.T).norm() / expected.norm()
+        assert float(error) < 1e-5, name
+        assert matrices[name].kind is MatrixKind.MODULE
+        shown = parts.projections.projected.tolist()
+        assert any(shown) == (SIDES[case][name] is not None)
+
+
+def test_linear_maps_are_listed_and_named_by_patterns() -> None:
+    model, prompt = served(QWEN3_NEXT), tuple(QWEN3_NEXT.prompt)
+    (first_level, second) = model.view.levels
+    assert {each.module for each in first_level.linear_maps} == set(SIDES[QWEN3_NEXT])
+    assert "self_attn.q_proj" in {each.module for each in second.linear_maps}
+    loss = NegativeLogLikelihood((TARGET,))
+    both = GradientLensSpec(prompt, loss, modules=("linear_attn.out*", "self_attn.o_proj"))
+    assert resolve_gradient_lens(model, both).matrices == [
+        (1, "self_attn.o_proj"),
+        (0, "linear_attn.out_proj"),
+    ]
+    with pytest.raises(InvalidRequest, match=r"modules\[0\]: none of .* such as linear_attn.in"):
+        resolve_gradient_lens(model, GradientLensSpec(prompt, loss, modules=("q_proj",)))
+    with pytest.raises(InvalidRequest, match="name the modules in modules"):
+        resolve_gradient_lens(model, GradientLensSpec(prompt, loss, matrices=(MatrixKind.MODULE,)))
+    with pytest.raises(InvalidRequest, match=r"expected modules such as mixer.in_proj"):
+        resolve_gradient_lens(served(MAMBA), GradientLensSpec(prompt, loss))
+
+
+def test_header_lists_layers_without_attention_gradients() -> None:
+    for case, lacking in ((QWEN3_NEXT, (0,)), (LATENT, (0, 1))):
+        spec = GradientLensSpec(
+            tuple(case.prompt),
+            NegativeLogLikelihood((TARGET,)),
+            modules=("*",),
+            include_attention_gradients=True,
+        )
+        header = next(iter(gradient_lens(resolve_gradient_lens(served(case), spec), lambda: None)))
+        assert isinstance(header, GradientHeader)
+        assert header.layers_without_attention_gradients == lacking

@@ -23,6 +23,7 @@ from januslens.cli.options import (
     lens_option,
     matrix_list,
     model_option,
+    module_list,
     not_both,
     out_option,
     page_option,
@@ -66,7 +67,14 @@ from januslens.results.vectors import Projection
 @click.option(
     "--matrices",
     callback=matrix_list,
-    help="Matrices, for example q,k,v,o; default: ff1,ff2, or gate,up,ff2 in a gated MLP.",
+    help="Matrices, for example q,k,v,o; default: ff1,ff2, or gate,up,ff2 in a gated MLP, or none "
+    "with --modules.",
+)
+@click.option(
+    "--modules",
+    callback=module_list,
+    help="Linear maps by the names of their modules, for example linear_attn.out_proj or "
+    "'mamba.*'; `models --json` lists them.",
 )
 @model_option
 @rows_option
@@ -236,6 +244,8 @@ def _left_out(shown: int, total: int, which: str) -> str:
 
 def _headings(matrix: Matrix) -> tuple[str, str]:
     title = presentation.factor_title(matrix)
+    if matrix.projected_side is Side.UNSPECIFIED:
+        return title, "each cell: the component's size |x||δ|"
     if matrix.projected_side is Side.INPUT:
         note = (
             "each cell: the top token of x and the component's size |x||δ|; a descent step "
@@ -251,15 +261,17 @@ def _headings(matrix: Matrix) -> tuple[str, str]:
 
 
 def _strength(matrix: Matrix, component: Component) -> float:
-    return component.size if matrix.projected_side is Side.INPUT else component.vjp_norm
+    return component.vjp_norm if matrix.projected_side is Side.VJP else component.size
 
 
-def _rows(kind: MatrixKind) -> str:
+def _rows(kind: MatrixKind | str) -> str:
     return f"{kind}'s columns" if kind in (MatrixKind.FF1, MatrixKind.GATE) else str(kind)
 
 
 def _cell(matrix: Matrix, component: Component, sought: Sequence[Token], largest: float) -> Text:
     read = component.projection
+    if matrix.projected_side is Side.UNSPECIFIED:
+        return level_cell(_strength(matrix, component), largest)
     if component.size == 0 or read is None:
         return Text("·", "dim")  # the VJP is zero
     if matrix.projected_side is Side.INPUT:
@@ -287,7 +299,7 @@ _COMPONENT_TOKENS = 4
 def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int) -> Group:
     """One row per component, largest first: its place, its size and its tokens."""
     kind, side = matrices[0].kind, matrices[0].projected_side
-    readings = ["top tokens of x"] if side is Side.INPUT else ["promotes", "suppresses"]
+    readings = _READINGS[side]
     grid = table(">layer", "position", ">|x|", ">|δ|", ">size", *readings, ">target's rank")
     for matrix, component in _largest(matrices, rows):
         grid.add_row(
@@ -302,7 +314,16 @@ def components_section(gradient: Gradient, matrices: Sequence[Matrix], rows: int
     return section(f"The largest components of {kind}'s gradient", grid, _note(matrices[0]))
 
 
+_READINGS = {
+    Side.INPUT: ["top tokens of x"],
+    Side.VJP: ["promotes", "suppresses"],
+    Side.UNSPECIFIED: [],
+}
+
+
 def _note(matrix: Matrix) -> str:
+    if matrix.projected_side is Side.UNSPECIFIED:
+        return "size: |x||δ|, the component's Frobenius norm"
     if matrix.projected_side is Side.INPUT:
         return "size: |x||δ|, the component's Frobenius norm; rank: in x, 0 is the top"
     end = matrix.promoted_end.lower()
@@ -318,6 +339,8 @@ def _largest(matrices: Sequence[Matrix], rows: int) -> list[tuple[Matrix, Compon
 
 
 def _readings(component: Component, side: Side, sought: Sequence[Token]) -> list[Text]:
+    if side is Side.UNSPECIFIED:
+        return []
     if side is Side.INPUT:
         read = component.projection
         return [tokens_cell(read.top_tokens[:_COMPONENT_TOKENS] if read else (), sought)]
@@ -477,14 +500,18 @@ def show_gradient(gradient: Gradient, console: Console, rows: int) -> None:
         console.print(segments_section(gradient, rows))
     for limit in presentation.level_sentences(gradient.header.limited_layers):
         console.print(Text(limit, style="dim"))
+    if without := gradient.header.layers_without_attention_gradients:
+        named = ", ".join(map(str, without))
+        console.print(Text(f"no gradients of attention in layers {named}", style="dim"))
     if skipped := gradient.header.skipped:
         console.print(Text(f"not in this architecture: {', '.join(skipped)}", style="dim"))
 
 
-def _kinds(gradient: Gradient) -> list[MatrixKind]:
-    """Return the kinds: first those with projected VJPs, then those with projected inputs."""
+def _kinds(gradient: Gradient) -> list[MatrixKind | str]:
+    """Return the kinds and modules: first those with projected VJPs, then the others."""
     sides = {matrix.kind: matrix.projected_side for matrix in gradient.matrices}
-    return sorted(sides, key=lambda kind: (sides[kind] is Side.INPUT, list(MatrixKind).index(kind)))
+    known = presentation.kinds_of(gradient)
+    return sorted(known, key=lambda kind: sides[kind] is not Side.VJP)
 
 
 def _show_extras(

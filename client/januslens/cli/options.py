@@ -264,6 +264,11 @@ def matrix_list(
         raise click.BadParameter(str(error)) from None
 
 
+def module_list(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[str]:
+    """Parse names of modules, such as `linear_attn.out_proj,mamba.*`."""
+    return [piece.strip() for piece in (value or "").split(",") if piece.strip()]
+
+
 _UNIT = re.compile(r"(\d+)\.(\d+)")
 
 

@@ -11,7 +11,7 @@ from januslens.results import exports
 from januslens.results.attention import AttentionGradient
 from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
 from januslens.results.kinds import MATRIX_KINDS, MatrixKind
-from januslens.results.matrices import Matrix, matrix_name
+from januslens.results.matrices import Matrix, kind_of, matrix_name
 from januslens.results.message_file import save_messages
 from januslens.results.models import LayerLevel, ModelSizes, Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
@@ -198,6 +198,8 @@ class GradientHeader:
         skipped: Requested kinds that this architecture does not have.
         stage_data_types: Data type of each stage, e.g. `{"backward": "bfloat16"}`.
         limited_layers: The requested layers whose parts are not all shown, and why.
+        layers_without_attention_gradients: The requested layers of which no attention gradients are
+            sent; empty unless they were requested.
     """
 
     request_id: str
@@ -210,6 +212,7 @@ class GradientHeader:
     skipped: tuple[MatrixKind, ...]
     stage_data_types: Mapping[str, str]
     limited_layers: tuple[LayerLevel, ...] = ()
+    layers_without_attention_gradients: tuple[int, ...] = ()
 
     @classmethod
     def from_message(
@@ -229,6 +232,7 @@ class GradientHeader:
             limited_layers=tuple(
                 LayerLevel.from_message(level) for level in message.limited_layers
             ),
+            layers_without_attention_gradients=tuple(message.layers_without_attention_gradients),
         )
 
 
@@ -245,7 +249,7 @@ class SegmentRow:
     Attributes:
         segment: `first_token`, `subject`, `last_subject_token`, `rest` or `last_token`.
         layer: The layer.
-        kind: The matrix.
+        kind: The kind of the matrix, or the name of the module of a linear map.
         mean_vjp_norm: Mean length of the VJPs at the segment's positions.
         mean_target_rank: Mean rank of the first target in the projected factor; None if the factor
             is exactly zero at all positions of the segment.
@@ -254,7 +258,7 @@ class SegmentRow:
 
     segment: str
     layer: int
-    kind: MatrixKind
+    kind: MatrixKind | str
     mean_vjp_norm: float
     mean_target_rank: float | None
     positions: int
@@ -265,7 +269,7 @@ class SegmentRow:
         return cls(
             segment=_SEGMENTS.get(message.segment, str(message.segment)),
             layer=message.layer,
-            kind=MATRIX_KINDS.member(message.kind),
+            kind=kind_of(message),
             mean_vjp_norm=message.mean_vjp_norm,
             mean_target_rank=message.mean_target_rank
             if message.HasField("mean_target_rank")
@@ -350,11 +354,13 @@ class Gradient:
     def matrix(self, layer: int, kind: MatrixKind | str, expert: int | None = None) -> Matrix:
         """Return the gradient of one matrix; a negative layer counts from the last one.
 
+        `kind` may be the name of the module of a linear map, for example `linear_attn.out_proj`.
+
         Raises:
-            ValueError: There is no such kind.
+            ValueError: There is no such kind or module.
             KeyError: The matrix was not requested, or the architecture does not have it.
         """
-        wanted = MatrixKind.of(kind)
+        wanted = self._kind(kind)
         layer += self.header.sizes.n_layers if layer < 0 else 0
         for matrix in self.matrices:
             if (matrix.layer, matrix.kind, matrix.expert) == (layer, wanted, expert):
@@ -382,16 +388,20 @@ class Gradient:
     def of_kind(self, kind: MatrixKind | str) -> list[Matrix]:
         """Return the gradients of one kind of matrix in all layers, from the last layer down.
 
-        In a gated MLP, FF1 means GATE and UP, as in a request.
+        In a gated MLP, FF1 means GATE and UP, as in a request. `kind` may be the name of a module.
 
         Raises:
-            ValueError: There is no such kind.
+            ValueError: There is no such kind or module.
         """
-        wanted = MatrixKind.of(kind)
-        found = [matrix for matrix in self.matrices if matrix.kind is wanted]
+        wanted = self._kind(kind)
+        found = [matrix for matrix in self.matrices if matrix.kind == wanted]
         if not found and wanted is MatrixKind.FF1:
             return [matrix for matrix in self.matrices if matrix.kind in _GATED]
         return found
+
+    def _kind(self, kind: MatrixKind | str) -> MatrixKind | str:
+        named = any(matrix.kind == kind for matrix in self.matrices)
+        return kind if named else MatrixKind.of(kind)
 
     def to_pandas(self) -> pd.DataFrame:
         """Return a data frame with one row per component of every matrix. Requires pandas."""

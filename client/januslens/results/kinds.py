@@ -81,7 +81,11 @@ class EdgeKind(Kind):
 
 
 class MatrixKind(Kind):
-    """The weight matrices of a block, as maps `y = x W` with `W: [d_in, d_out]`."""
+    """The weight matrices of a block, as maps `y = x W` with `W: [d_in, d_out]`.
+
+    `MODULE` is never the kind of a result: the kind of a linear map that a request named by its
+    module is the module's name.
+    """
 
     UNSPECIFIED = "UNSPECIFIED"
     Q = "Q"
@@ -92,6 +96,7 @@ class MatrixKind(Kind):
     GATE = "GATE"
     UP = "UP"
     FF2 = "FF2"
+    MODULE = "MODULE"
 
 
 class Lens(Kind):

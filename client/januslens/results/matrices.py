@@ -222,8 +222,15 @@ class Verification:
         return cls(message.relative_error, message.tolerance)
 
 
-def matrix_name(layer: int, kind: MatrixKind, expert: int | None) -> str:
-    """Name a matrix, for example `L3.FF2`, or `L3.e1.FF2` in expert 1."""
+def kind_of(
+    message: gradient_lens_pb2.GradientMatrix | gradient_lens_pb2.SegmentRow,
+) -> MatrixKind | str:
+    """Return the kind of a matrix, or the name of the module of a linear map."""
+    return message.module or MATRIX_KINDS.member(message.kind)
+
+
+def matrix_name(layer: int, kind: MatrixKind | str, expert: int | None) -> str:
+    """Name a matrix: `L3.FF2`, `L3.e1.FF2` in expert 1, or `L3.linear_attn.out_proj`."""
     return f"L{layer}.{kind}" if expert is None else f"L{layer}.e{expert}.{kind}"
 
 
@@ -237,11 +244,12 @@ class Matrix:
 
     Attributes:
         layer: Layer of the matrix.
-        kind: Kind of the matrix.
+        kind: Kind of the matrix, or the name of the module of a linear map.
         expert: Expert of the matrix; None without experts.
         d_in: Number of rows of W.
         d_out: Number of columns of W.
-        projected_side: The factor that is projected.
+        projected_side: The factor that is projected; `UNSPECIFIED` if neither is in the residual
+            basis, as between the maps of a state space.
         promoted_end: The end of the projections with the tokens that a descent step promotes.
         components: The largest components, up to the requested number, largest first.
         component_count: Number of components of the whole gradient.
@@ -253,7 +261,7 @@ class Matrix:
     """
 
     layer: int
-    kind: MatrixKind
+    kind: MatrixKind | str
     expert: int | None
     d_in: int
     d_out: int
@@ -273,7 +281,7 @@ class Matrix:
         end = ENDS.member(message.promoted_end)
         return cls(
             layer=message.layer,
-            kind=MATRIX_KINDS.member(message.kind),
+            kind=kind_of(message),
             expert=message.expert if message.HasField("expert") else None,
             d_in=message.d_in,
             d_out=message.d_out,

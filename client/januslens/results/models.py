@@ -105,6 +105,21 @@ class Sublayer:
 
 
 @dataclass(frozen=True)
+class LinearMap:
+    """A linear map `y = x W + b` of a block, with `W: [d_in, d_out]`.
+
+    Attributes:
+        module: Name of its module in the block.
+        d_in: Number of rows of W.
+        d_out: Number of columns of W.
+    """
+
+    module: str
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
 class LayerLevel:
     """How much of a layer can be shown.
 
@@ -114,19 +129,23 @@ class LayerLevel:
             each sublayer adds as well, `PARTS` for all parts.
         reason: Why the level is below `PARTS`; empty otherwise.
         sublayers: The sublayers at the level `SUBLAYERS`, in the order of the pass.
+        linear_maps: The linear maps that `gradient_lens` takes as `modules`; in `Model.levels`
+            only.
     """
 
     layer: int
     level: str
     reason: str
     sublayers: tuple[Sublayer, ...] = ()
+    linear_maps: tuple[LinearMap, ...] = ()
 
     @classmethod
     def from_message(cls, message: common_pb2.LayerLevel) -> LayerLevel:
         """Read one level."""
         name = common_pb2.Level.Name(message.level).removeprefix("LEVEL_")
         sublayers = tuple(Sublayer.from_message(each) for each in message.sublayers)
-        return cls(message.layer, name, message.reason, sublayers)
+        maps = tuple(LinearMap(each.module, each.d_in, each.d_out) for each in message.linear_maps)
+        return cls(message.layer, name, message.reason, sublayers, maps)
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from januslens.results.activations import Activations
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import Gradient
 from januslens.results.intervene import InterventionEffects
-from januslens.results.kinds import EDGE_KINDS, ENDS, MATRIX_KINDS, NODE_KINDS, SIDES, Numbering
-from januslens.results.matrices import matrix_name
+from januslens.results.kinds import EDGE_KINDS, ENDS, NODE_KINDS, SIDES, Numbering
+from januslens.results.matrices import kind_of, matrix_name
 from januslens.results.models import Provenance
 from januslens.results.tokens import Token
 from januslens.results.trace import Trace
@@ -337,7 +337,7 @@ def gradient_rows(prompt: int, gradient: Gradient) -> Rows:
 
 def _of_matrices(pieces: Sequence[gradient_lens_pb2.GradientMatrix]) -> dict[str, list[Any]]:
     """Return the columns that say which matrix each row is about."""
-    kinds = _names(MATRIX_KINDS, [piece.kind for piece in pieces])
+    kinds = [str(kind_of(piece)) for piece in pieces]
     return _columns(pieces, "layer", "expert") | {"kind": kinds}
 
 
@@ -369,7 +369,7 @@ def _add_components(
         for piece, component in pairs:
             if component.HasField(factor):
                 expert = piece.expert if piece.HasField("expert") else None
-                name = matrix_name(piece.layer, MATRIX_KINDS.member(piece.kind), expert)
+                name = matrix_name(piece.layer, kind_of(piece), expert)
                 by_matrix.setdefault(name, []).append(getattr(component, factor))
         for name, vectors in by_matrix.items():
             _add_vectors(rows, f"{rows.prompt}.{name}.{factor}", factor.upper(), vectors)

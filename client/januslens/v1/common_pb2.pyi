@@ -541,6 +541,7 @@ class LayerLevel(_message.Message):
     LEVEL_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     SUBLAYERS_FIELD_NUMBER: _builtins.int
+    LINEAR_MAPS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """The layer, from 0."""
     level: Global___Level.ValueType
@@ -551,6 +552,12 @@ class LayerLevel(_message.Message):
     def sublayers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sublayer]:
         """The sublayers of a layer of LEVEL_SUBLAYERS, in the order of the pass; empty at other levels."""
 
+    @_builtins.property
+    def linear_maps(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinearMap]:
+        """The linear maps that `GradientLensRequest.modules` can name in this layer, in the order of the
+        pass. Set by ListModels and GetModel only.
+        """
+
     def __init__(
         self,
         *,
@@ -558,14 +565,45 @@ class LayerLevel(_message.Message):
         level: Global___Level.ValueType = ...,
         reason: _builtins.str = ...,
         sublayers: _abc.Iterable[Global___Sublayer] | None = ...,
+        linear_maps: _abc.Iterable[Global___LinearMap] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "level", b"level", "reason", b"reason", "sublayers", b"sublayers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "level", b"level", "linear_maps", b"linear_maps", "reason", b"reason", "sublayers", b"sublayers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LayerLevel: _TypeAlias = LayerLevel  # noqa: Y015
+
+@_typing.final
+class LinearMap(_message.Message):
+    """A linear map of a block: a module that computes y = x W + b."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODULE_FIELD_NUMBER: _builtins.int
+    D_IN_FIELD_NUMBER: _builtins.int
+    D_OUT_FIELD_NUMBER: _builtins.int
+    module: _builtins.str
+    """Name of the module in its block, for example `linear_attn.out_proj`."""
+    d_in: _builtins.int
+    """Rows of W; width of x."""
+    d_out: _builtins.int
+    """Columns of W; width of y."""
+    def __init__(
+        self,
+        *,
+        module: _builtins.str = ...,
+        d_in: _builtins.int = ...,
+        d_out: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_in", b"d_in", "d_out", b"d_out", "module", b"module"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinearMap: _TypeAlias = LinearMap  # noqa: Y015
 
 @_typing.final
 class Sublayer(_message.Message):

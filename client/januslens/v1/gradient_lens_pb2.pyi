@@ -46,6 +46,8 @@ class _MatrixKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MatrixKind
     """Up matrix of a gated MLP."""
     MATRIX_KIND_FF2: _MatrixKind.ValueType  # 8
     """Last matrix of the MLP; the down matrix of a gated one."""
+    MATRIX_KIND_MODULE: _MatrixKind.ValueType  # 9
+    """A linear map that `module` names. Never in a request."""
 
 class MatrixKind(_MatrixKind, metaclass=_MatrixKindEnumTypeWrapper):
     """A weight matrix of one block."""
@@ -68,6 +70,8 @@ MATRIX_KIND_UP: MatrixKind.ValueType  # 7
 """Up matrix of a gated MLP."""
 MATRIX_KIND_FF2: MatrixKind.ValueType  # 8
 """Last matrix of the MLP; the down matrix of a gated one."""
+MATRIX_KIND_MODULE: MatrixKind.ValueType  # 9
+"""A linear map that `module` names. Never in a request."""
 Global___MatrixKind: _TypeAlias = MatrixKind  # noqa: Y015
 
 class _GradientFactor:
@@ -77,7 +81,7 @@ class _GradientFactor:
 class _GradientFactorEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GradientFactor.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     GRADIENT_FACTOR_UNSPECIFIED: _GradientFactor.ValueType  # 0
-    """Never sent."""
+    """Neither factor."""
     GRADIENT_FACTOR_INPUT: _GradientFactor.ValueType  # 1
     """x, the input of the matrix, which a descent step imprints: Q, K, V, FF1, GATE and UP."""
     GRADIENT_FACTOR_VJP: _GradientFactor.ValueType  # 2
@@ -89,7 +93,7 @@ class GradientFactor(_GradientFactor, metaclass=_GradientFactorEnumTypeWrapper):
     """A factor of the gradient."""
 
 GRADIENT_FACTOR_UNSPECIFIED: GradientFactor.ValueType  # 0
-"""Never sent."""
+"""Neither factor."""
 GRADIENT_FACTOR_INPUT: GradientFactor.ValueType  # 1
 """x, the input of the matrix, which a descent step imprints: Q, K, V, FF1, GATE and UP."""
 GRADIENT_FACTOR_VJP: GradientFactor.ValueType  # 2
@@ -186,6 +190,7 @@ class GradientLensRequest(_message.Message):
     VERIFY_FIELD_NUMBER: _builtins.int
     INTERVENTIONS_FIELD_NUMBER: _builtins.int
     INCLUDE_ATTENTION_GRADIENTS_FIELD_NUMBER: _builtins.int
+    MODULES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model; empty = the only one that the server has, INVALID_ARGUMENT if it has
     several.
@@ -238,8 +243,8 @@ class GradientLensRequest(_message.Message):
 
     @_builtins.property
     def matrices(self) -> _containers.RepeatedScalarFieldContainer[Global___MatrixKind.ValueType]:
-        """Matrices to send; empty = FF1 and FF2. In gated MLPs FF1 means GATE and UP. INVALID_ARGUMENT if
-        the architecture has none of them.
+        """Matrices to send; empty = FF1 and FF2, or none if there are `modules`. In gated MLPs FF1 means
+        GATE and UP. INVALID_ARGUMENT if the architecture has none of them, and for MODULE.
         """
 
     @_builtins.property
@@ -256,6 +261,13 @@ class GradientLensRequest(_message.Message):
     def interventions(self) -> _containers.RepeatedCompositeFieldContainer[_interventions_pb2.Intervention]:
         """Changes of the forward pass. The gradients are those of the changed pass, with respect to the
         results of the matrices before any change.
+        """
+
+    @_builtins.property
+    def modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Linear maps to send as well, by the names of their modules in the block, for example
+        `linear_attn.out_proj`; `*` stands for any characters. `LayerLevel.linear_maps` of ListModels
+        has the names. INVALID_ARGUMENT for a name that no requested layer has; at most 64.
         """
 
     def __init__(
@@ -281,10 +293,11 @@ class GradientLensRequest(_message.Message):
         verify: _builtins.bool = ...,
         interventions: _abc.Iterable[_interventions_pb2.Intervention] | None = ...,
         include_attention_gradients: _builtins.bool = ...,
+        modules: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "input", b"input", "kl", b"kl", "learning_rate", b"learning_rate", "logit_difference", b"logit_difference", "loss", b"loss", "nll", b"nll", "subject", b"subject", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "include_attention_gradients", b"include_attention_gradients", "include_factors", b"include_factors", "input", b"input", "interventions", b"interventions", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k", "_components", b"_components", "_learning_rate", b"_learning_rate", "_top_k", b"_top_k", "bottom_k", b"bottom_k", "components", b"components", "include_attention_gradients", b"include_attention_gradients", "include_factors", b"include_factors", "input", b"input", "interventions", b"interventions", "kl", b"kl", "layers", b"layers", "learning_rate", b"learning_rate", "lens", b"lens", "logit_difference", b"logit_difference", "loss", b"loss", "matrices", b"matrices", "model", b"model", "modules", b"modules", "neurons", b"neurons", "nll", b"nll", "revision", b"revision", "spectrum_rank", b"spectrum_rank", "subject", b"subject", "top_k", b"top_k", "verify", b"verify"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bottom_k: _TypeAlias = _typing.Literal["bottom_k"]  # noqa: Y015
     _WhichOneofArgType__bottom_k: _TypeAlias = _typing.Literal["_bottom_k", b"_bottom_k"]  # noqa: Y015
@@ -545,6 +558,7 @@ class GradientHeader(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     SIZES_FIELD_NUMBER: _builtins.int
     LIMITED_LAYERS_FIELD_NUMBER: _builtins.int
+    LAYERS_WITHOUT_ATTENTION_GRADIENTS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the request, as in the metadata, in errors and in the server's log."""
     loss: _builtins.float
@@ -587,7 +601,15 @@ class GradientHeader(_message.Message):
 
     @_builtins.property
     def limited_layers(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.LayerLevel]:
-        """The requested layers that are below LEVEL_PARTS; those of LEVEL_STREAM have no matrices."""
+        """The requested layers that are below LEVEL_PARTS. Of their linear maps, only those that
+        `modules` names are sent.
+        """
+
+    @_builtins.property
+    def layers_without_attention_gradients(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The requested layers of which no attention gradients are sent, ascending: those below
+        LEVEL_PARTS, and those with latent attention. Empty unless the request includes them.
+        """
 
     def __init__(
         self,
@@ -603,10 +625,11 @@ class GradientHeader(_message.Message):
         tokens: _abc.Iterable[_common_pb2.Token] | None = ...,
         sizes: _common_pb2.ModelSizes | None = ...,
         limited_layers: _abc.Iterable[_common_pb2.LayerLevel] | None = ...,
+        layers_without_attention_gradients: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance", "sizes", b"sizes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["limited_layers", b"limited_layers", "loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "sizes", b"sizes", "skipped", b"skipped", "stage_data_types", b"stage_data_types", "target_token_ids", b"target_token_ids", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers_without_attention_gradients", b"layers_without_attention_gradients", "limited_layers", b"limited_layers", "loss", b"loss", "predicted_token_id", b"predicted_token_id", "prompt_tokens", b"prompt_tokens", "provenance", b"provenance", "request_id", b"request_id", "sizes", b"sizes", "skipped", b"skipped", "stage_data_types", b"stage_data_types", "target_token_ids", b"target_token_ids", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -637,6 +660,7 @@ class GradientMatrix(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     COMPONENT_COUNT_FIELD_NUMBER: _builtins.int
     LORA_FIELD_NUMBER: _builtins.int
+    MODULE_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
     """Layer, from 0."""
     kind: Global___MatrixKind.ValueType
@@ -648,7 +672,9 @@ class GradientMatrix(_message.Message):
     d_out: _builtins.int
     """Columns of W; width of delta."""
     projected_side: Global___GradientFactor.ValueType
-    """The factor that is in the residual basis and is projected."""
+    """The factor that is in the residual basis and is projected. Unspecified for a module of which
+    neither is: its components have no projections, and `other_side` is that of delta.
+    """
     promoted_end: Global___RankingEnd.ValueType
     """The end of the projections with the tokens that a descent step promotes."""
     frobenius_norm: _builtins.float
@@ -657,6 +683,8 @@ class GradientMatrix(_message.Message):
     """True in the last message of the matrix."""
     component_count: _builtins.int
     """Number of components of the whole gradient, including those that were not sent."""
+    module: _builtins.str
+    """Name of the module in its block; set if `kind` is MODULE."""
     @_builtins.property
     def components(self) -> _containers.RepeatedCompositeFieldContainer[Global___Component]:
         """The outer products, largest first."""
@@ -704,10 +732,11 @@ class GradientMatrix(_message.Message):
         last: _builtins.bool = ...,
         component_count: _builtins.int = ...,
         lora: Global___LoraGradient | None = ...,
+        module: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "expert", b"expert", "lora", b"lora", "verification", b"verification"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "component_count", b"component_count", "components", b"components", "d_in", b"d_in", "d_out", b"d_out", "expert", b"expert", "frobenius_norm", b"frobenius_norm", "kind", b"kind", "last", b"last", "layer", b"layer", "lora", b"lora", "neurons", b"neurons", "projected_side", b"projected_side", "promoted_end", b"promoted_end", "spectrum", b"spectrum", "tokens", b"tokens", "verification", b"verification"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expert", b"_expert", "_verification", b"_verification", "component_count", b"component_count", "components", b"components", "d_in", b"d_in", "d_out", b"d_out", "expert", b"expert", "frobenius_norm", b"frobenius_norm", "kind", b"kind", "last", b"last", "layer", b"layer", "lora", b"lora", "module", b"module", "neurons", b"neurons", "projected_side", b"projected_side", "promoted_end", b"promoted_end", "spectrum", b"spectrum", "tokens", b"tokens", "verification", b"verification"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expert: _TypeAlias = _typing.Literal["expert"]  # noqa: Y015
     _WhichOneofArgType__expert: _TypeAlias = _typing.Literal["_expert", b"_expert"]  # noqa: Y015
@@ -847,7 +876,9 @@ class Component(_message.Message):
     """Rank of the header's `predicted_token_id` in this projection; 0 = top."""
     @_builtins.property
     def projection(self) -> _lens_pb2.Projection:
-        """Projection of the projected factor; unset if the factor is exactly zero."""
+        """Projection of the projected factor; unset if the factor is exactly zero, or if neither factor is
+        projected.
+        """
 
     @_builtins.property
     def other_side(self) -> _containers.RepeatedCompositeFieldContainer[Global___Coordinate]:
@@ -1085,6 +1116,7 @@ class SegmentRow(_message.Message):
     MEAN_VJP_NORM_FIELD_NUMBER: _builtins.int
     MEAN_TARGET_RANK_FIELD_NUMBER: _builtins.int
     POSITIONS_FIELD_NUMBER: _builtins.int
+    MODULE_FIELD_NUMBER: _builtins.int
     segment: Global___PromptSegment.ValueType
     """The segment."""
     layer: _builtins.int
@@ -1095,10 +1127,12 @@ class SegmentRow(_message.Message):
     """Mean of ||delta|| over the segment's positions."""
     mean_target_rank: _builtins.float
     """Mean rank of the first target token in the projected factor, over the positions where the
-    factor is not exactly zero; 0 = top. Unset if it is zero at all positions.
+    factor is not exactly zero; 0 = top. Unset if it is zero at all positions, or not projected.
     """
     positions: _builtins.int
     """Number of positions in the segment."""
+    module: _builtins.str
+    """Name of the module; set if `kind` is MODULE."""
     def __init__(
         self,
         *,
@@ -1108,10 +1142,11 @@ class SegmentRow(_message.Message):
         mean_vjp_norm: _builtins.float = ...,
         mean_target_rank: _builtins.float | None = ...,
         positions: _builtins.int = ...,
+        module: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_mean_target_rank", b"_mean_target_rank", "mean_target_rank", b"mean_target_rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_target_rank", b"_mean_target_rank", "kind", b"kind", "layer", b"layer", "mean_target_rank", b"mean_target_rank", "mean_vjp_norm", b"mean_vjp_norm", "positions", b"positions", "segment", b"segment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mean_target_rank", b"_mean_target_rank", "kind", b"kind", "layer", b"layer", "mean_target_rank", b"mean_target_rank", "mean_vjp_norm", b"mean_vjp_norm", "module", b"module", "positions", b"positions", "segment", b"segment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mean_target_rank: _TypeAlias = _typing.Literal["mean_target_rank"]  # noqa: Y015
     _WhichOneofArgType__mean_target_rank: _TypeAlias = _typing.Literal["_mean_target_rank", b"_mean_target_rank"]  # noqa: Y015

@@ -174,6 +174,7 @@ export interface NeuronChangeMessage {
 export interface GradientMatrixMessage {
   layer?: number
   kind?: string
+  module?: string
   expert?: number
   dIn?: number
   dOut?: number
@@ -193,6 +194,7 @@ export interface SegmentRowMessage {
   segment?: string
   layer?: number
   kind?: string
+  module?: string
   meanVjpNorm?: Float
   meanTargetRank?: Float
   positions?: number

@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from januslens_server.capture import End, Tap
 from januslens_server.capture.hooks import Columns, rows, select
 from januslens_server.errors import ModelFailed
-from januslens_server.results import MatrixKind
+from januslens_server.results import MatrixKind, Side
 
-# Layer, kind, and expert; the expert is None in a layer without experts.
-MatrixKey = tuple[int, MatrixKind, int | None]
+# Layer, kind or name of a module, and expert; the expert is None in a layer without experts.
+MatrixKey = tuple[int, MatrixKind | str, int | None]
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,12 @@ class Linear:
         """Width of the map's input."""
         return self.module.get_parameter("weight").shape[0 if self.stored_as_rows else 1]
 
+    @property
+    def d_out(self) -> int:
+        """Width of the map's output."""
+        whole = self.module.get_parameter("weight").shape[1 if self.stored_as_rows else 0]
+        return whole if self.columns is None else len(self.columns)
+
     def select(self, whole: torch.Tensor) -> torch.Tensor:
         """Select this map's columns of a tensor `[..., features]` of the whole module."""
         return select(whole, self.columns)
@@ -203,6 +209,17 @@ class Linear:
         """Euclidean norm `[d_in]` of each row of W, float32, computed once per model."""
         norms: torch.Tensor = self.weight.detach().float().norm(dim=1)
         return norms
+
+
+@dataclass(frozen=True)
+class ModuleMap:
+    """A linear map that requests name by its module, and its side in the residual basis.
+
+    `side` is None if neither its input nor its output is in the residual basis.
+    """
+
+    linear: Linear
+    side: Side | None
 
 
 def read_tensor(module: nn.Module, name: str) -> torch.Tensor | None:

@@ -407,7 +407,7 @@ def backward(
     model: ResidentModel,
     ids: Sequence[int],
     loss: Loss,
-    matrices: Iterable[tuple[int, MatrixKind]],
+    matrices: Iterable[tuple[int, MatrixKind | str]],
     check_cancelled: CancelCheck,
     interventions: Interventions | None = None,
     attention: Collection[int] = (),
@@ -421,7 +421,7 @@ def backward(
         model: The model.
         ids: Token ids of the prompt.
         loss: The loss, a function of the last logits `[n, vocab]`.
-        matrices: Layer and kind of each requested matrix.
+        matrices: Layer, and kind or name of the module, of each requested matrix.
         check_cancelled: Called at every block of both passes and inside long ones; may raise to
             stop.
         interventions: Changes of the pass, if any. Gradients are those of the changed pass, with
@@ -432,7 +432,7 @@ def backward(
         NotFinite: The residual, the logits or a gradient are infinite or NaN.
     """
     blocks = model.view.blocks
-    sources = {(layer, kind): blocks[layer].matrices[kind] for layer, kind in matrices}
+    sources = {key: model.view.source(*key) for key in matrices}
     if interventions:
         for (layer, kind), source in sources.items():
             if isinstance(source, ExpertMatrices):

@@ -28,10 +28,11 @@ from januslens_server.errors import shortlist
 from januslens_server.graph.weights import Finish, HeadMap, HeadNorm, Scoring
 from januslens_server.lens.head import LensHead
 from januslens_server.models.experts import ExpertChanges, ExpertMatrices, ExpertOverlay, Experts
-from januslens_server.models.matrices import Linear, MatrixKey
+from januslens_server.models.matrices import Linear, MatrixKey, ModuleMap
 from januslens_server.results import (
     LayerLevel,
     Level,
+    LinearMap,
     MatrixKind,
     ModelFacts,
     NodeKind,
@@ -211,7 +212,8 @@ class Block:
     """One transformer block.
 
     `residual_mid` is the tap of the residual between attention and MLP, or None if they are
-    parallel. Without a pre-norm, a sublayer reads the residual itself.
+    parallel. Without a pre-norm, a sublayer reads the residual itself. `maps` are the linear maps
+    by the names of their modules, in the order of the pass.
     """
 
     module: nn.Module
@@ -220,6 +222,7 @@ class Block:
     residual_mid: Tap | None
     attention_prenorm: bool = True
     mlp_prenorm: bool = True
+    maps: Mapping[str, ModuleMap] = field(default_factory=dict, compare=False)
 
     @cached_property
     def matrices(self) -> dict[MatrixKind, Linear | ExpertMatrices]:
@@ -257,13 +260,15 @@ class CoarseBlock:
 
     `reason` says which part of the block is unknown. `sublayers` are in the order of the pass;
     without any, nothing between the block's input and output is shown. `residual_mid` is the tap
-    of the residual that the last of them read, or None if all read the block's input.
+    of the residual that the last of them read, or None if all read the block's input. `maps` are
+    as in `Block`.
     """
 
     module: nn.Module
     reason: str
     sublayers: tuple[Sublayer, ...] = ()
     residual_mid: Tap | None = None
+    maps: Mapping[str, ModuleMap] = field(default_factory=dict, compare=False)
 
     def adding(self, kind: NodeKind) -> list[Sublayer]:
         """Return the sublayers that a kind of node shows together."""
@@ -311,10 +316,15 @@ class ModelView:
     def matrix(self, key: MatrixKey) -> Linear | ExpertMatrices:
         """Return the map that contains a matrix: those of routed experts share one parameter."""
         layer, kind, expert = key
-        matrix = self.blocks[layer].matrices[kind]
+        matrix = self.source(layer, kind)
         if isinstance(matrix, ExpertMatrices):
             return matrix.linear(expert) or matrix
         return matrix
+
+    def source(self, layer: int, kind: MatrixKind | str) -> Linear | ExpertMatrices:
+        """Return a matrix by its kind or by the name of its module, or those of all experts."""
+        block = self.blocks[layer]
+        return block.maps[kind].linear if isinstance(kind, str) else block.matrices[kind]
 
     def level(self, layer: int) -> LayerLevel:
         """Return the level of a layer, and why it is not PARTS."""
@@ -327,8 +337,16 @@ class ModelView:
 
     @property
     def levels(self) -> tuple[LayerLevel, ...]:
-        """The level of every layer."""
-        return tuple(self.level(layer) for layer in range(len(self.blocks)))
+        """The level of every layer, with its linear maps."""
+        return tuple(
+            self.level(layer)._replace(
+                linear_maps=tuple(
+                    LinearMap(name, found.linear.d_in, found.linear.d_out)
+                    for name, found in block.maps.items()
+                )
+            )
+            for layer, block in enumerate(self.blocks)
+        )
 
     def limited(self, layers: Iterable[int]) -> tuple[LayerLevel, ...]:
         """Return the levels of those of the `layers` whose parts are not all shown."""
@@ -343,10 +361,9 @@ class ModelView:
         """
 
         def coarse_block(block: Block | CoarseBlock, reason: str) -> CoarseBlock:
-            if isinstance(block, Block):
-                return CoarseBlock(block.module, reason)
-            lost = f"{block.reason}; {reason}" if block.sublayers else block.reason
-            return CoarseBlock(block.module, lost)
+            if isinstance(block, CoarseBlock):
+                reason = f"{block.reason}; {reason}" if block.sublayers else block.reason
+            return CoarseBlock(block.module, reason, maps=block.maps)
 
         blocks = tuple(
             coarse_block(block, reasons[i]) if i in reasons else block
@@ -364,10 +381,10 @@ class ModelView:
         of_experts: dict[int, ExpertChanges] = {}
         for key, change in changes.items():
             matrix, (layer, kind, expert) = self.matrix(key), key
-            if isinstance(matrix, ExpertMatrices):
+            if isinstance(matrix, ExpertMatrices) and isinstance(kind, MatrixKind):
                 own = of_experts.setdefault(layer, {}).setdefault(matrix.number(expert), {})
                 own[kind] = change
-            else:
+            elif isinstance(matrix, Linear):
                 overlays.append(LinearOverlay(matrix.module, matrix.columns, change))
         for layer, expert_changes in of_experts.items():
             block = self.blocks[layer]

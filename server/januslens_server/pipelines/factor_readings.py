@@ -90,7 +90,7 @@ class FactorReader:
         table = self._project(
             torch.cat(
                 [
-                    _residual_side(key, factors)[order]
+                    self._residual_side(key, factors)[order]
                     for (key, factors), order in zip(batch.items(), orders, strict=True)
                 ]
             ),
@@ -113,15 +113,17 @@ class FactorReader:
         """Return the result of one matrix; `table` has the projections of its components."""
         layer, kind, expert = key
         inputs, vjps = factors.inputs.float(), factors.vjps.float()
-        side = Side.VJP if kind in WRITES_RESIDUAL else Side.INPUT
-        residual, outside = (vjps, inputs) if side is Side.VJP else (inputs, vjps)
+        side = self._side(key)
+        residual = self._residual_side(key, factors)
+        outside = inputs if side is Side.VJP else vjps
         if expert is None:  # experts do not have all positions
             self._add_segment_rows(key, residual, vjps)
         norm = frobenius_norm(inputs, vjps)
         check_numbers("gradients of this loss", np.array([norm], np.float32))
         return GradientMatrix(
             layer=layer,
-            kind=kind,
+            kind=MatrixKind.MODULE if isinstance(kind, str) else kind,
+            module=kind if isinstance(kind, str) else "",
             expert=expert,
             d_in=inputs.shape[1],
             d_out=vjps.shape[1],
@@ -174,12 +176,16 @@ class FactorReader:
             vjps=vjps[order].cpu().numpy() if factors else None,
         )
 
-    def _spectrum(self, inputs: torch.Tensor, vjps: torch.Tensor, side: Side) -> Spectrum | None:
+    def _spectrum(
+        self, inputs: torch.Tensor, vjps: torch.Tensor, side: Side | None
+    ) -> Spectrum | None:
         if not self._spec.spectrum_rank:
             return None
         found = spectrum(inputs, vjps, self._spec.spectrum_rank)
         both = found.vjps.float(), found.inputs.float()
         residual, outside = both if side is Side.VJP else both[::-1]
+        if side is None:
+            residual = self._nothing(len(found.values))
         return Spectrum(
             values=found.values.float().cpu().numpy(),
             explained=found.explained.float().cpu().numpy(),
@@ -231,12 +237,31 @@ class FactorReader:
                 SegmentRow(
                     segment=segment.value,
                     layer=key[0],
-                    kind=key[1],
+                    kind=MatrixKind.MODULE if isinstance(key[1], str) else key[1],
+                    module=key[1] if isinstance(key[1], str) else "",
                     mean_vjp_norm=float(norms[positions].mean()),
                     mean_target_rank=float(ranks.mean()) if len(ranks) else None,
                     positions=len(positions),
                 )
             )
+
+    def _side(self, key: MatrixKey) -> Side | None:
+        """Return the side of a matrix that is in the residual basis, or None."""
+        layer, kind, _ = key
+        if isinstance(kind, str):
+            return self._model.view.blocks[layer].maps[kind].side
+        return Side.VJP if kind in WRITES_RESIDUAL else Side.INPUT
+
+    def _residual_side(self, key: MatrixKey, factors: Factors) -> torch.Tensor:
+        """Return the factors in the residual basis `[n, d_model]` in float32, or zeros."""
+        side = self._side(key)
+        if side is None:
+            return self._nothing(len(factors.inputs))
+        return (factors.vjps if side is Side.VJP else factors.inputs).float()
+
+    def _nothing(self, count: int) -> torch.Tensor:
+        """Return vectors `[count, d_model]` that are not projected."""
+        return torch.zeros(count, self._model.view.facts.d_model, device=self._model.device)
 
     def _project(
         self, vectors: torch.Tensor, ranked: Sequence[int], lens: LensSpec | None = None
@@ -244,12 +269,6 @@ class FactorReader:
         targets = torch.tensor(ranked, device=vectors.device).expand(len(vectors), -1)
         lens = lens or self._spec.lens
         return read(self._model.view.lens, vectors, lens, targets, self._check_cancelled)
-
-
-def _residual_side(key: MatrixKey, factors: Factors) -> torch.Tensor:
-    """Return the factors in the residual basis `[n, d_model]` in float32."""
-    vectors = factors.vjps if key[1] in WRITES_RESIDUAL else factors.inputs
-    return vectors.float()
 
 
 def _float32(values: torch.Tensor) -> Floats:

@@ -66,6 +66,7 @@ def gradient_lens(
         stage_data_types=_stage_data_types(model),
         skipped=request.skipped,
         limited_layers=request.limited_layers,
+        layers_without_attention_gradients=request.without_attention,
     )
     reader = FactorReader(request, predicted, check_cancelled)
     for keys in reader.batches(passed.factors):

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import accumulate
 
-from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
+from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled, shortlist
 from januslens_server.graph.block_flow import STREAM_KINDS, SUBLAYER_KINDS
 from januslens_server.lens.backward_lens import (
     Loss,
@@ -353,8 +354,12 @@ def choose_matrices(
 ) -> MatrixChoice:
     """Choose the requested kinds that the model has. In a gated MLP, FF1 means GATE and UP.
 
-    Raises `InvalidRequest` if the model has none of them.
+    Raises `InvalidRequest` if the model has none of them, or for MODULE.
     """
+    if MatrixKind.MODULE in asked:
+        raise InvalidRequest(
+            field, "MODULE is no kind of matrix in a request; name the modules in modules"
+        )
     present = {kind for block in model.view.blocks for kind in block.matrices}
     wanted: list[MatrixKind] = []
     for kind in asked or (MatrixKind.FF1, MatrixKind.FF2):
@@ -365,8 +370,8 @@ def choose_matrices(
     if not present:
         raise InvalidRequest(
             field,
-            f"no layer of {model.name} has known matrices: {model.view.level(0).reason}; use a "
-            "request that reads the residual stream",
+            f"no layer of {model.name} has known matrices: {model.view.level(0).reason}; "
+            f"{_named_maps(model, range(len(model.view.blocks)))}",
         )
     if not kinds:
         names = ", ".join(kind.name for kind in sorted(present))
@@ -374,6 +379,43 @@ def choose_matrices(
             field, f"{model.name} has none of these matrices; expected at least one of {names}"
         )
     return MatrixChoice(kinds, tuple(kind for kind in unique if kind not in present))
+
+
+def gradient_matrices(
+    model: ResidentModel, spec: GradientLensSpec, layers: Sequence[int]
+) -> tuple[list[tuple[int, MatrixKind | str]], tuple[MatrixKind, ...]]:
+    """Return the matrices of a GradientLens, from the last layer down, and the skipped kinds.
+
+    Raises `InvalidRequest` if a kind or a module of the request is in none of the layers.
+    """
+    found: list[tuple[int, MatrixKind | str]] = []
+    skipped: tuple[MatrixKind, ...] = ()
+    if spec.matrices or not spec.modules:
+        choice = choose_matrices(model, spec.matrices)
+        found += layer_matrices(model, layers[::-1], choice.kinds)
+        skipped = choice.skipped
+    for i, pattern in enumerate(spec.modules):
+        named = [
+            (layer, name)
+            for layer in layers
+            for name in model.view.blocks[layer].maps
+            if fnmatchcase(name, pattern)
+        ]
+        if not named:
+            raise InvalidRequest(
+                f"modules[{i}]",
+                f"none of these layers has a linear map {pattern!r}; {_named_maps(model, layers)}",
+            )
+        found += named
+    return sorted(dict.fromkeys(found), key=lambda key: -key[0]), skipped
+
+
+def _named_maps(model: ResidentModel, layers: Iterable[int]) -> str:
+    """Say which linear maps a request may name."""
+    names = dict.fromkeys(name for layer in layers for name in model.view.blocks[layer].maps)
+    if not names:
+        return "use a request that reads the residual stream"
+    return f"expected modules such as {shortlist(list(names))}"
 
 
 def layer_matrices(

@@ -30,8 +30,7 @@ from januslens_server.pipelines.experiments import Experiment, read_experiments
 from januslens_server.pipelines.inputs import (
     Objective,
     check_node_kinds,
-    choose_matrices,
-    layer_matrices,
+    gradient_matrices,
     layers_with_parts,
     read_experts,
     read_heads,
@@ -83,17 +82,19 @@ class ResolvedTrace:
 class ResolvedGradientLens:
     """A GradientLens with its tokens, loss, matrices and segments.
 
-    `matrices` and `attention_layers`, the layers whose attention is sent, start with the last
-    layer. `limited_layers` are those without all parts.
+    `matrices` are kinds, or names of modules. They and `attention_layers`, the layers whose
+    attention is sent, start with the last layer. `limited_layers` are those without all parts, and
+    `without_attention` those whose attention is missing.
     `seconds` is the time that resolving took, reported as the stage "tokenize".
     """
 
     model: ResidentModel
     spec: GradientLensSpec
     objective: Objective
-    matrices: list[tuple[int, MatrixKind]]
+    matrices: list[tuple[int, MatrixKind | str]]
     skipped: tuple[MatrixKind, ...]
     limited_layers: tuple[LayerLevel, ...]
+    without_attention: tuple[int, ...]
     segments: dict[Segment, list[int]]
     interventions: tuple[Intervention, ...]
     attention_layers: tuple[int, ...]
@@ -395,13 +396,20 @@ def resolve_gradient_lens(
     started = time.perf_counter()
     objective = read_objective(model, spec, check_cancelled)
     layers = read_layers(model, spec.layers)
-    choice = choose_matrices(model, spec.matrices)
+    matrices, skipped = gradient_matrices(model, spec, layers)
+    attention_layers: tuple[int, ...] = ()
+    without_attention: tuple[int, ...] = ()
+    if spec.include_attention_gradients:
+        having = {i for i in layers if Site.ATTENTION_PATTERN in sites_of_layer(model, i)}
+        attention_layers = tuple(layer for layer in layers[::-1] if layer in having)
+        without_attention = tuple(layer for layer in layers if layer not in having)
     return ResolvedGradientLens(
         model=model,
         spec=spec,
         objective=objective,
-        matrices=layer_matrices(model, layers[::-1], choice.kinds),
-        skipped=choice.skipped,
+        matrices=matrices,
+        skipped=skipped,
+        without_attention=without_attention,
         limited_layers=model.view.limited(layers),
         segments=read_segments(spec.subject, spec.prompt, objective),
         interventions=read_interventions(
@@ -411,12 +419,7 @@ def resolve_gradient_lens(
             objective.prompt_length,
             others=OtherPrompts(model, check_cancelled),
         ),
-        attention_layers=tuple(
-            layer
-            for layer in layers[::-1]
-            if spec.include_attention_gradients
-            and Site.ATTENTION_PATTERN in sites_of_layer(model, layer)
-        ),
+        attention_layers=attention_layers,
         seconds=time.perf_counter() - started,
     )
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from januslens_server.capture import LayerActivations, capturing
 from januslens_server.errors import ModelFailed, NotFinite, never_cancelled
-from januslens_server.models.adapters.sublayers import with_sublayers
+from januslens_server.models.adapters.observed_modules import with_modules
 from januslens_server.models.graph_inputs import (
     block_weights,
     layer_activations,
@@ -77,7 +77,7 @@ def checked(model: ResidentModel) -> tuple[ResidentModel, Sequence[Guarantee]]:
     wrong = [layer for layer, error in errors.items() if not error <= TOLERANCE] or shown
     reason = "; ".join(guarantee.failure for guarantee in broken)
     coarse = view.coarsened(dict.fromkeys(wrong, reason))
-    lowered = with_sublayers(model.network, coarse, [i for i in wrong if i in view.known])
+    lowered = with_modules(model.network, coarse, [i for i in wrong if i in view.known])
     return checked(replace(model, view=lowered))
 
 

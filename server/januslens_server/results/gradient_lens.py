@@ -34,6 +34,7 @@ class GradientHeader:
     stage_data_types: Mapping[str, str]
     skipped: Sequence[MatrixKind] = ()
     limited_layers: Sequence[LayerLevel] = ()
+    layers_without_attention_gradients: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,17 @@ class LoraGradient:
 
 @dataclass(frozen=True)
 class GradientMatrix:
-    """The gradient of one weight matrix `W: [d_in, d_out]` as factors."""
+    """The gradient of one weight matrix `W: [d_in, d_out]` as factors.
+
+    `module` names the map if the kind is MODULE. Then `projected_side` may be None: neither factor
+    is in the residual basis, and the components' projections are those of no vector.
+    """
 
     layer: int
     kind: MatrixKind
     d_in: int
     d_out: int
-    projected_side: Side
+    projected_side: Side | None
     promoted_end: End
     components: Components
     component_count: int
@@ -118,6 +123,7 @@ class GradientMatrix:
     verification: Guarantee | None = None
     expert: int | None = None
     lora: LoraGradient | None = None
+    module: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +166,7 @@ class SegmentRow:
     mean_vjp_norm: float
     mean_target_rank: float | None
     positions: int
+    module: str = ""
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,10 @@ class EdgeKind(IntEnum):
 
 
 class MatrixKind(IntEnum):
-    """Weight matrices of a block; numbers as in `gradient_lens.proto`."""
+    """Weight matrices of a block; numbers as in `gradient_lens.proto`.
+
+    MODULE is a linear map that requests name by its module.
+    """
 
     Q = 1
     K = 2
@@ -74,6 +77,7 @@ class MatrixKind(IntEnum):
     GATE = 6
     UP = 7
     FF2 = 8
+    MODULE = 9
 
 
 class Side(IntEnum):
@@ -199,16 +203,26 @@ class SublayerKind(IntEnum):
     OTHER = 7
 
 
+class LinearMap(NamedTuple):
+    """A linear map `[d_in, d_out]` with the name of its module in the block."""
+
+    module: str
+    d_in: int
+    d_out: int
+
+
 class LayerLevel(NamedTuple):
     """The level of a layer; `reason` says why it is not PARTS, and is empty otherwise.
 
-    `sublayers` are the names and kinds of the sublayers at the level SUBLAYERS.
+    `sublayers` are the names and kinds of the sublayers at the level SUBLAYERS. `linear_maps` are
+    those of `ModelView.levels`, and empty elsewhere.
     """
 
     layer: int
     level: Level
     reason: str = ""
     sublayers: tuple[tuple[str, SublayerKind], ...] = ()
+    linear_maps: tuple[LinearMap, ...] = ()
 
 
 @dataclass(frozen=True)

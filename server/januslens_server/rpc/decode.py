@@ -164,6 +164,7 @@ def gradient_lens_spec(request: gradient_lens_pb2.GradientLensRequest) -> Gradie
         verify=request.verify,
         interventions=_interventions(request.interventions),
         include_attention_gradients=request.include_attention_gradients,
+        modules=tuple(request.modules),
     )
 
 
@@ -629,6 +630,7 @@ BOUNDS: dict[str, int] = {
     "GradientLensRequest.interventions": 256,
     "GradientLensRequest.layers": 4 * KIB,
     "GradientLensRequest.matrices": 64,
+    "GradientLensRequest.modules": 64,
     "GradientLensRequest.model": 256,
     "GradientLensRequest.revision": 256,
     "Input.prompt": MIB,

@@ -47,8 +47,8 @@ export interface Matrix {
   expert: number | undefined
   dIn: number
   dOut: number
-  /** The factor that is projected: the input x or the VJP δ. */
-  side: 'INPUT' | 'VJP'
+  /** The factor that is projected: the input x or the VJP δ; '' for neither. */
+  side: 'INPUT' | 'VJP' | ''
   /** The end of the ranking that a descent step promotes; '' for inputs. */
   promoted: 'TOP' | 'BOTTOM' | ''
   components: Component[]
@@ -97,6 +97,11 @@ export function promotionRank(
 export type Read = (projection?: ProjectionMessage) => Reading | undefined
 
 /** A matrix with empty lists; several messages may fill them. */
+const SIDES: Record<string, Matrix['side']> = {
+  GRADIENT_FACTOR_INPUT: 'INPUT',
+  GRADIENT_FACTOR_VJP: 'VJP',
+}
+
 export function matrixOf(message: GradientMatrixMessage, kind: string): Matrix {
   const end = (message.promotedEnd ?? '').replace('RANKING_END_', '')
   return {
@@ -105,7 +110,7 @@ export function matrixOf(message: GradientMatrixMessage, kind: string): Matrix {
     expert: message.expert,
     dIn: message.dIn ?? 0,
     dOut: message.dOut ?? 0,
-    side: message.projectedSide === 'GRADIENT_FACTOR_VJP' ? 'VJP' : 'INPUT',
+    side: SIDES[message.projectedSide ?? ''] ?? '',
     promoted: end === 'TOP' || end === 'BOTTOM' ? end : '',
     components: [],
     count: message.componentCount ?? 0,
@@ -196,10 +201,11 @@ export class GradientModel {
     return this.predictedId === undefined ? undefined : this.tokens.get(this.predictedId)
   }
 
-  /** The kinds of one side received so far, in the order of the forward pass. */
+  /** The kinds of one side received so far, in the order of the forward pass; then modules. */
   kinds(side: Matrix['side']): string[] {
     const known = new Set(this.matrices.filter((m) => m.side === side).map((m) => m.kind))
-    return KINDS.filter((kind) => known.has(kind))
+    const modules = [...known].filter((kind) => !KINDS.includes(kind))
+    return [...KINDS.filter((kind) => known.has(kind)), ...modules]
   }
 
   of(kind: string): Matrix[] {
@@ -274,7 +280,7 @@ export class GradientModel {
 
   /** The matrix that a message starts or continues. */
   private known(message: GradientMatrixMessage): Matrix {
-    const kind = kindOf(message.kind ?? '')
+    const kind = message.module || kindOf(message.kind ?? '')
     const found = this.of(kind).find(
       (m) => m.layer === (message.layer ?? 0) && m.expert === message.expert,
     )
@@ -296,7 +302,7 @@ function segmentOf(message: SegmentRowMessage): Segment {
   return {
     segment: (message.segment ?? '').replace('PROMPT_SEGMENT_', '').toLowerCase(),
     layer: message.layer ?? 0,
-    kind: kindOf(message.kind ?? ''),
+    kind: message.module || kindOf(message.kind ?? ''),
     norm: number(message.meanVjpNorm),
     rank: meanTargetRank === undefined ? undefined : number(meanTargetRank),
     positions: message.positions ?? 0,

@@ -19,7 +19,7 @@ from januslens_server.models.adapters import (
     parallel,
     stream,
 )
-from januslens_server.models.adapters.sublayers import with_sublayers
+from januslens_server.models.adapters.observed_modules import with_modules
 from januslens_server.models.lengths import check_lengths
 from januslens_server.models.views import ModelView, without_unread_parameters
 
@@ -69,13 +69,13 @@ def view_of(model: PreTrainedModel) -> ModelView:
     """
     adapter = ADAPTERS.get(model.config.model_type)
     if adapter is None:
-        return with_sublayers(model, without_unread_parameters(model, automatic.view(model)))
+        return with_modules(model, without_unread_parameters(model, automatic.view(model)))
     try:
         view = adapter(model)
     except WrongResults:
         raise
     except ModelFailed as error:
-        return with_sublayers(model, stream.view(model, str(error)))
+        return with_modules(model, stream.view(model, str(error)))
     try:
         check_lengths(model, view, _of_any_type)
     except ModelFailed as error:
@@ -84,7 +84,7 @@ def view_of(model: PreTrainedModel) -> ModelView:
     view = replace(
         view, cache_argument=next((name for name in stream.CACHES if name in known), None)
     )
-    return with_sublayers(model, without_unread_parameters(model, view))
+    return with_modules(model, without_unread_parameters(model, view))
 
 
 def _of_any_type(model: PreTrainedModel) -> ModelView:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from januslens_server.models.experts import ExpertMatrices
+from januslens_server.models.matrices import Linear
 from januslens_server.models.resident import CostSizes, ResidentModel, cost_sizes
 from januslens_server.pipelines.attention_gradients import STEP_BYTES, rows_at_once
 from januslens_server.pipelines.cost import memory
@@ -105,23 +107,30 @@ def _attention_sizes(sizes: CostSizes, layers: int, tokens: int) -> _AttentionSi
 
 
 def matrix_sizes(
-    model: ResidentModel, chosen: list[tuple[int, MatrixKind]], sizes: CostSizes, tokens: int
+    model: ResidentModel,
+    chosen: Sequence[tuple[int, MatrixKind | str]],
+    sizes: CostSizes,
+    tokens: int,
 ) -> MatrixSizes:
     """Count the matrices `chosen`; each expert that a token is routed to has its own matrices."""
     experts = min(model.view.facts.n_experts, tokens * sizes.facts.n_experts)
     count = widths = weights = 0
     for layer, kind in chosen:
-        matrix = model.view.blocks[layer].matrices[kind]
+        matrix = model.view.source(layer, kind)
         copies = experts if isinstance(matrix, ExpertMatrices) else 1
-        d_in, d_out = _shape(sizes, kind)
+        d_in, d_out = _shape(sizes, matrix, kind)
         count += copies
         widths += copies * (d_in + d_out)
         weights += copies * d_in * d_out
     return MatrixSizes(count, widths, weights, min(layer for layer, _ in chosen))
 
 
-def _shape(sizes: CostSizes, kind: MatrixKind) -> tuple[int, int]:
+def _shape(
+    sizes: CostSizes, matrix: Linear | ExpertMatrices, kind: MatrixKind | str
+) -> tuple[int, int]:
     facts = sizes.facts
+    if isinstance(matrix, Linear) and isinstance(kind, str):
+        return matrix.d_in, matrix.d_out
     if kind is MatrixKind.Q:
         return facts.d_model, facts.n_heads * facts.d_head
     if kind is MatrixKind.O:

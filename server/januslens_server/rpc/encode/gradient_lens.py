@@ -72,6 +72,7 @@ class GradientLensEncoder:
             skipped=[_kind(kind) for kind in header.skipped],
             stage_data_types=header.stage_data_types,
             limited_layers=level_messages(header.limited_layers),
+            layers_without_attention_gradients=header.layers_without_attention_gradients,
             tokens=self._texts.texts([*header.target_token_ids, header.predicted_token_id]),
         )
 
@@ -121,7 +122,8 @@ def _frame(matrix: GradientMatrix) -> gradient_lens_pb2.GradientMatrix:
         expert=matrix.expert,
         d_in=matrix.d_in,
         d_out=matrix.d_out,
-        projected_side=gradient_lens_pb2.GradientFactor.ValueType(matrix.projected_side),
+        module=matrix.module,
+        projected_side=gradient_lens_pb2.GradientFactor.ValueType(matrix.projected_side or 0),
         promoted_end=gradient_lens_pb2.RankingEnd.ValueType(matrix.promoted_end),
         component_count=matrix.component_count,
         frobenius_norm=matrix.frobenius_norm,
@@ -224,6 +226,7 @@ def _summary(summary: GradientSummary) -> gradient_lens_pb2.GradientSummary:
                 segment=_SEGMENTS[f"PROMPT_SEGMENT_{row.segment.upper()}"],
                 layer=row.layer,
                 kind=_kind(row.kind),
+                module=row.module,
                 mean_vjp_norm=row.mean_vjp_norm,
                 mean_target_rank=row.mean_target_rank,
                 positions=row.positions,

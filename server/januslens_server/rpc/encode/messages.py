@@ -269,6 +269,7 @@ def level_messages(levels: Iterable[LayerLevel]) -> list[common_pb2.LayerLevel]:
                 common_pb2.Sublayer(module=module, kind=common_pb2.SublayerKind.ValueType(kind))
                 for module, kind in found.sublayers
             ],
+            linear_maps=[common_pb2.LinearMap(**each._asdict()) for each in found.linear_maps],
         )
         for found in levels
     ]

@@ -1,4 +1,4 @@
-"""Find what each block adds to the residual stream: the sublayers of blocks without known parts.
+"""Find the linear maps of blocks, and the sublayers of blocks without known parts.
 
 Nothing is read from names but the kind of a mixer. In one forward pass, the difference between a
 block's output and its input is solved for the outputs of the modules in the block. The modules
@@ -7,7 +7,9 @@ that make it up, each with a factor of 1 or one that the configuration names, ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from januslens_server.capture import End, Tap
 from januslens_server.capture.hooks import nth_tensor
@@ -24,8 +27,9 @@ from januslens_server.models.adapters.observed_pass import (
     observed_ids,
     scales,
 )
-from januslens_server.models.views import CoarseBlock, ModelView, Sublayer
-from januslens_server.results import SublayerKind
+from januslens_server.models.matrices import Linear, ModuleMap
+from januslens_server.models.views import Block, CoarseBlock, ModelView, Sublayer
+from januslens_server.results import Side, SublayerKind
 
 # Maximum difference between a solved factor and one of the configuration, relative to it; and
 # between sums, relative to the residual stream.
@@ -64,55 +68,75 @@ class _Call:
     output: torch.Tensor
     output_is: torch.Tensor
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether the model changed the output in place, once its block has ended."""
+        return not torch.equal(self.output, self.output_is)
 
-def with_sublayers(
+
+@dataclass(frozen=True)
+class _Found:
+    """What a pass shows of a block.
+
+    These are its sublayers, the residual that the last of them read, if it is not the input, and
+    its linear maps by name. There are no sublayers if none add up.
+    """
+
+    sublayers: tuple[Sublayer, ...]
+    residual_mid: Tap | None
+    maps: dict[str, ModuleMap]
+
+
+def with_modules(
     network: PreTrainedModel, view: ModelView, layers: Collection[int] | None = None
 ) -> ModelView:
-    """Return a view with the sublayers of those blocks without known parts that have some.
+    """Return a view with the linear maps of all blocks, and the sublayers of some.
 
-    `layers` restricts the search; None means all. The reason of other such blocks names what was
-    not found.
+    These are the blocks without known parts among the `layers`, by default all. The reason of those
+    that have no sublayers says so.
     """
-    wanted = [
-        layer
-        for layer, block in enumerate(view.blocks)
-        if isinstance(block, CoarseBlock) and (layers is None or layer in layers)
-    ]
-    if not wanted:
-        return view
-    found = _observed(network, {layer: view.blocks[layer].module for layer in wanted})
+    found = _observed(network, view)
     blocks = list(view.blocks)
-    for layer in wanted:
-        reason = view.level(layer).reason
-        module = blocks[layer].module
-        blocks[layer] = (
-            CoarseBlock(module, reason, *found[layer])
-            if layer in found
-            else CoarseBlock(module, f"{reason}; {NOT_FOUND}")
-        )
+    for layer, block in enumerate(blocks):
+        if layer not in found:
+            continue
+        maps = found[layer].maps
+        if isinstance(block, Block) or (layers is not None and layer not in layers):
+            blocks[layer] = replace(block, maps=maps)
+            continue
+        sublayers, mid = found[layer].sublayers, found[layer].residual_mid
+        reason = block.reason if sublayers else f"{block.reason}; {NOT_FOUND}"
+        blocks[layer] = CoarseBlock(block.module, reason, sublayers, mid, maps)
     return replace(view, blocks=tuple(blocks))
 
 
-# The sublayers of a block, and the residual that the last of them read, if it is not the input.
-_Found = tuple[tuple[Sublayer, ...], Tap | None]
-
-
 @torch.no_grad()
-def _observed(network: PreTrainedModel, blocks: dict[int, nn.Module]) -> dict[int, _Found]:
-    """Run a short prompt; return the sublayers of the layers that have some."""
+def _observed(network: PreTrainedModel, view: ModelView) -> dict[int, _Found]:
+    """Run a short prompt; return what it shows of each block, by layer."""
     found: dict[int, _Found] = {}
     config = network.config.get_text_config()
+    owners = Counter(id(weight) for module in network.modules() for weight in _weights(module))
+    shared = {weight for weight, count in owners.items() if count > 1}
     with ExitStack() as hooks:
-        for layer, block in blocks.items():
-            hooks.enter_context(_observing(layer, block, config, found))
+        for layer, block in enumerate(view.blocks):
+
+            def ended(calls: Sequence[_Call], whole: _Call, layer: int = layer) -> None:
+                terms = _terms_of_block(calls, whole, config)
+                coarse = isinstance(view.blocks[layer], CoarseBlock)
+                sublayers, mid = _sublayers(calls, whole, terms) if coarse else ((), None)
+                found[layer] = _Found(sublayers, mid, _linear_maps(calls, whole, terms, shared))
+
+            hooks.enter_context(_observing(block.module, ended))
         network(input_ids=observed_ids(network), use_cache=False)
     return found
 
 
-def _observing(
-    layer: int, block: nn.Module, config: PreTrainedConfig, found: dict[int, _Found]
-) -> ExitStack:
-    """Observe the calls inside a block; at its end, add its sublayers to `found`."""
+def _weights(module: nn.Module) -> list[nn.Parameter]:
+    return [p for name, p in module.named_parameters(recurse=False) if name == "weight"]
+
+
+def _observing(block: nn.Module, observed: Callable[[Sequence[_Call], _Call], None]) -> ExitStack:
+    """Observe the calls inside a block; at its end, pass them and its own call to `observed`."""
     calls: list[_Call] = []
     begun: dict[nn.Module, torch.Tensor] = {}
     names = {module: name for name, module in block.named_modules()}
@@ -137,9 +161,7 @@ def _observing(
     def ended(_module: nn.Module, _args: Any, _named: Any, _output: Any) -> None:
         stack.close()  # before modules are called again to see which mix positions
         if calls and calls[-1].module is block:
-            sublayers = _sublayers(calls[:-1], calls[-1], config)
-            if sublayers is not None:
-                found[layer] = sublayers
+            observed(calls[:-1], calls[-1])
         calls.clear()
 
     for module in block.modules():
@@ -152,43 +174,101 @@ def _observing(
     return stack
 
 
-def _sublayers(calls: Sequence[_Call], block: _Call, config: PreTrainedConfig) -> _Found | None:
-    """Return a block's sublayers, or None if they were not found."""
+# Calls of modules that make up what a block adds, with the factors of their outputs.
+_Terms = list[tuple[_Call, float]]
+
+
+def _terms_of_block(calls: Sequence[_Call], block: _Call, config: PreTrainedConfig) -> _Terms:
+    """Return what makes up what a block adds; empty if it was not found."""
     once = [call for call in calls if sum(call.module is each.module for each in calls) == 1]
     for depth in (1, 2):
         terms = _terms(_candidates(once, block, depth), block, config)
-        if terms is None:
+        if terms:
+            return terms
+    return []
+
+
+def _sublayers(
+    calls: Sequence[_Call], block: _Call, terms: _Terms
+) -> tuple[tuple[Sublayer, ...], Tap | None]:
+    """Return a block's sublayers, and the tap of the residual that the last of them read."""
+    before_mid, residual_mid = _residual_mid(calls, block, terms)
+    sublayers = tuple(
+        Sublayer(
+            name=_source(call, calls).name,
+            kind=_kind(_source(call, calls)),
+            output=Tap(call.module, End.OUTPUT, overwritten=call.overwritten),
+            multiplier=factor,
+            after_mid=i >= before_mid,
+        )
+        for i, (call, factor) in enumerate(terms)
+    )
+    before, behind = (
+        {each.node for each in sublayers if each.after_mid is late} for late in (False, True)
+    )
+    if before & behind:  # their nodes would have the same ids
+        return (), None
+    return sublayers, residual_mid
+
+
+def _linear_maps(
+    calls: Sequence[_Call], block: _Call, terms: _Terms, shared: Collection[int]
+) -> dict[str, ModuleMap]:
+    """Return the linear maps that a pass calls once with every position, by name.
+
+    The input of a map is in the residual basis if it is a multiple of the residual stream, or of
+    what a norm of it returns; the output if it is a multiple of a sublayer's. Maps whose weight is
+    in `shared` have more than one module.
+    """
+    before_mid, _ = _residual_mid(calls, block, terms)
+    states = [block.input]
+    if before_mid < len(terms):
+        states.append(_after(block, terms[:before_mid]))
+    norms = [call for call in calls if is_norm(call.module)]
+    states += [
+        call.output for call in norms if any(_is_multiple(call.input, each) for each in states)
+    ]
+    added = [call.output for call, _ in terms]
+    added += [_source(call, calls).output for call, _ in terms]
+    positions, found = block.input.shape[-2], {}
+    for call in calls:
+        if not isinstance(call.module, nn.Linear | Conv1D) or _EXPERT.search(call.name):
             continue
-        after_mid, residual_mid = _residual_mid(calls, block, terms)
-        sublayers = tuple(
-            Sublayer(
-                name=_source(call, calls).name,
-                kind=_kind(_source(call, calls)),
-                output=Tap(
-                    call.module,
-                    End.OUTPUT,
-                    overwritten=not torch.equal(call.output, call.output_is),
-                ),
-                multiplier=factor,
-                after_mid=i >= after_mid,
-            )
-            for i, (call, factor) in enumerate(terms)
-        )
-        before, behind = (
-            {each.node for each in sublayers if each.after_mid is late} for late in (False, True)
-        )
-        if before & behind:  # their nodes would have the same ids
-            return None
-        return sublayers, residual_mid
-    return None
+        once = sum(call.module is each.module for each in calls) == 1
+        whole = all(t.flatten(0, -2).shape[0] == positions for t in (call.input, call.output))
+        if not once or not whole or id(call.module.weight) in shared:
+            continue
+        side = None
+        if any(_is_multiple(call.input, state) for state in states):
+            side = Side.INPUT
+        elif any(_is_multiple(call.output, each) for each in added):
+            side = Side.VJP
+        linear = Linear(call.module, isinstance(call.module, Conv1D), overwritten=call.overwritten)
+        found[call.name] = ModuleMap(linear, side)
+    return found
+
+
+# The name of a module in one of several experts, which gets the positions routed to it.
+_EXPERT = re.compile(r"(^|\.)\w*experts\.\d+\.")
+
+
+def _is_multiple(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether a tensor is another one times a number, apart from its shape and rounding."""
+    if one.shape[-1] != other.shape[-1] or one.numel() != other.numel():
+        return False
+    a, b = one.double().flatten(), other.double().flatten().to(one.device)
+    factor = (a @ b) / (b @ b).clamp(min=1e-30)
+    return bool(factor != 0) and difference(factor * b, a) <= SUM[other.dtype]
 
 
 def _candidates(calls: Sequence[_Call], block: _Call, depth: int) -> list[_Call]:
     """Return the calls of modules at a `depth` that may be sublayers, without equal outputs."""
     found: list[_Call] = []
     for call in calls:
-        wide = call.output.shape == block.output.shape and call.output.is_floating_point()
-        if not wide or not 1 <= call.name.count(".") + 1 <= depth or call.output.eq(0).all():
+        flat = call.output.flatten(0, -2)  # some modules have no batch axis
+        if flat.shape != block.output.flatten(0, -2).shape or not flat.is_floating_point():
+            continue
+        if not 1 <= call.name.count(".") + 1 <= depth or flat.eq(0).all():
             continue
         if not any(_equal(call.output, other.output) for other in (*found, block)):
             found.append(call)
@@ -196,21 +276,23 @@ def _candidates(calls: Sequence[_Call], block: _Call, depth: int) -> list[_Call]
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether tensors are equal apart from a batch axis."""
+    one, other = one.flatten(0, -2), other.flatten(0, -2)
     return one.shape == other.shape and torch.equal(one.float(), other.float())
 
 
-def _terms(
-    candidates: Sequence[_Call], block: _Call, config: PreTrainedConfig
-) -> list[tuple[_Call, float]] | None:
-    """Solve what a block adds for outputs of modules; return these with their factors, or None."""
+def _terms(candidates: Sequence[_Call], block: _Call, config: PreTrainedConfig) -> _Terms:
+    """Solve what a block adds for outputs of modules; return these with their factors, if any."""
     if not candidates:
-        return None
+        return []
     added = (block.output.double() - block.input.double()).flatten().cpu()
     columns = torch.stack([call.output.double().flatten().cpu() for call in candidates], dim=1)
+    if not (added.isfinite().all() and columns.isfinite().all()):  # the self-check says why
+        return []
     sizes = columns.norm(dim=0)
     solved = torch.linalg.lstsq(columns / sizes, added[:, None]).solution[:, 0] / sizes
     data_type = block.output.dtype
-    terms: list[tuple[_Call, float]] = []
+    terms: _Terms = []
     rest = added
     for i, (call, factor) in enumerate(zip(candidates, solved.tolist(), strict=True)):
         near = min(_factors(config), key=lambda known: abs(known - factor))
@@ -219,7 +301,7 @@ def _terms(
             rest = rest - near * columns[:, i]
     stream = max(float(block.input.double().norm()), float(block.output.double().norm()))
     bound = min(SUM[data_type] * stream, 0.1 * float(added.norm()))
-    return terms if terms and float(rest.norm()) <= bound else None
+    return terms if float(rest.norm()) <= bound else []
 
 
 def _factors(config: PreTrainedConfig) -> list[float]:
@@ -229,22 +311,26 @@ def _factors(config: PreTrainedConfig) -> list[float]:
     return named if depth is None else [*named, depth / config.num_hidden_layers**0.5]
 
 
-def _residual_mid(
-    calls: Sequence[_Call], block: _Call, terms: Sequence[tuple[_Call, float]]
-) -> tuple[int, Tap | None]:
+def _residual_mid(calls: Sequence[_Call], block: _Call, terms: _Terms) -> tuple[int, Tap | None]:
     """Return the number of terms before the residual that the last ones read, and its tap.
 
     Without such a residual, the number is that of all terms, which read the block's input.
     """
     for count in range(len(terms) - 1, 0, -1):
-        middle = block.input.float() + sum(
-            factor * call.output.float() for call, factor in terms[:count]
-        )
+        middle = _after(block, terms[:count])
         for call in calls:
             same = call.input.shape == middle.shape and call.input.is_floating_point()
             if same and difference(call.input, middle) <= SUM[block.output.dtype]:
                 return count, Tap(call.module, End.INPUT)
     return len(terms), None
+
+
+def _after(block: _Call, terms: _Terms) -> torch.Tensor:
+    """Return a block's input plus some terms, in float32."""
+    residual = block.input.float()
+    for call, factor in terms:
+        residual = residual + factor * call.output.float().reshape(residual.shape)
+    return residual
 
 
 def _source(call: _Call, calls: Sequence[_Call]) -> _Call:
@@ -279,12 +365,13 @@ def _is_positionwise(call: _Call) -> bool:
     """Whether a change of the first position's input leaves the outputs of all others."""
     args, named = call.arguments
     changed = call.input.clone()
-    changed[:, 0] = -changed[:, 0].flip(-1)
+    rows = changed.flatten(0, -2)  # some modules have no batch axis
+    rows[0] = -rows[0].flip(-1)
     whole = nth_tensor(args, named)
     again = call.module(
         *(changed if value is whole else value for value in args),
         **{name: changed if value is whole else value for name, value in named.items()},
     )
-    found = nth_tensor(again)[:, 1:].float()
-    expected = call.output[:, 1:].float()
+    found = nth_tensor(again).flatten(0, -2)[1:].float()
+    expected = call.output.flatten(0, -2)[1:].float()
     return difference(found, expected) <= ELSEWHERE[call.output.dtype]
