@@ -100,8 +100,9 @@ def known(client: Client, name: str) -> Iterator[tuple[Fact, list[str]]]:
 
 
 def spread(found: Sequence[Any], count: int) -> list[Any]:
-    """Return some elements, evenly spread."""
-    return [found[i * len(found) // count] for i in range(min(count, len(found)))]
+    """Return some elements, evenly spread; all of them if there are fewer."""
+    count = min(count, len(found))
+    return [found[i * len(found) // count] for i in range(count)]
 
 
 def surveys(client: Client, name: str) -> None:
