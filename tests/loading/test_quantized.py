@@ -190,6 +190,9 @@ SCHEMES: dict[str, tuple[Case, str, dict[str, Any], Quantise, str]] = {
     "MXFP4": (GPT_OSS, r"experts\.\w+_proj$", {"quant_method": "mxfp4"}, mxfp4, "MXFP4"),
     # Blocks that divide no side, as in DeepSeek's and Qwen's matrices.
     "block FP8": (DENSE, LINEAR, BLOCKS, block_fp8((24, 20)), "FP8 in blocks of 24x20"),
+    "block FP8, usual blocks": (
+        DENSE, LINEAR, {"quant_method": "fp8"}, block_fp8((128, 128)), "FP8 in blocks of 128x128"
+    ),
     "block FP8, experts": (
         MIXTURE, LINEAR, BLOCKS, block_fp8((24, 20)), "FP8 in blocks of 24x20"
     ),
@@ -201,7 +204,7 @@ SCHEMES: dict[str, tuple[Case, str, dict[str, Any], Quantise, str]] = {
         DENSE, LINEAR, {"quant_method": "fp8", "weight_block_size": None}, single_fp8, "FP8"
     ),
     "FP8 with exponents": (
-        DENSE, LINEAR, BLOCKS | {"weight_block_size": [1, 32]}, exponents_fp8,
+        DENSE, LINEAR, {"quant_method": "mxfp8"}, exponents_fp8,
         "FP8 in blocks of 1x32",
     ),
     "FBGEMM FP8": (DENSE, LINEAR, {"quant_method": "fbgemm_fp8"}, rows_fp8, "FBGEMM FP8"),

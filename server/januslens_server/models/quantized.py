@@ -39,6 +39,9 @@ FP8, INT8, INT32, BYTES = "F8_E4M3", "I8", "I32", "U8"
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MX_BLOCK = 32
 
+# Rows and columns of a block where config.json does not say them.
+DEFAULT_BLOCKS = {"fp8": [128, 128], "mxfp8": [1, 32]}
+
 # Widths of integers that fill 32 bits without a rest.
 PACKED_BITS = {2, 4, 8}
 FORMATS = {
@@ -156,8 +159,8 @@ def _scheme(found: Any) -> Scheme:
     method = found.get("quant_method") if isinstance(found, Mapping) else None
     if method == "mxfp4":
         return Scheme(method, "MXFP4")
-    if method == "fp8":
-        block = found.get("weight_block_size")
+    if method in DEFAULT_BLOCKS:
+        block = found.get("weight_block_size", DEFAULT_BLOCKS[method])
         sizes = (None, None) if block is None else _sizes(block, "weight_block_size")
         name = "FP8" if block is None else f"FP8 in blocks of {sizes[0]}x{sizes[1]}"
         return Scheme(method, name, (Group("float", 8, sizes),), "_scale_inv")
@@ -168,8 +171,8 @@ def _scheme(found: Any) -> Scheme:
     command = CONVERSIONS.get(str(method))
     raise ModelFailed(
         f"the checkpoint is quantised by {method or 'an unnamed method'}: expected "
-        "compressed-tensors, fbgemm_fp8, fp8, mxfp4, or weights in float32, bfloat16 or float16; "
-        "serve the checkpoint that it was made from"
+        "compressed-tensors, fbgemm_fp8, fp8, mxfp4, mxfp8, or weights in float32, bfloat16 or "
+        "float16; serve the checkpoint that it was made from"
         + (f", or convert it: {command}" if command else "")
     )
 
