@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from januslens.results.kinds import Criterion, MatrixKind, NodeKind, Side
@@ -424,12 +425,14 @@ class ResidualStep:
     """The residual stream after one addition to it.
 
     Attributes:
+        layer: The layer.
         name: What was added, or `input` for a residual that no traced block made.
         place: The step's name in a sentence: `the embedding`, `layer 3's attention`.
         node: The residual after the step.
         added: The added part with its edge; None for `input`.
     """
 
+    layer: int
     name: str
     place: str
     node: Node
@@ -454,7 +457,7 @@ def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[R
     gaps = [node for node in outputs if node.layer != layer.layer]
     for node in [*layer.nodes_of(NodeKind.BLOCK_INPUT, position), *gaps]:
         place = "the embedding" if node.layer is None else f"layer {node.layer}"
-        yield ResidualStep("input", place, node, None)
+        yield ResidualStep(layer.layer, "input", place, node, None)
     steps = [(node, "attention") for node in mids]
     own = [node for node in outputs if node.layer == layer.layer]
     steps += [(node, "MLP" if mids else "attention and MLP") for node in own]
@@ -464,7 +467,8 @@ def residual_steps(trace: Trace, layer: LayerGraph, position: int) -> Iterator[R
         added = [kind for kind in _ADDED if kind in parts]
         name = " and ".join(_ADDED[kind] for kind in added) or "block" if limited else usual
         last = parts[added[-1]] if added else None
-        yield ResidualStep(f"+ {name}", f"layer {layer.layer}'s {name}", node, last)
+        place = f"layer {layer.layer}'s {name}"
+        yield ResidualStep(layer.layer, f"+ {name}", place, node, last)
 
 
 # What sublayers are called, in the order of the pass.
@@ -473,6 +477,64 @@ _ADDED = {
     NodeKind.MIXER_OUTPUT: "mixer",
     NodeKind.MLP_OUTPUT: "MLP",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class FoldedSteps:
+    """Consecutive residual steps that a table shows as one line.
+
+    Attributes:
+        steps: The steps, lowest layer first.
+        contribution: The sum of what they add to the target's logit; None without contributions.
+    """
+
+    steps: tuple[ResidualStep, ...]
+    contribution: float | None
+
+    @property
+    def layers(self) -> str:
+        """The layers of the steps: `3-21`."""
+        ends = (self.steps[0].layer, self.steps[-1].layer)
+        return "-".join(str(layer) for layer in dict.fromkeys(ends))
+
+    @property
+    def ranks(self) -> str:
+        """The smallest and the largest rank of the target: `4122 to 13616`."""
+        found = [rank for step in self.steps if (rank := _rank(step)) is not None]
+        ends = (min(found), max(found)) if found else ()
+        return " to ".join(str(rank) for rank in dict.fromkeys(ends))
+
+
+_DULL = 3  # fewer steps are not folded
+
+
+def folded_steps(
+    steps: Sequence[ResidualStep], at_most: int
+) -> Iterator[ResidualStep | FoldedSteps]:
+    """Fold the steps that add little to the target's logit; the first and the last remain.
+
+    `at_most` steps between them remain: those with the largest absolute contributions or, without
+    contributions, with the largest changes of the target's rank, as a ratio.
+    """
+    sizes = [_step_size(steps[i - 1], step) for i, step in enumerate(steps)]
+    inner = sorted(range(1, len(steps) - 1), key=lambda i: -sizes[i])
+    kept = {0, len(steps) - 1, *inner[:at_most]}
+    for is_kept, run in groupby(range(len(steps)), key=kept.__contains__):
+        places = list(run)
+        if is_kept or len(places) < _DULL:
+            yield from (steps[i] for i in places)
+        else:
+            dull = tuple(steps[i] for i in places)
+            added = [step.added.logit_contribution for step in dull if step.added]
+            known = [value for value in added if value is not None]
+            yield FoldedSteps(dull, math.fsum(known) if known else None)
+
+
+def _step_size(before: ResidualStep, step: ResidualStep) -> float:
+    if step.added and step.added.logit_contribution is not None:
+        return abs(step.added.logit_contribution)
+    first, second = _rank(before), _rank(step)
+    return 0.0 if first is None or second is None else abs(math.log((first + 1) / (second + 1)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,6 +235,41 @@ def test_many_positions_are_shown_as_a_heat_map_first() -> None:
     assert result.exit_code == 0
     assert "Residual stream after each layer" in result.stdout
     assert result.stdout.count("in the residual stream, layer by layer") == 3
+    note = " ".join(result.stdout.split())
+    assert "shows 1 of 4 layers, at even distances (see --rows)" in note
+    assert "shows 2 of 8 positions, the last ones (see --rows)" in note
+
+
+@pytest.mark.usefixtures("demo")
+def test_models_fit_in_a_narrow_terminal() -> None:
+    narrow = run("models", COLUMNS="80").stdout
+    assert "…" not in narrow
+    assert max(map(len, narrow.splitlines())) <= 80
+    wide = run("models", COLUMNS="200").stdout
+    assert {"GPT2LMHeadModel", "READY", "982"} <= set(re.findall(r"\w+", narrow))
+    assert len(wide.splitlines()) == 3
+
+
+@pytest.mark.usefixtures("demo")
+def test_folded_steps_keep_the_sum_of_the_contributions() -> None:
+    def steps(rows: int) -> list[str]:
+        shown = run("trace", PROMPT, "--rows", str(rows)).stdout
+        return shown.split("layer by layer\n")[1].split("rank 0 is the top")[0].splitlines()[2:]
+
+    def added(lines: list[str]) -> float:
+        return sum(
+            float(number) for line in lines for number in re.findall(r" ([+-]\d+\.\d\d)$", line)
+        )
+
+    folded, whole = steps(1), steps(100)
+    assert len(whole) == 9  # the embedding, and attention and MLP of four layers
+    assert [line.split()[:3] for line in folded] == [
+        ["0", "input", "␣of"],
+        ["0-2", "6", "steps"],
+        ["3", "+", "attention"],
+        ["+", "MLP", "␣Tokyo"],
+    ]
+    assert added(folded) == pytest.approx(added(whole), abs=0.05)
 
 
 @pytest.mark.usefixtures("demo")
@@ -257,9 +292,9 @@ def test_rows_limit_every_table_of_a_gradient() -> None:
         rows = re.findall(r"^ +\d+  .*|^L\d+ neuron.*|^FF2 +\d.*", section, re.MULTILINE)
         assert len(rows) == 1, section
     assert len(sections) == 5
-    assert "shows the 1 of 4 layers with the largest components (see --rows)" in " ".join(
-        result.stdout.split()
-    )
+    note = " ".join(result.stdout.split())
+    assert "shows 1 of 4 layers with the largest components (see --rows)" in note
+    assert "shows 2 of 8 positions with the largest components (see --rows)" in note
 
 
 def test_file_sizes_are_in_powers_of_1024() -> None:

@@ -36,9 +36,11 @@ from januslens.cli.options import (
     write_page,
 )
 from januslens.cli.tables import (
+    COLUMNS_PER_ROW,
     Steps,
     console,
     heading,
+    left_out,
     level_cell,
     percent_cell,
     position_grids,
@@ -214,16 +216,22 @@ _ENDS = {End.TOP: "top", End.BOTTOM: "bottom"}
 def factor_picture(gradient: Gradient, matrices: Sequence[Matrix], rows: int, width: int) -> Group:
     """A grid of layers and positions: tokens that a descent step imprints, or shifts towards.
 
-    It has the `rows` layers with the strongest components.
+    It has the layers and the positions with the strongest components.
     """
     title, note = _headings(matrices[0])
-    strongest: dict[int, float] = {}
+    layers: dict[int, float] = {}
+    positions: dict[int, float] = {}
     for matrix in matrices:
-        norms = [_strength(matrix, component) for component in matrix.components]
-        strongest[matrix.layer] = max([strongest.get(matrix.layer, 0.0), *norms])
-    shown = sorted(strongest, key=strongest.__getitem__, reverse=True)[:rows]
-    largest = max(strongest.values(), default=0.0)
-    note += _left_out(len(shown), len(strongest), "layers with the largest components")
+        layers.setdefault(matrix.layer, 0.0)
+        for component in matrix.components:
+            strength, position = _strength(matrix, component), component.position
+            layers[matrix.layer] = max(layers[matrix.layer], strength)
+            positions[position] = max(positions.get(position, 0.0), strength)
+    shown = sorted(layers, key=layers.__getitem__, reverse=True)[:rows]
+    columns = sorted(positions, key=positions.__getitem__, reverse=True)[: COLUMNS_PER_ROW * rows]
+    largest = max(layers.values(), default=0.0)
+    note += left_out(len(shown), len(layers), "layers with the largest components")
+    note += left_out(len(columns), len(positions), "positions with the largest components")
     cells = {
         (matrix.layer, component.position): _cell(
             matrix, component, gradient.header.targets, largest
@@ -231,15 +239,12 @@ def factor_picture(gradient: Gradient, matrices: Sequence[Matrix], rows: int, wi
         for matrix in matrices
         if matrix.layer in shown
         for component in reversed(matrix.components)  # the largest of several experts is set last
+        if component.position in columns
     }
     grids: list[RenderableType] = []
     for grid in position_grids(gradient.prompt_tokens, cells, width):
         grids += [grid, Text("")]
     return Group(Text(f"\n{title}", "bold"), *grids[:-1], Text(note, "dim"))
-
-
-def _left_out(shown: int, total: int, which: str) -> str:
-    return "" if shown == total else f"; shows the {shown} of {total} {which} (see --rows)"
 
 
 def _headings(matrix: Matrix) -> tuple[str, str]:
@@ -409,7 +414,7 @@ def segments_section(gradient: Gradient, limit: int) -> Group:
         cells = rows[kind, layer]
         grid.add_row(kind, str(layer), *(cells.get(segment, Text("")) for segment in segments))
     note = "each cell: means of |δ| and of the target's rank in the projected factor"
-    note += _left_out(len(shown), len(rows), "matrices with the largest |δ|")
+    note += left_out(len(shown), len(rows), "matrices with the largest |δ|")
     return section("By segment of the prompt", grid, note)
 
 

@@ -59,7 +59,10 @@ def models(client: Client, as_json: bool) -> None:
     if as_json:
         return
     out = console()
-    out.print(models_table(found))
+    grid = models_table(found)
+    unlimited = out.options.update(width=10_000)
+    fits = out.measure(grid, options=unlimited).maximum <= out.width
+    out.print(grid if fits else models_list(found))
     for model in found:
         if model.state_reason:
             out.print(f"{model.name}: {model.state_reason}")
@@ -84,6 +87,23 @@ def models_table(models: Sequence[Model]) -> Table:
             *(Text(str(size)) if size else Text("") for size in _sizes(model)),
             _checks(model),
         )
+    return grid
+
+
+def models_list(models: Sequence[Model]) -> Table:
+    """Return the contents of `models_table` for a narrow terminal: two lines per model."""
+    grid = Table.grid(padding=(0, 2))
+    names = ("layers", "heads", "width", "neurons", "tokens", "context")
+    for model in models:
+        provenance = model.provenance
+        sizes = zip(names, _sizes(model), strict=True)
+        known = [f"{name} {size}" for name, size in sizes if size]
+        weights = [_weights(model)] if model.ready else []
+        revision = [f"revision {provenance.revision[:8]}"] if provenance.revision else []
+        state = Text(model.state, _STATE_STYLES.get(model.state, ""))
+        first = [state, Text(provenance.architecture), _checks(model)]
+        grid.add_row(Text(model.name), Text("  ").join(part for part in first if part))
+        grid.add_row("", Text(", ".join((*weights, *revision, *known)), "dim"))
     return grid
 
 

@@ -192,6 +192,15 @@ def _position_runs(needed: Mapping[int, int], width: int, widest: int) -> list[l
     return runs
 
 
+# Positions in a table of layers and positions, for each layer that --rows permits.
+COLUMNS_PER_ROW = 2
+
+
+def left_out(shown: int, total: int, which: str) -> str:
+    """The end of a note of a table that shows some of its rows or columns; empty if it has all."""
+    return "" if shown == total else f"; shows {shown} of {total} {which} (see --rows)"
+
+
 def measured(cell: Text) -> int:
     """Return the number of terminal columns of the cell's longest line."""
     return max((cell_len(line) for line in cell.plain.split("\n")), default=0)

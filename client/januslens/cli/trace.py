@@ -35,10 +35,12 @@ from januslens.cli.options import (
     write_page,
 )
 from januslens.cli.tables import (
+    COLUMNS_PER_ROW,
     Steps,
     console,
     heading,
     labelled,
+    left_out,
     percent_cell,
     position_grids,
     probability_cell,
@@ -193,19 +195,33 @@ _BLOCKS = " ▏▎▍▌▋▊▉█"
 _RESIDUAL_TOKENS = 3
 
 
-def emergence(trace: Trace, position: int) -> Group:
-    """One row per residual: top tokens, the target's rank and probability, the added logit."""
+def emergence(trace: Trace, position: int, rows: int) -> Group:
+    """One row per residual: top tokens, the target's rank and probability, the added logit.
+
+    Besides the first and the last, it has the `rows` steps that add most; the others are folded.
+    """
     target = trace.target(position).target
     grid = table(">layer", "residual", "top tokens", ">rank", "probability", ">logit")
-    for layer in trace.layers:
-        for i, step in enumerate(presentation.residual_steps(trace, layer, position)):
-            label = f"{layer.layer}" if i == 0 else ""
-            grid.add_row(label, step.name, *_reading(step.node, step.added, [target]))
-    return section(
-        f"{target} in the residual stream, layer by layer",
-        grid,
-        f"rank 0 is the top; logit: what the step adds directly to the {trace.explained(position)}",
+    steps = list(presentation.all_residual_steps(trace, position))
+    lines = list(presentation.folded_steps(steps, rows))
+    previous = ""
+    for line in lines:
+        if isinstance(line, presentation.FoldedSteps):
+            added = Text("" if line.contribution is None else f"{line.contribution:+.2f}")
+            cells = (line.layers, f"{len(line.steps)} steps", "", line.ranks, "", added)
+            grid.add_row(*cells, style="dim italic")
+            previous = ""
+        else:
+            label = str(line.layer)
+            reading = _reading(line.node, line.added, [target])
+            grid.add_row("" if label == previous else label, line.name, *reading)
+            previous = label
+    note = (
+        f"rank 0 is the top; logit: what the step adds directly to the {trace.explained(position)}"
     )
+    if len(lines) < len(steps):
+        note += "; steps that add little are folded to their sum (see --rows)"
+    return section(f"{target} in the residual stream, layer by layer", grid, note)
 
 
 def _reading(node: Node, added: Part | None, sought: Sequence[Token]) -> list[Text]:
@@ -331,16 +347,29 @@ def show_trace(trace: Trace, console: Console, rows: int, details: bool) -> None
     for limit in presentation.level_sentences(trace.header.limited_layers):
         console.print(Text(limit, "dim"))
     if len(trace.targets) > 1:
-        _show_picture(trace, console)
+        _show_picture(trace, console, rows)
     for target in trace.targets[-_IN_FULL:]:
         _show_position(trace, target, console, rows, details)
 
 
-def _show_picture(trace: Trace, console: Console) -> None:
+def _show_picture(trace: Trace, console: Console, rows: int) -> None:
+    """Print the top tokens of `rows` layers at the last positions."""
     console.print(Text("\nResidual stream after each layer", "bold"))
-    for grid in position_grids(trace.prompt_tokens, _top_tokens(trace), console.width):
+    cells = _top_tokens(trace)
+    layers = sorted({layer for layer, _ in cells}, reverse=True)
+    shown = {layers[i * len(layers) // rows] for i in range(rows)} if layers else set()
+    traced = [target.position for target in trace.targets]
+    positions = traced[-COLUMNS_PER_ROW * rows :]
+    found = {
+        (layer, position): cell
+        for (layer, position), cell in cells.items()
+        if layer in shown and position in positions
+    }
+    for grid in position_grids(trace.prompt_tokens, found, console.width):
         console.print(grid, "")
     note = "each cell: the top token, green if it is the target of its position"
+    note += left_out(len(shown), len(layers), "layers, at even distances")
+    note += left_out(len(positions), len(traced), "positions, the last ones")
     console.print(Text(note, "dim"))
 
 
@@ -358,7 +387,7 @@ def _show_position(
     trace: Trace, target: PositionTarget, console: Console, rows: int, details: bool
 ) -> None:
     console.print("", story(trace, target), sep="\n")
-    console.print(emergence(trace, target.position))
+    console.print(emergence(trace, target.position, rows))
     sought = [target.target]
     if details:
         _show_layers(trace, target, console, rows)
