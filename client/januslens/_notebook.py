@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from xml.etree.ElementTree import Element
 
 from januslens import _html as cells
@@ -254,25 +254,31 @@ def _residual_grid(trace: Trace) -> Element:
 
 
 def _emergence(trace: Trace, target: PositionTarget) -> Element:
-    rows = (row for layer in trace.layers for row in _residual_rows(trace, layer, target))
+    steps = list(presentation.all_residual_steps(trace, target.position))
+    rows = _residual_rows(presentation.folded_steps(steps, _ROWS), target)
     headings = (">layer", "residual", "top tokens", ">rank", "probability", ">logit")
     return table(f"{target.target} in the residual stream, layer by layer", headings, rows)
 
 
 def _residual_rows(
-    trace: Trace, layer: LayerGraph, target: PositionTarget
+    steps: Iterable[presentation.ResidualStep | presentation.FoldedSteps], target: PositionTarget
 ) -> Iterator[Iterable[Child]]:
-    for place, step in enumerate(presentation.residual_steps(trace, layer, target.position)):
-        read = step.node.projection
-        if read:
+    previous: int | None = None
+    for step in steps:
+        if isinstance(step, presentation.FoldedSteps):
+            added = cells.signed(step.contribution)
+            yield step.layers, f"{len(step.steps)} steps that add little", "", step.ranks, "", added
+            previous = None
+        elif read := step.node.projection:
             yield (
-                "" if place else str(layer.layer),
+                "" if step.layer == previous else str(step.layer),
                 step.name,
                 cells.tokens(read.top_tokens[:_TOKENS], [target.target]),
                 cells.rank(read.target_rank),
                 cells.probability_bar(read.target_probability, read.target_log_probability),
                 cells.signed(step.added.logit_contribution if step.added else None),
             )
+            previous = step.layer
 
 
 def _contributions(trace: Trace) -> Element:
@@ -372,7 +378,9 @@ def _factor_grid(gradient: Gradient, kind: MatrixKind | str) -> Element:
             [
                 str(layer),
                 *(
-                    _factor_cell(found.get((layer, position)), imprint, largest)
+                    _factor_cell(
+                        found.get((layer, position)), imprint, largest, gradient.header.targets
+                    )
                     for position in positions
                 ),
             ]
@@ -380,30 +388,30 @@ def _factor_grid(gradient: Gradient, kind: MatrixKind | str) -> Element:
         ),
     )
     made.set("class", "m")
-    says = "x's top token" if imprint else "δ's ▲ top and ▼ bottom token; a descent step promotes"
-    says += "" if imprint else " the underlined one"
+    says = "x's top token" if imprint else "↑ the token that a descent step promotes most, ↓ the"
+    says += "" if imprint else " one that it suppresses most"
     scale = f"colour: |δ|, square-root scale, 0 to {presentation.measure(largest)}"
     return element("div", made, note(f"{says}; {scale}"))
 
 
-def _factor_cell(component: Component | None, imprint: bool, largest: float) -> Element:
+def _factor_cell(
+    component: Component | None, imprint: bool, largest: float, sought: Sequence[Token]
+) -> Element:
     if component is None or component.size == 0:
         return element("td", "·", classes="h d")
-    lines: list[Child] = [cells.tokens(_ends(component)[0][:1])] if imprint else _marked(component)
+    read = component.projection
+    lines: list[Child] = (
+        [cells.tokens(read.top_tokens[:1] if read else ())]
+        if imprint
+        else _marked(component, sought)
+    )
     return cells.norm_cell(lines, component.vjp_norm, largest)
 
 
-def _marked(component: Component) -> list[Child]:
-    """Top and bottom tokens; those that a descent step promotes are emphasised."""
-    return [
-        element("span", mark, cells.tokens(end[:1], component.promoted[:1]))
-        for mark, end in zip(("▲ ", "▼ "), _ends(component), strict=True)
-    ]
-
-
-def _ends(component: Component) -> tuple[tuple[Token, ...], tuple[Token, ...]]:
-    projection = component.projection
-    return (projection.top_tokens, projection.bottom_tokens) if projection else ((), ())
+def _marked(component: Component, sought: Sequence[Token]) -> list[Child]:
+    """The most promoted and the most suppressed token; targets are emphasised."""
+    ends = (("↑ ", component.promoted), ("↓ ", component.suppressed))
+    return [element("span", mark, cells.tokens(end[:1], sought)) for mark, end in ends]
 
 
 @notebook_html.register

@@ -105,7 +105,8 @@ def test_a_gradient_shows_both_pictures(gradient: Gradient) -> None:
             if part.size:
                 assert part.projection
                 top, bottom = part.projection.top_tokens[0], part.projection.bottom_tokens[0]
-                assert shift[part.position + 1] == f"▲ {top}▼ {bottom}"
+                # A descent step subtracts δ, so it promotes the bottom of the ranking.
+                assert shift[part.position + 1] == f"↑ {bottom}↓ {top}"
 
 
 def test_a_matrix_lists_its_components(gradient: Gradient) -> None:

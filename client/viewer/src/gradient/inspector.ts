@@ -1,3 +1,4 @@
+import { finite } from '../contract'
 import type { Scored } from '../model/flow_graph'
 import {
   type Component,
@@ -6,10 +7,11 @@ import {
   type Place,
   placeId,
   promotionRank,
+  type Shifted,
   shiftOf,
 } from '../model/gradient'
 import { isolated } from '../model/tokens'
-import { element, scoredList, tokenText } from '../presentation/elements'
+import { element, scoredList, targetButton, tokenText } from '../presentation/elements'
 import { count, measure, signed } from '../presentation/wording'
 import { rankName, where } from './maps'
 
@@ -34,24 +36,50 @@ function componentFacts(component: Component, model: GradientModel): HTMLElement
   const facts = element('section', { class: 'facts', 'data-place': where(component, model) })
   const target = model.targets[0]?.id
   const shift = shiftOf(component)
-  const lists: [string, readonly Scored[]][] = shift
+  const lists = shift
     ? [
-        ['↑ Promoted by a descent step', shift.promoted],
-        ['↓ Suppressed by a descent step', shift.suppressed],
+        shiftList('↑ Promoted by a descent step', shift.promoted, target),
+        shiftList('↓ Suppressed by a descent step', shift.suppressed, target),
       ]
     : [
-        ['Top tokens of x, the input', reading?.top ?? []],
-        ['Bottom tokens of x, the input', reading?.bottom ?? []],
+        scoredList('Top tokens of x, the input', reading?.top ?? [], target),
+        scoredList('Bottom tokens of x, the input', reading?.bottom ?? [], target),
       ]
   facts.append(
     element('h2', {}, tokenText(shownToken(component)?.token.label ?? '—')),
     whereLine(component, model),
     measures(component, model),
-    ...lists.map(([title, list]) => scoredList(title, list, target)),
+    ...lists,
     otherSide(component),
   )
   return facts
 }
+
+/** A table of tokens with the change of their logits; the target is emphasised. */
+function shiftList(
+  title: string,
+  shifted: readonly Shifted[],
+  target: number | undefined,
+): HTMLElement {
+  if (shifted.length === 0) return element('span')
+  const largest = Math.max(1e-9, ...shifted.map(({ change }) => Math.abs(finite(change))))
+  const rows = shifted.map(({ token, change }) => {
+    const bar = element('span', { class: 'bar' })
+    bar.style.setProperty('--share', String(Math.abs(finite(change)) / largest))
+    const isTarget = token.id === target
+    return element(
+      'tr',
+      isTarget ? { class: 'target' } : {},
+      element('th', { scope: 'row' }, isTarget ? tokenText(token.label) : targetButton(token)),
+      element('td', { class: 'bar-cell' }, bar),
+      element('td', { title: SHIFT }, signed(change, 1)),
+    )
+  })
+  const caption = element('caption', { title: SHIFT }, title)
+  return element('table', { class: 'scored' }, caption, element('tbody', {}, ...rows))
+}
+
+const SHIFT = 'logit of δ, with the sign of a descent step'
 
 /** The component's matrix and position. */
 function whereLine({ matrix, position }: Component, model: GradientModel): HTMLElement {

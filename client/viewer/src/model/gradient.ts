@@ -70,16 +70,21 @@ export function matrixName(matrix: Matrix): string {
   return `${matrixLayer(matrix)} ${matrix.kind}`
 }
 
+/** A token and the change of its logit: that of δ, with the sign of a descent step. */
+export interface Shifted extends Scored {
+  change: number
+}
+
 /** The tokens that a descent step promotes and suppresses, the most first; undefined for inputs. */
 export function shiftOf({
   matrix,
   reading,
-}: Component): { promoted: readonly Scored[]; suppressed: readonly Scored[] } | undefined {
+}: Component): { promoted: readonly Shifted[]; suppressed: readonly Shifted[] } | undefined {
   if (matrix.promoted === '' || !reading) return undefined
-  const { top, bottom } = reading
-  return matrix.promoted === 'TOP'
-    ? { promoted: top, suppressed: bottom }
-    : { promoted: bottom, suppressed: top }
+  const sign = matrix.promoted === 'TOP' ? 1 : -1
+  const shifted = (scored: Scored) => ({ ...scored, change: sign * scored.logit })
+  const [top, bottom] = [reading.top.map(shifted), reading.bottom.map(shifted)]
+  return sign > 0 ? { promoted: top, suppressed: bottom } : { promoted: bottom, suppressed: top }
 }
 
 /**
