@@ -384,11 +384,15 @@ def test_why_figure_selects_parts_and_sits_beside_the_overview(tab: Page, demo: 
     wait_until(
         tab,
         """() => {
-      const [why, overview] = ['svg.why', 'svg.overview'].map((picture) =>
+      const [why, overview, heads] = ['svg.why', 'svg.overview', 'svg.heads'].map((picture) =>
         document.querySelector(picture).getBoundingClientRect())
       return why.right < overview.left && overview.top - why.top < 80
+        && heads.top > why.bottom && heads.right < overview.left
     }""",
     )
+    head = tab.locator('svg.heads [data-id="L3/p7/HEAD_OUTPUT/h2"]')
+    head.click()
+    expect(tab.locator('.facts[data-node="L3/p7/HEAD_OUTPUT/h2"]')).to_be_visible()
 
 
 def test_page_works_with_the_keyboard_alone(tab: Page, demo: Traced) -> None:

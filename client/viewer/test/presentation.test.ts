@@ -140,3 +140,49 @@ for (const { case: name, stream, sentence } of fixture<GradientCase[]>('gradient
     assert.equal(ascii(plain(lossSentence(model))), sentence)
   })
 }
+
+/** A colour in OKLab (Ottosson, 2020), where equal distances look equal. */
+function okLab(rgb: readonly number[]): number[] {
+  const linear = rgb.map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4))
+  const times = (rows: number[][], vector: number[]) =>
+    rows.map((row) => row.reduce((sum, value, i) => sum + value * (vector[i] ?? 0), 0))
+  const cones = times(
+    [
+      [0.4122214708, 0.5363325363, 0.0514459929],
+      [0.2119034982, 0.6806995451, 0.1073969566],
+      [0.0883024619, 0.2817188376, 0.6299787005],
+    ],
+    linear,
+  )
+  return times(
+    [
+      [0.2104542553, 0.793617785, -0.0040720468],
+      [1.9779984951, -2.428592205, 0.4505937099],
+      [0.0259040371, 0.7827717662, -0.808675766],
+    ],
+    cones.map(Math.cbrt),
+  )
+}
+
+test('the largest addition and the largest subtraction look equally strong', () => {
+  const theme = readFileSync('styles/theme.css', 'utf8')
+  const colours = (name: string) => {
+    const [, light = '', dark = ''] =
+      theme.match(new RegExp(`--${name}: light-dark\\(#(\\w+), #(\\w+)\\)`)) ?? []
+    return [light, dark].map((hex) =>
+      [0, 2, 4].map((i) => Number.parseInt(hex.slice(i, i + 2), 16) / 255),
+    )
+  }
+  const papers = colours('paper')
+  const distances = (name: string) =>
+    colours(name).map((colour, theme) => {
+      const paper = papers[theme] ?? []
+      const mixed = colour.map((value, i) => 0.55 * value + 0.45 * (paper[i] ?? 0))
+      const ground = okLab(paper)
+      return Math.hypot(...okLab(mixed).map((value, i) => value - (ground[i] ?? 0)))
+    })
+  const subtractions = distances('subtracts')
+  for (const [theme, addition] of distances('head-adds').entries()) {
+    assert.ok(Math.abs(addition / (subtractions[theme] ?? 0) - 1) < 0.02, String(addition))
+  }
+})

@@ -16,7 +16,7 @@ import {
 } from '../presentation/svg'
 import { nodeSentence, percent, signed } from '../presentation/wording'
 import { preview } from './inspector'
-import { drawPanel, LEGEND_HEIGHT, LEGEND_WIDTH, PANEL } from './overview'
+import { drawPanel, LEGEND_HEIGHT, LEGEND_LINE, LEGEND_WIDTH, PANEL, PANEL_PARTS } from './overview'
 import { drawRowLabels } from './overview_grid'
 import { headLayout, type Layout } from './overview_layout'
 
@@ -50,9 +50,16 @@ export class HeadMatrix {
     picture.addEventListener('pointerleave', () => this.tooltip.hide())
   }
 
-  draw(width: number, position: number, marks: Marks, shown: readonly number[]): void {
-    const placed = this.layoutChanges.changed(width, position, this.graph.version)
-    if (placed) this.place(width, position)
+  /** Draws the matrix with the target panel; or in this height beside a picture that has the panel. */
+  draw(
+    width: number,
+    position: number,
+    marks: Marks,
+    shown: readonly number[],
+    height?: number,
+  ): void {
+    const placed = this.layoutChanges.changed(width, position, this.graph.version, height ?? '')
+    if (placed) this.place(width, position, height)
     if (this.markChanges.changed(marks.key, String(shown)) || placed)
       markHeads(this.svg, marks, shown)
   }
@@ -62,16 +69,18 @@ export class HeadMatrix {
     return this.svg.node()?.width.baseVal.value ?? 0
   }
 
-  private place(room: number, position: number): void {
+  private place(room: number, position: number, tallest: number | undefined): void {
+    const panel = tallest === undefined ? PANEL : 0
     const { graph, svg } = this
     const of = headsAt(graph, position)
     const layers = [...graph.layers].sort((a, b) => a - b)
-    const at = headLayout(of.columns, layers, room, PANEL)
-    const width = Math.min(room, Math.max(LEGEND_WIDTH, at.panelX + PANEL))
-    const height = at.height + LEGEND_HEIGHT
+    const at = headLayout(of.columns, layers, room, panel, tallest)
+    const width = Math.min(room, Math.max(LEGEND_WIDTH, at.panelX + panel))
+    const height = at.height + LEGEND_HEIGHT + LEGEND_LINE
     svg.attr('width', width).attr('height', height).attr('viewBox', `0 0 ${width} ${height}`)
     drawHeads(svg, graph, at, of)
-    drawPanel(svg, graph, at, position)
+    if (panel > 0) drawPanel(svg, graph, at, position)
+    else for (const part of PANEL_PARTS) groupNamed(svg, part).selectAll('*').remove()
     drawHeadLegend(svg, at, of)
   }
 
@@ -265,12 +274,19 @@ export function drawHeadLegend(svg: Svg, at: Layout, of: Heads): void {
     .attr('height', 18)
     .attr('rx', 3)
   const text = [
-    { x: 46, text: of.measure, anchor: 'start', style: 'column' },
-    ...keys.map((key) => ({ x: key.x + 33, text: key.text, anchor: 'middle', style: '' })),
+    { x: 46, y: y + 9.5, text: of.measure, anchor: 'start', style: 'column' },
+    ...keys.map((key) => ({
+      x: key.x + 33,
+      y: y + 9.5,
+      text: key.text,
+      anchor: 'middle',
+      style: '',
+    })),
   ]
   const sent = of.heads.length === at.rows.length * of.columns
   const note = {
-    x: start + 220,
+    x: 46,
+    y: y + 9.5 + LEGEND_LINE,
     text: 'dotted: not in this trace',
     anchor: 'start',
     style: 'column',
@@ -282,7 +298,7 @@ export function drawHeadLegend(svg: Svg, at: Layout, of: Heads): void {
     .join('text')
     .attr('class', (w) => w.style)
     .attr('x', (w) => w.x)
-    .attr('y', y + 9.5)
+    .attr('y', (w) => w.y)
     .attr('text-anchor', (w) => w.anchor)
     .attr('dominant-baseline', 'central')
     .text((w) => w.text)

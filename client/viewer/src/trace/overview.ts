@@ -66,6 +66,10 @@ export class Overview {
     return this.at?.width ?? 0
   }
 
+  get height(): number {
+    return this.at?.height ?? 0
+  }
+
   private place(room: number, position: number, filter: Filter): void {
     const { graph, svg } = this
     const layers = [...graph.layers].sort((a, b) => a - b)
@@ -135,6 +139,9 @@ interface Line {
 const RANK = 46
 const BAR = 58
 const BAR_WIDTH = 84
+
+/** The groups of the panel. */
+export const PANEL_PARTS = ['panel-heading', 'ranks', 'probabilities', 'probability-numbers']
 
 export function drawPanel(svg: Svg, graph: FlowGraph, at: Layout, position: number): void {
   const lines = linesOf(graph, at, position)
@@ -280,7 +287,7 @@ interface Key {
 }
 
 export const LEGEND_HEIGHT = 34
-const LEGEND_LINE = 20
+export const LEGEND_LINE = 20
 /** Fits the ranks and the kinds of lines. */
 export const LEGEND_WIDTH = 940
 

@@ -25,6 +25,9 @@ const TOP = 30
 const AXIS = 38
 
 const WIDEST_HEAD = 150
+const LOWEST_PITCH = 12 // px; row labels do not overlap
+const SMALLEST = 264 // px of a matrix with few layers
+const LEGENDS = 54 // px below the matrix
 
 /** One column per position; `read` are the positions to label first if not all labels fit. */
 export function layout(
@@ -53,14 +56,20 @@ export function layout(
   }
 }
 
-/** One row per layer, without the embedding, and one column per head; cells are higher as there are no arcs. */
+/**
+ * One row per layer, without the embedding, and one column per head. Cells are higher than in the
+ * overview as there are no arcs, or lower to fit in `tallest` with their legend.
+ */
 export function headLayout(
   heads: number,
   layers: readonly number[],
   width: number,
   panelWidth: number,
+  tallest = Number.POSITIVE_INFINITY,
 ): Layout {
-  const pitch = rowPitch(layers.length)
+  const lowest = Math.max(LOWEST_PITCH, SMALLEST / layers.length)
+  const fitting = (tallest - TOP - AXIS - LEGENDS) / layers.length
+  const pitch = Math.min(rowPitch(layers.length), Math.max(lowest, fitting))
   const room = width - panelWidth - GUTTER - 18
   const even = Math.min(WIDEST_HEAD, room / heads)
   const columns = Array.from({ length: heads }, (_, position) => ({

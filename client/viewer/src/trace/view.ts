@@ -113,6 +113,7 @@ export class TraceView {
   private readonly heads: HeadMatrix
   private readonly details: Details
   private readonly updateToolbar: () => void
+  private readonly maps = element('div', { class: 'maps' })
   private readonly heading = element('div', { class: 'heading' })
   private readonly headerChanges = new ChangeTracker()
   private drawn = 0
@@ -147,14 +148,8 @@ export class TraceView {
       pin: (id) => this.pin(id),
     })
     this.details = new Details(this.graph, this.state, this.tooltip, commands)
-    const maps = element(
-      'div',
-      { class: 'maps' },
-      this.why.element,
-      this.overview.element,
-      this.heads.element,
-    )
-    parts.main.append(maps, this.details.element)
+    this.maps.append(this.why.element, this.overview.element, this.heads.element)
+    parts.main.append(this.maps, this.details.element)
     listenToKeys(this.graph, this.state, commands)
     parts.aside.addEventListener('click', (event) => this.openLink(event))
     listenForTargetChoice(parts.aside, this.graph.tokens, () => this.contents())
@@ -193,12 +188,7 @@ export class TraceView {
     const marks = this.marks(found, tree)
     if (this.headerChanges.changed(position, graph.version))
       fillHeader(this.heading, graph, position)
-    const above = state.get('map') === 'heads' ? this.heads : this.overview
-    for (const map of [this.overview, this.heads]) map.element.hidden = map !== above
-    const taken = width < SIDE_BY_SIDE ? 0 : WHY + MAPS_GAP
-    above.draw(width - taken, position, marks, this.layers(), filterOf(state))
-    const beside = width - above.width - MAPS_GAP
-    this.why.draw(taken > 0 ? beside : room, position, marks)
+    this.drawMaps(room, position, marks)
     this.details.draw(width, position, marks, this.layers())
     const knockOut = (node: GraphNode) => this.knockOuts.section(node, graph)
     fillInspector(this.parts.aside, graph, state, { position, found, tree, knockOut })
@@ -206,6 +196,25 @@ export class TraceView {
     this.keepFocus()
     this.drawn = performance.now()
     if (!performance.getEntriesByName('januslens-drawn').length) performance.mark('januslens-drawn')
+  }
+
+  /** Draws the figure and the maps; a wide window has the figure, and the heads below it, beside the stream. */
+  private drawMaps(room: number, position: number, marks: Marks): void {
+    const { overview, heads, why } = this
+    const width = Math.max(NARROWEST, room)
+    const wide = width >= SIDE_BY_SIDE
+    const onlyHeads = this.state.get('map') === 'heads'
+    overview.element.hidden = onlyHeads
+    heads.element.hidden = !onlyHeads && !wide
+    this.maps.classList.toggle('wide', wide)
+    const taken = wide ? WHY + MAPS_GAP : 0
+    const first = onlyHeads ? heads : overview
+    if (onlyHeads) heads.draw(width - taken, position, marks, this.layers())
+    else overview.draw(width - taken, position, marks, this.layers(), filterOf(this.state))
+    const beside = wide ? width - first.width - MAPS_GAP : room
+    why.draw(beside, position, marks)
+    if (wide && !onlyHeads)
+      heads.draw(beside, position, marks, this.layers(), overview.height - why.height)
   }
 
   /** Lays the pictures out for an export of this width; undefined = for the window. */

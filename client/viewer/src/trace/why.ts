@@ -22,6 +22,7 @@ import { type PartRow, type SourceBox, TOP, type WhyLayout, whyLayout } from './
 // The same tree as `trace.why(at_most=10)`.
 const LISTED = 10
 const AMOUNT = 46 // px of a number
+const TEXT = 50 // px of the title and the note
 
 interface Actions {
   select: (id: string) => void
@@ -58,6 +59,11 @@ export class WhyFigure {
       const classes = chipClass(node, graph, marks)
       return rest ? `${classes} rest` : classes
     })
+  }
+
+  /** The drawn height with the title and the note. */
+  get height(): number {
+    return TEXT + (this.svg.node()?.height.baseVal.value ?? 0)
   }
 
   private place(width: number, position: number): void {
