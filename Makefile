@@ -158,7 +158,7 @@ endef
 # Python compiles a module when it is first imported, and most of these are never imported.
 $(SETUP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[server,cli,ui,analysis,otel,dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[server,cli,ui,analysis,figures,otel,dev]'
 	@touch $@ $(DEMO_SETUP)
 
 $(DEMO_SETUP): pyproject.toml

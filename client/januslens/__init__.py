@@ -12,6 +12,7 @@ This is the client of the Januslens server. It does not need torch::
 
 from importlib.metadata import version
 
+from januslens import _figures as _figures  # registers the figures of results
 from januslens import _notebook as _notebook  # registers the HTML of results for notebooks
 from januslens._connection import Metadata, ResponseHook
 from januslens.aio import AsyncClient, AsyncEventStream, AsyncGeneration

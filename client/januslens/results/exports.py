@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import networkx as nx
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from januslens.results.comparison import EdgeDifference, NodeDifference
     from januslens.results.gradient import EditCell, EditPreview, Effect, SegmentRow
@@ -39,6 +41,12 @@ def notebook_html(result: Any) -> str:
 def page_html(result: Any, beside: Any) -> str:
     """Return an interactive HTML file with a result and, beside it, an overview or previews."""
     raise TypeError(f"no page for {type(result).__name__} and {type(beside).__name__}")
+
+
+@singledispatch
+def figure_of(result: Any, ax: Axes | None, **chosen: Any) -> Figure:  # noqa: ARG001 - of the kinds
+    """Draw a figure of a result in the given axes, or in a new figure. Requires matplotlib."""
+    raise TypeError(f"no figure for {type(result).__name__}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING
 
 from januslens.results import exports
 from januslens.results.attention import AttentionGradient
-from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
+from januslens.results.exports import (
+    PageFrame,
+    figure_of,
+    json_lines,
+    notebook_html,
+    page_html,
+)
 from januslens.results.kinds import MATRIX_KINDS, MatrixKind
 from januslens.results.matrices import Matrix, kind_of, matrix_name
 from januslens.results.message_file import save_messages
@@ -19,6 +25,8 @@ from januslens.v1 import edits_pb2, gradient_lens_pb2
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 # The matrices that a request's FF1 means in a gated MLP.
@@ -434,6 +442,22 @@ class Gradient:
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""
         return notebook_html(self)
+
+    def figure(self, kind: MatrixKind | str | None = None, *, ax: Axes | None = None) -> Figure:
+        """Draw the norms |δ| of one kind of matrix by layer and position. Requires matplotlib.
+
+        For prompts of up to 16 tokens, the cells have the token that a descent step promotes most
+        or, for a projected input x, its top token.
+
+        Args:
+            kind: The kind of matrix, such as `FF2`; None = the first one with projected VJPs.
+            ax: The axes to draw in; None = those of a new figure, which is not in pyplot's list of
+                open figures.
+
+        Raises:
+            ValueError: The gradient has no matrices of this kind.
+        """
+        return figure_of(self, ax, kind=None if kind is None else MatrixKind(kind))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the messages of the stream to a file that `januslens.load` reads.

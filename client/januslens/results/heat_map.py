@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from januslens.results.exports import notebook_html
+from januslens.results.exports import figure_of, notebook_html
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LABEL = 8  # characters of a column in print
 _MOST_DIGITS = 5  # decimals that fit in
@@ -51,6 +56,15 @@ class HeatMap:
         """Return the rows in the order in which they are printed, each with its label."""
         rows = list(zip(self.rows, self.values.tolist(), strict=True))
         return rows[::-1] if self.row_axis == "layer" else rows
+
+    def figure(self, *, ax: Axes | None = None) -> Figure:
+        """Draw the map with matplotlib: decreases in blue, increases in red. Requires matplotlib.
+
+        Args:
+            ax: The axes to draw in; None = those of a new figure, which is not in pyplot's list of
+                open figures.
+        """
+        return figure_of(self, ax)
 
     def __str__(self) -> str:
         """The figures as a table."""

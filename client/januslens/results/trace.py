@@ -6,11 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from os import PathLike
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from januslens.results.comparison import TraceComparison, compare_traces
 from januslens.results.contributions import ContributionTree, contribution_tree
-from januslens.results.exports import PageFrame, json_lines, notebook_html, page_html
+from januslens.results.exports import (
+    PageFrame,
+    figure_of,
+    json_lines,
+    notebook_html,
+    page_html,
+)
 from januslens.results.graph import Edge, GraphView, KnownNodes, Node, Part, Parts
 from januslens.results.graph_files import GraphFormat, write_graph
 from januslens.results.kinds import CRITERIA, Criterion, EdgeKind, NodeKind
@@ -19,6 +25,10 @@ from januslens.results.message_file import save_messages
 from januslens.results.models import Guarantee, LayerLevel, ModelSizes, Provenance, StageTime
 from januslens.results.tokens import Token, TokenTable
 from januslens.v1 import trace_pb2
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -454,6 +464,30 @@ class Trace(GraphView):
     def show(self, overview: Trace | None = None, *, height: int = 800) -> PageFrame:
         """Show the page of `to_html` in a notebook; `height` is in pixels."""
         return PageFrame(self.to_html(overview), height)
+
+    def figure(
+        self,
+        kind: Literal["why", "lens", "heads"] = "why",
+        *,
+        position: int | None = None,
+        at_most: int = 10,
+        ax: Axes | None = None,
+    ) -> Figure:
+        """Draw a figure with matplotlib, for example for a paper. Requires matplotlib.
+
+        Args:
+            kind: `why`, the tree of `why()` as bars; `lens`, the target's rank and probability
+                along the residual stream; or `heads`, what each head adds to the target's logit.
+            position: The query position, negative from the end; None = the last traced one.
+            at_most: Maximum number of nodes of `why`.
+            ax: The axes to draw in; None = those of a new figure, which is not in pyplot's list of
+                open figures.
+
+        Raises:
+            ValueError: The kind is unknown, or the trace does not have what the figure shows.
+            KeyError: The position was not traced.
+        """
+        return figure_of(self, ax, kind=kind, position=position, at_most=at_most)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the messages of the stream to a file that `januslens.load` reads.
