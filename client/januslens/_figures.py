@@ -133,9 +133,12 @@ def _lens(trace: Trace, ax: Axes | None, position: int | None) -> Figure:
             "include BLOCK_OUTPUT"
         )
     ax = _axes(ax, (6.7, 3.0))
-    # Layer 3's attention is at 3.5, and its result, the input of layer 4, at 4.
-    after = {"input": 0.0, "+ attention": 0.5}
-    places = [step.layer + after.get(step.name, 1.0) for step, _ in steps]
+    # Layer 3's attention is at 3.5, and its MLP's result, the input of layer 4, at 4.
+    layers = [step.layer for step, _ in steps]
+    places = [
+        layer + (0.0 if step.name == "input" else 0.5 if layer == after else 1.0)
+        for (step, _), layer, after in zip(steps, layers, [*layers[1:], None], strict=True)
+    ]
     ax.plot(
         places,
         [1 + (read.target_rank or 0) for _, read in steps],

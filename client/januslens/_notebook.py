@@ -11,7 +11,7 @@ from januslens import _presentation as presentation
 from januslens._html import Child, cut, document, element, heading, literal, note, table
 from januslens.results.activations import Activations, SiteTensor
 from januslens.results.comparison import TraceComparison
-from januslens.results.exports import PageFrame, notebook_html, page_html
+from januslens.results.exports import PageFrame, notebook_html
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
 from januslens.results.graph import Part
@@ -156,24 +156,9 @@ def _effect_rows(
 def comparison_html(comparison: TraceComparison) -> str:
     """The residual stream of two traces, and the contributions that differ most."""
     parts = _compared(comparison, _ROWS)
-    return document(*parts, note("to_html() has more rows; nodes and edges are pandas frames"))
-
-
-# Rows of the tables on the page of a comparison.
-_PAGE_ROWS = 200
-
-
-@page_html.register
-def comparison_page(comparison: TraceComparison, _beside: None) -> str:
-    """Return the page of a comparison, also with the nodes that only one of the traces has."""
-    parts = _compared(comparison, _PAGE_ROWS)
-    for when, ids in (("before", comparison.only_before), ("after", comparison.only_after)):
-        if ids:
-            caption = f"{len(ids)} nodes only {when}"
-            shown = [[literal(node_id)] for node_id in ids[:_PAGE_ROWS]]
-            parts.append(table(caption, ("node",), shown))
-    prompt = "".join(str(token) for token in comparison.before.prompt_tokens)
-    return cells.file(f"{prompt}, comparison · Januslens", document(*parts))
+    return document(
+        *parts, note("show() opens the interactive page; nodes and edges are pandas frames")
+    )
 
 
 def _compared(comparison: TraceComparison, rows: int) -> list[Element]:

@@ -241,6 +241,30 @@ def test_many_positions_are_shown_as_a_heat_map_first() -> None:
 
 
 @pytest.mark.usefixtures("demo")
+def test_saved_traces_are_compared_without_a_server(tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("japan.jtr", "peru.jtr")]
+    prompts = (PROMPT, "The capital of Peru is the big city of")
+    for file, prompt in zip(files, prompts, strict=True):
+        assert run("trace", prompt, "--target", " Tokyo", "--out", file).exit_code == 0
+    page = tmp_path / "page.html"
+    result = run("compare", *files, "--rows", "3", "--html", str(page))
+    assert result.exit_code == 0
+    table = result.stdout.split("that differ most\n")[1]
+    rows = re.findall(r"^ *([+-]\S+) +([+-]\S+) +([+-]\S+)  L\d", table, re.MULTILINE)
+    assert len(rows) == 3
+    for before, after, change in rows:
+        assert float(after) - float(before) == pytest.approx(float(change), abs=0.011)
+    changes = [abs(float(change)) for _, _, change in rows]
+    assert changes == sorted(changes, reverse=True)
+    assert page.stat().st_size > 100_000
+    wrong = tmp_path / "wrong.jtr"
+    assert run("gradient", PROMPT, "--target", " Paris", "--out", str(wrong)).exit_code == 0
+    refused = run("compare", files[0], str(wrong))
+    assert refused.exit_code == 1
+    assert "has no trace; expected a file of `trace --out`" in refused.stderr
+
+
+@pytest.mark.usefixtures("demo")
 def test_models_fit_in_a_narrow_terminal() -> None:
     narrow = run("models", COLUMNS="80").stdout
     assert "…" not in narrow

@@ -111,18 +111,17 @@ def test_notebooks_show_both_prompts_and_the_changed_contributions(
     assert "Contributions that differ most" in shown
 
 
-def test_page_of_a_comparison_has_all_differences_and_no_script(japan: Trace, peru: Trace) -> None:
-    compared = japan.compare(peru)
-    page = compared.to_html()
-    assert page.startswith("<!doctype html>")
-    assert "<title>The capital of Japan" in page.replace("␣", " ")
-    assert "<script" not in page
-    rows = compared.changed_contributions()
-    assert len(rows) > 50
-    assert all(edge.before.source in page for edge in rows[:200])
-    assert compared.only_before
-    assert all(node_id in page for node_id in compared.only_before[:200])
-    assert compared.show().html == page
+def test_shared_positions_are_those_at_the_start_and_at_the_end(
+    client: Client, japan: Trace
+) -> None:
+    longer = client.trace("The capital of Peru is called the city of")
+    compared = japan.compare(longer, positions="shared")
+    texts = [[token.text for token in trace.prompt_tokens] for trace in (japan, longer)]
+    assert texts[0][3] != texts[1][3]
+    end = len(texts[1]) - len(texts[0])
+    start = {place: place for place in range(3)}
+    assert compared.positions == start | {place: place + end for place in range(5, 8)}
+    assert japan.compare(japan, positions="shared").positions == {n: n for n in range(8)}
 
 
 def test_comparisons_print_the_contributions_that_differ_most(japan: Trace, peru: Trace) -> None:

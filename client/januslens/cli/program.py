@@ -14,7 +14,7 @@ from januslens.cli.gradient import gradient
 from januslens.cli.intervene import intervene
 from januslens.cli.lookups import activations, models, neurons, project, tokenize
 from januslens.cli.options import Connection, usage_errors, with_connection
-from januslens.cli.recordings import open_recording
+from januslens.cli.recordings import compare, open_recording
 from januslens.cli.report import report
 from januslens.cli.survey import survey
 from januslens.cli.trace import trace
@@ -118,6 +118,7 @@ for command in (
     intervene,
     generate,
     open_recording,
+    compare,
     survey,
     report,
     activations,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any, Literal
 
 from januslens.results import exports
 from januslens.results.exports import PageFrame, notebook_html, page_html
@@ -98,6 +99,7 @@ class TraceComparison:
         edge_list: The edges of both traces, in the order of `before`.
         only_before: Ids of the nodes that only `before` has.
         only_after: Ids of the nodes that only `after` has, in its own coordinates.
+        positions: The position in `after` for each compared position of `before`; None = the same.
     """
 
     before: Trace = field(repr=False)
@@ -106,6 +108,7 @@ class TraceComparison:
     edge_list: tuple[EdgeDifference, ...]
     only_before: tuple[str, ...]
     only_after: tuple[str, ...]
+    positions: Mapping[int, int] | None = None
 
     @cached_property
     def nodes(self) -> pd.DataFrame:
@@ -164,7 +167,11 @@ class TraceComparison:
         return notebook_html(self)
 
     def to_html(self) -> str:
-        """Return the differences as a page: one HTML file that needs no network."""
+        """Return the differences as a page: one HTML file that needs no network.
+
+        The page shows the largest contributions of both traces with one scale, their differences,
+        and the residual streams. It refers to the last traced position of each.
+        """
         return page_html(self, None)
 
     def show(self, *, height: int = 800) -> PageFrame:
@@ -173,14 +180,17 @@ class TraceComparison:
 
 
 def compare_traces(
-    before: Trace, after: Trace, positions: Mapping[int, int] | None
+    before: Trace, after: Trace, positions: Mapping[int, int] | Literal["shared"] | None
 ) -> TraceComparison:
     """Align the nodes and edges of two traces; `Trace.compare` documents the arguments."""
     lengths = len(before.prompt_tokens), len(after.prompt_tokens)
+    if positions == "shared":
+        positions = _shared_positions(before.prompt_tokens, after.prompt_tokens)
     if positions is None and lengths[0] != lengths[1]:
         raise ValueError(
             f"the prompts have {lengths[0]} and {lengths[1]} tokens; give the positions to "
-            "compare, as a mapping from positions of this trace to positions of the other"
+            "compare, as a mapping from positions of this trace to positions of the other, or "
+            "'shared'"
         )
     aligned = _Positions(positions)
     nodes_after = {node.id: node for node in after.node_list}
@@ -201,7 +211,24 @@ def compare_traces(
         edge_list=tuple(_edges(before, aligned, edges_after, differing)),
         only_before=tuple(only_before),
         only_after=tuple(node_id for node_id in nodes_after if node_id not in met),
+        positions=positions,
     )
+
+
+def _shared_positions(before: Sequence[Token], after: Sequence[Token]) -> dict[int, int]:
+    """Map the tokens at the start and at the end that both prompts have, and the last tokens."""
+    texts = [token.text for token in before], [token.text for token in after]
+    shorter = min(map(len, texts))
+    start = min(shorter - 1, _equal(zip(*texts, strict=False)))
+    same_end = _equal(zip(reversed(texts[0]), reversed(texts[1]), strict=False))
+    end = max(1, min(shorter - start, same_end))
+    from_end = {len(texts[0]) + place: len(texts[1]) + place for place in range(-end, 0)}
+    return {position: position for position in range(start)} | from_end
+
+
+def _equal(pairs: Iterable[tuple[str, str]]) -> int:
+    """Count the equal pairs up to the first that differs."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _edges(

@@ -431,7 +431,7 @@ class Trace(GraphView):
         return norm_effects(self)
 
     def compare(
-        self, other: Trace, *, positions: Mapping[int, int] | None = None
+        self, other: Trace, *, positions: Mapping[int, int] | Literal["shared"] | None = None
     ) -> TraceComparison:
         """Compare this trace with another one of the same prompt, or of a similar one.
 
@@ -441,7 +441,8 @@ class Trace(GraphView):
         Args:
             other: The other trace.
             positions: For another prompt: the position of `other` for each position of this trace.
-                Nodes at other positions are left out. None = the positions are the same.
+                Nodes at other positions are left out. `shared` = the tokens at the start and at the
+                end that both prompts have, and the last tokens. None = the positions are the same.
 
         Raises:
             ValueError: The prompts have different lengths, and `positions` is None.

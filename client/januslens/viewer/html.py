@@ -20,6 +20,7 @@ from typing import Literal
 
 from google.protobuf.message import Message
 
+from januslens.results.comparison import TraceComparison
 from januslens.results.exports import json_line, page_html
 from januslens.results.generation import GeneratedText
 from januslens.results.gradient import EditPreview, Gradient
@@ -28,7 +29,7 @@ from januslens.results.tokens import OPEN_BOX, Token
 from januslens.results.trace import Trace
 from januslens.v1 import edits_pb2, gradient_lens_pb2, trace_pb2
 
-View = Literal["trace", "gradient", "generation", "effects", "live"]
+View = Literal["trace", "comparison", "gradient", "generation", "effects", "live"]
 
 _PAGE = """\
 <!doctype html>
@@ -90,15 +91,28 @@ def gradient_page(
 
 
 def page(
-    view: View, title: str, streams: Mapping[str, Iterable[Message]], *, live: bool = False
+    view: View,
+    title: str,
+    streams: Mapping[str, Iterable[Message]],
+    *,
+    live: bool = False,
+    positions: Mapping[int, int] | None = None,
 ) -> str:
     """Return an HTML file that shows `streams`, the messages of each stream by its name.
 
     Messages are embedded as canonical protobuf JSON (the output of `--json`), deflated and encoded
-    in base64. A `live` page is a frame of the live page, which posts the messages to it.
+    in base64. A `live` page is a frame of the live page, which posts the messages to it. The page
+    of a comparison gets the positions of the second prompt by those of the first.
     """
     style, program = asset("viewer.css"), asset("viewer.js")
-    described = {"view": view, "title": title, "version": version("januslens"), "live": live}
+    described: dict[str, object] = {
+        "view": view,
+        "title": title,
+        "version": version("januslens"),
+        "live": live,
+    }
+    if positions is not None:
+        described["positions"] = {str(before): after for before, after in positions.items()}
     return _PAGE.format(
         policy=_policy(view, style, program),
         title=html.escape(title),
@@ -154,6 +168,14 @@ def page_of_trace(trace: Trace, overview: Trace | None) -> str:
     """Return the page of a trace and its overview."""
     around = overview.responses if overview else ()
     return trace_page(trace.responses, around, trace.prompt_tokens)
+
+
+@page_html.register
+def page_of_comparison(comparison: TraceComparison, _beside: None) -> str:
+    """Return the page of two traces."""
+    title = f"{_text(comparison.before.prompt_tokens)}, comparison · Januslens"
+    streams = {"before": comparison.before.responses, "after": comparison.after.responses}
+    return page("comparison", title, streams, positions=comparison.positions)
 
 
 @page_html.register

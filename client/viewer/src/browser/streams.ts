@@ -7,11 +7,13 @@ import type { Theme } from './shell'
 
 /** The contents of the page's `januslens-page` element. */
 export interface PageDescription {
-  view: 'trace' | 'gradient' | 'generation' | 'effects' | 'live'
+  view: 'trace' | 'comparison' | 'gradient' | 'generation' | 'effects' | 'live'
   /** Whether the parent page posts the streams; otherwise they are embedded. */
   live?: boolean
   title: string
   version: string
+  /** Of a comparison: the position in the second prompt by the one in the first, if they differ. */
+  positions?: Record<string, number>
 }
 
 export function pageDescription(): PageDescription {

@@ -52,9 +52,11 @@ export class WhyFigure {
     picture.addEventListener('pointerleave', () => this.tooltip.hide())
   }
 
-  draw(width: number, position: number, marks: Marks): void {
+  /** Draws the figure; `scale` is the height of a logit in pixels, if another figure has the same. */
+  draw(width: number, position: number, marks: Marks, scale?: number): void {
     const { graph, svg } = this
-    if (this.layoutChanges.changed(width, position, graph.version)) this.place(width, position)
+    if (this.layoutChanges.changed(width, position, graph.version, scale ?? 0))
+      this.place(width, position, scale)
     setClasses<PartRow>(svg, '.parts > g', ({ node, rest }) => {
       const classes = chipClass(node, graph, marks)
       return rest ? `${classes} rest` : classes
@@ -66,7 +68,7 @@ export class WhyFigure {
     return TEXT + (this.svg.node()?.height.baseVal.value ?? 0)
   }
 
-  private place(width: number, position: number): void {
+  private place(width: number, position: number, scale: number | undefined): void {
     const { graph, svg } = this
     const tree = graph.complete ? contributionTree(graph, position, LISTED) : undefined
     this.element.hidden = graph.complete && !tree
@@ -78,7 +80,7 @@ export class WhyFigure {
       : 'Shown when the trace is complete.'
     if (!tree) return
     svg.attr('aria-label', this.title.textContent)
-    const at = whyLayout(graph, tree, width)
+    const at = whyLayout(graph, tree, width, scale)
     svg.attr('width', at.width).attr('height', at.height)
     svg.attr('viewBox', `0 0 ${at.width} ${at.height}`)
     drawWhy(svg, at, figureName(graph))

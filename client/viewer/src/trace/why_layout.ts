@@ -57,14 +57,25 @@ const NARROWEST = 350 // px
 const WITH_TOKENS = 480 // px; narrower figures leave out the parts' top tokens
 const WIDEST = 900
 
-export function whyLayout(graph: FlowGraph, tree: ContributionTree, width: number): WhyLayout {
+/** The height of a logit in pixels at which the parts of a tree fit in their rows. */
+export function whyScale(tree: ContributionTree): number {
+  const sizes = partsOf(tree).map((part) => Math.abs(finite(part.contribution)))
+  const total = sizes.reduce((sum, size) => sum + size, 0)
+  return Math.min(THICKEST / (Math.max(...sizes) || 1), (sizes.length * ROW) / (total || 1))
+}
+
+export function whyLayout(
+  graph: FlowGraph,
+  tree: ContributionTree,
+  width: number,
+  scale = whyScale(tree),
+): WhyLayout {
   const parts = partsOf(tree)
   const total = parts.reduce((sum, part) => sum + Math.abs(finite(part.contribution)), 0)
   const largest = Math.max(...parts.map((part) => Math.abs(finite(part.contribution))))
   const inputs = parts.map((part) => inputsOf(graph, part, LEAST_SOURCE * largest))
   const columns = columnsIn(Math.min(WIDEST, Math.max(NARROWEST, width)), inputs.flat().length > 0)
   const room = parts.length * ROW
-  const scale = Math.min(THICKEST / (largest || 1), room / (total || 1))
   const stack = { y: TOP + (room - total * scale) / 2, height: total * scale }
   let end = stack.y
   const rows = parts.map((part, i) => {
