@@ -90,6 +90,8 @@ def survey_on_ray(  # noqa: PLR0913 - by keyword
                 concurrency=actors or len(servers),
                 fn_constructor_args=(job, str(folder.path.resolve()), folder.input, model),
             )
+            # By default, Ray raises an exception of its own, without the actor's.
+            made.context.raise_original_map_exception = True
             try:
                 for _ in made.iter_batches(batch_format="pyarrow"):
                     pass
