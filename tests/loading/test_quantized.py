@@ -385,6 +385,11 @@ BROKEN: dict[str, tuple[str, dict[str, Any], dict[str, torch.Tensor | None], str
         "weights of 3 bits",
     ),
     "no groups": ("4-bit groups", {"config_groups": {}}, {}, "describes no quantised weights"),
+    "thousands of groups": (
+        "4-bit groups",
+        {"config_groups": {str(i): {"weights": INT4 | {"group_size": i + 1}} for i in range(9000)}},
+        {}, "describes 9000 groups: expected at most 100",
+    ),
     "sparse weights": (
         "4-bit groups", {"sparsity_config": {"format": "sparse-24-bitmask"}}, {}, "or sparse ones"
     ),

@@ -35,6 +35,7 @@ from januslens_server.models.placement import memory_needed
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.vetting import (
     ADAPTER,
+    MAX_COUNT,
     MIB,
     check_folder,
     check_header,
@@ -216,8 +217,11 @@ def _pair(
 def _of_module(described: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """Look up a module in a pattern. PEFT reads its keys as regular expressions."""
     pattern = described.get(key) or {}
-    if not isinstance(pattern, Mapping) or not all(LITERAL.fullmatch(name) for name in pattern):
-        raise ModelFailed(f"{ADAPTER}: invalid {key}: expected names of modules")
+    named = isinstance(pattern, Mapping) and len(pattern) <= MAX_COUNT
+    if not named or not all(LITERAL.fullmatch(name) for name in pattern):
+        raise ModelFailed(
+            f"{ADAPTER}: invalid {key}: expected names of modules, at most {MAX_COUNT}"
+        )
     found = (v for name, v in pattern.items() if f".{module}".endswith(f".{name}"))
     return next(found, default)
 

@@ -42,6 +42,9 @@ MX_BLOCK = 32
 # Rows and columns of a block where config.json does not say them.
 DEFAULT_BLOCKS = {"fp8": [128, 128], "mxfp8": [1, 32]}
 
+# Groups of weights with a scheme of their own; every weight is compared with each.
+MAX_GROUPS = 100
+
 # Widths of integers that fill 32 bits without a rest.
 PACKED_BITS = {2, 4, 8}
 FORMATS = {
@@ -188,6 +191,10 @@ def _compressed(found: Mapping[str, Any]) -> Scheme:
     """Read the groups of a compressed-tensors configuration (vllm-project/compressed-tensors)."""
     listed = found.get("config_groups")
     described = list(listed.values()) if isinstance(listed, Mapping) else []
+    if len(described) > MAX_GROUPS:
+        raise ModelFailed(
+            f"compressed-tensors describes {len(described)} groups: expected at most {MAX_GROUPS}"
+        )
     groups, formats = [], set()
     for group in described:
         weights = group.get("weights") if isinstance(group, Mapping) else None
