@@ -1,12 +1,13 @@
-"""Execute the example notebook against a server; `make notebook` saves its outputs.
+"""Execute the example notebooks against a server; `make notebook` saves their outputs.
 
-`python -m tests.notebooks.execution` starts a server with the embedded model, executes the notebook
-and saves it.
+`python -m tests.notebooks.execution` starts a server with the embedded model, executes all
+notebooks or those that are named, and saves them.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -17,25 +18,26 @@ from nbformat import NotebookNode
 
 from tests.support.server import running_server
 
-NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebooks" / "tour.ipynb"
+FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
+NOTEBOOKS = tuple(sorted(file.stem for file in FOLDER.glob("*.ipynb")))
 SECONDS = 120
 # Outputs of cells with this tag are not saved, because they would make the file large.
 UNSAVED = "unsaved"
 
 
-def saved() -> NotebookNode:
-    """Return the notebook in the repository."""
-    notebook: NotebookNode = nbformat.read(NOTEBOOK, as_version=4)
+def saved(name: str) -> NotebookNode:
+    """Return a notebook in the repository."""
+    notebook: NotebookNode = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     return notebook
 
 
-def executed(address: str) -> NotebookNode:
-    """The notebook after every cell has run against a server.
+def executed(name: str, address: str) -> NotebookNode:
+    """A notebook after every cell has run against a server.
 
     Raises:
         CellExecutionError: A cell failed.
     """
-    notebook = saved()
+    notebook = saved(name)
     # A separate folder for the sockets and for IPython, so that no start-up files of the user run.
     with (
         TemporaryDirectory() as folder,
@@ -64,9 +66,10 @@ def tidied(notebook: NotebookNode) -> NotebookNode:
 
 
 def main() -> None:
-    """Execute and save the notebook."""
+    """Execute and save the notebooks."""
     with running_server() as server:
-        nbformat.write(tidied(executed(server.address)), NOTEBOOK)
+        for name in sys.argv[1:] or NOTEBOOKS:
+            nbformat.write(tidied(executed(name, server.address)), FOLDER / f"{name}.ipynb")
 
 
 if __name__ == "__main__":

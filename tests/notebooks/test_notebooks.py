@@ -1,4 +1,4 @@
-"""The example notebook runs, and its outputs equal the saved ones."""
+"""The example notebooks run, and their outputs equal the saved ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,11 @@ from typing import Any
 import pytest
 from nbformat import NotebookNode
 
-from tests.notebooks.execution import UNSAVED, executed, saved, tidied
+from tests.notebooks.execution import NOTEBOOKS, UNSAVED, executed, saved, tidied
 
 # Colours are computed from figures whose last digits differ between machines.
 STYLE = re.compile(r' style="[^"]*"')
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e-?\d+)?")
-
-
-@pytest.fixture(scope="module")
-def fresh(server_address: str) -> NotebookNode:
-    return executed(server_address)
 
 
 def shown(cell: NotebookNode) -> str:
@@ -32,8 +27,10 @@ def shown(cell: NotebookNode) -> str:
     return "".join(texts)
 
 
-def test_saved_outputs_equal_those_of_a_new_run(fresh: NotebookNode) -> None:
-    for before, now in zip_longest(saved().cells, tidied(fresh).cells):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_saved_outputs_equal_those_of_a_new_run(name: str, server_address: str) -> None:
+    fresh = executed(name, server_address)
+    for before, now in zip_longest(saved(name).cells, tidied(fresh).cells):
         assert before.source == now.source
         expected, found = shown(before), shown(now)
         assert NUMBER.sub("#", found) == NUMBER.sub("#", expected)
@@ -43,14 +40,16 @@ def test_saved_outputs_equal_those_of_a_new_run(fresh: NotebookNode) -> None:
         )
 
 
-def test_every_cell_has_its_saved_output() -> None:
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_cell_has_its_saved_output(name: str) -> None:
     silent = ("client.close()", "import os")
-    for cell in saved().cells:
+    for cell in saved(name).cells:
         if cell.cell_type == "code" and not cell.source.startswith(silent):
             assert bool(cell.outputs) != (UNSAVED in cell.metadata.get("tags", ())), cell.source
 
 
-def test_displayed_tables_contain_no_script() -> None:
-    tables = [shown(cell) for cell in saved().cells if 'class="januslens"' in shown(cell)]
-    assert len(tables) >= 9
+@pytest.mark.parametrize(("name", "count"), [("surveys", 1), ("tour", 9)])
+def test_displayed_tables_contain_no_script(name: str, count: int) -> None:
+    tables = [shown(cell) for cell in saved(name).cells if 'class="januslens"' in shown(cell)]
+    assert len(tables) >= count
     assert not any("<script" in table for table in tables)
