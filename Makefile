@@ -22,6 +22,7 @@ CONTRACT    := protos/januslens.binpb
 # The same with the types of error details, for deploy/json/envoy.yaml.
 JSON_CONTRACT := deploy/json/contract.binpb
 PROTOS      := $(wildcard protos/januslens/v1/*.proto)
+SERVICES    := protos/januslens/v1/service.proto protos/januslens/v1/admin.proto
 
 # The build of the pages is committed: Node and npm are needed only to change it.
 VIEWER       := client/viewer
@@ -164,14 +165,14 @@ clean: ## Remove the environments, caches and build products
 	rm -rf $(VENV) $(VIEWER)/node_modules tests/conformance/node_modules .cache build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find client server tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Message stubs for every file, and the service stub for the file that has a service.
+# Message stubs for every file, and service stubs for the files that have a service.
 define generate
 $(STUBS_BIN)/python -m grpc_tools.protoc --proto_path=protos \
 	--plugin=protoc-gen-mypy=$(STUBS_BIN)/protoc-gen-mypy \
 	--python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS)
 $(STUBS_BIN)/python -m grpc_tools.protoc --proto_path=protos \
 	--plugin=protoc-gen-mypy_grpc=$(STUBS_BIN)/protoc-gen-mypy_grpc \
-	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) protos/januslens/v1/service.proto
+	--grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) $(SERVICES)
 endef
 
 # Python compiles a module when it is first imported, and most of these are never imported.

@@ -17,9 +17,23 @@ import grpc
 
 from januslens._connection import Connection
 from januslens._resuming import ResumableCall
+from januslens.v1.admin_pb2_grpc import AdminServiceStub
 from januslens.v1.service_pb2_grpc import IntrospectionServiceStub
 
 T = TypeVar("T")
+
+
+class _Stubs:
+    """The RPCs of both services."""
+
+    def __init__(self, channel: Any) -> None:
+        self._introspection = IntrospectionServiceStub(channel)
+        self._admin = AdminServiceStub(channel)
+
+    def method(self, name: str) -> Any:
+        """Return the method of an RPC."""
+        offered = self._admin if hasattr(self._admin, name) else self._introspection
+        return getattr(offered, name)
 
 
 class _Responses(Protocol):
@@ -66,7 +80,7 @@ class Channel:
         else:
             self._channel = grpc.secure_channel(connection.address, connection.credentials, options)
         intercepted = grpc.intercept_channel(self._channel, *connection.interceptors)
-        self._stub = IntrospectionServiceStub(intercepted)
+        self._stubs = _Stubs(intercepted)
 
     def response(self, call: ResumableCall) -> Any:
         """Make a unary call and return its response."""
@@ -77,7 +91,7 @@ class Channel:
         return Responses(self._start(call))
 
     def _start(self, call: ResumableCall) -> Any:
-        method = getattr(self._stub, call.method)
+        method = self._stubs.method(call.method)
         return method(call.request, timeout=call.timeout, metadata=call.attempt.metadata)
 
     def sleep(self, seconds: float) -> None:
@@ -153,9 +167,7 @@ class AsyncChannel:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._channels: dict[
-            asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, IntrospectionServiceStub]
-        ] = {}
+        self._channels: dict[asyncio.AbstractEventLoop, tuple[grpc.aio.Channel, _Stubs]] = {}
 
     async def response(self, call: ResumableCall) -> Any:
         """Make a unary call and return its response."""
@@ -170,16 +182,16 @@ class AsyncChannel:
         return AsyncResponses(self._start(call))
 
     def _start(self, call: ResumableCall) -> Any:
-        method = getattr(self._stub(), call.method)
+        method = self._stubs().method(call.method)
         return method(call.request, timeout=call.timeout, metadata=call.attempt.metadata)
 
-    def _stub(self) -> IntrospectionServiceStub:
-        """Return the stub of the running event loop; create it, with its channel, if needed."""
+    def _stubs(self) -> _Stubs:
+        """Return the stubs of the running event loop; create it, with its channel, if needed."""
         loop = asyncio.get_running_loop()
         if loop not in self._channels:
             self._forget_closed_loops()
             channel = self._new_channel()
-            self._channels[loop] = (channel, IntrospectionServiceStub(channel))
+            self._channels[loop] = (channel, _Stubs(channel))
         return self._channels[loop][1]
 
     def _new_channel(self) -> grpc.aio.Channel:

@@ -52,7 +52,7 @@ from januslens.results.trace import Trace
 from januslens.results.vectors import FoundNeurons, Projection, Projections
 from januslens.surveys.prompts import SurveyPrompts, SurveyRequest
 from januslens.surveys.survey import Survey, SurveyProgress
-from januslens.v1 import models_pb2, neurons_pb2, server_pb2
+from januslens.v1 import admin_pb2, models_pb2, neurons_pb2, server_pb2
 
 __all__ = ["Client", "EventStream", "Generation"]
 
@@ -529,6 +529,51 @@ class Client(Lenses, Passes):
         request = models_pb2.GetModelRequest(model=checked_text(name, "name"))
         response = self._send("GetModel", request, timeout)
         return Model.from_message(response.model)
+
+    def load_model(
+        self, name: str, source: str, *, revision: str = "", timeout: float | None = None
+    ) -> Model:
+        """Begin to load a model, and return its state; `model(name)` then reports the progress.
+
+        Requires the scope `admin`; docs/operations.md describes what an operator allows.
+
+        Args:
+            name: The name that requests will use.
+            source: Absolute path of a folder or GGUF file on the server, or id of a hub model.
+            revision: Branch, tag or commit of a hub model; empty = its default branch.
+            timeout: Maximum seconds for the call, which does not wait for the model; None = the
+                client's.
+
+        Raises:
+            PermissionDenied: The caller may not load models, or not from this source.
+            ModelExists: Another model has the name.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = admin_pb2.LoadModelRequest(
+            model=checked_text(name, "name"),
+            source=checked_text(source, "source"),
+            revision=checked_text(revision, "revision"),
+        )
+        return Model.from_message((self._send("LoadModel", request, timeout)).model)
+
+    def unload_model(self, name: str, *, timeout: float | None = None) -> None:
+        """Remove a model; return when its requests have finished and its memory is free.
+
+        Requires the scope `admin`.
+
+        Args:
+            name: The model's name.
+            timeout: Maximum seconds for the call; None = the client's. If they pass, the model is
+                removed all the same.
+
+        Raises:
+            PermissionDenied: The caller may not unload models.
+            ModelNotFound: The server has no such model.
+            ModelLoading: The model is still loading.
+            JanuslensError: The call failed; `januslens.errors` has the types.
+        """
+        request = admin_pb2.UnloadModelRequest(model=checked_text(name, "name"))
+        self._send("UnloadModel", request, timeout)
 
     def server_info(self, *, timeout: float | None = None) -> ServerInfo:
         """Return the server's version and limits, and the RPCs that this client may use.

@@ -25,6 +25,7 @@ The tree, with the `reason` or the gRPC status of each::
     |-- Aborted                 ABORTED
     |   |-- ReaderStalled       READER_STALLED: the stream was read too slowly
     |   `-- RequestStalled      REQUEST_STALLED: the request was sent too slowly
+    |-- ModelExists             MODEL_EXISTS: unload that model first, or choose another name
     |-- Unauthenticated         UNAUTHENTICATED
     |-- PermissionDenied        PERMISSION_DENIED
     |-- Unimplemented           UNIMPLEMENTED: the server does not offer the call
@@ -189,6 +190,10 @@ class RevisionNotFound(ModelNotFound):
     """The model has another revision than the request requires."""
 
 
+class ModelExists(JanuslensError):
+    """The name of a model to load belongs to another model."""
+
+
 class FailedPrecondition(JanuslensError):
     """The server cannot serve the request in its present state; retrying does not help."""
 
@@ -314,6 +319,7 @@ BY_REASON: Mapping[str, type[JanuslensError]] = {
     "INVALID_REQUEST": InvalidRequest,
     "MODEL_NOT_FOUND": ModelNotFound,
     "REVISION_NOT_FOUND": RevisionNotFound,
+    "MODEL_EXISTS": ModelExists,
     "UNAUTHENTICATED": Unauthenticated,
     "PERMISSION_DENIED": PermissionDenied,
     "MODEL_FAILED": ModelFailed,
@@ -340,6 +346,7 @@ BY_STATUS: Mapping[str, type[JanuslensError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
     "OUT_OF_RANGE": InvalidRequest,
     "NOT_FOUND": NotFound,
+    "ALREADY_EXISTS": ModelExists,
     "FAILED_PRECONDITION": FailedPrecondition,
     "UNAVAILABLE": Unavailable,
     "RESOURCE_EXHAUSTED": ResourceExhausted,

@@ -7,6 +7,7 @@ The class tree::
     |-- LimitExceeded           the estimated cost is above limits, or preparation takes too long
     |-- ModelNotFound           no model of this name
     |   `-- RevisionNotFound    the model has another revision
+    |-- ModelExists             another model has this name
     |-- Unauthenticated         no valid token
     |-- PermissionDenied        outside the caller's scope
     |-- ModelFailed             the model did not load or failed its self-check
@@ -124,6 +125,12 @@ class RevisionNotFound(ModelNotFound):
     """The model has another revision than the request requires."""
 
     reason = "REVISION_NOT_FOUND"
+
+
+class ModelExists(IntrospectionError):
+    """The name of a model to load belongs to another one."""
+
+    reason = "MODEL_EXISTS"
 
 
 class Unauthenticated(IntrospectionError):

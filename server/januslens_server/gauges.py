@@ -14,7 +14,7 @@ from prometheus_client import Gauge
 
 from januslens_server import telemetry
 from januslens_server.models.device_memory import kinds, used_bytes, watched_devices
-from januslens_server.results import ModelState, ModelStatus
+from januslens_server.results import ModelState
 
 Reading = Callable[[], float]
 
@@ -22,10 +22,13 @@ Reading = Callable[[], float]
 WRITE_INTERVAL = 0.25
 
 _shown: dict[Gauge, Reading] = {}
+_at_scrapes = False
 
 
 def read_at_scrapes() -> None:
-    """Update the gauges at every scrape."""
+    """Update the gauges at every scrape, from now on."""
+    global _at_scrapes  # noqa: PLW0603 - a process has one page
+    _at_scrapes = True
     for gauge, read in _shown.items():
         gauge.set_function(read)
 
@@ -33,9 +36,15 @@ def read_at_scrapes() -> None:
 async def keep_written() -> None:
     """Write the gauges at intervals, forever."""
     while True:
-        for gauge, read in _shown.items():
+        for gauge, read in list(_shown.items()):
             gauge.set(read())
         await asyncio.sleep(WRITE_INTERVAL)
+
+
+def _show(gauge: Gauge, read: Reading) -> None:
+    _shown[gauge] = read
+    if _at_scrapes:
+        gauge.set_function(read)
 
 
 def show_requests(waiting: Reading, in_flight: Reading) -> None:
@@ -52,8 +61,11 @@ def show_memory(configured: str) -> None:
             _shown[gauge] = partial(used_bytes, device, kind)
 
 
-def show_model(status: ModelStatus) -> None:
-    """Show a model's state: 1 for the current state, 0 for all others."""
-    for state in ModelState:
-        here = status.state is state
-        telemetry.MODEL_STATE.labels(status.name, state.name).set(here)
+def show_model(name: str, state: ModelState | None, loaded_fraction: Reading) -> None:
+    """Show a model's state, and the share of its loading that is done.
+
+    The state is 1 for the current one and 0 for all others; None means that the model is unloaded.
+    """
+    for shown in ModelState:
+        telemetry.MODEL_STATE.labels(name, shown.name).set(state is shown)
+    _show(telemetry.LOADED_FRACTION.labels(name), loaded_fraction)

@@ -108,6 +108,12 @@ MODEL_STATE = Gauge(
     ["model", "state"],
     multiprocess_mode="livemax",
 )
+LOADED_FRACTION = Gauge(
+    "januslens_model_loaded_fraction",
+    "Share of a model's loading that is done, from 0 to 1.",
+    ["model"],
+    multiprocess_mode="livemin",
+)
 # Kinds that are summed over processes; the others describe the whole machine.
 DEVICE_MEMORY_NAME = "januslens_device_memory_bytes"
 OF_PROCESSES = frozenset({"allocated", "reserved"})

@@ -81,3 +81,16 @@ def freeze_objects() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+def release_objects() -> None:
+    """Free what a model that is no longer used leaves behind, including what was exempt.
+
+    Free memory of the heap returns to the system.
+    """
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -100,12 +100,6 @@ def test_the_manifests_match_the_image(base: Manifests) -> None:
     assert environment["JANUSLENS_CONFIG"] in base.container["args"]
 
 
-def test_health_check_and_startup_probe_allow_the_same_time(base: Manifests) -> None:
-    startup = base.container["startupProbe"]
-    seconds = startup["periodSeconds"] * startup["failureThreshold"]
-    assert f"--start-period={seconds}s" in image.value("HEALTHCHECK")
-
-
 def test_the_health_check_runs_what_was_copied() -> None:
     _, _, command = image.value("HEALTHCHECK").partition("CMD ")
     program, script = json.loads(command)

@@ -169,9 +169,9 @@ def test_service_ports_declare_their_protocol(
 @pytest.mark.parametrize(
     ("probe", "service"),
     [
-        ("startupProbe", health.READY),
+        ("startupProbe", health.ALIVE),
         ("readinessProbe", health.READY),
-        ("livenessProbe", health.ALIVE),
+        ("livenessProbe", health.LIVE),
     ],
 )
 def test_probes_use_a_plaintext_port_of_the_server(

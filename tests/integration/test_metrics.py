@@ -80,9 +80,9 @@ def test_series_start_at_0_for_every_method_and_code(server: ServerProcess) -> N
 def test_a_ready_model_has_no_other_state(server: ServerProcess) -> None:
     states = {
         state: sample(server, "januslens_model_state", model="demo", state=state)
-        for state in ("LOADING", "READY", "FAILED")
+        for state in ("LOADING", "READY", "FAILED", "UNLOADING")
     }
-    assert states == {"LOADING": 0.0, "READY": 1.0, "FAILED": 0.0}
+    assert states == {"LOADING": 0.0, "READY": 1.0, "FAILED": 0.0, "UNLOADING": 0.0}
 
 
 def test_refusals_are_counted_by_method_status_and_reason(

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+import januslens
 from januslens.v1 import models_pb2, trace_pb2
 from januslens_server.access.callers import token_hash
 from tests.integration.test_metrics import documented
@@ -46,6 +47,9 @@ class Pair:
         """A new channel with its own connection."""
         return grpc.insecure_channel(self.server.address, [("grpc.use_local_subchannel_pool", 1)])
 
+    def client(self) -> januslens.Client:
+        return januslens.Client(self.server.address, token=TOKEN, timeout=60)
+
     def call(self, channel: grpc.Channel, method: str, request: Any, request_id: str = "") -> Any:
         metadata = [("authorization", f"Bearer {TOKEN}")]
         metadata += [(REQUEST_ID, request_id)] if request_id else []
@@ -63,6 +67,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     callers, model = folder / "callers.yaml", in_float32(folder / "demo")
     callers.write_text(granting())
     flags = ["--processes", "2", "--health-port", "0", "--callers", str(callers)]
+    flags += ["--loadable", str(folder)]
     with running_server(*flags, "--model", f"demo={model}") as server:
         yield Pair(server, callers)
 
@@ -113,9 +118,9 @@ def test_gauges_cover_both_processes(pair: Pair) -> None:
     assert sample(pair.server, "januslens_ready") == 1
     states = {
         state: sample(pair.server, "januslens_model_state", model="demo", state=state)
-        for state in ("LOADING", "READY", "FAILED")
+        for state in ("LOADING", "READY", "FAILED", "UNLOADING")
     }
-    assert states == {"LOADING": 0, "READY": 1, "FAILED": 0}
+    assert states == {"LOADING": 0, "READY": 1, "FAILED": 0, "UNLOADING": 0}
     resident = [resident_bytes(process) for process in members(pair.server)]
     allocated, total = (
         sample(pair.server, "januslens_device_memory_bytes", device="cpu", kind=kind)
@@ -213,6 +218,33 @@ def test_sighup_reaches_both(pair: Pair) -> None:
         assert refusal(call).reason == "PERMISSION_DENIED"
 
 
+def found_in_both(pair: Pair, model: str) -> set[str]:
+    """Return the states of a model in the processes; `NONE` where there is none."""
+    states: dict[int, str] = {}
+    while len(states) < 2:
+        request_id = uuid.uuid4().hex
+        with pair.connection() as channel:
+            listed = pair.call(channel, "ListModels", models_pb2.ListModelsRequest(), request_id)
+            found = {m.name: m.State.Name(m.state) for m in listed.result().models}
+        states[served_by(pair.server, request_id)] = found.get(model, "NONE")
+    return set(states.values())
+
+
+def test_models_are_loaded_in_both(pair: Pair) -> None:
+    pair.callers.write_text(granting(admin=True))
+    reload(pair)
+    folder = str(pair.callers.parent / "demo")
+    with pair.client() as client:
+        assert client.load_model("copy", folder).state == "LOADING"
+        assert "NONE" not in found_in_both(pair, "copy")
+        assert health(pair, "januslens.ready") == [SERVING]
+        deadline = time.monotonic() + 60
+        while found_in_both(pair, "copy") != {"STATE_READY"}:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    assert health(pair, "copy") == [SERVING]
+
+
 def test_a_killed_process_is_replaced_and_its_counts_stay(pair: Pair) -> None:
     labels = rpc_labels("Trace") | {"grpc_code": "OK"}
     before = sample(pair.server, "grpc_server_handled_total", **labels)
@@ -229,6 +261,13 @@ def test_a_killed_process_is_replaced_and_its_counts_stay(pair: Pair) -> None:
     pair.server.wait_for("process 1 serves again")
     assert len(members(pair.server)) == 2
     assert sample(pair.server, "grpc_server_handled_total", **labels) == before + 4
+
+
+def test_a_replacement_has_the_changed_models_and_unloading_ends_in_both(pair: Pair) -> None:
+    assert found_in_both(pair, "copy") == {"STATE_READY"}
+    with pair.client() as client:
+        client.unload_model("copy")
+    assert found_in_both(pair, "copy") == {"NONE"}
 
 
 def test_sigterm_drains_both(pair: Pair) -> None:

@@ -22,7 +22,9 @@ FILE = "TEST_DEVICE_IS_LOST"
 enter_unchanged = child.enter
 
 
-def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection) -> None:
+def enter(
+    number: int, settings: ServerSettings, folder: Path, pipe: Connection, models: Any
+) -> None:
     """The real server process, with a device that can be lost."""
     import torch
 
@@ -36,7 +38,7 @@ def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection)
     failures.service_error = partial(
         failures.service_error, works=lambda: not Path(os.environ[FILE]).exists()
     )
-    enter_unchanged(number, settings, folder, pipe)
+    enter_unchanged(number, settings, folder, pipe, models)
 
 
 if __name__ == "__main__":

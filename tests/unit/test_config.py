@@ -202,6 +202,18 @@ def test_serving_beyond_loopback_requires_tls_and_authentication(
     assert read_settings([*public, "--insecure"]).insecure
 
 
+def test_models_may_be_loadable_beyond_loopback_only_with_callers(
+    pem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loadable = ["--loadable", str(tmp_path), "--loadable", "org/*"]
+    assert read_settings(loadable).loadable == (str(tmp_path), "org/*")
+    public = ["--host", "0.0.0.0", "--insecure", *loadable]  # noqa: S104 - which is what this is about
+    assert "--loadable requires --callers" in complaint(public, capsys)
+    assert read_settings([*public, "--callers", pem]).loadable
+    for wrong in ("/no/such/folder", "name", "../x/y/z", "org/../x"):
+        assert "invalid --loadable" in complaint(["--loadable", wrong], capsys)
+
+
 def test_an_incomplete_tls_configuration_is_refused(
     pem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

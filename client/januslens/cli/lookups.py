@@ -48,7 +48,7 @@ from januslens.results.kinds import Site
 from januslens.results.models import Model
 from januslens.results.vectors import FoundNeurons, NeuronHit, Projection
 
-_STATE_STYLES = {"READY": "green", "FAILED": "red", "LOADING": "yellow"}
+_STATE_STYLES = {"READY": "green", "FAILED": "red", "LOADING": "yellow", "UNLOADING": "yellow"}
 
 
 @click.command()
@@ -80,7 +80,7 @@ def models_table(models: Sequence[Model]) -> Table:
         provenance = model.provenance
         grid.add_row(
             Text(model.name),
-            Text(model.state, _STATE_STYLES.get(model.state, "")),
+            Text(_state(model), _STATE_STYLES.get(model.state, "")),
             Text(provenance.architecture),
             Text(_weights(model)),
             Text(provenance.revision[:8]),
@@ -100,11 +100,18 @@ def models_list(models: Sequence[Model]) -> Table:
         known = [f"{name} {size}" for name, size in sizes if size]
         weights = [_weights(model)] if model.ready else []
         revision = [f"revision {provenance.revision[:8]}"] if provenance.revision else []
-        state = Text(model.state, _STATE_STYLES.get(model.state, ""))
+        state = Text(_state(model), _STATE_STYLES.get(model.state, ""))
         first = [state, Text(provenance.architecture), _checks(model)]
         grid.add_row(Text(model.name), Text("  ").join(part for part in first if part))
         grid.add_row("", Text(", ".join((*weights, *revision, *known)), "dim"))
     return grid
+
+
+def _state(model: Model) -> str:
+    """The state, and how much of the loading is done."""
+    if model.state != "LOADING":
+        return model.state
+    return f"{model.state} {model.loaded_fraction:.0%}"
 
 
 def _weights(model: Model) -> str:

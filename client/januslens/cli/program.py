@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import click
 
+from januslens.cli.admin import admin
 from januslens.cli.doctor import doctor
 from januslens.cli.edits import edits
 from januslens.cli.generate import generate
@@ -126,6 +127,7 @@ for command in (
     project,
     tokenize,
     models,
+    admin,
     ui,
     doctor,
 ):

@@ -182,7 +182,7 @@ class Model:
 
     Attributes:
         name: The model's name in requests.
-        state: `LOADING`, `READY` or `FAILED`.
+        state: `LOADING`, `READY`, `FAILED` or `UNLOADING`; a newer server may have others.
         state_reason: Why the model failed; empty in other states.
         provenance: The model's revision, architecture, data type and device.
         n_layers: Number of layers.
@@ -197,6 +197,7 @@ class Model:
         max_positions: Maximum length of a prompt, in tokens.
         guarantees: Results of the self-check at load.
         levels: How much of each layer can be shown.
+        loaded_fraction: How much of the loading is done, from 0 to 1.
     """
 
     name: str
@@ -214,13 +215,14 @@ class Model:
     max_positions: int
     guarantees: tuple[Guarantee, ...]
     levels: tuple[LayerLevel, ...] = ()
+    loaded_fraction: float = 0.0
 
     @classmethod
     def from_message(cls, message: models_pb2.Model) -> Model:
         """Read one model."""
         return cls(
             name=message.name,
-            state=models_pb2.Model.State.Name(message.state).removeprefix("STATE_"),
+            state=_state_name(message.state),
             state_reason=message.state_reason,
             provenance=Provenance.from_message(message.provenance),
             n_layers=message.n_layers,
@@ -234,6 +236,7 @@ class Model:
             max_positions=message.max_positions,
             guarantees=tuple(Guarantee.from_message(g) for g in message.guarantees),
             levels=tuple(LayerLevel.from_message(level) for level in message.levels),
+            loaded_fraction=message.loaded_fraction,
         )
 
     @property
@@ -244,6 +247,13 @@ class Model:
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows."""
         return notebook_html(self)
+
+
+def _state_name(number: int) -> str:
+    """Return the name of a state, or its number if a newer server sent it."""
+    known = models_pb2.Model.State.DESCRIPTOR.values_by_number
+    name: str = known[number].name if number in known else str(number)
+    return name.removeprefix("STATE_")
 
 
 class Models(list[Model]):

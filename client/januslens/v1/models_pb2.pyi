@@ -124,7 +124,7 @@ Global___GetModelResponse: _TypeAlias = GetModelResponse  # noqa: Y015
 
 @_typing.final
 class Model(_message.Message):
-    """A configured model of the server."""
+    """A model of the server."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -142,6 +142,8 @@ class Model(_message.Message):
         """The model is loaded and has passed its self-check."""
         STATE_FAILED: Model._State.ValueType  # 3
         """The model could not be loaded or failed its self-check. Requests get FAILED_PRECONDITION."""
+        STATE_UNLOADING: Model._State.ValueType  # 4
+        """The model is being removed (UnloadModel): admitted requests finish, others get NOT_FOUND."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
         """Whether the model accepts requests."""
@@ -154,6 +156,8 @@ class Model(_message.Message):
     """The model is loaded and has passed its self-check."""
     STATE_FAILED: Model.State.ValueType  # 3
     """The model could not be loaded or failed its self-check. Requests get FAILED_PRECONDITION."""
+    STATE_UNLOADING: Model.State.ValueType  # 4
+    """The model is being removed (UnloadModel): admitted requests finish, others get NOT_FOUND."""
 
     NAME_FIELD_NUMBER: _builtins.int
     PROVENANCE_FIELD_NUMBER: _builtins.int
@@ -170,6 +174,7 @@ class Model(_message.Message):
     MAX_POSITIONS_FIELD_NUMBER: _builtins.int
     GUARANTEES_FIELD_NUMBER: _builtins.int
     LEVELS_FIELD_NUMBER: _builtins.int
+    LOADED_FRACTION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name that requests use."""
     state: Global___Model.State.ValueType
@@ -196,6 +201,10 @@ class Model(_message.Message):
     """Number of tokens in the unembedding; valid token ids are below it."""
     max_positions: _builtins.int
     """Longest input in tokens; 2147483647 = the configuration sets no limit."""
+    loaded_fraction: _builtins.float
+    """How much of the loading is done, from 0 to 1: the share of the bytes of the weights that have
+    been read, checked and hashed. 1 for a READY model.
+    """
     @_builtins.property
     def provenance(self) -> _common_pb2.Provenance:
         """Revision, architecture, data type and versions; set when the model is READY."""
@@ -226,10 +235,11 @@ class Model(_message.Message):
         max_positions: _builtins.int = ...,
         guarantees: _abc.Iterable[_common_pb2.Guarantee] | None = ...,
         levels: _abc.Iterable[_common_pb2.LayerLevel] | None = ...,
+        loaded_fraction: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["provenance", b"provenance"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_head", b"d_head", "d_mlp", b"d_mlp", "d_model", b"d_model", "guarantees", b"guarantees", "levels", b"levels", "max_positions", b"max_positions", "n_experts", b"n_experts", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "provenance", b"provenance", "state", b"state", "state_reason", b"state_reason", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["d_head", b"d_head", "d_mlp", b"d_mlp", "d_model", b"d_model", "guarantees", b"guarantees", "levels", b"levels", "loaded_fraction", b"loaded_fraction", "max_positions", b"max_positions", "n_experts", b"n_experts", "n_heads", b"n_heads", "n_kv_heads", b"n_kv_heads", "n_layers", b"n_layers", "name", b"name", "provenance", b"provenance", "state", b"state", "state_reason", b"state_reason", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

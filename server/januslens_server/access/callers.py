@@ -38,7 +38,7 @@ TOKEN_PREFIX = "januslens_"  # noqa: S105 - not a secret
 
 _SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 # Errors may quote values of these fields. Other values are not quoted, because they may be tokens.
-_QUOTABLE = {"name", "models", "rpcs", "quotas"}
+_QUOTABLE = {"name", "models", "rpcs", "admin", "quotas"}
 
 
 def _check_name(name: str) -> str:
@@ -94,12 +94,16 @@ class Quotas(_Entry):
 
 
 class Caller(_Entry):
-    """A caller with its tokens, scopes and quotas; `models` or `rpcs` None means all."""
+    """A caller with its tokens, scopes and quotas; `models` or `rpcs` None means all.
+
+    `admin` permits the RPCs of AdminService, which `rpcs` does not contain.
+    """
 
     name: Name
     tokens: tuple[TokenHash, ...]
     models: frozenset[str] | None = None
     rpcs: frozenset[str] | None = None
+    admin: Annotated[bool, Field(strict=True)] = False
     quotas: Quotas = Quotas()
 
     @field_validator("rpcs")
@@ -119,8 +123,10 @@ class Caller(_Entry):
         return self.rpcs is None or rpc in self.rpcs
 
 
-# The caller of all requests if there is no callers' file.
+# The caller of all requests if there is no callers' file; with the scope `admin` if the operator
+# allows models to be loaded.
 ANYONE = Caller.model_construct(name="", tokens=())
+ANY_ADMIN = ANYONE.model_copy(update={"admin": True})
 
 
 class _File(_Entry):

@@ -9,7 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from januslens_server.access.callers import ANYONE, Caller, find_token, read_callers
+from januslens_server.access.callers import (
+    ANY_ADMIN,
+    ANYONE,
+    Caller,
+    find_token,
+    read_callers,
+)
 from januslens_server.errors import Unauthenticated
 
 logger = logging.getLogger(__name__)
@@ -28,9 +34,13 @@ class Directory(Protocol):
 class OpenDirectory:
     """Accepts every request, for a server without a callers' file."""
 
+    def __init__(self, *, admin: bool = False) -> None:
+        """With `admin`, every caller may load and unload models."""
+        self._anyone = ANY_ADMIN if admin else ANYONE
+
     def caller(self, _token: str | None) -> Caller:
-        """Return `ANYONE`."""
-        return ANYONE
+        """Return the caller of all requests, which has no name."""
+        return self._anyone
 
 
 class CallersFile:

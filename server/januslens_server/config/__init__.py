@@ -7,18 +7,26 @@ A setting is taken from its flag, else from `JANUSLENS_<NAME>`, else from the YA
 from januslens_server.config.command import read_settings, unknown_variable_warnings
 from januslens_server.config.settings import (
     ENVIRONMENT_PREFIX,
+    Change,
+    Load,
     MemoryLimit,
     ModelLocation,
     ServerSettings,
+    Unload,
     as_yaml,
+    name_of,
 )
 
 __all__ = [
     "ENVIRONMENT_PREFIX",
+    "Change",
+    "Load",
     "MemoryLimit",
     "ModelLocation",
     "ServerSettings",
+    "Unload",
     "as_yaml",
+    "name_of",
     "read_settings",
     "unknown_variable_warnings",
 ]

@@ -36,6 +36,7 @@ ENVIRONMENT_PREFIX = "JANUSLENS_"
 LORA = "+lora="
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)([KMGT]i?)?B?")
+_HUB_ID = re.compile(r"[\w.-]+/(\*|[\w.-]+)", re.ASCII)
 _DEVICE = re.compile(r"cpu|mps|(cuda|xpu)(:\d+)?")
 
 
@@ -55,6 +56,28 @@ class ModelLocation:
         suffix = f"@{self.revision}" if self.revision else ""
         suffix += f"{LORA}{self.lora}" if self.lora else ""
         return f"{self.name}={self.location}{suffix}"
+
+
+@dataclass(frozen=True)
+class Load:
+    """A change of a running server's models: add this one."""
+
+    location: ModelLocation
+
+
+@dataclass(frozen=True)
+class Unload:
+    """A change of a running server's models: remove the one of this name."""
+
+    name: str
+
+
+Change = Load | Unload
+
+
+def name_of(change: Change) -> str:
+    """Return the name of the model that a change is about."""
+    return change.location.name if isinstance(change, Load) else change.name
 
 
 @dataclass(frozen=True)
@@ -123,6 +146,18 @@ def _check_device(device: str) -> str:
     return device
 
 
+def _check_loadable(entry: str) -> str:
+    """Return an absolute path for a folder, which must exist, and a hub id unchanged."""
+    if not entry.startswith((".", "/", "~")):
+        if not _HUB_ID.fullmatch(entry):
+            raise ValueError("expected a folder such as /models, or a hub id such as org/name")
+        return entry
+    folder = Path(entry).expanduser().resolve()
+    if not folder.is_dir():
+        raise ValueError("expected an existing folder")
+    return str(folder)
+
+
 def _split(value: Any) -> Any:
     """Split the entries of an environment variable, which are separated by spaces."""
     return value.split() if isinstance(value, str) else value
@@ -135,6 +170,9 @@ Folder = Annotated[Path, AfterValidator(Path.expanduser)]
 Device = Annotated[str, AfterValidator(_check_device)]
 Model = Annotated[ModelLocation, BeforeValidator(_to_model), PlainSerializer(str)]
 Limit = Annotated[MemoryLimit, BeforeValidator(_to_memory_limit), PlainSerializer(str)]
+Loadables = Annotated[
+    tuple[Annotated[str, AfterValidator(_check_loadable)], ...], NoDecode, BeforeValidator(_split)
+]
 Models = Annotated[tuple[Model, ...], NoDecode, BeforeValidator(_split)]
 Limits = Annotated[tuple[Limit, ...], NoDecode, BeforeValidator(_split)]
 
@@ -187,6 +225,12 @@ class ServerSettings(BaseSettings):
         "Model to serve (repeatable); replaces the embedded demo model.",
         "NAME=PATH_OR_HUB_ID[@REVISION] or NAME=MODEL+lora=FOLDER",
     )
+    loadable: Loadables = _setting(
+        (),
+        "Folder, or hub id such as org/name or org/*, whose models may be loaded at run time "
+        "(repeatable).",
+        "FOLDER_OR_HUB_ID",
+    )
     device: Device = _setting(
         "cpu",
         "Device for models: cpu, cuda, cuda:N, or auto to split over GPUs, CPU and disk.",
@@ -210,6 +254,12 @@ class ServerSettings(BaseSettings):
     )
     cache_size: Size = _setting(
         "10GiB", "Maximum size of --cache-dir; least recently used entries are evicted.", "SIZE"
+    )
+    load_stall_seconds: float = _setting(
+        600.0,
+        "Loading without progress for this long ends the health of januslens.live.",
+        "SECONDS",
+        gt=0,
     )
     index_neurons: bool = _setting(
         False, "Build the neuron index when a model loads, not at the first FindNeurons request."
@@ -332,6 +382,11 @@ class ServerSettings(BaseSettings):
         if self.tls_client_ca is not None and not encrypted:
             raise ValueError("--tls-client-ca requires --tls-certificate and --tls-key")
         authenticated = self.callers is not None or self.tls_client_ca is not None
+        if self.loadable and self.callers is None and not _is_loopback(self.host):
+            raise ValueError(
+                "--loadable requires --callers when serving beyond loopback: only callers with "
+                "'admin: true' may then load models"
+            )
         if self.insecure or (encrypted and authenticated) or _is_loopback(self.host):
             return self
         missing = []

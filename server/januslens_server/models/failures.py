@@ -16,14 +16,22 @@ from januslens_server.results import Floats
 CPU_ALLOCATOR = "DefaultCPUAllocator: "
 
 
-def check_weights(network: nn.Module) -> None:
-    """Raise `ModelFailed` if a weight is infinite or NaN."""
-    broken = [
-        f"{path}.{name}"
+def check_weights(network: nn.Module, advance: Callable[[float], object] = lambda _: None) -> None:
+    """Raise `ModelFailed` if a weight is infinite or NaN.
+
+    `advance` receives the share of the weights that are checked.
+    """
+    weights = [
+        (f"{path}.{name}", module, name, parameter.numel())
         for path, module in network.named_modules()
-        for name, _ in module.named_parameters(recurse=False)
-        if not _finite(read_parameter(module, name))
+        for name, parameter in module.named_parameters(recurse=False)
     ]
+    total, checked, broken = sum(count for *_, count in weights), 0, []
+    for full_name, module, name, count in weights:
+        if not _finite(read_parameter(module, name)):
+            broken.append(full_name)
+        checked += count
+        advance(checked / total)
     if broken:
         raise ModelFailed(f"weights are infinite or NaN in {shortlist(broken)}")
 

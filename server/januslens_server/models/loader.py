@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils.tqdm import tqdm
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -52,6 +53,7 @@ from januslens_server.models.placement import (
     memory_needed,
     place,
 )
+from januslens_server.models.progress import LoadingProgress, reading_weights
 from januslens_server.models.quantized import (
     DenseWeight,
     TensorEntry,
@@ -85,6 +87,8 @@ TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json
 
 # Files of a hub repository except its weights.
 DESCRIPTIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+# Bytes of a file that are read and hashed at once.
+HASHED_BYTES = 2**20
 
 # Stored tensors without effect on the logits of the next token: those that the model computes
 # itself, and heads that predict further tokens.
@@ -134,21 +138,24 @@ class ModelSource:
     lora: Path | None = None
 
 
-def load(source: ModelSource) -> ResidentModel:
-    """Load a model: its weights, tokenizer and view.
+def load(source: ModelSource, progress: LoadingProgress | None = None) -> ResidentModel:
+    """Load a model: its weights, tokenizer and view. `progress` is advanced meanwhile.
 
     Raises:
         ModelFailed: The model is missing, broken, in another format, not a causal
             language model, too large, or of an unknown structure. The error has one line.
     """
+    progress = progress or LoadingProgress()
     try:
-        checkpoint = open_checkpoint(source.location, source.revision)
-        network = _network(source, checkpoint)
+        checkpoint = open_checkpoint(source.location, source.revision, progress.alive)
+        with reading_weights(progress):
+            network = _network(source, checkpoint)
         vocabulary = _vocabulary(checkpoint)
         with loaded_vectors(network):
             view = view_of(network)
         check_facts(view.facts)
-        check_weights(network)
+        check_weights(network, progress.advance)
+        progress.finish_pass()
         view = replace(view, lens=replace(view.lens, chunk_bytes=source.chunk_bytes))
     except (ModelFailed, OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
         raise ModelFailed(f"{source.location}: {one_line(error)}") from error
@@ -161,7 +168,7 @@ def load(source: ModelSource) -> ResidentModel:
         network=network,
         view=view,
         vocabulary=vocabulary,
-        provenance=_provenance(source, checkpoint, network),
+        provenance=_provenance(source, checkpoint, network, progress),
         cache=source.cache,
         row_cache_bytes=source.row_cache_bytes,
         end_ids=_end_ids(checkpoint, network),
@@ -207,8 +214,12 @@ class Checkpoint:
     wrapper: str = ""
 
 
-def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
+def open_checkpoint(
+    location: str, revision: str | None, downloaded: Callable[[], object] = lambda: None
+) -> Checkpoint:
     """Find a local folder, or download it from the hub: the weights only after checking the rest.
+
+    `downloaded` is called when parts of files have arrived.
 
     Raises:
         ModelFailed: The model cannot be loaded exactly. The error names the first reason.
@@ -219,7 +230,7 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
         return _open_gguf(local)
     if not is_local and location.startswith((".", "/", "~")):  # a path, not a hub id
         raise ModelFailed("the folder does not exist; expected a model folder with config.json")
-    folder = local if is_local else _fetched(location, revision, DESCRIPTIONS)
+    folder = local if is_local else _fetched(location, revision, DESCRIPTIONS, downloaded)
     if not (folder / "config.json").is_file():
         files = sorted(path.name for path in folder.glob("*.gguf"))
         advice = f"; to serve the GGUF file {files[0]!r}, add its name to the path" if files else ""
@@ -239,7 +250,7 @@ def open_checkpoint(location: str, revision: str | None) -> Checkpoint:
         raise ModelFailed("the tokenizer is missing: expected tokenizer.json")
     names = _weight_files(folder)
     if not is_local:
-        _fetched(location, revision, names)
+        _fetched(location, revision, names, downloaded)
         check_folder(folder)
     entries: dict[str, TensorEntry] = {}
     for name in names:
@@ -284,10 +295,23 @@ def _open_gguf(path: Path) -> Checkpoint:
     )
 
 
-def _fetched(location: str, revision: str | None, files: Sequence[str]) -> Path:
+def _fetched(
+    location: str, revision: str | None, files: Sequence[str], downloaded: Callable[[], object]
+) -> Path:
+    class Reported(tqdm):
+        """The bars of a download, which the library updates with the bytes that arrive."""
+
+        def update(self, n: float | None = 1) -> bool | None:
+            downloaded()
+            shown: bool | None = super().update(n)
+            return shown
+
     try:
         with online():
-            return Path(snapshot_download(location, revision=revision, allow_patterns=list(files)))
+            found = snapshot_download(
+                location, revision=revision, allow_patterns=list(files), tqdm_class=Reported
+            )
+            return Path(found)
     except (OSError, HFValidationError) as error:
         raise ModelFailed(
             f"not found: expected a folder or the id of a hub model ({one_line(error)})"
@@ -462,12 +486,18 @@ def _data_type(source: ModelSource, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def _provenance(
-    source: ModelSource, checkpoint: Checkpoint, network: PreTrainedModel
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    network: PreTrainedModel,
+    progress: LoadingProgress,
 ) -> Provenance:
+    folder, names = checkpoint.folder, checkpoint.weight_files
+    revision = checkpoint.commit or weights_hash(folder, names, progress.advance)
+    progress.finish_pass()
     inside = f" in {checkpoint.wrapper}" if checkpoint.wrapper else ""
     return Provenance(
         model=source.name,
-        revision=checkpoint.commit or weights_hash(checkpoint.folder, checkpoint.weight_files),
+        revision=revision,
         architecture=type(network).__name__ + inside,
         data_type=str(network.dtype).removeprefix("torch."),
         device=devices_of(network),
@@ -488,10 +518,22 @@ def _own_version() -> str:
         return "unknown"
 
 
-def weights_hash(folder: Path, names: Iterable[str]) -> str:
-    """Compute the SHA-256 of the SHA-256 digests of the named files, in order of their names."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        with (folder / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+def weights_hash(
+    folder: Path, names: Iterable[str], advance: Callable[[float], object] = lambda _: None
+) -> str:
+    """Compute the SHA-256 of the SHA-256 digests of the named files, in order of their names.
+
+    `advance` receives the share of the bytes that are hashed.
+    """
+    files = [folder / name for name in sorted(names)]
+    total, hashed = sum(file.stat().st_size for file in files), 0
+    digest, block = hashlib.sha256(), bytearray(HASHED_BYTES)
+    for path in files:
+        of_file = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                of_file.update(memoryview(block)[:count])
+                hashed += count
+                advance(hashed / total)
+        digest.update(of_file.digest())
     return digest.hexdigest()

@@ -1,16 +1,25 @@
-"""The configured models and the state of each."""
+"""The server's models and the state of each."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+from transformers import PreTrainedModel
+
+from januslens_server import tuning
 from januslens_server.demo import model_path
 from januslens_server.errors import (
     InvalidRequest,
+    ModelExists,
     ModelFailed,
     ModelLoading,
     ModelNotFound,
@@ -20,6 +29,7 @@ from januslens_server.errors import (
 )
 from januslens_server.models.loader import ModelSource, load
 from januslens_server.models.lora import load_lora
+from januslens_server.models.progress import LoadingProgress
 from januslens_server.models.resident import ResidentModel
 from januslens_server.models.vetting import one_line
 from januslens_server.results import Guarantee, ModelState, ModelStatus
@@ -31,6 +41,10 @@ SelfCheck = Callable[[ResidentModel], tuple[ResidentModel, Sequence[Guarantee]]]
 Observer = Callable[[ModelStatus], None]
 Scope = Callable[[str], bool]
 
+# Seconds within which the tensors of an unloaded model must be free, and between two collections.
+# The last references to them are those of requests that have just ended.
+RELEASE_SECONDS, COLLECTION_SECONDS = 10.0, 0.1
+
 
 def embedded_source(device: str = "cpu", data_type: str = "auto") -> ModelSource:
     """The model `demo` that is shipped inside the package."""
@@ -41,20 +55,37 @@ def _everything(_name: str) -> bool:
     return True
 
 
-class Registry:
-    """Load models one after the other and serve those that pass their self-check.
+def _forget_nothing(_name: str) -> None:
+    pass
 
-    All methods may be called from any thread while `load_all` runs in its own.
+
+class Registry:
+    """Load models one after the other, serve those that pass their self-check, and unload them.
+
+    All methods may be called from any thread.
     """
 
-    def __init__(self, sources: Sequence[ModelSource], check: SelfCheck, observe: Observer) -> None:
-        """Prepare to load. `check` measures a model; `observe` receives each change of state."""
-        self._sources = list(sources)
+    def __init__(
+        self,
+        sources: Sequence[ModelSource],
+        check: SelfCheck,
+        observe: Observer,
+        forget: Callable[[str], None] = _forget_nothing,
+    ) -> None:
+        """Prepare to load `sources`.
+
+        `check` measures a model. `observe` receives each change of state, and `forget` the name of
+        a model that is unloaded.
+        """
         self._check = check
         self._observe = observe
-        self._lock = threading.Lock()
+        self._forget = forget
+        self._changed = threading.Condition()  # reentrant
+        self._sources = {source.name: source for source in sources}
         self._statuses = {s.name: ModelStatus(s.name, ModelState.LOADING) for s in sources}
+        self._progress = {source.name: LoadingProgress() for source in sources}
         self._resident: dict[str, ResidentModel] = {}
+        self._users = Counter[str]()
         self._closed = False
 
     def close(self) -> None:
@@ -63,13 +94,54 @@ class Registry:
 
     def load_all(self) -> None:
         """Load and check every model. A failed model affects only the LoRAs that change it."""
-        for source in sorted(self._sources, key=lambda source: source.lora is not None):
-            self._load(source)
+        sources = sorted(self._sources.values(), key=lambda source: source.lora is not None)
+        for source in sources:
+            self.load(source.name)
 
-    def _load(self, source: ModelSource) -> None:
-        """Load one model. If it fails, nothing of it stays in memory."""
+    def add(self, source: ModelSource) -> bool:
+        """Add a model in the state LOADING, for `load`; return whether it must be loaded.
+
+        It need not be if it is already loading or READY from this location. A FAILED model is
+        replaced. Raises `ModelExists` if another model has the name.
+        """
+        with self._changed:
+            known = self._statuses.get(source.name)
+            if known is not None and known.state is not ModelState.FAILED:
+                before = self._sources[source.name]
+                same = (before.location, before.revision) == (source.location, source.revision)
+                if same and known.state is not ModelState.UNLOADING:
+                    return False
+                being = "being unloaded" if known.state is ModelState.UNLOADING else "in use"
+                raise ModelExists(
+                    f"model name {source.name!r} is {being}; unload that model first, or choose "
+                    "another name"
+                )
+            self._expect(source)
+        return True
+
+    def expect(self, source: ModelSource) -> None:
+        """Add a model as `add` does, or replace one that does not serve."""
+        with self._changed:
+            if source.name not in self._resident:
+                self._expect(source)
+
+    def _expect(self, source: ModelSource) -> None:
+        self._sources[source.name] = source
+        self._progress[source.name] = LoadingProgress()
+        self._set(ModelStatus(source.name, ModelState.LOADING))
+
+    def load(self, name: str) -> None:
+        """Load one model in the state LOADING. If it fails, nothing of it stays in memory."""
+        with self._changed:
+            if self._statuses[name].state is not ModelState.LOADING:
+                return
+            source, progress = self._sources[name], self._progress[name]
+        progress.alive()
         try:
-            model = load(source) if source.lora is None else self._with_lora(source, source.lora)
+            if source.lora is None:
+                model = load(source, progress)
+            else:
+                model = self._with_lora(source, source.lora)
             model, guarantees = self._check(model)
         except ModelFailed as error:
             self._set(ModelStatus(source.name, ModelState.FAILED, str(error)))
@@ -92,35 +164,97 @@ class Registry:
         broken = [g for g in guarantees if not g.held]
         reason = "; ".join(guarantee.failure for guarantee in broken)
         if not broken:
-            with self._lock:
+            with self._changed:
                 self._resident[model.name] = model
         state = ModelState.FAILED if broken else ModelState.READY
         facts, provenance = model.view.facts, model.provenance
         status = ModelStatus(model.name, state, reason, provenance, facts, guarantees)
         self._set(replace(status, levels=model.view.levels))
 
+    def unload(self, name: str) -> None:
+        """Remove a model; return when its requests have finished and its memory is free.
+
+        Raises `ModelNotFound`, and `ModelLoading` while it loads.
+        """
+        with self._changed:
+            self.check_unloadable(name)
+            model = self._resident.pop(name, None)
+            self._set(replace(self._statuses[name], state=ModelState.UNLOADING))
+            self._changed.wait_for(lambda: not self._users[name])
+        if model is not None:
+            network = weakref.ref(model.network)
+            del model
+            _release(name, network)
+        with self._changed:
+            del self._statuses[name], self._sources[name], self._progress[name]
+        self._forget(name)
+
+    def check_unloadable(self, name: str) -> None:
+        """Raise `ModelNotFound` or `ModelLoading` if `unload` would."""
+        status = self.status(name)
+        if status.state is ModelState.LOADING:
+            raise ModelLoading(f"model {name!r} is still loading; unload it when it is loaded")
+        if status.state is ModelState.UNLOADING:
+            raise ModelNotFound(f"model {name!r} is already being unloaded")
+        with self._changed:
+            changed = [s.name for s in self._sources.values() if s.lora and s.location == name]
+        if changed:
+            raise InvalidRequest(
+                "model", f"model {name!r} is the base of {_listed(changed)}; unload these first"
+            )
+
     def _set(self, status: ModelStatus) -> None:
-        with self._lock:
+        with self._changed:
             self._statuses[status.name] = status
         self._observe(status)
 
+    def serves(self, name: str) -> bool:
+        """Whether a model accepts requests."""
+        with self._changed:
+            status = self._statuses.get(name)
+        return status is not None and status.state is ModelState.READY
+
+    def alive(self, name: str) -> None:
+        """Report that the loading of a model goes on."""
+        self._progress[name].alive()
+
+    def seconds_without_progress(self, now: float) -> float:
+        """Seconds since any loading model last advanced, at `now` of `time.monotonic`.
+
+        0 if none is loading.
+        """
+        with self._changed:
+            moments = [
+                self._progress[status.name].advanced_at
+                for status in self._statuses.values()
+                if status.state is ModelState.LOADING
+            ]
+        return now - max(moments, default=now)
+
     def bytes_cached_later(self) -> int:
         """Bytes by which the row caches of all models may still grow."""
-        with self._lock:
+        with self._changed:
             return sum(model.row_cache_growth for model in self._resident.values())
 
     def statuses(self) -> list[ModelStatus]:
-        """Status of every configured model, in the order of configuration."""
-        with self._lock:
-            return list(self._statuses.values())
+        """Status of every model, in the order in which they were configured or added."""
+        with self._changed:
+            return [self._with_fraction(status) for status in self._statuses.values()]
+
+    def _with_fraction(self, status: ModelStatus) -> ModelStatus:
+        return replace(status, loaded_fraction=self._progress[status.name].fraction)
+
+    def loaded_fraction(self, name: str) -> float:
+        """Return the share of a model's loading that is done; 0 for an unknown model."""
+        progress = self._progress.get(name)
+        return 0.0 if progress is None else progress.fraction
 
     def status(self, name: str, scope: Scope = _everything) -> ModelStatus:
         """Return the status of one model; the name may be empty for the only permitted one.
 
-        Raises `InvalidRequest`, `PermissionDenied` and `ModelNotFound` as `get` does.
+        Raises `InvalidRequest`, `PermissionDenied` and `ModelNotFound` as `using` does.
         """
-        with self._lock:
-            statuses = dict(self._statuses)
+        statuses = {status.name: status for status in self.statuses()}
         offered = [known for known in statuses if scope(known)]
         name = name or _only(offered)
         if not scope(name):
@@ -130,6 +264,21 @@ class Registry:
         if name not in statuses:
             raise ModelNotFound(f"unknown model {name!r}: expected one of {_listed(offered)}")
         return statuses[name]
+
+    @contextmanager
+    def using(
+        self, name: str, revision: str = "", scope: Scope = _everything
+    ) -> Iterator[ResidentModel]:
+        """Yield the model to serve, as `get` returns it; it stays in memory meanwhile."""
+        with self._changed:
+            model = self.get(name, revision, scope)
+            self._users[model.name] += 1
+        try:
+            yield model
+        finally:
+            with self._changed:
+                self._users[model.name] -= 1
+                self._changed.notify_all()
 
     def get(self, name: str, revision: str = "", scope: Scope = _everything) -> ResidentModel:
         """Return the model to serve.
@@ -142,7 +291,7 @@ class Registry:
         Raises:
             InvalidRequest: The name is empty and several models are permitted.
             PermissionDenied: The name is not permitted, whether or not it exists.
-            ModelNotFound: The name is unknown.
+            ModelNotFound: The name is unknown, or the model is being unloaded.
             RevisionNotFound: The model has another revision.
             ModelLoading: The model is still loading.
             ModelFailed: The model could not be loaded or failed its self-check.
@@ -150,13 +299,15 @@ class Registry:
         """
         if self._closed:
             raise ServerDraining("the server is shutting down; ask another replica")
-        status = self.status(name, scope)
-        name = status.name
-        if status.state is ModelState.LOADING:
-            raise ModelLoading(f"model {name!r} is still loading")
-        if status.state is ModelState.FAILED:
-            raise ModelFailed(f"model {name!r} cannot be served: {status.reason}")
-        with self._lock:
+        with self._changed:
+            status = self.status(name, scope)
+            name = status.name
+            if status.state is ModelState.LOADING:
+                raise ModelLoading(f"model {name!r} is still loading")
+            if status.state is ModelState.FAILED:
+                raise ModelFailed(f"model {name!r} cannot be served: {status.reason}")
+            if status.state is ModelState.UNLOADING:
+                raise ModelNotFound(f"model {name!r} is being unloaded; use another model")
             model = self._resident[name]
         if revision and revision != model.provenance.revision:
             raise RevisionNotFound(
@@ -164,6 +315,19 @@ class Registry:
                 f"{model.provenance.revision!r}"
             )
         return model
+
+
+def _release(name: str, network: weakref.ref[PreTrainedModel]) -> None:
+    """Free the memory of a model that is no longer used."""
+    for _ in range(round(RELEASE_SECONDS / COLLECTION_SECONDS)):
+        tuning.release_objects()
+        if network() is None:
+            break
+        time.sleep(COLLECTION_SECONDS)
+    else:
+        logger.warning("model %s is unloaded, but something still uses its memory", name)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _only(names: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -67,10 +67,11 @@ def find_neurons(
     )
 
 
-def read_all_neurons(model: ResidentModel) -> None:
+def read_all_neurons(model: ResidentModel, after_layer: Callable[[], object]) -> None:
     """Index all layers now, instead of when the first request needs them."""
     for layer in model.view.known:
         model.neurons.layer(layer)
+        after_layer()
 
 
 def _of_layer(model: ResidentModel, layer: int, token: int, suppressed: bool) -> _Hits:

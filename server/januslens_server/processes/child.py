@@ -6,14 +6,16 @@ import asyncio
 import multiprocessing
 import signal
 import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from januslens_server import spans
-from januslens_server.config import ServerSettings
+from januslens_server.config import Change, ModelLocation, ServerSettings, name_of
 from januslens_server.logs import configure_logging
 from januslens_server.processes.metric_files import count_in
 
@@ -33,16 +35,29 @@ class ChildEnded(Exception):
 class ChildProcess:
     """The supervisor's handle on a started process."""
 
-    def __init__(self, number: int, settings: ServerSettings, folder: Path) -> None:
-        """Start the process; it writes its metrics to `folder`."""
+    def __init__(
+        self,
+        number: int,
+        settings: ServerSettings,
+        folder: Path,
+        models: Sequence[ModelLocation] | None,
+        receive: Callable[[Report], None],
+    ) -> None:
+        """Start the process; it writes its metrics to `folder`.
+
+        It loads `models`, by default those of the settings. `receive` gets the reports that answer
+        no command.
+        """
         self.number = number
+        self._report = receive
+        self._done: dict[str, asyncio.Future[bool]] = {}
         loop = asyncio.get_running_loop()
-        self._loaded: asyncio.Future[dict[str, bool]] = loop.create_future()
+        self._loaded: asyncio.Future[Loaded] = loop.create_future()
         self._listening: asyncio.Future[None] = loop.create_future()
         self._ended: asyncio.Future[int] = loop.create_future()
         self._pipe, theirs = CONTEXT.Pipe()
         self._process = CONTEXT.Process(
-            target=enter, args=(number, settings, folder, theirs), daemon=True
+            target=enter, args=(number, settings, folder, theirs, models), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -53,8 +68,8 @@ class ChildProcess:
         """Whether the process accepts calls."""
         return self._listening.done() and not self._ended.done()
 
-    async def loaded(self) -> dict[str, bool]:
-        """Wait until all models are loaded; return whether each is ready. Raises `ChildEnded`."""
+    async def loaded(self) -> Loaded:
+        """Wait until all models are loaded or have failed. Raises `ChildEnded`."""
         return await asyncio.shield(self._loaded)
 
     async def open(self) -> None:
@@ -62,11 +77,24 @@ class ChildProcess:
         self.send(Command.OPEN)
         await asyncio.shield(self._listening)
 
+    async def apply(self, change: Change) -> bool:
+        """Let the process apply a change; return whether it serves the model afterwards.
+
+        False if the process ends meanwhile.
+        """
+        name = name_of(change)
+        self._done[name] = asyncio.get_running_loop().create_future()
+        self.send(Apply(change))
+        either: set[asyncio.Future[Any]] = {self._done[name], self._ended}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        done = self._done.pop(name)
+        return done.done() and done.result()
+
     async def ended(self) -> int:
         """Wait for the exit status of the process; 128 + N if signal N ended it."""
         return await asyncio.shield(self._ended)
 
-    def send(self, command: Command) -> None:
+    def send(self, command: Command | Announce | Apply | Settle) -> None:
         """Send a command, unless the process has ended."""
         with suppress(OSError):
             self._pipe.send(command)
@@ -92,11 +120,16 @@ class ChildProcess:
         with suppress(RuntimeError):  # the supervisor has ended as well
             loop.call_soon_threadsafe(self._end, 128 - code if code < 0 else code)
 
-    def _receive(self, message: Loaded | Listening) -> None:
-        if isinstance(message, Loaded):
-            self._loaded.set_result(message.models)
-        else:
-            self._listening.set_result(None)
+    def _receive(self, message: Loaded | Listening | Applied | Report) -> None:
+        match message:
+            case Loaded():
+                self._loaded.set_result(message)
+            case Listening():
+                self._listening.set_result(None)
+            case Applied() if message.name in self._done:
+                self._done[message.name].set_result(message.serves)
+            case Asked() | Stalled():
+                self._report(message)
 
     def _end(self, status: int) -> None:
         self._pipe.close()
@@ -112,11 +145,59 @@ class Loaded:
     """Message of a child: its models are loaded; `models` says whether each is ready."""
 
     models: dict[str, bool]
+    locations: dict[str, ModelLocation]
 
 
 @dataclass(frozen=True)
 class Listening:
     """Message of a child: it has opened the port."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Message of a child: its AdminService was asked for a change, which all processes make."""
+
+    change: Change
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """Message of a child: whether the loading of its models makes no progress."""
+
+    number: int
+    stalled: bool
+
+
+Report = Asked | Stalled
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Message of a child: it has applied a change; whether it serves the model now."""
+
+    name: str
+    serves: bool
+
+
+@dataclass(frozen=True)
+class Announce:
+    """Command to a child: a model will be loaded."""
+
+    location: ModelLocation
+
+
+@dataclass(frozen=True)
+class Apply:
+    """Command to a child: apply a change, and answer with `Applied`."""
+
+    change: Change
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Command to a child: all processes have applied the change of this model."""
+
+    name: str
 
 
 class Command(Enum):
@@ -126,7 +207,13 @@ class Command(Enum):
     RELOAD = auto()  # read the callers' file again
 
 
-def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection) -> None:
+def enter(
+    number: int,
+    settings: ServerSettings,
+    folder: Path,
+    pipe: Connection,
+    models: Sequence[ModelLocation] | None,
+) -> None:
     """Entry point of a child process."""
     # Ctrl-C in a terminal signals every process. Ignore it here, because the supervisor handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -136,4 +223,4 @@ def enter(number: int, settings: ServerSettings, folder: Path, pipe: Connection)
     from januslens_server.processes.child_server import serve_as_child  # noqa: PLC0415 - imports metrics
     from januslens_server.serving.process import run_process  # noqa: PLC0415 - imports metrics
 
-    run_process(serve_as_child(settings, pipe, folder))
+    run_process(serve_as_child(number, settings, pipe, folder, models))

@@ -6,12 +6,23 @@ import asyncio
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from januslens_server import gauges
-from januslens_server.config import ServerSettings
-from januslens_server.processes.child import Command, Listening, Loaded
+from januslens_server.config import ModelLocation, ServerSettings, name_of
+from januslens_server.processes.child import (
+    Announce,
+    Applied,
+    Apply,
+    Asked,
+    Command,
+    Listening,
+    Loaded,
+    Settle,
+    Stalled,
+)
 from januslens_server.results import ModelState
 from januslens_server.serving.assembly import Assembly
 from januslens_server.serving.ports import add_port
@@ -19,12 +30,20 @@ from januslens_server.serving.ports import add_port
 DEVICE_LOST = 1
 
 
-async def serve_as_child(settings: ServerSettings, pipe: Connection, folder: Path) -> int:
+async def serve_as_child(
+    number: int,
+    settings: ServerSettings,
+    pipe: Connection,
+    folder: Path,
+    models: Sequence[ModelLocation] | None,
+) -> int:
     """Serve until SIGTERM or until the device is lost, then drain; return the exit status.
 
     Raises `OSError` if serving is not possible.
     """
-    assembly = Assembly(settings)
+    assembly = Assembly(settings, models)
+    assembly.changes.relay = lambda change: pipe.send(Asked(change))
+    assembly.on_stall = lambda stalled: pipe.send(Stalled(number, stalled))
     opened = _follow_supervisor(pipe, folder, assembly)
     assembly.load()
     written = asyncio.create_task(gauges.keep_written())
@@ -45,7 +64,8 @@ async def _serve(
     """Wait for the models, open the port on command, and return when the device is lost."""
     await assembly.loaded.wait()
     statuses = assembly.registry.statuses()
-    pipe.send(Loaded({status.name: status.state is ModelState.READY for status in statuses}))
+    states = {status.name: status.state is ModelState.READY for status in statuses}
+    pipe.send(Loaded(states, {model.name: model for model in assembly.models}))
     await opened.wait()
     add_port(assembly.server, settings)
     await assembly.server.start()
@@ -60,12 +80,26 @@ def _follow_supervisor(pipe: Connection, folder: Path, assembly: Assembly) -> as
     If the supervisor ends, this process exits.
     """
     opened, loop = asyncio.Event(), asyncio.get_running_loop()
-    actions = {Command.OPEN: opened.set, Command.RELOAD: assembly.reload_callers}
+    changes = assembly.changes
+
+    def obey(command: Command | Announce | Apply | Settle) -> None:
+        match command:
+            case Command.OPEN:
+                opened.set()
+            case Command.RELOAD:
+                assembly.reload_callers()
+            case Announce():
+                changes.announce(command.location)
+            case Apply():
+                name = name_of(command.change)
+                changes.apply(command.change, lambda serves: pipe.send(Applied(name, serves)))
+            case Settle():
+                changes.settle(command.name)
 
     def follow() -> None:
         try:
             while True:
-                loop.call_soon_threadsafe(actions[pipe.recv()])
+                loop.call_soon_threadsafe(obey, pipe.recv())
         except (EOFError, OSError):  # the supervisor was killed and could not remove the folder
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)

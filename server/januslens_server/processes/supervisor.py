@@ -8,11 +8,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from januslens_server.config import ServerSettings
+from januslens_server.config import Change, Load, ModelLocation, ServerSettings, name_of
 from januslens_server.processes import metrics
-from januslens_server.processes.child import ChildEnded, ChildProcess, Command
+from januslens_server.processes.child import (
+    Announce,
+    Asked,
+    ChildEnded,
+    ChildProcess,
+    Command,
+    Report,
+    Settle,
+)
 from januslens_server.results import ModelState, ModelStatus
-from januslens_server.rpc.health import Health, is_ready
+from januslens_server.rpc.health import Health
 from januslens_server.serving.ports import listen_for_health, listen_for_metrics, reserve_port
 from januslens_server.serving.process import handle_signals
 
@@ -83,8 +91,12 @@ class ProcessGroup:
         self._folder = folder
         self._health = health
         self._children: dict[int, ChildProcess] = {}
+        # What a process loads when it starts; None = the models of the settings.
+        self._locations: dict[str, ModelLocation] | None = None
         self._models: dict[str, bool] | None = None
-        self._starting = asyncio.Lock()
+        self._stalled: set[int] = set()
+        self._starting = asyncio.Lock()  # held while a process starts or the models change
+        self._changing: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
         """Start all processes and open the port, then replace processes that end, forever.
@@ -95,12 +107,12 @@ class ProcessGroup:
         for number in numbers:
             await self._loaded(number)
         await asyncio.gather(*(child.open() for child in self._children.values()))
-        self.update_health()
+        ready = self.update_health()
         where = f"{self._settings.host}:{self._settings.port}"
         logger.info(
             "serving on %s with %d processes", where, len(numbers), extra={"address": where}
         )
-        if is_ready(self._statuses()):
+        if ready:
             logger.info("ready")
         async with asyncio.TaskGroup() as keepers:
             for number in numbers:
@@ -108,10 +120,14 @@ class ProcessGroup:
 
     async def _loaded(self, number: int) -> ChildProcess:
         """Start a process and wait for its models, which must be those of the other processes."""
-        child = self._children[number] = ChildProcess(number, self._settings, self._folder)
-        found = await child.loaded()
-        if self._models is None:
-            self._models = found
+        locations = None if self._locations is None else list(self._locations.values())
+        child = self._children[number] = ChildProcess(
+            number, self._settings, self._folder, locations, self._receive
+        )
+        loaded = await child.loaded()
+        found = loaded.models
+        if self._models is None or self._locations is None:
+            self._models, self._locations = found, loaded.locations
         if found != self._models:
             await child.end(KILL_AFTER)
             raise OSError(
@@ -126,6 +142,7 @@ class ProcessGroup:
         while True:
             status = await self._children[number].ended()
             metrics.forget(self._folder, number)
+            self._set_stalled(number, stalled=False)
             self.update_health()
             logger.error(
                 "process %d ended with status %d; restarting it in %g s",
@@ -155,9 +172,51 @@ class ProcessGroup:
         logger.info("process %d serves again", number)
         return True
 
-    def update_health(self) -> None:
-        """Report a model as SERVING while at least one process serves it."""
-        self._health.update(self._statuses())
+    def _receive(self, report: Report) -> None:
+        """Receive what a process reports of itself."""
+        if isinstance(report, Asked):
+            task = asyncio.create_task(self._change(report.change))
+            self._changing.add(task)
+            task.add_done_callback(self._changing.discard)
+        else:
+            self._set_stalled(report.number, stalled=report.stalled)
+
+    def _set_stalled(self, number: int, *, stalled: bool) -> None:
+        (self._stalled.add if stalled else self._stalled.discard)(number)
+        self._health.set_stalled(bool(self._stalled))
+
+    async def _change(self, change: Change) -> None:
+        """Make all processes apply a change of the models: loads one after another.
+
+        So each process sees the memory that the others have left. A process that starts meanwhile
+        waits, and then loads the changed models.
+        """
+        async with self._starting:
+            name, locations = name_of(change), self._locations or {}
+            children = [child for child in self._children.values() if child.serves]
+            if isinstance(change, Load):
+                if locations.get(name, change.location) != change.location:
+                    return  # another process was asked for another model of this name before
+                locations[name] = change.location
+                for child in children:
+                    child.send(Announce(change.location))
+                served = [await child.apply(change) for child in children]
+            else:
+                locations.pop(name, None)
+                served = await asyncio.gather(*(child.apply(change) for child in children))
+            self._models = {**(self._models or {}), name: any(served)}
+            if name not in locations:
+                del self._models[name]
+            for child in children:
+                child.send(Settle(name))
+        self.update_health()
+
+    def update_health(self) -> bool:
+        """Report a model as SERVING while at least one process serves it.
+
+        Returns whether the server has become ready.
+        """
+        return self._health.update(self._statuses())
 
     def _statuses(self) -> Sequence[ModelStatus]:
         if not any(child.serves for child in self._children.values()):

@@ -86,16 +86,20 @@ class FoundNeurons:
 
 
 class ModelState(IntEnum):
-    """The state of a configured model; numbers as in `models.proto`."""
+    """The state of a model; numbers as in `models.proto`."""
 
     LOADING = 1
     READY = 2
     FAILED = 3
+    UNLOADING = 4
 
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """The status of a configured model; provenance and facts are None until it is loaded."""
+    """The status of a model; provenance and facts are None until it is loaded.
+
+    `loaded_fraction` is the share of its loading that is done.
+    """
 
     name: str
     state: ModelState
@@ -104,3 +108,4 @@ class ModelStatus:
     facts: ModelFacts | None = None
     guarantees: Sequence[Guarantee] = ()
     levels: Sequence[LayerLevel] = ()
+    loaded_fraction: float = 0.0

@@ -144,6 +144,11 @@ class Admission:
             limits[CostLimit.MAX_REQUEST_MEMORY] = float(self._limits.memory)
         return limits
 
+    def forget(self, model: str) -> None:
+        """Forget the corrections of a model that is unloaded; another may get its name."""
+        for key in [key for key in list(self._corrections) if key[0] == model]:
+            del self._corrections[key]
+
     def learn(self, request: Resolved, cost: Cost, seconds: float) -> None:
         """Correct later estimates by the measured device seconds of a request."""
         if min(cost.seconds, seconds) > SHORTEST_LESSON:

@@ -13,7 +13,14 @@ from januslens_server.access.callers import Caller, Quotas
 from januslens_server.access.directory import Directory
 from januslens_server.access.quotas import QuotaBook
 from januslens_server.errors import IntrospectionError, PermissionDenied, QuotaSpent
-from januslens_server.rpc.call import SERVICE_NAME, Call, Context, set_current_caller
+from januslens_server.rpc.call import (
+    ADMIN_NAME,
+    SERVICE_NAME,
+    SERVICES,
+    Call,
+    Context,
+    set_current_caller,
+)
 
 AUTHORIZATION = "authorization"
 SCHEME = "bearer "
@@ -43,12 +50,11 @@ class Authentication(grpc.aio.ServerInterceptor):
             return handler
         try:
             caller = self._directory.caller(_token(details))
-            if service == SERVICE_NAME and not caller.may_call(name):
-                raise PermissionDenied(f"caller {caller.name!r} may not call {name}")
+            _check_scope(caller, service, name)
         except IntrospectionError as error:
             return _refusing(service, name, error, handler)
         set_current_caller(caller)  # gRPC runs the handler in this task
-        if service != SERVICE_NAME or caller.quotas == Quotas():
+        if service not in SERVICES or caller.quotas == Quotas():
             return handler
         return _like(handler, self._counted(service, name, caller, handler))
 
@@ -72,6 +78,18 @@ def _token(details: grpc.HandlerCallDetails) -> str | None:
         if key == AUTHORIZATION and isinstance(value, str) and value.lower().startswith(SCHEME):
             return value[len(SCHEME) :].strip()
     return None
+
+
+def _check_scope(caller: Caller, service: str, name: str) -> None:
+    """Raise `PermissionDenied` if the caller may not call the RPC."""
+    if service == SERVICE_NAME and not caller.may_call(name):
+        raise PermissionDenied(f"caller {caller.name!r} may not call {name}")
+    if service == ADMIN_NAME and not caller.admin:
+        raise PermissionDenied(
+            f"caller {caller.name!r} may not call {name}: expected a caller with 'admin: true'"
+            if caller.name
+            else f"{name} is disabled on this server; the operator may enable it with --loadable"
+        )
 
 
 def _refusing(service: str, name: str, error: IntrospectionError, handler: Any) -> Any:

@@ -8,14 +8,14 @@ import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn, Self, TypeVar
 
 import grpc
 
-from januslens.v1 import service_pb2
+from januslens.v1 import admin_pb2, service_pb2
 from januslens_server import spans, telemetry
 from januslens_server.access.callers import ANYONE, NAME, Caller
 from januslens_server.errors import IntrospectionError, TryLater
@@ -45,8 +45,14 @@ logger = logging.getLogger(__name__)
 SERVICE = service_pb2.DESCRIPTOR.services_by_name["IntrospectionService"]
 SERVICE_NAME = SERVICE.full_name
 RPCS = tuple(method.name for method in SERVICE.methods)
+ADMIN = admin_pb2.DESCRIPTOR.services_by_name["AdminService"]
+ADMIN_NAME = ADMIN.full_name
+ADMIN_RPCS = tuple(method.name for method in ADMIN.methods)
+# Both services of this project, by name.
+SERVICES = {service.full_name: service for service in (SERVICE, ADMIN)}
 
 Serializer = Callable[[Any], bytes]
+HeldT = TypeVar("HeldT")
 
 _STREAMS = {method.name for method in SERVICE.methods if method.server_streaming}
 
@@ -86,6 +92,7 @@ class Call:
         self._headers_sent = False
         self._notes: dict[str, Any] = {}
         self._queued: QueuedRequest | None = None
+        self._held = ExitStack()
 
     async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(*self._labels).inc()
@@ -104,6 +111,10 @@ class Call:
         if self._queued is None:
             raise LookupError("the request is not in the queue; call queued_request first")
         return self._queued
+
+    def hold(self, resource: AbstractContextManager[HeldT]) -> HeldT:
+        """Enter a context that is left when the call ends."""
+        return self._held.enter_context(resource)
 
     def note(self, **fields: Any) -> None:
         """Add fields to the call's log line."""
@@ -128,6 +139,7 @@ class Call:
         _traceback: TracebackType | None,
     ) -> None:
         leave_places()
+        self._held.close()
         if error is None:
             await self.send_headers()
             self._end(grpc.StatusCode.OK)
@@ -299,8 +311,9 @@ def rpc_labels(service: str, method: str) -> tuple[str, str, str]:
 
 def create_series() -> None:
     """Create every metric series at 0, because rates miss the first sample of a series."""
-    for method in SERVICE.methods_by_name:
-        labels = rpc_labels(SERVICE_NAME, method)
+    methods = [(name, rpc.name) for name, service in SERVICES.items() for rpc in service.methods]
+    for service_name, method in methods:
+        labels = rpc_labels(service_name, method)
         telemetry.STARTED.labels(*labels)
         telemetry.MESSAGES_SENT.labels(*labels)
         telemetry.HANDLING_SECONDS.labels(*labels)
@@ -312,9 +325,9 @@ def create_series() -> None:
             telemetry.REJECTED.labels(error.reason)
 
 
-def measured(serialize: Serializer, method: str) -> Serializer:
+def measured(serialize: Serializer, service: str, method: str) -> Serializer:
     """Wrap `serialize` to count the messages of an RPC and their bytes."""
-    messages = telemetry.MESSAGES_SENT.labels(*rpc_labels(SERVICE_NAME, method))
+    messages = telemetry.MESSAGES_SENT.labels(*rpc_labels(service, method))
     sizes = telemetry.STREAM_BYTES.labels(method)
 
     def counting(message: Any) -> bytes:

@@ -650,6 +650,9 @@ BOUNDS: dict[str, int] = {
     "Intervention.positions": 64 * KIB,
     "Intervention.source_positions": 64 * KIB,
     "ListModelsRequest.page_token": 256,
+    "LoadModelRequest.model": 256,
+    "LoadModelRequest.revision": 256,
+    "LoadModelRequest.source": 4 * KIB,
     "MeanOver.inputs": 64,
     "Patch.positions": 64 * KIB,
     "PreviewEditRequest.model": 256,
@@ -676,6 +679,7 @@ BOUNDS: dict[str, int] = {
     "TraceRequest.positions": 64 * KIB,
     "TraceRequest.revision": 256,
     "TraceRequest.targets_at": 64 * KIB,
+    "UnloadModelRequest.model": 256,
 }
 
 # Maximum number of tokens of a Tokenize. The response is serialised in the event loop, which must

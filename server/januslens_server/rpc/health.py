@@ -25,6 +25,7 @@ from januslens_server.rpc.streaming import write_within
 from januslens_server.rpc.wire import WireFormat, serialized
 
 ALIVE = ""
+LIVE = "januslens.live"
 READY = "januslens.ready"
 ALL_READY = "januslens.all-ready"
 
@@ -54,26 +55,46 @@ class Health(health_pb2_grpc.HealthServicer):
         """Allow `max_watches` open Watch calls, and half as many from one address."""
         self._max_watches = max_watches
         self._stall_seconds = stall_seconds
-        self._statuses: dict[str, Any] = {ALIVE: SERVING}
+        self._statuses: dict[str, Any] = {ALIVE: SERVING, LIVE: SERVING}
+        self._stalled = False
         self._changed = asyncio.Event()
         self._watches: Counter[str] = Counter()
         self._draining = False
+        self._started = False
 
-    def update(self, statuses: Sequence[ModelStatus]) -> None:
-        """Set the statuses from the models' states.
+    def update(self, statuses: Sequence[ModelStatus]) -> bool:
+        """Set the statuses from the models' states; return whether the server has become ready.
 
-        The server is ready when every configured model is READY or FAILED, and at least one is
-        READY; all are ready when every model is READY. After `drain` this method has no effect.
+        The server is ready when every model that it started with is READY or FAILED, and at least
+        one is READY. All are ready when none has failed. Models that are loaded later do not make
+        the server unready meanwhile. After `drain` this method has no effect.
         """
         if self._draining:
-            return
-        ready = is_ready(statuses)
+            return False
+        before = self._statuses.get(READY)
+        states = {status.state for status in statuses}
+        self._started = self._started or ModelState.LOADING not in states
+        ready = self._started and ModelState.READY in states
+        own = {
+            ALIVE: True,
+            LIVE: not self._stalled,
+            READY: ready,
+            ALL_READY: ready and ModelState.FAILED not in states,
+        }
         serving = {status.name: status.state is ModelState.READY for status in statuses}
-        own = {ALIVE: True, READY: ready, ALL_READY: bool(serving) and all(serving.values())}
-        for name, holds in (serving | own).items():
-            self._statuses[name] = SERVING if holds else NOT_SERVING
+        self._statuses = {
+            name: SERVING if holds else NOT_SERVING for name, holds in (serving | own).items()
+        }
         telemetry.READY.set(ready)
         self._notify()
+        return ready and before != SERVING
+
+    def set_stalled(self, stalled: bool) -> None:
+        """Set whether the loading of models makes no progress."""
+        self._stalled = stalled
+        if not self._draining:
+            self._statuses[LIVE] = NOT_SERVING if stalled else SERVING
+            self._notify()
 
     def drain(self) -> None:
         """Report NOT_SERVING for every service from now on.
@@ -155,12 +176,6 @@ async def _check_name(service: str, context: Context) -> None:
     if size > MAX_NAME_BYTES:
         text = f"service name too long: expected at most {MAX_NAME_BYTES} bytes, got {size}"
         await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
-
-
-def is_ready(statuses: Sequence[ModelStatus]) -> bool:
-    """Whether all models have been loaded or have failed, and at least one is ready."""
-    states = {status.state for status in statuses}
-    return ModelState.READY in states and ModelState.LOADING not in states
 
 
 def build_health_server(health_service: Health) -> grpc.aio.Server:

@@ -9,11 +9,12 @@ import grpc
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
-from januslens.v1 import service_pb2_grpc
+from januslens.v1 import admin_pb2_grpc, service_pb2_grpc
 from januslens_server.access.directory import Directory, OpenDirectory
 from januslens_server.access.quotas import QuotaBook
+from januslens_server.rpc.admin import AdminService
 from januslens_server.rpc.authentication import Authentication
-from januslens_server.rpc.call import SERVICE_NAME, create_series
+from januslens_server.rpc.call import ADMIN_NAME, SERVICE_NAME, create_series
 from januslens_server.rpc.health import Health
 from januslens_server.rpc.options import PeerLimits, server_options
 from januslens_server.rpc.service import IntrospectionService
@@ -57,6 +58,7 @@ def build_server(
     directory: Directory | None = None,
     quotas: QuotaBook | None = None,
     *,
+    admin: AdminService | None = None,
     share_port: bool = False,
     peers: PeerLimits | None = None,
 ) -> grpc.aio.Server:
@@ -64,8 +66,8 @@ def build_server(
 
     Connections older than `max_connection_age` seconds accept no new calls and finish running ones.
     `directory` finds callers by token, and `quotas` tracks their usage; without them, all callers
-    may call everything. With `share_port`, several processes of one user can listen on the same
-    port.
+    may call everything. `admin`, if given, changes the models. With `share_port`, several processes
+    of one user can listen on the same port.
     """
     create_series()
     logging.getLogger(GRPC_LOGGER).addFilter(drop_failed_writes)
@@ -76,6 +78,8 @@ def build_server(
     interceptors = [authentication, WireFormat()]
     server = grpc.aio.server(interceptors=interceptors, options=options)
     service_pb2_grpc.add_IntrospectionServiceServicer_to_server(service, server)
+    if admin is not None:
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(admin, server)
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     _enable_reflection(server)
     return server
@@ -83,7 +87,7 @@ def build_server(
 
 def _enable_reflection(server: grpc.aio.Server) -> None:
     """Register the services' descriptions under both versions of the reflection protocol."""
-    names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
+    names = (SERVICE_NAME, ADMIN_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME, REFLECTION_V1)
     reflection.enable_server_reflection(names, server)
     handler = grpc.stream_stream_rpc_method_handler(
         reflection.aio.ReflectionServicer(names).ServerReflectionInfo,

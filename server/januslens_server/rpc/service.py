@@ -61,7 +61,14 @@ from januslens_server.results import (
 )
 from januslens_server.rpc import decode
 from januslens_server.rpc.admission import Admission, Resolve, ResolvedT
-from januslens_server.rpc.call import RPCS, Call, Context, current_caller, result_sizes
+from januslens_server.rpc.call import (
+    ADMIN_RPCS,
+    RPCS,
+    Call,
+    Context,
+    current_caller,
+    result_sizes,
+)
 from januslens_server.rpc.decode import (
     MAX_TOKENIZED,
     MODELS,
@@ -115,8 +122,9 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
         self._admission = admission
         self._device = device
 
-    def _model(self, name: str, revision: str = "") -> ResidentModel:
-        return self._registry.get(name, revision, current_caller().may_use)
+    def _model(self, call: Call, name: str, revision: str = "") -> ResidentModel:
+        """Return a model, which stays in memory until the call ends."""
+        return call.hold(self._registry.using(name, revision, current_caller().may_use))
 
     async def ListModels(  # type: ignore[override]  # the stubs expect a message; gRPC also accepts bytes
         self, request: models_pb2.ListModelsRequest, context: Context
@@ -145,16 +153,17 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> bytes:
         """Return the version, the limits, and the RPCs that the caller may use."""
         async with Call("GetServerInfo", context) as call:
-            rpcs = filter(current_caller().may_call, RPCS)
+            caller = current_caller()
+            rpcs = [*filter(caller.may_call, RPCS), *(ADMIN_RPCS if caller.admin else ())]
             limits = self._admission.configured_limits
-            return await _encoded(call, partial(server_info_response, limits, list(rpcs)))
+            return await _encoded(call, partial(server_info_response, limits, rpcs))
 
     async def Tokenize(  # type: ignore[override]  # as for ListModels
         self, request: models_pb2.TokenizeRequest, context: Context
     ) -> bytes:
         """Return the tokens of a text or a conversation, without using the device."""
         async with Call("Tokenize", context) as call:
-            model = self._model(request.model, request.revision)
+            model = self._model(call, request.model, request.revision)
             if not (request.text or request.HasField("chat")):
                 raise InvalidRequest("text", "text is empty; send at least one character")
             tokenize = partial(_tokenized, model.vocabulary, request)
@@ -168,7 +177,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> bytes:
         """Project the caller's vectors through the model's lens."""
         async with Call("Project", context) as call:
-            model = self._model(request.model, request.revision)
+            model = self._model(call, request.model, request.revision)
             resolve = self._resolving(call, model, request, decode.project_spec, resolve_project)
             (table,) = [t async for t in self._run(call, model, resolve, project_vectors)]
             token = model.vocabulary.token
@@ -245,7 +254,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> bytes:
         """Return one page of the neurons that promote or suppress a token."""
         async with Call("FindNeurons", context) as call:
-            model = self._model(request.model, request.revision)
+            model = self._model(call, request.model, request.revision)
             listed = neurons_list(request, model.provenance.revision)
             start = page_start(request.page_token, listed)
             spec = partial(decode.find_neurons_spec, start=start)
@@ -303,7 +312,7 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
     ) -> tuple[ResidentModel, Resolve[ResolvedT]]:
         """Return the model of a request, and a function that decodes and resolves the request."""
         named: Any = request
-        model = self._model(named.model, named.revision)
+        model = self._model(call, named.model, named.revision)
         return model, self._resolving(call, model, request, decode_spec, resolve)
 
     def _resolving(

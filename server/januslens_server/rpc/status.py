@@ -23,6 +23,7 @@ STATUS: dict[type[Exception], grpc.StatusCode] = {
     errors.LimitExceeded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.ModelNotFound: grpc.StatusCode.NOT_FOUND,
     errors.RevisionNotFound: grpc.StatusCode.NOT_FOUND,
+    errors.ModelExists: grpc.StatusCode.ALREADY_EXISTS,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.ModelFailed: grpc.StatusCode.FAILED_PRECONDITION,

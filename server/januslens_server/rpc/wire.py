@@ -14,8 +14,7 @@ from grpc_health.v1 import health
 
 from januslens_server.errors import IntrospectionError, InvalidRequest
 from januslens_server.rpc.call import (
-    SERVICE,
-    SERVICE_NAME,
+    SERVICES,
     Call,
     Context,
     Serializer,
@@ -53,8 +52,8 @@ class WireFormat(grpc.aio.ServerInterceptor):
             return handler
         service, _, name = details.method[1:].partition("/")
         serialize: Serializer = serialized
-        if service == SERVICE_NAME:
-            serialize = measured(serialized, name)
+        if service in SERVICES:
+            serialize = measured(serialized, service, name)
         answer = self._received(service, name, handler)
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(answer, None, serialize)
@@ -79,7 +78,7 @@ class WireFormat(grpc.aio.ServerInterceptor):
                     else:
                         caller = caller_name(context)
                         message = await self._receptions.receive(context, caller, held)
-                    work = partial(_parsed, name, parse, message)
+                    work = partial(_parsed, service, name, parse, message)
                     large = message is not None and len(message) > COUNTED_BYTES
                     del message
                     # Counting and parsing many fields takes up to 0.2 s.
@@ -108,13 +107,12 @@ def _release_locals(error: BaseException) -> None:
         found = found.__cause__ or found.__context__
 
 
-def _parsed(name: str, parse: Deserializer, message: bytes | None) -> Any:
+def _parsed(service: str, name: str, parse: Deserializer, message: bytes | None) -> Any:
     """Parse the request. Raises `InvalidRequest` if it is malformed or a field is too long."""
     if message is None:
         raise InvalidRequest("request", f"no request message received; send one {name} request")
-    method = SERVICE.methods_by_name.get(name)
-    if method is not None:
-        check_counts(method.input_type, message)
+    if service in SERVICES:
+        check_counts(SERVICES[service].methods_by_name[name].input_type, message)
     try:
         request = parse(message)
     except DecodeError:

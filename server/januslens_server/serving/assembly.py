@@ -6,17 +6,17 @@ import asyncio
 import io
 import logging
 import sys
-import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from functools import partial
 
 import grpc
 import torch
 
 from januslens_server import gauges, telemetry, tuning
-from januslens_server.access.directory import CallersFile
+from januslens_server.access.directory import CallersFile, OpenDirectory
 from januslens_server.access.quotas import QuotaBook
-from januslens_server.config import ServerSettings
+from januslens_server.config import ModelLocation, ServerSettings
 from januslens_server.models.device_memory import free_for_requests
 from januslens_server.models.failures import service_error
 from januslens_server.models.loader import ModelSource
@@ -27,19 +27,24 @@ from januslens_server.pipelines.cost import Pace, measured_pace
 from januslens_server.pipelines.find_neurons import read_all_neurons
 from januslens_server.pipelines.self_check import checked
 from januslens_server.results import Guarantee, ModelState, ModelStatus
+from januslens_server.rpc.admin import AdminService
 from januslens_server.rpc.admission import Admission, Limits
 from januslens_server.rpc.call import RPCS
-from januslens_server.rpc.health import Health, is_ready
+from januslens_server.rpc.health import Health
 from januslens_server.rpc.options import PeerLimits
 from januslens_server.rpc.places import ENCODING, PREPARATION
 from januslens_server.rpc.server import build_server
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.streaming import DeviceStreams
 from januslens_server.scheduling.worker import DeviceWorker
+from januslens_server.serving.changes import AllowedSources, Changes
 from januslens_server.serving.ports import listen
 from januslens_server.serving.process import handle_signals
 
 logger = logging.getLogger("januslens_server")
+
+# Seconds between two looks at the progress of loading.
+WATCH_SECONDS = 5.0
 
 
 async def serve(settings: ServerSettings) -> None:
@@ -61,12 +66,14 @@ async def serve(settings: ServerSettings) -> None:
 class Assembly:
     """A server without ports: the gRPC service with its models, device thread and health.
 
-    `stop` is set by SIGTERM and SIGINT, `loaded` when all models are loaded or have failed, `lost`
-    when the device has failed for good.
+    `models` are those that it starts with. `stop` is set by SIGTERM and SIGINT, `loaded` when all
+    of them are loaded or have failed, `lost` when the device has failed for good.
     """
 
-    def __init__(self, settings: ServerSettings) -> None:
-        """Must be called in the event loop that will serve.
+    def __init__(
+        self, settings: ServerSettings, models: Sequence[ModelLocation] | None = None
+    ) -> None:
+        """Must be called in the event loop that will serve; `models` replace the configured ones.
 
         Raises `OSError` if the device is not available or the callers' file is invalid.
         """
@@ -76,6 +83,7 @@ class Assembly:
         self._loop = asyncio.get_running_loop()
         self._grace = settings.grace_seconds
         self._callers = _callers(settings)
+        directory = self._callers or OpenDirectory(admin=bool(settings.loadable))
         self.stop = handle_signals(self.reload_callers)
         self.loaded, self.lost = asyncio.Event(), asyncio.Event()
         self.health = Health(settings.max_watches)
@@ -85,13 +93,18 @@ class Assembly:
         gauges.show_requests(lambda: self._worker.waiting, lambda: self._worker.in_flight)
         gauges.show_memory(settings.device)
         self._streams = DeviceStreams(self._worker, settings.stall_seconds, settings.max_unread)
-        paces: dict[str, Pace] = {}
-        check = check_with(paces, index_neurons=settings.index_neurons)
-        self.registry = Registry(sources(settings), check, self._observe)
+        self._paces: dict[str, Pace] = {}
+        check = self._check_with(index_neurons=settings.index_neurons)
+        source_of = source_maker(settings)
+        self.models = configured(settings) if models is None else models
+        found = [source_of(model) for model in self.models]
+        self.registry = Registry(found, check, self._observe, self._forget)
+        self.changes = Changes(self.registry, source_of, AllowedSources(settings.loadable))
         quotas = QuotaBook()
+        self._admission = Admission(_limits(settings), self._paces, self._worker.fits_alone)
         service = IntrospectionService(
             self.registry,
-            Admission(_limits(settings), paces, self._worker.fits_alone),
+            self._admission,
             self._streams,
             quotas=quotas,
             log_prompts=settings.log_prompts,
@@ -100,15 +113,18 @@ class Assembly:
             service,
             self.health,
             settings.max_connection_age_seconds,
-            self._callers,
+            directory,
             quotas,
+            admin=AdminService(self.registry, self.changes),
             share_port=settings.processes > 1,
             peers=PeerLimits(settings.max_connections, settings.max_streams),
         )
         self._announced = False
+        self.on_stall: Callable[[bool], object] = lambda _stalled: None
         self._background = [
             self._loop.create_task(telemetry.watch_event_loop()),
             self._loop.create_task(self._collect_garbage()),
+            self._loop.create_task(self._watch_loading(settings.load_stall_seconds)),
         ]
         if self._callers is not None:
             self._background.append(self._loop.create_task(self._callers.watch()))
@@ -123,6 +139,23 @@ class Assembly:
         await self.loaded.wait()
         await tuning.collect_garbage(self._busy)
 
+    async def _watch_loading(self, longest: float) -> None:
+        """Report in health whether the loading of models makes no progress for `longest` seconds.
+
+        Calls `on_stall` with each change.
+        """
+        stalled = False
+        while True:
+            await asyncio.sleep(min(WATCH_SECONDS, longest / 4))
+            seconds = self.registry.seconds_without_progress(time.monotonic())
+            if (seconds > longest) is stalled:
+                continue
+            stalled = not stalled
+            if stalled:
+                logger.error("loading makes no progress for %.0f s", seconds)
+            self.health.set_stalled(stalled)
+            self.on_stall(stalled)
+
     def _busy(self) -> bool:
         """Whether requests are being prepared, run or encoded."""
         return PREPARATION.running + ENCODING.running + self._streams.unfinished > 0
@@ -132,12 +165,12 @@ class Assembly:
         self._announced = True
         statuses = self.registry.statuses()
         for status in statuses:
-            gauges.show_model(status)
+            self._show(status)
         self.health.update(statuses)
 
     def load(self) -> None:
         """Start loading the models in a thread."""
-        threading.Thread(target=self._load, name="model-loader", daemon=True).start()
+        self.changes.run_load(self._load)
 
     def _load(self) -> None:
         self.registry.load_all()
@@ -147,16 +180,38 @@ class Assembly:
     def _observe(self, status: ModelStatus) -> None:
         """Log and report a model's new state; called by the loading thread."""
         log_state(status)
-        gauges.show_model(status)
+        self._show(status)
+        self._loop.call_soon_threadsafe(self._update)
+
+    def _show(self, status: ModelStatus) -> None:
+        fraction = partial(self.registry.loaded_fraction, status.name)
+        gauges.show_model(status.name, status.state, fraction)
+
+    def _forget(self, name: str) -> None:
+        """Report that a model is unloaded; called by the thread that unloaded it."""
+        logger.info("model %s unloaded", name)
+        self._paces.pop(name, None)
+        self._admission.forget(name)
+        gauges.show_model(name, None, lambda: 0.0)
         self._loop.call_soon_threadsafe(self._update)
 
     def _update(self) -> None:
-        if not self._announced:
-            return
-        statuses = self.registry.statuses()
-        self.health.update(statuses)
-        if is_ready(statuses):
+        if self._announced and self.health.update(self.registry.statuses()):
             logger.info("ready")
+
+    def _check_with(self, *, index_neurons: bool) -> SelfCheck:
+        """Return a function that checks a model before it is served and stores its pace."""
+
+        def check(model: ResidentModel) -> tuple[ResidentModel, Sequence[Guarantee]]:
+            alive = partial(self.registry.alive, model.name)
+            model, guarantees = checked(model)
+            if all(guarantee.held for guarantee in guarantees):
+                self._paces[model.name] = measured_pace(model)
+                if index_neurons:
+                    read_all_neurons(model, alive)
+            return model, guarantees
+
+        return check
 
     def reload_callers(self) -> None:
         """Read the callers' file again, if there is one."""
@@ -205,15 +260,23 @@ def _callers(settings: ServerSettings) -> CallersFile | None:
 logger = logging.getLogger("januslens_server")
 
 
-def sources(settings: ServerSettings) -> list[ModelSource]:
+def configured(settings: ServerSettings) -> Sequence[ModelLocation]:
     """The configured models, or the embedded model."""
+    embedded = embedded_source()
+    return settings.models or [ModelLocation(embedded.name, embedded.location, None)]
+
+
+def source_maker(settings: ServerSettings) -> Callable[[ModelLocation], ModelSource]:
+    """Return a function that adds the settings that all models share."""
     cache = None
     if settings.cache_dir is not None:
         cache = TensorCache(settings.cache_dir, settings.cache_size)
-    named = [ModelSource(m.name, m.location, m.revision, lora=m.lora) for m in settings.models]
-    return [
-        replace(
-            source,
+
+    def source_of(model: ModelLocation) -> ModelSource:
+        return ModelSource(
+            model.name,
+            model.location,
+            model.revision,
             device=settings.device,
             data_type=settings.data_type,
             limits={memory.device: memory.size for memory in settings.max_memory},
@@ -221,23 +284,10 @@ def sources(settings: ServerSettings) -> list[ModelSource]:
             cache=cache,
             row_cache_bytes=settings.row_cache,
             chunk_bytes=settings.chunk_bytes,
+            lora=model.lora,
         )
-        for source in named or [embedded_source()]
-    ]
 
-
-def check_with(paces: dict[str, Pace], *, index_neurons: bool) -> SelfCheck:
-    """Return a function that checks a model before it is served and stores its pace in `paces`."""
-
-    def check(model: ResidentModel) -> tuple[ResidentModel, Sequence[Guarantee]]:
-        model, guarantees = checked(model)
-        if all(guarantee.held for guarantee in guarantees):
-            paces[model.name] = measured_pace(model)
-            if index_neurons:
-                read_all_neurons(model)
-        return model, guarantees
-
-    return check
+    return source_of
 
 
 def log_state(status: ModelStatus) -> None:

@@ -229,7 +229,7 @@ def test_all_layers_can_be_indexed_in_advance(
     demo: ResidentModel, no_reading: Callable[[], None]
 ) -> None:
     model = replace(demo)  # one that has not been asked anything
-    read_all_neurons(model)
+    read_all_neurons(model, lambda: None)
     no_reading()
     assert len(read(model.neurons)) == 4
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from januslens.v1 import (
+    admin_pb2,
     common_pb2,
     cost_pb2,
     edits_pb2,
@@ -317,6 +318,7 @@ def model_message(status: ModelStatus) -> models_pb2.Model:
         state_reason=status.reason,
         guarantees=guarantee_messages(status.guarantees),
         levels=level_messages(status.levels),
+        loaded_fraction=status.loaded_fraction,
         **({} if status.facts is None else asdict(status.facts)),
     )
     if status.provenance is not None:
@@ -336,6 +338,11 @@ def list_models_response(
 def get_model_response(status: ModelStatus) -> models_pb2.GetModelResponse:
     """Encode one model."""
     return models_pb2.GetModelResponse(model=model_message(status))
+
+
+def load_model_response(status: ModelStatus) -> admin_pb2.LoadModelResponse:
+    """Encode a model that is being loaded."""
+    return admin_pb2.LoadModelResponse(model=model_message(status))
 
 
 def tokenize_response(
