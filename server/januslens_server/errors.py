@@ -30,6 +30,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from types import TracebackType
+from typing import ParamSpec, Self, TypeVar, cast
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # A function that raises `RequestCancelled` or `DeadlinePassed` if the running request should stop.
 # Long computations have it as an argument and call it often.
@@ -75,8 +80,49 @@ class InvalidRequest(IntrospectionError):
 
     def __init__(self, field: str, description: str) -> None:
         """`description` says what is wrong with the request field with the path `field`."""
-        super().__init__(f"{field}: {description}")
-        self.violations = (FieldViolation(field, description),)
+        self._set((FieldViolation(field, description),))
+
+    @classmethod
+    def joined(cls, errors: Sequence[InvalidRequest]) -> InvalidRequest:
+        """Return one error with the violations of all of these."""
+        found = cls("", "")
+        found._set(tuple(dict.fromkeys(v for error in errors for v in error.violations)))
+        return found
+
+    def _set(self, violations: Sequence[FieldViolation]) -> None:
+        self.args = ("; ".join(f"{v.field}: {v.description}" for v in violations),)
+        self.violations = tuple(violations)
+
+
+class IndependentFields:
+    """Reads fields that do not depend on each other, and reports all invalid ones together.
+
+    As a context manager, it raises one `InvalidRequest` at the end if any field was invalid. Values
+    that were read must not be used before.
+    """
+
+    def __init__(self) -> None:
+        self._errors: list[InvalidRequest] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def read(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `read`; if it raises `InvalidRequest`, keep the error for later."""
+        try:
+            return read(*args, **kwargs)
+        except InvalidRequest as error:
+            self._errors.append(error)
+            return cast("T", None)
+
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        if error is None and self._errors:
+            raise InvalidRequest.joined(self._errors)
 
 
 class CostLimit(Enum):

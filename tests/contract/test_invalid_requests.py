@@ -275,6 +275,83 @@ def test_a_target_of_several_tokens_is_refused_with_their_list(channel: grpc.Cha
     assert "' Tokyo'" in refusal.text
 
 
+SEVERAL = Target(text=" Paris Tokyo")
+SHIFT = edits_pb2.ForwardShift(layer=1, eta=0.1)
+STEP = edits_pb2.DescentStep(learning_rate=0.1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "refused_field"),
+    [
+        ({"target": SEVERAL, "shift": SHIFT}, "target"),
+        (
+            {
+                "target": PARIS,
+                "descent": STEP,
+                "probes": [edits_pb2.Probe(input=prompt("Japan"), target=SEVERAL)],
+            },
+            "probes[0].target",
+        ),
+    ],
+    ids=["shift", "probe"],
+)
+def test_an_edit_never_takes_the_first_of_several_tokens_silently(
+    channel: grpc.Channel, fields: dict[str, Any], refused_field: str
+) -> None:
+    request = edits_pb2.PreviewEditRequest(input=prompt("Japan"), **fields)
+    refusal = refused(channel, "PreviewEdit", request)
+    assert refusal.fields == [refused_field]
+    assert "2 tokens given (" in refusal.text
+
+
+@pytest.mark.parametrize(
+    ("method", "request_of", "fields"),
+    [
+        (
+            "Trace",
+            lambda m: trace(target=SEVERAL, layers=[m.n_layers], other=SEVERAL),
+            ["layers", "target", "other"],
+        ),
+        (
+            "Trace",
+            lambda _: trace(positions=[99], targets_at=[{"position": 98, "target": PARIS}]),
+            ["positions", "targets_at[0].position"],
+        ),
+        (
+            "GradientLens",
+            lambda m: gradient(layers=[m.n_layers], input=token_ids(m.vocab_size)),
+            ["input.token_ids.ids[0]", "layers"],
+        ),
+        (
+            "FindNeurons",
+            lambda m: neurons(token=SEVERAL, layers=[m.n_layers]),
+            ["token", "layers"],
+        ),
+        (
+            "PreviewEdit",
+            lambda m: edits_pb2.PreviewEditRequest(
+                input=prompt("Japan"),
+                target=SEVERAL,
+                shift=edits_pb2.ForwardShift(layer=m.n_layers, eta=1),
+            ),
+            ["target", "shift.layer"],
+        ),
+    ],
+    ids=["Trace", "Trace: positions", "GradientLens", "FindNeurons", "PreviewEdit"],
+)
+def test_independent_invalid_fields_are_reported_together(
+    channel: grpc.Channel,
+    demo: Model,
+    method: str,
+    request_of: Callable[[Model], Message],
+    fields: list[str],
+) -> None:
+    refusal = refused(channel, method, request_of(demo))
+    assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert refusal.fields == fields
+    assert all(f"{field}: " in refusal.text for field in fields)
+
+
 @pytest.mark.parametrize("word", [" Paris", " Zürich", "鷗"])
 def test_a_refusal_that_quotes_megabytes_still_arrives(channel: grpc.Channel, word: str) -> None:
     """Clients drop a status whose metadata exceeds their limit, and lose its details."""

@@ -48,7 +48,9 @@ class PreviewEditRequest(_message.Message):
 
     @_builtins.property
     def target(self) -> _common_pb2.Target:
-        """Target of the edit; required. If it has several tokens, the first is reported."""
+        """Target of the edit; required. The loss of a descent step is that of all its tokens, and the
+        effects are those on the first. INVALID_ARGUMENT for several tokens with a shift.
+        """
 
     @_builtins.property
     def descent(self) -> Global___DescentStep:
@@ -168,7 +170,7 @@ Global___DescentStep: _TypeAlias = DescentStep  # noqa: Y015
 @_typing.final
 class ForwardShift(_message.Message):
     """The edit FF2 += eta x^T e, where x is the input of FF2 at the last position and e the input
-    embedding of the target's first token (Backward Lens, section 7).
+    embedding of the target (Backward Lens, section 7).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -210,8 +212,8 @@ class Probe(_message.Message):
 
     @_builtins.property
     def target(self) -> _common_pb2.Target:
-        """Token to report; unset = the target of the edit. If it has several tokens, the first is
-        reported.
+        """Token to report; unset = the first token of the edit's target. INVALID_ARGUMENT for several
+        tokens.
         """
 
     def __init__(

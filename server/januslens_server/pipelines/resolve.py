@@ -13,7 +13,12 @@ from functools import cached_property
 from itertools import accumulate
 from math import prod
 
-from januslens_server.errors import CancelCheck, InvalidRequest, never_cancelled
+from januslens_server.errors import (
+    CancelCheck,
+    IndependentFields,
+    InvalidRequest,
+    never_cancelled,
+)
 from januslens_server.lens.backward_lens import Segment
 from januslens_server.models.interventions import Intervention
 from januslens_server.models.resident import ResidentModel
@@ -49,6 +54,7 @@ from januslens_server.results import LayerLevel, MatrixKind, Token
 from januslens_server.specs import (
     ActivationsSpec,
     FindNeuronsSpec,
+    ForwardShift,
     GenerateSpec,
     GradientLensSpec,
     InterveneSpec,
@@ -240,21 +246,29 @@ def resolve_trace(
     Raises `InvalidRequest` for an invalid prompt, layer, position or target.
     """
     started = time.perf_counter()
-    tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
-    spec = replace(spec, selection=read_selection(model, spec.selection))
+    with IndependentFields() as fields:
+        tokens = fields.read(read_prompt, model, spec.prompt, check_cancelled=check_cancelled)
+        selection = fields.read(read_selection, model, spec.selection)
+        fields.read(read_layers, model, spec.layers)
+        target, other = _single_targets(model, spec, fields)
+    spec = replace(spec, selection=selection)
     layers = _traced_layers(model, spec)
-    check_node_kinds(model, spec.node_kinds, layers, named=bool(spec.layers))
-    positions = read_positions(spec.positions, spec.all_positions, len(tokens))
-    target, other = _single_targets(model, spec)
     others = OtherPrompts(model, check_cancelled)
-    interventions = read_interventions(model, spec.interventions, len(tokens), others=others)
+    ids = [token.id for token in tokens]
+    with IndependentFields() as fields:
+        fields.read(check_node_kinds, model, spec.node_kinds, layers, named=bool(spec.layers))
+        positions = fields.read(read_positions, spec.positions, spec.all_positions, len(tokens))
+        targets = fields.read(_targets, model, spec, ids, target)
+        interventions = fields.read(
+            read_interventions, model, spec.interventions, len(tokens), others=others
+        )
     return ResolvedTrace(
         model=model,
         spec=spec,
         tokens=tokens,
         layers=layers,
         positions=positions,
-        targets=_targets(model, spec, [token.id for token in tokens], positions, target),
+        targets=tuple(targets[position] for position in positions),
         other=other,
         interventions=interventions,
         seconds=time.perf_counter() - started,
@@ -272,10 +286,9 @@ def _targets(
     model: ResidentModel,
     spec: TraceSpec,
     ids: Sequence[int],
-    positions: Sequence[int],
     target: int | None,
-) -> tuple[int | None, ...]:
-    """Return the target of each position; None means the model's own prediction."""
+) -> dict[int, int | None]:
+    """Return the target of each position of the prompt; None means the model's own prediction."""
     found: dict[int, int | None] = dict.fromkeys(range(len(ids)), target)
     if spec.next_token_targets:
         found |= enumerate(ids[1:])
@@ -289,15 +302,15 @@ def _targets(
             )
         asked.add(at)
         found[at] = read_single_target(model, token, f"{field}.target")
-    return tuple(found[position] for position in positions)
+    return found
 
 
 def _single_targets(
-    model: ResidentModel, spec: TraceSpec | InterveneSpec
+    model: ResidentModel, spec: TraceSpec | InterveneSpec, fields: IndependentFields
 ) -> tuple[int | None, int | None]:
     """Return the target and the second token; None where the request has none."""
     target, other = (
-        None if asked is None else read_single_target(model, asked, field)
+        None if asked is None else fields.read(read_single_target, model, asked, field)
         for asked, field in ((spec.target, "target"), (spec.other, "other"))
     )
     return target, other
@@ -312,11 +325,18 @@ def resolve_activations(
     layer does not have.
     """
     started = time.perf_counter()
-    tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
-    positions = read_positions(spec.positions, not spec.positions, len(tokens))
-    keys = read_sites_of(model, spec.sites, spec.layers)
-    heads = read_heads(model, spec.heads, keys, len(tokens))
-    experts = tuple(sorted(read_experts(model, spec.experts, keys)))
+    with IndependentFields() as fields:
+        tokens = fields.read(read_prompt, model, spec.prompt, check_cancelled=check_cancelled)
+        keys = fields.read(read_sites_of, model, spec.sites, spec.layers)
+    others = OtherPrompts(model, check_cancelled)
+    with IndependentFields() as fields:
+        positions = fields.read(read_positions, spec.positions, not spec.positions, len(tokens))
+        heads = fields.read(read_heads, model, spec.heads, keys, len(tokens))
+        chosen_experts = fields.read(read_experts, model, spec.experts, keys)
+        interventions = fields.read(
+            read_interventions, model, spec.interventions, len(tokens), others=others
+        )
+    experts = tuple(sorted(chosen_experts))
     sizes = {}
     for key in keys:
         shape = site_shape(model, key, len(tokens))
@@ -333,12 +353,7 @@ def resolve_activations(
         heads=heads,
         experts=experts,
         limited_layers=_lacking(model, spec, keys),
-        interventions=read_interventions(
-            model,
-            spec.interventions,
-            len(tokens),
-            others=OtherPrompts(model, check_cancelled),
-        ),
+        interventions=interventions,
         seconds=time.perf_counter() - started,
     )
 
@@ -366,12 +381,16 @@ def resolve_intervene(
     Raises `InvalidRequest` for an invalid prompt, target, position, intervention or sweep.
     """
     started = time.perf_counter()
-    tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
-    target, other = _single_targets(model, spec)
-    positions = read_positions(spec.positions, False, len(tokens))
+    with IndependentFields() as fields:
+        tokens = fields.read(read_prompt, model, spec.prompt, check_cancelled=check_cancelled)
+        target, other = _single_targets(model, spec, fields)
+    others, length = OtherPrompts(model, check_cancelled), len(tokens)
+    with IndependentFields() as fields:
+        positions = fields.read(read_positions, spec.positions, False, length)
+        always = fields.read(
+            read_interventions, model, spec.always, length, field="always", others=others
+        )
     logits = len(positions) * model.view.facts.vocab_size
-    others = OtherPrompts(model, check_cancelled)
-    always = read_interventions(model, spec.always, len(tokens), field="always", others=others)
     return ResolvedIntervene(
         model=model,
         spec=spec,
@@ -394,8 +413,9 @@ def resolve_gradient_lens(
     Raises `InvalidRequest` for an invalid prompt, loss, layer, matrix or subject.
     """
     started = time.perf_counter()
-    objective = read_objective(model, spec, check_cancelled)
-    layers = read_layers(model, spec.layers)
+    with IndependentFields() as fields:
+        objective = fields.read(read_objective, model, spec, check_cancelled)
+        layers = fields.read(read_layers, model, spec.layers)
     matrices, skipped = gradient_matrices(model, spec, layers)
     attention_layers: tuple[int, ...] = ()
     without_attention: tuple[int, ...] = ()
@@ -432,14 +452,20 @@ def resolve_project(
     Raises `InvalidRequest` if the vectors have another width, or the target has several tokens.
     """
     check_cancelled()
-    d_model = model.view.facts.d_model
-    if spec.vectors.shape[1] != d_model:
-        raise InvalidRequest(
-            "vectors.shape",
-            f"vectors have width {spec.vectors.shape[1]}; expected {d_model} for {model.name}",
-        )
-    target = None if spec.target is None else read_single_target(model, spec.target, "target")
+    target = None
+    with IndependentFields() as fields:
+        fields.read(_check_width, model, spec.vectors.shape[1])
+        if spec.target is not None:
+            target = fields.read(read_single_target, model, spec.target, "target")
     return ResolvedProject(model, spec, target)
+
+
+def _check_width(model: ResidentModel, width: int) -> None:
+    d_model = model.view.facts.d_model
+    if width != d_model:
+        raise InvalidRequest(
+            "vectors.shape", f"vectors have width {width}; expected {d_model} for {model.name}"
+        )
 
 
 def resolve_preview_edit(
@@ -449,20 +475,30 @@ def resolve_preview_edit(
 
     Raises `InvalidRequest` for an invalid prompt, target, layer, matrix or intervention.
     """
-    targets = read_target(model, spec.target, "target")
+    with IndependentFields() as fields:
+        targets = fields.read(_edit_targets, model, spec)
+        edits = fields.read(read_edits, model, spec)
     others = OtherPrompts(model, check_cancelled)
     room = len(targets) - 1
-    prompt = read_prompt(model, spec.prompt, room, check_cancelled=check_cancelled)
+    with IndependentFields() as fields:
+        prompt = fields.read(read_prompt, model, spec.prompt, room, check_cancelled=check_cancelled)
+        probes = fields.read(_probes, model, spec, targets[0], check_cancelled)
     own = Watched("", tuple(token.id for token in prompt), targets[0])
     forced = read_interventions(
         model, spec.interventions, len(prompt) + room, len(prompt), others=others
     )
     watched = [
         replace(each, interventions=_interventions_on(model, spec, i, len(each.ids), others))
-        for i, each in enumerate((own, *_probes(model, spec, targets[0], check_cancelled)))
+        for i, each in enumerate((own, *probes))
     ]
-    edits = read_edits(model, spec)
     return ResolvedPreviewEdit(model, spec, targets, watched, edits, forced)
+
+
+def _edit_targets(model: ResidentModel, spec: PreviewEditSpec) -> tuple[int, ...]:
+    """Return the tokens of the edit's target: several only for the loss of a descent step."""
+    if isinstance(spec.edit, ForwardShift):
+        return (read_single_target(model, spec.target, "target"),)
+    return read_target(model, spec.target, "target")
 
 
 def _interventions_on(
@@ -490,7 +526,7 @@ def _probes(
         )
         token = target
         if probe.target is not None:
-            token = read_target(model, probe.target, f"{field}.target")[0]
+            token = read_single_target(model, probe.target, f"{field}.target")
         watched.append(Watched(probe.label, tuple(token.id for token in tokens), token))
     return watched
 
@@ -503,8 +539,9 @@ def resolve_find_neurons(
     Raises `InvalidRequest` for an invalid token or layer.
     """
     check_cancelled()
-    token = read_single_target(model, spec.token, "token")
-    layers = layers_with_parts(model, spec.layers)
+    with IndependentFields() as fields:
+        token = fields.read(read_single_target, model, spec.token, "token")
+        layers = fields.read(layers_with_parts, model, spec.layers)
     limited = model.view.limited(read_layers(model, spec.layers))
     return ResolvedFindNeurons(model, spec, token, layers, limited)
 
@@ -517,12 +554,13 @@ def resolve_generate(
     Raises `InvalidRequest` for an invalid prompt, layer or intervention.
     """
     started = time.perf_counter()
-    tokens = read_prompt(model, spec.prompt, check_cancelled=check_cancelled)
+    layers: tuple[int, ...] = ()
+    with IndependentFields() as fields:
+        tokens = fields.read(read_prompt, model, spec.prompt, check_cancelled=check_cancelled)
+        if spec.reading is not None:
+            layers = fields.read(read_layers, model, spec.reading.layers, "reading.layers")
     # The last token is not fed to the model, so it needs no position.
     room = model.view.facts.max_positions - len(tokens) + 1
-    layers: tuple[int, ...] = ()
-    if spec.reading is not None:
-        layers = read_layers(model, spec.reading.layers, "reading.layers")
     return ResolvedGenerate(
         model=model,
         spec=spec,

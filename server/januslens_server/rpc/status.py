@@ -73,9 +73,10 @@ def _message(
 
 def _details(error: errors.IntrospectionError) -> list[Message]:
     if isinstance(error, errors.InvalidRequest):
+        limit = TEXT_BYTES // len(error.violations)
         violations = [
             error_details_pb2.BadRequest.FieldViolation(
-                field=v.field, description=shortened(v.description)
+                field=v.field, description=shortened(v.description, limit)
             )
             for v in error.violations
         ]
