@@ -408,11 +408,11 @@ def activations_request(  # noqa: PLR0913 - by keyword
 
 def intervene_request(  # noqa: PLR0913 - by keyword
     prompt: Prompt | None = None,
+    experiments: Iterable[Experiment | Intervention] = (),
     *,
     messages: Messages | None = None,
     target: TargetLike | None = None,
     other: TargetLike | None = None,
-    experiments: Iterable[Experiment | Intervention] = (),
     sweep: SweepOver | None = None,
     always: Iterable[Intervention] = (),
     positions: int | Iterable[int] | None = None,
@@ -424,12 +424,12 @@ def intervene_request(  # noqa: PLR0913 - by keyword
 
     Args:
         prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+        experiments: Experiments, or interventions that are experiments by themselves.
         messages: A conversation instead of a prompt: messages with `role` and `content`, or a
             `Chat`.
         target: The token whose probability is reported, as text, in which a leading space counts,
             or as an id; None = the model's own prediction without interventions.
         other: A second token; the difference of both logits is reported.
-        experiments: Experiments, or interventions that are experiments by themselves.
         sweep: Further experiments: an intervention split by layer, position, head, neuron or
             source. There may be 16,384 experiments in all.
         always: Interventions of every experiment, before its own, but not of the header.

@@ -79,8 +79,8 @@ def launch(
 
     Args:
         models: Models to serve, each a folder, a GGUF file, a hub id, `HUB_ID@REVISION` or `NAME=`
-            and one of these; the default name is the last part of the path. Without any, the
-            embedded demo model is served.
+            and one of these; the default name is the last part of the path. `demo` is the embedded
+            model, which is also served without any.
         timeout: Maximum seconds until all models are loaded.
         progress: Called with a line of text at each step; None = report nothing. The default
             prints to standard error.
@@ -121,7 +121,11 @@ def _wait_for_models(
                 raise LaunchError(f"model not loaded: {reasons}")
             if all(model.state == "READY" for model in models):
                 return
-            loading = ", ".join(model.name for model in models if model.state == "LOADING")
+            loading = ", ".join(
+                f"{model.name} {model.loaded_fraction:.0%}"
+                for model in models
+                if model.state == "LOADING"
+            )
         now = time.monotonic()
         if now - started > timeout:
             raise LaunchError(

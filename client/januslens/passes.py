@@ -222,11 +222,11 @@ class Passes(Calls):
     def intervene(
         self,
         prompt: Prompt | None = None,
+        experiments: Iterable[Experiment | Intervention] = (),
         *,
         messages: Messages | None = None,
         target: TargetLike | None = None,
         other: TargetLike | None = None,
-        experiments: Iterable[Experiment | Intervention] = (),
         sweep: SweepOver | None = None,
         always: Iterable[Intervention] = (),
         positions: int | Iterable[int] | None = None,
@@ -242,12 +242,12 @@ class Passes(Calls):
 
         Args:
             prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            experiments: Experiments, or interventions that are experiments by themselves.
             messages: A conversation instead of a prompt: messages with `role` and `content`, or a
                 `Chat`.
             target: The token whose probability is reported, as text, in which a leading space
                 counts, or as an id; None = the model's own prediction without interventions.
             other: A second token; the difference of both logits is reported.
-            experiments: Experiments, or interventions that are experiments by themselves.
             sweep: Further experiments: an intervention split by layer, position, head, neuron or
                 source. There may be 16,384 experiments in all.
             always: Interventions of every experiment, before its own, but not of the header.
@@ -269,10 +269,10 @@ class Passes(Calls):
         """
         stream = self.stream_intervene(
             prompt,
+            experiments,
             messages=messages,
             target=target,
             other=other,
-            experiments=experiments,
             sweep=sweep,
             always=always,
             positions=positions,
@@ -287,11 +287,11 @@ class Passes(Calls):
     def stream_intervene(
         self,
         prompt: Prompt | None = None,
+        experiments: Iterable[Experiment | Intervention] = (),
         *,
         messages: Messages | None = None,
         target: TargetLike | None = None,
         other: TargetLike | None = None,
-        experiments: Iterable[Experiment | Intervention] = (),
         sweep: SweepOver | None = None,
         always: Iterable[Intervention] = (),
         positions: int | Iterable[int] | None = None,
@@ -306,12 +306,12 @@ class Passes(Calls):
 
         Args:
             prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            experiments: Experiments, or interventions that are experiments by themselves.
             messages: A conversation instead of a prompt: messages with `role` and `content`, or a
                 `Chat`.
             target: The token whose probability is reported, as text, in which a leading space
                 counts, or as an id; None = the model's own prediction without interventions.
             other: A second token; the difference of both logits is reported.
-            experiments: Experiments, or interventions that are experiments by themselves.
             sweep: Further experiments: an intervention split by layer, position, head, neuron or
                 source. There may be 16,384 experiments in all.
             always: Interventions of every experiment, before its own, but not of the header.
@@ -332,10 +332,10 @@ class Passes(Calls):
         """
         request = intervene_request(
             prompt,
+            experiments,
             messages=messages,
             target=target,
             other=other,
-            experiments=experiments,
             sweep=sweep,
             always=always,
             positions=positions,
@@ -348,11 +348,11 @@ class Passes(Calls):
     def estimate_intervene(
         self,
         prompt: Prompt | None = None,
+        experiments: Iterable[Experiment | Intervention] = (),
         *,
         messages: Messages | None = None,
         target: TargetLike | None = None,
         other: TargetLike | None = None,
-        experiments: Iterable[Experiment | Intervention] = (),
         sweep: SweepOver | None = None,
         always: Iterable[Intervention] = (),
         positions: int | Iterable[int] | None = None,
@@ -365,12 +365,12 @@ class Passes(Calls):
 
         Args:
             prompt: Text, which gets the tokenizer's special tokens, or token ids, used as they are.
+            experiments: Experiments, or interventions that are experiments by themselves.
             messages: A conversation instead of a prompt: messages with `role` and `content`, or a
                 `Chat`.
             target: The token whose probability is reported, as text, in which a leading space
                 counts, or as an id; None = the model's own prediction without interventions.
             other: A second token; the difference of both logits is reported.
-            experiments: Experiments, or interventions that are experiments by themselves.
             sweep: Further experiments: an intervention split by layer, position, head, neuron or
                 source. There may be 16,384 experiments in all.
             always: Interventions of every experiment, before its own, but not of the header.
@@ -388,10 +388,10 @@ class Passes(Calls):
         """
         request = intervene_request(
             prompt,
+            experiments,
             messages=messages,
             target=target,
             other=other,
-            experiments=experiments,
             sweep=sweep,
             always=always,
             positions=positions,

@@ -73,6 +73,13 @@ WRITE_STALL_SECONDS = Histogram(
     buckets=PART_BUCKETS,
 )
 
+MODEL_REQUESTS = Counter(
+    "januslens_model_requests",
+    "RPCs completed on a model, by its level: the lowest of its layers.",
+    ["grpc_method", "model", "level"],
+)
+EXPERIMENTS = Counter("januslens_experiments", "Experiments of Intervene requests.", ["model"])
+
 # Callers are those of the callers' file, so an operator bounds the number of series.
 _USE = ("caller", "grpc_method")
 CALLER_REQUESTS = Counter(

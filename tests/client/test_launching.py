@@ -34,6 +34,12 @@ main()
 """
 
 
+def test_demo_is_the_embedded_model_and_not_sought_on_the_hub() -> None:
+    with januslens.launch("demo", progress=None) as client:
+        (model,) = client.list_models()
+        assert (model.name, model.ready) == ("demo", True)
+
+
 def test_launch_serves_the_demo_model_until_the_client_closes() -> None:
     steps: list[str] = []
     with januslens.launch(progress=steps.append, max_waiting=3) as client:

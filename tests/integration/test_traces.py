@@ -13,13 +13,34 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from januslens.v1 import models_pb2, trace_pb2
+from januslens.v1 import (
+    activations_pb2,
+    admin_pb2,
+    admin_pb2_grpc,
+    generation_pb2,
+    intervene_pb2,
+    interventions_pb2,
+    models_pb2,
+    sites_pb2,
+    trace_pb2,
+)
 from tests.support.calls import prompt, refused, started
 from tests.support.server import running_server
 
+PROMPT = prompt("The capital of Japan is")
+ZERO = interventions_pb2.Intervention(site=sites_pb2.SITE_MLP_OUTPUT, layers=[1], zero=True)
+EXPERIMENT = intervene_pb2.Experiment(interventions=[ZERO])
+OTHERS: dict[str, Any] = {
+    "Activations": activations_pb2.ActivationsRequest(
+        input=PROMPT, sites=[sites_pb2.SITE_BLOCK_OUTPUT]
+    ),
+    "Intervene": intervene_pb2.InterveneRequest(input=PROMPT, experiments=[EXPERIMENT] * 2),
+    "Generate": generation_pb2.GenerateRequest(input=PROMPT, max_new_tokens=2),
+}
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 
 
@@ -83,11 +104,30 @@ def test_calls_are_children_of_the_callers_spans() -> None:
         assert attributes(span)["januslens.reason"] == "MODEL_NOT_FOUND"
         assert span.status.code == Status.STATUS_CODE_UNSET  # a fault of the caller
 
+        for method, sent in OTHERS.items():
+            assert list(started(channel, method, sent, timeout=60))
+            _, span = collector.spans.get(timeout=30)
+            assert span.name == f"januslens.v1.IntrospectionService/{method}"
+            facts = attributes(span)
+            assert (facts["rpc.grpc.status_code"], facts["januslens.model"]) == (0, "demo")
+            assert 0 < facts["januslens.stages.tokenize"] < facts["januslens.seconds"]
+        admin: Any = admin_pb2_grpc.AdminServiceStub(channel)
+        with pytest.raises(grpc.RpcError):
+            admin.LoadModel(admin_pb2.LoadModelRequest(model="x", source="/x"), timeout=60)
+        _, span = collector.spans.get(timeout=30)
+        assert span.name == "januslens.v1.AdminService/LoadModel"
+        assert attributes(span)["januslens.reason"] == "PERMISSION_DENIED"
+
         started(channel, "ListModels", models_pb2.ListModelsRequest()).result()
         server.process.terminate()
         assert server.process.wait(timeout=30) == 0
         _, span = collector.spans.get(timeout=1)  # sent before the process ended
         assert span.name.endswith("/ListModels")
+        (usage,) = (line for line in server.lines if "rpc.usage: usage" in line)
+        assert "caller=(others)" in usage
+        assert "requests=7" in usage
+        assert "experiments=2" in usage
+        assert "Intervene/demo/PARTS:requests:1," in usage
 
 
 def test_without_an_endpoint_opentelemetry_is_not_imported() -> None:

@@ -38,6 +38,7 @@ from januslens_server.results import (
 )
 from januslens_server.rpc.places import leave_places
 from januslens_server.rpc.status import STATUS, milliseconds, status_of
+from januslens_server.rpc.usage import USAGE, Use
 from januslens_server.scheduling.job import QueuedRequest
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class Call:
         self._notes: dict[str, Any] = {}
         self._queued: QueuedRequest | None = None
         self._held = ExitStack()
+        self._model = ("", "")  # name and level
 
     async def __aenter__(self) -> Self:
         telemetry.STARTED.labels(*self._labels).inc()
@@ -115,6 +117,10 @@ class Call:
     def hold(self, resource: AbstractContextManager[HeldT]) -> HeldT:
         """Enter a context that is left when the call ends."""
         return self._held.enter_context(resource)
+
+    def serve(self, model: str, level: str) -> None:
+        """Set the model of the call and its level, the lowest of its layers, for counting."""
+        self._model = model, level
 
     def note(self, **fields: Any) -> None:
         """Add fields to the call's log line."""
@@ -177,14 +183,23 @@ class Call:
         self._count_use()
 
     def _count_use(self) -> None:
-        """Count the call for its caller, if the callers' file names the caller."""
-        caller = current_caller().name
-        if not caller:
-            return
-        if self._queued is not None:
-            telemetry.CALLER_DEVICE_SECONDS.labels(caller, self.method).inc(self._queued.spent)
-        telemetry.CALLER_TOKENS.labels(caller, self.method).inc(self._notes.get("tokens", 0))
-        telemetry.CALLER_REQUESTS.labels(caller, self.method).inc()  # last: completes the others
+        """Count the call for its model and its caller.
+
+        Metrics have the callers of the callers' file only.
+        """
+        sizes = {name: self._notes.get(name, 0) for name in ("tokens", "generated", "experiments")}
+        seconds = 0.0 if self._queued is None else self._queued.spent
+        caller, (model, level) = current_caller().name, self._model
+        USAGE.add(caller, (self.method, model, level), Use(1, seconds, **sizes))
+        if model:
+            telemetry.MODEL_REQUESTS.labels(self.method, model, level).inc()
+            telemetry.EXPERIMENTS.labels(model).inc(sizes["experiments"])
+        if caller:
+            telemetry.CALLER_DEVICE_SECONDS.labels(caller, self.method).inc(seconds)
+            telemetry.CALLER_TOKENS.labels(caller, self.method).inc(sizes["tokens"])
+            telemetry.CALLER_REQUESTS.labels(
+                caller, self.method
+            ).inc()  # last: completes the others
 
     def _log_fields(self, code: grpc.StatusCode, seconds: float) -> dict[str, Any]:
         fields = {
@@ -264,13 +279,9 @@ def result_sizes(result: object) -> dict[str, Any]:
     """Return the sizes of a result for the log line, and its seconds by stage, if it has any."""
     sizes: dict[str, Any] = {}
     match result:
-        case (
-            TraceHeader()
-            | GradientHeader()
-            | ActivationsHeader()
-            | GenerationHeader()
-            | InterveneHeader()
-        ):
+        case InterveneHeader():
+            sizes = {"tokens": len(result.prompt_tokens), "experiments": result.experiments}
+        case TraceHeader() | GradientHeader() | ActivationsHeader() | GenerationHeader():
             sizes = {"tokens": len(result.prompt_tokens)}
         case TraceSummary():
             sizes = {"nodes": result.nodes, "edges": result.edges, "stages": _stages(result.times)}

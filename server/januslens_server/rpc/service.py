@@ -124,7 +124,9 @@ class IntrospectionService(service_pb2_grpc.IntrospectionServiceServicer):
 
     def _model(self, call: Call, name: str, revision: str = "") -> ResidentModel:
         """Return a model, which stays in memory until the call ends."""
-        return call.hold(self._registry.using(name, revision, current_caller().may_use))
+        model = call.hold(self._registry.using(name, revision, current_caller().may_use))
+        call.serve(model.name, min(found.level for found in model.view.levels).name)
+        return model
 
     async def ListModels(  # type: ignore[override]  # the stubs expect a message; gRPC also accepts bytes
         self, request: models_pb2.ListModelsRequest, context: Context

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import grpc
 import torch
@@ -36,12 +37,16 @@ from januslens_server.rpc.places import ENCODING, PREPARATION
 from januslens_server.rpc.server import build_server
 from januslens_server.rpc.service import IntrospectionService
 from januslens_server.rpc.streaming import DeviceStreams
+from januslens_server.rpc.usage import USAGE
 from januslens_server.scheduling.worker import DeviceWorker
 from januslens_server.serving.changes import AllowedSources, Changes
 from januslens_server.serving.ports import listen
 from januslens_server.serving.process import handle_signals
 
 logger = logging.getLogger("januslens_server")
+
+# The name of the embedded model, and the location that stands for it unless it is a folder.
+EMBEDDED = "demo"
 
 # Seconds between two looks at the progress of loading.
 WATCH_SECONDS = 5.0
@@ -124,6 +129,7 @@ class Assembly:
         self._background = [
             self._loop.create_task(telemetry.watch_event_loop()),
             self._loop.create_task(self._collect_garbage()),
+            self._loop.create_task(USAGE.write_daily()),
             self._loop.create_task(self._watch_loading(settings.load_stall_seconds)),
         ]
         if self._callers is not None:
@@ -226,6 +232,7 @@ class Assembly:
         self.registry.close()
         self._worker.refuse_new()
         await finish(self.server, self._streams, self._grace)
+        USAGE.write()
 
 
 def check_device(name: str) -> None:
@@ -262,20 +269,23 @@ logger = logging.getLogger("januslens_server")
 
 def configured(settings: ServerSettings) -> Sequence[ModelLocation]:
     """The configured models, or the embedded model."""
-    embedded = embedded_source()
-    return settings.models or [ModelLocation(embedded.name, embedded.location, None)]
+    return settings.models or [ModelLocation(EMBEDDED, embedded_source().location, None)]
+
+
+def _stands_for_embedded(location: str) -> bool:
+    return location == EMBEDDED and not Path(location).exists()
 
 
 def source_maker(settings: ServerSettings) -> Callable[[ModelLocation], ModelSource]:
     """Return a function that adds the settings that all models share."""
-    cache = None
+    cache, embedded = None, embedded_source().location
     if settings.cache_dir is not None:
         cache = TensorCache(settings.cache_dir, settings.cache_size)
 
     def source_of(model: ModelLocation) -> ModelSource:
         return ModelSource(
             model.name,
-            model.location,
+            embedded if _stands_for_embedded(model.location) else model.location,
             model.revision,
             device=settings.device,
             data_type=settings.data_type,
