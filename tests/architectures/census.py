@@ -102,7 +102,6 @@ OWN: dict[str, dict[str, Any]] = {
 }
 IDS = [5, 17, 44, 201, 9, 33]
 MAX_PARAMETERS = 60_000_000
-LEVEL_PARTS = int(Level.PARTS)
 
 # Characters of a reason in the table.
 LONGEST_REASON = 160
@@ -218,12 +217,15 @@ def table(entries: Iterable[Entry]) -> str:
             reason = f"{reason[:LONGEST_REASON]}..."
         lines.append(f"| {found.family} | {_shown_levels(found)} | {error} | {reason} |")
     served = [found for found in entries if found.state == "served"]
-    full = sum(set(found.levels) == {LEVEL_PARTS} for found in served)
+    full, shown = (
+        sum(min(found.levels) >= level for found in served)
+        for level in (Level.PARTS, Level.SUBLAYERS)
+    )
     counts = Counter(found.state for found in entries)
     others = ", ".join(f"{counts[state]} {state}" for state in sorted(counts) if state != "served")
     summary = (
         f"Of {len(entries)} types, {len(served)} are served, {full} of them with level 3 in every "
-        f"layer; the others: {others}."
+        f"layer and {shown} with at least level 2; the others: {others}."
     )
     return "\n".join([summary, "", *lines])
 
